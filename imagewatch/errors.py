@@ -1,0 +1,114 @@
+"""The exceptions, split by whose fault decides who survives.
+
+::
+
+    ImagewatchError
+    ├─ ConfigError        the configuration: nothing starts              exit 78
+    ├─ SpoolError         our own disk: full, read-only, gone            exit 74 if it stays
+    │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
+    └─ JobError           about one request; the daemon lives
+       ├─ BadRequest      unreadable prompt, bad image: no call was made
+       ├─ Refused         the API said no; its words are kept
+       ├─ Unavailable     provably free: connect failed, 429; may be tried again
+       └─ InDoubt         sent, outcome unknown
+
+Every message names the file, the cause and the next action. ``httpx`` errors are translated once, in
+``client``; ``OSError`` once, in ``durable``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing wrong with a configuration or a prompt, and what to do about it.
+
+    Attributes:
+        field: Dotted name of the key or a file name, e.g. ``inbox.settle_seconds``.
+        reason: What is wrong, in words.
+        hint: The next action, or an empty string.
+    """
+
+    field: str
+    reason: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        """Return ``field: reason (hint)``."""
+        hint = f" ({self.hint})" if self.hint else ""
+        return f"{self.field}: {self.reason}{hint}"
+
+
+class ImagewatchError(Exception):
+    """Root of everything imagewatch raises on purpose.
+
+    Attributes:
+        hint: The next action, as one sentence, or an empty string.
+    """
+
+    def __init__(self, message: str, *, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(ImagewatchError):
+    """The configuration cannot be used; nothing was started.
+
+    Attributes:
+        problems: Everything that is wrong, all at once.
+        source: Name of the file that was read, or an empty string.
+    """
+
+    def __init__(self, problems: list[Problem], *, source: str = "") -> None:
+        where = f"{source}: " if source else ""
+        super().__init__(where + "; ".join(str(problem) for problem in problems))
+        self.problems = problems
+        self.source = source
+
+
+class SpoolError(ImagewatchError):
+    """Our own disk failed: full, read-only or gone.
+
+    Attributes:
+        path: The file or folder concerned.
+        code: The ``errno`` value, or 0.
+    """
+
+    def __init__(self, message: str, *, path: str = "", code: int = 0, hint: str = "") -> None:
+        super().__init__(message, hint=hint)
+        self.path = path
+        self.code = code
+
+
+class AlreadyRunning(SpoolError):  # noqa: N818  reads as the sentence it is
+    """Another process holds the lock of this inbox or this state folder."""
+
+
+class JobError(ImagewatchError):
+    """Something about one request; the daemon and the other jobs go on."""
+
+
+class BadRequest(JobError):  # noqa: N818
+    """The prompt or one of its images cannot be used; no call was made.
+
+    Attributes:
+        problems: Everything that is wrong, all at once.
+    """
+
+    def __init__(self, problems: list[Problem], *, hint: str = "") -> None:
+        super().__init__("; ".join(str(problem) for problem in problems), hint=hint)
+        self.problems = problems
+
+
+class Refused(JobError):  # noqa: N818
+    """The API answered no. Its own words are the message."""
+
+
+class Unavailable(JobError):  # noqa: N818
+    """The request provably did not reach the API whole; it was free and may be tried again."""
+
+
+class InDoubt(JobError):  # noqa: N818
+    """The whole request left, and no usable answer came: it may have been charged."""
