@@ -1,0 +1,367 @@
+"""The only module that talks to the network: one request to the endpoint, and pictures by url.
+
+Two ``httpx`` clients: one for the endpoint, to which each request brings the key itself, and one for pictures,
+which never sees the key. What is translated here, and why:
+
+=============================================  ==========================================================
+what happened                                  what the caller gets
+=============================================  ==========================================================
+nothing of the request left                    ``Unavailable``; ``on_send`` was not called
+the connection broke before its last byte      ``Unavailable``; incomplete by its Content-Length
+it left whole, the answer did not begin        ``InDoubt``
+the answer began                               no exception: the sink holds what came and how it ended
+=============================================  ==========================================================
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import socket
+import ssl
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from imagewatch import __version__
+from imagewatch.errors import ConfigError, JobError, Problem, Unavailable
+from imagewatch.job import Head, Tail
+from imagewatch.text import printable
+from imagewatch.wire import PATH, Body, doubt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from typing import IO
+
+    from imagewatch.config import Endpoint
+    from imagewatch.key import Key
+    from imagewatch.record import Sink
+
+USER_AGENT = f"imagewatch/{__version__}"
+_WRITE_SECONDS = 60.0
+_KEPT_HEADERS = (
+    "content-type",
+    "content-encoding",
+    "retry-after",
+    "cf-ray",
+    "x-request-id",
+    "x-vercel-id",
+    "date",
+    "location",
+)
+_HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
+_MOST_REDIRECTS = 3
+
+
+class FetchError(JobError):
+    """A picture could not be fetched. A GET is free: it may be tried again unless ``final``.
+
+    Attributes:
+        final: Trying again cannot help.
+        refused: The host said no (4xx); it may only be early, so a few more tries are fair.
+    """
+
+    def __init__(self, message: str, *, final: bool = False, refused: bool = False) -> None:
+        super().__init__(message)
+        self.final = final
+        self.refused = refused
+
+
+class Client:
+    """Our side of the network. Safe to use from several threads.
+
+    Args:
+        endpoint: Address, time limits, size limit, trust.
+        read_key: Returns the key; called for each request, as keys expire.
+        clock: Wall clock, seconds since the epoch, for what is written down.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, read_key: Callable[[], Key], *, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._endpoint = endpoint
+        self._read_key = read_key
+        self._clock = clock
+        self.url = endpoint.base_url + PATH
+        self.local = is_loopback(urlsplit(endpoint.base_url).hostname or "")
+        context = _trust(endpoint.ca_file)
+        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        timeout = httpx.Timeout(
+            endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS
+        )
+        fetch_timeout = httpx.Timeout(30.0, connect=endpoint.connect_timeout_seconds)
+        with _proxies():
+            self._post = httpx.Client(
+                verify=context,
+                limits=limits,
+                timeout=timeout,
+                trust_env=not self.local,
+                headers={"user-agent": USER_AGENT},
+            )
+            self._get = httpx.Client(
+                verify=context, timeout=fetch_timeout, trust_env=not self.local, headers={"user-agent": USER_AGENT}
+            )
+
+    def close(self) -> None:
+        """Close both clients."""
+        self._post.close()
+        self._get.close()
+
+    def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+        """Send one request and bank its answer.
+
+        Args:
+            job: Job id, sent as ``Idempotency-Key`` (the endpoint is not known to honour it).
+            body: The request.
+            on_send: Called when the connection stands, before the first byte of the request leaves; an
+                exception from it stops the request.
+            sink: Where the answer goes.
+
+        Raises:
+            ConfigError: There is no usable key.
+            Unavailable: The request provably did not arrive whole.
+            InDoubt: It left whole, and no answer came.
+            SpoolError: Our disk failed.
+        """
+        key = self._read_key()
+        attempt = _Attempt(on_send)
+        headers = {
+            "authorization": f"Bearer {key.reveal()}",
+            "content-type": "application/json",
+            "content-length": str(body.length),
+            "accept": "application/json",
+            "accept-encoding": "identity",
+            "idempotency-key": job,
+        }
+        with _Deadline(self._endpoint.deadline_seconds) as deadline:
+            attempt.deadline = deadline
+            try:
+                with self._post.stream(
+                    "POST", self.url, headers=headers, content=iter(body), extensions={"trace": attempt.trace}
+                ) as response:
+                    self._bank(response, sink, deadline)
+            except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
+                raise self._translated(error, attempt, deadline, key) from None
+            finally:
+                sink.close()
+
+    def _bank(self, response: httpx.Response, sink: Sink, deadline: _Deadline) -> None:
+        """Write the answer to the sink, whatever becomes of the connection."""
+        kept = {name: value[:1000] for name in _KEPT_HEADERS if (value := response.headers.get(name)) is not None}
+        sink.start(Head(status=response.status_code, headers=kept, at=self._clock()))
+        limit, reason = self._endpoint.max_response_bytes, ""
+        try:
+            for chunk in response.iter_raw():
+                room = limit - sink.written
+                sink.write(chunk[:room])
+                if len(chunk) > room:
+                    reason = f"the answer is larger than max_response_bytes ({limit:,})"
+                    break
+        except httpx.HTTPError as error:
+            cause = deadline.reason or _reason(error)
+            reason = f"the answer was cut short after {sink.written:,} bytes: {cause}"
+        sink.finish(Tail(complete=not reason, reason=reason, at=self._clock()))
+
+    def _translated(self, error: Exception, attempt: _Attempt, deadline: _Deadline, key: Key) -> JobError:
+        reason = key.mask(deadline.reason or _reason(error))
+        if not attempt.began:
+            return Unavailable(f"{self._endpoint.base_url} cannot be reached: {reason}", hint=_HINT_REACH)
+        if attempt.incomplete:
+            return Unavailable(f"the connection broke while the request was sent: {reason}", hint=_HINT_REACH)
+        return doubt(f"the request was sent, but no answer came: {reason}")
+
+    def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
+        """Fetch a picture, without the key.
+
+        Args:
+            url: As answered; not trusted.
+            file: Where it goes; emptied first.
+            limit: Most bytes.
+
+        Raises:
+            FetchError: It could not be fetched.
+            SpoolError: Our disk failed.
+        """
+        for _ in range(_MOST_REDIRECTS + 1):
+            self._refuse_foreign(url)
+            with _Deadline(self._endpoint.deadline_seconds) as deadline:
+                try:
+                    following = self._fetch_once(url, file, limit, deadline)
+                except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError) as error:
+                    raise FetchError(f"{bare(url)}: {deadline.reason or _reason(error)}") from None
+            if following is None:
+                return
+            url = following
+        raise FetchError(f"{bare(url)}: too many redirects", final=True)
+
+    def _fetch_once(self, url: str, file: IO[bytes], limit: int, deadline: _Deadline) -> str | None:
+        guard = _Guard(urlsplit(url).hostname or "", self._may_connect, deadline)
+        file.seek(0)
+        file.truncate()
+        with self._get.stream(
+            "GET", url, headers={"accept-encoding": "identity"}, extensions={"trace": guard.trace}
+        ) as response:
+            if response.is_redirect and "location" in response.headers:
+                return str(response.url.join(response.headers["location"]))
+            if response.status_code != httpx.codes.OK:
+                raise FetchError(f"{bare(url)}: HTTP {response.status_code}", refused=response.is_client_error)
+            if response.headers.get("content-encoding", "identity") != "identity":
+                raise FetchError(f"{bare(url)}: compressed, which nobody asked for", final=True)
+            total = 0
+            for chunk in response.iter_raw():
+                total += len(chunk)
+                if total > limit:
+                    raise FetchError(f"{bare(url)}: larger than {limit:,} bytes", final=True)
+                file.write(chunk)
+        return None
+
+    def _may_connect(self, address: str) -> bool:
+        """Tell whether pictures may come from an IP address."""
+        ip = ipaddress.ip_address(address.partition("%")[0])
+        return ip.is_global or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
+
+    def _refuse_foreign(self, url: str) -> None:
+        """Refuse addresses that an answer has no business to name."""
+        try:
+            parts = urlsplit(url)
+            host, user = parts.hostname, parts.username
+            _ = parts.port
+        except ValueError:
+            raise FetchError("the url cannot be read", final=True) from None
+        allowed = {"https", "http"} if self.local else {"https"}
+        if parts.scheme not in allowed or not host or user:
+            raise FetchError(f"{bare(url)}: only a plain {' or '.join(sorted(allowed))} url is fetched", final=True)
+        with contextlib.suppress(ValueError):  # a name: the guard looks at whom it leads to
+            if not self._may_connect(host):
+                raise FetchError(f"{bare(url)}: a private address is not fetched from", final=True)
+
+
+class _Deadline:
+    """Ends a connection when its total time is over; per-operation timeouts cannot, as each byte renews them."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._timer = threading.Timer(seconds, self._end)
+        self._timer.daemon = True
+        self._socket: socket.socket | None = None
+        self.reason = ""
+
+    def __enter__(self) -> _Deadline:
+        self._timer.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def watch(self, connection: socket.socket) -> None:
+        """Name the connection to end."""
+        self._socket = connection
+        if self.reason:
+            self._end()
+
+    def _end(self) -> None:
+        self.reason = f"no end after {self._seconds:g} seconds (deadline_seconds)"
+        if self._socket is not None:
+            with contextlib.suppress(OSError):
+                # Not SSLSocket.shutdown: that one takes the TLS state away from the thread that reads.
+                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
+class _Attempt:
+    """Watches one request leave, by the trace extension of httpcore.
+
+    Doubt is the default: that the request is incomplete counts only when its sending was seen to fail.
+    """
+
+    def __init__(self, on_send: Callable[[], None]) -> None:
+        self._on_send = on_send
+        self.deadline: _Deadline | None = None
+        self.began = False
+        self.incomplete = False
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        if event in {"connection.connect_tcp.complete", "connection.start_tls.complete"}:
+            _watch(self.deadline, info)
+        if event == "http11.send_request_headers.started" and info["request"].method == b"POST":
+            # Not for the CONNECT to a proxy, which is not the request.
+            self._on_send()
+            self.began = True
+        elif self.began and event in {"http11.send_request_headers.failed", "http11.send_request_body.failed"}:
+            self.incomplete = True
+
+
+class _Guard:
+    """Refuses a connection to a private address, by whom we are really connected to and before a byte leaves."""
+
+    def __init__(self, host: str, may_connect: Callable[[str], bool], deadline: _Deadline) -> None:
+        self._host = host
+        self._may_connect = may_connect
+        self._deadline = deadline
+        self._proxied = False
+
+    def trace(self, event: str, info: dict[str, Any]) -> None:
+        if event == "connection.connect_tcp.started":
+            # Through a proxy the peer is the proxy, which the admin chose; it resolves the name for itself.
+            self._proxied = str(info["host"]) != self._host
+        if event == "connection.connect_tcp.complete":
+            _watch(self._deadline, info)
+            peer = info["return_value"].get_extra_info("server_addr")[0]
+            if not self._proxied and not self._may_connect(peer):
+                raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
+
+
+def _watch(deadline: _Deadline | None, info: dict[str, Any]) -> None:
+    connection = info["return_value"].get_extra_info("socket")
+    if deadline is not None and connection is not None:
+        deadline.watch(connection)
+
+
+def is_loopback(host: str) -> bool:
+    """Tell whether a host is this machine, without asking the resolver."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def bare(url: str) -> str:
+    """Return a url without its query and user: what signs it is a secret."""
+    try:
+        parts = urlsplit(url)
+        host = parts.hostname or ""
+        port = f":{parts.port}" if parts.port else ""
+    except ValueError:
+        return "an unreadable url"
+    return printable(f"{parts.scheme}://{host}{port}{parts.path}", 300)
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of the network in words; never header contents, which may be the key."""
+    if isinstance(error, httpx.LocalProtocolError):
+        return "the request cannot be put on the wire"
+    text = str(error) or type(error).__name__
+    return printable(text, 300)
+
+
+def _trust(ca_file: str | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as error:
+        problem = Problem("endpoint.ca_file", f"{ca_file}: {error}", "name a file of PEM certificates")
+        raise ConfigError([problem]) from None
+
+
+@contextlib.contextmanager
+def _proxies() -> Iterator[None]:
+    """Report a proxy setting of the environment that httpx cannot use."""
+    try:
+        yield
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        problem = Problem("environment", f"the proxy cannot be used: {error}", "correct HTTPS_PROXY or ALL_PROXY")
+        raise ConfigError([problem]) from None

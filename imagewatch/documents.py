@@ -1,0 +1,113 @@
+"""The receipt and the error file: the words of a finished job, as TOML. Pure.
+
+Names and order of the keys are part of the folder protocol (``schema = 1``). Never in them: base64, a key, or the
+query of a signed url.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tomli_w
+
+from imagewatch import __version__
+from imagewatch.job import Charged, Claim, Head, Input, Sent, Tail
+from imagewatch.text import utc, whole
+
+SCHEMA = 1
+_DEEPEST = 16
+_IDS = ("x-request-id", "cf-ray", "x-vercel-id")
+
+
+def compose(
+    claim: Claim,
+    *,
+    charged: Charged,
+    sent: Sent | None = None,
+    head: Head | None = None,
+    tail: Tail | None = None,
+    attempts: int = 0,
+    finished: float,
+    top: Mapping[str, object],
+    images: Sequence[Mapping[str, object]] = (),
+    billing: Mapping[str, object] | None = None,
+) -> str:
+    """Return the text of a receipt or an error file.
+
+    Args:
+        claim: The job.
+        charged: Whether it cost anything.
+        sent: The newest attempt, if there was one.
+        head: How its answer began.
+        tail: How its answer ended.
+        attempts: How many were made.
+        finished: Wall-clock time of this document, seconds since the epoch.
+        top: Keys of the top level that only this kind of document has; they come first.
+        images: One table for each picture.
+        billing: As received.
+    """
+    document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
+    document["charged"] = charged
+    document["attempts"] = attempts
+    document["version"] = __version__
+    if sent:
+        document |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
+        document["request"] = sent.fields
+    if billing:
+        document["billing"] = billing
+    document["times"] = _times(claim, sent, head, tail, finished)
+    if head and (ids := {name: head.headers[name] for name in _IDS if name in head.headers}):
+        document["ids"] = ids
+    if images:
+        document["images"] = images
+    if sent and sent.inputs:
+        document["inputs"] = [_input(item) for item in sent.inputs]
+    return tomli_w.dumps(_ordered(document), multiline_strings=True)
+
+
+_ORDER = (
+    "schema job source message status code credits_required problems next charged credits_charged provider model "
+    "prompt prompt_sha256 asked got attempts endpoint version"
+).split()
+
+
+def _ordered(document: dict[str, object]) -> dict[str, Any]:
+    """Put plain values first, in the protocol's order; then tables; TOML needs that."""
+    known = {name: document.pop(name) for name in _ORDER if name in document}
+    return {name: value for name, value in _tame({**known, **document}, 0).items() if value is not None}
+
+
+def _times(claim: Claim, sent: Sent | None, head: Head | None, tail: Tail | None, finished: float) -> dict[str, object]:
+    times: dict[str, object] = {"claimed": utc(claim.at)}
+    if sent:
+        times["sent"] = utc(sent.at)
+    if head:
+        times["answered"] = utc(tail.at if tail and tail.at else head.at)
+    times["published"] = utc(finished)
+    return times
+
+
+def _input(item: Input) -> dict[str, object]:
+    return {name: getattr(item, name) for name in item.__struct_fields__}
+
+
+def _tame(value: Any, depth: int) -> Any:  # noqa: ANN401, PLR0911  any JSON in, any TOML out
+    """Return what TOML can hold of a value: no null, no surrogates, no giants, no endless nesting."""
+    if isinstance(value, str):
+        return whole(value)
+    if isinstance(value, Mapping):
+        if depth >= _DEEPEST:
+            return whole(repr(value)[:2000])
+        tamed = {whole(str(key)): _tame(inner, depth + 1) for key, inner in value.items()}
+        return {key: inner for key, inner in tamed.items() if inner is not None}
+    if isinstance(value, list | tuple):
+        if depth >= _DEEPEST:
+            return whole(repr(value)[:2000])
+        return [inner for inner in (_tame(item, depth + 1) for item in value) if inner is not None]
+    if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+        return str(value)
+    if isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 2**53:
+        return int(value)  # 12.0 credits are 12 credits
+    return value

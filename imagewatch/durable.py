@@ -1,0 +1,365 @@
+"""The only module that writes, renames, links, removes and fsyncs.
+
+Every change to a disk goes through one of the methods of ``Disk``, each of which makes one kind of system call;
+tests give the daemon a ``Disk`` that loses power between any two of them. ``OSError`` becomes ``SpoolError``
+here and nowhere else.
+
+The durable write is always the same sequence: a temporary file in the folder of its final name, write, length
+check, fsync, close, rename, fsync of the folder. An fsync that failed is never tried again on the same file:
+the kernel may have dropped the data and report success the second time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import functools
+import os
+import shutil
+import stat
+from typing import IO, TYPE_CHECKING, Any
+
+from imagewatch.errors import AlreadyRunning, SpoolError
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_COPY_BYTES = 1 << 20
+
+
+@contextlib.contextmanager
+def ours(path: str, doing: str) -> Iterator[None]:
+    """Turn an ``OSError`` about our own folders into a ``SpoolError`` with the next action."""
+    try:
+        yield
+    except OSError as error:
+        code = error.errno or 0
+        message = f"{printable(path)}: cannot {doing}: {os.strerror(code) if code else error}"
+        raise SpoolError(message, path=path, code=code, hint=_hint(code)) from error
+
+
+def _hint(code: int) -> str:
+    if code in _FULL:
+        return "make room; the work goes on by itself"
+    if code in {errno.EACCES, errno.EPERM}:
+        return "let the daemon's user write there"
+    if code == errno.EROFS:
+        return "mount it for writing, and name it in ReadWritePaths= of the unit"
+    if code in {errno.ENOENT, errno.ENOTDIR}:
+        return "restore the folder, or check that it is mounted"
+    return "look at the disk and the system log"
+
+
+class Disk:
+    """Our disk. All paths are absolute; all methods raise ``SpoolError``.
+
+    ``FileExistsError`` passes where "the name is taken" is an answer and not a failure.
+    """
+
+    def make_folder(self, path: str, mode: int = 0o700) -> None:
+        """Create a folder, with its parents; an existing one is fine."""
+        with ours(path, "create the folder"):
+            os.makedirs(path, mode=mode, exist_ok=True)
+
+    def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
+        """Create a file that must not exist, for writing and reading back; links are not followed."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with ours(path, "create the file"):
+            return os.fdopen(os.open(path, flags, mode), "w+b")
+
+    def sync(self, file: IO[bytes], path: str) -> None:
+        """Flush a file and its data to the disk itself."""
+        with ours(path, "write to disk"):
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sync_folder(self, path: str) -> None:
+        """Make the names in a folder durable."""
+        with ours(path, "write the folder to disk"):
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def replace(self, source: str, target: str) -> None:
+        """Rename within one file system; an existing target is replaced."""
+        with ours(target, "rename"):
+            os.replace(source, target)
+
+    def rename(self, source: str, target: str) -> None:
+        """Rename within one file system, never over an existing name.
+
+        Raises:
+            FileExistsError: The name is taken.
+            OSError: ``EXDEV`` or ``ENOENT``, which are answers to the caller's question.
+        """
+        try:
+            _rename_new(source, target)
+        except OSError as error:
+            if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT}:
+                raise
+            with ours(target, "rename"):
+                raise
+
+    def unlink(self, path: str) -> None:
+        """Remove a file; one that is gone is fine."""
+        with ours(path, "remove"), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def remove_folder(self, path: str) -> bool:
+        """Remove an empty folder; tell whether it is gone. One with strangers' files in it stays."""
+        with ours(path, "remove the folder"):
+            try:
+                os.rmdir(path)
+            except FileNotFoundError:
+                return True
+            except OSError as error:
+                if error.errno in {errno.ENOTEMPTY, errno.EEXIST}:
+                    return False
+                raise
+        return True
+
+    # The rest is made of the methods above.
+
+    @contextlib.contextmanager
+    def writing(self, path: str, temporary: str | None = None, mode: int = 0o600) -> Iterator[IO[bytes]]:
+        """Write a file durably under a name that may exist already (only ever by ourselves).
+
+        The name appears when the block ends without an exception, and then whole. The folder is not synced.
+
+        Args:
+            path: Final name.
+            temporary: Name to write under; a leftover of an earlier crash is replaced.
+            mode: Permission bits.
+        """
+        temporary = temporary or path + ".tmp"
+        self.unlink(temporary)
+        file = self.create(temporary, mode)
+        try:
+            with ours(path, "write"):
+                yield file
+            self.sync(file, path)
+        except BaseException:
+            file.close()
+            with contextlib.suppress(SpoolError):
+                self.unlink(temporary)
+            raise
+        file.close()
+        self.replace(temporary, path)
+
+    def write(self, path: str, content: bytes) -> None:
+        """Write a whole file durably, name and all."""
+        with self.writing(path) as file:
+            file.write(content)
+        self.sync_folder(os.path.dirname(path))
+
+    def carry(self, source: str, target: str, temporary: str, finish: Callable[[int], None] | None = None) -> None:
+        """Move a file to a name that is free, also to another file system. The folders are not synced.
+
+        Run again after a crash it finishes what was begun: a source that is gone with a target that is there
+        is done; so is a source that is gone with the target taken away by its reader.
+
+        Args:
+            source: What to move.
+            target: Its new name.
+            temporary: A name of our own in the target's folder, for a copy.
+            finish: Called with the descriptor before the name appears, to set mode and group.
+
+        Raises:
+            FileExistsError: The target is something else.
+        """
+        if not _is_regular(source):
+            self._carry_special(source, target)
+            return
+        with ours(source, "read"):
+            file = _open(source)
+        with file:
+            with ours(target, "set mode or group"):
+                if finish:
+                    finish(file.fileno())
+            self.sync(file, source)
+            try:
+                self.rename(source, target)
+            except FileExistsError:
+                if not _same(file, target):
+                    raise
+                self.unlink(source)
+            except OSError as error:
+                if error.errno != errno.EXDEV:
+                    with ours(target, "move"):
+                        raise
+                self._copy(file, target, temporary, finish)
+                self.sync_folder(os.path.dirname(target))
+                self.unlink(source)
+
+    def _carry_special(self, source: str, target: str) -> None:
+        """Move a link, a FIFO or nothing at all. Across file systems a link is made anew, other kinds are dropped."""
+        try:
+            self.rename(source, target)
+        except FileNotFoundError:
+            return
+        except FileExistsError:
+            raise
+        except OSError:
+            with ours(target, "move"):
+                if os.path.islink(source):
+                    os.symlink(os.readlink(source), target)
+            self.unlink(source)
+
+    def _copy(self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None) -> None:
+        self.unlink(temporary)
+        try:
+            with self.create(temporary, 0o644) as copy:
+                with ours(target, "write"):
+                    file.seek(0)
+                    shutil.copyfileobj(file, copy, _COPY_BYTES)
+                    copy.flush()
+                    if copy.tell() != os.fstat(file.fileno()).st_size:
+                        raise OSError(errno.EIO, "the copy is shorter than its source")
+                    if finish:
+                        finish(copy.fileno())
+                self.sync(copy, target)
+            try:
+                self.rename(temporary, target)
+            except FileExistsError:
+                if not _same(file, target):
+                    raise
+        finally:
+            self.unlink(temporary)
+
+    def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None] | None) -> None:
+        """Write a small file durably under a name that must be free; the same content there already is done.
+
+        Raises:
+            FileExistsError: The target is something else.
+        """
+        self.unlink(temporary)
+        try:
+            with self.create(temporary, 0o644) as file:
+                with ours(target, "write"):
+                    file.write(content)
+                    file.flush()
+                    if finish:
+                        finish(file.fileno())
+                self.sync(file, target)
+                try:
+                    self.rename(temporary, target)
+                except FileExistsError:
+                    if not _same(file, target):
+                        raise
+                except OSError:
+                    with ours(target, "rename"):
+                        raise
+        finally:
+            self.unlink(temporary)
+        self.sync_folder(os.path.dirname(target))
+
+    def probe(self, folder: str, name: str) -> None:
+        """Prove that a file can be written, synced and removed in a folder."""
+        path = os.path.join(folder, name)
+        self.unlink(path)
+        try:
+            with self.create(path) as file:
+                with ours(folder, "write"):
+                    file.write(b"imagewatch was here\n")
+                self.sync(file, folder)
+        finally:
+            self.unlink(path)
+
+    def lock(self, path: str) -> IO[bytes]:
+        """Take an exclusive lock that ends with the process.
+
+        Returns:
+            The open file; the lock lasts as long as it does.
+
+        Raises:
+            AlreadyRunning: Somebody else has it.
+        """
+        with ours(path, "open the lock"):
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise AlreadyRunning(
+                f"{printable(path)}: another imagewatch is at work here",
+                path=path,
+                hint="stop it first, or give this one other folders",
+            ) from None
+        except OSError as error:
+            file.close()
+            if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
+                with ours(path, "lock"):
+                    raise
+            raise SpoolError(
+                f"{printable(path)}: this file system has no locks", path=path, code=error.errno or 0
+            ) from error
+        return file
+
+
+def _is_regular(path: str) -> bool:
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except FileNotFoundError:
+        return False
+
+
+def _open(path: str) -> IO[bytes]:
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+
+
+def _same(file: IO[bytes], target: str) -> bool:
+    """Tell whether a file and a path hold the same bytes."""
+    try:
+        other = _open(target)
+    except OSError:
+        return False
+    with other:
+        mine, theirs = os.fstat(file.fileno()), os.fstat(other.fileno())
+        if mine.st_size != theirs.st_size:
+            return False
+        file.seek(0)
+        while chunk := file.read(_COPY_BYTES):
+            if chunk != other.read(len(chunk)):
+                return False
+    return True
+
+
+@functools.cache
+def _renameat2() -> Any | None:  # noqa: ANN401  a foreign function
+    try:
+        function = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return None
+    function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
+    return function
+
+
+def _rename_new(source: str, target: str) -> None:
+    """Rename without replacing, by the best means this file system has."""
+    function = _renameat2()
+    if function is not None:
+        done = function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+        if done == 0:
+            return
+        code = ctypes.get_errno()
+        if code not in {errno.EINVAL, errno.ENOSYS}:
+            raise OSError(code, os.strerror(code), target)
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except OSError as error:
+        if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}:
+            raise
+        # Neither call exists here (FAT, some FUSE): the gap between the look and the rename stays.
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(source, target)
+    else:
+        os.unlink(source)

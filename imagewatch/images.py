@@ -1,0 +1,520 @@
+"""Is this a whole PNG, JPEG or WebP, and how large: judged from the bytes, without decoding a pixel.
+
+Both the pictures people drop and the pictures that are answered come from outside, so no decoder touches
+them here: the container is walked from end to end, which finds what really happens to files (cut short, a
+byte flipped, an HTML page under the name ``cat.png``) and bounds the pixel count by the header. What is
+inside the compressed data is not looked at. One buffer of 64 KiB whatever the file, each byte read once,
+and the number of Python-level steps is capped, so that a hostile file costs no more than an honest one.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from typing import IO
+
+Kind = Literal["png", "jpeg", "webp"]
+
+MAX_PIXELS = 100_000_000
+"""More than this, by the header, is a problem: a few bytes may not claim gigabytes of pixels."""
+
+IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp"})
+"""File name suffixes, lower case and without the dot, of what can be sent."""
+
+FOREIGN_SUFFIXES = frozenset(
+    (  # noqa: SIM905  eighty quoted strings would be harder to read
+        "apng avif avifs bmp bpg cur dds dib emf eps exr flif gif hdr heic heics heif heifs hif icns ico j2c "
+        "j2k jfif jif jp2 jpe jpf jpm jpx jxl jxr kra pam pbm pcx pgm pnm ppm psb psd qoi svg svgz tga tif "
+        "tiff wbmp wdp wmf xbm xcf xpm "
+        # Camera raw.
+        "3fr arw cr2 cr3 crw dcr dng erf fff gpr iiq kdc mef mos mrw nef nrw orf pef ptx raf raw rw2 rwl sr2 "
+        "srf srw x3f"
+    ).split()
+)
+"""Suffixes of picture files that cannot be sent; meant to be named in a message, not passed over."""
+
+_PIECE = 64 * 1024
+_MAX_STEPS = 250_000  # chunks or segments; with the usual 8 KiB in each this is a PNG of 2 GB
+_SNIFF = 16
+
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_PNG_MAX_LENGTH = 2**31 - 1
+
+_STUFFED, _TEM, _SOI, _EOI, _SOS, _FILL = 0x00, 0x01, 0xD8, 0xD9, 0xDA, 0xFF
+_STANDALONE = frozenset({_TEM, *range(0xD0, 0xD8)})
+# C4, C8 and CC are tables and extensions that sit among the numbers of the frame headers.
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+# Inside a scan FF is data when 00 follows, and RSTn and TEM do not end it. With every byte mapped to
+# its class, the end of a scan is one `find` whatever the data is; a loop over each FF would be slow
+# exactly for the files that are made to be slow.
+_GOES_ON, _ENDS = b"\x00", b"\x01"
+_CLASSES = bytes(
+    _FILL if code == _FILL else (_GOES_ON if code in {_STUFFED, *_STANDALONE} else _ENDS)[0] for code in range(256)
+)
+_SCAN_END = bytes([_FILL]) + _ENDS
+
+_WEBP_FIRST = frozenset({b"VP8 ", b"VP8L", b"VP8X"})
+_WEBP_PICTURES = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
+_WEBP_HEADER = 16  # the longest chunk header that is read (ANMF); the others need 10 and 5 bytes
+
+_CUT: dict[Kind, str] = {
+    "png": "cut short: no IEND chunk",
+    "jpeg": "cut short: no EOI marker",
+    "webp": "cut short",
+}
+_MIMES: dict[Kind, str] = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
+_EXTENSIONS: dict[Kind, str] = {"png": "png", "jpeg": "jpg", "webp": "webp"}
+
+_FOREIGN_MAGIC = (
+    (0, b"GIF87a", "GIF"),
+    (0, b"GIF89a", "GIF"),
+    (8, b"CR\x02", "camera raw"),
+    (0, b"II*\x00", "TIFF"),
+    (0, b"MM\x00*", "TIFF"),
+    (0, b"II+\x00", "TIFF"),
+    (0, b"MM\x00+", "TIFF"),
+    (0, b"8BPS", "Photoshop"),
+    (0, b"\x00\x00\x01\x00", "ICO"),
+    (0, b"\x00\x00\x02\x00", "ICO"),
+    (0, b"\x00\x00\x00\x0cJXL \r\n\x87\n", "JPEG XL"),
+    (0, b"\xff\x0a", "JPEG XL"),
+    (0, b"\x00\x00\x00\x0cjP  \r\n\x87\n", "JPEG 2000"),
+    (0, b"\xff\x4f\xff\x51", "JPEG 2000"),
+    (0, b"II\xbc", "JPEG XR"),
+    (0, b"FUJIFILMCCD-RAW", "camera raw"),
+    (0, b"qoif", "QOI"),
+    (0, b"\x76\x2f\x31\x01", "OpenEXR"),
+    (0, b"DDS ", "DDS"),
+    (0, b"gimp xcf", "GIMP"),
+    (0, b"%!PS", "PostScript"),
+    (0, b"%PDF-", "PDF"),
+    (0, b"PK\x03\x04", "ZIP archive"),
+    (0, b"\x1f\x8b", "gzip archive"),
+    (8, b"AVI ", "AVI video"),
+    (8, b"WAVE", "WAV sound"),
+    (0, b"\x1aE\xdf\xa3", "Matroska or WebM video"),
+    (0, b"data:image/", "base64 text"),
+    (0, b"iVBORw0KGgo", "base64 text"),
+    (0, b"/9j/", "base64 text"),
+    (0, b"UklGR", "base64 text"),
+)
+# The size field of a BMP's second header: "BM" alone also begins words.
+_BMP_HEADERS = frozenset({12, 16, 40, 52, 56, 64, 108, 124})
+_BRANDS = (
+    (frozenset({b"avif", b"avis"}), "AVIF"),
+    (frozenset({b"crx "}), "camera raw"),
+    (
+        frozenset({b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1"}),
+        "HEIC",
+    ),
+)
+_JSON_OPENINGS = (b'{"', b"{}", b"[{", b'["', b"[[", b"[]")
+
+
+class _BrokenError(Exception):
+    """The walk found a fault; the message is the problem as shown to people."""
+
+
+class _CutError(_BrokenError):
+    """The file ended where the walk needed more."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """What the bytes of a picture say about themselves.
+
+    Attributes:
+        kind: By content, never by name.
+        width: In pixels, from the header; 0 when the header could not be read.
+        height: Likewise.
+        problem: Empty when structurally whole, else what is wrong.
+    """
+
+    kind: Kind
+    width: int
+    height: int
+    problem: str
+
+    @property
+    def mime(self) -> str:
+        """The media type, e.g. ``image/jpeg``."""
+        return _MIMES[self.kind]
+
+    @property
+    def extension(self) -> str:
+        """The usual file name suffix without the dot: ``png``, ``jpg`` or ``webp``."""
+        return _EXTENSIONS[self.kind]
+
+
+class _Size:
+    """The dimensions as soon as the header was read; they outlive a walk that fails later."""
+
+    def __init__(self) -> None:
+        self.width = 0
+        self.height = 0
+        self.known = False
+
+    def set(self, width: int, height: int) -> None:
+        """Take the dimensions, or refuse them and end the walk.
+
+        Raises:
+            _BrokenError: There are no pixels, or too many.
+        """
+        self.width, self.height, self.known = width, height, True
+        shown = f"{width}×{height} pixels"  # noqa: RUF001  read by people
+        if not width or not height:
+            raise _BrokenError(f"{shown} is no picture")
+        if width * height > MAX_PIXELS:
+            raise _BrokenError(f"{shown} is more than {MAX_PIXELS:,}")
+
+
+class _Reader:
+    """Reads a file forward through one buffer, each byte at most once.
+
+    What may be asked for at once is bounded by the callers (a few bytes); long stretches go through `crc`,
+    `skip_to` and `to_scan_end`, which never hold more than a buffer.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        file.seek(0, 2)
+        self.size = file.tell()
+        file.seek(0)
+        self._file = file
+        self._steps = 0
+        self._piece = b""
+        self._classes = b""  # of the whole piece, made once: many short scans must not map it again
+        self._start = 0  # where in the file the piece begins
+        self._at = 0  # the next byte in the piece
+
+    @property
+    def position(self) -> int:
+        """The place in the file of the next byte."""
+        return self._start + self._at
+
+    def _more(self) -> None:
+        """Read on and keep what is not consumed yet."""
+        rest = self._piece[self._at :]
+        self._start += self._at
+        self._at = 0
+        self._piece = rest
+        self._classes = b""
+        fresh = self._file.read(_PIECE)
+        if not fresh:
+            raise _CutError
+        self._piece = rest + fresh if rest else fresh
+
+    def head(self, count: int) -> bytes:
+        """Return the first bytes without consuming them; fewer when the file is shorter."""
+        try:
+            while len(self._piece) < count:
+                self._more()
+        except _CutError:
+            pass
+        return self._piece[:count]
+
+    def step(self) -> None:
+        """Count one chunk or segment.
+
+        Raises:
+            _BrokenError: There are more than any real picture has.
+        """
+        self._steps += 1
+        if self._steps > _MAX_STEPS:
+            raise _BrokenError(f"made of more than {_MAX_STEPS:,} parts")
+
+    def take(self, count: int) -> bytes:
+        """Return and consume exactly this many bytes."""
+        while len(self._piece) - self._at < count:
+            self._more()
+        self._at += count
+        return self._piece[self._at - count : self._at]
+
+    def skip_to(self, position: int) -> None:
+        """Go forward to a place in the file; only its end is checked, nothing is read."""
+        if position > self.size:
+            raise _CutError
+        if position <= self._start + len(self._piece):
+            self._at = position - self._start
+            return
+        self._file.seek(position)
+        self._piece = self._classes = b""
+        self._start, self._at = position, 0
+
+    def crc(self, count: int, value: int) -> int:
+        """Consume this many bytes and return the CRC-32 that continues ``value`` over them."""
+        if self.position + count > self.size:
+            raise _CutError  # said at once: no need to read gigabytes up to the missing end
+        while count:
+            if self._at == len(self._piece):
+                self._more()
+            with memoryview(self._piece) as whole, whole[self._at : self._at + count] as part:
+                value = zlib.crc32(part, value)
+                self._at += len(part)
+                count -= len(part)
+        return value
+
+    def to_scan_end(self) -> None:
+        """Go to the FF of the marker that ends the entropy-coded data."""
+        while True:
+            if not self._classes:
+                self._classes = self._piece.translate(_CLASSES)
+            found = self._classes.find(_SCAN_END, self._at)
+            if found >= 0:
+                self._at = found
+                return
+            # An FF at the very end is judged together with the byte that follows it.
+            self._at = max(self._at, len(self._piece) - self._piece.endswith(b"\xff"))
+            self._more()
+
+
+def inspect(file: IO[bytes]) -> Image | None:
+    """Judge a file by its bytes.
+
+    Args:
+        file: Open for reading in binary and seekable; it is read from its start wherever it stands, and
+            left anywhere.
+
+    Returns:
+        What was found, with the first problem, or None when it is neither PNG nor JPEG nor WebP.
+
+    Raises:
+        OSError: Reading failed.
+    """
+    reader = _Reader(file)
+    kind = sniff(reader.head(_SNIFF))
+    if kind is None:
+        return None
+    size = _Size()
+    problem = ""
+    try:
+        if kind == "png":
+            _walk_png(reader, size)
+        elif kind == "jpeg":
+            _walk_jpeg(reader, size)
+        else:
+            _walk_webp(reader, size)
+    except _CutError:
+        problem = _CUT[kind]
+    except _BrokenError as broken:
+        problem = str(broken)
+    return Image(kind, size.width, size.height, problem)
+
+
+def sniff(head: bytes) -> Kind | None:
+    """Return the kind by its magic bytes; the first 12 bytes of a file are enough."""
+    if head.startswith(_PNG_MAGIC):
+        return "png"
+    if head.startswith(b"\xff\xd8\xff"):
+        return "jpeg"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "webp"
+    return None
+
+
+def foreign(head: bytes) -> str | None:
+    """Name what is not a supported picture but was recognised.
+
+    Args:
+        head: The first bytes of a file; 512 are plenty, a dozen do for most.
+
+    Returns:
+        A name for messages ("GIF", "HEIC", "HTML page", …), or None when it is supported or unknown.
+    """
+    if sniff(head) is not None:
+        return None
+    if head[4:8] == b"ftyp":
+        return _foreign_brand(head)
+    if head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in _BMP_HEADERS:
+        return "BMP"
+    for offset, magic, name in _FOREIGN_MAGIC:
+        if head.startswith(magic, offset):
+            return name
+    return _foreign_text(head)
+
+
+def _foreign_brand(head: bytes) -> str:
+    """Tell the pictures in an ISO media file from the videos by the brands it declares."""
+    length = min(int.from_bytes(head[:4], "big"), len(head), 128)
+    # "mif1" only says "some picture" and may stand first in an AVIF as well as in a HEIC.
+    brands = {head[8:12]} | {head[at : at + 4] for at in range(16, length - 3, 4)}
+    for known, name in _BRANDS:
+        if brands & known:
+            return name
+    return "MP4 or QuickTime video"
+
+
+def _foreign_text(head: bytes) -> str | None:
+    """Recognise the texts that are found under the names of pictures: error pages above all."""
+    text = head[:4096].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    if text.startswith((b"<!doctype html", b"<html", b"<head", b"<body")):
+        return "HTML page"
+    if text.startswith((b"<svg", b"<!doctype svg")):
+        return "SVG"
+    if text.startswith((b"<?xml", b"<!--")):
+        if b"<svg" in text:
+            return "SVG"
+        return "HTML page" if b"<html" in text else "XML"
+    if b"".join(text[:64].split()).startswith(_JSON_OPENINGS):
+        return "JSON"
+    return None
+
+
+def _walk_png(reader: _Reader, size: _Size) -> None:
+    """Walk the chunks of a PNG up to IEND; what follows it is nobody's business."""
+    reader.take(len(_PNG_MAGIC))
+    pixels = False
+    name = b""
+    while name != b"IEND":
+        reader.step()
+        length, name = struct.unpack(">I4s", reader.take(8))
+        if not name.isalpha():  # ASCII letters only, for bytes: safe to show from here on
+            raise _BrokenError("a chunk has no proper name")
+        shown = name.decode("ascii")
+        if not size.known and name != b"IHDR":
+            raise _BrokenError(f"begins with chunk {shown}, not IHDR")
+        _check_png_length(shown, length, again=size.known)
+        if name == b"IHDR":
+            header = reader.take(length)
+            crc = zlib.crc32(header, zlib.crc32(name))
+        else:
+            crc = reader.crc(length, zlib.crc32(name))
+        if reader.take(4) != crc.to_bytes(4, "big"):
+            raise _BrokenError(f"chunk {shown} has a wrong checksum")
+        if name == b"IHDR":
+            size.set(*struct.unpack_from(">II", header))
+        pixels = pixels or name == b"IDAT"
+    if not pixels:
+        raise _BrokenError("no pixels: no IDAT chunk")
+
+
+def _check_png_length(name: str, length: int, *, again: bool) -> None:
+    """Refuse the lengths that the format rules out, and a second header."""
+    if length > _PNG_MAX_LENGTH:
+        raise _BrokenError(f"chunk {name} has an impossible length")
+    fixed = {"IHDR": 13, "IEND": 0}.get(name)
+    if fixed is not None and length != fixed:
+        raise _BrokenError(f"chunk {name} is {length:,} bytes long, not {fixed}")
+    if name == "IHDR" and again:
+        raise _BrokenError("a second IHDR chunk")
+
+
+def _walk_jpeg(reader: _Reader, size: _Size) -> None:
+    """Walk the segments and scans of a JPEG up to EOI; phones append more, which is left alone."""
+    reader.take(2)
+    scanned = False
+    while (code := _next_marker(reader)) != _EOI:
+        if code in _STANDALONE:
+            continue
+        if code == _SOI:
+            # Two files run together, the first cut short.
+            raise _BrokenError("a second picture begins before this one ends")
+        length = int.from_bytes(reader.take(2), "big")
+        end = reader.position - 2 + length
+        if code in _FRAMES:
+            _read_frame(reader, size, length)
+        elif code == _SOS:
+            _read_scan(reader, size, length)
+            scanned = True
+        elif length < 2:  # noqa: PLR2004  the length counts its own two bytes
+            raise _BrokenError(f"segment {code:02X} has an impossible length")
+        reader.skip_to(end)
+        if code == _SOS:
+            reader.to_scan_end()
+    if not scanned:
+        raise _BrokenError("no pixels: no scan before EOI")
+
+
+def _next_marker(reader: _Reader) -> int:
+    """Return the code of the marker that must be next, over any fill bytes before it."""
+    reader.step()
+    if reader.take(1)[0] != _FILL:
+        raise _BrokenError(f"no marker at byte {reader.position - 1:,}, where a segment should begin")
+    while (code := reader.take(1)[0]) == _FILL:
+        reader.step()
+    if code == _STUFFED:
+        raise _BrokenError(f"no marker at byte {reader.position - 2:,}, where a segment should begin")
+    return code
+
+
+def _read_frame(reader: _Reader, size: _Size, length: int) -> None:
+    """Read the dimensions from a frame header."""
+    if size.known:
+        # Which one counts depends on the decoder, so the pixel count would be anybody's guess.
+        raise _BrokenError("a second frame header")
+    height, width, components = struct.unpack(">xHHB", reader.take(6))
+    if not components or length != 8 + 3 * components:
+        raise _BrokenError("a frame header with an impossible length")
+    size.set(width, height)
+
+
+def _read_scan(reader: _Reader, size: _Size, length: int) -> None:
+    """Check the header of a scan."""
+    if not size.known:
+        raise _BrokenError("a scan before any frame header")
+    components = reader.take(1)[0]
+    if not components or length != 6 + 2 * components:
+        raise _BrokenError("a scan header with an impossible length")
+
+
+def _walk_webp(reader: _Reader, size: _Size) -> None:
+    """Walk the chunks of a WebP as far as its RIFF header says; the file may be longer."""
+    end = 8 + int.from_bytes(reader.take(12)[4:8], "little")
+    if end > reader.size:
+        raise _BrokenError(f"cut short: {reader.size:,} of {end:,} bytes")
+    pixels = False
+    while reader.position < end:
+        reader.step()
+        if end - reader.position < 8:  # noqa: PLR2004  name and length
+            raise _BrokenError("loose bytes after the last chunk")
+        name, length = struct.unpack("<4sI", reader.take(8))
+        after = reader.position + length
+        if after > end:
+            raise _BrokenError("a chunk is longer than the file says it is")
+        if not size.known and name not in _WEBP_FIRST:
+            raise _BrokenError("does not begin with a VP8, VP8L or VP8X chunk")
+        if name in _WEBP_FIRST or name in _WEBP_PICTURES:
+            _read_webp_header(name, reader.take(min(length, _WEBP_HEADER)), size)
+        pixels = pixels or name in _WEBP_PICTURES
+        # Chunks are padded to even lengths; some writers leave the last pad byte out.
+        reader.skip_to(min(after + length % 2, end))
+    if not pixels:
+        raise _BrokenError("no pixels: no VP8, VP8L or ANMF chunk")
+
+
+def _read_webp_header(name: bytes, head: bytes, size: _Size) -> None:
+    """Take the dimensions from the first header, and hold the later ones to them.
+
+    A small canvas must not vouch for a huge frame: the pixel count is bounded by the first header only.
+    """
+    x, y, width, height = _webp_fields(name, head)
+    if not size.known:
+        size.set(width, height)
+    elif name == b"ANMF":
+        if x + width > size.width or y + height > size.height:
+            raise _BrokenError("a frame reaches out of the canvas")
+    elif (width, height) != (size.width, size.height):
+        raise _BrokenError("canvas and picture differ in size")
+
+
+def _webp_fields(name: bytes, head: bytes) -> tuple[int, int, int, int]:
+    """Return left, top, width and height from the beginning of a chunk."""
+
+    def three(at: int) -> int:
+        return int.from_bytes(head[at : at + 3], "little")
+
+    if name == b"ANMF" and len(head) >= 16:  # noqa: PLR2004  position, size, duration, flags
+        return 2 * three(0), 2 * three(3), three(6) + 1, three(9) + 1
+    if name == b"VP8X" and len(head) >= 10:  # noqa: PLR2004  flags, canvas
+        return 0, 0, three(4) + 1, three(7) + 1
+    if name == b"VP8L" and len(head) >= 5 and head[0] == 0x2F:  # noqa: PLR2004  signature, 14 + 14 bits
+        bits = int.from_bytes(head[1:5], "little")
+        return 0, 0, (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    if name == b"VP8 " and len(head) >= 10 and head[3:6] == b"\x9d\x01\x2a":  # noqa: PLR2004  tag, start code
+        width, height = struct.unpack_from("<HH", head, 6)
+        return 0, 0, width & 0x3FFF, height & 0x3FFF  # the upper two bits are a scale for display
+    raise _BrokenError(f"the {name.decode('ascii').strip()} header cannot be read")

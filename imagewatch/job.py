@@ -1,0 +1,186 @@
+"""The frozen values that a job is made of, and how they are written to disk. Pure.
+
+A *job* is a claimed prompt with its images; an *attempt* is one call for it. ``Claim``, ``Sent`` and
+``Decision`` are the records in the state folder; their field names are its format.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+from typing import Any, Literal, TypeVar
+
+import msgspec
+
+from imagewatch.names import SUFFIX
+
+Charged = Literal["yes", "no", "unknown"]
+Door = Literal["outbox", "errors"]
+T = TypeVar("T")
+
+
+class Reaction(enum.Enum):
+    """What an answer means for its job (product page, "Money")."""
+
+    SUCCESS = "charged; read it"
+    REFUSED = "free; this request is not sent again by itself"
+    ACCOUNT = "free; about the account or the address: every other request would get the same"
+    BUSY = "free; the same request may be sent again after a while"
+    UNREACHED = "free; the request never left whole"
+    UNKNOWN = "it may have been charged; never sent again by itself"
+
+
+class Claim(msgspec.Struct, frozen=True, kw_only=True):
+    """What was claimed, written before the prompt leaves the inbox.
+
+    Attributes:
+        job: Random id, 16 hexadecimal digits.
+        folder: Folder below the inbox, with ``/``; empty for the inbox itself.
+        stem: The prompt's name without ``.prompt.txt``.
+        images: Names of its input images, in the order in which they are sent.
+        declared: Whether the prompt names its images itself.
+        foreign: Siblings of a kind the endpoint does not take.
+        size: Size of the prompt file, bytes.
+        mtime_ns: Modification time of the prompt file, nanoseconds since the epoch.
+        at: Wall-clock time of the claim, seconds since the epoch.
+    """
+
+    job: str
+    folder: str
+    stem: str
+    images: tuple[str, ...] = ()
+    declared: bool = False
+    foreign: tuple[str, ...] = ()
+    size: int = 0
+    mtime_ns: int = 0
+    at: float = 0.0
+
+    @property
+    def prompt(self) -> str:
+        """File name of the prompt."""
+        return self.stem + SUFFIX
+
+    @property
+    def source(self) -> str:
+        """Path of the prompt below the inbox."""
+        return f"{self.folder}/{self.prompt}" if self.folder else self.prompt
+
+    @property
+    def tag(self) -> str:
+        """The short id that goes into a name that is taken."""
+        return self.job[:4]
+
+    @property
+    def originals(self) -> tuple[str, ...]:
+        """Everything that was dropped; the prompt last, as it is what counts."""
+        return (*self.images, *self.foreign, self.prompt)
+
+
+class Input(msgspec.Struct, frozen=True, kw_only=True):
+    """One input image as it was sent."""
+
+    file: str
+    mime: str
+    bytes: int
+    width: int
+    height: int
+    sha256: str
+
+
+class Sent(msgspec.Struct, frozen=True, kw_only=True):
+    """One attempt, written before the first byte of the request leaves.
+
+    Attributes:
+        fields: The JSON body without ``prompt`` and ``input_images``.
+        content_sha256: Of the prompt file and its images, as dropped.
+        endpoint: The address called.
+        at: Wall-clock time, seconds since the epoch.
+    """
+
+    prompt: str
+    prompt_sha256: str
+    fields: dict[str, Any]
+    inputs: tuple[Input, ...]
+    content_sha256: str
+    endpoint: str
+    at: float
+
+    @property
+    def asked(self) -> int:
+        """Number of images asked for."""
+        return int(self.fields.get("n", 1))
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer began; the first line of its file.
+
+    Attributes:
+        status: HTTP status, or 0 when the request never left whole.
+        headers: Headers worth keeping, lower-case names.
+        at: Wall-clock time of the first byte, seconds since the epoch.
+    """
+
+    status: int
+    headers: dict[str, str] = {}
+    at: float = 0.0
+
+
+class Tail(msgspec.Struct, frozen=True, kw_only=True):
+    """How an answer ended; the last line of its file.
+
+    Attributes:
+        complete: Whether the body came whole.
+        reason: Why not, in words.
+        at: Wall-clock time of the end, seconds since the epoch.
+    """
+
+    complete: bool
+    reason: str = ""
+    at: float = 0.0
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One file to be put into a folder that others read.
+
+    Attributes:
+        source: Where it lies: ``state/NAME`` or ``claim/NAME``.
+        name: Its name behind the door.
+    """
+
+    source: str
+    name: str
+
+
+class Decision(msgspec.Struct, frozen=True, kw_only=True):
+    """How a job ends: through which door, with which files, and the document that says so.
+
+    Attributes:
+        door: ``outbox`` or ``errors``.
+        moves: What goes through it, in this order.
+        name: Name of the receipt or error file, which goes last.
+        document: Its whole text.
+        keep: Originals for the archive, when the door is ``outbox``.
+    """
+
+    door: Door
+    moves: tuple[Move, ...]
+    name: str
+    document: str
+    keep: tuple[Move, ...] = ()
+
+
+def dump(value: msgspec.Struct) -> bytes:
+    """Return a record as one line of JSON.
+
+    Not by ``msgspec``: it refuses the lone surrogates by which Python carries file names that are not UTF-8.
+    """
+    return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode()
+
+
+def load(raw: bytes, kind: type[T]) -> T:
+    """Return the record that ``dump`` wrote.
+
+    Raises:
+        ValueError: It is not one (a file damaged from outside).
+    """
+    return msgspec.convert(json.loads(raw), kind)

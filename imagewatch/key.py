@@ -1,0 +1,286 @@
+"""The API key: where it comes from, and a value that does not show itself.
+
+The key is read anew for each request, because tokens expire. No message of this module holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import selectors
+import shutil
+import signal
+import stat
+import subprocess
+import time
+from typing import TYPE_CHECKING, Final, NamedTuple
+from urllib.parse import quote
+
+from imagewatch.errors import ConfigError, Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from imagewatch.config import Endpoint
+
+_CREDENTIAL: Final = "letta_api_key"
+_VARIABLE: Final = "LETTA_API_KEY"
+_MAX_BYTES: Final = 64 * 1024
+_MAX_ECHO: Final = 200
+_MIN_ECHO_SECRET: Final = 8
+_FOUR_WAYS: Final = (
+    "set one of: api_key_command or api_key_file below [endpoint], the systemd credential letta_api_key "
+    "(LoadCredential=letta_api_key:/path), or the environment variable LETTA_API_KEY"
+)
+
+
+class Key:
+    """A key that can be used and compared, but is not shown by accident."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def __repr__(self) -> str:
+        return "Key(***)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Key) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __reduce__(self) -> str:
+        raise TypeError("a key is not to be written down")
+
+    def reveal(self) -> str:
+        """Return the key itself; for the request header and nothing else."""
+        return self._value
+
+    def mask(self, text: str) -> str:
+        """Return a text with the key replaced by ``***``, also where it is escaped as in JSON or a URL."""
+        spellings = {
+            self._value,
+            json.dumps(self._value)[1:-1],
+            quote(self._value),
+            quote(self._value, safe=""),
+        }
+        for spelling in sorted(spellings - {""}, key=len, reverse=True):
+            text = text.replace(spelling, "***")
+        return text
+
+
+class _Source(NamedTuple):
+    """One way to the key: the field to blame, the name to show, and how to read it."""
+
+    field: str
+    label: str
+    read: Callable[[], bytes]
+
+
+def read_key(endpoint: Endpoint, environ: Mapping[str, str], *, command_timeout: float = 30.0) -> Key:
+    """Return the key from the first source that is set, even if a later one would do better.
+
+    Args:
+        endpoint: The configuration's ``[endpoint]``.
+        environ: The environment; also that of the command.
+        command_timeout: Seconds that ``api_key_command`` may take.
+
+    Returns:
+        The key.
+
+    Raises:
+        ConfigError: If no source is set, or the first that is set gives no key.
+    """
+    source = _source(endpoint, environ, command_timeout)
+    if source is None:
+        raise ConfigError([Problem("endpoint", "no API key is set", _FOUR_WAYS)])
+    value = source.read().strip()
+    if not value:
+        raise _failure(source.field, "gave an empty key", "it must give the key alone, on one line")
+    if not re.fullmatch(rb"[\x21-\x7e]+", value):
+        reason = "gave something that is not a key (white space or other than plain ASCII in it)"
+        raise _failure(source.field, reason, "it must give the key alone, on one line")
+    return Key(value.decode("ascii"))
+
+
+def key_source(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
+    """Return the name of the source that the key is read from, or an empty string when none is set.
+
+    Args:
+        endpoint: The configuration's ``[endpoint]``.
+        environ: The environment.
+
+    Returns:
+        For example ``api_key_file /etc/imagewatch/key``; of a command at most the program is named.
+    """
+    source = _source(endpoint, environ, 0)
+    return source.label if source else ""
+
+
+def key_file_problem(path: str) -> str:
+    """Return a warning when others than its owner can read a key file, else an empty string.
+
+    Args:
+        path: The key file; one that cannot be looked at is not this function's business.
+    """
+    try:
+        mode = stat.S_IMODE(os.stat(path).st_mode)
+    except OSError:
+        return ""
+    if not mode & (stat.S_IRGRP | stat.S_IROTH):
+        return ""
+    return f"{path} can be read by others than its owner (mode {mode:04o}): chmod 600 it"
+
+
+def _failure(field: str, reason: str, hint: str) -> ConfigError:
+    return ConfigError([Problem(field, reason, hint)])
+
+
+def _source(endpoint: Endpoint, environ: Mapping[str, str], timeout: float) -> _Source | None:
+    """Return the first source that is set."""
+    command, path = endpoint.api_key_command, endpoint.api_key_file
+    folder = environ.get("CREDENTIALS_DIRECTORY", "")
+    credential = os.path.join(folder, _CREDENTIAL)
+    if command:
+        field = "endpoint.api_key_command"
+        # Arguments may be secret, and what is no program may be the key in the wrong place: not named.
+        program = command[0] if shutil.which(command[0], path=environ.get("PATH")) else ""
+        return _Source(field, f"api_key_command {program}".strip(), lambda: _run(command, environ, timeout))
+    if path is not None:
+        field = "endpoint.api_key_file"
+        return _Source(field, f"api_key_file {path}", lambda: _read(path, field))
+    if folder and os.path.lexists(credential):
+        field = f"credential {_CREDENTIAL}"
+        return _Source(field, f"systemd credential {_CREDENTIAL}", lambda: _read(credential, field))
+    if value := environ.get(_VARIABLE):
+        field = f"environment variable {_VARIABLE}"
+        return _Source(_VARIABLE, field, lambda: value.encode("utf-8", "surrogatepass"))
+    return None
+
+
+def _read(path: str, field: str) -> bytes:
+    """Return the content of a small regular file."""
+    reason = ""
+    content = b""
+    try:
+        # Non-blocking: opening a FIFO must not stop the daemon before we can see that it is one.
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        try:
+            if stat.S_ISREG(os.fstat(descriptor).st_mode):
+                with open(descriptor, "rb", closefd=False) as file:
+                    content = file.read(_MAX_BYTES + 1)
+            else:
+                reason = "is not a regular file"
+        finally:
+            os.close(descriptor)
+    except (OSError, ValueError) as error:
+        words = error.strerror if isinstance(error, OSError) else None
+        reason = f"cannot be read: {words or 'not a file name'}"
+    if len(content) > _MAX_BYTES:
+        reason = "is larger than 64 KiB"
+    if reason:
+        raise _failure(field, f"{path!a} {reason}", "it must be a file, readable for the user of imagewatch")
+    return content
+
+
+def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -> bytes:
+    """Return what a command prints; it has no shell, no input and little time."""
+    field, hint = "endpoint.api_key_command", "run it by hand as the user of imagewatch"
+    outcome: _Outcome | None = None
+    reason = ""
+    try:
+        # Its own session: a Ctrl-C for imagewatch is not for it, and its children can be ended with it.
+        with subprocess.Popen(  # noqa: S603  the admin's own command, no shell
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=dict(environ),
+            start_new_session=True,
+        ) as process:
+            outcome = _collect(process, time.monotonic() + timeout)
+    except (OSError, ValueError) as error:
+        words = error.strerror if isinstance(error, OSError) else None
+        reason = f"cannot be started: {words or 'not a command'}"
+    if outcome is not None:
+        reason = outcome.fault or _exit_reason(process.returncode, outcome)
+    if outcome is None or reason:
+        raise _failure(field, reason, hint)
+    return outcome.output
+
+
+class _Outcome(NamedTuple):
+    """What a command wrote, and why it was ended by us, if it was."""
+
+    output: bytes
+    errors: bytes
+    fault: str
+
+
+def _collect(process: subprocess.Popen[bytes], deadline: float) -> _Outcome:
+    """Read both outputs until the command has ended, or end it.
+
+    ``communicate`` would keep any amount in memory, and wait for ever for a grandchild that holds the pipe.
+    """
+    output, errors, fault = bytearray(), bytearray(), ""
+    assert process.stdout is not None
+    assert process.stderr is not None
+    with selectors.DefaultSelector() as selector:
+        selector.register(process.stdout, selectors.EVENT_READ, output)
+        selector.register(process.stderr, selectors.EVENT_READ, errors)
+        while selector.get_map() and not fault:
+            ended = process.poll() is not None  # asked before the look, so that its last words are read
+            ready = selector.select(min(0.1, max(0.0, deadline - time.monotonic())))
+            if ended and not ready:
+                break
+            for entry, _ in ready:
+                chunk = os.read(entry.fd, _MAX_BYTES)
+                entry.data.extend(chunk)
+                if not chunk:
+                    selector.unregister(entry.fileobj)
+            del errors[:-_MAX_BYTES]
+            fault = _fault(len(output), deadline)
+    fault = fault or _wait(process, deadline)
+    if fault:
+        _end(process)
+    return _Outcome(bytes(output), bytes(errors), fault)
+
+
+def _fault(length: int, deadline: float) -> str:
+    if length > _MAX_BYTES:
+        return "printed more than 64 KiB"
+    return "took too long" if time.monotonic() >= deadline else ""
+
+
+def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
+    """Wait for a command that has closed its outputs; return what is wrong."""
+    try:
+        process.wait(max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        return "took too long"
+    return ""
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command and its children; the session is its own."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _exit_reason(code: int, outcome: _Outcome) -> str:
+    """Return why a command failed, with the last line of its own words, or an empty string."""
+    if code == 0:
+        return ""
+    text = outcome.errors.decode("utf-8", "replace")
+    # A command that fails late may have the key in both outputs.
+    for word in outcome.output.decode("utf-8", "replace").split():
+        if len(word) >= _MIN_ECHO_SECRET:
+            text = text.replace(word, "***")
+    last = text.strip().rpartition("\n")[2]
+    how = f"failed with exit status {code}" if code > 0 else f"was ended by signal {-code}"
+    return f"{how}: {ascii(last)[1:-1][:_MAX_ECHO]}" if last else how

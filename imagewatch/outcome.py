@@ -1,0 +1,57 @@
+"""What carrying a job came to: the answer of ``worker`` to ``daemon``. Pure."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class End(enum.Enum):
+    """How ``process`` ended."""
+
+    OVER = "receipt or error file is out"
+    LATER = "the job stays claimed; call again after a delay"
+    RETURNED = "its files are back in the inbox"
+    NOTHING = "there was nothing to do"
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Something that concerns every request, not only this one.
+
+    Attributes:
+        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable`` or ``busy``.
+        message: What was said.
+        seconds: How long it wants us to wait, or None.
+    """
+
+    kind: str
+    message: str
+    seconds: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What ``process`` came to.
+
+    Attributes:
+        job: Job id.
+        end: How it ended.
+        source: Path of the prompt below the inbox.
+        door: ``outbox`` or ``errors``, when over.
+        charged: ``yes``, ``no`` or ``unknown``, when over.
+        credits: What it cost, or None when nobody said.
+        message: The error's words, when there are any.
+        delay: Seconds, for ``End.LATER``.
+        trouble: What the other requests would meet too, or None.
+    """
+
+    job: str
+    end: End
+    source: str = ""
+    door: str = ""
+    charged: str = ""
+    credits: float | None = None
+    message: str = ""
+    delay: float = 0.0
+    trouble: Trouble | None = None

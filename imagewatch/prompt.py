@@ -1,0 +1,171 @@
+"""The prompt file: its encodings, its ``+++`` front matter, its text. Pure.
+
+Everything that is wrong with a file is reported at once, and before any money is spent.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass
+from typing import Any
+
+from imagewatch.errors import BadRequest, Problem
+from imagewatch.fields import Options, check, shown
+from imagewatch.images import IMAGE_SUFFIXES
+from imagewatch.names import suffix_of
+
+MAX_BYTES = 256 * 1024
+"""Largest prompt file: 32,000 characters of four bytes, twice over."""
+MAX_CHARACTERS = 32_000
+"""Longest prompt (image-generation skill, "Request body": 1–32000 chars)."""
+MAX_INPUTS = 14
+"""Most input images of one request (image-generation skill, "Request body")."""
+
+_BOMS = (
+    (b"\xff\xfe\x00\x00", ""),
+    (b"\x00\x00\xfe\xff", ""),
+    (b"\xef\xbb\xbf", "utf-8"),
+    (b"\xff\xfe", "utf-16-le"),
+    (b"\xfe\xff", "utf-16-be"),
+)
+_HINT_TEXT = "save it as plain text in UTF-8"
+_HINT_TOML = "front matter is TOML between two lines that are exactly +++"
+
+
+class FrontMatter(Options, frozen=True, kw_only=True):
+    """The keys that may stand between the two ``+++`` lines."""
+
+    input_images: tuple[str, ...] | None = None
+    preset: str | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt file that can be read.
+
+    Attributes:
+        text: What is asked for, trimmed, with ``\\n`` line ends.
+        front: What the front matter sets.
+    """
+
+    text: str
+    front: FrontMatter
+
+    @property
+    def options(self) -> Options:
+        """The request options of the front matter alone."""
+        return Options(**{name: getattr(self.front, name) for name in Options.__struct_fields__})
+
+
+def parse(raw: bytes, *, max_characters: int = MAX_CHARACTERS) -> Prompt:
+    """Read a prompt file.
+
+    Args:
+        raw: The whole file.
+        max_characters: Longest text, in characters.
+
+    Raises:
+        BadRequest: Everything that is wrong with it.
+    """
+    block, text = _split(_decode(raw))
+    problems: list[Problem] = []
+    front = FrontMatter()
+    if block is not None:
+        front, problems = _front_matter(block)
+    if not text:
+        problems.append(Problem("prompt", "there is no text", "write what the picture should show"))
+    elif len(text) > max_characters:
+        reason = f"{len(text):,} characters are more than {max_characters:,}"
+        problems.append(Problem("prompt", reason, "shorten it"))
+    if problems:
+        raise BadRequest(problems)
+    return Prompt(text, front)
+
+
+def declared(raw: bytes) -> tuple[str, ...] | None:
+    """Return the ``input_images`` a prompt names, or None when it names none or cannot be read."""
+    try:
+        return parse(raw).front.input_images
+    except BadRequest:
+        return None
+
+
+def _decode(raw: bytes) -> str:
+    if len(raw) > MAX_BYTES:
+        raise BadRequest([Problem("prompt", f"the file is larger than {MAX_BYTES // 1024} KiB", "shorten it")])
+    encoding, body = "utf-8", raw
+    for bom, found in _BOMS:
+        if raw.startswith(bom):
+            encoding, body = found, raw[len(bom) :]
+            break
+    if not encoding:
+        raise BadRequest([Problem("prompt", "the file is in UTF-32", _HINT_TEXT)])
+    try:
+        text = body.decode(encoding)
+    except UnicodeDecodeError as error:
+        reason = f"not {encoding.upper()} text: byte {error.start} cannot be read"
+        raise BadRequest([Problem("prompt", reason, _HINT_TEXT)]) from None
+    if "\0" in text:
+        raise BadRequest([Problem("prompt", "the file contains NUL bytes, so it is not text", _HINT_TEXT)])
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _split(text: str) -> tuple[str | None, str]:
+    """Return the front matter block, if there is one, and the text."""
+    lines = text.split("\n")
+    if lines[0] == "---" and "---" in lines[1:]:
+        reason = "it opens with a --- block, which is YAML"
+        raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
+    if lines[0] != "+++":
+        return None, text.strip()
+    try:
+        end = lines.index("+++", 1)
+    except ValueError:
+        reason = "it opens with +++ but no second line is exactly +++"
+        raise BadRequest([Problem("front matter", reason, _HINT_TOML)]) from None
+    return "\n".join(lines[1:end]), "\n".join(lines[end + 1 :]).strip()
+
+
+def _front_matter(block: str) -> tuple[FrontMatter, list[Problem]]:
+    try:
+        table = tomllib.loads(block)
+    except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:
+        # ValueError: an integer of more digits than Python converts.
+        return FrontMatter(), [Problem("front matter", f"not TOML: {_counted(error)}", _HINT_TOML)]
+    front, problems = check(table, FrontMatter)
+    if front.input_images is not None:
+        problems += _input_problems(front.input_images)
+    return front, problems
+
+
+def _counted(error: Exception) -> str:
+    """Return a TOML error with the line number of the file, whose first line is the fence."""
+    return re.sub(r"at line (\d+)", lambda match: f"at line {int(match[1]) + 1}", str(error))
+
+
+def _input_problems(names: tuple[str, ...]) -> list[Problem]:
+    problems: list[Problem] = []
+    if len(names) > MAX_INPUTS:
+        problems.append(Problem("input_images", f"{len(names)} images are more than {MAX_INPUTS}"))
+    for name in names:
+        if reason := _name_problem(name):
+            problems.append(Problem("input_images", f"{shown(name)} {reason}"))
+    if len(set(names)) < len(names):
+        problems.append(Problem("input_images", "an image is named twice"))
+    return problems
+
+
+def _name_problem(name: str) -> str:
+    if not name or "/" in name or "\\" in name or "\0" in name or name in {".", ".."}:
+        return "is not the name of a file in the prompt's own folder"
+    if name[0] in ".~#":
+        return "is a hidden or temporary file"
+    if suffix_of(name) not in IMAGE_SUFFIXES:
+        return f"is not a supported image ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    return ""
+
+
+def options_of(table: dict[str, Any]) -> Options:
+    """Return request options from a stored table, ignoring what is not one."""
+    return Options(**{name: table.get(name) for name in Options.__struct_fields__})

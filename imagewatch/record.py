@@ -1,0 +1,249 @@
+"""The evidence of one job: its folder in the state folder, and the answers banked there.
+
+::
+
+    state/jobs/ID/claim.json      what was claimed                    written before the prompt leaves the inbox
+                  sent.N          attempt N                           written before the first byte leaves
+                  answer.N.part   the answer as it comes in
+                  answer.N        the answer                          renamed before anybody reads it
+                  image.K         image K of the answer, decoded or fetched
+                  decision.json   which door, which files, which document
+                  over            the document is out
+
+An answer's file is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from typing import IO, TYPE_CHECKING, TypeVar
+
+from imagewatch.durable import Disk, ours
+from imagewatch.errors import SpoolError
+from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+_TAIL_BYTES = 64 * 1024
+_CHUNK_BYTES = 256 * 1024
+_NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
+
+
+class Answer:
+    """A banked answer: what the endpoint said, read from disk in pieces.
+
+    Attributes:
+        head: Status and headers.
+        tail: Whether it came whole.
+        length: Size of the body, bytes.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        try:
+            with open(path, "rb") as file:
+                first = file.readline(_TAIL_BYTES)
+                self.head = load(first, Head)
+                end = file.seek(0, os.SEEK_END)
+                file.seek(max(len(first), end - _TAIL_BYTES))
+                last = file.read().rpartition(b"\n")[2]
+                self.tail = load(last, Tail)
+        except (OSError, ValueError) as error:
+            raise SpoolError(f"{path}: the banked answer cannot be read: {error}", path=path) from error
+        self._start = len(first)
+        self.length = end - len(last) - 1 - self._start
+
+    def chunks(self, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield the body in pieces of at most ``size`` bytes."""
+        left = self.length
+        with open(self.path, "rb") as file:
+            file.seek(self._start)
+            while left > 0 and (chunk := file.read(min(size, left))):
+                left -= len(chunk)
+                yield chunk
+
+    def sample(self, size: int = _TAIL_BYTES) -> bytes:
+        """Return the beginning of the body, enough for any error message."""
+        return next(self.chunks(size), b"")
+
+
+class Sink:
+    """Where an answer is written while it comes in.
+
+    Attributes:
+        started: Whether the endpoint has begun to answer.
+        written: Bytes of the body so far.
+    """
+
+    def __init__(self, disk: Disk, path: str) -> None:
+        self._disk = disk
+        self._path = path
+        self._file: IO[bytes] | None = None
+        self.started = False
+        self.written = 0
+
+    def start(self, head: Head) -> None:
+        """Write down how the answer begins."""
+        part = self._path + ".part"
+        self._disk.unlink(part)
+        self._file = self._disk.create(part)
+        self._put(dump(head) + b"\n")
+        self.started = True
+
+    def write(self, chunk: bytes) -> None:
+        """Append a piece of the body."""
+        self._put(chunk)
+        self.written += len(chunk)
+
+    def finish(self, tail: Tail) -> None:
+        """Make the answer durable under its final name. Only now may anybody read it."""
+        assert self._file is not None
+        self._put(b"\n" + dump(tail))
+        self._disk.sync(self._file, self._path)
+        self.close()
+        self._disk.replace(self._path + ".part", self._path)
+        self._disk.sync_folder(os.path.dirname(self._path))
+
+    def close(self) -> None:
+        """Let go of the file; what was written stays as ``answer.N.part``."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def _put(self, content: bytes) -> None:
+        assert self._file is not None
+        with ours(self._path, "bank the answer"):
+            self._file.write(content)
+            self._file.flush()
+
+
+class Record:
+    """The folder of one job in the state folder.
+
+    Args:
+        disk: Our disk.
+        jobs: The folder of all records.
+        job: Its id.
+    """
+
+    def __init__(self, disk: Disk, jobs: str, job: str) -> None:
+        self._disk = disk
+        self._jobs = jobs
+        self.job = job
+        self.folder = os.path.join(jobs, job)
+
+    def path(self, name: str) -> str:
+        """Return the path of a file of this record."""
+        return os.path.join(self.folder, name)
+
+    def begin(self, claim: Claim) -> None:
+        """Write down what is about to be claimed."""
+        self._disk.make_folder(self.folder)
+        self._disk.write(self.path("claim.json"), dump(claim))
+        self._disk.sync_folder(self._jobs)
+
+    def claim(self) -> Claim | None:
+        """Return what was claimed, or None if there is no such record."""
+        return self._load("claim.json", Claim)
+
+    def exists(self) -> bool:
+        """Tell whether anything of the record is there."""
+        return os.path.lexists(self.folder)
+
+    def attempts(self) -> tuple[int, int]:
+        """Return the highest N of ``sent.N`` and of ``answer.N``, 0 without."""
+        highest = {"sent": 0, "answer": 0}
+        for name in self._names():
+            if (match := _NUMBERED.fullmatch(name)) and not match[3]:
+                highest[match[1]] = max(highest[match[1]], int(match[2]))
+        return highest["sent"], highest["answer"]
+
+    def write_sent(self, attempt: int, sent: Sent) -> None:
+        """Write down an attempt; it may leave when this returns."""
+        self._disk.write(self.path(f"sent.{attempt}"), dump(sent))
+
+    def sent(self, attempt: int) -> Sent | None:
+        """Return what was sent, or None."""
+        return self._load(f"sent.{attempt}", Sent) if attempt else None
+
+    def sink(self, attempt: int) -> Sink:
+        """Return where the answer of an attempt goes."""
+        return Sink(self._disk, self.path(f"answer.{attempt}"))
+
+    def answer(self, attempt: int) -> Answer:
+        """Return the banked answer of an attempt."""
+        return Answer(self.path(f"answer.{attempt}"))
+
+    def partial(self, attempt: int) -> Head | None:
+        """Return how the answer began that was coming in when the process died, or None."""
+        try:
+            with open(self.path(f"answer.{attempt}.part"), "rb") as file:
+                line = file.readline(_TAIL_BYTES)
+                return load(line, Head) if line.endswith(b"\n") else None
+        except (OSError, ValueError):
+            return None
+
+    def bank_partial(self, attempt: int, tail: Tail) -> None:
+        """Close what came of an answer and bank it as it is."""
+        part = self.path(f"answer.{attempt}.part")
+        with ours(part, "bank the answer"), open(part, "r+b") as file:
+            file.seek(0, os.SEEK_END)
+            file.write(b"\n" + dump(tail))
+            self._disk.sync(file, part)
+        self._disk.replace(part, self.path(f"answer.{attempt}"))
+        self._disk.sync_folder(self.folder)
+
+    def decide(self, decision: Decision) -> None:
+        """Write down how the job ends. A later decision replaces an earlier one whose names were taken."""
+        self._disk.write(self.path("decision.json"), dump(decision))
+
+    def decision(self) -> Decision | None:
+        """Return how the job ends, or None while that is open."""
+        return self._load("decision.json", Decision)
+
+    def mark_over(self) -> None:
+        """Note that the document is out. Not synced: the document itself is the durable mark.
+
+        It spares a reader who takes the document away at once a second delivery.
+        """
+        path = self.path("over")
+        if not os.path.lexists(path):
+            self._disk.create(path).close()
+
+    def is_over(self) -> bool:
+        """Tell whether the document is known to be out."""
+        return os.path.lexists(self.path("over"))
+
+    def remove(self) -> None:
+        """Remove the record, then the answers: evidence of payment goes last."""
+        self._disk.unlink(self.path("claim.json"))
+        self._disk.sync_folder(self.folder)
+        for name in sorted(self._names()):
+            self._disk.unlink(self.path(name))
+        self._disk.remove_folder(self.folder)
+        self._disk.sync_folder(self._jobs)
+
+    def _names(self) -> list[str]:
+        try:
+            return os.listdir(self.folder)
+        except FileNotFoundError:
+            return []
+
+    def _load(self, name: str, kind: type[T]) -> T | None:
+        path = self.path(name)
+        try:
+            with open(path, "rb") as file:
+                return load(file.read(), kind)
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            raise SpoolError(
+                f"{path}: the record cannot be read: {error}",
+                path=path,
+                hint="it is evidence of a payment: do not remove it before you looked into it",
+            ) from error

@@ -1,0 +1,196 @@
+"""From dropped files to a valid request, before any money is spent.
+
+Whatever is wrong is reported at once. The files are hostile: each is opened without following links and without
+blocking, judged by its descriptor, and what is sent later must have the same hash.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import stat
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING, Any
+
+from imagewatch import prompt as prompts
+from imagewatch.errors import BadRequest, Problem
+from imagewatch.fields import Options, nearest
+from imagewatch.images import foreign, inspect
+from imagewatch.job import Input
+from imagewatch.names import SUFFIX
+from imagewatch.text import printable
+from imagewatch.wire import Body, Part, body_fields, choose_provider
+
+if TYPE_CHECKING:
+    from imagewatch.config import Config
+
+_HASH_BYTES = 1 << 20
+_SUPPORTED = "png, jpg and webp are supported"
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that may be sent.
+
+    Attributes:
+        prompt: The text.
+        fields: The JSON body without ``prompt`` and ``input_images``.
+        inputs: Its images, in order.
+        content_sha256: Of the prompt file and its images, as dropped.
+        parts: The images again, as the body reads them.
+    """
+
+    prompt: str
+    fields: dict[str, Any]
+    inputs: tuple[Input, ...]
+    content_sha256: str
+    parts: tuple[Part, ...]
+
+    @property
+    def prompt_sha256(self) -> str:
+        """Hash of the text sent."""
+        return hashlib.sha256(self.prompt.encode()).hexdigest()
+
+    def body(self) -> Body:
+        """Return the JSON body, to be read once."""
+        return Body(self.prompt, self.fields, self.parts)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the files of a prompt lie.
+
+    Attributes:
+        where: The folder they are in now.
+        folder: The folder below the inbox they were dropped into; its first part may name a preset.
+        stem: The prompt's name without ``.prompt.txt``.
+        images: Names of the input images, in order.
+        foreign: Siblings of a kind the endpoint does not take.
+    """
+
+    where: str
+    folder: str
+    stem: str
+    images: tuple[str, ...]
+    foreign: tuple[str, ...] = ()
+
+
+def build(files: Files, config: Config) -> Request:
+    """Validate what was dropped and return the request for it.
+
+    Raises:
+        BadRequest: Everything that is wrong.
+    """
+    raw = read_prompt(os.path.join(files.where, files.stem + SUFFIX))
+    parsed = prompts.parse(raw, max_characters=config.limits.max_prompt_chars)
+    options, problems = effective(parsed.front, files.folder, config)
+    inputs, parts, wrong = _inputs(files, config.limits.max_input_bytes)
+    provider = choose_provider(options, has_inputs=bool(files.images))
+    problems += wrong + _refused_by_limits(options, provider, config)
+    if problems:
+        raise BadRequest(problems)
+    digest = hashlib.sha256(raw)
+    for item in inputs:
+        digest.update(bytes.fromhex(item.sha256))
+    return Request(parsed.text, body_fields(options, provider), inputs, digest.hexdigest(), parts)
+
+
+def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[Options, list[Problem]]:
+    """Return the options that count: front matter over preset over defaults."""
+    problems = []
+    preset = config.presets.get(folder.partition("/")[0], Options())
+    if front.preset is not None:
+        if front.preset in config.presets:
+            preset = config.presets[front.preset]
+        else:
+            hint = nearest(front.preset, config.presets) if config.presets else "no presets are configured"
+            problems.append(Problem("preset", f'there is no preset "{printable(front.preset, 60)}"', hint))
+    own = prompts.Prompt("", front).options
+    return own.over(preset).over(config.defaults), problems
+
+
+def read_prompt(path: str) -> bytes:
+    """Read a prompt file, or a little more than the largest one.
+
+    Raises:
+        BadRequest: It is not a readable file.
+    """
+    with _open(path, "prompt") as file:
+        return file.read(prompts.MAX_BYTES + 1)
+
+
+def _open(path: str, name: str) -> IO[bytes]:
+    """Open a regular file, never a link, a FIFO or a device."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise BadRequest([Problem(name, "the file is not there", "drop it before the prompt, or with it")]) from None
+    except OSError as error:
+        reason = "it is a link" if os.path.islink(path) else f"cannot be read: {error.strerror}"
+        raise BadRequest([Problem(name, reason, "drop a plain file that the daemon may read")]) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadRequest([Problem(name, "it is not a plain file", "drop a plain file")])
+    return os.fdopen(descriptor, "rb")
+
+
+def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
+    inputs, parts = [], []
+    problems = [
+        Problem(printable(name, 255), "this kind of image is not supported", _SUPPORTED) for name in files.foreign
+    ]
+    if len(files.images) > prompts.MAX_INPUTS:
+        problems.append(Problem("images", f"{len(files.images)} images are more than {prompts.MAX_INPUTS}"))
+    for name in files.images[: prompts.MAX_INPUTS]:
+        path = os.path.join(files.where, name)
+        label = printable(name, 255)
+        try:
+            inputs.append(_input(path, label))
+        except BadRequest as error:
+            problems += error.problems
+        else:
+            item = inputs[-1]
+            parts.append(Part(functools.partial(_open, path, label), item.mime, item.bytes, item.sha256))
+    total = sum(item.bytes for item in inputs)
+    if total > most_bytes:
+        reason = f"{total:,} bytes of images are more than limits.max_input_bytes ({most_bytes:,})"
+        problems.append(Problem("images", reason, "make them smaller"))
+    return tuple(inputs), tuple(parts), problems
+
+
+def _input(path: str, name: str) -> Input:
+    with _open(path, name) as file:
+        image = inspect(file)
+        if image is None:
+            file.seek(0)
+            kind = foreign(file.read(512)) or "no image that we know"
+            raise BadRequest([Problem(name, f"its content is {kind}", _SUPPORTED)])
+        if image.problem:
+            raise BadRequest([Problem(name, f"it is not a whole image: {image.problem}", "drop it again")])
+        file.seek(0)
+        digest, size = hashlib.sha256(), 0
+        while chunk := file.read(_HASH_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return Input(
+        file=name, mime=image.mime, bytes=size, width=image.width, height=image.height, sha256=digest.hexdigest()
+    )
+
+
+def _refused_by_limits(options: Options, provider: str, config: Config) -> list[Problem]:
+    """Return where the request passes the guard rails of a folder that anybody can write."""
+    limits = config.limits
+    problems = []
+    checks = (
+        ("provider", provider, limits.providers, "limits.providers"),
+        ("model", options.model, limits.models, "limits.models"),
+        ("quality", options.quality, limits.qualities, "limits.qualities"),
+    )
+    for name, value, allowed, rule in checks:
+        if value is not None and allowed and value not in allowed:
+            reason = f'"{printable(value, 60)}" is not allowed here by {rule}'
+            problems.append(Problem(name, reason, f"allowed: {', '.join(allowed)}"))
+    if options.n is not None and options.n > limits.max_n:
+        problems.append(Problem("n", f"{options.n} images are more than limits.max_n ({limits.max_n})"))
+    return problems

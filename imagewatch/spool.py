@@ -1,0 +1,446 @@
+"""The folders: taking work out of the inbox, and putting results where others read them.
+
+The only module that knows which folder is which. It never looks at what an answer means. Its order of
+operations is the protocol (``docs/ARCHITECTURE.md``); each of its public methods can be run again after a crash
+and then finishes what was begun.
+"""
+
+from __future__ import annotations
+
+import functools
+import grp
+import os
+import secrets
+from typing import IO, TYPE_CHECKING
+
+from imagewatch.durable import Disk, ours
+from imagewatch.errors import ConfigError, Problem, SpoolError
+from imagewatch.job import Claim, Decision, Door, Move
+from imagewatch.lifecycle import Evidence
+from imagewatch.names import CLAIMS, fits, fitted, tagged
+from imagewatch.record import Record
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.config import Config
+
+_PROBE = ".iw-probe"
+_LONGEST_ENDING = ".receipt.toml"
+
+
+class Spool:
+    """All folders of one daemon.
+
+    Args:
+        config: Where they are, and the modes for what is published.
+        disk: Our disk.
+    """
+
+    def __init__(self, config: Config, disk: Disk) -> None:
+        folders = config.folders
+        self.disk = disk
+        self.inbox = folders.inbox
+        self.outbox = folders.outbox
+        self.errors = folders.errors
+        self.archive = None if folders.archive == "delete" else folders.archive
+        self.state = folders.state
+        self.jobs = os.path.join(folders.state, "jobs")
+        self.claims = os.path.join(folders.inbox, CLAIMS)
+        self._outbox = config.outbox
+        self._gid = _gid(config.outbox.group)
+        self._locks: list[IO[bytes]] = []
+
+    # Start-up
+
+    def prepare(self) -> None:
+        """Make the folders and prove that they can be used, before anything is paid for.
+
+        Raises:
+            ConfigError: Two folders are the same, or one lies in another.
+            SpoolError: One of them cannot be written.
+        """
+        for folder in self._all():
+            self.disk.make_folder(folder, mode=0o700 if folder == self.state else 0o777)
+        self._refuse_overlap()
+        self.disk.make_folder(self.jobs)
+        self._make_claims()
+        self.disk.sync_folder(self.state)
+        self.probe()
+        self._prove_claim()
+
+    def lock(self) -> None:
+        """Become the only daemon for this inbox and this state folder, until the process ends.
+
+        Raises:
+            AlreadyRunning: Another one has them.
+        """
+        self.disk.make_folder(self.state)
+        self._make_claims()
+        for folder in (self.state, self.claims):
+            self._locks.append(self.disk.lock(os.path.join(folder, "lock")))
+
+    def _make_claims(self) -> None:
+        """Make the folder for claims; one that leads elsewhere would give the originals away."""
+        if os.path.islink(self.claims):
+            raise SpoolError(f"{printable(self.claims)}: is a link", path=self.claims, hint="remove it")
+        self.disk.make_folder(self.claims)
+
+    def unlock(self) -> None:
+        """Let another daemon have the folders."""
+        while self._locks:
+            self._locks.pop().close()
+
+    def probe(self) -> None:
+        """Prove that every folder we put files into can be written."""
+        for folder in self._all()[1:]:
+            self.disk.probe(folder, _PROBE)
+
+    def free_bytes(self) -> int:
+        """Return the free space of the tightest folder we write to, bytes."""
+        with ours(self.state, "ask for the free space"):
+            found = [os.statvfs(folder) for folder in (self.state, self.outbox)]
+        return min(status.f_bavail * status.f_frsize for status in found)
+
+    def _all(self) -> list[str]:
+        archive = [self.archive] if self.archive else []
+        return [self.inbox, self.outbox, self.errors, *archive, self.state]
+
+    def _refuse_overlap(self) -> None:
+        names = ["inbox", "outbox", "errors", "archive", "state"]
+        folders = [self.inbox, self.outbox, self.errors, self.archive, self.state]
+        real = {name: os.path.realpath(path) for name, path in zip(names, folders, strict=True) if path}
+        problems = []
+        for name, path in real.items():
+            for other, outer in real.items():
+                if name != other and (path + "/").startswith(outer + "/") and (path != outer or name < other):
+                    what = "is the same folder as" if path == outer else "lies inside"
+                    problems.append(Problem(f"folders.{name}", f"{path} {what} folders.{other} ({outer})"))
+        if problems:
+            raise ConfigError([*problems[:-1], _with_hint(problems[-1])])
+
+    def _prove_claim(self) -> None:
+        """Prove that a file can be renamed from the inbox into a claim."""
+        self.disk.unlink(os.path.join(self.claims, _PROBE))
+        self.disk.unlink(os.path.join(self.inbox, _PROBE))
+        source, target = os.path.join(self.inbox, _PROBE), os.path.join(self.claims, _PROBE)
+        self.disk.create(source).close()
+        try:
+            with ours(self.inbox, "rename a file inside the inbox, which claiming a prompt needs"):
+                self.disk.rename(source, target)
+        finally:
+            self.disk.unlink(source)
+            self.disk.unlink(target)
+
+    # Taking work
+
+    def record(self, job: str) -> Record:
+        """Return the record of a job."""
+        return Record(self.disk, self.jobs, job)
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of all jobs of which anything is left, oldest record first."""
+        with ours(self.state, "list the jobs"):
+            ids = {entry.name for folder in (self.jobs, self.claims) for entry in os.scandir(folder) if entry.is_dir()}
+        return sorted(ids, key=lambda job: (_age(self.record(job).path("claim.json")), job))
+
+    def orphans(self, job: str) -> list[str]:
+        """Return the originals of a claim that has no record, which only a lost state folder leaves behind."""
+        return [] if self.record(job).claim() else sorted(self._originals(job))
+
+    def new_job(self) -> str:
+        """Return an id that nobody can guess."""
+        return secrets.token_hex(8)
+
+    def claim(self, claim: Claim) -> bool:
+        """Take a prompt out of the inbox: its rename is the lock.
+
+        Returns:
+            False when the prompt was gone: it was cancelled.
+        """
+        record = self.record(claim.job)
+        record.begin(claim)
+        folder = self.claim_folder(claim.job)
+        self.disk.make_folder(folder)
+        self.disk.sync_folder(self.claims)
+        taken = self._take(claim, claim.prompt)
+        if taken:
+            self.gather(claim)
+        return taken
+
+    def gather(self, claim: Claim) -> None:
+        """Take the other originals of a job, then make all its names durable."""
+        for name in (*claim.images, *claim.foreign):
+            self._take(claim, name)
+        self.disk.sync_folder(self.claim_folder(claim.job))
+        self.disk.sync_folder(self.inbox_folder(claim))
+
+    def _take(self, claim: Claim, name: str) -> bool:
+        source = os.path.join(self.inbox_folder(claim), name)
+        target = self.original(claim, name)
+        if self._drop_twin(source, target):
+            return True
+        try:
+            with ours(source, "take the file out of the inbox"):
+                self.disk.rename(source, target)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileNotFoundError | FileExistsError):
+                return False
+            raise
+        return True
+
+    def _drop_twin(self, source: str, target: str) -> bool:
+        """Remove an inbox name of a file that is claimed already (some file systems bring it back)."""
+        try:
+            twin = os.path.samestat(os.lstat(source), os.lstat(target))
+        except OSError:
+            return False
+        if twin:
+            self.disk.unlink(source)
+        return twin
+
+    def claim_folder(self, job: str) -> str:
+        """Return the folder of a job's originals."""
+        return os.path.join(self.claims, job)
+
+    def inbox_folder(self, claim: Claim) -> str:
+        """Return the folder a prompt was dropped into."""
+        return os.path.join(self.inbox, claim.folder) if claim.folder else self.inbox
+
+    def original(self, claim: Claim, name: str) -> str:
+        """Return the path of a claimed original."""
+        return os.path.join(self.claims, claim.job, name)
+
+    # What lies there
+
+    def evidence(self, job: str) -> Evidence:
+        """Return what the disk shows of a job; what only the process knows is left at its default."""
+        record = self.record(job)
+        claim = record.claim()
+        originals = self._originals(job)
+        if claim is None:
+            return Evidence(leftovers=record.exists() or os.path.lexists(self.claim_folder(job)))
+        sent, answered = record.attempts()
+        decision = record.decision()
+        return Evidence(
+            recorded=True,
+            claimed=claim.prompt in originals,
+            originals=bool(originals),
+            missing=any(
+                name not in originals and os.path.lexists(os.path.join(self.inbox_folder(claim), name))
+                for name in (*claim.images, *claim.foreign)
+            ),
+            sent=sent,
+            answered=answered,
+            begun=sent > answered and record.partial(sent) is not None,
+            decided=decision.door if decision else None,
+            over=record.is_over() or (decision is not None and self._document_out(claim, decision)),
+        )
+
+    def _originals(self, job: str) -> set[str]:
+        try:
+            return {
+                entry.name for entry in os.scandir(self.claim_folder(job)) if not entry.is_dir(follow_symlinks=False)
+            }
+        except (FileNotFoundError, NotADirectoryError):
+            return set()
+
+    def _document_out(self, claim: Claim, decision: Decision) -> bool:
+        path = os.path.join(self.door_folder(decision.door, claim), decision.name)
+        try:
+            with open(path, "rb") as file:
+                return file.read() == decision.document.encode()
+        except OSError:
+            return False
+
+    # Putting results out
+
+    def door_folder(self, door: Door | str, claim: Claim) -> str:
+        """Return the folder behind a door, which mirrors the inbox."""
+        top = {"outbox": self.outbox, "errors": self.errors, "archive": self.archive or ""}[door]
+        return os.path.join(top, claim.folder) if claim.folder else top
+
+    def base(self, claim: Claim, door: Door, endings: list[str]) -> str:
+        """Choose the beginning of the names a job publishes, once for all of them.
+
+        Args:
+            claim: The job.
+            door: Where they go.
+            endings: What follows the base in each name, e.g. ``.png``, ``.receipt.toml``.
+
+        Returns:
+            The stem, or the stem with as much of the job's id as it takes to be free.
+        """
+        folder = self.door_folder(door, claim)
+        plain = [claim.stem] if fits(claim.stem + _LONGEST_ENDING) else []
+        by_id = [
+            fitted(claim.stem, f".{tag}{_LONGEST_ENDING}")[: -len(_LONGEST_ENDING)] for tag in (claim.tag, claim.job)
+        ]
+        for base in (*plain, *by_id):
+            if not any(os.path.lexists(os.path.join(folder, base + ending)) for ending in endings):
+                return base
+        return by_id[-1]
+
+    def free_originals(self, claim: Claim, door: str, present: list[str], base: str | None = None) -> tuple[Move, ...]:
+        """Return how the originals of a job are named behind a door, so that nothing is overwritten.
+
+        Args:
+            claim: The job.
+            door: ``errors`` or ``archive``.
+            present: Names in the claim, the prompt last.
+            base: The base chosen for this door, if other names of the job go there too.
+        """
+        folder = self.door_folder(door, claim)
+        plain = base in {None, claim.stem}
+        if plain and not any(os.path.lexists(os.path.join(folder, name)) for name in present):
+            return tuple(Move(source=f"claim/{name}", name=name) for name in present)
+        tag = claim.tag
+        if any(os.path.lexists(os.path.join(folder, tagged(name, claim.stem, tag))) for name in present):
+            tag = claim.job
+        return tuple(Move(source=f"claim/{name}", name=tagged(name, claim.stem, tag)) for name in present)
+
+    def present(self, claim: Claim) -> list[str]:
+        """Return the names in the claim, the prompt last."""
+        there = self._originals(claim.job)
+        return sorted(there, key=lambda name: (name == claim.prompt, name))
+
+    def deliver(self, claim: Claim, decision: Decision) -> None:
+        """Put a decision's files behind its door, and then the document that says it is over.
+
+        Raises:
+            FileExistsError: A name was taken in the meantime; decide again and repeat.
+        """
+        folder = self.door_folder(decision.door, claim)
+        self._mirror(decision.door, claim)
+        finish = self._finish if decision.door == "outbox" else None
+        self._carry_all(claim, decision.moves, folder, finish)
+        if decision.moves:
+            self.disk.sync_folder(folder)
+        target = os.path.join(folder, decision.name)
+        self.disk.publish(target, _temporary(folder, claim, "d"), decision.document.encode(), finish)
+        self.record(claim.job).mark_over()
+
+    def keep(self, claim: Claim, decision: Decision) -> None:
+        """Empty the claim folder of a finished job: its originals go to the archive, or away if none is kept."""
+        door = "archive" if decision.door == "outbox" else "errors"
+        if door == "archive" and self.archive is None:
+            for name in self.present(claim):
+                self.disk.unlink(self.original(claim, name))
+            return
+        folder = self.door_folder(door, claim)
+        self._mirror(door, claim)
+        try:
+            self._carry_all(claim, decision.keep, folder, None)
+        except FileExistsError:
+            pass  # whoever took the name meanwhile keeps it; ours go beside it
+        if left := self.present(claim):
+            self._carry_all(claim, self.free_originals(claim, door, left), folder, None)
+        self.disk.sync_folder(folder)
+
+    def give_back(self, claim: Claim) -> bool:
+        """Put the originals back into the inbox, the prompt last.
+
+        Returns:
+            False when a newer file has the prompt's name; the job then stays claimed.
+        """
+        folder = self.inbox_folder(claim)
+        for name in self.present(claim):
+            if not self._return(self.original(claim, name), os.path.join(folder, name)):
+                return False
+        self.disk.sync_folder(folder)
+        return True
+
+    def _return(self, source: str, target: str) -> bool:
+        try:
+            with ours(target, "give the file back to the inbox"):
+                self.disk.rename(source, target)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileExistsError | FileNotFoundError):
+                return False
+            raise
+        return True
+
+    def forget(self, job: str) -> None:
+        """Remove the claim folder, then the record, then the answers: this order only."""
+        folder = self.claim_folder(job)
+        for name in sorted(self._originals(job)):
+            self.disk.unlink(os.path.join(folder, name))
+        self.disk.remove_folder(folder)
+        self.disk.sync_folder(self.claims)
+        record = self.record(job)
+        if record.exists():
+            record.remove()
+
+    def source_exists(self, claim: Claim, move: Move) -> bool:
+        """Tell whether a file still waits to be moved."""
+        return os.path.lexists(self._source(claim, move))
+
+    def _source(self, claim: Claim, move: Move) -> str:
+        place, _, name = move.source.partition("/")
+        return self.original(claim, name) if place == "claim" else self.record(claim.job).path(name)
+
+    def _carry_all(
+        self, claim: Claim, moves: tuple[Move, ...], folder: str, finish: Callable[[int], None] | None
+    ) -> None:
+        for number, move in enumerate(moves):
+            target = os.path.join(folder, move.name)
+            self.disk.carry(self._source(claim, move), target, _temporary(folder, claim, str(number)), finish)
+
+    def _mirror(self, door: str, claim: Claim) -> None:
+        """Make the folder behind a door that mirrors the inbox folder, durably."""
+        top = self.door_folder(door, Claim(job="", folder="", stem=""))
+        current = top
+        if not os.path.isdir(top):
+            raise SpoolError(f"{printable(top)}: the folder is gone", path=top, hint="restore or mount it")
+        for part in claim.folder.split("/") if claim.folder else ():
+            inner = os.path.join(current, part)
+            if not os.path.isdir(inner):
+                self.disk.make_folder(inner, mode=0o777)
+                if door == "outbox" and self._outbox.folder_mode is not None:
+                    with ours(inner, "set the mode"):
+                        os.chmod(inner, self._outbox.folder_mode)
+                self.disk.sync_folder(current)
+            current = inner
+
+    def _finish(self, descriptor: int) -> None:
+        """Give a file of the outbox the mode and group its readers need."""
+        mode = self._outbox.file_mode
+        os.fchmod(descriptor, mode if mode is not None else 0o666 & ~_umask())
+        if self._gid is not None:
+            os.fchown(descriptor, -1, self._gid)
+
+
+def _with_hint(problem: Problem) -> Problem:
+    return Problem(problem.field, problem.reason, "give each of them a folder of its own, side by side")
+
+
+def _temporary(folder: str, claim: Claim, number: str) -> str:
+    return os.path.join(folder, f".iw-{claim.job}.{number}.tmp")
+
+
+def _age(path: str) -> int:
+    try:
+        return os.lstat(path).st_mtime_ns
+    except OSError:
+        return 0
+
+
+def _gid(group: str | None) -> int | None:
+    if group is None:
+        return None
+    try:
+        return grp.getgrnam(group).gr_gid
+    except KeyError:
+        problem = Problem("outbox.group", f'there is no group "{group}"', "create it, or remove the key")
+        raise ConfigError([problem]) from None
+
+
+@functools.cache
+def _umask() -> int:
+    """Return the process's umask; read from /proc, as asking by ``os.umask`` would change it for other threads."""
+    try:
+        with open("/proc/self/status", "rb") as file:
+            return next(int(line.split()[1], 8) for line in file if line.startswith(b"Umask:"))
+    except (OSError, StopIteration):
+        return 0o022

@@ -1,0 +1,37 @@
+"""Text for terminals and logs: nothing a stranger wrote reaches a screen raw. Pure."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+
+# Controls (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates (undecodable bytes of
+# file names) and the byte order mark. Tab and newline are controls too: one value is one line.
+_UNSAFE = re.compile(
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb]"
+)
+
+
+def printable(text: str, limit: int = 2000) -> str:
+    """Return text that is safe on any terminal, in one line.
+
+    Args:
+        text: Anything: a file name, an API message, a prompt.
+        limit: Longest result in characters; longer text is cut and marked.
+
+    Returns:
+        The text with unsafe characters as backslash escapes.
+    """
+    cut = text if len(text) <= limit else text[:limit] + "…"
+    return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
+
+
+def whole(text: str) -> str:
+    """Return text that any UTF-8 file can hold: bytes that were never text become backslash escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def utc(seconds: float) -> datetime:
+    """Return a wall-clock time in seconds since the epoch as UTC, to the millisecond."""
+    moment = datetime.fromtimestamp(seconds, tz=UTC)
+    return moment.replace(microsecond=moment.microsecond // 1000 * 1000)

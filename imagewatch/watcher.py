@@ -1,0 +1,136 @@
+"""Change events of the kernel, as hints. The only module that knows ``watchdog``.
+
+It uses watchdog's inotify reader itself and not its ``Observer``: the observer pairs the two halves of a rename and
+for that holds every event back for up to half a second once files are moved out of a watched folder, which a
+daemon that claims by rename does all the time (``docs/decisions.md``). The reader's callback also tells when the
+kernel's queue overflowed, which no observer does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+try:
+    from watchdog.observers.inotify_c import CallbackId, InotifyConstants, InotifyFD, Mask
+except (ImportError, OSError):  # not Linux: sweeps alone do the work
+    InotifyFD = None  # type: ignore[assignment,misc]
+
+
+class Watcher:
+    """Tells of changes in a set of folders.
+
+    Args:
+        on_change: Called with the folder, the file name and whether the file came by rename, in the watcher's
+            thread; it must only post a message.
+        on_lost: Called when events were lost or a watched folder is gone: look at everything.
+    """
+
+    def __init__(self, on_change: Callable[[str, str, bool], None], on_lost: Callable[[], None]) -> None:
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self._reader: Any = None
+        self._watched: dict[str, _Folder] = {}
+
+    @property
+    def available(self) -> bool:
+        """Whether this system has events at all."""
+        return InotifyFD is not None
+
+    def start(self) -> None:
+        """Begin to listen.
+
+        Raises:
+            OSError: The kernel has no inotify instance left for this user.
+        """
+        self._reader = InotifyFD()
+        self._reader.start()
+
+    def alive(self) -> bool:
+        """Tell whether events can still arrive."""
+        return self._reader is not None and self._reader.is_alive()
+
+    def watch(self, folders: Iterable[str]) -> list[str]:
+        """Watch exactly these folders.
+
+        A folder that was replaced by another of the same name is watched anew.
+
+        Returns:
+            What could not be watched, in words.
+        """
+        wanted = {}
+        for path in folders:
+            with contextlib.suppress(OSError):
+                status = os.stat(path)
+                wanted[path] = (status.st_dev, status.st_ino)
+        for path, folder in list(self._watched.items()):
+            if wanted.get(path) != folder.identity or folder.gone:
+                self._drop(path)
+        problems = []
+        for path, identity in wanted.items():
+            if path not in self._watched:
+                try:
+                    self._add(path, identity)
+                except OSError as error:
+                    problems.append(f"{path}: {error.strerror or error}")
+        return problems
+
+    def _add(self, path: str, identity: tuple[int, int]) -> None:
+        mask = (
+            InotifyConstants.IN_CLOSE_WRITE
+            | InotifyConstants.IN_MOVED_TO
+            | InotifyConstants.IN_CREATE
+            | InotifyConstants.IN_DELETE_SELF
+            | InotifyConstants.IN_MOVE_SELF
+            | InotifyConstants.IN_ONLYDIR
+        )
+        folder = _Folder(path, identity, self._on_change, self._on_lost)
+        folder.descriptor = self._reader.add_callback(os.fsencode(path), Mask(mask), folder, CallbackId(id(folder)))
+        self._watched[path] = folder
+
+    def _drop(self, path: str) -> None:
+        folder = self._watched.pop(path)
+        with contextlib.suppress(OSError):
+            self._reader.remove_callbacks([(folder.descriptor, CallbackId(id(folder)))])
+
+    def stop(self) -> None:
+        """Stop listening."""
+        if self._reader is not None:
+            self._reader.stop()
+            self._reader.join(timeout=5)
+            self._reader = None
+
+
+class _Folder:
+    """The callback for one watched folder, as watchdog's reader wants it."""
+
+    def __init__(
+        self,
+        path: str,
+        identity: tuple[int, int],
+        on_change: Callable[[str, str, bool], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._path = path
+        self._on_change = on_change
+        self._on_lost = on_lost
+        self.identity = identity
+        self.descriptor: Any = None
+        self.gone = False
+
+    def on_event(self, event: Any) -> None:  # noqa: ANN401  watchdog's own type is not public
+        if not event.name or (event.is_create and event.is_directory) or (event.is_moved_to and event.is_directory):
+            self._on_lost()
+            return
+        self._on_change(self._path, os.fsdecode(event.name), event.is_moved_to)
+
+    def on_watch_deleted(self, _: Any) -> None:  # noqa: ANN401
+        self.gone = True
+        self._on_lost()
+
+    def on_queue_overflow(self) -> None:
+        self._on_lost()

@@ -1,0 +1,314 @@
+"""One job, from wherever the disk says it is to its end.
+
+``process`` asks the disk, asks ``lifecycle`` for the step, takes it, and asks again. Recovery is not a second
+path: it is ``process`` for every job that has left something behind.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import msgspec
+import structlog
+
+from imagewatch.closing import Closing
+from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Problem, SpoolError, Unavailable
+from imagewatch.job import Claim, Head, Reaction, Sent, Tail
+from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
+from imagewatch.outcome import End, Outcome, Trouble
+from imagewatch.request import Files, Request, build
+from imagewatch.wire import Verdict, classify
+
+if TYPE_CHECKING:
+    from imagewatch.client import Client
+    from imagewatch.config import Config
+    from imagewatch.ledger import Ledger
+    from imagewatch.record import Record
+    from imagewatch.spool import Spool
+
+_MOST_STEPS = 60
+_RETURN_SECONDS = 5.0
+_log = structlog.get_logger()
+
+
+@dataclass
+class Run:
+    """What this process knows of a job beside what the disk shows.
+
+    Attributes:
+        record: Its evidence.
+        claim: What was claimed.
+        evidence: What was seen last.
+        request: The valid request, once checked.
+        resumed: Whether the wait before another attempt is over.
+        trouble: What stopped it.
+        doubt: Why the outcome of a request is not known.
+    """
+
+    record: Record
+    claim: Claim
+    evidence: Evidence
+    request: Request | None = None
+    resumed: bool = False
+    trouble: Trouble | None = None
+    doubt: str = ""
+    began: float = 0.0
+
+
+class Worker:
+    """Carries jobs to their end. Safe to use from several threads, one job in each.
+
+    Args:
+        spool: The folders.
+        client: The endpoint.
+        ledger: The ledger.
+        config: Limits, defaults, retries.
+        blame: Asked with the kind of an account-level refusal: may this job show it in ``errors``? The first
+            one may, the others go back to the inbox.
+        clock: Wall clock, seconds since the epoch.
+        jitter: Random numbers from 0 to 1.
+        wait: Waits some seconds between two tries to fetch a picture.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        client: Client,
+        ledger: Ledger,
+        config: Config,
+        *,
+        blame: Callable[[str], bool] = lambda _: True,
+        clock: Callable[[], float] = time.time,
+        jitter: Callable[[], float] = lambda: 0.5,
+        wait: Callable[[float], object] = threading.Event().wait,
+    ) -> None:
+        self._spool = spool
+        self._client = client
+        self._config = config
+        self._blame = blame
+        self._clock = clock
+        self._jitter = jitter
+        self._closing = Closing(spool, client, ledger, config, clock=clock, wait=wait)
+        self._effects: dict[Step, Callable[[Run], Outcome | None]] = {
+            Step.ARCHIVE: self._archive,
+            Step.FORGET: self._forget,
+            Step.PUBLISH: self._deliver,
+            Step.REJECT: self._deliver,
+            Step.BANK: self._bank,
+            Step.DOUBT: self._doubt,
+            Step.READ: self._read,
+            Step.GIVE_BACK: self._give_back,
+            Step.REFUSE: self._refuse,
+            Step.GATHER: self._gather,
+            Step.CHECK: self._check,
+            Step.SEND: self._send,
+        }
+
+    def start(self, claim: Claim) -> Outcome:
+        """Claim a prompt and carry it to its end."""
+        if not self._spool.claim(claim):
+            self._spool.forget(claim.job)
+            return Outcome(claim.job, End.NOTHING, claim.source)
+        return self.process(claim.job)
+
+    def process(self, job: str, *, resumed: bool = False) -> Outcome:
+        """Carry a job to its end, or to where it has to wait.
+
+        Args:
+            job: Its id.
+            resumed: Whether the wait that an earlier call asked for is over.
+
+        Raises:
+            SpoolError: Our own disk failed; what is there stays, and another call goes on from it.
+        """
+        record = self._spool.record(job)
+        claim = record.claim()
+        if claim is None:
+            return self._without_record(job)
+        run = Run(record, claim, Evidence(), resumed=resumed, began=self._clock())
+        with structlog.contextvars.bound_contextvars(job=job, source=claim.source):
+            return self._carry(run)
+
+    def _carry(self, run: Run) -> Outcome:
+        for _ in range(_MOST_STEPS):
+            run.evidence = self._evidence(run)
+            step = next_step(run.evidence)
+            _log.debug("step", step=step.name.lower())
+            if step is Step.DONE:
+                break
+            try:
+                outcome = self._effects[step](run)
+            except (SpoolError, FileExistsError):
+                raise
+            except Exception as error:
+                _log.exception("a bug in imagewatch; please report it")
+                self._park(run, error)
+                outcome = None
+            if outcome is not None:
+                return outcome
+        raise SpoolError(f"job {run.claim.job}: no progress", hint="look into its folder in the state folder")
+
+    def _evidence(self, run: Run) -> Evidence:
+        seen = self._spool.evidence(run.claim.job)
+        reaction = None
+        if seen.answered and seen.answered == seen.sent and not seen.decided:
+            verdict = self._verdict(run, seen.answered)
+            reaction = verdict.reaction
+            if reaction is Reaction.ACCOUNT:
+                seen = replace(seen, blamed=run.trouble is None and self._blame(verdict.account))
+                run.trouble = Trouble(verdict.account, verdict.message, verdict.retry_after)
+        return replace(
+            seen,
+            reaction=reaction,
+            checked=run.request is not None,
+            attempts_left=seen.sent < self._config.retry.attempts,
+        )
+
+    def _verdict(self, run: Run, attempt: int) -> Verdict:
+        answer = run.record.answer(attempt)
+        return classify(answer.head, answer.sample())
+
+    def _without_record(self, job: str) -> Outcome:
+        """Deal with what has no record: an interrupted end, or a claim whose state folder was lost."""
+        orphans = self._spool.orphans(job)
+        if orphans:
+            raise SpoolError(
+                f"job {job}: {', '.join(orphans)}: claimed, but the state folder knows nothing of it",
+                path=self._spool.claim_folder(job),
+                hint="it may have been paid for; restore the state folder, or move the files back into the inbox",
+            )
+        self._spool.forget(job)
+        return Outcome(job, End.NOTHING)
+
+    # The steps
+
+    def _archive(self, run: Run) -> None:
+        decision = run.record.decision()
+        assert decision is not None
+        self._spool.keep(run.claim, decision)
+
+    def _forget(self, run: Run) -> Outcome:
+        decision = run.record.decision()
+        outcome = Outcome(run.claim.job, End.NOTHING, run.claim.source)
+        if decision is not None:
+            outcome = self._closing.outcome(run.claim, decision)
+            outcome = replace(outcome, trouble=run.trouble)
+            self._closing.report(run.claim, decision, self._clock() - run.began)
+        self._spool.forget(run.claim.job)
+        return outcome
+
+    def _deliver(self, run: Run) -> None:
+        decision = run.record.decision()
+        assert decision is not None
+        try:
+            self._spool.deliver(run.claim, decision)
+        except FileExistsError:
+            run.record.decide(self._closing.renamed(run.claim, decision))
+
+    def _bank(self, run: Run) -> None:
+        reason = "imagewatch ended while the answer came in"
+        run.record.bank_partial(run.evidence.sent, Tail(complete=False, reason=reason, at=self._clock()))
+
+    def _doubt(self, run: Run) -> None:
+        message = run.doubt or "imagewatch ended after the request was sent and before the answer was in"
+        self._closing.doubt(run.record, run.claim, run.evidence.sent, message)
+
+    def _read(self, run: Run) -> None:
+        self._closing.read(run.record, run.claim, run.evidence.sent)
+
+    def _refuse(self, run: Run) -> None:
+        verdict = self._verdict(run, run.evidence.answered)
+        self._closing.refuse(run.record, run.claim, run.evidence.answered, verdict)
+
+    def _gather(self, run: Run) -> None:
+        self._spool.gather(run.claim)
+
+    def _check(self, run: Run) -> None:
+        claim = run.claim
+        files = Files(self._spool.claim_folder(claim.job), claim.folder, claim.stem, claim.images, claim.foreign)
+        try:
+            run.request = build(files, self._config)
+        except BadRequest as error:
+            self._closing.invalid(run.record, claim, error.problems)
+
+    def _send(self, run: Run) -> Outcome | None:
+        if run.evidence.answered and not run.resumed:
+            return self._later(run)
+        assert run.request is not None
+        run.resumed = False
+        attempt = run.evidence.sent + 1
+        sent = self._sent(run.request)
+        sink = run.record.sink(attempt)
+        try:
+            self._client.send(
+                run.claim.job,
+                run.request.body(),
+                lambda: run.record.write_sent(attempt, msgspec.structs.replace(sent, at=self._clock())),
+                sink,
+            )
+        except InDoubt as error:
+            run.doubt = f"{error}"
+        except ConfigError as error:
+            run.trouble = Trouble("key", str(error))
+            return self._give_back(run)
+        except JobError as error:
+            if isinstance(error, Unavailable):
+                run.trouble = Trouble("unreachable", str(error))
+            return self._unsent(run, attempt, str(error))
+        return None
+
+    def _unsent(self, run: Run, attempt: int, reason: str) -> Outcome | None:
+        """Deal with a request that provably never left whole: write the proof, if it had begun to."""
+        if run.record.attempts()[0] < attempt:
+            return self._give_back(run)
+        sink = run.record.sink(attempt)
+        sink.start(Head(status=0, at=self._clock()))
+        sink.finish(Tail(complete=False, reason=reason, at=self._clock()))
+        return None
+
+    def _sent(self, request: Request) -> Sent:
+        return Sent(
+            prompt=request.prompt,
+            prompt_sha256=request.prompt_sha256,
+            fields=request.fields,
+            inputs=request.inputs,
+            content_sha256=request.content_sha256,
+            endpoint=self._client.url,
+            at=0.0,
+        )
+
+    def _later(self, run: Run) -> Outcome:
+        """Ask to be called again when the endpoint may take the same request."""
+        verdict = self._verdict(run, run.evidence.answered)
+        self._closing.busy(run.record, run.claim, run.evidence.answered, verdict)
+        retry = self._config.retry
+        delay = retry_delay(
+            run.evidence.answered,
+            initial=retry.initial_seconds,
+            longest=retry.max_seconds,
+            retry_after=verdict.retry_after,
+            jitter=self._jitter(),
+        )
+        trouble = Trouble("busy", verdict.message, delay)
+        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=delay, trouble=trouble)
+
+    def _give_back(self, run: Run) -> Outcome:
+        claim = run.claim
+        if not self._spool.give_back(claim):
+            return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble)
+        self._spool.forget(claim.job)
+        return Outcome(claim.job, End.RETURNED, claim.source, trouble=run.trouble)
+
+    def _park(self, run: Run, error: Exception) -> None:
+        """End a job that met a bug, if nothing was paid for it; else leave its evidence for the next start."""
+        if run.evidence.sent or run.evidence.decided:
+            raise SpoolError(
+                f"job {run.claim.job}: stopped by a bug in imagewatch: {type(error).__name__}: {error}",
+                hint="its evidence is kept in the state folder; it is tried again at the next start",
+            ) from error
+        problem = Problem("imagewatch", f"a bug: {type(error).__name__}: {error}", "please report it")
+        self._closing.invalid(run.record, run.claim, [problem])

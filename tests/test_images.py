@@ -1,0 +1,595 @@
+# ruff: noqa: RUF001  the multiplication sign is what people are shown
+from __future__ import annotations
+
+import io
+import struct
+import tracemalloc
+import zlib
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from PIL import Image as Pillow
+from PIL import PngImagePlugin
+
+from imagewatch import images
+from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, MAX_PIXELS, Image, foreign, inspect, sniff
+
+PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+
+
+def picture(mode, size=(23, 17)):
+    """A gradient: compresses to little, yet has no two equal rows."""
+    width, height = size
+    grey = Pillow.frombytes(
+        "L", size, bytes((7 * x + 13 * y) % 256 for y in range(height) for x in range(width))
+    )
+    if mode == "RGBA":
+        colour = grey.convert("RGB")
+        colour.putalpha(grey)
+        return colour
+    return grey.convert(mode)
+
+
+def encoded(kind, mode="RGB", **options):
+    file = io.BytesIO()
+    picture(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+def with_exif(kind):
+    exif = Pillow.Exif()
+    exif[0x010E] = "a description, long enough to be cut in the middle"
+    exif[0x0112] = 6
+    return encoded(kind, exif=exif.tobytes())
+
+
+def with_text():
+    text = PngImagePlugin.PngInfo()
+    text.add_text("parameters", "a cat")
+    text.add_itxt("Title", "Katze", zip=True)
+    return encoded("PNG", pnginfo=text)
+
+
+def animated(kind):
+    file = io.BytesIO()
+    frames = [picture("RGB").rotate(90 * turn) for turn in range(3)]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=50)
+    return file.getvalue()
+
+
+def chunk(name, data=b""):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def ihdr(width, height, rest=b"\x08\x02\x00\x00\x00"):
+    return chunk(b"IHDR", struct.pack(">II", width, height) + rest)
+
+
+def png(*chunks):
+    return PNG_MAGIC + b"".join(chunks)
+
+
+def interlaced():
+    # Pillow reads Adam7 but does not write it: seven passes of one 8x8 grey picture, all filter 0.
+    rows = b"".join(
+        (b"\0" + bytes(width)) * height
+        for width, height in [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]
+    )
+    return png(ihdr(8, 8, b"\x08\x00\x00\x00\x01"), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND"))
+
+
+def segment(code, data=b""):
+    return bytes([0xFF, code]) + struct.pack(">H", 2 + len(data)) + data
+
+
+def frame(width, height, code=0xC0):
+    return segment(code, struct.pack(">BHHB", 8, height, width, 1) + b"\x01\x11\x00")
+
+
+SCAN = segment(0xDA, b"\x01\x01\x00\x00\x3f\x00")
+
+
+def jpeg(*parts, end=b"\xff\xd9"):
+    return b"\xff\xd8" + b"".join(parts) + end
+
+
+def riff(*chunks, size=None):
+    body = b"WEBP" + b"".join(chunks)
+    return b"RIFF" + struct.pack("<I", len(body) if size is None else size) + body
+
+
+def piece(name, data=b""):
+    return name + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+
+def three(number):
+    return number.to_bytes(3, "little")
+
+
+def canvas(width, height):
+    return piece(b"VP8X", bytes(4) + three(width - 1) + three(height - 1))
+
+
+def lossy(width, height):
+    return piece(b"VP8 ", b"\x10\x00\x00\x9d\x01\x2a" + struct.pack("<HH", width, height) + bytes(5))
+
+
+def lossless(width, height):
+    return piece(b"VP8L", b"\x2f" + struct.pack("<I", (width - 1) | (height - 1) << 14) + bytes(5))
+
+
+def anmf(x, y, width, height):
+    where = three(x // 2) + three(y // 2) + three(width - 1) + three(height - 1)
+    return piece(b"ANMF", where + bytes(4) + lossy(width, height))
+
+
+REAL = {
+    "png rgb": ("png", encoded("PNG")),
+    "png rgba": ("png", encoded("PNG", "RGBA")),
+    "png palette": ("png", encoded("PNG", "P", transparency=3)),
+    "png grey": ("png", encoded("PNG", "L", dpi=(300, 300))),
+    "png grey and alpha": ("png", encoded("PNG", "LA")),
+    "png 1 bit": ("png", encoded("PNG", "1")),
+    "png 16 bit": ("png", encoded("PNG", "I;16")),
+    "png with text": ("png", with_text()),
+    "png with exif": ("png", with_exif("PNG")),
+    "png animated": ("png", animated("PNG")),
+    "jpeg baseline": ("jpeg", encoded("JPEG")),
+    "jpeg progressive": ("jpeg", encoded("JPEG", progressive=True)),
+    "jpeg grey": ("jpeg", encoded("JPEG", "L")),
+    "jpeg cmyk": ("jpeg", encoded("JPEG", "CMYK")),
+    "jpeg with exif": ("jpeg", with_exif("JPEG")),
+    "jpeg with restart markers": ("jpeg", encoded("JPEG", restart_marker_blocks=1)),
+    "jpeg with all": (
+        "jpeg",
+        encoded("JPEG", progressive=True, restart_marker_rows=1, comment=b"hi", quality=100),
+    ),
+    "webp lossy": ("webp", encoded("WEBP")),
+    "webp lossless": ("webp", encoded("WEBP", lossless=True)),
+    "webp lossy alpha": ("webp", encoded("WEBP", "RGBA")),
+    "webp lossless alpha": ("webp", encoded("WEBP", "RGBA", lossless=True)),
+    "webp with exif": ("webp", with_exif("WEBP")),
+    "webp animated": ("webp", animated("WEBP")),
+}
+real = pytest.mark.parametrize(("kind", "data"), REAL.values(), ids=REAL)
+
+
+def look(data):
+    return inspect(io.BytesIO(data))
+
+
+def problem(data):
+    found = look(data)
+    assert found is not None
+    return found.problem
+
+
+class Counting(io.BytesIO):
+    """Counts what is read of it."""
+
+    total = 0
+
+    def read(self, size=-1):
+        data = super().read(size)
+        self.total += len(data)
+        return data
+
+
+@real
+def test_a_real_picture_is_whole_and_its_dimensions_are_right(kind, data):
+    assert look(data) == Image(kind, 23, 17, "")
+
+
+def test_an_interlaced_png_is_whole():
+    Pillow.open(io.BytesIO(interlaced())).load()
+    assert look(interlaced()) == Image("png", 8, 8, "")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 700), (300, 2), (16383, 1), (255, 257)])
+@pytest.mark.parametrize(
+    ("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
+)
+def test_width_and_height_are_not_confused_and_not_off_by_one(size, kind, options):
+    file = io.BytesIO()
+    picture("RGB", size).save(file, kind, **options)
+    found = inspect(file)
+    assert (found.width, found.height, found.problem) == (*size, "")
+
+
+@real
+def test_no_proper_prefix_is_whole(kind, data):
+    for length in range(len(data)):
+        found = look(data[:length])
+        assert found is None or (found.kind == kind and found.problem), length
+
+
+@real
+def test_bytes_after_the_end_are_tolerated(kind, data):
+    for more in (b"\0", b"\r\n", b"\xff", data, b"MotionPhoto" * 9000):
+        assert look(data + more) == Image(kind, 23, 17, "")
+
+
+@real
+def test_where_the_file_stands_makes_no_difference(kind, data):
+    file = io.BytesIO(data)
+    for position in (0, 5, len(data), len(data) + 99):
+        file.seek(position)
+        assert inspect(file) == Image(kind, 23, 17, "")
+
+
+@real
+def test_a_file_that_hands_out_few_bytes_at_a_time_is_judged_the_same(kind, data):
+    class Short(io.BytesIO):
+        def read(self, size=-1):
+            return super().read(min(size, 7))
+
+    assert inspect(Short(data)) == Image(kind, 23, 17, "")
+
+
+@pytest.mark.parametrize("extra", range(12))
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_nothing_changes_where_one_buffer_ends_and_the_next_begins(monkeypatch, kind, extra):
+    monkeypatch.setattr(images, "_PIECE", 16 + extra)
+    data = encoded(kind, restart_marker_blocks=1) if kind == "JPEG" else encoded(kind)
+    assert problem(data) == ""
+    assert problem(data[:-1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "mime", "extension"),
+    [("png", "image/png", "png"), ("jpeg", "image/jpeg", "jpg"), ("webp", "image/webp", "webp")],
+)
+def test_each_kind_has_its_media_type_and_its_suffix(kind, mime, extension):
+    found = look(encoded(kind))
+    assert (found.mime, found.extension) == (mime, extension)
+    assert found.extension in IMAGE_SUFFIXES
+
+
+def test_any_flipped_bit_in_a_png_is_noticed():
+    data = REAL["png palette"][1]
+    for at in range(len(data)):
+        for bit in range(8):
+            found = look(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            assert found is None or found.problem, (at, bit)
+
+
+def test_a_flipped_byte_is_named_with_its_chunk():
+    data = bytearray(encoded("PNG"))
+    data[data.index(b"IDAT") + 20] ^= 1
+    assert look(bytes(data)) == Image("png", 23, 17, "chunk IDAT has a wrong checksum")
+
+
+def test_dimensions_are_not_believed_when_the_checksum_of_the_header_is_wrong():
+    data = bytearray(encoded("PNG"))
+    data[19] ^= 1
+    assert look(bytes(data)) == Image("png", 0, 0, "chunk IHDR has a wrong checksum")
+
+
+HEAD, PIXELS, END = ihdr(2, 2), chunk(b"IDAT", b"pixels"), chunk(b"IEND")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (png(HEAD, PIXELS), "cut short: no IEND chunk"),
+        (png(HEAD, END), "no IDAT chunk"),
+        (png(PIXELS, HEAD, END), "begins with chunk IDAT, not IHDR"),
+        (png(HEAD, HEAD, PIXELS, END), "a second IHDR chunk"),
+        (png(chunk(b"IHDR", bytes(12)), PIXELS, END), "chunk IHDR is 12 bytes long, not 13"),
+        (png(HEAD, PIXELS, chunk(b"IEND", b"x")), "chunk IEND is 1 bytes long, not 0"),
+        (png(HEAD, b"\x80\0\0\0IDAT"), "chunk IDAT has an impossible length"),
+        (png(HEAD, b"\x7f\xff\xff\xffIDAT"), "cut short: no IEND chunk"),
+        (png(HEAD, chunk(b"\x1b[2J")), "a chunk has no proper name"),
+        (png(ihdr(0, 5), PIXELS, END), "0×5 pixels"),
+        (png(ihdr(65535, 65535), PIXELS, END), "65535×65535 pixels is more than 100,000,000"),
+        (png(ihdr(2**32 - 1, 2**32 - 1), PIXELS, END), "is more than"),
+    ],
+)
+def test_what_is_wrong_with_a_png_is_said(data, words):
+    assert words in problem(data)
+
+
+FRAME = frame(2, 3)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        jpeg(FRAME, SCAN, b"abc"),
+        jpeg(b"\xff\xff\xff", FRAME[1:], b"\xff\xff", SCAN[1:], b"abc", b"\xff\xff\xff"),
+        jpeg(FRAME, SCAN, b"a\xff\x00b\xff\xd0\xff\xd7\xff\xff\x00c\xff\x01"),
+        jpeg(b"\xff\x01", segment(0xE1, b"\xff\xd9\xff\xd8"), FRAME, SCAN, b"abc"),
+        jpeg(FRAME, SCAN, b"abc", segment(0xC4, b"\xff\xd9"), SCAN, b"abc"),
+        jpeg(segment(0xC4), segment(0xC8), segment(0xCC), FRAME, SCAN, b"abc"),
+        jpeg(frame(2, 3, 0xC3), SCAN, b"abc"),
+        jpeg(frame(2, 3, 0xC9), SCAN, b"abc"),
+        jpeg(FRAME, SCAN, b"abc", segment(0xDC, b"\x00\x03")),
+        jpeg(FRAME, segment(0xDA, b"\x01\x01\x00\x00\x3f\xff"), b"\xd9\xd9"),
+    ],
+    ids=[
+        "plain",
+        "fill bytes",
+        "stuffed and standalone bytes in a scan",
+        "markers within a segment",
+        "tables between scans",
+        "tables with numbers like frame headers",
+        "lossless",
+        "arithmetic",
+        "number of lines after the scan",
+        "a scan header that ends in FF",
+    ],
+)
+def test_a_jpeg_may_have_all_that_the_format_allows(data):
+    assert look(data) == Image("jpeg", 2, 3, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (jpeg(FRAME, SCAN, b"abc", end=b""), "cut short: no EOI marker"),
+        (jpeg(FRAME, SCAN, b"abc", end=b"\xff"), "cut short: no EOI marker"),
+        (jpeg(FRAME, SCAN, b"abc", end=b"\xff\x00\xd9"), "cut short: no EOI marker"),
+        (jpeg(segment(0xE1, bytes(50))[:-10], end=b""), "cut short: no EOI marker"),
+        (jpeg(FRAME), "no scan before EOI"),
+        (jpeg(), "no scan before EOI"),
+        (jpeg(SCAN, b"abc"), "a scan before any frame header"),
+        (jpeg(FRAME, FRAME, SCAN, b"abc"), "a second frame header"),
+        (jpeg(FRAME, SCAN, b"abc", frame(9, 9)), "a second frame header"),
+        (jpeg(FRAME, SCAN, b"abc", jpeg(FRAME, SCAN, b"abc")), "a second picture begins"),
+        (jpeg(segment(0xE0), b"abc", FRAME, SCAN, b"abc"), "no marker at byte 6"),
+        (jpeg(segment(0xE0), b"\xff\x00", FRAME, SCAN, b"abc"), "no marker at byte 6"),
+        (jpeg(b"\xff\xe0\x00\x01", FRAME, SCAN, b"abc"), "segment E0 has an impossible length"),
+        (jpeg(segment(0xC0, bytes(9)), SCAN), "a frame header with an impossible length"),
+        (
+            jpeg(FRAME, segment(0xDA, b"\x02\x01\x00\x00\x3f\x00"), b"abc"),
+            "a scan header with an impossible length",
+        ),
+        (jpeg(frame(0, 3), SCAN, b"abc"), "0×3 pixels"),
+        (jpeg(frame(65535, 65535), SCAN, b"abc"), "65535×65535 pixels is more than 100,000,000"),
+    ],
+)
+def test_what_is_wrong_with_a_jpeg_is_said(data, words):
+    assert words in problem(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        riff(lossy(5, 7)),
+        riff(lossy(5 | 0x4000, 7 | 0xC000)),
+        riff(lossless(5, 7)),
+        riff(canvas(5, 7), piece(b"ICCP", b"odd"), lossy(5, 7), piece(b"EXIF", b"x")),
+        riff(canvas(5, 7), piece(b"ANIM", bytes(6)), anmf(0, 0, 5, 7), anmf(2, 4, 3, 3)),
+        riff(lossy(5, 7)[:-1]),
+        riff(lossy(5, 7)) + b"more",
+    ],
+    ids=["lossy", "scaled", "lossless", "extended", "animated", "without the last pad byte", "longer file"],
+)
+def test_a_webp_may_have_all_that_the_format_allows(data):
+    assert look(data) == Image("webp", 5, 7, "")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (riff(lossy(5, 7))[:-1], "cut short: 35 of 36 bytes"),
+        (riff(lossy(5, 7), size=2**32 - 1), "cut short: 36 of 4,294,967,303 bytes"),
+        (riff(size=0), "no VP8, VP8L or ANMF chunk"),
+        (riff(canvas(5, 7), piece(b"EXIF")), "no VP8, VP8L or ANMF chunk"),
+        (riff(piece(b"EXIF"), lossy(5, 7)), "does not begin with"),
+        (riff(lossy(5, 7), b"tail"), "loose bytes after the last chunk"),
+        (riff(lossy(5, 7), b"EXIF\xff\xff\xff\xff"), "a chunk is longer than the file says it is"),
+        (riff(piece(b"VP8 ", bytes(10))), "the VP8 header cannot be read"),
+        (riff(piece(b"VP8 ")), "the VP8 header cannot be read"),
+        (riff(piece(b"VP8L", bytes(10))), "the VP8L header cannot be read"),
+        (riff(piece(b"VP8X", bytes(9))), "the VP8X header cannot be read"),
+        (riff(canvas(5, 7), piece(b"ANMF", bytes(15))), "the ANMF header cannot be read"),
+        (riff(canvas(5, 7), lossy(16383, 16383)), "canvas and picture differ in size"),
+        (riff(canvas(5, 7), anmf(2, 0, 4, 7)), "a frame reaches out of the canvas"),
+        (riff(lossy(0, 7)), "0×7 pixels"),
+        (riff(lossy(16383, 16383)), "16383×16383 pixels is more than 100,000,000"),
+        (riff(lossless(16384, 16384)), "16384×16384 pixels is more than 100,000,000"),
+        (riff(canvas(65535, 65535), lossy(5, 7)), "65535×65535 pixels is more than 100,000,000"),
+    ],
+)
+def test_what_is_wrong_with_a_webp_is_said(data, words):
+    assert words in problem(data)
+
+
+def test_the_bound_on_pixels_is_a_bound_on_the_product():
+    assert problem(png(ihdr(MAX_PIXELS, 1), PIXELS, END)) == ""
+    assert problem(png(ihdr(10_000, 10_000), PIXELS, END)) == ""
+    assert problem(png(ihdr(10_000, 10_001), PIXELS, END)) == "10000×10001 pixels is more than 100,000,000"
+
+
+def test_too_many_pixels_are_refused_with_the_dimensions_kept_for_the_message():
+    found = look(png(ihdr(65535, 65535), PIXELS, END))
+    assert (found.width, found.height) == (65535, 65535)
+
+
+@pytest.mark.parametrize("data", [b"", b"\x89PNG", b"\xff\xd8", b"RIFF\x04\0\0\0WAVE", b"GIF89a", b"<html>"])
+def test_what_is_none_of_the_three_kinds_is_none(data):
+    assert look(data) is None
+    assert sniff(data) is None
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=300))
+def test_arbitrary_bytes_never_raise(data):
+    look(data)
+    sniff(data)
+    foreign(data)
+
+
+@given(
+    st.sampled_from([PNG_MAGIC, b"\xff\xd8\xff", b"RIFF\x40\0\0\0WEBP", b"\0\0\0\x40ftyp"]),
+    st.binary(max_size=300),
+)
+@example(b"\0\0\0\x40ftyp", b"")
+def test_arbitrary_bytes_behind_a_right_beginning_never_raise(magic, data):
+    found = look(magic + data)
+    assert found is None or found.problem or found.width * found.height in range(1, MAX_PIXELS + 1)
+    foreign(magic + data)
+
+
+edits = st.lists(
+    st.tuples(st.integers(0, 3000), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.sampled_from(list(REAL.values())), edits, st.integers(0, 3000))
+def test_damaged_pictures_never_raise_and_are_read_at_most_once(original, changes, length):
+    data = original[1]
+    for at, removed, added in changes:
+        start = at % len(data) if data else 0
+        data = data[:start] + added + data[start + removed :]
+    for version in (data, data[:length]):
+        file = Counting(version)
+        found = inspect(file)
+        assert found is None or found.problem or found.width * found.height in range(1, MAX_PIXELS + 1)
+        assert file.total <= len(version)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.sampled_from(list(REAL.values())), min_size=2, max_size=4))
+def test_of_pictures_run_together_the_first_one_counts(parts):
+    assert look(b"".join(data for _, data in parts)) == Image(parts[0][0], 23, 17, "")
+
+
+@pytest.mark.parametrize("name", [name for name, (kind, _) in REAL.items() if kind != "webp"])
+def test_a_picture_cut_short_and_begun_again_is_not_whole(name):
+    # What a transfer leaves that was resumed from zero behind what was there. Where a stretch is skipped
+    # by its length alone (the head of a JPEG, all of a WebP) such a seam cannot be seen.
+    kind, data = REAL[name]
+    pixels = data.index(b"\xff\xda") + 14 if kind == "jpeg" else 8
+    for cut in range(pixels, len(data)):
+        assert problem(data[:cut] + data), cut
+
+
+FLOODS = {
+    "png chunks": png(HEAD, chunk(b"IDAT") * 300_000, END),
+    "jpeg segments": jpeg(segment(0xE0) * 300_000, FRAME, SCAN),
+    "jpeg scans": jpeg(FRAME, (SCAN + b"x") * 300_000),
+    "jpeg fill bytes": jpeg(b"\xff" * 300_000, FRAME, SCAN),
+    "webp chunks": riff(canvas(5, 7), piece(b"EXIF") * 300_000, lossy(5, 7)),
+}
+
+
+@pytest.mark.parametrize("data", FLOODS.values(), ids=FLOODS)
+def test_a_flood_of_tiny_parts_is_ended(data):
+    file = Counting(data)
+    assert inspect(file).problem == "made of more than 250,000 parts"
+    assert file.total <= len(data)
+
+
+@pytest.mark.parametrize("scan", [b"\xff\x00", b"\xff\xd0", b"\xff\xff", b"ab"])
+def test_what_may_stand_in_a_scan_may_stand_there_millions_of_times(scan):
+    assert problem(jpeg(FRAME, SCAN, scan * 2_000_000)) == ""
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        png(HEAD, chunk(b"IDAT", bytes(6_000_001)), chunk(b"IDAT", bytes(9_000)) * 300, END),
+        png(HEAD, b"\x7f\xff\xff\xffIDAT" + bytes(8_000_000)),
+        jpeg(segment(0xE1, bytes(65_533)) * 30, FRAME, (SCAN + b"\xff\x00a" * 1_000_000) * 2),
+        jpeg(b"\xff" * 200_000, FRAME, SCAN, b"\xff" * 8_000_000),
+        riff(canvas(5, 7), piece(b"ICCP", bytes(4_000_000)), lossy(5, 7)),
+    ],
+    ids=["png", "png with a huge length", "jpeg", "jpeg of fill bytes", "webp"],
+)
+def test_memory_does_not_grow_with_the_file(tmp_path, data):
+    path = tmp_path / "large"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        tracemalloc.start()
+        try:
+            assert inspect(file) is not None
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert peak < 200 * 1024
+
+
+def test_an_error_of_the_disk_is_passed_on():
+    class Failing(io.BytesIO):
+        def read(self, _size=-1):
+            raise OSError(5, "Input/output error")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        inspect(Failing(b"x"))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "BMP", "TIFF", "ICO", "PDF", "JPEG2000", "DDS", "AVIF"])
+def test_other_pictures_that_pillow_writes_are_named(kind):
+    file = io.BytesIO()
+    try:
+        picture("RGB", (32, 32)).save(file, kind)
+    except (KeyError, OSError):
+        pytest.skip(f"this build of Pillow does not write {kind}")
+    assert foreign(file.getvalue()[:64]) == kind.replace("JPEG2", "JPEG 2")
+    assert inspect(file) is None
+
+
+@pytest.mark.parametrize(
+    ("head", "name"),
+    [
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x1cftypmif1\0\0\0\0mif1avifmiaf", "AVIF"),
+        (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic", "HEIC"),
+        (b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom", "camera raw"),
+        (b"\0\0\0\x18ftypisom\0\0\x02\0isomiso2", "MP4 or QuickTime video"),
+        (b"II*\0\x10\0\0\0CR\x02\0", "camera raw"),
+        (b"II*\0\x08\0\0\0", "TIFF"),
+        (b"8BPS\0\x01", "Photoshop"),
+        (b"\xff\x0a\xfa\x7f", "JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"RIFF\x24\0\0\0WAVEfmt ", "WAV sound"),
+        (b"PK\x03\x04\x14", "ZIP archive"),
+        (b"\xef\xbb\xbf\r\n <!DOCTYPE html><p>", "HTML page"),
+        (b"<?xml version='1.0'?><html xmlns='x'>", "HTML page"),
+        (b"<?xml version='1.0'?>\n<!-- made --><svg ", "SVG"),
+        (b"<SVG xmlns='x'>", "SVG"),
+        (b"<?xml version='1.0'?><Error><Code>AccessDenied", "XML"),
+        (b'{\n  "error": 1}', "JSON"),
+        (b'[ {"a"', "JSON"),
+        (b"data:image/png;base64,iVBOR", "base64 text"),
+        (b"iVBORw0KGgoAAAAN", "base64 text"),
+    ],
+)
+def test_what_is_found_under_the_names_of_pictures_is_named(head, name):
+    assert foreign(head) == name
+
+
+@pytest.mark.parametrize("head", [b"", b"BMW is a car, said the man", b"hello", b"[hello", b"\0" * 64])
+def test_what_is_not_recognised_has_no_name(head):
+    assert foreign(head) is None
+
+
+@real
+def test_a_supported_picture_is_not_foreign(kind, data):
+    assert foreign(data) is None
+    assert sniff(data[:12]) == kind
+
+
+def test_the_suffixes_are_lower_case_without_a_dot_and_in_one_set_only():
+    for suffix in IMAGE_SUFFIXES | FOREIGN_SUFFIXES:
+        assert suffix == suffix.lower().strip(". ")
+    assert not IMAGE_SUFFIXES & FOREIGN_SUFFIXES
+    assert {
+        "gif",
+        "heic",
+        "heif",
+        "avif",
+        "bmp",
+        "tif",
+        "tiff",
+        "svg",
+        "ico",
+        "psd",
+        "jxl",
+        "jp2",
+    } < FOREIGN_SUFFIXES
+    assert not {"pdf", "txt", "prompt", "toml"} & FOREIGN_SUFFIXES
