@@ -347,6 +347,7 @@ class Closing:
             door=decision.door,
             charged=document["charged"],
             credits=document.get("credits_charged"),
+            answered="answered" in document["times"],
             message=document.get("message", ""),
         )
 

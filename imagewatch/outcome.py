@@ -41,6 +41,7 @@ class Outcome:
         door: ``outbox`` or ``errors``, when over.
         charged: ``yes``, ``no`` or ``unknown``, when over.
         credits: What it cost, or None when nobody said.
+        answered: Whether the endpoint answered this very request.
         message: The error's words, when there are any.
         delay: Seconds, for ``End.LATER``.
         trouble: What the other requests would meet too, or None.
@@ -52,6 +53,7 @@ class Outcome:
     door: str = ""
     charged: str = ""
     credits: float | None = None
+    answered: bool = False
     message: str = ""
     delay: float = 0.0
     trouble: Trouble | None = None

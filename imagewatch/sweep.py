@@ -160,6 +160,10 @@ class Sweep:
         self._judge(key, Dropped(key[1]), seen, now, wall)
         return seen.ready[0] if seen.ready else None
 
+    def waits_for_inputs(self) -> bool:
+        """Tell whether a prompt waits for images it names."""
+        return bool(self._missing_since)
+
     def unchanged(self, candidate: Candidate) -> bool:
         """Tell whether the files of a candidate still look as they did."""
         names = (candidate.key[1] + SUFFIX, *candidate.images, *candidate.foreign)

@@ -54,13 +54,13 @@ class Watcher:
         """Tell whether events can still arrive."""
         return self._reader is not None and self._reader.is_alive()
 
-    def watch(self, folders: Iterable[str]) -> list[str]:
+    def watch(self, folders: Iterable[str]) -> tuple[bool, list[str]]:
         """Watch exactly these folders.
 
         A folder that was replaced by another of the same name is watched anew.
 
         Returns:
-            What could not be watched, in words.
+            Whether a folder was added, and what could not be watched, in words.
         """
         wanted = {}
         for path in folders:
@@ -70,14 +70,15 @@ class Watcher:
         for path, folder in list(self._watched.items()):
             if wanted.get(path) != folder.identity or folder.gone:
                 self._drop(path)
-        problems = []
+        problems, added = [], False
         for path, identity in wanted.items():
             if path not in self._watched:
                 try:
                     self._add(path, identity)
+                    added = True
                 except OSError as error:
                     problems.append(f"{path}: {error.strerror or error}")
-        return problems
+        return added, problems
 
     def _add(self, path: str, identity: tuple[int, int]) -> None:
         mask = (

@@ -573,9 +573,7 @@ def test_the_samples_hold_every_key():
         optional={
             "concurrency": st.integers(1, 64),
             "credits_per_day": st.floats(0, 1e9),
-            "models": st.lists(
-                st.text(st.characters(min_codepoint=32, codec="ascii"), min_size=1), max_size=3
-            ),
+            "models": st.lists(st.text(st.characters(min_codepoint=32, codec="ascii"), min_size=1), max_size=3),
             "providers": st.lists(st.sampled_from(["flux", "gemini", "openai"]), max_size=3),
         },
     ),
@@ -761,24 +759,18 @@ SCALARS = st.one_of(
     st.integers(-5, 70),
     st.floats(),
     st.text(max_size=20),
-    st.sampled_from(
-        ["auto", "flux", "delete", "~", "~x/y", "/", "0640", "http://[", "https://a/v1", "\0", "'"]
-    ),
+    st.sampled_from(["auto", "flux", "delete", "~", "~x/y", "/", "0640", "http://[", "https://a/v1", "\0", "'"]),
     st.dates(),
     st.datetimes(),
 )
 VALUES = st.recursive(
     SCALARS,
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "x", ""]), inner, max_size=3)
-    ),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYS, "x", ""]), inner, max_size=3),
     max_leaves=5,
 )
 TABLES = st.dictionaries(
     st.sampled_from([*STRUCTS, "presets", "folder", "a.b", ""]),
-    st.one_of(
-        VALUES, st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), VALUES, max_size=6)
-    ),
+    st.one_of(VALUES, st.dictionaries(st.one_of(st.sampled_from(KEYS), st.text(max_size=5)), VALUES, max_size=6)),
     max_size=6,
 )
 
@@ -799,9 +791,7 @@ def test_no_table_raises_anything_but_a_config_error(tmp_path_factory, table, en
 
 
 @given(
-    content=st.one_of(
-        st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace"))
-    )
+    content=st.one_of(st.binary(max_size=60), st.text(max_size=60).map(lambda text: text.encode("utf-8", "replace")))
 )
 def test_no_bytes_raise_anything_but_a_config_error(tmp_path_factory, content):
     path = tmp_path_factory.mktemp("c") / "c.toml"
@@ -810,9 +800,7 @@ def test_no_bytes_raise_anything_but_a_config_error(tmp_path_factory, content):
         load(str(path), {})
 
 
-@given(
-    environ=st.dictionaries(st.text(max_size=12).map(lambda text: f"IMAGEWATCH_{text}"), st.text(max_size=12))
-)
+@given(environ=st.dictionaries(st.text(max_size=12).map(lambda text: f"IMAGEWATCH_{text}"), st.text(max_size=12)))
 def test_no_variable_raises_anything_but_a_config_error(environ):
     with pytest.raises(ConfigError):
         load(None, environ | {"IMAGEWATCH_FOLDERS__ROOT": "\0"})

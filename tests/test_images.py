@@ -21,9 +21,7 @@ PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 def picture(mode, size=(23, 17)):
     """A gradient: compresses to little, yet has no two equal rows."""
     width, height = size
-    grey = Pillow.frombytes(
-        "L", size, bytes((7 * x + 13 * y) % 256 for y in range(height) for x in range(width))
-    )
+    grey = Pillow.frombytes("L", size, bytes((7 * x + 13 * y) % 256 for y in range(height) for x in range(width)))
     if mode == "RGBA":
         colour = grey.convert("RGB")
         colour.putalpha(grey)
@@ -73,8 +71,7 @@ def png(*chunks):
 def interlaced():
     # Pillow reads Adam7 but does not write it: seven passes of one 8x8 grey picture, all filter 0.
     rows = b"".join(
-        (b"\0" + bytes(width)) * height
-        for width, height in [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]
+        (b"\0" + bytes(width)) * height for width, height in [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]
     )
     return png(ihdr(8, 8, b"\x08\x00\x00\x00\x01"), chunk(b"IDAT", zlib.compress(rows)), chunk(b"IEND"))
 
@@ -187,9 +184,7 @@ def test_an_interlaced_png_is_whole():
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (300, 2), (16383, 1), (255, 257)])
-@pytest.mark.parametrize(
-    ("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})]
-)
+@pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})])
 def test_width_and_height_are_not_confused_and_not_off_by_one(size, kind, options):
     file = io.BytesIO()
     picture("RGB", size).save(file, kind, **options)
@@ -433,9 +428,7 @@ def test_arbitrary_bytes_behind_a_right_beginning_never_raise(magic, data):
     foreign(magic + data)
 
 
-edits = st.lists(
-    st.tuples(st.integers(0, 3000), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4
-)
+edits = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 8), st.binary(max_size=8)), min_size=1, max_size=4)
 
 
 @settings(max_examples=400, deadline=None)

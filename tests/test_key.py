@@ -83,10 +83,7 @@ def test_the_rest_of_a_masked_text_stays():
 
 
 def test_a_key_escaped_for_json_or_a_url_is_masked_too():
-    assert (
-        Key('a"b/c=d').mask('{"k": "a\\"b/c=d"} ?k=a%22b%2Fc%3Dd ?k=a%22b/c%3Dd')
-        == '{"k": "***"} ?k=*** ?k=***'
-    )
+    assert Key('a"b/c=d').mask('{"k": "a\\"b/c=d"} ?k=a%22b%2Fc%3Dd ?k=a%22b/c%3Dd') == '{"k": "***"} ?k=*** ?k=***'
 
 
 # --- the order
@@ -134,9 +131,7 @@ def test_the_source_of_a_command_shows_no_argument_and_nothing_that_is_no_progra
 # --- the value's form
 
 
-@pytest.mark.parametrize(
-    "value", ["", " \n", f"{SECRET} x", f"{SECRET}\nsecond", f"{SECRET}é", f"\x00{SECRET}"]
-)
+@pytest.mark.parametrize("value", ["", " \n", f"{SECRET} x", f"{SECRET}\nsecond", f"{SECRET}é", f"\x00{SECRET}"])
 def test_what_is_not_one_printable_word_is_refused_and_not_repeated(tmp_path, value):
     path = tmp_path / "key"
     path.write_bytes(value.encode())
@@ -264,11 +259,7 @@ def test_a_command_that_does_not_end_is_ended(code):
 
 
 def test_a_child_that_keeps_the_outputs_open_is_not_waited_for():
-    code = (
-        "import os, signal\n"
-        "if os.fork(): print('key-of-parent', flush=True)\n"
-        "else: signal.alarm(20); signal.pause()"
-    )
+    code = "import os, signal\nif os.fork(): print('key-of-parent', flush=True)\nelse: signal.alarm(20); signal.pause()"
     begin = time.monotonic()
     assert read_key(python(code), {}).reveal() == "key-of-parent"
     assert time.monotonic() - begin < 15

@@ -221,9 +221,7 @@ def test_a_repeated_idempotency_key_buys_again(ask, sandbox):
 def test_input_images_show_in_the_picture(ask, provider):
     kinds = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
     inputs = [data_url(image_bytes(kind), mime) for kind, mime in kinds.items()]
-    plain, edited = (
-        decoded(ask(provider=provider, seed=1, **more))[0] for more in ({}, {"input_images": inputs})
-    )
+    plain, edited = (decoded(ask(provider=provider, seed=1, **more))[0] for more in ({}, {"input_images": inputs}))
     near = [
         sum(count for count, colour in opened(content).convert("RGB").getcolors(512**2) if is_input(colour))
         for content in (plain, edited)
@@ -237,9 +235,7 @@ def is_input(colour):
 
 def bomb():
     def chunk(kind, content):
-        return (
-            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-        )
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
 
     header = struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
     rows = zlib.compress(bytes(1_000_000))
@@ -491,9 +487,7 @@ def test_random_tags_never_break_anything(sandbox, web, text):
 # Money.
 
 
-def test_a_request_above_the_balance_is_402_and_is_not_charged_and_names_the_credits_it_would_need(
-    ask, sandbox
-):
+def test_a_request_above_the_balance_is_402_and_is_not_charged_and_names_the_credits_it_would_need(ask, sandbox):
     sandbox.balance = 100
     assert ask(n=3).status_code == 200
     refused = ask(n=1)
@@ -665,9 +659,7 @@ def test_some_answers_are_pages(ask, tag):
 def test_who_follows_a_redirect_of_the_paid_call_is_counted(ask, sandbox, web, tag):
     answer = ask(f"[sandbox: {tag}]")
     assert sandbox.report()["redirected"] == 0
-    web.request(
-        "GET" if tag == "302" else "POST", sandbox.base_url + answer.headers["location"], headers=BEARER
-    )
+    web.request("GET" if tag == "302" else "POST", sandbox.base_url + answer.headers["location"], headers=BEARER)
     assert sandbox.report()["redirected"] == 1
 
 
@@ -741,9 +733,7 @@ def test_no_billing_is_an_answer_without_billing(ask, sandbox):
 
 def test_gzip_is_compressed_and_readable(sandbox):
     body = b'{"provider":"gemini","prompt":"[sandbox: gzip]"}'
-    top, _, content = raw(sandbox, head(sandbox, f"Content-Length: {len(body)}") + body).partition(
-        b"\r\n\r\n"
-    )
+    top, _, content = raw(sandbox, head(sandbox, f"Content-Length: {len(body)}") + body).partition(b"\r\n\r\n")
     assert b"content-encoding: gzip" in top.lower()
     assert json.loads(gzip.decompress(content))["images"]
 
@@ -754,9 +744,7 @@ def test_big_is_a_valid_picture_of_that_many_megabytes_with_a_correct_length(ask
     contents = decoded(answer)
     assert all(3_000_000 < len(content) < 3_400_000 for content in contents)
     assert opened(contents[0]).format == "PNG"
-    assert [hashlib.sha256(content).hexdigest() for content in contents] == sandbox.report()["calls"][0][
-        "images"
-    ]
+    assert [hashlib.sha256(content).hexdigest() for content in contents] == sandbox.report()["calls"][0]["images"]
     assert checksums_hold(contents[1])
 
 
@@ -881,9 +869,7 @@ def test_stopping_cuts_off_what_is_held(web):
     sandbox = Sandbox()
     sandbox.start()
     sandbox.hold()
-    waiting = in_thread(
-        web.post, sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "x"}, headers=BEARER
-    )
+    waiting = in_thread(web.post, sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "x"}, headers=BEARER)
     assert sandbox.wait_for_requests(1, 10)
     sandbox.stop()
     assert isinstance(waiting.exception(10), httpx.TransportError)
@@ -916,9 +902,7 @@ def test_an_address_that_cannot_be_bound_is_a_configuration_error(sandbox, port)
 def test_latency_holds_an_answer_back_until_it_is_over_or_the_sandbox_stops(web):
     sandbox = Sandbox(latency_seconds=3600)
     sandbox.start()
-    waiting = in_thread(
-        web.post, sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "x"}, headers=BEARER
-    )
+    waiting = in_thread(web.post, sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "x"}, headers=BEARER)
     assert sandbox.wait_for_requests(1, 10)
     assert not waiting.done()
     sandbox.stop()
@@ -934,9 +918,7 @@ def listening():
 
 def test_each_request_is_told_on_one_plain_line(web):
     with listening() as (sandbox, lines):
-        web.post(
-            sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "a\n\x1b[31mcat"}, headers=BEARER
-        )
+        web.post(sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "a\n\x1b[31mcat"}, headers=BEARER)
         web.get(sandbox.base_url + "/x%0a")
     assert len(lines) == 2
     assert "200" in lines[0]
@@ -959,6 +941,4 @@ def test_many_connections_at_once_are_all_served(ask, sandbox):
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda number: ask(f"cat {number}", "openai", size="16x16"), range(96)))
     assert {answer.status_code for answer in answers} == {200}
-    assert sorted(call["prompt"] for call in sandbox.report()["calls"]) == sorted(
-        f"cat {n}" for n in range(96)
-    )
+    assert sorted(call["prompt"] for call in sandbox.report()["calls"]) == sorted(f"cat {n}" for n in range(96))

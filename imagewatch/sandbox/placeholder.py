@@ -5,26 +5,23 @@ Pillow is imported inside functions only, so that importing this module costs th
 
 from __future__ import annotations
 
-import binascii
 import colorsys
-import functools
 import hashlib
 import io
 import random
 import re
 import struct
 import unicodedata
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from imagewatch.sandbox.picture import Picture
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from PIL import Image, ImageDraw, ImageFont
 
-_ZEROS: Final = bytes(3 << 18)  # a multiple of 3, so that its base64 needs no padding
-_IEND_BYTES: Final = 12
 _MAX_INPUT_PIXELS: Final = 50_000_000  # below Pillow's own alarm, above any phone camera of today
 _THUMBNAIL_SIDE: Final = 160
 _THUMBNAILS_PER_ROW: Final = 7
@@ -40,60 +37,6 @@ _ENCODERS: Final[dict[str, dict[str, object]]] = {
     "jpeg": {"quality": 88},
     "webp": {"quality": 85, "method": 0},
 }
-
-
-@dataclass(frozen=True)
-class Picture:
-    """The bytes of one picture, and the type the answer claims for them.
-
-    Attributes:
-        data: The file; with ``padding`` it must be a whole PNG.
-        mime: The claimed type, e.g. ``image/png``.
-        padding: Size of a private ancillary chunk put before the end of the PNG. It is made while being
-            sent: a picture of 75 MB takes no memory.
-    """
-
-    data: bytes
-    mime: str
-    padding: int = 0
-
-    @property
-    def length(self) -> int:
-        """Number of bytes of the whole file."""
-        return len(self.data) + (self.padding + 12 if self.padding else 0)
-
-    @property
-    def base64_length(self) -> int:
-        """Number of characters of the whole file in base64."""
-        return (self.length + 2) // 3 * 4
-
-    @property
-    def sha256(self) -> str:
-        """Checksum of the whole file, in hex."""
-        digest = hashlib.sha256()
-        for chunk in self.chunks():
-            digest.update(chunk)
-        return digest.hexdigest()
-
-    def chunks(self) -> Iterator[bytes]:
-        """Yield the whole file in pieces."""
-        if not self.padding:
-            yield self.data
-            return
-        # "paDd" is by the rules of PNG: ancillary, private, safe to copy.
-        yield self.data[:-_IEND_BYTES] + struct.pack(">I4s", self.padding, b"paDd")
-        yield from _zeros(self.padding)
-        yield struct.pack(">I", _padding_crc(self.padding)) + self.data[-_IEND_BYTES:]
-
-    def base64(self) -> Iterator[bytes]:
-        """Yield the whole file in base64, in pieces."""
-        rest = b""
-        for chunk in self.chunks():
-            piece = rest + chunk
-            whole = len(piece) // 3 * 3
-            yield binascii.b2a_base64(piece[:whole], newline=False)
-            rest = piece[whole:]
-        yield binascii.b2a_base64(rest, newline=False)
 
 
 @dataclass(frozen=True)
@@ -166,22 +109,6 @@ def thumbnail(data: bytes, mime: str) -> Image.Image | None:
         return ImageOps.fit(picture.convert("RGBA"), side)
     except Exception:  # noqa: BLE001  decoders raise whatever they like on hostile files
         return None
-
-
-def _zeros(length: int) -> Iterator[bytes]:
-    """Yield that many zero bytes, in pieces."""
-    for _ in range(length // len(_ZEROS)):
-        yield _ZEROS
-    yield _ZEROS[: length % len(_ZEROS)]
-
-
-@functools.lru_cache(maxsize=16)
-def _padding_crc(length: int) -> int:
-    """Return the checksum of the padding chunk."""
-    crc = zlib.crc32(b"paDd")
-    for piece in _zeros(length):
-        crc = zlib.crc32(piece, crc)
-    return crc
 
 
 def _opened(data: bytes, mime: str) -> Image.Image | None:

@@ -1,0 +1,5 @@
+"""``python -m imagewatch``."""
+
+from imagewatch.cli import main
+
+main()

@@ -1,0 +1,247 @@
+"""The commands. The only place where errors become exit codes.
+
+Heavy modules are imported by the commands that use them, so that ``--help`` and ``--version`` stay quick.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from typing import TYPE_CHECKING, NoReturn
+
+import click
+
+from imagewatch import __version__
+from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imagewatch.config import Config
+    from imagewatch.outcome import Outcome
+
+EXIT_FAILED = 1
+EXIT_USAGE = 64
+EXIT_SPOOL = 74
+EXIT_RUNNING = 75
+EXIT_CONFIG = 78
+
+_EXIT_CODES = """\b
+Exit codes:
+  0   done
+  1   some job failed (once)
+  64  the command line is wrong
+  69  the queue is held and prompts are left in the inbox (once)
+  74  our own disk: full, read-only or gone
+  75  another imagewatch has this inbox
+  78  the configuration is wrong"""
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EXIT_CODES)
+@click.version_option(__version__, "--version", message="imagewatch %(version)s")
+def cli() -> None:
+    """A watched folder for paid image generation.
+
+    Drop NAME.prompt.txt into the inbox; get the pictures and a receipt in the outbox, or the API's own words in
+    the errors folder. Nothing is paid for twice, and nothing that was paid for is lost.
+
+    New here? "imagewatch demo" shows everything in ten seconds, without a key.
+    """
+
+
+_config_option = click.option(
+    "--config", "path", metavar="FILE", help="The configuration; without it the usual places are looked at."
+)
+
+
+@cli.command()
+@_config_option
+def run(path: str | None) -> None:
+    """Watch the inbox until stopped (the daemon).
+
+    SIGTERM or Ctrl-C finishes what has been sent and ends; a second one kills, and the next start recovers. SIGHUP
+    reads the configuration again.
+    """
+    from imagewatch.daemon import Daemon  # noqa: PLC0415
+
+    config = _load(path)
+    _configure_log(config)
+    sys.exit(Daemon(config, os.environ, reload=lambda: _load(path)).run())
+
+
+@cli.command()
+@_config_option
+def once(path: str | None) -> None:
+    """Make everything that is in the inbox, then end.
+
+    Does not wait out a hold (no credits, a rejected key, …): it says why and ends with 69; the prompts stay.
+    """
+    from imagewatch.daemon import Daemon  # noqa: PLC0415
+
+    config = _load(path)
+    terminal = sys.stderr.isatty()
+    _configure_log(config, level="error" if terminal else None)
+    with _progress(shown=terminal) as bar:
+        daemon = Daemon(config, os.environ, once=True, on_outcome=bar.finished, on_seen=bar.found)
+        code = daemon.run()
+    if daemon.hold:
+        click.echo(f"The queue is held: {printable(daemon.hold)}; {daemon.left} prompts left in the inbox.", err=True)
+    sys.exit(code)
+
+
+@cli.command()
+@_config_option
+def check(path: str | None) -> None:
+    """Say what the daemon would do, and why; change and send nothing.
+
+    Looks at the configuration, the folders, the key (never shown) and every file in the inbox.
+    """
+    from imagewatch import explain  # noqa: PLC0415
+
+    config = _load(path)
+    bad = 0
+    for line in explain.settings(config, os.environ):
+        bad += line.verdict == "bad"
+        _row(line.verdict, line.what, line.why)
+    for line in explain.files(config):
+        _row(line.verdict, line.what, line.why)
+    sys.exit(EXIT_CONFIG if bad else 0)
+
+
+@cli.command()
+@click.argument("folder", default="imagewatch-demo", type=click.Path(file_okay=False))
+def demo(folder: str) -> None:
+    """Show everything at once, on a local endpoint: no key, no network, no cost.
+
+    Makes FOLDER (imagewatch-demo), drops six prompts into its inbox and runs the real daemon on them.
+    """
+    from imagewatch import demo as show  # noqa: PLC0415
+
+    with _progress(shown=sys.stderr.isatty()) as bar:
+        story = show.play(folder, on_outcome=bar.finished, on_seen=bar.found)
+    for line in story.lines:
+        click.echo(line)
+
+
+@cli.command(epilog="Tags that a prompt may carry are listed by --tags.")
+@click.option("--port", default=8283, show_default=True, help="Where to listen, on 127.0.0.1; 0 takes a free one.")
+@click.option("--key", help="Accept this key only; without it any key will do.")
+@click.option("--latency", default=0.0, metavar="SECONDS", help="Answer after so long.")
+@click.option("--tags", is_flag=True, help="List the tags with which a prompt asks for trouble, and end.")
+def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
+    """Run a local endpoint that answers like the real one and charges nothing.
+
+    It checks requests as strictly as the contract says, draws placeholders, and counts what it would have charged
+    (GET /sandbox/report). A prompt with a tag like "[sandbox: 402]" gets that answer.
+    """
+    from imagewatch.sandbox import Sandbox, tags_help  # noqa: PLC0415
+
+    if tags:
+        click.echo(tags_help())
+        return
+    server = Sandbox(port=port, key=key, latency_seconds=latency, on_request=lambda line: click.echo(line, err=True))
+    click.echo(
+        f"The sandbox listens. Use it with:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY=any imagewatch run\n"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()
+
+
+@cli.command()
+@click.argument("file", default="imagewatch.toml", type=click.Path(dir_okay=False))
+def init(file: str) -> None:
+    """Write a configuration with every key, its default and a line about it, to FILE (imagewatch.toml)."""
+    from imagewatch.config import example  # noqa: PLC0415
+
+    try:
+        with open(file, "x", encoding="utf-8") as out:
+            out.write(example())
+    except FileExistsError:
+        raise SpoolError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
+    except OSError as error:
+        raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}") from None
+    shown = printable(file)
+    click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
+
+
+def main() -> NoReturn:
+    """Run a command; translate every error into one line, a next action and an exit code."""
+    try:
+        code = cli.main(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(EXIT_USAGE)
+    except click.Abort:
+        sys.exit(130)
+    except ConfigError as error:
+        _fail(error, EXIT_CONFIG)
+    except AlreadyRunning as error:
+        _fail(error, EXIT_RUNNING)
+    except SpoolError as error:
+        _fail(error, EXIT_SPOOL)
+    except ImagewatchError as error:
+        _fail(error, EXIT_FAILED)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: ImagewatchError, code: int) -> NoReturn:
+    if isinstance(error, ConfigError):
+        where = f"{printable(error.source)}: " if error.source else ""
+        click.echo(f"imagewatch: {where}the configuration cannot be used:", err=True)
+        for problem in error.problems:
+            click.echo(f"  {printable(str(problem))}", err=True)
+    else:
+        click.echo(f"imagewatch: {printable(str(error))}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint)}", err=True)
+    sys.exit(code)
+
+
+def _load(path: str | None) -> Config:
+    from imagewatch.config import find, load  # noqa: PLC0415
+
+    return load(find(path, os.environ, os.getcwd()), os.environ)
+
+
+def _configure_log(config: Config, level: str | None = None) -> None:
+    from imagewatch import log  # noqa: PLC0415
+
+    log.configure(level or config.log.level, config.log.format)  # type: ignore[arg-type]
+
+
+_COLOURS = {"ok": "green", "take": "green", "bad": "red", "refuse": "red", "wait": "yellow", "ignore": "yellow"}
+
+
+def _row(verdict: str, what: str, why: str) -> None:
+    click.echo(f"{click.style(f'{verdict:<7}', fg=_COLOURS[verdict])} {what:<32} {why}")
+
+
+class _Bar:
+    """A progress bar whose end moves when more prompts are found."""
+
+    def __init__(self, bar: click._termui_impl.ProgressBar[int] | None) -> None:
+        self._bar = bar
+        self._done = 0
+
+    def found(self, waiting: int) -> None:
+        if self._bar is not None:
+            self._bar.length = max(self._done + waiting, 1)
+            self._bar.update(0)
+
+    def finished(self, outcome: Outcome) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.length = max(self._bar.length or 1, self._done)
+            self._bar.label = printable(outcome.source, 40)
+            self._bar.update(1)
+
+
+@contextlib.contextmanager
+def _progress(*, shown: bool) -> Iterator[_Bar]:
+    if not shown:
+        yield _Bar(None)
+        return
+    with click.progressbar(length=1, label="looking", file=sys.stderr, show_pos=True) as bar:
+        yield _Bar(bar)

@@ -1,0 +1,495 @@
+"""The daemon: puts the parts together and runs the main loop.
+
+One thread, this one, decides what is done when. Watcher, signals and finished workers only put messages into one
+mailbox; the loop takes them out. A worker's first act is the claim, so that whatever merely waits in memory still
+lies in the inbox.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import queue
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from random import random
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch import __version__
+from imagewatch.client import Client
+from imagewatch.durable import Disk
+from imagewatch.errors import ConfigError, SpoolError
+from imagewatch.holds import Holds
+from imagewatch.key import read_key
+from imagewatch.ledger import Ledger
+from imagewatch.names import stem_of
+from imagewatch.notify import Notify
+from imagewatch.outcome import End, Outcome
+from imagewatch.spool import Spool
+from imagewatch.sweep import Candidate, Key, Seen, Sweep
+from imagewatch.watcher import Watcher
+from imagewatch.worker import Worker
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from imagewatch.config import Config
+
+_POLL_SECONDS = 5.0
+_REST = 10.0
+"""A sweep that took a second is followed by ten seconds without one: looking costs a tenth of a core at most."""
+_DISK_SECONDS = 5.0
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Changed:
+    """Something happened to a name in a folder."""
+
+    folder: str
+    name: str
+    renamed: bool
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Events may have been missed: look at everything."""
+
+
+@dataclass(frozen=True)
+class Signalled:
+    """A signal came."""
+
+    number: int
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A worker has ended; its outcome or its exception is in the future."""
+
+    job: str
+    key: Key | None
+    future: Future[Outcome]
+
+
+Message = Changed | Lost | Signalled | Finished
+
+
+@dataclass
+class Later:
+    """A claimed job that has to wait."""
+
+    job: str
+    at: float
+    source: str = ""
+
+
+class Daemon:
+    """The daemon of one inbox.
+
+    Args:
+        config: The configuration.
+        environ: Environment: key, systemd's socket.
+        disk: Our disk.
+        once: Whether to end when the inbox is drained or the queue is held.
+        on_outcome: Called for each finished job.
+        on_seen: Called after each sweep.
+        reload: Returns a new configuration on SIGHUP.
+        clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        *,
+        disk: Disk | None = None,
+        once: bool = False,
+        on_outcome: Callable[[Outcome], None] = lambda _: None,
+        on_seen: Callable[[int], None] = lambda _: None,
+        reload: Callable[[], Config] | None = None,
+        clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._config = config
+        self._environ = environ
+        self._once = once
+        self._on_outcome = on_outcome
+        self._on_seen = on_seen
+        self._reload = reload
+        self._clock = clock
+        self._now = monotonic
+        self._mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._spool = Spool(config, disk or Disk())
+        self._holds = Holds()
+        self._notify = Notify(environ)
+        self._watcher = Watcher(
+            lambda folder, name, renamed: self._mailbox.put(Changed(folder, name, renamed)),
+            lambda: self._mailbox.put(Lost()),
+        )
+        self._ready: list[Candidate] = []
+        self._later: list[Later] = []
+        self._in_flight: dict[str, Key | None] = {}
+        self._ignored: set[tuple[str, str]] = set()
+        self._seen = Seen()
+        self._sweep_at = 0.0
+        self._rested_at = 0.0
+        self._left_out = False
+        self._draining = False
+        self._disk_failed = False
+        self.failed = 0
+
+    # Running
+
+    def run(self) -> int:
+        """Run until a signal comes or, with ``once``, until there is nothing left to do.
+
+        Returns:
+            The exit code: 0, 1 (``once``: a job failed), 69 (``once``: held), 74 (``once``: own disk).
+
+        Raises:
+            ImagewatchError: It cannot start.
+        """
+        self._spool.lock()
+        try:
+            self._spool.prepare()
+            self._ledger = Ledger(os.path.join(self._spool.state, "ledger.sqlite3"))
+            self._assemble(self._config)
+            with self._signals(), ThreadPoolExecutor(64, thread_name_prefix="worker") as pool:
+                self._pool = pool
+                try:
+                    self._begin()
+                    self._loop()
+                finally:
+                    self._end()
+        finally:
+            self._spool.unlock()
+        return self._exit_code()
+
+    def _assemble(self, config: Config) -> None:
+        """Make the parts that a configuration changes."""
+        self._config = config
+        self._client = Client(config.endpoint, lambda: read_key(config.endpoint, self._environ), clock=self._clock)
+        self._worker = Worker(
+            self._spool,
+            self._client,
+            self._ledger,
+            config,
+            blame=self._holds.blame,
+            clock=self._clock,
+            jitter=random,
+        )
+        self._sweep = Sweep(self._spool.inbox, config.inbox)
+        self._sweep_at = 0.0
+
+    def _begin(self) -> None:
+        self._start_watcher()
+        for job in self._spool.unfinished():
+            _log.info("recovering", job=job)
+            self._later.append(Later(job, 0.0))
+        self._look()
+        mode = "native" if self._watcher.alive() else "poll"
+        _log.info(
+            "watching", inbox=self._spool.inbox, mode=mode, endpoint=self._config.endpoint.base_url, version=__version__
+        )
+        self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
+
+    def _start_watcher(self) -> None:
+        if self._config.inbox.watch == "poll" or not self._watcher.available:
+            return
+        try:
+            self._watcher.start()
+        except OSError as error:
+            _log.warning("no change events; looking regularly instead", reason=str(error))
+        else:
+            self._report_unwatched(self._watcher.watch([self._spool.inbox])[1])
+
+    def _loop(self) -> None:
+        while not self._is_over():
+            self._look_if_due()
+            self._dispatch()
+            if not self._is_over():
+                self._take_messages()
+
+    def _is_over(self) -> bool:
+        if self._in_flight:
+            return False
+        if self._draining:
+            return True
+        if not self._once:
+            return False
+        if self._disk_failed or self._holds.first() is not None:
+            return True
+        return not self._ready and not self._later and self._seen.due is None
+
+    def _take_messages(self) -> None:
+        """Wait for the next message or the next thing to do, then take all messages there are."""
+        with contextlib.suppress(queue.Empty):
+            message = self._mailbox.get(timeout=self._patience())
+            while True:
+                self._take(message)
+                message = self._mailbox.get_nowait()
+
+    def _patience(self) -> float:
+        """Return how long there is nothing to do unless a message comes, seconds."""
+        now = self._now()
+        times = [max(self._sweep_at, self._rested_at)]
+        if not self._draining:
+            hold = self._holds.waiting(now)
+            if hold is not None and (self._ready or self._later):
+                times.append(hold.until)
+            times += [later.at for later in self._later]
+        return min(max(min(times) - now, 0.001), 3600.0)
+
+    def _take(self, message: Message) -> None:
+        match message:
+            case Changed():
+                self._changed(message)
+            case Lost():
+                self._sweep_at = 0.0
+            case Signalled():
+                self._signalled(message.number)
+            case Finished():
+                self._finished(message)
+
+    def _end(self) -> None:
+        """Finish what is sent; whatever is only claimed waits for the next start."""
+        self._notify.send(STOPPING="1")
+        self._draining = True
+        while self._in_flight:
+            self._take_messages()
+        self._watcher.stop()
+        self._client.close()
+        self._ledger.close()
+
+    def _exit_code(self) -> int:
+        if not self._once:
+            return 0
+        if self._disk_failed:
+            return 74
+        if self._holds.first() is not None and (self._ready or self._seen.waiting or self._later):
+            return 69
+        return 1 if self.failed else 0
+
+    @property
+    def hold(self) -> str:
+        """Why the queue is held, in words, or an empty string."""
+        hold = self._holds.first()
+        return f"{hold.kind}: {hold.message}" if hold else ""
+
+    @property
+    def left(self) -> int:
+        """How many prompts wait in the inbox."""
+        return len(self._ready) + len(self._seen.waiting)
+
+    # Looking
+
+    def _look_if_due(self) -> None:
+        now = self._now()
+        if not self._draining and now >= self._sweep_at and now >= self._rested_at:
+            self._look()
+
+    def _look(self) -> None:
+        began = self._now()
+        try:
+            self._seen = self._sweep.look(began, self._clock())
+        except SpoolError as error:
+            self._hold("disk", error, _DISK_SECONDS)
+            self._sweep_at = self._now() + _DISK_SECONDS
+            return
+        taken = set(self._in_flight.values())
+        self._ready = [candidate for candidate in self._seen.ready if candidate.key not in taken]
+        self._left_out = len(self._ready) < len(self._seen.ready)
+        self._tell_ignored()
+        now = self._now()
+        interval = self._config.inbox.rescan_seconds
+        if not self._watcher.alive():
+            interval = min(interval, _POLL_SECONDS)
+        if self._notify.watchdog_seconds:
+            interval = min(interval, self._notify.watchdog_seconds / 2)
+        due = interval if self._seen.due is None else min(interval, self._seen.due)
+        self._sweep_at = now + due
+        self._rested_at = now + _REST * (now - began)
+        if self._watcher.alive():
+            added, problems = self._watcher.watch(self._seen.folders)
+            self._report_unwatched(problems)
+            if added:
+                self._sweep_at = now  # what was dropped before the watch began was seen by nobody
+        self._on_seen(len(self._ready) + len(self._in_flight))
+        self._notify.send(WATCHDOG="1")
+
+    def _tell_ignored(self) -> None:
+        """Say once of each file that will not be taken why."""
+        now = set(self._seen.ignored.items())
+        for path, reason in sorted(now - self._ignored):
+            _log.warning("ignored", file=path, reason=reason)
+        self._ignored = now
+
+    def _report_unwatched(self, problems: list[str]) -> None:
+        for problem in problems:
+            _log.warning("not watched, only looked at regularly", reason=problem)
+
+    def _changed(self, change: Changed) -> None:
+        now = self._now()
+        stem = stem_of(change.name)
+        if stem is None:
+            wait = 0.0 if self._sweep.waits_for_inputs() else self._config.inbox.settle_seconds
+            self._sweep_at = min(self._sweep_at, now + wait)
+            return
+        folder = os.path.relpath(change.folder, self._spool.inbox)
+        key = ("" if folder == "." else folder, stem)
+        self._ready = [candidate for candidate in self._ready if candidate.key != key]
+        if change.renamed:
+            self._sweep.arrived_whole(key, now)
+            candidate = self._sweep.look_at(key, now, self._clock())
+            if candidate is not None and key not in self._in_flight.values():
+                self._ready.append(candidate)
+                return
+        else:
+            self._sweep.touch(key, now)
+        self._sweep_at = min(self._sweep_at, now + self._config.inbox.settle_seconds)
+
+    # Doing
+
+    def _dispatch(self) -> None:
+        """Give workers what may be done now: first what is claimed already, then the oldest prompts."""
+        now = self._now()
+        for later in sorted(self._later, key=lambda job: job.at):
+            if self._draining or later.at > now or not self._slot(now):
+                break
+            self._later.remove(later)
+            self._submit(later.job, None, functools.partial(self._worker.process, later.job, resumed=True))
+        while self._ready and not self._draining and self._slot(now) and self._room(now):
+            candidate = self._ready.pop(0)
+            if candidate.key in self._in_flight.values() or not self._sweep.unchanged(candidate):
+                self._sweep_at = now
+                continue
+            job = self._spool.new_job()
+            claim = candidate.claim(job, self._clock())
+            self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
+
+    def _slot(self, now: float) -> bool:
+        """Tell whether another job may go to a worker."""
+        if self._holds.waiting(now) is not None:
+            return False
+        most = 1 if self._holds.probing() else self._config.limits.concurrency
+        return len(self._in_flight) < most
+
+    def _room(self, now: float) -> bool:
+        """Tell whether our disks can take another paid answer; if not, hold."""
+        try:
+            if self._holds.has("disk"):
+                self._spool.probe()
+            free = self._spool.free_bytes()
+            least = self._config.limits.min_free_bytes
+            if free >= least:
+                return True
+            message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
+            error = SpoolError(message, path=self._spool.state, hint="make room")
+        except SpoolError as failure:
+            error = failure
+        self._hold("disk", error, _DISK_SECONDS, now)
+        return False
+
+    def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
+        self._in_flight[job] = key
+        future = self._pool.submit(call)
+        future.add_done_callback(lambda done: self._mailbox.put(Finished(job, key, done)))
+
+    def _finished(self, message: Finished) -> None:
+        self._in_flight.pop(message.job, None)
+        if self._left_out:
+            self._sweep_at = 0.0  # a file of the same name was dropped meanwhile
+        try:
+            outcome = message.future.result()
+        except SpoolError as error:
+            self._stuck(message.job, error)
+            return
+        except Exception:
+            _log.exception("a bug in imagewatch; please report it", job=message.job)
+            return
+        self._judge(outcome)
+
+    def _stuck(self, job: str, error: SpoolError) -> None:
+        """A job met our own disk. It is tried again when a write probe succeeds; nothing is sent until then."""
+        if error.code == 0:
+            _log.error("stuck", job=job, reason=str(error), hint=error.hint)
+            self.failed += 1
+            return
+        self._hold("disk", error, _DISK_SECONDS)
+        self._later.append(Later(job, self._now() + _DISK_SECONDS))
+
+    def _judge(self, outcome: Outcome) -> None:
+        """Draw the consequences of an outcome for the queue."""
+        now = self._now()
+        if outcome.trouble is not None:
+            trouble = outcome.trouble
+            hold = self._holds.add(trouble.kind, trouble.message, now, trouble.seconds)
+            _log.warning("held", kind=hold.kind, reason=hold.message, seconds=round(hold.until - now, 1))
+        elif outcome.answered:
+            for ended in self._holds.clear():
+                _log.info("released", kind=ended.kind)
+        if outcome.end is End.LATER:
+            self._later.append(Later(outcome.job, now + outcome.delay, outcome.source))
+        elif outcome.end is End.RETURNED:
+            self._sweep_at = now
+        elif outcome.end is End.OVER:
+            self.failed += outcome.door == "errors"
+            self._on_outcome(outcome)
+
+    def _hold(self, kind: str, error: SpoolError, seconds: float, now: float | None = None) -> None:
+        now = self._now() if now is None else now
+        self._disk_failed = True
+        self._holds.add(kind, str(error), now, seconds)
+        _log.error("held", kind=kind, reason=str(error), hint=error.hint, seconds=seconds)
+
+    # Signals
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """Take signals as messages; the first SIGTERM or SIGINT drains, the second one kills."""
+        before: dict[int, object] = {}
+        with contextlib.suppress(ValueError):  # not the main thread: the caller has the signals
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                before[number] = signal.signal(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for taken, handler in before.items():
+                signal.signal(taken, handler)  # type: ignore[arg-type]
+
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number != signal.SIGHUP:
+            signal.signal(number, signal.SIG_DFL)
+        self._mailbox.put(Signalled(number))
+
+    def _signalled(self, number: int) -> None:
+        if number == signal.SIGHUP:
+            self._reconfigure()
+            return
+        self._draining = True
+        self._notify.send(STOPPING="1", STATUS=f"finishing {len(self._in_flight)} requests")
+        _log.info("stopping", signal=signal.Signals(number).name, in_flight=len(self._in_flight))
+
+    def _reconfigure(self) -> None:
+        """Take a changed configuration, or keep the old one and say why."""
+        if self._reload is None:
+            return
+        try:
+            config = self._reload()
+            if config.folders != self._config.folders:
+                _log.error("not reloaded", reason="other folders need a restart")
+                return
+            self._assemble(config)
+        except ConfigError as error:
+            _log.error("not reloaded; the old configuration stays", reason=str(error))
+            return
+        self._holds.clear()
+        _log.info("reloaded", source=config.source)

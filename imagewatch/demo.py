@@ -1,0 +1,171 @@
+"""``imagewatch demo``: six telling prompts through the real daemon, on the local endpoint."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imagewatch import log
+from imagewatch.config import load
+from imagewatch.daemon import Daemon
+from imagewatch.errors import SpoolError
+from imagewatch.sandbox import Sandbox
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from imagewatch.outcome import Outcome
+
+_PROMPTS = {
+    "lighthouse": "A lighthouse on a cliff at dusk, long exposure, calm sea\n",
+    "postcard": "Put the boat into the harbour, evening light, like an old postcard\n",
+    "logo-ideas": '+++\nprovider = "gemini"\nn = 4\n+++\nA friendly robot mascot waving, flat vector logo, mint green\n',
+    "poster": (
+        '+++\nprovider = "openai"\nsize = "1024x1536"\nquality = "high"\noutput_format = "webp"\n+++\n'
+        "A poster for a chamber music festival in a railway station\n"
+    ),
+    "typo": '+++\nqualtiy = "high"\nn = 9\n+++\nThis one has two mistakes in its front matter\n',
+    "too-expensive": "[sandbox: 402] A cathedral of glass, in the highest quality there is\n",
+}
+_EXPLAINED = {
+    "lighthouse": "text only",
+    "postcard": "an edit of two images",
+    "logo-ideas": "four at once",
+    "poster": "with options",
+    "typo": "mistakes, so no call was made",
+    "too-expensive": "the account has no credits left",
+}
+_PICTURES = {"postcard.png": ("harbour", (58, 110, 150)), "postcard.1.png": ("boat", (170, 80, 50))}
+
+
+@dataclass
+class Story:
+    """What the demo showed.
+
+    Attributes:
+        folder: Where everything is.
+        lines: What to print.
+        report: What the endpoint counted.
+    """
+
+    folder: str
+    lines: list[str] = field(default_factory=list)
+    report: dict[str, Any] = field(default_factory=dict)
+
+
+def play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callable[[int], None]) -> Story:
+    """Make the folders, drop the prompts, run the daemon.
+
+    Args:
+        folder: Where to; if it exists, a number is appended.
+        on_outcome: Called for each finished job.
+        on_seen: Called with the number of prompts that wait.
+
+    Raises:
+        SpoolError: The folder cannot be made.
+    """
+    story = Story(_fresh(folder))
+    with Sandbox(latency_seconds=0.8) as sandbox:
+        environ = {
+            "LETTA_BASE_URL": sandbox.base_url,
+            "LETTA_API_KEY": "no-key-needed-here",
+            "IMAGEWATCH_FOLDERS__ROOT": story.folder,
+            "IMAGEWATCH_FOLDERS__STATE": os.path.join(story.folder, "state"),
+            "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0.5",
+            "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": "1000000",
+        }
+        config = load(None, environ)
+        _drop(config.folders.inbox)
+        log.configure("error", "auto")
+        daemon = Daemon(config, environ, once=True, on_outcome=on_outcome, on_seen=on_seen)
+        daemon.run()
+        story.report = sandbox.report()
+    story.lines = _told(story, daemon.hold)
+    return story
+
+
+def _fresh(folder: str) -> str:
+    """Make a folder that was not there."""
+    for number in range(1, 1000):
+        path = os.path.abspath(folder if number == 1 else f"{folder}-{number}")
+        try:
+            os.makedirs(path)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise SpoolError(
+                f"{printable(path)}: cannot be made: {error.strerror}", hint="name another folder"
+            ) from None
+        return path
+    raise SpoolError(f"{printable(folder)}: there are too many of them", hint="remove old demos")
+
+
+def _drop(inbox: str) -> None:
+    """Drop the prompts, images first, as a careful sender does."""
+    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415  the daemon has no use for it
+
+    os.makedirs(inbox)
+    for name, (word, colour) in _PICTURES.items():
+        picture = Image.new("RGB", (320, 240), colour)
+        ImageDraw.Draw(picture).text((160, 120), word, anchor="mm", font=ImageFont.load_default(40), fill="white")
+        picture.save(os.path.join(inbox, name))
+    for stem, text in _PROMPTS.items():
+        with open(os.path.join(inbox, f"{stem}.prompt.txt"), "w", encoding="utf-8") as file:
+            file.write(text)
+
+
+def _told(story: Story, hold: str) -> list[str]:
+    """Return the end of the story: what is where, and what it cost."""
+    lines = ["", click.style("What became of the six prompts", bold=True), ""]
+    credits_spent = 0.0
+    for stem in _PROMPTS:
+        found = _document(story.folder, stem)
+        credits_spent += found.get("credits_charged") or 0
+        lines += _paragraph(stem, found)
+    counted = story.report["credits"]
+    lines += [
+        "",
+        f"Receipts say {credits_spent:g} credits; the endpoint counted {counted:g} for {story.report['charged']} requests.",
+        "No key was used, nothing left this machine, the pictures are placeholders.",
+        "",
+        f"  pictures and receipts  {os.path.join(story.folder, 'outbox')}",
+        f"  refused, with reasons  {os.path.join(story.folder, 'errors')}",
+        f"  prompts that were done {os.path.join(story.folder, 'archive')}",
+    ]
+    if hold:
+        kind, _, said = hold.partition(": ")
+        lines += [
+            "",
+            f"The queue is now held ({kind}): {printable(said)}.",
+            "New prompts would wait in the inbox, unpaid.",
+        ]
+    lines += ["", "For real: imagewatch init, put a key into it, imagewatch run.", ""]
+    return lines
+
+
+def _paragraph(stem: str, found: dict[str, Any]) -> list[str]:
+    title = f"  {click.style(f'{stem:<15}', bold=True)}{_EXPLAINED[stem]}"
+    if found["door"] == "errors":
+        reasons = found.get("problems") or [found["message"]]
+        return [title, *(click.style(f"    ✗ {printable(reason)}", fg="red") for reason in reasons)]
+    return [
+        title,
+        *(
+            f"    {click.style('✓', fg='green')} outbox/{image['file']}  {image['width']}×{image['height']}"
+            for image in found["images"]
+        ),
+        f"      {found['provider']}, {found['model']}, {found['credits_charged']} credits",
+    ]
+
+
+def _document(folder: str, stem: str) -> dict[str, Any]:
+    for door, ending in (("outbox", "receipt"), ("errors", "error")):
+        path = os.path.join(folder, door, f"{stem}.{ending}.toml")
+        if os.path.exists(path):
+            with open(path, "rb") as file:
+                return {**tomllib.load(file), "door": door}
+    raise SpoolError(f"{stem}: neither receipt nor error file appeared", hint="please report this")

@@ -1,0 +1,105 @@
+"""What ``imagewatch check`` says: what the daemon would do with each file of the inbox, and why.
+
+Reads only; nothing is claimed, sent or created.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from imagewatch.errors import BadRequest, ConfigError
+from imagewatch.key import key_file_problem, key_source, read_key
+from imagewatch.names import SUFFIX
+from imagewatch.request import Files, Request, build
+from imagewatch.sweep import Candidate, Sweep
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from imagewatch.config import Config
+
+
+@dataclass(frozen=True)
+class Line:
+    """One thing that was looked at.
+
+    Attributes:
+        verdict: ``ok``, ``bad``, ``take``, ``refuse``, ``wait`` or ``ignore``.
+        what: The file, folder or setting.
+        why: In words.
+    """
+
+    verdict: str
+    what: str
+    why: str
+
+
+def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
+    """Look at folders and key."""
+    yield Line("ok", "configuration", config.source)
+    yield Line("ok", "endpoint", config.endpoint.base_url)
+    for name in ("inbox", "outbox", "errors", "archive", "state"):
+        path = getattr(config.folders, name)
+        if path == "delete":
+            yield Line("ok", name, "originals are deleted after success")
+        else:
+            yield _folder(name, path)
+    try:
+        read_key(config.endpoint, environ)
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Line("bad", "key", printable(str(problem)))
+    else:
+        source = key_source(config.endpoint, environ)
+        warning = key_file_problem(config.endpoint.api_key_file) if config.endpoint.api_key_file else ""
+        yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
+
+
+def _folder(name: str, path: str) -> Line:
+    shown = printable(path)
+    if os.path.isdir(path):
+        usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
+        return Line("ok", name, shown) if usable else Line("bad", name, f"{shown}: this user may not write there")
+    parent = path
+    while not os.path.lexists(parent):
+        parent = os.path.dirname(parent)
+    if os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK):
+        return Line("ok", name, f"{shown} (will be made)")
+    return Line("bad", name, f"{shown}: is not there, and this user cannot make it")
+
+
+def files(config: Config) -> Iterator[Line]:
+    """Look at every prompt in the inbox, and at what looks like one.
+
+    Raises:
+        SpoolError: The inbox cannot be listed.
+    """
+    if not os.path.isdir(config.folders.inbox):
+        return
+    seen = Sweep(config.folders.inbox, config.inbox).look(time.monotonic(), time.time())
+    for candidate in seen.ready:
+        yield _ready(candidate, config)
+    for path, reason in sorted(seen.waiting.items()):
+        yield Line("wait", printable(path), reason)
+    for path, reason in sorted(seen.ignored.items()):
+        yield Line("ignore", printable(path), reason)
+
+
+def _ready(candidate: Candidate, config: Config) -> Line:
+    folder, stem = candidate.key
+    where = os.path.join(config.folders.inbox, folder)
+    path = printable(os.path.join(folder, stem + SUFFIX))
+    try:
+        request = build(Files(where, folder, stem, candidate.images, candidate.foreign), config)
+    except BadRequest as error:
+        return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))
+    return Line("take", path, _summary(request))
+
+
+def _summary(request: Request) -> str:
+    fields = ", ".join(f"{name} {value}" for name, value in request.fields.items() if name != "provider")
+    images = f", with {', '.join(item.file for item in request.inputs)}" if request.inputs else ""
+    return printable(f"{request.fields['provider']}{', ' + fields if fields else ''}{images}")

@@ -1,0 +1,35 @@
+"""Telling systemd how we are: the notification protocol in a few lines, without a dependency.
+
+Format: ``sd_notify(3)``. Without ``$NOTIFY_SOCKET`` every call does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+class Notify:
+    """The connection to the service manager.
+
+    Args:
+        environ: Where ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC`` are looked for.
+    """
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        address = environ.get("NOTIFY_SOCKET", "")
+        self._address = "\0" + address[1:] if address.startswith("@") else address
+        microseconds = environ.get("WATCHDOG_USEC", "")
+        self.watchdog_seconds = int(microseconds) / 1e6 if microseconds.isdigit() else None
+
+    def send(self, **fields: str) -> None:
+        """Send fields such as ``READY="1"`` or ``STATUS="…"``; a manager that does not listen is no error."""
+        if not self._address:
+            return
+        text = "\n".join(f"{name}={value}" for name, value in fields.items())
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.sendto(text.encode(), self._address)

@@ -1,0 +1,114 @@
+"""The plan: what is done with one request, and the answer that comes of it."""
+
+from __future__ import annotations
+
+import binascii
+import json
+import secrets
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from imagewatch.sandbox.placeholder import Caption, draw
+from imagewatch.sandbox.replies import Reply
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.sandbox.contract import Asked
+    from imagewatch.sandbox.delivery import Deliveries
+    from imagewatch.sandbox.picture import Picture
+
+
+@dataclass
+class Plan:
+    """What will be done with a request; tags edit it.
+
+    Attributes:
+        asked: The request.
+        output_format: What to draw.
+        by_url: Whether pictures go out as urls.
+        delivery: How a url misbehaves; see `Deliveries`.
+        reply: An answer instead of pictures.
+        charged: Whether it costs.
+        padding: Bytes to blow each PNG up by.
+        edits: What is done to the pictures once they are drawn.
+        break_base64: Whether the last picture's base64 is broken.
+        billing: Whether the answer has it.
+        gzip: Whether the answer is compressed.
+        sending: What to change in the reply.
+    """
+
+    asked: Asked
+    output_format: str
+    by_url: bool
+    delivery: str = ""
+    reply: Reply | None = None
+    charged: bool = True
+    padding: int = 0
+    edits: list[Callable[[list[Picture]], list[Picture]]] = field(default_factory=list)
+    break_base64: bool = False
+    billing: bool = True
+    gzip: bool = False
+    sending: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def cost(self) -> int:
+        """What the request is charged."""
+        return self.asked.credits if self.charged else 0
+
+    def carry_out(self, deliveries: Deliveries, seen: dict[str, Any]) -> Reply:
+        """Do all of it.
+
+        Args:
+            deliveries: Where pictures that go out as urls are left.
+            seen: What the report says of this request; the checksums of its pictures are filled in.
+
+        Returns:
+            The answer.
+        """
+        reply = replace(self.reply or self._success(deliveries, seen), **self.sending)
+        return reply.compressed() if self.gzip else reply
+
+    def _success(self, deliveries: Deliveries, seen: dict[str, Any]) -> Reply:
+        """Draw what was asked and return the answer with it."""
+        asked, pictures = self.asked, self._pictures()
+        seen["images"] = [picture.sha256 for picture in pictures]
+        if self.break_base64:
+            seen["images"][-1:] = [None]
+        parts: list[bytes | Picture] = [json.dumps({"provider": asked.provider, "model": asked.model})[:-1].encode()]
+        parts.append(b', "images": [')
+        for index, picture in enumerate(pictures):
+            parts.append(b", " if index else b"")
+            broken = self.break_base64 and picture is pictures[-1]
+            parts += [_broken(picture)] if broken else self._entry(picture, deliveries)
+        billing = {"credits_charged": asked.credits, "credits_per_image": asked.credits_per_image}
+        parts.append(b"]" + (b', "billing": ' + json.dumps(billing).encode() if self.billing else b"") + b"}")
+        return Reply(200, tuple(parts), {"Content-Type": "application/json"})
+
+    def _pictures(self) -> list[Picture]:
+        """Draw the pictures and edit them."""
+        asked = self.asked
+        serial = f"no. {secrets.token_hex(4)}" if asked.seed is None else f"seed {asked.seed}"
+        small = [item.small for item in asked.inputs]
+        pictures = []
+        for index in range(1, asked.n + 1):
+            caption = Caption(asked.provider, asked.model, asked.prompt, index, asked.n, serial)
+            pictures.append(replace(draw(caption, asked.size, self.output_format, small), padding=self.padding))
+        for edit in self.edits:
+            pictures = edit(pictures)
+        return pictures
+
+    def _entry(self, picture: Picture, deliveries: Deliveries) -> list[bytes | Picture]:
+        """Return one entry of ``images``, by url or in base64."""
+        mime = json.dumps(picture.mime)
+        if self.by_url:
+            url = json.dumps(deliveries.offer(picture, self.delivery))
+            return [f'{{"url": {url}, "mime_type": {mime}}}'.encode()]
+        return [b'{"b64_json": "', picture, f'", "mime_type": {mime}}}'.encode()]
+
+
+def _broken(picture: Picture) -> bytes:
+    """Return an entry whose base64 even lenient decoders refuse: one character too many."""
+    text = binascii.b2a_base64(picture.data, newline=False).decode()
+    value = {"b64_json": text[: len(text) // 8 * 4 + 1] + "*", "mime_type": picture.mime}
+    return json.dumps(value).encode()

@@ -1,0 +1,206 @@
+"""What the tests share: a real loopback endpoint, real folders on a real disk, the real parts or the real process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from imagewatch.client import Client
+from imagewatch.config import Config, load
+from imagewatch.durable import Disk
+from imagewatch.key import Key
+from imagewatch.ledger import Ledger
+from imagewatch.outcome import End, Outcome
+from imagewatch.sandbox import Sandbox
+from imagewatch.spool import Spool
+from imagewatch.sweep import Sweep
+from imagewatch.worker import Worker
+
+KEY = "sk-let-test-0123456789"
+
+
+@pytest.fixture
+def sandbox() -> Iterator[Sandbox]:
+    """A local endpoint that wants the key; at the end it must have met no fault of its own."""
+    with Sandbox(key=KEY) as endpoint:
+        yield endpoint
+        assert endpoint.report()["faults"] == []
+
+
+class Folders:
+    """The folders of one daemon, seen from outside."""
+
+    def __init__(self, root: Path, base_url: str, **settings: str) -> None:
+        self.root = root / "watched"
+        self.environ = {
+            "LETTA_BASE_URL": base_url,
+            "LETTA_API_KEY": KEY,
+            "IMAGEWATCH_FOLDERS__ROOT": str(self.root),
+            "IMAGEWATCH_FOLDERS__STATE": str(root / "state"),
+            "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0",
+            "IMAGEWATCH_RETRY__INITIAL_SECONDS": "0.01",
+            "IMAGEWATCH_RETRY__MAX_SECONDS": "0.02",
+            "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": "1000000",
+            **{f"IMAGEWATCH_{name.upper()}": value for name, value in settings.items()},
+        }
+        self.state = root / "state"
+        for name in ("inbox", "outbox", "errors", "archive"):
+            (self.root / name).mkdir(parents=True)
+
+    @property
+    def inbox(self) -> Path:
+        return self.root / "inbox"
+
+    @property
+    def outbox(self) -> Path:
+        return self.root / "outbox"
+
+    @property
+    def errors(self) -> Path:
+        return self.root / "errors"
+
+    @property
+    def archive(self) -> Path:
+        return self.root / "archive"
+
+    def config(self) -> Config:
+        return load(None, self.environ)
+
+    def drop(self, name: str, content: str | bytes) -> Path:
+        """Drop a file as a careful sender does: under another name, then renamed."""
+        path = self.inbox / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.part")
+        temporary.write_bytes(content if isinstance(content, bytes) else content.encode())
+        temporary.rename(path)
+        return path
+
+    def prompt(self, stem: str, text: str | bytes) -> Path:
+        return self.drop(f"{stem}.prompt.txt", text)
+
+    def receipt(self, stem: str) -> dict[str, Any]:
+        return tomllib.loads((self.outbox / f"{stem}.receipt.toml").read_text())
+
+    def error(self, stem: str) -> dict[str, Any]:
+        return tomllib.loads((self.errors / f"{stem}.error.toml").read_text())
+
+    def names(self, folder: str) -> list[str]:
+        """All files below one of the folders, hidden ones too, the daemon's own lock aside."""
+        top = self.root / folder
+        found = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file() or path.is_symlink())
+        return sorted(name for name in found if name != ".imagewatch/lock")
+
+    def leftovers(self) -> list[str]:
+        """What no finished job may leave behind: claims, records, temporary files."""
+        left = [str(path) for path in (self.state / "jobs").glob("*")]
+        left += [str(path) for path in (self.inbox / ".imagewatch").glob("*") if path.name != "lock"]
+        left += [str(path) for path in self.root.rglob(".iw-*")]
+        return left
+
+    def documents(self) -> dict[str, str]:
+        """Each prompt that is over, by stem, and its door."""
+        over = {path.name.removesuffix(".receipt.toml"): "outbox" for path in self.outbox.rglob("*.receipt.toml")}
+        over |= {path.name.removesuffix(".error.toml"): "errors" for path in self.errors.rglob("*.error.toml")}
+        return over
+
+
+class Station(Folders):
+    """The real parts in this process, without the daemon's loop: one call carries one prompt to its end."""
+
+    def __init__(self, root: Path, base_url: str, disk: Disk | None = None, **settings: str) -> None:
+        super().__init__(root, base_url, **settings)
+        loaded = self.config()
+        self.spool = Spool(loaded, disk or Disk())
+        self.spool.prepare()
+        self.ledger = Ledger(str(self.state / "ledger.sqlite3"))
+        self.client = Client(loaded.endpoint, lambda: Key(KEY))
+        self.worker = Worker(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
+        self.sweep = Sweep(self.spool.inbox, loaded.inbox)
+
+    def close(self) -> None:
+        self.client.close()
+        self.ledger.close()
+
+    def work(self) -> list[Outcome]:
+        """Claim everything that is ready and carry it to its end; waits that a retry asks for are skipped."""
+        outcomes = []
+        for candidate in self.sweep.look(time.monotonic(), time.time()).ready:
+            outcome = self.worker.start(candidate.claim(self.spool.new_job(), time.time()))
+            while outcome.end is End.LATER:
+                outcome = self.worker.process(outcome.job, resumed=True)
+            outcomes.append(outcome)
+        return outcomes
+
+    def recover(self) -> list[Outcome]:
+        """Do what a start does: carry on every job that left something behind."""
+        return [self.worker.process(job, resumed=True) for job in self.spool.unfinished()]
+
+
+@pytest.fixture
+def station(tmp_path: Path, sandbox: Sandbox) -> Iterator[Station]:
+    made = Station(tmp_path, sandbox.base_url)
+    with contextlib.closing(made):
+        yield made
+
+
+class Running:
+    """A real daemon process."""
+
+    def __init__(self, folders: Folders, *command: str, script: str | None = None) -> None:
+        program = [sys.executable, script] if script else [sys.executable, "-m", "imagewatch"]
+        environ = {"PATH": os.environ["PATH"], "HOME": str(folders.root), **folders.environ}
+        self.process = subprocess.Popen(
+            [*program, *command], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self.output = ""
+
+    def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
+        """Send a signal and wait for the end; return the exit code."""
+        self.process.send_signal(number)
+        return self.wait(timeout)
+
+    def wait(self, timeout: float = 30) -> int:
+        out, err = self.process.communicate(timeout=timeout)
+        self.output = out + err
+        return self.process.returncode
+
+
+@pytest.fixture
+def start(tmp_path: Path, sandbox: Sandbox) -> Iterator[Any]:
+    """Start real daemons; whatever still runs at the end of the test is killed."""
+    running: list[Running] = []
+
+    def starter(folders: Folders, *command: str, script: str | None = None) -> Running:
+        running.append(Running(folders, *command, script=script))
+        return running[-1]
+
+    yield starter
+    for daemon in running:
+        if daemon.process.poll() is None:
+            daemon.process.kill()
+            daemon.process.communicate()
+
+
+@pytest.fixture
+def folders(tmp_path: Path, sandbox: Sandbox) -> Folders:
+    return Folders(tmp_path, sandbox.base_url)
+
+
+def until(condition: Any, timeout: float = 20.0) -> None:
+    """Wait until something outside of this process is so; fail when it takes too long."""
+    import threading
+
+    deadline, pause = time.monotonic() + timeout, threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        pause.wait(0.02)
