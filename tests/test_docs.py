@@ -1,0 +1,117 @@
+"""The documents are held to the code."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+from imagewatch.cli import cli
+from imagewatch.lifecycle import RULES
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "imagewatch"
+ARCHITECTURE = (ROOT / "docs/ARCHITECTURE.md").read_text()
+README = (ROOT / "README.md").read_text()
+
+
+def layers() -> dict[str, int]:
+    return {name: int(layer) for layer, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", ARCHITECTURE, re.MULTILINE)}
+
+
+def imported(path: Path) -> set[str]:
+    """The modules of the package that a file imports, those for types alone included."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "imagewatch":
+            inner = node.module.split(".")[1:2]
+            found |= set(inner) if inner else {alias.name for alias in node.names}
+    return found & set(layers())
+
+
+def test_the_layer_table_names_every_module_and_nothing_else():
+    modules = {path.stem for path in PACKAGE.glob("*.py")} | {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
+    assert set(layers()) == modules - {"__init__"}
+
+
+@pytest.mark.parametrize("module", sorted(layers()))
+def test_a_module_imports_only_from_lower_layers(module):
+    table = layers()
+    files = [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else (PACKAGE / module).glob("*.py")
+    for path in files:
+        for other in imported(path) - {module}:
+            assert table[other] < table[module], f"{path.name} imports {other}"
+
+
+@pytest.mark.parametrize(
+    ("library", "owners"),
+    [
+        ("httpx", {"client"}),
+        ("sqlite3", {"ledger"}),
+        ("watchdog", {"watcher"}),
+        ("tomli_w", {"documents", "closing"}),
+        ("pybase64", {"wire"}),
+        ("click", {"cli", "demo"}),
+        ("PIL", {"demo", "sandbox"}),
+        ("fcntl", {"durable"}),
+    ],
+)
+def test_a_library_has_one_door(library, owners):
+    users = set()
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            if any(name.split(".")[0] == library for name in names):
+                users.add(path.stem if path.parent == PACKAGE else path.parent.name)
+    assert users == owners
+
+
+def test_only_durable_changes_a_disk():
+    changing = {"replace", "rename", "renames", "unlink", "remove", "rmdir", "link", "symlink", "fsync", "makedirs"}
+    for path in PACKAGE.glob("*.py"):
+        if path.stem in {"durable", "demo"}:
+            continue
+        calls = {
+            node.func.attr
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id == "os"
+        }
+        assert not calls & changing, path.name
+
+
+def test_the_state_table_is_the_one_in_the_code():
+    rows = re.findall(r"^\| (.+?) \| ([A-Z_]+) \| (.+?) \|$", ARCHITECTURE, re.MULTILINE)
+    assert rows == [(rule.seen, rule.step.name, rule.step.value) for rule in RULES]
+
+
+def test_the_readme_lists_every_command():
+    assert set(re.findall(r"^\| `imagewatch (\w+)`", README, re.MULTILINE)) == set(cli.commands)
+
+
+def test_exit_codes_read_the_same_everywhere():
+    epilog = dict(re.findall(r"^  (\d+) +(.+)$", str(cli.epilog), re.MULTILINE))
+    line = re.search(r"^Exit codes: (.+?)\. All", README, re.MULTILINE | re.DOTALL)
+    assert line
+    assert {item.split()[0] for item in line[1].replace("\n", " ").split(" · ")} == set(epilog)
+
+
+def test_no_function_is_longer_than_forty_lines():
+    long = [
+        f"{path.name}:{node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > 40
+    ]
+    assert not long
+
+
+def test_every_link_in_the_documents_leads_somewhere():
+    for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"
