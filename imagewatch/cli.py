@@ -6,6 +6,7 @@ Heavy modules are imported by the commands that use them, so that ``--help`` and
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import sys
 from typing import TYPE_CHECKING, NoReturn
@@ -52,7 +53,11 @@ def cli() -> None:
 
 
 _config_option = click.option(
-    "--config", "path", metavar="FILE", help="The configuration; without it the usual places are looked at."
+    "--config",
+    "path",
+    metavar="FILE",
+    help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
+    "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
 )
 
 
@@ -66,9 +71,12 @@ def run(path: str | None) -> None:
     """
     from imagewatch.daemon import Daemon  # noqa: PLC0415
 
-    config = _load(path)
-    _configure_log(config)
-    sys.exit(Daemon(config, os.environ, reload=lambda: _load(path)).run())
+    def configured() -> Config:
+        config = _load(path)
+        _configure_log(config)
+        return config
+
+    sys.exit(Daemon(configured(), os.environ, reload=configured).run())
 
 
 @cli.command()
@@ -86,8 +94,12 @@ def once(path: str | None) -> None:
     with _progress(shown=terminal) as bar:
         daemon = Daemon(config, os.environ, once=True, on_outcome=bar.finished, on_seen=bar.found)
         code = daemon.run()
+    if terminal:
+        for line in bar.story(config.folders.errors):
+            click.echo(line, err=True)
     if daemon.hold:
-        click.echo(f"The queue is held: {printable(daemon.hold)}; {daemon.left} prompts left in the inbox.", err=True)
+        left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
+        click.echo(f"The queue is held ({printable(daemon.hold)}): {left}.", err=True)
     sys.exit(code)
 
 
@@ -105,17 +117,21 @@ def check(path: str | None) -> None:
     for line in explain.settings(config, os.environ):
         bad += line.verdict == "bad"
         _row(line.verdict, line.what, line.why)
-    for line in explain.files(config):
+    lines = list(explain.files(config))
+    for line in lines:
         _row(line.verdict, line.what, line.why)
+    if not lines:
+        click.echo("There is no prompt in the inbox.")
     sys.exit(EXIT_CONFIG if bad else 0)
 
 
 @cli.command()
 @click.argument("folder", default="imagewatch-demo", type=click.Path(file_okay=False))
 def demo(folder: str) -> None:
-    """Show everything at once, on a local endpoint: no key, no network, no cost.
+    """Show everything at once on a local endpoint: no key, no cost.
 
-    Makes FOLDER (imagewatch-demo), drops six prompts into its inbox and runs the real daemon on them.
+    Makes FOLDER (imagewatch-demo without it; a number is added if it is there), drops six prompts into its inbox and
+    runs the real daemon on them. Nothing leaves this machine.
     """
     from imagewatch import demo as show  # noqa: PLC0415
 
@@ -125,13 +141,19 @@ def demo(folder: str) -> None:
         click.echo(line)
 
 
-@cli.command(epilog="Tags that a prompt may carry are listed by --tags.")
-@click.option("--port", default=8283, show_default=True, help="Where to listen, on 127.0.0.1; 0 takes a free one.")
-@click.option("--key", help="Accept this key only; without it any key will do.")
-@click.option("--latency", default=0.0, metavar="SECONDS", help="Answer after so long.")
-@click.option("--tags", is_flag=True, help="List the tags with which a prompt asks for trouble, and end.")
+@cli.command()
+@click.option(
+    "--port",
+    default=8283,
+    show_default=True,
+    metavar="NUMBER",
+    help="Where to listen, on 127.0.0.1; 0 takes a free one.",
+)
+@click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
+@click.option("--latency", default=0.0, metavar="SECONDS", help="Answer after so long; without it at once.")
+@click.option("--tags", is_flag=True, help="List what else a prompt may ask for in this way, and end.")
 def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
-    """Run a local endpoint that answers like the real one and charges nothing.
+    """Run a local endpoint like the real one that charges nothing.
 
     It checks requests as strictly as the contract says, draws placeholders, and counts what it would have charged
     (GET /sandbox/report). A prompt with a tag like "[sandbox: 402]" gets that answer.
@@ -141,7 +163,9 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     if tags:
         click.echo(tags_help())
         return
-    server = Sandbox(port=port, key=key, latency_seconds=latency, on_request=lambda line: click.echo(line, err=True))
+    server = Sandbox(
+        port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
+    )
     click.echo(
         f"The sandbox listens. Use it with:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY=any imagewatch run\n"
     )
@@ -152,7 +176,11 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
 @cli.command()
 @click.argument("file", default="imagewatch.toml", type=click.Path(dir_okay=False))
 def init(file: str) -> None:
-    """Write a configuration with every key, its default and a line about it, to FILE (imagewatch.toml)."""
+    """Write a configuration file with comments.
+
+    FILE (imagewatch.toml without it) gets every key, its default and a line about it. A file that is there already
+    stays as it is.
+    """
     from imagewatch.config import example  # noqa: PLC0415
 
     try:
@@ -168,10 +196,20 @@ def init(file: str) -> None:
 
 def main() -> NoReturn:
     """Run a command; translate every error into one line, a next action and an exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to stop
     try:
         code = cli.main(standalone_mode=False)
-    except click.ClickException as error:
+    except click.exceptions.NoArgsIsHelpError as error:
         error.show()
+        sys.exit(EXIT_USAGE)
+    except click.ClickException as error:
+        # Not its own show(): an argument may be the name of a file, and a stranger may have chosen it.
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "imagewatch"
+        click.echo(f"imagewatch: {printable(error.format_message())}", err=True)
+        click.echo(f"  see {command} --help", err=True)
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
@@ -215,7 +253,7 @@ _COLOURS = {"ok": "green", "take": "green", "bad": "red", "refuse": "red", "wait
 
 
 def _row(verdict: str, what: str, why: str) -> None:
-    click.echo(f"{click.style(f'{verdict:<7}', fg=_COLOURS[verdict])} {what:<32} {why}")
+    click.echo(f"{click.style(f'{verdict:<7}', fg=_COLOURS[verdict])} {printable(what):<32} {printable(why)}")
 
 
 class _Bar:
@@ -224,6 +262,8 @@ class _Bar:
     def __init__(self, bar: click._termui_impl.ProgressBar[int] | None) -> None:
         self._bar = bar
         self._done = 0
+        self._credits = 0.0
+        self._failed: list[Outcome] = []
 
     def found(self, waiting: int) -> None:
         if self._bar is not None:
@@ -232,10 +272,25 @@ class _Bar:
 
     def finished(self, outcome: Outcome) -> None:
         self._done += 1
+        self._credits += outcome.credits or 0.0
+        if outcome.door == "errors":
+            self._failed.append(outcome)
         if self._bar is not None:
             self._bar.length = max(self._bar.length or 1, self._done)
             self._bar.label = printable(outcome.source, 40)
             self._bar.update(1)
+
+    def story(self, errors: str) -> Iterator[str]:
+        """Yield what became of everything, for people."""
+        made = self._done - len(self._failed)
+        if self._done:
+            yield f"{made} made for {self._credits:g} credits, {len(self._failed)} not made."
+        else:
+            yield 'No prompt in the inbox was ready; "imagewatch check" says more.'
+        for outcome in self._failed:
+            yield f"  {printable(outcome.source, 100)}: {printable(outcome.message, 300)}"
+        if self._failed:
+            yield f"More about these: {printable(errors)}"
 
 
 @contextlib.contextmanager

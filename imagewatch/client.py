@@ -50,10 +50,10 @@ _KEPT_HEADERS = (
     "x-request-id",
     "x-vercel-id",
     "date",
-    "location",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
 _MOST_REDIRECTS = 3
+_SHORTEST_SECRET = 16
 
 
 class FetchError(JobError):
@@ -101,6 +101,7 @@ class Client:
                 timeout=timeout,
                 trust_env=not self.local,
                 headers={"user-agent": USER_AGENT},
+                event_hooks={"response": [_forget_location]},
             )
             self._get = httpx.Client(
                 verify=context, timeout=fetch_timeout, trust_env=not self.local, headers={"user-agent": USER_AGENT}
@@ -143,19 +144,20 @@ class Client:
                 with self._post.stream(
                     "POST", self.url, headers=headers, content=iter(body), extensions={"trace": attempt.trace}
                 ) as response:
-                    self._bank(response, sink, deadline)
+                    self._bank(response, sink, deadline, key)
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
                 raise self._translated(error, attempt, deadline, key) from None
             finally:
                 sink.close()
 
-    def _bank(self, response: httpx.Response, sink: Sink, deadline: _Deadline) -> None:
+    def _bank(self, response: httpx.Response, sink: Sink, deadline: _Deadline, key: Key) -> None:
         """Write the answer to the sink, whatever becomes of the connection."""
-        kept = {name: value[:1000] for name in _KEPT_HEADERS if (value := response.headers.get(name)) is not None}
+        headers = response.headers
+        kept = {name: key.mask(headers[name])[:1000] for name in _KEPT_HEADERS if name in headers}
         sink.start(Head(status=response.status_code, headers=kept, at=self._clock()))
         limit, reason = self._endpoint.max_response_bytes, ""
         try:
-            for chunk in response.iter_raw():
+            for chunk in _masked(response.iter_raw(), key):
                 room = limit - sink.written
                 sink.write(chunk[:room])
                 if len(chunk) > room:
@@ -164,6 +166,8 @@ class Client:
         except httpx.HTTPError as error:
             cause = deadline.reason or _reason(error)
             reason = f"the answer was cut short after {sink.written:,} bytes: {cause}"
+        if not reason and deadline.reason and _endless(response):
+            reason = f"the answer was cut short after {sink.written:,} bytes: {deadline.reason}"
         sink.finish(Tail(complete=not reason, reason=reason, at=self._clock()))
 
     def _translated(self, error: Exception, attempt: _Attempt, deadline: _Deadline, key: Key) -> JobError:
@@ -217,6 +221,8 @@ class Client:
                 if total > limit:
                     raise FetchError(f"{bare(url)}: larger than {limit:,} bytes", final=True)
                 file.write(chunk)
+        if deadline.reason and _endless(response):
+            raise FetchError(f"{bare(url)}: {deadline.reason}")
         return None
 
     def _may_connect(self, address: str) -> bool:
@@ -228,7 +234,7 @@ class Client:
         """Refuse addresses that an answer has no business to name."""
         try:
             parts = urlsplit(url)
-            host, user = parts.hostname, parts.username
+            host, user = parts.hostname, "@" in parts.netloc
             _ = parts.port
         except ValueError:
             raise FetchError("the url cannot be read", final=True) from None
@@ -311,6 +317,7 @@ class _Guard:
             _watch(self._deadline, info)
             peer = info["return_value"].get_extra_info("server_addr")[0]
             if not self._proxied and not self._may_connect(peer):
+                info["return_value"].close()  # nobody else knows it yet
                 raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
 
 
@@ -318,6 +325,35 @@ def _watch(deadline: _Deadline | None, info: dict[str, Any]) -> None:
     connection = info["return_value"].get_extra_info("socket")
     if deadline is not None and connection is not None:
         deadline.watch(connection)
+
+
+def _forget_location(response: httpx.Response) -> None:
+    """Drop the target of a redirect: httpx reads it even to stay, and an unreadable one would hide the answer."""
+    response.headers.pop("location", None)
+
+
+def _endless(response: httpx.Response) -> bool:
+    """Tell whether only the end of the connection ends a body, so that a cut cannot be told from its end."""
+    return "content-length" not in response.headers and "transfer-encoding" not in response.headers
+
+
+def _masked(chunks: Iterator[bytes], key: Key) -> Iterator[bytes]:
+    """Yield an answer without the key, which some servers repeat in what they say."""
+    longest = 3 * len(key.reveal())  # each character escaped
+    if longest < 3 * _SHORTEST_SECRET:
+        yield from chunks  # it would also be found where it is not meant, even inside a picture
+        return
+    held = b""
+    try:
+        for chunk in chunks:
+            # One byte is one character here, and a spelling of the key is ASCII.
+            held = key.mask((held + chunk).decode("latin-1")).encode("latin-1")
+            yield held[:-longest]
+            held = held[-longest:]
+    except httpx.HTTPError:
+        yield held
+        raise
+    yield held
 
 
 def is_loopback(host: str) -> bool:

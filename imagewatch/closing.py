@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.config import Config
+    from imagewatch.durable import Disk
     from imagewatch.errors import Problem
     from imagewatch.record import Answer, Record
     from imagewatch.spool import Spool
@@ -65,6 +66,7 @@ class Picture:
         size: Bytes.
         sha256: Their hash.
         problem: What is wrong with it, or an empty string.
+        broken: Whether its base64 could not be decoded to the end; the file is only its beginning.
     """
 
     source: str
@@ -73,6 +75,12 @@ class Picture:
     size: int
     sha256: str
     problem: str
+    broken: bool = False
+
+    @property
+    def good(self) -> bool:
+        """Whether this is what was paid for, as far as it came."""
+        return self.image is not None and not self.broken
 
     @property
     def ending(self) -> str:
@@ -120,11 +128,11 @@ class Closing:
         self._reject(record, claim, 0, top, charged="no")
 
     def busy(self, record: Record, claim: Claim, attempt: int, verdict: Verdict) -> None:
-        """Note an attempt that was free and will be made again."""
-        answer = record.answer(attempt)
-        self._write_row(
-            claim, attempt, record.sent(attempt), outcome="busy", charged="no", verdict=verdict, answer=answer
-        )
+        """Note an attempt that was free, and whose prompt will be sent again."""
+        unreached = verdict.reaction is Reaction.UNREACHED
+        outcome, answer = "unreached" if unreached else "busy", record.answer(attempt)
+        sent = record.sent(attempt)
+        self._write_row(claim, attempt, sent, outcome=outcome, charged="no", verdict=verdict, answer=answer)
 
     def refuse(self, record: Record, claim: Claim, attempt: int, verdict: Verdict) -> None:
         """End a job that the API refused, or whose outcome its answer leaves open."""
@@ -138,7 +146,7 @@ class Closing:
         top: dict[str, object] = {
             "message": printable(verdict.message),
             "status": answer.head.status,
-            "code": verdict.code or None,
+            "code": printable(verdict.code, 200) or None,
             "credits_required": verdict.credits_required,
             "next": _NEXT.get(what, _NEXT_RETRY),
         }
@@ -200,7 +208,7 @@ class Closing:
         # The ledger first: it was paid for, whatever becomes of the pictures.
         self._write_made(claim, attempt, sent, answer, reading, got=0)
         pictures = [self._picture(record, number, got) for number, got in enumerate(reading.images)]
-        good = [picture for picture in pictures if picture.image]
+        good = [picture for picture in pictures if picture.good]
         self._write_made(claim, attempt, sent, answer, reading, got=len(good))
         problems = self._problems(reading, answer.tail, pictures, sent.asked, len(good))
         if good:
@@ -209,8 +217,7 @@ class Closing:
             self._keep_raw(record, claim, attempt, answer, reading, problems)
 
     def _create(self, path: str) -> IO[bytes]:
-        self._spool.disk.unlink(path)
-        return _Ours(self._spool.disk.create(path), path)  # type: ignore[return-value]
+        return _Ours(self._spool.disk, path)  # type: ignore[return-value]
 
     def _picture(self, record: Record, number: int, got: Got) -> Picture:
         if got.problem and got.decoded is None:
@@ -278,7 +285,7 @@ class Closing:
                 "provider": reading.provider or sent.fields.get("provider"),
                 "model": reading.model or sent.fields.get("model"),
                 "asked": sent.asked,
-                "got": sum(1 for picture in pictures if picture.image),
+                "got": sum(1 for picture in pictures if picture.good),
                 "credits_charged": reading.credits,
                 "problems": problems or None,
             },
@@ -415,7 +422,7 @@ class Closing:
                 asked=sent.asked if sent else 0,
                 got=got,
                 status=head.status,
-                code=verdict.code if verdict else "",
+                code=printable(verdict.code, 200) if verdict else "",
                 message=printable(said),
                 request_id=head.headers.get("x-request-id") or head.headers.get("cf-ray") or "",
                 endpoint=sent.endpoint if sent else "",
@@ -428,10 +435,12 @@ class Closing:
 
 
 class _Ours:
-    """A file of ours that is written to by code that knows nothing of our disk."""
+    """A file of ours that is written to by code that knows nothing of our disk. It is durable when it is closed."""
 
-    def __init__(self, file: IO[bytes], path: str) -> None:
-        self._file = file
+    def __init__(self, disk: Disk, path: str) -> None:
+        disk.unlink(path)
+        self._disk = disk
+        self._file = disk.create(path)
         self._path = path
 
     def write(self, content: bytes) -> int:
@@ -439,7 +448,8 @@ class _Ours:
             return self._file.write(content)
 
     def close(self) -> None:
-        with ours(self._path, "write"):
+        if not self._file.closed:
+            self._disk.sync(self._file, self._path)
             self._file.close()
 
 
@@ -458,7 +468,7 @@ def _inspected(path: str, name: str, got: Got) -> Picture:
             problem = problem or f"not a picture: its content is {kind}"
         else:
             problem = problem or image.problem
-    return Picture(name if size else "", image, got.mime, size, digest.hexdigest(), problem)
+    return Picture(name if size else "", image, got.mime, size, digest.hexdigest(), problem, broken=bool(got.problem))
 
 
 def _table(name: str, picture: Picture) -> dict[str, object]:

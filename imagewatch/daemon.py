@@ -13,7 +13,6 @@ import os
 import queue
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from random import random
@@ -25,7 +24,7 @@ from imagewatch import __version__
 from imagewatch.client import Client
 from imagewatch.durable import Disk
 from imagewatch.errors import ConfigError, SpoolError
-from imagewatch.holds import Holds
+from imagewatch.holds import Hold, Holds
 from imagewatch.key import read_key
 from imagewatch.ledger import Ledger
 from imagewatch.names import stem_of
@@ -37,6 +36,7 @@ from imagewatch.watcher import Watcher
 from imagewatch.worker import Worker
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
     from imagewatch.config import Config
@@ -45,6 +45,9 @@ _POLL_SECONDS = 5.0
 _REST = 10.0
 """A sweep that took a second is followed by ten seconds without one: looking costs a tenth of a core at most."""
 _DISK_SECONDS = 5.0
+_LONGEST_WAIT = 3600.0
+_FIXED = ("folders", "outbox")
+"""Sections that are read at start only: folders are proved before anything is paid for."""
 _log = structlog.get_logger()
 
 
@@ -74,7 +77,7 @@ class Finished:
     """A worker has ended; its outcome or its exception is in the future."""
 
     job: str
-    key: Key | None
+    began: float
     future: Future[Outcome]
 
 
@@ -101,11 +104,12 @@ class Daemon:
         on_outcome: Called for each finished job.
         on_seen: Called after each sweep.
         reload: Returns a new configuration on SIGHUP.
+        holds: Reasons to wait; given by whoever cannot wait for the usual interval between two probes.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a process gives and what a test replaces
         self,
         config: Config,
         environ: Mapping[str, str],
@@ -115,6 +119,7 @@ class Daemon:
         on_outcome: Callable[[Outcome], None] = lambda _: None,
         on_seen: Callable[[int], None] = lambda _: None,
         reload: Callable[[], Config] | None = None,
+        holds: Holds | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -128,13 +133,13 @@ class Daemon:
         self._now = monotonic
         self._mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._spool = Spool(config, disk or Disk())
-        self._holds = Holds()
+        self._holds = holds or Holds()
         self._notify = Notify(environ)
         self._watcher = Watcher(
             lambda folder, name, renamed: self._mailbox.put(Changed(folder, name, renamed)),
             lambda: self._mailbox.put(Lost()),
         )
-        self._ready: list[Candidate] = []
+        self._ready: dict[Key, Candidate] = {}  # in the order in which they are taken
         self._later: list[Later] = []
         self._in_flight: dict[str, Key | None] = {}
         self._ignored: set[tuple[str, str]] = set()
@@ -227,7 +232,7 @@ class Daemon:
             return False
         if self._disk_failed or self._holds.first() is not None:
             return True
-        return not self._ready and not self._later and self._seen.due is None
+        return not self._ready and not self._later and self._seen.due is None and self._now() < self._sweep_at
 
     def _take_messages(self) -> None:
         """Wait for the next message or the next thing to do, then take all messages there are."""
@@ -239,14 +244,16 @@ class Daemon:
 
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
+        if self._draining:
+            return _LONGEST_WAIT  # only workers are waited for
         now = self._now()
         times = [max(self._sweep_at, self._rested_at)]
-        if not self._draining:
-            hold = self._holds.waiting(now)
-            if hold is not None and (self._ready or self._later):
-                times.append(hold.until)
+        hold = self._holds.waiting(now)
+        if hold is not None and (self._ready or self._later):
+            times.append(hold.until)
+        if self._slot(now):
             times += [later.at for later in self._later]
-        return min(max(min(times) - now, 0.001), 3600.0)
+        return min(max(min(times) - now, 0.001), _LONGEST_WAIT)
 
     def _take(self, message: Message) -> None:
         match message:
@@ -265,6 +272,8 @@ class Daemon:
         self._draining = True
         while self._in_flight:
             self._take_messages()
+        if self._once:
+            self._look()  # what was given back lies in the inbox again
         self._watcher.stop()
         self._client.close()
         self._ledger.close()
@@ -305,7 +314,7 @@ class Daemon:
             self._sweep_at = self._now() + _DISK_SECONDS
             return
         taken = set(self._in_flight.values())
-        self._ready = [candidate for candidate in self._seen.ready if candidate.key not in taken]
+        self._ready = {candidate.key: candidate for candidate in self._seen.ready if candidate.key not in taken}
         self._left_out = len(self._ready) < len(self._seen.ready)
         self._tell_ignored()
         now = self._now()
@@ -345,12 +354,12 @@ class Daemon:
             return
         folder = os.path.relpath(change.folder, self._spool.inbox)
         key = ("" if folder == "." else folder, stem)
-        self._ready = [candidate for candidate in self._ready if candidate.key != key]
+        self._ready.pop(key, None)
         if change.renamed:
             self._sweep.arrived_whole(key, now)
             candidate = self._sweep.look_at(key, now, self._clock())
             if candidate is not None and key not in self._in_flight.values():
-                self._ready.append(candidate)
+                self._ready[key] = candidate
                 return
         else:
             self._sweep.touch(key, now)
@@ -367,7 +376,7 @@ class Daemon:
             self._later.remove(later)
             self._submit(later.job, None, functools.partial(self._worker.process, later.job, resumed=True))
         while self._ready and not self._draining and self._slot(now) and self._room(now):
-            candidate = self._ready.pop(0)
+            candidate = self._ready.pop(next(iter(self._ready)))
             if candidate.key in self._in_flight.values() or not self._sweep.unchanged(candidate):
                 self._sweep_at = now
                 continue
@@ -390,6 +399,7 @@ class Daemon:
             free = self._spool.free_bytes()
             least = self._config.limits.min_free_bytes
             if free >= least:
+                self._tell_released(self._holds.clear("disk"))
                 return True
             message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
             error = SpoolError(message, path=self._spool.state, hint="make room")
@@ -400,8 +410,9 @@ class Daemon:
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
         self._in_flight[job] = key
+        began = self._now()
         future = self._pool.submit(call)
-        future.add_done_callback(lambda done: self._mailbox.put(Finished(job, key, done)))
+        future.add_done_callback(lambda done: self._mailbox.put(Finished(job, began, done)))
 
     def _finished(self, message: Finished) -> None:
         self._in_flight.pop(message.job, None)
@@ -412,10 +423,11 @@ class Daemon:
         except SpoolError as error:
             self._stuck(message.job, error)
             return
-        except Exception:
+        except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("a bug in imagewatch; please report it", job=message.job)
+            self.failed += 1
             return
-        self._judge(outcome)
+        self._judge(outcome, message.began)
 
     def _stuck(self, job: str, error: SpoolError) -> None:
         """A job met our own disk. It is tried again when a write probe succeeds; nothing is sent until then."""
@@ -426,16 +438,16 @@ class Daemon:
         self._hold("disk", error, _DISK_SECONDS)
         self._later.append(Later(job, self._now() + _DISK_SECONDS))
 
-    def _judge(self, outcome: Outcome) -> None:
+    def _judge(self, outcome: Outcome, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
         now = self._now()
         if outcome.trouble is not None:
             trouble = outcome.trouble
             hold = self._holds.add(trouble.kind, trouble.message, now, trouble.seconds)
-            _log.warning("held", kind=hold.kind, reason=hold.message, seconds=round(hold.until - now, 1))
+            if hold.since == now:  # else it was known
+                _log.warning("held", kind=hold.kind, reason=hold.message, seconds=round(hold.until - now, 1))
         elif outcome.answered:
-            for ended in self._holds.clear():
-                _log.info("released", kind=ended.kind)
+            self._tell_released(self._holds.disproved(began))
         if outcome.end is End.LATER:
             self._later.append(Later(outcome.job, now + outcome.delay, outcome.source))
         elif outcome.end is End.RETURNED:
@@ -447,8 +459,15 @@ class Daemon:
     def _hold(self, kind: str, error: SpoolError, seconds: float, now: float | None = None) -> None:
         now = self._now() if now is None else now
         self._disk_failed = True
+        known = self._holds.has(kind)
         self._holds.add(kind, str(error), now, seconds)
-        _log.error("held", kind=kind, reason=str(error), hint=error.hint, seconds=seconds)
+        if not known:
+            _log.error("held", kind=kind, reason=str(error), hint=error.hint, seconds=seconds)
+
+    def _tell_released(self, ended: list[Hold]) -> None:
+        for hold in ended:
+            if not hold.brief:
+                _log.info("released", kind=hold.kind)
 
     # Signals
 
@@ -467,7 +486,8 @@ class Daemon:
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if number != signal.SIGHUP:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
         self._mailbox.put(Signalled(number))
 
     def _signalled(self, number: int) -> None:
@@ -484,12 +504,14 @@ class Daemon:
             return
         try:
             config = self._reload()
-            if config.folders != self._config.folders:
-                _log.error("not reloaded", reason="other folders need a restart")
+            if fixed := [name for name in _FIXED if getattr(config, name) != getattr(self._config, name)]:
+                _log.error(
+                    "not reloaded; the old configuration stays", reason=f"a changed [{fixed[0]}] needs a restart"
+                )
                 return
             self._assemble(config)
         except ConfigError as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return
-        self._holds.clear()
+        self._tell_released(self._holds.clear())
         _log.info("reloaded", source=config.source)

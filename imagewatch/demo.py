@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +17,14 @@ from imagewatch.sandbox import Sandbox
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from imagewatch.outcome import Outcome
 
 _PROMPTS = {
     "lighthouse": "A lighthouse on a cliff at dusk, long exposure, calm sea\n",
     "postcard": "Put the boat into the harbour, evening light, like an old postcard\n",
-    "logo-ideas": '+++\nprovider = "gemini"\nn = 4\n+++\nA friendly robot mascot waving, flat vector logo, mint green\n',
+    "logo-ideas": '+++\nprovider = "gemini"\nn = 4\n+++\nA friendly robot mascot, waving, flat vector logo, mint\n',
     "poster": (
         '+++\nprovider = "openai"\nsize = "1024x1536"\nquality = "high"\noutput_format = "webp"\n+++\n'
         "A poster for a chamber music festival in a railway station\n"
@@ -76,6 +77,7 @@ def play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callabl
             "IMAGEWATCH_FOLDERS__ROOT": story.folder,
             "IMAGEWATCH_FOLDERS__STATE": os.path.join(story.folder, "state"),
             "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0.5",
+            "IMAGEWATCH_LIMITS__CONCURRENCY": str(len(_PROMPTS)),  # all at once: the refusal holds nobody up
             "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": "1000000",
         }
         config = load(None, environ)
@@ -127,9 +129,10 @@ def _told(story: Story, hold: str) -> list[str]:
         credits_spent += found.get("credits_charged") or 0
         lines += _paragraph(stem, found)
     counted = story.report["credits"]
+    charged = story.report["charged"]
     lines += [
         "",
-        f"Receipts say {credits_spent:g} credits; the endpoint counted {counted:g} for {story.report['charged']} requests.",
+        f"Receipts say {credits_spent:g} credits; the endpoint counted {counted:g} for {charged} requests.",
         "No key was used, nothing left this machine, the pictures are placeholders.",
         "",
         f"  pictures and receipts  {os.path.join(story.folder, 'outbox')}",
@@ -155,7 +158,7 @@ def _paragraph(stem: str, found: dict[str, Any]) -> list[str]:
     return [
         title,
         *(
-            f"    {click.style('✓', fg='green')} outbox/{image['file']}  {image['width']}×{image['height']}"
+            f"    {click.style('✓', fg='green')} outbox/{image['file']}  {image['width']} x {image['height']}"
             for image in found["images"]
         ),
         f"      {found['provider']}, {found['model']}, {found['credits_charged']} credits",

@@ -64,7 +64,10 @@ def compose(
         document["images"] = images
     if sent and sent.inputs:
         document["inputs"] = [_input(item) for item in sent.inputs]
-    return tomli_w.dumps(_ordered(document), multiline_strings=True)
+    ordered = _ordered(document)
+    text = tomli_w.dumps(ordered)
+    # A multi-line string cannot hold CRLF as it is; nearly always there is none, and people like to read lines.
+    return text if r"\r\n" in text else tomli_w.dumps(ordered, multiline_strings=True)
 
 
 _ORDER = (
@@ -97,17 +100,22 @@ def _tame(value: Any, depth: int) -> Any:  # noqa: ANN401, PLR0911  any JSON in,
     """Return what TOML can hold of a value: no null, no surrogates, no giants, no endless nesting."""
     if isinstance(value, str):
         return whole(value)
+    if depth >= _DEEPEST and isinstance(value, Mapping | list | tuple):
+        return _flat(value)
     if isinstance(value, Mapping):
-        if depth >= _DEEPEST:
-            return whole(repr(value)[:2000])
         tamed = {whole(str(key)): _tame(inner, depth + 1) for key, inner in value.items()}
         return {key: inner for key, inner in tamed.items() if inner is not None}
     if isinstance(value, list | tuple):
-        if depth >= _DEEPEST:
-            return whole(repr(value)[:2000])
         return [inner for inner in (_tame(item, depth + 1) for item in value) if inner is not None]
     if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
         return str(value)
     if isinstance(value, float) and math.isfinite(value) and value == int(value) and abs(value) < 2**53:
         return int(value)  # 12.0 credits are 12 credits
     return value
+
+
+def _flat(value: object) -> str:
+    try:
+        return whole(repr(value)[:2000])
+    except RecursionError:
+        return "nested too deeply to be shown"

@@ -73,6 +73,27 @@ class Disk:
         with ours(path, "create the file"):
             return os.fdopen(os.open(path, flags, mode), "w+b")
 
+    def append(self, path: str) -> IO[bytes]:
+        """Open a file of ours that is there already, to write on at its end; links are not followed."""
+        with ours(path, "open the file"):
+            file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b")
+            file.seek(0, os.SEEK_END)
+            return file
+
+    def symlink(self, text: str, path: str) -> None:
+        """Make a symbolic link.
+
+        Raises:
+            FileExistsError: The name is taken.
+        """
+        try:
+            os.symlink(text, path)
+        except FileExistsError:
+            raise
+        except OSError:
+            with ours(path, "make the link"):
+                raise
+
     def sync(self, file: IO[bytes], path: str) -> None:
         """Flush a file and its data to the disk itself."""
         with ours(path, "write to disk"):
@@ -178,8 +199,14 @@ class Disk:
         if not _is_regular(source):
             self._carry_special(source, target)
             return
-        with ours(source, "read"):
-            file = _open(source)
+        try:
+            with ours(source, "read"):
+                file = _open(source)
+        except SpoolError as error:
+            if error.code != errno.EACCES:
+                raise
+            self._carry_special(source, target)  # somebody dropped what we may not read
+            return
         with file:
             with ours(target, "set mode or group"):
                 if finish:
@@ -200,18 +227,27 @@ class Disk:
                 self.unlink(source)
 
     def _carry_special(self, source: str, target: str) -> None:
-        """Move a link, a FIFO or nothing at all. Across file systems a link is made anew, other kinds are dropped."""
+        """Move a link, a FIFO, what we may not read, or nothing at all.
+
+        Across file systems a link is made anew, a FIFO is dropped, and what we may not read is a failure.
+        """
         try:
             self.rename(source, target)
         except FileNotFoundError:
             return
         except FileExistsError:
-            raise
-        except OSError:
-            with ours(target, "move"):
-                if os.path.islink(source):
-                    os.symlink(os.readlink(source), target)
-            self.unlink(source)
+            if not _same_link(source, target):
+                raise
+        except OSError as error:
+            if error.errno != errno.EXDEV or _is_regular(source):
+                with ours(target, "move"):
+                    raise
+            if os.path.islink(source) and not _same_link(source, target):
+                self.symlink(os.readlink(source), target)
+            self.sync_folder(os.path.dirname(target))
+        else:
+            return
+        self.unlink(source)
 
     def _copy(self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None) -> None:
         self.unlink(temporary)
@@ -330,6 +366,14 @@ def _same(file: IO[bytes], target: str) -> bool:
             if chunk != other.read(len(chunk)):
                 return False
     return True
+
+
+def _same_link(source: str, target: str) -> bool:
+    """Tell whether two paths are symbolic links with the same text."""
+    try:
+        return os.readlink(source) == os.readlink(target)
+    except OSError:
+        return False
 
 
 @functools.cache

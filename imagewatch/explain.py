@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,8 @@ from imagewatch.sweep import Candidate, Sweep
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
     from imagewatch.config import Config
 
 
@@ -63,7 +64,9 @@ def _folder(name: str, path: str) -> Line:
     if os.path.isdir(path):
         usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
         return Line("ok", name, shown) if usable else Line("bad", name, f"{shown}: this user may not write there")
-    parent = path
+    if os.path.lexists(path):
+        return Line("bad", name, f"{shown}: is not a folder")
+    parent = os.path.dirname(path)
     while not os.path.lexists(parent):
         parent = os.path.dirname(parent)
     if os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK):

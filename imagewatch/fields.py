@@ -79,5 +79,8 @@ def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S
 
 def shown(value: object) -> str:
     """Return a value as a person would recognise it in their own file, cut to 60 characters."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python converts
+        return "a value too large to be shown"
     return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 FIRST_SECONDS = 15.0
 LONGEST_SECONDS = 900.0
+LONGEST_ASKED_SECONDS = 3600.0
+"""However long an endpoint wants us to wait: a probe is free, and a wrong clock must not stop us for years."""
 
 
 @dataclass
@@ -21,12 +23,14 @@ class Hold:
     Attributes:
         kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk`` or ``busy``.
         message: What was said.
+        since: Monotonic time of the last refusal, seconds.
         until: Monotonic time of the next probe, seconds.
         interval: Seconds between the last two probes.
     """
 
     kind: str
     message: str
+    since: float
     until: float
     interval: float
 
@@ -37,9 +41,14 @@ class Hold:
 
 
 class Holds:
-    """All reasons to wait. ``blame`` is called by workers, the rest by the main thread."""
+    """All reasons to wait. ``blame`` is called by workers, the rest by the main thread.
 
-    def __init__(self) -> None:
+    Args:
+        first_seconds: How long a hold lasts before its first probe, unless somebody says how long to wait.
+    """
+
+    def __init__(self, first_seconds: float = FIRST_SECONDS) -> None:
+        self._first_seconds = first_seconds
         self._lock = threading.Lock()
         self._blamed: set[str] = set()
         self._holds: dict[str, Hold] = {}
@@ -60,24 +69,39 @@ class Holds:
             now: Monotonic time, seconds.
             seconds: How long to wait, if somebody said so.
         """
+        if seconds is not None and seconds <= 0 and kind != "busy":
+            seconds = None  # "at once" is not believed where only somebody else can change things
         known = self._holds.get(kind)
         if known is not None and now < known.until and seconds is None:
             return known  # several requests met the same at once: one hold
-        own = min(known.interval * 2, LONGEST_SECONDS) if known else FIRST_SECONDS
-        interval = seconds if seconds is not None else own
-        hold = Hold(kind, message, max(now + interval, known.until if known else 0.0), interval)
+        own = min(known.interval * 2, LONGEST_SECONDS) if known else self._first_seconds
+        # Who says "at once" to what nobody can change at once is not believed: that would be no hold at all.
+        said = seconds if seconds is not None and (seconds > 0 or kind == "busy") else own
+        interval = min(max(said, 0.0), LONGEST_ASKED_SECONDS)
+        hold = Hold(kind, message, now, max(now + interval, known.until if known else 0.0), interval)
         self._holds[kind] = hold
         return hold
 
     def clear(self, kind: str | None = None) -> list[Hold]:
         """End a hold, or all of them; return what was ended."""
+        return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])
+
+    def disproved(self, began: float) -> list[Hold]:
+        """End every hold that an answer disproves; return what was ended.
+
+        Only a request that began after the refusal proves anything: others may have been on their way already when
+        the credits ran out. No answer says anything about our own disk.
+
+        Args:
+            began: Monotonic time at which the answered request was begun, seconds.
+        """
+        return self._end([hold for hold in self._holds.values() if hold.since < began and hold.kind != "disk"])
+
+    def _end(self, ended: list[Hold]) -> list[Hold]:
         with self._lock:
-            ended = [hold for hold in self._holds.values() if kind in {None, hold.kind}]
             for hold in ended:
                 del self._holds[hold.kind]
                 self._blamed.discard(hold.kind)
-            if kind is None:
-                self._blamed.clear()
         return ended
 
     def has(self, kind: str) -> bool:

@@ -7,12 +7,14 @@ a power cut.
 
 from __future__ import annotations
 
+import errno
 import sqlite3
 import threading
 from typing import Any
 
 import msgspec
 
+from imagewatch.budget import Spending
 from imagewatch.errors import SpoolError
 from imagewatch.job import Charged
 from imagewatch.text import whole
@@ -128,9 +130,7 @@ class Ledger:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all attempts, oldest first."""
-        with self._lock, self._translated():
-            found = self._database.execute("SELECT * FROM attempts ORDER BY claimed_at, job, attempt").fetchall()
-        return [dict(row) for row in found]
+        return [dict(row) for row in self._all("SELECT * FROM attempts ORDER BY claimed_at, job, attempt")]
 
     def totals(self) -> dict[str, float]:
         """Return the sums of everything: ``made``, ``refused``, ``unknown`` jobs and ``credits``."""
@@ -140,8 +140,42 @@ class Ledger:
                    count(DISTINCT CASE WHEN charged = 'unknown' THEN job END) AS unknown,
                    coalesce(sum(credits), 0) AS credits
             FROM attempts"""
+        return dict(self._all(question)[0])
+
+    # What caps ask (``budget.Books``)
+
+    def spending(self, since: float) -> Spending:
+        """Return what was spent since a time, seconds since the epoch."""
+        question = """
+            SELECT provider, coalesce(sum(credits), 0) AS credits,
+                   count(CASE WHEN credits IS NULL THEN 1 END) AS unpriced
+            FROM attempts WHERE charged IN ('yes', 'unknown') AND sent_at >= ? GROUP BY provider"""
+        rows = self._all(question, since)
+        return Spending(
+            sum(row["credits"] for row in rows), {row["provider"]: row["unpriced"] for row in rows if row["unpriced"]}
+        )
+
+    def highest_charge(self, provider: str) -> float | None:
+        """Return the highest of a provider's last fifty known charges, credits; None without any."""
+        question = """
+            SELECT max(credits) AS highest FROM (
+                SELECT credits FROM attempts WHERE provider = ? AND credits IS NOT NULL ORDER BY sent_at DESC LIMIT 50)"""
+        found = self._all(question, provider)[0]["highest"]
+        return None if found is None else float(found)
+
+    def newest(self) -> float:
+        """Return the time of the newest attempt, seconds since the epoch, or 0."""
+        return float(self._all("SELECT coalesce(max(sent_at), 0) AS newest FROM attempts")[0]["newest"])
+
+    def sent_since(self, since: float) -> list[float]:
+        """Return the times of the attempts since a time, oldest first."""
+        return [
+            row["sent_at"] for row in self._all("SELECT sent_at FROM attempts WHERE sent_at >= ? ORDER BY 1", since)
+        ]
+
+    def _all(self, question: str, *values: object) -> list[sqlite3.Row]:
         with self._lock, self._translated():
-            return dict(self._database.execute(question).fetchone())
+            return self._database.execute(question, values).fetchall()
 
     def _translated(self) -> _Translated:
         return _Translated(self._path)
@@ -158,8 +192,10 @@ class _Translated:
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, sqlite3.Error):
+            full = "full" in str(error)
             raise SpoolError(
                 f"{self._path}: the ledger cannot be used: {error}",
                 path=self._path,
+                code=errno.ENOSPC if full else errno.EIO,
                 hint="make room, or restore the file from a backup; it must not be deleted, it is the record of what was paid",
             ) from error

@@ -24,7 +24,7 @@ class Step(enum.Enum):
     BANK = "what came of the answer, closed and renamed to answer.N"
     DOUBT = "ledger row, then the decision: errors, charged = unknown"
     READ = "ledger row, images decoded or fetched, then the decision: outbox (or errors, charged = yes)"
-    GIVE_BACK = "originals back in the inbox, the prompt last"
+    GIVE_BACK = "ledger row, then originals back in the inbox, the prompt last"
     REFUSE = "ledger row, then the decision: errors, with the API's words"
     GATHER = "each input renamed into the claim"
     CHECK = "nothing on disk if the request is valid, else the decision: errors, charged = no"
@@ -86,7 +86,11 @@ RULES = (
     Rule("decision: outbox", lambda e: e.decided == "outbox", Step.PUBLISH),
     Rule("decision: errors", lambda e: e.decided == "errors", Step.REJECT),
     Rule("newest `sent.N` with the beginning of an answer", lambda e: e.sent > e.answered and e.begun, Step.BANK),
-    Rule("newest `sent.N` without `answer.N`", lambda e: e.sent > e.answered, Step.DOUBT),
+    Rule(
+        "newest `sent.N` without `answer.N`",
+        lambda e: e.sent != e.answered or (e.sent > 0 and e.reaction is None),
+        Step.DOUBT,
+    ),
     Rule("`answer.N`: success", lambda e: e.reaction is Reaction.SUCCESS, Step.READ),
     Rule("`answer.N`: the request never left whole", lambda e: e.reaction is Reaction.UNREACHED, Step.GIVE_BACK),
     Rule(

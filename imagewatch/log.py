@@ -46,7 +46,7 @@ def configure(
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             stamp,
-            *([] if console else [structlog.processors.format_exc_info]),
+            structlog.processors.format_exc_info,
             _escaped,
             renderer,
         ],
@@ -58,7 +58,13 @@ def configure(
 
 def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Escape whatever a stranger may have written: file names, the API's words, prompts."""
-    return {key: value if key == "exc_info" else _safe(value) for key, value in event.items()}
+    first = {key: event[key] for key in ("timestamp", "level", "event") if key in event}
+    return {key: _lines(value) if key == "exception" else _safe(value) for key, value in {**first, **event}.items()}
+
+
+def _lines(trace: str) -> str:
+    """Escape a traceback and keep its lines."""
+    return "\n".join(printable(line) for line in trace.split("\n"))
 
 
 def _safe(value: object) -> object:

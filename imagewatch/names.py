@@ -22,7 +22,10 @@ CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 NAME_MAX = 255
 """Longest file name in bytes on every file system we know."""
+_WIDEST = 4
+"""Most bytes of one character in UTF-8."""
 
+_PICTURES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 _NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>[0-9]{1,9})", re.DOTALL)
 
 # What editors and transfer tools call a file while they are at work on it; the group is the name it will have.
@@ -41,7 +44,7 @@ _IN_FLIGHT = tuple(
         r"~syncthing~(.+)\.tmp",
         r"\.(.+)\.~[0-9a-f]+",  # Nextcloud, ownCloud
         r"\.(.+)\.[A-Za-z0-9]{6}",  # rsync
-        r"(.+)\.[A-Za-z0-9]{4,16}\.partial",  # rclone
+        rf"(.+)\.(?!(?i:{'|'.join(_PICTURES)})\.)[A-Za-z0-9]{{4,16}}\.partial",  # rclone; not cat.webp.partial
         r"(.+)\.(?:partial|part|filepart|crdownload|download|aria2|tmp)",
         r"\.in\.(.+)\.",  # lftp, FTP servers
     )
@@ -85,7 +88,7 @@ def stem_of(name: str) -> str | None:
 
 def near_miss(name: str) -> bool:
     """Tell whether somebody probably meant this name to be a prompt, though it is none."""
-    return name[0] not in ".~#" and stem_of(name) is None and bool(_NEAR_MISS.search(name))
+    return name[:1] not in ".~#" and stem_of(name) is None and bool(_NEAR_MISS.search(name))
 
 
 def in_flight(name: str) -> str | None:
@@ -102,10 +105,10 @@ def suffix_of(name: str) -> str:
 
 
 def _owner(name: str, stems: dict[str, Dropped]) -> tuple[Dropped, int] | None:
-    """Return whose image a name is, and its number (0 for the plain one)."""
+    """Return whose image a name is, and its number (-1 for the plain one, which comes before ``cat.0.png``)."""
     base = name.rpartition(".")[0]
     if base in stems:
-        return stems[base], 0
+        return stems[base], -1
     match = _NUMBERED.fullmatch(base)
     if match and match["stem"] in stems:
         return stems[match["stem"]], int(match["number"])
@@ -128,8 +131,8 @@ def group(names: Iterable[str]) -> dict[str, Dropped]:
         if stem_of(name) is not None:
             continue
         suffix = suffix_of(name)
-        if suffix in IMAGE_SUFFIXES or suffix in FOREIGN_SUFFIXES:
-            if name[0] not in ".~#" and (owner := _owner(name, stems)):
+        if suffix in _PICTURES and name[0] not in ".~#":
+            if owner := _owner(name, stems):
                 kind = owner[0].images if suffix in IMAGE_SUFFIXES else owner[0].foreign
                 kind.append(name)
                 numbered.append((owner[0].stem, owner[1], name))
@@ -146,7 +149,7 @@ def _target_owner(target: str, stems: dict[str, Dropped]) -> Dropped | None:
     stem = stem_of(target) if target else None
     if stem is not None:
         return stems.get(stem)
-    owner = _owner(target, stems) if suffix_of(target) in IMAGE_SUFFIXES else None
+    owner = _owner(target, stems) if suffix_of(target) in _PICTURES else None
     return owner[0] if owner else None
 
 
@@ -156,22 +159,24 @@ def tagged(name: str, stem: str, tag: str) -> str:
     ``cat.prompt.txt`` → ``cat.7f3a.prompt.txt``; ``logo.png`` of the same job → ``logo.7f3a.png``. The result
     fits into ``NAME_MAX`` bytes; the readable part is cut for it, the endings are kept.
     """
+    ends = [name.rfind(".", 1)]
     if name.startswith(stem + "."):
-        head, tail = stem, name[len(stem) :]
-    else:
-        head, dot, end = name.rpartition(".") if "." in name[1:] else (name, "", "")
-        tail = dot + end
-    return fitted(head, f".{tag}{tail}")
+        ends.insert(0, len(stem))
+    for end in ends:
+        tail = f".{tag}{name[end:]}"
+        # A tail that leaves no room for a single character is no ending; the head may be cut, not lost.
+        if end > 0 and len(_encoded(tail)) <= NAME_MAX - _WIDEST:
+            return fitted(name[:end], tail)
+    return fitted(name, f".{tag}")
 
 
 def fitted(head: str, tail: str) -> str:
     """Return ``head + tail``, with ``head`` cut so that the whole fits into ``NAME_MAX`` bytes."""
-    raw = _encoded(head)
     room = NAME_MAX - len(_encoded(tail))
-    if len(raw) > room:
-        # Cut between characters: half a UTF-8 sequence would be a name that no tool can type.
-        raw = raw[:room].decode("utf-8", "ignore").encode()
-    return raw.decode("utf-8", "surrogateescape") + tail
+    # Cut between characters: half a UTF-8 sequence would be a name that no tool can type.
+    while head and len(_encoded(head)) > room:
+        head = head[:-1]
+    return head + tail
 
 
 def fits(name: str) -> bool:

@@ -9,6 +9,8 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
+from imagewatch.text import printable
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -30,6 +32,7 @@ class Notify:
         """Send fields such as ``READY="1"`` or ``STATUS="…"``; a manager that does not listen is no error."""
         if not self._address:
             return
-        text = "\n".join(f"{name}={value}" for name, value in fields.items())
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+        text = "\n".join(f"{name}={printable(value)}" for name, value in fields.items())
+        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as channel:
             channel.sendto(text.encode(), self._address)

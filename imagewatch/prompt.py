@@ -17,6 +17,8 @@ from imagewatch.names import suffix_of
 
 MAX_BYTES = 256 * 1024
 """Largest prompt file: 32,000 characters of four bytes, twice over."""
+MAX_FRONT = 16 * 1024
+"""Longest front matter, in characters: the TOML reader is slow for what is made to be slow."""
 MAX_CHARACTERS = 32_000
 """Longest prompt (image-generation skill, "Request body": 1–32000 chars)."""
 MAX_INPUTS = 14
@@ -104,7 +106,8 @@ def _decode(raw: bytes) -> str:
     try:
         text = body.decode(encoding)
     except UnicodeDecodeError as error:
-        reason = f"not {encoding.upper()} text: byte {error.start} cannot be read"
+        offset = len(raw) - len(body) + error.start
+        reason = f"not {encoding.upper()} text: byte {offset} cannot be read"
         raise BadRequest([Problem("prompt", reason, _HINT_TEXT)]) from None
     if "\0" in text:
         raise BadRequest([Problem("prompt", "the file contains NUL bytes, so it is not text", _HINT_TEXT)])
@@ -117,6 +120,9 @@ def _split(text: str) -> tuple[str | None, str]:
     if lines[0] == "---" and "---" in lines[1:]:
         reason = "it opens with a --- block, which is YAML"
         raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
+    if lines[0].strip() == "+++" != lines[0]:
+        reason = "its first line is +++ with blanks around it"
+        raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
     if lines[0] != "+++":
         return None, text.strip()
     try:
@@ -128,6 +134,8 @@ def _split(text: str) -> tuple[str | None, str]:
 
 
 def _front_matter(block: str) -> tuple[FrontMatter, list[Problem]]:
+    if len(block) > MAX_FRONT:
+        return FrontMatter(), [Problem("front matter", f"more than {MAX_FRONT:,} characters", "shorten it")]
     try:
         table = tomllib.loads(block)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:

@@ -191,8 +191,7 @@ class Record:
     def bank_partial(self, attempt: int, tail: Tail) -> None:
         """Close what came of an answer and bank it as it is."""
         part = self.path(f"answer.{attempt}.part")
-        with ours(part, "bank the answer"), open(part, "r+b") as file:
-            file.seek(0, os.SEEK_END)
+        with self._disk.append(part) as file, ours(part, "bank the answer"):
             file.write(b"\n" + dump(tail))
             self._disk.sync(file, part)
         self._disk.replace(part, self.path(f"answer.{attempt}"))

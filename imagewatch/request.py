@@ -116,11 +116,11 @@ def read_prompt(path: str) -> bytes:
     Raises:
         BadRequest: It is not a readable file.
     """
-    with _open(path, "prompt") as file:
+    with open_plain(path, "prompt") as file:
         return file.read(prompts.MAX_BYTES + 1)
 
 
-def _open(path: str, name: str) -> IO[bytes]:
+def open_plain(path: str, name: str) -> IO[bytes]:
     """Open a regular file, never a link, a FIFO or a device."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -151,7 +151,7 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
             problems += error.problems
         else:
             item = inputs[-1]
-            parts.append(Part(functools.partial(_open, path, label), item.mime, item.bytes, item.sha256))
+            parts.append(Part(functools.partial(open_plain, path, label), item.mime, item.bytes, item.sha256))
     total = sum(item.bytes for item in inputs)
     if total > most_bytes:
         reason = f"{total:,} bytes of images are more than limits.max_input_bytes ({most_bytes:,})"
@@ -160,7 +160,7 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
 
 
 def _input(path: str, name: str) -> Input:
-    with _open(path, name) as file:
+    with open_plain(path, name) as file:
         image = inspect(file)
         if image is None:
             file.seek(0)

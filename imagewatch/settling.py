@@ -7,6 +7,7 @@ which nobody can set, unlike mtime, which copies preserve and which is never loo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ class Settling:
     def __init__(self, settle_seconds: float) -> None:
         self.settle_seconds = settle_seconds
         self._watched: dict[Hashable, _Watched] = {}
+        self._looked = -math.inf
 
     def touch(self, key: Hashable, now: float) -> None:
         """Note that something happened to a stem: its clock starts again.
@@ -56,22 +58,20 @@ class Settling:
         else:
             # A ctime in the future (a clock that was set back) counts as now.
             quiet_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
-            since = now - quiet_before
+            # What an earlier look did not see is not older than that look, whatever a server's clock says.
+            since = max(now - quiet_before, self._looked)
             if known is not None:
                 since = max(since, known.since)
         self._watched[key] = _Watched(fingerprint, since)
         return max(0.0, since + self.settle_seconds - now)
 
-    def keep_only(self, keys: Collection[Hashable]) -> None:
+    def keep_only(self, keys: Collection[Hashable], looked: float = -math.inf) -> None:
         """Forget the stems that are gone.
 
         Args:
             keys: Those that are still there.
+            looked: Monotonic time at which the look that saw them began, if it saw everything.
         """
+        self._looked = looked
         self._watched = {key: seen for key, seen in self._watched.items() if key in keys}
 
-    def first_due(self, now: float) -> float | None:
-        """Return in how many seconds the next stem may be settled; None when none is waiting."""
-        if not self._watched:
-            return None
-        return max(0.0, min(seen.since for seen in self._watched.values()) + self.settle_seconds - now)

@@ -7,6 +7,7 @@ and then finishes what was begun.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import grp
 import os
@@ -22,7 +23,7 @@ from imagewatch.record import Record
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from imagewatch.config import Config
 
@@ -66,7 +67,8 @@ class Spool:
         self._refuse_overlap()
         self.disk.make_folder(self.jobs)
         self._make_claims()
-        self.disk.sync_folder(self.state)
+        self._sync_above([*self._all(), self.jobs, self.claims])
+        self._drop_twins()
         self.probe()
         self._prove_claim()
 
@@ -86,6 +88,25 @@ class Spool:
         if os.path.islink(self.claims):
             raise SpoolError(f"{printable(self.claims)}: is a link", path=self.claims, hint="remove it")
         self.disk.make_folder(self.claims)
+
+    def _sync_above(self, folders: list[str]) -> None:
+        """Make the names of our folders durable, and of those that were made above them."""
+        above = {folder for inner in folders for folder in _above(os.path.realpath(inner))}
+        for folder in sorted(above):
+            # One that we may not open is not one in which we made something.
+            with contextlib.suppress(SpoolError):
+                self.disk.sync_folder(folder)
+
+    def _drop_twins(self) -> None:
+        """Remove from the inbox what is claimed already, before anybody looks for prompts there.
+
+        After a power cut a file that was renamed into a claim may have its old name, too (btrfs, when only the claim
+        folder was synced); so may one that was given back. A second claim of it would be paid for again.
+        """
+        for job in self.unfinished():
+            with contextlib.suppress(SpoolError):  # a damaged record: its job says so when it is carried on
+                if claim := self.record(job).claim():
+                    self._drop_twins_of(claim)
 
     def unlock(self) -> None:
         """Let another daemon have the folders."""
@@ -189,6 +210,24 @@ class Spool:
                 return False
             raise
         return True
+
+    def settle(self, claim: Claim) -> None:
+        """Make durable what a process that died, or a call that failed, has left of a job.
+
+        What can be seen may not be durable yet, and what comes next is decided by what is seen.
+        """
+        self._drop_twins_of(claim)
+        doors = [self.outbox, self.errors, *([self.archive] if self.archive else [])]
+        parts = claim.folder.split("/") if claim.folder else []
+        mirrored = [os.path.join(door, *parts[:depth]) for door in doors for depth in range(len(parts) + 1)]
+        ours = [self.jobs, self.record(claim.job).folder, self.claims, self.claim_folder(claim.job)]
+        for folder in (*ours, self.inbox_folder(claim), *mirrored):
+            if os.path.isdir(folder):
+                self.disk.sync_folder(folder)
+
+    def _drop_twins_of(self, claim: Claim) -> None:
+        for name in claim.originals:
+            self._drop_twin(os.path.join(self.inbox_folder(claim), name), self.original(claim, name))
 
     def _drop_twin(self, source: str, target: str) -> bool:
         """Remove an inbox name of a file that is claimed already (some file systems bring it back)."""
@@ -330,8 +369,9 @@ class Spool:
             return
         folder = self.door_folder(door, claim)
         self._mirror(door, claim)
+        moves = decision.keep if door == "archive" else tuple(m for m in decision.moves if m.source.startswith("claim/"))
         try:
-            self._carry_all(claim, decision.keep, folder, None)
+            self._carry_all(claim, moves, folder, None)
         except FileExistsError:
             pass  # whoever took the name meanwhile keeps it; ours go beside it
         if left := self.present(claim):
@@ -417,6 +457,12 @@ def _with_hint(problem: Problem) -> Problem:
 
 def _temporary(folder: str, claim: Claim, number: str) -> str:
     return os.path.join(folder, f".iw-{claim.job}.{number}.tmp")
+
+
+def _above(folder: str) -> Iterator[str]:
+    while (above := os.path.dirname(folder)) != folder:
+        yield above
+        folder = above
 
 
 def _age(path: str) -> int:

@@ -9,24 +9,28 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch import prompt as prompts
 from imagewatch.durable import ours
 from imagewatch.errors import BadRequest, SpoolError
+from imagewatch.images import inspect
 from imagewatch.job import Claim
 from imagewatch.names import SUFFIX, Dropped, group, near_miss
-from imagewatch.request import read_prompt
+from imagewatch.request import open_plain, read_prompt
 from imagewatch.settling import Settling
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from imagewatch.config import Inbox
 
 Key = tuple[str, str]
 """A stem: the folder below the inbox, and the stem's name."""
+Look = tuple[str, int, int, int, int]
+"""What a file looks like: name, inode, size, mtime and ctime; zeros when it is not there."""
 
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
@@ -40,22 +44,18 @@ class Candidate:
     Attributes:
         key: Folder and stem.
         images: Its input images, in the order in which they are sent.
-        declared: Whether the prompt names them itself.
         foreign: Siblings of a kind the endpoint does not take.
-        fingerprint: What its files looked like.
-        size: Bytes of the prompt file.
-        mtime_ns: Modification time of the prompt file.
+        looks: What its files looked like, the prompt first.
         changed_at: Newest ctime of its files, seconds since the epoch.
+        declared: Whether the prompt names its images itself.
     """
 
     key: Key
     images: tuple[str, ...]
-    declared: bool
     foreign: tuple[str, ...]
-    fingerprint: tuple[object, ...]
-    size: int
-    mtime_ns: int
+    looks: tuple[Look, ...]
     changed_at: float
+    declared: bool
 
     @property
     def source(self) -> str:
@@ -64,6 +64,7 @@ class Candidate:
 
     def claim(self, job: str, at: float) -> Claim:
         """Return the claim for it."""
+        _, _, size, mtime_ns, _ = self.looks[0]
         return Claim(
             job=job,
             folder=self.key[0],
@@ -71,8 +72,8 @@ class Candidate:
             images=self.images,
             declared=self.declared,
             foreign=self.foreign,
-            size=self.size,
-            mtime_ns=self.mtime_ns,
+            size=size,
+            mtime_ns=mtime_ns,
             at=at,
         )
 
@@ -87,7 +88,6 @@ class Seen:
         ignored: What will not be taken, and why, by path below the inbox.
         due: Seconds until something may become ready, or None.
         folders: Every folder looked into, as paths.
-        complete: Whether every folder could be listed.
     """
 
     ready: list[Candidate] = field(default_factory=list)
@@ -114,17 +114,19 @@ class Sweep:
         self._config = config
         self._settling = Settling(config.settle_seconds)
         self._inputs = Settling(config.settle_seconds)
-        self._missing_since: dict[Key, float] = {}
+        self._inputs_since: dict[Key, float] = {}
         self._arrived: set[Key] = set()
 
     def touch(self, key: Key, now: float) -> None:
         """Note that something happened to a stem: it has to be quiet again from now on."""
         self._settling.touch(key, now)
+        self._inputs_since.pop(key, None)
         self._arrived.discard(key)
 
     def arrived_whole(self, key: Key, now: float) -> None:
         """Note that a prompt came by rename: if it declares its images, it need not settle."""
         self._settling.touch(key, now)
+        self._inputs_since.pop(key, None)
         self._arrived.add(key)
 
     def look(self, now: float, wall: float) -> Seen:
@@ -147,27 +149,38 @@ class Sweep:
             for name in names:
                 if near_miss(name):
                     seen.ignored[_join(folder, name)] = f"not a prompt: the name must end in exactly {SUFFIX}"
-        self._settling.keep_only(keys)
+        self._settling.keep_only(keys, now)
         self._inputs.keep_only(keys)
-        self._missing_since = {key: since for key, since in self._missing_since.items() if key in keys}
+        self._inputs_since = {key: since for key, since in self._inputs_since.items() if key in keys}
         self._arrived &= keys
         seen.ready.sort(key=lambda candidate: (candidate.changed_at, candidate.key))
         return seen
 
     def look_at(self, key: Key, now: float, wall: float) -> Candidate | None:
-        """Look at one prompt that came by rename; return it if it declares its images and all are there."""
+        """Look at one prompt that came by rename; return it if it declares its images and all are there.
+
+        Its siblings are not listed here, so about a prompt that declares nothing only a sweep can decide.
+        """
+        path = _join(key[0], key[1] + SUFFIX)
+        try:
+            status = os.lstat(os.path.join(self._inbox, path))
+        except OSError:
+            return None
+        names = None if self._unusable(path, status) else self._declared(path)
+        if names is None:
+            return None
         seen = Seen()
-        self._judge(key, Dropped(key[1]), seen, now, wall)
+        self._judge_declared(key, names, seen, now, wall)
         return seen.ready[0] if seen.ready else None
 
     def waits_for_inputs(self) -> bool:
-        """Tell whether a prompt waits for images it names."""
-        return bool(self._missing_since)
+        """Tell whether a prompt waits for images it names, or for the end of one."""
+        return bool(self._inputs_since)
 
     def unchanged(self, candidate: Candidate) -> bool:
         """Tell whether the files of a candidate still look as they did."""
         names = (candidate.key[1] + SUFFIX, *candidate.images, *candidate.foreign)
-        return self._stat(candidate.key[0], names)[0] == candidate.fingerprint
+        return self._stat(candidate.key[0], names)[0] == candidate.looks
 
     # One stem
 
@@ -186,13 +199,19 @@ class Sweep:
         if busy := self._busy(key, dropped, wall):
             seen.waiting[path] = f"{printable(busy, 120)} shows that it is still being written"
             return
-        fingerprint, changed = self._stat(key[0], dropped.names)
-        left = self._settling.observe(key, fingerprint, changed_at=changed, now=now, wall=wall)
+        looks, changed = self._stat(key[0], dropped.names)
+        left = self._settling.observe(key, looks, changed_at=changed, now=now, wall=wall)
         if left > 0 and key not in self._arrived:
-            seen.comes_due(left)
-            seen.waiting[path] = f"quiet for {left:.1f} more seconds"
+            self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
             return
-        self._judge_inputs(key, dropped, seen, now, wall, settled=left <= 0)
+        declared = self._declared(path)
+        if declared is not None:
+            self._judge_declared(key, declared, seen, now, wall)
+        elif left > 0:
+            self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
+        else:
+            images, foreign = tuple(dropped.images), tuple(dropped.foreign)
+            seen.ready.append(Candidate(key, images, foreign, looks, changed, declared=False))
 
     def _unusable(self, path: str, status: os.stat_result) -> str:
         if not stat.S_ISREG(status.st_mode):
@@ -203,47 +222,46 @@ class Sweep:
             return "the daemon may not read it"
         return ""
 
-    def _judge_inputs(self, key: Key, dropped: Dropped, seen: Seen, now: float, wall: float, *, settled: bool) -> None:
-        """Decide about a prompt that is quiet itself; it may name images of its own."""
-        path = _join(key[0], dropped.prompt)
-        declared = self._declared(path)
-        if declared is None:
-            if settled:
-                seen.ready.append(self._candidate(key, tuple(dropped.images), tuple(dropped.foreign), declared=False))
-            else:
-                seen.comes_due(self._settling.settle_seconds)
-            return
-        names = (dropped.prompt, *declared)
-        missing = [name for name in declared if not os.path.lexists(os.path.join(self._inbox, key[0], name))]
+    def _judge_declared(self, key: Key, declared: tuple[str, ...], seen: Seen, now: float, wall: float) -> None:
+        """Decide about a prompt that is quiet itself, or whole by its rename, and names its images."""
+        path = _join(key[0], key[1] + SUFFIX)
+        looks, changed = self._stat(key[0], (key[1] + SUFFIX, *declared))
+        missing = [name for name, inode, *_ in looks[1:] if inode == 0]
         if missing:
-            since = self._missing_since.setdefault(key, now)
-            left = since + self._config.input_wait_seconds - now
+            left = self._inputs_since.setdefault(key, now) + self._config.input_wait_seconds - now
             if left > 0:
-                seen.comes_due(min(left, self._config.rescan_seconds))
-                seen.waiting[path] = f"waits for {printable(', '.join(missing), 200)}"
+                due = min(left, self._config.rescan_seconds)
+                self._wait(seen, path, f"waits for {printable(', '.join(missing), 200)}", due)
                 return
-        elif key not in self._arrived:
-            fingerprint, changed = self._stat(key[0], names)
-            left = self._inputs.observe(key, fingerprint, changed_at=changed, now=now, wall=wall)
+        elif key not in self._arrived or not self._all_whole(key[0], declared):
+            left = self._inputs.observe(key, looks, changed_at=changed, now=now, wall=wall)
             if left > 0:
-                seen.comes_due(left)
-                seen.waiting[path] = f"its images are quiet for {left:.1f} more seconds"
+                self._inputs_since.setdefault(key, now)
+                self._wait(seen, path, f"its images are quiet for {left:.1f} more seconds", left)
                 return
-        seen.ready.append(self._candidate(key, declared, (), declared=True))
+        seen.ready.append(Candidate(key, declared, (), looks, changed, declared=True))
+
+    def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
+        """Tell whether images are complete by their own structure, so that nobody is still writing them."""
+        for name in names:
+            try:
+                with open_plain(os.path.join(self._inbox, folder, name), name) as file:
+                    image = inspect(file)
+            except (BadRequest, OSError):
+                return False
+            if image is None or image.problem:
+                return False
+        return True
+
+    def _wait(self, seen: Seen, path: str, reason: str, seconds: float) -> None:
+        seen.waiting[path] = reason
+        seen.comes_due(seconds)
 
     def _declared(self, path: str) -> tuple[str, ...] | None:
         try:
             return prompts.declared(read_prompt(os.path.join(self._inbox, path)))
         except BadRequest:
             return None
-
-    def _candidate(self, key: Key, images: tuple[str, ...], foreign: tuple[str, ...], *, declared: bool) -> Candidate:
-        names = (key[1] + SUFFIX, *images, *foreign)
-        fingerprint, changed = self._stat(key[0], names)
-        with contextlib.suppress(OSError):
-            status = os.lstat(os.path.join(self._inbox, key[0], names[0]))
-            return Candidate(key, images, declared, foreign, fingerprint, status.st_size, status.st_mtime_ns, changed)
-        return Candidate(key, images, declared, foreign, fingerprint, 0, 0, changed)
 
     def _busy(self, key: Key, dropped: Dropped, wall: float) -> str:
         for name in dropped.busy:
@@ -252,15 +270,15 @@ class Sweep:
                     return name
         return ""
 
-    def _stat(self, folder: str, names: tuple[str, ...]) -> tuple[tuple[object, ...], float]:
+    def _stat(self, folder: str, names: tuple[str, ...]) -> tuple[tuple[Look, ...], float]:
         """Return what files look like, and their newest ctime in seconds since the epoch."""
-        looks: list[object] = []
+        looks: list[Look] = []
         newest = 0.0
         for name in names:
             try:
                 status = os.lstat(os.path.join(self._inbox, folder, name))
             except OSError:
-                looks.append((name, None))
+                looks.append((name, 0, 0, 0, 0))
                 continue
             looks.append((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
             newest = max(newest, status.st_ctime)

@@ -15,20 +15,23 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 import msgspec
 import pybase64
 
 from imagewatch.errors import InDoubt, JobError
-from imagewatch.fields import Options, Provider
+from imagewatch.fields import Options, Provider, shown
 from imagewatch.job import Head, Reaction
+
+T = TypeVar("T")
 
 PATH = "/v1/images/generations"
 _READ_BYTES = 48 * 1024
 """Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
 _SKELETON_BYTES = 4 << 20
 _MOST_IMAGES = 64
+_DEEPEST_ERROR = 4
 _QUOTA_REASONS = re.compile(r"quota|-usage-exceeded|limit-exceeded|not-enough-credits|model-unknown")
 
 # The request
@@ -166,9 +169,9 @@ def classify(head: Head, sample: bytes) -> Verdict:
     if head.status == 503 and wait is not None:  # noqa: PLR2004
         wait = min(wait, 30.0)  # Letta Code caps this one at 30 s (its conversation-enqueue)
     if account == "quota":
-        wait = _number(_find(body, "timeToQuotaResetMs"), 0.001) or wait
+        wait = _number(_find(body, "timeToQuotaResetMs", object), 0.001) or wait
     message, code = _words(body, sample, head.status)
-    required = _number(_find(body, "credits_required"))
+    required = _number(_find(body, "credits_required", object))
     return Verdict(reaction, message, code, required, wait, account)
 
 
@@ -181,10 +184,12 @@ def _reaction(status: int, body: object) -> tuple[Reaction, str]:
     if 300 <= status < 400:  # noqa: PLR2004
         return Reaction.ACCOUNT, "address"
     if status == 429:  # noqa: PLR2004
-        said = json.dumps([_find(body, name) for name in ("reasons", "errorCode", "code")])
-        quota = _QUOTA_REASONS.search(said) or _find(body, "timeToQuotaResetMs") is not None
+        said = [_find(body, name, str) for name in ("reasons", "errorCode", "code")]
+        said += _find(body, "reasons", list) or []
+        quota = any(isinstance(word, str) and _QUOTA_REASONS.search(word) for word in said)
+        quota = quota or _find(body, "timeToQuotaResetMs", object) is not None
         return (Reaction.ACCOUNT, "quota") if quota else (Reaction.BUSY, "")
-    if status == 503 and _find(body, "admitted") is False:  # noqa: PLR2004
+    if status == 503 and _find(body, "admitted", bool) is False:  # noqa: PLR2004
         return Reaction.BUSY, ""
     if status == 500:  # noqa: PLR2004
         return (Reaction.REFUSED if isinstance(body, dict) and body else Reaction.UNKNOWN), ""
@@ -197,27 +202,34 @@ def _json(raw: bytes) -> object:
     try:
         return msgspec.json.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, ValueError):
+        pass
+    try:
+        # Not quite JSON (NaN, a broken character): what was paid for may still be read.
+        return json.loads(raw.decode("utf-8", "replace"))
+    except (RecursionError, ValueError):
         return None
 
 
-def _find(body: object, name: str) -> object:
-    """Return a key of the body, or of the ``error`` inside it."""
-    if isinstance(body, dict):
-        if name in body:
-            return body[name]
-        return _find(body.get("error"), name)
+def _find(body: object, name: str, kind: type[T]) -> T | None:
+    """Return a key of the body, or of an ``error`` inside it, that is of the kind looked for."""
+    for _ in range(_DEEPEST_ERROR):
+        if not isinstance(body, dict):
+            break
+        if isinstance(value := body.get(name), kind) and value is not None:
+            return value
+        body = body.get("error")
     return None
 
 
 def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
     """Return message and code, from any of the shapes that Letta's routes are known to use."""
-    code = next((c for n in ("errorCode", "code", "type") if isinstance(c := _find(body, n), str)), "")
+    code = next((found for name in ("errorCode", "code", "type") if (found := _find(body, name, str))), "")
     for name in ("reason_text", "message", "error", "detail"):
-        if isinstance(said := _find(body, name), str) and said.strip():
+        if (said := _find(body, name, str)) and said.strip():
             return said.strip(), code
-    issues = _find(body, "issues")
-    if isinstance(issues, list) and issues:
-        return "; ".join(_issue(issue) for issue in issues[:20]), code
+    issues = _find(body, "issues", list) or []
+    if said := "; ".join(_issue(issue) for issue in issues[:20]).strip():
+        return said, code
     text = sample[:4000].decode("utf-8", "replace").strip()
     if re.match(r"<(!doctype|html|head|body)", text, re.IGNORECASE):
         title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
@@ -226,11 +238,10 @@ def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
 
 
 def _issue(issue: object) -> str:
-    if not isinstance(issue, dict):
-        return str(issue)
-    path = issue.get("path")
-    where = ".".join(map(str, path)) if isinstance(path, list) else ""
-    return f"{where}: {issue.get('message', '')}" if where else str(issue.get("message", ""))
+    path, message = (issue.get("path"), issue.get("message")) if isinstance(issue, dict) else (None, issue)
+    where = ".".join(str(step) for step in path if isinstance(step, str | int)) if isinstance(path, list) else ""
+    said = message if isinstance(message, str) else shown(issue)
+    return f"{where}: {said}" if where else said
 
 
 def _number(value: object, scale: float = 1.0) -> float | None:
@@ -312,24 +323,28 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
     try:
         for chunk in _plain(chunks, encoding, limit):
             splitter.feed(chunk)
-        skeleton = splitter.finish()
     except _UnreadableError as error:
-        skeleton, problem = b"", str(error)
+        problem = str(error)
     finally:
         splitter.close()
-    body = _json(skeleton)
-    if not isinstance(body, dict) or not isinstance(body.get("images"), list):
+    decoded = _json(splitter.skeleton())
+    body = decoded if isinstance(decoded, dict) else {}
+    entries = body.get("images")
+    if isinstance(entries, list):
+        images = [_entry(entry, splitter.files) for entry in entries[:_MOST_IMAGES]]
+    else:
         # Cut short or garbled: the pictures that came whole are still worth their price.
-        whole = [Got(decoded=k) for k, file in enumerate(splitter.files) if file.ended and not file.problem]
-        return Reading(images=whole, problem=problem or "the answer is not the JSON object it should be")
+        images = [Got(decoded=k) for k, file in enumerate(splitter.files) if file.ended and not file.problem]
+        problem = problem or "the answer is not the JSON object it should be"
     billing = body.get("billing")
     billing = billing if isinstance(billing, dict) else {}
     return Reading(
-        images=[_entry(entry, splitter.files) for entry in body["images"][:_MOST_IMAGES]],
+        images=images,
         provider=_text(body.get("provider")),
         model=_text(body.get("model")),
         billing=billing,
         credits=_number(billing.get("credits_charged")),
+        problem=problem,
     )
 
 
@@ -341,16 +356,17 @@ def _entry(entry: object, files: list[_Base64]) -> Got:
     if not isinstance(entry, dict):
         return Got(problem="the entry is not an object")
     mime = _text(entry.get("mime_type"))
-    held = entry.get("b64_json")
-    if isinstance(held, str) and held.startswith("@"):
-        number = int(held[1:])
-        if number >= len(files):
-            return Got(mime=mime, problem="the answer holds too many pictures")
-        return Got(decoded=number, mime=mime, problem=files[number].problem)
-    url = entry.get("url")
-    if isinstance(url, str) and url:
-        return Got(url=url[:8192], mime=mime)
-    return Got(mime=mime, problem="the entry holds neither b64_json nor url")
+    url, held = entry.get("url"), entry.get("b64_json")
+    url = url[:8192] if isinstance(url, str) else ""
+    # Not every "@…" is ours: a key written with an escape passes the splitter by.
+    number = int(held[1:]) if isinstance(held, str) and re.fullmatch("@[0-9]{1,9}", held) else None
+    file = files[number] if number is not None and number < len(files) else None
+    if file and (not url or (file.size and not file.problem)):
+        return Got(decoded=number, mime=mime, problem=file.problem)
+    if url:
+        return Got(url=url, mime=mime)
+    neither = "the entry holds neither b64_json nor url"
+    return Got(mime=mime, problem=neither if number is None else "the answer holds too many pictures")
 
 
 class _UnreadableError(Exception):
@@ -369,7 +385,7 @@ def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes
     try:
         for chunk in chunks:
             data = chunk
-            while data:
+            while data and not inflate.eof:
                 plain = inflate.decompress(data, _READ_BYTES)
                 total += len(plain)
                 if total > limit:
@@ -405,10 +421,9 @@ class _Splitter:
         while data:
             data = self._string(data) if self._open else self._outside(data)
 
-    def finish(self) -> bytes:
-        """Return the skeleton."""
-        self._keep(self._held)
-        return bytes(self._skeleton)
+    def skeleton(self) -> bytes:
+        """Return what there is of the skeleton."""
+        return bytes(self._skeleton + self._held)
 
     def close(self) -> None:
         """Let go of all files."""
@@ -451,6 +466,7 @@ class _Base64:
     Attributes:
         problem: What is wrong with it, or an empty string.
         ended: Whether its closing quote came.
+        size: Bytes decoded.
     """
 
     def __init__(self, file: IO[bytes] | None) -> None:
@@ -459,6 +475,7 @@ class _Base64:
         self._begun = False
         self.problem = ""
         self.ended = False
+        self.size = 0
 
     def feed(self, piece: bytes) -> None:
         if self.problem or self._file is None:
@@ -475,9 +492,12 @@ class _Base64:
 
     def end(self) -> None:
         self.ended = True
-        self._begun = True
-        if self._rest and not self.problem and self._file is not None:
-            self._decode(self._rest + b"=" * (-len(self._rest) % 4))
+        if self._file is not None and not self.problem:
+            data = self._unescape(self._rest, final=True)
+            if not self._begun:
+                data = self._without_prefix(data)
+            if not self.problem:
+                self._decode(data + b"=" * (-len(data) % 4))
         self.close()
 
     def close(self) -> None:
@@ -486,15 +506,15 @@ class _Base64:
 
     _escape = b""
 
-    def _unescape(self, data: bytes) -> bytes:
+    def _unescape(self, data: bytes, *, final: bool = False) -> bytes:
         """Resolve JSON escapes (``\\/``, ``\\n``, ``\\u002b``); one cut in two is held back."""
         self._escape = b""
         if b"\\" in data:
             last = data.rfind(b"\\")
-            if len(data) - last < 6:  # noqa: PLR2004  the longest escape is \uXXXX
+            if len(data) - last < 6 and not final:  # noqa: PLR2004  the longest escape is \uXXXX
                 data, self._escape = data[:last], data[last:]
             try:
-                data = json.loads(b'"' + data + b'"').encode("ascii")
+                data = json.loads(b'"' + data + b'"', strict=False).encode("ascii")
             except (ValueError, UnicodeError):
                 self.problem = "the base64 holds something else"
                 return b""
@@ -509,16 +529,21 @@ class _Base64:
             return data
         prefix, comma, rest = data.partition(b",")
         self._begun = bool(comma)
-        if not comma and len(prefix) > 200:  # noqa: PLR2004
+        if len(prefix) > 200:  # noqa: PLR2004
             self.problem = "the base64 holds something else"
         return rest if comma else data
 
     def _decode(self, data: bytes) -> None:
         assert self._file is not None
+        # Some encode piece by piece and join the results; whether that is read must not depend on our own pieces.
+        pieces = re.findall(rb"[^=]+={0,2}|=", data) if b"=" in data else [data]
         try:
-            self._file.write(pybase64.b64decode(data, validate=True))
+            decoded = b"".join(pybase64.b64decode(piece, validate=True) for piece in pieces)
         except ValueError as error:
             self.problem = f"the base64 is broken: {error}"
+            return
+        self._file.write(decoded)
+        self.size += len(decoded)
 
 
 def doubt(message: str) -> InDoubt:

@@ -113,7 +113,7 @@ class Worker:
         if not self._spool.claim(claim):
             self._spool.forget(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
-        return self.process(claim.job)
+        return self._carry(Run(self._spool.record(claim.job), claim, Evidence(), began=self._clock()))
 
     def process(self, job: str, *, resumed: bool = False) -> Outcome:
         """Carry a job to its end, or to where it has to wait.
@@ -129,11 +129,14 @@ class Worker:
         claim = record.claim()
         if claim is None:
             return self._without_record(job)
-        run = Run(record, claim, Evidence(), resumed=resumed, began=self._clock())
-        with structlog.contextvars.bound_contextvars(job=job, source=claim.source):
-            return self._carry(run)
+        self._spool.settle(claim)
+        return self._carry(Run(record, claim, Evidence(), resumed=resumed, began=self._clock()))
 
     def _carry(self, run: Run) -> Outcome:
+        with structlog.contextvars.bound_contextvars(job=run.claim.job, source=run.claim.source):
+            return self._steps(run)
+
+    def _steps(self, run: Run) -> Outcome:
         for _ in range(_MOST_STEPS):
             run.evidence = self._evidence(run)
             step = next_step(run.evidence)
@@ -236,8 +239,11 @@ class Worker:
             self._closing.invalid(run.record, claim, error.problems)
 
     def _send(self, run: Run) -> Outcome | None:
-        if run.evidence.answered and not run.resumed:
-            return self._later(run)
+        if run.evidence.answered:
+            verdict = self._verdict(run, run.evidence.answered)
+            self._closing.busy(run.record, run.claim, run.evidence.answered, verdict)
+            if not run.resumed:
+                return self._later(run, verdict)
         assert run.request is not None
         run.resumed = False
         attempt = run.evidence.sent + 1
@@ -263,8 +269,11 @@ class Worker:
 
     def _unsent(self, run: Run, attempt: int, reason: str) -> Outcome | None:
         """Deal with a request that provably never left whole: write the proof, if it had begun to."""
-        if run.record.attempts()[0] < attempt:
+        sent, answered = run.record.attempts()
+        if sent < attempt:
             return self._give_back(run)
+        if answered == attempt:
+            return None  # there is an answer after all
         sink = run.record.sink(attempt)
         sink.start(Head(status=0, at=self._clock()))
         sink.finish(Tail(complete=False, reason=reason, at=self._clock()))
@@ -281,10 +290,8 @@ class Worker:
             at=0.0,
         )
 
-    def _later(self, run: Run) -> Outcome:
+    def _later(self, run: Run, verdict: Verdict) -> Outcome:
         """Ask to be called again when the endpoint may take the same request."""
-        verdict = self._verdict(run, run.evidence.answered)
-        self._closing.busy(run.record, run.claim, run.evidence.answered, verdict)
         retry = self._config.retry
         delay = retry_delay(
             run.evidence.answered,
@@ -298,6 +305,8 @@ class Worker:
 
     def _give_back(self, run: Run) -> Outcome:
         claim = run.claim
+        if attempt := run.evidence.answered:
+            self._closing.busy(run.record, claim, attempt, self._verdict(run, attempt))
         if not self._spool.give_back(claim):
             return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble)
         self._spool.forget(claim.job)
@@ -305,6 +314,10 @@ class Worker:
 
     def _park(self, run: Run, error: Exception) -> None:
         """End a job that met a bug, if nothing was paid for it; else leave its evidence for the next start."""
+        if run.record.attempts()[0] > run.evidence.sent:
+            # While it was sent: what that left on the disk says how the job goes on.
+            run.doubt = f"imagewatch met a bug while the request was under way: {type(error).__name__}: {error}"
+            return
         if run.evidence.sent or run.evidence.decided:
             raise SpoolError(
                 f"job {run.claim.job}: stopped by a bug in imagewatch: {type(error).__name__}: {error}",

@@ -1,0 +1,152 @@
+"""What may be spent: caps in credits for a day and a month, and requests a minute.
+
+Counted from the ledger, so that a restart changes nothing, plus what is in flight. A request is let through only
+if what was spent, what is in flight and what it may cost itself stay within the cap. What it may cost is the highest
+of the provider's recent charges, or ``assumed_credits`` where there are none: a cost nobody knows is never zero. So a
+cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
+
+A day and a month are those of UTC, by this machine's clock. A clock that was set back does not open a new day: the
+newest row of the ledger counts as now if it is later.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from imagewatch.config import Limits
+
+_MINUTE = 60.0
+
+
+@dataclass(frozen=True)
+class Spending:
+    """What the ledger says of a time.
+
+    Attributes:
+        credits: Charged and known.
+        unpriced: For each provider, how many requests were or may have been charged without a price.
+    """
+
+    credits: float
+    unpriced: dict[str, int]
+
+
+class Books(Protocol):
+    """What is asked of the ledger."""
+
+    def spending(self, since: float) -> Spending:
+        """Return what was spent since a time, seconds since the epoch."""
+
+    def highest_charge(self, provider: str) -> float | None:
+        """Return the highest of a provider's recent charges, or None without any."""
+
+    def newest(self) -> float:
+        """Return the time of the newest attempt, seconds since the epoch, or 0."""
+
+    def sent_since(self, since: float) -> list[float]:
+        """Return the times of the attempts since a time, oldest first."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a request may not be sent now.
+
+    Attributes:
+        kind: ``cap`` or ``rate``.
+        message: In words, with the rule.
+        seconds: Until it may be, if nothing else changes.
+    """
+
+    kind: str
+    message: str
+    seconds: float
+
+
+class Budget:
+    """Lets requests through, or says why not. Safe to use from several threads.
+
+    Args:
+        books: The ledger.
+        limits: The caps; 0 is off.
+        clock: Wall clock, seconds since the epoch.
+    """
+
+    def __init__(self, books: Books, limits: Limits, clock: Callable[[], float]) -> None:
+        self._books = books
+        self._limits = limits
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._in_flight: dict[str, float] = {}
+        window = _MINUTE / min(limits.requests_per_minute or 1, 1)
+        self._recent = books.sent_since(clock() - window)
+
+    def reserve(self, job: str, provider: str) -> Refusal | None:
+        """Set aside what a request may cost; ``settle`` ends that.
+
+        Args:
+            job: Its job id.
+            provider: Whom it asks.
+
+        Returns:
+            Why it may not be sent, or None: it may.
+        """
+        with self._lock:
+            now = max(self._clock(), self._books.newest())
+            cost = self._guess(provider)
+            refusal = self._over_rate(now) or self._over_cap(now, cost)
+            if refusal is None:
+                self._in_flight[job] = cost
+                self._recent.append(now)
+            return refusal
+
+    def settle(self, job: str) -> None:
+        """End a reservation: the ledger has the row, or nothing was sent."""
+        with self._lock:
+            self._in_flight.pop(job, None)
+
+    def _guess(self, provider: str) -> float:
+        known = self._books.highest_charge(provider)
+        return self._limits.assumed_credits if known is None else known
+
+    def _over_rate(self, now: float) -> Refusal | None:
+        most = self._limits.requests_per_minute
+        if not most:
+            return None
+        window, count = (_MINUTE, int(most)) if most >= 1 else (_MINUTE / most, 1)
+        self._recent = [sent for sent in self._recent if sent > now - window]
+        if len(self._recent) < count:
+            return None
+        wait = self._recent[-count] + window - now
+        return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
+
+    def _over_cap(self, now: float, cost: float) -> Refusal | None:
+        moment = datetime.fromtimestamp(now, tz=UTC)
+        day = moment.replace(hour=0, minute=0, second=0, microsecond=0)
+        month = day.replace(day=1)
+        windows = (
+            ("limits.credits_per_day", self._limits.credits_per_day, day, day + timedelta(days=1)),
+            (
+                "limits.credits_per_month",
+                self._limits.credits_per_month,
+                month,
+                (month + timedelta(days=32)).replace(day=1),
+            ),
+        )
+        for rule, cap, begin, end in windows:
+            if not cap:
+                continue
+            spent = self._spent(begin.timestamp())
+            if spent + cost > cap:
+                message = f"{rule} is {cap:g}: {spent:g} are spent or in flight, and a request may cost {cost:g}"
+                return Refusal("cap", message, max(end.timestamp() - now, 1.0))
+        return None
+
+    def _spent(self, since: float) -> float:
+        found = self._books.spending(since)
+        unpriced = sum(self._guess(provider) * count for provider, count in found.unpriced.items())
+        return found.credits + unpriced + sum(self._in_flight.values())

@@ -1,0 +1,178 @@
+"""An endpoint in this process: the interface of ``Client`` over a table of answers; it counts what it was paid."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import IO
+
+from imagewatch.client import FetchError
+from imagewatch.errors import InDoubt, Unavailable
+from imagewatch.job import Head, Tail
+from imagewatch.record import Sink
+from imagewatch.wire import Body
+
+AT = 1_700_000_000.0
+"""What every clock shows: the same files come of the same steps."""
+
+
+def picture(seed: str) -> bytes:
+    """Return a small whole PNG that no other seed has."""
+    pixel = hashlib.sha256(seed.encode()).digest()[:3]
+    chunks = [
+        (b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(b"\0" + pixel)),
+        (b"IEND", b""),
+    ]
+    packed = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What the endpoint does with one request.
+
+    Attributes:
+        status: HTTP status; 0 when there is no answer.
+        body: Of the answer; empty for the pictures asked for.
+        headers: Of the answer.
+        paid: Whether it charges.
+        by_url: Pictures are named, not sent.
+        end: How it ends: ``whole``, ``unreachable`` (nothing left), ``broken`` (the request left in part),
+            ``dropped`` (it left whole, nothing came) or ``short`` (the answer broke off).
+    """
+
+    status: int = 200
+    body: bytes = b""
+    headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
+    paid: bool = True
+    by_url: bool = False
+    end: str = "whole"
+
+
+@dataclass
+class Books:
+    """What the world outside of our disks knows; it survives every cut.
+
+    Attributes:
+        requests: How often each prompt was received whole.
+        begun: How often ``on_send`` said that a request may leave.
+        paid: How often each prompt was charged.
+        settled: Of each prompt, whether the answer to its newest request is banked.
+        fetched: How many pictures were fetched.
+    """
+
+    requests: dict[str, int] = field(default_factory=dict)
+    begun: dict[str, int] = field(default_factory=dict)
+    paid: dict[str, int] = field(default_factory=dict)
+    settled: dict[str, bool] = field(default_factory=dict)
+
+    def freeze(self) -> tuple[tuple[tuple[str, int], ...], ...]:
+        return tuple(tuple(sorted(vars(self)[name].items())) for name in ("requests", "begun", "paid", "settled"))
+
+    def thaw(self, frozen: tuple[tuple[tuple[str, int], ...], ...]) -> None:
+        for name, items in zip(("requests", "begun", "paid", "settled"), frozen, strict=True):
+            vars(self)[name] = dict(items)
+
+
+class PaidEndpoint:
+    """Answers requests by a table, in the order of its real twin: connect, ``on_send``, body, payment, answer.
+
+    Args:
+        replies: For each prompt, what is done with its first, second, … request; the last entry stays.
+        books: What it writes its payments into.
+        moment: Called where the power may go while a request is under way.
+    """
+
+    url = "https://endpoint.test/v1/images/generations"
+    local = False
+
+    def __init__(self, replies: dict[str, list[Reply]], books: Books, moment: Callable[[str], None]) -> None:
+        self._replies = replies
+        self._books = books
+        self._moment = moment
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+    def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+        pieces = iter(body)
+        first = next(pieces)
+        prompt = re.search(rb'"prompt": "([^"]*)"', first)[1].decode()  # type: ignore[index]
+        told = self._replies[prompt]
+        reply = told[min(self._books.requests.get(prompt, 0), len(told) - 1)]
+        self._moment("connected")
+        if reply.end == "unreachable":
+            raise Unavailable("the endpoint cannot be reached")
+        self._books.settled[prompt] = False
+        on_send()
+        self._count("begun", prompt)
+        self._moment("may leave")
+        if reply.end == "broken":
+            raise Unavailable("the connection broke while the request was sent")
+        whole = b"".join((first, *pieces))
+        assert len(whole) == body.length
+        self._moment("left")
+        self._count("requests", prompt)
+        if reply.paid:
+            self._count("paid", prompt)
+        self._moment("received")
+        if reply.end == "dropped":
+            raise InDoubt("the request was sent, but no answer came")
+        try:
+            self._answer(reply, _pictures(prompt, json.loads(whole)), sink)
+        finally:
+            sink.close()
+        self._books.settled[prompt] = True
+
+    def _answer(self, reply: Reply, pictures: list[bytes], sink: Sink) -> None:
+        sink.start(Head(status=reply.status, headers=dict(reply.headers), at=AT))
+        body = reply.body or _answer_body(pictures, by_url=reply.by_url)
+        third = len(body) // 3 + 1
+        for start in (0, third, 2 * third):
+            self._moment("answering")
+            sink.write(body[start : start + third])
+            if start and reply.end == "short":
+                sink.finish(Tail(complete=False, reason="the answer was cut short", at=AT))
+                return
+        self._moment("answered")
+        sink.finish(Tail(complete=True, at=AT))
+
+    def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
+        content = base64.urlsafe_b64decode(url.rpartition("/")[2])
+        if len(content) > limit:
+            raise FetchError("too large", final=True)
+        file.seek(0)
+        file.truncate()
+        file.write(content[:40])
+        file.flush()
+        self._moment("fetching")
+        file.write(content[40:])
+
+    def _count(self, name: str, prompt: str) -> None:
+        counts = getattr(self._books, name)
+        counts[prompt] = counts.get(prompt, 0) + 1
+
+
+def _pictures(prompt: str, fields: dict[str, object]) -> list[bytes]:
+    return served(prompt, int(fields.get("n", 1)))  # type: ignore[call-overload]
+
+
+def served(prompt: str, count: int) -> list[bytes]:
+    """Return the pictures that are served for a prompt."""
+    return [picture(f"{prompt} {number}") for number in range(count)]
+
+
+def _answer_body(pictures: Iterable[bytes], *, by_url: bool) -> bytes:
+    if by_url:
+        images = [{"url": f"https://pictures.test/{base64.urlsafe_b64encode(p).decode()}"} for p in pictures]
+    else:
+        images = [{"b64_json": base64.b64encode(p).decode(), "mime_type": "image/png"} for p in pictures]
+    answer = {"images": images, "provider": "flux", "model": "flux-pro", "billing": {"credits_charged": 5}}
+    return json.dumps(answer).encode()

@@ -1,0 +1,594 @@
+"""The commands from outside: what they print, what they leave alone, how they end."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import tomllib
+import urllib.request
+from typing import TYPE_CHECKING
+
+import click
+import pytest
+from conftest import KEY, Folders, until
+from PIL import Image
+from scripted import Scripted, answering
+
+from imagewatch import __version__
+from imagewatch.cli import cli
+from imagewatch.config import load
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_png = io.BytesIO()
+Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
+PICTURE = _png.getvalue()
+HOSTILE = os.fsdecode(b"x\x1b[31m\n\r\x07\xe2\x80\xae\xc2\x9b\xff")
+"""ESC, line ends, a bell, a bidirectional override, a C1 control and a byte that is no UTF-8."""
+RAW = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xe2\x80\xae|\xc2\x9b|\xff")
+"""What of it must not reach a terminal; line ends and tabs of our own aside."""
+COLOURS = re.compile(rb"\x1b\[[0-9;?]*[mKlhJ]")
+
+
+def imagewatch(
+    *arguments: str, environ: dict[str, str] | None = None, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "imagewatch", *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", **(environ or {})},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=40,
+        check=False,
+    )
+
+
+def on_a_terminal(*arguments: str, environ: dict[str, str]) -> tuple[int, bytes]:
+    """Run a command whose output is a terminal; return its exit code and what was shown."""
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imagewatch", *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "TERM": "xterm", **environ},
+        stdin=slave,
+        stdout=slave,
+        stderr=slave,
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while piece := os.read(master, 65536):
+            shown += piece
+    except OSError:  # the other end is closed
+        pass
+    finally:
+        os.close(master)
+    return process.wait(30), shown
+
+
+def lines(output: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def tree(top: Path) -> dict[str, object]:
+    """Everything below a folder: names, contents, times."""
+    found: dict[str, object] = {}
+    for path in [top, *sorted(top.rglob("*"))]:
+        status = path.lstat()
+        content = path.read_bytes() if path.is_file() and not path.is_symlink() else b""
+        found[str(path)] = (status.st_mode, status.st_mtime_ns, status.st_ino, content)
+    return found
+
+
+# Words
+
+
+@pytest.mark.parametrize("name", ["", *cli.commands])
+def test_every_help_says_what_it_is_and_names_all_it_takes(name):
+    arguments = [name] if name else []
+    done = imagewatch(*arguments, "--help")
+    command = cli.commands[name] if name else cli
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == imagewatch(*arguments, "-h").stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80
+    assert "..." not in done.stdout.split("\n", 1)[1], "no sentence is cut"
+    for parameter in command.params:
+        if isinstance(parameter, click.Option):
+            assert parameter.opts[0] in done.stdout
+            assert parameter.help
+            assert parameter.help[0].isupper()
+            assert parameter.help.endswith(".")
+        else:
+            assert parameter.human_readable_name in command.help, "an argument has no other place for its words"
+    assert not re.search(r"\b(TEXT|INTEGER|FLOAT)\b", done.stdout), "a newcomer thinks of a key, not of a type"
+
+
+def test_the_first_help_names_every_command_and_every_exit_code():
+    done = imagewatch("--help")
+    for name, command in cli.commands.items():
+        assert re.search(rf"^  {name} +{re.escape(command.get_short_help_str(100))}$", done.stdout, re.MULTILINE)
+    for code in (0, 1, 64, 69, 74, 75, 78):
+        assert re.search(rf"^    {code} ", done.stdout, re.MULTILINE)
+
+
+def test_the_version_is_told():
+    assert imagewatch("--version").stdout == f"imagewatch {__version__}\n"
+
+
+def test_help_and_version_load_nothing_heavy():
+    code = (
+        "import sys, imagewatch.cli; print(*(m for m in ('httpx', 'PIL', 'structlog', 'sqlite3') if m in sys.modules))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+
+
+# Exit codes
+
+
+def test_once_ends_with_0_when_everything_was_made(folders):
+    folders.prompt("cat", "A cat")
+    done = imagewatch("once", environ=folders.environ)
+    assert (done.returncode, folders.documents()) == (0, {"cat": "outbox"})
+
+
+def test_once_ends_with_0_when_there_is_nothing_to_do(folders):
+    assert imagewatch("once", environ=folders.environ).returncode == 0
+
+
+def test_once_ends_with_1_when_one_prompt_failed_and_makes_the_others(folders):
+    folders.prompt("bad", "+++\nn = 9\n+++\nx")
+    folders.prompt("good", "A cat")
+    done = imagewatch("once", environ=folders.environ)
+    assert (done.returncode, folders.documents()) == (1, {"bad": "errors", "good": "outbox"})
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [["frobnicate"], ["run", "--frobnicate"], ["check", "one"], ["sandbox", "--port", "many"], ["run", "--config"], []],
+)
+def test_a_wrong_command_line_ends_with_64_and_says_where_help_is(wrong):
+    done = imagewatch(*wrong)
+    assert (done.returncode, done.stdout) == (64, "")
+    assert "--help" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_once_ends_with_69_when_the_endpoint_cannot_be_reached_and_all_prompts_stay(tmp_path, count):
+    folders = Folders(tmp_path, "http://127.0.0.1:9", inbox__settle_seconds="0.1")
+    for number in range(count):
+        folders.prompt(f"p{number}", "A cat")
+    done = imagewatch("once", environ=folders.environ)
+    assert done.returncode == 69
+    assert "held (unreachable" in done.stderr
+    assert f"{count} prompt" in done.stderr.splitlines()[-1]
+    assert len(folders.names("inbox")) == count
+    assert folders.leftovers() == []
+
+
+def test_once_ends_with_69_without_credits_when_prompts_are_left(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
+    sandbox.balance = 0
+    for number in range(6):
+        folders.prompt(f"p{number}", "A cat")
+    done = imagewatch("once", environ=folders.environ)
+    assert (done.returncode, list(folders.documents().values())) == (69, ["errors"])
+    assert "Not enough credits" in done.stderr
+    assert "5 prompts left in the inbox" in done.stderr
+
+
+def test_once_ends_with_74_without_room_and_takes_nothing(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes=str(1 << 60))
+    folders.prompt("cat", "A cat")
+    done = imagewatch("once", environ=folders.environ)
+    assert (done.returncode, folders.names("inbox")) == (74, ["cat.prompt.txt"])
+    assert "min_free_bytes" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_ends_with_74(folders, tmp_path):
+    (tmp_path / "file").write_text("")
+    folders.environ["IMAGEWATCH_FOLDERS__OUTBOX"] = str(tmp_path / "file/outbox")
+    done = imagewatch("run", environ=folders.environ)
+    assert done.returncode == 74
+    assert "file/outbox" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_once_beside_a_running_daemon_ends_with_75(folders, start):
+    start(folders, "run")
+    until((folders.inbox / ".imagewatch/lock").exists)
+    until(lambda: imagewatch("once", environ=folders.environ).returncode == 75)
+
+
+def test_a_wrong_configuration_ends_with_78_and_names_everything_at_once(folders, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text('[inbox]\nsettle_secnds = 1\n[limits]\nconcurrency = "many"\n')
+    for command in ("run", "once", "check"):
+        done = imagewatch(command, "--config", str(config), environ=folders.environ)
+        assert done.returncode == 78
+        assert "settle_seconds" in done.stderr, "the nearest key"
+        assert "limits.concurrency" in done.stderr
+        assert str(config) in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_without_any_configuration_it_says_what_to_do(tmp_path):
+    done = imagewatch("run", cwd=tmp_path)
+    assert done.returncode == 78
+    assert "imagewatch init" in done.stderr
+
+
+def test_a_terminal_that_is_not_utf_8_is_no_reason_to_stop(folders):
+    folders.prompt("käse…", "A cat")
+    environ = folders.environ | {"PYTHONIOENCODING": "latin-1:strict"}
+    done = imagewatch("check", environ=environ)
+    assert (done.returncode, "se\\u2026" in done.stdout) == (0, True)
+
+
+# check
+
+
+def row(output: str, name: str) -> str:
+    (found,) = [line for line in output.splitlines() if line.split()[1:2] == [name]]
+    return found
+
+
+def test_check_says_what_would_become_of_each_file_and_changes_nothing(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.prompt("plain", "A cat")
+    folders.prompt("edit", "Make it night")
+    folders.drop("edit.png", PICTURE)
+    folders.drop("edit.1.png", PICTURE)
+    folders.prompt("poster", '+++\nsize = "1024x1536"\nn = 2\n+++\nA poster')
+    folders.prompt("typo", '+++\nqualtiy = "high"\nn = 9\n+++\nx')
+    folders.prompt("yaml", "---\nn: 2\n---\nx")
+    folders.prompt("binary", b"\x00\x01\x02")
+    folders.prompt("foreign", "x")
+    folders.drop("foreign.gif", b"GIF89a")
+    folders.prompt("broken", "x")
+    folders.drop("broken.png", PICTURE[:-20])
+    folders.prompt("empty", "")
+    folders.prompt("waiting", '+++\ninput_images = ["later.png"]\n+++\nx')
+    folders.prompt("busy", "x")
+    folders.drop(".busy.prompt.txt.swp", "x")
+    folders.drop("miss.prompt.txt.txt", "x")
+    (folders.inbox / "link.prompt.txt").symlink_to("plain.prompt.txt")
+    folders.prompt("sub/deep", "A dog")
+    before = tree(tmp_path)
+    done = imagewatch("check", environ=folders.environ)
+    assert tree(tmp_path) == before
+    assert (done.returncode, done.stderr, sandbox.report()["requests"]) == (0, "", 0)
+
+    def told(name: str) -> str:
+        return row(done.stdout, f"{name}.prompt.txt")
+
+    expected = {
+        "plain": "take .*flux",
+        "edit": r"take .*gemini.*edit\.png, edit\.1\.png",
+        "poster": "take .*openai.*1024x1536",
+        "typo": 'refuse .*qualtiy.*did you mean "quality".*n:',
+        "yaml": "refuse .*YAML",
+        "binary": "refuse .*NUL",
+        "foreign": r"refuse .*foreign\.gif.*png",
+        "broken": r"refuse .*broken\.png",
+        "empty": "wait .*empty",
+        "waiting": r"wait .*waits for later\.png",
+        "busy": r"wait .*\.busy\.prompt\.txt\.swp",
+        "link": "ignore .*not a plain file",
+        "sub/deep": "take .*flux",
+    }
+    for name, pattern in expected.items():
+        assert re.match(pattern, told(name)), told(name)
+    assert row(done.stdout, "miss.prompt.txt.txt").startswith("ignore")
+
+
+def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
+    folders.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"
+    folders.prompt("cat", "A cat")
+    assert re.match(
+        "wait .*quiet for 3[56]", row(imagewatch("check", environ=folders.environ).stdout, "cat.prompt.txt")
+    )
+
+
+def test_check_tells_of_an_empty_inbox(folders):
+    done = imagewatch("check", environ=folders.environ)
+    assert "no prompt in the inbox" in done.stdout
+
+
+def test_check_creates_no_folder_and_says_that_they_will_be_made(tmp_path):
+    environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "new"), "LETTA_API_KEY": KEY}
+    environ["IMAGEWATCH_FOLDERS__STATE"] = str(tmp_path / "state")
+    done = imagewatch("check", environ=environ)
+    assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
+    for name in ("inbox", "outbox", "errors", "archive", "state"):
+        assert row(done.stdout, name).endswith("(will be made)")
+
+
+def test_check_ends_with_78_and_names_what_is_bad(tmp_path, folders):
+    for name in ("file", "other"):
+        (tmp_path / name).write_text("")
+    folders.environ["IMAGEWATCH_FOLDERS__OUTBOX"] = str(tmp_path / "file")
+    folders.environ["IMAGEWATCH_FOLDERS__ERRORS"] = str(tmp_path / "other/errors")
+    del folders.environ["LETTA_API_KEY"]
+    done = imagewatch("check", environ=folders.environ)
+    assert done.returncode == 78
+    assert "not a folder" in row(done.stdout, "outbox")
+    for name in ("outbox", "errors", "key"):
+        assert row(done.stdout, name).startswith("bad")
+    assert "LETTA_API_KEY" in row(done.stdout, "key")
+
+
+@pytest.mark.parametrize("source", ["environment", "file", "command"])
+def test_check_says_where_the_key_comes_from_and_never_shows_it(folders, tmp_path, source):
+    if source != "environment":
+        del folders.environ["LETTA_API_KEY"]
+    if source == "file":
+        (tmp_path / "key").write_text(KEY)
+        folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = str(tmp_path / "key")
+    if source == "command":
+        config = tmp_path / "config.toml"
+        config.write_text(f'[endpoint]\napi_key_command = ["echo", "{KEY}"]\n')
+    arguments = ["--config", str(tmp_path / "config.toml")] if source == "command" else []
+    done = imagewatch("check", *arguments, environ=folders.environ)
+    assert done.returncode == 0, done
+    assert row(done.stdout, "key").startswith("ok")
+    assert KEY not in done.stdout + done.stderr
+
+
+def test_check_warns_of_a_key_file_that_others_may_read(folders, tmp_path):
+    del folders.environ["LETTA_API_KEY"]
+    (tmp_path / "key").write_text(KEY)
+    (tmp_path / "key").chmod(0o644)
+    folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = str(tmp_path / "key")
+    assert "; but " in row(imagewatch("check", environ=folders.environ).stdout, "key")
+
+
+def test_check_works_beside_a_running_daemon(folders, start):
+    daemon = start(folders, "run")
+    until((folders.inbox / ".imagewatch/lock").exists)
+    assert imagewatch("check", environ=folders.environ).returncode == 0
+    assert daemon.stop() == 0
+
+
+# init
+
+
+def test_init_writes_a_configuration_that_loads_and_keeps_what_is_there(tmp_path):
+    done = imagewatch("init", cwd=tmp_path)
+    path = tmp_path / "imagewatch.toml"
+    assert (done.returncode, "imagewatch check --config imagewatch.toml" in done.stdout) == (0, True)
+    assert load(str(path), {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root")}).limits.concurrency == 4
+    path.write_text("mine")
+    again = imagewatch("init", cwd=tmp_path)
+    assert (again.returncode, path.read_text()) == (74, "mine")
+    assert "is there already" in again.stderr
+    other = imagewatch("init", "other.toml", cwd=tmp_path)
+    assert (other.returncode, tomllib.loads((tmp_path / "other.toml").read_text()) is not None) == (0, True)
+
+
+def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
+    imagewatch("init", cwd=tmp_path)
+    environ = {
+        "LETTA_BASE_URL": sandbox.base_url,
+        "LETTA_API_KEY": KEY,
+        "IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root"),
+        "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "state"),
+    }
+    done = imagewatch("check", environ=environ, cwd=tmp_path)
+    assert done.returncode == 0, done
+    assert str(tmp_path / "imagewatch.toml") in done.stdout
+
+
+def test_init_where_nothing_can_be_written_says_so(tmp_path):
+    done = imagewatch("init", str(tmp_path / "no/such/folder.toml"))
+    assert (done.returncode, "Traceback" in done.stderr) == (74, False)
+
+
+# once
+
+
+def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
+    for number in range(4):
+        folders.prompt(f"p{number}", "A cat")
+    folders.prompt("typo", "+++\nqualtiy = 1\n+++\nx")
+    code, shown = on_a_terminal("once", environ=folders.environ)
+    text = COLOURS.sub(b"", shown).decode()
+    assert code == 1
+    assert "[####" in text
+    assert "5/5" in text
+    assert "4 made for 120 credits, 1 not made." in text
+    assert "typo.prompt.txt: qualtiy: unknown key" in text
+    assert str(folders.errors) in text
+    assert not lines(text)
+
+
+def test_once_writes_json_lines_when_nobody_looks(folders):
+    folders.prompt("cat", "A cat")
+    done = imagewatch("once", environ=folders.environ)
+    assert done.stdout == ""
+    assert all(line.startswith("{") for line in done.stderr.splitlines())
+    assert [line["event"] for line in lines(done.stderr)] == ["watching", "made"]
+
+
+def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders, sandbox, start):
+    sandbox.hold()
+    folders.prompt("cat", "The first")
+    running = start(folders, "once")
+    assert sandbox.wait_for_requests(1, 20)
+    folders.prompt("cat", "The second")
+    sandbox.release()
+    assert running.wait() == 0
+    assert sorted(folders.documents().values()) == ["outbox", "outbox"]
+    assert folders.names("inbox") == []
+
+
+# demo and sandbox
+
+
+def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_folder(tmp_path):
+    first = imagewatch("demo", cwd=tmp_path)
+    assert (first.returncode, first.stderr) == (0, "")
+    second = imagewatch("demo", cwd=tmp_path)
+    assert second.returncode == 0
+    for done, name in ((first, "imagewatch-demo"), (second, "imagewatch-demo-2")):
+        receipts = [tomllib.loads(path.read_text()) for path in (tmp_path / name / "outbox").glob("*.receipt.toml")]
+        spent = sum(receipt["credits_charged"] for receipt in receipts)
+        assert (
+            f"Receipts say {spent:g} credits; the endpoint counted {spent:g} for {len(receipts)} requests."
+            in done.stdout
+        )
+        for receipt in receipts:
+            for image in receipt["images"]:
+                assert f"outbox/{image['file']}" in done.stdout
+                assert (tmp_path / name / "outbox" / image["file"]).stat().st_size == image["bytes"]
+        assert len(list((tmp_path / name / "errors").glob("*.error.toml"))) == 2
+        assert str(tmp_path / name / "outbox") in done.stdout
+        assert list((tmp_path / name / "inbox").glob("*")) == [tmp_path / name / "inbox/.imagewatch"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["imagewatch-demo", "imagewatch-demo-2"]
+
+
+def test_the_demo_says_why_it_cannot_make_its_folder(tmp_path):
+    (tmp_path / "file").write_text("")
+    done = imagewatch("demo", str(tmp_path / "file/demo"))
+    assert (done.returncode, "cannot be made" in done.stderr) == (74, True)
+
+
+def test_the_sandbox_serves_until_ctrl_c(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "imagewatch", "sandbox", "--port", "0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    told = ""
+    assert process.stdout is not None
+    while "LETTA_BASE_URL=" not in told:
+        told += process.stdout.readline()
+    address = re.search(r"http://127\.0\.0\.1:\d+", told)[0]
+    with urllib.request.urlopen(f"{address}/sandbox/report", timeout=20) as answer:
+        assert json.load(answer)["requests"] == 0
+    folders = Folders(tmp_path, address)
+    folders.prompt("cat", "A cat")
+    assert imagewatch("once", environ=folders.environ).returncode == 0
+    process.send_signal(signal.SIGINT)
+    _, requests = process.communicate(timeout=20)
+    assert process.returncode == 0
+    assert "POST /v1/images/generations 200 30 credits 'A cat'" in requests
+    assert "Traceback" not in requests
+
+
+def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
+    assert "402" in imagewatch("sandbox", "--tags").stdout
+    done = imagewatch("sandbox", "--port", sandbox.base_url.rpartition(":")[2])
+    assert (done.returncode, "cannot listen" in done.stderr, "Traceback" in done.stderr) == (78, True, False)
+
+
+# Log lines, and what strangers write
+
+
+def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):
+    folders.prompt("a/cat", "A cat")
+    folders.prompt("dog", "[sandbox: 422] A dog")
+    folders.prompt("lost", "[sandbox: 502] A lost one")
+    folders.prompt("paid", "[sandbox: not-json] A paid one")
+    done = imagewatch("once", environ=folders.environ)
+    told = {str(line["source"]): line for line in lines(done.stderr) if "charged" in line}
+    assert len([line for line in lines(done.stderr) if "charged" in line]) == 4
+    assert {source: line["event"] for source, line in told.items()} == {
+        "a/cat.prompt.txt": "made",
+        "dog.prompt.txt": "refused",
+        "lost.prompt.txt": "unknown",
+        "paid.prompt.txt": "paid, not readable",
+    }
+    made = told["a/cat.prompt.txt"]
+    assert [*made][:3] == ["timestamp", "level", "event"]
+    assert (made["charged"], made["credits"], made["provider"], made["attempts"]) == ("yes", 30, "flux", 1)
+    assert made["images"] == ["cat.jpg"]
+    assert re.fullmatch("[0-9a-f]{16}", str(made["job"]))
+    assert (told["dog.prompt.txt"]["status"], told["dog.prompt.txt"]["charged"]) == (422, "no")
+    assert KEY not in done.stderr
+
+
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_a_hostile_file_name_or_answer_never_reaches_the_log_raw(tmp_path, form):
+    body = json.dumps({"message": f"no: {HOSTILE[:-1]}\x1b]0;owned\x07"}).encode()
+    with Scripted(answering(body, b"Content-Type: application/json", status=b"400 Bad Request")) as endpoint:
+        folders = Folders(tmp_path, endpoint.base_url, log__format=form)
+        folders.prompt(f"good{HOSTILE}", "A cat")
+        folders.prompt(f"bad{HOSTILE}", '+++\nprovider = "\\u001b[31m\\u202e"\n+++\nx')
+        folders.drop(f"miss{HOSTILE}.prompt.txt.txt", "x")
+        (folders.inbox / f"link{HOSTILE}.prompt.txt").symlink_to("nowhere")
+        (folders.inbox / f"sub{HOSTILE}").mkdir()
+        done = imagewatch("once", environ=folders.environ)
+    output = os.fsencode(done.stdout + done.stderr)
+    assert done.returncode == 1
+    assert not RAW.search(output), RAW.search(output)
+    for name in ("good", "bad", "miss", "link"):
+        assert name.encode() in output
+    documents = [*folders.errors.glob("*.error.toml")]
+    assert len(documents) == 2
+    for path in documents:
+        message = tomllib.loads(path.read_text())["message"]
+        assert not RAW.search(os.fsencode(message)), message
+
+
+def test_a_hostile_file_name_never_reaches_a_terminal_raw(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.prompt(f"good{HOSTILE}", "A cat")
+    folders.prompt(f"bad{HOSTILE}", f"+++\n{json.dumps(HOSTILE[:-1])} = 1\n+++\nx")
+    folders.prompt(f"sub{HOSTILE}/deep", "A dog")
+    folders.drop(f"miss{HOSTILE}.prompt.txt.txt", "x")
+    code, shown = on_a_terminal("check", environ=folders.environ)
+    assert code == 0
+    raw = COLOURS.sub(b"", shown).replace(b"\r\n", b"\n")
+    assert not RAW.search(raw), raw
+    code, shown = on_a_terminal("once", environ=folders.environ)
+    assert code == 1
+    # A progress bar goes back to the beginning of its line, and nothing else does.
+    raw = COLOURS.sub(b"", shown).replace(b"\r", b"")
+    assert not RAW.search(raw), raw
+    for text in (b"\x1b[31m", b"\xe2\x80\xae"):
+        assert text not in shown.replace(b"\x1b[31m\xe2\x9c\x97", b"")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "--config", f"/tmp/{HOSTILE}.toml"],
+        ["init", f"/nonexistent/{HOSTILE}"],
+        ["demo", f"/dev/null/{HOSTILE}"],
+        ["check", HOSTILE],
+        [HOSTILE],
+        ["run", f"--{HOSTILE}"],
+    ],
+)
+def test_a_hostile_argument_is_told_in_words_and_never_raw(arguments):
+    done = imagewatch(*arguments)
+    assert done.returncode in {64, 74, 78}
+    assert "Traceback" not in done.stderr
+    assert not RAW.search(os.fsencode(done.stdout + done.stderr)), done.stderr
+
+
+def test_a_bug_is_logged_with_its_end_and_without_control_characters():
+    script = (
+        "import structlog; from imagewatch import log\n"
+        "def deep(n):\n"
+        "    if n: deep(n - 1)\n"
+        "    raise ValueError('\\x1b[31m the very end \\u202e')\n"
+        "for form in ('json', 'console'):\n"
+        "    log.configure('info', form)\n"
+        "    try: deep(60)\n"
+        "    except ValueError: structlog.get_logger().exception('a bug')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    assert done.stderr.count(b"the very end") == 2
+    assert not RAW.search(done.stderr)

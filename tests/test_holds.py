@@ -1,0 +1,181 @@
+"""Why nothing is sent, and until when. The clock is invented."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imagewatch.holds import FIRST_SECONDS, LONGEST_SECONDS, Holds
+
+KINDS = ["key", "credits", "quota", "address", "unreachable", "disk"]
+
+
+def test_without_a_hold_everything_may_go_out():
+    holds = Holds()
+    assert holds.waiting(0) is None
+    assert holds.first() is None
+    assert not holds.probing()
+    assert not holds.has("key")
+    assert holds.clear() == []
+
+
+def test_a_hold_lasts_its_time_and_then_one_request_at_a_time_probes():
+    holds = Holds()
+    hold = holds.add("key", "API key rejected", 100)
+    assert (hold.kind, hold.message, hold.until) == ("key", "API key rejected", 100 + FIRST_SECONDS)
+    assert holds.waiting(100 + FIRST_SECONDS - 0.1) is hold
+    assert holds.waiting(100 + FIRST_SECONDS) is None
+    assert holds.probing()
+    assert holds.has("key")
+    assert holds.first() is hold
+
+
+def test_several_requests_that_meet_the_same_at_once_make_one_hold():
+    holds = Holds()
+    hold = holds.add("credits", "first", 100)
+    assert holds.add("credits", "second", 101) is hold
+    assert hold.interval == FIRST_SECONDS
+
+
+def test_each_probe_that_is_refused_doubles_the_wait_up_to_the_longest():
+    holds, now, waits = Holds(), 0.0, []
+    for _ in range(10):
+        hold = holds.add("key", "no", now)
+        waits.append(hold.until - now)
+        now = hold.until
+    assert waits == [15, 30, 60, 120, 240, 480, 900, 900, 900, 900]
+    assert waits[-1] == LONGEST_SECONDS
+
+
+def test_the_time_that_the_endpoint_asked_for_counts():
+    holds = Holds()
+    assert holds.add("quota", "wait", 100, 5000).until == 5100
+    assert holds.add("quota", "wait", 100, 20).until == 5100
+    assert holds.add("quota", "wait", 5000, 7000).until == 12000
+
+
+def test_after_a_very_long_wait_the_own_intervals_stay_within_the_longest():
+    holds = Holds()
+    holds.add("quota", "wait", 0, 5000)
+    assert holds.add("quota", "again", 5000).until == 5000 + LONGEST_SECONDS
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seconds", [0, 0.0, -5])
+def test_who_says_at_once_to_a_refusal_is_not_believed(kind, seconds):
+    holds, now = Holds(), 100.0
+    for expected in (15, 30, 60):
+        hold = holds.add(kind, "no", now, seconds)
+        assert hold.until - now == expected
+        assert holds.add(kind, "no", now + 1, seconds) is hold
+        now = hold.until
+
+
+def test_a_busy_endpoint_is_no_reason_to_probe_and_ends_by_itself():
+    holds = Holds()
+    hold = holds.add("busy", "slow down", 100, 2)
+    assert hold.brief
+    assert holds.waiting(101) is hold
+    assert holds.waiting(102) is None
+    assert not holds.probing()
+    assert holds.first() is None
+    assert holds.add("busy", "slow down", 103, 0).until == 103
+
+
+def test_the_hold_that_lasts_longest_is_named():
+    holds = Holds()
+    holds.add("key", "no key", 100)
+    holds.add("quota", "no quota", 100, 500)
+    holds.add("busy", "busy", 100, 3000)
+    assert holds.waiting(100).kind == "busy"
+    assert holds.first().kind == "quota"
+    holds.clear("quota")
+    assert holds.first().kind == "key"
+
+
+def test_a_hold_can_be_ended_alone_or_with_all_others():
+    holds = Holds()
+    for kind in KINDS:
+        holds.add(kind, kind, 100)
+    assert [hold.kind for hold in holds.clear("disk")] == ["disk"]
+    assert not holds.has("disk")
+    assert holds.clear("disk") == []
+    assert sorted(hold.kind for hold in holds.clear()) == sorted(set(KINDS) - {"disk"})
+    assert holds.first() is None
+
+
+def test_a_hold_that_begins_again_after_its_end_begins_small():
+    holds = Holds()
+    holds.add("key", "no", 0)
+    holds.add("key", "no", 100)
+    holds.clear()
+    assert holds.add("key", "no", 200).until == 200 + FIRST_SECONDS
+
+
+def test_the_first_refusal_of_a_kind_is_shown_and_the_others_are_not_until_the_hold_is_over():
+    holds = Holds()
+    assert [holds.blame("key"), holds.blame("key"), holds.blame("credits"), holds.blame("key")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    holds.add("key", "no", 0)
+    holds.clear("key")
+    assert [holds.blame("key"), holds.blame("credits")] == [True, False]
+
+
+def test_of_many_workers_exactly_one_is_blamed():
+    holds, start = Holds(), threading.Barrier(8)
+
+    def worker(_):
+        start.wait()
+        return [holds.blame(kind) for kind in KINDS * 50]
+
+    with ThreadPoolExecutor(8) as pool:
+        shown = list(pool.map(worker, range(8)))
+    assert sum(map(sum, shown)) == len(KINDS)
+
+
+def test_only_an_answer_to_a_request_begun_after_the_refusal_disproves_a_hold():
+    holds = Holds()
+    holds.add("credits", "none left", 100)
+    assert holds.disproved(99) == []
+    assert holds.disproved(100) == []
+    assert [hold.kind for hold in holds.disproved(100.5)] == ["credits"]
+    assert holds.blame("credits")
+
+
+def test_no_answer_disproves_a_full_disk():
+    holds = Holds()
+    holds.add("disk", "full", 100, 30)
+    holds.add("key", "no", 100)
+    assert [hold.kind for hold in holds.disproved(200)] == ["key"]
+    assert holds.has("disk")
+
+
+calls = st.lists(
+    st.tuples(
+        st.sampled_from([*KINDS, "busy"]), st.none() | st.floats(-10, 0) | st.floats(0.5, 1e6), st.floats(0, 100)
+    ),
+    max_size=30,
+)
+
+
+@given(calls)
+@settings(max_examples=200, deadline=None)
+def test_a_hold_never_gets_shorter_by_another_refusal(history):
+    holds, now, until = Holds(), 0.0, {}
+    for kind, seconds, pause in history:
+        now += pause
+        hold = holds.add(kind, "no", now, seconds)
+        assert hold.until >= max(now, until.get(kind, 0))
+        assert hold.interval >= 0
+        if kind != "busy" and seconds is None and now >= until.get(kind, 0):
+            assert hold.until > now
+        until[kind] = hold.until
+        assert (holds.waiting(now) is None) == all(end <= now for end in until.values())

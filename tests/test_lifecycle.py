@@ -1,0 +1,223 @@
+"""The table that decides: every thing that can be seen on disk, and what may never follow from it."""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imagewatch.job import Reaction
+from imagewatch.lifecycle import RULES, Evidence, Step, next_step, retry_delay
+
+FLAGS = (
+    "recorded",
+    "leftovers",
+    "claimed",
+    "originals",
+    "missing",
+    "checked",
+    "begun",
+    "attempts_left",
+    "blamed",
+    "over",
+)
+
+
+@pytest.fixture(scope="module")
+def everything():
+    """Each combination of what can be seen, possible or not, and the step that follows."""
+    reactions = (None, *Reaction)
+    seen = []
+    for values in itertools.product((False, True), repeat=len(FLAGS)):
+        flags = dict(zip(FLAGS, values, strict=True))
+        for sent, answered, reaction, decided in itertools.product(
+            range(3), range(3), reactions, (None, "outbox", "errors")
+        ):
+            evidence = Evidence(**flags, sent=sent, answered=answered, reaction=reaction, decided=decided)
+            seen.append((evidence, next_step(evidence)))
+    return seen
+
+
+@pytest.fixture(scope="module")
+def possible(everything):
+    """Those that the worker can bring together: it looks at an answer only if it is the newest and none is decided."""
+    return [
+        (e, step)
+        for e, step in everything
+        if e.answered <= e.sent
+        and (e.reaction is not None) == (e.sent > 0 and e.answered == e.sent and e.decided is None)
+        and (e.originals or not e.claimed)
+    ]
+
+
+def after(steps, *wanted):
+    """The evidence from which one of some steps follows."""
+    return [e for e, step in steps if step in wanted]
+
+
+def test_there_is_a_step_for_whatever_is_seen(everything):
+    assert len(everything) == 2**10 * 9 * 7 * 3
+    assert all(isinstance(step, Step) for _, step in everything)
+
+
+def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
+    assert set(Counter(step for _, step in possible)) == set(Step)
+    reached = {next(rule.seen for rule in RULES if rule.holds(e)) for e, _ in possible}
+    assert reached == {rule.seen for rule in RULES}
+
+
+def test_nothing_is_sent_while_the_newest_request_has_no_answer(everything):
+    assert not [e for e in after(everything, Step.SEND) if e.sent > e.answered]
+
+
+def test_nothing_is_sent_again_after_any_answer_but_a_free_and_transient_one(everything):
+    assert {e.reaction for e in after(everything, Step.SEND)} <= {None, Reaction.BUSY}
+
+
+def test_a_second_request_follows_only_a_busy_answer_while_attempts_are_left(possible):
+    again = [e for e in after(possible, Step.SEND) if e.sent]
+    assert again
+    assert all(e.reaction is Reaction.BUSY and e.attempts_left and e.answered == e.sent for e in again)
+
+
+def test_only_what_is_claimed_whole_and_checked_is_sent(everything):
+    sends = after(everything, Step.SEND)
+    assert sends
+    assert all(e.recorded and e.claimed and e.checked and not e.missing for e in sends)
+
+
+def test_a_decision_is_always_carried_out(everything):
+    decided = [(e, step) for e, step in everything if e.recorded and e.decided and not e.over]
+    assert {(e.decided, step) for e, step in decided} == {("outbox", Step.PUBLISH), ("errors", Step.REJECT)}
+
+
+def test_a_job_that_is_over_is_only_cleared_away(everything):
+    over = {(e.originals, step) for e, step in everything if e.recorded and e.over}
+    assert over == {(True, Step.ARCHIVE), (False, Step.FORGET)}
+
+
+def test_nothing_is_decided_twice(everything):
+    deciding = after(everything, Step.CHECK, Step.READ, Step.REFUSE, Step.DOUBT)
+    assert not [e for e in deciding if e.decided or e.over]
+
+
+def test_a_decided_job_is_never_forgotten_while_its_originals_lie_in_the_claim(everything):
+    assert not [e for e in after(everything, Step.FORGET) if e.recorded and e.decided and e.originals]
+
+
+def test_a_job_is_never_forgotten_while_its_decision_is_not_carried_out(everything):
+    assert not [e for e in after(everything, Step.FORGET) if e.recorded and e.decided and not e.over]
+
+
+def test_a_job_whose_request_may_have_been_charged_is_never_forgotten_or_given_back_undecided(everything):
+    paid = (Reaction.SUCCESS, Reaction.UNKNOWN)
+    for e in after(everything, Step.FORGET, Step.GIVE_BACK):
+        if e.recorded and not e.over:
+            assert e.reaction not in paid
+            assert e.sent <= e.answered
+
+
+def test_without_a_record_nothing_happens_but_clearing_away(everything):
+    bare = {(e.leftovers, step) for e, step in everything if not e.recorded}
+    assert bare == {(False, Step.DONE), (True, Step.FORGET)}
+
+
+def test_a_job_is_done_only_when_nothing_is_left_of_it(everything):
+    assert not [e for e in after(everything, Step.DONE) if e.recorded or e.leftovers]
+
+
+def test_a_paid_answer_is_read_before_anything_else_unless_it_is_decided(everything):
+    for e, step in everything:
+        if e.recorded and e.reaction is Reaction.SUCCESS and e.sent == e.answered and not e.decided and not e.over:
+            assert step is Step.READ
+
+
+def test_an_unanswered_request_is_banked_if_its_answer_had_begun_and_else_in_doubt(everything):
+    open_ = [(e, s) for e, s in everything if e.recorded and e.sent > e.answered and not e.decided and not e.over]
+    assert {(e.begun, step) for e, step in open_} == {(True, Step.BANK), (False, Step.DOUBT)}
+
+
+def test_what_goes_back_to_the_inbox_was_free_for_certain(everything):
+    back = after(everything, Step.GIVE_BACK)
+    assert {(e.reaction, e.reaction is Reaction.ACCOUNT and e.blamed) for e in back} == {
+        (Reaction.UNREACHED, False),
+        (Reaction.ACCOUNT, False),
+    }
+
+
+def test_an_account_level_refusal_is_shown_by_one_job(possible):
+    told = {(e.blamed, step) for e, step in possible if e.recorded and not e.over and e.reaction is Reaction.ACCOUNT}
+    assert told == {(True, Step.REFUSE), (False, Step.GIVE_BACK)}
+
+
+def test_a_busy_answer_is_refused_when_the_attempts_are_spent(possible):
+    spent = {
+        step
+        for e, step in possible
+        if e.recorded and not e.over and e.reaction is Reaction.BUSY and not e.attempts_left
+    }
+    assert spent == {Step.REFUSE}
+
+
+def test_what_was_cancelled_before_it_was_sent_is_forgotten():
+    assert next_step(Evidence(recorded=True)) is Step.FORGET
+
+
+def test_a_plain_job_goes_from_claim_to_receipt():
+    e = Evidence(recorded=True, claimed=True, originals=True, missing=True)
+    assert next_step(e) is Step.GATHER
+    e = Evidence(recorded=True, claimed=True, originals=True)
+    assert next_step(e) is Step.CHECK
+    e = Evidence(recorded=True, claimed=True, originals=True, checked=True)
+    assert next_step(e) is Step.SEND
+    e = Evidence(recorded=True, claimed=True, originals=True, sent=1, answered=1, reaction=Reaction.SUCCESS)
+    assert next_step(e) is Step.READ
+    e = Evidence(recorded=True, claimed=True, originals=True, sent=1, answered=1, decided="outbox")
+    assert next_step(e) is Step.PUBLISH
+    e = Evidence(recorded=True, claimed=True, originals=True, sent=1, answered=1, decided="outbox", over=True)
+    assert next_step(e) is Step.ARCHIVE
+    e = Evidence(recorded=True, sent=1, answered=1, decided="outbox", over=True)
+    assert next_step(e) is Step.FORGET
+    assert next_step(Evidence()) is Step.DONE
+
+
+# Waiting
+
+
+def delay(attempt, retry_after=None, jitter=0.0):
+    return retry_delay(attempt, initial=1.0, longest=60.0, retry_after=retry_after, jitter=jitter)
+
+
+def test_the_wait_doubles_up_to_the_longest():
+    assert [delay(attempt) for attempt in range(1, 9)] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert delay(10**9) == 60
+
+
+def test_what_the_endpoint_asks_for_counts_if_it_is_longer_but_never_beyond_an_hour():
+    assert delay(3, retry_after=2) == 4
+    assert delay(3, retry_after=300) == 300
+    assert delay(3, retry_after=1e9) == 3600
+    assert delay(3, retry_after=-5) == 4
+    assert delay(3, retry_after=0) == 4
+
+
+def test_up_to_a_quarter_is_added_by_chance():
+    assert delay(3, jitter=1.0) == 5
+    assert delay(3, retry_after=100, jitter=0.5) == 112.5
+
+
+seconds = st.floats(0, 86_400)
+
+
+@given(st.integers(1, 100), seconds, seconds, st.none() | st.floats(-1e12, 1e12), st.floats(0, 1))
+@settings(max_examples=300, deadline=None)
+def test_a_wait_is_bounded_and_never_gets_shorter_with_more_attempts(attempt, initial, longest, retry_after, jitter):
+    def wait(number):
+        return retry_delay(number, initial=initial, longest=longest, retry_after=retry_after, jitter=jitter)
+
+    assert min(initial, longest) <= wait(attempt) <= wait(attempt + 1) <= max(longest, 3600) * 1.25
+    asked = min(retry_after or 0, 3600)
+    assert wait(attempt) >= asked

@@ -1,0 +1,395 @@
+"""Whose is a file? The names that people, editors and transfer tools leave in a folder."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
+from imagewatch.names import (
+    NAME_MAX,
+    SUFFIX,
+    Dropped,
+    fits,
+    fitted,
+    group,
+    in_flight,
+    near_miss,
+    stem_of,
+    suffix_of,
+    tagged,
+)
+
+JOB = "7f3a9c0d1e2b4a5f"
+
+
+def alone(*names: str) -> Dropped:
+    """What belongs to the only prompt among some names."""
+    (dropped,) = group(names).values()
+    return dropped
+
+
+def size(name: str) -> int:
+    return len(os.fsencode(name))
+
+
+# What is a prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("cat.prompt.txt", "cat"),
+        ("a b.c.prompt.txt", "a b.c"),
+        ("Ünïcödé 猫.prompt.txt", "Ünïcödé 猫"),
+        ("cat.png.prompt.txt", "cat.png"),
+        ("cat.prompt.txt.prompt.txt", "cat.prompt.txt"),
+        ("\udce9t\udce9.prompt.txt", "\udce9t\udce9"),
+        ("-.prompt.txt", "-"),
+        ("new\nline.prompt.txt", "new\nline"),
+    ],
+)
+def test_a_name_that_ends_in_exactly_prompt_txt_is_a_prompt(name, stem):
+    assert stem_of(name) == stem
+    assert group([name])[stem].prompt == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        ".",
+        "prompt.txt",
+        ".prompt.txt",
+        "._cat.prompt.txt",
+        "~cat.prompt.txt",
+        "~$cat.prompt.txt",
+        "#cat.prompt.txt",
+        "cat.Prompt.txt",
+        "cat.prompt.TXT",
+        "cat.prompt.txt ",
+        "cat.prompt.txt\n",
+        "cat.prompt.txt.partial",
+        "cat_prompt.txt",
+        "cat.txt",
+    ],
+)
+def test_hidden_names_and_names_that_only_resemble_a_prompt_are_none(name):
+    assert stem_of(name) is None
+    assert group([name]) == {}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "cat.prompt.txt.txt",
+        "cat.Prompt.TXT",
+        "cat.PROMPT.TXT",
+        "prompt (1).txt",
+        "cat.prompt (1).txt",
+        "cat.prompt.txt.partial",
+        "cat.prompt.sync-conflict-20260101-101010-ABCDEFG.txt",
+        "cat.prompt (conflicted copy 2026-01-01).txt",
+        "cat.prompt.md",
+        "cat.prompt.docx",
+        "cat.prompt",
+        "prompt.txt",
+    ],
+)
+def test_a_near_miss_is_recognised_as_one(name):
+    assert near_miss(name)
+    assert stem_of(name) is None
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "cat.prompt.txt", "cat.txt", "cat.png", "notes.md", ".cat.prompt.txt.swp", "~$prompt.docx", "#prompt.txt#"],
+)
+def test_a_prompt_a_stranger_and_a_hidden_file_are_no_near_misses(name):
+    assert not near_miss(name)
+
+
+def test_the_suffix_is_what_follows_the_last_dot_in_lower_case():
+    assert [suffix_of(name) for name in ("a.PNG", "a.b.Jpg", "a", "", "a.", ".png")] == [
+        "png",
+        "jpg",
+        "",
+        "",
+        "",
+        "png",
+    ]
+
+
+# Whose image
+
+
+def test_the_plain_image_comes_first_and_the_numbered_ones_in_number_order():
+    names = ["cat.prompt.txt", "cat.10.png", "cat.2.jpg", "cat.1.webp", "cat.png", "cat.03.JPEG"]
+    assert alone(*names).images == ["cat.png", "cat.1.webp", "cat.2.jpg", "cat.03.JPEG", "cat.10.png"]
+
+
+def test_the_plain_image_comes_before_number_zero():
+    assert alone("cat.prompt.txt", "cat.0.png", "cat.png", "cat.jpg").images == ["cat.jpg", "cat.png", "cat.0.png"]
+
+
+def test_the_order_in_which_a_folder_is_listed_does_not_matter():
+    names = [f"cat.{k}.png" for k in range(15)] + ["cat.png", "cat.webp", "cat.gif", "cat.prompt.txt"]
+    shuffled = names.copy()
+    random.Random(4).shuffle(shuffled)
+    assert alone(*shuffled) == alone(*names)
+
+
+@pytest.mark.parametrize("name", ["cat.png", "cat.PNG", "cat.jpg", "cat.JPeG", "cat.webp", "cat.1.png", "cat.007.jpg"])
+def test_an_image_of_exactly_the_stems_name_belongs_to_it_in_any_case_of_the_suffix(name):
+    assert alone("cat.prompt.txt", name).images == [name]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "catalog.png",
+        "cat-2.png",
+        "cat_2.png",
+        "cat2.png",
+        "cat.png.bak",
+        "cat.final.png",
+        "cat.1.2.png",
+        "cat.-1.png",
+        "cat.1a.png",
+        "cat.².png",
+        "cat.\u0661.png",
+        "cat..png",
+        "cat.sync-conflict-20260101-101010-ABCDEFG.png",
+        "cat (conflicted copy 2026-01-01).png",
+        "Cat.png",
+        " cat.png",
+        "cat .png",
+        ".cat.png",
+        "._cat.png",
+        "~cat.png",
+        "#cat.png",
+        "cat.prompt.png",
+        "cat.png\n",
+    ],
+)
+def test_no_wildcard_ever_matches(name):
+    dropped = alone("cat.prompt.txt", name)
+    assert (dropped.images, dropped.foreign) == ([], [])
+
+
+def test_a_numbered_name_that_is_the_plain_image_of_another_prompt_is_that_prompts_alone():
+    stems = group(["cat.prompt.txt", "cat.1.prompt.txt", "cat.1.png", "cat.2.png", "cat.1.1.png"])
+    assert stems["cat"].images == ["cat.2.png"]
+    assert stems["cat.1"].images == ["cat.1.png", "cat.1.1.png"]
+
+
+def test_a_picture_of_a_kind_that_cannot_be_sent_is_foreign_and_not_an_image():
+    names = ["cat.prompt.txt", "cat.gif", "cat.HEIC", "cat.3.tiff", "cat.png", "cat.pdf", "cat.txt", "dog.gif"]
+    dropped = alone(*names)
+    assert dropped.images == ["cat.png"]
+    assert dropped.foreign == ["cat.3.tiff", "cat.HEIC", "cat.gif"]
+    assert dropped.names == ("cat.prompt.txt", "cat.png", "cat.3.tiff", "cat.HEIC", "cat.gif")
+
+
+def test_images_without_a_prompt_are_nobodys():
+    assert group(["cat.png", "cat.1.png", "dog.gif", ".cat.png.swp"]) == {}
+
+
+# Who is still writing
+
+PROGRAMS = {
+    "vim": ".{}.swp",
+    "vim, second window": ".{}.swo",
+    "vim, probe": ".{}.swx",
+    "Kate": ".{}.kate-swp",
+    "LibreOffice": ".~lock.{}#",
+    "Office": "~${}",
+    "Emacs, lock": ".#{}",
+    "Emacs, auto-save": "#{}#",
+    "JetBrains, new": "{}___jb_tmp___",
+    "JetBrains, old": "{}___jb_old___",
+    "Cocoa": "{}.sb-1a2b3c4d-AbCdEf",
+    "Syncthing": ".syncthing.{}.tmp",
+    "Syncthing on Windows": "~syncthing~{}.tmp",
+    "Nextcloud": ".{}.~1a2b3c4d",
+    "rsync": ".{}.AbC123",
+    "rclone": "{}.9f8e7d6c.partial",
+    "rclone, six characters": "{}.AbC123.partial",
+    "wget and others": "{}.partial",
+    "Chrome": "{}.crdownload",
+    "Firefox": "{}.part",
+    "Safari": "{}.download",
+    "aria2": "{}.aria2",
+    "WinSCP": "{}.filepart",
+    "writers of temporary files": "{}.tmp",
+    "lftp": ".in.{}.",
+}
+TARGETS = ["cat.prompt.txt", "cat.png", "cat.2.jpg", "cat.webp", "cat.jpeg", "cat.11.JPEG", "cat.heic"]
+
+
+@pytest.mark.parametrize("form", PROGRAMS.values(), ids=PROGRAMS.keys())
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_program_at_work_on_any_file_of_a_stem_is_seen(form, target):
+    mark = form.format(target)
+    assert in_flight(mark) == target
+    dropped = alone("cat.prompt.txt", mark)
+    assert dropped.busy == [mark]
+    assert (dropped.images, dropped.foreign) == ([], [])
+
+
+@pytest.mark.parametrize("form", PROGRAMS.values(), ids=PROGRAMS.keys())
+def test_a_program_at_work_on_another_stem_holds_nobody_else(form):
+    names = [form.format(target) for target in ("dog.prompt.txt", "catalog.png", "cat.txt", "cat", "cat.pdf")]
+    stems = group(["cat.prompt.txt", "catfish.prompt.txt", *names])
+    assert [dropped.busy for dropped in stems.values()] == [[], []]
+
+
+def test_a_transfer_of_an_image_holds_only_the_prompt_that_owns_it():
+    stems = group(["cat.prompt.txt", "cat.1.prompt.txt", ".cat.1.png.AbC123", "cat.2.png.part"])
+    assert stems["cat.1"].busy == [".cat.1.png.AbC123"]
+    assert stems["cat"].busy == ["cat.2.png.part"]
+
+
+@pytest.mark.parametrize(
+    "name", [".cat.prompt.txt.un~", "cat.prompt.txt~", "4913", ".nfs000123", ".DS_Store", "cat.bak"]
+)
+def test_what_stays_behind_after_the_work_holds_nobody(name):
+    assert alone("cat.prompt.txt", name).busy == []
+
+
+def test_what_is_on_its_way_to_a_hidden_name_holds_nobody():
+    assert group([".cat.prompt.txt", ".syncthing..cat.prompt.txt.tmp", "dog.prompt.txt"])["dog"].busy == []
+
+
+# Names that are taken, names that are long
+
+
+def test_the_short_id_stands_before_the_ending():
+    cases = {
+        ("cat.prompt.txt", "cat"): "cat.7f3a.prompt.txt",
+        ("cat.png", "cat"): "cat.7f3a.png",
+        ("cat.1.png", "cat"): "cat.7f3a.1.png",
+        ("cat.receipt.toml", "cat"): "cat.7f3a.receipt.toml",
+        ("logo.png", "cat"): "logo.7f3a.png",
+        ("catalog.png", "cat"): "catalog.7f3a.png",
+        ("a.b.c.png", "a.b"): "a.b.7f3a.c.png",
+        ("README", "cat"): "README.7f3a",
+        (".png", "cat"): ".png.7f3a",
+    }
+    assert {case: tagged(*case, "7f3a") for case in cases} == cases
+
+
+@pytest.mark.parametrize("letter", ["x", "ü", "猫", "🐈", "\udce9"])
+@pytest.mark.parametrize("tag", [JOB[:4], JOB])
+def test_a_tag_in_a_name_of_full_length_shortens_the_readable_part_between_two_characters(letter, tag):
+    stem = letter * ((NAME_MAX - len(SUFFIX)) // size(letter))
+    name = tagged(stem + SUFFIX, stem, tag)
+    assert fits(name)
+    assert NAME_MAX - size(name) < size(letter)
+    head = name.removesuffix(f".{tag}{SUFFIX}")
+    assert head
+    assert stem.startswith(head)
+
+
+def test_a_declared_image_with_a_long_name_behind_a_short_stem_is_cut_too():
+    name = tagged("a." + "b" * 249 + ".png", "a", JOB)
+    assert fits(name)
+    assert name.startswith("a.bbb")
+    assert name.endswith(f"b.{JOB}.png")
+
+
+def test_a_name_of_bytes_that_are_no_text_keeps_its_bytes_when_it_is_cut():
+    stem = os.fsdecode(b"\xe9" * 244)
+    name = os.fsencode(tagged(stem + SUFFIX, stem, "7f3a"))
+    assert name == b"\xe9" * 239 + b".7f3a.prompt.txt"
+
+
+def test_fitted_leaves_alone_what_fits():
+    assert fitted("cat", ".png") == "cat.png"
+    assert fitted("x" * 251, ".png") == "x" * 251 + ".png"
+    assert fitted("x" * 252, ".png") == "x" * 251 + ".png"
+    assert fitted("猫" * 84, ".png") == "猫" * 83 + ".png"
+
+
+def test_a_name_fits_by_its_bytes_and_not_by_its_characters():
+    assert fits("x" * 255)
+    assert not fits("x" * 256)
+    assert fits("猫" * 85)
+    assert not fits("猫" * 86)
+    assert fits("\udcff" * 255)
+
+
+# Anything
+
+PIECES = (  # noqa: SIM905  quoted one by one they would be harder to read
+    "cat cat dog 1 2 007 prompt txt png JPG webp gif heic tmp part partial swp ~ # $ . . . .prompt.txt lock syncthing "
+    "in AbC123 é"
+).split()
+pieces = st.sampled_from([*PIECES, "\udcff", "\n", " "])
+odd = st.lists(pieces, max_size=8).map("".join)
+any_name = st.one_of(
+    odd,
+    odd.map(lambda stem: stem + SUFFIX),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.binary(max_size=12).map(os.fsdecode),
+    st.tuples(st.sampled_from(list(PROGRAMS.values())), odd).map(lambda pair: pair[0].replace("{}", pair[1])),
+)
+
+
+@given(st.lists(any_name, max_size=30, unique=True), st.randoms())
+@settings(max_examples=300, deadline=None)
+def test_any_names_are_sorted_and_nothing_belongs_to_two(names, rng):
+    stems = group(names)
+    assert set(stems) == {stem for name in names if (stem := stem_of(name)) is not None}
+    owned = [name for dropped in stems.values() for name in (*dropped.images, *dropped.foreign, *dropped.busy)]
+    assert len(owned) == len(set(owned))
+    assert set(owned) <= set(names) - {dropped.prompt for dropped in stems.values()}
+    for dropped in stems.values():
+        for name in (*dropped.images, *dropped.foreign):
+            between, dot, _ = name.removeprefix(dropped.stem + ".").rpartition(".")
+            assert name.startswith(dropped.stem + ".")
+            assert not dot or (between.isascii() and between.isdigit())
+        assert {suffix_of(name) for name in dropped.images} <= IMAGE_SUFFIXES
+        assert {suffix_of(name) for name in dropped.foreign} <= FOREIGN_SUFFIXES
+    for name in names:
+        near_miss(name)
+    again = names.copy()
+    rng.shuffle(again)
+    for stem, dropped in group(again).items():
+        assert (dropped.images, dropped.foreign) == (stems[stem].images, stems[stem].foreign)
+        assert sorted(dropped.busy) == sorted(stems[stem].busy)
+
+
+file_names = (
+    st.one_of(
+        any_name, st.binary(min_size=200, max_size=255).map(os.fsdecode), st.text("é猫x.", min_size=60, max_size=250)
+    )
+    .map(lambda name: os.fsdecode(os.fsencode(name).replace(b"/", b"").replace(b"\0", b"")))
+    .filter(lambda name: name and fits(name) and name not in {".", ".."})
+)
+
+
+@given(file_names, st.one_of(file_names, st.just("")), st.sampled_from([JOB[:4], JOB]))
+@settings(max_examples=500, deadline=None)
+def test_a_tagged_name_fits_is_a_file_name_and_is_visible_if_it_was(name, stem, tag):
+    stem = stem or name.partition(".")[0] or "x"
+    result = tagged(name, stem, tag)
+    assert fits(result)
+    assert f".{tag}" in result
+    assert "/" not in result
+    assert "\0" not in result
+    assert result[0] == name[0]
+
+
+@given(file_names, st.sampled_from(["png", "JPG", "webp", "heic", "prompt.txt"]), st.sampled_from([JOB[:4], JOB]))
+@settings(max_examples=300, deadline=None)
+def test_a_tagged_name_keeps_its_ending(head, ending, tag):
+    stem = fitted(head, f".{ending}").removesuffix(f".{ending}")
+    result = tagged(f"{stem}.{ending}", stem, tag)
+    assert fits(result)
+    assert result.endswith(f".{tag}.{ending}")
+    assert head.startswith(result.removesuffix(f".{tag}.{ending}"))

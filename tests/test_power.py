@@ -1,0 +1,391 @@
+"""The power goes, at every moment and again while the start after it tidies up: nothing is paid twice, or lost.
+
+Each *scene* is played by the real parts on a ``LosingDisk``. Before each change of the disk, at each moment of a
+request and before each row of the ledger, what would be left of the disk if it ended there is noted, in each way in
+which that can be (``Losing``). From each state noted the parts start again, as a restart does, and what could be
+left of *their* work is noted as well, until no new state turns up: any number of cuts, at any moments, in any
+mixture of ways. What the world outside knows (what was paid) and the ledger belong to the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sqlite3
+import tomllib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from conftest import Folders
+from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
+from losing import Image, Losing, LosingDisk, PowerCut
+
+from imagewatch.ledger import Ledger, Row
+from imagewatch.outcome import End
+from imagewatch.spool import Spool
+from imagewatch.sweep import Sweep
+from imagewatch.worker import Worker
+
+_PROBING = ".iw-probe"
+"""Of the write probes at the start only the first start is cut: no job has any part in them."""
+BUSY = Reply(429, b'{"message": "slow down"}', (("retry-after", "0"),), paid=False)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing that may happen to prompts.
+
+    Attributes:
+        files: What is dropped, by path below the inbox.
+        replies: What the endpoint does, by prompt.
+        ends: How each prompt ends when nobody disturbs it: by stem with its folder, the prompt's text, the door and
+            ``charged``.
+        count: Pictures served for a prompt.
+        settings: Of the configuration.
+        mounts: Folders below the root that are file systems of their own.
+        there: What lies in the folders already, by path.
+        blame: Whether an account-level refusal may be shown.
+    """
+
+    files: dict[str, str | bytes]
+    replies: dict[str, list[Reply]]
+    ends: dict[str, tuple[str, str, str]]
+    count: int = 1
+    settings: dict[str, str] = field(default_factory=dict)
+    mounts: tuple[str, ...] = ()
+    there: dict[str, bytes] = field(default_factory=dict)
+    blame: bool = True
+
+
+def _one(reply: Reply | list[Reply], door: str, charged: str, *, front: str = "", **more: Any) -> Scene:
+    """Return a scene of one prompt, ``cat``, with whatever images are given."""
+    images = {name: picture(name) for name in more.pop("images", ())}
+    text = f"+++\n{front}\n+++\na cat" if front else "a cat"
+    replies = {"a cat": reply if isinstance(reply, list) else [reply]}
+    return Scene({"cat.prompt.txt": text, **images}, replies, {"cat": ("a cat", door, charged)}, **more)
+
+
+TWO = ("cat.png", "cat.1.png")
+PLACES = ("watched/inbox", "watched/outbox", "watched/errors", "watched/archive", "state")
+REFUSED = Reply(400, b'{"message": "no cats"}', paid=False)
+
+SCENES = {
+    "text only": _one(Reply(), "outbox", "yes"),
+    "an edit with two images": _one(Reply(), "outbox", "yes", images=TWO),
+    "three pictures": _one(Reply(), "outbox", "yes", front="n = 3", count=3),
+    "pictures by url": _one(Reply(by_url=True), "outbox", "yes", front="n = 2", count=2),
+    "busy, then made": _one([BUSY, Reply()], "outbox", "yes"),
+    "busy for too long": _one(BUSY, "errors", "no", settings={"retry__attempts": "2"}),
+    "refused": _one(REFUSED, "errors", "no"),
+    "refused with images": _one(REFUSED, "errors", "no", images=TWO),
+    "no credits": _one(Reply(402, b'{"message": "pay"}', paid=False), "errors", "no"),
+    "no credits, as another has shown": _one(
+        Reply(402, b'{"message": "pay"}', paid=False), "inbox", "no", images=TWO, blame=False
+    ),
+    "invalid": _one(Reply(), "errors", "no", front="colour = 1", images=("cat.png",)),
+    "not JSON": _one(Reply(body=b"<html>thank you"), "errors", "yes"),
+    "cut short": _one(Reply(end="short"), "outbox", "yes", front="n = 3", count=3),
+    "dropped": _one(Reply(end="dropped"), "errors", "unknown", images=("cat.png",)),
+    "unreachable": _one(Reply(end="unreachable", paid=False), "inbox", "no", images=TWO),
+    "broken while sending": _one(Reply(end="broken", paid=False), "inbox", "no", images=TWO),
+    "in a sub-folder": Scene(
+        {"a/b/cat.prompt.txt": "a cat", "a/b/cat.png": picture("in")},
+        {"a cat": [Reply()]},
+        {"a/b/cat": ("a cat", "outbox", "yes")},
+    ),
+    "every folder a mount, made": _one(Reply(), "outbox", "yes", images=("cat.png",), mounts=PLACES),
+    "every folder a mount, refused": _one(REFUSED, "errors", "no", images=("cat.png",), mounts=PLACES),
+    "originals are not kept": _one(
+        Reply(), "outbox", "yes", images=("cat.png",), settings={"folders__archive": "delete"}
+    ),
+    "all names are taken": _one(
+        Reply(),
+        "outbox",
+        "yes",
+        images=("cat.png",),
+        there={"outbox/cat.png": b"mine", "archive/cat.prompt.txt": b"old"},
+    ),
+    "two prompts": Scene(
+        {"cat.prompt.txt": "a cat", "dog.prompt.txt": "a dog"},
+        {"a cat": [Reply()], "a dog": [REFUSED]},
+        {"cat": ("a cat", "outbox", "yes"), "dog": ("a dog", "errors", "no")},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that outlives the process."""
+
+    disk: Image
+    books: tuple[tuple[tuple[str, int], ...], ...]
+    rows: tuple[tuple[object, ...], ...]
+
+
+class NotingLedger(Ledger):
+    """A ledger that says before each row that it is about to be written."""
+
+    def __init__(self, path: str, stage: Stage) -> None:
+        super().__init__(path)
+        self._stage = stage
+
+    def write(self, row: Row) -> None:
+        self._stage.disk.tick("ledger")
+        super().write(row)
+
+
+class Stage:
+    """The real parts, on a disk that loses power, with an endpoint that counts."""
+
+    def __init__(self, root: Path, scene: Scene) -> None:
+        self.scene = scene
+        self.root = root / "disk"
+        self.folders = Folders(self.root, "https://endpoint.test", **scene.settings)
+        self.config = self.folders.config()
+        for name, content in scene.files.items():
+            self.folders.drop(name, content)
+        for name, there in scene.there.items():
+            (self.folders.root / name).write_bytes(there)
+        self.books = Books()
+        self.disk = self.new_disk()
+        self.ledger = NotingLedger(str(root / "ledger.sqlite3"), self)
+        self._beside = sqlite3.connect(root / "ledger.sqlite3", isolation_level=None)
+        self._beside.execute("PRAGMA synchronous = OFF")
+        self.runs = self.moments = 0
+        self.begin = self.state(Losing.KILLED)
+
+    def close(self) -> None:
+        self.ledger.close()
+        self._beside.close()
+
+    def new_disk(self, **cut: Any) -> LosingDisk:
+        mounts = tuple(str(self.root / name) for name in self.scene.mounts)
+        return LosingDisk(str(self.root), mounts=mounts, **cut)
+
+    def state(self, losing: Losing) -> State:
+        return self.states((losing,))[0]
+
+    def states(self, losings: Iterable[Losing] = Losing) -> list[State]:
+        """Return what would be left if it all ended now, in each of some ways."""
+        rows = tuple(self._beside.execute("SELECT * FROM attempts ORDER BY job, attempt").fetchall())
+        books = self.books.freeze()
+        return [State(image, books, rows) for image in self.disk.images(losings)]
+
+    def restore(self, state: State) -> None:
+        self.disk.restore(state.disk)
+        self.books.thaw(state.books)
+        self._beside.execute("DELETE FROM attempts")
+        for row in state.rows:
+            self._beside.execute(f"INSERT INTO attempts VALUES ({', '.join('?' * len(row))})", row)
+
+    def play(self) -> None:
+        """Do what a start does, then work until nothing is left that can be done."""
+        self.runs += 1
+        spool = Spool(self.config, self.disk)
+        spool.new_job = self._new_job  # type: ignore[method-assign]
+        spool.prepare()
+        endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
+        worker = Worker(
+            spool,
+            endpoint,  # type: ignore[arg-type]
+            self.ledger,
+            self.config,
+            blame=lambda _: self.scene.blame,
+            clock=lambda: AT,
+            wait=lambda _: None,
+        )
+        for job in spool.unfinished():
+            outcome = worker.process(job, resumed=True)
+            while outcome.end is End.LATER:
+                outcome = worker.process(job, resumed=True)
+        sweep = Sweep(spool.inbox, self.config.inbox)
+        while ready := sweep.look(AT, AT).ready:
+            ends = set()
+            for candidate in ready:
+                outcome = worker.start(candidate.claim(spool.new_job(), AT))
+                while outcome.end is End.LATER:
+                    outcome = worker.process(outcome.job, resumed=True)
+                ends.add(outcome.end)
+            if End.OVER not in ends:
+                break
+
+    def _new_job(self) -> str:
+        """Return the next id that nothing knows: the same each time this state is played."""
+        known = {row[0] for row in self._beside.execute("SELECT job FROM attempts")}
+        for top in (self.folders.state / "jobs", self.folders.inbox / ".imagewatch"):
+            known |= {path.name for path in top.iterdir()}
+        ids = (hashlib.sha256(str(number).encode()).hexdigest()[:16] for number in range(1000))
+        return next(job for job in ids if job not in known)
+
+
+class Audit:
+    """Looks at the folders from outside, after everything is over."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._scene, self._folders = stage, stage.scene, stage.folders
+        self._files = {
+            path.relative_to(self._folders.root).as_posix(): path.read_bytes()
+            for path in self._folders.root.rglob("*")
+            if path.is_file()
+        }
+        self._documents = {
+            name: tomllib.loads(content.decode())
+            for name, content in self._files.items()
+            if name.endswith((".receipt.toml", ".error.toml"))
+        }
+        stage.ledger.rows()
+
+    def check(self) -> None:
+        assert self._folders.leftovers() == []
+        for name, content in self._scene.there.items():
+            assert self._files.pop(name) == content, f"{name} was somebody else's"
+        self._check_originals()
+        for stem, (prompt, door, charged) in self._scene.ends.items():
+            self._check_prompt(stem, prompt, door, charged)
+        self._check_ledger()
+        known = {name for name in self._files if name.endswith(".toml")} | self._accounted
+        assert set(self._files) <= known, f"nobody knows of {set(self._files) - known}"
+
+    def _check_originals(self) -> None:
+        """Each file that was dropped is in one place, and in one only."""
+        self._accounted = set()
+        for name, content in self._scene.files.items():
+            raw = content.encode() if isinstance(content, str) else content
+            places = [place for place, found in self._files.items() if found == raw]
+            kept = self._stage.config.folders.archive != "delete"
+            assert len(places) == 1 or (not kept and not places), f"{name} is in {places}"
+            self._accounted |= set(places)
+
+    def _check_prompt(self, stem: str, prompt: str, door: str, charged: str) -> None:
+        books = self._stage.books
+        paid = books.paid.get(prompt, 0)
+        assert paid <= 1, "paid twice"
+        mine = {name: d for name, d in self._documents.items() if d["source"] == f"{stem}.prompt.txt"}
+        assert len(mine) <= 1, f"over more than once: {list(mine)}"
+        if not mine:
+            assert f"inbox/{stem}.prompt.txt" in self._files
+            assert not paid
+            assert door == "inbox"
+            return
+        ((name, document),) = mine.items()
+        assert f"inbox/{stem}.prompt.txt" not in self._files
+        found = (name.partition("/")[0], document["charged"])
+        if books.settled.get(prompt, True):
+            assert found == (door, charged), "its answer was banked"
+        elif paid:
+            assert found in {(door, charged), ("outbox", "yes"), ("errors", "yes"), ("errors", "unknown")}
+        else:
+            assert found in {(door, charged), ("errors", "unknown")}
+        if found[0] == "outbox":
+            self._check_pictures(name, document, prompt)
+        else:
+            self._check_refused(stem, name, document)
+
+    def _check_pictures(self, name: str, document: dict[str, Any], prompt: str) -> None:
+        """A receipt names what is there, with its hash; and that is what was served."""
+        folder = name.rpartition("/")[0]
+        pictures = served(prompt, self._scene.count)
+        whole = self._stage.books.settled[prompt] and not any(r.end == "short" for r in self._scene.replies[prompt])
+        found = []
+        for image in document["images"]:
+            content = self._files[f"{folder}/{image['file']}"]
+            assert hashlib.sha256(content).hexdigest() == image["sha256"]
+            self._accounted.add(f"{folder}/{image['file']}")
+            found.append(content)
+        if whole:
+            assert found == pictures
+            assert "problems" not in document
+        else:
+            assert found
+            assert found[0] == pictures[0]
+
+    def _check_refused(self, stem: str, name: str, document: dict[str, Any]) -> None:
+        """The originals lie beside the error file, and what was paid for does, too."""
+        folder = name.rpartition("/")[0]
+        for dropped, content in self._scene.files.items():
+            if dropped.startswith((f"{stem}.", f"{stem}/")):
+                raw = content.encode() if isinstance(content, str) else content
+                assert raw in [there for place, there in self._files.items() if place.startswith(folder)]
+        if document["charged"] == "yes":
+            raws = [n for n in self._files if n.startswith(name.removesuffix("error.toml") + "answer.")]
+            assert len(raws) == 1
+            self._accounted |= set(raws)
+
+    def _check_ledger(self) -> None:
+        books, rows = self._stage.books, self._stage.ledger.rows()
+        calls = [row for row in rows if row["attempt"]]
+        assert len(calls) >= sum(books.begun.values()), "an attempt has no row"
+        charged = [row for row in calls if row["charged"] != "no"]
+        assert len(charged) >= sum(books.paid.values()), "a payment has no row"
+        for document in self._documents.values():
+            attempts = [row["attempt"] for row in rows if row["job"] == document["job"]]
+            assert attempts == (list(range(1, document["attempts"] + 1)) or [0])
+            row = next(row for row in rows if (row["job"], row["attempt"]) == (document["job"], attempts[-1]))
+            assert row["charged"] == document["charged"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    with contextlib.closing(Stage(tmp_path, SCENES[request.param])) as made:
+        yield made
+
+
+def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
+    """Play from every state that up to so many cuts can lead to, and look at what came of it.
+
+    Returns:
+        The states, and how each was come to.
+    """
+    paths: dict[State, tuple[str, ...]] = {stage.begin: ()}
+    waiting = deque([stage.begin])
+    while waiting:
+        state = waiting.popleft()
+        path = paths[state]
+
+        def note(what: str, path: tuple[str, ...] = path) -> None:
+            if len(path) == cuts or _PROBING in what:
+                return
+            stage.moments += 1
+            for losing, left in zip(Losing, stage.states(), strict=True):
+                if left not in paths:
+                    paths[left] = (*path, f"{losing.name} before {what}")
+                    waiting.append(left)
+
+        stage.restore(state)
+        stage.disk.watch = note
+        try:
+            stage.play()
+            note("the end")
+            Audit(stage).check()
+        except Exception as error:
+            error.add_note("the power went: " + ("; then: ".join(path) or "never"))
+            error.add_note("there is: " + ", ".join(stage.folders.names(".")))
+            raise
+    return paths
+
+
+@pytest.mark.parametrize("stage", SCENES, indirect=True)
+def test_undisturbed_each_scene_ends_as_it_says(stage: Stage) -> None:
+    stage.play()
+    Audit(stage).check()
+    for stem, (_, door, charged) in stage.scene.ends.items():
+        over = {n: d for n, d in Audit(stage)._documents.items() if d["source"] == f"{stem}.prompt.txt"}
+        assert [(n.partition("/")[0], d["charged"]) for n, d in over.items()] == [(door, charged)][: door != "inbox"]
+
+
+@pytest.mark.parametrize("stage", SCENES, indirect=True)
+def test_nothing_is_paid_twice_or_lost_however_often_the_power_goes(stage: Stage) -> None:
+    explore(stage, 2)
+    print(f"{stage.runs} states, {stage.moments} moments")

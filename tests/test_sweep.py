@@ -1,0 +1,371 @@
+"""Looking at real folders, with clocks that only the test moves."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+
+from imagewatch.config import Inbox
+from imagewatch.sweep import Seen, Sweep
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_png = io.BytesIO()
+Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
+PICTURE = _png.getvalue()
+DECLARES = '+++\ninput_images = ["logo.png"]\n+++\nA lighthouse'
+
+
+class Looking:
+    """A sweep of one inbox whose monotonic clock stands still until it is moved."""
+
+    def __init__(self, inbox: Path, **settings: object) -> None:
+        self.inbox = inbox
+        self.now = 1000.0
+        self.sweep = Sweep(str(inbox), Inbox(**{"settle_seconds": 5.0, **settings}))
+        self.wall = time.time()
+
+    def look(self, after: float = 0.0) -> Seen:
+        self.now += after
+        self.wall += after
+        return self.sweep.look(self.now, self.wall)
+
+    def ready(self, after: float = 0.0) -> list[str]:
+        return [candidate.source for candidate in self.look(after).ready]
+
+    def write(self, name: str, content: str | bytes = "A lighthouse") -> Path:
+        path = self.inbox / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        self.wall = path.stat().st_ctime  # it was written now, whatever hour the test has invented
+        return path
+
+
+@pytest.fixture
+def looking(tmp_path: Path) -> Looking:
+    return Looking(tmp_path)
+
+
+# Settling
+
+
+def test_a_prompt_is_ready_after_it_was_quiet_for_settle_seconds(looking):
+    looking.write("cat.prompt.txt")
+    first = looking.look()
+    assert (first.ready, first.due) == ([], pytest.approx(5, abs=0.5))
+    assert "quiet for" in first.waiting["cat.prompt.txt"]
+    assert looking.ready(after=4) == []
+    assert looking.ready(after=1.1) == ["cat.prompt.txt"]
+
+
+def test_a_prompt_that_was_quiet_before_the_first_look_is_ready_at_once(looking):
+    looking.write("cat.prompt.txt")
+    looking.wall += 60
+    assert looking.ready() == ["cat.prompt.txt"]
+
+
+def test_an_old_modification_time_says_nothing(looking):
+    path = looking.write("cat.prompt.txt")
+    os.utime(path, (0, 0))
+    assert looking.ready() == []
+
+
+def test_a_clock_that_was_set_back_makes_nothing_ready_early(looking):
+    looking.write("cat.prompt.txt")
+    looking.wall -= 86_400
+    assert looking.ready() == []
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+
+
+@pytest.mark.parametrize("name", ["cat.prompt.txt", "cat.png", "cat.1.jpg"])
+def test_a_change_of_the_prompt_or_of_one_of_its_images_starts_the_clock_again(looking, name):
+    for each in ("cat.prompt.txt", "cat.png", "cat.1.jpg"):
+        looking.write(each, "first")
+    looking.look()
+    looking.look(after=4)
+    looking.write(name, "longer than before")
+    assert looking.ready(after=1.1) == []
+    assert looking.ready(after=3) == []
+    assert looking.ready(after=2) == ["cat.prompt.txt"]
+
+
+def test_an_image_that_appears_late_starts_the_clock_again_and_is_taken(looking):
+    looking.write("cat.prompt.txt")
+    looking.look()
+    looking.write("cat.png", PICTURE)
+    assert looking.ready(after=4) == []
+    (candidate,) = looking.look(after=5.1).ready
+    assert candidate.images == ("cat.png",)
+
+
+def test_a_change_of_another_stem_is_no_reason_to_wait(looking):
+    looking.write("cat.prompt.txt")
+    looking.look()
+    looking.look(after=3)
+    looking.write("catalog.png", PICTURE)
+    looking.write("dog.prompt.txt")
+    looking.look()
+    assert looking.ready(after=2.1) == ["cat.prompt.txt"]
+
+
+def test_stems_of_the_same_name_in_two_folders_settle_apart(looking):
+    looking.write("a/cat.prompt.txt")
+    looking.look()
+    looking.look(after=3)
+    looking.write("b/cat.prompt.txt")
+    looking.look()
+    assert looking.ready(after=2.1) == ["a/cat.prompt.txt"]
+
+
+def test_an_event_counts_even_if_the_file_looks_the_same(looking):
+    looking.write("cat.prompt.txt")
+    looking.look()
+    looking.look(after=4)
+    looking.sweep.touch(("", "cat"), looking.now)
+    assert looking.ready(after=1.1) == []
+    assert looking.ready(after=4) == ["cat.prompt.txt"]
+
+
+def test_a_prompt_that_goes_away_and_comes_back_settles_anew(looking):
+    path = looking.write("cat.prompt.txt")
+    looking.look()
+    path.unlink()
+    looking.look(after=4)
+    looking.write("cat.prompt.txt")
+    assert looking.ready(after=1.1) == []
+
+
+def test_a_sibling_image_beside_a_renamed_prompt_does_not_make_it_settle_twice(looking):
+    looking.write("cat.png", PICTURE)
+    looking.write("cat.prompt.txt")
+    looking.sweep.arrived_whole(("", "cat"), looking.now)
+    assert looking.sweep.look_at(("", "cat"), looking.now, looking.wall) is None
+    (candidate,) = looking.look(after=5.1).ready
+    assert candidate.images == ("cat.png",)
+
+
+def test_a_renamed_prompt_is_never_taken_without_the_siblings_that_only_a_sweep_sees(tmp_path):
+    looking = Looking(tmp_path, settle_seconds=0.0)
+    looking.write("cat.png", PICTURE)
+    looking.write("cat.prompt.txt")
+    looking.sweep.arrived_whole(("", "cat"), looking.now)
+    assert looking.sweep.look_at(("", "cat"), looking.now, looking.wall) is None
+    (candidate,) = looking.look().ready
+    assert candidate.images == ("cat.png",)
+
+
+# Declared images
+
+
+def arrive(looking: Looking, text: str) -> object:
+    looking.write("cat.prompt.txt", text)
+    looking.sweep.arrived_whole(("", "cat"), looking.now)
+    return looking.sweep.look_at(("", "cat"), looking.now, looking.wall)
+
+
+def test_a_renamed_prompt_whose_images_are_all_there_is_ready_at_once(looking):
+    looking.write("logo.png", PICTURE)
+    candidate = arrive(looking, DECLARES)
+    assert (candidate.images, candidate.declared) == (("logo.png",), True)
+
+
+def test_a_renamed_prompt_that_declares_no_images_is_ready_at_once_and_leaves_its_sibling(looking):
+    looking.write("cat.png", PICTURE)
+    candidate = arrive(looking, "+++\ninput_images = []\n+++\nA lighthouse")
+    assert (candidate.images, candidate.declared) == ((), True)
+
+
+def test_a_declared_image_that_is_still_being_written_is_waited_for(looking):
+    looking.write("logo.png", PICTURE[:-20])
+    assert arrive(looking, DECLARES) is None
+    assert "its images are quiet" in looking.look(after=1).waiting["cat.prompt.txt"]
+    looking.write("logo.png", PICTURE)
+    assert looking.ready() == ["cat.prompt.txt"]
+
+
+def test_a_declared_image_that_stays_broken_is_taken_after_it_was_quiet_so_that_its_sender_is_told(looking):
+    looking.write("logo.png", PICTURE[:-20])
+    arrive(looking, DECLARES)
+    looking.look()
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+
+
+def test_a_missing_declared_image_is_waited_for_and_taken_as_soon_as_it_is_there(looking):
+    assert arrive(looking, DECLARES) is None
+    assert looking.sweep.waits_for_inputs()
+    assert looking.look(after=20).waiting == {"cat.prompt.txt": "waits for logo.png"}
+    looking.write("logo.png", PICTURE)
+    assert looking.ready() == ["cat.prompt.txt"]
+
+
+def test_a_declared_image_that_never_comes_is_waited_for_no_longer_than_said(looking):
+    looking.write("cat.prompt.txt", DECLARES)
+    looking.look()
+    seen = looking.look(after=5.1)
+    assert (seen.ready, seen.due) == ([], 30)
+    assert looking.look(after=50).due == pytest.approx(10)
+    assert looking.ready(after=10.1) == ["cat.prompt.txt"]
+
+
+def test_a_prompt_that_is_written_anew_waits_for_its_images_anew(looking):
+    arrive(looking, DECLARES)
+    looking.look(after=59)
+    arrive(looking, DECLARES)
+    assert looking.ready(after=5) == []
+
+
+def test_a_prompt_written_in_place_settles_first_and_then_its_declared_images_do(looking):
+    looking.write("cat.prompt.txt", DECLARES)
+    looking.look()
+    looking.look(after=4)
+    looking.write("logo.png", PICTURE)
+    assert looking.ready(after=1.1) == []
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+
+
+def test_a_prompt_with_mistakes_is_ready_so_that_its_sender_is_told(looking):
+    looking.write("cat.prompt.txt", "+++\nqualtiy = 1\n+++\nx")
+    looking.write("dog.prompt.txt", b"\xff\xfe\x00")
+    looking.look()
+    assert looking.ready(after=5.1) == ["cat.prompt.txt", "dog.prompt.txt"]
+
+
+# What is not taken
+
+
+@pytest.mark.parametrize(
+    "mark", [".cat.prompt.txt.swp", "cat.prompt.txt.part", ".cat.png.a1B2c3", ".syncthing.cat.prompt.txt.tmp"]
+)
+def test_an_editor_or_a_transfer_at_work_on_the_stem_holds_it(looking, mark):
+    looking.write("cat.prompt.txt")
+    busy = looking.write(mark)
+    looking.look()
+    assert mark in looking.look(after=60).waiting["cat.prompt.txt"]
+    busy.unlink()
+    looking.look(after=1)
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+
+
+def test_a_mark_that_nobody_removed_for_an_hour_holds_nothing_any_more(looking):
+    looking.write("cat.prompt.txt")
+    looking.write(".cat.prompt.txt.swp")
+    looking.wall += 3601
+    assert looking.ready() == ["cat.prompt.txt"]
+
+
+def test_an_empty_prompt_waits_and_is_taken_once_it_is_filled(looking):
+    path = looking.write("cat.prompt.txt", "")
+    looking.wall += 60
+    seen = looking.look()
+    assert (seen.ready, seen.ignored, seen.waiting) == ([], {}, {"cat.prompt.txt": "empty, so not ready yet"})
+    looking.write(path.name)
+    assert looking.ready() == []
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+
+
+def test_what_is_no_plain_file_is_ignored_with_the_reason(looking):
+    looking.write("real.txt")
+    (looking.inbox / "link.prompt.txt").symlink_to(looking.inbox / "real.txt")
+    (looking.inbox / "dangling.prompt.txt").symlink_to("nowhere")
+    os.mkfifo(looking.inbox / "pipe.prompt.txt")
+    (looking.inbox / "folder.prompt.txt").mkdir()
+    looking.wall += 60
+    seen = looking.look()
+    assert seen.ready == []
+    assert seen.ignored == dict.fromkeys(
+        ["link.prompt.txt", "dangling.prompt.txt", "pipe.prompt.txt"], "not a plain file"
+    )
+
+
+def test_near_misses_are_ignored_with_the_rule(looking):
+    for name in ("cat.prompt.txt.txt", "cat.Prompt.TXT", "cat.prompt (1).txt", "notes.md", ".hidden.prompt.txt"):
+        looking.write(name)
+    looking.wall += 60
+    seen = looking.look()
+    assert (seen.ready, set(seen.ignored)) == ([], {"cat.prompt.txt.txt", "cat.Prompt.TXT", "cat.prompt (1).txt"})
+    assert all("exactly .prompt.txt" in reason for reason in seen.ignored.values())
+
+
+def test_hidden_symlinked_and_tool_folders_are_not_entered(looking, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (elsewhere / "cat.prompt.txt").write_text("x")
+    (looking.inbox / "link").symlink_to(elsewhere)
+    for folder in (".imagewatch/job", ".git", "@eaDir", "#recycle", "a/.hidden", "a/b"):
+        looking.write(f"{folder}/cat.prompt.txt")
+    looking.wall += 60
+    seen = looking.look()
+    assert [candidate.source for candidate in seen.ready] == ["a/b/cat.prompt.txt"]
+    assert seen.folders == [str(looking.inbox / folder) for folder in ("", "a", "a/b")]
+
+
+def test_sub_folders_are_left_alone_if_that_is_asked_for(tmp_path):
+    looking = Looking(tmp_path, recursive=False)
+    looking.write("a/cat.prompt.txt")
+    looking.write("dog.prompt.txt")
+    looking.wall += 60
+    assert looking.ready() == ["dog.prompt.txt"]
+
+
+def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(looking):
+    names = ["z.prompt.txt", "m/a.prompt.txt", "a.prompt.txt", "k.prompt.txt"]
+    times = []
+    for name in names:
+        path = looking.write(name)
+        while times and path.stat().st_ctime_ns <= times[-1]:  # the kernel's clock ticks every few milliseconds
+            path.touch()
+        times.append(path.stat().st_ctime_ns)
+    looking.wall += 60
+    assert looking.ready() == names
+
+
+# Between the look and the claim
+
+
+def test_a_candidate_whose_file_was_changed_or_removed_is_noticed(looking):
+    path = looking.write("cat.prompt.txt")
+    image = looking.write("cat.png", PICTURE)
+    looking.wall += 60
+    (candidate,) = looking.look().ready
+    assert looking.sweep.unchanged(candidate)
+    os.utime(image, (1, 1))
+    assert not looking.sweep.unchanged(candidate)
+    looking.look()
+    (candidate,) = looking.look(after=60).ready
+    path.write_text("another text of the same inode")
+    assert not looking.sweep.unchanged(candidate)
+    path.unlink()
+    assert not looking.sweep.unchanged(candidate)
+
+
+def test_a_claim_knows_what_the_prompt_file_looked_like(looking):
+    path = looking.write("a/cat.prompt.txt")
+    looking.wall += 60
+    (candidate,) = looking.look().ready
+    claim = candidate.claim("0123456789abcdef", 5.0)
+    assert (claim.folder, claim.stem, claim.at) == ("a", "cat", 5.0)
+    assert (claim.size, claim.mtime_ns) == (path.stat().st_size, path.stat().st_mtime_ns)
+
+
+def test_names_that_are_no_text_are_seen(looking):
+    name = os.fsdecode(b"caf\xe9\x1b[31m.prompt.txt")
+    looking.write(name)
+    looking.wall += 60
+    assert looking.ready() == [name]
+
+
+def test_five_thousand_prompts_are_seen_quickly_and_judged_alike_twice(looking):
+    for number in range(5000):
+        looking.write(f"{number % 10}/p{number:04}.prompt.txt")
+    first = looking.look()
+    assert len(first.ready) + len(first.waiting) == 5000
+    began = time.perf_counter()
+    second = looking.look(after=60)
+    took = time.perf_counter() - began
+    assert len({candidate.key for candidate in second.ready}) == 5000
+    assert took < 5
