@@ -11,6 +11,7 @@ import struct
 import threading
 import zlib
 from dataclasses import dataclass, field
+from typing import Self
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
@@ -41,7 +42,7 @@ class Endpoint:
     _small: bytes = b""
     _listener: socket.socket = field(default_factory=socket.socket)
 
-    def __enter__(self) -> Endpoint:
+    def __enter__(self) -> Self:
         self._small, self._answer = self._made(1, 2000), self._made(self.images, self.size)
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(256)

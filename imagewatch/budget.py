@@ -12,12 +12,13 @@ newest row of the ledger counts as now if it is later.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from imagewatch.config import Limits
 
 _MINUTE = 60.0

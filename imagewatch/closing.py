@@ -25,8 +25,8 @@ from imagewatch.job import Charged, Claim, Decision, Head, Move, Reaction, Sent,
 from imagewatch.ledger import Ledger, Row
 from imagewatch.names import tagged
 from imagewatch.outcome import End, Outcome
+from imagewatch.reading import Got, Reading, read
 from imagewatch.text import printable
-from imagewatch.wire import Got, Reading, Verdict, read
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from imagewatch.errors import Problem
     from imagewatch.record import Answer, Record
     from imagewatch.spool import Spool
+    from imagewatch.wire import Verdict
 
 _FETCH_SECONDS = 600.0
 """How long a picture's url is tried. Known signed urls live ten minutes (BFL's skills repository)."""
@@ -257,7 +258,7 @@ class Closing:
             told.append(f"asked for {asked}, got {good}")
         return [printable(text) for text in told]
 
-    def _publish(  # noqa: PLR0913, PLR0917  one call, one place
+    def _publish(
         self,
         record: Record,
         claim: Claim,

@@ -144,8 +144,7 @@ class Daemon:
         self._in_flight: dict[str, Key | None] = {}
         self._ignored: set[tuple[str, str]] = set()
         self._seen = Seen()
-        self._sweep_at = 0.0
-        self._rested_at = 0.0
+        self._sweep_at = self._rested_at = 0.0
         self._left_out = False
         self._draining = False
         self._disk_failed = False

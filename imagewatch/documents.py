@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
 from imagewatch import __version__
-from imagewatch.job import Charged, Claim, Head, Input, Sent, Tail
 from imagewatch.text import utc, whole
+
+if TYPE_CHECKING:
+    from imagewatch.job import Charged, Claim, Head, Input, Sent, Tail
 
 SCHEMA = 1
 _DEEPEST = 16
@@ -70,10 +72,11 @@ def compose(
     return text if r"\r\n" in text else tomli_w.dumps(ordered, multiline_strings=True)
 
 
-_ORDER = (
-    "schema job source message status code credits_required problems next charged credits_charged provider model "
-    "prompt prompt_sha256 asked got attempts endpoint version"
-).split()
+_ORDER = [
+    *("schema", "job", "source", "message", "status", "code", "credits_required", "problems", "next"),
+    *("charged", "credits_charged", "provider", "model", "prompt", "prompt_sha256"),
+    *("asked", "got", "attempts", "endpoint", "version"),
+]
 
 
 def _ordered(document: dict[str, object]) -> dict[str, Any]:

@@ -10,14 +10,16 @@ from __future__ import annotations
 import errno
 import sqlite3
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from imagewatch.budget import Spending
 from imagewatch.errors import SpoolError
-from imagewatch.job import Charged
 from imagewatch.text import whole
+
+if TYPE_CHECKING:
+    from imagewatch.job import Charged
 
 _VERSION = 1
 _SCHEMA = """
@@ -197,5 +199,5 @@ class _Translated:
                 f"{self._path}: the ledger cannot be used: {error}",
                 path=self._path,
                 code=errno.ENOSPC if full else errno.EIO,
-                hint="make room, or restore the file from a backup; it must not be deleted, it is the record of what was paid",
+                hint="make room, or restore it from a backup; do not delete it, it is the record of what was paid",
             ) from error

@@ -8,10 +8,13 @@ twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from imagewatch.job import Door, Reaction
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 class Step(enum.Enum):

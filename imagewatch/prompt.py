@@ -20,7 +20,7 @@ MAX_BYTES = 256 * 1024
 MAX_FRONT = 16 * 1024
 """Longest front matter, in characters: the TOML reader is slow for what is made to be slow."""
 MAX_CHARACTERS = 32_000
-"""Longest prompt (image-generation skill, "Request body": 1–32000 chars)."""
+"""Longest prompt (image-generation skill, "Request body": 1 to 32000 chars)."""
 MAX_INPUTS = 14
 """Most input images of one request (image-generation skill, "Request body")."""
 
@@ -44,7 +44,7 @@ class FrontMatter(Options, frozen=True, kw_only=True):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt file that can be read.
+    r"""A prompt file that can be read.
 
     Attributes:
         text: What is asked for, trimmed, with ``\\n`` line ends.

@@ -189,10 +189,11 @@ class Record:
             return None
 
     def bank_partial(self, attempt: int, tail: Tail) -> None:
-        """Close what came of an answer and bank it as it is."""
+        """Close what came of an answer and bank it as it is; if only its name was missing, it is whole."""
         part = self.path(f"answer.{attempt}.part")
         with self._disk.append(part) as file, ours(part, "bank the answer"):
-            file.write(b"\n" + dump(tail))
+            if not _has_tail(file):
+                file.write(b"\n" + dump(tail))
             self._disk.sync(file, part)
         self._disk.replace(part, self.path(f"answer.{attempt}"))
         self._disk.sync_folder(self.folder)
@@ -246,3 +247,15 @@ class Record:
                 path=path,
                 hint="it is evidence of a payment: do not remove it before you looked into it",
             ) from error
+
+
+def _has_tail(file: IO[bytes]) -> bool:
+    """Tell whether an answer was written to its end; leave the file there."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - _TAIL_BYTES))
+    last = file.read().rpartition(b"\n")[2]
+    try:
+        load(last, Tail)
+    except ValueError:
+        return False
+    return True

@@ -8,8 +8,11 @@ which nobody can set, unlike mtime, which copies preserve and which is never loo
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Hashable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Hashable
 
 
 @dataclass
@@ -74,4 +77,3 @@ class Settling:
         """
         self._looked = looked
         self._watched = {key: seen for key, seen in self._watched.items() if key in keys}
-

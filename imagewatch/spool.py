@@ -92,10 +92,13 @@ class Spool:
     def _sync_above(self, folders: list[str]) -> None:
         """Make the names of our folders durable, and of those that were made above them."""
         above = {folder for inner in folders for folder in _above(os.path.realpath(inner))}
-        for folder in sorted(above):
+        own = {os.path.realpath(self.inbox), os.path.realpath(self.state)}
+        for folder in sorted(above - own):
             # One that we may not open is not one in which we made something.
             with contextlib.suppress(SpoolError):
                 self.disk.sync_folder(folder)
+        for folder in sorted(own):
+            self.disk.sync_folder(folder)
 
     def _drop_twins(self) -> None:
         """Remove from the inbox what is claimed already, before anybody looks for prompts there.
@@ -220,8 +223,8 @@ class Spool:
         doors = [self.outbox, self.errors, *([self.archive] if self.archive else [])]
         parts = claim.folder.split("/") if claim.folder else []
         mirrored = [os.path.join(door, *parts[:depth]) for door in doors for depth in range(len(parts) + 1)]
-        ours = [self.jobs, self.record(claim.job).folder, self.claims, self.claim_folder(claim.job)]
-        for folder in (*ours, self.inbox_folder(claim), *mirrored):
+        private = [self.jobs, self.record(claim.job).folder, self.claims, self.claim_folder(claim.job)]
+        for folder in (*private, self.inbox_folder(claim), *mirrored):
             if os.path.isdir(folder):
                 self.disk.sync_folder(folder)
 
@@ -369,7 +372,9 @@ class Spool:
             return
         folder = self.door_folder(door, claim)
         self._mirror(door, claim)
-        moves = decision.keep if door == "archive" else tuple(m for m in decision.moves if m.source.startswith("claim/"))
+        moves = (
+            decision.keep if door == "archive" else tuple(m for m in decision.moves if m.source.startswith("claim/"))
+        )
         try:
             self._carry_all(claim, moves, folder, None)
         except FileExistsError:

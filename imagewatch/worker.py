@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +23,8 @@ from imagewatch.request import Files, Request, build
 from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from imagewatch.client import Client
     from imagewatch.config import Config
     from imagewatch.ledger import Ledger
@@ -84,7 +85,7 @@ class Worker:
         blame: Callable[[str], bool] = lambda _: True,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: 0.5,
-        wait: Callable[[float], object] = threading.Event().wait,
+        wait: Callable[[float], object] | None = None,
     ) -> None:
         self._spool = spool
         self._client = client
@@ -92,7 +93,7 @@ class Worker:
         self._blame = blame
         self._clock = clock
         self._jitter = jitter
-        self._closing = Closing(spool, client, ledger, config, clock=clock, wait=wait)
+        self._closing = Closing(spool, client, ledger, config, clock=clock, wait=wait or threading.Event().wait)
         self._effects: dict[Step, Callable[[Run], Outcome | None]] = {
             Step.ARCHIVE: self._archive,
             Step.FORGET: self._forget,
@@ -147,7 +148,7 @@ class Worker:
                 outcome = self._effects[step](run)
             except (SpoolError, FileExistsError):
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others
                 _log.exception("a bug in imagewatch; please report it")
                 self._park(run, error)
                 outcome = None

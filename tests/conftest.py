@@ -7,11 +7,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import tomllib
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -25,6 +24,10 @@ from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
 from imagewatch.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
 
 KEY = "sk-let-test-0123456789"
 
@@ -198,8 +201,6 @@ def folders(tmp_path: Path, sandbox: Sandbox) -> Folders:
 
 def until(condition: Any, timeout: float = 20.0) -> None:
     """Wait until something outside of this process is so; fail when it takes too long."""
-    import threading
-
     deadline, pause = time.monotonic() + timeout, threading.Event()
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"

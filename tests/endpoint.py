@@ -8,15 +8,18 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from imagewatch.client import FetchError
 from imagewatch.errors import InDoubt, Unavailable
 from imagewatch.job import Head, Tail
-from imagewatch.record import Sink
-from imagewatch.wire import Body
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from imagewatch.record import Sink
+    from imagewatch.wire import Body
 
 AT = 1_700_000_000.0
 """What every clock shows: the same files come of the same steps."""

@@ -6,11 +6,13 @@ import enum
 import errno
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from imagewatch.durable import Disk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
 
 LONG_AGO_NS = 1_600_000_000_000_000_000
 
@@ -131,6 +133,27 @@ class Image:
     nodes: tuple[tuple[object, ...], ...]
     crossings: tuple[tuple[int, int, str, int, bool], ...] = ()
 
+    def visible(self) -> Image:
+        """Return the same disk as whoever reads it sees it: as if all of it were durable."""
+        numbers: dict[int, int] = {}
+        nodes: list[tuple[object, ...]] = []
+
+        def keep(number: int) -> int:
+            if number in numbers:
+                return numbers[number]
+            mine = numbers[number] = len(nodes)
+            kind, *rest = self.nodes[number]
+            nodes.append(())
+            if kind == "folder":
+                names = tuple((name, keep(inner)) for name, inner in rest[0])  # type: ignore[attr-defined]
+                nodes[mine] = (kind, names, names)
+            else:
+                nodes[mine] = (kind, rest[0], rest[0]) if kind == "file" else (kind, *rest)
+            return mine
+
+        keep(0)
+        return Image(tuple(nodes))
+
 
 class LosingDisk(SteppingDisk):
     """A disk on real folders with a model beside them of what would survive a power cut.
@@ -191,7 +214,7 @@ class LosingDisk(SteppingDisk):
     def step(self, what: str, path: str) -> None:
         if self._left is not None:
             raise PowerCut
-        self.steps.append(f"{what} {os.path.relpath(path, self.root)}")
+        self.steps.append(f"{what} {path[len(self.root) + 1 :] or '.'}")
         self.watch(self.steps[-1])
         if len(self.steps) == self._cut and not self._after:
             self._go_dark()
@@ -235,7 +258,7 @@ class LosingDisk(SteppingDisk):
             _Crossing(made[node], made[source], name, made[target], arrived)  # type: ignore[arg-type]
             for node, source, name, target, arrived in image.crossings
         ]
-        _clear(self.root)
+        _clear(self.root, self._top)
         contents = {id(node): frozen[1] for node, frozen in zip(made, image.nodes, strict=True)}
         _build(self.root, self._top, contents, {})
 
@@ -250,7 +273,7 @@ class LosingDisk(SteppingDisk):
             return
         super().make_folder(path, mode)
         folder = self._top
-        for part in os.path.relpath(path, self.root).split(os.sep):
+        for part in self._parts(path):
             folder = folder.now.setdefault(part, _Folder())  # type: ignore[assignment]
         self._stepped()
 
@@ -275,7 +298,7 @@ class LosingDisk(SteppingDisk):
         self._stepped()
 
     def sync_folder(self, path: str) -> None:
-        if os.path.relpath(path, self.root).startswith(".."):
+        if not self._is_modelled(path):
             return  # not ours, and there already
         if not os.path.isdir(path):
             Disk.sync_folder(self, path)
@@ -335,10 +358,12 @@ class LosingDisk(SteppingDisk):
     def _mount(self, path: str) -> str:
         return next((mount for mount in self._mounts if path.startswith(mount + "/")), "")
 
+    def _is_modelled(self, path: str) -> bool:
+        return (path + "/").startswith(self.root + "/")
+
     def _parts(self, path: str) -> list[str]:
-        inside = os.path.relpath(path, self.root)
-        assert not inside.startswith(".."), f"{path} is not part of the model"
-        return [] if inside == "." else inside.split(os.sep)
+        assert self._is_modelled(path), f"{path} is not part of the model"
+        return [part for part in path[len(self.root) :].split("/") if part]
 
     def _folder(self, path: str) -> _Folder:
         folder = self._top
@@ -486,20 +511,24 @@ def _content(path: str) -> bytes:
         os.close(descriptor)
 
 
-def _clear(root: str) -> None:
-    with os.scandir(root) as entries:
+def _clear(path: str, kept: _Folder) -> None:
+    """Remove everything but the folders that are wanted again."""
+    with os.scandir(path) as entries:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path)
-            else:
+            if not entry.is_dir(follow_symlinks=False):
                 os.unlink(entry.path)
+            elif isinstance(folder := kept.now.get(entry.name), _Folder):
+                _clear(entry.path, folder)
+            else:
+                shutil.rmtree(entry.path)
 
 
 def _build(path: str, folder: _Folder, contents: dict[int, object], made: dict[int, str]) -> None:
     for name, node in folder.now.items():
         inner = f"{path}/{name}"
         if isinstance(node, _Folder):
-            os.mkdir(inner)
+            if not os.path.isdir(inner):
+                os.mkdir(inner)
             _build(inner, node, contents, made)
         elif isinstance(node, _Link):
             os.symlink(node.text, inner)

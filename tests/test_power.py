@@ -14,22 +14,24 @@ import hashlib
 import sqlite3
 import tomllib
 from collections import deque
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
 from conftest import Folders
 from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
-from losing import Image, Losing, LosingDisk, PowerCut
+from losing import Image, Losing, LosingDisk
 
 from imagewatch.ledger import Ledger, Row
 from imagewatch.outcome import End
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
 from imagewatch.worker import Worker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
 
 _PROBING = ".iw-probe"
 """Of the write probes at the start only the first start is cut: no job has any part in them."""
@@ -132,6 +134,7 @@ class NotingLedger(Ledger):
 
     def __init__(self, path: str, stage: Stage) -> None:
         super().__init__(path)
+        self._database.execute("PRAGMA synchronous = OFF")
         self._stage = stage
 
     def write(self, row: Row) -> None:
@@ -359,6 +362,9 @@ def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
                 return
             stage.moments += 1
             for losing, left in zip(Losing, stage.states(), strict=True):
+                if len(path) + 1 == cuts:
+                    # Nothing can be undone any more: only what can be seen makes a difference.
+                    left = replace(left, disk=left.disk.visible())  # noqa: PLW2901
                 if left not in paths:
                     paths[left] = (*path, f"{losing.name} before {what}")
                     waiting.append(left)

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from imagewatch.errors import InDoubt, JobError
 from imagewatch.fields import Options
 from imagewatch.job import Head, Reaction
-from imagewatch.wire import Body, Part, body_fields, choose_provider, classify, doubt, read
+from imagewatch.reading import read
+from imagewatch.wire import Body, Part, body_fields, choose_provider, classify, doubt
 
 LIMIT = 50 << 20
 
