@@ -7,7 +7,9 @@ query of a signed url.
 from __future__ import annotations
 
 import math
+import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
@@ -23,15 +25,31 @@ _DEEPEST = 16
 _IDS = ("x-request-id", "cf-ray", "x-vercel-id")
 
 
+@dataclass(frozen=True)
+class Course:
+    """How a job went.
+
+    Attributes:
+        claim: The job.
+        sent: The newest attempt, if there was one.
+        head: How its answer began.
+        tail: How its answer ended.
+        attempts: How many were made.
+        finished: Wall-clock time of the document, seconds since the epoch.
+    """
+
+    claim: Claim
+    sent: Sent | None = None
+    head: Head | None = None
+    tail: Tail | None = None
+    attempts: int = 0
+    finished: float = 0.0
+
+
 def compose(
-    claim: Claim,
+    course: Course,
     *,
     charged: Charged,
-    sent: Sent | None = None,
-    head: Head | None = None,
-    tail: Tail | None = None,
-    attempts: int = 0,
-    finished: float,
     top: Mapping[str, object],
     images: Sequence[Mapping[str, object]] = (),
     billing: Mapping[str, object] | None = None,
@@ -39,37 +57,49 @@ def compose(
     """Return the text of a receipt or an error file.
 
     Args:
-        claim: The job.
+        course: How the job went.
         charged: Whether it cost anything.
-        sent: The newest attempt, if there was one.
-        head: How its answer began.
-        tail: How its answer ended.
-        attempts: How many were made.
-        finished: Wall-clock time of this document, seconds since the epoch.
         top: Keys of the top level that only this kind of document has; they come first.
         images: One table for each picture.
         billing: As received.
     """
+    claim, sent, head = course.claim, course.sent, course.head
     document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
     document["charged"] = charged
-    document["attempts"] = attempts
+    document["attempts"] = course.attempts
     document["version"] = __version__
     if sent:
         document |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
         document["request"] = sent.fields
     if billing:
         document["billing"] = billing
-    document["times"] = _times(claim, sent, head, tail, finished)
+    document["times"] = _times(course)
     if head and (ids := {name: head.headers[name] for name in _IDS if name in head.headers}):
         document["ids"] = ids
     if images:
         document["images"] = images
     if sent and sent.inputs:
         document["inputs"] = [_input(item) for item in sent.inputs]
-    ordered = _ordered(document)
-    text = tomli_w.dumps(ordered)
+    return _written(_ordered(document))
+
+
+def _written(document: dict[str, Any]) -> str:
+    text = tomli_w.dumps(document)
     # A multi-line string cannot hold CRLF as it is; nearly always there is none, and people like to read lines.
-    return text if r"\r\n" in text else tomli_w.dumps(ordered, multiline_strings=True)
+    return text if r"\r\n" in text else tomli_w.dumps(document, multiline_strings=True)
+
+
+def facts(document: str) -> dict[str, Any]:
+    """Return what a document of ours says."""
+    return tomllib.loads(document)
+
+
+def with_files(document: str, moved: Mapping[str, str]) -> str:
+    """Return a receipt whose pictures have other names."""
+    read = facts(document)
+    for table in read.get("images", []):
+        table["file"] = moved.get(table["file"], table["file"])
+    return _written(read)
 
 
 _ORDER = [
@@ -85,13 +115,13 @@ def _ordered(document: dict[str, object]) -> dict[str, Any]:
     return {name: value for name, value in _tame({**known, **document}, 0).items() if value is not None}
 
 
-def _times(claim: Claim, sent: Sent | None, head: Head | None, tail: Tail | None, finished: float) -> dict[str, object]:
-    times: dict[str, object] = {"claimed": utc(claim.at)}
-    if sent:
-        times["sent"] = utc(sent.at)
-    if head:
-        times["answered"] = utc(tail.at if tail and tail.at else head.at)
-    times["published"] = utc(finished)
+def _times(course: Course) -> dict[str, object]:
+    times: dict[str, object] = {"claimed": utc(course.claim.at)}
+    if course.sent:
+        times["sent"] = utc(course.sent.at)
+    if course.head:
+        times["answered"] = utc(course.tail.at if course.tail and course.tail.at else course.head.at)
+    times["published"] = utc(course.finished)
     return times
 
 

@@ -161,7 +161,8 @@ class Ledger:
         """Return the highest of a provider's last fifty known charges, credits; None without any."""
         question = """
             SELECT max(credits) AS highest FROM (
-                SELECT credits FROM attempts WHERE provider = ? AND credits IS NOT NULL ORDER BY sent_at DESC LIMIT 50)"""
+                SELECT credits FROM attempts WHERE provider = ? AND credits IS NOT NULL
+                ORDER BY sent_at DESC LIMIT 50)"""
         found = self._all(question, provider)[0]["highest"]
         return None if found is None else float(found)
 

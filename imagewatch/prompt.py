@@ -156,9 +156,9 @@ def _input_problems(names: tuple[str, ...]) -> list[Problem]:
     problems: list[Problem] = []
     if len(names) > MAX_INPUTS:
         problems.append(Problem("input_images", f"{len(names)} images are more than {MAX_INPUTS}"))
-    for name in names:
-        if reason := _name_problem(name):
-            problems.append(Problem("input_images", f"{shown(name)} {reason}"))
+    problems += [
+        Problem("input_images", f"{shown(name)} {reason}") for name in names if (reason := _name_problem(name))
+    ]
     if len(set(names)) < len(names):
         problems.append(Problem("input_images", "an image is named twice"))
     return problems

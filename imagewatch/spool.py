@@ -375,10 +375,8 @@ class Spool:
         moves = (
             decision.keep if door == "archive" else tuple(m for m in decision.moves if m.source.startswith("claim/"))
         )
-        try:
+        with contextlib.suppress(FileExistsError):  # whoever took the name meanwhile keeps it; ours go beside it
             self._carry_all(claim, moves, folder, None)
-        except FileExistsError:
-            pass  # whoever took the name meanwhile keeps it; ours go beside it
         if left := self.present(claim):
             self._carry_all(claim, self.free_originals(claim, door, left), folder, None)
         self.disk.sync_folder(folder)

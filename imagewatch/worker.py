@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
-from imagewatch.closing import Closing
+from imagewatch.closing import Case, Closing
 from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Problem, SpoolError, Unavailable
 from imagewatch.job import Claim, Head, Reaction, Sent, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
+from imagewatch.pictures import Pictures
 from imagewatch.request import Files, Request, build
 from imagewatch.wire import Verdict, classify
 
@@ -93,7 +94,10 @@ class Worker:
         self._blame = blame
         self._clock = clock
         self._jitter = jitter
-        self._closing = Closing(spool, client, ledger, config, clock=clock, wait=wait or threading.Event().wait)
+        pictures = Pictures(
+            spool.disk, client, config.endpoint.max_response_bytes, clock=clock, wait=wait or threading.Event().wait
+        )
+        self._closing = Closing(spool, pictures, ledger, clock)
         self._effects: dict[Step, Callable[[Run], Outcome | None]] = {
             Step.ARCHIVE: self._archive,
             Step.FORGET: self._forget,
@@ -201,7 +205,7 @@ class Worker:
         if decision is not None:
             outcome = self._closing.outcome(run.claim, decision)
             outcome = replace(outcome, trouble=run.trouble)
-            self._closing.report(run.claim, decision, self._clock() - run.began)
+            self._closing.report(decision, self._clock() - run.began)
         self._spool.forget(run.claim.job)
         return outcome
 
@@ -219,14 +223,14 @@ class Worker:
 
     def _doubt(self, run: Run) -> None:
         message = run.doubt or "imagewatch ended after the request was sent and before the answer was in"
-        self._closing.doubt(run.record, run.claim, run.evidence.sent, message)
+        self._closing.doubt(Case.of(run.record, run.claim, run.evidence.sent), message)
 
     def _read(self, run: Run) -> None:
-        self._closing.read(run.record, run.claim, run.evidence.sent)
+        self._closing.read(Case.of(run.record, run.claim, run.evidence.sent))
 
     def _refuse(self, run: Run) -> None:
         verdict = self._verdict(run, run.evidence.answered)
-        self._closing.refuse(run.record, run.claim, run.evidence.answered, verdict)
+        self._closing.refuse(Case.of(run.record, run.claim, run.evidence.answered), verdict)
 
     def _gather(self, run: Run) -> None:
         self._spool.gather(run.claim)
@@ -237,12 +241,12 @@ class Worker:
         try:
             run.request = build(files, self._config)
         except BadRequest as error:
-            self._closing.invalid(run.record, claim, error.problems)
+            self._closing.invalid(Case(run.record, claim), error.problems)
 
     def _send(self, run: Run) -> Outcome | None:
         if run.evidence.answered:
             verdict = self._verdict(run, run.evidence.answered)
-            self._closing.busy(run.record, run.claim, run.evidence.answered, verdict)
+            self._closing.busy(Case.of(run.record, run.claim, run.evidence.answered), verdict)
             if not run.resumed:
                 return self._later(run, verdict)
         assert run.request is not None
@@ -307,7 +311,7 @@ class Worker:
     def _give_back(self, run: Run) -> Outcome:
         claim = run.claim
         if attempt := run.evidence.answered:
-            self._closing.busy(run.record, claim, attempt, self._verdict(run, attempt))
+            self._closing.busy(Case.of(run.record, claim, attempt), self._verdict(run, attempt))
         if not self._spool.give_back(claim):
             return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble)
         self._spool.forget(claim.job)
@@ -325,4 +329,4 @@ class Worker:
                 hint="its evidence is kept in the state folder; it is tried again at the next start",
             ) from error
         problem = Problem("imagewatch", f"a bug: {type(error).__name__}: {error}", "please report it")
-        self._closing.invalid(run.record, run.claim, [problem])
+        self._closing.invalid(Case(run.record, run.claim), [problem])

@@ -68,7 +68,6 @@ class Books:
         begun: How often ``on_send`` said that a request may leave.
         paid: How often each prompt was charged.
         settled: Of each prompt, whether the answer to its newest request is banked.
-        fetched: How many pictures were fetched.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
@@ -105,6 +104,7 @@ class PaidEndpoint:
         """Nothing is open."""
 
     def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+        assert len(job) == 16
         pieces = iter(body)
         first = next(pieces)
         prompt = re.search(rb'"prompt": "([^"]*)"', first)[1].decode()  # type: ignore[index]

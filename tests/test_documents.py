@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch import __version__
-from imagewatch.documents import SCHEMA, compose
+from imagewatch.documents import SCHEMA, Course, compose
 from imagewatch.job import Claim, Decision, Head, Input, Move, Sent, Tail, dump, load
 from imagewatch.text import printable, utc, whole
 
@@ -38,10 +38,15 @@ def sent(prompt="a cat", **fields):
     )
 
 
+def composed(what, claim=CLAIM):
+    course = {name: what.pop(name) for name in ("sent", "head", "tail", "attempts", "finished") if name in what}
+    return compose(Course(claim, **course), **what)
+
+
 def document(**given_):
     """Compose a document and read it back."""
     what = {"charged": "yes", "finished": FINISHED, "top": {}, **given_}
-    return tomllib.loads(compose(CLAIM, **what))
+    return tomllib.loads(composed(what))
 
 
 TOP = {
@@ -68,7 +73,7 @@ def receipt_text(**given_):
         "billing": {"credits_charged": 12, "note": "…"},
         **given_,
     }
-    return compose(CLAIM, **what)
+    return composed(what)
 
 
 # Receipts and error files
@@ -229,7 +234,7 @@ def test_billing_may_be_nested_as_deeply_as_it_likes(depth, kind):
 
 def test_names_that_are_no_text_are_written_with_escapes():
     claim = Claim(job="ab" * 8, folder="\udce9", stem="c\udce9t", at=1.0)
-    read = tomllib.loads(compose(claim, charged="no", finished=2.0, top={"message": "\udcff"}))
+    read = tomllib.loads(compose(Course(claim, finished=2.0), charged="no", top={"message": "\udcff"}))
     assert read["source"] == "\\udce9/c\\udce9t.prompt.txt"
     assert read["message"] == "\\udcff"
 

@@ -1,0 +1,190 @@
+"""The pictures of a paid answer: decoded or fetched into the record, and judged by their bytes.
+
+Nothing here sends a request; fetching is free and tried again until a url has expired.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from typing import IO, TYPE_CHECKING
+
+import structlog
+
+from imagewatch.client import Client, FetchError, bare
+from imagewatch.durable import Disk, ours
+from imagewatch.images import Image, foreign, inspect
+from imagewatch.reading import Got, Reading, read
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.record import Answer, Record
+
+_FETCH_SECONDS = 600.0
+"""How long a picture's url is tried. Known signed urls live ten minutes (BFL's skills repository)."""
+_MOST_TRIES_4XX = 3
+_COPY_BYTES = 1 << 20
+_log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of a paid answer, on our disk.
+
+    Attributes:
+        source: Its file in the record.
+        image: What its bytes are, or None when they are no picture we know.
+        mime: What the endpoint said they are.
+        size: Bytes.
+        sha256: Their hash.
+        problem: What is wrong with it, or an empty string.
+        broken: Whether its base64 could not be decoded to the end; the file is only its beginning.
+    """
+
+    source: str
+    image: Image | None
+    mime: str
+    size: int
+    sha256: str
+    problem: str
+    broken: bool = False
+
+    @property
+    def good(self) -> bool:
+        """Whether this is what was paid for, as far as it came."""
+        return self.image is not None and not self.broken
+
+    @property
+    def ending(self) -> str:
+        """The ending that follows the bytes, not the endpoint's word."""
+        return f".{self.image.extension}" if self.image else ".bin"
+
+    def table(self, name: str) -> dict[str, object]:
+        """Return what the receipt says of it under its published name."""
+        table: dict[str, object] = {
+            "file": name,
+            "mime": self.image.mime if self.image else "application/octet-stream",
+            "bytes": self.size,
+            "width": self.image.width if self.image else None,
+            "height": self.image.height if self.image else None,
+            "sha256": self.sha256,
+        }
+        if self.mime and self.mime != table["mime"]:
+            table["declared_mime"] = printable(self.mime, 100)
+        if self.problem:
+            table["problem"] = printable(self.problem)
+        return table
+
+
+class Pictures:
+    """Gets the pictures out of answers.
+
+    Args:
+        disk: Our disk.
+        client: For pictures by url.
+        limit: Most bytes of one answer, and of one picture by url.
+        clock: Wall clock, seconds since the epoch.
+        wait: Waits some seconds.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        client: Client,
+        limit: int,
+        *,
+        clock: Callable[[], float],
+        wait: Callable[[float], object],
+    ) -> None:
+        self._disk = disk
+        self._client = client
+        self._limit = limit
+        self._clock = clock
+        self._wait = wait
+
+    def read(self, record: Record, answer: Answer) -> Reading:
+        """Read a paid answer; its base64 pictures go into the record."""
+        return read(
+            answer.chunks(),
+            encoding=answer.head.headers.get("content-encoding", ""),
+            limit=2 * self._limit,
+            create=lambda number: self._create(record.path(f"image.{number}")),
+        )
+
+    def collect(self, record: Record, reading: Reading) -> list[Picture]:
+        """Fetch what is to be fetched, and judge every picture."""
+        return [self._picture(record, number, got) for number, got in enumerate(reading.images)]
+
+    def _create(self, path: str) -> IO[bytes]:
+        return _Ours(self._disk, path)  # type: ignore[return-value]
+
+    def _picture(self, record: Record, number: int, got: Got) -> Picture:
+        if got.problem and got.decoded is None:
+            return Picture("", None, got.mime, 0, "", got.problem)
+        if got.url:
+            name = f"fetched.{number}"
+            if problem := self._fetch(got.url, record.path(name)):
+                return Picture("", None, got.mime, 0, "", problem)
+        else:
+            name = f"image.{got.decoded}"
+        return _inspected(record.path(name), name, got)
+
+    def _fetch(self, url: str, path: str) -> str:
+        """Fetch a picture, again and again until it is here or its url has expired; return what went wrong."""
+        until, tries, refused = self._clock() + _FETCH_SECONDS, 0, 0
+        if os.path.lexists(path):
+            return ""  # an earlier run has it, durably; the url may not work twice
+        while True:
+            try:
+                with self._disk.writing(path) as file:
+                    self._client.fetch(url, file, self._limit)
+                self._disk.sync_folder(os.path.dirname(path))
+            except FetchError as error:
+                tries += 1
+                refused += error.refused
+                if error.final or refused >= _MOST_TRIES_4XX or self._clock() >= until:
+                    return str(error)
+                _log.warning("picture not fetched yet", url=bare(url), reason=str(error), tries=tries)
+                self._wait(min(0.25 * 2**tries, 15.0))
+            else:
+                return ""
+
+
+class _Ours:
+    """A file of ours that is written to by code that knows nothing of our disk. It is durable when it is closed."""
+
+    def __init__(self, disk: Disk, path: str) -> None:
+        disk.unlink(path)
+        self._disk = disk
+        self._file = disk.create(path)
+        self._path = path
+
+    def write(self, content: bytes) -> int:
+        with ours(self._path, "write"):
+            return self._file.write(content)
+
+    def close(self) -> None:
+        if not self._file.closed:
+            self._disk.sync(self._file, self._path)
+            self._file.close()
+
+
+def _inspected(path: str, name: str, got: Got) -> Picture:
+    """Judge a picture by its bytes."""
+    with open(path, "rb") as file:
+        digest, size = hashlib.sha256(), 0
+        while chunk := file.read(_COPY_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+        image = inspect(file)
+        problem = got.problem
+        if image is None:
+            file.seek(0)
+            kind = foreign(file.read(512)) or "nothing that we know"
+            problem = problem or f"not a picture: its content is {kind}"
+        else:
+            problem = problem or image.problem
+    return Picture(name if size else "", image, got.mime, size, digest.hexdigest(), problem, broken=bool(got.problem))
