@@ -580,7 +580,7 @@ class _Draft:
         state = self._path(raw.state, "folders.state") if raw.state else self._state(places["inbox"])
         folders = Folders(root=root, state=state, **places)
         if not self._is_faulty("folders"):
-            self.problems.extend(_overlaps(folders))
+            self.problems.extend(overlaps(folders))
         return folders
 
     def _missing(self, names: list[str]) -> None:
@@ -695,7 +695,7 @@ def _split(command: str) -> list[str]:
         return []
 
 
-def _overlaps(folders: Folders) -> list[Problem]:
+def overlaps(folders: Folders) -> list[Problem]:
     """Return a problem for each pair of folders that are equal or nested, also by way of links."""
     names = [name for name in (*_PLACES, "state") if getattr(folders, name) != _DELETE]
     places = {name: os.path.realpath(getattr(folders, name)) for name in names}

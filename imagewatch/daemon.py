@@ -161,20 +161,20 @@ class Daemon:
         Raises:
             ImagewatchError: It cannot start.
         """
-        self._spool.lock()
-        try:
-            self._spool.prepare()
-            self._ledger = Ledger(os.path.join(self._spool.state, "ledger.sqlite3"))
-            self._assemble(self._config)
-            with self._signals(), ThreadPoolExecutor(64, thread_name_prefix="worker") as pool:
-                self._pool = pool
-                try:
-                    self._begin()
-                    self._loop()
-                finally:
-                    self._end()
-        finally:
-            self._spool.unlock()
+        with self._signals():
+            self._spool.lock()
+            try:
+                self._spool.prepare()
+                self._ledger = Ledger(os.path.join(self._spool.state, "ledger.sqlite3"))
+                self._assemble(self._config)
+                with ThreadPoolExecutor(64, thread_name_prefix="worker") as self._pool:
+                    try:
+                        self._begin()
+                        self._loop()
+                    finally:
+                        self._end()
+            finally:
+                self._spool.unlock()
         return self._exit_code()
 
     def _assemble(self, config: Config) -> None:
@@ -216,6 +216,8 @@ class Daemon:
             self._report_unwatched(self._watcher.watch([self._spool.inbox])[1])
 
     def _loop(self) -> None:
+        while not self._mailbox.empty():  # a signal may have come before anything was begun
+            self._take(self._mailbox.get())
         while not self._is_over():
             self._look_if_due()
             self._dispatch()

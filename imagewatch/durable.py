@@ -196,16 +196,9 @@ class Disk:
         Raises:
             FileExistsError: The target is something else.
         """
-        if not _is_regular(source):
+        file = _readable(source)
+        if file is None:
             self._carry_special(source, target)
-            return
-        try:
-            with ours(source, "read"):
-                file = _open(source)
-        except SpoolError as error:
-            if error.code != errno.EACCES:
-                raise
-            self._carry_special(source, target)  # somebody dropped what we may not read
             return
         with file:
             with ours(target, "set mode or group"):
@@ -345,6 +338,19 @@ def _is_regular(path: str) -> bool:
         return stat.S_ISREG(os.lstat(path).st_mode)
     except FileNotFoundError:
         return False
+
+
+def _readable(path: str) -> IO[bytes] | None:
+    """Open a regular file; None for anything else, and for what somebody dropped that we may not read."""
+    if not _is_regular(path):
+        return None
+    try:
+        with ours(path, "read"):
+            return _open(path)
+    except SpoolError as error:
+        if error.code == errno.EACCES:
+            return None
+        raise
 
 
 def _open(path: str) -> IO[bytes]:

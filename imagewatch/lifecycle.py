@@ -81,6 +81,8 @@ class Rule:
     step: Step
 
 
+_MAY_GO_BACK = {Reaction.UNREACHED, Reaction.ACCOUNT, Reaction.BUSY}
+
 RULES = (
     Rule("no record, nothing left", lambda e: not e.recorded and not e.leftovers, Step.DONE),
     Rule("no record, but files of the job", lambda e: not e.recorded, Step.FORGET),
@@ -95,6 +97,12 @@ RULES = (
         Step.DOUBT,
     ),
     Rule("`answer.N`: success", lambda e: e.reaction is Reaction.SUCCESS, Step.READ),
+    Rule(
+        "`answer.N`: free, and the prompt is back in the inbox",
+        lambda e: e.reaction in _MAY_GO_BACK and not e.claimed,
+        Step.FORGET,
+    ),
+    Rule("claim, inputs still in the inbox", lambda e: e.claimed and e.missing, Step.GATHER),
     Rule("`answer.N`: the request never left whole", lambda e: e.reaction is Reaction.UNREACHED, Step.GIVE_BACK),
     Rule(
         "`answer.N`: account-level refusal, already shown by another job",
@@ -107,7 +115,6 @@ RULES = (
         Step.REFUSE,
     ),
     Rule("the prompt is not in the claim (cancelled, or given back)", lambda e: not e.claimed, Step.FORGET),
-    Rule("claim, inputs still in the inbox", lambda e: e.missing, Step.GATHER),
     Rule("claim complete, not yet validated", lambda e: not e.checked, Step.CHECK),
     Rule("valid, nothing sent, or the newest answer was free and transient", lambda _: True, Step.SEND),
 )

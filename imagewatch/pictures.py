@@ -168,8 +168,8 @@ class _Ours:
 
     def close(self) -> None:
         if not self._file.closed:
-            self._disk.sync(self._file, self._path)
-            self._file.close()
+            with self._file:
+                self._disk.sync(self._file, self._path)
 
 
 def _inspected(path: str, name: str, got: Got) -> Picture:

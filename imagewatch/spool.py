@@ -14,6 +14,7 @@ import os
 import secrets
 from typing import IO, TYPE_CHECKING
 
+from imagewatch.config import overlaps
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.job import Claim, Decision, Door, Move
@@ -41,6 +42,7 @@ class Spool:
 
     def __init__(self, config: Config, disk: Disk) -> None:
         folders = config.folders
+        self._folders = folders
         self.disk = disk
         self.inbox = folders.inbox
         self.outbox = folders.outbox
@@ -64,7 +66,8 @@ class Spool:
         """
         for folder in self._all():
             self.disk.make_folder(folder, mode=0o700 if folder == self.state else 0o777)
-        self._refuse_overlap()
+        if problems := overlaps(self._folders):  # a link may have been made since the configuration was read
+            raise ConfigError(problems)
         self.disk.make_folder(self.jobs)
         self._make_claims()
         self._sync_above([*self._all(), self.jobs, self.claims])
@@ -130,19 +133,6 @@ class Spool:
     def _all(self) -> list[str]:
         archive = [self.archive] if self.archive else []
         return [self.inbox, self.outbox, self.errors, *archive, self.state]
-
-    def _refuse_overlap(self) -> None:
-        names = ["inbox", "outbox", "errors", "archive", "state"]
-        folders = [self.inbox, self.outbox, self.errors, self.archive, self.state]
-        real = {name: os.path.realpath(path) for name, path in zip(names, folders, strict=True) if path}
-        problems = []
-        for name, path in real.items():
-            for other, outer in real.items():
-                if name != other and (path + "/").startswith(outer + "/") and (path != outer or name < other):
-                    what = "is the same folder as" if path == outer else "lies inside"
-                    problems.append(Problem(f"folders.{name}", f"{path} {what} folders.{other} ({outer})"))
-        if problems:
-            raise ConfigError([*problems[:-1], _with_hint(problems[-1])])
 
     def _prove_claim(self) -> None:
         """Prove that a file can be renamed from the inbox into a claim."""
@@ -385,10 +375,13 @@ class Spool:
         """Put the originals back into the inbox, the prompt last.
 
         Returns:
-            False when a newer file has the prompt's name; the job then stays claimed.
+            False when a newer file has one of the names; the job then stays claimed.
         """
         folder = self.inbox_folder(claim)
-        for name in self.present(claim):
+        names = self.present(claim)
+        if any(os.path.lexists(os.path.join(folder, name)) for name in names):
+            return False
+        for name in names:
             if not self._return(self.original(claim, name), os.path.join(folder, name)):
                 return False
         self.disk.sync_folder(folder)
@@ -405,11 +398,11 @@ class Spool:
         return True
 
     def forget(self, job: str) -> None:
-        """Remove the claim folder, then the record, then the answers: this order only."""
-        folder = self.claim_folder(job)
-        for name in sorted(self._originals(job)):
-            self.disk.unlink(os.path.join(folder, name))
-        self.disk.remove_folder(folder)
+        """Remove the claim folder, then the record, then the answers: this order only.
+
+        Whoever comes here has moved the originals on; what strangers put beside them stays.
+        """
+        self.disk.remove_folder(self.claim_folder(job))
         self.disk.sync_folder(self.claims)
         record = self.record(job)
         if record.exists():
@@ -452,10 +445,6 @@ class Spool:
         os.fchmod(descriptor, mode if mode is not None else 0o666 & ~_umask())
         if self._gid is not None:
             os.fchown(descriptor, -1, self._gid)
-
-
-def _with_hint(problem: Problem) -> Problem:
-    return Problem(problem.field, problem.reason, "give each of them a folder of its own, side by side")
 
 
 def _temporary(folder: str, claim: Claim, number: str) -> str:

@@ -85,6 +85,7 @@ class Watcher:
             InotifyConstants.IN_CLOSE_WRITE
             | InotifyConstants.IN_MOVED_TO
             | InotifyConstants.IN_CREATE
+            | InotifyConstants.IN_DELETE
             | InotifyConstants.IN_DELETE_SELF
             | InotifyConstants.IN_MOVE_SELF
             | InotifyConstants.IN_ONLYDIR

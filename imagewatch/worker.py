@@ -206,6 +206,8 @@ class Worker:
             outcome = self._closing.outcome(run.claim, decision)
             outcome = replace(outcome, trouble=run.trouble)
             self._closing.report(decision, self._clock() - run.began)
+        else:
+            self._spool.give_back(run.claim)  # without its prompt: somebody took that away, the images are theirs
         self._spool.forget(run.claim.job)
         return outcome
 
@@ -280,8 +282,11 @@ class Worker:
         if answered == attempt:
             return None  # there is an answer after all
         sink = run.record.sink(attempt)
-        sink.start(Head(status=0, at=self._clock()))
-        sink.finish(Tail(complete=False, reason=reason, at=self._clock()))
+        try:
+            sink.start(Head(status=0, at=self._clock()))
+            sink.finish(Tail(complete=False, reason=reason, at=self._clock()))
+        finally:
+            sink.close()
         return None
 
     def _sent(self, request: Request) -> Sent:

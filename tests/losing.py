@@ -280,8 +280,7 @@ class LosingDisk(SteppingDisk):
     def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
         file = super().create(path, mode)
         self._put(path, _File())
-        self._stepped()
-        return file
+        return self._opened(file)
 
     def symlink(self, text: str, path: str) -> None:
         super().symlink(text, path)
@@ -345,8 +344,14 @@ class LosingDisk(SteppingDisk):
         return gone
 
     def append(self, path: str) -> IO[bytes]:
-        file = super().append(path)
-        self._stepped()
+        return self._opened(super().append(path))
+
+    def _opened(self, file: IO[bytes]) -> IO[bytes]:
+        try:
+            self._stepped()
+        except PowerCut:
+            file.close()
+            raise
         return file
 
     # The model

@@ -148,17 +148,31 @@ def test_what_goes_back_to_the_inbox_was_free_for_certain(everything):
     }
 
 
+def complete(e):
+    """Whether all of a claim that is not over lies where it should."""
+    return e.recorded and not e.over and e.claimed and not e.missing
+
+
+@pytest.mark.parametrize("reaction", [Reaction.UNREACHED, Reaction.ACCOUNT, Reaction.BUSY])
+def test_a_job_that_was_given_back_is_forgotten_and_shows_no_error(reaction):
+    for blamed in (True, False):
+        e = Evidence(recorded=True, sent=1, answered=1, reaction=reaction, blamed=blamed, attempts_left=False)
+        assert next_step(e) is Step.FORGET
+
+
+def test_a_job_that_was_half_given_back_is_gathered_again_before_its_end(possible):
+    half = {step for e, step in possible if e.recorded and not e.over and e.claimed and e.missing and e.reaction}
+    assert half <= {Step.GATHER, Step.READ, Step.PUBLISH, Step.REJECT}
+
+
 def test_an_account_level_refusal_is_shown_by_one_job(possible):
-    told = {(e.blamed, step) for e, step in possible if e.recorded and not e.over and e.reaction is Reaction.ACCOUNT}
+    refused = [(e, step) for e, step in possible if complete(e) and e.reaction is Reaction.ACCOUNT]
+    told = {(e.blamed, step) for e, step in refused}
     assert told == {(True, Step.REFUSE), (False, Step.GIVE_BACK)}
 
 
 def test_a_busy_answer_is_refused_when_the_attempts_are_spent(possible):
-    spent = {
-        step
-        for e, step in possible
-        if e.recorded and not e.over and e.reaction is Reaction.BUSY and not e.attempts_left
-    }
+    spent = {step for e, step in possible if complete(e) and e.reaction is Reaction.BUSY and not e.attempts_left}
     assert spent == {Step.REFUSE}
 
 

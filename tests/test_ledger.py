@@ -1,0 +1,151 @@
+"""The ledger: one row for each attempt, whatever dies."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from imagewatch.errors import SpoolError
+from imagewatch.ledger import Ledger, Row
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+WRITER = """
+import sys
+from imagewatch.ledger import Ledger, Row
+ledger = Ledger(sys.argv[1])
+for number in range(1, 100_000):
+    ledger.write(Row(job="a" * 16, attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
+    print(number, flush=True)
+"""
+
+
+def row(job: str = "a" * 16, attempt: int = 1, **fields: Any) -> Row:
+    given = {"outcome": "made", "charged": "yes", "credits": 5.0, "claimed_at": 1.0, **fields}
+    return Row(job=job, attempt=attempt, source="cat.prompt.txt", **given)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    return str(tmp_path / "ledger.sqlite3")
+
+
+@pytest.fixture
+def ledger(path: str) -> Iterator[Ledger]:
+    with contextlib.closing(Ledger(path)) as opened:
+        yield opened
+
+
+def test_a_row_comes_back_as_it_was_written(ledger: Ledger) -> None:
+    written = row(message="naïve", sent_at=2.5, provider="flux", got=1)
+    ledger.write(written)
+    (found,) = ledger.rows()
+    assert found == {name: getattr(written, name) for name in Row.__struct_fields__}
+
+
+def test_the_same_attempt_again_replaces_its_row(ledger: Ledger) -> None:
+    ledger.write(row(got=0))
+    ledger.write(row(got=1))
+    assert [found["got"] for found in ledger.rows()] == [1]
+    assert ledger.totals() == {"made": 1, "refused": 0, "unknown": 0, "credits": 5.0}
+
+
+def test_another_attempt_and_another_job_have_rows_of_their_own(ledger: Ledger) -> None:
+    ledger.write(row(attempt=1, outcome="busy", charged="no", credits=None))
+    ledger.write(row(attempt=2))
+    ledger.write(row(job="b" * 16, outcome="unknown", charged="unknown", credits=None))
+    assert [(found["job"][0], found["attempt"]) for found in ledger.rows()] == [("a", 1), ("a", 2), ("b", 1)]
+    assert ledger.totals() == {"made": 1, "refused": 0, "unknown": 1, "credits": 5.0}
+
+
+def test_a_name_that_is_not_text_does_not_stop_a_row(ledger: Ledger) -> None:
+    ledger.write(row(message="caf\udce9"))
+    assert "caf" in ledger.rows()[0]["message"]
+
+
+@pytest.mark.parametrize("wrong", [{"outcome": "guessed"}, {"charged": "maybe"}])
+def test_words_that_are_not_the_ledgers_are_refused(ledger: Ledger, wrong: dict[str, str]) -> None:
+    with pytest.raises(SpoolError):
+        ledger.write(row(**wrong))
+    assert ledger.rows() == []
+
+
+def test_what_was_written_is_there_at_the_next_start(path: str) -> None:
+    with contextlib.closing(Ledger(path)) as first:
+        first.write(row())
+    with contextlib.closing(Ledger(path)) as second:
+        assert len(second.rows()) == 1
+
+
+def test_several_threads_write_at_once(ledger: Ledger) -> None:
+    def write(letter: str) -> None:
+        for number in range(1, 26):
+            ledger.write(row(job=letter * 16, attempt=number))
+
+    threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(ledger.rows()) == 100
+
+
+def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for _ in range(50):
+            process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+        told = 50 + len(process.stdout.read().split())
+    with contextlib.closing(Ledger(path)) as ledger:
+        attempts = [found["attempt"] for found in ledger.rows()]
+        assert attempts == list(range(1, len(attempts) + 1))
+        assert len(attempts) >= told - 1  # of the last number told perhaps only a digit was
+        ledger.write(row(job="b" * 16))
+
+
+def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
+    Ledger(path).close()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA user_version = 2")
+    with pytest.raises(SpoolError, match="newer imagewatch") as caught:
+        Ledger(path)
+    assert caught.value.hint == "run the newer version"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+
+
+def test_a_file_that_is_no_ledger_is_refused_and_kept(path: str) -> None:
+    content = b"this is no database, but it may be somebody's " * 100
+    with open(path, "wb") as file:
+        file.write(content)
+    with pytest.raises(SpoolError, match="the ledger cannot be used") as caught:
+        Ledger(path)
+    assert "must not be deleted" in caught.value.hint
+    with open(path, "rb") as file:
+        assert file.read() == content
+
+
+def test_a_damaged_page_is_noticed_when_it_is_read(path: str) -> None:
+    with contextlib.closing(Ledger(path)) as ledger:
+        for number in range(1, 400):
+            ledger.write(row(attempt=number, message="x" * 100))
+    with open(path, "r+b") as file:
+        file.seek(4096)
+        file.write(b"\xff" * 4096 * 8)
+    with pytest.raises(SpoolError), contextlib.closing(Ledger(path)) as ledger:
+        ledger.rows()
+
+
+def test_a_folder_that_is_gone_is_our_disks_fault(tmp_path: Path) -> None:
+    with pytest.raises(SpoolError):
+        Ledger(str(tmp_path / "gone" / "ledger.sqlite3"))
