@@ -44,6 +44,22 @@ def ours(path: str, doing: str) -> Iterator[None]:
         raise SpoolError(message, path=path, code=code, hint=_hint(code)) from error
 
 
+@contextlib.contextmanager
+def closing(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
+    """Close a file of ours at the end of a block.
+
+    ``close`` writes what is buffered: after a failure it would fail once more, and hide what happened.
+    """
+    try:
+        yield file
+    except BaseException:
+        with contextlib.suppress(OSError):
+            file.close()
+        raise
+    with ours(path, "write"):
+        file.close()
+
+
 def _hint(code: int) -> str:
     if code in _FULL:
         return "make room; the work goes on by itself"
@@ -162,17 +178,15 @@ class Disk:
         """
         temporary = temporary or path + ".tmp"
         self.unlink(temporary)
-        file = self.create(temporary, mode)
         try:
-            with ours(path, "write"):
-                yield file
-            self.sync(file, path)
+            with closing(self.create(temporary, mode), path) as file:
+                with ours(path, "write"):
+                    yield file
+                self.sync(file, path)
         except BaseException:
-            file.close()
             with contextlib.suppress(SpoolError):
                 self.unlink(temporary)
             raise
-        file.close()
         self.replace(temporary, path)
 
     def write(self, path: str, content: bytes) -> None:
@@ -245,7 +259,7 @@ class Disk:
     def _copy(self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None) -> None:
         self.unlink(temporary)
         try:
-            with self.create(temporary, 0o644) as copy:
+            with closing(self.create(temporary, 0o644), target) as copy:
                 with ours(target, "write"):
                     file.seek(0)
                     shutil.copyfileobj(file, copy, _COPY_BYTES)
@@ -271,7 +285,7 @@ class Disk:
         """
         self.unlink(temporary)
         try:
-            with self.create(temporary, 0o644) as file:
+            with closing(self.create(temporary, 0o644), target) as file:
                 with ours(target, "write"):
                     file.write(content)
                     file.flush()
@@ -295,7 +309,7 @@ class Disk:
         path = os.path.join(folder, name)
         self.unlink(path)
         try:
-            with self.create(path) as file:
+            with closing(self.create(path), folder) as file:
                 with ours(folder, "write"):
                     file.write(b"imagewatch was here\n")
                 self.sync(file, folder)
@@ -354,7 +368,12 @@ def _readable(path: str) -> IO[bytes] | None:
 
 
 def _open(path: str) -> IO[bytes]:
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    try:
+        return os.fdopen(descriptor, "rb")
+    except OSError:  # a folder
+        os.close(descriptor)
+        raise
 
 
 def _same(file: IO[bytes], target: str) -> bool:

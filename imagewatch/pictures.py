@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING
 import structlog
 
 from imagewatch.client import Client, FetchError, bare
-from imagewatch.durable import Disk, ours
+from imagewatch.durable import Disk, closing, ours
 from imagewatch.images import Image, foreign, inspect
 from imagewatch.reading import Got, Reading, read
 from imagewatch.text import printable
@@ -168,7 +168,7 @@ class _Ours:
 
     def close(self) -> None:
         if not self._file.closed:
-            with self._file:
+            with closing(self._file, self._path):
                 self._disk.sync(self._file, self._path)
 
 

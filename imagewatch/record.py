@@ -20,7 +20,7 @@ import os
 import re
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from imagewatch.durable import Disk, ours
+from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import SpoolError
 from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
 
@@ -191,7 +191,7 @@ class Record:
     def bank_partial(self, attempt: int, tail: Tail) -> None:
         """Close what came of an answer and bank it as it is; if only its name was missing, it is whole."""
         part = self.path(f"answer.{attempt}.part")
-        with self._disk.append(part) as file, ours(part, "bank the answer"):
+        with closing(self._disk.append(part), part) as file, ours(part, "bank the answer"):
             if not _has_tail(file):
                 file.write(b"\n" + dump(tail))
             self._disk.sync(file, part)

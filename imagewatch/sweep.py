@@ -211,7 +211,7 @@ class Sweep:
             self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
         else:
             images, foreign = tuple(dropped.images), tuple(dropped.foreign)
-            seen.ready.append(Candidate(key, images, foreign, looks, changed, declared=False))
+            self._take(seen, Candidate(key, images, foreign, looks, changed, declared=False))
 
     def _unusable(self, path: str, status: os.stat_result) -> str:
         if not stat.S_ISREG(status.st_mode):
@@ -239,7 +239,16 @@ class Sweep:
                 self._inputs_since.setdefault(key, now)
                 self._wait(seen, path, f"its images are quiet for {left:.1f} more seconds", left)
                 return
-        seen.ready.append(Candidate(key, declared, (), looks, changed, declared=True))
+        self._take(seen, Candidate(key, declared, (), looks, changed, declared=True))
+
+    def _take(self, seen: Seen, candidate: Candidate) -> None:
+        """Note a candidate, unless it has an image that could be neither sent nor moved to another file system."""
+        for name in (*candidate.images, *candidate.foreign):
+            path = os.path.join(self._inbox, candidate.key[0], name)
+            if os.path.isfile(path) and not os.path.islink(path) and not os.access(path, os.R_OK):
+                seen.ignored[candidate.source] = f"the daemon may not read {printable(name, 255)}"
+                return
+        seen.ready.append(candidate)
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
         """Tell whether images are complete by their own structure, so that nobody is still writing them."""

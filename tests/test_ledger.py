@@ -24,7 +24,7 @@ import sys
 from imagewatch.ledger import Ledger, Row
 ledger = Ledger(sys.argv[1])
 for number in range(1, 100_000):
-    ledger.write(Row(job="a" * 16, attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
+    ledger.write(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
     print(number, flush=True)
 """
 
@@ -130,7 +130,7 @@ def test_a_file_that_is_no_ledger_is_refused_and_kept(path: str) -> None:
         file.write(content)
     with pytest.raises(SpoolError, match="the ledger cannot be used") as caught:
         Ledger(path)
-    assert "must not be deleted" in caught.value.hint
+    assert "do not delete it" in caught.value.hint
     with open(path, "rb") as file:
         assert file.read() == content
 

@@ -381,15 +381,16 @@ def nobody(sandbox):
         shutil.rmtree(folder)
 
 
-def test_an_input_that_may_not_be_read_is_refused(nobody, sandbox):
+def test_a_prompt_with_an_image_that_may_not_be_read_stays_where_it_is(nobody, sandbox):
     (nobody.inbox / "x.png").write_bytes(IMAGE)
     (nobody.inbox / "x.png").chmod(0)
     nobody.prompt("x", "a cat")
-    nobody.work()
-    assert nobody.error("x")["message"].startswith("x.png: cannot be read: Permission denied")
-    assert nobody.names("errors") == ["x.error.toml", "x.png", "x.prompt.txt"]
-    assert nobody.leftovers() == []
+    assert nobody.work() == []
+    assert nobody.names("inbox") == ["x.png", "x.prompt.txt"]
     assert sandbox.report()["requests"] == 0
+    (nobody.inbox / "x.png").chmod(0o600)
+    nobody.work()
+    assert nobody.receipt("x")["inputs"][0]["file"] == "x.png"
 
 
 def test_a_prompt_that_may_not_be_read_stays_where_it_is(nobody, sandbox):
