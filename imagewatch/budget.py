@@ -86,6 +86,11 @@ class Budget:
         window = _MINUTE / min(limits.requests_per_minute or 1, 1)
         self._recent = books.sent_since(clock() - window)
 
+    def change(self, limits: Limits) -> None:
+        """Take other caps; what is in flight stays counted."""
+        with self._lock:
+            self._limits = limits
+
     def reserve(self, job: str, provider: str) -> Refusal | None:
         """Set aside what a request may cost; ``settle`` ends that.
 

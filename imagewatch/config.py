@@ -135,8 +135,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         concurrency: Requests at the same time.
         requests_per_minute: Requests begun in a minute; 0 is off.
-        credits_per_day: Credits in 24 hours; 0 is off.
-        credits_per_month: Credits in a month; 0 is off.
+        credits_per_day: Credits in a day, by UTC; 0 is off.
+        credits_per_month: Credits in a calendar month, by UTC; 0 is off.
         assumed_credits: Credits reserved for a request whose price is not known yet.
         burst: More new prompts at once than this are held until released; 0 is off.
         providers: Providers that may be asked.

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import __version__
+from imagewatch.budget import Budget
 from imagewatch.client import Client
 from imagewatch.durable import Disk
 from imagewatch.errors import ConfigError, SpoolError
@@ -166,6 +167,7 @@ class Daemon:
             try:
                 self._spool.prepare()
                 self._ledger = Ledger(os.path.join(self._spool.state, "ledger.sqlite3"))
+                self._budget = Budget(self._ledger, self._config.limits, self._clock)
                 self._assemble(self._config)
                 with ThreadPoolExecutor(64, thread_name_prefix="worker") as self._pool:
                     try:
@@ -187,6 +189,7 @@ class Daemon:
             self._ledger,
             config,
             blame=self._holds.blame,
+            budget=self._budget,
             clock=self._clock,
             jitter=random,
         )
@@ -510,6 +513,7 @@ class Daemon:
                     "not reloaded; the old configuration stays", reason=f"a changed [{fixed[0]}] needs a restart"
                 )
                 return
+            self._budget.change(config.limits)
             self._assemble(config)
         except ConfigError as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))

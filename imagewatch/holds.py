@@ -21,7 +21,7 @@ class Hold:
     """One reason to wait.
 
     Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk`` or ``busy``.
+        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk``, ``cap``, ``rate`` or ``busy``.
         message: What was said.
         since: Monotonic time of the last refusal, seconds.
         until: Monotonic time of the next probe, seconds.
@@ -36,8 +36,8 @@ class Hold:
 
     @property
     def brief(self) -> bool:
-        """Whether it ends by itself: the endpoint is only busy."""
-        return self.kind == "busy"
+        """Whether it ends by itself soon: the endpoint is busy, or we are to be slow."""
+        return self.kind in {"busy", "rate"}
 
 
 class Holds:

@@ -20,7 +20,7 @@ class Trouble:
     """Something that concerns every request, not only this one.
 
     Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable`` or ``busy``.
+        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``cap``, ``rate`` or ``busy``.
         message: What was said.
         seconds: How long it wants us to wait, or None.
     """

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import structlog
 
+from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
 from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Problem, SpoolError, Unavailable
 from imagewatch.job import Claim, Head, Reaction, Sent, Tail
@@ -74,9 +75,10 @@ class Worker:
         clock: Wall clock, seconds since the epoch.
         jitter: Random numbers from 0 to 1.
         wait: Waits some seconds between two tries to fetch a picture.
+        budget: What may be spent; given by whoever keeps it across a change of the configuration.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  the parts, and what a test replaces
         self,
         spool: Spool,
         client: Client,
@@ -87,10 +89,12 @@ class Worker:
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: 0.5,
         wait: Callable[[float], object] | None = None,
+        budget: Budget | None = None,
     ) -> None:
         self._spool = spool
         self._client = client
         self._config = config
+        self._budget = budget or Budget(ledger, config.limits, clock)
         self._blame = blame
         self._clock = clock
         self._jitter = jitter
@@ -139,7 +143,10 @@ class Worker:
 
     def _carry(self, run: Run) -> Outcome:
         with structlog.contextvars.bound_contextvars(job=run.claim.job, source=run.claim.source):
-            return self._steps(run)
+            outcome = self._steps(run)
+        # Not when our disk failed: then the ledger may not have the row yet.
+        self._budget.settle(run.claim.job)
+        return outcome
 
     def _steps(self, run: Run) -> Outcome:
         for _ in range(_MOST_STEPS):
@@ -252,6 +259,9 @@ class Worker:
             if not run.resumed:
                 return self._later(run, verdict)
         assert run.request is not None
+        refusal = self._budget.reserve(run.claim.job, run.request.fields["provider"])
+        if refusal is not None:
+            return self._unaffordable(run, refusal)
         run.resumed = False
         attempt = run.evidence.sent + 1
         sent = self._sent(run.request)
@@ -273,6 +283,13 @@ class Worker:
                 run.trouble = Trouble("unreachable", str(error))
             return self._unsent(run, attempt, str(error))
         return None
+
+    def _unaffordable(self, run: Run, refusal: Refusal) -> Outcome:
+        """Deal with a request that a cap forbids: a short wait stays claimed, a long one goes back to the inbox."""
+        run.trouble = Trouble(refusal.kind, refusal.message, refusal.seconds)
+        if refusal.kind == "cap":
+            return self._give_back(run)
+        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=refusal.seconds, trouble=run.trouble)
 
     def _unsent(self, run: Run, attempt: int, reason: str) -> Outcome | None:
         """Deal with a request that provably never left whole: write the proof, if it had begun to."""
