@@ -359,15 +359,6 @@ def _is_text(section: str, struct: type[msgspec.Struct], key: str) -> bool:
     return all(isinstance(one, texts) for one in kinds)
 
 
-def _choices(kind: object) -> str:
-    """Return the words that a key takes, as a hint, or an empty string when it takes others than words."""
-    info = msgspec.inspect.type_info(kind)
-    kinds = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
-    items = [one.item_type if isinstance(one, msgspec.inspect.VarTupleType) else one for one in kinds]
-    words = [word for one in items if isinstance(one, msgspec.inspect.LiteralType) for word in one.values]
-    return f"known: {', '.join(map(str, words))}" if words else ""
-
-
 def _value(text: str) -> object:
     """Return the TOML value that a variable spells, else the text itself."""
     table, problem = _parse(f"value = {text}")
@@ -553,9 +544,8 @@ class _Draft:
             else:
                 sound[key] = value
         result, problems = check(sound, struct, f"{where}.")
-        choices = {f"{where}.{field.name}": _choices(field.type) for field in msgspec.structs.fields(struct)}
         for one in problems:
-            self._wrong(one.field, one.reason, one.hint or choices.get(one.field, ""))
+            self._wrong(one.field, one.reason, one.hint)
         return result
 
     def _path(self, path: str, field: str) -> str:

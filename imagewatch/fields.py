@@ -7,7 +7,8 @@ edits a file over a slow share sees all mistakes in one go. Pure.
 from __future__ import annotations
 
 import difflib
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+import re
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -73,8 +74,42 @@ def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S
         try:
             values[key] = msgspec.convert(value, types[key], strict=True)
         except msgspec.ValidationError as error:
-            problems.append(Problem(f"{where}{key}", f"{error}, got {shown(value)}"))
+            problems.append(Problem(f"{where}{key}", _told(error, types[key], value)))
     return struct(**values), problems
+
+
+_KINDS = {
+    "int": "a whole number",
+    "float": "a number",
+    "str": "text",
+    "bool": "true or false",
+    "array": "a list",
+    "object": "a table",
+}
+_BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
+
+
+def _told(error: msgspec.ValidationError, kind: object, value: object) -> str:
+    """Return what msgspec says in words for somebody who never heard of types."""
+    words = _words(kind)
+    if words:
+        return f"must be {'some' if isinstance(value, list) else 'one'} of {', '.join(words)}, not {shown(value)}"
+    said = re.match(r"Expected `(\w+)(?: \| null)?`( of length)?(?: ([<>]=?) ([\d.]+))?", str(error))
+    if said is None:
+        return f"{error}, not {shown(value)}"
+    wanted = _KINDS.get(said[1], said[1])
+    if said[3]:
+        bound = f"{_BOUNDS[said[3]]} {said[4].removesuffix('.0')}"
+        wanted += f" of {bound} characters" if said[2] else f" of {bound}"
+    within = " in the list" if "`$[" in str(error) else ""
+    return f"must be {wanted}{within}, not {shown(value)}"
+
+
+def _words(kind: object) -> list[str]:
+    """Return the words that a type allows, wherever they stand in it."""
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    return [word for inner in get_args(kind) for word in _words(inner)]
 
 
 def shown(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -35,6 +36,7 @@ class KillingDisk(SteppingDisk):
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     log.configure("error", "json")
     disk = KillingDisk(int(sys.argv[1]))
     Daemon(load(None, os.environ), os.environ, disk=disk, once=True).run()

@@ -615,8 +615,8 @@ def test_a_variable_reaches_a_preset_of_the_file_in_its_own_spelling(write):
     [
         ("IMAGEWATCH_LIMIT__CONCURRENCY", "2", '"limits"'),
         ("IMAGEWATCH_LIMITS__CONCURENCY", "2", "IMAGEWATCH_LIMITS__CONCURRENCY"),
-        ("IMAGEWATCH_LIMITS__CONCURRENCY", "many", "Expected"),
-        ("IMAGEWATCH_LIMITS__CONCURRENCY", "2\nmax_n = 1", "Expected"),
+        ("IMAGEWATCH_LIMITS__CONCURRENCY", "many", "must be a whole number, not 'many'"),
+        ("IMAGEWATCH_LIMITS__CONCURRENCY", "2\nmax_n = 1", "must be a whole number"),
         ("IMAGEWATCH_LIMITS__CREDITS_PER_DAY", "nan", "finite"),
         ("IMAGEWATCH_PRESETS__DRAFT", "1", "names no key"),
         ("IMAGEWATCH_PRESETS__DRAFT__SEEDS", "1", "IMAGEWATCH_PRESETS__DRAFT__SEED"),

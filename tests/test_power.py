@@ -10,19 +10,20 @@ left of *their* work is noted as well: two cuts at any two moments, in any two w
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import sqlite3
 import tomllib
 from collections import deque
 from dataclasses import dataclass, field, replace
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import structlog
 from conftest import Folders
 from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
-from losing import Image, Losing, LosingDisk, PowerCut
+from losing import Image, Losing, LosingDisk, PowerCut, SteppingDisk
 
 from imagewatch import pictures
 from imagewatch.closing import Closing
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
+    from imagewatch.sweep import Candidate
+
+T = TypeVar("T")
 _PROBING = ".iw-probe"
 """Cuts while a start probes the folders are left to the tests with real cuts: no job has any part in that."""
 BUSY = Reply(429, b'{"message": "slow down"}', (("retry-after", "0"),), paid=False)
@@ -201,7 +205,7 @@ class Stage:
         self.runs += 1
         spool = Spool(self.config, self.disk)
         spool.new_job = self._new_job  # type: ignore[method-assign]
-        spool.prepare()
+        _again(spool.prepare)
         endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
         worker = Worker(
             spool,
@@ -213,19 +217,23 @@ class Stage:
             wait=lambda _: None,
         )
         for job in spool.unfinished():
-            outcome = worker.process(job, resumed=True)
-            while outcome.end is End.LATER:
-                outcome = worker.process(job, resumed=True)
+            self._carry(worker, job)
         sweep = Sweep(spool.inbox, self.config.inbox)
         while ready := sweep.look(AT, AT).ready:
-            ends = set()
-            for candidate in ready:
-                outcome = worker.start(candidate.claim(spool.new_job(), AT))
-                while outcome.end is End.LATER:
-                    outcome = worker.process(outcome.job, resumed=True)
-                ends.add(outcome.end)
-            if End.OVER not in ends:
+            if {self._start(worker, spool.new_job(), candidate) for candidate in ready} == {End.RETURNED}:
                 break
+
+    def _start(self, worker: Worker, job: str, candidate: Candidate) -> End:
+        try:
+            outcome = worker.start(candidate.claim(job, AT))
+        except SpoolError:
+            return self._carry(worker, job)
+        return self._carry(worker, job) if outcome.end is End.LATER else outcome.end
+
+    def _carry(self, worker: Worker, job: str) -> End:
+        while (outcome := _again(lambda: worker.process(job, resumed=True))).end is End.LATER:
+            pass
+        return outcome.end
 
     def _new_job(self) -> str:
         """Return the next id that nothing knows: the same each time this state is played."""
@@ -234,6 +242,14 @@ class Stage:
             known |= {path.name for path in top.iterdir()}
         ids = (hashlib.sha256(str(number).encode()).hexdigest()[:16] for number in range(1000))
         return next(job for job in ids if job not in known)
+
+
+def _again(work: Callable[[], T]) -> T:
+    """Do something, and once more if our disk fails, as the daemon does."""
+    try:
+        return work()
+    except SpoolError:
+        return work()
 
 
 class Audit:
@@ -444,6 +460,38 @@ def test_nor_when_it_goes_right_after_a_step(tmp_path: Path, losing: Losing) -> 
             with pytest.raises(PowerCut):
                 stage.play()
             stage.disk.come_back()
+            stage.play()
+            Audit(stage).check()
+
+
+class FailingDisk(LosingDisk):
+    """A disk on which one step fails, as a full disk does, and all is well again.
+
+    Attributes:
+        failing: Number of the step, from 1.
+    """
+
+    failing = 0
+
+    def step(self, what: str, path: str) -> None:
+        super().step(what, path)
+        if len(self.steps) == self.failing and what in DISK_STEPS:
+            raise SpoolError(f"{what} {path}: full", path=path, code=errno.ENOSPC)
+
+
+DISK_STEPS = {name for name in vars(SteppingDisk) if not name.startswith("_") and name != "step"}
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_a_disk_that_fails_once_at_any_step_costs_nothing_either(tmp_path: Path, name: str) -> None:
+    """The same process tries again, as the daemon does when there is room: nothing was undone, but nothing is new."""
+    with contextlib.closing(Stage(tmp_path, SCENES[name], FailingDisk)) as stage:
+        stage.restore(stage.begin)
+        stage.play()
+        for number in range(1, len(stage.disk.steps) + 1):
+            stage.disk = stage.new_disk()
+            stage.disk.failing = number  # type: ignore[attr-defined]
+            stage.restore(stage.begin)
             stage.play()
             Audit(stage).check()
 
