@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
-_FULL = {errno.ENOSPC, errno.EDQUOT}
+FULL = {errno.ENOSPC, errno.EDQUOT}
 _COPY_BYTES = 1 << 20
 
 
@@ -61,7 +61,7 @@ def closing(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
 
 
 def _hint(code: int) -> str:
-    if code in _FULL:
+    if code in FULL:
         return "make room; the work goes on by itself"
     if code in {errno.EACCES, errno.EPERM}:
         return "let the daemon's user write there"

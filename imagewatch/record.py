@@ -18,18 +18,22 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import threading
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from imagewatch.durable import Disk, closing, ours
+from imagewatch.durable import FULL, Disk, closing, ours
 from imagewatch.errors import SpoolError
 from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024
 _CHUNK_BYTES = 256 * 1024
+_PATIENCE = 1.0
+_MOST_PATIENCE = 600.0
+"""How long a full disk is waited for with the paid answer on the line, seconds."""
 _NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
 
 
@@ -74,14 +78,20 @@ class Answer:
 class Sink:
     """Where an answer is written while it comes in.
 
+    Args:
+        disk: Our disk.
+        path: The answer's final name.
+        wait: Waits some seconds, when the disk is full.
+
     Attributes:
         started: Whether the endpoint has begun to answer.
         written: Bytes of the body so far.
     """
 
-    def __init__(self, disk: Disk, path: str) -> None:
+    def __init__(self, disk: Disk, path: str, wait: Callable[[float], object]) -> None:
         self._disk = disk
         self._path = path
+        self._wait = wait
         self._file: IO[bytes] | None = None
         self.started = False
         self.written = 0
@@ -116,10 +126,18 @@ class Sink:
             self._file = None
 
     def _put(self, content: bytes) -> None:
+        """Append, if need be when there is room again: while we wait the endpoint waits, too."""
         assert self._file is not None
-        with ours(self._path, "bank the answer"):
-            self._file.write(content)
-            self._file.flush()
+        rest, waited = memoryview(content), 0.0
+        while rest:
+            try:
+                with ours(self._path, "bank the answer"):
+                    rest = rest[os.write(self._file.fileno(), rest) :]
+            except SpoolError as error:
+                if error.code not in FULL or waited >= _MOST_PATIENCE:
+                    raise
+                self._wait(_PATIENCE)
+                waited += _PATIENCE
 
 
 class Record:
@@ -171,9 +189,9 @@ class Record:
         """Return what was sent, or None."""
         return self._load(f"sent.{attempt}", Sent) if attempt else None
 
-    def sink(self, attempt: int) -> Sink:
-        """Return where the answer of an attempt goes."""
-        return Sink(self._disk, self.path(f"answer.{attempt}"))
+    def sink(self, attempt: int, wait: Callable[[float], object] = threading.Event().wait) -> Sink:  # noqa: B008
+        """Return where the answer of an attempt goes; ``wait`` is used while the disk is full."""
+        return Sink(self._disk, self.path(f"answer.{attempt}"), wait)
 
     def answer(self, attempt: int) -> Answer:
         """Return the banked answer of an attempt."""

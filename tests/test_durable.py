@@ -16,6 +16,8 @@ import pytest
 from imagewatch import durable
 from imagewatch.durable import Disk
 from imagewatch.errors import AlreadyRunning, SpoolError
+from imagewatch.job import Head, Tail
+from imagewatch.record import Answer, Sink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -491,3 +493,35 @@ class TestLock:
         os.symlink(in_a(tmp_path, "victim"), tmp_path / "lock")
         with pytest.raises(SpoolError):
             DISK.lock(str(tmp_path / "lock"))
+
+
+def test_a_paid_answer_that_finds_the_disk_full_waits_for_room_and_comes_whole(mount):
+    place = mount("size=256k")
+    filler = place / "filler"
+    filler.write_bytes(b"x" * 200_000)
+    waits: list[float] = []
+
+    def make_room(seconds: float) -> None:
+        waits.append(seconds)
+        if len(waits) == 3:
+            filler.unlink()
+
+    answer = bytes(range(256)) * 600
+    sink = Sink(Disk(), str(place / "answer.1"), make_room)
+    sink.start(Head(status=200))
+    sink.write(answer)
+    sink.finish(Tail(complete=True))
+    assert len(waits) == 3
+    assert b"".join(Answer(str(place / "answer.1")).chunks(1000)) == answer
+
+
+def test_a_disk_that_stays_full_is_reported_and_what_came_is_kept(mount):
+    place = mount("size=64k")
+    waits: list[float] = []
+    sink = Sink(Disk(), str(place / "answer.1"), waits.append)
+    sink.start(Head(status=200))
+    with pytest.raises(SpoolError, match="No space left"):
+        sink.write(b"x" * 200_000)
+    sink.close()
+    assert sum(waits) == 600
+    assert names(place) == ["answer.1.part"]
