@@ -8,6 +8,7 @@ and then finishes what was begun.
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import grp
 import os
@@ -82,12 +83,23 @@ class Spool:
             AlreadyRunning: Another one has them.
         """
         self.disk.make_folder(self.state)
+        self.disk.make_folder(self.inbox, mode=0o777)
         self._make_claims()
         for folder in (self.state, self.claims):
             self._locks.append(self.disk.lock(os.path.join(folder, "lock")))
 
     def _make_claims(self) -> None:
-        """Make the folder for claims; one that leads elsewhere would give the originals away."""
+        """Make the folder for claims, also in a replaced inbox; never the inbox, which may be unmounted.
+
+        A link in its place would give the originals away.
+        """
+        if not os.path.isdir(self.inbox):
+            raise SpoolError(
+                f"{printable(self.inbox)}: the inbox is gone",
+                path=self.inbox,
+                code=errno.ENOENT,
+                hint="restore the folder, or check that it is mounted",
+            )
         if os.path.islink(self.claims):
             raise SpoolError(f"{printable(self.claims)}: is a link", path=self.claims, hint="remove it")
         self.disk.make_folder(self.claims)
@@ -173,6 +185,7 @@ class Spool:
         Returns:
             False when the prompt was gone: it was cancelled.
         """
+        self._make_claims()
         record = self.record(claim.job)
         record.begin(claim)
         folder = self.claim_folder(claim.job)
@@ -402,6 +415,7 @@ class Spool:
 
         Whoever comes here has moved the originals on; what strangers put beside them stays.
         """
+        self._make_claims()
         self.disk.remove_folder(self.claim_folder(job))
         self.disk.sync_folder(self.claims)
         record = self.record(job)

@@ -19,6 +19,7 @@ from conftest import KEY, Station
 from scripted import Scripted, answer, drop, made, no_secret, over, paid, picture, refused
 
 from imagewatch import __version__
+from imagewatch.errors import SpoolError
 
 IMAGE = picture()
 
@@ -574,3 +575,22 @@ def test_folders_are_mirrored_behind_every_door(station, sandbox):
     assert station.names("archive") == ["a/b/x.prompt.txt"]
     assert station.receipt("a/b/x")["source"] == "a/b/x.prompt.txt"
     assert station.names("inbox") == []
+
+
+def test_a_job_whose_inbox_was_replaced_at_its_end_is_ended_in_the_new_one(station):
+    station.prompt("x", "a cat")
+    keep = station.spool.keep
+
+    def replaced(claim, decision):
+        keep(claim, decision)
+        shutil.rmtree(station.inbox)
+
+    station.spool.keep = replaced
+    with pytest.raises(SpoolError, match="the inbox is gone"):
+        station.work()
+    assert not station.inbox.exists()
+    station.inbox.mkdir()
+    (job,) = os.listdir(station.state / "jobs")
+    station.worker.process(job)
+    assert station.leftovers() == []
+    assert station.names("archive") == ["x.prompt.txt"]
