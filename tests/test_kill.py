@@ -1,6 +1,6 @@
 """The real process is killed before each of its changes to the disk, and the real process is started again.
 
-``IMAGEWATCH_ALL_KILLS=1`` tries every change; otherwise some sixty of them, evenly spread.
+``IMAGEWATCH_ALL_KILLS=1`` tries every change; otherwise some forty-five of them, evenly spread.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from endpoint import picture
 from imagewatch.sandbox import Sandbox
 
 RUNNER = str(Path(__file__).parent / "kill_runner.py")
-KILLS = 60
+KILLS = 45
 CONCURRENCY = 2
 
 PROMPTS = {
