@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 import tomllib
 from dataclasses import dataclass
-from typing import Any
 
 from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, shown
@@ -172,8 +171,3 @@ def _name_problem(name: str) -> str:
     if suffix_of(name) not in IMAGE_SUFFIXES:
         return f"is not a supported image ({', '.join(sorted(IMAGE_SUFFIXES))})"
     return ""
-
-
-def options_of(table: dict[str, Any]) -> Options:
-    """Return request options from a stored table, ignoring what is not one."""
-    return Options(**{name: table.get(name) for name in Options.__struct_fields__})

@@ -19,7 +19,6 @@ from imagewatch.prompt import (
     FrontMatter,
     Prompt,
     declared,
-    options_of,
     parse,
 )
 
@@ -416,10 +415,6 @@ def test_options_that_are_not_set_are_taken_from_below():
     lower = Options(n=3, provider="openai", seed=0)
     assert upper.over(lower) == Options(n=2, quality="low", provider="openai", seed=0)
     assert Options(seed=0).over(Options(seed=5)).seed == 0
-
-
-def test_options_come_back_from_a_stored_table_and_strangers_in_it_are_passed_over():
-    assert options_of({"n": 2, "seed": 5, "prompt": "x", "later": True}) == Options(n=2, seed=5)
 
 
 def test_a_faulty_key_is_left_at_its_default_and_the_others_are_taken():
