@@ -68,6 +68,13 @@ class Refusal:
     seconds: float
 
 
+def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime, datetime]]:
+    """Return beginning and end of the day and of the month of a time in seconds since the epoch, by UTC."""
+    day = datetime.fromtimestamp(now, tz=UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+    month = day.replace(day=1)
+    return (day, day + timedelta(days=1)), (month, (month + timedelta(days=32)).replace(day=1))
+
+
 class Budget:
     """Lets requests through, or says why not. Safe to use from several threads.
 
@@ -131,17 +138,10 @@ class Budget:
         return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
     def _over_cap(self, now: float, cost: float) -> Refusal | None:
-        moment = datetime.fromtimestamp(now, tz=UTC)
-        day = moment.replace(hour=0, minute=0, second=0, microsecond=0)
-        month = day.replace(day=1)
+        day, month = day_and_month(now)
         windows = (
-            ("limits.credits_per_day", self._limits.credits_per_day, day, day + timedelta(days=1)),
-            (
-                "limits.credits_per_month",
-                self._limits.credits_per_month,
-                month,
-                (month + timedelta(days=32)).replace(day=1),
-            ),
+            ("limits.credits_per_day", self._limits.credits_per_day, *day),
+            ("limits.credits_per_month", self._limits.credits_per_month, *month),
         )
         for rule, cap, begin, end in windows:
             if not cap:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from imagewatch import __version__
+from imagewatch import __version__, admin
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
+from imagewatch.holds import NEXT
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -52,17 +53,8 @@ def cli() -> None:
     """
 
 
-_config_option = click.option(
-    "--config",
-    "path",
-    metavar="FILE",
-    help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
-    "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
-)
-
-
 @cli.command()
-@_config_option
+@admin.config_option
 def run(path: str | None) -> None:
     """Watch the inbox until stopped (the daemon).
 
@@ -72,7 +64,7 @@ def run(path: str | None) -> None:
     from imagewatch.daemon import Daemon  # noqa: PLC0415
 
     def configured() -> Config:
-        config = _load(path)
+        config = admin.load(path)
         _configure_log(config)
         return config
 
@@ -80,7 +72,7 @@ def run(path: str | None) -> None:
 
 
 @cli.command()
-@_config_option
+@admin.config_option
 def once(path: str | None) -> None:
     """Make everything that is in the inbox, then end.
 
@@ -88,7 +80,7 @@ def once(path: str | None) -> None:
     """
     from imagewatch.daemon import Daemon  # noqa: PLC0415
 
-    config = _load(path)
+    config = admin.load(path)
     terminal = sys.stderr.isatty()
     _configure_log(config, level="error" if terminal else None)
     with _progress(shown=terminal) as bar:
@@ -97,25 +89,29 @@ def once(path: str | None) -> None:
     if terminal:
         for line in bar.story(config.folders.errors):
             click.echo(line, err=True)
-    if daemon.hold:
+    if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        click.echo(f"The queue is held ({printable(daemon.hold)}): {left}.", err=True)
+        click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
+        click.echo(f"  {NEXT[hold.kind]}", err=True)
     sys.exit(code)
 
 
 @cli.command()
-@_config_option
-def check(path: str | None) -> None:
-    """Say what the daemon would do, and why; change and send nothing.
+@admin.config_option
+@click.option("--balance", is_flag=True, help="Ask the endpoint what the account holds, too (free of charge).")
+def check(path: str | None, *, balance: bool) -> None:
+    """Say what the daemon would do, and why; change nothing, buy nothing.
 
     Looks at the configuration, the folders, the key (never shown) and every file in the inbox.
     """
     from imagewatch import explain  # noqa: PLC0415
 
-    config = _load(path)
+    config = admin.load(path)
     bad = 0
     for line in explain.settings(config, os.environ):
         bad += line.verdict == "bad"
+        _row(line.verdict, line.what, line.why)
+    for line in explain.balance(config, os.environ) if balance else ():
         _row(line.verdict, line.what, line.why)
     lines = list(explain.files(config))
     for line in lines:
@@ -194,6 +190,10 @@ def init(file: str) -> None:
     click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
 
 
+for command in (admin.status, admin.history, admin.estimate, admin.retry, admin.hold, admin.release):
+    cli.add_command(command)
+
+
 def main() -> NoReturn:
     """Run a command; translate every error into one line, a next action and an exit code."""
     for stream in (sys.stdout, sys.stderr):
@@ -235,12 +235,6 @@ def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if error.hint:
         click.echo(f"  {printable(error.hint)}", err=True)
     sys.exit(code)
-
-
-def _load(path: str | None) -> Config:
-    from imagewatch.config import find, load  # noqa: PLC0415
-
-    return load(find(path, os.environ, os.getcwd()), os.environ)
 
 
 def _configure_log(config: Config, level: str | None = None) -> None:

@@ -30,7 +30,7 @@ from imagewatch import __version__
 from imagewatch.errors import ConfigError, JobError, Problem, Unavailable
 from imagewatch.job import Head, Tail
 from imagewatch.text import printable
-from imagewatch.wire import PATH, Body, doubt
+from imagewatch.wire import BALANCE_PATH, PATH, Body, balance, doubt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -53,6 +53,8 @@ _KEPT_HEADERS = (
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
 _MOST_REDIRECTS = 3
+_BALANCE_SECONDS = 20.0
+_MOST_BALANCE_BYTES = 64 * 1024
 _SHORTEST_SECRET = 16
 
 
@@ -177,6 +179,30 @@ class Client:
         if attempt.incomplete:
             return Unavailable(f"the connection broke while the request was sent: {reason}", hint=_HINT_REACH)
         return doubt(f"the request was sent, but no answer came: {reason}")
+
+    def balance(self) -> dict[str, float]:
+        """Ask what the account holds, in credits. Optional: the route is not documented.
+
+        Raises:
+            ConfigError: There is no usable key.
+            Unavailable: It does not say.
+        """
+        key = self._read_key()
+        headers = {"authorization": f"Bearer {key.reveal()}", "accept": "application/json"}
+        url, body = self._endpoint.base_url + BALANCE_PATH, b""
+        with _Deadline(_BALANCE_SECONDS) as deadline:
+            try:
+                with self._post.stream("GET", url, headers=headers, timeout=_BALANCE_SECONDS) as response:
+                    for chunk in response.iter_raw():
+                        body += chunk
+                        if len(body) > _MOST_BALANCE_BYTES:
+                            break
+            except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
+                raise Unavailable(key.mask(deadline.reason or _reason(error))) from None
+        found = balance(body) if response.is_success else {}
+        if not found:
+            raise Unavailable(f"HTTP {response.status_code}")
+        return found
 
     def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
         """Fetch a picture, without the key.

@@ -5,6 +5,7 @@ Both can be written again without harm. Nothing here sends a request.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -105,11 +106,17 @@ class Closing:
 
     # Without a picture
 
-    def invalid(self, case: Case, problems: list[Problem]) -> None:
+    def redelivered(self, case: Case, twin: str) -> None:
+        """End a job whose files are those of a job that is over: nothing is sent, nothing is published."""
+        self._ledger.count_redelivery(twin, self._clock())
+        case.record.decide(Decision(door="away"))
+        _log.info("brought back, so not made again", finished=twin)
+
+    def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str]) -> None:
         """End a job that our own checks refuse: no call was made."""
         told = [printable(str(problem)) for problem in problems]
         message = told[0] if len(told) == 1 else f"{len(told)} problems: {told[0]} …"
-        self._write_row(case, "invalid", "no", message="; ".join(told))
+        self._write_row(case, "invalid", "no", message="; ".join(told), contents=contents)
         self._reject(case, {"message": message, "problems": told, "next": _NEXT["invalid"]}, "no")
 
     def busy(self, case: Case, verdict: Verdict) -> None:
@@ -154,7 +161,13 @@ class Closing:
         if base == claim.stem and any(move.name != move.source.partition("/")[2] for move in originals):
             base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
-        document = compose(case.course(self._clock()), charged=charged, top=top, billing=billing)
+        document = compose(
+            case.course(self._clock()),
+            charged=charged,
+            top=top,
+            billing=billing,
+            originals=[{"file": move.name, "dropped_as": move.source.partition("/")[2]} for move in originals],
+        )
         case.record.decide(Decision(door="errors", moves=moves, name=f"{base}.error.toml", document=document))
 
     # With pictures
@@ -294,6 +307,7 @@ class Closing:
         code: str = "",
         reading: Reading | None = None,
         got: int = 0,
+        contents: dict[str, str] | None = None,
     ) -> None:
         claim, sent = case.claim, case.sent
         row = Row(
@@ -310,6 +324,7 @@ class Closing:
             got=got,
             code=printable(code, 200),
             message=printable(message),
+            contents=json.dumps(contents) if contents else "",
             version=__version__,
             claimed_at=claim.at,
         )
@@ -322,7 +337,8 @@ def _sent(row: Row, sent: Sent | None) -> Row:
         return row
     return msgspec.structs.replace(
         row,
-        content_sha256=sent.content_sha256,
+        contents=json.dumps(sent.contents),
+        fields=json.dumps(sent.fields),
         prompt_sha256=sent.prompt_sha256,
         asked=sent.asked,
         endpoint=sent.endpoint,

@@ -23,15 +23,18 @@ import structlog
 from imagewatch import __version__
 from imagewatch.budget import Budget
 from imagewatch.client import Client
+from imagewatch.control import Control
 from imagewatch.durable import Disk
 from imagewatch.errors import ConfigError, SpoolError
+from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
-from imagewatch.key import read_key
+from imagewatch.key import key_stamp, read_key
 from imagewatch.ledger import Ledger
-from imagewatch.names import stem_of
+from imagewatch.names import SUFFIX, stem_of
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
 from imagewatch.spool import Spool
+from imagewatch.status import Status, line
 from imagewatch.sweep import Candidate, Key, Seen, Sweep
 from imagewatch.watcher import Watcher
 from imagewatch.worker import Worker
@@ -45,7 +48,6 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 5.0
 _REST = 10.0
 """A sweep that took a second is followed by ten seconds without one: looking costs a tenth of a core at most."""
-_DISK_SECONDS = 5.0
 _LONGEST_WAIT = 3600.0
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
@@ -87,11 +89,21 @@ Message = Changed | Lost | Signalled | Finished
 
 @dataclass
 class Later:
-    """A claimed job that has to wait."""
+    """A claimed job that has to wait.
+
+    Attributes:
+        job: Its id.
+        at: Monotonic time at which it is carried on, seconds.
+        key: Its stem, if its record can be read.
+        displaced: Whether a newer file of the same name is to go first, so that this one can go back.
+        fresh: Whether it may get further without a request; then it is carried on behind a hold, too.
+    """
 
     job: str
     at: float
-    source: str = ""
+    key: Key | None
+    displaced: bool = False
+    fresh: bool = True
 
 
 class Daemon:
@@ -134,7 +146,8 @@ class Daemon:
         self._now = monotonic
         self._mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._spool = Spool(config, disk or Disk())
-        self._holds = holds or Holds()
+        self._control = Control(config.folders.state, self._spool.disk)
+        self._gate = Gate(self._spool, self._control, holds or Holds(), clock, monotonic)
         self._notify = Notify(environ)
         self._watcher = Watcher(
             lambda folder, name, renamed: self._mailbox.put(Changed(folder, name, renamed)),
@@ -148,7 +161,6 @@ class Daemon:
         self._sweep_at = self._rested_at = 0.0
         self._left_out = False
         self._draining = False
-        self._disk_failed = False
         self.failed = 0
 
     # Running
@@ -168,6 +180,7 @@ class Daemon:
                 self._spool.prepare()
                 self._ledger = Ledger(os.path.join(self._spool.state, "ledger.sqlite3"))
                 self._budget = Budget(self._ledger, self._config.limits, self._clock)
+                self._status = Status(self._config, self._spool.disk, self._ledger, self._gate, self._clock, self._now)
                 self._assemble(self._config)
                 with ThreadPoolExecutor(64, thread_name_prefix="worker") as self._pool:
                     try:
@@ -188,21 +201,24 @@ class Daemon:
             self._client,
             self._ledger,
             config,
-            blame=self._holds.blame,
+            blame=self._gate.blame,
             budget=self._budget,
             clock=self._clock,
             jitter=random,
         )
         self._sweep = Sweep(self._spool.inbox, config.inbox)
         self._sweep_at = 0.0
+        self._gate.configure(config.limits, lambda: key_stamp(config.endpoint, self._environ))
 
     def _begin(self) -> None:
+        self._gate.start()
         self._start_watcher()
         for job in self._spool.unfinished():
             _log.info("recovering", job=job)
-            self._later.append(Later(job, 0.0))
+            self._later.append(Later(job, 0.0, self._spool.key(job)))
+        self._status.state = "once" if self._once else "running"
+        self._status.mode = mode = "native" if self._watcher.alive() else "poll"
         self._look()
-        mode = "native" if self._watcher.alive() else "poll"
         _log.info(
             "watching", inbox=self._spool.inbox, mode=mode, endpoint=self._config.endpoint.base_url, version=__version__
         )
@@ -216,7 +232,7 @@ class Daemon:
         except OSError as error:
             _log.warning("no change events; looking regularly instead", reason=str(error))
         else:
-            self._report_unwatched(self._watcher.watch([self._spool.inbox])[1])
+            self._report_unwatched(self._watcher.watch([self._spool.inbox, self._control.folder])[1])
 
     def _loop(self) -> None:
         while not self._mailbox.empty():  # a signal may have come before anything was begun
@@ -224,6 +240,7 @@ class Daemon:
         while not self._is_over():
             self._look_if_due()
             self._dispatch()
+            self._report()
             if not self._is_over():
                 self._take_messages()
 
@@ -234,7 +251,7 @@ class Daemon:
             return True
         if not self._once:
             return False
-        if self._disk_failed or self._holds.first() is not None:
+        if self._gate.disk_failed or self._gate.first() is not None:
             return True
         return not self._ready and not self._later and self._seen.due is None and self._now() < self._sweep_at
 
@@ -252,11 +269,15 @@ class Daemon:
             return _LONGEST_WAIT  # only workers are waited for
         now = self._now()
         times = [max(self._sweep_at, self._rested_at)]
-        hold = self._holds.waiting(now)
-        if hold is not None and (self._ready or self._later):
-            times.append(hold.until)
-        if self._slot(now):
+        if self._ready or self._later:
+            times.append(now + self._gate.patience())
+        if self._status.due is not None:
+            times.append(self._status.due)
+        in_flight = len(self._in_flight)
+        if self._gate.open(in_flight):
             times += [later.at for later in self._later]
+        elif self._gate.deliverable(in_flight):
+            times += [later.at for later in self._later if later.fresh]
         return min(max(min(times) - now, 0.001), _LONGEST_WAIT)
 
     def _take(self, message: Message) -> None:
@@ -278,6 +299,8 @@ class Daemon:
             self._take_messages()
         if self._once:
             self._look()  # what was given back lies in the inbox again
+        self._status.state = "stopped"
+        self._write_status()
         self._watcher.stop()
         self._client.close()
         self._ledger.close()
@@ -285,17 +308,16 @@ class Daemon:
     def _exit_code(self) -> int:
         if not self._once:
             return 0
-        if self._disk_failed:
+        if self._gate.disk_failed:
             return 74
-        if self._holds.first() is not None and (self._ready or self._seen.waiting or self._later):
+        if self._gate.first() is not None and (self._ready or self._seen.waiting or self._later):
             return 69
         return 1 if self.failed else 0
 
     @property
-    def hold(self) -> str:
-        """Why the queue is held, in words, or an empty string."""
-        hold = self._holds.first()
-        return f"{hold.kind}: {hold.message}" if hold else ""
+    def hold(self) -> Hold | None:
+        """Why the queue is held, if it is."""
+        return self._gate.first()
 
     @property
     def left(self) -> int:
@@ -306,21 +328,27 @@ class Daemon:
 
     def _look_if_due(self) -> None:
         now = self._now()
-        if not self._draining and now >= self._sweep_at and now >= self._rested_at:
+        if self._draining:
+            return
+        if now >= self._sweep_at and now >= self._rested_at:
             self._look()
+        elif self._gate.watches_key():
+            self._gate.look()
 
     def _look(self) -> None:
         began = self._now()
         try:
             self._seen = self._sweep.look(began, self._clock())
         except SpoolError as error:
-            self._hold("disk", error, _DISK_SECONDS)
-            self._sweep_at = self._now() + _DISK_SECONDS
+            self._gate.failed(error)
+            self._sweep_at = self._now() + DISK_SECONDS
             return
-        taken = set(self._in_flight.values())
+        taken = self._taken()
         self._ready = {candidate.key: candidate for candidate in self._seen.ready if candidate.key not in taken}
         self._left_out = len(self._ready) < len(self._seen.ready)
         self._tell_ignored()
+        self._heed()
+        self._status.last_sweep = self._clock()
         now = self._now()
         interval = self._config.inbox.rescan_seconds
         if not self._watcher.alive():
@@ -331,12 +359,30 @@ class Daemon:
         self._sweep_at = now + due
         self._rested_at = now + _REST * (now - began)
         if self._watcher.alive():
-            added, problems = self._watcher.watch(self._seen.folders)
+            added, problems = self._watcher.watch([*self._seen.folders, self._control.folder])
             self._report_unwatched(problems)
             if added:
                 self._sweep_at = now  # what was dropped before the watch began was seen by nobody
         self._on_seen(len(self._ready) + len(self._in_flight))
+        self._status.change()
         self._notify.send(WATCHDOG="1")
+
+    def _heed(self) -> None:
+        """Look at what commands have asked for, and at how many prompts came at once."""
+        changed = [candidate.changed_at for candidate in self._ready.values()]
+        self._gate.look(max(changed, default=0.0))
+        self._gate.count(changed)
+        for job in self._control.retries():
+            if self._spool.reopen(job):
+                _log.info("looking again at a paid answer", job=job)
+                self._later.append(Later(job, 0.0, self._spool.key(job)))
+            else:
+                _log.warning("no paid answer is kept of this job", job=job)
+            self._control.retried(job)
+
+    def _taken(self) -> set[Key | None]:
+        """Return the stems of which a job is at work or waits: the same files again are not another job yet."""
+        return {*self._in_flight.values(), *(later.key for later in self._later if not later.displaced)}
 
     def _tell_ignored(self) -> None:
         """Say once of each file that will not be taken why."""
@@ -351,6 +397,9 @@ class Daemon:
 
     def _changed(self, change: Changed) -> None:
         now = self._now()
+        if change.folder == self._control.folder:
+            self._sweep_at = now
+            return
         stem = stem_of(change.name)
         if stem is None:
             wait = 0.0 if self._sweep.waits_for_inputs() else self._config.inbox.settle_seconds
@@ -362,8 +411,9 @@ class Daemon:
         if change.renamed:
             self._sweep.arrived_whole(key, now)
             candidate = self._sweep.look_at(key, now, self._clock())
-            if candidate is not None and key not in self._in_flight.values():
+            if candidate is not None and key not in self._taken():
                 self._ready[key] = candidate
+                self._gate.count([other.changed_at for other in self._ready.values()])
                 return
         else:
             self._sweep.touch(key, now)
@@ -375,42 +425,21 @@ class Daemon:
         """Give workers what may be done now: first what is claimed already, then the oldest prompts."""
         now = self._now()
         for later in sorted(self._later, key=lambda job: job.at):
-            if self._draining or later.at > now or not self._slot(now):
+            if self._draining or later.at > now:
                 break
-            self._later.remove(later)
-            self._submit(later.job, None, functools.partial(self._worker.process, later.job, resumed=True))
-        while self._ready and not self._draining and self._slot(now) and self._room(now):
+            may_send = self._gate.open(len(self._in_flight))
+            if may_send or (later.fresh and self._gate.deliverable(len(self._in_flight))):
+                self._later.remove(later)
+                carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
+                self._submit(later.job, later.key, carry)
+        while self._ready and not self._draining and self._gate.open(len(self._in_flight)) and self._gate.room():
             candidate = self._ready.pop(next(iter(self._ready)))
-            if candidate.key in self._in_flight.values() or not self._sweep.unchanged(candidate):
+            if candidate.key in self._taken() or not self._sweep.unchanged(candidate):
                 self._sweep_at = now
                 continue
             job = self._spool.new_job()
             claim = candidate.claim(job, self._clock())
             self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
-
-    def _slot(self, now: float) -> bool:
-        """Tell whether another job may go to a worker."""
-        if self._holds.waiting(now) is not None:
-            return False
-        most = 1 if self._holds.probing() else self._config.limits.concurrency
-        return len(self._in_flight) < most
-
-    def _room(self, now: float) -> bool:
-        """Tell whether our disks can take another paid answer; if not, hold."""
-        try:
-            if self._holds.has("disk"):
-                self._spool.probe()
-            free = self._spool.free_bytes()
-            least = self._config.limits.min_free_bytes
-            if free >= least:
-                self._tell_released(self._holds.clear("disk"))
-                return True
-            message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
-            error = SpoolError(message, path=self._spool.state, hint="make room")
-        except SpoolError as failure:
-            error = failure
-        self._hold("disk", error, _DISK_SECONDS, now)
-        return False
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
         self._in_flight[job] = key
@@ -419,59 +448,62 @@ class Daemon:
         future.add_done_callback(lambda done: self._mailbox.put(Finished(job, began, done)))
 
     def _finished(self, message: Finished) -> None:
-        self._in_flight.pop(message.job, None)
+        key = self._in_flight.pop(message.job, None)
+        self._status.change()
         if self._left_out:
             self._sweep_at = 0.0  # a file of the same name was dropped meanwhile
         try:
             outcome = message.future.result()
         except SpoolError as error:
-            self._stuck(message.job, error)
+            self._stuck(message.job, key, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("a bug in imagewatch; please report it", job=message.job)
             self.failed += 1
             return
-        self._judge(outcome, message.began)
+        self._judge(outcome, key, message.began)
 
-    def _stuck(self, job: str, error: SpoolError) -> None:
+    def _stuck(self, job: str, key: Key | None, error: SpoolError) -> None:
         """A job met our own disk. It is tried again when a write probe succeeds; nothing is sent until then."""
         if error.code == 0:
             _log.error("stuck", job=job, reason=str(error), hint=error.hint)
             self.failed += 1
             return
-        self._hold("disk", error, _DISK_SECONDS)
-        self._later.append(Later(job, self._now() + _DISK_SECONDS))
+        self._gate.failed(error)
+        self._later.append(Later(job, self._now() + DISK_SECONDS, key))
 
-    def _judge(self, outcome: Outcome, began: float) -> None:
+    def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
-        now = self._now()
         if outcome.trouble is not None:
-            trouble = outcome.trouble
-            hold = self._holds.add(trouble.kind, trouble.message, now, trouble.seconds)
-            if hold.since == now:  # else it was known
-                _log.warning("held", kind=hold.kind, reason=hold.message, seconds=round(hold.until - now, 1))
+            self._gate.met(outcome.trouble)
         elif outcome.answered:
-            self._tell_released(self._holds.disproved(began))
+            self._gate.answered(began)
         if outcome.end is End.LATER:
-            self._later.append(Later(outcome.job, now + outcome.delay, outcome.source))
-        elif outcome.end is End.RETURNED:
-            self._sweep_at = now
+            fresh = outcome.displaced  # any other wait is for a request
+            self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh))
+        elif outcome.end in {End.RETURNED, End.REDELIVERED}:
+            self._sweep_at = self._now()
         elif outcome.end is End.OVER:
             self.failed += outcome.door == "errors"
             self._on_outcome(outcome)
 
-    def _hold(self, kind: str, error: SpoolError, seconds: float, now: float | None = None) -> None:
-        now = self._now() if now is None else now
-        self._disk_failed = True
-        known = self._holds.has(kind)
-        self._holds.add(kind, str(error), now, seconds)
-        if not known:
-            _log.error("held", kind=kind, reason=str(error), hint=error.hint, seconds=seconds)
+    # Telling
 
-    def _tell_released(self, ended: list[Hold]) -> None:
-        for hold in ended:
-            if not hold.brief:
-                _log.info("released", kind=hold.kind)
+    def _report(self) -> None:
+        if self._status.due is not None and self._now() >= self._status.due:
+            self._write_status()
+
+    def _write_status(self, **fields: str) -> None:
+        """Write the status file, and tell the service manager the same in one line and some fields more."""
+        sources = {job: "/".join(filter(None, key)) + SUFFIX if key else "" for job, key in self._in_flight.items()}
+        try:
+            page = self._status.write(self._seen, len(self._ready), sources)
+        except SpoolError as error:
+            _log.debug("no status written", reason=str(error))
+        else:
+            fields["STATUS"] = line(page)
+        if fields:
+            self._notify.send(**fields)
 
     # Signals
 
@@ -499,7 +531,8 @@ class Daemon:
             self._reconfigure()
             return
         self._draining = True
-        self._notify.send(STOPPING="1", STATUS=f"finishing {len(self._in_flight)} requests")
+        self._status.state = "stopping"
+        self._write_status(STOPPING="1")
         _log.info("stopping", signal=signal.Signals(number).name, in_flight=len(self._in_flight))
 
     def _reconfigure(self) -> None:
@@ -518,5 +551,4 @@ class Daemon:
         except ConfigError as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return
-        self._tell_released(self._holds.clear())
         _log.info("reloaded", source=config.source)

@@ -19,6 +19,7 @@ from imagewatch.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from imagewatch.holds import Hold
     from imagewatch.outcome import Outcome
 
 _PROMPTS = {
@@ -120,7 +121,7 @@ def _drop(inbox: str) -> None:
             file.write(text)
 
 
-def _told(story: Story, hold: str) -> list[str]:
+def _told(story: Story, hold: Hold | None) -> list[str]:
     """Return the end of the story: what is where, and what it cost."""
     lines = ["", click.style("What became of the six prompts", bold=True), ""]
     credits_spent = 0.0
@@ -140,10 +141,9 @@ def _told(story: Story, hold: str) -> list[str]:
         f"  prompts that were done {os.path.join(story.folder, 'archive')}",
     ]
     if hold:
-        kind, _, said = hold.partition(": ")
         lines += [
             "",
-            f"The queue is now held ({kind}): {printable(said)}.",
+            f"The queue is now held ({hold.kind}): {printable(hold.message)}.",
             "New prompts would wait in the inbox, unpaid.",
         ]
     lines += ["", "For real: imagewatch init, put a key into it, imagewatch run.", ""]

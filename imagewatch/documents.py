@@ -53,6 +53,7 @@ def compose(
     top: Mapping[str, object],
     images: Sequence[Mapping[str, object]] = (),
     billing: Mapping[str, object] | None = None,
+    originals: Sequence[Mapping[str, object]] = (),
 ) -> str:
     """Return the text of a receipt or an error file.
 
@@ -62,6 +63,7 @@ def compose(
         top: Keys of the top level that only this kind of document has; they come first.
         images: One table for each picture.
         billing: As received.
+        originals: One table for each file that was dropped, where the document lies beside them.
     """
     claim, sent, head = course.claim, course.sent, course.head
     document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
@@ -80,6 +82,8 @@ def compose(
         document["images"] = images
     if sent and sent.inputs:
         document["inputs"] = [_input(item) for item in sent.inputs]
+    if originals:
+        document["originals"] = originals
     return _written(_ordered(document))
 
 
@@ -95,9 +99,9 @@ def facts(document: str) -> dict[str, Any]:
 
 
 def with_files(document: str, moved: Mapping[str, str]) -> str:
-    """Return a receipt whose pictures have other names."""
+    """Return a document whose files have other names."""
     read = facts(document)
-    for table in read.get("images", []):
+    for table in (*read.get("images", []), *read.get("originals", [])):
         table["file"] = moved.get(table["file"], table["file"])
     return _written(read)
 

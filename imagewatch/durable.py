@@ -19,6 +19,7 @@ import functools
 import os
 import shutil
 import stat
+import threading
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.errors import AlreadyRunning, SpoolError
@@ -31,6 +32,8 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _COPY_BYTES = 1 << 20
+_LOCK_TRIES = 4
+_LOCK_SECONDS = 0.1
 
 
 @contextlib.contextmanager
@@ -163,6 +166,15 @@ class Disk:
                 raise
         return True
 
+    def touch(self, path: str) -> bool:
+        """Set a file's mtime to the present; tell whether we may. Links are not followed; none there is fine."""
+        with ours(path, "set its time"), contextlib.suppress(FileNotFoundError):
+            try:
+                os.utime(path, follow_symlinks=False)
+            except PermissionError:
+                return False
+        return True
+
     # The rest is made of the methods above.
 
     @contextlib.contextmanager
@@ -194,6 +206,14 @@ class Disk:
         with self.writing(path) as file:
             file.write(content)
         self.sync_folder(os.path.dirname(path))
+
+    def jot(self, path: str, content: bytes) -> None:
+        """Replace a small file that nobody needs after a crash. Whole for any reader, but not synced."""
+        temporary = path + ".tmp"
+        with ours(path, "write"):
+            with open(temporary, "wb") as file:
+                file.write(content)
+            os.replace(temporary, path)
 
     def carry(self, source: str, target: str, temporary: str, finish: Callable[[int], None] | None = None) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
@@ -277,6 +297,29 @@ class Disk:
         finally:
             self.unlink(temporary)
 
+    def adopt(self, path: str) -> None:
+        """Put a copy of our own in the place of a file that belongs to somebody else; other than files stay."""
+        file = _readable(path)
+        if file is None:
+            return
+        with file, self.writing(path, mode=os.fstat(file.fileno()).st_mode & 0o777) as copy:
+            shutil.copyfileobj(file, copy, _COPY_BYTES)
+
+    def same(self, path: str, other: str) -> bool:
+        """Tell whether two files have the same mtime and bytes; the other one is then durable."""
+        if not os.path.lexists(other):
+            return False
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(file) for file in (_readable(path), _readable(other)) if file is not None]
+            if len(files) < 2:  # noqa: PLR2004  both
+                return False
+            mine, theirs = files
+            times = {os.fstat(file.fileno()).st_mtime_ns for file in files}
+            if len(times) > 1 or not _same(mine, other):
+                return False
+            self.sync(theirs, other)
+        return True
+
     def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None] | None) -> None:
         """Write a small file durably under a name that must be free; the same content there already is done.
 
@@ -316,8 +359,12 @@ class Disk:
         finally:
             self.unlink(path)
 
-    def lock(self, path: str) -> IO[bytes]:
+    def lock(self, path: str, wait: Callable[[float], object] = threading.Event().wait) -> IO[bytes]:  # noqa: B008
         """Take an exclusive lock that ends with the process.
+
+        Args:
+            path: The lock file; made if it is not there.
+            wait: Waits some seconds: ``locked`` has the lock for an instant, and is not somebody at work.
 
         Returns:
             The open file; the lock lasts as long as it does.
@@ -327,24 +374,50 @@ class Disk:
         """
         with ours(path, "open the lock"):
             file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise AlreadyRunning(
-                f"{printable(path)}: another imagewatch is at work here",
-                path=path,
-                hint="stop it first, or give this one other folders",
-            ) from None
-        except OSError as error:
-            file.close()
-            if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
-                with ours(path, "lock"):
+        for left in reversed(range(_LOCK_TRIES)):
+            try:
+                with _translated_lock(path):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except AlreadyRunning:
+                if not left:
+                    file.close()
                     raise
-            raise SpoolError(
-                f"{printable(path)}: this file system has no locks", path=path, code=error.errno or 0
-            ) from error
+                wait(_LOCK_SECONDS)
+            except SpoolError:
+                file.close()
+                raise
         return file
+
+
+@contextlib.contextmanager
+def _translated_lock(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        message = f"{printable(path)}: another imagewatch is at work here"
+        raise AlreadyRunning(message, path=path, hint="stop it first, or give this one other folders") from None
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
+            with ours(path, "lock"):
+                raise
+        message = f"{printable(path)}: this file system has no locks"
+        raise SpoolError(message, path=path, code=error.errno or 0) from error
+
+
+def locked(path: str) -> bool:
+    """Tell whether somebody has a lock, without taking it for longer than an instant."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        with ours(path, "look at the lock"):
+            raise
+    return False
 
 
 def _is_regular(path: str) -> bool:

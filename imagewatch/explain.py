@@ -5,17 +5,19 @@ Reads only; nothing is claimed, sent or created.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from imagewatch.errors import BadRequest, ConfigError
+from imagewatch.errors import BadRequest, ConfigError, Unavailable
 from imagewatch.key import key_file_problem, key_source, read_key
+from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.request import Files, Request, build
 from imagewatch.sweep import Candidate, Sweep
-from imagewatch.text import printable
+from imagewatch.text import printable, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -57,6 +59,35 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         source = key_source(config.endpoint, environ)
         warning = key_file_problem(config.endpoint.api_key_file) if config.endpoint.api_key_file else ""
         yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
+
+
+def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
+    """Ask the account for its balance, and name what may have been charged without anybody knowing.
+
+    The two together tell an admin whether a lost answer was paid for, if nothing else spends from the account.
+    """
+    from imagewatch.client import Client  # noqa: PLC0415  only here, and it is heavy
+
+    client = Client(config.endpoint, lambda: read_key(config.endpoint, environ))
+    try:
+        for name, credits_ in client.balance().items():
+            yield Line("ok", name.replace("_", " "), f"{credits_:,g} credits")
+    except Unavailable as error:
+        yield Line("wait", "balance", printable(f"not available ({error}); nothing else depends on it"))
+    except ConfigError:
+        yield Line("wait", "balance", "not available without a key")
+    finally:
+        client.close()
+    path = os.path.join(config.folders.state, "ledger.sqlite3")
+    if os.path.exists(path):
+        with contextlib.closing(Ledger(path)) as ledger:
+            yield from (_in_doubt(job) for job in ledger.jobs() if job["charged"] == "unknown")
+
+
+def _in_doubt(job: Mapping[str, Any]) -> Line:
+    sent = utc(job["sent_at"]).isoformat(" ", "seconds").removesuffix("+00:00") if job["sent_at"] else "?"
+    ids = f", request id {job['request_id']}" if job["request_id"] else ""
+    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent} UTC, job {job['job']}{ids}")
 
 
 def _folder(name: str, path: str) -> Line:

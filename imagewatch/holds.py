@@ -2,11 +2,13 @@
 
 A *hold* stops the whole queue for a reason that every request would meet: a rejected key, no credits, an endpoint
 that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over one job is
-sent as a probe; if that meets the same, the hold goes on for twice as long.
+sent as a probe; if that meets the same, the hold goes on for twice as long. A hold by hand or by the burst guard has
+no time: only a person ends it.
 """
 
 from __future__ import annotations
 
+import math
 import threading
 from dataclasses import dataclass
 
@@ -15,21 +17,40 @@ LONGEST_SECONDS = 900.0
 LONGEST_ASKED_SECONDS = 6 * 3600.0
 """However long an endpoint wants us to wait: a probe is free, and a wrong clock must not stop us for years."""
 
+NEXT = {
+    "key": "give imagewatch a valid key; a changed key file is noticed by itself, anything else needs a reload",
+    "credits": "add credits to the account; it is tried again by itself, or at once by: imagewatch release",
+    "quota": "wait for the quota to be renewed; it is tried again by itself",
+    "address": "correct base_url in the configuration, then reload",
+    "unreachable": "check the network and base_url; it is tried again by itself",
+    "disk": "look at the disk and the system log; it is tried again by itself",
+    "cap": "wait, or raise the cap in the configuration and reload",
+    "burst": "look into the inbox; to make what is in it now: imagewatch release",
+    "hand": "when it may go on: imagewatch release",
+    "rate": "nothing: it goes on by itself",
+    "busy": "nothing: it goes on by itself",
+}
+"""What a person can do about each kind of hold."""
+_OURS = {"disk", "hand", "burst"}
+"""Kinds about which no answer of the endpoint and no change of the configuration says anything."""
+
 
 @dataclass
 class Hold:
     """One reason to wait.
 
     Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk``, ``cap``, ``rate`` or ``busy``.
+        kind: One of ``NEXT``.
         message: What was said.
+        began: Monotonic time of the first refusal, seconds.
         since: Monotonic time of the last refusal, seconds.
-        until: Monotonic time of the next probe, seconds.
+        until: Monotonic time of the next probe, seconds; infinite if only a person ends it.
         interval: Seconds between the last two probes.
     """
 
     kind: str
     message: str
+    began: float
     since: float
     until: float
     interval: float
@@ -67,7 +88,7 @@ class Holds:
             kind: What it is about.
             message: What was said.
             now: Monotonic time, seconds.
-            seconds: How long to wait, if somebody said so.
+            seconds: How long to wait, if somebody said so; infinite: until a person ends it.
         """
         if seconds is not None and seconds <= 0 and kind != "busy":
             seconds = None  # "at once" is not believed where only somebody else can change things
@@ -77,8 +98,15 @@ class Holds:
         own = min(known.interval * 2, LONGEST_SECONDS) if known else self._first_seconds
         # Who says "at once" to what nobody can change at once is not believed: that would be no hold at all.
         said = seconds if seconds is not None and (seconds > 0 or kind == "busy") else own
-        interval = min(max(said, 0.0), LONGEST_ASKED_SECONDS)
-        hold = Hold(kind, message, now, max(now + interval, known.until if known else 0.0), interval)
+        interval = said if math.isinf(said) else min(max(said, 0.0), LONGEST_ASKED_SECONDS)
+        hold = Hold(
+            kind,
+            message,
+            known.began if known else now,
+            now,
+            max(now + interval, known.until if known else 0.0),
+            interval,
+        )
         self._holds[kind] = hold
         return hold
 
@@ -86,16 +114,20 @@ class Holds:
         """End a hold, or all of them; return what was ended."""
         return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])
 
+    def clear_outer(self) -> list[Hold]:
+        """End every hold that is not about us ourselves; return what was ended."""
+        return self._end([hold for hold in self._holds.values() if hold.kind not in _OURS])
+
     def disproved(self, began: float) -> list[Hold]:
         """End every hold that an answer disproves; return what was ended.
 
         Only a request that began after the refusal proves anything: others may have been on their way already when
-        the credits ran out. No answer says anything about our own disk.
+        the credits ran out. No answer says anything about our own disk, or about what a person wants.
 
         Args:
             began: Monotonic time at which the answered request was begun, seconds.
         """
-        return self._end([hold for hold in self._holds.values() if hold.since < began and hold.kind != "disk"])
+        return self._end([hold for hold in self._holds.values() if hold.since < began and hold.kind not in _OURS])
 
     def _end(self, ended: list[Hold]) -> list[Hold]:
         with self._lock:
@@ -104,9 +136,18 @@ class Holds:
                 self._blamed.discard(hold.kind)
         return ended
 
+    def all(self) -> list[Hold]:
+        """Return all holds, the oldest first."""
+        return list(self._holds.values())
+
     def has(self, kind: str) -> bool:
         """Tell whether there is a hold of this kind."""
         return kind in self._holds
+
+    def waits(self, kind: str, now: float) -> bool:
+        """Tell whether a hold of this kind forbids anything now."""
+        hold = self._holds.get(kind)
+        return hold is not None and now < hold.until
 
     def waiting(self, now: float) -> Hold | None:
         """Return the hold that forbids any request now, or None."""

@@ -15,7 +15,7 @@ import msgspec
 from imagewatch.names import SUFFIX
 
 Charged = Literal["yes", "no", "unknown"]
-Door = Literal["outbox", "errors"]
+Door = Literal["outbox", "errors", "away"]
 T = TypeVar("T")
 
 
@@ -92,7 +92,7 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         fields: The JSON body without ``prompt`` and ``input_images``.
-        content_sha256: Of the prompt file and its images, as dropped.
+        contents: Hash of each file as dropped, by name; the prompt file is one of them.
         endpoint: The address called.
         at: Wall-clock time, seconds since the epoch.
     """
@@ -101,7 +101,7 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
     prompt_sha256: str
     fields: dict[str, Any]
     inputs: tuple[Input, ...]
-    content_sha256: str
+    contents: dict[str, str]
     endpoint: str
     at: float
 
@@ -155,7 +155,8 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """How a job ends: through which door, with which files, and the document that says so.
 
     Attributes:
-        door: ``outbox`` or ``errors``.
+        door: ``outbox``, ``errors``, or ``away``: nothing is published, and the originals are removed, because a job
+            that is over had the same.
         moves: What goes through it, in this order.
         name: Name of the receipt or error file, which goes last.
         document: Its whole text.
@@ -163,9 +164,9 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     door: Door
-    moves: tuple[Move, ...]
-    name: str
-    document: str
+    moves: tuple[Move, ...] = ()
+    name: str = ""
+    document: str = ""
     keep: tuple[Move, ...] = ()
 
 

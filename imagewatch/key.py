@@ -75,11 +75,12 @@ class Key:
 
 
 class _Source(NamedTuple):
-    """One way to the key: the field to blame, the name to show, and how to read it."""
+    """One way to the key: the field to blame, the name to show, how to read it, and the file that holds it."""
 
     field: str
     label: str
     read: Callable[[], bytes]
+    path: str = ""
 
 
 def read_key(endpoint: Endpoint, environ: Mapping[str, str], *, command_timeout: float = 30.0) -> Key:
@@ -122,6 +123,23 @@ def key_source(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
     return source.label if source else ""
 
 
+def key_stamp(endpoint: Endpoint, environ: Mapping[str, str]) -> object:
+    """Return a value that differs when the file that holds the key was changed; None if no file holds it.
+
+    Args:
+        endpoint: The configuration's ``[endpoint]``.
+        environ: The environment.
+    """
+    source = _source(endpoint, environ, 0)
+    if source is None or not source.path:
+        return None
+    try:
+        status = os.stat(source.path)
+    except OSError:
+        return ()
+    return (status.st_ino, status.st_size, status.st_mtime_ns)
+
+
 def key_file_problem(path: str) -> str:
     """Return a warning when others than its owner can read a key file, else an empty string.
 
@@ -153,10 +171,10 @@ def _source(endpoint: Endpoint, environ: Mapping[str, str], timeout: float) -> _
         return _Source(field, f"api_key_command {program}".strip(), lambda: _run(command, environ, timeout))
     if path is not None:
         field = "endpoint.api_key_file"
-        return _Source(field, f"api_key_file {path}", lambda: _read(path, field))
+        return _Source(field, f"api_key_file {path}", lambda: _read(path, field), path)
     if folder and os.path.lexists(credential):
         field = f"credential {_CREDENTIAL}"
-        return _Source(field, f"systemd credential {_CREDENTIAL}", lambda: _read(credential, field))
+        return _Source(field, f"systemd credential {_CREDENTIAL}", lambda: _read(credential, field), credential)
     if value := environ.get(_VARIABLE):
         field = f"environment variable {_VARIABLE}"
         return _Source(_VARIABLE, field, lambda: value.encode("utf-8", "surrogatepass"))

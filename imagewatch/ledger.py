@@ -8,6 +8,7 @@ a power cut.
 from __future__ import annotations
 
 import errno
+import json
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from imagewatch.job import Charged
 
 _VERSION = 1
+_LONGEST_CLAIMED = 7 * 86_400.0
+"""How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
     job             TEXT NOT NULL,
@@ -29,13 +32,14 @@ CREATE TABLE IF NOT EXISTS attempts (
     source          TEXT NOT NULL,      -- path of the prompt below the inbox
     source_size     INTEGER NOT NULL,   -- bytes
     source_mtime_ns INTEGER NOT NULL,
-    content_sha256  TEXT NOT NULL,      -- of the prompt file and its images, as dropped
+    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
     prompt_sha256   TEXT NOT NULL,      -- of the text sent
     outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unreached', 'unknown', 'invalid')),
     charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
     credits         REAL,               -- NULL: not said
     provider        TEXT NOT NULL,
     model           TEXT NOT NULL,
+    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
     asked           INTEGER NOT NULL,
     got             INTEGER NOT NULL,
     status          INTEGER NOT NULL,   -- HTTP, 0: no answer
@@ -50,7 +54,13 @@ CREATE TABLE IF NOT EXISTS attempts (
     PRIMARY KEY (job, attempt)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
+CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
 CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
+CREATE TABLE IF NOT EXISTS redeliveries (
+    job     TEXT PRIMARY KEY,           -- the finished job whose files came again
+    times   INTEGER NOT NULL,
+    last_at REAL NOT NULL               -- seconds since the epoch, UTC
+) WITHOUT ROWID;
 """
 
 
@@ -65,11 +75,12 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     claimed_at: float
     source_size: int = 0
     source_mtime_ns: int = 0
-    content_sha256: str = ""
+    contents: str = ""
     prompt_sha256: str = ""
     credits: float | None = None
     provider: str = ""
     model: str = ""
+    fields: str = ""
     asked: int = 0
     got: int = 0
     status: int = 0
@@ -130,19 +141,88 @@ class Ledger:
         with self._lock, self._translated():
             self._database.execute(_UPSERT, values)
 
+    def finished(self, job: str, source: str, size: int, mtime_ns: int) -> list[tuple[str, str]]:
+        """Return the other jobs that are over and whose prompt was this file: job id and ``contents``, newest first.
+
+        Args:
+            job: The one that asks: after a crash it may have a row of its own already.
+            source: Path of the prompt below the inbox.
+            size: Of the prompt file, bytes.
+            mtime_ns: Of the prompt file, nanoseconds since the epoch.
+        """
+        question = """
+            SELECT job, contents FROM attempts
+            WHERE source = ? AND source_size = ? AND source_mtime_ns = ? AND contents <> '' AND job <> ?
+              AND outcome IN ('made', 'refused', 'unknown', 'invalid')
+            ORDER BY claimed_at DESC"""
+        return [(row["job"], row["contents"]) for row in self._all(question, whole(source), size, mtime_ns, job)]
+
+    def count_redelivery(self, job: str, at: float) -> None:
+        """Note that the files of a finished job came again.
+
+        Args:
+            job: The finished job.
+            at: When, seconds since the epoch.
+        """
+        with self._lock, self._translated():
+            self._database.execute(
+                "INSERT INTO redeliveries VALUES (?, 1, ?) "
+                "ON CONFLICT (job) DO UPDATE SET times = times + 1, last_at = excluded.last_at",
+                (job, at),
+            )
+
+    def redelivered(self) -> int:
+        """Return how often files of finished jobs came again."""
+        return int(self._all("SELECT coalesce(sum(times), 0) AS times FROM redeliveries")[0]["times"])
+
     def rows(self) -> list[dict[str, Any]]:
         """Return all attempts, oldest first."""
         return [dict(row) for row in self._all("SELECT * FROM attempts ORDER BY claimed_at, job, attempt")]
 
-    def totals(self) -> dict[str, float]:
-        """Return the sums of everything: ``made``, ``refused``, ``unknown`` jobs and ``credits``."""
+    def jobs(self, since: float = 0.0, newest: int | None = None) -> list[dict[str, Any]]:
+        """Return one row for each job: its last attempt, with ``attempts`` made, ``credits`` of all of them.
+
+        Args:
+            since: Only jobs claimed at this time or later, seconds since the epoch.
+            newest: Only so many of the newest.
+
+        Returns:
+            Oldest first. ``redelivered`` is how often its files came again.
+        """
+        question = f"""
+            SELECT * FROM (
+                SELECT {", ".join(f"a.{name}" for name in _COLUMNS if name not in {"attempt", "credits"})},
+                       max(a.attempt) AS attempts, sum(a.credits) AS credits, coalesce(r.times, 0) AS redelivered
+                FROM attempts AS a LEFT JOIN redeliveries AS r ON r.job = a.job
+                WHERE a.claimed_at >= ? GROUP BY a.job ORDER BY a.claimed_at DESC, a.job LIMIT ?
+            ) ORDER BY claimed_at, job"""  # noqa: S608  our own names; the bare columns are those of max(attempt)
+        return [dict(row) for row in self._all(question, since, -1 if newest is None else newest)]
+
+    def job(self, job: str) -> dict[str, Any] | None:
+        """Return the last attempt of a job, or None."""
+        rows = self._all("SELECT * FROM attempts WHERE job = ? ORDER BY attempt DESC LIMIT 1", job)
+        return dict(rows[0]) if rows else None
+
+    def prices(self) -> list[tuple[dict[str, Any], float]]:
+        """Return what the last thousand requests with a known price asked for, and their credits; newest first."""
+        question = """
+            SELECT fields, credits FROM attempts WHERE charged = 'yes' AND credits IS NOT NULL AND fields <> ''
+            ORDER BY sent_at DESC LIMIT 1000"""
+        return [(json.loads(row["fields"]), row["credits"]) for row in self._all(question)]
+
+    def totals(self, since: float = 0.0) -> dict[str, float]:
+        """Return sums: ``made``, ``refused``, ``unknown`` jobs and ``credits``.
+
+        Args:
+            since: Only what was sent, or refused by our own checks, at this time or later; seconds since the epoch.
+        """
         question = """
             SELECT count(DISTINCT CASE WHEN charged = 'yes' THEN job END) AS made,
                    count(DISTINCT CASE WHEN outcome IN ('refused', 'invalid') THEN job END) AS refused,
                    count(DISTINCT CASE WHEN charged = 'unknown' THEN job END) AS unknown,
                    coalesce(sum(credits), 0) AS credits
-            FROM attempts"""
-        return dict(self._all(question)[0])
+            FROM attempts WHERE claimed_at >= ? AND coalesce(sent_at, claimed_at) >= ?"""
+        return dict(self._all(question, since - _LONGEST_CLAIMED, since)[0])
 
     # What caps ask (``budget.Books``)
 

@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 class Step(enum.Enum):
     """What to do for a job; the value says what commits it."""
 
+    RECLAIM = "originals from errors back into the claim, then the error file removed"
     ARCHIVE = "originals moved to the archive"
     FORGET = "claim folder, job record and then the answers removed, in this order"
     PUBLISH = "images in the outbox, then the receipt"
     REJECT = "originals in errors, then the error file"
+    DISCARD = "originals removed, then as FORGET"
     BANK = "what came of the answer, closed and renamed to answer.N"
     DOUBT = "ledger row, then the decision: errors, charged = unknown"
     READ = "ledger row, images decoded or fetched, then the decision: outbox (or errors, charged = yes)"
@@ -54,6 +56,7 @@ class Evidence:
         blamed: This job is the one that shows an account-level refusal in ``errors``; the others go back.
         decided: The door of the decision, if there is one.
         over: The receipt or error file is out.
+        reopened: Its paid answer is to be read again, and its originals lie in ``errors`` still.
     """
 
     recorded: bool = False
@@ -70,6 +73,7 @@ class Evidence:
     blamed: bool = True
     decided: Door | None = None
     over: bool = False
+    reopened: bool = False
 
 
 @dataclass(frozen=True)
@@ -86,10 +90,12 @@ _MAY_GO_BACK = {Reaction.UNREACHED, Reaction.ACCOUNT, Reaction.BUSY}
 RULES = (
     Rule("no record, nothing left", lambda e: not e.recorded and not e.leftovers, Step.DONE),
     Rule("no record, but files of the job", lambda e: not e.recorded, Step.FORGET),
+    Rule("reopened: to be read again, nothing else", lambda e: e.reopened, Step.RECLAIM),
     Rule("receipt or error file is out, originals in the claim", lambda e: e.over and e.originals, Step.ARCHIVE),
     Rule("receipt or error file is out", lambda e: e.over, Step.FORGET),
     Rule("decision: outbox", lambda e: e.decided == "outbox", Step.PUBLISH),
     Rule("decision: errors", lambda e: e.decided == "errors", Step.REJECT),
+    Rule("decision: away, the job was a re-delivery", lambda e: e.decided == "away", Step.DISCARD),
     Rule("newest `sent.N` with the beginning of an answer", lambda e: e.sent > e.answered and e.begun, Step.BANK),
     Rule(
         "newest `sent.N` without `answer.N`",

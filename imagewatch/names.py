@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
+PAID = "paid"
+"""Name of the folder inside the state folder for answers that were paid for and gave no picture."""
 NAME_MAX = 255
 """Longest file name in bytes on every file system we know."""
 _WIDEST = 4

@@ -12,6 +12,7 @@ class End(enum.Enum):
     OVER = "receipt or error file is out"
     LATER = "the job stays claimed; call again after a delay"
     RETURNED = "its files are back in the inbox"
+    REDELIVERED = "its files were those of a job that is over, brought back by a sync tool; they are removed"
     NOTHING = "there was nothing to do"
 
 
@@ -45,6 +46,7 @@ class Outcome:
         message: The error's words, when there are any.
         delay: Seconds, for ``End.LATER``.
         trouble: What the other requests would meet too, or None.
+        displaced: Whether it waits for a newer file of the same name to leave the inbox.
     """
 
     job: str
@@ -57,3 +59,4 @@ class Outcome:
     message: str = ""
     delay: float = 0.0
     trouble: Trouble | None = None
+    displaced: bool = False

@@ -9,6 +9,9 @@
                   image.K         image K of the answer, decoded or fetched
                   decision.json   which door, which files, which document
                   over            the document is out
+                  reopened.json   the decision that was taken back, until the originals are here again
+
+A job that was paid for and gave no picture is not forgotten: its folder moves to ``paid/ID`` as it is.
 
 An answer's file is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
 """
@@ -223,6 +226,46 @@ class Record:
     def decision(self) -> Decision | None:
         """Return how the job ends, or None while that is open."""
         return self._load("decision.json", Decision)
+
+    def bank(self, folder: str) -> None:
+        """Keep the whole record in another folder, for somebody who looks again.
+
+        Args:
+            folder: Where to; on the same file system.
+        """
+        self._disk.make_folder(folder)
+        self._disk.replace(self.folder, os.path.join(folder, self.job))
+        self._disk.sync_folder(folder)
+        self._disk.sync_folder(self._jobs)
+
+    def reopen(self, folder: str) -> bool:
+        """Take the record out of the folder it was kept in; the answer is to be read again.
+
+        Returns:
+            False when there is none.
+        """
+        kept = Record(self._disk, folder, self.job)
+        if kept.claim() is None or self.exists():
+            return False
+        if kept.decision() is not None:
+            self._disk.replace(kept.path("decision.json"), kept.path("reopened.json"))
+        for name in kept._names():
+            if not name.startswith(("claim.", "sent.", "answer.", "reopened.")):
+                self._disk.unlink(kept.path(name))
+        self._disk.sync_folder(kept.folder)
+        self._disk.replace(kept.folder, self.folder)
+        self._disk.sync_folder(self._jobs)
+        self._disk.sync_folder(folder)
+        return True
+
+    def reopened(self) -> Decision | None:
+        """Return the decision that was taken back, while its files are still behind its door."""
+        return self._load("reopened.json", Decision)
+
+    def taken_back(self) -> None:
+        """Note that the originals are in the claim again."""
+        self._disk.unlink(self.path("reopened.json"))
+        self._disk.sync_folder(self.folder)
 
     def mark_over(self) -> None:
         """Note that the document is out. Not synced: the document itself is the durable mark.

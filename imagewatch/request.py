@@ -23,6 +23,8 @@ from imagewatch.text import printable
 from imagewatch.wire import Body, Part, body_fields, choose_provider
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from imagewatch.config import Config
 
 _HASH_BYTES = 1 << 20
@@ -37,14 +39,14 @@ class Request:
         prompt: The text.
         fields: The JSON body without ``prompt`` and ``input_images``.
         inputs: Its images, in order.
-        content_sha256: Of the prompt file and its images, as dropped.
+        contents: Hash of each file as dropped, by name.
         parts: The images again, as the body reads them.
     """
 
     prompt: str
     fields: dict[str, Any]
     inputs: tuple[Input, ...]
-    content_sha256: str
+    contents: dict[str, str]
     parts: tuple[Part, ...]
 
     @property
@@ -90,10 +92,42 @@ def build(files: Files, config: Config) -> Request:
     problems += wrong + _refused_by_limits(options, provider, config)
     if problems:
         raise BadRequest(problems)
-    digest = hashlib.sha256(raw)
-    for item in inputs:
-        digest.update(bytes.fromhex(item.sha256))
-    return Request(parsed.text, body_fields(options, provider), inputs, digest.hexdigest(), parts)
+    hashes = {files.stem + SUFFIX: hashlib.sha256(raw).hexdigest()}
+    hashes |= {name: item.sha256 for name, item in zip(files.images, inputs, strict=True)}
+    return Request(parsed.text, body_fields(options, provider), inputs, hashes, parts)
+
+
+def contents(where: str, names: Iterable[str], most_bytes: int) -> dict[str, str]:
+    """Return what tells whether files are the same again: a hash for each that is there, by name.
+
+    Args:
+        where: The folder they are in.
+        names: Their names.
+        most_bytes: Of a larger file, which cannot have been sent, size and mtime are enough.
+    """
+    found = {}
+    for name in names:
+        path = os.path.join(where, name)
+        try:
+            with open_plain(path, name) as file:
+                status = os.fstat(file.fileno())
+                if status.st_size > most_bytes:
+                    found[name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
+                else:
+                    found[name] = _digest(file)[0]
+        except (BadRequest, OSError):
+            if os.path.lexists(path):
+                found[name] = "no plain file that can be read"
+    return found
+
+
+def _digest(file: IO[bytes]) -> tuple[str, int]:
+    """Return hash and size of a file from where it stands."""
+    digest, size = hashlib.sha256(), 0
+    while chunk := file.read(_HASH_BYTES):
+        digest.update(chunk)
+        size += len(chunk)
+    return digest.hexdigest(), size
 
 
 def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[Options, list[Problem]]:
@@ -169,13 +203,8 @@ def _input(path: str, name: str) -> Input:
         if image.problem:
             raise BadRequest([Problem(name, f"it is not a whole image: {image.problem}", "drop it again")])
         file.seek(0)
-        digest, size = hashlib.sha256(), 0
-        while chunk := file.read(_HASH_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-    return Input(
-        file=name, mime=image.mime, bytes=size, width=image.width, height=image.height, sha256=digest.hexdigest()
-    )
+        sha256, size = _digest(file)
+    return Input(file=name, mime=image.mime, bytes=size, width=image.width, height=image.height, sha256=sha256)
 
 
 def _refused_by_limits(options: Options, provider: str, config: Config) -> list[Problem]:

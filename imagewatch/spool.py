@@ -20,7 +20,7 @@ from imagewatch.durable import Disk, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
-from imagewatch.names import CLAIMS, fits, fitted, tagged
+from imagewatch.names import CLAIMS, PAID, fits, fitted, tagged
 from imagewatch.record import Record
 from imagewatch.text import printable
 
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 _PROBE = ".iw-probe"
 _LONGEST_ENDING = ".receipt.toml"
+_LEAST_FILES = 1000
+"""Files that must still be possible, whatever space there is: a job makes some ten, SQLite two."""
 
 
 class Spool:
@@ -51,6 +53,7 @@ class Spool:
         self.archive = None if folders.archive == "delete" else folders.archive
         self.state = folders.state
         self.jobs = os.path.join(folders.state, "jobs")
+        self.paid = os.path.join(folders.state, PAID)
         self.claims = os.path.join(folders.inbox, CLAIMS)
         self._outbox = config.outbox
         self._gid = _gid(config.outbox.group)
@@ -136,11 +139,26 @@ class Spool:
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
 
-    def free_bytes(self) -> int:
-        """Return the free space of the tightest folder we write to, bytes."""
-        with ours(self.state, "ask for the free space"):
-            found = [os.statvfs(folder) for folder in (self.state, self.outbox)]
-        return min(status.f_bavail * status.f_frsize for status in found)
+    def require_room(self, least: int) -> None:
+        """Make sure that a paid answer can be taken in.
+
+        Args:
+            least: Bytes that must be free where answers and pictures are written.
+
+        Raises:
+            SpoolError: There is too little space, or hardly any file can be made any more.
+        """
+        for folder in (self.state, self.outbox):
+            with ours(folder, "ask for the free space"):
+                status = os.statvfs(folder)
+            free, files = status.f_bavail * status.f_frsize, status.f_favail
+            if free < least:
+                message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
+            elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
+                message = f"there is room for {files} more files only (inodes)"
+            else:
+                continue
+            raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint="make room")
 
     def _all(self) -> list[str]:
         archive = [self.archive] if self.archive else []
@@ -170,6 +188,13 @@ class Spool:
         with ours(self.state, "list the jobs"):
             ids = {entry.name for folder in (self.jobs, self.claims) for entry in os.scandir(folder) if entry.is_dir()}
         return sorted(ids, key=lambda job: (_age(self.record(job).path("claim.json")), job))
+
+    def key(self, job: str) -> tuple[str, str] | None:
+        """Return folder and stem of a job; None where its record is gone or damaged."""
+        with contextlib.suppress(SpoolError):
+            if claim := self.record(job).claim():
+                return claim.folder, claim.stem
+        return None
 
     def orphans(self, job: str) -> list[str]:
         """Return the originals of a claim that has no record, which only a lost state folder leaves behind."""
@@ -280,6 +305,7 @@ class Spool:
             answered=answered,
             begun=sent > answered and record.partial(sent) is not None,
             decided=decision.door if decision else None,
+            reopened=record.reopened() is not None,
             over=record.is_over() or (decision is not None and self._document_out(claim, decision)),
         )
 
@@ -292,6 +318,8 @@ class Spool:
             return set()
 
     def _document_out(self, claim: Claim, decision: Decision) -> bool:
+        if decision.door == "away":
+            return False
         path = os.path.join(self.door_folder(decision.door, claim), decision.name)
         try:
             with open(path, "rb") as file:
@@ -359,6 +387,8 @@ class Spool:
         folder = self.door_folder(decision.door, claim)
         self._mirror(decision.door, claim)
         finish = self._finish if decision.door == "outbox" else None
+        if decision.door == "errors":
+            self._stamp(claim)
         self._carry_all(claim, decision.moves, folder, finish)
         if decision.moves:
             self.disk.sync_folder(folder)
@@ -366,15 +396,25 @@ class Spool:
         self.disk.publish(target, _temporary(folder, claim, "d"), decision.document.encode(), finish)
         self.record(claim.job).mark_over()
 
+    def _stamp(self, claim: Claim) -> None:
+        """Give the prompt the present as its mtime, so that whoever moves it back into the inbox means a new job.
+
+        With its old one it would be taken for a file that a sync tool brings back. Of somebody else's file we may not
+        set the time: then a copy takes its place.
+        """
+        prompt = self.original(claim, claim.prompt)
+        if not self.disk.touch(prompt):
+            self.disk.adopt(prompt)
+
     def keep(self, claim: Claim, decision: Decision) -> None:
         """Empty the claim folder of a finished job: its originals go to the archive, or away if none is kept."""
         door = "archive" if decision.door == "outbox" else "errors"
         if door == "archive" and self.archive is None:
-            for name in self.present(claim):
-                self.disk.unlink(self.original(claim, name))
+            self.discard(claim)
             return
         folder = self.door_folder(door, claim)
         self._mirror(door, claim)
+        self._stamp(claim)
         moves = (
             decision.keep if door == "archive" else tuple(m for m in decision.moves if m.source.startswith("claim/"))
         )
@@ -392,10 +432,14 @@ class Spool:
         """
         folder = self.inbox_folder(claim)
         names = self.present(claim)
-        if any(os.path.lexists(os.path.join(folder, name)) for name in names):
+        # A sync tool may have brought some of them back meanwhile: then those are the ones that stay.
+        again = {name for name in names if self.disk.same(self.original(claim, name), os.path.join(folder, name))}
+        if any(os.path.lexists(os.path.join(folder, name)) for name in names if name not in again):
             return False
         for name in names:
-            if not self._return(self.original(claim, name), os.path.join(folder, name)):
+            if name in again:
+                self.disk.unlink(self.original(claim, name))
+            elif not self._return(self.original(claim, name), os.path.join(folder, name)):
                 return False
         self.disk.sync_folder(folder)
         return True
@@ -410,17 +454,53 @@ class Spool:
             raise
         return True
 
-    def forget(self, job: str) -> None:
+    def forget(self, job: str, *, keep: bool = False) -> None:
         """Remove the claim folder, then the record, then the answers: this order only.
 
         Whoever comes here has moved the originals on; what strangers put beside them stays.
+
+        Args:
+            job: Its id.
+            keep: Keep the record, as its answer was paid for and may yet give a picture.
         """
         self._make_claims()
         self.disk.remove_folder(self.claim_folder(job))
         self.disk.sync_folder(self.claims)
         record = self.record(job)
-        if record.exists():
+        if keep:
+            record.bank(self.paid)
+        elif record.exists():
             record.remove()
+
+    def reopen(self, job: str) -> bool:
+        """Make a paid job live again that gave no picture; return whether its answer is still there."""
+        return self.record(job).reopen(self.paid)
+
+    def reclaim(self, claim: Claim) -> None:
+        """Take the originals of a reopened job out of ``errors`` again, then its raw answer and its error file."""
+        record = self.record(claim.job)
+        decision = record.reopened()
+        assert decision is not None
+        self._make_claims()
+        self.disk.make_folder(self.claim_folder(claim.job))
+        self.disk.sync_folder(self.claims)
+        folder = self.door_folder(decision.door, claim)
+        for number, move in enumerate(decision.moves):
+            path, target = os.path.join(folder, move.name), self._source(claim, move)
+            if move.source.startswith("claim/"):
+                self.disk.carry(path, target, _temporary(self.claim_folder(claim.job), claim, str(number)))
+            else:
+                self.disk.unlink(path)
+        self.disk.sync_folder(self.claim_folder(claim.job))
+        self.disk.unlink(os.path.join(folder, decision.name))
+        if os.path.isdir(folder):
+            self.disk.sync_folder(folder)
+        record.taken_back()
+
+    def discard(self, claim: Claim) -> None:
+        """Remove the originals of a job that nobody needs: those of a job that is over lie where it went."""
+        for name in self.present(claim):
+            self.disk.unlink(self.original(claim, name))
 
     def source_exists(self, claim: Claim, move: Move) -> bool:
         """Tell whether a file still waits to be moved."""

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PATH = "/v1/images/generations"
+BALANCE_PATH = "/v1/metadata/balance"
+"""Not documented; Letta Code's ``/usage`` asks it, and takes a failure as "not available"."""
 _READ_BYTES = 48 * 1024
 """Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
 _DEEPEST_ERROR = 4
@@ -264,6 +266,13 @@ def _retry_after(head: Head) -> float | None:
         return max(0.0, email.utils.parsedate_to_datetime(said).timestamp() - head.at)
     except (ValueError, OverflowError):
         return None
+
+
+def balance(raw: bytes) -> dict[str, float]:
+    """Return what the account holds, in credits: ``total_balance`` and whatever else is said; empty if nothing is."""
+    body = parse(raw)
+    found = {name: number(value) for name, value in body.items()} if isinstance(body, dict) else {}
+    return {str(name): value for name, value in found.items() if value is not None and str(name).endswith("balance")}
 
 
 def doubt(message: str) -> InDoubt:

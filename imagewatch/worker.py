@@ -21,7 +21,8 @@ from imagewatch.job import Claim, Head, Reaction, Sent, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
-from imagewatch.request import Files, Request, build
+from imagewatch.redelivery import finished_twin
+from imagewatch.request import Files, Request, build, contents
 from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ class Run:
         evidence: What was seen last.
         request: The valid request, once checked.
         resumed: Whether the wait before another attempt is over.
+        may_send: Whether a request may go out.
         trouble: What stopped it.
         doubt: Why the outcome of a request is not known.
     """
@@ -57,6 +59,7 @@ class Run:
     evidence: Evidence
     request: Request | None = None
     resumed: bool = False
+    may_send: bool = True
     trouble: Trouble | None = None
     doubt: str = ""
     began: float = 0.0
@@ -93,6 +96,7 @@ class Worker:
     ) -> None:
         self._spool = spool
         self._client = client
+        self._ledger = ledger
         self._config = config
         self._budget = budget or Budget(ledger, config.limits, clock)
         self._blame = blame
@@ -102,11 +106,16 @@ class Worker:
             spool.disk, client, config.endpoint.max_response_bytes, clock=clock, wait=wait or threading.Event().wait
         )
         self._closing = Closing(spool, pictures, ledger, clock)
-        self._effects: dict[Step, Callable[[Run], Outcome | None]] = {
+        self._effects = self._table()
+
+    def _table(self) -> dict[Step, Callable[[Run], Outcome | None]]:
+        return {
+            Step.RECLAIM: self._reclaim,
             Step.ARCHIVE: self._archive,
             Step.FORGET: self._forget,
             Step.PUBLISH: self._deliver,
             Step.REJECT: self._deliver,
+            Step.DISCARD: self._discard,
             Step.BANK: self._bank,
             Step.DOUBT: self._doubt,
             Step.READ: self._read,
@@ -124,12 +133,13 @@ class Worker:
             return Outcome(claim.job, End.NOTHING, claim.source)
         return self._carry(Run(self._spool.record(claim.job), claim, Evidence(), began=self._clock()))
 
-    def process(self, job: str, *, resumed: bool = False) -> Outcome:
+    def process(self, job: str, *, resumed: bool = False, may_send: bool = True) -> Outcome:
         """Carry a job to its end, or to where it has to wait.
 
         Args:
             job: Its id.
             resumed: Whether the wait that an earlier call asked for is over.
+            may_send: Whether a request may go out; if not, a job that needs one waits, or goes back to the inbox.
 
         Raises:
             SpoolError: Our own disk failed; what is there stays, and another call goes on from it.
@@ -139,7 +149,7 @@ class Worker:
         if claim is None:
             return self._without_record(job)
         self._spool.settle(claim)
-        return self._carry(Run(record, claim, Evidence(), resumed=resumed, began=self._clock()))
+        return self._carry(Run(record, claim, Evidence(), resumed=resumed, may_send=may_send, began=self._clock()))
 
     def _carry(self, run: Run) -> Outcome:
         with structlog.contextvars.bound_contextvars(job=run.claim.job, source=run.claim.source):
@@ -201,6 +211,9 @@ class Worker:
 
     # The steps
 
+    def _reclaim(self, run: Run) -> None:
+        self._spool.reclaim(run.claim)
+
     def _archive(self, run: Run) -> None:
         decision = run.record.decision()
         assert decision is not None
@@ -215,7 +228,7 @@ class Worker:
             self._closing.report(decision, self._clock() - run.began)
         else:
             self._spool.give_back(run.claim)  # without its prompt: somebody took that away, the images are theirs
-        self._spool.forget(run.claim.job)
+        self._spool.forget(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
         return outcome
 
     def _deliver(self, run: Run) -> None:
@@ -225,6 +238,11 @@ class Worker:
             self._spool.deliver(run.claim, decision)
         except FileExistsError:
             run.record.decide(self._closing.renamed(run.claim, decision))
+
+    def _discard(self, run: Run) -> Outcome:
+        self._spool.discard(run.claim)
+        self._spool.forget(run.claim.job)
+        return Outcome(run.claim.job, End.REDELIVERED, run.claim.source)
 
     def _bank(self, run: Run) -> None:
         reason = "imagewatch ended while the answer came in"
@@ -245,12 +263,17 @@ class Worker:
         self._spool.gather(run.claim)
 
     def _check(self, run: Run) -> None:
-        claim = run.claim
-        files = Files(self._spool.claim_folder(claim.job), claim.folder, claim.stem, claim.images, claim.foreign)
+        claim, case = run.claim, Case(run.record, run.claim)
+        folder, most = self._spool.claim_folder(claim.job), self._config.limits.max_input_bytes
+        skip = self._config.inbox.redelivery == "skip"
+        if skip and (twin := finished_twin(self._ledger, claim, folder, most)):
+            self._closing.redelivered(case, twin)
+            return
         try:
+            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign)
             run.request = build(files, self._config)
         except BadRequest as error:
-            self._closing.invalid(Case(run.record, claim), error.problems)
+            self._closing.invalid(case, error.problems, contents(folder, claim.originals, most))
 
     def _send(self, run: Run) -> Outcome | None:
         if run.evidence.answered:
@@ -258,6 +281,8 @@ class Worker:
             self._closing.busy(Case.of(run.record, run.claim, run.evidence.answered), verdict)
             if not run.resumed:
                 return self._later(run, verdict)
+        if not run.may_send:
+            return self._later(run, None) if run.evidence.sent else self._give_back(run)
         assert run.request is not None
         refusal = self._budget.reserve(run.claim.job, run.request.fields["provider"])
         if refusal is not None:
@@ -312,13 +337,15 @@ class Worker:
             prompt_sha256=request.prompt_sha256,
             fields=request.fields,
             inputs=request.inputs,
-            content_sha256=request.content_sha256,
+            contents=request.contents,
             endpoint=self._client.url,
             at=0.0,
         )
 
-    def _later(self, run: Run, verdict: Verdict) -> Outcome:
-        """Ask to be called again when the endpoint may take the same request."""
+    def _later(self, run: Run, verdict: Verdict | None) -> Outcome:
+        """Ask to be called again when the endpoint may take the same request, or when there is no hold any more."""
+        if verdict is None:
+            return Outcome(run.claim.job, End.LATER, run.claim.source)
         retry = self._config.retry
         delay = retry_delay(
             run.evidence.answered,
@@ -335,7 +362,9 @@ class Worker:
         if attempt := run.evidence.answered:
             self._closing.busy(Case.of(run.record, claim, attempt), self._verdict(run, attempt))
         if not self._spool.give_back(claim):
-            return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble)
+            return Outcome(
+                claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble, displaced=True
+            )
         self._spool.forget(claim.job)
         return Outcome(claim.job, End.RETURNED, claim.source, trouble=run.trouble)
 
@@ -351,4 +380,4 @@ class Worker:
                 hint="its evidence is kept in the state folder; it is tried again at the next start",
             ) from error
         problem = Problem("imagewatch", f"a bug: {type(error).__name__}: {error}", "please report it")
-        self._closing.invalid(Case(run.record, run.claim), [problem])
+        self._closing.invalid(Case(run.record, run.claim), [problem], {})

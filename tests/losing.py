@@ -77,6 +77,10 @@ class SteppingDisk(Disk):
             self.step("unlink", path)
         super().unlink(path)
 
+    def touch(self, path: str) -> bool:
+        self.step("touch", path)
+        return super().touch(path)
+
     def remove_folder(self, path: str) -> bool:
         if os.path.lexists(path):
             self.step("remove_folder", path)

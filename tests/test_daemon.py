@@ -732,7 +732,7 @@ def test_the_service_manager_hears_when_it_is_ready_and_when_it_stops(folders, r
     assert sandbox.wait_for_requests(1, 20)
     daemon.process.send_signal(signal.SIGTERM)
     stopping = manager.hear_until("STOPPING")
-    assert (stopping["STOPPING"], "1 request" in stopping["STATUS"]) == ("1", True)
+    assert (stopping["STOPPING"], "1 in flight" in stopping["STATUS"]) == ("1", True)
     sandbox.release()
     assert daemon.end() == 0
 

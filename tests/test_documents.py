@@ -32,7 +32,7 @@ def sent(prompt="a cat", **fields):
         prompt_sha256=hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest(),
         fields={"provider": "flux", **fields},
         inputs=(INPUT,),
-        content_sha256="00" * 32,
+        contents={"cat.prompt.txt": "00" * 32},
         endpoint="https://api.letta.com/v1/images/generations",
         at=SENT_AT,
     )
@@ -400,7 +400,7 @@ sents = st.builds(
         ),
         max_size=2,
     ).map(tuple),
-    content_sha256=any_text,
+    contents=st.dictionaries(any_text, any_text, max_size=2),
     endpoint=any_text,
     at=st.floats(0, 1e11),
 )

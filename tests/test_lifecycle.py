@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -34,7 +34,7 @@ def everything():
     for values in itertools.product((False, True), repeat=len(FLAGS)):
         flags = dict(zip(FLAGS, values, strict=True))
         for sent, answered, reaction, decided in itertools.product(
-            range(3), range(3), reactions, (None, "outbox", "errors")
+            range(3), range(3), reactions, (None, "outbox", "errors", "away")
         ):
             evidence = Evidence(**flags, sent=sent, answered=answered, reaction=reaction, decided=decided)
             seen.append((evidence, next_step(evidence)))
@@ -59,13 +59,14 @@ def after(steps, *wanted):
 
 
 def test_there_is_a_step_for_whatever_is_seen(everything):
-    assert len(everything) == 2**10 * 9 * 7 * 3
+    assert len(everything) == 2**10 * 9 * 7 * 4
     assert all(isinstance(step, Step) for _, step in everything)
 
 
 def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
-    assert set(Counter(step for _, step in possible)) == set(Step)
-    reached = {next(rule.seen for rule in RULES if rule.holds(e)) for e, _ in possible}
+    seen = [*(e for e, _ in possible), Evidence(recorded=True, sent=1, answered=1, reopened=True)]
+    assert {next_step(e) for e in seen} == set(Step)
+    reached = {next(rule.seen for rule in RULES if rule.holds(e)) for e in seen}
     assert reached == {rule.seen for rule in RULES}
 
 
@@ -91,7 +92,16 @@ def test_only_what_is_claimed_whole_and_checked_is_sent(everything):
 
 def test_a_decision_is_always_carried_out(everything):
     decided = [(e, step) for e, step in everything if e.recorded and e.decided and not e.over]
-    assert {(e.decided, step) for e, step in decided} == {("outbox", Step.PUBLISH), ("errors", Step.REJECT)}
+    assert {(e.decided, step) for e, step in decided} == {
+        ("outbox", Step.PUBLISH),
+        ("errors", Step.REJECT),
+        ("away", Step.DISCARD),
+    }
+
+
+def test_a_reopened_job_first_gets_its_originals_back(everything):
+    recorded = [e for e, _ in everything if e.recorded]
+    assert {next_step(replace(e, reopened=True)) for e in recorded} == {Step.RECLAIM}
 
 
 def test_a_job_that_is_over_is_only_cleared_away(everything):

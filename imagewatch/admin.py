@@ -1,0 +1,439 @@
+"""Commands for whoever looks after a daemon: ``status``, ``history``, ``estimate``, ``retry``, ``hold``, ``release``.
+
+They read the ledger and the status file, and leave requests in the control folder; the daemon may run meanwhile or not.
+None of them needs the key or the network.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pwd
+import sys
+import threading
+import time
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imagewatch.errors import SpoolError
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from imagewatch.config import Config
+    from imagewatch.estimate import Estimate
+    from imagewatch.ledger import Ledger
+    from imagewatch.retry import Failed, Retry
+
+EXIT_HELD = 69
+_PATIENCE = 6.0
+"""How long a daemon may take to notice a request, seconds; where there are no change events it looks every five."""
+_COLOURS = {"made": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
+
+config_option = click.option(
+    "--config",
+    "path",
+    metavar="FILE",
+    help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
+    "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+
+
+def load(path: str | None) -> Config:
+    """Return the configuration that a command is to use."""
+    from imagewatch import config  # noqa: PLC0415
+
+    return config.load(config.find(path, os.environ, os.getcwd()), os.environ)
+
+
+# Hold and release
+
+
+@click.command()
+@click.argument("reason", default="")
+@config_option
+def hold(reason: str, path: str | None) -> None:
+    """Send nothing more until "imagewatch release".
+
+    What has been sent is finished; prompts stay in the inbox. A restart changes nothing. REASON is shown to whoever
+    asks.
+    """
+    config = _owned(path)
+    control = _control(config)
+    control.hold(reason)
+    if not _running(config):
+        click.echo("Held. The daemon is not running; when it starts it sends nothing.")
+    elif _until(lambda: "hand" in _hold_kinds(config)):
+        click.echo("Held. What has been sent is finished; the rest waits in the inbox.")
+    else:
+        click.echo("Asked for a hold; the daemon has not taken notice yet.")
+    click.echo("To go on: imagewatch release")
+
+
+@click.command()
+@config_option
+def release(path: str | None) -> None:
+    """End every hold: one by hand, the burst guard's, and those that wait for a probe.
+
+    What the account refuses is refused again, and held again; that costs nothing.
+    """
+    config = _owned(path)
+    control = _control(config)
+    control.release()
+    if not _running(config):
+        click.echo("Released. The daemon is not running; it starts without a hold.")
+    elif _until(lambda: not control.release_pending()):
+        click.echo("Released.")
+    else:
+        click.echo("Asked for the end of all holds; the daemon has not taken notice yet.")
+
+
+# Retry
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]...")
+@click.option(
+    "--all", "everything", is_flag=True, help="All in the errors folder but those that may have been charged."
+)
+@click.option("--pay-again", is_flag=True, help="Also what may have been charged: it may then be paid for twice.")
+@config_option
+def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again: bool) -> None:
+    """Put failed prompts back into the inbox.
+
+    NAME is a prompt in the errors folder: its name without ending, or the path of its prompt or error file. What may
+    have been charged is put back only with --pay-again. What was charged, but gave no picture, is never sent again: its
+    answer is read again by the daemon (a picture's host may be back by now).
+    """
+    if everything == bool(names):
+        raise click.UsageError("name the prompts to retry, or use --all")
+    if everything and pay_again:
+        raise click.UsageError("--pay-again wants the prompts by name")
+    config = _owned(path)
+    from imagewatch.durable import Disk  # noqa: PLC0415
+    from imagewatch.retry import Retry  # noqa: PLC0415
+
+    with _ledger(config) as ledger:
+        again = Retry(config.folders, Disk(), ledger, _control(config))
+        paths = list(again.all()) if everything else [again.find(name) for name in names]
+        failures = sum(not _retried(again, file, pay_again=pay_again, config=config) for file in paths)
+    if not paths:
+        click.echo("There is nothing in the errors folder.")
+    sys.exit(1 if failures else 0)
+
+
+def _retried(again: Retry, file: str, *, pay_again: bool, config: Config) -> bool:
+    """Deal with one error file; tell whether it was retried."""
+    try:
+        failed = again.read(file)
+        told, done = _retry_one(again, failed, pay_again=pay_again, config=config)
+    except SpoolError as error:
+        told, done = f"{error} ({error.hint})" if error.hint else str(error), False
+        click.echo(printable(told), err=True)
+        return done
+    click.echo(f"{printable(failed.name)}: {told}", err=not done)
+    return done
+
+
+def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config) -> tuple[str, bool]:
+    if failed.charged == "yes":
+        again.look_again(failed)
+        when = "" if _running(config) else " when it starts"
+        return f"was paid for; the daemon reads its answer again{when}, nothing is sent", True
+    if failed.charged != "no" and not pay_again:
+        return "may have been charged, so it is not sent again; look at the balance, then use --pay-again", False
+    again.put_back(failed)
+    return "back in the inbox", True
+
+
+# History
+
+
+@click.command()
+@click.option("--by", type=click.Choice(["day", "month", "provider", "folder"]), help="Sums instead of single jobs.")
+@click.option("--days", type=click.IntRange(1), metavar="NUMBER", help="Only of the last days, today included (UTC).")
+@click.option(
+    "--limit", type=click.IntRange(0), metavar="NUMBER", help="Only the newest jobs; 0 is all. Without it: 20."
+)
+@_json_option
+@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
+@config_option
+def history(
+    by: str | None, days: int | None, limit: int | None, path: str | None, *, as_json: bool, as_csv: bool
+) -> None:
+    """Show what was made, refused and spent.
+
+    The ledger knows every job that ever was. Days are those of UTC, as for the caps.
+    """
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    from imagewatch import history as told  # noqa: PLC0415
+    from imagewatch.budget import day_and_month  # noqa: PLC0415
+
+    config = load(path)
+    today = day_and_month(time.time())[0][0].timestamp()
+    since = today - (days - 1) * 86_400 if days else 0.0
+    whole = by or as_json or as_csv or days
+    newest = limit or None if limit is not None or whole else 20
+    with _ledger(config) as ledger:
+        jobs = ledger.jobs(since, newest)
+        totals = ledger.totals(since)
+    if by:
+        _show_sums(told.sums(jobs, by), by, as_json=as_json, as_csv=as_csv)
+    elif as_json or as_csv:
+        click.echo((told.as_json if as_json else told.as_csv)(jobs), nl=as_json)
+    else:
+        _show_jobs(jobs, totals)
+
+
+def _show_sums(sums: Sequence[Any], by: str, *, as_json: bool, as_csv: bool) -> None:
+    columns = ("made", "refused", "unknown", "credits", "unpriced")
+    rows = [{by: one.name, **{name: getattr(one, name) for name in columns}} for one in sums]
+    if as_json:
+        click.echo(json.dumps(rows, indent=1))
+    elif as_csv:
+        from imagewatch.history import table_csv  # noqa: PLC0415
+
+        click.echo(table_csv((by, *columns), [row.values() for row in rows]), nl=False)
+    else:
+        head = (f"{by} (UTC)" if by in {"day", "month"} else by, *columns)
+        _table(head, [[_shown(value) for value in row.values()] for row in rows])
+
+
+def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None:
+    if not jobs:
+        click.echo("Nothing was made yet.")
+        return
+    rows = [
+        [
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(job["sent_at"] or job["claimed_at"])),
+            "paid" if job["charged"] == "yes" and not job["got"] else job["outcome"],
+            _shown(job["credits"]),
+            job["provider"],
+            _shown(job["got"] or None),
+            printable(job["source"], 60),
+            printable(job["message"], 100),
+        ]
+        for job in jobs
+    ]
+    _table(("time", "outcome", "credits", "provider", "images", "prompt", "message"), rows)
+    made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
+    click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {totals['credits']:g} credits.")
+
+
+# Estimate
+
+
+@click.command()
+@_json_option
+@config_option
+def estimate(path: str | None, *, as_json: bool) -> None:
+    """Say what the prompts in the inbox may cost; no network.
+
+    The endpoint publishes no prices: this is what requests like them were charged here before.
+    """
+    from imagewatch import estimate as guess  # noqa: PLC0415
+
+    config = load(path)
+    with _ledger(config) as ledger:
+        found = list(guess.inbox(config, ledger.prices()))
+    if as_json:
+        click.echo(json.dumps([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
+        return
+    if not found:
+        click.echo("There is no prompt in the inbox.")
+        return
+    _table(("prompt", "request", "credits"), [[printable(one.source, 60), one.request, _price(one)] for one in found])
+    known = [one for one in found if one.usual is not None]
+    unknown = sum(one.usual is None and not one.problem for one in found)
+    low, high = sum(one.low or 0 for one in known), sum(one.high or 0 for one in known)
+    click.echo(f"\nIn all: {_span(low, high)} credits" + (f", and {unknown} of unknown price." if unknown else "."))
+
+
+def _price(one: Estimate) -> str:
+    if one.problem:
+        return f"none: it will be refused ({printable(one.problem, 100)})"
+    if one.usual is None or one.low is None or one.high is None:
+        return "unknown: none like it was made yet"
+    return f"{_span(one.low, one.high)}, usually {one.usual:g} ({one.seen} made)"
+
+
+def _span(low: float, high: float) -> str:
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+# Status
+
+
+@click.command()
+@_json_option
+@click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
+@config_option
+def status(path: str | None, *, as_json: bool, watch: bool) -> None:
+    """Say what the daemon is doing: waiting, in flight, holds, made and spent today.
+
+    Works while it is down, and then says so. Exit code 69 while the queue is held.
+    """
+    config = load(path)
+    wait = threading.Event().wait
+    while True:
+        page = _page(config)
+        if watch and not as_json:
+            click.clear()
+        click.echo(json.dumps(page) if as_json else "\n".join(_story(page)))
+        if not watch:
+            break
+        wait(2.0)
+    sys.exit(EXIT_HELD if page["holds"] else 0)
+
+
+def _page(config: Config) -> dict[str, Any]:
+    """Return the daemon's own words, with what is true if it is not running."""
+    from imagewatch import status as told  # noqa: PLC0415
+
+    page = told.read(config.folders.state)
+    if page is None:
+        raise SpoolError(
+            f"{printable(config.folders.state)}: no daemon has run with this configuration yet",
+            hint="start it: imagewatch run; or name its configuration with --config",
+        )
+    running = _running(config)
+    if not running and page["state"] != "stopped":
+        page["state"] = "died"
+    if not running:
+        page |= {"in_flight": [], "holds": [one for one in page["holds"] if one["kind"] in {"hand", "burst"}]}
+    return {**page, "is_running": running}
+
+
+def _story(page: dict[str, Any]) -> Iterator[str]:
+    states = {
+        "stopped": "is not running (it was stopped)",
+        "died": "is not running (it died; the next start recovers)",
+        "stopping": "finishes what is sent, then ends",
+    }
+    yield f"imagewatch {page['version']} {states.get(page['state'], 'is running')}, as of {_local(page['updated'])}"
+    yield f"  inbox      {page['inbox']} ({page['mode']}, last look {_local(page['last_sweep'])})"
+    waiting = page["waiting"]
+    yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
+    yield f"  in flight  {len(page['in_flight'])}"
+    for job in page["in_flight"]:
+        yield f"             {job['source']}"
+    for name, label in (("today", "today"), ("month", "this month")):
+        one = page[name]
+        cap = f" of {one['cap']:g}" if one["cap"] else ""
+        yield (
+            f"  {label:<10} {one['made']} made, {one['refused']} refused, {one['unknown']} unknown, "
+            f"{one['credits']:g}{cap} credits (UTC)"
+        )
+    if page["ignored"]["count"]:
+        yield f"  ignored    {page['ignored']['count']}"
+        for name, reason in page["ignored"]["files"].items():
+            yield f"             {name}: {reason}"
+    for one in page["holds"]:
+        until = f", tried again {_local(one['until'])}" if one["until"] else ""
+        yield click.style(f"  held       {one['kind']}: {one['reason']}{until}", fg="red")
+        yield f"             {one['next']}"
+
+
+def _why(reasons: dict[str, int]) -> str:
+    return f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
+
+
+def _local(text: str | None) -> str:
+    from imagewatch.status import moment  # noqa: PLC0415
+
+    return moment(text).astimezone().strftime("%Y-%m-%d %H:%M:%S") if text else "never"
+
+
+# What they share
+
+
+def _control(config: Config) -> Any:  # noqa: ANN401  imported late
+    from imagewatch.control import Control  # noqa: PLC0415
+    from imagewatch.durable import Disk  # noqa: PLC0415
+
+    return Control(config.folders.state, Disk())
+
+
+def _owned(path: str | None) -> Config:
+    """Return the configuration, as the owner of the state folder: what root made the daemon could not remove."""
+    config = load(path)
+    state = config.folders.state
+    try:
+        owner = os.stat(state)
+    except FileNotFoundError:
+        hint = "start it: imagewatch run; or name its configuration with --config"
+        raise SpoolError(f"{printable(state)}: no daemon has run with this configuration yet", hint=hint) from None
+    if os.geteuid() == 0 and owner.st_uid != 0:
+        with contextlib.suppress(KeyError):
+            os.setgroups(os.getgrouplist(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid))
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+    if not os.access(state, os.W_OK | os.X_OK):
+        hint = "use the daemon's user or root, e.g. sudo imagewatch …"
+        raise SpoolError(f"{printable(state)}: this user may not change it", path=state, hint=hint)
+    return config
+
+
+@contextlib.contextmanager
+def _ledger(config: Config) -> Iterator[Ledger]:
+    from imagewatch.ledger import Ledger  # noqa: PLC0415
+
+    path = os.path.join(config.folders.state, "ledger.sqlite3")
+    if not os.path.exists(path):
+        hint = "nothing was made with this configuration yet; or name another one with --config"
+        raise SpoolError(f"{printable(path)}: there is no ledger, or this user may not see it", path=path, hint=hint)
+    with contextlib.closing(Ledger(path)) as ledger:
+        yield ledger
+
+
+def _running(config: Config) -> bool:
+    from imagewatch.durable import locked  # noqa: PLC0415
+
+    return locked(os.path.join(config.folders.state, "lock"))
+
+
+def _hold_kinds(config: Config) -> set[str]:
+    from imagewatch.status import read  # noqa: PLC0415
+
+    page = read(config.folders.state)
+    return {one["kind"] for one in page["holds"]} if page else set()
+
+
+def _until(condition: Callable[[], bool]) -> bool:
+    """Wait until the daemon has taken notice; return whether it has."""
+    wait, end = threading.Event().wait, time.monotonic() + _PATIENCE
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        wait(0.05)
+    return True
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return ""
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a table whose columns are aligned; numbers to the right."""
+    body = [list(row) for row in rows]
+    widths = [max(len(cell) for cell in column) for column in zip(head, *body, strict=True)]
+    right = [all(_is_number(row[at]) for row in body) and bool(body) for at in range(len(head))]
+    for number, row in enumerate([list(head), *body]):
+        cells = [
+            cell.rjust(width) if to_right else cell.ljust(width)
+            for cell, width, to_right in zip(row, widths, right, strict=True)
+        ]
+        line = "  ".join(cells).rstrip()
+        colour = _COLOURS.get(row[1]) if number and len(row) > 1 else None
+        click.echo(click.style(line, bold=True) if not number else click.style(line, fg=colour))
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.replace(".", "", 1).replace("e+", "", 1).isdigit()

@@ -1,0 +1,113 @@
+"""What commands ask of a daemon: small files in ``control``, a folder inside the state folder.
+
+Files, because a daemon that is not running must find the request when it starts. Only who may write into the state
+folder can ask for anything; the inbox is open to everybody and asks for nothing.
+
+::
+
+    held       the queue is held by hand, for the reason inside; it stays until ``release``
+    release    end all holds; the daemon removes it
+    passed     until which time prompts were let through past the burst guard; written by the daemon
+    retry.ID   look again at the paid answer of this job; the daemon removes it
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+
+from imagewatch.durable import Disk, ours
+from imagewatch.errors import SpoolError
+from imagewatch.text import printable
+
+_RETRY = re.compile(r"retry\.([0-9a-f]{16})")
+_MOST_BYTES = 4096
+
+
+class Control:
+    """The folder for requests to a daemon.
+
+    Args:
+        state: The state folder.
+        disk: Our disk.
+    """
+
+    def __init__(self, state: str, disk: Disk) -> None:
+        self.folder = os.path.join(state, "control")
+        self._disk = disk
+
+    def prepare(self) -> None:
+        """Make the folder."""
+        self._disk.make_folder(self.folder)
+
+    def held(self) -> str | None:
+        """Return why the queue is held by hand, or None when it is not."""
+        found = self._read("held")
+        return None if found is None else printable(found.strip(), 500)
+
+    def hold(self, reason: str) -> None:
+        """Hold the queue by hand, until ``release``."""
+        self._write("held", reason)
+
+    def release(self) -> None:
+        """Ask for the end of all holds."""
+        self._disk.unlink(self._path("held"))
+        self._write("release", "")
+
+    def release_pending(self) -> bool:
+        """Tell whether a daemon has yet to see what ``release`` asked for."""
+        return os.path.lexists(self._path("release"))
+
+    def take_release(self) -> bool:
+        """Tell whether the end of all holds was asked for; asked again it says no."""
+        path = self._path("release")
+        asked = os.path.lexists(path)
+        if asked:
+            self._disk.unlink(path)
+        return asked
+
+    def passed(self) -> float:
+        """Return until which ctime, seconds since the epoch, the burst guard lets prompts through."""
+        try:
+            return float(self._read("passed") or 0)
+        except ValueError:
+            return 0.0
+
+    def let_pass(self, until: float) -> None:
+        """Let prompts through that were last changed at this time or before, seconds since the epoch."""
+        self._write("passed", repr(until))
+
+    def retry(self, job: str) -> None:
+        """Ask to look again at the paid answer of a job."""
+        self._write(f"retry.{job}", "")
+
+    def retries(self) -> list[str]:
+        """Return the jobs that ``retry`` was called for."""
+        return [match[1] for name in self._names() if (match := _RETRY.fullmatch(name))]
+
+    def retried(self, job: str) -> None:
+        """Forget a request of ``retry``."""
+        self._disk.unlink(self._path(f"retry.{job}"))
+
+    def _names(self) -> list[str]:
+        with contextlib.suppress(FileNotFoundError):
+            return sorted(os.listdir(self.folder))
+        return []
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.folder, name)
+
+    def _read(self, name: str) -> str | None:
+        path = self._path(name)
+        try:
+            with ours(path, "read"), open(path, "rb") as file:
+                return file.read(_MOST_BYTES).decode("utf-8", "surrogateescape")
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
+
+    def _write(self, name: str, text: str) -> None:
+        self.prepare()
+        self._disk.write(self._path(name), text.encode("utf-8", "surrogateescape"))

@@ -1,0 +1,86 @@
+"""What the prompts in the inbox may cost, from what requests like them have cost here. No network.
+
+The endpoint publishes no prices; the ledger knows what was charged. A request like none before it has no estimate,
+and that is said.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from imagewatch.errors import BadRequest
+from imagewatch.names import SUFFIX
+from imagewatch.request import Files, build
+from imagewatch.sweep import Sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from imagewatch.config import Config
+
+_PRICED = ("provider", "model", "size", "quality")
+"""Fields that a price is known to depend on, beside the number of images."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """What one prompt may cost.
+
+    Attributes:
+        source: Path of the prompt below the inbox.
+        request: What is asked for, in words.
+        low: The lowest price of a request like it, credits; None without one.
+        usual: The median.
+        high: The highest.
+        seen: How many there were.
+        problem: Why it will not be sent at all, or an empty string.
+    """
+
+    source: str
+    request: str = ""
+    low: float | None = None
+    usual: float | None = None
+    high: float | None = None
+    seen: int = 0
+    problem: str = ""
+
+
+def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Iterator[Estimate]:
+    """Estimate what is in the inbox, settled or not.
+
+    Args:
+        config: Inbox, defaults, limits.
+        prices: What was asked for and charged, newest first.
+
+    Raises:
+        SpoolError: The inbox cannot be listed.
+    """
+    # A prompt that is still being waited for costs as much: so nothing has to settle.
+    eager = config.inbox.__class__(settle_seconds=0, recursive=config.inbox.recursive)
+    for candidate in Sweep(config.folders.inbox, eager).look(time.monotonic(), time.time()).ready:
+        folder, stem = candidate.key
+        where = os.path.join(config.folders.inbox, folder)
+        try:
+            request = build(Files(where, folder, stem, candidate.images, candidate.foreign), config)
+        except BadRequest as error:
+            yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
+        else:
+            yield price(os.path.join(folder, stem + SUFFIX), request.fields, prices)
+
+
+def price(source: str, fields: dict[str, Any], prices: Sequence[tuple[dict[str, Any], float]]) -> Estimate:
+    """Estimate one request by those like it: same provider, model, size, quality; priced by the image."""
+    count = fields.get("n", 1)
+    alike = [
+        credits_ / known.get("n", 1) * count
+        for known, credits_ in prices
+        if all(known.get(name) == fields.get(name) for name in _PRICED)
+    ]
+    told = ", ".join(str(fields[name]) for name in (*_PRICED, "n") if name in fields)
+    if not alike:
+        return Estimate(source, told)
+    return Estimate(source, told, min(alike), median(alike), max(alike), len(alike))

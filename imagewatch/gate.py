@@ -1,0 +1,205 @@
+"""Whether another request may go out now: every reason to wait in one place.
+
+The gate belongs to the main thread; workers only ask whom an account-level refusal is shown by (``Holds.blame``).
+Each hold is told once when it begins, with what to do about it, and once when it ends.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch.errors import SpoolError
+from imagewatch.holds import NEXT, Hold, Holds
+from imagewatch.text import utc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection
+
+    from imagewatch.config import Limits
+    from imagewatch.control import Control
+    from imagewatch.outcome import Trouble
+    from imagewatch.spool import Spool
+
+DISK_SECONDS = 5.0
+"""How long after our own disk failed the next write probe is made."""
+_KEY_SECONDS = 2.0
+"""How often the file of the key is looked at while the account refuses us."""
+_ACCOUNT = {"key", "credits", "quota", "address"}
+_log = structlog.get_logger()
+
+
+class Gate:
+    """Lets requests through, or not.
+
+    Args:
+        spool: The folders.
+        control: What commands asked for.
+        holds: Reasons to wait.
+        clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds.
+    """
+
+    def __init__(
+        self,
+        spool: Spool,
+        control: Control,
+        holds: Holds,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._spool = spool
+        self._control = control
+        self._holds = holds
+        self._clock = clock
+        self._now = monotonic
+        self._key_stamp: Callable[[], object] = lambda: None
+        self._stamp: object = None
+        self._stamp_at = 0.0
+        self._passed = 0.0
+        self.blame = holds.blame
+        self.disk_failed = False
+
+    def configure(self, limits: Limits, key_stamp: Callable[[], object]) -> None:
+        """Take a configuration; whatever is about the account or the network is to be tried anew.
+
+        Args:
+            limits: Concurrency, burst, free space.
+            key_stamp: Returns a value that differs when the key's file was changed.
+        """
+        self._limits = limits
+        self._key_stamp = key_stamp
+        self._stamp = key_stamp()
+        self._end(self._holds.clear_outer())
+
+    # Asked by the main loop
+
+    def open(self, in_flight: int) -> bool:
+        """Tell whether another job may go to a worker."""
+        if self._holds.waiting(self._now()) is not None:
+            return False
+        return in_flight < (1 if self._holds.probing() else self._limits.concurrency)
+
+    def deliverable(self, in_flight: int) -> bool:
+        """Tell whether a job that needs no request any more may go to a worker: only our own disk can forbid that."""
+        return in_flight < self._limits.concurrency and not self._holds.waits("disk", self._now())
+
+    def room(self) -> bool:
+        """Tell whether our disks can take another paid answer; if not, hold."""
+        try:
+            if self._holds.has("disk"):
+                self._spool.probe()
+            self._spool.require_room(self._limits.min_free_bytes)
+        except SpoolError as error:
+            self.failed(error)
+            return False
+        self._end(self._holds.clear("disk"))
+        return True
+
+    def count(self, changed: Collection[float]) -> None:
+        """Hold until somebody says go if too many prompts came at once.
+
+        Args:
+            changed: Newest ctime of each prompt that is ready, seconds since the epoch.
+        """
+        most = self._limits.burst
+        if not most or len(changed) <= most or self._holds.has("burst"):
+            return
+        new = sum(at > self._passed for at in changed)
+        if new > most:
+            self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
+
+    def look(self, newest: float = 0.0) -> None:
+        """Look at what commands have asked for, and at the file of the key.
+
+        Args:
+            newest: Newest ctime of a prompt in the inbox, seconds since the epoch.
+        """
+        released = self._control.take_release()
+        if released:
+            self._passed = max(self._clock(), newest)
+            self._control.let_pass(self._passed)
+            self._end(self._holds.clear())
+        reason = self._control.held()
+        if reason is None:
+            self._end(self._holds.clear("hand"))
+        elif not self._holds.has("hand"):
+            self._begin("hand", reason or "by hand", math.inf)
+        self._look_at_key()
+
+    def _look_at_key(self) -> None:
+        if not self.watches_key() or self._now() < self._stamp_at:
+            return
+        self._stamp_at = self._now() + _KEY_SECONDS
+        stamp, self._stamp = self._stamp, self._key_stamp()
+        if stamp != self._stamp:
+            _log.info("the key was changed")
+            for kind in _ACCOUNT:
+                self._end(self._holds.clear(kind))
+
+    def watches_key(self) -> bool:
+        """Tell whether there is a hold that a changed key would end."""
+        return any(self._holds.has(kind) for kind in _ACCOUNT)
+
+    def start(self) -> None:
+        """Take up what was asked for while nobody was running."""
+        self._control.prepare()
+        self._passed = self._control.passed()
+        self.look()
+
+    def patience(self) -> float:
+        """Return after how many seconds a hold is to be looked at again; infinite without one."""
+        now = self._now()
+        waiting = self._holds.waiting(now)
+        seconds = waiting.until - now if waiting else math.inf
+        return min(seconds, self._stamp_at - now) if self.watches_key() else seconds
+
+    # Told by the main loop
+
+    def met(self, trouble: Trouble) -> None:
+        """Take note of what every other request would meet too."""
+        self._begin(trouble.kind, trouble.message, trouble.seconds)
+
+    def answered(self, began: float) -> None:
+        """Take note that a request begun at this monotonic time was answered."""
+        self._end(self._holds.disproved(began))
+
+    def failed(self, error: SpoolError) -> None:
+        """Take note that our own disk failed: nothing is sent until a write probe succeeds."""
+        self.disk_failed = True
+        self._begin("disk", str(error), DISK_SECONDS, error.hint)
+
+    def _begin(self, kind: str, message: str, seconds: float | None, hint: str = "") -> None:
+        if not self.watches_key():
+            self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
+        now, known = self._now(), self._holds.has(kind)
+        hold = self._holds.add(kind, message, now, seconds)
+        if hold.since != now or (known and kind == "disk"):
+            return  # it was known
+        say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hint or NEXT[kind]}
+        if math.isfinite(hold.until):
+            say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
+        (_log.error if kind == "disk" else _log.warning)("held", **say)
+
+    def _end(self, ended: list[Hold]) -> None:
+        for hold in ended:
+            if not hold.brief:
+                _log.info("released", kind=hold.kind)
+
+    # Told to others
+
+    def ends(self, hold: Hold) -> str | None:
+        """Return when a hold is over or probed next, as a UTC time; None if only a person ends it."""
+        if not math.isfinite(hold.until):
+            return None
+        return utc(self._clock() + hold.until - self._now()).isoformat().replace("+00:00", "Z")
+
+    def holds(self) -> list[Hold]:
+        """Return all holds."""
+        return self._holds.all()
+
+    def first(self) -> Hold | None:
+        """Return the hold that lasts longest, brief ones aside, or None."""
+        return self._holds.first()

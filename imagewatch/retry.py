@@ -1,0 +1,187 @@
+"""Putting failed prompts back into the inbox.
+
+What was free goes back as it is. What may have been charged goes back only if somebody says that it may be paid for
+again. What was charged does not go back at all: its paid answer is looked at again, by the daemon and without a call.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from imagewatch.documents import facts
+from imagewatch.durable import Disk, ours
+from imagewatch.errors import SpoolError
+from imagewatch.names import PAID, SUFFIX
+from imagewatch.text import printable, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imagewatch.config import Folders
+    from imagewatch.control import Control
+    from imagewatch.ledger import Ledger
+
+_ENDING = ".error.toml"
+_ENDINGS = (_ENDING, SUFFIX, "")
+_MOST_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A failed prompt.
+
+    Attributes:
+        path: Its error file.
+        folder: The folder below errors it lies in.
+        job: Its job id.
+        charged: ``yes``, ``no`` or ``unknown``.
+        originals: Name behind the door, and name as it was dropped; the prompt last.
+    """
+
+    path: str
+    folder: str
+    job: str
+    charged: str
+    originals: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        """How people call it."""
+        return os.path.join(self.folder, os.path.basename(self.path)[: -len(_ENDING)])
+
+
+class Retry:
+    """Puts failed prompts back.
+
+    Args:
+        folders: Inbox and errors.
+        disk: Our disk.
+        ledger: What it says of a charge counts, if it knows the job.
+        control: Where the daemon is asked to look at a paid answer again.
+    """
+
+    def __init__(self, folders: Folders, disk: Disk, ledger: Ledger, control: Control) -> None:
+        self._inbox = folders.inbox
+        self._errors = folders.errors
+        self._paid = os.path.join(folders.state, PAID)
+        self._disk = disk
+        self._ledger = ledger
+        self._control = control
+
+    def all(self) -> Iterator[str]:
+        """Yield every error file, oldest first."""
+        found = []
+        for folder, inner, names in os.walk(self._errors):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            for name in names:
+                if name.endswith(_ENDING) and not name.startswith("."):
+                    path = os.path.join(folder, name)
+                    found.append((os.lstat(path).st_mtime_ns, path))
+        for _, path in sorted(found):
+            yield path
+
+    def find(self, name: str) -> str:
+        """Return the error file somebody means.
+
+        Args:
+            name: A prompt's name without its ending, or the path of its prompt or error file.
+
+        Raises:
+            SpoolError: There is none.
+        """
+        for ending in _ENDINGS:
+            stem = name[: -len(ending)] if ending and name.endswith(ending) else name
+            for base in (self._errors, os.getcwd()):
+                path = os.path.normpath(os.path.join(base, stem + _ENDING))
+                if path.startswith(self._errors + os.sep) and os.path.isfile(path):
+                    return path
+        shown = printable(name, 255)
+        raise SpoolError(f"{shown}: no error file of this name", path=name, hint=f"look into {printable(self._errors)}")
+
+    def read(self, path: str) -> Failed:
+        """Read an error file. It lies in a shared folder and is not trusted.
+
+        Raises:
+            SpoolError: It is not one.
+        """
+        shown = printable(path)
+        try:
+            with ours(path, "read"), open(path, "rb", opener=_no_links) as file:
+                document = facts(file.read(_MOST_BYTES).decode())
+            job = document["job"]
+            originals = tuple((_name(table["file"]), _name(table["dropped_as"])) for table in document["originals"])
+            charged = str(document["charged"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            hint = "move the prompt and its images back into the inbox by hand"
+            raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
+        if row := self._row(job, os.path.relpath(path, self._errors)):
+            charged = row["charged"]
+        folder = os.path.dirname(os.path.relpath(path, self._errors))
+        return Failed(path, folder, str(job), charged, originals)
+
+    def _row(self, job: object, path: str) -> dict[str, Any] | None:
+        row = self._ledger.job(job) if isinstance(job, str) else None
+        # A stranger may have copied the job id of somebody else's error file.
+        return row if row and os.path.dirname(row["source"]) == whole(os.path.dirname(path)) else None
+
+    def put_back(self, failed: Failed) -> None:
+        """Move the originals into the inbox, the prompt last, and then remove the error file.
+
+        Raises:
+            SpoolError: A file of that name is there already, or the disk failed.
+        """
+        source, target = os.path.dirname(failed.path), os.path.join(self._inbox, failed.folder)
+        self._disk.make_folder(target, mode=0o777)
+        there = [(os.path.join(source, a), os.path.join(target, b)) for a, b in failed.originals]
+        self._require_free(there)
+        if not there or not os.path.lexists(there[-1][0]):
+            self._require_prompt(failed, there[-1][1] if there else "")
+        for number, (path, new) in enumerate(there):
+            if new.endswith(SUFFIX):
+                self._disk.touch(path)
+            self._disk.carry(path, new, os.path.join(target, f".iw-{failed.job}.{number}.tmp"))
+        self._disk.sync_folder(target)
+        self._disk.sync_folder(os.path.dirname(target))
+        self._disk.unlink(failed.path)
+        self._disk.sync_folder(source)
+
+    def _require_free(self, there: list[tuple[str, str]]) -> None:
+        for path, new in there:
+            if os.path.lexists(new) and os.path.lexists(path):
+                hint = "take it away first, or wait until it is done"
+                raise SpoolError(f"{printable(new)}: the inbox has a file of this name", path=new, hint=hint)
+
+    def _require_prompt(self, failed: Failed, new: str) -> None:
+        """Make sure that the prompt is somewhere: an earlier call may have moved it already."""
+        if not (new and os.path.lexists(new)):
+            hint = "nothing is left to try again; remove the error file, or drop the prompt anew"
+            raise SpoolError(f"{printable(failed.path)}: its prompt is gone", path=failed.path, hint=hint)
+
+    def look_again(self, failed: Failed) -> None:
+        """Ask the daemon to read the paid answer again.
+
+        Raises:
+            SpoolError: It is not kept in the state folder.
+        """
+        if not os.path.isdir(os.path.join(self._paid, failed.job)):
+            hint = "what is left of it lies beside the error file; it is not sent again"
+            raise SpoolError(f"{printable(failed.path)}: no paid answer is kept", path=failed.path, hint=hint)
+        self._control.retry(failed.job)
+
+
+def _no_links(path: str, flags: int) -> int:
+    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError("not a plain file")
+    return descriptor
+
+
+def _name(value: object) -> str:
+    """Return a plain file name; an error file must not lead out of its folder."""
+    if not isinstance(value, str) or "/" in value or "\0" in value or value in {"", ".", ".."}:
+        raise ValueError("a name in it is not a file name")
+    return value

@@ -1,0 +1,189 @@
+"""What a daemon is doing, in one small file that anybody with a right to the state folder can read.
+
+``status.json`` in the state folder is replaced whole, and is not evidence of anything: the truth is in the folders,
+the job records and the ledger.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from imagewatch import __version__
+from imagewatch.budget import day_and_month
+from imagewatch.holds import NEXT
+from imagewatch.text import printable, utc
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from imagewatch.config import Config
+    from imagewatch.durable import Disk
+    from imagewatch.gate import Gate
+    from imagewatch.ledger import Ledger
+    from imagewatch.sweep import Seen
+
+SCHEMA = 1
+FILE = "status.json"
+_MOST_NAMES = 100
+_INTERVAL = 1.0
+
+
+def read(state: str) -> dict[str, Any] | None:
+    """Return what the daemon of a state folder last said of itself, or None if there is nothing readable."""
+    try:
+        with open(os.path.join(state, FILE), "rb") as file:
+            found = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+
+
+class Status:
+    """Keeps the file up to date.
+
+    Args:
+        config: Where the file is, and what is shown of the settings.
+        disk: Our disk.
+        ledger: What was made and spent.
+        gate: The holds.
+        clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        disk: Disk,
+        ledger: Ledger,
+        gate: Gate,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._path = os.path.join(config.folders.state, FILE)
+        self._disk = disk
+        self._ledger = ledger
+        self._gate = gate
+        self._clock = clock
+        self._now = monotonic
+        self._started = clock()
+        self._due: float | None = None
+        self._not_before = 0.0
+        self.state = "starting"
+        self.mode = ""
+        self.last_sweep: float | None = None
+
+    def change(self) -> None:
+        """Note that something is different: the file is written soon."""
+        if self._due is None:
+            self._due = self._not_before
+
+    @property
+    def due(self) -> float | None:
+        """Monotonic time at which the file is to be written, or None."""
+        return self._due
+
+    def write(self, seen: Seen, ready: int, in_flight: Mapping[str, str]) -> dict[str, Any]:
+        """Write the file now.
+
+        Args:
+            seen: What the last sweep saw.
+            ready: How many prompts only wait for a worker.
+            in_flight: Path of the prompt of each job at work, by job id.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
+        began = self._now()
+        page = self._page(seen, ready, in_flight)
+        self._disk.jot(self._path, json.dumps(page, indent=1).encode())
+        self._due = None
+        # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
+        self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
+        return page
+
+    def _page(self, seen: Seen, ready: int, in_flight: Mapping[str, str]) -> dict[str, Any]:
+        now = self._clock()
+        day, month = day_and_month(now)
+        return {
+            "schema": SCHEMA,
+            "version": __version__,
+            "state": self.state,
+            "pid": os.getpid(),
+            "updated": iso(now),
+            "started": iso(self._started),
+            "last_sweep": iso(self.last_sweep),
+            "mode": self.mode,
+            "inbox": printable(self._config.folders.inbox),
+            "endpoint": self._config.endpoint.base_url,
+            "waiting": {
+                "ready": ready,
+                "not_ready": len(seen.waiting),
+                "why": dict(Counter(_kind(reason) for reason in seen.waiting.values()).most_common(20)),
+                "files": _first(seen.waiting),
+            },
+            "ignored": {"count": len(seen.ignored), "files": _first(seen.ignored)},
+            "in_flight": [{"job": job, "source": printable(source)} for job, source in in_flight.items()],
+            "holds": self._holds(),
+            "today": self._totals(day[0].timestamp(), self._config.limits.credits_per_day),
+            "month": self._totals(month[0].timestamp(), self._config.limits.credits_per_month),
+            "redelivered": self._ledger.redelivered(),
+        }
+
+    def _totals(self, since: float, cap: float) -> dict[str, Any]:
+        return {**self._ledger.totals(since), "cap": cap or None}
+
+    def _holds(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "kind": hold.kind,
+                "reason": printable(hold.message),
+                "since": iso(self._clock() - (self._now() - hold.began)),
+                "until": self._gate.ends(hold),
+                "next": NEXT[hold.kind],
+            }
+            for hold in self._gate.holds()
+        ]
+
+
+def line(page: Mapping[str, Any]) -> str:
+    """Return a status in one line, for ``systemctl status``."""
+    waiting, today = page["waiting"], page["today"]
+    parts = [
+        f"{waiting['ready'] + waiting['not_ready']} waiting",
+        f"{len(page['in_flight'])} in flight",
+        f"today {today['made']} made, {today['refused']} refused, {today['unknown']} unknown",
+        f"{today['credits']:g} credits",
+    ]
+    if page["state"] == "stopping":
+        parts.insert(0, "finishing what is sent")
+    parts += [f"held ({hold['kind']}): {hold['reason']}" for hold in page["holds"]]
+    return "; ".join(parts)
+
+
+def iso(seconds: float | None) -> str | None:
+    """Return a time in seconds since the epoch as people and programs both read it, in UTC."""
+    return None if seconds is None else utc(seconds).isoformat(timespec="seconds").replace("+00:00", "Z")
+
+
+def moment(text: str) -> datetime:
+    """Return what ``iso`` wrote."""
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+def _first(reasons: Mapping[str, str]) -> dict[str, str]:
+    """Return the first names and their reasons; of a huge inbox not all of them."""
+    return {printable(path): reasons[path] for path in sorted(reasons)[:_MOST_NAMES]}
+
+
+def _kind(reason: str) -> str:
+    """Return a reason without what differs from file to file."""
+    if reason.endswith("still being written"):
+        return "still being written"
+    if reason.startswith("waits for "):
+        return "images it names are missing"
+    return "not quiet for long enough" if "quiet for" in reason else reason
