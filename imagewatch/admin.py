@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagewatch.errors import SpoolError
-from imagewatch.text import printable
+from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -222,7 +222,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     ]
     _table(("time", "outcome", "credits", "provider", "images", "prompt", "message"), rows)
     made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
-    click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {totals['credits']:g} credits.")
+    click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits.")
 
 
 # Estimate
@@ -259,11 +259,11 @@ def _price(one: Estimate) -> str:
         return f"none: it will be refused ({printable(one.problem, 100)})"
     if one.usual is None or one.low is None or one.high is None:
         return "unknown: none like it was made yet"
-    return f"{_span(one.low, one.high)}, usually {one.usual:g} ({one.seen} made)"
+    return f"{_span(one.low, one.high)}, usually {amount(one.usual)} ({one.seen} made)"
 
 
 def _span(low: float, high: float) -> str:
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+    return amount(low) if low == high else f"{amount(low)} to {amount(high)}"
 
 
 # Status
@@ -324,10 +324,10 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
         yield f"             {job['source']}"
     for name, label in (("today", "today"), ("month", "this month")):
         one = page[name]
-        cap = f" of {one['cap']:g}" if one["cap"] else ""
+        cap = f" of {amount(one['cap'])}" if one["cap"] else ""
         yield (
             f"  {label:<10} {one['made']} made, {one['refused']} refused, {one['unknown']} unknown, "
-            f"{one['credits']:g}{cap} credits (UTC)"
+            f"{amount(one['credits'])}{cap} credits (UTC)"
         )
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"
@@ -417,7 +417,7 @@ def _until(condition: Callable[[], bool]) -> bool:
 def _shown(value: object) -> str:
     if value is None:
         return ""
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return amount(value) if isinstance(value, float) else str(value)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

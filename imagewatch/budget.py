@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from imagewatch.text import amount
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -148,7 +150,8 @@ class Budget:
                 continue
             spent = self._spent(begin.timestamp())
             if spent + cost > cap:
-                message = f"{rule} is {cap:g}: {spent:g} are spent or in flight, and a request may cost {cost:g}"
+                known = f"{amount(spent)} are spent or in flight, and a request may cost {amount(cost)}"
+                message = f"{rule} is {amount(cap)}: {known}"
                 return Refusal("cap", message, max(end.timestamp() - now, 1.0))
         return None
 

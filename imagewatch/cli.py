@@ -16,7 +16,7 @@ import click
 from imagewatch import __version__, admin
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
 from imagewatch.holds import NEXT
-from imagewatch.text import printable
+from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -100,7 +100,7 @@ def once(path: str | None) -> None:
 @admin.config_option
 @click.option("--balance", is_flag=True, help="Ask the endpoint what the account holds, too (free of charge).")
 def check(path: str | None, *, balance: bool) -> None:
-    """Say what the daemon would do, and why; change nothing, buy nothing.
+    """Say what the daemon would do, and why; send nothing.
 
     Looks at the configuration, the folders, the key (never shown) and every file in the inbox.
     """
@@ -278,7 +278,7 @@ class _Bar:
         """Yield what became of everything, for people."""
         made = self._done - len(self._failed)
         if self._done:
-            yield f"{made} made for {self._credits:g} credits, {len(self._failed)} not made."
+            yield f"{made} made for {amount(self._credits)} credits, {len(self._failed)} not made."
         else:
             yield 'No prompt in the inbox was ready; "imagewatch check" says more.'
         for outcome in self._failed:

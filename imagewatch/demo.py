@@ -14,7 +14,7 @@ from imagewatch.config import load
 from imagewatch.daemon import Daemon
 from imagewatch.errors import SpoolError
 from imagewatch.sandbox import Sandbox
-from imagewatch.text import printable
+from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -133,7 +133,7 @@ def _told(story: Story, hold: Hold | None) -> list[str]:
     charged = story.report["charged"]
     lines += [
         "",
-        f"Receipts say {credits_spent:g} credits; the endpoint counted {counted:g} for {charged} requests.",
+        f"Receipts say {amount(credits_spent)} credits; the endpoint counted {amount(counted)} for {charged} requests.",
         "No key was used, nothing left this machine, the pictures are placeholders.",
         "",
         f"  pictures and receipts  {os.path.join(story.folder, 'outbox')}",

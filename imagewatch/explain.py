@@ -17,7 +17,7 @@ from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.request import Files, Request, build
 from imagewatch.sweep import Candidate, Sweep
-from imagewatch.text import printable, utc
+from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -71,7 +71,7 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     client = Client(config.endpoint, lambda: read_key(config.endpoint, environ))
     try:
         for name, credits_ in client.balance().items():
-            yield Line("ok", name.replace("_", " "), f"{credits_:,g} credits")
+            yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
     except Unavailable as error:
         yield Line("wait", "balance", printable(f"not available ({error}); nothing else depends on it"))
     except ConfigError:

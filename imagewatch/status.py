@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
 from imagewatch.holds import NEXT
-from imagewatch.text import printable, utc
+from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -157,7 +157,7 @@ def line(page: Mapping[str, Any]) -> str:
         f"{waiting['ready'] + waiting['not_ready']} waiting",
         f"{len(page['in_flight'])} in flight",
         f"today {today['made']} made, {today['refused']} refused, {today['unknown']} unknown",
-        f"{today['credits']:g} credits",
+        f"{amount(today['credits'])} credits",
     ]
     if page["state"] == "stopping":
         parts.insert(0, "finishing what is sent")

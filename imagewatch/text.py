@@ -26,6 +26,11 @@ def printable(text: str, limit: int = 2000) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
 
 
+def amount(value: float) -> str:
+    """Return a number of credits without a needless fraction: ``12``, ``12.5``, ``1250000``."""
+    return f"{value:.10g}"
+
+
 def whole(text: str) -> str:
     """Return text that any UTF-8 file can hold: bytes that were never text become backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
