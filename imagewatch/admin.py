@@ -77,7 +77,7 @@ def hold(reason: str, path: str | None) -> None:
 @click.command()
 @config_option
 def release(path: str | None) -> None:
-    """End every hold: one by hand, the burst guard's, and those that wait for a probe.
+    """End every hold, also one by hand and the burst guard's.
 
     What the account refuses is refused again, and held again; that costs nothing.
     """
@@ -96,10 +96,8 @@ def release(path: str | None) -> None:
 
 
 @click.command()
-@click.argument("names", nargs=-1, metavar="[NAME]...")
-@click.option(
-    "--all", "everything", is_flag=True, help="All in the errors folder but those that may have been charged."
-)
+@click.argument("names", nargs=-1, metavar="[NAME]…")
+@click.option("--all", "everything", is_flag=True, help="All in the errors folder but what may have been charged.")
 @click.option("--pay-again", is_flag=True, help="Also what may have been charged: it may then be paid for twice.")
 @config_option
 def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again: bool) -> None:
@@ -274,7 +272,7 @@ def _span(low: float, high: float) -> str:
 @click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
 @config_option
 def status(path: str | None, *, as_json: bool, watch: bool) -> None:
-    """Say what the daemon is doing: waiting, in flight, holds, made and spent today.
+    """Say what the daemon is doing: waiting, in flight, held, spent.
 
     Works while it is down, and then says so. Exit code 69 while the queue is held.
     """

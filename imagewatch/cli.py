@@ -33,9 +33,9 @@ EXIT_CONFIG = 78
 _EXIT_CODES = """\b
 Exit codes:
   0   done
-  1   some job failed (once)
+  1   some job failed (once), or some prompt was not put back (retry)
   64  the command line is wrong
-  69  the queue is held and prompts are left in the inbox (once)
+  69  the queue is held (status), and prompts are left in the inbox (once)
   74  our own disk: full, read-only or gone
   75  another imagewatch has this inbox
   78  the configuration is wrong"""

@@ -338,6 +338,7 @@ class Daemon:
     def _look(self) -> None:
         began = self._now()
         try:
+            self._spool.require_mounts()
             self._seen = self._sweep.look(began, self._clock())
         except SpoolError as error:
             self._gate.failed(error)

@@ -20,6 +20,7 @@ from imagewatch.durable import Disk, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
+from imagewatch.mounts import Mounts
 from imagewatch.names import CLAIMS, PAID, fits, fitted, tagged
 from imagewatch.record import Record
 from imagewatch.text import printable
@@ -58,6 +59,7 @@ class Spool:
         self._outbox = config.outbox
         self._gid = _gid(config.outbox.group)
         self._locks: list[IO[bytes]] = []
+        self._mounts = Mounts([])
 
     # Start-up
 
@@ -78,6 +80,7 @@ class Spool:
         self._drop_twins()
         self.probe()
         self._prove_claim()
+        self._mounts = Mounts(self._all())
 
     def lock(self) -> None:
         """Become the only daemon for this inbox and this state folder, until the process ends.
@@ -134,8 +137,17 @@ class Spool:
         while self._locks:
             self._locks.pop().close()
 
+    def require_mounts(self) -> None:
+        """Make sure that no file system is gone from under one of our folders since the start.
+
+        Raises:
+            SpoolError: One is.
+        """
+        self._mounts.require()
+
     def probe(self) -> None:
-        """Prove that every folder we put files into can be written."""
+        """Prove that every folder we put files into can be written, and is still the one it was."""
+        self.require_mounts()
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
 
@@ -148,6 +160,7 @@ class Spool:
         Raises:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
+        self.require_mounts()
         for folder in (self.state, self.outbox):
             with ours(folder, "ask for the free space"):
                 status = os.statvfs(folder)
@@ -521,8 +534,7 @@ class Spool:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
         top = self.door_folder(door, Claim(job="", folder="", stem=""))
         current = top
-        if not os.path.isdir(top):
-            raise SpoolError(f"{printable(top)}: the folder is gone", path=top, hint="restore or mount it")
+        self.require_mounts()
         for part in claim.folder.split("/") if claim.folder else ():
             inner = os.path.join(current, part)
             if not os.path.isdir(inner):

@@ -50,6 +50,7 @@ class Run:
         request: The valid request, once checked.
         resumed: Whether the wait before another attempt is over.
         may_send: Whether a request may go out.
+        stale: Number of the newest answer from before: what it says of the account may be long over.
         trouble: What stopped it.
         doubt: Why the outcome of a request is not known.
     """
@@ -60,6 +61,7 @@ class Run:
     request: Request | None = None
     resumed: bool = False
     may_send: bool = True
+    stale: int = 0
     trouble: Trouble | None = None
     doubt: str = ""
     began: float = 0.0
@@ -149,7 +151,9 @@ class Worker:
         if claim is None:
             return self._without_record(job)
         self._spool.settle(claim)
-        return self._carry(Run(record, claim, Evidence(), resumed=resumed, may_send=may_send, began=self._clock()))
+        stale = record.attempts()[1]
+        run = Run(record, claim, Evidence(), resumed=resumed, may_send=may_send, stale=stale, began=self._clock())
+        return self._carry(run)
 
     def _carry(self, run: Run) -> Outcome:
         with structlog.contextvars.bound_contextvars(job=run.claim.job, source=run.claim.source):
@@ -183,7 +187,9 @@ class Worker:
         if seen.answered and seen.answered == seen.sent and not seen.decided:
             verdict = self._verdict(run, seen.answered)
             reaction = verdict.reaction
-            if reaction is Reaction.ACCOUNT:
+            if reaction is Reaction.ACCOUNT and seen.answered <= run.stale:
+                seen = replace(seen, blamed=False)
+            elif reaction is Reaction.ACCOUNT:
                 seen = replace(seen, blamed=run.trouble is None and self._blame(verdict.account))
                 run.trouble = Trouble(verdict.account, verdict.message, verdict.retry_after)
         return replace(
