@@ -15,7 +15,6 @@ import click
 
 from imagewatch import __version__, admin
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
-from imagewatch.holds import NEXT
 from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
@@ -92,7 +91,7 @@ def once(path: str | None) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
-        click.echo(f"  {NEXT[hold.kind]}", err=True)
+        click.echo(f"  {printable(hold.next)}", err=True)
     sys.exit(code)
 
 

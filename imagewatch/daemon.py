@@ -147,7 +147,7 @@ class Daemon:
         self._mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._spool = Spool(config, disk or Disk())
         self._control = Control(config.folders.state, self._spool.disk)
-        self._gate = Gate(self._spool, self._control, holds or Holds(), clock, monotonic)
+        self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
         self._watcher = Watcher(
             lambda folder, name, renamed: self._mailbox.put(Changed(folder, name, renamed)),
@@ -489,6 +489,9 @@ class Daemon:
             self._on_outcome(outcome)
 
     # Telling
+
+    def _changed_hold(self) -> None:
+        self._status.change()
 
     def _report(self) -> None:
         if self._status.due is not None and self._now() >= self._status.due:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch.errors import SpoolError
-from imagewatch.holds import NEXT, Hold, Holds
 from imagewatch.text import utc
 
 if TYPE_CHECKING:
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Limits
     from imagewatch.control import Control
+    from imagewatch.holds import Hold, Holds
     from imagewatch.outcome import Trouble
     from imagewatch.spool import Spool
 
@@ -38,6 +38,7 @@ class Gate:
         spool: The folders.
         control: What commands asked for.
         holds: Reasons to wait.
+        on_change: Called when a hold begins or ends.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
     """
@@ -47,9 +48,11 @@ class Gate:
         spool: Spool,
         control: Control,
         holds: Holds,
+        on_change: Callable[[], None],
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
+        self._on_change = on_change
         self._spool = spool
         self._control = control
         self._holds = holds
@@ -175,15 +178,18 @@ class Gate:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now, known = self._now(), self._holds.has(kind)
-        hold = self._holds.add(kind, message, now, seconds)
+        self._on_change()
+        hold = self._holds.add(kind, message, now, seconds, hint)
         if hold.since != now or (known and kind == "disk"):
             return  # it was known
-        say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hint or NEXT[kind]}
+        say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
         if math.isfinite(hold.until):
             say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **say)
 
     def _end(self, ended: list[Hold]) -> None:
+        if ended:
+            self._on_change()
         for hold in ended:
             if not hold.brief:
                 _log.info("released", kind=hold.kind)

@@ -46,6 +46,7 @@ class Hold:
         since: Monotonic time of the last refusal, seconds.
         until: Monotonic time of the next probe, seconds; infinite if only a person ends it.
         interval: Seconds between the last two probes.
+        hint: What a person can do in this very case, if somebody knows better than ``NEXT``.
     """
 
     kind: str
@@ -54,6 +55,12 @@ class Hold:
     since: float
     until: float
     interval: float
+    hint: str = ""
+
+    @property
+    def next(self) -> str:
+        """What a person can do."""
+        return self.hint or NEXT[self.kind]
 
     @property
     def brief(self) -> bool:
@@ -81,7 +88,7 @@ class Holds:
             self._blamed.add(kind)
             return first
 
-    def add(self, kind: str, message: str, now: float, seconds: float | None = None) -> Hold:
+    def add(self, kind: str, message: str, now: float, seconds: float | None = None, hint: str = "") -> Hold:
         """Begin or prolong a hold.
 
         Args:
@@ -89,6 +96,7 @@ class Holds:
             message: What was said.
             now: Monotonic time, seconds.
             seconds: How long to wait, if somebody said so; infinite: until a person ends it.
+            hint: What a person can do in this very case.
         """
         if seconds is not None and seconds <= 0 and kind != "busy":
             seconds = None  # "at once" is not believed where only somebody else can change things
@@ -99,14 +107,8 @@ class Holds:
         # Who says "at once" to what nobody can change at once is not believed: that would be no hold at all.
         said = seconds if seconds is not None and (seconds > 0 or kind == "busy") else own
         interval = said if math.isinf(said) else min(max(said, 0.0), LONGEST_ASKED_SECONDS)
-        hold = Hold(
-            kind,
-            message,
-            known.began if known else now,
-            now,
-            max(now + interval, known.until if known else 0.0),
-            interval,
-        )
+        began, until = (known.began, known.until) if known else (now, 0.0)
+        hold = Hold(kind, message, began, now, max(now + interval, until), interval, hint)
         self._holds[kind] = hold
         return hold
 

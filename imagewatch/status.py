@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
-from imagewatch.holds import NEXT
 from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
@@ -144,7 +143,7 @@ class Status:
                 "reason": printable(hold.message),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "until": self._gate.ends(hold),
-                "next": NEXT[hold.kind],
+                "next": hold.next,
             }
             for hold in self._gate.holds()
         ]

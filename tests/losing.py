@@ -78,7 +78,8 @@ class SteppingDisk(Disk):
         super().unlink(path)
 
     def touch(self, path: str) -> bool:
-        self.step("touch", path)
+        if os.path.lexists(path):
+            self.step("touch", path)
         return super().touch(path)
 
     def remove_folder(self, path: str) -> bool:
@@ -171,7 +172,7 @@ class LosingDisk(SteppingDisk):
     - A rename between two folders is never lost on both sides. When only the source folder was synced since, the
       file is durable at its new place (with the folders above it). When only the target folder was synced, it
       is there as well, and the old name is gone (``Losing.NOTHING``: a journal, the rename is one transaction) or
-      still there too (``Losing.TWINS``: btrfs logs each folder by itself).
+      still there too (``Losing.TWINS``: btrfs logs each folder by itself; a folder never has two names).
     - The opposite may happen, too: names that nobody synced survive, and content that nobody synced does not
       (``NAMES``, ``TORN``): the empty files that ext4 and xfs leave after a commit of their journal.
     - What died with its process (``KILLED``) is all there, but not a bit more durable than before: a power cut after
@@ -347,6 +348,13 @@ class LosingDisk(SteppingDisk):
             self._stepped()
         return gone
 
+    def touch(self, path: str) -> bool:
+        there = os.path.lexists(path)
+        done = super().touch(path)
+        if there:
+            self._stepped()
+        return done
+
     def append(self, path: str) -> IO[bytes]:
         return self._opened(super().append(path))
 
@@ -463,12 +471,13 @@ class _Freezer:
     def _survivors(self, losing: Losing) -> Image:
         by_name = losing in {Losing.NAMES, Losing.TORN}
         dropped: set[tuple[int, str]] = set()
-        if losing is Losing.NOTHING:
+        if losing in {Losing.NOTHING, Losing.TWINS}:
             there = _reachable(self._top)
             dropped = {
                 (id(crossing.source), crossing.name)
                 for crossing in self._crossings
                 if crossing.arrived
+                and (losing is Losing.NOTHING or isinstance(crossing.node, _Folder))
                 and crossing.source.synced.get(crossing.name) is crossing.node
                 and any(crossing.node in folder.synced.values() for folder in there if folder is not crossing.source)
             }

@@ -23,7 +23,7 @@ import pytest
 import structlog
 from conftest import Folders
 from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
-from losing import Image, Losing, LosingDisk, PowerCut, SteppingDisk
+from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 
 from imagewatch import pictures
 from imagewatch.closing import Closing
@@ -84,6 +84,7 @@ def _one(reply: Reply | list[Reply], door: str, charged: str, *, front: str = ""
 
 TWO = ("cat.png", "cat.1.png")
 PLACES = ("watched/inbox", "watched/outbox", "watched/errors", "watched/archive", "state")
+SKIP = {"inbox__redelivery": "skip"}
 REFUSED = Reply(400, b'{"message": "no cats"}', paid=False)
 
 SCENES = {
@@ -112,6 +113,9 @@ SCENES = {
     ),
     "every folder a mount, made": _one(Reply(), "outbox", "yes", images=("cat.png",), mounts=PLACES),
     "every folder a mount, refused": _one(REFUSED, "errors", "no", images=("cat.png",), mounts=PLACES),
+    "every folder a mount, not JSON": _one(
+        Reply(body=b"<html>thank you"), "errors", "yes", images=("cat.png",), mounts=PLACES
+    ),
     "originals are not kept": _one(
         Reply(), "outbox", "yes", images=("cat.png",), settings={"folders__archive": "delete"}
     ),
@@ -122,6 +126,8 @@ SCENES = {
         images=("cat.png",),
         there={"outbox/cat.png": b"mine", "archive/cat.prompt.txt": b"old"},
     ),
+    "re-deliveries are recognised, made": _one(Reply(), "outbox", "yes", images=("cat.png",), settings=SKIP),
+    "re-deliveries are recognised, invalid": _one(Reply(), "errors", "no", front="colour = 1", settings=SKIP),
     "two prompts": Scene(
         {"cat.prompt.txt": "a cat", "dog.prompt.txt": "a dog"},
         {"a cat": [Reply()], "a dog": [REFUSED]},
@@ -165,7 +171,8 @@ class Stage:
         self.scene = scene
         self._disk_type = disk
         self.root = root / "disk"
-        self.folders = Folders(self.root, "https://endpoint.test", **scene.settings)
+        # Without the recognition of re-deliveries, which would hide a prompt that comes back by our own fault.
+        self.folders = Folders(self.root, "https://endpoint.test", **{"inbox__redelivery": "run", **scene.settings})
         self.config = self.folders.config()
         for name, content in scene.files.items():
             self.folders.drop(name, content)
@@ -467,6 +474,43 @@ def test_nor_when_it_goes_right_after_a_step(tmp_path: Path, losing: Losing) -> 
             Audit(stage).check()
 
 
+@pytest.mark.parametrize(
+    "name", ["re-deliveries are recognised, made", "re-deliveries are recognised, invalid", "cut short", "dropped"]
+)
+def test_nothing_is_paid_twice_or_lost_when_the_power_goes_after_a_sync_tool_brought_it_back(
+    tmp_path: Path, name: str
+) -> None:
+    scene = replace(SCENES[name], settings=SKIP)
+    with contextlib.closing(Stage(tmp_path, scene)) as stage:
+        stage.restore(stage.begin)  # which gives all files their old times
+        stage.play()
+        for file, content in scene.files.items():
+            os.utime(stage.folders.drop(file, content), ns=(LONG_AGO_NS, LONG_AGO_NS))
+        begin_again(stage)
+        explore(stage, cuts=1)
+        assert stage.ledger.redelivered()
+
+
+@pytest.mark.parametrize("name", ["not JSON", "every folder a mount, not JSON"])
+def test_nothing_is_paid_twice_or_lost_when_the_power_goes_while_a_paid_answer_is_read_again(
+    tmp_path: Path, name: str
+) -> None:
+    scene = SCENES[name]
+    with contextlib.closing(Stage(tmp_path, scene)) as stage:
+        stage.play()
+        (job,) = {row["job"] for row in stage.ledger.rows()}
+        begin_again(stage)
+        assert Spool(stage.config, stage.disk).reopen(job)
+        begin_again(stage)
+        explore(stage, cuts=1)
+
+
+def begin_again(stage: Stage) -> None:
+    """Make the disk as it is, all of it durable, the beginning."""
+    stage.disk = stage.new_disk()
+    stage.begin = stage.state(Losing.KILLED)
+
+
 class FailingDisk(LosingDisk):
     """A disk on which one step fails, as a full disk does, and all is well again.
 
@@ -532,7 +576,7 @@ def _pictures_are_not_synced(patch: pytest.MonkeyPatch) -> None:
 PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
     "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
     "old names of claimed files are removed": ("text only", _without(Spool, "_drop_twins_of"), 1, "paid twice"),
-    "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice"),
+    "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|nobody knows"),
     "pictures are synced before the decision": ("text only", _pictures_are_not_synced, 1, "its receipt says"),
     "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "the state folder knows nothing"),
     "attempts have rows before the next": ("busy, then made", _without(Closing, "busy"), 1, "has no row"),

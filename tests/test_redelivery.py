@@ -81,14 +81,9 @@ def test_rsync_from_cron_brings_finished_prompts_back_and_nothing_is_bought_agai
         "no": "errors",
         "lost": "errors",
     }
-    assert folders.names("outbox") == sorted(
-        [
-            "cat.receipt.toml",
-            folders.receipt("cat")["images"][0]["file"],
-            "sub/edit.receipt.toml",
-            f"sub/{folders.receipt('sub/edit')['images'][0]['file']}",
-        ]
-    )
+    pictures = [folders.receipt(stem)["images"][0]["file"] for stem in ("cat", "sub/edit")]
+    found = [name.rpartition("/")[2] for name in folders.names("outbox")]
+    assert sorted(found) == sorted(["cat.receipt.toml", "edit.receipt.toml", *pictures])
     until(lambda: folders.leftovers() == [])
 
 
