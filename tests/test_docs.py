@@ -117,3 +117,13 @@ def test_every_link_in_the_documents_leads_somewhere():
     for document in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"
+
+
+def test_every_test_that_the_guarantees_name_exists():
+    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / "docs/guarantees.md").read_text()))
+    files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
+    functions = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        functions |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    assert len(named) > 15
+    assert named <= files | functions
