@@ -15,6 +15,7 @@ import click
 
 from imagewatch import __version__, admin
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
+from imagewatch.submit import submit
 from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
@@ -32,9 +33,10 @@ EXIT_CONFIG = 78
 _EXIT_CODES = """\b
 Exit codes:
   0   done
-  1   some job failed (once), or some prompt was not put back (retry)
+  1   some job failed (once, submit --wait), or was not put back (retry)
   64  the command line is wrong
-  69  the queue is held (status), and prompts are left in the inbox (once)
+  69  the queue is held (status), with prompts left (once); not done in time
+      (submit --wait)
   74  our own disk: full, read-only or gone
   75  another imagewatch has this inbox
   78  the configuration is wrong"""
@@ -189,7 +191,7 @@ def init(file: str) -> None:
     click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
 
 
-for command in (admin.status, admin.history, admin.estimate, admin.retry, admin.hold, admin.release):
+for command in (submit, admin.status, admin.history, admin.estimate, admin.retry, admin.hold, admin.release):
     cli.add_command(command)
 
 

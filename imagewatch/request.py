@@ -180,7 +180,7 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
         path = os.path.join(files.where, name)
         label = printable(name, 255)
         try:
-            inputs.append(_input(path, label))
+            inputs.append(read_image(path, label))
         except BadRequest as error:
             problems += error.problems
         else:
@@ -193,7 +193,16 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
     return tuple(inputs), tuple(parts), problems
 
 
-def _input(path: str, name: str) -> Input:
+def read_image(path: str, name: str) -> Input:
+    """Return what an input image is.
+
+    Args:
+        path: The file.
+        name: What to call it in problems.
+
+    Raises:
+        BadRequest: It is no whole image of a supported kind.
+    """
     with open_plain(path, name) as file:
         image = inspect(file)
         if image is None:
