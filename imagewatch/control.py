@@ -91,7 +91,7 @@ class Control:
         self._disk.unlink(self._path(f"retry.{job}"))
 
     def _names(self) -> list[str]:
-        with contextlib.suppress(FileNotFoundError):
+        with ours(self.folder, "list the folder"), contextlib.suppress(FileNotFoundError):
             return sorted(os.listdir(self.folder))
         return []
 

@@ -373,13 +373,20 @@ class Daemon:
         changed = [candidate.changed_at for candidate in self._ready.values()]
         self._gate.look(max(changed, default=0.0))
         self._gate.count(changed)
-        for job in self._control.retries():
-            if self._spool.reopen(job):
-                _log.info("looking again at a paid answer", job=job)
-                self._later.append(Later(job, 0.0, self._spool.key(job)))
-            else:
-                _log.warning("no paid answer is kept of this job", job=job)
-            self._control.retried(job)
+        try:
+            for job in self._control.retries():
+                self._reopen(job)
+        except SpoolError as error:
+            self._gate.failed(error)
+
+    def _reopen(self, job: str) -> None:
+        """Look again at the paid answer of a job, as ``retry`` asked for."""
+        if self._spool.reopen(job):
+            _log.info("looking again at a paid answer", job=job)
+            self._later.append(Later(job, 0.0, self._spool.key(job)))
+        else:
+            _log.warning("no paid answer is kept of this job", job=job)
+        self._control.retried(job)
 
     def _taken(self) -> set[Key | None]:
         """Return the stems of which a job is at work or waits: the same files again are not another job yet."""

@@ -120,6 +120,13 @@ class Gate:
         Args:
             newest: Newest ctime of a prompt in the inbox, seconds since the epoch.
         """
+        try:
+            self._obey(newest)
+        except SpoolError as error:
+            self.failed(error)
+        self._look_at_key()
+
+    def _obey(self, newest: float) -> None:
         released = self._control.take_release()
         if released:
             self._passed = max(self._clock(), newest)
@@ -130,7 +137,6 @@ class Gate:
             self._end(self._holds.clear("hand"))
         elif not self._holds.has("hand"):
             self._begin("hand", reason or "by hand", math.inf)
-        self._look_at_key()
 
     def _look_at_key(self) -> None:
         if not self.watches_key() or self._now() < self._stamp_at:
