@@ -5,12 +5,16 @@ if what was spent, what is in flight and what it may cost itself stay within the
 of the provider's recent charges, or ``assumed_credits`` where there are none: a cost nobody knows is never zero. So a
 cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
 
-A day and a month are those of UTC, by this machine's clock. A clock that was set back does not open a new day: the
-newest row of the ledger counts as now if it is later.
+A request that fits, but for what those in flight may cost, is told to come again soon: when they have come in there may
+be room.
+
+A day and a month are those of UTC, by this machine's clock; what the ledger dates later than now counts, too. So a
+clock that is set back opens no new day, and what was spent while it was wrong ahead counts until that time has come.
 """
 
 from __future__ import annotations
 
+import bisect
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,6 +28,8 @@ if TYPE_CHECKING:
     from imagewatch.config import Limits
 
 _MINUTE = 60.0
+_SOON = 2.0
+"""When a request is to come again that would fit if those in flight cost less than is set aside, seconds."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,6 @@ class Books(Protocol):
     def highest_charge(self, provider: str) -> float | None:
         """Return the highest of a provider's recent charges, or None without any."""
 
-    def newest(self) -> float:
-        """Return the time of the newest attempt, seconds since the epoch, or 0."""
-
     def sent_since(self, since: float) -> list[float]:
         """Return the times of the attempts since a time, oldest first."""
 
@@ -60,9 +63,9 @@ class Refusal:
     """Why a request may not be sent now.
 
     Attributes:
-        kind: ``cap`` or ``rate``.
+        kind: ``cap``, or ``rate`` if it may soon.
         message: In words, with the rule.
-        seconds: Until it may be, if nothing else changes.
+        seconds: Until it may be, or is to be asked for again.
     """
 
     kind: str
@@ -111,13 +114,26 @@ class Budget:
             Why it may not be sent, or None: it may.
         """
         with self._lock:
-            now = max(self._clock(), self._books.newest())
+            now = self._clock()
             cost = self._guess(provider)
             refusal = self._over_rate(now) or self._over_cap(now, cost)
             if refusal is None:
                 self._in_flight[job] = cost
                 self._recent.append(now)
             return refusal
+
+    def resume(self, job: str, provider: str, sent_at: float) -> None:
+        """Count a request of an earlier process, whose row the ledger may not have yet, until ``settle``.
+
+        Args:
+            job: Its job id.
+            provider: Whom it asked.
+            sent_at: When, seconds since the epoch.
+        """
+        with self._lock:
+            self._in_flight[job] = self._guess(provider)
+            if sent_at not in self._recent:
+                bisect.insort(self._recent, sent_at)
 
     def settle(self, job: str) -> None:
         """End a reservation: the ledger has the row, or nothing was sent."""
@@ -133,7 +149,8 @@ class Budget:
         if not most:
             return None
         window, count = (_MINUTE, int(most)) if most >= 1 else (_MINUTE / most, 1)
-        self._recent = [sent for sent in self._recent if sent > now - window]
+        # What is dated later than now was sent before the clock was set back: when, nobody knows.
+        self._recent = [min(sent, now) for sent in self._recent if sent > now - window]
         if len(self._recent) < count:
             return None
         wait = self._recent[-count] + window - now
@@ -148,14 +165,16 @@ class Budget:
         for rule, cap, begin, end in windows:
             if not cap:
                 continue
-            spent = self._spent(begin.timestamp())
-            if spent + cost > cap:
-                known = f"{amount(spent)} are spent or in flight, and a request may cost {amount(cost)}"
-                message = f"{rule} is {amount(cap)}: {known}"
-                return Refusal("cap", message, max(end.timestamp() - now, 1.0))
+            spent, aside = self._spent(begin.timestamp()), sum(self._in_flight.values())
+            if spent + aside + cost <= cap:
+                continue
+            known = f"{amount(spent)} are spent, {amount(aside)} set aside, and a request may cost {amount(cost)}"
+            message = f"{rule} is {amount(cap)}: {known}"
+            if spent + cost <= cap:
+                return Refusal("rate", message, _SOON)
+            return Refusal("cap", message, max(end.timestamp() - now, 1.0))
         return None
 
     def _spent(self, since: float) -> float:
         found = self._books.spending(since)
-        unpriced = sum(self._guess(provider) * count for provider, count in found.unpriced.items())
-        return found.credits + unpriced + sum(self._in_flight.values())
+        return found.credits + sum(self._guess(provider) * count for provider, count in found.unpriced.items())

@@ -124,7 +124,8 @@ class Ledger:
                     hint="run the newer version",
                 )
             self._database.executescript(_SCHEMA)
-            self._database.execute(f"PRAGMA user_version = {_VERSION}")
+            if found < _VERSION:  # whoever only reads writes nothing
+                self._database.execute(f"PRAGMA user_version = {_VERSION}")
 
     def close(self) -> None:
         """Close the file."""
@@ -183,7 +184,7 @@ class Ledger:
         """Return one row for each job: its last attempt, with ``attempts`` made, ``credits`` of all of them.
 
         Args:
-            since: Only jobs claimed at this time or later, seconds since the epoch.
+            since: Only what was sent, or refused by our own checks, at this time or later; seconds since the epoch.
             newest: Only so many of the newest.
 
         Returns:
@@ -194,9 +195,11 @@ class Ledger:
                 SELECT {", ".join(f"a.{name}" for name in _COLUMNS if name not in {"attempt", "credits"})},
                        max(a.attempt) AS attempts, sum(a.credits) AS credits, coalesce(r.times, 0) AS redelivered
                 FROM attempts AS a LEFT JOIN redeliveries AS r ON r.job = a.job
-                WHERE a.claimed_at >= ? GROUP BY a.job ORDER BY a.claimed_at DESC, a.job LIMIT ?
+                WHERE a.claimed_at >= ? AND coalesce(a.sent_at, a.claimed_at) >= ?
+                GROUP BY a.job ORDER BY a.claimed_at DESC, a.job LIMIT ?
             ) ORDER BY claimed_at, job"""  # noqa: S608  our own names; the bare columns are those of max(attempt)
-        return [dict(row) for row in self._all(question, since, -1 if newest is None else newest)]
+        limit = -1 if newest is None else newest
+        return [dict(row) for row in self._all(question, since - _LONGEST_CLAIMED, since, limit)]
 
     def job(self, job: str) -> dict[str, Any] | None:
         """Return the last attempt of a job, or None."""
@@ -245,10 +248,6 @@ class Ledger:
                 ORDER BY sent_at DESC LIMIT 50)"""
         found = self._all(question, provider)[0]["highest"]
         return None if found is None else float(found)
-
-    def newest(self) -> float:
-        """Return the time of the newest attempt, seconds since the epoch, or 0."""
-        return float(self._all("SELECT coalesce(max(sent_at), 0) AS newest FROM attempts")[0]["newest"])
 
     def sent_since(self, since: float) -> list[float]:
         """Return the times of the attempts since a time, oldest first."""
