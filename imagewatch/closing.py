@@ -39,7 +39,8 @@ _NEXT = {
     "credits": "add credits to the account; then move the prompt back into the inbox",
     "quota": "wait for the quota to be renewed; then move the prompt back into the inbox",
     "address": "correct base_url in the configuration; then move the prompt back into the inbox",
-    "doubt": "look at the account's balance; move the prompt back into the inbox only if you accept to pay again",
+    "doubt": "look at the balance (imagewatch check --balance); move the prompt back into the inbox only if you accept "
+    "to pay again",
     "paid": "do not send it again; the paid answer lies beside this file, and its words may say more",
     "busy": "the endpoint was busy for too long; move the prompt back into the inbox to try again",
 }
@@ -127,10 +128,11 @@ class Closing:
         """End a job that the API refused, or whose outcome its answer leaves open."""
         unknown = verdict.reaction is Reaction.UNKNOWN
         charged: Charged = "unknown" if unknown else "no"
-        self._write_row(case, "unknown" if unknown else "refused", charged, message=verdict.message, code=verdict.code)
+        message = printable(verdict.message) + ("; it may have been charged" if unknown else "")
+        self._write_row(case, "unknown" if unknown else "refused", charged, message=message, code=verdict.code)
         what = "doubt" if unknown else verdict.account or ("busy" if verdict.reaction is Reaction.BUSY else "")
         top = {
-            "message": printable(verdict.message),
+            "message": message,
             "status": case.answer.head.status if case.answer else None,
             "code": printable(verdict.code, 200) or None,
             "credits_required": verdict.credits_required,
