@@ -263,6 +263,8 @@ class Worker:
 
     def _refuse(self, run: Run) -> None:
         verdict = self._verdict(run, run.evidence.answered)
+        if verdict.reaction is Reaction.BUSY:  # its attempts are spent, but what was asked for holds for the others
+            run.trouble = Trouble("busy", verdict.message, self._delay(run, verdict))
         self._closing.refuse(Case.of(run.record, run.claim, run.evidence.answered), verdict)
 
     def _gather(self, run: Run) -> None:
@@ -352,16 +354,19 @@ class Worker:
         """Ask to be called again when the endpoint may take the same request, or when there is no hold any more."""
         if verdict is None:
             return Outcome(run.claim.job, End.LATER, run.claim.source)
+        delay = self._delay(run, verdict)
+        trouble = Trouble("busy", verdict.message, delay)
+        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=delay, trouble=trouble)
+
+    def _delay(self, run: Run, verdict: Verdict) -> float:
         retry = self._config.retry
-        delay = retry_delay(
+        return retry_delay(
             run.evidence.answered,
             initial=retry.initial_seconds,
             longest=retry.max_seconds,
             retry_after=verdict.retry_after,
             jitter=self._jitter(),
         )
-        trouble = Trouble("busy", verdict.message, delay)
-        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=delay, trouble=trouble)
 
     def _give_back(self, run: Run) -> Outcome:
         claim = run.claim
