@@ -188,11 +188,16 @@ class Client:
             Unavailable: It does not say.
         """
         key = self._read_key()
-        headers = {"authorization": f"Bearer {key.reveal()}", "accept": "application/json"}
+        headers = {
+            "authorization": f"Bearer {key.reveal()}",
+            "accept": "application/json",
+            "accept-encoding": "identity",
+        }
         url, body = self._endpoint.base_url + BALANCE_PATH, b""
-        with _Deadline(_BALANCE_SECONDS) as deadline:
+        seconds = min(_BALANCE_SECONDS, self._endpoint.timeout_seconds)
+        with _Deadline(seconds) as deadline:
             try:
-                with self._post.stream("GET", url, headers=headers, timeout=_BALANCE_SECONDS) as response:
+                with self._post.stream("GET", url, headers=headers, timeout=seconds) as response:
                     for chunk in response.iter_raw():
                         body += chunk
                         if len(body) > _MOST_BALANCE_BYTES:

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.errors import BadRequest, ConfigError, Unavailable
+from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
@@ -68,20 +68,22 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """
     from imagewatch.client import Client  # noqa: PLC0415  only here, and it is heavy
 
-    client = Client(config.endpoint, lambda: read_key(config.endpoint, environ))
     try:
-        for name, credits_ in client.balance().items():
-            yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
+        with contextlib.closing(Client(config.endpoint, lambda: read_key(config.endpoint, environ))) as client:
+            for name, credits_ in client.balance().items():
+                yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
     except Unavailable as error:
         yield Line("wait", "balance", printable(f"not available ({error}); nothing else depends on it"))
-    except ConfigError:
-        yield Line("wait", "balance", "not available without a key")
-    finally:
-        client.close()
+    except ConfigError as error:
+        problem = error.problems[0]
+        yield Line("wait", "balance", printable(f"not available ({problem.field}: {problem.reason})"))
     path = os.path.join(config.folders.state, "ledger.sqlite3")
     if os.path.exists(path):
-        with contextlib.closing(Ledger(path)) as ledger:
-            yield from (_in_doubt(job) for job in ledger.jobs() if job["charged"] == "unknown")
+        try:
+            with contextlib.closing(Ledger(path)) as ledger:
+                yield from (_in_doubt(job) for job in ledger.jobs() if job["charged"] == "unknown")
+        except SpoolError as error:
+            yield Line("wait", "ledger", printable(str(error)))
 
 
 def _in_doubt(job: Mapping[str, Any]) -> Line:

@@ -34,6 +34,7 @@ _READ_BYTES = 48 * 1024
 """Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
 _DEEPEST_ERROR = 4
 _QUOTA_REASONS = re.compile(r"quota|-usage-exceeded|limit-exceeded|not-enough-credits|model-unknown")
+_BALANCE = re.compile("[a-z_]{0,40}balance")
 
 # The request
 
@@ -272,7 +273,7 @@ def balance(raw: bytes) -> dict[str, float]:
     """Return what the account holds, in credits: ``total_balance`` and whatever else is said; empty if nothing is."""
     body = parse(raw)
     found = {name: number(value) for name, value in body.items()} if isinstance(body, dict) else {}
-    return {str(name): value for name, value in found.items() if value is not None and str(name).endswith("balance")}
+    return {name: value for name, value in found.items() if value is not None and _BALANCE.fullmatch(str(name))}
 
 
 def doubt(message: str) -> InDoubt:
