@@ -6,10 +6,12 @@ again. What was charged does not go back at all: its paid answer is looked at ag
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 import stat
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagewatch.documents import facts
 from imagewatch.durable import Disk, ours
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 _ENDING = ".error.toml"
 _ENDINGS = (_ENDING, SUFFIX, "")
 _MOST_BYTES = 4 << 20
+_MOST_DOTS = 1000
+_JOB = re.compile("[0-9a-f]{16}")
+_STRING = re.compile(r'"(?:[^"\\\n]|\\.)*"')
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class Failed:
         path: Its error file.
         folder: The folder below errors it lies in.
         job: Its job id.
-        charged: ``yes``, ``no`` or ``unknown``.
+        charged: ``yes``, ``no`` or ``unknown``; by the ledger, and what that does not know is not free.
         originals: Name behind the door, and name as it was dropped; the prompt last.
     """
 
@@ -79,7 +84,8 @@ class Retry:
             for name in names:
                 if name.endswith(_ENDING) and not name.startswith("."):
                     path = os.path.join(folder, name)
-                    found.append((os.lstat(path).st_mtime_ns, path))
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append((os.lstat(path).st_mtime_ns, path))
         for _, path in sorted(found):
             yield path
 
@@ -94,9 +100,9 @@ class Retry:
         """
         for ending in _ENDINGS:
             stem = name[: -len(ending)] if ending and name.endswith(ending) else name
-            for base in (self._errors, os.getcwd()):
-                path = os.path.normpath(os.path.join(base, stem + _ENDING))
-                if path.startswith(self._errors + os.sep) and os.path.isfile(path):
+            for base in (self._errors, "."):
+                path = os.path.abspath(os.path.join(base, stem + _ENDING))
+                if path.startswith(self._errors + os.sep) and os.path.lexists(path):
                     return path
         shown = printable(name, 255)
         raise SpoolError(f"{shown}: no error file of this name", path=name, hint=f"look into {printable(self._errors)}")
@@ -110,22 +116,22 @@ class Retry:
         shown = printable(path)
         try:
             with ours(path, "read"), open(path, "rb", opener=_no_links) as file:
-                document = facts(file.read(_MOST_BYTES).decode())
-            job = document["job"]
-            originals = tuple((_name(table["file"]), _name(table["dropped_as"])) for table in document["originals"])
-            charged = str(document["charged"])
+                document = facts(_tame(file.read(_MOST_BYTES).decode()))
+            job, charged = _id(document["job"]), str(document["charged"])
+            originals = [(_name(table["file"]), _name(table["dropped_as"])) for table in document["originals"]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "move the prompt and its images back into the inbox by hand"
             raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
-        if row := self._row(job, os.path.relpath(path, self._errors)):
-            charged = row["charged"]
         folder = os.path.dirname(os.path.relpath(path, self._errors))
-        return Failed(path, folder, str(job), charged, originals)
-
-    def _row(self, job: object, path: str) -> dict[str, Any] | None:
-        row = self._ledger.job(job) if isinstance(job, str) else None
+        _require_straight(self._errors, folder)
+        originals.sort(key=lambda names: names[1].endswith(SUFFIX))
+        row = self._ledger.job(job)
         # A stranger may have copied the job id of somebody else's error file.
-        return row if row and os.path.dirname(row["source"]) == whole(os.path.dirname(path)) else None
+        if row and originals and row["source"] == whole(os.path.join(folder, originals[-1][1])):
+            charged = row["charged"]
+        elif charged == "no":
+            charged = "unknown"
+        return Failed(path, folder, job, charged, tuple(originals))
 
     def put_back(self, failed: Failed) -> None:
         """Move the originals into the inbox, the prompt last, and then remove the error file.
@@ -134,7 +140,11 @@ class Retry:
             SpoolError: A file of that name is there already, or the disk failed.
         """
         source, target = os.path.dirname(failed.path), os.path.join(self._inbox, failed.folder)
+        if not os.path.isdir(self._inbox):
+            shown = printable(self._inbox)
+            raise SpoolError(f"{shown}: the inbox is gone", path=self._inbox, hint="restore or mount it")
         self._disk.make_folder(target, mode=0o777)
+        _require_straight(self._inbox, failed.folder)
         there = [(os.path.join(source, a), os.path.join(target, b)) for a, b in failed.originals]
         self._require_free(there)
         if not there or not os.path.lexists(there[-1][0]):
@@ -142,7 +152,10 @@ class Retry:
         for number, (path, new) in enumerate(there):
             if new.endswith(SUFFIX):
                 self._disk.touch(path)
-            self._disk.carry(path, new, os.path.join(target, f".iw-{failed.job}.{number}.tmp"))
+            try:
+                self._disk.carry(path, new, os.path.join(target, f".iw-{failed.job}.{number}.tmp"))
+            except FileExistsError:
+                raise _taken(new) from None
         self._disk.sync_folder(target)
         self._disk.sync_folder(os.path.dirname(target))
         self._disk.unlink(failed.path)
@@ -151,8 +164,7 @@ class Retry:
     def _require_free(self, there: list[tuple[str, str]]) -> None:
         for path, new in there:
             if os.path.lexists(new) and os.path.lexists(path):
-                hint = "take it away first, or wait until it is done"
-                raise SpoolError(f"{printable(new)}: the inbox has a file of this name", path=new, hint=hint)
+                raise _taken(new)
 
     def _require_prompt(self, failed: Failed, new: str) -> None:
         """Make sure that the prompt is somewhere: an earlier call may have moved it already."""
@@ -170,6 +182,32 @@ class Retry:
             hint = "what is left of it lies beside the error file; it is not sent again"
             raise SpoolError(f"{printable(failed.path)}: no paid answer is kept", path=failed.path, hint=hint)
         self._control.retry(failed.job)
+
+
+def _taken(path: str) -> SpoolError:
+    hint = "take it away first, or wait until it is done"
+    return SpoolError(f"{printable(path)}: the inbox has a file of this name", path=path, hint=hint)
+
+
+def _require_straight(top: str, folder: str) -> None:
+    """Make sure that no link leads out of one of our folders."""
+    path = os.path.join(top, folder) if folder else top
+    if os.path.realpath(path) != os.path.join(os.path.realpath(top), folder).rstrip("/"):
+        raise SpoolError(f"{printable(path)}: there is a link in it", path=path, hint="move the files by hand")
+
+
+def _tame(text: str) -> str:
+    """Refuse what would keep Python's TOML reader busy for days: it is quadratic in the depth of dotted keys."""
+    if any(_STRING.sub("", line).count(".") > _MOST_DOTS for line in text.split("\n")):
+        raise ValueError("its keys are nested without end")
+    return text
+
+
+def _id(value: object) -> str:
+    """Return a job id; it becomes a part of file names."""
+    if not isinstance(value, str) or not _JOB.fullmatch(value):
+        raise ValueError("its job is none")
+    return value
 
 
 def _no_links(path: str, flags: int) -> int:
