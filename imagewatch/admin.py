@@ -211,7 +211,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
             time.strftime("%Y-%m-%d %H:%M", time.localtime(job["sent_at"] or job["claimed_at"])),
             "paid" if job["charged"] == "yes" and not job["got"] else job["outcome"],
             _shown(job["credits"]),
-            job["provider"],
+            _shown(job["provider"]),
             _shown(job["got"] or None),
             printable(job["source"], 60),
             printable(job["message"], 100),
@@ -237,19 +237,30 @@ def estimate(path: str | None, *, as_json: bool) -> None:
     from imagewatch import estimate as guess  # noqa: PLC0415
 
     config = load(path)
-    with _ledger(config) as ledger:
-        found = list(guess.inbox(config, ledger.prices()))
+    found = list(guess.inbox(config, _prices(config)))
     if as_json:
         click.echo(json.dumps([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
         return
     if not found:
         click.echo("There is no prompt in the inbox.")
         return
-    _table(("prompt", "request", "credits"), [[printable(one.source, 60), one.request, _price(one)] for one in found])
+    _table(
+        ("prompt", "request", "credits"),
+        [[printable(one.source, 60), _shown(one.request), _price(one)] for one in found],
+    )
     known = [one for one in found if one.usual is not None]
     unknown = sum(one.usual is None and not one.problem for one in found)
     low, high = sum(one.low or 0 for one in known), sum(one.high or 0 for one in known)
     click.echo(f"\nIn all: {_span(low, high)} credits" + (f", and {unknown} of unknown price." if unknown else "."))
+
+
+def _prices(config: Config) -> list[tuple[dict[str, Any], float]]:
+    """Return what was charged; nothing before anything was made."""
+    state = config.folders.state
+    if not os.path.exists(_ledger_path(config)) and (not os.path.exists(state) or os.access(state, os.X_OK)):
+        return []
+    with _ledger(config) as ledger:
+        return ledger.prices()
 
 
 def _price(one: Estimate) -> str:
@@ -293,17 +304,17 @@ def _page(config: Config) -> dict[str, Any]:
     """Return the daemon's own words, with what is true if it is not running."""
     from imagewatch import status as told  # noqa: PLC0415
 
-    page = told.read(config.folders.state)
+    state = config.folders.state
+    page = told.read(state)
     if page is None:
-        raise SpoolError(
-            f"{printable(config.folders.state)}: no daemon has run with this configuration yet",
-            hint="start it: imagewatch run; or name its configuration with --config",
-        )
+        raise _unreadable(state) if os.path.lexists(state) and not os.access(state, os.X_OK) else _never_ran(state)
     running = _running(config)
-    if not running and page["state"] != "stopped":
-        page["state"] = "died"
-    if not running:
-        page |= {"in_flight": [], "holds": [one for one in page["holds"] if one["kind"] in {"hand", "burst"}]}
+    if running:
+        # It has the lock already, and has yet to say something.
+        page["state"] = "starting" if page["state"] == "stopped" else page["state"]
+    else:
+        page["state"] = "stopped" if page["state"] == "stopped" else "died"
+        page |= {"in_flight": [], "holds": told.lasting(page, _control(config))}
     return {**page, "is_running": running}
 
 
@@ -311,6 +322,7 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
     states = {
         "stopped": "is not running (it was stopped)",
         "died": "is not running (it died; the next start recovers)",
+        "starting": "is starting",
         "stopping": "finishes what is sent, then ends",
     }
     yield f"imagewatch {page['version']} {states.get(page['state'], 'is running')}, as of {_local(page['updated'])}"
@@ -364,11 +376,11 @@ def _owned(path: str | None) -> Config:
     try:
         owner = os.stat(state)
     except FileNotFoundError:
-        hint = "start it: imagewatch run; or name its configuration with --config"
-        raise SpoolError(f"{printable(state)}: no daemon has run with this configuration yet", hint=hint) from None
+        raise _never_ran(state) from None
+    except OSError:
+        raise _unreadable(state) from None
     if os.geteuid() == 0 and owner.st_uid != 0:
-        with contextlib.suppress(KeyError):
-            os.setgroups(os.getgrouplist(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid))
+        os.setgroups(_groups(owner))
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
     if not os.access(state, os.W_OK | os.X_OK):
@@ -377,16 +389,36 @@ def _owned(path: str | None) -> Config:
     return config
 
 
+def _groups(owner: os.stat_result) -> list[int]:
+    with contextlib.suppress(KeyError):
+        return os.getgrouplist(pwd.getpwuid(owner.st_uid).pw_name, owner.st_gid)
+    return []
+
+
+def _never_ran(state: str) -> SpoolError:
+    hint = "start it: imagewatch run; or name its configuration with --config"
+    return SpoolError(f"{printable(state)}: no daemon has run with this configuration yet", path=state, hint=hint)
+
+
+def _unreadable(state: str) -> SpoolError:
+    hint = "use the daemon's user or root, e.g. sudo imagewatch …"
+    return SpoolError(f"{printable(state)}: this user may not look into it", path=state, hint=hint)
+
+
 @contextlib.contextmanager
 def _ledger(config: Config) -> Iterator[Ledger]:
     from imagewatch.ledger import Ledger  # noqa: PLC0415
 
-    path = os.path.join(config.folders.state, "ledger.sqlite3")
+    path = _ledger_path(config)
     if not os.path.exists(path):
         hint = "nothing was made with this configuration yet; or name another one with --config"
         raise SpoolError(f"{printable(path)}: there is no ledger, or this user may not see it", path=path, hint=hint)
     with contextlib.closing(Ledger(path)) as ledger:
         yield ledger
+
+
+def _ledger_path(config: Config) -> str:
+    return os.path.join(config.folders.state, "ledger.sqlite3")
 
 
 def _running(config: Config) -> bool:
@@ -415,7 +447,7 @@ def _until(condition: Callable[[], bool]) -> bool:
 def _shown(value: object) -> str:
     if value is None:
         return ""
-    return amount(value) if isinstance(value, float) else str(value)
+    return amount(value) if isinstance(value, float) else printable(str(value), 100)
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

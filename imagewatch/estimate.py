@@ -59,8 +59,8 @@ def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Ite
     Raises:
         SpoolError: The inbox cannot be listed.
     """
-    # A prompt that is still being waited for costs as much: so nothing has to settle.
-    eager = config.inbox.__class__(settle_seconds=0, recursive=config.inbox.recursive)
+    # A prompt that is still being waited for costs as much: so nothing has to settle, and nothing is waited for.
+    eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
     for candidate in Sweep(config.folders.inbox, eager).look(time.monotonic(), time.time()).ready:
         folder, stem = candidate.key
         where = os.path.join(config.folders.inbox, folder)

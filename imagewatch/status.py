@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.config import Config
+    from imagewatch.control import Control
     from imagewatch.durable import Disk
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger
@@ -41,11 +42,28 @@ def read(state: str) -> dict[str, Any] | None:
     return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
 
 
+def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
+    """Return the holds that a daemon will find when it starts.
+
+    Args:
+        page: What it said before it ended.
+        control: What was asked for since.
+    """
+    holds = [one for one in page["holds"] if one["kind"] in {"hand", "burst"} and not control.release_pending()]
+    reason = control.held()
+    if reason is None:
+        return [one for one in holds if one["kind"] != "hand"]
+    if all(one["kind"] != "hand" for one in holds):
+        reason = reason or "by hand"
+        holds.append({"kind": "hand", "reason": reason, "since": None, "until": None, "next": NEXT["hand"]})
+    return holds
+
+
 class Status:
     """Keeps the file up to date.
 
     Args:
-        config: Where the file is, and what is shown of the settings.
+        config: Where the file is, and which settings are shown.
         disk: Our disk.
         ledger: What was made and spent.
         gate: The holds.
@@ -62,7 +80,7 @@ class Status:
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
-        self._config = config
+        self.configure(config)
         self._path = os.path.join(config.folders.state, FILE)
         self._disk = disk
         self._ledger = ledger
@@ -75,6 +93,10 @@ class Status:
         self.state = "starting"
         self.mode = ""
         self.last_sweep: float | None = None
+
+    def configure(self, config: Config) -> None:
+        """Take other settings to be shown."""
+        self._config = config
 
     def change(self) -> None:
         """Note that something is different: the file is written soon."""
@@ -98,11 +120,13 @@ class Status:
             SpoolError: The disk failed.
         """
         began = self._now()
-        page = self._page(seen, ready, in_flight)
-        self._disk.jot(self._path, json.dumps(page, indent=1).encode())
-        self._due = None
-        # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
-        self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
+        self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
+        try:
+            page = self._page(seen, ready, in_flight)
+            self._disk.jot(self._path, json.dumps(page, indent=1).encode())
+        finally:
+            # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
+            self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
         return page
 
     def _page(self, seen: Seen, ready: int, in_flight: Mapping[str, str]) -> dict[str, Any]:
@@ -137,6 +161,7 @@ class Status:
         return {**self._ledger.totals(since), "cap": cap or None}
 
     def _holds(self) -> list[dict[str, Any]]:
+        now = self._now()
         return [
             {
                 "kind": hold.kind,
@@ -146,6 +171,7 @@ class Status:
                 "next": hold.next,
             }
             for hold in self._gate.holds()
+            if not hold.brief or now < hold.until
         ]
 
 
