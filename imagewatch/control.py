@@ -43,7 +43,10 @@ class Control:
 
     def held(self) -> str | None:
         """Return why the queue is held by hand, or None when it is not."""
-        found = self._read("held")
+        try:
+            found = self._read("held")
+        except SpoolError as error:
+            return str(error)  # it is there: whoever made it wanted a hold
         return None if found is None else printable(found.strip(), 500)
 
     def hold(self, reason: str) -> None:
@@ -59,20 +62,15 @@ class Control:
         """Tell whether a daemon has yet to see what ``release`` asked for."""
         return os.path.lexists(self._path("release"))
 
-    def take_release(self) -> bool:
-        """Tell whether the end of all holds was asked for; asked again it says no."""
-        path = self._path("release")
-        asked = os.path.lexists(path)
-        if asked:
-            self._disk.unlink(path)
-        return asked
+    def released(self) -> None:
+        """Note that all holds were ended."""
+        self._disk.unlink(self._path("release"))
 
     def passed(self) -> float:
         """Return until which ctime, seconds since the epoch, the burst guard lets prompts through."""
-        try:
+        with contextlib.suppress(SpoolError, ValueError):  # unreadable: the guard asks once more
             return float(self._read("passed") or 0)
-        except ValueError:
-            return 0.0
+        return 0.0
 
     def let_pass(self, until: float) -> None:
         """Let prompts through that were last changed at this time or before, seconds since the epoch."""

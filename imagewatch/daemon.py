@@ -193,9 +193,16 @@ class Daemon:
         return self._exit_code()
 
     def _assemble(self, config: Config) -> None:
-        """Make the parts that a configuration changes."""
+        """Make the parts that a configuration changes.
+
+        Raises:
+            ConfigError: It cannot be used; then everything is as before.
+        """
+        client = Client(config.endpoint, lambda: read_key(config.endpoint, self._environ), clock=self._clock)
         self._config = config
-        self._client = Client(config.endpoint, lambda: read_key(config.endpoint, self._environ), clock=self._clock)
+        self._client = client
+        self._status.configure(config)
+        self._budget.change(config.limits)
         self._worker = Worker(
             self._spool,
             self._client,
@@ -208,7 +215,9 @@ class Daemon:
         )
         self._sweep = Sweep(self._spool.inbox, config.inbox)
         self._sweep_at = 0.0
-        self._gate.configure(config.limits, lambda: key_stamp(config.endpoint, self._environ))
+        self._gate.configure(
+            config.limits, config.inbox.settle_seconds, lambda: key_stamp(config.endpoint, self._environ)
+        )
 
     def _begin(self) -> None:
         self._gate.start()
@@ -216,6 +225,7 @@ class Daemon:
         for job in self._spool.unfinished():
             _log.info("recovering", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
+            self._set_aside(job)
         self._status.state = "once" if self._once else "running"
         self._status.mode = mode = "native" if self._watcher.alive() else "poll"
         self._look()
@@ -223,6 +233,13 @@ class Daemon:
             "watching", inbox=self._spool.inbox, mode=mode, endpoint=self._config.endpoint.base_url, version=__version__
         )
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
+
+    def _set_aside(self, job: str) -> None:
+        """Count what a recovered job has sent before anything else is sent: the ledger may not have it yet."""
+        record = self._spool.record(job)
+        with contextlib.suppress(SpoolError):  # a damaged record: its job says so when it is carried on
+            if sent := record.sent(record.attempts()[0]):
+                self._budget.resume(job, sent.fields["provider"], sent.at)
 
     def _start_watcher(self) -> None:
         if self._config.inbox.watch == "poll" or not self._watcher.available:
@@ -251,9 +268,15 @@ class Daemon:
             return True
         if not self._once:
             return False
-        if self._gate.disk_failed or self._gate.first() is not None:
+        if self._gate.disk_failed:
             return True
+        if self._gate.first() is not None:
+            return not any(self._may_get_on(later) for later in self._later)
         return not self._ready and not self._later and self._seen.due is None and self._now() < self._sweep_at
+
+    def _may_get_on(self, later: Later) -> bool:
+        """Tell whether a claimed job may be carried on behind a hold: to deliver what was paid for needs no request."""
+        return later.fresh and not later.displaced and later.at <= self._now()
 
     def _take_messages(self) -> None:
         """Wait for the next message or the next thing to do, then take all messages there are."""
@@ -332,8 +355,8 @@ class Daemon:
             return
         if now >= self._sweep_at and now >= self._rested_at:
             self._look()
-        elif self._gate.watches_key():
-            self._gate.look()
+        else:
+            self._gate.look_at_key()
 
     def _look(self) -> None:
         began = self._now()
@@ -370,8 +393,8 @@ class Daemon:
 
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""
-        changed = [candidate.changed_at for candidate in self._ready.values()]
-        self._gate.look(max(changed, default=0.0))
+        changed = self._arrived()
+        self._gate.look(max(changed.values(), default=0.0))
         self._gate.count(changed)
         try:
             for job in self._control.retries():
@@ -381,12 +404,25 @@ class Daemon:
 
     def _reopen(self, job: str) -> None:
         """Look again at the paid answer of a job, as ``retry`` asked for."""
-        if self._spool.reopen(job):
+        if job in self._in_flight or any(later.job == job for later in self._later):
+            _log.debug("its paid answer is being looked at", job=job)  # asked for twice, or before a crash
+        elif self._spool.reopen(job):
             _log.info("looking again at a paid answer", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
+            self._status.change()
         else:
             _log.warning("no paid answer is kept of this job", job=job)
         self._control.retried(job)
+
+    def _arrived(self) -> dict[str, float]:
+        """Return the newest ctime of each prompt in the inbox, also of those not quiet yet; seconds since the epoch."""
+        if not self._config.limits.burst:
+            return {}
+        found = {candidate.source: candidate.changed_at for candidate in self._ready.values()}
+        for path in self._seen.waiting:
+            with contextlib.suppress(OSError):
+                found[path] = os.lstat(os.path.join(self._spool.inbox, path)).st_ctime
+        return found
 
     def _taken(self) -> set[Key | None]:
         """Return the stems of which a job is at work or waits: the same files again are not another job yet."""
@@ -406,7 +442,7 @@ class Daemon:
     def _changed(self, change: Changed) -> None:
         now = self._now()
         if change.folder == self._control.folder:
-            self._sweep_at = now
+            self._heed()  # not at the next sweep, which a huge inbox may put off
             return
         stem = stem_of(change.name)
         if stem is None:
@@ -421,7 +457,7 @@ class Daemon:
             candidate = self._sweep.look_at(key, now, self._clock())
             if candidate is not None and key not in self._taken():
                 self._ready[key] = candidate
-                self._gate.count([other.changed_at for other in self._ready.values()])
+                self._gate.count(self._arrived())
                 return
         else:
             self._sweep.touch(key, now)
@@ -447,6 +483,7 @@ class Daemon:
                 continue
             job = self._spool.new_job()
             claim = candidate.claim(job, self._clock())
+            self._gate.took(candidate.changed_at)
             self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
@@ -490,8 +527,10 @@ class Daemon:
             fresh = outcome.displaced  # any other wait is for a request
             self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:
+            self._gate.returned(outcome.source)
             self._sweep_at = self._now()
         elif outcome.end is End.OVER:
+            self._gate.over(outcome.source)
             self.failed += outcome.door == "errors"
             self._on_outcome(outcome)
 
@@ -557,8 +596,8 @@ class Daemon:
                     "not reloaded; the old configuration stays", reason=f"a changed [{fixed[0]}] needs a restart"
                 )
                 return
-            self._budget.change(config.limits)
             self._assemble(config)
+            self._gate.count(self._arrived())
         except ConfigError as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return

@@ -15,7 +15,7 @@ from imagewatch.errors import SpoolError
 from imagewatch.text import utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Mapping
 
     from imagewatch.config import Limits
     from imagewatch.control import Control
@@ -61,21 +61,26 @@ class Gate:
         self._key_stamp: Callable[[], object] = lambda: None
         self._stamp: object = None
         self._stamp_at = 0.0
+        self._reason: str | None = None
         self._passed = 0.0
+        self._took: list[tuple[float, float]] = []
+        self._returned: set[str] = set()
         self.blame = holds.blame
         self.disk_failed = False
 
-    def configure(self, limits: Limits, key_stamp: Callable[[], object]) -> None:
-        """Take a configuration; whatever is about the account or the network is to be tried anew.
+    def configure(self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object]) -> None:
+        """Take a configuration; whatever is about the account, the network or a limit is to be tried anew.
 
         Args:
             limits: Concurrency, burst, free space.
+            settle_seconds: Prompts that come within this time come at once.
             key_stamp: Returns a value that differs when the key's file was changed.
         """
         self._limits = limits
+        self._settle_seconds = settle_seconds
         self._key_stamp = key_stamp
         self._stamp = key_stamp()
-        self._end(self._holds.clear_outer())
+        self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
 
     # Asked by the main loop
 
@@ -101,18 +106,37 @@ class Gate:
         self._end(self._holds.clear("disk"))
         return True
 
-    def count(self, changed: Collection[float]) -> None:
+    def count(self, changed: Mapping[str, float]) -> None:
         """Hold until somebody says go if too many prompts came at once.
 
+        Those that lie in the inbox count, and those that were taken as long ago as it takes others to settle: prompts
+        that come by rename are taken one by one.
+
         Args:
-            changed: Newest ctime of each prompt that is ready, seconds since the epoch.
+            changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
         """
         most = self._limits.burst
-        if not most or len(changed) <= most or self._holds.has("burst"):
+        if not most or self._holds.has("burst"):
             return
-        new = sum(at > self._passed for at in changed)
+        self._took = [(at, when) for at, when in self._took if at >= self._now() - self._settle_seconds]
+        new = sum(when > self._passed for _, when in self._took)
+        new += sum(when > self._passed for source, when in changed.items() if source not in self._returned)
         if new > most:
             self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
+
+    def took(self, changed: float) -> None:
+        """Take note that a prompt was taken whose newest ctime is this, seconds since the epoch."""
+        if self._limits.burst:
+            self._took.append((self._now(), changed))
+
+    def returned(self, source: str) -> None:
+        """Take note that a prompt of this path is back in the inbox: its ctime is new, but it has not come anew."""
+        if self._limits.burst:
+            self._returned.add(source)
+
+    def over(self, source: str) -> None:
+        """Take note that a prompt of this path is over: the next one there has come anew."""
+        self._returned.discard(source)
 
     def look(self, newest: float = 0.0) -> None:
         """Look at what commands have asked for, and at the file of the key.
@@ -122,23 +146,26 @@ class Gate:
         """
         try:
             self._obey(newest)
-        except SpoolError as error:
+        except SpoolError as error:  # what was asked for stays, and is looked at again
             self.failed(error)
-        self._look_at_key()
+        self.look_at_key()
 
     def _obey(self, newest: float) -> None:
-        released = self._control.take_release()
-        if released:
+        if self._control.release_pending():
             self._passed = max(self._clock(), newest)
+            self._returned.clear()
             self._control.let_pass(self._passed)
+            self._control.released()
             self._end(self._holds.clear())
-        reason = self._control.held()
+        reason, before = self._control.held(), self._reason
+        self._reason = reason
         if reason is None:
             self._end(self._holds.clear("hand"))
-        elif not self._holds.has("hand"):
+        elif reason != before or not self._holds.has("hand"):
             self._begin("hand", reason or "by hand", math.inf)
 
-    def _look_at_key(self) -> None:
+    def look_at_key(self) -> None:
+        """Look at the file of the key, if it is time."""
         if not self.watches_key() or self._now() < self._stamp_at:
             return
         self._stamp_at = self._now() + _KEY_SECONDS
@@ -183,11 +210,12 @@ class Gate:
     def _begin(self, kind: str, message: str, seconds: float | None, hint: str = "") -> None:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
-        now, known = self._now(), self._holds.has(kind)
+        now = self._now()
+        known = self._holds.has(kind) if kind == "disk" else kind != "hand" and self._holds.waits(kind, now)
         self._on_change()
         hold = self._holds.add(kind, message, now, seconds, hint)
-        if hold.since != now or (known and kind == "disk"):
-            return  # it was known
+        if known:
+            return
         say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
         if math.isfinite(hold.until):
             say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
