@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
+from imagewatch.holds import NEXT
 from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
