@@ -1,8 +1,14 @@
-"""Logging: one line per thing, pretty on a terminal, JSON otherwise; never a raw control character."""
+"""Logging: one line per thing, for a terminal, for the journal or as JSON; never a raw control character."""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import json
 import logging
+import os
+import re
+import socket
 import sys
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
@@ -11,49 +17,128 @@ import structlog
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import MutableMapping
+    from collections.abc import Callable, Mapping, MutableMapping
 
+_JOURNAL = "/run/systemd/journal/socket"
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40}
+_PRIORITIES = {"debug": 7, "info": 6, "warning": 4, "error": 3}
+"""What syslog and the journal call these levels."""
+_LONGEST_NAME = 64
 
 
 def configure(
     level: Literal["debug", "info", "warning", "error"],
     form: Literal["auto", "console", "json"],
     out: TextIO | None = None,
+    *,
+    environ: Mapping[str, str] = os.environ,
+    journal: str = _JOURNAL,
 ) -> None:
     """Set up logging for this process.
 
     Args:
         level: What is worth a line.
-        form: ``console`` for people, ``json`` for programs, ``auto`` by whether ``out`` is a terminal.
+        form: ``console`` for people, ``json`` for programs, ``auto`` by where ``out`` leads: people at a terminal,
+            an entry with fields in systemd's journal, JSON anywhere else.
         out: Where to; standard error without.
+        environ: Where systemd says whether ``out`` leads to its journal.
+        journal: The journal's socket.
     """
     out = out or sys.stderr
-    console = form == "console" or (form == "auto" and out.isatty())
     # httpx logs whole urls, and what signs a url is a secret.
     for name in ("httpx", "httpcore", "watchdog"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    renderer: Any = (
-        structlog.dev.ConsoleRenderer(
-            colors=out.isatty(), pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
-        )
-        if console
-        else structlog.processors.JSONRenderer(ensure_ascii=True)
-    )
-    stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console)
+    render, factory = _way(form, out, journal if _leads_to_journal(out, environ) else None)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
-            stamp,
             structlog.processors.format_exc_info,
-            _escaped,
-            renderer,
+            *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.WriteLoggerFactory(file=out),
+        logger_factory=factory,
         cache_logger_on_first_use=False,
     )
+
+
+def _way(form: str, out: TextIO, journal: str | None) -> tuple[list[Any], Callable[..., Any]]:
+    """Return how an event becomes text, and what writes it.
+
+    Args:
+        form: As above.
+        out: As above.
+        journal: The journal's socket, if ``out`` leads there.
+    """
+    if journal is not None and form == "auto":
+        return [_escaped, _entry], functools.partial(_Journal, journal, out)
+    console = form == "console" or (form == "auto" and out.isatty())
+    stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console)
+    text = _console(colours=out.isatty()) if console else structlog.processors.JSONRenderer(ensure_ascii=True)
+    level = [] if journal is None else [_prioritised]
+    return [stamp, _escaped, text, *level], structlog.WriteLoggerFactory(file=out)
+
+
+def _leads_to_journal(out: TextIO, environ: Mapping[str, str]) -> bool:
+    """Tell whether a stream is the one that systemd connected to its journal: it may be redirected."""
+    with contextlib.suppress(OSError, ValueError):  # not a stream of the system
+        status = os.fstat(out.fileno())
+        return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+    return False
+
+
+def _console(*, colours: bool) -> structlog.dev.ConsoleRenderer:
+    return structlog.dev.ConsoleRenderer(
+        colors=colours, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+    )
+
+
+def _prioritised(_: object, name: str, text: str) -> str:
+    """Put the level before each line in the way of ``sd-daemon(3)``; without it the journal takes all for alike."""
+    return "\n".join(f"<{_PRIORITIES[name]}>{line}" for line in text.split("\n"))
+
+
+def _entry(logger: object, name: str, event: MutableMapping[str, Any]) -> dict[str, str]:
+    """Return an entry of the journal: what people read, and each value as a field of its own."""
+    del event["level"]
+    fields = {
+        "PRIORITY": str(_PRIORITIES[name]),
+        "SYSLOG_IDENTIFIER": "imagewatch",
+        **{_field(key): value if isinstance(value, str) else json.dumps(value) for key, value in event.items()},
+    }
+    return {**fields, "MESSAGE": _console(colours=False)(logger, name, event)}
+
+
+def _field(name: str) -> str:
+    """Return a name that the journal takes: a strange one would cost the whole entry."""
+    return "IMAGEWATCH_" + re.sub("[^A-Z0-9_]", "_", name.upper())[: _LONGEST_NAME - len("IMAGEWATCH_")]
+
+
+class _Journal:
+    """The journal, by its own protocol; a plain line on a stream when it does not take an entry.
+
+    Format: ``https://systemd.io/JOURNAL_NATIVE_PROTOCOL``. Each value goes with its length, so that none can end
+    its field and begin another.
+    """
+
+    def __init__(self, path: str, spare: TextIO, *_: object) -> None:
+        self._path = path
+        self._spare = spare
+
+    def info(self, **entry: str) -> None:
+        content = b""
+        for name, value in entry.items():
+            text = value.encode("utf-8", "backslashreplace")
+            content += name.encode() + b"\n" + len(text).to_bytes(8, "little") + text + b"\n"
+        try:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+                channel.sendto(content, self._path)
+        except OSError:  # larger than a datagram may be, or nobody listens
+            lines = entry["MESSAGE"].split("\n")
+            self._spare.write("".join(f"<{entry['PRIORITY']}>{line}\n" for line in lines))
+            self._spare.flush()
+
+    debug = warning = error = info
 
 
 def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
