@@ -220,6 +220,9 @@ class Sweep:
             return "empty, so not ready yet"
         if not os.access(os.path.join(self._inbox, path), os.R_OK):
             return "the daemon may not read it"
+        folder = os.path.dirname(path)
+        if folder and not os.access(os.path.join(self._inbox, folder), os.W_OK | os.X_OK):
+            return f"the daemon may not take files out of {printable(folder, 255)}"
         return ""
 
     def _judge_declared(self, key: Key, declared: tuple[str, ...], seen: Seen, now: float, wall: float) -> None:

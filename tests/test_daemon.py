@@ -404,6 +404,23 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(un
     over(unprivileged, "cat", "dog")
 
 
+def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_holds_up_nobody(unprivileged, run, tmp_path):
+    script = tmp_path / "unprivileged.py"
+    script.write_text(UNPRIVILEGED)
+    path = unprivileged.prompt("mine/cat", "A cat")
+    path.chmod(0o644)
+    path.parent.chmod(0o555)
+    daemon = run(unprivileged, script=str(script))
+    told = daemon.wait_for("ignored")
+    assert (told["file"], told["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
+    unprivileged.prompt("dog", "A dog").chmod(0o644)
+    over(unprivileged, "dog")
+    assert not daemon.events("held")
+    path.parent.chmod(0o777)
+    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that it looks again
+    over(unprivileged, "cat", "dog", "fox")
+
+
 def test_the_same_name_again_while_the_first_is_in_flight_makes_both(folders, run, sandbox):
     daemon = run(folders)
     sandbox.hold()
