@@ -1,0 +1,738 @@
+"""The units under a real systemd, in a container that is booted once; nothing is simulated but the endpoint.
+
+It is installed by the commands of ``docs/operations.md``, as they stand there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import KEY, until
+from container import ROOT, Container, Unavailable, unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+pytestmark = pytest.mark.timeout(120)
+UNITS = ROOT / "systemd"
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+EXPOSURE = 11  # tenths
+DROP_IN = "[Service]\nRestartSec=100ms\n[Unit]\nStartLimitBurst=1000\n"
+REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
+
+
+def follow(container: Container, name: str, text: str = "", **settings: Any) -> str:
+    """Run the commands of one block of the page, as they stand there; return what they print."""
+    found = re.findall(rf"^```sh\n# tested: {name}\n(.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    assert len(found) == 1, name
+    done = container.run("bash", "-euc", found[0], text=text, **{"cwd": "/root/imagewatch", **settings})
+    return done.stdout
+
+
+class Service:
+    """One of the units in the container, its folders and its journal."""
+
+    def __init__(self, container: Container, unit: str = "imagewatch", name: str = "imagewatch") -> None:
+        self.container = container
+        self.unit = unit
+        self.root = f"/srv/{name}"
+        self.config = "/etc/imagewatch/config.toml"
+        self._drop_ins = f"/etc/systemd/system/{unit}.service.d"
+
+    # As an admin
+
+    def systemctl(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        return self.container.run("systemctl", *command, self.unit, check=check)
+
+    def drop_in(self, text: str) -> None:
+        """Change the unit for this test."""
+        self.container.put(f"{self._drop_ins}/test.conf", f"[Service]\n{text}\n")
+        self.container.run("systemctl", "daemon-reload")
+
+    def reset(self) -> None:
+        """Let nothing be left of an earlier test."""
+        self.systemctl("stop", check=False)
+        for folder in ("inbox", "outbox", "errors", "archive"):
+            for path in self.path(folder).iterdir():
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.container.run("sh", "-c", f"rm -f {self._drop_ins}/test.conf && systemctl daemon-reload")
+        self.systemctl("reset-failed", check=False)
+        self._cursor = self.container.run("journalctl", "--lines=0", "--show-cursor").stdout.split("cursor: ")[-1]
+
+    @property
+    def pid(self) -> int:
+        """Its process, by the number that it has inside."""
+        return int(self.container.show(self.unit, "MainPID"))
+
+    @property
+    def restarts(self) -> int:
+        return int(self.container.show(self.unit, "NRestarts"))
+
+    def kill(self, signal: str) -> None:
+        self.systemctl("kill", "--kill-whom=main", f"--signal={signal}")
+
+    def journal(self) -> list[dict[str, Any]]:
+        return self.container.journal(self.unit, self._cursor.strip())
+
+    def told(self) -> str:
+        """The texts of the journal."""
+        return "\n".join(str(entry["MESSAGE"]) for entry in self.journal())
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [entry for entry in self.journal() if entry.get("IMAGEWATCH_EVENT") == name]
+
+    # As a user
+
+    def path(self, path: str) -> Path:
+        return self.container.path(f"{self.root}/{path}")
+
+    def prompt(self, name: str, text: str, user: str = "anna") -> None:
+        """Drop a prompt as a colleague does, whole."""
+        script = 'mkdir -p "${1%/*}" && cat >"$1.part" && mv "$1.part" "$1.prompt.txt"'
+        self.container.run("sh", "-c", script, "sh", f"{self.root}/inbox/{name}", user=user, text=text)
+
+    def receipt(self, name: str) -> dict[str, Any]:
+        until(self.path(f"outbox/{name}.receipt.toml").exists)
+        return tomllib.loads(self.path(f"outbox/{name}.receipt.toml").read_text())
+
+    def error(self, name: str) -> dict[str, Any]:
+        until(self.path(f"errors/{name}.error.toml").exists)
+        return tomllib.loads(self.path(f"errors/{name}.error.toml").read_text())
+
+
+class Endpoint:
+    """The sandbox, as a unit of its own in the container."""
+
+    def __init__(self, container: Container) -> None:
+        self._container = container
+        command = ["/opt/imagewatch/bin/imagewatch", "sandbox", "--key", KEY]
+        container.run("systemd-run", "--quiet", "--unit=endpoint", *command)
+
+    def prompts(self) -> list[str]:
+        """The prompts of all calls so far."""
+        report = json.loads(self._container.run("/opt/imagewatch/bin/python", "-c", REPORT).stdout)
+        assert report["faults"] == []
+        return [call["prompt"] for call in report["calls"]]
+
+    def calls(self, prompt: str) -> int:
+        return self.prompts().count(prompt)
+
+
+@pytest.fixture(scope="module")
+def container(tmp_path_factory) -> Iterator[Container]:
+    if reason := unavailable():
+        pytest.skip(reason)
+    try:
+        booted = Container(tmp_path_factory.mktemp("container"))
+    except Unavailable as error:
+        pytest.skip(str(error))
+    yield booted
+    booted.stop()
+
+
+def quicken(container: Container, config: str) -> None:
+    """Let a configuration lead to the endpoint of the tests, and wait for nothing."""
+    script = "s|^# base_url = .*|base_url = 'http://127.0.0.1:8283'|; s|^# settle_seconds = .*|settle_seconds = 0|"
+    container.run("sed", "-i", f"{script}; s|^# min_free_bytes = .*|min_free_bytes = 1|", config)
+
+
+@pytest.fixture(scope="module")
+def machine(container) -> Container:
+    """The container with imagewatch installed by the page."""
+    shutil.copytree(UNITS, container.path("/root/imagewatch/systemd"))
+    follow(container, "install")
+    follow(container, "configure", f"{KEY}\n")
+    for name in ("anna", "bob"):
+        container.run("useradd", "--create-home", name)
+    container.run("usermod", "--append", "--groups", "imagewatch", "anna")
+    quicken(container, "/etc/imagewatch/config.toml")
+    for unit in ("imagewatch", "imagewatch@"):
+        container.put(f"/etc/systemd/system/{unit}.service.d/quick.conf", DROP_IN)
+    container.run("systemctl", "daemon-reload")
+    return container
+
+
+@pytest.fixture(scope="module")
+def endpoint(machine) -> Endpoint:
+    made = Endpoint(machine)
+    until(lambda: machine.run("/opt/imagewatch/bin/python", "-c", REPORT, check=False).returncode == 0)
+    return made
+
+
+@pytest.fixture
+def service(machine, endpoint) -> Service:
+    made = Service(machine)
+    made.reset()
+    return made
+
+
+@pytest.fixture
+def started(service) -> Service:
+    service.systemctl("start")
+    return service
+
+
+# What can be told without a machine
+
+
+def directives(name: str) -> list[str]:
+    return [line for line in (UNITS / name).read_text().split("\n") if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("unit", ["imagewatch.service", "imagewatch@.service"])
+def test_the_exposure_of_the_unit_is_no_more_than_it_says(unit):
+    if shutil.which("systemd-analyze") is None:
+        pytest.skip("needs systemd-analyze")
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", str(UNITS / unit)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"says {EXPOSURE / 10} in all" in (UNITS / "imagewatch.service").read_text()
+
+
+def test_the_unit_for_several_inboxes_differs_in_names_only():
+    names = [
+        ("generation (%i)", "generation"),
+        ("/etc/imagewatch/%i.toml", "/etc/imagewatch/config.toml"),
+        ("/etc/imagewatch/%i.letta_api_key", "/etc/imagewatch/letta_api_key"),
+        ("imagewatch-%i", "imagewatch"),
+    ]
+    one, several = directives("imagewatch.service"), "\n".join(directives("imagewatch@.service"))
+    for template, plain in names:
+        assert template in several
+        several = several.replace(template, plain)
+    assert several.split("\n") == one
+
+
+def test_the_time_to_stop_is_longer_than_the_longest_request_and_the_watchdog_is_not_quicker():
+    def number(pattern: str, text: str) -> float:
+        found = re.search(pattern, text, re.MULTILINE)
+        assert found, pattern
+        return float(found[1])
+
+    deadline = number(r"^# deadline_seconds = (.+)$", (ROOT / "config.example.toml").read_text())
+    for unit in ("imagewatch.service", "user/imagewatch.service"):
+        text = (UNITS / unit).read_text()
+        stop = number(r"^TimeoutStopSec=(\d+)$", text)
+        assert stop >= deadline + 600
+        assert number(r"^WatchdogSec=(\d+)$", text) >= stop
+
+
+# The system's own opinion
+
+
+def test_systemd_finds_nothing_wrong_with_the_units(machine):
+    for unit in ("imagewatch.service", "imagewatch@cats.service"):
+        done = machine.run("systemd-analyze", "verify", "--man=no", unit, check=False)
+        assert (done.returncode, done.stdout + done.stderr) == (0, "")
+
+
+# Starting
+
+
+def test_it_is_ready_when_it_has_looked_and_not_before(started):
+    assert started.container.show("imagewatch", "ActiveState") == "active"
+    messages = [entry["MESSAGE"] for entry in started.journal()]
+    watching = next(number for number, text in enumerate(messages) if text.startswith("watching"))
+    ready = next(number for number, text in enumerate(messages) if text.startswith("Started"))
+    assert watching < ready
+
+
+def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoint):
+    started.prompt("cats/cat", "A cat on a mat")  # a folder of her own, by her umask
+    assert started.receipt("cats/cat")["charged"] == "yes"
+    assert endpoint.calls("A cat on a mat") == 1
+    picture = next(started.path("outbox/cats").glob("cat.*g")).name
+    inside = f"{started.root}/outbox/cats/{picture}"
+    for user, expected in (("bob", 1), ("anna", 0)):
+        assert started.container.run("cp", inside, f"/home/{user}/", user=user, check=False).returncode == expected
+    started.container.run("rm", inside, user="anna")
+    assert not started.path(f"outbox/cats/{picture}").exists()
+
+
+def test_the_key_comes_from_the_manager_and_cannot_be_read_by_others(started, endpoint):
+    started.prompt("key", "[sandbox: b64] A key")
+    assert started.receipt("key")["charged"] == "yes"  # the endpoint takes no other key
+    for path in ("/etc/imagewatch/letta_api_key", "/run/credentials/imagewatch.service/letta_api_key"):
+        assert KEY in started.container.path(path).read_text()
+        assert started.container.run("cat", path, user="anna", check=False).returncode != 0
+    assert started.container.run("cat", "/etc/imagewatch/letta_api_key", user="imagewatch", check=False).returncode != 0
+
+
+def test_a_key_that_is_encrypted_on_the_disk_works_as_well(service, endpoint):
+    follow(service.container, "encrypt")
+    try:
+        encrypted = service.container.path("/etc/imagewatch/letta_api_key.cred").read_text()
+        assert KEY not in encrypted
+        assert not service.container.path("/etc/imagewatch/letta_api_key").exists()
+        service.systemctl("start")
+        service.prompt("secret", "[sandbox: b64] A secret")
+        assert service.receipt("secret")["charged"] == "yes"
+    finally:
+        service.container.put("/etc/imagewatch/letta_api_key", KEY, 0o600)
+        service.container.run("rm", "-f", "/etc/systemd/system/imagewatch.service.d/key.conf")
+        service.container.run("systemctl", "daemon-reload")
+
+
+# What it may do
+
+
+PROBE = """\
+import ctypes, errno, json, mmap, os, sqlite3, ssl, subprocess, sys
+from imagewatch.durable import Disk
+
+def outcome(call, *arguments):
+    try:
+        call(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "done"
+
+def read(path):
+    with open(path, "rb") as file:
+        file.read(1)
+
+def write(path):
+    with open(path, "wb"):
+        pass
+    os.unlink(path)
+
+def run(folder):
+    path = folder + "/program"
+    with open("/bin/true", "rb") as source, open(path, "wb") as target:
+        target.write(source.read())
+    os.chmod(path, 0o755)
+    try:
+        subprocess.run([path], check=True)
+    finally:
+        os.unlink(path)
+
+def rename(folder):  # by renameat2, through ctypes
+    write_to = folder + "/one"
+    open(write_to, "wb").close()
+    Disk().rename(write_to, folder + "/two")
+    os.unlink(folder + "/two")
+
+def database(folder):
+    connection = sqlite3.connect(folder + "/probe.sqlite3")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("CREATE TABLE t (a)")
+    connection.close()
+    os.unlink(folder + "/probe.sqlite3")
+
+def tls():
+    ssl.create_default_context()
+
+def code():  # memory that can be written and run
+    mmap.mmap(-1, 4096, prot=mmap.PROT_READ | mmap.PROT_WRITE | mmap.PROT_EXEC)
+
+def namespace():
+    if ctypes.CDLL(None, use_errno=True).unshare(0x10000000):
+        raise OSError(ctypes.get_errno(), "unshare")
+
+own, state = "/srv/imagewatch/inbox", "/var/lib/imagewatch"
+def chown():
+    path = state + "/mine"
+    open(path, "wb").close()
+    try:
+        os.chown(path, -1, os.getgid())
+    finally:
+        os.unlink(path)
+
+print(json.dumps({
+    "read": {path: outcome(read, path) for path in sys.argv[1:]},
+    "write": {folder: outcome(write, folder + "/probe") for folder in ("/etc", "/usr", "/opt", "/var", own, state)},
+    "run": {folder: outcome(run, folder) for folder in (own, state, "/tmp", "/dev/shm")},
+    "own": [outcome(rename, own), outcome(rename, state), outcome(database, state), outcome(tls)],
+    "code": outcome(code),
+    "chown": outcome(chown),
+    "setgid": outcome(os.chmod, own, 0o2770),
+    "namespace": outcome(namespace),  # the last: it changes who one is
+}))
+"""
+STRANGE = {
+    "a home": "/home/anna/notes.txt",
+    "another service's state": "/var/lib/other/state",
+    "another share": "/srv/other/file",
+    "a log": "/var/log/other.log",
+    "the key itself": "/etc/imagewatch/letta_api_key",
+}
+
+
+@pytest.fixture(scope="module")
+def probed(machine) -> dict[str, dict[str, Any]]:
+    """What a program meets that runs as the service does, and one that merely runs as its user."""
+    for path in list(STRANGE.values())[:-1]:
+        machine.put(path, "not yours\n", 0o644)
+    machine.path("/home/anna").chmod(0o755)
+    machine.put("/opt/probe.py", PROBE)
+    command = f"/opt/imagewatch/bin/python /opt/probe.py {' '.join(STRANGE.values())}"
+    unit = (UNITS / "imagewatch.service").read_text()
+    unit = re.sub(r"^(Watchdog|Restart)\w*=.*\n", "", unit, flags=re.MULTILINE)
+    unit = unit.replace("Type=notify\n", "Type=oneshot\nStandardOutput=file:/run/probed\n")
+    machine.put("/run/systemd/system/probe.service", re.sub(r"ExecStart=.*", f"ExecStart={command}", unit))
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "stop", "imagewatch")
+    machine.run("systemctl", "start", "probe")
+    free = machine.run("sh", "-c", command, user="imagewatch").stdout
+    return {"service": json.loads(machine.path("/run/probed").read_text()), "user": json.loads(free)}
+
+
+@pytest.mark.parametrize("what", STRANGE)
+def test_it_cannot_read(probed, what):
+    path = STRANGE[what]
+    assert probed["service"]["read"][path] in {"ENOENT", "EACCES"}
+    assert what == "the key itself" or probed["user"]["read"][path] == "done"  # by its rights alone it could
+
+
+def test_it_writes_in_its_own_folders_only_and_runs_nothing_from_there(probed):
+    own, state = "/srv/imagewatch/inbox", "/var/lib/imagewatch"
+    written = probed["service"]["write"]
+    assert (written.pop(own), written.pop(state)) == ("done", "done")
+    assert set(written.values()) == {"EROFS"}
+    assert set(probed["service"]["run"].values()) == {"EACCES"}
+    assert set(probed["user"]["run"].values()) == {"done"}
+
+
+def test_what_python_needs_works_and_what_an_intruder_needs_does_not(probed):
+    assert probed["service"]["own"] == ["done"] * 4
+    refused = [probed["service"][name] for name in ("code", "chown", "setgid", "namespace")]
+    assert refused[0] in {"EPERM", "EACCES"}
+    assert refused[1:] == ["EPERM"] * 3
+    assert [probed["user"][name] for name in ("code", "chown", "setgid")] == ["done"] * 3
+
+
+# Falling and getting up
+
+
+def wait_for_call(endpoint: Endpoint, prompt: str) -> None:
+    until(lambda: endpoint.calls(prompt) == 1)
+
+
+def test_a_killed_service_is_back_and_pays_for_nothing_twice(started, endpoint):
+    slow, quick = "[sandbox: slow 30] Killed", "[sandbox: b64] After the kill"
+    started.prompt("slow", slow)
+    wait_for_call(endpoint, slow)
+    before = started.pid
+    started.kill("KILL")
+    error = started.error("slow")
+    assert (error["charged"], error["attempts"]) == ("unknown", 1)
+    started.prompt("quick", quick)
+    assert started.receipt("quick")["charged"] == "yes"
+    assert (started.restarts, started.pid != before) == (1, True)
+    assert (endpoint.calls(slow), endpoint.calls(quick)) == (1, 1)
+
+
+def test_a_hung_service_is_killed_by_the_watchdog_and_comes_back(service, endpoint):
+    service.drop_in("WatchdogSec=1")
+    service.systemctl("start")
+    slow, quick = "[sandbox: slow 30] Hung", "[sandbox: b64] After the watchdog"
+    service.prompt("slow", slow)
+    wait_for_call(endpoint, slow)
+    service.kill("STOP")
+    assert service.error("slow")["charged"] == "unknown"
+    service.prompt("quick", quick)
+    assert service.receipt("quick")["charged"] == "yes"
+    assert service.restarts == 1
+    assert "Watchdog timeout" in service.told()
+    until(lambda: "in _take_messages" in service.told())  # where it hung
+    assert (endpoint.calls(slow), endpoint.calls(quick)) == (1, 1)
+
+
+def test_a_service_that_cannot_see_its_inbox_is_restarted_by_the_watchdog(service, endpoint):
+    service.drop_in("WatchdogSec=1")
+    service.systemctl("start")
+    service.container.run("mv", f"{service.root}/inbox", f"{service.root}/gone")
+    until(lambda: service.restarts >= 1)
+    service.container.run("sh", "-c", f"rm -rf {service.root}/gone; systemd-tmpfiles --create imagewatch.conf")
+    service.prompt("seen", "[sandbox: b64] Seen again")
+    assert service.receipt("seen")["charged"] == "yes"
+
+
+def test_a_service_that_only_waits_for_an_answer_is_left_alone_by_the_watchdog(service, endpoint):
+    service.drop_in("WatchdogSec=1")
+    service.systemctl("start")
+    service.prompt("slow", "[sandbox: slow 3] Patience")
+    assert service.receipt("slow")["charged"] == "yes"
+    assert service.restarts == 0
+
+
+# Stopping
+
+
+def test_a_stop_finishes_what_is_sent_and_takes_nothing_new(service, endpoint):
+    service.drop_in("WatchdogSec=1\nEnvironment=IMAGEWATCH_LIMITS__CONCURRENCY=1")  # the watchdog must wait, too
+    service.systemctl("start")
+    sent, waiting = "[sandbox: slow 3] On its way", "[sandbox: b64] In the queue"
+    service.prompt("sent", sent)
+    wait_for_call(endpoint, sent)
+    service.prompt("waiting", waiting)
+    service.systemctl("stop")
+    assert service.path("outbox/sent.receipt.toml").exists()
+    assert service.path("inbox/waiting.prompt.txt").exists()
+    assert service.container.show("imagewatch", "Result") == "success"
+    assert service.restarts == 0
+    assert (endpoint.calls(sent), endpoint.calls(waiting)) == (1, 0)
+
+
+# Configuration
+
+
+def edit(service: Service, script: str) -> None:
+    service.container.run("sed", "-i", script, service.config)
+
+
+@pytest.fixture
+def restored(machine) -> Iterator[None]:
+    before = machine.path("/etc/imagewatch/config.toml").read_text()
+    yield
+    machine.put("/etc/imagewatch/config.toml", before)
+
+
+def test_a_reload_takes_a_good_configuration_and_keeps_the_old_one_when_it_is_bad(started, endpoint, restored):
+    pid = started.pid
+    edit(started, "s/^# provider = .*/provider = 'openai'/")
+    started.systemctl("reload")
+    until(lambda: started.events("reloaded"))
+    edit(started, "s/^provider = .*/provder = 'gemini'/")
+    started.systemctl("reload")
+    until(lambda: started.events("not reloaded; the old configuration stays"))
+    entry = started.events("not reloaded; the old configuration stays")[0]
+    assert (entry["PRIORITY"], "defaults.provder" in entry["IMAGEWATCH_REASON"]) == ("3", True)
+    started.prompt("old", "[sandbox: b64] By the old one")
+    assert started.receipt("old")["provider"] == "openai"
+    assert (started.pid, started.restarts) == (pid, 0)
+
+
+def test_a_bad_configuration_is_refused_once_and_said_as_an_error(service, restored):
+    edit(service, "s/^# concurrency = .*/concurrency = 1000/")
+    assert service.systemctl("start", check=False).returncode != 0
+    assert service.container.show("imagewatch", "ActiveState") == "failed"
+    assert (service.container.show("imagewatch", "ExecMainStatus"), service.restarts) == ("78", 0)
+    until(lambda: "limits.concurrency" in service.told())
+    said = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
+    assert [entry["PRIORITY"] for entry in said] == ["3"]
+
+
+def test_a_missing_key_file_is_refused_once_and_named(service):
+    service.container.run("mv", "/etc/imagewatch/letta_api_key", "/etc/imagewatch/away")
+    try:
+        assert service.systemctl("start", check=False).returncode != 0
+    finally:
+        service.container.run("mv", "/etc/imagewatch/away", "/etc/imagewatch/letta_api_key")
+    assert (service.container.show("imagewatch", "ActiveState"), service.restarts) == ("failed", 0)
+    assert "status=243/CREDENTIALS" in service.told()
+
+
+# The journal
+
+
+def test_the_journal_has_levels_and_fields(started, endpoint):
+    started.prompt("good", "[sandbox: b64] A good one")
+    started.prompt("bad", "[sandbox: 400] A bad one")
+    job = started.receipt("good")["job"]
+    started.error("bad")
+    until(lambda: started.events("made") and started.events("refused"))
+    made, refused = started.events("made")[0], started.events("refused")[0]
+    assert (made["PRIORITY"], refused["PRIORITY"]) == ("6", "4")
+    assert (made["IMAGEWATCH_JOB"], made["IMAGEWATCH_SOURCE"]) == (job, "good.prompt.txt")
+    assert (made["SYSLOG_IDENTIFIER"], made["_SYSTEMD_UNIT"]) == ("imagewatch", "imagewatch.service")
+    found = started.container.run("journalctl", "--output=cat", f"IMAGEWATCH_JOB={job}").stdout
+    assert found.startswith("made ")
+    warnings = started.container.run("journalctl", "--output=cat", "--unit=imagewatch", "--priority=warning").stdout
+    assert "bad.prompt.txt" in warnings
+    assert "good.prompt.txt" not in warnings
+
+
+def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
+    service.drop_in("Environment=IMAGEWATCH_LOG__FORMAT=json")
+    service.systemctl("start")
+    service.prompt("bad", "[sandbox: 400] A bad one")
+    service.error("bad")
+
+    def said() -> list[dict[str, Any]]:
+        return [entry for entry in service.journal() if '"refused"' in str(entry["MESSAGE"])]
+
+    until(said)
+    assert said()[0]["PRIORITY"] == "4"
+    assert json.loads(said()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
+
+
+# Several
+
+
+@pytest.fixture
+def cats(machine, endpoint) -> Iterator[Service]:
+    """A second inbox, made by the page."""
+    made = Service(machine, "imagewatch@cats", "imagewatch-cats")
+    if not machine.path("/etc/imagewatch/cats.toml").exists():
+        assert "is running" in follow(machine, "several", f"{KEY}\n")
+        quicken(machine, "/etc/imagewatch/cats.toml")
+    made.reset()
+    yield made
+    made.systemctl("stop")
+
+
+def test_several_inboxes_do_not_see_each_other(started, cats, endpoint):
+    cats.systemctl("start")
+    cats.prompt("tom", "[sandbox: b64] Tom")
+    started.prompt("rex", "[sandbox: b64] Rex")
+    assert (cats.receipt("tom")["charged"], started.receipt("rex")["charged"]) == ("yes", "yes")
+    for own in (cats, started):
+        look = "ls /srv; ls /var/lib; ls /run/credentials"
+        seen = own.container.run("nsenter", f"--target={own.pid}", "--mount", "sh", "-c", look).stdout.split()
+        name = own.root.removeprefix("/srv/")
+        assert seen == [name, name, f"{own.unit}.service"]
+
+
+def test_a_team_of_its_own_shares_an_inbox_of_its_own(cats, endpoint):
+    cats.systemctl("start")
+    follow(cats.container, "team")
+    cats.container.run("useradd", "--create-home", "--groups=cats", "carol")
+    cats.prompt("deep/purr", "[sandbox: b64] Purr", user="carol")
+    cats.receipt("deep/purr")
+    inside = f"{cats.root}/outbox/deep"
+    assert cats.container.run("ls", inside, user="anna", check=False).returncode != 0
+    cats.container.run("sh", "-c", f"rm {inside}/*", user="carol")
+
+
+# The rest of the page
+
+
+def test_the_page_names_no_block_that_is_not_followed_here():
+    blocks = re.findall(r"^# tested: (\w+)$", OPERATIONS, re.MULTILINE)
+    followed = re.findall(r'follow\(.+?, "(\w+)"', Path(__file__).read_text())
+    assert len(blocks) == len(set(blocks))
+    assert set(blocks) == set(followed)
+
+
+def test_the_first_start_of_the_page(service):
+    told = follow(service.container, "start")
+    assert "active (running)" in told
+    assert "from systemd credential letta_api_key" in told
+    assert "bad " not in told
+
+
+def test_looking_pausing_and_reloading(started, endpoint):
+    started.prompt("cat", "[sandbox: b64] A cat to look for")
+    started.receipt("cat")
+    until(lambda: started.events("made"))
+    told = follow(started.container, "look")
+    assert "is running" in told
+    assert "In all: " in told
+    assert "made attempts=1" in told
+    assert "Released." in follow(started.container, "pause")
+    assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["hand"]
+    until(lambda: started.events("reloaded"))
+
+
+def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
+    follow(started.container, "rotate", "sk-let-revoked-0123456789\n")
+    started.prompt("first", "[sandbox: b64] Refused at first")
+    assert started.error("first")["status"] == 401
+    started.prompt("second", "[sandbox: b64] Waits for the key")
+    follow(started.container, "rotate", f"{KEY}\n")
+    assert started.receipt("second")["charged"] == "yes"
+    started.container.run("imagewatch", "retry", "--all")
+    assert started.receipt("first")["charged"] == "yes"
+
+
+def test_a_backup_is_made_while_it_runs_and_brought_back(started, endpoint):
+    started.prompt("kept", "[sandbox: b64] Kept in the ledger")
+    started.receipt("kept")
+    until(lambda: started.events("made"))
+    before = started.container.run("imagewatch", "history", "--json", "--limit=0").stdout
+    follow(started.container, "backup")
+    follow(started.container, "restore")
+    assert json.loads(started.container.run("imagewatch", "history", "--json", "--limit=0").stdout) == json.loads(
+        before
+    )
+    started.prompt("after", "[sandbox: b64] After the backup")
+    assert started.receipt("after")["charged"] == "yes"
+
+
+def test_an_upgrade_goes_on_with_what_is_there(service, endpoint):
+    service.prompt("early", "[sandbox: b64] Dropped while it was down")
+    follow(service.container, "upgrade")
+    assert service.receipt("early")["charged"] == "yes"
+
+
+def test_what_a_sync_program_needs_lies_in_the_folders_and_is_left_alone(started, endpoint):
+    follow(started.container, "syncthing")
+    started.prompt("synced", "[sandbox: b64] Synced", user="syncthing")
+    started.receipt("synced")
+    assert started.path("inbox/.stignore").read_text() == ".imagewatch\n"
+    started.container.run("sh", "-c", f"cat {started.root}/outbox/synced.*g > /dev/null", user="syncthing")
+
+
+def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
+    closed = f"{started.root}/inbox/closed"
+    started.container.run("sh", "-c", f"mkdir -m 755 {closed} && chmod 755 {closed}", user="anna")
+    started.prompt("closed/mine", "[sandbox: b64] In a closed folder")
+    started.prompt("other", "[sandbox: b64] In an open one")
+    assert started.receipt("other")["charged"] == "yes"
+    until(lambda: started.events("ignored"))
+    assert started.events("ignored")[0]["IMAGEWATCH_FILE"] == "closed/mine.prompt.txt"
+    assert not started.events("held")
+    started.container.run("chmod", "g+rwX", closed, user="anna")
+    started.systemctl("reload")  # looks at once
+    assert started.receipt("closed/mine")["charged"] == "yes"
+
+
+def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(service, endpoint, restored):
+    home = service.container.path("/home/anna")
+    home.chmod(0o755)
+    service.container.put("/home/anna/private.txt", "not yours\n")
+    try:
+        follow(service.container, "elsewhere")
+        service.root = "/home/anna/pictures"
+        service.prompt("home", "[sandbox: b64] At home")
+        assert service.receipt("home")["charged"] == "yes"
+        seen = service.container.run("nsenter", f"--target={service.pid}", "--mount", "ls", "/home", "/home/anna")
+        assert seen.stdout.split() == ["/home:", "anna", "/home/anna:", "pictures"]
+    finally:
+        service.container.run("rm", "/etc/systemd/system/imagewatch.service.d/folders.conf")
+        service.container.run("systemctl", "daemon-reload")
+
+
+# A desktop
+
+
+@pytest.fixture
+def desktop(machine, endpoint) -> Iterator[dict[str, Any]]:
+    """What it takes to run a command as somebody who has a systemd of their own."""
+    runtime = "/run/user/imagewatch-test"
+    machine.run("install", "--directory", "--owner=anna", "--mode=700", runtime)
+    properties = [
+        "--property=Delegate=yes",
+        "--property=Type=notify",
+        f"--property=Environment=XDG_RUNTIME_DIR={runtime}",
+    ]
+    manager = "/lib/systemd/systemd"
+    machine.run("systemd-run", "--quiet", "--unit=desktop", "--uid=anna", *properties, manager, "--user")
+    yield {"user": "anna", "variables": {"HOME": "/home/anna", "XDG_RUNTIME_DIR": runtime}}
+    machine.run("systemctl", "stop", "desktop")
+
+
+def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
+    def run(*command: str, text: str = "") -> str:
+        return machine.run(*command, text=text, **desktop).stdout
+
+    program, units = "/home/anna/.local/bin", "/home/anna/.config/systemd/user"
+    run("mkdir", "-p", program, units)
+    run("ln", "-s", "/opt/imagewatch/bin/imagewatch", program)  # as pipx does
+    machine.run("install", "-m", "644", "-t", units, "/root/imagewatch/systemd/user/imagewatch.service")
+    follow(machine, "desktop", f"{KEY}\n", cwd="/", **desktop)
+    quicken(machine, "/home/anna/.config/imagewatch/config.toml")
+    run("systemctl", "--user", "restart", "imagewatch")
+    inbox = "/home/anna/Pictures/imagewatch/inbox"
+    run("sh", "-c", f"cat > {inbox}/me.part; mv {inbox}/me.part {inbox}/me.prompt.txt", text="[sandbox: b64] Me")
+    until(machine.path("/home/anna/Pictures/imagewatch/outbox/me.receipt.toml").exists)
+    assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
+    assert "In all: 1 made" in run("imagewatch", "history")
