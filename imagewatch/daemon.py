@@ -381,7 +381,10 @@ class Daemon:
             interval = min(interval, self._notify.watchdog_seconds / 2)
         due = interval if self._seen.due is None else min(interval, self._seen.due)
         self._sweep_at = now + due
-        self._rested_at = now + _REST * (now - began)
+        rest = _REST * (now - began)
+        if self._notify.watchdog_seconds:
+            rest = min(rest, self._notify.watchdog_seconds / 2)
+        self._rested_at = now + rest
         if self._watcher.alive():
             added, problems = self._watcher.watch([*self._seen.folders, self._control.folder])
             self._report_unwatched(problems)

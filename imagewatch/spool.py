@@ -16,7 +16,7 @@ import secrets
 from typing import IO, TYPE_CHECKING
 
 from imagewatch.config import overlaps
-from imagewatch.durable import Disk, ours
+from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
@@ -80,6 +80,7 @@ class Spool:
         self._drop_twins()
         self.probe()
         self._prove_claim()
+        self._prove_outbox()
         self._mounts = Mounts(self._all())
 
     def lock(self) -> None:
@@ -189,6 +190,25 @@ class Spool:
         finally:
             self.disk.unlink(source)
             self.disk.unlink(target)
+
+    def _prove_outbox(self) -> None:
+        """Prove that what we publish can get the mode and the group it is to have."""
+        path = os.path.join(self.outbox, _PROBE)
+        self.disk.unlink(path)
+        self.disk.remove_folder(path)
+        try:
+            with closing(self.disk.create(path), path) as file, ours(self.outbox, "set [outbox] file_mode or group"):
+                self._finish(file.fileno())
+            self.disk.unlink(path)
+            self.disk.make_folder(path)
+            if (mode := self._outbox.folder_mode) is not None:
+                with ours(self.outbox, "set [outbox] folder_mode"):
+                    os.chmod(path, mode)
+        finally:
+            if os.path.isdir(path):
+                self.disk.remove_folder(path)
+            else:
+                self.disk.unlink(path)
 
     # Taking work
 
@@ -445,6 +465,8 @@ class Spool:
         """
         folder = self.inbox_folder(claim)
         names = self.present(claim)
+        if not names:
+            return True  # and its folder in the inbox may be gone with them
         # A sync tool may have brought some of them back meanwhile: then those are the ones that stay.
         again = {name for name in names if self.disk.same(self.original(claim, name), os.path.join(folder, name))}
         if any(os.path.lexists(os.path.join(folder, name)) for name in names if name not in again):

@@ -263,7 +263,9 @@ class Worker:
 
     def _refuse(self, run: Run) -> None:
         verdict = self._verdict(run, run.evidence.answered)
-        if verdict.reaction is Reaction.BUSY:  # its attempts are spent, but what was asked for holds for the others
+        if (
+            verdict.reaction is Reaction.BUSY and run.evidence.answered > run.stale
+        ):  # its attempts are spent, but what was asked for holds for the others
             run.trouble = Trouble("busy", verdict.message, self._delay(run, verdict))
         self._closing.refuse(Case.of(run.record, run.claim, run.evidence.answered), verdict)
 
