@@ -18,8 +18,8 @@ LONGEST_ASKED_SECONDS = 6 * 3600.0
 """However long an endpoint wants us to wait: a probe is free, and a wrong clock must not stop us for years."""
 
 NEXT = {
-    "key": "give imagewatch a valid key; a changed key file is noticed by itself, a systemd credential needs a restart, "
-    "anything else a reload",
+    "key": "give imagewatch a valid key; a changed key file is noticed by itself, a credential of systemd needs a "
+    "restart, anything else a reload",
     "credits": "add credits to the account; it is tried again by itself, or at once by: imagewatch release",
     "quota": "wait for the quota to be renewed; it is tried again by itself",
     "address": "correct base_url in the configuration, then reload",
