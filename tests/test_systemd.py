@@ -93,7 +93,7 @@ class Service:
     def path(self, path: str) -> Path:
         return self.container.path(f"{self.root}/{path}")
 
-    def prompt(self, name: str, text: str, user: str = "anna") -> None:
+    def prompt(self, name: str, text: str, user: str = "colleague") -> None:
         """Drop a prompt as a colleague does, whole."""
         script = 'mkdir -p "${1%/*}" && cat >"$1.part" && mv "$1.part" "$1.prompt.txt"'
         self.container.run("sh", "-c", script, "sh", f"{self.root}/inbox/{name}", user=user, text=text)
@@ -149,9 +149,9 @@ def machine(container) -> Container:
     shutil.copytree(UNITS, container.path("/root/imagewatch/systemd"))
     follow(container, "install")
     follow(container, "configure", f"{KEY}\n")
-    for name in ("anna", "bob"):
+    for name in ("colleague", "stranger"):
         container.run("useradd", "--create-home", name)
-    container.run("usermod", "--append", "--groups", "imagewatch", "anna")
+    container.run("usermod", "--append", "--groups", "imagewatch", "colleague")
     quicken(container, "/etc/imagewatch/config.toml")
     for unit in ("imagewatch", "imagewatch@"):
         container.put(f"/etc/systemd/system/{unit}.service.d/quick.conf", DROP_IN)
@@ -250,9 +250,9 @@ def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoin
     assert endpoint.calls("A cat on a mat") == 1
     picture = next(started.path("outbox/cats").glob("cat.*g")).name
     inside = f"{started.root}/outbox/cats/{picture}"
-    for user, expected in (("bob", 1), ("anna", 0)):
+    for user, expected in (("stranger", 1), ("colleague", 0)):
         assert started.container.run("cp", inside, f"/home/{user}/", user=user, check=False).returncode == expected
-    started.container.run("rm", inside, user="anna")
+    started.container.run("rm", inside, user="colleague")
     assert not started.path(f"outbox/cats/{picture}").exists()
 
 
@@ -261,7 +261,7 @@ def test_the_key_comes_from_the_manager_and_cannot_be_read_by_others(started, en
     assert started.receipt("key")["charged"] == "yes"  # the endpoint takes no other key
     for path in ("/etc/imagewatch/letta_api_key", "/run/credentials/imagewatch.service/letta_api_key"):
         assert KEY in started.container.path(path).read_text()
-        assert started.container.run("cat", path, user="anna", check=False).returncode != 0
+        assert started.container.run("cat", path, user="colleague", check=False).returncode != 0
     assert started.container.run("cat", "/etc/imagewatch/letta_api_key", user="imagewatch", check=False).returncode != 0
 
 
@@ -357,7 +357,7 @@ print(json.dumps({
 }))
 """
 STRANGE = {
-    "a home": "/home/anna/notes.txt",
+    "a home": "/home/colleague/notes.txt",
     "another service's state": "/var/lib/other/state",
     "another share": "/srv/other/file",
     "a log": "/var/log/other.log",
@@ -370,7 +370,7 @@ def probed(machine) -> dict[str, dict[str, Any]]:
     """What a program meets that runs as the service does, and one that merely runs as its user."""
     for path in list(STRANGE.values())[:-1]:
         machine.put(path, "not yours\n", 0o644)
-    machine.path("/home/anna").chmod(0o755)
+    machine.path("/home/colleague").chmod(0o755)
     machine.put("/opt/probe.py", PROBE)
     command = f"/opt/imagewatch/bin/python /opt/probe.py {' '.join(STRANGE.values())}"
     unit = (UNITS / "imagewatch.service").read_text()
@@ -598,7 +598,7 @@ def test_a_team_of_its_own_shares_an_inbox_of_its_own(cats, endpoint):
     cats.prompt("deep/purr", "[sandbox: b64] Purr", user="carol")
     cats.receipt("deep/purr")
     inside = f"{cats.root}/outbox/deep"
-    assert cats.container.run("ls", inside, user="anna", check=False).returncode != 0
+    assert cats.container.run("ls", inside, user="colleague", check=False).returncode != 0
     cats.container.run("sh", "-c", f"rm {inside}/*", user="carol")
 
 
@@ -673,29 +673,29 @@ def test_what_a_sync_program_needs_lies_in_the_folders_and_is_left_alone(started
 
 def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
     closed = f"{started.root}/inbox/closed"
-    started.container.run("sh", "-c", f"mkdir -m 755 {closed} && chmod 755 {closed}", user="anna")
+    started.container.run("sh", "-c", f"mkdir -m 755 {closed} && chmod 755 {closed}", user="colleague")
     started.prompt("closed/mine", "[sandbox: b64] In a closed folder")
     started.prompt("other", "[sandbox: b64] In an open one")
     assert started.receipt("other")["charged"] == "yes"
     until(lambda: started.events("ignored"))
     assert started.events("ignored")[0]["IMAGEWATCH_FILE"] == "closed/mine.prompt.txt"
     assert not started.events("held")
-    started.container.run("chmod", "g+rwX", closed, user="anna")
+    started.container.run("chmod", "g+rwX", closed, user="colleague")
     started.systemctl("reload")  # looks at once
     assert started.receipt("closed/mine")["charged"] == "yes"
 
 
 def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(service, endpoint, restored):
-    home = service.container.path("/home/anna")
+    home = service.container.path("/home/colleague")
     home.chmod(0o755)
-    service.container.put("/home/anna/private.txt", "not yours\n")
+    service.container.put("/home/colleague/private.txt", "not yours\n")
     try:
         follow(service.container, "elsewhere")
-        service.root = "/home/anna/pictures"
+        service.root = "/home/colleague/pictures"
         service.prompt("home", "[sandbox: b64] At home")
         assert service.receipt("home")["charged"] == "yes"
-        seen = service.container.run("nsenter", f"--target={service.pid}", "--mount", "ls", "/home", "/home/anna")
-        assert seen.stdout.split() == ["/home:", "anna", "/home/anna:", "pictures"]
+        seen = service.container.run("nsenter", f"--target={service.pid}", "--mount", "ls", "/home", "/home/colleague")
+        assert seen.stdout.split() == ["/home:", "colleague", "/home/colleague:", "pictures"]
     finally:
         service.container.run("rm", "/etc/systemd/system/imagewatch.service.d/folders.conf")
         service.container.run("systemctl", "daemon-reload")
@@ -708,15 +708,15 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
 def desktop(machine, endpoint) -> Iterator[dict[str, Any]]:
     """What it takes to run a command as somebody who has a systemd of their own."""
     runtime = "/run/user/imagewatch-test"
-    machine.run("install", "--directory", "--owner=anna", "--mode=700", runtime)
+    machine.run("install", "--directory", "--owner=colleague", "--mode=700", runtime)
     properties = [
         "--property=Delegate=yes",
         "--property=Type=notify",
         f"--property=Environment=XDG_RUNTIME_DIR={runtime}",
     ]
     manager = "/lib/systemd/systemd"
-    machine.run("systemd-run", "--quiet", "--unit=desktop", "--uid=anna", *properties, manager, "--user")
-    yield {"user": "anna", "variables": {"HOME": "/home/anna", "XDG_RUNTIME_DIR": runtime}}
+    machine.run("systemd-run", "--quiet", "--unit=desktop", "--uid=colleague", *properties, manager, "--user")
+    yield {"user": "colleague", "variables": {"HOME": "/home/colleague", "XDG_RUNTIME_DIR": runtime}}
     machine.run("systemctl", "stop", "desktop")
 
 
@@ -724,15 +724,15 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     def run(*command: str, text: str = "") -> str:
         return machine.run(*command, text=text, **desktop).stdout
 
-    program, units = "/home/anna/.local/bin", "/home/anna/.config/systemd/user"
+    program, units = "/home/colleague/.local/bin", "/home/colleague/.config/systemd/user"
     run("mkdir", "-p", program, units)
     run("ln", "-s", "/opt/imagewatch/bin/imagewatch", program)  # as pipx does
     machine.run("install", "-m", "644", "-t", units, "/root/imagewatch/systemd/user/imagewatch.service")
     follow(machine, "desktop", f"{KEY}\n", cwd="/", **desktop)
-    quicken(machine, "/home/anna/.config/imagewatch/config.toml")
+    quicken(machine, "/home/colleague/.config/imagewatch/config.toml")
     run("systemctl", "--user", "restart", "imagewatch")
-    inbox = "/home/anna/Pictures/imagewatch/inbox"
+    inbox = "/home/colleague/Pictures/imagewatch/inbox"
     run("sh", "-c", f"cat > {inbox}/me.part; mv {inbox}/me.part {inbox}/me.prompt.txt", text="[sandbox: b64] Me")
-    until(machine.path("/home/anna/Pictures/imagewatch/outbox/me.receipt.toml").exists)
+    until(machine.path("/home/colleague/Pictures/imagewatch/outbox/me.receipt.toml").exists)
     assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
     assert "In all: 1 made" in run("imagewatch", "history")
