@@ -9,6 +9,7 @@ import contextlib
 import io
 import os
 import sys
+import threading
 from typing import TYPE_CHECKING, NoReturn
 
 import click
@@ -189,6 +190,33 @@ def init(file: str) -> None:
         raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}") from None
     shown = printable(file)
     click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
+
+
+@cli.command()
+@admin.config_option
+@click.option("--output", metavar="FILE", help="The page; without it gallery.html beside the outbox.")
+@click.option("--watch", is_flag=True, help="Write it again when something came or went, until stopped.")
+def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
+    """Write a page that shows what was made, what it cost, and what failed.
+
+    One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files.
+    """
+    from imagewatch.gallery import Gallery, Written, keep_fresh  # noqa: PLC0415
+
+    def tell(written: Written) -> None:
+        click.echo(f"Wrote {printable(written.path)}: {written.made} made, {written.failed} failed.")
+        for note in written.notes:
+            click.echo(f"  {printable(note)}", err=True)
+
+    def count(done: int, total: int) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"\r  {done} of {total} thumbnails", nl=done == total, err=True)
+
+    page = Gallery(admin.load(path), output)
+    tell(page.write(count))
+    if watch:
+        with contextlib.suppress(KeyboardInterrupt):
+            keep_fresh(page, threading.Event().wait, tell)
 
 
 for command in (submit, admin.status, admin.history, admin.estimate, admin.retry, admin.hold, admin.release):

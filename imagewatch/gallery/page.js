@@ -1,0 +1,366 @@
+"use strict";
+// What others wrote (prompts, names, messages) becomes text and attributes here, never markup.
+const $ = (selector) => document.querySelector(selector);
+const data = JSON.parse($("#data").textContent);
+const jobs = data.shown.jobs;
+
+function make(tag, attributes, ...children) {
+  const drawing = ["svg", "g", "rect", "title"].includes(tag);
+  const element = drawing ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) if (value !== undefined && value !== "") element.setAttribute(name, value);
+  element.append(...children.filter((child) => child));
+  return element;
+}
+
+const days = new Intl.DateTimeFormat(undefined, { weekday: "short", day: "numeric", month: "long", year: "numeric", timeZone: "UTC" });
+const months = new Intl.DateTimeFormat(undefined, { month: "long", year: "numeric", timeZone: "UTC" });
+const short = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "numeric", minute: "2-digit" });
+const shortDays = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeZone: "UTC" });
+const moments = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" });
+const number = new Intl.NumberFormat(undefined, { maximumFractionDigits: 2 }).format;
+const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
+const size = (bytes) => (bytes < 1e6 ? `${number(Math.ceil(bytes / 1e3))} kB` : `${number(Math.round(bytes / 1e5) / 10)} MB`);
+const pixels = (picture) => (picture?.width ? `${picture.width} × ${picture.height}` : "");
+const told = (...parts) => parts.filter(Boolean);
+const sum = (list, value) => list.reduce((total, job) => total + value(job), 0);
+const credits = (job) => job.credits ?? 0;
+const pictures = (job) => (job.made ? job.pictures.length : 0);
+const charged = { yes: "charged", unknown: "may have been charged", no: "not charged" };
+const cost = (job) => (job.credits == null ? charged[job.charged] ?? "" : plural(job.credits, "credit"));
+const verdict = (job) => told("Failed", charged[job.charged]).join(", ");
+
+for (const job of jobs) {
+  for (const name of ["pictures", "inputs", "problems"]) job[name] ??= [];
+  for (const name of ["folder", "provider", "model", "prompt", "message", "next"]) job[name] ??= "";
+  const date = new Date(job.at);
+  job.day = Date.UTC(date.getFullYear(), date.getMonth(), date.getDate()) / 864e5; // of the reader's calendar
+  job.month = Date.UTC(date.getFullYear(), date.getMonth()) / 864e5;
+  job.path = told(job.folder, job.name).join("/");
+  job.title = job.prompt || job.name;
+  job.text = [job.prompt, job.path, job.model, job.message, ...job.pictures.map((picture) => picture.name)].join("\n").toLowerCase();
+}
+
+// What is chosen. It stands in the address, too, so that a reload or a link shows the same.
+
+const fields = { q: $("#words"), outcome: $("form").elements.outcome, provider: $("#provider"), folder: $("#folder") };
+let shown = jobs;
+
+function offer(select, all, found) {
+  const values = [...new Set(found)].filter(Boolean).sort();
+  select.append(make("option", {}, all), ...values.map((value) => make("option", { value }, value)));
+  select.options[0].value = "";
+  select.hidden = values.length < 2;
+}
+
+function choose() {
+  const words = fields.q.value.toLowerCase().split(/\s+/).filter(Boolean);
+  const [outcome, provider, folder] = [fields.outcome.value, fields.provider.value, fields.folder.value];
+  shown = jobs.filter((job) =>
+    (!outcome || job.made === (outcome === "made")) && (!provider || job.provider === provider) &&
+    (!folder || `${job.folder}/`.startsWith(`${folder}/`)) && words.every((word) => job.text.includes(word)));
+  current = 0;
+  summarise();
+  arrange();
+}
+
+function remember() {
+  const address = new URLSearchParams();
+  for (const [name, field] of Object.entries(fields)) if (field.value) address.set(name, field.value);
+  if (view.open) address.set("job", shown[at].document);
+  if (view.open && part) address.set("picture", part);
+  history.replaceState(null, "", `#${address}`);
+}
+
+function recall() {
+  const address = new URLSearchParams(location.hash.slice(1));
+  for (const [name, field] of Object.entries(fields)) {
+    field.value = address.get(name) ?? "";
+    if (field.selectedIndex === -1) field.value = ""; // a provider or folder that is no more
+  }
+  choose();
+  const index = shown.findIndex((job) => job.document === address.get("job"));
+  if (index >= 0) enlarge(index, Number(address.get("picture")) || 0);
+  else if (view.open) view.close();
+}
+
+function summarise() {
+  const made = shown.filter((job) => job.made).length, failed = shown.length - made;
+  const open = shown.filter((job) => job.credits == null && /yes|unknown/.test(job.charged)).length;
+  const totals = [[sum(shown, credits), "credits"], [sum(shown, pictures), "pictures"], [made, "made"], [failed, "failed", failed]];
+  if (open) totals.push([open, "of unknown cost", true]);
+  $("#totals").replaceChildren(...totals.map(([value, name, bad]) =>
+    make("div", { class: bad ? "bad" : "" }, make("dt", {}, name), make("dd", {}, number(value)))));
+  $("#count").textContent = told(shown.length < jobs.length && `${number(shown.length)} of`, plural(jobs.length, "job")).join(" ");
+  $("#chart").hidden = !sum(shown, credits);
+  if (!$("#chart").hidden) chart(shown[0].day, shown.at(-1).day);
+}
+
+/** Draw the credits of each day, or of longer times when the days are too many for bars that can be seen. */
+function chart(newest, oldest) {
+  const [step, unit] = newest - oldest <= 120 ? [1, "day"] : newest - oldest <= 840 ? [7, "week"] : [30, "30 days"];
+  const count = Math.min(Math.max(Math.floor((newest - oldest) / step) + 1, 30), 400);
+  const bars = Array.from({ length: count }, () => ({ credits: 0 }));
+  for (const job of shown) {
+    const bar = bars[count - 1 - Math.floor((newest - job.day) / step)];
+    if (bar) [bar.credits, bar.job] = [bar.credits + credits(job), bar.job ?? job];
+  }
+  const most = Math.max(...bars.map((bar) => bar.credits));
+  const name = (index) => shortDays.format((newest - (count - 1 - index) * step) * 864e5);
+  const columns = bars.map((bar, index) => {
+    const height = bar.credits && Math.max((bar.credits / most) * 100, 2);
+    const column = make("g", {}, make("rect", { class: "hit", x: index, width: 1, height: 100 }),
+      make("rect", { class: "bar", x: index + 0.12, y: 100 - height, width: 0.76, height }),
+      make("title", {}, `${step > 1 ? `${unit} to ` : ""}${name(index)}: ${plural(bar.credits, "credit")}`));
+    if (bar.job) column.addEventListener("click", () => reveal(shown.indexOf(bar.job), true));
+    return column;
+  });
+  const label = `Credits per ${unit}, at most ${number(most)}`, ends = [name(0), name(count - 1)];
+  $("#chart").replaceChildren(
+    make("svg", { viewBox: `0 0 ${count} 100`, preserveAspectRatio: "none", role: "img", "aria-label": `${label}, ${ends.join(" to ")}` }, ...columns),
+    make("figcaption", {}, ...[ends[0], label, ends[1]].map((text) => make("span", {}, text))));
+}
+
+// The list: headings of days and rows of cards, of which only those near the window exist.
+
+const list = $("#list");
+const drawn = new Map();
+let rows = [], columns = 1, current = 0, frame = 0, rem = 16;
+
+function arrange() {
+  const style = getComputedStyle(document.documentElement), gap = parseFloat(style.getPropertyValue("--gap"));
+  rem = parseFloat(style.fontSize);
+  const width = list.clientWidth / rem;
+  columns = Math.max(Math.floor((width + gap) / (13 + gap)), width > 17 ? 2 : 1);
+  const height = (width - gap * (columns - 1)) / columns + parseFloat(style.getPropertyValue("--words"));
+  const count = new Set(shown.map((job) => job.day)).size;
+  const span = count > 1 && shown.length < count * columns / 2 ? "month" : "day"; // no headings over single pictures
+  let top = 0;
+  rows = [];
+  for (let from = 0, to; from < shown.length; from = to) {
+    for (to = from; shown[to]?.[span] === shown[from][span]; ) to += 1;
+    rows.push({ top: top * rem, height: 3.5 * rem, from, to, span });
+    top += 3.5;
+    for (let first = from; first < to; first += columns, top += height + gap) {
+      rows.push({ top: top * rem, height: height * rem, from: first, to: Math.min(first + columns, to) });
+    }
+  }
+  list.style.height = `${top}rem`;
+  $("#empty").hidden = shown.length > 0;
+  drawn.clear();
+  list.replaceChildren();
+  draw();
+}
+
+function draw() {
+  frame = 0;
+  const above = scrollY - list.offsetTop;
+  const near = rows.filter((row) => row.top < above + 2 * innerHeight && row.top + row.height > above - innerHeight);
+  for (const [row, element] of drawn) if (!near.includes(row) && drawn.delete(row)) element.remove();
+  let next = null;
+  for (const row of near.reverse()) {
+    if (!drawn.has(row)) drawn.set(row, list.insertBefore(row.span ? heading(row) : cards(row), next));
+    next = drawn.get(row);
+  }
+  // The tab key leads to one card, the arrows from there to all others.
+  if (!list.querySelector(`[data-index="${current}"]`)) current = near.filter((row) => !row.span && row.top > above).at(-1)?.from ?? 0;
+  for (const element of list.querySelectorAll(".card")) element.tabIndex = Number(element.dataset.index) === current ? 0 : -1;
+}
+
+function placed(element, top) {
+  element.style.top = `${top}px`;
+  return element;
+}
+
+function heading({ top, from, to, span }) {
+  const below = shown.slice(from, to), failed = below.filter((job) => !job.made).length, count = sum(below, pictures);
+  const sums = told(count && plural(count, "picture"), count && plural(sum(below, credits), "credit"), failed && `${number(failed)} failed`);
+  return placed(make("h2", {}, (span === "day" ? days : months).format(below[0][span] * 864e5), make("small", {}, sums.join(" · "))), top);
+}
+
+function cards({ top, from, to }) {
+  const row = make("div", { class: "row" }, ...shown.slice(from, to).map((job, index) => card(job, from + index)));
+  row.style.gridTemplateColumns = `repeat(${columns}, minmax(0, 1fr))`;
+  return placed(row, top);
+}
+
+function thumb(picture, alt) {
+  if (!picture.thumb) return make("span", { class: "blank", title: picture.problem }, picture.problem);
+  const image = make("img", { src: `${data.files}/${picture.thumb}`, loading: "lazy", decoding: "async" });
+  image.alt = alt;
+  image.onerror = () => image.replaceWith(make("span", { class: "blank" }, "the thumbnail is gone"));
+  return image;
+}
+
+function card(job, index) {
+  const line = (...parts) => make("small", {}, ...parts.map((part) => make("span", {}, part)));
+  const what = job.pictures.length > 1 ? plural(job.pictures.length, "picture") : pixels(job.pictures[0]);
+  const spoken = told(job.title, !job.made && `${verdict(job)}: ${job.message}`, job.provider, job.made && cost(job), moments.format(job.at));
+  return make("a", { class: job.made ? "card" : "card failed", href: job.pictures[0]?.href || job.document, "data-index": index, "aria-label": spoken.join(", ") },
+    make("div", { class: "mat" }, ...(job.made ? result(job) : [make("b", {}, verdict(job)), make("p", {}, job.message), make("small", {}, job.next)])),
+    make("div", { class: "words" }, make("p", {}, job.title),
+      line(told(job.provider, job.model).join(" · ") || job.path, job.made && cost(job)), line(short.format(job.at), what)));
+}
+
+function result(job) {
+  const set = job.pictures.slice(0, 4).map((picture, index) => thumb(picture, index ? "" : job.title));
+  const made = make("div", { class: `set n${set.length}` }, ...(set.length ? set : [make("span", { class: "blank" }, job.message)]));
+  if (!job.inputs.length) return [made];
+  const more = job.inputs.length > 3 && make("b", {}, `+ ${job.inputs.length - 3}`);
+  return [make("div", { class: "from" }, ...job.inputs.slice(0, 3).map((input) => thumb(input, `made from ${input.name}`)), more, make("b", {}, "→")), made];
+}
+
+function reveal(index, first) {
+  const row = rows.find((one) => !one.span && one.from <= index && index < one.to);
+  const top = list.offsetTop + row.top - $("form").offsetHeight - (first ? 3.5 * rem : rem);
+  const bottom = list.offsetTop + row.top + row.height + rem - innerHeight;
+  if (first || scrollY > top) scrollTo(0, top);
+  else if (scrollY < bottom) scrollTo(0, bottom);
+  current = index;
+  draw();
+  list.querySelector(`[data-index="${index}"]`).focus({ preventScroll: true });
+}
+
+/** Return the card above or below: in the next row, at most as far to the right. */
+function beside(direction) {
+  const all = rows.filter((row) => !row.span), here = all.findIndex((row) => row.from <= current && current < row.to);
+  const there = all[here + direction];
+  return there ? Math.min(there.from + current - all[here].from, there.to - 1) : current;
+}
+
+// The large view: the parts of a job are its pictures (or its message, if it failed), then its inputs.
+
+const view = $("#view");
+let at = 0, part = 0;
+const own = (job) => (job.made ? Math.max(job.pictures.length, 1) : 1);
+
+function enlarge(index, picture) {
+  const job = shown[index], parts = job.made && job.pictures.length ? [...job.pictures, ...job.inputs] : [null, ...job.inputs];
+  [at, part] = [index, Math.min(picture, parts.length - 1)];
+  const buttons = parts.map((one, k) => {
+    const name = k >= own(job) ? `input ${k - own(job) + 1}` : !job.made ? "message" : own(job) > 1 ? String(k + 1) : "result";
+    const button = make("button", { type: "button", "aria-current": String(k === part) }, one ? thumb(one, "") : make("span", { class: "blank" }, "!"), name);
+    button.addEventListener("click", () => enlarge(at, k));
+    return button;
+  });
+  const inputs = buttons.splice(own(job));
+  $(".strip").replaceChildren(...(parts.length > 1 ? told(...inputs, inputs.length && make("i", {}, "→"), ...buttons) : []));
+  $(".stage").replaceChildren(stage(job, parts[part]));
+  $("aside").replaceChildren(...details(job, parts[part]));
+  $("#before").disabled = at === 0 && part === 0;
+  $("#after").disabled = at === shown.length - 1 && part >= own(job) - 1;
+  if (!view.open) view.showModal();
+  remember();
+}
+
+function stage(job, picture) {
+  if (!picture) {
+    return make("article", {}, !job.made && make("h3", {}, verdict(job)), make("p", {}, job.message),
+      job.problems.length > 1 && make("ul", {}, ...job.problems.map((problem) => make("li", {}, problem))),
+      job.next && make("p", { class: "next" }, `What now: ${job.next}.`));
+  }
+  const blank = (why) => make("div", { class: "blank" }, `${picture.name}: ${why}`);
+  if (!picture.thumb) return blank(picture.problem); // what was too much for a thumbnail may be too much for this browser
+  const image = make("img", { src: picture.href });
+  image.alt = job.inputs.includes(picture) ? `made from ${picture.name}` : job.title;
+  image.onerror = () => image.replaceWith(blank("is gone"));
+  return image;
+}
+
+function details(job, picture) {
+  const facts = {
+    Outcome: job.made ? "made" : "failed", Cost: cost(job), Needed: job.needs == null ? "" : plural(job.needs, "credit"),
+    Status: told(job.status, job.code).join(" "), Provider: job.provider, Model: job.model, Date: moments.format(job.at),
+    Size: told(pixels(picture), picture?.bytes && size(picture.bytes)).join(", "), Took: job.seconds ? `${number(job.seconds)} s` : "",
+    "Asked for": told(job.asked > 1 && plural(job.asked, "picture"), job.options).join(", "),
+    Problem: told(picture?.thumb && picture.problem, ...(job.made ? job.problems : [])).join("; "),
+    File: picture?.name, Name: job.path, Job: job.job,
+  };
+  const table = Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
+  const links = [[picture?.href, "Open the picture"], [job.document, job.made ? "Receipt" : "Error file"]].filter(([href]) => href);
+  return [make("p", { class: "prompt" }, job.title), make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank" }, name))];
+}
+
+function turn(direction) {
+  const last = own(shown[at]) - 1, next = part > last ? (direction > 0 ? last + 1 : 0) : part + direction;
+  if (next >= 0 && next <= last) enlarge(at, next);
+  else if (shown[at + direction]) enlarge(at + direction, direction > 0 ? 0 : own(shown[at - 1]) - 1);
+}
+
+// What people do.
+
+const typing = () => /INPUT|SELECT/.test(document.activeElement.tagName);
+const moves = { ArrowRight: () => current + 1, ArrowLeft: () => current - 1, ArrowDown: () => beside(1), ArrowUp: () => beside(-1), Home: () => 0, End: () => shown.length - 1 };
+
+addEventListener("keydown", (event) => {
+  if (event.ctrlKey || event.metaKey || event.altKey) return;
+  const sideways = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+  if (view.open) {
+    if (sideways) turn(sideways);
+  } else if (typing()) {
+    if (event.key === "Escape") document.activeElement.blur();
+  } else if (event.key === "/") {
+    event.preventDefault();
+    fields.q.select();
+  } else if (moves[event.key] && shown.length) {
+    const inside = list.contains(document.activeElement);
+    if (!inside && !sideways) return; // the page scrolls as any other
+    event.preventDefault();
+    reveal(inside ? Math.min(Math.max(moves[event.key](), 0), shown.length - 1) : current);
+  }
+});
+list.addEventListener("focusin", (event) => { current = Number(event.target.dataset.index); });
+list.addEventListener("click", (event) => {
+  const chosen = event.target.closest(".card");
+  if (!chosen || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  enlarge(Number(chosen.dataset.index), 0);
+});
+$("form").addEventListener("submit", (event) => event.preventDefault());
+$("form").addEventListener("input", () => { choose(); remember(); });
+view.addEventListener("close", () => { remember(); reveal(at); });
+$("#before").addEventListener("click", () => turn(-1));
+$("#after").addEventListener("click", () => turn(1));
+$("#close").addEventListener("click", () => view.close());
+addEventListener("scroll", () => { frame ||= requestAnimationFrame(draw); }, { passive: true });
+addEventListener("resize", arrange);
+addEventListener("hashchange", recall);
+
+const themes = { "": "Auto", light: "Light", dark: "Dark" };
+function dress(theme) {
+  document.documentElement.dataset.theme = theme;
+  $("#theme").textContent = themes[theme];
+  $("#theme").setAttribute("aria-label", `Colours: ${themes[theme]}`);
+}
+const keep = (call) => { try { return call(localStorage); } catch { return null; } }; // some browsers keep nothing for a file
+$("#theme").addEventListener("click", () => {
+  const names = Object.keys(themes), theme = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
+  dress(theme);
+  keep((storage) => storage.setItem("imagewatch-theme", theme));
+});
+
+/** Look again and again whether this page is still the newest: its stamp, the one thing a local page may ask for, is a picture. */
+function ask(then) {
+  const stamp = new Image();
+  stamp.onload = () => setTimeout(ask, 4000, outdated);
+  stamp.onerror = then;
+  stamp.src = `${data.files}/${data.stamp}?${Date.now()}`;
+}
+function outdated() {
+  if (scrollY < 200 && !view.open && !typing() && !document.hidden) location.reload();
+  $("#newer").hidden = false;
+  setTimeout(ask, 4000, outdated);
+}
+$("#newer").addEventListener("click", () => location.reload());
+
+$("h1").textContent = data.shown.title;
+$("#notes").append(...data.shown.notes.map((note) => make("li", {}, note)));
+$("#notes").hidden = !data.shown.notes.length;
+$("#foot").textContent = `Written ${moments.format(data.written)} by imagewatch ${data.version}. Credits are those of the receipts shown.`;
+$(jobs.length ? "#none" : "#nothing").hidden = false;
+$("#all").addEventListener("click", () => { history.replaceState(null, "", "#"); recall(); });
+const theme = keep((storage) => storage.getItem("imagewatch-theme"));
+dress(Object.hasOwn(themes, theme ?? "") ? theme ?? "" : "");
+offer(fields.provider, "All providers", jobs.map((job) => job.provider));
+offer(fields.folder, "All folders", jobs.map((job) => job.folder));
+recall();
+ask(() => {}); // no stamp at the first time: a copy of the page, which nobody will write again

@@ -1,0 +1,104 @@
+"""The page: one HTML file out of a template, its style, its script and the jobs as data. Pure.
+
+Nothing of the data becomes markup here or in the browser: it is JSON in a block that is not run, and the script makes
+elements and text of it. A policy in the page's head lets nothing but our own script and style run, by their hashes,
+forbids the script to make markup out of text, and forbids any address but that of pictures beside the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import importlib.resources
+import os
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
+
+import msgspec
+
+from imagewatch import __version__
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from imagewatch.gallery.jobs import Job
+
+MARK = b"<!doctype html><!-- imagewatch gallery -->"
+"""How every page of ours begins."""
+_SLOT = re.compile(r"\{\{(\w+)\}\}")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page and what says that it is still the newest.
+
+    Attributes:
+        content: The file.
+        stamp: Name of the file that lies beside the thumbnails while this page is the newest.
+    """
+
+    content: bytes
+    stamp: str
+
+
+def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, written: float) -> Page:
+    """Return the page.
+
+    Args:
+        jobs: What it shows, the newest first.
+        notes: What could not be read, in words.
+        title: Its title.
+        files: Name of the folder beside it with the thumbnails.
+        written: Wall-clock time, seconds since the epoch; the stamp does not depend on it.
+    """
+    parts = {name: _part(f"page.{name}") for name in ("html", "css", "js")}
+    shown = msgspec.json.encode({"jobs": jobs, "notes": notes, "title": title})
+    told = shown + "".join(parts.values()).encode()
+    stamp = f"stamp-{hashlib.blake2b(told, digest_size=8).hexdigest()}.svg"
+    data: dict[str, Any] = {
+        "version": __version__,
+        "written": int(written * 1000),
+        "files": quote(os.fsencode(files)),
+        "stamp": stamp,
+        "shown": msgspec.Raw(shown),
+    }
+    slots = {
+        "policy": _policy(parts["js"], parts["css"]),
+        "title": html.escape(title),
+        "css": parts["css"],
+        "js": parts["js"],
+        "data": _inert(msgspec.json.encode(data).decode()),
+    }
+    text = _SLOT.sub(lambda slot: slots[slot[1]], parts["html"])
+    return Page(MARK + b"\n" + text.encode(), stamp)
+
+
+def _part(name: str) -> str:
+    return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(script: str, style: str) -> str:
+    # A page that is opened as a file has no origin of its own: 'self' is for web servers.
+    rules = [
+        "default-src 'none'",
+        f"script-src {_hash(script)}",
+        f"style-src {_hash(style)}",
+        "img-src 'self' file:",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "require-trusted-types-for 'script'",
+        "trusted-types 'none'",
+    ]
+    return "; ".join(rules)
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _inert(json: str) -> str:
+    """Return JSON in which nothing can end the block that it stands in."""
+    return json.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
