@@ -22,3 +22,4 @@ check: style test
 
 bench: .venv/.installed
 	$(PYTHON) bench/memory.py
+	$(PYTHON) bench/gallery.py
