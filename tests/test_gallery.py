@@ -300,9 +300,16 @@ def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
     (shelf.root / "outbox/linked").symlink_to(tmp_path / "elsewhere")
     (shelf.root / "outbox/y.receipt.toml").symlink_to(tmp_path / "elsewhere/x.receipt.toml")
     os.mkfifo(shelf.root / "outbox/z.receipt.toml")
+    (tmp_path / "diary.txt").write_text("dear diary")
+    shelf.failed("dog")
+    (shelf.root / "errors/dog.prompt.txt").symlink_to(tmp_path / "diary.txt")
+    shelf.failed("elk")
+    os.mkfifo(shelf.root / "errors/elk.prompt.txt")
     shelf.gallery().write()
-    assert [job["name"] for job in shelf.jobs] == ["cat"]
-    assert "href" not in shelf.jobs[0]["pictures"][0]
+    assert {job["name"] for job in shelf.jobs} == {"cat", "dog", "elk"}
+    assert "diary" not in (shelf.root / "gallery.html").read_text()
+    [cat] = [job for job in shelf.jobs if job["name"] == "cat"]
+    assert "href" not in cat["pictures"][0]
     assert shelf.thumbs == []
 
 
@@ -607,7 +614,7 @@ def test_watching_shows_a_new_job_and_ends_on_ctrl_c(station: Station, start: Ca
     stamp = page_data(page)["stamp"]
     until(lambda: [path.name for path in (station.root / "gallery_files").glob("stamp-*")] == [stamp])
     assert watching.stop(signal.SIGINT) == 0
-    assert watching.output.splitlines()[-1] == f"Wrote {page}: 1 made, 0 failed."
+    assert watching.output.splitlines()[0] == f"Wrote {page}: 0 made, 0 failed."
 
 
 def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):
