@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import grp
 import hashlib
 import io
 import json
@@ -592,6 +593,17 @@ def test_the_page_can_be_read_by_those_who_may_read_the_outbox(shelf: Shelf):
     assert set(modes.values()) == {0o640}
     assert len(modes) == 3
     assert stat.S_IMODE(files.stat().st_mode) == 0o2750
+
+
+def test_the_page_belongs_to_the_group_of_the_outbox(shelf: Shelf):
+    root = os.geteuid() == 0
+    others = [one for one in grp.getgrall() if one.gr_gid != os.getegid() and (root or one.gr_gid in os.getgroups())]
+    if not others:
+        pytest.skip("this user has only one group")
+    shelf.made("cat", picture())
+    shelf.gallery(outbox__group=others[0].gr_name).write()
+    files = [shelf.root / "gallery.html", *(shelf.root / "gallery_files").iterdir()]
+    assert {path.stat().st_gid for path in files} == {others[0].gr_gid}
 
 
 def test_nothing_half_written_is_left(shelf: Shelf):

@@ -278,7 +278,13 @@ def test_arrows_go_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
 def test_one_press_of_tab_leads_past_all_cards(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf)
-    assert browser.run("[...document.querySelectorAll('.card')].map(card => card.tabIndex)") == [0, -1, -1, -1]
+    stops = "[...document.querySelectorAll('.card')].map(card => card.tabIndex)"
+    assert browser.run(stops) == [0, -1, -1, -1]
+    for _ in range(3):
+        browser.key("ArrowRight")
+    assert browser.run(stops) == [-1, -1, 0, -1]
+    write_in(browser, "a")
+    assert browser.run(stops) == [0, -1, -1, -1]
 
 
 # Light and dark

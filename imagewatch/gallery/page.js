@@ -132,8 +132,10 @@ function arrange() {
   const width = list.clientWidth / rem;
   columns = Math.max(Math.floor((width + gap) / (13 + gap)), width > 17 ? 2 : 1);
   const height = (width - gap * (columns - 1)) / columns + parseFloat(style.getPropertyValue("--words"));
-  const count = new Set(shown.map((job) => job.day)).size;
-  const span = count > 1 && shown.length < count * columns / 2 ? "month" : "day"; // no headings over single pictures
+  const sizes = new Map();
+  for (const job of shown) sizes.set(job.day, (sizes.get(job.day) ?? 0) + 1);
+  const lines = [...sizes.values()].reduce((total, jobs) => total + Math.ceil(jobs / columns), 0);
+  const span = lines > 1.6 * Math.ceil(shown.length / columns) ? "month" : "day"; // no headings over single pictures
   let top = 0;
   rows = [];
   for (let from = 0, to; from < shown.length; from = to) {
