@@ -3,12 +3,15 @@
 Rules, from the folder protocol: a prompt ends in exactly ``.prompt.txt`` and does not begin with ``.``, ``~``
 or ``#``. The images of ``cat.prompt.txt`` are ``cat.png`` and then ``cat.1.png``, ``cat.2.jpg``, … in number
 order; never a wildcard. A numbered name that is the plain image of another prompt (``cat.1.png`` beside
-``cat.1.prompt.txt``) belongs to that prompt alone.
+``cat.1.prompt.txt``) belongs to that prompt alone. Two names are the same when only the way differs in which their
+accents are composed: macOS takes letters apart, others do not.
 """
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -34,24 +37,29 @@ _NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>[0-9]{1,9})", re.DOTALL)
 _IN_FLIGHT = tuple(
     re.compile(pattern, re.DOTALL)
     for pattern in (
-        r"\.(.+)\.sw[a-z]",  # vim: from opening to closing
+        r"\.(.+)\.sw[a-z]",  # vim, nano: from opening to closing
         r"\.(.+)\.kate-swp",
         r"\.~lock\.(.+)#",  # LibreOffice
-        r"~\$(.+)",  # Office
+        r"~\$(.+)",  # Office; of a longer name the first two characters are missing
         r"\.#(.+)",  # Emacs: a dangling link while the buffer is modified
         r"#(.+)#",  # Emacs: auto-save
         r"(.+)___jb_(?:tmp|old)___",  # JetBrains safe write
         r"(.+)\.sb-[0-9a-f]{8}-\w{6}",  # Cocoa safe save
         r"\.syncthing\.(.+)\.tmp",
         r"~syncthing~(.+)\.tmp",
+        r"\.unison\.(.+)\.[0-9a-f]{32}\.unison\.tmp",
         r"\.(.+)\.~[0-9a-f]+",  # Nextcloud, ownCloud
         r"\.(.+)\.[A-Za-z0-9]{6}",  # rsync
         rf"(.+)\.(?!(?i:{'|'.join(_PICTURES)})\.)[A-Za-z0-9]{{4,16}}\.partial",  # rclone; not cat.webp.partial
-        r"(.+)\.(?:partial|part|filepart|crdownload|download|aria2|tmp)",
+        r"(.+?)(?:\.ocTransferId[0-9]+)?\.(?:partial~?|part|filepart|crdownload|opdownload|download|aria2|!sync|tmp)",
+        r"(.+)\.(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6}",  # GLib, Qt; not cat.png.backup
         r"\.in\.(.+)\.",  # lftp, FTP servers
     )
 )
-_NEAR_MISS = re.compile(r"prompt.*\.(?:txt|text|md|rtf|doc|docx|odt)$|\.prompt$|\.prompt\.txt\b", re.IGNORECASE)
+_LOCKS = (".{}.swp", ".~lock.{}#", ".#{}", ".{}.kate-swp")
+_TEXT = re.compile(r"\.txt$|pro?mp?t.*\.(?:text|md|rtf|doc|docx|odt)$|\.pro?mp?t$|\.pro?mp?t\.txt\b", re.IGNORECASE)
+_LEFT_BEHIND = re.compile(r"~$|:Zone\.Identifier$")  # an editor's backup, a mark of Windows
+_LIKE_NUMBERED = re.compile(r"(?P<stem>.+?)[ _-]*\(?[0-9]{1,3}\)?", re.DOTALL)
 
 
 @dataclass
@@ -63,12 +71,16 @@ class Dropped:
         images: Its sibling images in the order in which they are sent.
         foreign: Siblings of a kind the endpoint does not take (``cat.gif``).
         busy: Names that show that an editor or a transfer is at work on this stem.
+        coming: Images that are not there, but on their way by one of the busy names.
+        doubtful: Images that somebody may have meant for it, but that do not have its name (``cat-2.png``).
     """
 
     stem: str
     images: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)
+    coming: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -89,8 +101,15 @@ def stem_of(name: str) -> str | None:
 
 
 def near_miss(name: str) -> bool:
-    """Tell whether somebody probably meant this name to be a prompt, though it is none."""
-    return name[:1] not in ".~#" and stem_of(name) is None and bool(_NEAR_MISS.search(name))
+    """Tell whether somebody may have meant this name to be a prompt, though it is none.
+
+    Any visible ``.txt`` is one: nobody drops a text into a folder of prompts for nothing.
+    """
+    if stem_of(name) is not None or name.startswith(".") != (name == SUFFIX) or _LEFT_BEHIND.search(name):
+        return False
+    if name[:1] in {"~", "#"}:
+        return name.endswith(SUFFIX) and in_flight(name) is None
+    return bool(_TEXT.search(name))
 
 
 def in_flight(name: str) -> str | None:
@@ -101,24 +120,94 @@ def in_flight(name: str) -> str | None:
     return None
 
 
+def locks(name: str) -> tuple[str, ...]:
+    """Return the names by which editors show that a file is open, as far as they follow from its own."""
+    return tuple(lock.format(name) for lock in _LOCKS)
+
+
+def spellings(name: str) -> tuple[str, ...]:
+    """Return the ways in which the accents of a name may be composed, its own first."""
+    return (name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD")))
+
+
 def suffix_of(name: str) -> str:
     """Return what follows the last dot, in lower case; an empty string without a dot."""
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def _owner(name: str, stems: dict[str, Dropped]) -> tuple[Dropped, int] | None:
-    """Return whose image a name is, and its number (-1 for the plain one, which comes before ``cat.0.png``)."""
-    base = name.rpartition(".")[0]
-    if base in stems:
-        return stems[base], -1
-    match = _NUMBERED.fullmatch(base)
-    if match and match["stem"] in stems:
-        return stems[match["stem"]], int(match["number"])
-    return None
+class _Folder:
+    """The prompts of one folder, and whose is a name beside them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.stems = {stem: Dropped(stem) for name in names if (stem := stem_of(name)) is not None}
+        # Only what is not plain ASCII can be written in two ways.
+        self._composed = {_composed(stem): dropped for stem, dropped in self.stems.items() if not stem.isascii()}
+        self._numbers: dict[tuple[str, str], int] = {}
+
+    def find(self, stem: str) -> Dropped | None:
+        """Return a prompt by its stem, however its accents are composed."""
+        return self.stems.get(stem) or (None if stem.isascii() else self._composed.get(_composed(stem)))
+
+    def owner(self, name: str) -> tuple[Dropped, int] | None:
+        """Return whose image a name is, and its number (-1 for the plain one, which comes before ``cat.0.png``)."""
+        base = name.rpartition(".")[0]
+        if dropped := self.find(base):
+            return dropped, -1
+        match = _NUMBERED.fullmatch(base)
+        if match and (dropped := self.find(match["stem"])):
+            return dropped, int(match["number"])
+        return None
+
+    def add_picture(self, name: str, suffix: str) -> None:
+        if owner := self.owner(name):
+            dropped, number = owner
+            (dropped.images if suffix in IMAGE_SUFFIXES else dropped.foreign).append(name)
+            self._numbers[dropped.stem, name] = number
+            return
+        base = name.rpartition(".")[0]
+        match = _LIKE_NUMBERED.fullmatch(base)
+        for like in (base, match["stem"] if match else ""):
+            if meant := self._in_any_case.get(like.casefold()):
+                meant.doubtful.append(name)
+                return
+
+    def add_busy(self, name: str, target: str) -> None:
+        stem = stem_of(target)
+        if stem is not None and (prompt := self.find(stem)):
+            prompt.busy.append(name)
+        elif stem is None and suffix_of(target) in _PICTURES and (owner := self.owner(target)):
+            owner[0].busy.append(name)
+            if target not in (*owner[0].names, *owner[0].coming):
+                owner[0].coming.append(target)
+        elif name.startswith("~$"):
+            for dropped in self._without_a_head.get(target, ()):
+                dropped.busy.append(name)
+
+    @functools.cached_property
+    def _in_any_case(self) -> dict[str, Dropped]:
+        return {stem.casefold(): dropped for stem, dropped in self.stems.items()}
+
+    @functools.cached_property
+    def _without_a_head(self) -> dict[str, list[Dropped]]:
+        """What Office makes of the names of prompts."""
+        rests: dict[str, list[Dropped]] = {}
+        for dropped in self.stems.values():
+            for cut in (1, 2):
+                rests.setdefault(dropped.prompt[cut:], []).append(dropped)
+        return rests
+
+    def sort(self) -> None:
+        for dropped in self.stems.values():
+            dropped.images.sort(key=lambda name: (self._numbers[dropped.stem, name], name))
+            dropped.foreign.sort()
+
+
+def _composed(stem: str) -> str:
+    return unicodedata.normalize("NFC", stem)
 
 
 def group(names: Iterable[str]) -> dict[str, Dropped]:
-    """Sort the names of one folder into prompts, in one pass over them.
+    """Sort the names of one folder into prompts.
 
     Args:
         names: All file names of one folder, in any order.
@@ -127,32 +216,20 @@ def group(names: Iterable[str]) -> dict[str, Dropped]:
         For each stem, what was dropped for it.
     """
     listed = list(names)
-    stems = {stem: Dropped(stem) for name in listed if (stem := stem_of(name)) is not None}
-    numbered: list[tuple[str, int, str]] = []
-    for name in listed if stems else ():
+    folder = _Folder(listed)
+    marks: list[tuple[str, str]] = []
+    for name in listed if folder.stems else ():
         if stem_of(name) is not None:
             continue
         suffix = suffix_of(name)
         if suffix in _PICTURES and name[0] not in ".~#":
-            if owner := _owner(name, stems):
-                kind = owner[0].images if suffix in IMAGE_SUFFIXES else owner[0].foreign
-                kind.append(name)
-                numbered.append((owner[0].stem, owner[1], name))
-        elif (target := in_flight(name)) and (busy := _target_owner(target, stems)):
-            busy.busy.append(name)
-    order = {(stem, name): number for stem, number, name in numbered}
-    for dropped in stems.values():
-        dropped.images.sort(key=lambda name: (order[dropped.stem, name], name))
-        dropped.foreign.sort()
-    return stems
-
-
-def _target_owner(target: str, stems: dict[str, Dropped]) -> Dropped | None:
-    stem = stem_of(target) if target else None
-    if stem is not None:
-        return stems.get(stem)
-    owner = _owner(target, stems) if suffix_of(target) in _PICTURES else None
-    return owner[0] if owner else None
+            folder.add_picture(name, suffix)
+        elif target := in_flight(name):
+            marks.append((name, target))
+    for mark, target in marks:  # last, for it must be known which images are there
+        folder.add_busy(mark, target)
+    folder.sort()
+    return folder.stems
 
 
 def tagged(name: str, stem: str, tag: str) -> str:
