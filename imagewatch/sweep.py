@@ -1,12 +1,11 @@
 """Looking at the inbox: the only source of truth about what is there to do.
 
 A *sweep* lists every folder, groups the names by stem and asks ``settling`` which stems are quiet. Events of the
-watcher only make a sweep come sooner. Nothing is changed here, and only the prompts that are quiet are opened.
+watcher only make a sweep come sooner. Nothing is changed here, and only files that are quiet are opened.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import stat
 from dataclasses import dataclass, field
@@ -17,10 +16,11 @@ from imagewatch.durable import ours
 from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.images import inspect
 from imagewatch.job import Claim
-from imagewatch.names import SUFFIX, Dropped, group, near_miss
+from imagewatch.names import SUFFIX, Dropped, group, in_flight, locks, near_miss, spellings
 from imagewatch.request import open_plain, read_prompt
 from imagewatch.settling import Settling
 from imagewatch.text import printable
+from imagewatch.writers import has_writer, is_local
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -34,7 +34,10 @@ Look = tuple[str, int, int, int, int]
 
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
-_SKIPPED_FOLDERS = (".", "~", "#", "@eaDir", "__MACOSX", "$RECYCLE.BIN")
+_SKEW_SECONDS = 60.0
+"""How far the clock of a file server may be behind ours."""
+_SKIPPED_FOLDERS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "#snapshot")
+"""What systems and tools keep for themselves; nobody means them to be entered."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,11 @@ class Candidate:
     def source(self) -> str:
         """Path of the prompt below the inbox."""
         return os.path.join(self.key[0], self.key[1] + SUFFIX)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its files, the prompt first."""
+        return (self.key[1] + SUFFIX, *self.images, *self.foreign)
 
     def claim(self, job: str, at: float) -> Claim:
         """Return the claim for it."""
@@ -116,6 +124,8 @@ class Sweep:
         self._inputs = Settling(config.settle_seconds)
         self._inputs_since: dict[Key, float] = {}
         self._arrived: set[Key] = set()
+        self._wall = 0.0
+        self._skew = 0.0 if is_local(inbox) else _SKEW_SECONDS
 
     def touch(self, key: Key, now: float) -> None:
         """Note that something happened to a stem: it has to be quiet again from now on."""
@@ -140,15 +150,15 @@ class Sweep:
             SpoolError: The inbox itself cannot be listed.
         """
         seen = Seen()
+        self._wall = wall
         keys: set[Key] = set()
         for folder, names in self._folders(seen):
             for dropped in group(names).values():
                 key = (folder, dropped.stem)
                 keys.add(key)
                 self._judge(key, dropped, seen, now, wall)
-            for name in names:
-                if near_miss(name):
-                    seen.ignored[_join(folder, name)] = f"not a prompt: the name must end in exactly {SUFFIX}"
+            for name in filter(near_miss, names):
+                self._refuse(folder, name, seen)
         self._settling.keep_only(keys, now)
         self._inputs.keep_only(keys)
         self._inputs_since = {key: since for key, since in self._inputs_since.items() if key in keys}
@@ -166,6 +176,10 @@ class Sweep:
             status = os.lstat(os.path.join(self._inbox, path))
         except OSError:
             return None
+        self._wall = wall
+        beside = os.path.join(self._inbox, key[0])
+        if any(os.path.lexists(os.path.join(beside, lock)) for lock in locks(key[1] + SUFFIX)):
+            return None
         names = None if self._unusable(path, status) else self._declared(path)
         if names is None:
             return None
@@ -178,9 +192,8 @@ class Sweep:
         return bool(self._inputs_since)
 
     def unchanged(self, candidate: Candidate) -> bool:
-        """Tell whether the files of a candidate still look as they did."""
-        names = (candidate.key[1] + SUFFIX, *candidate.images, *candidate.foreign)
-        return self._stat(candidate.key[0], names)[0] == candidate.looks
+        """Tell whether the files of a candidate still look as they did, and nobody has begun to write."""
+        return self._stat(candidate.key[0], candidate.names)[0] == candidate.looks and not self._writer(candidate)
 
     # One stem
 
@@ -196,11 +209,13 @@ class Sweep:
             else:
                 seen.ignored[path] = reason
             return
-        if busy := self._busy(key, dropped, wall):
+        if busy := self._busy(key, dropped, seen, wall):
             seen.waiting[path] = f"{printable(busy, 120)} shows that it is still being written"
             return
-        looks, changed = self._stat(key[0], dropped.names)
-        left = self._settling.observe(key, looks, changed_at=changed, now=now, wall=wall)
+        # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
+        images, foreign = (*dropped.images, *dropped.coming), tuple(dropped.foreign)
+        looks, changed = self._stat(key[0], (dropped.prompt, *images, *foreign))
+        left = self._settling.observe(key, looks, changed_at=changed + self._skew, now=now, wall=wall)
         if left > 0 and key not in self._arrived:
             self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
             return
@@ -209,8 +224,10 @@ class Sweep:
             self._judge_declared(key, declared, seen, now, wall)
         elif left > 0:
             self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
-        else:
-            images, foreign = tuple(dropped.images), tuple(dropped.foreign)
+        elif not self._waits_for(key, _missing(looks), seen, now):
+            for name in dropped.doubtful:
+                reason = f"no image of {dropped.prompt}, whose images are {dropped.stem}.png, {dropped.stem}.1.png, …"
+                seen.ignored[_join(key[0], name)] = printable(reason, 600)
             self._take(seen, Candidate(key, images, foreign, looks, changed, declared=False))
 
     def _unusable(self, path: str, status: os.stat_result) -> str:
@@ -228,30 +245,54 @@ class Sweep:
     def _judge_declared(self, key: Key, declared: tuple[str, ...], seen: Seen, now: float, wall: float) -> None:
         """Decide about a prompt that is quiet itself, or whole by its rename, and names its images."""
         path = _join(key[0], key[1] + SUFFIX)
+        declared = tuple(self._spelled(key[0], name) for name in declared)
         looks, changed = self._stat(key[0], (key[1] + SUFFIX, *declared))
-        missing = [name for name, inode, *_ in looks[1:] if inode == 0]
-        if missing:
-            left = self._inputs_since.setdefault(key, now) + self._config.input_wait_seconds - now
-            if left > 0:
-                due = min(left, self._config.rescan_seconds)
-                self._wait(seen, path, f"waits for {printable(', '.join(missing), 200)}", due)
+        if missing := _missing(looks):
+            if self._waits_for(key, missing, seen, now):
                 return
         elif key not in self._arrived or not self._all_whole(key[0], declared):
-            left = self._inputs.observe(key, looks, changed_at=changed, now=now, wall=wall)
+            left = self._inputs.observe(key, looks, changed_at=changed + self._skew, now=now, wall=wall)
             if left > 0:
                 self._inputs_since.setdefault(key, now)
                 self._wait(seen, path, f"its images are quiet for {left:.1f} more seconds", left)
                 return
         self._take(seen, Candidate(key, declared, (), looks, changed, declared=True))
 
+    def _spelled(self, folder: str, name: str) -> str:
+        """Return a name as the folder has it: two ways to compose an accent look the same to whoever typed it."""
+        for spelled in () if name.isascii() else spellings(name):
+            if os.path.lexists(os.path.join(self._inbox, folder, spelled)):
+                return spelled
+        return name
+
+    def _waits_for(self, key: Key, missing: list[str], seen: Seen, now: float) -> bool:
+        """Wait for images that are not there or still empty, but not for ever."""
+        if not missing:
+            return False
+        left = self._inputs_since.setdefault(key, now) + self._config.input_wait_seconds - now
+        if left > 0:
+            due = min(left, self._config.rescan_seconds)
+            self._wait(seen, _join(key[0], key[1] + SUFFIX), f"waits for {printable(', '.join(missing), 200)}", due)
+        return left > 0
+
     def _take(self, seen: Seen, candidate: Candidate) -> None:
-        """Note a candidate, unless it has an image that could be neither sent nor moved to another file system."""
+        """Note a candidate, unless somebody writes it or an image could be neither sent nor moved elsewhere."""
         for name in (*candidate.images, *candidate.foreign):
             path = os.path.join(self._inbox, candidate.key[0], name)
             if os.path.isfile(path) and not os.path.islink(path) and not os.access(path, os.R_OK):
                 seen.ignored[candidate.source] = f"the daemon may not read {printable(name, 255)}"
                 return
-        seen.ready.append(candidate)
+        if writer := self._writer(candidate):
+            seen.waiting[candidate.source] = f"{printable(writer, 120)} is open for writing"
+        else:
+            seen.ready.append(candidate)
+
+    def _writer(self, candidate: Candidate) -> str:
+        """Return a file of a candidate that somebody has open for writing; nobody can hold it for ever."""
+        if self._wall - candidate.changed_at >= _BUSY_SECONDS:
+            return ""
+        folder = os.path.join(self._inbox, candidate.key[0])
+        return next((name for name in candidate.names if has_writer(os.path.join(folder, name))), "")
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
         """Tell whether images are complete by their own structure, so that nobody is still writing them."""
@@ -275,12 +316,33 @@ class Sweep:
         except BadRequest:
             return None
 
-    def _busy(self, key: Key, dropped: Dropped, wall: float) -> str:
+    def _busy(self, key: Key, dropped: Dropped, seen: Seen, wall: float) -> str:
         for name in dropped.busy:
-            with contextlib.suppress(OSError):
-                if wall - os.lstat(os.path.join(self._inbox, key[0], name)).st_ctime < _BUSY_SECONDS:
-                    return name
+            try:
+                changed = os.lstat(os.path.join(self._inbox, key[0], name)).st_ctime
+            except OSError:
+                # It has just become what it stood for, which the list of names does not show yet.
+                seen.comes_due(self._config.settle_seconds)
+                return name
+            if wall - changed < _BUSY_SECONDS:
+                return name
         return ""
+
+    def _refuse(self, folder: str, name: str, seen: Seen) -> None:
+        """Say why something is not taken that may have been meant to be."""
+        path = _join(folder, name)
+        if in_flight(name) is None:
+            rule = f"must end in exactly {SUFFIX}" if not name.endswith(SUFFIX) else "must not begin with ., ~ or #"
+            seen.ignored[path] = f"not a prompt: the name {rule}"
+            return
+        try:
+            changed = os.lstat(os.path.join(self._inbox, path)).st_ctime
+        except OSError:
+            return
+        if self._wall - changed < _BUSY_SECONDS:
+            seen.waiting[path] = "is on its way: a transfer has not given it its name yet"
+        else:
+            seen.ignored[path] = "an unfinished transfer: rename it, or send it again"
 
     def _stat(self, folder: str, names: tuple[str, ...]) -> tuple[tuple[Look, ...], float]:
         """Return what files look like, and their newest ctime in seconds since the epoch."""
@@ -308,10 +370,14 @@ class Sweep:
             try:
                 with ours(path, "list the folder"), os.scandir(path) as entries:
                     for entry in entries:
-                        if not entry.is_dir(follow_symlinks=False):
-                            names.append(entry.name)
-                        elif self._config.recursive and not entry.name.startswith(_SKIPPED_FOLDERS):
-                            waiting.append(_join(folder, entry.name))
+                        inner = _join(folder, entry.name)
+                        if entry.is_dir(follow_symlinks=False):
+                            if self._enters(inner, entry.name, seen):
+                                waiting.append(inner)
+                            continue
+                        names.append(entry.name)
+                        if entry.is_symlink() and not entry.name.startswith("."):
+                            seen.ignored[inner] = "a link, which is not followed"
             except SpoolError as error:
                 if not folder:
                     raise
@@ -319,6 +385,22 @@ class Sweep:
                 continue
             seen.folders.append(path)
             yield folder, names
+
+    def _enters(self, path: str, name: str, seen: Seen) -> bool:
+        if name.startswith(_SKIPPED_FOLDERS):
+            return False
+        if not self._config.recursive:
+            seen.ignored[path] = "a folder, and inbox.recursive is off"
+        elif name.startswith(("~", "#")):
+            seen.ignored[path] = "a folder whose name begins with ~ or #"
+        else:
+            return True
+        return False
+
+
+def _missing(looks: tuple[Look, ...]) -> list[str]:
+    """Return the images that are not there, or still empty: browsers and copies make the name first."""
+    return [name for name, _, size, *_ in looks[1:] if size == 0]
 
 
 def _join(folder: str, name: str) -> str:

@@ -11,7 +11,9 @@ import pytest
 from PIL import Image
 
 from imagewatch.config import Inbox
+from imagewatch.names import group
 from imagewatch.sweep import Seen, Sweep
+from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -181,6 +183,13 @@ def test_a_renamed_prompt_that_declares_no_images_is_ready_at_once_and_leaves_it
     assert (candidate.images, candidate.declared) == ((), True)
 
 
+@pytest.mark.parametrize(("typed", "named"), [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png")])
+def test_a_declared_image_is_found_however_its_accents_are_composed(looking, typed, named):
+    looking.write(named, PICTURE)
+    candidate = arrive(looking, f'+++\ninput_images = ["{typed}"]\n+++\nA lighthouse')
+    assert candidate.images == (named,)
+
+
 def test_a_declared_image_that_is_still_being_written_is_waited_for(looking):
     looking.write("logo.png", PICTURE[:-20])
     assert arrive(looking, DECLARES) is None
@@ -259,6 +268,89 @@ def test_a_mark_that_nobody_removed_for_an_hour_holds_nothing_any_more(looking):
     assert looking.ready() == ["cat.prompt.txt"]
 
 
+def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking, monkeypatch):
+    """A rename between the list of names and the look at the mark: the image is there, the list does not have it."""
+    looking.write("cat.prompt.txt")
+    mark = looking.write(".cat.png.a1B2c3", PICTURE)
+    looking.wall += 60
+
+    def slowly(names):
+        grouped = group(names)
+        if mark.exists():
+            mark.rename(looking.inbox / "cat.png")
+        return grouped
+
+    monkeypatch.setattr("imagewatch.sweep.group", slowly)
+    seen = looking.look()
+    assert (seen.ready, seen.due) == ([], 5)
+    looking.look()
+    (candidate,) = looking.look(after=5.1).ready
+    assert candidate.images == ("cat.png",)
+
+
+def test_an_image_whose_transfer_died_is_asked_for_and_the_prompt_not_taken_without_it(looking):
+    looking.write("cat.prompt.txt")
+    looking.write("cat.1.png", PICTURE)
+    looking.write(".syncthing.cat.png.tmp", PICTURE[:-20])
+    looking.look(after=3601)
+    (candidate,) = looking.look(after=61).ready
+    assert candidate.images == ("cat.1.png", "cat.png")
+    assert looking.sweep.unchanged(candidate)
+
+
+def test_a_prompt_that_comes_by_rename_while_an_editor_has_it_open_is_not_taken_at_once(looking):
+    lock = looking.write(".~lock.cat.prompt.txt#")
+    looking.write("logo.png", PICTURE)
+    assert arrive(looking, DECLARES) is None
+    assert looking.ready(after=6) == []
+    lock.unlink()
+    assert looking.ready() == ["cat.prompt.txt"]
+
+
+@pytest.mark.parametrize("name", ["cat.prompt.txt", "cat.png"])
+def test_what_somebody_has_open_for_writing_is_not_taken_however_quiet_it_is(looking, tmp_path, name):
+    looking.write("cat.prompt.txt")
+    looking.write("cat.png", PICTURE)
+    with (looking.inbox / name).open("ab") as file:
+        if not has_writer(file.name):
+            pytest.skip("this file system does not tell who writes")
+        looking.look()
+        seen = looking.look(after=600)
+        assert (seen.ready, seen.waiting) == ([], {"cat.prompt.txt": f"{name} is open for writing"})
+    (candidate,) = looking.look().ready
+    with (looking.inbox / name).open("ab"):
+        assert not looking.sweep.unchanged(candidate)
+        assert looking.ready(after=3600) == ["cat.prompt.txt"], "nobody can hold it for ever"
+
+
+def test_on_a_file_server_with_a_clock_of_its_own_a_new_file_settles_by_our_clock(looking):
+    looking.sweep._skew = 60.0
+    looking.write("cat.prompt.txt")
+    looking.wall += 30  # what its ctime is behind
+    looking.look()
+    assert looking.ready(after=4) == []
+    assert looking.ready(after=1.1) == ["cat.prompt.txt"]
+    looking.write("dog.prompt.txt")
+    looking.wall += 3600
+    assert looking.ready(after=5) == ["cat.prompt.txt", "dog.prompt.txt"]
+
+
+def test_an_image_that_is_still_empty_is_waited_for_but_not_for_ever(looking):
+    looking.write("cat.prompt.txt")
+    looking.write("cat.png", b"")
+    looking.write("dog.prompt.txt")
+    looking.write("dog.png", b"")
+    looking.look()
+    assert looking.look(after=6).waiting == {
+        "cat.prompt.txt": "waits for cat.png",
+        "dog.prompt.txt": "waits for dog.png",
+    }
+    looking.write("cat.png", PICTURE)
+    assert looking.ready() == []
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+    assert sorted(looking.ready(after=60)) == ["cat.prompt.txt", "dog.prompt.txt"]
+
+
 def test_an_empty_prompt_waits_and_is_taken_once_it_is_filled(looking):
     path = looking.write("cat.prompt.txt", "")
     looking.wall += 60
@@ -270,8 +362,8 @@ def test_an_empty_prompt_waits_and_is_taken_once_it_is_filled(looking):
 
 
 def test_what_is_no_plain_file_is_ignored_with_the_reason(looking):
-    looking.write("real.txt")
-    (looking.inbox / "link.prompt.txt").symlink_to(looking.inbox / "real.txt")
+    looking.write("real.md")
+    (looking.inbox / "link.prompt.txt").symlink_to(looking.inbox / "real.md")
     (looking.inbox / "dangling.prompt.txt").symlink_to("nowhere")
     os.mkfifo(looking.inbox / "pipe.prompt.txt")
     (looking.inbox / "folder.prompt.txt").mkdir()
@@ -284,12 +376,64 @@ def test_what_is_no_plain_file_is_ignored_with_the_reason(looking):
 
 
 def test_near_misses_are_ignored_with_the_rule(looking):
-    for name in ("cat.prompt.txt.txt", "cat.Prompt.TXT", "cat.prompt (1).txt", "notes.md", ".hidden.prompt.txt"):
+    for name in ("cat.prompt.txt.txt", "cat.Prompt.TXT", "cat.txt", "#1.prompt.txt", "notes.md", ".hidden.prompt.txt"):
         looking.write(name)
     looking.wall += 60
     seen = looking.look()
-    assert (seen.ready, set(seen.ignored)) == ([], {"cat.prompt.txt.txt", "cat.Prompt.TXT", "cat.prompt (1).txt"})
-    assert all("exactly .prompt.txt" in reason for reason in seen.ignored.values())
+    exactly = "not a prompt: the name must end in exactly .prompt.txt"
+    assert (seen.ready, seen.ignored) == (
+        [],
+        {
+            "cat.prompt.txt.txt": exactly,
+            "cat.Prompt.TXT": exactly,
+            "cat.txt": exactly,
+            "#1.prompt.txt": "not a prompt: the name must not begin with ., ~ or #",
+        },
+    )
+
+
+def test_a_prompt_that_a_transfer_has_not_named_yet_is_waited_for_and_named_when_it_was_left_behind(looking):
+    looking.write("cat.prompt.txt.part")
+    seen = looking.look(after=60)
+    assert (seen.ignored, list(seen.waiting)) == ({}, ["cat.prompt.txt.part"])
+    seen = looking.look(after=3601)
+    assert (list(seen.ignored), seen.waiting) == (["cat.prompt.txt.part"], {})
+    assert "unfinished" in seen.ignored["cat.prompt.txt.part"]
+
+
+def test_an_image_that_was_probably_meant_is_named_when_its_prompt_goes_without_it(looking):
+    looking.write("cat.prompt.txt")
+    looking.write("cat-2.png", PICTURE)
+    looking.wall += 60
+    seen = looking.look()
+    assert [candidate.images for candidate in seen.ready] == [()]
+    assert seen.ignored == {"cat-2.png": "no image of cat.prompt.txt, whose images are cat.png, cat.1.png, …"}
+
+
+def test_an_image_with_a_name_of_its_own_is_not_doubted_if_the_prompt_names_its_images(looking):
+    looking.write("cat.prompt.txt", '+++\ninput_images = ["cat-2.png"]\n+++\nA lighthouse')
+    looking.write("cat-2.png", PICTURE)
+    looking.wall += 60
+    seen = looking.look()
+    assert [candidate.images for candidate in seen.ready] == [("cat-2.png",)]
+    assert seen.ignored == {}
+
+
+def test_folders_and_links_that_are_not_entered_are_named(looking, tmp_path):
+    looking.write("#1/cat.prompt.txt")
+    looking.write("~old/cat.prompt.txt")
+    (looking.inbox / "album").symlink_to(tmp_path)
+    (looking.inbox / "loop").symlink_to("loop")
+    (looking.inbox / ".#cat").symlink_to("somebody@here")
+    looking.wall += 60
+    seen = looking.look()
+    assert seen.ready == []
+    assert {path: reason.split(",")[0] for path, reason in seen.ignored.items()} == {
+        "#1": "a folder whose name begins with ~ or #",
+        "~old": "a folder whose name begins with ~ or #",
+        "album": "a link",
+        "loop": "a link",
+    }
 
 
 def test_hidden_symlinked_and_tool_folders_are_not_entered(looking, tmp_path_factory):
@@ -309,7 +453,9 @@ def test_sub_folders_are_left_alone_if_that_is_asked_for(tmp_path):
     looking.write("a/cat.prompt.txt")
     looking.write("dog.prompt.txt")
     looking.wall += 60
-    assert looking.ready() == ["dog.prompt.txt"]
+    seen = looking.look()
+    assert [candidate.source for candidate in seen.ready] == ["dog.prompt.txt"]
+    assert seen.ignored == {"a": "a folder, and inbox.recursive is off"}
 
 
 def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(looking):
