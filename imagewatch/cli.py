@@ -197,7 +197,7 @@ def init(file: str) -> None:
 @click.option("--output", metavar="FILE", help="The page; without it gallery.html beside the outbox.")
 @click.option("--watch", is_flag=True, help="Write it again when something came or went, until stopped.")
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
-    """Write a page that shows what was made, what it cost, and what failed.
+    """Write a page of all pictures, costs and failures.
 
     One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files.
     """
