@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch import __version__
-from imagewatch.documents import SCHEMA, Course, compose
+from imagewatch.documents import SCHEMA, Course, compose, unvouched
 from imagewatch.job import Claim, Decision, Head, Input, Move, Sent, Tail, dump, load
 from imagewatch.text import printable, utc, whole
 
@@ -110,6 +110,18 @@ def test_a_receipt_says_everything_about_a_job():
             {"file": "cat.png", "mime": "image/png", "bytes": 70, "width": 1, "height": 2, "sha256": "ab" * 32},
         ],
     }
+
+
+@pytest.mark.parametrize("key", ["a" + ".a" * 2000, "'\"'" + ".a" * 2000 + ".'\"'", '"x"' + ' . "\\u0041"' * 2000])
+def test_keys_that_would_keep_the_reader_busy_are_refused_unread(key):
+    for text in (f"{key} = 1", f"[{key}]", f"x = {{{key} = 1}}", f'# """\n{key} = 1\n# """'):
+        with pytest.raises(ValueError, match="more than 1000 dots"):
+            unvouched(text)
+
+
+def test_what_we_write_ourselves_can_be_read_as_a_strangers():
+    text = receipt_text(sent=sent("a sentence. " * 900, n=2))
+    assert unvouched(text) == tomllib.loads(text)
 
 
 def test_the_keys_come_in_the_order_of_the_folder_protocol():

@@ -230,7 +230,8 @@ def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
         (b'charged = "yes"\n', "missing required field `source`"),
         (b'source = "cat"\ncharged = "no"\nstatus = 0x' + b"f" * 5000 + b"\n", "status"),
         (b"x = " + b"[" * 5000, "is nested too deeply"),
-        (b"x = 1\n" * 200_000, "is larger than 1 MiB"),
+        (b"'\"'" + b".a" * 20_000 + b".'\"' = 1\n", "has more than 1000 dots"),
+        (b"x = 1\n" * 50_000, "is larger than 256 KiB"),
     ],
 )
 def test_a_document_that_cannot_be_read_is_shown_as_that(shelf: Shelf, content: bytes, why: str):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tomllib
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -18,6 +17,7 @@ from urllib.parse import quote
 
 import msgspec
 
+from imagewatch.documents import unvouched
 from imagewatch.fields import shown
 from imagewatch.names import SUFFIX, tagged
 from imagewatch.text import whole
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imagewatch.config import Folders
 
 _ENDINGS = {"outbox": ".receipt.toml", "errors": ".error.toml"}
-_MOST_BYTES = 1 << 20
+_MOST_BYTES = 256 << 10
 """Of a document, or of a prompt that has no document with its text."""
 _MOST_CHARACTERS = 4000
 """Of one text on the page, so that a few giants do not make it slow; the documents have all of it."""
@@ -308,14 +308,14 @@ def _bytes(path: str) -> bytes:
     with open(opened(path), "rb") as file:
         content = file.read(_MOST_BYTES + 1)
     if len(content) > _MOST_BYTES:
-        raise ValueError("is larger than 1 MiB")
+        raise ValueError("is larger than 256 KiB")
     return content
 
 
 def _parsed(path: str) -> _Document | str:
     """Return a document, or what is wrong with it in words."""
     try:
-        return msgspec.convert(tomllib.loads(_bytes(path).decode()), _Document)
+        return msgspec.convert(unvouched(_bytes(path).decode()), _Document)
     except OSError as error:
         return error.strerror or "unknown error"
     except msgspec.ValidationError as error:
