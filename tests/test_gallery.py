@@ -205,11 +205,12 @@ def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gallery.html", "gallery_files"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
     shelf.made("cat", picture())
     locked = shelf.root / "outbox/private"
     locked.mkdir(mode=0)
+    if os.access(locked, os.R_OK):
+        pytest.skip("this user may read everything")
     written = shelf.gallery().write()
     locked.chmod(0o700)
     assert written.made == 1
