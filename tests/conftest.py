@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -26,7 +27,7 @@ from imagewatch.sweep import Sweep
 from imagewatch.worker import Worker
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 KEY = "sk-let-test-0123456789"
@@ -194,9 +195,102 @@ def start(tmp_path: Path, sandbox: Sandbox) -> Iterator[Any]:
             daemon.process.communicate()
 
 
+HURRIED = """
+import os, sys
+from imagewatch import log
+from imagewatch.config import load
+from imagewatch.daemon import Daemon
+from imagewatch.holds import Holds
+
+def configured():
+    return load(os.environ.get("IMAGEWATCH_CONFIG"), os.environ)
+
+log.configure("info", "json")
+holds = Holds(first_seconds=float(sys.argv[1]))
+sys.exit(Daemon(configured(), os.environ, reload=configured, holds=holds).run())
+"""
+"""A daemon whose first hold lasts as long as a test likes instead of a quarter of a minute; all else is as it is."""
+
+
+class Told:
+    """A running daemon and what it has logged so far."""
+
+    def __init__(self, running: Running) -> None:
+        self.process = running.process
+        self.lines: list[dict[str, Any]] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [line for line in list(self.lines) if line["event"] == name]
+
+    def wait_for(self, name: str, count: int = 1) -> dict[str, Any]:
+        until(lambda: len(self.events(name)) >= count or self.process.poll() is not None)
+        assert len(self.events(name)) >= count, "".join(str(line.get("text", line)) for line in self.lines)
+        return self.events(name)[count - 1]
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.end()
+
+    def end(self) -> int:
+        code = self.process.wait(30)
+        self._reader.join(30)
+        return code
+
+
+@pytest.fixture
+def run(start: Any) -> Iterator[Callable[..., Told]]:
+    """Start a daemon and wait until it watches."""
+    started = []
+
+    def runner(folders: Folders, *arguments: str, script: str | None = None, watching: bool = True) -> Told:
+        running = start(folders, *(arguments if script else ["run", *arguments]), script=script)
+        told = Told(running)
+        started.append(told)
+        if watching:
+            told.wait_for("watching")
+        return told
+
+    yield runner
+    for told in started:
+        if told.process.poll() is None:
+            told.process.kill()
+        told.end()
+        for pipe in (told.process.stdout, told.process.stderr):
+            pipe.close()
+
+
+@pytest.fixture
+def hurried(run: Callable[..., Told], tmp_path: Path) -> Callable[..., Told]:
+    """Start a daemon that does not wait long before it probes a hold."""
+    script = tmp_path / "hurried.py"
+    script.write_text(HURRIED)
+    return lambda folders, first_seconds=0.3: run(folders, str(first_seconds), script=str(script))
+
+
 @pytest.fixture
 def folders(tmp_path: Path, sandbox: Sandbox) -> Folders:
     return Folders(tmp_path, sandbox.base_url)
+
+
+def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
+    """Run a command for these folders to its end."""
+    return subprocess.run(
+        [sys.executable, "-m", "imagewatch", *arguments],
+        env={"PATH": os.environ["PATH"], "HOME": str(folders.root), "COLUMNS": "200", **folders.environ, **environ},
+        cwd=folders.root,
+        capture_output=True,
+        text=True,
+        errors="surrogateescape",
+        timeout=40,
+        check=False,
+    )
 
 
 def until(condition: Any, timeout: float = 20.0) -> None:

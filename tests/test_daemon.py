@@ -12,35 +12,22 @@ import socket
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
-from conftest import KEY, Folders, Running, until
+from conftest import KEY, Folders, until
 from PIL import Image
 
 from imagewatch.holds import Holds
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
 _png = io.BytesIO()
 Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
 PICTURE = _png.getvalue()
 DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
-HURRIED = """
-import os, sys
-from imagewatch import log
-from imagewatch.config import load
-from imagewatch.daemon import Daemon
-from imagewatch.holds import Holds
-
-config = load(None, os.environ)
-log.configure("info", "json")
-sys.exit(Daemon(config, os.environ, holds=Holds(first_seconds=0.3)).run())
-"""
-"""A daemon whose first hold lasts a moment instead of a quarter of a minute; all else is as it is."""
-
 NOBODY = 65534
 UNPRIVILEGED = """
 import os, sys
@@ -58,68 +45,6 @@ log.configure("info", "json")
 sys.exit(Daemon(config, os.environ).run())
 """
 """A daemon that is not root."""
-
-
-class Told:
-    """A running daemon and what it has logged so far."""
-
-    def __init__(self, running: Running) -> None:
-        self.process = running.process
-        self.lines: list[dict[str, Any]] = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
-
-    def _read(self) -> None:
-        assert self.process.stderr is not None
-        for line in self.process.stderr:
-            self.lines.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
-
-    def events(self, name: str) -> list[dict[str, Any]]:
-        return [line for line in list(self.lines) if line["event"] == name]
-
-    def wait_for(self, name: str, count: int = 1) -> dict[str, Any]:
-        until(lambda: len(self.events(name)) >= count or self.process.poll() is not None)
-        assert len(self.events(name)) >= count, "".join(str(line.get("text", line)) for line in self.lines)
-        return self.events(name)[count - 1]
-
-    def stop(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.end()
-
-    def end(self) -> int:
-        code = self.process.wait(30)
-        self._reader.join(30)
-        return code
-
-
-@pytest.fixture
-def run(start: Any) -> Iterator[Callable[..., Told]]:
-    """Start a daemon and wait until it watches."""
-    started = []
-
-    def runner(folders: Folders, *arguments: str, script: str | None = None, watching: bool = True) -> Told:
-        running = start(folders, *([] if script else ["run", *arguments]), script=script)
-        told = Told(running)
-        started.append(told)
-        if watching:
-            told.wait_for("watching")
-        return told
-
-    yield runner
-    for told in started:
-        if told.process.poll() is None:
-            told.process.kill()
-        told.end()
-        for pipe in (told.process.stdout, told.process.stderr):
-            pipe.close()
-
-
-@pytest.fixture
-def hurried(run, tmp_path) -> Callable[[Folders], Told]:
-    """Start a daemon that does not wait long before it probes a hold."""
-    script = tmp_path / "hurried.py"
-    script.write_text(HURRIED)
-    return lambda folders: run(folders, script=str(script))
 
 
 @pytest.fixture
