@@ -371,6 +371,9 @@ def _control(config: Config) -> Any:  # noqa: ANN401  imported late
 
 def _owned(path: str | None) -> Config:
     """Return the configuration, as the owner of the state folder: what root made the daemon could not remove."""
+    # Loaded while we may: our own code may lie where only root can read.
+    from imagewatch import control, ledger, retry, status  # noqa: F401, PLC0415
+
     config = load(path)
     state = config.folders.state
     try:

@@ -17,6 +17,7 @@ from imagewatch.documents import unvouched
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError
 from imagewatch.names import PAID, SUFFIX
+from imagewatch.record import Record
 from imagewatch.text import printable, whole
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ class Retry:
         shown = printable(path)
         try:
             with ours(path, "read"), open(path, "rb", opener=_no_links) as file:
-                document = unvouched(file.read(_MOST_BYTES).decode())
+                document = unvouched(_text(file.read(_MOST_BYTES + 1)))
             job, charged = _id(document["job"]), str(document["charged"])
             originals = [(_name(table["file"]), _name(table["dropped_as"])) for table in document["originals"]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -174,11 +175,17 @@ class Retry:
         """Ask the daemon to read the paid answer again.
 
         Raises:
-            SpoolError: It is not kept in the state folder.
+            SpoolError: It is not kept in the state folder, or the error file is not where it was put.
         """
-        if not os.path.isdir(os.path.join(self._paid, failed.job)):
+        shown, record = printable(failed.path), Record(self._disk, self._paid, failed.job)
+        claim, decision = record.claim(), record.decision() or record.reopened()
+        if claim is None or decision is None:
             hint = "what is left of it lies beside the error file; it is not sent again"
-            raise SpoolError(f"{printable(failed.path)}: no paid answer is kept", path=failed.path, hint=hint)
+            raise SpoolError(f"{shown}: no paid answer is kept", path=failed.path, hint=hint)
+        place = os.path.join(self._errors, claim.folder, decision.name)
+        if place != failed.path:  # there may be somebody else's files by now
+            hint = f"move it back with all that belongs to it: {printable(place)}"
+            raise SpoolError(f"{shown}: it is not where it was put", path=failed.path, hint=hint)
         self._control.retry(failed.job)
 
 
@@ -192,6 +199,12 @@ def _require_straight(top: str, folder: str) -> None:
     path = os.path.join(top, folder) if folder else top
     if os.path.realpath(path) != os.path.join(os.path.realpath(top), folder).rstrip("/"):
         raise SpoolError(f"{printable(path)}: there is a link in it", path=path, hint="move the files by hand")
+
+
+def _text(raw: bytes) -> str:
+    if len(raw) > _MOST_BYTES:
+        raise ValueError("it is too large")
+    return raw.decode()
 
 
 def _id(value: object) -> str:
