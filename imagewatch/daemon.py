@@ -97,6 +97,7 @@ class Later:
         key: Its stem, if its record can be read.
         displaced: Whether a newer file of the same name is to go first, so that this one can go back.
         fresh: Whether it may get further without a request; then it is carried on behind a hold, too.
+        turn: Whether it only waits for its turn to be sent; behind a hold it goes back to the inbox at once.
     """
 
     job: str
@@ -104,6 +105,7 @@ class Later:
     key: Key | None
     displaced: bool = False
     fresh: bool = True
+    turn: bool = False
 
 
 class Daemon:
@@ -276,7 +278,7 @@ class Daemon:
 
     def _may_get_on(self, later: Later) -> bool:
         """Tell whether a claimed job may be carried on behind a hold: to deliver what was paid for needs no request."""
-        return later.fresh and not later.displaced and later.at <= self._now()
+        return later.fresh and not later.displaced
 
     def _take_messages(self) -> None:
         """Wait for the next message or the next thing to do, then take all messages there are."""
@@ -470,10 +472,12 @@ class Daemon:
 
     def _dispatch(self) -> None:
         """Give workers what may be done now: first what is claimed already, then the oldest prompts."""
-        now = self._now()
+        now, held = self._now(), self._gate.first() is not None
         for later in sorted(self._later, key=lambda job: job.at):
-            if self._draining or later.at > now:
+            if self._draining:
                 break
+            if later.at > now and not (held and later.turn):
+                continue
             may_send = self._gate.open(len(self._in_flight))
             if may_send or (later.fresh and self._gate.deliverable(len(self._in_flight))):
                 self._later.remove(later)
@@ -527,8 +531,9 @@ class Daemon:
         elif outcome.answered:
             self._gate.answered(began)
         if outcome.end is End.LATER:
-            fresh = outcome.displaced  # any other wait is for a request
-            self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh))
+            turn = outcome.trouble is not None and outcome.trouble.kind == "rate"
+            fresh = outcome.displaced or turn  # any other wait is for a request
+            self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh, turn))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:
             self._gate.returned(outcome.source)
             self._sweep_at = self._now()

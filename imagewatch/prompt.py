@@ -78,6 +78,8 @@ def parse(raw: bytes, *, max_characters: int = MAX_CHARACTERS) -> Prompt:
         problems.append(Problem("prompt", "there is no text", "write what the picture should show"))
     elif len(text) > max_characters:
         reason = f"{len(text):,} characters are more than {max_characters:,}"
+        if max_characters < MAX_CHARACTERS:
+            reason += " (limits.max_prompt_chars)"
         problems.append(Problem("prompt", reason, "shorten it"))
     if problems:
         raise BadRequest(problems)
