@@ -400,7 +400,7 @@ class Daemon:
         """Look at what commands have asked for, and at how many prompts came at once."""
         changed = self._arrived()
         self._gate.look(max(changed.values(), default=0.0))
-        self._gate.count(changed)
+        self._gate.count(changed, self._is_finished)
         try:
             for job in self._control.retries():
                 self._reopen(job)
@@ -428,6 +428,15 @@ class Daemon:
             with contextlib.suppress(OSError):
                 found[path] = os.lstat(os.path.join(self._spool.inbox, path)).st_ctime
         return found
+
+    def _is_finished(self, source: str) -> bool:
+        """Tell whether a prompt in the inbox has path, size and mtime of one that is over."""
+        if self._config.inbox.redelivery != "skip":
+            return False
+        with contextlib.suppress(OSError, SpoolError):
+            status = os.lstat(os.path.join(self._spool.inbox, source))
+            return bool(self._ledger.finished("", source, status.st_size, status.st_mtime_ns))
+        return False
 
     def _taken(self) -> set[Key | None]:
         """Return the stems of which a job is at work or waits: the same files again are not another job yet."""
@@ -462,7 +471,7 @@ class Daemon:
             candidate = self._sweep.look_at(key, now, self._clock())
             if candidate is not None and key not in self._taken():
                 self._ready[key] = candidate
-                self._gate.count(self._arrived())
+                self._gate.count(self._arrived(), self._is_finished)
                 return
         else:
             self._sweep.touch(key, now)
@@ -605,7 +614,7 @@ class Daemon:
                 )
                 return
             self._assemble(config)
-            self._gate.count(self._arrived())
+            self._gate.count(self._arrived(), self._is_finished)
         except ConfigError as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return

@@ -106,7 +106,7 @@ class Gate:
         self._end(self._holds.clear("disk"))
         return True
 
-    def count(self, changed: Mapping[str, float]) -> None:
+    def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:
         """Hold until somebody says go if too many prompts came at once.
 
         Those that lie in the inbox count, and those that were taken as long ago as it takes others to settle: prompts
@@ -114,13 +114,16 @@ class Gate:
 
         Args:
             changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
+            is_finished: Tells whether a prompt looks like one that is over: a sync tool brings back many at once.
         """
         most = self._limits.burst
         if not most or self._holds.has("burst"):
             return
         self._took = [(at, when) for at, when in self._took if at >= self._now() - self._settle_seconds]
+        came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
         new = sum(when > self._passed for _, when in self._took)
-        new += sum(when > self._passed for source, when in changed.items() if source not in self._returned)
+        if new + len(came) > most:
+            new += sum(not is_finished(source) for source in came)
         if new > most:
             self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
 

@@ -18,12 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import KEY, Folders, Running, command, until
+from conftest import KEY, Folders, Running, Station, command, until
 from scripted import Scripted, answering, picture
 from test_cli import HOSTILE, RAW
 
-from imagewatch.durable import locked
+from imagewatch.control import Control
+from imagewatch.durable import Disk, locked
+from imagewatch.errors import SpoolError
+from imagewatch.gate import Gate
+from imagewatch.holds import Holds
 from imagewatch.sandbox import Sandbox
+from imagewatch.status import Status
+from imagewatch.sweep import Seen
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -205,6 +211,31 @@ def test_a_claimed_prompt_that_was_not_sent_goes_back_behind_a_hold(folders, san
     assert (prompts_in(folders), requests(sandbox), folders.leftovers()) == (["cat.prompt.txt"], 0, [])
 
 
+def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path, run, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__requests_per_minute="1")
+    names = [folders.prompt(f"p{number}", f"Number {number}").name for number in range(3)]
+    run(folders)
+    until(lambda: len(folders.documents()) == 1 and "rate" in held_for(folders))
+    command(folders, "hold")
+    until(lambda: len(prompts_in(folders)) == 2 and folders.leftovers() == [])
+    assert set(prompts_in(folders)) < set(names)
+
+
+def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox):
+    daemon = run(folders)
+    command(folders, "hold")
+    (folders.state / "control/passed.tmp").mkdir()
+    folders.prompt("cat", "A cat")
+    released = threading.Thread(target=command, args=(folders, "release"))
+    released.start()
+    until(lambda: [line for line in daemon.events("held") if line["kind"] == "disk"])
+    assert requests(sandbox) == 0
+    (folders.state / "control/passed.tmp").rmdir()
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    released.join()
+    assert daemon.stop() == 0
+
+
 # The burst guard
 
 
@@ -281,6 +312,27 @@ def test_what_was_given_back_to_the_inbox_is_no_new_burst(tmp_path, hurried):
         # A connection that was never made was no attempt, and nothing was sent twice.
         assert [folders.receipt(f"p{number}")["attempts"] for number in range(5)] == [1] * 5
         assert (late.report()["requests"], set(folders.documents().values())) == (5, {"outbox"})
+
+
+def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_path):
+    guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "0"
+    away = tmp_path / "away"
+    away.mkdir()
+    for number in range(5):
+        (away / f"p{number}.prompt.txt").write_text(f"Number {number}")
+        shutil.copy2(away / f"p{number}.prompt.txt", guarded.inbox)
+    daemon = run(guarded)
+    assert daemon.wait_for("held")["kind"] == "burst"
+    command(guarded, "release")
+    until(lambda: len(guarded.documents()) == 5)
+    assert daemon.stop() == 0
+    for path in away.iterdir():
+        shutil.copy2(path, guarded.inbox)
+    (guarded.inbox / "new.prompt.txt").write_text("A new one")
+    daemon = run(guarded)
+    until(lambda: len(guarded.documents()) == 6 and prompts_in(guarded) == [])
+    assert daemon.events("held") == []
+    assert requests(sandbox) == 6
 
 
 def test_a_reload_with_a_higher_limit_lets_a_burst_go(guarded, run, tmp_path, sandbox):
@@ -429,6 +481,23 @@ def test_asking_for_the_status_never_keeps_a_daemon_from_starting(folders, sandb
         stop.set()
         asking.join()
     assert (set(asked), len(folders.documents())) == ({True, False}, 3)
+
+
+def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_changes(tmp_path, sandbox):
+    station = Station(tmp_path, sandbox.base_url)
+    with contextlib.closing(station):
+        gate = Gate(
+            station.spool, Control(str(station.state), Disk()), Holds(), lambda: None, time.time, time.monotonic
+        )
+        told = Status(station.config(), Disk(), station.ledger, gate, time.time, time.monotonic)
+        (station.state / "status.json.tmp").mkdir()
+        told.change()
+        assert told.due is not None
+        with pytest.raises(SpoolError):
+            told.write(Seen(), 0, {})
+        assert told.due is None
+        told.change()
+        assert told.due > time.monotonic()
 
 
 # History
