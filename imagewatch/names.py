@@ -58,7 +58,7 @@ _IN_FLIGHT = tuple(
 )
 _LOCKS = (".{}.swp", ".~lock.{}#", ".#{}", ".{}.kate-swp")
 _TEXT = re.compile(r"\.txt$|pro?mp?t.*\.(?:text|md|rtf|doc|docx|odt)$|\.pro?mp?t$|\.pro?mp?t\.txt\b", re.IGNORECASE)
-_LEFT_BEHIND = re.compile(r"~$|:Zone\.Identifier$")  # an editor's backup, a mark of Windows
+_LEFT_BEHIND = ("~", ":Zone.Identifier")  # an editor's backup, a mark of Windows
 _LIKE_NUMBERED = re.compile(r"(?P<stem>.+?)[ _-]*\(?[0-9]{1,3}\)?", re.DOTALL)
 
 
@@ -105,7 +105,9 @@ def near_miss(name: str) -> bool:
 
     Any visible ``.txt`` is one: nobody drops a text into a folder of prompts for nothing.
     """
-    if stem_of(name) is not None or name.startswith(".") != (name == SUFFIX) or _LEFT_BEHIND.search(name):
+    if stem_of(name) is not None or suffix_of(name) in _PICTURES:
+        return False
+    if name.startswith(".") != (name == SUFFIX) or name.endswith(_LEFT_BEHIND):
         return False
     if name[:1] in {"~", "#"}:
         return name.endswith(SUFFIX) and in_flight(name) is None
