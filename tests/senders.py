@@ -30,6 +30,8 @@ SETTLE = 1.0
 """Seconds until the daemon of these tests takes something as settled."""
 PAUSE = SETTLE / 8
 """Seconds between two pieces of a slow sender that closes its file in between."""
+_PARCELS = 80
+"""More than the tests of one module send."""
 PATIENCE = 50.0
 """Seconds after which a test gives up; nothing is measured by it."""
 SLOW = pytest.mark.skipif("IMAGEWATCH_ALL_SENDERS" not in os.environ, reason="slow: IMAGEWATCH_ALL_SENDERS=1 runs it")
@@ -78,8 +80,7 @@ class Parcel:
         self.name = name
         self.source = source / name
         self.target = service.folders.inbox / name
-        self.source.mkdir(parents=True)
-        self.target.mkdir()
+        self.source.mkdir()
         self.text = f"{name:.<60} " + "and more " * 3000 + "to the end."
         self.files = {
             "cat.1.png": noise(f"{name} 1", 200, "png"),
@@ -122,7 +123,7 @@ class Parcel:
 
     def is_held(self) -> None:
         """It must not be taken though all of it is quiet: a parcel that was sent after it is over before it."""
-        later = Parcel(self.service, self.source.parent, f"{self.name}-later")
+        later = self.service.parcel(self.source.parent)
         shutil.copytree(later.source, later.target, dirs_exist_ok=True)
         later.is_made()
         assert self.calls == []
@@ -136,13 +137,11 @@ class Service:
         self.folders = folders
         self.sandbox = sandbox
         self.daemon = daemon
-        self._names: dict[str, int] = {}
+        self._free = sorted(path.name for path in folders.inbox.iterdir() if path.name[0] != ".")
 
-    def parcel(self, source: Path, request: Any, **what: Any) -> Parcel:
-        """Return something to send, which no other test sends."""
-        name = request.node.originalname.removeprefix("test_")[:50]
-        self._names[name] = self._names.get(name, 0) + 1
-        return Parcel(self, source, f"{name}{self._names[name]}", **what)
+    def parcel(self, source: Path, **what: Any) -> Parcel:
+        """Return something to send into a folder of its own, which is watched already."""
+        return Parcel(self, source, self._free.pop(0), **what)
 
 
 @contextlib.contextmanager
@@ -150,6 +149,8 @@ def serving(root: Path, **settings: str) -> Iterator[Service]:
     """Run a daemon for as many tests as there are; at the end it must have met no bug and no fault."""
     with Sandbox(key=KEY) as sandbox:
         folders = Folders(root, sandbox.base_url, inbox__settle_seconds=str(SETTLE), **settings)
+        for number in range(_PARCELS):
+            (folders.inbox / f"{number:02}").mkdir()
         running = Running(folders, "run")
         daemon = Told(running)
         try:

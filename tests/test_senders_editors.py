@@ -22,9 +22,9 @@ def native(tmp_path_factory) -> Iterator[Service]:
 
 
 @pytest.fixture
-def parcel(native, tmp_path, request) -> Parcel:
+def parcel(native, tmp_path) -> Parcel:
     """Images that lie in the inbox already, and the text of their prompt."""
-    made = native.parcel(tmp_path, request)
+    made = native.parcel(tmp_path)
     for name in ("cat.webp", "cat.1.png", "cat.2.jpg"):
         shutil.copy(made.source / name, made.target)
     return made
@@ -161,8 +161,8 @@ LOCKS = {
 }
 
 
-def test_a_lock_file_holds_the_prompt_until_it_is_gone(native, tmp_path, request):
-    parcels = [native.parcel(tmp_path, request) for _ in LOCKS]
+def test_a_lock_file_holds_the_prompt_until_it_is_gone(native, tmp_path):
+    parcels = [native.parcel(tmp_path) for _ in LOCKS]
     for parcel, lock in zip(parcels, LOCKS.values(), strict=True):
         (parcel.target / lock).symlink_to("sender@here.1234")
         shutil.copytree(parcel.source, parcel.target, dirs_exist_ok=True)
@@ -176,8 +176,8 @@ def test_a_lock_file_holds_the_prompt_until_it_is_gone(native, tmp_path, request
         parcel.is_made()
 
 
-def test_a_prompt_that_names_its_images_is_not_taken_at_once_while_it_is_open_in_an_editor(native, tmp_path, request):
-    parcel = native.parcel(tmp_path, request, head=DECLARES)
+def test_a_prompt_that_names_its_images_is_not_taken_at_once_while_it_is_open_in_an_editor(native, tmp_path):
+    parcel = native.parcel(tmp_path, head=DECLARES)
     shutil.copytree(parcel.source, parcel.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.txt"))
     lock, temporary = parcel.target / ".cat.prompt.txt.kate-swp", parcel.target / ".new"
     lock.touch()

@@ -66,8 +66,8 @@ def native(tmp_path_factory) -> Iterator[Service]:
 
 
 @pytest.fixture
-def parcel(native, tmp_path, request) -> Parcel:
-    return native.parcel(tmp_path, request)
+def parcel(native, tmp_path) -> Parcel:
+    return native.parcel(tmp_path)
 
 
 def prompt_first(parcel: Parcel) -> list[Path]:
@@ -93,14 +93,14 @@ def ssh(tmp_path) -> Iterator[Path]:
 
 
 def test_scp_over_a_slow_line(parcel, ssh):
-    run([program("scp"), "-F", ssh, "-l", "2000", *prompt_first(parcel), f"inbox:{parcel.target}/"])
+    run([program("scp"), "-F", ssh, "-l", "4000", *prompt_first(parcel), f"inbox:{parcel.target}/"])
     parcel.is_made()
 
 
 @SLOW
 def test_sftp_under_the_final_names(parcel, ssh):
     puts = "".join(f"put {path} {parcel.target}/\n" for path in prompt_first(parcel))
-    run([program("sftp"), "-F", ssh, "-l", "2000", "-b", "-", "inbox"], input=puts.encode())
+    run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=puts.encode())
     parcel.is_made()
 
 
@@ -108,13 +108,13 @@ def test_sftp_under_other_names_and_renamed(parcel, ssh):
     files = [(path, parcel.target / path.name) for path in prompt_first(parcel)]
     puts = "".join(f"put {path} {target}.part\n" for path, target in files)
     renames = "".join(f"rename {target}.part {target}\n" for _, target in files)
-    run([program("sftp"), "-F", ssh, "-l", "2000", "-b", "-", "inbox"], input=(puts + renames).encode())
+    run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=(puts + renames).encode())
     parcel.is_made()
 
 
 def test_rsync_over_ssh(parcel, ssh):
     rsync, client = program("rsync"), program("ssh")
-    run([rsync, "-a", "--bwlimit=300", "-e", f"{client} -F {ssh}", f"{parcel.source}/", f"inbox:{parcel.target}/"])
+    run([rsync, "-a", "--bwlimit=600", "-e", f"{client} -F {ssh}", f"{parcel.source}/", f"inbox:{parcel.target}/"])
     parcel.is_made()
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-SLOWLY = "--bwlimit=300"
+SLOWLY = "--bwlimit=600"
 """In kB a second; a parcel has about 350."""
 
 
@@ -28,14 +28,14 @@ def native(tmp_path_factory) -> Iterator[Service]:
 
 
 @pytest.fixture
-def parcel(native, tmp_path, request) -> Parcel:
-    return native.parcel(tmp_path, request)
+def parcel(native, tmp_path) -> Parcel:
+    return native.parcel(tmp_path)
 
 
 @pytest.fixture
-def large(native, tmp_path, request) -> Parcel:
+def large(native, tmp_path) -> Parcel:
     """A parcel whose last image takes a while."""
-    return native.parcel(tmp_path, request, side=700)
+    return native.parcel(tmp_path, side=700)
 
 
 @pytest.fixture
@@ -57,9 +57,9 @@ def test_rsync(parcel, rsync):
     parcel.is_made()
 
 
-def test_rsync_without_change_events(tmp_path, request, rsync):
+def test_rsync_without_change_events(tmp_path, rsync):
     with serving(tmp_path / "polled", inbox__watch="poll", inbox__rescan_seconds="0.5") as polled:
-        parcel = polled.parcel(tmp_path, request)
+        parcel = polled.parcel(tmp_path)
         run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target])
         parcel.is_made()
 
@@ -75,7 +75,7 @@ def test_rsync_that_delays_updates(parcel, rsync):
 
 
 def test_rsync_that_keeps_partial_files_and_goes_on_at_once(large, rsync):
-    command = [rsync, "-a", "--partial", "--bwlimit=600", f"{large.source}/", large.target]
+    command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
     interrupted(command, large, large.target)
     assert (large.target / "cat.webp").stat().st_size < len(large.files["cat.webp"])
     run([rsync, "-a", "--partial", f"{large.source}/", large.target])
@@ -84,7 +84,7 @@ def test_rsync_that_keeps_partial_files_and_goes_on_at_once(large, rsync):
 
 @SLOW
 def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_made_when_it_comes_again(native, large, rsync):
-    command = [rsync, "-a", "--partial", "--bwlimit=600", f"{large.source}/", large.target]
+    command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
     interrupted(command, large, large.target)
     refused = native.folders.errors / large.name
     until((refused / "cat.error.toml").exists, PATIENCE)
@@ -95,9 +95,9 @@ def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_made_when_it_com
     large.is_made()
 
 
-def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_path, request, rsync):
-    parcel = native.parcel(tmp_path, request, head=DECLARES, side=700)
-    command = [rsync, "-a", "--bwlimit=600", f"{parcel.source}/", parcel.target]
+def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_path, rsync):
+    parcel = native.parcel(tmp_path, head=DECLARES, side=700)
+    command = [rsync, "-a", "--bwlimit=900", f"{parcel.source}/", parcel.target]
     interrupted(command, parcel, parcel.target)
     parcel.is_held()
     run([rsync, "-a", f"{parcel.source}/", parcel.target])
@@ -110,9 +110,11 @@ def test_rsync_that_deletes_what_it_does_not_know_takes_nothing_that_is_paid_for
     try:
         run([rsync, "-a", f"{parcel.source}/", parcel.target])
         until(lambda: parcel.calls, PATIENCE)
-        empty = parcel.source.parent / "empty"
-        empty.mkdir()
-        run([rsync, "-a", "--delete", f"{empty}/", native.folders.inbox])
+        source = parcel.source.parent / "nothing but folders"
+        for folder in native.folders.inbox.glob("[0-9]*"):
+            (source / folder.name).mkdir(parents=True)
+        run([rsync, "-a", "--delete", f"{source}/", native.folders.inbox])
+        assert not any((native.folders.inbox / ".imagewatch").glob("*/*"))
     finally:
         native.sandbox.release()
     until(lambda: parcel.over, PATIENCE)
@@ -124,7 +126,7 @@ def test_rclone(parcel):
     rclone = program("rclone")
     config = parcel.source.parent / "rclone.conf"
     config.touch()
-    run([rclone, "--config", config, "copy", "--bwlimit", "300k", parcel.source, parcel.target])
+    run([rclone, "--config", config, "copy", "--bwlimit", "600k", parcel.source, parcel.target])
     parcel.is_made()
 
 
