@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+pytest.register_assert_rewrite("audit")
+
 KEY = "sk-let-test-0123456789"
 
 
