@@ -19,6 +19,7 @@ An answer's file is one line of JSON (``Head``), the raw body, a line feed and o
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import re
 import threading
@@ -101,9 +102,7 @@ class Sink:
 
     def start(self, head: Head) -> None:
         """Write down how the answer begins."""
-        part = self._path + ".part"
-        self._disk.unlink(part)
-        self._file = self._disk.create(part)
+        self._file = self._insist(self._create)
         self._put(dump(head) + b"\n")
         self.started = True
 
@@ -128,14 +127,24 @@ class Sink:
                 self._file.close()
             self._file = None
 
+    def _create(self) -> IO[bytes]:
+        part = self._path + ".part"
+        self._disk.unlink(part)
+        return self._disk.create(part)
+
     def _put(self, content: bytes) -> None:
-        """Append, if need be when there is room again: while we wait the endpoint waits, too."""
         assert self._file is not None
-        rest, waited = memoryview(content), 0.0
+        rest = memoryview(content)
         while rest:
+            rest = rest[self._insist(functools.partial(os.write, self._file.fileno(), rest)) :]
+
+    def _insist(self, act: Callable[[], T]) -> T:
+        """Do what a full disk may refuse, if need be when there is room again; meanwhile the endpoint waits, too."""
+        waited = 0.0
+        while True:
             try:
                 with ours(self._path, "bank the answer"):
-                    rest = rest[os.write(self._file.fileno(), rest) :]
+                    return act()
             except SpoolError as error:
                 if error.code not in FULL or waited >= _MOST_PATIENCE:
                     raise

@@ -515,6 +515,25 @@ def test_a_paid_answer_that_finds_the_disk_full_waits_for_room_and_comes_whole(m
     assert b"".join(Answer(str(place / "answer.1")).chunks(1000)) == answer
 
 
+def test_so_does_one_that_finds_no_room_for_another_file(mount):
+    place = mount("size=256k,nr_inodes=3")
+    fillers = [place / name for name in "ab"]
+    for filler in fillers:
+        filler.touch()
+    waits: list[float] = []
+
+    def make_room(seconds: float) -> None:
+        waits.append(seconds)
+        fillers[0].unlink()
+
+    sink = Sink(Disk(), str(place / "answer.1"), make_room)
+    sink.start(Head(status=200))
+    sink.write(b"paid for")
+    sink.finish(Tail(complete=True))
+    assert len(waits) == 1
+    assert b"".join(Answer(str(place / "answer.1")).chunks()) == b"paid for"
+
+
 def test_a_disk_that_stays_full_is_reported_and_what_came_is_kept(mount):
     place = mount("size=64k")
     waits: list[float] = []
