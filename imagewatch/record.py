@@ -194,8 +194,15 @@ class Record:
         return highest["sent"], highest["answer"]
 
     def write_sent(self, attempt: int, sent: Sent) -> None:
-        """Write down an attempt; it may leave when this returns."""
-        self._disk.write(self.path(f"sent.{attempt}"), dump(sent))
+        """Write down an attempt; it may leave when this returns, and does not leave when this fails."""
+        path = self.path(f"sent.{attempt}")
+        try:
+            self._disk.write(path, dump(sent))
+        except SpoolError:
+            # Its name may be there already, and would say that nobody knows what became of it.
+            with contextlib.suppress(SpoolError):
+                self._disk.unlink(path)
+            raise
 
     def sent(self, attempt: int) -> Sent | None:
         """Return what was sent, or None."""

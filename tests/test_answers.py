@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
 import re
 
 import pytest
@@ -11,7 +13,8 @@ from conftest import KEY, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
 
 from imagewatch.client import Client
-from imagewatch.errors import ConfigError, Problem
+from imagewatch.durable import Disk
+from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.holds import Holds
 from imagewatch.key import Key
 from imagewatch.outcome import End
@@ -575,4 +578,27 @@ def test_a_bug_while_sending_neither_loses_the_answer_nor_calls_the_request_free
         assert "a slip" in error["message"]
     else:
         made(station, "x", originals, "x.jpg")
+        assert sandbox.report()["requests"] == 1
+
+
+class Stumbling(Disk):
+    """A disk that is full for a moment, when the mark that a request is sent has its name already."""
+
+    stumbled = False
+
+    def sync_folder(self, path):
+        if not self.stumbled and "sent.1" in os.listdir(path):
+            self.stumbled = True
+            raise SpoolError(f"{path}: full", path=path, code=errno.ENOSPC)
+        super().sync_folder(path)
+
+
+def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_is_not_in_doubt(tmp_path, sandbox):
+    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=Stumbling())) as station:
+        station.prompt("cat", "a cat")
+        with pytest.raises(SpoolError, match="full"):
+            station.work()
+        assert sandbox.report()["requests"] == 0
+        station.recover()
+        assert station.documents() == {"cat": "outbox"}
         assert sandbox.report()["requests"] == 1
