@@ -61,7 +61,9 @@ class Answer:
                 last = file.read().rpartition(b"\n")[2]
                 self.tail = load(last, Tail)
         except (OSError, ValueError) as error:
-            raise SpoolError(f"{path}: the banked answer cannot be read: {error}", path=path) from error
+            raise SpoolError(
+                f"{path}: the banked answer cannot be read: {error}", path=path, code=_code(error)
+            ) from error
         self._start = len(first)
         self.length = end - len(last) - 1 - self._start
 
@@ -218,12 +220,11 @@ class Record:
 
     def partial(self, attempt: int) -> Head | None:
         """Return how the answer began that was coming in when the process died, or None."""
-        try:
-            with open(self.path(f"answer.{attempt}.part"), "rb") as file:
-                line = file.readline(_TAIL_BYTES)
-                return load(line, Head) if line.endswith(b"\n") else None
-        except (OSError, ValueError):
-            return None
+        path = self.path(f"answer.{attempt}.part")
+        with ours(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as file:
+            line = file.readline(_TAIL_BYTES)
+            return load(line, Head) if line.endswith(b"\n") else None
+        return None
 
     def bank_partial(self, attempt: int, tail: Tail) -> None:
         """Close what came of an answer and bank it as it is; if only its name was missing, it is whole."""
@@ -306,10 +307,9 @@ class Record:
         self._disk.sync_folder(self._jobs)
 
     def _names(self) -> list[str]:
-        try:
+        with ours(self.folder, "read"), contextlib.suppress(FileNotFoundError):
             return os.listdir(self.folder)
-        except FileNotFoundError:
-            return []
+        return []
 
     def _load(self, name: str, kind: type[T]) -> T | None:
         path = self.path(name)
@@ -322,8 +322,14 @@ class Record:
             raise SpoolError(
                 f"{path}: the record cannot be read: {error}",
                 path=path,
+                code=_code(error),
                 hint="it is evidence of a payment: do not remove it before you looked into it",
             ) from error
+
+
+def _code(error: Exception) -> int:
+    """Return an errno if the disk failed, which may pass; 0 if what it holds is damaged, which does not."""
+    return (isinstance(error, OSError) and error.errno) or 0
 
 
 def _has_tail(file: IO[bytes]) -> bool:

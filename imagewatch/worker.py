@@ -6,6 +6,7 @@ path: it is ``process`` for every job that has left something behind.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ import structlog
 
 from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
+from imagewatch.durable import ours
 from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Problem, SpoolError, Unavailable
 from imagewatch.job import Claim, Head, Reaction, Sent, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
@@ -26,7 +28,7 @@ from imagewatch.request import Files, Request, build, contents
 from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from imagewatch.client import Client
     from imagewatch.config import Config
@@ -164,13 +166,15 @@ class Worker:
 
     def _steps(self, run: Run) -> Outcome:
         for _ in range(_MOST_STEPS):
-            run.evidence = self._evidence(run)
+            with _our_disk():
+                run.evidence = self._evidence(run)
             step = next_step(run.evidence)
             _log.debug("step", step=step.name.lower())
             if step is Step.DONE:
                 break
             try:
-                outcome = self._effects[step](run)
+                with _our_disk():
+                    outcome = self._effects[step](run)
             except (SpoolError, FileExistsError):
                 raise
             except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others
@@ -394,3 +398,15 @@ class Worker:
             ) from error
         problem = Problem("imagewatch", f"a bug: {type(error).__name__}: {error}", "please report it")
         self._closing.invalid(Case(run.record, run.claim), [problem], {})
+
+
+@contextlib.contextmanager
+def _our_disk() -> Iterator[None]:
+    """Take what cannot be read for what it is: our disk's failure, and no bug; that a name is taken is an answer."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        with ours(str(error.filename), "read"):
+            raise

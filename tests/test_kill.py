@@ -98,6 +98,27 @@ def test_what_had_come_of_the_answer_is_kept(folders: Folders, sandbox: Sandbox)
     assert sandbox.report()["requests"] == 1
 
 
+def test_an_answer_that_cannot_be_read_now_is_not_taken_for_none(folders: Folders, sandbox: Sandbox) -> None:
+    folders.prompt("cat", "a cat [sandbox: trickle 0.05]")
+    daemon = Running(folders, "once")
+    until(lambda: [part for part in folders.state.glob("jobs/*/answer.1.part") if part.read_bytes().count(b"\n")])
+    assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    (path,) = folders.state.glob("jobs/*/answer.1.part")
+    aside = path.rename(folders.state / "aside")
+    path.symlink_to(path)
+    failing = Running(folders, "once")
+    assert failing.wait() == 74, failing.output
+    assert "bug" not in failing.output
+    assert folders.documents() == {}
+    path.unlink()
+    aside.rename(path)
+    again = Running(folders, "once")
+    assert again.wait() == 1, again.output
+    assert folders.error("cat")["charged"] == "yes"
+    assert list(folders.errors.glob("cat.answer.*"))
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_killed_daemon_leaves_its_folders_to_the_next(folders: Folders, sandbox: Sandbox) -> None:
     sandbox.hold()
     folders.prompt("cat", "a cat")
