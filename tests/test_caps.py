@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 
 import pytest
-from conftest import Folders, Station
+from conftest import Folders, Station, until
 
 from imagewatch.outcome import End
 
@@ -86,3 +87,15 @@ def test_requests_a_minute_are_counted_across_a_restart(tmp_path, sandbox, start
     assert not sandbox.wait_for_requests(3, timeout=1.5)
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 2
+
+
+def test_a_paid_answer_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, sandbox, start):
+    folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="30", limits__assumed_credits="30")
+    folders.prompt("a", "[sandbox: big 60, b64] a cat")
+    killed = start(folders, "once")
+    until(lambda: [part for part in folders.state.glob("jobs/*/answer.1.part") if part.stat().st_size > 1_000_000])
+    killed.stop(signal.SIGKILL)
+    folders.prompt("b", "a dog")
+    assert start(folders, "once").wait() == 69
+    assert sandbox.report()["credits"] == 30
+    assert folders.names("inbox") == ["b.prompt.txt"]
