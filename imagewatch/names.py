@@ -27,6 +27,8 @@ PAID = "paid"
 """Name of the folder inside the state folder for answers that were paid for and gave no picture."""
 NAME_MAX = 255
 """Longest file name in bytes on every file system we know."""
+SKIPPED_FOLDERS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "#snapshot")
+"""How the names of folders begin that systems and tools keep for themselves; nobody means them to be entered."""
 _WIDEST = 4
 """Most bytes of one character in UTF-8."""
 

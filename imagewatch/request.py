@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imagewatch.config import Config
 
 _HASH_BYTES = 1 << 20
-_SUPPORTED = "png, jpg and webp are supported"
+SUPPORTED = "png, jpg and webp are supported"
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def open_plain(path: str, name: str) -> IO[bytes]:
 def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
     inputs, parts = [], []
     problems = [
-        Problem(printable(name, 255), "this kind of image is not supported", _SUPPORTED) for name in files.foreign
+        Problem(printable(name, 255), "this kind of image is not supported", SUPPORTED) for name in files.foreign
     ]
     if len(files.images) > prompts.MAX_INPUTS:
         problems.append(Problem("images", f"{len(files.images)} images are more than {prompts.MAX_INPUTS}"))
@@ -208,7 +208,7 @@ def read_image(path: str, name: str) -> Input:
         if image is None:
             file.seek(0)
             kind = foreign(file.read(512)) or "no image that we know"
-            raise BadRequest([Problem(name, f"its content is {kind}", _SUPPORTED)])
+            raise BadRequest([Problem(name, f"its content is {kind}", SUPPORTED)])
         if image.problem:
             raise BadRequest([Problem(name, f"it is not a whole image: {image.problem}", "drop it again")])
         file.seek(0)

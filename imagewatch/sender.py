@@ -1,8 +1,8 @@
-"""Dropping prompts the right way, and waiting for what becomes of them.
+"""Dropping prompts the right way.
 
-Everything is staged in a hidden folder inside the inbox, checked there, and then renamed into place: images first, the
-prompt last, declaring its images, so that it is taken at once and never half-written. Only the folders are needed,
-neither the key nor the state folder.
+Prompts and copies of their images are written into the inbox under hidden names, which nobody takes, and checked there.
+When all of them are sound they are renamed: the images first, then the prompt, which declares them, so that it
+is taken at once and never half-written. Only the folders are needed, neither the key nor the state folder.
 """
 
 from __future__ import annotations
@@ -12,28 +12,35 @@ import os
 import re
 import secrets
 import shutil
+import stat
+import time
 import unicodedata
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import tomli_w
 
 from imagewatch import prompt as prompts
-from imagewatch.documents import facts
-from imagewatch.durable import Disk, ours
-from imagewatch.errors import BadRequest, Problem
-from imagewatch.names import SUFFIX
-from imagewatch.request import Files, build, open_plain, read_image
+from imagewatch.durable import Disk, closing, ours
+from imagewatch.errors import BadRequest, Problem, SpoolError
+from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, group, stem_of
+from imagewatch.request import SUPPORTED, Files, build, open_plain, read_image
 from imagewatch.text import printable
+from imagewatch.waiting import Made
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
+    from typing import Self
 
-    from imagewatch.config import Config, Folders
+    from imagewatch.config import Config
 
+_STAGED = ".submit-"
+_STALE_SECONDS = 86_400.0
+"""Staged files that old belong to nobody any more: the sender was killed."""
 _COPY_BYTES = 1 << 20
 _MOST_WORDS = 40
-_MOST_DOCUMENT = 4 << 20
+_MOST_STEM = 200
+"""Longest name of a prompt in bytes: whatever the daemon adds to it for a result, it is never cut."""
 
 
 @dataclass(frozen=True)
@@ -51,49 +58,40 @@ class Wish:
     images: tuple[str, ...] = ()
 
     @classmethod
-    def of_file(cls, raw: bytes, options: Mapping[str, Any], images: tuple[str, ...], folder: str) -> Wish:
-        """Read a prompt file; options given beside it win over its front matter.
+    def of_file(cls, raw: bytes, path: str, options: Mapping[str, Any], images: tuple[str, ...]) -> Wish:
+        """Read a prompt file; what is said beside it wins over what it says itself.
+
+        Its images are those it declares, from its own folder; without, and if it is called like a prompt, those that
+        would be its own in an inbox.
 
         Args:
             raw: The file.
+            path: Its path.
             options: What was said beside it.
             images: Images given beside it.
-            folder: Where the images are that it names itself.
 
         Raises:
             BadRequest: It cannot be read.
         """
         parsed = prompts.parse(raw)
         own = {name: getattr(parsed.front, name) for name in parsed.front.__struct_fields__}
-        named = own.pop("input_images") or ()
+        declared = own.pop("input_images")
         given = {name: value for name, value in options.items() if value is not None}
-        return cls(parsed.text, {**own, **given}, images or tuple(os.path.join(folder, name) for name in named))
+        folder, name = os.path.split(os.path.abspath(path))
+        if not images:
+            names = _siblings(folder, name) if declared is None else declared
+            images = tuple(os.path.join(folder, name) for name in names)
+        return cls(parsed.text, {**own, **given}, images)
 
 
-@dataclass
-class Made:
-    """What became of a prompt.
-
-    Attributes:
-        source: Its path below the inbox.
-        prompt: Its text.
-        door: ``outbox`` or ``errors`` once it is over, else empty.
-        document: Path of the receipt or error file.
-        images: Paths of the pictures.
-        facts: What the document says.
-    """
-
-    source: str
-    prompt: str
-    door: str = ""
-    document: str = ""
-    images: list[str] = field(default_factory=list)
-    facts: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def stem(self) -> str:
-        """The prompt's name, without folder and ending."""
-        return os.path.basename(self.source)[: -len(SUFFIX)]
+def _siblings(folder: str, name: str) -> Sequence[str]:
+    stem = stem_of(name)
+    if stem is None:
+        return ()
+    dropped = group(os.listdir(folder))[stem]
+    if dropped.foreign:
+        raise BadRequest([Problem(name, "this kind of image is not supported", SUPPORTED) for name in dropped.foreign])
+    return dropped.images
 
 
 def stem_for(text: str) -> str:
@@ -103,135 +101,226 @@ def stem_for(text: str) -> str:
     return f"{words or 'prompt'}-{secrets.token_hex(3)}"
 
 
-def deliver(wish: Wish, config: Config, folder: str, stem: str) -> Made:
-    """Put a prompt and copies of its images into the inbox.
-
-    Args:
-        wish: What is wanted.
-        config: Folders, presets and limits.
-        folder: Folder below the inbox, or an empty string.
-        stem: The prompt's name without ending.
+def require_stem(stem: str) -> None:
+    """Make sure that a prompt can have this name.
 
     Raises:
-        BadRequest: The daemon would refuse it; nothing was put into the inbox.
-        SpoolError: The inbox cannot be written, or has the name already.
+        BadRequest: It cannot.
     """
-    disk = Disk()
-    inbox = config.folders.inbox
-    target = os.path.join(inbox, folder)
-    source = os.path.join(folder, stem + SUFFIX)
-    stage = os.path.join(inbox, f".submit-{secrets.token_hex(6)}")
-    disk.make_folder(target, mode=0o777)
-    disk.make_folder(stage)
-    try:
-        names = [_copied(disk, path, stage, stem, number) for number, path in enumerate(wish.images)]
-        with disk.writing(os.path.join(stage, stem + SUFFIX), mode=_mode()) as file:
-            file.write(_composed(wish, names))
-        _check(Files(stage, folder, stem, tuple(names)), config)
-        for name in (*names, stem + SUFFIX):
-            _place(disk, os.path.join(stage, name), os.path.join(target, name))
-        disk.sync_folder(target)
-    finally:
-        with contextlib.suppress(OSError):
-            shutil.rmtree(stage)
-    return Made(source, wish.text)
+    reason = ""
+    if "/" in stem or stem_of(stem + SUFFIX) is None or not stem:
+        reason = "is not the name of a prompt: no slash, and no dot, ~ or # at its beginning"
+    elif printable(stem) != stem:
+        reason = "has characters that no terminal can show"
+    elif len(stem.encode()) > _MOST_STEM:
+        reason = f"is longer than {_MOST_STEM} bytes"
+    if reason:
+        raise BadRequest([Problem("name", f'"{printable(stem, 60)}" {reason}', "use another")])
 
 
-def _copied(disk: Disk, path: str, stage: str, stem: str, number: int) -> str:
-    """Copy an image into the stage; return the name it gets there."""
-    path = os.path.realpath(path)  # a link of the sender's own, unlike one in the inbox
-    kind = read_image(path, path).mime.rpartition("/")[2]
-    name = f"{stem}.{kind}" if number == 0 else f"{stem}.{number}.{kind}"
-    with open_plain(path, path) as image, disk.writing(os.path.join(stage, name), mode=_mode()) as copy:
-        shutil.copyfileobj(image, copy, _COPY_BYTES)
-    return name
+def folder_of(name: str, *, recursive: bool) -> str:
+    """Return a folder below the inbox as the daemon calls it.
+
+    Args:
+        name: What the sender calls it; empty for the inbox itself.
+        recursive: Whether the daemon looks into sub-folders.
+
+    Raises:
+        BadRequest: The daemon would not look there.
+    """
+    parts = [part for part in name.split("/") if part]
+    reason, hint = "", "name a folder below the inbox, such as poster or 2026/spring"
+    if name.startswith("/"):
+        reason = "begins at the root"
+    elif any(part.startswith((*SKIPPED_FOLDERS, "~", "#")) for part in parts):
+        reason = "is hidden, and not looked into"
+    elif printable(name) != name:
+        reason = "has characters that no terminal can show"
+    elif parts and not recursive:
+        reason, hint = "is not looked into", "inbox.recursive is false in the configuration"
+    if reason:
+        raise BadRequest([Problem("folder", f'"{printable(name, 100)}" {reason}', hint)])
+    return "/".join(parts)
+
+
+@dataclass
+class _Parcel:
+    """One prompt with its images under hidden names: paths in the order in which they are placed."""
+
+    source: str
+    text: str = ""
+    files: list[tuple[str, str]] = field(default_factory=list)
+
+
+class Delivery:
+    """Prompts on their way into one folder of the inbox: the first is put there when all of them are sound.
+
+    At the end of the block whatever was not put there is removed.
+
+    Args:
+        config: Folders, presets and limits.
+        folder: Folder below the inbox, or an empty string.
+        blind: Only the folders are known, so that the daemon's presets cannot be looked up.
+
+    Raises:
+        SpoolError: The inbox is not there or cannot be written.
+    """
+
+    def __init__(self, config: Config, folder: str, *, blind: bool = False) -> None:
+        self._config = config
+        self._folder = folder
+        self._blind = blind
+        self._disk = Disk()
+        self._target = self._entered()
+        self._mode = _readable_mode(self._target)
+        self._parcels: list[_Parcel] = []
+        self._remove_stale()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for parcel in self._parcels:
+            self._remove(parcel)
+
+    def stage(self, wish: Wish, stem: str) -> None:
+        """Write a prompt and copies of its images under hidden names, and check them.
+
+        Args:
+            wish: What is wanted.
+            stem: The prompt's name without ending.
+
+        Raises:
+            BadRequest: The daemon would refuse it, or its name is taken; everything that is wrong.
+            SpoolError: The inbox cannot be written.
+        """
+        parcel = _Parcel(os.path.join(self._folder, stem + SUFFIX))
+        self._parcels.append(parcel)
+        hidden = _STAGED + secrets.token_hex(8)
+        names: list[str] = []
+        problems = self._taken(stem + SUFFIX)
+        for number, path in enumerate(wish.images, 1):
+            try:
+                names.append(self._copy(parcel, path, f"{hidden}.{number}", f"{stem}.in{number}"))
+            except BadRequest as error:
+                problems += error.problems
+        if problems:
+            raise BadRequest(problems)
+        content = _composed(wish, names)
+        parcel.text = prompts.parse(content).text
+        with self._writing(parcel, hidden + SUFFIX, stem + SUFFIX) as file:
+            file.write(content)
+        staged = tuple(os.path.basename(path) for path, _ in parcel.files[:-1])
+        self._check(Files(self._target, self._folder, hidden, staged))
+
+    def place(self) -> Iterator[Made]:
+        """Put everything that was staged into the inbox; yield each prompt that is there.
+
+        Raises:
+            BadRequest: Somebody took a name in this very moment; of this prompt nothing is left in the inbox.
+            SpoolError: The inbox cannot be written.
+        """
+        while self._parcels:
+            parcel = self._parcels[0]
+            *images, (hidden, prompt) = parcel.files
+            for number, (path, final) in enumerate(images):
+                self._rename(path, final)
+                parcel.files[number] = (final, final)  # to be taken back if the prompt cannot follow
+            self._rename(hidden, prompt)
+            del self._parcels[0]
+            self._disk.sync_folder(self._target)
+            yield Made(parcel.source, parcel.text)
+
+    def _rename(self, path: str, final: str) -> None:
+        try:
+            with ours(final, "put the file into the inbox"):
+                self._disk.rename(path, final)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileExistsError):
+                raise BadRequest(self._taken(os.path.basename(final))) from None
+            raise
+
+    def _entered(self) -> str:
+        """Return the target folder; made if it is not there, but never the inbox itself."""
+        current = self._config.folders.inbox
+        if not os.path.isdir(current):
+            hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
+            raise SpoolError(f"{printable(current)}: there is no such inbox", path=current, hint=hint)
+        for part in self._folder.split("/") if self._folder else ():
+            above, current = current, os.path.join(current, part)
+            if os.path.islink(current):
+                raise BadRequest([Problem("folder", f'"{part}" is a link, and not looked into', "use another")])
+            if not os.path.isdir(current):
+                self._disk.make_folder(current, mode=0o777)
+                # The daemon is often another user, and has to take files out of it as out of the folder above.
+                with ours(current, "set the mode"):
+                    os.chmod(current, stat.S_IMODE(os.stat(above).st_mode))
+                self._disk.sync_folder(above)
+        if not os.access(current, os.W_OK | os.X_OK):
+            hint = "ask whoever looks after the folder to let you"
+            raise SpoolError(f"{printable(current)}: you may not put files there", path=current, hint=hint)
+        return current
+
+    def _remove_stale(self) -> None:
+        """Remove what a sender of ours that was killed has left in this folder."""
+        with contextlib.suppress(OSError, SpoolError):
+            for name in os.listdir(self._target):
+                if name.startswith(_STAGED):
+                    path = os.path.join(self._target, name)
+                    if time.time() - os.lstat(path).st_ctime > _STALE_SECONDS:
+                        self._disk.unlink(path)
+
+    def _taken(self, name: str) -> list[Problem]:
+        if not os.path.lexists(os.path.join(self._target, name)):
+            return []
+        return [Problem(printable(name, 255), "the inbox has a file of this name", "use another")]
+
+    def _copy(self, parcel: _Parcel, path: str, hidden: str, name: str) -> str:
+        """Copy an image; return the name it will have, with the ending that its content asks for."""
+        real = os.path.realpath(path)  # a link of the sender's own, unlike one in the inbox
+        if not os.path.exists(real):
+            raise BadRequest([Problem(path, "there is no such file")])
+        ending = "." + read_image(real, path).mime.rpartition("/")[2]
+        with open_plain(real, path) as image, self._writing(parcel, hidden + ending, name + ending) as copy:
+            shutil.copyfileobj(image, copy, _COPY_BYTES)
+        return name + ending
+
+    @contextlib.contextmanager
+    def _writing(self, parcel: _Parcel, hidden: str, name: str) -> Iterator[IO[bytes]]:
+        path = os.path.join(self._target, hidden)
+        parcel.files.append((path, os.path.join(self._target, name)))
+        with closing(self._disk.create(path), path) as file:
+            with ours(path, "write"):
+                os.fchmod(file.fileno(), self._mode)
+                yield file
+            self._disk.sync(file, path)
+
+    def _check(self, files: Files) -> None:
+        """Refuse what the daemon would refuse."""
+        try:
+            build(files, self._config)
+        except BadRequest as error:
+            problems = [one for one in error.problems if not (self._blind and one.field == "preset")]
+            if problems:
+                raise BadRequest(problems) from None
+
+    def _remove(self, parcel: _Parcel) -> None:
+        for path, _ in parcel.files:
+            with contextlib.suppress(SpoolError):
+                self._disk.unlink(path)
+
+
+def _readable_mode(folder: str) -> int:
+    """Return the mode for a file: as the umask says, and whoever may look into the folder may read it."""
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return (0o666 & ~mask) | (os.stat(folder).st_mode & 0o444)
 
 
 def _composed(wish: Wish, names: Sequence[str]) -> bytes:
     options = {name: value for name, value in wish.options.items() if value is not None}
     front = tomli_w.dumps({**options, "input_images": list(names)})
-    return f"+++\n{front}+++\n{wish.text}\n".encode()
-
-
-def _check(files: Files, config: Config) -> None:
-    """Refuse what the daemon would refuse.
-
-    Without the daemon's own configuration (only folders are known) its presets cannot be looked up.
-    """
     try:
-        build(files, config)
-    except BadRequest as error:
-        known = bool(config.source)
-        problems = [problem for problem in error.problems if known or problem.field != "preset"]
-        if problems:
-            raise BadRequest(problems) from None
-
-
-def _place(disk: Disk, source: str, target: str) -> None:
-    try:
-        with ours(target, "put the file into the inbox"):
-            disk.rename(source, target)
-    except Exception as error:
-        if isinstance(error.__cause__, FileExistsError):
-            problem = Problem(printable(os.path.basename(target)), "the inbox has a file of this name", "use another")
-            raise BadRequest([problem]) from None
-        raise
-
-
-def _mode() -> int:
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return 0o666 & ~mask
-
-
-class Waiting:
-    """Waits for receipts and error files.
-
-    Args:
-        folders: Where they appear.
-        jobs: What was dropped.
-    """
-
-    def __init__(self, folders: Folders, jobs: Sequence[Made]) -> None:
-        self._folders = folders
-        self._jobs = jobs
-        self._before = {path for job in jobs for _, path in self._documents(job)}
-
-    def look(self) -> list[Made]:
-        """Look once; return what is not over yet."""
-        for job in self._jobs:
-            if not job.door:
-                self._look_for(job)
-        return [job for job in self._jobs if not job.door]
-
-    def untouched(self) -> int:
-        """Return how many prompts still lie in the inbox."""
-        return sum(os.path.lexists(os.path.join(self._folders.inbox, job.source)) for job in self._jobs if not job.door)
-
-    def _look_for(self, job: Made) -> None:
-        for door, path in self._documents(job):
-            if path in self._before:
-                continue
-            try:
-                with open(path, "rb") as file:
-                    document = facts(file.read(_MOST_DOCUMENT).decode())
-            except (OSError, ValueError):
-                continue  # a stranger's file; ours appear whole
-            if document.get("source") == job.source:
-                job.door, job.document, job.facts = door, path, document
-                folder = os.path.dirname(path)
-                job.images = [os.path.join(folder, str(image["file"])) for image in document.get("images", [])]
-                return
-
-    def _documents(self, job: Made) -> Iterator[tuple[str, str]]:
-        """Yield what may be the document of a prompt: a name that is taken gets the job's id in it."""
-        folder = os.path.dirname(job.source)
-        for door, top, ending in (
-            ("outbox", self._folders.outbox, ".receipt.toml"),
-            ("errors", self._folders.errors, ".error.toml"),
-        ):
-            place = os.path.join(top, folder)
-            with contextlib.suppress(OSError):
-                for name in sorted(os.listdir(place)):
-                    if name.startswith(job.stem + ".") and name.endswith(ending):
-                        yield door, os.path.join(place, name)
+        return f"+++\n{front}+++\n{wish.text}\n".encode()
+    except UnicodeEncodeError:
+        raise BadRequest([Problem("prompt", "it is not UTF-8 text")]) from None

@@ -7,32 +7,50 @@ import os
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
 import click
 
 from imagewatch.admin import config_option, load
-from imagewatch.errors import BadRequest
+from imagewatch.errors import BadRequest, Problem
 from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from imagewatch.config import Config
-    from imagewatch.sender import Made, Waiting, Wish
+    from imagewatch.sender import Delivery, Wish
+    from imagewatch.waiting import Made, Waiting
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
 EXIT_WAITING = 69
+EXIT_INTERRUPTED = 130
 _LOOK_SECONDS = 0.2
-_UNTOUCHED_SECONDS = 60.0
+_UNTOUCHED_SECONDS = 20.0
+_CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
+_OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
 
 
 @click.command()
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]…")
-@click.option("--image", "images", multiple=True, metavar="FILE", help="An input image; again for more, in this order.")
-@click.option("--from", "files", multiple=True, metavar="FILE", help="A file with a prompt; - is standard input.")
+@click.option(
+    "--image",
+    "images",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="An input image; again for more, in this order.",
+)
+@click.option(
+    "--from",
+    "files",
+    multiple=True,
+    type=click.Path(),
+    metavar="FILE",
+    help="A file with a prompt; - is standard input.",
+)
 @click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Whom to ask.")
 @click.option("--model", metavar="NAME", help="The model; passed on as it is.")
 @click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Pictures, 1 to 4.")
@@ -43,11 +61,16 @@ _UNTOUCHED_SECONDS = 60.0
 @click.option("--preset", metavar="NAME", help="A preset of the configuration.")
 @click.option("--folder", default="", metavar="NAME", help="A folder below the inbox.")
 @click.option("--name", metavar="NAME", help="Name of the results. Without it: the first words and some digits.")
-@click.option("--root", metavar="FOLDER", help="The watched folder, where there is no configuration: a share.")
+@click.option(
+    "--root",
+    type=click.Path(),
+    metavar="FOLDER",
+    help="The watched folder, where there is no configuration: a share.",
+)
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
 @click.option("--timeout", type=float, metavar="SECONDS", help="Wait for so long at most; the prompts stay.")
 @click.option(
-    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What --wait prints."
+    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed."
 )
 @config_option
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
@@ -56,18 +79,14 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
     PROMPT is the text. Images and prompt are checked, copied and put into the inbox in the right order; the key is not
     needed. With --wait the pictures are printed (as paths, Markdown image lines or JSON), and the credits.
     """
-    config = _config(path, options.pop("root"))
-    jobs = _dropped(prompts, options, config)
-    if not options["wait"]:
-        for job in jobs:
-            click.echo(printable(os.path.join(config.folders.inbox, job.source)))
-        return
-    left = _waited(jobs, config, options["timeout"])
-    _print(jobs, options["form"])
-    _tell(jobs, left, config)
-    if any(job.door == "errors" for job in jobs):
-        sys.exit(EXIT_FAILED)
-    sys.exit(EXIT_WAITING if left else 0)
+    if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
+        raise click.UsageError("--timeout and --format markdown want --wait")
+    config = _config(path, options["root"])
+    jobs, waiting = _dropped(prompts, options, config)
+    if waiting is None:
+        _print_dropped(jobs, options["form"], config)
+    else:
+        _wait_and_tell(jobs, waiting, options, config)
 
 
 def _config(path: str | None, root: str | None) -> Config:
@@ -75,80 +94,134 @@ def _config(path: str | None, root: str | None) -> Config:
         return load(path)
     from imagewatch.config import load as read  # noqa: PLC0415
 
-    own = {name: value for name, value in os.environ.items() if not name.startswith("IMAGEWATCH_")}
-    return read(None, {**own, "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
+    # Only the folders: what else there may be in this environment is for a daemon of one's own.
+    return read(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
 
 
-def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config) -> list[Made]:
-    from imagewatch.sender import deliver, stem_for  # noqa: PLC0415
+# Dropping
 
-    jobs = []
+
+def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config) -> tuple[list[Made], Waiting | None]:
+    """Drop everything, or nothing if anything is wrong; return what was dropped, and what waits for it."""
+    from imagewatch.sender import Delivery, folder_of  # noqa: PLC0415
+    from imagewatch.waiting import Waiting  # noqa: PLC0415
+
+    jobs: list[Made] = []
     try:
         wishes = _wishes(prompts, options)
-        folder = _folder(options["folder"])
-        for number, wish in enumerate(wishes, 1):
-            name = options["name"]
-            stem = stem_for(wish.text) if name is None else _stem(name, number, len(wishes))
-            jobs.append(deliver(wish, config, folder, stem))
+        folder = folder_of(options["folder"], recursive=config.inbox.recursive)
+        stems = _stems([wish for _, wish in wishes], options["name"])
+        waiting = Waiting(config.folders, folder, stems) if options["wait"] else None
+        with Delivery(config, folder, blind=options["root"] is not None) as delivery:
+            _stage(delivery, wishes, stems)
+            for job in delivery.place():
+                jobs.append(job)
+                if waiting:
+                    waiting.expect(job)
     except BadRequest as error:
-        for problem in error.problems:
-            click.echo(f"imagewatch: {printable(str(problem))}", err=True)
-        told = f"{len(jobs)} prompts before it were dropped." if jobs else "Nothing was dropped."
-        click.echo(f"  {told}", err=True)
-        sys.exit(EXIT_USAGE)
-    return jobs
+        _refuse(error, jobs)
+    return jobs, waiting
 
 
-def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[Wish]:
-    from imagewatch.prompt import MAX_BYTES  # noqa: PLC0415
+def _stems(wishes: Sequence[Wish], name: str | None) -> list[str]:
+    from imagewatch.sender import require_stem, stem_for  # noqa: PLC0415
+
+    if name is None:
+        return [stem_for(wish.text) for wish in wishes]
+    stems = [f"{name}-{number}" for number in range(1, len(wishes) + 1)] if len(wishes) > 1 else [name]
+    require_stem(max(stems, key=len))
+    return stems
+
+
+def _stage(delivery: Delivery, wishes: Sequence[tuple[str, Wish]], stems: Sequence[str]) -> None:
+    """Check everything before anything is dropped, and name all that is wrong."""
+    problems = []
+    for (label, wish), stem in zip(wishes, stems, strict=True):
+        try:
+            delivery.stage(wish, stem)
+        except BadRequest as error:
+            problems += _labelled(error, label if len(wishes) > 1 else "")
+    if problems:
+        raise BadRequest(problems)
+
+
+def _labelled(error: BadRequest, label: str) -> list[Problem]:
+    where = f"{label}: " if label else ""
+    return [Problem(where + one.field, one.reason, one.hint) for one in error.problems]
+
+
+def _refuse(error: BadRequest, jobs: Sequence[Made]) -> NoReturn:
+    for problem in error.problems:
+        click.echo(f"imagewatch: {printable(str(problem))}", err=True)
+    told = f"{len(jobs)} prompts before it were dropped." if jobs else "Nothing was dropped."
+    click.echo(f"  {told}", err=True)
+    sys.exit(EXIT_USAGE)
+
+
+def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, Wish]]:
+    """Return each prompt, and what to call it when something is wrong with it."""
     from imagewatch.sender import Wish  # noqa: PLC0415
 
-    names = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
-    asked = {name: options[name] for name in names}
-    images = tuple(options["images"])
-    wishes = [Wish(text.strip(), asked, images) for text in prompts]
+    asked, images = {name: options[name] for name in _OPTIONS}, tuple(options["images"])
+    wishes = [(f"prompt {number}", Wish(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)]
+    problems: list[Problem] = []
     for file in options["files"] or (() if prompts else ("-",)):
-        if file == "-" and sys.stdin.isatty() and not options["files"]:
+        if not options["files"] and (sys.stdin is None or sys.stdin.isatty()):
             raise click.UsageError("say what the picture should show")
         try:
-            with click.open_file(file, "rb") as stream:
-                raw = stream.read(MAX_BYTES + 1)
-        except OSError as error:
-            raise click.UsageError(f"{file}: {error.strerror}") from None
-        wishes.append(Wish.of_file(raw, asked, images, os.path.dirname(os.path.abspath(file))))
+            wishes.append((file, Wish.of_file(_content(file), file, asked, images)))
+        except BadRequest as error:
+            problems += _labelled(error, "" if file == "-" else file)
+    if problems:
+        raise BadRequest(problems)
     return wishes
 
 
-def _folder(name: str) -> str:
-    parts = [part for part in name.split("/") if part]
-    if any(part.startswith((".", "~", "#")) for part in parts):
-        raise click.UsageError(f"--folder {name}: hidden folders are not looked into")
-    return "/".join(parts)
+def _content(file: str) -> bytes:
+    from imagewatch.prompt import MAX_BYTES  # noqa: PLC0415
+
+    try:
+        with click.open_file(file, "rb") as stream:
+            content: bytes = stream.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise click.UsageError(f"{file}: {error.strerror}") from None
+    return content
 
 
-def _stem(name: str, number: int, count: int) -> str:
-    if "/" in name or name[:1] in {"", ".", "~", "#"}:
-        raise click.UsageError(f"--name {name}: not the name of a prompt")
-    return name if count == 1 else f"{name}-{number}"
+# Waiting
 
 
-def _waited(jobs: Sequence[Made], config: Config, timeout: float | None) -> list[Made]:
+def _wait_and_tell(jobs: Sequence[Made], waiting: Waiting, options: dict[str, Any], config: Config) -> NoReturn:
+    interrupted = False
+    try:
+        left = _waited(jobs, waiting, config, options["timeout"])
+    except KeyboardInterrupt:
+        interrupted, left = True, waiting.look()
+    _clear()
+    _print(jobs, options["form"])
+    _tell(jobs, left, config)
+    if interrupted:
+        sys.exit(EXIT_INTERRUPTED)
+    if any(job.door == "errors" for job in jobs):
+        sys.exit(EXIT_FAILED)
+    sys.exit(EXIT_WAITING if left else 0)
+
+
+def _waited(jobs: Sequence[Made], waiting: Waiting, config: Config, timeout: float | None) -> list[Made]:
     """Wait until all is over; return what is not."""
-    from imagewatch.sender import Waiting  # noqa: PLC0415
-
-    waiting, began, wait = Waiting(config.folders, jobs), time.monotonic(), threading.Event().wait
+    began, wait = time.monotonic(), threading.Event().wait
     warned = False
     while left := waiting.look():
         passed = time.monotonic() - began
         if timeout is not None and passed >= timeout:
             break
         _live(len(jobs) - len(left), len(jobs), passed)
-        if not warned and passed > _UNTOUCHED_SECONDS and waiting.untouched():
+        if not warned and passed >= _UNTOUCHED_SECONDS and waiting.untouched() == len(jobs):
             warned = True
             _clear()
-            _warn(waiting, config)
+            where = printable(config.folders.inbox)
+            click.echo(f'Nobody has taken them from {where} yet. "imagewatch status" tells why.', err=True)
         wait(_LOOK_SECONDS)
-    _clear()
     return left
 
 
@@ -162,13 +235,15 @@ def _clear() -> None:
         click.echo("\r\033[K", nl=False, err=True)
 
 
-def _warn(waiting: Waiting, config: Config) -> None:
-    count = waiting.untouched()
-    click.echo(
-        f"{count} of them still in {printable(config.folders.inbox)}: is the daemon running, or held? "
-        '"imagewatch status" tells.',
-        err=True,
-    )
+# Telling
+
+
+def _print_dropped(jobs: Sequence[Made], form: str, config: Config) -> None:
+    if form == "json":
+        _print(jobs, form)
+        return
+    for job in jobs:
+        click.echo(printable(os.path.join(config.folders.inbox, job.source)))
 
 
 def _print(jobs: Sequence[Made], form: str) -> None:
@@ -181,7 +256,7 @@ def _print(jobs: Sequence[Made], form: str) -> None:
 
 
 def _plain(job: Made) -> dict[str, Any]:
-    told = ("charged", "credits_charged", "provider", "model", "message", "next", "job")
+    told = ("charged", "credits_charged", "provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,
         "prompt": job.prompt,
@@ -195,20 +270,20 @@ def _plain(job: Made) -> dict[str, Any]:
 def _markdown(job: Made, image: str) -> str:
     """Return an image line with a relative path, as chat windows and agents show it."""
     said = printable(" ".join(job.prompt.split()), 200)
-    alt = "".join(f"\\{letter}" if letter in "\\[]*_`<>" else letter for letter in said)
-    return f"![{alt}]({quote(os.path.relpath(image))})"
+    alt = "".join(f"\\{letter}" if letter in "\\[]*_`<>!&" else letter for letter in said)
+    return f"![{alt}]({quote(os.fsencode(os.path.relpath(image)))})"
 
 
 def _tell(jobs: Sequence[Made], left: Sequence[Made], config: Config) -> None:
     """Say on the other channel what it cost, and what went wrong."""
     for job in jobs:
+        source, charged = printable(job.source), _CHARGED.get(str(job.facts.get("charged")), "")
         if job.door == "errors":
-            click.echo(f"{printable(job.source)}: {printable(str(job.facts.get('message', '')))}", err=True)
+            click.echo(f"{source}: {charged}: {printable(str(job.facts.get('message', '')))}", err=True)
             click.echo(f"  {printable(str(job.facts.get('next', '')))}", err=True)
         elif problems := job.facts.get("problems"):
-            click.echo(f"{printable(job.source)}: {printable('; '.join(map(str, problems)))}", err=True)
-    pictures, spent = sum(len(job.images) for job in jobs), sum(_credits(job) for job in jobs)
-    click.echo(f"{pictures} {'picture' if pictures == 1 else 'pictures'}, {amount(spent)} credits.", err=True)
+            click.echo(f"{source}: {printable('; '.join(map(str, problems)))}", err=True)
+    click.echo(_sum(jobs), err=True)
     if left:
         where = printable(config.folders.inbox)
         click.echo(
@@ -216,6 +291,23 @@ def _tell(jobs: Sequence[Made], left: Sequence[Made], config: Config) -> None:
         )
 
 
-def _credits(job: Made) -> float:
+def _sum(jobs: Sequence[Made]) -> str:
+    """Return what was made and spent; a cost that nobody knows is not zero."""
+    pictures = sum(len(job.images) for job in jobs)
+    known = [_credits(job) for job in jobs if job.door]
+    charged = [job.facts.get("charged") for job in jobs]
+    unpriced = sum(one == "yes" and _credits(job) is None for one, job in zip(charged, jobs, strict=True))
+    told = [
+        f"{pictures} {'picture' if pictures == 1 else 'pictures'}",
+        f"{amount(sum(one for one in known if one is not None))} credits",
+    ]
+    if unpriced:
+        told.append(f"{unpriced} charged without a word on how much")
+    if unknown := charged.count("unknown"):
+        told.append(f"{unknown} may have been charged")
+    return ", ".join(told) + "."
+
+
+def _credits(job: Made) -> float | None:
     value = job.facts.get("credits_charged")
-    return float(value) if isinstance(value, int | float) else 0.0
+    return float(value) if isinstance(value, int | float) else None

@@ -16,7 +16,7 @@ from imagewatch.durable import ours
 from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.images import inspect
 from imagewatch.job import Claim
-from imagewatch.names import SUFFIX, Dropped, group, in_flight, locks, near_miss, spellings
+from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, Dropped, group, in_flight, locks, near_miss, spellings
 from imagewatch.request import open_plain, read_prompt
 from imagewatch.settling import Settling
 from imagewatch.text import printable
@@ -36,8 +36,6 @@ _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
 _SKEW_SECONDS = 60.0
 """How far the clock of a file server may be behind ours."""
-_SKIPPED_FOLDERS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "#snapshot")
-"""What systems and tools keep for themselves; nobody means them to be entered."""
 
 
 @dataclass(frozen=True)
@@ -387,7 +385,7 @@ class Sweep:
             yield folder, names
 
     def _enters(self, path: str, name: str, seen: Seen) -> bool:
-        if name.startswith(_SKIPPED_FOLDERS):
+        if name.startswith(SKIPPED_FOLDERS):
             return False
         if not self._config.recursive:
             seen.ignored[path] = "a folder, and inbox.recursive is off"

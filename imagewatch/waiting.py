@@ -1,0 +1,191 @@
+"""What became of prompts that were dropped: waiting for receipts and error files, by looking at the folders only."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from imagewatch.documents import unvouched
+from imagewatch.durable import ours
+from imagewatch.errors import BadRequest, SpoolError
+from imagewatch.names import SUFFIX
+from imagewatch.request import open_plain
+from imagewatch.text import printable, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterator, Sequence
+
+    from imagewatch.config import Folders
+
+_MOST_DOCUMENT = 4 << 20
+_LIST_SECONDS = 5.0
+"""A folder whose mtime stands still is listed again after this time: some file systems are slow to show theirs."""
+_MOST_TAGS = 2
+"""Parts that a name may get between stem and ending where names are taken."""
+
+_Identity = tuple[str, int, int]
+
+
+@dataclass
+class Made:
+    """What became of a prompt.
+
+    Attributes:
+        source: Its path below the inbox.
+        prompt: Its text.
+        door: ``outbox`` or ``errors`` once it is over, else empty.
+        document: Path of the receipt or error file.
+        images: Paths of the pictures.
+        facts: What the document says.
+    """
+
+    source: str
+    prompt: str
+    door: str = ""
+    document: str = ""
+    images: list[str] = field(default_factory=list)
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def is_told_by(self, document: dict[str, Any]) -> bool:
+        """Tell whether a document is about this prompt, and not about an earlier one of its name."""
+        digest = hashlib.sha256(self.prompt.encode()).hexdigest()
+        return document.get("source") == whole(self.source) and document.get("prompt_sha256", digest) == digest
+
+
+@dataclass
+class _Place:
+    """A folder in which documents appear.
+
+    Attributes:
+        door: ``outbox`` or ``errors``.
+        path: The folder.
+        ending: How the names of documents end.
+        stamp: Its mtime when it was last listed, nanoseconds since the epoch.
+        listed_at: When that was, by the monotonic clock, seconds.
+    """
+
+    door: str
+    path: str
+    ending: str
+    stamp: int = 0
+    listed_at: float = -_LIST_SECONDS
+
+    def names(self) -> list[str]:
+        """Return the names of all documents; nothing while the folder has not changed."""
+        try:
+            stamp = os.stat(self.path).st_mtime_ns  # before the list: what comes in between is seen next time
+            if stamp == self.stamp and time.monotonic() - self.listed_at < _LIST_SECONDS:
+                return []
+            names = sorted(name for name in os.listdir(self.path) if name.endswith(self.ending))
+        except FileNotFoundError:
+            return []  # not made yet
+        self.stamp, self.listed_at = stamp, time.monotonic()
+        return names
+
+
+class Waiting:
+    """Waits for the documents of prompts in one folder.
+
+    It is made before the prompts are dropped, so that older documents of their names are not taken for theirs.
+
+    Args:
+        folders: Where they appear.
+        folder: The folder below the inbox that the prompts are dropped into.
+        stems: Their names.
+
+    Raises:
+        SpoolError: This user may not look into the outbox or the errors folder.
+    """
+
+    def __init__(self, folders: Folders, folder: str, stems: Sequence[str]) -> None:
+        self._inbox = folders.inbox
+        self._jobs: dict[str, Made] = {}
+        self._places = (
+            _Place("outbox", os.path.join(folders.outbox, folder), ".receipt.toml"),
+            _Place("errors", os.path.join(folders.errors, folder), ".error.toml"),
+        )
+        self._known: set[_Identity] = set()
+        for place in self._places:
+            with ours(place.path, "look for results"):
+                self._known |= {identity for _, identity in _documents(place, frozenset(stems))}
+            place.stamp = 0
+
+    def expect(self, job: Made) -> None:
+        """Note a prompt that is in the inbox now."""
+        self._jobs[os.path.basename(job.source)[: -len(SUFFIX)]] = job
+
+    def look(self) -> list[Made]:
+        """Look once; return what is not over yet.
+
+        Raises:
+            SpoolError: This user may not read a result.
+        """
+        for place in self._places:
+            left = {stem: job for stem, job in self._jobs.items() if not job.door}
+            with contextlib.suppress(OSError):  # a share that is away for a moment
+                for path, identity in list(_documents(place, left)) if left else ():
+                    if identity not in self._known:
+                        self._read(place, path, identity, left)
+        return [job for job in self._jobs.values() if not job.door]
+
+    def untouched(self) -> int:
+        """Return how many prompts still lie in the inbox."""
+        return sum(os.path.lexists(os.path.join(self._inbox, job.source)) for job in self._jobs.values())
+
+    def _read(self, place: _Place, path: str, identity: _Identity, left: dict[str, Made]) -> None:
+        document = _document(path)
+        if document is None:
+            place.stamp = 0  # look at it again
+            return
+        self._known.add(identity)
+        for job in left.values():
+            if job.is_told_by(document):
+                job.door, job.document, job.facts = place.door, path, document
+                job.images = [os.path.join(place.path, name) for name in _pictures(document)]
+
+
+def _documents(place: _Place, stems: Collection[str]) -> Iterator[tuple[str, _Identity]]:
+    """Yield path and identity of what may be the document of one of these prompts, if the folder has changed."""
+    for name in place.names():
+        if any(stem in stems for stem in _possible_stems(name[: -len(place.ending)])):
+            path = os.path.join(place.path, name)
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(path)
+                yield path, (path, status.st_ino, status.st_ctime_ns)
+
+
+def _possible_stems(base: str) -> Iterator[str]:
+    """Yield whose document a name may be: where the plain name was taken it has the job's id in it."""
+    yield base
+    for _ in range(_MOST_TAGS):
+        base = base.rpartition(".")[0]
+        yield base
+
+
+def _document(path: str) -> dict[str, Any] | None:
+    """Return what a document says: nothing if it is a stranger's, None if it cannot be read at the moment."""
+    try:
+        with open_plain(path, path) as file:
+            return unvouched(file.read(_MOST_DOCUMENT).decode())
+    except BadRequest:
+        if os.path.islink(path):
+            return {}
+        if os.path.exists(path) and not os.access(path, os.R_OK):
+            hint = "outbox.file_mode and the folder's group decide who may; the prompts go on without you"
+            raise SpoolError(f"{printable(path)}: this user may not read it", path=path, hint=hint) from None
+        return None
+    except OSError:
+        return None
+    except (ValueError, RecursionError):
+        return {}
+
+
+def _pictures(document: dict[str, Any]) -> list[str]:
+    """Return the names of the pictures; whatever else came is in the document only."""
+    tables = document.get("images")
+    found = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
+    return [os.path.basename(str(t.get("file"))) for t in found if str(t.get("mime")).startswith("image/")]
