@@ -707,6 +707,15 @@ class TestAnotherUser:
         assert "outbox.file_mode" in done.stderr
 
 
+@pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o2770, 0o640), (0o700, 0o600)])
+def test_whoever_may_look_into_the_inbox_may_read_what_is_dropped(sender, folder, file):
+    sender.folders.inbox.chmod(folder)
+    private = ("sh", "-c", 'umask 077; exec "$@"', "-")
+    assert sender.submit("A cat", "--image", sender.file("a.png"), before=private).returncode == 0
+    modes = {path.name.partition(".")[2]: path.stat().st_mode & 0o777 for path in sender.folders.inbox.glob("a-cat-*")}
+    assert modes == {"in1.png": file, "prompt.txt": file}
+
+
 # Whole or not at all
 
 _MOVED_TO, _CREATE, _MODIFY, _CLOSE_WRITE = 0x80, 0x100, 0x2, 0x8
