@@ -1,4 +1,4 @@
-.PHONY: demo test style check bench
+.PHONY: demo test style check bench man
 
 PYTHON = .venv/bin/python
 
@@ -23,3 +23,6 @@ check: style test
 bench: .venv/.installed
 	$(PYTHON) bench/memory.py
 	$(PYTHON) bench/gallery.py
+
+man: .venv/.installed
+	$(PYTHON) man/make.py > man/imagewatch.1
