@@ -1,0 +1,67 @@
+"""Drop a prompt, wait for what becomes of it, print the pictures. The folder protocol with the standard library alone.
+
+python submit.py ROOT "PROMPT" [IMAGE]…
+
+ROOT has inbox, outbox and errors in it. Ends with 0 when there is a picture, with 1 when there is an error file.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+import tomllib
+import uuid
+from pathlib import Path
+from typing import Any
+
+
+def drop(root: Path, text: str, images: list[Path], **options: object) -> str:
+    """Put a prompt and copies of its images into the inbox; return its name."""
+    inbox, name = root / "inbox", uuid.uuid4().hex[:12]  # nobody else's
+    hidden = inbox / f".{name}.tmp"
+    names = [f"{name}.in{number}{image.suffix}" for number, image in enumerate(images, 1)]
+    for image, final in zip(images, names, strict=True):
+        shutil.copyfile(image, hidden)
+        hidden.rename(inbox / final)
+    # A string, a number or a list of strings is written in TOML as it is in JSON.
+    front = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {**options, "input_images": names}.items())
+    hidden.write_text(f"+++\n{front}+++\n{text}\n", encoding="utf-8")
+    hidden.rename(inbox / f"{name}.prompt.txt")
+    return name
+
+
+def wait(root: Path, name: str, seconds: float = 900) -> tuple[Path, dict[str, Any]] | None:
+    """Return the receipt or error file and what it says; None when it takes longer. Then it goes on without us.
+
+    Looking twice a second works on every file system; a share has no change events.
+    """
+    pause = threading.Event()
+    for _ in range(int(seconds * 2)):
+        for path in (root / "outbox" / f"{name}.receipt.toml", root / "errors" / f"{name}.error.toml"):
+            if path.exists():  # it appears whole, after everything else
+                return path, tomllib.loads(path.read_text(encoding="utf-8"))
+        pause.wait(0.5)
+    return None
+
+
+def main(root: str, text: str, *images: str) -> int:
+    """Make one prompt; tell what came of it."""
+    name = drop(Path(root), text, [Path(image) for image in images])
+    over = wait(Path(root), name)
+    if over is None:
+        print(f"{name} is not done yet; do not drop it again", file=sys.stderr)
+        return 1
+    path, said = over
+    if path.name.endswith(".error.toml"):
+        print(f"{said['message']} (charged: {said['charged']})\n{said['next']}", file=sys.stderr)
+        return 1
+    for image in said["images"]:
+        print(path.parent / image["file"])
+    print(f"{said.get('credits_charged', 'an unknown number of')} credits", file=sys.stderr)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
