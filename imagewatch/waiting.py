@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _MOST_DOCUMENT = 4 << 20
 _LIST_SECONDS = 5.0
 """A folder whose mtime stands still is listed again after this time: some file systems are slow to show theirs."""
+_REST = 4.0
+"""A list that took a second is followed by four seconds without one."""
 _MOST_TAGS = 2
 """Parts that a name may get between stem and ending where names are taken."""
 
@@ -66,6 +68,7 @@ class _Place:
         ending: How the names of documents end.
         stamp: Its mtime when it was last listed, nanoseconds since the epoch.
         listed_at: When that was, by the monotonic clock, seconds.
+        rests_until: When it may be listed again.
     """
 
     door: str
@@ -73,17 +76,22 @@ class _Place:
     ending: str
     stamp: int = 0
     listed_at: float = -_LIST_SECONDS
+    rests_until: float = 0.0
 
     def names(self) -> list[str]:
         """Return the names of all documents; nothing while the folder has not changed."""
+        began = time.monotonic()
+        if began < self.rests_until:
+            return []
         try:
             stamp = os.stat(self.path).st_mtime_ns  # before the list: what comes in between is seen next time
-            if stamp == self.stamp and time.monotonic() - self.listed_at < _LIST_SECONDS:
+            if stamp == self.stamp and began - self.listed_at < _LIST_SECONDS:
                 return []
-            names = sorted(name for name in os.listdir(self.path) if name.endswith(self.ending))
+            names = [name for name in os.listdir(self.path) if name.endswith(self.ending)]
         except FileNotFoundError:
             return []  # not made yet
-        self.stamp, self.listed_at = stamp, time.monotonic()
+        self.stamp, self.listed_at = stamp, began
+        self.rests_until = began + (1 + _REST) * (time.monotonic() - began)
         return names
 
 
@@ -151,19 +159,22 @@ class Waiting:
 def _documents(place: _Place, stems: Collection[str]) -> Iterator[tuple[str, _Identity]]:
     """Yield path and identity of what may be the document of one of these prompts, if the folder has changed."""
     for name in place.names():
-        if any(stem in stems for stem in _possible_stems(name[: -len(place.ending)])):
+        if _may_be_of(name[: -len(place.ending)], stems):
             path = os.path.join(place.path, name)
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(path)
                 yield path, (path, status.st_ino, status.st_ctime_ns)
 
 
-def _possible_stems(base: str) -> Iterator[str]:
-    """Yield whose document a name may be: where the plain name was taken it has the job's id in it."""
-    yield base
-    for _ in range(_MOST_TAGS):
-        base = base.rpartition(".")[0]
-        yield base
+def _may_be_of(base: str, stems: Collection[str]) -> bool:
+    """Tell whether a document may be one of these prompts': a name that is taken gets the job's id in it."""
+    for _ in range(_MOST_TAGS + 1):
+        if base in stems:
+            return True
+        base, dot, _ = base.rpartition(".")
+        if not dot:
+            return False
+    return False
 
 
 def _document(path: str) -> dict[str, Any] | None:
