@@ -352,7 +352,8 @@ class Sweep:
             except OSError:
                 looks.append((name, 0, 0, 0, 0))
                 continue
-            looks.append((name, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+            size = status.st_size if stat.S_ISREG(status.st_mode) else -1  # what has no size will not get one either
+            looks.append((name, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns))
             newest = max(newest, status.st_ctime)
         return tuple(looks), newest
 

@@ -281,7 +281,6 @@ def test_a_sibling_of_a_foreign_kind_is_refused_with_the_kinds_that_are_taken(st
     ("content", "words"),
     [
         (b"GIF89a....", "GIF"),
-        (b"", "no image that we know"),
         (b"<html>", "HTML"),
         (IMAGE[:-5], "not a whole image"),
         (IMAGE[:30] + b"\xff" + IMAGE[31:], "not a whole image"),
