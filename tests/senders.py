@@ -15,9 +15,8 @@ import threading
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
-from conftest import KEY, Folders, Running, until
+from conftest import KEY, Folders, Running, Told, until
 from PIL import Image
-from test_daemon import Told
 
 from imagewatch.sandbox import Sandbox
 from imagewatch.writers import has_writer
