@@ -536,7 +536,7 @@ class Daemon:
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
         if outcome.trouble is not None:
-            self._gate.met(outcome.trouble)
+            self._gate.met(outcome.trouble, began)
         elif outcome.answered:
             self._gate.answered(began)
         if outcome.end is End.LATER:

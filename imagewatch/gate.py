@@ -62,6 +62,8 @@ class Gate:
         self._stamp: object = None
         self._stamp_at = 0.0
         self._reason: str | None = None
+        self._anew = -math.inf
+        self._ended: dict[str, float] = {}
         self._passed = 0.0
         self._took: list[tuple[float, float]] = []
         self._returned: set[str] = set()
@@ -76,6 +78,7 @@ class Gate:
             settle_seconds: Prompts that come within this time come at once.
             key_stamp: Returns a value that differs when the key's file was changed.
         """
+        self._anew = self._now()
         self._limits = limits
         self._settle_seconds = settle_seconds
         self._key_stamp = key_stamp
@@ -155,6 +158,7 @@ class Gate:
 
     def _obey(self, newest: float) -> None:
         if self._control.release_pending():
+            self._anew = self._now()
             self._passed = max(self._clock(), newest)
             self._returned.clear()
             self._control.let_pass(self._passed)
@@ -197,8 +201,15 @@ class Gate:
 
     # Told by the main loop
 
-    def met(self, trouble: Trouble) -> None:
-        """Take note of what every other request would meet too."""
+    def met(self, trouble: Trouble, began: float) -> None:
+        """Take note of what every other request would meet too, unless that is over already.
+
+        Args:
+            trouble: What it met.
+            began: Monotonic time at which it was begun, seconds; a key, say, may have been changed since.
+        """
+        if trouble.kind != "busy" and began < max(self._anew, self._ended.get(trouble.kind, self._anew)):
+            return
         self._begin(trouble.kind, trouble.message, trouble.seconds)
 
     def answered(self, began: float) -> None:
@@ -228,6 +239,7 @@ class Gate:
         if ended:
             self._on_change()
         for hold in ended:
+            self._ended[hold.kind] = self._now()
             if not hold.brief:
                 _log.info("released", kind=hold.kind)
 

@@ -803,6 +803,7 @@ def test_a_paid_picture_is_fetched_at_the_next_start_also_behind_a_hold(lost_pic
     published(folders, sandbox)
 
 
+@pytest.mark.timeout(180)
 def test_killed_anywhere_while_a_paid_picture_is_fetched_again_nothing_is_lost(lost_picture, tmp_path, start):
     folders, sandbox, clock = lost_picture
     clock.behind = 60
@@ -880,6 +881,7 @@ COMMANDS = (
 
 
 @as_root
+@pytest.mark.timeout(180)
 def test_commands_of_root_leave_nothing_behind_that_the_daemons_user_could_not_use(strange, sandbox, as_user):
     strange.prompt("no", "[sandbox: 400] No")
     daemon = as_user(strange, STRANGER, "run")
