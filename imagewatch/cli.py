@@ -94,7 +94,8 @@ def once(path: str | None) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
-        click.echo(f"  {printable(hold.next)}", err=True)
+        end = f"; it ends, or is looked at again, {daemon.hold_ends}" if daemon.hold_ends else ""
+        click.echo(f"  {printable(hold.next)}{end}", err=True)
     sys.exit(code)
 
 

@@ -345,6 +345,11 @@ class Daemon:
         return self._gate.first()
 
     @property
+    def hold_ends(self) -> str | None:
+        """When the hold ends or would be probed, as a UTC time; None without one, and if only a person ends it."""
+        return self._gate.ends(self.hold) if self.hold else None
+
+    @property
     def left(self) -> int:
         """How many prompts wait in the inbox."""
         return len(self._ready) + len(self._seen.waiting)
