@@ -193,22 +193,22 @@ class Spool:
 
     def _prove_outbox(self) -> None:
         """Prove that what we publish can get the mode and the group it is to have."""
-        path = os.path.join(self.outbox, _PROBE)
+        path, folder = os.path.join(self.outbox, _PROBE), os.path.join(self.outbox, _PROBE + ".d")
         self.disk.unlink(path)
-        self.disk.remove_folder(path)
+        self.disk.remove_folder(folder)  # of a start that died here
         try:
             with closing(self.disk.create(path), path) as file, ours(self.outbox, "set [outbox] file_mode or group"):
                 self._finish(file.fileno())
-            self.disk.unlink(path)
-            self.disk.make_folder(path)
-            if (mode := self._outbox.folder_mode) is not None:
-                with ours(self.outbox, "set [outbox] folder_mode"):
-                    os.chmod(path, mode)
         finally:
-            if os.path.isdir(path):
-                self.disk.remove_folder(path)
-            else:
-                self.disk.unlink(path)
+            self.disk.unlink(path)
+        if self._outbox.folder_mode is None:
+            return
+        self.disk.make_folder(folder)
+        try:
+            with ours(self.outbox, "set [outbox] folder_mode"):
+                os.chmod(folder, self._outbox.folder_mode)
+        finally:
+            self.disk.remove_folder(folder)
 
     # Taking work
 
