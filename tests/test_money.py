@@ -234,7 +234,7 @@ def test_a_disk_with_too_little_room_for_an_answer_holds_the_queue_until_there_i
         until(lambda: folders.documents() == {"cat": "outbox"})
         assert daemon.stop() == 0
     finally:
-        subprocess.run(["umount", str(folders.state)], check=True)
+        subprocess.run(["umount", "--lazy", str(folders.state)], check=True)
 
 
 # Guard rails
