@@ -39,7 +39,8 @@ def waiting(folders: Folders, count: int) -> None:
 
 
 def holds(folders: Folders) -> list[dict[str, Any]]:
-    return json.loads((folders.state / "status.json").read_bytes())["holds"]
+    status = folders.state / "status.json"
+    return json.loads(status.read_bytes())["holds"] if status.exists() else []
 
 
 def held(folders: Folders, kind: str) -> dict[str, Any]:
