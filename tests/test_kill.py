@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -13,8 +15,11 @@ from pathlib import Path
 import pytest
 from audit import ORDERS, Audit, drop
 from conftest import KEY, Folders, Running, until
+from losing import SteppingDisk
 
+from imagewatch.durable import Disk
 from imagewatch.sandbox import Sandbox
+from imagewatch.spool import Spool
 
 RUNNER = str(Path(__file__).parent / "kill_runner.py")
 KILLS = 45
@@ -131,3 +136,34 @@ def test_a_killed_daemon_leaves_its_folders_to_the_next(folders: Folders, sandbo
     third = Running(folders, "once")
     assert third.wait() == 1, third.output
     assert sandbox.report()["requests"] == 1
+
+
+class Died(BaseException):
+    """The process is gone."""
+
+
+class DyingDisk(SteppingDisk):
+    """A disk of a process that dies before a change and then changes nothing any more.
+
+    Args:
+        number: The change, from 1.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._left = number
+
+    def step(self, what: str, path: str) -> None:
+        self._left -= 1
+        if self._left <= 0:
+            raise Died(what, path)
+
+
+def test_a_start_that_dies_anywhere_leaves_nothing_that_stops_the_next(tmp_path: Path) -> None:
+    for number in itertools.count(1):
+        folders = Folders(tmp_path / str(number), "http://127.0.0.1:9", outbox__folder_mode="0750")
+        with contextlib.suppress(Died):
+            Spool(folders.config(), DyingDisk(number)).prepare()
+            break
+        Spool(folders.config(), Disk()).prepare()
+        assert folders.leftovers() == []
+    assert number > 25
