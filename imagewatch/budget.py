@@ -95,6 +95,7 @@ class Budget:
         self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, float] = {}
+        self._stranded: list[tuple[float, float]] = []
         window = _MINUTE / min(limits.requests_per_minute or 1, 1)
         self._recent = books.sent_since(clock() - window)
 
@@ -140,6 +141,11 @@ class Budget:
         with self._lock:
             self._in_flight.pop(job, None)
 
+    def strand(self, job: str) -> None:
+        """Count a reservation as spent now: its job does not go on in this process, so that nobody may wait for it."""
+        with self._lock:
+            self._stranded.append((self._clock(), self._in_flight.pop(job, 0.0)))
+
     def _guess(self, provider: str) -> float:
         known = self._books.highest_charge(provider)
         return self._limits.assumed_credits if known is None else known
@@ -177,4 +183,5 @@ class Budget:
 
     def _spent(self, since: float) -> float:
         found = self._books.spending(since)
-        return found.credits + sum(self._guess(provider) * count for provider, count in found.unpriced.items())
+        unpriced = sum(self._guess(provider) * count for provider, count in found.unpriced.items())
+        return found.credits + unpriced + sum(cost for at, cost in self._stranded if at >= since)

@@ -526,6 +526,7 @@ class Daemon:
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("a bug in imagewatch; please report it", job=message.job)
             self.failed += 1
+            self._budget.strand(message.job)
             return
         self._judge(outcome, key, message.began)
 
@@ -534,6 +535,7 @@ class Daemon:
         if error.code == 0:
             _log.error("stuck", job=job, reason=str(error), hint=error.hint)
             self.failed += 1
+            self._budget.strand(job)
             return
         self._gate.failed(error)
         self._later.append(Later(job, self._now() + DISK_SECONDS, key))

@@ -217,6 +217,7 @@ class Worker:
                 hint="it may have been paid for; restore the state folder, or move the files back into the inbox",
             )
         self._spool.forget(job)
+        self._budget.settle(job)  # its row is older than the removal of its record
         return Outcome(job, End.NOTHING)
 
     # The steps

@@ -90,6 +90,21 @@ def test_what_is_in_flight_counts_until_the_ledger_has_it(ledger, clock):
     assert budget.reserve("d", "flux") is None
 
 
+def test_what_nobody_carries_on_counts_as_spent_that_day_and_is_not_waited_for(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
+    assert budget.reserve("a", "flux") is None
+    assert budget.reserve("b", "flux") is None
+    assert budget.reserve("c", "flux").kind == "rate"
+    budget.strand("a")
+    budget.settle("b")
+    assert budget.reserve("c", "flux") is None
+    assert budget.reserve("d", "flux").kind == "rate"
+    budget.strand("c")
+    assert budget.reserve("d", "flux").kind == "cap"
+    clock.now += 12 * HOUR
+    assert budget.reserve("d", "flux") is None
+
+
 def test_a_lost_answer_counts_as_if_it_had_been_charged(ledger, clock):
     spend(ledger, "a", NOON - HOUR, charged="unknown")
     assert Budget(ledger, Limits(credits_per_day=200, assumed_credits=150), clock).reserve("b", "flux") is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 import signal
 
 import pytest
@@ -99,3 +100,37 @@ def test_a_paid_answer_of_a_killed_daemon_counts_against_the_cap_before_it_is_re
     assert start(folders, "once").wait() == 69
     assert sandbox.report()["credits"] == 30
     assert folders.names("inbox") == ["b.prompt.txt"]
+
+
+def paid_once(folders, sandbox, start):
+    """Pay for one prompt; return the record of its job as it was while the answer was awaited."""
+    folders.prompt("a", "a cat")
+    sandbox.hold()
+    daemon = start(folders, "once")
+    assert sandbox.wait_for_requests(1, timeout=20)
+    (record,) = folders.state.glob("jobs/*")
+    kept = shutil.copytree(record, folders.state / "kept")
+    sandbox.release()
+    assert daemon.wait() == 0
+    return kept, record
+
+
+def test_what_is_left_of_a_job_that_was_being_forgotten_is_not_set_aside_for_ever(tmp_path, sandbox, start):
+    folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
+    kept, record = paid_once(folders, sandbox, start)
+    (kept / "claim.json").unlink()  # the first that goes, and evidence of what was sent the last
+    kept.rename(record)
+    folders.prompt("b", "a dog")
+    assert start(folders, "once").wait() == 0
+    assert folders.documents() == {"a": "outbox", "b": "outbox"}
+
+
+def test_what_a_damaged_record_may_have_cost_is_counted_and_not_waited_for(tmp_path, sandbox, start):
+    folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
+    kept, record = paid_once(folders, sandbox, start)
+    (kept / "claim.json").write_text("{")
+    kept.rename(record)
+    folders.prompt("b", "a dog")
+    assert start(folders, "once").wait() == 69
+    assert sandbox.report()["credits"] == 30
+    assert [name for name in folders.names("inbox") if name.endswith(".prompt.txt")] == ["b.prompt.txt"]
