@@ -223,16 +223,16 @@ def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path,
 
 def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox):
     daemon = run(folders)
-    command(folders, "hold")
     (folders.state / "control/passed.tmp").mkdir()
-    folders.prompt("cat", "A cat")
-    released = threading.Thread(target=command, args=(folders, "release"))
-    released.start()
+    releasing = threading.Thread(target=command, args=(folders, "release"))
+    releasing.start()
     until(lambda: [line for line in daemon.events("held") if line["kind"] == "disk"])
-    assert requests(sandbox) == 0
+    assert (folders.state / "control/release").exists()
     (folders.state / "control/passed.tmp").rmdir()
+    until(lambda: not (folders.state / "control/release").exists())
+    releasing.join()
+    folders.prompt("cat", "A cat")
     until(lambda: folders.documents() == {"cat": "outbox"})
-    released.join()
     assert daemon.stop() == 0
 
 
