@@ -504,7 +504,8 @@ class Daemon:
                 continue
             job = self._spool.new_job()
             claim = candidate.claim(job, self._clock())
-            self._gate.took(candidate.changed_at)
+            if self._config.limits.burst and not self._is_finished(candidate.source):
+                self._gate.took(candidate.changed_at)
             self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:

@@ -195,6 +195,22 @@ def test_the_recognition_can_be_turned_off(tmp_path: Path, sandbox: Sandbox) -> 
     assert requests(sandbox) == 2
 
 
+def test_what_comes_back_is_no_burst_however_much_it_is(tmp_path: Path, sandbox: Sandbox, start: Any) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__burst="3", limits__concurrency="2", inbox__settle_seconds="1")
+    far = Sender(tmp_path / "far", folders)
+    daemon = start(folders, "run")
+    for number in range(8):
+        far.write(f"p{number}.prompt.txt", f"cat {number}")
+        if number % 3 == 2 or number == 7:
+            far.send()
+            until(lambda number=number: len(folders.documents()) == number + 1)
+    far.send()
+    until(lambda: [name for name in folders.names("inbox") if name[0] != "."] == [])
+    assert daemon.stop() == 0
+    assert "burst" not in daemon.output
+    assert requests(sandbox) == 8
+
+
 def test_what_comes_back_while_its_job_waits_for_a_busy_endpoint_is_not_another_job(
     tmp_path: Path, sandbox: Sandbox, start: Any
 ) -> None:
