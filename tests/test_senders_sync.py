@@ -74,6 +74,7 @@ def test_rsync_that_delays_updates(parcel, rsync):
     parcel.is_made()
 
 
+@SLOW
 def test_rsync_that_keeps_partial_files_and_goes_on_at_once(large, rsync):
     command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
     interrupted(command, large, large.target)
