@@ -21,6 +21,7 @@ style: .venv/.installed
 check: style test
 
 bench: .venv/.installed
+	$(PYTHON) bench/speed.py
 	$(PYTHON) bench/memory.py
 	$(PYTHON) bench/gallery.py
 

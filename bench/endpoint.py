@@ -43,7 +43,7 @@ class Endpoint:
     _listener: socket.socket = field(default_factory=socket.socket)
 
     def __enter__(self) -> Self:
-        self._small, self._answer = self._made(1, 2000), self._made(self.images, self.size)
+        self._small, self._answer = self.made(1, 2000), self.made(self.images, self.size)
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(256)
         self.base_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -51,7 +51,8 @@ class Endpoint:
         return self
 
     @staticmethod
-    def _made(images: int, size: int) -> bytes:
+    def made(images: int, size: int) -> bytes:
+        """Return a whole answer with so many pictures of so many bytes each."""
         entry = b'{"mime_type": "image/png", "b64_json": "' + base64.b64encode(png(size)) + b'"}'
         body = b'{"provider": "gemini", "model": "bench", "images": [%s], "billing": {"credits_charged": 1}}' % (
             b", ".join([entry] * images)

@@ -1,0 +1,170 @@
+"""Who is measured: the daemon, the floor, the peers. Each runs in processes of its own on folders of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from inotify import CLOSE_NOWRITE, MOVED_TO, Inotify
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from stamping import Stamping
+
+HERE = Path(__file__).parent
+PAUSE = threading.Event().wait
+TICKS = os.sysconf("SC_CLK_TCK")
+TEXT = "+++\ninput_images = []\n+++\n{} a lighthouse on a cliff at dusk, long exposure, calm sea\n"
+NO_SYNC = "int fsync(int d) { return 0; }\nint fdatasync(int d) { return 0; }\n"
+NO_SYNC_PYTHON = "import os\nos.fsync = os.fdatasync = lambda descriptor: None\n"
+DAEMON, FLOOR, SHELL, OBSERVER = "imagewatch", "loop", "shell", "observer"
+
+
+def missing(name: str) -> str:
+    """Return why a contender cannot take part, or an empty string."""
+    tools = [tool for tool in ("inotifywait", "xargs", "curl", "sed") if name == SHELL and not shutil.which(tool)]
+    return f"no {', no '.join(tools)} here (Debian: inotify-tools, curl)" if tools else ""
+
+
+def without_syncs(folder: Path) -> tuple[dict[str, str], str]:
+    """Return an environment in which nothing waits for the disk, and how that was done."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler:
+        (folder / "no_sync.c").write_text(NO_SYNC)
+        command = [compiler, "-shared", "-fPIC", "-o", str(folder / "no_sync.so"), str(folder / "no_sync.c")]
+        subprocess.run(command, check=True)
+        return {"LD_PRELOAD": str(folder / "no_sync.so")}, "a preloaded library, SQLite included"
+    (folder / "sitecustomize.py").write_text(NO_SYNC_PYTHON)
+    return {"PYTHONPATH": str(folder)}, "a sitecustomize.py: no compiler here, so SQLite still waits"
+
+
+@dataclass
+class Contender:
+    """One of them; ``with`` starts it, warms it up and ends it.
+
+    Attributes:
+        name: Which one.
+        root: Its folders.
+        endpoint: Whom it asks.
+        slots: Requests at once.
+        environ: More environment.
+        under: A command that runs it, such as a tracer.
+        instead: A command in the place of its own.
+    """
+
+    name: str
+    root: Path
+    endpoint: Stamping
+    slots: int = 4
+    environ: dict[str, str] = field(default_factory=dict)
+    under: tuple[str, ...] = ()
+    instead: tuple[str, ...] = ()
+
+    def __enter__(self) -> Self:
+        shutil.rmtree(self.root, ignore_errors=True)
+        self.inbox, self.outbox, self.archive = (self.root / name for name in ("inbox", "outbox", "archive"))
+        for folder in (self.inbox, self.outbox, self.archive):
+            folder.mkdir(parents=True)
+        self._next = 0
+        self._watch = Inotify()
+        self._receipts = self._watch.add(str(self.outbox), MOVED_TO | CLOSE_NOWRITE)
+        self._archive = self._watch.add(str(self.archive), MOVED_TO)
+        environ = {"PATH": os.environ["PATH"], **self.settings(), **self.environ}
+        self._process = subprocess.Popen(
+            [*self.under, *self._command()], env=environ, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        self._warm_up()
+        return self
+
+    def settings(self) -> dict[str, str]:
+        """Return the environment that tells the daemon what to do."""
+        return {
+            "LETTA_BASE_URL": self.endpoint.base_url,
+            "LETTA_API_KEY": "bench",
+            "IMAGEWATCH_FOLDERS__ROOT": str(self.root),
+            "IMAGEWATCH_FOLDERS__STATE": str(self.root / "state"),
+            "IMAGEWATCH_LIMITS__CONCURRENCY": str(self.slots),
+        }
+
+    def _command(self) -> list[str]:
+        if self.instead:
+            return list(self.instead)
+        if self.name == DAEMON:
+            return [sys.executable, "-m", "imagewatch", "run"]
+        if self.name == SHELL:
+            return [str(HERE / "shell.sh"), str(self.root), self.endpoint.base_url]
+        mode = ["--observer"] if self.name == OBSERVER else []
+        return [sys.executable, str(HERE / "loop.py"), str(self.root), self.endpoint.base_url, str(self.slots), *mode]
+
+    def _warm_up(self) -> None:
+        """Drop prompts until some are done: most see nothing that was there before they began to watch."""
+        began = time.monotonic()
+        while time.monotonic() < began + 60:
+            if self.finish([self.drop()[0] for _ in range(3)], 1.0):
+                PAUSE(0.7)
+                for _ in self._watch.read(0):
+                    pass
+                return
+        sys.exit(f"{self.name} does not work")
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the session is ours: what is left in it is of no interest
+        self._process.wait()
+        self._watch.close()
+        shutil.rmtree(self.root, ignore_errors=True)
+
+    def stop(self) -> None:
+        """Ask it to end, and wait until it has."""
+        os.killpg(self._process.pid, signal.SIGTERM)
+        self._process.wait(30)
+
+    def drop(self) -> tuple[str, int]:
+        """Drop a prompt by rename; return its job's name, and the time just before the rename."""
+        self._next += 1
+        name = f"job-{self._next:06}"
+        part = self.inbox / ".part"
+        part.write_text(TEXT.format(name))
+        target, now = self.inbox / f"{name}.prompt.txt", time.monotonic_ns()
+        part.rename(target)
+        return name, now
+
+    def finish(self, names: Iterable[str], seconds: float = 300.0) -> dict[str, int]:
+        """Wait until prompts are in the archive.
+
+        Returns:
+            When each receipt was there, and its folder synced if that was seen before anything else; nothing at all
+            if the prompts were not done in time.
+        """
+        left, receipts, last = set(names), {}, ""
+        for event in self._watch.read(seconds):
+            if event.watch == self._archive:
+                left.discard(event.name.removesuffix(".prompt.txt"))
+                if not left:
+                    return receipts
+            elif event.name.endswith(".receipt.toml"):
+                last = event.name.removesuffix(".receipt.toml")
+                receipts[last] = event.at
+            elif event.mask & CLOSE_NOWRITE and not event.name and last:
+                receipts[last], last = event.at, ""
+        return {}
+
+    def cpu(self) -> float:
+        """Return the CPU time used so far by all of its processes, seconds."""
+        total = 0
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = path.read_text().rpartition(")")[2].split()
+                if int(fields[3]) == self._process.pid:
+                    total += sum(int(field) for field in fields[11:15])  # its own, and of the children that ended
+        return total / TICKS

@@ -1,0 +1,65 @@
+"""Change events straight from the kernel: what the floor is made of, and how the bench sees what comes out."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import struct
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+CLOSE_WRITE, CLOSE_NOWRITE, MOVED_TO = 0x8, 0x10, 0x80
+_HEAD = struct.Struct("iIII")
+
+
+@dataclass(frozen=True)
+class Event:
+    """One change.
+
+    Attributes:
+        watch: The folder's number.
+        mask: What happened.
+        name: To which name in it; empty for the folder itself.
+        at: When it was read, ``CLOCK_MONOTONIC`` in nanoseconds.
+    """
+
+    watch: int
+    mask: int
+    name: str
+    at: int
+
+
+class Inotify:
+    """A queue of change events."""
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._descriptor = self._libc.inotify_init1(os.O_CLOEXEC)
+        self._held: list[Event] = []
+
+    def close(self) -> None:
+        """Close the queue."""
+        os.close(self._descriptor)
+
+    def add(self, folder: str, mask: int) -> int:
+        """Watch a folder; return its number."""
+        return self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), mask)
+
+    def read(self, seconds: float | None = None) -> Iterator[Event]:
+        """Yield what happens, for ever or until nothing did for so many seconds."""
+        while True:
+            while self._held:  # what a caller that has enough leaves is there for the next
+                yield self._held.pop(0)
+            if seconds is not None and not select.select([self._descriptor], [], [], seconds)[0]:
+                return
+            data, now, place = os.read(self._descriptor, 1 << 16), time.monotonic_ns(), 0
+            while place < len(data):
+                watch, mask, _, length = _HEAD.unpack_from(data, place)
+                place += _HEAD.size + length
+                name = data[place - length : place].rstrip(b"\0")
+                self._held.append(Event(watch, mask, os.fsdecode(name), now))

@@ -1,0 +1,99 @@
+"""Where the time of one job goes: the real daemon with a clock around its parts.
+
+    python bench/phases.py OUT
+
+Started in the place of ``python -m imagewatch``; when it ends it writes the milliseconds of each part as JSON. A
+part's time is its own: what another part took inside it counts there.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+import threading
+import time
+from collections import Counter
+from typing import TYPE_CHECKING, Any
+
+from imagewatch import budget, cli, client, closing, daemon, ledger, pictures, record, spool, sweep, worker
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
+    "fsync": [(os, ("fsync",))],
+    "spool: claim, deliver, archive, forget": [
+        (spool.Spool, ("claim", "gather", "deliver", "keep", "forget", "require_room", "require_mounts", "settle")),
+        (record.Record, ("begin", "decide", "write_sent", "remove", "mark_over")),
+    ],
+    "evidence: what the disk shows": [(spool.Spool, ("evidence",)), (record.Record, ("decision", "attempts"))],
+    "http: connect, send, receive": [(client.Client, ("send",))],
+    "bank: the answer to disk": [(record.Sink, ("start", "write", "finish"))],
+    "decode: answer to picture": [(pictures.Pictures, ("read",)), (record.Answer, ("__init__", "sample"))],
+    "judge: checksums of the picture": [(pictures.Pictures, ("collect",))],
+    "ledger: SQLite, with its syncs": [(ledger.Ledger, ("write", "_all")), (budget.Budget, ("reserve", "settle"))],
+    "document and decision": [(closing.Closing, ("read", "outcome"))],
+    "checks of the prompt": [(worker.Worker, ("_check",))],
+    "log": [(closing.Closing, ("report",)), (worker.Worker, ("_park",))],
+    "look: from the event to the worker": [
+        (sweep.Sweep, ("look", "look_at", "unchanged")),
+        (daemon.Daemon, ("_dispatch", "_changed", "_finished", "_report", "_write_status")),
+    ],
+    "worker: all else": [(worker.Worker, ("start", "process"))],
+}
+
+
+class Clock:
+    """Adds up the time of each part."""
+
+    def __init__(self) -> None:
+        self.spent: Counter[str] = Counter()
+        self.calls: Counter[str] = Counter()
+        self._here = threading.local()
+
+    def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the function with the clock around it."""
+
+        @functools.wraps(function)
+        def timed(*arguments: Any, **named: Any) -> Any:
+            inner = self._here.__dict__.setdefault("inner", [0.0])
+            inner.append(0.0)
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **named)
+            finally:
+                took = time.perf_counter() - began
+                self.spent[part] += took - inner.pop()
+                self.calls[part] += 1
+                inner[-1] += took
+
+        return timed
+
+
+def main() -> None:
+    """Run the daemon, then write down what took how long."""
+    out, clock = sys.argv[1], Clock()
+    for part, owners in PARTS.items():
+        for owner, names in owners:
+            for name in names:
+                setattr(owner, name, clock.around(part, getattr(owner, name)))
+    prepare = spool.Spool.prepare
+
+    def forget_start(self: spool.Spool) -> None:
+        prepare(self)
+        clock.spent.clear()
+        clock.calls.clear()
+
+    spool.Spool.prepare = forget_start  # type: ignore[method-assign]
+    sys.argv = ["imagewatch", "run"]
+    try:
+        cli.main()
+    except SystemExit:
+        with open(out, "w", encoding="utf-8") as file:
+            json.dump({part: [clock.spent[part] * 1000, clock.calls[part]] for part in PARTS}, file)
+
+
+if __name__ == "__main__":
+    main()
