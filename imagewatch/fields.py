@@ -7,6 +7,7 @@ edits a file over a slow share sees all mistakes in one go. Pure.
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -64,7 +65,7 @@ def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S
     Returns:
         The struct (faulty keys left at their defaults) and everything that was wrong.
     """
-    types = {field.name: field.type for field in msgspec.structs.fields(struct)}
+    types = _types(struct)
     values: dict[str, Any] = {}
     problems: list[Problem] = []
     for key, value in table.items():
@@ -76,6 +77,12 @@ def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S
         except msgspec.ValidationError as error:
             problems.append(Problem(f"{where}{key}", _told(error, types[key], value)))
     return struct(**values), problems
+
+
+@functools.cache
+def _types(struct: type[msgspec.Struct]) -> dict[str, Any]:
+    """Return the type of each field; kept, as to read annotations takes longer than to check a prompt's options."""
+    return {field.name: field.type for field in msgspec.structs.fields(struct)}
 
 
 _KINDS = {
