@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 _PIECE_BYTES = 48 * 1024
 _SKELETON_BYTES = 4 << 20
 _MOST_IMAGES = 64
+_BLANKS = (b" ", b"\t", b"\r", b"\n")
 
 
 @dataclass
@@ -274,7 +275,8 @@ class _Base64:
             except (ValueError, UnicodeError):
                 self.problem = "the base64 holds something else"
                 return b""
-        return data.translate(None, b" \t\r\n")
+        # To look for four bytes is many times faster than to copy all others, and hardly any base64 has them.
+        return data.translate(None, b"".join(_BLANKS)) if any(blank in data for blank in _BLANKS) else data
 
     def _without_prefix(self, data: bytes) -> bytes:
         """Drop ``data:image/png;base64,`` where a provider's data URL was passed through."""
