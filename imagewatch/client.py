@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import math
 import socket
 import ssl
 import threading
@@ -282,30 +283,68 @@ class _Deadline:
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._timer = threading.Timer(seconds, self._end)
-        self._timer.daemon = True
         self._socket: socket.socket | None = None
+        self.at = time.monotonic() + seconds
         self.reason = ""
 
     def __enter__(self) -> Self:
-        self._timer.start()
+        _deadlines.add(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._timer.cancel()
+        _deadlines.remove(self)
 
     def watch(self, connection: socket.socket) -> None:
         """Name the connection to end."""
         self._socket = connection
         if self.reason:
-            self._end()
+            self.end()
 
-    def _end(self) -> None:
+    def end(self) -> None:
+        """End the connection, now or as soon as there is one."""
         self.reason = f"no end after {self._seconds:g} seconds (deadline_seconds)"
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 # Not SSLSocket.shutdown: that one takes the TLS state away from the thread that reads.
                 socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+
+class _Deadlines:
+    """Ends connections in time, all of them by one thread: to start one for each request delays the request."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._running: set[_Deadline] = set()
+        self._until = math.inf
+        self._thread: threading.Thread | None = None
+
+    def add(self, deadline: _Deadline) -> None:
+        """Look after a connection from now on."""
+        with self._changed:
+            self._running.add(deadline)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
+                self._thread.start()
+            elif deadline.at < self._until:
+                self._changed.notify()
+
+    def remove(self, deadline: _Deadline) -> None:
+        """Leave a connection alone. The thread looks at its time in vain, but does not have to be woken for that."""
+        with self._changed:
+            self._running.discard(deadline)
+
+    def _run(self) -> None:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                for deadline in [one for one in self._running if one.at <= now]:
+                    self._running.discard(deadline)
+                    deadline.end()
+                self._until = min((one.at for one in self._running), default=math.inf)
+                self._changed.wait(None if self._until == math.inf else self._until - time.monotonic())
+
+
+_deadlines = _Deadlines()
 
 
 class _Attempt:
