@@ -30,7 +30,7 @@ from imagewatch.errors import SpoolError
 from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterable, Iterator
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024
@@ -187,10 +187,14 @@ class Record:
         """Tell whether anything of the record is there."""
         return os.path.lexists(self.folder)
 
-    def attempts(self) -> tuple[int, int]:
-        """Return the highest N of ``sent.N`` and of ``answer.N``, 0 without."""
+    def attempts(self, names: Iterable[str] | None = None) -> tuple[int, int]:
+        """Return the highest N of ``sent.N`` and of ``answer.N``, 0 without.
+
+        Args:
+            names: What ``names`` returned, if that is known.
+        """
         highest = {"sent": 0, "answer": 0}
-        for name in self._names():
+        for name in self.names() if names is None else names:
             if (match := _NUMBERED.fullmatch(name)) and not match[3]:
                 highest[match[1]] = max(highest[match[1]], int(match[2]))
         return highest["sent"], highest["answer"]
@@ -266,7 +270,7 @@ class Record:
             return False
         if kept.decision() is not None:
             self._disk.replace(kept.path("decision.json"), kept.path("reopened.json"))
-        for name in kept._names():
+        for name in kept.names():
             if not name.startswith(("claim.", "sent.", "answer.", "reopened.")):
                 self._disk.unlink(kept.path(name))
         self._disk.sync_folder(kept.folder)
@@ -285,7 +289,7 @@ class Record:
         self._disk.sync_folder(self.folder)
 
     def mark_over(self) -> None:
-        """Note that the document is out. Not synced: the document itself is the durable mark.
+        """Note that the document is out, by a file ``over``. Not synced: the document itself is the durable mark.
 
         It spares a reader who takes the document away at once a second delivery.
         """
@@ -293,20 +297,17 @@ class Record:
         if not os.path.lexists(path):
             self._disk.create(path).close()
 
-    def is_over(self) -> bool:
-        """Tell whether the document is known to be out."""
-        return os.path.lexists(self.path("over"))
-
     def remove(self) -> None:
         """Remove the record, then the answers: evidence of payment goes last."""
         self._disk.unlink(self.path("claim.json"))
         self._disk.sync_folder(self.folder)
-        for name in sorted(self._names()):
+        for name in sorted(self.names()):
             self._disk.unlink(self.path(name))
         self._disk.remove_folder(self.folder)
         self._disk.sync_folder(self._jobs)
 
-    def _names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Return the names of its files."""
         with ours(self.folder, "read"), contextlib.suppress(FileNotFoundError):
             return os.listdir(self.folder)
         return []
@@ -314,8 +315,7 @@ class Record:
     def _load(self, name: str, kind: type[T]) -> T | None:
         path = self.path(name)
         try:
-            with open(path, "rb") as file:
-                return load(file.read(), kind)
+            return load(_content(path), kind)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -325,6 +325,18 @@ class Record:
                 code=_code(error),
                 hint="it is evidence of a payment: do not remove it before you looked into it",
             ) from error
+
+
+def _content(path: str) -> bytes:
+    """Return the bytes of a small file. ``open`` would ask for its size, its position and whether it is a terminal."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        content = b""
+        while piece := os.read(descriptor, _TAIL_BYTES):
+            content += piece
+        return content
+    finally:
+        os.close(descriptor)
 
 
 def _code(error: Exception) -> int:

@@ -317,15 +317,22 @@ class Spool:
 
     # What lies there
 
-    def evidence(self, job: str) -> Evidence:
-        """Return what the disk shows of a job; what only the process knows is left at its default."""
+    def evidence(self, claim: Claim) -> Evidence:
+        """Return what the disk shows of a job; what only the process knows is left at its default.
+
+        Each folder is listed once, and only what is there is read: this is asked at each step of each job.
+
+        Args:
+            claim: What was claimed; whether it still is written down, the disk says.
+        """
+        job = claim.job
         record = self.record(job)
-        claim = record.claim()
-        originals = self._originals(job)
-        if claim is None:
+        names = record.names()
+        if "claim.json" not in names:
             return Evidence(leftovers=record.exists() or os.path.lexists(self.claim_folder(job)))
-        sent, answered = record.attempts()
-        decision = record.decision()
+        originals = self._originals(job)
+        sent, answered = record.attempts(names)
+        decision = record.decision() if "decision.json" in names else None
         return Evidence(
             recorded=True,
             claimed=claim.prompt in originals,
@@ -338,8 +345,8 @@ class Spool:
             answered=answered,
             begun=sent > answered and record.partial(sent) is not None,
             decided=decision.door if decision else None,
-            reopened=record.reopened() is not None,
-            over=record.is_over() or (decision is not None and self._document_out(claim, decision)),
+            reopened="reopened.json" in names,
+            over="over" in names or (decision is not None and self._document_out(claim, decision)),
         )
 
     def _originals(self, job: str) -> set[str]:

@@ -186,7 +186,7 @@ class Worker:
         raise SpoolError(f"job {run.claim.job}: no progress", hint="look into its folder in the state folder")
 
     def _evidence(self, run: Run) -> Evidence:
-        seen = self._spool.evidence(run.claim.job)
+        seen = self._spool.evidence(run.claim)
         reaction = None
         if seen.answered and seen.answered == seen.sent and not seen.decided:
             verdict = self._verdict(run, seen.answered)
