@@ -25,6 +25,7 @@ import time
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
+import httpcore
 import httpx
 
 from imagewatch import __version__
@@ -57,6 +58,8 @@ _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
 _SHORTEST_SECRET = 16
+# httpcore takes 64 KiB at a time. Each piece is two calls that give the interpreter away and queue for it again.
+httpcore.HTTP11Connection.READ_NUM_BYTES = 256 * 1024
 
 
 class FetchError(JobError):
