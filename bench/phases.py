@@ -36,7 +36,7 @@ PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
     "ledger: SQLite, with its syncs": [(ledger.Ledger, ("write", "_all")), (budget.Budget, ("reserve", "settle"))],
     "document and decision": [(closing.Closing, ("read", "outcome"))],
     "checks of the prompt": [(worker.Worker, ("_check",))],
-    "log": [(closing.Closing, ("report",)), (worker.Worker, ("_park",))],
+    "log": [(closing.Closing, ("_report",)), (worker.Worker, ("_park",))],
     "look: from the event to the worker": [
         (sweep.Sweep, ("look", "look_at", "unchanged")),
         (daemon.Daemon, ("_dispatch", "_changed", "_finished", "_report", "_write_status")),

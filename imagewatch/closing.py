@@ -260,9 +260,10 @@ class Closing:
         document = with_files(decision.document, moved)
         return msgspec.structs.replace(decision, moves=moves, name=name, document=document)
 
-    def outcome(self, claim: Claim, decision: Decision) -> Outcome:
-        """Return what a decided job came to."""
+    def outcome(self, claim: Claim, decision: Decision, seconds: float) -> Outcome:
+        """Return what a decided job came to, and log its one line."""
         document = facts(decision.document)
+        self._report(decision.door, document, seconds)
         return Outcome(
             claim.job,
             End.OVER,
@@ -274,9 +275,7 @@ class Closing:
             message=document.get("message", ""),
         )
 
-    def report(self, decision: Decision, seconds: float) -> None:
-        """Log the one line of a finished job."""
-        document = facts(decision.document)
+    def _report(self, door: str, document: Mapping[str, Any], seconds: float) -> None:
         say: dict[str, object] = {
             "charged": document["charged"],
             "credits": document.get("credits_charged"),
@@ -290,7 +289,7 @@ class Closing:
             **document.get("ids", {}),
         }
         told = {name: value for name, value in say.items() if value not in (None, [], "")}
-        if decision.door == "outbox":
+        if door == "outbox":
             _log.info("made", **told)
         else:
             _log.warning(

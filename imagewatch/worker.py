@@ -234,9 +234,8 @@ class Worker:
         decision = run.record.decision()
         outcome = Outcome(run.claim.job, End.NOTHING, run.claim.source)
         if decision is not None:
-            outcome = self._closing.outcome(run.claim, decision)
+            outcome = self._closing.outcome(run.claim, decision, self._clock() - run.began)
             outcome = replace(outcome, trouble=run.trouble)
-            self._closing.report(decision, self._clock() - run.began)
         else:
             self._spool.give_back(run.claim)  # without its prompt: somebody took that away, the images are theirs
         self._spool.forget(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
