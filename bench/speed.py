@@ -1,6 +1,6 @@
 """How fast the real daemon is, next to the floor and to the peers: one table of ratios, each within one run.
 
-    python bench/speed.py                     # about half an hour on an idle machine
+    python bench/speed.py                     # about a quarter of an hour
     python bench/speed.py --quick             # two minutes; the figures are rough
     python bench/speed.py --only latency      # of: latency, throughput, slots, start, syncs, phases
     python bench/speed.py --json FILE
@@ -52,7 +52,7 @@ class Amount:
     starts: int
 
 
-FULL, QUICK = Amount(5, 20, 300, 5, 9), Amount(1, 6, 30, 2, 3)
+FULL, QUICK = Amount(4, 20, 300, 4, 7), Amount(1, 6, 30, 2, 3)
 
 
 @dataclass
@@ -217,14 +217,17 @@ def slots(bench: Bench) -> list[Row]:
 
 
 def busy_slots(bench: Bench, contender: Contender, count: int, seconds: float) -> tuple[float, float]:
-    """Return the part of all slots' time in which the endpoint was at work, and the most requests at once."""
+    """Return the part of all slots' time in which the endpoint was at work, and the most requests at once.
+
+    It counts as long as prompts wait: from the first request's beginning to the last one's.
+    """
     bench.endpoint.take(seconds, SIZE)
     jobs = count * bench.amount.rounds * (1 if seconds > 1 else 4)
     contender.finish([contender.drop()[0] for _ in range(jobs)])
     found = bench.endpoint.take(0, SIZE)
     stamps = found["stamps"]
-    begin, end = min(began for _, began, _ in stamps), max(over for *_, over in stamps)
-    return sum(over - began for _, began, over in stamps) / count / (end - begin), found["most"]
+    begin, end = min(began for _, began, _ in stamps), max(began for _, began, _ in stamps)
+    return sum(min(over, end) - began for _, began, over in stamps) / count / (end - begin), found["most"]
 
 
 # Start
