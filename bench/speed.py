@@ -121,15 +121,20 @@ def leaving(bench: Bench, contender: Contender) -> list[float]:
 def latency_rows(found: dict[str, dict[str, Figure]]) -> list[Row]:
     """Return what the latencies are held to."""
     mine, floor, shell = found[DAEMON], found[FLOOR], found.get(SHELL)
-    late = Figure(f"{DAEMON}, p99", "ms", [percentile(mine["all"].values, 0.99)])
-    first = [Check("/ loop", ratio(mine["first"], floor["first"]), 2.0), Check("p99, ms", late, 50.0)]
+    tails = [Figure(f"{name}, p99", "ms", [percentile(one["all"].values, 0.99)]) for name, one in found.items()]
+    first = [Check("/ loop", ratio(mine["first"], floor["first"]), 2.0), Check("p99, ms", tails[0], 50.0)]
     receipt = [Check("/ loop", ratio(mine["receipt"], floor["receipt"]), 2.0)]
     if shell:
         first.insert(1, Check("/ shell", ratio(mine["first"], shell["first"]), 1 / 5))
         receipt.append(Check("/ shell", ratio(mine["receipt"], shell["receipt"]), 1 / 2))
     busy = [Check("/ its own, idle", ratio(mine["busy"], mine["first"]), 1.5)]
     return [
-        Row("drop → first byte of the request, p50, idle", [one["first"] for one in found.values()], first, skipped()),
+        Row(
+            "drop → first byte of the request, p50, idle",
+            [*(one["first"] for one in found.values()), *tails],
+            first,
+            skipped(),
+        ),
         Row(
             "the same while finished prompts leave the inbox",
             [one["busy"] for one in found.values() if one["busy"].values],
