@@ -30,6 +30,10 @@ _BOMS = (
     (b"\xff\xfe", "utf-16-le"),
     (b"\xfe\xff", "utf-16-be"),
 )
+_QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'')
+_NESTING = re.compile(r"[.\[{]")
+_MAX_NESTING = 100
+"""Dots and brackets outside of strings: the TOML reader takes seconds for thousands, and we need one or two."""
 _HINT_TEXT = "save it as plain text in UTF-8"
 _HINT_TOML = "front matter is TOML between two lines that are exactly +++"
 
@@ -137,6 +141,8 @@ def _split(text: str) -> tuple[str | None, str]:
 def _front_matter(block: str) -> tuple[FrontMatter, list[Problem]]:
     if len(block) > MAX_FRONT:
         return FrontMatter(), [Problem("front matter", f"more than {MAX_FRONT:,} characters", "shorten it")]
+    if len(_NESTING.findall(_QUOTED.sub('""', block))) > _MAX_NESTING:
+        return FrontMatter(), [Problem("front matter", "too many dots and brackets", _HINT_TOML)]
     try:
         table = tomllib.loads(block)
     except (tomllib.TOMLDecodeError, RecursionError, ValueError) as error:

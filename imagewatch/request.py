@@ -163,10 +163,17 @@ def open_plain(path: str, name: str) -> IO[bytes]:
     except OSError as error:
         reason = "it is a link" if os.path.islink(path) else f"cannot be read: {error.strerror}"
         raise BadRequest([Problem(name, reason, "drop a plain file that the daemon may read")]) from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or private(status):
         os.close(descriptor)
-        raise BadRequest([Problem(name, "it is not a plain file", "drop a plain file")])
+        reason = "it is a second name of a private file" if stat.S_ISREG(status.st_mode) else "it is not a plain file"
+        raise BadRequest([Problem(name, reason, "drop a plain file")])
     return os.fdopen(descriptor, "rb")
+
+
+def private(status: os.stat_result) -> bool:
+    """Tell whether a file is a hard link to one that only the daemon's user may read, such as its key."""
+    return status.st_nlink > 1 and status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IRGRP | stat.S_IROTH)
 
 
 def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
@@ -180,7 +187,7 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
         path = os.path.join(files.where, name)
         label = printable(name, 255)
         try:
-            inputs.append(read_image(path, label))
+            inputs.append(read_image(path, label, most_bytes))
         except BadRequest as error:
             problems += error.problems
         else:
@@ -193,17 +200,22 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
     return tuple(inputs), tuple(parts), problems
 
 
-def read_image(path: str, name: str) -> Input:
+def read_image(path: str, name: str, most_bytes: int | None = None) -> Input:
     """Return what an input image is.
 
     Args:
         path: The file.
         name: What to call it in problems.
+        most_bytes: A larger one is not read: it may be a hole of a terabyte.
 
     Raises:
-        BadRequest: It is no whole image of a supported kind.
+        BadRequest: It is no whole image of a supported kind, or too large.
     """
     with open_plain(path, name) as file:
+        size = os.fstat(file.fileno()).st_size
+        if most_bytes is not None and size > most_bytes:
+            reason = f"{size:,} bytes are more than limits.max_input_bytes ({most_bytes:,})"
+            raise BadRequest([Problem(name, reason, "make it smaller")])
         image = inspect(file)
         if image is None:
             file.seek(0)
