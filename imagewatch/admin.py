@@ -327,6 +327,8 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
     }
     yield f"imagewatch {page['version']} {states.get(page['state'], 'is running')}, as of {_local(page['updated'])}"
     yield f"  inbox      {page['inbox']} ({page['mode']}, last look {_local(page['last_sweep'])})"
+    for path, reason in page["polled"]["folders"].items():
+        yield f"             {path}: looked at regularly ({reason})"
     waiting = page["waiting"]
     yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
     yield f"  in flight  {len(page['in_flight'])}"

@@ -28,15 +28,14 @@ from imagewatch.durable import Disk
 from imagewatch.errors import ConfigError, SpoolError
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
+from imagewatch.intake import Changed, Intake, Lost
 from imagewatch.key import key_stamp, read_key
 from imagewatch.ledger import Ledger
-from imagewatch.names import SUFFIX, stem_of
+from imagewatch.names import SUFFIX
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line
-from imagewatch.sweep import Candidate, Key, Seen, Sweep
-from imagewatch.watcher import Watcher
 from imagewatch.worker import Worker
 
 if TYPE_CHECKING:
@@ -44,28 +43,12 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from imagewatch.config import Config
+    from imagewatch.seen import Key
 
-_POLL_SECONDS = 5.0
-_REST = 10.0
-"""A sweep that took a second is followed by ten seconds without one: looking costs a tenth of a core at most."""
 _LONGEST_WAIT = 3600.0
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class Changed:
-    """Something happened to a name in a folder."""
-
-    folder: str
-    name: str
-    renamed: bool
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Events may have been missed: look at everything."""
 
 
 @dataclass(frozen=True)
@@ -151,17 +134,13 @@ class Daemon:
         self._control = Control(config.folders.state, self._spool.disk)
         self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
-        self._watcher = Watcher(
-            lambda folder, name, renamed: self._mailbox.put(Changed(folder, name, renamed)),
-            lambda: self._mailbox.put(Lost()),
-        )
-        self._ready: dict[Key, Candidate] = {}  # in the order in which they are taken
+        self._intake = Intake(self._spool.inbox, self._control.folder, self._mailbox.put, clock, monotonic)
+        if self._notify.watchdog_seconds:
+            self._intake.most_seconds = self._notify.watchdog_seconds / 2
         self._later: list[Later] = []
         self._in_flight: dict[str, Key | None] = {}
         self._ignored: set[tuple[str, str]] = set()
-        self._seen = Seen()
-        self._sweep_at = self._rested_at = 0.0
-        self._left_out = False
+        self._more_ignored = False
         self._draining = False
         self.failed = 0
 
@@ -215,25 +194,22 @@ class Daemon:
             clock=self._clock,
             jitter=random,
         )
-        self._sweep = Sweep(self._spool.inbox, config.inbox)
-        self._sweep_at = 0.0
+        self._intake.configure(config.inbox, config.limits.burst)
         self._gate.configure(
             config.limits, config.inbox.settle_seconds, lambda: key_stamp(config.endpoint, self._environ)
         )
 
     def _begin(self) -> None:
         self._gate.start()
-        self._start_watcher()
         for job in self._spool.unfinished():
             _log.info("recovering", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._set_aside(job)
         self._status.state = "once" if self._once else "running"
-        self._status.mode = mode = "native" if self._watcher.alive() else "poll"
         self._look()
-        _log.info(
-            "watching", inbox=self._spool.inbox, mode=mode, endpoint=self._config.endpoint.base_url, version=__version__
-        )
+        mode, where = self._intake.mode, self._config.endpoint.base_url
+        polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
+        _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
 
     def _set_aside(self, job: str) -> None:
@@ -242,16 +218,6 @@ class Daemon:
         with contextlib.suppress(SpoolError):  # a damaged record: its job says so when it is carried on
             if sent := record.sent(record.attempts()[0]):
                 self._budget.resume(job, sent.fields["provider"], sent.at)
-
-    def _start_watcher(self) -> None:
-        if self._config.inbox.watch == "poll" or not self._watcher.available:
-            return
-        try:
-            self._watcher.start()
-        except OSError as error:
-            _log.warning("no change events; looking regularly instead", reason=str(error))
-        else:
-            self._report_unwatched(self._watcher.watch([self._spool.inbox, self._control.folder])[1])
 
     def _loop(self) -> None:
         while not self._mailbox.empty():  # a signal may have come before anything was begun
@@ -274,7 +240,7 @@ class Daemon:
             return True
         if self._gate.first() is not None:
             return not any(self._may_get_on(later) for later in self._later)
-        return not self._ready and not self._later and self._seen.due is None and self._now() < self._sweep_at
+        return not self._intake.any() and not self._later and not self._intake.pending
 
     def _may_get_on(self, later: Later) -> bool:
         """Tell whether a claimed job may be carried on behind a hold: to deliver what was paid for needs no request."""
@@ -293,8 +259,8 @@ class Daemon:
         if self._draining:
             return _LONGEST_WAIT  # only workers are waited for
         now = self._now()
-        times = [max(self._sweep_at, self._rested_at)]
-        if self._ready or self._later:
+        times = [self._intake.due]
+        if self._intake.any() or self._later:
             times.append(now + self._gate.patience())
         if self._status.due is not None:
             times.append(self._status.due)
@@ -310,7 +276,7 @@ class Daemon:
             case Changed():
                 self._changed(message)
             case Lost():
-                self._sweep_at = 0.0
+                self._intake.soon()
             case Signalled():
                 self._signalled(message.number)
             case Finished():
@@ -326,7 +292,7 @@ class Daemon:
             self._look()  # what was given back lies in the inbox again
         self._status.state = "stopped"
         self._write_status()
-        self._watcher.stop()
+        self._intake.stop()
         self._client.close()
         self._ledger.close()
 
@@ -335,7 +301,7 @@ class Daemon:
             return 0
         if self._gate.disk_failed:
             return 74
-        if self._gate.first() is not None and (self._ready or self._seen.waiting or self._later):
+        if self._gate.first() is not None and (self.left or self._later):
             return 69
         return 1 if self.failed else 0
 
@@ -352,52 +318,31 @@ class Daemon:
     @property
     def left(self) -> int:
         """How many prompts wait in the inbox."""
-        return len(self._ready) + len(self._seen.waiting)
+        return self._intake.count() + self._intake.seen.waiting.total
 
     # Looking
 
     def _look_if_due(self) -> None:
-        now = self._now()
         if self._draining:
             return
-        if now >= self._sweep_at and now >= self._rested_at:
+        if self._now() >= self._intake.due:
             self._look()
         else:
             self._gate.look_at_key()
 
     def _look(self) -> None:
-        began = self._now()
         try:
             self._spool.require_mounts()
-            self._seen = self._sweep.look(began, self._clock())
+            self._intake.look(self._taken())
         except SpoolError as error:
             self._gate.failed(error)
-            self._sweep_at = self._now() + DISK_SECONDS
+            self._intake.late(DISK_SECONDS)
             return
-        taken = self._taken()
-        self._ready = {candidate.key: candidate for candidate in self._seen.ready if candidate.key not in taken}
-        self._left_out = len(self._ready) < len(self._seen.ready)
         self._tell_ignored()
         self._heed()
         self._status.last_sweep = self._clock()
-        now = self._now()
-        interval = self._config.inbox.rescan_seconds
-        if not self._watcher.alive():
-            interval = min(interval, _POLL_SECONDS)
-        if self._notify.watchdog_seconds:
-            interval = min(interval, self._notify.watchdog_seconds / 2)
-        due = interval if self._seen.due is None else min(interval, self._seen.due)
-        self._sweep_at = now + due
-        rest = _REST * (now - began)
-        if self._notify.watchdog_seconds:
-            rest = min(rest, self._notify.watchdog_seconds / 2)
-        self._rested_at = now + rest
-        if self._watcher.alive():
-            added, problems = self._watcher.watch([*self._seen.folders, self._control.folder])
-            self._report_unwatched(problems)
-            if added:
-                self._sweep_at = now  # what was dropped before the watch began was seen by nobody
-        self._on_seen(len(self._ready) + len(self._in_flight))
+        self._status.mode, self._status.polled = self._intake.mode, self._intake.polled
+        self._on_seen(self._intake.count() + len(self._in_flight))
         self._status.change()
         self._notify.send(WATCHDOG="1")
 
@@ -428,8 +373,8 @@ class Daemon:
         """Return the newest ctime of each prompt in the inbox, also of those not quiet yet; seconds since the epoch."""
         if not self._config.limits.burst:
             return {}
-        found = {candidate.source: candidate.changed_at for candidate in self._ready.values()}
-        for path in self._seen.waiting:
+        found = self._intake.arrived()
+        for path in self._intake.seen.waiting:
             with contextlib.suppress(OSError):
                 found[path] = os.lstat(os.path.join(self._spool.inbox, path)).st_ctime
         return found
@@ -449,38 +394,19 @@ class Daemon:
 
     def _tell_ignored(self) -> None:
         """Say once of each file that will not be taken why."""
-        now = set(self._seen.ignored.items())
+        ignored = self._intake.seen.ignored
+        now = set(ignored.items())
         for path, reason in sorted(now - self._ignored):
             _log.warning("ignored", file=path, reason=reason)
-        self._ignored = now
-
-    def _report_unwatched(self, problems: list[str]) -> None:
-        for problem in problems:
-            _log.warning("not watched, only looked at regularly", reason=problem)
+        if (more := ignored.total > len(ignored)) and not self._more_ignored:
+            _log.warning("ignored more files than are named", count=ignored.total)
+        self._ignored, self._more_ignored = now, more
 
     def _changed(self, change: Changed) -> None:
-        now = self._now()
         if change.folder == self._control.folder:
             self._heed()  # not at the next sweep, which a huge inbox may put off
-            return
-        stem = stem_of(change.name)
-        if stem is None:
-            wait = 0.0 if self._sweep.waits_for_inputs() else self._config.inbox.settle_seconds
-            self._sweep_at = min(self._sweep_at, now + wait)
-            return
-        folder = os.path.relpath(change.folder, self._spool.inbox)
-        key = ("" if folder == "." else folder, stem)
-        self._ready.pop(key, None)
-        if change.renamed:
-            self._sweep.arrived_whole(key, now)
-            candidate = self._sweep.look_at(key, now, self._clock())
-            if candidate is not None and key not in self._taken():
-                self._ready[key] = candidate
-                self._gate.count(self._arrived(), self._is_finished)
-                return
-        else:
-            self._sweep.touch(key, now)
-        self._sweep_at = min(self._sweep_at, now + self._config.inbox.settle_seconds)
+        elif self._intake.changed(change, self._taken()):
+            self._gate.count(self._arrived(), self._is_finished)
 
     # Doing
 
@@ -497,11 +423,9 @@ class Daemon:
                 self._later.remove(later)
                 carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
                 self._submit(later.job, later.key, carry)
-        while self._ready and not self._draining and self._gate.open(len(self._in_flight)) and self._gate.room():
-            candidate = self._ready.pop(next(iter(self._ready)))
-            if candidate.key in self._taken() or not self._sweep.unchanged(candidate):
-                self._sweep_at = now
-                continue
+        while not self._draining and self._intake.any() and self._gate.open(len(self._in_flight)) and self._gate.room():
+            if (candidate := self._intake.next(self._taken())) is None:
+                break
             job = self._spool.new_job()
             claim = candidate.claim(job, self._clock())
             if self._config.limits.burst and not self._is_finished(candidate.source):
@@ -517,8 +441,7 @@ class Daemon:
     def _finished(self, message: Finished) -> None:
         key = self._in_flight.pop(message.job, None)
         self._status.change()
-        if self._left_out:
-            self._sweep_at = 0.0  # a file of the same name was dropped meanwhile
+        self._intake.over(key)
         try:
             outcome = message.future.result()
         except SpoolError as error:
@@ -553,7 +476,7 @@ class Daemon:
             self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh, turn))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:
             self._gate.returned(outcome.source)
-            self._sweep_at = self._now()
+            self._intake.soon()
         elif outcome.end is End.OVER:
             self._gate.over(outcome.source)
             self.failed += outcome.door == "errors"
@@ -572,7 +495,7 @@ class Daemon:
         """Write the status file, and tell the service manager the same in one line and some fields more."""
         sources = {job: "/".join(filter(None, key)) + SUFFIX if key else "" for job, key in self._in_flight.items()}
         try:
-            page = self._status.write(self._seen, len(self._ready), sources)
+            page = self._status.write(self._intake.seen, self._intake.count(), sources)
         except SpoolError as error:
             _log.debug("no status written", reason=str(error))
         else:

@@ -14,15 +14,17 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
+from imagewatch.mounts import POLL_SECONDS, Kinds, eventless
 from imagewatch.names import SUFFIX
 from imagewatch.request import Files, Request, build
-from imagewatch.sweep import Candidate, Sweep
+from imagewatch.sweep import Sweep
 from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from imagewatch.config import Config
+    from imagewatch.seen import Candidate
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,8 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
             yield Line("ok", name, "originals are deleted after success")
         else:
             yield _folder(name, path)
+    if os.path.isdir(config.folders.inbox):
+        yield _watched(config)
     try:
         read_key(config.endpoint, environ)
     except ConfigError as error:
@@ -59,6 +63,17 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         source = key_source(config.endpoint, environ)
         warning = key_file_problem(config.endpoint.api_key_file) if config.endpoint.api_key_file else ""
         yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
+
+
+def _watched(config: Config) -> Line:
+    """Say how changes of the inbox are noticed."""
+    kinds = Kinds()
+    kinds.refresh()
+    kind = kinds.of(config.folders.inbox)
+    polled = config.inbox.watch == "poll" or (config.inbox.watch == "auto" and eventless(kind))
+    seconds = min(config.inbox.rescan_seconds, POLL_SECONDS) if polled else config.inbox.rescan_seconds
+    how = "by looking" if polled else "by the kernel's events, and by looking"
+    return Line("ok", "watch", f"{kind or 'unknown file system'}: changes are noticed {how} every {amount(seconds)} s")
 
 
 def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
@@ -108,20 +123,25 @@ def _folder(name: str, path: str) -> Line:
 
 
 def files(config: Config) -> Iterator[Line]:
-    """Look at every prompt in the inbox, and at what looks like one.
+    """Look at every file in the inbox, and at the folders in it.
 
     Raises:
         SpoolError: The inbox cannot be listed.
     """
     if not os.path.isdir(config.folders.inbox):
         return
-    seen = Sweep(config.folders.inbox, config.inbox).look(time.monotonic(), time.time())
+    sweep = Sweep(config.folders.inbox, config.inbox, explain=True)
+    seen = sweep.look(time.monotonic(), time.time())
     for candidate in seen.ready:
         yield _ready(candidate, config)
     for path, reason in sorted(seen.waiting.items()):
         yield Line("wait", printable(path), reason)
+    named = sweep.named()
     for path, reason in sorted(seen.ignored.items()):
-        yield Line("ignore", printable(path), reason)
+        if path in named:
+            yield Line("wait", printable(path), "an image that a prompt names")
+        else:
+            yield Line("ignore", printable(path), reason)
 
 
 def _ready(candidate: Candidate, config: Config) -> Line:

@@ -19,7 +19,26 @@ from imagewatch.text import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+POLL_SECONDS = 5.0
+"""How often folders are looked at of which the kernel tells nothing, at least."""
 _TABLE = "/proc/self/mountinfo"
+_ELSEWHERE = {
+    *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda"),  # servers
+    *("9p", "virtiofs", "vboxsf", "vmhgfs", "prl_fs", "drvfs", "fakeowner", "osxfs", "grpcfuse"),  # hosts
+    *("beegfs", "ceph", "gfs2", "glusterfs", "gpfs", "lustre", "ocfs2", "orangefs"),  # clusters
+    "fuse",
+}
+"""File systems that others can change without this kernel noticing."""
+_PRIVATE = {
+    *("fuse.cryfs", "fuse.encfs", "fuse.gocryptfs", "fuse.securefs"),
+    *("fuse.exfat", "fuse.ntfs-3g", "fuse.fuse-overlayfs"),
+}
+"""FUSE file systems that nobody can change but through their own mount."""
+_TIMED = {
+    *("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "ubifs", "xfs", "zfs"),
+    *("nfs", "nfs4"),
+}
+"""File systems on which the ctime of a folder is known to change whenever a name in it does."""
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -63,6 +82,63 @@ def mount_of(folder: str, mounts: Iterable[Mount]) -> Mount | None:
     above = [m for m in mounts if m.point in {"/", real} or real.startswith(m.point + "/")]
     deepest = max((len(mount.point) for mount in above), default=0)
     return next((mount for mount in reversed(above) if len(mount.point) == deepest), None)
+
+
+def eventless(kind: str) -> bool:
+    """Tell whether changes on a file system of this kind may be made where our kernel does not see them.
+
+    Args:
+        kind: Its type, as in the mount table. An unknown one is taken for a local disk; FUSE is taken for a remote one.
+    """
+    return kind in _ELSEWHERE or (kind.startswith("fuse.") and kind not in _PRIVATE)
+
+
+def keeps_times(kind: str) -> bool:
+    """Tell whether a folder that looks the same is sure to have the same names in it."""
+    return kind in _TIMED
+
+
+def place_of(descriptor: int) -> tuple[int, int]:
+    """Return what is the same for two open folders only if a file can be renamed from one to the other.
+
+    That is device and mount: two mounts of one device are two places, and so are two volumes in one mount.
+    """
+    device = os.fstat(descriptor).st_dev
+    try:
+        with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
+            return device, next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+    except (OSError, StopIteration):
+        return device, 0
+
+
+class Kinds:
+    """Knows of which kind the file systems of folders are, without asking the kernel for each folder again.
+
+    Args:
+        path: The mount table.
+    """
+
+    def __init__(self, path: str = _TABLE) -> None:
+        self._path = path
+        self._table: list[Mount] = []
+        self._known: dict[int, str] = {}
+
+    def refresh(self) -> None:
+        """Take notice of what was mounted and unmounted."""
+        if (now := table(self._path)) != self._table:
+            self._table = now
+            self._known.clear()
+
+    def of(self, folder: str) -> str:
+        """Return the type of the file system a folder is on; an empty string if nobody knows."""
+        try:
+            device = os.stat(folder).st_dev
+        except OSError:
+            return ""
+        if device not in self._known:
+            mount = mount_of(folder, self._table)
+            self._known[device] = mount.kind if mount else ""
+        return self._known[device]
 
 
 class Mounts:

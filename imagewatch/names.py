@@ -9,7 +9,6 @@ accents are composed: macOS takes letters apart, others do not.
 
 from __future__ import annotations
 
-import functools
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING
 from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Container, Iterable
 
 SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
@@ -139,75 +138,96 @@ def suffix_of(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-class _Folder:
-    """The prompts of one folder, and whose is a name beside them."""
+def is_picture(name: str) -> bool:
+    """Tell whether a name is that of a picture, of a kind the endpoint takes or not."""
+    return suffix_of(name) in _PICTURES and name[0] not in ".~#"
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self.stems = {stem: Dropped(stem) for name in names if (stem := stem_of(name)) is not None}
-        # Only what is not plain ASCII can be written in two ways.
-        self._composed = {_composed(stem): dropped for stem, dropped in self.stems.items() if not stem.isascii()}
-        self._numbers: dict[tuple[str, str], int] = {}
 
-    def find(self, stem: str) -> Dropped | None:
-        """Return a prompt by its stem, however its accents are composed."""
-        return self.stems.get(stem) or (None if stem.isascii() else self._composed.get(_composed(stem)))
+class Beside:
+    """What lies beside the prompts of one folder, and whose it is.
 
-    def owner(self, name: str) -> tuple[Dropped, int] | None:
+    Args:
+        stems: All stems of the folder. It is only asked whether it has one.
+    """
+
+    def __init__(self, stems: Container[str]) -> None:
+        self._stems = stems
+        self._own: dict[str, list[str]] = {}
+        self._meant: dict[str, list[str]] = {}  # pictures of nobody, by what their owner's stem may look like
+        self._headless: dict[str, list[str]] = {}  # marks of Office, by what they have of the prompt's name
+
+    def add(self, name: str) -> bool:
+        """Sort in a name that is no prompt's; tell whether it belongs to a prompt for sure."""
+        stem = self.owner(name)
+        if stem is not None:
+            self._own.setdefault(stem, []).append(name)
+        elif is_picture(name):
+            base = name.rpartition(".")[0]
+            match = _LIKE_NUMBERED.fullmatch(base)
+            for like in {base.casefold(), match["stem"].casefold() if match else ""}:
+                self._meant.setdefault(like, []).append(name)
+        elif name.startswith("~$"):
+            self._headless.setdefault(name[2:], []).append(name)
+        return stem is not None
+
+    def owner(self, name: str) -> str | None:
+        """Return the stem to which a file belongs, as its image or as the mark of somebody at work on it, or None."""
+        if is_picture(name):
+            found = self._picture(name)
+            return found[0] if found else None
+        target = in_flight(name)
+        if not target:
+            return None
+        if (stem := stem_of(target)) is not None:
+            return self._find(stem)
+        found = self._picture(target) if suffix_of(target) in _PICTURES else None
+        return found[0] if found else None
+
+    def _find(self, stem: str) -> str | None:
+        """Return a stem as it is written here, however its accents are composed."""
+        if stem in self._stems:
+            return stem
+        return None if stem.isascii() else next((way for way in spellings(stem) if way in self._stems), None)
+
+    def _picture(self, name: str) -> tuple[str, int] | None:
         """Return whose image a name is, and its number (-1 for the plain one, which comes before ``cat.0.png``)."""
         base = name.rpartition(".")[0]
-        if dropped := self.find(base):
-            return dropped, -1
+        if (stem := self._find(base)) is not None:
+            return stem, -1
         match = _NUMBERED.fullmatch(base)
-        if match and (dropped := self.find(match["stem"])):
-            return dropped, int(match["number"])
+        if match and (stem := self._find(match["stem"])) is not None:
+            return stem, int(match["number"])
         return None
 
-    def add_picture(self, name: str, suffix: str) -> None:
-        if owner := self.owner(name):
-            dropped, number = owner
-            (dropped.images if suffix in IMAGE_SUFFIXES else dropped.foreign).append(name)
-            self._numbers[dropped.stem, name] = number
-            return
-        base = name.rpartition(".")[0]
-        match = _LIKE_NUMBERED.fullmatch(base)
-        for like in (base, match["stem"] if match else ""):
-            if meant := self._in_any_case.get(like.casefold()):
-                meant.doubtful.append(name)
-                return
+    def has(self, stem: str) -> bool:
+        """Tell whether there may be an image of a prompt, or somebody at work on it."""
+        return stem in self._own or bool(self._headless)
 
-    def add_busy(self, name: str, target: str) -> None:
-        stem = stem_of(target)
-        if stem is not None and (prompt := self.find(stem)):
-            prompt.busy.append(name)
-        elif stem is None and suffix_of(target) in _PICTURES and (owner := self.owner(target)):
-            owner[0].busy.append(name)
-            if target not in (*owner[0].names, *owner[0].coming):
-                owner[0].coming.append(target)
-        elif name.startswith("~$"):
-            for dropped in self._without_a_head.get(target, ()):
-                dropped.busy.append(name)
+    def of(self, stem: str) -> Dropped:
+        """Return what was dropped for one prompt."""
+        dropped = Dropped(stem)
+        names = self._own.get(stem, ())
+        numbered = sorted((found[1], name) for name in names if is_picture(name) and (found := self._picture(name)))
+        for _, name in numbered:
+            (dropped.images if suffix_of(name) in IMAGE_SUFFIXES else dropped.foreign).append(name)
+        dropped.foreign.sort()
+        dropped.busy = [name for name in names if not is_picture(name)]
+        for cut in (1, 2) if self._headless else ():
+            dropped.busy += self._headless.get(dropped.prompt[cut:], ())
+        for mark in dropped.busy:
+            target = in_flight(mark) or ""
+            is_image = stem_of(target) is None and suffix_of(target) in _PICTURES
+            if is_image and target not in (*dropped.names, *dropped.coming):
+                dropped.coming.append(target)
+        dropped.doubtful = list(self._meant.get(stem.casefold(), ()))
+        return dropped
 
-    @functools.cached_property
-    def _in_any_case(self) -> dict[str, Dropped]:
-        return {stem.casefold(): dropped for stem, dropped in self.stems.items()}
-
-    @functools.cached_property
-    def _without_a_head(self) -> dict[str, list[Dropped]]:
-        """What Office makes of the names of prompts."""
-        rests: dict[str, list[Dropped]] = {}
-        for dropped in self.stems.values():
-            for cut in (1, 2):
-                rests.setdefault(dropped.prompt[cut:], []).append(dropped)
-        return rests
-
-    def sort(self) -> None:
-        for dropped in self.stems.values():
-            dropped.images.sort(key=lambda name: (self._numbers[dropped.stem, name], name))
-            dropped.foreign.sort()
-
-
-def _composed(stem: str) -> str:
-    return unicodedata.normalize("NFC", stem)
+    def keep(self, stems: Collection[str]) -> None:
+        """Forget what does not belong to one of these."""
+        self._own = {stem: names for stem, names in self._own.items() if stem in stems}
+        if self._meant:
+            alike = {stem.casefold() for stem in stems}
+            self._meant = {like: names for like, names in self._meant.items() if like in alike}
 
 
 def group(names: Iterable[str]) -> dict[str, Dropped]:
@@ -220,20 +240,12 @@ def group(names: Iterable[str]) -> dict[str, Dropped]:
         For each stem, what was dropped for it.
     """
     listed = list(names)
-    folder = _Folder(listed)
-    marks: list[tuple[str, str]] = []
-    for name in listed if folder.stems else ():
-        if stem_of(name) is not None:
-            continue
-        suffix = suffix_of(name)
-        if suffix in _PICTURES and name[0] not in ".~#":
-            folder.add_picture(name, suffix)
-        elif target := in_flight(name):
-            marks.append((name, target))
-    for mark, target in marks:  # last, for it must be known which images are there
-        folder.add_busy(mark, target)
-    folder.sort()
-    return folder.stems
+    stems = dict.fromkeys(stem for name in listed if (stem := stem_of(name)) is not None)
+    beside = Beside(stems)
+    for name in listed if stems else ():
+        if stem_of(name) is None:
+            beside.add(name)
+    return {stem: beside.of(stem) for stem in stems}
 
 
 def tagged(name: str, stem: str, tag: str) -> str:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Hashable
 
 
-@dataclass
+@dataclass(slots=True)
 class _Watched:
     fingerprint: Hashable
     since: float
@@ -67,6 +67,10 @@ class Settling:
                 since = max(since, known.since)
         self._watched[key] = _Watched(fingerprint, since)
         return max(0.0, since + self.settle_seconds - now)
+
+    def forget(self, key: Hashable) -> None:
+        """Forget a stem: whoever asks remembers himself that it is settled."""
+        self._watched.pop(key, None)
 
     def keep_only(self, keys: Collection[Hashable], looked: float = -math.inf) -> None:
         """Forget the stems that are gone.

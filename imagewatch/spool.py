@@ -95,6 +95,19 @@ class Spool:
         for folder in (self.state, self.claims):
             self._locks.append(self.disk.lock(os.path.join(folder, "lock")))
 
+    def keep_lock(self) -> None:
+        """Become the only daemon of an inbox again that was replaced by another folder.
+
+        Raises:
+            AlreadyRunning: Another one has it; nothing may be taken out of it.
+        """
+        path = os.path.join(self.claims, "lock")
+        if self._locks and not _is_same(self._locks[-1], path):
+            self._make_claims()
+            lock = self.disk.lock(path)
+            self._locks.pop().close()
+            self._locks.append(lock)
+
     def _make_claims(self) -> None:
         """Make the folder for claims, also in a replaced inbox; never the inbox, which may be unmounted.
 
@@ -149,6 +162,7 @@ class Spool:
     def probe(self) -> None:
         """Prove that every folder we put files into can be written, and is still the one it was."""
         self.require_mounts()
+        self.keep_lock()
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
 
@@ -162,6 +176,7 @@ class Spool:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
         self.require_mounts()
+        self.keep_lock()
         for folder in (self.state, self.outbox):
             with ours(folder, "ask for the free space"):
                 status = os.statvfs(folder)
@@ -580,6 +595,14 @@ class Spool:
         os.fchmod(descriptor, mode if mode is not None else 0o666 & ~_umask())
         if self._gid is not None:
             os.fchown(descriptor, -1, self._gid)
+
+
+def _is_same(file: IO[bytes], path: str) -> bool:
+    """Tell whether an open file is still the one of a name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except OSError:
+        return False
 
 
 def _temporary(folder: str, claim: Claim, number: str) -> str:

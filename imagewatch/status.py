@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from imagewatch.durable import Disk
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger
-    from imagewatch.sweep import Seen
+    from imagewatch.seen import Seen
 
 SCHEMA = 1
 FILE = "status.json"
@@ -93,6 +92,7 @@ class Status:
         self._not_before = 0.0
         self.state = "starting"
         self.mode = ""
+        self.polled: Mapping[str, str] = {}
         self.last_sweep: float | None = None
 
     def configure(self, config: Config) -> None:
@@ -142,15 +142,16 @@ class Status:
             "started": iso(self._started),
             "last_sweep": iso(self.last_sweep),
             "mode": self.mode,
+            "polled": {"count": len(self.polled), "folders": _first(self.polled)},
             "inbox": printable(self._config.folders.inbox),
             "endpoint": self._config.endpoint.base_url,
             "waiting": {
                 "ready": ready,
-                "not_ready": len(seen.waiting),
-                "why": dict(Counter(_kind(reason) for reason in seen.waiting.values()).most_common(20)),
+                "not_ready": seen.waiting.total,
+                "why": dict(seen.waiting.kinds.most_common(20)),
                 "files": _first(seen.waiting),
             },
-            "ignored": {"count": len(seen.ignored), "files": _first(seen.ignored)},
+            "ignored": {"count": seen.ignored.total, "files": _first(seen.ignored)},
             "in_flight": [{"job": job, "source": printable(source)} for job, source in in_flight.items()],
             "holds": self._holds(),
             "today": self._totals(day[0].timestamp(), self._config.limits.credits_per_day),
@@ -204,12 +205,3 @@ def moment(text: str) -> datetime:
 def _first(reasons: Mapping[str, str]) -> dict[str, str]:
     """Return the first names and their reasons; of a huge inbox not all of them."""
     return {printable(path): reasons[path] for path in sorted(reasons)[:_MOST_NAMES]}
-
-
-def _kind(reason: str) -> str:
-    """Return a reason without what differs from file to file."""
-    if reason.endswith("still being written"):
-        return "still being written"
-    if reason.startswith("waits for "):
-        return "images it names are missing"
-    return "not quiet for long enough" if "quiet for" in reason else reason

@@ -1,110 +1,45 @@
 """Looking at the inbox: the only source of truth about what is there to do.
 
-A *sweep* lists every folder, groups the names by stem and asks ``settling`` which stems are quiet. Events of the
-watcher only make a sweep come sooner. Nothing is changed here, and only files that are quiet are opened.
+A *sweep* brings the names of all folders up to date, asks ``settling`` which stems are quiet, and puts the settled ones
+into a queue, oldest first. Events of the watcher only make a sweep come sooner. Nothing is changed here.
+
+Of a settled prompt only its name and the newest ctime of its files are kept. What else there is to know is looked up
+when its turn comes: whether its files are still the same, whether they can be read, and which images it names. A
+rewrite in place that no event told of is found then, and the prompt has to be quiet again.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 import stat
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch import prompt as prompts
-from imagewatch.durable import ours
-from imagewatch.errors import BadRequest, SpoolError
+from imagewatch.errors import BadRequest
 from imagewatch.images import inspect
-from imagewatch.job import Claim
-from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, Dropped, group, in_flight, locks, near_miss, spellings
-from imagewatch.request import open_plain, read_prompt
+from imagewatch.listing import Folder, Folders, Visitor
+from imagewatch.names import SUFFIX, Dropped, locks, spellings
+from imagewatch.request import open_plain, private, read_prompt
+from imagewatch.seen import Candidate, Key, Look, Reasons, Seen
 from imagewatch.settling import Settling
 from imagewatch.text import printable
 from imagewatch.writers import has_writer, is_local
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Collection
 
     from imagewatch.config import Inbox
-
-Key = tuple[str, str]
-"""A stem: the folder below the inbox, and the stem's name."""
-Look = tuple[str, int, int, int, int]
-"""What a file looks like: name, inode, size, mtime and ctime; zeros when it is not there."""
 
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
 _SKEW_SECONDS = 60.0
 """How far the clock of a file server may be behind ours."""
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A prompt that may be claimed now.
-
-    Attributes:
-        key: Folder and stem.
-        images: Its input images, in the order in which they are sent.
-        foreign: Siblings of a kind the endpoint does not take.
-        looks: What its files looked like, the prompt first.
-        changed_at: Newest ctime of its files, seconds since the epoch.
-        declared: Whether the prompt names its images itself.
-    """
-
-    key: Key
-    images: tuple[str, ...]
-    foreign: tuple[str, ...]
-    looks: tuple[Look, ...]
-    changed_at: float
-    declared: bool
-
-    @property
-    def source(self) -> str:
-        """Path of the prompt below the inbox."""
-        return os.path.join(self.key[0], self.key[1] + SUFFIX)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of its files, the prompt first."""
-        return (self.key[1] + SUFFIX, *self.images, *self.foreign)
-
-    def claim(self, job: str, at: float) -> Claim:
-        """Return the claim for it."""
-        _, _, size, mtime_ns, _ = self.looks[0]
-        return Claim(
-            job=job,
-            folder=self.key[0],
-            stem=self.key[1],
-            images=self.images,
-            declared=self.declared,
-            foreign=self.foreign,
-            size=size,
-            mtime_ns=mtime_ns,
-            at=at,
-        )
-
-
-@dataclass
-class Seen:
-    """What one sweep saw.
-
-    Attributes:
-        ready: What may be claimed, oldest first.
-        waiting: What may not yet be, and why, by path below the inbox.
-        ignored: What will not be taken, and why, by path below the inbox.
-        due: Seconds until something may become ready, or None.
-        folders: Every folder looked into, as paths.
-    """
-
-    ready: list[Candidate] = field(default_factory=list)
-    waiting: dict[str, str] = field(default_factory=dict)
-    ignored: dict[str, str] = field(default_factory=dict)
-    due: float | None = None
-    folders: list[str] = field(default_factory=list)
-
-    def comes_due(self, seconds: float) -> None:
-        """Note that something may be ready after some seconds."""
-        self.due = seconds if self.due is None else min(self.due, seconds)
+_LARGE_BYTES = 64 << 20
+"""A larger image has to be quiet like others: to read it through here would hold up everybody."""
+_NOT_QUIET = "not quiet for long enough"
+_BUSY = "still being written"
 
 
 class Sweep:
@@ -113,234 +48,442 @@ class Sweep:
     Args:
         inbox: The folder.
         config: Settling, waits, recursion.
+        keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
+        is_local: Tells of a folder whether its times are of our own clock.
+        window: How many prompts are kept by name, the oldest ones; the names of the others are read again when their
+            turn comes. None for all.
+        most_named: How many files are named in ``waiting`` and in ``ignored``; None for all.
+        explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
     """
 
-    def __init__(self, inbox: str, config: Inbox) -> None:
-        self._inbox = inbox
+    def __init__(
+        self,
+        inbox: str,
+        config: Inbox,
+        *,
+        keeps_times: Callable[[str], bool] = lambda _: False,
+        is_local: Callable[[str], bool] = is_local,
+        window: int | None = None,
+        most_named: int | None = None,
+        explain: bool = False,
+    ) -> None:
         self._config = config
+        self._most_named = most_named
+        self._folders = Folders(
+            inbox,
+            recursive=config.recursive,
+            keeps_times=keeps_times,
+            is_local=is_local,
+            most_named=most_named,
+            explain=explain,
+        )
         self._settling = Settling(config.settle_seconds)
         self._inputs = Settling(config.settle_seconds)
         self._inputs_since: dict[Key, float] = {}
+        self._marks: dict[str, float] = {}
         self._arrived: set[Key] = set()
+        self._held_back: dict[Key, float] = {}
+        self._read: dict[Key, tuple[Look, tuple[str, ...] | None]] = {}
+        self._seen = Seen()
         self._wall = 0.0
-        self._skew = 0.0 if is_local(inbox) else _SKEW_SECONDS
+        # The oldest settled prompts, in order: all up to the horizon, none beyond it.
+        self._size = window
+        self._window: list[tuple[float, Key]] = []
+        self._horizon: tuple[float, Key] | None = None
+        self._next = 0
+
+    # Events
 
     def touch(self, key: Key, now: float) -> None:
         """Note that something happened to a stem: it has to be quiet again from now on."""
         self._settling.touch(key, now)
         self._inputs_since.pop(key, None)
         self._arrived.discard(key)
+        self._held_back.pop(key, None)
+        if folder := self._folders.get(key[0]):
+            folder.unsettle(key[1])
+        self._folders.changed = True
 
     def arrived_whole(self, key: Key, now: float) -> None:
         """Note that a prompt came by rename: if it declares its images, it need not settle."""
-        self._settling.touch(key, now)
-        self._inputs_since.pop(key, None)
+        self.touch(key, now)
         self._arrived.add(key)
 
-    def look(self, now: float, wall: float) -> Seen:
+    def taken(self, key: Key) -> None:
+        """Note that a prompt is being claimed; it is found again if it is still there when its job is over."""
+        self._forget(key)
+        self._folders.changed = True
+
+    def owner(self, folder: str, name: str) -> Key | None:
+        """Return the stem to which a file belongs that is no prompt, or None."""
+        known = self._folders.get(folder)
+        stem = known.beside.owner(name) if known else None
+        return None if stem is None else (folder, stem)
+
+    def waits_for_inputs(self) -> bool:
+        """Tell whether a prompt waits for images it names, or for the end of one."""
+        return bool(self._inputs_since)
+
+    def named(self) -> set[str]:
+        """Return the paths below the inbox of all images that the prompts it has opened name."""
+        return {_join(key[0], name) for key, (_, names) in self._read.items() for name in names or ()}
+
+    # Looking
+
+    def look(self, now: float, wall: float, most: int | None = None, taken: Collection[Key | None] = ()) -> Seen:
         """Look at everything.
 
         Args:
             now: Monotonic time, seconds.
             wall: Wall-clock time, seconds since the epoch.
+            most: How many prompts are made ready at once; ``more`` gives the others. None for all.
+            taken: Stems of which a job is not over; a prompt of that name waits.
+
+        Returns:
+            What was seen; the same as the last time if nothing can be different.
 
         Raises:
             SpoolError: The inbox itself cannot be listed.
         """
-        seen = Seen()
+        seen = Seen(Reasons(self._most_named), Reasons(self._most_named))
         self._wall = wall
-        keys: set[Key] = set()
-        for folder, names in self._folders(seen):
-            for dropped in group(names).values():
-                key = (folder, dropped.stem)
-                keys.add(key)
-                self._judge(key, dropped, seen, now, wall)
-            for name in filter(near_miss, names):
-                self._refuse(folder, name, seen)
-        self._settling.keep_only(keys, now)
-        self._inputs.keep_only(keys)
-        self._inputs_since = {key: since for key, since in self._inputs_since.items() if key in keys}
-        self._arrived &= keys
-        seen.ready.sort(key=lambda candidate: (candidate.changed_at, candidate.key))
+        if refill := self.runs_low():
+            self._window, self._horizon = [], None
+        observe = functools.partial(self._observe, seen, now)
+        self._folders.look(seen, now, Visitor(observe, self._offer if refill else None, taken))
+        unsettled = {(folder.path, stem) for folder in self._folders for stem in folder.unsettled}
+        self._settling.keep_only(unsettled, now)
+        arriving = self._arriving(seen)
+        if not (self._folders.changed or unsettled or self._held_back or arriving):
+            return self._seen
+        self._seen, self._folders.changed = seen, False
+        self._cut_window()
+        self._held_back.clear()
+        seen.ready = self.more(now, wall, most)
+        self._forget_others(unsettled)
         return seen
+
+    def more(self, now: float, wall: float, most: int | None = None) -> list[Candidate]:
+        """Return the next prompts of the queue that may be claimed, oldest first.
+
+        Args:
+            now: Monotonic time, seconds.
+            wall: Wall-clock time, seconds since the epoch.
+            most: How many at most; None for all.
+        """
+        self._wall = wall
+        ready: list[Candidate] = []
+        while self._next < len(self._window) and (most is None or len(ready) < most):
+            changed, key = self._window[self._next]
+            self._next += 1
+            folder = self._folders.get(key[0])
+            if folder and folder.settled.get(key[1]) == changed:
+                candidate = self._judge(key, folder, now)
+                if candidate is not None:
+                    ready.append(candidate)
+        return ready
 
     def look_at(self, key: Key, now: float, wall: float) -> Candidate | None:
         """Look at one prompt that came by rename; return it if it declares its images and all are there.
 
         Its siblings are not listed here, so about a prompt that declares nothing only a sweep can decide.
         """
-        path = _join(key[0], key[1] + SUFFIX)
-        try:
-            status = os.lstat(os.path.join(self._inbox, path))
-        except OSError:
-            return None
         self._wall = wall
-        beside = os.path.join(self._inbox, key[0])
-        if any(os.path.lexists(os.path.join(beside, lock)) for lock in locks(key[1] + SUFFIX)):
+        (look,), changed = self._stat(key[0], (key[1] + SUFFIX,))
+        if look[2] <= 0 or any(self._lies_there(key[0], lock) for lock in locks(key[1] + SUFFIX)):
             return None
-        names = None if self._unusable(path, status) else self._declared(path)
-        if names is None:
+        if self._declared(key, look) is None:
+            self._arrived.discard(key)
+            self._read.pop(key, None)
             return None
-        seen = Seen()
-        self._judge_declared(key, names, seen, now, wall)
-        return seen.ready[0] if seen.ready else None
-
-    def waits_for_inputs(self) -> bool:
-        """Tell whether a prompt waits for images it names, or for the end of one."""
-        return bool(self._inputs_since)
+        folder = self._folders.add(key[0])
+        self._settle(folder, key[1], changed)
+        return self._judge(key, folder, now)
 
     def unchanged(self, candidate: Candidate) -> bool:
         """Tell whether the files of a candidate still look as they did, and nobody has begun to write."""
-        return self._stat(candidate.key[0], candidate.names)[0] == candidate.looks and not self._writer(candidate)
+        if not self._folders.is_real(candidate.key[0]) or self._writer(candidate):
+            return False
+        return self._stat(candidate.key[0], candidate.names)[0] == candidate.looks
 
-    # One stem
+    # Counting
 
-    def _judge(self, key: Key, dropped: Dropped, seen: Seen, now: float, wall: float) -> None:
-        path = _join(key[0], dropped.prompt)
+    def count(self) -> int:
+        """Return how many prompts are settled and wait for nothing else, as far as is known."""
+        return max(sum(len(folder.settled) for folder in self._folders) - len(self._held_back), 0)
+
+    def arrived(self) -> dict[str, float]:
+        """Return the newest ctime of each prompt in the window, seconds since the epoch, by path below the inbox."""
+        return {
+            _join(path, stem + SUFFIX): at for at, (path, stem) in self._window if self._settled((path, stem)) == at
+        }
+
+    # The window
+
+    def runs_low(self) -> bool:
+        """Tell whether a look is needed to learn the names of the next prompts."""
+        if self._horizon is None or self._size is None:
+            return False
+        return len(self._window) - self._next < self._size // 4
+
+    def _offer(self, changed: float, key: Key) -> None:
+        """Put a settled prompt into the window, unless there are enough older ones."""
+        entry = (changed, key)
+        if self._horizon is None or entry < self._horizon:
+            self._window.append(entry)
+            if self._size is not None and len(self._window) > 2 * (self._size + len(self._held_back)):
+                self._cut_window()
+
+    def _cut_window(self) -> None:
+        """Put the window in order; take out what is not settled any more, and what is too much."""
+        self._window = sorted({(at, key) for at, key in self._window if self._settled(key) == at})
+        self._next = 0
+        if self._size is not None and len(self._window) > (size := self._size + len(self._held_back)):
+            self._horizon = self._window[size]
+            del self._window[size:]
+
+    # One stem that is not settled
+
+    def _observe(self, seen: Seen, now: float, folder: Folder, stem: str, descriptor: int) -> None:
+        key, path = (folder.path, stem), _join(folder.path, stem + SUFFIX)
         try:
-            status = os.lstat(os.path.join(self._inbox, path))
+            status = os.lstat(stem + SUFFIX, dir_fd=descriptor)
         except OSError:
             return
-        if reason := self._unusable(path, status):
-            if status.st_size == 0 and stat.S_ISREG(status.st_mode):
-                seen.waiting[path] = reason
-            else:
-                seen.ignored[path] = reason
-            return
-        if busy := self._busy(key, dropped, seen, wall):
-            seen.waiting[path] = f"{printable(busy, 120)} shows that it is still being written"
-            return
-        # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
-        images, foreign = (*dropped.images, *dropped.coming), tuple(dropped.foreign)
-        looks, changed = self._stat(key[0], (dropped.prompt, *images, *foreign))
-        left = self._settling.observe(key, looks, changed_at=changed + self._skew, now=now, wall=wall)
-        if left > 0 and key not in self._arrived:
-            self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
-            return
-        declared = self._declared(path)
-        if declared is not None:
-            self._judge_declared(key, declared, seen, now, wall)
-        elif left > 0:
-            self._wait(seen, path, f"quiet for {left:.1f} more seconds", left)
-        elif not self._waits_for(key, _missing(looks), seen, now):
-            for name in dropped.doubtful:
-                reason = f"no image of {dropped.prompt}, whose images are {dropped.stem}.png, {dropped.stem}.1.png, …"
-                seen.ignored[_join(key[0], name)] = printable(reason, 600)
-            self._take(seen, Candidate(key, images, foreign, looks, changed, declared=False))
-
-    def _unusable(self, path: str, status: os.stat_result) -> str:
         if not stat.S_ISREG(status.st_mode):
-            return "not a plain file"
-        if status.st_size == 0:
-            return "empty, so not ready yet"
-        if not os.access(os.path.join(self._inbox, path), os.R_OK):
-            return "the daemon may not read it"
-        folder = os.path.dirname(path)
-        if folder and not os.access(os.path.join(self._inbox, folder), os.W_OK | os.X_OK):
-            return f"the daemon may not take files out of {printable(folder, 255)}"
+            seen.ignored.add(path, "not a plain file")
+            return
+        if not status.st_size:
+            seen.waiting.add(path, "empty, so not ready yet")
+            return
+        changed = status.st_ctime
+        look = hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        if folder.beside.has(stem):
+            names = folder.beside.of(stem)
+            if busy := self._busy(folder.path, names, seen, now):
+                reason = f"{printable(busy, 120)} shows that it is still being written"
+                seen.waiting.add(path, _BUSY, reason)
+                return
+            looks, changed = self._stat(folder.path, _all_names(names))
+            look = hash(looks)
+        skewed = changed if folder.is_local else changed + _SKEW_SECONDS
+        left = self._settling.observe(key, look, changed_at=skewed, now=now, wall=self._wall)
+        if left <= 0 or self._is_whole(key):
+            self._settle(folder, stem, changed)
+        else:
+            seen.wait(path, _NOT_QUIET, f"quiet for {left:.1f} more seconds", left)
+
+    def _settle(self, folder: Folder, stem: str, changed: float) -> None:
+        folder.settle(stem, changed)
+        self._settling.forget((folder.path, stem))
+        self._offer(changed, (folder.path, stem))
+        self._folders.changed = True
+
+    def _is_whole(self, key: Key) -> bool:
+        """Tell whether a prompt came by rename and names its images, so that it need not settle."""
+        if key not in self._arrived:
+            return False
+        (look,), _ = self._stat(key[0], (key[1] + SUFFIX,))
+        return self._declared(key, look) is not None
+
+    def _busy(self, folder: str, names: Dropped, seen: Seen, now: float) -> str:
+        """Return a mark that shows that somebody is at work, if it is not a leftover."""
+        for name in names.busy:
+            path = self._folders.full(_join(folder, name))
+            try:
+                changed = os.lstat(path).st_ctime
+            except OSError:
+                # It has just become what it stood for, which the list of names does not show yet.
+                seen.comes_due(self._config.settle_seconds)
+                return name
+            # Both by its date and by our own observation: dates may lie in the future.
+            if max(self._wall - changed, now - self._marks.setdefault(path, now)) < _BUSY_SECONDS:
+                return name
         return ""
 
-    def _judge_declared(self, key: Key, declared: tuple[str, ...], seen: Seen, now: float, wall: float) -> None:
+    def _arriving(self, seen: Seen) -> bool:
+        """Say what may become a prompt when its transfer gives it its name; tell whether there is anything like it."""
+        found = [_join(folder.path, name) for folder in self._folders for name in folder.arriving]
+        for path in found:
+            with contextlib.suppress(OSError):
+                if self._wall - os.lstat(self._folders.full(path)).st_ctime < _BUSY_SECONDS:
+                    seen.waiting.add(path, "is on its way: a transfer has not given it its name yet")
+                else:
+                    seen.ignored.add(path, "an unfinished transfer: rename it, or send it again")
+        return bool(found)
+
+    # One stem that is settled
+
+    def _judge(self, key: Key, folder: Folder, now: float) -> Candidate | None:
+        """Look at a settled prompt whose turn has come; tell why if it cannot be taken."""
+        names = folder.beside.of(key[1])
+        looks, changed = self._stat(key[0], _all_names(names))
+        if not looks[0][1]:
+            self._forget(key)
+            return None
+        declared = self._declared(key, looks[0])
+        whole = declared is not None and key in self._arrived
+        if not whole and self._is_disturbed(folder, names, changed, now):
+            return None
+        if declared is not None:
+            return self._judge_declared(key, declared, now)
+        # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
+        images, foreign = (*names.images, *names.coming), tuple(names.foreign)
+        if self._waits_for(key, _missing(looks), now):
+            return None
+        for name in names.doubtful:
+            reason = f"no image of {names.prompt}, whose images are {names.stem}.png, {names.stem}.1.png, …"
+            self._seen.ignored.add(_join(key[0], name), "no image of its prompt", printable(reason, 600))
+        return self._take(Candidate(key, images, foreign, looks, changed, declared=False))
+
+    def _is_disturbed(self, folder: Folder, names: Dropped, changed: float, now: float) -> bool:
+        """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
+        if self._busy(folder.path, names, self._seen, now):
+            kind, reason = _BUSY, "is being written again"
+        elif changed != folder.settled.get(names.stem) and self._config.settle_seconds:
+            kind, reason = _NOT_QUIET, "was changed, so it has to be quiet again"
+        else:
+            return False
+        self._settling.touch((folder.path, names.stem), now)
+        folder.unsettle(names.stem)
+        self._seen.wait(_join(folder.path, names.prompt), kind, reason, self._config.settle_seconds)
+        return True
+
+    def _judge_declared(self, key: Key, declared: tuple[str, ...], now: float) -> Candidate | None:
         """Decide about a prompt that is quiet itself, or whole by its rename, and names its images."""
-        path = _join(key[0], key[1] + SUFFIX)
+        path, folder = _join(key[0], key[1] + SUFFIX), self._folders.add(key[0])
         declared = tuple(self._spelled(key[0], name) for name in declared)
         looks, changed = self._stat(key[0], (key[1] + SUFFIX, *declared))
         if missing := _missing(looks):
-            if self._waits_for(key, missing, seen, now):
-                return
+            if self._waits_for(key, missing, now):
+                return None
         elif key not in self._arrived or not self._all_whole(key[0], declared):
-            left = self._inputs.observe(key, looks, changed_at=changed + self._skew, now=now, wall=wall)
+            skewed = changed if folder.is_local else changed + _SKEW_SECONDS
+            left = self._inputs.observe(key, hash(looks), changed_at=skewed, now=now, wall=self._wall)
             if left > 0:
+                self._hold_back(key)
                 self._inputs_since.setdefault(key, now)
-                self._wait(seen, path, f"its images are quiet for {left:.1f} more seconds", left)
-                return
-        self._take(seen, Candidate(key, declared, (), looks, changed, declared=True))
+                self._seen.wait(path, _NOT_QUIET, f"its images are quiet for {left:.1f} more seconds", left)
+                return None
+        return self._take(Candidate(key, declared, (), looks, changed, declared=True))
 
     def _spelled(self, folder: str, name: str) -> str:
         """Return a name as the folder has it: two ways to compose an accent look the same to whoever typed it."""
-        for spelled in () if name.isascii() else spellings(name):
-            if os.path.lexists(os.path.join(self._inbox, folder, spelled)):
-                return spelled
-        return name
+        ways = () if name.isascii() else spellings(name)
+        return next((way for way in ways if self._lies_there(folder, way)), name)
 
-    def _waits_for(self, key: Key, missing: list[str], seen: Seen, now: float) -> bool:
+    def _waits_for(self, key: Key, missing: list[str], now: float) -> bool:
         """Wait for images that are not there or still empty, but not for ever."""
         if not missing:
             return False
         left = self._inputs_since.setdefault(key, now) + self._config.input_wait_seconds - now
         if left > 0:
+            self._hold_back(key)
             due = min(left, self._config.rescan_seconds)
-            self._wait(seen, _join(key[0], key[1] + SUFFIX), f"waits for {printable(', '.join(missing), 200)}", due)
+            reason = f"waits for {printable(', '.join(missing), 200)}"
+            self._seen.wait(_join(key[0], key[1] + SUFFIX), "images it names are missing", reason, due)
         return left > 0
 
-    def _take(self, seen: Seen, candidate: Candidate) -> None:
-        """Note a candidate, unless somebody writes it or an image could be neither sent nor moved elsewhere."""
-        for name in (*candidate.images, *candidate.foreign):
-            path = os.path.join(self._inbox, candidate.key[0], name)
-            if os.path.isfile(path) and not os.path.islink(path) and not os.access(path, os.R_OK):
-                seen.ignored[candidate.source] = f"the daemon may not read {printable(name, 255)}"
-                return
+    def _take(self, candidate: Candidate) -> Candidate | None:
+        """Return a candidate, unless somebody writes it, or it could be neither sent nor moved elsewhere."""
+        for name in ("", *candidate.names):
+            if problem := self._unusable(candidate.key[0], name):
+                what = "it" if name == candidate.names[0] else printable(name or candidate.key[0], 255)
+                self._hold_back(candidate.key)
+                self._seen.ignored.add(candidate.source, problem, f"{problem} {what}")
+                return None
         if writer := self._writer(candidate):
-            seen.waiting[candidate.source] = f"{printable(writer, 120)} is open for writing"
-        else:
-            seen.ready.append(candidate)
+            self._hold_back(candidate.key)
+            self._seen.waiting.add(
+                candidate.source, "open for writing", f"{printable(writer, 120)} is open for writing"
+            )
+            return None
+        return candidate
+
+    def _unusable(self, folder: str, name: str) -> str:
+        """Return why a file cannot be sent, or why none can be taken out of a folder (then there is no name)."""
+        full = self._folders.full(_join(folder, name) if name else folder)
+        if not name:
+            usable = not folder or os.access(full, os.W_OK | os.X_OK)
+            return "" if usable else "the daemon may not take files out of"
+        with contextlib.suppress(OSError):
+            status = os.lstat(full)
+            if stat.S_ISREG(status.st_mode) and not os.access(full, os.R_OK):
+                return "the daemon may not read"
+            if private(status):
+                return "a hard link to a file that only the daemon's user may read:"
+        return ""
 
     def _writer(self, candidate: Candidate) -> str:
         """Return a file of a candidate that somebody has open for writing; nobody can hold it for ever."""
         if self._wall - candidate.changed_at >= _BUSY_SECONDS:
             return ""
-        folder = os.path.join(self._inbox, candidate.key[0])
+        folder = self._folders.full(candidate.key[0])
         return next((name for name in candidate.names if has_writer(os.path.join(folder, name))), "")
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
         """Tell whether images are complete by their own structure, so that nobody is still writing them."""
         for name in names:
             try:
-                with open_plain(os.path.join(self._inbox, folder, name), name) as file:
-                    image = inspect(file)
+                with open_plain(self._folders.full(_join(folder, name)), name) as file:
+                    image = inspect(file) if os.fstat(file.fileno()).st_size <= _LARGE_BYTES else None
             except (BadRequest, OSError):
                 return False
             if image is None or image.problem:
                 return False
         return True
 
-    def _wait(self, seen: Seen, path: str, reason: str, seconds: float) -> None:
-        seen.waiting[path] = reason
-        seen.comes_due(seconds)
-
-    def _declared(self, path: str) -> tuple[str, ...] | None:
-        try:
-            return prompts.declared(read_prompt(os.path.join(self._inbox, path)))
-        except BadRequest:
-            return None
-
-    def _busy(self, key: Key, dropped: Dropped, seen: Seen, wall: float) -> str:
-        for name in dropped.busy:
+    def _declared(self, key: Key, look: Look) -> tuple[str, ...] | None:
+        """Return which images a prompt names; it is read again only if it looks different."""
+        known = self._read.get(key)
+        if known is None or known[0] != look:
             try:
-                changed = os.lstat(os.path.join(self._inbox, key[0], name)).st_ctime
-            except OSError:
-                # It has just become what it stood for, which the list of names does not show yet.
-                seen.comes_due(self._config.settle_seconds)
-                return name
-            if wall - changed < _BUSY_SECONDS:
-                return name
-        return ""
+                names = prompts.declared(read_prompt(self._folders.full(_join(key[0], key[1] + SUFFIX))))
+            except BadRequest:
+                names = None
+            known = self._read[key] = (look, names)
+        return known[1]
 
-    def _refuse(self, folder: str, name: str, seen: Seen) -> None:
-        """Say why something is not taken that may have been meant to be."""
-        path = _join(folder, name)
-        if in_flight(name) is None:
-            rule = f"must end in exactly {SUFFIX}" if not name.endswith(SUFFIX) else "must not begin with ., ~ or #"
-            seen.ignored[path] = f"not a prompt: the name {rule}"
-            return
-        try:
-            changed = os.lstat(os.path.join(self._inbox, path)).st_ctime
-        except OSError:
-            return
-        if self._wall - changed < _BUSY_SECONDS:
-            seen.waiting[path] = "is on its way: a transfer has not given it its name yet"
-        else:
-            seen.ignored[path] = "an unfinished transfer: rename it, or send it again"
+    def _hold_back(self, key: Key) -> None:
+        """Note that a settled prompt cannot be taken yet: it is judged again at each look."""
+        if (changed := self._settled(key)) is not None:
+            self._held_back[key] = changed
+
+    # Forgetting
+
+    def _forget(self, key: Key) -> None:
+        if folder := self._folders.get(key[0]):
+            folder.forget(key[1])
+        self._settling.forget(key)
+        self._arrived.discard(key)
+        self._held_back.pop(key, None)
+        self._inputs_since.pop(key, None)
+        self._read.pop(key, None)
+
+    def _forget_others(self, unsettled: set[Key]) -> None:
+        """Forget what is remembered of stems that are gone, or do not wait for what they waited for."""
+        self._inputs.keep_only(self._held_back)
+        kept: dict[str, set[str]] = {}
+        for path, stem in (*unsettled, *(key for _, key in self._window)):
+            kept.setdefault(path, set()).add(stem)
+        for folder in self._folders:
+            folder.beside.keep(kept.get(folder.path, ()))
+        self._inputs_since = {key: since for key, since in self._inputs_since.items() if key in self._held_back}
+        self._arrived = {key for key in self._arrived if key in unsettled or self._settled(key) is not None}
+        self._read = {
+            key: read for key, read in self._read.items() if key in self._arrived or self._settled(key) is not None
+        }
+        self._marks = {path: since for path, since in self._marks.items() if os.path.lexists(path)}
+
+    def _settled(self, key: Key) -> float | None:
+        """Return the date of a settled stem, or None if it is not settled."""
+        folder = self._folders.get(key[0])
+        return folder.settled.get(key[1]) if folder else None
+
+    # Files
+
+    def _lies_there(self, folder: str, name: str) -> bool:
+        return os.path.lexists(self._folders.full(_join(folder, name)))
 
     def _stat(self, folder: str, names: tuple[str, ...]) -> tuple[tuple[Look, ...], float]:
         """Return what files look like, and their newest ctime in seconds since the epoch."""
@@ -348,7 +491,7 @@ class Sweep:
         newest = 0.0
         for name in names:
             try:
-                status = os.lstat(os.path.join(self._inbox, folder, name))
+                status = os.lstat(self._folders.full(_join(folder, name)))
             except OSError:
                 looks.append((name, 0, 0, 0, 0))
                 continue
@@ -357,44 +500,10 @@ class Sweep:
             newest = max(newest, status.st_ctime)
         return tuple(looks), newest
 
-    # All folders
 
-    def _folders(self, seen: Seen) -> Iterator[tuple[str, list[str]]]:
-        """Yield each folder below the inbox (the inbox itself is ``""``) and the names of its files."""
-        waiting = [""]
-        while waiting:
-            folder = waiting.pop()
-            path = os.path.join(self._inbox, folder) if folder else self._inbox
-            names: list[str] = []
-            try:
-                with ours(path, "list the folder"), os.scandir(path) as entries:
-                    for entry in entries:
-                        inner = _join(folder, entry.name)
-                        if entry.is_dir(follow_symlinks=False):
-                            if self._enters(inner, entry.name, seen):
-                                waiting.append(inner)
-                            continue
-                        names.append(entry.name)
-                        if entry.is_symlink() and not entry.name.startswith("."):
-                            seen.ignored[inner] = "a link, which is not followed"
-            except SpoolError as error:
-                if not folder:
-                    raise
-                seen.ignored[folder] = str(error)
-                continue
-            seen.folders.append(path)
-            yield folder, names
-
-    def _enters(self, path: str, name: str, seen: Seen) -> bool:
-        if name.startswith(SKIPPED_FOLDERS):
-            return False
-        if not self._config.recursive:
-            seen.ignored[path] = "a folder, and inbox.recursive is off"
-        elif name.startswith(("~", "#")):
-            seen.ignored[path] = "a folder whose name begins with ~ or #"
-        else:
-            return True
-        return False
+def _all_names(names: Dropped) -> tuple[str, ...]:
+    """Return everything that must be quiet with a prompt, itself first, and its images next."""
+    return (names.prompt, *names.images, *names.coming, *names.foreign)
 
 
 def _missing(looks: tuple[Look, ...]) -> list[str]:

@@ -294,6 +294,33 @@ def test_check_says_what_would_become_of_each_file_and_changes_nothing(tmp_path,
     assert row(done.stdout, "miss.prompt.txt.txt").startswith("ignore")
 
 
+def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
+    folders.prompt("dog", '+++\ninput_images = ["bone.png", "later.png"]\n+++\nMake it night')
+    for name in ("logo.png", "bone.png", "sub/orphan.png", "sub/song.mp3", ".hidden", "cat.png", ".git/config"):
+        folders.drop(name, PICTURE)
+    (folders.inbox / "notes.md.part").write_text("x")
+    (folders.inbox / "#1").mkdir()
+    (folders.inbox / "link").symlink_to(tmp_path)
+    done = imagewatch("check", environ=folders.environ)
+    expected = {
+        "cat.prompt.txt": r"take .*gemini.*logo\.png",
+        "dog.prompt.txt": r"wait .*waits for later\.png",
+        "bone.png": "wait .*an image that a prompt names",
+        "sub/orphan.png": "ignore .*an image to which there is no prompt",
+        "sub/song.mp3": "ignore .*not a prompt",
+        ".hidden": "ignore .*hidden",
+        ".git": "ignore .*keep for themselves",
+        "notes.md.part": "ignore .*a temporary file",
+        "#1": "ignore .*a folder whose name begins with",
+        "link": "ignore .*a link",
+        "watch": r"ok .*changes are noticed .* every \d+ s",
+    }
+    for name, pattern in expected.items():
+        assert re.match(pattern, row(done.stdout, name)), row(done.stdout, name)
+
+
 def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
     folders.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"
     folders.prompt("cat", "A cat")

@@ -169,7 +169,7 @@ def test_nothing_is_written_under_a_file_system_that_was_unmounted(
 
 def test_an_empty_mount_point_is_not_an_empty_inbox(tight: Folders, sandbox: Sandbox, mount: Any, start: Any) -> None:
     mount(tight.inbox)
-    start(tight, "run")
+    daemon = start(tight, "run")
     until((tight.state / "status.json").exists)
     subprocess.run(["umount", "--lazy", str(tight.inbox)], check=True)
     (tight.inbox / "wrong.prompt.txt").write_text("dropped below the mount point")
@@ -178,6 +178,7 @@ def test_an_empty_mount_point_is_not_an_empty_inbox(tight: Folders, sandbox: San
     mounted(tight.inbox)
     tight.prompt("cat", "a cat")
     delivered(tight, sandbox)
+    assert daemon.stop() == 0  # its lock is on the new file system
     unmounted(tight.inbox)
     assert (tight.inbox / "wrong.prompt.txt").exists()
 

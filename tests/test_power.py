@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from imagewatch.sweep import Candidate
+    from imagewatch.seen import Candidate
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import time
 from typing import TYPE_CHECKING
@@ -11,12 +12,15 @@ import pytest
 from PIL import Image
 
 from imagewatch.config import Inbox
-from imagewatch.names import group
-from imagewatch.sweep import Seen, Sweep
+from imagewatch.names import Beside
+from imagewatch.sweep import Sweep
 from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
+
+    from imagewatch.seen import Candidate, Seen
 
 _png = io.BytesIO()
 Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
@@ -30,7 +34,8 @@ class Looking:
     def __init__(self, inbox: Path, **settings: object) -> None:
         self.inbox = inbox
         self.now = 1000.0
-        self.sweep = Sweep(str(inbox), Inbox(**{"settle_seconds": 5.0, **settings}))
+        self.config = Inbox(**{"settle_seconds": 5.0, **settings})
+        self.sweep = Sweep(str(inbox), self.config)
         self.wall = time.time()
 
     def look(self, after: float = 0.0) -> Seen:
@@ -274,13 +279,13 @@ def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking,
     mark = looking.write(".cat.png.a1B2c3", PICTURE)
     looking.wall += 60
 
-    def slowly(names):
-        grouped = group(names)
-        if mark.exists():
-            mark.rename(looking.inbox / "cat.png")
-        return grouped
+    class Slowly(Beside):
+        def of(self, stem):
+            if mark.exists():
+                mark.rename(looking.inbox / "cat.png")
+            return super().of(stem)
 
-    monkeypatch.setattr("imagewatch.sweep.group", slowly)
+    monkeypatch.setattr("imagewatch.listing.Beside", Slowly)
     seen = looking.look()
     assert (seen.ready, seen.due) == ([], 5)
     looking.look()
@@ -324,7 +329,7 @@ def test_what_somebody_has_open_for_writing_is_not_taken_however_quiet_it_is(loo
 
 
 def test_on_a_file_server_with_a_clock_of_its_own_a_new_file_settles_by_our_clock(looking):
-    looking.sweep._skew = 60.0
+    looking.sweep = Sweep(str(looking.inbox), Inbox(), is_local=lambda _: False)
     looking.write("cat.prompt.txt")
     looking.wall += 30  # what its ctime is behind
     looking.look()
@@ -468,6 +473,176 @@ def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(looking):
         times.append(path.stat().st_ctime_ns)
     looking.wall += 60
     assert looking.ready() == names
+
+
+# A huge inbox
+
+
+def drained(sweep: Sweep, inbox: Path, look: Callable[[], Seen], ahead: int) -> list[Candidate]:
+    """Take everything as the daemon does: the head of the queue, then more of it, then another look."""
+    took = []
+    while ready := look().ready:
+        while ready:
+            for candidate in ready:
+                assert sweep.unchanged(candidate)
+                sweep.taken(candidate.key)
+                for name in candidate.names:
+                    (inbox / candidate.key[0] / name).unlink()
+            took += ready
+            ready = sweep.more(0.0, 0.0, ahead)
+    return took
+
+
+def windowed(inbox: Path, **settings: object) -> Looking:
+    """A look that knows only sixteen prompts by name, and lists a folder only if it must."""
+    looking = Looking(inbox, **settings)
+    looking.sweep = Sweep(str(inbox), looking.config, keeps_times=lambda _: True, window=16, most_named=5)
+    return looking
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_many_more_prompts_than_are_known_by_name_are_taken_oldest_first_each_once_with_its_images(tmp_path, beside):
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    written = []
+    for number in range(200):
+        name = f"{number % 3}/p{number * 37 % 200:03}"
+        path = looking.write(f"{name}.prompt.txt")
+        if beside:
+            path = looking.write(f"{name}.png", PICTURE)
+        written.append((path.stat().st_ctime, name))
+    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    assert [candidate.source for candidate in took] == [f"{name}.prompt.txt" for _, name in sorted(written)]
+    assert all(len(candidate.images) == beside for candidate in took)
+
+
+def test_prompts_that_cannot_be_taken_hold_up_nobody_however_many_they_are(tmp_path):
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    for number in range(100):
+        looking.write(f"waits{number:03}.prompt.txt", DECLARES)
+    for number in range(50):
+        looking.write(f"p{number:03}.prompt.txt")
+    took = []
+    for _ in range(20):
+        seen = looking.sweep.look(looking.now, looking.wall, 8)
+        for candidate in seen.ready:
+            looking.sweep.taken(candidate.key)
+            (tmp_path / candidate.source).unlink()
+        took += [candidate.source for candidate in seen.ready]
+    assert took == [f"p{number:03}.prompt.txt" for number in range(50)]
+    assert (seen.waiting.total, len(seen.waiting), looking.sweep.count()) == (100, 5, 0)
+
+
+def test_a_folder_that_stays_as_it_is_is_not_listed_again_and_a_new_name_in_it_is_seen(tmp_path):
+    looking = windowed(tmp_path)
+    looking.write("cat.prompt.txt")
+    looking.look()
+    looking.look(after=6)
+    first = looking.look(after=6)
+    assert looking.look(after=6) is first
+    times = tmp_path.stat()
+    looking.write("dog.prompt.txt")
+    os.utime(tmp_path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as rsync and tar do
+    looking.look()
+    assert looking.ready(after=6) == ["cat.prompt.txt", "dog.prompt.txt"]
+    (tmp_path / "cat.prompt.txt").unlink()
+    assert looking.ready() == ["dog.prompt.txt"]
+
+
+def test_a_folder_is_listed_until_it_has_been_the_same_for_longer_than_its_file_system_counts(tmp_path):
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    looking.write("cat.prompt.txt")
+    seen = [looking.look(after) for after in (0, 1, 2, 0.1, 0.1)]
+    assert [one is other for one, other in itertools.pairwise(seen)] == [False, False, True, True]
+
+
+def test_a_new_prompt_does_not_overtake_those_that_are_not_known_by_name(tmp_path):
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    for number in range(60):
+        looking.write(f"old/p{number:02}.prompt.txt")
+    for candidate in looking.sweep.look(looking.now, looking.wall, 8).ready:
+        looking.sweep.taken(candidate.key)
+        (tmp_path / candidate.source).unlink()
+    while looking.write("new.prompt.txt").stat().st_ctime <= (tmp_path / "old/p59.prompt.txt").stat().st_ctime:
+        pass  # the kernel's clock ticks every few milliseconds
+    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    assert (len(took), took[-1].source) == (53, "new.prompt.txt")
+
+
+def test_waiting_for_images_ends_although_nothing_changes_any_more(tmp_path):
+    looking = windowed(tmp_path)
+    looking.write("cat.prompt.txt", DECLARES)
+    looking.wall += 60
+    for _ in range(5):
+        assert looking.ready(after=6) == []
+    assert looking.ready(after=61) == ["cat.prompt.txt"]
+
+
+def test_a_prompt_rewritten_in_place_unnoticed_is_found_when_its_turn_comes_and_settles_again(tmp_path):
+    looking = windowed(tmp_path)
+    path = looking.write("cat.prompt.txt")
+    looking.wall += 60
+    (candidate,) = looking.look().ready
+    looking.look(after=6)
+    looking.look(after=6)
+    path.write_text("A lighthouse and half of")
+    assert not looking.sweep.unchanged(candidate)
+    looking.wall = path.stat().st_ctime
+    looking.sweep.touch(("", "dog"), looking.now)  # so that there is a reason to judge again
+    seen = looking.look()
+    assert (seen.ready, seen.waiting["cat.prompt.txt"]) == ([], "was changed, so it has to be quiet again")
+    assert looking.ready(after=4) == []
+    assert looking.ready(after=1.1) == ["cat.prompt.txt"]
+
+
+def test_a_prompt_of_a_job_at_work_is_passed_over_and_found_when_the_job_is_over(tmp_path):
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    looking.write("cat.prompt.txt")
+    (candidate,) = looking.look().ready
+    looking.sweep.taken(candidate.key)
+    for _ in range(3):
+        looking.now += 6
+        seen = looking.sweep.look(looking.now, looking.wall, None, {candidate.key})
+        assert (seen.ready, seen.passed) == ([], {candidate.key})
+    assert looking.ready() == ["cat.prompt.txt"]
+
+
+def test_of_very_many_files_that_are_not_taken_some_are_named_and_all_are_counted(tmp_path):
+    looking = windowed(tmp_path)
+    for number in range(30):
+        looking.write(f"note{number}.txt")
+        looking.write(f"p{number}.prompt.txt")
+    seen = looking.look()
+    assert (len(seen.ignored), seen.ignored.total) == (5, 30)
+    assert (len(seen.waiting), seen.waiting.total) == (5, 30)
+    assert seen.waiting.kinds == {"not quiet for long enough": 30}
+
+
+def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_marks(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.listing._MANY", 10)
+    looking = windowed(tmp_path)
+    for number in range(50):
+        looking.write(f"p{number:03}.prompt.txt")
+    while looking.write("p007.png", PICTURE).stat().st_ctime <= (tmp_path / "p007.prompt.txt").stat().st_ctime:
+        pass  # the image is newer than its prompt
+    looking.write("p008.1.png", PICTURE)
+    looking.write(".p009.prompt.txt.swp")
+    looking.write("~$10.prompt.txt")
+    looking.wall += 60
+    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    images = {candidate.key[1]: candidate.images for candidate in took}
+    assert len(took) == len(images) == 48
+    assert {stem: names for stem, names in images.items() if names} == {"p007": ("p007.png",), "p008": ("p008.1.png",)}
+    assert not {"p009", "p010"} & images.keys()
+
+
+def test_a_mark_with_a_date_in_the_future_does_not_hold_a_prompt_for_ever(looking):
+    looking.write("cat.prompt.txt")
+    looking.write(".cat.prompt.txt.swp")
+    looking.wall -= 365 * 86_400  # the clock was set back
+    looking.look()
+    assert looking.ready(after=3599) == []
+    looking.look(after=2)
+    assert looking.ready(after=6) == ["cat.prompt.txt"]
 
 
 # Between the look and the claim
