@@ -6,6 +6,7 @@ It is not the sandbox, which is strict and keeps what it gets: here only the dae
 from __future__ import annotations
 
 import base64
+import json
 import socket
 import struct
 import threading
@@ -30,13 +31,16 @@ def png(size: int) -> bytes:
 class Endpoint:
     """The endpoint; ``with Endpoint(images, size) as endpoint`` serves on a free port of loopback.
 
+    With ``keep`` the prompts are kept in the order in which they came; requests must be small then.
     A request without input images gets one small picture, so that a daemon can be warmed up.
     """
 
     images: int
     size: int
+    keep: bool = False
     requests: int = 0
     received: int = 0
+    prompts: list[str] = field(default_factory=list)
     base_url: str = ""
     _answer: bytes = b""
     _small: bytes = b""
@@ -59,6 +63,11 @@ class Endpoint:
         )
         head = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\nConnection: close\r\n\r\n"
         return head % len(body) + body
+
+    def forget(self) -> None:
+        """Forget what was asked for."""
+        self.requests = self.received = 0
+        self.prompts.clear()
 
     def __exit__(self, *_: object) -> None:
         self._listener.close()
@@ -86,5 +95,7 @@ class Endpoint:
             while left > 0 and (got := connection.recv_into(scratch, min(len(scratch), left))):
                 left -= got
             self.received += length - left
+            if self.keep:
+                self.prompts.append(json.loads(rest + scratch[: length - len(rest)])["prompt"])
             self.requests += 1
             connection.sendall(self._answer if length > 10_000 else self._small)
