@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from imagewatch.seen import Key
 
 _LONGEST_WAIT = 3600.0
+_WORKERS = 96
+"""As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
 _log = structlog.get_logger()
@@ -59,6 +61,13 @@ class Signalled:
 
 
 @dataclass(frozen=True)
+class Paid:
+    """The answer to a request is on our disk: its job needs no request any more."""
+
+    job: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """A worker has ended; its outcome or its exception is in the future."""
 
@@ -67,7 +76,7 @@ class Finished:
     future: Future[Outcome]
 
 
-Message = Changed | Lost | Signalled | Finished
+Message = Changed | Lost | Signalled | Paid | Finished
 
 
 @dataclass
@@ -139,6 +148,7 @@ class Daemon:
             self._intake.most_seconds = self._notify.watchdog_seconds / 2
         self._later: list[Later] = []
         self._in_flight: dict[str, Key | None] = {}
+        self._paid: set[str] = set()  # of these, those that are only being delivered
         self._ignored: set[tuple[str, str]] = set()
         self._more_ignored = False
         self._draining = False
@@ -163,7 +173,7 @@ class Daemon:
                 self._budget = Budget(self._ledger, self._config.limits, self._clock)
                 self._status = Status(self._config, self._spool.disk, self._ledger, self._gate, self._clock, self._now)
                 self._assemble(self._config)
-                with ThreadPoolExecutor(64, thread_name_prefix="worker") as self._pool:
+                with ThreadPoolExecutor(_WORKERS, thread_name_prefix="worker") as self._pool:
                     try:
                         self._begin()
                         self._loop()
@@ -190,6 +200,7 @@ class Daemon:
             self._ledger,
             config,
             blame=self._gate.blame,
+            on_paid=lambda job: self._mailbox.put(Paid(job)),
             budget=self._budget,
             clock=self._clock,
             jitter=random,
@@ -264,10 +275,9 @@ class Daemon:
             times.append(now + self._gate.patience())
         if self._status.due is not None:
             times.append(self._status.due)
-        in_flight = len(self._in_flight)
-        if self._gate.open(in_flight):
+        if self._may_ask():
             times += [later.at for later in self._later]
-        elif self._gate.deliverable(in_flight):
+        elif self._may_deliver():
             times += [later.at for later in self._later if later.fresh]
         return min(max(min(times) - now, 0.001), _LONGEST_WAIT)
 
@@ -279,6 +289,8 @@ class Daemon:
                 self._intake.soon()
             case Signalled():
                 self._signalled(message.number)
+            case Paid():
+                self._paid.add(message.job)
             case Finished():
                 self._finished(message)
 
@@ -418,12 +430,12 @@ class Daemon:
                 break
             if later.at > now and not (held and later.turn):
                 continue
-            may_send = self._gate.open(len(self._in_flight))
-            if may_send or (later.fresh and self._gate.deliverable(len(self._in_flight))):
+            may_send = self._may_ask()
+            if may_send or (later.fresh and self._may_deliver()):
                 self._later.remove(later)
                 carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
                 self._submit(later.job, later.key, carry)
-        while not self._draining and self._intake.any() and self._gate.open(len(self._in_flight)) and self._gate.room():
+        while not self._draining and self._intake.any() and self._may_ask() and self._gate.room():
             if (candidate := self._intake.next(self._taken())) is None:
                 break
             job = self._spool.new_job()
@@ -431,6 +443,19 @@ class Daemon:
             if self._config.limits.burst and not self._is_finished(candidate.source):
                 self._gate.took(candidate.changed_at)
             self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
+
+    def _may_ask(self) -> bool:
+        """Tell whether one more request may be on its way. A job that is only delivered does not use up a slot."""
+        return self._gate.open(len(self._in_flight) - len(self._paid)) and self._has_worker()
+
+    def _may_deliver(self) -> bool:
+        """Tell whether a job that needs no request may be carried on."""
+        return self._gate.deliverable(len(self._in_flight) - len(self._paid)) and self._has_worker()
+
+    def _has_worker(self) -> bool:
+        """Tell whether a worker is free: a slow disk must not let paid answers pile up."""
+        slots = self._config.limits.concurrency
+        return len(self._in_flight) < slots + slots // 2
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
         self._in_flight[job] = key
@@ -440,6 +465,7 @@ class Daemon:
 
     def _finished(self, message: Finished) -> None:
         key = self._in_flight.pop(message.job, None)
+        self._paid.discard(message.job)
         self._status.change()
         self._intake.over(key)
         try:

@@ -79,6 +79,7 @@ class Worker:
         config: Limits, defaults, retries.
         blame: Asked with the kind of an account-level refusal: may this job show it in ``errors``? The first
             one may, the others go back to the inbox.
+        on_paid: Called with the id of a job whose answer is on our disk: what is left of it needs no request.
         clock: Wall clock, seconds since the epoch.
         jitter: Random numbers from 0 to 1.
         wait: Waits some seconds between two tries to fetch a picture.
@@ -93,6 +94,7 @@ class Worker:
         config: Config,
         *,
         blame: Callable[[str], bool] = lambda _: True,
+        on_paid: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: 0.5,
         wait: Callable[[float], object] | None = None,
@@ -104,6 +106,7 @@ class Worker:
         self._config = config
         self._budget = budget or Budget(ledger, config.limits, clock)
         self._blame = blame
+        self._on_paid = on_paid
         self._clock = clock
         self._jitter = jitter
         pictures = Pictures(
@@ -263,6 +266,7 @@ class Worker:
         self._closing.doubt(Case.of(run.record, run.claim, run.evidence.sent), message)
 
     def _read(self, run: Run) -> None:
+        self._on_paid(run.claim.job)
         self._closing.read(Case.of(run.record, run.claim, run.evidence.sent))
 
     def _refuse(self, run: Run) -> None:
