@@ -119,8 +119,9 @@ def test_every_link_in_the_documents_leads_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-def test_every_test_that_the_guarantees_name_exists():
-    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / "docs/guarantees.md").read_text()))
+@pytest.mark.parametrize("page", ["guarantees", "watching"])
+def test_every_test_that_a_page_names_exists(page):
+    named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / f"docs/{page}.md").read_text()))
     files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
     functions = set()
     for path in (ROOT / "tests").glob("test_*.py"):
