@@ -8,12 +8,14 @@ folder can ask for anything; the inbox is open to everybody and asks for nothing
     held       the queue is held by hand, for the reason inside; it stays until ``release``
     release    end all holds; the daemon removes it
     passed     until which time prompts were let through past the burst guard; written by the daemon
+    refused    holds that the account or the address caused, as JSON; written by the daemon for its next start
     retry.ID   look again at the paid answer of this job; the daemon removes it
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 
@@ -75,6 +77,19 @@ class Control:
     def let_pass(self, until: float) -> None:
         """Let prompts through that were last changed at this time or before, seconds since the epoch."""
         self._write("passed", repr(until))
+
+    def refused(self) -> dict[str, str]:
+        """Return what the account or the address refused when a daemon last ran: messages by kind of hold."""
+        with contextlib.suppress(SpoolError, ValueError):  # unreadable: one more prompt shows it
+            found = json.loads(self._read("refused") or "{}")
+            if isinstance(found, dict):
+                return {str(kind): printable(str(message), 500) for kind, message in found.items()}
+        return {}
+
+    def refuse(self, messages: dict[str, str]) -> None:
+        """Remember these for the next start."""
+        if messages != self.refused():
+            self._write("refused", json.dumps(messages))
 
     def retry(self, job: str) -> None:
         """Ask to look again at the paid answer of a job."""

@@ -249,7 +249,7 @@ class Daemon:
             return False
         if self._gate.disk_failed:
             return True
-        if self._gate.first() is not None:
+        if self._gate.waits():
             return not any(self._may_get_on(later) for later in self._later)
         return not self._intake.any() and not self._later and not self._intake.pending
 

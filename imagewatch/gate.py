@@ -6,6 +6,7 @@ Each hold is told once when it begins, with what to do about it, and once when i
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import TYPE_CHECKING
 
@@ -190,6 +191,10 @@ class Gate:
         """Take up what was asked for while nobody was running."""
         self._control.prepare()
         self._passed = self._control.passed()
+        for kind, message in self._control.refused().items():
+            if kind in _ACCOUNT:
+                _log.info("it was refused before; one prompt goes first", kind=kind, reason=message)
+                self._holds.resume(kind, message, self._now())
         self.look()
 
     def patience(self) -> float:
@@ -230,6 +235,7 @@ class Gate:
         hold = self._holds.add(kind, message, now, seconds, hint)
         if known:
             return
+        self._remember()
         say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
         if math.isfinite(hold.until):
             say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
@@ -238,10 +244,16 @@ class Gate:
     def _end(self, ended: list[Hold]) -> None:
         if ended:
             self._on_change()
+            self._remember()
         for hold in ended:
             self._ended[hold.kind] = self._now()
             if not hold.brief:
                 _log.info("released", kind=hold.kind)
+
+    def _remember(self) -> None:
+        """Write down what the next start has to know, lest each one shows another prompt the same refusal."""
+        with contextlib.suppress(SpoolError):  # the disk has a hold of its own
+            self._control.refuse({hold.kind: hold.message for hold in self._holds.all() if hold.kind in _ACCOUNT})
 
     # Told to others
 
@@ -258,3 +270,8 @@ class Gate:
     def first(self) -> Hold | None:
         """Return the hold that lasts longest, brief ones aside, or None."""
         return self._holds.first()
+
+    def waits(self) -> bool:
+        """Tell whether a hold, brief ones aside, forbids any request now."""
+        hold = self.first()
+        return hold is not None and self._now() < hold.until

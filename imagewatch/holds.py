@@ -113,6 +113,17 @@ class Holds:
         self._holds[kind] = hold
         return hold
 
+    def resume(self, kind: str, message: str, now: float) -> None:
+        """Take up a hold of an earlier process: one request may go out at once, to see whether it is over.
+
+        Args:
+            kind: What it is about.
+            message: What was said.
+            now: Monotonic time, seconds.
+        """
+        self.blame(kind)  # it was shown
+        self._holds[kind] = Hold(kind, message, now, now, now, self._first_seconds / 2)
+
     def clear(self, kind: str | None = None) -> list[Hold]:
         """End a hold, or all of them; return what was ended."""
         return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])

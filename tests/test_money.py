@@ -98,6 +98,29 @@ def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_r
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
 
 
+def test_each_start_behind_a_refusal_asks_once_and_shows_it_to_no_other_prompt(narrow, hurried, sandbox):
+    sandbox.key = "another key"
+    for number in range(4):
+        narrow.prompt(f"p{number}", f"Number {number}")
+    before = looks(narrow)
+    for start in range(1, 4):
+        assert command(narrow, "once").returncode == 69
+        assert one_error(narrow)["status"] == 401
+        assert len(looks(narrow)) == 3
+        assert sandbox.report()["requests"] == start
+    assert looks(narrow).items() <= before.items()
+    sandbox.key = KEY
+    daemon = hurried(narrow, NEVER)  # whose own first hold would last
+    until(lambda: len(narrow.documents()) == 4)
+    assert (list(narrow.documents().values()).count("errors"), sandbox.report()["charged"]) == (1, 3)
+    assert daemon.events("held") == []
+    assert daemon.stop() == 0
+    sandbox.key = "a third key"
+    narrow.prompt("later", "A cat")
+    assert command(narrow, "once").returncode == 1
+    assert narrow.documents()["later"] == "errors"
+
+
 def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
     config = tmp_path / "config.toml"
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}/api"\n')
