@@ -52,7 +52,7 @@ class Amount:
     starts: int
 
 
-FULL, QUICK = Amount(4, 20, 300, 4, 7), Amount(1, 6, 30, 2, 3)
+FULL, QUICK = Amount(4, 20, 300, 10, 7), Amount(1, 6, 30, 2, 3)
 
 
 @dataclass
