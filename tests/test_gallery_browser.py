@@ -256,6 +256,24 @@ def test_the_keyboard_is_enough(browser: Chromium, shelf: Shelf):
     assert browser.run(focused) == "a cat"
 
 
+@pytest.mark.parametrize("way", ["Escape", "#close"])
+def test_the_large_view_gives_way_to_the_card_before_the_browser_tells_that_it_is_closed(
+    browser: Chromium, shelf: Shelf, way: str
+):
+    # That report comes later than the next key may: an arrow that is pressed at once goes on from what was seen.
+    zoo(shelf)
+    visit(browser, shelf)
+    browser.run("enlarge(2, 0)")
+    browser.run("var seen = []")
+    browser.run("view.addEventListener('close', () => seen.push(document.activeElement.dataset.index), true)")
+    if way == "Escape":
+        browser.key(way)
+    else:
+        browser.run(f"document.querySelector('{way}').click()")
+    until(lambda: browser.run("seen.length"))
+    assert browser.run("seen") == ["2"]
+
+
 def test_arrows_go_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
     for k in range(7):
         shelf.made(f"cat{k}", picture(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))

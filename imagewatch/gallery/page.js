@@ -80,7 +80,7 @@ function recall() {
   choose();
   const index = shown.findIndex((job) => job.document === address.get("job"));
   if (index >= 0) enlarge(index, Number(address.get("picture")) || 0);
-  else if (view.open) view.close();
+  else if (view.open) leave();
 }
 
 function summarise() {
@@ -288,6 +288,13 @@ function turn(direction) {
   else if (shown[at + direction]) enlarge(at + direction, direction > 0 ? 0 : own(shown[at - 1]) - 1);
 }
 
+/** Close the view and go to the card of its job: at once, as the browser's own event for it may come after the next key. */
+function leave() {
+  view.close();
+  remember();
+  reveal(at);
+}
+
 // What people do.
 
 const typing = () => /INPUT|SELECT/.test(document.activeElement.tagName);
@@ -319,10 +326,10 @@ list.addEventListener("click", (event) => {
 });
 $("form").addEventListener("submit", (event) => event.preventDefault());
 $("form").addEventListener("input", () => { choose(); remember(); });
-view.addEventListener("close", () => { remember(); reveal(at); });
+view.addEventListener("cancel", (event) => { event.preventDefault(); leave(); });
 $("#before").addEventListener("click", () => turn(-1));
 $("#after").addEventListener("click", () => turn(1));
-$("#close").addEventListener("click", () => view.close());
+$("#close").addEventListener("click", leave);
 addEventListener("scroll", () => { frame ||= requestAnimationFrame(draw); }, { passive: true });
 addEventListener("resize", arrange);
 addEventListener("hashchange", recall);
