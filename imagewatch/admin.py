@@ -17,11 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from imagewatch import table
 from imagewatch.errors import SpoolError
+from imagewatch.names import SUFFIX
 from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from imagewatch.config import Config
     from imagewatch.estimate import Estimate
@@ -36,11 +38,12 @@ _COLOURS = {"made": "green", "refused": "yellow", "invalid": "yellow", "unknown"
 config_option = click.option(
     "--config",
     "path",
+    type=click.Path(),
     metavar="FILE",
     help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
     "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
 )
-_json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
 
 
 def load(path: str | None) -> Config:
@@ -99,8 +102,9 @@ def release(path: str | None) -> None:
 @click.argument("names", nargs=-1, metavar="[NAME]…")
 @click.option("--all", "everything", is_flag=True, help="All in the errors folder but what may have been charged.")
 @click.option("--pay-again", is_flag=True, help="Also what may have been charged: it may then be paid for twice.")
+@json_option
 @config_option
-def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again: bool) -> None:
+def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again: bool, as_json: bool) -> None:
     """Put failed prompts back into the inbox.
 
     NAME is a prompt in the errors folder: its name without ending, or the path of its prompt or error file. What may
@@ -118,23 +122,31 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     with _ledger(config) as ledger:
         again = Retry(config.folders, Disk(), ledger, _control(config))
         paths = list(again.all()) if everything else [again.find(name) for name in names]
-        failures = sum(not _retried(again, file, pay_again=pay_again, config=config) for file in paths)
-    if not paths:
+        answers = []
+        for file in paths:
+            answers.append(_retried(again, file, pay_again=pay_again, config=config))
+            if not as_json:
+                click.echo(_retry_told(answers[-1]), err=not answers[-1]["retried"])
+    if as_json:
+        click.echo(json.dumps(answers, indent=1))
+    elif not paths:
         click.echo("There is nothing in the errors folder.")
-    sys.exit(1 if failures else 0)
+    sys.exit(0 if all(answer["retried"] for answer in answers) else 1)
 
 
-def _retried(again: Retry, file: str, *, pay_again: bool, config: Config) -> bool:
-    """Deal with one error file; tell whether it was retried."""
+def _retry_told(answer: dict[str, Any]) -> str:
+    return printable(f"{answer['name']}: {answer['told']}" if answer["name"] else answer["told"])
+
+
+def _retried(again: Retry, file: str, *, pay_again: bool, config: Config) -> dict[str, Any]:
+    """Deal with one error file; return what became of it."""
     try:
         failed = again.read(file)
         told, done = _retry_one(again, failed, pay_again=pay_again, config=config)
     except SpoolError as error:
-        told, done = f"{error} ({error.hint})" if error.hint else str(error), False
-        click.echo(printable(told), err=True)
-        return done
-    click.echo(f"{printable(failed.name)}: {told}", err=not done)
-    return done
+        told = f"{error} ({error.hint})" if error.hint else str(error)
+        return {"name": None, "document": file, "charged": None, "retried": False, "told": told}
+    return {"name": failed.name, "document": file, "charged": failed.charged, "retried": done, "told": told}
 
 
 def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config) -> tuple[str, bool]:
@@ -157,7 +169,7 @@ def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config)
 @click.option(
     "--limit", type=click.IntRange(0), metavar="NUMBER", help="Only the newest jobs; 0 is all. Without it: 20."
 )
-@_json_option
+@json_option
 @click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
 @config_option
 def history(
@@ -199,26 +211,31 @@ def _show_sums(sums: Sequence[Any], by: str, *, as_json: bool, as_csv: bool) -> 
         click.echo(table_csv((by, *columns), [row.values() for row in rows]), nl=False)
     else:
         head = (f"{by} (UTC)" if by in {"day", "month"} else by, *columns)
-        _table(head, [[_shown(value) for value in row.values()] for row in rows])
+        _show(head, [[_shown(value) for value in row.values()] for row in rows])
 
 
 def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None:
     if not jobs:
         click.echo("Nothing was made yet.")
         return
+    outcomes = ["paid" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
     rows = [
         [
             time.strftime("%Y-%m-%d %H:%M", time.localtime(job["sent_at"] or job["claimed_at"])),
-            "paid" if job["charged"] == "yes" and not job["got"] else job["outcome"],
+            outcome,
             _shown(job["credits"]),
             _shown(job["provider"]),
             _shown(job["got"] or None),
-            printable(job["source"], 60),
-            printable(job["message"], 100),
+            printable(job["source"].removesuffix(SUFFIX), 100),
         ]
-        for job in jobs
+        for job, outcome in zip(jobs, outcomes, strict=True)
     ]
-    _table(("time", "outcome", "credits", "provider", "images", "prompt", "message"), rows)
+    _show(
+        ("time", "outcome", "credits", "provider", "images", "prompt"),
+        rows,
+        colours=[_COLOURS.get(outcome) for outcome in outcomes],
+        notes=[printable(job["message"], 200) for job in jobs],
+    )
     made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
     click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits.")
 
@@ -227,7 +244,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
 
 
 @click.command()
-@_json_option
+@json_option
 @config_option
 def estimate(path: str | None, *, as_json: bool) -> None:
     """Say what the prompts in the inbox may cost; no network.
@@ -244,7 +261,7 @@ def estimate(path: str | None, *, as_json: bool) -> None:
     if not found:
         click.echo("There is no prompt in the inbox.")
         return
-    _table(
+    _show(
         ("prompt", "request", "credits"),
         [[printable(one.source, 60), _shown(one.request), _price(one)] for one in found],
     )
@@ -279,7 +296,7 @@ def _span(low: float, high: float) -> str:
 
 
 @click.command()
-@_json_option
+@json_option
 @click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
 @config_option
 def status(path: str | None, *, as_json: bool, watch: bool) -> None:
@@ -291,8 +308,8 @@ def status(path: str | None, *, as_json: bool, watch: bool) -> None:
     wait = threading.Event().wait
     while True:
         page = _page(config)
-        if watch and not as_json:
-            click.clear()
+        if watch and not as_json and sys.stdout.isatty():
+            click.echo("\033[H\033[J", nl=False, color=True)  # also where no colours are wanted
         click.echo(json.dumps(page) if as_json else "\n".join(_story(page)))
         if not watch:
             break
@@ -316,6 +333,14 @@ def _page(config: Config) -> dict[str, Any]:
         page["state"] = "stopped" if page["state"] == "stopped" else "died"
         page |= {"in_flight": [], "holds": told.lasting(page, _control(config))}
     return {**page, "is_running": running}
+
+
+def holds(config: Config) -> list[dict[str, Any]]:
+    """Return why nothing is sent at present, or will be at the next start; nothing if this user may not know."""
+    with contextlib.suppress(SpoolError):
+        found: list[dict[str, Any]] = _page(config)["holds"]
+        return found
+    return []
 
 
 def _story(page: dict[str, Any]) -> Iterator[str]:
@@ -455,20 +480,25 @@ def _shown(value: object) -> str:
     return amount(value) if isinstance(value, float) else printable(str(value), 100)
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print a table whose columns are aligned; numbers to the right."""
-    body = [list(row) for row in rows]
-    widths = [max(len(cell) for cell in column) for column in zip(head, *body, strict=True)]
-    right = [all(_is_number(row[at]) for row in body) and bool(body) for at in range(len(head))]
-    for number, row in enumerate([list(head), *body]):
-        cells = [
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(row, widths, right, strict=True)
-        ]
-        line = "  ".join(cells).rstrip()
-        colour = _COLOURS.get(row[1]) if number and len(row) > 1 else None
-        click.echo(click.style(line, bold=True) if not number else click.style(line, fg=colour))
+def _show(
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    colours: Sequence[str | None] = (),
+    notes: Sequence[str] = (),
+) -> None:
+    """Print a table.
 
-
-def _is_number(text: str) -> bool:
-    return not text or text.replace(".", "", 1).replace("e+", "", 1).isdigit()
+    Args:
+        head: What each column is called.
+        rows: Text for each of them.
+        colours: Of each row; without it none.
+        notes: A line below each row; none where it is empty.
+    """
+    first, *others = table.lines(head, rows)
+    click.echo(click.style(first, bold=True))
+    for at, line in enumerate(others):
+        colour = colours[at] if colours else None
+        for part in (line, f"    {notes[at]}" if notes and notes[at] else ""):
+            if part:
+                click.echo(click.style(part, fg=colour) if colour else part)

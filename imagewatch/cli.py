@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import os
 import sys
 import threading
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 import click
 
-from imagewatch import __version__, admin
+from imagewatch import __version__, admin, table
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
 from imagewatch.submit import submit
 from imagewatch.text import amount, printable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.config import Config
+    from imagewatch.explain import Line
     from imagewatch.outcome import Outcome
 
 EXIT_FAILED = 1
@@ -100,28 +102,41 @@ def once(path: str | None) -> None:
 
 
 @cli.command()
-@admin.config_option
 @click.option("--balance", is_flag=True, help="Ask the endpoint what the account holds, too (free of charge).")
-def check(path: str | None, *, balance: bool) -> None:
+@admin.json_option
+@admin.config_option
+def check(path: str | None, *, balance: bool, as_json: bool) -> None:
     """Say what the daemon would do, and why; send nothing.
 
-    Looks at the configuration, the folders, the key (never shown) and every file in the inbox.
+    Looks at the configuration, the folders, the key (never shown), whether the queue is held, and every file in the
+    inbox.
     """
+    from dataclasses import asdict  # noqa: PLC0415
+
+    found: dict[str, list[Line]] = {"settings": [], "files": []}
+    for part, line in _checked(admin.load(path), balance=balance):
+        found[part].append(line)
+        if not as_json:
+            _row(line)
+    if as_json:
+        click.echo(json.dumps({part: [asdict(line) for line in lines] for part, lines in found.items()}, indent=1))
+    elif not found["files"]:
+        click.echo("There is no prompt in the inbox.")
+    sys.exit(EXIT_CONFIG if any(line.verdict == "bad" for line in found["settings"]) else 0)
+
+
+def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
+    """Yield what was found, line by line: the endpoint may take its time."""
     from imagewatch import explain  # noqa: PLC0415
 
-    config = admin.load(path)
-    bad = 0
     for line in explain.settings(config, os.environ):
-        bad += line.verdict == "bad"
-        _row(line.verdict, line.what, line.why)
+        yield "settings", line
     for line in explain.balance(config, os.environ) if balance else ():
-        _row(line.verdict, line.what, line.why)
-    lines = list(explain.files(config))
-    for line in lines:
-        _row(line.verdict, line.what, line.why)
-    if not lines:
-        click.echo("There is no prompt in the inbox.")
-    sys.exit(EXIT_CONFIG if bad else 0)
+        yield "settings", line
+    for hold in admin.holds(config):
+        yield "settings", explain.Line("wait", "queue", f"held ({hold['kind']}): {hold['reason']}; {hold['next']}")
+    for line in explain.files(config):
+        yield "files", line
 
 
 @cli.command()
@@ -195,7 +210,9 @@ def init(file: str) -> None:
 
 @cli.command()
 @admin.config_option
-@click.option("--output", metavar="FILE", help="The page; without it gallery.html beside the outbox.")
+@click.option(
+    "--output", type=click.Path(), metavar="FILE", help="The page; without it gallery.html beside the outbox."
+)
 @click.option("--watch", is_flag=True, help="Write it again when something came or went, until stopped.")
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
     """Write a page of all pictures, costs and failures.
@@ -229,8 +246,9 @@ def main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to stop
+    colours = False if os.environ.get("NO_COLOR") else None  # None: where there is a terminal
     try:
-        code = cli.main(standalone_mode=False)
+        code = cli.main(standalone_mode=False, color=colours)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(EXIT_USAGE)
@@ -276,8 +294,9 @@ def _configure_log(config: Config, level: str | None = None) -> None:
 _COLOURS = {"ok": "green", "take": "green", "bad": "red", "refuse": "red", "wait": "yellow", "ignore": "yellow"}
 
 
-def _row(verdict: str, what: str, why: str) -> None:
-    click.echo(f"{click.style(f'{verdict:<7}', fg=_COLOURS[verdict])} {printable(what):<32} {printable(why)}")
+def _row(line: Line) -> None:
+    verdict = click.style(f"{line.verdict:<7}", fg=_COLOURS[line.verdict])
+    click.echo(f"{verdict} {table.padded(printable(line.what), 32)} {printable(line.why)}")
 
 
 class _Bar:

@@ -41,14 +41,15 @@ def configure(
         form: ``console`` for people, ``json`` for programs, ``auto`` by where ``out`` leads: people at a terminal,
             an entry with fields in systemd's journal, JSON anywhere else.
         out: Where to; standard error without.
-        environ: Where systemd says whether ``out`` leads to its journal.
+        environ: Where systemd says whether ``out`` leads to its journal, and people that they want no colours.
         journal: The journal's socket.
     """
     out = out or sys.stderr
     # httpx logs whole urls, and what signs a url is a secret.
     for name in ("httpx", "httpcore", "watchdog"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    render, factory = _way(form, out, journal if _leads_to_journal(out, environ) else None)
+    colours = out.isatty() and not environ.get("NO_COLOR")
+    render, factory = _way(form, out, journal if _leads_to_journal(out, environ) else None, colours=colours)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -62,19 +63,20 @@ def configure(
     )
 
 
-def _way(form: str, out: TextIO, journal: str | None) -> tuple[list[Any], Callable[..., Any]]:
+def _way(form: str, out: TextIO, journal: str | None, *, colours: bool) -> tuple[list[Any], Callable[..., Any]]:
     """Return how an event becomes text, and what writes it.
 
     Args:
         form: As above.
         out: As above.
         journal: The journal's socket, if ``out`` leads there.
+        colours: Whether a console has them.
     """
     if journal is not None and form == "auto":
         return [_escaped, _entry], functools.partial(_Journal, journal, out)
     console = form == "console" or (form == "auto" and out.isatty())
     stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console)
-    text = _console(colours=out.isatty()) if console else structlog.processors.JSONRenderer(ensure_ascii=True)
+    text = _console(colours=colours) if console else structlog.processors.JSONRenderer(ensure_ascii=True)
     level = [] if journal is None else [_prioritised]
     return [stamp, _escaped, text, *level], structlog.WriteLoggerFactory(file=out)
 

@@ -227,12 +227,12 @@ def _waited(jobs: Sequence[Made], waiting: Waiting, config: Config, timeout: flo
 
 def _live(done: int, count: int, passed: float) -> None:
     if sys.stderr.isatty():
-        click.echo(f"\r{done} of {count} done, {passed:.0f} s \033[K", nl=False, err=True)
+        click.echo(f"\r{done} of {count} done, {passed:.0f} s \033[K", nl=False, err=True, color=True)
 
 
 def _clear() -> None:
     if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True)
+        click.echo("\r\033[K", nl=False, err=True, color=True)
 
 
 # Telling
