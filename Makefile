@@ -24,6 +24,7 @@ bench: .venv/.installed
 	$(PYTHON) bench/speed.py
 	$(PYTHON) bench/memory.py
 	$(PYTHON) bench/gallery.py
+	$(PYTHON) bench/gallery_page.py
 	$(PYTHON) bench/scale.py
 
 man: .venv/.installed

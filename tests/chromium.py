@@ -122,7 +122,16 @@ class Chromium:
 
     def key(self, name: str, text: str = "") -> None:
         """Press and release a key."""
-        codes = {"Enter": 13, "Escape": 27, "ArrowLeft": 37, "ArrowUp": 38, "ArrowRight": 39, "ArrowDown": 40, "Tab": 9}
+        codes = {
+            "Enter": 13,
+            "Escape": 27,
+            "ArrowLeft": 37,
+            "ArrowUp": 38,
+            "ArrowRight": 39,
+            "ArrowDown": 40,
+            "Tab": 9,
+            "Backspace": 8,
+        }
         what = {"key": name, "code": name, "windowsVirtualKeyCode": codes.get(name, 0)}
         if text := text or ("\r" if name == "Enter" else ""):
             what["text"] = text

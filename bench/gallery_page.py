@@ -1,0 +1,128 @@
+"""How quick the gallery's page is in a real Chromium: to be seen, to be scrolled, to be searched.
+
+    python bench/gallery_page.py [JOBS]
+
+Two pages, one with a tenth of the jobs. A task is what keeps the page from answering; it is measured as time of the
+processor, which other programs on the machine do not lengthen. The bounds are ratios: ten times the jobs may cost ten
+times at most where all of them are looked at, and little more where only those in sight are.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
+
+from chromium import PROGRAM, Chromium
+
+from imagewatch.gallery.jobs import Job, Picture
+from imagewatch.gallery.page import page
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+MOST_GROWTH = {"open": 10.0, "scroll": 4.0, "search": 10.0}
+WORDS = "lighthouse cliff dusk harbour boat cat dog robot poster festival railway station glass snow"
+CALM = "new Promise((done) => setTimeout(done, 500))"
+FRAME = "new Promise((done) => requestAnimationFrame(() => setTimeout(done)))"
+SCROLL = """new Promise((done) => {
+  let left = 200;
+  const down = () => { scrollBy(0, 60); left -= 1; if (left) requestAnimationFrame(down); else done(); };
+  down();
+})"""
+
+
+def fill(folder: Path, jobs: int) -> Path:
+    """Write a page of so many jobs with their thumbnails; return its path."""
+    thumbs = folder / "gallery_files"
+    thumbs.mkdir(parents=True)
+    words, pool = WORDS.split(), [thumbs / f"{number}.webp" for number in range(12)]
+    for number, path in enumerate(pool):
+        Image.effect_noise((320, 320), 20 + 10 * number).convert("RGB").save(path, quality=80)
+    told = []
+    for number in range(jobs):
+        thumb = f"{number:024x}.webp"
+        os.link(pool[number % len(pool)], thumbs / thumb)
+        picture = Picture(f"job-{number}.png", f"outbox/job-{number}.png", thumb, 1024, 1024, 1_500_000)
+        job = Job(made=True, name=f"job-{number}", document=f"outbox/job-{number}.receipt.toml", at=0)
+        job.at, job.charged, job.credits = 1_800_000_000_000 - number * 1_500_000, "yes", 30.0
+        job.provider, job.model = ("flux", "gemini", "openai")[number % 3], "some-model-2-pro"
+        job.prompt = " ".join(words[(number * 7 + k * k) % len(words)] for k in range(6 + number % 30))
+        job.pictures = [picture]
+        told.append(job)
+    made = page(told, [], title="bench", files="gallery_files", written=time.time())
+    (thumbs / made.stamp).write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    path = folder / "gallery.html"
+    path.write_bytes(made.content)
+    return path
+
+
+def longest(browser: Chromium, act: Callable[[], Any]) -> float:
+    """Return how long the longest task of the page took meanwhile, in milliseconds of the processor."""
+    browser.events.clear()
+    config = {"includedCategories": ["toplevel"], "recordMode": "recordUntilFull"}
+    browser.call("Tracing.start", session=False, traceConfig=config, transferMode="ReportEvents")
+    act()
+    browser.call("Tracing.end", session=False)
+    browser.wait("Tracing.tracingComplete")
+    reports = [event["params"]["value"] for event in browser.events if event.get("method") == "Tracing.dataCollected"]
+    found = [one for report in reports for one in report]
+    pages = {one["tid"] for one in found if one.get("args", {}).get("name") == "CrRendererMain"}
+    return max(one.get("tdur", 0) for one in found if one["tid"] in pages and one["ph"] == "X") / 1000
+
+
+def search(browser: Chromium) -> None:
+    """Type two words and remove them again, letter by letter."""
+    browser.run("document.querySelector('#words').select()")
+    for letter in "cat poster":
+        browser.key(letter, letter)
+        browser.run(FRAME)
+    for _ in "cat poster":
+        browser.key("Backspace")
+        browser.run(FRAME)
+
+
+def measure(browser: Chromium, path: Path) -> dict[str, float]:
+    """Return the longest task of each thing people do, and the first paint, in milliseconds."""
+    browser.size(1280, 900)
+    found = {"open": longest(browser, lambda: (browser.open(path.as_uri()), browser.run(CALM)))}
+    found["first paint"] = browser.run("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    found["scroll"] = longest(browser, lambda: (browser.run(SCROLL), browser.run(CALM)))
+    browser.run("scrollTo(0, 0)")
+    browser.run(CALM)
+    found["search"] = longest(browser, lambda: search(browser))
+    return found
+
+
+def main() -> int:
+    """Measure, print, return 1 when a bound is passed."""
+    jobs = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+    if not PROGRAM:
+        print("there is no Chromium here")
+        return 0
+    with tempfile.TemporaryDirectory() as name:
+        browser = Chromium(Path(name) / "profile")
+        try:
+            measure(browser, fill(Path(name) / "first", 10))  # what a browser does only once
+            few = measure(browser, fill(Path(name) / "few", jobs // 10))
+            many = measure(browser, fill(Path(name) / "many", jobs))
+        finally:
+            browser.close()
+    print(
+        f"{jobs} jobs: first paint after {many['first paint']:.0f} ms ({jobs // 10} jobs: {few['first paint']:.0f} ms)"
+    )
+    for what, most in MOST_GROWTH.items():
+        growth = many[what] / few[what]
+        print(f"longest task, {what}: {many[what]:.0f} ms ({few[what]:.0f} ms); growth {growth:.1f} (at most {most:g})")
+    return int(any(many[what] > few[what] * most for what, most in MOST_GROWTH.items()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
