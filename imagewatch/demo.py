@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,6 +14,7 @@ from imagewatch import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
 from imagewatch.errors import SpoolError
+from imagewatch.gallery import Gallery
 from imagewatch.sandbox import Sandbox
 from imagewatch.text import amount, printable
 
@@ -87,7 +89,8 @@ def play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callabl
         daemon = Daemon(config, environ, once=True, on_outcome=on_outcome, on_seen=on_seen)
         daemon.run()
         story.report = sandbox.report()
-    story.lines = _told(story, daemon.hold)
+    page = Gallery(config).write().path
+    story.lines = _told(story, page, daemon.hold)
     return story
 
 
@@ -121,7 +124,7 @@ def _drop(inbox: str) -> None:
             file.write(text)
 
 
-def _told(story: Story, hold: Hold | None) -> list[str]:
+def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
     """Return the end of the story: what is where, and what it cost."""
     lines = ["", click.style("What became of the six prompts", bold=True), ""]
     credits_spent = 0.0
@@ -139,6 +142,7 @@ def _told(story: Story, hold: Hold | None) -> list[str]:
         f"  pictures and receipts  {os.path.join(story.folder, 'outbox')}",
         f"  refused, with reasons  {os.path.join(story.folder, 'errors')}",
         f"  prompts that were done {os.path.join(story.folder, 'archive')}",
+        f"  all of it to look at   {Path(page).as_uri()}",
     ]
     if hold:
         lines += [

@@ -482,6 +482,8 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
                 assert (tmp_path / name / "outbox" / image["file"]).stat().st_size == image["bytes"]
         assert len(list((tmp_path / name / "errors").glob("*.error.toml"))) == 2
         assert str(tmp_path / name / "outbox") in done.stdout
+        assert (tmp_path / name / "gallery.html").as_uri() in done.stdout
+        assert "chamber music festival" in (tmp_path / name / "gallery.html").read_text()
         assert list((tmp_path / name / "inbox").glob("*")) == [tmp_path / name / "inbox/.imagewatch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagewatch-demo", "imagewatch-demo-2"]
 
