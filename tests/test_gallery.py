@@ -205,6 +205,14 @@ def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gallery.html", "gallery_files"]
 
 
+def test_where_nothing_is_nothing_is_made(tmp_path: Path):
+    done = command(
+        {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "typo"), "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "s")}
+    )
+    assert (done.returncode, f"{tmp_path / 'typo'}: there is no such folder" in done.stderr) == (74, True)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
     shelf.made("cat", picture())
     locked = shelf.root / "outbox/private"
@@ -654,5 +662,20 @@ def test_a_folder_that_comes_and_an_input_that_is_archived_late_are_noticed(shel
     assert shelf.jobs[0]["inputs"][0]["href"] == "archive/a/in.png"
     shelf.made("dog", content, folder="b/c")
     assert gallery.outdated()
+    assert gallery.refresh()
+    assert {job["name"] for job in shelf.jobs} == {"cat", "dog"}
+
+
+def test_while_a_share_is_away_the_last_page_stays(shelf: Shelf):
+    shelf.made("cat", picture())
+    gallery = shelf.gallery()
+    gallery.write()
+    (shelf.root / "outbox").rename(shelf.root / "away")
+    assert gallery.outdated()
+    assert gallery.refresh() is None
+    assert [job["name"] for job in shelf.jobs] == ["cat"]
+    assert shelf.thumbs
+    (shelf.root / "away").rename(shelf.root / "outbox")
+    shelf.made("dog", picture())
     assert gallery.refresh()
     assert {job["name"] for job in shelf.jobs} == {"cat", "dog"}

@@ -67,6 +67,7 @@ class Gallery:
     def __init__(self, config: Config, output: str | None = None, *, disk: Disk | None = None) -> None:
         self._disk = disk or Disk()
         self._outbox = config.outbox
+        self._folders = config.folders
         path = os.path.abspath(output or os.path.join(os.path.dirname(config.folders.outbox), "gallery.html"))
         above = os.path.realpath(os.path.dirname(path))
         self.path = os.path.join(above, os.path.basename(path))
@@ -88,15 +89,24 @@ class Gallery:
             What it holds.
 
         Raises:
-            SpoolError: It cannot be written.
+            SpoolError: It cannot be written, or there is no place for an outbox.
         """
+        root = os.path.dirname(self._folders.outbox)
+        if not os.path.isdir(root):
+            hint = "check the path, and that it is mounted; the daemon makes its folders when it first starts"
+            raise SpoolError(f"{printable(root)}: there is no such folder", path=root, hint=hint)
         self._stamp = ""
         written = self.refresh(on_thumbnail)
         assert written
         return written
 
     def refresh(self, on_thumbnail: Callable[[int, int], None] = lambda *_: None) -> Written | None:
-        """Write the page if it would not be the same as the last one; return None when it would."""
+        """Write the page if it would not be the same as the last one; return None when it would.
+
+        While the outbox is gone (a share that is away) the last page stays.
+        """
+        if self._look.jobs and not os.path.isdir(self._folders.outbox):
+            return None
         look = self._reader.look()
         self._prepare()
         problems = self._thumbnails.make(look.sources, on_thumbnail)
