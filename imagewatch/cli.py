@@ -6,6 +6,7 @@ Heavy modules are imported by the commands that use them, so that ``--help`` and
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -32,6 +33,7 @@ EXIT_USAGE = 64
 EXIT_SPOOL = 74
 EXIT_RUNNING = 75
 EXIT_CONFIG = 78
+_UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EXIT_CODES = """\b
 Exit codes:
@@ -243,6 +245,17 @@ for command in (submit, admin.status, admin.history, admin.estimate, admin.retry
 
 def main() -> NoReturn:
     """Run a command; translate every error into one line, a next action and an exit code."""
+    try:
+        _main()
+    except OSError as error:
+        if error.errno not in _UNWRITABLE or error.filename is not None:
+            raise  # not the output: a bug
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more at the very end
+        hint = "whatever the command was to do is done; only its words are lost"
+        _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
+
+
+def _main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to stop

@@ -6,6 +6,8 @@ import io
 import json
 import os
 import re
+import subprocess
+import sys
 import unicodedata
 from typing import TYPE_CHECKING
 
@@ -128,3 +130,22 @@ def test_retry_says_the_same_to_programs(folders: Folders):
     }
     assert "may have been charged" in found["lost"]["told"]
     assert folders.names("inbox") == ["free.prompt.txt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", ["check", "history", "submit hello --name full"])
+def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, arguments: str):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "imagewatch", *arguments.split()],
+            env={"PATH": os.environ["PATH"], "HOME": str(mixed.root), **mixed.environ},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=40,
+            check=False,
+        )
+    assert done.returncode == 74
+    assert done.stderr.startswith("imagewatch: the output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
+    assert ("full.prompt.txt" in mixed.names("inbox")) == arguments.startswith("submit")
