@@ -19,7 +19,6 @@ import click
 
 from imagewatch import table
 from imagewatch.errors import SpoolError
-from imagewatch.names import SUFFIX
 from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
@@ -218,6 +217,8 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     if not jobs:
         click.echo("Nothing was made yet.")
         return
+    from imagewatch.names import SUFFIX  # noqa: PLC0415
+
     outcomes = ["paid" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
     rows = [
         [
