@@ -89,9 +89,16 @@ def compose(
 
 
 def _written(document: dict[str, Any]) -> str:
-    text = tomli_w.dumps(document)
     # A multi-line string cannot hold CRLF as it is; nearly always there is none, and people like to read lines.
-    return text if r"\r\n" in text else tomli_w.dumps(document, multiline_strings=True)
+    return tomli_w.dumps(document, multiline_strings=not _has_crlf(document))
+
+
+def _has_crlf(value: object) -> bool:
+    if isinstance(value, str):
+        return "\r\n" in value
+    if isinstance(value, Mapping):
+        return any(_has_crlf(inner) for inner in (*value.keys(), *value.values()))
+    return isinstance(value, list | tuple) and any(map(_has_crlf, value))
 
 
 def facts(document: str) -> dict[str, Any]:

@@ -36,15 +36,30 @@ _LOCK_TRIES = 4
 _LOCK_SECONDS = 0.1
 
 
-@contextlib.contextmanager
-def ours(path: str, doing: str) -> Iterator[None]:
-    """Turn an ``OSError`` about our own folders into a ``SpoolError`` with the next action."""
-    try:
-        yield
-    except OSError as error:
-        code = error.errno or 0
-        message = f"{printable(path)}: cannot {doing}: {os.strerror(code) if code else error}"
-        raise SpoolError(message, path=path, code=code, hint=_hint(code)) from error
+class ours:  # noqa: N801  it reads like a statement
+    """Turn an ``OSError`` about our own folders into a ``SpoolError`` with the next action.
+
+    A class and no generator: a job enters it two hundred times.
+
+    Args:
+        path: What the block is about.
+        doing: What it does, after "cannot".
+    """
+
+    __slots__ = ("_doing", "_path")
+
+    def __init__(self, path: str, doing: str) -> None:
+        self._path = path
+        self._doing = doing
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            code = error.errno or 0
+            message = f"{printable(self._path)}: cannot {self._doing}: {os.strerror(code) if code else error}"
+            raise SpoolError(message, path=self._path, code=code, hint=_hint(code)) from error
 
 
 @contextlib.contextmanager
