@@ -152,6 +152,7 @@ class Daemon:
         self._ignored: set[tuple[str, str]] = set()
         self._more_ignored = False
         self._draining = False
+        self._ready = False
         self.failed = 0
 
     # Running
@@ -218,10 +219,6 @@ class Daemon:
             self._set_aside(job)
         self._status.state = "once" if self._once else "running"
         self._look()
-        mode, where = self._intake.mode, self._config.endpoint.base_url
-        polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
-        _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
-        self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
 
     def _set_aside(self, job: str) -> None:
         """Count what a recovered job has sent before anything else is sent: the ledger may not have it yet."""
@@ -357,6 +354,16 @@ class Daemon:
         self._on_seen(self._intake.count() + len(self._in_flight))
         self._status.change()
         self._notify.send(WATCHDOG="1")
+        if not self._ready:
+            self._tell_ready()
+
+    def _tell_ready(self) -> None:
+        """Say that everything was looked at; who could not look yet is not ready."""
+        self._ready = True
+        mode, where = self._intake.mode, self._config.endpoint.base_url
+        polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
+        _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
+        self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
 
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""

@@ -14,6 +14,9 @@ from imagewatch.text import printable
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+_PATIENCE = 5.0
+"""How long a busy manager's full queue is waited for, seconds: READY=1 is sent only once."""
+
 
 class Notify:
     """The connection to the service manager.
@@ -33,6 +36,6 @@ class Notify:
         if not self._address:
             return
         text = "\n".join(f"{name}={printable(value)}" for name, value in fields.items())
-        kind = socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC
-        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, kind) as channel:
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
+            channel.settimeout(_PATIENCE)
             channel.sendto(text.encode(), self._address)

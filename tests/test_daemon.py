@@ -19,6 +19,7 @@ from conftest import KEY, Folders, until
 from PIL import Image
 
 from imagewatch.holds import Holds
+from imagewatch.notify import Notify
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -692,6 +693,53 @@ def test_the_watchdog_is_fed_by_looks_at_the_inbox_and_by_nothing_else(folders, 
             manager.hear()
         pytest.fail("the watchdog is fed, but nothing is looked at")
     assert daemon.process.poll() is None
+
+
+INBOX_GONE_AT_FIRST = """
+import os
+from imagewatch import log
+from imagewatch.config import load
+from imagewatch.daemon import Daemon
+
+config = load(None, os.environ)
+
+class Unlucky(Daemon):
+    away = config.folders.inbox + ".away"
+
+    def _look(self):
+        if self.away:
+            os.rename(config.folders.inbox, self.away)
+            self.away = ""
+        super()._look()
+
+log.configure("info", "json")
+Unlucky(config, os.environ).run()
+"""
+"""A daemon whose inbox goes away when all folders have been proved, right before it looks for the first time."""
+
+
+def test_a_daemon_that_cannot_look_is_not_ready_before_it_can(folders, run, manager, tmp_path):
+    script = tmp_path / "unlucky.py"
+    script.write_text(INBOX_GONE_AT_FIRST)
+    daemon = run(folders, script=str(script), watching=False)
+    assert daemon.wait_for("held")["kind"] == "disk"
+    folders.inbox.with_name("inbox.away").rename(folders.inbox)
+    heard = [manager.hear()]
+    while "READY" not in heard[-1]:
+        heard.append(manager.hear())
+    assert {"WATCHDOG": "1"} in heard  # it has looked
+
+
+def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
+    with contextlib.suppress(BlockingIOError), socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other:
+        other.settimeout(0)
+        while True:  # until the manager's queue is full
+            other.sendto(b"STATUS=others", folders.environ["NOTIFY_SOCKET"])
+    ready = threading.Thread(target=Notify(folders.environ).send, kwargs={"READY": "1"})
+    ready.start()
+    ready.join(0.3)  # let it meet the full queue
+    assert manager.hear_until("READY") == {"READY": "1"}
+    ready.join()
 
 
 def test_a_folder_with_a_hostile_name_is_told_to_the_manager_in_one_line(tmp_path, run, sandbox):
