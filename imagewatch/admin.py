@@ -298,14 +298,22 @@ def _span(low: float, high: float) -> str:
 
 @click.command()
 @json_option
+@click.option("--prometheus", is_flag=True, help="For node_exporter's textfile collector; 0 also while held.")
 @click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
 @config_option
-def status(path: str | None, *, as_json: bool, watch: bool) -> None:
+def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) -> None:
     """Say what the daemon is doing: waiting, in flight, held, spent.
 
     Works while it is down, and then says so. Exit code 69 while the queue is held.
     """
+    if prometheus and (as_json or watch):
+        raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} exclude each other")
     config = load(path)
+    if prometheus:
+        from imagewatch import metrics  # noqa: PLC0415
+
+        click.echo(metrics.text(_page(config)), nl=False)
+        return
     wait = threading.Event().wait
     while True:
         page = _page(config)
@@ -333,7 +341,7 @@ def _page(config: Config) -> dict[str, Any]:
     else:
         page["state"] = "stopped" if page["state"] == "stopped" else "died"
         page |= {"in_flight": [], "holds": told.lasting(page, _control(config))}
-    return {**page, "is_running": running}
+    return {**told.as_of(page, time.time()), "is_running": running}
 
 
 def holds(config: Config) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from imagewatch.job import Claim
 from imagewatch.names import SUFFIX
@@ -13,6 +14,17 @@ Key = tuple[str, str]
 """A stem: the folder below the inbox, and the stem's name."""
 Look = tuple[str, int, int, int, int]
 """What a file looks like: name, inode, size, mtime and ctime; zeros when it is not there."""
+
+
+class Wait(StrEnum):
+    """Why a prompt may not be taken yet."""
+
+    EMPTY = "empty, so not ready yet"
+    SETTLING = "not quiet for long enough"
+    WRITING = "still being written"
+    OPEN = "open for writing"
+    ARRIVING = "is on its way: a transfer has not given it its name yet"
+    IMAGES = "images it names are missing"
 
 
 @dataclass(frozen=True)

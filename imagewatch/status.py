@@ -59,6 +59,19 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
     return holds
 
 
+def as_of(page: Mapping[str, Any], now: float) -> dict[str, Any]:
+    """Return a page whose sums are those of this day and this month: of an earlier one there is nothing in them.
+
+    Args:
+        page: What a daemon said, maybe long ago.
+        now: Wall-clock time, seconds since the epoch.
+    """
+    said = moment(page["updated"])
+    day, month = day_and_month(now)
+    over = [name for name, (begin, _) in (("today", day), ("month", month)) if said < begin]
+    return {**page, **{name: dict.fromkeys(page[name], 0) | {"cap": page[name]["cap"]} for name in over}}
+
+
 class Status:
     """Keeps the file up to date.
 

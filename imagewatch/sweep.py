@@ -22,7 +22,7 @@ from imagewatch.images import inspect
 from imagewatch.listing import Folder, Folders, Visitor
 from imagewatch.names import SUFFIX, Dropped, locks, spellings
 from imagewatch.request import open_plain, private, read_prompt
-from imagewatch.seen import Candidate, Key, Look, Reasons, Seen
+from imagewatch.seen import Candidate, Key, Look, Reasons, Seen, Wait
 from imagewatch.settling import Settling
 from imagewatch.text import printable
 from imagewatch.writers import has_writer, is_local
@@ -38,8 +38,6 @@ _SKEW_SECONDS = 60.0
 """How far the clock of a file server may be behind ours."""
 _LARGE_BYTES = 64 << 20
 """A larger image has to be quiet like others: to read it through here would hold up everybody."""
-_NOT_QUIET = "not quiet for long enough"
-_BUSY = "still being written"
 
 
 class Sweep:
@@ -254,7 +252,7 @@ class Sweep:
             seen.ignored.add(path, "not a plain file")
             return
         if not status.st_size:
-            seen.waiting.add(path, "empty, so not ready yet")
+            seen.waiting.add(path, Wait.EMPTY)
             return
         changed = status.st_ctime
         look = hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
@@ -262,7 +260,7 @@ class Sweep:
             names = folder.beside.of(stem)
             if busy := self._busy(folder.path, names, seen, now):
                 reason = f"{printable(busy, 120)} shows that it is still being written"
-                seen.waiting.add(path, _BUSY, reason)
+                seen.waiting.add(path, Wait.WRITING, reason)
                 return
             looks, changed = self._stat(folder.path, _all_names(names))
             look = hash(looks)
@@ -271,7 +269,7 @@ class Sweep:
         if left <= 0 or self._is_whole(key):
             self._settle(folder, stem, changed)
         else:
-            seen.wait(path, _NOT_QUIET, f"quiet for {left:.1f} more seconds", left)
+            seen.wait(path, Wait.SETTLING, f"quiet for {left:.1f} more seconds", left)
 
     def _settle(self, folder: Folder, stem: str, changed: float) -> None:
         folder.settle(stem, changed)
@@ -307,7 +305,7 @@ class Sweep:
         for path in found:
             with contextlib.suppress(OSError):
                 if self._wall - os.lstat(self._folders.full(path)).st_ctime < _BUSY_SECONDS:
-                    seen.waiting.add(path, "is on its way: a transfer has not given it its name yet")
+                    seen.waiting.add(path, Wait.ARRIVING)
                 else:
                     seen.ignored.add(path, "an unfinished transfer: rename it, or send it again")
         return bool(found)
@@ -339,9 +337,9 @@ class Sweep:
     def _is_disturbed(self, folder: Folder, names: Dropped, changed: float, now: float) -> bool:
         """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
         if self._busy(folder.path, names, self._seen, now):
-            kind, reason = _BUSY, "is being written again"
+            kind, reason = Wait.WRITING, "is being written again"
         elif changed != folder.settled.get(names.stem) and self._config.settle_seconds:
-            kind, reason = _NOT_QUIET, "was changed, so it has to be quiet again"
+            kind, reason = Wait.SETTLING, "was changed, so it has to be quiet again"
         else:
             return False
         self._settling.touch((folder.path, names.stem), now)
@@ -363,7 +361,7 @@ class Sweep:
             if left > 0:
                 self._hold_back(key)
                 self._inputs_since.setdefault(key, now)
-                self._seen.wait(path, _NOT_QUIET, f"its images are quiet for {left:.1f} more seconds", left)
+                self._seen.wait(path, Wait.SETTLING, f"its images are quiet for {left:.1f} more seconds", left)
                 return None
         return self._take(Candidate(key, declared, (), looks, changed, declared=True))
 
@@ -381,7 +379,7 @@ class Sweep:
             self._hold_back(key)
             due = min(left, self._config.rescan_seconds)
             reason = f"waits for {printable(', '.join(missing), 200)}"
-            self._seen.wait(_join(key[0], key[1] + SUFFIX), "images it names are missing", reason, due)
+            self._seen.wait(_join(key[0], key[1] + SUFFIX), Wait.IMAGES, reason, due)
         return left > 0
 
     def _take(self, candidate: Candidate) -> Candidate | None:
@@ -394,9 +392,7 @@ class Sweep:
                 return None
         if writer := self._writer(candidate):
             self._hold_back(candidate.key)
-            self._seen.waiting.add(
-                candidate.source, "open for writing", f"{printable(writer, 120)} is open for writing"
-            )
+            self._seen.waiting.add(candidate.source, Wait.OPEN, f"{printable(writer, 120)} is open for writing")
             return None
         return candidate
 

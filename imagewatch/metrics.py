@@ -1,0 +1,77 @@
+"""What a daemon is doing, in the text format that Prometheus reads. Pure.
+
+https://prometheus.io/docs/instrumenting/exposition_formats/; names follow
+https://prometheus.io/docs/practices/naming/. No sample has a time of its own: the textfile collector of node_exporter
+takes none. No label is text of a stranger's: each has a fixed set of values, whatever the page says.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from imagewatch.holds import NEXT
+from imagewatch.seen import Wait
+from imagewatch.status import moment
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+Sample = tuple[dict[str, str], float]
+"""Labels and a value."""
+Family = tuple[str, str, str, "Sequence[Sample]"]
+"""Name, type, help, samples."""
+_PERIODS = {"day": "today", "month": "month"}
+_OUTCOMES = ("made", "refused", "unknown")
+_ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
+
+
+def text(page: Mapping[str, Any]) -> str:
+    """Return a status page (``imagewatch status --json``) as metrics."""
+    lines = []
+    for name, kind, meaning, samples in _families(page):
+        if samples:
+            lines += [f"# HELP imagewatch_{name} {meaning}", f"# TYPE imagewatch_{name} {kind}"]
+            lines += [f"imagewatch_{name}{_labels(labels)} {value:.15g}" for labels, value in samples]
+    return "\n".join(lines) + "\n"
+
+
+def _labels(labels: Mapping[str, str]) -> str:
+    inside = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
+    return f"{{{inside}}}" if inside else ""
+
+
+def _families(page: Mapping[str, Any]) -> Iterator[Family]:
+    waiting = page["waiting"]
+    yield "up", "gauge", "Whether the daemon is running.", [({}, page["is_running"])]
+    yield "build_info", "gauge", "Version of the daemon, always 1.", [({"version": page["version"]}, 1)]
+    yield "last_sweep_timestamp_seconds", "gauge", "When the inbox was last looked at.", _time(page["last_sweep"])
+    yield "status_timestamp_seconds", "gauge", "When the daemon last told its status.", _time(page["updated"])
+    yield "ready_prompts", "gauge", "Prompts that wait for nothing but their turn.", [({}, waiting["ready"])]
+    yield "not_ready_prompts", "gauge", "Prompts that may not be taken yet, by reason.", _reasons(waiting["why"])
+    yield "ignored_files", "gauge", "Files in the inbox that will not be taken.", [({}, page["ignored"]["count"])]
+    yield "in_flight_jobs", "gauge", "Jobs at work.", [({}, len(page["in_flight"]))]
+    held = {one["kind"] for one in page["holds"]}
+    holds = [({"reason": kind}, float(kind in held)) for kind in NEXT]
+    yield "held", "gauge", "Whether nothing is sent for this reason.", holds
+    jobs = [
+        ({"period": period, "outcome": outcome}, page[key][outcome])
+        for period, key in _PERIODS.items()
+        for outcome in _OUTCOMES
+    ]
+    yield "period_jobs", "gauge", "Jobs of this day and this month (UTC), by outcome.", jobs
+    spent = [({"period": period}, page[key]["credits"]) for period, key in _PERIODS.items()]
+    yield "period_credits", "gauge", "Credits charged this day and this month (UTC).", spent
+    caps = [({"period": period}, page[key]["cap"]) for period, key in _PERIODS.items() if page[key]["cap"]]
+    yield "period_cap_credits", "gauge", "Most credits for a day and a month; absent without a cap.", caps
+    again: list[Sample] = [({}, page["redelivered"])]
+    yield "redelivered_prompts_total", "counter", "Prompts that a sync tool brought back, not made again.", again
+
+
+def _time(when: str | None) -> list[Sample]:
+    return [({}, moment(when).timestamp())] if when else []
+
+
+def _reasons(why: Mapping[str, int]) -> list[Sample]:
+    """Return how many prompts wait for each reason; reasons of another version are one."""
+    known = [({"reason": wait.name.lower()}, float(why.get(wait, 0))) for wait in Wait]
+    return [*known, ({"reason": "other"}, float(sum(why.values()) - sum(why.get(wait, 0) for wait in Wait)))]
