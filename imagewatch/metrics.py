@@ -2,7 +2,8 @@
 
 https://prometheus.io/docs/instrumenting/exposition_formats/; names follow
 https://prometheus.io/docs/practices/naming/. No sample has a time of its own: the textfile collector of node_exporter
-takes none. No label is text of a stranger's: each has a fixed set of values, whatever the page says.
+takes none. No label is text of a stranger's: each has a fixed set of values, whatever lies in the inbox. Each series
+names its inbox, so that there may be several on one machine.
 """
 
 from __future__ import annotations
@@ -27,17 +28,16 @@ _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 def text(page: Mapping[str, Any]) -> str:
     """Return a status page (``imagewatch status --json``) as metrics."""
-    lines = []
+    inbox, lines = {"inbox": str(page["inbox"])}, []
     for name, kind, meaning, samples in _families(page):
         if samples:
             lines += [f"# HELP imagewatch_{name} {meaning}", f"# TYPE imagewatch_{name} {kind}"]
-            lines += [f"imagewatch_{name}{_labels(labels)} {value:.15g}" for labels, value in samples]
+            lines += [f"imagewatch_{name}{_labels(inbox | labels)} {value:.15g}" for labels, value in samples]
     return "\n".join(lines) + "\n"
 
 
 def _labels(labels: Mapping[str, str]) -> str:
-    inside = ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items())
-    return f"{{{inside}}}" if inside else ""
+    return "{" + ",".join(f'{name}="{value.translate(_ESCAPES)}"' for name, value in labels.items()) + "}"
 
 
 def _families(page: Mapping[str, Any]) -> Iterator[Family]:

@@ -27,6 +27,7 @@ PAGE: dict[str, Any] = {
     "schema": 1,
     "version": "1.2.3",
     "is_running": True,
+    "inbox": "/srv/imagewatch/inbox",
     "updated": "2026-02-03T04:05:06Z",
     "last_sweep": "2026-02-03T04:05:05Z",
     "waiting": {"ready": 3, "not_ready": 2, "why": {Wait.EMPTY.value: 2}, "files": {}},
@@ -49,7 +50,7 @@ def values(text: str) -> dict[str, float]:
     found = {}
     for family in parsed(text).values():
         for sample in family.samples:
-            labels = ",".join(sample.labels.values())
+            labels = ",".join(value for name, value in sample.labels.items() if name != "inbox")
             found[f"{sample.name.removeprefix('imagewatch_')}{f'[{labels}]' if labels else ''}"] = sample.value
     return found
 
@@ -115,9 +116,11 @@ def test_a_reason_or_a_hold_that_nobody_knows_becomes_no_label():
     assert found.keys() == {*values(metrics.text(PAGE))}
 
 
-def test_a_label_is_read_back_as_it_was():
-    family = parsed(metrics.text({**PAGE, "version": HOSTILE}))["imagewatch_build_info"]
-    assert [sample.labels for sample in family.samples] == [{"version": HOSTILE}]
+def test_every_series_names_its_inbox_so_that_there_may_be_several():
+    one, other = (parsed(metrics.text({**PAGE, "inbox": inbox})) for inbox in ("/srv/cats", f"/srv/{HOSTILE}"))
+    assert one.keys() == other.keys()
+    for families, inbox in ((one, "/srv/cats"), (other, f"/srv/{HOSTILE}")):
+        assert {sample.labels["inbox"] for family in families.values() for sample in family.samples} == {inbox}
 
 
 def test_a_daemon_that_has_not_looked_yet_has_no_time_of_a_look():
@@ -128,7 +131,7 @@ def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(f
     before = time.time() - 1
     daemon = run(folders)
     sandbox.hold()
-    folders.prompt("cat", "A cat")
+    folders.prompt("whiskers", "A cat")
     assert sandbox.wait_for_requests(1, 20)
     folders.drop(f"{HOSTILE}.prompt.txt", "")
     folders.drop(f"{HOSTILE}.prompt.txt.txt", "A near miss")
@@ -138,7 +141,7 @@ def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(f
     assert before <= found["last_sweep_timestamp_seconds"] <= time.time()
     text = command(folders, "status", "--prometheus").stdout
     assert "evil" not in text
-    assert "cat" not in text
+    assert "whiskers" not in text
 
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     assert (told(folders)["up"], told(folders)["in_flight_jobs"]) == (0, 0)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import KEY, until
 from container import ROOT, Container, Unavailable, unavailable
+from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -680,6 +681,33 @@ def test_looking_pausing_and_reloading(started, endpoint):
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["hand"]
     until(lambda: started.events("reloaded"))
+
+
+def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(started, endpoint):
+    machine, file = started.container, "/var/lib/prometheus/node-exporter/imagewatch.prom"
+
+    def written() -> tuple[float, float]:
+        machine.run("systemctl", "start", "imagewatch-metrics.service")
+        text = machine.run("cat", file, user="stranger").stdout  # as node_exporter's user
+        samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
+        held = {sample.labels["reason"]: sample.value for sample in samples if sample.name == "imagewatch_held"}
+        return next(sample.value for sample in samples if sample.name == "imagewatch_up"), held["hand"]
+
+    machine.path(file).parent.mkdir(parents=True, exist_ok=True)
+    follow(machine, "metrics")
+    try:
+        assert machine.show("imagewatch-metrics.timer", "ActiveState") == "active"
+        machine.run("imagewatch", "hold")
+        assert written() == (1, 1)
+        machine.run("imagewatch", "release")
+        until(
+            lambda: machine.run("imagewatch", "status", check=False).returncode == 0
+        )  # it tells once a second at most
+        assert written() == (1, 0)
+        started.systemctl("stop")
+        assert written() == (0, 0)
+    finally:
+        machine.run("systemctl", "disable", "--now", "imagewatch-metrics.timer")
 
 
 def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
