@@ -391,6 +391,8 @@ STRANGE = {
     "a home": "/home/colleague/notes.txt",
     "another service's state": "/var/lib/other/state",
     "another share": "/srv/other/file",
+    "another disk": "/mnt/other/file",
+    "a stick": "/media/other/file",
     "a log": "/var/log/other.log",
     "the key itself": "/etc/imagewatch/letta_api_key",
 }
