@@ -125,8 +125,8 @@ class Container:
         assert python is not None
         self._mount.mkdir(parents=True)
         version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        self._packages = f"{VENV}/lib/python{version}/site-packages"
-        (self._files / self._packages.lstrip("/")).mkdir(parents=True)
+        self.packages = f"{VENV}/lib/python{version}/site-packages"
+        (self._files / self.packages.lstrip("/")).mkdir(parents=True)
         self.put(f"{VENV}/pyvenv.cfg", f"home = {os.path.dirname(python)}\ninclude-system-site-packages = false\n")
         (self._files / VENV.lstrip("/") / "bin").mkdir()
         (self._files / VENV.lstrip("/") / "bin/python").symlink_to(python)
@@ -160,7 +160,7 @@ class Container:
         nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "--boot"]
         nspawn += ["-D", f"{self._mount}/root", "-M", self._name, "systemd.unit=tests.target", "systemd.show_status=no"]
         site = sysconfig.get_path("purelib")
-        mount = ["sh", "-c", _MOUNT, "sh", self._mount, self._files, self._site, site, self._packages]
+        mount = ["sh", "-c", _MOUNT, "sh", self._mount, self._files, self._site, site, self.packages]
         command = ["sh", "-c", _JOIN, "sh", *self._cgroups, "--", "unshare", "--mount", "--propagation", "private"]
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(

@@ -267,6 +267,20 @@ def test_systemd_finds_nothing_wrong_with_the_units(machine):
 # Starting
 
 
+def test_systemctl_status_says_what_it_does_and_why_it_does_nothing(started, endpoint):
+    def says(words: str) -> bool:
+        return words in started.container.show("imagewatch", "StatusText")
+
+    with endpoint.holding():
+        started.prompt("slow", "[sandbox: b64] Told to the manager")
+        until(lambda: says("0 waiting; 1 in flight; today "))
+    until(lambda: says("0 waiting; 0 in flight; today "))
+    started.container.run("imagewatch", "hold", "out of office")
+    started.prompt("held", "[sandbox: b64] Not before Monday")
+    until(lambda: says("1 waiting; 0 in flight; today ") and says("held (hand): out of office"))
+    started.container.run("imagewatch", "release")
+
+
 def test_it_is_ready_when_it_has_looked_and_not_before(started):
     assert started.container.show("imagewatch", "ActiveState") == "active"
     messages = [entry["MESSAGE"] for entry in started.journal()]
@@ -816,3 +830,20 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     until(machine.path("/home/colleague/Pictures/imagewatch/outbox/me.receipt.toml").exists)
     assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
     assert "In all: 1 made" in run("imagewatch", "history")
+
+
+# The end
+
+
+def test_an_uninstall_leaves_the_pictures_and_what_was_paid_for(started, endpoint):
+    """The last one: nothing of imagewatch works afterwards."""
+    machine = started.container
+    started.prompt("kept", "[sandbox: b64] Kept after all")
+    started.receipt("kept")
+    machine.run("systemctl", "stop", "endpoint")
+    machine.run("umount", "--lazy", machine.packages)  # what the tests have put into /opt is not there to be written
+    follow(machine, "uninstall")
+    look = "ls -d /etc/systemd/system/imagewatch* /etc/*.d/imagewatch* /etc/imagewatch /opt/imagewatch /usr/local/bin/*"
+    assert "imagewatch" not in machine.run("sh", "-c", look, check=False).stdout
+    assert started.path("outbox/kept.receipt.toml").exists()
+    assert machine.path("/var/lib/imagewatch/ledger.sqlite3").exists()
