@@ -21,7 +21,7 @@ from container import ROOT, Container, Unavailable, unavailable
 from prometheus_client.parser import text_string_to_metric_families
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
 pytestmark = pytest.mark.timeout(120)
 UNITS = ROOT / "systemd"
@@ -763,6 +763,39 @@ def test_what_a_sync_program_needs_lies_in_the_folders_and_is_left_alone(started
     started.receipt("synced")
     assert started.path("inbox/.stignore").read_text() == ".imagewatch\n"
     started.container.run("sh", "-c", f"cat {started.root}/outbox/synced.*g > /dev/null", user="syncthing")
+
+
+@pytest.fixture
+def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedProcess[str]]]:
+    """The share of the page: run a client's commands in one of its folders as somebody."""
+    if missing := [name for name in ("smbd", "smbclient", "smbpasswd") if shutil.which(name) is None]:
+        pytest.skip(f"needs {', '.join(missing)} (apt install samba smbclient)")
+    (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    machine.put("/etc/samba/smb.conf", f"[global]\ndisable netbios = yes\nload printers = no\n{share}")
+    for user in ("colleague", "stranger"):
+        machine.run("smbpasswd", "-a", "-s", user, text="secret\nsecret\n")
+
+    def client(user: str, folder: str, commands: str) -> subprocess.CompletedProcess[str]:
+        place = ["//127.0.0.1/pictures", "--directory", folder, "--user", f"{user}%secret"]
+        return machine.run("smbclient", *place, "--command", commands, check=False, cwd=f"/home/{user}")
+
+    machine.run("systemd-run", "--quiet", "--unit=share", "smbd", "--foreground", "--no-process-group")
+    until(lambda: client("colleague", "inbox", "pwd").returncode == 0)
+    yield client
+    machine.run("systemctl", "stop", "share")
+
+
+def test_the_share_of_the_page_takes_prompts_and_gives_pictures_to_the_group_only(started, endpoint, samba):
+    started.container.put("/home/colleague/words.txt", "[sandbox: b64] By Samba")
+    dropped = samba("colleague", "inbox", "mkdir cats; cd cats; put words.txt tom.prompt.txt; cd ..; ls")
+    assert dropped.returncode == 0, dropped.stdout + dropped.stderr
+    assert ".imagewatch" not in dropped.stdout
+    assert started.receipt("cats/tom")["charged"] == "yes"
+    taken = samba("colleague", "outbox/cats", "prompt; mget *; del *; cd ..; rmdir cats")
+    assert taken.returncode == 0, taken.stdout + taken.stderr
+    assert not started.path("outbox/cats").exists()
+    assert tomllib.loads(started.container.path("/home/colleague/tom.receipt.toml").read_text())["got"] == 1
+    assert samba("stranger", "inbox", "ls").returncode != 0
 
 
 def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
