@@ -20,6 +20,8 @@ from conftest import KEY, until
 from container import ROOT, Container, Unavailable, unavailable
 from prometheus_client.parser import text_string_to_metric_families
 
+from imagewatch.holds import NEXT
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -677,6 +679,12 @@ def test_the_page_names_no_block_that_is_not_followed_here():
     followed = re.findall(r'follow\(.+?, "(\w+)"', Path(__file__).read_text())
     assert len(blocks) == len(set(blocks))
     assert set(blocks) == set(followed)
+
+
+def test_the_page_says_what_to_do_about_each_kind_of_hold():
+    (table,) = re.findall(r"^\| kind \| what happened .+?\n\n", OPERATIONS, re.MULTILINE | re.DOTALL)
+    named = [kind for row in table.strip().splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
+    assert sorted(named) == sorted(NEXT)
 
 
 def test_the_first_start_of_the_page(service):
