@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parent.parent
 VENV = "/opt/imagewatch"
-_PROGRAMS = ("systemd-nspawn", "systemctl", "journalctl", "nsenter", "unshare", "mount")
+_PROGRAMS = ("systemd-nspawn", "systemctl", "journalctl", "nsenter", "setpriv", "unshare", "mount")
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _BOOT_SECONDS = 30.0
 _MOUNT = """\
@@ -161,7 +161,9 @@ class Container:
         nspawn += ["-D", f"{self._mount}/root", "-M", self._name, "systemd.unit=tests.target", "systemd.show_status=no"]
         site = sysconfig.get_path("purelib")
         mount = ["sh", "-c", _MOUNT, "sh", self._mount, self._files, self._site, site, self.packages]
-        command = ["sh", "-c", _JOIN, "sh", *self._cgroups, "--", "unshare", "--mount", "--propagation", "private"]
+        # A test run that is killed takes the container along.
+        command = ["setpriv", "--pdeathsig=TERM", "sh", "-c", _JOIN, "sh", *self._cgroups, "--"]
+        command += ["unshare", "--mount", "--propagation", "private"]
         with self._console.open("wb") as console:
             self._process = subprocess.Popen(
                 [*command, *mount, *nspawn],
