@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from imagewatch.seen import Key
 
 _LONGEST_WAIT = 3600.0
+_MOST_AT_ONCE = 1000
+"""How many messages are taken before anything else is done."""
+_MOST_HINTS = 10_000
+"""How many messages may wait: fewer than the kernel keeps, since ours take more memory."""
 _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _FIXED = ("folders", "outbox")
@@ -143,12 +147,13 @@ class Daemon:
         self._control = Control(config.folders.state, self._spool.disk)
         self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
-        self._intake = Intake(self._spool.inbox, self._control.folder, self._mailbox.put, clock, monotonic)
+        self._intake = Intake(self._spool.inbox, self._control.folder, self._hint, clock, monotonic)
         if self._notify.watchdog_seconds:
             self._intake.most_seconds = self._notify.watchdog_seconds / 2
         self._later: list[Later] = []
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
+        self._missed = False
         self._ignored: set[tuple[str, str]] = set()
         self._more_ignored = False
         self._draining = False
@@ -228,7 +233,7 @@ class Daemon:
                 self._budget.resume(job, sent.fields["provider"], sent.at)
 
     def _loop(self) -> None:
-        while not self._mailbox.empty():  # a signal may have come before anything was begun
+        for _ in range(self._mailbox.qsize()):  # a signal may have come before anything was begun
             self._take(self._mailbox.get())
         while not self._is_over():
             self._look_if_due()
@@ -255,12 +260,22 @@ class Daemon:
         return later.fresh and not later.displaced
 
     def _take_messages(self) -> None:
-        """Wait for the next message or the next thing to do, then take all messages there are."""
+        """Wait for the next message or the next thing to do, then take what messages there are.
+
+        Not without end: whoever renames a file in the inbox again and again makes messages as fast as we take them.
+        """
         with contextlib.suppress(queue.Empty):
-            message = self._mailbox.get(timeout=self._patience())
-            while True:
-                self._take(message)
-                message = self._mailbox.get_nowait()
+            self._take(self._mailbox.get(timeout=self._patience()))
+            for _ in range(_MOST_AT_ONCE):
+                self._take(self._mailbox.get_nowait())
+
+    def _hint(self, message: Changed | Lost) -> None:
+        """Take a message of the watcher, in its thread. Of too many only remember that there were more."""
+        if self._mailbox.qsize() < _MOST_HINTS:
+            self._mailbox.put(message)
+        elif not self._missed:
+            self._missed = True
+            self._mailbox.put(Lost())
 
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
@@ -283,6 +298,7 @@ class Daemon:
             case Changed():
                 self._changed(message)
             case Lost():
+                self._missed = False
                 self._intake.soon()
             case Signalled():
                 self._signalled(message.number)

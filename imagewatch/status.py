@@ -49,7 +49,8 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
         page: What it said before it ended.
         control: What was asked for since.
     """
-    holds = [one for one in page["holds"] if one["kind"] in {"hand", "burst"} and not control.release_pending()]
+    kinds = {"hand", "burst", *control.refused()}
+    holds = [one for one in page["holds"] if one["kind"] in kinds and not control.release_pending()]
     reason = control.held()
     if reason is None:
         return [one for one in holds if one["kind"] != "hand"]

@@ -6,12 +6,16 @@ is in ``test_requests.py``. Here a whole daemon meets everything at once, or fil
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import socket
 import stat
 import struct
+import subprocess
+import sys
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -130,6 +134,37 @@ def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_pro
     assert len(daemon.events("ignored")) == 1000
     assert [line["count"] for line in daemon.events("ignored more files than are named")] == [2500]
     assert len(folders.names("inbox")) == 5000
+
+
+FLOOD = """
+import os, sys
+os.chdir(sys.argv[1])
+with open("a.prompt.txt", "w") as file:
+    file.write("never quiet")
+while True:
+    os.rename("a.prompt.txt", "b.prompt.txt")
+    os.rename("b.prompt.txt", "a.prompt.txt")
+"""
+
+
+def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    with subprocess.Popen([sys.executable, "-c", FLOOD, folders.inbox]) as flood:
+        try:
+            until(lambda: any(name.startswith(("a.", "b.")) for name in folders.names("inbox")))
+            for stem in ("cat", "dog", "elk"):
+                folders.prompt(stem, f"A {stem}")
+                until(functools.partial(is_over, folders, stem), timeout=40)
+        finally:
+            flood.kill()
+    assert daemon.stop() == 0
+    asked = Counter(call["prompt"] for call in sandbox.report()["calls"])
+    assert asked - Counter(["never quiet"]) == Counter(["A cat", "A dog", "A elk"])
+
+
+def is_over(folders: Folders, stem: str) -> bool:
+    return stem in folders.documents()
 
 
 # Under our hands

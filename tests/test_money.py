@@ -108,6 +108,8 @@ def test_each_start_behind_a_refusal_asks_once_and_shows_it_to_no_other_prompt(n
         assert one_error(narrow)["status"] == 401
         assert len(looks(narrow)) == 3
         assert sandbox.report()["requests"] == start
+        shown = json.loads(command(narrow, "status", "--json").stdout)
+        assert (shown["is_running"], [hold["kind"] for hold in shown["holds"]]) == (False, ["key"])
     assert looks(narrow).items() <= before.items()
     sandbox.key = KEY
     daemon = hurried(narrow, NEVER)  # whose own first hold would last
