@@ -156,14 +156,16 @@ def backlog(root: Path, endpoint: Endpoint, count: int, jobs: int) -> dict[str, 
 
 def rest(root: Path, endpoint: Endpoint, name: str, count: int, seconds: float) -> dict[str, float | str]:
     """Leave the daemon alone."""
-    daemon = Daemon(root, endpoint)
-    if name == "held":
+    daemon = Daemon(root, endpoint, {"IMAGEWATCH_INBOX__WATCH": "poll"} if name == "polled" else {})
+    if name in {"held", "polled"}:
         daemon.command("hold")
         prompts(daemon.inbox, count)
     elif name == "junk":
         junk(daemon.inbox, count)
     with daemon:
-        daemon.until(lambda: daemon.page().get("last_sweep") and (name != "held" or daemon.waiting() == count))
+        daemon.until(
+            lambda: daemon.page().get("last_sweep") and (name in {"empty", "junk"} or daemon.waiting() == count)
+        )
         PAUSE(35)  # the second look, which learns that nothing changes
         ticks, wake_ups = daemon.ticks(), daemon.wake_ups()
         PAUSE(seconds)
@@ -222,7 +224,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         found: dict[str, Any] = {"backlog": [], "rest": [], "burst": []}
         for count in (1000, arguments.prompts):
             found["backlog"].append(backlog(top / f"backlog{count}", endpoint, count, arguments.jobs))
-        for kind in ("empty", "held", "junk"):
+        for kind in ("empty", "held", "junk", "polled"):
             count = 0 if kind == "empty" else arguments.prompts
             found["rest"].append(rest(top / kind, endpoint, kind, count, arguments.rest))
         found["burst"].append(burst(top / "burst", endpoint, 2000, make=True))
@@ -243,6 +245,8 @@ def judge(found: dict[str, Any]) -> dict[str, tuple[float, float]]:
             0,
         ),
     }
+    polled = full.pop()  # a look every five seconds, for which a tenth of a core is the most
+    checks[f"CPU at rest, {polled['inbox']}, ticks/s"] = (polled["ticks_per_s"], TICKS / 10)
     for one in (empty, *full):
         checks[f"CPU at rest, {one['inbox']}, ticks/s"] = (one["ticks_per_s"], REST_TICKS)
         checks[f"wake-ups at rest, {one['inbox']}, /s"] = (one["wake_ups_per_s"], REST_WAKE_UPS)
