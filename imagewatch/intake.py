@@ -6,6 +6,8 @@ thread. Only the head of the queue is looked at closely: the other prompts are n
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,13 +28,21 @@ if TYPE_CHECKING:
 
 _REST = 10.0
 """A sweep that took a second is followed by ten seconds without one: looking costs a tenth of a core at most."""
-_WINDOW = 2048
+_LONG_SECONDS = 0.05
+"""A look that took longer went through very many names, and took memory for them."""
+_WINDOW = 1024
 """How many prompts are known by name."""
 _AHEAD = 128
 """How many prompts are opened ahead: more than there are workers."""
 _MOST_NAMED = 1000
 """How many files that are not taken are remembered by name."""
 _log = structlog.get_logger()
+
+
+def _trim() -> None:
+    """Give memory that is free back to the system, where the C library can (glibc)."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +164,8 @@ class Intake:
             self._more = len(seen.ready) >= _AHEAD
         added = self._watch()
         now = self._now()
+        if now - began > _LONG_SECONDS:
+            _trim()
         interval = self._config.rescan_seconds
         if self.polled:
             interval = min(interval, POLL_SECONDS)
