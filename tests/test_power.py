@@ -540,6 +540,8 @@ def test_a_disk_that_fails_once_at_any_step_costs_nothing_either(tmp_path: Path,
             stage.disk.failing = number  # type: ignore[attr-defined]
             stage.restore(stage.begin)
             stage.play()
+            if name == "no credits":
+                stage.play()  # a refusal that could not be written down goes back, and is met again
             Audit(stage).check()
 
 
