@@ -251,7 +251,7 @@ def main() -> NoReturn:
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise  # not the output: a bug
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more at the very end
-        hint = "whatever the command was to do is done; only its words are lost"
+        hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
         _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
 
 
