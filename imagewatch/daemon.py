@@ -206,6 +206,7 @@ class Daemon:
             self._ledger,
             config,
             blame=self._gate.blame,
+            absolve=self._gate.absolve,
             on_paid=lambda job: self._mailbox.put(Paid(job)),
             budget=self._budget,
             clock=self._clock,

@@ -1,6 +1,7 @@
 """Whether another request may go out now: every reason to wait in one place.
 
-The gate belongs to the main thread; workers only ask whom an account-level refusal is shown by (``Holds.blame``).
+The gate belongs to the main thread; workers only ask whom an account-level refusal is shown by (``Holds.blame``), or
+say that it could not be.
 Each hold is told once when it begins, with what to do about it, and once when it ends.
 """
 
@@ -68,7 +69,7 @@ class Gate:
         self._passed = 0.0
         self._took: list[tuple[float, float]] = []
         self._returned: set[str] = set()
-        self.blame = holds.blame
+        self.blame, self.absolve = holds.blame, holds.absolve
         self.disk_failed = False
 
     def configure(self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object]) -> None:

@@ -70,7 +70,7 @@ class Hold:
 
 
 class Holds:
-    """All reasons to wait. ``blame`` is called by workers, the rest by the main thread.
+    """All reasons to wait. ``blame`` and ``absolve`` are called by workers, the rest by the main thread.
 
     Args:
         first_seconds: How long a hold lasts before its first probe, unless somebody says how long to wait.
@@ -88,6 +88,11 @@ class Holds:
             first = kind not in self._blamed
             self._blamed.add(kind)
             return first
+
+    def absolve(self, kind: str) -> None:
+        """Let the next job show a refusal of this kind: the one that was to could not write it down."""
+        with self._lock:
+            self._blamed.discard(kind)
 
     def add(self, kind: str, message: str, now: float, seconds: float | None = None, hint: str = "") -> Hold:
         """Begin or prolong a hold.

@@ -79,6 +79,7 @@ class Worker:
         config: Limits, defaults, retries.
         blame: Asked with the kind of an account-level refusal: may this job show it in ``errors``? The first
             one may, the others go back to the inbox.
+        absolve: Called with the kind when that job could not show it, as our disk failed: the next one may.
         on_paid: Called with the id of a job whose answer is on our disk: what is left of it needs no request.
         clock: Wall clock, seconds since the epoch.
         jitter: Random numbers from 0 to 1.
@@ -94,6 +95,7 @@ class Worker:
         config: Config,
         *,
         blame: Callable[[str], bool] = lambda _: True,
+        absolve: Callable[[str], None] = lambda _: None,
         on_paid: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
         jitter: Callable[[], float] = lambda: 0.5,
@@ -106,6 +108,7 @@ class Worker:
         self._config = config
         self._budget = budget or Budget(ledger, config.limits, clock)
         self._blame = blame
+        self._absolve = absolve
         self._on_paid = on_paid
         self._clock = clock
         self._jitter = jitter
@@ -275,7 +278,12 @@ class Worker:
             verdict.reaction is Reaction.BUSY and run.evidence.answered > run.stale
         ):  # its attempts are spent, but what was asked for holds for the others
             run.trouble = Trouble("busy", verdict.message, self._delay(run, verdict))
-        self._closing.refuse(Case.of(run.record, run.claim, run.evidence.answered), verdict)
+        try:
+            self._closing.refuse(Case.of(run.record, run.claim, run.evidence.answered), verdict)
+        except SpoolError:  # it goes back to the inbox (a refusal from before says nothing of now), unseen by anybody
+            if verdict.reaction is Reaction.ACCOUNT:
+                self._absolve(verdict.account)
+            raise
 
     def _gather(self, run: Run) -> None:
         self._spool.gather(run.claim)

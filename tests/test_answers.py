@@ -602,3 +602,38 @@ def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_is_not_
         station.recover()
         assert station.documents() == {"cat": "outbox"}
         assert sandbox.report()["requests"] == 1
+
+
+class FullAtTheDecision(Disk):
+    """A disk that is full for a moment, when a decision is to be written."""
+
+    stumbled = False
+
+    def create(self, path, mode=0o600):
+        if not self.stumbled and "decision.json" in path:
+            self.stumbled = True
+            raise SpoolError(f"{path}: full", path=path, code=errno.ENOSPC)
+        return super().create(path, mode)
+
+
+def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_shown_by_the_next_prompt(tmp_path, sandbox):
+    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
+        holds = Holds()
+        station.worker = Worker(
+            station.spool,
+            station.client,
+            station.ledger,
+            station.config(),
+            blame=holds.blame,
+            absolve=holds.absolve,
+        )
+        ask(station, "402", stem="a")
+        with pytest.raises(SpoolError, match="full"):
+            station.work()
+        station.recover()
+        assert station.documents() == {}
+        ask(station, "402", stem="b")
+        station.work()
+        assert list(station.documents().values()) == ["errors"]
+        assert sum(name.endswith(".prompt.txt") for name in station.names("inbox")) == 1
+        assert station.leftovers() == []

@@ -129,6 +129,13 @@ def test_the_first_refusal_of_a_kind_is_shown_and_the_others_are_not_until_the_h
     assert [holds.blame("key"), holds.blame("credits")] == [True, False]
 
 
+def test_a_job_that_could_not_show_a_refusal_leaves_that_to_the_next():
+    holds = Holds()
+    assert [holds.blame("key"), holds.blame("credits")] == [True, True]
+    holds.absolve("key")
+    assert [holds.blame("key"), holds.blame("key"), holds.blame("credits")] == [True, False, False]
+
+
 def test_of_many_workers_exactly_one_is_blamed():
     holds, start = Holds(), threading.Barrier(8)
 
