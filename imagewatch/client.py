@@ -419,8 +419,7 @@ def _masked(chunks: Iterator[bytes], key: Key) -> Iterator[bytes]:
     held = b""
     try:
         for chunk in chunks:
-            # One byte is one character here, and a spelling of the key is ASCII.
-            held = key.mask((held + chunk).decode("latin-1")).encode("latin-1")
+            held = key.mask_bytes(held + chunk)
             yield held[:-longest]
             held = held[-longest:]
     except httpx.HTTPError:

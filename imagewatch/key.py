@@ -38,10 +38,12 @@ _FOUR_WAYS: Final = (
 class Key:
     """A key that can be used and compared, but is not shown by accident."""
 
-    __slots__ = ("_value",)
+    __slots__ = ("_spellings", "_value")
 
     def __init__(self, value: str) -> None:
         self._value = value
+        spellings = {value, json.dumps(value)[1:-1], quote(value), quote(value, safe="")} - {""}
+        self._spellings = sorted(spellings, key=len, reverse=True)
 
     def __repr__(self) -> str:
         return "Key(***)"
@@ -63,15 +65,15 @@ class Key:
 
     def mask(self, text: str) -> str:
         """Return a text with the key replaced by ``***``, also where it is escaped as in JSON or a URL."""
-        spellings = {
-            self._value,
-            json.dumps(self._value)[1:-1],
-            quote(self._value),
-            quote(self._value, safe=""),
-        }
-        for spelling in sorted(spellings - {""}, key=len, reverse=True):
+        for spelling in self._spellings:
             text = text.replace(spelling, "***")
         return text
+
+    def mask_bytes(self, content: bytes) -> bytes:
+        """Return bytes with the key replaced by ``***``, likewise; without a copy where it is not in them."""
+        for spelling in self._spellings:
+            content = content.replace(spelling.encode(), b"***")
+        return content
 
 
 class _Source(NamedTuple):

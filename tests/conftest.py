@@ -8,9 +8,11 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import tomllib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,7 +30,6 @@ from imagewatch.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from pathlib import Path
 
 pytest.register_assert_rewrite("audit")
 
@@ -274,6 +275,15 @@ def hurried(run: Callable[..., Told], tmp_path: Path) -> Callable[..., Told]:
     script = tmp_path / "hurried.py"
     script.write_text(HURRIED)
     return lambda folders, first_seconds=0.3: run(folders, str(first_seconds), script=str(script))
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A folder that other users may enter. pytest closes those it makes, at each start also those of other runs."""
+    with tempfile.TemporaryDirectory() as name:
+        path = Path(name)
+        path.chmod(0o755)
+        yield path
 
 
 @pytest.fixture

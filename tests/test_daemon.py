@@ -9,9 +9,7 @@ import os
 import shutil
 import signal
 import socket
-import tempfile
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -24,6 +22,7 @@ from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
 _png = io.BytesIO()
 Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
@@ -302,16 +301,14 @@ def test_near_misses_links_and_pipes_are_named_once_in_the_log_and_stay(tmp_path
 
 
 @pytest.fixture
-def unprivileged(sandbox) -> Iterator[Folders]:
+def unprivileged(open_path, sandbox) -> Folders:
     """Folders of a daemon that is not root, who may read everything."""
-    with tempfile.TemporaryDirectory() as top:
-        folders = Folders(Path(top), sandbox.base_url)
-        folders.state.mkdir()
-        if os.geteuid() == 0:
-            os.chmod(top, 0o755)
-            for path in (folders.state, folders.root, *folders.root.iterdir()):
-                os.chown(path, NOBODY, NOBODY)
-        yield folders
+    folders = Folders(open_path, sandbox.base_url)
+    folders.state.mkdir()
+    if os.geteuid() == 0:
+        for path in (folders.state, folders.root, *folders.root.iterdir()):
+            os.chown(path, NOBODY, NOBODY)
+    return folders
 
 
 def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(unprivileged, run, tmp_path):

@@ -199,13 +199,13 @@ def test_an_outbox_that_was_removed_is_not_made_again_behind_its_owners_back(
 
 @pytest.mark.parametrize("door", ["outbox", "archive"])
 def test_a_permission_that_is_lost_and_regained_delays_and_loses_nothing(
-    tmp_path: Path, sandbox: Sandbox, door: str
+    open_path: Path, sandbox: Sandbox, door: str
 ) -> None:
-    folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="0", log__format="json")
+    folders = Folders(open_path, sandbox.base_url, limits__min_free_bytes="0", log__format="json")
     place = folders.root / door
     sandbox.hold()
     folders.prompt("cat", "a cat")
-    with unprivileged(tmp_path, folders) as process:
+    with unprivileged(open_path, folders) as process:
         assert sandbox.wait_for_requests(1, timeout=20)
         place.chmod(0o555)
         sandbox.release()
@@ -220,15 +220,13 @@ def test_a_permission_that_is_lost_and_regained_delays_and_loses_nothing(
 class unprivileged:  # noqa: N801  reads as a function
     """A daemon that is not root: root may write everywhere."""
 
-    def __init__(self, tmp_path: Path, folders: Folders) -> None:
-        self._environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
+    def __init__(self, path: Path, folders: Folders) -> None:
+        self._environ = {"PATH": os.environ["PATH"], "HOME": str(path), **folders.environ}
         self._command = [sys.executable, "-m", "imagewatch", "run"]
         if os.geteuid() == 0:
             self._command = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups", *self._command]
-            for place in (tmp_path, *tmp_path.rglob("*")):
+            for place in (path, *path.rglob("*")):
                 os.chown(place, 12345, 12345)
-            for above in tmp_path.parents[:3]:
-                above.chmod(above.stat().st_mode | 0o055)
 
     def __enter__(self) -> subprocess.Popen[bytes]:
         self._process = subprocess.Popen(self._command, env=self._environ, stderr=subprocess.DEVNULL)

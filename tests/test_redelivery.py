@@ -292,20 +292,17 @@ def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to somebody else")
 def test_a_file_that_belongs_to_somebody_else_can_be_moved_back_too(
-    tmp_path: Path, sandbox: Sandbox, start: Any
+    open_path: Path, sandbox: Sandbox, start: Any
 ) -> None:
     """The daemon may not set the time of a colleague's file; then a copy of its own goes through the door."""
-    folders = Folders(tmp_path, sandbox.base_url)
-    tmp_path.chmod(0o755)
-    for place in (tmp_path, *tmp_path.rglob("*")):
+    folders = Folders(open_path, sandbox.base_url)
+    for place in (open_path, *open_path.rglob("*")):
         os.chown(place, 12345, 12345)
         place.chmod(0o777)
-    for above in tmp_path.parents[:3]:
-        above.chmod(above.stat().st_mode | 0o055)
-    far = Sender(tmp_path / "far", folders)
+    far = Sender(open_path / "far", folders)
     far.write("cat.prompt.txt", "[sandbox: 500] a cat")
     as_user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
-    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
+    environ = {"PATH": os.environ["PATH"], "HOME": str(open_path), **folders.environ}
 
     def once() -> None:
         command = [*as_user, sys.executable, "-m", "imagewatch", "once"]
