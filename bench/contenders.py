@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from endpoint import KEY
 from inotify import CLOSE_NOWRITE, MOVED_TO, Inotify
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ class Contender:
         """Return the environment that tells the daemon what to do."""
         return {
             "LETTA_BASE_URL": self.endpoint.base_url,
-            "LETTA_API_KEY": "bench",
+            "LETTA_API_KEY": KEY,
             "IMAGEWATCH_FOLDERS__ROOT": str(self.root),
             "IMAGEWATCH_FOLDERS__STATE": str(self.root / "state"),
             "IMAGEWATCH_LIMITS__CONCURRENCY": str(self.slots),

@@ -14,6 +14,9 @@ import zlib
 from dataclasses import dataclass, field
 from typing import Self
 
+KEY = "sk-let-" + "0123456789abcdef" * 4
+"""As long as a real one: each answer is searched for it, which a short one is spared."""
+
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))

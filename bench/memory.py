@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 import page
-from endpoint import Endpoint, png
+from endpoint import KEY, Endpoint, png
 
 MB = 1_000_000
 INPUTS, OUTPUTS, SIZE = 14, 4, 20 * MB
@@ -71,7 +71,7 @@ def measure(what: str, jobs: int, inputs: int, outputs: int, most: float) -> flo
         environ = {
             "PATH": os.environ["PATH"],
             "LETTA_BASE_URL": endpoint.base_url,
-            "LETTA_API_KEY": "bench",
+            "LETTA_API_KEY": KEY,
             "IMAGEWATCH_FOLDERS__ROOT": str(root / "watched"),
             "IMAGEWATCH_FOLDERS__STATE": str(root / "state"),
             "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0.5",

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import page
-from endpoint import Endpoint
+from endpoint import KEY, Endpoint
 
 MB = 1_000_000
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -53,7 +53,7 @@ class Daemon:
         self.environ = {
             "PATH": os.environ["PATH"],
             "LETTA_BASE_URL": self.endpoint.base_url,
-            "LETTA_API_KEY": "bench",
+            "LETTA_API_KEY": KEY,
             "IMAGEWATCH_FOLDERS__ROOT": str(self.root / "watched"),
             "IMAGEWATCH_FOLDERS__STATE": str(self.state),
             "IMAGEWATCH_INBOX__SETTLE_SECONDS": "1",
