@@ -24,8 +24,8 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
+from urllib.request import getproxies
 
-import httpcore
 import httpx
 
 from imagewatch import __version__
@@ -58,8 +58,6 @@ _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
 _SHORTEST_SECRET = 16
-# httpcore takes 64 KiB at a time. Each piece is two calls that give the interpreter away and queue for it again.
-httpcore.HTTP11Connection.READ_NUM_BYTES = 256 * 1024
 
 
 class FetchError(JobError):
@@ -93,7 +91,31 @@ class Client:
         self._clock = clock
         self.url = endpoint.base_url + PATH
         self.local = is_loopback(urlsplit(endpoint.base_url).hostname or "")
-        context = _trust(endpoint.ca_file)
+        self._lock = threading.Lock()
+        self._clients: tuple[httpx.Client, httpx.Client] | None = None
+        if endpoint.ca_file or getproxies():
+            self.prepare()  # whoever set them wants to know at the start what is wrong with them
+
+    def prepare(self) -> tuple[httpx.Client, httpx.Client]:
+        """Make what the first request needs, if that was not done yet. It takes as long as half of a start.
+
+        Returns:
+            The client for the endpoint, and the one for pictures.
+
+        Raises:
+            ConfigError: ``ca_file`` or a proxy of the environment cannot be used.
+        """
+        with self._lock:
+            if self._clients is None:
+                self._clients = self._made()
+            return self._clients
+
+    def _made(self) -> tuple[httpx.Client, httpx.Client]:
+        import httpcore  # noqa: PLC0415  its own import takes as long as httpx's
+
+        # It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
+        httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024
+        endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
         # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(
@@ -101,7 +123,7 @@ class Client:
         )
         fetch_timeout = httpx.Timeout(30.0, connect=endpoint.connect_timeout_seconds)
         with _proxies():
-            self._post = httpx.Client(
+            post = httpx.Client(
                 verify=context,
                 limits=limits,
                 timeout=timeout,
@@ -109,14 +131,15 @@ class Client:
                 headers={"user-agent": USER_AGENT},
                 event_hooks={"response": [_forget_location]},
             )
-            self._get = httpx.Client(
+            get = httpx.Client(
                 verify=context, timeout=fetch_timeout, trust_env=not self.local, headers={"user-agent": USER_AGENT}
             )
+        return post, get
 
     def close(self) -> None:
         """Close both clients."""
-        self._post.close()
-        self._get.close()
+        for client in self._clients or ():
+            client.close()
 
     def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
         """Send one request and bank its answer.
@@ -147,7 +170,7 @@ class Client:
         with _Deadline(self._endpoint.deadline_seconds) as deadline:
             attempt.deadline = deadline
             try:
-                with self._post.stream(
+                with self.prepare()[0].stream(
                     "POST", self.url, headers=headers, content=iter(body), extensions={"trace": attempt.trace}
                 ) as response:
                     self._bank(response, sink, deadline, key)
@@ -201,7 +224,7 @@ class Client:
         seconds = min(_BALANCE_SECONDS, self._endpoint.timeout_seconds)
         with _Deadline(seconds) as deadline:
             try:
-                with self._post.stream("GET", url, headers=headers, timeout=seconds) as response:
+                with self.prepare()[0].stream("GET", url, headers=headers, timeout=seconds) as response:
                     for chunk in response.iter_raw():
                         body += chunk
                         if len(body) > _MOST_BALANCE_BYTES:
@@ -241,7 +264,7 @@ class Client:
         guard = _Guard(urlsplit(url).hostname or "", self._may_connect, deadline)
         file.seek(0)
         file.truncate()
-        with self._get.stream(
+        with self.prepare()[1].stream(
             "GET", url, headers={"accept-encoding": "identity"}, extensions={"trace": guard.trace}
         ) as response:
             if response.is_redirect and "location" in response.headers:
@@ -410,7 +433,7 @@ def _endless(response: httpx.Response) -> bool:
     return "content-length" not in response.headers and "transfer-encoding" not in response.headers
 
 
-def _masked(chunks: Iterator[bytes], key: Key) -> Iterator[bytes]:
+def _masked(chunks: Iterator[bytes], key: Key) -> Iterator[bytes | memoryview]:
     """Yield an answer without the key, which some servers repeat in what they say."""
     longest = 3 * len(key.reveal())  # each character escaped
     if longest < 3 * _SHORTEST_SECRET:
@@ -420,7 +443,7 @@ def _masked(chunks: Iterator[bytes], key: Key) -> Iterator[bytes]:
     try:
         for chunk in chunks:
             held = key.mask_bytes(held + chunk)
-            yield held[:-longest]
+            yield memoryview(held)[:-longest]
             held = held[-longest:]
     except httpx.HTTPError:
         yield held

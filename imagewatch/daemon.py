@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch import __version__
+from imagewatch import __version__, memory
 from imagewatch.budget import Budget
 from imagewatch.client import Client
 from imagewatch.control import Control
@@ -158,6 +158,7 @@ class Daemon:
         self._more_ignored = False
         self._draining = False
         self._ready = False
+        self._worked = False
         self.failed = 0
 
     # Running
@@ -171,6 +172,7 @@ class Daemon:
         Raises:
             ImagewatchError: It cannot start.
         """
+        memory.reuse()
         with self._signals():
             self._spool.lock()
             try:
@@ -381,6 +383,8 @@ class Daemon:
         polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
         _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
+        if not self._once:
+            self._pool.submit(self._client.prepare)  # while nobody waits for it
 
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""
@@ -459,7 +463,8 @@ class Daemon:
                 self._later.remove(later)
                 carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
                 self._submit(later.job, later.key, carry)
-        while not self._draining and self._intake.any() and self._may_ask() and self._gate.room():
+        room = False  # asked for once: until the first answer comes nothing large is written
+        while not self._draining and self._intake.any() and self._may_ask() and (room := room or self._gate.room()):
             if (candidate := self._intake.next(self._taken())) is None:
                 break
             job = self._spool.new_job()
@@ -490,6 +495,7 @@ class Daemon:
     def _finished(self, message: Finished) -> None:
         key = self._in_flight.pop(message.job, None)
         self._paid.discard(message.job)
+        self._worked = True
         self._status.change()
         self._intake.over(key)
         try:
@@ -540,6 +546,9 @@ class Daemon:
     def _report(self) -> None:
         if self._status.due is not None and self._now() >= self._status.due:
             self._write_status()
+            if self._worked and not self._in_flight:
+                self._worked = False
+                memory.give_back()
 
     def _write_status(self, **fields: str) -> None:
         """Write the status file, and tell the service manager the same in one line and some fields more."""

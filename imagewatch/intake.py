@@ -6,13 +6,12 @@ thread. Only the head of the queue is looked at closely: the other prompts are n
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
+from imagewatch import memory
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.names import stem_of
 from imagewatch.seen import Seen
@@ -37,12 +36,6 @@ _AHEAD = 128
 _MOST_NAMED = 1000
 """How many files that are not taken are remembered by name."""
 _log = structlog.get_logger()
-
-
-def _trim() -> None:
-    """Give memory that is free back to the system, where the C library can (glibc)."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +158,7 @@ class Intake:
         added = self._watch()
         now = self._now()
         if now - began > _LONG_SECONDS:
-            _trim()
+            memory.give_back()
         interval = self._config.rescan_seconds
         if self.polled:
             interval = min(interval, POLL_SECONDS)

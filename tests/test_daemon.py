@@ -13,7 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import KEY, Folders, until
+from conftest import KEY, Folders, command, until
 from PIL import Image
 
 from imagewatch.holds import Holds
@@ -766,3 +766,21 @@ def test_many_prompts_at_once_are_each_made_once(folders, run, sandbox):
     assert daemon.stop() == 0
     assert sorted(prompts(sandbox)) == sorted(f"[sandbox: b64] Number {number}" for number in range(150))
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"IMAGEWATCH_ENDPOINT__CA_FILE": "/etc/hostname"}, "endpoint.ca_file"),
+        ({"HTTPS_PROXY": "carrier-pigeon://proxy:1"}, "the proxy cannot be used"),
+    ],
+    ids=["certificates", "a proxy"],
+)
+def test_a_start_that_could_never_send_says_so_and_ends_before_it_is_ready(tmp_path, variables, named):
+    folders = Folders(tmp_path, "https://api.invalid")
+    folders.prompt("cat", "A cat")
+    ended = command(folders, "run", **variables)
+    assert ended.returncode == 78
+    assert named in ended.stderr
+    assert "watching" not in ended.stderr
+    assert folders.names("inbox") == ["cat.prompt.txt"]
