@@ -42,8 +42,7 @@ SYNCS = (
     "answer.1",
     "its folder",
     "the picture",
-    "the ledger's row: paid",
-    "the ledger's row: what came",
+    "the ledger's row",
     "decision.json",
     "its folder",
     "the picture, on its way out",
@@ -56,7 +55,7 @@ SYNCS = (
     "the job's folder",
     "the folder of jobs",
 )
-"""What one job waits for. The request leaves after the eighth, the receipt is durable after the nineteenth."""
+"""What one job waits for. The request leaves after the eighth, the receipt is durable after the eighteenth."""
 SUFFIX = ".prompt.txt"
 READ_BYTES = 1 << 20
 
@@ -178,9 +177,8 @@ class Loop:
             sync(record)
             picture.flush()
             os.fsync(picture.fileno())
-        for _ in range(2):
-            with self._lock:
-                self._ledger.execute("INSERT INTO rows VALUES (?, ?)", (record, "x" * 400))
+        with self._lock:
+            self._ledger.execute("INSERT INTO rows VALUES (?, ?)", (record, "x" * 400))
         write(f"{record}/decision.json", b"x" * 900)
 
 

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from imagewatch import __version__
-from imagewatch.documents import Course, compose, facts, with_files
+from imagewatch.documents import Course, compose, with_files
 from imagewatch.job import Charged, Claim, Decision, Move, Reaction, Sent
 from imagewatch.ledger import Ledger, Row
 from imagewatch.names import tagged
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.errors import Problem
+    from imagewatch.lifecycle import Evidence
     from imagewatch.pictures import Picture, Pictures
     from imagewatch.reading import Reading
     from imagewatch.record import Answer, Record
@@ -66,9 +67,10 @@ class Case:
     answer: Answer | None = None
 
     @classmethod
-    def of(cls, record: Record, claim: Claim, attempt: int) -> Case:
-        """Read the evidence of an attempt."""
-        answer = record.answer(attempt) if record.attempts()[1] >= attempt > 0 else None
+    def of(cls, record: Record, claim: Claim, evidence: Evidence) -> Case:
+        """Read what is left of the newest attempt."""
+        attempt = evidence.sent
+        answer = record.answer(attempt) if evidence.answered >= attempt > 0 else None
         return cls(record, claim, attempt, record.sent(attempt), answer)
 
     @property
@@ -163,14 +165,15 @@ class Closing:
         if base == claim.stem and any(move.name != move.source.partition("/")[2] for move in originals):
             base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
-        document = compose(
+        document, facts = compose(
             case.course(self._clock()),
             charged=charged,
             top=top,
             billing=billing,
             originals=[{"file": move.name, "dropped_as": move.source.partition("/")[2]} for move in originals],
         )
-        case.record.decide(Decision(door="errors", moves=moves, name=f"{base}.error.toml", document=document))
+        name = f"{base}.error.toml"
+        case.record.decide(Decision(door="errors", moves=moves, name=name, document=document, facts=facts))
 
     # With pictures
 
@@ -178,8 +181,9 @@ class Closing:
         """Read a paid answer, fetch what it names, and decide."""
         assert case.answer is not None
         reading = self._pictures.read(case.record, case.answer)
-        # The ledger first: it was paid for, whatever becomes of the pictures.
-        self._write_row(case, "made", "yes", reading=reading)
+        if any(got.url for got in reading.images):
+            # The ledger first: it was paid for, and to fetch a picture may take long.
+            self._write_row(case, "made", "yes", reading=reading)
         pictures = self._pictures.collect(case.record, reading)
         good = sum(picture.good for picture in pictures)
         self._write_row(case, "made", "yes", reading=reading, got=good)
@@ -208,7 +212,7 @@ class Closing:
         endings = [f"-{k}{picture.ending}" if numbered else picture.ending for k, picture in there]
         base = self._spool.base(claim, "outbox", [*endings, ".receipt.toml"])
         named = [(base + ending, picture) for ending, (_, picture) in zip(endings, there, strict=True)]
-        document = compose(
+        document, facts = compose(
             case.course(self._clock()),
             charged="yes",
             top=top,
@@ -216,10 +220,11 @@ class Closing:
             images=[picture.table(name) for name, picture in named],
         )
         moves = tuple(Move(source=f"state/{picture.source}", name=name) for name, picture in named)
-        present = self._spool.present(claim)
-        keep = self._spool.free_originals(claim, "archive", present) if self._spool.archive else ()
+        claimed = [name for name in claim.originals if os.path.lexists(self._spool.original(claim, name))]
+        keep = self._spool.free_originals(claim, "archive", claimed) if self._spool.archive else ()
         name = f"{base}.receipt.toml"
-        case.record.decide(Decision(door="outbox", moves=moves, name=name, document=document, keep=keep))
+        decision = Decision(door="outbox", moves=moves, name=name, document=document, facts=facts, keep=keep)
+        case.record.decide(decision)
 
     def _keep_raw(self, case: Case, top: Mapping[str, object], reading: Reading) -> None:
         """Decide for the errors folder with the raw answer: it was paid for and holds no picture we can read."""
@@ -257,44 +262,43 @@ class Closing:
             if os.path.lexists(os.path.join(folder, name)):
                 name = tagged(decision.name, claim.stem, tag)
         moves = tuple(msgspec.structs.replace(move, name=moved.get(move.name, move.name)) for move in decision.moves)
+        facts = {**decision.facts, "images": [moved.get(image, image) for image in decision.facts["images"]]}
         document = with_files(decision.document, moved)
-        return msgspec.structs.replace(decision, moves=moves, name=name, document=document)
+        return msgspec.structs.replace(decision, moves=moves, name=name, document=document, facts=facts)
 
     def outcome(self, claim: Claim, decision: Decision, seconds: float) -> Outcome:
         """Return what a decided job came to, and log its one line."""
-        document = facts(decision.document)
-        self._report(decision.door, document, seconds)
+        facts = decision.facts
+        self._report(decision.door, facts, seconds)
         return Outcome(
             claim.job,
             End.OVER,
             claim.source,
             door=decision.door,
-            charged=document["charged"],
-            credits=document.get("credits_charged"),
-            answered="answered" in document["times"],
-            message=document.get("message", ""),
+            charged=facts["charged"],
+            credits=facts.get("credits_charged"),
+            answered=facts["answered"],
+            message=facts.get("message", ""),
         )
 
-    def _report(self, door: str, document: Mapping[str, Any], seconds: float) -> None:
+    def _report(self, door: str, facts: Mapping[str, Any], seconds: float) -> None:
         say: dict[str, object] = {
-            "charged": document["charged"],
-            "credits": document.get("credits_charged"),
-            "provider": document.get("provider") or document.get("request", {}).get("provider"),
-            "images": [image["file"] for image in document.get("images", [])],
-            "attempts": document["attempts"],
+            "charged": facts["charged"],
+            "credits": facts.get("credits_charged"),
+            "provider": facts.get("provider"),
+            "images": facts["images"],
+            "attempts": facts["attempts"],
             "seconds": round(seconds, 3),
-            "status": document.get("status"),
-            "error": document.get("message"),
-            "problems": document.get("problems"),
-            **document.get("ids", {}),
+            "status": facts.get("status"),
+            "error": facts.get("message"),
+            "problems": facts.get("problems"),
+            **facts.get("ids", {}),
         }
         told = {name: value for name, value in say.items() if value not in (None, [], "")}
         if door == "outbox":
             _log.info("made", **told)
         else:
-            _log.warning(
-                {"no": "refused", "unknown": "unknown", "yes": "paid, not readable"}[document["charged"]], **told
-            )
+            _log.warning({"no": "refused", "unknown": "unknown", "yes": "paid, not readable"}[facts["charged"]], **told)
 
     # The ledger
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,8 @@ from imagewatch import __version__
 from imagewatch.text import utc, whole
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from imagewatch.job import Charged, Claim, Head, Input, Sent, Tail
 
 SCHEMA = 1
@@ -55,8 +56,8 @@ def compose(
     images: Sequence[Mapping[str, object]] = (),
     billing: Mapping[str, object] | None = None,
     originals: Sequence[Mapping[str, object]] = (),
-) -> str:
-    """Return the text of a receipt or an error file.
+) -> tuple[str, dict[str, Any]]:
+    """Return the text of a receipt or an error file, and what the log says of it.
 
     Args:
         course: How the job went.
@@ -85,7 +86,17 @@ def compose(
         document["inputs"] = [_input(item) for item in sent.inputs]
     if originals:
         document["originals"] = originals
-    return _written(_ordered(document))
+    ordered = _ordered(document)
+    return _written(ordered), _facts(ordered)
+
+
+def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain part of a document, to be kept as JSON: TOML takes a hundred times as long to read."""
+    facts = {name: document[name] for name in _FACTS if name in document}
+    facts["answered"] = "answered" in document["times"]
+    facts["images"] = [image["file"] for image in document.get("images", [])]
+    provider = document.get("provider") or document.get("request", {}).get("provider")
+    return {**facts, "provider": provider} if provider else facts
 
 
 def _written(document: dict[str, Any]) -> str:
@@ -96,14 +107,9 @@ def _written(document: dict[str, Any]) -> str:
 def _has_crlf(value: object) -> bool:
     if isinstance(value, str):
         return "\r\n" in value
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         return any(_has_crlf(inner) for inner in (*value.keys(), *value.values()))
     return isinstance(value, list | tuple) and any(map(_has_crlf, value))
-
-
-def facts(document: str) -> dict[str, Any]:
-    """Return what a document of ours says."""
-    return tomllib.loads(document)
 
 
 def unvouched(document: str) -> dict[str, Any]:
@@ -122,12 +128,13 @@ def unvouched(document: str) -> dict[str, Any]:
 
 def with_files(document: str, moved: Mapping[str, str]) -> str:
     """Return a document whose files have other names."""
-    read = facts(document)
+    read = tomllib.loads(document)
     for table in (*read.get("images", []), *read.get("originals", [])):
         table["file"] = moved.get(table["file"], table["file"])
     return _written(read)
 
 
+_FACTS = ("charged", "credits_charged", "attempts", "status", "message", "problems", "ids")
 _ORDER = [
     *("schema", "job", "source", "message", "status", "code", "credits_required", "problems", "next"),
     *("charged", "credits_charged", "provider", "model", "prompt", "prompt_sha256"),
@@ -159,9 +166,9 @@ def _tame(value: Any, depth: int) -> Any:  # noqa: ANN401, PLR0911  any JSON in,
     """Return what TOML can hold of a value: no null, no surrogates, no giants, no endless nesting."""
     if isinstance(value, str):
         return whole(value)
-    if depth >= _DEEPEST and isinstance(value, Mapping | list | tuple):
+    if depth >= _DEEPEST and isinstance(value, dict | list | tuple):
         return _flat(value)
-    if isinstance(value, Mapping):
+    if isinstance(value, dict):
         tamed = {whole(str(key)): _tame(inner, depth + 1) for key, inner in value.items()}
         return {key: inner for key, inner in tamed.items() if inner is not None}
     if isinstance(value, list | tuple):

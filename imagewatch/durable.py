@@ -16,6 +16,7 @@ import ctypes
 import errno
 import fcntl
 import functools
+import io
 import os
 import shutil
 import stat
@@ -78,6 +79,20 @@ def closing(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
         file.close()
 
 
+class _Whole(io.FileIO):
+    """A file without a buffer that takes all it is given.
+
+    A buffer would ask the kernel nine times where it is; each question gives the interpreter away, and queues for it.
+    """
+
+    def write(self, content: bytes | memoryview) -> int:  # type: ignore[override]  # the bytes we have, and never None
+        with memoryview(content) as rest:
+            done = 0
+            while done < len(rest):
+                done += super().write(rest[done:])
+            return done
+
+
 def _hint(code: int) -> str:
     if code in FULL:
         return "make room; the work goes on by itself"
@@ -99,18 +114,21 @@ class Disk:
     def make_folder(self, path: str, mode: int = 0o700) -> None:
         """Create a folder, with its parents; an existing one is fine."""
         with ours(path, "create the folder"):
-            os.makedirs(path, mode=mode, exist_ok=True)
+            try:
+                os.mkdir(path, mode)
+            except OSError:  # it is there, or the one above it is not
+                os.makedirs(path, mode=mode, exist_ok=True)
 
     def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
         """Create a file that must not exist, for writing and reading back; links are not followed."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         with ours(path, "create the file"):
-            return os.fdopen(os.open(path, flags, mode), "w+b")
+            return _Whole(os.open(path, flags, mode), "r+")
 
     def append(self, path: str) -> IO[bytes]:
         """Open a file of ours that is there already, to write on at its end; links are not followed."""
         with ours(path, "open the file"):
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+b")
+            file = _Whole(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+")
             file.seek(0, os.SEEK_END)
             return file
 
@@ -192,6 +210,16 @@ class Disk:
 
     # The rest is made of the methods above.
 
+    def create_anew(self, path: str, mode: int = 0o600) -> IO[bytes]:
+        """Create a file as ``create`` does, in the place of a leftover of an earlier crash."""
+        try:
+            return self.create(path, mode)
+        except SpoolError as error:
+            if error.code != errno.EEXIST:
+                raise
+        self.unlink(path)
+        return self.create(path, mode)
+
     @contextlib.contextmanager
     def writing(self, path: str, temporary: str | None = None, mode: int = 0o600) -> Iterator[IO[bytes]]:
         """Write a file durably under a name that may exist already (only ever by ourselves).
@@ -204,9 +232,8 @@ class Disk:
             mode: Permission bits.
         """
         temporary = temporary or path + ".tmp"
-        self.unlink(temporary)
         try:
-            with closing(self.create(temporary, mode), path) as file:
+            with closing(self.create_anew(temporary, mode), path) as file:
                 with ours(path, "write"):
                     yield file
                 self.sync(file, path)
@@ -292,13 +319,11 @@ class Disk:
         self.unlink(source)
 
     def _copy(self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None) -> None:
-        self.unlink(temporary)
         try:
-            with closing(self.create(temporary, 0o644), target) as copy:
+            with closing(self.create_anew(temporary, 0o644), target) as copy:
                 with ours(target, "write"):
                     file.seek(0)
                     shutil.copyfileobj(file, copy, _COPY_BYTES)
-                    copy.flush()
                     if copy.tell() != os.fstat(file.fileno()).st_size:
                         raise OSError(errno.EIO, "the copy is shorter than its source")
                     if finish:
@@ -341,33 +366,37 @@ class Disk:
         Raises:
             FileExistsError: The target is something else.
         """
-        self.unlink(temporary)
         try:
-            with closing(self.create(temporary, 0o644), target) as file:
+            with closing(self.create_anew(temporary, 0o644), target) as file:
                 with ours(target, "write"):
                     file.write(content)
-                    file.flush()
                     if finish:
                         finish(file.fileno())
                 self.sync(file, target)
-                try:
-                    self.rename(temporary, target)
-                except FileExistsError:
-                    if not _same(file, target):
-                        raise
-                except OSError:
-                    with ours(target, "rename"):
-                        raise
-        finally:
-            self.unlink(temporary)
+                self._name(file, temporary, target)
+        except BaseException:
+            with contextlib.suppress(SpoolError):
+                self.unlink(temporary)
+            raise
         self.sync_folder(os.path.dirname(target))
+
+    def _name(self, file: IO[bytes], temporary: str, target: str) -> None:
+        """Give a file its final name, unless the very same is there already."""
+        try:
+            self.rename(temporary, target)
+        except FileExistsError:
+            if not _same(file, target):
+                raise
+            self.unlink(temporary)
+        except OSError:
+            with ours(target, "rename"):
+                raise
 
     def probe(self, folder: str, name: str) -> None:
         """Prove that a file can be written, synced and removed in a folder."""
         path = os.path.join(folder, name)
-        self.unlink(path)
         try:
-            with closing(self.create(path), folder) as file:
+            with closing(self.create_anew(path), folder) as file:
                 with ours(folder, "write"):
                     file.write(b"imagewatch was here\n")
                 self.sync(file, folder)
@@ -458,7 +487,7 @@ def _readable(path: str) -> IO[bytes] | None:
 def _open(path: str) -> IO[bytes]:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
-        return os.fdopen(descriptor, "rb")
+        return io.FileIO(descriptor)
     except OSError:  # a folder
         os.close(descriptor)
         raise

@@ -3,18 +3,20 @@
 Both the pictures people drop and the pictures that are answered come from outside, so no decoder touches
 them here: the container is walked from end to end, which finds what really happens to files (cut short, a
 byte flipped, an HTML page under the name ``cat.png``) and bounds the pixel count by the header. What is
-inside the compressed data is not looked at. One buffer of 64 KiB whatever the file, each byte read once,
+inside the compressed data is not looked at. One buffer of 256 KiB whatever the file, each byte read once,
 and the number of Python-level steps is capped, so that a hostile file costs no more than an honest one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import struct
 import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from typing import IO
 
 Kind = Literal["png", "jpeg", "webp"]
@@ -37,7 +39,7 @@ FOREIGN_SUFFIXES = frozenset(
 )
 """Suffixes of picture files that cannot be sent; meant to be named in a message, not passed over."""
 
-_PIECE = 64 * 1024
+_PIECE = 256 * 1024
 _MAX_STEPS = 250_000  # chunks or segments; with the usual 8 KiB in each this is a PNG of 2 GB
 _SNIFF = 16
 
@@ -180,11 +182,11 @@ class _Reader:
     `skip_to` and `to_scan_end`, which never hold more than a buffer.
     """
 
-    def __init__(self, file: IO[bytes]) -> None:
-        file.seek(0, 2)
-        self.size = file.tell()
+    def __init__(self, file: IO[bytes], update: Callable[[bytes], object] | None) -> None:
+        self.size = file.seek(0, 2)
         file.seek(0)
         self._file = file
+        self._update = update
         self._steps = 0
         self._piece = b""
         self._classes = b""  # of the whole piece, made once: many short scans must not map it again
@@ -206,6 +208,8 @@ class _Reader:
         fresh = self._file.read(_PIECE)
         if not fresh:
             raise _CutError
+        if self._update is not None:
+            self._update(fresh)
         self._piece = rest + fresh if rest else fresh
 
     def head(self, count: int) -> bytes:
@@ -235,9 +239,12 @@ class _Reader:
         return self._piece[self._at - count : self._at]
 
     def skip_to(self, position: int) -> None:
-        """Go forward to a place in the file; only its end is checked, nothing is read."""
+        """Go forward to a place in the file; only its end is checked, nothing is read that nobody wants."""
         if position > self.size:
             raise _CutError
+        while self._update is not None and position > self._start + len(self._piece):
+            self._at = len(self._piece)
+            self._more()
         if position <= self._start + len(self._piece):
             self._at = position - self._start
             return
@@ -258,6 +265,13 @@ class _Reader:
                 count -= len(part)
         return value
 
+    def rest(self) -> None:
+        """Read what is left of the file for somebody who wants all of it."""
+        with contextlib.suppress(_CutError):  # it has become shorter
+            while self._update is not None and self._start + len(self._piece) < self.size:
+                self._at = len(self._piece)
+                self._more()
+
     def to_scan_end(self) -> None:
         """Go to the FF of the marker that ends the entropy-coded data."""
         while True:
@@ -272,12 +286,13 @@ class _Reader:
             self._more()
 
 
-def inspect(file: IO[bytes]) -> Image | None:
+def inspect(file: IO[bytes], update: Callable[[bytes], object] | None = None) -> Image | None:
     """Judge a file by its bytes.
 
     Args:
         file: Open for reading in binary and seekable; it is read from its start wherever it stands, and
             left anywhere.
+        update: Called with all its bytes in order, to hash them in the same pass; that of a ``hashlib`` object.
 
     Returns:
         What was found, with the first problem, or None when it is neither PNG nor JPEG nor WebP.
@@ -285,10 +300,14 @@ def inspect(file: IO[bytes]) -> Image | None:
     Raises:
         OSError: Reading failed.
     """
-    reader = _Reader(file)
+    reader = _Reader(file, update)
     kind = sniff(reader.head(_SNIFF))
-    if kind is None:
-        return None
+    image = None if kind is None else _judged(reader, kind)
+    reader.rest()
+    return image
+
+
+def _judged(reader: _Reader, kind: Kind) -> Image:
     size = _Size()
     problem = ""
     try:

@@ -160,6 +160,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         moves: What goes through it, in this order.
         name: Name of the receipt or error file, which goes last.
         document: Its whole text.
+        facts: What the log says of it.
         keep: Originals for the archive, when the door is ``outbox``.
     """
 
@@ -167,6 +168,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     moves: tuple[Move, ...] = ()
     name: str = ""
     document: str = ""
+    facts: dict[str, Any] = {}
     keep: tuple[Move, ...] = ()
 
 

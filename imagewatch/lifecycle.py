@@ -8,8 +8,9 @@ twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import msgspec
 
 from imagewatch.job import Door, Reaction
 
@@ -28,7 +29,7 @@ class Step(enum.Enum):
     DISCARD = "originals removed, then as FORGET"
     BANK = "what came of the answer, closed and renamed to answer.N"
     DOUBT = "ledger row, then the decision: errors, charged = unknown"
-    READ = "ledger row, images decoded or fetched, then the decision: outbox (or errors, charged = yes)"
+    READ = "images decoded or fetched, ledger row (also before a fetch), decision: outbox (or errors, charged = yes)"
     GIVE_BACK = "ledger row, then originals back in the inbox, the prompt last"
     REFUSE = "ledger row, then the decision: errors, with the API's words"
     GATHER = "each input renamed into the claim"
@@ -37,8 +38,7 @@ class Step(enum.Enum):
     DONE = "nothing is left of the job"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
+class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one job.
 
     Attributes:
@@ -76,8 +76,7 @@ class Evidence:
     reopened: bool = False
 
 
-@dataclass(frozen=True)
-class Rule:
+class Rule(NamedTuple):
     """One row of the table: the words for people, the same as code, and the step."""
 
     seen: str

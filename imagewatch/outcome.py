@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+
+import msgspec
 
 
 class End(enum.Enum):
@@ -16,8 +17,7 @@ class End(enum.Enum):
     NOTHING = "there was nothing to do"
 
 
-@dataclass(frozen=True)
-class Trouble:
+class Trouble(msgspec.Struct, frozen=True):
     """Something that concerns every request, not only this one.
 
     Attributes:
@@ -31,8 +31,7 @@ class Trouble:
     seconds: float | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What ``process`` came to.
 
     Attributes:

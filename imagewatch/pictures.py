@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _FETCH_SECONDS = 600.0
 """How long a picture's url is tried. Known signed urls live ten minutes (BFL's skills repository)."""
 _MOST_TRIES_4XX = 3
-_COPY_BYTES = 1 << 20
 _log = structlog.get_logger()
 
 
@@ -157,9 +156,8 @@ class _Ours:
     """A file of ours that is written to by code that knows nothing of our disk. It is durable when it is closed."""
 
     def __init__(self, disk: Disk, path: str) -> None:
-        disk.unlink(path)
         self._disk = disk
-        self._file = disk.create(path)
+        self._file = disk.create_anew(path)
         self._path = path
 
     def write(self, content: bytes) -> int:
@@ -174,12 +172,10 @@ class _Ours:
 
 def _inspected(path: str, name: str, got: Got) -> Picture:
     """Judge a picture by its bytes."""
-    with open(path, "rb") as file:
-        digest, size = hashlib.sha256(), 0
-        while chunk := file.read(_COPY_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
-        image = inspect(file)
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        image = inspect(file, digest.update)
         problem = got.problem
         if image is None:
             file.seek(0)

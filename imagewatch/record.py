@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024
-_CHUNK_BYTES = 256 * 1024
+_LINE_BYTES = 1024
+_CHUNK_BYTES = 512 * 1024
 _PATIENCE = 1.0
 _MOST_PATIENCE = 600.0
 """How long a full disk is waited for with the paid answer on the line, seconds."""
@@ -53,24 +54,22 @@ class Answer:
     def __init__(self, path: str) -> None:
         self.path = path
         try:
-            with open(path, "rb") as file:
-                first = file.readline(_TAIL_BYTES)
-                self.head = load(first, Head)
+            with open(path, "rb", buffering=0) as file:
+                first = _line(lambda size: os.pread(file.fileno(), size, 0).partition(b"\n"))
                 end = file.seek(0, os.SEEK_END)
-                file.seek(max(len(first), end - _TAIL_BYTES))
-                last = file.read().rpartition(b"\n")[2]
-                self.tail = load(last, Tail)
+                last = _line(lambda size: os.pread(file.fileno(), size, max(0, end - size)).rpartition(b"\n")[::-1])
+            self.head, self.tail = load(first, Head), load(last, Tail)
         except (OSError, ValueError) as error:
             raise SpoolError(
                 f"{path}: the banked answer cannot be read: {error}", path=path, code=_code(error)
             ) from error
-        self._start = len(first)
+        self._start = len(first) + 1
         self.length = end - len(last) - 1 - self._start
 
     def chunks(self, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the body in pieces of at most ``size`` bytes."""
         left = self.length
-        with open(self.path, "rb") as file:
+        with open(self.path, "rb", buffering=0) as file:
             file.seek(self._start)
             while left > 0 and (chunk := file.read(min(size, left))):
                 left -= len(chunk)
@@ -104,11 +103,11 @@ class Sink:
 
     def start(self, head: Head) -> None:
         """Write down how the answer begins."""
-        self._file = self._insist(self._create)
+        self._file = self._insist(functools.partial(self._disk.create_anew, self._path + ".part"))
         self._put(dump(head) + b"\n")
         self.started = True
 
-    def write(self, chunk: bytes) -> None:
+    def write(self, chunk: bytes | memoryview) -> None:
         """Append a piece of the body."""
         self._put(chunk)
         self.written += len(chunk)
@@ -129,12 +128,7 @@ class Sink:
                 self._file.close()
             self._file = None
 
-    def _create(self) -> IO[bytes]:
-        part = self._path + ".part"
-        self._disk.unlink(part)
-        return self._disk.create(part)
-
-    def _put(self, content: bytes) -> None:
+    def _put(self, content: bytes | memoryview) -> None:
         assert self._file is not None
         rest = memoryview(content)
         while rest:
@@ -166,6 +160,9 @@ class Record:
     def __init__(self, disk: Disk, jobs: str, job: str) -> None:
         self._disk = disk
         self._jobs = jobs
+        self._decision: Decision | None = None
+        self._answers: dict[int, Answer] = {}
+        self._sent: tuple[int, Sent] | None = None
         self.job = job
         self.folder = os.path.join(jobs, job)
 
@@ -209,9 +206,12 @@ class Record:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
             raise
+        self._sent = attempt, sent
 
     def sent(self, attempt: int) -> Sent | None:
         """Return what was sent, or None."""
+        if self._sent and self._sent[0] == attempt:
+            return self._sent[1]
         return self._load(f"sent.{attempt}", Sent) if attempt else None
 
     def sink(self, attempt: int, wait: Callable[[float], object] = threading.Event().wait) -> Sink:  # noqa: B008
@@ -219,8 +219,10 @@ class Record:
         return Sink(self._disk, self.path(f"answer.{attempt}"), wait)
 
     def answer(self, attempt: int) -> Answer:
-        """Return the banked answer of an attempt."""
-        return Answer(self.path(f"answer.{attempt}"))
+        """Return the banked answer of an attempt. What has its name does not change any more."""
+        if attempt not in self._answers:
+            self._answers[attempt] = Answer(self.path(f"answer.{attempt}"))
+        return self._answers[attempt]
 
     def partial(self, attempt: int) -> Head | None:
         """Return how the answer began that was coming in when the process died, or None."""
@@ -242,11 +244,15 @@ class Record:
 
     def decide(self, decision: Decision) -> None:
         """Write down how the job ends. A later decision replaces an earlier one whose names were taken."""
+        self._decision = None  # should this fail, the disk has to be asked
         self._disk.write(self.path("decision.json"), dump(decision))
+        self._decision = decision
 
     def decision(self) -> Decision | None:
         """Return how the job ends, or None while that is open."""
-        return self._load("decision.json", Decision)
+        if self._decision is None:
+            self._decision = self._load("decision.json", Decision)
+        return self._decision
 
     def bank(self, folder: str) -> None:
         """Keep the whole record in another folder, for somebody who looks again.
@@ -293,18 +299,24 @@ class Record:
 
         It spares a reader who takes the document away at once a second delivery.
         """
-        path = self.path("over")
-        if not os.path.lexists(path):
-            self._disk.create(path).close()
+        self._disk.create_anew(self.path("over")).close()
 
     def remove(self) -> None:
         """Remove the record, then the answers: evidence of payment goes last."""
         self._disk.unlink(self.path("claim.json"))
         self._disk.sync_folder(self.folder)
-        for name in sorted(self.names()):
+        for name in self._known():
             self._disk.unlink(self.path(name))
-        self._disk.remove_folder(self.folder)
+        if not self._disk.remove_folder(self.folder):
+            for name in sorted(self.names()):
+                self._disk.unlink(self.path(name))
+            self._disk.remove_folder(self.folder)
         self._disk.sync_folder(self._jobs)
+
+    def _known(self) -> list[str]:
+        """Return what is nearly always all that is left, without asking the disk for each name."""
+        answers = [f"answer.{attempt}" for attempt in self._answers]
+        return [*answers, "decision.json", "over", *([f"sent.{self._sent[0]}"] if self._sent else [])]
 
     def names(self) -> list[str]:
         """Return the names of its files."""
@@ -325,6 +337,22 @@ class Record:
                 code=_code(error),
                 hint="it is evidence of a payment: do not remove it before you looked into it",
             ) from error
+
+
+def _line(read: Callable[[int], tuple[bytes, bytes, bytes]]) -> bytes:
+    """Return the first or the last line of a file.
+
+    Args:
+        read: Returns so many bytes of the file from that end: what is before the first line feed, that, and the rest.
+
+    Raises:
+        ValueError: There is no such line.
+    """
+    for size in (_LINE_BYTES, _TAIL_BYTES):
+        line, feed, _ = read(size)
+        if feed:
+            return line
+    raise ValueError("a line of it is missing")
 
 
 def _content(path: str) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 import stat
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Config
 
-_HASH_BYTES = 1 << 20
 SUPPORTED = "png, jpg and webp are supported"
 
 
@@ -114,20 +114,11 @@ def contents(where: str, names: Iterable[str], most_bytes: int) -> dict[str, str
                 if status.st_size > most_bytes:
                     found[name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
                 else:
-                    found[name] = _digest(file)[0]
+                    found[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
         except (BadRequest, OSError):
             if os.path.lexists(path):
                 found[name] = "no plain file that can be read"
     return found
-
-
-def _digest(file: IO[bytes]) -> tuple[str, int]:
-    """Return hash and size of a file from where it stands."""
-    digest, size = hashlib.sha256(), 0
-    while chunk := file.read(_HASH_BYTES):
-        digest.update(chunk)
-        size += len(chunk)
-    return digest.hexdigest(), size
 
 
 def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[Options, list[Problem]]:
@@ -168,7 +159,7 @@ def open_plain(path: str, name: str) -> IO[bytes]:
         os.close(descriptor)
         reason = "it is a second name of a private file" if stat.S_ISREG(status.st_mode) else "it is not a plain file"
         raise BadRequest([Problem(name, reason, "drop a plain file")])
-    return os.fdopen(descriptor, "rb")
+    return io.FileIO(descriptor)
 
 
 def private(status: os.stat_result) -> bool:
@@ -216,15 +207,15 @@ def read_image(path: str, name: str, most_bytes: int | None = None) -> Input:
         if most_bytes is not None and size > most_bytes:
             reason = f"{size:,} bytes are more than limits.max_input_bytes ({most_bytes:,})"
             raise BadRequest([Problem(name, reason, "make it smaller")])
-        image = inspect(file)
+        digest = hashlib.sha256()
+        image = inspect(file, digest.update)
         if image is None:
             file.seek(0)
             kind = foreign(file.read(512)) or "no image that we know"
             raise BadRequest([Problem(name, f"its content is {kind}", SUPPORTED)])
         if image.problem:
             raise BadRequest([Problem(name, f"it is not a whole image: {image.problem}", "drop it again")])
-        file.seek(0)
-        sha256, size = _digest(file)
+    sha256 = digest.hexdigest()
     return Input(file=name, mime=image.mime, bytes=size, width=image.width, height=image.height, sha256=sha256)
 
 

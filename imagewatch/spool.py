@@ -13,6 +13,7 @@ import functools
 import grp
 import os
 import secrets
+import stat
 from typing import IO, TYPE_CHECKING
 
 from imagewatch.config import overlaps
@@ -113,6 +114,9 @@ class Spool:
 
         A link in its place would give the originals away.
         """
+        with contextlib.suppress(OSError):
+            if stat.S_ISDIR(os.lstat(self.claims).st_mode):
+                return
         if not os.path.isdir(self.inbox):
             raise SpoolError(
                 f"{printable(self.inbox)}: the inbox is gone",
@@ -151,13 +155,16 @@ class Spool:
         while self._locks:
             self._locks.pop().close()
 
-    def require_mounts(self) -> None:
+    def require_mounts(self, *, quick: bool = False) -> None:
         """Make sure that no file system is gone from under one of our folders since the start.
+
+        Args:
+            quick: As ``Mounts.require`` has it: for each job, not for each look.
 
         Raises:
             SpoolError: One is.
         """
-        self._mounts.require()
+        self._mounts.require(quick=quick)
 
     def probe(self) -> None:
         """Prove that every folder we put files into can be written, and is still the one it was."""
@@ -175,7 +182,7 @@ class Spool:
         Raises:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
-        self.require_mounts()
+        self.require_mounts(quick=True)
         self.keep_lock()
         for folder in (self.state, self.outbox):
             with ours(folder, "ask for the free space"):
@@ -311,7 +318,7 @@ class Spool:
     def _drop_twin(self, source: str, target: str) -> bool:
         """Remove an inbox name of a file that is claimed already (some file systems bring it back)."""
         try:
-            twin = os.path.samestat(os.lstat(source), os.lstat(target))
+            twin = os.path.samestat(os.lstat(target), os.lstat(source))  # hardly ever is there a target
         except OSError:
             return False
         if twin:
@@ -332,16 +339,16 @@ class Spool:
 
     # What lies there
 
-    def evidence(self, claim: Claim) -> Evidence:
+    def evidence(self, claim: Claim, record: Record) -> Evidence:
         """Return what the disk shows of a job; what only the process knows is left at its default.
 
         Each folder is listed once, and only what is there is read: this is asked at each step of each job.
 
         Args:
             claim: What was claimed; whether it still is written down, the disk says.
+            record: The job's record.
         """
         job = claim.job
-        record = self.record(job)
         names = record.names()
         if "claim.json" not in names:
             return Evidence(leftovers=record.exists() or os.path.lexists(self.claim_folder(job)))
@@ -578,7 +585,7 @@ class Spool:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
         top = self.door_folder(door, Claim(job="", folder="", stem=""))
         current = top
-        self.require_mounts()
+        self.require_mounts(quick=True)
         for part in claim.folder.split("/") if claim.folder else ():
             inner = os.path.join(current, part)
             if not os.path.isdir(inner):

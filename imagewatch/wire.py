@@ -154,25 +154,26 @@ class Verdict:
     account: str = ""
 
 
-def classify(head: Head, sample: bytes) -> Verdict:
+def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
     """Tell what an answer means (product page, "Money").
 
     Args:
         head: Its status and headers.
-        sample: The beginning of its body.
+        sample: Returns the beginning of its body; not asked for a success.
     """
     if head.status == 0:
         return Verdict(Reaction.UNREACHED, "the request never left whole")
     if 200 <= head.status < 300:  # noqa: PLR2004
         return Verdict(Reaction.SUCCESS)
-    body = parse(sample)
+    beginning = sample()
+    body = parse(beginning)
     reaction, account = _reaction(head.status, body)
     wait = _retry_after(head)
     if head.status == 503 and wait is not None:  # noqa: PLR2004
         wait = min(wait, 30.0)  # Letta Code caps this one at 30 s (its conversation-enqueue)
     if account == "quota":
         wait = number(_find(body, "timeToQuotaResetMs", object), 0.001) or wait
-    message, code = _words(body, sample, head.status)
+    message, code = _words(body, beginning, head.status)
     required = number(_find(body, "credits_required", object))
     return Verdict(reaction, message, code, required, wait, account)
 

@@ -1,7 +1,7 @@
 """One job, from wherever the disk says it is to its end.
 
-``process`` asks the disk, asks ``lifecycle`` for the step, takes it, and asks again. Recovery is not a second
-path: it is ``process`` for every job that has left something behind.
+``process`` asks the disk, asks ``lifecycle`` for the step, takes it, and asks again; a step that succeeds may answer
+for the disk (tests ask both). Recovery is not a second path: it is ``process`` for every job that has left something.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import msgspec
 import structlog
+from msgspec.structs import replace
 
 from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
@@ -48,18 +48,23 @@ class Run:
     Attributes:
         record: Its evidence.
         claim: What was claimed.
-        evidence: What was seen last.
+        seen: What the disk shows.
+        foreseen: Whether the last step said what the disk shows now.
+        evidence: What follows from that.
         request: The valid request, once checked.
         resumed: Whether the wait before another attempt is over.
         may_send: Whether a request may go out.
         stale: Number of the newest answer from before: what it says of the account may be long over.
         trouble: What stopped it.
         doubt: Why the outcome of a request is not known.
+        began: Wall-clock time at which it was taken up, seconds since the epoch.
     """
 
     record: Record
     claim: Claim
-    evidence: Evidence
+    seen: Evidence = field(default_factory=Evidence)
+    foreseen: bool = False
+    evidence: Evidence = field(default_factory=Evidence)
     request: Request | None = None
     resumed: bool = False
     may_send: bool = True
@@ -67,6 +72,10 @@ class Run:
     trouble: Trouble | None = None
     doubt: str = ""
     began: float = 0.0
+
+    def foresee(self, **changes: object) -> None:
+        """Say what the disk shows now that a step has succeeded, so that nobody has to ask it."""
+        self.seen, self.foreseen = replace(self.seen, **changes), True
 
 
 class Worker:
@@ -141,7 +150,10 @@ class Worker:
         if not self._spool.claim(claim):
             self._spool.forget(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
-        return self._carry(Run(self._spool.record(claim.job), claim, Evidence(), began=self._clock()))
+        run = Run(self._spool.record(claim.job), claim, began=self._clock())
+        if not (claim.images or claim.foreign):  # of which some may have been gone
+            run.foresee(recorded=True, claimed=True, originals=True)
+        return self._carry(run)
 
     def process(self, job: str, *, resumed: bool = False, may_send: bool = True) -> Outcome:
         """Carry a job to its end, or to where it has to wait.
@@ -160,7 +172,7 @@ class Worker:
             return self._without_record(job)
         self._spool.settle(claim)
         stale = record.attempts()[1]
-        run = Run(record, claim, Evidence(), resumed=resumed, may_send=may_send, stale=stale, began=self._clock())
+        run = Run(record, claim, resumed=resumed, may_send=may_send, stale=stale, began=self._clock())
         return self._carry(run)
 
     def _carry(self, run: Run) -> Outcome:
@@ -173,7 +185,7 @@ class Worker:
     def _steps(self, run: Run) -> Outcome:
         for _ in range(_MOST_STEPS):
             with _our_disk():
-                run.evidence = self._evidence(run)
+                self._look(run)
             step = next_step(run.evidence)
             _log.debug("step", step=step.name.lower())
             if step is Step.DONE:
@@ -191,8 +203,14 @@ class Worker:
                 return outcome
         raise SpoolError(f"job {run.claim.job}: no progress", hint="look into its folder in the state folder")
 
-    def _evidence(self, run: Run) -> Evidence:
-        seen = self._spool.evidence(run.claim)
+    def _look(self, run: Run) -> None:
+        """See what the disk shows; it is asked unless the last step has just said it."""
+        if not run.foreseen:
+            run.seen = self._spool.evidence(run.claim, run.record)
+        run.foreseen = False
+        run.evidence = self._evidence(run, run.seen)
+
+    def _evidence(self, run: Run, seen: Evidence) -> Evidence:
         reaction = None
         if seen.answered and seen.answered == seen.sent and not seen.decided:
             verdict = self._verdict(run, seen.answered)
@@ -211,7 +229,7 @@ class Worker:
 
     def _verdict(self, run: Run, attempt: int) -> Verdict:
         answer = run.record.answer(attempt)
-        return classify(answer.head, answer.sample())
+        return classify(answer.head, answer.sample)
 
     def _without_record(self, job: str) -> Outcome:
         """Deal with what has no record: an interrupted end, or a claim whose state folder was lost."""
@@ -235,6 +253,7 @@ class Worker:
         decision = run.record.decision()
         assert decision is not None
         self._spool.keep(run.claim, decision)
+        run.foresee(claimed=False, originals=False)
 
     def _forget(self, run: Run) -> Outcome:
         decision = run.record.decision()
@@ -254,6 +273,9 @@ class Worker:
             self._spool.deliver(run.claim, decision)
         except FileExistsError:
             run.record.decide(self._closing.renamed(run.claim, decision))
+        else:
+            if decision.door == "outbox":
+                run.foresee(over=True)
 
     def _discard(self, run: Run) -> Outcome:
         self._spool.discard(run.claim)
@@ -266,11 +288,13 @@ class Worker:
 
     def _doubt(self, run: Run) -> None:
         message = run.doubt or "imagewatch ended after the request was sent and before the answer was in"
-        self._closing.doubt(Case.of(run.record, run.claim, run.evidence.sent), message)
+        self._closing.doubt(Case.of(run.record, run.claim, run.evidence), message)
 
     def _read(self, run: Run) -> None:
         self._on_paid(run.claim.job)
-        self._closing.read(Case.of(run.record, run.claim, run.evidence.sent))
+        self._closing.read(Case.of(run.record, run.claim, run.evidence))
+        if decision := run.record.decision():
+            run.foresee(decided=decision.door)
 
     def _refuse(self, run: Run) -> None:
         verdict = self._verdict(run, run.evidence.answered)
@@ -279,7 +303,7 @@ class Worker:
         ):  # its attempts are spent, but what was asked for holds for the others
             run.trouble = Trouble("busy", verdict.message, self._delay(run, verdict))
         try:
-            self._closing.refuse(Case.of(run.record, run.claim, run.evidence.answered), verdict)
+            self._closing.refuse(Case.of(run.record, run.claim, run.evidence), verdict)
         except SpoolError:  # it goes back to the inbox (a refusal from before says nothing of now), unseen by anybody
             if verdict.reaction is Reaction.ACCOUNT:
                 self._absolve(verdict.account)
@@ -300,11 +324,13 @@ class Worker:
             run.request = build(files, self._config)
         except BadRequest as error:
             self._closing.invalid(case, error.problems, contents(folder, claim.originals, most))
+        else:
+            run.foresee()
 
     def _send(self, run: Run) -> Outcome | None:
         if run.evidence.answered:
             verdict = self._verdict(run, run.evidence.answered)
-            self._closing.busy(Case.of(run.record, run.claim, run.evidence.answered), verdict)
+            self._closing.busy(Case.of(run.record, run.claim, run.evidence), verdict)
             if not run.resumed:
                 return self._later(run, verdict)
         if not run.may_send:
@@ -321,7 +347,7 @@ class Worker:
             self._client.send(
                 run.claim.job,
                 run.request.body(),
-                lambda: run.record.write_sent(attempt, msgspec.structs.replace(sent, at=self._clock())),
+                lambda: run.record.write_sent(attempt, replace(sent, at=self._clock())),
                 sink,
             )
         except InDoubt as error:
@@ -333,6 +359,8 @@ class Worker:
             if isinstance(error, Unavailable):
                 run.trouble = Trouble("unreachable", str(error))
             return self._unsent(run, attempt, str(error))
+        else:
+            run.foresee(sent=attempt, answered=attempt)
         return None
 
     def _unaffordable(self, run: Run, refusal: Refusal) -> Outcome:
@@ -389,7 +417,7 @@ class Worker:
     def _give_back(self, run: Run) -> Outcome:
         claim = run.claim
         if attempt := run.evidence.answered:
-            self._closing.busy(Case.of(run.record, claim, attempt), self._verdict(run, attempt))
+            self._closing.busy(Case.of(run.record, claim, run.evidence), self._verdict(run, attempt))
         if not self._spool.give_back(claim):
             return Outcome(
                 claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble, displaced=True

@@ -26,7 +26,7 @@ from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
-from imagewatch.worker import Worker
+from imagewatch.worker import Run, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,6 +42,16 @@ def sandbox() -> Iterator[Sandbox]:
     with Sandbox(key=KEY) as endpoint:
         yield endpoint
         assert endpoint.report()["faults"] == []
+
+
+class Doubting(Worker):
+    """A worker that believes no step: where one says what the disk shows now, the disk is asked as well."""
+
+    def _look(self, run: Run) -> None:
+        if run.foreseen:
+            shown = self._spool.evidence(run.claim, self._spool.record(run.claim.job))
+            assert run.seen == shown
+        super()._look(run)
 
 
 class Folders:
@@ -131,7 +141,7 @@ class Station(Folders):
         self.spool.prepare()
         self.ledger = Ledger(str(self.state / "ledger.sqlite3"))
         self.client = Client(loaded.endpoint, lambda: Key(KEY))
-        self.worker = Worker(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
+        self.worker = Doubting(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
         self.sweep = Sweep(self.spool.inbox, loaded.inbox)
 
     def close(self) -> None:

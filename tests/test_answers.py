@@ -9,7 +9,7 @@ import os
 import re
 
 import pytest
-from conftest import KEY, Station
+from conftest import KEY, Doubting, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
 
 from imagewatch.client import Client
@@ -19,7 +19,6 @@ from imagewatch.holds import Holds
 from imagewatch.key import Key
 from imagewatch.outcome import End
 from imagewatch.sandbox import TAGS
-from imagewatch.worker import Worker
 
 IMAGE = picture()
 
@@ -148,7 +147,7 @@ def test_a_quota_says_how_long_to_wait(station, sandbox):
 
 @pytest.mark.parametrize("tag", [row[0] for row in REFUSED if row[4]])
 def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandbox, tag):
-    station.worker = Worker(station.spool, station.client, station.ledger, station.config(), blame=Holds().blame)
+    station.worker = Doubting(station.spool, station.client, station.ledger, station.config(), blame=Holds().blame)
     ask(station, tag, stem="a")
     (first,) = station.work()
     originals = ask(station, tag, stem="b")
@@ -178,7 +177,7 @@ def test_without_a_usable_key_nothing_is_sent(station, sandbox):
         raise ConfigError([Problem("endpoint.api_key_file", "is not there", "make it")])
 
     client = Client(station.config().endpoint, no_key)
-    station.worker = Worker(station.spool, client, station.ledger, station.config())
+    station.worker = Doubting(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     (outcome,) = station.work()
     client.close()
@@ -568,7 +567,7 @@ class Slipping(Client):
 def test_a_bug_while_sending_neither_loses_the_answer_nor_calls_the_request_free(station, sandbox, before):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
-    station.worker = Worker(station.spool, client, station.ledger, station.config())
+    station.worker = Doubting(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     station.work()
     client.close()
@@ -619,7 +618,7 @@ class FullAtTheDecision(Disk):
 def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_shown_by_the_next_prompt(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
         holds = Holds()
-        station.worker = Worker(
+        station.worker = Doubting(
             station.spool,
             station.client,
             station.ledger,

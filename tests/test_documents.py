@@ -40,7 +40,7 @@ def sent(prompt="a cat", **fields):
 
 def composed(what, claim=CLAIM):
     course = {name: what.pop(name) for name in ("sent", "head", "tail", "attempts", "finished") if name in what}
-    return compose(Course(claim, **course), **what)
+    return compose(Course(claim, **course), **what)[0]
 
 
 def document(**given_):
@@ -246,7 +246,7 @@ def test_billing_may_be_nested_as_deeply_as_it_likes(depth, kind):
 
 def test_names_that_are_no_text_are_written_with_escapes():
     claim = Claim(job="ab" * 8, folder="\udce9", stem="c\udce9t", at=1.0)
-    read = tomllib.loads(compose(Course(claim, finished=2.0), charged="no", top={"message": "\udcff"}))
+    read = tomllib.loads(compose(Course(claim, finished=2.0), charged="no", top={"message": "\udcff"})[0])
     assert read["source"] == "\\udce9/c\\udce9t.prompt.txt"
     assert read["message"] == "\\udcff"
 

@@ -9,14 +9,13 @@ import subprocess
 import sys
 
 import pytest
-from conftest import KEY, Folders, Station
+from conftest import KEY, Doubting, Folders, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, paid, picture, refused
 
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
 from imagewatch.key import Key
 from imagewatch.sandbox import Sandbox
-from imagewatch.worker import Worker
 
 IMAGE = picture()
 ASK = {"x.prompt.txt": "a cat"}
@@ -57,7 +56,7 @@ def answered_with(tmp_path, *images, clock=None, **settings):
         contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,
     ):
         if clock is not None:
-            station.worker = Worker(
+            station.worker = Doubting(
                 station.spool, station.client, station.ledger, station.config(), clock=clock, wait=clock.wait
             )
         yield station

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace
 
 from imagewatch.job import Reaction
 from imagewatch.lifecycle import RULES, Evidence, Step, next_step, retry_delay

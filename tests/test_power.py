@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import pytest
 import structlog
-from conftest import Folders
+from conftest import Doubting, Folders
 from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
 from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 
@@ -34,7 +34,6 @@ from imagewatch.outcome import End
 from imagewatch.record import Record
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
-from imagewatch.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -217,7 +216,7 @@ class Stage:
         spool.new_job = self._new_job  # type: ignore[method-assign]
         _again(spool.prepare)
         endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
-        worker = Worker(
+        worker = Doubting(
             spool,
             endpoint,  # type: ignore[arg-type]
             self.ledger,
@@ -233,14 +232,14 @@ class Stage:
             if {self._start(worker, spool.new_job(), candidate) for candidate in ready} == {End.RETURNED}:
                 break
 
-    def _start(self, worker: Worker, job: str, candidate: Candidate) -> End:
+    def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
         try:
             outcome = worker.start(candidate.claim(job, AT))
         except SpoolError:
             return self._carry(worker, job)
         return self._carry(worker, job) if outcome.end is End.LATER else outcome.end
 
-    def _carry(self, worker: Worker, job: str) -> End:
+    def _carry(self, worker: Doubting, job: str) -> End:
         while (outcome := _again(lambda: worker.process(job, resumed=True))).end is End.LATER:
             pass
         return outcome.end
