@@ -172,7 +172,7 @@ class Daemon:
         Raises:
             ImagewatchError: It cannot start.
         """
-        memory.reuse()
+        memory.share()
         with self._signals():
             self._spool.lock()
             try:
@@ -487,6 +487,7 @@ class Daemon:
         return len(self._in_flight) < slots + slots // 2
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
+        memory.reuse()  # not before: very many names at rest take less memory as it is
         self._in_flight[job] = key
         began = self._now()
         future = self._pool.submit(call)
