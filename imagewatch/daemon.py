@@ -172,7 +172,6 @@ class Daemon:
         Raises:
             ImagewatchError: It cannot start.
         """
-        memory.share()
         with self._signals():
             self._spool.lock()
             try:
@@ -384,7 +383,11 @@ class Daemon:
         _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
         if not self._once:
-            self._pool.submit(self._client.prepare)  # while nobody waits for it
+            self._pool.submit(self._prepare_client)  # while nobody waits for it
+
+    def _prepare_client(self) -> None:
+        self._client.prepare()
+        memory.give_back()  # to read the system's certificates takes some megabytes
 
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""

@@ -10,15 +10,9 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """As in ``malloc.h``; ``mallopt(3)`` explains them."""
 
 
-def share() -> None:
-    """Have one place for all threads; by default each has its own, and keeps what it does not need."""
-    with contextlib.suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_ARENA_MAX, 1)
-
-
 @functools.cache
 def reuse() -> None:
-    """Keep from now on what one piece of an answer leaves for the next one.
+    """Keep from now on what one piece of an answer leaves for the next one, and make no more places for threads.
 
     By default half a megabyte is given back at once, and the kernel clears the same pages again for the next piece:
     nine hundred for a picture of 1.5 MB.
@@ -27,6 +21,7 @@ def reuse() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_MMAP_THRESHOLD, 2 << 20)
         mallopt(_TRIM_THRESHOLD, 16 << 20)
+        mallopt(_ARENA_MAX, 1)
 
 
 def give_back() -> None:
