@@ -32,6 +32,16 @@ EXPOSURE = 11  # tenths
 WATCHDOG_SECONDS = 4
 """For a daemon that must not be killed: half of it is left to a busy machine."""
 DROP_IN = "[Service]\nRestartSec=100ms\n[Unit]\nStartLimitBurst=1000\n"
+HANGING = "/opt/hanging"
+HANG = """\
+import signal, threading
+
+def hang(number, frame):
+    threading.Event().wait()
+
+signal.signal(signal.SIGUSR1, hang)
+"""
+"""Lets the main thread wait for ever in the midst of what it does."""
 HELD = "/run/endpoint-held"
 ENDPOINT = f"""\
 import os, sys, threading
@@ -486,16 +496,18 @@ def with_the_real_watchdog(service: Service) -> None:
 
 
 def test_a_hung_service_is_killed_by_the_watchdog_and_comes_back(service, endpoint):
-    service.drop_in("WatchdogSec=1")
+    # Not SIGSTOP: before it aborts, systemd lets a stopped process go on, and nobody hangs any more.
+    service.container.put(f"{HANGING}/sitecustomize.py", HANG)
+    service.drop_in(f"WatchdogSec=1\nEnvironment=PYTHONPATH={HANGING}")
     service.systemctl("start")
     slow, quick = "[sandbox: slow 30] Hung", "[sandbox: b64] After the watchdog"
     service.prompt("slow", slow)
     wait_for_call(endpoint, slow)
-    service.kill("STOP")
+    service.kill("USR1")
     assert service.error("slow")["charged"] == "unknown"  # said by the one that came back
     assert service.restarts >= 1
     assert "Watchdog timeout" in service.told()
-    until(lambda: " in _loop" in service.told())  # where it hung, wherever that was
+    until(lambda: " in hang" in service.told() and " in _loop" in service.told())  # where it hung
     with_the_real_watchdog(service)
     service.prompt("quick", quick)
     assert service.receipt("quick")["charged"] == "yes"
