@@ -383,11 +383,8 @@ class Daemon:
         _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
         if not self._once:
-            self._pool.submit(self._prepare_client)  # while nobody waits for it
-
-    def _prepare_client(self) -> None:
-        self._client.prepare()
-        memory.give_back()  # to read the system's certificates takes some megabytes
+            self._client.prepare()  # now that nobody waits for the start any more
+            memory.give_back()  # to read the system's certificates takes some megabytes
 
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""
@@ -466,8 +463,7 @@ class Daemon:
                 self._later.remove(later)
                 carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
                 self._submit(later.job, later.key, carry)
-        room = False  # asked for once: until the first answer comes nothing large is written
-        while not self._draining and self._intake.any() and self._may_ask() and (room := room or self._gate.room()):
+        while not self._draining and self._intake.any() and self._may_ask() and self._gate.room():
             if (candidate := self._intake.next(self._taken())) is None:
                 break
             job = self._spool.new_job()

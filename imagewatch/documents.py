@@ -91,7 +91,7 @@ def compose(
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain part of a document, to be kept as JSON: TOML takes a hundred times as long to read."""
+    """Return the plain part of a document, to be kept as JSON: TOML takes twenty times as long to read."""
     facts = {name: document[name] for name in _FACTS if name in document}
     facts["answered"] = "answered" in document["times"]
     facts["images"] = [image["file"] for image in document.get("images", [])]

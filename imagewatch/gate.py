@@ -1,8 +1,8 @@
 """Whether another request may go out now: every reason to wait in one place.
 
 The gate belongs to the main thread; workers only ask whom an account-level refusal is shown by (``Holds.blame``), or
-say that it could not be.
-Each hold is told once when it begins, with what to do about it, and once when it ends.
+say that it could not be (``Holds.absolve``). Each hold is told once when it begins, with what to do about it, and once
+when it ends.
 """
 
 from __future__ import annotations

@@ -112,6 +112,33 @@ class _Asked:
         return False
 
 
+class _Others:
+    """What is in a folder beside prompts and folders. Of very many none is kept: they are listed again when needed.
+
+    Args:
+        descriptor: The folder.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._few: list[tuple[str, bool]] = []
+
+    def add(self, entry: os.DirEntry[str]) -> None:
+        """Note that something is there."""
+        if len(self._few) <= _MANY:
+            self._few.append((entry.name, entry.is_symlink()))
+
+    def __iter__(self) -> Iterator[tuple[str, bool]]:
+        """Return the names, and whether each is a link's."""
+        return iter(self._few) if len(self._few) <= _MANY else self._listed()
+
+    def _listed(self) -> Iterator[tuple[str, bool]]:
+        with os.scandir(self._descriptor) as entries:
+            for entry in entries:
+                if stem_of(entry.name) is None and not entry.is_dir(follow_symlinks=False):
+                    yield entry.name, entry.is_symlink()
+
+
 @dataclass(frozen=True)
 class Visitor:
     """What is to be done with the stems of all folders.
@@ -246,9 +273,8 @@ class Folders:
     def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> set[str]:
         """List a folder; return the stems that are still to be observed."""
         unsettled: set[str] = set()
-        others: list[str] = []
+        others = _Others(descriptor)
         folders: list[str] = []
-        links: list[str] = []
         many = False
         folder.settled.begin()
         with os.scandir(descriptor) as entries:
@@ -257,9 +283,7 @@ class Folders:
                 if entry.is_dir(follow_symlinks=False):
                     folders.append(name)
                 elif (stem := stem_of(name)) is None:
-                    others.append(name)
-                    if entry.is_symlink() and name[0] != ".":
-                        links.append(name)
+                    others.add(entry)
                 elif (changed := folder.settled.find(stem)) is not None:
                     if visitor.offer:
                         visitor.offer(changed, (folder.path, stem))
@@ -276,11 +300,11 @@ class Folders:
         self._enter(folder, folders)
         if many:
             unsettled = self._list_many(folder, descriptor, others, visitor)
-        self._sort_out(folder, others, links)
+        self._sort_out(folder, others)
         self.changed = True
         return unsettled
 
-    def _list_many(self, folder: Folder, descriptor: int, others: list[str], visitor: Visitor) -> set[str]:
+    def _list_many(self, folder: Folder, descriptor: int, others: _Others, visitor: Visitor) -> set[str]:
         """List a folder again in which very many prompts are new, and observe them without holding all their names.
 
         Returns:
@@ -288,7 +312,7 @@ class Folders:
         """
         asked, folder.beside, folder.unsettled = _Asked(), Beside(()), set()
         probe = Beside(asked)
-        for name in others:
+        for name, _ in others:
             probe.owner(name)
             folder.beside.add(name)
         with os.scandir(descriptor) as entries:
@@ -317,18 +341,15 @@ class Folders:
             else:
                 folder.inner.append(path)
 
-    def _sort_out(self, folder: Folder, names: list[str], links: list[str]) -> None:
+    def _sort_out(self, folder: Folder, others: _Others) -> None:
         """Find out to which stems the files belong that are no prompts."""
         folder.beside, folder.arriving = Beside(folder), []
-        for name in links:
-            folder.ignored.add(_join(folder.path, name), "a link, which is not followed")
-        told = set(links)
-        for name in names:
+        for name, is_link in others:
             is_own = folder.beside.add(name)
-            if name in told:
-                continue
             path = _join(folder.path, name)
-            if near_miss(name) and in_flight(name) and len(folder.arriving) < _MANY:
+            if is_link and name[0] != ".":
+                folder.ignored.add(path, "a link, which is not followed")
+            elif near_miss(name) and in_flight(name) and len(folder.arriving) < _MANY:
                 folder.arriving.append(name)
             elif near_miss(name):
                 folder.ignored.add(path, _near_miss(name))

@@ -17,7 +17,7 @@ from imagewatch.errors import SpoolError
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Iterable
 
 POLL_SECONDS = 5.0
 """How often folders are looked at of which the kernel tells nothing, at least."""
@@ -157,21 +157,13 @@ class Mounts:
         mount = mount_of(folder, mounts)
         return mount.point if mount else ""
 
-    def _one_of_each(self) -> Collection[str]:
-        return {point or folder: folder for folder, point in self._points.items()}.values()
-
-    def require(self, *, quick: bool = False) -> None:
+    def require(self) -> None:
         """Make sure that no file system is gone from under a folder.
-
-        Args:
-            quick: Look at one folder of each file system: it is gone from under all of them at once. That something
-                was mounted since, only the others may show.
 
         Raises:
             SpoolError: One is.
         """
-        for folder in self._one_of_each() if quick else [*self._points]:
-            point = self._points[folder]
+        for folder, point in self._points.items():
             with ours(folder, "look at the folder"):
                 device = os.stat(folder).st_dev
             if device == self._devices[folder]:

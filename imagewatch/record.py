@@ -89,7 +89,6 @@ class Sink:
         wait: Waits some seconds, when the disk is full.
 
     Attributes:
-        started: Whether the endpoint has begun to answer.
         written: Bytes of the body so far.
     """
 
@@ -98,14 +97,12 @@ class Sink:
         self._path = path
         self._wait = wait
         self._file: IO[bytes] | None = None
-        self.started = False
         self.written = 0
 
     def start(self, head: Head) -> None:
         """Write down how the answer begins."""
         self._file = self._insist(functools.partial(self._disk.create_anew, self._path + ".part"))
         self._put(dump(head) + b"\n")
-        self.started = True
 
     def write(self, chunk: bytes | memoryview) -> None:
         """Append a piece of the body."""
@@ -299,7 +296,9 @@ class Record:
 
         It spares a reader who takes the document away at once a second delivery.
         """
-        self._disk.create_anew(self.path("over")).close()
+        path = self.path("over")
+        if not os.path.lexists(path):
+            self._disk.create(path).close()
 
     def remove(self) -> None:
         """Remove the record, then the answers: evidence of payment goes last."""

@@ -155,16 +155,13 @@ class Spool:
         while self._locks:
             self._locks.pop().close()
 
-    def require_mounts(self, *, quick: bool = False) -> None:
+    def require_mounts(self) -> None:
         """Make sure that no file system is gone from under one of our folders since the start.
-
-        Args:
-            quick: As ``Mounts.require`` has it: for each job, not for each look.
 
         Raises:
             SpoolError: One is.
         """
-        self._mounts.require(quick=quick)
+        self._mounts.require()
 
     def probe(self) -> None:
         """Prove that every folder we put files into can be written, and is still the one it was."""
@@ -182,7 +179,7 @@ class Spool:
         Raises:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
-        self.require_mounts(quick=True)
+        self.require_mounts()
         self.keep_lock()
         for folder in (self.state, self.outbox):
             with ours(folder, "ask for the free space"):
@@ -342,7 +339,7 @@ class Spool:
     def evidence(self, claim: Claim, record: Record) -> Evidence:
         """Return what the disk shows of a job; what only the process knows is left at its default.
 
-        Each folder is listed once, and only what is there is read: this is asked at each step of each job.
+        Each folder is listed once, and only what is there is read.
 
         Args:
             claim: What was claimed; whether it still is written down, the disk says.
@@ -585,7 +582,7 @@ class Spool:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
         top = self.door_folder(door, Claim(job="", folder="", stem=""))
         current = top
-        self.require_mounts(quick=True)
+        self.require_mounts()
         for part in claim.folder.split("/") if claim.folder else ():
             inner = os.path.join(current, part)
             if not os.path.isdir(inner):
