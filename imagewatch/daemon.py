@@ -378,6 +378,7 @@ class Daemon:
     def _tell_ready(self) -> None:
         """Say that everything was looked at; who could not look yet is not ready."""
         self._ready = True
+        self._write_status()  # it can be asked for from now on
         mode, where = self._intake.mode, self._config.endpoint.base_url
         polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
         _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)

@@ -667,6 +667,7 @@ def test_the_service_manager_hears_when_it_is_ready_and_when_it_stops(folders, r
     daemon = run(folders)
     ready = manager.hear_until("READY")
     assert (ready["READY"], str(folders.inbox) in ready["STATUS"]) == ("1", True)
+    assert json.loads((folders.state / "status.json").read_text())["state"] == "running"  # whoever asks now is told
     sandbox.hold()
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
