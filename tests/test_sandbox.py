@@ -381,6 +381,16 @@ def test_a_body_in_chunks_is_refused(sandbox, web):
     assert (answer.status_code, sandbox.report()["requests"]) == (411, 0)
 
 
+def test_a_client_that_hangs_up_when_it_is_refused_is_no_fault(sandbox):
+    host, port = sandbox.base_url.removeprefix("http://").split(":")
+    for _ in range(200):
+        with socket.create_connection((host, int(port)), timeout=10) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing resets it
+            connection.sendall(head(sandbox, "Transfer-Encoding: chunked"))
+            connection.recv(1)
+    assert (sandbox.report()["requests"], sandbox.report()["faults"]) == (0, [])
+
+
 @pytest.mark.parametrize(
     ("lines", "status"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import http
 import os
 import re
@@ -84,7 +85,8 @@ class Server(ThreadingHTTPServer):
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002  as inherited
         """Keep an error for the report, unless it is only a client that hung up."""
         error = sys.exception()
-        if not isinstance(error, ConnectionError | TimeoutError):
+        gone = isinstance(error, OSError) and error.errno == errno.ENOTCONN  # it knows its answer and has hung up
+        if not gone and not isinstance(error, ConnectionError | TimeoutError):
             self.service.books.fault(repr(error)[:500])
 
 
