@@ -162,7 +162,6 @@ def rest(root: Path, endpoint: Endpoint, name: str, count: int, seconds: float) 
         prompts(daemon.inbox, count)
     elif name == "junk":
         junk(daemon.inbox, count)
-    PAUSE(1.5)  # quiet for long enough: those dropped within the last second would be looked at again
     with daemon:
         daemon.until(
             lambda: daemon.page().get("last_sweep") and (name in {"empty", "junk"} or daemon.waiting() == count)
