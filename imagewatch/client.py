@@ -96,6 +96,11 @@ class Client:
         if endpoint.ca_file or getproxies():
             self.prepare()  # whoever set them wants to know at the start what is wrong with them
 
+    @property
+    def is_prepared(self) -> bool:
+        """Whether what the first request needs is there."""
+        return self._clients is not None
+
     def prepare(self) -> tuple[httpx.Client, httpx.Client]:
         """Make what the first request needs, if that was not done yet. It takes as long as half of a start.
 

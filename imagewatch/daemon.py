@@ -374,6 +374,7 @@ class Daemon:
         self._notify.send(WATCHDOG="1")
         if not self._ready:
             self._tell_ready()
+        self._prepare()
 
     def _tell_ready(self) -> None:
         """Say that everything was looked at; who could not look yet is not ready."""
@@ -383,8 +384,15 @@ class Daemon:
         polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
         _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
-        if not self._once:
-            self._client.prepare()  # now that nobody waits for the start any more
+
+    def _prepare(self) -> None:
+        """Make what the first request needs, now that nobody waits for the start any more.
+
+        Not while prompts have to be quiet first: what is kept of them is gone afterwards, but what is made beside it
+        stays, and holds all the memory around it.
+        """
+        if not self._once and not self._client.is_prepared and self._intake.seen.due is None:
+            self._client.prepare()
             memory.give_back()  # to read the system's certificates takes some megabytes
 
     def _heed(self) -> None:

@@ -12,7 +12,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.dates import Dates
+from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.errors import SpoolError
 from imagewatch.mounts import place_of
@@ -47,7 +47,7 @@ class Folder:
     """
 
     path: str
-    settled: Dates = field(default_factory=Dates)
+    settled: Numbers[float] = field(default_factory=lambda: Numbers("d"))
     unsettled: set[str] = field(default_factory=set)
     beside: Beside = field(default_factory=lambda: Beside(()))
     arriving: list[str] = field(default_factory=list)

@@ -8,17 +8,12 @@ which nobody can set, unlike mtime, which copies preserve and which is never loo
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from imagewatch.compact import Numbers
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Hashable
-
-
-@dataclass(slots=True)
-class _Watched:
-    fingerprint: Hashable
-    since: float
+    from collections.abc import Hashable, Iterable
 
 
 class Settling:
@@ -30,7 +25,9 @@ class Settling:
 
     def __init__(self, settle_seconds: float) -> None:
         self.settle_seconds = settle_seconds
-        self._watched: dict[Hashable, _Watched] = {}
+        # Thousands may have come within these seconds; as objects they would take a multiple, and for good.
+        self._since = Numbers[float]("d")
+        self._looks = Numbers[int]("q")  # of those that were observed since something happened to them
         self._looked = -math.inf
 
     def touch(self, key: Hashable, now: float) -> None:
@@ -40,7 +37,8 @@ class Settling:
             key: The stem, with its folder.
             now: Monotonic time, seconds.
         """
-        self._watched[key] = _Watched(None, now)
+        self._looks.discard(key)
+        self._since.set(key, now)
 
     def observe(self, key: Hashable, fingerprint: Hashable, *, changed_at: float, now: float, wall: float) -> float:
         """Note what a stem looks like.
@@ -55,24 +53,26 @@ class Settling:
         Returns:
             Seconds until it is settled if nothing else happens; 0 when it is.
         """
-        known = self._watched.get(key)
-        if known is not None and known.fingerprint is not None:
-            since = known.since if known.fingerprint == fingerprint else now
-        else:
+        look, known, since = hash(fingerprint), self._looks.get(key), self._since.get(key)
+        if since is None:
+            since = -math.inf
+        if known is None:
             # A ctime in the future (a clock that was set back) counts as now.
             quiet_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
             # What an earlier look did not see is not older than that look, whatever a server's clock says.
-            since = max(now - quiet_before, self._looked)
-            if known is not None:
-                since = max(since, known.since)
-        self._watched[key] = _Watched(fingerprint, since)
+            since = max(now - quiet_before, self._looked, since)
+        elif known != look:
+            since = now
+        self._looks.set(key, look)
+        self._since.set(key, since)
         return max(0.0, since + self.settle_seconds - now)
 
     def forget(self, key: Hashable) -> None:
         """Forget a stem: whoever asks remembers himself that it is settled."""
-        self._watched.pop(key, None)
+        self._looks.discard(key)
+        self._since.discard(key)
 
-    def keep_only(self, keys: Collection[Hashable], looked: float = -math.inf) -> None:
+    def keep_only(self, keys: Iterable[Hashable], looked: float = -math.inf) -> None:
         """Forget the stems that are gone.
 
         Args:
@@ -80,4 +80,10 @@ class Settling:
             looked: Monotonic time at which the look that saw them began, if it saw everything.
         """
         self._looked = looked
-        self._watched = {key: seen for key, seen in self._watched.items() if key in keys}
+        self._looks.begin()
+        self._since.begin()
+        for key in keys:
+            self._looks.find(key)
+            self._since.find(key)
+        self._looks.end()
+        self._since.end()

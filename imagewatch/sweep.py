@@ -149,8 +149,8 @@ class Sweep:
             self._window, self._horizon = [], None
         observe = functools.partial(self._observe, seen, now)
         self._folders.look(seen, now, Visitor(observe, self._offer if refill else None, taken))
-        unsettled = {(folder.path, stem) for folder in self._folders for stem in folder.unsettled}
-        self._settling.keep_only(unsettled, now)
+        self._settling.keep_only(((folder.path, stem) for folder in self._folders for stem in folder.unsettled), now)
+        unsettled = any(folder.unsettled for folder in self._folders)
         arriving = self._arriving(seen)
         if not (self._folders.changed or unsettled or self._held_back or arriving):
             return self._seen
@@ -158,7 +158,7 @@ class Sweep:
         self._cut_window()
         self._held_back.clear()
         seen.ready = self.more(now, wall, most)
-        self._forget_others(unsettled)
+        self._forget_others()
         return seen
 
     def more(self, now: float, wall: float, most: int | None = None) -> list[Candidate]:
@@ -456,20 +456,25 @@ class Sweep:
         self._inputs_since.pop(key, None)
         self._read.pop(key, None)
 
-    def _forget_others(self, unsettled: set[Key]) -> None:
+    def _forget_others(self) -> None:
         """Forget what is remembered of stems that are gone, or do not wait for what they waited for."""
         self._inputs.keep_only(self._held_back)
-        kept: dict[str, set[str]] = {}
-        for path, stem in (*unsettled, *(key for _, key in self._window)):
+        kept = {folder.path: set(folder.unsettled) for folder in self._folders}
+        for _, (path, stem) in self._window:
             kept.setdefault(path, set()).add(stem)
         for folder in self._folders:
-            folder.beside.keep(kept.get(folder.path, ()))
+            folder.beside.keep(kept[folder.path])
         self._inputs_since = {key: since for key, since in self._inputs_since.items() if key in self._held_back}
-        self._arrived = {key for key in self._arrived if key in unsettled or self._settled(key) is not None}
+        self._arrived = {key for key in self._arrived if self._knows(key)}
         self._read = {
             key: read for key, read in self._read.items() if key in self._arrived or self._settled(key) is not None
         }
         self._marks = {path: since for path, since in self._marks.items() if os.path.lexists(path)}
+
+    def _knows(self, key: Key) -> bool:
+        """Tell whether a stem lies there, settled or not."""
+        folder = self._folders.get(key[0])
+        return folder is not None and key[1] in folder
 
     def _settled(self, key: Key) -> float | None:
         """Return the date of a settled stem, or None if it is not settled."""
