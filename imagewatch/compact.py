@@ -18,13 +18,13 @@ _Number = TypeVar("_Number", int, float)
 
 
 class _Block(Generic[_Number]):
-    """Some numbers, sorted by the hash of their names."""
+    """Some numbers, in the order of the hashes of their names."""
 
     __slots__ = ("found", "hashes", "numbers")
 
     def __init__(self, hashes: array[int], numbers: array[_Number]) -> None:
         self.hashes = hashes
-        self.numbers = numbers
+        self.numbers: array[_Number] = numbers
         self.found = bytearray()
 
 

@@ -47,9 +47,7 @@ if TYPE_CHECKING:
 
 _LONGEST_WAIT = 3600.0
 _MOST_AT_ONCE = 1000
-"""How many messages are taken before anything else is done."""
-_MOST_HINTS = 10_000
-"""How many messages may wait: fewer than the kernel keeps, since ours take more memory."""
+"""How many messages are taken before anything else is done, and how many of the watcher's may wait."""
 _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _FIXED = ("folders", "outbox")
@@ -273,7 +271,7 @@ class Daemon:
 
     def _hint(self, message: Changed | Lost) -> None:
         """Take a message of the watcher, in its thread. Of too many only remember that there were more."""
-        if self._mailbox.qsize() < _MOST_HINTS:
+        if self._mailbox.qsize() < _MOST_AT_ONCE:
             self._mailbox.put(message)
         elif not self._missed:
             self._missed = True

@@ -30,6 +30,43 @@ _MANY = 4096
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
 
 
+class Unsettled:
+    """The stems of a folder that are not quiet. Of very many only some are named: it is listed for the others."""
+
+    __slots__ = ("_hashed", "_named")
+
+    def __init__(self) -> None:
+        self._named: set[str] = set()
+        self._hashed = Numbers[int]("b")
+
+    def __contains__(self, stem: str) -> bool:
+        return stem in self._named or self._hashed.get(stem) is not None
+
+    def __bool__(self) -> bool:
+        return bool(self._named) or not self.are_named
+
+    def __iter__(self) -> Iterator[str]:
+        """Return those that are named."""
+        return iter(self._named)
+
+    @property
+    def are_named(self) -> bool:
+        """Whether all of them are named."""
+        return not len(self._hashed)
+
+    def add(self, stem: str) -> None:
+        """Note that a stem is not quiet."""
+        if len(self._named) < _MANY:
+            self._named.add(stem)
+        else:
+            self._hashed.set(stem, 1)
+
+    def discard(self, stem: str) -> None:
+        """Forget a stem."""
+        self._named.discard(stem)
+        self._hashed.discard(stem)
+
+
 @dataclass(slots=True)
 class Folder:
     """What is known of one folder.
@@ -48,7 +85,7 @@ class Folder:
 
     path: str
     settled: Numbers[float] = field(default_factory=lambda: Numbers("d"))
-    unsettled: set[str] = field(default_factory=set)
+    unsettled: Unsettled = field(default_factory=Unsettled)
     beside: Beside = field(default_factory=lambda: Beside(()))
     arriving: list[str] = field(default_factory=list)
     place: tuple[int, int] = (0, 0)
@@ -61,7 +98,7 @@ class Folder:
     _listed: float = 0.0
 
     def __contains__(self, stem: object) -> bool:
-        return stem in self.unsettled or (isinstance(stem, str) and self.settled.get(stem) is not None)
+        return isinstance(stem, str) and (stem in self.unsettled or self.settled.get(stem) is not None)
 
     def settle(self, stem: str, changed: float) -> None:
         """Note that a stem is quiet."""
@@ -251,11 +288,13 @@ class Folders:
                 folder.place, folder.is_local = place_of(descriptor), self._is_local(full)
             if folder.place != self.add("").place:
                 return
-            stems = folder.unsettled
-            if folder.may_differ(descriptor, now, keeps_times=self._keeps_times(full)) or visitor.offer:
+            differs = folder.may_differ(descriptor, now, keeps_times=self._keeps_times(full))
+            if differs or visitor.offer or not folder.unsettled.are_named:
                 with ours(full, "list the folder"):
                     stems = self._list(folder, descriptor, seen, visitor)
-            for stem in list(stems):
+            else:
+                stems = list(folder.unsettled)
+            for stem in stems:
                 visitor.observe(folder, stem, descriptor)
 
     @contextlib.contextmanager
@@ -270,12 +309,11 @@ class Folders:
         finally:
             os.close(descriptor)
 
-    def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> set[str]:
+    def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> list[str]:
         """List a folder; return the stems that are still to be observed."""
-        unsettled: set[str] = set()
+        unsettled = Unsettled()
         others = _Others(descriptor)
         folders: list[str] = []
-        many = False
         folder.settled.begin()
         with os.scandir(descriptor) as entries:
             for entry in entries:
@@ -290,27 +328,24 @@ class Folders:
                 elif (folder.path, stem) in visitor.taken:
                     seen.passed.add((folder.path, stem))
                     folder.distrust()
-                elif len(unsettled) < _MANY:
-                    unsettled.add(stem)
                 else:
-                    many = True
+                    unsettled.add(stem)
         folder.settled.end()
         folder.unsettled = unsettled
         folder.ignored = Reasons(self._most_named)
         self._enter(folder, folders)
-        if many:
-            unsettled = self._list_many(folder, descriptor, others, visitor)
+        stems = list(unsettled) if unsettled.are_named else self._list_many(folder, descriptor, others, visitor)
         self._sort_out(folder, others)
         self.changed = True
-        return unsettled
+        return stems
 
-    def _list_many(self, folder: Folder, descriptor: int, others: _Others, visitor: Visitor) -> set[str]:
-        """List a folder again in which very many prompts are new, and observe them without holding all their names.
+    def _list_many(self, folder: Folder, descriptor: int, others: _Others, visitor: Visitor) -> list[str]:
+        """List a folder again in which very many prompts are not quiet, and observe them without holding their names.
 
         Returns:
             Those to which another file may belong: they have to wait until it is known which files do.
         """
-        asked, folder.beside, folder.unsettled = _Asked(), Beside(()), set()
+        asked, folder.beside, later = _Asked(), Beside(()), list[str]()
         probe = Beside(asked)
         for name, _ in others:
             probe.owner(name)
@@ -322,9 +357,11 @@ class Folders:
                     continue
                 if not entry.is_dir(follow_symlinks=False):
                     folder.unsettled.add(stem)
-                    if stem not in asked.stems:
+                    if stem in asked.stems:
+                        later.append(stem)
+                    else:
                         visitor.observe(folder, stem, descriptor)
-        return {stem for stem in folder.unsettled if stem in asked.stems}
+        return later
 
     def _enter(self, folder: Folder, names: list[str]) -> None:
         """Note which folders are looked into."""

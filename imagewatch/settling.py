@@ -13,7 +13,30 @@ from typing import TYPE_CHECKING
 from imagewatch.compact import Numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterable
+    from collections.abc import Hashable
+
+
+class _Quiet:
+    """Since when stems are quiet. Of thousands at once objects would take a multiple, and keep it."""
+
+    def __init__(self) -> None:
+        self._since = Numbers[float]("d")
+        self._looks = Numbers[int]("q")
+
+    def get(self, key: Hashable) -> tuple[float | None, int | None]:
+        """Return since when a stem is quiet, and what it looked like if nothing happened to it since."""
+        return self._since.get(key), self._looks.get(key)
+
+    def set(self, key: Hashable, since: float, look: int | None) -> None:
+        self._since.set(key, since)
+        if look is None:
+            self._looks.discard(key)
+        else:
+            self._looks.set(key, look)
+
+    def discard(self, key: Hashable) -> None:
+        self._since.discard(key)
+        self._looks.discard(key)
 
 
 class Settling:
@@ -25,9 +48,8 @@ class Settling:
 
     def __init__(self, settle_seconds: float) -> None:
         self.settle_seconds = settle_seconds
-        # Thousands may have come within these seconds; as objects they would take a multiple, and for good.
-        self._since = Numbers[float]("d")
-        self._looks = Numbers[int]("q")  # of those that were observed since something happened to them
+        self._before = _Quiet()  # as of the last look
+        self._now = _Quiet()  # what was noted since
         self._looked = -math.inf
 
     def touch(self, key: Hashable, now: float) -> None:
@@ -37,8 +59,7 @@ class Settling:
             key: The stem, with its folder.
             now: Monotonic time, seconds.
         """
-        self._looks.discard(key)
-        self._since.set(key, now)
+        self._now.set(key, now, None)
 
     def observe(self, key: Hashable, fingerprint: Hashable, *, changed_at: float, now: float, wall: float) -> float:
         """Note what a stem looks like.
@@ -53,37 +74,30 @@ class Settling:
         Returns:
             Seconds until it is settled if nothing else happens; 0 when it is.
         """
-        look, known, since = hash(fingerprint), self._looks.get(key), self._since.get(key)
+        look = hash(fingerprint)
+        since, known = self._now.get(key)
         if since is None:
-            since = -math.inf
-        if known is None:
+            since, known = self._before.get(key)
+        if since is None or known is None:
             # A ctime in the future (a clock that was set back) counts as now.
             quiet_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
             # What an earlier look did not see is not older than that look, whatever a server's clock says.
-            since = max(now - quiet_before, self._looked, since)
+            since = max(now - quiet_before, self._looked, -math.inf if since is None else since)
         elif known != look:
             since = now
-        self._looks.set(key, look)
-        self._since.set(key, since)
+        self._now.set(key, since, look)
         return max(0.0, since + self.settle_seconds - now)
 
     def forget(self, key: Hashable) -> None:
         """Forget a stem: whoever asks remembers himself that it is settled."""
-        self._looks.discard(key)
-        self._since.discard(key)
+        self._before.discard(key)
+        self._now.discard(key)
 
-    def keep_only(self, keys: Iterable[Hashable], looked: float = -math.inf) -> None:
-        """Forget the stems that are gone.
+    def forget_others(self, looked: float = -math.inf) -> None:
+        """Forget the stems of which nothing was noted since this was called before: they are gone.
 
         Args:
-            keys: Those that are still there.
-            looked: Monotonic time at which the look that saw them began, if it saw everything.
+            looked: Monotonic time at which the look began that is over now, if it saw everything.
         """
         self._looked = looked
-        self._looks.begin()
-        self._since.begin()
-        for key in keys:
-            self._looks.find(key)
-            self._since.find(key)
-        self._looks.end()
-        self._since.end()
+        self._before, self._now = self._now, _Quiet()

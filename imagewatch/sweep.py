@@ -149,7 +149,7 @@ class Sweep:
             self._window, self._horizon = [], None
         observe = functools.partial(self._observe, seen, now)
         self._folders.look(seen, now, Visitor(observe, self._offer if refill else None, taken))
-        self._settling.keep_only(((folder.path, stem) for folder in self._folders for stem in folder.unsettled), now)
+        self._settling.forget_others(now)
         unsettled = any(folder.unsettled for folder in self._folders)
         arriving = self._arriving(seen)
         if not (self._folders.changed or unsettled or self._held_back or arriving):
@@ -458,12 +458,13 @@ class Sweep:
 
     def _forget_others(self) -> None:
         """Forget what is remembered of stems that are gone, or do not wait for what they waited for."""
-        self._inputs.keep_only(self._held_back)
-        kept = {folder.path: set(folder.unsettled) for folder in self._folders}
+        self._inputs.forget_others()
+        kept: dict[str, set[str]] = {}
         for _, (path, stem) in self._window:
             kept.setdefault(path, set()).add(stem)
         for folder in self._folders:
-            folder.beside.keep(kept[folder.path])
+            if folder.unsettled.are_named:
+                folder.beside.keep(kept.get(folder.path, set()).union(folder.unsettled))
         self._inputs_since = {key: since for key, since in self._inputs_since.items() if key in self._held_back}
         self._arrived = {key for key in self._arrived if self._knows(key)}
         self._read = {

@@ -97,7 +97,9 @@ def test_who_is_gone_is_forgotten_and_begins_anew_when_it_comes_back():
     settling = Settling(5)
     look(settling, 100)
     look(settling, 100, key=("", "dog"))
-    settling.keep_only({("", "dog")})
+    settling.forget_others()
+    look(settling, 101, key=("", "dog"))
+    settling.forget_others()
     assert look(settling, 105) == 5
     assert look(settling, 105, key=("", "dog")) == 0
 
@@ -105,8 +107,19 @@ def test_who_is_gone_is_forgotten_and_begins_anew_when_it_comes_back():
 def test_a_touch_of_one_who_is_gone_is_forgotten_too():
     settling = Settling(5)
     settling.touch(KEY, 100)
-    settling.keep_only(set())
+    settling.forget_others()
+    settling.forget_others()
     assert look(settling, 101, age=10) == 0
+
+
+def test_a_touch_between_two_looks_outlives_the_next_one():
+    settling = Settling(5)
+    look(settling, 100, age=10)
+    settling.forget_others()
+    settling.touch(KEY, 103)
+    assert look(settling, 104, age=10) == 4
+    settling.forget_others()
+    assert look(settling, 105, age=10) == 3
 
 
 @pytest.mark.parametrize("jump", [-(10.0**9), -3600.0, 3600.0, 10.0**9])

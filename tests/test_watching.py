@@ -59,6 +59,17 @@ def status(folders: Folders) -> dict[str, Any]:
     return {"mode": "", "polled": {"folders": {}}}
 
 
+@contextlib.contextmanager
+def stopped(daemon: Told) -> Iterator[None]:
+    """Keep a daemon from doing anything."""
+    daemon.process.send_signal(signal.SIGSTOP)
+    until(lambda: Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
+    try:
+        yield
+    finally:
+        daemon.process.send_signal(signal.SIGCONT)
+
+
 def asked(sandbox: Sandbox) -> list[str]:
     return sorted(call["prompt"] for call in sandbox.report()["calls"])
 
@@ -74,13 +85,12 @@ def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice
         pytest.skip(f"the kernel holds {most} events")
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
     daemon = run(folders)
-    daemon.process.send_signal(signal.SIGSTOP)
-    for _ in range(most // 2 + 1):  # two in turns: the kernel holds the same event twice in a row only once
-        for name in ("a.md", "b.md"):
-            (folders.inbox / name).write_bytes(b"")
-    for number in range(30):
-        folders.prompt(f"{'sub/' * (number % 2)}p{number}", f"Number {number}")
-    daemon.process.send_signal(signal.SIGCONT)
+    with stopped(daemon):
+        for _ in range(most // 2 + 1):  # two in turns: the kernel holds the same event twice in a row only once
+            for name in ("a.md", "b.md"):
+                (folders.inbox / name).write_bytes(b"")
+        for number in range(30):
+            folders.prompt(f"{'sub/' * (number % 2)}p{number}", f"Number {number}")
     over(folders, *(f"p{number}" for number in range(30)))
     assert asked(sandbox) == sorted(f"Number {number}" for number in range(30))
     folders.prompt("later", "Later")
@@ -198,8 +208,9 @@ def test_nothing_is_taken_out_of_an_inbox_that_another_daemon_has_meanwhile(
     first = run(folders)
     other = Folders(tmp_path / "other", sandbox.base_url)
     second = run(other)
-    folders.inbox.rename(tmp_path / "away")
-    folders.inbox.symlink_to(other.inbox)
+    with stopped(first):  # it must not look while there is none
+        folders.inbox.rename(tmp_path / "away")
+        folders.inbox.symlink_to(other.inbox)
     other.prompt("cat", "A cat")
     over(other, "cat")
     assert "another" in first.wait_for("held")["reason"]
