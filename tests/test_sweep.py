@@ -13,6 +13,7 @@ from PIL import Image
 
 from imagewatch.config import Inbox
 from imagewatch.names import Beside
+from imagewatch.seen import Wait
 from imagewatch.sweep import Sweep
 from imagewatch.writers import has_writer
 
@@ -636,6 +637,29 @@ def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_m
     assert len(took) == len(images) == 48
     assert {stem: names for stem, names in images.items() if names} == {"p007": ("p007.png",), "p008": ("p008.1.png",)}
     assert not {"p009", "p010"} & images.keys()
+
+
+def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_their_folder_stays_as_it_is(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("imagewatch.listing._MANY", 10)
+    looking = windowed(tmp_path)
+    for number in range(50):
+        looking.write(f"p{number:03}.prompt.txt")
+    looking.write("p007.png", PICTURE)
+    looking.write("p040.png", PICTURE)
+    assert looking.look().waiting.kinds == {Wait.SETTLING: 50}
+    assert looking.look(after=3).waiting.kinds == {Wait.SETTLING: 50}
+    (tmp_path / "p007.png").write_bytes(PICTURE * 2)
+    (tmp_path / "p041.prompt.txt").write_text("Another lighthouse")
+    assert looking.look(after=1).waiting.kinds == {Wait.SETTLING: 50}
+    looking.sweep.touch(("", "p042"), looking.now)
+    late = {"p007.prompt.txt", "p041.prompt.txt", "p042.prompt.txt"}
+    assert looking.look(after=2).waiting.keys() == late
+    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    assert len(took) == 47
+    assert [candidate.key[1] for candidate in took if candidate.images] == ["p040"]
+    assert {candidate.source for candidate in looking.look(after=3.1).ready} == late
 
 
 def test_among_more_other_files_than_are_held_by_name_each_is_judged_by_its_name(tmp_path, monkeypatch):
