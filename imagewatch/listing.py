@@ -20,7 +20,7 @@ from imagewatch.names import CLAIMS, SKIPPED_FOLDERS, SUFFIX, Beside, in_flight,
 from imagewatch.seen import Reasons
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterator
+    from collections.abc import Callable, Collection, Iterable, Iterator
 
     from imagewatch.seen import Key, Seen
 
@@ -31,12 +31,16 @@ _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs
 
 
 class Unsettled:
-    """The stems of a folder that are not quiet. Of very many only some are named: it is listed for the others."""
+    """The stems of a folder that are not quiet. Of very many only some are named: it is listed for the others.
+
+    Args:
+        named: Some that are named.
+    """
 
     __slots__ = ("_hashed", "_named")
 
-    def __init__(self) -> None:
-        self._named: set[str] = set()
+    def __init__(self, named: Iterable[str] = ()) -> None:
+        self._named = set(named)
         self._hashed = Numbers[int]("b")
 
     def __contains__(self, stem: str) -> bool:
@@ -181,12 +185,13 @@ class Visitor:
     """What is to be done with the stems of all folders.
 
     Attributes:
-        observe: Called with the folder, the stem and a descriptor of the folder for each stem that is not settled.
+        observe: Called with the folder, the stem and a descriptor of the folder for each stem that is not settled;
+            tells whether it is settled now.
         offer: Called with date and key of each stem that is settled; every folder is listed for it. None: not needed.
         taken: Stems to pass over.
     """
 
-    observe: Callable[[Folder, str, int], None]
+    observe: Callable[[Folder, str, int], bool]
     offer: Callable[[float, Key], None] | None
     taken: Collection[Key | None]
 
@@ -311,9 +316,10 @@ class Folders:
 
     def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> list[str]:
         """List a folder; return the stems that are still to be observed."""
-        unsettled = Unsettled()
+        stems: list[str] = []
         others = _Others(descriptor)
         folders: list[str] = []
+        many = False
         folder.settled.begin()
         with os.scandir(descriptor) as entries:
             for entry in entries:
@@ -328,13 +334,16 @@ class Folders:
                 elif (folder.path, stem) in visitor.taken:
                     seen.passed.add((folder.path, stem))
                     folder.distrust()
+                elif len(stems) < _MANY:
+                    stems.append(stem)
                 else:
-                    unsettled.add(stem)
+                    many = True
         folder.settled.end()
-        folder.unsettled = unsettled
+        folder.unsettled = Unsettled(stems)
         folder.ignored = Reasons(self._most_named)
         self._enter(folder, folders)
-        stems = list(unsettled) if unsettled.are_named else self._list_many(folder, descriptor, others, visitor)
+        if many:
+            stems = self._list_many(folder, descriptor, others, visitor)
         self._sort_out(folder, others)
         self.changed = True
         return stems
@@ -345,8 +354,8 @@ class Folders:
         Returns:
             Those to which another file may belong: they have to wait until it is known which files do.
         """
-        asked, folder.beside, later = _Asked(), Beside(()), list[str]()
-        probe = Beside(asked)
+        asked, later = _Asked(), list[str]()
+        probe, folder.beside, folder.unsettled = Beside(asked), Beside(()), Unsettled()
         for name, _ in others:
             probe.owner(name)
             folder.beside.add(name)
@@ -355,12 +364,13 @@ class Folders:
                 stem = stem_of(entry.name)
                 if stem is None or (folder.path, stem) in visitor.taken or folder.settled.get(stem) is not None:
                     continue
-                if not entry.is_dir(follow_symlinks=False):
-                    folder.unsettled.add(stem)
-                    if stem in asked.stems:
-                        later.append(stem)
-                    else:
-                        visitor.observe(folder, stem, descriptor)
+                if entry.is_dir(follow_symlinks=False):
+                    continue
+                if stem in asked.stems:
+                    later.append(stem)
+                elif visitor.observe(folder, stem, descriptor):
+                    continue
+                folder.unsettled.add(stem)
         return later
 
     def _enter(self, folder: Folder, names: list[str]) -> None:

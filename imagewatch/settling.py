@@ -34,10 +34,6 @@ class _Quiet:
         else:
             self._looks.set(key, look)
 
-    def discard(self, key: Hashable) -> None:
-        self._since.discard(key)
-        self._looks.discard(key)
-
 
 class Settling:
     """Remembers since when each stem is quiet.
@@ -72,7 +68,8 @@ class Settling:
             wall: Wall-clock time, seconds since the epoch.
 
         Returns:
-            Seconds until it is settled if nothing else happens; 0 when it is.
+            Seconds until it is settled if nothing else happens; 0 when it is. Then nothing more is noted of it: that it
+            is settled is remembered by whoever asked.
         """
         look = hash(fingerprint)
         since, known = self._now.get(key)
@@ -85,13 +82,10 @@ class Settling:
             since = max(now - quiet_before, self._looked, -math.inf if since is None else since)
         elif known != look:
             since = now
-        self._now.set(key, since, look)
-        return max(0.0, since + self.settle_seconds - now)
-
-    def forget(self, key: Hashable) -> None:
-        """Forget a stem: whoever asks remembers himself that it is settled."""
-        self._before.discard(key)
-        self._now.discard(key)
+        left = max(0.0, since + self.settle_seconds - now)
+        if left:
+            self._now.set(key, since, look)
+        return left
 
     def forget_others(self, looked: float = -math.inf) -> None:
         """Forget the stems of which nothing was noted since this was called before: they are gone.

@@ -242,18 +242,19 @@ class Sweep:
 
     # One stem that is not settled
 
-    def _observe(self, seen: Seen, now: float, folder: Folder, stem: str, descriptor: int) -> None:
+    def _observe(self, seen: Seen, now: float, folder: Folder, stem: str, descriptor: int) -> bool:
+        """Look at a stem that is not settled; tell whether it is now."""
         key, path = (folder.path, stem), _join(folder.path, stem + SUFFIX)
         try:
             status = os.lstat(stem + SUFFIX, dir_fd=descriptor)
         except OSError:
-            return
+            return False
         if not stat.S_ISREG(status.st_mode):
             seen.ignored.add(path, "not a plain file")
-            return
+            return False
         if not status.st_size:
             seen.waiting.add(path, Wait.EMPTY)
-            return
+            return False
         changed = status.st_ctime
         look = hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         if folder.beside.has(stem):
@@ -261,19 +262,19 @@ class Sweep:
             if busy := self._busy(folder.path, names, seen, now):
                 reason = f"{printable(busy, 120)} shows that it is still being written"
                 seen.waiting.add(path, Wait.WRITING, reason)
-                return
+                return False
             looks, changed = self._stat(folder.path, _all_names(names))
             look = hash(looks)
         skewed = changed if folder.is_local else changed + _SKEW_SECONDS
         left = self._settling.observe(key, look, changed_at=skewed, now=now, wall=self._wall)
         if left <= 0 or self._is_whole(key):
             self._settle(folder, stem, changed)
-        else:
-            seen.wait(path, Wait.SETTLING, f"quiet for {left:.1f} more seconds", left)
+            return True
+        seen.wait(path, Wait.SETTLING, f"quiet for {left:.1f} more seconds", left)
+        return False
 
     def _settle(self, folder: Folder, stem: str, changed: float) -> None:
         folder.settle(stem, changed)
-        self._settling.forget((folder.path, stem))
         self._offer(changed, (folder.path, stem))
         self._folders.changed = True
 
@@ -450,7 +451,6 @@ class Sweep:
     def _forget(self, key: Key) -> None:
         if folder := self._folders.get(key[0]):
             folder.forget(key[1])
-        self._settling.forget(key)
         self._arrived.discard(key)
         self._held_back.pop(key, None)
         self._inputs_since.pop(key, None)
