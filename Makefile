@@ -21,11 +21,7 @@ style: .venv/.installed
 check: style test
 
 bench: .venv/.installed
-	$(PYTHON) bench/speed.py
-	$(PYTHON) bench/memory.py
-	$(PYTHON) bench/gallery.py
-	$(PYTHON) bench/gallery_page.py
-	$(PYTHON) bench/scale.py
+	$(PYTHON) bench
 
 man: .venv/.installed
 	$(PYTHON) man/make.py > man/imagewatch.1

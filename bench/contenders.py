@@ -8,14 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
-from endpoint import KEY
+from daemon import COMMAND, PAUSE, TICKS, environment
 from inotify import CLOSE_NOWRITE, MOVED_TO, Inotify
+from stamping import SIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from stamping import Stamping
 
 HERE = Path(__file__).parent
-PAUSE = threading.Event().wait
-TICKS = os.sysconf("SC_CLK_TCK")
 TEXT = "+++\ninput_images = []\n+++\n{} a lighthouse on a cliff at dusk, long exposure, calm sea\n"
 NO_SYNC = "int fsync(int d) { return 0; }\nint fdatasync(int d) { return 0; }\n"
 NO_SYNC_PYTHON = "import os\nos.fsync = os.fdatasync = lambda descriptor: None\n"
@@ -34,7 +32,7 @@ DAEMON, FLOOR, SHELL, OBSERVER = "imagewatch", "loop", "shell", "observer"
 def missing(name: str) -> str:
     """Return why a contender cannot take part, or an empty string."""
     tools = [tool for tool in ("inotifywait", "xargs", "curl", "sed") if name == SHELL and not shutil.which(tool)]
-    return f"no {', no '.join(tools)} here (Debian: inotify-tools, curl)" if tools else ""
+    return f"{name} is skipped: no {', no '.join(tools)} here (Debian: inotify-tools, curl)" if tools else ""
 
 
 def without_syncs(folder: Path) -> tuple[dict[str, str], str]:
@@ -80,28 +78,19 @@ class Contender:
         self._watch = Inotify()
         self._receipts = self._watch.add(str(self.outbox), MOVED_TO | CLOSE_NOWRITE)
         self._archive = self._watch.add(str(self.archive), MOVED_TO)
-        environ = {"PATH": os.environ["PATH"], **self.settings(), **self.environ}
+        self.endpoint.take(0, SIZE)
+        environ = environment(self.root, self.endpoint.base_url, limits__concurrency=self.slots) | self.environ
         self._process = subprocess.Popen(
             [*self.under, *self._command()], env=environ, stderr=subprocess.DEVNULL, start_new_session=True
         )
         self._warm_up()
         return self
 
-    def settings(self) -> dict[str, str]:
-        """Return the environment that tells the daemon what to do."""
-        return {
-            "LETTA_BASE_URL": self.endpoint.base_url,
-            "LETTA_API_KEY": KEY,
-            "IMAGEWATCH_FOLDERS__ROOT": str(self.root),
-            "IMAGEWATCH_FOLDERS__STATE": str(self.root / "state"),
-            "IMAGEWATCH_LIMITS__CONCURRENCY": str(self.slots),
-        }
-
     def _command(self) -> list[str]:
         if self.instead:
             return list(self.instead)
         if self.name == DAEMON:
-            return [sys.executable, "-m", "imagewatch", "run"]
+            return [*COMMAND, "run"]
         if self.name == SHELL:
             return [str(HERE / "shell.sh"), str(self.root), self.endpoint.base_url]
         mode = ["--observer"] if self.name == OBSERVER else []

@@ -23,7 +23,8 @@ class Figure:
         return statistics.median(self.values)
 
     def __str__(self) -> str:
-        return f"{plain(self.median)} ({plain(min(self.values))}-{plain(max(self.values))}) {self.unit}".strip()
+        spread = f" ({plain(min(self.values))}-{plain(max(self.values))})" if len(self.values) > 1 else ""
+        return f"{plain(self.median)}{spread} {self.unit}".strip()
 
 
 @dataclass
@@ -48,12 +49,12 @@ class Check:
     @property
     def asked(self) -> str:
         """The bound in words."""
-        return f"{'≤' if self.at_most else '≥'} {self.bound:.2g}"
+        return f"{'≤' if self.at_most else '≥'} {plain(self.bound)}"
 
 
 @dataclass
 class Row:
-    """One line of the table: what was measured, of whom, and what it is held to."""
+    """One line of the table: what was measured, of whom, what it is held to, and lines to add."""
 
     metric: str
     figures: list[Figure]
@@ -63,6 +64,8 @@ class Row:
 
 def plain(value: float) -> str:
     """Return a number with three digits that count, without an exponent."""
+    if value == int(value):
+        return f"{value:.0f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
 
 

@@ -1,26 +1,28 @@
 """How long ``imagewatch gallery`` takes over many jobs: with no thumbnail yet, with all of them, and to see a change.
 
-    python bench/gallery.py [JOBS]
-
-Real receipts' text, pictures of 1024 x 1024 under one name each (hard links of a few). The bounds are ratios.
+Real receipts' text, pictures of 1024 x 1024 under one name each (hard links of a few).
 """
 
 from __future__ import annotations
 
 import os
-import sys
-import tempfile
 import time
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tomli_w
+from figures import Check, Figure, Row, ratio
+from gallery_page import in_browser
 from PIL import Image
+from plan import say
 
 from imagewatch.config import load
 from imagewatch.gallery import Gallery
 
-MOST_WARM = 0.1  # of the time without thumbnails
-MOST_BYTES = 1000  # of the page, for each job
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from plan import Bench
 
 
 def fill(root: Path, jobs: int) -> None:
@@ -52,27 +54,30 @@ def fill(root: Path, jobs: int) -> None:
         (outbox / f"job-{number}.receipt.toml").write_text(tomli_w.dumps(document))
 
 
-def main() -> int:
-    """Measure, print, return 1 when a bound is passed."""
-    jobs = int(sys.argv[1]) if len(sys.argv) > 1 else 500
-    with tempfile.TemporaryDirectory() as name:
-        root = Path(name)
+def gallery(bench: Bench) -> list[Row]:
+    """Measure how long the page takes to be written, and in a browser."""
+    jobs = bench.amount.pictures // 10
+    cold, warm = Figure("with no thumbnail yet", "ms for each job"), Figure("with all of them", "ms for each job")
+    same, look = Figure("to see that nothing is new", "ms"), Figure("to see that no folder changed", "ms")
+    size = Figure("size", "bytes for each job")
+    for run in range(bench.amount.few):
+        say(f"gallery, run {run + 1}")
+        root = bench.root / f"gallery-{run}"
         fill(root, jobs)
         environ = {"IMAGEWATCH_FOLDERS__ROOT": str(root / "watched"), "IMAGEWATCH_FOLDERS__STATE": str(root / "state")}
         config = load(None, environ)
-        times = []
-        gallery = Gallery(config)
-        for again in (gallery.write, Gallery(config).write, gallery.refresh, gallery.outdated):
-            began = time.perf_counter()
-            again()
-            times.append(time.perf_counter() - began)
-        cold, warm, same, look = times
-        size = (root / "watched/gallery.html").stat().st_size / jobs
-    print(f"{jobs} jobs: {cold:.2f} s without thumbnails ({cold / jobs * 1000:.1f} ms each), {warm:.2f} s with them")
-    print(f"kept open: {same:.3f} s to see that nothing is new, {look * 1e6:.0f} µs to see that no folder changed")
-    print(f"page: {size:.0f} bytes for each job (at most {MOST_BYTES}); warm to cold {warm / cold:.2f} ({MOST_WARM})")
-    return int(warm > cold * MOST_WARM or size > MOST_BYTES)
+        kept = Gallery(config)
+        cold.values.append(milliseconds(kept.write) / jobs)
+        warm.values.append(milliseconds(Gallery(config).write) / jobs)
+        same.values.append(milliseconds(kept.refresh))
+        look.values.append(milliseconds(kept.outdated))
+        size.values.append((root / "watched/gallery.html").stat().st_size / jobs)
+    checks = [Check("warm / cold", ratio(warm, cold), 0.1), Check("bytes for each job", size, 1000)]
+    return [Row(f"the gallery of {jobs:,} jobs", [cold, warm, same, look], checks), *in_browser(bench)]
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def milliseconds(act: Callable[[], object]) -> float:
+    """Return how long something takes."""
+    began = time.perf_counter()
+    act()
+    return (time.perf_counter() - began) * 1000

@@ -1,8 +1,6 @@
 """How quick the gallery's page is in a real Chromium: to be seen, to be scrolled, to be searched.
 
-    python bench/gallery_page.py [JOBS]
-
-Two pages, one with a tenth of the jobs. A task is what keeps the page from answering; it is measured as time of the
+A task is what keeps the page from answering; it is measured as time of the
 processor, which other programs on the machine do not lengthen. The bounds are ratios: ten times the jobs may cost ten
 times at most where all of them are looked at, and little more where only those in sight are.
 """
@@ -11,12 +9,13 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from figures import Check, Figure, Row, ratio
 from PIL import Image
+from plan import say
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
@@ -28,6 +27,9 @@ from imagewatch.gallery.page import page
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from plan import Bench
+
+PAINT = "first paint"
 MOST_GROWTH = {"open": 10.0, "scroll": 4.0, "search": 10.0}
 WORDS = "lighthouse cliff dusk harbour boat cat dog robot poster festival railway station glass snow"
 CALM = "new Promise((done) => setTimeout(done, 500))"
@@ -93,7 +95,7 @@ def measure(browser: Chromium, path: Path) -> dict[str, float]:
     """Return the longest task of each thing people do, and the first paint, in milliseconds."""
     browser.size(1280, 900)
     found = {"open": longest(browser, lambda: (browser.open(path.as_uri()), browser.run(CALM)))}
-    found["first paint"] = browser.run("performance.getEntriesByName('first-contentful-paint')[0].startTime")
+    found[PAINT] = browser.run("performance.getEntriesByName('first-contentful-paint')[0].startTime")
     found["scroll"] = longest(browser, lambda: (browser.run(SCROLL), browser.run(CALM)))
     browser.run("scrollTo(0, 0)")
     browser.run(CALM)
@@ -101,28 +103,33 @@ def measure(browser: Chromium, path: Path) -> dict[str, float]:
     return found
 
 
-def main() -> int:
-    """Measure, print, return 1 when a bound is passed."""
-    jobs = int(sys.argv[1]) if len(sys.argv) > 1 else 5000
+def in_browser(bench: Bench) -> list[Row]:
+    """Measure two pages, one with a tenth of the jobs."""
     if not PROGRAM:
-        print("there is no Chromium here")
-        return 0
-    with tempfile.TemporaryDirectory() as name:
-        browser = Chromium(Path(name) / "profile")
+        say("no Chromium here: the page is not measured")
+        return []
+    jobs = bench.amount.pictures
+    found: dict[int, dict[str, Figure]] = {jobs // 10: {}, jobs: {}}
+    for run in range(bench.amount.few):
+        say(f"gallery in a browser, run {run + 1}")
+        root = bench.root / f"page-{run}"
+        browser = Chromium(root / "profile")
         try:
-            measure(browser, fill(Path(name) / "first", 10))  # what a browser does only once
-            few = measure(browser, fill(Path(name) / "few", jobs // 10))
-            many = measure(browser, fill(Path(name) / "many", jobs))
+            measure(browser, fill(root / "first", 10))  # what a browser does only once
+            for many, figures in found.items():
+                for what, value in measure(browser, fill(root / str(many), many)).items():
+                    figures.setdefault(what, Figure(f"{many:,} jobs", "ms")).values.append(value)
         finally:
             browser.close()
-    print(
-        f"{jobs} jobs: first paint after {many['first paint']:.0f} ms ({jobs // 10} jobs: {few['first paint']:.0f} ms)"
-    )
-    for what, most in MOST_GROWTH.items():
-        growth = many[what] / few[what]
-        print(f"longest task, {what}: {many[what]:.0f} ms ({few[what]:.0f} ms); growth {growth:.1f} (at most {most:g})")
-    return int(any(many[what] > few[what] * most for what, most in MOST_GROWTH.items()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    few, large = found.values()
+    return [
+        Row("the gallery's page, until something is seen", [few[PAINT], large[PAINT]]),
+        *(
+            Row(
+                f"the gallery's page, longest task: {what}",
+                [few[what], large[what]],
+                [Check("growth", ratio(large[what], few[what]), most)],
+            )
+            for what, most in MOST_GROWTH.items()
+        ),
+    ]

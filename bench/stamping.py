@@ -24,6 +24,8 @@ from typing import Any, Self
 
 from endpoint import Endpoint
 
+SIZE = 1_500_000
+"""Bytes of the picture of an ordinary answer."""
 _JOB = re.compile(rb"job-[0-9]+")
 
 

@@ -1,0 +1,88 @@
+"""How fast and how small imagewatch is, next to the floor and to the peers: ratios within one run, with their spread.
+
+    python bench                          # everything, some 35 minutes
+    python bench --quick                  # a few minutes; the figures are rough
+    python bench --only latency memory    # of: latency, throughput, slots, start, job, memory, scale, burst, gallery
+    python bench --write-docs             # into docs/performance.md
+
+It starts endpoints of its own on loopback, warms everybody up, lets the contenders take turns, and repeats. It prints
+a table, writes it to a JSON file, and ends with 1 when a bound is passed. Linux only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import page
+from burst import burst
+from figures import machine
+from gallery import gallery
+from job import job
+from latency import latency
+from memory import memory
+from plan import FULL, QUICK, Bench
+from scale import scale
+from start import start
+from throughput import slots, throughput
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from figures import Row
+
+MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
+    "latency": latency,
+    "throughput": throughput,
+    "slots": slots,
+    "start": start,
+    "job": job,
+    "memory": memory,
+    "scale": scale,
+    "burst": burst,
+    "gallery": gallery,
+}
+
+
+def arguments() -> argparse.Namespace:
+    """Return what was asked for."""
+    parser = argparse.ArgumentParser(prog="python bench", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument("--quick", action="store_true", help="few repetitions, small amounts")
+    parser.add_argument("--json", type=Path, metavar="FILE", default=Path("bench.json"), help="default: %(default)s")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/performance.md, too")
+    asked = parser.parse_args()
+    if asked.quick and asked.write_docs:
+        parser.error("rough figures do not belong into the docs: leave out --quick or --write-docs")
+    return asked
+
+
+def main() -> int:
+    """Measure, print, return 1 when a bound is passed."""
+    asked = arguments()
+    found: dict[str, list[Row]] = {}
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        on = machine(Path(folder))
+        print(", ".join(f"{name}: {value}" for name, value in on.items()), flush=True)
+        for name in asked.only:
+            root = Path(folder) / name
+            root.mkdir()
+            found[name] = MEASUREMENTS[name](Bench(root, QUICK if asked.quick else FULL))
+            print(page.text(found[name]), flush=True)
+            if asked.write_docs:
+                page.put(name, on, found[name])
+    values = {name: [asdict(row) for row in rows] for name, rows in found.items()}
+    asked.json.write_text(
+        json.dumps({"machine": on, "quick": asked.quick, "rows": values}, indent=1, ensure_ascii=False)
+    )
+    return int(any(not check.reached for rows in found.values() for row in rows for check in row.checks))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
