@@ -34,7 +34,7 @@ from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
-from imagewatch.spool import Spool
+from imagewatch.spool import Spool, blocked
 from imagewatch.status import Status, line
 from imagewatch.worker import Worker
 
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
     from imagewatch.seen import Key
 
 _LONGEST_WAIT = 3600.0
+_LONGEST_RETRY = 300.0
+"""How long a job waits at most that fails alone, seconds."""
 _MOST_AT_ONCE = 1000
 """How many messages are taken before anything else is done, and how many of the watcher's may wait."""
 _WORKERS = 96
@@ -145,10 +147,11 @@ class Daemon:
         self._control = Control(config.folders.state, self._spool.disk)
         self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
-        self._intake = Intake(self._spool.inbox, self._control.folder, self._hint, clock, monotonic)
-        if self._notify.watchdog_seconds:
-            self._intake.most_seconds = self._notify.watchdog_seconds / 2
+        hindered = functools.partial(blocked, config.folders)
+        self._intake = Intake(self._spool.inbox, self._control.folder, hindered, self._hint, clock, monotonic)
         self._later: list[Later] = []
+        self._parked: dict[str, Key | None] = {}  # what only a person, or the next start, can carry on
+        self._failing: dict[str, float] = {}  # jobs that fail alone, and how long each waits between two tries
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
         self._missed = False
@@ -217,6 +220,8 @@ class Daemon:
         )
 
     def _begin(self) -> None:
+        if self._notify.watchdog_seconds:
+            self._intake.most_seconds = self._notify.watchdog_seconds / 2
         self._gate.start()
         for job in self._spool.unfinished():
             _log.info("recovering", job=job)
@@ -253,11 +258,15 @@ class Daemon:
             return True
         if self._gate.waits():
             return not any(self._may_get_on(later) for later in self._later)
-        return not self._intake.any() and not self._later and not self._intake.pending
+        return not self._intake.any() and not self._intake.pending and not any(map(self._is_awaited, self._later))
 
     def _may_get_on(self, later: Later) -> bool:
         """Tell whether a claimed job may be carried on behind a hold: to deliver what was paid for needs no request."""
-        return later.fresh and not later.displaced
+        return later.fresh and not later.displaced and later.job not in self._failing
+
+    def _is_awaited(self, later: Later) -> bool:
+        """Tell whether ``once`` does not end before a job that waits: it will get on by itself, and soon."""
+        return later.job not in self._failing and (not later.displaced or later.at <= self._now())
 
     def _take_messages(self) -> None:
         """Wait for the next message or the next thing to do, then take what messages there are.
@@ -324,11 +333,11 @@ class Daemon:
     def _exit_code(self) -> int:
         if not self._once:
             return 0
-        if self._gate.disk_failed:
+        if self._gate.disk_failed or self._failing:
             return 74
         if self._gate.first() is not None and (self.left or self._later):
             return 69
-        return 1 if self.failed else 0
+        return 1 if self.failed or self._later else 0
 
     @property
     def hold(self) -> Hold | None:
@@ -410,6 +419,7 @@ class Daemon:
             _log.debug("its paid answer is being looked at", job=job)  # asked for twice, or before a crash
         elif self._spool.reopen(job):
             _log.info("looking again at a paid answer", job=job)
+            self._parked.pop(job, None)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._status.change()
         else:
@@ -436,8 +446,9 @@ class Daemon:
         return False
 
     def _taken(self) -> set[Key | None]:
-        """Return the stems of which a job is at work or waits: the same files again are not another job yet."""
-        return {*self._in_flight.values(), *(later.key for later in self._later if not later.displaced)}
+        """Return the stems of which a job is at work, waits or is stuck: the same files are not another job yet."""
+        waiting = (later.key for later in self._later if not later.displaced)
+        return {*self._in_flight.values(), *self._parked.values(), *waiting} - {None}
 
     def _tell_ignored(self) -> None:
         """Say once of each file that will not be taken why."""
@@ -494,9 +505,9 @@ class Daemon:
 
     def _submit(self, job: str, key: Key | None, call: Callable[[], Outcome]) -> None:
         memory.reuse()  # not before: very many names at rest take less memory as it is
-        self._in_flight[job] = key
         began = self._now()
         future = self._pool.submit(call)
+        self._in_flight[job] = key  # not before: it fails where no more threads can be made
         future.add_done_callback(lambda done: self._mailbox.put(Finished(job, began, done)))
 
     def _finished(self, message: Finished) -> None:
@@ -505,6 +516,9 @@ class Daemon:
         self._worked = True
         self._status.change()
         self._intake.over(key)
+        for later in self._later:
+            if later.displaced and later.key == key:
+                later.at = self._now()  # its name may be free now
         try:
             outcome = message.future.result()
         except SpoolError as error:
@@ -512,20 +526,33 @@ class Daemon:
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("a bug in imagewatch; please report it", job=message.job)
-            self.failed += 1
-            self._budget.strand(message.job)
+            self._park(message.job, key)
             return
+        self._failing.pop(message.job, None)
         self._judge(outcome, key, message.began)
 
     def _stuck(self, job: str, key: Key | None, error: SpoolError) -> None:
-        """A job met our own disk. It is tried again when a write probe succeeds; nothing is sent until then."""
+        """A job met our own disk. It is tried again when a write probe succeeds; nothing is sent until then.
+
+        Where one succeeds at once it is this job alone that cannot go on: a file in its way, a name too long.
+        """
         if error.code == 0:
             _log.error("stuck", job=job, reason=str(error), hint=error.hint)
-            self.failed += 1
-            self._budget.strand(job)
+            self._park(job, key)
             return
-        self._gate.failed(error)
-        self._later.append(Later(job, self._now() + DISK_SECONDS, key))
+        delay = DISK_SECONDS
+        if self._gate.failed_alone(error):
+            if job not in self._failing:
+                _log.error("stuck; tried again by itself", job=job, reason=str(error), hint=error.hint)
+            delay = self._failing[job] = min(2 * self._failing.get(job, DISK_SECONDS / 2), _LONGEST_RETRY)
+        self._later.append(Later(job, self._now() + delay, key))
+
+    def _park(self, job: str, key: Key | None) -> None:
+        """Leave a job to whoever looks into it. Its stem stays taken: it may be paid for, and be brought back."""
+        self.failed += 1
+        self._failing.pop(job, None)
+        self._parked[job] = key
+        self._budget.strand(job)
 
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""

@@ -33,6 +33,7 @@ _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _COPY_BYTES = 1 << 20
+_ADOPTED = ".iw-adopted.tmp"
 _LOCK_TRIES = 4
 _LOCK_SECONDS = 0.1
 
@@ -342,7 +343,8 @@ class Disk:
         file = _readable(path)
         if file is None:
             return
-        with file, self.writing(path, mode=os.fstat(file.fileno()).st_mode & 0o777) as copy:
+        temporary = os.path.join(os.path.dirname(path), _ADOPTED)  # its own name may be as long as a name can be
+        with file, self.writing(path, temporary, mode=os.fstat(file.fileno()).st_mode & 0o777) as copy:
             shutil.copyfileobj(file, copy, _COPY_BYTES)
 
     def same(self, path: str, other: str) -> bool:

@@ -102,6 +102,10 @@ class BadRequest(JobError):  # noqa: N818
         self.problems = problems
 
 
+class Outdated(BadRequest):
+    """The prompt was changed between the look at it and its claim; no call was made, and it is looked at again."""
+
+
 class Refused(JobError):  # noqa: N818
     """The API answered no. Its own words are the message."""
 

@@ -65,7 +65,7 @@ def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Ite
         folder, stem = candidate.key
         where = os.path.join(config.folders.inbox, folder)
         try:
-            request = build(Files(where, folder, stem, candidate.images, candidate.foreign), config)
+            request = build(Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared), config)
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
         else:

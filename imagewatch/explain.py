@@ -6,6 +6,7 @@ Reads only; nothing is claimed, sent or created.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import time
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless
 from imagewatch.names import SUFFIX
 from imagewatch.request import Files, Request, build
+from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
 from imagewatch.text import amount, printable, utc
 
@@ -130,7 +132,8 @@ def files(config: Config) -> Iterator[Line]:
     """
     if not os.path.isdir(config.folders.inbox):
         return
-    sweep = Sweep(config.folders.inbox, config.inbox, explain=True)
+    hindered = functools.partial(blocked, config.folders)
+    sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered)
     seen = sweep.look(time.monotonic(), time.time())
     for candidate in seen.ready:
         yield _ready(candidate, config)
@@ -149,7 +152,7 @@ def _ready(candidate: Candidate, config: Config) -> Line:
     where = os.path.join(config.folders.inbox, folder)
     path = printable(os.path.join(folder, stem + SUFFIX))
     try:
-        request = build(Files(where, folder, stem, candidate.images, candidate.foreign), config)
+        request = build(Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared), config)
     except BadRequest as error:
         return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))
     return Line("take", path, _summary(request))

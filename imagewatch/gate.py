@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imagewatch.durable import FULL
 from imagewatch.errors import SpoolError
 from imagewatch.text import utc
 
@@ -101,9 +102,29 @@ class Gate:
 
     def room(self) -> bool:
         """Tell whether our disks can take another paid answer; if not, hold."""
+        return self._proved() if self._holds.has("disk") else self._has_room()
+
+    def failed_alone(self, error: SpoolError) -> bool:
+        """Tell whether our disks work all the same after a job could not go on; if not, hold.
+
+        Then it is something about this job's own files, which somebody else may have put there; the others go on.
+        """
+        if error.code in FULL:  # a small probe may succeed where pictures do not
+            self.failed(error)
+            return False
+        return self._proved()
+
+    def _proved(self) -> bool:
+        """Make a write probe in every folder; end a hold of the disk, or begin one."""
         try:
-            if self._holds.has("disk"):
-                self._spool.probe()
+            self._spool.probe()
+        except SpoolError as error:
+            self.failed(error)
+            return False
+        return self._has_room()
+
+    def _has_room(self) -> bool:
+        try:
             self._spool.require_room(self._limits.min_free_bytes)
         except SpoolError as error:
             self.failed(error)

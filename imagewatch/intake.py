@@ -58,6 +58,7 @@ class Intake:
     Args:
         inbox: The folder.
         control: The folder for requests of commands; it is watched, too.
+        blocked: Tells of a folder below the inbox why its results could not be published.
         post: Puts a message into the mailbox of the main loop; called in the watcher's thread.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
@@ -73,12 +74,14 @@ class Intake:
         self,
         inbox: str,
         control: str,
+        blocked: Callable[[str], str],
         post: Callable[[Changed | Lost], None],
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
         self._inbox = inbox
         self._control = control
+        self._blocked = blocked
         self._clock = clock
         self._now = monotonic
         self._watcher = Watcher(
@@ -106,7 +109,9 @@ class Intake:
         self._config = config
         window, most_named = max(_WINDOW, burst + 1), max(_MOST_NAMED, burst + 1)
         timed = lambda _: keeps_times(self._kind)  # noqa: E731  no other file system is looked into
-        self._sweep = Sweep(self._inbox, config, keeps_times=timed, window=window, most_named=most_named)
+        self._sweep = Sweep(
+            self._inbox, config, keeps_times=timed, window=window, most_named=most_named, blocked=self._blocked
+        )
         self._ready, self._more, self._due = {}, False, 0.0
         if config.watch == "poll":
             self._watcher.stop()

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch import prompt as prompts
-from imagewatch.errors import BadRequest, Problem
+from imagewatch.errors import BadRequest, Outdated, Problem
 from imagewatch.fields import Options, nearest
 from imagewatch.images import foreign, inspect
 from imagewatch.job import Input
-from imagewatch.names import SUFFIX
+from imagewatch.names import SUFFIX, spellings
 from imagewatch.text import printable
 from imagewatch.wire import Body, Part, body_fields, choose_provider
 
@@ -69,6 +69,7 @@ class Files:
         stem: The prompt's name without ``.prompt.txt``.
         images: Names of the input images, in order.
         foreign: Siblings of a kind the endpoint does not take.
+        declared: Whether the prompt was seen to name its images itself.
     """
 
     where: str
@@ -76,16 +77,19 @@ class Files:
     stem: str
     images: tuple[str, ...]
     foreign: tuple[str, ...] = ()
+    declared: bool = False
 
 
 def build(files: Files, config: Config) -> Request:
     """Validate what was dropped and return the request for it.
 
     Raises:
+        Outdated: The prompt does not name the images that were taken with it.
         BadRequest: Everything that is wrong.
     """
     raw = read_prompt(os.path.join(files.where, files.stem + SUFFIX))
     parsed = prompts.parse(raw, max_characters=config.limits.max_prompt_chars)
+    _require_as_seen(files, parsed.front.input_images)
     options, problems = effective(parsed.front, files.folder, config)
     inputs, parts, wrong = _inputs(files, config.limits.max_input_bytes)
     provider = choose_provider(options, has_inputs=bool(files.images))
@@ -95,6 +99,18 @@ def build(files: Files, config: Config) -> Request:
     hashes = {files.stem + SUFFIX: hashlib.sha256(raw).hexdigest()}
     hashes |= {name: item.sha256 for name, item in zip(files.images, inputs, strict=True)}
     return Request(parsed.text, body_fields(options, provider), inputs, hashes, parts)
+
+
+def _require_as_seen(files: Files, names: tuple[str, ...] | None) -> None:
+    """Make sure that a prompt names what it named when its images were looked for.
+
+    It may have been replaced since. The new words with the old images would be bought, and wrong.
+    """
+    if names is None and not files.declared:
+        return
+    seen = files.images if files.declared else None
+    if names is None or seen is None or [spellings(name)[1] for name in names] != [spellings(name)[1] for name in seen]:
+        raise Outdated([Problem("input_images", "the prompt was changed while it was taken", "it is looked at again")])
 
 
 def contents(where: str, names: Iterable[str], most_bytes: int) -> dict[str, str]:
@@ -142,7 +158,11 @@ def read_prompt(path: str) -> bytes:
         BadRequest: It is not a readable file.
     """
     with open_plain(path, "prompt") as file:
-        return file.read(prompts.MAX_BYTES + 1)
+        try:
+            return file.read(prompts.MAX_BYTES + 1)
+        except OSError as error:  # a share that went away, a lock of another system, a bad sector
+            reason = f"cannot be read: {error.strerror or error}"
+            raise BadRequest([Problem("prompt", reason, "look at the disk or the share")]) from None
 
 
 def open_plain(path: str, name: str) -> IO[bytes]:

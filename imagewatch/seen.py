@@ -24,6 +24,7 @@ class Wait(StrEnum):
     WRITING = "still being written"
     OPEN = "open for writing"
     ARRIVING = "is on its way: a transfer has not given it its name yet"
+    UNREADABLE = "cannot be read at the moment"
     IMAGES = "images it names are missing"
 
 

@@ -29,12 +29,36 @@ from imagewatch.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.config import Config
+    from imagewatch.config import Config, Folders
 
 _PROBE = ".iw-probe"
 _LONGEST_ENDING = ".receipt.toml"
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""In bytes; what Linux takes."""
 _LEAST_FILES = 1000
 """Files that must still be possible, whatever space there is: a job makes some ten, SQLite two."""
+
+
+def blocked(folders: Folders, folder: str) -> str:
+    """Return why no result of a folder below the inbox could be published, or an empty string.
+
+    Asked before anything is claimed: what is paid for must have a place to go.
+
+    Args:
+        folders: Where the doors are.
+        folder: Below the inbox, with ``/``.
+    """
+    for door in (folders.outbox, folders.errors, folders.archive):
+        if door == "delete":
+            continue
+        if len(os.fsencode(os.path.join(door, folder))) > _LONGEST_PATH - _LONGEST_NAME - 1:
+            return "what it makes would have too long a path, so nothing is taken out of"
+        path = door
+        for part in folder.split("/"):
+            path = os.path.join(path, part)
+            if os.path.lexists(path) and not os.path.isdir(path):
+                return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
+    return ""
 
 
 class Spool:
@@ -285,6 +309,8 @@ class Spool:
         target = self.original(claim, name)
         if self._drop_twin(source, target):
             return True
+        if not _may_be_taken(source):
+            return False
         try:
             with ours(source, "take the file out of the inbox"):
                 self.disk.rename(source, target)
@@ -357,7 +383,7 @@ class Spool:
             claimed=claim.prompt in originals,
             originals=bool(originals),
             missing=any(
-                name not in originals and os.path.lexists(os.path.join(self.inbox_folder(claim), name))
+                name not in originals and _may_be_taken(os.path.join(self.inbox_folder(claim), name))
                 for name in (*claim.images, *claim.foreign)
             ),
             sent=sent,
@@ -484,7 +510,7 @@ class Spool:
         self.disk.sync_folder(folder)
 
     def give_back(self, claim: Claim) -> bool:
-        """Put the originals back into the inbox, the prompt last.
+        """Put the originals back into the inbox, the prompt last; their folder is made again if it is gone.
 
         Returns:
             False when a newer file has one of the names; the job then stays claimed.
@@ -492,7 +518,9 @@ class Spool:
         folder = self.inbox_folder(claim)
         names = self.present(claim)
         if not names:
-            return True  # and its folder in the inbox may be gone with them
+            return True
+        self._make_claims()  # or there is no inbox
+        self._make_inner(self.inbox, claim.folder)
         # A sync tool may have brought some of them back meanwhile: then those are the ones that stay.
         again = {name for name in names if self.disk.same(self.original(claim, name), os.path.join(folder, name))}
         if any(os.path.lexists(os.path.join(folder, name)) for name in names if name not in again):
@@ -580,18 +608,21 @@ class Spool:
 
     def _mirror(self, door: str, claim: Claim) -> None:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
-        top = self.door_folder(door, Claim(job="", folder="", stem=""))
-        current = top
         self.require_mounts()
-        for part in claim.folder.split("/") if claim.folder else ():
-            inner = os.path.join(current, part)
+        top = self.door_folder(door, Claim(job="", folder="", stem=""))
+        self._make_inner(top, claim.folder, self._outbox.folder_mode if door == "outbox" else None)
+
+    def _make_inner(self, top: str, folder: str, mode: int | None = None) -> None:
+        """Make a folder below one of ours, durably, if it is not there."""
+        for part in folder.split("/") if folder else ():
+            inner = os.path.join(top, part)
             if not os.path.isdir(inner):
                 self.disk.make_folder(inner, mode=0o777)
-                if door == "outbox" and self._outbox.folder_mode is not None:
+                if mode is not None:
                     with ours(inner, "set the mode"):
-                        os.chmod(inner, self._outbox.folder_mode)
-                self.disk.sync_folder(current)
-            current = inner
+                        os.chmod(inner, mode)
+                self.disk.sync_folder(top)
+            top = inner
 
     def _finish(self, descriptor: int) -> None:
         """Give a file of the outbox the mode and group its readers need."""
@@ -605,6 +636,14 @@ def _is_same(file: IO[bytes], path: str) -> bool:
     """Tell whether an open file is still the one of a name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
+    except OSError:
+        return False
+
+
+def _may_be_taken(path: str) -> bool:
+    """Tell whether there is something to be claimed. A folder stays, whatever a prompt says of it."""
+    try:
+        return not stat.S_ISDIR(os.lstat(path).st_mode)
     except OSError:
         return False
 

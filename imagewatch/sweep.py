@@ -52,6 +52,7 @@ class Sweep:
             turn comes. None for all.
         most_named: How many files are named in ``waiting`` and in ``ignored``; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
+        blocked: Tells of a folder below the inbox why nothing can be put where its results go, or an empty string.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class Sweep:
         window: int | None = None,
         most_named: int | None = None,
         explain: bool = False,
+        blocked: Callable[[str], str] = lambda _: "",
     ) -> None:
         self._config = config
+        self._blocked = blocked
         self._most_named = most_named
         self._folders = Folders(
             inbox,
@@ -190,7 +193,7 @@ class Sweep:
         (look,), changed = self._stat(key[0], (key[1] + SUFFIX,))
         if look[2] <= 0 or any(self._lies_there(key[0], lock) for lock in locks(key[1] + SUFFIX)):
             return None
-        if self._declared(key, look) is None:
+        if not self._names_images(key, look):
             self._arrived.discard(key)
             self._read.pop(key, None)
             return None
@@ -283,7 +286,7 @@ class Sweep:
         if key not in self._arrived:
             return False
         (look,), _ = self._stat(key[0], (key[1] + SUFFIX,))
-        return self._declared(key, look) is not None
+        return self._names_images(key, look)
 
     def _busy(self, folder: str, names: Dropped, seen: Seen, now: float) -> str:
         """Return a mark that shows that somebody is at work, if it is not a leftover."""
@@ -320,7 +323,11 @@ class Sweep:
         if not looks[0][1]:
             self._forget(key)
             return None
-        declared = self._declared(key, looks[0])
+        try:
+            declared = self._declared(key, looks[0])
+        except BadRequest as error:
+            self._unread(key, names.prompt, error)
+            return None
         whole = declared is not None and key in self._arrived
         if not whole and self._is_disturbed(folder, names, changed, now):
             return None
@@ -334,6 +341,15 @@ class Sweep:
             reason = f"no image of {names.prompt}, whose images are {names.stem}.png, {names.stem}.1.png, …"
             self._seen.ignored.add(_join(key[0], name), "no image of its prompt", printable(reason, 600))
         return self._take(Candidate(key, images, foreign, looks, changed, declared=False))
+
+    def _unread(self, key: Key, prompt: str, error: BadRequest) -> None:
+        """Let a prompt wait that cannot be read: nobody knows which images it names."""
+        self._hold_back(key)
+        if problem := self._unusable(key[0], prompt):
+            self._seen.ignored.add(_join(key[0], prompt), problem, f"{problem} it")
+        else:
+            reason = printable(str(error), 300)
+            self._seen.wait(_join(key[0], prompt), Wait.UNREADABLE, reason, self._config.rescan_seconds)
 
     def _is_disturbed(self, folder: Folder, names: Dropped, changed: float, now: float) -> bool:
         """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
@@ -400,9 +416,11 @@ class Sweep:
     def _unusable(self, folder: str, name: str) -> str:
         """Return why a file cannot be sent, or why none can be taken out of a folder (then there is no name)."""
         full = self._folders.full(_join(folder, name) if name else folder)
+        if not name and not folder:
+            return ""
         if not name:
-            usable = not folder or os.access(full, os.W_OK | os.X_OK)
-            return "" if usable else "the daemon may not take files out of"
+            usable = os.access(full, os.W_OK | os.X_OK)
+            return self._blocked(folder) if usable else "the daemon may not take files out of"
         with contextlib.suppress(OSError):
             status = os.lstat(full)
             if stat.S_ISREG(status.st_mode) and not os.access(full, os.R_OK):
@@ -431,15 +449,22 @@ class Sweep:
         return True
 
     def _declared(self, key: Key, look: Look) -> tuple[str, ...] | None:
-        """Return which images a prompt names; it is read again only if it looks different."""
+        """Return which images a prompt names, or None; it is read again only if it looks different.
+
+        Raises:
+            BadRequest: It cannot be read, which may pass and is not remembered.
+        """
         known = self._read.get(key)
         if known is None or known[0] != look:
-            try:
-                names = prompts.declared(read_prompt(self._folders.full(_join(key[0], key[1] + SUFFIX))))
-            except BadRequest:
-                names = None
+            names = prompts.declared(read_prompt(self._folders.full(_join(key[0], key[1] + SUFFIX))))
             known = self._read[key] = (look, names)
         return known[1]
+
+    def _names_images(self, key: Key, look: Look) -> bool:
+        """Tell whether a prompt is known to name its images."""
+        with contextlib.suppress(BadRequest):
+            return self._declared(key, look) is not None
+        return False
 
     def _hold_back(self, key: Key) -> None:
         """Note that a settled prompt cannot be taken yet: it is judged again at each look."""

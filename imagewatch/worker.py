@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
 from imagewatch.durable import ours
-from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Problem, SpoolError, Unavailable
+from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Outdated, Problem, SpoolError, Unavailable
 from imagewatch.job import Claim, Head, Reaction, Sent, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
@@ -260,7 +260,9 @@ class Worker:
         outcome = Outcome(run.claim.job, End.NOTHING, run.claim.source)
         if decision is not None:
             outcome = self._closing.outcome(run.claim, decision, self._clock() - run.began)
-            outcome = replace(outcome, trouble=run.trouble)
+            # What was answered before this call says nothing of now: by it no hold is over.
+            answered = outcome.answered and run.evidence.answered > run.stale
+            outcome = replace(outcome, answered=answered, trouble=run.trouble)
         else:
             self._spool.give_back(run.claim)  # without its prompt: somebody took that away, the images are theirs
         self._spool.forget(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
@@ -312,20 +314,23 @@ class Worker:
     def _gather(self, run: Run) -> None:
         self._spool.gather(run.claim)
 
-    def _check(self, run: Run) -> None:
+    def _check(self, run: Run) -> Outcome | None:
         claim, case = run.claim, Case(run.record, run.claim)
         folder, most = self._spool.claim_folder(claim.job), self._config.limits.max_input_bytes
         skip = self._config.inbox.redelivery == "skip"
         if skip and (twin := finished_twin(self._ledger, claim, folder, most)):
             self._closing.redelivered(case, twin)
-            return
+            return None
         try:
-            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign)
+            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared)
             run.request = build(files, self._config)
+        except Outdated:
+            return self._give_back(run)
         except BadRequest as error:
             self._closing.invalid(case, error.problems, contents(folder, claim.originals, most))
         else:
             run.foresee()
+        return None
 
     def _send(self, run: Run) -> Outcome | None:
         if run.evidence.answered:

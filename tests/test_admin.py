@@ -793,6 +793,21 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     assert command(folders, "retry", "sub/cat").returncode == 74
 
 
+def test_a_picture_that_was_paid_for_long_ago_says_nothing_about_the_credits_of_today(lost_picture, run):
+    folders, sandbox, clock = lost_picture
+    daemon = run(folders)
+    sandbox.balance = 0
+    folders.prompt("poor", "A dog")
+    assert daemon.wait_for("held")["kind"] == "credits"
+    folders.prompt("waits", "An owl")
+    clock.behind = 60
+    assert command(folders, "retry", "sub/cat").returncode == 0
+    daemon.wait_for("made")
+    assert daemon.stop() == 0
+    assert (daemon.events("released"), sandbox.report()["requests"]) == ([], 2)
+    assert [name for name in folders.names("inbox") if ".imagewatch" not in name] == ["waits.prompt.txt"]
+
+
 def test_a_paid_picture_is_fetched_at_the_next_start_also_behind_a_hold(lost_picture, run):
     folders, sandbox, clock = lost_picture
     clock.behind = 60

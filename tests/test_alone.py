@@ -1,0 +1,234 @@
+"""What goes wrong with a prompt's own files is its own trouble: nothing wrong is bought, and the others go on."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import Folders, Station, command, until
+from PIL import Image
+from tracing import reason_not_to_trace
+
+from imagewatch.durable import Disk
+from imagewatch.outcome import End
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+_png = io.BytesIO()
+Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
+PICTURE = _png.getvalue()
+NAMES_LOGO = '+++\ninput_images = ["logo.png"]\n+++\nPut this logo on a mug'
+
+
+def inputs(sandbox: Sandbox) -> list[int]:
+    """How many images each request had."""
+    return [len(call["inputs"]) for call in sandbox.report()["calls"]]
+
+
+# What cannot be read for a moment
+
+
+@pytest.mark.parametrize("fault", ["openat:error=EIO:when=1", "openat:error=EMFILE:when=1", "read:error=EIO:when=1"])
+def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_images_it_names(
+    tmp_path: Path, sandbox: Sandbox, fault: str
+) -> None:
+    if reason := reason_not_to_trace():
+        pytest.skip(reason)
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    folders.drop("logo.png", PICTURE)
+    path, log = folders.prompt("mug", NAMES_LOGO), tmp_path / "strace.log"
+    strace = ["strace", "-f", "-o", str(log), "-P", str(path), "-e", "trace=openat,read", "-e", f"inject={fault}"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
+    subprocess.run([*strace, sys.executable, "-m", "imagewatch", "once"], env=environ, check=True, capture_output=True)
+    assert "(INJECTED)" in log.read_text()
+    assert (folders.documents(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
+
+
+def test_a_prompt_that_stays_unreadable_says_so_and_the_others_are_made(tmp_path: Path, sandbox: Sandbox) -> None:
+    if reason := reason_not_to_trace():
+        pytest.skip(reason)
+    folders = Folders(tmp_path, sandbox.base_url)
+    path = folders.prompt("broken", "On a bad sector")
+    folders.prompt("cat", "A cat")
+    strace = ["strace", "-f", "-o", "/dev/null", "-P", str(path), "-e", "trace=read", "-e", "inject=read:error=EIO"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
+    told = subprocess.run(
+        [*strace, sys.executable, "-m", "imagewatch", "check"], env=environ, check=True, capture_output=True, text=True
+    )
+    (line,) = [line for line in told.stdout.splitlines() if "broken" in line]
+    assert "wait" in line
+    assert "cannot be read: Input/output error" in line
+    assert "take" in next(line for line in told.stdout.splitlines() if "cat.prompt.txt" in line)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (NAMES_LOGO, "No images any more"),
+        ("Not one image", NAMES_LOGO),
+        (NAMES_LOGO, NAMES_LOGO.replace("logo", "other")),
+        (NAMES_LOGO, NAMES_LOGO.replace('["logo.png"]', '["logo.png", "other.png"]')),
+    ],
+)
+def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
+    station: Station, sandbox: Sandbox, before: str, after: str
+) -> None:
+    for name in ("logo.png", "other.png"):
+        station.drop(name, PICTURE)
+    station.prompt("mug", before)
+    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    station.prompt("mug", after)
+    outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
+    assert (outcome.end, sandbox.report()["requests"]) == (End.RETURNED, 0)
+    assert station.names("inbox") == ["logo.png", "mug.prompt.txt", "other.png"]
+    assert station.leftovers() == []
+    (outcome,) = station.work()
+    assert (outcome.door, inputs(sandbox)) == ("outbox", [after.count(".png")])
+
+
+def test_accents_composed_in_another_way_are_the_same_image(station: Station, sandbox: Sandbox) -> None:
+    station.drop("cafe\u0301.png", PICTURE)
+    station.prompt("mug", '+++\ninput_images = ["caf\u00e9.png"]\n+++\nPut this on a mug')
+    (outcome,) = station.work()
+    assert (outcome.door, inputs(sandbox)) == ("outbox", [1])
+
+
+# What is in the way
+
+
+def test_a_folder_that_a_prompt_names_as_its_image_stays_where_it_is(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__input_wait_seconds="0.1")
+    (folders.inbox / "logo.png").mkdir()
+    (folders.inbox / "logo.png/inner.txt").write_text("mine")
+    folders.prompt("mug", NAMES_LOGO)
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"mug": "errors"})
+    assert "logo.png" in folders.error("mug")["message"]
+    assert daemon.stop() == 0
+    assert (folders.names("inbox"), folders.leftovers()) == (["logo.png/inner.txt"], [])
+    assert sandbox.report()["requests"] == 0
+
+
+@pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
+def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid_for(
+    tmp_path: Path, sandbox: Sandbox, run: Callable, door: str
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    (folders.root / door / "sub").write_text("a file of somebody")
+    folders.prompt("sub/deep/cat", "A cat")
+    folders.prompt("dog", "A dog")
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"dog": "outbox"})
+    told = daemon.wait_for("ignored")
+    assert told["file"] == "sub/deep/cat.prompt.txt"
+    assert f"{door}/sub is in the way" in told["reason"]
+    checked = command(folders, "check")
+    assert f"{door}/sub is in the way" in checked.stdout
+    assert sandbox.report()["requests"] == 1
+    (folders.root / door / "sub").unlink()
+    until(lambda: len(list(folders.outbox.rglob("cat.receipt.toml"))) == 1)
+    assert daemon.stop() == 0
+    assert folders.leftovers() == []
+
+
+def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
+    until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
+    (folders.outbox / "sub").write_text("a file of somebody")
+    stuck = daemon.wait_for("stuck; tried again by itself")
+    assert str(folders.outbox / "sub") in stuck["reason"]
+    for number in range(5):
+        folders.prompt(f"dog{number}", "A dog")
+    until(lambda: len(folders.documents()) == 5)
+    assert daemon.events("held") == []
+    (folders.outbox / "sub").unlink()
+    until((folders.outbox / "sub/cat.receipt.toml").exists, timeout=40)
+    assert daemon.stop() == 0
+    assert (sandbox.report()["charged"], folders.leftovers()) == (6, [])
+
+
+def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
+    until(lambda: sandbox.report()["requests"] == 1 or not (folders.inbox / "sub/cat.prompt.txt").exists())
+    (folders.outbox / "sub").write_text("a file of somebody")
+    assert daemon.stop() == 0
+    for number in range(3):
+        folders.prompt(f"dog{number}", "A dog")
+    assert command(folders, "once").returncode == 74
+    assert folders.documents() == {f"dog{number}": "outbox" for number in range(3)}
+    (folders.outbox / "sub").unlink()
+    assert command(folders, "once").returncode == 0
+    assert (folders.outbox / "sub/cat.receipt.toml").exists()
+    assert (sandbox.report()["charged"], folders.leftovers()) == (4, [])
+
+
+def test_a_name_as_long_as_a_name_can_be_is_taken_over_from_its_owner(tmp_path: Path) -> None:
+    path = tmp_path / ("n" * 255)
+    path.write_text("A cat")
+    inode = path.stat().st_ino
+    Disk().adopt(str(path))
+    assert (path.read_text(), path.stat().st_ino != inode) == ("A cat", True)
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
+def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
+    daemon = run(folders)
+    for name in ("one", "two"):
+        folders.prompt(f"sub/{name}", "[sandbox: slow 1] [sandbox: 402] Too poor")
+    until(lambda: sandbox.report()["requests"] == 2 or not any((folders.inbox / "sub").glob("*.prompt.txt")))
+    shutil.rmtree(folders.inbox / "sub")
+    until(lambda: len(folders.documents()) == 1 and len(folders.names("inbox")) == 1, timeout=30)
+    ((shown, door),) = folders.documents().items()
+    assert door == "errors"
+    (back,) = folders.names("inbox")
+    assert {f"{shown}.prompt.txt", os.path.basename(back)} == {"one.prompt.txt", "two.prompt.txt"}
+    assert back.startswith("sub/")
+    assert daemon.stop() == 0
+    assert folders.leftovers() == []
+
+
+# What is stuck
+
+
+def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_bought_again(
+    tmp_path: Path, sandbox: Sandbox, run: Callable, start: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    daemon = run(folders)
+    folders.prompt("cat", "[sandbox: slow 20] A cat")
+    until(lambda: sandbox.report()["requests"] == 1)
+    daemon.process.kill()
+    daemon.end()
+    (sent,) = (folders.state / "jobs").glob("*/sent.1")
+    sent.write_text("damaged")
+    daemon = run(folders)
+    daemon.wait_for("stuck")
+    folders.prompt("cat", "[sandbox: slow 20] A cat")
+    folders.prompt("dog", "A dog")
+    until(lambda: folders.documents() == {"dog": "outbox"})
+    assert daemon.stop() == 0
+    assert folders.names("inbox")[-1] == "cat.prompt.txt"
+    assert sandbox.report()["requests"] == 2
