@@ -34,7 +34,7 @@ from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
-from imagewatch.spool import Spool, blocked
+from imagewatch.spool import Spool
 from imagewatch.status import Status, line
 from imagewatch.worker import Worker
 
@@ -147,8 +147,7 @@ class Daemon:
         self._control = Control(config.folders.state, self._spool.disk)
         self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
-        hindered = functools.partial(blocked, config.folders)
-        self._intake = Intake(self._spool.inbox, self._control.folder, hindered, self._hint, clock, monotonic)
+        self._intake = Intake(config.folders, self._control.folder, self._hint, clock, monotonic)
         self._later: list[Later] = []
         self._parked: dict[str, Key | None] = {}  # what only a person, or the next start, can carry on
         self._failing: dict[str, float] = {}  # jobs that fail alone, and how long each waits between two tries

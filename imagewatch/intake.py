@@ -6,6 +6,7 @@ thread. Only the head of the queue is looked at closely: the other prompts are n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,7 @@ from imagewatch import memory
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.names import stem_of
 from imagewatch.seen import Seen
+from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
 from imagewatch.text import printable
 from imagewatch.watcher import Watcher
@@ -22,7 +24,7 @@ from imagewatch.watcher import Watcher
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
-    from imagewatch.config import Inbox
+    from imagewatch.config import Folders, Inbox
     from imagewatch.seen import Candidate, Key
 
 _REST = 10.0
@@ -56,9 +58,8 @@ class Intake:
     """The inbox as the main loop sees it.
 
     Args:
-        inbox: The folder.
+        folders: The inbox, and where its results go.
         control: The folder for requests of commands; it is watched, too.
-        blocked: Tells of a folder below the inbox why its results could not be published.
         post: Puts a message into the mailbox of the main loop; called in the watcher's thread.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
@@ -72,16 +73,15 @@ class Intake:
 
     def __init__(
         self,
-        inbox: str,
+        folders: Folders,
         control: str,
-        blocked: Callable[[str], str],
         post: Callable[[Changed | Lost], None],
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
-        self._inbox = inbox
+        self._inbox = folders.inbox
         self._control = control
-        self._blocked = blocked
+        self._blocked = functools.partial(blocked, folders)
         self._clock = clock
         self._now = monotonic
         self._watcher = Watcher(
