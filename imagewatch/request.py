@@ -69,7 +69,7 @@ class Files:
         stem: The prompt's name without ``.prompt.txt``.
         images: Names of the input images, in order.
         foreign: Siblings of a kind the endpoint does not take.
-        declared: Whether the prompt was seen to name its images itself.
+        declared: Whether the prompt was seen to name its images itself; None if nobody looked before.
     """
 
     where: str
@@ -77,7 +77,7 @@ class Files:
     stem: str
     images: tuple[str, ...]
     foreign: tuple[str, ...] = ()
-    declared: bool = False
+    declared: bool | None = None
 
 
 def build(files: Files, config: Config) -> Request:
@@ -106,11 +106,16 @@ def _require_as_seen(files: Files, names: tuple[str, ...] | None) -> None:
 
     It may have been replaced since. The new words with the old images would be bought, and wrong.
     """
-    if names is None and not files.declared:
+    if files.declared is None:
         return
     seen = files.images if files.declared else None
-    if names is None or seen is None or [spellings(name)[1] for name in names] != [spellings(name)[1] for name in seen]:
+    if _composed(names) != _composed(seen):
         raise Outdated([Problem("input_images", "the prompt was changed while it was taken", "it is looked at again")])
+
+
+def _composed(names: tuple[str, ...] | None) -> list[str] | None:
+    """Return names with their accents in one way."""
+    return None if names is None else [spellings(name)[1] for name in names]
 
 
 def contents(where: str, names: Iterable[str], most_bytes: int) -> dict[str, str]:
