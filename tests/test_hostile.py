@@ -121,6 +121,23 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
     assert KEY not in str(daemon.lines)
 
 
+def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
+    daemon = run(folders)
+    folders.prompt("long", f'+++\ninput_images = ["{"x" * 252}.png"]\n+++\nMake it night')
+    until(lambda: "long" in folders.documents())
+    folders.prompt("good", "A good one")
+    until(lambda: "good" in folders.documents())
+    assert daemon.stop() == 0
+    assert daemon.events("held") == []
+    assert folders.documents() == {"long": "errors", "good": "outbox"}
+    error = folders.error("long")
+    assert (error["charged"], "longer than 255 bytes" in error["message"]) == ("no", True)
+    assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A good one"]
+
+
 def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_prompts_are_made(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
