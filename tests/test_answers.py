@@ -478,6 +478,21 @@ def test_odd_billing_never_costs_the_picture(tmp_path, billing, cost):
         assert row_of(station)["credits"] == cost
 
 
+@pytest.mark.parametrize("said", ["-5", "-0.001", "-1e308", "-Infinity", "Infinity", "1e999", "NaN"])
+def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap(tmp_path, said):
+    body = paid(IMAGE, billing={"credits_charged": "?"}).replace(b'"?"', said.encode())
+    limits = {"limits__credits_per_day": "60", "limits__assumed_credits": "30"}
+    with served_by(tmp_path, answering(body), answering(body), **limits) as station:
+        for stem in "xyz":
+            ask(station, stem=stem)
+            outcomes = station.work()
+        assert (outcomes[-1].end, outcomes[-1].trouble.kind) == (End.RETURNED, "cap")
+        assert [row["credits"] for row in station.ledger.rows()] == [None, None]
+        receipt = station.receipt("x")
+    assert (receipt["charged"], "credits_charged" in receipt) == ("yes", False)
+    assert str(float(receipt["billing"]["credits_charged"])) == str(float(said))
+
+
 @pytest.mark.parametrize(
     "body",
     [
