@@ -249,6 +249,27 @@ def test_a_server_that_repeats_the_key_does_not_put_it_on_our_disk(tmp_path, sta
             assert (station.errors / "x.answer.bin").read_bytes() == echo.replace(KEY.encode(), b"***")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",  # where a length should be
+        b"HTTP/1.1 200 OK\r\nwrong key: %s\r\n\r\n",
+        b"wrong key %s\r\n\r\n",
+        b"y" * 250 + b"%s\r\n\r\n",  # what is told of it ends within the key
+    ],
+)
+def test_what_the_network_library_says_of_a_broken_answer_never_holds_the_key(tmp_path, capfd, reply):
+    def script(exchange):
+        exchange.request()
+        exchange.send(reply % KEY.encode())
+
+    with served_by(tmp_path, script) as station:
+        ask(station)
+        (outcome,) = station.work()
+        no_secret(tmp_path, KEY[:8], repr(outcome) + "".join(capfd.readouterr()))
+        assert "***" in station.error("x")["message"]
+
+
 # Free and transient
 
 
