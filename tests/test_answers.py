@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -268,6 +269,38 @@ def test_what_the_network_library_says_of_a_broken_answer_never_holds_the_key(tm
         (outcome,) = station.work()
         no_secret(tmp_path, KEY[:8], repr(outcome) + "".join(capfd.readouterr()))
         assert "***" in station.error("x")["message"]
+
+
+@contextlib.contextmanager
+def served_with(key, tmp_path, *scripts, **settings):
+    with served_by(tmp_path, *scripts, **settings) as station:
+        client = Client(station.config().endpoint, lambda: Key(key))
+        with contextlib.closing(client):
+            station.worker = Doubting(station.spool, client, station.ledger, station.config())
+            yield station
+
+
+@pytest.mark.parametrize(
+    "status", [b"401 Unauthorized", b"400 Bad Request", b"302 Found", b"500 No", b"502 Bad Gateway"]
+)
+def test_a_refusal_that_repeats_a_short_key_does_not_put_it_on_our_disk(tmp_path, capfd, status):
+    said = answering(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
+    with served_with("hunter2", tmp_path, said) as station:
+        ask(station)
+        (outcome,) = station.work()
+        assert outcome.message.startswith("*** is no key")
+        assert (station.error("x")["code"], row_of(station)["code"]) == ("not-***", "not-***")
+        no_secret(tmp_path, "hunter2", repr(outcome) + "".join(capfd.readouterr()))
+
+
+def test_a_picture_that_happens_to_hold_a_short_key_is_published_as_it_came(tmp_path):
+    body = paid(IMAGE)
+    key = base64.b64encode(IMAGE)[20:35].decode()
+    with served_with(key, tmp_path, answering(body)) as station:
+        originals = ask(station)
+        station.work()
+        made(station, "x", originals, "x.png")
+        assert (station.outbox / "x.png").read_bytes() == IMAGE
 
 
 # Free and transient
