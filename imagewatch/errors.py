@@ -8,7 +8,6 @@
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
-       ├─ Refused         the API said no; its words are kept
        ├─ Unavailable     provably free: connect failed, 429; may be tried again
        └─ InDoubt         sent, outcome unknown
 
@@ -100,10 +99,6 @@ class BadRequest(JobError):  # noqa: N818
     def __init__(self, problems: list[Problem], *, hint: str = "") -> None:
         super().__init__("; ".join(str(problem) for problem in problems), hint=hint)
         self.problems = problems
-
-
-class Refused(JobError):  # noqa: N818
-    """The API answered no. Its own words are the message."""
 
 
 class Unavailable(JobError):  # noqa: N818

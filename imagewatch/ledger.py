@@ -38,7 +38,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     source_mtime_ns INTEGER NOT NULL,
     contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
     prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unreached', 'unknown', 'invalid')),
+    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unknown', 'invalid')),
     charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
     credits         REAL,               -- NULL: not said
     provider        TEXT NOT NULL,

@@ -249,8 +249,8 @@ class Spool:
         return None
 
     def orphans(self, job: str) -> list[str]:
-        """Return the originals of a claim that has no record, which only a lost state folder leaves behind."""
-        return [] if self.record(job).claim() else sorted(self._originals(job))
+        """Return the originals of a claim without a record, as only a lost state folder leaves them behind."""
+        return sorted(self._originals(job))
 
     def new_job(self) -> str:
         """Return an id that nobody can guess."""
