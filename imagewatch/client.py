@@ -191,21 +191,21 @@ class Client:
         sink.start(Head(status=response.status_code, headers=kept, at=self._clock()))
         limit, reason = self._endpoint.max_response_bytes, ""
         try:
-            for chunk in _masked(response.iter_raw(), key):
+            for chunk in _masked(response.iter_raw(), key, paid=response.is_success):
                 room = limit - sink.written
                 sink.write(chunk[:room])
                 if len(chunk) > room:
                     reason = f"the answer is larger than max_response_bytes ({limit:,})"
                     break
         except httpx.HTTPError as error:
-            cause = deadline.reason or _reason(error)
+            cause = deadline.reason or _reason(error, key)
             reason = f"the answer was cut short after {sink.written:,} bytes: {cause}"
         if not reason and deadline.reason and _endless(response):
             reason = f"the answer was cut short after {sink.written:,} bytes: {deadline.reason}"
         sink.finish(Tail(complete=not reason, reason=reason, at=self._clock()))
 
     def _translated(self, error: Exception, attempt: _Attempt, deadline: _Deadline, key: Key) -> JobError:
-        reason = key.mask(deadline.reason or _reason(error))
+        reason = deadline.reason or _reason(error, key)
         if not attempt.began:
             return Unavailable(f"{self._endpoint.base_url} cannot be reached: {reason}", hint=_HINT_REACH)
         if attempt.incomplete:
@@ -235,7 +235,7 @@ class Client:
                         if len(body) > _MOST_BALANCE_BYTES:
                             break
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
-                raise Unavailable(key.mask(deadline.reason or _reason(error))) from None
+                raise Unavailable(deadline.reason or _reason(error, key)) from None
         found = balance(body) if response.is_success else {}
         if not found:
             raise Unavailable(f"HTTP {response.status_code}")
@@ -438,11 +438,11 @@ def _endless(response: httpx.Response) -> bool:
     return "content-length" not in response.headers and "transfer-encoding" not in response.headers
 
 
-def _masked(chunks: Iterator[bytes], key: Key) -> Iterator[bytes | memoryview]:
+def _masked(chunks: Iterator[bytes], key: Key, *, paid: bool) -> Iterator[bytes | memoryview]:
     """Yield an answer without the key, which some servers repeat in what they say."""
     longest = 3 * len(key.reveal())  # each character escaped
-    if longest < 3 * _SHORTEST_SECRET:
-        yield from chunks  # it would also be found where it is not meant, even inside a picture
+    if paid and longest < 3 * _SHORTEST_SECRET:
+        yield from chunks  # it would also be found where it is not meant: inside a picture, which only this answer has
         return
     held = b""
     try:
@@ -477,12 +477,17 @@ def bare(url: str) -> str:
     return printable(f"{parts.scheme}://{host}{port}{parts.path}", 300)
 
 
-def _reason(error: Exception) -> str:
-    """Return an error of the network in words; never header contents, which may be the key."""
+def _reason(error: Exception, key: Key | None = None) -> str:
+    """Return an error of the network in words; never header contents, which may be the key.
+
+    Args:
+        error: It may hold what the other side sent.
+        key: What it must not hold, if the other side was told; masked before the words are cut, which might leave half.
+    """
     if isinstance(error, httpx.LocalProtocolError):
         return "the request cannot be put on the wire"
     text = str(error) or type(error).__name__
-    return printable(text, 300)
+    return printable(key.mask(text) if key else text, 300)
 
 
 def _trust(ca_file: str | None) -> ssl.SSLContext:

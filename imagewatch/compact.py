@@ -12,7 +12,7 @@ from itertools import compress
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Hashable, Iterator
+    from collections.abc import Hashable
 
 _Number = TypeVar("_Number", int, float)
 
@@ -46,10 +46,6 @@ class Numbers(Generic[_Number]):
 
     def __len__(self) -> int:
         return sum(len(block.hashes) for block in self._blocks)
-
-    def __iter__(self) -> Iterator[_Number]:
-        for block in self._blocks:
-            yield from block.numbers
 
     def get(self, name: Hashable) -> _Number | None:
         """Return the number of a name, or None."""

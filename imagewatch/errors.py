@@ -8,7 +8,6 @@
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
-       ├─ Refused         the API said no; its words are kept
        ├─ Unavailable     provably free: connect failed, 429; may be tried again
        └─ InDoubt         sent, outcome unknown
 
@@ -104,10 +103,6 @@ class BadRequest(JobError):  # noqa: N818
 
 class Outdated(BadRequest):
     """The prompt was changed between the look at it and its claim; no call was made, and it is looked at again."""
-
-
-class Refused(JobError):  # noqa: N818
-    """The API answered no. Its own words are the message."""
 
 
 class Unavailable(JobError):  # noqa: N818

@@ -105,13 +105,12 @@ class Holds:
             hint: What a person can do in this very case.
         """
         if seconds is not None and seconds <= 0 and kind != "busy":
-            seconds = None  # "at once" is not believed where only somebody else can change things
+            seconds = None  # "at once" is not believed where only somebody else can change things: it would be no hold
         known = self._holds.get(kind)
         if known is not None and now < known.until and seconds is None:
             return known  # several requests met the same at once: one hold
         own = min(known.interval * 2, LONGEST_SECONDS) if known else self._first_seconds
-        # Who says "at once" to what nobody can change at once is not believed: that would be no hold at all.
-        said = seconds if seconds is not None and (seconds > 0 or kind == "busy") else own
+        said = own if seconds is None else seconds
         interval = said if math.isinf(said) else min(max(said, 0.0), LONGEST_ASKED_SECONDS)
         began, until = (known.began, known.until) if known else (now, 0.0)
         hold = Hold(kind, message, began, now, max(now + interval, until), interval, hint)

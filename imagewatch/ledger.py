@@ -20,11 +20,15 @@ from imagewatch.errors import SpoolError
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from imagewatch.job import Charged
 
 _VERSION = 1
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
+_LEAST, _MOST = -(2**63), 2**63 - 1
+"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: anybody can set it to the year 2400."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS attempts (
     job             TEXT NOT NULL,
@@ -34,7 +38,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     source_mtime_ns INTEGER NOT NULL,
     contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
     prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unreached', 'unknown', 'invalid')),
+    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unknown', 'invalid')),
     charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
     credits         REAL,               -- NULL: not said
     provider        TEXT NOT NULL,
@@ -138,9 +142,8 @@ class Ledger:
         Raises:
             SpoolError: The disk failed.
         """
-        values = [whole(value) if isinstance(value, str) else value for value in msgspec.structs.astuple(row)]
         with self._lock, self._translated():
-            self._database.execute(_UPSERT, values)
+            self._database.execute(_UPSERT, _storable(msgspec.structs.astuple(row)))
 
     def finished(self, job: str, source: str, size: int, mtime_ns: int) -> list[tuple[str, str]]:
         """Return the other jobs that are over and whose prompt was this file: job id and ``contents``, newest first.
@@ -156,7 +159,7 @@ class Ledger:
             WHERE source = ? AND source_size = ? AND source_mtime_ns = ? AND contents <> '' AND job <> ?
               AND outcome IN ('made', 'refused', 'unknown', 'invalid')
             ORDER BY claimed_at DESC"""
-        return [(row["job"], row["contents"]) for row in self._all(question, whole(source), size, mtime_ns, job)]
+        return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
 
     def count_redelivery(self, job: str, at: float) -> None:
         """Note that the files of a finished job came again.
@@ -257,10 +260,21 @@ class Ledger:
 
     def _all(self, question: str, *values: object) -> list[sqlite3.Row]:
         with self._lock, self._translated():
-            return self._database.execute(question, values).fetchall()
+            return self._database.execute(question, _storable(values)).fetchall()
 
     def _translated(self) -> _Translated:
         return _Translated(self._path)
+
+
+def _storable(values: Iterable[object]) -> list[object]:
+    """Return values as SQLite can hold them, the same for what is written and what is asked for."""
+    return [_nearest(value) for value in values]
+
+
+def _nearest(value: object) -> object:
+    if isinstance(value, str):
+        return whole(value)
+    return min(max(value, _LEAST), _MOST) if isinstance(value, int) else value
 
 
 class _Translated:
@@ -273,6 +287,10 @@ class _Translated:
         return None
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OverflowError):  # no matter of the disk: it would be the same whenever it is tried again
+            raise SpoolError(
+                f"{self._path}: a number is too large for the ledger", path=self._path, hint="please report it"
+            ) from error
         if isinstance(error, sqlite3.Error):
             full = "full" in str(error)
             raise SpoolError(

@@ -51,7 +51,7 @@ class Reading:
         provider: As answered, or an empty string.
         model: As answered, or an empty string.
         billing: As received; empty without.
-        credits: ``billing.credits_charged``, or None when it is not a number.
+        credits: ``billing.credits_charged``, or None when it is not a number that can be a charge.
         problem: What is wrong with the answer as a whole, or an empty string.
     """
 
@@ -100,9 +100,15 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
         provider=_text(body.get("provider")),
         model=_text(body.get("model")),
         billing=billing,
-        credits=number(billing.get("credits_charged")),
+        credits=_charge(billing),
         problem=problem,
     )
+
+
+def _charge(billing: dict[str, Any]) -> float | None:
+    """Return what was charged. Less than nothing is not believed: it would make room under a cap."""
+    charged = number(billing.get("credits_charged"))
+    return None if charged is None or charged < 0 else charged
 
 
 def _text(value: object) -> str:

@@ -17,7 +17,7 @@ import stat
 from typing import IO, TYPE_CHECKING
 
 from imagewatch.config import overlaps
-from imagewatch.durable import Disk, closing, ours
+from imagewatch.durable import Disk, closing, has_content, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
@@ -273,8 +273,8 @@ class Spool:
         return None
 
     def orphans(self, job: str) -> list[str]:
-        """Return the originals of a claim that has no record, which only a lost state folder leaves behind."""
-        return [] if self.record(job).claim() else sorted(self._originals(job))
+        """Return the originals of a claim without a record, as only a lost state folder leaves them behind."""
+        return sorted(self._originals(job))
 
     def new_job(self) -> str:
         """Return an id that nobody can guess."""
@@ -406,11 +406,7 @@ class Spool:
         if decision.door == "away":
             return False
         path = os.path.join(self.door_folder(decision.door, claim), decision.name)
-        try:
-            with open(path, "rb") as file:
-                return file.read() == decision.document.encode()
-        except OSError:
-            return False
+        return has_content(path, decision.document.encode())
 
     # Putting results out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import hashlib
@@ -249,6 +250,59 @@ def test_a_server_that_repeats_the_key_does_not_put_it_on_our_disk(tmp_path, sta
             assert (station.errors / "x.answer.bin").read_bytes() == echo.replace(KEY.encode(), b"***")
 
 
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",  # where a length should be
+        b"HTTP/1.1 200 OK\r\nwrong key: %s\r\n\r\n",
+        b"wrong key %s\r\n\r\n",
+        b"y" * 250 + b"%s\r\n\r\n",  # what is told of it ends within the key
+    ],
+)
+def test_what_the_network_library_says_of_a_broken_answer_never_holds_the_key(tmp_path, capfd, reply):
+    def script(exchange):
+        exchange.request()
+        exchange.send(reply % KEY.encode())
+
+    with served_by(tmp_path, script) as station:
+        ask(station)
+        (outcome,) = station.work()
+        no_secret(tmp_path, KEY[:8], repr(outcome) + "".join(capfd.readouterr()))
+        assert "***" in station.error("x")["message"]
+
+
+@contextlib.contextmanager
+def served_with(key, tmp_path, *scripts, **settings):
+    with served_by(tmp_path, *scripts, **settings) as station:
+        client = Client(station.config().endpoint, lambda: Key(key))
+        with contextlib.closing(client):
+            station.worker = Doubting(station.spool, client, station.ledger, station.config())
+            yield station
+
+
+@pytest.mark.parametrize(
+    "status", [b"401 Unauthorized", b"400 Bad Request", b"302 Found", b"500 No", b"502 Bad Gateway"]
+)
+def test_a_refusal_that_repeats_a_short_key_does_not_put_it_on_our_disk(tmp_path, capfd, status):
+    said = answering(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
+    with served_with("hunter2", tmp_path, said) as station:
+        ask(station)
+        (outcome,) = station.work()
+        assert outcome.message.startswith("*** is no key")
+        assert (station.error("x")["code"], row_of(station)["code"]) == ("not-***", "not-***")
+        no_secret(tmp_path, "hunter2", repr(outcome) + "".join(capfd.readouterr()))
+
+
+def test_a_picture_that_happens_to_hold_a_short_key_is_published_as_it_came(tmp_path):
+    body = paid(IMAGE)
+    key = base64.b64encode(IMAGE)[20:35].decode()
+    with served_with(key, tmp_path, answering(body)) as station:
+        originals = ask(station)
+        station.work()
+        made(station, "x", originals, "x.png")
+        assert (station.outbox / "x.png").read_bytes() == IMAGE
+
+
 # Free and transient
 
 
@@ -476,6 +530,21 @@ def test_odd_billing_never_costs_the_picture(tmp_path, billing, cost):
         receipt = made(station, "x", originals, "x.png")
         assert receipt.get("credits_charged") == cost
         assert row_of(station)["credits"] == cost
+
+
+@pytest.mark.parametrize("said", ["-5", "-0.001", "-1e308", "-Infinity", "Infinity", "1e999", "NaN"])
+def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap(tmp_path, said):
+    body = paid(IMAGE, billing={"credits_charged": "?"}).replace(b'"?"', said.encode())
+    limits = {"limits__credits_per_day": "60", "limits__assumed_credits": "30"}
+    with served_by(tmp_path, answering(body), answering(body), **limits) as station:
+        for stem in "xyz":
+            ask(station, stem=stem)
+            outcomes = station.work()
+        assert (outcomes[-1].end, outcomes[-1].trouble.kind) == (End.RETURNED, "cap")
+        assert [row["credits"] for row in station.ledger.rows()] == [None, None]
+        receipt = station.receipt("x")
+    assert (receipt["charged"], "credits_charged" in receipt) == ("yes", False)
+    assert str(float(receipt["billing"]["credits_charged"])) == str(float(said))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def test_it_knows_what_a_dictionary_would_know(kind, data):
             assert [numbers.find(other) for other in there] == [known.get(other) for other in there]
             numbers.end()
             known = {other: at for other, at in known.items() if other in there}
-        assert (len(numbers), sorted(numbers)) == (len(known), sorted(known.values()))
+        assert len(numbers) == len(known)
         assert [numbers.get(other) for other in NAMES] == [known.get(other) for other in NAMES]
 
 

@@ -6,6 +6,7 @@ is in ``test_requests.py``. Here a whole daemon meets everything at once, or fil
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
@@ -14,6 +15,7 @@ import stat
 import struct
 import subprocess
 import sys
+import tomllib
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -23,7 +25,9 @@ import pytest
 from conftest import KEY, Folders, Station, Told, until
 from PIL import Image
 
+from imagewatch.durable import Disk
 from imagewatch.errors import BadRequest
+from imagewatch.outcome import End
 from imagewatch.prompt import parse
 
 if TYPE_CHECKING:
@@ -119,6 +123,23 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
     assert peak - before < 30
     assert secret.read_bytes() == PICTURE
     assert KEY not in str(daemon.lines)
+
+
+def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
+    daemon = run(folders)
+    folders.prompt("long", f'+++\ninput_images = ["{"x" * 252}.png"]\n+++\nMake it night')
+    until(lambda: "long" in folders.documents())
+    folders.prompt("good", "A good one")
+    until(lambda: "good" in folders.documents())
+    assert daemon.stop() == 0
+    assert daemon.events("held") == []
+    assert folders.documents() == {"long": "errors", "good": "outbox"}
+    error = folders.error("long")
+    assert (error["charged"], "longer than 255 bytes" in error["message"]) == ("no", True)
+    assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A good one"]
 
 
 def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_prompts_are_made(
@@ -217,6 +238,39 @@ def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
     assert folders.error("cat")["charged"] == "no"
     assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A dog"]
     assert "12345" not in "".join(path.read_text() for path in folders.errors.glob("*.toml"))
+
+
+class InTheWay(Disk):
+    """A disk on which somebody puts something where a document will be, as soon as its name is decided."""
+
+    def __init__(self, plant: Callable[[], None]) -> None:
+        self._plant = plant
+
+    def replace(self, source: str, target: str) -> None:
+        super().replace(source, target)
+        if target.endswith("decision.json"):
+            self._plant()
+            self._plant = lambda: None
+
+
+@pytest.mark.timeout(20)  # whoever opens it waits for a writer
+@pytest.mark.parametrize("linked", [False, True])
+@pytest.mark.parametrize(("door", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
+def test_a_pipe_where_a_document_will_be_holds_up_nobody_and_the_document_goes_beside_it(
+    tmp_path: Path, sandbox: Sandbox, door: str, name: str, linked: bool
+) -> None:
+    pipe, place = tmp_path / "pipe", tmp_path / "watched" / door / name
+    os.mkfifo(pipe)
+    plant = functools.partial(os.symlink, pipe, place) if linked else functools.partial(os.mkfifo, place)
+    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=InTheWay(plant))) as station:
+        station.prompt("cat", "A cat" if door == "outbox" else "[sandbox: 400] A cat")
+        (outcome,) = station.work()
+        assert (outcome.end, outcome.door) == (End.OVER, door)
+        assert station.leftovers() == []
+    documents = [path for path in place.parent.glob("*.toml") if path.name != name]
+    assert [tomllib.loads(path.read_text())["job"] for path in documents] == [outcome.job]
+    assert place.is_symlink() if linked else place.is_fifo()
+    assert sandbox.report()["requests"] == 1
 
 
 def test_a_folder_that_was_replaced_by_a_link_is_not_followed(

@@ -72,6 +72,21 @@ def test_a_name_that_is_not_text_does_not_stop_a_row(ledger: Ledger) -> None:
     assert "caf" in ledger.rows()[0]["message"]
 
 
+@pytest.mark.parametrize("mtime_ns", [2**63 - 1, 2**63, 2**65, -(2**63), -(2**63) - 1, -(2**65)])
+def test_a_file_of_any_year_is_written_down_and_known_again(ledger: Ledger, mtime_ns: int) -> None:
+    written = row(source_size=5, source_mtime_ns=mtime_ns, contents="{}")
+    ledger.write(written)
+    assert ledger.finished("b" * 16, written.source, 5, mtime_ns) == [(written.job, "{}")]
+    assert ledger.finished("b" * 16, written.source, 5, 0) == []
+
+
+def test_a_number_that_the_ledger_cannot_hold_is_an_error_of_one_job_and_not_of_the_disk(ledger: Ledger) -> None:
+    with pytest.raises(SpoolError, match="too large for the ledger") as caught:
+        ledger.count_redelivery("a" * 16, 2**64)
+    assert caught.value.code == 0  # for any other the queue is held until the disk is well
+    assert ledger.redelivered() == 0
+
+
 @pytest.mark.parametrize("wrong", [{"outcome": "guessed"}, {"charged": "maybe"}])
 def test_words_that_are_not_the_ledgers_are_refused(ledger: Ledger, wrong: dict[str, str]) -> None:
     with pytest.raises(SpoolError):

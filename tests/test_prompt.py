@@ -377,6 +377,16 @@ def test_only_a_visible_supported_image_in_the_same_folder_may_be_named(name):
     assert shown(name) in found.reason
 
 
+@pytest.mark.parametrize("letter", ["a", "é", "猫"])
+def test_a_name_that_is_too_long_for_any_file_is_refused(letter):
+    stem = letter * (251 // len(letter.encode()))
+    longest = stem + "a" * (251 - len(stem.encode())) + ".png"
+    assert declared(front(tomli_w.dumps({"input_images": [longest]}))) == (longest,)
+    found = problem(front(tomli_w.dumps({"input_images": ["a" + longest]})))
+    assert found.field == "input_images"
+    assert "longer than 255 bytes" in found.reason
+
+
 def test_an_unsupported_kind_is_told_what_is_supported():
     assert "jpeg, jpg, png, webp" in problem(front('input_images = ["cat.heic"]')).reason
 

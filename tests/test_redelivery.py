@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 LONG_AGO = 1_600_000_000
+YEAR_2400 = 13_569_465_600
+"""In nanoseconds it takes more than the 63 bits of SQLite's integers."""
 
 
 class Sender:
@@ -192,6 +194,43 @@ def test_the_recognition_can_be_turned_off(tmp_path: Path, sandbox: Sandbox) -> 
         sender.send()
         station.work()
     station.close()
+    assert requests(sandbox) == 2
+
+
+@pytest.mark.parametrize(("redelivery", "ends"), [("skip", [End.OVER, End.REDELIVERED]), ("run", [End.OVER, End.OVER])])
+def test_a_prompt_from_the_year_2400_is_made_and_known_again(
+    tmp_path: Path, sandbox: Sandbox, redelivery: str, ends: list[End]
+) -> None:
+    station = Station(tmp_path, sandbox.base_url, inbox__redelivery=redelivery)
+    sender = Sender(tmp_path / "elsewhere", station)
+    sender.write("cat.prompt.txt", "a cat", YEAR_2400)
+    outcomes = []
+    for _ in ends:
+        sender.send()
+        outcomes += station.work()
+    station.close()
+    bought = ends.count(End.OVER)
+    assert [outcome.end for outcome in outcomes] == ends
+    assert (requests(sandbox), sandbox.report()["charged"]) == (bought, bought)
+    assert len([name for name in station.names("outbox") if name.endswith(".receipt.toml")]) == bought
+    assert (station.names("inbox"), station.names("errors"), station.leftovers()) == ([], [], [])
+
+
+def test_with_a_burst_guard_a_prompt_from_the_year_2400_stops_nobody(
+    tmp_path: Path, sandbox: Sandbox, start: Any
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__burst="1")
+    far = Sender(tmp_path / "far", folders)
+    far.write("cat.prompt.txt", "a cat", YEAR_2400)
+    daemon = start(folders, "run")
+    for _ in range(2):
+        far.send()
+        until(lambda: "cat" in folders.documents() and not [n for n in folders.names("inbox") if n[0] != "."])
+        until(lambda: folders.leftovers() == [])
+    folders.prompt("dog", "a dog")
+    until(lambda: "dog" in folders.documents())
+    assert daemon.stop() == 0
+    assert folders.documents() == {"cat": "outbox", "dog": "outbox"}
     assert requests(sandbox) == 2
 
 
