@@ -241,28 +241,30 @@ class Client:
             raise Unavailable(f"HTTP {response.status_code}")
         return found
 
-    def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
+    def fetch(self, url: str, file: IO[bytes], limit: int, seconds: float) -> None:
         """Fetch a picture, without the key.
 
         Args:
             url: As answered; not trusted.
             file: Where it goes; emptied first.
             limit: Most bytes.
+            seconds: How long it may take, redirects and all; ``deadline_seconds`` at the most.
 
         Raises:
             FetchError: It could not be fetched.
             SpoolError: Our disk failed.
         """
-        for _ in range(_MOST_REDIRECTS + 1):
-            self._refuse_foreign(url)
-            with _Deadline(self._endpoint.deadline_seconds) as deadline:
+        most = self._endpoint.deadline_seconds
+        with _Deadline(seconds, "") if seconds < most else _Deadline(most) as deadline:
+            for _ in range(_MOST_REDIRECTS + 1):
+                self._refuse_foreign(url)
                 try:
                     following = self._fetch_once(url, file, limit, deadline)
                 except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError) as error:
                     raise FetchError(f"{bare(url)}: {deadline.reason or _reason(error)}") from None
-            if following is None:
-                return
-            url = following
+                if following is None:
+                    return
+                url = following
         raise FetchError(f"{bare(url)}: too many redirects", final=True)
 
     def _fetch_once(self, url: str, file: IO[bytes], limit: int, deadline: _Deadline) -> str | None:
@@ -310,10 +312,15 @@ class Client:
 
 
 class _Deadline:
-    """Ends a connection when its total time is over; per-operation timeouts cannot, as each byte renews them."""
+    """Ends a connection when its total time is over; per-operation timeouts cannot, as each byte renews them.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    Args:
+        seconds: The total time.
+        key: The configuration's key that says so, or an empty string.
+    """
+
+    def __init__(self, seconds: float, key: str = "deadline_seconds") -> None:
+        self._why = f"no end after {seconds:g} seconds" + (f" ({key})" if key else "")
         self._socket: socket.socket | None = None
         self.at = time.monotonic() + seconds
         self.reason = ""
@@ -333,7 +340,7 @@ class _Deadline:
 
     def end(self) -> None:
         """End the connection, now or as soon as there is one."""
-        self.reason = f"no end after {self._seconds:g} seconds (deadline_seconds)"
+        self.reason = self._why
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 # Not SSLSocket.shutdown: that one takes the TLS state away from the thread that reads.

@@ -147,7 +147,8 @@ class PaidEndpoint:
         self._moment("answered")
         sink.finish(Tail(complete=True, at=AT))
 
-    def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
+    def fetch(self, url: str, file: IO[bytes], limit: int, seconds: float) -> None:
+        assert seconds > 0
         content = base64.urlsafe_b64decode(url.rpartition("/")[2])
         if len(content) > limit:
             raise FetchError("too large", final=True)

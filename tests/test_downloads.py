@@ -12,6 +12,7 @@ import pytest
 from conftest import KEY, Doubting, Folders, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, paid, picture, refused
 
+from imagewatch import pictures
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
 from imagewatch.key import Key
@@ -57,7 +58,7 @@ def answered_with(tmp_path, *images, clock=None, **settings):
     ):
         if clock is not None:
             station.worker = Doubting(
-                station.spool, station.client, station.ledger, station.config(), clock=clock, wait=clock.wait
+                station.spool, station.client, station.ledger, station.config(), monotonic=clock, wait=clock.wait
             )
         yield station
 
@@ -245,7 +246,7 @@ def test_a_remote_endpoint_may_not_send_us_to_plain_http_nor_to_this_machine(tmp
         open(tmp_path / "f", "w+b") as file,
         pytest.raises(FetchError) as caught,
     ):
-        client.fetch(url, file, 1000)
+        client.fetch(url, file, 1000, 30)
     assert caught.value.final
 
 
@@ -257,7 +258,7 @@ def test_a_name_that_leads_to_this_machine_is_refused_before_a_byte_leaves(tmp_p
             open(tmp_path / "f", "w+b") as file,
             pytest.raises(FetchError, match=r"has the private address 127\.0\.0\.1") as caught,
         ):
-            client.fetch(f"https://localhost:{server.port}/x?sig=1", file, 1000)
+            client.fetch(f"https://localhost:{server.port}/x?sig=1", file, 1000, 30)
         server.wait_for(1)
     assert caught.value.final
     assert received == [0]
@@ -272,7 +273,7 @@ def test_private_addresses_can_be_allowed(tmp_path):
 
     with Scripted(script) as server, contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client:
         with open(tmp_path / "f", "w+b") as file, pytest.raises(FetchError) as caught:
-            client.fetch(f"https://localhost:{server.port}/x", file, 1000)
+            client.fetch(f"https://localhost:{server.port}/x", file, 1000, 30)
         server.wait_for(1)
     assert not caught.value.final
     assert hellos[0]
@@ -315,7 +316,97 @@ def test_a_host_that_is_gone_is_tried_until_the_url_has_expired(tmp_path):
     clock = Clock()
     with answered_with(tmp_path, gone.base_url + "/x?sig=1", clock=clock) as station:
         not_fetched(station, "refused")
-    assert 600 <= sum(clock.waits) <= 620
+    assert 580 <= sum(clock.waits) <= 600
+
+
+def test_the_pictures_of_a_job_share_the_time_until_their_urls_have_expired(tmp_path):
+    with Scripted() as gone:
+        pass
+    clock = Clock()
+    with answered_with(tmp_path, *[gone.base_url + "/x?sig=1"] * 3, clock=clock) as station:
+        not_fetched(station, "refused")
+    assert 580 <= sum(clock.waits) <= 600
+
+
+def test_a_picture_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
+    with Scripted() as gone:
+        pass
+    clock, asked = Clock(), []
+
+    def good(exchange):
+        asked.append(list(clock.waits))
+        exchange.head()
+        exchange.send(answer(IMAGE))
+
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with (
+        Scripted(good) as images,
+        answered_with(tmp_path, gone.base_url + "/a?sig=1", images.base_url + "/b?sig=1", clock=clock) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-2.png")
+    assert asked == [[]]
+    assert "refused" in receipt["problems"][0]
+    assert sum(clock.waits) > 500  # the bad one was tried as long as ever
+
+
+def test_only_the_pictures_that_failed_are_fetched_again(tmp_path):
+    urls, replies = [], {b"/b": [b"", answer(b"", status=b"503 Busy")], b"/c": [answer(b"", status=b"404 No")] * 3}
+
+    def script(exchange):
+        urls.append(exchange.head().split(b" ")[1])
+        exchange.send(replies[urls[-1]].pop(0) if replies.get(urls[-1]) else answer(IMAGE))
+
+    originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
+    clock = Clock()
+    with (
+        Scripted(*[script] * 7) as images,
+        answered_with(tmp_path, *(f"{images.base_url}/{name}" for name in "abc"), clock=clock) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-1.png", "x-2.png")
+    assert urls == [b"/a", b"/b", b"/c", b"/b", b"/c", b"/b", b"/c"]
+    assert "HTTP 404" in receipt["problems"][0]
+    assert clock.waits == sorted(clock.waits)
+
+
+def test_a_host_that_dribbles_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "_FETCH_SECONDS", 1.0)
+    monkeypatch.setattr(pictures, "_LEAST_SECONDS", 0.1)
+    urls = []
+
+    def script(exchange):
+        urls.append(exchange.head().split(b" ")[1])
+        if urls[-1] == b"/slow":
+            exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(IMAGE))
+            exchange.trickle(IMAGE, 0.05)
+        exchange.send(answer(IMAGE))
+
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with (
+        Scripted(*[script] * 3) as images,
+        answered_with(tmp_path, f"{images.base_url}/slow", f"{images.base_url}/good") as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-2.png")
+    assert urls[:2] == [b"/slow", b"/good"]
+    assert "no end after" in receipt["problems"][0]
+    assert "deadline_seconds" not in receipt["problems"][0]
+
+
+def test_a_clock_that_is_set_forward_does_not_end_the_tries(tmp_path):
+    wall = Clock()
+    with (
+        host(answer(b"", status=b"503 Busy"), answer(IMAGE)) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
+    ):
+        parts = station.spool, station.client, station.ledger, station.config()
+        # While the first try fails, whichever time it then is.
+        station.worker = Doubting(*parts, clock=lambda: wall.wait(3600) or wall.now, wait=lambda _: None)
+        assert "problems" not in fetched(station, "x.png")
 
 
 @pytest.mark.parametrize("sized", [False, True])
