@@ -54,6 +54,9 @@ _KEPT_HEADERS = (
     "date",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
+_CONNECTED = ("connect_tcp.complete", "start_tls.complete")
+"""How the events of httpcore end after which there is another socket: TLS takes a socket's descriptor away from it.
+They begin with "connection.", with "proxy." for the TLS in a tunnel, with "socks." for a proxy of that kind."""
 _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
@@ -121,7 +124,8 @@ class Client:
         # It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
         httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
-        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer.
+        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer, and for
+        # a picture no event would name it to the guard and to the deadline.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(
             endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS
@@ -137,7 +141,11 @@ class Client:
                 event_hooks={"response": [_forget_location]},
             )
             get = httpx.Client(
-                verify=context, timeout=fetch_timeout, trust_env=not self.local, headers={"user-agent": USER_AGENT}
+                verify=context,
+                limits=limits,
+                timeout=fetch_timeout,
+                trust_env=not self.local,
+                headers={"user-agent": USER_AGENT},
             )
         return post, get
 
@@ -398,8 +406,7 @@ class _Attempt:
         self.incomplete = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        if event in {"connection.connect_tcp.complete", "connection.start_tls.complete"}:
-            _watch(self.deadline, info)
+        _watch(self.deadline, event, info)
         if event == "http11.send_request_headers.started" and info["request"].method == b"POST":
             # Not for the CONNECT to a proxy, which is not the request.
             self._on_send()
@@ -418,21 +425,21 @@ class _Guard:
         self._proxied = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        if event == "connection.connect_tcp.started":
+        _watch(self._deadline, event, info)
+        if event.endswith("connect_tcp.started"):
             # Through a proxy the peer is the proxy, which the admin chose; it resolves the name for itself.
             self._proxied = str(info["host"]) != self._host
-        if event == "connection.connect_tcp.complete":
-            _watch(self._deadline, info)
+        if event.endswith("connect_tcp.complete"):
             peer = info["return_value"].get_extra_info("server_addr")[0]
             if not self._proxied and not self._may_connect(peer):
                 info["return_value"].close()  # nobody else knows it yet
                 raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
 
 
-def _watch(deadline: _Deadline | None, info: dict[str, Any]) -> None:
-    connection = info["return_value"].get_extra_info("socket")
-    if deadline is not None and connection is not None:
-        deadline.watch(connection)
+def _watch(deadline: _Deadline | None, event: str, info: dict[str, Any]) -> None:
+    """Name a connection to its deadline whenever it has got another socket."""
+    if deadline is not None and event.endswith(_CONNECTED):
+        deadline.watch(info["return_value"].get_extra_info("socket"))
 
 
 def _forget_location(response: httpx.Response) -> None:

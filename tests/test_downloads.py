@@ -9,8 +9,21 @@ import subprocess
 import sys
 
 import pytest
-from conftest import KEY, Doubting, Folders, Station
-from scripted import Scripted, answer, answering, drop, made, no_secret, paid, picture, refused
+from conftest import KEY, REMOTE_NAME, Doubting, Folders, Station
+from scripted import (
+    Scripted,
+    answer,
+    answering,
+    drop,
+    made,
+    no_secret,
+    over_tls,
+    paid,
+    picture,
+    refused,
+    through_proxy,
+    tunnel,
+)
 
 from imagewatch import pictures
 from imagewatch.client import Client, FetchError
@@ -236,7 +249,7 @@ def test_redirects_end(tmp_path):
     assert len(replies) == 4
 
 
-REMOTE = Endpoint(base_url="https://imagewatch-test.invalid", connect_timeout_seconds=2.0)
+REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0)
 
 
 @pytest.mark.parametrize("url", ["http://images.example/x", "https://127.0.0.1:1/x", "https://[::1]:1/x"])
@@ -409,26 +422,69 @@ def test_a_clock_that_is_set_forward_does_not_end_the_tries(tmp_path):
         assert "problems" not in fetched(station, "x.png")
 
 
+def slowly(exchange, *, sized=True):
+    """Serve a picture byte by byte, which takes longer than the deadlines here."""
+    exchange.head()
+    exchange.send(b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: %d\r\n" % len(IMAGE) if sized else b"") + b"\r\n")
+    exchange.trickle(IMAGE, 0.03)
+
+
+def at_once(exchange):
+    """Serve a picture."""
+    exchange.head()
+    exchange.send(answer(IMAGE))
+
+
 @pytest.mark.parametrize("sized", [False, True])
 def test_a_fetch_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
-    heads = []
-
-    def slow(exchange):
-        heads.append(exchange.head())
-        exchange.send(b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: %d\r\n" % len(IMAGE) if sized else b"") + b"\r\n")
-        exchange.trickle(IMAGE, 0.02)
-
-    def good(exchange):
-        heads.append(exchange.head())
-        exchange.send(answer(IMAGE))
-
     settings = {"endpoint__connect_timeout_seconds": "0.2", "endpoint__deadline_seconds": "0.3"}
     with (
-        Scripted(slow, good) as images,
+        Scripted(lambda exchange: slowly(exchange, sized=sized), at_once) as images,
         answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock(), **settings) as station,
     ):
         assert "problems" not in fetched(station, "x.png")
-    assert len(heads) == 2
+    assert images.connections == 2
+
+
+TLS_SETTINGS = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1"}
+
+
+def test_a_fetch_over_tls_past_the_deadline_is_cut_and_tried_again(tmp_path, certificate):
+    scripts = [over_tls(certificate.context, script) for script in (slowly, at_once)]
+    with Scripted(*scripts) as images:
+        url, settings = f"https://127.0.0.1:{images.port}/x?sig=1", {"endpoint__ca_file": certificate.path}
+        with answered_with(tmp_path, url, clock=Clock(), **TLS_SETTINGS, **settings) as station:
+            assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
+
+
+def test_a_fetch_through_a_proxy_is_cut_when_its_time_is_over(tmp_path, monkeypatch, certificate):
+    with Scripted(tunnel(certificate.context, slowly)) as proxy:
+        through_proxy(monkeypatch, proxy)
+        endpoint = Endpoint(base_url=REMOTE.base_url, connect_timeout_seconds=2.0, ca_file=certificate.path)
+        with (
+            contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client,
+            open(tmp_path / "f", "w+b") as file,
+            pytest.raises(FetchError, match="no end after 1 seconds"),
+        ):
+            client.fetch(REMOTE.base_url + "/x?sig=1", file, 1000, 1)
+
+
+def test_the_deadline_holds_for_the_second_picture_of_a_host_that_keeps_its_connections(tmp_path):
+    def twice(exchange):
+        at_once(exchange)
+        slowly(exchange)
+
+    settings = {"endpoint__connect_timeout_seconds": "0.5", "endpoint__deadline_seconds": "1"}
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with (
+        Scripted(twice, slowly, at_once) as images,
+        answered_with(tmp_path, *[images.base_url + "/x?sig=1"] * 2, clock=Clock(), **settings) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        assert "problems" not in made(station, "x", originals, "x-1.png", "x-2.png")
+    assert images.connections == 3
 
 
 def test_a_compressed_picture_is_not_taken_for_one(tmp_path):
