@@ -16,6 +16,7 @@ the answer began                               no exception: the sink holds what
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import math
 import socket
@@ -235,9 +236,12 @@ class Client:
         }
         url, body = self._endpoint.base_url + BALANCE_PATH, b""
         seconds = min(_BALANCE_SECONDS, self._endpoint.timeout_seconds)
-        with _Deadline(seconds) as deadline:
+        with _Deadline(seconds, "") as deadline:
+            trace = {"trace": functools.partial(_watch, deadline)}
             try:
-                with self.prepare()[0].stream("GET", url, headers=headers, timeout=seconds) as response:
+                with self.prepare()[0].stream(
+                    "GET", url, headers=headers, timeout=seconds, extensions=trace
+                ) as response:
                     for chunk in response.iter_raw():
                         body += chunk
                         if len(body) > _MOST_BALANCE_BYTES:
