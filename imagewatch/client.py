@@ -58,6 +58,8 @@ _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and n
 _CONNECTED = ("connect_tcp.complete", "start_tls.complete")
 """How the events of httpcore end after which there is another socket: TLS takes a socket's descriptor away from it.
 They begin with "connection.", with "proxy." for the TLS in a tunnel, with "socks." for a proxy of that kind."""
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
@@ -280,7 +282,7 @@ class Client:
         raise FetchError(f"{bare(url)}: too many redirects", final=True)
 
     def _fetch_once(self, url: str, file: IO[bytes], limit: int, deadline: _Deadline) -> str | None:
-        guard = _Guard(urlsplit(url).hostname or "", self._may_connect, deadline)
+        guard = _Guard(httpx.URL(url), self._may_connect, deadline)
         file.seek(0)
         file.truncate()
         with self.prepare()[1].stream(
@@ -305,7 +307,7 @@ class Client:
     def _may_connect(self, address: str) -> bool:
         """Tell whether pictures may come from an IP address."""
         ip = ipaddress.ip_address(address.partition("%")[0])
-        return ip.is_global or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
+        return _is_public(ip) or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
 
     def _refuse_foreign(self, url: str) -> None:
         """Refuse addresses that an answer has no business to name."""
@@ -422,8 +424,8 @@ class _Attempt:
 class _Guard:
     """Refuses a connection to a private address, by whom we are really connected to and before a byte leaves."""
 
-    def __init__(self, host: str, may_connect: Callable[[str], bool], deadline: _Deadline) -> None:
-        self._host = host
+    def __init__(self, url: httpx.URL, may_connect: Callable[[str], bool], deadline: _Deadline) -> None:
+        self._host = url.raw_host.decode("ascii")  # as httpcore says it: of a name in another script, its Punycode
         self._may_connect = may_connect
         self._deadline = deadline
         self._proxied = False
@@ -482,6 +484,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Tell whether an address is a public host's; one that leads to an IPv4 address is judged by that."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        behind = ipaddress.IPv4Address(ip.packed[-4:]) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        if behind:
+            return _is_public(behind)
+        if ip not in _PUBLIC_V6:  # of which Python knows only some as private
+            return False
+    return ip.is_global and not ip.is_multicast
 
 
 def bare(url: str) -> str:
