@@ -37,7 +37,6 @@ from imagewatch.wire import BALANCE_PATH, PATH, Body, balance, doubt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import IO
 
     from imagewatch.config import Endpoint
     from imagewatch.key import Key
@@ -255,12 +254,12 @@ class Client:
             raise Unavailable(f"HTTP {response.status_code}")
         return found
 
-    def fetch(self, url: str, file: IO[bytes], limit: int, seconds: float) -> None:
+    def fetch(self, url: str, write: Callable[[bytes], object], limit: int, seconds: float) -> None:
         """Fetch a picture, without the key.
 
         Args:
             url: As answered; not trusted.
-            file: Where it goes; emptied first.
+            write: Takes what comes. Our disk fails with a ``SpoolError``: an ``OSError`` is taken for the network's.
             limit: Most bytes.
             seconds: How long it may take, redirects and all; ``deadline_seconds`` at the most.
 
@@ -273,18 +272,16 @@ class Client:
             for _ in range(_MOST_REDIRECTS + 1):
                 self._refuse_foreign(url)
                 try:
-                    following = self._fetch_once(url, file, limit, deadline)
-                except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError) as error:
+                    following = self._fetch_once(url, write, limit, deadline)
+                except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
                     raise FetchError(f"{bare(url)}: {deadline.reason or _reason(error)}") from None
                 if following is None:
                     return
                 url = following
         raise FetchError(f"{bare(url)}: too many redirects", final=True)
 
-    def _fetch_once(self, url: str, file: IO[bytes], limit: int, deadline: _Deadline) -> str | None:
+    def _fetch_once(self, url: str, write: Callable[[bytes], object], limit: int, deadline: _Deadline) -> str | None:
         guard = _Guard(httpx.URL(url), self._may_connect, deadline)
-        file.seek(0)
-        file.truncate()
         with self.prepare()[1].stream(
             "GET", url, headers={"accept-encoding": "identity"}, extensions={"trace": guard.trace}
         ) as response:
@@ -299,7 +296,7 @@ class Client:
                 total += len(chunk)
                 if total > limit:
                     raise FetchError(f"{bare(url)}: larger than {limit:,} bytes", final=True)
-                file.write(chunk)
+                write(chunk)
         if deadline.reason and _endless(response):
             raise FetchError(f"{bare(url)}: {deadline.reason}")
         return None
@@ -436,10 +433,15 @@ class _Guard:
             # Through a proxy the peer is the proxy, which the admin chose; it resolves the name for itself.
             self._proxied = str(info["host"]) != self._host
         if event.endswith("connect_tcp.complete"):
-            peer = info["return_value"].get_extra_info("server_addr")[0]
-            if not self._proxied and not self._may_connect(peer):
+            try:
+                self._look_at(info["return_value"].get_extra_info("server_addr")[0])
+            except (FetchError, OSError):  # a peer that has hung up already has no address
                 info["return_value"].close()  # nobody else knows it yet
-                raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
+                raise
+
+    def _look_at(self, peer: str) -> None:
+        if not self._proxied and not self._may_connect(peer):
+            raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
 
 
 def _watch(deadline: _Deadline | None, event: str, info: dict[str, Any]) -> None:

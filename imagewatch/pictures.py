@@ -182,9 +182,14 @@ class Pictures:
 
     def _try(self, one: _Wanted, seconds: float) -> None:
         """Fetch a picture if it comes within some seconds, and write down what came of it."""
+
+        def write(chunk: bytes) -> None:
+            with ours(one.path, "write"):
+                file.write(chunk)
+
         try:
             with self._disk.writing(one.path) as file:
-                self._client.fetch(one.url, file, self._limit, seconds)
+                self._client.fetch(one.url, write, self._limit, seconds)
             self._disk.sync_folder(os.path.dirname(one.path))
         except FetchError as error:
             one.problem = str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import select
 import socket
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from scripted import (
 from imagewatch import pictures
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
+from imagewatch.durable import Disk
+from imagewatch.errors import SpoolError
 from imagewatch.key import Key
 from imagewatch.sandbox import Sandbox
 
@@ -285,7 +288,7 @@ def test_a_remote_endpoint_may_not_send_us_to_plain_http_nor_to_this_machine(tmp
         open(tmp_path / "f", "w+b") as file,
         pytest.raises(FetchError) as caught,
     ):
-        client.fetch(url, file, 1000, 30)
+        client.fetch(url, file.write, 1000, 30)
     assert caught.value.final
 
 
@@ -303,7 +306,7 @@ def test_a_name_that_leads_to_this_machine_is_refused_before_a_byte_leaves(tmp_p
             open(tmp_path / "f", "w+b") as file,
             pytest.raises(FetchError, match=r"has the private address 127\.0\.0\.1") as caught,
         ):
-            client.fetch(f"https://{name}:{server.port}/x?sig=1", file, 1000, 30)
+            client.fetch(f"https://{name}:{server.port}/x?sig=1", file.write, 1000, 30)
         server.wait_for(1)
     assert caught.value.final
     assert received == [0]
@@ -318,7 +321,7 @@ def test_private_addresses_can_be_allowed(tmp_path):
 
     with Scripted(script) as server, contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client:
         with open(tmp_path / "f", "w+b") as file, pytest.raises(FetchError) as caught:
-            client.fetch(f"https://localhost:{server.port}/x", file, 1000, 30)
+            client.fetch(f"https://localhost:{server.port}/x", file.write, 1000, 30)
         server.wait_for(1)
     assert not caught.value.final
     assert hellos[0]
@@ -345,6 +348,56 @@ def test_a_fetch_that_breaks_is_tried_again_as_it_is_free(tmp_path):
     assert (tmp_path / "watched/outbox/x.png").read_bytes() == IMAGE
     assert clock.waits == sorted(clock.waits)
     assert len(clock.waits) == 4
+
+
+def test_a_host_that_hangs_up_at_once_is_tried_again_and_not_taken_for_our_disk(tmp_path, monkeypatch):
+    connect, rude = socket.create_connection, []
+
+    def connected(address, *rest, **more):
+        """Look at the connection no earlier than its other end has reset it."""
+        connection = connect(address, *rest, **more)
+        if address[1] in rude:
+            rude.clear()
+            poll = select.poll()
+            poll.register(connection, 0)
+            assert poll.poll(20_000)
+        return connection
+
+    monkeypatch.setattr(socket, "create_connection", connected)
+    with (
+        Scripted(lambda exchange: exchange.reset(), at_once) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock()) as station,
+    ):
+        rude.append(images.port)
+        assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
+
+
+class Full(Disk):
+    """A disk that is full at the first try to write a fetched picture."""
+
+    full = True
+
+    def create(self, path, mode=0o600):
+        file = super().create(path, mode)
+        if self.full and "/fetched." in path:
+            self.full = False
+            file.close()
+            return open("/dev/full", "wb", buffering=0)
+        return file
+
+
+def test_a_full_disk_is_not_taken_for_a_host_that_fails(tmp_path):
+    with (
+        host(answer(IMAGE), answer(IMAGE)) as images,
+        Scripted(answering(paid(images.base_url + "/x?sig=1"))) as server,
+        contextlib.closing(Station(tmp_path, server.base_url, disk=Full())) as station,
+    ):
+        drop(station, ASK)
+        with pytest.raises(SpoolError, match="No space left"):
+            station.work()
+        station.recover()
+        made(station, "x", ASK, "x.png")
 
 
 def test_a_host_that_says_no_is_asked_three_times(tmp_path):
@@ -499,7 +552,7 @@ def test_a_fetch_through_a_proxy_is_cut_when_its_time_is_over(tmp_path, monkeypa
             open(tmp_path / "f", "w+b") as file,
             pytest.raises(FetchError, match="no end after 1 seconds"),
         ):
-            client.fetch(REMOTE.base_url + "/x?sig=1", file, 1000, 1)
+            client.fetch(REMOTE.base_url + "/x?sig=1", file.write, 1000, 1)
 
 
 def test_the_deadline_holds_for_the_second_picture_of_a_host_that_keeps_its_connections(tmp_path):
