@@ -16,6 +16,7 @@ the answer began                               no exception: the sink holds what
 from __future__ import annotations
 
 import contextlib
+import functools
 import ipaddress
 import math
 import socket
@@ -36,7 +37,6 @@ from imagewatch.wire import BALANCE_PATH, PATH, Body, balance, doubt
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from typing import IO
 
     from imagewatch.config import Endpoint
     from imagewatch.key import Key
@@ -54,6 +54,11 @@ _KEPT_HEADERS = (
     "date",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
+_CONNECTED = ("connect_tcp.complete", "start_tls.complete")
+"""How the events of httpcore end after which there is another socket: TLS takes a socket's descriptor away from it.
+They begin with "connection.", with "proxy." for the TLS in a tunnel, with "socks." for a proxy of that kind."""
+_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
@@ -121,7 +126,8 @@ class Client:
         # It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
         httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
-        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer.
+        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer, and for
+        # a picture no event would name it to the guard and to the deadline.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeout = httpx.Timeout(
             endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS
@@ -137,7 +143,11 @@ class Client:
                 event_hooks={"response": [_forget_location]},
             )
             get = httpx.Client(
-                verify=context, timeout=fetch_timeout, trust_env=not self.local, headers={"user-agent": USER_AGENT}
+                verify=context,
+                limits=limits,
+                timeout=fetch_timeout,
+                trust_env=not self.local,
+                headers={"user-agent": USER_AGENT},
             )
         return post, get
 
@@ -227,9 +237,12 @@ class Client:
         }
         url, body = self._endpoint.base_url + BALANCE_PATH, b""
         seconds = min(_BALANCE_SECONDS, self._endpoint.timeout_seconds)
-        with _Deadline(seconds) as deadline:
+        with _Deadline(seconds, "") as deadline:
+            trace = {"trace": functools.partial(_watch, deadline)}
             try:
-                with self.prepare()[0].stream("GET", url, headers=headers, timeout=seconds) as response:
+                with self.prepare()[0].stream(
+                    "GET", url, headers=headers, timeout=seconds, extensions=trace
+                ) as response:
                     for chunk in response.iter_raw():
                         body += chunk
                         if len(body) > _MOST_BALANCE_BYTES:
@@ -241,34 +254,34 @@ class Client:
             raise Unavailable(f"HTTP {response.status_code}")
         return found
 
-    def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
+    def fetch(self, url: str, write: Callable[[bytes], object], limit: int, seconds: float) -> None:
         """Fetch a picture, without the key.
 
         Args:
             url: As answered; not trusted.
-            file: Where it goes; emptied first.
+            write: Takes what comes. Our disk fails with a ``SpoolError``: an ``OSError`` is taken for the network's.
             limit: Most bytes.
+            seconds: How long it may take, redirects and all; ``deadline_seconds`` at the most.
 
         Raises:
             FetchError: It could not be fetched.
             SpoolError: Our disk failed.
         """
-        for _ in range(_MOST_REDIRECTS + 1):
-            self._refuse_foreign(url)
-            with _Deadline(self._endpoint.deadline_seconds) as deadline:
+        most = self._endpoint.deadline_seconds
+        with _Deadline(seconds, "") if seconds < most else _Deadline(most) as deadline:
+            for _ in range(_MOST_REDIRECTS + 1):
+                self._refuse_foreign(url)
                 try:
-                    following = self._fetch_once(url, file, limit, deadline)
-                except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError) as error:
+                    following = self._fetch_once(url, write, limit, deadline)
+                except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
                     raise FetchError(f"{bare(url)}: {deadline.reason or _reason(error)}") from None
-            if following is None:
-                return
-            url = following
+                if following is None:
+                    return
+                url = following
         raise FetchError(f"{bare(url)}: too many redirects", final=True)
 
-    def _fetch_once(self, url: str, file: IO[bytes], limit: int, deadline: _Deadline) -> str | None:
-        guard = _Guard(urlsplit(url).hostname or "", self._may_connect, deadline)
-        file.seek(0)
-        file.truncate()
+    def _fetch_once(self, url: str, write: Callable[[bytes], object], limit: int, deadline: _Deadline) -> str | None:
+        guard = _Guard(httpx.URL(url), self._may_connect, deadline)
         with self.prepare()[1].stream(
             "GET", url, headers={"accept-encoding": "identity"}, extensions={"trace": guard.trace}
         ) as response:
@@ -283,7 +296,7 @@ class Client:
                 total += len(chunk)
                 if total > limit:
                     raise FetchError(f"{bare(url)}: larger than {limit:,} bytes", final=True)
-                file.write(chunk)
+                write(chunk)
         if deadline.reason and _endless(response):
             raise FetchError(f"{bare(url)}: {deadline.reason}")
         return None
@@ -291,7 +304,7 @@ class Client:
     def _may_connect(self, address: str) -> bool:
         """Tell whether pictures may come from an IP address."""
         ip = ipaddress.ip_address(address.partition("%")[0])
-        return ip.is_global or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
+        return _is_public(ip) or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
 
     def _refuse_foreign(self, url: str) -> None:
         """Refuse addresses that an answer has no business to name."""
@@ -310,10 +323,15 @@ class Client:
 
 
 class _Deadline:
-    """Ends a connection when its total time is over; per-operation timeouts cannot, as each byte renews them."""
+    """Ends a connection when its total time is over; per-operation timeouts cannot, as each byte renews them.
 
-    def __init__(self, seconds: float) -> None:
-        self._seconds = seconds
+    Args:
+        seconds: The total time.
+        key: The configuration's key that says so, or an empty string.
+    """
+
+    def __init__(self, seconds: float, key: str = "deadline_seconds") -> None:
+        self._why = f"no end after {seconds:g} seconds" + (f" ({key})" if key else "")
         self._socket: socket.socket | None = None
         self.at = time.monotonic() + seconds
         self.reason = ""
@@ -333,7 +351,7 @@ class _Deadline:
 
     def end(self) -> None:
         """End the connection, now or as soon as there is one."""
-        self.reason = f"no end after {self._seconds:g} seconds (deadline_seconds)"
+        self.reason = self._why
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 # Not SSLSocket.shutdown: that one takes the TLS state away from the thread that reads.
@@ -391,8 +409,7 @@ class _Attempt:
         self.incomplete = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        if event in {"connection.connect_tcp.complete", "connection.start_tls.complete"}:
-            _watch(self.deadline, info)
+        _watch(self.deadline, event, info)
         if event == "http11.send_request_headers.started" and info["request"].method == b"POST":
             # Not for the CONNECT to a proxy, which is not the request.
             self._on_send()
@@ -404,28 +421,33 @@ class _Attempt:
 class _Guard:
     """Refuses a connection to a private address, by whom we are really connected to and before a byte leaves."""
 
-    def __init__(self, host: str, may_connect: Callable[[str], bool], deadline: _Deadline) -> None:
-        self._host = host
+    def __init__(self, url: httpx.URL, may_connect: Callable[[str], bool], deadline: _Deadline) -> None:
+        self._host = url.raw_host.decode("ascii")  # as httpcore says it: of a name in another script, its Punycode
         self._may_connect = may_connect
         self._deadline = deadline
         self._proxied = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        if event == "connection.connect_tcp.started":
+        _watch(self._deadline, event, info)
+        if event.endswith("connect_tcp.started"):
             # Through a proxy the peer is the proxy, which the admin chose; it resolves the name for itself.
             self._proxied = str(info["host"]) != self._host
-        if event == "connection.connect_tcp.complete":
-            _watch(self._deadline, info)
-            peer = info["return_value"].get_extra_info("server_addr")[0]
-            if not self._proxied and not self._may_connect(peer):
+        if event.endswith("connect_tcp.complete"):
+            try:
+                self._look_at(info["return_value"].get_extra_info("server_addr")[0])
+            except (FetchError, OSError):  # a peer that has hung up already has no address
                 info["return_value"].close()  # nobody else knows it yet
-                raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
+                raise
+
+    def _look_at(self, peer: str) -> None:
+        if not self._proxied and not self._may_connect(peer):
+            raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
 
 
-def _watch(deadline: _Deadline | None, info: dict[str, Any]) -> None:
-    connection = info["return_value"].get_extra_info("socket")
-    if deadline is not None and connection is not None:
-        deadline.watch(connection)
+def _watch(deadline: _Deadline | None, event: str, info: dict[str, Any]) -> None:
+    """Name a connection to its deadline whenever it has got another socket."""
+    if deadline is not None and event.endswith(_CONNECTED):
+        deadline.watch(info["return_value"].get_extra_info("socket"))
 
 
 def _forget_location(response: httpx.Response) -> None:
@@ -464,6 +486,17 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Tell whether an address is a public host's; one that leads to an IPv4 address is judged by that."""
+    if isinstance(ip, ipaddress.IPv6Address):
+        behind = ipaddress.IPv4Address(ip.packed[-4:]) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
+        if behind:
+            return _is_public(behind)
+        if ip not in _PUBLIC_V6:  # of which Python knows only some as private
+            return False
+    return ip.is_global and not ip.is_multicast
 
 
 def bare(url: str) -> str:

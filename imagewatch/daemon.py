@@ -211,6 +211,7 @@ class Daemon:
             on_paid=lambda job: self._mailbox.put(Paid(job)),
             budget=self._budget,
             clock=self._clock,
+            monotonic=self._now,
             jitter=random,
         )
         self._intake.configure(config.inbox, config.limits.burst)

@@ -8,6 +8,7 @@
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
+       │  └─ Outdated     the prompt was changed meanwhile: it is looked at again
        ├─ Unavailable     provably free: connect failed, 429; may be tried again
        └─ InDoubt         sent, outcome unknown
 

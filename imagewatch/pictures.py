@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from imagewatch.record import Answer, Record
 
 _FETCH_SECONDS = 600.0
-"""How long a picture's url is tried. Known signed urls live ten minutes (BFL's skills repository)."""
+"""How long the urls of a job are tried. Known signed urls live ten minutes (BFL's skills repository)."""
+_LEAST_SECONDS = 30.0
+"""What a try gets however little of that is left: less would cut off whatever comes."""
+_LONGEST_PAUSE = 15.0
 _MOST_TRIES_4XX = 3
 _log = structlog.get_logger()
 
@@ -78,6 +81,25 @@ class Picture:
         return table
 
 
+@dataclass
+class _Wanted:
+    """A picture by url.
+
+    Attributes:
+        url: As answered; not trusted.
+        path: Where it goes.
+        waits: Whether it is to be tried, for the first time or again.
+        refused: How often its host said no.
+        problem: What went wrong at the last try, or an empty string.
+    """
+
+    url: str
+    path: str
+    waits: bool = True
+    refused: int = 0
+    problem: str = ""
+
+
 class Pictures:
     """Gets the pictures out of answers.
 
@@ -85,7 +107,7 @@ class Pictures:
         disk: Our disk.
         client: For pictures by url.
         limit: Most bytes of one answer, and of one picture by url.
-        clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds: a wall clock that is set forward has not made a url expire.
         wait: Waits some seconds.
     """
 
@@ -95,13 +117,13 @@ class Pictures:
         client: Client,
         limit: int,
         *,
-        clock: Callable[[], float],
+        monotonic: Callable[[], float],
         wait: Callable[[float], object],
     ) -> None:
         self._disk = disk
         self._client = client
         self._limit = limit
-        self._clock = clock
+        self._now = monotonic
         self._wait = wait
 
     def read(self, record: Record, answer: Answer) -> Reading:
@@ -115,41 +137,66 @@ class Pictures:
 
     def collect(self, record: Record, reading: Reading) -> list[Picture]:
         """Fetch what is to be fetched, and judge every picture."""
-        return [self._picture(record, number, got) for number, got in enumerate(reading.images)]
+        wanted = {
+            number: _Wanted(got.url, record.path(f"fetched.{number}"))
+            for number, got in enumerate(reading.images)
+            if got.url
+        }
+        self._fetch(list(wanted.values()))
+        return [self._picture(record, number, got, wanted.get(number)) for number, got in enumerate(reading.images)]
 
     def _create(self, path: str) -> IO[bytes]:
         return _Ours(self._disk, path)  # type: ignore[return-value]
 
-    def _picture(self, record: Record, number: int, got: Got) -> Picture:
-        if got.problem and got.decoded is None:
-            return Picture("", None, got.mime, 0, "", got.problem)
-        if got.url:
-            name = f"fetched.{number}"
-            if problem := self._fetch(got.url, record.path(name)):
-                return Picture("", None, got.mime, 0, "", problem)
+    def _picture(self, record: Record, number: int, got: Got, wanted: _Wanted | None) -> Picture:
+        if wanted:
+            name, problem = f"fetched.{number}", wanted.problem
         else:
-            name = f"image.{got.decoded}"
+            name, problem = f"image.{got.decoded}", got.problem if got.decoded is None else ""
+        if problem:
+            return Picture("", None, got.mime, 0, "", problem)
         return _inspected(record.path(name), name, got)
 
-    def _fetch(self, url: str, path: str) -> str:
-        """Fetch a picture, again and again until it is here or its url has expired; return what went wrong."""
-        until, tries, refused = self._clock() + _FETCH_SECONDS, 0, 0
-        if os.path.lexists(path):
-            return ""  # an earlier run has it, durably; the url may not work twice
-        while True:
-            try:
-                with self._disk.writing(path) as file:
-                    self._client.fetch(url, file, self._limit)
-                self._disk.sync_folder(os.path.dirname(path))
-            except FetchError as error:
-                tries += 1
-                refused += error.refused
-                if error.final or refused >= _MOST_TRIES_4XX or self._clock() >= until:
-                    return str(error)
-                _log.warning("picture not fetched yet", url=bare(url), reason=str(error), tries=tries)
-                self._wait(min(0.25 * 2**tries, 15.0))
-            else:
-                return ""
+    def _fetch(self, wanted: list[_Wanted]) -> None:
+        """Fetch pictures in rounds, until each is here, or trying again cannot help, or their urls have expired.
+
+        Every one is tried before any is tried again: the urls of the good hosts expire while a bad one is waited for.
+        """
+        until, rounds = self._now() + _FETCH_SECONDS, 0
+        # What an earlier run has is durable; its url may not work twice.
+        waiting = [one for one in wanted if not os.path.lexists(one.path)]
+        while waiting:
+            for position, one in enumerate(waiting):
+                left = until - self._now()
+                if not rounds or left > 0:
+                    # A share, or one host that dribbles uses up the time of all.
+                    self._try(one, round(max(left / (len(waiting) - position), _LEAST_SECONDS), 1))
+            rounds += 1
+            pause = min(0.25 * 2**rounds, _LONGEST_PAUSE)
+            waiting = [one for one in waiting if one.waits]
+            if not waiting or self._now() + pause >= until:
+                return
+            for one in waiting:
+                _log.warning("picture not fetched yet", url=bare(one.url), reason=one.problem, tries=rounds)
+            self._wait(pause)
+
+    def _try(self, one: _Wanted, seconds: float) -> None:
+        """Fetch a picture if it comes within some seconds, and write down what came of it."""
+
+        def write(chunk: bytes) -> None:
+            with ours(one.path, "write"):
+                file.write(chunk)
+
+        try:
+            with self._disk.writing(one.path) as file:
+                self._client.fetch(one.url, write, self._limit, seconds)
+            self._disk.sync_folder(os.path.dirname(one.path))
+        except FetchError as error:
+            one.problem = str(error)
+            one.refused += error.refused
+            one.waits = not error.final and one.refused < _MOST_TRIES_4XX
+        else:
+            one.problem, one.waits = "", False
 
 
 class _Ours:

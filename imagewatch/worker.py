@@ -91,6 +91,7 @@ class Worker:
         absolve: Called with the kind when that job could not show it, as our disk failed: the next one may.
         on_paid: Called with the id of a job whose answer is on our disk: what is left of it needs no request.
         clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds.
         jitter: Random numbers from 0 to 1.
         wait: Waits some seconds between two tries to fetch a picture.
         budget: What may be spent; given by whoever keeps it across a change of the configuration.
@@ -107,6 +108,7 @@ class Worker:
         absolve: Callable[[str], None] = lambda _: None,
         on_paid: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: 0.5,
         wait: Callable[[float], object] | None = None,
         budget: Budget | None = None,
@@ -121,9 +123,8 @@ class Worker:
         self._on_paid = on_paid
         self._clock = clock
         self._jitter = jitter
-        pictures = Pictures(
-            spool.disk, client, config.endpoint.max_response_bytes, clock=clock, wait=wait or threading.Event().wait
-        )
+        wait = wait or threading.Event().wait
+        pictures = Pictures(spool.disk, client, config.endpoint.max_response_bytes, monotonic=monotonic, wait=wait)
         self._closing = Closing(spool, pictures, ledger, clock)
         self._effects = self._table()
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
 pytest.register_assert_rewrite("audit")
 
 KEY = "sk-let-test-0123456789"
+REMOTE_NAME = "imagewatch-test.invalid"
+"""A name that no resolver knows: whoever is to find it needs a proxy."""
 
 
 @pytest.fixture
@@ -42,6 +46,32 @@ def sandbox() -> Iterator[Sandbox]:
     with Sandbox(key=KEY) as endpoint:
         yield endpoint
         assert endpoint.report()["faults"] == []
+
+
+class Certificate:
+    """A certificate for this machine and for ``REMOTE_NAME``, and who has to trust it.
+
+    Attributes:
+        path: The certificate, for ``ca_file``.
+        context: For a server.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path, key = str(folder / "certificate.pem"), str(folder / "key.pem")
+        names = f"subjectAltName=IP:127.0.0.1,DNS:{REMOTE_NAME}"
+        kind = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
+        subject = ["-subj", "/CN=imagewatch test", "-addext", names, "-addext", "keyUsage=digitalSignature,keyCertSign"]
+        command = ["openssl", "req", *kind, *subject, "-keyout", key, "-out", self.path]
+        subprocess.run(command, check=True, capture_output=True)
+        self.context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.context.load_cert_chain(self.path, key)
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Certificate:
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate")
+    return Certificate(tmp_path_factory.mktemp("certificate"))
 
 
 class Doubting(Worker):

@@ -9,7 +9,7 @@ import re
 import struct
 import zlib
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from imagewatch.client import FetchError
 from imagewatch.errors import InDoubt, Unavailable
@@ -147,16 +147,14 @@ class PaidEndpoint:
         self._moment("answered")
         sink.finish(Tail(complete=True, at=AT))
 
-    def fetch(self, url: str, file: IO[bytes], limit: int) -> None:
+    def fetch(self, url: str, write: Callable[[bytes], object], limit: int, seconds: float) -> None:
+        assert seconds > 0
         content = base64.urlsafe_b64decode(url.rpartition("/")[2])
         if len(content) > limit:
             raise FetchError("too large", final=True)
-        file.seek(0)
-        file.truncate()
-        file.write(content[:40])
-        file.flush()
+        write(content[:40])
         self._moment("fetching")
-        file.write(content[40:])
+        write(content[40:])
 
     def _count(self, name: str, prompt: str) -> None:
         counts = getattr(self._books, name)

@@ -16,10 +16,12 @@ from PIL import Image
 from imagewatch.sandbox.picture import Picture
 
 if TYPE_CHECKING:
+    import ssl
     from collections.abc import Callable
     from pathlib import Path
     from typing import Self
 
+    import pytest
     from conftest import Folders, Station
 
 SOON = 20.0
@@ -32,6 +34,10 @@ class Exchange:
         self.connection = connection
         self._stopping = stopping
         self._held = b""
+
+    def secure(self, context: ssl.SSLContext) -> None:
+        """Go on in TLS."""
+        self.connection = context.wrap_socket(self.connection, server_side=True)
 
     def head(self) -> bytes:
         """Read the head of a request."""
@@ -103,7 +109,7 @@ class Scripted:
     def __init__(self, *scripts: Callable[[Exchange], object], receive_bytes: int | None = None) -> None:
         self._scripts = list(scripts)
         self._threads: list[threading.Thread] = []
-        self._open: set[socket.socket] = set()
+        self._open: set[Exchange] = set()
         self._stopping = threading.Event()
         self._changed = threading.Condition()
         self._ended = 0
@@ -128,9 +134,11 @@ class Scripted:
     def stop(self) -> None:
         """Refuse further connections and end those that are open."""
         self._stopping.set()
-        for one in (self._listener, *list(self._open)):
+        for one in (self._listener, *[exchange.connection for exchange in list(self._open)]):
             with contextlib.suppress(OSError):
-                one.shutdown(socket.SHUT_RDWR)
+                socket.socket.shutdown(
+                    one, socket.SHUT_RDWR
+                )  # TLS has one of its own, which its reader does not survive
         self._listener.close()
         for thread in self._threads:
             thread.join(SOON)
@@ -157,22 +165,51 @@ class Scripted:
                 self.faults.append("nobody expected another connection")
                 connection.close()
                 continue
-            self._open.add(connection)
-            self._start(self._serve, self._scripts.pop(0), connection)
+            exchange = Exchange(connection, self._stopping)
+            self._open.add(exchange)
+            self._start(self._serve, self._scripts.pop(0), exchange)
 
-    def _serve(self, script: Callable[[Exchange], object], connection: socket.socket) -> None:
-        with connection:
-            connection.settimeout(SOON)
-            try:
-                script(Exchange(connection, self._stopping))
-            except (ConnectionError, OSError):
-                pass  # the client hung up, which is for the test to judge
-            except Exception as error:  # noqa: BLE001  told by the test's own thread
-                self.faults.append(repr(error))
-        self._open.discard(connection)
+    def _serve(self, script: Callable[[Exchange], object], exchange: Exchange) -> None:
+        exchange.connection.settimeout(SOON)
+        try:
+            script(exchange)
+        except (ConnectionError, OSError):
+            pass  # the client hung up, which is for the test to judge
+        except Exception as error:  # noqa: BLE001  told by the test's own thread
+            self.faults.append(repr(error))
+        exchange.connection.close()
+        self._open.discard(exchange)
         with self._changed:
             self._ended += 1
             self._changed.notify_all()
+
+
+def over_tls(context: ssl.SSLContext, script: Callable[[Exchange], object]) -> Callable[[Exchange], None]:
+    """Return a script that does what another one says, in TLS."""
+
+    def secured(exchange: Exchange) -> None:
+        exchange.secure(context)
+        script(exchange)
+
+    return secured
+
+
+def tunnel(context: ssl.SSLContext, script: Callable[[Exchange], object]) -> Callable[[Exchange], None]:
+    """Return the script of a proxy behind which, in TLS, somebody does what another script says."""
+
+    def proxied(exchange: Exchange) -> None:
+        assert exchange.head().startswith(b"CONNECT ")
+        exchange.send(b"HTTP/1.1 200 Connection established\r\n\r\n")
+        over_tls(context, script)(exchange)
+
+    return proxied
+
+
+def through_proxy(patch: pytest.MonkeyPatch, proxy: Scripted) -> None:
+    """Have the environment name a proxy for https."""
+    patch.setenv("HTTPS_PROXY", proxy.base_url)
+    patch.delenv("NO_PROXY", raising=False)
+    patch.delenv("no_proxy", raising=False)
 
 
 def answering(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callable[[Exchange], None]:

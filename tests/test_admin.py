@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from conftest import KEY, Folders, Running, Station, command, until
-from scripted import Scripted, answering, picture
+from scripted import Scripted, answer, answering, picture
 from test_cli import HOSTILE, RAW
 
 from imagewatch.control import Control
@@ -1000,6 +1000,17 @@ def test_a_balance_that_never_comes_is_not_waited_for_longer_than_an_answer(tmp_
         folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.3")
         told = command(folders, "check", "--balance")
     assert (told.returncode, "not available" in told.stdout) == (0, True)
+
+
+def test_a_balance_that_dribbles_is_not_waited_for_longer_than_an_answer(tmp_path):
+    def dribbling(exchange: Any) -> None:
+        exchange.head()
+        exchange.trickle(answer(GOOD_BALANCE), 0.02)
+
+    with Scripted(dribbling) as server:
+        folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.5")
+        told = command(folders, "check", "--balance")
+    assert (told.returncode, "no end after 0.5 seconds" in told.stdout) == (0, True)
 
 
 def test_a_balance_is_asked_for_in_plain_bytes(tmp_path):

@@ -7,8 +7,23 @@ import os
 import socket
 
 import pytest
-from conftest import KEY, Station
-from scripted import Scripted, answer, answering, drop, heavy, made, no_secret, paid, picture, refused, returned
+from conftest import KEY, REMOTE_NAME, Station
+from scripted import (
+    Scripted,
+    answer,
+    answering,
+    drop,
+    heavy,
+    made,
+    no_secret,
+    over_tls,
+    paid,
+    picture,
+    refused,
+    returned,
+    through_proxy,
+    tunnel,
+)
 
 from imagewatch.client import _Deadline
 from imagewatch.outcome import End
@@ -136,10 +151,8 @@ def test_a_proxy_that_refuses_to_connect_leaves_the_prompt_in_the_inbox_and_neve
         exchange.send(answer(b"", status=b"502 Bad Gateway"))
 
     with Scripted(script) as proxy:
-        monkeypatch.setenv("HTTPS_PROXY", proxy.base_url)
-        monkeypatch.delenv("NO_PROXY", raising=False)
-        monkeypatch.delenv("no_proxy", raising=False)
-        with at(tmp_path, "https://imagewatch-test.invalid") as station:
+        through_proxy(monkeypatch, proxy)
+        with at(tmp_path, f"https://{REMOTE_NAME}") as station:
             unreachable(station, SMALL, "cannot be reached", "502")
     assert heads[0].startswith(b"CONNECT imagewatch-test.invalid:443 ")
     assert KEY.encode() not in heads[0]
@@ -335,6 +348,28 @@ def test_headers_that_trickle_past_the_deadline_are_in_doubt(tmp_path):
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="0.3", endpoint__timeout_seconds="5") as station:
         in_doubt(station, SMALL, "deadline_seconds")
+
+
+TLS_SETTINGS = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1"}
+
+
+@pytest.mark.parametrize("proxied", [False, True])
+def test_headers_that_trickle_over_tls_past_the_deadline_are_in_doubt(tmp_path, monkeypatch, certificate, proxied):
+    heard_out = []
+
+    def script(exchange):
+        exchange.request()
+        exchange.trickle(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 25, 0.02)
+        heard_out.append(exchange)
+
+    with Scripted((tunnel if proxied else over_tls)(certificate.context, script)) as server:
+        through_proxy(monkeypatch, server)
+        host = REMOTE_NAME if proxied else f"127.0.0.1:{server.port}"
+        with at(tmp_path, f"https://{host}", endpoint__ca_file=certificate.path, **TLS_SETTINGS) as station:
+            station.server = server
+            in_doubt(station, SMALL, "deadline_seconds")
+        server.wait_for(1)
+    assert heard_out == []
 
 
 def test_endless_interim_answers_are_in_doubt_by_the_deadline(tmp_path):
