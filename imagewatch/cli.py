@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from imagewatch import __version__, admin, table
-from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
+from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.submit import submit
 from imagewatch.text import amount, printable
 
@@ -33,6 +33,12 @@ EXIT_USAGE = 64
 EXIT_SPOOL = 74
 EXIT_RUNNING = 75
 EXIT_CONFIG = 78
+_CODES = (
+    (UsageError, EXIT_USAGE),
+    (ConfigError, EXIT_CONFIG),
+    (AlreadyRunning, EXIT_RUNNING),
+    (SpoolError, EXIT_SPOOL),
+)
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EXIT_CODES = """\b
@@ -74,7 +80,10 @@ def run(path: str | None) -> None:
         _configure_log(config)
         return config
 
-    sys.exit(Daemon(configured(), os.environ, reload=configured).run())
+    config = configured()
+    with _named(config):
+        code = Daemon(config, os.environ, reload=configured).run()
+    sys.exit(code)
 
 
 @cli.command()
@@ -89,7 +98,7 @@ def once(path: str | None) -> None:
     config = admin.load(path)
     terminal = sys.stderr.isatty()
     _configure_log(config, level="error" if terminal else None)
-    with _progress(shown=terminal) as bar:
+    with _named(config), _progress(shown=terminal) as bar:
         daemon = Daemon(config, os.environ, once=True, on_outcome=bar.finished, on_seen=bar.found)
         code = daemon.run()
     if terminal:
@@ -179,9 +188,14 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     if tags:
         click.echo(tags_help())
         return
-    server = Sandbox(
-        port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
-    )
+    try:
+        server = Sandbox(
+            port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
+        )
+    except ConfigError as error:  # of a command that has no configuration
+        raise UsageError(
+            f"the sandbox {error.problems[0].reason}", hint="name another port by --port; 0 takes a free one"
+        ) from None
     click.echo(
         f"The sandbox listens. Use it with:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY=any imagewatch run\n"
     )
@@ -203,9 +217,10 @@ def init(file: str) -> None:
         with open(file, "x", encoding="utf-8") as out:
             out.write(example())
     except FileExistsError:
-        raise SpoolError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
+        raise UsageError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
     except OSError as error:
-        raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}") from None
+        hint = "make its folder first" if isinstance(error, FileNotFoundError) else "name another file"
+        raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}", hint=hint) from None
     shown = printable(file)
     click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
 
@@ -274,14 +289,8 @@ def _main() -> NoReturn:
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
-    except ConfigError as error:
-        _fail(error, EXIT_CONFIG)
-    except AlreadyRunning as error:
-        _fail(error, EXIT_RUNNING)
-    except SpoolError as error:
-        _fail(error, EXIT_SPOOL)
     except ImagewatchError as error:
-        _fail(error, EXIT_FAILED)
+        _fail(error, next((code for kind, code in _CODES if isinstance(error, kind)), EXIT_FAILED))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -296,6 +305,16 @@ def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if error.hint:
         click.echo(f"  {printable(error.hint)}", err=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _named(config: Config) -> Iterator[None]:
+    """Name the file where a part of the daemon refuses its section: it was given no more than that."""
+    try:
+        yield
+    except ConfigError as error:
+        error.source = error.source or config.source
+        raise
 
 
 def _configure_log(config: Config, level: str | None = None) -> None:

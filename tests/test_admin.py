@@ -611,7 +611,7 @@ def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wi
     once(folders, 1)
     assert set(folders.documents().values()) == {"errors"}
     told = command(folders, "retry", "cat", "../outbox/bird")
-    assert (told.returncode, "no error file of this name" in told.stderr) == (74, True)
+    assert (told.returncode, "no error file of this name" in told.stderr) == (64, True)
     told = command(folders, "retry", "cat", str(folders.errors / "sub/dog.error.toml"), "errors/bird.prompt.txt")
     assert (told.returncode, told.stderr) == (0, "")
     assert folders.names("inbox") == ["bird.prompt.txt", "cat.prompt.txt", "sub/dog.png", "sub/dog.prompt.txt"]
@@ -790,7 +790,7 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     clock.behind = 60
     assert command(folders, "retry", "--all").returncode == 0
     published(folders, sandbox)
-    assert command(folders, "retry", "sub/cat").returncode == 74
+    assert command(folders, "retry", "sub/cat").returncode == 64
 
 
 def test_a_paid_picture_is_fetched_at_the_next_start_also_behind_a_hold(lost_picture, run):

@@ -357,6 +357,48 @@ def test_check_ends_with_78_and_names_what_is_bad(tmp_path, folders):
     assert "LETTA_API_KEY" in row(done.stdout, "key")
 
 
+REFUSED = {
+    "a group that is not there": ("OUTBOX__GROUP", "nobody-knows-it", "outbox.group", 'no group "nobody-knows-it"', 78),
+    "certificates that are not there": ("ENDPOINT__CA_FILE", "/nowhere.pem", "endpoint.ca_file", "/nowhere.pem", 78),
+    "certificates that are none": ("ENDPOINT__CA_FILE", __file__, "endpoint.ca_file", "PEM certificates", 78),
+    "a root where no folder can be made": ("FOLDERS__OUTBOX", "/proc/x", "outbox", "name a folder on a disk", 74),
+    "too little room": ("LIMITS__MIN_FREE_BYTES", str(1 << 60), "disk", "or lower limits.min_free_bytes", 74),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_check_finds_what_a_start_refuses_or_is_held_by_and_changes_nothing(folders, tmp_path, case):
+    key, value, name, words, code = REFUSED[case]
+    folders.environ[f"IMAGEWATCH_{key}"] = value
+    folders.prompt("cat", "A cat")
+    before = tree(tmp_path)
+    done = imagewatch("check", environ=folders.environ)
+    assert (done.returncode, tree(tmp_path) == before) == (78, True)
+    bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
+    assert bad == [row(done.stdout, name)]
+    assert words in bad[0]
+    started = imagewatch("once", environ=folders.environ)
+    assert (started.returncode, folders.names("inbox")) == (code, ["cat.prompt.txt"])
+
+
+def test_check_looks_for_room_where_the_folders_will_be_made(tmp_path):
+    environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "new/root"), "LETTA_API_KEY": KEY}
+    environ |= {"IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "state"), "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": str(1 << 60)}
+    done = imagewatch("check", environ=environ)
+    assert (done.returncode, list(tmp_path.iterdir())) == (78, [])
+    assert f"{tmp_path}: " in row(done.stdout, "disk")
+
+
+@pytest.mark.parametrize("name", ["run", "once"])
+def test_a_section_that_is_refused_at_the_start_is_told_with_its_file(tmp_path, name):
+    config = tmp_path / "mine.toml"
+    config.write_text('[folders]\nroot = "root"\nstate = "state"\n[outbox]\ngroup = "nobody-knows-it"\n')
+    done = imagewatch(name, "--config", str(config), environ={"LETTA_API_KEY": KEY})
+    assert done.returncode == 78
+    assert f"{config}: the configuration cannot be used:" in done.stderr
+    assert 'outbox.group: there is no group "nobody-knows-it" (create it' in done.stderr
+
+
 @pytest.mark.parametrize("source", ["environment", "file", "command"])
 def test_check_says_where_the_key_comes_from_and_never_shows_it(folders, tmp_path, source):
     if source != "environment":
@@ -399,7 +441,7 @@ def test_init_writes_a_configuration_that_loads_and_keeps_what_is_there(tmp_path
     assert load(str(path), {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root")}).limits.concurrency == 4
     path.write_text("mine")
     again = imagewatch("init", cwd=tmp_path)
-    assert (again.returncode, path.read_text()) == (74, "mine")
+    assert (again.returncode, path.read_text()) == (64, "mine")
     assert "is there already" in again.stderr
     other = imagewatch("init", "other.toml", cwd=tmp_path)
     assert (other.returncode, tomllib.loads((tmp_path / "other.toml").read_text()) is not None) == (0, True)
@@ -421,6 +463,7 @@ def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
 def test_init_where_nothing_can_be_written_says_so(tmp_path):
     done = imagewatch("init", str(tmp_path / "no/such/folder.toml"))
     assert (done.returncode, "Traceback" in done.stderr) == (74, False)
+    assert "make its folder first" in done.stderr
 
 
 # once
@@ -521,7 +564,9 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
 def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
     assert "402" in imagewatch("sandbox", "--tags").stdout
     done = imagewatch("sandbox", "--port", sandbox.base_url.rpartition(":")[2])
-    assert (done.returncode, "cannot listen" in done.stderr, "Traceback" in done.stderr) == (78, True, False)
+    assert (done.returncode, "cannot listen" in done.stderr, "Traceback" in done.stderr) == (64, True, False)
+    assert "--port" in done.stderr
+    assert "configuration" not in done.stderr
 
 
 # Log lines, and what strangers write
