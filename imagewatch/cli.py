@@ -78,12 +78,24 @@ def run(path: str | None) -> None:
     def configured() -> Config:
         config = admin.load(path)
         _configure_log(config)
+        _warn_without_key(config)
         return config
 
     config = configured()
     with _named(config):
         code = Daemon(config, os.environ, reload=configured).run()
     sys.exit(code)
+
+
+def _warn_without_key(config: Config) -> None:
+    """Say at the start what else would be said at the first prompt."""
+    import structlog  # noqa: PLC0415
+
+    from imagewatch.key import key_problem  # noqa: PLC0415
+
+    if problem := key_problem(config.endpoint, os.environ):
+        reason = printable(f"{problem.field}: {problem.reason}")
+        structlog.get_logger().warning("no key; every prompt will wait", reason=reason, next=problem.hint)
 
 
 @cli.command()
@@ -222,7 +234,10 @@ def init(file: str) -> None:
         hint = "make its folder first" if isinstance(error, FileNotFoundError) else "name another file"
         raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}", hint=hint) from None
     shown = printable(file)
-    click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
+    click.echo(
+        f"Wrote {shown}. Set root in it, the folder to be watched, and export LETTA_API_KEY=… (or set api_key_file or "
+        f"api_key_command in it). Then: imagewatch check --config {shown}"
+    )
 
 
 @cli.command()

@@ -225,9 +225,38 @@ def test_a_wrong_configuration_ends_with_78_and_names_everything_at_once(folders
 
 
 def test_without_any_configuration_it_says_what_to_do(tmp_path):
-    done = imagewatch("run", cwd=tmp_path)
+    done = imagewatch("run", cwd=tmp_path, environ={"HOME": str(tmp_path / "home")})
     assert done.returncode == 78
-    assert "imagewatch init" in done.stderr
+    assert "no configuration file was found" in done.stderr
+    for place in (tmp_path / "imagewatch.toml", tmp_path / "home/.config/imagewatch/config.toml"):
+        assert str(place) in done.stderr, "where it was looked for"
+    for way in ("imagewatch init", "--config", "IMAGEWATCH_FOLDERS__ROOT"):
+        assert way in done.stderr
+    assert len(done.stderr.splitlines()) == 2, "what follows from it is not told as well"
+
+
+@pytest.mark.parametrize("key_file", ["", "/nowhere/key"])
+def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_file):
+    del folders.environ["LETTA_API_KEY"]
+    if key_file:
+        folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = key_file
+    daemon = run(folders)
+    (line,) = daemon.events("no key; every prompt will wait")
+    assert line["level"] == "warning"
+    assert (key_file or "no API key is set") in line["reason"]
+    assert line["next"]
+
+
+def test_a_command_for_the_key_is_not_run_before_the_key_is_needed(folders, run, tmp_path):
+    del folders.environ["LETTA_API_KEY"]
+    folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_COMMAND"] = f"sh -c 'touch {tmp_path}/asked; echo {KEY}'"
+    daemon = run(folders)
+    assert not (tmp_path / "asked").exists()
+    folders.prompt("cat", "A cat")
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert (tmp_path / "asked").exists()
+    assert daemon.stop() == 0
+    assert [line["event"] for line in daemon.lines if line["level"] == "warning"] == []
 
 
 def test_a_terminal_that_is_not_utf_8_is_no_reason_to_stop(folders):
@@ -438,6 +467,8 @@ def test_init_writes_a_configuration_that_loads_and_keeps_what_is_there(tmp_path
     done = imagewatch("init", cwd=tmp_path)
     path = tmp_path / "imagewatch.toml"
     assert (done.returncode, "imagewatch check --config imagewatch.toml" in done.stdout) == (0, True)
+    for step in ("Set root in it", "export LETTA_API_KEY=", "api_key_file", "api_key_command"):
+        assert step in done.stdout, "a key in the file itself would be refused"
     assert load(str(path), {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root")}).limits.concurrency == 4
     path.write_text("mine")
     again = imagewatch("init", cwd=tmp_path)
@@ -529,6 +560,8 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
         assert "chamber music festival" in (tmp_path / name / "gallery.html").read_text()
         assert list((tmp_path / name / "inbox").glob("*")) == [tmp_path / name / "inbox/.imagewatch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagewatch-demo", "imagewatch-demo-2"]
+    steps = ("imagewatch init", "set root", "export LETTA_API_KEY=", "imagewatch check", "imagewatch run")
+    assert [first.stdout.index(step) for step in steps] == sorted(first.stdout.index(step) for step in steps)
 
 
 def test_the_demo_says_why_it_cannot_make_its_folder(tmp_path):
