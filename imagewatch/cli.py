@@ -19,7 +19,7 @@ import click
 from imagewatch import __version__, admin, table
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.submit import submit
-from imagewatch.text import amount, printable
+from imagewatch.text import amount, complaint, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -114,7 +114,7 @@ def once(path: str | None) -> None:
         daemon = Daemon(config, os.environ, once=True, on_outcome=bar.finished, on_seen=bar.found)
         code = daemon.run()
     if terminal:
-        for line in bar.story(config.folders.errors):
+        for line in bar.story():
             click.echo(line, err=True)
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
@@ -370,7 +370,7 @@ class _Bar:
             self._bar.label = printable(outcome.source, 40)
             self._bar.update(1)
 
-    def story(self, errors: str) -> Iterator[str]:
+    def story(self) -> Iterator[str]:
         """Yield what became of everything, for people."""
         made = self._done - len(self._failed)
         if self._done:
@@ -378,9 +378,10 @@ class _Bar:
         else:
             yield 'No prompt in the inbox was ready; "imagewatch check" says more.'
         for outcome in self._failed:
-            yield f"  {printable(outcome.source, 100)}: {printable(outcome.message, 300)}"
-        if self._failed:
-            yield f"More about these: {printable(errors)}"
+            first, *others = complaint(outcome.message, outcome.problems)
+            yield f"  {printable(outcome.source, 100)}: {first}"
+            yield from (f"  {line}" for line in others)
+            yield f"    {printable(outcome.document)}"
 
 
 @contextlib.contextmanager

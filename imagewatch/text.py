@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Controls (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates (undecodable bytes of
 # file names) and the byte order mark. Tab and newline are controls too: one value is one line.
@@ -24,6 +28,20 @@ def printable(text: str, limit: int = 2000) -> str:
     """
     cut = text if len(text) <= limit else text[:limit] + "…"
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
+
+
+def complaint(message: str, problems: Sequence[object]) -> list[str]:
+    """Return what went wrong in lines: the message, and below it every problem where there are several.
+
+    Args:
+        message: As in an error file; of several problems it may name the first.
+        problems: As in an error file.
+    """
+    if len(problems) <= 1:
+        return [printable(message)]
+    count = f"{len(problems)} problems"
+    first = count if message.startswith(f"{count}: ") else printable(message)
+    return [first, *(f"  {printable(str(one))}" for one in problems)]
 
 
 def amount(value: float) -> str:

@@ -781,6 +781,9 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
 
 def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
     folders, sandbox, clock = lost_picture
+    assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
+    told = command(folders, "history").stdout.splitlines()
+    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
     assert (told.returncode, "was paid for" in told.stdout) == (0, True)

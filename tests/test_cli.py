@@ -511,8 +511,18 @@ def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
     assert "5/5" in text
     assert "4 made for 120 credits, 1 not made." in text
     assert "typo.prompt.txt: qualtiy: unknown key" in text
-    assert str(folders.errors) in text
+    assert f"    {folders.errors}/typo.error.toml" in text
     assert not lines(text)
+
+
+def test_once_tells_every_problem_of_a_prompt_on_a_terminal(folders):
+    folders.prompt("typo", "+++\nqualtiy = 1\nn = 9\n+++\nx")
+    code, shown = on_a_terminal("once", environ=folders.environ)
+    text = COLOURS.sub(b"", shown).decode().replace("\r", "")
+    assert code == 1
+    assert "  typo.prompt.txt: 2 problems\n" in text
+    for problem in folders.error("typo")["problems"]:
+        assert f"    {problem}\n" in text
 
 
 def test_once_writes_json_lines_when_nobody_looks(folders):
