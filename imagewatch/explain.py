@@ -23,7 +23,7 @@ from imagewatch.names import SUFFIX
 from imagewatch.request import Files, Request, build
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
-from imagewatch.text import amount, printable, utc
+from imagewatch.text import amount, local, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -137,9 +137,9 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 
 def _in_doubt(job: Mapping[str, Any]) -> Line:
-    sent = utc(job["sent_at"]).isoformat(" ", "seconds").removesuffix("+00:00") if job["sent_at"] else "?"
+    sent = local(job["sent_at"]) if job["sent_at"] else "?"
     ids = f", request id {job['request_id']}" if job["request_id"] else ""
-    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent} UTC, job {job['job']}{ids}")
+    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent}, job {job['job']}{ids}")
 
 
 def _folder(name: str, path: str, kinds: Kinds) -> Line:

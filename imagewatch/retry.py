@@ -210,7 +210,7 @@ def _text(raw: bytes) -> str:
 def _id(value: object) -> str:
     """Return a job id; it becomes a part of file names."""
     if not isinstance(value, str) or not _JOB.fullmatch(value):
-        raise ValueError("its job is none")
+        raise ValueError("it has no job id")
     return value
 
 

@@ -24,7 +24,7 @@ class Wait(StrEnum):
     WRITING = "still being written"
     OPEN = "open for writing"
     ARRIVING = "is on its way: a transfer has not given it its name yet"
-    IMAGES = "images it names are missing"
+    IMAGES = "waiting for images that are missing or empty"
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,11 @@ def whole(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+def local(seconds: float) -> str:
+    """Return a wall-clock time in seconds since the epoch as people here read it."""
+    return datetime.fromtimestamp(seconds, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+
+
 def utc(seconds: float) -> datetime:
     """Return a wall-clock time in seconds since the epoch as UTC, to the millisecond."""
     moment = datetime.fromtimestamp(seconds, tz=UTC)
