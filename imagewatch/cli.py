@@ -19,12 +19,13 @@ import click
 from imagewatch import __version__, admin, table
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.submit import submit
-from imagewatch.text import amount, complaint, printable
+from imagewatch.text import amount, complaint, printable, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from imagewatch.config import Config
+    from imagewatch.daemon import Daemon
     from imagewatch.explain import Line
     from imagewatch.outcome import Outcome
 
@@ -99,8 +100,9 @@ def _warn_without_key(config: Config) -> None:
 
 
 @cli.command()
+@admin.json_option
 @admin.config_option
-def once(path: str | None) -> None:
+def once(path: str | None, *, as_json: bool) -> None:
     """Make everything that is in the inbox, then end.
 
     Does not wait out a hold (no credits, a rejected key, …): it says why and ends with 69; the prompts stay.
@@ -110,18 +112,51 @@ def once(path: str | None) -> None:
     config = admin.load(path)
     terminal = sys.stderr.isatty()
     _configure_log(config, level="error" if terminal else None)
+    over: list[Outcome] = []
+
+    def finished(outcome: Outcome) -> None:
+        bar.finished(outcome)
+        if as_json:
+            over.append(outcome)
+
     with _named(config), _progress(shown=terminal) as bar:
-        daemon = Daemon(config, os.environ, once=True, on_outcome=bar.finished, on_seen=bar.found)
+        daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_seen=bar.found)
         code = daemon.run()
-    if terminal:
-        for line in bar.story():
+    if as_json:
+        click.echo(json.dumps(_once_told(over, daemon), indent=1))
+    else:
+        for line in bar.story(held=daemon.hold is not None) if terminal else ():
             click.echo(line, err=True)
+        _tell_hold(daemon)
+    sys.exit(code)
+
+
+def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
-        end = f"; it ends, or is looked at again, {daemon.hold_ends}" if daemon.hold_ends else ""
+        end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
         click.echo(f"  {printable(hold.next)}{end}", err=True)
-    sys.exit(code)
+
+
+def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
+    """Return what became of an inbox, for programs; names are those of ``submit`` and ``status``."""
+    hold = daemon.hold
+    held = {"kind": hold.kind, "reason": hold.message, "until": daemon.hold_ends, "next": hold.next} if hold else None
+    jobs = [
+        {
+            "source": whole(one.source),
+            "job": one.job,
+            "door": one.door,
+            "document": whole(one.document),
+            "charged": one.charged,
+            "credits_charged": one.credits,
+            "message": one.message or None,
+            "problems": list(one.problems) or None,
+        }
+        for one in over
+    ]
+    return {"jobs": jobs, "left": daemon.left, "hold": held}
 
 
 @cli.command()
@@ -167,7 +202,7 @@ def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
 def demo(folder: str) -> None:
     """Show everything at once on a local endpoint: no key, no cost.
 
-    Makes FOLDER (imagewatch-demo without it; a number is added if it is there), drops six prompts into its inbox and
+    Makes FOLDER (default: imagewatch-demo; a number is added if it is there), drops six prompts into its inbox and
     runs the real daemon on them. Nothing leaves this machine.
     """
     from imagewatch import demo as show  # noqa: PLC0415
@@ -187,8 +222,8 @@ def demo(folder: str) -> None:
     help="Where to listen, on 127.0.0.1; 0 takes a free one.",
 )
 @click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
-@click.option("--latency", default=0.0, metavar="SECONDS", help="Answer after so long; without it at once.")
-@click.option("--tags", is_flag=True, help="List what else a prompt may ask for in this way, and end.")
+@click.option("--latency", default=0.0, metavar="SECONDS", help="Delay each answer by this long (default: none).")
+@click.option("--tags", is_flag=True, help="List all such tags and exit.")
 def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     """Run a local endpoint like the real one that charges nothing.
 
@@ -220,7 +255,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
 def init(file: str) -> None:
     """Write a configuration file with comments.
 
-    FILE (imagewatch.toml without it) gets every key, its default and a line about it. A file that is there already
+    FILE (default: imagewatch.toml) gets every key, its default and a line about it. A file that is there already
     stays as it is.
     """
     from imagewatch.config import example  # noqa: PLC0415
@@ -370,12 +405,12 @@ class _Bar:
             self._bar.label = printable(outcome.source, 40)
             self._bar.update(1)
 
-    def story(self) -> Iterator[str]:
+    def story(self, *, held: bool) -> Iterator[str]:
         """Yield what became of everything, for people."""
         made = self._done - len(self._failed)
         if self._done:
             yield f"{made} made for {amount(self._credits)} credits, {len(self._failed)} not made."
-        else:
+        elif not held:
             yield 'No prompt in the inbox was ready; "imagewatch check" says more.'
         for outcome in self._failed:
             first, *others = complaint(outcome.message, outcome.problems)

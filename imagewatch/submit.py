@@ -41,7 +41,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="An input image; again for more, in this order.",
+    help="Input image; repeat for more, in this order.",
 )
 @click.option(
     "--from",
@@ -51,7 +51,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     metavar="FILE",
     help="A file with a prompt; - is standard input.",
 )
-@click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Whom to ask.")
+@click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Provider.")
 @click.option("--model", metavar="NAME", help="The model; passed on as it is.")
 @click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Pictures, 1 to 4.")
 @click.option("--size", metavar="SIZE", help="Width and height, such as 1024x1536.")
@@ -68,10 +68,11 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     help="The watched folder, where there is no configuration: a share.",
 )
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Wait for so long at most; the prompts stay.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Stop waiting after this long; the prompts stay.")
 @click.option(
     "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed."
 )
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @config_option
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
     """Drop prompts into the inbox, the right way.
@@ -79,6 +80,10 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
     PROMPT is the text. Images and prompt are checked, copied and put into the inbox in the right order; the key is not
     needed. With --wait the pictures are printed (as paths, Markdown image lines or JSON), and the credits.
     """
+    if options["as_json"]:
+        if options["form"] == "markdown":
+            raise click.UsageError("--json and --format markdown exclude each other")
+        options["form"] = "json"
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
         raise click.UsageError("--timeout and --format markdown need --wait")
     config = _config(path, options["root"])

@@ -354,7 +354,8 @@ def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
     folders.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"
     folders.prompt("cat", "A cat")
     assert re.match(
-        "wait .*quiet for 3[56]", row(imagewatch("check", environ=folders.environ).stdout, "cat.prompt.txt")
+        "wait .*will be taken after 3[56].* more quiet seconds",
+        row(imagewatch("check", environ=folders.environ).stdout, "cat.prompt.txt"),
     )
 
 
@@ -531,6 +532,44 @@ def test_once_writes_json_lines_when_nobody_looks(folders):
     assert done.stdout == ""
     assert all(line.startswith("{") for line in done.stderr.splitlines())
     assert [line["event"] for line in lines(done.stderr)] == ["watching", "made"]
+
+
+def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+    folders.prompt("a", "+++\nqualtiy = 1\nn = 9\n+++\nx")
+    folders.prompt("b", "[sandbox: 402] A cat")
+    folders.prompt("c", "A cat")
+    done = imagewatch("once", "--json", environ=folders.environ)
+    told = json.loads(done.stdout)
+    by_source = {job["source"]: job for job in told["jobs"]}
+    assert done.returncode == 69
+    assert by_source["a.prompt.txt"]["problems"] == folders.error("a")["problems"]
+    assert by_source["a.prompt.txt"]["document"] == str(folders.errors / "a.error.toml")
+    assert (by_source["b.prompt.txt"]["door"], by_source["b.prompt.txt"]["charged"]) == ("errors", "no")
+    assert (told["left"], told["hold"]["kind"]) == (1, "credits")
+    assert "The queue is held" not in done.stderr
+    sandbox.balance = 1000
+    done = imagewatch("once", "--json", environ=folders.environ)
+    (job,) = json.loads(done.stdout)["jobs"]
+    assert done.returncode == 0
+    assert (job["door"], job["credits_charged"], job["job"]) == ("outbox", 30, folders.receipt("c")["job"])
+    assert job["document"] == str(folders.outbox / "c.receipt.toml")
+    assert json.loads(imagewatch("once", "--json", environ=folders.environ).stdout) == {
+        "jobs": [],
+        "left": 0,
+        "hold": None,
+    }
+
+
+def test_once_on_a_terminal_tells_a_hold_alone_and_in_the_time_of_this_place(tmp_path, sandbox):
+    folders = Folders(tmp_path, "http://127.0.0.1:9")
+    folders.prompt("cat", "A cat")
+    code, shown = on_a_terminal("once", environ=folders.environ)
+    text = COLOURS.sub(b"", shown).decode()
+    assert code == 69
+    assert "1 prompt left in the inbox." in text
+    assert "was ready" not in text
+    assert re.search(r"; next attempt at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\r?\n", text)
 
 
 def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders, sandbox, start):

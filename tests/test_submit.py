@@ -349,6 +349,7 @@ def test_a_folder_that_is_a_link_is_refused(sender, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (sender.folders.inbox / "link").symlink_to(tmp_path / "elsewhere")
     assert "is a link" in refused(sender, "A cat", "--folder", "link")
+    assert "leads out of the inbox" in refused(sender, "A cat", "--folder", "../x")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -563,6 +564,15 @@ def test_a_refusal_is_told_in_the_endpoints_words_with_what_to_do(sender, watche
     assert done.stderr.splitlines()[0].startswith("cat.prompt.txt: not charged: Not enough credits")
     assert "add credits to the account" in done.stderr.splitlines()[1]
     assert done.stderr.splitlines()[2:] == [f"  {sender.folders.errors}/cat.error.toml", "0 pictures, 0 credits."]
+
+
+def test_json_is_the_same_as_format_json_and_no_other(sender, watched):
+    done = sender.submit("A cat", "--name", "cat", "--wait", "--json")
+    assert done.returncode == 0
+    (told,) = json.loads(done.stdout)
+    assert (told["door"], told["source"]) == ("outbox", "cat.prompt.txt")
+    refused = sender.submit("A cat", "--json", "--format", "markdown", "--wait")
+    assert (refused.returncode, "exclude each other" in refused.stderr) == (64, True)
 
 
 def test_every_problem_is_told_and_where_its_error_file_is(sender, folders, start):
