@@ -2,7 +2,8 @@
 
 python submit.py ROOT "PROMPT" [IMAGE]…
 
-ROOT has inbox, outbox and errors in it. Ends with 0 when there is a picture, with 1 when there is an error file.
+ROOT has inbox, outbox and errors in it. Ends with 0 when there is a picture, with 1 when there is an error file,
+with 69 when neither came in time; then the prompt goes on without us.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def main(root: str, text: str, *images: str) -> int:
     over = wait(Path(root), name)
     if over is None:
         print(f"{name} is not done yet; do not drop it again", file=sys.stderr)
-        return 1
+        return 69
     path, said = over
     if path.name.endswith(".error.toml"):
         print(f"{said['message']} (charged: {said['charged']})\n{said['next']}", file=sys.stderr)

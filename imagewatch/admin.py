@@ -19,7 +19,7 @@ import click
 
 from imagewatch import table
 from imagewatch.errors import SpoolError
-from imagewatch.text import amount, printable
+from imagewatch.text import amount, local, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -42,7 +42,7 @@ config_option = click.option(
     help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
     "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="For programs.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 def load(path: str | None) -> Config:
@@ -57,8 +57,9 @@ def load(path: str | None) -> Config:
 
 @click.command()
 @click.argument("reason", default="")
+@json_option
 @config_option
-def hold(reason: str, path: str | None) -> None:
+def hold(reason: str, path: str | None, *, as_json: bool) -> None:
     """Send nothing more until "imagewatch release".
 
     What has been sent is finished; prompts stay in the inbox. A restart changes nothing. REASON is shown to whoever
@@ -67,18 +68,28 @@ def hold(reason: str, path: str | None) -> None:
     config = _owned(path)
     control = _control(config)
     control.hold(reason)
-    if not _running(config):
+    running = _running(config)
+    noticed = running and _until(lambda: "hand" in _hold_kinds(config))
+    if as_json:
+        _print_asked("hold", running=running, noticed=noticed)
+        return
+    if not running:
         click.echo("Held. The daemon is not running; when it starts it sends nothing.")
-    elif _until(lambda: "hand" in _hold_kinds(config)):
+    elif noticed:
         click.echo("Held. What has been sent is finished; the rest waits in the inbox.")
     else:
         click.echo("Asked for a hold; the daemon has not taken notice yet.")
-    click.echo("To go on: imagewatch release")
+    click.echo("To continue: imagewatch release")
+
+
+def _print_asked(what: str, *, running: bool, noticed: bool) -> None:
+    click.echo(json.dumps({"asked": what, "is_running": running, "is_noticed": noticed}))
 
 
 @click.command()
+@json_option
 @config_option
-def release(path: str | None) -> None:
+def release(path: str | None, *, as_json: bool) -> None:
     """End every hold, also one by hand and the burst guard's.
 
     What the account refuses is refused again, and held again; that costs nothing.
@@ -86,9 +97,13 @@ def release(path: str | None) -> None:
     config = _owned(path)
     control = _control(config)
     control.release()
-    if not _running(config):
+    running = _running(config)
+    noticed = running and _until(lambda: not control.release_pending())
+    if as_json:
+        _print_asked("release", running=running, noticed=noticed)
+    elif not running:
         click.echo("Released. The daemon is not running; it starts without a hold.")
-    elif _until(lambda: not control.release_pending()):
+    elif noticed:
         click.echo("Released.")
     else:
         click.echo("Asked for the end of all holds; the daemon has not taken notice yet.")
@@ -113,7 +128,7 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     if everything == bool(names):
         raise click.UsageError("name the prompts to retry, or use --all")
     if everything and pay_again:
-        raise click.UsageError("--pay-again wants the prompts by name")
+        raise click.UsageError("--pay-again needs the prompts by name")
     config = _owned(path)
     from imagewatch.durable import Disk  # noqa: PLC0415
     from imagewatch.retry import Retry  # noqa: PLC0415
@@ -299,7 +314,7 @@ def _span(low: float, high: float) -> str:
 @click.command()
 @json_option
 @click.option("--prometheus", is_flag=True, help="For node_exporter's textfile collector; 0 also while held.")
-@click.option("--watch", is_flag=True, help="Again and again, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
 @config_option
 def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) -> None:
     """Say what the daemon is doing: waiting, in flight, held, spent.
@@ -359,8 +374,8 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
         "starting": "is starting",
         "stopping": "finishes what is sent, then ends",
     }
-    yield f"imagewatch {page['version']} {states.get(page['state'], 'is running')}, as of {_local(page['updated'])}"
-    yield f"  inbox      {page['inbox']} ({page['mode']}, last look {_local(page['last_sweep'])})"
+    yield f"imagewatch {page['version']} {states.get(page['state'], 'is running')}, as of {local_time(page['updated'])}"
+    yield f"  inbox      {page['inbox']} ({page['mode']}, last look {local_time(page['last_sweep'])})"
     for path, reason in page["polled"]["folders"].items():
         yield f"             {path}: looked at regularly ({reason})"
     waiting = page["waiting"]
@@ -380,7 +395,7 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
         for name, reason in page["ignored"]["files"].items():
             yield f"             {name}: {reason}"
     for one in page["holds"]:
-        until = f", tried again {_local(one['until'])}" if one["until"] else ""
+        until = f", tried again {local_time(one['until'])}" if one["until"] else ""
         yield click.style(f"  held       {one['kind']}: {one['reason']}{until}", fg="red")
         yield f"             {one['next']}"
 
@@ -389,10 +404,11 @@ def _why(reasons: dict[str, int]) -> str:
     return f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
 
 
-def _local(text: str | None) -> str:
+def local_time(text: str | None) -> str:
+    """Return a UTC time, as a status has it, in words for people."""
     from imagewatch.status import moment  # noqa: PLC0415
 
-    return moment(text).astimezone().strftime("%Y-%m-%d %H:%M:%S") if text else "never"
+    return local(moment(text).timestamp()) if text else "never"
 
 
 # What they share

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, NoReturn
 import click
 
 from imagewatch import __version__, admin, table
-from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError
+from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.submit import submit
-from imagewatch.text import amount, printable
+from imagewatch.text import amount, complaint, printable, whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
     from imagewatch.config import Config
+    from imagewatch.daemon import Daemon
     from imagewatch.explain import Line
     from imagewatch.outcome import Outcome
 
@@ -33,6 +34,12 @@ EXIT_USAGE = 64
 EXIT_SPOOL = 74
 EXIT_RUNNING = 75
 EXIT_CONFIG = 78
+_CODES = (
+    (UsageError, EXIT_USAGE),
+    (ConfigError, EXIT_CONFIG),
+    (AlreadyRunning, EXIT_RUNNING),
+    (SpoolError, EXIT_SPOOL),
+)
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EXIT_CODES = """\b
@@ -72,14 +79,30 @@ def run(path: str | None) -> None:
     def configured() -> Config:
         config = admin.load(path)
         _configure_log(config)
+        _warn_without_key(config)
         return config
 
-    sys.exit(Daemon(configured(), os.environ, reload=configured).run())
+    config = configured()
+    with _named(config):
+        code = Daemon(config, os.environ, reload=configured).run()
+    sys.exit(code)
+
+
+def _warn_without_key(config: Config) -> None:
+    """Say at the start what else would be said at the first prompt."""
+    import structlog  # noqa: PLC0415
+
+    from imagewatch.key import key_problem  # noqa: PLC0415
+
+    if problem := key_problem(config.endpoint, os.environ):
+        reason = printable(f"{problem.field}: {problem.reason}")
+        structlog.get_logger().warning("no key; every prompt will wait", reason=reason, next=problem.hint)
 
 
 @cli.command()
+@admin.json_option
 @admin.config_option
-def once(path: str | None) -> None:
+def once(path: str | None, *, as_json: bool) -> None:
     """Make everything that is in the inbox, then end.
 
     Does not wait out a hold (no credits, a rejected key, …): it says why and ends with 69; the prompts stay.
@@ -89,18 +112,51 @@ def once(path: str | None) -> None:
     config = admin.load(path)
     terminal = sys.stderr.isatty()
     _configure_log(config, level="error" if terminal else None)
-    with _progress(shown=terminal) as bar:
-        daemon = Daemon(config, os.environ, once=True, on_outcome=bar.finished, on_seen=bar.found)
+    over: list[Outcome] = []
+
+    def finished(outcome: Outcome) -> None:
+        bar.finished(outcome)
+        if as_json:
+            over.append(outcome)
+
+    with _named(config), _progress(shown=terminal) as bar:
+        daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_seen=bar.found)
         code = daemon.run()
-    if terminal:
-        for line in bar.story(config.folders.errors):
+    if as_json:
+        click.echo(json.dumps(_once_told(over, daemon), indent=1))
+    else:
+        for line in bar.story(held=daemon.hold is not None) if terminal else ():
             click.echo(line, err=True)
+        _tell_hold(daemon)
+    sys.exit(code)
+
+
+def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
-        end = f"; it ends, or is looked at again, {daemon.hold_ends}" if daemon.hold_ends else ""
+        end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
         click.echo(f"  {printable(hold.next)}{end}", err=True)
-    sys.exit(code)
+
+
+def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
+    """Return what became of an inbox, for programs; names are those of ``submit`` and ``status``."""
+    hold = daemon.hold
+    held = {"kind": hold.kind, "reason": hold.message, "until": daemon.hold_ends, "next": hold.next} if hold else None
+    jobs = [
+        {
+            "source": whole(one.source),
+            "job": one.job,
+            "door": one.door,
+            "document": whole(one.document),
+            "charged": one.charged,
+            "credits_charged": one.credits,
+            "message": one.message or None,
+            "problems": list(one.problems) or None,
+        }
+        for one in over
+    ]
+    return {"jobs": jobs, "left": daemon.left, "hold": held}
 
 
 @cli.command()
@@ -146,7 +202,7 @@ def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
 def demo(folder: str) -> None:
     """Show everything at once on a local endpoint: no key, no cost.
 
-    Makes FOLDER (imagewatch-demo without it; a number is added if it is there), drops six prompts into its inbox and
+    Makes FOLDER (default: imagewatch-demo; a number is added if it is there), drops six prompts into its inbox and
     runs the real daemon on them. Nothing leaves this machine.
     """
     from imagewatch import demo as show  # noqa: PLC0415
@@ -166,8 +222,8 @@ def demo(folder: str) -> None:
     help="Where to listen, on 127.0.0.1; 0 takes a free one.",
 )
 @click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
-@click.option("--latency", default=0.0, metavar="SECONDS", help="Answer after so long; without it at once.")
-@click.option("--tags", is_flag=True, help="List what else a prompt may ask for in this way, and end.")
+@click.option("--latency", default=0.0, metavar="SECONDS", help="Delay each answer by this long (default: none).")
+@click.option("--tags", is_flag=True, help="List all such tags and exit.")
 def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     """Run a local endpoint like the real one that charges nothing.
 
@@ -179,9 +235,14 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     if tags:
         click.echo(tags_help())
         return
-    server = Sandbox(
-        port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
-    )
+    try:
+        server = Sandbox(
+            port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
+        )
+    except ConfigError as error:  # of a command that has no configuration
+        raise UsageError(
+            f"the sandbox {error.problems[0].reason}", hint="name another port by --port; 0 takes a free one"
+        ) from None
     click.echo(
         f"The sandbox listens. Use it with:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY=any imagewatch run\n"
     )
@@ -194,7 +255,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
 def init(file: str) -> None:
     """Write a configuration file with comments.
 
-    FILE (imagewatch.toml without it) gets every key, its default and a line about it. A file that is there already
+    FILE (default: imagewatch.toml) gets every key, its default and a line about it. A file that is there already
     stays as it is.
     """
     from imagewatch.config import example  # noqa: PLC0415
@@ -203,11 +264,15 @@ def init(file: str) -> None:
         with open(file, "x", encoding="utf-8") as out:
             out.write(example())
     except FileExistsError:
-        raise SpoolError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
+        raise UsageError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
     except OSError as error:
-        raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}") from None
+        hint = "make its folder first" if isinstance(error, FileNotFoundError) else "name another file"
+        raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}", hint=hint) from None
     shown = printable(file)
-    click.echo(f"Wrote {shown}. Set [folders] root in it, give it a key, then: imagewatch check --config {shown}")
+    click.echo(
+        f"Wrote {shown}. Set root in it, the folder to be watched, and export LETTA_API_KEY=… (or set api_key_file or "
+        f"api_key_command in it). Then: imagewatch check --config {shown}"
+    )
 
 
 @cli.command()
@@ -274,14 +339,8 @@ def _main() -> NoReturn:
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
-    except ConfigError as error:
-        _fail(error, EXIT_CONFIG)
-    except AlreadyRunning as error:
-        _fail(error, EXIT_RUNNING)
-    except SpoolError as error:
-        _fail(error, EXIT_SPOOL)
     except ImagewatchError as error:
-        _fail(error, EXIT_FAILED)
+        _fail(error, next((code for kind, code in _CODES if isinstance(error, kind)), EXIT_FAILED))
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -296,6 +355,16 @@ def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if error.hint:
         click.echo(f"  {printable(error.hint)}", err=True)
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _named(config: Config) -> Iterator[None]:
+    """Name the file where a part of the daemon refuses its section: it was given no more than that."""
+    try:
+        yield
+    except ConfigError as error:
+        error.source = error.source or config.source
+        raise
 
 
 def _configure_log(config: Config, level: str | None = None) -> None:
@@ -336,17 +405,18 @@ class _Bar:
             self._bar.label = printable(outcome.source, 40)
             self._bar.update(1)
 
-    def story(self, errors: str) -> Iterator[str]:
+    def story(self, *, held: bool) -> Iterator[str]:
         """Yield what became of everything, for people."""
         made = self._done - len(self._failed)
         if self._done:
             yield f"{made} made for {amount(self._credits)} credits, {len(self._failed)} not made."
-        else:
+        elif not held:
             yield 'No prompt in the inbox was ready; "imagewatch check" says more.'
         for outcome in self._failed:
-            yield f"  {printable(outcome.source, 100)}: {printable(outcome.message, 300)}"
-        if self._failed:
-            yield f"More about these: {printable(errors)}"
+            first, *others = complaint(outcome.message, outcome.problems)
+            yield f"  {printable(outcome.source, 100)}: {first}"
+            yield from (f"  {line}" for line in others)
+            yield f"    {printable(outcome.document)}"
 
 
 @contextlib.contextmanager

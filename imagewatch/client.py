@@ -527,7 +527,11 @@ def _trust(ca_file: str | None) -> ssl.SSLContext:
     try:
         return ssl.create_default_context(cafile=ca_file)
     except OSError as error:
-        problem = Problem("endpoint.ca_file", f"{ca_file}: {error}", "name a file of PEM certificates")
+        problem = Problem(
+            "endpoint.ca_file",
+            f"{ca_file} cannot be used: {error.strerror or error}",
+            "name a file of PEM certificates",
+        )
         raise ConfigError([problem]) from None
 
 

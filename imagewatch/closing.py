@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +41,14 @@ _NEXT = {
     "credits": "add credits to the account; then move the prompt back into the inbox",
     "quota": "wait for the quota to be renewed; then move the prompt back into the inbox",
     "address": "correct base_url in the configuration; then move the prompt back into the inbox",
-    "doubt": "look at the balance (imagewatch check --balance); move the prompt back into the inbox only if you accept "
-    "to pay again",
-    "paid": "do not send it again; the paid answer lies beside this file, and its words may say more",
+    "doubt": "look at the balance (imagewatch check --balance); only if you accept to pay again: imagewatch retry "
+    "--pay-again NAME, or move the prompt back into the inbox",
+    "paid": "do not send it again; the paid answer is kept (a copy lies beside this file), and imagewatch retry NAME "
+    "looks at it again, free of charge",
     "busy": "the endpoint was busy for too long; move the prompt back into the inbox to try again",
 }
+_PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
+"""Names that can be typed after a command as they are."""
 _log = structlog.get_logger()
 
 
@@ -165,6 +169,9 @@ class Closing:
         if base == claim.stem and any(move.name != move.source.partition("/")[2] for move in originals):
             base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
+        name = os.path.join(claim.folder, base)
+        if _PLAIN.fullmatch(name):
+            top = {**top, "next": str(top["next"]).replace("NAME", name)}
         document, facts = compose(
             case.course(self._clock()),
             charged=charged,
@@ -186,12 +193,12 @@ class Closing:
             self._write_row(case, "made", "yes", reading=reading)
         pictures = self._pictures.collect(case.record, reading)
         good = sum(picture.good for picture in pictures)
-        self._write_row(case, "made", "yes", reading=reading, got=good)
         asked = case.sent.asked if case.sent else 1
         told = [text for text in (case.answer.tail.reason, reading.problem) if text]
         told += [f"image {k}: {p.problem}" for k, p in enumerate(pictures, 1) if p.problem]
         if good != asked:
             told.append(f"asked for {asked}, got {good}")
+        self._write_row(case, "made", "yes", reading=reading, got=good, message="" if good else "; ".join(told))
         top = {
             "provider": reading.provider or case.fields.get("provider"),
             "model": reading.model or case.fields.get("model"),
@@ -279,6 +286,8 @@ class Closing:
             credits=facts.get("credits_charged"),
             answered=facts["answered"],
             message=facts.get("message", ""),
+            problems=tuple(facts.get("problems", ())),
+            document=os.path.join(self._spool.door_folder(decision.door, claim), decision.name),
         )
 
     def _report(self, door: str, facts: Mapping[str, Any], seconds: float) -> None:

@@ -24,6 +24,7 @@ from msgspec import Meta
 
 from imagewatch.errors import ConfigError, Problem
 from imagewatch.fields import Options, Provider, check, nearest
+from imagewatch.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -245,13 +246,17 @@ def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | No
     named = explicit if explicit is not None else environ.get("IMAGEWATCH_CONFIG")
     if named or explicit is not None:
         return os.path.join(cwd, named or "")
-    places = (
+    # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
+    return next((place for place in _usual(environ, cwd) if os.path.lexists(place)), None)
+
+
+def _usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
+    """Return where a configuration is looked for that nobody names."""
+    return (
         os.path.join(cwd, "imagewatch.toml"),
         os.path.join(_xdg(environ, "XDG_CONFIG_HOME", "~/.config"), "imagewatch", "config.toml"),
         "/etc/imagewatch/config.toml",
     )
-    # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
-    return next((place for place in places if os.path.lexists(place)), None)
 
 
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
@@ -276,6 +281,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         if problem is not None:
             raise ConfigError([problem], source=source)
     draft = _Draft(table, os.path.dirname(source), environ)
+    if path is None:
+        draft.looked_for = _usual(environ, os.getcwd())
     config = draft.config(source or "environment")
     if draft.problems:
         raise ConfigError(draft.named(), source=source)
@@ -399,7 +406,7 @@ def _url_flaw(url: str) -> tuple[str, str]:
         # Compared whole, so that what we call the host is what everybody else calls the host.
         (parts.netloc.lower() != netloc, "must begin with https:// and a host", write),
         (not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host), "must begin with https:// and a host", write),
-        (parts.path.lower().endswith("/v1"), "must not end in /v1", "without /v1"),
+        (parts.path.lower().endswith("/v1"), "must not end in /v1", "remove /v1"),
         (
             parts.scheme == "http" and not _is_loopback(host),
             "the key would travel unencrypted",
@@ -424,6 +431,7 @@ class _Draft:
         self.table = table
         self.folder = folder
         self.environ = environ
+        self.looked_for: tuple[str, ...] = ()
         self.origins: dict[str, str] = {}
         self.problems: list[Problem] = []
 
@@ -577,6 +585,11 @@ class _Draft:
         """Report folders that are not set, unless a fault already reported is the cause."""
         names = [name for name in names if not self._is_faulty(f"folders.{name}")]
         if not names or self._is_faulty("folders.root") or not isinstance(self.table.get("folders", {}), dict):
+            return
+        if self.looked_for and len(names) == len(_PLACES):
+            places = ", ".join(map(printable, self.looked_for))
+            hint = 'name one with --config, or write one: "imagewatch init"; or set IMAGEWATCH_FOLDERS__ROOT'
+            self._wrong("folders.root", f"is not set, and no configuration file was found; looked for: {places}", hint)
             return
         what = "is not set" if len(names) == len(_PLACES) else f"is not set, and neither is {', '.join(names)}"
         hint = 'set root = "/srv/imagewatch" below [folders] or IMAGEWATCH_FOLDERS__ROOT'

@@ -150,7 +150,11 @@ def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
             f"The queue is now held ({hold.kind}): {printable(hold.message)}.",
             "New prompts would wait in the inbox, unpaid.",
         ]
-    lines += ["", "For real: imagewatch init, put a key into it, imagewatch run.", ""]
+    lines += [
+        "",
+        "For real: imagewatch init, set root in the file, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
+        "",
+    ]
     return lines
 
 

@@ -100,7 +100,7 @@ def _hint(code: int) -> str:
     if code in {errno.EACCES, errno.EPERM}:
         return "let the daemon's user write there"
     if code == errno.EROFS:
-        return "mount it for writing, and name it in ReadWritePaths= of the unit"
+        return "mount it for writing; of a service, name it in BindPaths= of the unit"
     if code in {errno.ENOENT, errno.ENOTDIR}:
         return "restore the folder, or check that it is mounted"
     return "look at the disk and the system log"
@@ -448,7 +448,8 @@ def _translated_lock(path: str) -> Iterator[None]:
             with ours(path, "lock"):
                 raise
         message = f"{printable(path)}: this file system has no locks"
-        raise SpoolError(message, path=path, code=error.errno or 0) from error
+        hint = "put the state folder and the inbox on a local disk"
+        raise SpoolError(message, path=path, code=error.errno or 0, hint=hint) from error
 
 
 def locked(path: str) -> bool:

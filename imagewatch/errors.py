@@ -3,6 +3,7 @@
 ::
 
     ImagewatchError
+    ├─ UsageError         the command line asks for what cannot be       exit 64
     ├─ ConfigError        the configuration: nothing starts              exit 78
     ├─ SpoolError         our own disk: full, read-only, gone            exit 74 if it stays
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
@@ -51,6 +52,10 @@ class ImagewatchError(Exception):
     def __init__(self, message: str, *, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+class UsageError(ImagewatchError):
+    """The command line asks for what cannot be; nothing was done."""
 
 
 class ConfigError(ImagewatchError):

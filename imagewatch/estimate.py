@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.errors import BadRequest
+from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.names import SUFFIX
 from imagewatch.request import Files, build
 from imagewatch.sweep import Sweep
+from imagewatch.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -57,8 +58,12 @@ def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Ite
         prices: What was asked for and charged, newest first.
 
     Raises:
-        SpoolError: The inbox cannot be listed.
+        SpoolError: The inbox is not there, or cannot be listed.
     """
+    top = config.folders.inbox
+    if not os.path.isdir(top):
+        hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
+        raise SpoolError(f"{printable(top)}: there is no such inbox", path=top, hint=hint)
     # A prompt that is still being waited for costs as much: so nothing has to settle, and nothing is waited for.
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
     for candidate in Sweep(config.folders.inbox, eager).look(time.monotonic(), time.time()).ready:

@@ -12,18 +12,22 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
+from imagewatch.config import Outbox
+from imagewatch.durable import FULL, Disk
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
-from imagewatch.mounts import POLL_SECONDS, Kinds, eventless
+from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files
 from imagewatch.names import SUFFIX
 from imagewatch.request import Files, Request, build
-from imagewatch.spool import blocked
+from imagewatch.spool import Spool, blocked
 from imagewatch.sweep import Sweep
-from imagewatch.text import amount, printable, utc
+from imagewatch.text import amount, local, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config import Config
     from imagewatch.seen import Candidate
@@ -45,17 +49,21 @@ class Line:
 
 
 def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Look at folders and key."""
+    """Look at folders and key, and at what else would keep the daemon from starting."""
     yield Line("ok", "configuration", config.source)
     yield Line("ok", "endpoint", config.endpoint.base_url)
+    yield from _refused(config, environ)
+    kinds = Kinds()
+    kinds.refresh()
     for name in ("inbox", "outbox", "errors", "archive", "state"):
         path = getattr(config.folders, name)
         if path == "delete":
             yield Line("ok", name, "originals are deleted after success")
         else:
-            yield _folder(name, path)
+            yield _folder(name, path, kinds)
+    yield from _room(config, kinds)
     if os.path.isdir(config.folders.inbox):
-        yield _watched(config)
+        yield _watched(config, kinds)
     try:
         read_key(config.endpoint, environ)
     except ConfigError as error:
@@ -67,10 +75,36 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
 
 
-def _watched(config: Config) -> Line:
+def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
+    """Say what the parts of the daemon refuse to be made with, in their own words: they are made as it makes them."""
+    from imagewatch.client import Client  # noqa: PLC0415  heavy
+
+    parts: tuple[Callable[[], object], ...] = (
+        lambda: Client(config.endpoint, lambda: read_key(config.endpoint, environ)).close(),
+        lambda: Spool(config, Disk()),
+    )
+    for make in parts:
+        try:
+            make()
+        except ConfigError as error:
+            for one in error.problems:
+                hint = f" ({one.hint})" if one.hint else ""
+                yield Line("bad", one.field, printable(f"{one.reason}{hint}"))
+
+
+def _room(config: Config, kinds: Kinds) -> Iterator[Line]:
+    """Say if the daemon would be held at once for want of space; of folders to be made, where they will be."""
+    places = {name: _nearest(getattr(config.folders, name)) for name in ("state", "outbox")}
+    there = msgspec.structs.replace(config, folders=msgspec.structs.replace(config.folders, **places), outbox=Outbox())
+    try:
+        Spool(there, Disk()).require_room(config.limits.min_free_bytes)
+    except SpoolError as error:
+        if error.code in FULL and keeps_files(kinds.of(error.path)):  # else the folder's own line says it
+            yield Line("bad", "disk", f"{error} ({error.hint})")
+
+
+def _watched(config: Config, kinds: Kinds) -> Line:
     """Say how changes of the inbox are noticed."""
-    kinds = Kinds()
-    kinds.refresh()
     kind = kinds.of(config.folders.inbox)
     polled = config.inbox.watch == "poll" or (config.inbox.watch == "auto" and eventless(kind))
     seconds = min(config.inbox.rescan_seconds, POLL_SECONDS) if polled else config.inbox.rescan_seconds
@@ -104,24 +138,30 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 
 def _in_doubt(job: Mapping[str, Any]) -> Line:
-    sent = utc(job["sent_at"]).isoformat(" ", "seconds").removesuffix("+00:00") if job["sent_at"] else "?"
+    sent = local(job["sent_at"]) if job["sent_at"] else "?"
     ids = f", request id {job['request_id']}" if job["request_id"] else ""
-    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent} UTC, job {job['job']}{ids}")
+    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent}, job {job['job']}{ids}")
 
 
-def _folder(name: str, path: str) -> Line:
-    shown = printable(path)
+def _folder(name: str, path: str, kinds: Kinds) -> Line:
+    shown, nearest = printable(path), _nearest(path)
+    if not keeps_files(kind := kinds.of(nearest)):
+        return Line("bad", name, f"{shown}: nothing can be kept there ({kind}); name a folder on a disk")
     if os.path.isdir(path):
         usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
         return Line("ok", name, shown) if usable else Line("bad", name, f"{shown}: this user may not write there")
     if os.path.lexists(path):
         return Line("bad", name, f"{shown}: is not a folder")
-    parent = os.path.dirname(path)
-    while not os.path.lexists(parent):
-        parent = os.path.dirname(parent)
-    if os.path.isdir(parent) and os.access(parent, os.W_OK | os.X_OK):
+    if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
         return Line("ok", name, f"{shown} (will be made)")
     return Line("bad", name, f"{shown}: is not there, and this user cannot make it")
+
+
+def _nearest(path: str) -> str:
+    """Return what is there of a path: itself, or the nearest folder above it."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
 
 
 def files(config: Config) -> Iterator[Line]:

@@ -18,16 +18,17 @@ LONGEST_ASKED_SECONDS = 6 * 3600.0
 """However long an endpoint wants us to wait: a probe is free, and a wrong clock must not stop us for years."""
 
 NEXT = {
-    "key": "give imagewatch a valid key; a changed key file is noticed by itself, a credential of systemd needs a "
-    "restart, anything else a reload",
-    "credits": "add credits to the account; it is tried again by itself, or at once by: imagewatch release",
+    "key": "give imagewatch a valid key: a changed key file is noticed by itself, a command is asked again at the next "
+    "try or by: imagewatch release; a new LETTA_API_KEY or systemd credential needs a restart, a changed configuration "
+    "a reload",
+    "credits": "add credits to the account; imagewatch tries again by itself; to try now: imagewatch release",
     "quota": "wait for the quota to be renewed; it is tried again by itself",
     "address": "correct base_url in the configuration, then reload",
     "unreachable": "check the network and base_url; it is tried again by itself",
     "disk": "look at the disk and the system log; it is tried again by itself",
     "cap": "wait, or raise the cap in the configuration and reload",
     "burst": "look into the inbox; to make what is in it now: imagewatch release",
-    "hand": "when it may go on: imagewatch release",
+    "hand": "to continue: imagewatch release",
     "rate": "nothing: it goes on by itself",
     "busy": "nothing: it goes on by itself",
 }

@@ -125,6 +125,22 @@ def key_source(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
     return source.label if source else ""
 
 
+def key_problem(endpoint: Endpoint, environ: Mapping[str, str]) -> Problem | None:
+    """Return why there is no key to be read, or None. A command is not run for that: it may ask a person.
+
+    Args:
+        endpoint: The configuration's ``[endpoint]``.
+        environ: The environment.
+    """
+    if endpoint.api_key_command:
+        return None
+    try:
+        read_key(endpoint, environ)
+    except ConfigError as error:
+        return error.problems[0]
+    return None
+
+
 def key_stamp(endpoint: Endpoint, environ: Mapping[str, str]) -> object:
     """Return a value that differs when the file that holds the key was changed; None if no file holds it.
 

@@ -39,6 +39,11 @@ _TIMED = {
     *("nfs", "nfs4"),
 }
 """File systems on which the ctime of a folder is known to change whenever a name in it does."""
+_KERNELS_OWN = {
+    *("proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "securityfs", "debugfs", "tracefs", "configfs"),
+    *("pstore", "efivarfs", "bpf", "binfmt_misc", "fusectl", "selinuxfs", "nsfs", "rpc_pipefs"),
+}
+"""File systems whose files are the kernel's own; nobody else can put one there."""
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -96,6 +101,11 @@ def eventless(kind: str) -> bool:
 def keeps_times(kind: str) -> bool:
     """Tell whether a folder that looks the same is sure to have the same names in it."""
     return kind in _TIMED
+
+
+def keeps_files(kind: str) -> bool:
+    """Tell whether anybody can keep files on a file system of this kind."""
+    return kind not in _KERNELS_OWN
 
 
 def place_of(descriptor: int) -> tuple[int, int]:

@@ -43,6 +43,8 @@ class Outcome(msgspec.Struct, frozen=True):
         credits: What it cost, or None when nobody said.
         answered: Whether the endpoint answered this very request.
         message: The error's words, when there are any.
+        problems: All that is wrong, when that was listed.
+        document: Path of the receipt or error file, when over.
         delay: Seconds, for ``End.LATER``.
         trouble: What the other requests would meet too, or None.
         displaced: Whether it waits for a newer file of the same name to leave the inbox.
@@ -56,6 +58,8 @@ class Outcome(msgspec.Struct, frozen=True):
     credits: float | None = None
     answered: bool = False
     message: str = ""
+    problems: tuple[str, ...] = ()
+    document: str = ""
     delay: float = 0.0
     trouble: Trouble | None = None
     displaced: bool = False

@@ -39,6 +39,7 @@ _CHUNK_BYTES = 512 * 1024
 _PATIENCE = 1.0
 _MOST_PATIENCE = 600.0
 """How long a full disk is waited for with the paid answer on the line, seconds."""
+_HINT = "look at the disk and the system log; do not remove the answer, it was paid for"
 _NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
 
 
@@ -61,7 +62,7 @@ class Answer:
             self.head, self.tail = load(first, Head), load(last, Tail)
         except (OSError, ValueError) as error:
             raise SpoolError(
-                f"{path}: the banked answer cannot be read: {error}", path=path, code=_code(error)
+                f"{path}: the banked answer cannot be read: {error}", path=path, code=_code(error), hint=_HINT
             ) from error
         self._start = len(first) + 1
         self.length = end - len(last) - 1 - self._start

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.documents import unvouched
 from imagewatch.durable import Disk, ours
-from imagewatch.errors import SpoolError
+from imagewatch.errors import SpoolError, UsageError
 from imagewatch.names import PAID, SUFFIX
 from imagewatch.record import Record
 from imagewatch.text import printable, whole
@@ -95,7 +95,7 @@ class Retry:
             name: A prompt's name without its ending, or the path of its prompt or error file.
 
         Raises:
-            SpoolError: There is none.
+            UsageError: There is none.
         """
         for ending in _ENDINGS:
             stem = name[: -len(ending)] if ending and name.endswith(ending) else name
@@ -104,7 +104,7 @@ class Retry:
                 if path.startswith(self._errors + os.sep) and os.path.lexists(path):
                     return path
         shown = printable(name, 255)
-        raise SpoolError(f"{shown}: no error file of this name", path=name, hint=f"look into {printable(self._errors)}")
+        raise UsageError(f"{shown}: no error file of this name", hint=f"look into {printable(self._errors)}")
 
     def read(self, path: str) -> Failed:
         """Read an error file. It lies in a shared folder and is not trusted.
@@ -210,7 +210,7 @@ def _text(raw: bytes) -> str:
 def _id(value: object) -> str:
     """Return a job id; it becomes a part of file names."""
     if not isinstance(value, str) or not _JOB.fullmatch(value):
-        raise ValueError("its job is none")
+        raise ValueError("it has no job id")
     return value
 
 

@@ -25,7 +25,7 @@ class Wait(StrEnum):
     OPEN = "open for writing"
     ARRIVING = "is on its way: a transfer has not given it its name yet"
     UNREADABLE = "cannot be read at the moment"
-    IMAGES = "images it names are missing"
+    IMAGES = "waiting for images that are missing or empty"
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ def folder_of(name: str, *, recursive: bool) -> str:
     reason, hint = "", "name a folder below the inbox, such as poster or 2026/spring"
     if name.startswith("/"):
         reason = "begins at the root"
+    elif ".." in parts:
+        reason = "leads out of the inbox"
     elif any(part.startswith((*SKIPPED_FOLDERS, "~", "#")) for part in parts):
         reason = "is hidden, and not looked into"
     elif printable(name) != name:
@@ -279,7 +281,7 @@ class Delivery:
         """Copy an image; return the name it will have, with the ending that its content asks for."""
         real = os.path.realpath(path)  # a link of the sender's own, unlike one in the inbox
         if not os.path.exists(real):
-            raise BadRequest([Problem(path, "there is no such file")])
+            raise BadRequest([Problem(path, "there is no such file", "check the path of the image")])
         ending = "." + read_image(real, path).mime.rpartition("/")[2]
         with open_plain(real, path) as image, self._writing(parcel, hidden + ending, name + ending) as copy:
             shutil.copyfileobj(image, copy, _COPY_BYTES)

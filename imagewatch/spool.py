@@ -209,13 +209,15 @@ class Spool:
             with ours(folder, "ask for the free space"):
                 status = os.statvfs(folder)
             free, files = status.f_bavail * status.f_frsize, status.f_favail
+            hint = "make room"
             if free < least:
+                hint += ", or lower limits.min_free_bytes"
                 message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
             elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
                 message = f"there is room for {files} more files only (inodes)"
             else:
                 continue
-            raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint="make room")
+            raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
 
     def _all(self) -> list[str]:
         archive = [self.archive] if self.archive else []

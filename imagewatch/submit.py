@@ -14,7 +14,7 @@ import click
 
 from imagewatch.admin import config_option, load
 from imagewatch.errors import BadRequest, Problem
-from imagewatch.text import amount, printable
+from imagewatch.text import amount, complaint, printable
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -41,7 +41,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="An input image; again for more, in this order.",
+    help="Input image; repeat for more, in this order.",
 )
 @click.option(
     "--from",
@@ -51,7 +51,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     metavar="FILE",
     help="A file with a prompt; - is standard input.",
 )
-@click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Whom to ask.")
+@click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Provider.")
 @click.option("--model", metavar="NAME", help="The model; passed on as it is.")
 @click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Pictures, 1 to 4.")
 @click.option("--size", metavar="SIZE", help="Width and height, such as 1024x1536.")
@@ -68,10 +68,11 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     help="The watched folder, where there is no configuration: a share.",
 )
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Wait for so long at most; the prompts stay.")
+@click.option("--timeout", type=float, metavar="SECONDS", help="Stop waiting after this long; the prompts stay.")
 @click.option(
     "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed."
 )
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @config_option
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
     """Drop prompts into the inbox, the right way.
@@ -79,8 +80,12 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
     PROMPT is the text. Images and prompt are checked, copied and put into the inbox in the right order; the key is not
     needed. With --wait the pictures are printed (as paths, Markdown image lines or JSON), and the credits.
     """
+    if options["as_json"]:
+        if options["form"] == "markdown":
+            raise click.UsageError("--json and --format markdown exclude each other")
+        options["form"] = "json"
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
-        raise click.UsageError("--timeout and --format markdown want --wait")
+        raise click.UsageError("--timeout and --format markdown need --wait")
     config = _config(path, options["root"])
     jobs, waiting = _dropped(prompts, options, config)
     if waiting is None:
@@ -279,16 +284,23 @@ def _tell(jobs: Sequence[Made], left: Sequence[Made], config: Config) -> None:
     for job in jobs:
         source, charged = printable(job.source), _CHARGED.get(str(job.facts.get("charged")), "")
         if job.door == "errors":
-            click.echo(f"{source}: {charged}: {printable(str(job.facts.get('message', '')))}", err=True)
-            click.echo(f"  {printable(str(job.facts.get('next', '')))}", err=True)
-        elif problems := job.facts.get("problems"):
+            lines = complaint(str(job.facts.get("message", "")), _problems(job))
+            lines[0] = f"{source}: {charged}: {lines[0]}"
+            for line in (*lines, f"  {printable(str(job.facts.get('next', '')))}", f"  {printable(job.document)}"):
+                click.echo(line, err=True)
+        elif problems := _problems(job):
             click.echo(f"{source}: {printable('; '.join(map(str, problems)))}", err=True)
     click.echo(_sum(jobs), err=True)
     if left:
         where = printable(config.folders.inbox)
-        click.echo(
-            f"{len(left)} not done yet; they go on without you, as long as nobody removes them from {where}.", err=True
-        )
+        told = "1 prompt not finished; it" if len(left) == 1 else f"{len(left)} prompts not finished; they"
+        those = "it is" if len(left) == 1 else "they are"
+        click.echo(f"{told} will still be made unless {those} removed from {where}.", err=True)
+
+
+def _problems(job: Made) -> list[object]:
+    problems = job.facts.get("problems")
+    return problems if isinstance(problems, list) else []  # the folder is shared
 
 
 def _sum(jobs: Sequence[Made]) -> str:
@@ -302,7 +314,7 @@ def _sum(jobs: Sequence[Made]) -> str:
         f"{amount(sum(one for one in known if one is not None))} credits",
     ]
     if unpriced:
-        told.append(f"{unpriced} charged without a word on how much")
+        told.append(f"{unpriced} charged, amount not reported")
     if unknown := charged.count("unknown"):
         told.append(f"{unknown} may have been charged")
     return ", ".join(told) + "."

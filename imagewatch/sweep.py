@@ -273,7 +273,7 @@ class Sweep:
         if left <= 0 or self._is_whole(key):
             self._settle(folder, stem, changed)
             return True
-        seen.wait(path, Wait.SETTLING, f"quiet for {left:.1f} more seconds", left)
+        seen.wait(path, Wait.SETTLING, f"will be taken after {left:.1f} more quiet seconds", left)
         return False
 
     def _settle(self, folder: Folder, stem: str, changed: float) -> None:

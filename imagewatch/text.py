@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import re
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # Controls (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates (undecodable bytes of
 # file names) and the byte order mark. Tab and newline are controls too: one value is one line.
@@ -26,6 +30,20 @@ def printable(text: str, limit: int = 2000) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
 
 
+def complaint(message: str, problems: Sequence[object]) -> list[str]:
+    """Return what went wrong in lines: the message, and below it every problem where there are several.
+
+    Args:
+        message: As in an error file; of several problems it may name the first.
+        problems: As in an error file.
+    """
+    if len(problems) <= 1:
+        return [printable(message)]
+    count = f"{len(problems)} problems"
+    first = count if message.startswith(f"{count}: ") else printable(message)
+    return [first, *(f"  {printable(str(one))}" for one in problems)]
+
+
 def amount(value: float) -> str:
     """Return a number of credits without a needless fraction: ``12``, ``12.5``, ``1250000``."""
     return f"{value:.10g}"
@@ -34,6 +52,11 @@ def amount(value: float) -> str:
 def whole(text: str) -> str:
     """Return text that any UTF-8 file can hold: bytes that were never text become backslash escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def local(seconds: float) -> str:
+    """Return a wall-clock time in seconds since the epoch as people here read it."""
+    return datetime.fromtimestamp(seconds, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
 
 
 def utc(seconds: float) -> datetime:

@@ -221,6 +221,29 @@ def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path,
     assert set(prompts_in(folders)) < set(names)
 
 
+def test_hold_and_release_tell_a_program_whether_the_daemon_has_taken_notice(folders, run):
+    daemon = run(folders)
+    for name in ("hold", "release"):
+        told = command(folders, name, "--json")
+        assert (told.returncode, json.loads(told.stdout)) == (
+            0,
+            {"asked": name, "is_running": True, "is_noticed": True},
+        )
+    assert daemon.stop() == 0
+    told = json.loads(command(folders, "hold", "--json", "night").stdout)
+    assert told == {"asked": "hold", "is_running": False, "is_noticed": False}
+
+
+def test_status_counts_a_prompt_without_its_image_in_words_that_are_true_of_it(folders, run):
+    folders.prompt("named", '+++\ninput_images = ["later.png"]\n+++\nA cat')
+    folders.prompt("beside", "A dog")
+    folders.drop("beside.png", b"")
+    run(folders)
+    until(lambda: status_of(folders).get("waiting", {}).get("not_ready") == 2)
+    told = command(folders, "status").stdout
+    assert "waiting    2 (2 waiting for images that are missing or empty)" in told
+
+
 def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox):
     daemon = run(folders)
     (folders.state / "control/passed.tmp").mkdir()
@@ -575,6 +598,14 @@ def test_history_equals_what_the_endpoint_counted_though_the_daemon_was_killed_a
 # Estimate
 
 
+def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.inbox.rmdir()
+    told = command(folders, "estimate")
+    assert (told.returncode, f"{folders.inbox}: there is no such inbox" in told.stderr) == (74, True)
+    assert "the daemon makes the folders when it first starts" in told.stderr
+
+
 def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders, sandbox):
     folders.prompt("cat", "A cat")
     folders.prompt("wrong", "+++\nn = 9\n+++\nNever sent")
@@ -611,7 +642,7 @@ def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wi
     once(folders, 1)
     assert set(folders.documents().values()) == {"errors"}
     told = command(folders, "retry", "cat", "../outbox/bird")
-    assert (told.returncode, "no error file of this name" in told.stderr) == (74, True)
+    assert (told.returncode, "no error file of this name" in told.stderr) == (64, True)
     told = command(folders, "retry", "cat", str(folders.errors / "sub/dog.error.toml"), "errors/bird.prompt.txt")
     assert (told.returncode, told.stderr) == (0, "")
     assert folders.names("inbox") == ["bird.prompt.txt", "cat.prompt.txt", "sub/dog.png", "sub/dog.prompt.txt"]
@@ -781,6 +812,9 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
 
 def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
     folders, sandbox, clock = lost_picture
+    assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
+    told = command(folders, "history").stdout.splitlines()
+    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
     assert (told.returncode, "was paid for" in told.stdout) == (0, True)
@@ -790,7 +824,7 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     clock.behind = 60
     assert command(folders, "retry", "--all").returncode == 0
     published(folders, sandbox)
-    assert command(folders, "retry", "sub/cat").returncode == 74
+    assert command(folders, "retry", "sub/cat").returncode == 64
 
 
 def test_a_picture_that_was_paid_for_long_ago_says_nothing_about_the_credits_of_today(lost_picture, run):
@@ -958,9 +992,9 @@ def test_check_shows_the_balance_and_what_is_in_doubt_with_time_and_ids(folders,
     assert told.returncode == 0
     assert re.search(r"ok +total balance +1174\.5 credits", told.stdout)
     (doubt,) = [line for line in told.stdout.splitlines() if "may have been charged" in line]
-    sent = folders.error("sub/lost")["times"]["sent"].strftime("%Y-%m-%d %H:%M:%S")
+    sent = folders.error("sub/lost")["times"]["sent"].astimezone().strftime("%Y-%m-%d %H:%M:%S")
     assert "sub/lost.prompt.txt" in doubt
-    assert f"sent {sent} UTC, job {job}, request id {folders.error('sub/lost')['ids']['x-request-id']}" in doubt
+    assert f"sent {sent}, job {job}, request id {folders.error('sub/lost')['ids']['x-request-id']}" in doubt
     assert KEY not in told.stdout + told.stderr
     assert "credits" not in command(folders, "check").stdout
 

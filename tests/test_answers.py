@@ -448,10 +448,12 @@ def test_a_paid_answer_that_holds_no_picture_is_kept_whole(station, sandbox, tag
     assert error["status"] == 200
     assert error.get("credits_charged") == cost
     assert "do not send it again" in error["next"]
+    assert "imagewatch retry x looks at it again" in error["next"]
     assert inside in (station.errors / f"x.answer.{ending}").read_bytes()
     assert (outcome.door, outcome.charged) == ("errors", "yes")
     row = row_of(station)
     assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("made", "yes", cost, 0)
+    assert row["message"] == "; ".join(error["problems"]), "the reason is in the history, too"
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (1, 1)
 

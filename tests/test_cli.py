@@ -225,9 +225,38 @@ def test_a_wrong_configuration_ends_with_78_and_names_everything_at_once(folders
 
 
 def test_without_any_configuration_it_says_what_to_do(tmp_path):
-    done = imagewatch("run", cwd=tmp_path)
+    done = imagewatch("run", cwd=tmp_path, environ={"HOME": str(tmp_path / "home")})
     assert done.returncode == 78
-    assert "imagewatch init" in done.stderr
+    assert "no configuration file was found" in done.stderr
+    for place in (tmp_path / "imagewatch.toml", tmp_path / "home/.config/imagewatch/config.toml"):
+        assert str(place) in done.stderr, "where it was looked for"
+    for way in ("imagewatch init", "--config", "IMAGEWATCH_FOLDERS__ROOT"):
+        assert way in done.stderr
+    assert len(done.stderr.splitlines()) == 2, "what follows from it is not told as well"
+
+
+@pytest.mark.parametrize("key_file", ["", "/nowhere/key"])
+def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_file):
+    del folders.environ["LETTA_API_KEY"]
+    if key_file:
+        folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = key_file
+    daemon = run(folders)
+    (line,) = daemon.events("no key; every prompt will wait")
+    assert line["level"] == "warning"
+    assert (key_file or "no API key is set") in line["reason"]
+    assert line["next"]
+
+
+def test_a_command_for_the_key_is_not_run_before_the_key_is_needed(folders, run, tmp_path):
+    del folders.environ["LETTA_API_KEY"]
+    folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_COMMAND"] = f"sh -c 'touch {tmp_path}/asked; echo {KEY}'"
+    daemon = run(folders)
+    assert not (tmp_path / "asked").exists()
+    folders.prompt("cat", "A cat")
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert (tmp_path / "asked").exists()
+    assert daemon.stop() == 0
+    assert [line["event"] for line in daemon.lines if line["level"] == "warning"] == []
 
 
 def test_a_terminal_that_is_not_utf_8_is_no_reason_to_stop(folders):
@@ -325,7 +354,8 @@ def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
     folders.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"
     folders.prompt("cat", "A cat")
     assert re.match(
-        "wait .*quiet for 3[56]", row(imagewatch("check", environ=folders.environ).stdout, "cat.prompt.txt")
+        "wait .*will be taken after 3[56].* more quiet seconds",
+        row(imagewatch("check", environ=folders.environ).stdout, "cat.prompt.txt"),
     )
 
 
@@ -355,6 +385,48 @@ def test_check_ends_with_78_and_names_what_is_bad(tmp_path, folders):
     for name in ("outbox", "errors", "key"):
         assert row(done.stdout, name).startswith("bad")
     assert "LETTA_API_KEY" in row(done.stdout, "key")
+
+
+REFUSED = {
+    "a group that is not there": ("OUTBOX__GROUP", "nobody-knows-it", "outbox.group", 'no group "nobody-knows-it"', 78),
+    "certificates that are not there": ("ENDPOINT__CA_FILE", "/nowhere.pem", "endpoint.ca_file", "/nowhere.pem", 78),
+    "certificates that are none": ("ENDPOINT__CA_FILE", __file__, "endpoint.ca_file", "PEM certificates", 78),
+    "a root where no folder can be made": ("FOLDERS__OUTBOX", "/proc/x", "outbox", "name a folder on a disk", 74),
+    "too little room": ("LIMITS__MIN_FREE_BYTES", str(1 << 60), "disk", "or lower limits.min_free_bytes", 74),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_check_finds_what_a_start_refuses_or_is_held_by_and_changes_nothing(folders, tmp_path, case):
+    key, value, name, words, code = REFUSED[case]
+    folders.environ[f"IMAGEWATCH_{key}"] = value
+    folders.prompt("cat", "A cat")
+    before = tree(tmp_path)
+    done = imagewatch("check", environ=folders.environ)
+    assert (done.returncode, tree(tmp_path) == before) == (78, True)
+    bad = [line for line in done.stdout.splitlines() if line.startswith("bad")]
+    assert bad == [row(done.stdout, name)]
+    assert words in bad[0]
+    started = imagewatch("once", environ=folders.environ)
+    assert (started.returncode, folders.names("inbox")) == (code, ["cat.prompt.txt"])
+
+
+def test_check_looks_for_room_where_the_folders_will_be_made(tmp_path):
+    environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "new/root"), "LETTA_API_KEY": KEY}
+    environ |= {"IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "state"), "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": str(1 << 60)}
+    done = imagewatch("check", environ=environ)
+    assert (done.returncode, list(tmp_path.iterdir())) == (78, [])
+    assert f"{tmp_path}: " in row(done.stdout, "disk")
+
+
+@pytest.mark.parametrize("name", ["run", "once"])
+def test_a_section_that_is_refused_at_the_start_is_told_with_its_file(tmp_path, name):
+    config = tmp_path / "mine.toml"
+    config.write_text('[folders]\nroot = "root"\nstate = "state"\n[outbox]\ngroup = "nobody-knows-it"\n')
+    done = imagewatch(name, "--config", str(config), environ={"LETTA_API_KEY": KEY})
+    assert done.returncode == 78
+    assert f"{config}: the configuration cannot be used:" in done.stderr
+    assert 'outbox.group: there is no group "nobody-knows-it" (create it' in done.stderr
 
 
 @pytest.mark.parametrize("source", ["environment", "file", "command"])
@@ -396,10 +468,12 @@ def test_init_writes_a_configuration_that_loads_and_keeps_what_is_there(tmp_path
     done = imagewatch("init", cwd=tmp_path)
     path = tmp_path / "imagewatch.toml"
     assert (done.returncode, "imagewatch check --config imagewatch.toml" in done.stdout) == (0, True)
+    for step in ("Set root in it", "export LETTA_API_KEY=", "api_key_file", "api_key_command"):
+        assert step in done.stdout, "a key in the file itself would be refused"
     assert load(str(path), {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root")}).limits.concurrency == 4
     path.write_text("mine")
     again = imagewatch("init", cwd=tmp_path)
-    assert (again.returncode, path.read_text()) == (74, "mine")
+    assert (again.returncode, path.read_text()) == (64, "mine")
     assert "is there already" in again.stderr
     other = imagewatch("init", "other.toml", cwd=tmp_path)
     assert (other.returncode, tomllib.loads((tmp_path / "other.toml").read_text()) is not None) == (0, True)
@@ -421,6 +495,7 @@ def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
 def test_init_where_nothing_can_be_written_says_so(tmp_path):
     done = imagewatch("init", str(tmp_path / "no/such/folder.toml"))
     assert (done.returncode, "Traceback" in done.stderr) == (74, False)
+    assert "make its folder first" in done.stderr
 
 
 # once
@@ -437,8 +512,18 @@ def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
     assert "5/5" in text
     assert "4 made for 120 credits, 1 not made." in text
     assert "typo.prompt.txt: qualtiy: unknown key" in text
-    assert str(folders.errors) in text
+    assert f"    {folders.errors}/typo.error.toml" in text
     assert not lines(text)
+
+
+def test_once_tells_every_problem_of_a_prompt_on_a_terminal(folders):
+    folders.prompt("typo", "+++\nqualtiy = 1\nn = 9\n+++\nx")
+    code, shown = on_a_terminal("once", environ=folders.environ)
+    text = COLOURS.sub(b"", shown).decode().replace("\r", "")
+    assert code == 1
+    assert "  typo.prompt.txt: 2 problems\n" in text
+    for problem in folders.error("typo")["problems"]:
+        assert f"    {problem}\n" in text
 
 
 def test_once_writes_json_lines_when_nobody_looks(folders):
@@ -447,6 +532,44 @@ def test_once_writes_json_lines_when_nobody_looks(folders):
     assert done.stdout == ""
     assert all(line.startswith("{") for line in done.stderr.splitlines())
     assert [line["event"] for line in lines(done.stderr)] == ["watching", "made"]
+
+
+def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+    folders.prompt("a", "+++\nqualtiy = 1\nn = 9\n+++\nx")
+    folders.prompt("b", "[sandbox: 402] A cat")
+    folders.prompt("c", "A cat")
+    done = imagewatch("once", "--json", environ=folders.environ)
+    told = json.loads(done.stdout)
+    by_source = {job["source"]: job for job in told["jobs"]}
+    assert done.returncode == 69
+    assert by_source["a.prompt.txt"]["problems"] == folders.error("a")["problems"]
+    assert by_source["a.prompt.txt"]["document"] == str(folders.errors / "a.error.toml")
+    assert (by_source["b.prompt.txt"]["door"], by_source["b.prompt.txt"]["charged"]) == ("errors", "no")
+    assert (told["left"], told["hold"]["kind"]) == (1, "credits")
+    assert "The queue is held" not in done.stderr
+    sandbox.balance = 1000
+    done = imagewatch("once", "--json", environ=folders.environ)
+    (job,) = json.loads(done.stdout)["jobs"]
+    assert done.returncode == 0
+    assert (job["door"], job["credits_charged"], job["job"]) == ("outbox", 30, folders.receipt("c")["job"])
+    assert job["document"] == str(folders.outbox / "c.receipt.toml")
+    assert json.loads(imagewatch("once", "--json", environ=folders.environ).stdout) == {
+        "jobs": [],
+        "left": 0,
+        "hold": None,
+    }
+
+
+def test_once_on_a_terminal_tells_a_hold_alone_and_in_the_time_of_this_place(tmp_path, sandbox):
+    folders = Folders(tmp_path, "http://127.0.0.1:9")
+    folders.prompt("cat", "A cat")
+    code, shown = on_a_terminal("once", environ=folders.environ)
+    text = COLOURS.sub(b"", shown).decode()
+    assert code == 69
+    assert "1 prompt left in the inbox." in text
+    assert "was ready" not in text
+    assert re.search(r"; next attempt at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\r?\n", text)
 
 
 def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders, sandbox, start):
@@ -486,6 +609,8 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
         assert "chamber music festival" in (tmp_path / name / "gallery.html").read_text()
         assert list((tmp_path / name / "inbox").glob("*")) == [tmp_path / name / "inbox/.imagewatch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagewatch-demo", "imagewatch-demo-2"]
+    steps = ("imagewatch init", "set root", "export LETTA_API_KEY=", "imagewatch check", "imagewatch run")
+    assert [first.stdout.index(step) for step in steps] == sorted(first.stdout.index(step) for step in steps)
 
 
 def test_the_demo_says_why_it_cannot_make_its_folder(tmp_path):
@@ -521,7 +646,9 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
 def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
     assert "402" in imagewatch("sandbox", "--tags").stdout
     done = imagewatch("sandbox", "--port", sandbox.base_url.rpartition(":")[2])
-    assert (done.returncode, "cannot listen" in done.stderr, "Traceback" in done.stderr) == (78, True, False)
+    assert (done.returncode, "cannot listen" in done.stderr, "Traceback" in done.stderr) == (64, True, False)
+    assert "--port" in done.stderr
+    assert "configuration" not in done.stderr
 
 
 # Log lines, and what strangers write

@@ -444,8 +444,8 @@ def test_a_base_url_loses_its_last_slashes_only(write, url, result):
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        ("https://api.letta.com/v1", "without /v1"),
-        ("https://api.letta.com/V1/", "without /v1"),
+        ("https://api.letta.com/v1", "remove /v1"),
+        ("https://api.letta.com/V1/", "remove /v1"),
         ("http://api.letta.com", "the key would travel unencrypted"),
         ("http://127.0.0.1.evil.example", "the key would travel unencrypted"),
         ("http://localhost.evil.example", "the key would travel unencrypted"),
@@ -739,7 +739,7 @@ def test_a_lost_example_is_reported_and_no_crash(tmp_path):
     )
     package = tmp_path / "imagewatch"
     package.mkdir()
-    for name in ("__init__", "config", "errors", "fields"):
+    for name in ("__init__", "config", "errors", "fields", "text"):
         source = Path(config.__file__).parent / f"{name}.py"
         (package / f"{name}.py").write_bytes(source.read_bytes())
     run = [sys.executable, "-c", code]

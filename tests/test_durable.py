@@ -441,7 +441,7 @@ class TestAReadOnlyDisk:
         with pytest.raises(SpoolError) as caught:
             work(locked)
         assert caught.value.code == errno.EROFS
-        assert "ReadWritePaths=" in caught.value.hint
+        assert "BindPaths=" in caught.value.hint
 
     def test_what_is_carried_there_stays_where_it_is(self, tmp_path: Path, locked: Path) -> None:
         source = in_a(tmp_path, "mine")

@@ -89,6 +89,14 @@ def test_an_error_is_told_with_what_it_cost_and_nothing_is_dropped_again(example
     assert sandbox.report()["requests"] == 1
 
 
+def test_what_is_not_done_in_time_is_no_failure_of_the_prompt_and_ends_with_69(folders):
+    code = "import sys, submit; submit.wait.__defaults__ = (0,); sys.exit(submit.main(*sys.argv[1:]))"
+    done = run(["env", f"PYTHONPATH={EXAMPLES}", sys.executable, "-B", "-c", code], str(folders.root), "A cat")
+    assert (done.returncode, done.stdout) == (69, "")
+    assert "do not drop it again" in done.stderr
+    assert len(folders.names("inbox")) == 1
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_it_drops_images_first_and_everything_by_rename(example, watched, tmp_path):
     image = tmp_path / "a.png"

@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from imagewatch.config import load
-from imagewatch.errors import SpoolError
+from imagewatch.errors import SpoolError, UsageError
 from imagewatch.gallery import Gallery
 from imagewatch.text import whole
 
@@ -203,6 +203,13 @@ def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
     assert done.returncode == 0
     assert page_data(tmp_path / "new/gallery.html")["shown"]["jobs"] == []
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gallery.html", "gallery_files"]
+
+
+def test_a_page_elsewhere_makes_no_folder_for_itself(shelf: Shelf):
+    done = command(shelf.environ(), "--output", str(shelf.root / "typo/deep/gallery.html"))
+    assert (done.returncode, f"{shelf.root / 'typo/deep'}: there is no such folder" in done.stderr) == (64, True)
+    assert "make it first" in done.stderr
+    assert not (shelf.root / "typo").exists()
 
 
 def test_where_nothing_is_nothing_is_made(tmp_path: Path):
@@ -540,7 +547,7 @@ def test_nothing_in_the_folders_is_changed(shelf: Shelf):
 def test_the_page_may_not_be_among_the_files_of_jobs(shelf: Shelf, folder: str):
     where = shelf.root.parent / "state" if folder == "state" else shelf.root / folder
     done = command(shelf.environ(), "--output", str(where / "deep/gallery.html"))
-    assert done.returncode == 74
+    assert done.returncode == 64
     assert f"is in the folder {folder}, where only the files of jobs may be" in done.stderr
     assert "name another place by --output" in done.stderr
     assert not (where / "deep").exists()
@@ -549,13 +556,13 @@ def test_the_page_may_not_be_among_the_files_of_jobs(shelf: Shelf, folder: str):
 def test_the_thumbnails_may_not_be_among_the_files_of_jobs_either(tmp_path: Path):
     environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path), "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "s")}
     config = load(None, {**environ, "IMAGEWATCH_FOLDERS__ERRORS": str(tmp_path / "gallery_files")})
-    with pytest.raises(SpoolError, match="is in the folder errors"):
+    with pytest.raises(UsageError, match="is in the folder errors"):
         Gallery(config)
 
 
 def test_a_link_into_the_outbox_is_no_way_around(shelf: Shelf):
     (shelf.root / "door").symlink_to(shelf.root / "outbox")
-    with pytest.raises(SpoolError, match="is in the folder outbox"):
+    with pytest.raises(UsageError, match="is in the folder outbox"):
         shelf.gallery(str(shelf.root / "door/gallery.html"))
 
 
@@ -563,7 +570,7 @@ def test_a_link_into_the_outbox_is_no_way_around(shelf: Shelf):
 def test_somebody_elses_file_is_never_replaced(shelf: Shelf, content: bytes):
     shelf.put("gallery.html", content)
     done = command(shelf.environ())
-    assert done.returncode == 74
+    assert done.returncode == 64
     assert "is there already, and no gallery" in done.stderr
     assert (shelf.root / "gallery.html").read_bytes() == content
 
@@ -577,6 +584,7 @@ def test_an_older_page_of_ours_is_replaced(shelf: Shelf):
 
 def test_a_page_elsewhere_finds_the_pictures(shelf: Shelf, tmp_path: Path):
     shelf.made("cat", picture(), folder="a b")
+    (tmp_path / "pages").mkdir()
     done = command(shelf.environ(), "--output", str(tmp_path / "pages/look at this.html"))
     assert done.returncode == 0
     data = page_data(tmp_path / "pages/look at this.html")

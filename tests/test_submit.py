@@ -349,6 +349,7 @@ def test_a_folder_that_is_a_link_is_refused(sender, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (sender.folders.inbox / "link").symlink_to(tmp_path / "elsewhere")
     assert "is a link" in refused(sender, "A cat", "--folder", "link")
+    assert "leads out of the inbox" in refused(sender, "A cat", "--folder", "../x")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
@@ -562,14 +563,41 @@ def test_a_refusal_is_told_in_the_endpoints_words_with_what_to_do(sender, watche
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[0].startswith("cat.prompt.txt: not charged: Not enough credits")
     assert "add credits to the account" in done.stderr.splitlines()[1]
-    assert done.stderr.splitlines()[2] == "0 pictures, 0 credits."
+    assert done.stderr.splitlines()[2:] == [f"  {sender.folders.errors}/cat.error.toml", "0 pictures, 0 credits."]
+
+
+def test_json_is_the_same_as_format_json_and_no_other(sender, watched):
+    done = sender.submit("A cat", "--name", "cat", "--wait", "--json")
+    assert done.returncode == 0
+    (told,) = json.loads(done.stdout)
+    assert (told["door"], told["source"]) == ("outbox", "cat.prompt.txt")
+    refused = sender.submit("A cat", "--json", "--format", "markdown", "--wait")
+    assert (refused.returncode, "exclude each other" in refused.stderr) == (64, True)
+
+
+def test_every_problem_is_told_and_where_its_error_file_is(sender, folders, start):
+    # Only the daemon's own configuration knows of these.
+    folders.environ |= {"IMAGEWATCH_LIMITS__MAX_N": "1", "IMAGEWATCH_LIMITS__QUALITIES": '["low"]'}
+    start(folders, "run")
+    until((folders.state / "status.json").exists)
+    done = sender.submit("A cat", "-n", "2", "--quality", "high", "--name", "cat", "--wait")
+    told = done.stderr.splitlines()
+    problems = folders.error("cat")["problems"]
+    assert (done.returncode, len(problems)) == (1, 2)
+    assert told[:3] == ["cat.prompt.txt: not charged: 2 problems", *(f"  {problem}" for problem in problems)]
+    assert told[4:] == [f"  {folders.errors}/cat.error.toml", "0 pictures, 0 credits."]
+
+
+def test_a_name_that_a_shell_would_take_apart_is_not_put_into_a_command(sender, watched):
+    done = sender.submit("A cat [sandbox: drop]", "--name", "two words", "--wait")
+    assert "imagewatch retry --pay-again NAME, or" in done.stderr
 
 
 def test_a_lost_answer_may_have_been_charged(sender, sandbox, watched):
     done = sender.submit("A cat [sandbox: drop]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: may have been charged: " in done.stderr
-    assert "only if you accept to pay again" in done.stderr
+    assert "only if you accept to pay again: imagewatch retry --pay-again cat, or" in done.stderr
     assert done.stderr.endswith("0 pictures, 0 credits, 1 may have been charged.\n")
     assert sandbox.report()["requests"] == 1
 
@@ -578,13 +606,14 @@ def test_a_paid_answer_without_a_picture_is_told_with_its_price(sender, sandbox,
     done = sender.submit("A cat [sandbox: no-images]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: charged: " in done.stderr
+    assert "imagewatch retry cat looks at it again, free of charge" in done.stderr
     assert done.stderr.endswith(f"0 pictures, {call(sandbox)['credits']} credits.\n")
 
 
 def test_a_price_that_nobody_told_is_not_nothing(sender, watched):
     done = sender.submit("A cat [sandbox: no-billing]", "--wait")
     assert done.returncode == 0
-    assert done.stderr.endswith("1 picture, 0 credits, 1 charged without a word on how much.\n")
+    assert done.stderr.endswith("1 picture, 0 credits, 1 charged, amount not reported.\n")
 
 
 def test_one_failure_among_many_ends_with_1_and_the_others_are_printed(sender, watched):
@@ -601,7 +630,7 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     done = sender.submit("A cat", "--name", "cat", "--wait", "--timeout", "0.3", "--format", "json")
     assert done.returncode == 69
     assert json.loads(done.stdout)[0]["door"] is None
-    assert "1 not done yet; they go on without you" in done.stderr
+    assert "1 prompt not finished; it will still be made unless it is removed from" in done.stderr
     sandbox.release()
     until(lambda: sender.folders.documents() == {"cat": "outbox"})
 
@@ -623,7 +652,7 @@ def test_ctrl_c_while_waiting_leaves_the_prompt_where_it_is(sender):
     waiting.send_signal(signal.SIGINT)
     out, err = waiting.communicate(timeout=30)
     assert (waiting.returncode, out) == (130, "")
-    assert "1 not done yet; they go on without you" in err
+    assert "1 prompt not finished; it will still be made unless it is removed from" in err
     assert "Traceback" not in err
     assert sender.dropped() == ["cat.prompt.txt"]
 

@@ -67,7 +67,7 @@ def test_a_prompt_is_ready_after_it_was_quiet_for_settle_seconds(looking):
     looking.write("cat.prompt.txt")
     first = looking.look()
     assert (first.ready, first.due) == ([], pytest.approx(5, abs=0.5))
-    assert "quiet for" in first.waiting["cat.prompt.txt"]
+    assert "more quiet seconds" in first.waiting["cat.prompt.txt"]
     assert looking.ready(after=4) == []
     assert looking.ready(after=1.1) == ["cat.prompt.txt"]
 

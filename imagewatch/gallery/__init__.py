@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.durable import Disk, ours
-from imagewatch.errors import SpoolError
+from imagewatch.errors import SpoolError, UsageError
 from imagewatch.gallery.jobs import Look, Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
@@ -61,7 +61,7 @@ class Gallery:
         disk: Our disk.
 
     Raises:
-        SpoolError: The page cannot be there.
+        UsageError: The page cannot be there.
     """
 
     def __init__(self, config: Config, output: str | None = None, *, disk: Disk | None = None) -> None:
@@ -74,6 +74,8 @@ class Gallery:
         self._files = os.path.splitext(self.path)[0] + "_files"
         self._title = whole(os.path.basename(os.path.dirname(config.folders.outbox))) or "imagewatch"
         self._check(config)
+        if output and not os.path.isdir(above):
+            raise UsageError(f"{printable(above)}: there is no such folder", hint=f"make it first, or {_ELSEWHERE}")
         self._reader = Reader(config.folders, above)
         self._thumbnails = Thumbnails(self._disk, self._files, self._finish)
         self._look = Look()
@@ -136,7 +138,7 @@ class Gallery:
                 inside = os.path.commonpath((mine, place)) in {mine, place}
                 if getattr(folders, name) != "delete" and inside:
                     told = f"{printable(self.path)}: is in the folder {name}, where only the files of jobs may be"
-                    raise SpoolError(told, path=self.path, hint=_ELSEWHERE)
+                    raise UsageError(told, hint=_ELSEWHERE)
         try:
             with open(self.path, "rb") as file:
                 ours_already = file.read(len(MARK)) == MARK
@@ -146,7 +148,7 @@ class Gallery:
             ours_already = False
         if not ours_already:
             told = f"{printable(self.path)}: is there already, and no gallery"
-            raise SpoolError(told, path=self.path, hint=f"it stays as it is; {_ELSEWHERE}")
+            raise UsageError(told, hint=f"it stays as it is; {_ELSEWHERE}")
 
     def _prepare(self) -> None:
         if os.path.islink(self._files):
