@@ -471,7 +471,7 @@ def test_only_the_pictures_that_failed_are_fetched_again(tmp_path):
 
 
 def test_a_host_that_dribbles_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, "_FETCH_SECONDS", 1.0)
+    monkeypatch.setattr(pictures, "_FETCH_SECONDS", 2.0)
     monkeypatch.setattr(pictures, "_LEAST_SECONDS", 0.1)
     urls = []
 
@@ -484,7 +484,7 @@ def test_a_host_that_dribbles_gets_no_more_than_its_share_of_the_time(tmp_path, 
 
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
-        Scripted(*[script] * 3) as images,
+        Scripted(*[script] * 4) as images,
         answered_with(tmp_path, f"{images.base_url}/slow", f"{images.base_url}/good") as station,
     ):
         drop(station, originals)
