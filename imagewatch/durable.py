@@ -514,7 +514,7 @@ def _same(file: IO[bytes], target: str) -> bool:
         return False
     with other:
         mine, theirs = os.fstat(file.fileno()), os.fstat(other.fileno())
-        if mine.st_size != theirs.st_size:
+        if mine.st_size != theirs.st_size or not stat.S_ISREG(theirs.st_mode):
             return False
         file.seek(0)
         while chunk := file.read(_COPY_BYTES):

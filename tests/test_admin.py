@@ -589,10 +589,13 @@ def test_history_equals_what_the_endpoint_counted_though_the_daemon_was_killed_a
     once(folders, 0, 1)
     jobs, report = ledger_of(folders), sandbox.report()
     outcomes = [job["charged"] for job in jobs if job["charged"] != "no"]
-    assert (len(outcomes), len(folders.documents())) == (report["charged"], 15)
-    known = sum(job["credits"] for job in jobs if job["charged"] == "yes")
-    assert known + 30 * outcomes.count("unknown") == report["credits"] == 15 * 30
-    assert outcomes.count("unknown") <= 9
+    assert len(outcomes) == len(folders.documents()) == 15
+    # What was on its way when it was killed may have come to the endpoint or not: that is what doubt means.
+    sure, doubts = outcomes.count("yes"), outcomes.count("unknown")
+    assert sure <= report["charged"] <= sure + doubts
+    assert sum(job["credits"] for job in jobs if job["charged"] == "yes") == 30 * sure
+    assert report["requests"] == report["charged"]
+    assert doubts <= 9
 
 
 # Estimate

@@ -253,6 +253,13 @@ class TestCarry:
             carry(source, target)
         assert Path(source).read_bytes() == b"content"
 
+    def test_an_empty_file_is_not_taken_for_a_pipe_of_its_name(self, tmp_path: Path, target: Path) -> None:
+        source = in_a(tmp_path, "old", b"")
+        os.mkfifo(target)
+        with pytest.raises(FileExistsError):
+            carry(source, target)
+        assert os.path.exists(source)
+
     def test_a_link_at_the_temporary_name_is_not_followed(self, tmp_path: Path, target: Path) -> None:
         victim = in_a(tmp_path, "victim", b"precious")
         os.symlink(victim, target.parent / ".iw-1.tmp")
