@@ -73,7 +73,10 @@ def test_every_figure_of_the_status_is_a_metric():
         "last_sweep_timestamp_seconds": 1770091505,
         "status_timestamp_seconds": 1770091506,
         "ready_prompts": 3,
-        **{f"not_ready_prompts[{name}]": 0 for name in ("settling", "writing", "open", "arriving", "images", "other")},
+        **{
+            f"not_ready_prompts[{name}]": 0
+            for name in ("settling", "writing", "open", "arriving", "unreadable", "images", "other")
+        },
         "not_ready_prompts[empty]": 2,
         "ignored_files": 4,
         "in_flight_jobs": 1,
