@@ -7,14 +7,17 @@ so a ``Config`` may be printed; what somebody wrote under an unknown key may be 
 
 from __future__ import annotations
 
+import grp
 import hashlib
 import importlib.resources
 import ipaddress
 import itertools
 import math
 import os
+import pwd
 import re
 import shlex
+import stat
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -42,6 +45,7 @@ _PREFIX: Final = "IMAGEWATCH_"
 _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_MODE: Final = 0o7777
 _DELETE: Final = "delete"
+_HERE: Final = "imagewatch.toml"
 _EXAMPLE: Final = "config.example.toml"
 _PLACES: Final = ("inbox", "outbox", "errors", "archive")
 _KEY_HINT: Final = "put the key in a file and name it in api_key_file"
@@ -242,18 +246,62 @@ def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | No
     Returns:
         A path: the one named (whether it exists or not), else the first of the usual places that is there;
         ``None`` when there is none.
+
+    Raises:
+        ConfigError: The one in the current folder may be somebody else's.
     """
     named = explicit if explicit is not None else environ.get("IMAGEWATCH_CONFIG")
     if named or explicit is not None:
         return os.path.join(cwd, named or "")
     # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
-    return next((place for place in _usual(environ, cwd) if os.path.lexists(place)), None)
+    here, *others = _usual(environ, cwd)
+    if os.path.lexists(here):
+        # It can name a command to be run for the key, and a folder may be anybody's.
+        if reason := _stranger(here) or _stranger(os.path.realpath(here)):
+            hint = "name it with --config if you trust it"
+            raise ConfigError([Problem(_HERE, reason, hint)], source=here)
+        return here
+    return next((place for place in others if os.path.lexists(place)), None)
+
+
+def _stranger(path: str) -> str:
+    """Return why somebody else may have written a file, or put it where it is; an empty string if nobody may."""
+    folder = os.path.dirname(path)
+    for place, what in ((path, "it"), (folder, f"its folder {folder}")):
+        try:
+            status = os.lstat(place)
+        except OSError:
+            continue  # a link that leads nowhere: to be told when it is read
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid not in {0, os.geteuid()}:
+            return f"is not used, as {what} belongs to another user (number {status.st_uid})"
+        # In a folder like /tmp everybody may make files, but nobody replaces those of others.
+        if stat.S_ISLNK(status.st_mode) or (place == folder and mode & stat.S_ISVTX):
+            continue
+        if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private(status)):
+            who = "everybody" if mode & stat.S_IWOTH else "its group"
+            return f"is not used, as {what} may be written by {who}"
+    return ""
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Tell whether a file's group is its owner alone: one of the same name, which distributions give each user.
+
+    With such a group goes the umask 002, so that all of a user's files may be written by it. ``pam_umask`` goes by the
+    same rule. Root has none: there are systems where many are in its group.
+    """
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    own = user.pw_gid == group.gr_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    return own and status.st_uid == user.pw_uid != 0
 
 
 def _usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
     """Return where a configuration is looked for that nobody names."""
     return (
-        os.path.join(cwd, "imagewatch.toml"),
+        os.path.join(cwd, _HERE),
         os.path.join(_xdg(environ, "XDG_CONFIG_HOME", "~/.config"), "imagewatch", "config.toml"),
         "/etc/imagewatch/config.toml",
     )
