@@ -310,6 +310,7 @@ for command in (submit, admin.status, admin.history, admin.estimate, admin.retry
 
 def main() -> NoReturn:
     """Run a command; translate every error into one line, a next action and an exit code."""
+    _in_utf_8()
     try:
         _main()
     except OSError as error:
@@ -318,6 +319,18 @@ def main() -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more at the very end
         hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
         _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
+
+
+def _in_utf_8() -> None:
+    """Start once more in Python's UTF-8 mode where the locale has names of files in another encoding.
+
+    Prompts are UTF-8 and name files, receipts do, too: in Latin-1 or ASCII such a name cannot even be looked for.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1" or not sys.executable:
+        return
+    # What is printed stays in the encoding of the terminal.
+    shown = {"PYTHONIOENCODING": sys.stdout.encoding} if sys.stdout else {}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], shown | dict(os.environ) | {"PYTHONUTF8": "1"})  # noqa: S606
 
 
 def _main() -> NoReturn:

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -264,6 +265,31 @@ def test_a_terminal_that_is_not_utf_8_is_no_reason_to_stop(folders):
     environ = folders.environ | {"PYTHONIOENCODING": "latin-1:strict"}
     done = imagewatch("check", environ=environ)
     assert (done.returncode, "se\\u2026" in done.stdout) == (0, True)
+
+
+@pytest.fixture(params=["ASCII", "ISO-8859-1"])
+def strange_locale(request, tmp_path) -> dict[str, str]:
+    """The environment of somebody whose names of files are not in UTF-8."""
+    if request.param == "ASCII":
+        return {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    made = ["localedef", "-i", "en_US", "-f", request.param, str(tmp_path / "en_US.latin1")]
+    if not shutil.which("localedef") or subprocess.run(made, capture_output=True, check=False).returncode:
+        pytest.skip("no such locale can be made here")
+    return {"LC_ALL": "en_US.latin1", "LOCPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("program", [[sys.executable, "-m", "imagewatch"], [f"{sys.prefix}/bin/imagewatch"]])
+def test_a_locale_that_is_not_utf_8_keeps_no_prompt_from_naming_any_image(folders, strange_locale, program):
+    folders.drop("猫.png", PICTURE)
+    folders.prompt("käse", '+++\ninput_images = ["猫.png"]\n+++\nA cat')
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ, **strange_locale}
+    done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, folders.documents()) == (0, {"käse": "outbox"}), done.stderr
+    assert "猫.png" in folders.names("archive")
+    folders.prompt("späte", "A cat")
+    check = subprocess.run([*program, "check"], env=environ, capture_output=True, timeout=40, check=False)
+    spelt = "späte".encode("latin-1" if "latin1" in strange_locale["LC_ALL"] else "utf-8")  # click writes no ASCII
+    assert spelt in check.stdout, "the terminal is what it was"
 
 
 # check
