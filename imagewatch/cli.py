@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
@@ -126,7 +126,7 @@ def once(path: str | None, *, as_json: bool) -> None:
         click.echo(json.dumps(_once_told(over, daemon), indent=1))
     else:
         for line in bar.story(held=daemon.hold is not None) if terminal else ():
-            click.echo(line, err=True)
+            _say(line)
         _tell_hold(daemon)
     sys.exit(code)
 
@@ -134,9 +134,9 @@ def once(path: str | None, *, as_json: bool) -> None:
 def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
+        _say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
         end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        click.echo(f"  {printable(hold.next)}{end}", err=True)
+        _say(f"  {printable(hold.next)}{end}")
 
 
 def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -316,7 +316,7 @@ def main() -> NoReturn:
     except OSError as error:
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise  # not the output: a bug
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more at the very end
+        _silence(sys.stdout)
         hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
         _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
 
@@ -334,6 +334,8 @@ def _in_utf_8() -> None:
 
 
 def _main() -> NoReturn:
+    if sys.stderr is None:  # it was closed; some other file would have its number soon
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to stop
@@ -347,8 +349,8 @@ def _main() -> NoReturn:
         # Not its own show(): an argument may be the name of a file, and a stranger may have chosen it.
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "imagewatch"
-        click.echo(f"imagewatch: {printable(error.format_message())}", err=True)
-        click.echo(f"  see {command} --help", err=True)
+        _say(f"imagewatch: {printable(error.format_message())}")
+        _say(f"  see {command} --help")
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
@@ -360,14 +362,29 @@ def _main() -> NoReturn:
 def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if isinstance(error, ConfigError):
         where = f"{printable(error.source)}: " if error.source else ""
-        click.echo(f"imagewatch: {where}the configuration cannot be used:", err=True)
+        _say(f"imagewatch: {where}the configuration cannot be used:")
         for problem in error.problems:
-            click.echo(f"  {printable(str(problem))}", err=True)
+            _say(f"  {printable(str(problem))}")
     else:
-        click.echo(f"imagewatch: {printable(str(error))}", err=True)
+        _say(f"imagewatch: {printable(str(error))}")
     if error.hint:
-        click.echo(f"  {printable(error.hint)}", err=True)
+        _say(f"  {printable(error.hint)}")
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    """Say something on standard error. Where nobody can hear it, the exit code still tells."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let a stream lead nowhere, or what it could not write would be tried once more at the very end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from imagewatch.cli import cli
 from imagewatch.config import load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _png = io.BytesIO()
@@ -678,6 +680,54 @@ def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
 
 
 # Log lines, and what strangers write
+
+
+@contextlib.contextmanager
+def deaf(trouble: str) -> Iterator[int]:
+    """A stream that takes nothing: its disk is full, or whoever read it is gone."""
+    if trouble == "full":
+        stream = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stream = os.pipe()
+        os.close(reader)
+    yield stream
+    os.close(stream)
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+def test_a_log_that_cannot_be_written_stops_nothing_and_is_no_failure(tmp_path, sandbox, trouble):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
+    once = [sys.executable, "-m", "imagewatch", "once"]
+
+    def code(*command: str) -> int:
+        with deaf(trouble) as stream:
+            return subprocess.run(command, env=environ, stderr=stream, timeout=40, check=False).returncode
+
+    for stem in ("a", "b"):
+        folders.prompt(stem, "A cat")
+    assert (code(*once), folders.documents()) == (0, {"a": "outbox", "b": "outbox"})
+    folders.prompt("c", "[sandbox: 402] A cat")
+    folders.prompt("d", "A cat")
+    assert code(*once) == 69, "what it says at the end is lost as well, its code is not"
+    assert code(*once[:-1], "no-such-command") == 64
+    assert code("sh", "-c", f"exec {' '.join(once)} 2>&-") == 0, "it has no standard error at all"
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+def test_a_daemon_outlives_whoever_read_its_log(folders, trouble):
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
+    with deaf(trouble) as stream:
+        process = subprocess.Popen([sys.executable, "-m", "imagewatch", "run"], env=environ, stderr=stream)
+    try:
+        for stem in ("a", "b"):
+            folders.prompt(stem, "A cat")
+            until(lambda stem=stem: stem in folders.documents() or process.poll() is not None)
+        process.terminate()
+        assert (process.wait(30), folders.documents()) == (0, {"a": "outbox", "b": "outbox"})
+    finally:
+        process.kill()
+        process.wait(30)
 
 
 def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):
