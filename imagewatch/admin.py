@@ -49,7 +49,15 @@ def load(path: str | None) -> Config:
     """Return the configuration that a command is to use."""
     from imagewatch import config  # noqa: PLC0415
 
-    return config.load(config.find(path, os.environ, os.getcwd()), os.environ)
+    return config.load(config.find(path, os.environ, here()), os.environ)
+
+
+def here() -> str:
+    """Return the current folder, or an empty string when it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 # Hold and release

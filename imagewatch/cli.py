@@ -314,6 +314,8 @@ def main() -> NoReturn:
     try:
         _main()
     except OSError as error:
+        if error.filename is None and not admin.here():
+            _fail(UsageError("the current folder is gone", hint="go to another one"), EXIT_USAGE)
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise  # not the output: a bug
         _silence(sys.stdout)

@@ -7,6 +7,7 @@ so a ``Config`` may be printed; what somebody wrote under an unknown key may be 
 
 from __future__ import annotations
 
+import contextlib
 import grp
 import hashlib
 import importlib.resources
@@ -241,26 +242,29 @@ def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | No
     Args:
         explicit: What the command line names, or ``None``.
         environ: The environment.
-        cwd: Absolute path of the current folder.
+        cwd: Absolute path of the current folder, or an empty string when it is gone.
 
     Returns:
         A path: the one named (whether it exists or not), else the first of the usual places that is there;
         ``None`` when there is none.
 
     Raises:
-        ConfigError: The one in the current folder may be somebody else's.
+        ConfigError: The one in the current folder may be somebody else's, or the folder is gone.
     """
     named = explicit if explicit is not None else environ.get("IMAGEWATCH_CONFIG")
+    if not cwd and not os.path.isabs(named or ""):
+        hint = "go to another folder, or name the configuration by its whole path"
+        raise ConfigError([Problem(named or _HERE, "the current folder is gone", hint)])
     if named or explicit is not None:
         return os.path.join(cwd, named or "")
     # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
-    here, *others = _usual(environ, cwd)
-    if os.path.lexists(here):
+    ours, *others = _usual(environ, cwd)
+    if os.path.lexists(ours):
         # It can name a command to be run for the key, and a folder may be anybody's.
-        if reason := _stranger(here) or _stranger(os.path.realpath(here)):
+        if reason := _stranger(ours) or _stranger(os.path.realpath(ours)):
             hint = "name it with --config if you trust it"
-            raise ConfigError([Problem(_HERE, reason, hint)], source=here)
-        return here
+            raise ConfigError([Problem(_HERE, reason, hint)], source=ours)
+        return ours
     return next((place for place in others if os.path.lexists(place)), None)
 
 
@@ -330,7 +334,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
             raise ConfigError([problem], source=source)
     draft = _Draft(table, os.path.dirname(source), environ)
     if path is None:
-        draft.looked_for = _usual(environ, os.getcwd())
+        with contextlib.suppress(FileNotFoundError):  # the current folder is gone; there may be no need of it
+            draft.looked_for = _usual(environ, os.getcwd())
     config = draft.config(source or "environment")
     if draft.problems:
         raise ConfigError(draft.named(), source=source)

@@ -639,7 +639,7 @@ class Daemon:
                 return
             self._assemble(config)
             self._gate.count(self._arrived(), self._is_finished)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return
         _log.info("reloaded", source=config.source)

@@ -238,6 +238,37 @@ def test_without_any_configuration_it_says_what_to_do(tmp_path):
     assert len(done.stderr.splitlines()) == 2, "what follows from it is not told as well"
 
 
+def from_nowhere(folders: Folders, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command whose current folder was removed."""
+    folder = folders.root / "gone"
+    folder.mkdir()
+    script = f'cd {folder} && rmdir {folder} && exec {sys.executable} -m imagewatch "$@"'
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
+    command = ["sh", "-c", script, "sh", *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
+
+
+def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_works(folders, tmp_path):
+    folders.prompt("cat", "A cat")
+    file = tmp_path / "config.toml"
+    file.touch()
+    done = from_nowhere(folders, "once", "--config", str(file))
+    assert (done.returncode, folders.documents()) == (0, {"cat": "outbox"}), done.stderr
+    assert from_nowhere(folders, "status", "--config", str(file)).returncode == 0
+    assert from_nowhere(folders, "submit", "A dog", "--root", str(folders.root)).returncode == 0
+    for wrong in (["status"], ["check", "--config", "config.toml"], ["gallery"]):
+        done = from_nowhere(folders, *wrong)
+        assert (done.returncode, "the current folder is gone" in done.stderr) == (78, True), done.stderr
+        assert "by its whole path" in done.stderr
+    for wrong in (
+        ["demo"],
+        ["submit", "A dog", "--root", "."],
+        ["gallery", "--config", str(file), "--output", "x.html"],
+    ):
+        done = from_nowhere(folders, *wrong)
+        assert (done.returncode, "the current folder is gone" in done.stderr) == (64, True), done.stderr
+
+
 @pytest.mark.parametrize("key_file", ["", "/nowhere/key"])
 def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_file):
     del folders.environ["LETTA_API_KEY"]
