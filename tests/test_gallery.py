@@ -575,6 +575,19 @@ def test_somebody_elses_file_is_never_replaced(shelf: Shelf, content: bytes):
     assert (shelf.root / "gallery.html").read_bytes() == content
 
 
+def test_a_pipe_or_a_link_in_the_place_of_the_page_stays_and_is_not_waited_for(shelf: Shelf, tmp_path: Path):
+    page = shelf.root / "gallery.html"
+    os.mkfifo(page)
+    done = command(shelf.environ())
+    assert (done.returncode, "is there already, and no gallery" in done.stderr) == (64, True)
+    assert page.is_fifo()
+    shelf.gallery(str(tmp_path / "older.html")).write()
+    page.unlink()
+    page.symlink_to(tmp_path / "older.html")
+    assert command(shelf.environ()).returncode == 64
+    assert page.is_symlink()
+
+
 def test_an_older_page_of_ours_is_replaced(shelf: Shelf):
     shelf.gallery().write()
     shelf.made("cat", picture())
