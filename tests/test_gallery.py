@@ -307,6 +307,15 @@ def test_a_document_cannot_name_a_file_outside_its_folder(shelf: Shelf, name: st
     assert shelf.thumbs == []
 
 
+@pytest.mark.timeout(20)
+def test_a_name_longer_than_any_file_has_keeps_nobody_waiting(shelf: Shelf):
+    for stem in ("a", "b"):
+        shelf.failed(stem, job="20260101T000000-7f3a", inputs=[{"file": "x" * 240_000, "bytes": 1}])
+    shelf.gallery().write()
+    assert {job["name"] for job in shelf.jobs} == {"a", "b"}
+    assert "href" not in shelf.jobs[0]["inputs"][0]
+
+
 def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
     secret = picture()
     (tmp_path / "private.png").write_bytes(secret)
