@@ -76,15 +76,14 @@ def run(path: str | None) -> None:
     """
     from imagewatch.daemon import Daemon  # noqa: PLC0415
 
-    def configured() -> Config:
-        config = admin.load(path)
+    def configured(config: Config) -> None:
         _configure_log(config)
         _warn_without_key(config)
-        return config
 
-    config = configured()
+    config = admin.load(path)
+    configured(config)
     with _named(config):
-        code = Daemon(config, os.environ, reload=configured).run()
+        code = Daemon(config, os.environ, reload=lambda: admin.load(path), on_reloaded=configured).run()
     sys.exit(code)
 
 

@@ -477,10 +477,12 @@ def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wro
     folders.prompt("two", "Two")
     over(folders, "one", "two")
 
-    config.write_text(f'[folders]\narchive = "{tmp_path / "elsewhere"}"\n')
+    config.write_text(f'[folders]\narchive = "{tmp_path / "elsewhere"}"\n[log]\nlevel = "error"\nformat = "console"\n')
     daemon.process.send_signal(signal.SIGHUP)
     assert "[folders]" in daemon.wait_for("not reloaded; the old configuration stays", 2)["reason"]
+    assert daemon.events("text") == [], "the form of the log is part of the old configuration"
     assert daemon.stop() == 0
+    assert daemon.events("stopping"), "and so is its level"
     assert [call["provider"] for call in sandbox.report()["calls"]] == ["openai", "openai"]
     assert folders.names("archive") == ["one.prompt.txt", "two.prompt.txt"]
 
