@@ -612,6 +612,9 @@ class _Draft:
     def _path(self, path: str, field: str) -> str:
         """Return a path absolute: relative ones begin at the configuration's folder."""
         expanded = _home(path, self.environ)
+        if path.startswith("$"):
+            hint = "write the path, or ~ for your home; a folder of such a name is ./$NAME"
+            self._wrong(field, "begins with $, but variables are not expanded", hint)
         if expanded.startswith("~"):
             self._wrong(field, "names the home of an unknown user", "write ~/ or an absolute path")
         return os.path.abspath(os.path.join(self.folder, expanded))
@@ -710,6 +713,8 @@ class _Draft:
             self._wrong(f"outbox.{key}", "is not an octal mode", f'write it like {key} = "0640"')
         elif key == "folder_mode" and mode & 0o700 != 0o700:  # noqa: PLR2004
             self._wrong(f"outbox.{key}", "would lock imagewatch out of its own folders", 'begin with 7: "0750"')
+        elif key == "file_mode" and mode & 0o600 != 0o600:  # noqa: PLR2004
+            self._wrong(f"outbox.{key}", "would lock imagewatch out of its own files", 'begin with 6: "0640"')
         else:
             return mode
         return None

@@ -198,6 +198,17 @@ def test_a_tilde_is_the_home_of_the_environment(write):
     assert loaded.folders.inbox == "/home/ann/box/inbox"
 
 
+@pytest.mark.parametrize("path", ["$HOME/box", "${HOME}/box"])
+def test_a_variable_in_a_path_is_a_problem_and_no_folder_of_that_name(write, path):
+    found = problems(
+        write(f'[folders]\nroot = "{path}"\n[endpoint]\napi_key_file = "{path}/key"\n'), {"HOME": "/home/ann"}
+    )
+    for name in ("folders.root", "endpoint.api_key_file"):
+        assert "variables are not expanded" in found[name]
+        assert "~" in found[name]
+    assert load(write('[folders]\nroot = "./$box"\n'), {}).folders.inbox.endswith("/$box/inbox")
+
+
 def test_the_home_of_nobody_known_is_a_problem(write):
     assert "unknown user" in problems(write('[folders]\nroot = "~nobodyofthatname/box"\n'))["folders.root"]
 
@@ -373,7 +384,12 @@ def test_a_key_outside_of_its_section_is_told_where_it_belongs(write):
         ("endpoint", "connect_timeout_seconds", ["1", "900"], ["0", "901", "inf"]),
         ("endpoint", "allow_private_downloads", ["true"], ["1", '"true"']),
         ("endpoint", "api_key_command", ['"pass show x"', '["pass"]'], ['""', "[]", "[1]", "5", '"it\'s"']),
-        ("outbox", "file_mode", ['"0640"', '"640"', '"0o640"'], ["640", '"0888"', '"rw"', '"77777"', '""']),
+        (
+            "outbox",
+            "file_mode",
+            ['"0640"', '"640"', '"0o640"'],
+            ["640", '"0888"', '"rw"', '"77777"', '""', '"0000"', '"0400"', '"0266"'],
+        ),
         ("outbox", "folder_mode", ['"2750"', '"0700"'], ['"0640"', "0x1ed", "true"]),
         ("outbox", "group", ['"users"'], ['""', "100"]),
         ("log", "level", ['"warning"'], ['"INFO"', "1"]),
