@@ -216,12 +216,19 @@ def demo(folder: str) -> None:
 @click.option(
     "--port",
     default=8283,
+    type=click.IntRange(0, 65_535),
     show_default=True,
     metavar="NUMBER",
     help="Where to listen, on 127.0.0.1; 0 takes a free one.",
 )
 @click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
-@click.option("--latency", default=0.0, metavar="SECONDS", help="Delay each answer by this long (default: none).")
+@click.option(
+    "--latency",
+    default=0.0,
+    type=admin.Seconds(0, 86_400),
+    metavar="SECONDS",
+    help="Delay each answer by this long (default: none).",
+)
 @click.option("--tags", is_flag=True, help="List all such tags and exit.")
 def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     """Run a local endpoint like the real one that charges nothing.
@@ -236,7 +243,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
         return
     try:
         server = Sandbox(
-            port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
+            port=port, key=key, latency_seconds=latency, on_request=lambda line: click.echo(line, err=True)
         )
     except ConfigError as error:  # of a command that has no configuration
         raise UsageError(

@@ -158,7 +158,21 @@ def test_once_ends_with_1_when_one_prompt_failed_and_makes_the_others(folders):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["frobnicate"], ["run", "--frobnicate"], ["check", "one"], ["sandbox", "--port", "many"], ["run", "--config"], []],
+    [
+        ["frobnicate"],
+        ["run", "--frobnicate"],
+        ["check", "one"],
+        ["run", "--config"],
+        [],
+        ["sandbox", "--port", "many"],
+        ["sandbox", "--port", "65536"],
+        ["sandbox", "--latency", "nan"],
+        ["sandbox", "--latency", "1e300"],
+        ["sandbox", "--latency", "-1"],
+        ["submit", "A cat", "--wait", "--timeout", "nan"],
+        ["history", "--limit", "99999999999999999999"],
+        ["history", "--days", "99999999999999999999"],
+    ],
 )
 def test_a_wrong_command_line_ends_with_64_and_says_where_help_is(wrong):
     done = imagewatch(*wrong)
