@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pwd
 import sys
@@ -34,6 +35,18 @@ _PATIENCE = 6.0
 """How long a daemon may take to notice a request, seconds; where there are no change events it looks every five."""
 _COLOURS = {"made": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
 
+
+class Seconds(click.FloatRange):
+    """A time on the command line; ``nan`` is neither below nor above any bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        """Return the number."""
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number of seconds.", param, ctx)
+        return number
+
+
 config_option = click.option(
     "--config",
     "path",
@@ -49,7 +62,15 @@ def load(path: str | None) -> Config:
     """Return the configuration that a command is to use."""
     from imagewatch import config  # noqa: PLC0415
 
-    return config.load(config.find(path, os.environ, os.getcwd()), os.environ)
+    return config.load(config.find(path, os.environ, here()), os.environ)
+
+
+def here() -> str:
+    """Return the current folder, or an empty string when it is gone."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return ""
 
 
 # Hold and release
@@ -179,9 +200,11 @@ def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config)
 
 @click.command()
 @click.option("--by", type=click.Choice(["day", "month", "provider", "folder"]), help="Sums instead of single jobs.")
-@click.option("--days", type=click.IntRange(1), metavar="NUMBER", help="Only of the last days, today included (UTC).")
 @click.option(
-    "--limit", type=click.IntRange(0), metavar="NUMBER", help="Only the newest jobs; 0 is all. Without it: 20."
+    "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only of the last days, today included (UTC)."
+)
+@click.option(
+    "--limit", type=click.IntRange(0, 10**9), metavar="NUMBER", help="Only the newest jobs; 0 is all. Without it: 20."
 )
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")

@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 import click
 
@@ -76,15 +76,14 @@ def run(path: str | None) -> None:
     """
     from imagewatch.daemon import Daemon  # noqa: PLC0415
 
-    def configured() -> Config:
-        config = admin.load(path)
+    def configured(config: Config) -> None:
         _configure_log(config)
         _warn_without_key(config)
-        return config
 
-    config = configured()
+    config = admin.load(path)
+    configured(config)
     with _named(config):
-        code = Daemon(config, os.environ, reload=configured).run()
+        code = Daemon(config, os.environ, reload=lambda: admin.load(path), on_reloaded=configured).run()
     sys.exit(code)
 
 
@@ -126,7 +125,7 @@ def once(path: str | None, *, as_json: bool) -> None:
         click.echo(json.dumps(_once_told(over, daemon), indent=1))
     else:
         for line in bar.story(held=daemon.hold is not None) if terminal else ():
-            click.echo(line, err=True)
+            _say(line)
         _tell_hold(daemon)
     sys.exit(code)
 
@@ -134,9 +133,9 @@ def once(path: str | None, *, as_json: bool) -> None:
 def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        click.echo(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.", err=True)
+        _say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
         end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        click.echo(f"  {printable(hold.next)}{end}", err=True)
+        _say(f"  {printable(hold.next)}{end}")
 
 
 def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -217,12 +216,19 @@ def demo(folder: str) -> None:
 @click.option(
     "--port",
     default=8283,
+    type=click.IntRange(0, 65_535),
     show_default=True,
     metavar="NUMBER",
     help="Where to listen, on 127.0.0.1; 0 takes a free one.",
 )
 @click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
-@click.option("--latency", default=0.0, metavar="SECONDS", help="Delay each answer by this long (default: none).")
+@click.option(
+    "--latency",
+    default=0.0,
+    type=admin.Seconds(0, 86_400),
+    metavar="SECONDS",
+    help="Delay each answer by this long (default: none).",
+)
 @click.option("--tags", is_flag=True, help="List all such tags and exit.")
 def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     """Run a local endpoint like the real one that charges nothing.
@@ -237,7 +243,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
         return
     try:
         server = Sandbox(
-            port=port, key=key, latency_seconds=max(latency, 0.0), on_request=lambda line: click.echo(line, err=True)
+            port=port, key=key, latency_seconds=latency, on_request=lambda line: click.echo(line, err=True)
         )
     except ConfigError as error:  # of a command that has no configuration
         raise UsageError(
@@ -310,17 +316,34 @@ for command in (submit, admin.status, admin.history, admin.estimate, admin.retry
 
 def main() -> NoReturn:
     """Run a command; translate every error into one line, a next action and an exit code."""
+    _in_utf_8()
     try:
         _main()
     except OSError as error:
+        if error.filename is None and not admin.here():
+            _fail(UsageError("the current folder is gone", hint="go to another one"), EXIT_USAGE)
         if error.errno not in _UNWRITABLE or error.filename is not None:
             raise  # not the output: a bug
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or it is tried once more at the very end
+        _silence(sys.stdout)
         hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
         _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
 
 
+def _in_utf_8() -> None:
+    """Start once more in Python's UTF-8 mode where the locale has names of files in another encoding.
+
+    Prompts are UTF-8 and name files, receipts do, too: in Latin-1 or ASCII such a name cannot even be looked for.
+    """
+    if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1" or not sys.executable:
+        return
+    # What is printed stays in the encoding of the terminal.
+    shown = {"PYTHONIOENCODING": sys.stdout.encoding} if sys.stdout else {}
+    os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], shown | dict(os.environ) | {"PYTHONUTF8": "1"})  # noqa: S606
+
+
 def _main() -> NoReturn:
+    if sys.stderr is None:  # it was closed; some other file would have its number soon
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to stop
@@ -334,8 +357,8 @@ def _main() -> NoReturn:
         # Not its own show(): an argument may be the name of a file, and a stranger may have chosen it.
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "imagewatch"
-        click.echo(f"imagewatch: {printable(error.format_message())}", err=True)
-        click.echo(f"  see {command} --help", err=True)
+        _say(f"imagewatch: {printable(error.format_message())}")
+        _say(f"  see {command} --help")
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
@@ -347,14 +370,29 @@ def _main() -> NoReturn:
 def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if isinstance(error, ConfigError):
         where = f"{printable(error.source)}: " if error.source else ""
-        click.echo(f"imagewatch: {where}the configuration cannot be used:", err=True)
+        _say(f"imagewatch: {where}the configuration cannot be used:")
         for problem in error.problems:
-            click.echo(f"  {printable(str(problem))}", err=True)
+            _say(f"  {printable(str(problem))}")
     else:
-        click.echo(f"imagewatch: {printable(str(error))}", err=True)
+        _say(f"imagewatch: {printable(str(error))}")
     if error.hint:
-        click.echo(f"  {printable(error.hint)}", err=True)
+        _say(f"  {printable(error.hint)}")
     sys.exit(code)
+
+
+def _say(line: str) -> None:
+    """Say something on standard error. Where nobody can hear it, the exit code still tells."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        _silence(sys.stderr)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let a stream lead nowhere, or what it could not write would be tried once more at the very end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 @contextlib.contextmanager

@@ -7,14 +7,18 @@ so a ``Config`` may be printed; what somebody wrote under an unknown key may be 
 
 from __future__ import annotations
 
+import contextlib
+import grp
 import hashlib
 import importlib.resources
 import ipaddress
 import itertools
 import math
 import os
+import pwd
 import re
 import shlex
+import stat
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -42,6 +46,7 @@ _PREFIX: Final = "IMAGEWATCH_"
 _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_MODE: Final = 0o7777
 _DELETE: Final = "delete"
+_HERE: Final = "imagewatch.toml"
 _EXAMPLE: Final = "config.example.toml"
 _PLACES: Final = ("inbox", "outbox", "errors", "archive")
 _KEY_HINT: Final = "put the key in a file and name it in api_key_file"
@@ -237,23 +242,70 @@ def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | No
     Args:
         explicit: What the command line names, or ``None``.
         environ: The environment.
-        cwd: Absolute path of the current folder.
+        cwd: Absolute path of the current folder, or an empty string when it is gone.
 
     Returns:
         A path: the one named (whether it exists or not), else the first of the usual places that is there;
         ``None`` when there is none.
+
+    Raises:
+        ConfigError: The one in the current folder may be somebody else's, or the folder is gone.
     """
     named = explicit if explicit is not None else environ.get("IMAGEWATCH_CONFIG")
+    if not cwd and not os.path.isabs(named or ""):
+        hint = "go to another folder, or name the configuration by its whole path"
+        raise ConfigError([Problem(named or _HERE, "the current folder is gone", hint)])
     if named or explicit is not None:
         return os.path.join(cwd, named or "")
     # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
-    return next((place for place in _usual(environ, cwd) if os.path.lexists(place)), None)
+    ours, *others = _usual(environ, cwd)
+    if os.path.lexists(ours):
+        # It can name a command to be run for the key, and a folder may be anybody's.
+        if reason := _stranger(ours) or _stranger(os.path.realpath(ours)):
+            hint = "name it with --config if you trust it"
+            raise ConfigError([Problem(_HERE, reason, hint)], source=ours)
+        return ours
+    return next((place for place in others if os.path.lexists(place)), None)
+
+
+def _stranger(path: str) -> str:
+    """Return why somebody else may have written a file, or put it where it is; an empty string if nobody may."""
+    folder = os.path.dirname(path)
+    for place, what in ((path, "it"), (folder, f"its folder {folder}")):
+        try:
+            status = os.lstat(place)
+        except OSError:
+            continue  # a link that leads nowhere: to be told when it is read
+        mode = stat.S_IMODE(status.st_mode)
+        if status.st_uid not in {0, os.geteuid()}:
+            return f"is not used, as {what} belongs to another user (number {status.st_uid})"
+        # In a folder like /tmp everybody may make files, but nobody replaces those of others.
+        if stat.S_ISLNK(status.st_mode) or (place == folder and mode & stat.S_ISVTX):
+            continue
+        if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private(status)):
+            who = "everybody" if mode & stat.S_IWOTH else "its group"
+            return f"is not used, as {what} may be written by {who}"
+    return ""
+
+
+def _is_private(status: os.stat_result) -> bool:
+    """Tell whether a file's group is its owner alone: one of the same name, which distributions give each user.
+
+    With such a group goes the umask 002, so that all of a user's files may be written by it. ``pam_umask`` goes by the
+    same rule. Root has none: there are systems where many are in its group.
+    """
+    try:
+        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
+    except KeyError:
+        return False
+    own = user.pw_gid == group.gr_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
+    return own and status.st_uid == user.pw_uid != 0
 
 
 def _usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
     """Return where a configuration is looked for that nobody names."""
     return (
-        os.path.join(cwd, "imagewatch.toml"),
+        os.path.join(cwd, _HERE),
         os.path.join(_xdg(environ, "XDG_CONFIG_HOME", "~/.config"), "imagewatch", "config.toml"),
         "/etc/imagewatch/config.toml",
     )
@@ -282,7 +334,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
             raise ConfigError([problem], source=source)
     draft = _Draft(table, os.path.dirname(source), environ)
     if path is None:
-        draft.looked_for = _usual(environ, os.getcwd())
+        with contextlib.suppress(FileNotFoundError):  # the current folder is gone; there may be no need of it
+            draft.looked_for = _usual(environ, os.getcwd())
     config = draft.config(source or "environment")
     if draft.problems:
         raise ConfigError(draft.named(), source=source)
@@ -559,6 +612,9 @@ class _Draft:
     def _path(self, path: str, field: str) -> str:
         """Return a path absolute: relative ones begin at the configuration's folder."""
         expanded = _home(path, self.environ)
+        if path.startswith("$"):
+            hint = "write the path, or ~ for your home; a folder of such a name is ./$NAME"
+            self._wrong(field, "begins with $, but variables are not expanded", hint)
         if expanded.startswith("~"):
             self._wrong(field, "names the home of an unknown user", "write ~/ or an absolute path")
         return os.path.abspath(os.path.join(self.folder, expanded))
@@ -657,6 +713,8 @@ class _Draft:
             self._wrong(f"outbox.{key}", "is not an octal mode", f'write it like {key} = "0640"')
         elif key == "folder_mode" and mode & 0o700 != 0o700:  # noqa: PLR2004
             self._wrong(f"outbox.{key}", "would lock imagewatch out of its own folders", 'begin with 7: "0750"')
+        elif key == "file_mode" and mode & 0o600 != 0o600:  # noqa: PLR2004
+            self._wrong(f"outbox.{key}", "would lock imagewatch out of its own files", 'begin with 6: "0640"')
         else:
             return mode
         return None

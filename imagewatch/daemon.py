@@ -115,6 +115,7 @@ class Daemon:
         on_outcome: Called for each finished job.
         on_seen: Called after each sweep.
         reload: Returns a new configuration on SIGHUP.
+        on_reloaded: Called with the new configuration when it is in force.
         holds: Reasons to wait; given by whoever cannot wait for the usual interval between two probes.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
@@ -130,6 +131,7 @@ class Daemon:
         on_outcome: Callable[[Outcome], None] = lambda _: None,
         on_seen: Callable[[int], None] = lambda _: None,
         reload: Callable[[], Config] | None = None,
+        on_reloaded: Callable[[Config], None] = lambda _: None,
         holds: Holds | None = None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -137,8 +139,7 @@ class Daemon:
         self._config = config
         self._environ = environ
         self._once = once
-        self._on_outcome = on_outcome
-        self._on_seen = on_seen
+        self._on_outcome, self._on_seen, self._on_reloaded = on_outcome, on_seen, on_reloaded
         self._reload = reload
         self._clock = clock
         self._now = monotonic
@@ -639,7 +640,8 @@ class Daemon:
                 return
             self._assemble(config)
             self._gate.count(self._arrived(), self._is_finished)
-        except ConfigError as error:
+        except (ConfigError, OSError) as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return
+        self._on_reloaded(config)
         _log.info("reloaded", source=config.source)

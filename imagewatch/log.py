@@ -10,6 +10,7 @@ import os
 import re
 import socket
 import sys
+import threading
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import structlog
@@ -72,13 +73,14 @@ def _way(form: str, out: TextIO, journal: str | None, *, colours: bool) -> tuple
         journal: The journal's socket, if ``out`` leads there.
         colours: Whether a console has them.
     """
+    lines = _Lines(out)
     if journal is not None and form == "auto":
-        return [_escaped, _entry], functools.partial(_Journal, journal, out)
+        return [_escaped, _entry], functools.partial(_Journal, journal, lines)
     console = form == "console" or (form == "auto" and out.isatty())
     stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console)
     text = _console(colours=colours) if console else structlog.processors.JSONRenderer(ensure_ascii=True)
     level = [] if journal is None else [_prioritised]
-    return [stamp, _escaped, text, *level], structlog.WriteLoggerFactory(file=out)
+    return [stamp, _escaped, text, *level], lambda *_: lines
 
 
 def _leads_to_journal(out: TextIO, environ: Mapping[str, str]) -> bool:
@@ -116,14 +118,38 @@ def _field(name: str) -> str:
     return "IMAGEWATCH_" + re.sub("[^A-Z0-9_]", "_", name.upper())[: _LONGEST_NAME - len("IMAGEWATCH_")]
 
 
+class _Lines:
+    """Lines on a stream. What it does not take is lost: a log is no reason to stop what was paid for."""
+
+    def __init__(self, out: TextIO) -> None:
+        self._out = out
+        self._lock = threading.Lock()
+        self._descriptor: int | None = None
+        with contextlib.suppress(OSError, ValueError):  # not a stream of the system
+            self._descriptor = out.fileno()
+
+    def info(self, text: str) -> None:
+        with self._lock, contextlib.suppress(OSError):
+            if self._descriptor is None:
+                self._out.write(text + "\n")
+                self._out.flush()
+                return
+            # Past the stream: what it could not write it would keep, and fail with once more at the very end.
+            rest = memoryview(f"{text}\n".encode(self._out.encoding or "utf-8", "backslashreplace"))
+            while rest:
+                rest = rest[os.write(self._descriptor, rest) :]
+
+    debug = warning = error = info
+
+
 class _Journal:
-    """The journal, by its own protocol; a plain line on a stream when it does not take an entry.
+    """The journal, by its own protocol; a plain line when it does not take an entry.
 
     Format: ``https://systemd.io/JOURNAL_NATIVE_PROTOCOL``. Each value goes with its length, so that none can end
     its field and begin another.
     """
 
-    def __init__(self, path: str, spare: TextIO, *_: object) -> None:
+    def __init__(self, path: str, spare: _Lines, *_: object) -> None:
         self._path = path
         self._spare = spare
 
@@ -136,9 +162,7 @@ class _Journal:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
                 channel.sendto(content, self._path)
         except OSError:  # larger than a datagram may be, or nobody listens
-            lines = entry["MESSAGE"].split("\n")
-            self._spare.write("".join(f"<{entry['PRIORITY']}>{line}\n" for line in lines))
-            self._spare.flush()
+            self._spare.info("\n".join(f"<{entry['PRIORITY']}>{line}" for line in entry["MESSAGE"].split("\n")))
 
     debug = warning = error = info
 

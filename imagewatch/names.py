@@ -268,7 +268,8 @@ def tagged(name: str, stem: str, tag: str) -> str:
 def fitted(head: str, tail: str) -> str:
     """Return ``head + tail``, with ``head`` cut so that the whole fits into ``NAME_MAX`` bytes."""
     room = NAME_MAX - len(_encoded(tail))
-    # Cut between characters: half a UTF-8 sequence would be a name that no tool can type.
+    # Cut between characters: half a UTF-8 sequence would be a name that no tool can type. None is less than a byte.
+    head = head[: max(room, 0)]
     while head and len(_encoded(head)) > room:
         head = head[:-1]
     return head + tail

@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import click
 
-from imagewatch.admin import config_option, load
+from imagewatch.admin import Seconds, config_option, load
 from imagewatch.errors import BadRequest, Problem
 from imagewatch.text import amount, complaint, printable
 
@@ -68,7 +68,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     help="The watched folder, where there is no configuration: a share.",
 )
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Stop waiting after this long; the prompts stay.")
+@click.option("--timeout", type=Seconds(0), metavar="SECONDS", help="Stop waiting after this long; the prompts stay.")
 @click.option(
     "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed."
 )

@@ -36,7 +36,8 @@ The configuration: the first that is there, unless
 .B \-\-config
 or
 .B IMAGEWATCH_CONFIG
-names another.
+names another. The one in the current folder is used only if it and the folder belong to you or root and nobody else may
+write them.
 .B imagewatch init
 writes one with every key and its default.
 .TP

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ from imagewatch.cli import cli
 from imagewatch.config import load
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 _png = io.BytesIO()
@@ -155,7 +158,21 @@ def test_once_ends_with_1_when_one_prompt_failed_and_makes_the_others(folders):
 
 @pytest.mark.parametrize(
     "wrong",
-    [["frobnicate"], ["run", "--frobnicate"], ["check", "one"], ["sandbox", "--port", "many"], ["run", "--config"], []],
+    [
+        ["frobnicate"],
+        ["run", "--frobnicate"],
+        ["check", "one"],
+        ["run", "--config"],
+        [],
+        ["sandbox", "--port", "many"],
+        ["sandbox", "--port", "65536"],
+        ["sandbox", "--latency", "nan"],
+        ["sandbox", "--latency", "1e300"],
+        ["sandbox", "--latency", "-1"],
+        ["submit", "A cat", "--wait", "--timeout", "nan"],
+        ["history", "--limit", "99999999999999999999"],
+        ["history", "--days", "99999999999999999999"],
+    ],
 )
 def test_a_wrong_command_line_ends_with_64_and_says_where_help_is(wrong):
     done = imagewatch(*wrong)
@@ -235,6 +252,37 @@ def test_without_any_configuration_it_says_what_to_do(tmp_path):
     assert len(done.stderr.splitlines()) == 2, "what follows from it is not told as well"
 
 
+def from_nowhere(folders: Folders, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run a command whose current folder was removed."""
+    folder = folders.root / "gone"
+    folder.mkdir()
+    script = f'cd {folder} && rmdir {folder} && exec {sys.executable} -m imagewatch "$@"'
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
+    command = ["sh", "-c", script, "sh", *arguments]
+    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
+
+
+def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_works(folders, tmp_path):
+    folders.prompt("cat", "A cat")
+    file = tmp_path / "config.toml"
+    file.touch()
+    done = from_nowhere(folders, "once", "--config", str(file))
+    assert (done.returncode, folders.documents()) == (0, {"cat": "outbox"}), done.stderr
+    assert from_nowhere(folders, "status", "--config", str(file)).returncode == 0
+    assert from_nowhere(folders, "submit", "A dog", "--root", str(folders.root)).returncode == 0
+    for wrong in (["status"], ["check", "--config", "config.toml"], ["gallery"]):
+        done = from_nowhere(folders, *wrong)
+        assert (done.returncode, "the current folder is gone" in done.stderr) == (78, True), done.stderr
+        assert "by its whole path" in done.stderr
+    for wrong in (
+        ["demo"],
+        ["submit", "A dog", "--root", "."],
+        ["gallery", "--config", str(file), "--output", "x.html"],
+    ):
+        done = from_nowhere(folders, *wrong)
+        assert (done.returncode, "the current folder is gone" in done.stderr) == (64, True), done.stderr
+
+
 @pytest.mark.parametrize("key_file", ["", "/nowhere/key"])
 def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_file):
     del folders.environ["LETTA_API_KEY"]
@@ -264,6 +312,31 @@ def test_a_terminal_that_is_not_utf_8_is_no_reason_to_stop(folders):
     environ = folders.environ | {"PYTHONIOENCODING": "latin-1:strict"}
     done = imagewatch("check", environ=environ)
     assert (done.returncode, "se\\u2026" in done.stdout) == (0, True)
+
+
+@pytest.fixture(params=["ASCII", "ISO-8859-1"])
+def strange_locale(request, tmp_path) -> dict[str, str]:
+    """The environment of somebody whose names of files are not in UTF-8."""
+    if request.param == "ASCII":
+        return {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    made = ["localedef", "-i", "en_US", "-f", request.param, str(tmp_path / "en_US.latin1")]
+    if not shutil.which("localedef") or subprocess.run(made, capture_output=True, check=False).returncode:
+        pytest.skip("no such locale can be made here")
+    return {"LC_ALL": "en_US.latin1", "LOCPATH": str(tmp_path)}
+
+
+@pytest.mark.parametrize("program", [[sys.executable, "-m", "imagewatch"], [f"{sys.prefix}/bin/imagewatch"]])
+def test_a_locale_that_is_not_utf_8_keeps_no_prompt_from_naming_any_image(folders, strange_locale, program):
+    folders.drop("猫.png", PICTURE)
+    folders.prompt("käse", '+++\ninput_images = ["猫.png"]\n+++\nA cat')
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ, **strange_locale}
+    done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, folders.documents()) == (0, {"käse": "outbox"}), done.stderr
+    assert "猫.png" in folders.names("archive")
+    folders.prompt("späte", "A cat")
+    check = subprocess.run([*program, "check"], env=environ, capture_output=True, timeout=40, check=False)
+    spelt = "späte".encode("latin-1" if "latin1" in strange_locale["LC_ALL"] else "utf-8")  # click writes no ASCII
+    assert spelt in check.stdout, "the terminal is what it was"
 
 
 # check
@@ -652,6 +725,54 @@ def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
 
 
 # Log lines, and what strangers write
+
+
+@contextlib.contextmanager
+def deaf(trouble: str) -> Iterator[int]:
+    """A stream that takes nothing: its disk is full, or whoever read it is gone."""
+    if trouble == "full":
+        stream = os.open("/dev/full", os.O_WRONLY)
+    else:
+        reader, stream = os.pipe()
+        os.close(reader)
+    yield stream
+    os.close(stream)
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+def test_a_log_that_cannot_be_written_stops_nothing_and_is_no_failure(tmp_path, sandbox, trouble):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
+    once = [sys.executable, "-m", "imagewatch", "once"]
+
+    def code(*command: str) -> int:
+        with deaf(trouble) as stream:
+            return subprocess.run(command, env=environ, stderr=stream, timeout=40, check=False).returncode
+
+    for stem in ("a", "b"):
+        folders.prompt(stem, "A cat")
+    assert (code(*once), folders.documents()) == (0, {"a": "outbox", "b": "outbox"})
+    folders.prompt("c", "[sandbox: 402] A cat")
+    folders.prompt("d", "A cat")
+    assert code(*once) == 69, "what it says at the end is lost as well, its code is not"
+    assert code(*once[:-1], "no-such-command") == 64
+    assert code("sh", "-c", f"exec {' '.join(once)} 2>&-") == 0, "it has no standard error at all"
+
+
+@pytest.mark.parametrize("trouble", ["full", "gone"])
+def test_a_daemon_outlives_whoever_read_its_log(folders, trouble):
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
+    with deaf(trouble) as stream:
+        process = subprocess.Popen([sys.executable, "-m", "imagewatch", "run"], env=environ, stderr=stream)
+    try:
+        for stem in ("a", "b"):
+            folders.prompt(stem, "A cat")
+            until(lambda stem=stem: stem in folders.documents() or process.poll() is not None)
+        process.terminate()
+        assert (process.wait(30), folders.documents()) == (0, {"a": "outbox", "b": "outbox"})
+    finally:
+        process.kill()
+        process.wait(30)
 
 
 def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):

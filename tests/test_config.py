@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import pwd
 import re
 import subprocess
 import sys
@@ -197,6 +198,17 @@ def test_a_tilde_is_the_home_of_the_environment(write):
     assert loaded.folders.inbox == "/home/ann/box/inbox"
 
 
+@pytest.mark.parametrize("path", ["$HOME/box", "${HOME}/box"])
+def test_a_variable_in_a_path_is_a_problem_and_no_folder_of_that_name(write, path):
+    found = problems(
+        write(f'[folders]\nroot = "{path}"\n[endpoint]\napi_key_file = "{path}/key"\n'), {"HOME": "/home/ann"}
+    )
+    for name in ("folders.root", "endpoint.api_key_file"):
+        assert "variables are not expanded" in found[name]
+        assert "~" in found[name]
+    assert load(write('[folders]\nroot = "./$box"\n'), {}).folders.inbox.endswith("/$box/inbox")
+
+
 def test_the_home_of_nobody_known_is_a_problem(write):
     assert "unknown user" in problems(write('[folders]\nroot = "~nobodyofthatname/box"\n'))["folders.root"]
 
@@ -372,7 +384,12 @@ def test_a_key_outside_of_its_section_is_told_where_it_belongs(write):
         ("endpoint", "connect_timeout_seconds", ["1", "900"], ["0", "901", "inf"]),
         ("endpoint", "allow_private_downloads", ["true"], ["1", '"true"']),
         ("endpoint", "api_key_command", ['"pass show x"', '["pass"]'], ['""', "[]", "[1]", "5", '"it\'s"']),
-        ("outbox", "file_mode", ['"0640"', '"640"', '"0o640"'], ["640", '"0888"', '"rw"', '"77777"', '""']),
+        (
+            "outbox",
+            "file_mode",
+            ['"0640"', '"640"', '"0o640"'],
+            ["640", '"0888"', '"rw"', '"77777"', '""', '"0000"', '"0400"', '"0266"'],
+        ),
         ("outbox", "folder_mode", ['"2750"', '"0700"'], ['"0640"', "0x1ed", "true"]),
         ("outbox", "group", ['"users"'], ['""', "100"]),
         ("log", "level", ['"warning"'], ['"INFO"', "1"]),
@@ -681,6 +698,110 @@ def test_an_empty_variable_names_no_file(tmp_path):
 def test_a_dangling_link_is_a_mistake_and_not_skipped(tmp_path):
     (tmp_path / "imagewatch.toml").symlink_to("gone")
     assert find(None, {}, str(tmp_path)) == str(tmp_path / "imagewatch.toml")
+
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to somebody else")
+ASKED = """
+import os, sys
+from imagewatch.config import find
+from imagewatch.errors import ConfigError
+os.setgroups([])
+os.setgid(int(sys.argv[2]))
+os.setuid(int(sys.argv[1]))
+try:
+    print(find(None, {}, sys.argv[3]))
+except ConfigError as error:
+    print(error)
+"""
+
+
+def found_by(user: int, group: int, folder: Path) -> str:
+    """What a user finds in a folder, or is told."""
+    command = [sys.executable, "-c", ASKED, str(user), str(group), str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=40, check=True).stdout.strip()
+
+
+@as_root
+def test_a_file_of_somebody_else_in_the_current_folder_is_not_used_unless_it_is_named(tmp_path):
+    file = tmp_path / "imagewatch.toml"
+    file.touch()
+    os.chown(file, 12345, 12345)
+    with pytest.raises(ConfigError) as caught:
+        find(None, {}, str(tmp_path))
+    (problem,) = caught.value.problems
+    assert (problem.field, caught.value.source) == ("imagewatch.toml", str(file))
+    assert "belongs to another user" in problem.reason
+    assert "name it with --config if you trust it" in problem.hint
+    assert find("imagewatch.toml", {}, str(tmp_path)) == str(file)
+    assert find(None, {"IMAGEWATCH_CONFIG": "imagewatch.toml"}, str(tmp_path)) == str(file)
+
+
+@as_root
+def test_neither_a_strangers_folder_nor_a_strangers_link_leads_to_a_configuration(open_path):
+    theirs, mine = open_path / "theirs", open_path / "mine"
+    for folder in (theirs, mine):
+        folder.mkdir()
+        (folder / "imagewatch.toml").touch()
+    os.chown(theirs, 12345, 12345)
+    with pytest.raises(ConfigError, match=f"its folder {theirs} belongs to another user"):
+        find(None, {}, str(theirs))
+    shared = open_path / "shared"
+    shared.mkdir()
+    shared.chmod(0o1777)
+    (shared / "imagewatch.toml").symlink_to(mine / "imagewatch.toml")
+    assert find(None, {}, str(shared)) == str(shared / "imagewatch.toml")
+    os.chown(shared / "imagewatch.toml", 12345, 12345, follow_symlinks=False)
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        find(None, {}, str(shared))
+    (mine / "link").mkdir()
+    (mine / "link/imagewatch.toml").symlink_to(theirs / "imagewatch.toml")
+    with pytest.raises(ConfigError, match=r"its folder .*theirs belongs to another user"):
+        find(None, {}, str(mine / "link"))
+
+
+@pytest.mark.parametrize(
+    ("file_mode", "folder_mode", "told"),
+    [
+        (0o600, 0o700, ""),
+        (0o644, 0o755, ""),
+        (0o644, 0o1777, ""),
+        (0o646, 0o755, "it may be written by everybody"),
+        (0o666, 0o1777, "it may be written by everybody"),
+        (0o644, 0o757, "its folder"),
+    ],
+)
+def test_a_file_that_others_may_write_or_replace_is_not_used(tmp_path, file_mode, folder_mode, told):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    file = folder / "imagewatch.toml"
+    file.touch()
+    file.chmod(file_mode)
+    folder.chmod(folder_mode)
+    if told:
+        with pytest.raises(ConfigError, match=told):
+            find(None, {}, str(folder))
+    else:
+        assert find(None, {}, str(folder)) == str(file)
+
+
+@as_root
+def test_a_group_may_write_the_file_only_if_it_is_the_users_own(open_path):
+    bin_ = pwd.getpwnam("bin")  # of those that every system has: its group has its name, and nobody else is in it
+    folder = open_path / "here"
+    folder.mkdir()
+    file = folder / "imagewatch.toml"
+    file.touch()
+    for place, mode in ((folder, 0o775), (file, 0o664)):
+        os.chown(place, bin_.pw_uid, bin_.pw_gid)
+        place.chmod(mode)
+    assert found_by(bin_.pw_uid, bin_.pw_gid, folder) == str(file), "as made with the umask 002"
+    os.chown(file, bin_.pw_uid, 12345)
+    assert "it may be written by its group" in found_by(bin_.pw_uid, bin_.pw_gid, folder)
+    os.chown(file, 0, 0)
+    os.chown(folder, 0, 0)
+    file.chmod(0o664)
+    with pytest.raises(ConfigError, match="it may be written by its group"):
+        find(None, {}, str(folder))
 
 
 # --- the example

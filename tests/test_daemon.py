@@ -477,12 +477,29 @@ def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wro
     folders.prompt("two", "Two")
     over(folders, "one", "two")
 
-    config.write_text(f'[folders]\narchive = "{tmp_path / "elsewhere"}"\n')
+    config.write_text(f'[folders]\narchive = "{tmp_path / "elsewhere"}"\n[log]\nlevel = "error"\nformat = "console"\n')
     daemon.process.send_signal(signal.SIGHUP)
     assert "[folders]" in daemon.wait_for("not reloaded; the old configuration stays", 2)["reason"]
+    assert daemon.events("text") == [], "the form of the log is part of the old configuration"
     assert daemon.stop() == 0
+    assert daemon.events("stopping"), "and so is its level"
     assert [call["provider"] for call in sandbox.report()["calls"]] == ["openai", "openai"]
     assert folders.names("archive") == ["one.prompt.txt", "two.prompt.txt"]
+
+
+def test_sighup_in_a_folder_that_is_gone_keeps_the_old_configuration(folders, run, tmp_path):
+    here, script = tmp_path / "here", tmp_path / "here.py"
+    here.mkdir()
+    (here / "imagewatch.toml").touch()
+    script.write_text("import os, sys\nfrom imagewatch.cli import main\nos.chdir(sys.argv.pop(1))\nmain()\n")
+    daemon = run(folders, str(here), "run", script=str(script))
+    (here / "imagewatch.toml").unlink()
+    here.rmdir()
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "current folder is gone" in daemon.wait_for("not reloaded; the old configuration stays")["reason"]
+    folders.prompt("one", "One")
+    over(folders, "one")
+    assert daemon.stop() == 0
 
 
 def test_sighup_ends_a_hold_because_the_configuration_may_have_been_its_cause(folders, run, sandbox):

@@ -407,6 +407,12 @@ def test_fitted_leaves_alone_what_fits():
     assert fitted("猫" * 84, ".png") == "猫" * 83 + ".png"
 
 
+@pytest.mark.timeout(10)
+def test_fitted_cuts_a_book_as_soon_as_a_name():
+    assert fitted("猫" * 1_000_000, ".png") == "猫" * 83 + ".png"
+    assert fitted("cat", "x" * 300) == "x" * 300
+
+
 def test_a_name_fits_by_its_bytes_and_not_by_its_characters():
     assert fits("x" * 255)
     assert not fits("x" * 256)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError, UsageError
-from imagewatch.gallery.jobs import Look, Reader
+from imagewatch.gallery.jobs import Look, Reader, opened
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
 from imagewatch.text import printable, whole
@@ -140,11 +140,11 @@ class Gallery:
                     told = f"{printable(self.path)}: is in the folder {name}, where only the files of jobs may be"
                     raise UsageError(told, hint=_ELSEWHERE)
         try:
-            with open(self.path, "rb") as file:
+            with open(opened(self.path), "rb") as file:  # a pipe would wait for its writer
                 ours_already = file.read(len(MARK)) == MARK
         except FileNotFoundError:
             return
-        except OSError:
+        except (OSError, ValueError):
             ours_already = False
         if not ours_already:
             told = f"{printable(self.path)}: is there already, and no gallery"

@@ -19,7 +19,7 @@ import msgspec
 
 from imagewatch.documents import unvouched
 from imagewatch.fields import shown
-from imagewatch.names import SUFFIX, tagged
+from imagewatch.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
@@ -34,6 +34,8 @@ _MOST_CHARACTERS = 4000
 """Of one text on the page, so that a few giants do not make it slow; the documents have all of it."""
 _MOST_FILES = 50
 _LONGEST_ID = 64
+_LONGEST_NAME = 6 * NAME_MAX
+"""Of a file, characters: what was never text is written with six for each byte."""
 
 
 class Picture(msgspec.Struct, omit_defaults=True):
@@ -345,7 +347,7 @@ def _job(shelves: dict[str, _Shelf], door: str, folder: str, name: str, read: _R
     job.prompt = job.prompt or _cut(shelf.text(folder, base + SUFFIX))
     job.pictures = [shelf.picture(folder, file, [file.file]) for file in document.images[:_MOST_FILES]]
     job.inputs = [
-        origin.picture(folder, file, [*(tagged(file.file, stem, tag) for tag in _tags(job.job)), file.file])
+        origin.picture(folder, file, [*_kept(file.file, stem, job.job), file.file])
         for file in document.inputs[:_MOST_FILES]
     ]
     return job
@@ -387,9 +389,11 @@ def _plain(value: object) -> str:
     return value if isinstance(value, str) else shown(value)
 
 
-def _tags(job: str) -> tuple[str, ...]:
-    """Return what a name has in it when the plain one was taken, the longest first."""
-    return (job, job[:4]) if 0 < len(job) <= _LONGEST_ID else ()
+def _kept(name: str, stem: str, job: str) -> list[str]:
+    """Return the names that a file has when the plain one was taken, the longest first."""
+    if not 0 < len(job) <= _LONGEST_ID or len(name) > _LONGEST_NAME:
+        return []
+    return [tagged(name, stem, tag) for tag in (job, job[:4])]
 
 
 def _cut(text: str) -> str:
