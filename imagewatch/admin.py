@@ -60,9 +60,9 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def load(path: str | None) -> Config:
     """Return the configuration that a command is to use."""
-    from imagewatch import config  # noqa: PLC0415
+    from imagewatch import config, places  # noqa: PLC0415
 
-    return config.load(config.find(path, os.environ, here()), os.environ)
+    return config.load(places.find(path, os.environ, here()), os.environ)
 
 
 def here() -> str:

@@ -8,17 +8,14 @@ so a ``Config`` may be printed; what somebody wrote under an unknown key may be 
 from __future__ import annotations
 
 import contextlib
-import grp
 import hashlib
 import importlib.resources
 import ipaddress
 import itertools
 import math
 import os
-import pwd
 import re
 import shlex
-import stat
 import tomllib
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, TypeVar
 from urllib.parse import urlsplit
@@ -28,6 +25,7 @@ from msgspec import Meta
 
 from imagewatch.errors import ConfigError, Problem
 from imagewatch.fields import Options, Provider, check, nearest
+from imagewatch.places import expanded_home, usual, xdg
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -46,7 +44,6 @@ _PREFIX: Final = "IMAGEWATCH_"
 _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_MODE: Final = 0o7777
 _DELETE: Final = "delete"
-_HERE: Final = "imagewatch.toml"
 _EXAMPLE: Final = "config.example.toml"
 _PLACES: Final = ("inbox", "outbox", "errors", "archive")
 _KEY_HINT: Final = "put the key in a file and name it in api_key_file"
@@ -236,81 +233,6 @@ _SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
 _SECTION_NAMES: Final = (*_SECTIONS, "presets")
 
 
-def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | None:
-    """Return the configuration file to use.
-
-    Args:
-        explicit: What the command line names, or ``None``.
-        environ: The environment.
-        cwd: Absolute path of the current folder, or an empty string when it is gone.
-
-    Returns:
-        A path: the one named (whether it exists or not), else the first of the usual places that is there;
-        ``None`` when there is none.
-
-    Raises:
-        ConfigError: The one in the current folder may be somebody else's, or the folder is gone.
-    """
-    named = explicit if explicit is not None else environ.get("IMAGEWATCH_CONFIG")
-    if not cwd and not os.path.isabs(named or ""):
-        hint = "go to another folder, or name the configuration by its whole path"
-        raise ConfigError([Problem(named or _HERE, "the current folder is gone", hint)])
-    if named or explicit is not None:
-        return os.path.join(cwd, named or "")
-    # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
-    ours, *others = _usual(environ, cwd)
-    if os.path.lexists(ours):
-        # It can name a command to be run for the key, and a folder may be anybody's.
-        if reason := _stranger(ours) or _stranger(os.path.realpath(ours)):
-            hint = "name it with --config if you trust it"
-            raise ConfigError([Problem(_HERE, reason, hint)], source=ours)
-        return ours
-    return next((place for place in others if os.path.lexists(place)), None)
-
-
-def _stranger(path: str) -> str:
-    """Return why somebody else may have written a file, or put it where it is; an empty string if nobody may."""
-    folder = os.path.dirname(path)
-    for place, what in ((path, "it"), (folder, f"its folder {folder}")):
-        try:
-            status = os.lstat(place)
-        except OSError:
-            continue  # a link that leads nowhere: to be told when it is read
-        mode = stat.S_IMODE(status.st_mode)
-        if status.st_uid not in {0, os.geteuid()}:
-            return f"is not used, as {what} belongs to another user (number {status.st_uid})"
-        # In a folder like /tmp everybody may make files, but nobody replaces those of others.
-        if stat.S_ISLNK(status.st_mode) or (place == folder and mode & stat.S_ISVTX):
-            continue
-        if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private(status)):
-            who = "everybody" if mode & stat.S_IWOTH else "its group"
-            return f"is not used, as {what} may be written by {who}"
-    return ""
-
-
-def _is_private(status: os.stat_result) -> bool:
-    """Tell whether a file's group is its owner alone: one of the same name, which distributions give each user.
-
-    With such a group goes the umask 002, so that all of a user's files may be written by it. ``pam_umask`` goes by the
-    same rule. Root has none: there are systems where many are in its group.
-    """
-    try:
-        user, group = pwd.getpwuid(os.geteuid()), grp.getgrgid(status.st_gid)
-    except KeyError:
-        return False
-    own = user.pw_gid == group.gr_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
-    return own and status.st_uid == user.pw_uid != 0
-
-
-def _usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
-    """Return where a configuration is looked for that nobody names."""
-    return (
-        os.path.join(cwd, _HERE),
-        os.path.join(_xdg(environ, "XDG_CONFIG_HOME", "~/.config"), "imagewatch", "config.toml"),
-        "/etc/imagewatch/config.toml",
-    )
-
-
 def load(path: str | None, environ: Mapping[str, str]) -> Config:
     """Read a configuration file and the environment over it.
 
@@ -335,7 +257,7 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     draft = _Draft(table, os.path.dirname(source), environ)
     if path is None:
         with contextlib.suppress(FileNotFoundError):  # the current folder is gone; there may be no need of it
-            draft.looked_for = _usual(environ, os.getcwd())
+            draft.looked_for = usual(environ, os.getcwd())
     config = draft.config(source or "environment")
     if draft.problems:
         raise ConfigError(draft.named(), source=source)
@@ -392,20 +314,6 @@ def _parse(text: str, name: str = "") -> tuple[dict[str, Any], Problem | None]:
 def _printable(text: str) -> str:
     """Return a name from outside in a form that cannot disturb a log, cut to 100 characters."""
     return repr(text)[1:-1][:100]
-
-
-def _xdg(environ: Mapping[str, str], variable: str, default: str) -> str:
-    """Return an XDG base folder; a relative one is to be ignored, says the XDG specification."""
-    value = environ.get(variable, "")
-    return value if os.path.isabs(value) else _home(default, environ)
-
-
-def _home(path: str, environ: Mapping[str, str]) -> str:
-    """Return a path with ``~`` and ``~user`` replaced, by the given environment first."""
-    home = environ.get("HOME", "")
-    if home and (path == "~" or path.startswith("~/")):
-        return home + path[1:]
-    return os.path.expanduser(path)
 
 
 def _is_text(section: str, struct: type[msgspec.Struct], key: str) -> bool:
@@ -611,7 +519,7 @@ class _Draft:
 
     def _path(self, path: str, field: str) -> str:
         """Return a path absolute: relative ones begin at the configuration's folder."""
-        expanded = _home(path, self.environ)
+        expanded = expanded_home(path, self.environ)
         if path.startswith("$"):
             hint = "write the path, or ~ for your home; a folder of such a name is ./$NAME"
             self._wrong(field, "begins with $, but variables are not expanded", hint)
@@ -657,7 +565,7 @@ class _Draft:
         if given:
             return os.path.abspath(given)
         name = hashlib.sha256(os.fsencode(inbox)).hexdigest()[:8]
-        home = _xdg(self.environ, "XDG_STATE_HOME", "~/.local/state")
+        home = xdg(self.environ, "XDG_STATE_HOME", "~/.local/state")
         return os.path.abspath(os.path.join(home, "imagewatch", name))
 
     def _endpoint(self) -> Endpoint:

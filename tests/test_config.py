@@ -21,9 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch import config
-from imagewatch.config import Config, find, load
+from imagewatch.config import Config, load
 from imagewatch.errors import ConfigError
 from imagewatch.fields import Options
+from imagewatch.places import find
 
 SECRET = "sk-let-VERYSECRETvalue0123456789"
 ROOT = '[folders]\nroot = "/srv/iw"\n'
@@ -703,7 +704,7 @@ def test_a_dangling_link_is_a_mistake_and_not_skipped(tmp_path):
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to somebody else")
 ASKED = """
 import os, sys
-from imagewatch.config import find
+from imagewatch.places import find
 from imagewatch.errors import ConfigError
 os.setgroups([])
 os.setgid(int(sys.argv[2]))
@@ -860,7 +861,7 @@ def test_a_lost_example_is_reported_and_no_crash(tmp_path):
     )
     package = tmp_path / "imagewatch"
     package.mkdir()
-    for name in ("__init__", "config", "errors", "fields", "text"):
+    for name in ("__init__", "config", "errors", "fields", "places", "text"):
         source = Path(config.__file__).parent / f"{name}.py"
         (package / f"{name}.py").write_bytes(source.read_bytes())
     run = [sys.executable, "-c", code]
