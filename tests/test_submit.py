@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -22,12 +23,13 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import KEY, Folders, until
+from losing import SteppingDisk
 from PIL import Image
 
 from imagewatch import submit as command
-from imagewatch.cli import cli
+from imagewatch.cli import cli, main
 from imagewatch.config import load
-from imagewatch.errors import BadRequest
+from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.sender import Delivery, Wish
 
 if TYPE_CHECKING:
@@ -400,6 +402,94 @@ def test_a_name_that_is_taken_while_images_are_placed_leaves_none_of_them(sender
     assert (folders.inbox / "two.prompt.txt").read_text() == "somebody else's"
 
 
+class FailingDisk(SteppingDisk):
+    """A disk on which one file gets its final name only in part, or not at all.
+
+    Args:
+        name: Whose.
+        late: Whether the rename is done and reported as failed all the same, as by a server that was slow to answer.
+    """
+
+    def __init__(self, name: str, *, late: bool = False) -> None:
+        self._name = name
+        self._late = late
+
+    def rename(self, source: str, target: str) -> None:
+        if not target.endswith(self._name):
+            super().rename(source, target)
+            return
+        if self._late:
+            super().rename(source, target)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.fixture
+def inside(sender, monkeypatch, capsys):
+    """Run ``submit`` in this process, on a disk that fails."""
+    for name in ("IMAGEWATCH_CONFIG", "HOME"):
+        monkeypatch.setenv(name, sender.known[name])
+
+    def call(disk: SteppingDisk, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("imagewatch.sender.Disk", lambda: disk)
+        monkeypatch.setattr(sys, "argv", ["imagewatch", "submit", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already(sender, inside):
+    code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
+    assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
+    assert "it-2.prompt.txt: cannot put the file into the inbox: Input/output error" in err
+    assert "1 prompt was dropped before, and will be made; the others were not dropped:" in err
+    assert sender.dropped() == ["it-1.prompt.txt"]
+
+
+def test_programs_learn_what_is_in_the_inbox_when_the_others_could_not_follow(sender, inside):
+    code, out, _ = inside(FailingDisk("it-3.prompt.txt"), "One", "Two", "Three", "--name", "it", "--wait", "--json")
+    assert code == 69
+    assert [(one["source"], one["door"]) for one in json.loads(out)] == [
+        ("it-1.prompt.txt", None),
+        ("it-2.prompt.txt", None),
+    ]
+    code, out, err = inside(FailingDisk("so-2.prompt.txt"), "One", "Two", "--name", "so", "--wait")
+    assert (code, out) == (69, ""), "where pictures are waited for, only pictures are printed"
+    assert err.endswith(f"{sender.folders.inbox}/so-1.prompt.txt\n")
+
+
+def test_when_none_could_be_dropped_it_is_the_disk_and_nothing_is_left(sender, inside):
+    code, out, err = inside(
+        FailingDisk("it-1.prompt.txt"), "One", "Two", "--name", "it", "--image", sender.file("a.png")
+    )
+    assert (code, out) == (74, "")
+    assert "will be made" not in err
+    assert sender.dropped() == []
+
+
+def test_a_rename_that_was_done_is_no_failure_whatever_the_server_says_of_it(sender, inside):
+    image = sender.file("a.png")
+    code, out, err = inside(FailingDisk("it.prompt.txt", late=True), "One", "--name", "it", "--image", image)
+    assert (code, out, err) == (0, f"{sender.folders.inbox}/it.prompt.txt\n", "")
+    assert sender.dropped() == ["it.in1.png", "it.prompt.txt"]
+
+
+class UnsyncedDisk(SteppingDisk):
+    """A disk that cannot make the names in a folder durable."""
+
+    def sync_folder(self, path: str) -> None:
+        raise SpoolError(f"{path}: cannot write the folder to disk", path=path, code=errno.EIO)
+
+
+def test_what_a_power_cut_may_take_away_is_dropped_all_the_same(sender, inside):
+    code, out, err = inside(UnsyncedDisk(), "One", "Two", "--name", "it")
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert err.count("the prompts are dropped, but a power cut may take them away") == 1
+    assert sender.dropped() == ["it-1.prompt.txt", "it-2.prompt.txt"]
+
+
 def test_images_are_nobody_elses_siblings(sender, folders):
     """``cat.1.prompt.txt``, dropped by hand, would take a ``cat.1.png`` for its own and pay for a wrong edit."""
     for stem in ("cat.1", "cat.in", "other"):
@@ -721,6 +811,13 @@ class TestAnotherUser:
         assert "you may not put files there" in done.stderr
         assert "ask whoever looks after the folder" in done.stderr
 
+    def test_may_drop_into_an_inbox_that_only_the_daemon_can_look_into(self, shared):
+        shared.folders.inbox.chmod(0o333)
+        done = shared.submit("One", "Two", "--name", "it", "--folder", "new", before=self.AS_USER)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [f"{shared.folders.inbox}/new/it-{number}.prompt.txt" for number in (1, 2)]
+        assert shared.dropped() == ["new/it-1.prompt.txt", "new/it-2.prompt.txt"]
+
     def test_may_not_look_into_the_outbox_and_learns_it_before_anything_is_dropped(self, shared):
         shared.folders.outbox.chmod(0o700)
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
@@ -734,6 +831,14 @@ class TestAnotherUser:
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
         assert done.returncode == 74
         assert "outbox.file_mode" in done.stderr
+
+    def test_learns_what_was_dropped_where_a_result_may_not_be_read(self, shared, start):
+        shared.folders.environ["IMAGEWATCH_OUTBOX__FILE_MODE"] = "0600"
+        start(shared.folders, "run")
+        done = shared.submit("A cat", "--name", "cat", "--wait", "--json", before=self.AS_USER)
+        assert done.returncode == 74
+        assert [one["source"] for one in json.loads(done.stdout)] == ["cat.prompt.txt"]
+        assert "cat.prompt.txt: was dropped; what became of it is not known" in done.stderr
 
 
 @pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o2770, 0o640), (0o700, 0o600)])
