@@ -23,6 +23,7 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import KEY, Folders, until
+from conftest import command as command_of
 from losing import SteppingDisk
 from PIL import Image
 
@@ -521,6 +522,36 @@ def test_results_whose_name_was_taken_are_found_and_older_ones_are_not_taken_for
     assert Path(first["images"][0]).name == f"cat.{first['job'][:4]}.jpg"
     assert len({one["job"] for one in (first, second, third, fourth)}) == 4
     assert sandbox.report()["requests"] == 4
+
+
+def _touched_by_a_chmod(document: Path) -> None:
+    document.chmod(0o600)
+
+
+def _linked_by_a_backup(document: Path) -> None:
+    os.link(document, document.parent.parent / "backup")
+
+
+def _copied_under_the_name_of_a_newer_one(document: Path) -> None:
+    stem, _, ending = document.name.partition(".")
+    shutil.copy2(document, document.with_name(f"{stem}.0123.{ending}"))
+
+
+@pytest.mark.parametrize("text", ["Again", "Again [sandbox: 400]"])
+@pytest.mark.parametrize("disturb", [_touched_by_a_chmod, _linked_by_a_backup, _copied_under_the_name_of_a_newer_one])
+def test_an_older_result_that_somebody_touches_meanwhile_is_not_taken_for_ones_own(
+    sender, folders, start, text, disturb
+):
+    folders.prompt("cat", text)
+    command_of(folders, "once")
+    (old,) = [*folders.outbox.glob("*.toml"), *folders.errors.glob("*.toml")]
+    waiting = sender.start(text, "--name", "cat", "--wait", "--timeout", "3", "--json")
+    until((folders.inbox / "cat.prompt.txt").exists)
+    disturb(old)
+    (old.parent / "something else").touch()  # the folder is looked at again
+    out, _ = waiting.communicate(timeout=30)
+    assert (waiting.returncode, json.loads(out)[0]["door"]) == (69, None)
+    assert sender.dropped() == ["cat.prompt.txt"], "it waits to be paid for"
 
 
 def test_a_result_that_appears_under_the_name_of_one_that_was_taken_away_is_found(sender, sandbox, watched):
