@@ -701,6 +701,31 @@ def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sand
     assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
 
 
+def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(folders, sandbox):
+    folders.drop("cat.png", picture())
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / "cat.prompt.txt").unlink()
+    folders.prompt("cat", "Another cat, without a picture")
+    before = folders.names("errors")
+    told = command(folders, "retry", "cat")
+    assert told.returncode == 1
+    assert "the inbox has another prompt of this name" in told.stderr
+    assert "nothing was moved" in told.stderr
+    assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
+
+
+def test_a_retry_that_died_after_it_moved_the_prompt_is_finished_by_the_next(folders, sandbox):
+    folders.drop("cat.png", picture())
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    for name in ("cat.png", "cat.prompt.txt"):
+        (folders.errors / name).rename(folders.inbox / name)
+    told = command(folders, "retry", "cat")
+    assert (told.returncode, told.stdout) == (0, "cat: back in the inbox\n")
+    assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
+
+
 _LINES = re.MULTILINE | re.DOTALL
 HOSTILE_FILES: dict[str, Callable[[str], str | bytes]] = {
     "not TOML": lambda _: "charged = ",
