@@ -123,7 +123,7 @@ class Retry:
             with ours(path, "read"), open(path, "rb", opener=_no_links) as file:
                 document = unvouched(_text(file.read(_MOST_BYTES + 1)))
             job, charged = _id(document["job"]), str(document["charged"])
-            originals = [(_name(table["file"]), _name(table["dropped_as"])) for table in document["originals"]]
+            originals = self._real(path, [(_name(t["file"]), _name(t["dropped_as"])) for t in document["originals"]])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "move the prompt and its images back into the inbox by hand"
             raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
@@ -137,6 +137,18 @@ class Retry:
         elif charged == "no":
             charged = "unknown"
         return Failed(path, folder, job, charged, tuple(originals), digest)
+
+    def _real(self, path: str, originals: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return names as the disk has them: where one is not UTF-8, an error file can only describe it."""
+        if not any("\\" in name for names in originals for name in names):
+            return originals
+        folder = os.path.dirname(path)
+        here, there = _described(folder), _described(os.path.join(self._inbox, os.path.relpath(folder, self._errors)))
+        found = []
+        for told, dropped in originals:
+            name = _untagged(here[told], dropped) if told in here else ""
+            found.append((here.get(told, told), name or there.get(dropped, dropped)))
+        return found
 
     def put_back(self, failed: Failed) -> None:
         """Move the originals into the inbox, the prompt last, and then remove the error file.
@@ -201,6 +213,29 @@ class Retry:
             hint = f"move it back with all that belongs to it: {printable(place)}"
             raise SpoolError(f"{shown}: it is not where it was put", path=failed.path, hint=hint)
         self._control.retry(failed.job)
+
+
+def _described(folder: str) -> dict[str, str]:
+    """Return the names in a folder by what documents say of them. A name that is said as it is wins."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # what follows from it is told when the files are moved
+        return {}
+    return {whole(name): name for name in sorted(names, key=lambda name: whole(name) == name)}
+
+
+def _untagged(file: str, dropped: str) -> str:
+    """Return the name with which a file was dropped, or an empty string if it was cut for the job's short id.
+
+    Args:
+        file: Its name on the disk; it may have that id in it.
+        dropped: What the document says that name was.
+    """
+    tag = len(whole(file)) - len(dropped)
+    if tag < 0:
+        return ""
+    names = (file[:at] + file[at + tag :] for at in range(len(file) - tag + 1))
+    return next((name for name in names if whole(name) == dropped), "")
 
 
 def _digest(recorded: str, name: str) -> str:
