@@ -89,7 +89,15 @@ def _siblings(folder: str, name: str) -> Sequence[str]:
     stem = stem_of(name)
     if stem is None:
         return ()
-    dropped = group(os.listdir(folder))[stem]
+    hint = "name its images by --image, or in its input_images"
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise BadRequest([Problem(name, f"its folder cannot be listed: {error.strerror}", hint)]) from None
+    # Where a file system takes other cases or accents for the same, images would be missed, and a text be paid for.
+    if name not in names:
+        raise BadRequest([Problem(name, "its folder lists no file of exactly this name", hint)])
+    dropped = group(names)[stem]
     if dropped.foreign:
         raise BadRequest([Problem(name, "this kind of image is not supported", SUPPORTED) for name in dropped.foreign])
     return dropped.images

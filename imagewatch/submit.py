@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
@@ -31,6 +32,16 @@ _LOOK_SECONDS = 0.2
 _UNTOUCHED_SECONDS = 20.0
 _CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
+
+
+class _Seconds(click.FloatRange):
+    """A time that ends: no number compares with nan, and a script that means a number does not mean inf."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
+        seconds = float(super().convert(value, param, ctx))
+        if not math.isfinite(seconds):
+            self.fail(f"{seconds} is not a number of seconds.", param, ctx)
+        return seconds
 
 
 @click.command()
@@ -68,7 +79,9 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     help="The watched folder, where there is no configuration: a share.",
 )
 @click.option("--wait", is_flag=True, help="Wait for the result and print it.")
-@click.option("--timeout", type=float, metavar="SECONDS", help="Stop waiting after this long; the prompts stay.")
+@click.option(
+    "--timeout", type=_Seconds(min=0), metavar="SECONDS", help="Stop waiting after this long; the prompts stay."
+)
 @click.option(
     "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed."
 )
@@ -288,7 +301,8 @@ def _print_dropped(jobs: Sequence[Made], form: str, config: Config, *, err: bool
 
 def _print(jobs: Sequence[Made], form: str) -> None:
     if form == "json":
-        click.echo(json.dumps([_plain(job) for job in jobs], indent=1))
+        # A document may have been written by anybody, with dates where text belongs.
+        click.echo(json.dumps([_plain(job) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
@@ -296,13 +310,15 @@ def _print(jobs: Sequence[Made], form: str) -> None:
 
 
 def _plain(job: Made) -> dict[str, Any]:
-    told = ("charged", "credits_charged", "provider", "model", "problems", "message", "next", "job")
+    told = ("provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,
         "prompt": job.prompt,
         "door": job.door or None,
         "document": job.document or None,
         "images": job.images,
+        "charged": job.facts.get("charged"),
+        "credits_charged": _credits(job),
         **{name: job.facts.get(name) for name in told},
     }
 
@@ -356,5 +372,8 @@ def _sum(jobs: Sequence[Made]) -> str:
 
 
 def _credits(job: Made) -> float | None:
+    """Return what was charged: nothing that cannot be, such as nan, or a number of 400 digits."""
     value = job.facts.get("credits_charged")
-    return float(value) if isinstance(value, int | float) else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+        return value
+    return None

@@ -323,10 +323,27 @@ def test_one_wrong_prompt_among_many_drops_none(sender):
         (["A cat", "--provider", "dall-e"], "dall-e"),
         (["A cat", "--timeout", "5"], "--wait"),
         (["A cat", "--format", "markdown"], "--wait"),
+        *((["A cat", "--wait", "--timeout", seconds], "--timeout") for seconds in ("nan", "inf", "-inf", "-1")),
     ],
 )
 def test_what_the_daemon_would_refuse_is_refused_before_it_is_dropped(sender, arguments, words):
     assert words in refused(sender, *arguments)
+
+
+def test_a_file_that_its_folder_does_not_list_by_this_name_is_refused_as_its_images_would_be_missed(sender):
+    pipe = sender.home / "cat.prompt.txt"
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with pipe.open("w") as file:
+            pipe.unlink()
+            file.write("Make it blue")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    told = refused(sender, "--from", str(pipe))
+    writer.join()
+    assert "cat.prompt.txt: its folder lists no file of exactly this name" in told
 
 
 def test_the_guard_rails_of_the_configuration_hold(sender):
@@ -743,6 +760,25 @@ def test_one_failure_among_many_ends_with_1_and_the_others_are_printed(sender, w
     assert [Path(path).name for path in done.stdout.splitlines()] == ["it-1.jpg", "it-3.jpg"]
 
 
+@pytest.mark.parametrize("price", ["9" * 400, "nan", "inf", "-1", "true", "1979-05-27", '"12"'])
+@pytest.mark.parametrize("form", ["paths", "json"])
+def test_a_receipt_with_a_price_that_cannot_be_is_told_as_one_without(sender, folders, price, form):
+    waiting = sender.start("A cat", "--name", "cat", "--wait", "--format", form)
+    until((folders.inbox / "cat.prompt.txt").exists)
+    hidden = folders.outbox / ".tmp"
+    hidden.write_text(
+        f'schema = 1\njob = "0123456789abcdef"\nsource = "cat.prompt.txt"\ncharged = "yes"\nmodel = 1979-05-27\n'
+        f'credits_charged = {price}\n[[images]]\nfile = "cat.png"\nmime = "image/png"\n'
+    )
+    hidden.rename(folders.outbox / "cat.receipt.toml")
+    out, err = waiting.communicate(timeout=30)
+    assert (waiting.returncode, err) == (0, "1 picture, 0 credits, 1 charged, amount not reported.\n")
+    if form == "json":
+        assert json.loads(out)[0]["credits_charged"] is None
+    else:
+        assert out == f"{folders.outbox}/cat.png\n"
+
+
 # Waiting
 
 
@@ -848,6 +884,14 @@ class TestAnotherUser:
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines() == [f"{shared.folders.inbox}/new/it-{number}.prompt.txt" for number in (1, 2)]
         assert shared.dropped() == ["new/it-1.prompt.txt", "new/it-2.prompt.txt"]
+
+    def test_may_not_list_the_folder_of_a_prompt_and_is_told_how_to_name_its_images(self, shared):
+        file = Path(shared.file("closed/cat.prompt.txt", "Make it blue"))
+        file.parent.chmod(0o711)
+        done = shared.submit("--from", str(file), before=self.AS_USER)
+        assert done.returncode == 64
+        assert "cat.prompt.txt: its folder cannot be listed: Permission denied (name its images by" in done.stderr
+        assert shared.dropped() == []
 
     def test_may_not_look_into_the_outbox_and_learns_it_before_anything_is_dropped(self, shared):
         shared.folders.outbox.chmod(0o700)
