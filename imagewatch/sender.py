@@ -289,7 +289,7 @@ class Delivery:
                 self._disk.make_folder(current, mode=0o777)
                 # The daemon is often another user, and has to take files out of it as out of the folder above.
                 with ours(current, "set the mode"):
-                    os.chmod(current, stat.S_IMODE(os.stat(above).st_mode))
+                    _set_mode(current, stat.S_IMODE(os.stat(above).st_mode))
                 self._sync(above)
         if not os.access(current, os.W_OK | os.X_OK):
             hint = "ask whoever looks after the folder to let you"
@@ -343,6 +343,15 @@ class Delivery:
         for path, _ in parcel.files:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
+
+
+def _set_mode(folder: str, mode: int) -> None:
+    """Set the mode of a folder, never that of what a link leads to: somebody may have put one there meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
 
 
 def _readable_mode(folder: str) -> int:

@@ -508,6 +508,31 @@ def test_what_a_power_cut_may_take_away_is_dropped_all_the_same(sender, inside):
     assert sender.dropped() == ["it-1.prompt.txt", "it-2.prompt.txt"]
 
 
+class LinkingDisk(SteppingDisk):
+    """A disk on which somebody is quicker: where a folder is to be made there is a link by then.
+
+    Args:
+        target: Where it leads.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def make_folder(self, path: str, mode: int = 0o700) -> None:
+        os.symlink(self._target, path)
+        super().make_folder(path, mode)
+
+
+def test_a_link_in_the_place_of_a_new_folder_leads_to_no_change_elsewhere(sender, inside, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    sender.folders.inbox.chmod(0o777)
+    code, out, err = inside(LinkingDisk(elsewhere), "A cat", "--folder", "new")
+    assert (code, out) == (74, "")
+    assert "new: cannot set the mode" in err
+    assert (elsewhere.stat().st_mode & 0o7777, list(elsewhere.iterdir())) == (0o700, [])
+
+
 def test_images_are_nobody_elses_siblings(sender, folders):
     """``cat.1.prompt.txt``, dropped by hand, would take a ``cat.1.png`` for its own and pay for a wrong edit."""
     for stem in ("cat.1", "cat.in", "other"):
