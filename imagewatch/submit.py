@@ -244,9 +244,9 @@ def _wait_and_tell(jobs: Sequence[Made], waiting: Waiting, options: dict[str, An
     _tell(jobs, left, config)
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)
-    if any(job.door == "errors" for job in jobs):
-        sys.exit(EXIT_FAILED)
-    sys.exit(EXIT_WAITING if left else 0)
+    if left:  # before any failure: a script reads that as the end, and drops again what may yet be paid for
+        sys.exit(EXIT_WAITING)
+    sys.exit(EXIT_FAILED if any(job.door == "errors" for job in jobs) else 0)
 
 
 def _tell_before_failing(jobs: Sequence[Made], form: str, config: Config) -> None:

@@ -817,6 +817,20 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     until(lambda: sender.folders.documents() == {"cat": "outbox"})
 
 
+def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sender, sandbox, folders, start):
+    folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "1"  # only the daemon's own configuration knows of it
+    start(folders, "run")
+    until((folders.state / "status.json").exists)
+    sandbox.hold()
+    wrong = sender.file("wrong.txt", "+++\nn = 2\n+++\nTwo cats")
+    done = sender.submit("A cat", "--from", wrong, "--name", "it", "--wait", "--timeout", "5", "--json")
+    assert done.returncode == 69
+    assert [(one["door"], one["charged"]) for one in json.loads(done.stdout)] == [(None, None), ("errors", "no")]
+    assert "it-2.prompt.txt: not charged: " in done.stderr
+    assert "1 prompt not finished; it will still be made" in done.stderr
+    sandbox.release()
+
+
 def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monkeypatch, capsys):
     monkeypatch.setattr(command, "_UNTOUCHED_SECONDS", 0.0)
     for name in ("IMAGEWATCH_CONFIG", "HOME"):
