@@ -3,7 +3,7 @@
 python submit.py ROOT "PROMPT" [IMAGE]…
 
 ROOT has inbox, outbox and errors in it. Ends with 0 when there is a picture, with 1 when there is an error file,
-with 69 when neither came in time; then the prompt goes on without us.
+with 69 when neither came in time; then the prompt goes on without us. With 64 nothing was dropped.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ def drop(root: Path, text: str, images: list[Path], **options: object) -> str:
     for image, final in zip(images, names, strict=True):
         shutil.copyfile(image, hidden)
         hidden.rename(inbox / final)
-    # A string, a number or a list of strings is written in TOML as it is in JSON.
-    front = "".join(f"{key} = {json.dumps(value)}\n" for key, value in {**options, "input_images": names}.items())
+    front = "".join(f"{key} = {toml(value)}\n" for key, value in {**options, "input_images": names}.items())
     hidden.write_text(f"+++\n{front}+++\n{text}\n", encoding="utf-8")
     hidden.rename(inbox / f"{name}.prompt.txt")
     return name
+
+
+def toml(value: object) -> str:
+    """Write a string, a number or a list of strings: in TOML as in JSON, but for surrogate pairs and DEL."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def wait(root: Path, name: str, seconds: float = 900) -> tuple[Path, dict[str, Any]] | None:
@@ -49,6 +53,9 @@ def wait(root: Path, name: str, seconds: float = 900) -> tuple[Path, dict[str, A
 
 def main(root: str, text: str, *images: str) -> int:
     """Make one prompt; tell what came of it."""
+    if unnamed := [image for image in images if not Path(image).suffix]:
+        print(f"{unnamed[0]}: its name must end in .png, .jpg, .jpeg or .webp", file=sys.stderr)
+        return 64
     name = drop(Path(root), text, [Path(image) for image in images])
     over = wait(Path(root), name)
     if over is None:

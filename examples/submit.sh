@@ -4,11 +4,22 @@
 #   submit.sh ROOT "PROMPT" [IMAGE]…
 #
 # ROOT has inbox, outbox and errors in it. Ends with 0 when there is a picture, with 1 when there is an error file.
+# With 64 nothing was dropped.
 set -eu
 
 root=$1 text=$2
 shift 2
 name=$(date -u +%Y%m%d-%H%M%S)-$$ # nobody else's
+
+for image in "$@"; do
+    case ${image##*/} in # its own name, as a folder may have a dot in it, too
+    ?*.?*) ;;
+    *)
+        echo "$image: its name must end in .png, .jpg, .jpeg or .webp" >&2
+        exit 64
+        ;;
+    esac
+done
 
 # 1. The images: first under a hidden name, then by rename. 2. The prompt, which names them, last, in the same way.
 names=

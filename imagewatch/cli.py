@@ -48,7 +48,7 @@ Exit codes:
   1   some job failed (once, submit --wait), or was not put back (retry)
   64  the command line is wrong
   69  the queue is held (status), with prompts left (once); not done in time
-      (submit --wait)
+      (submit --wait), or only some of the prompts dropped (submit)
   74  our own disk: full, read-only or gone
   75  another imagewatch has this inbox
   78  the configuration is wrong"""

@@ -7,6 +7,7 @@ again. What was charged does not go back at all: its paid answer is looked at ag
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import stat
@@ -17,7 +18,9 @@ from imagewatch.documents import unvouched
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError, UsageError
 from imagewatch.names import PAID, SUFFIX
+from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
+from imagewatch.request import contents
 from imagewatch.text import printable, whole
 
 if TYPE_CHECKING:
@@ -31,6 +34,7 @@ _ENDING = ".error.toml"
 _ENDINGS = (_ENDING, SUFFIX, "")
 _MOST_BYTES = 4 << 20
 _JOB = re.compile("[0-9a-f]{16}")
+_HASH = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Failed:
         job: Its job id.
         charged: ``yes``, ``no`` or ``unknown``; by the ledger, and what that does not know is not free.
         originals: Name behind the door, and name as it was dropped; the prompt last.
+        digest: Hash of the prompt as dropped, by the ledger; empty if that does not know.
     """
 
     path: str
@@ -50,6 +55,7 @@ class Failed:
     job: str
     charged: str
     originals: tuple[tuple[str, str], ...]
+    digest: str = ""
 
     @property
     def name(self) -> str:
@@ -117,20 +123,32 @@ class Retry:
             with ours(path, "read"), open(path, "rb", opener=_no_links) as file:
                 document = unvouched(_text(file.read(_MOST_BYTES + 1)))
             job, charged = _id(document["job"]), str(document["charged"])
-            originals = [(_name(table["file"]), _name(table["dropped_as"])) for table in document["originals"]]
+            originals = self._real(path, [(_name(t["file"]), _name(t["dropped_as"])) for t in document["originals"]])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "move the prompt and its images back into the inbox by hand"
             raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
         folder = os.path.dirname(os.path.relpath(path, self._errors))
         _require_straight(self._errors, folder)
         originals.sort(key=lambda names: names[1].endswith(SUFFIX))
-        row = self._ledger.job(job)
+        row, digest = self._ledger.job(job), ""
         # A stranger may have copied the job id of somebody else's error file.
         if row and originals and row["source"] == whole(os.path.join(folder, originals[-1][1])):
-            charged = row["charged"]
+            charged, digest = row["charged"], _digest(row["contents"], originals[-1][1])
         elif charged == "no":
             charged = "unknown"
-        return Failed(path, folder, job, charged, tuple(originals))
+        return Failed(path, folder, job, charged, tuple(originals), digest)
+
+    def _real(self, path: str, originals: list[tuple[str, str]]) -> list[tuple[str, str]]:
+        """Return names as the disk has them: where one is not UTF-8, an error file can only describe it."""
+        if not any("\\" in name for names in originals for name in names):
+            return originals
+        folder = os.path.dirname(path)
+        here, there = _described(folder), _described(os.path.join(self._inbox, os.path.relpath(folder, self._errors)))
+        found = []
+        for told, dropped in originals:
+            name = _untagged(here[told], dropped) if told in here else ""
+            found.append((here.get(told, told), name or there.get(dropped, dropped)))
+        return found
 
     def put_back(self, failed: Failed) -> None:
         """Move the originals into the inbox, the prompt last, and then remove the error file.
@@ -166,10 +184,18 @@ class Retry:
                 raise _taken(new)
 
     def _require_prompt(self, failed: Failed, new: str) -> None:
-        """Make sure that the prompt is somewhere: an earlier call may have moved it already."""
+        """Make sure that the prompt is in the inbox: an earlier call may have moved it already, and then died.
+
+        Else what is left here, its images, would become those of somebody else's prompt.
+        """
         if not (new and os.path.lexists(new)):
             hint = "nothing is left to try again; remove the error file, or drop the prompt anew"
             raise SpoolError(f"{printable(failed.path)}: its prompt is gone", path=failed.path, hint=hint)
+        folder, name = os.path.split(new)
+        if not failed.digest or contents(folder, [name], MAX_BYTES).get(name) != failed.digest:
+            message = f"{printable(new)}: the inbox has another prompt of this name, and that of the error file is gone"
+            hint = "nothing was moved; remove the error file, or drop its prompt anew under another name"
+            raise SpoolError(message, path=new, hint=hint)
 
     def look_again(self, failed: Failed) -> None:
         """Ask the daemon to read the paid answer again.
@@ -187,6 +213,35 @@ class Retry:
             hint = f"move it back with all that belongs to it: {printable(place)}"
             raise SpoolError(f"{shown}: it is not where it was put", path=failed.path, hint=hint)
         self._control.retry(failed.job)
+
+
+def _described(folder: str) -> dict[str, str]:
+    """Return the names in a folder by what documents say of them. A name that is said as it is wins."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # what follows from it is told when the files are moved
+        return {}
+    return {whole(name): name for name in sorted(names, key=lambda name: whole(name) == name)}
+
+
+def _untagged(file: str, dropped: str) -> str:
+    """Return the name with which a file was dropped, or an empty string if it was cut for the job's short id.
+
+    Args:
+        file: Its name on the disk; it may have that id in it.
+        dropped: What the document says that name was.
+    """
+    tag = len(whole(file)) - len(dropped)
+    if tag < 0:
+        return ""
+    names = (file[:at] + file[at + tag :] for at in range(len(file) - tag + 1))
+    return next((name for name in names if whole(name) == dropped), "")
+
+
+def _digest(recorded: str, name: str) -> str:
+    """Return a file's hash from the ledger's ``contents``, or an empty string: some files have only words there."""
+    found = json.loads(recorded).get(name, "") if recorded else ""
+    return found if _HASH.fullmatch(found) else ""
 
 
 def _taken(path: str) -> SpoolError:

@@ -8,6 +8,7 @@ is taken at once and never half-written. Only the folders are needed, neither th
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -88,7 +89,15 @@ def _siblings(folder: str, name: str) -> Sequence[str]:
     stem = stem_of(name)
     if stem is None:
         return ()
-    dropped = group(os.listdir(folder))[stem]
+    hint = "name its images by --image, or in its input_images"
+    try:
+        names = os.listdir(folder)
+    except OSError as error:
+        raise BadRequest([Problem(name, f"its folder cannot be listed: {error.strerror}", hint)]) from None
+    # Where a file system takes other cases or accents for the same, images would be missed, and a text be paid for.
+    if name not in names:
+        raise BadRequest([Problem(name, "its folder lists no file of exactly this name", hint)])
+    dropped = group(names)[stem]
     if dropped.foreign:
         raise BadRequest([Problem(name, "this kind of image is not supported", SUPPORTED) for name in dropped.foreign])
     return dropped.images
@@ -164,6 +173,9 @@ class Delivery:
         folder: Folder below the inbox, or an empty string.
         blind: Only the folders are known, so that the daemon's presets cannot be looked up.
 
+    Attributes:
+        unsynced: Why a power cut may still take away what was put there; None if it may not, or nobody can tell.
+
     Raises:
         SpoolError: The inbox is not there or cannot be written.
     """
@@ -173,6 +185,7 @@ class Delivery:
         self._folder = folder
         self._blind = blind
         self._disk = Disk()
+        self.unsynced: SpoolError | None = None
         self._target = self._entered()
         self._mode = _readable_mode(self._target)
         self._parcels: list[_Parcel] = []
@@ -218,9 +231,11 @@ class Delivery:
     def place(self) -> Iterator[Made]:
         """Put everything that was staged into the inbox; yield each prompt that is there.
 
+        What has its final name will be paid for, and is yielded before anything else can fail.
+
         Raises:
             BadRequest: Somebody took a name in this very moment; of this prompt nothing is left in the inbox.
-            SpoolError: The inbox cannot be written.
+            SpoolError: The inbox cannot be written; nothing is left of this prompt either.
         """
         while self._parcels:
             parcel = self._parcels[0]
@@ -230,17 +245,35 @@ class Delivery:
                 parcel.files[number] = (final, final)  # to be taken back if the prompt cannot follow
             self._rename(hidden, prompt)
             del self._parcels[0]
-            self._disk.sync_folder(self._target)
             yield Made(parcel.source, parcel.text)
+            self._sync(self._target)
+
+    def _sync(self, folder: str) -> None:
+        """Make names durable, as far as this user may: who can only drop into a folder cannot open it."""
+        try:
+            self._disk.sync_folder(folder)
+        except SpoolError as error:
+            if error.code != errno.EACCES:
+                self.unsynced = error
 
     def _rename(self, path: str, final: str) -> None:
         try:
             with ours(final, "put the file into the inbox"):
                 self._disk.rename(path, final)
         except SpoolError as error:
+            if self._has_arrived(path, final):
+                return
             if isinstance(error.__cause__, FileExistsError):
                 raise BadRequest(self._taken(os.path.basename(final))) from None
             raise
+
+    def _has_arrived(self, path: str, final: str) -> bool:
+        """Tell whether a file has its final name though the rename failed: by a link, or on a server that was slow."""
+        try:
+            return os.path.samestat(os.lstat(path), os.lstat(final))
+        except OSError:
+            # Gone from a folder that is there: renamed, and perhaps taken by the daemon already.
+            return os.path.isdir(self._target) and not os.path.lexists(path)
 
     def _entered(self) -> str:
         """Return the target folder; made if it is not there, but never the inbox itself."""
@@ -256,8 +289,8 @@ class Delivery:
                 self._disk.make_folder(current, mode=0o777)
                 # The daemon is often another user, and has to take files out of it as out of the folder above.
                 with ours(current, "set the mode"):
-                    os.chmod(current, stat.S_IMODE(os.stat(above).st_mode))
-                self._disk.sync_folder(above)
+                    _set_mode(current, stat.S_IMODE(os.stat(above).st_mode))
+                self._sync(above)
         if not os.access(current, os.W_OK | os.X_OK):
             hint = "ask whoever looks after the folder to let you"
             raise SpoolError(f"{printable(current)}: you may not put files there", path=current, hint=hint)
@@ -310,6 +343,15 @@ class Delivery:
         for path, _ in parcel.files:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
+
+
+def _set_mode(folder: str, mode: int) -> None:
+    """Set the mode of a folder, never that of what a link leads to: somebody may have put one there meanwhile."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        os.fchmod(descriptor, mode)
+    finally:
+        os.close(descriptor)
 
 
 def _readable_mode(folder: str) -> int:

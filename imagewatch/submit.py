@@ -13,7 +13,7 @@ from urllib.parse import quote
 import click
 
 from imagewatch.admin import Seconds, config_option, load
-from imagewatch.errors import BadRequest, Problem
+from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.text import amount, complaint, printable
 
 if TYPE_CHECKING:
@@ -123,8 +123,15 @@ def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config) ->
                 jobs.append(job)
                 if waiting:
                     waiting.expect(job)
-    except BadRequest as error:
-        _refuse(error, jobs)
+        if delivery.unsynced:
+            told = f"{delivery.unsynced}; the prompts are dropped, but a power cut may take them away"
+            click.echo(f"imagewatch: {printable(told)}", err=True)
+    except (BadRequest, SpoolError) as error:
+        if jobs:
+            _break_off(error, jobs, options, config)
+        if isinstance(error, BadRequest):
+            _refuse(error)
+        raise
     return jobs, waiting
 
 
@@ -155,12 +162,26 @@ def _labelled(error: BadRequest, label: str) -> list[Problem]:
     return [Problem(where + one.field, one.reason, one.hint) for one in error.problems]
 
 
-def _refuse(error: BadRequest, jobs: Sequence[Made]) -> NoReturn:
+def _refuse(error: BadRequest) -> NoReturn:
     for problem in error.problems:
         click.echo(f"imagewatch: {printable(str(problem))}", err=True)
-    told = f"{len(jobs)} prompts before it were dropped." if jobs else "Nothing was dropped."
-    click.echo(f"  {told}", err=True)
+    click.echo("  Nothing was dropped.", err=True)
     sys.exit(EXIT_USAGE)
+
+
+def _break_off(
+    error: BadRequest | SpoolError, jobs: Sequence[Made], options: dict[str, Any], config: Config
+) -> NoReturn:
+    """Say which prompts are in the inbox though not all of them could follow: those will be paid for."""
+    for problem in error.problems if isinstance(error, BadRequest) else (error,):
+        click.echo(f"imagewatch: {printable(str(problem))}", err=True)
+    if error.hint:
+        click.echo(f"  {printable(error.hint)}", err=True)
+    told = "1 prompt was dropped before, and" if len(jobs) == 1 else f"{len(jobs)} prompts were dropped before, and"
+    click.echo(f"{told} will be made; the others were not dropped:", err=True)
+    # Where pictures are waited for, only pictures are printed.
+    _print_dropped(jobs, options["form"], config, err=options["wait"])
+    sys.exit(EXIT_WAITING)
 
 
 def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, Wish]]:
@@ -202,14 +223,28 @@ def _wait_and_tell(jobs: Sequence[Made], waiting: Waiting, options: dict[str, An
         left = _waited(jobs, waiting, config, options["timeout"])
     except KeyboardInterrupt:
         interrupted, left = True, waiting.look()
+    except SpoolError:
+        _tell_before_failing(jobs, options["form"], config)
+        raise
     _clear()
     _print(jobs, options["form"])
     _tell(jobs, left, config)
     if interrupted:
         sys.exit(EXIT_INTERRUPTED)
-    if any(job.door == "errors" for job in jobs):
-        sys.exit(EXIT_FAILED)
-    sys.exit(EXIT_WAITING if left else 0)
+    if left:  # before any failure: a script reads that as the end, and drops again what may yet be paid for
+        sys.exit(EXIT_WAITING)
+    sys.exit(EXIT_FAILED if any(job.door == "errors" for job in jobs) else 0)
+
+
+def _tell_before_failing(jobs: Sequence[Made], form: str, config: Config) -> None:
+    """Say what is known where a result cannot be read: everything is dropped, and the failure is only ours."""
+    _clear()
+    _print(jobs, form)
+    _tell(jobs, (), config)
+    for job in jobs:
+        if not job.door:
+            told = "was dropped; what became of it is not known"
+            click.echo(f"{printable(job.source)}: {told}", err=True)
 
 
 def _waited(jobs: Sequence[Made], waiting: Waiting, config: Config, timeout: float | None) -> list[Made]:
@@ -243,17 +278,18 @@ def _clear() -> None:
 # Telling
 
 
-def _print_dropped(jobs: Sequence[Made], form: str, config: Config) -> None:
+def _print_dropped(jobs: Sequence[Made], form: str, config: Config, *, err: bool = False) -> None:
     if form == "json":
         _print(jobs, form)
         return
     for job in jobs:
-        click.echo(printable(os.path.join(config.folders.inbox, job.source)))
+        click.echo(printable(os.path.join(config.folders.inbox, job.source)), err=err)
 
 
 def _print(jobs: Sequence[Made], form: str) -> None:
     if form == "json":
-        click.echo(json.dumps([_plain(job) for job in jobs], indent=1))
+        # A document may have been written by anybody, with dates where text belongs.
+        click.echo(json.dumps([_plain(job) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
@@ -261,13 +297,15 @@ def _print(jobs: Sequence[Made], form: str) -> None:
 
 
 def _plain(job: Made) -> dict[str, Any]:
-    told = ("charged", "credits_charged", "provider", "model", "problems", "message", "next", "job")
+    told = ("provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,
         "prompt": job.prompt,
         "door": job.door or None,
         "document": job.document or None,
         "images": job.images,
+        "charged": job.facts.get("charged"),
+        "credits_charged": _credits(job),
         **{name: job.facts.get(name) for name in told},
     }
 
@@ -321,5 +359,8 @@ def _sum(jobs: Sequence[Made]) -> str:
 
 
 def _credits(job: Made) -> float | None:
+    """Return what was charged: nothing that cannot be, such as nan, or a number of 400 digits."""
     value = job.facts.get("credits_charged")
-    return float(value) if isinstance(value, int | float) else None
+    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
+        return value
+    return None

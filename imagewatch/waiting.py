@@ -117,9 +117,12 @@ class Waiting:
             _Place("errors", os.path.join(folders.errors, folder), ".error.toml"),
         )
         self._known: set[_Identity] = set()
+        self._over: set[object] = set()
         for place in self._places:
             with ours(place.path, "look for results"):
-                self._known |= {identity for _, identity in _documents(place, frozenset(stems))}
+                for path, identity in _documents(place, frozenset(stems)):
+                    self._known.add(identity)
+                    self._over |= _job_in(path)
             place.stamp = 0
 
     def expect(self, job: Made) -> None:
@@ -150,6 +153,8 @@ class Waiting:
             place.stamp = 0  # look at it again
             return
         self._known.add(identity)
+        if document.get("job") in self._over:
+            return
         for job in left.values():
             if job.is_told_by(document):
                 job.door, job.document, job.facts = place.door, path, document
@@ -193,6 +198,17 @@ def _document(path: str) -> dict[str, Any] | None:
         return None
     except (ValueError, RecursionError):
         return {}
+
+
+def _job_in(path: str) -> set[object]:
+    """Return the id of the job that an older document is about.
+
+    A backup, a ``chmod`` or a copy makes that document look new, and its job must not be taken for a later one.
+    """
+    with contextlib.suppress(SpoolError):  # it may be somebody else's, whose results are none of ours
+        job = (_document(path) or {}).get("job")
+        return {job} if isinstance(job, str) else set()
+    return set()
 
 
 def _pictures(document: dict[str, Any]) -> list[str]:

@@ -704,6 +704,57 @@ def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sand
     assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
 
 
+def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(folders, sandbox):
+    folders.drop("cat.png", picture())
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / "cat.prompt.txt").unlink()
+    folders.prompt("cat", "Another cat, without a picture")
+    before = folders.names("errors")
+    told = command(folders, "retry", "cat")
+    assert told.returncode == 1
+    assert "the inbox has another prompt of this name" in told.stderr
+    assert "nothing was moved" in told.stderr
+    assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
+
+
+def test_a_retry_that_died_after_it_moved_the_prompt_is_finished_by_the_next(folders, sandbox):
+    folders.drop("cat.png", picture())
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    for name in ("cat.png", "cat.prompt.txt"):
+        (folders.errors / name).rename(folders.inbox / name)
+    told = command(folders, "retry", "cat")
+    assert (told.returncode, told.stdout) == (0, "cat: back in the inbox\n")
+    assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
+
+
+def test_names_that_are_not_utf8_go_back_as_they_were_also_where_theirs_was_taken(folders, sandbox):
+    stem = os.fsdecode(b"caf\xe9 \\udce9")
+    dropped = sorted([f"{stem}.png", f"{stem}.prompt.txt"])
+    for _ in range(2):
+        folders.drop(f"sub/{stem}.png", picture())
+        folders.prompt(f"sub/{stem}", "[sandbox: 400] No")
+        once(folders, 1)
+    assert len(list(folders.errors.rglob("*.error.toml"))) == 2, "the second has its id in its names"
+    for path in folders.errors.rglob("*.error.toml"):
+        told = command(folders, "retry", str(path))
+        assert (told.returncode, told.stderr) == (0, "")
+        assert sorted(os.listdir(folders.inbox / "sub")) == dropped
+        once(folders, 1)
+    assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [1, 1, 1, 1]
+
+
+def test_a_retry_that_died_is_finished_also_where_names_are_not_utf8(folders, sandbox):
+    name = os.fsdecode(b"caf\xe9.prompt.txt")
+    folders.prompt(name.removesuffix(".prompt.txt"), "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / name).rename(folders.inbox / name)
+    told = command(folders, "retry", "--all")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert (os.listdir(folders.errors), prompts_in(folders)) == ([], [name])
+
+
 _LINES = re.MULTILINE | re.DOTALL
 HOSTILE_FILES: dict[str, Callable[[str], str | bytes]] = {
     "not TOML": lambda _: "charged = ",

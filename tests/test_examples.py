@@ -14,6 +14,8 @@ from conftest import KEY, Folders, until
 from endpoint import picture
 from test_submit import Events, sha256
 
+from imagewatch.prompt import parse
+
 if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
@@ -78,6 +80,26 @@ def test_images_are_sent_in_their_order(example, watched, sandbox, tmp_path):
     done = example(str(watched.root), "Both", *map(str, paths))
     assert done.returncode == 0, done.stderr
     assert sandbox.report()["calls"][0]["inputs"] == [sha256(picture(path.name)) for path in paths]
+
+
+def test_an_image_without_an_ending_is_named_before_anything_is_dropped(example, folders, tmp_path):
+    (tmp_path / "with.dot").mkdir()
+    paths = [tmp_path / "a.png", tmp_path / "with.dot" / "cat"]
+    for path in paths:
+        path.write_bytes(picture(path.name))
+    done = example(str(folders.root), "Both", *map(str, paths))
+    assert (done.returncode, done.stdout) == (64, "")
+    assert done.stderr == f"{paths[1]}: its name must end in .png, .jpg, .jpeg or .webp\n"
+    assert [name for name in folders.names("inbox") if not name.startswith(".imagewatch")] == []
+
+
+def test_any_text_is_a_value_of_the_front_matter(folders):
+    code = "import sys, pathlib, submit; submit.drop(pathlib.Path(sys.argv[1]), 'A cat', [], model=sys.argv[2])"
+    model = '🎨 \x7f \x01 \t "é" \\ \x80'
+    done = run(["env", f"PYTHONPATH={EXAMPLES}", sys.executable, "-B", "-c", code], str(folders.root), model)
+    assert (done.returncode, done.stderr) == (0, "")
+    (name,) = [name for name in folders.names("inbox") if not name.startswith(".imagewatch")]
+    assert parse((folders.inbox / name).read_bytes()).front.model == model
 
 
 @pytest.mark.parametrize(("tag", "charged"), [("400", "no"), ("drop", "unknown"), ("no-images", "yes")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import hashlib
 import io
 import json
@@ -22,12 +23,14 @@ from urllib.parse import unquote
 
 import pytest
 from conftest import KEY, Folders, until
+from conftest import command as command_of
+from losing import SteppingDisk
 from PIL import Image
 
 from imagewatch import submit as command
-from imagewatch.cli import cli
+from imagewatch.cli import cli, main
 from imagewatch.config import load
-from imagewatch.errors import BadRequest
+from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.sender import Delivery, Wish
 
 if TYPE_CHECKING:
@@ -320,10 +323,27 @@ def test_one_wrong_prompt_among_many_drops_none(sender):
         (["A cat", "--provider", "dall-e"], "dall-e"),
         (["A cat", "--timeout", "5"], "--wait"),
         (["A cat", "--format", "markdown"], "--wait"),
+        *((["A cat", "--wait", "--timeout", seconds], "--timeout") for seconds in ("nan", "inf", "-inf", "-1")),
     ],
 )
 def test_what_the_daemon_would_refuse_is_refused_before_it_is_dropped(sender, arguments, words):
     assert words in refused(sender, *arguments)
+
+
+def test_a_file_that_its_folder_does_not_list_by_this_name_is_refused_as_its_images_would_be_missed(sender):
+    pipe = sender.home / "cat.prompt.txt"
+    os.mkfifo(pipe)
+
+    def write() -> None:
+        with pipe.open("w") as file:
+            pipe.unlink()
+            file.write("Make it blue")
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    told = refused(sender, "--from", str(pipe))
+    writer.join()
+    assert "cat.prompt.txt: its folder lists no file of exactly this name" in told
 
 
 def test_the_guard_rails_of_the_configuration_hold(sender):
@@ -400,6 +420,119 @@ def test_a_name_that_is_taken_while_images_are_placed_leaves_none_of_them(sender
     assert (folders.inbox / "two.prompt.txt").read_text() == "somebody else's"
 
 
+class FailingDisk(SteppingDisk):
+    """A disk on which one file gets its final name only in part, or not at all.
+
+    Args:
+        name: Whose.
+        late: Whether the rename is done and reported as failed all the same, as by a server that was slow to answer.
+    """
+
+    def __init__(self, name: str, *, late: bool = False) -> None:
+        self._name = name
+        self._late = late
+
+    def rename(self, source: str, target: str) -> None:
+        if not target.endswith(self._name):
+            super().rename(source, target)
+            return
+        if self._late:
+            super().rename(source, target)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+@pytest.fixture
+def inside(sender, monkeypatch, capsys):
+    """Run ``submit`` in this process, on a disk that fails."""
+    for name in ("IMAGEWATCH_CONFIG", "HOME"):
+        monkeypatch.setenv(name, sender.known[name])
+
+    def call(disk: SteppingDisk, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("imagewatch.sender.Disk", lambda: disk)
+        monkeypatch.setattr(sys, "argv", ["imagewatch", "submit", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    return call
+
+
+def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already(sender, inside):
+    code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
+    assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
+    assert "it-2.prompt.txt: cannot put the file into the inbox: Input/output error" in err
+    assert "1 prompt was dropped before, and will be made; the others were not dropped:" in err
+    assert sender.dropped() == ["it-1.prompt.txt"]
+
+
+def test_programs_learn_what_is_in_the_inbox_when_the_others_could_not_follow(sender, inside):
+    code, out, _ = inside(FailingDisk("it-3.prompt.txt"), "One", "Two", "Three", "--name", "it", "--wait", "--json")
+    assert code == 69
+    assert [(one["source"], one["door"]) for one in json.loads(out)] == [
+        ("it-1.prompt.txt", None),
+        ("it-2.prompt.txt", None),
+    ]
+    code, out, err = inside(FailingDisk("so-2.prompt.txt"), "One", "Two", "--name", "so", "--wait")
+    assert (code, out) == (69, ""), "where pictures are waited for, only pictures are printed"
+    assert err.endswith(f"{sender.folders.inbox}/so-1.prompt.txt\n")
+
+
+def test_when_none_could_be_dropped_it_is_the_disk_and_nothing_is_left(sender, inside):
+    code, out, err = inside(
+        FailingDisk("it-1.prompt.txt"), "One", "Two", "--name", "it", "--image", sender.file("a.png")
+    )
+    assert (code, out) == (74, "")
+    assert "will be made" not in err
+    assert sender.dropped() == []
+
+
+def test_a_rename_that_was_done_is_no_failure_whatever_the_server_says_of_it(sender, inside):
+    image = sender.file("a.png")
+    code, out, err = inside(FailingDisk("it.prompt.txt", late=True), "One", "--name", "it", "--image", image)
+    assert (code, out, err) == (0, f"{sender.folders.inbox}/it.prompt.txt\n", "")
+    assert sender.dropped() == ["it.in1.png", "it.prompt.txt"]
+
+
+class UnsyncedDisk(SteppingDisk):
+    """A disk that cannot make the names in a folder durable."""
+
+    def sync_folder(self, path: str) -> None:
+        raise SpoolError(f"{path}: cannot write the folder to disk", path=path, code=errno.EIO)
+
+
+def test_what_a_power_cut_may_take_away_is_dropped_all_the_same(sender, inside):
+    code, out, err = inside(UnsyncedDisk(), "One", "Two", "--name", "it")
+    assert (code, len(out.splitlines())) == (0, 2)
+    assert err.count("the prompts are dropped, but a power cut may take them away") == 1
+    assert sender.dropped() == ["it-1.prompt.txt", "it-2.prompt.txt"]
+
+
+class LinkingDisk(SteppingDisk):
+    """A disk on which somebody is quicker: where a folder is to be made there is a link by then.
+
+    Args:
+        target: Where it leads.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def make_folder(self, path: str, mode: int = 0o700) -> None:
+        os.symlink(self._target, path)
+        super().make_folder(path, mode)
+
+
+def test_a_link_in_the_place_of_a_new_folder_leads_to_no_change_elsewhere(sender, inside, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o700)
+    sender.folders.inbox.chmod(0o777)
+    code, out, err = inside(LinkingDisk(elsewhere), "A cat", "--folder", "new")
+    assert (code, out) == (74, "")
+    assert "new: cannot set the mode" in err
+    assert (elsewhere.stat().st_mode & 0o7777, list(elsewhere.iterdir())) == (0o700, [])
+
+
 def test_images_are_nobody_elses_siblings(sender, folders):
     """``cat.1.prompt.txt``, dropped by hand, would take a ``cat.1.png`` for its own and pay for a wrong edit."""
     for stem in ("cat.1", "cat.in", "other"):
@@ -431,6 +564,36 @@ def test_results_whose_name_was_taken_are_found_and_older_ones_are_not_taken_for
     assert Path(first["images"][0]).name == f"cat.{first['job'][:4]}.jpg"
     assert len({one["job"] for one in (first, second, third, fourth)}) == 4
     assert sandbox.report()["requests"] == 4
+
+
+def _touched_by_a_chmod(document: Path) -> None:
+    document.chmod(0o600)
+
+
+def _linked_by_a_backup(document: Path) -> None:
+    os.link(document, document.parent.parent / "backup")
+
+
+def _copied_under_the_name_of_a_newer_one(document: Path) -> None:
+    stem, _, ending = document.name.partition(".")
+    shutil.copy2(document, document.with_name(f"{stem}.0123.{ending}"))
+
+
+@pytest.mark.parametrize("text", ["Again", "Again [sandbox: 400]"])
+@pytest.mark.parametrize("disturb", [_touched_by_a_chmod, _linked_by_a_backup, _copied_under_the_name_of_a_newer_one])
+def test_an_older_result_that_somebody_touches_meanwhile_is_not_taken_for_ones_own(
+    sender, folders, start, text, disturb
+):
+    folders.prompt("cat", text)
+    command_of(folders, "once")
+    (old,) = [*folders.outbox.glob("*.toml"), *folders.errors.glob("*.toml")]
+    waiting = sender.start(text, "--name", "cat", "--wait", "--timeout", "3", "--json")
+    until((folders.inbox / "cat.prompt.txt").exists)
+    disturb(old)
+    (old.parent / "something else").touch()  # the folder is looked at again
+    out, _ = waiting.communicate(timeout=30)
+    assert (waiting.returncode, json.loads(out)[0]["door"]) == (69, None)
+    assert sender.dropped() == ["cat.prompt.txt"], "it waits to be paid for"
 
 
 def test_a_result_that_appears_under_the_name_of_one_that_was_taken_away_is_found(sender, sandbox, watched):
@@ -622,6 +785,25 @@ def test_one_failure_among_many_ends_with_1_and_the_others_are_printed(sender, w
     assert [Path(path).name for path in done.stdout.splitlines()] == ["it-1.jpg", "it-3.jpg"]
 
 
+@pytest.mark.parametrize("price", ["9" * 400, "nan", "inf", "-1", "true", "1979-05-27", '"12"'])
+@pytest.mark.parametrize("form", ["paths", "json"])
+def test_a_receipt_with_a_price_that_cannot_be_is_told_as_one_without(sender, folders, price, form):
+    waiting = sender.start("A cat", "--name", "cat", "--wait", "--format", form)
+    until((folders.inbox / "cat.prompt.txt").exists)
+    hidden = folders.outbox / ".tmp"
+    hidden.write_text(
+        f'schema = 1\njob = "0123456789abcdef"\nsource = "cat.prompt.txt"\ncharged = "yes"\nmodel = 1979-05-27\n'
+        f'credits_charged = {price}\n[[images]]\nfile = "cat.png"\nmime = "image/png"\n'
+    )
+    hidden.rename(folders.outbox / "cat.receipt.toml")
+    out, err = waiting.communicate(timeout=30)
+    assert (waiting.returncode, err) == (0, "1 picture, 0 credits, 1 charged, amount not reported.\n")
+    if form == "json":
+        assert json.loads(out)[0]["credits_charged"] is None
+    else:
+        assert out == f"{folders.outbox}/cat.png\n"
+
+
 # Waiting
 
 
@@ -633,6 +815,20 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     assert "1 prompt not finished; it will still be made unless it is removed from" in done.stderr
     sandbox.release()
     until(lambda: sender.folders.documents() == {"cat": "outbox"})
+
+
+def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sender, sandbox, folders, start):
+    folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "1"  # only the daemon's own configuration knows of it
+    start(folders, "run")
+    until((folders.state / "status.json").exists)
+    sandbox.hold()
+    wrong = sender.file("wrong.txt", "+++\nn = 2\n+++\nTwo cats")
+    done = sender.submit("A cat", "--from", wrong, "--name", "it", "--wait", "--timeout", "5", "--json")
+    assert done.returncode == 69
+    assert [(one["door"], one["charged"]) for one in json.loads(done.stdout)] == [(None, None), ("errors", "no")]
+    assert "it-2.prompt.txt: not charged: " in done.stderr
+    assert "1 prompt not finished; it will still be made" in done.stderr
+    sandbox.release()
 
 
 def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monkeypatch, capsys):
@@ -721,6 +917,21 @@ class TestAnotherUser:
         assert "you may not put files there" in done.stderr
         assert "ask whoever looks after the folder" in done.stderr
 
+    def test_may_drop_into_an_inbox_that_only_the_daemon_can_look_into(self, shared):
+        shared.folders.inbox.chmod(0o333)
+        done = shared.submit("One", "Two", "--name", "it", "--folder", "new", before=self.AS_USER)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.splitlines() == [f"{shared.folders.inbox}/new/it-{number}.prompt.txt" for number in (1, 2)]
+        assert shared.dropped() == ["new/it-1.prompt.txt", "new/it-2.prompt.txt"]
+
+    def test_may_not_list_the_folder_of_a_prompt_and_is_told_how_to_name_its_images(self, shared):
+        file = Path(shared.file("closed/cat.prompt.txt", "Make it blue"))
+        file.parent.chmod(0o711)
+        done = shared.submit("--from", str(file), before=self.AS_USER)
+        assert done.returncode == 64
+        assert "cat.prompt.txt: its folder cannot be listed: Permission denied (name its images by" in done.stderr
+        assert shared.dropped() == []
+
     def test_may_not_look_into_the_outbox_and_learns_it_before_anything_is_dropped(self, shared):
         shared.folders.outbox.chmod(0o700)
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
@@ -734,6 +945,14 @@ class TestAnotherUser:
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
         assert done.returncode == 74
         assert "outbox.file_mode" in done.stderr
+
+    def test_learns_what_was_dropped_where_a_result_may_not_be_read(self, shared, start):
+        shared.folders.environ["IMAGEWATCH_OUTBOX__FILE_MODE"] = "0600"
+        start(shared.folders, "run")
+        done = shared.submit("A cat", "--name", "cat", "--wait", "--json", before=self.AS_USER)
+        assert done.returncode == 74
+        assert [one["source"] for one in json.loads(done.stdout)] == ["cat.prompt.txt"]
+        assert "cat.prompt.txt: was dropped; what became of it is not known" in done.stderr
 
 
 @pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o2770, 0o640), (0o700, 0o600)])
