@@ -23,11 +23,12 @@ import tomli_w
 from conftest import Running, Station, until
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageChops, ImageStat
 
 from imagewatch.config import load
 from imagewatch.errors import SpoolError, UsageError
 from imagewatch.gallery import Gallery
+from imagewatch.gallery.thumbnails import thumbnail
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
@@ -405,12 +406,20 @@ def test_the_page_names_no_address_on_a_network(shelf: Shelf):
 # Thumbnails
 
 
+def chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def vast(side: int) -> bytes:
+    """A small PNG of very many pixels in black, which is said to be transparent."""
+    packed = zlib.compressobj()
+    rows = [packed.compress(bytes(1 + 3 * side)) for _ in range(side)]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"tRNS", bytes(6))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"".join(rows) + packed.flush()) + chunk(b"IEND", b"")
+
+
 def bomb(width: int, height: int) -> bytes:
     """A whole PNG of a few bytes that claims to be enormous."""
-
-    def chunk(kind: bytes, content: bytes) -> bytes:
-        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
@@ -426,6 +435,7 @@ def lying() -> bytes:
     [
         (bomb(8000, 8000), "too large for a thumbnail: 8000 x 8000"),
         (bomb(60000, 60000), "too large for a thumbnail: 60000 x 60000"),
+        (picture(size=(5000, 4001), kind="webp"), "too large for a thumbnail: 5000 x 4001"),
         (picture()[:-20], "cut short"),
         (b"GIF89a", "not a PNG, JPEG or WebP"),
         (b"<svg onload='pwned()'/>", "not a PNG, JPEG or WebP"),
@@ -463,6 +473,59 @@ def test_thumbnails_are_small_and_keep_shape_and_transparency(shelf: Shelf, kind
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert (small.format, small.size) == ("WEBP", (320, 160))
         assert small.has_transparency_data == mode.endswith("A")
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "how"),
+    [
+        ("P", "png", {}),
+        ("P", "png", {"transparency": 0}),
+        ("L", "png", {}),
+        ("RGB", "png", {}),
+        ("RGBA", "png", {}),
+        ("CMYK", "jpeg", {}),
+        ("RGBA", "webp", {"lossless": True}),
+    ],
+)
+def test_a_large_picture_made_small_in_strips_looks_like_itself(tmp_path: Path, mode: str, kind: str, how: Any):
+    small = Image.radial_gradient("L").resize((300, 250))
+    if mode != "L":
+        small = Image.merge("RGBA", [small, small.rotate(90, expand=True).resize(small.size), small, small])
+    colours = small.convert("RGB")
+    converted = {"P": lambda: colours.quantize(64), "CMYK": lambda: colours.convert("CMYK")}
+    large = converted.get(mode, lambda: small.convert(mode))().resize((3003, 2501), Image.Resampling.NEAREST)
+    path = tmp_path / "large"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    large.save(path, kind, exif=exif, **how)
+    with Image.open(path) as again:
+        wanted = (
+            again.convert("RGBA" if again.has_transparency_data else "RGB").resize((320, 267)).rotate(-90, expand=True)
+        )
+    with Image.open(io.BytesIO(thumbnail(str(path)))) as made:
+        assert (made.size, made.has_transparency_data) == (wanted.size, wanted.mode == "RGBA")
+        off = ImageChops.difference(made.convert("RGBa").convert("RGBA"), wanted.convert("RGBa").convert("RGBA"))
+        assert max(ImageStat.Stat(off).mean) < 4
+
+
+PEAK = """
+import os
+from imagewatch.config import load
+from imagewatch.gallery import Gallery
+Gallery(load(None, os.environ)).write()
+print(*(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+"""Writes a page and says how much memory it took at the most, kB. Of wait4 that may be this process's."""
+
+
+def test_several_vast_pictures_take_no_more_memory_than_one(shelf: Shelf):
+    content = vast(7000)
+    for stem in ("a", "b", "c"):
+        shelf.made(stem, content)
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **shelf.environ()}
+    peak = subprocess.run([sys.executable, "-c", PEAK], env=environ, capture_output=True, timeout=60, check=True).stdout
+    assert len(shelf.thumbs) == 3
+    assert int(peak) < 350_000
 
 
 def test_a_small_picture_is_not_blown_up(shelf: Shelf):
