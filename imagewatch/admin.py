@@ -37,12 +37,12 @@ _COLOURS = {"made": "green", "refused": "yellow", "invalid": "yellow", "unknown"
 
 
 class Seconds(click.FloatRange):
-    """A time on the command line; ``nan`` is neither below nor above any bound."""
+    """A time on the command line: a number with an end. ``nan`` is neither below nor above any bound."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
         """Return the number."""
         number = float(super().convert(value, param, ctx))
-        if math.isnan(number):
+        if not math.isfinite(number):
             self.fail(f"{value!r} is not a number of seconds.", param, ctx)
         return number
 
