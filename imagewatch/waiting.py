@@ -117,7 +117,7 @@ class Waiting:
             _Place("errors", os.path.join(folders.errors, folder), ".error.toml"),
         )
         self._known: set[_Identity] = set()
-        self._over: set[object] = set()
+        self._over: set[str] = set()
         for place in self._places:
             with ours(place.path, "look for results"):
                 for path, identity in _documents(place, frozenset(stems)):
@@ -153,7 +153,7 @@ class Waiting:
             place.stamp = 0  # look at it again
             return
         self._known.add(identity)
-        if document.get("job") in self._over:
+        if str(document.get("job")) in self._over:
             return
         for job in left.values():
             if job.is_told_by(document):
@@ -200,7 +200,7 @@ def _document(path: str) -> dict[str, Any] | None:
         return {}
 
 
-def _job_in(path: str) -> set[object]:
+def _job_in(path: str) -> set[str]:
     """Return the id of the job that an older document is about.
 
     A backup, a ``chmod`` or a copy makes that document look new, and its job must not be taken for a later one.
