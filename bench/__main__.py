@@ -1,6 +1,6 @@
 """How fast and how small imagewatch is, next to the floor and to the peers: ratios within one run, with their spread.
 
-    python bench                          # everything, some 35 minutes
+    python bench                          # everything, half an hour
     python bench --quick                  # a few minutes; the figures are rough
     python bench --only latency memory    # of: latency, throughput, slots, start, job, memory, scale, burst, gallery
     python bench --write-docs             # into docs/performance.md

@@ -29,17 +29,24 @@ class Figure:
 
 @dataclass
 class Check:
-    """What a figure is held to."""
+    """What a figure is held to.
+
+    Attributes:
+        always: Whether every run has to keep to the bound: what must never happen has no median.
+    """
 
     what: str
     figure: Figure
     bound: float
     at_most: bool = True
+    always: bool = False
 
     @property
     def reached(self) -> bool:
-        """Whether the median keeps to the bound."""
-        return self.figure.median <= self.bound if self.at_most else self.figure.median >= self.bound
+        """Whether the median, or the worst value, keeps to the bound."""
+        worst = max if self.at_most else min
+        value = worst(self.figure.values) if self.always else self.figure.median
+        return value <= self.bound if self.at_most else value >= self.bound
 
     @property
     def verdict(self) -> str:

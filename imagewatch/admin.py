@@ -14,7 +14,7 @@ import pwd
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
@@ -71,6 +71,15 @@ def here() -> str:
         return os.getcwd()
     except OSError:
         return ""
+
+
+def silence(stream: TextIO | None) -> None:
+    """Let a stream lead nowhere, or what it could not write would be tried once more at the very end."""
+    if stream is None:
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 # Hold and release
@@ -406,6 +415,9 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
     yield f"  in flight  {len(page['in_flight'])}"
     for job in page["in_flight"]:
         yield f"             {job['source']}"
+    if stuck := page.get("stuck"):  # not there in what an older daemon said
+        yield click.style(f"  stuck      {len(stuck)}, as the log says", fg="red")
+        yield from (f"             {job['source'] or job['job']}" for job in stuck)
     for name, label in (("today", "today"), ("month", "this month")):
         one = page[name]
         cap = f" of {amount(one['cap'])}" if one["cap"] else ""

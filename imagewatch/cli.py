@@ -12,7 +12,7 @@ import json
 import os
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn
 
 import click
 
@@ -320,11 +320,13 @@ def main() -> NoReturn:
     try:
         _main()
     except OSError as error:
-        if error.filename is None and not admin.here():
+        if error.filename is not None:
+            raise  # a bug
+        if error.errno not in _UNWRITABLE:
+            if admin.here():
+                raise  # a bug, too
             _fail(UsageError("the current folder is gone", hint="go to another one"), EXIT_USAGE)
-        if error.errno not in _UNWRITABLE or error.filename is not None:
-            raise  # not the output: a bug
-        _silence(sys.stdout)
+        admin.silence(sys.stdout)
         hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
         _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
 
@@ -385,14 +387,7 @@ def _say(line: str) -> None:
     try:
         click.echo(line, err=True)
     except OSError:
-        _silence(sys.stderr)
-
-
-def _silence(stream: TextIO) -> None:
-    """Let a stream lead nowhere, or what it could not write would be tried once more at the very end."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, stream.fileno())
-    os.close(nowhere)
+        admin.silence(sys.stderr)
 
 
 @contextlib.contextmanager

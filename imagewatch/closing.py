@@ -270,7 +270,8 @@ class Closing:
                 name = tagged(decision.name, claim.stem, tag)
         moves = tuple(msgspec.structs.replace(move, name=moved.get(move.name, move.name)) for move in decision.moves)
         facts = {**decision.facts, "images": [moved.get(image, image) for image in decision.facts["images"]]}
-        document = with_files(decision.document, moved)
+        prompts = [os.path.join(claim.folder, one.removesuffix(".error.toml")) for one in (decision.name, name)]
+        document = with_files(decision.document, moved, *prompts)
         return msgspec.structs.replace(decision, moves=moves, name=name, document=document, facts=facts)
 
     def outcome(self, claim: Claim, decision: Decision, seconds: float) -> Outcome:

@@ -151,7 +151,7 @@ class Daemon:
         self._intake = Intake(config.folders, self._control.folder, self._hint, clock, monotonic)
         self._later: list[Later] = []
         self._parked: dict[str, Key | None] = {}  # what only a person, or the next start, can carry on
-        self._failing: dict[str, float] = {}  # jobs that fail alone, and how long each waits between two tries
+        self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
         self._missed = False
@@ -168,7 +168,8 @@ class Daemon:
         """Run until a signal comes or, with ``once``, until there is nothing left to do.
 
         Returns:
-            The exit code: 0, 1 (``once``: a job failed), 69 (``once``: held), 74 (``once``: own disk).
+            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: held), 74 (``once``: own
+            disk).
 
         Raises:
             ImagewatchError: It cannot start.
@@ -517,9 +518,6 @@ class Daemon:
         self._worked = True
         self._status.change()
         self._intake.over(key)
-        for later in self._later:
-            if later.displaced and later.key == key:
-                later.at = self._now()  # its name may be free now
         try:
             outcome = message.future.result()
         except SpoolError as error:
@@ -529,13 +527,14 @@ class Daemon:
             _log.exception("a bug in imagewatch; please report it", job=message.job)
             self._park(message.job, key)
             return
-        self._failing.pop(message.job, None)
+        self._gets_on(message.job)
         self._judge(outcome, key, message.began)
 
     def _stuck(self, job: str, key: Key | None, error: SpoolError) -> None:
-        """A job met our own disk. It is tried again when a write probe succeeds; nothing is sent until then.
+        """A job met our own disk, and is tried again later. Unless it is this job alone, nothing is sent until then.
 
-        Where one succeeds at once it is this job alone that cannot go on: a file in its way, a name too long.
+        It is alone where a write probe succeeds at once: a file in its way, a permission. Whatever else lies in its
+        folder may meet the same, after it was paid for.
         """
         if error.code == 0:
             _log.error("stuck", job=job, reason=str(error), hint=error.hint)
@@ -545,13 +544,27 @@ class Daemon:
         if self._gate.failed_alone(error):
             if job not in self._failing:
                 _log.error("stuck; tried again by itself", job=job, reason=str(error), hint=error.hint)
-            delay = self._failing[job] = min(2 * self._failing.get(job, DISK_SECONDS / 2), _LONGEST_RETRY)
+            before, _ = self._failing.get(job, (DISK_SECONDS / 2, key))
+            delay = min(2 * before, _LONGEST_RETRY)
+            self._failing[job] = delay, key
+            self._shut()
         self._later.append(Later(job, self._now() + delay, key))
+
+    def _gets_on(self, job: str) -> None:
+        """Take note that a job fails no more, if it did."""
+        if self._failing.pop(job, None):
+            self._shut()
+            self._intake.soon()
+
+    def _shut(self) -> None:
+        """Let nothing be taken out of the folders of which a job fails alone."""
+        self._status.change()
+        self._intake.shut = frozenset(key[0] for _, key in self._failing.values() if key and key[0])
 
     def _park(self, job: str, key: Key | None) -> None:
         """Leave a job to whoever looks into it. Its stem stays taken: it may be paid for, and be brought back."""
         self.failed += 1
-        self._failing.pop(job, None)
+        self._gets_on(job)
         self._parked[job] = key
         self._budget.strand(job)
 
@@ -561,6 +574,10 @@ class Daemon:
             self._gate.met(outcome.trouble, began)
         elif outcome.answered:
             self._gate.answered(began)
+        if not outcome.displaced:
+            for later in self._later:
+                if later.displaced and later.key == key:
+                    later.at = self._now()  # its name may be free now
         if outcome.end is End.LATER:
             turn = outcome.trouble is not None and outcome.trouble.kind == "rate"
             fresh = outcome.displaced or turn  # any other wait is for a request
@@ -587,9 +604,10 @@ class Daemon:
 
     def _write_status(self, **fields: str) -> None:
         """Write the status file, and tell the service manager the same in one line and some fields more."""
-        sources = {job: "/".join(filter(None, key)) + SUFFIX if key else "" for job, key in self._in_flight.items()}
+        failing = {job: key for job, (_, key) in self._failing.items()}
+        at_work, stuck = map(_sources, (self._in_flight, failing | self._parked))
         try:
-            page = self._status.write(self._intake.seen, self._intake.count(), sources)
+            page = self._status.write(self._intake.seen, self._intake.count(), at_work, stuck)
         except SpoolError as error:
             _log.debug("no status written", reason=str(error))
         else:
@@ -645,3 +663,8 @@ class Daemon:
             return
         self._on_reloaded(config)
         _log.info("reloaded", source=config.source)
+
+
+def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:
+    """Return the path of the prompt of each job, as far as it is known."""
+    return {job: "/".join(filter(None, key)) + SUFFIX if key else "" for job, key in jobs.items()}

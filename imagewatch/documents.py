@@ -7,6 +7,7 @@ query of a signed url.
 from __future__ import annotations
 
 import math
+import re
 import tomllib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -126,9 +127,19 @@ def unvouched(document: str) -> dict[str, Any]:
     return tomllib.loads(document)
 
 
-def with_files(document: str, moved: Mapping[str, str]) -> str:
-    """Return a document whose files have other names."""
+def with_files(document: str, moved: Mapping[str, str], before: str, after: str) -> str:
+    """Return a document whose files have other names.
+
+    Args:
+        document: The document.
+        moved: New names by old ones.
+        before: What ``retry`` would have had to be told.
+        after: What it has to be told.
+    """
     read = tomllib.loads(document)
+    if "next" in read:
+        told = re.compile(rf"(?<=retry |again ){re.escape(before)}(?=[ ,])")
+        read["next"] = told.sub(lambda _: after, read["next"])
     for table in (*read.get("images", []), *read.get("originals", [])):
         table["file"] = moved.get(table["file"], table["file"])
     return _written(read)

@@ -102,7 +102,10 @@ class Gate:
 
     def room(self) -> bool:
         """Tell whether our disks can take another paid answer; if not, hold."""
-        return self._proved() if self._holds.has("disk") else self._has_room()
+        if not self._works(probe=self._holds.has("disk")):
+            return False
+        self._end(self._holds.clear("disk"))
+        return True
 
     def failed_alone(self, error: SpoolError) -> bool:
         """Tell whether our disks work all the same after a job could not go on; if not, hold.
@@ -112,24 +115,17 @@ class Gate:
         if error.code in FULL:  # a small probe may succeed where pictures do not
             self.failed(error)
             return False
-        return self._proved()
+        return self._works(probe=True)
 
-    def _proved(self) -> bool:
-        """Make a write probe in every folder; end a hold of the disk, or begin one."""
+    def _works(self, *, probe: bool) -> bool:
+        """Tell whether there is room, and whether a file can be written in every folder if that is asked; else hold."""
         try:
-            self._spool.probe()
-        except SpoolError as error:
-            self.failed(error)
-            return False
-        return self._has_room()
-
-    def _has_room(self) -> bool:
-        try:
+            if probe:
+                self._spool.probe()
             self._spool.require_room(self._limits.min_free_bytes)
         except SpoolError as error:
             self.failed(error)
             return False
-        self._end(self._holds.clear("disk"))
         return True
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:

@@ -6,7 +6,6 @@ thread. Only the head of the queue is looked at closely: the other prompts are n
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,6 +68,7 @@ class Intake:
         mode: ``native``: the kernel tells of changes; ``poll``: it does not; ``mixed``: it does of some folders.
         polled: Folders of which the kernel tells nothing, or not everything, and why.
         most_seconds: Longest interval between two looks that whoever supervises the process allows, or None.
+        shut: Folders below the inbox of which a job is stuck: what else is in them may be paid for and get stuck, too.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Intake:
     ) -> None:
         self._inbox = folders.inbox
         self._control = control
-        self._blocked = functools.partial(blocked, folders)
+        self._folders = folders
         self._clock = clock
         self._now = monotonic
         self._watcher = Watcher(
@@ -98,6 +98,7 @@ class Intake:
         self.mode = ""
         self.polled: dict[str, str] = {}
         self.most_seconds: float | None = None
+        self.shut: frozenset[str] = frozenset()
 
     def configure(self, config: Inbox, burst: int) -> None:
         """Take a configuration; everything is looked at anew.
@@ -115,6 +116,12 @@ class Intake:
         self._ready, self._more, self._due = {}, False, 0.0
         if config.watch == "poll":
             self._watcher.stop()
+
+    def _blocked(self, folder: str) -> str:
+        """Return why nothing is to be taken out of a folder below the inbox, or an empty string."""
+        if folder in self.shut:
+            return "until a job that is stuck goes on (the log says why), nothing is taken out of"
+        return blocked(self._folders, folder)
 
     def stop(self) -> None:
         """Stop listening."""
@@ -281,7 +288,7 @@ class Intake:
             candidate = self._ready.pop(next(iter(self._ready)))
             if candidate.key in taken:
                 self.seen.passed.add(candidate.key)
-            elif not self._sweep.unchanged(candidate):
+            elif candidate.key[0] in self.shut or not self._sweep.unchanged(candidate):
                 self._sweep.touch(candidate.key, self._now())
                 self.soon(self._config.settle_seconds)
             else:

@@ -50,6 +50,8 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     yield "not_ready_prompts", "gauge", "Prompts that may not be taken yet, by reason.", _reasons(waiting["why"])
     yield "ignored_files", "gauge", "Files in the inbox that will not be taken.", [({}, page["ignored"]["count"])]
     yield "in_flight_jobs", "gauge", "Jobs at work.", [({}, len(page["in_flight"]))]
+    stuck = page.get("stuck", [])  # not there in what an older daemon said
+    yield "stuck_jobs", "gauge", "Jobs that cannot go on for a reason of their own.", [({}, len(stuck))]
     held = {one["kind"] for one in page["holds"]}
     holds = [({"reason": kind}, float(kind in held)) for kind in NEXT]
     yield "held", "gauge", "Whether nothing is sent for this reason.", holds

@@ -53,11 +53,13 @@ def blocked(folders: Folders, folder: str) -> str:
             continue
         if len(os.fsencode(os.path.join(door, folder))) > _LONGEST_PATH - _LONGEST_NAME - 1:
             return "what it makes would have too long a path, so nothing is taken out of"
-        path = door
-        for part in folder.split("/"):
-            path = os.path.join(path, part)
-            if os.path.lexists(path) and not os.path.isdir(path):
-                return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
+        path = os.path.join(door, folder)
+        while not os.path.lexists(path):
+            path = os.path.dirname(path)
+        if not os.path.isdir(path):
+            return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
+        if not os.access(path, os.W_OK | os.X_OK):
+            return f"what it makes cannot be put into {printable(path, 255)}, so nothing is taken out of"
     return ""
 
 
@@ -104,7 +106,6 @@ class Spool:
         self._sync_above([*self._all(), self.jobs, self.claims])
         self._drop_twins()
         self.probe()
-        self._prove_claim()
         self._prove_outbox()
         self._mounts = Mounts(self._all())
 
@@ -188,11 +189,12 @@ class Spool:
         self._mounts.require()
 
     def probe(self) -> None:
-        """Prove that every folder we put files into can be written, and is still the one it was."""
+        """Prove that files can be taken out of the inbox and put into every other folder."""
         self.require_mounts()
         self.keep_lock()
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
+        self._prove_claim()
 
     def require_room(self, least: int) -> None:
         """Make sure that a paid answer can be taken in.

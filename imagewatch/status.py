@@ -123,13 +123,14 @@ class Status:
         """Monotonic time at which the file is to be written, or None."""
         return self._due
 
-    def write(self, seen: Seen, ready: int, in_flight: Mapping[str, str]) -> dict[str, Any]:
+    def write(self, seen: Seen, ready: int, in_flight: Mapping[str, str], stuck: Mapping[str, str]) -> dict[str, Any]:
         """Write the file now.
 
         Args:
             seen: What the last sweep saw.
             ready: How many prompts only wait for a worker.
             in_flight: Path of the prompt of each job at work, by job id.
+            stuck: The same of each job that cannot go on for a reason of its own.
 
         Raises:
             SpoolError: The disk failed.
@@ -137,14 +138,14 @@ class Status:
         began = self._now()
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
-            page = self._page(seen, ready, in_flight)
+            page = self._page(seen, ready) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
             self._disk.jot(self._path, json.dumps(page, indent=1).encode())
         finally:
             # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
             self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
         return page
 
-    def _page(self, seen: Seen, ready: int, in_flight: Mapping[str, str]) -> dict[str, Any]:
+    def _page(self, seen: Seen, ready: int) -> dict[str, Any]:
         now = self._clock()
         day, month = day_and_month(now)
         return {
@@ -166,7 +167,6 @@ class Status:
                 "files": _first(seen.waiting),
             },
             "ignored": {"count": seen.ignored.total, "files": _first(seen.ignored)},
-            "in_flight": [{"job": job, "source": printable(source)} for job, source in in_flight.items()],
             "holds": self._holds(),
             "today": self._totals(day[0].timestamp(), self._config.limits.credits_per_day),
             "month": self._totals(month[0].timestamp(), self._config.limits.credits_per_month),
@@ -191,6 +191,10 @@ class Status:
         ]
 
 
+def _jobs(sources: Mapping[str, str]) -> list[dict[str, str]]:
+    return [{"job": job, "source": printable(source)} for job, source in sources.items()]
+
+
 def line(page: Mapping[str, Any]) -> str:
     """Return a status in one line, for ``systemctl status``."""
     waiting, today = page["waiting"], page["today"]
@@ -200,6 +204,8 @@ def line(page: Mapping[str, Any]) -> str:
         f"today {today['made']} made, {today['refused']} refused, {today['unknown']} unknown",
         f"{amount(today['credits'])} credits",
     ]
+    if page["stuck"]:
+        parts.insert(2, f"{len(page['stuck'])} stuck")
     if page["state"] == "stopping":
         parts.insert(0, "finishing what is sent")
     parts += [f"held ({hold['kind']}): {hold['reason']}" for hold in page["holds"]]

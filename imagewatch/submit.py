@@ -12,7 +12,7 @@ from urllib.parse import quote
 
 import click
 
-from imagewatch.admin import Seconds, config_option, load
+from imagewatch.admin import Seconds, config_option, load, silence
 from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.text import amount, complaint, printable
 
@@ -87,11 +87,17 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
         raise click.UsageError("--timeout and --format markdown need --wait")
     config = _config(path, options["root"])
-    jobs, waiting = _dropped(prompts, options, config)
-    if waiting is None:
-        _print_dropped(jobs, options["form"], config)
-    else:
-        _wait_and_tell(jobs, waiting, options, config)
+    jobs: list[Made] = []
+    try:
+        waiting = _dropped(prompts, options, config, jobs)
+        if waiting is None:
+            _print_dropped(jobs, options["form"], config)
+        else:
+            _wait_and_tell(jobs, waiting, options, config)
+    except OSError as error:
+        if not jobs or error.filename is not None:
+            raise
+        _unheard(error)
 
 
 def _config(path: str | None, root: str | None) -> Config:
@@ -106,12 +112,11 @@ def _config(path: str | None, root: str | None) -> Config:
 # Dropping
 
 
-def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config) -> tuple[list[Made], Waiting | None]:
-    """Drop everything, or nothing if anything is wrong; return what was dropped, and what waits for it."""
+def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config, jobs: list[Made]) -> Waiting | None:
+    """Drop everything, or nothing if anything is wrong; return what waits for it. ``jobs`` takes what is dropped."""
     from imagewatch.sender import Delivery, folder_of  # noqa: PLC0415
     from imagewatch.waiting import Waiting  # noqa: PLC0415
 
-    jobs: list[Made] = []
     try:
         wishes = _wishes(prompts, options)
         folder = folder_of(options["folder"], recursive=config.inbox.recursive)
@@ -132,7 +137,7 @@ def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config) ->
         if isinstance(error, BadRequest):
             _refuse(error)
         raise
-    return jobs, waiting
+    return waiting
 
 
 def _stems(wishes: Sequence[Wish], name: str | None) -> list[str]:
@@ -220,9 +225,10 @@ def _content(file: str) -> bytes:
 def _wait_and_tell(jobs: Sequence[Made], waiting: Waiting, options: dict[str, Any], config: Config) -> NoReturn:
     interrupted = False
     try:
-        left = _waited(jobs, waiting, config, options["timeout"])
-    except KeyboardInterrupt:
-        interrupted, left = True, waiting.look()
+        try:
+            left = _waited(jobs, waiting, config, options["timeout"])
+        except KeyboardInterrupt:
+            interrupted, left = True, waiting.look()
     except SpoolError:
         _tell_before_failing(jobs, options["form"], config)
         raise
@@ -284,6 +290,17 @@ def _print_dropped(jobs: Sequence[Made], form: str, config: Config, *, err: bool
         return
     for job in jobs:
         click.echo(printable(os.path.join(config.folders.inbox, job.source)), err=err)
+
+
+def _unheard(error: OSError) -> NoReturn:
+    """End where nobody takes what is printed: it will be made all the same, and must not be dropped again."""
+    silence(sys.stdout)
+    try:
+        click.echo(f"imagewatch: the output cannot be written: {error.strerror}", err=True)
+        click.echo("  what was dropped is in the inbox and will be made; do not drop it again", err=True)
+    except OSError:
+        silence(sys.stderr)
+    sys.exit(EXIT_WAITING)
 
 
 def _print(jobs: Sequence[Made], form: str) -> None:

@@ -320,13 +320,13 @@ class Sweep:
         """Look at a settled prompt whose turn has come; tell why if it cannot be taken."""
         names = folder.beside.of(key[1])
         looks, changed = self._stat(key[0], _all_names(names))
-        if not looks[0][1]:
+        if not looks[0][1] or looks[0][2] < 0:  # gone, or no plain file any more
             self._forget(key)
             return None
         try:
             declared = self._declared(key, looks[0])
         except BadRequest as error:
-            self._unread(key, names.prompt, error)
+            self._unread(key, names.prompt, error, now)
             return None
         whole = declared is not None and key in self._arrived
         if not whole and self._is_disturbed(folder, names, changed, now):
@@ -342,14 +342,17 @@ class Sweep:
             self._seen.ignored.add(_join(key[0], name), "no image of its prompt", printable(reason, 600))
         return self._take(Candidate(key, images, foreign, looks, changed, declared=False))
 
-    def _unread(self, key: Key, prompt: str, error: BadRequest) -> None:
+    def _unread(self, key: Key, prompt: str, error: BadRequest, now: float) -> None:
         """Let a prompt wait that cannot be read: nobody knows which images it names."""
         self._hold_back(key)
+        path, reason = _join(key[0], prompt), printable(str(error), 300)
+        left = self._inputs_since.setdefault(key, now) + self._config.input_wait_seconds - now
         if problem := self._unusable(key[0], prompt):
-            self._seen.ignored.add(_join(key[0], prompt), problem, f"{problem} it")
-        else:
-            reason = printable(str(error), 300)
-            self._seen.wait(_join(key[0], prompt), Wait.UNREADABLE, reason, self._config.rescan_seconds)
+            self._seen.ignored.add(path, problem, f"{problem} it")
+        elif left > 0:
+            self._seen.wait(path, Wait.UNREADABLE, reason, min(left, self._config.rescan_seconds))
+        else:  # whoever looks again sees whether it can be read; nobody waits for that
+            self._seen.waiting.add(path, Wait.UNREADABLE, reason)
 
     def _is_disturbed(self, folder: Folder, names: Dropped, changed: float, now: float) -> bool:
         """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
@@ -427,6 +430,8 @@ class Sweep:
                 return "the daemon may not read"
             if private(status):
                 return "a hard link to a file that only the daemon's user may read:"
+            if _is_kept(full, status):
+                return "the sticky bit of its folder keeps the daemon from taking"
         return ""
 
     def _writer(self, candidate: Candidate) -> str:
@@ -526,6 +531,12 @@ class Sweep:
             looks.append((name, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns))
             newest = max(newest, status.st_ctime)
         return tuple(looks), newest
+
+
+def _is_kept(path: str, status: os.stat_result) -> bool:
+    """Tell whether a file may not be taken out of its folder because it is somebody else's, as in ``/tmp``."""
+    user, folder = os.geteuid(), os.stat(os.path.dirname(path))
+    return bool(folder.st_mode & stat.S_ISVTX) and user not in {0, status.st_uid, folder.st_uid}
 
 
 def _all_names(names: Dropped) -> tuple[str, ...]:

@@ -517,7 +517,7 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
         told.change()
         assert told.due is not None
         with pytest.raises(SpoolError):
-            told.write(Seen(), 0, {})
+            told.write(Seen(), 0, {}, {})
         assert told.due is None
         told.change()
         assert told.due > time.monotonic()

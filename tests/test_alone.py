@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -54,17 +55,29 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_ima
     assert (folders.documents(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
 
 
-def test_a_prompt_that_stays_unreadable_says_so_and_the_others_are_made(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_ends(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
     if reason := reason_not_to_trace():
         pytest.skip(reason)
-    folders = Folders(tmp_path, sandbox.base_url)
+    folders = Folders(tmp_path, sandbox.base_url, inbox__input_wait_seconds="0.5", inbox__rescan_seconds="0.2")
     path = folders.prompt("broken", "On a bad sector")
     folders.prompt("cat", "A cat")
     strace = ["strace", "-f", "-o", "/dev/null", "-P", str(path), "-e", "trace=read", "-e", "inject=read:error=EIO"]
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
-    told = subprocess.run(
-        [*strace, sys.executable, "-m", "imagewatch", "check"], env=environ, check=True, capture_output=True, text=True
+    told, done = (
+        subprocess.run(
+            [*strace, sys.executable, "-m", "imagewatch", command],
+            env=environ,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=40,
+        )
+        for command in ("check", "once")
     )
+    assert done.returncode == 0
+    assert (folders.documents(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
     (line,) = [line for line in told.stdout.splitlines() if "broken" in line]
     assert "wait" in line
     assert "cannot be read: Input/output error" in line
@@ -161,6 +174,25 @@ def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
     until((folders.outbox / "sub/cat.receipt.toml").exists, timeout=40)
     assert daemon.stop() == 0
     assert (sandbox.report()["charged"], folders.leftovers()) == (6, [])
+
+
+def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_for(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
+    until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
+    (folders.outbox / "sub").write_text("a file of somebody")
+    daemon.wait_for("stuck; tried again by itself")
+    (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
+    folders.prompt("sub/dog", "A dog")
+    assert "until a job that is stuck goes on" in daemon.wait_for("ignored")["reason"]
+    until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
+    assert sandbox.report()["requests"] == 1
+    until(lambda: len(folders.documents()) == 2, timeout=40)
+    assert daemon.stop() == 0
+    assert (sandbox.report()["charged"], folders.leftovers()) == (2, [])
 
 
 def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered(

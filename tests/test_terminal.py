@@ -9,17 +9,13 @@ import re
 import subprocess
 import sys
 import unicodedata
-from typing import TYPE_CHECKING
 
 import pytest
 import structlog
-from conftest import KEY, command
+from conftest import KEY, Folders, command
 from test_cli import on_a_terminal
 
 from imagewatch import log, table
-
-if TYPE_CHECKING:
-    from conftest import Folders
 
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 
@@ -145,7 +141,31 @@ def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, a
             timeout=40,
             check=False,
         )
-    assert done.returncode == 74
+    dropped = arguments.startswith("submit")
+    assert done.returncode == (69 if dropped else 74)
     assert done.stderr.startswith("imagewatch: the output cannot be written: No space left on device\n")
     assert "Traceback" not in done.stderr
-    assert ("full.prompt.txt" in mixed.names("inbox")) == arguments.startswith("submit")
+    assert ("full.prompt.txt" in mixed.names("inbox")) == dropped
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("how", ["a full disk", "a reader that is gone"])
+@pytest.mark.parametrize("wait", [(), ("--wait", "--timeout", "0")])
+def test_what_submit_has_dropped_is_told_by_its_exit_code_where_nobody_reads_its_words(
+    folders: Folders, how: str, wait: tuple[str, ...]
+):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if how == "a full disk" else os.fdopen(write, "w", closefd=True) as nowhere:
+        done = subprocess.run(
+            [sys.executable, "-m", "imagewatch", "submit", "A cat", *wait],
+            env={"PATH": os.environ["PATH"], "HOME": str(folders.root), **folders.environ},
+            stdout=nowhere,
+            stderr=nowhere,
+            timeout=40,
+            check=False,
+        )
+    if how == "a full disk":
+        os.close(write)
+    assert done.returncode == 69
+    assert len(folders.names("inbox")) == 1

@@ -245,6 +245,56 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
         yield folders
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+def test_where_results_may_not_be_put_nothing_is_paid_for(shared: Folders, scripted: Callable[..., Told]) -> None:
+    (shared.outbox / "sub").mkdir()  # root's
+    daemon = scripted(shared, UNPRIVILEGED)
+    for stem in ("sub/one", "sub/two", "three"):
+        shared.prompt(stem, "A prompt").chmod(0o644)
+    over(shared, "three")
+    until(lambda: len(daemon.events("ignored")) == 2)
+    for line in daemon.events("ignored"):
+        assert f"cannot be put into {shared.outbox / 'sub'}" in line["reason"]
+    (shared.outbox / "sub").chmod(0o777)
+    over(shared, "one", "two", "three")
+    assert daemon.stop() == 0
+
+
+def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
+    shared: Folders, scripted: Callable[..., Told]
+) -> None:
+    daemon = scripted(shared, UNPRIVILEGED)
+    shared.inbox.chmod(0o555)
+    if os.geteuid() != 0:
+        pytest.skip("only root may drop a prompt there")
+    for number in range(5):
+        shared.prompt(f"p{number}", "A prompt").chmod(0o644)
+    assert daemon.wait_for("held")["kind"] == "disk"
+    until(lambda: (status(shared).get("holds") or [{}])[0].get("kind") == "disk")
+    assert shared.documents() == {}
+    shared.inbox.chmod(0o755)
+    over(shared, *(f"p{number}" for number in range(5)))
+    assert daemon.stop() == 0
+    assert len(daemon.events("held")) == 1
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else")
+def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
+    shared: Folders, scripted: Callable[..., Told]
+) -> None:
+    sticky = shared.inbox / "sticky"
+    sticky.mkdir()
+    sticky.chmod(0o1777)
+    daemon = scripted(shared, UNPRIVILEGED)
+    shared.prompt("sticky/theirs", "A prompt").chmod(0o644)
+    shared.prompt("mine", "A prompt").chmod(0o644)
+    over(shared, "mine")
+    told = daemon.wait_for("ignored")
+    assert (told["file"], "sticky bit" in told["reason"]) == ("sticky/theirs.prompt.txt", True)
+    assert daemon.stop() == 0
+    assert shared.leftovers() == []
+
+
 def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_dropped_meanwhile_is_taken(
     shared: Folders, scripted: Callable[..., Told]
 ) -> None:
