@@ -574,7 +574,7 @@ class Daemon:
             self._gate.met(outcome.trouble, began)
         elif outcome.answered:
             self._gate.answered(began)
-        if not outcome.displaced:
+        if outcome.end not in {End.LATER, End.RETURNED}:
             for later in self._later:
                 if later.displaced and later.key == key:
                     later.at = self._now()  # its name may be free now

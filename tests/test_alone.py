@@ -8,11 +8,12 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Folders, Station, command, until
+from conftest import HURRIED, Folders, Station, command, until
 from PIL import Image
 from tracing import reason_not_to_trace
 
@@ -156,14 +157,19 @@ def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid
     assert folders.leftovers() == []
 
 
+def block(folders: Folders) -> None:
+    """Have a prompt made whose way out is blocked meanwhile."""
+    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
+    until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
+    (folders.outbox / "sub").write_text("a file of somebody")
+
+
 def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
-    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
-    until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
-    (folders.outbox / "sub").write_text("a file of somebody")
+    block(folders)
     stuck = daemon.wait_for("stuck; tried again by itself")
     assert str(folders.outbox / "sub") in stuck["reason"]
     for number in range(5):
@@ -181,9 +187,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
-    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
-    until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
-    (folders.outbox / "sub").write_text("a file of somebody")
+    block(folders)
     daemon.wait_for("stuck; tried again by itself")
     (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
     folders.prompt("sub/dog", "A dog")
@@ -200,9 +204,7 @@ def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
-    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
-    until(lambda: sandbox.report()["requests"] == 1 or not (folders.inbox / "sub/cat.prompt.txt").exists())
-    (folders.outbox / "sub").write_text("a file of somebody")
+    block(folders)
     assert daemon.stop() == 0
     for number in range(3):
         folders.prompt(f"dog{number}", "A dog")
@@ -239,6 +241,27 @@ def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(
     assert {f"{shown}.prompt.txt", back.name} == {"one.prompt.txt", "two.prompt.txt"}
     assert daemon.stop() == 0
     assert folders.leftovers() == []
+
+
+def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+    sandbox.balance = 0
+    script = tmp_path / "telling.py"
+    script.write_text(HURRIED.replace('"info"', '"debug"'))
+    daemon = run(folders, "0.2", script=str(script))
+    folders.prompt("shown", "The one that shows that there are no credits")
+    daemon.wait_for("held")
+    for number in range(3):
+        folders.prompt("cat", f"[sandbox: slow 1] Version {number}")
+        until(lambda number=number: sandbox.report()["requests"] == number + 2 or number == 2)
+    returned = lambda: [line for line in daemon.events("step") if line["step"] == "give_back"]  # noqa: E731
+    until(lambda: len({line["job"] for line in returned()}) == 2)
+    before = len(returned())
+    threading.Event().wait(2)
+    assert len(returned()) - before <= 2
+    daemon.process.kill()
 
 
 # What is stuck
