@@ -472,6 +472,8 @@ class Daemon:
 
     def _dispatch(self) -> None:
         """Give workers what may be done now: first what is claimed already, then the oldest prompts."""
+        if not self._draining:
+            self._gate.look_at_disk()
         now, held = self._now(), self._gate.first() is not None
         for later in sorted(self._later, key=lambda job: job.at):
             if self._draining:

@@ -107,6 +107,11 @@ class Gate:
         self._end(self._holds.clear("disk"))
         return True
 
+    def look_at_disk(self) -> None:
+        """Make the next write probe if it is time, also where nothing waits: a status must not tell of what is over."""
+        if self._holds.has("disk") and not self._holds.waits("disk", self._now()):
+            self.room()
+
     def failed_alone(self, error: SpoolError) -> bool:
         """Tell whether our disks work all the same after a job could not go on; if not, hold.
 

@@ -13,7 +13,7 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import HURRIED, Folders, Station, command, until
+from conftest import HURRIED, Folders, Station, Told, command, until
 from PIL import Image
 from tracing import reason_not_to_trace
 
@@ -157,19 +157,20 @@ def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid
     assert folders.leftovers() == []
 
 
-def block(folders: Folders) -> None:
-    """Have a prompt made whose way out is blocked meanwhile."""
+def blocked(folders: Folders, run: Callable) -> Told:
+    """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
+    daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
     until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
     (folders.outbox / "sub").write_text("a file of somebody")
+    return daemon
 
 
 def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = run(folders)
-    block(folders)
+    daemon = blocked(folders, run)
     stuck = daemon.wait_for("stuck; tried again by itself")
     assert str(folders.outbox / "sub") in stuck["reason"]
     for number in range(5):
@@ -186,8 +187,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = run(folders)
-    block(folders)
+    daemon = blocked(folders, run)
     daemon.wait_for("stuck; tried again by itself")
     (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
     folders.prompt("sub/dog", "A dog")
@@ -203,8 +203,7 @@ def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = run(folders)
-    block(folders)
+    daemon = blocked(folders, run)
     assert daemon.stop() == 0
     for number in range(3):
         folders.prompt(f"dog{number}", "A dog")
@@ -262,6 +261,23 @@ def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(
     threading.Event().wait(2)
     assert len(returned()) - before <= 2
     daemon.process.kill()
+
+
+def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
+    daemon = run(folders)
+    folders.prompt("cat", "[sandbox: slow 1] A cat")
+    until(lambda: not (folders.inbox / "cat.prompt.txt").exists())
+    away = folders.outbox.rename(folders.outbox.with_name("away"))
+    assert daemon.wait_for("held")["kind"] == "disk"
+    until(lambda: command(folders, "status").returncode == 69)
+    away.rename(folders.outbox)
+    until(lambda: folders.documents() == {"cat": "outbox"}, timeout=40)
+    assert daemon.wait_for("released")["kind"] == "disk"
+    until(lambda: command(folders, "status").returncode == 0)
+    assert daemon.stop() == 0
 
 
 # What is stuck

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch import __version__
-from imagewatch.documents import SCHEMA, Course, compose, unvouched
+from imagewatch.documents import SCHEMA, Course, compose, unvouched, with_files
 from imagewatch.job import Claim, Decision, Head, Input, Move, Sent, Tail, dump, load
 from imagewatch.text import printable, utc, whole
 
@@ -461,3 +461,14 @@ def test_a_claim_knows_the_names_that_follow_from_it():
 
 def test_one_picture_is_asked_for_unless_the_request_says_more():
     assert (sent().asked, sent(n=3).asked) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "told", ["imagewatch retry {} looks again", "imagewatch retry --pay-again {}, or move the prompt"]
+)
+def test_an_error_file_whose_name_was_taken_names_its_own_prompt_to_retry(told: str):
+    top = {"message": "cat: no catalogue", "next": told.format("sub/cat")}
+    claim = Claim(job="0123456789abcdef", folder="sub", stem="cat")
+    document, _ = compose(Course(claim, finished=2.0), charged="unknown", top=top)
+    read = tomllib.loads(with_files(document, {}, "sub/cat", "sub/cat.0123"))
+    assert (read["next"], read["message"]) == (told.format("sub/cat.0123"), top["message"])
