@@ -227,7 +227,7 @@ class Closing:
             images=[picture.table(name) for name, picture in named],
         )
         moves = tuple(Move(source=f"state/{picture.source}", name=name) for name, picture in named)
-        claimed = [name for name in claim.originals if os.path.lexists(self._spool.original(claim, name))]
+        claimed = self._spool.present(claim)
         keep = self._spool.free_originals(claim, "archive", claimed) if self._spool.archive else ()
         name = f"{base}.receipt.toml"
         decision = Decision(door="outbox", moves=moves, name=name, document=document, facts=facts, keep=keep)
@@ -261,12 +261,12 @@ class Closing:
             if self._spool.source_exists(claim, move):
                 name = move.name
                 for tag in (claim.tag, claim.job):
-                    if os.path.lexists(os.path.join(folder, name)):
+                    if self._spool.tops.exists(os.path.join(folder, name)):
                         name = tagged(move.name, claim.stem, tag)
                 moved[move.name] = name
         name = decision.name
         for tag in (claim.tag, claim.job):
-            if os.path.lexists(os.path.join(folder, name)):
+            if self._spool.tops.exists(os.path.join(folder, name)):
                 name = tagged(decision.name, claim.stem, tag)
         moves = tuple(msgspec.structs.replace(move, name=moved.get(move.name, move.name)) for move in decision.moves)
         facts = {**decision.facts, "images": [moved.get(image, image) for image in decision.facts["images"]]}

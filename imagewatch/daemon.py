@@ -148,7 +148,7 @@ class Daemon:
         self._control = Control(config.folders.state, self._spool.disk)
         self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
-        self._intake = Intake(config.folders, self._control.folder, self._hint, clock, monotonic)
+        self._intake = Intake(config.folders, self._control.folder, self._hint, clock, monotonic, self._spool.tops)
         self._later: list[Later] = []
         self._parked: dict[str, Key | None] = {}  # what only a person, or the next start, can carry on
         self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
@@ -368,7 +368,7 @@ class Daemon:
 
     def _look(self) -> None:
         try:
-            self._spool.require_mounts()
+            self._spool.require_folders()
             self._intake.look(self._taken())
         except SpoolError as error:
             self._gate.failed(error)
@@ -435,7 +435,7 @@ class Daemon:
         found = self._intake.arrived()
         for path in self._intake.seen.waiting:
             with contextlib.suppress(OSError):
-                found[path] = os.lstat(os.path.join(self._spool.inbox, path)).st_ctime
+                found[path] = self._spool.tops.lstat(os.path.join(self._spool.inbox, path)).st_ctime
         return found
 
     def _is_finished(self, source: str) -> bool:
@@ -443,7 +443,7 @@ class Daemon:
         if self._config.inbox.redelivery != "skip":
             return False
         with contextlib.suppress(OSError, SpoolError):
-            status = os.lstat(os.path.join(self._spool.inbox, source))
+            status = self._spool.tops.lstat(os.path.join(self._spool.inbox, source))
             return bool(self._ledger.finished("", source, status.st_size, status.st_mtime_ns))
         return False
 

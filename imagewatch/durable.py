@@ -1,8 +1,8 @@
 """The only module that writes, renames, links, removes and fsyncs.
 
-Every change to a disk goes through one of the methods of ``Disk``, each of which makes one kind of system call;
-tests give the daemon a ``Disk`` that loses power between any two of them. ``OSError`` becomes ``SpoolError``
-here and nowhere else.
+Every change to a disk goes through one of the methods of ``Disk``, each of which makes one kind of system call,
+relative to an open folder (``folders``); tests give the daemon a ``Disk`` that loses power between any two of them.
+``OSError`` becomes ``SpoolError`` here and nowhere else.
 
 The durable write is always the same sequence: a temporary file in the folder of its final name, write, length
 check, fsync, close, rename, fsync of the folder. An fsync that failed is never tried again on the same file:
@@ -24,16 +24,18 @@ import threading
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.errors import AlreadyRunning, SpoolError
+from imagewatch.folders import Descriptor, NotAFolderError, Place, Tops
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _AT_FDCWD = -100
+_ALL_BITS = 0o777
+_MODE_OF_NOTES = 0o600
 _RENAME_NOREPLACE = 1
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _COPY_BYTES = 1 << 20
-_ADOPTED = ".iw-adopted.tmp"
 _LOCK_TRIES = 4
 _LOCK_SECONDS = 0.1
 
@@ -60,6 +62,9 @@ class ours:  # noqa: N801  it reads like a statement
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if isinstance(error, OSError):
             code = error.errno or 0
+            if isinstance(error, NotAFolderError):
+                message = f"{printable(str(error.filename))}: {error.strerror}"
+                raise SpoolError(message, path=self._path, code=code, hint=_RESTORE) from error
             message = f"{printable(self._path)}: cannot {self._doing}: {os.strerror(code) if code else error}"
             raise SpoolError(message, path=self._path, code=code, hint=_hint(code)) from error
 
@@ -94,6 +99,9 @@ class _Whole(io.FileIO):
             return done
 
 
+_RESTORE = "put the folder back that was there; the daemon resumes automatically"
+
+
 def _hint(code: int) -> str:
     if code in FULL:
         return "make room; the work goes on by itself"
@@ -110,26 +118,39 @@ class Disk:
     """Our disk. All paths are absolute; all methods raise ``SpoolError``.
 
     ``FileExistsError`` passes where "the name is taken" is an answer and not a failure.
+
+    Attributes:
+        tops: The folders that were opened: what lies below one is reached from there.
     """
 
+    @functools.cached_property
+    def tops(self) -> Tops:
+        """The folders that were opened."""
+        return Tops()
+
     def make_folder(self, path: str, mode: int = 0o700) -> None:
-        """Create a folder, with its parents; an existing one is fine."""
+        """Create a folder; an existing one is fine. Outside our open folders also the folders above it are made."""
         with ours(path, "create the folder"):
+            place = self.tops.at(path)
             try:
-                os.mkdir(path, mode)
+                os.mkdir(place.name, mode, dir_fd=place.dir_fd)
             except OSError:  # it is there, or the one above it is not
-                os.makedirs(path, mode=mode, exist_ok=True)
+                if place.dir_fd is None:
+                    os.makedirs(path, mode=mode, exist_ok=True)
+                elif not self.tops.is_folder(path):
+                    self.tops.folder(path)  # which says what is in its place
+                    raise
 
     def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
         """Create a file that must not exist, for writing and reading back; links are not followed."""
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         with ours(path, "create the file"):
-            return _Whole(os.open(path, flags, mode), "r+")
+            return _Whole(self.tops.open_file(path, flags, mode), "r+")
 
     def append(self, path: str) -> IO[bytes]:
         """Open a file of ours that is there already, to write on at its end; links are not followed."""
         with ours(path, "open the file"):
-            file = _Whole(os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC), "r+")
+            file = _Whole(self.tops.open_file(path, os.O_RDWR), "r+")
             file.seek(0, os.SEEK_END)
             return file
 
@@ -140,7 +161,8 @@ class Disk:
             FileExistsError: The name is taken.
         """
         try:
-            os.symlink(text, path)
+            place = self.tops.at(path)
+            os.symlink(text, place.name, dir_fd=place.dir_fd)
         except FileExistsError:
             raise
         except OSError:
@@ -156,16 +178,18 @@ class Disk:
     def sync_folder(self, path: str) -> None:
         """Make the names in a folder durable."""
         with ours(path, "write the folder to disk"):
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            os.fsync(self._opened(path))
+
+    def _opened(self, path: str) -> Descriptor:
+        if self.tops.is_below(path):
+            return self.tops.listable(path)
+        return Descriptor(os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC))  # a link of the administrator's
 
     def replace(self, source: str, target: str) -> None:
         """Rename within one file system; an existing target is replaced."""
         with ours(target, "rename"):
-            os.replace(source, target)
+            here, there = self.tops.at(source), self.tops.at(target)
+            os.replace(here.name, there.name, src_dir_fd=here.dir_fd, dst_dir_fd=there.dir_fd)
 
     def rename(self, source: str, target: str) -> None:
         """Rename within one file system, never over an existing name.
@@ -175,7 +199,7 @@ class Disk:
             OSError: ``EXDEV`` or ``ENOENT``, which are answers to the caller's question.
         """
         try:
-            _rename_new(source, target)
+            _rename_new(self.tops.at(source), self.tops.at(target))
         except OSError as error:
             if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT}:
                 raise
@@ -185,13 +209,15 @@ class Disk:
     def unlink(self, path: str) -> None:
         """Remove a file; one that is gone is fine."""
         with ours(path, "remove"), contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
+            place = self.tops.at(path)
+            os.unlink(place.name, dir_fd=place.dir_fd)
 
     def remove_folder(self, path: str) -> bool:
         """Remove an empty folder; tell whether it is gone. One with strangers' files in it stays."""
         with ours(path, "remove the folder"):
             try:
-                os.rmdir(path)
+                place = self.tops.at(path)
+                os.rmdir(place.name, dir_fd=place.dir_fd)
             except FileNotFoundError:
                 return True
             except OSError as error:
@@ -200,11 +226,23 @@ class Disk:
                 raise
         return True
 
+    def set_mode(self, path: str, mode: int) -> None:
+        """Set the mode of a folder; never that of what a link leads to."""
+        with ours(path, "set the mode"):
+            os.fchmod(self._opened(path).number, mode)
+
     def touch(self, path: str) -> bool:
-        """Set a file's mtime to the present; tell whether we may. Links are not followed; none there is fine."""
+        """Set a file's mtime to the present; tell whether we may. Links are not followed; none there is fine.
+
+        A file with other names is left alone: they are its sender's, and so is the time they show.
+        """
         with ours(path, "set its time"), contextlib.suppress(FileNotFoundError):
+            place = self.tops.at(path)
+            status = place.lstat()
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                return False
             try:
-                os.utime(path, follow_symlinks=False)
+                os.utime(place.name, dir_fd=place.dir_fd, follow_symlinks=False)
             except PermissionError:
                 return False
         return True
@@ -254,11 +292,21 @@ class Disk:
         """Replace a small file that nobody needs after a crash. Whole for any reader, but not synced."""
         temporary = path + ".tmp"
         with ours(path, "write"):
-            with open(temporary, "wb") as file:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            with open(self.tops.open_file(temporary, flags, _MODE_OF_NOTES), "wb") as file:
                 file.write(content)
-            os.replace(temporary, path)
+            here, there = self.tops.at(temporary), self.tops.at(path)
+            os.replace(here.name, there.name, src_dir_fd=here.dir_fd, dst_dir_fd=there.dir_fd)
 
-    def carry(self, source: str, target: str, temporary: str, finish: Callable[[int], None] | None = None) -> None:
+    def carry(
+        self,
+        source: str,
+        target: str,
+        temporary: str,
+        finish: Callable[[int], None] | None = None,
+        *,
+        is_fresh: bool = False,
+    ) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
 
         Run again after a crash it finishes what was begun: a source that is gone with a target that is there
@@ -269,11 +317,12 @@ class Disk:
             target: Its new name.
             temporary: A name of our own in the target's folder, for a copy.
             finish: Called with the descriptor before the name appears, to set mode and group.
+            is_fresh: Whether it gets the present as its mtime. A file of which we may not set it is copied.
 
         Raises:
             FileExistsError: The target is something else.
         """
-        file = _readable(source)
+        file = self._readable(source)
         if file is None:
             self._carry_special(source, target)
             return
@@ -281,20 +330,27 @@ class Disk:
             with ours(target, "set mode or group"):
                 if finish:
                     finish(file.fileno())
+            is_movable = not is_fresh or self.touch(source)
             self.sync(file, source)
-            try:
-                self.rename(source, target)
-            except FileExistsError:
-                if not _same(file, target):
-                    raise
-                self.unlink(source)
-            except OSError as error:
-                if error.errno != errno.EXDEV:
-                    with ours(target, "move"):
-                        raise
+            if not (is_movable and self._moved(file, source, target)):
                 self._copy(file, target, temporary, finish)
                 self.sync_folder(os.path.dirname(target))
                 self.unlink(source)
+
+    def _moved(self, file: IO[bytes], source: str, target: str) -> bool:
+        """Rename an open file; tell whether that can be done, which it cannot between two file systems."""
+        try:
+            self.rename(source, target)
+        except FileExistsError:
+            if not self._same(file, target):
+                raise
+            self.unlink(source)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                return False
+            with ours(target, "move"):
+                raise
+        return True
 
     def _carry_special(self, source: str, target: str) -> None:
         """Move a link, a FIFO, what we may not read, or nothing at all.
@@ -306,14 +362,15 @@ class Disk:
         except FileNotFoundError:
             return
         except FileExistsError:
-            if not _same_link(source, target):
+            if self._link(source) is None or self._link(source) != self._link(target):
                 raise
         except OSError as error:
-            if error.errno != errno.EXDEV or _is_regular(source):
+            if error.errno != errno.EXDEV or self._is_regular(source):
                 with ours(target, "move"):
                     raise
-            if os.path.islink(source) and not _same_link(source, target):
-                self.symlink(os.readlink(source), target)
+            text = self._link(source)
+            if text is not None and text != self._link(target):
+                self.symlink(text, target)
             self.sync_folder(os.path.dirname(target))
         else:
             return
@@ -321,59 +378,113 @@ class Disk:
 
     def _copy(self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None) -> None:
         try:
-            with closing(self.create_anew(temporary, 0o644), target) as copy:
+            with closing(self.create_anew(temporary), target) as copy:
                 with ours(target, "write"):
                     file.seek(0)
                     shutil.copyfileobj(file, copy, _COPY_BYTES)
                     if copy.tell() != os.fstat(file.fileno()).st_size:
                         raise OSError(errno.EIO, "the copy is shorter than its source")
-                    if finish:
-                        finish(copy.fileno())
+                    (finish or functools.partial(_keep_mode, file.fileno()))(copy.fileno())
                 self.sync(copy, target)
             try:
                 self.rename(temporary, target)
             except FileExistsError:
-                if not _same(file, target):
+                if not self._same(file, target):
                     raise
         finally:
             self.unlink(temporary)
 
-    def adopt(self, path: str) -> None:
-        """Put a copy of our own in the place of a file that belongs to somebody else; other than files stay."""
-        file = _readable(path)
-        if file is None:
-            return
-        temporary = os.path.join(os.path.dirname(path), _ADOPTED)  # its own name may be as long as a name can be
-        with file, self.writing(path, temporary, mode=os.fstat(file.fileno()).st_mode & 0o777) as copy:
-            shutil.copyfileobj(file, copy, _COPY_BYTES)
-
     def same(self, path: str, other: str) -> bool:
         """Tell whether two files have the same mtime and bytes; the other one is then durable."""
-        if not os.path.lexists(other):
+        if not self.tops.exists(other):
             return False
         with contextlib.ExitStack() as stack:
-            files = [stack.enter_context(file) for file in (_readable(path), _readable(other)) if file is not None]
+            files = [stack.enter_context(file) for file in map(self._readable, (path, other)) if file is not None]
             if len(files) < 2:  # noqa: PLR2004  both
                 return False
             mine, theirs = files
             times = {os.fstat(file.fileno()).st_mtime_ns for file in files}
-            if len(times) > 1 or not _same(mine, other):
+            if len(times) > 1 or not self._same(mine, other):
                 return False
             self.sync(theirs, other)
         return True
 
-    def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None] | None) -> None:
+    def has_content(self, path: str, content: bytes) -> bool:
+        """Tell whether a path is a plain file of exactly these bytes. A pipe that was put there is not waited for."""
+        try:
+            with self._open(path) as file:
+                status = os.fstat(file.fileno())
+                return stat.S_ISREG(status.st_mode) and status.st_size == len(content) and file.read() == content
+        except OSError:
+            return False
+
+    # What lies there
+
+    def _open(self, path: str) -> IO[bytes]:
+        descriptor = self.tops.open_file(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            return io.FileIO(descriptor)
+        except OSError:  # a folder
+            os.close(descriptor)
+            raise
+
+    def _is_regular(self, path: str) -> bool:
+        try:
+            return stat.S_ISREG(self.tops.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def _readable(self, path: str) -> IO[bytes] | None:
+        """Open a regular file; None for anything else, and for what was dropped that we may not read."""
+        try:
+            with ours(path, "read"):
+                return self._open(path) if self._is_regular(path) else None
+        except SpoolError as error:
+            if error.code == errno.EACCES:
+                return None
+            raise
+
+    def _same(self, file: IO[bytes], target: str) -> bool:
+        """Tell whether a file and a path hold the same bytes."""
+        try:
+            other = self._open(target)
+        except OSError:
+            return False
+        with other:
+            mine, theirs = os.fstat(file.fileno()), os.fstat(other.fileno())
+            if mine.st_size != theirs.st_size or not stat.S_ISREG(theirs.st_mode):
+                return False
+            file.seek(0)
+            while chunk := file.read(_COPY_BYTES):
+                if chunk != other.read(len(chunk)):
+                    return False
+        return True
+
+    def _link(self, path: str) -> str | None:
+        """Return the text of a symbolic link; None if there is none."""
+        try:
+            place = self.tops.at(path)
+            return os.readlink(place.name, dir_fd=place.dir_fd)
+        except OSError:
+            return None
+
+    def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None]) -> None:
         """Write a small file durably under a name that must be free; the same content there already is done.
+
+        Args:
+            target: Its name.
+            temporary: A name of our own in the same folder.
+            content: What is in it.
+            finish: Called with the descriptor before the name appears, to set mode and group.
 
         Raises:
             FileExistsError: The target is something else.
         """
         try:
-            with closing(self.create_anew(temporary, 0o644), target) as file:
+            with closing(self.create_anew(temporary), target) as file:
                 with ours(target, "write"):
                     file.write(content)
-                    if finish:
-                        finish(file.fileno())
+                    finish(file.fileno())
                 self.sync(file, target)
                 self._name(file, temporary, target)
         except BaseException:
@@ -387,7 +498,7 @@ class Disk:
         try:
             self.rename(temporary, target)
         except FileExistsError:
-            if not _same(file, target):
+            if not self._same(file, target):
                 raise
             self.unlink(temporary)
         except OSError:
@@ -419,7 +530,7 @@ class Disk:
             AlreadyRunning: Somebody else has it.
         """
         with ours(path, "open the lock"):
-            file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600), "r+b")
+            file = os.fdopen(self.tops.open_file(path, os.O_RDWR | os.O_CREAT), "r+b")
         for left in reversed(range(_LOCK_TRIES)):
             try:
                 with _translated_lock(path):
@@ -467,68 +578,20 @@ def locked(path: str) -> bool:
     return False
 
 
-def has_content(path: str, content: bytes) -> bool:
-    """Tell whether a path is a plain file of exactly these bytes. A pipe that somebody put there is not waited for."""
+def _keep_mode(source: int, copy: int) -> None:
+    """Give a copy the group and the mode of its source, and never a wider one.
+
+    Where the group cannot be kept, the group of the copy may only do what everybody may.
+    """
+    status = os.fstat(source)
+    mode = stat.S_IMODE(status.st_mode) & _ALL_BITS
     try:
-        with _open(path) as file:
-            status = os.fstat(file.fileno())
-            return stat.S_ISREG(status.st_mode) and status.st_size == len(content) and file.read() == content
+        if os.fstat(copy).st_gid != status.st_gid:
+            os.fchown(copy, -1, status.st_gid)
     except OSError:
-        return False
-
-
-def _is_regular(path: str) -> bool:
-    try:
-        return stat.S_ISREG(os.lstat(path).st_mode)
-    except FileNotFoundError:
-        return False
-
-
-def _readable(path: str) -> IO[bytes] | None:
-    """Open a regular file; None for anything else, and for what somebody dropped that we may not read."""
-    if not _is_regular(path):
-        return None
-    try:
-        with ours(path, "read"):
-            return _open(path)
-    except SpoolError as error:
-        if error.code == errno.EACCES:
-            return None
-        raise
-
-
-def _open(path: str) -> IO[bytes]:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        return io.FileIO(descriptor)
-    except OSError:  # a folder
-        os.close(descriptor)
-        raise
-
-
-def _same(file: IO[bytes], target: str) -> bool:
-    """Tell whether a file and a path hold the same bytes."""
-    try:
-        other = _open(target)
-    except OSError:
-        return False
-    with other:
-        mine, theirs = os.fstat(file.fileno()), os.fstat(other.fileno())
-        if mine.st_size != theirs.st_size or not stat.S_ISREG(theirs.st_mode):
-            return False
-        file.seek(0)
-        while chunk := file.read(_COPY_BYTES):
-            if chunk != other.read(len(chunk)):
-                return False
-    return True
-
-
-def _same_link(source: str, target: str) -> bool:
-    """Tell whether two paths are symbolic links with the same text."""
-    try:
-        return os.readlink(source) == os.readlink(target)
-    except OSError:
-        return False
+        mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    with contextlib.suppress(PermissionError):  # a file system without modes
+        os.fchmod(copy, mode | stat.S_IRUSR | stat.S_IWUSR)
 
 
 @functools.cache
@@ -541,24 +604,26 @@ def _renameat2() -> Any | None:  # noqa: ANN401  a foreign function
     return function
 
 
-def _rename_new(source: str, target: str) -> None:
+def _rename_new(source: Place, target: Place) -> None:
     """Rename without replacing, by the best means this file system has."""
     function = _renameat2()
     if function is not None:
-        done = function(_AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), _RENAME_NOREPLACE)
+        here, there = (_AT_FDCWD if place.dir_fd is None else place.dir_fd for place in (source, target))
+        done = function(here, os.fsencode(source.name), there, os.fsencode(target.name), _RENAME_NOREPLACE)
         if done == 0:
             return
         code = ctypes.get_errno()
         if code not in {errno.EINVAL, errno.ENOSYS}:
-            raise OSError(code, os.strerror(code), target)
+            raise OSError(code, os.strerror(code), target.name)
+    folders = {"src_dir_fd": source.dir_fd, "dst_dir_fd": target.dir_fd}
     try:
-        os.link(source, target, follow_symlinks=False)
+        os.link(source.name, target.name, **folders, follow_symlinks=False)
     except OSError as error:
         if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}:
             raise
         # Neither call exists here (FAT, some FUSE): the gap between the look and the rename stays.
-        if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
-        os.rename(source, target)
+        if target.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target.name) from None
+        os.rename(source.name, target.name, **folders)
     else:
-        os.unlink(source)
+        os.unlink(source.name, dir_fd=source.dir_fd)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from imagewatch.config import Folders, Inbox
+    from imagewatch.folders import Tops
     from imagewatch.seen import Candidate, Key
 
 _REST = 10.0
@@ -62,6 +63,7 @@ class Intake:
         post: Puts a message into the mailbox of the main loop; called in the watcher's thread.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
+        tops: The folders that were opened.
 
     Attributes:
         seen: What the last look saw.
@@ -78,7 +80,9 @@ class Intake:
         post: Callable[[Changed | Lost], None],
         clock: Callable[[], float],
         monotonic: Callable[[], float],
+        tops: Tops,
     ) -> None:
+        self._tops = tops
         self._inbox = folders.inbox
         self._control = control
         self._folders = folders
@@ -111,7 +115,13 @@ class Intake:
         window, most_named = max(_WINDOW, burst + 1), max(_MOST_NAMED, burst + 1)
         timed = lambda _: keeps_times(self._kind)  # noqa: E731  no other file system is looked into
         self._sweep = Sweep(
-            self._inbox, config, keeps_times=timed, window=window, most_named=most_named, blocked=self._blocked
+            self._inbox,
+            config,
+            keeps_times=timed,
+            window=window,
+            most_named=most_named,
+            blocked=self._blocked,
+            tops=self._tops,
         )
         self._ready, self._more, self._due = {}, False, 0.0
         if config.watch == "poll":
@@ -121,7 +131,7 @@ class Intake:
         """Return why nothing is to be taken out of a folder below the inbox, or an empty string."""
         if folder in self.shut:
             return "until a job that is stuck goes on (the log says why), nothing is taken out of"
-        return blocked(self._folders, folder)
+        return blocked(self._folders, folder, self._tops)
 
     def stop(self) -> None:
         """Stop listening."""

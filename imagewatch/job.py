@@ -42,6 +42,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         foreign: Siblings of a kind the endpoint does not take.
         size: Size of the prompt file, bytes.
         mtime_ns: Modification time of the prompt file, nanoseconds since the epoch.
+        files: Inode, size in bytes (-1 of what is no regular file) and modification time in nanoseconds of each file
+            as the scan accepted it, by name.
+        folder_inode: Inode of the folder; 0 for the inbox itself, and where it is not known.
         at: Wall-clock time of the claim, seconds since the epoch.
     """
 
@@ -53,6 +56,8 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     foreign: tuple[str, ...] = ()
     size: int = 0
     mtime_ns: int = 0
+    files: dict[str, tuple[int, int, int]] = {}
+    folder_inode: int = 0
     at: float = 0.0
 
     @property

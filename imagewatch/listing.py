@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.errors import SpoolError
+from imagewatch.folders import Tops
 from imagewatch.mounts import place_of
 from imagewatch.names import CLAIMS, SKIPPED_FOLDERS, SUFFIX, Beside, in_flight, is_picture, near_miss, stem_of
 from imagewatch.seen import Reasons
@@ -124,6 +125,11 @@ class Folder:
         """See to it that it is listed at the next look."""
         self._stamp = None
 
+    @property
+    def inode(self) -> int:
+        """Its inode when it was listed last; 0 for the inbox itself, and before."""
+        return self._identity[1] if self._identity and self.path else 0
+
     def is_other(self, descriptor: int) -> bool:
         """Tell whether it is another folder of its name than it was."""
         status = os.fstat(descriptor)
@@ -206,8 +212,10 @@ class Folders:
         is_local: Tells of a folder whether its times are of our own clock.
         most_named: How many files that are not taken are named; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
+        tops: The folders that were opened, the inbox among them; without, it is opened here.
 
     Attributes:
+        tops: The same.
         changed: Whether any name may be different since somebody set this to False.
     """
 
@@ -220,8 +228,11 @@ class Folders:
         is_local: Callable[[str], bool],
         most_named: int | None,
         explain: bool,
+        tops: Tops | None = None,
     ) -> None:
         self._inbox = inbox
+        self._opens = tops is None
+        self.tops = tops or Tops()
         self._recursive = recursive
         self._keeps_times = keeps_times
         self._is_local = is_local
@@ -246,9 +257,13 @@ class Folders:
         return os.path.join(self._inbox, path) if path else self._inbox
 
     def is_real(self, path: str) -> bool:
-        """Tell whether no part of a folder's path below the inbox is a link."""
-        parts = path.split("/") if path else []
-        return not any(os.path.islink(self.full("/".join(parts[: depth + 1]))) for depth in range(len(parts)))
+        """Tell whether a folder below the inbox is the one that was listed, reached through no link."""
+        try:
+            now = os.fstat(self.tops.folder(self.full(path)).number).st_ino
+        except OSError:
+            return False
+        known = self._known.get(path)
+        return known is None or known.inode in {0, now}
 
     def look(self, seen: Seen, now: float, visitor: Visitor) -> None:
         """Bring the names of all folders up to date, and observe all stems that are not settled.
@@ -261,6 +276,10 @@ class Folders:
         Raises:
             SpoolError: The inbox itself cannot be listed.
         """
+        if self._opens:
+            with ours(self._inbox, "list the folder"):
+                if self.tops.is_replaced(self._inbox):
+                    self.tops.open(self._inbox)
         found: set[str] = set()
         waiting = [""]
         while waiting:
@@ -306,13 +325,9 @@ class Folders:
     def _opened(self, path: str) -> Iterator[int]:
         """Open a folder; one that was replaced by a link meanwhile is not followed."""
         full = self.full(path)
-        flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | (os.O_NOFOLLOW if path else 0)
         with ours(full, "list the folder"):
-            descriptor = os.open(full, flags)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
+            folder = self.tops.listable(full)
+        yield folder.number
 
     def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> list[str]:
         """List a folder; return the stems that are still to be observed."""

@@ -164,7 +164,7 @@ class Pictures:
         """
         until, rounds = self._now() + _FETCH_SECONDS, 0
         # What an earlier run has is durable; its url may not work twice.
-        waiting = [one for one in wanted if not os.path.lexists(one.path)]
+        waiting = [one for one in wanted if not self._disk.tops.exists(one.path)]
         while waiting:
             for position, one in enumerate(waiting):
                 left = until - self._now()

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import os
 import re
 import threading
@@ -31,6 +32,8 @@ from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from imagewatch.folders import Tops
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024
@@ -52,10 +55,11 @@ class Answer:
         length: Size of the body, bytes.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, tops: Tops) -> None:
         self.path = path
+        self._tops = tops
         try:
-            with open(path, "rb", buffering=0) as file:
+            with self._opened() as file:
                 first = _line(lambda size: os.pread(file.fileno(), size, 0).partition(b"\n"))
                 end = file.seek(0, os.SEEK_END)
                 last = _line(lambda size: os.pread(file.fileno(), size, max(0, end - size)).rpartition(b"\n")[::-1])
@@ -67,10 +71,13 @@ class Answer:
         self._start = len(first) + 1
         self.length = end - len(last) - 1 - self._start
 
+    def _opened(self) -> io.FileIO:
+        return io.FileIO(self._tops.open_file(self.path, os.O_RDONLY))
+
     def chunks(self, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
         """Yield the body in pieces of at most ``size`` bytes."""
         left = self.length
-        with open(self.path, "rb", buffering=0) as file:
+        with self._opened() as file:
             file.seek(self._start)
             while left > 0 and (chunk := file.read(min(size, left))):
                 left -= len(chunk)
@@ -180,7 +187,7 @@ class Record:
 
     def exists(self) -> bool:
         """Tell whether anything of the record is there."""
-        return os.path.lexists(self.folder)
+        return self._disk.tops.exists(self.folder)
 
     def attempts(self, names: Iterable[str] | None = None) -> tuple[int, int]:
         """Return the highest N of ``sent.N`` and of ``answer.N``, 0 without.
@@ -219,16 +226,19 @@ class Record:
     def answer(self, attempt: int) -> Answer:
         """Return the banked answer of an attempt. What has its name does not change any more."""
         if attempt not in self._answers:
-            self._answers[attempt] = Answer(self.path(f"answer.{attempt}"))
+            self._answers[attempt] = Answer(self.path(f"answer.{attempt}"), self._disk.tops)
         return self._answers[attempt]
 
     def partial(self, attempt: int) -> Head | None:
         """Return how the answer began that was coming in when the process died, or None."""
         path = self.path(f"answer.{attempt}.part")
-        with ours(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), open(path, "rb") as file:
+        with ours(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), self._read(path) as file:
             line = file.readline(_TAIL_BYTES)
             return load(line, Head) if line.endswith(b"\n") else None
         return None
+
+    def _read(self, path: str) -> IO[bytes]:
+        return open(self._disk.tops.open_file(path, os.O_RDONLY), "rb")
 
     def bank_partial(self, attempt: int, tail: Tail) -> None:
         """Close what came of an answer and bank it as it is; if only its name was missing, it is whole."""
@@ -298,7 +308,7 @@ class Record:
         It spares a reader who takes the document away at once a second delivery.
         """
         path = self.path("over")
-        if not os.path.lexists(path):
+        if not self._disk.tops.exists(path):
             self._disk.create(path).close()
 
     def remove(self) -> None:
@@ -321,13 +331,13 @@ class Record:
     def names(self) -> list[str]:
         """Return the names of its files."""
         with ours(self.folder, "read"), contextlib.suppress(FileNotFoundError):
-            return os.listdir(self.folder)
+            return self._disk.tops.names(self.folder)
         return []
 
     def _load(self, name: str, kind: type[T]) -> T | None:
         path = self.path(name)
         try:
-            return load(_content(path), kind)
+            return load(_content(self._disk.tops.open_file(path, os.O_RDONLY)), kind)
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -355,9 +365,12 @@ def _line(read: Callable[[int], tuple[bytes, bytes, bytes]]) -> bytes:
     raise ValueError("a line of it is missing")
 
 
-def _content(path: str) -> bytes:
-    """Return the bytes of a small file. ``open`` would ask for its size, its position and whether it is a terminal."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def _content(descriptor: int) -> bytes:
+    """Return the bytes of a small file. ``open`` would ask for its size, its position and whether it is a terminal.
+
+    Args:
+        descriptor: The open file; it is closed.
+    """
     try:
         content = b""
         while piece := os.read(descriptor, _TAIL_BYTES):

@@ -11,13 +11,15 @@ import json
 from typing import TYPE_CHECKING
 
 from imagewatch.request import contents
+from imagewatch.untrusted import open_file
 
 if TYPE_CHECKING:
     from imagewatch.job import Claim
     from imagewatch.ledger import Ledger
+    from imagewatch.request import Opener
 
 
-def finished_twin(ledger: Ledger, claim: Claim, folder: str, most_bytes: int) -> str:
+def finished_twin(ledger: Ledger, claim: Claim, folder: str, most_bytes: int, opener: Opener = open_file) -> str:
     """Return the id of the job that is over and had the very same files, or an empty string.
 
     Images may be missing: a tool that brings back one file after the other is not done yet. An image that is
@@ -28,11 +30,12 @@ def finished_twin(ledger: Ledger, claim: Claim, folder: str, most_bytes: int) ->
         claim: What was claimed.
         folder: Where its originals lie.
         most_bytes: Largest file that is read for its hash.
+        opener: Opens the originals.
     """
     known = ledger.finished(claim.job, claim.source, claim.size, claim.mtime_ns)
     if not known:
         return ""
-    found = contents(folder, claim.originals, most_bytes)
+    found = contents(folder, claim.originals, most_bytes, opener)
     for job, recorded in known:
         had = json.loads(recorded)
         if claim.prompt in found and found.items() <= had.items():

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import io
 import os
-import stat
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
@@ -21,12 +19,16 @@ from imagewatch.images import foreign, inspect
 from imagewatch.job import Input
 from imagewatch.names import SUFFIX, spellings
 from imagewatch.text import printable
+from imagewatch.untrusted import RefusedError, open_file
 from imagewatch.wire import Body, Part, body_fields, choose_provider
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
     from imagewatch.config import Config
+
+    Opener = Callable[[str], IO[bytes]]
+    """Opens a file that other people wrote; raises OSError."""
 
 SUPPORTED = "png, jpg and webp are supported"
 
@@ -70,6 +72,7 @@ class Files:
         images: Names of the input images, in order.
         foreign: Siblings of a kind the endpoint does not take.
         declared: Whether the prompt was seen to name its images itself; None if nobody looked before.
+        opener: Opens them.
     """
 
     where: str
@@ -78,6 +81,7 @@ class Files:
     images: tuple[str, ...]
     foreign: tuple[str, ...] = ()
     declared: bool | None = None
+    opener: Opener = open_file
 
 
 def build(files: Files, config: Config) -> Request:
@@ -87,7 +91,7 @@ def build(files: Files, config: Config) -> Request:
         Outdated: The prompt does not name the images that were taken with it.
         BadRequest: Everything that is wrong.
     """
-    raw = read_prompt(os.path.join(files.where, files.stem + SUFFIX))
+    raw = read_prompt(os.path.join(files.where, files.stem + SUFFIX), files.opener)
     parsed = prompts.parse(raw, max_characters=config.limits.max_prompt_chars)
     _require_as_seen(files, parsed.front.input_images)
     options, problems = effective(parsed.front, files.folder, config)
@@ -118,27 +122,29 @@ def _composed(names: tuple[str, ...] | None) -> list[str] | None:
     return None if names is None else [spellings(name)[1] for name in names]
 
 
-def contents(where: str, names: Iterable[str], most_bytes: int) -> dict[str, str]:
+def contents(where: str, names: Iterable[str], most_bytes: int, opener: Opener = open_file) -> dict[str, str]:
     """Return what tells whether files are the same again: a hash for each that is there, by name.
 
     Args:
         where: The folder they are in.
         names: Their names.
         most_bytes: Of a larger file, which cannot have been sent, size and mtime are enough.
+        opener: Opens them.
     """
     found = {}
     for name in names:
         path = os.path.join(where, name)
         try:
-            with open_plain(path, name) as file:
+            with opener(path) as file:
                 status = os.fstat(file.fileno())
                 if status.st_size > most_bytes:
                     found[name] = f"{status.st_size} bytes of {status.st_mtime_ns}"
                 else:
                     found[name] = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
-        except (BadRequest, OSError):
-            if os.path.lexists(path):
-                found[name] = "no plain file that can be read"
+        except FileNotFoundError:
+            continue
+        except OSError:
+            found[name] = "no plain file that can be read"
     return found
 
 
@@ -156,13 +162,17 @@ def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[
     return own.over(preset).over(config.defaults), problems
 
 
-def read_prompt(path: str) -> bytes:
+def read_prompt(path: str, opener: Opener = open_file) -> bytes:
     """Read a prompt file, or a little more than the largest one.
+
+    Args:
+        path: The file.
+        opener: Opens it.
 
     Raises:
         BadRequest: It is not a readable file.
     """
-    with open_plain(path, "prompt") as file:
+    with open_plain(path, "prompt", opener) as file:
         try:
             return file.read(prompts.MAX_BYTES + 1)
         except OSError as error:  # a share that went away, a lock of another system, a bad sector
@@ -170,26 +180,21 @@ def read_prompt(path: str) -> bytes:
             raise BadRequest([Problem("prompt", reason, "look at the disk or the share")]) from None
 
 
-def open_plain(path: str, name: str) -> IO[bytes]:
-    """Open a regular file, never a link, a FIFO or a device."""
+def open_plain(path: str, name: str, opener: Opener = open_file) -> IO[bytes]:
+    """Open a file that was dropped.
+
+    Raises:
+        BadRequest: It is not there, cannot be read, or is no plain file.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return opener(path)
     except FileNotFoundError:
         raise BadRequest([Problem(name, "the file is not there", "drop it before the prompt, or with it")]) from None
+    except RefusedError as error:
+        raise BadRequest([Problem(name, f"it {error.strerror}", "drop a plain file")]) from None
     except OSError as error:
-        reason = "it is a link" if os.path.islink(path) else f"cannot be read: {error.strerror}"
+        reason = f"cannot be read: {error.strerror}"
         raise BadRequest([Problem(name, reason, "drop a plain file that the daemon may read")]) from None
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode) or private(status):
-        os.close(descriptor)
-        reason = "it is a second name of a private file" if stat.S_ISREG(status.st_mode) else "it is not a plain file"
-        raise BadRequest([Problem(name, reason, "drop a plain file")])
-    return io.FileIO(descriptor)
-
-
-def private(status: os.stat_result) -> bool:
-    """Tell whether a file is a hard link to one that only the daemon's user may read, such as its key."""
-    return status.st_nlink > 1 and status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IRGRP | stat.S_IROTH)
 
 
 def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
@@ -203,12 +208,13 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
         path = os.path.join(files.where, name)
         label = printable(name, 255)
         try:
-            inputs.append(read_image(path, label, most_bytes))
+            inputs.append(read_image(path, label, most_bytes, files.opener))
         except BadRequest as error:
             problems += error.problems
         else:
             item = inputs[-1]
-            parts.append(Part(functools.partial(open_plain, path, label), item.mime, item.bytes, item.sha256))
+            opener = functools.partial(open_plain, path, label, files.opener)
+            parts.append(Part(opener, item.mime, item.bytes, item.sha256))
     total = sum(item.bytes for item in inputs)
     if total > most_bytes:
         reason = f"{total:,} bytes of images are more than limits.max_input_bytes ({most_bytes:,})"
@@ -216,18 +222,19 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
     return tuple(inputs), tuple(parts), problems
 
 
-def read_image(path: str, name: str, most_bytes: int | None = None) -> Input:
+def read_image(path: str, name: str, most_bytes: int | None = None, opener: Opener = open_file) -> Input:
     """Return what an input image is.
 
     Args:
         path: The file.
         name: What to call it in problems.
         most_bytes: A larger one is not read: it may be a hole of a terabyte.
+        opener: Opens it.
 
     Raises:
         BadRequest: It is no whole image of a supported kind, or too large.
     """
-    with open_plain(path, name) as file:
+    with open_plain(path, name, opener) as file:
         size = os.fstat(file.fileno()).st_size
         if most_bytes is not None and size > most_bytes:
             reason = f"{size:,} bytes are more than limits.max_input_bytes ({most_bytes:,})"

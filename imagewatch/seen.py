@@ -39,6 +39,7 @@ class Candidate:
         looks: What its files looked like, the prompt first.
         changed_at: Newest ctime of its files, seconds since the epoch.
         declared: Whether the prompt names its images itself.
+        folder_inode: Inode of its folder; 0 for the inbox itself.
     """
 
     key: Key
@@ -47,6 +48,7 @@ class Candidate:
     looks: tuple[Look, ...]
     changed_at: float
     declared: bool
+    folder_inode: int = 0
 
     @property
     def source(self) -> str:
@@ -70,6 +72,8 @@ class Candidate:
             foreign=self.foreign,
             size=size,
             mtime_ns=mtime_ns,
+            files={name: (inode, size, changed) for name, inode, size, changed, _ in self.looks if inode},
+            folder_inode=self.folder_inode,
             at=at,
         )
 

@@ -12,26 +12,32 @@ import errno
 import functools
 import grp
 import os
+import re
 import secrets
 import stat
 from typing import IO, TYPE_CHECKING
 
+from imagewatch.claims import Claims, NotOursError
 from imagewatch.config import overlaps
-from imagewatch.durable import Disk, closing, has_content, ours
+from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
+from imagewatch.folders import NotAFolderError
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
-from imagewatch.mounts import Mounts
-from imagewatch.names import CLAIMS, PAID, fits, fitted, tagged
+from imagewatch.mounts import Kinds, Mounts, keeps_times
+from imagewatch.names import PAID, fits, fitted, tagged
 from imagewatch.record import Record
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
 
     from imagewatch.config import Config, Folders
+    from imagewatch.folders import Tops
 
+_JOB = re.compile("[0-9a-f]{16}")
 _PROBE = ".iw-probe"
+_LOCK = "lock"
 _LONGEST_ENDING = ".receipt.toml"
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """In bytes; what Linux takes."""
@@ -39,7 +45,7 @@ _LEAST_FILES = 1000
 """Files that must still be possible, whatever space there is: a job makes some ten, SQLite two."""
 
 
-def blocked(folders: Folders, folder: str) -> str:
+def blocked(folders: Folders, folder: str, tops: Tops) -> str:
     """Return why no result of a folder below the inbox could be published, or an empty string.
 
     Asked before anything is claimed: what is paid for must have a place to go.
@@ -47,20 +53,34 @@ def blocked(folders: Folders, folder: str) -> str:
     Args:
         folders: Where the doors are.
         folder: Below the inbox, with ``/``.
+        tops: The folders that were opened.
     """
     for door in (folders.outbox, folders.errors, folders.archive):
         if door == "delete":
             continue
-        if len(os.fsencode(os.path.join(door, folder))) > _LONGEST_PATH - _LONGEST_NAME - 1:
-            return "what it makes would have too long a path, so nothing is taken out of"
         path = os.path.join(door, folder)
-        while not os.path.lexists(path):
-            path = os.path.dirname(path)
-        if not os.path.isdir(path):
+        if len(os.fsencode(path)) > _LONGEST_PATH - _LONGEST_NAME - 1:
+            return "what it makes would have too long a path, so nothing is taken out of"
+        path = _deepest(tops, door, folder)
+        if path != door and not tops.is_folder(path):
             return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
-        if not os.access(path, os.W_OK | os.X_OK):
+        place = tops.at(path)
+        if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
             return f"what it makes cannot be put into {printable(path, 255)}, so nothing is taken out of"
     return ""
+
+
+def _deepest(tops: Tops, top: str, folder: str) -> str:
+    """Return how much of a path below a top is there: up to the first part that is missing, or is no folder."""
+    path = top
+    for part in folder.split("/") if folder else ():
+        inner = os.path.join(path, part)
+        if not tops.exists(inner):
+            break
+        path = inner
+        if not tops.is_folder(inner):
+            break
+    return path
 
 
 class Spool:
@@ -82,16 +102,27 @@ class Spool:
         self.state = folders.state
         self.jobs = os.path.join(folders.state, "jobs")
         self.paid = os.path.join(folders.state, PAID)
-        self.claims = os.path.join(folders.inbox, CLAIMS)
+        self._claims = Claims(folders.inbox, folders.state, disk)
+        self.claims = self._claims.path
         self._outbox = config.outbox
         self._gid = _gid(config.outbox.group)
-        self._locks: list[IO[bytes]] = []
+        self._lock: IO[bytes] | None = None
+        self._claims_lock: IO[bytes] | None = None
         self._mounts = Mounts([])
+        self._kinds = Kinds()
+        self._kinds.refresh()
 
     # Start-up
 
+    @property
+    def tops(self) -> Tops:
+        """The folders as they were opened."""
+        return self.disk.tops
+
     def prepare(self) -> None:
         """Make the folders and prove that they can be used, before anything is paid for.
+
+        If another folder has the name of the one for claims, the start goes on: the queue will be held.
 
         Raises:
             ConfigError: Two folders are the same, or one lies in another.
@@ -101,11 +132,14 @@ class Spool:
             self.disk.make_folder(folder, mode=0o700 if folder == self.state else 0o777)
         if problems := overlaps(self._folders):  # a link may have been made since the configuration was read
             raise ConfigError(problems)
+        self._open()
         self.disk.make_folder(self.jobs)
-        self._make_claims()
+        with contextlib.suppress(NotOursError):
+            self._claims.require()
         self._sync_above([*self._all(), self.jobs, self.claims])
         self._drop_twins()
-        self.probe()
+        with contextlib.suppress(NotOursError):
+            self.probe()
         self._prove_outbox()
         self._mounts = Mounts(self._all())
 
@@ -117,41 +151,51 @@ class Spool:
         """
         self.disk.make_folder(self.state)
         self.disk.make_folder(self.inbox, mode=0o777)
-        self._make_claims()
-        for folder in (self.state, self.claims):
-            self._locks.append(self.disk.lock(os.path.join(folder, "lock")))
+        self._open([self.state, self.inbox])
+        self._lock = self.disk.lock(os.path.join(self.state, _LOCK))
+        with contextlib.suppress(NotOursError):
+            self._require_claims()
 
-    def keep_lock(self) -> None:
-        """Become the only daemon of an inbox again that was replaced by another folder.
+    def _require_claims(self) -> None:
+        """Make sure that the folder for claims is ours, and that no other daemon uses it.
+
+        The lock is a file in it. A lock on the inbox could be taken by whoever may read the inbox.
 
         Raises:
-            AlreadyRunning: Another one has it; nothing may be taken out of it.
+            NotOursError: Another folder has its name.
+            AlreadyRunning: Another daemon uses it; nothing may be taken out of this inbox.
         """
-        path = os.path.join(self.claims, "lock")
-        if self._locks and not _is_same(self._locks[-1], path):
-            self._make_claims()
+        self._claims.require()
+        path = os.path.join(self.claims, _LOCK)
+        if self._claims_lock is None or not self._is_file(self._claims_lock, path):
             lock = self.disk.lock(path)
-            self._locks.pop().close()
-            self._locks.append(lock)
+            if self._claims_lock is not None:
+                self._claims_lock.close()
+            self._claims_lock = lock
 
-    def _make_claims(self) -> None:
-        """Make the folder for claims, also in a replaced inbox; never the inbox, which may be unmounted.
+    def _is_file(self, file: IO[bytes], path: str) -> bool:
+        """Tell whether an open file is still the one of a name."""
+        try:
+            return os.path.samestat(os.fstat(file.fileno()), self.tops.lstat(path))
+        except OSError:
+            return False
 
-        A link in its place would give the originals away.
-        """
-        with contextlib.suppress(OSError):
-            if stat.S_ISDIR(os.lstat(self.claims).st_mode):
+    def _open(self, folders: list[str] | None = None) -> None:
+        """Open our folders, and those anew in whose place there is another one now: the administrator's doing."""
+        for folder in folders or self._all():
+            with ours(folder, "open the folder"):
+                if self.tops.is_replaced(folder):
+                    self.tops.open(folder, is_private=folder == self.state)
+                    self._kinds.refresh()
+
+    def _sync_inner(self, top: str, folder: str) -> None:
+        """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
+        path = top
+        for part in ["", *(folder.split("/") if folder else [])]:
+            path = os.path.join(path, part) if part else path
+            if not self.tops.is_folder(path):
                 return
-        if not os.path.isdir(self.inbox):
-            raise SpoolError(
-                f"{printable(self.inbox)}: the inbox is gone",
-                path=self.inbox,
-                code=errno.ENOENT,
-                hint="restore the folder, or check that it is mounted",
-            )
-        if os.path.islink(self.claims):
-            raise SpoolError(f"{printable(self.claims)}: is a link", path=self.claims, hint="remove it")
-        self.disk.make_folder(self.claims)
+            self.disk.sync_folder(path)
 
     def _sync_above(self, folders: list[str]) -> None:
         """Make the names of our folders durable, and of those that were made above them."""
@@ -177,21 +221,32 @@ class Spool:
 
     def unlock(self) -> None:
         """Let another daemon have the folders."""
-        while self._locks:
-            self._locks.pop().close()
+        for lock in (self._claims_lock, self._lock):
+            if lock is not None:
+                lock.close()
+        self._claims_lock = self._lock = None
 
     def require_mounts(self) -> None:
         """Make sure that no file system is gone from under one of our folders since the start.
 
         Raises:
-            SpoolError: One is.
+            SpoolError: One is, or one of our folders is not there.
         """
         self._mounts.require()
+        self._open()
+
+    def require_folders(self) -> None:
+        """Make sure that all folders are those that they were, also the one for claims.
+
+        Raises:
+            SpoolError: One is not.
+        """
+        self.require_mounts()
+        self._require_claims()
 
     def probe(self) -> None:
         """Prove that files can be taken out of the inbox and put into every other folder."""
-        self.require_mounts()
-        self.keep_lock()
+        self.require_folders()
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
         self._prove_claim()
@@ -205,11 +260,10 @@ class Spool:
         Raises:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
-        self.require_mounts()
-        self.keep_lock()
+        self.require_folders()
         for folder in (self.state, self.outbox):
             with ours(folder, "ask for the free space"):
-                status = os.statvfs(folder)
+                status = os.statvfs(self.tops.folder(folder).number)
             free, files = status.f_bavail * status.f_frsize, status.f_favail
             hint = "make room"
             if free < least:
@@ -252,8 +306,7 @@ class Spool:
             return
         self.disk.make_folder(folder)
         try:
-            with ours(self.outbox, "set [outbox] folder_mode"):
-                os.chmod(folder, self._outbox.folder_mode)
+            self.disk.set_mode(folder, self._outbox.folder_mode)
         finally:
             self.disk.remove_folder(folder)
 
@@ -266,8 +319,17 @@ class Spool:
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs of which anything is left, oldest record first."""
         with ours(self.state, "list the jobs"):
-            ids = {entry.name for folder in (self.jobs, self.claims) for entry in os.scandir(folder) if entry.is_dir()}
-        return sorted(ids, key=lambda job: (_age(self.record(job).path("claim.json")), job))
+            ids = set(self.tops.names(self.jobs, folders=True))
+            if self._claims.is_open():
+                # Where a file system keeps no owners, others can make folders here.
+                ids.update(filter(_JOB.fullmatch, self.tops.names(self.claims, folders=True)))
+        return sorted(ids, key=lambda job: (self._age(self.record(job).path("claim.json")), job))
+
+    def _age(self, path: str) -> int:
+        try:
+            return self.tops.lstat(path).st_mtime_ns
+        except OSError:
+            return 0
 
     def key(self, job: str) -> tuple[str, str] | None:
         """Return folder and stem of a job; None where its record is gone or damaged."""
@@ -278,7 +340,7 @@ class Spool:
 
     def orphans(self, job: str) -> list[str]:
         """Return the originals of a claim without a record, as only a lost state folder leaves them behind."""
-        return sorted(self._originals(job))
+        return sorted(self._claimed_names(job))
 
     def new_job(self) -> str:
         """Return an id that nobody can guess."""
@@ -288,32 +350,59 @@ class Spool:
         """Take a prompt out of the inbox: its rename is the lock.
 
         Returns:
-            False when the prompt was gone: it was cancelled.
+            False when the prompt was gone: it was cancelled, or another folder has the name of its folder now.
         """
-        self._make_claims()
+        self._require_claims()
         record = self.record(claim.job)
         record.begin(claim)
         folder = self.claim_folder(claim.job)
         self.disk.make_folder(folder)
         self.disk.sync_folder(self.claims)
-        taken = self._take(claim, claim.prompt)
-        if taken:
-            self.gather(claim)
+        try:
+            with self._reached(self.inbox_folder(claim), self._inode(claim)):
+                taken = self._take(claim, claim.prompt)
+                if taken:
+                    self.gather(claim)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotAFolderError) and not self._claimed_names(claim.job):
+                return False
+            raise
         return taken
+
+    def _inode(self, claim: Claim) -> int:
+        """Return the inode that the folder of a prompt must have; 0 where inodes do not tell."""
+        return claim.folder_inode if self._is_steady() else 0
+
+    def _is_steady(self) -> bool:
+        """Tell whether the files of the inbox keep inode and times for as long as they exist."""
+        return keeps_times(self._kinds.of(self.inbox))
+
+    @contextlib.contextmanager
+    def _reached(self, folder: str, inode: int = 0) -> Iterator[None]:
+        """Reach a folder by one descriptor during the block, whatever happens to its name.
+
+        Raises:
+            SpoolError: A link or a file is in its place, or another folder than the one with this inode.
+        """
+        with contextlib.ExitStack() as stack:
+            with ours(folder, "enter the folder"):
+                stack.enter_context(self.tops.held(folder, inode))
+            yield
 
     def gather(self, claim: Claim) -> None:
         """Take the other originals of a job, then make all its names durable."""
-        for name in (*claim.images, *claim.foreign):
-            self._take(claim, name)
-        self.disk.sync_folder(self.claim_folder(claim.job))
-        self.disk.sync_folder(self.inbox_folder(claim))
+        with self._reached(self.inbox_folder(claim), self._inode(claim)):
+            for name in (*claim.images, *claim.foreign):
+                self._take(claim, name)
+            self.disk.sync_folder(self.claim_folder(claim.job))
+            self.disk.sync_folder(self.inbox_folder(claim))
 
     def _take(self, claim: Claim, name: str) -> bool:
         source = os.path.join(self.inbox_folder(claim), name)
         target = self.original(claim, name)
         if self._drop_twin(source, target):
             return True
-        if not _may_be_taken(source):
+        if not self._may_be_taken(source):
             return False
         try:
             with ours(source, "take the file out of the inbox"):
@@ -324,19 +413,44 @@ class Spool:
             raise
         return True
 
+    def _may_be_taken(self, path: str) -> bool:
+        """Tell whether there is something to be claimed. A folder stays, whatever a prompt says of it."""
+        try:
+            return not stat.S_ISDIR(self.tops.lstat(path).st_mode)
+        except OSError:
+            return False
+
+    def is_as_seen(self, claim: Claim) -> bool:
+        """Tell whether the claimed files are those that the scan accepted, unchanged.
+
+        Where inodes and times do not tell, their sizes are compared.
+        """
+        is_steady = self._is_steady()
+        for name, (inode, size, mtime_ns) in claim.files.items():
+            try:
+                status = self.tops.lstat(self.original(claim, name))
+            except FileNotFoundError:
+                continue  # an image that is missing is a problem of the request
+            if not stat.S_ISREG(status.st_mode):
+                if size >= 0:
+                    return False
+            elif status.st_size != size or (is_steady and (status.st_ino, status.st_mtime_ns) != (inode, mtime_ns)):
+                return False
+        return True
+
     def settle(self, claim: Claim) -> None:
         """Make durable what a process that died, or a call that failed, has left of a job.
 
         What can be seen may not be durable yet, and what comes next is decided by what is seen.
         """
         self._drop_twins_of(claim)
-        doors = [self.outbox, self.errors, *([self.archive] if self.archive else [])]
-        parts = claim.folder.split("/") if claim.folder else []
-        mirrored = [os.path.join(door, *parts[:depth]) for door in doors for depth in range(len(parts) + 1)]
-        private = [self.jobs, self.record(claim.job).folder, self.claims, self.claim_folder(claim.job)]
-        for folder in (*private, self.inbox_folder(claim), *mirrored):
-            if os.path.isdir(folder):
+        for folder in (self.jobs, self.record(claim.job).folder, self.claims, self.claim_folder(claim.job)):
+            if self.tops.is_folder(folder):
                 self.disk.sync_folder(folder)
+        if self.tops.is_folder(self.inbox_folder(claim)):
+            self.disk.sync_folder(self.inbox_folder(claim))
+        for door in (self.outbox, self.errors, *([self.archive] if self.archive else [])):
+            self._sync_inner(door, claim.folder)
 
     def _drop_twins_of(self, claim: Claim) -> None:
         for name in claim.originals:
@@ -345,7 +459,7 @@ class Spool:
     def _drop_twin(self, source: str, target: str) -> bool:
         """Remove an inbox name of a file that is claimed already (some file systems bring it back)."""
         try:
-            twin = os.path.samestat(os.lstat(target), os.lstat(source))  # hardly ever is there a target
+            twin = os.path.samestat(self.tops.lstat(target), self.tops.lstat(source))  # hardly ever is there a target
         except OSError:
             return False
         if twin:
@@ -378,8 +492,8 @@ class Spool:
         job = claim.job
         names = record.names()
         if "claim.json" not in names:
-            return Evidence(leftovers=record.exists() or os.path.lexists(self.claim_folder(job)))
-        originals = self._originals(job)
+            return Evidence(leftovers=record.exists() or self.tops.exists(self.claim_folder(job)))
+        originals = self._originals(claim)
         sent, answered = record.attempts(names)
         decision = record.decision() if "decision.json" in names else None
         return Evidence(
@@ -387,7 +501,7 @@ class Spool:
             claimed=claim.prompt in originals,
             originals=bool(originals),
             missing=any(
-                name not in originals and _may_be_taken(os.path.join(self.inbox_folder(claim), name))
+                name not in originals and self._may_be_taken(os.path.join(self.inbox_folder(claim), name))
                 for name in (*claim.images, *claim.foreign)
             ),
             sent=sent,
@@ -398,19 +512,42 @@ class Spool:
             over="over" in names or (decision is not None and self._document_out(claim, decision)),
         )
 
-    def _originals(self, job: str) -> set[str]:
+    def _claimed_names(self, job: str) -> set[str]:
+        """Return the names of all files in the folder of a claim."""
         try:
-            return {
-                entry.name for entry in os.scandir(self.claim_folder(job)) if not entry.is_dir(follow_symlinks=False)
-            }
-        except (FileNotFoundError, NotADirectoryError):
+            return set(self.tops.names(self.claim_folder(job), folders=False))
+        except NotAFolderError as error:
+            if self._claims.is_open():
+                return set()  # not the folder that we made
+            with ours(error.filename, "list the folder"):
+                raise
+        except FileNotFoundError:
             return set()
+
+    def _originals(self, claim: Claim) -> set[str]:
+        """Return which of its originals are in the claim. Whatever else is there is not touched.
+
+        Where others can change a claim, a file must also have the size of the one that was claimed.
+        """
+        names = self._claimed_names(claim.job).intersection(claim.originals)
+        if self.tops.is_private(self.claims):
+            return names
+        return {name for name in names if self._has_claimed_size(claim, name)}
+
+    def _has_claimed_size(self, claim: Claim, name: str) -> bool:
+        if name not in claim.files:
+            return True
+        try:
+            status = self.tops.lstat(self.original(claim, name))
+        except OSError:
+            return False
+        return claim.files[name][1] == (status.st_size if stat.S_ISREG(status.st_mode) else -1)
 
     def _document_out(self, claim: Claim, decision: Decision) -> bool:
         if decision.door == "away":
             return False
         path = os.path.join(self.door_folder(decision.door, claim), decision.name)
-        return has_content(path, decision.document.encode())
+        return self.disk.has_content(path, decision.document.encode())
 
     # Putting results out
 
@@ -436,7 +573,7 @@ class Spool:
             fitted(claim.stem, f".{tag}{_LONGEST_ENDING}")[: -len(_LONGEST_ENDING)] for tag in (claim.tag, claim.job)
         ]
         for base in (*plain, *by_id):
-            if not any(os.path.lexists(os.path.join(folder, base + ending)) for ending in endings):
+            if not any(self.tops.exists(os.path.join(folder, base + ending)) for ending in endings):
                 return base
         return by_id[-1]
 
@@ -451,17 +588,16 @@ class Spool:
         """
         folder = self.door_folder(door, claim)
         plain = base in {None, claim.stem}
-        if plain and not any(os.path.lexists(os.path.join(folder, name)) for name in present):
+        if plain and not any(self.tops.exists(os.path.join(folder, name)) for name in present):
             return tuple(Move(source=f"claim/{name}", name=name) for name in present)
         tag = claim.tag
-        if any(os.path.lexists(os.path.join(folder, tagged(name, claim.stem, tag))) for name in present):
+        if any(self.tops.exists(os.path.join(folder, tagged(name, claim.stem, tag))) for name in present):
             tag = claim.job
         return tuple(Move(source=f"claim/{name}", name=tagged(name, claim.stem, tag)) for name in present)
 
     def present(self, claim: Claim) -> list[str]:
-        """Return the names in the claim, the prompt last."""
-        there = self._originals(claim.job)
-        return sorted(there, key=lambda name: (name == claim.prompt, name))
+        """Return the names of its originals that are in the claim, the prompt last."""
+        return sorted(self._originals(claim), key=lambda name: (name == claim.prompt, name))
 
     def deliver(self, claim: Claim, decision: Decision) -> None:
         """Put a decision's files behind its door, and then the document that says it is over.
@@ -471,25 +607,13 @@ class Spool:
         """
         folder = self.door_folder(decision.door, claim)
         self._mirror(decision.door, claim)
-        finish = self._finish if decision.door == "outbox" else None
-        if decision.door == "errors":
-            self._stamp(claim)
-        self._carry_all(claim, decision.moves, folder, finish)
-        if decision.moves:
-            self.disk.sync_folder(folder)
-        target = os.path.join(folder, decision.name)
-        self.disk.publish(target, _temporary(folder, claim, "d"), decision.document.encode(), finish)
+        with self._reached(folder):
+            self._carry_all(claim, decision.moves, folder)
+            if decision.moves:
+                self.disk.sync_folder(folder)
+            target = os.path.join(folder, decision.name)
+            self.disk.publish(target, _temporary(folder, claim, "d"), decision.document.encode(), self._finish)
         self.record(claim.job).mark_over()
-
-    def _stamp(self, claim: Claim) -> None:
-        """Give the prompt the present as its mtime, so that whoever moves it back into the inbox means a new job.
-
-        With its old one it would be taken for a file that a sync tool brings back. Of somebody else's file we may not
-        set the time: then a copy takes its place.
-        """
-        prompt = self.original(claim, claim.prompt)
-        if not self.disk.touch(prompt):
-            self.disk.adopt(prompt)
 
     def keep(self, claim: Claim, decision: Decision) -> None:
         """Empty the claim folder of a finished job: its originals go to the archive, or away if none is kept."""
@@ -499,15 +623,15 @@ class Spool:
             return
         folder = self.door_folder(door, claim)
         self._mirror(door, claim)
-        self._stamp(claim)
         moves = (
             decision.keep if door == "archive" else tuple(m for m in decision.moves if m.source.startswith("claim/"))
         )
-        with contextlib.suppress(FileExistsError):  # whoever took the name meanwhile keeps it; ours go beside it
-            self._carry_all(claim, moves, folder, None)
-        if left := self.present(claim):
-            self._carry_all(claim, self.free_originals(claim, door, left), folder, None)
-        self.disk.sync_folder(folder)
+        with self._reached(folder):
+            with contextlib.suppress(FileExistsError):  # whoever took the name meanwhile keeps it; ours go beside it
+                self._carry_all(claim, moves, folder)
+            if left := self.present(claim):
+                self._carry_all(claim, self.free_originals(claim, door, left), folder)
+            self.disk.sync_folder(folder)
 
     def give_back(self, claim: Claim) -> bool:
         """Put the originals back into the inbox, the prompt last; their folder is made again if it is gone.
@@ -519,11 +643,15 @@ class Spool:
         names = self.present(claim)
         if not names:
             return True
-        self._make_claims()  # or there is no inbox
+        self.require_mounts()  # or there is no inbox
         self._make_inner(self.inbox, claim.folder)
+        with self._reached(folder):
+            return self._give_back(claim, folder, names)
+
+    def _give_back(self, claim: Claim, folder: str, names: list[str]) -> bool:
         # A sync tool may have brought some of them back meanwhile: then those are the ones that stay.
         again = {name for name in names if self.disk.same(self.original(claim, name), os.path.join(folder, name))}
-        if any(os.path.lexists(os.path.join(folder, name)) for name in names if name not in again):
+        if any(self.tops.exists(os.path.join(folder, name)) for name in names if name not in again):
             return False
         for name in names:
             if name in again:
@@ -552,7 +680,8 @@ class Spool:
             job: Its id.
             keep: Keep the record, as its answer was paid for and may yet give a picture.
         """
-        self._make_claims()
+        if not self._claims.is_open():
+            self._require_claims()
         self.disk.remove_folder(self.claim_folder(job))
         self.disk.sync_folder(self.claims)
         record = self.record(job)
@@ -570,20 +699,22 @@ class Spool:
         record = self.record(claim.job)
         decision = record.reopened()
         assert decision is not None
-        self._make_claims()
+        if not self._claims.is_open():
+            self._require_claims()
         self.disk.make_folder(self.claim_folder(claim.job))
         self.disk.sync_folder(self.claims)
         folder = self.door_folder(decision.door, claim)
-        for number, move in enumerate(decision.moves):
-            path, target = os.path.join(folder, move.name), self._source(claim, move)
-            if move.source.startswith("claim/"):
-                self.disk.carry(path, target, _temporary(self.claim_folder(claim.job), claim, str(number)))
-            else:
-                self.disk.unlink(path)
-        self.disk.sync_folder(self.claim_folder(claim.job))
-        self.disk.unlink(os.path.join(folder, decision.name))
-        if os.path.isdir(folder):
-            self.disk.sync_folder(folder)
+        with self._reached(folder):
+            for number, move in enumerate(decision.moves):
+                path, target = os.path.join(folder, move.name), self._source(claim, move)
+                if move.source.startswith("claim/"):
+                    self.disk.carry(path, target, _temporary(self.claim_folder(claim.job), claim, str(number)))
+                else:
+                    self.disk.unlink(path)
+            self.disk.sync_folder(self.claim_folder(claim.job))
+            self.disk.unlink(os.path.join(folder, decision.name))
+            if self.tops.is_folder(folder):
+                self.disk.sync_folder(folder)
         record.taken_back()
 
     def discard(self, claim: Claim) -> None:
@@ -593,18 +724,27 @@ class Spool:
 
     def source_exists(self, claim: Claim, move: Move) -> bool:
         """Tell whether a file still waits to be moved."""
-        return os.path.lexists(self._source(claim, move))
+        return self.tops.exists(self._source(claim, move))
 
     def _source(self, claim: Claim, move: Move) -> str:
         place, _, name = move.source.partition("/")
         return self.original(claim, name) if place == "claim" else self.record(claim.job).path(name)
 
-    def _carry_all(
-        self, claim: Claim, moves: tuple[Move, ...], folder: str, finish: Callable[[int], None] | None
-    ) -> None:
+    def _carry_all(self, claim: Claim, moves: tuple[Move, ...], folder: str) -> None:
+        """Move files behind a door. What we made gets the mode of our files, what was dropped keeps its own.
+
+        The prompt gets the present as its mtime, so that whoever moves it back into the inbox means a new job: with its
+        old one it would be taken for a file that a sync tool brings back.
+        """
         for number, move in enumerate(moves):
-            target = os.path.join(folder, move.name)
-            self.disk.carry(self._source(claim, move), target, _temporary(folder, claim, str(number)), finish)
+            target, dropped = os.path.join(folder, move.name), move.source.startswith("claim/")
+            self.disk.carry(
+                self._source(claim, move),
+                target,
+                _temporary(folder, claim, str(number)),
+                None if dropped else self._finish,
+                is_fresh=dropped and move.source == f"claim/{claim.prompt}",
+            )
 
     def _mirror(self, door: str, claim: Claim) -> None:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
@@ -616,36 +756,19 @@ class Spool:
         """Make a folder below one of ours, durably, if it is not there."""
         for part in folder.split("/") if folder else ():
             inner = os.path.join(top, part)
-            if not os.path.isdir(inner):
+            if not self.tops.is_folder(inner):
                 self.disk.make_folder(inner, mode=0o777)
                 if mode is not None:
-                    with ours(inner, "set the mode"):
-                        os.chmod(inner, mode)
+                    self.disk.set_mode(inner, mode)
                 self.disk.sync_folder(top)
             top = inner
 
     def _finish(self, descriptor: int) -> None:
-        """Give a file of the outbox the mode and group its readers need."""
+        """Give a file that we publish the mode and group its readers need."""
         mode = self._outbox.file_mode
         os.fchmod(descriptor, mode if mode is not None else 0o666 & ~_umask())
         if self._gid is not None:
             os.fchown(descriptor, -1, self._gid)
-
-
-def _is_same(file: IO[bytes], path: str) -> bool:
-    """Tell whether an open file is still the one of a name."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.lstat(path))
-    except OSError:
-        return False
-
-
-def _may_be_taken(path: str) -> bool:
-    """Tell whether there is something to be claimed. A folder stays, whatever a prompt says of it."""
-    try:
-        return not stat.S_ISDIR(os.lstat(path).st_mode)
-    except OSError:
-        return False
 
 
 def _temporary(folder: str, claim: Claim, number: str) -> str:
@@ -656,13 +779,6 @@ def _above(folder: str) -> Iterator[str]:
     while (above := os.path.dirname(folder)) != folder:
         yield above
         folder = above
-
-
-def _age(path: str) -> int:
-    try:
-        return os.lstat(path).st_mtime_ns
-    except OSError:
-        return 0
 
 
 def _gid(group: str | None) -> int | None:

@@ -14,6 +14,7 @@ import contextlib
 import functools
 import os
 import stat
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from imagewatch import prompt as prompts
@@ -21,16 +22,18 @@ from imagewatch.errors import BadRequest
 from imagewatch.images import inspect
 from imagewatch.listing import Folder, Folders, Visitor
 from imagewatch.names import SUFFIX, Dropped, locks, spellings
-from imagewatch.request import open_plain, private, read_prompt
+from imagewatch.request import read_prompt
 from imagewatch.seen import Candidate, Key, Look, Reasons, Seen, Wait
 from imagewatch.settling import Settling
 from imagewatch.text import printable
+from imagewatch.untrusted import is_private, open_file
 from imagewatch.writers import has_writer, is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
 
     from imagewatch.config import Inbox
+    from imagewatch.folders import Tops
 
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
@@ -53,6 +56,7 @@ class Sweep:
         most_named: How many files are named in ``waiting`` and in ``ignored``; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
         blocked: Tells of a folder below the inbox why nothing can be put where its results go, or an empty string.
+        tops: The folders that were opened, the inbox among them; without, it is opened here.
     """
 
     def __init__(
@@ -66,6 +70,7 @@ class Sweep:
         most_named: int | None = None,
         explain: bool = False,
         blocked: Callable[[str], str] = lambda _: "",
+        tops: Tops | None = None,
     ) -> None:
         self._config = config
         self._blocked = blocked
@@ -77,7 +82,10 @@ class Sweep:
             is_local=is_local,
             most_named=most_named,
             explain=explain,
+            tops=tops,
         )
+        self._tops = self._folders.tops
+        self._opener = functools.partial(open_file, tops=self._tops)
         self._settling = Settling(config.settle_seconds)
         self._inputs = Settling(config.settle_seconds)
         self._inputs_since: dict[Key, float] = {}
@@ -293,7 +301,7 @@ class Sweep:
         for name in names.busy:
             path = self._folders.full(_join(folder, name))
             try:
-                changed = os.lstat(path).st_ctime
+                changed = self._tops.lstat(path).st_ctime
             except OSError:
                 # It has just become what it stood for, which the list of names does not show yet.
                 seen.comes_due(self._config.settle_seconds)
@@ -308,7 +316,7 @@ class Sweep:
         found = [_join(folder.path, name) for folder in self._folders for name in folder.arriving]
         for path in found:
             with contextlib.suppress(OSError):
-                if self._wall - os.lstat(self._folders.full(path)).st_ctime < _BUSY_SECONDS:
+                if self._wall - self._tops.lstat(self._folders.full(path)).st_ctime < _BUSY_SECONDS:
                     seen.waiting.add(path, Wait.ARRIVING)
                 else:
                     seen.ignored.add(path, "an unfinished transfer: rename it, or send it again")
@@ -414,23 +422,26 @@ class Sweep:
             self._hold_back(candidate.key)
             self._seen.waiting.add(candidate.source, Wait.OPEN, f"{printable(writer, 120)} is open for writing")
             return None
-        return candidate
+        folder = self._folders.get(candidate.key[0])
+        return replace(candidate, folder_inode=folder.inode) if folder else candidate
 
     def _unusable(self, folder: str, name: str) -> str:
         """Return why a file cannot be sent, or why none can be taken out of a folder (then there is no name)."""
         full = self._folders.full(_join(folder, name) if name else folder)
         if not name and not folder:
             return ""
-        if not name:
-            usable = os.access(full, os.W_OK | os.X_OK)
-            return self._blocked(folder) if usable else "the daemon may not take files out of"
         with contextlib.suppress(OSError):
-            status = os.lstat(full)
-            if stat.S_ISREG(status.st_mode) and not os.access(full, os.R_OK):
+            place = self._tops.at(full)
+            if not name:
+                usable = os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd)
+                return self._blocked(folder) if usable else "the daemon may not take files out of"
+            status = place.lstat()
+            if stat.S_ISREG(status.st_mode) and not os.access(place.name, os.R_OK, dir_fd=place.dir_fd):
                 return "the daemon may not read"
-            if private(status):
-                return "a hard link to a file that only the daemon's user may read:"
-            if _is_kept(full, status):
+            above = os.fstat(self._tops.folder(os.path.dirname(full)).number)
+            if is_private(status, above.st_gid):
+                return "a hard link to a file that not everybody may read who uses this folder:"
+            if _is_kept(status, above):
                 return "the sticky bit of its folder keeps the daemon from taking"
         return ""
 
@@ -439,15 +450,15 @@ class Sweep:
         if self._wall - candidate.changed_at >= _BUSY_SECONDS:
             return ""
         folder = self._folders.full(candidate.key[0])
-        return next((name for name in candidate.names if has_writer(os.path.join(folder, name))), "")
+        return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self._opener)), "")
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
         """Tell whether images are complete by their own structure, so that nobody is still writing them."""
         for name in names:
             try:
-                with open_plain(self._folders.full(_join(folder, name)), name) as file:
+                with self._opener(self._folders.full(_join(folder, name))) as file:
                     image = inspect(file) if os.fstat(file.fileno()).st_size <= _LARGE_BYTES else None
-            except (BadRequest, OSError):
+            except OSError:
                 return False
             if image is None or image.problem:
                 return False
@@ -461,7 +472,7 @@ class Sweep:
         """
         known = self._read.get(key)
         if known is None or known[0] != look:
-            names = prompts.declared(read_prompt(self._folders.full(_join(key[0], key[1] + SUFFIX))))
+            names = prompts.declared(read_prompt(self._folders.full(_join(*key) + SUFFIX), self._opener))
             known = self._read[key] = (look, names)
         return known[1]
 
@@ -500,7 +511,7 @@ class Sweep:
         self._read = {
             key: read for key, read in self._read.items() if key in self._arrived or self._settled(key) is not None
         }
-        self._marks = {path: since for path, since in self._marks.items() if os.path.lexists(path)}
+        self._marks = {path: since for path, since in self._marks.items() if self._tops.exists(path)}
 
     def _knows(self, key: Key) -> bool:
         """Tell whether a stem lies there, settled or not."""
@@ -515,15 +526,19 @@ class Sweep:
     # Files
 
     def _lies_there(self, folder: str, name: str) -> bool:
-        return os.path.lexists(self._folders.full(_join(folder, name)))
+        return self._tops.exists(self._folders.full(_join(folder, name)))
 
     def _stat(self, folder: str, names: tuple[str, ...]) -> tuple[tuple[Look, ...], float]:
         """Return what files look like, and their newest ctime in seconds since the epoch."""
         looks: list[Look] = []
         newest = 0.0
+        try:
+            above = self._tops.folder(self._folders.full(folder))
+        except OSError:
+            return tuple((name, 0, 0, 0, 0) for name in names), newest
         for name in names:
             try:
-                status = os.lstat(self._folders.full(_join(folder, name)))
+                status = os.stat(name, dir_fd=above.number, follow_symlinks=False)
             except OSError:
                 looks.append((name, 0, 0, 0, 0))
                 continue
@@ -533,9 +548,9 @@ class Sweep:
         return tuple(looks), newest
 
 
-def _is_kept(path: str, status: os.stat_result) -> bool:
+def _is_kept(status: os.stat_result, folder: os.stat_result) -> bool:
     """Tell whether a file may not be taken out of its folder because it is somebody else's, as in ``/tmp``."""
-    user, folder = os.geteuid(), os.stat(os.path.dirname(path))
+    user = os.geteuid()
     return bool(folder.st_mode & stat.S_ISVTX) and user not in {0, status.st_uid, folder.st_uid}
 
 

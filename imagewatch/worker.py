@@ -7,6 +7,7 @@ for the disk (tests ask both). Recovery is not a second path: it is ``process`` 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
 from imagewatch.redelivery import finished_twin
 from imagewatch.request import Files, Request, build, contents
+from imagewatch.untrusted import open_file
 from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:
@@ -317,18 +319,21 @@ class Worker:
 
     def _check(self, run: Run) -> Outcome | None:
         claim, case = run.claim, Case(run.record, run.claim)
+        if not self._spool.is_as_seen(claim):
+            return self._give_back(run)
         folder, most = self._spool.claim_folder(claim.job), self._config.limits.max_input_bytes
+        where = functools.partial(open_file, tops=self._spool.tops)
         skip = self._config.inbox.redelivery == "skip"
-        if skip and (twin := finished_twin(self._ledger, claim, folder, most)):
+        if skip and (twin := finished_twin(self._ledger, claim, folder, most, where)):
             self._closing.redelivered(case, twin)
             return None
         try:
-            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared)
+            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared, where)
             run.request = build(files, self._config)
         except Outdated:
             return self._give_back(run)
         except BadRequest as error:
-            self._closing.invalid(case, error.problems, contents(folder, claim.originals, most))
+            self._closing.invalid(case, error.problems, contents(folder, claim.originals, most, where))
         else:
             run.foresee()
         return None

@@ -9,6 +9,13 @@ from __future__ import annotations
 import fcntl
 import os
 import signal
+from typing import TYPE_CHECKING
+
+from imagewatch.untrusted import open_file
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Callable
 
 _LOCAL = frozenset(
     (b"bcachefs", b"btrfs", b"ext2", b"ext3", b"ext4", b"f2fs", b"jfs", b"overlay", b"tmpfs", b"xfs", b"zfs")
@@ -29,12 +36,22 @@ def is_local(folder: str) -> bool:
         os.close(descriptor)
 
 
-def has_writer(path: str) -> bool:
-    """Tell whether a plain file is known to be open for writing."""
+def has_writer(path: str, opener: Callable[[str], io.FileIO] = open_file) -> bool:
+    """Tell whether a plain file is known to be open for writing.
+
+    Args:
+        path: The file.
+        opener: Opens it.
+    """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        file = opener(path)
     except OSError:
         return False
+    with file:
+        return _has_writer(file.fileno())
+
+
+def _has_writer(descriptor: int) -> bool:
     try:
         # Somebody who opens the file in this instant waits for us, and we are told by a signal; the usual one kills.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
@@ -44,8 +61,6 @@ def has_writer(path: str) -> bool:
         return _file_system(descriptor) in _LOCAL
     except (OSError, AttributeError):  # not ours, or not Linux
         return False
-    finally:
-        os.close(descriptor)
     return False
 
 

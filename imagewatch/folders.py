@@ -1,0 +1,354 @@
+"""Our folders as open descriptors, so that no other folder can be put in the place of one while it is used.
+
+Other people may write the inbox, and sometimes the outbox: they may rename a folder there and put a link under its
+name. A path that is resolved again would follow it. So each *top* (inbox, outbox, errors, archive, state, claims) is
+opened once. What is below a top is reached from its descriptor, part by part; a link or a file in the place of a
+folder is an error. Paths stay the names by which the rest of the code refers to files.
+
+A path below no top is used as it is: it was given by the administrator or by whoever runs a command.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import threading
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_READ = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_PASS = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+"""To reach what is in a folder, which may be one that we may enter and not list."""
+
+
+class NotAFolderError(OSError):
+    """A link or a file is where a folder should be.
+
+    Attributes:
+        strerror: What it is, in words.
+    """
+
+
+class Descriptor:
+    """An open folder. It is closed when nothing refers to it any more, so never while another thread uses it.
+
+    Attributes:
+        number: The file descriptor.
+    """
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def fileno(self) -> int:
+        """Return the file descriptor."""
+        return self.number
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):
+            os.close(self.number)
+
+
+class Place:
+    """Where a name is looked up: in an open folder.
+
+    Attributes:
+        name: The name, or a path below the folder if only we can write there; the whole path without a folder.
+    """
+
+    __slots__ = ("_folder", "name")
+
+    def __init__(self, folder: Descriptor | None, name: str) -> None:
+        self._folder = folder
+        self.name = name
+
+    @property
+    def dir_fd(self) -> int | None:
+        """The folder's descriptor, valid as long as this place is; None if ``name`` is a whole path."""
+        return None if self._folder is None else self._folder.number
+
+    def lstat(self) -> os.stat_result:
+        """Return what is there; a link is not followed."""
+        return os.stat(self.name, dir_fd=self.dir_fd, follow_symlinks=False)
+
+    def exists(self) -> bool:
+        """Tell whether anything has this name, be it a link that leads nowhere."""
+        try:
+            self.lstat()
+        except OSError:
+            return False
+        return True
+
+
+class _Top:
+    """A folder that was opened once.
+
+    Attributes:
+        path: By which name it is known.
+        is_held: Whether it is held for a block only, by a descriptor that only leads to what is in it.
+        is_private: Whether only we can change what is in it, so that its parts need not be looked at one by one.
+    """
+
+    __slots__ = ("_descriptor", "is_held", "is_private", "path", "prefix")
+
+    def __init__(
+        self, path: str, descriptor: Descriptor | None, *, is_private: bool = False, is_held: bool = False
+    ) -> None:
+        self.path = path
+        self.is_held = is_held
+        self.prefix = path.rstrip("/") + "/"
+        self._descriptor = descriptor
+        self.is_private = is_private
+
+    @property
+    def descriptor(self) -> Descriptor:
+        """The open folder.
+
+        Raises:
+            NotAFolderError: It is shut.
+        """
+        if self._descriptor is None:
+            raise NotAFolderError(errno.EPERM, "another folder has the name of the daemon's own", self.path)
+        return self._descriptor
+
+
+class Tops:
+    """The folders that were opened, and the way to what is below them. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._tops: list[_Top] = []
+        self._local = threading.local()
+
+    # Opening
+
+    def open(self, path: str, *, is_private: bool = False) -> None:
+        """Open a folder that is there, and know it by its path from now on.
+
+        Its path is the administrator's: links in it are followed.
+
+        Args:
+            path: Absolute path.
+            is_private: Whether nobody else can change what is in it.
+
+        Raises:
+            OSError: It cannot be opened.
+        """
+        self.know(path, Descriptor(os.open(os.path.realpath(path), _READ)), is_private=is_private)
+
+    def know(self, path: str, descriptor: Descriptor | None, *, is_private: bool = False) -> None:
+        """Know an open folder by a path from now on, in the place of one that was known by it.
+
+        Args:
+            path: The path.
+            descriptor: The folder; without one the path is shut: whatever is there is not used.
+            is_private: Whether nobody else can change what is in it.
+        """
+        others = [top for top in self._tops if top.path != path]
+        others.append(_Top(path, descriptor, is_private=is_private))
+        # One assignment: another thread sees the old list or the new one. The longest path comes first.
+        self._tops = sorted(others, key=lambda top: -len(top.path))
+
+    def opened(self, path: str) -> Descriptor | None:
+        """Return the folder that is known by a path, or None."""
+        top = self._exact(path)
+        with contextlib.suppress(NotAFolderError):
+            return top.descriptor if top else None
+        return None
+
+    def is_below(self, path: str) -> bool:
+        """Tell whether a path is that of an open folder, or leads to something in one."""
+        return self._exact(path) is not None or self._covering(path) is not None
+
+    def is_private(self, path: str) -> bool:
+        """Tell whether nobody else can change what is in an open folder."""
+        top = self._exact(path)
+        return top is not None and top.is_private
+
+    def is_replaced(self, path: str) -> bool:
+        """Tell whether another folder has the path of a top now, or none has; a folder that was not opened is none.
+
+        Raises:
+            OSError: The path cannot be looked at.
+        """
+        descriptor = self.opened(path)
+        return descriptor is None or not os.path.samestat(os.stat(path), os.fstat(descriptor.number))
+
+    @contextlib.contextmanager
+    def held(self, path: str, inode: int = 0) -> Iterator[None]:
+        """Reach a folder by the same descriptor during a block, in this thread, whatever happens to its name.
+
+        Args:
+            path: A folder; one that is not there, or a top, is not held.
+            inode: Its number if it must be this one; 0 for any.
+
+        Raises:
+            NotAFolderError: It, or one above it, is a link or a file.
+            FileNotFoundError: ``inode`` is given and another folder, or none, has the name.
+        """
+        if self._covering(path) is None:  # it is a top itself
+            yield
+            return
+        try:
+            descriptor = self.folder(path)
+        except FileNotFoundError:
+            if inode:
+                raise
+            yield
+            return
+        if inode and os.fstat(descriptor.number).st_ino != inode:
+            raise FileNotFoundError(errno.ENOENT, "another folder has this name now", path)
+        mine = self._held()
+        mine.insert(0, _Top(path, descriptor, is_held=True))
+        try:
+            yield
+        finally:
+            del mine[0]
+
+    def _held(self) -> list[_Top]:
+        if not hasattr(self._local, "tops"):
+            self._local.tops = []
+        return self._local.tops  # type: ignore[no-any-return]
+
+    # Finding
+
+    def _covering(self, path: str) -> _Top | None:
+        for tops in (self._held(), self._tops):
+            for top in tops:
+                if path.startswith(top.prefix):
+                    return top
+        return None
+
+    def _exact(self, path: str) -> _Top | None:
+        for tops in (self._held(), self._tops):
+            for top in tops:
+                if path == top.path:
+                    return top
+        return None
+
+    def at(self, path: str) -> Place:
+        """Return where the last name of a path is looked up.
+
+        Raises:
+            NotAFolderError: A link or a file is in the place of a folder in it.
+            OSError: A folder in it is not there, or cannot be entered.
+        """
+        top = self._covering(path)
+        if top is None:
+            return Place(None, path)
+        inner = path[len(top.prefix) :]
+        if top.is_private or "/" not in inner:
+            return Place(top.descriptor, inner)
+        *parts, name = inner.split("/")
+        return Place(_walked(top, parts), name)
+
+    def folder(self, path: str) -> Descriptor:
+        """Return an open folder, to reach what is in it.
+
+        Raises:
+            NotAFolderError: A link or a file is in its place, or in that of one above it.
+            OSError: It is not there, or cannot be opened.
+        """
+        if (top := self._exact(path)) is not None:
+            return top.descriptor
+        return _entered(self.at(path), _PASS, path)
+
+    def listable(self, path: str) -> Descriptor:
+        """Open a folder anew, to list it: two that list it by one descriptor would share the names between them.
+
+        Raises:
+            NotAFolderError: A link or a file is in its place, or in that of one above it.
+            OSError: It is not there, or cannot be opened.
+        """
+        return _entered(Place(self.folder(path), "."), _READ, path)
+
+    def entered(self, path: str) -> Descriptor:
+        """Open the folder that has a path now, to list it, also if another one was known by this path.
+
+        Raises:
+            NotAFolderError: A link or a file is in its place.
+            OSError: It is not there, or cannot be opened.
+        """
+        return _entered(self.at(path), _READ, path)
+
+    def lstat(self, path: str) -> os.stat_result:
+        """Return what has a path; a link is not followed.
+
+        Raises:
+            OSError: Nothing, or it cannot be reached.
+        """
+        return self.at(path).lstat()
+
+    def exists(self, path: str) -> bool:
+        """Tell whether anything has a path."""
+        try:
+            return self.at(path).exists()
+        except OSError:
+            return False
+
+    def is_folder(self, path: str) -> bool:
+        """Tell whether a folder has a path, and no link."""
+        try:
+            return self.opened(path) is not None or stat.S_ISDIR(self.lstat(path).st_mode)
+        except OSError:
+            return False
+
+    def open_file(self, path: str, flags: int, mode: int = 0o600) -> int:
+        """Open a file; a link is not followed.
+
+        Returns:
+            A descriptor, which the caller closes.
+
+        Raises:
+            OSError: As ``os.open``.
+        """
+        place = self.at(path)
+        return os.open(place.name, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode, dir_fd=place.dir_fd)
+
+    def names(self, path: str, *, folders: bool | None = None) -> list[str]:
+        """Return the names in a folder.
+
+        Args:
+            path: The folder.
+            folders: True for those of folders only, False for all others, None for all; a link is no folder.
+
+        Raises:
+            OSError: It cannot be listed.
+        """
+        folder = self.listable(path)
+        if folders is None:
+            return os.listdir(folder.number)
+        with os.scandir(folder.number) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == folders]
+
+
+def _walked(top: _Top, parts: list[str]) -> Descriptor:
+    """Return the folder that is reached from a top by some names."""
+    folder, path = top.descriptor, top.path
+    for part in parts:
+        if part in {"", ".", ".."}:
+            raise NotAFolderError(errno.EINVAL, "is no path below our folders", os.path.join(top.path, *parts))
+        path = os.path.join(path, part)
+        folder = _entered(Place(folder, part), _PASS, path)
+    return folder
+
+
+def _entered(place: Place, flags: int, path: str) -> Descriptor:
+    try:
+        return Descriptor(os.open(place.name, flags, dir_fd=place.dir_fd))
+    except OSError as error:
+        if error.errno not in {errno.ENOTDIR, errno.ELOOP}:
+            raise OSError(error.errno, error.strerror, path) from None  # the whole path, not the last name
+        what = "a symbolic link" if _is_link(place) else "a file"
+        raise NotAFolderError(errno.ENOTDIR, f"{what} is where a folder should be", path) from None
+
+
+def _is_link(place: Place) -> bool:
+    try:
+        return stat.S_ISLNK(place.lstat().st_mode)
+    except OSError:
+        return False
