@@ -229,7 +229,8 @@ class Disk:
     def set_mode(self, path: str, mode: int) -> None:
         """Set the mode of a folder; never that of what a link leads to."""
         with ours(path, "set the mode"):
-            os.fchmod(self._opened(path).number, mode)
+            folder = self._opened(path)
+            os.fchmod(folder.fileno(), mode)
 
     def touch(self, path: str) -> bool:
         """Set a file's mtime to the present; tell whether we may. Links are not followed; none there is fine.

@@ -17,6 +17,7 @@ import msgspec
 from imagewatch.config import Outbox
 from imagewatch.durable import FULL, Disk
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
+from imagewatch.folders import Tops
 from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files
@@ -172,7 +173,7 @@ def files(config: Config) -> Iterator[Line]:
     """
     if not os.path.isdir(config.folders.inbox):
         return
-    hindered = functools.partial(blocked, config.folders)
+    hindered = functools.partial(blocked, config.folders, tops=Tops())
     sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered)
     seen = sweep.look(time.monotonic(), time.time())
     for candidate in seen.ready:

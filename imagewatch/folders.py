@@ -34,24 +34,28 @@ class NotAFolderError(OSError):
 
 
 class Descriptor:
-    """An open folder. It is closed when nothing refers to it any more, so never while another thread uses it.
+    """An open folder. It is closed when nothing refers to it any more, so never while another thread uses it."""
 
-    Attributes:
-        number: The file descriptor.
-    """
-
-    __slots__ = ("number",)
+    __slots__ = ("_number",)
 
     def __init__(self, number: int) -> None:
-        self.number = number
+        self._number = number
 
     def fileno(self) -> int:
-        """Return the file descriptor."""
-        return self.number
+        """Return the file descriptor; it is valid for as long as the caller refers to this object."""
+        return self._number
+
+    def status(self) -> os.stat_result:
+        """Return what ``fstat`` tells of it."""
+        return os.fstat(self._number)
+
+    def entries(self) -> os._ScandirIterator[str]:
+        """Return what is in it, by a descriptor of its own; to be used in a ``with`` statement."""
+        return os.scandir(self._number)
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
-            os.close(self.number)
+            os.close(self._number)
 
 
 class Place:
@@ -70,7 +74,7 @@ class Place:
     @property
     def dir_fd(self) -> int | None:
         """The folder's descriptor, valid as long as this place is; None if ``name`` is a whole path."""
-        return None if self._folder is None else self._folder.number
+        return None if self._folder is None else self._folder.fileno()
 
     def lstat(self) -> os.stat_result:
         """Return what is there; a link is not followed."""
@@ -153,6 +157,10 @@ class Tops:
         # One assignment: another thread sees the old list or the new one. The longest path comes first.
         self._tops = sorted(others, key=lambda top: -len(top.path))
 
+    def drop(self, path: str) -> None:
+        """Know no folder by a path any more: what it leads to is reached as anything below the top above it."""
+        self._tops = [top for top in self._tops if top.path != path]
+
     def opened(self, path: str) -> Descriptor | None:
         """Return the folder that is known by a path, or None."""
         top = self._exact(path)
@@ -176,7 +184,7 @@ class Tops:
             OSError: The path cannot be looked at.
         """
         descriptor = self.opened(path)
-        return descriptor is None or not os.path.samestat(os.stat(path), os.fstat(descriptor.number))
+        return descriptor is None or not os.path.samestat(os.stat(path), descriptor.status())
 
     @contextlib.contextmanager
     def held(self, path: str, inode: int = 0) -> Iterator[None]:
@@ -200,7 +208,7 @@ class Tops:
                 raise
             yield
             return
-        if inode and os.fstat(descriptor.number).st_ino != inode:
+        if inode and descriptor.status().st_ino != inode:
             raise FileNotFoundError(errno.ENOENT, "another folder has this name now", path)
         mine = self._held()
         mine.insert(0, _Top(path, descriptor, is_held=True))
@@ -321,8 +329,8 @@ class Tops:
         """
         folder = self.listable(path)
         if folders is None:
-            return os.listdir(folder.number)
-        with os.scandir(folder.number) as entries:
+            return os.listdir(folder.fileno())
+        with folder.entries() as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == folders]
 
 

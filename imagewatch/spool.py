@@ -166,7 +166,12 @@ class Spool:
             AlreadyRunning: Another daemon uses it; nothing may be taken out of this inbox.
         """
         self._claims.require()
+        self._lock_claims()
+
+    def _lock_claims(self) -> None:
         path = os.path.join(self.claims, _LOCK)
+        if self._lock is None:  # nothing is claimed in this process
+            return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
             lock = self.disk.lock(path)
             if self._claims_lock is not None:
@@ -236,17 +241,20 @@ class Spool:
         self._open()
 
     def require_folders(self) -> None:
-        """Make sure that all folders are those that they were, also the one for claims.
+        """Make sure that all folders are those that they were, also the one for claims if there is one.
 
         Raises:
             SpoolError: One is not.
         """
         self.require_mounts()
-        self._require_claims()
+        self._claims.check()
+        if self._claims.is_open():
+            self._lock_claims()
 
     def probe(self) -> None:
         """Prove that files can be taken out of the inbox and put into every other folder."""
         self.require_folders()
+        self._require_claims()
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
         self._prove_claim()
@@ -263,7 +271,8 @@ class Spool:
         self.require_folders()
         for folder in (self.state, self.outbox):
             with ours(folder, "ask for the free space"):
-                status = os.statvfs(self.tops.folder(folder).number)
+                top = self.tops.folder(folder)
+                status = os.statvfs(top.fileno())
             free, files = status.f_bavail * status.f_frsize, status.f_favail
             hint = "make room"
             if free < least:

@@ -438,7 +438,7 @@ class Sweep:
             status = place.lstat()
             if stat.S_ISREG(status.st_mode) and not os.access(place.name, os.R_OK, dir_fd=place.dir_fd):
                 return "the daemon may not read"
-            above = os.fstat(self._tops.folder(os.path.dirname(full)).number)
+            above = self._tops.folder(os.path.dirname(full)).status()
             if is_private(status, above.st_gid):
                 return "a hard link to a file that not everybody may read who uses this folder:"
             if _is_kept(status, above):
@@ -538,7 +538,7 @@ class Sweep:
             return tuple((name, 0, 0, 0, 0) for name in names), newest
         for name in names:
             try:
-                status = os.stat(name, dir_fd=above.number, follow_symlinks=False)
+                status = os.stat(name, dir_fd=above.fileno(), follow_symlinks=False)
             except OSError:
                 looks.append((name, 0, 0, 0, 0))
                 continue
