@@ -260,6 +260,23 @@ class Disk:
         self.unlink(path)
         return self.create(path, mode)
 
+    def make_inner(self, top: str, folder: str, mode: int | None = None) -> None:
+        """Make a folder below one of ours, durably, if it is not there.
+
+        Args:
+            top: A folder that is there.
+            folder: Path below it, with ``/``.
+            mode: Permission bits of a folder that is made; None leaves them to the umask.
+        """
+        for part in folder.split("/") if folder else ():
+            inner = os.path.join(top, part)
+            if not self.tops.is_folder(inner):
+                self.make_folder(inner, mode=0o777)
+                if mode is not None:
+                    self.set_mode(inner, mode)
+                self.sync_folder(top)
+            top = inner
+
     @contextlib.contextmanager
     def writing(self, path: str, temporary: str | None = None, mode: int = 0o600) -> Iterator[IO[bytes]]:
         """Write a file durably under a name that may exist already (only ever by ourselves).

@@ -128,6 +128,15 @@ class Tops:
         self._tops: list[_Top] = []
         self._local = threading.local()
 
+    @classmethod
+    def of(cls, *paths: str) -> Tops:
+        """Return those of some folders that are there and can be opened."""
+        made = cls()
+        for path in paths:
+            with contextlib.suppress(OSError):
+                made.open(path)
+        return made
+
     # Opening
 
     def open(self, path: str, *, is_private: bool = False) -> None:
@@ -142,7 +151,12 @@ class Tops:
         Raises:
             OSError: It cannot be opened.
         """
-        self.know(path, Descriptor(os.open(os.path.realpath(path), _READ)), is_private=is_private)
+        real = os.path.realpath(path)
+        try:
+            number = os.open(real, _READ)
+        except PermissionError:  # one may be allowed to put files there, and not to list it
+            number = os.open(real, _PASS)
+        self.know(path, Descriptor(number), is_private=is_private)
 
     def know(self, path: str, descriptor: Descriptor | None, *, is_private: bool = False) -> None:
         """Know an open folder by a path from now on, in the place of one that was known by it.
@@ -302,6 +316,13 @@ class Tops:
         """Tell whether a folder has a path, and no link."""
         try:
             return self.opened(path) is not None or stat.S_ISDIR(self.lstat(path).st_mode)
+        except OSError:
+            return False
+
+    def is_link(self, path: str) -> bool:
+        """Tell whether a path is that of a symbolic link."""
+        try:
+            return _is_link(self.at(path))
         except OSError:
             return False
 

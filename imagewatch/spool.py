@@ -30,7 +30,7 @@ from imagewatch.record import Record
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from imagewatch.config import Config, Folders
     from imagewatch.folders import Tops
@@ -81,6 +81,33 @@ def _deepest(tops: Tops, top: str, folder: str) -> str:
         if not tops.is_folder(inner):
             break
     return path
+
+
+def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
+    """Make sure that there is room in folders.
+
+    Args:
+        folders: The folders.
+        least: Bytes that must be free in each.
+        tops: The folders that were opened.
+
+    Raises:
+        SpoolError: There is too little space, or hardly any file can be made any more.
+    """
+    for folder in folders:
+        with ours(folder, "ask for the free space"):
+            top = tops.opened(folder)
+            status = os.statvfs(top.fileno() if top else folder)
+        free, files = status.f_bavail * status.f_frsize, status.f_favail
+        hint = "make room"
+        if free < least:
+            hint += ", or lower limits.min_free_bytes"
+            message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
+        elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
+            message = f"there is room for {files} more files only (inodes)"
+        else:
+            continue
+        raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
 
 
 class Spool:
@@ -269,20 +296,7 @@ class Spool:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
         self.require_folders()
-        for folder in (self.state, self.outbox):
-            with ours(folder, "ask for the free space"):
-                top = self.tops.folder(folder)
-                status = os.statvfs(top.fileno())
-            free, files = status.f_bavail * status.f_frsize, status.f_favail
-            hint = "make room"
-            if free < least:
-                hint += ", or lower limits.min_free_bytes"
-                message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
-            elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
-                message = f"there is room for {files} more files only (inodes)"
-            else:
-                continue
-            raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
+        require_space((self.state, self.outbox), least, self.tops)
 
     def _all(self) -> list[str]:
         archive = [self.archive] if self.archive else []
@@ -653,7 +667,7 @@ class Spool:
         if not names:
             return True
         self.require_mounts()  # or there is no inbox
-        self._make_inner(self.inbox, claim.folder)
+        self.disk.make_inner(self.inbox, claim.folder)
         with self._reached(folder):
             return self._give_back(claim, folder, names)
 
@@ -759,18 +773,7 @@ class Spool:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
         self.require_mounts()
         top = self.door_folder(door, Claim(job="", folder="", stem=""))
-        self._make_inner(top, claim.folder, self._outbox.folder_mode if door == "outbox" else None)
-
-    def _make_inner(self, top: str, folder: str, mode: int | None = None) -> None:
-        """Make a folder below one of ours, durably, if it is not there."""
-        for part in folder.split("/") if folder else ():
-            inner = os.path.join(top, part)
-            if not self.tops.is_folder(inner):
-                self.disk.make_folder(inner, mode=0o777)
-                if mode is not None:
-                    self.disk.set_mode(inner, mode)
-                self.disk.sync_folder(top)
-            top = inner
+        self.disk.make_inner(top, claim.folder, self._outbox.folder_mode if door == "outbox" else None)
 
     def _finish(self, descriptor: int) -> None:
         """Give a file that we publish the mode and group its readers need."""
