@@ -61,9 +61,9 @@ class World(Folders):
         self._interpreter = interpreter
         for folder in (self.home, self.key_folder, self.state):
             folder.mkdir(exist_ok=True)
-            _give(folder, 0o700)
+            give(folder, 0o700)
         for folder in (self.inbox, self.outbox, self.errors, self.archive):
-            _give(folder, 0o2777 if folder.name in {"inbox", *open_to_all} else 0o2755)
+            give(folder, 0o2777 if folder.name in {"inbox", *open_to_all} else 0o2755)
         private = {
             self.key_folder / "letta_api_key": KEY,
             self.home / ".profile": f"# {MARK}\n",
@@ -71,7 +71,7 @@ class World(Folders):
         }
         for path, text in private.items():
             path.write_bytes(text.encode("latin-1"))
-            _give(path, 0o600)
+            give(path, 0o600)
         self._configure(settings or {})
         self._before = {folder: _look(folder) for folder in (self.home, self.key_folder)}
         self.attacker = Person(interpreter, ATTACKER, str(self.inbox))
@@ -182,7 +182,8 @@ class World(Folders):
         """Wait until nothing more happens to a prompt by itself.
 
         Returns:
-            ``outbox`` or ``errors``: its document is there. ``held``, ``stuck`` or ``waiting``: the status says so.
+            ``outbox`` or ``errors``: its document is there, and its job over or the queue held.
+            ``held``, ``stuck`` or ``waiting``: the status says so.
             ``gone``: neither prompt nor job nor document is left.
         """
         found: list[str] = []
@@ -195,16 +196,16 @@ class World(Folders):
         return found[0]
 
     def _end(self, source: str) -> str:
-        if door := self.door(source):
-            return door
-        page = self.status()
+        page, door = self.status(), self.door(source)
         if page.get("holds"):
-            return "held"
+            return door or "held"
         if source in [job["source"] for job in page.get("stuck", [])]:
             return "stuck"
         here = any(path.name == os.path.basename(source) for path in walk(self.inbox))
-        if any((self.state / "jobs").glob("*")):
+        if any(path.is_dir() for path in (self.state / "jobs").iterdir()):
             return ""
+        if door:
+            return door
         folders = [source[:at] for at, letter in enumerate(source) if letter == "/"]
         named = {*page.get("waiting", {}).get("files", ()), *page.get("ignored", {}).get("files", ())}
         if named.intersection((source, *folders)):
@@ -220,6 +221,10 @@ class World(Folders):
         self.wait(lambda: self.requests() >= count or self.holds(), f"{count} requests, or a hold")
         return self.requests() >= count
 
+    def is_idle(self) -> None:
+        """Wait until no job is left."""
+        self.wait(lambda: not any((self.state / "jobs").iterdir()), "the end of all jobs")
+
     # What must be true
 
     def nothing_leaked(self, *, places: tuple[Path, ...] = ()) -> None:
@@ -230,12 +235,16 @@ class World(Folders):
         holding = [path for top in tops for path in walk(top) if _holds(path, (KEY, MARK))]
         assert holding == [], "what is private is where it does not belong"
         assert self.attacker.readable_with(str(self.top), [KEY, MARK]) == []
+        self.nothing_private_was_sent()
+        assert KEY not in self.told()
+        assert MARK not in self.told()
+
+    def nothing_private_was_sent(self) -> None:
+        """The endpoint has seen no private text and no private picture."""
         hidden = hashlib.sha256(PRIVATE_PICTURE.encode("latin-1")).hexdigest()
         for call in self.sandbox.report()["calls"]:
             assert hidden not in call["inputs"], "a private picture was sent"
             assert MARK not in str(call["prompt"]), "a private text was sent"
-        assert KEY not in self.told()
-        assert MARK not in self.told()
 
     def state_is_whole(self, *, jobs: bool = False) -> None:
         """The state folder holds what the daemon put there, and only that; it can be read by the daemon alone.
@@ -259,7 +268,7 @@ class World(Folders):
         folder = self.inbox / "theirs"
         if not folder.exists():
             folder.mkdir()
-            _give(folder, 0o2775, HONEST, DAEMON)
+            give(folder, 0o2775, HONEST, DAEMON)
         self.honest.drop(folder / f"{name}.prompt.txt", text)
         return f"theirs/{name}.prompt.txt"
 
@@ -272,7 +281,8 @@ class World(Folders):
         assert self.requests(text) == 1
 
 
-def _give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> None:
+def give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> None:
+    """Give a file or folder to a user, and to the group of the same number if no other is named."""
     os.chown(path, uid, uid if gid is None else gid)
     path.chmod(mode)
 
