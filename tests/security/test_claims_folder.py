@@ -43,8 +43,8 @@ def is_held_until_it_is_put_back(world: World, text: str) -> None:
     world.wait(lambda: world.door("cat.prompt.txt"), "the prompt of the attacker")
     assert world.door(held_back) == world.door("cat.prompt.txt") == "outbox"
     assert world.requests(text) == world.requests("waits for the end of the hold") == 1
-    assert (world.archive / "cat.prompt.txt").read_text() == text
     world.is_idle()
+    assert (world.archive / "cat.prompt.txt").read_text() == text
     assert world.leftovers() == []
     world.state_is_whole()
 
