@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import sqlite3
 import subprocess
 import tomllib
 from types import SimpleNamespace
@@ -122,8 +124,8 @@ class World(Folders):
     def command(self, *arguments: str, uid: int = DAEMON, **more: Any) -> subprocess.CompletedProcess[str]:
         """Run a command of a user to its end."""
         command = ["-m", "imagewatch", *arguments, "--config", str(self.configuration)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": str(self.top)}
-        with self._interpreter.start(uid, command, {"HOME": str(self.home), "COLUMNS": "200"}, **pipes, **more) as one:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": str(self.top), **more}
+        with self._interpreter.start(uid, command, {"HOME": str(self.home), "COLUMNS": "200"}, **pipes) as one:
             out, err = one.communicate(timeout=40)
         return subprocess.CompletedProcess(command, one.returncode, out, err)
 
@@ -215,6 +217,12 @@ class World(Folders):
     def requests(self, text: str | None = None) -> int:
         """Return how many requests came, in all or for one prompt."""
         return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
+
+    def rows(self, source: str) -> list[sqlite3.Row]:
+        """Return what the ledger says of a prompt."""
+        with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
+            database.row_factory = sqlite3.Row
+            return database.execute("SELECT * FROM attempts WHERE source = ?", (source,)).fetchall()
 
     def asked(self, count: int = 1) -> bool:
         """Wait until so many requests are under way, or the queue is held; tell whether they are."""
