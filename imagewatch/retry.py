@@ -23,7 +23,7 @@ from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
 from imagewatch.text import printable, whole
-from imagewatch.untrusted import RefusedError, group_of, is_private, open_file
+from imagewatch.untrusted import RefusedError, folder_of, is_private, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -205,8 +205,8 @@ class Retry:
             return
         with ours(path, "look at the file"):
             place = self._tops.at(path)
-            status, group = place.lstat(), group_of(place, path)
-        if stat.S_ISREG(status.st_mode) and is_private(status, group):
+            status, folder = place.lstat(), folder_of(place, path)
+        if stat.S_ISREG(status.st_mode) and is_private(status, folder):
             message = f"{printable(path)}: is a hard link to a file that not everybody may read here"
             raise SpoolError(message, path=path, hint="remove it; nothing was moved")
 

@@ -441,7 +441,7 @@ class Sweep:
             if stat.S_ISREG(status.st_mode) and not os.access(place.name, os.R_OK, dir_fd=place.dir_fd):
                 return "the daemon may not read"
             above = self._tops.folder(os.path.dirname(full)).status()
-            if is_private(status, above.st_gid):
+            if is_private(status, above):
                 return "a hard link to a file that not everybody may read who uses this folder:"
             if _is_kept(status, above):
                 return "the sticky bit of its folder keeps the daemon from taking"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,14 +16,15 @@ if TYPE_CHECKING:
 
 def replace_claims(world: World) -> None:
     """Put a folder of the attacker's in the place of the claims."""
-    world.attacker.rename(world.inbox / CLAIMS, world.inbox / ".old")
-    world.attacker.mkdir(world.inbox / CLAIMS)
+    world.attacker.mkdir(world.inbox / ".old")
+    world.attacker.exchange(world.inbox / CLAIMS, world.inbox / ".old")  # else the daemon may rename it back first
 
 
 def put_back_claims(world: World) -> None:
     """Undo it."""
     world.attacker.rename(world.inbox / CLAIMS, world.inbox / ".fake")
-    world.attacker.rename(world.inbox / ".old", world.inbox / CLAIMS)
+    with contextlib.suppress(FileNotFoundError):  # the daemon has given it its name back
+        world.attacker.rename(world.inbox / ".old", world.inbox / CLAIMS)
 
 
 def replace_claim_by_link(world: World, target: Path) -> None:
