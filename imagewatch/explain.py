@@ -20,6 +20,7 @@ from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.names import CLAIMS, SUFFIX
+from imagewatch.places import others_who_write
 from imagewatch.request import Files, Request, build
 from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
@@ -171,13 +172,22 @@ def _folder(name: str, path: str, kinds: Kinds) -> Line:
     if not keeps_files(kind := kinds.of(nearest)):
         return Line("bad", name, f"{shown}: nothing can be kept there ({kind}); name a folder on a disk")
     if os.path.isdir(path):
-        usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
-        return Line("ok", name, shown) if usable else Line("bad", name, f"{shown}: this user may not write there")
+        return _existing_folder(name, path)
     if os.path.lexists(path):
         return Line("bad", name, f"{shown}: is not a folder")
     if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
         return Line("ok", name, f"{shown} (will be made)")
     return Line("bad", name, f"{shown}: is not there, and this user cannot make it")
+
+
+def _existing_folder(name: str, path: str) -> Line:
+    shown, above = printable(path), os.path.dirname(os.path.realpath(path))
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return Line("bad", name, f"{shown}: this user may not write there")
+    if who := others_who_write(os.stat(above)):
+        why = f"{printable(above)} may be written by {who}, so others can replace this folder"
+        return Line("wait", name, f"{shown}: {why} (chmod go-w {printable(above)})")
+    return Line("ok", name, shown)
 
 
 def _nearest(path: str) -> str:

@@ -296,8 +296,10 @@ class Delivery:
                 raise BadRequest([Problem("folder", f'"{part}" is a link, and not looked into', "use another")])
             if not self._tops.is_folder(current):
                 self._disk.make_folder(current, mode=0o777)
-                # The daemon is often another user, and has to take files out of it as out of the folder above.
-                self._disk.set_mode(current, stat.S_IMODE(self._tops.folder(above).status().st_mode))
+                # The daemon is often another user, and has to take files out of it as out of the folder above, which
+                # the sticky bit would forbid: it is not the owner of this one.
+                mode = stat.S_IMODE(self._tops.folder(above).status().st_mode) & ~stat.S_ISVTX
+                self._disk.set_mode(current, mode)
                 self._sync(above)
         place = self._tops.at(current)
         if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):

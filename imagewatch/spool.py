@@ -136,6 +136,7 @@ class Spool:
         self._lock: IO[bytes] | None = None
         self._claims_lock: IO[bytes] | None = None
         self._mounts = Mounts([])
+        self._ways: dict[str, str] = {}
         self._kinds = Kinds()
         self._kinds.refresh()
 
@@ -217,8 +218,21 @@ class Spool:
         for folder in folders or self._all():
             with ours(folder, "open the folder"):
                 if self.tops.is_replaced(folder):
+                    self._require_same_way(folder)
                     self.tops.open(folder, is_private=folder == self.state)
                     self._kinds.refresh()
+
+    def _require_same_way(self, folder: str) -> None:
+        """Make sure that no link was put where one of our folders was: it might lead to another one of ours.
+
+        Raises:
+            SpoolError: Its path leads elsewhere than when it was opened first.
+        """
+        real = os.path.realpath(folder)
+        if self._ways.setdefault(folder, real) != real:
+            message = f"{printable(folder)}: leads to {printable(real)} now, and led to {printable(self._ways[folder])}"
+            hint = "put the folder back, or restart the daemon if this is meant"
+            raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
