@@ -160,4 +160,5 @@ def serve() -> None:
         sys.stdout.flush()
 
 
-serve()
+if __name__ == "__main__":
+    serve()
