@@ -26,15 +26,13 @@ def exchange(one: str, other: str) -> None:
 
 def mkdir(path: str, mode: int = 0o777) -> None:
     """Create a folder with exactly this mode."""
-    os.mkdir(path)
-    os.chmod(path, mode)
+    os.mkdir(path, mode)
 
 
 def write(path: str, text: str, mode: int = 0o666) -> None:
     """Create a file with exactly this mode."""
-    with open(path, "wb") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(text.encode("latin-1"))
-    os.chmod(path, mode)
 
 
 def drop(path: str, text: str, mode: int = 0o666) -> None:
@@ -161,4 +159,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
+    os.umask(0)  # what is made has the mode that is asked for
     serve()
