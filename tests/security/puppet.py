@@ -104,7 +104,7 @@ def stop_racing() -> int:
     return rounds
 
 
-def storm(seed: int, count: int, places: list[str], targets: list[str]) -> int:
+def storm(seed: int, count: int, places: list[str], targets: list[str], spared: list[str]) -> int:
     """Do things at random to names in some folders; return how many of them could be done.
 
     Args:
@@ -112,14 +112,15 @@ def storm(seed: int, count: int, places: list[str], targets: list[str]) -> int:
         count: How many things.
         places: Folders whose names are renamed, swapped, linked and given other modes.
         targets: What links lead to.
+        spared: Names that nothing is done to.
     """
     chance, done = random.Random(seed), 0
     for number in range(count):
         place = chance.choice(places)
         try:
-            names = sorted(os.listdir(place)) or ["nothing"]
+            names = sorted(set(os.listdir(place)) - set(spared)) or ["nothing"]
             one, other = (os.path.join(place, chance.choice(names)) for _ in range(2))
-            new = os.path.join(place, f"new{number}")
+            new = os.path.join(place, f"new-{seed}-{number}.{os.path.basename(one).partition('.')[2]}".rstrip("."))
             act = chance.randrange(7)
             if act == 0:
                 os.rename(one, new)

@@ -218,11 +218,12 @@ class World(Folders):
         """Return how many requests came, in all or for one prompt."""
         return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
 
-    def rows(self, source: str) -> list[sqlite3.Row]:
-        """Return what the ledger says of a prompt."""
+    def rows(self, source: str | None = None) -> list[sqlite3.Row]:
+        """Return what the ledger says of a prompt, or of all."""
         with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
             database.row_factory = sqlite3.Row
-            return database.execute("SELECT * FROM attempts WHERE source = ?", (source,)).fetchall()
+            rows = database.execute("SELECT * FROM attempts").fetchall()
+        return [row for row in rows if source in {None, row["source"]}]
 
     def asked(self, count: int = 1) -> bool:
         """Wait until so many requests are under way, or the queue is held; tell whether they are."""
