@@ -142,11 +142,11 @@ def walk(top: Path) -> Iterator[Path]:
             yield Path(folder, name)
 
 
-def look(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Return what a folder is, and everything in it."""
+def look(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
+    """Return what a folder is, and everything in it. By its time a folder shows also what was in it for a moment."""
     found = {}
     for path in (folder, *walk(folder)):
         status = path.lstat()
         content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, content)
+        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, status.st_mtime_ns, content)
     return found

@@ -23,9 +23,11 @@ import structlog
 from conftest import Station
 from endpoint import Books, PaidEndpoint, Reply, picture
 
+from imagewatch.control import Control
 from imagewatch.durable import Disk
 from imagewatch.errors import SpoolError
 from imagewatch.outcome import End
+from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
 from imagewatch.worker import Worker
 from security.people import look, walk
@@ -52,6 +54,8 @@ TARGETS = {
     "refused": ("inbox/sub", "errors/sub", f"inbox/{CLAIMS}", "the claim"),
     "not readable": ("errors/sub", f"inbox/{CLAIMS}", "the claim"),
     "given back": ("inbox/sub", f"inbox/{CLAIMS}", "the claim"),
+    "put back by retry": ("inbox/sub", "errors/sub"),
+    "read again for retry": ("errors/sub", f"inbox/{CLAIMS}", "the claim"),
 }
 """Folders that are exchanged, by scene. In the claims folder only they can who share a file system without owners."""
 SCENES = {
@@ -59,8 +63,11 @@ SCENES = {
     "refused": ([Reply(400, b'{"message": "no cats"}', paid=False)], True),
     "not readable": ([Reply(body=b"<html>thank you")], True),
     "given back": ([Reply(402, b'{"message": "pay"}', paid=False), Reply()], False),
+    "put back by retry": ([Reply(400, b'{"message": "no cats"}', paid=False), Reply()], True),
+    "read again for retry": ([Reply(body=b"<html>thank you")], True),
 }
-"""What the endpoint answers, and whether the job may show an account's refusal."""
+"""What the endpoint answers, and whether the job may show an account's refusal. Of the last two the attacker sees only
+what follows after the prompt failed."""
 
 
 class AttackedDisk(Disk):
@@ -150,6 +157,7 @@ class Scene:
 
     def __init__(self, top: Path, name: str, attack: Attack) -> None:
         replies, blame = SCENES[name]
+        self._name = name
         self.attack, self.over = attack, False
         self.private = top / "private"
         self.private.mkdir(mode=0o700)
@@ -170,12 +178,12 @@ class Scene:
             blame=lambda _: blame,
             wait=lambda _: None,
         )
-        for door in ("outbox", "errors", "archive"):
-            (station.root / door / "sub").mkdir()
+        if attack.lasts:
+            for door in ("outbox", "errors", "archive"):
+                (station.root / door / "sub").mkdir()
         for file, content in sorted(DROPPED.items(), reverse=True):
             station.drop(f"sub/{file}", content)
         self.before = look(self.private)
-        self.disk.moment = self._moment
 
     def _moment(self) -> None:
         attack = self.attack
@@ -207,10 +215,31 @@ class Scene:
 
     def work(self) -> None:
         """Do the job under attack as far as it goes, then without."""
-        self._all(self._start)
+        act = self._start
+        if self._name == "put back by retry":
+            self._start()
+            act = self._put_back
+        elif self._name == "read again for retry":
+            self._start()
+            (job,) = os.listdir(self.station.spool.paid)
+            assert self.station.spool.reopen(job)
+            act = self._again
+        self.disk.moment = self._moment
+        self._all(act)
         self.disk.moment = lambda: None
         self.undo()
-        self._all(self._again)
+        self._all(act if self._name == "put back by retry" and self._failed() else self._again)
+
+    def _failed(self) -> list[Path]:
+        return list((self.station.errors / "sub").glob("*.error.toml"))
+
+    def _put_back(self) -> list[Outcome]:
+        station = self.station
+        config = station.config()
+        again = Retry(config.folders, self.disk, station.ledger, Control(config.folders.state, self.disk))
+        for path in self._failed():
+            again.put_back(again.read(str(path)))
+        return []
 
     def _start(self) -> list[Outcome]:
         sweep = Sweep(self.station.spool.inbox, self.station.config().inbox)
@@ -226,9 +255,9 @@ class Scene:
         for _ in range(4):
             with contextlib.suppress(SpoolError):
                 outcomes = act()
-                if all(outcome.end in {End.NOTHING, End.RETURNED, End.LATER} for outcome in outcomes):
+                if outcomes and all(outcome.end in {End.NOTHING, End.RETURNED, End.LATER} for outcome in outcomes):
                     return
-            act = self._again
+                act = self._again
 
     def check(self) -> None:
         """Look at everything from outside."""
@@ -292,7 +321,7 @@ def test_a_folder_that_is_exchanged_at_any_moment_gives_nothing_away_and_takes_n
     undisturbed = playing(name, Attack(target, at=0, lasts=False))
     assert undisturbed.over
     moments = undisturbed.attack.moments
-    assert moments > 40
+    assert moments > 10
     every = 1 if ALL else max(1, moments // MOMENTS)
     problems = []
     for lasts in (False, True):
@@ -302,4 +331,6 @@ def test_a_folder_that_is_exchanged_at_any_moment_gives_nothing_away_and_takes_n
                 assert scene.over, f"not over after the attack: {scene.attack}"
             except AssertionError as error:
                 problems.append(str(error).partition("\n")[0])
+            except OSError as error:  # the daemon would take it for a bug
+                problems.append(f"{error!r}: {at}, {lasts}")
     assert problems == []
