@@ -95,7 +95,7 @@ class Claims:
         if known is None:
             self._take()
             return
-        self._tops.know(self.path, known, is_private=self._is_private(known.status()))
+        self._tops.know(self.path, known)
         if named is not None and not os.path.samestat(named, known.status()):
             raise self._not_ours(self._name_of(known))
         if named is None:
@@ -146,7 +146,7 @@ class Claims:
         if not self._is_ours(status):
             self._tops.know(self.path, None)
             raise self._not_ours("")
-        self._tops.know(self.path, folder, is_private=self._is_private(status))
+        self._tops.know(self.path, folder)
         if self._remembered() != status.st_ino:
             self._disk.write(self._memory, json.dumps({"inode": status.st_ino}).encode())
 
@@ -163,8 +163,12 @@ class Claims:
             return True
         return not self.keeps_owners()
 
-    def _is_private(self, status: os.stat_result) -> bool:
+    def is_private(self) -> bool:
         """Tell whether it is known that nobody else can change what is in it."""
+        folder = self._tops.opened(self.path)
+        if folder is None:
+            return False
+        status = folder.status()
         owned = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
         return owned and is_local(self._inbox)
 

@@ -609,7 +609,7 @@ def _keep_mode(source: int, copy: int) -> None:
     except OSError:
         mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
     with contextlib.suppress(PermissionError):  # a file system without modes
-        os.fchmod(copy, mode | stat.S_IRUSR | stat.S_IWUSR)
+        os.fchmod(copy, mode)
 
 
 @functools.cache

@@ -186,11 +186,6 @@ class Tops:
         """Tell whether a path is that of an open folder, or leads to something in one."""
         return self._exact(path) is not None or self._covering(path) is not None
 
-    def is_private(self, path: str) -> bool:
-        """Tell whether nobody else can change what is in an open folder."""
-        top = self._exact(path)
-        return top is not None and top.is_private
-
     def is_replaced(self, path: str) -> bool:
         """Tell whether another folder has the path of a top now, or none has; a folder that was not opened is none.
 

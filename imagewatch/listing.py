@@ -310,7 +310,8 @@ class Folders:
         with self._opened(folder.path) as descriptor:
             if folder.is_other(descriptor):
                 folder.place, folder.is_local = place_of(descriptor), self._is_local(full)
-            if folder.place != self.add("").place:
+            if folder.place != self.add("").place or self._is_claims(descriptor):
+                folder.inner = []
                 return
             differs = folder.may_differ(descriptor, now, keeps_times=self._keeps_times(full))
             if differs or visitor.offer or not folder.unsettled.are_named:
@@ -320,6 +321,11 @@ class Folders:
                 stems = list(folder.unsettled)
             for stem in stems:
                 visitor.observe(folder, stem, descriptor)
+
+    def _is_claims(self, descriptor: int) -> bool:
+        """Tell whether it is the folder of claimed files, which others may have given another name."""
+        claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
+        return claims is not None and os.path.samestat(claims.status(), os.fstat(descriptor))
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:

@@ -567,7 +567,7 @@ class Spool:
         Where others can change a claim, a file must also have the size of the one that was claimed.
         """
         names = self._claimed_names(claim.job).intersection(claim.originals)
-        if self.tops.is_private(self.claims):
+        if self._claims.is_private():
             return names
         return {name for name in names if self._has_claimed_size(claim, name)}
 

@@ -148,5 +148,11 @@ def look(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
     for path in (folder, *walk(folder)):
         status = path.lstat()
         content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, status.st_mtime_ns, content)
+        found[str(path.relative_to(folder))] = (
+            status.st_ino,
+            status.st_mode,
+            status.st_uid,
+            status.st_mtime_ns,
+            content,
+        )
     return found

@@ -229,6 +229,7 @@ class Scene:
         self.disk.moment = lambda: None
         self.undo()
         self._all(act if self._name == "put back by retry" and self._failed() else self._again)
+        self._all(self._again)  # what met the attack before its first request has only been given back by now
 
     def _failed(self) -> list[Path]:
         return list((self.station.errors / "sub").glob("*.error.toml"))
