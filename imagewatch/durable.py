@@ -99,7 +99,7 @@ class _Whole(io.FileIO):
             return done
 
 
-_RESTORE = "put the folder back that was there; the daemon resumes automatically"
+_RESTORE = "put back the folder that was there"
 
 
 def _hint(code: int) -> str:
