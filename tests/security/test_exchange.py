@@ -26,7 +26,6 @@ from endpoint import Books, PaidEndpoint, Reply, picture
 from imagewatch.control import Control
 from imagewatch.durable import Disk
 from imagewatch.errors import SpoolError
-from imagewatch.outcome import End
 from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
 from imagewatch.worker import Worker
@@ -225,11 +224,19 @@ class Scene:
             assert self.station.spool.reopen(job)
             act = self._again
         self.disk.moment = self._moment
-        self._all(act)
+        for _ in range(4):
+            with contextlib.suppress(SpoolError):
+                if act() == []:
+                    break
+                act = self._again
         self.disk.moment = lambda: None
         self.undo()
-        self._all(act if self._name == "put back by retry" and self._failed() else self._again)
-        self._all(self._again)  # what met the attack before its first request has only been given back by now
+        for _ in range(8):
+            with contextlib.suppress(SpoolError):
+                if self._name == "put back by retry":
+                    self._put_back()
+                if self._again() == []:
+                    break
 
     def _failed(self) -> list[Path]:
         return list((self.station.errors / "sub").glob("*.error.toml"))
@@ -250,15 +257,6 @@ class Scene:
     def _again(self) -> list[Outcome]:
         outcomes = [self.worker.process(job, resumed=True) for job in self.station.spool.unfinished()]
         return outcomes + self._start()
-
-    def _all(self, act: Callable[[], list[Outcome]]) -> None:
-        """Do something again and again, for as long as there is something to do."""
-        for _ in range(4):
-            with contextlib.suppress(SpoolError):
-                outcomes = act()
-                if outcomes and all(outcome.end in {End.NOTHING, End.RETURNED, End.LATER} for outcome in outcomes):
-                    return
-                act = self._again
 
     def check(self) -> None:
         """Look at everything from outside."""

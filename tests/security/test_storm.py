@@ -86,7 +86,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
         done += storm(world, number, seed, tops, (CLAIMS, "theirs"))
     assert done > ROUNDS * ACTS // 4
     all_honest_are_made_once(world)
-    world.wait(lambda: not world.status()["in_flight"], "the end of what is under way")
+    world.is_quiet()
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     books_agree(world)
@@ -107,7 +107,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is
     put_in_order(world, own)
     world.release()
     all_honest_are_made_once(world)
-    world.wait(lambda: not world.status()["in_flight"], "the end of what is under way")
+    world.is_quiet()
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     books_agree(world)

@@ -234,6 +234,16 @@ class World(Folders):
         """Wait until no job is left."""
         self.wait(lambda: not any((self.state / "jobs").iterdir()), "the end of all jobs")
 
+    def is_quiet(self) -> None:
+        """Wait until there is no hold, and every job that is left is known to be stuck."""
+
+        def quiet() -> bool:
+            page = self.status()
+            stuck = {job["job"] for job in page["stuck"]}
+            return not page["holds"] and {path.name for path in (self.state / "jobs").iterdir()} <= stuck
+
+        self.wait(quiet, "the end of all jobs but those that are stuck")
+
     # What must be true
 
     def nothing_leaked(self, *, places: tuple[Path, ...] = ()) -> None:
