@@ -858,6 +858,76 @@ def test_a_hostile_argument_is_told_in_words_and_never_raw(arguments):
     assert not RAW.search(os.fsencode(done.stdout + done.stderr)), done.stderr
 
 
+# Bugs, and dependencies that are not as expected
+
+
+def disturbed(folder: Path, **modules: str) -> dict[str, str]:
+    """The environment in which Python finds these modules first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_a_bug_after_the_work_does_not_look_like_a_failed_job(folders, sandbox, tmp_path):
+    folders.prompt("cat", "A cat")
+    other = "import click.exceptions\ndel click.exceptions.NoArgsIsHelpError\n"
+    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
+    assert (done.returncode, folders.documents()) == (70, {"cat": "outbox"})
+    assert "Traceback" in done.stderr
+    *_, what, then = done.stderr.splitlines()
+    assert what.startswith("imagewatch: internal error: AttributeError: ")
+    assert "look into the folders" in then
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_bug_in_a_paid_job_does_not_look_like_a_failed_job_and_the_next_start_finishes_it(folders, sandbox, tmp_path):
+    folders.prompt("cat", "A cat")
+    folders.prompt("dog", "[sandbox: 422] A dog")
+    other = "def dumps():\n    pass\n"
+    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", tomli_w=other)})
+    assert (done.returncode, folders.documents()) == (70, {})
+    assert "a bug in imagewatch" in done.stderr
+    done = imagewatch("once", environ=folders.environ)
+    assert (done.returncode, folders.documents()) == (1, {"cat": "outbox", "dog": "errors"})
+    assert sandbox.report()["requests"] == 2
+
+
+@pytest.mark.parametrize(
+    "program", [[sys.executable, "-m", "imagewatch"], [sys.executable.rpartition("/")[0] + "/imagewatch"]]
+)
+def test_a_program_that_cannot_be_loaded_does_not_look_like_a_failed_job(folders, tmp_path, program):
+    folders.prompt("cat", "A cat")
+    environ = {"PATH": os.environ["PATH"], **folders.environ}
+    environ |= disturbed(tmp_path / "other", click="raise ImportError('built for another Python')\n")
+    done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, folders.names("inbox")) == (70, ["cat.prompt.txt"])
+    assert "built for another Python" in done.stderr
+    assert done.stderr.endswith("imagewatch: the program cannot be loaded\n  install it again, with its dependencies\n")
+
+
+def test_what_a_bug_says_reaches_no_terminal_raw(folders, tmp_path):
+    other = (
+        "import structlog\n"
+        "def configure(**_): raise TypeError('\\x1b[31m an end \\u202e\\nand more')\n"
+        "structlog.configure = configure\n"
+    )
+    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
+    assert (done.returncode, "an end" in done.stderr) == (70, True)
+    assert not RAW.search(os.fsencode(done.stdout + done.stderr)), done.stderr
+
+
+@pytest.mark.parametrize("text", ["A cat", "[sandbox: 422] A cat"])
+def test_once_whose_reader_is_gone_does_not_look_like_a_failed_job(folders, text):
+    folders.prompt("cat", text)
+    environ = {"PATH": os.environ["PATH"], **folders.environ}
+    with deaf("gone") as stream:
+        command = [sys.executable, "-m", "imagewatch", "once", "--json"]
+        done = subprocess.run(command, env=environ, stdout=stream, stderr=subprocess.PIPE, timeout=40, check=False)
+    assert (done.returncode, list(folders.documents())) == (74, ["cat"])
+    assert b"Traceback" not in done.stderr
+
+
 def test_a_bug_is_logged_with_its_end_and_without_control_characters():
     script = (
         "import structlog; from imagewatch import log\n"
