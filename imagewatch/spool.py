@@ -165,6 +165,7 @@ class Spool:
         with contextlib.suppress(NotOursError):
             self._claims.require()
         self._sync_above([*self._all(), self.jobs, self.claims])
+        self._remove_probes()
         self._drop_twins()
         with contextlib.suppress(NotOursError):
             self.probe()
@@ -297,8 +298,24 @@ class Spool:
         self.require_folders()
         self._require_claims()
         for folder in self._all()[1:]:
-            self.disk.probe(folder, _PROBE)
+            self.disk.probe(folder, self._probe())
         self._prove_claim()
+
+    def _probe(self) -> str:
+        """Return a name for a short-lived file, in whose way nobody can put anything."""
+        return f"{_PROBE}.{self.new_job()}"
+
+    def _remove_probes(self) -> None:
+        """Remove what a write probe of ours has left that was killed."""
+        for folder in (*self._all(), *([self.claims] if self._claims.is_open() else [])):
+            with ours(folder, "list the folder"):
+                names = [name for name in self.tops.names(folder) if name.startswith(_PROBE)]
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError, SpoolError):
+                    status = self.tops.lstat(path)
+                    if status.st_uid == os.geteuid():
+                        (self.disk.remove_folder if stat.S_ISDIR(status.st_mode) else self.disk.unlink)(path)
 
     def require_room(self, least: int) -> None:
         """Make sure that a paid answer can be taken in.
@@ -318,9 +335,8 @@ class Spool:
 
     def _prove_claim(self) -> None:
         """Prove that a file can be renamed from the inbox into a claim."""
-        self.disk.unlink(os.path.join(self.claims, _PROBE))
-        self.disk.unlink(os.path.join(self.inbox, _PROBE))
-        source, target = os.path.join(self.inbox, _PROBE), os.path.join(self.claims, _PROBE)
+        name = self._probe()
+        source, target = os.path.join(self.inbox, name), os.path.join(self.claims, name)
         self.disk.create(source).close()
         try:
             with ours(self.inbox, "rename a file inside the inbox, which claiming a prompt needs"):
@@ -331,9 +347,7 @@ class Spool:
 
     def _prove_outbox(self) -> None:
         """Prove that what we publish can get the mode and the group it is to have."""
-        path, folder = os.path.join(self.outbox, _PROBE), os.path.join(self.outbox, _PROBE + ".d")
-        self.disk.unlink(path)
-        self.disk.remove_folder(folder)  # of a start that died here
+        path, folder = os.path.join(self.outbox, self._probe()), os.path.join(self.outbox, self._probe() + ".d")
         try:
             with closing(self.disk.create(path), path) as file, ours(self.outbox, "set [outbox] file_mode or group"):
                 self._finish(file.fileno())
