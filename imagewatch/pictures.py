@@ -176,7 +176,7 @@ class Pictures:
                     # A share, or one host that dribbles uses up the time of all.
                     self._try(one, round(max(left / (len(waiting) - position), _LEAST_SECONDS), 1))
             rounds += 1
-            pause = min(0.25 * 2**rounds, _LONGEST_PAUSE)
+            pause = min(0.25 * 2 ** min(rounds, 30), _LONGEST_PAUSE)
             waiting = [one for one in waiting if one.waits]
             if not waiting or self._now() + pause >= until:
                 return
