@@ -56,9 +56,11 @@ def address_in(host: str) -> Address | None:
     """Return the address that a host of a URL is, in any notation that a resolver takes for one; None for a name.
 
     Args:
-        host: Without brackets. ``127.1``, ``0x7f000001`` and ``2130706433`` are addresses, too.
+        host: Without brackets. ``127.1``, ``0x7f000001``, ``2130706433`` and ``localhost`` are addresses, too.
     """
-    host = host.rstrip(".")
+    host = host.rstrip(".").lower()
+    if host == "localhost" or host.endswith(".localhost"):
+        return ipaddress.IPv4Address("127.0.0.1")
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host)
     with contextlib.suppress(OSError, ValueError):  # a null byte is a ValueError

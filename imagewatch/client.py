@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import re
 import ssl
 import threading
 import time
@@ -55,6 +56,7 @@ _KEPT_HEADERS = (
     "date",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
@@ -327,7 +329,10 @@ class Client:
         allowed = {"https", "http"} if self.local else {"https"}
         if parts.scheme not in allowed or not parts.host or parts.userinfo:
             raise FetchError(f"{bare(url)}: only a plain {' or '.join(sorted(allowed))} url is fetched", final=True)
-        address = address_in(parts.raw_host.decode("ascii"))
+        host = parts.raw_host.decode("ascii")
+        if not _HOST.fullmatch(host) or not 0 < (parts.port or 443) < 1 << 16:
+            raise FetchError("the url cannot be read", final=True)  # not by everybody in the same way
+        address = address_in(host)
         if address is not None and not self._may_connect(str(address)):
             raise _not_public(url)
         return parts

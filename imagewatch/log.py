@@ -171,7 +171,8 @@ class _Journal:
 
 def _masked(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Take the keys out of whatever is logged: a server may have repeated one."""
-    return {**event, **known.values(event)}
+    masked: MutableMapping[str, Any] = known.values(event)
+    return masked
 
 
 def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

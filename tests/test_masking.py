@@ -6,6 +6,7 @@ import base64
 import contextlib
 import gzip
 import html
+import io
 import json
 import os
 import re
@@ -16,11 +17,13 @@ import zlib
 from pathlib import Path
 
 import pytest
+import structlog
 from conftest import KEY, Doubting, Folders, Station, command
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Scripted, answer, answering, drop, made, paid, picture, refused
 
+from imagewatch import log
 from imagewatch.client import Client
 from imagewatch.config import Endpoint
 from imagewatch.key import Key
@@ -259,11 +262,37 @@ def test_once_and_its_status_do_not_repeat_the_key(tmp_path, form):
     assert not gives_away(command(folders, "status", "--json").stdout)
 
 
-def test_a_balance_whose_names_hold_the_key_is_not_shown_with_it(tmp_path):
-    with Scripted(answering(json.dumps({"total_balance": 3, f"{KEY}_balance": 4}).encode())) as server:
-        client = Client(Endpoint(base_url=server.base_url), lambda: Key(KEY))
+def test_a_balance_whose_names_hold_the_key_is_not_shown_with_it():
+    key = "sk_let_test_abcdefghi"
+    names = ("total_balance", f"{key}_balance", key.replace("k", "\\u006b") + "_balance")
+    body = ", ".join(f'"{name}": 3' for name in names)
+    with Scripted(answering(f"{{{body}}}".encode())) as server:
+        client = Client(Endpoint(base_url=server.base_url), lambda: Key(key))
         with contextlib.closing(client):
             assert client.balance() == {"total_balance": 3}
+
+
+@pytest.fixture
+def _log_restored():
+    before = structlog.get_config()
+    yield
+    structlog.configure(**before)
+
+
+@pytest.mark.usefixtures("_log_restored")
+@pytest.mark.parametrize("form", ["json", "console"])
+def test_whatever_is_logged_after_a_key_was_sent_does_not_hold_it(station, form):
+    drop(station, ASK)
+    station.work()
+    out = io.StringIO()
+    log.configure("info", form, out)
+    structlog.get_logger().info(f"said {KEY}", reason=f"{KEY}!", **{KEY: ["a", {"b": KEY}]})
+    try:
+        int(f"met {KEY}")
+    except ValueError:
+        structlog.get_logger().exception("a bug")
+    assert out.getvalue().count("***") >= 5
+    assert KEY not in out.getvalue()
 
 
 # Keys that are not of ordinary length
