@@ -18,7 +18,7 @@ _FRAMING_SHARE: Final = 16
 """Framing beyond the above may be the sixteenth part of what it frames: chunks of some hundred bytes."""
 _SMALL_BYTES: Final = 512
 _MOST_SMALL: Final = 1000
-_PAUSE: Final = 0.001
+_PAUSE: Final = 0.002
 _NEVER: Final = threading.Event()
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 

@@ -8,6 +8,7 @@ holds is trusted.
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import json
@@ -176,12 +177,15 @@ class Plain:
         if self._inflate is None:
             yield chunk
             return
-        try:
-            while chunk and not self._inflate.eof:
-                yield self._inflate.decompress(chunk, _INFLATED_BYTES)
-                chunk = self._inflate.unconsumed_tail
-        except zlib.error as error:
-            raise UndecodableError(f"the compressed answer is damaged: {error}") from None
+        while chunk and not self._inflate.eof:
+            before = self._inflate.copy()
+            try:
+                piece = self._inflate.decompress(chunk, _INFLATED_BYTES)
+            except zlib.error as error:
+                yield from _undamaged(before, chunk)
+                raise UndecodableError(f"the compressed answer is damaged: {error}") from None
+            yield piece
+            chunk = self._inflate.unconsumed_tail
 
     def end(self) -> bytes:
         """Return what is left when nothing more comes."""
@@ -199,6 +203,13 @@ def plain(chunks: Iterable[bytes], coding: str) -> Iterator[bytes]:
     for chunk in chunks:
         yield from body.feed(chunk)
     yield body.end()
+
+
+def _undamaged(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
+    """Yield what is in a piece before the damage: whoever finds that returns nothing else."""
+    with contextlib.suppress(zlib.error):
+        for place in range(len(chunk)):
+            yield inflate.decompress(chunk[place : place + 1])
 
 
 def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
