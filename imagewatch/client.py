@@ -256,8 +256,10 @@ class Client:
                 with self.prepare()[0].stream(
                     "GET", url, headers=headers, timeout=seconds, extensions={"trace": call.trace}
                 ) as response:
-                    for chunk in _pieces(response, call, _MOST_BALANCE_BYTES):
+                    for chunk in _pieces(response, call, self._endpoint.max_response_bytes):
                         body += chunk
+                        if len(body) > _MOST_BALANCE_BYTES:
+                            break
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
                 raise Unavailable(call.reason or _reason(error, key.secret)) from None
         found = balance(body) if response.is_success else {}

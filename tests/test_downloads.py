@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import os
 import select
-import socket
 import subprocess
 import sys
 
@@ -27,7 +26,7 @@ from scripted import (
     tunnel,
 )
 
-from imagewatch import pictures
+from imagewatch import network, pictures
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
 from imagewatch.durable import Disk
@@ -306,21 +305,21 @@ def test_a_fetch_that_breaks_is_tried_again_as_it_is_free(tmp_path):
 
 
 def test_a_host_that_hangs_up_at_once_is_tried_again_and_not_taken_for_our_disk(tmp_path, monkeypatch):
-    connect, rude = socket.create_connection, []
+    connect, rude = network._connection, []
 
-    def connected(address, *rest, **more):
+    def connected(found, *rest):
         """Look at the connection no earlier than its other end has reset it."""
-        first = address[1] in rude
+        first = found[0][4][1] in rude
         if first:
             rude.clear()  # whatever comes of it: it may be reset before it stands
-        connection = connect(address, *rest, **more)
+        connection = connect(found, *rest)
         if first:
             poll = select.poll()
             poll.register(connection, 0)
             assert poll.poll(20_000)
         return connection
 
-    monkeypatch.setattr(socket, "create_connection", connected)
+    monkeypatch.setattr(network, "_connection", connected)
     with (
         Scripted(lambda exchange: exchange.reset(), at_once) as images,
         answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock()) as station,
