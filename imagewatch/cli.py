@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import shlex
 import sys
 import threading
 import traceback
@@ -257,7 +258,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     It checks requests as strictly as the contract says, draws placeholders, and counts what it would have charged
     (GET /sandbox/report). A prompt with a tag like "[sandbox: 402]" gets that answer.
     """
-    from imagewatch.sandbox import Sandbox, tags_help  # noqa: PLC0415
+    from imagewatch.sandbox import PROPOSED_KEY, Sandbox, tags_help  # noqa: PLC0415
 
     if tags:
         click.echo(tags_help())
@@ -270,8 +271,10 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
         raise UsageError(
             f"the sandbox {error.problems[0].reason}", hint="name another port by --port; 0 takes a free one"
         ) from None
+    proposed = shlex.quote(key or PROPOSED_KEY)
     click.echo(
-        f"The sandbox listens. Use it with:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY=any imagewatch run\n"
+        f"The sandbox is listening. To use it, run:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY={proposed} "
+        "imagewatch run\n"
     )
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import pybase64
 
-from imagewatch.wire import number, parse
+from imagewatch.masking import known
+from imagewatch.wire import UndecodableError, is_coding, number, parse, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-_PIECE_BYTES = 48 * 1024
 _SKELETON_BYTES = 4 << 20
 _MOST_IMAGES = 64
+_LONGEST_SECRET = 64 * 1024
+"""Bytes; how much is held back of what may be shown, as a key may be cut in two."""
 _BLANKS = (b" ", b"\t", b"\r", b"\n")
 
 
@@ -84,7 +85,7 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
         problem = str(error)
     finally:
         splitter.close()
-    decoded = parse(splitter.skeleton())
+    decoded = known.values(parse(splitter.skeleton()))
     body = decoded if isinstance(decoded, dict) else {}
     entries = body.get("images")
     if isinstance(entries, list):
@@ -137,26 +138,41 @@ class _UnreadableError(Exception):
 
 
 def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield the body without its content coding, at most ``limit`` bytes of it."""
+    """Yield the body without its content coding, at most ``limit`` bytes of it if it has one."""
     coding = encoding.strip().lower()
     if coding in {"", "identity"}:
         yield from chunks
         return
-    if coding not in {"gzip", "x-gzip", "deflate"}:
+    if not is_coding(coding):
         raise _UnreadableError(f"the answer is encoded as {coding[:40]!r}, which nobody asked for")
-    inflate, total = zlib.decompressobj(47), 0
+    total = 0
     try:
-        for chunk in chunks:
-            data = chunk
-            while data and not inflate.eof:
-                plain = inflate.decompress(data, _PIECE_BYTES)
-                total += len(plain)
-                if total > limit:
-                    raise _UnreadableError(f"the compressed answer grows beyond {limit:,} bytes")
-                yield plain
-                data = inflate.unconsumed_tail
-    except zlib.error as error:
-        raise _UnreadableError(f"the compressed answer is damaged: {error}") from None
+        for piece in plain(chunks, coding):
+            total += len(piece)
+            if total > limit:
+                raise _UnreadableError(f"the compressed answer grows beyond {limit:,} bytes")
+            yield piece
+    except UndecodableError as error:
+        raise _UnreadableError(str(error)) from None
+
+
+def shown(chunks: Iterable[bytes], *, encoding: str, limit: int) -> Iterator[bytes]:
+    """Yield what others may see of a paid answer: without the key in any form, even if that damages an image.
+
+    Args:
+        chunks: The raw body.
+        encoding: Its ``Content-Encoding``, or an empty string.
+        limit: Most bytes a compressed body may grow to.
+    """
+    held = b""
+    try:
+        for piece in _plain(chunks, encoding, limit):
+            held = known.content(held + piece)
+            yield held[:-_LONGEST_SECRET]
+            held = held[-_LONGEST_SECRET:]
+    except _UnreadableError as error:
+        held += f"\n[{error}; the whole answer is kept in the state folder]\n".encode()
+    yield held
 
 
 class _Splitter:

@@ -51,6 +51,7 @@ def test_a_module_imports_only_from_lower_layers(module):
     ("library", "owners"),
     [
         ("httpx", {"client"}),
+        ("httpcore", {"network"}),
         ("sqlite3", {"ledger"}),
         ("watchdog", {"watcher"}),
         ("tomli_w", {"documents", "sender"}),
