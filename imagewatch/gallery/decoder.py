@@ -29,7 +29,8 @@ REPLY = struct.Struct("!BI")
 """What comes before an answer: what it is (``MADE``, ``BROKEN`` or ``UNREAD``) and its length, bytes."""
 MADE, BROKEN, UNREAD = range(3)
 
-_PROGRAM = "import sys; sys.path[:] = sys.argv[1:]; from imagewatch.gallery.shrink import main; main()"
+_PROGRAM = "import sys; _, user, *sys.path = sys.argv; from imagewatch.gallery.shrink import main; main(int(user))"
+_NOBODY = 65534
 _MOST_BYTES = 1 << 20
 """Of an answer. A thumbnail without compression is 400 kB."""
 _ITS_OWN_FAULT = frozenset(
@@ -128,7 +129,8 @@ class Decoder:
             mine, its = socket.socketpair()
             with its:
                 # Its modules are found where ours were. The environment may hold the key.
-                command = [sys.executable, "-P", "-c", _PROGRAM, *sys.path]
+                user = os.geteuid() or _NOBODY
+                command = [sys.executable, "-P", "-c", _PROGRAM, str(user), *sys.path]
                 root = 0 if os.getuid() == 0 else None  # also if it has stepped down: who else may read the program?
                 kept = {name: value for name, value in os.environ.items() if name.startswith(("PYTHON", "LD_"))}
                 try:

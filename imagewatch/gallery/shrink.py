@@ -32,10 +32,14 @@ _GAP = 1.25
 _NOBODY = 65534
 
 
-def main() -> None:
-    """Make thumbnails until the parent is gone."""
+def main(user: int) -> None:
+    """Make thumbnails until the parent is gone.
+
+    Args:
+        user: Number of the user to become, as root: one whom the parent may kill.
+    """
     channel = socket.socket(fileno=0)
-    _confine()
+    _confine(user)
     while True:
         request, descriptors, _, _ = socket.recv_fds(channel, REQUEST.size, 1)
         if len(request) < REQUEST.size or not descriptors:
@@ -48,7 +52,7 @@ def main() -> None:
         channel.sendall(REPLY.pack(kind, len(content)) + content)
 
 
-def _confine() -> None:
+def _confine(user: int) -> None:
     """Give up what a decoder does not need, for the case that a picture takes it over."""
     Image.preinit()
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
@@ -58,7 +62,7 @@ def _confine() -> None:
         with contextlib.suppress(OSError):  # a namespace that has no such user
             os.setgroups([])
             os.setresgid(_NOBODY, _NOBODY, _NOBODY)
-            os.setresuid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresuid(user, user, user)
 
 
 def _answer(file: IO[bytes], most_pixels: int) -> tuple[int, bytes]:
