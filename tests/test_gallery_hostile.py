@@ -454,14 +454,14 @@ def test_folders_in_each_other_without_end_are_named_and_cost_little(shelf: Shel
 def test_a_flood_of_documents_leaves_the_newest_on_the_page(shelf: Shelf):
     shelf.made("new", picture())
     flood = tomli_w.dumps({"source": "x", "charged": "yes", "problems": ["<" * 4000] * 60}).encode()
-    for k in range(300):
+    for k in range(30):
         shelf.put(f"outbox/flood-{k}.receipt.toml", flood)
         os.utime(shelf.root / f"outbox/flood-{k}.receipt.toml", (1, 1))
     written = shelf.gallery().write()
     assert "new" in {one["name"] for one in shelf.jobs}
     [note] = written.notes
     assert note.endswith("older receipts and error files are not shown: they are too many")
-    assert int(note.split()[0]) == 301 - len(shelf.jobs)
+    assert int(note.split()[0]) == 31 - len(shelf.jobs) > 10
 
 
 # Root

@@ -20,6 +20,7 @@ import msgspec
 from imagewatch.documents import unvouched
 from imagewatch.fields import shown
 from imagewatch.gallery.folders import DEEPEST, Source, below, identity, opened, unfit
+from imagewatch.gallery.page import inert
 from imagewatch.images import IMAGE_SUFFIXES
 from imagewatch.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.text import whole
@@ -38,8 +39,8 @@ _MOST_FILES = 50
 _MOST_NOTES = 50
 _MOST_READ = 128 << 20
 """Of all documents, the newest first, so that a flood of them does not keep the page from being written."""
-_MOST_SHOWN = 32 << 20
-"""Of all jobs on the page, which are 500 bytes each, as a rule."""
+_MOST_SHOWN = 16 << 20
+"""Of all jobs on the page, bytes; a job has 500, as a rule."""
 _LONGEST_ID = 64
 _LONGEST_NAME = 6 * NAME_MAX
 """Of a file, characters: what was never text is written with six for each byte."""
@@ -237,7 +238,7 @@ class Reader:
             job = _job(shelves, one.door, one.folder, one.name, read)
             look.jobs.append(job)
             read_bytes += min(one.bytes, _MOST_BYTES)
-            shown_bytes += len(msgspec.json.encode(job))
+            shown_bytes += len(inert(msgspec.json.encode(job)))
         self._known = known
 
     def _read(self, shelf: _Shelf, one: _Found) -> _Read | None:

@@ -74,7 +74,7 @@ def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, w
         "title": html.escape(title),
         "css": PARTS["css"],
         "js": PARTS["js"],
-        "data": _inert(msgspec.json.encode(data).decode()),
+        "data": inert(msgspec.json.encode(data)).decode(),
     }
     text = _SLOT.sub(lambda slot: slots[slot[1]], PARTS["html"])
     return Page(MARK + b"\n" + text.encode(), stamp)
@@ -99,6 +99,6 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _inert(json: str) -> str:
+def inert(json: bytes) -> bytes:
     """Return JSON in which nothing can end the block that it stands in."""
-    return json.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+    return json.replace(b"<", rb"\u003c").replace(b">", rb"\u003e").replace(b"&", rb"\u0026")
