@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 from datetime import datetime
@@ -250,6 +251,18 @@ ATTEMPTS = {
 }
 
 
+def said_to(server: socket.socket) -> list[bytes]:
+    """What was sent so far; before the policy is asked, Chromium may connect where a frame or form leads."""
+    said = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(BlockingIOError):
+                connection.settimeout(0)
+                said.append(connection.recv(1000))
+    return [content for content in said if content]
+
+
 def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_else(chromium: Chromium, shelf: Shelf):
     visit(chromium, shelf)
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -265,14 +278,13 @@ def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_els
         for attempt in ATTEMPTS.values():
             chromium.run(f"(() => {{ try {{ {attempt} }} catch {{ }} }})()")
         until(lambda: set(ATTEMPTS) <= set(chromium.run("[...violated]")))
-        chromium.run("put('object', { data: url }), put('embed', { src: url })")
-        for attempt in ("put('p', { onclick: 'window.pwned=1' }).click()", "put('script', { src: url })", "eval('1')"):
-            refused = chromium.run(f"(() => {{ try {{ {attempt} }} catch (error) {{ return error.name }} }})()")
-            assert refused in {"TypeError", "EvalError"}, attempt
+        for element, name in (("p", "onclick"), ("script", "src"), ("object", "data"), ("embed", "src")):
+            attempt = f"try {{ put('{element}', {{ {name}: url }}) }} catch (error) {{ return error.name }}"
+            assert chromium.run(f"(() => {{ {attempt} }})()") == "TypeError", element
         assert chromium.run("typeof pwned") == "undefined"
         assert chromium.run("document.baseURI").startswith("file:")
-        with pytest.raises(BlockingIOError):
-            server.accept()
+        chromium.open("about:blank")
+        assert said_to(server) == []
 
 
 # Finding
