@@ -314,7 +314,8 @@ def init(file: str) -> None:
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
     """Write a page of all pictures, costs and failures.
 
-    One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files.
+    One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files. Run
+    by root, it works with the rights of the owner of the page's folder.
     """
     from imagewatch.gallery import Gallery, Written, keep_fresh  # noqa: PLC0415
 
@@ -328,6 +329,7 @@ def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
             click.echo(f"\r  {done} of {total} thumbnails", nl=done == total, err=True)
 
     page = Gallery(admin.load(path), output)
+    page.step_down()
     tell(page.write(count))
     if watch:
         with contextlib.suppress(KeyboardInterrupt):
