@@ -120,12 +120,11 @@ def test_every_link_in_the_documents_leads_somewhere():
             assert (document.parent / target).exists(), f"{document.name}: {target}"
 
 
-@pytest.mark.parametrize("page", ["guarantees", "watching"])
+@pytest.mark.parametrize("page", ["guarantees", "security", "watching"])
 def test_every_test_that_a_page_names_exists(page):
     named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / f"docs/{page}.md").read_text()))
-    files = {path.stem for path in (ROOT / "tests").glob("test_*.py")}
-    functions = set()
-    for path in (ROOT / "tests").glob("test_*.py"):
-        functions |= set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+    paths = list((ROOT / "tests").rglob("test_*.py"))
+    files = {path.stem for path in paths}
+    functions = {name for path in paths for name in re.findall(r"^ *def (test_\w+)", path.read_text(), re.MULTILINE)}
     assert len(named) > 15
     assert named <= files | functions
