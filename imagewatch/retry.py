@@ -23,7 +23,7 @@ from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
 from imagewatch.text import printable, whole
-from imagewatch.untrusted import RefusedError, folder_of, is_private, open_file
+from imagewatch.untrusted import RefusedError, is_private, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -212,10 +212,9 @@ class Retry:
         if not self._tops.exists(path):
             return
         with ours(path, "look at the file"):
-            place = self._tops.at(path)
-            status, folder = place.lstat(), folder_of(place, path)
+            status, folder = self._tops.lstat(path), self._tops.folder(os.path.dirname(path)).status()
         if stat.S_ISREG(status.st_mode) and is_private(status, folder):
-            message = f"{printable(path)}: is a hard link to a file that not everybody may read here"
+            message = f"{printable(path)}: is a hard link to a private file"
             raise SpoolError(message, path=path, hint="remove it; nothing was moved")
 
     def _require_prompt(self, failed: Failed, new: str) -> None:

@@ -21,11 +21,11 @@ from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError, UsageError
 from imagewatch.gallery import rights
 from imagewatch.gallery.decoder import Patience
-from imagewatch.gallery.folders import opened
 from imagewatch.gallery.jobs import Look, Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
 from imagewatch.text import printable, whole
+from imagewatch.untrusted import open_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,7 +171,7 @@ class Gallery:
     def _there(self) -> bytes:
         """Return the page that is there; nothing when there is none."""
         try:
-            with open(opened(self.path), "rb") as file:
+            with open_at(self.path, None) as file:
                 return file.read()
         except (OSError, ValueError):
             return b""
@@ -194,7 +194,7 @@ class Gallery:
                     told = f"{printable(self.path)}: is in the folder {name}, where only the files of jobs may be"
                     raise UsageError(told, hint=_ELSEWHERE)
         try:
-            with open(opened(self.path), "rb") as file:  # a pipe would wait for its writer
+            with open_at(self.path, None) as file:  # a pipe would wait for its writer
                 ours_already = file.read(len(MARK)) == MARK
         except FileNotFoundError:
             return

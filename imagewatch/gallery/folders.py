@@ -7,9 +7,10 @@ link, or may exchange a folder for a link while it is looked at.
 from __future__ import annotations
 
 import os
-import stat
 from dataclasses import dataclass
 from typing import IO
+
+from imagewatch.untrusted import open_at
 
 DEEPEST = 100
 """Folders in each other; those further down are not looked into."""
@@ -39,38 +40,6 @@ def below(top: str, folder: str) -> int:
     return descriptor
 
 
-def opened(name: str, folder: int | None = None) -> int:
-    """Open a plain file and nothing else; return its descriptor.
-
-    Args:
-        name: Its path, or its name in the folder.
-        folder: Descriptor of the folder that it is in.
-
-    Raises:
-        OSError: It is not there, may not be read, or is a link.
-        ValueError: It is something else, or the second name of a private file.
-    """
-    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    if problem := unfit(os.fstat(descriptor), folder):
-        os.close(descriptor)
-        raise ValueError(problem)
-    return descriptor
-
-
-def unfit(status: os.stat_result, folder: int | None) -> str:
-    """Return why a file in a folder is not to be shown, or an empty string.
-
-    Who makes a hard link needs no right to read. Therefore a file with several names is shown only where those who may
-    read the folder may read the file, too.
-    """
-    if not stat.S_ISREG(status.st_mode):
-        return "is no regular file"
-    if status.st_nlink == 1 or status.st_mode & stat.S_IROTH or folder is None:
-        return ""
-    shared = status.st_mode & stat.S_IRGRP and status.st_gid == os.fstat(folder).st_gid
-    return "" if shared else "is a hard link to a private file"
-
-
 @dataclass(frozen=True)
 class Source:
     """A picture as it was found.
@@ -96,7 +65,7 @@ class Source:
         """
         folder = below(self.top, self.folder)
         try:
-            file = open(opened(self.name, folder), "rb")  # noqa: SIM115  the caller closes it
+            file = open_at(self.name, folder)
         finally:
             os.close(folder)
         if identity(os.fstat(file.fileno())) != self.identity:

@@ -19,11 +19,12 @@ import msgspec
 
 from imagewatch.documents import unvouched
 from imagewatch.fields import shown
-from imagewatch.gallery.folders import DEEPEST, Source, below, identity, opened, unfit
+from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
 from imagewatch.images import IMAGE_SUFFIXES
 from imagewatch.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.text import whole
+from imagewatch.untrusted import open_at, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -304,7 +305,9 @@ class _Shelf:
                 continue
             # A browser may run what has another ending.
             usual = os.path.splitext(real)[1].lower().removeprefix(".") in IMAGE_SUFFIXES
-            found.problem = unfit(status, self.enter(folder)) if usual else "has not the name of a PNG, JPEG or WebP"
+            found.problem = (
+                refusal(status, os.fstat(self.enter(folder))) if usual else "has not the name of a PNG, JPEG or WebP"
+            )
             if not found.problem:
                 found.href = self.href(folder, real)
                 found.problem = _cut(file.problem)
@@ -320,7 +323,7 @@ class _Shelf:
             OSError: It is not there, may not be read, or is a link.
             ValueError: It is something else, the second name of a private file, or too large.
         """
-        with open(opened(name, self.enter(folder)), "rb") as file:
+        with open_at(name, self.enter(folder)) as file:
             content = file.read(_MOST_BYTES + 1)
         if len(content) > _MOST_BYTES:
             raise ValueError("is larger than 256 KiB")

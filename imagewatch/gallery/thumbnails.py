@@ -21,10 +21,10 @@ from PIL import __version__ as pillow
 from imagewatch import __version__
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.gallery.decoder import LARGE, Decoder, Patience, Unseen
-from imagewatch.gallery.folders import opened
 from imagewatch.images import Image as Found
 from imagewatch.images import inspect
 from imagewatch.text import printable
+from imagewatch.untrusted import open_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -164,7 +164,7 @@ class Thumbnails:
         if _told(name) not in there:
             return ""
         try:
-            with open(opened(os.path.join(self._folder, _told(name))), "rb") as file:
+            with open_at(os.path.join(self._folder, _told(name)), None) as file:
                 text = file.read(1000).decode("utf-8", "replace")
         except (OSError, ValueError):
             return ""
