@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 import pybase64
 
 from imagewatch.masking import known
-from imagewatch.wire import UndecodableError, is_coding, number, parse, plain
+from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -156,8 +156,16 @@ def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes
         raise _UnreadableError(str(error)) from None
 
 
+def _unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what is not a compressed file: what is in one cannot be looked through for the key."""
+    for number, piece in enumerate(pieces):
+        if number == 0 and is_packed(piece):
+            raise _UnreadableError("the answer is a compressed file")
+        yield piece
+
+
 def shown(chunks: Iterable[bytes], *, encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield what others may see of a paid answer: without the key in any form, even if that damages an image.
+    """Yield what others may see of a paid answer: without the key in any form, even if that damages a picture.
 
     Args:
         chunks: The raw body.
@@ -166,7 +174,7 @@ def shown(chunks: Iterable[bytes], *, encoding: str, limit: int) -> Iterator[byt
     """
     held = b""
     try:
-        for piece in _plain(chunks, encoding, limit):
+        for piece in _unpacked(_plain(chunks, encoding, limit)):
             held = known.content(held + piece)
             yield held[:-_LONGEST_SECRET]
             held = held[-_LONGEST_SECRET:]
