@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _SKELETON_BYTES = 4 << 20
+_CHUNK_BYTES = 512 * 1024
 _MOST_IMAGES = 64
 _LONGEST_SECRET = 64 * 1024
 """Bytes; how much is held back of what may be shown, as a key may be cut in two."""
@@ -158,8 +159,8 @@ def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes
 
 def _unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
     """Yield what is not a compressed file: what is in one cannot be looked through for the key."""
-    for number, piece in enumerate(pieces):
-        if number == 0 and is_packed(piece):
+    for place, piece in enumerate(pieces):
+        if place == 0 and is_packed(piece):
             raise _UnreadableError("the answer is a compressed file")
         yield piece
 
@@ -172,15 +173,35 @@ def shown(chunks: Iterable[bytes], *, encoding: str, limit: int) -> Iterator[byt
         encoding: Its ``Content-Encoding``, or an empty string.
         limit: Most bytes a compressed body may grow to.
     """
+    try:
+        yield from _masked(_unpacked(_plain(chunks, encoding, limit)))
+    except _UnreadableError as error:
+        yield f"\n[{error}; the whole answer is kept in the state folder]\n".encode()
+
+
+def _masked(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield chunks without the key in any form."""
     held = b""
     try:
-        for piece in _unpacked(_plain(chunks, encoding, limit)):
-            held = known.content(held + piece)
+        for chunk in chunks:
+            held = known.content(held + chunk)
             yield held[:-_LONGEST_SECRET]
             held = held[-_LONGEST_SECRET:]
-    except _UnreadableError as error:
-        held += f"\n[{error}; the whole answer is kept in the state folder]\n".encode()
+    except _UnreadableError:
+        yield held
+        raise
     yield held
+
+
+def holds_key(file: IO[bytes]) -> bool:
+    """Tell whether there is a key in a file, in any form."""
+    held = b""
+    while chunk := file.read(_CHUNK_BYTES):
+        held += chunk
+        if known.content(held) != held:
+            return True
+        held = held[-_LONGEST_SECRET:]
+    return False
 
 
 class _Splitter:

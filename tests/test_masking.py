@@ -142,6 +142,17 @@ def test_a_paid_answer_that_repeats_the_key_everywhere_is_published_without_it(t
         assert found_in(station, outcome, capfd) == []
 
 
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_what_comes_in_place_of_a_picture_and_holds_the_key_is_not_published(tmp_path, capfd, form):
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with served_by(tmp_path, answering(paid(IMAGE, b"not a picture, " + form.encode()))) as station:
+        drop(station, originals)
+        (outcome,) = station.work()
+        receipt = made(station, "x", originals, "x-1.png")
+        assert "it holds the API key and is not published" in receipt["problems"][0]
+        assert found_in(station, outcome, capfd) == []
+
+
 def deflated(body):
     packer = zlib.compressobj(wbits=-15)
     return packer.compress(body) + packer.flush()
