@@ -107,8 +107,9 @@ class Call:
         """Take an event of httpcore: which part of the response comes next."""
         if event == "http11.receive_response_body.started":
             self._is_head = False
-        # By no other way than ours, whatever a later version of the library does: addresses are judged there.
-        assert self._is_connected or event != "http11.send_request_headers.started"
+        if event == "http11.send_request_headers.started" and not self._is_connected:
+            # Whatever a later version of the library does: addresses are judged where we connect, and nowhere else.
+            raise RuntimeError("the HTTP library has made a connection by itself")
 
     def bears(self, size: int) -> bool:
         """Tell whether so much of a body is worth what came with it: a byte in each chunk is not.

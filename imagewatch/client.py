@@ -175,7 +175,7 @@ class Client:
             InDoubt: It left whole, and no answer came.
             SpoolError: Our disk failed.
         """
-        key = self._key()
+        key = self._read_key()
         headers = {
             "authorization": f"Bearer {key.reveal()}",
             "content-type": "application/json",
@@ -195,12 +195,6 @@ class Client:
                 raise self._translated(error, attempt, call, key.secret) from None
             finally:
                 sink.close()
-
-    def _key(self) -> Key:
-        """Read the key, which no text of this process may hold from now on."""
-        key = self._read_key()
-        known.remember(key.secret)
-        return key
 
     def _bank(self, response: httpx.Response, sink: Sink, call: Call, secret: Mask) -> None:
         """Write the answer to the sink, whatever becomes of the connection."""
@@ -243,7 +237,7 @@ class Client:
             ConfigError: There is no usable key.
             Unavailable: It does not say.
         """
-        key = self._key()
+        key = self._read_key()
         headers = {
             "authorization": f"Bearer {key.reveal()}",
             "accept": "application/json",
@@ -396,7 +390,7 @@ class _Bank:
         held = self._held + piece
         if self._secret.is_told_apart:
             held = self._secret.content(held)
-            over = max(0, len(held) - self._secret.reach(held))
+            over = len(held) - self._secret.reach(held)
             self._write(memoryview(held)[:over])
             self._held = held[over:]
         elif len(held) > self._limit:  # of which word it is a part shows only at the end

@@ -16,7 +16,7 @@ import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from imagewatch.errors import ConfigError, Problem
-from imagewatch.masking import Mask
+from imagewatch.masking import Mask, known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -35,7 +35,7 @@ _FOUR_WAYS: Final = (
 
 
 class Key:
-    """A key that can be used and compared, but is not shown by accident.
+    """A key that can be used and compared, but is not shown by accident. From now on this process masks it everywhere.
 
     Attributes:
         secret: Replaces the key in what is written down.
@@ -46,6 +46,7 @@ class Key:
     def __init__(self, value: str) -> None:
         self._value = value
         self.secret = Mask(value)
+        known.remember(self.secret)
 
     def __repr__(self) -> str:
         return "Key(***)"

@@ -91,16 +91,18 @@ class Mask:
         return self._rest(content.decode("latin-1")).encode("latin-1") if self._secret else content
 
     def reach(self, tail: bytes) -> int:
-        """Return how many bytes at the end of a piece may be the beginning of the secret, at the most."""
+        """Return how many bytes at the end of a piece may be the beginning of the secret."""
         longest = _LONGEST_ESCAPE * len(self._secret)
-        return longest if _has_marks(tail[-longest:]) else len(self._secret) + 1
+        return min(longest, len(tail)) if _has_marks(tail[-longest:]) else self._begun(tail)
+
+    def _begun(self, tail: bytes) -> int:
+        lengths = range(len(self._secret) - 1, 0, -1)
+        return next((length for length in lengths if tail.endswith(self._secret[:length].encode())), 0)
 
     def ending(self, content: bytes) -> bytes:
         """Return the end of a response without the beginning of a secret in the middle of which it was cut off."""
-        for length in range(len(self._secret) - 1, _LEAST_BEGINNING - 1, -1):
-            if content.endswith(self._secret[:length].encode()):
-                return content[:-length] + _MASKED.encode()
-        return content
+        begun = self._begun(content)
+        return content[:-begun] + _MASKED.encode() if begun >= _LEAST_BEGINNING else content
 
     def _near_marks(self, content: bytes) -> bytes:
         """Mask what is escaped; of a large response only the surroundings of escapes are looked at."""
@@ -157,7 +159,7 @@ class _Plain:
 
 
 class Secrets:
-    """What must not leave this process: the keys that were sent last. Safe to use from several threads."""
+    """What must not leave this process: the keys that were read last. Safe to use from several threads."""
 
     def __init__(self) -> None:
         self._masks: tuple[Mask, ...] = ()
@@ -197,7 +199,7 @@ class Secrets:
 
 
 known: Final = Secrets()
-"""Those of this process. What is decoded, written down or logged is far from where a key is sent."""
+"""Those of this process. What is decoded, written down or logged is far from where a key is read."""
 
 
 def _longest_first(forms: set[str]) -> list[str]:

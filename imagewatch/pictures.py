@@ -15,7 +15,7 @@ import structlog
 from imagewatch.client import Client, FetchError, bare
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.images import Image, foreign, inspect
-from imagewatch.reading import Got, Reading, read, shown
+from imagewatch.reading import Got, Reading, holds_key, read, shown
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -237,6 +237,9 @@ def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
             file.seek(0)
             kind = foreign(file.read(512)) or "nothing that we know"
             problem = problem or f"not a picture: its content is {kind}"
+            file.seek(0)
+            if holds_key(file):
+                return Picture("", None, got.mime, 0, "", "not a picture: it holds the API key and is not published")
         else:
             problem = problem or image.problem
     return Picture(name if size else "", image, got.mime, size, digest.hexdigest(), problem, broken=bool(got.problem))

@@ -14,12 +14,13 @@ from typing import IO, TYPE_CHECKING, Any
 import pybase64
 
 from imagewatch.masking import known
-from imagewatch.wire import UndecodableError, is_coding, number, parse, plain
+from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
 _SKELETON_BYTES = 4 << 20
+_CHUNK_BYTES = 512 * 1024
 _MOST_IMAGES = 64
 _LONGEST_SECRET = 64 * 1024
 """Bytes; how much is held back of what may be shown, as a key may be cut in two."""
@@ -156,23 +157,51 @@ def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes
         raise _UnreadableError(str(error)) from None
 
 
+def _unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what is not a compressed file: what is in one cannot be looked through for the key."""
+    for place, piece in enumerate(pieces):
+        if place == 0 and is_packed(piece):
+            raise _UnreadableError("the answer is a compressed file")
+        yield piece
+
+
 def shown(chunks: Iterable[bytes], *, encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield what others may see of a paid answer: without the key in any form, even if that damages an image.
+    """Yield what others may see of a paid answer: without the key in any form, even if that damages a picture.
 
     Args:
         chunks: The raw body.
         encoding: Its ``Content-Encoding``, or an empty string.
         limit: Most bytes a compressed body may grow to.
     """
+    try:
+        yield from _masked(_unpacked(_plain(chunks, encoding, limit)))
+    except _UnreadableError as error:
+        yield f"\n[{error}; the whole answer is kept in the state folder]\n".encode()
+
+
+def _masked(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield chunks without the key in any form."""
     held = b""
     try:
-        for piece in _plain(chunks, encoding, limit):
-            held = known.content(held + piece)
+        for chunk in chunks:
+            held = known.content(held + chunk)
             yield held[:-_LONGEST_SECRET]
             held = held[-_LONGEST_SECRET:]
-    except _UnreadableError as error:
-        held += f"\n[{error}; the whole answer is kept in the state folder]\n".encode()
+    except _UnreadableError:
+        yield held
+        raise
     yield held
+
+
+def holds_key(file: IO[bytes]) -> bool:
+    """Tell whether there is a key in a file, in any form."""
+    held = b""
+    while chunk := file.read(_CHUNK_BYTES):
+        held += chunk
+        if known.content(held) != held:
+            return True
+        held = held[-_LONGEST_SECRET:]
+    return False
 
 
 class _Splitter:

@@ -37,7 +37,8 @@ BALANCE_PATH = "/v1/metadata/balance"
 _READ_BYTES = 48 * 1024
 """Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
 _CODINGS = {"gzip", "x-gzip", "deflate"}
-_GZIP, _ZLIB = b"\x1f\x8b", {b"\x78\x01", b"\x78\x9c", b"\x78\xda"}
+_GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x9c", b"\x78\xda")
+_PACKED = (b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
 _PLAIN_BEGINNINGS = {b"{", b"[", b"<", b" ", b"\r", b"\n", b"\t"}
 _INFLATED_BYTES = 256 * 1024
 _DEEPEST_ERROR = 4
@@ -197,6 +198,11 @@ class Plain:
             return b""
 
 
+def is_packed(first: bytes) -> bool:
+    """Tell whether something begins like a compressed file: what is in it cannot be looked through for a key."""
+    return first.startswith((_GZIP, *_ZLIB, *_PACKED))
+
+
 def plain(chunks: Iterable[bytes], coding: str) -> Iterator[bytes]:
     """Yield a body without its content coding, as ``Plain`` does."""
     body = Plain(coding)
@@ -214,6 +220,8 @@ def _undamaged(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
 
 def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
     """Return what reads a body that begins like this, or None if it is not compressed, whatever is said of it."""
+    if coding not in {"", "identity", *_CODINGS}:
+        return None
     if first.startswith(_GZIP):
         return zlib.decompressobj(31)
     if first[:2] in _ZLIB:

@@ -11,6 +11,7 @@ import pytest
 from conftest import KEY, REMOTE_NAME
 from scripted import Scripted, answer, over_tls, picture, through_proxy
 
+from imagewatch import network
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
 from imagewatch.key import Key
@@ -219,6 +220,16 @@ def test_a_certificate_has_to_be_that_of_the_name_whatever_its_address(wire, cer
     certificate.context.sni_callback = None
     assert names == [name]
     assert wire.tried == ["127.0.0.1"]
+
+
+def test_nothing_is_sent_on_a_connection_that_the_http_library_has_made_by_itself(monkeypatch):
+    monkeypatch.setattr(network, "install", lambda *_: None)
+    received = []
+    with Scripted(lambda exchange: received.append(exchange.drain())) as server:
+        with pytest.raises(RuntimeError, match="by itself"):
+            fetched(server.base_url + "/x.png", Endpoint(base_url=server.base_url))
+        server.wait_for(1)
+    assert received == [0]
 
 
 # Behind a proxy
