@@ -78,7 +78,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
 ) -> None:
     world = new_world(open_to_all=("outbox", "errors", "archive"))
     their_folder(world)
-    world.start()
+    daemon = world.start()
     tops, done = [world.inbox, world.outbox, world.errors, world.archive], 0
     for number in range(ROUNDS):
         for one in (2 * number, 2 * number + 1):
@@ -89,6 +89,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
     world.is_quiet()
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
+    assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
     books_agree(world)
 
 
@@ -97,7 +98,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is
     world: World, seed: int
 ) -> None:
     their_folder(world)
-    world.start()
+    daemon = world.start()
     own = {name: (world.inbox / name).stat().st_ino for name in (CLAIMS, "theirs")}
     for number in range(ROUNDS):
         put_in_order(world, {"theirs": own["theirs"]})
@@ -110,6 +111,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is
     world.is_quiet()
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
+    assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
     books_agree(world)
 
 
