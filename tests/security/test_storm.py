@@ -89,7 +89,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
     world.is_quiet()
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
-    assert daemon.stop() == 0  # what the attacker has dropped goes on to be sent
+    assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
     books_agree(world)
 
 
@@ -111,7 +111,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is
     world.is_quiet()
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
-    assert daemon.stop() == 0  # what the attacker has dropped goes on to be sent
+    assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
     books_agree(world)
 
 
