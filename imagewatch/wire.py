@@ -183,6 +183,7 @@ class Plain:
             try:
                 piece = self._inflate.decompress(chunk, _INFLATED_BYTES)
             except zlib.error as error:
+                self._inflate = None
                 yield from _undamaged(before, chunk)
                 raise UndecodableError(f"the compressed answer is damaged: {error}") from None
             yield piece
@@ -223,12 +224,18 @@ def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
     if coding not in {"", "identity", *_CODINGS}:
         return None
     if first.startswith(_GZIP):
-        return zlib.decompressobj(31)
-    if first[:2] in _ZLIB:
-        return zlib.decompressobj()
-    if coding == "deflate" and first[:1] not in _PLAIN_BEGINNINGS:
-        return zlib.decompressobj(-15)  # some leave the frame out
-    return None
+        window = 31
+    elif first.startswith(_ZLIB):
+        window = 15
+    elif coding == "deflate" and first[:1] not in _PLAIN_BEGINNINGS:
+        window = -15  # some leave the frame out
+    else:
+        return None
+    try:
+        zlib.decompressobj(window).decompress(first, 1)
+    except zlib.error:
+        return None
+    return zlib.decompressobj(window)
 
 
 # What an answer means

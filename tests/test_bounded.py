@@ -213,6 +213,20 @@ def test_what_a_damaged_compressed_answer_still_holds_is_published(tmp_path):
         assert "damaged" in station.receipt("x")["problems"][0]
 
 
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip", b"nonsense"])
+@pytest.mark.parametrize("body", [picture(), b"\x1f\x8b no", b"OK", b"\0" * 9])
+def test_a_paid_answer_that_is_not_what_it_is_said_to_be_is_kept_as_it_came(tmp_path, coding, body):
+    def script(exchange):
+        exchange.request()
+        exchange.send(OK + b"Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (coding, len(body)) + body)
+
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert refused(station, "x", ASK, beside="bin")["charged"] == "yes"
+        (kept,) = (station.state / "paid").glob("*/answer.1")
+        assert b"\n" + body + b"\n" in kept.read_bytes()
+
+
 # Pictures by url, and the balance
 
 

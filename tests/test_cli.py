@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -714,6 +715,24 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
     assert process.returncode == 0
     assert "POST /v1/images/generations 200 30 credits 'A cat'" in requests
     assert "Traceback" not in requests
+
+
+@pytest.mark.parametrize("options", [[], ["--key", "$let-a-key-of-our-own"]])
+def test_the_sandbox_proposes_a_key_that_it_takes_and_that_is_not_a_part_of_any_word(tmp_path, options):
+    program = [sys.executable, "-u", "-m", "imagewatch", "sandbox", "--port", "0", *options]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        told = ""
+        while "LETTA_API_KEY=" not in told:
+            told = process.stdout.readline()
+        words = [word.partition("=") for word in shlex.split(told)]
+        environ = {name: value for name, sign, value in words if sign}
+        folders = Folders(tmp_path, environ["LETTA_BASE_URL"], retry__attempts="1")
+        folders.prompt("cat", "A cat [sandbox: 429]")
+        imagewatch("once", environ={**folders.environ, **environ})
+        process.kill()
+    assert folders.error("cat")["message"] == "Too many requests"
+    assert options or len(environ["LETTA_API_KEY"]) >= 40
 
 
 def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
