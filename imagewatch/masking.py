@@ -13,6 +13,7 @@ import base64
 import bisect
 import json
 import re
+import threading
 from typing import Any, Final
 
 _MASKED: Final = "***"
@@ -163,11 +164,13 @@ class Secrets:
 
     def __init__(self) -> None:
         self._masks: tuple[Mask, ...] = ()
+        self._lock = threading.Lock()
 
     def remember(self, mask: Mask) -> None:
         """Mask this secret from now on. One that cannot be told apart from ordinary words is left out."""
-        if mask.is_told_apart and mask not in self._masks:
-            self._masks = (mask, *self._masks)[:_MOST_KNOWN]
+        with self._lock:
+            if mask.is_told_apart and mask not in self._masks:
+                self._masks = (mask, *self._masks)[:_MOST_KNOWN]
 
     def forget(self) -> None:
         """Forget all secrets."""

@@ -8,13 +8,16 @@ Apart from ``client`` so that it is imported with ``httpcore``, which takes long
 from __future__ import annotations
 
 import contextlib
+import functools
+import queue
 import socket
+import threading
 from typing import TYPE_CHECKING, Any
 
 import httpcore
 from httpcore._backends.sync import SyncStream
 
-from imagewatch.addresses import NotPublicError
+from imagewatch.addresses import NotPublicError, address_in
 from imagewatch.call import OverrunError, current
 
 if TYPE_CHECKING:
@@ -56,7 +59,7 @@ class Network(httpcore.NetworkBackend):
         """
         call = current()
         with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
-            found = (self._resolve or socket.getaddrinfo)(host, port, type=socket.SOCK_STREAM)
+            found = self._found(host, port, call)
         if self._judged and not all(call.may_connect(entry[4][0]) for entry in found):
             raise NotPublicError
         with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
@@ -65,6 +68,29 @@ class Network(httpcore.NetworkBackend):
                 connection.setsockopt(*option)
         call.connected()
         return Stream(SyncStream(connection), call)
+
+    def _found(self, host: str, port: int, call: Call) -> list[tuple[Any, ...]]:
+        """Return the addresses of a host, as ``socket.getaddrinfo`` does."""
+        ask = functools.partial(self._resolve or socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        if not self._judged or address_in(host) is not None:
+            return ask()
+        # A name that a stranger has chosen: its name server may never answer, and only a thread can be left behind.
+        answer: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+        threading.Thread(target=_answer, args=(ask, answer), name="resolver", daemon=True).start()
+        try:
+            found = answer.get(timeout=call.left())
+        except queue.Empty:
+            raise TimeoutError("its name server does not answer") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _answer(ask: Callable[[], list[tuple[Any, ...]]], answer: queue.SimpleQueue[Any]) -> None:
+    try:
+        answer.put(ask())
+    except Exception as error:  # noqa: BLE001  raised where it is waited for
+        answer.put(error)
 
 
 class Stream(httpcore.NetworkStream):

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -267,6 +268,22 @@ def test_a_picture_of_a_byte_in_each_read_keeps_no_core_busy(byte_by_byte, certi
     ):
         client.fetch(f"{byte_by_byte}/x.png", lambda _: None, 100_000_000, 5)
     assert effort.work < 1
+
+
+def test_a_name_server_that_never_answers_takes_no_more_than_the_time_of_the_picture():
+    released, asked = threading.Event(), []
+
+    def resolve(host, *_, **__):
+        asked.append(host)
+        released.wait(20)
+        return []
+
+    client = Client(Endpoint(), lambda: Key(KEY), resolve=resolve)
+    with contextlib.closing(client), Effort() as effort, pytest.raises(FetchError, match=r"no end after 1\.5 seconds"):
+        client.fetch("https://images.example/x.png", lambda _: None, 1000, 1.5)
+    released.set()
+    assert asked == ["images.example"]
+    assert effort.seconds < 4.5
 
 
 def test_a_picture_without_end_is_larger_than_the_limit():

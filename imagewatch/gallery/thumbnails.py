@@ -43,7 +43,7 @@ _LARGE_BYTES = 4 * LARGE
 _MOST_THREADS = 4
 _HOUR = 3600
 _NAME = re.compile(r"([0-9a-f]{24})\.(webp|txt)")
-_LEFT = re.compile(r"\.[0-9a-f]{24}\.(webp|txt)\.[0-9]+\.tmp")
+_LEFT = re.compile(r"\.([0-9a-f]{24}\.(webp|txt)\.)?[0-9]+\.tmp")
 
 _one_at_a_time = threading.Lock()
 """Held while a large picture is decoded: the memory for one is enough."""
