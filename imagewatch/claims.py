@@ -52,6 +52,7 @@ class Claims:
         self._memory = os.path.join(state, _FILE)
         self._disk = disk
         self.path = os.path.join(inbox, CLAIMS)
+        self._judged: tuple[Descriptor, bool] | None = None
 
     @property
     def _tops(self) -> Tops:
@@ -85,7 +86,7 @@ class Claims:
         """
         named = self._named()
         known = self._tops.opened(self.path)
-        if known is not None and named is not None and os.path.samestat(named, known.status()):
+        if known is not None and named is not None and known.is_same(named):
             return
         if known is None or not self._is_in_inbox(known):
             known = self._found()
@@ -96,7 +97,7 @@ class Claims:
             self._take()
             return
         self._tops.know(self.path, known)
-        if named is not None and not os.path.samestat(named, known.status()):
+        if named is not None and not known.is_same(named):
             raise self._displaced(known)
         if named is None:
             self._rename_back(known)
@@ -114,7 +115,7 @@ class Claims:
             above = os.stat("..", dir_fd=known.fileno())
         except OSError:
             return False
-        return status.st_nlink > 0 and os.path.samestat(above, self._tops.folder(self._inbox).status())
+        return status.st_nlink > 0 and self._tops.folder(self._inbox).is_same(above)
 
     def _found(self) -> Descriptor | None:
         """Return the folder that an earlier start knew, whatever its name in the inbox is; None if it is not there."""
@@ -174,9 +175,11 @@ class Claims:
         folder = self._tops.opened(self.path)
         if folder is None:
             return False
-        status = folder.status()
-        owned = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
-        return owned and is_local(self._inbox)
+        if self._judged is None or self._judged[0] is not folder:
+            status = folder.status()
+            owned = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
+            self._judged = folder, owned and is_local(self._inbox)
+        return self._judged[1]
 
     def keeps_owners(self) -> bool:
         """Tell whether the file system of the inbox keeps owners and modes, by a file that we make.
@@ -206,7 +209,7 @@ class Claims:
             self._disk.rename(os.path.join(self._inbox, name), os.path.join(self._inbox, CLAIMS))
         self._disk.sync_folder(self._inbox)
         named = self._named()
-        if named is None or not os.path.samestat(named, known.status()):
+        if named is None or not known.is_same(named):
             raise self._displaced(known)
 
     def _displaced(self, known: Descriptor) -> NotOursError:

@@ -178,7 +178,13 @@ class Disk:
     def sync_folder(self, path: str) -> None:
         """Make the names in a folder durable."""
         with ours(path, "write the folder to disk"):
-            os.fsync(self._opened(path))
+            folder = self.tops.opened(path)
+            try:
+                os.fsync(folder or self._opened(path))
+            except OSError as error:
+                if folder is None or error.errno != errno.EBADF:  # one that was only opened to reach what is in it
+                    raise
+                os.fsync(self._opened(path))
 
     def _opened(self, path: str) -> Descriptor:
         if self.tops.is_below(path):

@@ -325,7 +325,7 @@ class Folders:
     def _is_claims(self, descriptor: int) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""
         claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
-        return claims is not None and os.path.samestat(claims.status(), os.fstat(descriptor))
+        return claims is not None and claims.is_same(os.fstat(descriptor))
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:

@@ -72,8 +72,11 @@ def blocked(folders: Folders, folder: str, tops: Tops) -> str:
 
 def _deepest(tops: Tops, top: str, folder: str) -> str:
     """Return how much of a path below a top is there: up to the first part that is missing, or is no folder."""
+    whole = os.path.join(top, folder) if folder else top
+    if tops.is_folder(whole):  # nearly always
+        return whole
     path = top
-    for part in folder.split("/") if folder else ():
+    for part in folder.split("/"):
         inner = os.path.join(path, part)
         if not tops.exists(inner):
             break
@@ -279,8 +282,13 @@ class Spool:
         Raises:
             SpoolError: One is, or one of our folders is not there.
         """
-        self._mounts.require()
-        self._open()
+        for folder in self._all():
+            with ours(folder, "look at the folder"):
+                if not self.tops.is_replaced(folder):
+                    continue
+            self._mounts.require()
+            self._open()
+            return
 
     def require_folders(self) -> None:
         """Make sure that all folders are those that they were, also the one for claims if there is one.
@@ -438,6 +446,14 @@ class Spool:
         with contextlib.ExitStack() as stack:
             with ours(folder, "enter the folder"):
                 stack.enter_context(self.tops.held(folder, inode))
+            yield
+
+    @contextlib.contextmanager
+    def working_on(self, job: str) -> Iterator[None]:
+        """Reach the claim of a job by one descriptor during the block, if it is there."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # each step says what is in its place
+                stack.enter_context(self.tops.held(self.claim_folder(job)))
             yield
 
     def gather(self, claim: Claim) -> None:
