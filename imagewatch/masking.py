@@ -22,7 +22,7 @@ _RAW_MARKS: Final = (b"\\", b"%", b"&", b"\0")
 """Every escaped character begins with one of these; in UTF-16 every other byte of a key is the last one."""
 _ESCAPED: Final = re.compile(
     # JSON and the like, also in a JSON string in a JSON string: \u002d, \u{2d}, \x2d, \-
-    r"\\{1,4}(?:[uU]\{?0{0,4}([0-9a-fA-F]{2})\}?|x([0-9a-fA-F]{2})|([!-/:-@\[\]-`{-~]))"
+    r"\\{1,4}(?:[uU](?:0{0,4}([0-9a-fA-F]{2})|\{0{0,4}([0-9a-fA-F]{2})\})|x([0-9a-fA-F]{2})|([!-/:-@\[\]-`{-~]))"
     # URLs, also encoded twice: %2d, %252d
     r"|%(?:25){0,2}([0-9a-fA-F]{2})"
     # HTML: &#45; &#x2d; &amp;#45; &equals;
@@ -76,20 +76,23 @@ class Mask:
 
     def text(self, text: str) -> str:
         """Return a text with the secret replaced by ``***``: as it is, escaped, in base64, in hexadecimal digits."""
+        text = self._rest(text) if self._secret else text
         for form in (*self._spelled, *self._other):
             text = text.replace(form, _MASKED)
-        return self._rest(text) if self._secret else text
+        return text
 
     def content(self, content: bytes) -> bytes:
         """Return bytes with the secret replaced by ``***``: as it is and escaped. Without a copy if it is not there.
 
         Not in base64: an image has to stay as it is.
         """
+        if self._secret and not self._spelled:
+            return self._rest(content.decode("latin-1")).encode("latin-1")
+        if self._spelled and _has_marks(content):
+            content = self._near_marks(content)
         for form in self._spelled:
             content = content.replace(form.encode(), _MASKED.encode())
-        if self._spelled:
-            return self._near_marks(content) if _has_marks(content) else content
-        return self._rest(content.decode("latin-1")).encode("latin-1") if self._secret else content
+        return content
 
     def reach(self, tail: bytes) -> int:
         """Return how many bytes at the end of a piece may be the beginning of the secret."""
@@ -222,8 +225,8 @@ def _transcribed(secret: str) -> set[str]:
 
 def _character(found: re.Match[str]) -> str:
     """Return the character that an escape stands for."""
-    four, two, same, percent, decimal, hexadecimal, name = found.groups()
-    if digits := four or two or percent or hexadecimal:
+    four, braced, two, same, percent, decimal, hexadecimal, name = found.groups()
+    if digits := four or braced or two or percent or hexadecimal:
         return chr(int(digits, 16))
     if decimal:
         return chr(int(decimal))

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 CLAIMS = ".imagewatch"
+_MOST_LINES = 80
+"""Of the log and of names, in the note of a failure."""
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
 PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
@@ -164,8 +166,8 @@ class World(Folders):
         try:
             until(condition)
         except AssertionError as error:
-            lists = "\n".join(str(path) for path in walk(self.top))
-            error.add_note(f"waited for {what}\nstatus: {self.status()}\n{self.told()}\n{lists}")
+            lines = [*self.told().splitlines()[-_MOST_LINES:], *map(str, [*walk(self.top)][:_MOST_LINES])]
+            error.add_note("\n".join((f"waited for {what}", f"status: {self.status()}", *lines)))
             raise
 
     def door(self, source: str) -> str:
@@ -233,16 +235,6 @@ class World(Folders):
     def is_idle(self) -> None:
         """Wait until no job is left."""
         self.wait(lambda: not any((self.state / "jobs").iterdir()), "the end of all jobs")
-
-    def is_quiet(self) -> None:
-        """Wait until there is no hold, and every job that is left is known to be stuck."""
-
-        def quiet() -> bool:
-            page = self.status()
-            stuck = {job["job"] for job in page["stuck"]}
-            return not page["holds"] and {path.name for path in (self.state / "jobs").iterdir()} <= stuck
-
-        self.wait(quiet, "the end of all jobs but those that are stuck")
 
     # What must be true
 
