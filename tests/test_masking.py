@@ -411,7 +411,8 @@ def test_whatever_is_escaped_the_secret_goes_and_the_rest_stays(secret, before, 
     before, after = before.rstrip("\\%&#;0123456789abcdefABCDEFux"), after.lstrip(";")
     form = "".join(data.draw(st.sampled_from(ESCAPES)).format(one, ord(one)) for one in secret)
     masked = Key(secret).mask(f"{before}{form}{after}")
-    assert masked == f"{before}***{after}" or secret in f"{before}{after}"
+    if f"{before}{secret}{after}".find(secret) == len(before) and secret not in after:
+        assert masked == f"{before}***{after}"
     assert secret not in masked or secret in f"{before}***{after}"
     assert Key(secret).mask_bytes(f"{before}{form}{after}".encode()) == masked.encode()
 
