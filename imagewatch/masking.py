@@ -30,6 +30,7 @@ _ESCAPED: Final = re.compile(
 )
 _LONGEST_ESCAPE: Final = 18
 _MANY_MARKS: Final = 500
+_PIECE: Final = 128 * 1024
 _LEAST_BEGINNING: Final = 8
 """So much of a secret, at the least, is recognized where a response was cut off in the middle of it."""
 _ORDINARY: Final = 16
@@ -125,7 +126,17 @@ class Mask:
             text = re.sub(self._pattern, _MASKED, text)
         if "\0" in text and self._secret in (narrow := text.replace("\0", "")):  # UTF-16
             text = re.sub(self._pattern, _MASKED, narrow)
-        return _Plain(text).without(self._pattern) if any(mark in text for mark in _MARKS) else text
+        return self._unescaped(text) if any(mark in text for mark in _MARKS) else text
+
+    def _unescaped(self, text: str) -> str:
+        """Mask what is escaped. Piece by piece: to remember where each of millions of escapes was takes much memory."""
+        parts, held = [], ""
+        for begin in range(0, len(text), _PIECE):
+            held = _Plain(held + text[begin : begin + _PIECE]).without(self._pattern)
+            over = max(0, len(held) - _LONGEST_ESCAPE * len(self._secret))
+            parts.append(held[:over])
+            held = held[over:]
+        return "".join([*parts, held])
 
 
 class _Plain:

@@ -540,11 +540,33 @@ def test_in_a_folder_of_root_the_page_belongs_to_the_owner_of_the_outbox(owned: 
 
 
 @as_root
+def test_before_anything_was_made_what_root_writes_belongs_to_the_owner_of_the_folder(owned: Shelf):
+    shutil.rmtree(owned.root / "outbox")
+    assert command(owned.environ()).returncode == 0
+    assert owners(owned) == {USER}
+
+
+@as_root
 def test_where_the_owner_of_the_outbox_may_not_write_the_page_is_roots(owned: Shelf, tmp_path: Path):
     done = command(owned.environ(), "--output", str(tmp_path / "page.html"))
     assert done.returncode == 0
     assert (tmp_path / "page.html").stat().st_uid == 0
     assert len(page_data(tmp_path / "page.html")["shown"]["jobs"]) == 1
+
+
+@as_root
+def test_root_writes_nothing_in_the_folder_of_a_user_who_may_not_read_the_outbox(owned: Shelf, open_path: Path):
+    os.chown(open_path, OTHER, OTHER)
+    (owned.root / "outbox").chmod(0o750)
+    done = command(owned.environ(), "--output", str(open_path / "page.html"))
+    assert done.returncode == 64
+    assert f"{open_path}: belongs to another user (number {OTHER}), who may not read the outbox" in done.stderr
+    assert "name another place by --output" in done.stderr
+    assert [path.name for path in open_path.iterdir()] == ["watched"]
+    (owned.root / "outbox").chmod(0o755)
+    owned.root.chmod(0o755)
+    assert command(owned.environ(), "--output", str(open_path / "page.html")).returncode == 0
+    assert (open_path / "page.html").stat().st_uid == OTHER
 
 
 @as_root

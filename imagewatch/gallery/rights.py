@@ -7,6 +7,9 @@ import os
 import pwd
 import stat
 
+from imagewatch.errors import UsageError
+from imagewatch.text import printable
+
 
 def step_down(folder: str, outbox: str) -> None:
     """Work with the rights of the owner of a folder from now on, if this is root; else change nothing.
@@ -18,14 +21,22 @@ def step_down(folder: str, outbox: str) -> None:
     Args:
         folder: Where the page is to be.
         outbox: What it is about.
+
+    Raises:
+        UsageError: The folder is another user's, and none of them can do the work. Root does not write there, as the
+            owner could lead it anywhere.
     """
     if os.geteuid() != 0:
         return
-    for place in (folder, outbox):
-        with contextlib.suppress(OSError):  # it is not there, or this root may not become anybody
-            status = os.stat(place)
-            if status.st_uid and _became(status, folder, outbox):
+    with contextlib.suppress(OSError):  # it is not there, or this root may not become anybody
+        owner = os.stat(folder)
+        is_new = not os.path.exists(outbox)  # nothing was made yet
+        for status in [owner] if is_new else [owner, os.stat(outbox)]:
+            if status.st_uid and _became(status, folder, "" if is_new else outbox):
                 return
+        if owner.st_uid:
+            told = f"{printable(folder)}: belongs to another user (number {owner.st_uid}), who may not read the outbox"
+            raise UsageError(told, hint="name another place by --output, or let that user read the outbox")
 
 
 def _became(status: os.stat_result, folder: str, outbox: str) -> bool:
@@ -39,7 +50,7 @@ def _became(status: os.stat_result, folder: str, outbox: str) -> bool:
     os.setgroups(groups)
     os.setegid(group)
     os.seteuid(status.st_uid)
-    if _may(folder, os.W_OK | os.X_OK) and (_may(outbox, os.R_OK | os.X_OK) or not os.path.lexists(outbox)):
+    if _may(folder, os.W_OK | os.X_OK) and (not outbox or _may(outbox, os.R_OK | os.X_OK)):
         os.umask(0o022 | ~stat.S_IMODE(os.stat(folder).st_mode) & 0o077)
         return True
     os.seteuid(0)
