@@ -26,6 +26,7 @@ from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.mounts import Kinds, Mounts, keeps_times
 from imagewatch.names import PAID, fits, fitted, tagged
+from imagewatch.places import others_who_write
 from imagewatch.record import Record
 from imagewatch.text import printable
 
@@ -227,16 +228,17 @@ class Spool:
                     self._kinds.refresh()
 
     def _require_same_way(self, folder: str) -> None:
-        """Make sure that no link was put where one of our folders was: it might lead to another one of ours.
+        """Make sure that nobody else put a link where one of our folders was: it might lead to another one of ours.
 
         Raises:
-            SpoolError: Its path leads elsewhere than when it was opened first.
+            SpoolError: Its path leads elsewhere than before, and others may have made that so.
         """
         real = os.path.realpath(folder)
-        if self._ways.setdefault(folder, real) != real:
+        if self._ways.get(folder, real) != real and others_who_write(os.stat(os.path.dirname(folder))):
             message = f"{printable(folder)}: leads to {printable(real)} now, and led to {printable(self._ways[folder])}"
             hint = "put the folder back, or restart the daemon if this is meant"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
+        self._ways[folder] = real
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
