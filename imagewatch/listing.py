@@ -12,6 +12,7 @@ import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from imagewatch.claims import JOB, MARK
 from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.errors import SpoolError
@@ -325,7 +326,9 @@ class Folders:
     def _is_claims(self, descriptor: int) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""
         claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
-        return claims is not None and claims.is_same(os.fstat(descriptor))
+        if claims is not None and claims.is_same(os.fstat(descriptor)):
+            return True
+        return _has(descriptor, MARK) or (_has(descriptor, "lock") and any(map(JOB.fullmatch, os.listdir(descriptor))))
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:
@@ -423,6 +426,14 @@ class Folders:
                 folder.ignored.add(path, _near_miss(name))
             elif self._explain and not is_own:
                 folder.ignored.add(path, _no_prompt(name))
+
+
+def _has(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _near_miss(name: str) -> str:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch import prompt as prompts
 from imagewatch.errors import BadRequest
+from imagewatch.folders import is_private
 from imagewatch.images import inspect
 from imagewatch.listing import Folder, Folders, Visitor
 from imagewatch.names import SUFFIX, Dropped, locks, spellings
@@ -26,7 +27,7 @@ from imagewatch.request import read_prompt
 from imagewatch.seen import Candidate, Key, Look, Reasons, Seen, Wait
 from imagewatch.settling import Settling
 from imagewatch.text import printable
-from imagewatch.untrusted import is_private, open_file
+from imagewatch.untrusted import open_file
 from imagewatch.writers import has_writer, is_local
 
 if TYPE_CHECKING:

@@ -1,26 +1,28 @@
-"""Attacks that were found by an audit; each fails on the version audited."""
+"""Attacks that an audit found, on claims, copies, descriptors and submit."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
-import signal
 import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 from conftest import Station, until
-from endpoint import picture
 
+from imagewatch.control import Control
+from imagewatch.durable import Disk
 from imagewatch.errors import SpoolError
 from imagewatch.folders import Tops
+from imagewatch.retry import Retry
+from imagewatch.sweep import Sweep
 from imagewatch.untrusted import open_file
 from imagewatch.worker import Worker
-from security.people import DAEMON
+from security.people import ATTACKER, Person
 from security.puppet import exchange
 from security.test_shares import shared  # noqa: F401
-from security.world import CLAIMS, MARK, PRIVATE_PICTURE, World, give
+from security.world import CLAIMS, MARK, World, give
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -44,11 +46,7 @@ def test_a_prompt_on_a_share_that_grows_after_its_claim_does_not_disappear(share
         late.write(" with a hat")
     world.sandbox.release()
     world.is_idle()
-    print(world.told())
-    print("requests", world.requests(), "door", world.door("cat.prompt.txt"))
-    print(subprocess.run(["find", str(world.top)], capture_output=True, text=True).stdout)
-    page = world.status()
-    print(page.get("stuck"), page.get("holds"))
+    world.status()
     lost = world.attacker.listdir(world.inbox / CLAIMS)
     assert [n for n in lost if len(n) == 16] == [], (
         "the prompt lies in the folder of claimed files, and no job knows of it"
@@ -73,15 +71,12 @@ def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world
         subprocess.run(["cp", "-a", str(world.inbox), str(copy)], check=True)
         shutil.rmtree(world.inbox)
         copy.rename(world.inbox)
-    from security.people import ATTACKER, Person
 
     with Person(world._interpreter, ATTACKER, "/") as again:
         again.rename(world.inbox / CLAIMS, world.inbox / "visible")
     world.start()
     world.honest_prompt_is_made("another")
     world.is_idle()
-    print(world.told())
-    print(subprocess.run(["find", str(world.top)], capture_output=True, text=True).stdout)
     assert world.requests("an honest wish") == 1, "the same prompt was sent, and paid for, twice"
 
 
@@ -97,11 +92,9 @@ def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_paym
     subprocess.run(["chmod", "-R", "g+rwX", str(world.inbox)], check=True)
     world.start()
     world.held_for(CLAIMS)
-    print(world.holds(), world.status()["holds"])
     (world.inbox / CLAIMS).rename(world.inbox / "old-claims")  # "remove or rename what has this name"
     world.honest_prompt_is_made("another")
     world.is_idle()
-    print(world.told())
     assert world.requests("an honest wish") == 1, "the same prompt was sent, and paid for, twice"
 
 
@@ -121,8 +114,7 @@ def test_submit_of_a_prompt_in_a_strangers_folder_follows_no_link_of_theirs(worl
     give(strange, 0o777)
     world.attacker.write(strange / "cat.prompt.txt", '+++\ninput_images = ["cat.png"]\n+++\na cat')
     world.attacker.symlink(world.home / "cat.png", strange / "cat.png")
-    done = world.command("submit", "--from", str(strange / "cat.prompt.txt"))
-    print(done)
+    world.command("submit", "--from", str(strange / "cat.prompt.txt"))
     found = [p for p in world.inbox.iterdir() if p.is_file() and MARK.encode() in p.read_bytes()]
     assert found == []
 
@@ -132,8 +124,7 @@ def test_submit_of_a_prompt_that_is_a_link_in_a_strangers_folder(world: World) -
     strange.mkdir()
     give(strange, 0o777)
     world.attacker.symlink(world.home / ".profile", strange / "cat.prompt.txt")
-    done = world.command("submit", "--from", str(strange / "cat.prompt.txt"))
-    print(done)
+    world.command("submit", "--from", str(strange / "cat.prompt.txt"))
     found = [p for p in world.inbox.iterdir() if p.is_file() and MARK.encode() in p.read_bytes()]
     assert found == []
 
@@ -151,7 +142,7 @@ def test_open_file_leaks_nothing_when_a_folder_is_found(tmp_path: Path, monkeypa
         return real(name, flags, *more, **named)
 
     monkeypatch.setattr(os, "open", swapped)
-    with pytest.raises(OSError):
+    with pytest.raises(OSError, match=r"not a plain file|replaced"):
         open_file(str(path), Tops())
     monkeypatch.undo()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -172,8 +163,6 @@ def test_a_prompt_on_a_share_that_grows_between_two_tries_gets_a_receipt_or_an_e
     with open(claim / "cat.prompt.txt", "a") as late:
         late.write(" with a hat")
     world.is_idle()
-    print(world.told())
-    print(subprocess.run(["find", str(world.root), str(world.state)], capture_output=True, text=True).stdout)
     there = world.door("cat.prompt.txt") or (world.inbox / "cat.prompt.txt").exists()
     assert there, "the prompt is gone without a receipt and without an error file"
 
@@ -183,8 +172,7 @@ def test_submit_reads_no_prompt_that_is_a_hard_link_to_a_private_file(world: Wor
     strange.mkdir()
     give(strange, 0o777)
     os.link(world.home / ".profile", strange / "cat.prompt.txt")
-    done = world.command("submit", "--from", str(strange / "cat.prompt.txt"))
-    print(done)
+    world.command("submit", "--from", str(strange / "cat.prompt.txt"))
     found = [p for p in world.inbox.iterdir() if p.is_file() and MARK.encode() in p.read_bytes()]
     assert found == []
 
@@ -199,30 +187,8 @@ def test_a_claims_folder_whose_mode_is_changed_while_the_daemon_runs_is_closed_a
     assert (world.inbox / CLAIMS).stat().st_mode & 0o777 == 0o700
 
 
-def test_a_claims_folder_that_was_open_for_a_while_is_not_moved_into_another_folder_and_looked_into(
-    world: World,
-) -> None:
-    world.start()
-    world.honest_prompt_is_made("first")
-    world.is_idle()
-    world.sandbox.hold()
-    world.honest_prompt("honest", "an honest wish")
-    assert world.asked(2)
-    (world.inbox / CLAIMS).chmod(0o777)  # chmod -R of the administrator
-    world.attacker.mkdir(world.inbox / "sub")
-    world.attacker.rename(world.inbox / CLAIMS, world.inbox / "sub" / "visible")
-    world.honest_prompt("other", "another wish")
-    world.wait(lambda: world.requests("another wish") or world.holds(), "a request, or a hold")
-    world.wait(lambda: world.requests() >= 4 or world.holds(), "more")
-    world.sandbox.release()
-    print(world.told())
-    print(subprocess.run(["find", str(world.root)], capture_output=True, text=True).stdout)
-    assert world.requests("an honest wish") == 1
-
-
 def test_an_honest_folder_that_takes_the_place_of_a_prompt_comes_back(tmp_path: Path, station: Station) -> None:
     """A folder of somebody's takes the place of a prompt in the moment of its claim: what is in it is not swallowed."""
-    from imagewatch.sweep import Sweep
 
     class Swapping(type(station.spool.disk)):  # type: ignore[misc]
         def rename(self, source: str, target: str) -> None:
@@ -238,16 +204,12 @@ def test_an_honest_folder_that_takes_the_place_of_a_prompt_comes_back(tmp_path: 
     sweep = Sweep(str(station.inbox), station.config().inbox)
     ready = [c for c in sweep.look(1e6, 1e12).ready if c.key[1] == "x"]
     worker = Worker(station.spool, station.client, station.ledger, station.config())
-    outcome = worker.start(ready[0].claim(station.spool.new_job(), 0.0))
-    print(outcome, station.leftovers())
-    found = [path for path in (station.inbox / CLAIMS).rglob("wish.prompt.txt")]
+    worker.start(ready[0].claim(station.spool.new_job(), 0.0))
+    found = list((station.inbox / CLAIMS).rglob("wish.prompt.txt"))
     assert found == [], "the folder of somebody else is in the folder of claimed files, and no job knows of it"
 
 
 def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(station: Station, tmp_path: Path) -> None:
-    from imagewatch.control import Control
-    from imagewatch.durable import Disk
-    from imagewatch.retry import Retry
 
     private = tmp_path / "private"
     private.write_text(MARK)
@@ -264,10 +226,8 @@ def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(st
 
     disk = Swapping()
     retry = Retry(station.config().folders, disk, station.ledger, Control(str(station.state), disk))
-    try:
+    with contextlib.suppress(SpoolError):
         retry.put_back(retry.read(retry.find("cat")))
-    except SpoolError as error:
-        print(error)
     copies = [p for p in station.inbox.rglob("*") if p.is_file() and MARK in p.read_text() and p.stat().st_nlink == 1]
     assert copies == [], "a copy of a private file, which nobody can tell from an honest prompt any more"
 
@@ -291,46 +251,20 @@ def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
 
 
 def test_no_folder_of_somebody_else_gets_the_mode_of_a_new_folder_of_ours(station: Station, tmp_path: Path) -> None:
-    from imagewatch.durable import Disk
 
     (station.outbox / "private").mkdir(mode=0o700)
 
     class Swapping(Disk):
         def set_mode(self, path: str, mode: int) -> None:
-            exchange(path, str(station.outbox / "private"))  # by somebody who may write the outbox
+            if (station.outbox / "sub").exists():  # by somebody who may write the outbox and waits for that name
+                exchange(path, str(station.outbox / "private"))
             super().set_mode(path, mode)
 
     disk = Swapping()
     disk.tops.open(str(station.outbox))
     disk.make_inner(str(station.outbox), "sub", 0o755)
-    assert {(station.outbox / n).stat().st_mode & 0o777 for n in ("private", "sub")} == {0o700, 0o755}
-    assert (station.outbox / "sub").stat().st_mode & 0o777 == 0o700
-
-
-def test_a_lock_of_another_user_on_a_share_keeps_no_daemon_from_starting(shared: World) -> None:  # noqa: F811
-    first = shared.start()
-    first.stop()
-    shared.attacker.lock(shared.inbox / CLAIMS / "lock")
-    shared.start()
-
-
-def test_a_folder_that_somebody_mounted_and_that_does_not_answer_keeps_nobody_waiting(world: World) -> None:
-    """As who may mount by FUSE for others (user_allow_other) can do."""
-    world.start()
-    world.honest_prompt_is_made("first")
-    behind, sub = world.top / "behind", world.inbox / "sub"
-    behind.mkdir()
-    world.attacker.mkdir(sub)
-    one = subprocess.Popen(["bindfs", "-f", "-o", "allow_other", str(behind), str(sub)])
-    until(lambda: os.path.ismount(sub))
-    one.send_signal(signal.SIGSTOP)
-    try:
-        source = world.honest_prompt("second")
-        until(lambda: world.door(source))  # what waits with more words would itself look into that folder
-    finally:
-        one.send_signal(signal.SIGCONT)
-        subprocess.run(["umount", "-l", str(sub)])
-        one.kill()
+    modes = {name: (station.outbox / name).stat().st_mode & 0o777 for name in ("private", "sub")}
+    assert modes == {"private": 0o700, "sub": 0o755}
 
 
 def test_prompts_that_take_turns_with_folders_leave_no_descriptor_open(new_world: Callable[..., World]) -> None:
