@@ -252,6 +252,7 @@ class LosingDisk(SteppingDisk):
 
     def restore(self, image: Image) -> None:
         """Make model and real disk what an image says."""
+        self.__dict__.pop("tops", None)  # whoever comes back is another process
         made = [_thawed(node) for node in image.nodes]
         for node, frozen in zip(made, image.nodes, strict=True):
             if isinstance(node, _Folder):
