@@ -62,7 +62,20 @@ class Claims:
         return self._tops.opened(self.path) is not None
 
     def require(self) -> None:
-        """Make sure that the folder of this name is ours; make it, or give it its name back, if nothing has it.
+        """Make sure that the folder of this name is ours and open; make it if there is none.
+
+        Raises:
+            NotOursError: Something else has its name.
+            SpoolError: The disk failed.
+        """
+        self.check()
+        if not self.is_open():
+            self._disk.make_folder(self.path, _MODE)
+            self._disk.sync_folder(self._inbox)
+            self.check()
+
+    def check(self) -> None:
+        """Open the folder if it is there, and give it its name back if nothing has it.
 
         If another folder has its name the true one stays open, so that jobs that are under way can end.
 
@@ -72,15 +85,18 @@ class Claims:
         """
         named = self._named()
         known = self._tops.opened(self.path)
-        if known is not None and named is not None and os.path.samestat(named, os.fstat(known.number)):
+        if known is not None and named is not None and os.path.samestat(named, known.status()):
             return
         if known is None or not self._is_in_inbox(known):
             known = self._found()
-        if known is None:
-            self._take(named)
+        if known is None and named is None:
+            self._tops.drop(self.path)
             return
-        self._tops.know(self.path, known, is_private=self._is_private(os.fstat(known.number)))
-        if named is not None and not os.path.samestat(named, os.fstat(known.number)):
+        if known is None:
+            self._take()
+            return
+        self._tops.know(self.path, known, is_private=self._is_private(known.status()))
+        if named is not None and not os.path.samestat(named, known.status()):
             raise self._not_ours(self._name_of(known))
         if named is None:
             self._rename_back(known)
@@ -94,11 +110,11 @@ class Claims:
     def _is_in_inbox(self, known: Descriptor) -> bool:
         """Tell whether the folder that is open still is in this inbox."""
         try:
-            status = os.fstat(known.number)
-            above = os.stat("..", dir_fd=known.number)
+            status = known.status()
+            above = os.stat("..", dir_fd=known.fileno())
         except OSError:
             return False
-        return status.st_nlink > 0 and os.path.samestat(above, os.fstat(self._tops.folder(self._inbox).number))
+        return status.st_nlink > 0 and os.path.samestat(above, self._tops.folder(self._inbox).status())
 
     def _found(self) -> Descriptor | None:
         """Return the folder that an earlier start knew, whatever its name in the inbox is; None if it is not there."""
@@ -106,21 +122,18 @@ class Claims:
         if not inode:
             return None
         inbox = self._tops.listable(self._inbox)
-        with ours(self._inbox, "list the folder"), os.scandir(inbox.number) as entries:
+        with ours(self._inbox, "list the folder"), inbox.entries() as entries:
             names = [entry.name for entry in entries if entry.inode() == inode and entry.is_dir(follow_symlinks=False)]
         for name in names:
             with contextlib.suppress(OSError):
                 folder = self._tops.entered(os.path.join(self._inbox, name))
-                status = os.fstat(folder.number)
+                status = folder.status()
                 if status.st_ino == inode and self._is_ours(status):
                     return folder
         return None
 
-    def _take(self, named: os.stat_result | None) -> None:
-        """Use the folder that has its name, or a new one, from now on."""
-        if named is None:
-            self._disk.make_folder(self.path, _MODE)
-            self._disk.sync_folder(self._inbox)
+    def _take(self) -> None:
+        """Use the folder that has its name from now on."""
         try:
             with ours(self.path, "open the folder"):
                 folder = self._tops.entered(self.path)
@@ -129,7 +142,7 @@ class Claims:
                 self._tops.know(self.path, None)
                 raise self._not_ours("") from error
             raise
-        status = os.fstat(folder.number)
+        status = folder.status()
         if not self._is_ours(status):
             self._tops.know(self.path, None)
             raise self._not_ours("")
@@ -171,8 +184,8 @@ class Claims:
 
     def _name_of(self, known: Descriptor) -> str:
         """Return the name that the true folder has in the inbox now, or an empty string."""
-        inode = os.fstat(known.number).st_ino
-        with contextlib.suppress(OSError), os.scandir(self._tops.listable(self._inbox).number) as entries:
+        inode = known.status().st_ino
+        with contextlib.suppress(OSError), self._tops.listable(self._inbox).entries() as entries:
             return next((entry.name for entry in entries if entry.inode() == inode), "")
         return ""
 
@@ -183,7 +196,7 @@ class Claims:
             self._disk.rename(os.path.join(self._inbox, name), os.path.join(self._inbox, CLAIMS))
         self._disk.sync_folder(self._inbox)
         named = self._named()
-        if named is None or not os.path.samestat(named, os.fstat(known.number)):
+        if named is None or not os.path.samestat(named, known.status()):
             raise self._not_ours(self._name_of(known))
 
     def _not_ours(self, true: str) -> NotOursError:

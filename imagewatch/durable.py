@@ -229,7 +229,8 @@ class Disk:
     def set_mode(self, path: str, mode: int) -> None:
         """Set the mode of a folder; never that of what a link leads to."""
         with ours(path, "set the mode"):
-            os.fchmod(self._opened(path).number, mode)
+            folder = self._opened(path)
+            os.fchmod(folder.fileno(), mode)
 
     def touch(self, path: str) -> bool:
         """Set a file's mtime to the present; tell whether we may. Links are not followed; none there is fine.
@@ -258,6 +259,23 @@ class Disk:
                 raise
         self.unlink(path)
         return self.create(path, mode)
+
+    def make_inner(self, top: str, folder: str, mode: int | None = None) -> None:
+        """Make a folder below one of ours, durably, if it is not there.
+
+        Args:
+            top: A folder that is there.
+            folder: Path below it, with ``/``.
+            mode: Permission bits of a folder that is made; None leaves them to the umask.
+        """
+        for part in folder.split("/") if folder else ():
+            inner = os.path.join(top, part)
+            if not self.tops.is_folder(inner):
+                self.make_folder(inner, mode=0o777)
+                if mode is not None:
+                    self.set_mode(inner, mode)
+                self.sync_folder(top)
+            top = inner
 
     @contextlib.contextmanager
     def writing(self, path: str, temporary: str | None = None, mode: int = 0o600) -> Iterator[IO[bytes]]:

@@ -66,11 +66,13 @@ def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Ite
         raise SpoolError(f"{printable(top)}: there is no such inbox", path=top, hint=hint)
     # A prompt that is still being waited for costs as much: so nothing has to settle, and nothing is waited for.
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
-    for candidate in Sweep(config.folders.inbox, eager).look(time.monotonic(), time.time()).ready:
+    sweep = Sweep(config.folders.inbox, eager)
+    for candidate in sweep.look(time.monotonic(), time.time()).ready:
         folder, stem = candidate.key
         where = os.path.join(config.folders.inbox, folder)
         try:
-            request = build(Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared), config)
+            files = Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared, sweep.opener)
+            request = build(files, config)
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
         else:

@@ -8,21 +8,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import stat
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
-
-from imagewatch.config import Outbox
-from imagewatch.durable import FULL, Disk
+from imagewatch.durable import FULL, Disk, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
+from imagewatch.folders import Tops
 from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
-from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files
-from imagewatch.names import SUFFIX
+from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
+from imagewatch.names import CLAIMS, SUFFIX
+from imagewatch.places import others_who_write
 from imagewatch.request import Files, Request, build
-from imagewatch.spool import Spool, blocked
+from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
 from imagewatch.text import amount, local, printable
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config import Config
+    from imagewatch.request import Opener
     from imagewatch.seen import Candidate
 
 
@@ -64,6 +65,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     yield from _room(config, kinds)
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)
+        yield from _claims(config, kinds)
     try:
         read_key(config.endpoint, environ)
     except ConfigError as error:
@@ -94,10 +96,9 @@ def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 def _room(config: Config, kinds: Kinds) -> Iterator[Line]:
     """Say if the daemon would be held at once for want of space; of folders to be made, where they will be."""
-    places = {name: _nearest(getattr(config.folders, name)) for name in ("state", "outbox")}
-    there = msgspec.structs.replace(config, folders=msgspec.structs.replace(config.folders, **places), outbox=Outbox())
+    there = {name: _nearest(getattr(config.folders, name)) for name in ("state", "outbox")}
     try:
-        Spool(there, Disk()).require_room(config.limits.min_free_bytes)
+        require_space((there["state"], there["outbox"]), config.limits.min_free_bytes, Tops())
     except SpoolError as error:
         if error.code in FULL and keeps_files(kinds.of(error.path)):  # else the folder's own line says it
             yield Line("bad", "disk", f"{error} ({error.hint})")
@@ -110,6 +111,29 @@ def _watched(config: Config, kinds: Kinds) -> Line:
     seconds = min(config.inbox.rescan_seconds, POLL_SECONDS) if polled else config.inbox.rescan_seconds
     how = "by looking" if polled else "by the kernel's events, and by looking"
     return Line("ok", "watch", f"{kind or 'unknown file system'}: changes are noticed {how} every {amount(seconds)} s")
+
+
+def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
+    """Say what is wrong with the folder of claimed files."""
+    kind = kinds.of(config.folders.inbox)
+    if not keeps_owners(kind):
+        why = "other users of this share can change claimed files; the key and the state folder are not at risk"
+        yield Line("wait", "claims", f"{kind} keeps no owners: {why}")
+        return
+    path = os.path.join(config.folders.inbox, CLAIMS)
+    if not os.path.lexists(path):
+        return
+    with ours(path, "look at the folder"):
+        status = os.lstat(path)
+        daemon = os.stat(config.folders.state).st_uid if os.path.isdir(config.folders.state) else os.geteuid()
+        hint = "remove or rename it; the daemon makes its own"
+        if not stat.S_ISDIR(status.st_mode):
+            yield Line("bad", "claims", f"{printable(path)}: is not a folder ({hint})")
+        elif status.st_uid != daemon or stat.S_IMODE(status.st_mode) & 0o777 != stat.S_IRWXU:
+            why = f"user number {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
+            yield Line(
+                "bad", "claims", f"{printable(path)}: is not the daemon's folder of claimed files: {why} ({hint})"
+            )
 
 
 def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
@@ -148,13 +172,22 @@ def _folder(name: str, path: str, kinds: Kinds) -> Line:
     if not keeps_files(kind := kinds.of(nearest)):
         return Line("bad", name, f"{shown}: nothing can be kept there ({kind}); name a folder on a disk")
     if os.path.isdir(path):
-        usable = os.access(path, os.R_OK | os.W_OK | os.X_OK)
-        return Line("ok", name, shown) if usable else Line("bad", name, f"{shown}: this user may not write there")
+        return _existing_folder(name, path)
     if os.path.lexists(path):
         return Line("bad", name, f"{shown}: is not a folder")
     if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
         return Line("ok", name, f"{shown} (will be made)")
     return Line("bad", name, f"{shown}: is not there, and this user cannot make it")
+
+
+def _existing_folder(name: str, path: str) -> Line:
+    shown, above = printable(path), os.path.dirname(os.path.realpath(path))
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        return Line("bad", name, f"{shown}: this user may not write there")
+    if who := others_who_write(os.stat(above)):
+        why = f"{printable(above)} may be written by {who}, so others can replace this folder"
+        return Line("wait", name, f"{shown}: {why} (chmod go-w {printable(above)})")
+    return Line("ok", name, shown)
 
 
 def _nearest(path: str) -> str:
@@ -172,11 +205,12 @@ def files(config: Config) -> Iterator[Line]:
     """
     if not os.path.isdir(config.folders.inbox):
         return
-    hindered = functools.partial(blocked, config.folders)
-    sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered)
+    tops = Tops.of(config.folders.inbox, config.folders.outbox, config.folders.errors, config.folders.archive)
+    hindered = functools.partial(blocked, config.folders, tops=tops)
+    sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered, tops=tops)
     seen = sweep.look(time.monotonic(), time.time())
     for candidate in seen.ready:
-        yield _ready(candidate, config)
+        yield _ready(candidate, config, sweep.opener)
     for path, reason in sorted(seen.waiting.items()):
         yield Line("wait", printable(path), reason)
     named = sweep.named()
@@ -187,12 +221,13 @@ def files(config: Config) -> Iterator[Line]:
             yield Line("ignore", printable(path), reason)
 
 
-def _ready(candidate: Candidate, config: Config) -> Line:
+def _ready(candidate: Candidate, config: Config, opener: Opener) -> Line:
     folder, stem = candidate.key
     where = os.path.join(config.folders.inbox, folder)
     path = printable(os.path.join(folder, stem + SUFFIX))
     try:
-        request = build(Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared), config)
+        files = Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared, opener)
+        request = build(files, config)
     except BadRequest as error:
         return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))
     return Line("take", path, _summary(request))

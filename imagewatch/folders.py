@@ -34,24 +34,28 @@ class NotAFolderError(OSError):
 
 
 class Descriptor:
-    """An open folder. It is closed when nothing refers to it any more, so never while another thread uses it.
+    """An open folder. It is closed when nothing refers to it any more, so never while another thread uses it."""
 
-    Attributes:
-        number: The file descriptor.
-    """
-
-    __slots__ = ("number",)
+    __slots__ = ("_number",)
 
     def __init__(self, number: int) -> None:
-        self.number = number
+        self._number = number
 
     def fileno(self) -> int:
-        """Return the file descriptor."""
-        return self.number
+        """Return the file descriptor; it is valid for as long as the caller refers to this object."""
+        return self._number
+
+    def status(self) -> os.stat_result:
+        """Return what ``fstat`` tells of it."""
+        return os.fstat(self._number)
+
+    def entries(self) -> os._ScandirIterator[str]:
+        """Return what is in it, by a descriptor of its own; to be used in a ``with`` statement."""
+        return os.scandir(self._number)
 
     def __del__(self) -> None:
         with contextlib.suppress(OSError):
-            os.close(self.number)
+            os.close(self._number)
 
 
 class Place:
@@ -70,7 +74,7 @@ class Place:
     @property
     def dir_fd(self) -> int | None:
         """The folder's descriptor, valid as long as this place is; None if ``name`` is a whole path."""
-        return None if self._folder is None else self._folder.number
+        return None if self._folder is None else self._folder.fileno()
 
     def lstat(self) -> os.stat_result:
         """Return what is there; a link is not followed."""
@@ -124,6 +128,15 @@ class Tops:
         self._tops: list[_Top] = []
         self._local = threading.local()
 
+    @classmethod
+    def of(cls, *paths: str) -> Tops:
+        """Return those of some folders that are there and can be opened."""
+        made = cls()
+        for path in paths:
+            with contextlib.suppress(OSError):
+                made.open(path)
+        return made
+
     # Opening
 
     def open(self, path: str, *, is_private: bool = False) -> None:
@@ -138,7 +151,12 @@ class Tops:
         Raises:
             OSError: It cannot be opened.
         """
-        self.know(path, Descriptor(os.open(os.path.realpath(path), _READ)), is_private=is_private)
+        real = os.path.realpath(path)
+        try:
+            number = os.open(real, _READ)
+        except PermissionError:  # one may be allowed to put files there, and not to list it
+            number = os.open(real, _PASS)
+        self.know(path, Descriptor(number), is_private=is_private)
 
     def know(self, path: str, descriptor: Descriptor | None, *, is_private: bool = False) -> None:
         """Know an open folder by a path from now on, in the place of one that was known by it.
@@ -152,6 +170,10 @@ class Tops:
         others.append(_Top(path, descriptor, is_private=is_private))
         # One assignment: another thread sees the old list or the new one. The longest path comes first.
         self._tops = sorted(others, key=lambda top: -len(top.path))
+
+    def drop(self, path: str) -> None:
+        """Know no folder by a path any more: what it leads to is reached as anything below the top above it."""
+        self._tops = [top for top in self._tops if top.path != path]
 
     def opened(self, path: str) -> Descriptor | None:
         """Return the folder that is known by a path, or None."""
@@ -176,7 +198,7 @@ class Tops:
             OSError: The path cannot be looked at.
         """
         descriptor = self.opened(path)
-        return descriptor is None or not os.path.samestat(os.stat(path), os.fstat(descriptor.number))
+        return descriptor is None or not os.path.samestat(os.stat(path), descriptor.status())
 
     @contextlib.contextmanager
     def held(self, path: str, inode: int = 0) -> Iterator[None]:
@@ -200,7 +222,7 @@ class Tops:
                 raise
             yield
             return
-        if inode and os.fstat(descriptor.number).st_ino != inode:
+        if inode and descriptor.status().st_ino != inode:
             raise FileNotFoundError(errno.ENOENT, "another folder has this name now", path)
         mine = self._held()
         mine.insert(0, _Top(path, descriptor, is_held=True))
@@ -297,6 +319,13 @@ class Tops:
         except OSError:
             return False
 
+    def is_link(self, path: str) -> bool:
+        """Tell whether a path is that of a symbolic link."""
+        try:
+            return _is_link(self.at(path))
+        except OSError:
+            return False
+
     def open_file(self, path: str, flags: int, mode: int = 0o600) -> int:
         """Open a file; a link is not followed.
 
@@ -321,8 +350,8 @@ class Tops:
         """
         folder = self.listable(path)
         if folders is None:
-            return os.listdir(folder.number)
-        with os.scandir(folder.number) as entries:
+            return os.listdir(folder.fileno())
+        with folder.entries() as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == folders]
 
 

@@ -7,8 +7,10 @@ a power cut.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+import os
 import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from imagewatch.job import Charged
 
 _VERSION = 1
+_MODE = 0o600
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
@@ -105,6 +108,19 @@ _UPSERT = (
 )
 
 
+def _keep_private(path: str) -> None:
+    """Make the file of a ledger if there is none, readable by its owner only: SQLite gives its other files that mode.
+
+    A file that is there is not opened here: to close it again would end the locks that this process has on it.
+    """
+    with contextlib.suppress(OSError):  # what keeps it from being used is told by SQLite
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
+    for name in (path, path + "-wal", path + "-shm"):
+        with contextlib.suppress(OSError):  # one of another user is as it was made
+            if os.stat(name, follow_symlinks=False).st_mode & 0o777 & ~_MODE:
+                os.chmod(name, _MODE)
+
+
 class Ledger:
     """The ledger in its file. Safe to use from several threads.
 
@@ -116,6 +132,7 @@ class Ledger:
         self._path = path
         self._lock = threading.Lock()
         with self._translated():
+            _keep_private(path)
             self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
             self._database.row_factory = sqlite3.Row
             self._database.execute("PRAGMA journal_mode = WAL")

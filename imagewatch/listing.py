@@ -259,7 +259,7 @@ class Folders:
     def is_real(self, path: str) -> bool:
         """Tell whether a folder below the inbox is the one that was listed, reached through no link."""
         try:
-            now = os.fstat(self.tops.folder(self.full(path)).number).st_ino
+            now = self.tops.folder(self.full(path)).status().st_ino
         except OSError:
             return False
         known = self._known.get(path)
@@ -327,7 +327,7 @@ class Folders:
         full = self.full(path)
         with ours(full, "list the folder"):
             folder = self.tops.listable(full)
-        yield folder.number
+        yield folder.fileno()
 
     def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> list[str]:
         """List a folder; return the stems that are still to be observed."""

@@ -56,16 +56,26 @@ def _stranger(path: str) -> str:
             status = os.lstat(place)
         except OSError:
             continue  # a link that leads nowhere: to be told when it is read
-        mode = stat.S_IMODE(status.st_mode)
         if status.st_uid not in {0, os.geteuid()}:
             return f"is not used, as {what} belongs to another user (number {status.st_uid})"
-        # In a folder like /tmp everybody may make files, but nobody replaces those of others.
-        if stat.S_ISLNK(status.st_mode) or (place == folder and mode & stat.S_ISVTX):
+        if stat.S_ISLNK(status.st_mode):
             continue
-        if mode & stat.S_IWOTH or (mode & stat.S_IWGRP and not _is_private(status)):
-            who = "everybody" if mode & stat.S_IWOTH else "its group"
+        if who := others_who_write(status):
             return f"is not used, as {what} may be written by {who}"
     return ""
+
+
+def others_who_write(status: os.stat_result) -> str:
+    """Return who beside the owner may change a file, or rename what is in a folder; an empty string if none may.
+
+    In a folder like ``/tmp`` everybody may make files, but may not rename those of others.
+    """
+    mode = status.st_mode
+    if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
+        return ""
+    if mode & stat.S_IWOTH:
+        return "everybody"
+    return "its group" if mode & stat.S_IWGRP and not _is_private(status) else ""
 
 
 def _is_private(status: os.stat_result) -> bool:

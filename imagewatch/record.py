@@ -28,12 +28,11 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from imagewatch.durable import FULL, Disk, closing, ours
 from imagewatch.errors import SpoolError
+from imagewatch.folders import Tops
 from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
-
-    from imagewatch.folders import Tops
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024
@@ -55,9 +54,9 @@ class Answer:
         length: Size of the body, bytes.
     """
 
-    def __init__(self, path: str, tops: Tops) -> None:
+    def __init__(self, path: str, tops: Tops | None = None) -> None:
         self.path = path
-        self._tops = tops
+        self._tops = tops or Tops()
         try:
             with self._opened() as file:
                 first = _line(lambda size: os.pread(file.fileno(), size, 0).partition(b"\n"))

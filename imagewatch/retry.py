@@ -7,6 +7,7 @@ again. What was charged does not go back at all: its paid answer is looked at ag
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
 from imagewatch.text import printable, whole
+from imagewatch.untrusted import RefusedError, folder_of, is_private, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -78,6 +80,10 @@ class Retry:
         self._errors = folders.errors
         self._paid = os.path.join(folders.state, PAID)
         self._disk = disk
+        self._tops = disk.tops
+        with contextlib.suppress(OSError):  # what follows from it is told when it is needed
+            self._tops.open(self._errors)
+        self._opener = functools.partial(open_file, tops=self._tops)
         self._ledger = ledger
         self._control = control
 
@@ -120,15 +126,13 @@ class Retry:
         """
         shown = printable(path)
         try:
-            with ours(path, "read"), open(path, "rb", opener=_no_links) as file:
-                document = unvouched(_text(file.read(_MOST_BYTES + 1)))
+            document = unvouched(self._text(path))
             job, charged = _id(document["job"]), str(document["charged"])
             originals = self._real(path, [(_name(t["file"]), _name(t["dropped_as"])) for t in document["originals"]])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "move the prompt and its images back into the inbox by hand"
             raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
         folder = os.path.dirname(os.path.relpath(path, self._errors))
-        _require_straight(self._errors, folder)
         originals.sort(key=lambda names: names[1].endswith(SUFFIX))
         row, digest = self._ledger.job(job), ""
         # A stranger may have copied the job id of somebody else's error file.
@@ -137,6 +141,16 @@ class Retry:
         elif charged == "no":
             charged = "unknown"
         return Failed(path, folder, job, charged, tuple(originals), digest)
+
+    def _text(self, path: str) -> str:
+        try:
+            with ours(path, "read"), open_file(path, self._tops, most_bytes=_MOST_BYTES) as file:
+                return file.read(_MOST_BYTES).decode()
+        except SpoolError as error:
+            cause = error.__cause__
+            if not isinstance(cause, RefusedError):
+                raise
+            raise ValueError(f"it {cause.strerror}") from None
 
     def _real(self, path: str, originals: list[tuple[str, str]]) -> list[tuple[str, str]]:
         """Return names as the disk has them: where one is not UTF-8, an error file can only describe it."""
@@ -160,17 +174,19 @@ class Retry:
         if not os.path.isdir(self._inbox):
             shown = printable(self._inbox)
             raise SpoolError(f"{shown}: the inbox is gone", path=self._inbox, hint="restore or mount it")
-        self._disk.make_folder(target, mode=0o777)
-        _require_straight(self._inbox, failed.folder)
+        with ours(self._inbox, "open the folder"):
+            self._tops.open(self._inbox)
+        self._disk.make_inner(self._inbox, failed.folder)
         there = [(os.path.join(source, a), os.path.join(target, b)) for a, b in failed.originals]
         self._require_free(there)
-        if not there or not os.path.lexists(there[-1][0]):
+        if not there or not self._tops.exists(there[-1][0]):
             self._require_prompt(failed, there[-1][1] if there else "")
+        for path, _ in there:
+            self._require_public(path)
         for number, (path, new) in enumerate(there):
-            if new.endswith(SUFFIX):
-                self._disk.touch(path)
+            temporary, is_fresh = os.path.join(target, f".iw-{failed.job}.{number}.tmp"), new.endswith(SUFFIX)
             try:
-                self._disk.carry(path, new, os.path.join(target, f".iw-{failed.job}.{number}.tmp"))
+                self._disk.carry(path, new, temporary, is_fresh=is_fresh)
             except FileExistsError:
                 raise _taken(new) from None
         self._disk.sync_folder(target)
@@ -180,19 +196,30 @@ class Retry:
 
     def _require_free(self, there: list[tuple[str, str]]) -> None:
         for path, new in there:
-            if os.path.lexists(new) and os.path.lexists(path):
+            if self._tops.exists(new) and self._tops.exists(path):
                 raise _taken(new)
+
+    def _require_public(self, path: str) -> None:
+        """Make sure that a file is no hard link to one that only its owner may read: a copy would show it to others."""
+        if not self._tops.exists(path):
+            return
+        with ours(path, "look at the file"):
+            place = self._tops.at(path)
+            status, folder = place.lstat(), folder_of(place, path)
+        if stat.S_ISREG(status.st_mode) and is_private(status, folder):
+            message = f"{printable(path)}: is a hard link to a file that not everybody may read here"
+            raise SpoolError(message, path=path, hint="remove it; nothing was moved")
 
     def _require_prompt(self, failed: Failed, new: str) -> None:
         """Make sure that the prompt is in the inbox: an earlier call may have moved it already, and then died.
 
         Else what is left here, its images, would become those of somebody else's prompt.
         """
-        if not (new and os.path.lexists(new)):
+        if not (new and self._tops.exists(new)):
             hint = "nothing is left to try again; remove the error file, or drop the prompt anew"
             raise SpoolError(f"{printable(failed.path)}: its prompt is gone", path=failed.path, hint=hint)
         folder, name = os.path.split(new)
-        if not failed.digest or contents(folder, [name], MAX_BYTES).get(name) != failed.digest:
+        if not failed.digest or contents(folder, [name], MAX_BYTES, self._opener).get(name) != failed.digest:
             message = f"{printable(new)}: the inbox has another prompt of this name, and that of the error file is gone"
             hint = "nothing was moved; remove the error file, or drop its prompt anew under another name"
             raise SpoolError(message, path=new, hint=hint)
@@ -249,32 +276,11 @@ def _taken(path: str) -> SpoolError:
     return SpoolError(f"{printable(path)}: the inbox has a file of this name", path=path, hint=hint)
 
 
-def _require_straight(top: str, folder: str) -> None:
-    """Make sure that no link leads out of one of our folders."""
-    path = os.path.join(top, folder) if folder else top
-    if os.path.realpath(path) != os.path.join(os.path.realpath(top), folder).rstrip("/"):
-        raise SpoolError(f"{printable(path)}: there is a link in it", path=path, hint="move the files by hand")
-
-
-def _text(raw: bytes) -> str:
-    if len(raw) > _MOST_BYTES:
-        raise ValueError("it is too large")
-    return raw.decode()
-
-
 def _id(value: object) -> str:
     """Return a job id; it becomes a part of file names."""
     if not isinstance(value, str) or not _JOB.fullmatch(value):
         raise ValueError("it has no job id")
     return value
-
-
-def _no_links(path: str, flags: int) -> int:
-    descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("not a plain file")
-    return descriptor
 
 
 def _name(value: object) -> str:

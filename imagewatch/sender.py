@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import os
 import re
 import secrets
@@ -16,7 +17,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any
 
 import tomli_w
@@ -27,6 +28,7 @@ from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, group, stem_of
 from imagewatch.request import SUPPORTED, Files, build, open_plain, read_image
 from imagewatch.text import printable
+from imagewatch.untrusted import open_file
 from imagewatch.waiting import Made
 
 if TYPE_CHECKING:
@@ -185,18 +187,23 @@ class Delivery:
         self._folder = folder
         self._blind = blind
         self._disk = Disk()
+        self._tops = self._disk.tops
+        self._held = contextlib.ExitStack()
         self.unsynced: SpoolError | None = None
         self._target = self._entered()
-        self._mode = _readable_mode(self._target)
+        self._mode = self._readable_mode()
         self._parcels: list[_Parcel] = []
         self._remove_stale()
 
     def __enter__(self) -> Self:
+        with ours(self._target, "enter the folder"):
+            self._held.enter_context(self._tops.held(self._target))
         return self
 
     def __exit__(self, *_: object) -> None:
-        for parcel in self._parcels:
-            self._remove(parcel)
+        with self._held:
+            for parcel in self._parcels:
+                self._remove(parcel)
 
     def stage(self, wish: Wish, stem: str) -> None:
         """Write a prompt and copies of its images under hidden names, and check them.
@@ -270,10 +277,10 @@ class Delivery:
     def _has_arrived(self, path: str, final: str) -> bool:
         """Tell whether a file has its final name though the rename failed: by a link, or on a server that was slow."""
         try:
-            return os.path.samestat(os.lstat(path), os.lstat(final))
+            return os.path.samestat(self._tops.lstat(path), self._tops.lstat(final))
         except OSError:
             # Gone from a folder that is there: renamed, and perhaps taken by the daemon already.
-            return os.path.isdir(self._target) and not os.path.lexists(path)
+            return self._tops.is_folder(self._target) and not self._tops.exists(path)
 
     def _entered(self) -> str:
         """Return the target folder; made if it is not there, but never the inbox itself."""
@@ -281,17 +288,21 @@ class Delivery:
         if not os.path.isdir(current):
             hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
             raise SpoolError(f"{printable(current)}: there is no such inbox", path=current, hint=hint)
+        with ours(current, "open the folder"):
+            self._tops.open(current)
         for part in self._folder.split("/") if self._folder else ():
             above, current = current, os.path.join(current, part)
-            if os.path.islink(current):
+            if self._tops.is_link(current):
                 raise BadRequest([Problem("folder", f'"{part}" is a link, and not looked into', "use another")])
-            if not os.path.isdir(current):
+            if not self._tops.is_folder(current):
                 self._disk.make_folder(current, mode=0o777)
-                # The daemon is often another user, and has to take files out of it as out of the folder above.
-                with ours(current, "set the mode"):
-                    _set_mode(current, stat.S_IMODE(os.stat(above).st_mode))
+                # The daemon is often another user, and has to take files out of it as out of the folder above, which
+                # the sticky bit would forbid: it is not the owner of this one.
+                mode = stat.S_IMODE(self._tops.folder(above).status().st_mode) & ~stat.S_ISVTX
+                self._disk.set_mode(current, mode)
                 self._sync(above)
-        if not os.access(current, os.W_OK | os.X_OK):
+        place = self._tops.at(current)
+        if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
             hint = "ask whoever looks after the folder to let you"
             raise SpoolError(f"{printable(current)}: you may not put files there", path=current, hint=hint)
         return current
@@ -299,14 +310,14 @@ class Delivery:
     def _remove_stale(self) -> None:
         """Remove what a sender of ours that was killed has left in this folder."""
         with contextlib.suppress(OSError, SpoolError):
-            for name in os.listdir(self._target):
+            for name in self._tops.names(self._target):
                 if name.startswith(_STAGED):
                     path = os.path.join(self._target, name)
-                    if time.time() - os.lstat(path).st_ctime > _STALE_SECONDS:
+                    if time.time() - self._tops.lstat(path).st_ctime > _STALE_SECONDS:
                         self._disk.unlink(path)
 
     def _taken(self, name: str) -> list[Problem]:
-        if not os.path.lexists(os.path.join(self._target, name)):
+        if not self._tops.exists(os.path.join(self._target, name)):
             return []
         return [Problem(printable(name, 255), "the inbox has a file of this name", "use another")]
 
@@ -330,10 +341,16 @@ class Delivery:
                 yield file
             self._disk.sync(file, path)
 
+    def _readable_mode(self) -> int:
+        """Return the mode for a file: as the umask says, and whoever may look into the folder may read it."""
+        mask = os.umask(0o022)
+        os.umask(mask)
+        return (0o666 & ~mask) | (self._tops.folder(self._target).status().st_mode & 0o444)
+
     def _check(self, files: Files) -> None:
         """Refuse what the daemon would refuse."""
         try:
-            build(files, self._config)
+            build(replace(files, opener=functools.partial(open_file, tops=self._tops)), self._config)
         except BadRequest as error:
             problems = [one for one in error.problems if not (self._blind and one.field == "preset")]
             if problems:
@@ -343,22 +360,6 @@ class Delivery:
         for path, _ in parcel.files:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
-
-
-def _set_mode(folder: str, mode: int) -> None:
-    """Set the mode of a folder, never that of what a link leads to: somebody may have put one there meanwhile."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
-        os.fchmod(descriptor, mode)
-    finally:
-        os.close(descriptor)
-
-
-def _readable_mode(folder: str) -> int:
-    """Return the mode for a file: as the umask says, and whoever may look into the folder may read it."""
-    mask = os.umask(0o022)
-    os.umask(mask)
-    return (0o666 & ~mask) | (os.stat(folder).st_mode & 0o444)
 
 
 def _composed(wish: Wish, names: Sequence[str]) -> bytes:

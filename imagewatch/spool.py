@@ -30,7 +30,7 @@ from imagewatch.record import Record
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from imagewatch.config import Config, Folders
     from imagewatch.folders import Tops
@@ -83,6 +83,33 @@ def _deepest(tops: Tops, top: str, folder: str) -> str:
     return path
 
 
+def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
+    """Make sure that there is room in folders.
+
+    Args:
+        folders: The folders.
+        least: Bytes that must be free in each.
+        tops: The folders that were opened.
+
+    Raises:
+        SpoolError: There is too little space, or hardly any file can be made any more.
+    """
+    for folder in folders:
+        with ours(folder, "ask for the free space"):
+            top = tops.opened(folder)
+            status = os.statvfs(top.fileno() if top else folder)
+        free, files = status.f_bavail * status.f_frsize, status.f_favail
+        hint = "make room"
+        if free < least:
+            hint += ", or lower limits.min_free_bytes"
+            message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
+        elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
+            message = f"there is room for {files} more files only (inodes)"
+        else:
+            continue
+        raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
+
+
 class Spool:
     """All folders of one daemon.
 
@@ -109,6 +136,7 @@ class Spool:
         self._lock: IO[bytes] | None = None
         self._claims_lock: IO[bytes] | None = None
         self._mounts = Mounts([])
+        self._ways: dict[str, str] = {}
         self._kinds = Kinds()
         self._kinds.refresh()
 
@@ -166,7 +194,12 @@ class Spool:
             AlreadyRunning: Another daemon uses it; nothing may be taken out of this inbox.
         """
         self._claims.require()
+        self._lock_claims()
+
+    def _lock_claims(self) -> None:
         path = os.path.join(self.claims, _LOCK)
+        if self._lock is None:  # nothing is claimed in this process
+            return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
             lock = self.disk.lock(path)
             if self._claims_lock is not None:
@@ -185,8 +218,21 @@ class Spool:
         for folder in folders or self._all():
             with ours(folder, "open the folder"):
                 if self.tops.is_replaced(folder):
+                    self._require_same_way(folder)
                     self.tops.open(folder, is_private=folder == self.state)
                     self._kinds.refresh()
+
+    def _require_same_way(self, folder: str) -> None:
+        """Make sure that no link was put where one of our folders was: it might lead to another one of ours.
+
+        Raises:
+            SpoolError: Its path leads elsewhere than when it was opened first.
+        """
+        real = os.path.realpath(folder)
+        if self._ways.setdefault(folder, real) != real:
+            message = f"{printable(folder)}: leads to {printable(real)} now, and led to {printable(self._ways[folder])}"
+            hint = "put the folder back, or restart the daemon if this is meant"
+            raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
@@ -236,17 +282,20 @@ class Spool:
         self._open()
 
     def require_folders(self) -> None:
-        """Make sure that all folders are those that they were, also the one for claims.
+        """Make sure that all folders are those that they were, also the one for claims if there is one.
 
         Raises:
             SpoolError: One is not.
         """
         self.require_mounts()
-        self._require_claims()
+        self._claims.check()
+        if self._claims.is_open():
+            self._lock_claims()
 
     def probe(self) -> None:
         """Prove that files can be taken out of the inbox and put into every other folder."""
         self.require_folders()
+        self._require_claims()
         for folder in self._all()[1:]:
             self.disk.probe(folder, _PROBE)
         self._prove_claim()
@@ -261,19 +310,7 @@ class Spool:
             SpoolError: There is too little space, or hardly any file can be made any more.
         """
         self.require_folders()
-        for folder in (self.state, self.outbox):
-            with ours(folder, "ask for the free space"):
-                status = os.statvfs(self.tops.folder(folder).number)
-            free, files = status.f_bavail * status.f_frsize, status.f_favail
-            hint = "make room"
-            if free < least:
-                hint += ", or lower limits.min_free_bytes"
-                message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
-            elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
-                message = f"there is room for {files} more files only (inodes)"
-            else:
-                continue
-            raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
+        require_space((self.state, self.outbox), least, self.tops)
 
     def _all(self) -> list[str]:
         archive = [self.archive] if self.archive else []
@@ -644,7 +681,7 @@ class Spool:
         if not names:
             return True
         self.require_mounts()  # or there is no inbox
-        self._make_inner(self.inbox, claim.folder)
+        self.disk.make_inner(self.inbox, claim.folder)
         with self._reached(folder):
             return self._give_back(claim, folder, names)
 
@@ -750,18 +787,7 @@ class Spool:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
         self.require_mounts()
         top = self.door_folder(door, Claim(job="", folder="", stem=""))
-        self._make_inner(top, claim.folder, self._outbox.folder_mode if door == "outbox" else None)
-
-    def _make_inner(self, top: str, folder: str, mode: int | None = None) -> None:
-        """Make a folder below one of ours, durably, if it is not there."""
-        for part in folder.split("/") if folder else ():
-            inner = os.path.join(top, part)
-            if not self.tops.is_folder(inner):
-                self.disk.make_folder(inner, mode=0o777)
-                if mode is not None:
-                    self.disk.set_mode(inner, mode)
-                self.disk.sync_folder(top)
-            top = inner
+        self.disk.make_inner(top, claim.folder, self._outbox.folder_mode if door == "outbox" else None)
 
     def _finish(self, descriptor: int) -> None:
         """Give a file that we publish the mode and group its readers need."""

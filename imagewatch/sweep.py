@@ -57,9 +57,12 @@ class Sweep:
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
         blocked: Tells of a folder below the inbox why nothing can be put where its results go, or an empty string.
         tops: The folders that were opened, the inbox among them; without, it is opened here.
+
+    Attributes:
+        opener: Opens a file of the inbox.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a daemon, a command and a test ask for
         self,
         inbox: str,
         config: Inbox,
@@ -85,7 +88,7 @@ class Sweep:
             tops=tops,
         )
         self._tops = self._folders.tops
-        self._opener = functools.partial(open_file, tops=self._tops)
+        self.opener = functools.partial(open_file, tops=self._tops)
         self._settling = Settling(config.settle_seconds)
         self._inputs = Settling(config.settle_seconds)
         self._inputs_since: dict[Key, float] = {}
@@ -93,8 +96,7 @@ class Sweep:
         self._arrived: set[Key] = set()
         self._held_back: dict[Key, float] = {}
         self._read: dict[Key, tuple[Look, tuple[str, ...] | None]] = {}
-        self._seen = Seen()
-        self._wall = 0.0
+        self._seen, self._wall = Seen(), 0.0
         # The oldest settled prompts, in order: all up to the horizon, none beyond it.
         self._size = window
         self._window: list[tuple[float, Key]] = []
@@ -438,8 +440,8 @@ class Sweep:
             status = place.lstat()
             if stat.S_ISREG(status.st_mode) and not os.access(place.name, os.R_OK, dir_fd=place.dir_fd):
                 return "the daemon may not read"
-            above = os.fstat(self._tops.folder(os.path.dirname(full)).number)
-            if is_private(status, above.st_gid):
+            above = self._tops.folder(os.path.dirname(full)).status()
+            if is_private(status, above):
                 return "a hard link to a file that not everybody may read who uses this folder:"
             if _is_kept(status, above):
                 return "the sticky bit of its folder keeps the daemon from taking"
@@ -450,13 +452,13 @@ class Sweep:
         if self._wall - candidate.changed_at >= _BUSY_SECONDS:
             return ""
         folder = self._folders.full(candidate.key[0])
-        return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self._opener)), "")
+        return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self.opener)), "")
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
         """Tell whether images are complete by their own structure, so that nobody is still writing them."""
         for name in names:
             try:
-                with self._opener(self._folders.full(_join(folder, name))) as file:
+                with self.opener(self._folders.full(_join(folder, name))) as file:
                     image = inspect(file) if os.fstat(file.fileno()).st_size <= _LARGE_BYTES else None
             except OSError:
                 return False
@@ -472,7 +474,7 @@ class Sweep:
         """
         known = self._read.get(key)
         if known is None or known[0] != look:
-            names = prompts.declared(read_prompt(self._folders.full(_join(*key) + SUFFIX), self._opener))
+            names = prompts.declared(read_prompt(self._folders.full(_join(*key) + SUFFIX), self.opener))
             known = self._read[key] = (look, names)
         return known[1]
 
@@ -538,7 +540,7 @@ class Sweep:
             return tuple((name, 0, 0, 0, 0) for name in names), newest
         for name in names:
             try:
-                status = os.stat(name, dir_fd=above.number, follow_symlinks=False)
+                status = os.stat(name, dir_fd=above.fileno(), follow_symlinks=False)
             except OSError:
                 looks.append((name, 0, 0, 0, 0))
                 continue

@@ -65,27 +65,27 @@ def open_file(path: str, tops: Tops = _NOWHERE, *, most_bytes: int | None = None
 def _judge(status: os.stat_result, before: os.stat_result, place: Place, path: str, most_bytes: int | None) -> None:
     if not os.path.samestat(before, status) or not stat.S_ISREG(status.st_mode):
         raise RefusedError("was replaced while it was opened", path)
-    if status.st_nlink > 1 and is_private(status, group_of(place, path)):
+    if status.st_nlink > 1 and is_private(status, folder_of(place, path)):
         raise RefusedError("is a hard link to a file that not everybody may read who uses this folder", path)
     if most_bytes is not None and status.st_size > most_bytes:
         raise RefusedError(f"is larger than {most_bytes:,} bytes", path)
 
 
-def is_private(status: os.stat_result, group: int) -> bool:
+def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
     """Tell whether a file is a hard link that may show what whoever made the link could not read.
 
     A hard link does not tell who made it: it has the owner, the group and the mode of the file it leads to.
 
     Args:
         status: The file's.
-        group: Number of the group that the folder belongs to: its members are those who put files there.
+        folder: The folder's. If only its group may write it, what this group may read is no secret there.
     """
     if status.st_nlink < 2 or status.st_mode & stat.S_IROTH:  # noqa: PLR2004  another name
         return False
-    return not (status.st_mode & stat.S_IRGRP and status.st_gid == group)
+    is_for_group = status.st_mode & stat.S_IRGRP and status.st_gid == folder.st_gid
+    return not is_for_group or bool(folder.st_mode & stat.S_IWOTH)
 
 
-def group_of(place: Place, path: str) -> int:
-    """Return the number of the group of the folder in which a file is."""
-    folder = os.stat(os.path.dirname(path) or ".") if place.dir_fd is None else os.fstat(place.dir_fd)
-    return folder.st_gid
+def folder_of(place: Place, path: str) -> os.stat_result:
+    """Return what the folder is in which a file is."""
+    return os.stat(os.path.dirname(path) or ".") if place.dir_fd is None else os.fstat(place.dir_fd)

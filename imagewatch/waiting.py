@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.documents import unvouched
 from imagewatch.durable import ours
-from imagewatch.errors import BadRequest, SpoolError
+from imagewatch.errors import SpoolError
 from imagewatch.names import SUFFIX
-from imagewatch.request import open_plain
 from imagewatch.text import printable, whole
+from imagewatch.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
@@ -185,15 +185,13 @@ def _may_be_of(base: str, stems: Collection[str]) -> bool:
 def _document(path: str) -> dict[str, Any] | None:
     """Return what a document says: nothing if it is a stranger's, None if it cannot be read at the moment."""
     try:
-        with open_plain(path, path) as file:
+        with open_file(path) as file:
             return unvouched(file.read(_MOST_DOCUMENT).decode())
-    except BadRequest:
-        if os.path.islink(path):
-            return {}
-        if os.path.exists(path) and not os.access(path, os.R_OK):
-            hint = "outbox.file_mode and the folder's group decide who may; the prompts go on without you"
-            raise SpoolError(f"{printable(path)}: this user may not read it", path=path, hint=hint) from None
-        return None
+    except RefusedError:
+        return {}
+    except PermissionError:
+        hint = "outbox.file_mode and the folder's group decide who may; the prompts go on without you"
+        raise SpoolError(f"{printable(path)}: this user may not read it", path=path, hint=hint) from None
     except OSError:
         return None
     except (ValueError, RecursionError):

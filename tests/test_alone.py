@@ -49,7 +49,20 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_ima
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     folders.drop("logo.png", PICTURE)
     path, log = folders.prompt("mug", NAMES_LOGO), tmp_path / "strace.log"
-    strace = ["strace", "-f", "-o", str(log), "-P", str(path), "-e", "trace=openat,read", "-e", f"inject={fault}"]
+    strace = [
+        "strace",
+        "-f",
+        "-o",
+        str(log),
+        "-P",
+        str(path),
+        "-P",
+        path.name,
+        "-e",
+        "trace=openat,read",
+        "-e",
+        f"inject={fault}",
+    ]
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
     subprocess.run([*strace, sys.executable, "-m", "imagewatch", "once"], env=environ, check=True, capture_output=True)
     assert "(INJECTED)" in log.read_text()
@@ -215,13 +228,15 @@ def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered
     assert (sandbox.report()["charged"], folders.leftovers()) == (4, [])
 
 
-def test_a_name_as_long_as_a_name_can_be_is_taken_over_from_its_owner(tmp_path: Path) -> None:
-    path = tmp_path / ("n" * 255)
+def test_a_name_as_long_as_a_name_can_be_is_copied_where_its_time_is_not_ours_to_set(tmp_path: Path) -> None:
+    path, other, target = tmp_path / ("n" * 255), tmp_path / "other", tmp_path / ("m" * 255)
     path.write_text("A cat")
-    inode = path.stat().st_ino
-    Disk().adopt(str(path))
-    assert (path.read_text(), path.stat().st_ino != inode) == ("A cat", True)
-    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+    os.link(path, other)
+    os.utime(path, ns=(1, 1))
+    Disk().carry(str(path), str(target), str(tmp_path / ".temporary"), is_fresh=True)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [target.name, other.name]
+    assert (target.read_text(), target.stat().st_nlink, other.stat().st_mtime_ns) == ("A cat", 1, 1)
+    assert target.stat().st_mtime_ns > 1
 
 
 def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(

@@ -305,7 +305,7 @@ class TestCarry:
 
 
 def publish(target: Path, content: bytes = b"receipt") -> None:
-    DISK.publish(str(target), str(target.parent / ".iw-1.d.tmp"), content, None)
+    DISK.publish(str(target), str(target.parent / ".iw-1.d.tmp"), content, lambda _: None)
 
 
 class TestPublish:

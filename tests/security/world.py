@@ -1,0 +1,312 @@
+"""A daemon with a user id of its own, what it keeps private, and folders that an attacker may write to."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sqlite3
+import subprocess
+import tomllib
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+from conftest import KEY, Folders, Told, until
+from endpoint import picture
+
+from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+CLAIMS = ".imagewatch"
+MARK = "only-the-daemon-may-read-this"
+"""Is in every private file, that of the key aside."""
+PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
+"""A whole picture, with a mark behind its end."""
+
+
+class World(Folders):
+    """The folders of a daemon of the user ``DAEMON``, seen by root.
+
+    The attacker may write the inbox, and what ``open_to_all`` names beside it; nothing else. The folder ``home`` with a
+    ``.profile`` and a picture, the folder of the key and the state folder are private.
+
+    Args:
+        root: An empty folder that all users may enter.
+        sandbox: The endpoint.
+        interpreter: The Python of all users.
+        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` everybody may write.
+        key_folder: An empty folder for the key, if it is to be elsewhere.
+        settings: More of the configuration, by section.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        sandbox: Sandbox,
+        interpreter: Interpreter,
+        *,
+        open_to_all: tuple[str, ...] = (),
+        key_folder: Path | None = None,
+        settings: dict[str, dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(root, sandbox.base_url)
+        self.sandbox = sandbox
+        self.top = root
+        self.home, self.key_folder = root / "home", key_folder or root / "credentials"
+        self._interpreter = interpreter
+        for folder in (self.home, self.key_folder, self.state):
+            folder.mkdir(exist_ok=True)
+            give(folder, 0o700)
+        for folder in (self.inbox, self.outbox, self.errors, self.archive):
+            give(folder, 0o2777 if folder.name in {"inbox", *open_to_all} else 0o2755)
+        private = {
+            self.key_folder / "letta_api_key": KEY,
+            self.home / ".profile": f"# {MARK}\n",
+            self.home / "cat.png": PRIVATE_PICTURE,
+        }
+        for path, text in private.items():
+            path.write_bytes(text.encode("latin-1"))
+            give(path, 0o600)
+        self._configure(settings or {})
+        self._before = {folder: _look(folder) for folder in (self.home, self.key_folder)}
+        self.attacker = Person(interpreter, ATTACKER, str(self.inbox))
+        self.honest = Person(interpreter, HONEST, str(self.inbox))
+        self.daemons: list[Told] = []
+
+    def _configure(self, settings: dict[str, dict[str, Any]]) -> None:
+        fixed: dict[str, dict[str, Any]] = {
+            "folders": {"root": str(self.root), "state": str(self.state)},
+            "endpoint": {
+                "base_url": self.sandbox.base_url,
+                "api_key_file": str(self.key_folder / "letta_api_key"),
+            },
+            "inbox": {"settle_seconds": 0, "rescan_seconds": 0.3, "input_wait_seconds": 0},
+            "limits": {"min_free_bytes": 1_000_000},
+            "retry": {"initial_seconds": 0.01, "max_seconds": 0.02},
+            "log": {"format": "json"},
+        }
+        merged = {name: {**fixed.get(name, {}), **settings.get(name, {})} for name in {**fixed, **settings}}
+        self.configuration = self.top / "config.toml"
+        self.configuration.write_text(tomli_w.dumps(merged))
+
+    def leave(self) -> None:
+        """End every process."""
+        for told in self.daemons:
+            if told.process.poll() is None:
+                told.process.kill()
+            told.end()
+            for pipe in (told.process.stdout, told.process.stderr):
+                pipe.close()
+        self.attacker.leave()
+        self.honest.leave()
+
+    # The daemon
+
+    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True) -> Told:
+        """Start a daemon; wait until it runs."""
+        command = ["-m", "imagewatch", *(arguments or ("run",)), "--config", str(self.configuration)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": "/"}
+        process = self._interpreter.start(uid, command, {"HOME": str(self.home)}, **pipes)
+        told = Told(SimpleNamespace(process=process))  # type: ignore[arg-type]  # a process is all it takes of it
+        self.daemons.append(told)
+        if running:
+            until(lambda: process.poll() is not None or self._status_of(process.pid).get("state") == "running")
+            assert process.poll() is None, self.told(told)
+        return told
+
+    def command(self, *arguments: str, uid: int = DAEMON, **more: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command of a user to its end."""
+        command = ["-m", "imagewatch", *arguments, "--config", str(self.configuration)]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": str(self.top), **more}
+        with self._interpreter.start(uid, command, {"HOME": str(self.home), "COLUMNS": "200"}, **pipes) as one:
+            out, err = one.communicate(timeout=40)
+        return subprocess.CompletedProcess(command, one.returncode, out, err)
+
+    def release(self) -> None:
+        """Do what ``imagewatch release`` does: end every hold; what is wrong still begins another."""
+        done = self.command("release")
+        assert done.returncode == 0, done.stderr
+
+    def told(self, *daemons: Told) -> str:
+        """Return all that daemons have said."""
+        return "\n".join(str(line.get("text", line)) for told in daemons or self.daemons for line in list(told.lines))
+
+    # What is seen
+
+    def status(self) -> dict[str, Any]:
+        """Return what the daemon says of itself; nothing before it said something."""
+        try:
+            return dict(json.loads((self.state / "status.json").read_bytes()))
+        except (OSError, ValueError):
+            return {}
+
+    def _status_of(self, pid: int) -> dict[str, Any]:
+        page = self.status()
+        return page if page.get("pid") == pid else {}
+
+    def holds(self) -> str:
+        """Return why the queue is held, in words; nothing when it is not."""
+        return "; ".join(hold["reason"] for hold in self.status().get("holds", []))
+
+    def held_for(self, *words: str) -> None:
+        """Wait until the queue is held for a reason that has all of these words in it."""
+        self.wait(lambda: all(word in self.holds() for word in words), f"a hold with {words}")
+
+    def wait(self, condition: Callable[[], object], what: str = "") -> None:
+        """Wait for something; when it does not come, say what the daemon said."""
+        try:
+            until(condition)
+        except AssertionError as error:
+            lists = "\n".join(str(path) for path in walk(self.top))
+            error.add_note(f"waited for {what}\nstatus: {self.status()}\n{self.told()}\n{lists}")
+            raise
+
+    def door(self, source: str) -> str:
+        """Return where the document of a prompt is, or an empty string; links are not followed."""
+        for door in ("outbox", "errors"):
+            for path in walk(self.root / door):
+                if path.name.endswith((".receipt.toml", ".error.toml")) and not path.is_symlink():
+                    try:
+                        if tomllib.loads(path.read_text()).get("source") == source:
+                            return door
+                    except (OSError, ValueError):  # just renamed by its reader
+                        continue
+        return ""
+
+    def end(self, source: str) -> str:
+        """Wait until nothing more happens to a prompt by itself.
+
+        Returns:
+            ``outbox`` or ``errors``: its document is there, and its job over or the queue held.
+            ``held``, ``stuck`` or ``waiting``: the status says so.
+            ``gone``: neither prompt nor job nor document is left.
+        """
+        found: list[str] = []
+
+        def over() -> bool:
+            found[:] = [self._end(source)]
+            return bool(found[0])
+
+        self.wait(over, f"the end of {source}")
+        return found[0]
+
+    def _end(self, source: str) -> str:
+        page, door = self.status(), self.door(source)
+        if page.get("holds"):
+            return door or "held"
+        if source in [job["source"] for job in page.get("stuck", [])]:
+            return "stuck"
+        here = any(path.name == os.path.basename(source) for path in walk(self.inbox))
+        if any(path.is_dir() for path in (self.state / "jobs").iterdir()):
+            return ""
+        if door:
+            return door
+        folders = [source[:at] for at, letter in enumerate(source) if letter == "/"]
+        named = {*page.get("waiting", {}).get("files", ()), *page.get("ignored", {}).get("files", ())}
+        if named.intersection((source, *folders)):
+            return "waiting"
+        return "" if here else self.door(source) or "gone"
+
+    def requests(self, text: str | None = None) -> int:
+        """Return how many requests came, in all or for one prompt."""
+        return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
+
+    def rows(self, source: str) -> list[sqlite3.Row]:
+        """Return what the ledger says of a prompt."""
+        with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
+            database.row_factory = sqlite3.Row
+            return database.execute("SELECT * FROM attempts WHERE source = ?", (source,)).fetchall()
+
+    def asked(self, count: int = 1) -> bool:
+        """Wait until so many requests are under way, or the queue is held; tell whether they are."""
+        self.wait(lambda: self.requests() >= count or self.holds(), f"{count} requests, or a hold")
+        return self.requests() >= count
+
+    def is_idle(self) -> None:
+        """Wait until no job is left."""
+        self.wait(lambda: not any((self.state / "jobs").iterdir()), "the end of all jobs")
+
+    # What must be true
+
+    def nothing_leaked(self, *, places: tuple[Path, ...] = ()) -> None:
+        """The key and what is private are where they were and nowhere else; nothing was put beside them."""
+        for folder, before in self._before.items():
+            assert _look(folder) == before, f"{folder} was changed"
+        tops = (self.root, self.state, *places)
+        holding = [path for top in tops for path in walk(top) if _holds(path, (KEY, MARK))]
+        assert holding == [], "what is private is where it does not belong"
+        assert self.attacker.readable_with(str(self.top), [KEY, MARK]) == []
+        self.nothing_private_was_sent()
+        assert KEY not in self.told()
+        assert MARK not in self.told()
+
+    def nothing_private_was_sent(self) -> None:
+        """The endpoint has seen no private text and no private picture."""
+        hidden = hashlib.sha256(PRIVATE_PICTURE.encode("latin-1")).hexdigest()
+        for call in self.sandbox.report()["calls"]:
+            assert hidden not in call["inputs"], "a private picture was sent"
+            assert MARK not in str(call["prompt"]), "a private text was sent"
+
+    def state_is_whole(self, *, jobs: bool = False) -> None:
+        """The state folder holds what the daemon put there, and only that; it can be read by the daemon alone.
+
+        Args:
+            jobs: Whether jobs may be under way.
+        """
+        names = {path.name for path in self.state.iterdir()}
+        assert {"ledger.sqlite3", "lock", "status.json", "jobs", "control"} <= names, (
+            f"missing in the state folder; there is {names}"
+        )
+        strange = [path for path in walk(self.state) if path.name.endswith((".prompt.txt", ".toml", ".answer.json"))]
+        strange += [path for path in self.state.glob("*") if path.is_symlink() or path.suffix in {".png", ".jpg"}]
+        assert strange == [], "files of a job are in the state folder"
+        if not jobs:
+            assert list((self.state / "jobs").iterdir()) == []
+        assert [path for path in self.state.rglob("*") if path.lstat().st_uid != DAEMON] == []
+
+    def honest_prompt(self, name: str = "honest", text: str = "an honest wish") -> str:
+        """Drop a prompt into the folder of an honest user; return its path below the inbox."""
+        folder = self.inbox / "theirs"
+        if not folder.exists():
+            folder.mkdir()
+            give(folder, 0o2775, HONEST, DAEMON)
+        self.honest.drop(folder / f"{name}.prompt.txt", text)
+        return f"theirs/{name}.prompt.txt"
+
+    def honest_prompt_is_made(self, name: str = "honest") -> None:
+        """Drop a prompt as an honest user, and wait until it was made, once."""
+        text = f"an honest wish of {name}"
+        source = self.honest_prompt(name, text)
+        self.wait(lambda: self.door(source), f"the honest prompt {name}")
+        assert self.door(source) == "outbox"
+        assert self.requests(text) == 1
+
+
+def give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> None:
+    """Give a file or folder to a user, and to the group of the same number if no other is named."""
+    os.chown(path, uid, uid if gid is None else gid)
+    path.chmod(mode)
+
+
+def _look(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
+    """Return what everything in a folder is."""
+    found = {}
+    for path in walk(folder):
+        status = path.lstat()
+        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
+        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, content)
+    return found
+
+
+def _holds(path: Path, secrets: tuple[str, ...]) -> bool:
+    if not path.is_file() or path.is_symlink():
+        return False
+    content = path.read_bytes()
+    return any(secret.encode() in content for secret in secrets)
