@@ -62,7 +62,7 @@ class Control:
 
     def release_pending(self) -> bool:
         """Tell whether a daemon has yet to see what ``release`` asked for."""
-        return os.path.lexists(self._path("release"))
+        return self._disk.tops.exists(self._path("release"))
 
     def released(self) -> None:
         """Note that all holds were ended."""
@@ -105,7 +105,7 @@ class Control:
 
     def _names(self) -> list[str]:
         with ours(self.folder, "list the folder"), contextlib.suppress(FileNotFoundError):
-            return sorted(os.listdir(self.folder))
+            return sorted(self._disk.tops.names(self.folder))
         return []
 
     def _path(self, name: str) -> str:
@@ -114,7 +114,7 @@ class Control:
     def _read(self, name: str) -> str | None:
         path = self._path(name)
         try:
-            with ours(path, "read"), open(path, "rb") as file:
+            with ours(path, "read"), open(self._disk.tops.open_file(path, os.O_RDONLY), "rb") as file:
                 return file.read(_MOST_BYTES).decode("utf-8", "surrogateescape")
         except SpoolError as error:
             if isinstance(error.__cause__, FileNotFoundError):

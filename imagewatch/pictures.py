@@ -21,6 +21,7 @@ from imagewatch.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from imagewatch.folders import Tops
     from imagewatch.record import Answer, Record
 
 _FETCH_SECONDS = 600.0
@@ -155,7 +156,7 @@ class Pictures:
             name, problem = f"image.{got.decoded}", got.problem if got.decoded is None else ""
         if problem:
             return Picture("", None, got.mime, 0, "", problem)
-        return _inspected(record.path(name), name, got)
+        return _inspected(record.path(name), self._disk.tops, name, got)
 
     def _fetch(self, wanted: list[_Wanted]) -> None:
         """Fetch pictures in rounds, until each is here, or trying again cannot help, or their urls have expired.
@@ -217,10 +218,10 @@ class _Ours:
                 self._disk.sync(self._file, self._path)
 
 
-def _inspected(path: str, name: str, got: Got) -> Picture:
+def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
     """Judge a picture by its bytes."""
     digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
+    with open(tops.open_file(path, os.O_RDONLY), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         image = inspect(file, digest.update)
         problem = got.problem
