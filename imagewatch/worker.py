@@ -319,7 +319,8 @@ class Worker:
 
     def _check(self, run: Run) -> Outcome | None:
         claim, case = run.claim, Case(run.record, run.claim)
-        if not self._spool.is_as_seen(claim):
+        # One of which there is a row was valid before; it is only carried on.
+        if not self._spool.is_as_seen(claim) and not self._ledger.job(claim.job):
             return self._give_back(run)
         folder, most = self._spool.claim_folder(claim.job), self._config.limits.max_input_bytes
         where = functools.partial(open_file, tops=self._spool.tops)

@@ -31,7 +31,7 @@ def mounted(place: Path, options: str = "size=1m") -> None:
 
 
 def unmounted(place: Path) -> None:
-    subprocess.run(["umount", str(place)], check=True)
+    subprocess.run(["umount", "--lazy", str(place)], check=True)  # the daemon has it open
 
 
 @pytest.fixture

@@ -230,12 +230,17 @@ def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
     folders.drop("cat.png", PICTURE)
     folders.prompt("cat", "Make it night")
     daemon = run(folders, script=str(script))
-    until(lambda: "cat" in folders.documents())
+    ignored = lambda: "cat.prompt.txt" in {one["file"] for one in daemon.events("ignored")}  # noqa: E731
+    until(lambda: ignored() or "cat" in folders.documents())
     folders.prompt("dog", "A dog")
     until(lambda: "dog" in folders.documents())
     assert daemon.stop() == 0
-    assert folders.documents() == {"cat": "errors", "dog": "outbox"}
-    assert folders.error("cat")["charged"] == "no"
+    ends = folders.documents()
+    assert ends.pop("dog") == "outbox"
+    if ends:  # it was taken with what was there then
+        assert (ends, folders.error("cat")["charged"]) == ({"cat": "errors"}, "no")
+    else:
+        assert os.path.lexists(folders.inbox / "cat.prompt.txt")
     assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A dog"]
     assert "12345" not in "".join(path.read_text() for path in folders.errors.glob("*.toml"))
 

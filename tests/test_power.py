@@ -234,7 +234,9 @@ class Stage:
 
     def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
         try:
-            outcome = worker.start(candidate.claim(job, AT))
+            outcome = worker.start(
+                replace(candidate.claim(job, AT), files={}, folder_inode=0)
+            )  # no inodes in the model
         except SpoolError:
             return self._carry(worker, job)
         return self._carry(worker, job) if outcome.end is End.LATER else outcome.end

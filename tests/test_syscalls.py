@@ -42,7 +42,19 @@ if TYPE_CHECKING:
 ALL = os.environ.get("IMAGEWATCH_ALL_SYSCALLS") == "1"
 FAILING = (
     *("openat", "write", "pwrite64", "ftruncate", "fallocate", "fsync", "fdatasync", "fchmod", "fchown", "utimensat"),
-    *("rename", "renameat", "renameat2", "link", "linkat", "symlink", "unlink", "unlinkat", "mkdir", "rmdir"),
+    *(
+        "rename",
+        "renameat",
+        "renameat2",
+        "link",
+        "linkat",
+        "symlinkat",
+        "unlink",
+        "unlinkat",
+        "mkdir",
+        "mkdirat",
+        "rmdir",
+    ),
 )
 KILLING = (*FAILING, "connect", "sendto", "recvfrom", "flock")
 FULL, BROKEN = "error=ENOSPC", "error=EIO"
@@ -256,7 +268,7 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
 
 def test_the_points_are_those_of_the_work(plain: dict[Point, str]) -> None:
     calls = Counter(point.call for point in to_kill(plain))
-    ours = {"openat", "write", "fsync", "fchmod", "rename", "renameat2", "unlink", "mkdir", "rmdir"}
+    ours = {"openat", "write", "fsync", "fchmod", "renameat", "renameat2", "unlinkat", "mkdirat"}
     sqlites = {"pwrite64", "ftruncate", "fdatasync"}
     assert ours | sqlites | {"connect", "sendto", "recvfrom", "flock"} <= set(calls)
     assert calls.total() >= 450

@@ -140,3 +140,13 @@ def walk(top: Path) -> Iterator[Path]:
     for folder, inner, names in os.walk(top):
         for name in (*names, *(name for name in inner if os.path.islink(os.path.join(folder, name)))):
             yield Path(folder, name)
+
+
+def look(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
+    """Return what a folder is, and everything in it. By its time a folder shows also what was in it for a moment."""
+    found = {}
+    for path in (folder, *walk(folder)):
+        status = path.lstat()
+        content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
+        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, status.st_mtime_ns, content)
+    return found

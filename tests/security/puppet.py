@@ -26,15 +26,13 @@ def exchange(one: str, other: str) -> None:
 
 def mkdir(path: str, mode: int = 0o777) -> None:
     """Create a folder with exactly this mode."""
-    os.mkdir(path)
-    os.chmod(path, mode)
+    os.mkdir(path, mode)
 
 
 def write(path: str, text: str, mode: int = 0o666) -> None:
     """Create a file with exactly this mode."""
-    with open(path, "wb") as file:
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
         file.write(text.encode("latin-1"))
-    os.chmod(path, mode)
 
 
 def drop(path: str, text: str, mode: int = 0o666) -> None:
@@ -106,7 +104,7 @@ def stop_racing() -> int:
     return rounds
 
 
-def storm(seed: int, count: int, places: list[str], targets: list[str]) -> int:
+def storm(seed: int, count: int, places: list[str], targets: list[str], spared: list[str]) -> int:
     """Do things at random to names in some folders; return how many of them could be done.
 
     Args:
@@ -114,14 +112,15 @@ def storm(seed: int, count: int, places: list[str], targets: list[str]) -> int:
         count: How many things.
         places: Folders whose names are renamed, swapped, linked and given other modes.
         targets: What links lead to.
+        spared: Names that nothing is done to.
     """
     chance, done = random.Random(seed), 0
     for number in range(count):
         place = chance.choice(places)
         try:
-            names = sorted(os.listdir(place)) or ["nothing"]
+            names = sorted(set(os.listdir(place)) - set(spared)) or ["nothing"]
             one, other = (os.path.join(place, chance.choice(names)) for _ in range(2))
-            new = os.path.join(place, f"new{number}")
+            new = os.path.join(place, f"new-{seed}-{number}.{os.path.basename(one).partition('.')[2]}".rstrip("."))
             act = chance.randrange(7)
             if act == 0:
                 os.rename(one, new)
@@ -160,4 +159,6 @@ def serve() -> None:
         sys.stdout.flush()
 
 
-serve()
+if __name__ == "__main__":
+    os.umask(0)  # what is made has the mode that is asked for
+    serve()

@@ -148,6 +148,31 @@ def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothi
     assert [path for path in world.inbox.glob(".away/*") if path.name != "lock"] == []
 
 
+@pytest.mark.parametrize("replaced", [False, True], ids=["renamed", "replaced"])
+def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_is_looked_into(
+    world: World, *, replaced: bool
+) -> None:
+    world.start()
+    world.sandbox.hold()
+    world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
+    assert world.asked()
+    world.attacker.rename(world.inbox / CLAIMS, world.inbox / "visible")
+    if replaced:
+        world.attacker.mkdir(world.inbox / CLAIMS)
+    other = world.honest_prompt("other", "another wish")
+    world.wait(lambda: world.requests() > 1 or world.holds(), "another request, or a hold")
+    world.sandbox.release()
+    if world.holds():
+        if replaced:
+            world.attacker.rename(world.inbox / CLAIMS, world.inbox / ".fake")
+        world.attacker.rename(world.inbox / "visible", world.inbox / CLAIMS)
+        world.release()
+    world.wait(lambda: world.door(other) == world.door("cat.prompt.txt") == "outbox", "both prompts")
+    world.is_idle()
+    assert world.requests("a cat") == world.requests("another wish") == 1
+    assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
+
+
 def test_an_empty_claims_folder_that_is_removed_is_made_again(world: World) -> None:
     first = world.start()
     world.honest_prompt_is_made("before")

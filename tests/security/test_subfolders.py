@@ -38,15 +38,15 @@ def test_what_goes_back_to_a_sub_folder_that_became_a_link_goes_nowhere_else(wor
     world.sandbox.balance = 0
     world.attacker.mkdir(world.inbox / "sub")
     first = world.requests()
-    for name in ("cat", "dog"):
+    for name in ("dog", "elk"):
         world.attacker.drop(world.inbox / f"sub/{name}.png", EVIL)
         world.attacker.drop(world.inbox / f"sub/{name}.prompt.txt", f"a {name}")
     assert world.asked(first + 2)
     world.attacker.rename(world.inbox / "sub", world.inbox / ".sub")
     world.attacker.symlink(place, world.inbox / "sub")
     world.sandbox.release()
-    ends = sorted(world.end(f"sub/{name}.prompt.txt") for name in ("cat", "dog"))
-    mine = {f"{name}.{ending}" for name in ("cat", "dog") for ending in ("png", "prompt.txt")}
+    ends = sorted(world.end(f"sub/{name}.prompt.txt") for name in ("dog", "elk"))
+    mine = {f"{name}.{ending}" for name in ("dog", "elk") for ending in ("png", "prompt.txt")}
     assert {path.name for path in place.iterdir()} & mine <= before, "files of the attacker's are where nobody put them"
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
@@ -59,7 +59,7 @@ def test_what_goes_back_to_a_sub_folder_that_became_a_link_goes_nowhere_else(wor
         assert first_daemon.stop() == 0
         world.start()
     world.release()
-    for name in ("cat", "dog"):
+    for name in ("dog", "elk"):
         world.wait(lambda source=f"sub/{name}.prompt.txt": world.door(source), "both prompts of the sub-folder")
         assert world.requests(f"a {name}") <= 2  # refused for want of credits, and then made
     world.honest_prompt_is_made()

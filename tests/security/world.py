@@ -16,7 +16,7 @@ import tomli_w
 from conftest import KEY, Folders, Told, until
 from endpoint import picture
 
-from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, walk
+from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, look, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,7 +75,7 @@ class World(Folders):
             path.write_bytes(text.encode("latin-1"))
             give(path, 0o600)
         self._configure(settings or {})
-        self._before = {folder: _look(folder) for folder in (self.home, self.key_folder)}
+        self._before = {folder: look(folder) for folder in (self.home, self.key_folder)}
         self.attacker = Person(interpreter, ATTACKER, str(self.inbox))
         self.honest = Person(interpreter, HONEST, str(self.inbox))
         self.daemons: list[Told] = []
@@ -109,10 +109,10 @@ class World(Folders):
 
     # The daemon
 
-    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True) -> Told:
+    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True, **more: Any) -> Told:
         """Start a daemon; wait until it runs."""
         command = ["-m", "imagewatch", *(arguments or ("run",)), "--config", str(self.configuration)]
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": "/"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": "/", **more}
         process = self._interpreter.start(uid, command, {"HOME": str(self.home)}, **pipes)
         told = Told(SimpleNamespace(process=process))  # type: ignore[arg-type]  # a process is all it takes of it
         self.daemons.append(told)
@@ -218,11 +218,12 @@ class World(Folders):
         """Return how many requests came, in all or for one prompt."""
         return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
 
-    def rows(self, source: str) -> list[sqlite3.Row]:
-        """Return what the ledger says of a prompt."""
+    def rows(self, source: str | None = None) -> list[sqlite3.Row]:
+        """Return what the ledger says of a prompt, or of all."""
         with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
             database.row_factory = sqlite3.Row
-            return database.execute("SELECT * FROM attempts WHERE source = ?", (source,)).fetchall()
+            rows = database.execute("SELECT * FROM attempts").fetchall()
+        return [row for row in rows if source in {None, row["source"]}]
 
     def asked(self, count: int = 1) -> bool:
         """Wait until so many requests are under way, or the queue is held; tell whether they are."""
@@ -238,7 +239,7 @@ class World(Folders):
     def nothing_leaked(self, *, places: tuple[Path, ...] = ()) -> None:
         """The key and what is private are where they were and nowhere else; nothing was put beside them."""
         for folder, before in self._before.items():
-            assert _look(folder) == before, f"{folder} was changed"
+            assert look(folder) == before, f"{folder} was changed"
         tops = (self.root, self.state, *places)
         holding = [path for top in tops for path in walk(top) if _holds(path, (KEY, MARK))]
         assert holding == [], "what is private is where it does not belong"
@@ -293,16 +294,6 @@ def give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> No
     """Give a file or folder to a user, and to the group of the same number if no other is named."""
     os.chown(path, uid, uid if gid is None else gid)
     path.chmod(mode)
-
-
-def _look(folder: Path) -> dict[str, tuple[int, int, int, bytes]]:
-    """Return what everything in a folder is."""
-    found = {}
-    for path in walk(folder):
-        status = path.lstat()
-        content = os.readlink(path).encode() if path.is_symlink() else path.read_bytes()
-        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, content)
-    return found
 
 
 def _holds(path: Path, secrets: tuple[str, ...]) -> bool:

@@ -1,0 +1,336 @@
+"""A folder is exchanged with a link at every moment of a job: nothing private leaves, nothing is written elsewhere.
+
+The real parts work in this process, as root, whom no permission stops. Their disk calls the attacker before and after
+each thing that it does. ``IMAGEWATCH_ALL_ATTACKS=1`` tries every moment; otherwise some of them, evenly spread.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import json
+import os
+import shutil
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import structlog
+from conftest import Station
+from endpoint import Books, PaidEndpoint, Reply, picture
+
+from imagewatch.control import Control
+from imagewatch.durable import Disk
+from imagewatch.errors import SpoolError
+from imagewatch.outcome import End
+from imagewatch.retry import Retry
+from imagewatch.sweep import Sweep
+from imagewatch.worker import Worker
+from security.people import look, walk
+from security.puppet import exchange
+from security.world import CLAIMS, MARK, PRIVATE_PICTURE
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from imagewatch.outcome import Outcome
+    from imagewatch.record import Sink
+    from imagewatch.wire import Body
+
+ALL = os.environ.get("IMAGEWATCH_ALL_ATTACKS") == "1"
+MOMENTS = 24
+"""So many moments of each job are tried ordinarily."""
+DROPPED = {
+    "cat.prompt.txt": b"a cat",
+    "cat.png": picture("cat"),
+    "cat.1.png": picture("another cat"),
+}
+TARGETS = {
+    "made": ("inbox/sub", "outbox/sub", "archive/sub", f"inbox/{CLAIMS}", "the claim"),
+    "refused": ("inbox/sub", "errors/sub", f"inbox/{CLAIMS}", "the claim"),
+    "not readable": ("errors/sub", f"inbox/{CLAIMS}", "the claim"),
+    "given back": ("inbox/sub", f"inbox/{CLAIMS}", "the claim"),
+    "put back by retry": ("inbox/sub", "errors/sub"),
+    "read again for retry": ("errors/sub", f"inbox/{CLAIMS}", "the claim"),
+}
+"""Folders that are exchanged, by scene. In the claims folder only they can who share a file system without owners."""
+SCENES = {
+    "made": ([Reply()], True),
+    "refused": ([Reply(400, b'{"message": "no cats"}', paid=False)], True),
+    "not readable": ([Reply(body=b"<html>thank you")], True),
+    "given back": ([Reply(402, b'{"message": "pay"}', paid=False), Reply()], False),
+    "put back by retry": ([Reply(400, b'{"message": "no cats"}', paid=False), Reply()], True),
+    "read again for retry": ([Reply(body=b"<html>thank you")], True),
+}
+"""What the endpoint answers, and whether the job may show an account's refusal. Of the last two the attacker sees only
+what follows after the prompt failed."""
+
+
+class AttackedDisk(Disk):
+    """A disk that tells of each moment: before and after all that it does.
+
+    Attributes:
+        moment: Called at each.
+    """
+
+    def __init__(self, moment: Callable[[], None]) -> None:
+        self.moment = moment
+
+
+def _told_of(act: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(act)
+    def acting(self: AttackedDisk, *arguments: Any, **named: Any) -> Any:
+        self.moment()
+        try:
+            return act(self, *arguments, **named)
+        finally:
+            self.moment()
+
+    return acting
+
+
+for _name, _act in vars(Disk).items():
+    if callable(_act) and not _name.startswith("_"):
+        setattr(AttackedDisk, _name, _told_of(_act))
+
+
+class SeeingEndpoint(PaidEndpoint):
+    """An endpoint that keeps what it was sent."""
+
+    def __init__(self, replies: dict[str, list[Reply]], books: Books, moment: Callable[[str], None]) -> None:
+        super().__init__(replies, books, moment)
+        self.bodies: list[dict[str, Any]] = []
+
+    def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+        seen = _Seen(body)
+        try:
+            super().send(job, seen, on_send, sink)  # type: ignore[arg-type]  # as much of a body as it needs
+        finally:
+            with contextlib.suppress(ValueError):  # not sent whole
+                self.bodies.append(json.loads(seen.content))
+
+
+class _Seen:
+    """A body that remembers what was read of it."""
+
+    def __init__(self, body: Body) -> None:
+        self._body = body
+        self.length = body.length
+        self.content = b""
+
+    def __iter__(self) -> Iterator[bytes]:
+        for piece in self._body:
+            self.content += bytes(piece)
+            yield piece
+
+
+@dataclass
+class Attack:
+    """An exchange of a folder with a link.
+
+    Attributes:
+        target: The folder, below the root, or ``the claim``: that of the job in the claims folder.
+        at: The moment, from 1, at which it happens; 0 is never.
+        lasts: Whether it is undone only when the job cannot go on, and not at the next moment.
+        moments: How many there were so far.
+    """
+
+    target: str
+    at: int
+    lasts: bool
+    moments: int = 0
+    done: tuple[Path, Path] | None = None
+
+
+class Scene:
+    """One prompt with two images in a sub-folder, a private folder that has names like theirs, and an attacker.
+
+    Args:
+        top: An empty folder.
+        name: Which of ``SCENES``.
+        attack: What the attacker does.
+    """
+
+    def __init__(self, top: Path, name: str, attack: Attack) -> None:
+        replies, blame = SCENES[name]
+        self._name = name
+        self.attack, self.over = attack, False
+        self.private = top / "private"
+        self.private.mkdir(mode=0o700)
+        for file in DROPPED:
+            text = PRIVATE_PICTURE.encode("latin-1") if file.endswith("png") else MARK.encode()
+            (self.private / file).write_bytes(text)
+            (self.private / file).chmod(0o600)
+        self.disk = AttackedDisk(lambda: None)
+        more = {"outbox__folder_mode": "2750", "inbox__redelivery": "run"}
+        self.station = station = Station(top, "http://127.0.0.1:9", disk=self.disk, **more)
+        self.books = Books()
+        self.endpoint = SeeingEndpoint({"a cat": replies}, self.books, lambda _: self.disk.moment())
+        self.worker = Worker(
+            station.spool,
+            self.endpoint,  # type: ignore[arg-type]
+            station.ledger,
+            station.config(),
+            blame=lambda _: blame,
+            wait=lambda _: None,
+        )
+        if attack.lasts:
+            for door in ("outbox", "errors", "archive"):
+                (station.root / door / "sub").mkdir()
+        for file, content in sorted(DROPPED.items(), reverse=True):
+            station.drop(f"sub/{file}", content)
+        self.before = look(self.private)
+
+    def _moment(self) -> None:
+        attack = self.attack
+        attack.moments += 1
+        if attack.moments == attack.at:
+            self._strike()
+        elif not attack.lasts:
+            self.undo()
+
+    def _strike(self) -> None:
+        place = self.station.root / self.attack.target
+        if self.attack.target == "the claim":
+            claims = self.station.inbox / CLAIMS
+            place = next((path for path in claims.iterdir() if len(path.name) == 16), claims / "none")
+        trap = place.with_name(".trap")
+        if place.exists():
+            trap.symlink_to(self.private)
+            exchange(str(place), str(trap))
+            self.attack.done = (place, trap)
+
+    def undo(self) -> None:
+        """Put the folder back."""
+        if self.attack.done:
+            place, trap = self.attack.done
+            self.attack.done = None
+            place.unlink(missing_ok=True)
+            if trap.exists():  # an empty one may have been removed meanwhile
+                trap.rename(place)
+
+    def work(self) -> None:
+        """Do the job under attack as far as it goes, then without."""
+        act = self._start
+        if self._name == "put back by retry":
+            self._start()
+            act = self._put_back
+        elif self._name == "read again for retry":
+            self._start()
+            (job,) = os.listdir(self.station.spool.paid)
+            assert self.station.spool.reopen(job)
+            act = self._again
+        self.disk.moment = self._moment
+        self._all(act)
+        self.disk.moment = lambda: None
+        self.undo()
+        self._all(act if self._name == "put back by retry" and self._failed() else self._again)
+
+    def _failed(self) -> list[Path]:
+        return list((self.station.errors / "sub").glob("*.error.toml"))
+
+    def _put_back(self) -> list[Outcome]:
+        station = self.station
+        config = station.config()
+        again = Retry(config.folders, self.disk, station.ledger, Control(config.folders.state, self.disk))
+        for path in self._failed():
+            again.put_back(again.read(str(path)))
+        return []
+
+    def _start(self) -> list[Outcome]:
+        sweep = Sweep(self.station.spool.inbox, self.station.config().inbox)
+        ready = sweep.look(time.monotonic(), time.time()).ready
+        return [self.worker.start(one.claim(self.station.spool.new_job(), time.time())) for one in ready]
+
+    def _again(self) -> list[Outcome]:
+        outcomes = [self.worker.process(job, resumed=True) for job in self.station.spool.unfinished()]
+        return outcomes + self._start()
+
+    def _all(self, act: Callable[[], list[Outcome]]) -> None:
+        """Do something again and again, for as long as there is something to do."""
+        for _ in range(4):
+            with contextlib.suppress(SpoolError):
+                outcomes = act()
+                if outcomes and all(outcome.end in {End.NOTHING, End.RETURNED, End.LATER} for outcome in outcomes):
+                    return
+                act = self._again
+
+    def check(self) -> None:
+        """Look at everything from outside."""
+        station, tried = self.station, f"{self.attack}"
+        assert look(self.private) == self.before, f"the private folder was changed: {tried}"
+        for path in walk(station.root.parent):
+            if self.private not in path.parents and path.is_file() and not path.is_symlink():
+                assert MARK.encode() not in path.read_bytes(), f"{path} holds what is private: {tried}"
+        for body in self.endpoint.bodies:
+            images = [base64.b64decode(url.partition(",")[2]) for url in body.get("input_images", [])]
+            assert not any(MARK.encode() in image for image in images), f"a private picture was sent: {tried}"
+            assert MARK not in body["prompt"], f"a private text was sent: {tried}"
+            assert images == [DROPPED["cat.png"], DROPPED["cat.1.png"]], f"sent without its images: {tried}"
+        assert self.books.paid.get("a cat", 0) <= 1, f"paid twice: {tried}"
+        found = [path.read_bytes() for path in walk(station.root) if path.is_file() and not path.is_symlink()]
+        for name, content in DROPPED.items():
+            assert found.count(content) == 1, f"{name} is there {found.count(content)} times: {tried}"
+        told = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
+        assert len(told) <= 1, f"{told}: {tried}"
+        assert not any("a bug" in path.read_text() for path in told), f"taken for a bug: {tried}"
+
+    def is_over(self) -> bool:
+        """Tell whether the job has its document and left nothing behind."""
+        left = any((self.station.state / "jobs").iterdir())
+        return not left and len(list(self.station.root.rglob("*.toml"))) == 1
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def playing(tmp_path: Path) -> Iterator[Callable[[str, Attack], Scene]]:
+    """Play scenes, where the disk is quick."""
+    shm = Path("/dev/shm")
+    place = Path(tempfile.mkdtemp(dir=shm)) if os.access(shm, os.W_OK) else tmp_path
+
+    def play(name: str, attack: Attack) -> Scene:
+        top = Path(tempfile.mkdtemp(dir=place))
+        scene = Scene(top, name, attack)
+        try:
+            with contextlib.closing(scene.station):
+                scene.work()
+                scene.check()
+                scene.over = scene.is_over()
+        finally:
+            shutil.rmtree(top)
+        return scene
+
+    yield play
+    shutil.rmtree(place, ignore_errors=True)
+
+
+@pytest.mark.parametrize(("name", "target"), [(name, target) for name in SCENES for target in TARGETS[name]])
+def test_a_folder_that_is_exchanged_at_any_moment_gives_nothing_away_and_takes_nothing_in(
+    playing: Callable[[str, Attack], Scene], name: str, target: str
+) -> None:
+    undisturbed = playing(name, Attack(target, at=0, lasts=False))
+    assert undisturbed.over
+    moments = undisturbed.attack.moments
+    assert moments > 10
+    every = 1 if ALL else max(1, moments // MOMENTS)
+    problems = []
+    for lasts in (False, True):
+        for at in range(1, moments + 1, every):
+            try:
+                scene = playing(name, Attack(target, at=at, lasts=lasts))
+                assert scene.over, f"not over after the attack: {scene.attack}"
+            except AssertionError as error:
+                problems.append(str(error).partition("\n")[0])
+            except OSError as error:  # the daemon would take it for a bug
+                problems.append(f"{error!r}: {at}, {lasts}")
+    assert problems == []

@@ -1,0 +1,156 @@
+"""Nothing that is written can be read or changed by more people than it is meant for."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import Station
+from losing import SteppingDisk
+
+from security.people import DAEMON, walk
+from security.world import MARK, PRIVATE_PICTURE, World, give
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+UNREADABLE = "a cat [sandbox: not-json]"
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def open_to_others(top: Path) -> dict[str, str]:
+    """Return what others than the owner have any right to, with its mode."""
+    return {str(path.relative_to(top)): f"{mode(path):04o}" for path in (top, *top.rglob("*")) if mode(path) & 0o077}
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o000], ids=["umask 022", "umask 000"])
+def test_nothing_in_the_state_folder_is_open_to_others(world: World, umask: int) -> None:
+    first = world.start(umask=umask)
+    for name, text in {"good": "a dog", "bad": "a cat [sandbox: 400]", "paid": UNREADABLE}.items():
+        world.honest_prompt(name, text)
+    for name in ("good", "bad", "paid"):
+        world.wait(lambda source=f"theirs/{name}.prompt.txt": world.door(source), "the end of all three")
+    world.is_idle()
+    world.sandbox.hold()
+    world.honest_prompt("under way", "an elk")
+    assert world.asked(4)
+    assert world.command("hold", umask=umask).returncode == 0
+    assert world.command("retry", "theirs/paid", umask=umask).returncode == 0
+    world.wait(lambda: "by hand" in world.holds() or world.holds(), "the hold")
+    assert open_to_others(world.state) == {}
+    names = {path.name for path in world.state.iterdir()}
+    assert {"ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm"} <= names
+    world.sandbox.release()
+    world.release()
+    world.wait(lambda: world.door("theirs/under way.prompt.txt"), "the last one")
+    assert first.stop() == 0
+    assert open_to_others(world.state) == {}
+
+
+def test_a_ledger_that_others_may_read_is_closed_to_them_at_the_next_start(world: World) -> None:
+    first = world.start()
+    world.honest_prompt_is_made()
+    assert first.stop() == 0
+    (world.state / "ledger.sqlite3").chmod(0o644)
+    world.start()
+    world.honest_prompt_is_made("second")
+    assert open_to_others(world.state) == {}
+
+
+@pytest.mark.parametrize("far", [False, True], ids=["same file system", "another file system"])
+@pytest.mark.parametrize(
+    ("file_mode", "umask", "expected"),
+    [("0640", 0o022, 0o640), ("0664", 0o077, 0o664), (None, 0o027, 0o640), (None, 0o022, 0o644)],
+)
+def test_the_raw_answer_beside_an_error_file_has_the_mode_of_published_files(
+    new_world: Callable[..., World],
+    request: pytest.FixtureRequest,
+    file_mode: str | None,
+    umask: int,
+    expected: int,
+    *,
+    far: bool,
+) -> None:
+    folders = {}
+    if far:
+        elsewhere = request.getfixturevalue("elsewhere")
+        os.chown(elsewhere, DAEMON, DAEMON)
+        folders = {"errors": str(elsewhere)}
+    world = new_world(settings={"folders": folders, "outbox": {"file_mode": file_mode} if file_mode else {}})
+    errors = elsewhere if far else world.errors
+    world.start(umask=umask)
+    world.honest.drop(world.inbox / "cat.prompt.txt", UNREADABLE)
+    world.wait((errors / "cat.error.toml").exists, "the error file")
+    (raw,) = errors.glob("cat.answer.*")
+    assert f"{mode(raw):04o}" == f"{expected:04o}"
+    world.honest_prompt_is_made()
+    published = {f"{mode(path):04o}" for path in walk(world.outbox)}
+    assert published == {f"{expected:04o}"}
+
+
+MODES = (0o600, 0o640, 0o660, 0o644, 0o400)
+
+
+@pytest.mark.parametrize("door", ["errors", "archive"])
+def test_a_copy_on_another_file_system_is_open_to_nobody_to_whom_the_file_was_not(
+    new_world: Callable[..., World], elsewhere: Path, door: str
+) -> None:
+    os.chown(elsewhere, DAEMON, DAEMON)
+    world = new_world(settings={"folders": {door: str(elsewhere)}})
+    text = "a cat [sandbox: 400]" if door == "errors" else "a cat"
+    for number, bits in enumerate(MODES):
+        for name, content in ((f"cat{number}.png", PRIVATE_PICTURE), (f"cat{number}.prompt.txt", text)):
+            path = world.inbox / f".{name}"
+            path.write_bytes(content.encode("latin-1"))
+            give(path, bits)
+            path.rename(world.inbox / name)
+    first = world.start()
+    for number, _ in enumerate(MODES):
+        world.wait(lambda name=f"cat{number}.prompt.txt": (elsewhere / name).exists(), "all prompts")
+    world.is_idle()
+    for number, bits in enumerate(MODES):
+        for name in (f"cat{number}.png", f"cat{number}.prompt.txt"):
+            assert mode(elsewhere / name) & ~bits == 0, f"{name} was {bits:04o} and is {mode(elsewhere / name):04o}"
+    assert first.stop() == 0
+    if door == "errors":
+        done = world.command("retry", "cat0")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert mode(world.inbox / "cat0.prompt.txt") == mode(world.inbox / "cat0.png") == MODES[0]
+
+
+class Watching(SteppingDisk):
+    """A disk beside which somebody looks at each moment whether a private file can be read by others."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.seen: set[str] = set()
+
+    def step(self, what: str, path: str) -> None:
+        for file in walk(self._folder):
+            if mode(file) & 0o077 and MARK.encode() in file.read_bytes():
+                self.seen.add(f"before {what} {os.path.basename(path)}: {file.name} {mode(file):04o}")
+
+
+@pytest.mark.parametrize("text", ["a cat", "a cat [sandbox: 400]"], ids=["archive", "errors"])
+def test_a_copy_is_open_to_nobody_else_while_it_is_made(
+    tmp_path: Path, elsewhere: Path, sandbox: Sandbox, text: str
+) -> None:
+    disk = Watching(elsewhere)
+    (elsewhere / "archive").mkdir()
+    (elsewhere / "errors").mkdir()
+    settings = {"folders__archive": str(elsewhere / "archive"), "folders__errors": str(elsewhere / "errors")}
+    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=disk, **settings)) as station:
+        for name, content in (("cat.png", PRIVATE_PICTURE.encode("latin-1")), ("cat.prompt.txt", text.encode())):
+            station.drop(name, content).chmod(0o600)
+        station.work()
+    assert [path.name for path in walk(elsewhere) if path.name == "cat.png"] == ["cat.png"]
+    assert disk.seen == set()

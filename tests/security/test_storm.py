@@ -1,0 +1,129 @@
+"""Names are renamed, swapped, linked and closed at random beside honest prompts: those are made, once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tomllib
+from typing import TYPE_CHECKING
+
+import pytest
+from endpoint import picture
+
+from security.people import DAEMON, HONEST, walk
+from security.puppet import exchange
+from security.world import CLAIMS, World, give
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+HONEST_PROMPTS = 20
+ROUNDS, ACTS = 10, 150
+"""Rounds of the storm, and things that are done in each."""
+EVIL = picture("evil").decode("latin-1")
+
+
+def storm(world: World, number: int, seed: int, tops: list[Path], spared: tuple[str, ...]) -> int:
+    """Have the attacker rage for a round beside prompts of everybody; return how many things they could do."""
+    wild = [top / f"wild{number}" for top in tops]
+    for place in wild:
+        world.attacker.may("mkdir", place)
+    for name in ("cat", "dog", "elk"):
+        world.attacker.may("drop", world.inbox / f"wild{number}/{name}.png", EVIL)
+        world.attacker.may("drop", world.inbox / f"wild{number}/{name}.prompt.txt", f"a wild {name} {number}")
+    targets = [world.home, world.key_folder, world.state, world.state / "jobs", world.inbox / "theirs"]
+    places = [str(place) for place in (*tops, *wild)]
+    return int(world.attacker.storm(1000 * seed + number, ACTS, places, [str(one) for one in targets], spared))
+
+
+def receipts(world: World) -> list[str]:
+    """Return the prompt of each receipt, wherever it is in the outbox."""
+    found = []
+    for path in walk(world.outbox):
+        if path.name.endswith(".receipt.toml") and not path.is_symlink():
+            try:
+                found.append(tomllib.loads(path.read_text())["prompt"])
+            except FileNotFoundError:  # renamed at this moment
+                continue
+    return found
+
+
+def all_honest_are_made_once(world: World) -> None:
+    wanted = [f"honest wish {number}" for number in range(HONEST_PROMPTS)]
+    world.wait(lambda: set(wanted) <= set(receipts(world)), "the receipts of all honest prompts")
+    assert {text: count for text in wanted if (count := world.requests(text)) != 1} == {}, "not sent once"
+    made = receipts(world)
+    assert {text: count for text in wanted if (count := made.count(text)) != 1} == {}, "not made once"
+
+
+def books_agree(world: World) -> None:
+    """Each job was sent once, and the ledger has it. The attacker's may have the same words: there are hard links."""
+    calls = world.sandbox.report()["calls"]
+    keys = [call["idempotency_key"] for call in calls]
+    assert len(set(keys)) == len(keys)
+    rows = [row for row in world.rows() if row["attempt"]]
+    assert sorted(row["job"] for row in rows) == sorted(keys)
+    assert sum(row["credits"] or 0 for row in rows) == world.sandbox.report()["credits"]
+
+
+def their_folder(world: World) -> None:
+    (world.inbox / "theirs").mkdir()
+    give(world.inbox / "theirs", 0o2775, HONEST, DAEMON)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompts(
+    new_world: Callable[..., World], seed: int
+) -> None:
+    world = new_world(open_to_all=("outbox", "errors", "archive"))
+    their_folder(world)
+    world.start()
+    tops, done = [world.inbox, world.outbox, world.errors, world.archive], 0
+    for number in range(ROUNDS):
+        for one in (2 * number, 2 * number + 1):
+            world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest wish {one}")
+        done += storm(world, number, seed, tops, (CLAIMS, "theirs"))
+    assert done > ROUNDS * ACTS // 4
+    all_honest_are_made_once(world)
+    world.wait(lambda: not world.status()["in_flight"], "the end of what is under way")
+    world.nothing_leaked()
+    world.state_is_whole(jobs=True)
+    books_agree(world)
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is_in_order_again(
+    world: World, seed: int
+) -> None:
+    their_folder(world)
+    world.start()
+    own = {name: (world.inbox / name).stat().st_ino for name in (CLAIMS, "theirs")}
+    for number in range(ROUNDS):
+        put_in_order(world, {"theirs": own["theirs"]})
+        for one in (2 * number, 2 * number + 1):
+            world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest wish {one}")
+        storm(world, number, seed, [world.inbox], ())
+    put_in_order(world, own)
+    world.release()
+    all_honest_are_made_once(world)
+    world.wait(lambda: not world.status()["in_flight"], "the end of what is under way")
+    world.nothing_leaked()
+    world.state_is_whole(jobs=True)
+    books_agree(world)
+
+
+def put_in_order(world: World, own: dict[str, int]) -> None:
+    """Give folders of the inbox their names again, as their owner would."""
+    for name, number in own.items():
+        world.wait(lambda name=name, number=number: _put_back(world.inbox, name, number), f"{name} at its place")
+
+
+def _put_back(inbox: Path, name: str, number: int) -> bool:
+    """Try to give a folder its name again; tell whether it has it."""
+    (found,) = (path for path in inbox.iterdir() if path.lstat().st_ino == number)
+    place = inbox / name
+    with contextlib.suppress(OSError):  # the daemon may have made something there in this moment
+        if found != place:
+            (exchange if os.path.lexists(place) else os.rename)(str(found), str(place))
+    return place.lstat().st_ino == number
