@@ -306,7 +306,7 @@ class Intake:
         if not self._is_at_work():
             self.is_complete = True
             self._round_at = min(self._round_at, self._began + self._interval())
-            self._watching.tell_mode(self._kind, self.seen.folders)
+            self._watching.tell_mode(self._kind, self._sweep.entered())
             if self._spent > _LONG_SECONDS:
                 memory.give_back()
             self._spent = 0.0
@@ -452,12 +452,12 @@ class Intake:
     @property
     def mode(self) -> str:
         """``native``: the kernel tells of changes; ``poll``: it does not; ``mixed``: it does of some folders."""
-        return self._watching.mode(self._kind, len(self.seen.folders))
+        return self._watching.mode(self._kind, len(self._sweep.folders))
 
     def polled(self) -> Mapping[str, str]:
         """Return of which folders the kernel tells nothing, or not everything, and why."""
-        return self._watching.polled(self._kind, self.seen.folders)
+        return self._watching.polled(self._kind, self._sweep.entered())
 
     def why_polled(self) -> dict[str, str]:
         """Return for each reason to look at folders one of them, and how many there are."""
-        return self._watching.why_polled(self._kind, self.seen.folders)
+        return self._watching.why_polled(self._kind, self._sweep.entered())

@@ -367,9 +367,13 @@ class Sweep:
             joined((found.waiting for found in parts), self._most_named),
             joined((*(found.ignored for found in parts), *ignored), self._most_named),
             due=min(dues) - self.moment.now if dues else None,
-            folders=[self.folders.full(folder.path) for folder in self.folders if folder.is_entered],
+            folders=self.entered(),
             passed={(folder.path, stem) for folder in self.folders if folder.found for stem in folder.found.passed},
         )
+
+    def entered(self) -> list[str]:
+        """Return the whole path of each folder that is looked into."""
+        return [self.folders.full(folder.path) for folder in self.folders if folder.is_entered]
 
     def count(self) -> int:
         """Return how many prompts are settled and wait for nothing else, as far as is known."""

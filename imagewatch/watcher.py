@@ -178,7 +178,8 @@ class Watcher:
 
     def _add(self, path: str, identity: tuple[int, int], at: str) -> None:
         mask = (
-            InotifyConstants.IN_CLOSE_WRITE
+            InotifyConstants.IN_ATTRIB
+            | InotifyConstants.IN_CLOSE_WRITE
             | InotifyConstants.IN_MOVED_TO
             | InotifyConstants.IN_CREATE
             | InotifyConstants.IN_DELETE

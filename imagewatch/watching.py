@@ -156,9 +156,8 @@ class Watching:
 
     def tell_mode(self, kind: str, folders: list[str]) -> None:
         """Say how the inbox is watched when that is different; at the start whoever begins says it."""
-        why = self._why_all(kind)
         mode = self.mode(kind, len(folders))
-        now = (mode, why, frozenset(self._problems.values()))
+        now = (mode, self._why_all(kind), frozenset(self._problems.values()))
         bad = bool(self._problems) or (self._watch != "poll" and not self._watcher.alive())
         if now != self._told and (self._told or bad):
             (_log.warning if bad else _log.info)("watch mode", mode=mode, polled=self.why_polled(kind, folders))
