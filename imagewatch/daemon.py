@@ -28,6 +28,7 @@ from imagewatch.durable import Disk
 from imagewatch.errors import ConfigError, SpoolError
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
+from imagewatch.ignored import Ignored
 from imagewatch.intake import Intake
 from imagewatch.key import key_stamp, read_key
 from imagewatch.ledger import Ledger
@@ -168,8 +169,7 @@ class Daemon:
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
         self._is_counted = True  # whether the prompts that came at once are
-        self._ignored: set[tuple[str, str]] = set()
-        self._more_ignored = False
+        self._ignored = Ignored(monotonic)
         self._draining = False
         self._ready = False
         self._worked = False
@@ -390,15 +390,16 @@ class Daemon:
             self._gate.failed(error)
             self._intake.late(DISK_SECONDS)
             return
-        if is_new:
-            self._tell_ignored()
+        is_known = self._ready or self._intake.is_complete or self._now() >= self._ready_at
+        if is_new and is_known:
+            self._ignored.tell(self._intake.seen.ignored)
         self._heed()
         self._status.last_sweep = self._clock()
         self._status.mode = self._intake.mode
         self._on_seen(self._intake.count() + len(self._in_flight))
         self._status.change()
         self._notify.send(WATCHDOG="1")
-        if not self._ready and (self._intake.is_complete or self._now() >= self._ready_at):
+        if is_known and not self._ready:
             self._tell_ready()
         self._prepare()
 
@@ -469,16 +470,6 @@ class Daemon:
         waiting = (later.key for later in self._later if not later.displaced)
         return {*self._in_flight.values(), *self._parked.values(), *waiting} - {None}
 
-    def _tell_ignored(self) -> None:
-        """Say once of each file that will not be taken why."""
-        ignored = self._intake.seen.ignored
-        now = set(ignored.items())
-        for path, reason in sorted(now - self._ignored):
-            _log.warning("ignored", file=path, reason=reason)
-        if (more := ignored.total > len(ignored)) and not self._more_ignored:
-            _log.warning("ignored more files than are named", count=ignored.total)
-        self._ignored, self._more_ignored = now, more
-
     def _note_events(self) -> None:
         noted = self._intake.note_events(self._taken())
         if noted.asks:
@@ -502,24 +493,29 @@ class Daemon:
         claimed: dict[str, list[Later]] = {}
         for later in sorted(due, key=lambda job: job.at):
             claimed.setdefault(later.name, []).append(later)
-        for folder in claimed:
-            self._intake.turns.join(folder, self._intake.owner(folder))
+            self._intake.turns.join(later.name, self._intake.owner(later.name))
         while self._may_ask() and (name := self._intake.turns.first()) is not None:
-            if mine := claimed.get(name):
-                self._carry_on(mine.pop(0), may_send=True)
-            elif not self._intake.is_ready(name):
-                self._intake.turns.leave(name)
-                continue
-            elif not self._may_claim():
+            if not self._serve(name, claimed.get(name, [])):
                 break
-            elif candidate := self._intake.next(name, self._taken()):
-                self._start(candidate)
-            self._intake.served(name)
-            if claimed.get(name):
-                self._intake.turns.join(name, self._intake.owner(name))
         for later in (later for mine in claimed.values() for later in mine):
             if later.fresh and self._may_deliver():
                 self._carry_on(later, may_send=False)
+
+    def _serve(self, name: str, claimed: list[Later]) -> bool:
+        """Give a worker what is next in a first-level folder; tell whether another may have its turn."""
+        if claimed:
+            self._carry_on(claimed.pop(0), may_send=True)
+        elif not self._intake.is_ready(name):
+            self._intake.turns.leave(name)
+            return True
+        elif not self._may_claim():
+            return False
+        elif candidate := self._intake.next(name, self._taken()):
+            self._start(candidate)
+        self._intake.served(name)
+        if claimed:
+            self._intake.turns.join(name, self._intake.owner(name))
+        return True
 
     def _carry_on(self, later: Later, *, may_send: bool) -> None:
         self._later.remove(later)

@@ -22,12 +22,12 @@ from imagewatch.mounts import place_of
 from imagewatch.names import CLAIMS, SKIPPED_FOLDERS, SUFFIX, Beside, in_flight, is_picture, near_miss, stem_of
 from imagewatch.seen import Found, Reasons
 from imagewatch.settling import Settling
-from imagewatch.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 
     from imagewatch.seen import Key, Look
+    from imagewatch.window import Window
 
 _Item = TypeVar("_Item")
 _STEADY_SECONDS = 2.5
@@ -120,7 +120,7 @@ class Notes:
         """Forget a stem that is not there any more, or that is claimed."""
         self.arrived.discard(stem)
         for notes in (self.held, self.since, self.read):
-            notes.pop(stem, None)  # type: ignore[attr-defined]
+            notes.pop(stem, None)
 
 
 @dataclass(slots=True)

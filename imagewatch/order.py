@@ -209,7 +209,7 @@ class Order:
             self._joins(name, group)
 
     def _next(self, group: _Group) -> tuple[Folder, tuple[float, str]] | None:
-        """Return the next prompt to be looked at, and its folder; None if enough are ready, or its name is not known."""
+        """Return the next prompt to be looked at, and its folder; None if enough are ready, or none is known."""
         found = self._oldest(group)
         if found is None or len(group.ready) < self._ahead():
             return found
