@@ -396,7 +396,8 @@ class Daemon:
         self._heed()
         self._status.last_sweep = self._clock()
         self._status.mode = self._intake.mode
-        self._on_seen(self._intake.count() + len(self._in_flight))
+        if is_new:
+            self._on_seen(self._intake.count() + len(self._in_flight))
         self._status.change()
         self._notify.send(WATCHDOG="1")
         if is_known and not self._ready:

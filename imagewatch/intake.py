@@ -9,6 +9,7 @@ and scanning as a whole may take a tenth of a core.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,7 @@ import structlog
 
 from imagewatch import memory
 from imagewatch.errors import SpoolError
-from imagewatch.mounts import POLL_SECONDS, Kinds, keeps_times
+from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.names import stem_of
 from imagewatch.schedule import AHEAD, Schedule
 from imagewatch.seen import Seen, first_level
@@ -38,16 +39,18 @@ _SHARE = 0.1
 """Which part of a core scanning may take, seen over some time."""
 _SAVED_SECONDS = 10.0
 """For how long it may take a whole one after it took less: to scan a huge inbox for the first time, say."""
-_SLICE_SECONDS = 0.05
-"""For how long nothing but scanning is done at most."""
+_SLICE_SECONDS, _LONGEST_SLICE_SECONDS = 0.05, 0.25
+"""For how long nothing but scanning is done, by the time it takes; and by the clock, on a machine that is busy."""
 _TURN_SECONDS = 0.01
 """For how long the folders of one first-level folder are scanned before it is the turn of the next one."""
-_LONGEST_REST_SECONDS = 5.0
+_LONGEST_REST_SECONDS = 2.0
 """For how long nothing is scanned at most; a file system may be so slow that one step takes seconds."""
 _MOST_BEGUN = 8
 """How many scans are under way: each needs descriptors, and memory for what it has found."""
+_COMPLETE_SECONDS = 10.0
+"""For how long it is waited until every folder was scanned once."""
 _LOST_SECONDS = 1.0
-"""How soon everything is scanned after events were lost, if that was done just before."""
+"""How soon everything is scanned again after events were lost, at the earliest."""
 _LONG_SECONDS = 0.05
 """Scans that took longer went through very many names, and took memory for them."""
 _WINDOW = 1024
@@ -83,7 +86,7 @@ class Intake:
 
     Attributes:
         seen: What is known of the inbox.
-        is_complete: Whether every folder was scanned since the start.
+        is_complete: Whether every folder was scanned since the start, or that takes too long to be waited for.
         most_seconds: Longest interval between two looks that whoever supervises the process allows, or None.
         shut: Folders below the inbox of which a job is stuck: what else is in them may be paid for and get stuck, too.
     """
@@ -106,9 +109,11 @@ class Intake:
         self._kinds = Kinds()
         self._kind = ""
         self._saved, self._paid = _SAVED_SECONDS, monotonic()
-        self._spent = self._rested = self._round_at = self._seen_at = self._began = 0.0
+        self._spent = self._rested = self._round_at = self._round_took = self._seen_at = self._began = 0.0
         self._running: dict[str, tuple[str, Generator[None]]] = {}
         self._passed: set[Key] = set()
+        self._asked: set[str] = set()  # folders that are to be scanned before all is known
+        self._waits: set[str] = set()  # folders of which something may be ready later
         self.seen = Seen()
         self.is_complete = False
         self.most_seconds: float | None = None
@@ -140,6 +145,9 @@ class Intake:
         )
         self._schedule = Schedule(self._sweep.order.owner)
         self._round_at, self.is_complete = 0.0, False
+        self._complete_at = self._now() + _COMPLETE_SECONDS
+        self._asked.clear()
+        self._waits.clear()
         self._watching.configure(config.watch)
 
     def _blocked(self, folder: str) -> str:
@@ -163,7 +171,7 @@ class Intake:
     @property
     def pending(self) -> bool:
         """Whether anything in the inbox may be taken later by itself."""
-        return self._is_at_work() or self.seen.due is not None or self._now() >= self._round_at
+        return not self.is_complete or bool(self._asked or self._waits) or self._now() >= self._round_at
 
     def _is_at_work(self) -> bool:
         return bool(self._running) or len(self._schedule) > 0
@@ -173,6 +181,7 @@ class Intake:
         if key is None:
             self._round_at = min(self._round_at, self._now())
         else:
+            self._asked.add(key[0])
             self._schedule.soon(key[0])
 
     def late(self, seconds: float) -> None:
@@ -181,7 +190,8 @@ class Intake:
 
     def _lost(self) -> None:
         """Take note that events may have been missed: everything is scanned, but not again and again."""
-        self._round_at = min(self._round_at, max(self._now(), self._began + _LOST_SECONDS))
+        pause = max(_LOST_SECONDS, self._round_took / _SHARE)
+        self._round_at = min(self._round_at, max(self._now(), self._began + pause))
 
     # Looking
 
@@ -209,7 +219,7 @@ class Intake:
             self._begin_round(now)
         self._schedule.wake(now)
         try:
-            self._work(now + _SLICE_SECONDS)
+            self._work(now + _LONGEST_SLICE_SECONDS)
         finally:
             self._rest()
         return self._sum_up()
@@ -220,6 +230,7 @@ class Intake:
         self._schedule.soon_all(paths or [""])
         self._watching.watch_control()
         self._began, self._round_at = now, now + self._interval()
+        self._round_took = self._now() - now
 
     def _interval(self) -> float:
         intervals = [self._config.rescan_seconds, self.most_seconds]
@@ -229,15 +240,17 @@ class Intake:
 
     def _work(self, until: float) -> None:
         """Scan folders in turn."""
-        while (now := self._moment()) < until and self._saved > 0:
+        cost = self._now if eventless(self._kind) else time.thread_time  # a server is to be spared, too
+        least = max(self._saved - _SLICE_SECONDS, 0.0)
+        while (now := self._moment()) < until and self._saved > least:
+            began, more = cost(), False
             name = next(iter(self._running)) if len(self._running) >= _MOST_BEGUN else self._schedule.turn()
             if name is None:
                 return
-            more = False
             try:
                 more = self._turn(name, now + _TURN_SECONDS)
             finally:
-                took = self._now() - now
+                took = cost() - began
                 self._saved -= took
                 self._spent += took
                 self._schedule.charge(name, took, more=more)
@@ -266,12 +279,18 @@ class Intake:
         return False
 
     def _scanned(self, folder: Folder) -> None:
+        self._asked.discard(folder.path)
+        self._waits.discard(folder.path)
         if folder.found and folder.found.due is not None:
+            self._waits.add(folder.path)
             self._schedule.later(folder.path, folder.found.due)
         if folder.path and not folder.is_entered:
             self._watching.forget(self._sweep.folders.full(folder.path))
             if not folder.found:  # it is gone, which the folder it was in shows
-                self._schedule.soon(folder.path.rpartition("/")[0])
+                above = folder.path.rpartition("/")[0]
+                self._schedule.soon(above)
+                if folder.path not in self._sweep.folders.add(above).inner:
+                    self._sweep.folders.forget(folder.path)
 
     def _follow(self) -> None:
         """Draw the consequences of what the scans have found."""
@@ -281,6 +300,7 @@ class Intake:
         self._schedule.soon_all(path for path in folders.fresh if folders.get(path))
         folders.gone, folders.fresh = [], []
         for path, at in self._sweep.dues.items():
+            self._waits.add(path)
             self._schedule.later(path, at)
         self._sweep.dues.clear()
         begun = {path for path, _ in self._running.values()}
@@ -293,6 +313,8 @@ class Intake:
         name = first_level(path)
         if name in self._running and self._running[name][0] == path:
             self._running.pop(name)[1].close()
+        self._asked.discard(path)
+        self._waits.discard(path)
         self._schedule.forget(path)
         self._sweep.order.forget(path)
         self._watching.forget(self._sweep.folders.full(path))
@@ -303,8 +325,8 @@ class Intake:
         if self._saved <= 0:
             self._saved = max(self._saved, -_LONGEST_REST_SECONDS * _SHARE)
             self._rested = now + (_SLICE_SECONDS - self._saved) / _SHARE
+        self.is_complete = self.is_complete or not self._is_at_work() or now >= self._complete_at
         if not self._is_at_work():
-            self.is_complete = True
             self._round_at = min(self._round_at, self._began + self._interval())
             self._watching.tell_mode(self._kind, self._sweep.entered())
             if self._spent > _LONG_SECONDS:
@@ -445,7 +467,7 @@ class Intake:
         folder = self._sweep.folders.get(key[0])
         if key in self._passed or (folder and folder.found and key[1] in folder.found.passed):
             self._passed.discard(key)
-            self._schedule.soon(key[0])  # a file of the same name was dropped meanwhile
+            self.soon(key)  # a file of the same name was dropped meanwhile
 
     # How it is watched
 

@@ -1,7 +1,7 @@
 """Which folder of the inbox is scanned next, and when. Pure; every clock is an argument.
 
-First-level folders take turns, by the time that scanning them took: so a folder that has few files does not wait until
-one with very many has been scanned.
+First-level folders take turns, by the time that scanning them takes: so a folder that has few files does not wait until
+one with very many has been scanned, nor until very many others have been.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ class Schedule:
     def __init__(self, owner: Callable[[str], int]) -> None:
         self._owner = owner
         self._turns: Turns[str] = Turns()
+        self._seconds: dict[str, float] = {}  # how long turns of each first-level folder took last
         self._waiting: dict[str, dict[str, None]] = {}  # what is to be done now, by first-level folder
         self._later: list[tuple[float, str]] = []  # a heap; the dictionary has what is valid of it
         self._at: dict[str, float] = {}
@@ -54,7 +55,10 @@ class Schedule:
 
     def _join(self, name: str, what: str) -> None:
         self._waiting.setdefault(name, {})[what] = None
-        self._turns.join(name, self._owner(name))
+        self._joins(name)
+
+    def _joins(self, name: str) -> None:
+        self._turns.join(name, self._owner(name), self._seconds.get(name, 0.0))
 
     def later(self, path: str, at: float) -> None:
         """Let a folder be scanned at a monotonic time, seconds, if it is not scanned before."""
@@ -69,6 +73,8 @@ class Schedule:
         """Forget a folder that is not there any more."""
         self._at.pop(path, None)
         name = first_level(path)
+        if name == path:
+            self._seconds.pop(name, None)
         if (waiting := self._waiting.get(name)) is not None:
             waiting.pop(path, None)
             if not waiting:
@@ -112,9 +118,10 @@ class Schedule:
             seconds: How long it took.
             more: Whether something that was begun for it goes on.
         """
+        self._seconds[name] = max(seconds, self._seconds.get(name, 0.0) / 2)
         if name in self._turns:
             self._turns.charge(name, seconds)
         if more or self._waiting.get(name):
-            self._turns.join(name, self._owner(name))
+            self._joins(name)
         else:
             self._leave(name)

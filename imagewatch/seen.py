@@ -31,7 +31,7 @@ class Wait(StrEnum):
     IMAGES = "waiting for images that are missing or empty"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A prompt that may be claimed now.
 

@@ -1,8 +1,8 @@
 """Whose turn it is: what there is not enough of is shared between folders. Pure.
 
-It is used twice: for the requests that may be sent at the same time, and for the time that scanning may take. A folder
-that has had less comes first. A folder that did not wait saves nothing up: it joins as if it had had as much as the one
-whose turn it is.
+It is used twice: for the requests that may be sent at the same time, and for the time that scanning may take. The folder
+comes first that will have had least after its turn. A folder that did not wait saves nothing up: it joins as if it had
+had as much as the one whose turn it is.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ MOST = 8
 
 
 class _Line(Generic[_Name]):
-    """Names that wait, the one that has had least first; of equal ones the one that joined first."""
+    """Names that wait, first the one that will have had least; of equal ones the one that joined first."""
 
     __slots__ = ("_count", "_had", "_heap", "_now", "_waiting")
 
     def __init__(self) -> None:
-        self._waiting: dict[_Name, float] = {}  # how much each had when it joined
-        self._heap: list[tuple[float, int, _Name]] = []  # the same in order, and names that left
+        self._waiting: dict[_Name, tuple[float, float]] = {}  # how much each will have had, and had when it joined
+        self._heap: list[tuple[float, int, _Name]] = []  # the former in order, and names that left
         self._had: dict[_Name, float] = {}
         self._now = 0.0
         self._count = 0
@@ -36,12 +36,13 @@ class _Line(Generic[_Name]):
     def __contains__(self, name: _Name) -> bool:
         return name in self._waiting
 
-    def join(self, name: _Name) -> None:
+    def join(self, name: _Name, wants: float = 0.0) -> None:
         """Let a name wait, unless it does."""
         if name not in self._waiting:
-            self._waiting[name] = had = max(self._now, self._had.get(name, 0.0))
+            had = max(self._now, self._had.get(name, 0.0))
+            self._waiting[name] = had + wants, had
             self._count += 1
-            heapq.heappush(self._heap, (had, self._count, name))
+            heapq.heappush(self._heap, (had + wants, self._count, name))
 
     def leave(self, name: _Name) -> None:
         """Let a name wait no longer."""
@@ -57,7 +58,7 @@ class _Line(Generic[_Name]):
 
     def charge(self, name: _Name, amount: float) -> None:
         """Note that a name has had its turn, and how much it got."""
-        had = self._waiting.get(name, max(self._now, self._had.get(name, 0.0)))
+        _, had = self._waiting[name]
         self.leave(name)
         self._now = max(self._now, had)
         self._had[name] = had + amount
@@ -65,7 +66,8 @@ class _Line(Generic[_Name]):
             self._had = {other: had for other, had in self._had.items() if had > self._now}
 
     def _waits(self, entry: tuple[float, int, _Name]) -> bool:
-        return self._waiting.get(entry[2]) == entry[0]
+        waiting = self._waiting.get(entry[2])
+        return waiting is not None and waiting[0] == entry[0]
 
 
 class Turns(Generic[_Name]):
@@ -92,16 +94,17 @@ class Turns(Generic[_Name]):
     def __contains__(self, name: _Name) -> bool:
         return name in self._owner
 
-    def join(self, name: _Name, owner: Hashable) -> None:
+    def join(self, name: _Name, owner: Hashable, wants: float = 0.0) -> None:
         """Let a folder wait, unless it does.
 
         Args:
             name: The folder.
             owner: Whose it is.
+            wants: How much it is likely to get when it is its turn, if that is not the same for all.
         """
         if name not in self._owner:
             self._owner[name] = owner
-            self._lines.setdefault(owner, _Line()).join(name)
+            self._lines.setdefault(owner, _Line()).join(name, wants)
             self._owners.join(owner)
 
     def leave(self, name: _Name) -> None:

@@ -12,6 +12,7 @@ import contextlib
 import errno
 import os
 import threading
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,14 @@ try:
 except (ImportError, OSError):  # not Linux: sweeps alone do the work
     InotifyFD = None  # type: ignore[assignment,misc]
 
-_FEW, _MANY, _MOST = 32, 1024, 8192
-"""How many names of one folder are taken at once; of all folders; how many may wait before each folder has few."""
+_FEW, _MANY, _MOST = 32, 256, 8192
+"""How many names of one folder are taken at once; of all folders; how many may wait before each folder keeps few."""
+_MOST_OF_FOLDER = 1024
+_STORM = 64
+"""After more events at once it rests for a moment: to read hundreds of thousands a second would take the interpreter
+away from all other threads. The kernel keeps the next ones, or says that it lost some."""
+_REST, _LONGEST_PAUSE_SECONDS = 4.0, 0.2
+"""For how many times as long as it took to take note of events; for how long at most."""
 _LIMIT = "the limit of watches is reached (fs.inotify.max_user_watches)"
 
 
@@ -68,7 +75,7 @@ class Hints:
         with self._lock:
             names = self._folders.setdefault(change.folder, {})
             if change.name not in names:
-                if len(names) >= (_MANY if self._count < _MOST else _FEW):
+                if len(names) >= (_MOST_OF_FOLDER if self._count < _MOST else _FEW):
                     change = Change(change.folder)
                 self._count += change.name not in names
             names[change.name] = change
@@ -211,6 +218,17 @@ def _reader(on_end: Callable[[], None]) -> Any:  # noqa: ANN401  there is no wat
         """The thread that reads the events; whatever ends it is told at once."""
 
         problem = ""
+        _pause = False
+        _began = 0.0
+
+        def read_events(self, **options: Any) -> list[Any]:  # noqa: ANN401  watchdog's own type is not public
+            """Read some events, not more often than leaves the other threads their time."""
+            if self._pause:
+                took = time.monotonic() - self._began
+                self.stopped_event.wait(min(_REST * took, _LONGEST_PAUSE_SECONDS))
+            events = super().read_events(**options)
+            self._pause, self._began = len(events) > _STORM, time.monotonic()
+            return events
 
         def run(self) -> None:
             try:
