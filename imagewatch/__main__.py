@@ -1,5 +1,26 @@
-"""``python -m imagewatch``."""
+"""The program: ``imagewatch``, and ``python -m imagewatch``."""
 
-from imagewatch.cli import main
+from __future__ import annotations
 
-main()
+import contextlib
+import sys
+import traceback
+from typing import NoReturn
+
+EXIT_INTERNAL = 70
+
+
+def main() -> NoReturn:
+    """Run a command. A program that cannot even be loaded must not end with 1, which says that a job failed."""
+    try:
+        from imagewatch.cli import main as run  # noqa: PLC0415
+    except Exception:  # noqa: BLE001  a dependency that is missing, damaged or of another version
+        with contextlib.suppress(Exception):  # nobody may be there to read it
+            traceback.print_exc()
+            sys.stderr.write("imagewatch: the program cannot be loaded\n  install it again, with its dependencies\n")
+        sys.exit(EXIT_INTERNAL)
+    run()
+
+
+if __name__ == "__main__":
+    main()

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 _FILE = "claims.json"
 _MODE = 0o700
-_HINT = "remove what has this name; the daemon resumes automatically"
+_HINT = "remove or rename what has this name; the daemon resumes automatically"
 
 
 class NotOursError(SpoolError):
@@ -52,6 +52,7 @@ class Claims:
         self._memory = os.path.join(state, _FILE)
         self._disk = disk
         self.path = os.path.join(inbox, CLAIMS)
+        self._judged: tuple[Descriptor, bool] | None = None
 
     @property
     def _tops(self) -> Tops:
@@ -85,7 +86,7 @@ class Claims:
         """
         named = self._named()
         known = self._tops.opened(self.path)
-        if known is not None and named is not None and os.path.samestat(named, known.status()):
+        if known is not None and named is not None and known.is_same(named):
             return
         if known is None or not self._is_in_inbox(known):
             known = self._found()
@@ -95,9 +96,9 @@ class Claims:
         if known is None:
             self._take()
             return
-        self._tops.know(self.path, known, is_private=self._is_private(known.status()))
-        if named is not None and not os.path.samestat(named, known.status()):
-            raise self._not_ours(self._name_of(known))
+        self._tops.know(self.path, known)
+        if named is not None and not known.is_same(named):
+            raise self._displaced(known)
         if named is None:
             self._rename_back(known)
 
@@ -114,7 +115,7 @@ class Claims:
             above = os.stat("..", dir_fd=known.fileno())
         except OSError:
             return False
-        return status.st_nlink > 0 and os.path.samestat(above, self._tops.folder(self._inbox).status())
+        return status.st_nlink > 0 and self._tops.folder(self._inbox).is_same(above)
 
     def _found(self) -> Descriptor | None:
         """Return the folder that an earlier start knew, whatever its name in the inbox is; None if it is not there."""
@@ -128,7 +129,7 @@ class Claims:
             with contextlib.suppress(OSError):
                 folder = self._tops.entered(os.path.join(self._inbox, name))
                 status = folder.status()
-                if status.st_ino == inode and self._is_ours(status):
+                if status.st_ino == inode and not self._strange(folder):
                     return folder
         return None
 
@@ -140,15 +141,14 @@ class Claims:
         except SpoolError as error:
             if isinstance(error.__cause__, NotAFolderError):
                 self._tops.know(self.path, None)
-                raise self._not_ours("") from error
+                raise self._not_ours("it is no folder") from error
             raise
-        status = folder.status()
-        if not self._is_ours(status):
+        if reason := self._strange(folder):
             self._tops.know(self.path, None)
-            raise self._not_ours("")
-        self._tops.know(self.path, folder, is_private=self._is_private(status))
-        if self._remembered() != status.st_ino:
-            self._disk.write(self._memory, json.dumps({"inode": status.st_ino}).encode())
+            raise self._not_ours(reason)
+        self._tops.know(self.path, folder)
+        if self._remembered() != (inode := folder.status().st_ino):
+            self._disk.write(self._memory, json.dumps({"inode": inode}).encode())
 
     def _remembered(self) -> int:
         """Return the inode that is kept in the state folder; 0 without one."""
@@ -158,15 +158,28 @@ class Claims:
         except (OSError, ValueError, KeyError, TypeError):
             return 0  # it is found by its owner and mode
 
-    def _is_ours(self, status: os.stat_result) -> bool:
-        if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o777 == _MODE:
-            return True
-        return not self.keeps_owners()
+    def _strange(self, folder: Descriptor) -> str:
+        """Return why a folder is not the daemon's own, or an empty string."""
+        status = folder.status()
+        mine, mode = status.st_uid == os.geteuid(), stat.S_IMODE(status.st_mode) & 0o777
+        if mine and mode != _MODE and status.st_ino == self._remembered():
+            with contextlib.suppress(OSError):  # only its owner or root can have changed the mode, as by chmod -R
+                os.fchmod(folder.fileno(), _MODE)
+                return ""
+        if (mine and mode == _MODE) or not self.keeps_owners():
+            return ""
+        return f"it has the mode {mode:04o}, not 0700" if mine else f"it belongs to another user ({status.st_uid})"
 
-    def _is_private(self, status: os.stat_result) -> bool:
+    def is_private(self) -> bool:
         """Tell whether it is known that nobody else can change what is in it."""
-        owned = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
-        return owned and is_local(self._inbox)
+        folder = self._tops.opened(self.path)
+        if folder is None:
+            return False
+        if self._judged is None or self._judged[0] is not folder:
+            status = folder.status()
+            owned = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
+            self._judged = folder, owned and is_local(self._inbox)
+        return self._judged[1]
 
     def keeps_owners(self) -> bool:
         """Tell whether the file system of the inbox keeps owners and modes, by a file that we make.
@@ -196,11 +209,14 @@ class Claims:
             self._disk.rename(os.path.join(self._inbox, name), os.path.join(self._inbox, CLAIMS))
         self._disk.sync_folder(self._inbox)
         named = self._named()
-        if named is None or not os.path.samestat(named, known.status()):
-            raise self._not_ours(self._name_of(known))
+        if named is None or not known.is_same(named):
+            raise self._displaced(known)
 
-    def _not_ours(self, true: str) -> NotOursError:
+    def _displaced(self, known: Descriptor) -> NotOursError:
+        name = self._name_of(known)
+        return self._not_ours(f"that is now {printable(os.path.join(self._inbox, name))}" if name else "that was moved")
+
+    def _not_ours(self, reason: str) -> NotOursError:
         what = "is not the folder in which the daemon keeps claimed files"
-        where = f"; that is now {printable(os.path.join(self._inbox, true))}" if true else ""
-        message = f"{printable(self.path)}: {what}{where}, so nothing is claimed"
+        message = f"{printable(self.path)}: {what} ({reason}), so nothing is claimed"
         return NotOursError(message, path=self.path, code=errno.EPERM, hint=_HINT)

@@ -10,9 +10,11 @@ import errno
 import io
 import json
 import os
+import shlex
 import sys
 import threading
-from typing import TYPE_CHECKING, NoReturn
+import traceback
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
+EXIT_INTERNAL = 70
 EXIT_SPOOL = 74
 EXIT_RUNNING = 75
 EXIT_CONFIG = 78
@@ -49,12 +52,31 @@ Exit codes:
   64  the command line is wrong
   69  the queue is held (status), with prompts left (once); not done in time
       (submit --wait), or only some of the prompts dropped (submit)
+  70  internal error, or a job is stuck (once): look into the folders first
   74  our own disk: full, read-only or gone
   75  another imagewatch has this inbox
   78  the configuration is wrong"""
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}, epilog=_EXIT_CODES)
+class _Commands(click.Group):
+    """Commands whose reader may be gone.
+
+    Click ends them with 1 then, which says that a job failed. What was paid for is not said by it.
+    """
+
+    def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401  click's own
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            admin.silence(sys.stdout)
+            sys.exit(EXIT_SPOOL)
+
+
+@click.group(
+    cls=_Commands,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog=_EXIT_CODES,
+)
 @click.version_option(__version__, "--version", message="imagewatch %(version)s")
 def cli() -> None:
     """A watched folder for paid image generation.
@@ -236,7 +258,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
     It checks requests as strictly as the contract says, draws placeholders, and counts what it would have charged
     (GET /sandbox/report). A prompt with a tag like "[sandbox: 402]" gets that answer.
     """
-    from imagewatch.sandbox import Sandbox, tags_help  # noqa: PLC0415
+    from imagewatch.sandbox import PROPOSED_KEY, Sandbox, tags_help  # noqa: PLC0415
 
     if tags:
         click.echo(tags_help())
@@ -249,8 +271,10 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
         raise UsageError(
             f"the sandbox {error.problems[0].reason}", hint="name another port by --port; 0 takes a free one"
         ) from None
+    proposed = shlex.quote(key or PROPOSED_KEY)
     click.echo(
-        f"The sandbox listens. Use it with:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY=any imagewatch run\n"
+        f"The sandbox is listening. To use it, run:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY={proposed} "
+        "imagewatch run\n"
     )
     with contextlib.suppress(KeyboardInterrupt):
         server.serve_forever()
@@ -290,7 +314,8 @@ def init(file: str) -> None:
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
     """Write a page of all pictures, costs and failures.
 
-    One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files.
+    One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files. Run
+    by root, it works with the rights of the owner of the page's folder.
     """
     from imagewatch.gallery import Gallery, Written, keep_fresh  # noqa: PLC0415
 
@@ -304,6 +329,7 @@ def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
             click.echo(f"\r  {done} of {total} thumbnails", nl=done == total, err=True)
 
     page = Gallery(admin.load(path), output)
+    page.step_down()
     tell(page.write(count))
     if watch:
         with contextlib.suppress(KeyboardInterrupt):
@@ -316,19 +342,28 @@ for command in (submit, admin.status, admin.history, admin.estimate, admin.retry
 
 def main() -> NoReturn:
     """Run a command; translate every error into one line, a next action and an exit code."""
-    _in_utf_8()
     try:
+        _in_utf_8()
         _main()
     except OSError as error:
-        if error.filename is not None:
-            raise  # a bug
+        if error.filename is not None or (error.errno not in _UNWRITABLE and admin.here()):
+            _internal(error)
         if error.errno not in _UNWRITABLE:
-            if admin.here():
-                raise  # a bug, too
             _fail(UsageError("the current folder is gone", hint="go to another one"), EXIT_USAGE)
         admin.silence(sys.stdout)
         hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
         _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
+    except Exception as error:  # noqa: BLE001  Python would end with 1, which says that a job failed
+        _internal(error)
+
+
+def _internal(error: Exception) -> NoReturn:
+    """Report a bug, or a dependency that is not as expected. The exit code promises nothing about the work."""
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        _say(printable(line))
+    what = "install imagewatch again, with its dependencies" if isinstance(error, ImportError) else "please report this"
+    hint = f"requests may have been sent: look into the folders before you run the command again; {what}"
+    _fail(ImagewatchError(f"internal error: {type(error).__name__}: {error}", hint=hint), EXIT_INTERNAL)
 
 
 def _in_utf_8() -> None:

@@ -16,30 +16,32 @@ the answer began                               no exception: the sink holds what
 from __future__ import annotations
 
 import contextlib
-import functools
 import ipaddress
-import math
-import socket
+import re
 import ssl
 import threading
 import time
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import httpx
 
 from imagewatch import __version__
+from imagewatch.addresses import NotPublicError, address_in, is_public, is_this_machine
+from imagewatch.call import Call
 from imagewatch.errors import ConfigError, JobError, Problem, Unavailable
 from imagewatch.job import Head, Tail
+from imagewatch.masking import known
 from imagewatch.text import printable
-from imagewatch.wire import BALANCE_PATH, PATH, Body, balance, doubt
+from imagewatch.wire import BALANCE_PATH, PATH, Body, Plain, UndecodableError, balance, doubt, is_coding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from imagewatch.config import Endpoint
     from imagewatch.key import Key
+    from imagewatch.masking import Mask
     from imagewatch.record import Sink
 
 USER_AGENT = f"imagewatch/{__version__}"
@@ -54,15 +56,13 @@ _KEPT_HEADERS = (
     "date",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
-_CONNECTED = ("connect_tcp.complete", "start_tls.complete")
-"""How the events of httpcore end after which there is another socket: TLS takes a socket's descriptor away from it.
-They begin with "connection.", with "proxy." for the TLS in a tunnel, with "socks." for a proxy of that kind."""
-_PUBLIC_V6 = ipaddress.IPv6Network("2000::/3")
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
-_SHORTEST_SECRET = 16
+_MOST_REFUSAL_BYTES = 1 << 20
+_COMPRESSED_MORE_BYTES = 1 << 20
+"""So much larger than what is in it can a compressed answer be that is none of a joker."""
 
 
 class FetchError(JobError):
@@ -86,16 +86,23 @@ class Client:
         endpoint: Address, time limits, size limit, trust.
         read_key: Returns the key; called for each request, as keys expire.
         clock: Wall clock, seconds since the epoch, for what is written down.
+        resolve: Finds the addresses of an image host; ``socket.getaddrinfo`` without.
     """
 
     def __init__(
-        self, endpoint: Endpoint, read_key: Callable[[], Key], *, clock: Callable[[], float] = time.time
+        self,
+        endpoint: Endpoint,
+        read_key: Callable[[], Key],
+        *,
+        clock: Callable[[], float] = time.time,
+        resolve: Callable[..., list[tuple[Any, ...]]] | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._read_key = read_key
         self._clock = clock
+        self._resolve = resolve
         self.url = endpoint.base_url + PATH
-        self.local = is_loopback(urlsplit(endpoint.base_url).hostname or "")
+        self.local = is_this_machine(urlsplit(endpoint.base_url).hostname or "")
         self._lock = threading.Lock()
         self._clients: tuple[httpx.Client, httpx.Client] | None = None
         if endpoint.ca_file or getproxies():
@@ -121,34 +128,30 @@ class Client:
             return self._clients
 
     def _made(self) -> tuple[httpx.Client, httpx.Client]:
-        import httpcore  # noqa: PLC0415  its own import takes as long as httpx's
+        from imagewatch.network import Network, install  # noqa: PLC0415  httpcore takes as long to import as httpx
 
-        # It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
-        httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
-        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer, and for
-        # a picture no event would name it to the guard and to the deadline.
+        networks = Network(self._resolve, judged=False), Network(self._resolve, judged=True)
+        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        timeout = httpx.Timeout(
-            endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS
+        timeouts = (
+            httpx.Timeout(endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS),
+            httpx.Timeout(30.0, connect=endpoint.connect_timeout_seconds),
         )
-        fetch_timeout = httpx.Timeout(30.0, connect=endpoint.connect_timeout_seconds)
         with _proxies():
-            post = httpx.Client(
-                verify=context,
-                limits=limits,
-                timeout=timeout,
-                trust_env=not self.local,
-                headers={"user-agent": USER_AGENT},
-                event_hooks={"response": [_forget_location]},
+            post, get = (
+                httpx.Client(
+                    verify=context,
+                    limits=limits,
+                    timeout=timeout,
+                    trust_env=not self.local,
+                    headers={"user-agent": USER_AGENT},
+                )
+                for timeout in timeouts
             )
-            get = httpx.Client(
-                verify=context,
-                limits=limits,
-                timeout=fetch_timeout,
-                trust_env=not self.local,
-                headers={"user-agent": USER_AGENT},
-            )
+        post.event_hooks = {"response": [_forget_location]}
+        for client, network in zip((post, get), networks, strict=True):
+            install(client, network, networks[0])
         return post, get
 
     def close(self) -> None:
@@ -173,7 +176,6 @@ class Client:
             SpoolError: Our disk failed.
         """
         key = self._read_key()
-        attempt = _Attempt(on_send)
         headers = {
             "authorization": f"Bearer {key.reveal()}",
             "content-type": "application/json",
@@ -182,40 +184,46 @@ class Client:
             "accept-encoding": "identity",
             "idempotency-key": job,
         }
-        with _Deadline(self._endpoint.deadline_seconds) as deadline:
-            attempt.deadline = deadline
+        with Call(self._endpoint.deadline_seconds) as call:
+            attempt = _Attempt(call, on_send)
             try:
                 with self.prepare()[0].stream(
                     "POST", self.url, headers=headers, content=iter(body), extensions={"trace": attempt.trace}
                 ) as response:
-                    self._bank(response, sink, deadline, key)
+                    self._bank(response, sink, call, key.secret)
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
-                raise self._translated(error, attempt, deadline, key) from None
+                raise self._translated(error, attempt, call, key.secret) from None
             finally:
                 sink.close()
 
-    def _bank(self, response: httpx.Response, sink: Sink, deadline: _Deadline, key: Key) -> None:
+    def _bank(self, response: httpx.Response, sink: Sink, call: Call, secret: Mask) -> None:
         """Write the answer to the sink, whatever becomes of the connection."""
-        headers = response.headers
-        kept = {name: key.mask(headers[name])[:1000] for name in _KEPT_HEADERS if name in headers}
+        headers, coding = response.headers, response.headers.get("content-encoding", "")
+        kept = {name: secret.text(headers[name])[:1000] for name in _KEPT_HEADERS if name in headers}
+        if is_coding(coding):
+            kept.pop("content-encoding")
         sink.start(Head(status=response.status_code, headers=kept, at=self._clock()))
-        limit, reason = self._endpoint.max_response_bytes, ""
+        limit, paid = self._endpoint.max_response_bytes, response.is_success
+        bank = _Bank(sink, limit if paid else min(limit, _MOST_REFUSAL_BYTES), coding, secret, paid=paid)
+        call.before_read, reason = bank.flush, ""
         try:
-            for chunk in _masked(response.iter_raw(), key, paid=response.is_success):
-                room = limit - sink.written
-                sink.write(chunk[:room])
-                if len(chunk) > room:
-                    reason = f"the answer is larger than max_response_bytes ({limit:,})"
-                    break
+            for piece in _pieces(response, call, limit + _COMPRESSED_MORE_BYTES):
+                bank.take(piece)
+            bank.end()
         except httpx.HTTPError as error:
-            cause = deadline.reason or _reason(error, key)
-            reason = f"the answer was cut short after {sink.written:,} bytes: {cause}"
-        if not reason and deadline.reason and _endless(response):
-            reason = f"the answer was cut short after {sink.written:,} bytes: {deadline.reason}"
+            reason = call.reason or _reason(error, secret)
+        except UndecodableError as error:
+            reason = str(error)
+        except _FullError:
+            reason = f"it is larger than {f'max_response_bytes ({limit:,})' if paid else '1 MiB'}"
+        if reason:
+            with contextlib.suppress(_FullError, UndecodableError):
+                bank.end()
+            reason = f"the answer was cut short after {sink.written:,} bytes: {reason}"
         sink.finish(Tail(complete=not reason, reason=reason, at=self._clock()))
 
-    def _translated(self, error: Exception, attempt: _Attempt, deadline: _Deadline, key: Key) -> JobError:
-        reason = deadline.reason or _reason(error, key)
+    def _translated(self, error: Exception, attempt: _Attempt, call: Call, secret: Mask) -> JobError:
+        reason = call.reason or _reason(error, secret)
         if not attempt.began:
             return Unavailable(f"{self._endpoint.base_url} cannot be reached: {reason}", hint=_HINT_REACH)
         if attempt.incomplete:
@@ -237,18 +245,17 @@ class Client:
         }
         url, body = self._endpoint.base_url + BALANCE_PATH, b""
         seconds = min(_BALANCE_SECONDS, self._endpoint.timeout_seconds)
-        with _Deadline(seconds, "") as deadline:
-            trace = {"trace": functools.partial(_watch, deadline)}
+        with Call(seconds, "") as call:
             try:
                 with self.prepare()[0].stream(
-                    "GET", url, headers=headers, timeout=seconds, extensions=trace
+                    "GET", url, headers=headers, timeout=seconds, extensions={"trace": call.trace}
                 ) as response:
-                    for chunk in response.iter_raw():
+                    for chunk in _pieces(response, call, self._endpoint.max_response_bytes):
                         body += chunk
                         if len(body) > _MOST_BALANCE_BYTES:
                             break
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
-                raise Unavailable(deadline.reason or _reason(error, key)) from None
+                raise Unavailable(call.reason or _reason(error, key.secret)) from None
         found = balance(body) if response.is_success else {}
         if not found:
             raise Unavailable(f"HTTP {response.status_code}")
@@ -267,133 +274,135 @@ class Client:
             FetchError: It could not be fetched.
             SpoolError: Our disk failed.
         """
-        most = self._endpoint.deadline_seconds
-        with _Deadline(seconds, "") if seconds < most else _Deadline(most) as deadline:
+        most, key = self._endpoint.deadline_seconds, "deadline_seconds"
+        with Call(min(seconds, most), key if seconds >= most else "", may_connect=self._may_connect) as call:
             for _ in range(_MOST_REDIRECTS + 1):
-                self._refuse_foreign(url)
+                target = self._checked(url)
                 try:
-                    following = self._fetch_once(url, write, limit, deadline)
+                    following = self._fetch_once(target, write, limit, call)
+                except NotPublicError:
+                    raise _not_public(url) from None
                 except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
-                    raise FetchError(f"{bare(url)}: {deadline.reason or _reason(error)}") from None
+                    raise FetchError(f"{bare(url)}: {call.reason or _reason(error)}") from None
                 if following is None:
                     return
                 url = following
         raise FetchError(f"{bare(url)}: too many redirects", final=True)
 
-    def _fetch_once(self, url: str, write: Callable[[bytes], object], limit: int, deadline: _Deadline) -> str | None:
-        guard = _Guard(httpx.URL(url), self._may_connect, deadline)
+    def _fetch_once(self, url: httpx.URL, write: Callable[[bytes], object], limit: int, call: Call) -> str | None:
+        named = bare(str(url))
         with self.prepare()[1].stream(
-            "GET", url, headers={"accept-encoding": "identity"}, extensions={"trace": guard.trace}
+            "GET", url, headers={"accept-encoding": "identity"}, extensions={"trace": call.trace}
         ) as response:
             if response.is_redirect and "location" in response.headers:
                 return str(response.url.join(response.headers["location"]))
             if response.status_code != httpx.codes.OK:
-                raise FetchError(f"{bare(url)}: HTTP {response.status_code}", refused=response.is_client_error)
+                raise FetchError(f"{named}: HTTP {response.status_code}", refused=response.is_client_error)
             if response.headers.get("content-encoding", "identity") != "identity":
-                raise FetchError(f"{bare(url)}: compressed, which nobody asked for", final=True)
+                raise FetchError(f"{named}: compressed, which nobody asked for", final=True)
             total = 0
-            for chunk in response.iter_raw():
+            for chunk in _pieces(response, call, limit + _COMPRESSED_MORE_BYTES):
                 total += len(chunk)
                 if total > limit:
-                    raise FetchError(f"{bare(url)}: larger than {limit:,} bytes", final=True)
+                    raise FetchError(f"{named}: larger than {limit:,} bytes", final=True)
                 write(chunk)
-        if deadline.reason and _endless(response):
-            raise FetchError(f"{bare(url)}: {deadline.reason}")
         return None
 
     def _may_connect(self, address: str) -> bool:
         """Tell whether pictures may come from an IP address."""
-        ip = ipaddress.ip_address(address.partition("%")[0])
-        return _is_public(ip) or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
+        ip = ipaddress.ip_address(address)
+        return is_public(ip) or self._endpoint.allow_private_downloads or (self.local and ip.is_loopback)
 
-    def _refuse_foreign(self, url: str) -> None:
-        """Refuse addresses that an answer has no business to name."""
+    def _checked(self, url: str) -> httpx.URL:
+        """Return an address that an answer may name, as it is going to be used.
+
+        Which host a name is, is judged when it is connected to; behind a proxy that is the proxy's own business.
+        """
         try:
-            parts = urlsplit(url)
-            host, user = parts.hostname, "@" in parts.netloc
-            _ = parts.port
-        except ValueError:
+            parts = httpx.URL(url)
+        except (httpx.InvalidURL, UnicodeError, ValueError):
             raise FetchError("the url cannot be read", final=True) from None
         allowed = {"https", "http"} if self.local else {"https"}
-        if parts.scheme not in allowed or not host or user:
+        if parts.scheme not in allowed or not parts.host or parts.userinfo:
             raise FetchError(f"{bare(url)}: only a plain {' or '.join(sorted(allowed))} url is fetched", final=True)
-        with contextlib.suppress(ValueError):  # a name: the guard looks at whom it leads to
-            if not self._may_connect(host):
-                raise FetchError(f"{bare(url)}: a private address is not fetched from", final=True)
+        host = parts.raw_host.decode("ascii")
+        if not _HOST.fullmatch(host) or not 0 < (parts.port or 443) < 1 << 16:
+            raise FetchError("the url cannot be read", final=True)  # not by everybody in the same way
+        address = address_in(host)
+        if address is not None and not self._may_connect(str(address)):
+            raise _not_public(url)
+        return parts
 
 
-class _Deadline:
-    """Ends a connection when its total time is over; per-operation timeouts cannot, as each byte renews them.
+class _FullError(Exception):
+    """There is more than is wanted."""
+
+
+class _Bank:
+    """Writes an answer down: without its content coding and without the key, which some servers repeat.
+
+    Pieces are taken together, so that a byte in each costs little; none waits for one that is not here yet.
 
     Args:
-        seconds: The total time.
-        key: The configuration's key that says so, or an empty string.
+        sink: Where to.
+        limit: Most bytes.
+        coding: Its ``Content-Encoding``, or an empty string.
+        secret: The key.
+        paid: Whether it may hold pictures. A key that is not long may be a part of one and stays in them.
     """
 
-    def __init__(self, seconds: float, key: str = "deadline_seconds") -> None:
-        self._why = f"no end after {seconds:g} seconds" + (f" ({key})" if key else "")
-        self._socket: socket.socket | None = None
-        self.at = time.monotonic() + seconds
-        self.reason = ""
+    def __init__(self, sink: Sink, limit: int, coding: str, secret: Mask, *, paid: bool) -> None:
+        self._sink = sink
+        self._limit = limit
+        self._plain = Plain(coding)
+        self._secret = secret
+        self._is_masked = secret.is_ordinary or not paid
+        self._taken: list[bytes] = []
+        self._held = b""
 
-    def __enter__(self) -> Self:
-        _deadlines.add(self)
-        return self
+    def take(self, piece: bytes) -> None:
+        """Take a piece of the body."""
+        self._taken.append(piece)
 
-    def __exit__(self, *_: object) -> None:
-        _deadlines.remove(self)
+    def flush(self) -> None:
+        """Write down what was taken, but for what may be the beginning of the key.
 
-    def watch(self, connection: socket.socket) -> None:
-        """Name the connection to end."""
-        self._socket = connection
-        if self.reason:
-            self.end()
+        Raises:
+            UndecodableError: The coding is damaged.
+            _FullError: There is no room for it.
+        """
+        taken, self._taken = b"".join(self._taken), []
+        if taken:
+            for piece in self._plain.feed(taken):
+                self._put(piece)
 
     def end(self) -> None:
-        """End the connection, now or as soon as there is one."""
-        self.reason = self._why
-        if self._socket is not None:
-            with contextlib.suppress(OSError):
-                # Not SSLSocket.shutdown: that one takes the TLS state away from the thread that reads.
-                socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+        """Write down the rest."""
+        self.flush()
+        self._put(self._plain.end())
+        rest, self._held = self._held, b""
+        self._write(self._secret.ending(self._secret.content(rest)) if self._is_masked else rest)
 
+    def _put(self, piece: bytes) -> None:
+        if not self._is_masked:
+            self._write(piece)
+            return
+        held = self._held + piece
+        if self._secret.is_told_apart:
+            held = self._secret.content(held)
+            over = len(held) - self._secret.reach(held)
+            self._write(memoryview(held)[:over])
+            self._held = held[over:]
+        elif len(held) > self._limit:  # of which word it is a part shows only at the end
+            raise _FullError
+        else:
+            self._held = held
 
-class _Deadlines:
-    """Ends connections in time, all of them by one thread: to start one for each request delays the request."""
-
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._running: set[_Deadline] = set()
-        self._until = math.inf
-        self._thread: threading.Thread | None = None
-
-    def add(self, deadline: _Deadline) -> None:
-        """Look after a connection from now on."""
-        with self._changed:
-            self._running.add(deadline)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="deadlines", daemon=True)
-                self._thread.start()
-            elif deadline.at < self._until:
-                self._changed.notify()
-
-    def remove(self, deadline: _Deadline) -> None:
-        """Leave a connection alone. The thread looks at its time in vain, but does not have to be woken for that."""
-        with self._changed:
-            self._running.discard(deadline)
-
-    def _run(self) -> None:
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                for deadline in [one for one in self._running if one.at <= now]:
-                    self._running.discard(deadline)
-                    deadline.end()
-                self._until = min((one.at for one in self._running), default=math.inf)
-                self._changed.wait(None if self._until == math.inf else self._until - time.monotonic())
-
-
-_deadlines = _Deadlines()
+    def _write(self, content: bytes | memoryview) -> None:
+        room = self._limit - self._sink.written
+        self._sink.write(content[:room])
+        if len(content) > room:
+            raise _FullError
 
 
 class _Attempt:
@@ -402,14 +411,14 @@ class _Attempt:
     Doubt is the default: that the request is incomplete counts only when its sending was seen to fail.
     """
 
-    def __init__(self, on_send: Callable[[], None]) -> None:
+    def __init__(self, call: Call, on_send: Callable[[], None]) -> None:
+        self._call = call
         self._on_send = on_send
-        self.deadline: _Deadline | None = None
         self.began = False
         self.incomplete = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
-        _watch(self.deadline, event, info)
+        self._call.trace(event, info)
         if event == "http11.send_request_headers.started" and info["request"].method == b"POST":
             # Not for the CONNECT to a proxy, which is not the request.
             self._on_send()
@@ -418,85 +427,29 @@ class _Attempt:
             self.incomplete = True
 
 
-class _Guard:
-    """Refuses a connection to a private address, by whom we are really connected to and before a byte leaves."""
-
-    def __init__(self, url: httpx.URL, may_connect: Callable[[str], bool], deadline: _Deadline) -> None:
-        self._host = url.raw_host.decode("ascii")  # as httpcore says it: of a name in another script, its Punycode
-        self._may_connect = may_connect
-        self._deadline = deadline
-        self._proxied = False
-
-    def trace(self, event: str, info: dict[str, Any]) -> None:
-        _watch(self._deadline, event, info)
-        if event.endswith("connect_tcp.started"):
-            # Through a proxy the peer is the proxy, which the admin chose; it resolves the name for itself.
-            self._proxied = str(info["host"]) != self._host
-        if event.endswith("connect_tcp.complete"):
-            try:
-                self._look_at(info["return_value"].get_extra_info("server_addr")[0])
-            except (FetchError, OSError):  # a peer that has hung up already has no address
-                info["return_value"].close()  # nobody else knows it yet
-                raise
-
-    def _look_at(self, peer: str) -> None:
-        if not self._proxied and not self._may_connect(peer):
-            raise FetchError(f"{self._host} has the private address {peer}: not fetched", final=True)
-
-
-def _watch(deadline: _Deadline | None, event: str, info: dict[str, Any]) -> None:
-    """Name a connection to its deadline whenever it has got another socket."""
-    if deadline is not None and event.endswith(_CONNECTED):
-        deadline.watch(info["return_value"].get_extra_info("socket"))
-
-
 def _forget_location(response: httpx.Response) -> None:
     """Drop the target of a redirect: httpx reads it even to stay, and an unreadable one would hide the answer."""
     response.headers.pop("location", None)
 
 
-def _endless(response: httpx.Response) -> bool:
-    """Tell whether only the end of the connection ends a body, so that a cut cannot be told from its end."""
-    return "content-length" not in response.headers and "transfer-encoding" not in response.headers
+def _pieces(response: httpx.Response, call: Call, most: int) -> Iterator[bytes]:
+    """Yield a body as it comes, for as long as its call has time and it is worth the work.
 
-
-def _masked(chunks: Iterator[bytes], key: Key, *, paid: bool) -> Iterator[bytes | memoryview]:
-    """Yield an answer without the key, which some servers repeat in what they say."""
-    longest = 3 * len(key.reveal())  # each character escaped
-    if paid and longest < 3 * _SHORTEST_SECRET:
-        yield from chunks  # it would also be found where it is not meant: inside a picture, which only this answer has
-        return
-    held = b""
-    try:
-        for chunk in chunks:
-            held = key.mask_bytes(held + chunk)
-            yield memoryview(held)[:-longest]
-            held = held[-longest:]
-    except httpx.HTTPError:
-        yield held
-        raise
-    yield held
-
-
-def is_loopback(host: str) -> bool:
-    """Tell whether a host is this machine, without asking the resolver."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
-def _is_public(ip: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
-    """Tell whether an address is a public host's; one that leads to an IPv4 address is judged by that."""
-    if isinstance(ip, ipaddress.IPv6Address):
-        behind = ipaddress.IPv4Address(ip.packed[-4:]) if ip in _NAT64 else ip.ipv4_mapped or ip.sixtofour
-        if behind:
-            return _is_public(behind)
-        if ip not in _PUBLIC_V6:  # of which Python knows only some as private
-            return False
-    return ip.is_global and not ip.is_multicast
+    Args:
+        response: Not read yet.
+        call: Its call.
+        most: Bytes after which nobody listens any more.
+    """
+    size = 0
+    for piece in response.iter_raw():
+        yield piece
+        size += len(piece)
+        if call.reason:
+            raise httpx.ReadTimeout(call.reason)
+        if not call.bears(size):
+            raise httpx.RemoteProtocolError("it comes in too small pieces")
+        if size > most:
+            raise httpx.ReadError(f"it is larger than {most:,} bytes")
 
 
 def bare(url: str) -> str:
@@ -510,17 +463,22 @@ def bare(url: str) -> str:
     return printable(f"{parts.scheme}://{host}{port}{parts.path}", 300)
 
 
-def _reason(error: Exception, key: Key | None = None) -> str:
+def _not_public(url: str) -> FetchError:
+    """Return what is said of a refused address: nothing that whoever named it did not know."""
+    return FetchError(f"{bare(url)}: the address is not public", final=True)
+
+
+def _reason(error: Exception, secret: Mask | None = None) -> str:
     """Return an error of the network in words; never header contents, which may be the key.
 
     Args:
         error: It may hold what the other side sent.
-        key: What it must not hold, if the other side was told; masked before the words are cut, which might leave half.
+        secret: What it must not hold; masked before the words are cut, which might leave half.
     """
     if isinstance(error, httpx.LocalProtocolError):
         return "the request cannot be put on the wire"
-    text = str(error) or type(error).__name__
-    return printable(key.mask(text) if key else text, 300)
+    text = known.text(str(error) or type(error).__name__)
+    return printable(secret.text(text) if secret else text, 300)
 
 
 def _trust(ca_file: str | None) -> ssl.SSLContext:

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from imagewatch.spool import Spool
     from imagewatch.wire import Verdict
 
-_COPY_BYTES = 1 << 20
 _NEXT_RETRY = "correct the cause, then move the prompt back into the inbox"
 _NEXT = {
     "invalid": "correct the prompt or its images, then move them back into the inbox",
@@ -238,7 +237,7 @@ class Closing:
         assert case.answer is not None
         ending = "json" if case.answer.sample(64).lstrip()[:1] in {b"{", b"["} else "bin"
         with self._spool.disk.writing(case.record.path("raw")) as file:
-            for chunk in case.answer.chunks(_COPY_BYTES):
+            for chunk in self._pictures.shown(case.answer):
                 file.write(chunk)
         problems = top["problems"]
         first = problems[0] if isinstance(problems, list) else "it is empty"

@@ -181,8 +181,8 @@ class Daemon:
         """Run until a signal comes or, with ``once``, until there is nothing left to do.
 
         Returns:
-            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: held), 74 (``once``: own
-            disk).
+            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: held), 70 (``once``: a
+            job met a bug, or its record is damaged), 74 (``once``: own disk).
 
         Raises:
             ImagewatchError: It cannot start.
@@ -344,6 +344,8 @@ class Daemon:
     def _exit_code(self) -> int:
         if not self._once:
             return 0
+        if self._parked:
+            return 70  # not 1: it is not over, and may be paid for
         if self._gate.disk_failed or self._failing:
             return 74
         if self._gate.first() is not None and (self.left or self._later):
@@ -607,7 +609,6 @@ class Daemon:
 
     def _park(self, job: str, key: Key | None) -> None:
         """Leave a job to whoever looks into it. Its stem stays taken: it may be paid for, and be brought back."""
-        self.failed += 1
         self._gets_on(job)
         self._parked[job] = key
         self._budget.strand(job)

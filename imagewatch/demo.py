@@ -15,7 +15,7 @@ from imagewatch.config import load
 from imagewatch.daemon import Daemon
 from imagewatch.errors import SpoolError
 from imagewatch.gallery import Gallery
-from imagewatch.sandbox import Sandbox
+from imagewatch.sandbox import PROPOSED_KEY, Sandbox
 from imagewatch.text import amount, printable
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callabl
     with Sandbox(latency_seconds=0.8) as sandbox:
         environ = {
             "LETTA_BASE_URL": sandbox.base_url,
-            "LETTA_API_KEY": "no-key-needed-here",
+            "LETTA_API_KEY": PROPOSED_KEY,
             "IMAGEWATCH_FOLDERS__ROOT": story.folder,
             "IMAGEWATCH_FOLDERS__STATE": os.path.join(story.folder, "state"),
             "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0.5",

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from imagewatch import __version__
+from imagewatch.masking import known
 from imagewatch.text import utc, whole
 
 if TYPE_CHECKING:
@@ -87,8 +88,16 @@ def compose(
         document["inputs"] = [_input(item) for item in sent.inputs]
     if originals:
         document["originals"] = originals
-    ordered = _ordered(document)
+    ordered = _ordered(_masked(document))
     return _written(ordered), _facts(ordered)
+
+
+def _masked(document: Mapping[str, Any]) -> dict[str, object]:
+    """Return a document without the keys, which a server may have repeated. What is ours or the sender's stays."""
+    masked = {name: value if name in _OWN else known.values(value) for name, value in document.items()}
+    if images := document.get("images"):
+        masked["images"] = [{**known.values(image), "file": image["file"]} for image in images]
+    return masked
 
 
 def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
@@ -145,6 +154,7 @@ def with_files(document: str, moved: Mapping[str, str], before: str, after: str)
     return _written(read)
 
 
+_OWN = {"job", "source", "next", "prompt", "prompt_sha256", "endpoint", "request", "inputs", "originals"}
 _FACTS = ("charged", "credits_charged", "attempts", "status", "message", "problems", "ids")
 _ORDER = [
     *("schema", "job", "source", "message", "status", "code", "credits_required", "problems", "next"),

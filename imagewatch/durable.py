@@ -99,7 +99,7 @@ class _Whole(io.FileIO):
             return done
 
 
-_RESTORE = "put the folder back that was there; the daemon resumes automatically"
+_RESTORE = "put back the folder that was there"
 
 
 def _hint(code: int) -> str:
@@ -178,7 +178,13 @@ class Disk:
     def sync_folder(self, path: str) -> None:
         """Make the names in a folder durable."""
         with ours(path, "write the folder to disk"):
-            os.fsync(self._opened(path))
+            folder = self.tops.opened(path)
+            try:
+                os.fsync(folder or self._opened(path))
+            except OSError as error:
+                if folder is None or error.errno != errno.EBADF:  # one that was only opened to reach what is in it
+                    raise
+                os.fsync(self._opened(path))
 
     def _opened(self, path: str) -> Descriptor:
         if self.tops.is_below(path):
@@ -609,7 +615,7 @@ def _keep_mode(source: int, copy: int) -> None:
     except OSError:
         mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
     with contextlib.suppress(PermissionError):  # a file system without modes
-        os.fchmod(copy, mode | stat.S_IRUSR | stat.S_IWUSR)
+        os.fchmod(copy, mode)
 
 
 @functools.cache

@@ -117,8 +117,8 @@ def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
     """Say what is wrong with the folder of claimed files."""
     kind = kinds.of(config.folders.inbox)
     if not keeps_owners(kind):
-        why = "other users of this share can change claimed files; the key and the state folder are not at risk"
-        yield Line("wait", "claims", f"{kind} keeps no owners: {why}")
+        why = "it may keep no owners, so that other users of this share can change claimed files"
+        yield Line("wait", "claims", f"{kind or 'unknown file system'}: {why}; key and state folder are not at risk")
         return
     path = os.path.join(config.folders.inbox, CLAIMS)
     if not os.path.lexists(path):

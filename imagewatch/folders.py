@@ -36,10 +36,11 @@ class NotAFolderError(OSError):
 class Descriptor:
     """An open folder. It is closed when nothing refers to it any more, so never while another thread uses it."""
 
-    __slots__ = ("_number",)
+    __slots__ = ("_identity", "_number")
 
     def __init__(self, number: int) -> None:
         self._number = number
+        self._identity: tuple[int, int] | None = None
 
     def fileno(self) -> int:
         """Return the file descriptor; it is valid for as long as the caller refers to this object."""
@@ -48,6 +49,13 @@ class Descriptor:
     def status(self) -> os.stat_result:
         """Return what ``fstat`` tells of it."""
         return os.fstat(self._number)
+
+    def is_same(self, status: os.stat_result) -> bool:
+        """Tell whether this is the folder that a path was found to lead to."""
+        if self._identity is None:
+            mine = self.status()
+            self._identity = mine.st_dev, mine.st_ino
+        return (status.st_dev, status.st_ino) == self._identity
 
     def entries(self) -> os._ScandirIterator[str]:
         """Return what is in it, by a descriptor of its own; to be used in a ``with`` statement."""
@@ -186,11 +194,6 @@ class Tops:
         """Tell whether a path is that of an open folder, or leads to something in one."""
         return self._exact(path) is not None or self._covering(path) is not None
 
-    def is_private(self, path: str) -> bool:
-        """Tell whether nobody else can change what is in an open folder."""
-        top = self._exact(path)
-        return top is not None and top.is_private
-
     def is_replaced(self, path: str) -> bool:
         """Tell whether another folder has the path of a top now, or none has; a folder that was not opened is none.
 
@@ -198,7 +201,7 @@ class Tops:
             OSError: The path cannot be looked at.
         """
         descriptor = self.opened(path)
-        return descriptor is None or not os.path.samestat(os.stat(path), descriptor.status())
+        return descriptor is None or not descriptor.is_same(os.stat(path))
 
     @contextlib.contextmanager
     def held(self, path: str, inode: int = 0) -> Iterator[None]:
@@ -216,7 +219,7 @@ class Tops:
             yield
             return
         try:
-            descriptor = self.folder(path)
+            descriptor = self._open_to_hold(path)
         except FileNotFoundError:
             if inode:
                 raise
@@ -230,6 +233,12 @@ class Tops:
             yield
         finally:
             del mine[0]
+
+    def _open_to_hold(self, path: str) -> Descriptor:
+        try:
+            return self.listable(path)
+        except PermissionError:  # one may be allowed to use what is in it, and not to list it
+            return self.folder(path)
 
     def _held(self) -> list[_Top]:
         if not hasattr(self._local, "tops"):
@@ -286,7 +295,8 @@ class Tops:
             NotAFolderError: A link or a file is in its place, or in that of one above it.
             OSError: It is not there, or cannot be opened.
         """
-        return _entered(Place(self.folder(path), "."), _READ, path)
+        top = self._exact(path)
+        return _entered(Place(top.descriptor, ".") if top else self.at(path), _READ, path)
 
     def entered(self, path: str) -> Descriptor:
         """Open the folder that has a path now, to list it, also if another one was known by this path.

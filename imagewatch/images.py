@@ -24,6 +24,13 @@ Kind = Literal["png", "jpeg", "webp"]
 MAX_PIXELS = 100_000_000
 """More than this, by the header, is a problem: a few bytes may not claim gigabytes of pixels."""
 
+MAX_SCANS = 100
+"""More scans than this in a JPEG are a problem: a decoder visits all pixels once for each, and a scan may be 20 bytes.
+
+Encoders write 1 scan (baseline), up to 4 (one for each component), 10 (progressive) or 18 (progressive, CMYK). Scan
+scripts written by hand stay far below 100. With 10,000 scans, half a megabyte of 12 million pixels takes over a minute.
+"""
+
 IMAGE_SUFFIXES = frozenset({"png", "jpg", "jpeg", "webp"})
 """File name suffixes, lower case and without the dot, of what can be sent."""
 
@@ -425,7 +432,7 @@ def _check_png_length(name: str, length: int, *, again: bool) -> None:
 def _walk_jpeg(reader: _Reader, size: _Size) -> None:
     """Walk the segments and scans of a JPEG up to EOI; phones append more, which is left alone."""
     reader.take(2)
-    scanned = False
+    scans = 0
     while (code := _next_marker(reader)) != _EOI:
         if code in _STANDALONE:
             continue
@@ -438,13 +445,17 @@ def _walk_jpeg(reader: _Reader, size: _Size) -> None:
             _read_frame(reader, size, length)
         elif code == _SOS:
             _read_scan(reader, size, length)
-            scanned = True
+            scans += 1
+            if scans > MAX_SCANS:
+                raise _BrokenError(
+                    f"more than {MAX_SCANS} scans, encoders write up to 18; save it with another program"
+                )
         elif length < 2:  # noqa: PLR2004  the length counts its own two bytes
             raise _BrokenError(f"segment {code:02X} has an impossible length")
         reader.skip_to(end)
         if code == _SOS:
             reader.to_scan_end()
-    if not scanned:
+    if not scans:
         raise _BrokenError("no pixels: no scan before EOI")
 
 

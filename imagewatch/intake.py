@@ -286,7 +286,7 @@ class Intake:
             self._schedule.later(folder.path, folder.found.due)
         if folder.path and not folder.is_entered:
             self._watching.forget(self._sweep.folders.full(folder.path))
-            if not folder.found:  # it is gone, which the folder it was in shows
+            if folder.is_gone:  # which the folder shows that it was in
                 above = folder.path.rpartition("/")[0]
                 self._schedule.soon(above)
                 if folder.path not in self._sweep.folders.add(above).inner:

@@ -294,7 +294,7 @@ class Judge:
                 return "the daemon may not read"
             above = self._tops.folder(os.path.dirname(full)).status()
             if is_private(status, above):
-                return "a hard link to a file that not everybody may read who uses this folder:"
+                return "a hard link to a private file:"
             if _is_kept(status, above):
                 return "the sticky bit of its folder keeps the daemon from taking"
         return ""

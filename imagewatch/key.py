@@ -5,7 +5,6 @@ The key is read anew for each request, because tokens expire. No message of this
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import selectors
@@ -15,9 +14,9 @@ import stat
 import subprocess
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
-from urllib.parse import quote
 
 from imagewatch.errors import ConfigError, Problem
+from imagewatch.masking import Mask, known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -36,14 +35,18 @@ _FOUR_WAYS: Final = (
 
 
 class Key:
-    """A key that can be used and compared, but is not shown by accident."""
+    """A key that can be used and compared, but is not shown by accident. From now on this process masks it everywhere.
 
-    __slots__ = ("_spellings", "_value")
+    Attributes:
+        secret: Replaces the key in what is written down.
+    """
+
+    __slots__ = ("_value", "secret")
 
     def __init__(self, value: str) -> None:
         self._value = value
-        spellings = {value, json.dumps(value)[1:-1], quote(value), quote(value, safe="")} - {""}
-        self._spellings = sorted(spellings, key=len, reverse=True)
+        self.secret = Mask(value)
+        known.remember(self.secret)
 
     def __repr__(self) -> str:
         return "Key(***)"
@@ -64,16 +67,12 @@ class Key:
         return self._value
 
     def mask(self, text: str) -> str:
-        """Return a text with the key replaced by ``***``, also where it is escaped as in JSON or a URL."""
-        for spelling in self._spellings:
-            text = text.replace(spelling, "***")
-        return text
+        """Return a text with the key replaced by ``***``, in whatever form it is there."""
+        return self.secret.text(text)
 
     def mask_bytes(self, content: bytes) -> bytes:
-        """Return bytes with the key replaced by ``***``, likewise; without a copy where it is not in them."""
-        for spelling in self._spellings:
-            content = content.replace(spelling.encode(), b"***")
-        return content
+        """Return bytes with the key replaced by ``***``, also where it is escaped."""
+        return self.secret.content(content)
 
 
 class _Source(NamedTuple):

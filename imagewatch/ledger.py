@@ -19,6 +19,7 @@ import msgspec
 
 from imagewatch.budget import Spending
 from imagewatch.errors import SpoolError
+from imagewatch.masking import known
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _COLUMNS = Row.__struct_fields__
+_HEARD = ("provider", "model", "code", "message", "request_id")
 _UPSERT = (
     f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "  # noqa: S608
     "ON CONFLICT (job, attempt) DO UPDATE SET "
@@ -159,6 +161,8 @@ class Ledger:
         Raises:
             SpoolError: The disk failed.
         """
+        heard = {name: known.text(getattr(row, name)) for name in _HEARD}  # a server may repeat the key
+        row = msgspec.structs.replace(row, **heard)
         with self._lock, self._translated():
             self._database.execute(_UPSERT, _storable(msgspec.structs.astuple(row)))
 

@@ -138,6 +138,7 @@ class Folder:
         is_scanned: Whether a scan of it is under way.
         is_changed: Whether anything in it may be different since somebody set this to False.
         is_entered: Whether it could be looked into, and is on the file system of the inbox.
+        is_gone: Whether it was not there when it was to be scanned last.
         owner: Number of the user to whom it belongs.
         ignored: Why files that are no prompts are not taken, by path below the inbox.
         inner: The folders in it that are looked into, as paths below the inbox.
@@ -159,6 +160,7 @@ class Folder:
     is_scanned: bool = False
     is_changed: bool = True
     is_entered: bool = False
+    is_gone: bool = False
     owner: int = -1
     ignored: Reasons | None = None
     inner: dict[str, None] = field(default_factory=dict)
@@ -436,11 +438,13 @@ class Folders:
                 folder.place, folder.is_local = self._place(descriptor, full)
                 folder.distrust()
             folder.owner = status.st_uid
-            folder.is_entered = folder.place == self.add("").place
-            if not folder.is_entered:
-                self.leave(folder)
+            folder.is_gone, is_here = False, folder.place == self.add("").place
+            if not is_here:
                 visitor.found.ignored.add(folder.path, _OTHER_PLACE)
+            if not is_here or self._is_claims(status):
+                self.leave(folder)
                 return
+            folder.is_entered = True
             visitor.opened(folder, descriptor)
             folder.is_scanned = True
             differs = folder.may_differ(status, visitor.now, keeps_times=self._keeps_times(full))
@@ -459,6 +463,11 @@ class Folders:
                 raise
             finally:
                 folder.is_scanned = False
+
+    def _is_claims(self, status: os.stat_result) -> bool:
+        """Tell whether it is the folder of claimed files, which others may have given another name."""
+        claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
+        return claims is not None and claims.is_same(status)
 
     def _place(self, descriptor: int, full: str) -> tuple[tuple[int, int], bool]:
         """Return on which device and mount a folder is, and whether its times are of our own clock."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import structlog
 
+from imagewatch.masking import known
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ def configure(
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.format_exc_info,
+            _masked,
             *render,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
@@ -165,6 +167,12 @@ class _Journal:
             self._spare.info("\n".join(f"<{entry['PRIORITY']}>{line}" for line in entry["MESSAGE"].split("\n")))
 
     debug = warning = error = info
+
+
+def _masked(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Take the keys out of whatever is logged: a server may have repeated one."""
+    masked: MutableMapping[str, Any] = known.values(event)
+    return masked
 
 
 def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

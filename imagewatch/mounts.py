@@ -39,12 +39,6 @@ _TIMED = {
     *("nfs", "nfs4"),
 }
 """File systems on which the ctime of a folder is known to change whenever a name in it does."""
-_OWNERLESS = {
-    *("exfat", "fat", "fuse.exfat", "fuseblk", "msdos", "vfat"),
-    *("cifs", "fuse.ntfs-3g", "hfsplus", "ntfs", "ntfs3", "smb3", "smbfs", "vboxsf", "vmhgfs", "prl_fs", "drvfs"),
-    *("fuse.bindfs", "fuse.rclone", "fuse.sshfs", "fakeowner", "osxfs", "grpcfuse"),
-}
-"""File systems that keep no owners and modes, or show the same for all files as they are usually mounted."""
 _KERNELS_OWN = {
     *("proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "securityfs", "debugfs", "tracefs", "configfs"),
     *("pstore", "efivarfs", "bpf", "binfmt_misc", "fusectl", "selinuxfs", "nsfs", "rpc_pipefs"),
@@ -110,8 +104,8 @@ def keeps_times(kind: str) -> bool:
 
 
 def keeps_owners(kind: str) -> bool:
-    """Tell whether files keep the owner and the mode that they are given, as far as the type tells."""
-    return kind not in _OWNERLESS
+    """Tell whether files are known to keep the owner and the mode that they are given."""
+    return kind in _TIMED
 
 
 def keeps_files(kind: str) -> bool:

@@ -15,11 +15,11 @@ import structlog
 from imagewatch.client import Client, FetchError, bare
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.images import Image, foreign, inspect
-from imagewatch.reading import Got, Reading, read
+from imagewatch.reading import Got, Reading, holds_key, read, shown
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from imagewatch.folders import Tops
     from imagewatch.record import Answer, Record
@@ -131,10 +131,14 @@ class Pictures:
         """Read a paid answer; its base64 pictures go into the record."""
         return read(
             answer.chunks(),
-            encoding=answer.head.headers.get("content-encoding", ""),
+            encoding=_coding(answer),
             limit=2 * self._limit,
             create=lambda number: self._create(record.path(f"image.{number}")),
         )
+
+    def shown(self, answer: Answer) -> Iterator[bytes]:
+        """Yield what others may see of a paid answer: a copy without the key, and without its content coding."""
+        return shown(answer.chunks(), encoding=_coding(answer), limit=2 * self._limit)
 
     def collect(self, record: Record, reading: Reading) -> list[Picture]:
         """Fetch what is to be fetched, and judge every picture."""
@@ -173,7 +177,7 @@ class Pictures:
                     # A share, or one host that dribbles uses up the time of all.
                     self._try(one, round(max(left / (len(waiting) - position), _LEAST_SECONDS), 1))
             rounds += 1
-            pause = min(0.25 * 2**rounds, _LONGEST_PAUSE)
+            pause = min(0.25 * 2 ** min(rounds, 30), _LONGEST_PAUSE)
             waiting = [one for one in waiting if one.waits]
             if not waiting or self._now() + pause >= until:
                 return
@@ -198,6 +202,10 @@ class Pictures:
             one.waits = not error.final and one.refused < _MOST_TRIES_4XX
         else:
             one.problem, one.waits = "", False
+
+
+def _coding(answer: Answer) -> str:
+    return answer.head.headers.get("content-encoding", "")
 
 
 class _Ours:
@@ -229,6 +237,9 @@ def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
             file.seek(0)
             kind = foreign(file.read(512)) or "nothing that we know"
             problem = problem or f"not a picture: its content is {kind}"
+            file.seek(0)
+            if holds_key(file):
+                return Picture("", None, got.mime, 0, "", "not a picture: it holds the API key and is not published")
         else:
             problem = problem or image.problem
     return Picture(name if size else "", image, got.mime, size, digest.hexdigest(), problem, broken=bool(got.problem))

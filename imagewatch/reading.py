@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import pybase64
 
-from imagewatch.wire import number, parse
+from imagewatch.masking import known
+from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-_PIECE_BYTES = 48 * 1024
 _SKELETON_BYTES = 4 << 20
+_CHUNK_BYTES = 512 * 1024
 _MOST_IMAGES = 64
+_LONGEST_SECRET = 64 * 1024
+"""Bytes; how much is held back of what may be shown, as a key may be cut in two."""
 _BLANKS = (b" ", b"\t", b"\r", b"\n")
 
 
@@ -84,7 +86,7 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
         problem = str(error)
     finally:
         splitter.close()
-    decoded = parse(splitter.skeleton())
+    decoded = known.values(parse(splitter.skeleton()))
     body = decoded if isinstance(decoded, dict) else {}
     entries = body.get("images")
     if isinstance(entries, list):
@@ -137,26 +139,69 @@ class _UnreadableError(Exception):
 
 
 def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes]:
-    """Yield the body without its content coding, at most ``limit`` bytes of it."""
+    """Yield the body without its content coding, at most ``limit`` bytes of it if it has one."""
     coding = encoding.strip().lower()
     if coding in {"", "identity"}:
         yield from chunks
         return
-    if coding not in {"gzip", "x-gzip", "deflate"}:
+    if not is_coding(coding):
         raise _UnreadableError(f"the answer is encoded as {coding[:40]!r}, which nobody asked for")
-    inflate, total = zlib.decompressobj(47), 0
+    total = 0
+    try:
+        for piece in plain(chunks, coding):
+            total += len(piece)
+            if total > limit:
+                raise _UnreadableError(f"the compressed answer grows beyond {limit:,} bytes")
+            yield piece
+    except UndecodableError as error:
+        raise _UnreadableError(str(error)) from None
+
+
+def _unpacked(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield what is not a compressed file: what is in one cannot be looked through for the key."""
+    for place, piece in enumerate(pieces):
+        if place == 0 and is_packed(piece):
+            raise _UnreadableError("the answer is a compressed file")
+        yield piece
+
+
+def shown(chunks: Iterable[bytes], *, encoding: str, limit: int) -> Iterator[bytes]:
+    """Yield what others may see of a paid answer: without the key in any form, even if that damages a picture.
+
+    Args:
+        chunks: The raw body.
+        encoding: Its ``Content-Encoding``, or an empty string.
+        limit: Most bytes a compressed body may grow to.
+    """
+    try:
+        yield from _masked(_unpacked(_plain(chunks, encoding, limit)))
+    except _UnreadableError as error:
+        yield f"\n[{error}; the whole answer is kept in the state folder]\n".encode()
+
+
+def _masked(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield chunks without the key in any form."""
+    held = b""
     try:
         for chunk in chunks:
-            data = chunk
-            while data and not inflate.eof:
-                plain = inflate.decompress(data, _PIECE_BYTES)
-                total += len(plain)
-                if total > limit:
-                    raise _UnreadableError(f"the compressed answer grows beyond {limit:,} bytes")
-                yield plain
-                data = inflate.unconsumed_tail
-    except zlib.error as error:
-        raise _UnreadableError(f"the compressed answer is damaged: {error}") from None
+            held = known.content(held + chunk)
+            yield held[:-_LONGEST_SECRET]
+            held = held[-_LONGEST_SECRET:]
+    except _UnreadableError:
+        yield held
+        raise
+    yield held
+
+
+def holds_key(file: IO[bytes]) -> bool:
+    """Tell whether there is a key in a file, in any form."""
+    held = b""
+    while chunk := file.read(_CHUNK_BYTES):
+        held += chunk
+        if known.content(held) != held:
+            return True
+        held = held[-_LONGEST_SECRET:]
+    return False
 
 
 class _Splitter:

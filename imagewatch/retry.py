@@ -23,7 +23,7 @@ from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
 from imagewatch.text import printable, whole
-from imagewatch.untrusted import RefusedError, folder_of, is_private, open_file
+from imagewatch.untrusted import RefusedError, is_private, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -170,7 +170,7 @@ class Retry:
         Raises:
             SpoolError: A file of that name is there already, or the disk failed.
         """
-        source, target = os.path.dirname(failed.path), os.path.join(self._inbox, failed.folder)
+        source, target = os.path.dirname(failed.path), self._target(failed)
         if not os.path.isdir(self._inbox):
             shown = printable(self._inbox)
             raise SpoolError(f"{shown}: the inbox is gone", path=self._inbox, hint="restore or mount it")
@@ -183,6 +183,14 @@ class Retry:
             self._require_prompt(failed, there[-1][1] if there else "")
         for path, _ in there:
             self._require_public(path)
+        with ours(source, "enter the folder"), self._tops.held(source), self._tops.held(target):
+            self._move(failed, there)
+
+    def _target(self, failed: Failed) -> str:
+        return os.path.join(self._inbox, failed.folder) if failed.folder else self._inbox
+
+    def _move(self, failed: Failed, there: list[tuple[str, str]]) -> None:
+        source, target = os.path.dirname(failed.path), self._target(failed)
         for number, (path, new) in enumerate(there):
             temporary, is_fresh = os.path.join(target, f".iw-{failed.job}.{number}.tmp"), new.endswith(SUFFIX)
             try:
@@ -204,10 +212,9 @@ class Retry:
         if not self._tops.exists(path):
             return
         with ours(path, "look at the file"):
-            place = self._tops.at(path)
-            status, folder = place.lstat(), folder_of(place, path)
+            status, folder = self._tops.lstat(path), self._tops.folder(os.path.dirname(path)).status()
         if stat.S_ISREG(status.st_mode) and is_private(status, folder):
-            message = f"{printable(path)}: is a hard link to a file that not everybody may read here"
+            message = f"{printable(path)}: is a hard link to a private file"
             raise SpoolError(message, path=path, hint="remove it; nothing was moved")
 
     def _require_prompt(self, failed: Failed, new: str) -> None:

@@ -26,6 +26,7 @@ from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.mounts import Kinds, Mounts, keeps_times
 from imagewatch.names import PAID, fits, fitted, tagged
+from imagewatch.places import others_who_write
 from imagewatch.record import Record
 from imagewatch.text import printable
 
@@ -72,8 +73,11 @@ def blocked(folders: Folders, folder: str, tops: Tops) -> str:
 
 def _deepest(tops: Tops, top: str, folder: str) -> str:
     """Return how much of a path below a top is there: up to the first part that is missing, or is no folder."""
+    whole = os.path.join(top, folder) if folder else top
+    if tops.is_folder(whole):  # nearly always
+        return whole
     path = top
-    for part in folder.split("/") if folder else ():
+    for part in folder.split("/"):
         inner = os.path.join(path, part)
         if not tops.exists(inner):
             break
@@ -165,6 +169,7 @@ class Spool:
         with contextlib.suppress(NotOursError):
             self._claims.require()
         self._sync_above([*self._all(), self.jobs, self.claims])
+        self._remove_probes()
         self._drop_twins()
         with contextlib.suppress(NotOursError):
             self.probe()
@@ -223,16 +228,17 @@ class Spool:
                     self._kinds.refresh()
 
     def _require_same_way(self, folder: str) -> None:
-        """Make sure that no link was put where one of our folders was: it might lead to another one of ours.
+        """Make sure that nobody else put a link where one of our folders was: it might lead to another one of ours.
 
         Raises:
-            SpoolError: Its path leads elsewhere than when it was opened first.
+            SpoolError: Its path leads elsewhere than before, and others may have made that so.
         """
         real = os.path.realpath(folder)
-        if self._ways.setdefault(folder, real) != real:
+        if self._ways.get(folder, real) != real and others_who_write(os.stat(os.path.dirname(folder))):
             message = f"{printable(folder)}: leads to {printable(real)} now, and led to {printable(self._ways[folder])}"
             hint = "put the folder back, or restart the daemon if this is meant"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
+        self._ways[folder] = real
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
@@ -278,8 +284,13 @@ class Spool:
         Raises:
             SpoolError: One is, or one of our folders is not there.
         """
-        self._mounts.require()
-        self._open()
+        for folder in self._all():
+            with ours(folder, "look at the folder"):
+                if not self.tops.is_replaced(folder):
+                    continue
+            self._mounts.require()
+            self._open()
+            return
 
     def require_folders(self) -> None:
         """Make sure that all folders are those that they were, also the one for claims if there is one.
@@ -297,8 +308,24 @@ class Spool:
         self.require_folders()
         self._require_claims()
         for folder in self._all()[1:]:
-            self.disk.probe(folder, _PROBE)
+            self.disk.probe(folder, self._probe())
         self._prove_claim()
+
+    def _probe(self) -> str:
+        """Return a name for a short-lived file, in whose way nobody can put anything."""
+        return f"{_PROBE}.{self.new_job()}"
+
+    def _remove_probes(self) -> None:
+        """Remove what a write probe of ours has left that was killed."""
+        for folder in (*self._all(), *([self.claims] if self._claims.is_open() else [])):
+            with ours(folder, "list the folder"):
+                names = [name for name in self.tops.names(folder) if name.startswith(_PROBE)]
+            for name in names:
+                path = os.path.join(folder, name)
+                with contextlib.suppress(OSError, SpoolError):
+                    status = self.tops.lstat(path)
+                    if status.st_uid == os.geteuid():
+                        (self.disk.remove_folder if stat.S_ISDIR(status.st_mode) else self.disk.unlink)(path)
 
     def require_room(self, least: int) -> None:
         """Make sure that a paid answer can be taken in.
@@ -318,9 +345,8 @@ class Spool:
 
     def _prove_claim(self) -> None:
         """Prove that a file can be renamed from the inbox into a claim."""
-        self.disk.unlink(os.path.join(self.claims, _PROBE))
-        self.disk.unlink(os.path.join(self.inbox, _PROBE))
-        source, target = os.path.join(self.inbox, _PROBE), os.path.join(self.claims, _PROBE)
+        name = self._probe()
+        source, target = os.path.join(self.inbox, name), os.path.join(self.claims, name)
         self.disk.create(source).close()
         try:
             with ours(self.inbox, "rename a file inside the inbox, which claiming a prompt needs"):
@@ -331,9 +357,7 @@ class Spool:
 
     def _prove_outbox(self) -> None:
         """Prove that what we publish can get the mode and the group it is to have."""
-        path, folder = os.path.join(self.outbox, _PROBE), os.path.join(self.outbox, _PROBE + ".d")
-        self.disk.unlink(path)
-        self.disk.remove_folder(folder)  # of a start that died here
+        path, folder = os.path.join(self.outbox, self._probe()), os.path.join(self.outbox, self._probe() + ".d")
         try:
             with closing(self.disk.create(path), path) as file, ours(self.outbox, "set [outbox] file_mode or group"):
                 self._finish(file.fileno())
@@ -424,6 +448,14 @@ class Spool:
         with contextlib.ExitStack() as stack:
             with ours(folder, "enter the folder"):
                 stack.enter_context(self.tops.held(folder, inode))
+            yield
+
+    @contextlib.contextmanager
+    def working_on(self, job: str) -> Iterator[None]:
+        """Reach the claim of a job by one descriptor during the block, if it is there."""
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):  # each step says what is in its place
+                stack.enter_context(self.tops.held(self.claim_folder(job)))
             yield
 
     def gather(self, claim: Claim) -> None:
@@ -567,7 +599,7 @@ class Spool:
         Where others can change a claim, a file must also have the size of the one that was claimed.
         """
         names = self._claimed_names(claim.job).intersection(claim.originals)
-        if self.tops.is_private(self.claims):
+        if self._claims.is_private():
             return names
         return {name for name in names if self._has_claimed_size(claim, name)}
 

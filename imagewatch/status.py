@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
 from imagewatch.holds import NEXT
+from imagewatch.masking import known
 from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class Status:
         return [
             {
                 "kind": hold.kind,
-                "reason": printable(hold.message),
+                "reason": printable(known.text(hold.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "until": self._gate.ends(hold),
                 "next": hold.next,

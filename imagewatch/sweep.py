@@ -189,7 +189,8 @@ class Sweep:
             found = Found(most)
             self.folders.leave(folder)
             self.order.forget(path)
-            if error.code not in _GONE:
+            folder.is_gone = error.code in _GONE
+            if not folder.is_gone:
                 found.ignored.add(path, "a folder that cannot be listed", str(error))
         self._note(folder, found, began)
         yield from self.order.prepare(first_level(path))

@@ -10,12 +10,8 @@ import errno
 import io
 import os
 import stat
-from typing import TYPE_CHECKING
 
 from imagewatch.folders import Tops
-
-if TYPE_CHECKING:
-    from imagewatch.folders import Place
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOWHERE = Tops()
@@ -47,28 +43,54 @@ def open_file(path: str, tops: Tops = _NOWHERE, *, most_bytes: int | None = None
         RefusedError: It is a link, no regular file, a hard link to a file that others may not read, or too large.
         OSError: It is not there, or cannot be read.
     """
-    place = tops.at(path)
-    before = place.lstat()
-    if stat.S_ISLNK(before.st_mode):
-        raise RefusedError("is a link", path)
-    if not stat.S_ISREG(before.st_mode):  # to open a device may already do something
-        raise RefusedError("is not a plain file", path)
-    file = io.FileIO(os.open(place.name, _FLAGS, dir_fd=place.dir_fd))
-    try:
-        _judge(os.fstat(file.fileno()), before, place, path, most_bytes)
-    except BaseException:
+    place = tops.at(path)  # which keeps its folder open until the file is
+    return open_at(place.name, place.dir_fd, most_bytes=most_bytes, path=path)
+
+
+def open_at(name: str, folder: int | None, *, most_bytes: int | None = None, path: str = "") -> io.FileIO:
+    """Open a regular file for reading, as ``open_file`` does, in a folder that is open.
+
+    Args:
+        name: Its name; its path if there is no folder.
+        folder: Descriptor of the folder.
+        most_bytes: A larger one is refused.
+        path: How it is called in an error; without, by its name.
+    """
+    path = path or name
+    before = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    if reason := _kind(before):  # to open a device may already do something
+        raise RefusedError(reason, path)
+    file = io.FileIO(os.open(name, _FLAGS, dir_fd=folder))
+    status = os.fstat(file.fileno())
+    reason = refusal(status, os.stat(os.path.dirname(path) or ".") if folder is None else os.fstat(folder))
+    if not os.path.samestat(before, status):
+        reason = "was replaced while it was opened"
+    elif most_bytes is not None and status.st_size > most_bytes:
+        reason = f"is larger than {most_bytes:,} bytes"
+    if reason:
         file.close()
-        raise
+        raise RefusedError(reason, path)
     return file
 
 
-def _judge(status: os.stat_result, before: os.stat_result, place: Place, path: str, most_bytes: int | None) -> None:
-    if not os.path.samestat(before, status) or not stat.S_ISREG(status.st_mode):
-        raise RefusedError("was replaced while it was opened", path)
-    if status.st_nlink > 1 and is_private(status, folder_of(place, path)):
-        raise RefusedError("is a hard link to a file that not everybody may read who uses this folder", path)
-    if most_bytes is not None and status.st_size > most_bytes:
-        raise RefusedError(f"is larger than {most_bytes:,} bytes", path)
+def refusal(status: os.stat_result, folder: os.stat_result) -> str:
+    """Return why a file is not opened, in words that follow "it", or an empty string.
+
+    Args:
+        status: The file's, by ``lstat`` or ``fstat``.
+        folder: The folder's.
+    """
+    if reason := _kind(status):
+        return reason
+    if is_private(status, folder):
+        return "is a hard link to a private file"
+    return ""
+
+
+def _kind(status: os.stat_result) -> str:
+    if stat.S_ISLNK(status.st_mode):
+        return "is a link"
+    return "" if stat.S_ISREG(status.st_mode) else "is not a plain file"
 
 
 def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
@@ -84,8 +106,3 @@ def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
         return False
     is_for_group = status.st_mode & stat.S_IRGRP and status.st_gid == folder.st_gid
     return not is_for_group or bool(folder.st_mode & stat.S_IWOTH)
-
-
-def folder_of(place: Place, path: str) -> os.stat_result:
-    """Return what the folder is in which a file is."""
-    return os.stat(os.path.dirname(path) or ".") if place.dir_fd is None else os.fstat(place.dir_fd)

@@ -2,16 +2,19 @@
 
 Facts about the endpoint come from its published contract, the ``image-generation`` skill of letta-ai/letta-code
 (request body, response, notes), and from what its other routes and the gateway before it are seen to answer. No
-disk, no network, no clock: everything comes as arguments. Nothing an answer holds is trusted.
+disk, no network, no clock: everything comes as arguments, but for the keys that no text may hold. Nothing an answer
+holds is trusted.
 """
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import hashlib
 import json
 import math
 import re
+import zlib
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
@@ -21,6 +24,7 @@ import pybase64
 from imagewatch.errors import InDoubt, JobError
 from imagewatch.fields import Options, Provider, shown
 from imagewatch.job import Head, Reaction
+from imagewatch.masking import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -32,6 +36,11 @@ BALANCE_PATH = "/v1/metadata/balance"
 """Not documented; Letta Code's ``/usage`` asks it, and takes a failure as "not available"."""
 _READ_BYTES = 48 * 1024
 """Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
+_CODINGS = {"gzip", "x-gzip", "deflate"}
+_GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x9c", b"\x78\xda")
+_PACKED = (b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
+_PLAIN_BEGINNINGS = {b"{", b"[", b"<", b" ", b"\r", b"\n", b"\t"}
+_INFLATED_BYTES = 256 * 1024
 _DEEPEST_ERROR = 4
 _QUOTA_REASONS = re.compile(r"quota|-usage-exceeded|limit-exceeded|not-enough-credits|model-unknown")
 _BALANCE = re.compile("[a-z_]{0,40}balance")
@@ -130,6 +139,105 @@ def _in_base64(part: Part) -> Iterator[bytes]:
             yield pybase64.b64encode(chunk)
 
 
+# What an answer says
+
+
+class UndecodableError(Exception):
+    """A body cannot be read on without its content coding; its words say why."""
+
+
+def is_coding(name: str) -> bool:
+    """Tell whether we can read a content coding; we ask for none."""
+    return name.strip().lower() in _CODINGS
+
+
+class Plain:
+    """A body without its content coding, piece by piece. What is not in the coding that it names stays as it is.
+
+    Args:
+        coding: Its ``Content-Encoding``, or an empty string.
+    """
+
+    def __init__(self, coding: str) -> None:
+        self._coding = coding.strip().lower()
+        self._first: bytes | None = b""
+        self._inflate: zlib._Decompress | None = None
+
+    def feed(self, chunk: bytes) -> Iterator[bytes]:
+        """Take a piece and yield what is in it.
+
+        Raises:
+            UndecodableError: It is damaged; what could be read was yielded.
+        """
+        if self._first is not None:
+            self._first += chunk
+            if len(self._first) < len(_GZIP):
+                return
+            chunk, self._first = self._first, None
+            self._inflate = _inflater(chunk, self._coding)
+        if self._inflate is None:
+            yield chunk
+            return
+        while chunk and not self._inflate.eof:
+            before = self._inflate.copy()
+            try:
+                piece = self._inflate.decompress(chunk, _INFLATED_BYTES)
+            except zlib.error as error:
+                self._inflate = None
+                yield from _undamaged(before, chunk)
+                raise UndecodableError(f"the compressed answer is damaged: {error}") from None
+            yield piece
+            chunk = self._inflate.unconsumed_tail
+
+    def end(self) -> bytes:
+        """Return what is left when nothing more comes."""
+        if self._inflate is None:
+            return self._first or b""
+        try:
+            return self._inflate.flush()
+        except zlib.error:  # it was cut off
+            return b""
+
+
+def is_packed(first: bytes) -> bool:
+    """Tell whether something begins like a compressed file: what is in it cannot be looked through for a key."""
+    return first.startswith((_GZIP, *_ZLIB, *_PACKED))
+
+
+def plain(chunks: Iterable[bytes], coding: str) -> Iterator[bytes]:
+    """Yield a body without its content coding, as ``Plain`` does."""
+    body = Plain(coding)
+    for chunk in chunks:
+        yield from body.feed(chunk)
+    yield body.end()
+
+
+def _undamaged(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
+    """Yield what is in a piece before the damage: whoever finds that returns nothing else."""
+    with contextlib.suppress(zlib.error):
+        for place in range(len(chunk)):
+            yield inflate.decompress(chunk[place : place + 1])
+
+
+def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
+    """Return what reads a body that begins like this, or None if it is not compressed, whatever is said of it."""
+    if coding not in {"", "identity", *_CODINGS}:
+        return None
+    if first.startswith(_GZIP):
+        window = 31
+    elif first.startswith(_ZLIB):
+        window = 15
+    elif coding == "deflate" and first[:1] not in _PLAIN_BEGINNINGS:
+        window = -15  # some leave the frame out
+    else:
+        return None
+    try:
+        zlib.decompressobj(window).decompress(first, 1)
+    except zlib.error:
+        return None
+    return zlib.decompressobj(window)
+
+
 # What an answer means
 
 
@@ -165,8 +273,8 @@ def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
         return Verdict(Reaction.UNREACHED, "the request never left whole")
     if 200 <= head.status < 300:  # noqa: PLR2004
         return Verdict(Reaction.SUCCESS)
-    beginning = sample()
-    body = parse(beginning)
+    beginning = _beginning(head, sample())
+    body = known.values(parse(beginning))
     reaction, account = _reaction(head.status, body)
     wait = _retry_after(head)
     if head.status == 503 and wait is not None:  # noqa: PLR2004
@@ -176,6 +284,17 @@ def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
     message, code = _words(body, beginning, head.status)
     required = number(_find(body, "credits_required", object))
     return Verdict(reaction, message, code, required, wait, account)
+
+
+def _beginning(head: Head, sample: bytes) -> bytes:
+    """Return the beginning of a refusal without its content coding, which an answer saved by an older version has."""
+    coding = head.headers.get("content-encoding", "")
+    if coding and coding != "identity" and not is_coding(coding):
+        return f"HTTP {head.status}, with words that are encoded as {coding[:40]!r}".encode()
+    try:
+        return next(plain([sample], coding), b"")
+    except UndecodableError:
+        return b""
 
 
 _ACCOUNT = {401: "key", 403: "key", 402: "credits", 404: "address", 405: "address"}
@@ -234,7 +353,7 @@ def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
     issues = _find(body, "issues", list) or []
     if said := "; ".join(_issue(issue) for issue in issues[:20]).strip():
         return said, code
-    text = sample[:4000].decode("utf-8", "replace").strip()
+    text = known.text(sample.decode("utf-8", "replace"))[:4000].strip()
     if re.match(r"<(!doctype|html|head|body)", text, re.IGNORECASE):
         title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
         text = " ".join(title[1].split()) if title else "a web page instead of an answer"
@@ -272,7 +391,7 @@ def _retry_after(head: Head) -> float | None:
 
 def balance(raw: bytes) -> dict[str, float]:
     """Return what the account holds, in credits: ``total_balance`` and whatever else is said; empty if nothing is."""
-    body = parse(raw)
+    body = known.values(parse(raw))
     found = {name: number(value) for name, value in body.items()} if isinstance(body, dict) else {}
     return {name: value for name, value in found.items() if value is not None and _BALANCE.fullmatch(str(name))}
 

@@ -179,7 +179,8 @@ class Worker:
         return self._carry(run)
 
     def _carry(self, run: Run) -> Outcome:
-        with structlog.contextvars.bound_contextvars(job=run.claim.job, source=run.claim.source):
+        said = structlog.contextvars.bound_contextvars(job=run.claim.job, source=run.claim.source)
+        with said, self._spool.working_on(run.claim.job):
             outcome = self._steps(run)
         # Not when our disk failed: then the ledger may not have the row yet.
         self._budget.settle(run.claim.job)

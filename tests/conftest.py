@@ -24,6 +24,7 @@ from imagewatch.config import Config, load
 from imagewatch.durable import Disk
 from imagewatch.key import Key
 from imagewatch.ledger import Ledger
+from imagewatch.masking import known
 from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
@@ -46,6 +47,13 @@ def sandbox() -> Iterator[Sandbox]:
     with Sandbox(key=KEY) as endpoint:
         yield endpoint
         assert endpoint.report()["faults"] == []
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """Each test sends keys of its own; no text of another one is masked by them."""
+    yield
+    known.forget()
 
 
 class Certificate:

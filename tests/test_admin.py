@@ -808,12 +808,16 @@ def test_a_link_in_the_way_leads_a_retry_nowhere(folders, sandbox, tmp_path):
     shutil.rmtree(folders.inbox / "sub")
     (folders.inbox / "sub").symlink_to(outside)
     told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "there is a link in it" in told.stderr, list(outside.iterdir())) == (1, True, [])
+    assert (told.returncode, "a symbolic link is where a folder should be" in told.stderr, list(outside.iterdir())) == (
+        1,
+        True,
+        [],
+    )
     shutil.move(folders.errors / "sub", tmp_path / "moved")
     (folders.errors / "sub").symlink_to(tmp_path / "moved")
     (folders.inbox / "sub").unlink()
     told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "there is a link in it" in told.stderr) == (1, True)
+    assert (told.returncode, "a symbolic link is where a folder should be" in told.stderr) == (1, True)
     assert (tmp_path / "moved/cat.prompt.txt").exists()
 
 

@@ -49,9 +49,8 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_ima
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     folders.drop("logo.png", PICTURE)
     path, log = folders.prompt("mug", NAMES_LOGO), tmp_path / "strace.log"
-    strace = [
+    strace = [  # without -f: of the main thread, which scans; in a claim the file has the same name
         "strace",
-        "-f",
         "-o",
         str(log),
         "-P",

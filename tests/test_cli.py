@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -716,6 +717,24 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
     assert "Traceback" not in requests
 
 
+@pytest.mark.parametrize("options", [[], ["--key", "$let-a-key-of-our-own"]])
+def test_the_sandbox_proposes_a_key_that_it_takes_and_that_is_not_a_part_of_any_word(tmp_path, options):
+    program = [sys.executable, "-u", "-m", "imagewatch", "sandbox", "--port", "0", *options]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        told = ""
+        while "LETTA_API_KEY=" not in told:
+            told = process.stdout.readline()
+        words = [word.partition("=") for word in shlex.split(told)]
+        environ = {name: value for name, sign, value in words if sign}
+        folders = Folders(tmp_path, environ["LETTA_BASE_URL"], retry__attempts="1")
+        folders.prompt("cat", "A cat [sandbox: 429]")
+        imagewatch("once", environ={**folders.environ, **environ})
+        process.kill()
+    assert folders.error("cat")["message"] == "Too many requests"
+    assert options or len(environ["LETTA_API_KEY"]) >= 40
+
+
 def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
     assert "402" in imagewatch("sandbox", "--tags").stdout
     done = imagewatch("sandbox", "--port", sandbox.base_url.rpartition(":")[2])
@@ -856,6 +875,76 @@ def test_a_hostile_argument_is_told_in_words_and_never_raw(arguments):
     assert done.returncode in {64, 74, 78}
     assert "Traceback" not in done.stderr
     assert not RAW.search(os.fsencode(done.stdout + done.stderr)), done.stderr
+
+
+# Bugs, and dependencies that are not as expected
+
+
+def disturbed(folder: Path, **modules: str) -> dict[str, str]:
+    """The environment in which Python finds these modules first."""
+    folder.mkdir(exist_ok=True)
+    for name, text in modules.items():
+        (folder / f"{name}.py").write_text(text)
+    return {"PYTHONPATH": str(folder)}
+
+
+def test_a_bug_after_the_work_does_not_look_like_a_failed_job(folders, sandbox, tmp_path):
+    folders.prompt("cat", "A cat")
+    other = "import click.exceptions\ndel click.exceptions.NoArgsIsHelpError\n"
+    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
+    assert (done.returncode, folders.documents()) == (70, {"cat": "outbox"})
+    assert "Traceback" in done.stderr
+    *_, what, then = done.stderr.splitlines()
+    assert what.startswith("imagewatch: internal error: AttributeError: ")
+    assert "look into the folders" in then
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_bug_in_a_paid_job_does_not_look_like_a_failed_job_and_the_next_start_finishes_it(folders, sandbox, tmp_path):
+    folders.prompt("cat", "A cat")
+    folders.prompt("dog", "[sandbox: 422] A dog")
+    other = "def dumps():\n    pass\n"
+    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", tomli_w=other)})
+    assert (done.returncode, folders.documents()) == (70, {})
+    assert "a bug in imagewatch" in done.stderr
+    done = imagewatch("once", environ=folders.environ)
+    assert (done.returncode, folders.documents()) == (1, {"cat": "outbox", "dog": "errors"})
+    assert sandbox.report()["requests"] == 2
+
+
+@pytest.mark.parametrize(
+    "program", [[sys.executable, "-m", "imagewatch"], [sys.executable.rpartition("/")[0] + "/imagewatch"]]
+)
+def test_a_program_that_cannot_be_loaded_does_not_look_like_a_failed_job(folders, tmp_path, program):
+    folders.prompt("cat", "A cat")
+    environ = {"PATH": os.environ["PATH"], **folders.environ}
+    environ |= disturbed(tmp_path / "other", click="raise ImportError('built for another Python')\n")
+    done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, folders.names("inbox")) == (70, ["cat.prompt.txt"])
+    assert "built for another Python" in done.stderr
+    assert done.stderr.endswith("imagewatch: the program cannot be loaded\n  install it again, with its dependencies\n")
+
+
+def test_what_a_bug_says_reaches_no_terminal_raw(folders, tmp_path):
+    other = (
+        "import structlog\n"
+        "def configure(**_): raise TypeError('\\x1b[31m an end \\u202e\\nand more')\n"
+        "structlog.configure = configure\n"
+    )
+    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
+    assert (done.returncode, "an end" in done.stderr) == (70, True)
+    assert not RAW.search(os.fsencode(done.stdout + done.stderr)), done.stderr
+
+
+@pytest.mark.parametrize("text", ["A cat", "[sandbox: 422] A cat"])
+def test_once_whose_reader_is_gone_does_not_look_like_a_failed_job(folders, text):
+    folders.prompt("cat", text)
+    environ = {"PATH": os.environ["PATH"], **folders.environ}
+    with deaf("gone") as stream:
+        command = [sys.executable, "-m", "imagewatch", "once", "--json"]
+        done = subprocess.run(command, env=environ, stdout=stream, stderr=subprocess.PIPE, timeout=40, check=False)
+    assert (done.returncode, list(folders.documents())) == (74, ["cat"])
+    assert b"Traceback" not in done.stderr
 
 
 def test_a_bug_is_logged_with_its_end_and_without_control_characters():

@@ -25,7 +25,6 @@ from scripted import (
     tunnel,
 )
 
-from imagewatch.client import _Deadline
 from imagewatch.outcome import End
 
 IMAGE = picture()
@@ -329,16 +328,6 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(t
 def test_a_server_that_never_reads_a_small_request_is_in_doubt(tmp_path):
     with served_by(tmp_path, lambda exchange: exchange.linger(), endpoint__deadline_seconds="0.3") as station:
         in_doubt(station, SMALL, "deadline_seconds")
-
-
-def test_a_short_deadline_is_not_kept_waiting_by_a_long_one():
-    with _Deadline(900):
-        for _ in range(2):  # the second time, nothing but the long one is waited for when the short one comes
-            mine, theirs = socket.socketpair()
-            with mine, theirs, _Deadline(0.05) as short:
-                short.watch(mine)
-                assert theirs.recv(1) == b""
-                assert "0.05 seconds" in short.reason
 
 
 def test_headers_that_trickle_past_the_deadline_are_in_doubt(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import socket
 import time
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -187,6 +189,102 @@ def test_the_policy_holds_even_if_the_script_had_a_hole(chromium: Chromium, shel
     assert chromium.run("fetch('https://127.0.0.1:9/').then(() => 'sent', error => String(error))").startswith(
         "TypeError"
     )
+
+
+EVIL = "javascript:window.pwned=1//"
+ADDRESSES = [
+    *(EVIL, "JaVaScRiPt:window.pwned=1//.png", "data:text/html,<script>window.pwned=1</script>", "//127.0.0.1:9/x.png"),
+    *("https://127.0.0.1:9/x.png", "http:x.png", "file:///etc/passwd", "\\\\127.0.0.1\\share\\x.png", "../../x.png"),
+    *("?x.png", "#x.png", " javascript:window.pwned=1", "\tjavascript:window.pwned=1"),
+]
+
+
+def test_addresses_of_strangers_lead_nowhere(browser: Chromium, shelf: Shelf):
+    entries = [{"file": name, "bytes": 5} for name in ADDRESSES]
+    for k, name in enumerate(ADDRESSES):
+        plain = name.replace("/", "\\")
+        content = picture()
+        shelf.put(f"outbox/{plain}.png", content)
+        there = [{"file": f"{plain}.png", "bytes": len(content)}]
+        shelf.made(f"cat{k}", images=there + entries, inputs=entries, prompt=name, message=name, next=name, job=name)
+        shelf.made(plain, picture(), folder=plain, source=name, provider=name, model=name, problems=[name, name])
+        shelf.failed(plain, message=name, next=name, code=name, inputs=entries)
+    visit(browser, shelf)
+    leading = (
+        "[...document.querySelectorAll('[href], [src], [action], [data], [srcset]')].map(one => one.href ?? one.src)"
+    )
+    top = f"{shelf.root.as_uri()}/"
+    found = set(browser.run(leading))
+    for index in range(browser.run("shown.length")):
+        browser.run(f"enlarge({index}, 0)")
+        found |= set(browser.run(leading))
+    assert len(found) > 4 * len(ADDRESSES)
+    assert all(address.startswith((f"{top}outbox/", f"{top}errors/", f"{top}gallery_files/")) for address in found)
+    asked = [url for url in browser.requested() if url != "about:blank"]
+    assert all(url.startswith((f"{top}outbox/", f"{top}gallery_files/", f"{top}gallery.html")) for url in asked)
+    assert browser.run("typeof pwned") == "undefined"
+    assert browser.run("[...document.querySelectorAll('aside a')].every(link => link.rel === 'noopener noreferrer')")
+
+
+def test_what_is_no_document_is_shown_without_a_link_to_it(browser: Chromium, shelf: Shelf):
+    shelf.put("outbox/cat.receipt.toml", b"<!doctype html><script>pwned()</script>")
+    visit(browser, shelf)
+    browser.run("document.querySelector('.card').click()")
+    assert browser.run("view.open")
+    assert texts(browser, "aside a") == []
+    assert browser.run("document.querySelectorAll('[href]').length") == 0
+
+
+ATTEMPTS = {
+    "img-src": "new Image().src = url",
+    "connect-src": "fetch(url).catch(() => {}); navigator.sendBeacon(url, 'x')",
+    "frame-src": "put('iframe', { src: url })",
+    "font-src": "new FontFace('x', `url(${url})`).load().catch(() => {})",
+    "media-src": "new Audio(url).play().catch(() => {})",
+    "style-src-elem": "put('link', { rel: 'stylesheet', href: url }); put('style', {}).append('* { color: red }')",
+    "style-src-attr": "put('p', { style: `background: url(${url})` })",
+    "manifest-src": "put('link', { rel: 'manifest', href: url })",
+    "form-action": "put('form', { action: url, method: 'post' }).submit()",
+    "base-uri": "put('base', { href: url })",
+    "script-src-elem": "put('a', { href: 'javascript:window.pwned=1' }).click()",
+    "require-trusted-types-for": "put('p', {}).innerHTML = '<img src=x onerror=window.pwned=1>'",
+}
+
+
+def said_to(server: socket.socket) -> list[bytes]:
+    """What was sent so far; before the policy is asked, Chromium may connect where a frame or form leads."""
+    said = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(BlockingIOError):
+                connection.settimeout(0)
+                said.append(connection.recv(1000))
+    return [content for content in said if content]
+
+
+def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_else(chromium: Chromium, shelf: Shelf):
+    visit(chromium, shelf)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        chromium.run(f"var url = {url!r}, violated = new Set()")
+        chromium.run("addEventListener('securitypolicyviolation', (event) => violated.add(event.violatedDirective))")
+        put = "Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value))"
+        chromium.run(
+            "function put(tag, attributes) { const element = document.createElement(tag);"
+            f"{put}; (tag === 'link' ? document.head : document.body).append(element); return element }}"
+        )
+        for attempt in ATTEMPTS.values():
+            chromium.run(f"(() => {{ try {{ {attempt} }} catch {{ }} }})()")
+        until(lambda: set(ATTEMPTS) <= set(chromium.run("[...violated]")))
+        for element, name in (("p", "onclick"), ("script", "src"), ("object", "data"), ("embed", "src")):
+            attempt = f"try {{ put('{element}', {{ {name}: url }}) }} catch (error) {{ return error.name }}"
+            assert chromium.run(f"(() => {{ {attempt} }})()") == "TypeError", element
+        assert chromium.run("typeof pwned") == "undefined"
+        assert chromium.run("document.baseURI").startswith("file:")
+        chromium.open("about:blank")
+        assert said_to(server) == []
 
 
 # Finding

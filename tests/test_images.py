@@ -13,7 +13,7 @@ from PIL import Image as Pillow
 from PIL import PngImagePlugin
 
 from imagewatch import images
-from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, MAX_PIXELS, Image, foreign, inspect, sniff
+from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, MAX_PIXELS, MAX_SCANS, Image, foreign, inspect, sniff
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -142,6 +142,7 @@ REAL = {
         "jpeg",
         encoded("JPEG", progressive=True, restart_marker_rows=1, comment=b"hi", quality=100),
     ),
+    "jpeg progressive cmyk": ("jpeg", encoded("JPEG", "CMYK", progressive=True)),
     "webp lossy": ("webp", encoded("WEBP")),
     "webp lossless": ("webp", encoded("WEBP", lossless=True)),
     "webp lossy alpha": ("webp", encoded("WEBP", "RGBA")),
@@ -478,7 +479,6 @@ def test_a_picture_cut_short_and_begun_again_is_not_whole(name):
 FLOODS = {
     "png chunks": png(HEAD, chunk(b"IDAT") * 300_000, END),
     "jpeg segments": jpeg(segment(0xE0) * 300_000, FRAME, SCAN),
-    "jpeg scans": jpeg(FRAME, (SCAN + b"x") * 300_000),
     "jpeg fill bytes": jpeg(b"\xff" * 300_000, FRAME, SCAN),
     "webp chunks": riff(canvas(5, 7), piece(b"EXIF") * 300_000, lossy(5, 7)),
 }
@@ -489,6 +489,22 @@ def test_a_flood_of_tiny_parts_is_ended(data):
     file = Counting(data)
     assert inspect(file).problem == "made of more than 250,000 parts"
     assert file.total <= len(data)
+
+
+def test_a_jpeg_of_more_scans_than_encoders_write_is_a_problem():
+    assert problem(jpeg(FRAME, (SCAN + b"x") * MAX_SCANS)) == ""
+    for count in (MAX_SCANS + 1, 300_000):
+        flood = Counting(jpeg(FRAME, (SCAN + b"x") * count))
+        found = inspect(flood)
+        assert (found.width, found.height) == (2, 3)
+        assert found.problem == "more than 100 scans, encoders write up to 18; save it with another program"
+        assert flood.total <= len(flood.getvalue())
+
+
+def test_the_bound_on_scans_is_far_above_what_an_encoder_writes():
+    most = max(data.count(b"\xff\xda") for kind, data in REAL.values() if kind == "jpeg")
+    assert most == 18
+    assert 5 * most <= MAX_SCANS
 
 
 @pytest.mark.parametrize("scan", [b"\xff\x00", b"\xff\xd0", b"\xff\xff", b"ab"])

@@ -19,6 +19,7 @@ from collections import deque
 from dataclasses import dataclass, field, replace
 from typing import IO, TYPE_CHECKING, Any, TypeVar
 
+import msgspec
 import pytest
 import structlog
 from conftest import Doubting, Folders
@@ -234,9 +235,8 @@ class Stage:
 
     def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
         try:
-            outcome = worker.start(
-                replace(candidate.claim(job, AT), files={}, folder_inode=0)
-            )  # no inodes in the model
+            claim = candidate.claim(job, AT)
+            outcome = worker.start(msgspec.structs.replace(claim, files={}, folder_inode=0))  # the model has no inodes
         except SpoolError:
             return self._carry(worker, job)
         return self._carry(worker, job) if outcome.end is End.LATER else outcome.end

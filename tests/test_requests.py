@@ -298,6 +298,14 @@ def test_an_input_of_too_many_pixels_is_refused(station, sandbox):
     assert "60000" in error["message"].replace(",", "")
 
 
+def test_an_input_of_more_scans_than_encoders_write_is_refused_and_not_sent(station, sandbox):
+    header, scan = b"\xff\xc0\x00\x0b\x08\x00\x02\x00\x02\x01\x01\x11\x00", b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"
+    bomb = b"\xff\xd8" + header + (scan + b"x") * 101 + b"\xff\xd9"
+    error = invalid(station, sandbox, {"x.prompt.txt": "a cat", "x.jpg": bomb})
+    assert "x.jpg" in error["message"]
+    assert "more than 100 scans" in error["message"]
+
+
 def test_a_declared_input_that_never_comes_is_refused(at, sandbox):
     station = at(inbox__input_wait_seconds="0")
     text = '+++\ninput_images = ["a.png", "b.png"]\n+++\na cat'

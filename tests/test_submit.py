@@ -529,7 +529,7 @@ def test_a_link_in_the_place_of_a_new_folder_leads_to_no_change_elsewhere(sender
     sender.folders.inbox.chmod(0o777)
     code, out, err = inside(LinkingDisk(elsewhere), "A cat", "--folder", "new")
     assert (code, out) == (74, "")
-    assert "new: cannot set the mode" in err
+    assert "new: a symbolic link is where a folder should be" in err
     assert (elsewhere.stat().st_mode & 0o7777, list(elsewhere.iterdir())) == (0o700, [])
 
 

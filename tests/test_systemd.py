@@ -19,6 +19,8 @@ import pytest
 from conftest import KEY, until
 from container import ROOT, Container, Unavailable, unavailable
 from prometheus_client.parser import text_string_to_metric_families
+from test_gallery import page_data
+from test_gallery_hostile import scans
 
 from imagewatch.holds import NEXT
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 UNITS = ROOT / "systemd"
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
-EXPOSURE = 11  # tenths
+EXPOSURE = {"imagewatch": 11, "imagewatch-gallery": 2}  # tenths
 WATCHDOG_SECONDS = 4
 """For a daemon that must not be killed: half of it is left to a busy machine."""
 DROP_IN = "[Service]\nRestartSec=100ms\n[Unit]\nStartLimitBurst=1000\n"
@@ -230,28 +232,31 @@ def directives(name: str) -> list[str]:
     return [line for line in (UNITS / name).read_text().split("\n") if line and not line.startswith("#")]
 
 
-@pytest.mark.parametrize("unit", ["imagewatch.service", "imagewatch@.service"])
-def test_the_exposure_of_the_unit_is_no_more_than_it_says(unit):
+@pytest.mark.parametrize("template", ["", "@"])
+@pytest.mark.parametrize("unit", EXPOSURE)
+def test_the_exposure_of_the_unit_is_no_more_than_it_says(unit, template):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
-    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", str(UNITS / unit)]
+    path = str(UNITS / f"{unit}{template}.service")
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE[unit]}", path]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert f"says {EXPOSURE / 10} in all" in (UNITS / "imagewatch.service").read_text()
+    assert f"says {EXPOSURE[unit] / 10} in all" in (UNITS / f"{unit}.service").read_text()
 
 
-def test_the_unit_for_several_inboxes_differs_in_names_only():
-    names = [
-        ("generation (%i)", "generation"),
-        ("/etc/imagewatch/%i.toml", "/etc/imagewatch/config.toml"),
-        ("/etc/imagewatch/%i.letta_api_key", "/etc/imagewatch/letta_api_key"),
-        ("imagewatch-%i", "imagewatch"),
-    ]
-    one, several = directives("imagewatch.service"), "\n".join(directives("imagewatch@.service"))
-    for template, plain in names:
-        assert template in several
+NAMES = {"generation (%i)": "generation", "gallery (%i)": "gallery", "imagewatch-%i": "imagewatch"}
+NAMES |= {
+    "/etc/imagewatch/%i.toml": "/etc/imagewatch/config.toml",
+    "/etc/imagewatch/%i.letta_api_key": "/etc/imagewatch/letta_api_key",
+}
+
+
+@pytest.mark.parametrize("unit", ["imagewatch@.service", "imagewatch-gallery@.service", "imagewatch-gallery@.timer"])
+def test_the_unit_for_several_inboxes_differs_in_names_only(unit):
+    several = "\n".join(directives(unit))
+    for template, plain in NAMES.items():
         several = several.replace(template, plain)
-    assert several.split("\n") == one
+    assert several.split("\n") == directives(unit.replace("@", ""))
 
 
 def test_the_time_to_stop_is_longer_than_the_longest_request_and_the_watchdog_is_not_quicker():
@@ -271,9 +276,9 @@ def test_the_time_to_stop_is_longer_than_the_longest_request_and_the_watchdog_is
 # The system's own opinion
 
 
-def test_systemd_finds_nothing_wrong_with_the_units(machine):
-    for unit in ("imagewatch.service", "imagewatch@cats.service"):
-        done = machine.run("systemd-analyze", "verify", "--man=no", unit, check=False)
+def test_systemd_finds_nothing_wrong_with_the_units(machine, gallery):
+    for unit in ("imagewatch", "imagewatch@cats", "imagewatch-gallery", "imagewatch-gallery@cats"):
+        done = machine.run("systemd-analyze", "verify", "--man=no", f"{unit}.service", check=False)
         assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
@@ -673,7 +678,21 @@ def test_several_inboxes_do_not_see_each_other(started, cats, endpoint):
         assert seen == [name, name, f"{own.unit}.service"]
 
 
-def test_a_team_of_its_own_shares_an_inbox_of_its_own(cats, endpoint):
+def test_each_of_several_inboxes_has_a_gallery_of_its_own(started, cats, endpoint, gallery):
+    cats.systemctl("start")
+    follow(cats.container, "gallery_several")
+    cats.prompt("tom", "[sandbox: b64] Tom on a page")
+    started.prompt("rex", "[sandbox: b64] Rex on a page")
+    for own, name in ((cats, "tom"), (started, "rex")):
+        own.receipt(name)
+    second = Gallery(cats.container, "imagewatch-gallery@cats", cats.root)
+    second.run()
+    gallery.run()
+    assert [bool(second.job(name)) for name in ("tom", "rex")] == [True, False]
+    assert [bool(gallery.job(name)) for name in ("tom", "rex")] == [False, True]
+
+
+def test_a_team_of_its_own_shares_an_inbox_of_its_own(cats, endpoint, gallery):
     cats.systemctl("start")
     follow(cats.container, "team")
     cats.container.run("useradd", "--create-home", "--groups=cats", "carol")
@@ -681,7 +700,234 @@ def test_a_team_of_its_own_shares_an_inbox_of_its_own(cats, endpoint):
     cats.receipt("deep/purr")
     inside = f"{cats.root}/outbox/deep"
     assert cats.container.run("ls", inside, user="colleague", check=False).returncode != 0
+    follow(cats.container, "gallery_several")
+    follow(cats.container, "gallery_team")
+    second = Gallery(cats.container, "imagewatch-gallery@cats", cats.root)
+    second.run()
+    assert second.job("purr")["pictures"][0]["thumb"]
+    for user, expected in (("carol", 0), ("colleague", 2)):
+        page = f"{second.folder}/gallery.html"
+        assert cats.container.run("cmp", page, page, user=user, check=False).returncode == expected
     cats.container.run("sh", "-c", f"rm {inside}/*", user="carol")
+
+
+# The gallery
+
+
+class Gallery:
+    """The gallery's unit, and what it writes."""
+
+    def __init__(self, container: Container, unit: str = "imagewatch-gallery", root: str = "/srv/imagewatch") -> None:
+        self.container = container
+        self.unit = unit
+        self.folder = f"{root}/gallery"
+
+    def run(self, *, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Run it to its end; a run that the timer has begun before may not have seen what a test has made."""
+        return self.container.run("systemctl", "restart", self.unit, check=check)
+
+    @property
+    def page(self) -> Path:
+        return self.container.path(f"{self.folder}/gallery.html")
+
+    def job(self, name: str) -> dict[str, Any]:
+        """Return what the page shows of a job, with nothing if that is not shown."""
+        jobs = page_data(self.page)["shown"]["jobs"] if self.page.exists() else []
+        return next((job for job in jobs if job["name"] == name), {})
+
+
+@pytest.fixture(scope="module")
+def gallery(machine) -> Gallery:
+    """The gallery, installed by the page."""
+    follow(machine, "gallery")
+    machine.put("/etc/systemd/system/imagewatch-gallery.service.d/test.conf", "[Unit]\nStartLimitBurst=1000\n")
+    machine.run("systemctl", "daemon-reload")
+    return Gallery(machine)
+
+
+def test_the_gallery_is_written_by_a_timer(started, endpoint, gallery):
+    assert started.container.show("imagewatch-gallery.timer", "ActiveState") == "active"
+    assert started.container.show("imagewatch-gallery.timer", "UnitFileState") == "enabled"
+    quick = "[Timer]\nOnUnitInactiveSec=1s\nAccuracySec=100ms\n"
+    drop_in = "/etc/systemd/system/imagewatch-gallery.timer.d/test.conf"
+    started.container.put(drop_in, quick)
+    started.container.run("systemctl", "daemon-reload")
+    started.container.run("systemctl", "restart", "imagewatch-gallery.timer")
+    try:
+        started.prompt("timed", "[sandbox: b64] On the page soon")
+        started.receipt("timed")
+        until(lambda: gallery.job("timed"))
+    finally:
+        started.container.path(drop_in).unlink()
+        started.container.run("systemctl", "daemon-reload")
+        started.container.run("systemctl", "restart", "imagewatch-gallery.timer")
+
+
+def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gallery):
+    started.prompt("cats/cat", "[sandbox: b64] A cat to be seen")
+    started.receipt("cats/cat")
+    started.prompt("dog", "[sandbox: 400] A dog")
+    started.error("dog")
+    gallery.run()
+    [picture] = gallery.job("cat")["pictures"]
+    assert picture["href"].startswith("../outbox/cats/cat.")
+    assert gallery.job("dog")["made"] is False
+    thumb = f"{gallery.folder}/gallery_files/{picture['thumb']}"
+    for user, expected in (("colleague", 0), ("stranger", 2)):
+        for path in (f"{gallery.folder}/gallery.html", thumb, f"{gallery.folder}/{picture['href']}"):
+            assert started.container.run("cmp", path, path, user=user, check=False).returncode == expected
+    owners = started.container.run("stat", "--format=%U:%G", f"{gallery.folder}/gallery.html", thumb).stdout.split()
+    assert set(owners) == {"imagewatch-gallery:imagewatch"}
+    assert started.container.show("imagewatch-gallery", "Result") == "success"
+
+
+GALLERY_PROBE = """\
+import errno, json, os, socket, subprocess, sys
+
+def outcome(call, *arguments):
+    try:
+        call(*arguments)
+    except OSError as error:
+        return errno.errorcode[error.errno]
+    return "done"
+
+def read(path):
+    with open(path, "rb") as file:
+        file.read(1)
+
+def write(folder):
+    with open(folder + "/probe", "wb"):
+        pass
+    os.unlink(folder + "/probe")
+
+def run(folder):
+    path = folder + "/program"
+    with open("/bin/true", "rb") as source, open(path, "wb") as target:
+        target.write(source.read())
+    os.chmod(path, 0o755)
+    try:
+        subprocess.run([path], check=True)
+    finally:
+        os.unlink(path)
+
+def connect():
+    with socket.create_connection(("127.0.0.1", 8283), 5):
+        pass
+
+root = "/srv/imagewatch"
+folders = [root, *(f"{root}/{name}" for name in ("outbox", "errors", "archive", "gallery")), "/etc", "/opt", "/var"]
+print(json.dumps({
+    "read": {path: outcome(read, path) for path in sys.argv[1:]},
+    "list": {name: outcome(os.listdir, name) for name in (root + "/inbox", "/var/lib/imagewatch", "/srv/other")},
+    "write": {folder: outcome(write, folder) for folder in folders},
+    "run": {folder: outcome(run, folder) for folder in (root + "/gallery", "/tmp", "/dev/shm")},
+    "connect": outcome(connect),
+}))
+"""
+SECRETS = {
+    "the ledger": "/var/lib/imagewatch/ledger.sqlite3",
+    "the key of the service": "/run/credentials/imagewatch.service/letta_api_key",
+    "what lies in the inbox": "/srv/imagewatch/inbox/notes.txt",
+    **STRANGE,
+}
+
+
+@pytest.fixture(scope="module")
+def gallery_probed(machine, endpoint, gallery, probed) -> dict[str, dict[str, Any]]:
+    """What a program meets that runs as the gallery does, and one that merely runs as the daemon's user."""
+    machine.run("systemctl", "start", "imagewatch")
+    machine.put("/srv/imagewatch/inbox/notes.txt", "not yours\n", 0o644)
+    machine.put("/opt/gallery_probe.py", GALLERY_PROBE)
+    command = f"/opt/imagewatch/bin/python /opt/gallery_probe.py {' '.join(SECRETS.values())}"
+    unit = (UNITS / "imagewatch-gallery.service").read_text()
+    unit = unit.replace("StandardOutput=null", "StandardOutput=file:/run/gallery_probed")
+    machine.put("/run/systemd/system/gallery_probe.service", re.sub(r"ExecStart=.*", f"ExecStart={command}", unit))
+    machine.run("systemctl", "daemon-reload")
+    machine.run("systemctl", "start", "gallery_probe")
+    free = machine.run("sh", "-c", command, user="imagewatch").stdout
+    return {"service": json.loads(machine.path("/run/gallery_probed").read_text()), "user": json.loads(free)}
+
+
+@pytest.mark.parametrize("what", SECRETS)
+def test_the_gallery_cannot_read(gallery_probed, what):
+    path = SECRETS[what]
+    assert gallery_probed["service"]["read"][path] in {"ENOENT", "EACCES"}
+    assert what == "the key itself" or gallery_probed["user"]["read"][path] == "done"  # as the daemon's user it could
+
+
+def test_the_gallery_sees_no_inbox_and_no_state_writes_in_its_own_folder_only_and_has_no_network(gallery_probed):
+    found, free = gallery_probed["service"], gallery_probed["user"]
+    assert set(found["list"].values()) == {"ENOENT"}
+    assert found["write"].pop("/srv/imagewatch/gallery") == "done"
+    assert set(found["write"].values()) == {"EROFS"}
+    assert set(found["run"].values()) == {"EACCES"}
+    assert (found["connect"] != "done", free["connect"]) == (True, "done")
+
+
+def test_the_gallery_has_limits(gallery):
+    limits = {"MemoryMax": str(1 << 30), "TasksMax": "64", "CPUQuotaPerSecUSec": "1s", "TimeoutStartUSec": "15min"}
+    assert {name: gallery.container.show(gallery.unit, name) for name in limits} == limits
+
+
+def test_what_a_colleague_forges_in_the_outbox_costs_the_gallery_nothing_else(started, endpoint, gallery):
+    started.prompt("honest", "[sandbox: b64] An honest one")
+    started.receipt("honest")
+    content = scans(4000, 3000, 20_000)
+    names = {"bomb.jpg": content, "ledger.png": b"", "page.html": b"<script>"}
+    started.container.put("/home/colleague/bomb.jpg", "")
+    started.container.path("/home/colleague/bomb.jpg").write_bytes(content)
+    entries = "".join(f'[[images]]\nfile = "{name}"\nbytes = {len(data)}\n' for name, data in names.items())
+    document = f'source = "forged"\ncharged = "yes"\n{entries}'
+    link = "ln -s /var/lib/imagewatch/ledger.sqlite3 ledger.png"
+    script = f"cp ~colleague/bomb.jpg . && printf '<script>' > page.html && {link} && cat > forged.receipt.toml"
+    started.container.run("sh", "-c", script, user="colleague", cwd=f"{started.root}/outbox", text=document)
+    gallery.run()
+    assert gallery.job("honest")["pictures"][0]["thumb"]
+    bomb, ledger, page = gallery.job("forged")["pictures"]
+    assert "more than 100 scans" in bomb["problem"]
+    assert not {"href", "thumb"} & (ledger.keys() | page.keys())
+
+
+def test_what_root_writes_by_hand_does_not_stop_the_gallery(started, endpoint, gallery):
+    page = f"{gallery.folder}/gallery.html"
+    shutil.rmtree(started.container.path(f"{gallery.folder}/gallery_files"), ignore_errors=True)
+    gallery.page.unlink(missing_ok=True)
+    started.prompt("before", "[sandbox: b64] Before")
+    started.receipt("before")
+    told = started.container.run(
+        "sh", "-c", f"umask 077; imagewatch gallery --output {page}; imagewatch gallery"
+    ).stdout
+    assert told.count("Wrote ") == 2
+    started.prompt("after", "[sandbox: b64] After")
+    started.receipt("after")
+    gallery.run()
+    assert gallery.job("before")
+    assert gallery.job("after")
+    thumbs = [
+        f"{gallery.folder}/gallery_files/{gallery.job(name)['pictures'][0]['thumb']}" for name in ("before", "after")
+    ]
+    started.container.run("sh", "-c", f"cat {page} {' '.join(thumbs)} > /dev/null", user="colleague")
+    beside = started.container.run("stat", "--format=%U", f"{started.root}/gallery.html").stdout
+    assert beside == "imagewatch\n"
+
+
+def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is_not(gallery):
+    def told() -> str:
+        """What the journal has about the last run."""
+        last = gallery.container.show(gallery.unit, "InvocationID")
+        gallery.container.run("journalctl", "--sync")
+        about = [f"_SYSTEMD_INVOCATION_ID={last}", "+", f"INVOCATION_ID={last}"]
+        return gallery.container.run("journalctl", "--output=cat", *about).stdout
+
+    gallery.run()
+    assert told() == ""
+    page = gallery.page.read_text()
+    gallery.page.write_text("somebody's own page")
+    try:
+        assert gallery.run(check=False).returncode != 0
+        until(lambda: "is there already, and no gallery" in told() and "status=64" in told())
+    finally:
+        gallery.page.write_text(page)
 
 
 # The rest of the page
@@ -833,7 +1079,7 @@ def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
     assert started.receipt("closed/mine")["charged"] == "yes"
 
 
-def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(service, endpoint, restored):
+def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(service, endpoint, restored, gallery):
     home = service.container.path("/home/colleague")
     home.chmod(0o755)
     service.container.put("/home/colleague/private.txt", "not yours\n")
@@ -844,8 +1090,12 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
         assert service.receipt("home")["charged"] == "yes"
         seen = service.container.run("nsenter", f"--target={service.pid}", "--mount", "ls", "/home", "/home/colleague")
         assert seen.stdout.split() == ["/home:", "colleague", "/home/colleague:", "pictures"]
+        follow(service.container, "gallery_elsewhere")
+        elsewhere = Gallery(service.container, root=service.root)
+        assert elsewhere.job("home")["pictures"][0]["href"].startswith("../outbox/home.")
     finally:
-        service.container.run("rm", "/etc/systemd/system/imagewatch.service.d/folders.conf")
+        drop_ins = [f"/etc/systemd/system/{unit}.service.d/folders.conf" for unit in ("imagewatch", gallery.unit)]
+        service.container.run("rm", "-f", *drop_ins)
         service.container.run("systemctl", "daemon-reload")
 
 

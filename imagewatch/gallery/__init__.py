@@ -12,16 +12,20 @@ import errno
 import grp
 import os
 import re
+import shlex
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError, UsageError
-from imagewatch.gallery.jobs import Look, Reader, opened
+from imagewatch.gallery import rights
+from imagewatch.gallery.decoder import Patience
+from imagewatch.gallery.jobs import Look, Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
 from imagewatch.text import printable, whole
+from imagewatch.untrusted import open_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -32,6 +36,9 @@ _STAMP = re.compile(r"stamp-[0-9a-f]{16}\.svg")
 _STAMP_CONTENT = b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>\n'
 _RESCAN = 30
 """Each so many looks at the folders' times one at everything."""
+_SECONDS = 60.0
+"""For thumbnails, before the page is written with those that there are."""
+_WRITTEN = re.compile(rb'"written":(\d+)')
 _ELSEWHERE = "name another place by --output"
 
 
@@ -59,12 +66,22 @@ class Gallery:
         config: Where the folders are, and who may read what is published.
         output: The page; without it ``gallery.html`` beside the outbox.
         disk: Our disk.
+        patience: How long a picture may take to become small.
+        seconds: For new thumbnails, before the page is written with those that there are.
 
     Raises:
         UsageError: The page cannot be there.
     """
 
-    def __init__(self, config: Config, output: str | None = None, *, disk: Disk | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        output: str | None = None,
+        *,
+        disk: Disk | None = None,
+        patience: Patience | None = None,
+        seconds: float = _SECONDS,
+    ) -> None:
         self._disk = disk or Disk()
         self._outbox = config.outbox
         self._folders = config.folders
@@ -77,9 +94,15 @@ class Gallery:
         if output and not os.path.isdir(above):
             raise UsageError(f"{printable(above)}: there is no such folder", hint=f"make it first, or {_ELSEWHERE}")
         self._reader = Reader(config.folders, above)
-        self._thumbnails = Thumbnails(self._disk, self._files, self._finish)
+        self._thumbnails = Thumbnails(self._disk, self._files, self._finish, patience or Patience())
+        self._seconds = seconds
+        self._unfinished = False
         self._look = Look()
         self._stamp = ""
+
+    def step_down(self) -> None:
+        """If this is root, work with the rights of the owner of the page's folder from now on; see ``rights``."""
+        rights.step_down(os.path.dirname(self.path), self._folders.outbox)
 
     def write(self, on_thumbnail: Callable[[int, int], None] = lambda *_: None) -> Written:
         """Write the page.
@@ -97,9 +120,10 @@ class Gallery:
         if not os.path.isdir(root):
             hint = "check the path, and that it is mounted; the daemon makes its folders when it first starts"
             raise SpoolError(f"{printable(root)}: there is no such folder", path=root, hint=hint)
-        self._stamp = ""
-        written = self.refresh(on_thumbnail)
-        assert written
+        self._stamp = ""  # what is there is compared, not what was there
+        written = self._refreshed(on_thumbnail)
+        while self._unfinished:
+            written = self._refreshed(on_thumbnail)
         return written
 
     def refresh(self, on_thumbnail: Callable[[int, int], None] = lambda *_: None) -> Written | None:
@@ -109,25 +133,55 @@ class Gallery:
         """
         if self._look.jobs and not os.path.isdir(self._folders.outbox):
             return None
+        before = self._stamp
+        written = self._refreshed(on_thumbnail)
+        return written if self._stamp != before else None
+
+    def _refreshed(self, on_thumbnail: Callable[[int, int], None]) -> Written:
+        """Make the page what it should be, with the thumbnails that can be made in time."""
         look = self._reader.look()
         self._prepare()
-        problems = self._thumbnails.make(look.sources, on_thumbnail)
+        problems = self._thumbnails.make(look.sources, self._seconds, on_thumbnail)
+        self._unfinished = "" in problems.values()
         for picture in (picture for job in look.jobs for picture in (*job.pictures, *job.inputs)):
             if picture.thumb in problems:
-                picture.problem, picture.thumb = picture.problem or problems[picture.thumb], ""
-        files = os.path.basename(self._files)
-        made = page(look.jobs, look.notes, title=self._title, files=files, written=time.time())
+                problem = problems[picture.thumb] or "its thumbnail is not made yet"
+                picture.problem, picture.thumb = picture.problem or problem, ""
         self._look = look
-        if made.stamp == self._stamp:
-            return None
-        self._put(made)
-        self._thumbnails.prune(look.sources)
+        self._update(look)
         count = sum(job.made for job in look.jobs)
         return Written(self.path, count, len(look.jobs) - count, look.notes)
 
+    def _update(self, look: Look) -> None:
+        """Write the page, unless it would be the one that is there: other programs may pass on each new one."""
+
+        def page_of(written: float) -> Page:
+            return page(look.jobs, look.notes, title=self._title, files=os.path.basename(self._files), written=written)
+
+        made = page_of(time.time())
+        if made.stamp == self._stamp:
+            return
+        there = b"" if self._stamp else self._there()
+        written = _WRITTEN.search(there)
+        if not (written and page_of(int(written[1]) / 1000).content == there and self._has(made.stamp)):
+            self._put(made)
+        self._stamp = made.stamp
+        self._thumbnails.prune(look.sources)
+
+    def _there(self) -> bytes:
+        """Return the page that is there; nothing when there is none."""
+        try:
+            with open_at(self.path, None) as file:
+                return file.read()
+        except (OSError, ValueError):
+            return b""
+
+    def _has(self, stamp: str) -> bool:
+        return os.path.isfile(os.path.join(self._files, stamp))
+
     def outdated(self) -> bool:
-        """Tell whether something came or went in the folders since the page was written."""
-        return self._look.outdated()
+        """Tell whether something came or went in the folders since the page was written, or is still to be made."""
+        return self._unfinished or self._look.outdated()
 
     def _check(self, config: Config) -> None:
         """Refuse a place where the page could be taken for a job's file, or would replace a stranger's."""
@@ -140,7 +194,7 @@ class Gallery:
                     told = f"{printable(self.path)}: is in the folder {name}, where only the files of jobs may be"
                     raise UsageError(told, hint=_ELSEWHERE)
         try:
-            with open(opened(self.path), "rb") as file:  # a pipe would wait for its writer
+            with open_at(self.path, None) as file:  # a pipe would wait for its writer
                 ours_already = file.read(len(MARK)) == MARK
         except FileNotFoundError:
             return
@@ -160,6 +214,10 @@ class Gallery:
             if error.code in {errno.EACCES, errno.EPERM, errno.EROFS}:
                 error.hint = _ELSEWHERE
             raise
+        if not os.access(self._files, os.W_OK | os.X_OK, effective_ids=True):
+            hint = f"remove it, it is made again: rm -r {shlex.quote(printable(self._files))}"
+            told = f"{printable(self._files)}: belongs to another user, and this one may not write there"
+            raise SpoolError(told, path=self._files, code=errno.EACCES, hint=hint)
         if new and self._outbox.folder_mode is not None:
             with ours(self._files, "set the mode"):
                 os.chmod(self._files, self._outbox.folder_mode)
@@ -179,7 +237,6 @@ class Gallery:
         for name in names:
             if _STAMP.fullmatch(name) and name != made.stamp:
                 self._disk.unlink(os.path.join(self._files, name))
-        self._stamp = made.stamp
 
     def _finish(self, descriptor: int) -> None:
         """Give a file the mode and group that published files have: it shows the same to the same people."""

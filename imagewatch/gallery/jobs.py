@@ -1,12 +1,12 @@
 """What receipts and error files say, as values for the page. Reads the folders and changes nothing in them.
 
 Everything that is read here may have been written by others. A document is bounded and its types are checked; a name
-in it counts only inside the document's own folder; what is no regular file is not opened, links included: a page that
-many people read must not show what only its writer may see.
+in it counts only inside the document's own folder, and only if it is that of a picture.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import stat
@@ -19,8 +19,12 @@ import msgspec
 
 from imagewatch.documents import unvouched
 from imagewatch.fields import shown
+from imagewatch.gallery.folders import DEEPEST, Source, below, identity
+from imagewatch.gallery.page import inert
+from imagewatch.images import IMAGE_SUFFIXES
 from imagewatch.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.text import whole
+from imagewatch.untrusted import open_at, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -33,6 +37,11 @@ _MOST_BYTES = 256 << 10
 _MOST_CHARACTERS = 4000
 """Of one text on the page, so that a few giants do not make it slow; the documents have all of it."""
 _MOST_FILES = 50
+_MOST_NOTES = 50
+_MOST_READ = 128 << 20
+"""Of all documents, the newest first, so that a flood of them does not keep the page from being written."""
+_MOST_SHOWN = 16 << 20
+"""Of all jobs on the page, bytes; a job has 500, as a rule."""
 _LONGEST_ID = 64
 _LONGEST_NAME = 6 * NAME_MAX
 """Of a file, characters: what was never text is written with six for each byte."""
@@ -68,6 +77,7 @@ class Job(msgspec.Struct, omit_defaults=True, kw_only=True):
         name: The prompt's name without ``.prompt.txt``.
         folder: Folder below the inbox, with ``/``.
         document: Address of the receipt or error file, relative to the page.
+        unread: Whether the document is none; then it may be anything, and is not linked.
         at: When it was over, milliseconds since the epoch.
         seconds: From the request to the answer.
         job: Its id.
@@ -83,6 +93,7 @@ class Job(msgspec.Struct, omit_defaults=True, kw_only=True):
     name: str
     folder: str = ""
     document: str
+    unread: bool = False
     at: int
     seconds: float = 0
     job: str = ""
@@ -145,15 +156,20 @@ class Look:
 
     Attributes:
         jobs: The newest first.
-        sources: For each thumbnail that is wanted, by its name, the path of the picture.
+        sources: For each thumbnail that is wanted, by its name, its picture.
         notes: What could not be read, in words.
         folders: Modification time of each folder that was read, taken before; in nanoseconds.
     """
 
     jobs: list[Job] = field(default_factory=list)
-    sources: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, Source] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     folders: dict[str, int] = field(default_factory=dict)
+
+    def note(self, text: str) -> None:
+        """Add a note; of very many the first ones are enough."""
+        if len(self.notes) < _MOST_NOTES:
+            self.notes.append(text)
 
     def outdated(self) -> bool:
         """Tell whether something came or went in one of the folders since."""
@@ -162,10 +178,22 @@ class Look:
 
 @dataclass(frozen=True)
 class _Read:
-    """A document as it was read, or what is wrong with it in words; and the file's time and size."""
+    """A document as it was read, or what is wrong with it in words; and what tells it from others."""
 
-    identity: tuple[int, int]
+    identity: tuple[int, ...]
+    changed: int
     document: _Document | str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A document that was not read yet."""
+
+    door: str
+    folder: str
+    name: str
+    changed: int
+    bytes: int
 
 
 class Reader:
@@ -180,31 +208,49 @@ class Reader:
         archive = folders.archive if folders.archive != "delete" else ""
         self._tops = {"outbox": folders.outbox, "errors": folders.errors, "archive": archive}
         self._page = page
-        self._known: dict[str, _Read] = {}
+        self._known: dict[tuple[str, str, str], _Read] = {}
 
     def look(self) -> Look:
         """Return what is there now; what cannot be read is noted and passed over."""
-        look, known = Look(), {}
-        shelves = {name: _Shelf(look, self._page, name, top) for name, top in self._tops.items()}
-        for door, ending in _ENDINGS.items():
-            for folder, names in _walk(self._tops[door], look):
-                for name in names:
-                    path = os.path.join(self._tops[door], folder, name)
-                    if name.endswith(ending) and (read := self._read(path)):
-                        known[path] = read
-                        look.jobs.append(_job(shelves, door, folder, name, read))
-        self._known = known
+        look = Look()
+        with contextlib.ExitStack() as stack:
+            shelves = {name: _Shelf(look, self._page, name, top) for name, top in self._tops.items()}
+            for shelf in shelves.values():
+                stack.callback(shelf.close)
+            found = [one for door in _ENDINGS for one in _documents(shelves[door], door)]
+            found.sort(key=lambda one: -one.changed)
+            self._show(look, shelves, found)
         look.jobs.sort(key=lambda job: (-job.at, job.document))
+        # Thumbnails are made in this order: first of what is seen first.
+        wanted = (picture.thumb for job in look.jobs for picture in (*job.pictures, *job.inputs) if picture.thumb)
+        look.sources = {thumb: look.sources[thumb] for thumb in wanted}
         return look
 
-    def _read(self, path: str) -> _Read | None:
+    def _show(self, look: Look, shelves: dict[str, _Shelf], found: list[_Found]) -> None:
+        """Read documents into jobs, for as long as there is room."""
+        known, read_bytes, shown_bytes = {}, 0, 0
+        for number, one in enumerate(found):
+            if read_bytes > _MOST_READ or shown_bytes > _MOST_SHOWN:
+                look.note(f"{len(found) - number} older receipts and error files are not shown: they are too many")
+                break
+            if (read := self._read(shelves[one.door], one)) is None:
+                continue
+            known[one.door, one.folder, one.name] = read
+            job = _job(shelves, one.door, one.folder, one.name, read)
+            look.jobs.append(job)
+            read_bytes += min(one.bytes, _MOST_BYTES)
+            shown_bytes += len(inert(msgspec.json.encode(job)))
+        self._known = known
+
+    def _read(self, shelf: _Shelf, one: _Found) -> _Read | None:
         """Return a document or what is wrong with it; None when it is gone, or is no file."""
-        status = _regular(path)
+        status = shelf.status(one.folder, one.name)
         if status is None:
             return None
-        identity = (status.st_mtime_ns, status.st_size)
-        known = self._known.get(path)
-        return known if known and known.identity == identity else _Read(identity, _parsed(path))
+        known = self._known.get((one.door, one.folder, one.name))
+        if known and known.identity == identity(status):
+            return known
+        return _Read(identity(status), status.st_mtime_ns, _parsed(shelf, one.folder, one.name))
 
 
 class _Shelf:
@@ -216,33 +262,102 @@ class _Shelf:
         self._top = top
         self._href = os.path.relpath(top, page) if top else ""
         self._names: dict[str, dict[str, str]] = {}
+        self._inside: tuple[str, int] | None = None
+
+    def close(self) -> None:
+        """Close what is open."""
+        inside, self._inside = self._inside, None
+        if inside:
+            os.close(inside[1])
+
+    def enter(self, folder: str) -> int:
+        """Return the descriptor of a folder, which is open until another one is entered.
+
+        Raises:
+            OSError: It is not there, may not be read, or a part of it is a link.
+        """
+        if self._inside is None or self._inside[0] != folder:
+            self.close()
+            if not self._top:
+                raise FileNotFoundError
+            self._inside = folder, below(self._top, folder)
+        return self._inside[1]
 
     def href(self, folder: str, name: str) -> str:
         """Return the address of a file relative to the page."""
         return quote(os.fsencode(os.path.join(self._href, folder, name)))
 
+    def status(self, folder: str, name: str) -> os.stat_result | None:
+        """Return the status of what has a name in a folder; None when it is not there."""
+        try:
+            return os.stat(name, dir_fd=self.enter(folder), follow_symlinks=False)
+        except (OSError, ValueError):
+            return None
+
     def picture(self, folder: str, file: _File, names: list[str]) -> Picture:
         """Return a picture under the first of some names that is there, of the size it is said to have."""
         found = Picture(_cut(file.file), width=max(file.width, 0), height=max(file.height, 0), bytes=file.bytes)
-        for name in names if self._top else ():
+        found.problem = f"not in the {self._name} any more" if self._top else "was not kept"
+        for name in names:
             real = self._listed(folder).get(name, "")
-            path = os.path.join(self._top, folder, real)
-            status = _regular(path) if real else None
-            if status and status.st_size == file.bytes:
+            status = self.status(folder, real) if real else None
+            if not status or status.st_size != file.bytes:
+                continue
+            # A browser may run what has another ending.
+            usual = os.path.splitext(real)[1].lower().removeprefix(".") in IMAGE_SUFFIXES
+            found.problem = (
+                refusal(status, os.fstat(self.enter(folder))) if usual else "has not the name of a PNG, JPEG or WebP"
+            )
+            if not found.problem:
                 found.href = self.href(folder, real)
                 found.problem = _cut(file.problem)
                 found.thumb = _thumb(found.href, status)
-                self.look.sources[found.thumb] = path
-                return found
-        found.problem = f"not in the {self._name} any more" if self._top else "was not kept"
+                self.look.sources[found.thumb] = Source(self._top, folder, real, identity(status))
+                break
         return found
 
+    def content(self, folder: str, name: str) -> bytes:
+        """Return a small file.
+
+        Raises:
+            OSError: It is not there, may not be read, or is a link.
+            ValueError: It is something else, the second name of a private file, or too large.
+        """
+        with open_at(name, self.enter(folder)) as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
+            raise ValueError("is larger than 256 KiB")
+        return content
+
     def text(self, folder: str, name: str) -> str:
-        """Return the beginning of a text file; nothing when it is not there."""
+        """Return a text file; nothing when it is not there."""
         try:
-            return _bytes(os.path.join(self._top, folder, name)).decode("utf-8-sig", "replace").strip()
+            return self.content(folder, name).decode("utf-8-sig", "replace").strip()
         except (OSError, ValueError):
             return ""
+
+    def walk(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each folder, and the names of its files; not those that are hidden or links."""
+        waiting = [""]
+        while waiting:
+            folder = waiting.pop()
+            path = os.path.join(self._top, folder)
+            self.look.folders[path] = _changed(path)
+            try:
+                with os.scandir(self.enter(folder)) as entries:
+                    listed = sorted(entries, key=lambda entry: entry.name)
+            except FileNotFoundError:
+                continue  # nothing was made yet, or it went in between
+            except OSError as error:
+                self.look.note(f"{whole(path)}: cannot be read: {error.strerror}")
+                continue
+            listed = [entry for entry in listed if not entry.name.startswith(".")]
+            inner = [entry.name for entry in listed if entry.is_dir(follow_symlinks=False)]
+            if inner and folder.count("/") + 2 > DEEPEST:
+                self.look.note(f"{whole(path)}: is the {DEEPEST}th folder in a row; those in it are not shown")
+                inner = []
+            waiting += [os.path.join(folder, name) for name in reversed(inner)]
+            yield folder, [entry.name for entry in listed]
 
     def _listed(self, folder: str) -> dict[str, str]:
         """Return the names in a folder, as documents write them and as they are."""
@@ -250,45 +365,18 @@ class _Shelf:
             path = os.path.join(self._top, folder)
             self.look.folders.setdefault(path, _changed(path))
             try:
-                self._names[folder] = {whole(name): name for name in os.listdir(path)}
+                self._names[folder] = {whole(name): name for name in os.listdir(self.enter(folder))}
             except OSError:
                 self._names[folder] = {}
         return self._names[folder]
 
 
-def opened(path: str) -> int:
-    """Open a regular file and nothing else; return its descriptor.
-
-    Raises:
-        OSError: It is not there, may not be read, or is a link.
-        ValueError: It is something else.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ValueError("is no regular file")
-    return descriptor
-
-
-def _walk(top: str, look: Look) -> Iterator[tuple[str, list[str]]]:
-    """Yield each folder below a top one, and the names of its files; not those that are hidden or links."""
-    waiting = [""]
-    while waiting:
-        folder = waiting.pop()
-        path = os.path.join(top, folder)
-        look.folders[path] = _changed(path)
-        try:
-            with os.scandir(path) as entries:
-                listed = sorted(entries, key=lambda entry: entry.name)
-        except FileNotFoundError:
-            continue  # nothing was made yet, or it went in between
-        except OSError as error:
-            look.notes.append(f"{whole(path)}: cannot be read: {error.strerror}")
-            continue
-        listed = [entry for entry in listed if not entry.name.startswith(".")]
-        inner = [entry.name for entry in listed if entry.is_dir(follow_symlinks=False)]
-        waiting += [os.path.join(folder, name) for name in reversed(inner)]
-        yield folder, [entry.name for entry in listed]
+def _documents(shelf: _Shelf, door: str) -> Iterator[_Found]:
+    for folder, names in shelf.walk():
+        for name in names:
+            status = shelf.status(folder, name) if name.endswith(_ENDINGS[door]) else None
+            if status and stat.S_ISREG(status.st_mode):
+                yield _Found(door, folder, name, status.st_mtime_ns, status.st_size)
 
 
 def _changed(path: str) -> int:
@@ -298,26 +386,10 @@ def _changed(path: str) -> int:
         return 0
 
 
-def _regular(path: str) -> os.stat_result | None:
-    try:
-        status = os.lstat(path)
-    except (OSError, ValueError):
-        return None
-    return status if stat.S_ISREG(status.st_mode) else None
-
-
-def _bytes(path: str) -> bytes:
-    with open(opened(path), "rb") as file:
-        content = file.read(_MOST_BYTES + 1)
-    if len(content) > _MOST_BYTES:
-        raise ValueError("is larger than 256 KiB")
-    return content
-
-
-def _parsed(path: str) -> _Document | str:
+def _parsed(shelf: _Shelf, folder: str, name: str) -> _Document | str:
     """Return a document, or what is wrong with it in words."""
     try:
-        return msgspec.convert(unvouched(_bytes(path).decode()), _Document)
+        return msgspec.convert(unvouched(shelf.content(folder, name).decode()), _Document)
     except OSError as error:
         return error.strerror or "unknown error"
     except msgspec.ValidationError as error:
@@ -336,14 +408,14 @@ def _job(shelves: dict[str, _Shelf], door: str, folder: str, name: str, read: _R
     made, href = door == "outbox", shelf.href(folder, name)
     if isinstance(document, str):
         told = f"{whole(name)} cannot be read: {document}"
-        at = read.identity[0] // 10**6
-        return Job(made=made, name=whole(base), folder=whole(folder), document=href, at=at, message=told)
+        at = read.changed // 10**6
+        return Job(made=made, name=whole(base), folder=whole(folder), document=href, unread=True, at=at, message=told)
     stem = os.path.basename(document.source).removesuffix(SUFFIX)
     # The originals of a job that failed lie beside the error file, those of one that was made in the archive.
     origin = shelves["archive" if made else "errors"]
     job = _told(document)
     job.made, job.name, job.folder, job.document = made, _cut(stem) or whole(base), whole(folder), href
-    job.at = job.at or read.identity[0] // 10**6
+    job.at = job.at or read.changed // 10**6
     job.prompt = job.prompt or _cut(shelf.text(folder, base + SUFFIX))
     job.pictures = [shelf.picture(folder, file, [file.file]) for file in document.images[:_MOST_FILES]]
     job.inputs = [

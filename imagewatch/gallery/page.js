@@ -27,6 +27,7 @@ const credits = (job) => job.credits ?? 0;
 const pictures = (job) => (job.made ? job.pictures.length : 0);
 const charged = { yes: "charged", unknown: "may have been charged", no: "not charged" };
 const cost = (job) => (job.credits == null ? charged[job.charged] ?? "" : plural(job.credits, "credit"));
+const opens = (job) => (job.unread ? "" : job.document); // what is no document may be anything
 const verdict = (job) => told("Failed", charged[job.charged]).join(", ");
 
 for (const job of jobs) {
@@ -197,7 +198,7 @@ function card(job, index) {
   const line = (...parts) => make("small", {}, ...parts.map((part) => make("span", {}, part)));
   const what = job.pictures.length > 1 ? plural(job.pictures.length, "picture") : pixels(job.pictures[0]);
   const spoken = told(job.title, !job.made && `${verdict(job)}: ${job.message}`, job.provider, job.made && cost(job), moments.format(job.at));
-  return make("a", { class: job.made ? "card" : "card failed", href: job.pictures[0]?.href || job.document, "data-index": index, "aria-label": spoken.join(", ") },
+  return make("a", { class: job.made ? "card" : "card failed", href: job.pictures[0]?.href || opens(job), "data-index": index, "aria-label": spoken.join(", ") },
     make("div", { class: "mat" }, ...(job.made ? result(job) : [make("b", {}, verdict(job)), make("p", {}, job.message), make("small", {}, job.next)])),
     make("div", { class: "words" }, make("p", {}, job.title),
       line(told(job.provider, job.model).join(" · ") || job.path, job.made && cost(job)), line(short.format(job.at), what)));
@@ -278,8 +279,8 @@ function details(job, picture) {
     File: picture?.name, Name: job.path, Job: job.job,
   };
   const table = Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
-  const links = [[picture?.href, "Open the picture"], [job.document, job.made ? "Receipt" : "Error file"]].filter(([href]) => href);
-  return [make("p", { class: "prompt" }, job.title), make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank" }, name))];
+  const links = [[picture?.href, "Open the picture"], [opens(job), job.made ? "Receipt" : "Error file"]].filter(([href]) => href);
+  return [make("p", { class: "prompt" }, job.title), make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank", rel: "noopener noreferrer" }, name))];
 }
 
 function turn(direction) {

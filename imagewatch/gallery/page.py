@@ -28,6 +28,11 @@ if TYPE_CHECKING:
 
 MARK = b"<!doctype html><!-- imagewatch gallery -->"
 """How every page of ours begins."""
+PARTS = {
+    name: importlib.resources.files(__package__).joinpath(f"page.{name}").read_text(encoding="utf-8")
+    for name in ("html", "css", "js")
+}
+"""The template, its style and its script: read once, as whoever works later may not have the right to."""
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
@@ -54,9 +59,8 @@ def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, w
         files: Name of the folder beside it with the thumbnails.
         written: Wall-clock time, seconds since the epoch; the stamp does not depend on it.
     """
-    parts = {name: _part(f"page.{name}") for name in ("html", "css", "js")}
     shown = msgspec.json.encode({"jobs": jobs, "notes": notes, "title": title})
-    told = shown + "".join(parts.values()).encode()
+    told = shown + "".join(PARTS.values()).encode()
     stamp = f"stamp-{hashlib.blake2b(told, digest_size=8).hexdigest()}.svg"
     data: dict[str, Any] = {
         "version": __version__,
@@ -66,18 +70,14 @@ def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, w
         "shown": msgspec.Raw(shown),
     }
     slots = {
-        "policy": _policy(parts["js"], parts["css"]),
+        "policy": _policy(PARTS["js"], PARTS["css"]),
         "title": html.escape(title),
-        "css": parts["css"],
-        "js": parts["js"],
-        "data": _inert(msgspec.json.encode(data).decode()),
+        "css": PARTS["css"],
+        "js": PARTS["js"],
+        "data": inert(msgspec.json.encode(data)).decode(),
     }
-    text = _SLOT.sub(lambda slot: slots[slot[1]], parts["html"])
+    text = _SLOT.sub(lambda slot: slots[slot[1]], PARTS["html"])
     return Page(MARK + b"\n" + text.encode(), stamp)
-
-
-def _part(name: str) -> str:
-    return importlib.resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
 
 
 def _policy(script: str, style: str) -> str:
@@ -99,6 +99,6 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _inert(json: str) -> str:
+def inert(json: bytes) -> bytes:
     """Return JSON in which nothing can end the block that it stands in."""
-    return json.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
+    return json.replace(b"<", rb"\u003c").replace(b">", rb"\u003e").replace(b"&", rb"\u0026")

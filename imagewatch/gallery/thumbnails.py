@@ -1,57 +1,52 @@
 """Thumbnails: small copies of pictures that nobody has vouched for, kept in a folder beside the page.
 
-Pillow decodes them, so what it is given is bounded first: only three formats, whole by their structure, with no more
-pixels than a large camera makes. Whatever it still raises becomes a reason on the page.
+What a decoder is given is bounded first: only three formats, whole by their structure, with no more pixels and bytes
+than a large camera makes. It works in a process of its own, for a bounded time; whatever it meets becomes a reason on
+the page. A reason that stays is kept like a thumbnail, or the same pictures would take the same time again at each run.
 """
 
 from __future__ import annotations
 
 import contextlib
-import io
 import os
+import queue
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import IO, TYPE_CHECKING
 
-from imagewatch import memory
+from PIL import __version__ as pillow
+
+from imagewatch import __version__
 from imagewatch.durable import Disk, closing, ours
-from imagewatch.gallery.jobs import opened
+from imagewatch.gallery.decoder import LARGE, Decoder, Patience, Unseen
 from imagewatch.images import Image as Found
 from imagewatch.images import inspect
 from imagewatch.text import printable
+from imagewatch.untrusted import open_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
-    from PIL.Image import Image as Picture
+    from imagewatch.gallery.folders import Source
 
-SIDE = 320
-"""Longest side, pixels."""
 _MOST_PIXELS = {"image/png": 50_000_000, "image/jpeg": 50_000_000, "image/webp": 20_000_000}
 """More are not decoded. The endpoint's largest pictures have 17 million.
 
 Measured, so many take up to 225 MB as PNG, 300 MB as JPEG (progressive; in CMYK 390 MB) and 310 MB as WebP, whose
 decoder keeps four copies.
 """
-_LARGE = 4_000_000
-"""Of pictures with more pixels only one is decoded at a time."""
-_STRIP = 2_000_000
-"""So many pixels of a large picture are converted at a time, as each conversion is a copy of four bytes for a pixel."""
-_GAP = 1.25
-"""How much larger a picture is first made by the quick way: a third less time, and no difference to be seen."""
+_MOST_BYTES = 200_000_000
+"""Larger files are not decoded: 50 million pixels take no more, even without compression."""
+_LARGE_BYTES = 4 * LARGE
 _MOST_THREADS = 4
 _HOUR = 3600
-_NAME = re.compile(r"[0-9a-f]{24}\.webp")
-_LEFT = re.compile(r"\.[0-9a-f]{24}\.webp\.[0-9]+\.tmp")
-
+_NAME = re.compile(r"([0-9a-f]{24})\.(webp|txt)")
+_LEFT = re.compile(r"\.([0-9a-f]{24}\.(webp|txt)\.)?[0-9]+\.tmp")
 
 _one_at_a_time = threading.Lock()
-
-
-class Unseen(Exception):  # noqa: N818  it reads as what it says
-    """There is no thumbnail of this; the message says why."""
+"""Held while a large picture is decoded: the memory for one is enough."""
 
 
 class Thumbnails:
@@ -61,48 +56,80 @@ class Thumbnails:
         disk: Our disk.
         folder: Where they are.
         finish: Called with the descriptor of each new file, to set mode and group.
+        patience: How long a picture may take.
     """
 
-    def __init__(self, disk: Disk, folder: str, finish: Callable[[int], None]) -> None:
+    def __init__(self, disk: Disk, folder: str, finish: Callable[[int], None], patience: Patience) -> None:
         self._disk = disk
         self._folder = folder
         self._finish = finish
+        self._patience = patience
         self._failed: dict[str, str] = {}
+        # Newer ones may decode what these cannot.
+        self._judge = f"imagewatch {__version__}, Pillow {pillow}\n"
 
-    def make(self, sources: Mapping[str, str], on_made: Callable[[int, int], None]) -> dict[str, str]:
-        """Make what is missing.
+    def make(
+        self, sources: Mapping[str, Source], seconds: float, on_made: Callable[[int, int], None]
+    ) -> dict[str, str]:
+        """Make what is missing, as far as there is time for it.
 
         Args:
-            sources: For each name of a thumbnail the path of its picture.
+            sources: For each name of a thumbnail its picture.
+            seconds: When they are over, no further one is begun.
             on_made: Called with how many of how many that were missing have been looked at.
 
         Returns:
-            For each one that cannot be made, why.
+            For each one that cannot be made, why; the reason of one that was not begun is empty.
 
         Raises:
             SpoolError: The folder cannot be written.
         """
         # Nothing here was synced: a power cut can leave a name without content.
         there = {name for name, status in self._listed() if status.st_size}
-        missing = [name for name in sources if name not in there and name not in self._failed]
-        pool = ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS))
-        try:
-            for done, (name, problem) in enumerate(
-                pool.map(lambda name: (name, self._try(name, sources[name])), missing)
-            ):
-                if problem:
-                    self._failed[name] = problem
-                on_made(done + 1, len(missing))
-        finally:
-            pool.shutdown(cancel_futures=True)
-        self._failed = {name: problem for name, problem in self._failed.items() if name in sources}
-        return self._failed
+        missing = [name for name in sources if name not in there]
+        self._failed = {name: self._failed.get(name) or self._recall(name, there) for name in missing}
+        missing = [name for name in missing if not self._failed[name]]
+        failed = {name: told for name, told in self._failed.items() if told}
+        for name, error in self._make(missing, sources, seconds, on_made):
+            failed[name] = str(error)
+            if error.lasting:
+                self._failed[name] = str(error)
+        return failed
+
+    def _make(
+        self, missing: list[str], sources: Mapping[str, Source], seconds: float, on_made: Callable[[int, int], None]
+    ) -> Iterator[tuple[str, Unseen]]:
+        """Make thumbnails; yield why some were not made."""
+        deadline = time.monotonic() + seconds
+        count = min(os.cpu_count() or 1, _MOST_THREADS, max(len(missing), 1))
+        free: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
+
+        def attempt(name: str) -> Unseen | None:
+            if time.monotonic() > deadline and name != missing[0]:
+                return Unseen("", lasting=False)
+            decoder = free.get()
+            try:
+                return self._try(name, sources[name], decoder)
+            finally:
+                free.put(decoder)
+
+        with contextlib.ExitStack() as stack:
+            for _ in range(count):
+                free.put(stack.enter_context(contextlib.closing(Decoder(self._patience))))
+            pool = ThreadPoolExecutor(count)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            for done, (name, error) in enumerate(zip(missing, pool.map(attempt, missing), strict=True)):
+                if error is not None:
+                    yield name, error
+                if error is None or str(error):
+                    on_made(done + 1, len(missing))
 
     def prune(self, keep: Collection[str]) -> None:
-        """Remove the thumbnails that no page shows any more, and what a run that was killed left half written."""
+        """Remove what belongs to no picture on the page any more, and what a killed run left half written."""
         for name, status in self._listed():
             left = _LEFT.fullmatch(name) and status.st_mtime < time.time() - _HOUR  # a younger one may be at work
-            if left or (_NAME.fullmatch(name) and name not in keep):
+            known = _NAME.fullmatch(name)
+            if left or (known and f"{known[1]}.webp" not in keep):
                 self._disk.unlink(os.path.join(self._folder, name))
 
     def _listed(self) -> Iterator[tuple[str, os.stat_result]]:
@@ -112,11 +139,18 @@ class Thumbnails:
             with contextlib.suppress(FileNotFoundError):  # another gallery is at work here, too
                 yield name, os.lstat(os.path.join(self._folder, name))
 
-    def _try(self, name: str, path: str) -> str:
+    def _try(self, name: str, source: Source, decoder: Decoder) -> Unseen | None:
+        """Make a thumbnail; return why there is none, or None."""
         try:
-            content = thumbnail(path)
+            content = thumbnail(source, decoder)
         except Unseen as error:
-            return str(error)
+            if error.lasting:
+                self._put(_told(name), (self._judge + str(error)).encode("utf-8", "replace"))
+            return error
+        self._put(name, content)
+        return None
+
+    def _put(self, name: str, content: bytes) -> None:
         target = os.path.join(self._folder, name)
         temporary = os.path.join(self._folder, f".{name}.{os.getpid()}.tmp")
         self._disk.unlink(temporary)
@@ -124,41 +158,48 @@ class Thumbnails:
             file.write(content)
             self._finish(file.fileno())
         self._disk.replace(temporary, target)
-        return ""
+
+    def _recall(self, name: str, there: Collection[str]) -> str:
+        """Return why an earlier run could not make a thumbnail; nothing when that may have changed."""
+        if _told(name) not in there:
+            return ""
+        try:
+            with open_at(os.path.join(self._folder, _told(name)), None) as file:
+                text = file.read(1000).decode("utf-8", "replace")
+        except (OSError, ValueError):
+            return ""
+        return printable(text.removeprefix(self._judge), 300) if text.startswith(self._judge) else ""
 
 
-def thumbnail(path: str) -> bytes:
+def _told(name: str) -> str:
+    """Return the name of the file that says why there is no thumbnail."""
+    return name.removesuffix(".webp") + ".txt"
+
+
+def thumbnail(source: Source, decoder: Decoder) -> bytes:
     """Return a small WebP of a picture.
 
     Raises:
-        Unseen: It cannot be read, is no whole picture, or is too large.
+        Unseen: It cannot be read, is no whole picture, is too large, or takes too long.
     """
     try:
-        with open(opened(path), "rb") as file:
-            found = _bounded(inspect(file))
-            file.seek(0)
-            with _alone() if found.width * found.height > _LARGE else contextlib.nullcontext():
-                return _shrunk(file, _MOST_PIXELS[found.mime])
-    except Unseen:
-        raise
+        with source.open() as file:
+            size = os.fstat(file.fileno()).st_size
+            found = _bounded(file, size)
+            large = found.width * found.height > LARGE or size > _LARGE_BYTES
+            with _one_at_a_time if large else contextlib.nullcontext():
+                return decoder.shrink(file, _MOST_PIXELS[found.mime])
     except OSError as error:
-        raise Unseen(f"cannot be read: {printable(error.strerror or str(error), 200)}") from None
-    except Exception as error:  # noqa: BLE001  a decoder may raise anything at all on bytes like these
-        raise Unseen(f"cannot be decoded: {printable(str(error), 200)}") from None
+        raise Unseen(f"cannot be read: {printable(error.strerror or str(error), 200)}", lasting=False) from None
+    except ValueError as error:
+        raise Unseen(str(error), lasting=False) from None
 
 
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """Wait until no other large picture is at work; give its memory back, which the C library keeps for each thread."""
-    with _one_at_a_time:
-        try:
-            yield
-        finally:
-            memory.give_back()
-
-
-def _bounded(found: Found | None) -> Found:
+def _bounded(file: IO[bytes], size: int) -> Found:
     """Return what a picture is; refuse what no decoder should be given."""
+    if size > _MOST_BYTES:
+        raise Unseen(f"too large for a thumbnail: {size / 1e6:,.0f} MB")
+    found = inspect(file)
     if found is None:
         raise Unseen("not a PNG, JPEG or WebP")
     if found.width * found.height > _MOST_PIXELS[found.mime]:
@@ -166,45 +207,3 @@ def _bounded(found: Found | None) -> Found:
     if found.problem:
         raise Unseen(found.problem)
     return found
-
-
-def _shrunk(file: IO[bytes], most_pixels: int) -> bytes:
-    from PIL import Image, ImageOps  # noqa: PLC0415  only this command needs it
-
-    # Closing, as its own end closes no more than the file, and an error would keep the pixels.
-    with contextlib.closing(Image.open(file, formats=("PNG", "JPEG", "WEBP"))) as image:
-        if image.width * image.height > most_pixels:
-            raise Unseen("its headers contradict each other")
-        mode = "RGBA" if image.has_transparency_data else "RGB"
-        times = _times(image)
-        image.draft(None, (max(image.width // times, 1), max(image.height // times, 1)))  # a JPEG is decoded smaller
-        small = _smaller(image, mode)
-        small.thumbnail((SIDE, SIDE), reducing_gap=_GAP)
-        small = ImageOps.exif_transpose(small)
-        out = io.BytesIO()
-        # No metadata: a camera's may say where somebody lives.
-        small.save(out, "WEBP", quality=80, method=2, exif=b"", icc_profile=None, xmp=b"")
-        return out.getvalue()
-
-
-def _times(image: Picture) -> int:
-    """Return how many times smaller a picture may be made by the quick way."""
-    return max(int(max(image.size) / (SIDE * _GAP)), 1)
-
-
-def _smaller(image: Picture, mode: str) -> Picture:
-    """Return a picture in a mode; a large one strip by strip, and smaller: also transparency is a copy."""
-    from PIL import Image  # noqa: PLC0415
-
-    width, height = image.size
-    if width * height <= _LARGE:
-        return image if image.mode == mode else image.convert(mode)
-    times = _times(image)
-    # Whole times: so each strip becomes what it would be as a part of the whole.
-    rows = max(_STRIP // (width * times), 1) * times
-    small = Image.new(mode, (-(-width // times), -(-height // times)))
-    for top in range(0, height, rows):
-        strip = image.crop((0, top, width, min(top + rows, height))).convert(mode)
-        small.paste(strip.reduce(times), (0, top // times))
-    small.info["exif"] = image.getexif().tobytes()  # how it is to be turned
-    return small

@@ -26,6 +26,8 @@ BALANCE_ROUTE: Final = "/v1/metadata/balance"
 REPORT_ROUTE: Final = "/sandbox/report"
 REDIRECTED_ROUTE: Final = "/sandbox/redirected"
 DELIVERY: Final = "/delivery/"
+PROPOSED_KEY: Final = "sk-let-sandbox-takes-any-key-0123456789abcdef"
+"""Of the length of a real one, so that nothing else is taken for it where it is masked. No secret."""
 
 DEFAULT_MODELS: Final = {"flux": "flux-2-pro", "gemini": "gemini-3-pro-image", "openai": "gpt-image-2"}
 CREDITS_PER_IMAGE: Final = {"flux": 30, "gemini": 134}  # made up; no price list is public

@@ -146,7 +146,10 @@ def look(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
     """Return what a folder is, and everything in it. By its time a folder shows also what was in it for a moment."""
     found = {}
     for path in (folder, *walk(folder)):
-        status = path.lstat()
-        content = os.fsencode(os.readlink(path)) if path.is_symlink() else path.read_bytes() if path.is_file() else b""
-        found[str(path.relative_to(folder))] = (status.st_ino, status.st_mode, status.st_uid, status.st_mtime_ns, content)
+        now, content = path.lstat(), b""
+        if path.is_symlink():
+            content = os.fsencode(os.readlink(path))
+        elif path.is_file():
+            content = path.read_bytes()
+        found[str(path.relative_to(folder))] = (now.st_ino, now.st_mode, now.st_uid, now.st_mtime_ns, content)
     return found

@@ -26,7 +26,6 @@ from endpoint import Books, PaidEndpoint, Reply, picture
 from imagewatch.control import Control
 from imagewatch.durable import Disk
 from imagewatch.errors import SpoolError
-from imagewatch.outcome import End
 from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
 from imagewatch.worker import Worker
@@ -50,14 +49,15 @@ DROPPED = {
     "cat.1.png": picture("another cat"),
 }
 TARGETS = {
-    "made": ("inbox/sub", "outbox/sub", "archive/sub", f"inbox/{CLAIMS}", "the claim"),
-    "refused": ("inbox/sub", "errors/sub", f"inbox/{CLAIMS}", "the claim"),
-    "not readable": ("errors/sub", f"inbox/{CLAIMS}", "the claim"),
-    "given back": ("inbox/sub", f"inbox/{CLAIMS}", "the claim"),
-    "put back by retry": ("inbox/sub", "errors/sub"),
-    "read again for retry": ("errors/sub", f"inbox/{CLAIMS}", "the claim"),
+    "made": ("inbox/sub", "outbox/sub free", "archive/sub free", f"inbox/{CLAIMS}", "the claim", "the claim free"),
+    "refused": ("inbox/sub", "errors/sub free", f"inbox/{CLAIMS} free", "the claim"),
+    "not readable": ("errors/sub free", f"inbox/{CLAIMS} free", "the claim free"),
+    "given back": ("inbox/sub", "inbox/sub free", f"inbox/{CLAIMS}", "the claim free"),
+    "put back by retry": ("inbox/sub free", "errors/sub"),
+    "read again for retry": ("errors/sub", f"inbox/{CLAIMS}", "the claim free"),
 }
-"""Folders that are exchanged, by scene. In the claims folder only they can who share a file system without owners."""
+"""Folders that are exchanged, by scene; ``free`` if the private folder has none of the names that were dropped. In the
+claims folder only they can do so who share a file system without owners."""
 SCENES = {
     "made": ([Reply()], True),
     "refused": ([Reply(400, b'{"message": "no cats"}', paid=False)], True),
@@ -133,7 +133,7 @@ class Attack:
     """An exchange of a folder with a link.
 
     Attributes:
-        target: The folder, below the root, or ``the claim``: that of the job in the claims folder.
+        target: The folder, one of ``TARGETS``: below the root, or ``the claim``, that of the job in the claims folder.
         at: The moment, from 1, at which it happens; 0 is never.
         lasts: Whether it is undone only when the job cannot go on, and not at the next moment.
         moments: How many there were so far.
@@ -161,7 +161,7 @@ class Scene:
         self.attack, self.over = attack, False
         self.private = top / "private"
         self.private.mkdir(mode=0o700)
-        for file in DROPPED:
+        for file in ("other.png", "other.txt") if attack.target.endswith(" free") else DROPPED:
             text = PRIVATE_PICTURE.encode("latin-1") if file.endswith("png") else MARK.encode()
             (self.private / file).write_bytes(text)
             (self.private / file).chmod(0o600)
@@ -194,8 +194,9 @@ class Scene:
             self.undo()
 
     def _strike(self) -> None:
-        place = self.station.root / self.attack.target
-        if self.attack.target == "the claim":
+        target = self.attack.target.removesuffix(" free")
+        place = self.station.root / target
+        if target == "the claim":
             claims = self.station.inbox / CLAIMS
             place = next((path for path in claims.iterdir() if len(path.name) == 16), claims / "none")
         trap = place.with_name(".trap")
@@ -225,10 +226,19 @@ class Scene:
             assert self.station.spool.reopen(job)
             act = self._again
         self.disk.moment = self._moment
-        self._all(act)
+        for _ in range(4):
+            with contextlib.suppress(SpoolError):
+                if act() == []:
+                    break
+                act = self._again
         self.disk.moment = lambda: None
         self.undo()
-        self._all(act if self._name == "put back by retry" and self._failed() else self._again)
+        for _ in range(8):
+            with contextlib.suppress(SpoolError):
+                if self._name == "put back by retry":
+                    self._put_back()
+                if self._again() == []:
+                    break
 
     def _failed(self) -> list[Path]:
         return list((self.station.errors / "sub").glob("*.error.toml"))
@@ -249,15 +259,6 @@ class Scene:
     def _again(self) -> list[Outcome]:
         outcomes = [self.worker.process(job, resumed=True) for job in self.station.spool.unfinished()]
         return outcomes + self._start()
-
-    def _all(self, act: Callable[[], list[Outcome]]) -> None:
-        """Do something again and again, for as long as there is something to do."""
-        for _ in range(4):
-            with contextlib.suppress(SpoolError):
-                outcomes = act()
-                if outcomes and all(outcome.end in {End.NOTHING, End.RETURNED, End.LATER} for outcome in outcomes):
-                    return
-                act = self._again
 
     def check(self) -> None:
         """Look at everything from outside."""

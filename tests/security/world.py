@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 CLAIMS = ".imagewatch"
+_MOST_LINES = 80
+"""Of the log and of names, in the note of a failure."""
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
 PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
@@ -164,8 +166,8 @@ class World(Folders):
         try:
             until(condition)
         except AssertionError as error:
-            lists = "\n".join(str(path) for path in walk(self.top))
-            error.add_note(f"waited for {what}\nstatus: {self.status()}\n{self.told()}\n{lists}")
+            lines = [*self.told().splitlines()[-_MOST_LINES:], *map(str, [*walk(self.top)][:_MOST_LINES])]
+            error.add_note("\n".join((f"waited for {what}", f"status: {self.status()}", *lines)))
             raise
 
     def door(self, source: str) -> str:

@@ -1,0 +1,125 @@
+"""One call to a server that is not trusted: how long it may take, and how much work it may make."""
+
+from __future__ import annotations
+
+import contextvars
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_HEAD_READ_BYTES: Final = 64 * 1024
+_MOST_HEAD_BYTES: Final = 256 * 1024
+"""For all heads of a response, the interim ones included. One head may have 100 KB (httpcore)."""
+_MOST_FRAMING_BYTES: Final = 10_000_000
+_FRAMING_SHARE: Final = 16
+"""Framing beyond the above may be the sixteenth part of what it frames: chunks of some hundred bytes."""
+_SMALL_BYTES: Final = 512
+_MOST_SMALL: Final = 1000
+_PAUSE: Final = 0.002
+_NEVER: Final = threading.Event()
+_current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
+
+
+class OverrunError(Exception):
+    """A server sends more than a response can need; its words say of what."""
+
+
+class Call:
+    """A call under its deadline; used as a context, in which connections are made for it.
+
+    Each single operation gets the rest of the time: a time limit per operation alone would begin anew with each byte.
+
+    Args:
+        seconds: The total time.
+        key: The configuration's key that says so, or an empty string.
+        may_connect: Whether an IP address may be connected to; asked by whoever connects.
+
+    Attributes:
+        at: Monotonic time of the deadline, seconds.
+        may_connect: As above.
+        before_read: Called before the next bytes are waited for, however long that takes.
+    """
+
+    def __init__(
+        self, seconds: float, key: str = "deadline_seconds", *, may_connect: Callable[[str], bool] = lambda _: True
+    ) -> None:
+        self._why = f"no end after {seconds:g} seconds" + (f" ({key})" if key else "")
+        self.at = time.monotonic() + seconds
+        self.may_connect = may_connect
+        self.before_read: Callable[[], object] = lambda: None
+        self._is_connected = False
+        self._is_head = True
+        self._received = 0
+        self._small = 0
+
+    def __enter__(self) -> Self:
+        self._token = _current.set(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _current.reset(self._token)
+
+    @property
+    def reason(self) -> str:
+        """Why the call is over if its time is, else an empty string."""
+        return self._why if time.monotonic() >= self.at - 0.001 else ""
+
+    def left(self, most: float | None = None) -> float:
+        """Return how long the next operation may take, seconds.
+
+        Raises:
+            TimeoutError: The time is over.
+        """
+        rest = self.at - time.monotonic()
+        if rest <= 0:
+            raise TimeoutError(self._why)
+        return rest if most is None else min(most, rest)
+
+    # Said by the connection
+
+    def connected(self) -> None:
+        """Begin to count: there is another connection."""
+        self._is_connected, self._is_head, self._received, self._small = True, True, 0, 0
+
+    def next_bytes(self, most: int) -> int:
+        """Return how many bytes are to be read at once, after a rest if they have been coming one by one."""
+        if self._small > _MOST_SMALL:  # what comes meanwhile is read in one go; all else would keep a core busy
+            _NEVER.wait(min(_PAUSE, self.left()))
+        return min(most, _HEAD_READ_BYTES) if self._is_head else most
+
+    def took(self, size: int) -> None:
+        """Count what was read.
+
+        Raises:
+            OverrunError: The head of the response is too long.
+        """
+        self._received += size
+        self._small = self._small + 1 if size < _SMALL_BYTES else 0
+        if self._is_head and self._received > _MOST_HEAD_BYTES:
+            raise OverrunError("the head of the answer does not end")
+
+    # Said by the HTTP library
+
+    def trace(self, event: str, _: dict[str, Any]) -> None:
+        """Take an event of httpcore: which part of the response comes next."""
+        if event == "http11.receive_response_body.started":
+            self._is_head = False
+        if event == "http11.send_request_headers.started" and not self._is_connected:
+            # Whatever a later version of the library does: addresses are judged where we connect, and nowhere else.
+            raise RuntimeError("the HTTP library has made a connection by itself")
+
+    def bears(self, size: int) -> bool:
+        """Tell whether so much of a body is worth what came with it: a byte in each chunk is not.
+
+        Args:
+            size: Bytes of the body so far.
+        """
+        return self._received - size <= _MOST_FRAMING_BYTES + size // _FRAMING_SHARE
+
+
+def current() -> Call:
+    """Return the call for which a connection is being made."""
+    return _current.get()

@@ -1,0 +1,184 @@
+"""Connections, as httpcore wants them: to judged addresses only, and each operation within the time of its call.
+
+Apart from ``client`` so that it is imported with ``httpcore``, which takes long.
+"""
+
+# ruff: noqa: SLF001  httpx has no public way to be given a network, httpcore none to make a stream of a socket
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import queue
+import socket
+import threading
+from typing import TYPE_CHECKING, Any
+
+import httpcore
+from httpcore._backends.sync import SyncStream
+
+from imagewatch.addresses import NotPublicError, address_in
+from imagewatch.call import OverrunError, current
+
+if TYPE_CHECKING:
+    import ssl
+    from collections.abc import Callable, Iterable, Iterator
+
+    from httpcore import SOCKET_OPTION
+
+    from imagewatch.call import Call
+
+# It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
+httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024
+
+
+class Network(httpcore.NetworkBackend):
+    """Makes connections for the current call.
+
+    Args:
+        resolve: Finds the addresses of a name; ``socket.getaddrinfo`` without.
+        judged: Whether the call is asked about each address. Not for a proxy, which the administrator chose.
+    """
+
+    def __init__(self, resolve: Callable[..., list[tuple[Any, ...]]] | None = None, *, judged: bool) -> None:
+        self._resolve = resolve
+        self._judged = judged
+
+    def connect_tcp(
+        self,
+        host: str,
+        port: int,
+        timeout: float | None = None,
+        local_address: str | None = None,  # noqa: ARG002  we have no use for it
+        socket_options: Iterable[SOCKET_OPTION] | None = None,
+    ) -> Stream:
+        """Resolve a name once, judge all its addresses, and connect to one of those.
+
+        Raises:
+            NotPublicError: One of them may not be connected to; none is.
+        """
+        call = current()
+        with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
+            found = self._found(host, port, call)
+        if self._judged and not all(call.may_connect(entry[4][0]) for entry in found):
+            raise NotPublicError
+        with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
+            connection = _connection(found, call, timeout)
+            for option in (*(socket_options or ()), (socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)):
+                connection.setsockopt(*option)
+        call.connected()
+        return Stream(SyncStream(connection), call)
+
+    def _found(self, host: str, port: int, call: Call) -> list[tuple[Any, ...]]:
+        """Return the addresses of a host, as ``socket.getaddrinfo`` does."""
+        ask = functools.partial(self._resolve or socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+        if not self._judged or address_in(host) is not None:
+            return ask()
+        # A name that a stranger has chosen: its name server may never answer, and only a thread can be left behind.
+        answer: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
+        threading.Thread(target=_answer, args=(ask, answer), name="resolver", daemon=True).start()
+        try:
+            found = answer.get(timeout=call.left())
+        except queue.Empty:
+            raise TimeoutError("its name server does not answer") from None
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+
+def _answer(ask: Callable[[], list[tuple[Any, ...]]], answer: queue.SimpleQueue[Any]) -> None:
+    try:
+        answer.put(ask())
+    except Exception as error:  # noqa: BLE001  raised where it is waited for
+        answer.put(error)
+
+
+class Stream(httpcore.NetworkStream):
+    """A connection of a call.
+
+    Args:
+        inner: The connection itself.
+        call: Whose it is.
+    """
+
+    def __init__(self, inner: httpcore.NetworkStream, call: Call) -> None:
+        self._inner = inner
+        self._call = call
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        """Read what has come, or what comes next."""
+        self._call.before_read()
+        with _said(httpcore.ReadTimeout, httpcore.ReadError):
+            most, seconds = self._call.next_bytes(max_bytes), self._call.left(timeout)
+        content = self._inner.read(most, seconds)
+        try:
+            self._call.took(len(content))
+        except OverrunError as error:
+            raise httpcore.RemoteProtocolError(str(error)) from None
+        return content
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        """Write all of it."""
+        with _said(httpcore.WriteTimeout, httpcore.WriteError):
+            seconds = self._call.left(timeout)
+        self._inner.write(buffer, seconds)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self._inner.close()
+
+    def start_tls(
+        self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
+    ) -> Stream:
+        """Go on in TLS; the certificate has to be that of the name, whatever its address."""
+        with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
+            seconds = self._call.left(timeout)
+        return Stream(self._inner.start_tls(ssl_context, server_hostname, seconds), self._call)
+
+    def get_extra_info(self, info: str) -> Any:  # noqa: ANN401  as inherited
+        """Return what the inner connection says."""
+        return self._inner.get_extra_info(info)
+
+
+def install(client: Any, network: Network, proxied: Network) -> None:  # noqa: ANN401  it is private parts that count
+    """Have a client of httpx connect through networks of ours.
+
+    Args:
+        client: The client. It has no public way to be given one, nor to say which proxies it found.
+        network: For the servers themselves.
+        proxied: For proxies.
+    """
+    for transport, one in ((client._transport, network), *((proxy, proxied) for proxy in client._mounts.values())):
+        if transport is None:  # not by a proxy
+            continue
+        if "_network_backend" not in vars(transport._pool):  # rather no connection than one that was not judged
+            raise RuntimeError("this version of httpcore makes its connections in another way")
+        transport._pool._network_backend = one
+
+
+def _connection(found: list[tuple[Any, ...]], call: Call, timeout: float | None) -> socket.socket:
+    """Return a connection to the first address that takes one."""
+    problem: OSError | None = None
+    for family, kind, protocol, _, address in found:
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(socket.socket(family, kind, protocol))
+            connection.settimeout(call.left(timeout))
+            try:
+                connection.connect(address)
+            except OSError as error:
+                problem = error
+                continue
+            stack.pop_all()
+            return connection
+    raise problem or OSError("the name has no address")
+
+
+@contextlib.contextmanager
+def _said(over: type[Exception], broken: type[Exception]) -> Iterator[None]:
+    """Turn errors of the system into those of httpcore."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise over(str(error)) from None
+    except (OSError, UnicodeError) as error:  # a label of a name may be too long
+        raise broken(str(error)) from None
