@@ -1,8 +1,8 @@
 """Whose turn it is: what there is not enough of is shared between folders. Pure.
 
-It is used twice: for the requests that may be sent at the same time, and for the time that scanning may take. The folder
-comes first that will have had least after its turn. A folder that did not wait saves nothing up: it joins as if it had
-had as much as the one whose turn it is.
+It is used twice: for the requests that may be sent at the same time, and for the time that scanning may take. The
+folder comes first that will have had least after its turn. A folder that did not wait saves nothing up: it joins as if
+it had had as much as the one whose turn it is.
 """
 
 from __future__ import annotations
