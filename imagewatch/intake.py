@@ -165,7 +165,7 @@ class Intake:
     @property
     def due(self) -> float:
         """Monotonic time of the next look, seconds."""
-        first = self._began if self._is_at_work() else min(self._schedule.due, self._round_at)
+        first = self._began if self.is_at_work() else min(self._schedule.due, self._round_at)
         return max(first, self._rested)
 
     @property
@@ -173,7 +173,8 @@ class Intake:
         """Whether anything in the inbox may be taken later by itself."""
         return not self.is_complete or bool(self._asked or self._waits) or self._now() >= self._round_at
 
-    def _is_at_work(self) -> bool:
+    def is_at_work(self) -> bool:
+        """Tell whether folders wait to be scanned."""
         return bool(self._running) or len(self._schedule) > 0
 
     def soon(self, key: Key | None = None) -> None:
@@ -325,8 +326,8 @@ class Intake:
         if self._saved <= 0:
             self._saved = max(self._saved, -_LONGEST_REST_SECONDS * _SHARE)
             self._rested = now + (_SLICE_SECONDS - self._saved) / _SHARE
-        self.is_complete = self.is_complete or not self._is_at_work() or now >= self._complete_at
-        if not self._is_at_work():
+        self.is_complete = self.is_complete or not self.is_at_work() or now >= self._complete_at
+        if not self.is_at_work():
             self._round_at = min(self._round_at, self._began + self._interval())
             self._watching.tell_mode(self._kind, self._sweep.entered())
             if self._spent > _LONG_SECONDS:
@@ -336,7 +337,7 @@ class Intake:
     def _sum_up(self) -> bool:
         """Bring ``seen`` up to date: at the end of the scans, and not too often before; tell whether it is new."""
         now = self._now()
-        if not self._sweep.folders.changed or (self._is_at_work() and now < self._seen_at):
+        if not self._sweep.folders.changed or (self.is_at_work() and now < self._seen_at):
             return False
         self._moment()
         self.seen, self._sweep.folders.changed = self._sweep.seen(), False
@@ -410,7 +411,7 @@ class Intake:
 
     def any(self) -> bool:
         """Tell whether there is something to be taken, as far as is known."""
-        return self._may_take() and self._sweep.order.is_ready()
+        return self._may_take() and len(self._sweep.order) > 0
 
     def is_ready(self, name: str) -> bool:
         """Tell whether a prompt of a first-level folder may be claimed, when it is its turn."""

@@ -181,6 +181,7 @@ class Judge:
     # What a prompt waits for
 
     def _found(self, folder: Folder) -> Found:
+        self._folders.changed = True
         if folder.judged is None:
             folder.judged = Found(self._folders.named())
         return folder.judged

@@ -144,6 +144,7 @@ class Folder:
         inner: The folders in it that are looked into, as paths below the inbox.
         found: What the last scan found.
         judged: What was found since, when prompts were looked at whose turn had come.
+        was_judged: The same before the last scan, while not all was looked at again.
         window: Those of the settled stems that are the next ones.
         notes: What else is remembered of its stems.
         looked: Monotonic time at which the last scan began, seconds.
@@ -166,6 +167,7 @@ class Folder:
     inner: dict[str, None] = field(default_factory=dict)
     found: Found | None = None
     judged: Found | None = None
+    was_judged: Found | None = None
     window: Window | None = None
     notes: Notes | None = None
     looked: float = float("-inf")
@@ -214,7 +216,7 @@ class Folder:
         """Forget all that is in it."""
         self.settled, self.unsettled, self.inner = Numbers("d"), _NONE_UNSETTLED, {}
         self.beside, self.arriving, self.ignored = _NOTHING_BESIDE, (), None
-        self.window = self.notes = self.judged = None
+        self.window = self.notes = self.judged = self.was_judged = None
         self.distrust()
 
     def distrust(self) -> None:

@@ -152,11 +152,13 @@ class Order:
             self.wanting.add(name)
             self._joins(name, group)
 
-    def is_ready(self, name: str | None = None) -> bool:
-        """Tell whether anything of a first-level folder may be claimed; without one, anything of any."""
-        if name is not None:
-            return name in self._groups and bool(self._groups[name].ready)
-        return any(group.ready for group in self._groups.values())
+    def __len__(self) -> int:
+        """Return of how many first-level folders something may be claimed, or is still to be looked at for that."""
+        return len(self._groups)
+
+    def is_ready(self, name: str) -> bool:
+        """Tell whether anything of a first-level folder may be claimed."""
+        return name in self._groups and bool(self._groups[name].ready)
 
     def take(self, name: str) -> Candidate | None:
         """Return the oldest prompt of a first-level folder that may be claimed; it is not returned again."""

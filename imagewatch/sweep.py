@@ -194,6 +194,7 @@ class Sweep:
                 found.ignored.add(path, "a folder that cannot be listed", str(error))
         self._note(folder, found, began)
         yield from self.order.prepare(first_level(path))
+        folder.was_judged = None
 
     def _look_into(self, folder: Folder, found: Found) -> Iterator[None]:
         refill = folder.path in self.order.short
@@ -223,6 +224,7 @@ class Sweep:
         held = folder.notes is not None and bool(folder.notes.held)
         if folder.is_changed or folder.unsettled or held or folder.arriving or found or folder.found:
             self.order.withdraw(folder)
+            folder.was_judged = folder.was_judged or folder.judged
             folder.judged, folder.is_changed = None, False
             self.folders.changed = True
         folder.found = found or None
@@ -361,7 +363,8 @@ class Sweep:
 
     def seen(self) -> Seen:
         """Return what is known of all folders."""
-        parts = [found for folder in self.folders for found in (folder.found, folder.judged) if found]
+        found_ = ((folder.found, folder.was_judged or folder.judged) for folder in self.folders)
+        parts = [found for both in found_ for found in both if found]
         ignored = [folder.ignored for folder in self.folders if folder.ignored and folder.is_entered]
         dues = [found.due for found in parts if found.due is not None]
         return Seen(
