@@ -12,6 +12,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import secrets
 import stat
 from typing import TYPE_CHECKING
@@ -21,12 +22,16 @@ from imagewatch.errors import SpoolError
 from imagewatch.folders import Descriptor, NotAFolderError
 from imagewatch.names import CLAIMS
 from imagewatch.text import printable
-from imagewatch.writers import is_local
+from imagewatch.untrusted import open_at
 
 if TYPE_CHECKING:
     from imagewatch.folders import Tops
 
 _FILE = "claims.json"
+MARK = ".imagewatch-claims"
+JOB = re.compile("[0-9a-f]{16}")
+_MOST_MARK = 64
+_ITS_OWN = "is the daemon's folder of claimed files"
 _MODE = 0o700
 _HINT = "remove or rename what has this name; the daemon resumes automatically"
 
@@ -51,8 +56,8 @@ class Claims:
         self._inbox = inbox
         self._memory = os.path.join(state, _FILE)
         self._disk = disk
+        self._has_no_modes = False
         self.path = os.path.join(inbox, CLAIMS)
-        self._judged: tuple[Descriptor, bool] | None = None
 
     @property
     def _tops(self) -> Tops:
@@ -87,6 +92,7 @@ class Claims:
         named = self._named()
         known = self._tops.opened(self.path)
         if known is not None and named is not None and known.is_same(named):
+            self._close_to_others(known, named)
             return
         if known is None or not self._is_in_inbox(known):
             known = self._found()
@@ -97,6 +103,7 @@ class Claims:
             self._take()
             return
         self._tops.know(self.path, known)
+        self._remember(known)
         if named is not None and not known.is_same(named):
             raise self._displaced(known)
         if named is None:
@@ -107,6 +114,20 @@ class Claims:
         with ours(self.path, "look at the folder"), contextlib.suppress(FileNotFoundError):
             return self._tops.lstat(self.path)
         return None
+
+    def _close_to_others(self, folder: Descriptor, status: os.stat_result) -> bool:
+        """Set the mode of the true folder right, which only its owner or root can have changed; tell whether it is."""
+        if stat.S_IMODE(status.st_mode) & 0o777 == _MODE:
+            return True
+        if status.st_uid != os.geteuid() or self._has_no_modes:
+            return False
+        try:
+            os.fchmod(folder.fileno(), _MODE)
+        except OSError:
+            self._has_no_modes = True
+        else:
+            self._has_no_modes = stat.S_IMODE(folder.status().st_mode) & 0o777 != _MODE
+        return not self._has_no_modes
 
     def _is_in_inbox(self, known: Descriptor) -> bool:
         """Tell whether the folder that is open still is in this inbox."""
@@ -119,17 +140,16 @@ class Claims:
 
     def _found(self) -> Descriptor | None:
         """Return the folder that an earlier start knew, whatever its name in the inbox is; None if it is not there."""
-        inode = self._remembered()
-        if not inode:
-            return None
+        inode, mark = self._remembered()
         inbox = self._tops.listable(self._inbox)
         with ours(self._inbox, "list the folder"), inbox.entries() as entries:
-            names = [entry.name for entry in entries if entry.inode() == inode and entry.is_dir(follow_symlinks=False)]
+            names = [entry.name for entry in entries if inode and entry.is_dir(follow_symlinks=False)]
         for name in names:
             with contextlib.suppress(OSError):
                 folder = self._tops.entered(os.path.join(self._inbox, name))
-                status = folder.status()
-                if status.st_ino == inode and not self._strange(folder):
+                # An inbox that was copied has other inodes.
+                is_known = folder.status().st_ino == inode or (mark and mark == mark_in(folder))
+                if is_known and not self._strange(folder):
                     return folder
         return None
 
@@ -142,44 +162,50 @@ class Claims:
             if isinstance(error.__cause__, NotAFolderError):
                 self._tops.know(self.path, None)
                 raise self._not_ours("it is no folder") from error
+            if error.code == errno.EACCES:
+                self._tops.know(self.path, None)
+                raise self._not_ours("the daemon may not open it") from error
             raise
         if reason := self._strange(folder):
             self._tops.know(self.path, None)
             raise self._not_ours(reason)
         self._tops.know(self.path, folder)
-        if self._remembered() != (inode := folder.status().st_ino):
-            self._disk.write(self._memory, json.dumps({"inode": inode}).encode())
+        try:
+            self._remember(folder)
+        except SpoolError:
+            self._tops.know(self.path, None)  # to be done again
+            raise
 
-    def _remembered(self) -> int:
-        """Return the inode that is kept in the state folder; 0 without one."""
+    def _remember(self, folder: Descriptor) -> None:
+        """Mark a folder as the daemon's, and keep what tells it from others in the state folder."""
+        inode, mark = folder.status().st_ino, mark_in(folder)
+        if not mark:
+            mark = secrets.token_hex(16)
+            self._disk.write(os.path.join(self.path, MARK), mark.encode())
+        if self._remembered() != (inode, mark):
+            self._disk.write(self._memory, json.dumps({"inode": inode, "mark": mark}).encode())
+
+    def _remembered(self) -> tuple[int, str]:
+        """Return the inode and the mark that are kept in the state folder; 0 and an empty string without."""
         try:
             with open(self._tops.open_file(self._memory, os.O_RDONLY), "rb") as file:
-                return int(json.load(file)["inode"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return 0  # it is found by its owner and mode
+                kept = json.load(file)
+                return int(kept["inode"]), str(kept.get("mark", ""))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return 0, ""  # it is found by its owner and mode
 
     def _strange(self, folder: Descriptor) -> str:
         """Return why a folder is not the daemon's own, or an empty string."""
         status = folder.status()
         mine, mode = status.st_uid == os.geteuid(), stat.S_IMODE(status.st_mode) & 0o777
-        if mine and mode != _MODE and status.st_ino == self._remembered():
-            with contextlib.suppress(OSError):  # only its owner or root can have changed the mode, as by chmod -R
-                os.fchmod(folder.fileno(), _MODE)
-                return ""
+        inode, mark = self._remembered()
+        is_known = status.st_ino == inode or bool(mark and mark == mark_in(folder))
+        if mine and is_known and self._close_to_others(folder, status):
+            return ""
         if (mine and mode == _MODE) or not self.keeps_owners():
             return ""
-        return f"it has the mode {mode:04o}, not 0700" if mine else f"it belongs to another user ({status.st_uid})"
-
-    def is_private(self) -> bool:
-        """Tell whether it is known that nobody else can change what is in it."""
-        folder = self._tops.opened(self.path)
-        if folder is None:
-            return False
-        if self._judged is None or self._judged[0] is not folder:
-            status = folder.status()
-            owned = status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) & 0o077 == 0
-            self._judged = folder, owned and is_local(self._inbox)
-        return self._judged[1]
+        reason = f"it has the mode {mode:04o}, not 0700" if mine else f"it belongs to another user ({status.st_uid})"
+        return f"{_ITS_OWN}, but {reason}" if is_known or looks_like_claims(folder) else reason
 
     def keeps_owners(self) -> bool:
         """Tell whether the file system of the inbox keeps owners and modes, by a file that we make.
@@ -219,4 +245,29 @@ class Claims:
     def _not_ours(self, reason: str) -> NotOursError:
         what = "is not the folder in which the daemon keeps claimed files"
         message = f"{printable(self.path)}: {what} ({reason}), so nothing is claimed"
-        return NotOursError(message, path=self.path, code=errno.EPERM, hint=_HINT)
+        hint = _HINT
+        if reason.startswith(_ITS_OWN):
+            message = f"{printable(self.path)}: {reason}, so nothing is claimed"
+            hint = "do not remove or rename it: give it back to the daemon's user (chown -R) and set its mode to 0700"
+        return NotOursError(message, path=self.path, code=errno.EPERM, hint=hint)
+
+
+def mark_in(folder: Descriptor) -> str:
+    """Return the mark of a folder of claimed files, or an empty string."""
+    try:
+        with open_at(MARK, folder.fileno(), most_bytes=_MOST_MARK) as file:
+            return file.read(_MOST_MARK).decode("ascii", "replace")
+    except OSError:
+        return ""
+
+
+def looks_like_claims(folder: Descriptor) -> bool:
+    """Tell whether a folder is, or was, one of claimed files, of whatever daemon and under whatever name.
+
+    What is in it may have been paid for, so it is not scanned.
+    """
+    try:
+        names = os.listdir(folder.fileno())
+    except OSError:
+        return False
+    return MARK in names or ("lock" in names and any(map(JOB.fullmatch, names)))

@@ -61,6 +61,8 @@ _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
 _MOST_BALANCE_BYTES = 64 * 1024
 _MOST_REFUSAL_BYTES = 1 << 20
+_MOST_LATE_PIECES = 1000
+"""How much is taken after the deadline of what is here already: it may be all that was missing."""
 _COMPRESSED_MORE_BYTES = 1 << 20
 """So much larger than what is in it can a compressed answer be that is none of a joker."""
 
@@ -440,11 +442,12 @@ def _pieces(response: httpx.Response, call: Call, most: int) -> Iterator[bytes]:
         call: Its call.
         most: Bytes after which nobody listens any more.
     """
-    size = 0
+    size = late = 0
     for piece in response.iter_raw():
         yield piece
         size += len(piece)
-        if call.reason:
+        late += bool(call.reason)
+        if late > _MOST_LATE_PIECES:
             raise httpx.ReadTimeout(call.reason)
         if not call.bears(size):
             raise httpx.RemoteProtocolError("it comes in too small pieces")

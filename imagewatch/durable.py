@@ -18,13 +18,14 @@ import fcntl
 import functools
 import io
 import os
+import secrets
 import shutil
 import stat
 import threading
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.errors import AlreadyRunning, SpoolError
-from imagewatch.folders import Descriptor, NotAFolderError, Place, Tops
+from imagewatch.folders import Descriptor, NotAFolderError, Place, Tops, is_private
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -277,11 +278,26 @@ class Disk:
         for part in folder.split("/") if folder else ():
             inner = os.path.join(top, part)
             if not self.tops.is_folder(inner):
-                self.make_folder(inner, mode=0o777)
-                if mode is not None:
-                    self.set_mode(inner, mode)
+                if mode is None or self.tops.exists(inner):
+                    self.make_folder(inner, mode=0o777)
+                else:
+                    self.make_with_mode(inner, mode)
                 self.sync_folder(top)
             top = inner
+
+    def make_with_mode(self, path: str, mode: int) -> None:
+        """Make a folder under a name that nobody can guess, and give it its own name when it has its mode.
+
+        Else the mode might be set on another folder that was put in its place.
+        """
+        hidden = os.path.join(os.path.dirname(path), f".iw-new.{secrets.token_hex(8)}")
+        self.make_folder(hidden)
+        try:
+            self.set_mode(hidden, mode)
+            with ours(path, "rename"):
+                self.rename(hidden, path)
+        finally:
+            self.remove_folder(hidden)
 
     @contextlib.contextmanager
     def writing(self, path: str, temporary: str | None = None, mode: int = 0o600) -> Iterator[IO[bytes]]:
@@ -354,12 +370,24 @@ class Disk:
             with ours(target, "set mode or group"):
                 if finish:
                     finish(file.fileno())
-            is_movable = not is_fresh or self.touch(source)
+            is_secret = self._is_private(file, source)
+            is_movable = not is_fresh or is_secret or self.touch(source)
             self.sync(file, source)
             if not (is_movable and self._moved(file, source, target)):
+                self._require_public(source, is_secret=is_secret)
                 self._copy(file, target, temporary, finish)
                 self.sync_folder(os.path.dirname(target))
                 self.unlink(source)
+
+    def _is_private(self, file: IO[bytes], path: str) -> bool:
+        with ours(path, "look at the folder"):
+            return is_private(os.fstat(file.fileno()), self.tops.folder(os.path.dirname(path)).status())
+
+    def _require_public(self, path: str, *, is_secret: bool) -> None:
+        """Refuse to copy a hard link to a private file: the copy has one name, and passes for a file like any other."""
+        if is_secret:
+            with ours(path, "copy a hard link to a private file"):
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
 
     def _moved(self, file: IO[bytes], source: str, target: str) -> bool:
         """Rename an open file; tell whether that can be done, which it cannot between two file systems."""

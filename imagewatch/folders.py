@@ -134,6 +134,7 @@ class Tops:
 
     def __init__(self) -> None:
         self._tops: list[_Top] = []
+        self._lock = threading.Lock()
         self._local = threading.local()
 
     @classmethod
@@ -174,14 +175,16 @@ class Tops:
             descriptor: The folder; without one the path is shut: whatever is there is not used.
             is_private: Whether nobody else can change what is in it.
         """
-        others = [top for top in self._tops if top.path != path]
-        others.append(_Top(path, descriptor, is_private=is_private))
-        # One assignment: another thread sees the old list or the new one. The longest path comes first.
-        self._tops = sorted(others, key=lambda top: -len(top.path))
+        with self._lock:
+            others = [top for top in self._tops if top.path != path]
+            others.append(_Top(path, descriptor, is_private=is_private))
+            # One assignment: another thread sees the old list or the new one. The longest path comes first.
+            self._tops = sorted(others, key=lambda top: -len(top.path))
 
     def drop(self, path: str) -> None:
         """Know no folder by a path any more: what it leads to is reached as anything below the top above it."""
-        self._tops = [top for top in self._tops if top.path != path]
+        with self._lock:
+            self._tops = [top for top in self._tops if top.path != path]
 
     def opened(self, path: str) -> Descriptor | None:
         """Return the folder that is known by a path, or None."""
@@ -363,6 +366,21 @@ class Tops:
             return os.listdir(folder.fileno())
         with folder.entries() as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == folders]
+
+
+def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
+    """Tell whether a file is a hard link that may show what whoever made the link could not read.
+
+    A hard link does not tell who made it: it has the owner, the group and the mode of the file it leads to.
+
+    Args:
+        status: The file's.
+        folder: The folder's. If only its group may write it, what this group may read is no secret there.
+    """
+    if status.st_nlink < 2 or status.st_mode & stat.S_IROTH:  # noqa: PLR2004  another name
+        return False
+    is_for_group = status.st_mode & stat.S_IRGRP and status.st_gid == folder.st_gid
+    return not is_for_group or bool(folder.st_mode & stat.S_IWOTH)
 
 
 def _walked(top: _Top, parts: list[str]) -> Descriptor:

@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 from imagewatch import prompt as prompts
 from imagewatch.errors import BadRequest
+from imagewatch.folders import is_private
 from imagewatch.images import inspect
 from imagewatch.names import SUFFIX, Dropped, spellings
 from imagewatch.request import read_prompt
 from imagewatch.seen import Candidate, Found, Look, Wait
 from imagewatch.text import printable
-from imagewatch.untrusted import is_private, open_file
+from imagewatch.untrusted import open_file
 from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:

@@ -11,16 +11,19 @@ into it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
+from imagewatch.claims import JOB, MARK
 from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.folders import Tops
 from imagewatch.mounts import place_of
 from imagewatch.names import CLAIMS, SKIPPED_FOLDERS, SUFFIX, Beside, in_flight, is_picture, near_miss, stem_of
-from imagewatch.seen import Found, Reasons
+from imagewatch.seen import Found, Reasons, first_level
 from imagewatch.settling import Settling
 
 if TYPE_CHECKING:
@@ -37,6 +40,10 @@ _PIECE = 32
 """So many names are one piece of a listing: a name may take a quarter of a millisecond."""
 _ROOM = 4
 """So many times as many files as are named at last are named while each folder may name as many as that."""
+_MOST_FOLDERS = 50_000
+"""How many folders of one owner are looked into: each takes a kilobyte, and one more if the kernel tells of it."""
+_LONGEST_PATH = 3800
+"""Results of what is in a folder with a longer path below the inbox could not be published."""
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
 
 
@@ -139,6 +146,7 @@ class Folder:
         is_changed: Whether anything in it may be different since somebody set this to False.
         is_entered: Whether it could be looked into, and is on the file system of the inbox.
         is_gone: Whether it was not there when it was to be scanned last.
+        was_claims: Whether it looked like a folder of claimed files when it was first seen.
         owner: Number of the user to whom it belongs.
         ignored: Why files that are no prompts are not taken, by path below the inbox.
         inner: The folders in it that are looked into, as paths below the inbox.
@@ -149,6 +157,7 @@ class Folder:
         notes: What else is remembered of its stems.
         looked: Monotonic time at which the last scan began, seconds.
         names: How many files are named here that are not taken.
+        counted: As whose folder it is counted.
     """
 
     path: str
@@ -162,6 +171,7 @@ class Folder:
     is_changed: bool = True
     is_entered: bool = False
     is_gone: bool = False
+    was_claims: bool = False
     owner: int = -1
     ignored: Reasons | None = None
     inner: dict[str, None] = field(default_factory=dict)
@@ -172,6 +182,7 @@ class Folder:
     notes: Notes | None = None
     looked: float = float("-inf")
     names: int = 0
+    counted: int = -1
     _identity: tuple[int, int] | None = None
     _stamp: tuple[int, int] | None = None
     _steady: float = 0.0
@@ -348,6 +359,7 @@ class Folders:
         self._explain = explain
         self._known: dict[str, Folder] = {}
         self._places: dict[tuple[int, int], tuple[tuple[int, int], bool]] = {}
+        self._owned: Counter[int] = Counter()  # how many folders belong to each owner of a first-level folder
         self._names = self._keepers = 0  # files that are not taken and named, and folders in which they are
         self.changed = True
         self.fresh: list[str] = []
@@ -414,18 +426,30 @@ class Folders:
 
     def forget(self, path: str) -> None:
         """Forget a folder and those in it."""
-        if folder := self._known.pop(path, None):
-            self.gone.append(path)
+        if folder := self._known.get(path):
             self.leave(folder)
+            self._drop(folder)
 
     def leave(self, folder: Folder) -> None:
         """Forget what is in a folder, which cannot be looked into."""
-        folder.is_entered = False
-        self.changed = True
+        inner = list(self._clear(folder))
+        while inner:  # somebody may have made a thousand folders, each in the one before
+            if below := self._known.get(inner.pop()):
+                inner += self._clear(below)
+                self._drop(below)
+
+    def _clear(self, folder: Folder) -> dict[str, None]:
+        """Forget what is in a folder, the folders in it aside; return those."""
+        inner = folder.inner
+        folder.is_entered, self.changed = False, True
         self._count_names(folder, 0)
-        for inner in folder.inner:
-            self.forget(inner)
         folder.clear()
+        return inner
+
+    def _drop(self, folder: Folder) -> None:
+        del self._known[folder.path]
+        self._owned[folder.counted] -= 1
+        self.gone.append(folder.path)
 
     def look_into(self, folder: Folder, visitor: Visitor) -> Iterator[None]:
         """Bring the names of a folder up to date, and observe its stems that are not settled; a piece each time.
@@ -438,12 +462,13 @@ class Folders:
             status = os.fstat(descriptor)
             if folder.is_other(status):
                 folder.place, folder.is_local = self._place(descriptor, full)
+                folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
                 folder.distrust()
             folder.owner = status.st_uid
             folder.is_gone, is_here = False, folder.place == self.add("").place
             if not is_here:
                 visitor.found.ignored.add(folder.path, _OTHER_PLACE)
-            if not is_here or self._is_claims(status):
+            if not is_here or folder.was_claims or self._is_claims(status):
                 self.leave(folder)
                 return
             folder.is_entered = True
@@ -575,15 +600,32 @@ class Folders:
             ignored.add(path, "a folder, and inbox.recursive is off")
         elif name.startswith(("~", "#")):
             ignored.add(path, "a folder whose name begins with ~ or #")
+        elif len(os.fsencode(path)) > _LONGEST_PATH:
+            ignored.add(path, "a folder whose path is too long")
+        elif not self._may_enter(path):
+            ignored.add(path, f"a folder beyond the {_MOST_FOLDERS:,} of one owner that are looked into")
+            folder.distrust()  # it may be one of them later
         else:
-            inner[self._entered(path)] = None
+            inner[self._known[path].path] = None  # as it is kept
 
-    def _entered(self, path: str) -> str:
-        """Return the path of a folder that is looked into, as it is kept; note that it has to be."""
-        if path not in self._known:
-            self.add(path)
-            self.fresh.append(path)
-        return self._known[path].path
+    def _may_enter(self, path: str) -> bool:
+        """Tell whether a folder is looked into; if it is new, note that it has to be."""
+        if path in self._known:
+            return True
+        above = self._known.get(first_level(path))
+        owner = above.owner if above else self._owner(path)
+        if self._owned[owner] >= _MOST_FOLDERS:
+            return False
+        folder = self.add(path)
+        folder.owner = folder.counted = owner
+        self._owned[owner] += 1
+        self.fresh.append(path)
+        return True
+
+    def _owner(self, path: str) -> int:
+        with contextlib.suppress(OSError):
+            return self.tops.lstat(self.full(path)).st_uid
+        return -1
 
     def found_inside(self, folder: Folder, name: str) -> None:
         """Note that somebody has seen a folder in this one, so that this one need not be listed to look into it."""
@@ -611,6 +653,24 @@ class Folders:
         folder.beside = _NOTHING_BESIDE if is_empty else beside
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None
+
+
+def _is_like_claims(folder: int) -> bool:
+    """Tell whether a folder looks like one of claimed files, of this daemon or another."""
+    if _has(folder, MARK):
+        return True
+    if not _has(folder, "lock"):
+        return False
+    with os.scandir(folder) as entries:  # not all of them: there may be a million
+        return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MANY))
+
+
+def _has(folder: int, name: str) -> bool:
+    try:
+        os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except OSError:
+        return False
+    return True
 
 
 def _near_miss(name: str) -> str:

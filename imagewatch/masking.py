@@ -17,7 +17,7 @@ import threading
 from typing import Any, Final
 
 _MASKED: Final = "***"
-_MARKS: Final = ("\\", "%", "&", "\0")
+_MARKS: Final = ("\\", "%", "&")
 _RAW_MARKS: Final = (b"\\", b"%", b"&", b"\0")
 """Every escaped character begins with one of these; in UTF-16 every other byte of a key is the last one."""
 _ESCAPED: Final = re.compile(

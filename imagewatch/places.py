@@ -65,6 +65,15 @@ def _stranger(path: str) -> str:
     return ""
 
 
+def others_above(path: str) -> str:
+    """Return who beside the owner may put something else in the place of a file or folder; an empty string if none may.
+
+    Raises:
+        OSError: The folder it is in cannot be looked at.
+    """
+    return others_who_write(os.stat(os.path.dirname(path)))
+
+
 def others_who_write(status: os.stat_result) -> str:
     """Return who beside the owner may change a file, or rename what is in a folder; an empty string if none may.
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 from imagewatch.documents import unvouched
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError, UsageError
+from imagewatch.folders import is_private
 from imagewatch.names import PAID, SUFFIX
 from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
 from imagewatch.text import printable, whole
-from imagewatch.untrusted import RefusedError, is_private, open_file
+from imagewatch.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -28,7 +28,7 @@ from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, group, stem_of
 from imagewatch.request import SUPPORTED, Files, build, open_plain, read_image
 from imagewatch.text import printable
-from imagewatch.untrusted import open_file
+from imagewatch.untrusted import RefusedError, open_file, own_way
 from imagewatch.waiting import Made
 
 if TYPE_CHECKING:
@@ -295,11 +295,10 @@ class Delivery:
             if self._tops.is_link(current):
                 raise BadRequest([Problem("folder", f'"{part}" is a link, and not looked into', "use another")])
             if not self._tops.is_folder(current):
-                self._disk.make_folder(current, mode=0o777)
                 # The daemon is often another user, and has to take files out of it as out of the folder above, which
                 # the sticky bit would forbid: it is not the owner of this one.
                 mode = stat.S_IMODE(self._tops.folder(above).status().st_mode) & ~stat.S_ISVTX
-                self._disk.set_mode(current, mode)
+                self._disk.make_with_mode(current, mode)
                 self._sync(above)
         place = self._tops.at(current)
         if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
@@ -323,7 +322,10 @@ class Delivery:
 
     def _copy(self, parcel: _Parcel, path: str, hidden: str, name: str) -> str:
         """Copy an image; return the name it will have, with the ending that its content asks for."""
-        real = os.path.realpath(path)  # a link of the sender's own, unlike one in the inbox
+        try:
+            real = own_way(path)
+        except RefusedError as error:
+            raise BadRequest([Problem(path, f"it {error.strerror}", "use a copy of the image")]) from None
         if not os.path.exists(real):
             raise BadRequest([Problem(path, "there is no such file", "check the path of the image")])
         ending = "." + read_image(real, path).mime.rpartition("/")[2]

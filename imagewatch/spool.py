@@ -12,12 +12,11 @@ import errno
 import functools
 import grp
 import os
-import re
 import secrets
 import stat
 from typing import IO, TYPE_CHECKING
 
-from imagewatch.claims import Claims, NotOursError
+from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config import overlaps
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
@@ -26,7 +25,7 @@ from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.mounts import Kinds, Mounts, keeps_times
 from imagewatch.names import PAID, fits, fitted, tagged
-from imagewatch.places import others_who_write
+from imagewatch.places import others_above
 from imagewatch.record import Record
 from imagewatch.text import printable
 
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
     from imagewatch.config import Config, Folders
     from imagewatch.folders import Tops
 
-_JOB = re.compile("[0-9a-f]{16}")
 _PROBE = ".iw-probe"
 _LOCK = "lock"
 _LONGEST_ENDING = ".receipt.toml"
@@ -234,7 +232,7 @@ class Spool:
             SpoolError: Its path leads elsewhere than before, and others may have made that so.
         """
         real = os.path.realpath(folder)
-        if self._ways.get(folder, real) != real and others_who_write(os.stat(os.path.dirname(folder))):
+        if self._ways.get(folder, real) != real and others_above(folder):
             message = f"{printable(folder)}: leads to {printable(real)} now, and led to {printable(self._ways[folder])}"
             hint = "put the folder back, or restart the daemon if this is meant"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
@@ -383,7 +381,7 @@ class Spool:
             ids = set(self.tops.names(self.jobs, folders=True))
             if self._claims.is_open():
                 # Where a file system keeps no owners, others can make folders here.
-                ids.update(filter(_JOB.fullmatch, self.tops.names(self.claims, folders=True)))
+                ids.update(filter(JOB.fullmatch, self.tops.names(self.claims, folders=True)))
         return sorted(ids, key=lambda job: (self._age(self.record(job).path("claim.json")), job))
 
     def _age(self, path: str) -> int:
@@ -480,6 +478,10 @@ class Spool:
             if isinstance(error.__cause__, FileNotFoundError | FileExistsError):
                 return False
             raise
+        if self.tops.is_folder(target):  # it took the place of the file in this moment
+            with ours(source, "put the folder back into the inbox"):
+                self.disk.rename(target, source)
+            return False
         return True
 
     def _may_be_taken(self, path: str) -> bool:
@@ -522,6 +524,10 @@ class Spool:
             self._sync_inner(door, claim.folder)
 
     def _drop_twins_of(self, claim: Claim) -> None:
+        with contextlib.suppress(OSError), self.tops.held(self.inbox_folder(claim)):
+            self._drop_twins_in(claim)
+
+    def _drop_twins_in(self, claim: Claim) -> None:
         for name in claim.originals:
             self._drop_twin(os.path.join(self.inbox_folder(claim), name), self.original(claim, name))
 
@@ -594,23 +600,8 @@ class Spool:
             return set()
 
     def _originals(self, claim: Claim) -> set[str]:
-        """Return which of its originals are in the claim. Whatever else is there is not touched.
-
-        Where others can change a claim, a file must also have the size of the one that was claimed.
-        """
-        names = self._claimed_names(claim.job).intersection(claim.originals)
-        if self._claims.is_private():
-            return names
-        return {name for name in names if self._has_claimed_size(claim, name)}
-
-    def _has_claimed_size(self, claim: Claim, name: str) -> bool:
-        if name not in claim.files:
-            return True
-        try:
-            status = self.tops.lstat(self.original(claim, name))
-        except OSError:
-            return False
-        return claim.files[name][1] == (status.st_size if stat.S_ISREG(status.st_mode) else -1)
+        """Return which of its originals are in the claim. Whatever else is there is not touched."""
+        return self._claimed_names(claim.job).intersection(claim.originals)
 
     def _document_out(self, claim: Claim, decision: Decision) -> bool:
         if decision.door == "away":

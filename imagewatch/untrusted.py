@@ -11,10 +11,11 @@ import io
 import os
 import stat
 
-from imagewatch.folders import Tops
+from imagewatch.folders import Tops, is_private
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOWHERE = Tops()
+_MOST_LINKS = 40
 
 
 class RefusedError(OSError):
@@ -60,17 +61,17 @@ def open_at(name: str, folder: int | None, *, most_bytes: int | None = None, pat
     before = os.stat(name, dir_fd=folder, follow_symlinks=False)
     if reason := _kind(before):  # to open a device may already do something
         raise RefusedError(reason, path)
-    file = io.FileIO(os.open(name, _FLAGS, dir_fd=folder))
-    status = os.fstat(file.fileno())
+    descriptor = os.open(name, _FLAGS, dir_fd=folder)
+    status = os.fstat(descriptor)
     reason = refusal(status, os.stat(os.path.dirname(path) or ".") if folder is None else os.fstat(folder))
     if not os.path.samestat(before, status):
         reason = "was replaced while it was opened"
     elif most_bytes is not None and status.st_size > most_bytes:
         reason = f"is larger than {most_bytes:,} bytes"
     if reason:
-        file.close()
+        os.close(descriptor)
         raise RefusedError(reason, path)
-    return file
+    return io.FileIO(descriptor)
 
 
 def refusal(status: os.stat_result, folder: os.stat_result) -> str:
@@ -93,16 +94,23 @@ def _kind(status: os.stat_result) -> str:
     return "" if stat.S_ISREG(status.st_mode) else "is not a plain file"
 
 
-def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
-    """Tell whether a file is a hard link that may show what whoever made the link could not read.
-
-    A hard link does not tell who made it: it has the owner, the group and the mode of the file it leads to.
+def own_way(path: str) -> str:
+    """Return where a path leads to if its last name is a link that this user or root has made.
 
     Args:
-        status: The file's.
-        folder: The folder's. If only its group may write it, what this group may read is no secret there.
+        path: A path that a person has named, or that belongs beside one.
+
+    Raises:
+        RefusedError: Another user has made the link: it may lead to what only the caller can read.
     """
-    if status.st_nlink < 2 or status.st_mode & stat.S_IROTH:  # noqa: PLR2004  another name
-        return False
-    is_for_group = status.st_mode & stat.S_IRGRP and status.st_gid == folder.st_gid
-    return not is_for_group or bool(folder.st_mode & stat.S_IWOTH)
+    for _ in range(_MOST_LINKS):
+        try:
+            status = os.lstat(path)
+        except OSError:
+            return path  # which is told when it is opened
+        if not stat.S_ISLNK(status.st_mode):
+            return path
+        if status.st_uid not in {0, os.geteuid()}:
+            raise RefusedError("is a link that another user has made", path)
+        path = os.path.join(os.path.dirname(path), os.readlink(path))
+    return path

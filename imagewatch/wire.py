@@ -190,9 +190,11 @@ class Plain:
             chunk = self._inflate.unconsumed_tail
 
     def end(self) -> bytes:
-        """Return what is left when nothing more comes."""
+        """Return what is left when nothing more comes; nothing if not all was taken of what came."""
         if self._inflate is None:
             return self._first or b""
+        if self._inflate.unconsumed_tail:
+            return b""  # it would come all at once, and may be a thousand times as long
         try:
             return self._inflate.flush()
         except zlib.error:  # it was cut off

@@ -267,8 +267,8 @@ class Worker:
             # What was answered before this call says nothing of now: by it no hold is over.
             answered = outcome.answered and run.evidence.answered > run.stale
             outcome = replace(outcome, answered=answered, trouble=run.trouble)
-        else:
-            self._spool.give_back(run.claim)  # without its prompt: somebody took that away, the images are theirs
+        elif not self._spool.give_back(run.claim):  # without its prompt, which was taken away; the images are theirs
+            return self._displaced(run)
         self._spool.forget(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
         return outcome
 
@@ -432,11 +432,14 @@ class Worker:
         if attempt := run.evidence.answered:
             self._closing.busy(Case.of(run.record, claim, run.evidence), self._verdict(run, attempt))
         if not self._spool.give_back(claim):
-            return Outcome(
-                claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble, displaced=True
-            )
+            return self._displaced(run)
         self._spool.forget(claim.job)
         return Outcome(claim.job, End.RETURNED, claim.source, trouble=run.trouble)
+
+    def _displaced(self, run: Run) -> Outcome:
+        """Wait until a newer file of the same name has gone first."""
+        claim = run.claim
+        return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble, displaced=True)
 
     def _park(self, run: Run, error: Exception) -> None:
         """End a job that met a bug, if nothing was paid for it; else leave its evidence for the next start."""

@@ -158,7 +158,11 @@ class Folders:
     def leftovers(self) -> list[str]:
         """What no finished job may leave behind: claims, records, temporary files."""
         left = [str(path) for path in (self.state / "jobs").glob("*")]
-        left += [str(path) for path in (self.inbox / ".imagewatch").glob("*") if path.name != "lock"]
+        left += [
+            str(path)
+            for path in (self.inbox / ".imagewatch").glob("*")
+            if path.name not in {"lock", ".imagewatch-claims"}
+        ]
         left += [str(path) for path in self.root.rglob(".iw-*")]
         return left
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from conftest import KEY, Station
 from scripted import Scripted, drop, paid, picture, refused
 
-from imagewatch import call
+from imagewatch import call, client
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
 from imagewatch.errors import Unavailable
@@ -146,6 +147,28 @@ def test_a_paid_answer_of_a_byte_in_each_chunk_is_read_to_its_end(tmp_path):
         assert (station.outbox / "x.png").read_bytes() == image
 
 
+class Late(call.Call):
+    """A call whose time is over when the first of the body is here."""
+
+    def took(self, size):
+        super().took(size)
+        self.at = time.monotonic()
+
+
+def test_a_paid_answer_that_is_here_when_its_time_is_over_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "Call", Late)
+    body = paid(picture())
+
+    def script(exchange):
+        exchange.request()
+        pieces = [body[at : at + 7] for at in range(0, len(body), 7)]
+        exchange.send(CHUNKED + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
+
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert "problems" not in station.receipt("x")
+
+
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"502 Bad Gateway"])
 def test_a_refusal_without_end_is_read_as_far_as_it_can_say_anything(tmp_path, status):
     script = flood(b"HTTP/1.1 " + status + b"\r\n\r\n", b"no ")
@@ -177,8 +200,11 @@ def test_a_compressed_answer_grows_no_larger_than_any_other(tmp_path, status):
         exchange.send(head % (status, len(packed)) + packed)
 
     with served_by(tmp_path, script, endpoint__max_response_bytes="3000000") as station:
+        tracemalloc.start()
         with Effort() as effort:
             station.work()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
         is_paid = status == b"200 OK"
         error = refused(station, "x", ASK, beside="bin" if is_paid else "")
         assert error["charged"] == ("yes" if is_paid else "no")
@@ -186,6 +212,7 @@ def test_a_compressed_answer_grows_no_larger_than_any_other(tmp_path, status):
             assert "larger than max_response_bytes (3,000,000)" in error["problems"][0]
             assert (station.errors / "x.answer.bin").stat().st_size == 3_000_000
         assert effort.work < 5
+        assert peak < 20_000_000
 
 
 def test_a_compressed_answer_that_never_holds_anything_is_cut(tmp_path):
@@ -236,11 +263,11 @@ def fetch(script, *, seconds=30.0, limit=1_000_000):
     with Scripted(script) as server:
         endpoint = Endpoint(base_url=server.base_url)
         with (
-            contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client,
+            contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
             Effort() as effort,
             pytest.raises(FetchError) as caught,
         ):
-            client.fetch(server.base_url + "/x.png", came.append, limit, seconds)
+            fetching.fetch(server.base_url + "/x.png", came.append, limit, seconds)
     return str(caught.value), effort, sum(map(len, came))
 
 
@@ -262,11 +289,11 @@ def test_a_picture_that_comes_as_fast_as_it_can_ends_in_its_time_and_not_later(m
 def test_a_picture_of_a_byte_in_each_read_keeps_no_core_busy(byte_by_byte, certificate):
     endpoint = Endpoint(base_url=byte_by_byte, ca_file=certificate.path)
     with (
-        contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client,
+        contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
         Effort() as effort,
         pytest.raises(FetchError, match="no end after 5 seconds"),
     ):
-        client.fetch(f"{byte_by_byte}/x.png", lambda _: None, 100_000_000, 5)
+        fetching.fetch(f"{byte_by_byte}/x.png", lambda _: None, 100_000_000, 5)
     assert effort.work < 1
 
 
@@ -278,9 +305,13 @@ def test_a_name_server_that_never_answers_takes_no_more_than_the_time_of_the_pic
         released.wait(20)
         return []
 
-    client = Client(Endpoint(), lambda: Key(KEY), resolve=resolve)
-    with contextlib.closing(client), Effort() as effort, pytest.raises(FetchError, match=r"no end after 1\.5 seconds"):
-        client.fetch("https://images.example/x.png", lambda _: None, 1000, 1.5)
+    fetching = Client(Endpoint(), lambda: Key(KEY), resolve=resolve)
+    with (
+        contextlib.closing(fetching),
+        Effort() as effort,
+        pytest.raises(FetchError, match=r"no end after 1\.5 seconds"),
+    ):
+        fetching.fetch("https://images.example/x.png", lambda _: None, 1000, 1.5)
     released.set()
     assert asked == ["images.example"]
     assert effort.seconds < 4.5
@@ -296,7 +327,7 @@ def test_a_picture_without_end_is_larger_than_the_limit():
 @pytest.mark.parametrize(("first", "rest"), [*HEADS.values(), *BODIES.values()], ids=[*HEADS, *BODIES])
 def test_a_balance_without_end_is_not_available(first, rest):
     with Scripted(flood(first, rest)) as server:
-        client = Client(Endpoint(base_url=server.base_url, timeout_seconds=2.0), lambda: Key(KEY))
-        with contextlib.closing(client), Effort() as effort, pytest.raises(Unavailable):
-            client.balance()
+        asking = Client(Endpoint(base_url=server.base_url, timeout_seconds=2.0), lambda: Key(KEY))
+        with contextlib.closing(asking), Effort() as effort, pytest.raises(Unavailable):
+            asking.balance()
     assert effort.seconds < 4

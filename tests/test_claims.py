@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.claims import Claims, NotOursError
+from imagewatch.claims import MARK, Claims, NotOursError
 from imagewatch.durable import Disk
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Place:
         return Claims(str(self.inbox), str(self.state), disk)
 
     def names(self) -> list[str]:
-        return sorted(self.disk.tops.names(str(self.folder)))
+        return sorted(set(self.disk.tops.names(str(self.folder))) - {MARK})
 
 
 @pytest.fixture
@@ -56,7 +56,7 @@ def test_it_is_made_for_the_daemon_alone_and_remembered(place: Place) -> None:
     place.start().require()
     status = place.folder.stat()
     assert (stat.S_IMODE(status.st_mode), status.st_uid) == (MODE, os.geteuid())
-    assert json.loads((place.state / "claims.json").read_bytes()) == {"inode": status.st_ino}
+    assert json.loads((place.state / "claims.json").read_bytes())["inode"] == status.st_ino
 
 
 def test_a_check_makes_nothing(place: Place) -> None:
@@ -145,21 +145,48 @@ def test_that_of_an_inbox_that_was_restored_from_a_backup_is_the_daemons_again(u
     (tmp_path / "backup").rename(used.inbox)
     used.start().require()
     assert used.names() == ["job"]
-    assert json.loads((used.state / "claims.json").read_bytes()) == {"inode": used.folder.stat().st_ino}
+    assert json.loads((used.state / "claims.json").read_bytes())["inode"] == used.folder.stat().st_ino
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"inode": "x"}', b"\xff"])
 def test_a_damaged_memory_of_it_is_made_again(used: Place, content: bytes) -> None:
     (used.state / "claims.json").write_bytes(content)
     used.start().require()
-    assert json.loads((used.state / "claims.json").read_bytes()) == {"inode": used.folder.stat().st_ino}
+    assert json.loads((used.state / "claims.json").read_bytes())["inode"] == used.folder.stat().st_ino
 
 
 def test_an_empty_one_that_is_removed_is_made_again(place: Place) -> None:
     claims = place.start()
     claims.require()
+    (place.folder / MARK).unlink()
     place.folder.rmdir()
     claims.check()
     assert not claims.is_open()
     claims.require()
     assert place.names() == []
+
+
+def test_a_copied_inbox_whose_claims_were_renamed_has_them_again(used: Place, tmp_path: Path) -> None:
+    shutil.copytree(used.inbox, tmp_path / "copy", copy_function=shutil.copy2)
+    shutil.rmtree(used.inbox)
+    (tmp_path / "copy").rename(used.inbox)
+    used.folder.rename(used.inbox / "visible")
+    used.start().require()
+    assert used.names() == ["job"]
+
+
+def test_a_mode_that_is_changed_while_it_is_used_is_set_right_at_once(used: Place) -> None:
+    claims = used.start()
+    claims.require()
+    used.folder.chmod(0o777)
+    claims.check()
+    assert stat.S_IMODE(used.folder.stat().st_mode) == MODE
+
+
+def test_one_that_was_given_to_another_user_is_to_be_given_back_and_not_removed(used: Place) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root may give a folder to another user")
+    os.chown(used.folder, 61235, -1)
+    with pytest.raises(NotOursError, match="is the daemon's folder of claimed files, but it belongs") as caught:
+        used.start().require()
+    assert caught.value.hint.startswith("do not remove or rename it: give it back")

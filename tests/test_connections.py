@@ -46,7 +46,7 @@ def large():
 @contextlib.contextmanager
 def at(tmp_path, base_url, **settings):
     if "endpoint__deadline_seconds" in settings:
-        settings = {"endpoint__connect_timeout_seconds": "0.2", **settings}  # it may not be longer
+        settings = {"endpoint__connect_timeout_seconds": "1", **settings}  # it may not be longer
     with contextlib.closing(Station(tmp_path, base_url, **settings)) as station:
         yield station
 
@@ -199,7 +199,7 @@ def test_a_server_that_never_reads_the_body_was_sent_no_whole_request(tmp_path, 
         exchange.head()
         exchange.linger()
 
-    with served_by(tmp_path, script, receive_bytes=8192, endpoint__deadline_seconds="0.5") as station:
+    with served_by(tmp_path, script, receive_bytes=8192, endpoint__deadline_seconds="1.5") as station:
         unreachable(station, large, "deadline_seconds")
 
 
@@ -209,10 +209,10 @@ def test_a_server_that_answers_nothing_but_reads_slowly_past_the_deadline_was_se
     def script(exchange):
         head = exchange.head()
         exchange.body(head, most=1_000_000)
-        exchange.pause(0.6)
+        exchange.pause(2)
         received.append(exchange.drain())
 
-    with served_by(tmp_path, script, receive_bytes=8192, endpoint__deadline_seconds="0.4") as station:
+    with served_by(tmp_path, script, receive_bytes=8192, endpoint__deadline_seconds="1.5") as station:
         unreachable(station, large, "deadline_seconds")
         station.server.wait_for(1)
     assert received[0] < LARGE_BYTES
@@ -312,8 +312,8 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_its_deadline(tmp_p
         exchange.request()
         exchange.linger()
 
-    with served_by(tmp_path, script, endpoint__deadline_seconds="0.3") as station:
-        in_doubt(station, SMALL, "no end after 0.3 seconds")
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
+        in_doubt(station, SMALL, "no end after 1.5 seconds")
 
 
 def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(tmp_path):
@@ -326,7 +326,7 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(t
 
 
 def test_a_server_that_never_reads_a_small_request_is_in_doubt(tmp_path):
-    with served_by(tmp_path, lambda exchange: exchange.linger(), endpoint__deadline_seconds="0.3") as station:
+    with served_by(tmp_path, lambda exchange: exchange.linger(), endpoint__deadline_seconds="1.5") as station:
         in_doubt(station, SMALL, "deadline_seconds")
 
 
@@ -335,7 +335,7 @@ def test_headers_that_trickle_past_the_deadline_are_in_doubt(tmp_path):
         exchange.request()
         exchange.trickle(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, 0.02)
 
-    with served_by(tmp_path, script, endpoint__deadline_seconds="0.3", endpoint__timeout_seconds="5") as station:
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5", endpoint__timeout_seconds="5") as station:
         in_doubt(station, SMALL, "deadline_seconds")
 
 
@@ -366,7 +366,7 @@ def test_endless_interim_answers_are_in_doubt_by_the_deadline(tmp_path):
         exchange.request()
         exchange.trickle(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000, 0.002)
 
-    with served_by(tmp_path, script, endpoint__deadline_seconds="0.3", endpoint__timeout_seconds="5") as station:
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5", endpoint__timeout_seconds="5") as station:
         in_doubt(station, SMALL, "deadline_seconds")
 
 
@@ -467,7 +467,7 @@ def test_a_body_that_trickles_past_the_deadline_was_paid_and_what_came_is_kept(t
         exchange.send(frame(body) + body[:50])
         exchange.trickle(body[50:-1], 0.02)
 
-    with served_by(tmp_path, script, endpoint__deadline_seconds="0.3", endpoint__timeout_seconds="5") as station:
+    with served_by(tmp_path, script, endpoint__deadline_seconds="1.5", endpoint__timeout_seconds="5") as station:
         drop(station, SMALL)
         station.work()
         error = refused(station, "x", SMALL, beside="json")

@@ -478,7 +478,7 @@ def at_once(exchange):
 
 @pytest.mark.parametrize("sized", [False, True])
 def test_a_fetch_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
-    settings = {"endpoint__connect_timeout_seconds": "0.2", "endpoint__deadline_seconds": "0.3"}
+    settings = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1.5"}
     with (
         Scripted(lambda exchange: slowly(exchange, sized=sized), at_once) as images,
         answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock(), **settings) as station,
@@ -516,7 +516,7 @@ def test_the_deadline_holds_for_the_second_picture_of_a_host_that_keeps_its_conn
         at_once(exchange)
         slowly(exchange)
 
-    settings = {"endpoint__connect_timeout_seconds": "0.5", "endpoint__deadline_seconds": "1"}
+    settings = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1.5"}
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
         Scripted(twice, slowly, at_once) as images,

@@ -271,7 +271,7 @@ class Audit:
         self._files = {
             path.relative_to(self._folders.root).as_posix(): path.read_bytes()
             for path in self._folders.root.rglob("*")
-            if path.is_file()
+            if path.is_file() and path.name != ".imagewatch-claims"
         }
         self._documents = {
             name: tomllib.loads(content.decode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import shutil
 import time
 from typing import TYPE_CHECKING
 
@@ -735,3 +736,52 @@ def test_five_thousand_prompts_are_judged_alike_twice(looking):
     assert len(first.ready) + len(first.waiting) == 5000
     second = looking.look(after=60)
     assert len({candidate.key for candidate in second.ready}) == 5000
+
+
+def test_a_thousand_folders_each_in_the_one_before_come_and_go(tmp_path):
+    """Paths longer than the kernel takes can be made as well."""
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    here = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(5000):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    seen = looking.look()
+    assert 1000 < len(seen.folders) < 2000
+    assert list(seen.ignored.values()) == ["a folder whose path is too long"]
+    (tmp_path / "d").rename(tmp_path / ".hidden")
+    looking.write("cat.prompt.txt")
+    seen = looking.look(after=6)
+    assert (seen.folders, [candidate.source for candidate in seen.ready]) == ([str(tmp_path)], ["cat.prompt.txt"])
+    shutil.rmtree(tmp_path / ".hidden", ignore_errors=True)
+
+
+def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    for number in range(8):
+        looking.write(f"a/{number}/p.prompt.txt")
+        looking.write(f"b{number}/p.prompt.txt")
+    seen = looking.look()
+    assert len(seen.folders) == 11
+    assert set(seen.ignored.values()) == {"a folder beyond the 10 of one owner that are looked into"}
+    assert seen.ignored.total == 7
+    for number in range(8):
+        (tmp_path / f"b{number}/p.prompt.txt").unlink()
+        (tmp_path / f"b{number}").rmdir()
+    seen = looking.look(after=6)
+    assert (len(seen.folders), seen.ignored.total) == (10, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+def test_however_many_folders_one_owner_makes_those_of_another_are_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    for number in range(30):
+        (tmp_path / f"m{number}").mkdir()
+        os.chown(tmp_path / f"m{number}", 61235, 61235)
+    looking.look()
+    looking.write("colleague/sub/p.prompt.txt")
+    assert looking.ready(after=6) == ["colleague/sub/p.prompt.txt"]

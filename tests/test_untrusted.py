@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imagewatch
-from imagewatch.folders import Tops
-from imagewatch.untrusted import RefusedError, is_private, open_file
+from imagewatch.folders import Tops, is_private
+from imagewatch.untrusted import RefusedError, open_file
 
 PACKAGE = Path(imagewatch.__file__).parent
 
