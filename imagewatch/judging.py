@@ -216,14 +216,13 @@ class Judge:
 
     def _is_disturbed(self, folder: Folder, names: Dropped, changed: float) -> bool:
         """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
-        now, found = self._moment.now, self._found(folder)
-        if self.busy(folder, names, found):
+        if self.busy(folder, names, Found(0)):
             kind, reason = Wait.WRITING, "is being written again"
         elif changed != folder.settled.get(names.stem) and self._config.settle_seconds:
             kind, reason = Wait.SETTLING, "was changed, so it has to be quiet again"
         else:
             return False
-        self._notes(folder).settling.touch(names.stem, now)
+        self._notes(folder).settling.touch(names.stem, self._moment.now)
         folder.unsettle(names.stem)
         self._wait(folder, names.prompt, kind, reason, self._config.settle_seconds)
         return True

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import os
-import shutil
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,8 +21,7 @@ from imagewatch.sweep import Sweep
 from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from imagewatch.seen import Candidate, Seen
 
@@ -738,10 +739,18 @@ def test_five_thousand_prompts_are_judged_alike_twice(looking):
     assert len({candidate.key for candidate in second.ready}) == 5000
 
 
-def test_a_thousand_folders_each_in_the_one_before_come_and_go(tmp_path):
-    """Paths longer than the kernel takes can be made as well."""
-    looking = windowed(tmp_path, settle_seconds=0.0)
-    here = os.open(tmp_path, os.O_RDONLY)
+@pytest.fixture
+def deep() -> Iterator[Path]:
+    """A folder in which others can be nested: neither Python nor pytest can remove a thousand of them."""
+    path = Path(tempfile.mkdtemp())
+    yield path
+    subprocess.run(["rm", "-rf", str(path)], check=True)
+
+
+def test_thousands_of_folders_each_in_the_one_before_come_and_go(deep):
+    """Their paths are longer than those the kernel takes."""
+    looking = windowed(deep, settle_seconds=0.0)
+    here = os.open(deep, os.O_RDONLY)
     for _ in range(5000):
         os.mkdir("d", dir_fd=here)
         inner = os.open("d", os.O_RDONLY, dir_fd=here)
@@ -751,11 +760,10 @@ def test_a_thousand_folders_each_in_the_one_before_come_and_go(tmp_path):
     seen = looking.look()
     assert 1000 < len(seen.folders) < 2000
     assert list(seen.ignored.values()) == ["a folder whose path is too long"]
-    (tmp_path / "d").rename(tmp_path / ".hidden")
+    (deep / "d").rename(deep / ".hidden")
     looking.write("cat.prompt.txt")
     seen = looking.look(after=6)
-    assert (seen.folders, [candidate.source for candidate in seen.ready]) == ([str(tmp_path)], ["cat.prompt.txt"])
-    shutil.rmtree(tmp_path / ".hidden", ignore_errors=True)
+    assert (seen.folders, [candidate.source for candidate in seen.ready]) == ([str(deep)], ["cat.prompt.txt"])
 
 
 def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(tmp_path, monkeypatch):

@@ -249,7 +249,8 @@ def test_names_that_come_and_go_without_end_do_not_fill_the_log(
     for turn in range(5):
         for number in range(700):
             (mallory / f"turn{turn}-{number}.txt").touch()
-        until(lambda turn=turn: any(name.startswith(f"mallory/turn{turn}") for name in status(folders)["ignored"]["files"]))
+        start = f"mallory/turn{turn}"
+        until(lambda start=start: any(name.startswith(start) for name in status(folders)["ignored"]["files"]))
         until(lambda: status(folders)["ignored"]["count"] == 700)
         for path in mallory.iterdir():
             path.unlink()
