@@ -150,10 +150,10 @@ class Folders:
         return tomllib.loads((self.errors / f"{stem}.error.toml").read_text())
 
     def names(self, folder: str) -> list[str]:
-        """All files below one of the folders, hidden ones too, the daemon's own lock aside."""
+        """All files below one of the folders, hidden ones too, the lock and the mark of the claims aside."""
         top = self.root / folder
         found = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file() or path.is_symlink())
-        return sorted(name for name in found if name != ".imagewatch/lock")
+        return sorted(name for name in found if name not in {".imagewatch/lock", ".imagewatch/.imagewatch-claims"})
 
     def leftovers(self) -> list[str]:
         """What no finished job may leave behind: claims, records, temporary files."""
