@@ -132,6 +132,7 @@ class Intake:
         for _, scan in self._running.values():
             scan.close()
         self._running.clear()
+        self._watching.forget_all()
         self._sweep = Sweep(
             self._inbox,
             config,
@@ -468,6 +469,7 @@ class Intake:
         folder = self._sweep.folders.get(key[0])
         if key in self._passed or (folder and folder.found and key[1] in folder.found.passed):
             self._passed.discard(key)
+            self._sweep.give_back(key)
             self.soon(key)  # a file of the same name was dropped meanwhile
 
     # How it is watched

@@ -95,10 +95,12 @@ class Order:
 
     def offer(self, folder: Folder, changed: float, stem: str) -> None:
         """Note that a prompt is settled; it may be known already."""
-        if (folder.notes and stem in folder.notes.held) or (folder.path, stem) in self._given:
-            return
+        name, key = first_level(folder.path), (folder.path, stem)
+        group = self._groups.get(name)
+        if (group and key in group.keys) or key in self._given or (folder.notes and stem in folder.notes.held):
+            return  # it was looked at already
         self._window(folder).offer((changed, stem), self.most())
-        self.wanting.add(first_level(folder.path))
+        self.wanting.add(name)
 
     def _window(self, folder: Folder) -> Window:
         group = self._groups.setdefault(first_level(folder.path), _Group())

@@ -141,6 +141,12 @@ class Sweep:
             folder.forget(key[1])
             self.folders.changed = True
 
+    def give_back(self, key: Key) -> None:
+        """Note that a prompt that was returned as ready, and is settled, was not claimed."""
+        folder = self.folders.get(key[0])
+        if folder and (changed := folder.settled.get(key[1])) is not None:
+            self.order.put_back(folder, [(changed, key[1])])
+
     def owner(self, folder: str, name: str) -> Key | None:
         """Return the stem to which a file belongs that is no prompt, or None."""
         known = self.folders.get(folder)

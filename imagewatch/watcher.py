@@ -172,8 +172,9 @@ class Watcher:
         if known and known.identity == identity and not known.gone:
             return ""
         self.forget(path)
+        open_one = f"/proc/self/fd/{descriptor}"
         try:
-            self._add(path, identity, f"/proc/self/fd/{descriptor}" if descriptor is not None else path)
+            self._add(path, identity, path if descriptor is None or not os.path.lexists(open_one) else open_one)
         except OSError as error:
             return _LIMIT if error.errno == errno.ENOSPC else error.strerror or str(error)
         return ""
@@ -182,6 +183,11 @@ class Watcher:
         """Watch a folder no longer."""
         if folder := self._watched.pop(path, None):
             self._forget(folder)
+
+    def forget_others(self, path: str) -> None:
+        """Watch no folder but this one."""
+        for other in [other for other in self._watched if other != path]:
+            self.forget(other)
 
     def _add(self, path: str, identity: tuple[int, int], at: str) -> None:
         mask = (

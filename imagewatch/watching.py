@@ -105,6 +105,12 @@ class Watching:
         if self._watcher.alive():
             self._watcher.forget(path)
 
+    def forget_all(self) -> None:
+        """Watch no folder but that for requests, until one is named again."""
+        self._problems.clear()
+        if self._watcher.alive():
+            self._watcher.forget_others(self.control)
+
     # What has to be looked at instead
 
     def _why_all(self, kind: str) -> str:

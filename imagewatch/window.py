@@ -71,7 +71,8 @@ class Window:
 
     def put_back(self, entry: Entry) -> None:
         """Take in again an entry that was taken out."""
-        self._oldest.offer(entry, len(self._oldest.entries) + 1)
+        for oldest in filter(None, (self._oldest, self._next)):
+            oldest.offer(entry, len(oldest.entries) + 1)
 
     def begin(self) -> None:
         """Begin to offer all prompts again."""

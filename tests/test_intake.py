@@ -19,13 +19,14 @@ if TYPE_CHECKING:
 
 
 class Ticking:
-    """A clock that goes on by a thousandth of a second each time it is read, on however slow a machine."""
+    """A clock that goes on by so many seconds each time it is read, on however slow a machine."""
 
     def __init__(self) -> None:
         self.now = 1000.0
+        self.step = 0.001
 
     def __call__(self) -> float:
-        self.now += 0.001
+        self.now += self.step
         return self.now
 
 
@@ -97,7 +98,8 @@ def names(count: int, ending: str = "prompt.txt", stem: str = "p") -> list[str]:
 @pytest.mark.parametrize("where", ["mallory", ""])
 @pytest.mark.parametrize("ending", ["prompt.txt.txt", "gif", "prompt.txt"])
 def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(looking, where, ending):
-    looking.write(where, *names(6000, ending), text="" if ending == "prompt.txt" else "x")
+    looking.clock.step = 0.003
+    looking.write(where, *names(3000, ending), text="" if ending == "prompt.txt" else "x")
     looking.write("colleague", "cat.prompt.txt")
     looks = 0
     while not looking.intake.is_ready("colleague"):
@@ -107,18 +109,18 @@ def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(look
     assert looks <= 3
     looking.look_through()
     kinds = [*looking.intake.seen.ignored.kinds.values(), *looking.intake.seen.waiting.kinds.values()]
-    assert kinds == ([] if ending == "gif" else [6000])
+    assert kinds == ([] if ending == "gif" else [3000])
 
 
 def test_a_prompt_is_found_before_very_many_folders_were_scanned(looking):
-    for number in range(600):
+    for number in range(500):
         looking.write(f"mallory/{number}", "note.txt")
     looking.write("colleague", "cat.prompt.txt")
     while not looking.intake.is_ready("colleague"):
         looking.look()
         assert not looking.intake.is_complete
     looking.look_through()
-    assert looking.intake.seen.ignored.total == 600
+    assert looking.intake.seen.ignored.total == 500
 
 
 def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_at_once(looking):
@@ -133,10 +135,11 @@ def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_
 
 def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
     """Prompts come, go and change between two pieces of the scan of their folder; in the end each is known as it is."""
-    looking.write("a", *names(9000))
+    looking.clock.step = 0.005
+    looking.write("a", *names(1800))
     looking.look()
     assert not looking.intake.is_complete
-    for number in range(0, 9000, 3):
+    for number in range(0, 1800, 3):
         (looking.inbox / f"a/p{number:05}.prompt.txt").unlink()
         looking.write("a", f"q{number:05}.prompt.txt")
     taken = []
@@ -147,8 +150,8 @@ def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
     looking.intake.soon()
     looking.look_through()
     taken += [path.rpartition("/")[2].removesuffix(".prompt.txt") for path in looking.take_all()]
-    left = [f"p{number:05}" for number in range(9000) if number % 3]
-    assert sorted(taken) == sorted([*left, *(f"q{number:05}" for number in range(0, 9000, 3))])
+    left = [f"p{number:05}" for number in range(1800) if number % 3]
+    assert sorted(taken) == sorted([*left, *(f"q{number:05}" for number in range(0, 1800, 3))])
 
 
 def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wait(looking):
@@ -203,23 +206,38 @@ def test_a_prompt_that_comes_later_does_not_wait_for_the_thousands_of_another_fo
     assert left == [f"mallory/{name}" for name in names(3000)[-len(left) :]]
 
 
-def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(looking):
+def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.intake._WINDOW", 100)
+    looking = Looking(tmp_path)
     for folder in ("a", "b", "c/d", ""):
-        looking.write(folder, *names(1500))
+        looking.write(folder, *names(300))
     looking.look_through()
     taken = looking.take_all()
-    assert len(taken) == len(set(taken)) == 6000
+    assert len(taken) == len(set(taken)) == 1200
     for folder in ("a/", "b/", "c/d/", ""):
         mine = [path for path in taken if path.rpartition("p")[0].removesuffix(".prompt.txt")[: len(folder)] == folder]
-        expected = [f"{folder}{name}" for name in names(1500)]
+        expected = [f"{folder}{name}" for name in names(300)]
         assert [path for path in mine if path in set(expected)] == expected
     ends = [max(place for place, path in enumerate(taken) if path.startswith(start)) for start in ("a/", "b/", "c/")]
-    assert min(ends) > 5900, "all of them were served until the end"
+    assert min(ends) > 1150, "all of them were served until the end"
+
+
+def test_prompts_in_many_folders_of_one_first_level_folder_are_taken_oldest_first(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.intake._WINDOW", 50)
+    looking = Looking(tmp_path)
+    written = []
+    for number in range(600):
+        folder = f"a/{number * 7 % 30}"
+        looking.write(folder, f"p{number:05}.prompt.txt")
+        path = looking.inbox / folder / f"p{number:05}.prompt.txt"
+        written.append((path.stat().st_ctime, folder, path.name))
+    looking.look_through()
+    assert looking.take_all() == [f"{folder}/{name}" for _, folder, name in sorted(written)]
 
 
 def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
     declares = '+++\ninput_images = ["missing.png"]\n+++\nA lighthouse'
-    looking.write("mallory", *names(2000), text=declares)
+    looking.write("mallory", *names(1500), text=declares)
     looking.write("colleague", "cat.prompt.txt")
     looks = 0
     while not looking.intake.is_ready("colleague"):
@@ -228,13 +246,37 @@ def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
     assert looks <= 3
     looking.look_through()
     assert looking.take().source == "colleague/cat.prompt.txt"
-    assert looking.intake.seen.waiting.kinds == {"waiting for images that are missing or empty": 2000}
+    assert looking.intake.seen.waiting.kinds == {"waiting for images that are missing or empty": 1500}
+
+
+def test_a_prompt_whose_name_a_job_still_has_is_taken_when_that_job_is_over(looking):
+    looking.write("a", "cat.prompt.txt")
+    looking.look_through()
+    key = ("a", "cat")
+    assert looking.intake.next("a", {key}) is None
+    looking.intake.over(key)
+    looking.look_through()
+    assert looking.take().key == key
+
+
+def test_after_the_configuration_was_read_again_everything_is_known_anew(looking):
+    looking.clock.step = 0.005
+    looking.write("a", *names(100))
+    looking.write("b", *names(2500, "txt"))
+    looking.look()
+    assert not looking.intake.is_complete
+    looking.intake.configure(looking.folders.config().inbox, 0)
+    looking.look_through()
+    assert looking.intake.count() == 100
+    assert looking.intake.seen.ignored.total == 2500
+    assert looking.take_all() == [f"a/{name}" for name in names(100)]
 
 
 def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
+    looking.clock.step = 0.005
     looking.write("a", *names(3))
-    looking.write("b", *names(12_000))
+    looking.write("b", *names(2500))
     looking.look()
     assert not looking.intake.is_complete
     assert not looking.intake.any()
@@ -260,8 +302,8 @@ def test_every_folder_has_some_of_its_files_named_however_many_another_has(looki
 
 
 def test_the_names_of_files_that_are_not_taken_are_bounded_also_over_very_many_folders(looking):
-    for number in range(1500):
+    for number in range(600):
         looking.write(f"m{number}", *names(10, "txt"))
     looking.look_through()
-    assert sum(folder.names for folder in looking.intake._sweep.folders) < 7000
-    assert looking.intake.seen.ignored.total == 15_000
+    assert sum(folder.names for folder in looking.intake._sweep.folders) < 5500
+    assert looking.intake.seen.ignored.total == 6000
