@@ -219,7 +219,7 @@ class Folder:
         """Forget a stem. It is found again if it is still there."""
         self.settled.discard(stem)
         self.unsettled.discard(stem)
-        if self.notes:
+        if self.notes is not None:
             self.notes.discard(stem)
         self.distrust()
 
@@ -539,7 +539,8 @@ class Folders:
         folder.unsettled = Unsettled(stems) if stems else _NONE_UNSETTLED
         if many:
             stems = yield from self._list_many(folder, descriptor, others, visitor)
-        yield from self._sort_out(folder, others, ignored)
+        has_stems = bool(folder.unsettled or folder.settled or visitor.found.passed)
+        yield from self._sort_out(folder, others, ignored, has_stems=has_stems)
         folder.is_changed = True
         return stems
 
@@ -631,16 +632,15 @@ class Folders:
         """Note that somebody has seen a folder in this one, so that this one need not be listed to look into it."""
         self._enter(folder, name, folder.inner, Reasons(0))
 
-    def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons) -> Iterator[None]:
+    def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons, *, has_stems: bool) -> Iterator[None]:
         """Find out to which stems the files belong that are no prompts."""
-        beside, arriving = Beside(folder), list[str]()
-        is_empty = True
+        beside, arriving = (Beside(folder) if has_stems else _NOTHING_BESIDE), list[str]()
         for other in others:
             if other is None:
                 yield
                 continue
-            (name, is_link), is_empty = other, False
-            is_own = beside.add(name)
+            name, is_link = other
+            is_own = has_stems and beside.add(name)
             path = _join(folder.path, name)
             if is_link and name[0] != ".":
                 ignored.add(path, "a link, which is not followed")
@@ -650,7 +650,7 @@ class Folders:
                 ignored.add(path, _near_miss(name))
             elif self._explain and not is_own:
                 ignored.add(path, _no_prompt(name))
-        folder.beside = _NOTHING_BESIDE if is_empty else beside
+        folder.beside = beside
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None
 

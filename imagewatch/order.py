@@ -97,7 +97,11 @@ class Order:
         """Note that a prompt is settled; it may be known already."""
         name, key = first_level(folder.path), (folder.path, stem)
         group = self._groups.get(name)
-        if (group and key in group.keys) or key in self._given or (folder.notes and stem in folder.notes.held):
+        if (
+            (group and key in group.keys)
+            or key in self._given
+            or (folder.notes is not None and stem in folder.notes.held)
+        ):
             return  # it was looked at already
         self._window(folder).offer((changed, stem), self.most())
         self.wanting.add(name)
@@ -118,7 +122,7 @@ class Order:
 
     def withdraw(self, folder: Folder) -> None:
         """Let all prompts of a folder that were looked at wait to be looked at again."""
-        if folder.notes and folder.notes.held:
+        if folder.notes is not None and folder.notes.held:
             self.put_back(folder, ((changed, stem) for stem, changed in folder.notes.held.items()))
             folder.notes.held.clear()
         if group := self._groups.get(name := first_level(folder.path)):
@@ -305,7 +309,7 @@ class Order:
 
 
 def _held(folder: Folder) -> list[tuple[float, str]]:
-    return [(changed, stem) for stem, changed in folder.notes.held.items()] if folder.notes else []
+    return [(changed, stem) for stem, changed in folder.notes.held.items()] if folder.notes is not None else []
 
 
 def _path(folder: str, stem: str) -> str:

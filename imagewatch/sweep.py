@@ -126,7 +126,7 @@ class Sweep:
         if look[2] <= 0 or any(self._judge.is_there(path, lock) for lock in locks(stem + SUFFIX)):
             return None
         if not self._judge.names_images(folder, stem, look):
-            if folder.notes:
+            if folder.notes is not None:
                 folder.notes.discard(stem)
             return None
         folder.settle(stem, changed)
@@ -163,7 +163,7 @@ class Sweep:
         return {
             path_of(folder.path, name)
             for folder in self.folders
-            if folder.notes
+            if folder.notes is not None
             for _, names in folder.notes.read.values()
             for name in names or ()
         }
@@ -252,7 +252,7 @@ class Sweep:
             folder.notes = None
 
     def _is_known(self, folder: Folder, stem: str) -> bool:
-        return folder.settled.get(stem) is not None or bool(folder.notes and stem in folder.notes.arrived)
+        return folder.settled.get(stem) is not None or (folder.notes is not None and stem in folder.notes.arrived)
 
     def _note_arriving(self, folder: Folder, name: str, found: Found) -> None:
         """Say what may become a prompt when its transfer gives it its name."""
@@ -387,4 +387,6 @@ class Sweep:
 
     def count(self) -> int:
         """Return how many prompts are settled and wait for nothing else, as far as is known."""
-        return sum(len(folder.settled) - len(folder.notes.held if folder.notes else ()) for folder in self.folders)
+        return sum(
+            len(folder.settled) - len(folder.notes.held if folder.notes is not None else ()) for folder in self.folders
+        )
