@@ -17,9 +17,10 @@ import structlog
 
 from imagewatch import memory
 from imagewatch.errors import SpoolError
+from imagewatch.judging import path_of
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.names import stem_of
-from imagewatch.schedule import AHEAD, Schedule
+from imagewatch.schedule import AHEAD, Allowance, Schedule
 from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
@@ -35,16 +36,10 @@ if TYPE_CHECKING:
     from imagewatch.turns import Turns
     from imagewatch.watcher import Change
 
-_SHARE = 0.1
-"""Which part of a core scanning may take, seen over some time."""
-_SAVED_SECONDS = 10.0
-"""For how long it may take a whole one after it took less: to scan a huge inbox for the first time, say."""
-_SLICE_SECONDS, _LONGEST_SLICE_SECONDS = 0.05, 0.25
-"""For how long nothing but scanning is done, by the time it takes; and by the clock, on a machine that is busy."""
+_LONGEST_SLICE_SECONDS = 0.25
+"""For how long nothing but scanning is done at most, by the clock: on a machine that is busy it gets less done."""
 _TURN_SECONDS = 0.01
 """For how long the folders of one first-level folder are scanned before it is the turn of the next one."""
-_LONGEST_REST_SECONDS = 2.0
-"""For how long nothing is scanned at most; a file system may be so slow that one step takes seconds."""
 _MOST_BEGUN = 8
 """How many scans are under way: each needs descriptors, and memory for what it has found."""
 _COMPLETE_SECONDS = 10.0
@@ -108,7 +103,7 @@ class Intake:
         self._watching = Watching(control, ring)
         self._kinds = Kinds()
         self._kind = ""
-        self._saved, self._paid = _SAVED_SECONDS, monotonic()
+        self._allowance = Allowance(monotonic())
         self._spent = self._rested = self._round_at = self._round_took = self._seen_at = self._began = 0.0
         self._running: dict[str, tuple[str, Generator[None]]] = {}
         self._passed: set[Key] = set()
@@ -127,7 +122,7 @@ class Intake:
             burst: How many prompts at once are too many; more than that have to be known by name.
         """
         self._config = config
-        self._is_counted = burst > 0
+        self._counts_first = burst > 0
         timed = lambda _: keeps_times(self._kind)  # noqa: E731  no other file system is looked into
         for _, scan in self._running.values():
             scan.close()
@@ -192,7 +187,7 @@ class Intake:
 
     def _lost(self) -> None:
         """Take note that events may have been missed: everything is scanned, but not again and again."""
-        pause = max(_LOST_SECONDS, self._round_took / _SHARE)
+        pause = max(_LOST_SECONDS, 10 * self._round_took)
         self._round_at = min(self._round_at, max(self._now(), self._began + pause))
 
     # Looking
@@ -210,8 +205,7 @@ class Intake:
             SpoolError: The inbox cannot be listed.
         """
         now = self._moment()
-        self._saved = min(self._saved + (now - self._paid) * _SHARE, _SAVED_SECONDS)
-        self._paid = now
+        self._allowance.refill(now)
         self._kinds.refresh()
         self._kind = self._kinds.of(self._inbox)
         if self._watching.listen(now):
@@ -243,8 +237,8 @@ class Intake:
     def _work(self, until: float) -> None:
         """Scan folders in turn."""
         cost = self._now if eventless(self._kind) else time.thread_time  # a server is to be spared, too
-        least = max(self._saved - _SLICE_SECONDS, 0.0)
-        while (now := self._moment()) < until and self._saved > least:
+        start = cost()
+        while (now := self._moment()) < until and self._allowance.may_go_on(cost() - start):
             began, more = cost(), False
             name = next(iter(self._running)) if len(self._running) >= _MOST_BEGUN else self._schedule.turn()
             if name is None:
@@ -253,7 +247,7 @@ class Intake:
                 more = self._turn(name, now + _TURN_SECONDS)
             finally:
                 took = cost() - began
-                self._saved -= took
+                self._allowance.spend(took)
                 self._spent += took
                 self._schedule.charge(name, took, more=more)
                 self._follow()
@@ -324,9 +318,8 @@ class Intake:
     def _rest(self) -> None:
         """Give back what the scans used, and let them rest if they took more than their share."""
         now = self._now()
-        if self._saved <= 0:
-            self._saved = max(self._saved, -_LONGEST_REST_SECONDS * _SHARE)
-            self._rested = now + (_SLICE_SECONDS - self._saved) / _SHARE
+        if rest := self._allowance.rest():
+            self._rested = now + rest
         self.is_complete = self.is_complete or not self.is_at_work() or now >= self._complete_at
         if not self.is_at_work():
             self._round_at = min(self._round_at, self._began + self._interval())
@@ -387,6 +380,8 @@ class Intake:
         now = self._now()
         if change.is_folder:
             self._sweep.folders.found_inside(folder, change.name)
+            if (inner := path_of(path, change.name)) in folder.inner:
+                self._schedule.soon(inner)  # also if it had the name of another one
             self._schedule.later(path, now + self._config.settle_seconds)
             return False
         stem = stem_of(change.name)
@@ -420,7 +415,7 @@ class Intake:
 
     def _may_take(self) -> bool:
         """Tell whether all prompts are known that came at once, if they are to be counted first."""
-        return self.is_complete or not self._is_counted
+        return self.is_complete or not self._counts_first
 
     def count(self) -> int:
         """Return how many prompts wait for nothing but a worker."""

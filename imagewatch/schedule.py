@@ -16,8 +16,52 @@ from imagewatch.turns import Turns
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+_SHARE = 0.1
+"""Which part of a core scanning may take, seen over some time."""
+_SAVED_SECONDS = 10.0
+"""For how long it may take a whole one after it took less: to scan a huge inbox for the first time, say."""
+_SLICE_SECONDS = 0.05
+"""For how long nothing but scanning is done at most, by the time it takes."""
+_LONGEST_REST_SECONDS = 2.0
+"""For how long nothing is scanned at most, though a file system may be so slow that one step takes seconds."""
 AHEAD = "//"
 """In the place of a folder: the next prompts of a first-level folder are to be looked at. No path has such a name."""
+
+
+class Allowance:
+    """How much time scanning may take: a share of all the time, and what was saved of it.
+
+    Args:
+        now: Monotonic time, seconds.
+    """
+
+    def __init__(self, now: float) -> None:
+        self._left = _SAVED_SECONDS
+        self._at = now
+
+    def refill(self, now: float) -> None:
+        """Take note of the time that has passed.
+
+        Args:
+            now: Monotonic time, seconds.
+        """
+        self._left = min(self._left + (now - self._at) * _SHARE, _SAVED_SECONDS)
+        self._at = now
+
+    def spend(self, seconds: float) -> None:
+        """Note that scanning took so much time."""
+        self._left -= seconds
+
+    def may_go_on(self, spent: float) -> bool:
+        """Tell whether scanning may go on now, after it has just taken so many seconds."""
+        return self._left > 0 and spent < _SLICE_SECONDS
+
+    def rest(self) -> float:
+        """Return for how many seconds nothing is to be scanned."""
+        if self._left > 0:
+            return 0.0
+        self._left = max(self._left, -_LONGEST_REST_SECONDS * _SHARE)
+        return (_SLICE_SECONDS - self._left) / _SHARE
 
 
 class Schedule:

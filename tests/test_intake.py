@@ -11,6 +11,7 @@ from conftest import Folders
 
 from imagewatch.folders import Tops
 from imagewatch.intake import Intake
+from imagewatch.schedule import Allowance
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -159,7 +160,8 @@ def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wa
     looking.intake._now = time.monotonic
     looking.write("mallory", *names(3000, "txt"))
     looking.intake.configure(looking.folders.config().inbox, 0)
-    looking.intake._saved, looking.intake._paid = 0.0, time.monotonic()  # what may be used up at the start is gone
+    looking.intake._allowance = Allowance(time.monotonic())
+    looking.intake._allowance.spend(10.0)  # what may be used up at the start
     began, busy, pause = time.monotonic(), time.thread_time(), threading.Event()
     while time.monotonic() < began + 4 or not looking.intake.is_complete:
         looking.intake.soon()

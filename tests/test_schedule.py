@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from imagewatch.schedule import AHEAD, Schedule
+from imagewatch.schedule import AHEAD, Allowance, Schedule
 
 
 def everything(schedule: Schedule, seconds: float = 0.001) -> list[str]:
@@ -103,3 +103,31 @@ def test_looking_ahead_takes_turns_with_scanning(schedule):
     schedule.ahead("a")
     schedule.ahead("b")
     assert sorted(everything(schedule)) == sorted(["a", AHEAD, AHEAD])
+
+
+def test_scanning_may_take_much_at_first_and_a_tenth_in_the_long_run():
+    allowance, now, busy = Allowance(0.0), 0.0, 0.0
+    marks = []
+    while now < 1000:
+        allowance.refill(now)
+        if allowance.may_go_on(0.0):
+            allowance.spend(0.01)
+            now, busy = now + 0.01, busy + 0.01
+        now += allowance.rest()
+        marks.append((now, busy))
+    assert next(at for at, used in marks if used >= 10) == pytest.approx(10, rel=0.2)
+    assert busy == pytest.approx(10 + 1000 / 10, rel=0.1)
+
+
+def test_however_long_one_step_took_scanning_goes_on_soon():
+    allowance = Allowance(0.0)
+    allowance.spend(1000.0)
+    assert allowance.rest() < 3
+    allowance.refill(3.0)
+    assert allowance.may_go_on(0.0)
+
+
+def test_other_work_has_its_turn_though_much_time_was_saved():
+    allowance = Allowance(0.0)
+    assert allowance.may_go_on(0.0)
+    assert not allowance.may_go_on(0.2)
