@@ -28,12 +28,14 @@ from imagewatch.durable import Disk
 from imagewatch.errors import ConfigError, SpoolError
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
-from imagewatch.intake import Changed, Intake, Lost
+from imagewatch.ignored import Ignored
+from imagewatch.intake import Intake
 from imagewatch.key import key_stamp, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
+from imagewatch.seen import first_level
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line
 from imagewatch.worker import Worker
@@ -43,18 +45,25 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from imagewatch.config import Config
-    from imagewatch.seen import Key
+    from imagewatch.seen import Candidate, Key
 
 _LONGEST_WAIT = 3600.0
 _LONGEST_RETRY = 300.0
 """How long a job waits at most that fails alone, seconds."""
+_LONGEST_LOOK = 5.0
+"""For how long the first look at everything is waited for at most, seconds."""
 _MOST_AT_ONCE = 1000
-"""How many messages are taken before anything else is done, and how many of the watcher's may wait."""
+"""How many messages are taken before anything else is done."""
 _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Hinted:
+    """There are events in the inbox to be taken note of."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +89,7 @@ class Finished:
     future: Future[Outcome]
 
 
-Message = Changed | Lost | Signalled | Paid | Finished
+Message = Hinted | Signalled | Paid | Finished
 
 
 @dataclass
@@ -102,6 +111,11 @@ class Later:
     displaced: bool = False
     fresh: bool = True
     turn: bool = False
+
+    @property
+    def name(self) -> str:
+        """The first-level folder it came from."""
+        return first_level(self.key[0]) if self.key else ""
 
 
 class Daemon:
@@ -154,9 +168,8 @@ class Daemon:
         self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
-        self._missed = False
-        self._ignored: set[tuple[str, str]] = set()
-        self._more_ignored = False
+        self._is_counted = True  # whether the prompts that came at once are
+        self._ignored = Ignored(monotonic)
         self._draining = False
         self._ready = False
         self._worked = False
@@ -230,6 +243,7 @@ class Daemon:
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._set_aside(job)
         self._status.state = "once" if self._once else "running"
+        self._ready_at = self._now() + _LONGEST_LOOK
         self._look()
 
     def _set_aside(self, job: str) -> None:
@@ -259,7 +273,7 @@ class Daemon:
         if self._gate.disk_failed:
             return True
         if self._gate.waits():
-            return not any(self._may_get_on(later) for later in self._later)
+            return self._intake.is_complete and not any(self._may_get_on(later) for later in self._later)
         return not self._intake.any() and not self._intake.pending and not any(map(self._is_awaited, self._later))
 
     def _may_get_on(self, later: Later) -> bool:
@@ -276,17 +290,15 @@ class Daemon:
         Not without end: whoever renames a file in the inbox again and again makes messages as fast as we take them.
         """
         with contextlib.suppress(queue.Empty):
-            self._take(self._mailbox.get(timeout=self._patience()))
+            self._take(message := self._mailbox.get(timeout=self._patience()))
             for _ in range(_MOST_AT_ONCE):
-                self._take(self._mailbox.get_nowait())
+                if isinstance(message, Hinted):
+                    break  # of events some are taken at once, and there may be more
+                self._take(message := self._mailbox.get_nowait())
 
-    def _hint(self, message: Changed | Lost) -> None:
-        """Take a message of the watcher, in its thread. Of too many only remember that there were more."""
-        if self._mailbox.qsize() < _MOST_AT_ONCE:
-            self._mailbox.put(message)
-        elif not self._missed:
-            self._missed = True
-            self._mailbox.put(Lost())
+    def _hint(self) -> None:
+        """Take a message of the watcher, in its thread."""
+        self._mailbox.put(Hinted())
 
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
@@ -306,11 +318,8 @@ class Daemon:
 
     def _take(self, message: Message) -> None:
         match message:
-            case Changed():
-                self._changed(message)
-            case Lost():
-                self._missed = False
-                self._intake.soon()
+            case Hinted():
+                self._note_events()
             case Signalled():
                 self._signalled(message.number)
             case Paid():
@@ -325,7 +334,7 @@ class Daemon:
         while self._in_flight:
             self._take_messages()
         if self._once:
-            self._look()  # what was given back lies in the inbox again
+            self._look_through()  # what was given back lies in the inbox again
         self._status.state = "stopped"
         self._write_status()
         self._intake.stop()
@@ -368,22 +377,32 @@ class Daemon:
         else:
             self._gate.look_at_key()
 
+    def _look_through(self) -> None:
+        """Look until there is nothing to be looked at, but not for long."""
+        until = self._now() + _LONGEST_LOOK
+        self._look()
+        while self._now() >= self._intake.due and self._now() < until:
+            self._look()
+
     def _look(self) -> None:
         try:
             self._spool.require_folders()
-            self._intake.look(self._taken())
+            is_new = self._intake.look(self._taken())
         except SpoolError as error:
             self._gate.failed(error)
             self._intake.late(DISK_SECONDS)
             return
-        self._tell_ignored()
+        is_known = self._ready or self._intake.is_complete or self._now() >= self._ready_at
+        if is_new and is_known:
+            self._ignored.tell(self._intake.seen.ignored)
         self._heed()
         self._status.last_sweep = self._clock()
-        self._status.mode, self._status.polled = self._intake.mode, self._intake.polled
-        self._on_seen(self._intake.count() + len(self._in_flight))
+        self._status.mode = self._intake.mode
+        if is_new:
+            self._on_seen(self._intake.count() + len(self._in_flight))
         self._status.change()
         self._notify.send(WATCHDOG="1")
-        if not self._ready:
+        if is_known and not self._ready:
             self._tell_ready()
         self._prepare()
 
@@ -392,7 +411,7 @@ class Daemon:
         self._ready = True
         self._write_status()  # it can be asked for from now on
         mode, where = self._intake.mode, self._config.endpoint.base_url
-        polled = {"polled": self._intake.why_polled()} if self._intake.polled else {}
+        polled = {"polled": why} if (why := self._intake.why_polled()) else {}
         _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
 
@@ -454,47 +473,70 @@ class Daemon:
         waiting = (later.key for later in self._later if not later.displaced)
         return {*self._in_flight.values(), *self._parked.values(), *waiting} - {None}
 
-    def _tell_ignored(self) -> None:
-        """Say once of each file that will not be taken why."""
-        ignored = self._intake.seen.ignored
-        now = set(ignored.items())
-        for path, reason in sorted(now - self._ignored):
-            _log.warning("ignored", file=path, reason=reason)
-        if (more := ignored.total > len(ignored)) and not self._more_ignored:
-            _log.warning("ignored more files than are named", count=ignored.total)
-        self._ignored, self._more_ignored = now, more
+    def _note_events(self) -> None:
+        noted = self._intake.note_events(self._taken())
+        if noted.asks:
+            self._heed()  # not at the next look, which a huge inbox may put off
+        self._is_counted = self._is_counted and not noted.ready
 
-    def _changed(self, change: Changed) -> None:
-        if change.folder == self._control.folder:
-            self._heed()  # not at the next sweep, which a huge inbox may put off
-        elif self._intake.changed(change, self._taken()):
-            self._gate.count(self._arrived(), self._is_finished)
+    def _count(self) -> None:
+        """Look at how many prompts came at once."""
+        self._is_counted = True
+        self._gate.count(self._arrived(), self._is_finished)
 
     # Doing
 
     def _dispatch(self) -> None:
-        """Give workers what may be done now: first what is claimed already, then the oldest prompts."""
-        if not self._draining:
-            self._gate.look_at_disk()
+        """Give workers what may be done now. The first-level folders take turns: what is claimed, then the oldest."""
+        if self._draining:
+            return
+        self._gate.look_at_disk()
         now, held = self._now(), self._gate.first() is not None
-        for later in sorted(self._later, key=lambda job: job.at):
-            if self._draining:
+        due = [later for later in self._later if later.at <= now or (held and later.turn)]
+        claimed: dict[str, list[Later]] = {}
+        for later in sorted(due, key=lambda job: job.at):
+            claimed.setdefault(later.name, []).append(later)
+            self._intake.turns.join(later.name, self._intake.owner(later.name))
+        while self._may_ask() and (name := self._intake.turns.first()) is not None:
+            if not self._serve(name, claimed.get(name, [])):
                 break
-            if later.at > now and not (held and later.turn):
-                continue
-            may_send = self._may_ask()
-            if may_send or (later.fresh and self._may_deliver()):
-                self._later.remove(later)
-                carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
-                self._submit(later.job, later.key, carry)
-        while not self._draining and self._intake.any() and self._may_ask() and self._gate.room():
-            if (candidate := self._intake.next(self._taken())) is None:
-                break
-            job = self._spool.new_job()
-            claim = candidate.claim(job, self._clock())
-            if self._config.limits.burst and not self._is_finished(candidate.source):
-                self._gate.took(candidate.changed_at)
-            self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
+        for later in (later for mine in claimed.values() for later in mine):
+            if later.fresh and self._may_deliver():
+                self._carry_on(later, may_send=False)
+
+    def _serve(self, name: str, claimed: list[Later]) -> bool:
+        """Give a worker what is next in a first-level folder; tell whether another may have its turn."""
+        if claimed:
+            self._carry_on(claimed.pop(0), may_send=True)
+        elif not self._intake.is_ready(name):
+            self._intake.turns.leave(name)
+            return True
+        elif not self._may_claim():
+            return False
+        elif candidate := self._intake.next(name, self._taken()):
+            self._start(candidate)
+        self._intake.served(name)
+        if claimed:
+            self._intake.turns.join(name, self._intake.owner(name))
+        return True
+
+    def _carry_on(self, later: Later, *, may_send: bool) -> None:
+        self._later.remove(later)
+        carry = functools.partial(self._worker.process, later.job, resumed=True, may_send=may_send)
+        self._submit(later.job, later.key, carry)
+
+    def _may_claim(self) -> bool:
+        """Tell whether another prompt may be claimed."""
+        if not self._is_counted:
+            self._count()
+        return self._intake.any() and self._may_ask() and self._gate.room()
+
+    def _start(self, candidate: Candidate) -> None:
+        job = self._spool.new_job()
+        claim = candidate.claim(job, self._clock())
+        if self._config.limits.burst and not self._is_finished(candidate.source):
+            self._gate.took(candidate.changed_at)
+        self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
 
     def _may_ask(self) -> bool:
         """Tell whether one more request may be on its way. A job that is only delivered does not use up a slot."""
@@ -556,9 +598,9 @@ class Daemon:
 
     def _gets_on(self, job: str) -> None:
         """Take note that a job fails no more, if it did."""
-        if self._failing.pop(job, None):
+        if failed := self._failing.pop(job, None):
             self._shut()
-            self._intake.soon()
+            self._intake.soon(failed[1])
 
     def _shut(self) -> None:
         """Let nothing be taken out of the folders of which a job fails alone."""
@@ -587,7 +629,7 @@ class Daemon:
             self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh, turn))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:
             self._gate.returned(outcome.source)
-            self._intake.soon()
+            self._intake.soon(key)
         elif outcome.end is End.OVER:
             self._gate.over(outcome.source)
             self.failed += outcome.door == "errors"
@@ -609,6 +651,7 @@ class Daemon:
         """Write the status file, and tell the service manager the same in one line and some fields more."""
         failing = {job: key for job, (_, key) in self._failing.items()}
         at_work, stuck = map(_sources, (self._in_flight, failing | self._parked))
+        self._status.polled = self._intake.polled()
         try:
             page = self._status.write(self._intake.seen, self._intake.count(), at_work, stuck)
         except SpoolError as error:
@@ -660,7 +703,7 @@ class Daemon:
                 )
                 return
             self._assemble(config)
-            self._gate.count(self._arrived(), self._is_finished)
+            self._count()
         except (ConfigError, OSError) as error:
             _log.error("not reloaded; the old configuration stays", reason=str(error))
             return

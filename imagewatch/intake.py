@@ -1,57 +1,71 @@
-"""What of the inbox may be taken next, and when it has to be looked at again.
+"""What of the inbox may be claimed next, and when it has to be looked at again.
 
-Puts together the watcher, which tells when something happened, and the sweep, which finds out what. Belongs to the main
-thread. Only the head of the queue is looked at closely: the other prompts are names and dates.
+Puts together the watcher, which tells when something happened, and the scans, which find out what. Belongs to the main
+thread. An event leads to a scan of the folder in which it happened; every folder is scanned regularly.
+
+Nobody who may put files into one folder can keep the others waiting: the folders take turns, a scan is done in pieces,
+and scanning as a whole may take a tenth of a core.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import structlog
 
 from imagewatch import memory
+from imagewatch.errors import SpoolError
+from imagewatch.judging import path_of
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.names import stem_of
-from imagewatch.seen import Seen
+from imagewatch.schedule import AHEAD, Allowance, Schedule
+from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
-from imagewatch.text import printable
-from imagewatch.watcher import Watcher
+from imagewatch.watching import Watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Generator, Mapping
 
     from imagewatch.config import Folders, Inbox
     from imagewatch.folders import Tops
+    from imagewatch.listing import Folder
     from imagewatch.seen import Candidate, Key
+    from imagewatch.turns import Turns
+    from imagewatch.watcher import Change
 
-_REST = 10.0
-"""A sweep that took a second is followed by ten seconds without one: looking costs a tenth of a core at most."""
+_LONGEST_SLICE_SECONDS = 0.25
+"""For how long nothing but scanning is done at most, by the clock: on a machine that is busy it gets less done."""
+_TURN_SECONDS = 0.01
+"""For how long the folders of one first-level folder are scanned before it is the turn of the next one."""
+_MOST_BEGUN = 8
+"""How many scans are under way: each needs descriptors, and memory for what it has found."""
+_COMPLETE_SECONDS = 10.0
+"""For how long it is waited until every folder was scanned once."""
+_LOST_SECONDS = 1.0
+"""How soon everything is scanned again after events were lost, at the earliest."""
 _LONG_SECONDS = 0.05
-"""A look that took longer went through very many names, and took memory for them."""
+"""Scans that took longer went through very many names, and took memory for them."""
 _WINDOW = 1024
 """How many prompts are known by name."""
-_AHEAD = 128
-"""How many prompts are opened ahead: more than there are workers."""
 _MOST_NAMED = 1000
 """How many files that are not taken are remembered by name."""
 _log = structlog.get_logger()
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
-    """Something happened to a name in a folder; to the folder itself, or to one in it, if the name is empty."""
+class Noted:
+    """What came of the events that were taken note of.
 
-    folder: str
-    name: str
-    renamed: bool
+    Attributes:
+        asks: Whether a command asks for something.
+        ready: Whether a prompt became ready.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Lost:
-    """Events may have been missed: look at everything."""
+    asks: bool
+    ready: bool
 
 
 class Intake:
@@ -60,15 +74,14 @@ class Intake:
     Args:
         folders: The inbox, and where its results go.
         control: The folder for requests of commands; it is watched, too.
-        post: Puts a message into the mailbox of the main loop; called in the watcher's thread.
+        ring: Called in the watcher's thread when there are events to be taken note of.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
         tops: The folders that were opened.
 
     Attributes:
-        seen: What the last look saw.
-        mode: ``native``: the kernel tells of changes; ``poll``: it does not; ``mixed``: it does of some folders.
-        polled: Folders of which the kernel tells nothing, or not everything, and why.
+        seen: What is known of the inbox.
+        is_complete: Whether every folder was scanned since the start, or that takes too long to be waited for.
         most_seconds: Longest interval between two looks that whoever supervises the process allows, or None.
         shut: Folders below the inbox of which a job is stuck: what else is in them may be paid for and get stuck, too.
     """
@@ -77,30 +90,27 @@ class Intake:
         self,
         folders: Folders,
         control: str,
-        post: Callable[[Changed | Lost], None],
+        ring: Callable[[], None],
         clock: Callable[[], float],
         monotonic: Callable[[], float],
         tops: Tops,
     ) -> None:
         self._tops = tops
         self._inbox = folders.inbox
-        self._control = control
         self._folders = folders
         self._clock = clock
         self._now = monotonic
-        self._watcher = Watcher(
-            lambda folder, name, renamed: post(Changed(folder, name, renamed)), lambda: post(Lost())
-        )
+        self._watching = Watching(control, ring)
         self._kinds = Kinds()
         self._kind = ""
-        self._ready: dict[Key, Candidate] = {}  # the head of the queue, in the order in which it is taken
-        self._more = False
-        self._due = self._rested = self._listen_at = 0.0
-        self._told: object = None
-        self._deaf = "there are no change events on this system"
+        self._allowance = Allowance(monotonic())
+        self._spent = self._rested = self._round_at = self._round_took = self._seen_at = self._began = 0.0
+        self._running: dict[str, tuple[str, Generator[None]]] = {}
+        self._passed: set[Key] = set()
+        self._asked: set[str] = set()  # folders that are to be scanned before all is known
+        self._waits: set[str] = set()  # folders of which something may be ready later
         self.seen = Seen()
-        self.mode = ""
-        self.polled: dict[str, str] = {}
+        self.is_complete = False
         self.most_seconds: float | None = None
         self.shut: frozenset[str] = frozenset()
 
@@ -112,20 +122,29 @@ class Intake:
             burst: How many prompts at once are too many; more than that have to be known by name.
         """
         self._config = config
-        window, most_named = max(_WINDOW, burst + 1), max(_MOST_NAMED, burst + 1)
+        self._counts_first = burst > 0
         timed = lambda _: keeps_times(self._kind)  # noqa: E731  no other file system is looked into
+        for _, scan in self._running.values():
+            scan.close()
+        self._running.clear()
+        self._watching.forget_all()
         self._sweep = Sweep(
             self._inbox,
             config,
             keeps_times=timed,
-            window=window,
-            most_named=most_named,
+            window=max(_WINDOW, burst + 1),
+            fewest=burst + 1 if burst else 0,
+            most_named=max(_MOST_NAMED, burst + 1),
             blocked=self._blocked,
+            opened=self._opened,
             tops=self._tops,
         )
-        self._ready, self._more, self._due = {}, False, 0.0
-        if config.watch == "poll":
-            self._watcher.stop()
+        self._schedule = Schedule(self._sweep.order.owner)
+        self._round_at, self.is_complete = 0.0, False
+        self._complete_at = self._now() + _COMPLETE_SECONDS
+        self._asked.clear()
+        self._waits.clear()
+        self._watching.configure(config.watch)
 
     def _blocked(self, folder: str) -> str:
         """Return why nothing is to be taken out of a folder below the inbox, or an empty string."""
@@ -135,146 +154,268 @@ class Intake:
 
     def stop(self) -> None:
         """Stop listening."""
-        self._watcher.stop()
+        self._watching.stop()
 
     # When
 
     @property
     def due(self) -> float:
-        """Monotonic time of the next look."""
-        return max(self._due, self._rested)
+        """Monotonic time of the next look, seconds."""
+        first = self._began if self.is_at_work() else min(self._schedule.due, self._round_at)
+        return max(first, self._rested)
 
     @property
     def pending(self) -> bool:
         """Whether anything in the inbox may be taken later by itself."""
-        return self.seen.due is not None or self._now() >= self._due
+        return not self.is_complete or bool(self._asked or self._waits) or self._now() >= self._round_at
 
-    def soon(self, seconds: float = 0.0) -> None:
-        """See to it that a look comes after some seconds, if not before."""
-        self._due = min(self._due, self._now() + seconds)
+    def is_at_work(self) -> bool:
+        """Tell whether folders wait to be scanned."""
+        return bool(self._running) or len(self._schedule) > 0
+
+    def soon(self, key: Key | None = None) -> None:
+        """See to it that the folder of a stem is scanned soon; without one, every folder."""
+        if key is None:
+            self._round_at = min(self._round_at, self._now())
+        else:
+            self._asked.add(key[0])
+            self._schedule.soon(key[0])
 
     def late(self, seconds: float) -> None:
         """See to it that no look comes before some seconds."""
-        self._due = self._now() + seconds
+        self._rested = self._now() + seconds
+
+    def _lost(self) -> None:
+        """Take note that events may have been missed: everything is scanned, but not again and again."""
+        pause = max(_LOST_SECONDS, 10 * self._round_took)
+        self._round_at = min(self._round_at, max(self._now(), self._began + pause))
 
     # Looking
 
-    def look(self, taken: Collection[Key | None]) -> None:
-        """Look at the inbox.
+    def look(self, taken: Collection[Key | None]) -> bool:
+        """Scan what is to be scanned, for a short time.
 
         Args:
             taken: Stems of which a job is not over: the same files again are not another job yet.
 
+        Returns:
+            Whether ``seen`` is new.
+
         Raises:
-            SpoolError: It cannot be listed.
+            SpoolError: The inbox cannot be listed.
         """
-        began = self._now()
+        now = self._moment()
+        self._allowance.refill(now)
         self._kinds.refresh()
         self._kind = self._kinds.of(self._inbox)
-        self._listen(began)
-        seen = self._sweep.look(began, self._clock(), _AHEAD, taken)
-        if seen is not self.seen:
-            self.seen = seen
-            self._ready = {candidate.key: candidate for candidate in seen.ready}
-            self._more = len(seen.ready) >= _AHEAD
-        added = self._watch()
-        now = self._now()
-        if now - began > _LONG_SECONDS:
-            memory.give_back()
-        interval = self._config.rescan_seconds
-        if self.polled:
-            interval = min(interval, POLL_SECONDS)
-        intervals = [interval, self.most_seconds, seen.due]
-        self._due = now + min(seconds for seconds in intervals if seconds is not None)
-        rest = _REST * (now - began)
-        self._rested = now + (rest if self.most_seconds is None else min(rest, self.most_seconds))
-        if added or self._sweep.runs_low():
-            self._due = now  # what was dropped before the watch began was seen by nobody; or names are to be read
-
-    def _listen(self, now: float) -> None:
-        """Begin to listen, or begin again if what listens died."""
-        if (
-            self._config.watch == "poll"
-            or not self._watcher.available
-            or self._watcher.alive()
-            or now < self._listen_at
-        ):
-            return
-        self._listen_at = now + POLL_SECONDS
-        if self._watcher.problem:
-            self._deaf = "the reader of change events died"
-            _log.error("the reader of change events died; it is started again", reason=self._watcher.problem)
+        if self._watching.listen(now):
+            self._round_at = now
+        self._sweep.is_taken = taken.__contains__
+        if now >= self._round_at:
+            self._begin_round(now)
+        self._schedule.wake(now)
         try:
-            self._watcher.start()
-        except OSError as error:
-            self._deaf = f"no change events: {error.strerror or error}"
-        else:
-            self._watcher.watch([self._inbox, self._control])  # first this, then the look
+            self._work(now + _LONGEST_SLICE_SECONDS)
+        finally:
+            self._rest()
+        return self._sum_up()
 
-    def _watch(self) -> bool:
-        """Watch the folders that were seen; tell whether one of them is new."""
-        added, problems = False, dict[str, str]()
-        if self._watcher.alive():
-            added, problems = self._watcher.watch([*self.seen.folders, self._control])
-            polled = {path: f"cannot be watched: {why}" for path, why in problems.items()}
-            if self._config.watch == "auto" and eventless(self._kind):
-                polled |= dict.fromkeys(self.seen.folders, f"{self._kind}: others may change it unnoticed")
-            whole = len(polled.keys() & set(self.seen.folders)) == len(self.seen.folders)
-            self.mode = "native" if not polled else "poll" if whole else "mixed"
-        else:
-            why = "inbox.watch is poll" if self._config.watch == "poll" else self._deaf
-            polled = dict.fromkeys(self.seen.folders, why)
-            self.mode = "poll"
-        self.polled = polled
-        deaf = not self._watcher.alive() and self._config.watch != "poll"
-        self._tell_mode(bad=deaf or bool(problems))
-        return added
+    def _begin_round(self, now: float) -> None:
+        self._sweep.folders.begin()
+        paths = [folder.path for folder in self._sweep.folders]
+        self._schedule.soon_all(paths or [""])
+        self._watching.watch_control()
+        self._began, self._round_at = now, now + self._interval()
+        self._round_took = self._now() - now
 
-    def why_polled(self) -> dict[str, str]:
-        """Return for each reason to look at folders one of them, and how many there are."""
-        reasons: dict[str, list[str]] = {}
-        for path, why in self.polled.items():
-            reasons.setdefault(why, []).append(path)
-        return {
-            printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""): why
-            for why, paths in reasons.items()
-        }
+    def _interval(self) -> float:
+        intervals = [self._config.rescan_seconds, self.most_seconds]
+        if self._watching.is_polled(self._kind):
+            intervals.append(POLL_SECONDS)
+        return min(seconds for seconds in intervals if seconds is not None)
 
-    def _tell_mode(self, *, bad: bool) -> None:
-        """Say how the inbox is watched when that is different; at the start whoever begins says it."""
-        now = (self.mode, set(self.polled.values()))
-        if now != self._told and (self._told or bad):
-            (_log.warning if bad else _log.info)("watch mode", mode=self.mode, polled=self.why_polled())
-        self._told = now
+    def _work(self, until: float) -> None:
+        """Scan folders in turn."""
+        cost = self._now if eventless(self._kind) else time.thread_time  # a server is to be spared, too
+        start = cost()
+        while (now := self._moment()) < until and self._allowance.may_go_on(cost() - start):
+            began, more = cost(), False
+            name = next(iter(self._running)) if len(self._running) >= _MOST_BEGUN else self._schedule.turn()
+            if name is None:
+                return
+            try:
+                more = self._turn(name, now + _TURN_SECONDS)
+            finally:
+                took = cost() - began
+                self._allowance.spend(took)
+                self._spent += took
+                self._schedule.charge(name, took, more=more)
+                self._follow()
 
-    def changed(self, change: Changed, taken: Collection[Key | None]) -> bool:
-        """Take note of an event; tell whether a prompt became ready by it."""
+    def _turn(self, name: str, until: float) -> bool:
+        """Go on with the scan of a first-level folder, or begin another one; tell whether it is not at its end."""
+        if name not in self._running:
+            path = self._schedule.take(name)
+            if path is None:
+                return False
+            scan = self._sweep.order.prepare(name) if path == AHEAD else self._sweep.scan(path)
+            self._running[name] = path, scan
+        path, scan = self._running[name]
+        try:
+            for _ in scan:
+                if self._moment() >= until:
+                    return True
+        except SpoolError:
+            self._schedule.soon(path)
+            del self._running[name]
+            raise
+        del self._running[name]
+        if folder := self._sweep.folders.get(path):
+            self._scanned(folder)
+        return False
+
+    def _scanned(self, folder: Folder) -> None:
+        self._asked.discard(folder.path)
+        self._waits.discard(folder.path)
+        if folder.found and folder.found.due is not None:
+            self._waits.add(folder.path)
+            self._schedule.later(folder.path, folder.found.due)
+        if folder.path and not folder.is_entered:
+            self._watching.forget(self._sweep.folders.full(folder.path))
+            if folder.is_gone:  # which the folder shows that it was in
+                above = folder.path.rpartition("/")[0]
+                self._schedule.soon(above)
+                if folder.path not in self._sweep.folders.add(above).inner:
+                    self._sweep.folders.forget(folder.path)
+
+    def _follow(self) -> None:
+        """Draw the consequences of what the scans have found."""
+        folders, order = self._sweep.folders, self._sweep.order
+        for path in folders.gone:
+            self._forget(path)
+        self._schedule.soon_all(path for path in folders.fresh if folders.get(path))
+        folders.gone, folders.fresh = [], []
+        for path, at in self._sweep.dues.items():
+            self._waits.add(path)
+            self._schedule.later(path, at)
+        self._sweep.dues.clear()
+        begun = {path for path, _ in self._running.values()}
+        self._schedule.soon_all(order.short - begun)
+        for name in order.wanting:
+            self._schedule.ahead(name)
+        order.wanting.clear()
+
+    def _forget(self, path: str) -> None:
+        name = first_level(path)
+        if name in self._running and self._running[name][0] == path:
+            self._running.pop(name)[1].close()
+        self._asked.discard(path)
+        self._waits.discard(path)
+        self._schedule.forget(path)
+        self._sweep.order.forget(path)
+        self._watching.forget(self._sweep.folders.full(path))
+
+    def _rest(self) -> None:
+        """Give back what the scans used, and let them rest if they took more than their share."""
         now = self._now()
-        folder = change.folder[len(self._inbox) :].lstrip("/")
+        if rest := self._allowance.rest():
+            self._rested = now + rest
+        self.is_complete = self.is_complete or not self.is_at_work() or now >= self._complete_at
+        if not self.is_at_work():
+            self._round_at = min(self._round_at, self._began + self._interval())
+            self._watching.tell_mode(self._kind, self._sweep.entered())
+            if self._spent > _LONG_SECONDS:
+                memory.give_back()
+            self._spent = 0.0
+
+    def _sum_up(self) -> bool:
+        """Bring ``seen`` up to date: at the end of the scans, and not too often before; tell whether it is new."""
+        now = self._now()
+        if not self._sweep.folders.changed or (self.is_at_work() and now < self._seen_at):
+            return False
+        self._moment()
+        self.seen, self._sweep.folders.changed = self._sweep.seen(), False
+        self._seen_at = now + max(_LOST_SECONDS, 100 * (self._now() - now))
+        return True
+
+    def _moment(self) -> float:
+        """Tell the scans what time it is."""
+        self._sweep.moment.now, self._sweep.moment.wall = self._now(), self._clock()
+        return self._sweep.moment.now
+
+    def _opened(self, folder: Folder, descriptor: int) -> None:
+        """Watch a folder that is about to be scanned: what comes after that is told of."""
+        if folder.identity:
+            self._watching.watch(self._sweep.folders.full(folder.path), folder.identity, descriptor)
+
+    # Events
+
+    def note_events(self, taken: Collection[Key | None]) -> Noted:
+        """Take note of events, of some if there are very many.
+
+        Args:
+            taken: Stems of which a job is not over.
+        """
+        self._moment()
+        asks = ready = False
+        if self._watching.hints.has_lost():
+            self._lost()
+        for change in self._watching.hints.take():
+            if change.folder == self._watching.control:
+                asks = True
+            else:
+                ready = self._changed(change, taken) or ready
+        self._follow()
+        return Noted(asks, ready)
+
+    def _changed(self, change: Change, taken: Collection[Key | None]) -> bool:
+        """Take note of an event; tell whether a prompt became ready by it."""
+        path = change.folder[len(self._inbox) :].lstrip("/")
+        folder = self._sweep.folders.get(path)
+        if folder is None:
+            return False
         if not change.name:
-            self.soon()
+            self._schedule.soon(path)
+            return False
+        now = self._now()
+        if change.is_folder:
+            self._sweep.folders.found_inside(folder, change.name)
+            if (inner := path_of(path, change.name)) in folder.inner:
+                self._schedule.soon(inner)  # also if it had the name of another one
+            self._schedule.later(path, now + self._config.settle_seconds)
             return False
         stem = stem_of(change.name)
-        key = (folder, stem) if stem is not None else self._sweep.owner(folder, change.name)
-        if key is not None:
-            self._ready.pop(key, None)
-        if stem is not None and key is not None and change.renamed:
-            self._sweep.arrived_whole(key, now)
-            candidate = None if key in taken else self._sweep.look_at(key, now, self._clock())
-            if candidate is not None:
-                self._ready[key] = candidate
-                return True
-        elif key is not None:
+        key = (path, stem) if stem is not None else self._sweep.owner(path, change.name)
+        if stem is None and self._sweep.waits_for_inputs(path):
+            self._schedule.soon(path)
+        else:
+            self._schedule.later(path, now + self._config.settle_seconds)
+        if key is None:
+            return False
+        if stem is None or not change.renamed:
             self._sweep.touch(key, now)
-        hurry = stem is None and self._sweep.waits_for_inputs()
-        self.soon(0.0 if hurry else self._config.settle_seconds)
-        return False
+            return False
+        self._sweep.arrived_whole(key, now)
+        return key not in taken and self._sweep.look_at(key, now, self._clock()) is not None
 
     # Taking
 
+    @property
+    def turns(self) -> Turns[str]:
+        """The first-level folders of which a prompt may be claimed; others may join."""
+        return self._sweep.order.turns
+
     def any(self) -> bool:
         """Tell whether there is something to be taken, as far as is known."""
-        return bool(self._ready) or self._more
+        return self._may_take() and len(self._sweep.order) > 0
+
+    def is_ready(self, name: str) -> bool:
+        """Tell whether a prompt of a first-level folder may be claimed, when it is its turn."""
+        return self._sweep.order.is_ready(name)
+
+    def _may_take(self) -> bool:
+        """Tell whether all prompts are known that came at once, if they are to be counted first."""
+        return self.is_complete or not self._counts_first
 
     def count(self) -> int:
         """Return how many prompts wait for nothing but a worker."""
@@ -282,39 +423,61 @@ class Intake:
 
     def arrived(self) -> dict[str, float]:
         """Return when the oldest of these were changed, by path below the inbox, in seconds since the epoch."""
-        return self._sweep.arrived()
+        return self._sweep.order.arrived()
 
-    def next(self, taken: Collection[Key | None]) -> Candidate | None:
-        """Return the oldest prompt that may be claimed; it will not be returned again.
+    def owner(self, name: str) -> int:
+        """Return the number of the user to whom a first-level folder belongs."""
+        return self._sweep.order.owner(name)
+
+    def next(self, name: str, taken: Collection[Key | None]) -> Candidate | None:
+        """Return the oldest prompt of a first-level folder that may be claimed; it will not be returned again.
 
         Args:
+            name: The folder; empty for prompts directly in the inbox.
             taken: Stems of which a job is not over.
         """
-        while True:
-            if not self._ready and self._more:
-                self._refill()
-            if not self._ready:
-                return None
-            candidate = self._ready.pop(next(iter(self._ready)))
+        now = self._moment()
+        candidate = self._take(name, taken, now) if self._may_take() else None
+        self._follow()
+        return candidate
+
+    def _take(self, name: str, taken: Collection[Key | None], now: float) -> Candidate | None:
+        while candidate := self._sweep.order.take(name):
             if candidate.key in taken:
-                self.seen.passed.add(candidate.key)
+                self._passed.add(candidate.key)
             elif candidate.key[0] in self.shut or not self._sweep.unchanged(candidate):
-                self._sweep.touch(candidate.key, self._now())
-                self.soon(self._config.settle_seconds)
+                self._sweep.touch(candidate.key, now)
+                self._schedule.later(candidate.key[0], now + self._config.settle_seconds)
             else:
                 self._sweep.taken(candidate.key)
-                return candidate
+                break
+        return candidate
 
-    def _refill(self) -> None:
-        more = self._sweep.more(self._now(), self._clock(), _AHEAD)
-        self._more = len(more) >= _AHEAD
-        self._ready = {candidate.key: candidate for candidate in more}
-        if self.seen.due is not None:
-            self.soon(self.seen.due)
-        if self._sweep.runs_low():
-            self.soon()
+    def served(self, name: str) -> None:
+        """Note that a first-level folder has had its turn."""
+        self._sweep.order.served(name)
 
     def over(self, key: Key | None) -> None:
         """Take note that no job of this stem is at work any more."""
-        if key in self.seen.passed:
-            self.soon()  # a file of the same name was dropped meanwhile
+        if key is None:
+            return
+        folder = self._sweep.folders.get(key[0])
+        if key in self._passed or (folder and folder.found and key[1] in folder.found.passed):
+            self._passed.discard(key)
+            self._sweep.give_back(key)
+            self.soon(key)  # a file of the same name was dropped meanwhile
+
+    # How it is watched
+
+    @property
+    def mode(self) -> str:
+        """``native``: the kernel tells of changes; ``poll``: it does not; ``mixed``: it does of some folders."""
+        return self._watching.mode(self._kind, len(self._sweep.folders))
+
+    def polled(self) -> Mapping[str, str]:
+        """Return of which folders the kernel tells nothing, or not everything, and why."""
+        return self._watching.polled(self._kind, self._sweep.entered())
+
+    def why_polled(self) -> dict[str, str]:
+        """Return for each reason to look at folders one of them, and how many there are."""
+        return self._watching.why_polled(self._kind, self._sweep.entered())

@@ -3,32 +3,47 @@
 A folder is listed again only if its names may have changed. On file systems that are known to keep the times of folders
 the folder itself tells: its ctime differs as soon as a name in it does. Elsewhere every look is a listing. No file is
 opened or even looked at here.
+
+A folder is listed in pieces, between which other folders can be listed: somebody else may have put a million files
+into it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from imagewatch.claims import JOB, MARK
 from imagewatch.compact import Numbers
 from imagewatch.durable import ours
-from imagewatch.errors import SpoolError
 from imagewatch.folders import Tops
 from imagewatch.mounts import place_of
 from imagewatch.names import CLAIMS, SKIPPED_FOLDERS, SUFFIX, Beside, in_flight, is_picture, near_miss, stem_of
-from imagewatch.seen import Reasons
+from imagewatch.seen import Found, Reasons, first_level
+from imagewatch.settling import Settling
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Iterable, Iterator
+    from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 
-    from imagewatch.seen import Key, Seen
+    from imagewatch.seen import Key, Look
+    from imagewatch.window import Window
 
+_Item = TypeVar("_Item")
 _STEADY_SECONDS = 2.5
 """A folder that looked the same for so long before it was listed was listed whole: some file systems count in twos."""
 _MANY = 4096
+_PIECE = 32
+"""So many names are one piece of a listing: a name may take a quarter of a millisecond."""
+_ROOM = 4
+"""So many times as many files as are named at last are named while each folder may name as many as that."""
+_MOST_FOLDERS = 50_000
+"""How many folders of one owner are looked into: each takes a kilobyte, and one more if the kernel tells of it."""
+_LONGEST_PATH = 3800
+"""Results of what is in a folder with a longer path below the inbox could not be published."""
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
 
 
@@ -73,9 +88,51 @@ class Unsettled:
         self._hashed.discard(stem)
 
 
+_NONE_UNSETTLED, _NOTHING_BESIDE = Unsettled(), Beside(())
+"""Of folders without either, of which there may be very many. Nothing is ever added to these."""
+
+
+class Notes:
+    """What is remembered of the stems of one folder until they are claimed.
+
+    Args:
+        settle_seconds: How long a stem must be quiet.
+        looked: Monotonic time at which the last scan of the folder began, seconds.
+
+    Attributes:
+        settling: Since when each is quiet that is not settled.
+        inputs: The same of the images that settled ones name.
+        since: Monotonic time since which each waits for images, seconds.
+        arrived: Those whose prompt came by rename.
+        held: Date of each that is settled and cannot be claimed yet: it is judged again at the next scan.
+        read: Which images each names, and what its prompt looked like when it was read.
+        marks: Monotonic time at which each sign of somebody at work was first seen, seconds, by its name.
+    """
+
+    __slots__ = ("arrived", "held", "inputs", "marks", "read", "settling", "since")
+
+    def __init__(self, settle_seconds: float, looked: float) -> None:
+        self.settling = Settling(settle_seconds, looked)
+        self.inputs = Settling(settle_seconds)
+        self.since: dict[str, float] = {}
+        self.arrived: set[str] = set()
+        self.held: dict[str, float] = {}
+        self.read: dict[str, tuple[Look, tuple[str, ...] | None]] = {}
+        self.marks: dict[str, float] = {}
+
+    def __bool__(self) -> bool:
+        return any((self.settling, self.inputs, self.since, self.arrived, self.held, self.read, self.marks))
+
+    def discard(self, stem: str) -> None:
+        """Forget a stem that is not there any more, or that is claimed."""
+        self.arrived.discard(stem)
+        for notes in (self.held, self.since, self.read):
+            notes.pop(stem, None)
+
+
 @dataclass(slots=True)
 class Folder:
-    """What is known of one folder.
+    """What is known of one folder. Of an empty one it is little: anybody can make very many.
 
     Attributes:
         path: Its path below the inbox; empty for the inbox itself.
@@ -85,26 +142,64 @@ class Folder:
         arriving: Names of what may become a prompt when its transfer gives it its name.
         place: Device and mount it is on.
         is_local: Whether its times are of our own clock.
+        is_scanned: Whether a scan of it is under way.
+        is_changed: Whether anything in it may be different since somebody set this to False.
+        is_entered: Whether it could be looked into, and is on the file system of the inbox.
+        is_gone: Whether it was not there when it was to be scanned last.
+        was_claims: Whether it looked like a folder of claimed files when it was first seen.
+        owner: Number of the user to whom it belongs.
         ignored: Why files that are no prompts are not taken, by path below the inbox.
         inner: The folders in it that are looked into, as paths below the inbox.
+        found: What the last scan found.
+        judged: What was found since, when prompts were looked at whose turn had come.
+        was_judged: The same before the last scan, while not all was looked at again.
+        window: Those of the settled stems that are the next ones.
+        notes: What else is remembered of its stems.
+        looked: Monotonic time at which the last scan began, seconds.
+        names: How many files are named here that are not taken.
+        counted: As whose folder it is counted.
     """
 
     path: str
     settled: Numbers[float] = field(default_factory=lambda: Numbers("d"))
-    unsettled: Unsettled = field(default_factory=Unsettled)
-    beside: Beside = field(default_factory=lambda: Beside(()))
-    arriving: list[str] = field(default_factory=list)
+    unsettled: Unsettled = _NONE_UNSETTLED
+    beside: Beside = _NOTHING_BESIDE
+    arriving: Collection[str] = ()
     place: tuple[int, int] = (0, 0)
     is_local: bool = True
-    ignored: Reasons = field(default_factory=Reasons)
-    inner: list[str] = field(default_factory=list)
+    is_scanned: bool = False
+    is_changed: bool = True
+    is_entered: bool = False
+    is_gone: bool = False
+    was_claims: bool = False
+    owner: int = -1
+    ignored: Reasons | None = None
+    inner: dict[str, None] = field(default_factory=dict)
+    found: Found | None = None
+    judged: Found | None = None
+    was_judged: Found | None = None
+    window: Window | None = None
+    notes: Notes | None = None
+    looked: float = float("-inf")
+    names: int = 0
+    counted: int = -1
     _identity: tuple[int, int] | None = None
-    _stamp: tuple[int, ...] | None = None
+    _stamp: tuple[int, int] | None = None
     _steady: float = 0.0
     _listed: float = 0.0
 
     def __contains__(self, stem: object) -> bool:
         return isinstance(stem, str) and (stem in self.unsettled or self.settled.get(stem) is not None)
+
+    @property
+    def inode(self) -> int:
+        """Its inode when it was listed last; 0 for the inbox itself, and before."""
+        return self._identity[1] if self._identity and self.path else 0
+
+    @property
+    def identity(self) -> tuple[int, int] | None:
+        """Device and inode when it was looked at last; None before."""
+        return self._identity
 
     def settle(self, stem: str, changed: float) -> None:
         """Note that a stem is quiet."""
@@ -114,33 +209,45 @@ class Folder:
     def unsettle(self, stem: str) -> None:
         """Note that a stem that was quiet is not any more."""
         if self.settled.discard(stem):
+            if self.unsettled is _NONE_UNSETTLED:
+                self.unsettled = Unsettled()
             self.unsettled.add(stem)
+        if self.is_scanned:
+            self.distrust()  # the listing may have gone past it
 
     def forget(self, stem: str) -> None:
         """Forget a stem. It is found again if it is still there."""
         self.settled.discard(stem)
         self.unsettled.discard(stem)
+        if self.notes is not None:
+            self.notes.discard(stem)
+        self.distrust()
+
+    def clear(self) -> None:
+        """Forget all that is in it."""
+        self.settled, self.unsettled, self.inner = Numbers("d"), _NONE_UNSETTLED, {}
+        self.beside, self.arriving, self.ignored = _NOTHING_BESIDE, (), None
+        self.window = self.notes = self.judged = self.was_judged = None
         self.distrust()
 
     def distrust(self) -> None:
-        """See to it that it is listed at the next look."""
+        """See to it that it is listed at the next look, also if it is being listed now."""
         self._stamp = None
 
-    @property
-    def inode(self) -> int:
-        """Its inode when it was listed last; 0 for the inbox itself, and before."""
-        return self._identity[1] if self._identity and self.path else 0
+    def noted(self, settle_seconds: float) -> Notes:
+        """Return what is remembered of its stems, to note something."""
+        if self.notes is None:
+            self.notes = Notes(settle_seconds, self.looked)
+        return self.notes
 
-    def is_other(self, descriptor: int) -> bool:
+    def is_other(self, status: os.stat_result) -> bool:
         """Tell whether it is another folder of its name than it was."""
-        status = os.fstat(descriptor)
         before, self._identity = self._identity, (status.st_dev, status.st_ino)
         return before != self._identity
 
-    def may_differ(self, descriptor: int, now: float, *, keeps_times: bool) -> bool:
+    def may_differ(self, status: os.stat_result, now: float, *, keeps_times: bool) -> bool:
         """Tell whether there may be other names in it than when it was listed."""
-        status = os.fstat(descriptor)
-        stamp = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        stamp = (status.st_mtime_ns, status.st_ctime_ns)
         if stamp != self._stamp:
             self._stamp, self._steady = stamp, now
         elif keeps_times and self._listed >= self._steady + _STEADY_SECONDS:
@@ -176,31 +283,40 @@ class _Others:
         if len(self._few) <= _MANY:
             self._few.append((entry.name, entry.is_symlink()))
 
-    def __iter__(self) -> Iterator[tuple[str, bool]]:
-        """Return the names, and whether each is a link's."""
-        return iter(self._few) if len(self._few) <= _MANY else self._listed()
+    def __iter__(self) -> Iterator[tuple[str, bool] | None]:
+        """Return the names, and whether each is a link's; None after each piece of the work."""
+        return _pieces(self._few) if len(self._few) <= _MANY else self._listed()
 
-    def _listed(self) -> Iterator[tuple[str, bool]]:
+    def _listed(self) -> Iterator[tuple[str, bool] | None]:
         with os.scandir(self._descriptor) as entries:
-            for entry in entries:
-                if stem_of(entry.name) is None and not entry.is_dir(follow_symlinks=False):
+            for entry in _pieces(entries):
+                if entry is None:
+                    yield None
+                elif stem_of(entry.name) is None and not entry.is_dir(follow_symlinks=False):
                     yield entry.name, entry.is_symlink()
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Visitor:
-    """What is to be done with the stems of all folders.
+    """What is to be done with one folder.
 
     Attributes:
-        observe: Called with the folder, the stem and a descriptor of the folder for each stem that is not settled;
-            tells whether it is settled now.
-        offer: Called with date and key of each stem that is settled; every folder is listed for it. None: not needed.
-        taken: Stems to pass over.
+        found: What cannot be listed, what is ignored and what is passed over is noted here.
+        opened: Called with the folder and a descriptor of it before it is listed.
+        observe: Called with the folder, the stem and a descriptor for each stem that is not settled; tells whether it
+            is settled now.
+        offer: Called with folder, date and stem of each stem that is settled; the folder is listed for it. None: not
+            needed.
+        taken: Tells whether a stem is to be passed over.
+        now: Monotonic time, seconds.
     """
 
+    found: Found
+    opened: Callable[[Folder, int], None]
     observe: Callable[[Folder, str, int], bool]
-    offer: Callable[[float, Key], None] | None
-    taken: Collection[Key | None]
+    offer: Callable[[Folder, float, str], None] | None
+    taken: Callable[[Key], bool]
+    now: float
 
 
 class Folders:
@@ -217,7 +333,9 @@ class Folders:
 
     Attributes:
         tops: The same.
-        changed: Whether any name may be different since somebody set this to False.
+        changed: Whether anything may be different since somebody set this to False.
+        fresh: Folders that were found, and not looked into since somebody emptied this.
+        gone: Folders that are not there any more, since somebody emptied this.
     """
 
     def __init__(
@@ -240,10 +358,18 @@ class Folders:
         self._most_named = most_named
         self._explain = explain
         self._known: dict[str, Folder] = {}
+        self._places: dict[tuple[int, int], tuple[tuple[int, int], bool]] = {}
+        self._owned: Counter[int] = Counter()  # how many folders belong to each owner of a first-level folder
+        self._names = self._keepers = 0  # files that are not taken and named, and folders in which they are
         self.changed = True
+        self.fresh: list[str] = []
+        self.gone: list[str] = []
 
     def __iter__(self) -> Iterator[Folder]:
         return iter(self._known.values())
+
+    def __len__(self) -> int:
+        return len(self._known)
 
     def get(self, path: str) -> Folder | None:
         """Return what is known of a folder."""
@@ -251,7 +377,10 @@ class Folders:
 
     def add(self, path: str) -> Folder:
         """Return what is known of a folder; it may be nothing yet."""
-        return self._known.setdefault(path, Folder(path))
+        folder = self._known.get(path)
+        if folder is None:
+            folder = self._known[path] = Folder(path)
+        return folder
 
     def full(self, path: str) -> str:
         """Return the whole path of something below the inbox."""
@@ -266,69 +395,113 @@ class Folders:
         known = self._known.get(path)
         return known is None or known.inode in {0, now}
 
-    def look(self, seen: Seen, now: float, visitor: Visitor) -> None:
-        """Bring the names of all folders up to date, and observe all stems that are not settled.
+    def named(self) -> int | None:
+        """Return how many files of one folder are named that are not taken; None for all."""
+        if self._most_named is None or self._names < _ROOM * self._most_named:
+            return self._most_named
+        return max(self._most_named // self._keepers, 1)
 
-        Args:
-            seen: What cannot be listed, what is ignored and what is passed over is noted here.
-            now: Monotonic time, seconds.
-            visitor: What is to be done with the stems.
+    def count_names(self, folder: Folder) -> None:
+        """Take note of how many files of a folder are named that are not taken."""
+        parts = (folder.found, folder.judged)
+        reasons = [folder.ignored, *(one for part in parts if part for one in (part.waiting, part.ignored))]
+        self._count_names(folder, sum(len(one) for one in reasons if one))
+
+    def _count_names(self, folder: Folder, names: int) -> None:
+        self._names += names - folder.names
+        self._keepers += (names > 0) - (folder.names > 0)
+        folder.names = names
+
+    def begin(self) -> None:
+        """Begin to look at everything anew.
 
         Raises:
-            SpoolError: The inbox itself cannot be listed.
+            SpoolError: The inbox is not there.
         """
+        self._places.clear()  # something else may be mounted now
         if self._opens:
             with ours(self._inbox, "list the folder"):
                 if self.tops.is_replaced(self._inbox):
                     self.tops.open(self._inbox)
-        found: set[str] = set()
-        waiting = [""]
-        while waiting:
-            path = waiting.pop()
-            folder = self.add(path)
-            try:
-                self._look_into(folder, seen, now, visitor)
-            except SpoolError as error:
-                folder.distrust()
-                if not path:
-                    raise
-                seen.ignored.add(path, "a folder that cannot be listed", str(error))
-                self.changed = True
-                continue
-            if folder.place != self.add("").place:
-                seen.ignored.add(path, _OTHER_PLACE)
-                continue
-            found.add(path)
-            seen.folders.append(self.full(path))
-            seen.ignored.join(folder.ignored)
-            waiting += folder.inner
-        for path in self._known.keys() - found:
-            del self._known[path]
-            self.changed = True
 
-    def _look_into(self, folder: Folder, seen: Seen, now: float, visitor: Visitor) -> None:
+    def forget(self, path: str) -> None:
+        """Forget a folder and those in it."""
+        if folder := self._known.get(path):
+            self.leave(folder)
+            self._drop(folder)
+
+    def leave(self, folder: Folder) -> None:
+        """Forget what is in a folder, which cannot be looked into."""
+        inner = list(self._clear(folder))
+        while inner:  # somebody may have made a thousand folders, each in the one before
+            if below := self._known.get(inner.pop()):
+                inner += self._clear(below)
+                self._drop(below)
+
+    def _clear(self, folder: Folder) -> dict[str, None]:
+        """Forget what is in a folder, the folders in it aside; return those."""
+        inner = folder.inner
+        folder.is_entered, self.changed = False, True
+        self._count_names(folder, 0)
+        folder.clear()
+        return inner
+
+    def _drop(self, folder: Folder) -> None:
+        del self._known[folder.path]
+        self._owned[folder.counted] -= 1
+        self.gone.append(folder.path)
+
+    def look_into(self, folder: Folder, visitor: Visitor) -> Iterator[None]:
+        """Bring the names of a folder up to date, and observe its stems that are not settled; a piece each time.
+
+        Raises:
+            SpoolError: It cannot be listed.
+        """
         full = self.full(folder.path)
         with self._opened(folder.path) as descriptor:
-            if folder.is_other(descriptor):
-                folder.place, folder.is_local = place_of(descriptor), self._is_local(full)
-            if folder.place != self.add("").place or self._is_claims(descriptor):
-                folder.inner = []
+            status = os.fstat(descriptor)
+            if folder.is_other(status):
+                folder.place, folder.is_local = self._place(descriptor, full)
+                folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
+                folder.distrust()
+            folder.owner = status.st_uid
+            folder.is_gone, is_here = False, folder.place == self.add("").place
+            if not is_here:
+                visitor.found.ignored.add(folder.path, _OTHER_PLACE)
+            if not is_here or folder.was_claims or self._is_claims(status):
+                self.leave(folder)
                 return
-            differs = folder.may_differ(descriptor, now, keeps_times=self._keeps_times(full))
-            if differs or visitor.offer or not folder.unsettled.are_named:
-                with ours(full, "list the folder"):
-                    stems = self._list(folder, descriptor, seen, visitor)
-            else:
+            folder.is_entered = True
+            visitor.opened(folder, descriptor)
+            folder.is_scanned = True
+            differs = folder.may_differ(status, visitor.now, keeps_times=self._keeps_times(full))
+            try:
                 stems = list(folder.unsettled)
-            for stem in stems:
-                visitor.observe(folder, stem, descriptor)
+                if differs or visitor.offer or not folder.unsettled.are_named:
+                    with ours(full, "list the folder"):
+                        stems = yield from self._list(folder, descriptor, visitor)
+                for stem in _pieces(stems):
+                    if stem is None:
+                        yield
+                    else:
+                        visitor.observe(folder, stem, descriptor)
+            except BaseException:
+                folder.distrust()
+                raise
+            finally:
+                folder.is_scanned = False
 
-    def _is_claims(self, descriptor: int) -> bool:
+    def _is_claims(self, status: os.stat_result) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""
         claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
-        if claims is not None and claims.is_same(os.fstat(descriptor)):
-            return True
-        return _has(descriptor, MARK) or (_has(descriptor, "lock") and any(map(JOB.fullmatch, os.listdir(descriptor))))
+        return claims is not None and claims.is_same(status)
+
+    def _place(self, descriptor: int, full: str) -> tuple[tuple[int, int], bool]:
+        """Return on which device and mount a folder is, and whether its times are of our own clock."""
+        place = place_of(descriptor)
+        if place not in self._places:
+            self._places[place] = place, self._is_local(full)
+        return self._places[place]
 
     @contextlib.contextmanager
     def _opened(self, path: str) -> Iterator[int]:
@@ -338,57 +511,78 @@ class Folders:
             folder = self.tops.listable(full)
         yield folder.fileno()
 
-    def _list(self, folder: Folder, descriptor: int, seen: Seen, visitor: Visitor) -> list[str]:
+    def _list(self, folder: Folder, descriptor: int, visitor: Visitor) -> Generator[None, None, list[str]]:
         """List a folder; return the stems that are still to be observed."""
         stems: list[str] = []
-        others = _Others(descriptor)
-        folders: list[str] = []
-        many = False
+        others, inner, before = _Others(descriptor), dict[str, None](), set(folder.inner)
+        ignored, many = Reasons(visitor.found.ignored.most), False
         folder.settled.begin()
-        with os.scandir(descriptor) as entries:
-            for entry in entries:
-                name = entry.name
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(name)
-                elif (stem := stem_of(name)) is None:
-                    others.add(entry)
-                elif (changed := folder.settled.find(stem)) is not None:
-                    if visitor.offer:
-                        visitor.offer(changed, (folder.path, stem))
-                elif (folder.path, stem) in visitor.taken:
-                    seen.passed.add((folder.path, stem))
-                    folder.distrust()
-                elif len(stems) < _MANY:
-                    stems.append(stem)
-                else:
-                    many = True
-        folder.settled.end()
-        folder.unsettled = Unsettled(stems)
-        folder.ignored = Reasons(self._most_named)
-        self._enter(folder, folders)
+        try:
+            with os.scandir(descriptor) as entries:
+                for entry in _pieces(entries):
+                    if entry is None:
+                        yield
+                    elif entry.is_dir(follow_symlinks=False):
+                        self._enter(folder, entry.name, inner, ignored)
+                    elif (stem := stem_of(entry.name)) is None:
+                        others.add(entry)
+                    elif not self._is_known(folder, stem, visitor):
+                        many = many or len(stems) >= _MANY
+                        if not many:
+                            stems.append(stem)
+            folder.settled.end()
+        finally:
+            folder.settled.stop()
+        for gone in before.difference(inner):
+            self.forget(gone)
+        folder.inner = inner | {path: None for path in folder.inner if path not in before}  # found meanwhile
+        folder.unsettled = Unsettled(stems) if stems else _NONE_UNSETTLED
         if many:
-            stems = self._list_many(folder, descriptor, others, visitor)
-        self._sort_out(folder, others)
-        self.changed = True
+            stems = yield from self._list_many(folder, descriptor, others, visitor)
+        has_stems = bool(folder.unsettled or folder.settled or visitor.found.passed)
+        yield from self._sort_out(folder, others, ignored, has_stems=has_stems)
+        folder.is_changed = True
         return stems
 
-    def _list_many(self, folder: Folder, descriptor: int, others: _Others, visitor: Visitor) -> list[str]:
+    def _is_known(self, folder: Folder, stem: str, visitor: Visitor) -> bool:
+        """Tell whether nothing is to be found out about a stem that is there."""
+        if (changed := folder.settled.find(stem)) is not None:
+            if visitor.offer:
+                visitor.offer(folder, changed, stem)
+        elif visitor.taken((folder.path, stem)):
+            visitor.found.passed.add(stem)
+            folder.distrust()
+        else:
+            return False
+        return True
+
+    def _list_many(
+        self, folder: Folder, descriptor: int, others: _Others, visitor: Visitor
+    ) -> Generator[None, None, list[str]]:
         """List a folder again in which very many prompts are not quiet, and observe them without holding their names.
 
         Returns:
             Those to which another file may belong: they have to wait until it is known which files do.
         """
         asked, later = _Asked(), list[str]()
-        probe, folder.beside, folder.unsettled = Beside(asked), Beside(()), Unsettled()
-        for name, _ in others:
-            probe.owner(name)
-            folder.beside.add(name)
+        probe, headless = Beside(asked), Beside(())
+        for other in others:
+            if other is None:
+                yield
+            else:
+                probe.owner(other[0])
+                if other[0].startswith("~$"):  # the mark of any of very many: the head of its name is missing
+                    headless.add(other[0])
+        folder.beside, folder.unsettled = headless, Unsettled()
         with os.scandir(descriptor) as entries:
-            for entry in entries:
-                stem = stem_of(entry.name)
-                if stem is None or (folder.path, stem) in visitor.taken or folder.settled.get(stem) is not None:
+            for entry in _pieces(entries):
+                if entry is None:
+                    yield
                     continue
-                if entry.is_dir(follow_symlinks=False):
+                stem = stem_of(entry.name)
+                if stem is None or folder.settled.get(stem) is not None or entry.is_dir(follow_symlinks=False):
+                    continue
+                if visitor.taken((folder.path, stem)):
                     continue
                 if stem in asked.stems:
                     later.append(stem)
@@ -397,35 +591,78 @@ class Folders:
                 folder.unsettled.add(stem)
         return later
 
-    def _enter(self, folder: Folder, names: list[str]) -> None:
-        """Note which folders are looked into."""
-        folder.inner = []
-        for name in names:
-            path = _join(folder.path, name)
-            if name.startswith(SKIPPED_FOLDERS):
-                if self._explain and name != CLAIMS:
-                    folder.ignored.add(path, "a folder that systems and tools keep for themselves")
-            elif not self._recursive:
-                folder.ignored.add(path, "a folder, and inbox.recursive is off")
-            elif name.startswith(("~", "#")):
-                folder.ignored.add(path, "a folder whose name begins with ~ or #")
-            else:
-                folder.inner.append(path)
+    def _enter(self, folder: Folder, name: str, inner: dict[str, None], ignored: Reasons) -> None:
+        """Note whether a folder is looked into."""
+        path = _join(folder.path, name)
+        if name.startswith(SKIPPED_FOLDERS):
+            if self._explain and name != CLAIMS:
+                ignored.add(path, "a folder that systems and tools keep for themselves")
+        elif not self._recursive:
+            ignored.add(path, "a folder, and inbox.recursive is off")
+        elif name.startswith(("~", "#")):
+            ignored.add(path, "a folder whose name begins with ~ or #")
+        elif len(os.fsencode(path)) > _LONGEST_PATH:
+            ignored.add(path, "a folder whose path is too long")
+        elif not self._may_enter(path):
+            ignored.add(path, f"a folder beyond the {_MOST_FOLDERS:,} of one owner that are looked into")
+            folder.distrust()  # it may be one of them later
+        else:
+            inner[self._known[path].path] = None  # as it is kept
 
-    def _sort_out(self, folder: Folder, others: _Others) -> None:
+    def _may_enter(self, path: str) -> bool:
+        """Tell whether a folder is looked into; if it is new, note that it has to be."""
+        if path in self._known:
+            return True
+        above = self._known.get(first_level(path))
+        owner = above.owner if above else self._owner(path)
+        if self._owned[owner] >= _MOST_FOLDERS:
+            return False
+        folder = self.add(path)
+        folder.owner = folder.counted = owner
+        self._owned[owner] += 1
+        self.fresh.append(path)
+        return True
+
+    def _owner(self, path: str) -> int:
+        with contextlib.suppress(OSError):
+            return self.tops.lstat(self.full(path)).st_uid
+        return -1
+
+    def found_inside(self, folder: Folder, name: str) -> None:
+        """Note that somebody has seen a folder in this one, so that this one need not be listed to look into it."""
+        self._enter(folder, name, folder.inner, Reasons(0))
+
+    def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons, *, has_stems: bool) -> Iterator[None]:
         """Find out to which stems the files belong that are no prompts."""
-        folder.beside, folder.arriving = Beside(folder), []
-        for name, is_link in others:
-            is_own = folder.beside.add(name)
+        beside, arriving = (Beside(folder) if has_stems else _NOTHING_BESIDE), list[str]()
+        for other in others:
+            if other is None:
+                yield
+                continue
+            name, is_link = other
+            is_own = has_stems and beside.add(name)
             path = _join(folder.path, name)
             if is_link and name[0] != ".":
-                folder.ignored.add(path, "a link, which is not followed")
-            elif near_miss(name) and in_flight(name) and len(folder.arriving) < _MANY:
-                folder.arriving.append(name)
+                ignored.add(path, "a link, which is not followed")
+            elif near_miss(name) and in_flight(name) and len(arriving) < _MANY:
+                arriving.append(name)
             elif near_miss(name):
-                folder.ignored.add(path, _near_miss(name))
+                ignored.add(path, _near_miss(name))
             elif self._explain and not is_own:
-                folder.ignored.add(path, _no_prompt(name))
+                ignored.add(path, _no_prompt(name))
+        folder.beside = beside
+        folder.arriving = arriving or ()
+        folder.ignored = ignored if ignored.kinds else None
+
+
+def _is_like_claims(folder: int) -> bool:
+    """Tell whether a folder looks like one of claimed files, of this daemon or another."""
+    if _has(folder, MARK):
+        return True
+    if not _has(folder, "lock"):
+        return False
+    with os.scandir(folder) as entries:  # not all of them: there may be a million
+        return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MANY))
 
 
 def _has(folder: int, name: str) -> bool:
@@ -448,6 +685,14 @@ def _no_prompt(name: str) -> str:
     if in_flight(name):
         return "a temporary file of an editor or a transfer"
     return "hidden" if name[0] == "." else "not a prompt"
+
+
+def _pieces(items: Iterable[_Item]) -> Iterator[_Item | None]:
+    """Return these, and None after each piece of the work."""
+    for count, item in enumerate(items, 1):
+        yield item
+        if not count % _PIECE:
+            yield None
 
 
 def _join(folder: str, name: str) -> str:

@@ -9,6 +9,7 @@ accents are composed: macOS takes letters apart, others do not.
 
 from __future__ import annotations
 
+import functools
 import re
 import unicodedata
 from dataclasses import dataclass, field
@@ -35,28 +36,30 @@ _PICTURES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 _NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>[0-9]{1,9})", re.DOTALL)
 
 # What editors and transfer tools call a file while they are at work on it; the group is the name it will have.
-_IN_FLIGHT = tuple(
-    re.compile(pattern, re.DOTALL)
-    for pattern in (
-        r"\.(.+)\.sw[a-z]",  # vim, nano: from opening to closing
-        r"\.(.+)\.kate-swp",
-        r"\.~lock\.(.+)#",  # LibreOffice
-        r"~\$(.+)",  # Office; of a longer name the first two characters are missing
-        r"\.#(.+)",  # Emacs: a dangling link while the buffer is modified
-        r"#(.+)#",  # Emacs: auto-save
-        r"(.+)___jb_(?:tmp|old)___",  # JetBrains safe write
-        r"(.+)\.sb-[0-9a-f]{8}-\w{6}",  # Cocoa safe save
-        r"\.syncthing\.(.+)\.tmp",
-        r"~syncthing~(.+)\.tmp",
-        r"\.unison\.(.+)\.[0-9a-f]{32}\.unison\.tmp",
-        r"\.(.+)\.~[0-9a-f]+",  # Nextcloud, ownCloud
-        r"\.(.+)\.[A-Za-z0-9]{6}",  # rsync
-        rf"(.+)\.(?!(?i:{'|'.join(_PICTURES)})\.)[A-Za-z0-9]{{4,16}}\.partial",  # rclone; not cat.webp.partial
-        r"(.+?)(?:\.ocTransferId[0-9]+)?\.(?:partial~?|part|filepart|crdownload|opdownload|download|aria2|!sync|tmp)",
-        r"(.+)\.(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6}",  # GLib, Qt; not cat.png.backup
-        r"\.in\.(.+)\.",  # lftp, FTP servers
-    )
+_WAYS = (
+    r"\.(.+)\.sw[a-z]",  # vim, nano: from opening to closing
+    r"\.(.+)\.kate-swp",
+    r"\.~lock\.(.+)#",  # LibreOffice
+    r"~\$(.+)",  # Office; of a longer name the first two characters are missing
+    r"\.#(.+)",  # Emacs: a dangling link while the buffer is modified
+    r"#(.+)#",  # Emacs: auto-save
+    r"(.+)___jb_(?:tmp|old)___",  # JetBrains safe write
+    r"(.+)\.sb-[0-9a-f]{8}-\w{6}",  # Cocoa safe save
+    r"\.syncthing\.(.+)\.tmp",
+    r"~syncthing~(.+)\.tmp",
+    r"\.unison\.(.+)\.[0-9a-f]{32}\.unison\.tmp",
+    r"\.(.+)\.~[0-9a-f]+",  # Nextcloud, ownCloud
+    r"\.(.+)\.[A-Za-z0-9]{6}",  # rsync
+    rf"(.+)\.(?!(?i:{'|'.join(_PICTURES)})\.)[A-Za-z0-9]{{4,16}}\.partial",  # rclone; not cat.webp.partial
+    r"(.+?)(?:\.ocTransferId[0-9]+)?\.(?:partial~?|part|filepart|crdownload|opdownload|download|aria2|!sync|tmp)",
+    r"(.+)\.(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6}",  # GLib, Qt; not cat.png.backup
+    r"\.in\.(.+)\.",  # lftp, FTP servers
 )
+_IN_FLIGHT = re.compile("|".join(f"(?:{way})" for way in _WAYS), re.DOTALL)
+_MAY_BE_IN_FLIGHT = re.compile(
+    r"[.~#]|.*(?:___|\.(?:sb-[^.]*|[A-Za-z0-9]{6}|partial~?|part|filepart|[a-z]*download|aria2|!sync|tmp))\Z", re.DOTALL
+)
+"""What is asked first, of a hundred thousand names that are all something else: each of the ways matches it."""
 _LOCKS = (".{}.swp", ".~lock.{}#", ".#{}", ".{}.kate-swp")
 _TEXT = re.compile(r"\.txt$|pro?mp?t.*\.(?:text|md|rtf|doc|docx|odt)$|\.pro?mp?t$|\.pro?mp?t\.txt\b", re.IGNORECASE)
 _LEFT_BEHIND = ("~", ":Zone.Identifier")  # an editor's backup, a mark of Windows
@@ -115,12 +118,13 @@ def near_miss(name: str) -> bool:
     return bool(_TEXT.search(name))
 
 
+@functools.lru_cache(maxsize=16)  # of one name it is asked several times in a row, and some names take long
 def in_flight(name: str) -> str | None:
     """Return the name that a temporary or lock file stands for, or None."""
-    for pattern in _IN_FLIGHT:
-        if match := pattern.fullmatch(name):
-            return match[1]
-    return None
+    if not _MAY_BE_IN_FLIGHT.match(name):
+        return None
+    match = _IN_FLIGHT.fullmatch(name)
+    return match[match.lastindex or 0] if match else None
 
 
 def locks(name: str) -> tuple[str, ...]:

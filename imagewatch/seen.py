@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TYPE_CHECKING
 
 from imagewatch.job import Claim
 from imagewatch.names import SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Key = tuple[str, str]
 """A stem: the folder below the inbox, and the stem's name."""
@@ -28,7 +31,7 @@ class Wait(StrEnum):
     IMAGES = "waiting for images that are missing or empty"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Candidate:
     """A prompt that may be claimed now.
 
@@ -85,43 +88,112 @@ class Reasons(dict[str, str]):
         most: How many are named; None for all.
 
     Attributes:
+        most: The same.
         kinds: How many there are of each kind of reason.
     """
 
+    __slots__ = ("kinds", "most")
+
     def __init__(self, most: int | None = None) -> None:
         super().__init__()
-        self._most = most
-        self.kinds: Counter[str] = Counter()
+        self.most = most
+        self.kinds: dict[str, int] = {}
 
     def add(self, path: str, kind: str, reason: str = "") -> None:
         """Note why a file is not taken; ``reason`` is the kind with what differs from file to file."""
-        self.kinds[kind] += 1
-        self._name(path, reason or kind)
-
-    def join(self, other: Reasons) -> None:
-        """Take over what was noted elsewhere."""
-        self.kinds.update(other.kinds)
-        for path, reason in other.items():
-            self._name(path, reason)
-
-    def _name(self, path: str, reason: str) -> None:
-        if self._most is None or len(self) < self._most:
-            self[path] = reason
+        self.kinds[kind] = self.kinds.get(kind, 0) + 1
+        if self.most is None or len(self) < self.most:
+            self[path] = reason or kind
 
     @property
     def total(self) -> int:
         """How many there are."""
-        return self.kinds.total()
+        return sum(self.kinds.values())
+
+    def some(self, most: int) -> dict[str, str]:
+        """Return some of those that are named, in the order of their paths.
+
+        The first-level folders share the places, so that a folder with very many leaves room for the others.
+        """
+        if len(self) <= most:
+            return dict(sorted(self.items()))
+        return dict(sorted(_shared(sorted(self.items()), most)))
 
 
-@dataclass
-class Seen:
-    """What one sweep saw.
+def joined(parts: Iterable[Reasons], most: int | None) -> Reasons:
+    """Return the reasons of several folders as those of one.
+
+    Args:
+        parts: Theirs.
+        most: How many files are named, the first-level folders sharing the places; None for all.
+    """
+    whole, named = Reasons(most), list[tuple[str, str]]()
+    for part in parts:
+        for kind, count in part.kinds.items():
+            whole.kinds[kind] = whole.kinds.get(kind, 0) + count
+        named += part.items()
+    whole.update(named if most is None or len(named) <= most else _shared(named, most))
+    return whole
+
+
+def _shared(named: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
+    """Return so many of these; each first-level folder has as many as the others, if it has as many at all."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for path, reason in named:
+        groups.setdefault(first_level(path.rpartition("/")[0]), []).append((path, reason))
+    chosen: list[tuple[str, str]] = []
+    for count, group in enumerate(sorted(groups.values(), key=len)):
+        chosen += group[: (most - len(chosen)) // (len(groups) - count)]
+    return chosen
+
+
+def first_level(folder: str) -> str:
+    """Return in which first-level folder a folder below the inbox is; both are empty for the inbox itself."""
+    return folder.partition("/")[0]
+
+
+class Found:
+    """What was found in one folder: why its files are not taken, and when to look again.
+
+    Args:
+        most: How many files are named, of each kind; None for all.
 
     Attributes:
         waiting: What may not yet be claimed, and why.
         ignored: What will not be taken, and why.
-        ready: What may be claimed, oldest first: as many as were asked for.
+        due: Monotonic time at which something may become ready, seconds, or None.
+        passed: Stems that were left out because a job of their name is not over.
+    """
+
+    __slots__ = ("due", "ignored", "passed", "waiting")
+
+    def __init__(self, most: int | None = None) -> None:
+        self.waiting = Reasons(most)
+        self.ignored = Reasons(most)
+        self.due: float | None = None
+        self.passed: set[str] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self.waiting.kinds or self.ignored.kinds or self.passed) or self.due is not None
+
+    def comes_due(self, at: float) -> None:
+        """Note that something may be ready at a monotonic time, seconds."""
+        self.due = at if self.due is None else min(self.due, at)
+
+    def wait(self, path: str, kind: str, reason: str, at: float) -> None:
+        """Note that a prompt may be ready at a monotonic time, seconds."""
+        self.waiting.add(path, kind, reason)
+        self.comes_due(at)
+
+
+@dataclass
+class Seen:
+    """What is known of the inbox after a scan.
+
+    Attributes:
+        waiting: What may not yet be claimed, and why.
+        ignored: What will not be taken, and why.
+        ready: What may be claimed, in the order in which it is: as many as were asked for.
         due: Seconds until something may become ready, or None.
         folders: Every folder looked into, as paths.
         passed: Stems that were left out because a job of their name is not over.
@@ -133,12 +205,3 @@ class Seen:
     due: float | None = None
     folders: list[str] = field(default_factory=list)
     passed: set[Key] = field(default_factory=set)
-
-    def comes_due(self, seconds: float) -> None:
-        """Note that something may be ready after some seconds."""
-        self.due = seconds if self.due is None else min(self.due, seconds)
-
-    def wait(self, path: str, kind: str, reason: str, seconds: float) -> None:
-        """Note that a prompt may be ready after some seconds."""
-        self.waiting.add(path, kind, reason)
-        self.comes_due(seconds)

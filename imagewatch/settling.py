@@ -19,9 +19,14 @@ if TYPE_CHECKING:
 class _Quiet:
     """Since when stems are quiet. Of thousands at once objects would take a multiple, and keep it."""
 
+    __slots__ = ("_looks", "_since")
+
     def __init__(self) -> None:
         self._since = Numbers[float]("d")
         self._looks = Numbers[int]("q")
+
+    def __len__(self) -> int:
+        return len(self._since)
 
     def get(self, key: Hashable) -> tuple[float | None, int | None]:
         """Return since when a stem is quiet, and what it looked like if nothing happened to it since."""
@@ -40,13 +45,20 @@ class Settling:
 
     Args:
         settle_seconds: How long a stem must be quiet.
+        looked: Monotonic time at which the last look began that saw everything, seconds.
     """
 
-    def __init__(self, settle_seconds: float) -> None:
+    __slots__ = ("_before", "_looked", "_now", "settle_seconds")
+
+    def __init__(self, settle_seconds: float, looked: float = -math.inf) -> None:
         self.settle_seconds = settle_seconds
         self._before = _Quiet()  # as of the last look
         self._now = _Quiet()  # what was noted since
-        self._looked = -math.inf
+        self._looked = looked
+
+    def __len__(self) -> int:
+        """Return of how many stems something was noted by the last look or since."""
+        return len(self._before) + len(self._now)
 
     def touch(self, key: Hashable, now: float) -> None:
         """Note that something happened to a stem: its clock starts again.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from imagewatch.durable import Disk
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger
-    from imagewatch.seen import Seen
+    from imagewatch.seen import Reasons, Seen
 
 SCHEMA = 1
 FILE = "status.json"
@@ -158,16 +158,19 @@ class Status:
             "started": iso(self._started),
             "last_sweep": iso(self.last_sweep),
             "mode": self.mode,
-            "polled": {"count": len(self.polled), "folders": _first(self.polled)},
+            "polled": {
+                "count": len(self.polled),
+                "folders": {printable(path): self.polled[path] for path in sorted(self.polled)[:_MOST_NAMES]},
+            },
             "inbox": printable(self._config.folders.inbox),
             "endpoint": self._config.endpoint.base_url,
             "waiting": {
                 "ready": ready,
                 "not_ready": seen.waiting.total,
-                "why": dict(seen.waiting.kinds.most_common(20)),
-                "files": _first(seen.waiting),
+                "why": dict(sorted(seen.waiting.kinds.items(), key=lambda kind: -kind[1])[:20]),
+                "files": _named(seen.waiting),
             },
-            "ignored": {"count": seen.ignored.total, "files": _first(seen.ignored)},
+            "ignored": {"count": seen.ignored.total, "files": _named(seen.ignored)},
             "holds": self._holds(),
             "today": self._totals(day[0].timestamp(), self._config.limits.credits_per_day),
             "month": self._totals(month[0].timestamp(), self._config.limits.credits_per_month),
@@ -223,6 +226,6 @@ def moment(text: str) -> datetime:
     return datetime.fromisoformat(text).astimezone(UTC)
 
 
-def _first(reasons: Mapping[str, str]) -> dict[str, str]:
-    """Return the first names and their reasons; of a huge inbox not all of them."""
-    return {printable(path): reasons[path] for path in sorted(reasons)[:_MOST_NAMES]}
+def _named(reasons: Reasons) -> dict[str, str]:
+    """Return names and their reasons; of a huge inbox not all of them, and some of each first-level folder."""
+    return {printable(path): reason for path, reason in reasons.some(_MOST_NAMES).items()}

@@ -11,29 +11,120 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import threading
+import time
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
 try:
     from watchdog.observers.inotify_c import CallbackId, InotifyConstants, InotifyFD, Mask
 except (ImportError, OSError):  # not Linux: sweeps alone do the work
     InotifyFD = None  # type: ignore[assignment,misc]
 
+_FEW, _MANY, _MOST = 32, 256, 8192
+"""How many names of one folder are taken at once; of all folders; how many may wait before each folder keeps few."""
+_MOST_OF_FOLDER = 1024
+_STORM = 64
+"""After more events at once it rests for a moment: to read hundreds of thousands a second would take the interpreter
+away from all other threads. The kernel keeps the next ones, or says that it lost some."""
+_REST, _LONGEST_PAUSE_SECONDS = 4.0, 0.2
+"""For how many times as long as it took to take note of events; for how long at most."""
 _LIMIT = "the limit of watches is reached (fs.inotify.max_user_watches)"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Something happened to a name in a folder.
+
+    Attributes:
+        folder: The folder, by the name by which it is watched.
+        name: The name; empty: the folder itself, or so much that not every name is known.
+        renamed: Whether it came by rename.
+        is_folder: Whether it is a folder that has come.
+    """
+
+    folder: str
+    name: str = ""
+    renamed: bool = False
+    is_folder: bool = False
+
+
+class Hints:
+    """Changes that nobody has taken note of yet; only the last one of each name.
+
+    The names of each folder are bounded, so that a storm of changes in one folder hides none in another.
+
+    Args:
+        ring: Called in the watcher's thread when there is something, and not again until ``take`` has returned
+            everything.
+    """
+
+    def __init__(self, ring: Callable[[], None]) -> None:
+        self._ring = ring
+        self._lock = threading.Lock()
+        self._folders: dict[str, dict[str, Change]] = {}
+        self._count = 0
+        self._has_rung = False
+        self._has_lost = False
+
+    def add(self, change: Change) -> None:
+        """Take in a change."""
+        with self._lock:
+            names = self._folders.setdefault(change.folder, {})
+            if change.name not in names:
+                if len(names) >= (_MOST_OF_FOLDER if self._count < _MOST else _FEW):
+                    change = Change(change.folder)
+                self._count += change.name not in names
+            names[change.name] = change
+        self._rings()
+
+    def lose(self) -> None:
+        """Note that changes were lost."""
+        self._has_lost = True
+        self._rings()
+
+    def has_lost(self) -> bool:
+        """Tell whether changes were lost since this was asked before."""
+        has_lost, self._has_lost = self._has_lost, False
+        return has_lost
+
+    def _rings(self) -> None:
+        with self._lock:
+            rings, self._has_rung = not self._has_rung, True
+        if rings:
+            self._ring()
+
+    def take(self) -> list[Change]:
+        """Return some changes, a few of each folder; rings again if there are more."""
+        taken: list[Change] = []
+        with self._lock:
+            for folder in list(self._folders)[:_MANY]:
+                names = self._folders.pop(folder)
+                some = list(names)[:_FEW]
+                taken += [names.pop(name) for name in some]
+                if names:
+                    self._folders[folder] = names  # behind the others
+                if len(taken) >= _MANY:
+                    break
+            self._count -= len(taken)
+            rings = self._has_rung = bool(self._folders)
+        if rings:
+            self._ring()
+        return taken
 
 
 class Watcher:
     """Tells of changes in a set of folders.
 
     Args:
-        on_change: Called with the folder, the file name (empty: the folder itself, or a folder in it) and whether it
-            came by rename, in the watcher's thread; it must only post a message.
+        on_change: Called with each change, in the watcher's thread; it must only take a note.
         on_lost: Called when events were lost, or when no more will come: look at everything.
     """
 
-    def __init__(self, on_change: Callable[[str, str, bool], None], on_lost: Callable[[], None]) -> None:
+    def __init__(self, on_change: Callable[[Change], None], on_lost: Callable[[], None]) -> None:
         self._on_change = on_change
         self._on_lost = on_lost
         self._reader: Any = None
@@ -66,35 +157,42 @@ class Watcher:
         """Of what the reader died, or an empty string."""
         return self._reader.problem if self._reader is not None else ""
 
-    def watch(self, folders: Iterable[str]) -> tuple[bool, dict[str, str]]:
-        """Watch exactly these folders.
+    def watch(self, path: str, identity: tuple[int, int], descriptor: int | None = None) -> str:
+        """Watch a folder. One that was replaced by another of the same name is watched anew.
 
-        A folder that was replaced by another of the same name is watched anew.
+        Args:
+            path: The name by which its changes are told.
+            identity: Its device and inode.
+            descriptor: The folder, if it is open; else it is looked up by its name.
 
         Returns:
-            Whether a folder was added; and which could not be, and why.
+            Why it cannot be watched, or an empty string.
         """
-        wanted = {}
-        for path in folders:
-            with contextlib.suppress(OSError):
-                status = os.stat(path)
-                wanted[path] = (status.st_dev, status.st_ino)
-        for path, folder in list(self._watched.items()):
-            if wanted.get(path) != folder.identity or folder.gone:
-                self._drop(path)
-        problems, added = {}, False
-        for path, identity in wanted.items():
-            if path not in self._watched:
-                try:
-                    self._add(path, identity)
-                    added = True
-                except OSError as error:
-                    problems[path] = _LIMIT if error.errno == errno.ENOSPC else error.strerror or str(error)
-        return added, problems
+        known = self._watched.get(path)
+        if known and known.identity == identity and not known.gone:
+            return ""
+        self.forget(path)
+        open_one = f"/proc/self/fd/{descriptor}"
+        try:
+            self._add(path, identity, path if descriptor is None or not os.path.lexists(open_one) else open_one)
+        except OSError as error:
+            return _LIMIT if error.errno == errno.ENOSPC else error.strerror or str(error)
+        return ""
 
-    def _add(self, path: str, identity: tuple[int, int]) -> None:
+    def forget(self, path: str) -> None:
+        """Watch a folder no longer."""
+        if folder := self._watched.pop(path, None):
+            self._forget(folder)
+
+    def forget_others(self, path: str) -> None:
+        """Watch no folder but this one."""
+        for other in [other for other in self._watched if other != path]:
+            self.forget(other)
+
+    def _add(self, path: str, identity: tuple[int, int], at: str) -> None:
         mask = (
-            InotifyConstants.IN_CLOSE_WRITE
+            InotifyConstants.IN_ATTRIB
+            | InotifyConstants.IN_CLOSE_WRITE
             | InotifyConstants.IN_MOVED_TO
             | InotifyConstants.IN_CREATE
             | InotifyConstants.IN_DELETE
@@ -103,14 +201,11 @@ class Watcher:
             | InotifyConstants.IN_ONLYDIR
         )
         folder = _Folder(path, identity, self._on_change, self._on_lost)
-        folder.descriptor = self._reader.add_callback(os.fsencode(path), Mask(mask), folder, CallbackId(id(folder)))
+        folder.descriptor = self._reader.add_callback(os.fsencode(at), Mask(mask), folder, CallbackId(id(folder)))
         if folder.descriptor == -1:  # watchdog is silent about a folder that may not be read
             self._forget(folder)
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         self._watched[path] = folder
-
-    def _drop(self, path: str) -> None:
-        self._forget(self._watched.pop(path))
 
     def _forget(self, folder: _Folder) -> None:
         with contextlib.suppress(OSError):
@@ -129,6 +224,17 @@ def _reader(on_end: Callable[[], None]) -> Any:  # noqa: ANN401  there is no wat
         """The thread that reads the events; whatever ends it is told at once."""
 
         problem = ""
+        _pause = False
+        _began = 0.0
+
+        def read_events(self, **options: Any) -> list[Any]:  # noqa: ANN401  watchdog's own type is not public
+            """Read some events, not more often than leaves the other threads their time."""
+            if self._pause:
+                took = time.monotonic() - self._began
+                self.stopped_event.wait(min(_REST * took, _LONGEST_PAUSE_SECONDS))
+            events = super().read_events(**options)
+            self._pause, self._began = len(events) > _STORM, time.monotonic()
+            return events
 
         def run(self) -> None:
             try:
@@ -144,12 +250,10 @@ def _reader(on_end: Callable[[], None]) -> Any:  # noqa: ANN401  there is no wat
 class _Folder:
     """The callback for one watched folder, as watchdog's reader wants it."""
 
+    __slots__ = ("_on_change", "_on_lost", "_path", "descriptor", "gone", "identity")
+
     def __init__(
-        self,
-        path: str,
-        identity: tuple[int, int],
-        on_change: Callable[[str, str, bool], None],
-        on_lost: Callable[[], None],
+        self, path: str, identity: tuple[int, int], on_change: Callable[[Change], None], on_lost: Callable[[], None]
     ) -> None:
         self._path = path
         self._on_change = on_change
@@ -159,17 +263,12 @@ class _Folder:
         self.gone = False
 
     def on_event(self, event: Any) -> None:  # noqa: ANN401  watchdog's own type is not public
-        if not event.name or (event.is_directory and (event.is_create or event.is_moved_to)):
-            self._look_soon()
-        else:
-            self._on_change(self._path, os.fsdecode(event.name), event.is_moved_to)
+        is_folder = event.is_directory and (event.is_create or event.is_moved_to)
+        self._on_change(Change(self._path, os.fsdecode(event.name), event.is_moved_to, is_folder))
 
     def on_watch_deleted(self, _: Any) -> None:  # noqa: ANN401
         self.gone = True
-        self._look_soon()
-
-    def _look_soon(self) -> None:
-        self._on_change(self._path, "", False)  # noqa: FBT003  the signature is ours
+        self._on_change(Change(self._path))
 
     def on_queue_overflow(self) -> None:
         self._on_lost()

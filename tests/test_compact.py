@@ -34,6 +34,38 @@ def test_it_knows_what_a_dictionary_would_know(kind, data):
         assert [numbers.get(other) for other in NAMES] == [known.get(other) for other in NAMES]
 
 
+@given(st.data())
+@settings(max_examples=200, deadline=None)
+def test_what_is_set_and_discarded_while_it_is_gone_through_is_known_as_afterwards(data):
+    """A look at a huge folder is done in pieces, and what happens in between is taken note of."""
+    numbers, known = Numbers("q", most=4), {}
+    for name in data.draw(st.lists(st.sampled_from(NAMES), max_size=30)):
+        numbers.set(name, 1)
+        known[name] = 1
+    found = set()
+    numbers.begin()
+    for what, name in data.draw(
+        st.lists(st.tuples(st.sampled_from(["find", "set", "discard"]), st.sampled_from(NAMES)), max_size=60)
+    ):
+        if what == "find":
+            assert numbers.find(name) == known.get(name)
+            found.add(name)
+        elif what == "set":
+            numbers.set(name, 2)
+            known[name] = 2
+            found.add(name)
+        else:
+            assert numbers.discard(name) == (known.pop(name, None) is not None)
+            found.discard(name)
+    if data.draw(st.booleans()):
+        numbers.end()
+        known = {name: number for name, number in known.items() if name in found}
+    else:
+        numbers.stop()
+    assert [numbers.get(name) for name in NAMES] == [known.get(name) for name in NAMES]
+    assert len(numbers) == len(known)
+
+
 def test_a_hundred_thousand_names_are_kept_apart():
     numbers = Numbers("d")
     for number in range(100_000):

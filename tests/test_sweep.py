@@ -5,7 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import subprocess
+import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,8 +21,7 @@ from imagewatch.sweep import Sweep
 from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Iterator
 
     from imagewatch.seen import Candidate, Seen
 
@@ -223,7 +225,7 @@ def test_a_declared_image_that_never_comes_is_waited_for_no_longer_than_said(loo
     looking.write("cat.prompt.txt", DECLARES)
     looking.look()
     seen = looking.look(after=5.1)
-    assert (seen.ready, seen.due) == ([], 30)
+    assert (seen.ready, seen.due) == ([], pytest.approx(30))
     assert looking.look(after=50).due == pytest.approx(10)
     assert looking.ready(after=10.1) == ["cat.prompt.txt"]
 
@@ -504,15 +506,17 @@ def windowed(inbox: Path, **settings: object) -> Looking:
 @pytest.mark.parametrize("beside", [False, True])
 def test_many_more_prompts_than_are_known_by_name_are_taken_oldest_first_each_once_with_its_images(tmp_path, beside):
     looking = windowed(tmp_path, settle_seconds=0.0)
-    written = []
+    written = {"0": [], "1": [], "2": []}
     for number in range(200):
         name = f"{number % 3}/p{number * 37 % 200:03}"
         path = looking.write(f"{name}.prompt.txt")
         if beside:
             path = looking.write(f"{name}.png", PICTURE)
-        written.append((path.stat().st_ctime, name))
+        written[name[0]].append((path.stat().st_ctime, name))
     took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
-    assert [candidate.source for candidate in took] == [f"{name}.prompt.txt" for _, name in sorted(written)]
+    for folder, names in written.items():
+        mine = [candidate.source for candidate in took if candidate.key[0] == folder]
+        assert mine == [f"{name}.prompt.txt" for _, name in sorted(names)]
     assert all(len(candidate.images) == beside for candidate in took)
 
 
@@ -559,14 +563,14 @@ def test_a_folder_is_listed_until_it_has_been_the_same_for_longer_than_its_file_
 def test_a_new_prompt_does_not_overtake_those_that_are_not_known_by_name(tmp_path):
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(60):
-        looking.write(f"old/p{number:02}.prompt.txt")
+        looking.write(f"a/old/p{number:02}.prompt.txt")
     for candidate in looking.sweep.look(looking.now, looking.wall, 8).ready:
         looking.sweep.taken(candidate.key)
         (tmp_path / candidate.source).unlink()
-    while looking.write("new.prompt.txt").stat().st_ctime <= (tmp_path / "old/p59.prompt.txt").stat().st_ctime:
+    while looking.write("a/new.prompt.txt").stat().st_ctime <= (tmp_path / "a/old/p59.prompt.txt").stat().st_ctime:
         pass  # the kernel's clock ticks every few milliseconds
     took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
-    assert (len(took), took[-1].source) == (53, "new.prompt.txt")
+    assert (len(took), took[-1].source) == (53, "a/new.prompt.txt")
 
 
 def test_waiting_for_images_ends_although_nothing_changes_any_more(tmp_path):
@@ -733,3 +737,59 @@ def test_five_thousand_prompts_are_judged_alike_twice(looking):
     assert len(first.ready) + len(first.waiting) == 5000
     second = looking.look(after=60)
     assert len({candidate.key for candidate in second.ready}) == 5000
+
+
+@pytest.fixture
+def deep() -> Iterator[Path]:
+    """A folder in which others can be nested: neither Python nor pytest can remove a thousand of them."""
+    path = Path(tempfile.mkdtemp())
+    yield path
+    subprocess.run(["rm", "-rf", str(path)], check=True)
+
+
+def test_thousands_of_folders_each_in_the_one_before_come_and_go(deep):
+    """Their paths are longer than those the kernel takes."""
+    looking = windowed(deep, settle_seconds=0.0)
+    here = os.open(deep, os.O_RDONLY)
+    for _ in range(5000):
+        os.mkdir("d", dir_fd=here)
+        inner = os.open("d", os.O_RDONLY, dir_fd=here)
+        os.close(here)
+        here = inner
+    os.close(here)
+    seen = looking.look()
+    assert 1000 < len(seen.folders) < 2000
+    assert list(seen.ignored.values()) == ["a folder whose path is too long"]
+    (deep / "d").rename(deep / ".hidden")
+    looking.write("cat.prompt.txt")
+    seen = looking.look(after=6)
+    assert (seen.folders, [candidate.source for candidate in seen.ready]) == ([str(deep)], ["cat.prompt.txt"])
+
+
+def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    for number in range(8):
+        looking.write(f"a/{number}/p.prompt.txt")
+        looking.write(f"b{number}/p.prompt.txt")
+    seen = looking.look()
+    assert len(seen.folders) == 11
+    assert set(seen.ignored.values()) == {"a folder beyond the 10 of one owner that are looked into"}
+    assert seen.ignored.total == 7
+    for number in range(8):
+        (tmp_path / f"b{number}/p.prompt.txt").unlink()
+        (tmp_path / f"b{number}").rmdir()
+    seen = looking.look(after=6)
+    assert (len(seen.folders), seen.ignored.total) == (10, 0)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+def test_however_many_folders_one_owner_makes_those_of_another_are_looked_into(tmp_path, monkeypatch):
+    monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
+    looking = windowed(tmp_path, settle_seconds=0.0)
+    for number in range(30):
+        (tmp_path / f"m{number}").mkdir()
+        os.chown(tmp_path / f"m{number}", 61235, 61235)
+    looking.look()
+    looking.write("colleague/sub/p.prompt.txt")
+    assert looking.ready(after=6) == ["colleague/sub/p.prompt.txt"]

@@ -1,0 +1,316 @@
+"""In which order prompts are claimed: first-level folders take turns, the oldest prompt of each comes first.
+
+Prompts directly in the inbox count as those of one folder. The next prompts of each folder are looked at ahead of their
+turn, so that people can be told early what their prompts wait for.
+"""
+
+from __future__ import annotations
+
+import sys
+from bisect import insort
+from typing import TYPE_CHECKING
+
+from imagewatch.names import SUFFIX
+from imagewatch.seen import first_level
+from imagewatch.turns import Turns
+from imagewatch.window import Window
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Generator, Iterable
+
+    from imagewatch.listing import Folder, Folders
+    from imagewatch.seen import Candidate, Key
+
+_AHEAD = 128
+"""How many prompts are opened ahead: more than there are workers. The first-level folders share them."""
+_FEWEST = 8
+"""So many prompts of each folder are known by name, however many folders there are."""
+_PIECE = 4
+_Ready = tuple[float, "Key", "Candidate"]
+
+
+class _Group:
+    """The settled prompts of one first-level folder and of those in it.
+
+    Attributes:
+        ready: Those that were looked at and may be claimed, the oldest first.
+        keys: The same.
+        folders: Those with others, by path.
+    """
+
+    __slots__ = ("folders", "keys", "ready")
+
+    def __init__(self) -> None:
+        self.ready: list[_Ready] = []
+        self.keys: set[Key] = set()
+        self.folders: dict[str, Folder] = {}
+
+    def add(self, changed: float, candidate: Candidate) -> None:
+        if candidate.key in self.keys:
+            self.discard(candidate.key)
+        insort(self.ready, (changed, candidate.key, candidate), key=lambda entry: entry[:2])
+        self.keys.add(candidate.key)
+
+    def discard(self, key: Key) -> None:
+        self.keys.discard(key)
+        self.ready = [entry for entry in self.ready if entry[1] != key]
+
+
+class Order:
+    """The prompts that are settled, in the order in which they are claimed.
+
+    Args:
+        folders: What is known of the inbox.
+        judge: Looks at a settled prompt; returns what may be claimed, or None.
+        size: How many prompts are known by name, the folders sharing them; None for all.
+        fewest: So many of each folder at least.
+
+    Attributes:
+        turns: The first-level folders of which something may be claimed; others may join.
+        short: Folders that have to be listed again, so that the names of their next prompts are known.
+        wanting: First-level folders of which more prompts should be looked at ahead.
+    """
+
+    def __init__(
+        self, folders: Folders, judge: Callable[[Folder, str], Candidate | None], size: int | None, fewest: int = 0
+    ) -> None:
+        self._folders = folders
+        self._judge = judge
+        self._size = size
+        self._fewest = max(fewest, _FEWEST)
+        self._groups: dict[str, _Group] = {}
+        self._windows = 0
+        self._given: dict[Key, float] = {}
+        self.turns: Turns[str] = Turns()
+        self.short: set[str] = set()
+        self.wanting: set[str] = set()
+
+    # What is settled
+
+    def most(self) -> int:
+        """Return how many prompts of a folder are known by name."""
+        if self._size is None:
+            return sys.maxsize // 4
+        return max(self._size // max(self._windows, 1), self._fewest)
+
+    def offer(self, folder: Folder, changed: float, stem: str) -> None:
+        """Note that a prompt is settled; it may be known already."""
+        name, key = first_level(folder.path), (folder.path, stem)
+        group = self._groups.get(name)
+        if (
+            (group and key in group.keys)
+            or key in self._given
+            or (folder.notes is not None and stem in folder.notes.held)
+        ):
+            return  # it was looked at already
+        self._window(folder).offer((changed, stem), self.most())
+        self.wanting.add(name)
+
+    def _window(self, folder: Folder) -> Window:
+        group = self._groups.setdefault(first_level(folder.path), _Group())
+        if folder.path not in group.folders:
+            group.folders[folder.path] = folder
+            self._windows += 1
+        if folder.window is None:
+            folder.window = Window()
+        return folder.window
+
+    def put_back(self, folder: Folder, entries: Iterable[tuple[float, str]]) -> None:
+        """Let prompts that were looked at wait to be looked at again."""
+        for entry in entries:
+            self._window(folder).put_back(entry)
+
+    def withdraw(self, folder: Folder) -> None:
+        """Let all prompts of a folder that were looked at wait to be looked at again."""
+        if folder.notes is not None and folder.notes.held:
+            self.put_back(folder, ((changed, stem) for stem, changed in folder.notes.held.items()))
+            folder.notes.held.clear()
+        if group := self._groups.get(name := first_level(folder.path)):
+            mine = [entry for entry in group.ready if entry[1][0] == folder.path]
+            if mine:
+                self.put_back(folder, ((changed, key[1]) for changed, key, _ in mine))
+                group.ready = [entry for entry in group.ready if entry[1][0] != folder.path]
+                group.keys.difference_update(key for _, key, _ in mine)
+                self._joins(name, group)
+
+    def forget(self, path: str) -> None:
+        """Forget a folder that is not there any more."""
+        self.short.discard(path)
+        if group := self._groups.get(name := first_level(path)):
+            self._windows -= group.folders.pop(path, None) is not None
+            for _, key, _ in [entry for entry in group.ready if entry[1][0] == path]:
+                group.discard(key)
+            self._joins(name, group)
+
+    # What may be claimed
+
+    def add(self, folder: Folder, candidate: Candidate) -> None:
+        """Note that a prompt may be claimed."""
+        name = first_level(folder.path)
+        group = self._groups.setdefault(name, _Group())
+        group.add(folder.settled.get(candidate.key[1]) or candidate.changed_at, candidate)
+        self._joins(name, group)
+
+    def discard(self, key: Key) -> None:
+        """Note that something happened to a prompt, so that it may not be claimed."""
+        if (group := self._groups.get(name := first_level(key[0]))) and key in group.keys:
+            group.discard(key)
+            self.wanting.add(name)
+            self._joins(name, group)
+
+    def __len__(self) -> int:
+        """Return of how many first-level folders something may be claimed, or is still to be looked at for that."""
+        return len(self._groups)
+
+    def is_ready(self, name: str) -> bool:
+        """Tell whether anything of a first-level folder may be claimed."""
+        return name in self._groups and bool(self._groups[name].ready)
+
+    def take(self, name: str) -> Candidate | None:
+        """Return the oldest prompt of a first-level folder that may be claimed; it is not returned again."""
+        group = self._groups.get(name)
+        if not group or not group.ready:
+            return None
+        _, key, candidate = group.ready.pop(0)
+        group.keys.discard(key)
+        if len(group.ready) <= self._ahead() // 2 and group.folders:
+            self.wanting.add(name)
+        return candidate
+
+    def served(self, name: str) -> None:
+        """Note that a first-level folder has had its turn."""
+        if name in self.turns:
+            self.turns.charge(name)
+        self._joins(name, self._groups.get(name))
+
+    def _joins(self, name: str, group: _Group | None) -> None:
+        """Let a first-level folder wait for its turn if anything of it may be claimed."""
+        if group and group.ready:
+            self.turns.join(name, self.owner(name))
+            return
+        self.turns.leave(name)
+        if group and not group.folders:
+            del self._groups[name]
+
+    def owner(self, name: str) -> int:
+        """Return the number of the user to whom a first-level folder belongs."""
+        folder = self._folders.get(name)
+        return folder.owner if folder else -1
+
+    # Looking ahead
+
+    def prepare(self, name: str) -> Generator[None]:
+        """Look at the next prompts of a first-level folder, a few each time."""
+        self.wanting.discard(name)
+        judged = 0
+        while (group := self._groups.get(name)) and (found := self._next(group)):
+            folder, (changed, stem) = found
+            assert folder.window is not None
+            folder.window.pop()
+            if (folder.path, stem) not in group.keys and (candidate := self._judge(folder, stem)):
+                group.add(changed, candidate)
+                self._joins(name, group)
+            judged += 1
+            if not judged % _PIECE:
+                yield
+        if group:
+            self._joins(name, group)
+
+    def _next(self, group: _Group) -> tuple[Folder, tuple[float, str]] | None:
+        """Return the next prompt to be looked at, and its folder; None if enough are ready, or none is known."""
+        found = self._oldest(group)
+        if found is None or len(group.ready) < self._ahead():
+            return found
+        folder, (changed, stem) = found
+        youngest = group.ready[-1]
+        if (changed, (folder.path, stem)) > youngest[:2]:
+            return None
+        group.discard(youngest[1])
+        self.put_back(self._folders.add(youngest[1][0]), [(youngest[0], youngest[1][1])])
+        return found
+
+    def _oldest(self, group: _Group) -> tuple[Folder, tuple[float, str]] | None:
+        oldest: tuple[tuple[float, str], Folder, bool] | None = None
+        for path, folder in list(group.folders.items()):
+            entry, window = self._head(folder), folder.window
+            if window is None or (entry is None and window.beyond is None):
+                del group.folders[path]
+                self._windows -= 1
+                continue
+            if window.is_low(self.most()):
+                self.short.add(path)
+            date = entry or window.beyond
+            assert date is not None
+            if oldest is None or date < oldest[0]:
+                oldest = date, folder, entry is not None
+        return (oldest[1], oldest[0]) if oldest and oldest[2] else None
+
+    def _head(self, folder: Folder) -> tuple[float, str] | None:
+        """Return the oldest prompt of a folder that is known by name and still settled."""
+        while folder.window and (entry := folder.window.first()):
+            if folder.settled.get(entry[1]) == entry[0]:
+                return entry
+            folder.window.pop()
+        return None
+
+    def _ahead(self) -> int:
+        return max(_AHEAD // max(len(self._groups), 1), 1)
+
+    # All at once
+
+    def give_again(self) -> None:
+        """Let all that ``collect`` has returned be returned again, if it is still settled."""
+        given, self._given = self._given, {}
+        for (path, stem), changed in given.items():
+            if folder := self._folders.get(path):
+                self.put_back(folder, [(changed, stem)])
+
+    def restart(self) -> None:
+        """Let the first-level folders take turns anew, the one with the oldest prompt first."""
+        self.turns = Turns()
+        ready = [(group.ready[0][:2], name) for name, group in self._groups.items() if group.ready]
+        for _, name in sorted(ready):
+            self._joins(name, self._groups[name])
+
+    def collect(self, most: int | None) -> list[Candidate]:
+        """Return the next prompts in the order in which they are claimed.
+
+        Args:
+            most: How many at most; None for all.
+        """
+        found: list[Candidate] = []
+        while (most is None or len(found) < most) and (name := self.turns.first()) is not None:
+            changed = self._groups[name].ready[0][0]
+            if candidate := self.take(name):
+                found.append(candidate)
+                self._given[candidate.key] = changed
+            self.served(name)
+            if name in self.wanting:
+                for _ in self.prepare(name):
+                    pass
+        return found
+
+    def arrived(self) -> dict[str, float]:
+        """Return the newest ctime of each prompt that is known by name, seconds since the epoch, by its path."""
+        found: dict[str, float] = {}
+        for group in self._groups.values():
+            for changed, (path, stem), _ in group.ready:
+                found[_path(path, stem)] = changed
+            for path, folder in group.folders.items():
+                known = [*(folder.window or ()), *_held(folder)]
+                found |= {_path(path, stem): at for at, stem in known if folder.settled.get(stem) == at}
+        return found
+
+    def names(self, folder: Folder) -> set[str]:
+        """Return the stems of a folder that are known by name."""
+        group = self._groups.get(first_level(folder.path))
+        ready = {key[1] for key in group.keys if key[0] == folder.path} if group else set()
+        return ready | {stem for _, stem in [*(folder.window or ()), *_held(folder)]}
+
+
+def _held(folder: Folder) -> list[tuple[float, str]]:
+    return [(changed, stem) for stem, changed in folder.notes.held.items()] if folder.notes is not None else []
+
+
+def _path(folder: str, stem: str) -> str:
+    return f"{folder}/{stem}{SUFFIX}" if folder else stem + SUFFIX

@@ -1,0 +1,170 @@
+"""How the inbox is watched: which folders the kernel tells of, and which have to be looked at instead."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch.mounts import POLL_SECONDS, eventless
+from imagewatch.text import printable
+from imagewatch.watcher import Hints, Watcher
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_log = structlog.get_logger()
+
+
+class Watching:
+    """The watcher of one inbox.
+
+    Args:
+        control: The folder for requests of commands.
+        ring: Called in the watcher's thread when there are changes to be taken note of.
+
+    Attributes:
+        control: The same folder.
+        hints: What the watcher has told.
+    """
+
+    def __init__(self, control: str, ring: Callable[[], None]) -> None:
+        self._watch = "auto"
+        self.control = control
+        self.hints = Hints(ring)
+        self._watcher = Watcher(self.hints.add, self.hints.lose)
+        self._listen_at = 0.0
+        self._deaf = "there are no change events on this system"
+        self._problems: dict[str, str] = {}  # why folders cannot be watched, by whole path
+        self._told: object = None
+
+    def configure(self, watch: str) -> None:
+        """Take a configuration.
+
+        Args:
+            watch: ``auto``, ``native`` or ``poll``.
+        """
+        self._watch = watch
+        if watch == "poll":
+            self._watcher.stop()
+            self._problems.clear()
+
+    def stop(self) -> None:
+        """Stop listening."""
+        self._watcher.stop()
+
+    def listen(self, now: float) -> bool:
+        """Begin to listen, or begin again if what listens died; tell whether everything has to be looked at for that.
+
+        Args:
+            now: Monotonic time, seconds.
+        """
+        if self._watch == "poll" or not self._watcher.available or self._watcher.alive() or now < self._listen_at:
+            return False
+        self._listen_at = now + POLL_SECONDS
+        if self._watcher.problem:
+            self._deaf = "the reader of change events died"
+            _log.error("the reader of change events died; it is started again", reason=self._watcher.problem)
+        try:
+            self._watcher.start()
+        except OSError as error:
+            self._deaf = f"no change events: {error.strerror or error}"
+            return False
+        self._problems.clear()
+        self.watch_control()
+        return True
+
+    def watch_control(self) -> None:
+        """Watch the folder for requests, also if it is another one now."""
+        if self._watcher.alive():
+            try:
+                status = os.stat(self.control)
+            except OSError:
+                self._watcher.forget(self.control)
+            else:
+                self._watcher.watch(self.control, (status.st_dev, status.st_ino))
+
+    def watch(self, path: str, identity: tuple[int, int], descriptor: int) -> None:
+        """Watch a folder.
+
+        Args:
+            path: Its whole path.
+            identity: Its device and inode.
+            descriptor: The open folder.
+        """
+        if self._watcher.alive():
+            if problem := self._watcher.watch(path, identity, descriptor):
+                self._problems[path] = f"cannot be watched: {problem}"
+            else:
+                self._problems.pop(path, None)
+
+    def forget(self, path: str) -> None:
+        """Watch a folder no longer."""
+        self._problems.pop(path, None)
+        if self._watcher.alive():
+            self._watcher.forget(path)
+
+    def forget_all(self) -> None:
+        """Watch no folder but that for requests, until one is named again."""
+        self._problems.clear()
+        if self._watcher.alive():
+            self._watcher.forget_others(self.control)
+
+    # What has to be looked at instead
+
+    def _why_all(self, kind: str) -> str:
+        """Return why the kernel does not tell everything of any folder, or an empty string."""
+        if self._watch == "poll":
+            return "inbox.watch is poll"
+        if not self._watcher.alive():
+            return self._deaf
+        return f"{kind}: others may change it unnoticed" if self._watch == "auto" and eventless(kind) else ""
+
+    def is_polled(self, kind: str) -> bool:
+        """Tell whether any folder has to be looked at often.
+
+        Args:
+            kind: The file system of the inbox.
+        """
+        return bool(self._problems or self._why_all(kind))
+
+    def polled(self, kind: str, folders: list[str]) -> Mapping[str, str]:
+        """Return of which folders the kernel tells nothing, or not everything, and why.
+
+        Args:
+            kind: The file system of the inbox.
+            folders: All folders.
+        """
+        why = self._why_all(kind)
+        return dict.fromkeys(folders, why) if why else self._problems
+
+    def mode(self, kind: str, folders: int) -> str:
+        """Return ``native``, ``poll``, or ``mixed`` if the kernel tells of some folders only.
+
+        Args:
+            kind: The file system of the inbox.
+            folders: How many there are.
+        """
+        if self._why_all(kind) or (self._problems and len(self._problems) >= folders):
+            return "poll"
+        return "mixed" if self._problems else "native"
+
+    def why_polled(self, kind: str, folders: list[str]) -> dict[str, str]:
+        """Return for each reason to look at folders one of them, and how many there are."""
+        reasons: dict[str, list[str]] = {}
+        for path, why in self.polled(kind, folders).items():
+            reasons.setdefault(why, []).append(path)
+        return {
+            printable(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""): why
+            for why, paths in reasons.items()
+        }
+
+    def tell_mode(self, kind: str, folders: list[str]) -> None:
+        """Say how the inbox is watched when that is different; at the start whoever begins says it."""
+        mode = self.mode(kind, len(folders))
+        now = (mode, self._why_all(kind), frozenset(self._problems.values()))
+        bad = bool(self._problems) or (self._watch != "poll" and not self._watcher.alive())
+        if now != self._told and (self._told or bad):
+            (_log.warning if bad else _log.info)("watch mode", mode=mode, polled=self.why_polled(kind, folders))
+        self._told = now
