@@ -7,6 +7,7 @@ None of them needs the key or the network.
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from imagewatch import table
-from imagewatch.errors import SpoolError
+from imagewatch.errors import SpoolError, UsageError
 from imagewatch.text import amount, local, printable
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Config
     from imagewatch.estimate import Estimate
+    from imagewatch.control import Control
     from imagewatch.ledger import Ledger
     from imagewatch.retry import Failed, Retry
 
@@ -117,15 +119,20 @@ def _print_asked(what: str, *, running: bool, noticed: bool) -> None:
 
 
 @click.command()
+@click.option("--accept-new-ledger", "accept", is_flag=True, help="Use the ledger that is there, or an empty one.")
 @json_option
 @config_option
-def release(path: str | None, *, as_json: bool) -> None:
+def release(path: str | None, *, as_json: bool, accept: bool) -> None:
     """End every hold, also one by hand and the burst guard's.
 
-    What the account refuses is refused again, and held again; that costs nothing.
+    What the account refuses is refused again, and held again; that costs nothing. With --accept-new-ledger, a ledger
+    that was deleted or is damaged is replaced by an empty one, and one that was put in its place is used: caps then
+    count only what is in it, history shows only that, and prompts that a sync tool brings back may be paid for again.
     """
     config = _owned(path)
     control = _control(config)
+    if accept:
+        _accept_ledger(config, control)
     control.release()
     running = _running(config)
     noticed = running and _until(lambda: not control.release_pending())
@@ -137,6 +144,19 @@ def release(path: str | None, *, as_json: bool) -> None:
         click.echo("Released.")
     else:
         click.echo("Asked for the end of all holds; the daemon has not taken notice yet.")
+
+
+def _accept_ledger(config: Config, control: Control) -> None:
+    from imagewatch.health import trouble  # noqa: PLC0415
+
+    error = trouble(config.folders.state)
+    if error is None:
+        raise UsageError("the ledger is in order; nothing was done")
+    if error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:
+        raise UsageError(f"{printable(str(error))}; an empty ledger would not help", hint=error.hint)
+    known = "Caps, history and the recognition of prompts that come again know only what is in the new ledger."
+    click.echo(known, err=True)
+    control.accept_ledger()
 
 
 # Retry

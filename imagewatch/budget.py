@@ -15,11 +15,13 @@ clock that is set back opens no new day, and what was spent while it was wrong a
 from __future__ import annotations
 
 import bisect
+import contextlib
 import threading
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from imagewatch.errors import SpoolError
 from imagewatch.text import amount
 
 if TYPE_CHECKING:
@@ -95,9 +97,9 @@ class Budget:
         self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, float] = {}
+        self._resumed: dict[str, tuple[str, float]] = {}  # provider and time of those whose cost is not guessed yet
         self._stranded: list[tuple[float, float]] = []
-        window = _MINUTE / min(limits.requests_per_minute or 1, 1)
-        self._recent = books.sent_since(clock() - window)
+        self._recent: list[float] | None = None
 
     def change(self, limits: Limits) -> None:
         """Take other caps; what is in flight stays counted."""
@@ -115,12 +117,12 @@ class Budget:
             Why it may not be sent, or None: it may.
         """
         with self._lock:
-            now = self._clock()
+            now, recent = self._clock(), self._catch_up()
             cost = self._guess(provider)
             refusal = self._over_rate(now) or self._over_cap(now, cost)
             if refusal is None:
                 self._in_flight[job] = cost
-                self._recent.append(now)
+                recent.append(now)
             return refusal
 
     def resume(self, job: str, provider: str, sent_at: float) -> None:
@@ -132,19 +134,34 @@ class Budget:
             sent_at: When, seconds since the epoch.
         """
         with self._lock:
-            self._in_flight[job] = self._guess(provider)
-            if sent_at not in self._recent:
-                bisect.insort(self._recent, sent_at)
+            self._resumed[job] = provider, sent_at
 
     def settle(self, job: str) -> None:
         """End a reservation: the ledger has the row, or nothing was sent."""
         with self._lock:
             self._in_flight.pop(job, None)
+            self._resumed.pop(job, None)
 
     def strand(self, job: str) -> None:
         """Count a reservation as spent now: its job does not go on in this process, so that nobody may wait for it."""
         with self._lock:
-            self._stranded.append((self._clock(), self._in_flight.pop(job, 0.0)))
+            with contextlib.suppress(SpoolError):
+                self._catch_up()
+            is_resumed = self._resumed.pop(job, None) is not None
+            cost = self._in_flight.pop(job, self._limits.assumed_credits if is_resumed else 0.0)
+            self._stranded.append((self._clock(), cost))
+
+    def _catch_up(self) -> list[float]:
+        """Ask the ledger what was not needed before the first request; return the times of recent requests."""
+        if self._recent is None:
+            window = _MINUTE / min(self._limits.requests_per_minute or 1, 1)
+            self._recent = self._books.sent_since(self._clock() - window)
+        for job, (provider, sent_at) in list(self._resumed.items()):
+            self._in_flight[job] = self._guess(provider)
+            if sent_at not in self._recent:
+                bisect.insort(self._recent, sent_at)
+            del self._resumed[job]
+        return self._recent
 
     def _guess(self, provider: str) -> float:
         known = self._books.highest_charge(provider)
@@ -156,10 +173,10 @@ class Budget:
             return None
         window, count = (_MINUTE, int(most)) if most >= 1 else (_MINUTE / most, 1)
         # What is dated later than now was sent before the clock was set back: when, nobody knows.
-        self._recent = [min(sent, now) for sent in self._recent if sent > now - window]
-        if len(self._recent) < count:
+        self._recent = recent = [min(sent, now) for sent in self._recent or [] if sent > now - window]
+        if len(recent) < count:
             return None
-        wait = self._recent[-count] + window - now
+        wait = recent[-count] + window - now
         return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
     def _over_cap(self, now: float, cost: float) -> Refusal | None:

@@ -110,6 +110,14 @@ class Closing:
         self._ledger = ledger
         self._clock = clock
 
+    def begin(self, case: Case) -> None:
+        """Note an attempt that is about to be sent.
+
+        Raises:
+            SpoolError: It cannot be recorded, so it must not be sent.
+        """
+        self._write_row(case, "sent", "unknown")
+
     # Without a picture
 
     def redelivered(self, case: Case, twin: str) -> None:

@@ -9,6 +9,7 @@ folder can ask for anything; the inbox is open to everybody and asks for nothing
     release    end all holds; the daemon removes it
     passed     until which time prompts were let through past the burst guard; written by the daemon
     refused    holds that the account or the address caused, as JSON; written by the daemon for its next start
+    accept-ledger  use the ledger that is there now, or an empty one; the daemon removes it
     retry.ID   look again at the paid answer of this job; the daemon removes it
 """
 
@@ -67,6 +68,18 @@ class Control:
     def released(self) -> None:
         """Note that all holds were ended."""
         self._disk.unlink(self._path("release"))
+
+    def accept_ledger(self) -> None:
+        """Ask to use the ledger that is there now, or an empty one."""
+        self._write("accept-ledger", "")
+
+    def accepts_ledger(self) -> bool:
+        """Tell whether a daemon has yet to use the ledger that is there now, or an empty one."""
+        return self._disk.tops.exists(self._path("accept-ledger"))
+
+    def accepted_ledger(self) -> None:
+        """Note that the ledger that is there now is used."""
+        self._disk.unlink(self._path("accept-ledger"))
 
     def passed(self) -> float:
         """Return until which ctime, seconds since the epoch, the burst guard lets prompts through."""

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch import __version__, memory
+from imagewatch import __version__, database, memory
 from imagewatch.budget import Budget
 from imagewatch.client import Client
 from imagewatch.control import Control
@@ -54,10 +54,15 @@ _LONGEST_LOOK = 5.0
 """For how long the first look at everything is waited for at most, seconds."""
 _MOST_AT_ONCE = 1000
 """How many messages are taken before anything else is done."""
+_MOST_ALONE = 2
+"""So many jobs from the inbox itself fail alone before no more is taken out of it; of another folder one is enough."""
+_MOST_PARKED = 3
+"""So many jobs may be left to a person before nothing is sent any more: the next ones may be paid for in vain, too."""
 _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
+_STUCK_HINT = "the log says why; then restart the daemon, or look at paid answers again with imagewatch retry"
 _log = structlog.get_logger()
 
 
@@ -160,7 +165,10 @@ class Daemon:
         self._mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._spool = Spool(config, disk or Disk())
         self._control = Control(config.folders.state, self._spool.disk)
-        self._gate = Gate(self._spool, self._control, holds or Holds(), self._changed_hold, clock, monotonic)
+        self._ledger = Ledger(os.path.join(config.folders.state, database.FILE), guarded=True)
+        self._gate = Gate(
+            self._spool, self._ledger, self._control, holds or Holds(), self._changed_hold, clock, monotonic
+        )
         self._notify = Notify(environ)
         self._intake = Intake(config.folders, self._control.folder, self._hint, clock, monotonic, self._spool.tops)
         self._later: list[Later] = []
@@ -168,6 +176,7 @@ class Daemon:
         self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
+        self._are_lost_closed = False  # the rows of requests of which nothing else is left
         self._is_counted = True  # whether the prompts that came at once are
         self._ignored = Ignored(monotonic)
         self._draining = False
@@ -191,7 +200,6 @@ class Daemon:
             self._spool.lock()
             try:
                 self._spool.prepare()
-                self._ledger = Ledger(os.path.join(self._spool.state, "ledger.sqlite3"))
                 self._budget = Budget(self._ledger, self._config.limits, self._clock)
                 self._status = Status(self._config, self._spool.disk, self._ledger, self._gate, self._clock, self._now)
                 self._assemble(self._config)
@@ -238,6 +246,7 @@ class Daemon:
         if self._notify.watchdog_seconds:
             self._intake.most_seconds = self._notify.watchdog_seconds / 2
         self._gate.start()
+        self._gate.room()  # also where nothing waits: it is to be known at the start
         for job in self._spool.unfinished():
             _log.info("recovering", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
@@ -431,10 +440,18 @@ class Daemon:
         self._gate.look(max(changed.values(), default=0.0))
         self._gate.count(changed, self._is_finished)
         try:
+            if self._control.accepts_ledger():
+                self._accept_ledger()
             for job in self._control.retries():
                 self._reopen(job)
         except SpoolError as error:
             self._gate.failed(error)
+
+    def _accept_ledger(self) -> None:
+        """Use the ledger that is there, or an empty one, as ``release --accept-new-ledger`` asked for."""
+        self._ledger.accept()
+        self._control.accepted_ledger()
+        _log.warning("another ledger is used from now on", ledger=os.path.join(self._spool.state, database.FILE))
 
     def _reopen(self, job: str) -> None:
         """Look again at the paid answer of a job, as ``retry`` asked for."""
@@ -443,6 +460,7 @@ class Daemon:
         elif self._spool.reopen(job):
             _log.info("looking again at a paid answer", job=job)
             self._parked.pop(job, None)
+            self._gate.got_on(job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._status.change()
         else:
@@ -529,7 +547,21 @@ class Daemon:
         """Tell whether another prompt may be claimed."""
         if not self._is_counted:
             self._count()
+        if not self._are_lost_closed and not self._close_lost():
+            return False
         return self._intake.any() and self._may_ask() and self._gate.room()
+
+    def _close_lost(self) -> bool:
+        """Close the rows of requests of which nothing else is left; tell whether that is done."""
+        try:
+            known = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
+            if lost := self._ledger.close_lost(known):
+                _log.warning("the results of requests are lost; they may have been charged", requests=lost)
+        except SpoolError as error:
+            self._gate.failed(error)
+            return False
+        self._are_lost_closed = True
+        return True
 
     def _start(self, candidate: Candidate) -> None:
         job = self._spool.new_job()
@@ -587,7 +619,7 @@ class Daemon:
             self._park(job, key)
             return
         delay = DISK_SECONDS
-        if self._gate.failed_alone(error):
+        if self._gate.failed_alone(job, error):
             if job not in self._failing:
                 _log.error("stuck; tried again by itself", job=job, reason=str(error), hint=error.hint)
             before, _ = self._failing.get(job, (DISK_SECONDS / 2, key))
@@ -598,6 +630,7 @@ class Daemon:
 
     def _gets_on(self, job: str) -> None:
         """Take note that a job fails no more, if it did."""
+        self._gate.got_on(job)
         if failed := self._failing.pop(job, None):
             self._shut()
             self._intake.soon(failed[1])
@@ -605,13 +638,17 @@ class Daemon:
     def _shut(self) -> None:
         """Let nothing be taken out of the folders of which a job fails alone."""
         self._status.change()
-        self._intake.shut = frozenset(key[0] for _, key in self._failing.values() if key and key[0])
+        folders = [key[0] for _, key in self._failing.values() if key]
+        # One prompt in the inbox itself may have a fault of its own; if there are more, the others may have it, too.
+        self._intake.shut = frozenset(folder for folder in folders if folder or folders.count("") >= _MOST_ALONE)
 
     def _park(self, job: str, key: Key | None) -> None:
         """Leave a job to whoever looks into it. Its stem stays taken: it may be paid for, and be brought back."""
         self._gets_on(job)
         self._parked[job] = key
         self._budget.strand(job)
+        if len(self._parked) >= _MOST_PARKED:
+            self._gate.brake(job, SpoolError(f"{len(self._parked)} jobs are stuck", hint=_STUCK_HINT))
 
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""

@@ -17,6 +17,7 @@ from imagewatch.durable import FULL, Disk, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.folders import Tops
 from imagewatch.key import key_file_problem, key_source, read_key
+from imagewatch.health import trouble
 from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.names import CLAIMS, SUFFIX
@@ -63,6 +64,8 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         else:
             yield _folder(name, path, kinds)
     yield from _room(config, kinds)
+    if error := trouble(config.folders.state):
+        yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)
         yield from _claims(config, kinds)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from imagewatch.config import Limits
     from imagewatch.control import Control
     from imagewatch.holds import Hold, Holds
+    from imagewatch.ledger import Ledger
     from imagewatch.outcome import Trouble
     from imagewatch.spool import Spool
 
@@ -39,6 +40,7 @@ class Gate:
 
     Args:
         spool: The folders.
+        ledger: Where everything that is sent is recorded.
         control: What commands asked for.
         holds: Reasons to wait.
         on_change: Called when a hold begins or ends.
@@ -49,6 +51,7 @@ class Gate:
     def __init__(
         self,
         spool: Spool,
+        ledger: Ledger,
         control: Control,
         holds: Holds,
         on_change: Callable[[], None],
@@ -57,6 +60,7 @@ class Gate:
     ) -> None:
         self._on_change = on_change
         self._spool = spool
+        self._ledger = ledger
         self._control = control
         self._holds = holds
         self._clock = clock
@@ -70,6 +74,7 @@ class Gate:
         self._passed = 0.0
         self._took: list[tuple[float, float]] = []
         self._returned: set[str] = set()
+        self._braking: dict[str, SpoolError] = {}
         self.blame, self.absolve = holds.blame, holds.absolve
         self.disk_failed = False
 
@@ -92,7 +97,7 @@ class Gate:
 
     def open(self, in_flight: int) -> bool:
         """Tell whether another job may go to a worker."""
-        if self._holds.waiting(self._now()) is not None:
+        if self._braking or self._holds.waiting(self._now()) is not None:
             return False
         return in_flight < (1 if self._holds.probing() else self._limits.concurrency)
 
@@ -102,6 +107,9 @@ class Gate:
 
     def room(self) -> bool:
         """Tell whether our disks can take another paid answer; if not, hold."""
+        for error in self._braking.values():
+            self.failed(error)
+            return False
         if not self._works(probe=self._holds.has("disk")):
             return False
         self._end(self._holds.clear("disk"))
@@ -109,18 +117,31 @@ class Gate:
 
     def look_at_disk(self) -> None:
         """Make the next write probe if it is time, also where nothing waits: a status must not tell of what is over."""
-        if self._holds.has("disk") and not self._holds.waits("disk", self._now()):
+        if self._holds.has("disk") and not self._holds.waits("disk", self._now()) and not self._braking:
             self.room()
 
-    def failed_alone(self, error: SpoolError) -> bool:
+    def failed_alone(self, job: str, error: SpoolError) -> bool:
         """Tell whether our disks work all the same after a job could not go on; if not, hold.
 
         Then it is something about this job's own files, which somebody else may have put there; the others go on.
+        What all jobs share (ledger, state folder) is never the fault of one: the hold lasts until this job goes on.
         """
+        if error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
+            self.brake(job, error)
+            return False
         if error.code in FULL:  # a small probe may succeed where pictures do not
             self.failed(error)
             return False
         return self._works(probe=True)
+
+    def brake(self, job: str, error: SpoolError) -> None:
+        """Hold until a job goes on, also if a write probe succeeds meanwhile."""
+        self._braking[job] = error
+        self.failed(error)
+
+    def got_on(self, job: str) -> None:
+        """Take note that a job goes on, if it did not."""
+        self._braking.pop(job, None)
 
     def _works(self, *, probe: bool) -> bool:
         """Tell whether there is room, and whether a file can be written in every folder if that is asked; else hold."""
@@ -128,6 +149,7 @@ class Gate:
             if probe:
                 self._spool.probe()
             self._spool.require_room(self._limits.min_free_bytes)
+            self._ledger.require(prove=probe)
         except SpoolError as error:
             self.failed(error)
             return False

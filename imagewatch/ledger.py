@@ -1,39 +1,42 @@
-"""The ledger: one row per attempt, the only use of SQLite.
+"""The ledger: one row for each attempt.
 
-It answers what was made, refused and spent, and what was seen before. A row is written by job and attempt, so that
-writing it again after a crash changes nothing. WAL with ``synchronous = FULL``: a row that was committed survives
-a power cut.
+It answers what was made, refused and spent, and what was seen before. A row is written before the request is sent: what
+cannot be recorded is not paid. It is written by job and attempt, so that writing it again changes nothing. WAL with
+``synchronous = FULL``: a row that was committed survives a power cut.
 """
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import os
-import sqlite3
-import threading
 from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec.structs import astuple, replace
 
 from imagewatch.budget import Spending
+from imagewatch.database import Database
 from imagewatch.errors import SpoolError
 from imagewatch.masking import known
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    import sqlite3
+    from collections.abc import Collection, Iterable
 
     from imagewatch.job import Charged
 
-_VERSION = 1
-_MODE = 0o600
+_VERSION = 2
+_LOST = "nothing but the ledger knows of this request; it may have been charged"
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
 """The integers of SQLite. An mtime may lie beyond them, in nanoseconds: anybody can set it to the year 2400."""
 _SCHEMA = """
+CREATE TABLE IF NOT EXISTS meta (
+    name  TEXT PRIMARY KEY,             -- id: of this ledger; proved: written to see whether rows can be
+    value TEXT NOT NULL
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS attempts (
     job             TEXT NOT NULL,
     attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
@@ -42,7 +45,8 @@ CREATE TABLE IF NOT EXISTS attempts (
     source_mtime_ns INTEGER NOT NULL,
     contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
     prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unknown', 'invalid')),
+    -- sent: its result is not known yet
+    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'made', 'refused', 'busy', 'unknown', 'invalid')),
     charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
     credits         REAL,               -- NULL: not said
     provider        TEXT NOT NULL,
@@ -70,6 +74,10 @@ CREATE TABLE IF NOT EXISTS redeliveries (
     last_at REAL NOT NULL               -- seconds since the epoch, UTC
 ) WITHOUT ROWID;
 """
+
+
+NO_TOTALS = {"made": 0, "refused": 0, "unknown": 0, "credits": 0.0}
+"""What ``Ledger.totals`` returns of an empty ledger."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,17 +118,41 @@ _UPSERT = (
 )
 
 
-def _keep_private(path: str) -> None:
-    """Make the file of a ledger if there is none, readable by its owner only: SQLite gives its other files that mode.
+def _prepare(connection: sqlite3.Connection) -> None:
+    """Make the tables, or update them.
 
-    A file that is there is not opened here: to close it again would end the locks that this process has on it.
+    Raises:
+        SpoolError: They are those of a newer version.
     """
-    with contextlib.suppress(OSError):  # what keeps it from being used is told by SQLite
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
-    for name in (path, path + "-wal", path + "-shm"):
-        with contextlib.suppress(OSError):  # one of another user is as it was made
-            if os.stat(name, follow_symlinks=False).st_mode & 0o777 & ~_MODE:
-                os.chmod(name, _MODE)
+    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    if found > _VERSION:
+        path = connection.execute("PRAGMA database_list").fetchone()["file"]
+        raise SpoolError(
+            f"{path}: the ledger was written by a newer imagewatch (format {found})",
+            path=path,
+            code=errno.EPROTO,
+            hint="run the newer version",
+        )
+    if found == _VERSION:  # whoever only reads writes nothing
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        names = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
+        if names:
+            connection.execute("ALTER TABLE attempts RENAME TO earlier")
+            for index in ("attempts_by_time", "attempts_by_claim", "attempts_by_source"):
+                connection.execute(f"DROP INDEX IF EXISTS {index}")
+        for statement in _SCHEMA.split(";\n"):
+            connection.execute(statement)
+        if names:
+            common = ", ".join(name for name in _COLUMNS if name in names)
+            connection.execute(f"INSERT INTO attempts ({common}) SELECT {common} FROM earlier")  # noqa: S608
+            connection.execute("DROP TABLE earlier")
+        connection.execute(f"PRAGMA user_version = {_VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
 
 
 class Ledger:
@@ -128,32 +160,68 @@ class Ledger:
 
     Args:
         path: The database; created if it is not there. On a local disk: SQLite's locks need one.
+        guarded: Whether the file has to be the one that was used before. It is then opened when it is first used.
+        synchronous: SQLite's setting.
     """
 
-    def __init__(self, path: str) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        with self._translated():
-            _keep_private(path)
-            self._database = sqlite3.connect(path, check_same_thread=False, isolation_level=None, timeout=30)
-            self._database.row_factory = sqlite3.Row
-            self._database.execute("PRAGMA journal_mode = WAL")
-            self._database.execute("PRAGMA synchronous = FULL")
-            found = self._database.execute("PRAGMA user_version").fetchone()[0]
-            if found > _VERSION:
-                raise SpoolError(
-                    f"{path}: the ledger was written by a newer imagewatch (format {found})",
-                    path=path,
-                    hint="run the newer version",
-                )
-            self._database.executescript(_SCHEMA)
-            if found < _VERSION:  # whoever only reads writes nothing
-                self._database.execute(f"PRAGMA user_version = {_VERSION}")
+    def __init__(self, path: str, *, guarded: bool = False, synchronous: str = "FULL") -> None:
+        self._file = Database(path, _prepare, guarded=guarded, synchronous=synchronous)
+        if not guarded:
+            with self._file.using():
+                pass
+
+    def require(self, *, prove: bool = False) -> None:
+        """Make sure that the ledger is there, and the one of before.
+
+        Args:
+            prove: Whether to write something, too.
+
+        Raises:
+            SpoolError: It cannot be used; the message says why.
+        """
+        if prove:
+            self._file.prove()
+        else:
+            with self._file.using():
+                pass
+
+    def accept(self) -> None:
+        """Use what is there from now on; an empty ledger if there is none, or a damaged one.
+
+        Raises:
+            SpoolError: It cannot be used either.
+        """
+        self._file.accept()
 
     def close(self) -> None:
         """Close the file."""
-        with self._lock:
-            self._database.close()
+        self._file.close()
+
+    def withdraw(self, job: str) -> None:
+        """Remove the rows of attempts of a job that were to be sent, and were not.
+
+        Raises:
+            SpoolError: The disk failed.
+        """
+        if self._all("SELECT 1 FROM attempts WHERE job = ? AND outcome = 'sent'", job):  # mostly there is none
+            delete = "DELETE FROM attempts WHERE job = ? AND outcome = 'sent'"
+            self._file.change(lambda connection: connection.execute(delete, (job,)))
+
+    def close_lost(self, known: Collection[str]) -> int:
+        """Give attempts their result of which nothing but their row is left: nobody knows whether they were charged.
+
+        Args:
+            known: The jobs that are not over; what came of theirs is found out by them.
+
+        Returns:
+            How many there were.
+        """
+        found = self._all("SELECT job, attempt FROM attempts WHERE outcome = 'sent'")
+        lost = [(_LOST, row["job"], row["attempt"]) for row in found if row["job"] not in known]
+        close = "UPDATE attempts SET outcome = 'unknown', message = ? WHERE job = ? AND attempt = ?"
+        if lost:
+            self._file.change(lambda connection: connection.executemany(close, lost))
+        return len(lost)
 
     def write(self, row: Row) -> None:
         """Write a row durably; the same job and attempt again replaces it.
@@ -162,9 +230,8 @@ class Ledger:
             SpoolError: The disk failed.
         """
         heard = {name: known.text(getattr(row, name)) for name in _HEARD}  # a server may repeat the key
-        row = msgspec.structs.replace(row, **heard)
-        with self._lock, self._translated():
-            self._database.execute(_UPSERT, _storable(msgspec.structs.astuple(row)))
+        row = replace(row, **heard)
+        self._file.change(lambda connection: connection.execute(_UPSERT, _storable(astuple(row))))
 
     def finished(self, job: str, source: str, size: int, mtime_ns: int) -> list[tuple[str, str]]:
         """Return the other jobs that are over and whose prompt was this file: job id and ``contents``, newest first.
@@ -189,12 +256,11 @@ class Ledger:
             job: The finished job.
             at: When, seconds since the epoch.
         """
-        with self._lock, self._translated():
-            self._database.execute(
-                "INSERT INTO redeliveries VALUES (?, 1, ?) "
-                "ON CONFLICT (job) DO UPDATE SET times = times + 1, last_at = excluded.last_at",
-                (job, at),
-            )
+        count = (
+            "INSERT INTO redeliveries VALUES (?, 1, ?) "
+            "ON CONFLICT (job) DO UPDATE SET times = times + 1, last_at = excluded.last_at"
+        )
+        self._file.change(lambda connection: connection.execute(count, (job, at)))
 
     def redelivered(self) -> int:
         """Return how often files of finished jobs came again."""
@@ -246,7 +312,7 @@ class Ledger:
         question = """
             SELECT count(DISTINCT CASE WHEN charged = 'yes' THEN job END) AS made,
                    count(DISTINCT CASE WHEN outcome IN ('refused', 'invalid') THEN job END) AS refused,
-                   count(DISTINCT CASE WHEN charged = 'unknown' THEN job END) AS unknown,
+                   count(DISTINCT CASE WHEN outcome = 'unknown' THEN job END) AS unknown,
                    coalesce(sum(credits), 0) AS credits
             FROM attempts WHERE claimed_at >= ? AND coalesce(sent_at, claimed_at) >= ?"""
         return dict(self._all(question, since - _LONGEST_CLAIMED, since)[0])
@@ -258,7 +324,8 @@ class Ledger:
         question = """
             SELECT provider, coalesce(sum(credits), 0) AS credits,
                    count(CASE WHEN credits IS NULL THEN 1 END) AS unpriced
-            FROM attempts WHERE charged IN ('yes', 'unknown') AND sent_at >= ? GROUP BY provider"""
+            FROM attempts WHERE charged IN ('yes', 'unknown') AND outcome <> 'sent' AND sent_at >= ?
+            GROUP BY provider"""
         rows = self._all(question, since)
         return Spending(
             sum(row["credits"] for row in rows), {row["provider"]: row["unpriced"] for row in rows if row["unpriced"]}
@@ -280,11 +347,8 @@ class Ledger:
         ]
 
     def _all(self, question: str, *values: object) -> list[sqlite3.Row]:
-        with self._lock, self._translated():
-            return self._database.execute(question, _storable(values)).fetchall()
-
-    def _translated(self) -> _Translated:
-        return _Translated(self._path)
+        with self._file.using() as connection:
+            return connection.execute(question, _storable(values)).fetchall()
 
 
 def _storable(values: Iterable[object]) -> list[object]:
@@ -296,27 +360,3 @@ def _nearest(value: object) -> object:
     if isinstance(value, str):
         return whole(value)
     return min(max(value, _LEAST), _MOST) if isinstance(value, int) else value
-
-
-class _Translated:
-    """Turns SQLite's errors into ours."""
-
-    def __init__(self, path: str) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OverflowError):  # no matter of the disk: it would be the same whenever it is tried again
-            raise SpoolError(
-                f"{self._path}: a number is too large for the ledger", path=self._path, hint="please report it"
-            ) from error
-        if isinstance(error, sqlite3.Error):
-            full = "full" in str(error)
-            raise SpoolError(
-                f"{self._path}: the ledger cannot be used: {error}",
-                path=self._path,
-                code=errno.ENOSPC if full else errno.EIO,
-                hint="make room, or restore it from a backup; do not delete it, it is the record of what was paid",
-            ) from error

@@ -6,6 +6,7 @@ the job records and the ledger.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from datetime import UTC, datetime
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
+from imagewatch.errors import SpoolError
 from imagewatch.holds import NEXT
+from imagewatch.ledger import NO_TOTALS
 from imagewatch.masking import known
 from imagewatch.text import amount, printable, utc
 
@@ -103,6 +106,7 @@ class Status:
         self._clock = clock
         self._now = monotonic
         self._started = clock()
+        self._told: tuple[dict[str, float], dict[str, float], int] = dict(NO_TOTALS), dict(NO_TOTALS), 0
         self._due: float | None = None
         self._not_before = 0.0
         self.state = "starting"
@@ -172,13 +176,20 @@ class Status:
             },
             "ignored": {"count": seen.ignored.total, "files": _named(seen.ignored)},
             "holds": self._holds(),
-            "today": self._totals(day[0].timestamp(), self._config.limits.credits_per_day),
-            "month": self._totals(month[0].timestamp(), self._config.limits.credits_per_month),
-            "redelivered": self._ledger.redelivered(),
+            **self._sums(day[0].timestamp(), month[0].timestamp()),
         }
 
-    def _totals(self, since: float, cap: float) -> dict[str, Any]:
-        return {**self._ledger.totals(since), "cap": cap or None}
+    def _sums(self, day: float, month: float) -> dict[str, Any]:
+        """Return what the ledger says; what it said last if it cannot be read, of which a hold tells."""
+        limits = self._config.limits
+        with contextlib.suppress(SpoolError):
+            self._told = self._ledger.totals(day), self._ledger.totals(month), self._ledger.redelivered()
+        today, this_month, redelivered = self._told
+        return {
+            "today": {**today, "cap": limits.credits_per_day or None},
+            "month": {**this_month, "cap": limits.credits_per_month or None},
+            "redelivered": redelivered,
+        }
 
     def _holds(self) -> list[dict[str, Any]]:
         now = self._now()

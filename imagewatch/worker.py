@@ -269,7 +269,7 @@ class Worker:
             outcome = replace(outcome, answered=answered, trouble=run.trouble)
         elif not self._spool.give_back(run.claim):  # without its prompt, which was taken away; the images are theirs
             return self._displaced(run)
-        self._spool.forget(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
+        self._let_go(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
         return outcome
 
     def _deliver(self, run: Run) -> None:
@@ -285,7 +285,7 @@ class Worker:
 
     def _discard(self, run: Run) -> Outcome:
         self._spool.discard(run.claim)
-        self._spool.forget(run.claim.job)
+        self._let_go(run.claim.job)
         return Outcome(run.claim.job, End.REDELIVERED, run.claim.source)
 
     def _bank(self, run: Run) -> None:
@@ -355,6 +355,8 @@ class Worker:
         run.resumed = False
         attempt = run.evidence.sent + 1
         sent = self._sent(run.request)
+        # What cannot be recorded must not be paid; this touches the same pages as the row with the result will.
+        self._closing.begin(Case(run.record, run.claim, attempt, replace(sent, at=self._clock())))
         sink = run.record.sink(attempt)
         try:
             self._client.send(
@@ -433,8 +435,13 @@ class Worker:
             self._closing.busy(Case.of(run.record, claim, run.evidence), self._verdict(run, attempt))
         if not self._spool.give_back(claim):
             return self._displaced(run)
-        self._spool.forget(claim.job)
+        self._let_go(claim.job)
         return Outcome(claim.job, End.RETURNED, claim.source, trouble=run.trouble)
+
+    def _let_go(self, job: str, *, keep: bool = False) -> None:
+        """Forget a job that is over or was given back; what it was to send, and did not, was never sent."""
+        self._ledger.withdraw(job)
+        self._spool.forget(job, keep=keep)
 
     def _displaced(self, run: Run) -> Outcome:
         """Wait until a newer file of the same name has gone first."""

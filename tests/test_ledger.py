@@ -131,19 +131,19 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
 def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
     Ledger(path).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
     with pytest.raises(SpoolError, match="newer imagewatch") as caught:
         Ledger(path)
     assert caught.value.hint == "run the newer version"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 def test_a_file_that_is_no_ledger_is_refused_and_kept(path: str) -> None:
     content = b"this is no database, but it may be somebody's " * 100
     with open(path, "wb") as file:
         file.write(content)
-    with pytest.raises(SpoolError, match="the ledger cannot be used") as caught:
+    with pytest.raises(SpoolError, match="it is damaged") as caught:
         Ledger(path)
     assert "do not delete it" in caught.value.hint
     with open(path, "rb") as file:

@@ -155,8 +155,7 @@ class NotingLedger(Ledger):
     """A ledger that says before each row that it is about to be written."""
 
     def __init__(self, path: str, stage: Stage) -> None:
-        super().__init__(path)
-        self._database.execute("PRAGMA synchronous = OFF")
+        super().__init__(path, synchronous="OFF")
         self._stage = stage
 
     def write(self, row: Row) -> None:

@@ -1,0 +1,372 @@
+"""The SQLite file of the ledger: opened when it is used, and known again; the only use of SQLite.
+
+SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
+compared with the opened one before each use. The database has a random id, and the file ``identity`` beside it has the
+same: by that a deleted ledger differs from one that was never there, and a foreign one from a restored backup.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import pathlib
+import re
+import secrets
+import sqlite3
+import threading
+from typing import TYPE_CHECKING
+
+from imagewatch.errors import SpoolError
+from imagewatch.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+FILE = "ledger.sqlite3"
+MARK = "identity"
+"""Name of the file with the id of the ledger, in the state folder."""
+SAVED = ".saved"
+"""Added to the name of the file: where a ledger is saved that was deleted while it was open."""
+_BESIDE = ("-wal", "-shm")
+_MODE = 0o600
+_BUSY_SECONDS = 0.1
+"""How long SQLite waits for another program."""
+_TRIES, _PAUSE_SECONDS = 20, 0.1
+"""How often a row is tried to be written again while another program writes, and the pause before."""
+_ID = re.compile(r"[0-9a-f]{32}")
+_RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
+_NEWEST = "SELECT job, attempt FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
+
+
+class Database:
+    """A ledger's file. Safe to use from several threads.
+
+    Args:
+        path: The file.
+        prepare: Makes or updates the tables of a connection; raises ``SpoolError`` if they are of a newer version.
+        guarded: Whether the file has to be the one that was used before. The daemon's has to; commands only read.
+        synchronous: SQLite's setting.
+    """
+
+    def __init__(
+        self, path: str, prepare: Callable[[sqlite3.Connection], None], *, guarded: bool, synchronous: str = "FULL"
+    ) -> None:
+        self.path = path
+        self._mark = os.path.join(os.path.dirname(path), MARK)
+        self._prepare = prepare
+        self._guarded = guarded
+        self._synchronous = synchronous
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._file: os.stat_result | None = None
+        self._wal: os.stat_result | None = None
+        self._is_damaged = self._is_saved = False
+        self._pause = threading.Event()
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[sqlite3.Connection]:
+        """Lend the connection; nobody else has it meanwhile.
+
+        Raises:
+            SpoolError: The ledger cannot be used; the message says why.
+        """
+        with self._lock, self._translated():
+            self._ensure()
+            assert self._connection is not None
+            yield self._connection
+
+    def change(self, act: Callable[[sqlite3.Connection], object]) -> None:
+        """Write something; while another program writes, that is waited for a moment, and others may read.
+
+        Args:
+            act: Writes in one statement, or in a transaction of its own.
+
+        Raises:
+            SpoolError: It was not written; the message says why.
+        """
+        for last in (*[False] * _TRIES, True):
+            try:
+                with self.using() as connection:
+                    act(connection)
+                return
+            except SpoolError as error:
+                if last or error.code != errno.EBUSY:
+                    raise
+            self._pause.wait(_PAUSE_SECONDS)
+
+    def prove(self) -> None:
+        """Make sure that rows can be written.
+
+        Raises:
+            SpoolError: They cannot; the message says why.
+        """
+        with self.using() as connection:
+            if self._is_damaged:
+                require_sound(connection)
+                self._is_damaged = False
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('proved', ?)", (secrets.token_hex(4),))
+
+    def accept(self) -> None:
+        """Use what is there from now on; an empty ledger if there is none or a damaged one, which is kept beside it.
+
+        Raises:
+            SpoolError: What is there cannot be used, for a reason that an empty ledger would meet, too.
+        """
+        with self._lock, self._translated():
+            self._forget()
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._mark)
+            if os.path.exists(self.path) and self._is_unsound():
+                self._set_aside()
+            self._open(is_new=not os.path.exists(self.path))
+            self._is_damaged = False
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._forget()
+
+    # Opening
+
+    def _ensure(self) -> None:
+        """Make sure that the connection is one to the file that has the name now."""
+        status = _stat(self.path)
+        if self._connection is None:
+            self._open(is_new=status is None)
+        elif status is None:
+            self._save()
+            raise missing(self.path)
+        elif self._file is None or not os.path.samestat(status, self._file):
+            self._replace()
+
+    def _open(self, *, is_new: bool) -> None:
+        if is_new and self._guarded and os.path.lexists(self._mark):
+            raise missing(self.path)
+        if is_new:
+            self._remove_beside()
+        keep_private(self.path)
+        connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=_BUSY_SECONDS)
+        try:
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._prepare(connection)
+            if self._guarded:
+                self._require_same(connection)
+        except BaseException:
+            connection.close()
+            raise
+        self._connection = connection
+        self._file, self._wal = os.stat(self.path), _stat(self.path + "-wal")
+        self._is_saved = False
+
+    def _require_same(self, connection: sqlite3.Connection) -> None:
+        """Make sure that a database is the one of before; of the first one, write down the id."""
+        found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
+        known = read_mark(self._mark)
+        if found is None and not known:
+            connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(16),))
+            found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
+        if not known:
+            _write(self._mark, found[0])
+        elif found is None or found[0] != known:
+            raise foreign(self.path)
+
+    def _replace(self) -> None:
+        """Go over to the file that somebody has put in the place of the opened one, if no row is missing in it."""
+        newest = None
+        with contextlib.suppress(sqlite3.Error):
+            assert self._connection is not None
+            newest = self._connection.execute(_NEWEST).fetchone()
+        with contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?mode=ro", uri=True)) as other:
+            is_there = (
+                newest is None
+                or other.execute("SELECT 1 FROM attempts WHERE job = ? AND attempt = ?", tuple(newest)).fetchone()
+            )
+        if not is_there:
+            raise SpoolError(
+                f"{self.path}: the ledger was replaced by one that lacks the newest requests",
+                path=self.path,
+                code=errno.ESTALE,
+                hint="put the newer one back; or accept this one: imagewatch release --accept-new-ledger",
+            )
+        self._forget()
+        self._open(is_new=False)
+
+    # Putting aside
+
+    def _forget(self) -> None:
+        """Close the connection; what SQLite keeps beside a file that is no more must not be mixed with the next one."""
+        connection, file, wal = self._connection, self._file, self._wal
+        self._connection = self._file = self._wal = None
+        if connection is None:
+            return
+        connection.close()
+        status, beside = _stat(self.path), _stat(self.path + "-wal")
+        is_gone = file is not None and (status is None or not os.path.samestat(status, file))
+        if is_gone and beside is not None and wal is not None and os.path.samestat(beside, wal):
+            self._remove_beside()
+
+    def _remove_beside(self) -> None:
+        for ending in _BESIDE:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path + ending)
+
+    def _save(self) -> None:
+        """Save a ledger whose file was deleted, as long as it is open."""
+        if self._is_saved:
+            return
+        assert self._connection is not None
+        target = _unused(self.path + SAVED)
+        with contextlib.suppress(sqlite3.Error, OSError):
+            keep_private(target)
+            with contextlib.closing(sqlite3.connect(target)) as copy:
+                self._connection.backup(copy)
+            self._is_saved = True
+
+    def _is_unsound(self) -> bool:
+        try:
+            with contextlib.closing(sqlite3.connect(self.path, timeout=_BUSY_SECONDS)) as connection:
+                require_sound(connection)
+        except sqlite3.DatabaseError as error:
+            return is_damage(error)
+        return False
+
+    def _set_aside(self) -> None:
+        target = _unused(self.path + ".damaged")
+        for ending in ("", *_BESIDE):
+            with contextlib.suppress(FileNotFoundError):
+                os.rename(self.path + ending, target + ending)
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except OverflowError as error:  # no matter of the disk: it would be the same whenever it is tried again
+            raise SpoolError(
+                f"{self.path}: a number is too large for the ledger", path=self.path, hint="please report it"
+            ) from error
+        except sqlite3.IntegrityError as error:
+            raise SpoolError(f"{self.path}: {error}", path=self.path, hint="please report it") from error
+        except sqlite3.Error as error:
+            self._is_damaged = self._is_damaged or is_damage(error)
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
+                self._forget()
+            raise translated(self.path, error) from error
+        except OSError as error:
+            message = f"{self.path}: the ledger cannot be used: {error.strerror}"
+            raise SpoolError(message, path=self.path, code=error.errno or errno.EIO, hint=_RESTORE) from error
+
+
+def translated(path: str, error: sqlite3.Error) -> SpoolError:
+    """Return an error of SQLite as one of ours, with the next action."""
+    code, why, hint = errno.EIO, f"cannot be used: {error}", "look at the disk and the system log"
+    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
+            code, why = errno.EACCES, f"cannot be written: {error}"
+            hint = "give the state folder and all in it to the daemon's user, and look whether it is mounted read-only"
+        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
+            code, why, hint = errno.EBUSY, "is locked by another program", "end that program; fuser shows which it is"
+        case sqlite3.SQLITE_FULL:
+            code, why, hint = errno.ENOSPC, f"cannot be written: {error}", "make room"
+        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
+            why, hint = (
+                f"cannot be used, it is damaged: {error}",
+                f"do not delete it, it says what was paid; {_RESTORE}",
+            )
+    return SpoolError(f"{path}: the ledger {why}", path=path, code=code, hint=hint)
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Tell whether an error means that the content of the file is damaged."""
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def missing(path: str) -> SpoolError:
+    """Return the error for a ledger that is not there, though there was one."""
+    saved = newest_saved(path)
+    hint = f"rename {printable(saved)} to {FILE}, it is what was deleted; or {_RESTORE}" if saved else _RESTORE
+    message = f"{path}: the ledger is missing, though there was one"
+    return SpoolError(message, path=path, code=errno.ENOENT, hint=hint)
+
+
+def foreign(path: str) -> SpoolError:
+    """Return the error for a ledger that is another one than the daemon's."""
+    return SpoolError(
+        f"{path}: this is not the ledger that was here before",
+        path=path,
+        code=errno.ESTALE,
+        hint="put the right one back; or accept this one: imagewatch release --accept-new-ledger",
+    )
+
+
+def require_sound(connection: sqlite3.Connection) -> None:
+    """Make sure that tables and indexes are whole; reads all of the file.
+
+    Raises:
+        sqlite3.DatabaseError: They are not.
+    """
+    found = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
+    if found != ["ok"]:
+        error = sqlite3.DatabaseError(found[0].splitlines()[-1] if found else "integrity_check failed")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
+
+
+def keep_private(path: str) -> None:
+    """Make the file of a ledger if there is none, readable by its owner only: SQLite gives its other files that mode.
+
+    A file that is there is not opened here: to close it again would end the locks that this process has on it.
+    """
+    with contextlib.suppress(OSError):  # what keeps it from being used is told by SQLite
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
+    for name in (path, path + "-wal", path + "-shm"):
+        with contextlib.suppress(OSError):  # one of another user is as it was made
+            if os.stat(name, follow_symlinks=False).st_mode & 0o777 & ~_MODE:
+                os.chmod(name, _MODE)
+
+
+def read_mark(path: str) -> str:
+    """Return the id in such a file, or an empty string if there is none that can be read."""
+    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
+        text = file.read(64).strip()
+        return text if _ID.fullmatch(text) else ""
+    return ""
+
+
+def newest_saved(path: str) -> str:
+    """Return where a ledger was saved last that was deleted while it was open, or an empty string."""
+    beside = sorted(pathlib.Path(path).parent.glob(f"{FILE}{SAVED}-*[0-9]"), key=lambda one: one.stat().st_mtime)
+    return str(beside[-1]) if beside else ""
+
+
+def _unused(path: str) -> str:
+    return next(name for number in range(1, 10_000) if not os.path.lexists(name := f"{path}-{number}"))
+
+
+def _write(path: str, text: str) -> None:
+    temporary = f"{path}.tmp"
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(temporary)
+    with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE), "w") as file:
+        file.write(text + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _stat(path: str) -> os.stat_result | None:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        return None
+
+
+def _quoted(path: str) -> str:
+    return path.replace("%", "%25").replace("?", "%3f").replace("#", "%23")

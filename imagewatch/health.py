@@ -1,0 +1,60 @@
+"""Whether the ledger of a daemon can be used, for who is not the daemon: nothing is written."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+
+from imagewatch.database import FILE, MARK, foreign, missing, read_mark, require_sound, translated
+from imagewatch.errors import SpoolError
+
+_BUSY_SECONDS = 1.0
+
+
+def trouble(state: str) -> SpoolError | None:
+    """Return what keeps the daemon from recording what it sends, or None.
+
+    Args:
+        state: The state folder.
+    """
+    path, mark = os.path.join(state, FILE), os.path.join(state, MARK)
+    if not os.path.lexists(path):
+        return missing(path) if os.path.lexists(mark) else None
+    if refused := _not_writable(state, path):
+        return refused
+    try:
+        with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+            require_sound(connection)
+            found = _id(connection)
+    except sqlite3.Error as error:
+        return translated(path, error)
+    known = read_mark(mark)
+    return foreign(path) if known and found != known else None
+
+
+def _not_writable(state: str, path: str) -> SpoolError | None:
+    """Return an error if the daemon's user, to whom the state folder belongs, may not write the file.
+
+    Root may write everything; so it is not tried.
+    """
+    with contextlib.suppress(OSError):
+        daemon = os.stat(state).st_uid
+        for name in (path, path + "-wal", path + "-shm"):
+            with contextlib.suppress(FileNotFoundError):
+                status = os.stat(name)
+                if daemon and status.st_uid != daemon and not status.st_mode & 0o002:
+                    message = f"{name}: the ledger cannot be written: it belongs to user number {status.st_uid}"
+                    hint = f"chown {daemon} {name}"
+                    return SpoolError(message, path=name, code=errno.EACCES, hint=hint)
+    return None
+
+
+def _id(connection: sqlite3.Connection) -> str:
+    with contextlib.suppress(sqlite3.OperationalError):  # of an older version
+        found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
+        return str(found[0]) if found else ""
+    return ""

@@ -1,0 +1,284 @@
+"""What cannot be recorded is not paid: a real daemon, and a ledger that it cannot use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from conftest import Folders, Told, command, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+MANY = 12
+
+
+@pytest.fixture
+def used(tmp_path: Path, sandbox: Sandbox) -> Folders:
+    """Folders of a daemon that has made one prompt."""
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.prompt("before", "Before")
+    assert command(folders, "once").returncode == 0
+    return folders
+
+
+def ledger(folders: Folders) -> Path:
+    return folders.state / "ledger.sqlite3"
+
+
+def holds(folders: Folders) -> list[dict[str, Any]]:
+    with contextlib.suppress(OSError, ValueError):
+        return list(json.loads((folders.state / "status.json").read_text())["holds"])
+    return []
+
+
+def drop(folders: Folders) -> None:
+    for number in range(MANY):
+        folders.prompt(f"p{number}", f"Number {number}")
+
+
+def waits(folders: Folders, daemon: Told, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
+    """Wait for the hold; all prompts lie in the inbox, nothing was sent, ``check`` says the same."""
+    until(lambda: all(word in str(holds(folders)) for word in words))
+    assert [hold["kind"] for hold in holds(folders)] == ["disk"]
+    until(lambda: len([name for name in folders.names("inbox") if name.startswith("p")]) == MANY, timeout=40)
+    assert sandbox.report()["requests"] == requests
+    told = command(folders, "check")
+    assert told.returncode != 0
+    said = " ".join(told.stdout.split())
+    assert all(word in said for word in words), told.stdout
+    assert daemon.process.poll() is None
+
+
+def goes_on(folders: Folders, sandbox: Sandbox, *, before: int = 1) -> None:
+    """Wait until every prompt was made, once; the ledger says the same as the endpoint."""
+    until(lambda: len(folders.documents()) == MANY + before, timeout=60)
+    assert set(folders.documents().values()) == {"outbox"}
+    until(lambda: holds(folders) == [])
+    report = sandbox.report()
+    assert report["requests"] == report["charged"] == MANY + before
+
+
+def rows(path: Path) -> list[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT source, outcome FROM attempts ORDER BY source").fetchall()
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def test_a_ledger_that_another_program_has_locked_holds_the_queue_until_it_is_free(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    with locked(ledger(used)):
+        drop(used)
+        waits(used, daemon, sandbox, "locked by another program")
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_meanwhile(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    used.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "1"
+    daemon = run(used)
+    sandbox.hold()
+    drop(used)
+    assert sandbox.wait_for_requests(2, 20)
+    with locked(ledger(used)):
+        sandbox.release()
+        until(lambda: "locked by another program" in str(holds(used)))
+        until(lambda: len(daemon.events("held")) == 1 and len(holds(used)) == 1)
+        assert sandbox.report()["requests"] == 2
+        assert list(used.documents()) == ["before"]
+    goes_on(used, sandbox)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "before it starts"])
+def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, when: str
+) -> None:
+    kept = tmp_path / "kept.sqlite3"
+    shutil.copyfile(ledger(used), kept)
+    daemon = run(used) if when == "while it runs" else None
+    for path in used.state.glob("ledger.sqlite3*"):
+        path.unlink()
+    daemon = daemon or run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", "release --accept-new-ledger")
+    shutil.copyfile(kept, tmp_path / "restored")
+    (tmp_path / "restored").rename(ledger(used))
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert ("before.prompt.txt", "made") in rows(ledger(used))
+
+
+def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    ledger(used).unlink()
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", "ledger.sqlite3.saved-1")
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+def test_a_ledger_that_was_moved_away_and_back_is_used_as_before(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    ledger(used).rename(tmp_path / "away")
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing")
+    (tmp_path / "away").rename(ledger(used))
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], running: bool
+) -> None:
+    daemon = run(used) if running else None
+    for path in used.state.glob("ledger.sqlite3*"):
+        path.unlink()
+    drop(used)
+    if daemon:
+        waits(used, daemon, sandbox, "the ledger is missing")
+    assert command(used, "release").returncode == 0
+    told = command(used, "release", "--accept-new-ledger")
+    assert (told.returncode, "Caps, history" in told.stderr) == (0, True)
+    daemon = daemon or run(used)
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY
+    assert command(used, "release", "--accept-new-ledger").returncode == 64
+
+
+def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    other = Folders(tmp_path / "other", sandbox.base_url)
+    (tmp_path / "other/state").mkdir()
+    other.prompt("else", "Else")
+    assert command(other, "once").returncode == 0
+    ledger(used).rename(tmp_path / "own")
+    shutil.copyfile(ledger(other), ledger(used))
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "not the ledger that was here before", requests=2)
+    (tmp_path / "own").rename(ledger(used))
+    until(lambda: len(used.documents()) == MANY + 1, timeout=60)
+
+
+def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    old = tmp_path / "old.sqlite3"
+    shutil.copyfile(ledger(used), old)
+    daemon = run(used)
+    used.prompt("second", "Second")
+    until(lambda: len(used.documents()) == 2)
+    until(lambda: used.leftovers() == [])
+    ledger(used).rename(tmp_path / "newer")
+    old.rename(ledger(used))
+    drop(used)
+    until(lambda: "lacks the newest requests" in str(holds(used)))
+    assert sandbox.report()["requests"] == 2
+    (tmp_path / "newer").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
+
+
+def damage(path: Path, name: str) -> None:
+    """Overwrite the first page of a table or an index."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        size = database.execute("PRAGMA page_size").fetchone()[0]
+        page = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()[0]
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+
+
+@pytest.mark.parametrize("name", ["attempts_by_source", "attempts_by_claim", "attempts_by_time", "attempts"])
+def test_a_damaged_page_of_the_ledger_holds_the_queue_until_the_ledger_is_restored(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, name: str
+) -> None:
+    shutil.copyfile(ledger(used), tmp_path / "backup")
+    damage(ledger(used), name)
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "it is damaged", "release --accept-new-ledger")
+    (tmp_path / "backup").rename(ledger(used))
+    goes_on(used, sandbox)
+
+
+def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    damage(ledger(used), "attempts")
+    content = ledger(used).read_bytes()
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "it is damaged")
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    goes_on(used, sandbox)
+    assert (used.state / "ledger.sqlite3.damaged-1").read_bytes() == content
+    assert daemon.stop() == 0
+
+
+def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
+    ledger(used).unlink()
+    drop(used)
+    done = command(used, "once", "--json")
+    assert done.returncode == 74
+    page = json.loads(done.stdout)
+    assert "the ledger is missing" in str(page), page
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    shutil.rmtree(used.inbox / ".imagewatch")
+    used.prompt("dog", "A dog")
+    run(used)
+    until(lambda: "dog" in used.documents())
+    (told,) = [line for line in command(used, "history").stdout.splitlines() if " cat " in line]
+    assert "may have been charged" in told
+
+
+def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: Sandbox) -> None:
+    used.environ["LETTA_BASE_URL"] = "http://127.0.0.1:9"
+    used.prompt("cat", "A cat")
+    assert command(used, "once").returncode == 69
+    assert rows(ledger(used)) == [("before.prompt.txt", "made")]
+    assert os.listdir(used.state / "jobs") == []
