@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from imagewatch.config import Config
-    from imagewatch.estimate import Estimate
     from imagewatch.control import Control
+    from imagewatch.estimate import Estimate
     from imagewatch.ledger import Ledger
     from imagewatch.retry import Failed, Retry
 

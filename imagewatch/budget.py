@@ -99,7 +99,8 @@ class Budget:
         self._in_flight: dict[str, float] = {}
         self._resumed: dict[str, tuple[str, float]] = {}  # provider and time of those whose cost is not guessed yet
         self._stranded: list[tuple[float, float]] = []
-        self._recent: list[float] | None = None
+        self._recent: list[float] = []
+        self._has_recent = False
 
     def change(self, limits: Limits) -> None:
         """Take other caps; what is in flight stays counted."""
@@ -117,12 +118,12 @@ class Budget:
             Why it may not be sent, or None: it may.
         """
         with self._lock:
-            now, recent = self._clock(), self._catch_up()
-            cost = self._guess(provider)
+            now, cost = self._clock(), self._guess(provider)
+            self._catch_up()
             refusal = self._over_rate(now) or self._over_cap(now, cost)
             if refusal is None:
                 self._in_flight[job] = cost
-                recent.append(now)
+                self._recent.append(now)
             return refusal
 
     def resume(self, job: str, provider: str, sent_at: float) -> None:
@@ -151,17 +152,17 @@ class Budget:
             cost = self._in_flight.pop(job, self._limits.assumed_credits if is_resumed else 0.0)
             self._stranded.append((self._clock(), cost))
 
-    def _catch_up(self) -> list[float]:
-        """Ask the ledger what was not needed before the first request; return the times of recent requests."""
-        if self._recent is None:
+    def _catch_up(self) -> None:
+        """Ask the ledger what was not needed before the first request."""
+        if not self._has_recent:
             window = _MINUTE / min(self._limits.requests_per_minute or 1, 1)
             self._recent = self._books.sent_since(self._clock() - window)
+            self._has_recent = True
         for job, (provider, sent_at) in list(self._resumed.items()):
             self._in_flight[job] = self._guess(provider)
             if sent_at not in self._recent:
                 bisect.insort(self._recent, sent_at)
             del self._resumed[job]
-        return self._recent
 
     def _guess(self, provider: str) -> float:
         known = self._books.highest_charge(provider)
@@ -173,10 +174,10 @@ class Budget:
             return None
         window, count = (_MINUTE, int(most)) if most >= 1 else (_MINUTE / most, 1)
         # What is dated later than now was sent before the clock was set back: when, nobody knows.
-        self._recent = recent = [min(sent, now) for sent in self._recent or [] if sent > now - window]
-        if len(recent) < count:
+        self._recent = [min(sent, now) for sent in self._recent if sent > now - window]
+        if len(self._recent) < count:
             return None
-        wait = recent[-count] + window - now
+        wait = self._recent[-count] + window - now
         return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
     def _over_cap(self, now: float, cost: float) -> Refusal | None:

@@ -160,15 +160,13 @@ class Daemon:
         self._once = once
         self._on_outcome, self._on_seen, self._on_reloaded = on_outcome, on_seen, on_reloaded
         self._reload = reload
-        self._clock = clock
-        self._now = monotonic
+        self._clock, self._now = clock, monotonic
         self._mailbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._spool = Spool(config, disk or Disk())
         self._control = Control(config.folders.state, self._spool.disk)
         self._ledger = Ledger(os.path.join(config.folders.state, database.FILE), guarded=True)
-        self._gate = Gate(
-            self._spool, self._ledger, self._control, holds or Holds(), self._changed_hold, clock, monotonic
-        )
+        parts = self._spool, self._ledger, self._control
+        self._gate = Gate(*parts, holds or Holds(), self._changed_hold, clock, monotonic)
         self._notify = Notify(environ)
         self._intake = Intake(config.folders, self._control.folder, self._hint, clock, monotonic, self._spool.tops)
         self._later: list[Later] = []
@@ -179,9 +177,7 @@ class Daemon:
         self._are_lost_closed = False  # the rows of requests of which nothing else is left
         self._is_counted = True  # whether the prompts that came at once are
         self._ignored = Ignored(monotonic)
-        self._draining = False
-        self._ready = False
-        self._worked = False
+        self._draining = self._ready = self._worked = False
         self.failed = 0
 
     # Running
@@ -674,8 +670,8 @@ class Daemon:
 
     # Telling
 
-    def _changed_hold(self) -> None:
-        self._status.change()
+    def _changed_hold(self, *, at_once: bool) -> None:
+        self._status.change(at_once=at_once)
 
     def _report(self) -> None:
         if self._status.due is not None and self._now() >= self._status.due:

@@ -30,9 +30,9 @@ SAVED = ".saved"
 """Added to the name of the file: where a ledger is saved that was deleted while it was open."""
 _BESIDE = ("-wal", "-shm")
 _MODE = 0o600
-_BUSY_SECONDS = 0.1
+_BUSY_SECONDS = 0.05
 """How long SQLite waits for another program."""
-_TRIES, _PAUSE_SECONDS = 20, 0.1
+_TRIES, _PAUSE_SECONDS = 10, 0.05
 """How often a row is tried to be written again while another program writes, and the pause before."""
 _ID = re.compile(r"[0-9a-f]{32}")
 _RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
@@ -89,10 +89,11 @@ class Database:
             try:
                 with self.using() as connection:
                     act(connection)
-                return
             except SpoolError as error:
                 if last or error.code != errno.EBUSY:
                     raise
+            else:
+                return
             self._pause.wait(_PAUSE_SECONDS)
 
     def prove(self) -> None:
@@ -179,7 +180,8 @@ class Database:
         with contextlib.suppress(sqlite3.Error):
             assert self._connection is not None
             newest = self._connection.execute(_NEWEST).fetchone()
-        with contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?mode=ro", uri=True)) as other:
+        # Immutable: what SQLite keeps beside a file belongs to the one that was there.
+        with contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?immutable=1", uri=True)) as other:
             is_there = (
                 newest is None
                 or other.execute("SELECT 1 FROM attempts WHERE job = ? AND attempt = ?", tuple(newest)).fetchone()

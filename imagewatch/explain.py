@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.durable import FULL, Disk, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.folders import Tops
-from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.health import trouble
+from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.names import CLAIMS, SUFFIX

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
@@ -35,6 +35,13 @@ _ACCOUNT = {"key", "credits", "quota", "address"}
 _log = structlog.get_logger()
 
 
+class OnChange(Protocol):
+    """What is told of changes."""
+
+    def __call__(self, *, at_once: bool) -> None:
+        """Take note of a change."""
+
+
 class Gate:
     """Lets requests through, or not.
 
@@ -43,7 +50,7 @@ class Gate:
         ledger: Where everything that is sent is recorded.
         control: What commands asked for.
         holds: Reasons to wait.
-        on_change: Called when a hold begins or ends.
+        on_change: Called when a hold begins, changes or ends, and whether that is rare and important.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
     """
@@ -54,7 +61,7 @@ class Gate:
         ledger: Ledger,
         control: Control,
         holds: Holds,
-        on_change: Callable[[], None],
+        on_change: OnChange,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
@@ -276,8 +283,8 @@ class Gate:
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
         known = self._holds.has(kind) if kind == "disk" else kind != "hand" and self._holds.waits(kind, now)
-        self._on_change()
         hold = self._holds.add(kind, message, now, seconds, hint)
+        self._on_change(at_once=not known and not hold.brief)
         if known:
             return
         self._remember()
@@ -288,7 +295,7 @@ class Gate:
 
     def _end(self, ended: list[Hold]) -> None:
         if ended:
-            self._on_change()
+            self._on_change(at_once=not all(hold.brief for hold in ended))
             self._remember()
         for hold in ended:
             self._ended[hold.kind] = self._now()

@@ -118,9 +118,15 @@ class Status:
         """Take other settings to be shown."""
         self._config = config
 
-    def change(self) -> None:
-        """Note that something is different: the file is written soon."""
-        if self._due is None:
+    def change(self, *, at_once: bool = False) -> None:
+        """Note that something is different: the file is written soon.
+
+        Args:
+            at_once: Whether it is rare and important; then it does not wait until adding up may take time again.
+        """
+        if at_once:
+            self._due = self._now()
+        elif self._due is None:
             self._due = self._not_before
 
     @property
