@@ -45,6 +45,7 @@ _MOST_FOLDERS = 50_000
 _LONGEST_PATH = 3800
 """Results of what is in a folder with a longer path below the inbox could not be published."""
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
+_LIKE_CLAIMS = f"it looks like a folder of claimed files; if it is not, remove {MARK} or lock from it"
 
 
 class Unsettled:
@@ -464,10 +465,14 @@ class Folders:
                 folder.place, folder.is_local = self._place(descriptor, full)
                 folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
                 folder.distrust()
+            elif folder.was_claims:  # whoever may write a folder can make it look so, and what does so can be removed
+                folder.was_claims = _is_like_claims(descriptor)
             folder.owner = status.st_uid
             folder.is_gone, is_here = False, folder.place == self.add("").place
             if not is_here:
                 visitor.found.ignored.add(folder.path, _OTHER_PLACE)
+            elif folder.was_claims and not self._is_claims(status):
+                visitor.found.ignored.add(folder.path, _LIKE_CLAIMS)
             if not is_here or folder.was_claims or self._is_claims(status):
                 self.leave(folder)
                 return
