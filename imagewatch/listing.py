@@ -660,19 +660,19 @@ class Folders:
         folder.ignored = ignored if ignored.kinds else None
 
 
-def _is_like_claims(folder: int) -> bool:
+def _is_like_claims(descriptor: int) -> bool:
     """Tell whether a folder looks like one of claimed files, of this daemon or another."""
-    if _has(folder, MARK):
+    if _has(descriptor, MARK):
         return True
-    if not _has(folder, "lock"):
+    if not _has(descriptor, "lock"):
         return False
-    with os.scandir(folder) as entries:  # not all of them: there may be a million
+    with os.scandir(descriptor) as entries:  # not all of them: there may be a million
         return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MANY))
 
 
-def _has(folder: int, name: str) -> bool:
+def _has(descriptor: int, name: str) -> bool:
     try:
-        os.stat(name, dir_fd=folder, follow_symlinks=False)
+        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
     except OSError:
         return False
     return True

@@ -92,6 +92,11 @@ class Doubting(Worker):
         super()._look(run)
 
 
+def below(top: Path) -> list[Path]:
+    """Everything below a folder from which a running daemon may remove folders meanwhile; pathlib fails there."""
+    return [Path(folder, name) for folder, folders, files in os.walk(top) for name in (*folders, *files)]
+
+
 class Folders:
     """The folders of one daemon, seen from outside."""
 
@@ -152,7 +157,7 @@ class Folders:
     def names(self, folder: str) -> list[str]:
         """All files below one of the folders, hidden ones too, the lock and the mark of the claims aside."""
         top = self.root / folder
-        found = (path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file() or path.is_symlink())
+        found = (path.relative_to(top).as_posix() for path in below(top) if path.is_file() or path.is_symlink())
         return sorted(name for name in found if name not in {".imagewatch/lock", ".imagewatch/.imagewatch-claims"})
 
     def leftovers(self) -> list[str]:
@@ -163,14 +168,23 @@ class Folders:
             for path in (self.inbox / ".imagewatch").glob("*")
             if path.name not in {"lock", ".imagewatch-claims"}
         ]
-        left += [str(path) for path in self.root.rglob(".iw-*")]
+        left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
         return left
 
     def documents(self) -> dict[str, str]:
         """Each prompt that is over, by stem, and its door."""
-        over = {path.name.removesuffix(".receipt.toml"): "outbox" for path in self.outbox.rglob("*.receipt.toml")}
-        over |= {path.name.removesuffix(".error.toml"): "errors" for path in self.errors.rglob("*.error.toml")}
-        return over
+        ends = {".receipt.toml": self.outbox, ".error.toml": self.errors}
+        return {
+            path.name.removesuffix(end): top.name
+            for end, top in ends.items()
+            for path in below(top)
+            if path.name.endswith(end)
+        }
+
+    def remove_inbox(self) -> None:
+        """Remove the inbox of a running daemon when none of its jobs uses it any more."""
+        until(lambda: self.leftovers() == [])
+        shutil.rmtree(self.inbox)
 
 
 class Station(Folders):

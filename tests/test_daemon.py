@@ -366,7 +366,7 @@ def test_an_inbox_that_is_deleted_and_made_again_is_watched_again(tmp_path, run,
     daemon = run(folders)
     folders.prompt("one", "One")
     over(folders, "one")
-    shutil.rmtree(folders.inbox)
+    folders.remove_inbox()
     assert daemon.wait_for("held")["kind"] == "disk"
     folders.inbox.mkdir()
     folders.prompt("two", "Two")
@@ -700,7 +700,7 @@ def test_the_watchdog_is_fed_by_looks_at_the_inbox_and_by_nothing_else(folders, 
     daemon = run(folders)
     for _ in range(3):
         assert manager.hear_until("WATCHDOG") == {"WATCHDOG": "1"}
-    shutil.rmtree(folders.inbox)
+    folders.remove_inbox()
     daemon.wait_for("held")
     manager.socket.settimeout(1.0)
     with contextlib.suppress(TimeoutError):

@@ -180,7 +180,7 @@ def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
     folders.prompt("one", "One")
     over(folders, "one")
     if how == "deleted and made again":
-        shutil.rmtree(folders.inbox)
+        folders.remove_inbox()
         daemon.wait_for("held")
         folders.inbox.mkdir()
     else:
