@@ -461,19 +461,13 @@ class Folders:
         full = self.full(folder.path)
         with self._opened(folder.path) as descriptor:
             status = os.fstat(descriptor)
-            if folder.is_other(status):
-                folder.place, folder.is_local = self._place(descriptor, full)
-                folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
-                folder.distrust()
-            elif folder.was_claims:  # whoever may write a folder can make it look so, and what does so can be removed
-                folder.was_claims = _is_like_claims(descriptor)
+            self._meet(folder, status, descriptor)
             folder.owner = status.st_uid
             folder.is_gone, is_here = False, folder.place == self.add("").place
-            if not is_here:
-                visitor.found.ignored.add(folder.path, _OTHER_PLACE)
-            elif folder.was_claims and not self._is_claims(status):
-                visitor.found.ignored.add(folder.path, _LIKE_CLAIMS)
-            if not is_here or folder.was_claims or self._is_claims(status):
+            is_claims = self._is_claims(status)
+            if not is_here or folder.was_claims or is_claims:
+                if not is_claims:
+                    visitor.found.ignored.add(folder.path, _LIKE_CLAIMS if is_here else _OTHER_PLACE)
                 self.leave(folder)
                 return
             folder.is_entered = True
@@ -495,6 +489,15 @@ class Folders:
                 raise
             finally:
                 folder.is_scanned = False
+
+    def _meet(self, folder: Folder, status: os.stat_result, descriptor: int) -> None:
+        """Look at what a folder is, if another one has its name now."""
+        is_other = folder.is_other(status)
+        if is_other:
+            folder.place, folder.is_local = self._place(descriptor, self.full(folder.path))
+            folder.distrust()
+        if is_other or folder.was_claims:  # what makes it look so can be removed
+            folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
 
     def _is_claims(self, status: os.stat_result) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""
