@@ -11,13 +11,12 @@ into it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from imagewatch.claims import JOB, MARK
+from imagewatch.claims import MARK, looks_like_claims
 from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.folders import Tops
@@ -497,7 +496,7 @@ class Folders:
             folder.place, folder.is_local = self._place(descriptor, self.full(folder.path))
             folder.distrust()
         if is_other or folder.was_claims:  # what makes it look so can be removed
-            folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
+            folder.was_claims = bool(folder.path) and looks_like_claims(descriptor)
 
     def _is_claims(self, status: os.stat_result) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""
@@ -661,24 +660,6 @@ class Folders:
         folder.beside = beside
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None
-
-
-def _is_like_claims(descriptor: int) -> bool:
-    """Tell whether a folder looks like one of claimed files, of this daemon or another."""
-    if _has(descriptor, MARK):
-        return True
-    if not _has(descriptor, "lock"):
-        return False
-    with os.scandir(descriptor) as entries:  # not all of them: there may be a million
-        return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MANY))
-
-
-def _has(descriptor: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
 
 
 def _near_miss(name: str) -> str:
