@@ -142,7 +142,7 @@ class Intake:
         self._schedule = Schedule(self._sweep.order.owner)
         self._round_at, self.is_complete = 0.0, False
         self._complete_at = self._now() + _COMPLETE_SECONDS
-        self._asked.clear()
+        self._asked = {""}
         self._waits.clear()
         self._watching.configure(config.watch)
 
@@ -277,9 +277,11 @@ class Intake:
     def _scanned(self, folder: Folder) -> None:
         self._asked.discard(folder.path)
         self._waits.discard(folder.path)
-        if folder.found and folder.found.due is not None:
+        # What was judged in the pieces of the scan before the last one is to be waited for, too.
+        dues = [found.due for found in (folder.found, folder.judged) if found and found.due is not None]
+        if dues:
             self._waits.add(folder.path)
-            self._schedule.later(folder.path, folder.found.due)
+            self._schedule.later(folder.path, min(dues))
         if folder.path and not folder.is_entered:
             self._watching.forget(self._sweep.folders.full(folder.path))
             if folder.is_gone:  # which the folder shows that it was in
@@ -293,7 +295,9 @@ class Intake:
         folders, order = self._sweep.folders, self._sweep.order
         for path in folders.gone:
             self._forget(path)
-        self._schedule.soon_all(path for path in folders.fresh if folders.get(path))
+        fresh = [path for path in folders.fresh if folders.get(path)]
+        self._asked.update(fresh)
+        self._schedule.soon_all(fresh)
         folders.gone, folders.fresh = [], []
         for path, at in self._sweep.dues.items():
             self._waits.add(path)
@@ -307,7 +311,7 @@ class Intake:
 
     def _forget(self, path: str) -> None:
         name = first_level(path)
-        if name in self._running and self._running[name][0] == path:
+        if name in self._running and path in {name, self._running[name][0]}:
             self._running.pop(name)[1].close()
         self._asked.discard(path)
         self._waits.discard(path)

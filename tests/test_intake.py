@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -286,6 +287,41 @@ def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_p
     looking.look_through()
     assert looking.intake.any()
     assert len(looking.intake.arrived()) > 5
+
+
+# What goes on while other things come and go
+
+
+def test_a_scan_goes_on_though_a_folder_is_removed_meanwhile(looking):
+    looking.write("a/x", "note.txt")
+    looking.look_through()
+    shutil.rmtree(looking.inbox / "a/x")
+    looking.write("a", *names(600), text="")
+    looking.clock.step = 0.005
+    looking.intake.soon()
+    began = looking.clock.now
+    looking.look()
+    assert looking.intake.is_at_work()
+    while looking.intake.is_at_work():
+        looking.look()
+        assert looking.clock.now < began + 4, "what was begun goes on only when everything is scanned again"
+    looking.look()
+    assert looking.intake.seen.waiting.total == 600
+
+
+def test_a_prompt_that_waits_for_images_is_waited_for_however_many_others_there_are(looking):
+    looking.write("a", "a.prompt.txt", text='+++\ninput_images = ["missing.png"]\n+++\nA lighthouse')
+    looking.write("a", *names(300))
+    looking.clock.step = 0.003
+    assert looking.take_all() == [*(f"a/{name}" for name in names(300)), "a/a.prompt.txt"]
+
+
+def test_not_everything_is_known_before_each_folder_was_scanned_however_long_that_takes(looking):
+    looking.write("", *names(300, "txt"))
+    for number in range(10):
+        looking.write(f"{number}/inner", "cat.prompt.txt")
+    looking.clock.step = 0.1
+    assert len(looking.take_all()) == 10
 
 
 # Naming
