@@ -41,7 +41,7 @@ _LONGEST_SLICE_SECONDS = 0.25
 _TURN_SECONDS = 0.01
 """For how long the folders of one first-level folder are scanned before it is the turn of the next one."""
 _MOST_BEGUN = 8
-"""How many scans are under way: each needs descriptors, and memory for what it has found."""
+"""How many scans are under way: each needs descriptors, and memory for what it has found. One more of each owner."""
 _COMPLETE_SECONDS = 10.0
 """For how long it is waited until every folder was scanned once."""
 _LOST_SECONDS = 1.0
@@ -240,7 +240,7 @@ class Intake:
         start = cost()
         while (now := self._moment()) < until and self._allowance.may_go_on(cost() - start):
             began, more = cost(), False
-            name = next(iter(self._running)) if len(self._running) >= _MOST_BEGUN else self._schedule.turn()
+            name = self._whose_turn()
             if name is None:
                 return
             try:
@@ -251,6 +251,16 @@ class Intake:
                 self._spent += took
                 self._schedule.charge(name, took, more=more)
                 self._follow()
+
+    def _whose_turn(self) -> str | None:
+        """Return the first-level folder that is scanned now: if many scans are under way, one of those goes on.
+
+        Not of an owner of whom none is under way: the others may have begun all of them, each of very many files.
+        """
+        name, owner = self._schedule.turn(), self._sweep.order.owner
+        if name is None or name in self._running or len(self._running) < _MOST_BEGUN:
+            return name
+        return next(iter(self._running)) if owner(name) in map(owner, self._running) else name
 
     def _turn(self, name: str, until: float) -> bool:
         """Go on with the scan of a first-level folder, or begin another one; tell whether it is not at its end."""

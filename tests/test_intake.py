@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import time
@@ -133,6 +134,28 @@ def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_
     while not looking.intake.is_ready("colleague"):
         looking.look()
     assert looking.take().source == "colleague/cat.prompt.txt"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(looking):
+    for number in range(9):
+        looking.write(f"m{number}", *names(400, "txt"))
+        os.chown(looking.inbox / f"m{number}", 61235, 61235)
+    looking.write("colleague")
+    looking.look_through()
+    looking.clock.step = 0.005
+    for number in range(9):
+        looking.write(f"m{number}", "one-more.txt")
+        looking.intake.soon((f"m{number}", ""))
+    looks = 0
+    while len(looking.intake._running) < 8:
+        looking.look()
+        looks += 1
+        assert looks < 100
+    looking.write("colleague", "cat.prompt.txt")
+    looking.intake.soon(("colleague", ""))
+    looking.look()
+    assert looking.intake.is_ready("colleague")
 
 
 def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
