@@ -43,7 +43,7 @@ _TURN_SECONDS = 0.01
 _MOST_BEGUN = 8
 """How many scans are under way: each needs descriptors, and memory for what it has found. One more of each owner."""
 _COMPLETE_SECONDS = 10.0
-"""For how long it is waited until every folder was scanned once."""
+"""For how long it is waited until every folder was scanned once, or nothing waits to be scanned."""
 _LOST_SECONDS = 1.0
 """How soon everything is scanned again after events were lost, at the earliest."""
 _LONG_SECONDS = 0.05
@@ -105,6 +105,7 @@ class Intake:
         self._kind = ""
         self._allowance = Allowance(monotonic())
         self._spent = self._rested = self._round_at = self._round_took = self._seen_at = self._began = 0.0
+        self._idle_at = monotonic()  # when no folder waited to be scanned last
         self._running: dict[str, tuple[str, Generator[None]]] = {}
         self._passed: set[Key] = set()
         self._asked: set[str] = set()  # folders that are to be scanned before all is known
@@ -175,6 +176,7 @@ class Intake:
 
     def soon(self, key: Key | None = None) -> None:
         """See to it that the folder of a stem is scanned soon; without one, every folder."""
+        self._moment()
         if key is None:
             self._round_at = min(self._round_at, self._now())
         else:
@@ -355,6 +357,8 @@ class Intake:
     def _moment(self) -> float:
         """Tell the scans what time it is."""
         self._sweep.moment.now, self._sweep.moment.wall = self._now(), self._clock()
+        if not self.is_at_work():
+            self._idle_at = self._sweep.moment.now
         return self._sweep.moment.now
 
     def _opened(self, folder: Folder, descriptor: int) -> None:
@@ -421,15 +425,21 @@ class Intake:
 
     def any(self) -> bool:
         """Tell whether there is something to be taken, as far as is known."""
-        return self._may_take() and len(self._sweep.order) > 0
+        return len(self._sweep.order) > 0
 
     def is_ready(self, name: str) -> bool:
         """Tell whether a prompt of a first-level folder may be claimed, when it is its turn."""
         return self._sweep.order.is_ready(name)
 
-    def _may_take(self) -> bool:
-        """Tell whether all prompts are known that came at once, if they are to be counted first."""
-        return self.is_complete or not self._counts_first
+    def may_take(self) -> bool:
+        """Tell whether all prompts are known that came at once, if they are to be counted first.
+
+        Not known are those in folders that wait to be scanned; but somebody may see to it that there always are some.
+        """
+        if not self._counts_first:
+            return True
+        is_known = not self.is_at_work() or self._now() >= self._idle_at + _COMPLETE_SECONDS
+        return self.is_complete and is_known
 
     def count(self) -> int:
         """Return how many prompts wait for nothing but a worker."""
@@ -451,7 +461,7 @@ class Intake:
             taken: Stems of which a job is not over.
         """
         now = self._moment()
-        candidate = self._take(name, taken, now) if self._may_take() else None
+        candidate = self._take(name, taken, now) if self.may_take() else None
         self._follow()
         return candidate
 

@@ -305,11 +305,41 @@ def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_p
     looking.write("b", *names(2500))
     looking.look()
     assert not looking.intake.is_complete
-    assert not looking.intake.any()
+    assert looking.intake.any()
     assert looking.intake.next("a", ()) is None
     looking.look_through()
-    assert looking.intake.any()
+    assert looking.intake.may_take()
     assert len(looking.intake.arrived()) > 5
+
+
+def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_before_any_of_it_is_taken(tmp_path):
+    looking = Looking(tmp_path, limits__burst="5")
+    looking.look_through()
+    looking.clock.step = 0.005
+    looking.write("a", *names(3))
+    looking.write("b", *names(2500))
+    looking.intake.soon()
+    while not looking.intake.is_ready("a"):
+        looking.look()
+    assert looking.intake.is_at_work()
+    assert looking.intake.next("a", ()) is None
+    looking.look_through()
+    assert looking.intake.may_take()
+    assert len(looking.intake.arrived()) > 5
+
+
+def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_path):
+    looking = Looking(tmp_path, limits__burst="5")
+    looking.look_through()
+    looking.clock.step = 0.01
+    looking.write("a", "cat.prompt.txt")
+    began = looking.clock.now
+    while (candidate := looking.intake.next("a", ())) is None:
+        looking.intake.soon(("mallory", "") if looking.clock.now > began + 1 else None)
+        looking.write("mallory", *names(50, "txt"))
+        looking.look()
+        assert looking.clock.now < began + 20
+    assert candidate.source == "a/cat.prompt.txt"
 
 
 # What goes on while other things come and go
