@@ -459,8 +459,9 @@ class Folders:
         """
         full = self.full(folder.path)
         with self._opened(folder.path) as descriptor:
-            status = os.fstat(descriptor)
-            self._meet(folder, status, descriptor)
+            with ours(full, "look at the folder"):
+                status = os.fstat(descriptor)
+                self._meet(folder, status, descriptor)
             folder.owner = status.st_uid
             folder.is_gone, is_here = False, folder.place == self.add("").place
             is_claims = self._is_claims(status)
