@@ -35,7 +35,7 @@ from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
-from imagewatch.seen import first_level
+from imagewatch.seen import ANYWHERE, Taken, first_level
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line
 from imagewatch.worker import Worker
@@ -120,7 +120,7 @@ class Later:
     @property
     def name(self) -> str:
         """The first-level folder it came from."""
-        return first_level(self.key[0]) if self.key else ""
+        return first_level(self.key[0]) if self.key and self.key[0] != ANYWHERE else ""
 
 
 class Daemon:
@@ -392,6 +392,7 @@ class Daemon:
     def _look(self) -> None:
         try:
             self._spool.require_folders()
+            self._unpark()
             is_new = self._intake.look(self._taken())
         except SpoolError as error:
             self._gate.failed(error)
@@ -482,10 +483,10 @@ class Daemon:
             return bool(self._ledger.finished("", source, status.st_size, status.st_mtime_ns))
         return False
 
-    def _taken(self) -> set[Key | None]:
+    def _taken(self) -> Taken:
         """Return the stems of which a job is at work, waits or is stuck: the same files are not another job yet."""
         waiting = (later.key for later in self._later if not later.displaced)
-        return {*self._in_flight.values(), *self._parked.values(), *waiting} - {None}
+        return Taken({*self._in_flight.values(), *self._parked.values(), *waiting})
 
     def _note_events(self) -> None:
         noted = self._intake.note_events(self._taken())
@@ -515,7 +516,9 @@ class Daemon:
             if not self._serve(name, claimed.get(name, [])):
                 break
         for later in (later for mine in claimed.values() for later in mine):
-            if later.fresh and self._may_deliver():
+            if self._may_ask():  # nothing new may be claimed, for which these need not wait
+                self._carry_on(later, may_send=True)
+            elif later.fresh and self._may_deliver():
                 self._carry_on(later, may_send=False)
 
     def _serve(self, name: str, claimed: list[Later]) -> bool:
@@ -543,9 +546,9 @@ class Daemon:
         """Tell whether another prompt may be claimed."""
         if not self._is_counted:
             self._count()
-        if not self._are_lost_closed and not self._close_lost():
+        if not (self._intake.any() and self._intake.may_take() and self._may_ask() and self._gate.room()):
             return False
-        return self._intake.any() and self._may_ask() and self._gate.room()
+        return self._are_lost_closed or self._close_lost()
 
     def _close_lost(self) -> bool:
         """Close the rows of requests of which nothing else is left; tell whether that is done."""
@@ -645,6 +648,15 @@ class Daemon:
         self._budget.strand(job)
         if len(self._parked) >= _MOST_PARKED:
             self._gate.brake(job, SpoolError(f"{len(self._parked)} jobs are stuck", hint=_STUCK_HINT))
+
+    def _unpark(self) -> None:
+        """Forget jobs of which a person has taken away what was left: their names are free."""
+        for job in [job for job in self._parked if not self._spool.is_left(job)]:
+            _log.info("no longer stuck: nothing of it is left", job=job)
+            del self._parked[job]
+            self._gate.got_on(job)
+            self._intake.soon()
+            self._status.change()
 
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
@@ -746,4 +758,7 @@ class Daemon:
 
 def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:
     """Return the path of the prompt of each job, as far as it is known."""
-    return {job: "/".join(filter(None, key)) + SUFFIX if key else "" for job, key in jobs.items()}
+    return {
+        job: "/".join(part for part in key if part and part != ANYWHERE) + SUFFIX if key else ""
+        for job, key in jobs.items()
+    }

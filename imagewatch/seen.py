@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 Key = tuple[str, str]
 """A stem: the folder below the inbox, and the stem's name."""
+ANYWHERE = "?/"
+"""In the place of a folder: which one it was is not known. No path has such a name."""
 Look = tuple[str, int, int, int, int]
 """What a file looks like: name, inode, size, mtime and ctime; zeros when it is not there."""
 
@@ -145,6 +147,22 @@ def _shared(named: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
     for count, group in enumerate(sorted(groups.values(), key=len)):
         chosen += group[: (most - len(chosen)) // (len(groups) - count)]
     return chosen
+
+
+class Taken:
+    """Stems of which a job is not over.
+
+    Args:
+        keys: The stems; ``None`` where one is not known.
+    """
+
+    def __init__(self, keys: Iterable[Key | None] = ()) -> None:
+        self._keys = frozenset(keys)
+        self._anywhere = frozenset(key[1] for key in self._keys if key is not None and key[0] == ANYWHERE)
+
+    def __contains__(self, key: object) -> bool:
+        """Tell whether a stem is one of them."""
+        return key in self._keys or (isinstance(key, tuple) and key[1] in self._anywhere)
 
 
 def first_level(folder: str) -> str:

@@ -24,9 +24,10 @@ from imagewatch.folders import NotAFolderError
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.mounts import Kinds, Mounts, keeps_times
-from imagewatch.names import PAID, fits, fitted, tagged
+from imagewatch.names import PAID, SUFFIX, fits, fitted, tagged
 from imagewatch.places import others_above
 from imagewatch.record import Record
+from imagewatch.seen import ANYWHERE
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -391,11 +392,22 @@ class Spool:
             return 0
 
     def key(self, job: str) -> tuple[str, str] | None:
-        """Return folder and stem of a job; None where its record is gone or damaged."""
+        """Return folder and stem of a job; None where nothing tells.
+
+        Where its record is gone or damaged, the claimed prompt has the stem; from which folder it came is not known.
+        """
         with contextlib.suppress(SpoolError):
             if claim := self.record(job).claim():
                 return claim.folder, claim.stem
+        with contextlib.suppress(SpoolError):
+            for name in self.orphans(job):
+                if name.endswith(SUFFIX):
+                    return ANYWHERE, name.removesuffix(SUFFIX)
         return None
+
+    def is_left(self, job: str) -> bool:
+        """Tell whether there is a record of a job, or a claimed file."""
+        return self.tops.is_folder(os.path.join(self.jobs, job)) or bool(self._claimed_names(job))
 
     def orphans(self, job: str) -> list[str]:
         """Return the originals of a claim without a record, as only a lost state folder leaves them behind."""

@@ -26,6 +26,7 @@ from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
 from imagewatch.redelivery import finished_twin
 from imagewatch.request import Files, Request, build, contents
+from imagewatch.text import printable, utc
 from imagewatch.untrusted import open_file
 from imagewatch.wire import Verdict, classify
 
@@ -239,14 +240,24 @@ class Worker:
         """Deal with what has no record: an interrupted end, or a claim whose state folder was lost."""
         orphans = self._spool.orphans(job)
         if orphans:
+            folder = printable(self._spool.claim_folder(job))
             raise SpoolError(
-                f"job {job}: {', '.join(orphans)}: claimed, but the state folder knows nothing of it",
-                path=self._spool.claim_folder(job),
-                hint="it may have been paid for; restore the state folder, or move the files back into the inbox",
+                f"job {job}: {', '.join(orphans)}: claimed, but its record is gone{self._known(job)}",
+                path=folder,
+                hint="restore the state folder from a backup; or, only if you accept that it may be paid for a second "
+                f"time, move the files from {folder} back into the inbox",
             )
         self._spool.forget(job)
         self._budget.settle(job)  # its row is older than the removal of its record
         return Outcome(job, End.NOTHING)
+
+    def _known(self, job: str) -> str:
+        """Return what the ledger knows of a job without a record, for its error."""
+        row = self._ledger.job(job)
+        if row is None or not row["sent_at"]:
+            return ""
+        sent = utc(row["sent_at"]).isoformat(timespec="seconds")
+        return f"; the ledger says of {printable(row['source'])}: sent {sent}, charged: {row['charged']}"
 
     # The steps
 

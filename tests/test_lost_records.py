@@ -1,0 +1,75 @@
+"""What was claimed, and of which the record is gone or damaged: its name stays taken until a person says otherwise."""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+import pytest
+from conftest import Folders, Told, command, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+
+@pytest.fixture
+def killed(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> Folders:
+    """Folders of a daemon that was killed after it had sent a prompt."""
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("sub/cat", "A cat")
+    assert sandbox.wait_for_requests(1, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    return folders
+
+
+def claims(folders: Folders) -> list[Path]:
+    return list((folders.inbox / ".imagewatch").glob("*/*"))
+
+
+def lose(folders: Folders, what: str) -> None:
+    for path in (folders.state / "jobs").iterdir():
+        if what == "record":
+            shutil.rmtree(path)
+        else:
+            (path / "claim.json").write_bytes({"damaged": b"\xff{", "empty": b"", "zeros": bytes(300)}[what])
+
+
+@pytest.mark.parametrize("what", ["record", "damaged", "empty", "zeros"])
+def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_sent(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str
+) -> None:
+    lose(killed, what)
+    killed.prompt("sub/cat", "A cat")
+    killed.prompt("dog", "A dog")
+    daemon = run(killed)
+    until(lambda: "dog" in killed.documents())
+    (told,) = daemon.events("stuck")
+    until(lambda: "cat" in command(killed, "status").stdout)
+    assert sandbox.report()["requests"] == 2
+    assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
+    assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
+    if what == "record":
+        assert "sub/cat.prompt.txt: sent " in told["reason"]
+        assert "a second time" in told["hint"]
+
+
+@pytest.mark.parametrize("what", ["record", "damaged"])
+def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_for(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str
+) -> None:
+    lose(killed, what)
+    daemon = run(killed)
+    daemon.wait_for("stuck")
+    (path,) = claims(killed)
+    if what == "damaged":
+        shutil.rmtree(killed.state / "jobs" / path.parent.name)
+    path.rename(killed.inbox / "sub/cat.prompt.txt")
+    until(lambda: killed.documents() == {"cat": "outbox"}, timeout=40)
+    assert sandbox.report()["requests"] == 2
