@@ -205,9 +205,14 @@ class Disk:
             FileExistsError: The name is taken.
             OSError: ``EXDEV`` or ``ENOENT``, which are answers to the caller's question.
         """
+        here, there = self.tops.at(source), self.tops.at(target)
+        file = _status(here)
         try:
-            _rename_new(self.tops.at(source), self.tops.at(target))
+            _rename_new(here, there)
         except OSError as error:
+            # On NFS a request that was repeated finds what it did itself: then it says so, and it is done.
+            if error.errno in {errno.EEXIST, errno.ENOENT} and _has_arrived(file, here, there):
+                return
             if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT}:
                 raise
             with ours(target, "rename"):
@@ -654,6 +659,24 @@ def _renameat2() -> Any | None:  # noqa: ANN401  a foreign function
         return None
     function.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint)
     return function
+
+
+def _status(place: Place) -> os.stat_result | None:
+    try:
+        return place.lstat()
+    except OSError:
+        return None
+
+
+def _has_arrived(file: os.stat_result | None, source: Place, target: Place) -> bool:
+    """Tell whether a file has its new name, though the call that renamed it failed; then it has no other."""
+    found = _status(target)
+    if file is None or found is None or not os.path.samestat(file, found):
+        return False
+    left = _status(source)
+    if left is not None and os.path.samestat(left, found):
+        os.unlink(source.name, dir_fd=source.dir_fd)
+    return True
 
 
 def _rename_new(source: Place, target: Place) -> None:
