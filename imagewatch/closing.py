@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -61,6 +61,7 @@ class Case:
         attempt: Number of the newest attempt, 0 without.
         sent: That attempt.
         answer: Its answer, if one is banked.
+        mtime_ns: What the prompt gets as its mtime where it goes now, nanoseconds; 0: it goes nowhere.
     """
 
     record: Record
@@ -68,6 +69,7 @@ class Case:
     attempt: int = 0
     sent: Sent | None = None
     answer: Answer | None = None
+    mtime_ns: int = 0
 
     @classmethod
     def of(cls, record: Record, claim: Claim, evidence: Evidence) -> Case:
@@ -110,6 +112,10 @@ class Closing:
         self._ledger = ledger
         self._clock = clock
 
+    def _dated(self, case: Case) -> Case:
+        """Return a case with a new mtime for its prompt: the ledger knows it before anybody sees the file."""
+        return replace(case, mtime_ns=int(self._clock() * 1e9))
+
     def begin(self, case: Case) -> None:
         """Note an attempt that is about to be sent.
 
@@ -128,6 +134,7 @@ class Closing:
 
     def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str]) -> None:
         """End a job that our own checks refuse: no call was made."""
+        case = self._dated(case)
         told = [printable(str(problem)) for problem in problems]
         message = told[0] if len(told) == 1 else f"{len(told)} problems: {told[0]} …"
         self._write_row(case, "invalid", "no", message="; ".join(told), contents=contents)
@@ -139,6 +146,7 @@ class Closing:
 
     def refuse(self, case: Case, verdict: Verdict) -> None:
         """End a job that the API refused, or whose outcome its answer leaves open."""
+        case = self._dated(case)
         unknown = verdict.reaction is Reaction.UNKNOWN
         charged: Charged = "unknown" if unknown else "no"
         message = printable(verdict.message) + ("; it may have been charged" if unknown else "")
@@ -155,6 +163,7 @@ class Closing:
 
     def doubt(self, case: Case, message: str) -> None:
         """End a job whose request was sent and whose answer never came."""
+        case = self._dated(case)
         message = printable(f"{message}; it may have been charged")
         self._write_row(case, "unknown", "unknown", message=message)
         self._reject(case, {"message": message, "next": _NEXT["doubt"]}, "unknown")
@@ -187,12 +196,14 @@ class Closing:
             originals=[{"file": move.name, "dropped_as": move.source.partition("/")[2]} for move in originals],
         )
         name = f"{base}.error.toml"
-        case.record.decide(Decision(door="errors", moves=moves, name=name, document=document, facts=facts))
+        told: dict[str, Any] = {"name": name, "document": document, "facts": facts, "mtime_ns": case.mtime_ns}
+        case.record.decide(Decision(door="errors", moves=moves, **told))
 
     # With pictures
 
     def read(self, case: Case) -> None:
         """Read a paid answer, fetch what it names, and decide."""
+        case = self._dated(case)
         assert case.answer is not None
         reading = self._pictures.read(case.record, case.answer)
         if any(got.url for got in reading.images):
@@ -237,8 +248,8 @@ class Closing:
         claimed = self._spool.present(claim)
         keep = self._spool.free_originals(claim, "archive", claimed) if self._spool.archive else ()
         name = f"{base}.receipt.toml"
-        decision = Decision(door="outbox", moves=moves, name=name, document=document, facts=facts, keep=keep)
-        case.record.decide(decision)
+        told: dict[str, Any] = {"name": name, "document": document, "facts": facts, "mtime_ns": case.mtime_ns}
+        case.record.decide(Decision(door="outbox", moves=moves, keep=keep, **told))
 
     def _keep_raw(self, case: Case, top: Mapping[str, object], reading: Reading) -> None:
         """Decide for the errors folder with the raw answer: it was paid for and holds no picture we can read."""
@@ -349,6 +360,7 @@ class Closing:
             contents=json.dumps(contents) if contents else "",
             version=__version__,
             claimed_at=claim.at,
+            placed_mtime_ns=case.mtime_ns,
         )
         self._ledger.write(_answered(_sent(row, sent), case.answer))
 

@@ -244,8 +244,8 @@ class Disk:
             folder = self._opened(path)
             os.fchmod(folder.fileno(), mode)
 
-    def touch(self, path: str) -> bool:
-        """Set a file's mtime to the present; tell whether we may. Links are not followed; none there is fine.
+    def touch(self, path: str, mtime_ns: int = 0) -> bool:
+        """Set a file's mtime, 0 for the present; tell whether we may. Links are not followed; none there is fine.
 
         A file with other names is left alone: they are its sender's, and so is the time they show.
         """
@@ -255,7 +255,8 @@ class Disk:
             if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
                 return False
             try:
-                os.utime(place.name, dir_fd=place.dir_fd, follow_symlinks=False)
+                times = {"ns": (mtime_ns, mtime_ns)} if mtime_ns else {}
+                os.utime(place.name, dir_fd=place.dir_fd, follow_symlinks=False, **times)
             except PermissionError:
                 return False
         return True
@@ -350,7 +351,7 @@ class Disk:
         temporary: str,
         finish: Callable[[int], None] | None = None,
         *,
-        is_fresh: bool = False,
+        mtime_ns: int | None = None,
     ) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
 
@@ -362,7 +363,7 @@ class Disk:
             target: Its new name.
             temporary: A name of our own in the target's folder, for a copy.
             finish: Called with the descriptor before the name appears, to set mode and group.
-            is_fresh: Whether it gets the present as its mtime. A file of which we may not set it is copied.
+            mtime_ns: The mtime that it gets, 0 for the present. A file of which we may not set it is copied.
 
         Raises:
             FileExistsError: The target is something else.
@@ -376,11 +377,11 @@ class Disk:
                 if finish:
                     finish(file.fileno())
             is_secret = self._is_private(file, source)
-            is_movable = not is_fresh or is_secret or self.touch(source)
+            is_movable = mtime_ns is None or is_secret or self.touch(source, mtime_ns)
             self.sync(file, source)
             if not (is_movable and self._moved(file, source, target)):
                 self._require_public(source, is_secret=is_secret)
-                self._copy(file, target, temporary, finish)
+                self._copy(file, target, temporary, finish, mtime_ns or 0)
                 self.sync_folder(os.path.dirname(target))
                 self.unlink(source)
 
@@ -433,7 +434,9 @@ class Disk:
             return
         self.unlink(source)
 
-    def _copy(self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None) -> None:
+    def _copy(
+        self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None, mtime_ns: int
+    ) -> None:
         try:
             with closing(self.create_anew(temporary), target) as copy:
                 with ours(target, "write"):
@@ -442,6 +445,9 @@ class Disk:
                     if copy.tell() != os.fstat(file.fileno()).st_size:
                         raise OSError(errno.EIO, "the copy is shorter than its source")
                     (finish or functools.partial(_keep_mode, file.fileno()))(copy.fileno())
+                    if mtime_ns:
+                        copy.flush()
+                        os.utime(copy.fileno(), ns=(mtime_ns, mtime_ns))
                 self.sync(copy, target)
             try:
                 self.rename(temporary, target)

@@ -167,6 +167,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         document: Its whole text.
         facts: What the log says of it.
         keep: Originals for the archive, when the door is ``outbox``.
+        mtime_ns: What the prompt gets as its mtime, nanoseconds since the epoch; 0: the present.
     """
 
     door: Door
@@ -175,6 +176,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
     document: str = ""
     facts: dict[str, Any] = {}
     keep: tuple[Move, ...] = ()
+    mtime_ns: int = 0
 
 
 def dump(value: msgspec.Struct) -> bytes:

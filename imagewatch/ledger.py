@@ -30,6 +30,8 @@ _VERSION = 2
 _LOST = "nothing but the ledger knows of this request; it may have been charged"
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
+_CLOCKS = (1_000_000_000, 1_000_000, 100)
+"""Nanoseconds that the times of files are multiples of, on some file systems and after some copies."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
 """The integers of SQLite. An mtime may lie beyond them, in nanoseconds: anybody can set it to the year 2400."""
 _SCHEMA = """
@@ -63,6 +65,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
     sent_at         REAL,
     answered_at     REAL,
+    placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
     PRIMARY KEY (job, attempt)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
@@ -107,6 +110,7 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     sent_at: float | None = None
     answered_at: float | None = None
+    placed_mtime_ns: int = 0
 
 
 _COLUMNS = Row.__struct_fields__
@@ -248,6 +252,16 @@ class Ledger:
               AND outcome IN ('made', 'refused', 'unknown', 'invalid')
             ORDER BY claimed_at DESC"""
         return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
+
+    def was_placed(self, mtime_ns: int) -> bool:
+        """Tell whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.
+
+        Args:
+            mtime_ns: Nanoseconds since the epoch.
+        """
+        width = next((width for width in _CLOCKS if mtime_ns % width == 0), 1)
+        question = "SELECT 1 FROM attempts WHERE placed_mtime_ns >= ? AND placed_mtime_ns < ? LIMIT 1"
+        return bool(mtime_ns > 0 and self._all(question, mtime_ns, mtime_ns + width * (2 if width > 1 else 1)))
 
     def count_redelivery(self, job: str, at: float) -> None:
         """Note that the files of a finished job came again.

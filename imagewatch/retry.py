@@ -193,9 +193,12 @@ class Retry:
     def _move(self, failed: Failed, there: list[tuple[str, str]]) -> None:
         source, target = os.path.dirname(failed.path), self._target(failed)
         for number, (path, new) in enumerate(there):
-            temporary, is_fresh = os.path.join(target, f".iw-{failed.job}.{number}.tmp"), new.endswith(SUFFIX)
+            temporary, mtime_ns = (
+                os.path.join(target, f".iw-{failed.job}.{number}.tmp"),
+                0 if new.endswith(SUFFIX) else None,
+            )
             try:
-                self._disk.carry(path, new, temporary, is_fresh=is_fresh)
+                self._disk.carry(path, new, temporary, mtime_ns=mtime_ns)
             except FileExistsError:
                 raise _taken(new) from None
         self._disk.sync_folder(target)

@@ -680,7 +680,7 @@ class Spool:
         folder = self.door_folder(decision.door, claim)
         self._mirror(decision.door, claim)
         with self._reached(folder):
-            self._carry_all(claim, decision.moves, folder)
+            self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
             if decision.moves:
                 self.disk.sync_folder(folder)
             target = os.path.join(folder, decision.name)
@@ -700,9 +700,9 @@ class Spool:
         )
         with self._reached(folder):
             with contextlib.suppress(FileExistsError):  # whoever took the name meanwhile keeps it; ours go beside it
-                self._carry_all(claim, moves, folder)
+                self._carry_all(claim, moves, folder, decision.mtime_ns)
             if left := self.present(claim):
-                self._carry_all(claim, self.free_originals(claim, door, left), folder)
+                self._carry_all(claim, self.free_originals(claim, door, left), folder, decision.mtime_ns)
             self.disk.sync_folder(folder)
 
     def give_back(self, claim: Claim) -> bool:
@@ -802,11 +802,11 @@ class Spool:
         place, _, name = move.source.partition("/")
         return self.original(claim, name) if place == "claim" else self.record(claim.job).path(name)
 
-    def _carry_all(self, claim: Claim, moves: tuple[Move, ...], folder: str) -> None:
+    def _carry_all(self, claim: Claim, moves: tuple[Move, ...], folder: str, mtime_ns: int) -> None:
         """Move files behind a door. What we made gets the mode of our files, what was dropped keeps its own.
 
-        The prompt gets the present as its mtime, so that whoever moves it back into the inbox means a new job: with its
-        old one it would be taken for a file that a sync tool brings back.
+        The prompt gets a new mtime, so that whoever moves it back into the inbox means a new job: with its old one it
+        would be taken for a file that a sync tool brings back.
         """
         for number, move in enumerate(moves):
             target, dropped = os.path.join(folder, move.name), move.source.startswith("claim/")
@@ -815,7 +815,7 @@ class Spool:
                 target,
                 _temporary(folder, claim, str(number)),
                 None if dropped else self._finish,
-                is_fresh=dropped and move.source == f"claim/{claim.prompt}",
+                mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
             )
 
     def _mirror(self, door: str, claim: Claim) -> None:

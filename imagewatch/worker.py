@@ -338,7 +338,7 @@ class Worker:
         where = functools.partial(open_file, tops=self._spool.tops)
         skip = self._config.inbox.redelivery == "skip"
         if skip and (twin := finished_twin(self._ledger, claim, folder, most, where)):
-            self._closing.redelivered(case, twin)
+            self._close_twin(case, twin)
             return None
         try:
             files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared, where)
@@ -350,6 +350,16 @@ class Worker:
         else:
             run.foresee()
         return None
+
+    def _close_twin(self, case: Case, twin: str) -> None:
+        """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word."""
+        claim = case.claim
+        if not self._ledger.was_placed(claim.mtime_ns):
+            self._closing.redelivered(case, twin)
+            return
+        reason = f"this file was requested before, as job {twin}; nothing was sent"
+        problem = Problem(printable(claim.prompt), reason, "save the prompt again to request another image")
+        self._closing.invalid(case, [problem], {})  # without contents: another one like it is one of the twin, too
 
     def _send(self, run: Run) -> Outcome | None:
         if run.evidence.answered:

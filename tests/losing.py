@@ -77,10 +77,10 @@ class SteppingDisk(Disk):
             self.step("unlink", path)
         super().unlink(path)
 
-    def touch(self, path: str) -> bool:
+    def touch(self, path: str, mtime_ns: int = 0) -> bool:
         if os.path.lexists(path):
             self.step("touch", path)
-        return super().touch(path)
+        return super().touch(path, mtime_ns)
 
     def remove_folder(self, path: str) -> bool:
         if os.path.lexists(path):
@@ -354,9 +354,9 @@ class LosingDisk(SteppingDisk):
             self._stepped()
         return gone
 
-    def touch(self, path: str) -> bool:
+    def touch(self, path: str, mtime_ns: int = 0) -> bool:
         there = os.path.lexists(path)
-        done = super().touch(path)
+        done = super().touch(path, mtime_ns)
         if there:
             self._stepped()
         return done

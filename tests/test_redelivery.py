@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -356,3 +357,62 @@ def test_a_file_that_belongs_to_somebody_else_can_be_moved_back_too(
     back.rename(folders.inbox / "cat.prompt.txt")
     once()
     assert requests(sandbox) == 2
+
+
+# What a person copies out of the archive or out of errors
+
+
+def copied(folders: Folders, door: str, name: str = "cat.prompt.txt") -> None:
+    """Copy a prompt into the inbox as file managers do: with its time."""
+    hidden = folders.inbox / ".copy"
+    shutil.copy2(folders.root / door / name, hidden)
+    hidden.rename(folders.inbox / "cat.prompt.txt")
+
+
+@pytest.mark.parametrize(("door", "text"), [("archive", "a cat"), ("errors", "[sandbox: 400] a cat")])
+def test_a_copy_out_of_the_archive_or_errors_is_a_wish_once_and_after_that_an_error_that_says_so(
+    station: Station, sandbox: Sandbox, door: str, text: str
+) -> None:
+    station.prompt("cat", text)
+    station.work()
+    for _ in range(3):
+        copied(station, door)
+        station.work()
+    assert sandbox.report()["requests"] == 2
+    assert station.names("inbox") == []
+    refused = [
+        tomllib.loads(path.read_text())
+        for path in station.errors.glob("*.error.toml")
+        if "requested before" in path.read_text()
+    ]
+    assert len(refused) == 2
+    for page in refused:
+        assert page["charged"] == "no"
+        assert "save the prompt again" in page["message"]
+    jobs = {row["job"] for row in station.ledger.rows() if row["sent_at"]}
+    assert all(any(job in page["message"] for job in jobs) for page in refused)
+
+
+def test_who_moves_the_original_out_of_the_archive_after_a_copy_of_it_is_told_what_became_of_it(
+    station: Station, sandbox: Sandbox
+) -> None:
+    station.prompt("cat", "a cat")
+    station.work()
+    copied(station, "archive")
+    station.work()
+    (station.archive / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
+    (outcome,) = station.work()
+    assert (outcome.door, outcome.charged) == ("errors", "no")
+    assert sandbox.report()["requests"] == 2
+
+
+def test_a_sync_tool_that_brings_a_finished_prompt_back_leaves_no_file(station: Station, sandbox: Sandbox) -> None:
+    path = station.prompt("cat", "a cat")
+    status = path.stat()
+    station.work()
+    for _ in range(3):
+        station.prompt("cat", "a cat")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        station.work()
+    assert sandbox.report()["requests"] == 1
+    assert (station.names("errors"), station.names("inbox")) == ([], [])
