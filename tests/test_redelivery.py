@@ -416,3 +416,21 @@ def test_a_sync_tool_that_brings_a_finished_prompt_back_leaves_no_file(station: 
         station.work()
     assert sandbox.report()["requests"] == 1
     assert (station.names("errors"), station.names("inbox")) == ([], [])
+
+
+@pytest.mark.parametrize("text", ["a cat", "[sandbox: 400] a cat"])
+def test_a_delivery_by_hard_link_is_not_bought_again_and_leaves_the_senders_file_as_it_is(
+    station: Station, sandbox: Sandbox, tmp_path: Path, text: str
+) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    (far / "cat.prompt.txt").write_text(text)
+    os.utime(far / "cat.prompt.txt", (LONG_AGO, LONG_AGO))
+    before = (far / "cat.prompt.txt").stat()
+    for _ in range(3):
+        subprocess.run(["cp", "-al", f"{far}/.", station.inbox], check=True)
+        station.work()
+    after = (far / "cat.prompt.txt").stat()
+    assert sandbox.report()["requests"] == 1
+    assert (after.st_mtime_ns, after.st_mode, after.st_nlink) == (before.st_mtime_ns, before.st_mode, 1)
+    assert station.names("inbox") == []
