@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001  the multiplication sign is what people are shown
 from __future__ import annotations
 
+import codecs
 import io
 import struct
 import tracemalloc
@@ -13,7 +14,19 @@ from PIL import Image as Pillow
 from PIL import PngImagePlugin
 
 from imagewatch import images
-from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES, MAX_PIXELS, MAX_SCANS, Image, foreign, inspect, sniff
+from imagewatch.images import (
+    FOREIGN_SUFFIXES,
+    IMAGE_ENDINGS,
+    IMAGE_SUFFIXES,
+    MAX_PIXELS,
+    MAX_SCANS,
+    Image,
+    could_be_image,
+    foreign,
+    has_image_ending,
+    inspect,
+    sniff,
+)
 
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
@@ -615,4 +628,70 @@ def test_the_suffixes_are_lower_case_without_a_dot_and_in_one_set_only():
         "jxl",
         "jp2",
     } < FOREIGN_SUFFIXES
-    assert not {"pdf", "txt", "prompt", "toml"} & FOREIGN_SUFFIXES
+    assert not {"txt", "prompt", "toml"} & IMAGE_ENDINGS
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("cat.png", "Cat.JPG", "cat.jfif", "cat.jpe", "cat.pjpeg", "cat.mpo", "cat.jpg_large", "cat.jpg-large"),
+        *("cat.png:orig", "cat.pdf", "IMG_1.HEIC", "cat.png ", "a.b.webp", "cat.prompt.jpg", "cat.tiff", "x.cr3"),
+    ],
+)
+def test_a_name_ends_like_that_of_an_image(name):
+    assert has_image_ending(name)
+
+
+@pytest.mark.parametrize("name", ["", "png", ".png", "cat.txt", "cat.prompt.txt", "cat.pngx", "cat.mp4", "cat.png~"])
+def test_a_name_does_not_end_like_that_of_an_image(name):
+    assert not has_image_ending(name)
+
+
+TEXTS = [
+    b"a cat\n",
+    "Größe\tin cm\r\n".encode(),
+    "Größe – “fünf”".encode("cp1252"),
+    "日本語テキスト".encode("shift-jis"),
+    "日本".encode("iso-2022-jp"),
+    "日本".encode("utf-8-sig"),
+    "Größe 日本".encode("utf-16"),
+    codecs.BOM_UTF16_BE + "Größe 日本".encode("utf-16-be"),
+    "日本".encode("utf-32"),
+    b"from a diskette\r\n\x1a",
+    b"\x1b[31mred\x1b[0m",
+    b"<!doctype html><title>404</title>",
+    b'{"title": "IMG_1.jpg"}',
+    b'<?xml version="1.0"?><x:xmpmeta/>',
+    ("日本" * images.TEXT_SAMPLE).encode(),
+    ("日本" * images.TEXT_SAMPLE).encode("utf-16"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_plain_text_is_no_image_wherever_the_sample_of_it_ends(text):
+    assert not could_be_image(b"")
+    for end in (*range(1, min(len(text), 80)), images.TEXT_SAMPLE - 1, images.TEXT_SAMPLE):
+        assert not could_be_image(text[:end])
+
+
+@real
+def test_a_picture_could_be_an_image_however_short_the_sample(kind, data):
+    for end in range({"png": 4, "jpeg": 2, "webp": 12}[kind], 40):
+        assert could_be_image(data[:end])
+
+
+@given(st.binary(min_size=400, max_size=1000))
+def test_what_is_neither_text_nor_known_could_be_an_image(data):
+    assert could_be_image(b"\0" + data)
+    assert could_be_image(data + b"\0")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        *(b"GIF89a", b"%PDF-1.7\n", b"<svg xmlns=''/>", b'<?xml version="1.0"?><svg/>', b"iVBORw0KGgoAAAANSUhEUg"),
+        *(b"data:image/png;base64,AAAA", b"\0\0\0\x18ftypheic", b"\xff\xfe" + bytes(range(256)), b"%!PS-Adobe"),
+    ],
+)
+def test_an_image_of_any_kind_could_be_an_image(data):
+    assert could_be_image(data)
