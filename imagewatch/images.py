@@ -64,7 +64,8 @@ TEXT_SAMPLE = 8 * 1024
 
 _PIECE = 256 * 1024
 _MAX_STEPS = 250_000  # chunks or segments; with the usual 8 KiB in each this is a PNG of 2 GB
-_SNIFF = 16
+SNIFF_BYTES = 12
+"""Bytes from the beginning of a file that are enough for `sniff`."""
 
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _PNG_MAX_LENGTH = 2**31 - 1
@@ -338,7 +339,7 @@ def inspect(file: IO[bytes], update: Callable[[bytes], object] | None = None) ->
         OSError: Reading failed.
     """
     reader = _Reader(file, update)
-    kind = sniff(reader.head(_SNIFF))
+    kind = sniff(reader.head(SNIFF_BYTES))
     image = None if kind is None else _judged(reader, kind)
     reader.rest()
     return image
@@ -362,7 +363,7 @@ def _judged(reader: _Reader, kind: Kind) -> Image:
 
 
 def sniff(head: bytes) -> Kind | None:
-    """Return the kind by its magic bytes; the first 12 bytes of a file are enough."""
+    """Return the kind by its magic bytes; the first `SNIFF_BYTES` of a file are enough."""
     if head.startswith(_PNG_MAGIC):
         return "png"
     if head.startswith(b"\xff\xd8\xff"):
