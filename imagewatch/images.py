@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from typing import IO
 
 Kind = Literal["png", "jpeg", "webp"]
@@ -240,6 +240,8 @@ class _Size:
         self.height = 0
         self.known = False
         self.orientation = 1
+        self.components: dict[int, int] = {}  # of a JPEG: the number of the quantization table of each color channel
+        self.tables: set[int] = set()  # of a JPEG: the quantization tables that were there
 
     def set(self, width: int, height: int) -> None:
         """Take the dimensions, or refuse them and end the walk.
@@ -605,30 +607,45 @@ def _read_segment(reader: _Reader, size: _Size, code: int, length: int) -> None:
         _read_scan(reader, size, length)
     elif length < 2:  # noqa: PLR2004  the length counts its own two bytes
         raise _BrokenError(f"segment {code:02X} has an impossible length")
-    elif code in {_DHT, _DQT}:
-        (_check_huffman if code == _DHT else _check_quantization)(reader.take(length - 2))
+    elif code == _DHT:
+        _check_huffman(reader.take(length - 2))
+    elif code == _DQT:
+        size.tables.update(_quantization(reader.take(length - 2)))
     elif code == _APP1 and length > 2 + len(_EXIF) and reader.take(len(_EXIF)) == _EXIF:
         size.orientation = _orientation(reader.take(length - 2 - len(_EXIF)))
 
 
 def _check_huffman(tables: bytes) -> None:
-    """Refuse Huffman tables that no decoder takes: a head that is damaged is seen by them."""
+    """Refuse Huffman tables that no decoder takes: by them a damaged head shows."""
     at = 0
     while at < len(tables):
         counts = tables[at + 1 : at + 17]
-        if tables[at] & 0xEC or len(counts) < 16 or sum(counts) > 256:  # noqa: PLR2004  class, number and codes
+        symbols = tables[at + 17 : at + 17 + sum(counts)]
+        if tables[at] & 0xEC or len(symbols) != sum(counts) or len(counts) != 16 or not _are_codes(counts):  # noqa: PLR2004
             raise _BrokenError("a Huffman table that no decoder takes")
-        at += 17 + sum(counts)
-    if at != len(tables):
-        raise _BrokenError("a Huffman table that no decoder takes")
+        if not tables[at] >> 4 and symbols and max(symbols) > 15:  # noqa: PLR2004  a class: sizes of differences
+            raise _BrokenError("a Huffman table that no decoder takes")
+        at += 17 + len(symbols)
 
 
-def _check_quantization(tables: bytes) -> None:
-    """Refuse quantization tables that no decoder takes."""
+def _are_codes(counts: bytes) -> bool:
+    """Tell whether there can be so many codes of each length; one of ones alone is not allowed."""
+    code = 0
+    for length, count in enumerate(counts, 1):
+        code += count
+        if count and code >= 1 << length:
+            return False
+        code <<= 1
+    return True
+
+
+def _quantization(tables: bytes) -> Iterator[int]:
+    """Yield the numbers of quantization tables; refuse what no decoder takes."""
     at = 0
     while at < len(tables):
         if tables[at] & 0xEC:  # precision of 8 or 16 bits, and a number
-            raise _BrokenError("a quantization table that no decoder takes")
+            break
+        yield tables[at] & 3
         at += 1 + 64 * (1 + (tables[at] >> 4))
     if at != len(tables):
         raise _BrokenError("a quantization table that no decoder takes")
@@ -660,7 +677,8 @@ def _read_frame(reader: _Reader, size: _Size, code: int, length: int) -> None:
         raise _FormError(f"a {depth}-bit JPEG")
     if components not in _COMPONENTS:
         raise _FormError(f"a JPEG with {components} color channels")
-    for _, sampling, table in struct.iter_unpack("BBB", reader.take(3 * components)):
+    for name, sampling, table in struct.iter_unpack("BBB", reader.take(3 * components)):
+        size.components[name] = table
         if sampling >> 4 not in _SAMPLING or sampling & 15 not in _SAMPLING or table > 3:  # noqa: PLR2004
             raise _BrokenError("a frame header with an impossible color channel")
 
@@ -670,7 +688,8 @@ def _orientation(exif: bytes) -> int:
     order: Literal["little", "big"] = "little" if exif.startswith(b"II") else "big"
 
     def number(at: int, count: int) -> int:
-        return int.from_bytes(exif[at : at + count], order)
+        found = exif[at : at + count]
+        return int.from_bytes(found, order) if len(found) == count else 0
 
     first = number(4, 4)
     for entry in range(min(number(first, 2), 1000)):
@@ -688,6 +707,11 @@ def _read_scan(reader: _Reader, size: _Size, length: int) -> None:
     components = reader.take(1)[0]
     if components not in _SAMPLING or length != 6 + 2 * components:  # one to four of them, too
         raise _BrokenError("a scan header with an impossible length")
+    for name in reader.take(2 * components)[::2]:
+        if name not in size.components:
+            raise _BrokenError("a scan of a color channel that is not there")
+        if size.tables and size.components[name] not in size.tables:
+            raise _BrokenError("no quantization table for a color channel")
 
 
 def _walk_webp(reader: _Reader, size: _Size) -> None:
@@ -731,11 +755,11 @@ def _read_webp_chunk(reader: _Reader, size: _Size, name: bytes, length: int) -> 
 def _zeros_by_encoders(name: bytes, head: bytes) -> int:
     """Return how many zeros an encoder may write at the end of pixels: a plain area is nothing but zeros.
 
-    Measured with the usual encoder in all its settings: lossy up to 5 kB for 1.8 million pixels, lossless up to 6 kB
-    for 60,000; both with its fastest settings. With its default ones it is 16 and a byte for each 10,000 pixels.
+    Measured with the usual encoder in all its settings: of its fastest ones up to 6 bytes for each block of 16 by 16
+    pixels (lossy), and one for each 10 pixels (lossless). Its default ones write 16, and one for each 10,000 pixels.
     """
     _, _, width, height = _webp_fields(name, head)
-    return 16 + width * height // (256 if name == b"VP8 " else 8)  # the frames of an animation may be either
+    return 16 + width * height // (32 if name == b"VP8 " else 8)  # the frames of an animation may be either
 
 
 def _check_webp_end(reader: _Reader, end: int, allowed: int) -> None:
