@@ -379,16 +379,15 @@ def test_a_webp_whose_tail_is_zeros_is_not_whole(mode, options):
     file = io.BytesIO()
     noise.save(file, "WEBP", **options)
     data = file.getvalue()
-    allowed = 16 + 64 * 48 // (8 if "lossless" in options else 32)
+    allowed = 16 + 64 * 48 // (8 if "lossless" in options else 256)
     passed = [cut for cut in range(12, len(data)) if not problem(data[:cut] + bytes(len(data) - cut))]
     # What is so near the end that an encoder may have written it. The rest is found, wherever it was cut.
     assert all(len(data) - cut <= allowed + 2 for cut in passed)
-    assert len(passed) < 0.1 * len(data)
+    assert len(passed) < 0.07 * len(data)
 
 
-@pytest.mark.parametrize("method", [0, 1, 4, 6])
 @pytest.mark.parametrize("quality", [0, 80, 100])
-@pytest.mark.parametrize("lossless", [False, True])
+@pytest.mark.parametrize(("lossless", "method"), [(False, 1), (False, 4), (False, 6), (True, 0), (True, 4), (True, 6)])
 @pytest.mark.parametrize("size", [(1, 1), (300, 200), (640, 480)])
 def test_a_plain_webp_is_whole_however_many_zeros_its_encoder_wrote(size, lossless, quality, method):
     width, height = size
@@ -459,6 +458,7 @@ def test_a_jpeg_may_have_all_that_the_format_allows(data):
         (jpeg(FRAME, SCAN, b"abc", segment(0xFE), b"\xff\x00", SCAN, b"abc"), "no marker at byte 32"),
         (jpeg(segment(0xE0), b"abc", FRAME, end=b""), "cut short: no EOI marker"),
         (jpeg(segment(0xE0), b"abc" * 200_000, end=b""), "cut short: no EOI marker"),
+        (jpeg(segment(0x3A), FRAME, SCAN, b"abc"), "marker 3A, which no decoder knows"),
         (jpeg(segment(0xC4, b"\x20" + bytes(16)), FRAME, SCAN), "a Huffman table"),
         (jpeg(segment(0xC4, b"\x00" + bytes(15)), FRAME, SCAN), "a Huffman table"),
         (jpeg(segment(0xC4, b"\x00\x02" + bytes(16)), FRAME, SCAN), "a Huffman table"),
