@@ -365,6 +365,7 @@ def test_an_orientation_that_cannot_be_is_none(order, written, told):
     assert found.orientation == told
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_odd_exif_data_never_harms_the_picture(exif):
     assert problem(jpeg(segment(0xE1, b"Exif\0\0" + exif), FRAME, SCAN, b"abc")) == ""
@@ -806,6 +807,7 @@ def test_a_picture_could_be_an_image_however_short_the_sample(kind, data):
         assert could_be_image(data[:end])
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=400, max_size=1000))
 def test_what_is_neither_text_nor_known_could_be_an_image(data):
     assert could_be_image(b"\0" + data)
