@@ -31,6 +31,11 @@ if TYPE_CHECKING:
     """Opens a file that other people wrote; raises OSError."""
 
 SUPPORTED = "png, jpg and webp are supported"
+_FAULTS = {
+    "damage": ("it is not a whole image: {}", "drop it again"),
+    "size": ("it is too large: {}", "make it smaller"),
+    "form": ("it is not supported: {}", "save it with another program as png, jpg or webp"),
+}
 
 
 @dataclass(frozen=True)
@@ -232,7 +237,7 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
         opener: Opens it.
 
     Raises:
-        BadRequest: It is no whole image of a supported kind, or too large.
+        BadRequest: It is no whole image of a supported kind by its content, or too large.
     """
     with open_plain(path, name, opener) as file:
         size = os.fstat(file.fileno()).st_size
@@ -245,10 +250,18 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
             file.seek(0)
             kind = foreign(file.read(512)) or "no image that we know"
             raise BadRequest([Problem(name, f"its content is {kind}", SUPPORTED)])
-        if image.problem:
-            raise BadRequest([Problem(name, f"it is not a whole image: {image.problem}", "drop it again")])
-    sha256 = digest.hexdigest()
-    return Input(file=name, mime=image.mime, bytes=size, width=image.width, height=image.height, sha256=sha256)
+        if image.fault:
+            reason, hint = _FAULTS[image.fault]
+            raise BadRequest([Problem(name, reason.format(image.problem), hint)])
+    return Input(
+        file=name,
+        mime=image.mime,
+        bytes=size,
+        width=image.width,
+        height=image.height,
+        sha256=digest.hexdigest(),
+        orientation=image.orientation,
+    )
 
 
 def _refused_by_limits(options: Options, provider: str, config: Config) -> list[Problem]:

@@ -208,7 +208,7 @@ def test_a_numbered_name_that_is_the_plain_image_of_another_prompt_is_that_promp
 
 
 def test_a_picture_of_a_kind_that_cannot_be_sent_is_foreign_and_not_an_image():
-    names = ["cat.prompt.txt", "cat.gif", "cat.HEIC", "cat.3.tiff", "cat.png", "cat.pdf", "cat.txt", "dog.gif"]
+    names = ["cat.prompt.txt", "cat.gif", "cat.HEIC", "cat.3.tiff", "cat.png", "cat.doc", "cat.txt", "dog.gif"]
     dropped = alone(*names)
     assert dropped.images == ["cat.png"]
     assert dropped.foreign == ["cat.3.tiff", "cat.HEIC", "cat.gif"]
@@ -302,7 +302,7 @@ def test_a_program_at_work_on_any_file_of_a_stem_is_seen(form, target):
 
 @pytest.mark.parametrize("form", PROGRAMS.values(), ids=PROGRAMS.keys())
 def test_a_program_at_work_on_another_stem_holds_nobody_else(form):
-    names = [form.format(target) for target in ("dog.prompt.txt", "catalog.png", "cat.txt", "cat", "cat.pdf")]
+    names = [form.format(target) for target in ("dog.prompt.txt", "catalog.png", "cat.txt", "cat", "cat.doc")]
     stems = group(["cat.prompt.txt", "catfish.prompt.txt", *names])
     assert [dropped.busy for dropped in stems.values()] == [[], []]
 

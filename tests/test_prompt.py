@@ -180,7 +180,8 @@ def test_an_empty_front_matter_sets_nothing():
 def test_all_mistakes_are_reported_at_once_and_the_nearest_key_is_suggested():
     found = problems(
         front(
-            'qualty = "high"\nn = 9\nprovider = "midjourney"\ninput_image = []\ninput_images = ["a.gif"]\nzzz = 1', " "
+            'qualty = "high"\nn = 9\nprovider = "midjourney"\ninput_image = []\ninput_images = ["~b"]\nzzz = 1',
+            " ",
         )
     )
     said = {item.field: str(item) for item in found}
@@ -360,18 +361,11 @@ def test_front_matter_without_end_is_refused_unread():
         "~cat.png",
         "~$cat.png",
         "#cat.png",
-        "cat.gif",
-        "cat.heic",
-        "cat.svg",
-        "cat.pdf",
-        "cat",
-        "png",
         "cat.prompt.txt",
-        "cat.png ",
         "cat.png.part",
     ],
 )
-def test_only_a_visible_supported_image_in_the_same_folder_may_be_named(name):
+def test_only_a_visible_file_in_the_same_folder_may_be_named(name):
     found = problem(front(tomli_w.dumps({"input_images": [name, "good.png"]})))
     assert found.field == "input_images"
     assert shown(name) in found.reason
@@ -387,8 +381,9 @@ def test_a_name_that_is_too_long_for_any_file_is_refused(letter):
     assert "longer than 255 bytes" in found.reason
 
 
-def test_an_unsupported_kind_is_told_what_is_supported():
-    assert "jpeg, jpg, png, webp" in problem(front('input_images = ["cat.heic"]')).reason
+@pytest.mark.parametrize("name", ["cat.gif", "IMG_1.HEIC", "cat.jfif", "cat.jpg_large", "cat.bin", "cat", "cat.png "])
+def test_an_image_may_be_named_whatever_its_ending_as_its_content_decides(name):
+    assert declared(front(tomli_w.dumps({"input_images": [name]}))) == (name,)
 
 
 def test_an_image_may_be_named_once():
@@ -402,7 +397,7 @@ def test_at_most_fourteen_images_may_be_named():
 
 
 def test_every_bad_name_is_reported():
-    found = problems(front('input_images = ["../a.png", "b.gif", "c.png", ".d.png", "c.png"]'))
+    found = problems(front('input_images = ["../a.png", "b.prompt.txt", "c.png", ".d.png", "c.png"]'))
     assert len(found) == 4
 
 
