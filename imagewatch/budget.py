@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol
 
+from imagewatch.errors import Problem
 from imagewatch.prices import SECONDS, Asked, Expected, expected
 from imagewatch.text import amount, utc
 
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Limits
 
+CAPS = ("limits.credits_per_day", "limits.credits_per_month")
+"""The settings that are caps on credits."""
 _MINUTE = 60.0
 _SOON = 2.0
 """When a request is to come again that would fit if those in flight cost less than is reserved, seconds."""
@@ -99,6 +102,12 @@ def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime
     return (day, day + timedelta(days=1)), (month, (month + timedelta(days=32)).replace(day=1))
 
 
+def _too_dear(rule: str, cap: float, cost: Expected) -> Problem:
+    """Return what is wrong with a request that may cost more than a whole cap."""
+    reason = f"is {amount(cap)} credits, and this request alone may cost {amount(cost.high)} ({cost.why})"
+    return Problem(rule, reason, f"raise {rule}, or ask for less (n, quality)")
+
+
 class Budget:
     """Lets requests through, or says why not. Safe to use from several threads.
 
@@ -128,10 +137,14 @@ class Budget:
         with self._lock:
             return self._cost(asked, self._clock(), _Memo())
 
-    def never(self, asked: Asked) -> Refusal | None:
+    def never(self, asked: Asked) -> Problem | None:
         """Return why a request can never be sent with these caps, as it may cost more than a whole one, or None."""
         with self._lock:
-            return self._never(self._cost(asked, self._clock(), _Memo()))
+            cost = self._cost(asked, self._clock(), _Memo())
+        for rule, cap in self._caps():
+            if cost.high > cap:
+                return _too_dear(rule, cap, cost)
+        return None
 
     def look(self, many: Iterable[Asked]) -> dict[Asked, Refusal]:
         """Return which requests do not fit now, and why; nothing is reserved.
@@ -222,16 +235,8 @@ class Budget:
         return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
     def _caps(self) -> list[tuple[str, float]]:
-        caps = {"limits.credits_per_day": self._limits.credits_per_day}
-        caps["limits.credits_per_month"] = self._limits.credits_per_month
-        return [(rule, cap) for rule, cap in caps.items() if cap]
-
-    def _never(self, cost: Expected) -> Refusal | None:
-        for rule, cap in self._caps():
-            if cost.high > cap:
-                message = f"{rule} is {amount(cap)}, and this request alone may cost {amount(cost.high)} ({cost.why})"
-                return Refusal("never", message, 0.0)
-        return None
+        caps = zip(CAPS, (self._limits.credits_per_day, self._limits.credits_per_month), strict=True)
+        return [(rule, cap) for rule, cap in caps if cap]
 
     def _over_cap(self, now: float, asked: Asked, job: str, memo: _Memo) -> Refusal | None:
         """Return which cap forbids a request beside all others, or None."""
@@ -239,10 +244,11 @@ class Budget:
         if not caps:
             return None
         cost = self._cost(asked, now, memo)
-        if refusal := self._never(cost):
-            return refusal
+        for rule, cap in caps:
+            if cost.high > cap:
+                return Refusal("never", str(_too_dear(rule, cap, cost)), 0.0)
         reserved = sum(credits_ for other, credits_ in self._in_flight.items() if other != job)
-        soon = None
+        found: list[Refusal] = []
         for (rule, cap), (begin, end) in zip(caps, self._windows(now), strict=True):
             spent = self._spent(begin.timestamp(), now, memo)
             if spent + reserved + cost.high <= cap:
@@ -251,9 +257,10 @@ class Budget:
             known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for what is in flight"
             message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
             if spent + cost.high > cap:
-                return Refusal("cap", f"{message}; it ends {ends}", max(end.timestamp() - now, 1.0))
-            soon = soon or Refusal("soon", message, _SOON)
-        return soon
+                found.append(Refusal("cap", f"{message}; it ends {ends}", max(end.timestamp() - now, 1.0)))
+            else:
+                found.append(Refusal("soon", message, _SOON))
+        return max(found, key=lambda refusal: refusal.seconds, default=None)
 
     def _windows(self, now: float) -> list[tuple[datetime, datetime]]:
         """Return begin and end of the time of each cap that is set."""

@@ -429,29 +429,46 @@ class Intake:
         """Return the number of the user to whom a first-level folder belongs."""
         return self._sweep.order.owner(name)
 
-    def next(self, name: str, taken: Collection[Key | None]) -> Candidate | None:
+    def next(
+        self, name: str, taken: Collection[Key | None], admits: Callable[[Candidate], bool] = lambda _: True
+    ) -> Candidate | None:
         """Return the oldest prompt of a first-level folder that may be claimed; it will not be returned again.
 
         Args:
             name: The folder; empty for prompts directly in the inbox.
             taken: Stems of which a job is not over.
+            admits: Tells whether a prompt fits below the caps; one that does not is set aside.
         """
         now = self._moment()
-        candidate = self._take(name, taken, now) if self._may_take() else None
+        candidate = self._take(name, taken, admits, now) if self._may_take() else None
         self._follow()
         return candidate
 
-    def _take(self, name: str, taken: Collection[Key | None], now: float) -> Candidate | None:
-        while candidate := self._sweep.order.take(name):
+    def is_aside(self, key: Key) -> bool:
+        """Tell whether a prompt that was set aside still waits in the inbox."""
+        return self._sweep.order.is_aside(key)
+
+    def give_aside(self, keys: Collection[Key]) -> None:
+        """Let prompts that were set aside have their turn again."""
+        if keys:
+            self._sweep.order.give_aside(keys)
+            self._follow()
+
+    def _take(
+        self, name: str, taken: Collection[Key | None], admits: Callable[[Candidate], bool], now: float
+    ) -> Candidate | None:
+        while self._sweep.order.is_ready(name) and (candidate := self._sweep.order.take(name)):
             if candidate.key in taken:
                 self._passed.add(candidate.key)
             elif candidate.key[0] in self.shut or not self._sweep.unchanged(candidate):
                 self._sweep.touch(candidate.key, now)
                 self._schedule.later(candidate.key[0], now + self._config.settle_seconds)
+            elif not admits(candidate):
+                self._sweep.order.set_aside(candidate)
             else:
                 self._sweep.taken(candidate.key)
-                break
-        return candidate
+                return candidate
+        return None
 
     def served(self, name: str) -> None:
         """Note that a first-level folder has had its turn."""
