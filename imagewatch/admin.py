@@ -236,7 +236,7 @@ def history(
     whole = by or as_json or as_csv or days
     newest = limit or None if limit is not None or whole else 20
     with _ledger(config) as ledger:
-        jobs = ledger.jobs(since, newest)
+        jobs = [told.with_balances(job, ledger) for job in ledger.jobs(since, newest)]
         totals = ledger.totals(since)
     if by:
         _show_sums(told.sums(jobs, by), by, as_json=as_json, as_csv=as_csv)
@@ -282,7 +282,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
         ("time", "outcome", "credits", "provider", "images", "prompt"),
         rows,
         colours=[_COLOURS.get(outcome) for outcome in outcomes],
-        notes=[printable(job["message"], 200) for job in jobs],
+        notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
     )
     made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
     click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits.")
@@ -425,13 +425,16 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
             f"  {label:<10} {one['made']} made, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
+    if balance := page.get("balance"):  # not there in what an older daemon said
+        yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"
         for name, reason in page["ignored"]["files"].items():
             yield f"             {name}: {reason}"
     for one in page["holds"]:
         until = f", tried again {local_time(one['until'])}" if one["until"] else ""
-        yield click.style(f"  held       {one['kind']}: {one['reason']}{until}", fg="red")
+        whose = f" ({one['provider']})" if one.get("provider") else ""  # not there in what an older daemon said
+        yield click.style(f"  held       {one['kind']}{whose}: {one['reason']}{until}", fg="red")
         yield f"             {one['next']}"
 
 

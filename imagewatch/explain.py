@@ -156,7 +156,7 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     if os.path.exists(path):
         try:
             with contextlib.closing(Ledger(path)) as ledger:
-                yield from (_in_doubt(job) for job in ledger.jobs() if job["charged"] == "unknown")
+                yield from (_in_doubt(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown")
         except SpoolError as error:
             yield Line("wait", "ledger", printable(str(error)))
 
@@ -164,7 +164,7 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 def _in_doubt(job: Mapping[str, Any]) -> Line:
     sent = local(job["sent_at"]) if job["sent_at"] else "?"
     ids = f", request id {job['request_id']}" if job["request_id"] else ""
-    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent}, job {job['job']}{ids}")
+    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent}, job {job['job']}{ids}; {job['balances']}")
 
 
 def _folder(name: str, path: str, kinds: Kinds) -> Line:

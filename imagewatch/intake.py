@@ -9,6 +9,7 @@ and scanning as a whole may take a tenth of a core.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,6 +25,7 @@ from imagewatch.schedule import AHEAD, Allowance, Schedule
 from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
+from imagewatch.untrusted import open_file
 from imagewatch.watching import Watching
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from imagewatch.config import Folders, Inbox
     from imagewatch.folders import Tops
     from imagewatch.listing import Folder
+    from imagewatch.request import Opener
     from imagewatch.seen import Candidate, Key
     from imagewatch.turns import Turns
     from imagewatch.watcher import Change
@@ -443,6 +446,11 @@ class Intake:
         candidate = self._take(name, taken, admits, now) if self._may_take() else None
         self._follow()
         return candidate
+
+    @property
+    def opener(self) -> Opener:
+        """Opens a file of the inbox."""
+        return functools.partial(open_file, tops=self._tops)
 
     def is_aside(self, key: Key) -> bool:
         """Tell whether a prompt that was set aside still waits in the inbox."""

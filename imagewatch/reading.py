@@ -24,6 +24,8 @@ _CHUNK_BYTES = 512 * 1024
 _MOST_IMAGES = 64
 _LONGEST_SECRET = 64 * 1024
 """Bytes; how much is held back of what may be shown, as a key may be cut in two."""
+_MOST_NUMBER = 10**40
+_NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?")
 _BLANKS = (b" ", b"\t", b"\r", b"\n")
 
 
@@ -54,6 +56,8 @@ class Reading:
         model: As answered, or an empty string.
         billing: As received; empty without.
         credits: ``billing.credits_charged``, or None when it is not a number that can be a charge.
+        transaction: ``billing.transaction_id`` as text, or an empty string.
+        balance: ``billing.new_credit_balance``, credits, or None when it is no number.
         problem: What is wrong with the answer as a whole, or an empty string.
     """
 
@@ -62,6 +66,8 @@ class Reading:
     model: str = ""
     billing: dict[str, Any] = field(default_factory=dict)
     credits: float | None = None
+    transaction: str = ""
+    balance: float | None = None
     problem: str = ""
 
 
@@ -103,6 +109,8 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
         model=_text(body.get("model")),
         billing=billing,
         credits=_charge(billing),
+        transaction=_transaction(billing.get("transaction_id")),
+        balance=_balance(billing.get("new_credit_balance")),
         problem=problem,
     )
 
@@ -111,6 +119,20 @@ def _charge(billing: dict[str, Any]) -> float | None:
     """Return what was charged. Less than nothing is not believed: it would make room under a cap."""
     charged = number(billing.get("credits_charged"))
     return None if charged is None or charged < 0 else charged
+
+
+def _transaction(value: object) -> str:
+    """Return the id of a payment as text: it may be a number as well."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST_NUMBER
+    return str(value) if is_number else _text(value)
+
+
+def _balance(value: object) -> float | None:
+    """Return what an account has left: a number, or one as text. It may be less than nothing."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    found = number(value)
+    return None if found is None else float(found)
 
 
 def _text(value: object) -> str:

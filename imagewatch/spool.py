@@ -405,6 +405,12 @@ class Spool:
         """Return an id that nobody can guess."""
         return secrets.token_hex(8)
 
+    def user(self, claim: Claim) -> int:
+        """Return the number of the user to whom a prompt in the inbox belongs; -1 if it is gone."""
+        with contextlib.suppress(OSError):
+            return self.tops.lstat(os.path.join(self.inbox_folder(claim), claim.prompt)).st_uid
+        return -1
+
     def claim(self, claim: Claim) -> bool:
         """Take a prompt out of the inbox: its rename is the lock.
 

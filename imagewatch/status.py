@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
 from imagewatch.holds import NEXT
 from imagewatch.masking import known
+from imagewatch.seen import Reasons, Wait, joined
 from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
@@ -25,12 +27,13 @@ if TYPE_CHECKING:
     from imagewatch.durable import Disk
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger
-    from imagewatch.seen import Reasons, Seen
+    from imagewatch.seen import Seen
 
 SCHEMA = 1
 FILE = "status.json"
 _MOST_NAMES = 100
 _INTERVAL = 1.0
+_NONE: MappingProxyType[str, str] = MappingProxyType({})
 
 
 def read(state: str) -> dict[str, Any] | None:
@@ -124,7 +127,14 @@ class Status:
         """Monotonic time at which the file is to be written, or None."""
         return self._due
 
-    def write(self, seen: Seen, ready: int, in_flight: Mapping[str, str], stuck: Mapping[str, str]) -> dict[str, Any]:
+    def write(
+        self,
+        seen: Seen,
+        ready: int,
+        in_flight: Mapping[str, str],
+        stuck: Mapping[str, str],
+        capped: Mapping[str, str] = _NONE,
+    ) -> dict[str, Any]:
         """Write the file now.
 
         Args:
@@ -132,6 +142,7 @@ class Status:
             ready: How many prompts only wait for a worker.
             in_flight: Path of the prompt of each job at work, by job id.
             stuck: The same of each job that cannot go on for a reason of its own.
+            capped: Why prompts wait at a cap, by their path.
 
         Raises:
             SpoolError: The disk failed.
@@ -139,16 +150,17 @@ class Status:
         began = self._now()
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
-            page = self._page(seen, ready) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
+            page = self._page(seen, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
             self._disk.jot(self._path, json.dumps(page, indent=1).encode())
         finally:
             # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
             self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
         return page
 
-    def _page(self, seen: Seen, ready: int) -> dict[str, Any]:
+    def _page(self, seen: Seen, ready: int, capped: Mapping[str, str]) -> dict[str, Any]:
         now = self._clock()
         day, month = day_and_month(now)
+        waiting = _with(seen.waiting, capped)
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -166,16 +178,22 @@ class Status:
             "endpoint": self._config.endpoint.base_url,
             "waiting": {
                 "ready": ready,
-                "not_ready": seen.waiting.total,
-                "why": dict(sorted(seen.waiting.kinds.items(), key=lambda kind: -kind[1])[:20]),
-                "files": _named(seen.waiting),
+                "not_ready": waiting.total,
+                "why": dict(sorted(waiting.kinds.items(), key=lambda kind: -kind[1])[:20]),
+                "files": _named(waiting),
             },
             "ignored": {"count": seen.ignored.total, "files": _named(seen.ignored)},
             "holds": self._holds(),
             "today": self._totals(day[0].timestamp(), self._config.limits.credits_per_day),
             "month": self._totals(month[0].timestamp(), self._config.limits.credits_per_month),
             "redelivered": self._ledger.redelivered(),
+            "balance": self._balance(),
         }
+
+    def _balance(self) -> dict[str, Any] | None:
+        """Return what the account had left when an answer said so last."""
+        found = self._ledger.balance()
+        return {"credits": found[0], "at": iso(found[1])} if found else None
 
     def _totals(self, since: float, cap: float) -> dict[str, Any]:
         return {**self._ledger.totals(since), "cap": cap or None}
@@ -185,6 +203,7 @@ class Status:
         return [
             {
                 "kind": hold.kind,
+                "provider": hold.provider or None,
                 "reason": printable(known.text(hold.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "until": self._gate.ends(hold),
@@ -193,6 +212,16 @@ class Status:
             for hold in self._gate.holds()
             if not hold.brief or now < hold.until
         ]
+
+
+def _with(waiting: Reasons, capped: Mapping[str, str]) -> Reasons:
+    """Return the reasons of prompts that wait, together with those of prompts that wait at a cap."""
+    if not capped:
+        return waiting
+    more = Reasons(waiting.most)
+    for path, reason in capped.items():
+        more.add(path, Wait.CAP, reason)
+    return joined((waiting, more), waiting.most)
 
 
 def _jobs(sources: Mapping[str, str]) -> list[dict[str, str]]:
