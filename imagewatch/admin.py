@@ -228,6 +228,7 @@ def history(
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
     from imagewatch import history as told  # noqa: PLC0415
+    from imagewatch.balances import with_balances  # noqa: PLC0415
     from imagewatch.budget import day_and_month  # noqa: PLC0415
 
     config = load(path)
@@ -236,7 +237,7 @@ def history(
     whole = by or as_json or as_csv or days
     newest = limit or None if limit is not None or whole else 20
     with _ledger(config) as ledger:
-        jobs = [told.with_balances(job, ledger) for job in ledger.jobs(since, newest)]
+        jobs = [with_balances(job, ledger) for job in ledger.jobs(since, newest)]
         totals = ledger.totals(since)
     if by:
         _show_sums(told.sums(jobs, by), by, as_json=as_json, as_csv=as_csv)
@@ -299,10 +300,12 @@ def estimate(path: str | None, *, as_json: bool) -> None:
 
     The endpoint publishes no prices: this is what requests like them were charged here before.
     """
+    from imagewatch import afford  # noqa: PLC0415
     from imagewatch import estimate as guess  # noqa: PLC0415
 
     config = load(path)
-    found = list(guess.inbox(config, _prices(config)))
+    with afford.budget_of(config) as budget:
+        found = list(guess.inbox(config, budget))
     if as_json:
         click.echo(json.dumps([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
         return
@@ -319,20 +322,12 @@ def estimate(path: str | None, *, as_json: bool) -> None:
     click.echo(f"\nIn all: {_span(low, high)} credits" + (f", and {unknown} of unknown price." if unknown else "."))
 
 
-def _prices(config: Config) -> list[tuple[dict[str, Any], float]]:
-    """Return what was charged; nothing before anything was made."""
-    state = config.folders.state
-    if not os.path.exists(_ledger_path(config)) and (not os.path.exists(state) or os.access(state, os.X_OK)):
-        return []
-    with _ledger(config) as ledger:
-        return ledger.prices()
-
-
 def _price(one: Estimate) -> str:
     if one.problem:
         return f"none: it will be refused ({printable(one.problem, 100)})"
     if one.usual is None or one.low is None or one.high is None:
-        return "unknown: none like it was made yet"
+        reserved = f"; a cap reserves {amount(one.reserve)}" if one.reserve is not None else ""
+        return f"unknown: none like it was charged in the last 30 days{reserved}"
     return f"{_span(one.low, one.high)}, usually {amount(one.usual)} ({one.seen} made)"
 
 

@@ -1,7 +1,7 @@
 """Prompts that are passed over for now, by name. Pure.
 
-There is room for a number of them, which the first-level folders share: beyond it a folder counts as full, and its other
-prompts have to wait behind those that were passed over.
+There is room for a number of them, which the first-level folders share. Beyond it a folder counts as full, and its
+other prompts have to wait behind those that were passed over.
 """
 
 from __future__ import annotations

@@ -19,11 +19,12 @@ import bisect
 import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
 from imagewatch.errors import Problem
+from imagewatch.fields import Provider
 from imagewatch.prices import SECONDS, Asked, Expected, expected
-from imagewatch.text import amount, utc
+from imagewatch.text import amount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -102,6 +103,10 @@ def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime
     return (day, day + timedelta(days=1)), (month, (month + timedelta(days=32)).replace(day=1))
 
 
+def _shown(end: datetime) -> str:
+    return end.isoformat(timespec="minutes").replace("+00:00", "Z")
+
+
 def _too_dear(rule: str, cap: float, cost: Expected) -> Problem:
     """Return what is wrong with a request that may cost more than a whole cap."""
     reason = f"is {amount(cap)} credits, and this request alone may cost {amount(cost.high)} ({cost.why})"
@@ -145,6 +150,20 @@ class Budget:
             if cost.high > cap:
                 return _too_dear(rule, cap, cost)
         return None
+
+    def spent(self) -> dict[str, tuple[float, str]]:
+        """Return what counts as spent below each cap that is set, credits, and when it ends, by the name of the cap."""
+        with self._lock:
+            now, memo = self._clock(), _Memo()
+            return {
+                rule: (self._spent(begin.timestamp(), now, memo), _shown(end))
+                for (rule, _), (begin, end) in zip(self._caps(), self._windows(now), strict=True)
+            }
+
+    def knows_prices(self) -> bool:
+        """Tell whether a request to any provider was charged lately."""
+        since = self._clock() - SECONDS
+        return any(self._books.charges(provider, since) for provider in get_args(Provider))
 
     def look(self, many: Iterable[Asked]) -> dict[Asked, Refusal]:
         """Return which requests do not fit now, and why; nothing is reserved.
@@ -253,11 +272,10 @@ class Budget:
             spent = self._spent(begin.timestamp(), now, memo)
             if spent + reserved + cost.high <= cap:
                 continue
-            ends = utc(end.timestamp()).isoformat(timespec="minutes").replace("+00:00", "Z")
             known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for what is in flight"
             message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
             if spent + cost.high > cap:
-                found.append(Refusal("cap", f"{message}; it ends {ends}", max(end.timestamp() - now, 1.0)))
+                found.append(Refusal("cap", f"{message}; it ends {_shown(end)}", max(end.timestamp() - now, 1.0)))
             else:
                 found.append(Refusal("soon", message, _SOON))
         return max(found, key=lambda refusal: refusal.seconds, default=None)

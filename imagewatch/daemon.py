@@ -284,9 +284,8 @@ class Daemon:
             return True
         if self._gate.waits():
             return self._intake.is_complete and not any(self._may_get_on(later) for later in self._later)
-        if self._intake.any() or self._intake.pending or any(map(self._is_awaited, self._later)):
-            return False
-        return not self._caps or self._caps_due > self._now()  # else some may fit now
+        may_fit = len(self._caps) > 0 and self._caps_due <= self._now()
+        return not (self._intake.any() or self._intake.pending or may_fit or any(map(self._is_awaited, self._later)))
 
     def _may_get_on(self, later: Later) -> bool:
         """Tell whether a claimed job may be carried on behind a hold: to deliver what was paid for needs no request."""

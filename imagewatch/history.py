@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.status import iso
-from imagewatch.text import amount, local, printable, utc
+from imagewatch.text import printable, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
-
-    from imagewatch.ledger import Balances, Ledger
 
 BY = ("day", "month", "provider", "folder")
 _COLUMNS = (
@@ -26,8 +24,6 @@ _COLUMNS = (
     *("asked", "got", "attempts", "status", "code", "message", "request_id", "redelivered"),
     *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
-_EVIDENCE = ("balance_before", "balance_after")
-"""Of requests that may have been charged; ``with_balances`` adds them."""
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
 
 
@@ -80,32 +76,7 @@ def _group(job: Mapping[str, Any], by: str) -> str:
 
 def plain(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job as a program wants it: times as text in UTC."""
-    job = dict.fromkeys(_EVIDENCE) | dict(job)
     return {name: iso(job[name]) if name in _TIMES else job[name] for name in _COLUMNS}
-
-
-def with_balances(job: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
-    """Return a job with what the account had before and after it, if it may have been charged.
-
-    ``balances`` says it in words, for people.
-    """
-    if job["charged"] != "unknown" or job["sent_at"] is None:
-        return {**job, "balances": ""}
-    found = ledger.balances(job["job"], job["sent_at"])
-    return {**job, "balance_before": found.before, "balance_after": found.after, "balances": in_words(found)}
-
-
-def in_words(found: Balances) -> str:
-    """Return what the account had before and after a request, and what else happened between the two."""
-    if found.before is None or found.before_at is None:
-        return "no balance is known from before it was sent"
-    before = f"balance {amount(found.before)} before ({local(found.before_at)})"
-    if found.after is None or found.after_at is None:
-        return f"{before}; none is known from after it yet"
-    told = f"{before}, {amount(found.after)} after ({local(found.after_at)})"
-    others = f"{found.others} other request{'' if found.others == 1 else 's'} in between charged"
-    told += f"; {others} {amount(found.credits)}" + (f", {found.unpriced} of unknown cost" if found.unpriced else "")
-    return f"{told}; not explained: {amount(found.before - found.after - found.credits)}"
 
 
 def as_json(jobs: Iterable[Mapping[str, Any]]) -> str:

@@ -6,16 +6,13 @@ A *job* is a claimed prompt with its images; an *attempt* is one call for it. ``
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
-import pwd
 from typing import Any, Literal, TypeVar
 
 import msgspec
 
 from imagewatch.names import SUFFIX
-from imagewatch.text import printable
 
 Charged = Literal["yes", "no", "unknown"]
 Door = Literal["outbox", "errors", "away"]
@@ -49,7 +46,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
             as the scan accepted it, by name.
         folder_inode: Inode of the folder; 0 for the inbox itself, and where it is not known.
         at: Wall-clock time of the claim, seconds since the epoch.
-        user: Number of the user to whom the prompt belongs; -1 where it is not known.
+        owner: Name of the user to whom the prompt belongs, else the number; empty where it is not known.
     """
 
     job: str
@@ -63,14 +60,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, tuple[int, int, int]] = {}
     folder_inode: int = 0
     at: float = 0.0
-    user: int = -1
-
-    @property
-    def owner(self) -> str:
-        """Name of the user to whom the prompt belongs, else the number; empty where it is not known."""
-        with contextlib.suppress(KeyError, OverflowError):
-            return printable(pwd.getpwuid(self.user).pw_name, 100) if self.user >= 0 else ""
-        return str(self.user)
+    owner: str = ""
 
     @property
     def prompt(self) -> str:

@@ -22,7 +22,6 @@ PRICED = ("provider", "model", "size", "quality")
 """The fields of a request that its price depends on, beside the number of images."""
 
 
-
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What a request asks for, as far as its price depends on it.
@@ -82,7 +81,7 @@ def expected(asked: Asked, charges: Mapping[str, Sequence[float]], assumed: floa
         return Expected(high, "the highest charge of the last 30 days for one like it", low, usual, len(alike))
     if others := [max(some) for some in charges.values() if some]:
         return Expected(_times(max(others), asked.n), f"the highest charge of the last 30 days of {asked.provider}")
-    return Expected(_times(assumed, asked.n), "limits.assumed_credits")
+    return Expected(_times(assumed, asked.n), f"limits.assumed_credits, as nothing is known of {asked.provider}")
 
 
 def for_an_image(credits_: float, asked: int) -> float:

@@ -101,17 +101,20 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
         # Cut short or garbled: the pictures that came whole are still worth their price.
         images = [Got(decoded=k) for k, file in enumerate(splitter.files) if file.ended and not file.problem]
         problem = problem or "the answer is not the JSON object it should be"
-    billing = body.get("billing")
+    reading = _billed(body.get("billing"))
+    reading.images, reading.problem = images, problem
+    reading.provider, reading.model = _text(body.get("provider")), _text(body.get("model"))
+    return reading
+
+
+def _billed(billing: object) -> Reading:
+    """Return what an answer says of its payment; of odd values none is believed, and none keeps a picture back."""
     billing = billing if isinstance(billing, dict) else {}
     return Reading(
-        images=images,
-        provider=_text(body.get("provider")),
-        model=_text(body.get("model")),
         billing=billing,
         credits=_charge(billing),
         transaction=_transaction(billing.get("transaction_id")),
         balance=_balance(billing.get("new_credit_balance")),
-        problem=problem,
     )
 
 

@@ -176,9 +176,7 @@ def contents(where: str, names: Iterable[str], most_bytes: int, opener: Opener =
 
 
 def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[Options, list[Problem]]:
-    """Return the options that count: front matter over preset over defaults; of provider and model those that belong
-    together (``fields.layered``).
-    """
+    """Return the options that count: front matter over preset over defaults, as ``fields.layered`` has it."""
     problems = []
     preset = config.presets.get(folder.partition("/")[0], Options())
     if front.preset is not None:

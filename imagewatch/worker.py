@@ -151,7 +151,7 @@ class Worker:
 
     def start(self, claim: Claim) -> Outcome:
         """Claim a prompt and carry it to its end."""
-        claim = replace(claim, user=self._spool.user(claim))
+        claim = replace(claim, owner=self._spool.owner(claim))
         if not self._spool.claim(claim):
             self._spool.forget(claim.job)
             self._budget.settle(claim.job)

@@ -46,7 +46,7 @@ def ledger(path: str) -> Iterator[Ledger]:
 
 
 def test_a_row_comes_back_as_it_was_written(ledger: Ledger) -> None:
-    written = row(message="naïve", sent_at=2.5, provider="flux", got=1)
+    written = row(message="naïve", sent_at=2.5, provider="flux", got=1, asked_provider="flux", owner="ada")
     ledger.write(written)
     (found,) = ledger.rows()
     assert found == {name: getattr(written, name) for name in Row.__struct_fields__}
@@ -131,12 +131,12 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
 def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
     Ledger(path).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
     with pytest.raises(SpoolError, match="newer imagewatch") as caught:
         Ledger(path)
     assert caught.value.hint == "run the newer version"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
 
 
 def test_a_file_that_is_no_ledger_is_refused_and_kept(path: str) -> None:
