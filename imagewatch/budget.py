@@ -81,11 +81,13 @@ class Refusal:
             every request.
         message: In words, with the setting.
         seconds: Until it may be, or is to be asked for again.
+        ends: For ``cap``, when the day or the month is over, seconds since the epoch.
     """
 
     kind: str
     message: str
     seconds: float
+    ends: float = 0.0
 
 
 @dataclass
@@ -275,7 +277,8 @@ class Budget:
             known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for what is in flight"
             message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
             if spent + cost.high > cap:
-                found.append(Refusal("cap", f"{message}; it ends {_shown(end)}", max(end.timestamp() - now, 1.0)))
+                ends = end.timestamp()
+                found.append(Refusal("cap", f"{message}; it ends {_shown(end)}", max(ends - now, 1.0), ends))
             else:
                 found.append(Refusal("soon", message, _SOON))
         return max(found, key=lambda refusal: refusal.seconds, default=None)

@@ -41,12 +41,14 @@ class Caps:
         self._opener = opener
         self._waiting: dict[Key, tuple[Look, Asked]] = {}
         self._refused: dict[Asked, Refusal] = {}
+        self._held: dict[str, Refusal] | None = None
 
     def configure(self, config: Config) -> None:
         """Take a configuration; everything is to be looked at anew."""
         self._config = config
         self._waiting.clear()
         self._refused.clear()
+        self._held = None
 
     def admits(self, job: str, candidate: Candidate) -> bool:
         """Tell whether a prompt may be claimed; if so, what its request may cost is reserved for the job.
@@ -56,6 +58,7 @@ class Caps:
         asked = self._asked(candidate)
         if asked is None:
             return True
+        self._held = None
         refusal = self._refused.get(asked) or self._budget.plan(job, asked)
         if refusal is None or refusal.kind == "never":
             self._waiting.pop(candidate.key, None)
@@ -88,6 +91,7 @@ class Caps:
         Returns:
             The prompts that may fit now.
         """
+        self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
         found = self._budget.look({asked for _, asked in self._waiting.values()})
         self._refused = {asked: refusal for asked, refusal in found.items() if refusal.kind != "never"}
@@ -107,6 +111,11 @@ class Caps:
 
     def held(self) -> dict[str, Refusal]:
         """Return for each provider of which prompts wait for the end of a day or a month why the first has to."""
+        if self._held is None:
+            self._held = self._find_held()
+        return self._held
+
+    def _find_held(self) -> dict[str, Refusal]:
         found: dict[str, Refusal] = {}
         for _, asked in self._waiting.values():
             refusal = self._refused.get(asked)

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
     from imagewatch.seen import Candidate, Key
 
 _LONGEST_WAIT = 3600.0
+_LEAST_CAP = 0.1
 _LONGEST_CAP = 60.0
 """How long the caps are not looked at anew while prompts wait at one, seconds: the clock may be set."""
 _LONGEST_RETRY = 300.0
@@ -439,6 +440,8 @@ class Daemon:
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""
         changed = self._arrived()
+        if self._control.release_pending():
+            self._caps_due = self._now()
         self._gate.look(max(changed.values(), default=0.0))
         self._gate.count(changed, self._is_finished)
         try:
@@ -509,8 +512,8 @@ class Daemon:
         held = self._caps.held()
         self._gate.set_caps(held)
         if held:
-            first = min(refusal.seconds for refusal in held.values())
-            self._caps_due = min(self._caps_due, self._now() + min(first, _LONGEST_CAP))
+            seconds = min(refusal.ends for refusal in held.values()) - self._clock()
+            self._caps_due = min(self._caps_due, self._now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))
 
     # Doing
 

@@ -70,8 +70,8 @@ def compose(
         originals: One table for each file that was dropped, where the document lies beside them.
     """
     claim, sent, head = course.claim, course.sent, course.head
-    document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, "owner": claim.owner or None}
-    document |= {**top, "charged": charged, "attempts": course.attempts, "version": __version__}
+    document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
+    document |= {"owner": claim.owner or None, "charged": charged, "attempts": course.attempts, "version": __version__}
     if sent:
         document |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
         document["request"] = sent.fields

@@ -256,7 +256,8 @@ class Gate:
 
     def set_caps(self, refused: Mapping[str, Refusal]) -> None:
         """Take note of the providers of which prompts wait at a cap, and why."""
-        told = {provider: (refusal.message, refusal.seconds) for provider, refusal in refused.items()}
+        now = self._clock()
+        told = {provider: (refusal.message, max(refusal.ends - now, 0.0)) for provider, refusal in refused.items()}
         begun, ended = self._holds.set_caps(told, self._now())
         if begun or ended:
             self._on_change()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from datetime import UTC, datetime
 
 import pytest
@@ -253,3 +254,142 @@ def test_the_minute_is_counted_across_a_restart(ledger, clock):
     refusal = Budget(ledger, Limits(requests_per_minute=1), clock).reserve("b", asked())
     assert refusal is not None
     assert refusal.seconds == pytest.approx(50)
+
+
+# What is reserved
+
+
+def charge(ledger, job, credits_, *, at=NOON - HOUR, asked_=1, answered="", **fields):
+    """Write what a request was charged, as the daemon does."""
+    fields = {"provider": "flux", **fields}
+    ledger.write(
+        Row(
+            job=job,
+            attempt=1,
+            source=f"{job}.prompt.txt",
+            outcome="made",
+            charged="yes",
+            claimed_at=at,
+            sent_at=at,
+            answered_at=at,
+            credits=credits_,
+            provider=answered or fields["provider"],
+            fields=json.dumps(fields),
+            asked=asked_,
+            got=asked_,
+        )
+    )
+
+
+def reserved(ledger, clock, asked_):
+    return Budget(ledger, Limits(assumed_credits=150), clock).cost(asked_).high
+
+
+def test_four_images_of_the_past_do_not_make_one_image_dear(ledger, clock):
+    charge(ledger, "a", 120, n=4, asked_=4)
+    assert reserved(ledger, clock, asked()) == 30
+    assert reserved(ledger, clock, asked(n=4)) == 120
+    assert Budget(ledger, Limits(credits_per_day=160), clock).reserve("b", asked()) is None
+
+
+def test_a_dear_quality_does_not_make_a_cheap_one_dear(ledger, clock):
+    charge(ledger, "a", 167, provider="openai", quality="high")
+    charge(ledger, "b", 11, provider="openai", quality="low")
+    assert reserved(ledger, clock, asked("openai", quality="low")) == 11
+    assert reserved(ledger, clock, asked("openai", quality="medium")) == 167
+
+
+@pytest.mark.parametrize(("days", "wanted"), [(29, 400), (31, 150)])
+def test_a_high_charge_of_the_past_is_forgotten_after_thirty_days(ledger, clock, days, wanted):
+    charge(ledger, "a", 400, at=NOON - days * 24 * HOUR)
+    assert reserved(ledger, clock, asked()) == wanted
+
+
+def test_a_charge_of_nothing_is_no_price(ledger, clock):
+    charge(ledger, "a", 0)
+    assert reserved(ledger, clock, asked()) == 150
+    charge(ledger, "b", 30)
+    assert reserved(ledger, clock, asked()) == 30
+
+
+def test_a_provider_that_answers_by_another_name_is_known_by_the_one_that_was_asked(ledger, clock):
+    charge(ledger, "a", 134, provider="gemini", answered="google")
+    assert reserved(ledger, clock, asked("gemini")) == 134
+
+
+def test_a_row_whose_request_is_not_known_counts_for_its_provider(ledger, clock):
+    spend(ledger, "a", NOON - HOUR, 90)
+    assert reserved(ledger, clock, asked()) == 90
+
+
+def test_lost_answers_count_what_their_own_requests_may_have_cost(ledger, clock):
+    charge(ledger, "a", 11, provider="openai", quality="low")
+    charge(ledger, "b", None, provider="openai", quality="low", n=2, asked_=2)
+    (spent, _) = Budget(ledger, Limits(credits_per_day=1000), clock).spent()["limits.credits_per_day"]
+    assert spent == 33
+
+
+@pytest.mark.parametrize("cap", ["credits_per_day", "credits_per_month"])
+def test_a_request_that_alone_is_more_than_a_cap_is_refused_and_told_which(ledger, clock, cap):
+    budget = Budget(ledger, Limits(**{cap: 100}, assumed_credits=150), clock)
+    refusal = budget.reserve("a", asked())
+    assert (refusal.kind, f"limits.{cap}" in refusal.message, "limits.assumed_credits" in refusal.message) == (
+        "never",
+        True,
+        True,
+    )
+    assert budget.never(asked()) is not None
+    charge(ledger, "z", 30)
+    assert budget.never(asked()) is None
+    assert budget.never(asked(n=4)) is not None
+
+
+def test_what_is_planned_is_reserved_for_its_job_and_not_counted_twice(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=9), clock)
+    assert [budget.plan(job, asked()) for job in "ab"] == [None, None]
+    assert budget.plan("c", asked()).kind == "soon"
+    assert [budget.reserve(job, asked()) for job in "ab"] == [None, None]
+    assert budget.reserve("c", asked()).kind == "soon"
+    budget.settle("a")
+    assert budget.plan("c", asked()) is None
+
+
+def test_to_plan_is_no_request_of_this_minute(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=1), clock)
+    assert budget.plan("a", asked()) is None
+    assert budget.plan("b", asked()) is None
+    assert budget.reserve("a", asked()) is None
+
+
+def test_to_look_reserves_nothing_and_takes_each_request_alone(ledger, clock):
+    spend(ledger, "a", NOON - HOUR, 40)
+    budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=30), clock)
+    cheap, dear = asked(), asked(n=2)
+    found = budget.look([cheap, dear] * 3)
+    assert set(found) == {dear}
+    assert (found[dear].kind, budget.plan("b", cheap)) == ("cap", None)
+
+
+def test_of_two_caps_the_one_that_lasts_longer_is_told(ledger, clock):
+    clock.now = datetime(2026, 3, 15, 12, tzinfo=UTC).timestamp()
+    spend(ledger, "a", clock.now, 50)
+    refusal = Budget(ledger, Limits(credits_per_day=60, credits_per_month=60), clock).reserve("b", asked())
+    assert "limits.credits_per_month is 60" in refusal.message
+    assert "2026-04-01T00:00Z" in refusal.message
+
+
+def test_a_refusal_names_the_setting_what_is_spent_reserved_and_asked_and_when_it_ends(ledger, clock):
+    spend(ledger, "a", NOON - HOUR, 40)
+    budget = Budget(ledger, Limits(credits_per_day=100), clock)
+    assert budget.reserve("b", asked()) is None
+    spend(ledger, "c", NOON, 25)
+    message = budget.reserve("d", asked()).message
+    assert message.startswith("limits.credits_per_day is 100: 65 are spent, 40 are reserved for what is in flight,")
+    assert "this request may cost 40" in message
+    assert message.endswith("it ends 2026-04-01T00:00Z")
+
+
+def test_one_huge_charge_is_still_a_number_that_a_cap_refuses(ledger, clock):
+    charge(ledger, "a", 1e308, n=1)
+    charge(ledger, "b", 1e308, at=NOON)
+    assert Budget(ledger, Limits(credits_per_day=1e300), clock).reserve("c", asked(n=4)).kind == "never"
