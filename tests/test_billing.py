@@ -115,8 +115,8 @@ def test_the_balance_is_in_status_and_a_metric_with_its_time(tmp_path):
         folders = Folders(tmp_path, server.base_url)
         assert command(folders, "once").returncode == 0
         assert json.loads(command(folders, "status", "--json").stdout)["balance"] is None
-        assert "balance" not in command(folders, "status").stdout
-        assert "balance" not in command(folders, "status", "--prometheus").stdout
+        assert "  balance " not in command(folders, "status").stdout
+        assert "imagewatch_balance" not in command(folders, "status", "--prometheus").stdout
         for stem in "abc":
             folders.prompt(stem, "a cat")
             assert command(folders, "once").returncode == 0
@@ -151,7 +151,7 @@ def test_for_a_charge_that_is_not_known_the_balances_around_it_are_shown(tmp_pat
         ]
         words = "other requests in between: 1, charged 30; difference not explained by them: 30"
         assert words in command(folders, "history").stdout
-        assert words in command(folders, "check", "--balance").stdout
+        assert words in command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9").stdout
 
 
 @pytest.fixture

@@ -224,8 +224,8 @@ def old(path: str) -> str:
         ):
             charged = "yes" if credits_ else "no"
             database.execute(
-                "INSERT INTO attempts VALUES (?, 1, 's', 1, 1, '', '', ?, ?, ?, ?, 'm', ?, 2, 1, 200, '', '', '', '', '',"
-                " 1.0, 2.0, 3.0)",
+                "INSERT INTO attempts VALUES (?, 1, 's', 1, 1, '', '', ?, ?, ?, ?, 'm', ?, 2, 1, 200, "
+                "'', '', '', '', '', 1.0, 2.0, 3.0)",
                 (job, outcome, charged, credits_, provider, asked),
             )
         database.commit()
@@ -263,8 +263,8 @@ def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seco
     with contextlib.closing(sqlite3.connect(old)) as database:
         database.executescript(
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) "
-            "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', '', 1, 1, 200, "
-            "'', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
+            "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', "
+            "'', 1, 1, 200, '', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
         )
     script = "import sys; from imagewatch.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1]).close()"
     with subprocess.Popen([sys.executable, "-c", script, old], stdout=subprocess.PIPE) as process:

@@ -239,7 +239,7 @@ def _problems(value: dict[str, Any]) -> Iterator[str]:
 
 def _wrong_pair(provider: object, model: object) -> Iterator[str]:
     """Yield what is wrong with a model that is known to be another provider's; other names change too often."""
-    if not isinstance(model, str) or provider not in DEFAULT_MODELS:
+    if not isinstance(model, str) or not isinstance(provider, str) or provider not in DEFAULT_MODELS:
         return
     others = [other for other, names in _MODELS.items() if other != provider and names.match(model)]
     if others:
