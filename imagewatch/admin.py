@@ -208,7 +208,9 @@ def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config)
 
 
 @click.command()
-@click.option("--by", type=click.Choice(["day", "month", "provider", "folder"]), help="Sums instead of single jobs.")
+@click.option(
+    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Sums instead of single jobs."
+)
 @click.option(
     "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only of the last days, today included (UTC)."
 )
@@ -395,6 +397,8 @@ def holds(config: Config) -> list[dict[str, Any]]:
 
 
 def _story(page: dict[str, Any]) -> Iterator[str]:
+    from imagewatch.status import kind  # noqa: PLC0415
+
     states = {
         "stopped": "is not running (it was stopped)",
         "died": "is not running (it died; the next start recovers)",
@@ -428,8 +432,7 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
             yield f"             {name}: {reason}"
     for one in page["holds"]:
         until = f", tried again {local_time(one['until'])}" if one["until"] else ""
-        whose = f" ({one['provider']})" if one.get("provider") else ""  # not there in what an older daemon said
-        yield click.style(f"  held       {one['kind']}{whose}: {one['reason']}{until}", fg="red")
+        yield click.style(f"  held       {kind(one)}: {one['reason']}{until}", fg="red")
         yield f"             {one['next']}"
 
 

@@ -130,6 +130,7 @@ class Budget:
         self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, float] = {}
+        self._planned: set[str] = set()  # of these, jobs that have not asked to send anything yet
         self._stranded: list[tuple[float, float]] = []
         window = _MINUTE / min(limits.requests_per_minute or 1, 1)
         self._recent = books.sent_since(clock() - window)
@@ -195,7 +196,15 @@ class Budget:
             refusal = self._over_cap(now, asked, job, memo)
             if refusal is None:
                 self._in_flight[job] = self._cost(asked, now, memo).high
+                self._planned.add(job)
             return refusal
+
+    def unplan(self, job: str) -> None:
+        """End a reservation of ``plan`` if its job has not come to ``reserve``: it may be stuck for long."""
+        with self._lock:
+            if job in self._planned:
+                self._planned.discard(job)
+                self._in_flight.pop(job, None)
 
     def reserve(self, job: str, asked: Asked) -> Refusal | None:
         """Reserve what a request may cost that is about to be sent; ``settle`` ends that.
@@ -212,6 +221,7 @@ class Budget:
             refusal = self._over_rate(now) or self._over_cap(now, asked, job, memo)
             if refusal is None:
                 self._in_flight[job] = self._cost(asked, now, memo).high
+                self._planned.discard(job)
                 self._recent.append(now)
             return refusal
 
@@ -232,6 +242,7 @@ class Budget:
         """End a reservation: the ledger has the row, or nothing was sent."""
         with self._lock:
             self._in_flight.pop(job, None)
+            self._planned.discard(job)
 
     def strand(self, job: str) -> None:
         """Count a reservation as spent now: its job does not go on in this process, so that nobody may wait for it."""

@@ -211,20 +211,16 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
 def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
     """Yield what was found, line by line: the endpoint may take its time."""
     from imagewatch import explain  # noqa: PLC0415
+    from imagewatch.status import kind  # noqa: PLC0415
 
     for line in explain.settings(config, os.environ):
         yield "settings", line
     for line in explain.balance(config, os.environ) if balance else ():
         yield "settings", line
     for hold in admin.holds(config):
-        yield "settings", explain.Line("wait", "queue", f"held ({_kind(hold)}): {hold['reason']}; {hold['next']}")
+        yield "settings", explain.Line("wait", "queue", f"held ({kind(hold)}): {hold['reason']}; {hold['next']}")
     for line in explain.files(config):
         yield "files", line
-
-
-def _kind(hold: dict[str, Any]) -> str:
-    """Return the kind of a hold, and whose prompts it concerns if not all."""
-    return f"{hold['kind']}, {hold['provider']}" if hold.get("provider") else str(hold["kind"])
 
 
 @cli.command()

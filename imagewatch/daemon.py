@@ -600,10 +600,12 @@ class Daemon:
         try:
             outcome = message.future.result()
         except SpoolError as error:
+            self._budget.unplan(message.job)
             self._stuck(message.job, key, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("a bug in imagewatch; please report it", job=message.job)
+            self._budget.unplan(message.job)
             self._park(message.job, key)
             return
         self._gets_on(message.job)

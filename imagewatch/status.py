@@ -241,8 +241,14 @@ def line(page: Mapping[str, Any]) -> str:
         parts.insert(2, f"{len(page['stuck'])} stuck")
     if page["state"] == "stopping":
         parts.insert(0, "finishing what is sent")
-    parts += [f"held ({hold['kind']}): {hold['reason']}" for hold in page["holds"]]
+    parts += [f"held ({kind(hold)}): {hold['reason']}" for hold in page["holds"]]
     return "; ".join(parts)
+
+
+def kind(hold: Mapping[str, Any]) -> str:
+    """Return the kind of a hold, and the provider whose prompts it concerns if not all."""
+    provider = hold.get("provider")  # not there in what an older daemon said
+    return f"{hold['kind']}, {provider}" if provider else str(hold["kind"])
 
 
 def iso(seconds: float | None) -> str | None:

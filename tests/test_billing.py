@@ -203,6 +203,8 @@ def test_the_owner_of_a_prompt_is_in_its_receipt_its_error_file_and_the_ledger(f
     me = getpass.getuser()
     assert {folders.receipt("good")["owner"], folders.error("bad")["owner"], folders.error("invalid")["owner"]} == {me}
     assert {job["owner"] for job in history(folders)} == {me}
+    (told,) = json.loads(command(folders, "history", "--by", "owner", "--json").stdout)
+    assert (told["owner"], told["made"], told["refused"]) == (me, 1, 2)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

@@ -393,3 +393,14 @@ def test_one_huge_charge_is_still_a_number_that_a_cap_refuses(ledger, clock):
     charge(ledger, "a", 1e308, n=1)
     charge(ledger, "b", 1e308, at=NOON)
     assert Budget(ledger, Limits(credits_per_day=1e300), clock).reserve("c", asked(n=4)).kind == "never"
+
+
+def test_a_plan_of_a_job_that_is_stuck_before_it_sends_anything_is_given_up_and_no_other(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
+    for job in "ab":
+        assert budget.plan(job, asked()) is None
+    assert budget.reserve("b", asked()) is None
+    for job in "ab":
+        budget.unplan(job)
+    assert budget.plan("c", asked()) is None
+    assert budget.plan("d", asked()).kind == "soon"
