@@ -303,11 +303,18 @@ sys.exit(Daemon(config, os.environ, clock=clock).run())
 def shifted(tmp_path, folders, run, offset):
     """Start a daemon whose clock is ahead by what a file says; return it and the file."""
     file = tmp_path / "offset"
-    file.write_text(str(offset))
+    set_clock(file, offset)
     folders.environ["OFFSET"] = str(file)
     script = tmp_path / "shifted.py"
     script.write_text(SHIFTED)
     return run(folders, script=str(script)), file
+
+
+def set_clock(file, offset):
+    """Change the clock at once: it must never read half a number."""
+    written = file.with_suffix(".new")
+    written.write_text(str(offset))
+    written.rename(file)
 
 
 def to_midnight():
@@ -330,12 +337,12 @@ def test_a_clock_that_was_set_is_noticed_by_release_and_one_set_back_opens_nothi
     folders.prompt("dog", GEMINI)
     daemon, offset = shifted(tmp_path, folders, run, 0)
     daemon.wait_for("held")
-    offset.write_text(str(-40 * 86_400))
+    set_clock(offset, -40 * 86_400)
     command(folders, "release")
     folders.prompt("cat", "a cat")
     until(lambda: folders.documents().get("cat") == "outbox")
     assert sandbox.report()["requests"] == 2
-    offset.write_text(str(86_400))
+    set_clock(offset, 86_400)
     command(folders, "release")
     until(lambda: folders.documents().get("dog") == "outbox")
 
