@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import os
 import re
@@ -33,7 +34,8 @@ JOB = re.compile("[0-9a-f]{16}")
 _MOST_MARK = 64
 _ITS_OWN = "is the daemon's folder of claimed files"
 _MODE = 0o700
-_HINT = "remove or rename what has this name; the daemon resumes automatically"
+_MOST_LISTED = 4096
+HINT = "remove or rename what has this name; the daemon resumes automatically"
 
 
 class NotOursError(SpoolError):
@@ -205,7 +207,7 @@ class Claims:
         if (mine and mode == _MODE) or not self.keeps_owners():
             return ""
         reason = f"it has the mode {mode:04o}, not 0700" if mine else f"it belongs to another user ({status.st_uid})"
-        return f"{_ITS_OWN}, but {reason}" if is_known or looks_like_claims(folder) else reason
+        return f"{_ITS_OWN}, but {reason}" if is_known or looks_like_claims(folder.fileno()) else reason
 
     def keeps_owners(self) -> bool:
         """Tell whether the file system of the inbox keeps owners and modes, by a file that we make.
@@ -245,7 +247,7 @@ class Claims:
     def _not_ours(self, reason: str) -> NotOursError:
         what = "is not the folder in which the daemon keeps claimed files"
         message = f"{printable(self.path)}: {what} ({reason}), so nothing is claimed"
-        hint = _HINT
+        hint = HINT
         if reason.startswith(_ITS_OWN):
             message = f"{printable(self.path)}: {reason}, so nothing is claimed"
             hint = "do not remove or rename it: give it back to the daemon's user (chown -R) and set its mode to 0700"
@@ -261,13 +263,23 @@ def mark_in(folder: Descriptor) -> str:
         return ""
 
 
-def looks_like_claims(folder: Descriptor) -> bool:
+def looks_like_claims(descriptor: int) -> bool:
     """Tell whether a folder is, or was, one of claimed files, of whatever daemon and under whatever name.
 
     What is in it may have been paid for, so it is not scanned.
     """
+    if _has(descriptor, MARK):
+        return True
+    if not _has(descriptor, "lock"):
+        return False
+    with contextlib.suppress(OSError), os.scandir(descriptor) as entries:  # not all of them: there may be a million
+        return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MOST_LISTED))
+    return False
+
+
+def _has(descriptor: int, name: str) -> bool:
     try:
-        names = os.listdir(folder.fileno())
+        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
     except OSError:
         return False
-    return MARK in names or ("lock" in names and any(map(JOB.fullmatch, names)))
+    return True

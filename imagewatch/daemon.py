@@ -532,7 +532,9 @@ class Daemon:
             if not self._serve(name, claimed.get(name, [])):
                 break
         for later in (later for mine in claimed.values() for later in mine):
-            if later.fresh and self._may_deliver():
+            if self._may_ask():  # nothing new may be claimed, for which these need not wait
+                self._carry_on(later, may_send=True)
+            elif later.fresh and self._may_deliver():
                 self._carry_on(later, may_send=False)
 
     def _serve(self, name: str, claimed: list[Later]) -> bool:
@@ -562,7 +564,7 @@ class Daemon:
         """Tell whether another prompt may be claimed."""
         if not self._is_counted:
             self._count()
-        return self._intake.any() and self._may_ask() and self._gate.room()
+        return self._intake.any() and self._intake.may_take() and self._may_ask() and self._gate.room()
 
     def _start(self, job: str, candidate: Candidate) -> None:
         claim = candidate.claim(job, self._clock())

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch import afford
 from imagewatch.balances import with_balances
+from imagewatch.claims import HINT
 from imagewatch.durable import FULL, Disk, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.folders import Tops
@@ -130,13 +131,12 @@ def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
     with ours(path, "look at the folder"):
         status = os.lstat(path)
         daemon = os.stat(config.folders.state).st_uid if os.path.isdir(config.folders.state) else os.geteuid()
-        hint = "remove or rename it; the daemon makes its own"
         if not stat.S_ISDIR(status.st_mode):
-            yield Line("bad", "claims", f"{printable(path)}: is not a folder ({hint})")
+            yield Line("bad", "claims", f"{printable(path)}: is not a folder ({HINT})")
         elif status.st_uid != daemon or stat.S_IMODE(status.st_mode) & 0o777 != stat.S_IRWXU:
             why = f"user number {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
             yield Line(
-                "bad", "claims", f"{printable(path)}: is not the daemon's folder of claimed files: {why} ({hint})"
+                "bad", "claims", f"{printable(path)}: is not the daemon's folder of claimed files: {why} ({HINT})"
             )
 
 

@@ -44,9 +44,9 @@ _LONGEST_SLICE_SECONDS = 0.25
 _TURN_SECONDS = 0.01
 """For how long the folders of one first-level folder are scanned before it is the turn of the next one."""
 _MOST_BEGUN = 8
-"""How many scans are under way: each needs descriptors, and memory for what it has found."""
+"""How many scans are under way: each needs descriptors, and memory for what it has found. One more of each owner."""
 _COMPLETE_SECONDS = 10.0
-"""For how long it is waited until every folder was scanned once."""
+"""For how long it is waited until every folder was scanned once, or nothing waits to be scanned."""
 _LOST_SECONDS = 1.0
 """How soon everything is scanned again after events were lost, at the earliest."""
 _LONG_SECONDS = 0.05
@@ -108,6 +108,7 @@ class Intake:
         self._kind = ""
         self._allowance = Allowance(monotonic())
         self._spent = self._rested = self._round_at = self._round_took = self._seen_at = self._began = 0.0
+        self._idle_at = monotonic()  # when no folder waited to be scanned last
         self._running: dict[str, tuple[str, Generator[None]]] = {}
         self._passed: set[Key] = set()
         self._asked: set[str] = set()  # folders that are to be scanned before all is known
@@ -145,7 +146,7 @@ class Intake:
         self._schedule = Schedule(self._sweep.order.owner)
         self._round_at, self.is_complete = 0.0, False
         self._complete_at = self._now() + _COMPLETE_SECONDS
-        self._asked.clear()
+        self._asked = {""}
         self._waits.clear()
         self._watching.configure(config.watch)
 
@@ -178,6 +179,7 @@ class Intake:
 
     def soon(self, key: Key | None = None) -> None:
         """See to it that the folder of a stem is scanned soon; without one, every folder."""
+        self._moment()
         if key is None:
             self._round_at = min(self._round_at, self._now())
         else:
@@ -243,7 +245,7 @@ class Intake:
         start = cost()
         while (now := self._moment()) < until and self._allowance.may_go_on(cost() - start):
             began, more = cost(), False
-            name = next(iter(self._running)) if len(self._running) >= _MOST_BEGUN else self._schedule.turn()
+            name = self._whose_turn()
             if name is None:
                 return
             try:
@@ -254,6 +256,16 @@ class Intake:
                 self._spent += took
                 self._schedule.charge(name, took, more=more)
                 self._follow()
+
+    def _whose_turn(self) -> str | None:
+        """Return the first-level folder that is scanned now: if many scans are under way, one of those goes on.
+
+        Not of an owner of whom none is under way: the others may have begun all of them, each of very many files.
+        """
+        name, owner = self._schedule.turn(), self._sweep.order.owner
+        if name is None or name in self._running or len(self._running) < _MOST_BEGUN:
+            return name
+        return next(iter(self._running)) if owner(name) in map(owner, self._running) else name
 
     def _turn(self, name: str, until: float) -> bool:
         """Go on with the scan of a first-level folder, or begin another one; tell whether it is not at its end."""
@@ -280,9 +292,11 @@ class Intake:
     def _scanned(self, folder: Folder) -> None:
         self._asked.discard(folder.path)
         self._waits.discard(folder.path)
-        if folder.found and folder.found.due is not None:
+        # What was judged in the pieces of the scan before the last one is to be waited for, too.
+        dues = [found.due for found in (folder.found, folder.judged) if found and found.due is not None]
+        if dues:
             self._waits.add(folder.path)
-            self._schedule.later(folder.path, folder.found.due)
+            self._schedule.later(folder.path, min(dues))
         if folder.path and not folder.is_entered:
             self._watching.forget(self._sweep.folders.full(folder.path))
             if folder.is_gone:  # which the folder shows that it was in
@@ -296,7 +310,9 @@ class Intake:
         folders, order = self._sweep.folders, self._sweep.order
         for path in folders.gone:
             self._forget(path)
-        self._schedule.soon_all(path for path in folders.fresh if folders.get(path))
+        fresh = [path for path in folders.fresh if folders.get(path)]
+        self._asked.update(fresh)
+        self._schedule.soon_all(fresh)
         folders.gone, folders.fresh = [], []
         for path, at in self._sweep.dues.items():
             self._waits.add(path)
@@ -310,7 +326,7 @@ class Intake:
 
     def _forget(self, path: str) -> None:
         name = first_level(path)
-        if name in self._running and self._running[name][0] == path:
+        if name in self._running and path in {name, self._running[name][0]}:
             self._running.pop(name)[1].close()
         self._asked.discard(path)
         self._waits.discard(path)
@@ -344,6 +360,8 @@ class Intake:
     def _moment(self) -> float:
         """Tell the scans what time it is."""
         self._sweep.moment.now, self._sweep.moment.wall = self._now(), self._clock()
+        if not self.is_at_work():
+            self._idle_at = self._sweep.moment.now
         return self._sweep.moment.now
 
     def _opened(self, folder: Folder, descriptor: int) -> None:
@@ -410,15 +428,21 @@ class Intake:
 
     def any(self) -> bool:
         """Tell whether there is something to be taken, as far as is known."""
-        return self._may_take() and len(self._sweep.order) > 0
+        return len(self._sweep.order) > 0
 
     def is_ready(self, name: str) -> bool:
         """Tell whether a prompt of a first-level folder may be claimed, when it is its turn."""
         return self._sweep.order.is_ready(name)
 
-    def _may_take(self) -> bool:
-        """Tell whether all prompts are known that came at once, if they are to be counted first."""
-        return self.is_complete or not self._counts_first
+    def may_take(self) -> bool:
+        """Tell whether all prompts are known that came at once, if they are to be counted first.
+
+        Not known are those in folders that wait to be scanned; but somebody may see to it that there always are some.
+        """
+        if not self._counts_first:
+            return True
+        is_known = not self.is_at_work() or self._now() >= self._idle_at + _COMPLETE_SECONDS
+        return self.is_complete and is_known
 
     def count(self) -> int:
         """Return how many prompts wait for nothing but a worker."""
@@ -443,7 +467,7 @@ class Intake:
             admits: Tells whether a prompt fits below the caps; one that does not is set aside.
         """
         now = self._moment()
-        candidate = self._take(name, taken, admits, now) if self._may_take() else None
+        candidate = self._take(name, taken, admits, now) if self.may_take() else None
         self._follow()
         return candidate
 

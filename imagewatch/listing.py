@@ -11,13 +11,12 @@ into it.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import os
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from imagewatch.claims import JOB, MARK
+from imagewatch.claims import MARK, looks_like_claims
 from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.folders import Tops
@@ -45,6 +44,7 @@ _MOST_FOLDERS = 50_000
 _LONGEST_PATH = 3800
 """Results of what is in a folder with a longer path below the inbox could not be published."""
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
+_LIKE_CLAIMS = f"it looks like a folder of claimed files; if it is not, remove {MARK} or lock from it"
 
 
 class Unsettled:
@@ -459,16 +459,15 @@ class Folders:
         """
         full = self.full(folder.path)
         with self._opened(folder.path) as descriptor:
-            status = os.fstat(descriptor)
-            if folder.is_other(status):
-                folder.place, folder.is_local = self._place(descriptor, full)
-                folder.was_claims = bool(folder.path) and _is_like_claims(descriptor)
-                folder.distrust()
+            with ours(full, "look at the folder"):
+                status = os.fstat(descriptor)
+                self._meet(folder, status, descriptor)
             folder.owner = status.st_uid
             folder.is_gone, is_here = False, folder.place == self.add("").place
-            if not is_here:
-                visitor.found.ignored.add(folder.path, _OTHER_PLACE)
-            if not is_here or folder.was_claims or self._is_claims(status):
+            is_claims = self._is_claims(status)
+            if not is_here or folder.was_claims or is_claims:
+                if not is_claims:
+                    visitor.found.ignored.add(folder.path, _LIKE_CLAIMS if is_here else _OTHER_PLACE)
                 self.leave(folder)
                 return
             folder.is_entered = True
@@ -490,6 +489,15 @@ class Folders:
                 raise
             finally:
                 folder.is_scanned = False
+
+    def _meet(self, folder: Folder, status: os.stat_result, descriptor: int) -> None:
+        """Look at what a folder is, if another one has its name now."""
+        is_other = folder.is_other(status)
+        if is_other:
+            folder.place, folder.is_local = self._place(descriptor, self.full(folder.path))
+            folder.distrust()
+        if is_other or folder.was_claims:  # what makes it look so can be removed
+            folder.was_claims = bool(folder.path) and looks_like_claims(descriptor)
 
     def _is_claims(self, status: os.stat_result) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""
@@ -653,24 +661,6 @@ class Folders:
         folder.beside = beside
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None
-
-
-def _is_like_claims(descriptor: int) -> bool:
-    """Tell whether a folder looks like one of claimed files, of this daemon or another."""
-    if _has(descriptor, MARK):
-        return True
-    if not _has(descriptor, "lock"):
-        return False
-    with os.scandir(descriptor) as entries:  # not all of them: there may be a million
-        return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MANY))
-
-
-def _has(descriptor: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-    except OSError:
-        return False
-    return True
 
 
 def _near_miss(name: str) -> str:

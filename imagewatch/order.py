@@ -147,6 +147,8 @@ class Order:
             for _, key, _ in [entry for entry in group.ready if entry[1][0] == path]:
                 group.discard(key)
             self._joins(name, group)
+        if path == name:
+            self.turns.forget(name)
 
     # What may be claimed
 
@@ -222,6 +224,7 @@ class Order:
         self.turns.leave(name)
         if group and not group.folders:
             del self._groups[name]
+            self.wanting.discard(name)
 
     def owner(self, name: str) -> int:
         """Return the number of the user to whom a first-level folder belongs."""

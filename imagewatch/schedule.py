@@ -114,15 +114,18 @@ class Schedule:
                 heapq.heapify(self._later)
 
     def forget(self, path: str) -> None:
-        """Forget a folder that is not there any more."""
+        """Forget a folder that is not there any more.
+
+        The first-level folder that it was in keeps its turn: something that was begun for it may have to go on.
+        """
         self._at.pop(path, None)
         name = first_level(path)
         if name == path:
             self._seconds.pop(name, None)
-        if (waiting := self._waiting.get(name)) is not None:
+            self._waiting.pop(name, None)
+            self._turns.forget(name)
+        elif waiting := self._waiting.get(name):
             waiting.pop(path, None)
-            if not waiting:
-                self._leave(name)
 
     def _leave(self, name: str) -> None:
         self._waiting.pop(name, None)

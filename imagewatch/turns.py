@@ -21,12 +21,13 @@ MOST = 8
 class _Line(Generic[_Name]):
     """Names that wait, first the one that will have had least; of equal ones the one that joined first."""
 
-    __slots__ = ("_count", "_had", "_heap", "_now", "_waiting")
+    __slots__ = ("_count", "_had", "_heap", "_now", "_room", "_waiting")
 
     def __init__(self) -> None:
         self._waiting: dict[_Name, tuple[float, float]] = {}  # how much each will have had, and had when it joined
         self._heap: list[tuple[float, int, _Name]] = []  # the former in order, and names that left
         self._had: dict[_Name, float] = {}
+        self._room = MOST  # so many are remembered before those are forgotten that have no more than who joins anew
         self._now = 0.0
         self._count = 0
 
@@ -62,8 +63,13 @@ class _Line(Generic[_Name]):
         self.leave(name)
         self._now = max(self._now, had)
         self._had[name] = had + amount
-        if len(self._had) > 2 * len(self._waiting) + MOST:
+        if len(self._had) > self._room:
             self._had = {other: had for other, had in self._had.items() if had > self._now}
+            self._room = 2 * max(len(self._had), len(self._waiting)) + MOST
+
+    def forget(self, name: _Name) -> None:
+        """Forget how much a name had."""
+        self._had.pop(name, None)
 
     def _waits(self, entry: tuple[float, int, _Name]) -> bool:
         waiting = self._waiting.get(entry[2])
@@ -111,6 +117,12 @@ class Turns(Generic[_Name]):
         """Let a folder wait no longer."""
         if name in self._owner:
             self._left(name, self._owner.pop(name))
+
+    def forget(self, name: _Name) -> None:
+        """Let a folder that is gone wait no longer, and forget what it had."""
+        self.leave(name)
+        for line in self._lines.values():
+            line.forget(name)
 
     def first(self) -> _Name | None:
         """Return the folder whose turn it is, or None if none waits."""

@@ -13,7 +13,7 @@ import errno
 import os
 import threading
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ class Change:
 
 
 class Hints:
-    """Changes that nobody has taken note of yet; only the last one of each name.
+    """Changes that nobody has taken note of yet; only the last one of each name, and whether it is a new folder.
 
     The names of each folder are bounded, so that a storm of changes in one folder hides none in another.
 
@@ -78,6 +78,8 @@ class Hints:
                 if len(names) >= (_MOST_OF_FOLDER if self._count < _MOST else _FEW):
                     change = Change(change.folder)
                 self._count += change.name not in names
+            elif names[change.name].is_folder:  # which has come, and got a mode or a date then
+                change = replace(change, is_folder=True)
             names[change.name] = change
         self._rings()
 
@@ -88,8 +90,10 @@ class Hints:
 
     def has_lost(self) -> bool:
         """Tell whether changes were lost since this was asked before."""
-        has_lost, self._has_lost = self._has_lost, False
-        return has_lost
+        if not self._has_lost:
+            return False  # it is not set here: the watcher's thread may be just about to set it
+        self._has_lost = False
+        return True
 
     def _rings(self) -> None:
         with self._lock:
@@ -110,7 +114,7 @@ class Hints:
                 if len(taken) >= _MANY:
                     break
             self._count -= len(taken)
-            rings = self._has_rung = bool(self._folders)
+            rings = self._has_rung = bool(self._folders) or self._has_lost
         if rings:
             self._ring()
         return taken

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -22,7 +24,6 @@ from imagewatch.outcome import End
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from imagewatch.sandbox import Sandbox
 
@@ -120,6 +121,55 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
     assert station.leftovers() == []
     (outcome,) = station.work()
     assert (outcome.door, inputs(sandbox)) == ("outbox", [after.count(".png")])
+
+
+@pytest.mark.parametrize("victim", ["mug.prompt.txt", "logo.png"])
+@pytest.mark.parametrize("how", ["another file", "the same file, changed", "another file of the same size and time"])
+def test_a_file_that_is_another_one_when_it_is_claimed_goes_back_unsent(
+    station: Station, sandbox: Sandbox, victim: str, how: str
+) -> None:
+    station.drop("logo.png", PICTURE)
+    station.prompt("mug", NAMES_LOGO)
+    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    path = station.inbox / victim
+    before, content = path.stat(), path.read_bytes()
+    if how == "the same file, changed":
+        path.write_bytes(content + b"\n")
+    else:
+        other = station.inbox / ".other"
+        other.write_bytes(content if "same" in how else content + b"\n")
+        if "same" in how:
+            os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.rename(path)
+    dropped = {one.name: one.read_bytes() for one in station.inbox.iterdir() if one.is_file()}
+    outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
+    assert (outcome.end, sandbox.report()["requests"]) == (End.RETURNED, 0)
+    assert {one.name: one.read_bytes() for one in station.inbox.iterdir() if one.is_file()} == dropped
+    assert station.leftovers() == []
+    (outcome,) = station.work()
+    assert (outcome.door, inputs(sandbox)) == ("outbox", [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "door"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
+)
+def test_a_file_that_somebody_puts_beside_what_is_claimed_is_neither_moved_nor_removed(
+    station: Station, sandbox: Sandbox, text: str, door: str
+) -> None:
+    station.prompt("mug", text)
+    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    job = station.spool.new_job()
+    beside = Path(station.spool.claim_folder(job), "evil.sh")
+    sandbox.hold()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(station.worker.start, candidate.claim(job, time.time()))
+        until(lambda: sandbox.report()["requests"])
+        beside.write_text("echo pwned")
+        sandbox.release()
+        outcome = working.result()
+    assert (outcome.end, outcome.door) == (End.OVER, door)
+    assert beside.read_text() == "echo pwned"
+    assert [path for path in station.root.rglob("evil*") if path != beside] == []
 
 
 def test_accents_composed_in_another_way_are_the_same_image(station: Station, sandbox: Sandbox) -> None:

@@ -49,6 +49,14 @@ def test_of_each_name_the_last_change_counts():
     assert all_of(hints) == [Change("/inbox", "a.prompt.txt"), Change("/inbox", "b.prompt.txt", renamed=True)]
 
 
+def test_a_folder_that_has_come_is_still_known_for_one_when_its_mode_is_changed():
+    hints = Hints(lambda: None)
+    hints.add(Change("/inbox", "new", is_folder=True))
+    hints.add(Change("/inbox", "new"))
+    hints.add(Change("/inbox", "other"))
+    assert all_of(hints) == [Change("/inbox", "new", is_folder=True), Change("/inbox", "other")]
+
+
 def test_it_rings_once_until_everything_was_taken():
     rings: list[int] = []
     hints = Hints(lambda: rings.append(1))
@@ -71,3 +79,14 @@ def test_changes_that_were_lost_are_told_of_once():
     for _ in range(3000):  # one for each folder that is watched
         hints.lose()
     assert (len(rings), hints.has_lost(), hints.has_lost()) == (1, True, False)
+
+
+def test_that_changes_were_lost_just_before_the_others_are_taken_is_told_of_again():
+    rings: list[int] = []
+    hints = Hints(lambda: rings.append(1))
+    hints.add(Change("/inbox", "cat.prompt.txt"))
+    assert not hints.has_lost()
+    hints.lose()
+    hints.take()
+    assert len(rings) == 2
+    assert hints.has_lost()

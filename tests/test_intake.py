@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -132,6 +134,28 @@ def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_
     while not looking.intake.is_ready("colleague"):
         looking.look()
     assert looking.take().source == "colleague/cat.prompt.txt"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(looking):
+    for number in range(9):
+        looking.write(f"m{number}", *names(400, "txt"))
+        os.chown(looking.inbox / f"m{number}", 61235, 61235)
+    looking.write("colleague")
+    looking.look_through()
+    looking.clock.step = 0.005
+    for number in range(9):
+        looking.write(f"m{number}", "one-more.txt")
+        looking.intake.soon((f"m{number}", ""))
+    looks = 0
+    while len(looking.intake._running) < 8:
+        looking.look()
+        looks += 1
+        assert looks < 100
+    looking.write("colleague", "cat.prompt.txt")
+    looking.intake.soon(("colleague", ""))
+    looking.look()
+    assert looking.intake.is_ready("colleague")
 
 
 def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
@@ -281,11 +305,76 @@ def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_p
     looking.write("b", *names(2500))
     looking.look()
     assert not looking.intake.is_complete
-    assert not looking.intake.any()
+    assert looking.intake.any()
     assert looking.intake.next("a", ()) is None
     looking.look_through()
-    assert looking.intake.any()
+    assert looking.intake.may_take()
     assert len(looking.intake.arrived()) > 5
+
+
+def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_before_any_of_it_is_taken(tmp_path):
+    looking = Looking(tmp_path, limits__burst="5")
+    looking.look_through()
+    looking.clock.step = 0.005
+    looking.write("a", *names(3))
+    looking.write("b", *names(2500))
+    looking.intake.soon()
+    while not looking.intake.is_ready("a"):
+        looking.look()
+    assert looking.intake.is_at_work()
+    assert looking.intake.next("a", ()) is None
+    looking.look_through()
+    assert looking.intake.may_take()
+    assert len(looking.intake.arrived()) > 5
+
+
+def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_path):
+    looking = Looking(tmp_path, limits__burst="5")
+    looking.look_through()
+    looking.clock.step = 0.01
+    looking.write("a", "cat.prompt.txt")
+    began = looking.clock.now
+    while (candidate := looking.intake.next("a", ())) is None:
+        looking.intake.soon(("mallory", "") if looking.clock.now > began + 1 else None)
+        looking.write("mallory", *names(50, "txt"))
+        looking.look()
+        assert looking.clock.now < began + 20
+    assert candidate.source == "a/cat.prompt.txt"
+
+
+# What goes on while other things come and go
+
+
+def test_a_scan_goes_on_though_a_folder_is_removed_meanwhile(looking):
+    looking.write("a/x", "note.txt")
+    looking.look_through()
+    shutil.rmtree(looking.inbox / "a/x")
+    looking.write("a", *names(600), text="")
+    looking.clock.step = 0.005
+    looking.intake.soon()
+    began = looking.clock.now
+    looking.look()
+    assert looking.intake.is_at_work()
+    while looking.intake.is_at_work():
+        looking.look()
+        assert looking.clock.now < began + 4, "what was begun goes on only when everything is scanned again"
+    looking.look()
+    assert looking.intake.seen.waiting.total == 600
+
+
+def test_a_prompt_that_waits_for_images_is_waited_for_however_many_others_there_are(looking):
+    looking.write("a", "a.prompt.txt", text='+++\ninput_images = ["missing.png"]\n+++\nA lighthouse')
+    looking.write("a", *names(300))
+    looking.clock.step = 0.003
+    assert looking.take_all() == [*(f"a/{name}" for name in names(300)), "a/a.prompt.txt"]
+
+
+def test_not_everything_is_known_before_each_folder_was_scanned_however_long_that_takes(looking):
+    looking.write("", *names(300, "txt"))
+    for number in range(10):
+        looking.write(f"{number}/inner", "cat.prompt.txt")
+    looking.clock.step = 0.1
+    assert len(looking.take_all()) == 10
 
 
 # Naming

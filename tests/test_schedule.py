@@ -92,6 +92,28 @@ def test_a_folder_that_is_gone_is_forgotten(schedule):
     assert (everything(schedule), schedule.due) == ([], math.inf)
 
 
+@pytest.mark.parametrize("others", [[], ["mallory/gone"]])
+def test_what_is_begun_goes_on_though_a_folder_beside_it_is_gone(schedule, others):
+    schedule.soon_all(["mallory", *others])
+    schedule.take("mallory")
+    schedule.charge("mallory", 0.01, more=True)
+    schedule.forget("mallory/gone")
+    assert schedule.turn() == "mallory"
+
+
+def test_folders_that_come_and_go_without_end_leave_nothing_behind_in_the_schedule(schedule):
+    for number in range(1000):
+        schedule.soon_all([f"d{number}", f"d{number + 1}"])
+        name = schedule.turn()
+        schedule.take(name)
+        schedule.charge(name, 0.01, more=False)
+        schedule.ahead(name)
+        schedule.forget(name)
+    assert schedule.turn() == "d1000"
+    assert len(schedule) == len(schedule._waiting) == len(schedule._turns) == 1
+    assert len(schedule._seconds) <= 1
+
+
 def test_a_storm_of_wishes_takes_no_memory(schedule):
     for number in range(10_000):
         schedule.later(f"m{number % 10}", 1e9 - number)

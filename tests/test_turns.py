@@ -85,8 +85,43 @@ def test_time_is_shared_whatever_one_turn_takes():
     assert got["short"] / got["long"] == pytest.approx(10, rel=0.05)
 
 
+def test_that_very_many_folders_had_their_turn_is_not_gone_through_at_each_turn():
+    class Seen(float):
+        """An amount that counts how often it is compared."""
+
+        compared = 0
+
+        def __add__(self, other: float) -> Seen:
+            return Seen(float(self) + other)
+
+        __radd__ = __add__
+
+        def __gt__(self, other: float) -> bool:
+            Seen.compared += 1
+            return float(self) > other
+
+    count = 3000
+    turns = waiting(dict.fromkeys(map(str, range(count)), 1))
+    for _ in range(count):
+        turns.charge(turns.first(), Seen(1.0))
+    assert Seen.compared < 20 * count
+
+
+def test_folders_that_come_and_go_without_end_leave_nothing_behind():
+    turns = waiting({"always": 1})
+    for number in range(2000):
+        turns.join(f"d{number}", 1)
+        turns.join(f"d{number + 1}", 1)
+        name = turns.first()
+        turns.charge(name)
+        turns.forget(name)
+    assert len(turns._lines[1]._had) < 50
+    assert "d1" not in turns
+
+
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["join", "leave", "turn"]), st.sampled_from("abcdefgh"), st.floats(0, 5)), max_size=150
+    st.tuples(st.sampled_from(["join", "leave", "forget", "turn"]), st.sampled_from("abcdefgh"), st.floats(0, 5)),
+    max_size=150,
 )
 
 
@@ -101,6 +136,9 @@ def test_whoever_waits_gets_a_turn_and_nobody_else_does(steps):
             wait.add(name)
         elif what == "leave":
             turns.leave(name)
+            wait.discard(name)
+        elif what == "forget":
+            turns.forget(name)
             wait.discard(name)
         else:
             first = turns.first()

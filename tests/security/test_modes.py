@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 import pytest
 from conftest import Station
@@ -138,6 +138,13 @@ class Watching(SteppingDisk):
         for file in walk(self._folder):
             if mode(file) & 0o077 and MARK.encode() in file.read_bytes():
                 self.seen.add(f"before {what} {os.path.basename(path)}: {file.name} {mode(file):04o}")
+
+    def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
+        file = super().create(path, mode)
+        bits = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+        if bits & 0o077:  # what is written into it can be read at once
+            self.seen.add(f"created {os.path.basename(path)}: {bits:04o}")
+        return file
 
 
 @pytest.mark.parametrize("text", ["a cat", "a cat [sandbox: 400]"], ids=["archive", "errors"])

@@ -108,6 +108,24 @@ def test_a_folder_of_claims_that_the_daemon_may_not_even_open_does_not_keep_it_f
     world.held_for(CLAIMS)
 
 
+@pytest.mark.parametrize("names", [[".imagewatch-claims"], ["lock", "0123456789abcdef"]], ids=["mark", "lock"])
+def test_a_folder_that_somebody_makes_look_like_claims_is_named_and_scanned_when_it_no_longer_does(
+    world: World, names: list[str]
+) -> None:
+    (world.inbox / "sub").mkdir()
+    give(world.inbox / "sub", 0o2777)
+    for name in names:
+        world.attacker.write(world.inbox / "sub" / name, "")
+    world.honest.drop(world.inbox / "sub/cat.prompt.txt", "an honest wish")
+    world.start()
+    world.wait(lambda: "sub" in world.status()["ignored"]["files"], "the folder among what is ignored")
+    assert "sub: it looks like a folder of claimed files" in world.command("status").stdout
+    assert "it looks like a folder of claimed files" in world.command("check").stdout
+    assert world.requests() == 0
+    world.attacker.unlink(world.inbox / "sub" / names[0])
+    world.wait(lambda: world.door("sub/cat.prompt.txt") == "outbox", "the prompt")
+
+
 def test_submit_of_a_prompt_in_a_strangers_folder_follows_no_link_of_theirs(world: World) -> None:
     strange = world.inbox.parent.parent / "strange"
     strange.mkdir()
