@@ -228,7 +228,9 @@ def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config)
 
 
 @click.command()
-@click.option("--by", type=click.Choice(["day", "month", "provider", "folder"]), help="Sums instead of single jobs.")
+@click.option(
+    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Sums instead of single jobs."
+)
 @click.option(
     "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only of the last days, today included (UTC)."
 )
@@ -248,6 +250,7 @@ def history(
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
     from imagewatch import history as told  # noqa: PLC0415
+    from imagewatch.balances import with_balances  # noqa: PLC0415
     from imagewatch.budget import day_and_month  # noqa: PLC0415
 
     config = load(path)
@@ -256,7 +259,7 @@ def history(
     whole = by or as_json or as_csv or days
     newest = limit or None if limit is not None or whole else 20
     with _ledger(config) as ledger:
-        jobs = ledger.jobs(since, newest)
+        jobs = [with_balances(job, ledger) for job in ledger.jobs(since, newest)]
         totals = ledger.totals(since)
     if by:
         _show_sums(told.sums(jobs, by), by, as_json=as_json, as_csv=as_csv)
@@ -302,7 +305,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
         ("time", "outcome", "credits", "provider", "images", "prompt"),
         rows,
         colours=[_COLOURS.get(outcome) for outcome in outcomes],
-        notes=[printable(job["message"], 200) for job in jobs],
+        notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
     )
     made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
     click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits.")
@@ -319,10 +322,12 @@ def estimate(path: str | None, *, as_json: bool) -> None:
 
     The endpoint publishes no prices: this is what requests like them were charged here before.
     """
+    from imagewatch import afford  # noqa: PLC0415
     from imagewatch import estimate as guess  # noqa: PLC0415
 
     config = load(path)
-    found = list(guess.inbox(config, _prices(config)))
+    with afford.budget_of(config) as budget:
+        found = list(guess.inbox(config, budget))
     if as_json:
         click.echo(json.dumps([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
         return
@@ -339,20 +344,12 @@ def estimate(path: str | None, *, as_json: bool) -> None:
     click.echo(f"\nIn all: {_span(low, high)} credits" + (f", and {unknown} of unknown price." if unknown else "."))
 
 
-def _prices(config: Config) -> list[tuple[dict[str, Any], float]]:
-    """Return what was charged; nothing before anything was made."""
-    state = config.folders.state
-    if not os.path.exists(_ledger_path(config)) and (not os.path.exists(state) or os.access(state, os.X_OK)):
-        return []
-    with _ledger(config) as ledger:
-        return ledger.prices()
-
-
 def _price(one: Estimate) -> str:
     if one.problem:
         return f"none: it will be refused ({printable(one.problem, 100)})"
     if one.usual is None or one.low is None or one.high is None:
-        return "unknown: none like it was made yet"
+        reserved = f"; a cap reserves {amount(one.reserve)}" if one.reserve is not None else ""
+        return f"unknown: none like it was charged in the last 30 days{reserved}"
     return f"{_span(one.low, one.high)}, usually {amount(one.usual)} ({one.seen} made)"
 
 
@@ -420,6 +417,8 @@ def holds(config: Config) -> list[dict[str, Any]]:
 
 
 def _story(page: dict[str, Any]) -> Iterator[str]:
+    from imagewatch.status import kind  # noqa: PLC0415
+
     states = {
         "stopped": "is not running (it was stopped)",
         "died": "is not running (it died; the next start recovers)",
@@ -445,13 +444,15 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
             f"  {label:<10} {one['made']} made, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
+    if balance := page.get("balance"):  # not there in what an older daemon said
+        yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"
         for name, reason in page["ignored"]["files"].items():
             yield f"             {name}: {reason}"
     for one in page["holds"]:
         until = f", tried again {local_time(one['until'])}" if one["until"] else ""
-        yield click.style(f"  held       {one['kind']}: {one['reason']}{until}", fg="red")
+        yield click.style(f"  held       {kind(one)}: {one['reason']}{until}", fg="red")
         yield f"             {one['next']}"
 
 

@@ -1,12 +1,13 @@
 """What may be spent: caps in credits for a day and a month, and requests a minute.
 
 Counted from the ledger, so that a restart changes nothing, plus what is in flight. A request is let through only
-if what was spent, what is in flight and what it may cost itself stay within the cap. What it may cost is the highest
-of the provider's recent charges, or ``assumed_credits`` where there are none: a cost nobody knows is never zero. So a
-cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
+if what was spent, what is in flight and what it may cost itself stay within the cap. What it may cost is what the most
+expensive request like it cost lately (``prices``), or ``assumed_credits`` where there is none: a cost nobody knows is
+never zero. So a cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
 
-A request that fits, but for what those in flight may cost, is told to come again soon: when they have come in there may
-be room.
+A request is refused in one of three ways. It may cost more than a whole cap, so that no waiting helps. It does not fit
+beside what was spent, and waits until the day or the month is over. Or it does not fit beside what those in flight may
+cost, and waits until some of them have come in. Each is about this request: a cheaper one may still fit.
 
 A day and a month are those of UTC, by this machine's clock; what the ledger dates later than now counts, too. So a
 clock that is set back opens no new day, and what was spent while it was wrong ahead counts until that time has come.
@@ -17,47 +18,58 @@ from __future__ import annotations
 import bisect
 import contextlib
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, get_args
 
-from imagewatch.errors import SpoolError
+from imagewatch.errors import Problem, SpoolError
+from imagewatch.fields import Provider
+from imagewatch.prices import SECONDS, Asked, Expected, expected
 from imagewatch.text import amount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from imagewatch.config import Limits
 
+CAPS = ("limits.credits_per_day", "limits.credits_per_month")
+"""The settings that are caps on credits."""
 _MINUTE = 60.0
 _SOON = 2.0
-"""When a request is to come again that would fit if those in flight cost less than is set aside, seconds."""
-
-
-@dataclass(frozen=True)
-class Spending:
-    """What the ledger says of a time.
-
-    Attributes:
-        credits: Charged and known.
-        unpriced: For each provider, how many requests were or may have been charged without a price.
-    """
-
-    credits: float
-    unpriced: dict[str, int]
+"""When a request is to come again that would fit if those in flight cost less than is reserved, seconds."""
 
 
 class Books(Protocol):
     """What is asked of the ledger."""
 
-    def spending(self, since: float) -> Spending:
-        """Return what was spent since a time, seconds since the epoch."""
+    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
+        """Return what was spent since a time, seconds since the epoch.
 
-    def highest_charge(self, provider: str) -> float | None:
-        """Return the highest of a provider's recent charges, or None without any."""
+        Returns:
+            Known credits; and of requests with an unknown amount provider, kind of price and number of images.
+        """
+
+    def charges(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
+        """Return what requests to a provider were charged for an image since a time, by the kind of their price."""
 
     def sent_since(self, since: float) -> list[float]:
         """Return the times of the attempts since a time, oldest first."""
+
+
+class NoBooks:
+    """The ledger of a daemon that has never run."""
+
+    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:  # noqa: ARG002
+        """Return that nothing was spent."""
+        return 0.0, []
+
+    def charges(self, provider: str, since: float) -> dict[str, list[float]]:  # noqa: ARG002
+        """Return that nothing was charged."""
+        return {}
+
+    def sent_since(self, since: float) -> list[float]:  # noqa: ARG002
+        """Return that nothing was sent."""
+        return []
 
 
 @dataclass(frozen=True)
@@ -65,14 +77,26 @@ class Refusal:
     """Why a request may not be sent now.
 
     Attributes:
-        kind: ``cap``, or ``rate`` if it may soon.
-        message: In words, with the rule.
+        kind: ``never``: it may cost more than a whole cap; ``cap``: it does not fit beside what was spent; ``soon``: it
+            does not fit beside what those in flight may cost; ``rate``: too many requests in a minute, which concerns
+            every request.
+        message: In words, with the setting.
         seconds: Until it may be, or is to be asked for again.
+        ends: For ``cap``, when the day or the month is over, seconds since the epoch.
     """
 
     kind: str
     message: str
     seconds: float
+    ends: float = 0.0
+
+
+@dataclass
+class _Memo:
+    """What was read for several questions at once, so that the ledger is not asked for each of them."""
+
+    spent: dict[float, float] = field(default_factory=dict)
+    charges: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
 
 def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime, datetime]]:
@@ -80,6 +104,16 @@ def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime
     day = datetime.fromtimestamp(now, tz=UTC).replace(hour=0, minute=0, second=0, microsecond=0)
     month = day.replace(day=1)
     return (day, day + timedelta(days=1)), (month, (month + timedelta(days=32)).replace(day=1))
+
+
+def _shown(end: datetime) -> str:
+    return end.isoformat(timespec="minutes").replace("+00:00", "Z")
+
+
+def _too_dear(rule: str, cap: float, cost: Expected) -> Problem:
+    """Return what is wrong with a request that may cost more than a whole cap."""
+    reason = f"is {amount(cap)} credits, and this request alone may cost {amount(cost.high)} ({cost.why})"
+    return Problem(rule, reason, f"raise {rule}, or ask for less (n, quality)")
 
 
 class Budget:
@@ -97,7 +131,8 @@ class Budget:
         self._clock = clock
         self._lock = threading.Lock()
         self._in_flight: dict[str, float] = {}
-        self._resumed: dict[str, tuple[str, float]] = {}  # provider and time of those whose cost is not guessed yet
+        self._planned: set[str] = set()  # of these, jobs that have not asked to send anything yet
+        self._resumed: dict[str, tuple[Asked, float]] = {}  # request and time of those whose cost is not known yet
         self._stranded: list[tuple[float, float]] = []
         self._recent: list[float] = []
         self._has_recent = False
@@ -107,41 +142,111 @@ class Budget:
         with self._lock:
             self._limits = limits
 
-    def reserve(self, job: str, provider: str) -> Refusal | None:
-        """Set aside what a request may cost; ``settle`` ends that.
+    def cost(self, asked: Asked) -> Expected:
+        """Return what a request may cost; ``high`` is what is reserved for it."""
+        with self._lock:
+            return self._cost(asked, self._clock(), _Memo())
+
+    def never(self, asked: Asked) -> Problem | None:
+        """Return why a request can never be sent with these caps, as it may cost more than a whole one, or None."""
+        with self._lock:
+            cost = self._cost(asked, self._clock(), _Memo())
+        for rule, cap in self._caps():
+            if cost.high > cap:
+                return _too_dear(rule, cap, cost)
+        return None
+
+    def spent(self) -> dict[str, tuple[float, str]]:
+        """Return what counts as spent below each cap that is set, credits, and when it ends, by the name of the cap."""
+        with self._lock:
+            now, memo = self._clock(), _Memo()
+            return {
+                rule: (self._spent(begin.timestamp(), now, memo), _shown(end))
+                for (rule, _), (begin, end) in zip(self._caps(), self._windows(now), strict=True)
+            }
+
+    def knows_prices(self) -> bool:
+        """Tell whether a request to any provider was charged lately."""
+        since = self._clock() - SECONDS
+        return any(self._books.charges(provider, since) for provider in get_args(Provider))
+
+    def look(self, many: Iterable[Asked]) -> dict[Asked, Refusal]:
+        """Return which requests do not fit now, and why; nothing is reserved.
+
+        Args:
+            many: Requests; each is looked at as if it were the only one.
+        """
+        with self._lock:
+            self._catch_up()
+            now, memo = self._clock(), _Memo()
+            refusals = ((asked, self._over_cap(now, asked, "", memo)) for asked in many)
+            return {asked: refusal for asked, refusal in refusals if refusal is not None}
+
+    def plan(self, job: str, asked: Asked) -> Refusal | None:
+        """Reserve what a request may cost that is going to be claimed; ``settle`` ends that.
+
+        Before it is sent ``reserve`` looks again: this is only to claim no more prompts than fit.
 
         Args:
             job: Its job id.
-            provider: Whom it asks.
+            asked: The request.
+
+        Returns:
+            Why it may not be sent, or None.
+        """
+        with self._lock:
+            self._catch_up()
+            now, memo = self._clock(), _Memo()
+            refusal = self._over_cap(now, asked, job, memo)
+            if refusal is None:
+                self._in_flight[job] = self._cost(asked, now, memo).high
+                self._planned.add(job)
+            return refusal
+
+    def unplan(self, job: str) -> None:
+        """End a reservation of ``plan`` if its job has not come to ``reserve``: it may be stuck for long."""
+        with self._lock:
+            if job in self._planned:
+                self._planned.discard(job)
+                self._in_flight.pop(job, None)
+
+    def reserve(self, job: str, asked: Asked) -> Refusal | None:
+        """Reserve what a request may cost that is about to be sent; ``settle`` ends that.
+
+        Args:
+            job: Its job id.
+            asked: The request.
 
         Returns:
             Why it may not be sent, or None: it may.
         """
         with self._lock:
-            now, cost = self._clock(), self._guess(provider)
             self._catch_up()
-            refusal = self._over_rate(now) or self._over_cap(now, cost)
+            now, memo = self._clock(), _Memo()
+            refusal = self._over_rate(now) or self._over_cap(now, asked, job, memo)
             if refusal is None:
-                self._in_flight[job] = cost
+                self._in_flight[job] = self._cost(asked, now, memo).high
+                self._planned.discard(job)
                 self._recent.append(now)
             return refusal
 
-    def resume(self, job: str, provider: str, sent_at: float) -> None:
+    def resume(self, job: str, asked: Asked, sent_at: float) -> None:
         """Count a request of an earlier process, whose row the ledger may not have yet, until ``settle``.
 
         Args:
             job: Its job id.
-            provider: Whom it asked.
+            asked: The request.
             sent_at: When, seconds since the epoch.
         """
         with self._lock:
-            self._resumed[job] = provider, sent_at
+            self._resumed[job] = asked, sent_at
 
     def settle(self, job: str) -> None:
         """End a reservation: the ledger has the row, or nothing was sent."""
         with self._lock:
             self._in_flight.pop(job, None)
             self._resumed.pop(job, None)
+            self._planned.discard(job)
 
     def strand(self, job: str) -> None:
         """Count a reservation as spent now: its job does not go on in this process, so that nobody may wait for it."""
@@ -158,15 +263,17 @@ class Budget:
             window = _MINUTE / min(self._limits.requests_per_minute or 1, 1)
             self._recent = self._books.sent_since(self._clock() - window)
             self._has_recent = True
-        for job, (provider, sent_at) in list(self._resumed.items()):
-            self._in_flight[job] = self._guess(provider)
+        now, memo = self._clock(), _Memo()
+        for job, (asked, sent_at) in list(self._resumed.items()):
+            self._in_flight[job] = self._cost(asked, now, memo).high
             if sent_at not in self._recent:
                 bisect.insort(self._recent, sent_at)
             del self._resumed[job]
 
-    def _guess(self, provider: str) -> float:
-        known = self._books.highest_charge(provider)
-        return self._limits.assumed_credits if known is None else known
+    def _cost(self, asked: Asked, now: float, memo: _Memo) -> Expected:
+        if asked.provider not in memo.charges:
+            memo.charges[asked.provider] = self._books.charges(asked.provider, now - SECONDS)
+        return expected(asked, memo.charges[asked.provider], self._limits.assumed_credits)
 
     def _over_rate(self, now: float) -> Refusal | None:
         most = self._limits.requests_per_minute
@@ -180,26 +287,43 @@ class Budget:
         wait = self._recent[-count] + window - now
         return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
-    def _over_cap(self, now: float, cost: float) -> Refusal | None:
-        day, month = day_and_month(now)
-        windows = (
-            ("limits.credits_per_day", self._limits.credits_per_day, *day),
-            ("limits.credits_per_month", self._limits.credits_per_month, *month),
-        )
-        for rule, cap, begin, end in windows:
-            if not cap:
-                continue
-            spent, aside = self._spent(begin.timestamp()), sum(self._in_flight.values())
-            if spent + aside + cost <= cap:
-                continue
-            known = f"{amount(spent)} are spent, {amount(aside)} set aside, and a request may cost {amount(cost)}"
-            message = f"{rule} is {amount(cap)}: {known}"
-            if spent + cost <= cap:
-                return Refusal("rate", message, _SOON)
-            return Refusal("cap", message, max(end.timestamp() - now, 1.0))
-        return None
+    def _caps(self) -> list[tuple[str, float]]:
+        caps = zip(CAPS, (self._limits.credits_per_day, self._limits.credits_per_month), strict=True)
+        return [(rule, cap) for rule, cap in caps if cap]
 
-    def _spent(self, since: float) -> float:
-        found = self._books.spending(since)
-        unpriced = sum(self._guess(provider) * count for provider, count in found.unpriced.items())
-        return found.credits + unpriced + sum(cost for at, cost in self._stranded if at >= since)
+    def _over_cap(self, now: float, asked: Asked, job: str, memo: _Memo) -> Refusal | None:
+        """Return which cap forbids a request beside all others, or None."""
+        caps = self._caps()
+        if not caps:
+            return None
+        cost = self._cost(asked, now, memo)
+        for rule, cap in caps:
+            if cost.high > cap:
+                return Refusal("never", str(_too_dear(rule, cap, cost)), 0.0)
+        reserved = sum(credits_ for other, credits_ in self._in_flight.items() if other != job)
+        found: list[Refusal] = []
+        for (rule, cap), (begin, end) in zip(caps, self._windows(now), strict=True):
+            spent = self._spent(begin.timestamp(), now, memo)
+            if spent + reserved + cost.high <= cap:
+                continue
+            known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for what is in flight"
+            message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
+            if spent + cost.high > cap:
+                ends = end.timestamp()
+                found.append(Refusal("cap", f"{message}; it ends {_shown(end)}", max(ends - now, 1.0), ends))
+            else:
+                found.append(Refusal("soon", message, _SOON))
+        return max(found, key=lambda refusal: refusal.seconds, default=None)
+
+    def _windows(self, now: float) -> list[tuple[datetime, datetime]]:
+        """Return begin and end of the time of each cap that is set."""
+        day, month = day_and_month(now)
+        set_ = ((self._limits.credits_per_day, day), (self._limits.credits_per_month, month))
+        return [window for cap, window in set_ if cap]
+
+    def _spent(self, since: float, now: float, memo: _Memo) -> float:
+        if since not in memo.spent:
+            known, unpriced = self._books.spending(since)
+            guessed = sum(self._cost(Asked(*one), now, memo).high for one in unpriced)
+            memo.spent[since] = known + guessed + sum(cost for at, cost in self._stranded if at >= since)
+        return memo.spent[since]

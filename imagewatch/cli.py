@@ -155,7 +155,8 @@ def once(path: str | None, *, as_json: bool) -> None:
 def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        _say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
+        what = f"Prompts for {hold.provider} wait" if hold.provider else "The queue is held"
+        _say(f"{what} ({hold.kind}: {printable(hold.message)}): {left}.")
         end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
         _say(f"  {printable(hold.next)}{end}")
 
@@ -163,7 +164,10 @@ def _tell_hold(daemon: Daemon) -> None:
 def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     """Return what became of an inbox, for programs; names are those of ``submit`` and ``status``."""
     hold = daemon.hold
-    held = {"kind": hold.kind, "reason": hold.message, "until": daemon.hold_ends, "next": hold.next} if hold else None
+    held = None
+    if hold:
+        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.message}
+        held |= {"until": daemon.hold_ends, "next": hold.next}
     jobs = [
         {
             "source": whole(one.source),
@@ -207,13 +211,14 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
 def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
     """Yield what was found, line by line: the endpoint may take its time."""
     from imagewatch import explain  # noqa: PLC0415
+    from imagewatch.status import kind  # noqa: PLC0415
 
     for line in explain.settings(config, os.environ):
         yield "settings", line
     for line in explain.balance(config, os.environ) if balance else ():
         yield "settings", line
     for hold in admin.holds(config):
-        yield "settings", explain.Line("wait", "queue", f"held ({hold['kind']}): {hold['reason']}; {hold['next']}")
+        yield "settings", explain.Line("wait", "queue", f"held ({kind(hold)}): {hold['reason']}; {hold['next']}")
     for line in explain.files(config):
         yield "files", line
 

@@ -15,6 +15,7 @@ import msgspec
 import structlog
 
 from imagewatch import __version__
+from imagewatch.budget import CAPS
 from imagewatch.documents import Course, compose, with_files
 from imagewatch.job import Charged, Claim, Decision, Move, Reaction, Sent
 from imagewatch.ledger import Ledger, Row
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _NEXT_RETRY = "correct the cause, then move the prompt back into the inbox"
 _NEXT = {
     "invalid": "correct the prompt or its images, then move them back into the inbox",
+    "cap": "raise the cap or ask for less, then move the prompt back into the inbox",
     "key": "give imagewatch a valid key; then move the prompt back into the inbox",
     "credits": "add credits to the account; then move the prompt back into the inbox",
     "quota": "wait for the quota to be renewed; then move the prompt back into the inbox",
@@ -138,7 +140,8 @@ class Closing:
         told = [printable(str(problem)) for problem in problems]
         message = told[0] if len(told) == 1 else f"{len(told)} problems: {told[0]} …"
         self._write_row(case, "invalid", "no", message="; ".join(told), contents=contents)
-        self._reject(case, {"message": message, "problems": told, "next": _NEXT["invalid"]}, "no")
+        what = "cap" if all(problem.field in CAPS for problem in problems) else "invalid"
+        self._reject(case, {"message": message, "problems": told, "next": _NEXT[what]}, "no")
 
     def busy(self, case: Case, verdict: Verdict) -> None:
         """Note an attempt that was free and will be made again."""
@@ -354,6 +357,9 @@ class Closing:
             outcome=outcome,
             charged=charged,
             credits=reading.credits if reading else None,
+            transaction_id=printable(reading.transaction, 200) if reading else "",
+            new_credit_balance=reading.balance if reading else None,
+            owner=claim.owner,
             provider=(reading and reading.provider) or case.fields.get("provider", ""),
             model=(reading and reading.model) or case.fields.get("model", ""),
             got=got,

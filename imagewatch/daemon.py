@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import queue
 import signal
@@ -22,6 +23,7 @@ import structlog
 
 from imagewatch import __version__, database, memory
 from imagewatch.budget import Budget
+from imagewatch.caps import Caps
 from imagewatch.client import Client
 from imagewatch.control import Control
 from imagewatch.durable import Disk
@@ -35,6 +37,7 @@ from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
+from imagewatch.prices import Asked
 from imagewatch.seen import ANYWHERE, Taken, first_level
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line
@@ -48,6 +51,9 @@ if TYPE_CHECKING:
     from imagewatch.seen import Candidate, Key
 
 _LONGEST_WAIT = 3600.0
+_LEAST_CAP = 0.1
+_LONGEST_CAP = 60.0
+"""How long the caps are not looked at anew while prompts wait at one, seconds: the clock may be set."""
 _LONGEST_RETRY = 300.0
 """How long a job waits at most that fails alone, seconds."""
 _LONGEST_LOOK = 5.0
@@ -177,6 +183,7 @@ class Daemon:
         self._are_lost_closed = False  # the rows of requests of which nothing else is left
         self._is_counted = True  # whether the prompts that came at once are
         self._ignored = Ignored(monotonic)
+        self._caps_due = math.inf  # monotonic time at which the caps are to be looked at anew
         self._draining = self._ready = self._worked = False
         self.failed = 0
 
@@ -197,6 +204,7 @@ class Daemon:
             try:
                 self._spool.prepare()
                 self._budget = Budget(self._ledger, self._config.limits, self._clock)
+                self._caps = Caps(self._budget, self._spool.inbox, self._intake.opener)
                 self._status = Status(self._config, self._spool.disk, self._ledger, self._gate, self._clock, self._now)
                 self._assemble(self._config)
                 with ThreadPoolExecutor(_WORKERS, thread_name_prefix="worker") as self._pool:
@@ -220,6 +228,7 @@ class Daemon:
         self._client = client
         self._status.configure(config)
         self._budget.change(config.limits)
+        self._caps.configure(config)
         self._worker = Worker(
             self._spool,
             self._client,
@@ -256,14 +265,16 @@ class Daemon:
         record = self._spool.record(job)
         with contextlib.suppress(SpoolError):  # a damaged record: its job says so when it is carried on
             if sent := record.sent(record.attempts()[0]):
-                self._budget.resume(job, sent.fields["provider"], sent.at)
+                self._budget.resume(job, Asked.of(sent.fields), sent.at)
 
     def _loop(self) -> None:
         for _ in range(self._mailbox.qsize()):  # a signal may have come before anything was begun
             self._take(self._mailbox.get())
         while not self._is_over():
             self._look_if_due()
+            self._look_at_caps()
             self._dispatch()
+            self._hold_at_caps()
             self._report()
             if not self._is_over():
                 self._take_messages()
@@ -279,7 +290,8 @@ class Daemon:
             return True
         if self._gate.waits():
             return self._intake.is_complete and not any(self._may_get_on(later) for later in self._later)
-        return not self._intake.any() and not self._intake.pending and not any(map(self._is_awaited, self._later))
+        may_fit = len(self._caps) > 0 and self._caps_due <= self._now()
+        return not (self._intake.any() or self._intake.pending or may_fit or any(map(self._is_awaited, self._later)))
 
     def _may_get_on(self, later: Later) -> bool:
         """Tell whether a claimed job may be carried on behind a hold: to deliver what was paid for needs no request."""
@@ -310,7 +322,7 @@ class Daemon:
         if self._draining:
             return _LONGEST_WAIT  # only workers are waited for
         now = self._now()
-        times = [self._intake.due]
+        times = [self._intake.due, self._caps_due]
         if self._intake.any() or self._later:
             times.append(now + self._gate.patience())
         if self._status.due is not None:
@@ -353,14 +365,14 @@ class Daemon:
             return 70  # not 1: it is not over, and may be paid for
         if self._gate.disk_failed or self._failing:
             return 74
-        if self._gate.first() is not None and (self.left or self._later):
+        if self.hold is not None and (self.left or self._later):
             return 69
         return 1 if self.failed or self._later else 0
 
     @property
     def hold(self) -> Hold | None:
-        """Why the queue is held, if it is."""
-        return self._gate.first()
+        """Why the queue is held, if it is, or prompts wait at a cap."""
+        return self._gate.shown()
 
     @property
     def hold_ends(self) -> str | None:
@@ -434,6 +446,8 @@ class Daemon:
     def _heed(self) -> None:
         """Look at what commands have asked for, and at how many prompts came at once."""
         changed = self._arrived()
+        if self._control.release_pending():
+            self._caps_due = self._now()
         self._gate.look(max(changed.values(), default=0.0))
         self._gate.count(changed, self._is_finished)
         try:
@@ -499,6 +513,27 @@ class Daemon:
         self._is_counted = True
         self._gate.count(self._arrived(), self._is_finished)
 
+    # At a cap
+
+    def _look_at_caps(self) -> None:
+        """Let prompts that waited at a cap have their turn again if they may fit now."""
+        if self._now() < self._caps_due:
+            return
+        self._caps_due = math.inf
+        try:
+            self._intake.give_aside(self._caps.look(self._intake.is_aside))
+        except SpoolError as error:  # the ledger cannot be read
+            self._gate.failed(error)
+            self._caps_due = self._now() + DISK_SECONDS
+
+    def _hold_at_caps(self) -> None:
+        """Say at which caps prompts wait now that those that fit were claimed."""
+        held = self._caps.held()
+        self._gate.set_caps(held)
+        if held:
+            seconds = min(refusal.ends for refusal in held.values()) - self._clock()
+            self._caps_due = min(self._caps_due, self._now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))
+
     # Doing
 
     def _dispatch(self) -> None:
@@ -530,12 +565,22 @@ class Daemon:
             return True
         elif not self._may_claim():
             return False
-        elif candidate := self._intake.next(name, self._taken()):
-            self._start(candidate)
+        else:
+            job = self._spool.new_job()
+            if candidate := self._intake.next(name, self._taken(), functools.partial(self._admits, job)):
+                self._start(job, candidate)
         self._intake.served(name)
         if claimed:
             self._intake.turns.join(name, self._intake.owner(name))
         return True
+
+    def _admits(self, job: str, candidate: Candidate) -> bool:
+        """Tell whether the caps let a prompt be claimed; if the ledger cannot be read, its job finds out."""
+        try:
+            return self._caps.admits(job, candidate)
+        except SpoolError as error:
+            self._gate.failed(error)
+            return True
 
     def _carry_on(self, later: Later, *, may_send: bool) -> None:
         self._later.remove(later)
@@ -562,8 +607,7 @@ class Daemon:
         self._are_lost_closed = True
         return True
 
-    def _start(self, candidate: Candidate) -> None:
-        job = self._spool.new_job()
+    def _start(self, job: str, candidate: Candidate) -> None:
         claim = candidate.claim(job, self._clock())
         if self._config.limits.burst and not self._is_finished(candidate.source):
             self._gate.took(candidate.changed_at)
@@ -593,15 +637,18 @@ class Daemon:
         key = self._in_flight.pop(message.job, None)
         self._paid.discard(message.job)
         self._worked = True
+        self._caps_due = self._now()
         self._status.change()
         self._intake.over(key)
         try:
             outcome = message.future.result()
         except SpoolError as error:
+            self._budget.unplan(message.job)
             self._stuck(message.job, key, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("a bug in imagewatch; please report it", job=message.job)
+            self._budget.unplan(message.job)
             self._park(message.job, key)
             return
         self._gets_on(message.job)
@@ -669,7 +716,7 @@ class Daemon:
                 if later.displaced and later.key == key:
                     later.at = self._now()  # its name may be free now
         if outcome.end is End.LATER:
-            turn = outcome.trouble is not None and outcome.trouble.kind == "rate"
+            turn = outcome.trouble is not None and outcome.trouble.kind in {"rate", "soon"}
             fresh = outcome.displaced or turn  # any other wait is for a request
             self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh, turn))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:
@@ -698,7 +745,8 @@ class Daemon:
         at_work, stuck = map(_sources, (self._in_flight, failing | self._parked))
         self._status.polled = self._intake.polled()
         try:
-            page = self._status.write(self._intake.seen, self._intake.count(), at_work, stuck)
+            ready = max(self._intake.count() - len(self._caps), 0)
+            page = self._status.write(self._intake.seen, ready, at_work, stuck, self._caps.reasons())
         except SpoolError as error:
             _log.debug("no status written", reason=str(error))
         else:

@@ -71,9 +71,7 @@ def compose(
     """
     claim, sent, head = course.claim, course.sent, course.head
     document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
-    document["charged"] = charged
-    document["attempts"] = course.attempts
-    document["version"] = __version__
+    document |= {"owner": claim.owner or None, "charged": charged, "attempts": course.attempts, "version": __version__}
     if sent:
         document |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
         document["request"] = sent.fields
@@ -154,10 +152,10 @@ def with_files(document: str, moved: Mapping[str, str], before: str, after: str)
     return _written(read)
 
 
-_OWN = {"job", "source", "next", "prompt", "prompt_sha256", "endpoint", "request", "inputs", "originals"}
+_OWN = {"job", "source", "owner", "next", "prompt", "prompt_sha256", "endpoint", "request", "inputs", "originals"}
 _FACTS = ("charged", "credits_charged", "attempts", "status", "message", "problems", "ids")
 _ORDER = [
-    *("schema", "job", "source", "message", "status", "code", "credits_required", "problems", "next"),
+    *("schema", "job", "source", "owner", "message", "status", "code", "credits_required", "problems", "next"),
     *("charged", "credits_charged", "provider", "model", "prompt", "prompt_sha256"),
     *("asked", "got", "attempts", "endpoint", "version"),
 ]

@@ -9,22 +9,21 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.names import SUFFIX
+from imagewatch.prices import PRICED, Asked
 from imagewatch.request import Files, build
 from imagewatch.sweep import Sweep
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
+    from imagewatch.budget import Budget
     from imagewatch.config import Config
-
-_PRICED = ("provider", "model", "size", "quality")
-"""Fields that a price is known to depend on, beside the number of images."""
+    from imagewatch.request import Request
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +37,7 @@ class Estimate:
         usual: The median.
         high: The highest.
         seen: How many there were.
+        reserve: What the caps reserve for it, credits.
         problem: Why it will not be sent at all, or an empty string.
     """
 
@@ -47,15 +47,16 @@ class Estimate:
     usual: float | None = None
     high: float | None = None
     seen: int = 0
+    reserve: float | None = None
     problem: str = ""
 
 
-def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Iterator[Estimate]:
+def inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
     """Estimate what is in the inbox, settled or not.
 
     Args:
         config: Inbox, defaults, limits.
-        prices: What was asked for and charged, newest first.
+        budget: What was charged lately, and what may be spent.
 
     Raises:
         SpoolError: The inbox is not there, or cannot be listed.
@@ -76,18 +77,16 @@ def inbox(config: Config, prices: Sequence[tuple[dict[str, Any], float]]) -> Ite
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
         else:
-            yield price(os.path.join(folder, stem + SUFFIX), request.fields, prices)
+            yield _price(os.path.join(folder, stem + SUFFIX), request, budget)
 
 
-def price(source: str, fields: dict[str, Any], prices: Sequence[tuple[dict[str, Any], float]]) -> Estimate:
-    """Estimate one request by those like it: same provider, model, size, quality; priced by the image."""
-    count = fields.get("n", 1)
-    alike = [
-        credits_ / known.get("n", 1) * count
-        for known, credits_ in prices
-        if all(known.get(name) == fields.get(name) for name in _PRICED)
-    ]
-    told = ", ".join(str(fields[name]) for name in (*_PRICED, "n") if name in fields)
-    if not alike:
-        return Estimate(source, told)
-    return Estimate(source, told, min(alike), median(alike), max(alike), len(alike))
+def _price(source: str, request: Request, budget: Budget) -> Estimate:
+    """Estimate one request by the charges of those like it, as the caps do."""
+    asked = Asked.of(request.fields)
+    if problem := budget.never(asked):
+        return Estimate(source, problem=str(problem))
+    cost = budget.cost(asked)
+    told = ", ".join(str(request.fields[name]) for name in (*PRICED, "n") if name in request.fields)
+    if not cost.seen:
+        return Estimate(source, told, reserve=cost.high)
+    return Estimate(source, told, cost.low, cost.usual, cost.high, cost.seen, cost.high)

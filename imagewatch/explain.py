@@ -13,6 +13,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from imagewatch import afford
+from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
 from imagewatch.durable import FULL, Disk, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
@@ -31,6 +33,7 @@ from imagewatch.text import amount, local, printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
+    from imagewatch.budget import Budget
     from imagewatch.config import Config
     from imagewatch.request import Opener
     from imagewatch.seen import Candidate
@@ -67,6 +70,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     yield from _room(config, kinds)
     if error := trouble(config.folders.state):
         yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
+    yield from (Line(*told) for told in afford.caps(config))
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)
         yield from _claims(config, kinds)
@@ -159,7 +163,9 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     if os.path.exists(path):
         try:
             with contextlib.closing(Ledger(path)) as ledger:
-                yield from (_in_doubt(job) for job in ledger.jobs() if job["charged"] == "unknown")
+                yield from (
+                    _in_doubt(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown"
+                )
         except SpoolError as error:
             yield Line("wait", "ledger", printable(str(error)))
 
@@ -167,7 +173,11 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 def _in_doubt(job: Mapping[str, Any]) -> Line:
     sent = local(job["sent_at"]) if job["sent_at"] else "?"
     ids = f", request id {job['request_id']}" if job["request_id"] else ""
-    return Line("wait", printable(job["source"]), f"may have been charged: sent {sent}, job {job['job']}{ids}")
+    return Line(
+        "wait",
+        printable(job["source"]),
+        f"may have been charged: sent {sent}, job {job['job']}{ids}; {job['balances']}",
+    )
 
 
 def _folder(name: str, path: str, kinds: Kinds) -> Line:
@@ -212,8 +222,12 @@ def files(config: Config) -> Iterator[Line]:
     hindered = functools.partial(blocked, config.folders, tops=tops)
     sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered, tops=tops)
     seen = sweep.look(time.monotonic(), time.time())
-    for candidate in seen.ready:
-        yield _ready(candidate, config, sweep.opener)
+    with contextlib.ExitStack() as stack:
+        budget = None
+        with contextlib.suppress(SpoolError):  # the line of the caps says so
+            budget = stack.enter_context(afford.budget_of(config))
+        for candidate in seen.ready:
+            yield _ready(candidate, config, sweep.opener, budget)
     for path, reason in sorted(seen.waiting.items()):
         yield Line("wait", printable(path), reason)
     named = sweep.named()
@@ -224,7 +238,7 @@ def files(config: Config) -> Iterator[Line]:
             yield Line("ignore", printable(path), reason)
 
 
-def _ready(candidate: Candidate, config: Config, opener: Opener) -> Line:
+def _ready(candidate: Candidate, config: Config, opener: Opener, budget: Budget | None) -> Line:
     folder, stem = candidate.key
     where = os.path.join(config.folders.inbox, folder)
     path = printable(os.path.join(folder, stem + SUFFIX))
@@ -233,7 +247,8 @@ def _ready(candidate: Candidate, config: Config, opener: Opener) -> Line:
         request = build(files, config)
     except BadRequest as error:
         return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))
-    return Line("take", path, _summary(request))
+    verdict, why = afford.refusal(budget, request) if budget else ("", "")
+    return Line(verdict or "take", path, why or _summary(request))
 
 
 def _summary(request: Request) -> str:

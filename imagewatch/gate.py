@@ -20,6 +20,7 @@ from imagewatch.text import utc
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from imagewatch.budget import Refusal
     from imagewatch.config import Limits
     from imagewatch.control import Control
     from imagewatch.holds import Hold, Holds
@@ -32,6 +33,8 @@ DISK_SECONDS = 5.0
 _KEY_SECONDS = 2.0
 """How often the file of the key is looked at while the account refuses us."""
 _ACCOUNT = {"key", "credits", "quota", "address"}
+_OWN = {"cap", "soon"}
+"""Kinds of trouble that other requests need not meet."""
 _log = structlog.get_logger()
 
 
@@ -265,6 +268,8 @@ class Gate:
             trouble: What it met.
             began: Monotonic time at which it was begun, seconds; a key, say, may have been changed since.
         """
+        if trouble.kind in _OWN:
+            return
         if trouble.kind != "busy" and began < max(self._anew, self._ended.get(trouble.kind, self._anew)):
             return
         self._begin(trouble.kind, trouble.message, trouble.seconds)
@@ -277,6 +282,19 @@ class Gate:
         """Take note that our own disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
         self._begin("disk", str(error), DISK_SECONDS, error.hint)
+
+    def set_caps(self, refused: Mapping[str, Refusal]) -> None:
+        """Take note of the providers of which prompts wait at a cap, and why."""
+        now = self._clock()
+        told = {provider: (refusal.message, max(refusal.ends - now, 0.0)) for provider, refusal in refused.items()}
+        begun, ended = self._holds.set_caps(told, self._now())
+        if begun or ended:
+            self._on_change(at_once=True)
+        for hold in begun:
+            say = {"seconds": round(hold.until - self._now(), 1), "until": self.ends(hold), "next": hold.next}
+            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.message, **say)
+        for hold in ended:
+            _log.info("released", kind=hold.kind, provider=hold.provider)
 
     def _begin(self, kind: str, message: str, seconds: float | None, hint: str = "") -> None:
         if not self.watches_key():
@@ -320,8 +338,12 @@ class Gate:
         return self._holds.all()
 
     def first(self) -> Hold | None:
-        """Return the hold that lasts longest, brief ones aside, or None."""
+        """Return the hold of every request that lasts longest, brief ones aside, or None."""
         return self._holds.first()
+
+    def shown(self) -> Hold | None:
+        """Return the hold to be named where there is room for one, or None."""
+        return self._holds.first() or self._holds.first_cap()
 
     def waits(self) -> bool:
         """Tell whether a hold, brief ones aside, forbids any request now."""

@@ -18,10 +18,11 @@ from imagewatch.text import printable, utc
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-BY = ("day", "month", "provider", "folder")
+BY = ("day", "month", "provider", "folder", "owner")
 _COLUMNS = (
     *("claimed_at", "sent_at", "answered_at", "source", "job", "outcome", "charged", "credits", "provider", "model"),
     *("asked", "got", "attempts", "status", "code", "message", "request_id", "redelivered"),
+    *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
 
@@ -56,7 +57,7 @@ class Sum:
 
 
 def sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:
-    """Return one sum for each day, month, provider or folder, in order."""
+    """Return one sum for each day, month, provider, folder or owner, in order."""
     found: dict[str, Sum] = {}
     for job in jobs:
         name = _group(job, by)
@@ -69,6 +70,8 @@ def _group(job: Mapping[str, Any], by: str) -> str:
         return job["provider"] or "(none was asked)"
     if by == "folder":
         return os.path.dirname(job["source"]) or "(inbox)"
+    if by == "owner":
+        return job["owner"] or "(not known)"
     day = utc(job["sent_at"] or job["claimed_at"]).date().isoformat()
     return day if by == "day" else day[:7]
 

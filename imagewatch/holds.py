@@ -4,6 +4,9 @@ A *hold* stops the whole queue for a reason that every request would meet: a rej
 that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over one job is
 sent as a probe; if that meets the same, the hold goes on for twice as long. A hold by hand or by the burst guard has
 no time: only a person ends it.
+
+A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. It stops nothing else,
+is not probed, and ends when none of them has to wait any more (``set_caps``).
 """
 
 from __future__ import annotations
@@ -11,6 +14,10 @@ from __future__ import annotations
 import math
 import threading
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 FIRST_SECONDS = 15.0
 LONGEST_SECONDS = 900.0
@@ -26,7 +33,7 @@ NEXT = {
     "address": "correct base_url in the configuration, then reload",
     "unreachable": "check the network and base_url; it is tried again by itself",
     "disk": "look at the disk and the system log; it is tried again by itself",
-    "cap": "wait, or raise the cap in the configuration and reload",
+    "cap": "wait until it ends, or raise the cap in the configuration and reload; prompts that fit are still sent",
     "burst": "look into the inbox; to make what is in it now: imagewatch release",
     "hand": "to continue: imagewatch release",
     "rate": "nothing: it goes on by itself",
@@ -49,6 +56,7 @@ class Hold:
         until: Monotonic time of the next probe, seconds; infinite if only a person ends it.
         interval: Seconds between the last two probes.
         hint: What a person can do in this very case, if somebody knows better than ``NEXT``.
+        provider: The provider whose prompts it concerns; empty: every request.
     """
 
     kind: str
@@ -58,6 +66,7 @@ class Hold:
     until: float
     interval: float
     hint: str = ""
+    provider: str = ""
 
     @property
     def next(self) -> str:
@@ -82,6 +91,7 @@ class Holds:
         self._lock = threading.Lock()
         self._blamed: set[str] = set()
         self._holds: dict[str, Hold] = {}
+        self._caps: dict[str, Hold] = {}
 
     def blame(self, kind: str) -> bool:
         """Tell whether this job may show a refusal in ``errors``: the first of its kind may."""
@@ -129,6 +139,27 @@ class Holds:
         self.blame(kind)  # it was shown
         self._holds[kind] = Hold(kind, message, now, now, now, self._first_seconds / 2)
 
+    def set_caps(self, refused: Mapping[str, tuple[str, float]], now: float) -> tuple[list[Hold], list[Hold]]:
+        """Note at which caps prompts wait.
+
+        Args:
+            refused: Why, and for how many seconds, by provider.
+            now: Monotonic time, seconds.
+
+        Returns:
+            The holds that have begun, and those that have ended.
+        """
+        before = self._caps
+        self._caps = {
+            provider: Hold("cap", message, known.began if known else now, now, now + seconds, seconds, "", provider)
+            for provider, (message, seconds) in refused.items()
+            for known in (before.get(provider),)
+        }
+        return (
+            [hold for provider, hold in self._caps.items() if provider not in before],
+            [hold for provider, hold in before.items() if provider not in self._caps],
+        )
+
     def clear(self, kind: str | None = None) -> list[Hold]:
         """End a hold, or all of them; return what was ended."""
         return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])
@@ -157,7 +188,7 @@ class Holds:
 
     def all(self) -> list[Hold]:
         """Return all holds, the oldest first."""
-        return list(self._holds.values())
+        return [*self._holds.values(), *self._caps.values()]
 
     def has(self, kind: str) -> bool:
         """Tell whether there is a hold of this kind."""
@@ -177,8 +208,12 @@ class Holds:
         return any(not hold.brief for hold in self._holds.values())
 
     def first(self) -> Hold | None:
-        """Return the hold that lasts longest, brief ones aside, or None."""
+        """Return the hold of every request that lasts longest, brief ones aside, or None."""
         return max((hold for hold in self._holds.values() if not hold.brief), key=_until, default=None)
+
+    def first_cap(self) -> Hold | None:
+        """Return the cap that ends first of those at which prompts wait, or None."""
+        return min(self._caps.values(), key=_until, default=None)
 
 
 def _until(hold: Hold) -> float:

@@ -9,6 +9,7 @@ and scanning as a whole may take a tenth of a core.
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -24,14 +25,16 @@ from imagewatch.schedule import AHEAD, Allowance, Schedule
 from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
+from imagewatch.untrusted import open_file
 from imagewatch.watching import Watching
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Container, Generator, Mapping
+    from collections.abc import Callable, Collection, Container, Generator, Mapping
 
     from imagewatch.config import Folders, Inbox
     from imagewatch.folders import Tops
     from imagewatch.listing import Folder
+    from imagewatch.request import Opener
     from imagewatch.seen import Candidate, Key
     from imagewatch.turns import Turns
     from imagewatch.watcher import Change
@@ -453,29 +456,51 @@ class Intake:
         """Return the number of the user to whom a first-level folder belongs."""
         return self._sweep.order.owner(name)
 
-    def next(self, name: str, taken: Container[Key | None]) -> Candidate | None:
+    def next(
+        self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool] = lambda _: True
+    ) -> Candidate | None:
         """Return the oldest prompt of a first-level folder that may be claimed; it will not be returned again.
 
         Args:
             name: The folder; empty for prompts directly in the inbox.
             taken: Stems of which a job is not over.
+            admits: Tells whether a prompt fits below the caps; one that does not is set aside.
         """
         now = self._moment()
-        candidate = self._take(name, taken, now) if self.may_take() else None
+        candidate = self._take(name, taken, admits, now) if self.may_take() else None
         self._follow()
         return candidate
 
-    def _take(self, name: str, taken: Container[Key | None], now: float) -> Candidate | None:
-        while candidate := self._sweep.order.take(name):
+    @property
+    def opener(self) -> Opener:
+        """Opens a file of the inbox."""
+        return functools.partial(open_file, tops=self._tops)
+
+    def is_aside(self, key: Key) -> bool:
+        """Tell whether a prompt that was set aside still waits in the inbox."""
+        return self._sweep.order.is_aside(key)
+
+    def give_aside(self, keys: Collection[Key]) -> None:
+        """Let prompts that were set aside have their turn again."""
+        if keys:
+            self._sweep.order.give_aside(keys)
+            self._follow()
+
+    def _take(
+        self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool], now: float
+    ) -> Candidate | None:
+        while self._sweep.order.is_ready(name) and (candidate := self._sweep.order.take(name)):
             if candidate.key in taken:
                 self._passed.add(candidate.key)
             elif candidate.key[0] in self.shut or not self._sweep.unchanged(candidate):
                 self._sweep.touch(candidate.key, now)
                 self._schedule.later(candidate.key[0], now + self._config.settle_seconds)
+            elif not admits(candidate):
+                self._sweep.order.set_aside(candidate)
             else:
                 self._sweep.taken(candidate.key)
-                break
-        return candidate
+                return candidate
+        return None
 
     def served(self, name: str) -> None:
         """Note that a first-level folder has had its turn."""

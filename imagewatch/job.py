@@ -46,6 +46,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
             as the scan accepted it, by name.
         folder_inode: Inode of the folder; 0 for the inbox itself, and where it is not known.
         at: Wall-clock time of the claim, seconds since the epoch.
+        owner: Name of the user to whom the prompt belongs, else the number; empty where it is not known.
     """
 
     job: str
@@ -59,6 +60,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     files: dict[str, tuple[int, int, int]] = {}
     folder_inode: int = 0
     at: float = 0.0
+    owner: str = ""
 
     @property
     def prompt(self) -> str:

@@ -7,17 +7,19 @@ cannot be recorded is not paid. It is written by job and attempt, so that writin
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 from msgspec.structs import astuple, replace
 
-from imagewatch.budget import Spending
 from imagewatch.database import Database
 from imagewatch.errors import SpoolError
 from imagewatch.masking import known
+from imagewatch.prices import for_an_image, kind_of
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
@@ -65,6 +67,11 @@ CREATE TABLE IF NOT EXISTS attempts (
     claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
     sent_at         REAL,
     answered_at     REAL,
+    asked_provider  TEXT NOT NULL DEFAULT '',  -- whom the request named; the answer may name another
+    price_kind      TEXT NOT NULL DEFAULT '',  -- equal for requests whose images cost the same; empty: not known
+    transaction_id  TEXT NOT NULL DEFAULT '',  -- of the answer's billing
+    new_credit_balance REAL,                   -- the same: what the account had left; NULL: not said
+    owner           TEXT NOT NULL DEFAULT '',  -- user to whom the prompt file belonged
     placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
     PRIMARY KEY (job, attempt)
 ) WITHOUT ROWID;
@@ -76,6 +83,10 @@ CREATE TABLE IF NOT EXISTS redeliveries (
     times   INTEGER NOT NULL,
     last_at REAL NOT NULL               -- seconds since the epoch, UTC
 ) WITHOUT ROWID;
+"""
+_INDEXES = """
+CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
+CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
 """
 
 
@@ -110,11 +121,40 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     version: str = ""
     sent_at: float | None = None
     answered_at: float | None = None
+    asked_provider: str = ""
+    price_kind: str = ""
+    transaction_id: str = ""
+    new_credit_balance: float | None = None
+    owner: str = ""
     placed_mtime_ns: int = 0
 
 
+@dataclass(frozen=True)
+class Balances:
+    """What the account had before and after a request whose charge is not known; evidence for a person, no proof.
+
+    Attributes:
+        before: The last balance that was reported before it was sent, credits; None: there is none.
+        before_at: When, seconds since the epoch.
+        after: The first that was reported after that, credits; None: there is none yet.
+        after_at: When.
+        others: Other requests between the two that were charged or may have been; the one that reported the balance
+            after is one of them.
+        credits: What they are known to have been charged.
+        unpriced: How many of them were or may have been charged without a known amount.
+    """
+
+    before: float | None = None
+    before_at: float | None = None
+    after: float | None = None
+    after_at: float | None = None
+    others: int = 0
+    credits: float = 0.0
+    unpriced: int = 0
+
+
 _COLUMNS = Row.__struct_fields__
-_HEARD = ("provider", "model", "code", "message", "request_id")
+_HEARD = ("provider", "model", "code", "message", "request_id", "transaction_id")
 _UPSERT = (
     f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "  # noqa: S608
     "ON CONFLICT (job, attempt) DO UPDATE SET "
@@ -123,12 +163,12 @@ _UPSERT = (
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables, or update them.
+    """Make the tables, or bring those of an older format to this one: all of it or nothing, whatever dies.
 
     Raises:
         SpoolError: They are those of a newer version.
     """
-    found = connection.execute("PRAGMA user_version").fetchone()[0]
+    found = _format(connection)
     if found > _VERSION:
         path = connection.execute("PRAGMA database_list").fetchone()["file"]
         raise SpoolError(
@@ -141,22 +181,42 @@ def _prepare(connection: sqlite3.Connection) -> None:
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        names = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
-        if names:
-            connection.execute("ALTER TABLE attempts RENAME TO earlier")
-            for index in ("attempts_by_time", "attempts_by_claim", "attempts_by_source"):
-                connection.execute(f"DROP INDEX IF EXISTS {index}")
-        for statement in _SCHEMA.split(";\n"):
-            connection.execute(statement)
-        if names:
-            common = ", ".join(name for name in _COLUMNS if name in names)
-            connection.execute(f"INSERT INTO attempts ({common}) SELECT {common} FROM earlier")  # noqa: S608
-            connection.execute("DROP TABLE earlier")
-        connection.execute(f"PRAGMA user_version = {_VERSION}")
+        if _format(connection) < _VERSION:  # else another process was faster
+            _update(connection)
         connection.execute("COMMIT")
     except BaseException:
-        connection.execute("ROLLBACK")
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
         raise
+
+
+def _format(connection: sqlite3.Connection) -> int:
+    return int(connection.execute("PRAGMA user_version").fetchone()[0])
+
+
+def _update(connection: sqlite3.Connection) -> None:
+    """Make the tables anew, with the rows that were there."""
+    columns = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
+    if columns:
+        connection.execute("ALTER TABLE attempts RENAME TO earlier")
+        for index in ("attempts_by_time", "attempts_by_claim", "attempts_by_source"):
+            connection.execute(f"DROP INDEX IF EXISTS {index}")
+    for statement in (_SCHEMA + _INDEXES).split(";\n"):
+        connection.execute(statement)
+    if columns:
+        common = ", ".join(name for name in _COLUMNS if name in columns)
+        connection.execute(f"INSERT INTO attempts ({common}) SELECT {common} FROM earlier")  # noqa: S608
+        connection.execute("DROP TABLE earlier")
+        _fill(connection)
+    connection.execute(f"PRAGMA user_version = {_VERSION}")
+
+
+def _fill(connection: sqlite3.Connection) -> None:
+    """Note of each row of format 1 what its request asked for."""
+    question = "SELECT job, attempt, provider, fields FROM attempts WHERE asked_provider = '' AND price_kind = ''"
+    update = "UPDATE attempts SET asked_provider = ?, price_kind = ? WHERE job = ? AND attempt = ?"
+    for row in connection.execute(question).fetchall():
+        connection.execute(update, (*_asked(row["fields"], row["provider"]), row["job"], row["attempt"]))
 
 
 class Ledger:
@@ -234,7 +294,8 @@ class Ledger:
             SpoolError: The disk failed.
         """
         heard = {name: known.text(getattr(row, name)) for name in _HEARD}  # a server may repeat the key
-        row = replace(row, **heard)
+        asked = dict(zip(("asked_provider", "price_kind"), _asked(row.fields, row.provider), strict=True))
+        row = replace(row, **heard, **asked)
         self._file.change(lambda connection: connection.execute(_UPSERT, _storable(astuple(row))))
 
     def finished(self, job: str, source: str, size: int, mtime_ns: int) -> list[tuple[str, str]]:
@@ -310,12 +371,35 @@ class Ledger:
         rows = self._all("SELECT * FROM attempts WHERE job = ? ORDER BY attempt DESC LIMIT 1", job)
         return dict(rows[0]) if rows else None
 
-    def prices(self) -> list[tuple[dict[str, Any], float]]:
-        """Return what the last thousand requests with a known price asked for, and their credits; newest first."""
+    def balance(self) -> tuple[float, float] | None:
+        """Return the last balance that an answer reported, credits, and when, seconds since the epoch; or None."""
         question = """
-            SELECT fields, credits FROM attempts WHERE charged = 'yes' AND credits IS NOT NULL AND fields <> ''
-            ORDER BY sent_at DESC LIMIT 1000"""
-        return [(json.loads(row["fields"]), row["credits"]) for row in self._all(question)]
+            SELECT new_credit_balance AS credits, answered_at FROM attempts
+            WHERE new_credit_balance IS NOT NULL AND answered_at IS NOT NULL ORDER BY answered_at DESC LIMIT 1"""
+        rows = self._all(question)
+        return (rows[0]["credits"], rows[0]["answered_at"]) if rows else None
+
+    def balances(self, job: str, sent_at: float) -> Balances:
+        """Return what the account had before and after a request.
+
+        Args:
+            job: The job of the request.
+            sent_at: When it was sent, seconds since the epoch.
+        """
+        question = """
+            SELECT new_credit_balance AS credits, answered_at AS at FROM attempts
+            WHERE new_credit_balance IS NOT NULL AND answered_at {} ? AND job <> ? ORDER BY answered_at {} LIMIT 1"""
+        before = self._all(question.format("<=", "DESC"), sent_at, job)
+        after = self._all(question.format(">", "ASC"), sent_at, job)
+        found = Balances(*(before[0] if before else (None, None)), *(after[0] if after else (None, None)))
+        if found.before_at is None or found.after_at is None:
+            return found
+        question = """
+            SELECT count(*), coalesce(sum(credits), 0.0), count(CASE WHEN credits IS NULL THEN 1 END) FROM attempts
+            WHERE charged IN ('yes', 'unknown') AND job <> ?
+              AND coalesce(answered_at, sent_at) > ? AND coalesce(answered_at, sent_at) <= ?"""
+        (others,) = self._all(question, job, found.before_at, found.after_at)
+        return Balances(found.before, found.before_at, found.after, found.after_at, *others)
 
     def totals(self, since: float = 0.0) -> dict[str, float]:
         """Return sums: ``made``, ``refused``, ``unknown`` jobs and ``credits``.
@@ -333,26 +417,38 @@ class Ledger:
 
     # What caps ask (``budget.Books``)
 
-    def spending(self, since: float) -> Spending:
-        """Return what was spent since a time, seconds since the epoch."""
-        question = """
-            SELECT provider, coalesce(sum(credits), 0) AS credits,
-                   count(CASE WHEN credits IS NULL THEN 1 END) AS unpriced
-            FROM attempts WHERE charged IN ('yes', 'unknown') AND outcome <> 'sent' AND sent_at >= ?
-            GROUP BY provider"""
-        rows = self._all(question, since)
-        return Spending(
-            sum(row["credits"] for row in rows), {row["provider"]: row["unpriced"] for row in rows if row["unpriced"]}
-        )
+    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
+        """Return what was spent since a time, seconds since the epoch.
 
-    def highest_charge(self, provider: str) -> float | None:
-        """Return the highest of a provider's last fifty known charges, credits; None without any."""
+        Returns:
+            Credits that are known to have been charged; and for requests that were or may have been charged an amount
+            that is not known: whom they asked, the kind of their price, and how many images they asked for in all.
+        """
         question = """
-            SELECT max(credits) AS highest FROM (
-                SELECT credits FROM attempts WHERE provider = ? AND credits IS NOT NULL
-                ORDER BY sent_at DESC LIMIT 50)"""
-        found = self._all(question, provider)[0]["highest"]
-        return None if found is None else float(found)
+            SELECT asked_provider, price_kind, coalesce(sum(credits), 0) AS credits,
+                   sum(CASE WHEN credits IS NULL THEN max(asked, 1) ELSE 0 END) AS unpriced
+            FROM attempts WHERE charged IN ('yes', 'unknown') AND outcome <> 'sent' AND sent_at >= ?
+            GROUP BY asked_provider, price_kind"""
+        rows = self._all(question, since)
+        unpriced = [(row["asked_provider"], row["price_kind"], row["unpriced"]) for row in rows if row["unpriced"]]
+        return sum(row["credits"] for row in rows), unpriced
+
+    def charges(self, provider: str, since: float) -> dict[str, list[float]]:
+        """Return what requests to a provider were charged for an image, credits, by the kind of their price.
+
+        A charge of 0 says nothing of the next one, and is left out.
+
+        Args:
+            provider: Whom they asked.
+            since: Only what was sent at this time or later, seconds since the epoch.
+        """
+        question = """
+            SELECT price_kind, credits, asked FROM attempts
+            WHERE asked_provider = ? AND sent_at >= ? AND credits > 0"""
+        found: dict[str, list[float]] = {}
+        for row in self._all(question, provider, since):
+            found.setdefault(row["price_kind"], []).append(for_an_image(row["credits"], row["asked"]))
+        return found
 
     def sent_since(self, since: float) -> list[float]:
         """Return the times of the attempts since a time, oldest first."""
@@ -363,6 +459,20 @@ class Ledger:
     def _all(self, question: str, *values: object) -> list[sqlite3.Row]:
         with self._file.using() as connection:
             return connection.execute(question, _storable(values)).fetchall()
+
+
+def _asked(fields: str, provider: str) -> tuple[str, str]:
+    """Return whom a request asked, and the kind of its price.
+
+    Args:
+        fields: Its JSON body; empty where it is not known.
+        provider: Who answered, in case the body does not say who was asked.
+    """
+    with contextlib.suppress(ValueError, RecursionError):
+        found = json.loads(fields)
+        if isinstance(found, dict) and isinstance(found.get("provider"), str):
+            return found["provider"], kind_of(found)
+    return provider, ""
 
 
 def _storable(values: Iterable[object]) -> list[object]:

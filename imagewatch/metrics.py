@@ -65,6 +65,9 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     yield "period_credits", "gauge", "Credits charged this day and this month (UTC).", spent
     caps = [({"period": period}, page[key]["cap"]) for period, key in _PERIODS.items() if page[key]["cap"]]
     yield "period_cap_credits", "gauge", "Most credits for a day and a month; absent without a cap.", caps
+    if balance := page.get("balance"):  # not there in what an older daemon said
+        yield "balance_credits", "gauge", "What the account had left by the last answer.", [({}, balance["credits"])]
+        yield "balance_timestamp_seconds", "gauge", "When that answer came.", _time(balance["at"])
     again: list[Sample] = [({}, page["redelivered"])]
     yield "redelivered_prompts_total", "counter", "Prompts that a sync tool brought back, not made again.", again
 

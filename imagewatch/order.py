@@ -10,6 +10,7 @@ import sys
 from bisect import insort
 from typing import TYPE_CHECKING
 
+from imagewatch.aside import Aside
 from imagewatch.names import SUFFIX
 from imagewatch.seen import first_level
 from imagewatch.turns import Turns
@@ -69,6 +70,7 @@ class Order:
         turns: The first-level folders of which something may be claimed; others may join.
         short: Folders that have to be listed again, so that the names of their next prompts are known.
         wanting: First-level folders of which more prompts should be looked at ahead.
+        aside: Prompts that were taken and set aside, as they may not be claimed for now.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Order:
         self.turns: Turns[str] = Turns()
         self.short: set[str] = set()
         self.wanting: set[str] = set()
+        self.aside = Aside()
 
     # What is settled
 
@@ -100,6 +103,7 @@ class Order:
         if (
             (group and key in group.keys)
             or key in self._given
+            or key in self.aside
             or (folder.notes is not None and stem in folder.notes.held)
         ):
             return  # it was looked at already
@@ -136,6 +140,8 @@ class Order:
     def forget(self, path: str) -> None:
         """Forget a folder that is not there any more."""
         self.short.discard(path)
+        for stem in self.aside.stems(path):
+            self.aside.discard((path, stem))
         if group := self._groups.get(name := first_level(path)):
             self._windows -= group.folders.pop(path, None) is not None
             for _, key, _ in [entry for entry in group.ready if entry[1][0] == path]:
@@ -155,6 +161,7 @@ class Order:
 
     def discard(self, key: Key) -> None:
         """Note that something happened to a prompt, so that it may not be claimed."""
+        self.aside.discard(key)
         if (group := self._groups.get(name := first_level(key[0]))) and key in group.keys:
             group.discard(key)
             self.wanting.add(name)
@@ -162,11 +169,11 @@ class Order:
 
     def __len__(self) -> int:
         """Return of how many first-level folders something may be claimed, or is still to be looked at for that."""
-        return len(self._groups)
+        return len(self._groups) - sum(name in self._groups for name in self.aside.names() if self.aside.is_full(name))
 
     def is_ready(self, name: str) -> bool:
         """Tell whether anything of a first-level folder may be claimed."""
-        return name in self._groups and bool(self._groups[name].ready)
+        return name in self._groups and not self.aside.is_full(name) and bool(self._groups[name].ready)
 
     def take(self, name: str) -> Candidate | None:
         """Return the oldest prompt of a first-level folder that may be claimed; it is not returned again."""
@@ -178,6 +185,30 @@ class Order:
         if len(group.ready) <= self._ahead() // 2 and group.folders:
             self.wanting.add(name)
         return candidate
+
+    # What is set aside
+
+    def set_aside(self, candidate: Candidate) -> None:
+        """Pass over a prompt that ``take`` has returned, until ``give_aside`` gives it back."""
+        folder = self._folders.get(candidate.key[0])
+        changed = folder.settled.get(candidate.key[1]) if folder else None
+        self.aside.add(candidate.key, candidate.changed_at if changed is None else changed)
+
+    def give_aside(self, keys: Iterable[Key]) -> None:
+        """Let prompts that were set aside be looked at again, if they are still settled."""
+        for key in keys:
+            self.aside.discard(key)
+            folder = self._folders.get(key[0])
+            if folder and (changed := folder.settled.get(key[1])) is not None:
+                self.put_back(folder, [(changed, key[1])])
+                self.wanting.add(first_level(key[0]))
+        for name in self.aside.names():  # it may not be full any more
+            self._joins(name, self._groups.get(name))
+
+    def is_aside(self, key: Key) -> bool:
+        """Tell whether a prompt is set aside and still settled."""
+        folder = self._folders.get(key[0])
+        return key in self.aside and folder is not None and folder.settled.get(key[1]) is not None
 
     def served(self, name: str) -> None:
         """Note that a first-level folder has had its turn."""
@@ -302,12 +333,13 @@ class Order:
             for path, folder in group.folders.items():
                 known = [*(folder.window or ()), *_held(folder)]
                 found |= {_path(path, stem): at for at, stem in known if folder.settled.get(stem) == at}
-        return found
+        return found | {_path(*key): at for key, at in self.aside if self.is_aside(key)}
 
     def names(self, folder: Folder) -> set[str]:
         """Return the stems of a folder that are known by name."""
         group = self._groups.get(first_level(folder.path))
         ready = {key[1] for key in group.keys if key[0] == folder.path} if group else set()
+        ready |= self.aside.stems(folder.path)
         return ready | {stem for _, stem in [*(folder.window or ()), *_held(folder)]}
 
 

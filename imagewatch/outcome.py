@@ -21,7 +21,8 @@ class Trouble(msgspec.Struct, frozen=True):
     """Something that concerns every request, not only this one.
 
     Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``cap``, ``rate`` or ``busy``.
+        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``rate`` or ``busy``; or ``cap`` or
+            ``soon``, which concern only requests that cost as much.
         message: What was said.
         seconds: How long it wants us to wait, or None.
     """

@@ -27,6 +27,8 @@ _CHUNK_BYTES = 512 * 1024
 _MOST_IMAGES = 64
 _LONGEST_SECRET = 64 * 1024
 """Bytes; how much is held back of what may be shown, as a key may be cut in two."""
+_MOST_NUMBER = 10**40
+_NUMBER = re.compile(r"[+-]?[0-9]{1,40}(\.[0-9]{0,40})?")
 _BLANKS = (b" ", b"\t", b"\r", b"\n", b"\f")
 _URL_SAFE = bytes.maketrans(b"-_", b"+/")
 _BASE64_MAGIC = (b"iVBORw0KGg", b"/9j/", b"UklGR")
@@ -67,6 +69,8 @@ class Reading:
         model: As answered, or an empty string.
         billing: As received; empty without.
         credits: ``billing.credits_charged``, or None when it is not a number that can be a charge.
+        transaction: ``billing.transaction_id`` as text, or an empty string.
+        balance: ``billing.new_credit_balance``, credits, or None when it is no number.
         problem: What is wrong with the answer as a whole, or an empty string.
         message: The endpoint's own words in an answer without pictures, or an empty string.
         code: The error code beside them, or an empty string.
@@ -77,6 +81,8 @@ class Reading:
     model: str = ""
     billing: dict[str, Any] = field(default_factory=dict)
     credits: float | None = None
+    transaction: str = ""
+    balance: float | None = None
     problem: str = ""
     message: str = ""
     code: str = ""
@@ -106,18 +112,22 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
     decoded = known.values(parse(splitter.skeleton()))
     body = decoded if isinstance(decoded, dict) else {}
     images, remark = _images(body, splitter)
-    billing = body.get("billing")
+    reading = _billed(body.get("billing"))
+    reading.images, reading.problem = images, problem or remark
+    reading.provider, reading.model = _text(body.get("provider")), _text(body.get("model"))
+    if not images:
+        reading.message, reading.code = words(body)
+    return reading
+
+
+def _billed(billing: object) -> Reading:
+    """Return what an answer says of its payment; of odd values none is believed, and none keeps a picture back."""
     billing = billing if isinstance(billing, dict) else {}
-    message, code = ("", "") if images else words(body)
     return Reading(
-        images=images,
-        provider=_text(body.get("provider")),
-        model=_text(body.get("model")),
         billing=billing,
         credits=_charge(billing),
-        problem=problem or remark,
-        message=message,
-        code=code,
+        transaction=_transaction(billing.get("transaction_id")),
+        balance=_balance(billing.get("new_credit_balance")),
     )
 
 
@@ -155,6 +165,20 @@ def _charge(billing: dict[str, Any]) -> float | None:
     """Return what was charged. Less than nothing is not believed: it would make room under a cap."""
     charged = number(billing.get("credits_charged"))
     return None if charged is None or charged < 0 else charged
+
+
+def _transaction(value: object) -> str:
+    """Return the id of a payment as text: it may be a number as well."""
+    is_number = isinstance(value, int) and not isinstance(value, bool) and abs(value) < _MOST_NUMBER
+    return str(value) if is_number else _text(value)
+
+
+def _balance(value: object) -> float | None:
+    """Return what an account has left: a number, or one as text. It may be less than nothing."""
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value)
+    found = number(value)
+    return None if found is None else float(found)
 
 
 def _text(value: object) -> str:

@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch import prompt as prompts
 from imagewatch.errors import BadRequest, Outdated, Problem
-from imagewatch.fields import Options, nearest
+from imagewatch.fields import Options, layered, nearest
 from imagewatch.images import foreign, inspect
 from imagewatch.job import Input
 from imagewatch.names import SUFFIX, spellings
@@ -103,11 +103,38 @@ def build(files: Files, config: Config) -> Request:
     inputs, parts, wrong = _inputs(files, config.limits.max_input_bytes)
     provider = choose_provider(options, has_inputs=bool(files.images))
     problems += wrong + _refused_by_limits(options, provider, config)
-    if problems:
+    if provider is None:
+        problems.append(_unknown_family(options))
+    if problems or provider is None:
         raise BadRequest(problems)
     hashes = {files.stem + SUFFIX: hashlib.sha256(raw).hexdigest()}
     hashes |= {name: item.sha256 for name, item in zip(files.images, inputs, strict=True)}
     return Request(parsed.text, body_fields(options, provider), inputs, hashes, parts)
+
+
+def fields_of(raw: bytes, folder: str, config: Config, *, has_inputs: bool) -> dict[str, Any]:
+    """Return the JSON body of the request for a prompt, without ``prompt`` and ``input_images``.
+
+    Args:
+        raw: The prompt file.
+        folder: The folder below the inbox it was dropped into.
+        config: Presets, defaults, limits.
+        has_inputs: Whether it has input images.
+
+    Raises:
+        BadRequest: It cannot be read, or ``build`` would refuse its options.
+    """
+    options, problems = effective(prompts.parse(raw).front, folder, config)
+    provider = choose_provider(options, has_inputs=has_inputs)
+    if problems or provider is None:
+        raise BadRequest(problems or [_unknown_family(options)])
+    return body_fields(options, provider)
+
+
+def _unknown_family(options: Options) -> Problem:
+    """Return what is wrong with a model of which nobody knows whose it is."""
+    reason = f'"{printable(options.model or "", 60)}" is of no known family, so the provider is not known'
+    return Problem("model", reason, 'add a line like provider = "openai" (or "gemini", "flux")')
 
 
 def _require_as_seen(files: Files, names: tuple[str, ...] | None) -> None:
@@ -154,7 +181,7 @@ def contents(where: str, names: Iterable[str], most_bytes: int, opener: Opener =
 
 
 def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[Options, list[Problem]]:
-    """Return the options that count: front matter over preset over defaults."""
+    """Return the options that count: front matter over preset over defaults, as ``fields.layered`` has it."""
     problems = []
     preset = config.presets.get(folder.partition("/")[0], Options())
     if front.preset is not None:
@@ -164,7 +191,7 @@ def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[
             hint = nearest(front.preset, config.presets) if config.presets else "no presets are configured"
             problems.append(Problem("preset", f'there is no preset "{printable(front.preset, 60)}"', hint))
     own = prompts.Prompt("", front).options
-    return own.over(preset).over(config.defaults), problems
+    return layered((own, preset, config.defaults)), problems
 
 
 def read_prompt(path: str, opener: Opener = open_file) -> bytes:
@@ -264,7 +291,7 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
     )
 
 
-def _refused_by_limits(options: Options, provider: str, config: Config) -> list[Problem]:
+def _refused_by_limits(options: Options, provider: str | None, config: Config) -> list[Problem]:
     """Return where the request passes the guard rails of a folder that anybody can write."""
     limits = config.limits
     problems = []

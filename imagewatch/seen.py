@@ -31,6 +31,7 @@ class Wait(StrEnum):
     ARRIVING = "is on its way: a transfer has not given it its name yet"
     UNREADABLE = "cannot be read at the moment"
     IMAGES = "waiting for images that are missing or empty"
+    CAP = "waiting at a cap"
 
 
 @dataclass(frozen=True, slots=True)

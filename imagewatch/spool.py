@@ -12,6 +12,7 @@ import errno
 import functools
 import grp
 import os
+import pwd
 import secrets
 import stat
 from typing import IO, TYPE_CHECKING
@@ -416,6 +417,17 @@ class Spool:
     def new_job(self) -> str:
         """Return an id that nobody can guess."""
         return secrets.token_hex(8)
+
+    def owner(self, claim: Claim) -> str:
+        """Return the name of the user to whom a prompt in the inbox belongs, else the number; empty if it is gone."""
+        try:
+            user = self.tops.lstat(os.path.join(self.inbox_folder(claim), claim.prompt)).st_uid
+        except OSError:
+            return ""
+        try:
+            return printable(pwd.getpwuid(user).pw_name, 100)
+        except (KeyError, OSError):  # of another machine, or a directory that does not answer
+            return str(user)
 
     def claim(self, claim: Claim) -> bool:
         """Take a prompt out of the inbox: its rename is the lock.

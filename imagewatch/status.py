@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
@@ -18,6 +19,7 @@ from imagewatch.errors import SpoolError
 from imagewatch.holds import NEXT
 from imagewatch.ledger import NO_TOTALS
 from imagewatch.masking import known
+from imagewatch.seen import Reasons, Wait, joined
 from imagewatch.text import amount, printable, utc
 
 if TYPE_CHECKING:
@@ -28,12 +30,13 @@ if TYPE_CHECKING:
     from imagewatch.durable import Disk
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger
-    from imagewatch.seen import Reasons, Seen
+    from imagewatch.seen import Seen
 
 SCHEMA = 1
 FILE = "status.json"
 _MOST_NAMES = 100
 _INTERVAL = 1.0
+_NONE: MappingProxyType[str, str] = MappingProxyType({})
 
 
 def read(state: str) -> dict[str, Any] | None:
@@ -106,7 +109,8 @@ class Status:
         self._clock = clock
         self._now = monotonic
         self._started = clock()
-        self._told: tuple[dict[str, float], dict[str, float], int] = dict(NO_TOTALS), dict(NO_TOTALS), 0
+        self._told: tuple[dict[str, float], dict[str, float], int, tuple[float, float] | None]
+        self._told = dict(NO_TOTALS), dict(NO_TOTALS), 0, None
         self._due: float | None = None
         self._not_before = 0.0
         self.state = "starting"
@@ -134,7 +138,14 @@ class Status:
         """Monotonic time at which the file is to be written, or None."""
         return self._due
 
-    def write(self, seen: Seen, ready: int, in_flight: Mapping[str, str], stuck: Mapping[str, str]) -> dict[str, Any]:
+    def write(
+        self,
+        seen: Seen,
+        ready: int,
+        in_flight: Mapping[str, str],
+        stuck: Mapping[str, str],
+        capped: Mapping[str, str] = _NONE,
+    ) -> dict[str, Any]:
         """Write the file now.
 
         Args:
@@ -142,6 +153,7 @@ class Status:
             ready: How many prompts only wait for a worker.
             in_flight: Path of the prompt of each job at work, by job id.
             stuck: The same of each job that cannot go on for a reason of its own.
+            capped: Why prompts wait at a cap, by their path.
 
         Raises:
             SpoolError: The disk failed.
@@ -149,16 +161,17 @@ class Status:
         began = self._now()
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
-            page = self._page(seen, ready) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
+            page = self._page(seen, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
             self._disk.jot(self._path, json.dumps(page, indent=1).encode())
         finally:
             # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
             self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
         return page
 
-    def _page(self, seen: Seen, ready: int) -> dict[str, Any]:
+    def _page(self, seen: Seen, ready: int, capped: Mapping[str, str]) -> dict[str, Any]:
         now = self._clock()
         day, month = day_and_month(now)
+        waiting = _with(seen.waiting, capped)
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -176,9 +189,9 @@ class Status:
             "endpoint": self._config.endpoint.base_url,
             "waiting": {
                 "ready": ready,
-                "not_ready": seen.waiting.total,
-                "why": dict(sorted(seen.waiting.kinds.items(), key=lambda kind: -kind[1])[:20]),
-                "files": _named(seen.waiting),
+                "not_ready": waiting.total,
+                "why": dict(sorted(waiting.kinds.items(), key=lambda kind: -kind[1])[:20]),
+                "files": _named(waiting),
             },
             "ignored": {"count": seen.ignored.total, "files": _named(seen.ignored)},
             "holds": self._holds(),
@@ -187,14 +200,15 @@ class Status:
 
     def _sums(self, day: float, month: float) -> dict[str, Any]:
         """Return what the ledger says; what it said last if it cannot be read, of which a hold tells."""
-        limits = self._config.limits
+        limits, ledger = self._config.limits, self._ledger
         with contextlib.suppress(SpoolError):
-            self._told = self._ledger.totals(day), self._ledger.totals(month), self._ledger.redelivered()
-        today, this_month, redelivered = self._told
+            self._told = ledger.totals(day), ledger.totals(month), ledger.redelivered(), ledger.balance()
+        today, this_month, redelivered, balance = self._told
         return {
             "today": {**today, "cap": limits.credits_per_day or None},
             "month": {**this_month, "cap": limits.credits_per_month or None},
             "redelivered": redelivered,
+            "balance": {"credits": balance[0], "at": iso(balance[1])} if balance else None,
         }
 
     def _holds(self) -> list[dict[str, Any]]:
@@ -202,6 +216,7 @@ class Status:
         return [
             {
                 "kind": hold.kind,
+                "provider": hold.provider or None,
                 "reason": printable(known.text(hold.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "until": self._gate.ends(hold),
@@ -210,6 +225,16 @@ class Status:
             for hold in self._gate.holds()
             if not hold.brief or now < hold.until
         ]
+
+
+def _with(waiting: Reasons, capped: Mapping[str, str]) -> Reasons:
+    """Return the reasons of prompts that wait, together with those of prompts that wait at a cap."""
+    if not capped:
+        return waiting
+    more = Reasons(waiting.most)
+    for path, reason in capped.items():
+        more.add(path, Wait.CAP, reason)
+    return joined((waiting, more), waiting.most)
 
 
 def _jobs(sources: Mapping[str, str]) -> list[dict[str, str]]:
@@ -229,8 +254,14 @@ def line(page: Mapping[str, Any]) -> str:
         parts.insert(2, f"{len(page['stuck'])} stuck")
     if page["state"] == "stopping":
         parts.insert(0, "finishing what is sent")
-    parts += [f"held ({hold['kind']}): {hold['reason']}" for hold in page["holds"]]
+    parts += [f"held ({kind(hold)}): {hold['reason']}" for hold in page["holds"]]
     return "; ".join(parts)
+
+
+def kind(hold: Mapping[str, Any]) -> str:
+    """Return the kind of a hold, and the provider whose prompts it concerns if not all."""
+    provider = hold.get("provider")  # not there in what an older daemon said
+    return f"{hold['kind']}, {provider}" if provider else str(hold["kind"])
 
 
 def iso(seconds: float | None) -> str | None:

@@ -22,7 +22,7 @@ import msgspec
 import pybase64
 
 from imagewatch.errors import InDoubt, JobError
-from imagewatch.fields import Options, Provider, shown
+from imagewatch.fields import Options, Provider, family, shown
 from imagewatch.job import Head, Reaction
 from imagewatch.masking import known
 
@@ -48,13 +48,19 @@ _BALANCE = re.compile("[a-z_]{0,40}balance")
 # The request
 
 
-def choose_provider(options: Options, *, has_inputs: bool) -> Provider:
-    """Return the provider for ``auto``, as the skill advises.
+def choose_provider(options: Options, *, has_inputs: bool) -> Provider | None:
+    """Return whom to ask.
 
-    Input images → gemini; any of size, quality, output_format → openai; else flux.
+    Without a provider (``auto``) the family of the model decides; without a model it is as the skill advises: input
+    images → gemini; any of size, quality, output_format → openai; else flux.
+
+    Returns:
+        None if there is a model of no known family, and no provider.
     """
     if options.provider not in {None, "auto"}:
         return options.provider  # type: ignore[return-value]  # the set above leaves the three
+    if options.model is not None:
+        return family(options.model)
     if has_inputs:
         return "gemini"
     return "openai" if options.size or options.quality or options.output_format else "flux"

@@ -24,6 +24,7 @@ from imagewatch.job import Claim, Head, Reaction, Sent, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
+from imagewatch.prices import Asked
 from imagewatch.redelivery import finished_twin
 from imagewatch.request import Files, Request, build, contents
 from imagewatch.text import printable, utc
@@ -151,8 +152,10 @@ class Worker:
 
     def start(self, claim: Claim) -> Outcome:
         """Claim a prompt and carry it to its end."""
+        claim = replace(claim, owner=self._spool.owner(claim))
         if not self._spool.claim(claim):
             self._spool.forget(claim.job)
+            self._budget.settle(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
         run = Run(self._spool.record(claim.job), claim, began=self._clock())
         if not (claim.images or claim.foreign):  # of which some may have been gone
@@ -343,6 +346,7 @@ class Worker:
         try:
             files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared, where)
             run.request = build(files, self._config)
+            self._require_payable(run)
         except Outdated:
             return self._give_back(run)
         except BadRequest as error:
@@ -361,6 +365,18 @@ class Worker:
         problem = Problem(printable(claim.prompt), reason, "save the prompt again to request another image")
         self._closing.invalid(case, [problem], {})  # without contents: another one like it is one of the twin, too
 
+    def _require_payable(self, run: Run) -> None:
+        """Make sure that no cap is so low that this request could never be sent.
+
+        One that was sent before was below every cap then; it goes back to the inbox, and is looked at as a new one.
+
+        Raises:
+            BadRequest: One is.
+        """
+        assert run.request is not None
+        if not run.evidence.sent and (problem := self._budget.never(Asked.of(run.request.fields))):
+            raise BadRequest([problem])
+
     def _send(self, run: Run) -> Outcome | None:
         if run.evidence.answered:
             verdict = self._verdict(run, run.evidence.answered)
@@ -370,7 +386,7 @@ class Worker:
         if not run.may_send:
             return self._later(run, None) if run.evidence.sent else self._give_back(run)
         assert run.request is not None
-        refusal = self._budget.reserve(run.claim.job, run.request.fields["provider"])
+        refusal = self._budget.reserve(run.claim.job, Asked.of(run.request.fields))
         if refusal is not None:
             return self._unaffordable(run, refusal)
         run.resumed = False
@@ -401,9 +417,10 @@ class Worker:
 
     def _unaffordable(self, run: Run, refusal: Refusal) -> Outcome:
         """Deal with a request that a cap forbids: a short wait stays claimed, a long one goes back to the inbox."""
-        run.trouble = Trouble(refusal.kind, refusal.message, refusal.seconds)
-        if refusal.kind == "cap":
+        if refusal.kind in {"cap", "never"}:
+            run.trouble = Trouble("cap", refusal.message, refusal.seconds)
             return self._give_back(run)
+        run.trouble = Trouble(refusal.kind, refusal.message, refusal.seconds)
         return Outcome(run.claim.job, End.LATER, run.claim.source, delay=refusal.seconds, trouble=run.trouble)
 
     def _unsent(self, run: Run, attempt: int, reason: str) -> Outcome | None:

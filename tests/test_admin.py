@@ -534,7 +534,7 @@ MIXED = {
     "never": "+++\nn = 9\n+++\nNever sent",
     "lost": "[sandbox: drop] Lost",
     "=cmd()": "A formula",
-    f"{HOSTILE}/{HOSTILE}": '+++\nmodel = "\\u001b[31mred"\n+++\nA trap',
+    f"{HOSTILE}/{HOSTILE}": '+++\nprovider = "flux"\nmodel = "\\u001b[31mred"\n+++\nA trap',
 }
 
 
@@ -616,7 +616,10 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
     offline = {"LETTA_BASE_URL": "http://127.0.0.1:9", "LETTA_API_KEY": ""}
     told = command(folders, "estimate", **offline)
     assert told.returncode == 0, told.stderr
-    assert re.search(r"cat\.prompt\.txt +flux +unknown: none like it was made yet", told.stdout)
+    assert re.search(
+        r"cat\.prompt\.txt +flux +unknown: none like it was charged in the last 30 days; a cap reserves 150",
+        told.stdout,
+    )
     assert re.search(r"wrong\.prompt\.txt +none: it will be refused \(n: ", told.stdout)
     assert re.search(r"half\.prompt\.txt +none: it will be refused \(logo\.png: the file is not there", told.stdout)
     assert "In all: 0 credits, and 1 of unknown price." in told.stdout

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from datetime import UTC, datetime
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from imagewatch.budget import Budget
 from imagewatch.config import Limits
 from imagewatch.ledger import Ledger, Row
+from imagewatch.prices import Asked
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 HOUR = 3600.0
@@ -34,6 +36,10 @@ def ledger(tmp_path):
         yield made
 
 
+def asked(provider="flux", **fields):
+    return Asked.of({"provider": provider, **fields})
+
+
 def spend(ledger, job, at, credits_=None, *, charged="yes", provider="flux"):
     outcome = "unknown" if charged == "unknown" else "made"
     ledger.write(
@@ -53,87 +59,87 @@ def spend(ledger, job, at, credits_=None, *, charged="yes", provider="flux"):
 
 def test_without_caps_everything_passes(ledger, clock):
     budget = Budget(ledger, Limits(), clock)
-    assert all(budget.reserve(f"job{k}", "flux") is None for k in range(500))
+    assert all(budget.reserve(f"job{k}", asked()) is None for k in range(500))
 
 
 def test_a_request_passes_only_if_what_it_may_cost_still_fits(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 30)
     budget = Budget(ledger, Limits(credits_per_day=60), clock)
-    assert budget.reserve("b", "flux") is None
-    refusal = budget.reserve("c", "flux")
+    assert budget.reserve("b", asked()) is None
+    refusal = budget.reserve("c", asked())
     assert refusal is not None
     assert "limits.credits_per_day is 60" in refusal.message
 
 
 def test_a_price_nobody_knows_counts_as_the_assumed_one_and_never_as_zero(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=150), clock)
-    assert budget.reserve("a", "gemini") is not None
+    assert budget.reserve("a", asked("gemini")) is not None
 
 
 def test_the_highest_recent_charge_of_the_provider_is_what_is_set_aside(ledger, clock):
-    spend(ledger, "a", NOON - 40 * 24 * HOUR, 30)
-    spend(ledger, "b", NOON - 39 * 24 * HOUR, 90)
-    spend(ledger, "c", NOON - 38 * 24 * HOUR, 400, provider="gemini")
+    spend(ledger, "a", NOON - 20 * 24 * HOUR, 30)
+    spend(ledger, "b", NOON - 19 * 24 * HOUR, 90)
+    spend(ledger, "c", NOON - 18 * 24 * HOUR, 400, provider="gemini")
     budget = Budget(ledger, Limits(credits_per_day=180), clock)
-    assert budget.reserve("d", "flux") is None
-    assert budget.reserve("e", "flux") is None
-    assert budget.reserve("f", "flux") is not None
+    assert budget.reserve("d", asked()) is None
+    assert budget.reserve("e", asked()) is None
+    assert budget.reserve("f", asked()) is not None
 
 
 def test_what_is_in_flight_counts_until_the_ledger_has_it(ledger, clock):
-    spend(ledger, "a", NOON - 40 * 24 * HOUR, 50)
+    spend(ledger, "a", NOON - 20 * 24 * HOUR, 50)
     budget = Budget(ledger, Limits(credits_per_day=100), clock)
-    assert budget.reserve("b", "flux") is None
-    assert budget.reserve("c", "flux") is None
-    assert budget.reserve("d", "flux") is not None
+    assert budget.reserve("b", asked()) is None
+    assert budget.reserve("c", asked()) is None
+    assert budget.reserve("d", asked()) is not None
     budget.settle("b")
-    assert budget.reserve("d", "flux") is None
+    assert budget.reserve("d", asked()) is None
 
 
 def test_what_nobody_carries_on_counts_as_spent_that_day_and_is_not_waited_for(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
-    assert budget.reserve("a", "flux") is None
-    assert budget.reserve("b", "flux") is None
-    assert budget.reserve("c", "flux").kind == "rate"
+    assert budget.reserve("a", asked()) is None
+    assert budget.reserve("b", asked()) is None
+    assert budget.reserve("c", asked()).kind == "soon"
     budget.strand("a")
     budget.settle("b")
-    assert budget.reserve("c", "flux") is None
-    assert budget.reserve("d", "flux").kind == "rate"
+    assert budget.reserve("c", asked()) is None
+    assert budget.reserve("d", asked()).kind == "soon"
     budget.strand("c")
-    assert budget.reserve("d", "flux").kind == "cap"
+    assert budget.reserve("d", asked()).kind == "cap"
     clock.now += 12 * HOUR
-    assert budget.reserve("d", "flux") is None
+    assert budget.reserve("d", asked()) is None
 
 
 def test_a_lost_answer_counts_as_if_it_had_been_charged(ledger, clock):
     spend(ledger, "a", NOON - HOUR, charged="unknown")
-    assert Budget(ledger, Limits(credits_per_day=200, assumed_credits=150), clock).reserve("b", "flux") is not None
+    assert Budget(ledger, Limits(credits_per_day=200, assumed_credits=150), clock).reserve("b", asked()) is not None
 
 
 def test_a_new_utc_day_opens_the_day_cap_but_not_the_month_cap(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 50)
     daily = Budget(ledger, Limits(credits_per_day=60), clock)
-    refusal = daily.reserve("b", "flux")
+    refusal = daily.reserve("b", asked())
     assert refusal is not None
     assert refusal.seconds == 12 * HOUR
     clock.now = NOON + 12 * HOUR
-    assert daily.reserve("b", "flux") is None
+    assert daily.reserve("b", asked()) is None
 
 
 def test_a_month_ends_with_the_month(ledger, clock):
     spend(ledger, "a", NOON - 20 * 24 * HOUR, 50)
     monthly = Budget(ledger, Limits(credits_per_month=60), clock)
-    refusal = monthly.reserve("b", "flux")
+    refusal = monthly.reserve("b", asked())
     assert refusal is not None
     assert refusal.seconds == 12 * HOUR
     clock.now = datetime(2026, 4, 1, tzinfo=UTC).timestamp()
-    assert monthly.reserve("b", "flux") is None
+    assert monthly.reserve("b", asked()) is None
 
 
 def test_a_clock_that_was_set_back_opens_no_new_day(ledger, clock):
     spend(ledger, "a", NOON, 50)
     clock.now = NOON - 24 * HOUR
-    assert Budget(ledger, Limits(credits_per_day=60), clock).reserve("b", "flux") is not None
+    assert Budget(ledger, Limits(credits_per_day=60), clock).reserve("b", asked()) is not None
 
 
 def test_a_clock_that_is_set_back_and_put_right_again_changes_nothing(ledger, clock):
@@ -142,35 +148,35 @@ def test_a_clock_that_is_set_back_and_put_right_again_changes_nothing(ledger, cl
     for now in (NOON - 24 * HOUR, NOON - 60 * 24 * HOUR, NOON):
         clock.now = now
         for books in (budget, Budget(ledger, Limits(credits_per_day=60, credits_per_month=60), clock)):
-            assert books.reserve("b", "flux").kind == "cap"
+            assert books.reserve("b", asked()).kind == "cap"
 
 
 @pytest.mark.parametrize("ahead", [24 * HOUR, 400 * 24 * HOUR])
 def test_what_was_spent_while_the_clock_was_ahead_counts_and_so_does_what_comes_after(ledger, clock, ahead):
     spend(ledger, "a", NOON + ahead, 10)
     limits = Limits(credits_per_day=30)
-    assert Budget(ledger, limits, clock).reserve("b", "flux") is None
+    assert Budget(ledger, limits, clock).reserve("b", asked()) is None
     spend(ledger, "b", NOON, 10)
-    assert Budget(ledger, limits, clock).reserve("c", "flux") is None
+    assert Budget(ledger, limits, clock).reserve("c", asked()) is None
     spend(ledger, "c", NOON, 10)
-    assert Budget(ledger, limits, clock).reserve("d", "flux").kind == "cap"
+    assert Budget(ledger, limits, clock).reserve("d", asked()).kind == "cap"
 
 
 def test_a_clock_that_jumps_a_day_ahead_opens_the_day_as_midnight_would(ledger, clock):
     spend(ledger, "a", NOON, 50)
     budget = Budget(ledger, Limits(credits_per_day=60, credits_per_month=160), clock)
-    assert budget.reserve("b", "flux").kind == "cap"
+    assert budget.reserve("b", asked()).kind == "cap"
     clock.now = NOON + 12 * HOUR
-    assert budget.reserve("b", "flux") is None
+    assert budget.reserve("b", asked()) is None
 
 
 @pytest.mark.parametrize("jump", [-24 * HOUR, -1, 24 * HOUR])
 def test_after_a_jump_of_the_clock_nobody_waits_longer_than_a_minute_for_the_next_minute(ledger, clock, jump):
     budget = Budget(ledger, Limits(requests_per_minute=2), clock)
-    assert [budget.reserve(f"job{k}", "flux") for k in range(2)] == [None, None]
+    assert [budget.reserve(f"job{k}", asked()) for k in range(2)] == [None, None]
     clock.now += jump
     waited = 0.0
-    while (refusal := budget.reserve("later", "flux")) is not None:
+    while (refusal := budget.reserve("later", asked())) is not None:
         clock.now += refusal.seconds
         waited += refusal.seconds
     assert waited <= 60.1
@@ -179,44 +185,44 @@ def test_after_a_jump_of_the_clock_nobody_waits_longer_than_a_minute_for_the_nex
 def test_a_minute_that_the_ledger_dates_ahead_is_over_after_a_minute(ledger, clock):
     spend(ledger, "a", NOON + 24 * HOUR, 1)
     budget = Budget(ledger, Limits(requests_per_minute=1), clock)
-    assert budget.reserve("b", "flux").seconds == pytest.approx(60)
+    assert budget.reserve("b", asked()).seconds == pytest.approx(60)
     clock.now += 60.1
-    assert budget.reserve("b", "flux") is None
+    assert budget.reserve("b", asked()) is None
 
 
 def test_a_request_that_fits_if_those_in_flight_cost_less_comes_again_soon_and_not_tomorrow(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=70), clock)
-    assert budget.reserve("a", "flux") is None
-    refusal = budget.reserve("b", "flux")
-    assert (refusal.kind, refusal.seconds < 5) == ("rate", True)
+    assert budget.reserve("a", asked()) is None
+    refusal = budget.reserve("b", asked())
+    assert (refusal.kind, refusal.seconds < 5) == ("soon", True)
     assert "limits.credits_per_day is 100" in refusal.message
     spend(ledger, "a", NOON, 30)
     budget.settle("a")
-    assert budget.reserve("b", "flux") is None
+    assert budget.reserve("b", asked()) is None
 
 
 def test_a_request_of_an_earlier_process_is_set_aside_until_its_row_is_written(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=3), clock)
-    budget.resume("old", "flux", NOON - 10)
-    assert budget.reserve("a", "flux") is None
-    assert budget.reserve("b", "flux").kind == "rate"
+    budget.resume("old", asked(), NOON - 10)
+    assert budget.reserve("a", asked()) is None
+    assert budget.reserve("b", asked()).kind == "soon"
     spend(ledger, "old", NOON - 10, 60)
     budget.settle("old")
-    assert budget.reserve("b", "flux").kind == "cap"
+    assert budget.reserve("b", asked()).kind == "cap"
 
 
 def test_a_request_of_an_earlier_process_counts_once_in_its_minute(ledger, clock):
     spend(ledger, "old", NOON - 10, 1)
     budget = Budget(ledger, Limits(requests_per_minute=2), clock)
-    budget.resume("old", "flux", NOON - 10)
-    assert budget.reserve("a", "flux") is None
-    assert budget.reserve("b", "flux").seconds == pytest.approx(50)
+    budget.resume("old", asked(), NOON - 10)
+    assert budget.reserve("a", asked()) is None
+    assert budget.reserve("b", asked()).seconds == pytest.approx(50)
 
 
 def test_a_restart_changes_nothing(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 50)
     for _ in range(3):
-        assert Budget(ledger, Limits(credits_per_day=60), clock).reserve("b", "flux") is not None
+        assert Budget(ledger, Limits(credits_per_day=60), clock).reserve("b", asked()) is not None
 
 
 @pytest.mark.parametrize("most", [1, 3, 60])
@@ -224,7 +230,7 @@ def test_no_minute_holds_more_requests_than_allowed(ledger, clock, most):
     budget = Budget(ledger, Limits(requests_per_minute=most), clock)
     passed = []
     for number in range(5 * most):
-        while (refusal := budget.reserve(f"job{number}", "flux")) is not None:
+        while (refusal := budget.reserve(f"job{number}", asked())) is not None:
             assert refusal.kind == "rate"
             clock.now += refusal.seconds
         passed.append(clock.now)
@@ -233,18 +239,168 @@ def test_no_minute_holds_more_requests_than_allowed(ledger, clock, most):
 
 def test_less_than_one_request_a_minute_is_possible(ledger, clock):
     budget = Budget(ledger, Limits(requests_per_minute=0.5), clock)
-    assert budget.reserve("a", "flux") is None
-    refusal = budget.reserve("b", "flux")
+    assert budget.reserve("a", asked()) is None
+    refusal = budget.reserve("b", asked())
     assert refusal is not None
     assert refusal.seconds == 120
     clock.now += 119
-    assert budget.reserve("b", "flux") is not None
+    assert budget.reserve("b", asked()) is not None
     clock.now += 1
-    assert budget.reserve("b", "flux") is None
+    assert budget.reserve("b", asked()) is None
 
 
 def test_the_minute_is_counted_across_a_restart(ledger, clock):
     spend(ledger, "a", NOON - 10, 1)
-    refusal = Budget(ledger, Limits(requests_per_minute=1), clock).reserve("b", "flux")
+    refusal = Budget(ledger, Limits(requests_per_minute=1), clock).reserve("b", asked())
     assert refusal is not None
     assert refusal.seconds == pytest.approx(50)
+
+
+# What is reserved
+
+
+def charge(ledger, job, credits_, *, at=NOON - HOUR, asked_=1, answered="", **fields):
+    """Write what a request was charged, as the daemon does."""
+    fields = {"provider": "flux", **fields}
+    ledger.write(
+        Row(
+            job=job,
+            attempt=1,
+            source=f"{job}.prompt.txt",
+            outcome="made",
+            charged="yes",
+            claimed_at=at,
+            sent_at=at,
+            answered_at=at,
+            credits=credits_,
+            provider=answered or fields["provider"],
+            fields=json.dumps(fields),
+            asked=asked_,
+            got=asked_,
+        )
+    )
+
+
+def reserved(ledger, clock, asked_):
+    return Budget(ledger, Limits(assumed_credits=150), clock).cost(asked_).high
+
+
+def test_four_images_of_the_past_do_not_make_one_image_dear(ledger, clock):
+    charge(ledger, "a", 120, n=4, asked_=4)
+    assert reserved(ledger, clock, asked()) == 30
+    assert reserved(ledger, clock, asked(n=4)) == 120
+    assert Budget(ledger, Limits(credits_per_day=160), clock).reserve("b", asked()) is None
+
+
+def test_a_dear_quality_does_not_make_a_cheap_one_dear(ledger, clock):
+    charge(ledger, "a", 167, provider="openai", quality="high")
+    charge(ledger, "b", 11, provider="openai", quality="low")
+    assert reserved(ledger, clock, asked("openai", quality="low")) == 11
+    assert reserved(ledger, clock, asked("openai", quality="medium")) == 167
+
+
+@pytest.mark.parametrize(("days", "wanted"), [(29, 400), (31, 150)])
+def test_a_high_charge_of_the_past_is_forgotten_after_thirty_days(ledger, clock, days, wanted):
+    charge(ledger, "a", 400, at=NOON - days * 24 * HOUR)
+    assert reserved(ledger, clock, asked()) == wanted
+
+
+def test_a_charge_of_nothing_is_no_price(ledger, clock):
+    charge(ledger, "a", 0)
+    assert reserved(ledger, clock, asked()) == 150
+    charge(ledger, "b", 30)
+    assert reserved(ledger, clock, asked()) == 30
+
+
+def test_a_provider_that_answers_by_another_name_is_known_by_the_one_that_was_asked(ledger, clock):
+    charge(ledger, "a", 134, provider="gemini", answered="google")
+    assert reserved(ledger, clock, asked("gemini")) == 134
+
+
+def test_a_row_whose_request_is_not_known_counts_for_its_provider(ledger, clock):
+    spend(ledger, "a", NOON - HOUR, 90)
+    assert reserved(ledger, clock, asked()) == 90
+
+
+def test_lost_answers_count_what_their_own_requests_may_have_cost(ledger, clock):
+    charge(ledger, "a", 11, provider="openai", quality="low")
+    charge(ledger, "b", None, provider="openai", quality="low", n=2, asked_=2)
+    (spent, _) = Budget(ledger, Limits(credits_per_day=1000), clock).spent()["limits.credits_per_day"]
+    assert spent == 33
+
+
+@pytest.mark.parametrize("cap", ["credits_per_day", "credits_per_month"])
+def test_a_request_that_alone_is_more_than_a_cap_is_refused_and_told_which(ledger, clock, cap):
+    budget = Budget(ledger, Limits(**{cap: 100}, assumed_credits=150), clock)
+    refusal = budget.reserve("a", asked())
+    assert (refusal.kind, f"limits.{cap}" in refusal.message, "limits.assumed_credits" in refusal.message) == (
+        "never",
+        True,
+        True,
+    )
+    assert budget.never(asked()) is not None
+    charge(ledger, "z", 30)
+    assert budget.never(asked()) is None
+    assert budget.never(asked(n=4)) is not None
+
+
+def test_what_is_planned_is_reserved_for_its_job_and_not_counted_twice(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=9), clock)
+    assert [budget.plan(job, asked()) for job in "ab"] == [None, None]
+    assert budget.plan("c", asked()).kind == "soon"
+    assert [budget.reserve(job, asked()) for job in "ab"] == [None, None]
+    assert budget.reserve("c", asked()).kind == "soon"
+    budget.settle("a")
+    assert budget.plan("c", asked()) is None
+
+
+def test_to_plan_is_no_request_of_this_minute(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=1), clock)
+    assert budget.plan("a", asked()) is None
+    assert budget.plan("b", asked()) is None
+    assert budget.reserve("a", asked()) is None
+
+
+def test_to_look_reserves_nothing_and_takes_each_request_alone(ledger, clock):
+    spend(ledger, "a", NOON - HOUR, 40)
+    budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=30), clock)
+    cheap, dear = asked(), asked(n=2)
+    found = budget.look([cheap, dear] * 3)
+    assert set(found) == {dear}
+    assert (found[dear].kind, budget.plan("b", cheap)) == ("cap", None)
+
+
+def test_of_two_caps_the_one_that_lasts_longer_is_told(ledger, clock):
+    clock.now = datetime(2026, 3, 15, 12, tzinfo=UTC).timestamp()
+    spend(ledger, "a", clock.now, 50)
+    refusal = Budget(ledger, Limits(credits_per_day=60, credits_per_month=60), clock).reserve("b", asked())
+    assert "limits.credits_per_month is 60" in refusal.message
+    assert "2026-04-01T00:00Z" in refusal.message
+
+
+def test_a_refusal_names_the_setting_what_is_spent_reserved_and_asked_and_when_it_ends(ledger, clock):
+    spend(ledger, "a", NOON - HOUR, 40)
+    budget = Budget(ledger, Limits(credits_per_day=100), clock)
+    assert budget.reserve("b", asked()) is None
+    spend(ledger, "c", NOON, 25)
+    message = budget.reserve("d", asked()).message
+    assert message.startswith("limits.credits_per_day is 100: 65 are spent, 40 are reserved for what is in flight,")
+    assert "this request may cost 40" in message
+    assert message.endswith("it ends 2026-04-01T00:00Z")
+
+
+def test_one_huge_charge_is_still_a_number_that_a_cap_refuses(ledger, clock):
+    charge(ledger, "a", 1e308, n=1)
+    charge(ledger, "b", 1e308, at=NOON)
+    assert Budget(ledger, Limits(credits_per_day=1e300), clock).reserve("c", asked(n=4)).kind == "never"
+
+
+def test_a_plan_of_a_job_that_is_stuck_before_it_sends_anything_is_given_up_and_no_other(ledger, clock):
+    budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
+    for job in "ab":
+        assert budget.plan(job, asked()) is None
+    assert budget.reserve("b", asked()) is None
+    for job in "ab":
+        budget.unplan(job)
+    assert budget.plan("c", asked()) is None
+    assert budget.plan("d", asked()).kind == "soon"

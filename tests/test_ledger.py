@@ -46,7 +46,7 @@ def ledger(path: str) -> Iterator[Ledger]:
 
 
 def test_a_row_comes_back_as_it_was_written(ledger: Ledger) -> None:
-    written = row(message="naïve", sent_at=2.5, provider="flux", got=1)
+    written = row(message="naïve", sent_at=2.5, provider="flux", got=1, asked_provider="flux", owner="ada")
     ledger.write(written)
     (found,) = ledger.rows()
     assert found == {name: getattr(written, name) for name in Row.__struct_fields__}
@@ -164,3 +164,129 @@ def test_a_damaged_page_is_noticed_when_it_is_read(path: str) -> None:
 def test_a_folder_that_is_gone_is_our_disks_fault(tmp_path: Path) -> None:
     with pytest.raises(SpoolError):
         Ledger(str(tmp_path / "gone" / "ledger.sqlite3"))
+
+
+# Ledgers of older versions
+
+FORMAT_1 = """
+CREATE TABLE IF NOT EXISTS attempts (
+    job             TEXT NOT NULL,
+    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
+    source          TEXT NOT NULL,      -- path of the prompt below the inbox
+    source_size     INTEGER NOT NULL,   -- bytes
+    source_mtime_ns INTEGER NOT NULL,
+    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
+    prompt_sha256   TEXT NOT NULL,      -- of the text sent
+    outcome         TEXT NOT NULL CHECK (outcome IN ('made', 'refused', 'busy', 'unknown', 'invalid')),
+    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
+    credits         REAL,               -- NULL: not said
+    provider        TEXT NOT NULL,
+    model           TEXT NOT NULL,
+    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
+    asked           INTEGER NOT NULL,
+    got             INTEGER NOT NULL,
+    status          INTEGER NOT NULL,   -- HTTP, 0: no answer
+    code            TEXT NOT NULL,
+    message         TEXT NOT NULL,
+    request_id      TEXT NOT NULL,
+    endpoint        TEXT NOT NULL,
+    version         TEXT NOT NULL,
+    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
+    sent_at         REAL,
+    answered_at     REAL,
+    PRIMARY KEY (job, attempt)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
+CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
+CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
+CREATE TABLE IF NOT EXISTS redeliveries (
+    job     TEXT PRIMARY KEY,           -- the finished job whose files came again
+    times   INTEGER NOT NULL,
+    last_at REAL NOT NULL               -- seconds since the epoch, UTC
+) WITHOUT ROWID;
+"""
+
+
+@pytest.fixture
+def old(path: str) -> str:
+    """A ledger of format 1, with rows of all kinds."""
+    fields = '{"provider": "openai", "quality": "low", "n": 2}'
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.executescript(FORMAT_1)
+        database.execute("PRAGMA user_version = 1")
+        for job, provider, asked, credits_, outcome in (
+            ("a" * 16, "openai", fields, 24.0, "made"),
+            ("b" * 16, "flux", "", 30.0, "made"),
+            ("c" * 16, "google", '{"provider": "gemini"}', 134.0, "made"),
+            ("d" * 16, "flux", "{damaged", 31.0, "made"),
+            ("e" * 16, "", "", None, "invalid"),
+        ):
+            charged = "yes" if credits_ else "no"
+            database.execute(
+                "INSERT INTO attempts VALUES (?, 1, 's', 1, 1, '', '', ?, ?, ?, ?, 'm', ?, 2, 1, 200, "
+                "'', '', '', '', '', 1.0, 2.0, 3.0)",
+                (job, outcome, charged, credits_, provider, asked),
+            )
+        database.commit()
+    return path
+
+
+def test_a_ledger_of_format_1_is_upgraded_and_keeps_every_row(old: str) -> None:
+    with contextlib.closing(Ledger(old)) as ledger:
+        rows = ledger.rows()
+        assert [found["job"][0] for found in rows] == ["a", "b", "c", "d", "e"]
+        assert {name for found in rows for name in found} == set(Row.__struct_fields__)
+        assert {(found["transaction_id"], found["new_credit_balance"], found["owner"]) for found in rows} == {
+            ("", None, "")
+        }
+        assert ledger.totals()["credits"] == 219
+        assert sorted(ledger.charges("flux", 0.0)[""]) == [15, 15.5]
+        assert [*ledger.charges("openai", 0.0).values()] == [[12]]
+        assert [*ledger.charges("gemini", 0.0).values()] == [[67]]
+        ledger.write(row(job="f" * 16, new_credit_balance=5.0, answered_at=9.0))
+        assert ledger.balance() == (5, 9)
+    with contextlib.closing(Ledger(old)) as again:
+        assert len(again.rows()) == 6
+
+
+def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
+    script = "import sys; from imagewatch.ledger import Ledger; Ledger(sys.argv[1]).close()"
+    processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]
+    assert [process.wait(60) for process in processes] == [0] * 4
+    with contextlib.closing(Ledger(old)) as ledger:
+        assert len(ledger.rows()) == 5
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.2, 0.25])
+def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seconds: float) -> None:
+    with contextlib.closing(sqlite3.connect(old)) as database:
+        database.executescript(
+            "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) "
+            "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', "
+            "'', 1, 1, 200, '', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
+        )
+    script = "import sys; from imagewatch.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1]).close()"
+    with subprocess.Popen([sys.executable, "-c", script, old], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+        process.kill()
+    with contextlib.closing(Ledger(old)) as ledger:
+        assert len(ledger.charges("flux", 0.0)[""]) == 30_002
+        assert ledger.balance() is None
+
+
+def test_an_old_daemon_that_still_runs_can_write_into_an_upgraded_ledger(old: str) -> None:
+    Ledger(old).close()
+    names = "job, attempt, source, source_size, source_mtime_ns, contents, prompt_sha256, outcome, charged, credits, "
+    names += "provider, model, fields, asked, got, status, code, message, request_id, endpoint, version, claimed_at"
+    with contextlib.closing(sqlite3.connect(old)) as database:
+        database.execute(
+            f"INSERT INTO attempts ({names}) VALUES "
+            "('z', 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', '', 1, 1, 200, '', '', '', '', '', 1.0)"
+        )
+        database.commit()
+    with contextlib.closing(Ledger(old)) as ledger:
+        assert ledger.totals()["credits"] == 220

@@ -38,6 +38,7 @@ PAGE: dict[str, Any] = {
     "today": {"made": 5, "refused": 6, "unknown": 7, "credits": 12.25, "cap": None},
     "month": {"made": 50, "refused": 60, "unknown": 70, "credits": 1234567.5, "cap": 2000000.0},
     "redelivered": 8,
+    "balance": {"credits": 93.5, "at": "2026-02-03T04:05:04Z"},
 }
 
 
@@ -76,7 +77,7 @@ def test_every_figure_of_the_status_is_a_metric():
         "ready_prompts": 3,
         **{
             f"not_ready_prompts[{name}]": 0
-            for name in ("settling", "writing", "open", "arriving", "unreadable", "images", "other")
+            for name in ("settling", "writing", "open", "arriving", "unreadable", "images", "cap", "other")
         },
         "not_ready_prompts[empty]": 2,
         "ignored_files": 4,
@@ -93,6 +94,8 @@ def test_every_figure_of_the_status_is_a_metric():
         "period_credits[month]": 1234567.5,
         "period_cap_credits[month]": 2000000,
         "redelivered_prompts_total": 8,
+        "balance_credits": 93.5,
+        "balance_timestamp_seconds": 1770091504,
     }
 
 

@@ -108,7 +108,8 @@ def test_the_headers_are_exactly_these(sent):
 
 
 def test_the_body_is_exactly_what_the_contract_says(sent):
-    front = '+++\nmodel = "m\\"1"\nn = 2\nsize = "1024x1024"\nquality = "low"\noutput_format = "png"\nseed = -5\n+++\n'
+    front = '+++\nprovider = "gemini"\nmodel = "m\\"1"\nn = 2\n'
+    front += 'size = "1024x1024"\nquality = "low"\noutput_format = "png"\nseed = -5\n+++\n'
     text = 'a "cat" \\ with\tΩ and \U0001f600\nsecond line'
     _, body, _ = sent({"x.prompt.txt": front + text, "x.png": IMAGE})
     assert json.loads(body) == {

@@ -80,6 +80,9 @@ def test_every_command_on_the_page_for_people_works(shell, folders, sandbox):
 
 
 def test_the_words_that_errors_are_said_to_have_are_those_they_have(folders, start):
+    folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "300"
+    folders.prompt("cap", "+++\nn = 4\n+++\nx")
+    folders.prompt("family", "+++\nmodel = 'best'\n+++\nx")
     folders.prompt("key", "+++\nqualty = 'high'\n+++\nx")
     folders.prompt("value", "+++\nquality = 'best'\n+++\nx")
     folders.drop("kind.gif", b"GIF89a")
@@ -89,12 +92,12 @@ def test_the_words_that_errors_are_said_to_have_are_those_they_have(folders, sta
     folders.prompt("safety", "x [sandbox: 400]")
     folders.prompt("credits", "x [sandbox: 402]")
     start(folders, "run")
-    until(lambda: len(folders.documents()) == 6)
+    until(lambda: len(folders.documents()) == 8)
     told = {stem: folders.error(stem)["message"] for stem in folders.documents()}
     table = USING.partition("| `message` says")[2].partition("\n\n")[0]
     words = [word.removesuffix(" …") for row in table.splitlines()[2:] for word in re.findall(r"`(.+?)`", row)]
-    assert len(words) == 6
-    for stem, word in zip(("key", "value", "kind", "whole", "safety", "credits"), words, strict=True):
+    stems = ("key", "value", "kind", "whole", "safety", "credits", "cap", "family")
+    for stem, word in zip(stems, words, strict=True):
         assert word in told[stem]
 
 

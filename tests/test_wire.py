@@ -34,7 +34,8 @@ LIMIT = 50 << 20
     [
         (Options(), False, "flux"),
         (Options(provider="auto"), False, "flux"),
-        (Options(n=4, seed=1, model="x"), False, "flux"),
+        (Options(n=4, seed=1), False, "flux"),
+        (Options(model="x", provider="openai"), True, "openai"),
         (Options(), True, "gemini"),
         (Options(size="1024x1024", quality="high"), True, "gemini"),
         (Options(size="1024x1024"), False, "openai"),

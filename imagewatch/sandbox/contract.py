@@ -30,6 +30,12 @@ PROPOSED_KEY: Final = "sk-let-sandbox-takes-any-key-0123456789abcdef"
 """Of the length of a real one, so that nothing else is taken for it where it is masked. No secret."""
 
 DEFAULT_MODELS: Final = {"flux": "flux-2-pro", "gemini": "gemini-3-pro-image", "openai": "gpt-image-2"}
+_MODELS: Final = {
+    "flux": re.compile(r"flux", re.IGNORECASE),
+    "gemini": re.compile(r"gemini|nano-banana", re.IGNORECASE),
+    "openai": re.compile(r"(chat)?gpt-image", re.IGNORECASE),
+}
+"""How the names of their models begin, of those that are published."""
 CREDITS_PER_IMAGE: Final = {"flux": 30, "gemini": 134}  # made up; no price list is public
 OPENAI_CREDITS: Final = {"low": 11, "medium": 42, "high": 167, "auto": 42}  # made up as well
 
@@ -225,9 +231,19 @@ def _problems(value: dict[str, Any]) -> Iterator[str]:
             yield f"unknown field {name[:40]!a}; the fields are {', '.join(_RULES)}"
         elif complaint := rule(found):
             yield f"{name} {complaint}"
+    yield from _wrong_pair(value.get("provider"), value.get("model"))
     images = value.get("input_images")
     if value.get("provider") == "flux" and isinstance(images, list) and len(images) > _MAX_FLUX_INPUTS:
         yield f"input_images: flux takes at most {_MAX_FLUX_INPUTS} images"
+
+
+def _wrong_pair(provider: object, model: object) -> Iterator[str]:
+    """Yield what is wrong with a model that is known to be another provider's; other names change too often."""
+    if not isinstance(model, str) or not isinstance(provider, str) or provider not in DEFAULT_MODELS:
+        return
+    others = [other for other, names in _MODELS.items() if other != provider and names.match(model)]
+    if others:
+        yield f"model {model[:60]!a} is a model of {others[0]}, not of {provider}"
 
 
 def _input(url: str, index: int) -> Input:

@@ -1,0 +1,84 @@
+"""What commands say about money: the caps as they are now, and what a request would meet at them. Nothing is changed.
+
+What a running daemon has in flight is not known here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING
+
+from imagewatch.budget import CAPS, Budget, NoBooks
+from imagewatch.errors import SpoolError
+from imagewatch.ledger import Ledger
+from imagewatch.prices import Asked
+from imagewatch.text import amount, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imagewatch.config import Config
+    from imagewatch.request import Request
+
+
+@contextlib.contextmanager
+def budget_of(config: Config) -> Iterator[Budget]:
+    """Open the ledger for the block and return what may be spent by it; without a ledger nothing was spent.
+
+    Args:
+        config: State folder, limits.
+
+    Raises:
+        SpoolError: There may be a ledger, but it cannot be read.
+    """
+    state = config.folders.state
+    path = os.path.join(state, "ledger.sqlite3")
+    with contextlib.ExitStack() as stack:
+        books: Ledger | NoBooks = NoBooks()
+        if os.path.exists(path):
+            books = stack.enter_context(contextlib.closing(Ledger(path)))
+        elif os.path.exists(state) and not os.access(state, os.X_OK):
+            hint = "use the daemon's user or root, e.g. sudo imagewatch …"
+            raise SpoolError(f"{printable(state)}: this user may not look into it", path=state, hint=hint)
+        yield Budget(books, config.limits, time.time)
+
+
+def refusal(budget: Budget, request: Request) -> tuple[str, str]:
+    """Return what a request would meet at the caps now: ``wait`` or ``refuse``, and why; both empty if it fits."""
+    asked = Asked.of(request.fields)
+    if problem := budget.never(asked):
+        return "refuse", printable(str(problem))
+    found = budget.look([asked]).get(asked)
+    return ("wait", found.message) if found else ("", "")
+
+
+def caps(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Yield what is to be said of each cap on credits: verdict, setting, words.
+
+    A cap below ``assumed_credits`` is bad as long as no charge is known: then no request is ever sent.
+    """
+    limits = config.limits
+    set_ = [
+        (rule, cap) for rule, cap in zip(CAPS, (limits.credits_per_day, limits.credits_per_month), strict=True) if cap
+    ]
+    if not set_:
+        return
+    try:
+        with budget_of(config) as budget:
+            spent, is_known = budget.spent(), budget.knows_prices()
+    except SpoolError as error:
+        yield "wait", "caps", printable(f"what was spent is not known: {error}")
+        return
+    for rule, cap in set_:
+        used, end = spent[rule]
+        told = f"{amount(cap)} credits; {amount(used)} are spent until it ends {end}"
+        if cap >= limits.assumed_credits:
+            yield "ok", rule, told
+            continue
+        told += f"; it is below limits.assumed_credits ({amount(limits.assumed_credits)})"
+        if is_known:
+            yield "wait", rule, f"{told}: a provider that was not charged in the last 30 days gets no request"
+        else:
+            yield "bad", rule, f"{told}, so every request is refused; raise it, or set assumed_credits to a likely cost"

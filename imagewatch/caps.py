@@ -1,0 +1,126 @@
+"""Which prompts wait in the inbox at a cap, and why.
+
+A prompt that does not fit below a cap is passed over when its turn comes: it is not claimed, and the next prompt of its
+folder that fits is. For that a prompt is read before it is claimed, and what its request may cost is reserved. Prompts
+that cost the same get the same answer until something changes.
+
+Belongs to the main thread.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from imagewatch.errors import BadRequest
+from imagewatch.names import SUFFIX
+from imagewatch.prices import Asked
+from imagewatch.request import fields_of, read_prompt
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.budget import Budget, Refusal
+    from imagewatch.config import Config
+    from imagewatch.request import Opener
+    from imagewatch.seen import Candidate, Key, Look
+
+
+class Caps:
+    """The prompts that wait at a cap.
+
+    Args:
+        budget: What may be spent.
+        inbox: The inbox.
+        opener: Opens a file of the inbox.
+    """
+
+    def __init__(self, budget: Budget, inbox: str, opener: Opener) -> None:
+        self._budget = budget
+        self._inbox = inbox
+        self._opener = opener
+        self._waiting: dict[Key, tuple[Look, Asked]] = {}
+        self._refused: dict[Asked, Refusal] = {}
+        self._held: dict[str, Refusal] | None = None
+
+    def configure(self, config: Config) -> None:
+        """Take a configuration; everything is to be looked at anew."""
+        self._config = config
+        self._waiting.clear()
+        self._refused.clear()
+        self._held = None
+
+    def admits(self, job: str, candidate: Candidate) -> bool:
+        """Tell whether a prompt may be claimed; if so, what its request may cost is reserved for the job.
+
+        One that may cost more than a whole cap is let through: its job refuses it, with an error file.
+        """
+        asked = self._asked(candidate)
+        if asked is None:
+            return True
+        self._held = None
+        refusal = self._refused.get(asked) or self._budget.plan(job, asked)
+        if refusal is None or refusal.kind == "never":
+            self._waiting.pop(candidate.key, None)
+            return True
+        self._refused[asked] = refusal
+        self._waiting[candidate.key] = candidate.looks[0], asked
+        return False
+
+    def _asked(self, candidate: Candidate) -> Asked | None:
+        """Return what a prompt asks for; None if there is no cap, or its job will refuse it anyway."""
+        limits = self._config.limits
+        if not (limits.credits_per_day or limits.credits_per_month):
+            return None
+        known = self._waiting.get(candidate.key)
+        if known and known[0] == candidate.looks[0]:
+            return known[1]
+        folder, stem = candidate.key
+        try:
+            raw = read_prompt(os.path.join(self._inbox, folder, stem + SUFFIX), self._opener)
+            return Asked.of(fields_of(raw, folder, self._config, has_inputs=bool(candidate.images)))
+        except BadRequest:
+            return None
+
+    def look(self, is_there: Callable[[Key], bool]) -> set[Key]:
+        """Look at every request that waits anew.
+
+        Args:
+            is_there: Tells whether a prompt still waits in the inbox.
+
+        Returns:
+            The prompts that may fit now.
+        """
+        self._held = None
+        self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
+        found = self._budget.look({asked for _, asked in self._waiting.values()})
+        self._refused = {asked: refusal for asked, refusal in found.items() if refusal.kind != "never"}
+        return {key for key, (_, asked) in self._waiting.items() if asked not in self._refused}
+
+    def __len__(self) -> int:
+        """Return how many prompts wait at a cap."""
+        return len(self._waiting)
+
+    def reasons(self) -> dict[str, str]:
+        """Return why each of them waits, by its path below the inbox."""
+        return {
+            os.path.join(folder, stem + SUFFIX): self._refused[asked].message
+            for (folder, stem), (_, asked) in self._waiting.items()
+            if asked in self._refused
+        }
+
+    def held(self) -> dict[str, Refusal]:
+        """Return for each provider of which prompts wait for the end of a day or a month why the first has to."""
+        if self._held is None:
+            self._held = self._find_held()
+        return self._held
+
+    def _find_held(self) -> dict[str, Refusal]:
+        found: dict[str, Refusal] = {}
+        for _, asked in self._waiting.values():
+            refusal = self._refused.get(asked)
+            if refusal is None or refusal.kind != "cap":
+                continue
+            if asked.provider not in found or refusal.seconds < found[asked.provider].seconds:
+                found[asked.provider] = refusal
+        return found
