@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, shown
-from imagewatch.images import IMAGE_SUFFIXES
-from imagewatch.names import NAME_MAX, fits, suffix_of
+from imagewatch.images import IMAGE_SUFFIXES, has_image_ending
+from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
+from imagewatch.names import NAME_MAX, fits
 
 MAX_BYTES = 256 * 1024
 """Largest prompt file: 32,000 characters of four bytes, twice over."""
@@ -36,6 +37,7 @@ _MAX_NESTING = 100
 """Dots and brackets outside of strings: the TOML reader takes seconds for thousands, and we need one or two."""
 _HINT_TEXT = "save it as plain text in UTF-8"
 _HINT_TOML = "front matter is TOML between two lines that are exactly +++"
+_HINT_ALMOST = f"{_HINT_TOML}, the first line of the file being one of them; before a text without options put two"
 
 
 class FrontMatter(Options, frozen=True, kw_only=True):
@@ -74,6 +76,8 @@ def parse(raw: bytes, *, max_characters: int = MAX_CHARACTERS) -> Prompt:
         BadRequest: Everything that is wrong with it.
     """
     block, text = _split(_decode(raw))
+    if unlike := no_prompt(text):
+        raise BadRequest([Problem("prompt", *unlike)])
     problems: list[Problem] = []
     front = FrontMatter()
     if block is not None:
@@ -122,16 +126,12 @@ def _decode(raw: bytes) -> str:
 def _split(text: str) -> tuple[str | None, str]:
     """Return the front matter block, if there is one, and the text."""
     lines = text.split("\n")
-    if lines[0] == "---" and "---" in lines[1:]:
-        reason = "it opens with a --- block, which is YAML"
-        raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
-    if lines[0].strip() == "+++" != lines[0]:
-        reason = "its first line is +++ with blanks around it"
-        raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
-    if lines[0] != "+++":
+    if lines[0] != FENCE:
+        if reason := almost_front_matter(text):
+            raise BadRequest([Problem("front matter", reason, _HINT_ALMOST)])
         return None, text.strip()
     try:
-        end = lines.index("+++", 1)
+        end = lines.index(FENCE, 1)
     except ValueError:
         reason = "it opens with +++ but no second line is exactly +++"
         raise BadRequest([Problem("front matter", reason, _HINT_TOML)]) from None
@@ -178,6 +178,6 @@ def _name_problem(name: str) -> str:
         return "is a hidden or temporary file"
     if not fits(name):  # no file can have it: to look for it would be an error of our own disk
         return f"is longer than {NAME_MAX} bytes, which no file's name can be"
-    if suffix_of(name) not in IMAGE_SUFFIXES:
-        return f"is not a supported image ({', '.join(sorted(IMAGE_SUFFIXES))})"
+    if not has_image_ending(name):  # which kind it is, its content says
+        return f"is not named like an image ({', '.join(sorted(IMAGE_SUFFIXES))}, …)"
     return ""

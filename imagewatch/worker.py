@@ -330,7 +330,8 @@ class Worker:
             self._closing.redelivered(case, twin)
             return None
         try:
-            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared, where)
+            images = (*claim.images, *claim.foreign)
+            files = Files(folder, claim.folder, claim.stem, images, claim.unused, claim.declared, where)
             run.request = build(files, self._config)
         except Outdated:
             return self._give_back(run)
