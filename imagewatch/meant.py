@@ -27,6 +27,8 @@ _BEFORE = re.compile(rf"{_COPY}(?:\s*\([0-9]+\))?\s+(?:(?:of|von|van|de|di|da|av
 """Copy of cat, Kopie von cat, Copia de cat, Kopia cat."""
 _MOST_ADDED = 3
 """So many additions may follow one another: ``cat - Copy (2)`` has two."""
+_BETWEEN, _MOST_BETWEEN = " _~-", 4
+"""What is between a name and an addition."""
 _LONGEST_ADDED = 64
 """Characters at the end of a name among which an addition is looked for."""
 _MOST_PARTS = 8
@@ -88,6 +90,12 @@ def _without_end(text: str) -> Iterator[str]:
     for _ in range(_MOST_ADDED):
         tail = text[-_LONGEST_ADDED:]
         added = _ADDED.search(tail) if _MAY_BE_ADDED.search(tail[-6:]) else None
-        if added is None or not (text := text[: len(text) - len(added[0])]):
+        if added is None:
+            return
+        start = len(text) - len(added[0])
+        between = len(added[0]) - len(added[0].lstrip(_BETWEEN))
+        for end in range(start + min(between, _MOST_BETWEEN), start, -1):  # a name may end with such a sign itself
+            yield text[:end]
+        if not (text := text[:start]):
             return
         yield text
