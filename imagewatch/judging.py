@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -34,6 +35,8 @@ _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
 _SKEW_SECONDS = 60.0
 """How far the clock of a file server may be behind ours."""
+_MOST_READ = 200
+"""So many other prompts are read to find out whether a file is theirs."""
 _LARGE_BYTES = 64 << 20
 """A larger image has to be quiet like others: to read it through here would hold up everybody."""
 
@@ -269,12 +272,12 @@ class Judge:
         Returns:
             None if the prompt has to wait: one of them is empty or still changing. It does not wait for ever.
         """
-        others = self._named_by_others(folder, names.stem) if names.doubtful else set()
-        doubtful = [name for name in names.doubtful if name not in others]
-        if (
-            len(doubtful) < MOST_MEANT
-        ):  # else it would take too long to open them, and somebody may have meant just that
+        doubtful = names.doubtful
+        if len(doubtful) < MOST_MEANT:  # else it would take too long to open them
             doubtful = [name for name in doubtful if self._may_be_image(folder.path, name)]
+        if doubtful:
+            others = self._named_by_others(folder, names.stem)
+            doubtful = [name for name in doubtful if name not in others]
         if not doubtful:
             return ()
         looks, changed = self.looks(folder.path, doubtful)
@@ -289,8 +292,13 @@ class Judge:
         return tuple(doubtful)
 
     def _named_by_others(self, folder: Folder, stem: str) -> set[str]:
-        """Return the files that other prompts name as their images, as far as these were read."""
-        read = self._notes(folder).read if folder.notes is not None else {}
+        """Return the files that other prompts of the folder name as their images; of very many prompts some are read."""
+        read = self._notes(folder).read
+        known = itertools.chain((other for _, other in folder.window or ()), folder.unsettled)
+        for other in [other for other in itertools.islice(known, _MOST_READ) if other not in read]:
+            (look,), _ = self.looks(folder.path, (other + SUFFIX,))
+            if look[2] > 0:
+                self.names_images(folder, other, look)
         return {name for other, (_, names) in read.items() if other != stem for name in names or ()}
 
     def _may_be_image(self, folder: str, name: str) -> bool:

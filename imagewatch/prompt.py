@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, shown
-from imagewatch.images import IMAGE_SUFFIXES, has_image_ending
+from imagewatch.images import IMAGE_ENDINGS, IMAGE_SUFFIXES
 from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
-from imagewatch.names import NAME_MAX, fits
+from imagewatch.names import NAME_MAX, fits, suffix_of
 
 MAX_BYTES = 256 * 1024
 """Largest prompt file: 32,000 characters of four bytes, twice over."""
@@ -178,6 +178,6 @@ def _name_problem(name: str) -> str:
         return "is a hidden or temporary file"
     if not fits(name):  # no file can have it: to look for it would be an error of our own disk
         return f"is longer than {NAME_MAX} bytes, which no file's name can be"
-    if not has_image_ending(name):  # which kind it is, its content says
+    if suffix_of(name) not in IMAGE_ENDINGS:  # which kind it is, its content says
         return f"is not named like an image ({', '.join(sorted(IMAGE_SUFFIXES))}, …)"
     return ""

@@ -222,12 +222,21 @@ MEANT = {
         "Cat.png|CAT.1.PNG|cat.-1.png|cat.1.2.png|cat.1234567890.png|cat.in1.png|cat..png|cat.png |cat.unknown|"
         "cat.log|cat.prompt.docx|cat.prompt.txt.gpg|cat.sync-conflict-20260101-101010-ABCDEFG.png|cat|"
         "cat (copy).png|cat (another copy).png|cat (3rd copy).png|cat - Copy.png|cat - Copy (2).png|cat copy.png|"
-        "cat copy 2.png|cat-copy.jpg|cat (1).png|cat(1).png|cat[1].jpg|cat-2.png|cat_2.png|cat 2.png|cat2.png|cat~2.jpg|"
+        "cat copy 2.png|cat-copy.jpg|"
+        "cat (1).png|cat(1).png|cat[1].jpg|cat-2.png|cat_2.png|cat 2.png|cat2.png|cat~2.jpg|"
         "under_1.png|cat - Kopie.png|cat - Kopie (2).png|Copy of cat.png|Copy (2) of cat.jpg|Kopie von cat.png|"
-        "cat (conflicted copy 2026-01-01).png|cat (Jane's conflicted copy 2026-01-01).png|CAT-1.gif|cat 12.webp|cat .png|"
+        "cat (conflicted copy 2026-01-01).png|cat (Jane's conflicted copy 2026-01-01).png|CAT-1.gif|"
+        "cat 12.webp|cat .png|"
         "cat (1).pdf|cat-2.unknown"
     ).split("|"),
-    "photo.jpg": ["photo.jpg", "Photo.JPG", "photo (1).jpg", "photo - Copy.jpg", "photo.jpg (1)", "photo.jpg.final.jpg"],
+    "photo.jpg": [
+        "photo.jpg",
+        "Photo.JPG",
+        "photo (1).jpg",
+        "photo - Copy.jpg",
+        "photo.jpg (1)",
+        "photo.jpg.final.jpg",
+    ],
     "a.b": ["a.b.c.png", "A.B.png", "a.b-2.png", "a.b (1).png"],
     "caf\u00e9": ["CAFE\u0301.png", "Cafe\u0301-2.png", "cafe\u0301 (1).webp", "cafe\u0301.final.png"],
 }
