@@ -292,7 +292,7 @@ class Judge:
         return tuple(doubtful)
 
     def _named_by_others(self, folder: Folder, stem: str) -> set[str]:
-        """Return the files that other prompts of the folder name as their images; of very many prompts some are read."""
+        """Return the files that other prompts of the folder name as their images; of very many some are read."""
         read = self._notes(folder).read
         known = itertools.chain((other for _, other in folder.window or ()), folder.unsettled)
         for other in [other for other in itertools.islice(known, _MOST_READ) if other not in read]:
@@ -318,7 +318,7 @@ class Judge:
         if left > 0:
             self._hold_back(folder, stem)
             shown = printable(", ".join(name for name, *_ in looks), 200)
-            reason = f"{shown} may be meant as an image, and has to be quiet for {left:.1f} more seconds"
+            reason = f"{shown} may be meant as an image, and must not change for {left:.1f} more seconds"
             self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
         return left > 0
 

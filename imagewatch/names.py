@@ -256,8 +256,10 @@ class Beside:
         return None
 
     def has(self, stem: str) -> bool:
-        """Tell whether there may be an image of a prompt, or somebody at work on it."""
-        return stem in self._own or bool(self._headless)
+        """Tell whether there may be an image of a prompt, a file meant for it, or somebody at work on it."""
+        if stem in self._own or stem in self._exactly or self._headless:
+            return True
+        return bool(self._meant) and alike(stem) in self._meant
 
     def of(self, stem: str) -> Dropped:
         """Return what was dropped for one prompt."""

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     """Opens a file that other people wrote; raises OSError."""
 
 SUPPORTED = "png, jpg and webp are supported"
-_UNUSED = "may be meant as an image of this prompt, and is not used"
-_WAYS_OUT = "list the images in input_images, or write input_images = [] if none is meant"
+_UNUSED = "may be meant as an image, and is not used"
+_WAYS_OUT = "list the images in input_images, or write input_images = []"
 _MOST_UNUSED = 10
 """So many of them are named; the others are counted."""
 
