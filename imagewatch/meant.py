@@ -15,20 +15,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 _COPY = r"(?:copy|kopie|kopia|kopi|copie|copia)"
+_BETWEEN, _MOST_BETWEEN = " \u00a0\u202f_~-", 4
+"""What is between a name and an addition, and how much of it at most a name may end with itself."""
 _ADDED = re.compile(
-    r"(?:\s*[(\[][^()\[\]]*[)\]]"  # cat (1), cat (copy), cat[1], cat (conflicted copy 2026-01-01)
-    r"|[\s_~-]+[0-9]{1,3}|(?<![0-9\s_~-])[0-9]{1,3}"  # cat-2, cat_2, cat 2, cat~2, cat2; not cat-2026
-    rf"|[\s_-]+{_COPY}"  # cat - Copy
-    r"|[\s_-]+)\Z",
+    rf"(?:[{_BETWEEN}]*[(\[][^()\[\]]*[)\]]"  # cat (1), cat (copy), cat[1], cat (conflicted copy 2026-01-01)
+    rf"|[{_BETWEEN}]+[0-9]{{1,3}}|(?<![0-9{_BETWEEN}])[0-9]{{1,3}}"  # cat-2, cat_2, cat 2, cat~2, cat2; not cat-2026
+    rf"|[{_BETWEEN}]+{_COPY}"  # cat - Copy
+    rf"|[{_BETWEEN}]+)\Z",
     re.IGNORECASE,
 )
-_MAY_BE_ADDED = re.compile(rf"[0-9)\]\s_-]\Z|{_COPY}\Z", re.IGNORECASE)
 _BEFORE = re.compile(rf"{_COPY}(?:\s*\([0-9]+\))?\s+(?:(?:of|von|van|de|di|da|av)\s+)?(?=\S)", re.IGNORECASE)
 """Copy of cat, Kopie von cat, Copia de cat, Kopia cat."""
+_LAST = frozenset("0123456789)] _~-yeaiYEAI")
+"""What an addition ends with, of ASCII."""
 _MOST_ADDED = 3
 """So many additions may follow one another: ``cat - Copy (2)`` has two."""
-_BETWEEN, _MOST_BETWEEN = " _~-", 4
-"""What is between a name and an addition."""
 _LONGEST_ADDED = 64
 """Characters at the end of a name among which an addition is looked for."""
 _MOST_PARTS = 8
@@ -48,6 +49,11 @@ def alike(name: str) -> str:
 def is_leftover(name: str) -> bool:
     """Tell whether a name is that of a backup or lock file, which nobody means as an image."""
     return bool(_LEFTOVERS.search(name))
+
+
+def is_called_copy(name: str) -> bool:
+    """Tell whether a name begins like ``Copy of``, so that the name of a prompt may follow."""
+    return name[:1] in "cCkK" and _BEFORE.match(name) is not None
 
 
 def base_names(name: str) -> Iterator[str]:
@@ -80,7 +86,7 @@ def _with_and_without(text: str) -> Iterator[str]:
 def _without(text: str) -> Iterator[str]:
     """Yield a name without what copies add to it."""
     yield from _without_end(text)
-    if before := _BEFORE.match(text):
+    if text[:1] in "cCkK" and (before := _BEFORE.match(text)):
         rest = text[before.end() :]
         yield rest
         yield from _without_end(rest)
@@ -88,13 +94,12 @@ def _without(text: str) -> Iterator[str]:
 
 def _without_end(text: str) -> Iterator[str]:
     for _ in range(_MOST_ADDED):
-        tail = text[-_LONGEST_ADDED:]
-        added = _ADDED.search(tail) if _MAY_BE_ADDED.search(tail[-6:]) else None
-        if added is None:
+        may_be_added = text[-1:] in _LAST or not text[-1:].isascii()
+        if not may_be_added or (added := _ADDED.search(text[-_LONGEST_ADDED:])) is None:
             return
         start = len(text) - len(added[0])
         between = len(added[0]) - len(added[0].lstrip(_BETWEEN))
-        for end in range(start + min(between, _MOST_BETWEEN), start, -1):  # a name may end with such a sign itself
+        for end in range(start + between, max(start + between - _MOST_BETWEEN, start), -1):
             yield text[:end]
         if not (text := text[:start]):
             return

@@ -61,19 +61,20 @@ def almost_front_matter(text: str) -> str:
     first, *later = [line for line in stripped if line] or [""]
     if first == FENCE:
         return "its first line that is not blank is +++, but with blanks around it or blank lines before it"
-    if _PLUS.fullmatch(first) or (first.startswith(FENCE) and any(not line.strip("+") for line in later)):
+    if _PLUS.fullmatch(first) or (first.startswith(FENCE) and any(_closes(line, FENCE) for line in later)):
         return f"its first line is almost +++: {first[:40]}"
     if _DASH.fullmatch(first) and later and (_SETS.match(later[0]) or "---" in later):
         return "it opens with a --- block, which is YAML"
     if (code := _CODE.fullmatch(first)) and any(_closes(line, code[1] or code[2]) for line in later):
         return f"it opens with a code block between two lines of {code[1] or code[2]}"
-    if FENCE in later and all(map(_SETS.match, [first, *later[: later.index(FENCE)]])):
+    end = next((number for number, line in enumerate(later) if _closes(line, FENCE)), None)
+    if end is not None and all(map(_SETS.match, [first, *later[:end]])):
         return "it has options before a line +++, but no line +++ before them"
     return ""
 
 
 def _closes(line: str, fence: str) -> bool:
-    """Tell whether a line ends the code block that a fence has opened, by the rules of Markdown."""
+    """Tell whether a line consists of nothing but the signs of a fence, at least as many."""
     return line.startswith(fence) and not line.strip(fence[0])
 
 

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.compact import Numbers
 from imagewatch.images import IMAGE_ENDINGS, has_image_ending
-from imagewatch.meant import alike, base_names, is_leftover
+from imagewatch.meant import alike, base_names, is_called_copy, is_leftover
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable
@@ -30,6 +30,8 @@ PAID = "paid"
 """Name of the folder inside the state folder for answers that were paid for and gave no picture."""
 MOST_MEANT = 40
 """So many files that may be meant for a prompt are looked at: with more beside it, it is refused."""
+_START, _MOST_STARTS = 3, 1000
+"""So many characters of the names of prompts are compared first, unless they begin in more different ways."""
 NAME_MAX = 255
 """Longest file name in bytes on every file system we know."""
 _WIDEST = 4
@@ -161,18 +163,33 @@ def may_be_meant(name: str) -> bool:
 class Alike:
     """Which prompts a folder has, however their names are written in upper and lower case."""
 
-    __slots__ = ("_known",)
+    __slots__ = ("_has_dots", "_known", "_starts")
 
     def __init__(self) -> None:
         self._known = Numbers[int]("b")
+        self._starts: set[str] | None = set()  # how their names begin; None if in too many ways
+        self._has_dots = False
 
     def add(self, stem: str) -> None:
         """Note that there is a prompt."""
-        self._known.set(alike(stem), 1)
+        like = alike(stem)
+        self._known.set(like, 1)
+        self._has_dots = self._has_dots or "." in like
+        if self._starts is not None:
+            self._starts.add(like[:_START])
+            if len(self._starts) > _MOST_STARTS:
+                self._starts = None
 
-    def __contains__(self, like: object) -> bool:
+    def may_have(self, name: str) -> bool:
+        """Tell whether there can be a prompt for which a file of this name is meant; most files are told apart here."""
+        if self._starts is None or is_called_copy(name):
+            return True
+        like = alike(name)
+        return any(like[:length] in self._starts for length in range(1, _START + 1))
+
+    def __contains__(self, base: str) -> bool:
         """Tell whether there is a prompt of which ``alike`` says this."""
-        return self._known.get(like) is not None
+        return (self._has_dots or "." not in base) and self._known.get(base) is not None
 
 
 class Beside:
@@ -183,7 +200,7 @@ class Beside:
         known: The same stems, however they are written. Without, nothing is noted that only may be meant for one.
     """
 
-    def __init__(self, stems: Container[str], known: Container[str] = ()) -> None:
+    def __init__(self, stems: Container[str], known: Alike | None = None) -> None:
         self._stems = stems
         self._known = known
         self._own: dict[str, list[str]] = {}
@@ -198,19 +215,19 @@ class Beside:
             self._own.setdefault(stem, []).append(name)
         elif name.startswith("~$"):
             self._headless.setdefault(name[2:], []).append(name)
-        elif self._known:
-            self._add_meant(name)
+        elif self._known is not None:
+            self._add_meant(name, self._known)
         return stem is not None
 
-    def _add_meant(self, name: str) -> None:
+    def _add_meant(self, name: str, known: Alike) -> None:
         """Note a file, or the mark of somebody at work on one, for the prompt for which it is meant most likely."""
         target = name
         if not may_be_meant(name):
             target = in_flight(name) or ""
             if not has_image_ending(target):
                 return
-        for base in base_names(target):
-            if (like := alike(base)) not in self._known:
+        for base in base_names(target) if known.may_have(target) else ():
+            if (like := alike(base)) not in known:
                 continue
             stem = self._find(base)
             files = self._meant.setdefault(like, []) if stem is None else self._exactly.setdefault(stem, [])
@@ -220,7 +237,7 @@ class Beside:
 
     def complete(self) -> None:
         """Note that everything was added: less has to be remembered."""
-        self._known = ()
+        self._known = None
 
     def may_be_for(self, name: str) -> bool:
         """Tell whether a file may be meant for a prompt that is here, however that is written in its accents."""
