@@ -232,3 +232,25 @@ def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, s
     (outcome,) = station.recover()
     assert (outcome.charged, sandbox.report()["requests"]) == ("no", 0)
     assert "cat.MP.jpg" in station.error("cat")["message"]
+
+
+def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_bought_and_status_says_why(folders, sandbox, run):
+    daemon = run(folders)
+    daemon.wait_for("watching")
+    assert command(folders, "hold", "later").returncode == 0
+    path = folders.prompt("team/cat", "A cat")
+    until(lambda: status(folders)["waiting"]["ready"] == 1)
+    (folders.inbox / "@Recycle").mkdir()
+    path.rename(folders.inbox / "@Recycle/cat.prompt.txt")
+    folders.prompt("@home/dog", "A dog")
+    folders.prompt("team/cow", "A cow")
+    assert command(folders, "release").returncode == 0
+    until(lambda: folders.documents() == {"cow": "outbox"})
+    until(lambda: len(status(folders)["ignored"]["files"]) == 2)
+    assert sandbox.report()["requests"] == 1
+    named = status(folders)["ignored"]["files"]
+    assert "recycle bin" in named["@Recycle"]
+    assert "begins with @, #, ~ or $" in named["@home"]
+    assert "never entered" in command(folders, "status").stdout
+    assert daemon.stop() == 0
+    assert [line["file"] for line in daemon.events("ignored")] == ["@home"]
