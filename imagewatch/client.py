@@ -31,6 +31,7 @@ from imagewatch import __version__
 from imagewatch.addresses import NotPublicError, address_in, is_public, is_this_machine
 from imagewatch.call import Call
 from imagewatch.errors import ConfigError, JobError, Problem, Unavailable
+from imagewatch.images import SNIFF_BYTES, sniff
 from imagewatch.job import Head, Tail
 from imagewatch.masking import known
 from imagewatch.text import printable
@@ -300,14 +301,11 @@ class Client:
                 return str(response.url.join(response.headers["location"]))
             if response.status_code != httpx.codes.OK:
                 raise FetchError(f"{named}: HTTP {response.status_code}", refused=response.is_client_error)
-            if response.headers.get("content-encoding", "identity") != "identity":
-                raise FetchError(f"{named}: compressed, which nobody asked for", final=True)
-            total = 0
-            for chunk in _pieces(response, call, limit + _COMPRESSED_MORE_BYTES):
-                total += len(chunk)
-                if total > limit:
-                    raise FetchError(f"{named}: larger than {limit:,} bytes", final=True)
-                write(chunk)
+            try:
+                for piece in _bounded(_image(response, named, call, limit), named, limit):
+                    write(piece)
+            except UndecodableError as error:
+                raise FetchError(f"{named}: {error}") from None
         return None
 
     def _may_connect(self, address: str) -> bool:
@@ -453,6 +451,52 @@ def _pieces(response: httpx.Response, call: Call, most: int) -> Iterator[bytes]:
             raise httpx.RemoteProtocolError("it comes in too small pieces")
         if size > most:
             raise httpx.ReadError(f"it is larger than {most:,} bytes")
+
+
+def _image(response: httpx.Response, named: str, call: Call, limit: int) -> Iterator[bytes]:
+    """Yield an image without its content coding. None is asked for, but some hosts have it stored in one.
+
+    Args:
+        response: Not read yet.
+        named: Its address, for messages.
+        call: Its call.
+        limit: Most bytes of the image.
+
+    Raises:
+        FetchError: Its coding is one that we cannot read.
+        UndecodableError: It is damaged.
+    """
+    coding = response.headers.get("content-encoding", "").strip().lower()
+    is_known = coding in {"", "identity"} or is_coding(coding)
+    body, head = Plain(coding), b""
+    for chunk in _pieces(response, call, limit + _COMPRESSED_MORE_BYTES):
+        if is_known:
+            yield from body.feed(chunk)
+            continue
+        # Storage services have codings that are only a name ("aws-chunked", "utf-8"): the content decides.
+        head += chunk
+        if sniff(head) is not None:
+            is_known = True
+            yield from body.feed(head)
+        elif len(head) >= SNIFF_BYTES:
+            break
+    if not is_known:
+        raise FetchError(f"{named}: encoded as {printable(coding, 40)!r}, which nobody asked for", final=True)
+    yield body.end()
+
+
+def _bounded(pieces: Iterator[bytes], named: str, limit: int) -> Iterator[bytes]:
+    """Yield pieces up to a limit.
+
+    Raises:
+        FetchError: There is more.
+    """
+    total = 0
+    for piece in pieces:
+        total += len(piece)
+        if total > limit:
+            raise FetchError(f"{named}: larger than {limit:,} bytes", final=True)
+        yield piece
 
 
 def bare(url: str) -> str:

@@ -197,7 +197,8 @@ class Closing:
         told += [f"image {k}: {p.problem}" for k, p in enumerate(pictures, 1) if p.problem]
         if good != asked:
             told.append(f"asked for {asked}, got {good}")
-        self._write_row(case, "made", "yes", reading=reading, got=good, message="" if good else "; ".join(told))
+        words = "" if good else "; ".join([reading.message, *told] if reading.message else told)
+        self._write_row(case, "made", "yes", reading=reading, got=good, message=words, code=reading.code)
         top = {
             "provider": reading.provider or case.fields.get("provider"),
             "model": reading.model or case.fields.get("model"),
@@ -242,9 +243,10 @@ class Closing:
         problems = top["problems"]
         first = problems[0] if isinstance(problems, list) else "it is empty"
         message = f"the endpoint answered, and charged for it, but there is no picture in the answer: {first}"
+        message, code = printable(reading.message) or message, printable(reading.code, 200) or None
         status = case.answer.head.status
         beside = Move(source="state/raw", name=f"answer.{ending}")
-        top = {**top, "message": message, "status": status, "next": _NEXT["paid"]}
+        top = {**top, "message": message, "status": status, "code": code, "next": _NEXT["paid"]}
         self._reject(case, top, "yes", beside=beside, billing=reading.billing)
 
     # The decision, afterwards

@@ -180,7 +180,10 @@ def _times(course: Course) -> dict[str, object]:
 
 
 def _input(item: Input) -> dict[str, object]:
-    return {name: getattr(item, name) for name in item.__struct_fields__}
+    table = {name: getattr(item, name) for name in item.__struct_fields__}
+    if item.orientation == 1:
+        del table["orientation"]  # it is what everybody expects
+    return table
 
 
 def _tame(value: Any, depth: int) -> Any:  # noqa: ANN401, PLR0911  any JSON in, any TOML out

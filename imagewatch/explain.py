@@ -236,4 +236,7 @@ def _ready(candidate: Candidate, config: Config, opener: Opener) -> Line:
 def _summary(request: Request) -> str:
     fields = ", ".join(f"{name} {value}" for name, value in request.fields.items() if name != "provider")
     images = f", with {', '.join(item.file for item in request.inputs)}" if request.inputs else ""
+    turned = [f"{item.file} ({item.orientation})" for item in request.inputs if item.orientation != 1]
+    if turned:
+        images += f"; sent as stored, not turned by the EXIF orientation: {', '.join(turned)}"
     return printable(f"{request.fields['provider']}{', ' + fields if fields else ''}{images}")

@@ -85,7 +85,18 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):
-    """One input image as it was sent."""
+    """One input image as it was sent.
+
+    Attributes:
+        file: Its name.
+        mime: Its type, by content.
+        bytes: Its size.
+        width: In pixels, as stored.
+        height: Likewise.
+        sha256: Of its content.
+        orientation: How its EXIF data says that it is to be turned when it is shown, 1 to 8; 1 is not at all. It is
+            sent as stored.
+    """
 
     file: str
     mime: str
@@ -93,6 +104,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     height: int
     sha256: str
+    orientation: int = 1
 
 
 class Sent(msgspec.Struct, frozen=True, kw_only=True):

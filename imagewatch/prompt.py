@@ -11,9 +11,8 @@ from dataclasses import dataclass
 
 from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, shown
-from imagewatch.images import IMAGE_ENDINGS, IMAGE_SUFFIXES
 from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
-from imagewatch.names import NAME_MAX, fits, suffix_of
+from imagewatch.names import NAME_MAX, SUFFIX, fits, in_flight
 
 MAX_BYTES = 256 * 1024
 """Largest prompt file: 32,000 characters of four bytes, twice over."""
@@ -178,6 +177,8 @@ def _name_problem(name: str) -> str:
         return "is a hidden or temporary file"
     if not fits(name):  # no file can have it: to look for it would be an error of our own disk
         return f"is longer than {NAME_MAX} bytes, which no file's name can be"
-    if suffix_of(name) not in IMAGE_ENDINGS:  # which kind it is, its content says
-        return f"is not named like an image ({', '.join(sorted(IMAGE_SUFFIXES))}, …)"
-    return ""
+    if name.endswith(SUFFIX):
+        return "is a prompt"
+    if in_flight(name):
+        return "is a temporary file of a transfer or an editor"
+    return ""  # whether it is an image, and of which kind, its content says

@@ -6,15 +6,18 @@ trusted either.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
+import secrets
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
+from urllib.parse import unquote_to_bytes
 
 import pybase64
 
 from imagewatch.masking import known
-from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain
+from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -24,7 +27,17 @@ _CHUNK_BYTES = 512 * 1024
 _MOST_IMAGES = 64
 _LONGEST_SECRET = 64 * 1024
 """Bytes; how much is held back of what may be shown, as a key may be cut in two."""
-_BLANKS = (b" ", b"\t", b"\r", b"\n")
+_BLANKS = (b" ", b"\t", b"\r", b"\n", b"\f")
+_URL_SAFE = bytes.maketrans(b"-_", b"+/")
+_BASE64_MAGIC = (b"iVBORw0KGg", b"/9j/", b"UklGR")
+"""How PNG, JPEG and WebP begin in base64."""
+_MAGIC_BYTES = max(map(len, _BASE64_MAGIC))
+_LONGEST_PREFIX = 200
+"""Bytes of a ``data:`` URL before its comma."""
+_LONGEST_URL = 8192
+_DEEPEST = 4
+_ENVELOPES = ("images", "data", "output", "image")
+"""Where other image APIs have what the contract calls ``images``, in the order in which they are looked through."""
 
 
 @dataclass
@@ -55,6 +68,8 @@ class Reading:
         billing: As received; empty without.
         credits: ``billing.credits_charged``, or None when it is not a number that can be a charge.
         problem: What is wrong with the answer as a whole, or an empty string.
+        message: The endpoint's own words in an answer without pictures, or an empty string.
+        code: The error code beside them, or an empty string.
     """
 
     images: list[Got] = field(default_factory=list)
@@ -63,6 +78,8 @@ class Reading:
     billing: dict[str, Any] = field(default_factory=dict)
     credits: float | None = None
     problem: str = ""
+    message: str = ""
+    code: str = ""
 
 
 def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable[[int], IO[bytes]]) -> Reading:
@@ -88,23 +105,50 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
         splitter.close()
     decoded = known.values(parse(splitter.skeleton()))
     body = decoded if isinstance(decoded, dict) else {}
-    entries = body.get("images")
-    if isinstance(entries, list):
-        images = [_entry(entry, splitter.files) for entry in entries[:_MOST_IMAGES]]
-    else:
-        # Cut short or garbled: the pictures that came whole are still worth their price.
-        images = [Got(decoded=k) for k, file in enumerate(splitter.files) if file.ended and not file.problem]
-        problem = problem or "the answer is not the JSON object it should be"
+    images, remark = _images(body, splitter)
     billing = body.get("billing")
     billing = billing if isinstance(billing, dict) else {}
+    message, code = ("", "") if images else words(body)
     return Reading(
         images=images,
         provider=_text(body.get("provider")),
         model=_text(body.get("model")),
         billing=billing,
         credits=_charge(billing),
-        problem=problem,
+        problem=problem or remark,
+        message=message,
+        code=code,
     )
+
+
+def _images(body: dict[str, Any], splitter: _Splitter) -> tuple[list[Got], str]:
+    """Return the entries, and what is wrong with the way in which they came."""
+    entries = body.get("images")
+    if isinstance(entries, list):
+        return [_entry(entry, splitter) for entry in entries[:_MOST_IMAGES]], ""
+    for name in _ENVELOPES:
+        found = body.get(name)
+        entries = found if isinstance(found, list) else [found]
+        images = [_entry(entry, splitter) for entry in entries[:_MOST_IMAGES]]
+        if any(got.url or got.decoded is not None for got in images):
+            return images, f'the answer has its pictures under "{name}", and not as the list "images"'
+    return _scattered(splitter), "the answer is not the JSON object it should be"
+
+
+def _scattered(splitter: _Splitter) -> list[Got]:
+    """Return the pictures of an answer that is cut short or garbled: those that came whole are worth their price."""
+    found: list[Got] = []
+    skeleton, end = splitter.skeleton(), 0
+    for match in splitter.traces().finditer(skeleton):
+        if match["url"] is None:
+            if splitter.is_whole(int(match["mark"])):
+                found.append(Got(decoded=int(match["mark"])))
+                end = match.end()
+        elif not end or b"}" in skeleton[end : match.start()]:  # else it is another address of the picture before it
+            url = parse(match["url"])
+            if isinstance(url, str) and b'"images"' in skeleton[: match.start()]:
+                found.append(Got(url=url[:_LONGEST_URL]))
+    return found
 
 
 def _charge(billing: dict[str, Any]) -> float | None:
@@ -117,21 +161,44 @@ def _text(value: object) -> str:
     return value[:200] if isinstance(value, str) else ""
 
 
-def _entry(entry: object, files: list[_Base64]) -> Got:
-    if not isinstance(entry, dict):
+def _entry(entry: object, splitter: _Splitter) -> Got:
+    """Return what one entry of ``images`` is: an object, or only the picture's text or address."""
+    fields = entry if isinstance(entry, dict) else {}
+    if isinstance(entry, str) and (splitter.number(entry) is not None or entry.startswith(("https://", "http://"))):
+        fields = {"url": entry}
+    elif not isinstance(entry, dict):
         return Got(problem="the entry is not an object")
-    mime = _text(entry.get("mime_type"))
-    url, held = entry.get("url"), entry.get("b64_json")
-    url = url[:8192] if isinstance(url, str) else ""
-    # Not every "@…" is ours: a key written with an escape passes the splitter by.
-    number = int(held[1:]) if isinstance(held, str) and re.fullmatch("@[0-9]{1,9}", held) else None
-    file = files[number] if number is not None and number < len(files) else None
+    mime = _text(fields.get("mime_type"))
+    url = _address(fields, splitter)
+    number = next((number for value in _values(fields) if (number := splitter.number(value)) is not None), None)
+    file = splitter.files[number] if number is not None and number < len(splitter.files) else None
     if file and (not url or (file.size and not file.problem)):
         return Got(decoded=number, mime=mime, problem=file.problem)
     if url:
         return Got(url=url, mime=mime)
-    neither = "the entry holds neither b64_json nor url"
-    return Got(mime=mime, problem=neither if number is None else "the answer holds too many pictures")
+    problem = "the entry holds neither b64_json nor url" if number is None else "the answer holds too many pictures"
+    said, _ = words(fields)
+    return Got(mime=mime, problem=f"{problem}: {said[:500]}" if said and isinstance(entry, dict) else problem)
+
+
+def _address(fields: dict[str, Any], splitter: _Splitter) -> str:
+    """Return the address in an entry: ``url``, or ``image_url`` and an object around it, as others have it."""
+    for name in ("url", "image_url"):
+        value = fields.get(name)
+        value = value.get("url") if isinstance(value, dict) else value
+        if isinstance(value, str) and value and splitter.number(value) is None:
+            return value[:_LONGEST_URL]
+    return ""
+
+
+def _values(value: object, depth: int = 0) -> Iterator[object]:
+    """Yield what may be a picture in an entry: the keys of the contract first, then all others, in order."""
+    if isinstance(value, dict) and depth < _DEEPEST:
+        first = [value[name] for name in ("b64_json", "url") if name in value]
+        for inner in itertools.chain(first, value.values()):
+            yield from _values(inner, depth + 1)
+    elif isinstance(value, str):
+        yield value
 
 
 class _UnreadableError(Exception):
@@ -145,7 +212,13 @@ def _plain(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[bytes
         yield from chunks
         return
     if not is_coding(coding):
-        raise _UnreadableError(f"the answer is encoded as {coding[:40]!r}, which nobody asked for")
+        begun = iter(chunks)
+        first = next(begun, b"")
+        if first.lstrip()[:1] not in {b"{", b"["}:
+            raise _UnreadableError(f"the answer is encoded as {coding[:40]!r}, which nobody asked for")
+        yield first  # it only says so
+        yield from begun
+        return
     total = 0
     try:
         for piece in plain(chunks, coding):
@@ -205,22 +278,48 @@ def holds_key(file: IO[bytes]) -> bool:
 
 
 class _Splitter:
-    """Separates the base64 strings of a JSON text from the rest, piece by piece.
+    """Separates the pictures in a JSON text from the rest, piece by piece.
 
     Inside a JSON string a quote is always escaped, so ``"b64_json"`` followed by a colon and a quote can only be
-    a key with a string. Everything but those strings, in which ``"@K"`` stands for file K, is the *skeleton*.
+    a key with a string, and a colon, comma or bracket followed by a quote and the first letters of a picture in base64
+    can only be a string with that picture. Everything but those strings is the *skeleton*; in it a mark stands for
+    each, which no answer can know.
     """
 
-    _KEY = re.compile(rb'"b64_json"\s{0,64}:\s{0,64}"')
-    _OVERLAP = 192
+    _KEY = re.compile(
+        rb'"(?P<key>b64_json)"\s{0,64}:\s{0,64}"'
+        rb'|"(?P<address>url)"\s{0,64}:\s{0,64}"(?=\s{0,64}(?i:data):)'
+        rb'|[:\[,]\s{0,64}"(?=\s{0,64}(?i:data:image)\\?/|iVBORw0KGg|\\?/9j\\?/|UklGR)'
+    )
+    _OVERLAP = 256
 
     def __init__(self, create: Callable[[int], IO[bytes]]) -> None:
         self._create = create
+        self._mark = f"@{secrets.token_hex(8)}-"
         self._skeleton = bytearray()
         self._held = b""
         self._open: _Base64 | None = None
         self._seen = 0
+        self._named: set[int] = set()  # those whose key says that they are pictures
         self.files: list[_Base64] = []
+
+    def number(self, value: object) -> int | None:
+        """Return the number of the picture for which a value of the skeleton stands, or None."""
+        if not isinstance(value, str) or not value.startswith(self._mark):
+            return None
+        return int(value.removeprefix(self._mark))
+
+    def is_whole(self, number: int) -> bool:
+        """Tell whether a picture came to its end under a key that is one for pictures."""
+        file = self.files[number] if number < len(self.files) else None
+        return file is not None and number in self._named and file.ended and not file.problem
+
+    def traces(self) -> re.Pattern[bytes]:
+        """Return what finds pictures and their addresses in a skeleton that is no JSON."""
+        return re.compile(
+            rb'"%s(?P<mark>[0-9]{1,9})"|"url"\s{0,64}:\s{0,64}(?P<url>"https?:(?:[^"\\]|\\.){1,%d}")'
+            % (self._mark.encode(), _LONGEST_URL)
+        )
 
     def feed(self, chunk: bytes) -> None:
         """Take the next piece."""
@@ -244,12 +343,15 @@ class _Splitter:
             self._keep(data[: -self._OVERLAP])
             self._held = data[-self._OVERLAP :]
             return b""
-        self._keep(data[: match.end() - 1] + b'"@%d"' % self._seen)
+        self._keep(data[: match.end() - 1] + b'"%s%d"' % (self._mark.encode(), self._seen))
+        is_url = match["key"] is None
         if self._seen < _MOST_IMAGES:
-            self._open = _Base64(self._create(self._seen))
+            self._open = _Base64(self._create(self._seen), is_url=is_url)
             self.files.append(self._open)
         else:
             self._open = _Base64(None)
+        if match["key"] or match["address"]:
+            self._named.add(self._seen)
         self._seen += 1
         return data[match.end() :]
 
@@ -269,7 +371,14 @@ class _Splitter:
 
 
 class _Base64:
-    """One base64 string on its way into a file.
+    r"""One string with a picture in it, on its way into a file: base64, or a ``data:`` URL.
+
+    Read is what any decoder would read: the standard and the URL-safe alphabet, with and without padding and white
+    space, and pieces that were encoded one by one and joined.
+
+    Args:
+        file: Where the picture goes; nowhere without.
+        is_url: Whether a ``data:`` URL that does not say that it is base64 is none.
 
     Attributes:
         problem: What is wrong with it, or an empty string.
@@ -277,10 +386,12 @@ class _Base64:
         size: Bytes decoded.
     """
 
-    def __init__(self, file: IO[bytes] | None) -> None:
+    def __init__(self, file: IO[bytes] | None, *, is_url: bool = False) -> None:
         self._file = file
+        self._is_url = is_url
         self._rest = b""
         self._begun = False
+        self._is_raw = False
         self.problem = ""
         self.ended = False
         self.size = 0
@@ -291,21 +402,16 @@ class _Base64:
         data = self._unescape(self._rest + piece)
         if not self._begun:
             data = self._without_prefix(data)
-        if self._begun:
-            whole = len(data) - len(data) % 4
-            self._decode(data[:whole])
-            self._rest = data[whole:] + self._escape
-        else:
-            self._rest = data + self._escape
+        self._rest = (self._decode(data) if self._begun and not self.problem else data) + self._escape
 
     def end(self) -> None:
         self.ended = True
         if self._file is not None and not self.problem:
             data = self._unescape(self._rest, final=True)
-            if not self._begun:
-                data = self._without_prefix(data)
+            if not self._begun and not self.problem:
+                data = self._without_prefix(data, final=True)
             if not self.problem:
-                self._decode(data + b"=" * (-len(data) % 4))
+                self._decode(data, final=True)
         self.close()
 
     def close(self) -> None:
@@ -326,30 +432,60 @@ class _Base64:
             except (ValueError, UnicodeError):
                 self.problem = "the base64 holds something else"
                 return b""
-        # To look for four bytes is many times faster than to copy all others, and hardly any base64 has them.
+        # To look for five bytes is many times faster than to copy all others, and hardly any base64 has them.
         return data.translate(None, b"".join(_BLANKS)) if any(blank in data for blank in _BLANKS) else data
 
-    def _without_prefix(self, data: bytes) -> bytes:
-        """Drop ``data:image/png;base64,`` where a provider's data URL was passed through."""
-        if len(data) < 5:  # noqa: PLR2004  len("data:")
+    def _without_prefix(self, data: bytes, *, final: bool = False) -> bytes:
+        """Drop ``data:image/png;base64,`` where there is one, and find out what follows it."""
+        if len(data) < len(b"data:") and not final:
             return data
-        if not data.startswith(b"data:"):
+        if data[:5].lower() != b"data:":
             self._begun = True
             return data
         prefix, comma, rest = data.partition(b",")
-        self._begun = bool(comma)
-        if len(prefix) > 200:  # noqa: PLR2004
+        if len(prefix) > _LONGEST_PREFIX or (final and not comma):
             self.problem = "the base64 holds something else"
-        return rest if comma else data
+        if not comma or (len(rest) < _MAGIC_BYTES and not final):
+            return data
+        self._begun = True
+        is_base64 = prefix.lower().endswith(b";base64") or not self._is_url or rest.startswith(_BASE64_MAGIC)
+        self._is_raw = not is_base64
+        return rest
 
-    def _decode(self, data: bytes) -> None:
-        assert self._file is not None
+    def _decode(self, data: bytes, *, final: bool = False) -> bytes:
+        """Write what is in the text, and return its end if that cannot be read yet."""
+        data, cut = _unquoted(data, final=final) if b"%" in data else (data, b"")
+        if self._is_raw:
+            self._write(data)
+            return cut
         # Some encode piece by piece and join the results; whether that is read must not depend on our own pieces.
-        pieces = re.findall(rb"[^=]+={0,2}|=", data) if b"=" in data else [data]
+        *whole, last = data.split(b"=")
+        if whole and not whole[0] and not self.size:
+            self.problem = "the base64 is broken: it begins with padding"
+        for text in whole:
+            self._write_base64(text)
+        now = len(last) if final else len(last) - len(last) % 4
+        self._write_base64(last[:now])
+        return last[now:] + cut
+
+    def _write_base64(self, text: bytes) -> None:
+        if not text or self.problem:
+            return
+        if b"-" in text or b"_" in text:
+            text = text.translate(_URL_SAFE)
         try:
-            decoded = b"".join(pybase64.b64decode(piece, validate=True) for piece in pieces)
+            self._write(pybase64.b64decode(text + b"=" * (-len(text) % 4), validate=True))
         except ValueError as error:
             self.problem = f"the base64 is broken: {error}"
-            return
-        self._file.write(decoded)
-        self.size += len(decoded)
+
+    def _write(self, content: bytes) -> None:
+        assert self._file is not None
+        self._file.write(content)
+        self.size += len(content)
+
+
+def _unquoted(data: bytes, *, final: bool) -> tuple[bytes, bytes]:
+    """Resolve the ``%2B`` of a URL, and return also what may be the beginning of another."""
+    last = data.rfind(b"%", -2)
+    whole = len(data) if final or last < 0 else last
+    return unquote_to_bytes(data[:whole]), data[whole:]

@@ -36,6 +36,11 @@ _UNUSED = "may be meant as an image, and is not used"
 _WAYS_OUT = "list the images in input_images, or write input_images = []"
 _MOST_UNUSED = 10
 """So many of them are named; the others are counted."""
+_FAULTS = {
+    "damage": ("it is not a whole image: {}", "drop it again"),
+    "size": ("it is too large: {}", "make it smaller"),
+    "form": ("it is not supported: {}", "save it with another program as png, jpg or webp"),
+}
 
 
 @dataclass(frozen=True)
@@ -274,7 +279,7 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
         opener: Opens it.
 
     Raises:
-        BadRequest: It is no whole image of a supported kind, or too large.
+        BadRequest: It is no whole image of a supported kind by its content, or too large.
     """
     with open_plain(path, name, opener) as file:
         size = os.fstat(file.fileno()).st_size
@@ -287,10 +292,18 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
             file.seek(0)
             kind = foreign(file.read(512)) or "no image that we know"
             raise BadRequest([Problem(name, f"its content is {kind}", SUPPORTED)])
-        if image.problem:
-            raise BadRequest([Problem(name, f"it is not a whole image: {image.problem}", "drop it again")])
-    sha256 = digest.hexdigest()
-    return Input(file=name, mime=image.mime, bytes=size, width=image.width, height=image.height, sha256=sha256)
+        if image.fault:
+            reason, hint = _FAULTS[image.fault]
+            raise BadRequest([Problem(name, reason.format(image.problem), hint)])
+    return Input(
+        file=name,
+        mime=image.mime,
+        bytes=size,
+        width=image.width,
+        height=image.height,
+        sha256=digest.hexdigest(),
+        orientation=image.orientation,
+    )
 
 
 def _refused_by_limits(options: Options, provider: str, config: Config) -> list[Problem]:

@@ -347,19 +347,32 @@ def _find(body: object, name: str, kind: type[T]) -> T | None:
 
 
 def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
-    """Return message and code, from any of the shapes that Letta's routes are known to use."""
-    code = next((found for name in ("errorCode", "code", "type") if (found := _find(body, name, str))), "")
-    for name in ("reason_text", "message", "error", "detail"):
-        if (said := _find(body, name, str)) and said.strip():
-            return said.strip(), code
-    issues = _find(body, "issues", list) or []
-    if said := "; ".join(_issue(issue) for issue in issues[:20]).strip():
+    """Return message and code of a refusal; its raw text where it has no message."""
+    said, code = words(body)
+    if said:
         return said, code
     text = known.text(sample.decode("utf-8", "replace"))[:4000].strip()
     if re.match(r"<(!doctype|html|head|body)", text, re.IGNORECASE):
         title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
         text = " ".join(title[1].split()) if title else "a web page instead of an answer"
     return text[:2000] or f"HTTP {status} without any words", code
+
+
+def words(body: object) -> tuple[str, str]:
+    """Return message and error code, from any of the shapes that Letta's routes are known to use.
+
+    Args:
+        body: An answer, as values.
+
+    Returns:
+        Both; an empty string for what is not there.
+    """
+    code = next((found for name in ("errorCode", "code", "type") if (found := _find(body, name, str))), "")
+    for name in ("reason_text", "message", "error", "detail"):
+        if (said := _find(body, name, str)) and said.strip():
+            return said.strip(), code
+    issues = _find(body, "issues", list) or []
+    return "; ".join(_issue(issue) for issue in issues[:20]).strip(), code
 
 
 def _issue(issue: object) -> str:

@@ -6,8 +6,10 @@ import base64
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
+from urllib.parse import quote
 
 import pytest
 from conftest import KEY, Doubting, Station
@@ -576,6 +578,66 @@ def test_whatever_a_paid_answer_is_it_is_kept_byte_for_byte(tmp_path, body):
         (raw,) = station.errors.glob("x.answer.*")
         assert raw.read_bytes() == body
         assert row_of(station)["charged"] == "yes"
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"202 Accepted"])
+@pytest.mark.parametrize(
+    ("body", "message", "code"),
+    [
+        ({"error": {"message": "This was \u001b[31mblocked.", "code": "moderation_blocked"}}, "blocked.", "moderation"),
+        ({"error": {"error": {"message": "Nested."}}}, "Nested.", None),
+        ({"message": "Nothing came of it.", "images": []}, "Nothing came of it.", None),
+    ],
+)
+def test_an_error_in_the_clothes_of_a_success_is_told_in_its_own_words_and_counts_as_paid(
+    tmp_path, status, body, message, code
+):
+    raw = json.dumps(body).encode()
+    with served_by(tmp_path, answering(raw, status=status)) as station:
+        originals = ask(station)
+        (outcome,) = station.work()
+        error = refused(station, "x", originals, beside="json")
+        assert error["charged"] == outcome.charged == "yes"
+        assert message in error["message"]
+        assert "\x1b" not in error["message"]
+        assert "charged for it" not in error["message"], "the words are the endpoint's alone"
+        assert ("code" in error) == (code is not None)
+        assert error.get("code", "").startswith(code or "")
+        assert "do not send it again" in error["next"]
+        assert (station.errors / "x.answer.json").read_bytes() == raw
+        row = row_of(station)
+        assert (row["charged"], row["code"]) == ("yes", error.get("code", ""))
+        assert row["message"].startswith(error["message"])
+
+
+def test_an_error_that_repeats_the_key_in_the_clothes_of_a_success_does_not_put_it_on_our_disk(tmp_path):
+    body = json.dumps({"error": {"message": f"key {KEY} is blocked", "code": KEY}}).encode()
+    with served_by(tmp_path, answering(body)) as station:
+        ask(station)
+        station.work()
+        assert "is blocked" in station.error("x")["message"]
+        no_secret(tmp_path, KEY, "")
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"url": "data:image/png;base64," + base64.b64encode(IMAGE).decode()},
+        {"url": "data:image/png," + quote(IMAGE, safe="")},
+        {"b64_json": base64.urlsafe_b64encode(IMAGE).decode().rstrip("=")},
+        {"b64_json": "data:image/png;base64," + base64.encodebytes(IMAGE).decode()},
+    ],
+    ids=["data url", "data url in percent", "url-safe", "data url in b64_json"],
+)
+def test_a_picture_is_published_in_whatever_spelling_it_came(tmp_path, entry):
+    body = json.dumps({"images": [entry], "billing": {"credits_charged": 7}}).encode()
+    with served_by(tmp_path, answering(body)) as station:
+        originals = ask(station)
+        station.work()
+        receipt = made(station, "x", originals, "x.png")
+        assert "problems" not in receipt
+        assert (station.outbox / "x.png").read_bytes() == IMAGE
+        assert (receipt["credits_charged"], receipt["charged"]) == (7, "yes")
 
 
 def test_a_success_may_have_any_status_of_the_two_hundreds(tmp_path):

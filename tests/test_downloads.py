@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import os
 import select
 import subprocess
 import sys
+import tracemalloc
+import zlib
 
 import pytest
 from conftest import KEY, REMOTE_NAME, Doubting, Folders, Station
@@ -528,10 +531,66 @@ def test_the_deadline_holds_for_the_second_picture_of_a_host_that_keeps_its_conn
     assert images.connections == 3
 
 
-def test_a_compressed_picture_is_not_taken_for_one(tmp_path):
-    reply = answer(b"\x1f\x8b" + bytes(100), b"Content-Encoding: gzip")
+def raw_deflate(content):
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(content) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("coding", "pack"),
+    [
+        (b"gzip", gzip.compress),
+        (b"x-gzip", gzip.compress),
+        (b"GZIP", gzip.compress),
+        (b"deflate", zlib.compress),
+        (b"deflate", raw_deflate),
+        (b"gzip", bytes),
+        (b"aws-chunked", bytes),
+        (b"br", bytes),
+        (b"utf-8", bytes),
+    ],
+    ids="gzip x-gzip capitals zlib raw-deflate only-says-gzip aws-chunked only-says-br utf-8".split(),  # noqa: SIM905
+)
+def test_a_picture_that_its_host_compressed_is_published_as_it_was_before(tmp_path, coding, pack):
+    reply = answer(pack(IMAGE), b"Content-Encoding: " + coding)
     with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
-        not_fetched(station, "compressed")
+        receipt = fetched(station, "x.png")
+        assert "problems" not in receipt
+        assert (station.outbox / "x.png").read_bytes() == IMAGE
+
+
+@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, br"])
+def test_a_picture_in_a_coding_that_nobody_asked_for_is_not_fetched(tmp_path, coding):
+    reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
+    with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
+        not_fetched(station, f"encoded as {coding.decode()!r}", "nobody asked for")
+    assert images.connections == 1
+
+
+def test_a_compressed_picture_that_grows_beyond_the_limit_is_not_fetched_to_its_end(tmp_path):
+    bomb = gzip.compress(IMAGE + bytes(300_000_000), 1)
+    assert len(bomb) < 2_000_000
+    reply, settings = answer(bomb, b"Content-Encoding: gzip"), {"endpoint__max_response_bytes": "1000000"}
+    tracemalloc.start()
+    try:
+        with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", **settings) as station:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            not_fetched(station, "larger than 1,000,000 bytes")
+            assert tracemalloc.get_traced_memory()[1] - before < 20_000_000
+    finally:
+        tracemalloc.stop()
+    assert images.connections == 1
+
+
+def test_a_damaged_compressed_picture_is_tried_again(tmp_path):
+    packed = bytearray(gzip.compress(IMAGE))
+    packed[-6] ^= 1
+    replies = [answer(content, b"Content-Encoding: gzip") for content in (bytes(packed), gzip.compress(IMAGE))]
+    clock = Clock()
+    with host(*replies) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
+        assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
 
 
 def test_one_picture_that_cannot_be_fetched_does_not_cost_the_others(tmp_path):

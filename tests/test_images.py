@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import codecs
 import io
+import random
 import struct
 import tracemalloc
 import zlib
@@ -292,11 +293,115 @@ HEAD, PIXELS, END = ihdr(2, 2), chunk(b"IDAT", b"pixels"), chunk(b"IEND")
         (png(HEAD, chunk(b"\x1b[2J")), "a chunk has no proper name"),
         (png(ihdr(0, 5), PIXELS, END), "0×5 pixels"),
         (png(ihdr(65535, 65535), PIXELS, END), "65535×65535 pixels is more than 100,000,000"),
-        (png(ihdr(2**32 - 1, 2**32 - 1), PIXELS, END), "is more than"),
+        (png(ihdr(2**31 - 1, 2**31 - 1), PIXELS, END), "is more than"),
+        (png(ihdr(2**32 - 1, 1), PIXELS, END), "an impossible PNG header: 4294967295×1 pixels"),
+        (png(ihdr(2, 2, b"\3\2\0\0\0"), PIXELS, END), "an impossible PNG header: color type 2 with bit depth 3"),
+        (png(ihdr(2, 2, b"\x10\3\0\0\0"), PIXELS, END), "color type 3 with bit depth 16"),
+        (png(ihdr(2, 2, b"\x08\5\0\0\0"), PIXELS, END), "color type 5 with bit depth 8"),
+        (png(ihdr(2, 2, b"\x08\2\1\0\0"), PIXELS, END), "compression 1, filter 0, interlacing 0"),
+        (png(ihdr(2, 2, b"\x08\2\0\1\0"), PIXELS, END), "compression 0, filter 1, interlacing 0"),
+        (png(ihdr(2, 2, b"\x08\2\0\0\2"), PIXELS, END), "compression 0, filter 0, interlacing 2"),
+        (png(ihdr(2, 2, b"\x08\3\0\0\0"), PIXELS, END), "no palette"),
+        (png(chunk(b"CgBI", bytes(4)), HEAD, PIXELS, END), "made for iOS only"),
     ],
 )
 def test_what_is_wrong_with_a_png_is_said(data, words):
     assert words in problem(data)
+
+
+JPEGS = {name: data for name, (kind, data) in REAL.items() if kind == "jpeg"}
+
+
+def head_of(data):
+    """The segments before the first scan, its own header left out, and the rest."""
+    segments, at = [], 2
+    while data[at + 1] != 0xDA:
+        end = at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+        segments.append(data[at:end])
+        at = end
+    return segments, data[at:]
+
+
+# No FF: in the middle of a head it would begin a marker, for every decoder.
+strays = st.binary(max_size=12).map(lambda data: data.replace(b"\xff", b"\xfe")) | st.sampled_from(
+    [b"\xff\x00", b"\xff"]
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(list(JPEGS.values())), st.lists(strays, min_size=12, max_size=12), st.data())
+def test_stray_bytes_in_the_head_of_a_jpeg_are_passed_over_as_decoders_do_and_a_cut_is_found(data, between, draw):
+    segments, rest = head_of(data)
+    assert len(segments) < len(between)
+    with_strays = b"\xff\xd8" + b"".join(part + stray for part, stray in zip(segments, between, strict=False)) + rest
+    assert look(with_strays) == Image("jpeg", 23, 17, "")
+    cut = draw.draw(st.integers(3, len(with_strays) - 1))
+    assert problem(with_strays[:cut])
+
+
+def test_a_camera_jpeg_with_a_second_picture_behind_it_is_whole():
+    file = io.BytesIO()
+    picture("RGB").save(file, "MPO", save_all=True, append_images=[picture("RGB").rotate(180)])
+    assert file.getvalue().count(b"\xff\xd8\xff") == 2
+    assert look(file.getvalue()) == Image("jpeg", 23, 17, "")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_how_a_picture_is_to_be_turned_is_told(kind):
+    assert look(with_exif(kind)).orientation == 6
+    assert look(encoded(kind)).orientation == 1
+
+
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize(("written", "told"), [(1, 1), (3, 3), (8, 8), (0, 1), (9, 1), (700, 1)])
+def test_an_orientation_that_cannot_be_is_none(order, written, told):
+    mark = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
+    entries = struct.pack(order + "HHHIHH", 1, 0x0112, 3, 1, written, 0)
+    for end in range(len(mark + entries) + 1):
+        data = jpeg(segment(0xE1, b"Exif\0\0" + (mark + entries)[:end]), FRAME, SCAN, b"abc")
+        found = look(data)
+        assert found.problem == ""
+        assert found.orientation in {1, told}
+    assert found.orientation == told
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=100))
+def test_odd_exif_data_never_harms_the_picture(exif):
+    assert problem(jpeg(segment(0xE1, b"Exif\0\0" + exif), FRAME, SCAN, b"abc")) == ""
+    assert problem(png(HEAD, chunk(b"eXIf", exif), PIXELS, END)) == ""
+    assert problem(riff(canvas(5, 7), lossy(5, 7), piece(b"EXIF", exif))) == ""
+
+
+@pytest.mark.parametrize("options", [{}, {"lossless": True}, {"quality": 100}], ids=["lossy", "lossless", "best"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA"])
+def test_a_webp_whose_tail_is_zeros_is_not_whole(mode, options):
+    noise = Pillow.frombytes("RGB", (64, 48), random.Random(4).randbytes(64 * 48 * 3)).convert(mode)
+    file = io.BytesIO()
+    noise.save(file, "WEBP", **options)
+    data = file.getvalue()
+    allowed = 16 + 64 * 48 // (8 if "lossless" in options else 256)
+    passed = [cut for cut in range(12, len(data)) if not problem(data[:cut] + bytes(len(data) - cut))]
+    # What is so near the end that an encoder may have written it. The rest is found, wherever it was cut.
+    assert all(len(data) - cut <= allowed + 2 for cut in passed)
+    assert len(passed) < 0.07 * len(data)
+
+
+@pytest.mark.parametrize("quality", [0, 80, 100])
+@pytest.mark.parametrize(("lossless", "method"), [(False, 1), (False, 4), (False, 6), (True, 0), (True, 4), (True, 6)])
+@pytest.mark.parametrize("size", [(1, 1), (300, 200), (640, 480)])
+def test_a_plain_webp_is_whole_however_many_zeros_its_encoder_wrote(size, lossless, quality, method):
+    width, height = size
+    plain = Pillow.new("RGB", size, (255, 255, 255))
+    half = plain.copy()
+    noise = Pillow.frombytes("RGB", size, random.Random(6).randbytes(3 * width * height))
+    half.paste(noise.crop((0, 0, width, -(-height // 2))), (0, 0))
+    clear = Pillow.new("RGBA", size, (0, 0, 0, 0))
+    clear.paste((1, 2, 3, 255), (0, 0, -(-width // 3), -(-height // 3)))
+    for one in (plain, half, clear):
+        file = io.BytesIO()
+        one.save(file, "WEBP", lossless=lossless, quality=quality, method=method)
+        assert inspect(file) == Image("webp", width, height, "")
 
 
 FRAME = frame(2, 3)
@@ -309,9 +414,11 @@ FRAME = frame(2, 3)
         jpeg(b"\xff\xff\xff", FRAME[1:], b"\xff\xff", SCAN[1:], b"abc", b"\xff\xff\xff"),
         jpeg(FRAME, SCAN, b"a\xff\x00b\xff\xd0\xff\xd7\xff\xff\x00c\xff\x01"),
         jpeg(b"\xff\x01", segment(0xE1, b"\xff\xd9\xff\xd8"), FRAME, SCAN, b"abc"),
-        jpeg(FRAME, SCAN, b"abc", segment(0xC4, b"\xff\xd9"), SCAN, b"abc"),
+        jpeg(FRAME, SCAN, b"abc", segment(0xFE, b"\xff\xd9"), SCAN, b"abc"),
         jpeg(segment(0xC4), segment(0xC8), segment(0xCC), FRAME, SCAN, b"abc"),
-        jpeg(frame(2, 3, 0xC3), SCAN, b"abc"),
+        jpeg(segment(0xE0), b"abc", FRAME, SCAN, b"abc"),
+        jpeg(segment(0xE0), b"\xff\x00", FRAME, b"\0\xff\xff\x00\0", SCAN, b"abc"),
+        jpeg(b"\xff" * 300_000, FRAME, bytes(300_000), SCAN, b"abc"),
         jpeg(frame(2, 3, 0xC9), SCAN, b"abc"),
         jpeg(FRAME, SCAN, b"abc", segment(0xDC, b"\x00\x03")),
         jpeg(FRAME, segment(0xDA, b"\x01\x01\x00\x00\x3f\xff"), b"\xd9\xd9"),
@@ -323,7 +430,9 @@ FRAME = frame(2, 3)
         "markers within a segment",
         "tables between scans",
         "tables with numbers like frame headers",
-        "lossless",
+        "stray bytes in the head",
+        "stray bytes that look like pixels",
+        "a flood of stray bytes",
         "arithmetic",
         "number of lines after the scan",
         "a scan header that ends in FF",
@@ -346,8 +455,26 @@ def test_a_jpeg_may_have_all_that_the_format_allows(data):
         (jpeg(FRAME, FRAME, SCAN, b"abc"), "a second frame header"),
         (jpeg(FRAME, SCAN, b"abc", frame(9, 9)), "a second frame header"),
         (jpeg(FRAME, SCAN, b"abc", jpeg(FRAME, SCAN, b"abc")), "a second picture begins"),
-        (jpeg(segment(0xE0), b"abc", FRAME, SCAN, b"abc"), "no marker at byte 6"),
-        (jpeg(segment(0xE0), b"\xff\x00", FRAME, SCAN, b"abc"), "no marker at byte 6"),
+        (jpeg(FRAME, SCAN, b"abc", segment(0xFE), b"abc", SCAN, b"abc"), "no marker at byte 32"),
+        (jpeg(FRAME, SCAN, b"abc", segment(0xFE), b"\xff\x00", SCAN, b"abc"), "no marker at byte 32"),
+        (jpeg(segment(0xE0), b"abc", FRAME, end=b""), "cut short: no EOI marker"),
+        (jpeg(segment(0xE0), b"abc" * 200_000, end=b""), "cut short: no EOI marker"),
+        (jpeg(segment(0x3A), FRAME, SCAN, b"abc"), "marker 3A, which no decoder knows"),
+        (jpeg(segment(0xC4, b"\x20" + bytes(16)), FRAME, SCAN), "a Huffman table"),
+        (jpeg(segment(0xC4, b"\x00" + bytes(15)), FRAME, SCAN), "a Huffman table"),
+        (jpeg(segment(0xC4, b"\x00\x02" + bytes(16)), FRAME, SCAN), "a Huffman table"),
+        (jpeg(segment(0xC4, b"\x00\x02" + bytes(17)), FRAME, SCAN), "a Huffman table"),
+        (jpeg(segment(0xC4, b"\x00\x01" + bytes(15) + b"\x10"), FRAME, SCAN), "a Huffman table"),
+        (jpeg(segment(0xDB, b"\x01" + bytes(64)), FRAME, SCAN), "no quantization table for a color channel"),
+        (jpeg(FRAME, segment(0xDA, b"\x01\x02\x00\x00\x3f\x00")), "a scan of a color channel that is not there"),
+        (jpeg(segment(0xDB, bytes(64)), FRAME, SCAN), "a quantization table"),
+        (jpeg(segment(0xDB, b"\x04" + bytes(64)), FRAME, SCAN), "a quantization table"),
+        (jpeg(frame(2, 3, 0xC3), SCAN, b"abc"), "a lossless JPEG"),
+        (jpeg(frame(2, 3, 0xCE), SCAN, b"abc"), "a hierarchical JPEG"),
+        (jpeg(frame(2, 3, 0xF7), SCAN, b"abc"), "a JPEG-LS image"),
+        (jpeg(frame(2, 3).replace(b"\x08\x00\x03", b"\x0c\x00\x03"), SCAN, b"abc"), "a 12-bit JPEG"),
+        (jpeg(frame(2, 3).replace(b"\x11\x00", b"\x01\x00"), SCAN, b"abc"), "an impossible color channel"),
+        (jpeg(segment(0xC0, b"\x08\0\x03\0\x02\x02" + b"\x01\x11\x00" * 2), SCAN), "2 color channels"),
         (jpeg(b"\xff\xe0\x00\x01", FRAME, SCAN, b"abc"), "segment E0 has an impossible length"),
         (jpeg(segment(0xC0, bytes(9)), SCAN), "a frame header with an impossible length"),
         (
@@ -492,7 +619,7 @@ def test_a_picture_cut_short_and_begun_again_is_not_whole(name):
 FLOODS = {
     "png chunks": png(HEAD, chunk(b"IDAT") * 300_000, END),
     "jpeg segments": jpeg(segment(0xE0) * 300_000, FRAME, SCAN),
-    "jpeg fill bytes": jpeg(b"\xff" * 300_000, FRAME, SCAN),
+    "jpeg scans of nothing": jpeg(b"\xff\x01" * 300_000, FRAME, SCAN),
     "webp chunks": riff(canvas(5, 7), piece(b"EXIF") * 300_000, lossy(5, 7)),
 }
 
@@ -510,7 +637,7 @@ def test_a_jpeg_of_more_scans_than_encoders_write_is_a_problem():
         flood = Counting(jpeg(FRAME, (SCAN + b"x") * count))
         found = inspect(flood)
         assert (found.width, found.height) == (2, 3)
-        assert found.problem == "more than 100 scans, encoders write up to 18; save it with another program"
+        assert found.problem == "more than 100 scans, encoders write up to 18"
         assert flood.total <= len(flood.getvalue())
 
 
@@ -680,6 +807,7 @@ def test_a_picture_could_be_an_image_however_short_the_sample(kind, data):
         assert could_be_image(data[:end])
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=400, max_size=1000))
 def test_what_is_neither_text_nor_known_could_be_an_image(data):
     assert could_be_image(b"\0" + data)

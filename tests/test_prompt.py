@@ -180,7 +180,8 @@ def test_an_empty_front_matter_sets_nothing():
 def test_all_mistakes_are_reported_at_once_and_the_nearest_key_is_suggested():
     found = problems(
         front(
-            'qualty = "high"\nn = 9\nprovider = "midjourney"\ninput_image = []\ninput_images = ["a.txt"]\nzzz = 1', " "
+            'qualty = "high"\nn = 9\nprovider = "midjourney"\ninput_image = []\ninput_images = ["~b"]\nzzz = 1',
+            " ",
         )
     )
     said = {item.field: str(item) for item in found}
@@ -496,15 +497,11 @@ def test_front_matter_without_end_is_refused_unread():
         "~cat.png",
         "~$cat.png",
         "#cat.png",
-        "cat.doc",
-        "cat",
-        "png",
         "cat.prompt.txt",
-        "cat.png ",
         "cat.png.part",
     ],
 )
-def test_only_a_visible_image_in_the_same_folder_may_be_named(name):
+def test_only_a_visible_file_in_the_same_folder_may_be_named(name):
     found = problem(front(tomli_w.dumps({"input_images": [name, "good.png"]})))
     assert found.field == "input_images"
     assert shown(name) in found.reason
@@ -520,13 +517,9 @@ def test_a_name_that_is_too_long_for_any_file_is_refused(letter):
     assert "longer than 255 bytes" in found.reason
 
 
-def test_a_name_without_the_ending_of_an_image_is_told_which_are_usual():
-    assert "jpeg, jpg, png, webp" in problem(front('input_images = ["cat.doc"]')).reason
-
-
-def test_a_file_with_any_ending_of_an_image_may_be_named_since_its_content_decides():
-    names = ("cat.jfif", "cat.MPO", "cat.pjpeg", "cat.jpg_large", "cat.heic", "cat.gif")
-    assert declared(front(tomli_w.dumps({"input_images": names}))) == names
+@pytest.mark.parametrize("name", ["cat.gif", "IMG_1.HEIC", "cat.jfif", "cat.jpg_large", "cat.bin", "cat", "cat.png "])
+def test_an_image_may_be_named_whatever_its_ending_as_its_content_decides(name):
+    assert declared(front(tomli_w.dumps({"input_images": [name]}))) == (name,)
 
 
 def test_an_image_may_be_named_once():
@@ -540,7 +533,7 @@ def test_at_most_fourteen_images_may_be_named():
 
 
 def test_every_bad_name_is_reported():
-    found = problems(front('input_images = ["../a.png", "b.txt", "c.png", ".d.png", "c.png"]'))
+    found = problems(front('input_images = ["../a.png", "b.prompt.txt", "c.png", ".d.png", "c.png"]'))
     assert len(found) == 4
 
 

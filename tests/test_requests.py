@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -16,9 +17,11 @@ from pathlib import Path
 
 import pytest
 from conftest import KEY, Station
+from PIL import Image
 from scripted import Scripted, answer, drop, made, no_secret, over, paid, picture, refused
 
 from imagewatch import __version__
+from imagewatch.explain import files as explained
 
 IMAGE = picture()
 
@@ -289,6 +292,97 @@ def test_an_input_that_is_no_whole_image_is_refused(station, sandbox, content, w
     error = invalid(station, sandbox, {"x.prompt.txt": "a cat", "x.png": content})
     assert words in error["message"]
     assert "x.png" in error["message"]
+
+
+def encoded(kind, size=(24, 16), **options):
+    file = io.BytesIO()
+    Image.new("RGB", size, (10, 20, 30)).save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return exif.tobytes()
+
+
+OTHER_NAMES = [
+    *(("JPEG", "image/jpeg", f"a.{ending}") for ending in "jfif jpe pjpeg jpg_large heic png JPG gif pdf bin".split()),  # noqa: SIM905
+    *(("PNG", "image/png", f"a.{ending}") for ending in ("jpg", "tiff", "PNG")),
+    *(("WEBP", "image/webp", f"a.{ending}") for ending in ("jpeg", "avif")),
+    ("JPEG", "image/jpeg", "a"),
+]
+
+
+@pytest.mark.parametrize(("kind", "mime", "name"), OTHER_NAMES, ids=[f"{row[0]} {row[2]}" for row in OTHER_NAMES])
+def test_a_supported_image_is_sent_whatever_its_ending_with_the_type_of_its_content(station, sandbox, kind, mime, name):
+    content = encoded(kind)
+    originals = {"x.prompt.txt": f'+++\ninput_images = ["{name}"]\n+++\na cat', name: content}
+    drop(station, originals)
+    station.work()
+    receipt = made(station, "x", originals, "x.jpg")
+    assert [(item["file"], item["mime"]) for item in receipt["inputs"]] == [(name, mime)]
+    assert "orientation" not in receipt["inputs"][0]
+    (call,) = sandbox.report()["calls"]
+    assert call["inputs"] == [hashlib.sha256(content).hexdigest()]
+
+
+def test_a_jpeg_with_more_behind_it_is_sent_whole(station, sandbox):
+    file = io.BytesIO()
+    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
+    frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
+    originals = {"x.prompt.txt": '+++\ninput_images = ["a.mpo"]\n+++\na cat', "a.mpo": file.getvalue()}
+    drop(station, originals)
+    station.work()
+    (item,) = made(station, "x", originals, "x.jpg")["inputs"]
+    assert (item["mime"], item["bytes"]) == ("image/jpeg", len(file.getvalue()))
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PDF", "AVIF", "HEIC"])
+@pytest.mark.parametrize("ending", ["png", "jfif"])
+def test_an_image_of_another_kind_is_refused_whatever_its_ending_and_the_kinds_that_are_taken_are_named(
+    station, sandbox, kind, ending
+):
+    content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" if kind == "HEIC" else encoded(kind)
+    text = f'+++\ninput_images = ["a.{ending}"]\n+++\na cat'
+    error = invalid(station, sandbox, {"x.prompt.txt": text, f"a.{ending}": content})
+    assert f"a.{ending}: its content is {kind}" in error["message"]
+    assert "png, jpg and webp" in error["message"]
+    assert error["charged"] == "no"
+
+
+def test_an_input_is_called_damaged_too_large_or_not_supported_as_it_is(station, sandbox):
+    jpeg = encoded("JPEG")
+    frame = jpeg.index(b"\xff\xc0")
+    header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + IMAGE[24:29]
+    inputs = {
+        "cut.jpg": jpeg[:-2],
+        "large.png": IMAGE[:12] + header + struct.pack(">I", zlib.crc32(header)) + IMAGE[33:],
+        "lossless.jpg": jpeg[: frame + 1] + b"\xc3" + jpeg[frame + 2 :],
+        "deep.jpg": jpeg[: frame + 4] + b"\x0c" + jpeg[frame + 5 :],
+    }
+    text = f"+++\ninput_images = {list(inputs)}\n+++\na cat"
+    error = invalid(station, sandbox, {"x.prompt.txt": text, **inputs})
+    cut, large, lossless, deep = error["problems"]
+    assert cut == "cut.jpg: it is not a whole image: cut short: no EOI marker (drop it again)"
+    assert large == "large.png: it is too large: 60000\u00d760000 pixels is more than 100,000,000 (make it smaller)"
+    assert "lossless.jpg: it is not supported: a lossless JPEG (save it" in lossless
+    assert "deep.jpg: it is not supported: a 12-bit JPEG (save it" in deep
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_is_to_be_turned_is_sent_as_stored_and_check_says_so(station, sandbox, kind):
+    content = encoded(kind, exif=turned(6))
+    originals = {"x.prompt.txt": '+++\ninput_images = ["a.jpg", "b.png"]\n+++\na cat', "a.jpg": content, "b.png": IMAGE}
+    drop(station, originals)
+    said = [line.why for line in explained(station.config()) if line.what == "x.prompt.txt"]
+    assert said == ["gemini, with a.jpg, b.png; sent as stored, not turned by the EXIF orientation: a.jpg (6)"]
+    station.work()
+    receipt = made(station, "x", originals, "x.jpg")
+    assert [item.get("orientation") for item in receipt["inputs"]] == [6, None]
+    assert [item["width"] for item in receipt["inputs"]] == [24, Image.open(io.BytesIO(IMAGE)).width]
+    (call,) = sandbox.report()["calls"]
+    assert call["inputs"][0] == hashlib.sha256(content).hexdigest()
 
 
 def test_an_input_of_too_many_pixels_is_refused(station, sandbox):

@@ -100,8 +100,11 @@ def test_the_words_that_errors_are_said_to_have_are_those_they_have(folders, sta
     table = USING.partition("| `message` says")[2].partition("\n\n")[0]
     cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
     words = [word.removesuffix(" …") for cell in cells for word in re.findall(r"`(.+?)`", cell)]
+    elsewhere = ["it is too large", "it is not supported"]  # test_requests.py has such images
+    said = [word for word in words if word not in elsewhere]
+    assert len(said) == len(words) - len(elsewhere)
     stems = ("key", "value", "kind", "beside", "fence", "yaml", "page", "rich", "whole", "safety", "credits")
-    for stem, word in zip(stems, words, strict=True):
+    for stem, word in zip(stems, said, strict=True):
         assert word in told[stem]
 
 
