@@ -72,7 +72,7 @@ def inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
         folder, stem = candidate.key
         where = os.path.join(config.folders.inbox, folder)
         try:
-            files = Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared, sweep.opener)
+            files = Files(where, folder, stem, candidate.images, candidate.unused, candidate.declared, sweep.opener)
             request = build(files, config)
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))

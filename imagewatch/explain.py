@@ -243,7 +243,7 @@ def _ready(candidate: Candidate, config: Config, opener: Opener, budget: Budget 
     where = os.path.join(config.folders.inbox, folder)
     path = printable(os.path.join(folder, stem + SUFFIX))
     try:
-        files = Files(where, folder, stem, candidate.images, candidate.foreign, candidate.declared, opener)
+        files = Files(where, folder, stem, candidate.images, candidate.unused, candidate.declared, opener)
         request = build(files, config)
     except BadRequest as error:
         return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch.seen import first_level
+from imagewatch.system_folders import HIDDEN, SYSTEM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -18,6 +19,8 @@ _HOUR = 3600.0
 _MOST_OF_FOLDER, _MOST = 1000, 5000
 """How many lines there are in an hour: about the files of one first-level folder, and in all."""
 _REMEMBERED = 10_000
+_NOT_LOGGED = {HIDDEN, SYSTEM}
+"""Such folders belong there, and some systems make one in each other folder. ``check`` and ``status`` name them."""
 _log = structlog.get_logger()
 
 
@@ -40,7 +43,8 @@ class Ignored:
         if self._now() - self._since >= _HOUR:
             self._lines.clear()
             self._since, self._has_more = self._now(), False
-        now, is_more = set(ignored.items()), ignored.total > len(ignored)
+        now = {(path, reason) for path, reason in ignored.items() if reason not in _NOT_LOGGED}
+        is_more = ignored.total > len(ignored)
         for path, reason in sorted(now - self._told):
             folder = first_level(path.rpartition("/")[0])
             if self._lines[folder] >= _MOST_OF_FOLDER or self._lines.total() >= _MOST:

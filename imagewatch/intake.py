@@ -407,7 +407,7 @@ class Intake:
             return False
         stem = stem_of(change.name)
         key = (path, stem) if stem is not None else self._sweep.owner(path, change.name)
-        if stem is None and self._sweep.waits_for_inputs(path):
+        if stem is None and (self._sweep.waits_for_inputs(path) or (key is None and folder.may_need(change.name))):
             self._schedule.soon(path)
         else:
             self._schedule.later(path, now + self._config.settle_seconds)

@@ -39,7 +39,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         stem: The prompt's name without ``.prompt.txt``.
         images: Names of its input images, in the order in which they are sent.
         declared: Whether the prompt names its images itself.
-        foreign: Siblings of a kind the endpoint does not take.
+        foreign: Siblings of a kind the endpoint does not take; only in claims of an earlier version.
+        unused: Files beside the prompt that may be meant as its images and are not used; it is refused for them. They
+            stay in the inbox.
         size: Size of the prompt file, bytes.
         mtime_ns: Modification time of the prompt file, nanoseconds since the epoch.
         files: Inode, size in bytes (-1 of what is no regular file) and modification time in nanoseconds of each file
@@ -55,6 +57,7 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
     images: tuple[str, ...] = ()
     declared: bool = False
     foreign: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     size: int = 0
     mtime_ns: int = 0
     files: dict[str, tuple[int, int, int]] = {}

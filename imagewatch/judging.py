@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import stat
 from dataclasses import dataclass, replace
@@ -17,8 +18,8 @@ from imagewatch import prompt as prompts
 from imagewatch.errors import BadRequest
 from imagewatch.folders import is_private
 from imagewatch.images import inspect
-from imagewatch.names import SUFFIX, Dropped, spellings
-from imagewatch.request import read_prompt
+from imagewatch.names import MOST_MEANT, SUFFIX, Dropped, spellings
+from imagewatch.request import may_be_image, read_prompt
 from imagewatch.seen import Candidate, Found, Look, Wait
 from imagewatch.text import printable
 from imagewatch.untrusted import open_file
@@ -34,6 +35,8 @@ _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""
 _SKEW_SECONDS = 60.0
 """How far the clock of a file server may be behind ours."""
+_MOST_READ = 200
+"""So many other prompts are read to find out whether a file is theirs."""
 _LARGE_BYTES = 64 << 20
 """A larger image has to be quiet like others: to read it through here would hold up everybody."""
 
@@ -95,21 +98,21 @@ class Judge:
             return None
         if declared is not None:
             return self._judge_declared(folder, stem, declared)
-        # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
-        images, foreign = (*names.images, *names.coming), tuple(names.foreign)
-        if self._waits_for(folder, stem, _missing(looks)):
+        if self._waits_for(folder, stem, _missing(looks)) or (unused := self._unused(folder, names)) is None:
             return None
-        for name in names.doubtful:
-            reason = f"no image of {names.prompt}, whose images are {names.stem}.png, {names.stem}.1.png, …"
-            path = path_of(folder.path, name)
-            self._found(folder).ignored.add(path, "no image of its prompt", printable(reason, 600))
-        return self._take(folder, Candidate((folder.path, stem), images, foreign, looks, changed, declared=False))
+        # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
+        images = (*names.images, *names.coming)
+        candidate = Candidate((folder.path, stem), images, looks, changed, declared=False, unused=unused)
+        return self._take(folder, candidate)
 
     def is_unchanged(self, candidate: Candidate) -> bool:
         """Tell whether the files of a candidate still look as they did, and nobody has begun to write."""
         if not self._folders.is_real(candidate.key[0]) or self._writer(candidate):
             return False
-        return self.looks(candidate.key[0], candidate.names)[0] == candidate.looks
+        folder = candidate.key[0]
+        if not all(self.is_there(folder, name) for name in candidate.unused):
+            return False  # it need not be refused any more
+        return self.looks(folder, candidate.names)[0] == candidate.looks
 
     def busy(self, folder: Folder, names: Dropped, found: Found) -> str:
         """Return a mark that shows that somebody is at work on a prompt, if it is not a leftover."""
@@ -244,7 +247,7 @@ class Judge:
                 reason = f"its images are quiet for {left:.1f} more seconds"
                 self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
                 return None
-        return self._take(folder, Candidate((folder.path, stem), declared, (), looks, changed, declared=True))
+        return self._take(folder, Candidate((folder.path, stem), declared, looks, changed, declared=True))
 
     def _spelled(self, folder: str, name: str) -> str:
         """Return a name as the folder has it: two ways to compose an accent look the same to whoever typed it."""
@@ -261,6 +264,62 @@ class Judge:
             self._hold_back(folder, stem)
             reason = f"waits for {printable(', '.join(missing), 200)}"
             self._wait(folder, stem + SUFFIX, Wait.IMAGES, reason, min(left, self._config.rescan_seconds))
+        return left > 0
+
+    def _unused(self, folder: Folder, names: Dropped) -> tuple[str, ...] | None:
+        """Return the files for which a prompt that names no images is refused: they may be meant, and are not used.
+
+        Returns:
+            None if the prompt has to wait: one of them is empty or still changing. It does not wait for ever.
+        """
+        doubtful = names.doubtful
+        if len(doubtful) < MOST_MEANT:  # else it would take too long to open them
+            doubtful = [name for name in doubtful if self._may_be_image(folder.path, name)]
+        if doubtful:
+            others = self._named_by_others(folder, names.stem)
+            doubtful = [name for name in doubtful if name not in others]
+        if not doubtful:
+            return ()
+        looks, changed = self.looks(folder.path, doubtful)
+        if self._waits_for(folder, names.stem, [name for name, _, size, *_ in looks if size == 0]):
+            return None
+        if self._waits_until_quiet(folder, names.stem, looks, changed):
+            return None
+        reason = f"may be meant as an image of {names.prompt}, which does not use it and is refused for it"
+        for name in doubtful:
+            path = path_of(folder.path, name)
+            self._found(folder).ignored.add(path, "may be meant as an image, and is not used", printable(reason, 600))
+        return tuple(doubtful)
+
+    def _named_by_others(self, folder: Folder, stem: str) -> set[str]:
+        """Return the files that other prompts of the folder name as their images; of very many some are read."""
+        read = self._notes(folder).read
+        known = itertools.chain((other for _, other in folder.window or ()), folder.unsettled)
+        for other in [other for other in itertools.islice(known, _MOST_READ) if other not in read]:
+            (look,), _ = self.looks(folder.path, (other + SUFFIX,))
+            if look[2] > 0:
+                self.names_images(folder, other, look)
+        return {name for other, (_, names) in read.items() if other != stem for name in names or ()}
+
+    def _may_be_image(self, folder: str, name: str) -> bool:
+        """Tell whether a file may be meant as an image. It is opened if its name does not say so."""
+        path = self._folders.full(path_of(folder, name))
+        try:
+            return may_be_image(path, self._tops.lstat(path), self.opener)
+        except OSError:
+            return False  # gone
+
+    def _waits_until_quiet(self, folder: Folder, stem: str, looks: tuple[Look, ...], changed: float) -> bool:
+        """Wait until files that may be meant do not change any more: the last change may give one its right name."""
+        now, notes = self._moment.now, self._notes(folder)
+        since = self.by_our_clock(folder, changed)
+        left = notes.inputs.observe(stem, hash(looks), changed_at=since, now=now, wall=self._moment.wall)
+        left = min(left, notes.since.setdefault(stem, now) + self._config.input_wait_seconds - now)
+        if left > 0:
+            self._hold_back(folder, stem)
+            shown = printable(", ".join(name for name, *_ in looks), 200)
+            reason = f"{shown} may be meant as an image, and must not change for {left:.1f} more seconds"
+            self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
         return left > 0
 
     def _take(self, folder: Folder, candidate: Candidate) -> Candidate | None:
@@ -328,7 +387,7 @@ def _is_kept(status: os.stat_result, folder: os.stat_result) -> bool:
 
 def every_name(names: Dropped) -> tuple[str, ...]:
     """Return everything that must be quiet with a prompt, itself first, and its images next."""
-    return (names.prompt, *names.images, *names.coming, *names.foreign)
+    return (names.prompt, *names.images, *names.coming)
 
 
 def _missing(looks: tuple[Look, ...]) -> list[str]:

@@ -21,9 +21,10 @@ from imagewatch.compact import Numbers
 from imagewatch.durable import ours
 from imagewatch.folders import Tops
 from imagewatch.mounts import place_of
-from imagewatch.names import CLAIMS, SKIPPED_FOLDERS, SUFFIX, Beside, in_flight, is_picture, near_miss, stem_of
+from imagewatch.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
 from imagewatch.seen import Found, Reasons, first_level
 from imagewatch.settling import Settling
+from imagewatch.system_folders import why_not_entered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterable, Iterator
@@ -239,6 +240,10 @@ class Folder:
         if self.notes is None:
             self.notes = Notes(settle_seconds, self.looked)
         return self.notes
+
+    def may_need(self, name: str) -> bool:
+        """Tell whether a file that is not known as a prompt's may be meant for one that is settled or settling."""
+        return self.beside.may_be_for(name)
 
     def is_other(self, status: os.stat_result) -> bool:
         """Tell whether it is another folder of its name than it was."""
@@ -523,7 +528,7 @@ class Folders:
         """List a folder; return the stems that are still to be observed."""
         stems: list[str] = []
         others, inner, before = _Others(descriptor), dict[str, None](), set(folder.inner)
-        ignored, many = Reasons(visitor.found.ignored.most), False
+        ignored, many, known = Reasons(visitor.found.ignored.most), False, Alike()
         folder.settled.begin()
         try:
             with os.scandir(descriptor) as entries:
@@ -534,7 +539,10 @@ class Folders:
                         self._enter(folder, entry.name, inner, ignored)
                     elif (stem := stem_of(entry.name)) is None:
                         others.add(entry)
-                    elif not self._is_known(folder, stem, visitor):
+                    else:
+                        known.add(stem)
+                        if self._is_known(folder, stem, visitor):
+                            continue
                         many = many or len(stems) >= _MANY
                         if not many:
                             stems.append(stem)
@@ -548,7 +556,7 @@ class Folders:
         if many:
             stems = yield from self._list_many(folder, descriptor, others, visitor)
         has_stems = bool(folder.unsettled or folder.settled or visitor.found.passed)
-        yield from self._sort_out(folder, others, ignored, has_stems=has_stems)
+        yield from self._sort_out(folder, others, ignored, Beside(folder, known) if has_stems else _NOTHING_BESIDE)
         folder.is_changed = True
         return stems
 
@@ -602,13 +610,11 @@ class Folders:
     def _enter(self, folder: Folder, name: str, inner: dict[str, None], ignored: Reasons) -> None:
         """Note whether a folder is looked into."""
         path = _join(folder.path, name)
-        if name.startswith(SKIPPED_FOLDERS):
-            if self._explain and name != CLAIMS:
-                ignored.add(path, "a folder that systems and tools keep for themselves")
+        if why := why_not_entered(name):
+            if name != CLAIMS:
+                ignored.add(path, why)
         elif not self._recursive:
             ignored.add(path, "a folder, and inbox.recursive is off")
-        elif name.startswith(("~", "#")):
-            ignored.add(path, "a folder whose name begins with ~ or #")
         elif len(os.fsencode(path)) > _LONGEST_PATH:
             ignored.add(path, "a folder whose path is too long")
         elif not self._may_enter(path):
@@ -640,9 +646,9 @@ class Folders:
         """Note that somebody has seen a folder in this one, so that this one need not be listed to look into it."""
         self._enter(folder, name, folder.inner, Reasons(0))
 
-    def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons, *, has_stems: bool) -> Iterator[None]:
+    def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons, beside: Beside) -> Iterator[None]:
         """Find out to which stems the files belong that are no prompts."""
-        beside, arriving = (Beside(folder) if has_stems else _NOTHING_BESIDE), list[str]()
+        has_stems, arriving = beside is not _NOTHING_BESIDE, list[str]()
         for other in others:
             if other is None:
                 yield
@@ -658,6 +664,7 @@ class Folders:
                 ignored.add(path, _near_miss(name))
             elif self._explain and not is_own:
                 ignored.add(path, _no_prompt(name))
+        beside.complete()
         folder.beside = beside
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None

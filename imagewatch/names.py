@@ -2,9 +2,10 @@
 
 Rules, from the folder protocol: a prompt ends in exactly ``.prompt.txt`` and does not begin with ``.``, ``~``
 or ``#``. The images of ``cat.prompt.txt`` are ``cat.png`` and then ``cat.1.png``, ``cat.2.jpg``, … in number
-order; never a wildcard. A numbered name that is the plain image of another prompt (``cat.1.png`` beside
-``cat.1.prompt.txt``) belongs to that prompt alone. Two names are the same when only the way differs in which their
-accents are composed: macOS takes letters apart, others do not.
+order, with any ending of an image; never a wildcard. A numbered name that is the plain image of another prompt
+(``cat.1.png`` beside ``cat.1.prompt.txt``) belongs to that prompt alone. Two names are the same when only the way
+differs in which their accents are composed: macOS takes letters apart, others do not. Files with other names that may
+be meant for a prompt (``cat-2.png``, ``Cat.png``, ``cat.final.jpg``) are known for it, but are not its images.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
+from imagewatch.compact import Numbers
+from imagewatch.images import IMAGE_ENDINGS, has_image_ending
+from imagewatch.meant import alike, base_names, is_called_copy, is_leftover
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Container, Iterable
@@ -25,16 +28,18 @@ CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 PAID = "paid"
 """Name of the folder inside the state folder for answers that were paid for and gave no picture."""
+MOST_MEANT = 40
+"""So many files that may be meant for a prompt are looked at: with more beside it, it is refused."""
+_START, _MOST_STARTS = 3, 1000
+"""So many characters of the names of prompts are compared first, unless they begin in more different ways."""
 NAME_MAX = 255
 """Longest file name in bytes on every file system we know."""
-SKIPPED_FOLDERS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "#recycle", "#snapshot")
-"""How the names of folders begin that systems and tools keep for themselves; nobody means them to be entered."""
 _WIDEST = 4
 """Most bytes of one character in UTF-8."""
 
-_PICTURES = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 _NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>[0-9]{1,9})", re.DOTALL)
 
+_ENDINGS = "|".join(sorted(map(re.escape, IMAGE_ENDINGS)))
 # What editors and transfer tools call a file while they are at work on it; the group is the name it will have.
 _WAYS = (
     r"\.(.+)\.sw[a-z]",  # vim, nano: from opening to closing
@@ -50,7 +55,7 @@ _WAYS = (
     r"\.unison\.(.+)\.[0-9a-f]{32}\.unison\.tmp",
     r"\.(.+)\.~[0-9a-f]+",  # Nextcloud, ownCloud
     r"\.(.+)\.[A-Za-z0-9]{6}",  # rsync
-    rf"(.+)\.(?!(?i:{'|'.join(_PICTURES)})\.)[A-Za-z0-9]{{4,16}}\.partial",  # rclone; not cat.webp.partial
+    rf"(.+)\.(?!(?i:{_ENDINGS})\.)[A-Za-z0-9]{{4,16}}\.partial",  # rclone; not cat.webp.partial
     r"(.+?)(?:\.ocTransferId[0-9]+)?\.(?:partial~?|part|filepart|crdownload|opdownload|download|aria2|!sync|tmp)",
     r"(.+)\.(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{6}",  # GLib, Qt; not cat.png.backup
     r"\.in\.(.+)\.",  # lftp, FTP servers
@@ -63,7 +68,6 @@ _MAY_BE_IN_FLIGHT = re.compile(
 _LOCKS = (".{}.swp", ".~lock.{}#", ".#{}", ".{}.kate-swp")
 _TEXT = re.compile(r"\.txt$|pro?mp?t.*\.(?:text|md|rtf|doc|docx|odt)$|\.pro?mp?t$|\.pro?mp?t\.txt\b", re.IGNORECASE)
 _LEFT_BEHIND = ("~", ":Zone.Identifier")  # an editor's backup, a mark of Windows
-_LIKE_NUMBERED = re.compile(r"(?P<stem>.+?)[ _-]*\(?[0-9]{1,3}\)?", re.DOTALL)
 
 
 @dataclass
@@ -73,15 +77,14 @@ class Dropped:
     Attributes:
         stem: The prompt's name without ``.prompt.txt``.
         images: Its sibling images in the order in which they are sent.
-        foreign: Siblings of a kind the endpoint does not take (``cat.gif``).
-        busy: Names that show that an editor or a transfer is at work on this stem.
+        busy: Names that show that an editor or a transfer is at work on this stem, or on what may be meant for it.
         coming: Images that are not there, but on their way by one of the busy names.
-        doubtful: Images that somebody may have meant for it, but that do not have its name (``cat-2.png``).
+        doubtful: Other files that may be meant for it, by their names (``cat-2.png``, ``cat.final.jpg``, ``cat.log``).
+            Whether they can be images is for their content to say.
     """
 
     stem: str
     images: list[str] = field(default_factory=list)
-    foreign: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)
     coming: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
@@ -94,7 +97,7 @@ class Dropped:
     @property
     def names(self) -> tuple[str, ...]:
         """The prompt and everything that must be quiet with it."""
-        return (self.prompt, *self.images, *self.foreign)
+        return (self.prompt, *self.images)
 
 
 def stem_of(name: str) -> str | None:
@@ -109,7 +112,7 @@ def near_miss(name: str) -> bool:
 
     Any visible ``.txt`` is one: nobody drops a text into a folder of prompts for nothing.
     """
-    if stem_of(name) is not None or suffix_of(name) in _PICTURES:
+    if stem_of(name) is not None or suffix_of(name) in IMAGE_ENDINGS:
         return False
     if name.startswith(".") != (name == SUFFIX) or name.endswith(_LEFT_BEHIND):
         return False
@@ -143,8 +146,50 @@ def suffix_of(name: str) -> str:
 
 
 def is_picture(name: str) -> bool:
-    """Tell whether a name is that of a picture, of a kind the endpoint takes or not."""
-    return suffix_of(name) in _PICTURES and name[0] not in ".~#"
+    """Tell whether a name is that of an image, of a kind the endpoint takes or not."""
+    return suffix_of(name) in IMAGE_ENDINGS and name[0] not in ".~#"
+
+
+def may_be_meant(name: str) -> bool:
+    """Tell whether a file may be meant as an image of some prompt, as far as its name says.
+
+    Prompts, hidden files, and what editors and transfers leave may not.
+    """
+    if name[:1] in ".~#" or stem_of(name) is not None or is_leftover(name):
+        return False
+    return has_image_ending(name) or in_flight(name) is None
+
+
+class Alike:
+    """Which prompts a folder has, however their names are written in upper and lower case."""
+
+    __slots__ = ("_has_dots", "_known", "_starts")
+
+    def __init__(self) -> None:
+        self._known = Numbers[int]("b")
+        self._starts: set[str] | None = set()  # how their names begin; None if in too many ways
+        self._has_dots = False
+
+    def add(self, stem: str) -> None:
+        """Note that there is a prompt."""
+        like = alike(stem)
+        self._known.set(like, 1)
+        self._has_dots = self._has_dots or "." in like
+        if self._starts is not None:
+            self._starts.add(like[:_START])
+            if len(self._starts) > _MOST_STARTS:
+                self._starts = None
+
+    def may_have(self, name: str) -> bool:
+        """Tell whether there can be a prompt for which a file of this name is meant; most files are told apart here."""
+        if self._starts is None or is_called_copy(name):
+            return True
+        like = alike(name)
+        return any(like[:length] in self._starts for length in range(1, _START + 1))
+
+    def __contains__(self, base: str) -> bool:
+        """Tell whether there is a prompt of which ``alike`` says this."""
+        return (self._has_dots or "." not in base) and self._known.get(base) is not None
 
 
 class Beside:
@@ -152,12 +197,15 @@ class Beside:
 
     Args:
         stems: All stems of the folder. It is only asked whether it has one.
+        known: The same stems, however they are written. Without, nothing is noted that only may be meant for one.
     """
 
-    def __init__(self, stems: Container[str]) -> None:
+    def __init__(self, stems: Container[str], known: Alike | None = None) -> None:
         self._stems = stems
+        self._known = known
         self._own: dict[str, list[str]] = {}
-        self._meant: dict[str, list[str]] = {}  # pictures of nobody, by what their owner's stem may look like
+        self._exactly: dict[str, list[str]] = {}  # files that may be meant, by the stem as it is written
+        self._meant: dict[str, list[str]] = {}  # others, by what is left of the stem if its writing does not matter
         self._headless: dict[str, list[str]] = {}  # marks of Office, by what they have of the prompt's name
 
     def add(self, name: str) -> bool:
@@ -165,14 +213,35 @@ class Beside:
         stem = self.owner(name)
         if stem is not None:
             self._own.setdefault(stem, []).append(name)
-        elif is_picture(name):
-            base = name.rpartition(".")[0]
-            match = _LIKE_NUMBERED.fullmatch(base)
-            for like in {base.casefold(), match["stem"].casefold() if match else ""}:
-                self._meant.setdefault(like, []).append(name)
         elif name.startswith("~$"):
             self._headless.setdefault(name[2:], []).append(name)
+        elif self._known is not None:
+            self._add_meant(name, self._known)
         return stem is not None
+
+    def _add_meant(self, name: str, known: Alike) -> None:
+        """Note a file, or the mark of somebody at work on one, for the prompt for which it is meant most likely."""
+        target = name
+        if not may_be_meant(name):
+            target = in_flight(name) or ""
+            if not has_image_ending(target):
+                return
+        for base in base_names(target) if known.may_have(target) else ():
+            if (like := alike(base)) not in known:
+                continue
+            stem = self._find(base)
+            files = self._meant.setdefault(like, []) if stem is None else self._exactly.setdefault(stem, [])
+            if len(files) < MOST_MEANT:
+                files.append(name)
+            return
+
+    def complete(self) -> None:
+        """Note that everything was added: less has to be remembered."""
+        self._known = None
+
+    def may_be_for(self, name: str) -> bool:
+        """Tell whether a file may be meant for a prompt that is here, however that is written in its accents."""
+        return may_be_meant(name) and any(self._find(base) is not None for base in base_names(name))
 
     def owner(self, name: str) -> str | None:
         """Return the stem to which a file belongs, as its image or as the mark of somebody at work on it, or None."""
@@ -184,7 +253,7 @@ class Beside:
             return None
         if (stem := stem_of(target)) is not None:
             return self._find(stem)
-        found = self._picture(target) if suffix_of(target) in _PICTURES else None
+        found = self._picture(target) if suffix_of(target) in IMAGE_ENDINGS else None
         return found[0] if found else None
 
     def _find(self, stem: str) -> str | None:
@@ -204,34 +273,36 @@ class Beside:
         return None
 
     def has(self, stem: str) -> bool:
-        """Tell whether there may be an image of a prompt, or somebody at work on it."""
-        return stem in self._own or bool(self._headless)
+        """Tell whether there may be an image of a prompt, a file meant for it, or somebody at work on it."""
+        if stem in self._own or stem in self._exactly or self._headless:
+            return True
+        return bool(self._meant) and alike(stem) in self._meant
 
     def of(self, stem: str) -> Dropped:
         """Return what was dropped for one prompt."""
         dropped = Dropped(stem)
         names = self._own.get(stem, ())
         numbered = sorted((found[1], name) for name in names if is_picture(name) and (found := self._picture(name)))
-        for _, name in numbered:
-            (dropped.images if suffix_of(name) in IMAGE_SUFFIXES else dropped.foreign).append(name)
-        dropped.foreign.sort()
+        dropped.images = [name for _, name in numbered]
         dropped.busy = [name for name in names if not is_picture(name)]
         for cut in (1, 2) if self._headless else ():
             dropped.busy += self._headless.get(dropped.prompt[cut:], ())
         for mark in dropped.busy:
             target = in_flight(mark) or ""
-            is_image = stem_of(target) is None and suffix_of(target) in _PICTURES
+            is_image = stem_of(target) is None and suffix_of(target) in IMAGE_ENDINGS
             if is_image and target not in (*dropped.names, *dropped.coming):
                 dropped.coming.append(target)
-        dropped.doubtful = list(self._meant.get(stem.casefold(), ()))
+        for name in sorted([*self._exactly.get(stem, ()), *self._meant.get(alike(stem), ())]):
+            (dropped.doubtful if may_be_meant(name) else dropped.busy).append(name)
         return dropped
 
     def keep(self, stems: Collection[str]) -> None:
         """Forget what does not belong to one of these."""
         self._own = {stem: names for stem, names in self._own.items() if stem in stems}
+        self._exactly = {stem: names for stem, names in self._exactly.items() if stem in stems}
         if self._meant:
-            alike = {stem.casefold() for stem in stems}
-            self._meant = {like: names for like, names in self._meant.items() if like in alike}
+            likes = {alike(stem) for stem in stems}
+            self._meant = {like: names for like, names in self._meant.items() if like in likes}
 
 
 def group(names: Iterable[str]) -> dict[str, Dropped]:
@@ -245,7 +316,10 @@ def group(names: Iterable[str]) -> dict[str, Dropped]:
     """
     listed = list(names)
     stems = dict.fromkeys(stem for name in listed if (stem := stem_of(name)) is not None)
-    beside = Beside(stems)
+    known = Alike()
+    for stem in stems:
+        known.add(stem)
+    beside = Beside(stems, known)
     for name in listed if stems else ():
         if stem_of(name) is None:
             beside.add(name)

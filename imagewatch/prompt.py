@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, shown
+from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
 from imagewatch.names import NAME_MAX, SUFFIX, fits, in_flight
 
 MAX_BYTES = 256 * 1024
@@ -35,6 +36,7 @@ _MAX_NESTING = 100
 """Dots and brackets outside of strings: the TOML reader takes seconds for thousands, and we need one or two."""
 _HINT_TEXT = "save it as plain text in UTF-8"
 _HINT_TOML = "front matter is TOML between two lines that are exactly +++"
+_HINT_ALMOST = f"{_HINT_TOML}, the first line of the file being one of them; before a text without options put two"
 
 
 class FrontMatter(Options, frozen=True, kw_only=True):
@@ -73,6 +75,8 @@ def parse(raw: bytes, *, max_characters: int = MAX_CHARACTERS) -> Prompt:
         BadRequest: Everything that is wrong with it.
     """
     block, text = _split(_decode(raw))
+    if unlike := no_prompt(text):
+        raise BadRequest([Problem("prompt", *unlike)])
     problems: list[Problem] = []
     front = FrontMatter()
     if block is not None:
@@ -121,16 +125,12 @@ def _decode(raw: bytes) -> str:
 def _split(text: str) -> tuple[str | None, str]:
     """Return the front matter block, if there is one, and the text."""
     lines = text.split("\n")
-    if lines[0] == "---" and "---" in lines[1:]:
-        reason = "it opens with a --- block, which is YAML"
-        raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
-    if lines[0].strip() == "+++" != lines[0]:
-        reason = "its first line is +++ with blanks around it"
-        raise BadRequest([Problem("front matter", reason, _HINT_TOML)])
-    if lines[0] != "+++":
+    if lines[0] != FENCE:
+        if reason := almost_front_matter(text):
+            raise BadRequest([Problem("front matter", reason, _HINT_ALMOST)])
         return None, text.strip()
     try:
-        end = lines.index("+++", 1)
+        end = lines.index(FENCE, 1)
     except ValueError:
         reason = "it opens with +++ but no second line is exactly +++"
         raise BadRequest([Problem("front matter", reason, _HINT_TOML)]) from None

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
+import stat
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch import prompt as prompts
 from imagewatch.errors import BadRequest, Outdated, Problem
 from imagewatch.fields import Options, layered, nearest
-from imagewatch.images import foreign, inspect
+from imagewatch.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
 from imagewatch.job import Input
 from imagewatch.names import SUFFIX, spellings
 from imagewatch.text import printable
@@ -23,7 +24,7 @@ from imagewatch.untrusted import RefusedError, open_file
 from imagewatch.wire import Body, Part, body_fields, choose_provider
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Sequence
 
     from imagewatch.config import Config
 
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
     """Opens a file that other people wrote; raises OSError."""
 
 SUPPORTED = "png, jpg and webp are supported"
+_UNUSED = "may be meant as an image, and is not used"
+_WAYS_OUT = "list the images in input_images, or write input_images = []"
+_MOST_UNUSED = 10
+"""So many of them are named; the others are counted."""
 _FAULTS = {
     "damage": ("it is not a whole image: {}", "drop it again"),
     "size": ("it is too large: {}", "make it smaller"),
@@ -75,7 +80,7 @@ class Files:
         folder: The folder below the inbox they were dropped into; its first part may name a preset.
         stem: The prompt's name without ``.prompt.txt``.
         images: Names of the input images, in order.
-        foreign: Siblings of a kind the endpoint does not take.
+        unused: Files that were beside the prompt, may be meant as its images and are not used.
         declared: Whether the prompt was seen to name its images itself; None if nobody looked before.
         opener: Opens them.
     """
@@ -84,7 +89,7 @@ class Files:
     folder: str
     stem: str
     images: tuple[str, ...]
-    foreign: tuple[str, ...] = ()
+    unused: tuple[str, ...] = ()
     declared: bool | None = None
     opener: Opener = open_file
 
@@ -231,9 +236,7 @@ def open_plain(path: str, name: str, opener: Opener = open_file) -> IO[bytes]:
 
 def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
     inputs, parts = [], []
-    problems = [
-        Problem(printable(name, 255), "this kind of image is not supported", SUPPORTED) for name in files.foreign
-    ]
+    problems = unused_problems(files.unused)
     if len(files.images) > prompts.MAX_INPUTS:
         problems.append(Problem("images", f"{len(files.images)} images are more than {prompts.MAX_INPUTS}"))
     for name in files.images[: prompts.MAX_INPUTS]:
@@ -252,6 +255,45 @@ def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Par
         reason = f"{total:,} bytes of images are more than limits.max_input_bytes ({most_bytes:,})"
         problems.append(Problem("images", reason, "make them smaller"))
     return tuple(inputs), tuple(parts), problems
+
+
+def unused_problems(names: Sequence[str]) -> list[Problem]:
+    """Return why a prompt without ``input_images`` is not sent beside these files.
+
+    Args:
+        names: Files that may be meant as its images and are not used.
+    """
+    problems = [Problem(printable(name, 255), _UNUSED, _WAYS_OUT) for name in names[:_MOST_UNUSED]]
+    if left := len(names) - len(problems):
+        problems.append(Problem("images", f"{left} more such files are beside the prompt", _WAYS_OUT))
+    return problems
+
+
+def may_be_image(path: str, status: os.stat_result, opener: Opener = open_file) -> bool:
+    """Tell whether a file may be meant as an image: by the ending of its name, else by its first bytes.
+
+    A link may lead to anything, and what cannot be read may be anything. A folder is no image, nor is a pipe or a
+    device without the name of one. An empty file may become one: whoever asks has waited for its content.
+
+    Args:
+        path: The file.
+        status: What ``lstat`` says of it.
+        opener: Opens it.
+    """
+    if stat.S_ISLNK(status.st_mode):
+        return True
+    if has_image_ending(path):
+        return not stat.S_ISDIR(status.st_mode)
+    if not stat.S_ISREG(status.st_mode):
+        return False
+    try:
+        with opener(path) as file:
+            head = file.read(TEXT_SAMPLE)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    return not head or could_be_image(head)
 
 
 def read_image(path: str, name: str, most_bytes: int | None = None, opener: Opener = open_file) -> Input:

@@ -23,6 +23,7 @@ from imagewatch.names import PAID, SUFFIX
 from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
+from imagewatch.system_folders import why_not_entered
 from imagewatch.text import printable, whole
 from imagewatch.untrusted import RefusedError, open_file
 
@@ -172,6 +173,9 @@ class Retry:
             SpoolError: A file of that name is there already, or the disk failed.
         """
         source, target = os.path.dirname(failed.path), self._target(failed)
+        if why := next(filter(None, map(why_not_entered, failed.folder.split("/"))), ""):
+            hint = "nothing was moved; move its files into another folder of the inbox, the prompt last"
+            raise SpoolError(f"{printable(target)}: is, or is in, {why}", path=target, hint=hint)
         if not os.path.isdir(self._inbox):
             shown = printable(self._inbox)
             raise SpoolError(f"{shown}: the inbox is gone", path=self._inbox, hint="restore or mount it")

@@ -41,7 +41,7 @@ class Candidate:
     Attributes:
         key: Folder and stem.
         images: Its input images, in the order in which they are sent.
-        foreign: Siblings of a kind the endpoint does not take.
+        unused: Files beside the prompt that may be meant as its images and are not used; it is refused for them.
         looks: What its files looked like, the prompt first.
         changed_at: Newest ctime of its files, seconds since the epoch.
         declared: Whether the prompt names its images itself.
@@ -50,10 +50,10 @@ class Candidate:
 
     key: Key
     images: tuple[str, ...]
-    foreign: tuple[str, ...]
     looks: tuple[Look, ...]
     changed_at: float
     declared: bool
+    unused: tuple[str, ...] = ()
     folder_inode: int = 0
 
     @property
@@ -64,7 +64,7 @@ class Candidate:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of its files, the prompt first."""
-        return (self.key[1] + SUFFIX, *self.images, *self.foreign)
+        return (self.key[1] + SUFFIX, *self.images)
 
     def claim(self, job: str, at: float) -> Claim:
         """Return the claim for it."""
@@ -75,7 +75,7 @@ class Candidate:
             stem=self.key[1],
             images=self.images,
             declared=self.declared,
-            foreign=self.foreign,
+            unused=self.unused,
             size=size,
             mtime_ns=mtime_ns,
             files={name: (inode, size, changed) for name, inode, size, changed, _ in self.looks if inode},

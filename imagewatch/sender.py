@@ -25,8 +25,9 @@ import tomli_w
 from imagewatch import prompt as prompts
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import BadRequest, Problem, SpoolError
-from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, group, stem_of
-from imagewatch.request import SUPPORTED, Files, build, open_plain, read_image
+from imagewatch.names import SUFFIX, group, stem_of
+from imagewatch.request import Files, build, may_be_image, open_plain, read_image, unused_problems
+from imagewatch.system_folders import why_not_entered
 from imagewatch.text import printable
 from imagewatch.untrusted import RefusedError, open_file, own_way
 from imagewatch.waiting import Made
@@ -100,9 +101,16 @@ def _siblings(folder: str, name: str) -> Sequence[str]:
     if name not in names:
         raise BadRequest([Problem(name, "its folder lists no file of exactly this name", hint)])
     dropped = group(names)[stem]
-    if dropped.foreign:
-        raise BadRequest([Problem(name, "this kind of image is not supported", SUPPORTED) for name in dropped.foreign])
+    if problems := unused_problems([name for name in dropped.doubtful if _may_be_image(os.path.join(folder, name))]):
+        raise BadRequest(problems)
     return dropped.images
+
+
+def _may_be_image(path: str) -> bool:
+    try:
+        return may_be_image(path, os.lstat(path))
+    except OSError:
+        return False  # gone
 
 
 def stem_for(text: str) -> str:
@@ -145,8 +153,8 @@ def folder_of(name: str, *, recursive: bool) -> str:
         reason = "begins at the root"
     elif ".." in parts:
         reason = "leads out of the inbox"
-    elif any(part.startswith((*SKIPPED_FOLDERS, "~", "#")) for part in parts):
-        reason = "is hidden, and not looked into"
+    elif why := next(filter(None, map(why_not_entered, parts)), ""):
+        reason = f"is, or is in, {why}"
     elif printable(name) != name:
         reason = "has characters that no terminal can show"
     elif parts and not recursive:

@@ -375,7 +375,7 @@ class Sweep:
         dues = [found.due for found in parts if found.due is not None]
         return Seen(
             joined((found.waiting for found in parts), self._most_named),
-            joined((*(found.ignored for found in parts), *ignored), self._most_named),
+            joined((*ignored, *(found.ignored for found in parts)), self._most_named),  # the last one says most
             due=min(dues) - self.moment.now if dues else None,
             folders=self.entered(),
             passed={(folder.path, stem) for folder in self.folders if folder.found for stem in folder.found.passed},

@@ -344,7 +344,8 @@ class Worker:
             self._close_twin(case, twin)
             return None
         try:
-            files = Files(folder, claim.folder, claim.stem, claim.images, claim.foreign, claim.declared, where)
+            images = (*claim.images, *claim.foreign)
+            files = Files(folder, claim.folder, claim.stem, images, claim.unused, claim.declared, where)
             run.request = build(files, self._config)
             self._require_payable(run)
         except Outdated:

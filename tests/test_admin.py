@@ -693,6 +693,20 @@ def test_an_error_file_that_says_it_was_free_is_not_believed_against_the_ledger(
     assert folders.names("errors") == ["lost.error.toml", "lost.prompt.txt"]
 
 
+@pytest.mark.parametrize("folder", ["@Recycle", "team/.old", "RECYCLER"])
+def test_retry_puts_nothing_into_a_folder_that_is_never_entered(folders, sandbox, folder):
+    folders.prompt("in/cat", "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / folder).parent.mkdir(exist_ok=True)
+    (folders.errors / "in").rename(folders.errors / folder)
+    before = folders.names("errors")
+    told = command(folders, "retry", f"{folder}/cat", "--pay-again")
+    assert told.returncode == 1
+    assert "never entered" in told.stderr
+    assert "move its files into another folder of the inbox, the prompt last" in told.stderr
+    assert (folders.names("errors"), folders.names("inbox")) == (before, [])
+
+
 def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sandbox):
     for stem in ("cat", "gone"):
         folders.prompt(stem, "[sandbox: 400] No")

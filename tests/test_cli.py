@@ -405,6 +405,7 @@ def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
         folders.drop(name, PICTURE)
     (folders.inbox / "notes.md.part").write_text("x")
     (folders.inbox / "#1").mkdir()
+    folders.prompt("@Recycle/deleted", "A cat")
     (folders.inbox / "link").symlink_to(tmp_path)
     done = imagewatch("check", environ=folders.environ)
     expected = {
@@ -414,7 +415,8 @@ def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
         "sub/orphan.png": "ignore .*an image to which there is no prompt",
         "sub/song.mp3": "ignore .*not a prompt",
         ".hidden": "ignore .*hidden",
-        ".git": "ignore .*keep for themselves",
+        ".git": "ignore .*a hidden folder, which is never entered",
+        "@Recycle": r"ignore .*recycle bin.*never entered",
         "notes.md.part": "ignore .*a temporary file",
         "#1": "ignore .*a folder whose name begins with",
         "link": "ignore .*a link",

@@ -327,6 +327,22 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(un
     over(unprivileged, "cat", "dog")
 
 
+def test_a_file_that_the_daemon_may_not_read_refuses_its_own_prompt_alone(unprivileged, run, tmp_path, sandbox):
+    """Whoever puts it there could as well put an image there; nobody else waits or pays for it."""
+    script = tmp_path / "unprivileged.py"
+    script.write_text(UNPRIVILEGED)
+    unprivileged.drop("cat.secret", "text").chmod(0)
+    unprivileged.drop("dog.readable", "text").chmod(0o644)
+    for stem in ("cat", "dog", "other/cow"):
+        unprivileged.prompt(stem, f"A {stem}").chmod(0o644)
+    (unprivileged.inbox / "other").chmod(0o777)
+    run(unprivileged, script=str(script))
+    until(lambda: len(unprivileged.documents()) == 3)
+    assert unprivileged.documents() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
+    assert "cat.secret" in unprivileged.error("cat")["message"]
+    assert sandbox.report()["requests"] == 2
+
+
 def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_holds_up_nobody(unprivileged, run, tmp_path):
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)

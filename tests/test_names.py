@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.images import FOREIGN_SUFFIXES, IMAGE_SUFFIXES
+from imagewatch.images import IMAGE_ENDINGS
 from imagewatch.names import (
+    MOST_MEANT,
     NAME_MAX,
     SUFFIX,
     Dropped,
@@ -196,9 +197,9 @@ def test_an_image_of_exactly_the_stems_name_belongs_to_it_in_any_case_of_the_suf
         "cat.png\n",
     ],
 )
-def test_no_wildcard_ever_matches(name):
+def test_no_wildcard_ever_makes_a_file_an_image_of_a_prompt(name):
     dropped = alone("cat.prompt.txt", name)
-    assert (dropped.images, dropped.foreign) == ([], [])
+    assert dropped.images == []
 
 
 def test_a_numbered_name_that_is_the_plain_image_of_another_prompt_is_that_prompts_alone():
@@ -207,27 +208,110 @@ def test_a_numbered_name_that_is_the_plain_image_of_another_prompt_is_that_promp
     assert stems["cat.1"].images == ["cat.1.png", "cat.1.1.png"]
 
 
-def test_a_picture_of_a_kind_that_cannot_be_sent_is_foreign_and_not_an_image():
-    names = ["cat.prompt.txt", "cat.gif", "cat.HEIC", "cat.3.tiff", "cat.png", "cat.doc", "cat.txt", "dog.gif"]
-    dropped = alone(*names)
-    assert dropped.images == ["cat.png"]
-    assert dropped.foreign == ["cat.3.tiff", "cat.HEIC", "cat.gif"]
-    assert dropped.names == ("cat.prompt.txt", "cat.png", "cat.3.tiff", "cat.HEIC", "cat.gif")
+def test_a_file_with_any_ending_of_an_image_is_one_and_its_content_says_whether_it_can_be_sent():
+    names = ["cat.prompt.txt", "cat.gif", "cat.HEIC", "cat.3.tiff", "cat.mpo", "cat.png", "cat.doc", "dog.gif"]
+    assert alone(*names).images == ["cat.HEIC", "cat.gif", "cat.mpo", "cat.png", "cat.3.tiff"]
+    assert alone(*names, "cat.4.jpg_large", "cat.5.pjpeg", "cat.jfif").images[-2:] == ["cat.4.jpg_large", "cat.5.pjpeg"]
+
+
+# Which other files may be meant for a prompt
+
+MEANT = {
+    "cat": (  # noqa: SIM905  quoted one by one they would be harder to read
+        "cat.MP.jpg|cat.jpg.jpg|cat.final.png|cat.prompt.jpg|cat.prompt.png|cat.prompt.txt.png|cat.prompt (1).jpg|"
+        "Cat.png|CAT.1.PNG|cat.-1.png|cat.1.2.png|cat.1234567890.png|cat.in1.png|cat..png|cat.png |cat.unknown|"
+        "cat.log|cat.prompt.docx|cat.prompt.txt.gpg|cat.sync-conflict-20260101-101010-ABCDEFG.png|cat|"
+        "cat (copy).png|cat (another copy).png|cat (3rd copy).png|cat - Copy.png|cat - Copy (2).png|cat copy.png|"
+        "cat copy 2.png|cat-copy.jpg|"
+        "cat (1).png|cat(1).png|cat[1].jpg|cat-2.png|cat_2.png|cat 2.png|cat2.png|cat~2.jpg|"
+        "under_1.png|cat - Kopie.png|cat - Kopie (2).png|Copy of cat.png|Copy (2) of cat.jpg|Kopie von cat.png|"
+        "cat (conflicted copy 2026-01-01).png|cat (Jane's conflicted copy 2026-01-01).png|CAT-1.gif|"
+        "cat 12.webp|cat .png|"
+        "cat (1).pdf|cat-2.unknown"
+    ).split("|"),
+    "photo.jpg": [
+        "photo.jpg",
+        "Photo.JPG",
+        "photo (1).jpg",
+        "photo - Copy.jpg",
+        "photo.jpg (1)",
+        "photo.jpg.final.jpg",
+    ],
+    "a.b": ["a.b.c.png", "A.B.png", "a.b-2.png", "a.b (1).png"],
+    "caf\u00e9": ["CAFE\u0301.png", "Cafe\u0301-2.png", "cafe\u0301 (1).webp", "cafe\u0301.final.png"],
+}
 
 
 @pytest.mark.parametrize(
-    "name", ["cat-2.png", "cat_2.png", "cat2.png", "cat (2).png", "cat 12.webp", "Cat.png", "CAT-1.gif"]
+    ("stem", "name"),
+    [(("under" if name == "under_1.png" else stem), name) for stem, names in MEANT.items() for name in names],
 )
-def test_an_image_that_somebody_may_have_meant_is_known_and_not_taken(name):
-    dropped = alone("cat.prompt.txt", name)
-    assert (dropped.images, dropped.foreign, dropped.doubtful) == ([], [], [name])
+def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_taken(stem, name):
+    dropped = alone(f"{stem}.prompt.txt", name)
+    assert (dropped.images, dropped.doubtful, dropped.busy) == ([], [name], [])
 
 
 @pytest.mark.parametrize(
-    "name", ["catalog.png", "cat.final.png", "dog-2.png", "cat-2026.png", "2.png", "cat-2.txt", ".cat-2.png"]
+    "name",
+    [
+        *(
+            "catalog.png",
+            "dog-2.png",
+            "cat-2026.png",
+            "2.png",
+            "category.1.png",
+            "concat.png",
+            "ca.png",
+            "cat-final.png",
+        ),
+        *(".cat-2.png", "._cat.png", "~cat.png", "#cat.png", ".cat.final.png", " cat.png"),
+        # What editors, transfers and backups leave.
+        *("cat.png~", "cat.jpg_original", "cat.png.bak", "cat.bak", "cat.png.orig", "cat.lock", "cat.prompt.txt.lock"),
+        *("cat.prompt.txt~", "cat.png:Zone.Identifier", "cat.log.tmp", "cat.log.part", "cat.old", "cat.png.backup"),
+    ],
 )
-def test_an_image_that_nobody_meant_is_not_doubted(name):
+def test_a_file_that_nobody_means_for_a_prompt_is_not_doubted(name):
     assert alone("cat.prompt.txt", name).doubtful == []
+
+
+def test_a_file_may_be_meant_for_the_prompt_alone_whose_name_is_most_like_its_own():
+    names = ["cat", "cat.1", "cat-2", "Cat", "photo", "photo.jpg"]
+    files = ["cat.1.final.png", "cat-2.final.png", "Cat.final.png", "cat.final.png", "CAT.final.png", "photo.jpg"]
+    stems = group([*(f"{name}.prompt.txt" for name in names), *files])
+    assert {stem: dropped.doubtful for stem, dropped in stems.items()} == {
+        "cat": ["CAT.final.png", "cat.final.png"],
+        "cat.1": ["cat.1.final.png"],
+        "cat-2": ["cat-2.final.png"],
+        "Cat": ["CAT.final.png", "Cat.final.png"],
+        "photo": [],  # photo.jpg is its image
+        "photo.jpg": [],
+    }
+
+
+def test_a_transfer_of_a_file_that_may_be_meant_holds_the_prompt():
+    marks = [".cat-2.png.AbC123", "cat.final.jpg.part", "Cat.png.crdownload", "cat (1).png.tmp"]
+    dropped = alone("cat.prompt.txt", *marks, "cat.log.part", "dog-2.png.part")
+    assert (sorted(dropped.busy), dropped.doubtful, dropped.coming) == (sorted(marks), [], [])
+
+
+def test_of_very_many_files_that_may_be_meant_for_one_prompt_some_are_remembered():
+    dropped = alone("cat.prompt.txt", *(f"cat.{number}.log" for number in range(1000)))
+    assert len(dropped.doubtful) == MOST_MEANT
+
+
+@pytest.mark.timeout(20)
+def test_names_that_are_made_to_be_slow_are_not():
+    for name in (
+        "1." * 127,
+        "_1" * 120 + ".png",
+        "(" * 250,
+        " " * 250 + ".",
+        "-" * 200 + "x1",
+        "copy of " * 30,
+        "1)." * 80,
+    ):
+        for _ in range(200):
+            group(["cat.prompt.txt", name])
 
 
 def test_a_name_belongs_to_its_prompt_however_its_accents_are_composed():
@@ -297,7 +381,7 @@ def test_a_program_at_work_on_any_file_of_a_stem_is_seen(form, target):
     assert in_flight(mark) == target
     dropped = alone("cat.prompt.txt", mark)
     assert dropped.busy == [mark]
-    assert (dropped.images, dropped.foreign) == ([], [])
+    assert dropped.images == []
 
 
 @pytest.mark.parametrize("form", PROGRAMS.values(), ids=PROGRAMS.keys())
@@ -443,24 +527,24 @@ any_name = st.one_of(
 def test_any_names_are_sorted_and_nothing_belongs_to_two(names, rng):
     stems = group(names)
     assert set(stems) == {stem for name in names if (stem := stem_of(name)) is not None}
-    owned = [name for dropped in stems.values() for name in (*dropped.images, *dropped.foreign, *dropped.busy)]
+    owned = [name for dropped in stems.values() for name in (*dropped.images, *dropped.busy)]
     whole = [name for name in owned if not name.startswith("~$")]  # the lock of Office names several at once
     assert len(whole) == len(set(whole))
     assert set(owned) <= set(names) - {dropped.prompt for dropped in stems.values()}
     for dropped in stems.values():
-        for name in (*dropped.images, *dropped.foreign):
+        for name in dropped.images:
             plain, start = unicodedata.normalize("NFC", name), unicodedata.normalize("NFC", dropped.stem) + "."
             between, dot, _ = plain.removeprefix(start).rpartition(".")
             assert plain.startswith(start)
             assert not dot or (between.isascii() and between.isdigit())
-        assert {suffix_of(name) for name in dropped.images} <= IMAGE_SUFFIXES
-        assert {suffix_of(name) for name in dropped.foreign} <= FOREIGN_SUFFIXES
+        assert {suffix_of(name) for name in dropped.images} <= IMAGE_ENDINGS
+        assert not {*dropped.doubtful} & {*owned, dropped.prompt}
     for name in names:
         near_miss(name)
     again = names.copy()
     rng.shuffle(again)
     for stem, dropped in group(again).items():
-        assert (dropped.images, dropped.foreign) == (stems[stem].images, stems[stem].foreign)
+        assert (dropped.images, dropped.doubtful) == (stems[stem].images, stems[stem].doubtful)
         assert sorted(dropped.busy) == sorted(stems[stem].busy)
 
 
@@ -493,3 +577,28 @@ def test_a_tagged_name_keeps_its_ending(head, ending, tag):
     assert fits(result)
     assert result.endswith(f".{tag}.{ending}")
     assert head.startswith(result.removesuffix(f".{tag}.{ending}"))
+
+
+additions = st.sampled_from(
+    ["", " (1)", "-2", "_10", " - Copy", " (copy)", " copy 2", " - Copy (2)", ".final", ".MP", ".1.2"]
+)
+
+
+@given(
+    file_names.filter(lambda name: stem_of(name + SUFFIX) is not None),
+    additions,
+    st.sampled_from(["jpg", "MPO", "PnG"]),
+)
+@settings(max_examples=300, deadline=None)
+def test_beside_any_prompt_a_file_with_an_addition_to_its_name_is_its_image_or_known_for_it(stem, addition, ending):
+    name = f"{stem}{addition}.{ending}"
+    dropped = alone(stem + SUFFIX, name)
+    assert name in dropped.images or name in dropped.doubtful
+
+
+@given(st.text("catCAT éÉ", min_size=1, max_size=8), st.sampled_from(["NFC", "NFD"]))
+@settings(max_examples=200, deadline=None)
+def test_upper_and_lower_case_and_accents_do_not_hide_a_file(stem, form):
+    name = unicodedata.normalize(form, stem).swapcase() + ".png"
+    dropped = alone(stem + SUFFIX, name)
+    assert name in dropped.images or name in dropped.doubtful

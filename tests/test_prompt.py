@@ -283,15 +283,151 @@ def test_dashes_that_do_not_fence_a_block_are_prose(text):
     assert parse(text.encode()).text == text
 
 
-@pytest.mark.parametrize("text", ["++++\na", "\n+++\nn = 2\n+++", "a\n+++\nn = 2\n+++"])
-def test_only_a_first_line_of_exactly_three_plus_signs_opens_front_matter(text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        "+++ \nn = 2\n+++\na cat",
+        " +++\n+++",
+        "+++\t\na",
+        "\n+++\nn = 2\n+++\na cat",
+        "\n \t\n+++\na cat",
+        "\ufeff\ufeff+++\nn = 2\n+++\na cat",
+        "+++toml\nn = 2\n+++\na cat",
+        "+++ TOML\nn = 2\na cat",
+        "++++\nn = 2\n++++\na cat",
+        "++++\na",
+        "++\nn = 2\n++\na cat",
+        "+++n = 2\n+++\na cat",
+        "\uff0b\uff0b\uff0b\nn = 2\n\uff0b\uff0b\uff0b\na cat",
+        "+++\u2028n = 2\u2028+++\u2028a cat",
+        "n = 2\n+++\na cat",
+        'input_images = ["a.png"]\n\nquality = "low"\n+++\na cat',
+        "---\nn: 2\n---\na cat",
+        "\n---\nn: 2\n--- \na cat",
+        "--- yaml\nn: 2\n---\na cat",
+        "---\nprovider: openai\na cat",
+        "---\n---",
+        "```\na cat\n```",
+        "```toml\nn = 2\n```\na cat",
+        "\n``` toml\nn = 2\n````\na cat",
+        "~~~\nn = 2\n~~~\na cat",
+    ],
+)
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_what_is_almost_front_matter_is_refused_and_not_bought_as_prose(text, end):
+    found = problem(text.replace("\n", end).encode())
+    assert found.field == "front matter"
+    assert "exactly +++" in found.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "+++ Breaking news +++ a ticker in a subway",
+        "a\n+++\nn = 2\n+++",
+        "A cat\n+++\na dog",
+        "+ a cat\n+ a dog",
+        "++a",
+        "---\na cat",
+        "----\na cat\n----",
+        "---\nModel: a woman in red",
+        "model: a woman in red",
+        "n = 2 cats",
+        "```a cat```",
+        "```\nnever closed",
+        "```\na cat\n~~~",
+        "a cat\n```\nn = 2\n```",
+        "~ a cat ~",
+    ],
+)
+def test_what_only_resembles_front_matter_is_prose(text):
+    assert parse(text.encode()) == Prompt(text, FrontMatter())
+
+
+def test_after_an_empty_front_matter_a_text_may_begin_like_one():
+    for text in ("+++\nn = 2\n+++\na", "---\nn: 2\n---\na", "```\na cat\n```", "++++"):
+        assert parse(f"+++\n+++\n{text}".encode()) == Prompt(text, FrontMatter())
+
+
+# Files of other kinds
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
+CONFLICT = "<<<<<<< Conflict 1 of 1\n%%%%%%% from\n-a\n+++++++ to\nb\n>>>>>>> Conflict 1 of 1 ends"
+OTHERS = {
+    "RTF": ("Rich Text", "{\\rtf1\\ansi\\ansicpg1252 a cat\\par}"),
+    "error page": ("HTML", "<!DOCTYPE html>\n<html><head><title>404 Not Found</title></head><body>…</body></html>"),
+    "old error page": ("HTML", "<html>\r\n<head><title>502 Bad Gateway</title></head>\r\n<body>\r\n"),
+    "XHTML": ("HTML", '<?xml version="1.0"?>\n<!-- a -->\n<!DOCTYPE html PUBLIC "x">\n<html xmlns="y">'),
+    "Git LFS": ("git lfs pull", POINTER),
+    "git-annex": ("git annex get", "/annex/objects/SHA256E-s12--4d7a214614ab2935c943f9e0ff69d22e.txt\n"),
+    "merge": ("merge conflict", "a cat\n<<<<<<< HEAD\nin red\n=======\nin blue\n>>>>>>> main\non a mat"),
+    "merge with base": ("merge conflict", "<<<<<<< a\nx\n||||||| b\ny\n=======\nz\n>>>>>>> c"),
+    "Jujutsu": ("merge conflict", CONFLICT),
+    "PGP": ("encrypted", "-----BEGIN PGP MESSAGE-----\n\nhQEMA\n-----END PGP MESSAGE-----"),
+    "base64": ("base64", "data:image/png;base64," + "iVBORw0KGgoAAAANSUhEUgAA" * 4),
+}
+
+
+@pytest.mark.parametrize(("words", "text"), OTHERS.values(), ids=OTHERS.keys())
+@pytest.mark.parametrize(
+    "before", ["", "\n\n", "+++\nn = 2\n+++\n"], ids=["alone", "below blank lines", "below options"]
+)
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_a_file_of_another_kind_is_refused_with_what_it_is_and_what_to_do(words, text, before, encoding):
+    found = problem((before + text).encode(encoding))
+    assert words in str(found)
+    assert found.hint
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<html> as a neon sign",
+        "<!DOCTYPE html> as a tattoo",
+        "A poster of this page: <html><head><title>404</title></head></html>",
+        "{\\rt is how it begins",
+        "Explain {\\rtf1 in a comic",
+        "version https://git-lfs.github.com/spec/v1 printed on a mug",
+        "A terminal with\n" + POINTER,
+        "a\n=======\nb",
+        "<<<<<<< arrows >>>>>>>",
+        "an arrow\n<<<<<<<\nand another\n>>>>>>>",
+        ">>>>>>> a\n=======\n<<<<<<< b",
+        "-----BEGIN PGP MESSAGE----- as a banner",
+        "/annex/objects/ as a folder tree",
+        "iVBORw0KGgo is how a PNG begins in base64",
+    ],
+)
+def test_a_prompt_that_mentions_other_kinds_of_files_is_sent(text):
     assert parse(text.encode()) == Prompt(text.strip(), FrontMatter())
 
 
-@pytest.mark.parametrize("text", ["+++ \nn = 2\n+++\na cat", " +++\n+++", "+++\t\na"])
-def test_a_fence_with_blanks_around_it_is_not_bought_as_prose(text):
-    with pytest.raises(BadRequest, match="blanks around it"):
-        parse(text.encode())
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!---->" * 30_000,
+        "<!--" * 50_000,
+        "<<<<<<<\n" * 30_000,
+        "<<<<<<<\n=======\n" * 15_000,
+        "<html>" + "<" * 200_000,
+        "<html>" * 40_000,
+        "<html " + "x " * 100_000,
+        "<?xml>" * 40_000,
+        "<!doctype " + " " * 200_000,
+        "-----BEGIN A-----\n" * 10_000,
+        "version https://git-lfs.github.com/spec/v1\n" + "oid \n" * 40_000,
+        "+++x\n" * 50_000,
+        "```\n" + "~" * 200_000,
+        "n=\n" * 60_000 + "+++",
+        "/9j/" + "A" * 200_000 + "!",
+        "\n" * 200_000,
+        "n = 2\n" * 10_000 + "+++",
+    ],
+    ids=range(17),
+)
+def test_text_that_is_made_to_be_slow_is_not(text):
+    assert outcome(text.encode())
 
 
 def test_later_fences_belong_to_the_text():
@@ -518,3 +654,32 @@ def test_valid_front_matter_comes_back_as_it_was_written(table, text, end):
     set_ = {name: value for name in table if (value := getattr(read.front, name)) is not None}
     assert {**set_, **({"input_images": list(set_["input_images"])} if "input_images" in set_ else {})} == table
     assert declared(raw) == (tuple(table["input_images"]) if "input_images" in table else None)
+
+
+signs = st.lists(
+    st.sampled_from(
+        ["+++", "++++", "---", "```", "~~~", "n = 2", "n: 2", "a cat", "", " ", "toml", "<html>", "</html>"]
+    )
+    | st.sampled_from(
+        ["{\\rtf1", "<<<<<<< a", "=======", ">>>>>>> b", "\ufeff", "\uff0b" * 3, "\u2028", "<!--", "-->"]
+    ),
+    max_size=10,
+).map("\n".join)
+
+
+@given(signs)
+@settings(max_examples=500, deadline=None)
+def test_any_mixture_of_signs_is_a_prompt_or_a_problem_and_options_are_never_prose(text):
+    read = outcome(text.encode())
+    if isinstance(read, Prompt) and read.front == FrontMatter():
+        assert not read.text.startswith(("+++\nn = 2\n", "++++\n", "n = 2\n+++", "---\nn: 2")) or text.startswith(
+            "+++\n"
+        )
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1, max_size=100), signs)
+@settings(max_examples=300, deadline=None)
+def test_signs_of_other_files_after_the_beginning_of_a_text_are_a_part_of_it(text, rest):
+    """Only the markers of a merge conflict are looked for in the whole text."""
+    if "<<<<<<< a" not in rest:
+        assert isinstance(outcome(f"A poster: {text}\n{rest}".encode()), Prompt)

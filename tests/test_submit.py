@@ -353,9 +353,60 @@ def test_names_that_no_prompt_can_have_are_refused(sender, name):
     assert "name: " in refused(sender, "A cat", "--name", name)
 
 
-@pytest.mark.parametrize("folder", ["..", "a/../..", ".x", "a/.x", "~x", "#x", "@eaDir", "/etc", "a\nb", b"\xe9"])
+@pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "a\nb", b"\xe9"])
 def test_folders_that_nobody_looks_into_are_refused(sender, folder):
     assert "folder: " in refused(sender, "A cat", "--folder", folder)
+    assert [path.name for path in sender.folders.inbox.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "words"),
+    [
+        *((folder, "hidden folder") for folder in (".x", "a/.x", ".Trash-1000", "a/.git/b")),
+        *((folder, "recycle bin") for folder in ("@Recycle", "@eaDir", "a/RECYCLER/b", "lost+found", "#recycle")),
+        *((folder, "begins with @, #, ~ or $") for folder in ("~x", "#x", "$x", "@x")),
+    ],
+)
+def test_a_folder_that_is_never_entered_is_refused_with_the_reason(sender, folder, words):
+    said = refused(sender, "A cat", "--folder", folder)
+    assert words in " ".join(said.split())
+    assert "never entered" in " ".join(said.split())
+    assert [path.name for path in sender.folders.inbox.iterdir()] == []
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("cat.MP.jpg", PICTURE),
+        ("Cat.png", PICTURE),
+        ("cat (1).png", PICTURE),
+        ("cat.unknown", PICTURE),
+        ("cat.1.mp4", b"\0"),
+    ],
+)
+def test_a_prompt_file_is_not_dropped_without_a_file_beside_it_that_may_be_meant(sender, name, content):
+    sender.file(name, content)
+    path = sender.file("cat.prompt.txt", "Make it night")
+    said = " ".join(refused(sender, "--from", path).split())
+    assert f"{name}: may be meant as an image, and is not used" in said
+    assert "input_images = []" in said
+    assert [path.name for path in sender.folders.inbox.iterdir()] == []
+    image = sender.file("other.png")
+    done = sender.submit("--from", path, "--image", image)
+    assert done.returncode == 0, done.stderr
+    sender.file("cat.prompt.txt", "+++\ninput_images = []\n+++\nMake it night")
+    assert sender.submit("--from", path, "--name", "dog").returncode == 0
+
+
+def test_a_prompt_file_beside_texts_is_dropped(sender):
+    for name in ("cat.log", "cat.json", "cat.txt", "cat.png.bak"):
+        sender.file(name, '{"plain": "text"}')
+    assert sender.submit("--from", sender.file("cat.prompt.txt", "A cat")).returncode == 0
+
+
+@pytest.mark.parametrize("text", ["\n+++\nn = 2\n+++\na cat", "```\na cat\n```", "<html><body>", "{\\rtf1 a cat}"])
+def test_a_file_that_is_clearly_no_prompt_is_not_dropped(sender, text):
+    assert "prompt" in refused(sender, "--from", sender.file("cat.prompt.txt", text))
     assert [path.name for path in sender.folders.inbox.iterdir()] == []
 
 

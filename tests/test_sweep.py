@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import os
+import re
 import subprocess
 import tempfile
 import time
@@ -409,13 +410,14 @@ def test_a_prompt_that_a_transfer_has_not_named_yet_is_waited_for_and_named_when
     assert "unfinished" in seen.ignored["cat.prompt.txt.part"]
 
 
-def test_an_image_that_was_probably_meant_is_named_when_its_prompt_goes_without_it(looking):
+def test_a_prompt_is_refused_beside_an_image_that_may_be_meant_and_both_are_named(looking):
     looking.write("cat.prompt.txt")
     looking.write("cat-2.png", PICTURE)
     looking.wall += 60
     seen = looking.look()
-    assert [candidate.images for candidate in seen.ready] == [()]
-    assert seen.ignored == {"cat-2.png": "no image of cat.prompt.txt, whose images are cat.png, cat.1.png, …"}
+    assert [(candidate.images, candidate.unused) for candidate in seen.ready] == [((), ("cat-2.png",))]
+    reason = "may be meant as an image of cat.prompt.txt, which does not use it and is refused for it"
+    assert seen.ignored == {"cat-2.png": reason}
 
 
 def test_an_image_with_a_name_of_its_own_is_not_doubted_if_the_prompt_names_its_images(looking):
@@ -427,33 +429,76 @@ def test_an_image_with_a_name_of_its_own_is_not_doubted_if_the_prompt_names_its_
     assert seen.ignored == {}
 
 
-def test_folders_and_links_that_are_not_entered_are_named(looking, tmp_path):
-    looking.write("#1/cat.prompt.txt")
-    looking.write("~old/cat.prompt.txt")
-    (looking.inbox / "album").symlink_to(tmp_path)
-    (looking.inbox / "loop").symlink_to("loop")
-    (looking.inbox / ".#cat").symlink_to("somebody@here")
+SYSTEM = "recycle bin, snapshots or metadata"
+NOT_ENTERED = {
+    # Synology, QNAP, NetApp, Samba's shadow copies.
+    **dict.fromkeys(("@eaDir", "#recycle", "#snapshot", "@Recycle", "@Recently-Snapshot", "~snapshot"), SYSTEM),
+    **dict.fromkeys(("@GMT-2026.01.01-00.00.00", "@eadir", "#RECYCLE"), SYSTEM),
+    # Windows, macOS, archives made by it.
+    **dict.fromkeys(("$RECYCLE.BIN", "$Recycle.Bin", "RECYCLER", "Recycled", "System Volume Information"), SYSTEM),
+    **dict.fromkeys(("Network Trash Folder", "Temporary Items", "__MACOSX", "__macosx", "FOUND.000"), SYSTEM),
+    # Bins of shares and of other systems, Nextcloud.
+    **dict.fromkeys(("Recycle Bin", "recycle bin ", "recycle", "Network Recycle Bin 1", "lost+found"), SYSTEM),
+    **dict.fromkeys(("Trash", "trashbox", "files_trashbin", "files_versions", "LOST+FOUND"), SYSTEM),
+    # Samba's vfs_recycle, file managers, macOS, ZFS, Syncthing, rsync, Dropbox, Resilio, git.
+    **dict.fromkeys((".recycle", ".Trash-1000", ".Trashes", ".zfs", ".stversions", ".stfolder", ".~tmp~"), "hidden"),
+    **dict.fromkeys((".rsync-partial", ".dropbox.cache", ".sync", ".git", ".snapshot"), "hidden"),
+    **dict.fromkeys(("#1", "~old", "@home", "$projects", "@", "#", "~", "$"), "whose name begins with @, #, ~ or $"),
+}
+ENTERED = ("recycling", "lost and found", "trash can art", "a@b", "c#", "cash$", "old~", "Recycle Bins", "found", "bin")
+
+
+def test_folders_of_the_system_are_never_entered_and_each_is_said_why(looking):
+    for folder in (*NOT_ENTERED, *ENTERED):
+        looking.write(f"{folder}/cat.prompt.txt")
+        looking.write(f"people/{folder}/deep/cat.prompt.txt")
     looking.wall += 60
     seen = looking.look()
-    assert seen.ready == []
-    assert {path: reason.split(",")[0] for path, reason in seen.ignored.items()} == {
-        "#1": "a folder whose name begins with ~ or #",
-        "~old": "a folder whose name begins with ~ or #",
-        "album": "a link",
-        "loop": "a link",
+    entered = {f"{folder}/cat.prompt.txt" for folder in ENTERED}
+    assert {candidate.source for candidate in seen.ready} == entered | {
+        f"people/{folder}/deep/cat.prompt.txt" for folder in ENTERED
     }
+    for folder, words in NOT_ENTERED.items():
+        for path in (folder, f"people/{folder}"):
+            assert words in seen.ignored[path], path
+            assert "never entered" in seen.ignored[path]
+    assert len(seen.ignored) == 2 * len(NOT_ENTERED)
 
 
-def test_hidden_symlinked_and_tool_folders_are_not_entered(looking, tmp_path_factory):
+@pytest.mark.parametrize("name", ["@Recycle", ".trash", "$old", "Recycled"])
+def test_prompts_in_a_folder_that_becomes_one_of_the_system_are_forgotten(looking, name):
+    for path in ("alice/cat.prompt.txt", "alice/deep/cat.prompt.txt"):
+        looking.write(path)
+    looking.wall += 60
+    ready = looking.look().ready
+    assert len(ready) == 2
+    (looking.inbox / "alice").rename(looking.inbox / name)
+    assert not any(looking.sweep.unchanged(candidate) for candidate in ready)
+    assert looking.ready(after=60) == []
+    (looking.inbox / name).rename(looking.inbox / "bob")
+    looking.look(after=60)
+    assert looking.ready(after=60) == ["bob/cat.prompt.txt", "bob/deep/cat.prompt.txt"]
+
+
+def test_the_folder_of_claimed_files_is_not_worth_a_word(looking):
+    looking.write(".imagewatch/job/cat.prompt.txt")
+    looking.wall += 60
+    seen = looking.look()
+    assert (seen.ready, seen.ignored) == ([], {})
+
+
+def test_links_are_neither_followed_nor_passed_over_in_silence(looking, tmp_path_factory):
     elsewhere = tmp_path_factory.mktemp("elsewhere")
     (elsewhere / "cat.prompt.txt").write_text("x")
     (looking.inbox / "link").symlink_to(elsewhere)
-    for folder in (".imagewatch/job", ".git", "@eaDir", "#recycle", "a/.hidden", "a/b"):
-        looking.write(f"{folder}/cat.prompt.txt")
+    (looking.inbox / "loop").symlink_to("loop")
+    (looking.inbox / ".#cat").symlink_to("somebody@here")
+    looking.write("a/b/cat.prompt.txt")
     looking.wall += 60
     seen = looking.look()
     assert [candidate.source for candidate in seen.ready] == ["a/b/cat.prompt.txt"]
     assert seen.folders == [str(looking.inbox / folder) for folder in ("", "a", "a/b")]
+    assert seen.ignored == dict.fromkeys(("link", "loop"), "a link, which is not followed")
 
 
 def test_sub_folders_are_left_alone_if_that_is_asked_for(tmp_path):
@@ -793,3 +838,80 @@ def test_however_many_folders_one_owner_makes_those_of_another_are_looked_into(t
     looking.look()
     looking.write("colleague/sub/p.prompt.txt")
     assert looking.ready(after=6) == ["colleague/sub/p.prompt.txt"]
+
+
+# Files that may be meant and are not finished
+
+
+def test_while_such_a_file_is_empty_the_prompt_waits_and_then_it_is_refused(looking):
+    looking.write("cat.prompt.txt", "A cat")
+    looking.write("cat.upload", b"")
+    assert looking.ready(after=6) == []
+    (reason,) = looking.look(after=1).waiting.values()
+    assert "cat.upload" in reason
+    assert looking.ready(after=50) == []
+    (candidate,) = looking.look(after=10).ready
+    assert candidate.unused == ("cat.upload",)
+
+
+def test_while_such_a_file_changes_the_prompt_waits_and_says_so(looking):
+    looking.write("cat.prompt.txt", "A cat")
+    looking.look()
+    looking.look(after=60)
+    growing = looking.write("cat.upload", PICTURE[:100])
+    waiting = looking.look().waiting
+    assert re.search("cat.upload may be meant as an image, and must not change for", waiting["cat.prompt.txt"])
+    growing.write_bytes(PICTURE)
+    looking.wall = growing.stat().st_ctime
+    assert looking.ready(after=3) == []
+    growing.rename(growing.with_name("cat.jpg"))  # the last step of an uploader
+    looking.wall = (looking.inbox / "cat.jpg").stat().st_ctime
+    assert looking.ready(after=3) == []
+    (candidate,) = looking.look(after=6).ready
+    assert (candidate.images, candidate.unused) == (("cat.jpg",), ())
+
+
+def test_a_file_that_changes_without_end_delays_its_prompt_no_longer_than_a_missing_image(looking):
+    looking.write("cat.prompt.txt", "A cat")
+    looking.write("cat.upload", PICTURE)
+    for size in range(1, 21):
+        looking.write("cat.upload", PICTURE + b"x" * size)
+        assert looking.ready(after=3) == []
+    looking.write("cat.upload", PICTURE)
+    looking.look(after=3)
+    looking.write("cat.upload", PICTURE + b"y")
+    (candidate,) = looking.look(after=3).ready
+    assert candidate.unused == ("cat.upload",)
+
+
+def test_a_plain_text_that_changes_without_end_delays_nobody(looking):
+    looking.write("cat.prompt.txt", "A cat")
+    looking.write("cat.log", "one line")
+    looking.look()
+    looking.write("cat.log", "another line")
+    assert looking.ready(after=5.1) == ["cat.prompt.txt"]
+
+
+def test_a_transfer_under_way_of_such_a_file_holds_the_prompt_until_it_has_its_name(looking):
+    looking.write("cat.prompt.txt", "A cat")
+    part = looking.write("cat-2.jpg.part", PICTURE[:50])
+    looking.look()
+    assert looking.ready(after=60) == []
+    assert "cat-2.jpg.part" in looking.look(after=1).waiting["cat.prompt.txt"]
+    part.rename(looking.inbox / "cat-2.jpg")
+    looking.look(after=1)
+    looking.look(after=6)
+    (candidate,) = looking.look(after=6).ready
+    assert candidate.unused == ("cat-2.jpg",)
+
+
+def test_a_file_that_is_taken_away_before_the_claim_is_no_reason_to_refuse(looking):
+    looking.write("cat.prompt.txt", "A cat")
+    looking.write("cat-2.jpg", PICTURE)
+    (candidate,) = looking.look(after=60).ready
+    assert candidate.unused == ("cat-2.jpg",)
+    assert looking.sweep.unchanged(candidate)
+    (looking.inbox / "cat-2.jpg").unlink()
+    assert not looking.sweep.unchanged(candidate)
+    (candidate,) = looking.look(after=6).ready
+    assert candidate.unused == ()
