@@ -135,7 +135,8 @@ class Client:
 
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
         networks = Network(self._resolve, judged=False), Network(self._resolve, judged=True)
-        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer.
+        # A connection for each request: a kept one that the server closes meanwhile looks like a lost answer. The
+        # limit alone is not enough: between the end of a request and the look at the limit another one may take it.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeouts = (
             httpx.Timeout(endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS),
@@ -148,7 +149,7 @@ class Client:
                     limits=limits,
                     timeout=timeout,
                     trust_env=not self.local,
-                    headers={"user-agent": USER_AGENT},
+                    headers={"user-agent": USER_AGENT, "connection": "close"},
                 )
                 for timeout in timeouts
             )

@@ -6,6 +6,7 @@ turn, so that people can be told early what their prompts wait for.
 
 from __future__ import annotations
 
+import math
 import sys
 from bisect import insort
 from typing import TYPE_CHECKING
@@ -266,6 +267,8 @@ class Order:
     def _oldest(self, group: _Group) -> tuple[Folder, tuple[float, str]] | None:
         oldest: tuple[tuple[float, str], Folder, bool] | None = None
         for path, folder in list(group.folders.items()):
+            if folder.is_scanned and folder.looked == -math.inf:
+                continue  # the first scan may find an older one; after it somebody asks again
             entry, window = self._head(folder), folder.window
             if window is None or (entry is None and window.beyond is None):
                 del group.folders[path]

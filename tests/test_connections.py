@@ -5,6 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from conftest import KEY, REMOTE_NAME, Station
@@ -25,6 +29,9 @@ from scripted import (
     tunnel,
 )
 
+from imagewatch.client import Client
+from imagewatch.config import Endpoint
+from imagewatch.key import Key
 from imagewatch.outcome import End
 
 IMAGE = picture()
@@ -519,3 +526,56 @@ def test_a_redirect_to_nowhere_is_still_only_a_redirect(tmp_path):
         (outcome,) = station.work()
         error = refused(station, "x", SMALL)
     assert (error["charged"], outcome.trouble and outcome.trouble.kind) == ("no", "address")
+
+
+# Never the connection of another request
+
+
+class Keeping(BaseHTTPRequestHandler):
+    """Answers each request, and would keep the connection."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.server.handlers.append(self)  # one for each connection
+        self.send_response(200)
+        self.send_header("content-length", "5")
+        self.end_headers()
+        self.wfile.write(b"hello")
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+class Busy(ThreadingHTTPServer):
+    request_queue_size = 200
+
+
+@pytest.fixture
+def hasty():
+    """Let threads take turns much more often than usual."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("hasty")
+def test_however_many_requests_end_at_once_each_has_a_connection_of_its_own():
+    with Busy(("127.0.0.1", 0), Keeping) as server:
+        server.handlers = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with contextlib.closing(Client(Endpoint(base_url=url), lambda: Key(KEY))) as client:
+            got = []
+
+            def fetch_some() -> None:
+                for _ in range(60):
+                    client.fetch(f"{url}/x", got.append, 1000, 60.0)
+
+            with ThreadPoolExecutor(16) as pool:
+                for done in [pool.submit(fetch_some) for _ in range(16)]:
+                    done.result()
+        server.shutdown()
+        assert b"".join(got) == b"hello" * 960
+        assert len(set(server.handlers)) == 960, "two requests shared a connection"

@@ -915,3 +915,20 @@ def test_a_file_that_is_taken_away_before_the_claim_is_no_reason_to_refuse(looki
     assert not looking.sweep.unchanged(candidate)
     (candidate,) = looking.look(after=6).ready
     assert candidate.unused == ()
+
+
+def test_nothing_of_a_folder_is_taken_before_its_first_scan_has_seen_all_of_it(looking):
+    """The names of a folder come in no order, and a scan is made in pieces: the oldest prompt may come last."""
+    for number in range(3000):
+        looking.write(f"sub/p{number:04}.prompt.txt")
+    looking.wall += 60
+    sweep, first = looking.sweep, []
+    sweep.moment.now, sweep.moment.wall = looking.now, looking.wall
+    for _ in sweep.scan(""):
+        pass
+    for _ in sweep.scan("sub"):
+        for _ in sweep.order.prepare("sub"):
+            pass
+        first += [candidate.source for candidate in [sweep.order.take("sub")] if candidate]
+    first += [candidate.source for candidate in [sweep.order.take("sub")] if candidate]
+    assert first[0] == "sub/p0000.prompt.txt"
