@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Config
     from imagewatch.seen import Candidate, Key
+    from imagewatch.sending import Fate
 
 _LONGEST_WAIT = 3600.0
 _LONGEST_RETRY = 300.0
@@ -89,7 +90,14 @@ class Finished:
     future: Future[Outcome]
 
 
-Message = Hinted | Signalled | Paid | Finished
+@dataclass(frozen=True)
+class Hindered:
+    """Our disk refuses a part of an answer, which a worker waits for."""
+
+    error: SpoolError
+
+
+Message = Hinted | Signalled | Paid | Finished | Hindered
 
 
 @dataclass
@@ -167,6 +175,7 @@ class Daemon:
         self._parked: dict[str, Key | None] = {}  # what only a person, or the next start, can carry on
         self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
         self._in_flight: dict[str, Key | None] = {}
+        self._fates: dict[str, Fate] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
         self._is_counted = True  # whether the prompts that came at once are
         self._ignored = Ignored(monotonic)
@@ -225,6 +234,9 @@ class Daemon:
             absolve=self._gate.absolve,
             on_paid=lambda job: self._mailbox.put(Paid(job)),
             budget=self._budget,
+            fates=self._fates,
+            leaving=self._gate.leaving,
+            on_trouble=lambda error: self._mailbox.put(Hindered(error)),
             clock=self._clock,
             monotonic=self._now,
             jitter=random,
@@ -326,11 +338,14 @@ class Daemon:
                 self._paid.add(message.job)
             case Finished():
                 self._finished(message)
+            case Hindered():
+                self._gate.failed(message.error)
 
     def _end(self) -> None:
         """Finish what is sent; whatever is only claimed waits for the next start."""
         self._notify.send(STOPPING="1")
         self._draining = True
+        self._gate.drain()
         while self._in_flight:
             self._take_messages()
         if self._once:
@@ -615,7 +630,9 @@ class Daemon:
 
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
-        if outcome.trouble is not None:
+        if outcome.trouble is not None and outcome.trouble.kind == "broken":
+            self._gate.broke(outcome.job, outcome.trouble, began)
+        elif outcome.trouble is not None:
             self._gate.met(outcome.trouble, began)
         elif outcome.answered:
             self._gate.answered(began)
@@ -680,6 +697,7 @@ class Daemon:
         if number != signal.SIGHUP:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self._gate.drain()
         self._mailbox.put(Signalled(number))
 
     def _signalled(self, number: int) -> None:
@@ -687,6 +705,7 @@ class Daemon:
             self._reconfigure()
             return
         self._draining = True
+        self._gate.wait_for_first_bytes()
         self._status.state = "stopping"
         self._write_status(STOPPING="1")
         _log.info("stopping", signal=signal.Signals(number).name, in_flight=len(self._in_flight))

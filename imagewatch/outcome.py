@@ -21,14 +21,17 @@ class Trouble(msgspec.Struct, frozen=True):
     """Something that concerns every request, not only this one.
 
     Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``cap``, ``rate`` or ``busy``.
+        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk``, ``cap``, ``rate`` or ``busy``;
+            ``broken`` if the upload was cut off, which only concerns every request if several meet it.
         message: What was said.
         seconds: How long it wants us to wait, or None.
+        hint: What a person can do in this very case, or an empty string.
     """
 
     kind: str
     message: str
     seconds: float | None = None
+    hint: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):
