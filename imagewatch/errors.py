@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from typing import Final
 
 MORE_FILES: Final = (
-    "allow the daemon more open files: LimitNOFILE= of the unit, or ulimit -n; or lower limits.concurrency"
+    "allow the daemon more open files (LimitNOFILE= of the unit, or ulimit -n), or lower limits.concurrency"
 )
 """The next action where this process may not open another file."""
 
