@@ -19,13 +19,15 @@ from random import random
 from typing import TYPE_CHECKING
 
 import structlog
+from msgspec.structs import replace
 
 from imagewatch import __version__, memory
 from imagewatch.budget import Budget
 from imagewatch.client import Client
 from imagewatch.control import Control
+from imagewatch.descriptors import most_requests
 from imagewatch.durable import Disk
-from imagewatch.errors import ConfigError, SpoolError
+from imagewatch.errors import MORE_FILES, ConfigError, SpoolError
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
 from imagewatch.ignored import Ignored
@@ -220,6 +222,7 @@ class Daemon:
         Raises:
             ConfigError: It cannot be used; then everything is as before.
         """
+        config = _within_open_files(config)
         client = Client(config.endpoint, lambda: read_key(config.endpoint, self._environ), clock=self._clock)
         self._config = config
         self._client = client
@@ -728,6 +731,16 @@ class Daemon:
             return
         self._on_reloaded(config)
         _log.info("reloaded", source=config.source)
+
+
+def _within_open_files(config: Config) -> Config:
+    """Return a configuration with as many requests at the same time as this process has files for."""
+    wanted = config.limits.concurrency
+    most, files = most_requests(wanted)
+    if most < wanted:
+        reason = f"only {files} open files are allowed: limits.concurrency is {wanted}, and {most} is used"
+        _log.warning("limited", reason=reason, next=MORE_FILES)
+    return replace(config, limits=replace(config.limits, concurrency=most))
 
 
 def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:
