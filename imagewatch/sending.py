@@ -109,19 +109,31 @@ class Sending:
         self._on_trouble = on_trouble
         self._clock = clock
 
-    def send(self, record: Record, claim: Claim, request: Request, attempt: int) -> Fate:
+    def mark(self, request: Request) -> Sent:
+        """Return what is written down of a request; the time is that of the moment at which it leaves."""
+        return Sent(
+            prompt=request.prompt,
+            prompt_sha256=request.prompt_sha256,
+            fields=request.fields,
+            inputs=request.inputs,
+            contents=request.contents,
+            endpoint=self._client.url,
+            at=0.0,
+        )
+
+    def send(self, record: Record, claim: Claim, request: Request, sent: Sent, attempt: int) -> Fate:
         """Make an attempt, and save its answer.
 
         Args:
             record: Where the evidence goes.
             claim: Its job.
             request: The valid request.
+            sent: Its mark.
             attempt: Its number, from 1.
 
         Returns:
             What became of it; it is in ``fates``, too, until ``settle``.
         """
-        sent = self._sent(request)
         fate = self._fates[claim.job] = Fate(claim, attempt, sent)
         restore = functools.partial(record.restore, claim, attempt, sent)
         sink = record.sink(attempt, restore, self._on_trouble)
@@ -158,17 +170,6 @@ class Sending:
         """Return how many bytes are reserved for an answer: never more than the administrator keeps free for it."""
         limits = self._config.endpoint.max_response_bytes, self._config.limits.min_free_bytes
         return min(largest_answer(request.fields) + _LINES_BYTES, *limits)
-
-    def _sent(self, request: Request) -> Sent:
-        return Sent(
-            prompt=request.prompt,
-            prompt_sha256=request.prompt_sha256,
-            fields=request.fields,
-            inputs=request.inputs,
-            contents=request.contents,
-            endpoint=self._client.url,
-            at=0.0,
-        )
 
     def known(self, job: str, attempt: int = 0) -> Fate | None:
         """Return what is known of the newest request of a job that this process has sent, or None.

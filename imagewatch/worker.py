@@ -383,7 +383,8 @@ class Worker:
         if refusal is not None:
             return self._unaffordable(run, refusal)
         run.resumed = False
-        return self._after(run, self._sending.send(run.record, run.claim, run.request, run.evidence.sent + 1))
+        attempt, sent = run.evidence.sent + 1, self._sending.mark(run.request)
+        return self._after(run, self._sending.send(run.record, run.claim, run.request, sent, attempt))
 
     def _after(self, run: Run, fate: Fate) -> Outcome | None:
         """Go on from what became of a request, as far as the disk takes it down."""
@@ -391,8 +392,11 @@ class Worker:
         if fate.is_saved:
             run.foresee(sent=fate.attempt, answered=fate.attempt)
         elif fate.left is Left.PART:
+            _log.warning("not sent whole", reason=fate.reason, attempt=fate.attempt)
             self._sending.prove(run.record, fate)
         elif fate.left is Left.NOTHING:
+            if fate.trouble is None:
+                _log.info("withdrawn", reason=fate.reason)
             run.record.take_back(fate.attempt)
             self._sending.settle(run.claim.job)
             if run.evidence.answered and fate.trouble is None:  # behind a hold it stays claimed: its attempts count
