@@ -238,6 +238,30 @@ def test_too_little_room_for_an_answer_is_found_before_the_request_leaves(tmp_pa
         subprocess.run(["umount", "--lazy", str(tmp_path / "state")], check=True)
 
 
+def test_two_requests_for_whose_answers_together_there_is_no_room_are_sent_one_after_the_other(
+    tmp_path: Path, hurried: Callable[..., Told], sandbox: Sandbox
+) -> None:
+    (tmp_path / "state").mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(tmp_path / "state")]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="5000000")
+        sandbox.hold()
+        for name in ("cat", "dog"):
+            folders.prompt(name, f"a {name}")
+        daemon = hurried(folders)
+        assert sandbox.wait_for_requests(1, 20)
+        assert daemon.wait_for("held")["kind"] == "disk"
+        until(lambda: len(folders.names("inbox")) == 2)  # one that waits, and the original of the other
+        assert sandbox.report()["requests"] == 1
+        sandbox.release()
+        until(lambda: folders.documents() == {"cat": "outbox", "dog": "outbox"})
+        assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(tmp_path / "state")], check=True)
+
+
 # Open files
 
 
