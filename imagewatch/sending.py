@@ -135,8 +135,7 @@ class Sending:
             What became of it; it is in ``fates``, too, until ``settle``.
         """
         fate = self._fates[claim.job] = Fate(claim, attempt, sent)
-        restore = functools.partial(record.restore, claim, attempt, sent)
-        sink = record.sink(attempt, restore, self._on_trouble)
+        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_trouble)
         with contextlib.closing(sink):
             try:
                 with self._leaving():
@@ -157,7 +156,8 @@ class Sending:
     def _begin(self, record: Record, sink: Sink, fate: Fate, request: Request) -> AbstractContextManager[object]:
         """Do what has to be on the disk before the first byte leaves; return the context in which that leaves."""
         sink.open(self._room(request))
-        record.write_sent(fate.attempt, changed(fate.sent, at=self._clock()))
+        fate = self._fates[fate.claim.job] = replace(fate, sent=changed(fate.sent, at=self._clock()))
+        record.write_sent(fate.attempt, fate.sent)
         return self._first_bytes(fate)
 
     @contextlib.contextmanager
@@ -184,6 +184,10 @@ class Sending:
     def settle(self, job: str) -> None:
         """Forget what is known of a job: the disk shows it, or the job is over."""
         self._fates.pop(job, None)
+
+    def restore(self, record: Record, fate: Fate) -> None:
+        """Write down again what somebody removed while a request was on its way."""
+        record.restore(fate.claim, fate.attempt, fate.sent)
 
     def prove(self, record: Record, fate: Fate) -> None:
         """Write down, in the place of the answer, that a request never left whole."""

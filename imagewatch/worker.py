@@ -227,7 +227,7 @@ class Worker:
         if not run.foreseen:
             run.seen = self._spool.evidence(run.claim, run.record)
             if fate and not run.seen.decided and fate.is_missing(run.seen.sent):
-                run.record.restore(run.claim, fate.attempt, fate.sent)
+                self._sending.restore(run.record, fate)
                 run.seen = self._spool.evidence(run.claim, run.record)
         if run.seen.decided:
             self._sending.settle(run.claim.job)
