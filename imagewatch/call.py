@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import threading
 import time
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
 _HEAD_READ_BYTES: Final = 64 * 1024
 _MOST_HEAD_BYTES: Final = 256 * 1024
@@ -41,6 +43,7 @@ class Call:
         at: Monotonic time of the deadline, seconds.
         may_connect: As above.
         before_read: Called before the next bytes are waited for, however long that takes.
+        first_write: In it the next bytes are sent; what it raises when it is entered keeps them from leaving.
     """
 
     def __init__(
@@ -50,6 +53,7 @@ class Call:
         self.at = time.monotonic() + seconds
         self.may_connect = may_connect
         self.before_read: Callable[[], object] = lambda: None
+        self.first_write: AbstractContextManager[object] | None = None
         self._is_connected = False
         self._is_head = True
         self._received = 0
@@ -89,6 +93,11 @@ class Call:
         if self._small > _MOST_SMALL:  # what comes meanwhile is read in one go; all else would keep a core busy
             _NEVER.wait(min(_PAUSE, self.left()))
         return min(most, _HEAD_READ_BYTES) if self._is_head else most
+
+    def sending(self) -> AbstractContextManager[object]:
+        """Return the context in which the next bytes are to be sent."""
+        context, self.first_write = self.first_write, None
+        return context or contextlib.nullcontext()
 
     def took(self, size: int) -> None:
         """Count what was read.

@@ -6,8 +6,8 @@ which never sees the key. What is translated here, and why:
 =============================================  ==========================================================
 what happened                                  what the caller gets
 =============================================  ==========================================================
-nothing of the request left                    ``Unavailable``; ``on_send`` was not called
-the connection broke before its last byte      ``Unavailable``; incomplete by its Content-Length
+nothing of the request left                    ``Unavailable``
+the connection broke before its last byte      ``Broken``; incomplete by its Content-Length
 it left whole, the answer did not begin        ``InDoubt``
 the answer began                               no exception: the sink holds what came and how it ended
 =============================================  ==========================================================
@@ -30,7 +30,7 @@ import httpx
 from imagewatch import __version__
 from imagewatch.addresses import NotPublicError, address_in, is_public, is_this_machine
 from imagewatch.call import Call
-from imagewatch.errors import ConfigError, JobError, Problem, Unavailable
+from imagewatch.errors import Broken, ConfigError, JobError, Problem, Unavailable
 from imagewatch.images import SNIFF_BYTES, sniff
 from imagewatch.job import Head, Tail
 from imagewatch.masking import known
@@ -39,6 +39,7 @@ from imagewatch.wire import BALANCE_PATH, PATH, Body, Plain, UndecodableError, b
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from imagewatch.config import Endpoint
     from imagewatch.key import Key
@@ -57,6 +58,9 @@ _KEPT_HEADERS = (
     "date",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
+_HINT_BROKEN = "if it breaks again and again, something on the way takes no request of this size; nothing was charged"
+_SMALL_BYTES = 64 * 1024
+"""A request up to this size breaks because of the network, not because of its size."""
 _HOST = re.compile(r"[a-z0-9._-]+|[0-9a-f:.]+")
 _MOST_REDIRECTS = 3
 _BALANCE_SECONDS = 20.0
@@ -163,21 +167,22 @@ class Client:
         for client in self._clients or ():
             client.close()
 
-    def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+    def send(self, job: str, body: Body, on_send: Callable[[], AbstractContextManager[object]], sink: Sink) -> None:
         """Send one request and bank its answer.
 
         Args:
             job: Job id, sent as ``Idempotency-Key`` (the endpoint is not known to honour it).
             body: The request.
-            on_send: Called when the connection stands, before the first byte of the request leaves; an
-                exception from it stops the request.
-            sink: Where the answer goes.
+            on_send: Called when the connection stands, before the first byte of the request leaves. What it returns
+                is entered right before that byte and left after it. An exception from either stops the request.
+            sink: Where the answer goes; the caller closes it.
 
         Raises:
             ConfigError: There is no usable key.
-            Unavailable: The request provably did not arrive whole.
+            Broken: A part of the request left, and provably not the whole.
+            Unavailable: Nothing of it left.
             InDoubt: It left whole, and no answer came.
-            SpoolError: Our disk failed.
+            SpoolError: Our disk failed; ``sink.status`` is what had come of the answer.
         """
         key = self._read_key()
         headers = {
@@ -189,7 +194,7 @@ class Client:
             "idempotency-key": job,
         }
         with Call(self._endpoint.deadline_seconds) as call:
-            attempt = _Attempt(call, on_send)
+            attempt, sink.until = _Attempt(call, on_send, body.length), call.at
             try:
                 with self.prepare()[0].stream(
                     "POST", self.url, headers=headers, content=iter(body), extensions={"trace": attempt.trace}
@@ -197,8 +202,6 @@ class Client:
                     self._bank(response, sink, call, key.secret)
             except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, UnicodeError, OSError) as error:
                 raise self._translated(error, attempt, call, key.secret) from None
-            finally:
-                sink.close()
 
     def _bank(self, response: httpx.Response, sink: Sink, call: Call, secret: Mask) -> None:
         """Write the answer to the sink, whatever becomes of the connection."""
@@ -224,6 +227,7 @@ class Client:
             with contextlib.suppress(_FullError, UndecodableError):
                 bank.end()
             reason = f"the answer was cut short after {sink.written:,} bytes: {reason}"
+            reason += f"; meanwhile it could not be saved: {sink.trouble}" if sink.trouble else ""
         sink.finish(Tail(complete=not reason, reason=reason, at=self._clock()))
 
     def _translated(self, error: Exception, attempt: _Attempt, call: Call, secret: Mask) -> JobError:
@@ -231,7 +235,8 @@ class Client:
         if not attempt.began:
             return Unavailable(f"{self._endpoint.base_url} cannot be reached: {reason}", hint=_HINT_REACH)
         if attempt.incomplete:
-            return Unavailable(f"the connection broke while the request was sent: {reason}", hint=_HINT_REACH)
+            message = f"the connection broke while the request was sent ({attempt.length:,} bytes): {reason}"
+            return Broken(message, hint=_HINT_BROKEN, is_own=attempt.is_large)
         return doubt(f"the request was sent, but no answer came: {reason}")
 
     def balance(self) -> dict[str, float]:
@@ -410,20 +415,32 @@ class _Attempt:
     """Watches one request leave, by the trace extension of httpcore.
 
     Doubt is the default: that the request is incomplete counts only when its sending was seen to fail.
+
+    Args:
+        call: Its call.
+        on_send: As of ``Client.send``.
+        length: Of its body, bytes.
+
+    Attributes:
+        began: Whether its first byte may have left.
+        incomplete: Whether its last byte provably did not.
+        is_large: Whether its head left, and its body is large: a network that is down shows earlier.
     """
 
-    def __init__(self, call: Call, on_send: Callable[[], None]) -> None:
+    def __init__(self, call: Call, on_send: Callable[[], AbstractContextManager[object]], length: int) -> None:
         self._call = call
         self._on_send = on_send
-        self.began = False
-        self.incomplete = False
+        self.length = length
+        self.began = self.incomplete = self.is_large = False
 
     def trace(self, event: str, info: dict[str, Any]) -> None:
         self._call.trace(event, info)
         if event == "http11.send_request_headers.started" and info["request"].method == b"POST":
             # Not for the CONNECT to a proxy, which is not the request.
-            self._on_send()
+            self._call.first_write = self._on_send()
             self.began = True
+        elif self.began and event == "http11.send_request_headers.complete":
+            self.is_large = self.length > _SMALL_BYTES
         elif self.began and event in {"http11.send_request_headers.failed", "http11.send_request_body.failed"}:
             self.incomplete = True
 

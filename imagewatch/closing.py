@@ -46,8 +46,13 @@ _NEXT = {
     "--pay-again NAME, or move the prompt back into the inbox",
     "paid": "do not send it again; the paid answer is kept (a copy lies beside this file), and imagewatch retry NAME "
     "looks at it again, free of charge",
+    "lost": "look at the disk first; the answer could not be saved and is lost; only if you accept to pay again: move "
+    "the prompt back into the inbox",
+    "broken": "send fewer or smaller images, or ask whoever runs the proxy or gateway on the way for the largest "
+    "request that it takes; then move the prompt back into the inbox",
     "busy": "the endpoint was busy for too long; move the prompt back into the inbox to try again",
 }
+_PASSING = {Reaction.BUSY: "busy", Reaction.BROKEN: "broken"}
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 """Names that can be typed after a command as they are."""
 _log = structlog.get_logger()
@@ -153,23 +158,32 @@ class Closing:
         unknown = verdict.reaction is Reaction.UNKNOWN
         charged: Charged = "unknown" if unknown else "no"
         message = printable(verdict.message) + ("; it may have been charged" if unknown else "")
+        if verdict.reaction is Reaction.BROKEN:
+            message = f"{message}; tried {case.attempt} times; nothing was charged"
         self._write_row(case, "unknown" if unknown else "refused", charged, message=message, code=verdict.code)
-        what = "doubt" if unknown else verdict.account or ("busy" if verdict.reaction is Reaction.BUSY else "")
+        what = "doubt" if unknown else verdict.account or _PASSING.get(verdict.reaction, "")
         top = {
             "message": message,
-            "status": case.answer.head.status if case.answer else None,
+            "status": (case.answer.head.status if case.answer else 0) or None,
             "code": printable(verdict.code, 200) or None,
             "credits_required": verdict.credits_required,
             "next": _NEXT.get(what, _NEXT_RETRY),
         }
         self._reject(case, top, charged)
 
-    def doubt(self, case: Case, message: str) -> None:
-        """End a job whose request was sent and whose answer never came."""
+    def doubt(self, case: Case, message: str, *, is_charged: bool = False) -> None:
+        """End a job whose request was sent and of which we have no answer.
+
+        Args:
+            case: The job.
+            message: Why not, in words.
+            is_charged: Whether an answer had come that is charged for, and was lost on our side.
+        """
         case = self._dated(case)
-        message = printable(f"{message}; it may have been charged")
-        self._write_row(case, "unknown", "unknown", message=message)
-        self._reject(case, {"message": message, "next": _NEXT["doubt"]}, "unknown")
+        message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
+        charged: Charged = "yes" if is_charged else "unknown"
+        self._write_row(case, "made" if is_charged else "unknown", charged, message=message)
+        self._reject(case, {"message": message, "next": _NEXT["lost" if is_charged else "doubt"]}, charged)
 
     def _reject(
         self,

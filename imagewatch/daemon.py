@@ -20,14 +20,16 @@ from random import random
 from typing import TYPE_CHECKING
 
 import structlog
+from msgspec.structs import replace
 
 from imagewatch import __version__, database, memory
 from imagewatch.budget import Budget
 from imagewatch.caps import Caps
 from imagewatch.client import Client
 from imagewatch.control import Control
+from imagewatch.descriptors import most_requests
 from imagewatch.durable import Disk
-from imagewatch.errors import ConfigError, SpoolError
+from imagewatch.errors import MORE_FILES, ConfigError, SpoolError
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
 from imagewatch.ignored import Ignored
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Config
     from imagewatch.seen import Candidate, Key
+    from imagewatch.sending import Fate
 
 _LONGEST_WAIT = 3600.0
 _LEAST_CAP = 0.1
@@ -100,7 +103,14 @@ class Finished:
     future: Future[Outcome]
 
 
-Message = Hinted | Signalled | Paid | Finished
+@dataclass(frozen=True)
+class Hindered:
+    """Our disk refuses a part of an answer, which a worker waits for."""
+
+    error: SpoolError
+
+
+Message = Hinted | Signalled | Paid | Finished | Hindered
 
 
 @dataclass
@@ -179,6 +189,7 @@ class Daemon:
         self._parked: dict[str, Key | None] = {}  # what only a person, or the next start, can carry on
         self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
         self._in_flight: dict[str, Key | None] = {}
+        self._fates: dict[str, Fate] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
         self._are_lost_closed = False  # the rows of requests of which nothing else is left
         self._is_counted = True  # whether the prompts that came at once are
@@ -223,6 +234,7 @@ class Daemon:
         Raises:
             ConfigError: It cannot be used; then everything is as before.
         """
+        config = _within_open_files(config)
         client = Client(config.endpoint, lambda: read_key(config.endpoint, self._environ), clock=self._clock)
         self._config = config
         self._client = client
@@ -238,6 +250,9 @@ class Daemon:
             absolve=self._gate.absolve,
             on_paid=lambda job: self._mailbox.put(Paid(job)),
             budget=self._budget,
+            fates=self._fates,
+            leaving=self._gate.leaving,
+            on_trouble=lambda error: self._mailbox.put(Hindered(error)),
             clock=self._clock,
             monotonic=self._now,
             jitter=random,
@@ -343,11 +358,14 @@ class Daemon:
                 self._paid.add(message.job)
             case Finished():
                 self._finished(message)
+            case Hindered():
+                self._gate.failed(message.error)
 
     def _end(self) -> None:
         """Finish what is sent; whatever is only claimed waits for the next start."""
         self._notify.send(STOPPING="1")
         self._draining = True
+        self._gate.drain()
         while self._in_flight:
             self._take_messages()
         if self._once:
@@ -707,7 +725,9 @@ class Daemon:
 
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
-        if outcome.trouble is not None:
+        if outcome.trouble is not None and outcome.trouble.kind == "broken":
+            self._gate.broke(outcome.job, outcome.trouble, began)
+        elif outcome.trouble is not None:
             self._gate.met(outcome.trouble, began)
         elif outcome.answered:
             self._gate.answered(began)
@@ -773,6 +793,7 @@ class Daemon:
         if number != signal.SIGHUP:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.SIG_DFL)
+            self._gate.drain()
         self._mailbox.put(Signalled(number))
 
     def _signalled(self, number: int) -> None:
@@ -780,6 +801,7 @@ class Daemon:
             self._reconfigure()
             return
         self._draining = True
+        self._gate.wait_for_first_bytes()
         self._status.state = "stopping"
         self._write_status(STOPPING="1")
         _log.info("stopping", signal=signal.Signals(number).name, in_flight=len(self._in_flight))
@@ -802,6 +824,16 @@ class Daemon:
             return
         self._on_reloaded(config)
         _log.info("reloaded", source=config.source)
+
+
+def _within_open_files(config: Config) -> Config:
+    """Return a configuration with as many requests at the same time as this process has files for."""
+    wanted = config.limits.concurrency
+    most, files = most_requests(wanted)
+    if most < wanted:
+        reason = f"only {files} open files are allowed: limits.concurrency is {wanted}, and {most} is used"
+        _log.warning("limited", reason=reason, next=MORE_FILES)
+    return replace(config, limits=replace(config.limits, concurrency=most))
 
 
 def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:

@@ -24,7 +24,7 @@ import stat
 import threading
 from typing import IO, TYPE_CHECKING, Any
 
-from imagewatch.errors import AlreadyRunning, SpoolError
+from imagewatch.errors import MORE_FILES, AlreadyRunning, SpoolError
 from imagewatch.folders import Descriptor, NotAFolderError, Place, Tops, is_private
 from imagewatch.text import printable
 
@@ -35,6 +35,7 @@ _AT_FDCWD = -100
 _ALL_BITS = 0o777
 _MODE_OF_NOTES = 0o600
 _RENAME_NOREPLACE = 1
+_FALLOC_FL_KEEP_SIZE = 1
 FULL = {errno.ENOSPC, errno.EDQUOT}
 _COPY_BYTES = 1 << 20
 _LOCK_TRIES = 4
@@ -106,6 +107,8 @@ _RESTORE = "put back the folder that was there"
 def _hint(code: int) -> str:
     if code in FULL:
         return "make room; the work goes on by itself"
+    if code in {errno.EMFILE, errno.ENFILE}:
+        return MORE_FILES
     if code in {errno.EACCES, errno.EPERM}:
         return "let the daemon's user write there"
     if code == errno.EROFS:
@@ -154,6 +157,29 @@ class Disk:
             file = _Whole(self.tops.open_file(path, os.O_RDWR), "r+")
             file.seek(0, os.SEEK_END)
             return file
+
+    def reserve(self, file: IO[bytes], size: int, path: str) -> None:
+        """Reserve room for what is going to be written to a file, where its file system can; its length stays.
+
+        Args:
+            file: The file.
+            size: Bytes from its beginning.
+            path: Its name.
+        """
+        function = _fallocate()
+        # Not posix_fallocate: where the file system cannot, that writes zeros into the file, all of them.
+        while function is not None and function(file.fileno(), _FALLOC_FL_KEEP_SIZE, 0, size):
+            code = ctypes.get_errno()
+            if code in {errno.EOPNOTSUPP, errno.ENOSYS}:
+                return
+            if code != errno.EINTR:
+                with ours(path, f"reserve {size:,} bytes"):
+                    raise OSError(code, os.strerror(code), path)
+
+    def unreserve(self, file: IO[bytes]) -> None:
+        """Give back what was reserved of a file and is not used: all beyond its end."""
+        with contextlib.suppress(OSError):  # it is given back when the file is removed, at the latest
+            os.ftruncate(file.fileno(), os.fstat(file.fileno()).st_size)
 
     def symlink(self, text: str, path: str) -> None:
         """Make a symbolic link.
@@ -683,6 +709,18 @@ def _has_arrived(file: os.stat_result | None, source: Place, target: Place) -> b
     if left is not None and os.path.samestat(left, found):
         os.unlink(source.name, dir_fd=source.dir_fd)
     return True
+
+
+@functools.cache
+def _fallocate() -> Any | None:  # noqa: ANN401  a foreign function
+    """Return the C library's ``fallocate`` for lengths of 64 bits: by which name it has that depends on the library."""
+    with contextlib.suppress(OSError):
+        library = ctypes.CDLL(None, use_errno=True)
+        for name in ("fallocate64", "fallocate"):
+            if function := getattr(library, name, None):
+                function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+                return function
+    return None
 
 
 def _rename_new(source: Place, target: Place) -> None:

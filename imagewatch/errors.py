@@ -10,7 +10,9 @@
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
        │  └─ Outdated     the prompt was changed meanwhile: it is looked at again
-       ├─ Unavailable     provably free: connect failed, 429; may be tried again
+       ├─ Unavailable     provably free: connect failed; may be tried again
+       │  └─ Broken       a part of the request left, and provably not the whole
+       ├─ Withdrawn       something forbids it at the last moment; no byte of it left
        └─ InDoubt         sent, outcome unknown
 
 Every message names the file, the cause and the next action. ``httpx`` errors are translated once, in
@@ -20,6 +22,12 @@ Every message names the file, the cause and the next action. ``httpx`` errors ar
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+MORE_FILES: Final = (
+    "allow the daemon more open files (LimitNOFILE= of the unit, or ulimit -n), or lower limits.concurrency"
+)
+"""The next action where this process may not open another file."""
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,22 @@ class Outdated(BadRequest):
 
 class Unavailable(JobError):  # noqa: N818
     """The request provably did not reach the API whole; it was free and may be tried again."""
+
+
+class Broken(Unavailable):
+    """The connection broke before the last byte of the request was sent; it was free.
+
+    Attributes:
+        is_own: Whether that may be this request's own trouble: the network was there, and the request is large.
+    """
+
+    def __init__(self, message: str, *, hint: str = "", is_own: bool = False) -> None:
+        super().__init__(message, hint=hint)
+        self.is_own = is_own
+
+
+class Withdrawn(JobError):  # noqa: N818
+    """The queue was put on hold, or the daemon stops, before the first byte of the request left; it was free."""
 
 
 class InDoubt(JobError):  # noqa: N818

@@ -9,29 +9,34 @@ from __future__ import annotations
 
 import contextlib
 import math
+import threading
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from imagewatch.durable import FULL
-from imagewatch.errors import SpoolError
+from imagewatch.errors import SpoolError, Withdrawn
+from imagewatch.outcome import Trouble
 from imagewatch.text import utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.budget import Refusal
     from imagewatch.config import Limits
     from imagewatch.control import Control
     from imagewatch.holds import Hold, Holds
     from imagewatch.ledger import Ledger
-    from imagewatch.outcome import Trouble
     from imagewatch.spool import Spool
 
 DISK_SECONDS = 5.0
 """How long after our own disk failed the next write probe is made."""
 _KEY_SECONDS = 2.0
 """How often the file of the key is looked at while the account refuses us."""
+_MOST_BROKEN = 2
+"""How many prompts in a row may have their upload cut off before it is taken for the network's trouble."""
+_PERMITTED = {"cap", "soon", "rate"}
+"""Holds that say nothing of a request that is on its way: what it may cost is set aside already."""
 _ACCOUNT = {"key", "credits", "quota", "address"}
 _OWN = {"cap", "soon"}
 """Kinds of trouble that other requests need not meet."""
@@ -87,6 +92,9 @@ class Gate:
         self._braking: dict[str, SpoolError] = {}
         self.blame, self.absolve = holds.blame, holds.absolve
         self.disk_failed = False
+        self._broken: set[str] = set()
+        self._first_bytes = threading.Lock()
+        self._is_draining = False
 
     def configure(self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object]) -> None:
         """Take a configuration; whatever is about the account, the network or a limit is to be tried anew.
@@ -110,6 +118,32 @@ class Gate:
         if self._braking or self._holds.waiting(self._now()) is not None:
             return False
         return in_flight < (1 if self._holds.probing() else self._limits.concurrency)
+
+    @contextlib.contextmanager
+    def leaving(self) -> Iterator[None]:
+        """Let the first bytes of a request leave during the block; used by workers, right before those leave.
+
+        Raises:
+            Withdrawn: None may leave: something has come up since the prompt was claimed.
+        """
+        with self._first_bytes:
+            if self._is_draining:
+                raise Withdrawn("the daemon was told to stop before the request was sent")
+            for error in list(self._braking.values()):
+                raise Withdrawn(f"the queue was held (disk) before the request was sent: {error}")
+            hold = self._holds.waiting(self._now(), _PERMITTED)
+            if hold is not None:
+                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.message}")
+            yield
+
+    def drain(self) -> None:
+        """Let no request leave any more; called in the main thread, also by a signal."""
+        self._is_draining = True
+
+    def wait_for_first_bytes(self) -> None:
+        """Return when every request that was let through has begun to leave: from now on none does any more."""
+        with self._first_bytes:
+            pass
 
     def deliverable(self, in_flight: int) -> bool:
         """Tell whether a job that needs no request any more may go to a worker: only our own disk can forbid that."""
@@ -268,14 +302,31 @@ class Gate:
             trouble: What it met.
             began: Monotonic time at which it was begun, seconds; a key, say, may have been changed since.
         """
+        if trouble.kind == "disk":
+            self.disk_failed = True
+            self._begin("disk", trouble.message, DISK_SECONDS, trouble.hint)
+            return
         if trouble.kind in _OWN:
             return
         if trouble.kind != "busy" and began < max(self._anew, self._ended.get(trouble.kind, self._anew)):
             return
         self._begin(trouble.kind, trouble.message, trouble.seconds)
 
+    def broke(self, job: str, trouble: Trouble, began: float) -> None:
+        """Take note that the upload of a job was cut off. One prompt's trouble is not the network's; several's may be.
+
+        Args:
+            job: Whose.
+            trouble: How.
+            began: As for ``met``.
+        """
+        self._broken.add(job)
+        if len(self._broken) > _MOST_BROKEN:
+            self.met(Trouble("unreachable", trouble.message), began)
+
     def answered(self, began: float) -> None:
         """Take note that a request begun at this monotonic time was answered."""
+        self._broken.clear()
         self._end(self._holds.disproved(began))
 
     def failed(self, error: SpoolError) -> None:
@@ -305,6 +356,7 @@ class Gate:
         self._on_change(at_once=not known and not hold.brief)
         if known:
             return
+        self.wait_for_first_bytes()
         self._remember()
         say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
         if math.isfinite(hold.until):

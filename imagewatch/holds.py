@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
 FIRST_SECONDS = 15.0
 LONGEST_SECONDS = 900.0
@@ -80,7 +80,7 @@ class Hold:
 
 
 class Holds:
-    """All reasons to wait. ``blame`` and ``absolve`` are called by workers, the rest by the main thread.
+    """All reasons to wait. Workers call ``blame``, ``absolve`` and ``waiting``; the rest is the main thread's.
 
     Args:
         first_seconds: How long a hold lasts before its first probe, unless somebody says how long to wait.
@@ -125,7 +125,8 @@ class Holds:
         interval = said if math.isinf(said) else min(max(said, 0.0), LONGEST_ASKED_SECONDS)
         began, until = (known.began, known.until) if known else (now, 0.0)
         hold = Hold(kind, message, began, now, max(now + interval, until), interval, hint)
-        self._holds[kind] = hold
+        with self._lock:
+            self._holds[kind] = hold
         return hold
 
     def resume(self, kind: str, message: str, now: float) -> None:
@@ -137,7 +138,8 @@ class Holds:
             now: Monotonic time, seconds.
         """
         self.blame(kind)  # it was shown
-        self._holds[kind] = Hold(kind, message, now, now, now, self._first_seconds / 2)
+        with self._lock:
+            self._holds[kind] = Hold(kind, message, now, now, now, self._first_seconds / 2)
 
     def set_caps(self, refused: Mapping[str, tuple[str, float]], now: float) -> tuple[list[Hold], list[Hold]]:
         """Note at which caps prompts wait.
@@ -199,9 +201,16 @@ class Holds:
         hold = self._holds.get(kind)
         return hold is not None and now < hold.until
 
-    def waiting(self, now: float) -> Hold | None:
-        """Return the hold that forbids any request now, or None."""
-        return max((hold for hold in self._holds.values() if now < hold.until), key=_until, default=None)
+    def waiting(self, now: float, but: Collection[str] = ()) -> Hold | None:
+        """Return the hold that forbids any request now, or None.
+
+        Args:
+            now: Monotonic time, seconds.
+            but: Kinds that do not count.
+        """
+        with self._lock:  # a worker asks, too
+            holds = [hold for hold in self._holds.values() if now < hold.until and hold.kind not in but]
+        return max(holds, key=_until, default=None)
 
     def probing(self) -> bool:
         """Tell whether only one request at a time may go out, to see whether a hold is over."""

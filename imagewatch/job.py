@@ -27,6 +27,7 @@ class Reaction(enum.Enum):
     ACCOUNT = "free; about the account or the address: every other request would get the same"
     BUSY = "free; the same request may be sent again after a while"
     UNREACHED = "free; the request never left whole"
+    BROKEN = "free; the connection broke while this request was sent: it counts as an attempt"
     UNKNOWN = "it may have been charged; never sent again by itself"
 
 
@@ -140,11 +141,15 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         status: HTTP status, or 0 when the request never left whole.
         headers: Headers worth keeping, lower-case names.
         at: Wall-clock time of the first byte, seconds since the epoch.
+        reason: Why the request never left whole, in words.
+        counts: Whether that was an attempt of this request, of which there are so many and no more.
     """
 
     status: int
     headers: dict[str, str] = {}
     at: float = 0.0
+    reason: str = ""
+    counts: bool = False
 
 
 class Tail(msgspec.Struct, frozen=True, kw_only=True):

@@ -84,7 +84,8 @@ class Rule(NamedTuple):
     step: Step
 
 
-_MAY_GO_BACK = {Reaction.UNREACHED, Reaction.ACCOUNT, Reaction.BUSY}
+_PASSES = {Reaction.BUSY, Reaction.BROKEN}
+_MAY_GO_BACK = {Reaction.UNREACHED, Reaction.ACCOUNT, *_PASSES}
 
 RULES = (
     Rule("no record, nothing left", lambda e: not e.recorded and not e.leftovers, Step.DONE),
@@ -116,7 +117,7 @@ RULES = (
     ),
     Rule(
         "`answer.N`: any other refusal, or attempts spent",
-        lambda e: e.reaction is not None and not (e.reaction is Reaction.BUSY and e.attempts_left),
+        lambda e: e.reaction is not None and not (e.reaction in _PASSES and e.attempts_left),
         Step.REFUSE,
     ),
     Rule("the prompt is not in the claim (cancelled, or given back)", lambda e: not e.claimed, Step.FORGET),

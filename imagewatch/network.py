@@ -8,7 +8,9 @@ Apart from ``client`` so that it is imported with ``httpcore``, which takes long
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
+import os
 import queue
 import socket
 import threading
@@ -19,6 +21,7 @@ from httpcore._backends.sync import SyncStream
 
 from imagewatch.addresses import NotPublicError, address_in
 from imagewatch.call import OverrunError, current
+from imagewatch.errors import MORE_FILES, SpoolError
 
 if TYPE_CHECKING:
     import ssl
@@ -121,7 +124,8 @@ class Stream(httpcore.NetworkStream):
         """Write all of it."""
         with _said(httpcore.WriteTimeout, httpcore.WriteError):
             seconds = self._call.left(timeout)
-        self._inner.write(buffer, seconds)
+        with self._call.sending():
+            self._inner.write(buffer, seconds)
 
     def close(self) -> None:
         """Close the connection."""
@@ -181,4 +185,7 @@ def _said(over: type[Exception], broken: type[Exception]) -> Iterator[None]:
     except TimeoutError as error:
         raise over(str(error)) from None
     except (OSError, UnicodeError) as error:  # a label of a name may be too long
+        if isinstance(error, OSError) and error.errno in {errno.EMFILE, errno.ENFILE}:  # that is not the network's
+            message = f"cannot open a connection: {os.strerror(error.errno)}"
+            raise SpoolError(message, code=error.errno, hint=MORE_FILES) from None
         raise broken(str(error)) from None

@@ -21,15 +21,18 @@ class Trouble(msgspec.Struct, frozen=True):
     """Something that concerns every request, not only this one.
 
     Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``rate`` or ``busy``; or ``cap`` or
-            ``soon``, which concern only requests that cost as much.
+        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk``, ``rate`` or ``busy``; ``cap`` or
+            ``soon``, which concern only requests that cost as much; ``broken`` if the upload was cut off, which only
+            concerns every request if several meet it.
         message: What was said.
         seconds: How long it wants us to wait, or None.
+        hint: What a person can do in this very case, or an empty string.
     """
 
     kind: str
     message: str
     seconds: float | None = None
+    hint: str = ""
 
 
 class Outcome(msgspec.Struct, frozen=True):

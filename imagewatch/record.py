@@ -21,12 +21,14 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import math
 import os
 import re
 import threading
+import time
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from imagewatch.durable import FULL, Disk, closing, ours
+from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import SpoolError
 from imagewatch.folders import Tops
 from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
@@ -39,8 +41,7 @@ _TAIL_BYTES = 64 * 1024
 _LINE_BYTES = 1024
 _CHUNK_BYTES = 512 * 1024
 _PATIENCE = 1.0
-_MOST_PATIENCE = 600.0
-"""How long a full disk is waited for with the paid answer on the line, seconds."""
+"""Between two tries of what our disk refuses with the answer on the line, seconds."""
 _HINT = "look at the disk and the system log; do not remove the answer, it was paid for"
 _NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
 
@@ -90,25 +91,61 @@ class Answer:
 class Sink:
     """Where an answer is written while it comes in.
 
+    Its file is open, with room for the answer, before the request leaves. What the disk refuses later is tried again
+    for as long as the call lasts, by the open file and not by its name: meanwhile the endpoint waits, too.
+
     Args:
         disk: Our disk.
         path: The answer's final name.
-        wait: Waits some seconds, when the disk is full.
+        restore: Makes the record again, if its folder was removed or replaced meanwhile.
+        on_trouble: Called with what the disk refuses, once before that is waited for.
+        wait: Waits some seconds.
+        now: Monotonic clock, seconds.
 
     Attributes:
         written: Bytes of the body so far.
+        status: HTTP status of the answer, 0 before it has come.
+        until: Until when a failing disk is waited for, by the monotonic clock.
+        trouble: What the disk refused last, in words; empty if it refused nothing.
     """
 
-    def __init__(self, disk: Disk, path: str, wait: Callable[[float], object]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        path: str,
+        restore: Callable[[], object] = lambda: None,
+        on_trouble: Callable[[SpoolError], object] = lambda _: None,
+        wait: Callable[[float], object] = threading.Event().wait,  # noqa: B008
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._disk = disk
         self._path = path
+        self._part = path + ".part"
+        self._restore = restore
+        self._on_trouble = on_trouble
         self._wait = wait
+        self._now = now
         self._file: IO[bytes] | None = None
-        self.written = 0
+        self._is_suspect = False
+        self.written = self.status = 0
+        self.until = -math.inf
+        self.trouble = ""
+
+    def open(self, room: int = 0) -> None:
+        """Make the file and reserve room in it. Nothing is waited for: what fails here costs nothing.
+
+        Args:
+            room: Bytes.
+        """
+        self._file = self._disk.create_anew(self._part)
+        if room:
+            self._disk.reserve(self._file, room, self._part)
 
     def start(self, head: Head) -> None:
         """Write down how the answer begins."""
-        self._file = self._insist(functools.partial(self._disk.create_anew, self._path + ".part"))
+        if self._file is None:
+            self.open()
+        self.status = head.status
         self._put(dump(head) + b"\n")
 
     def write(self, chunk: bytes | memoryview) -> None:
@@ -118,12 +155,9 @@ class Sink:
 
     def finish(self, tail: Tail) -> None:
         """Make the answer durable under its final name. Only now may anybody read it."""
-        assert self._file is not None
         self._put(b"\n" + dump(tail))
-        self._disk.sync(self._file, self._path)
+        self._insist(self._settle)
         self.close()
-        self._disk.replace(self._path + ".part", self._path)
-        self._disk.sync_folder(os.path.dirname(self._path))
 
     def close(self) -> None:
         """Let go of the file; what was written stays as ``answer.N.part``."""
@@ -138,18 +172,57 @@ class Sink:
         while rest:
             rest = rest[self._insist(functools.partial(os.write, self._file.fileno(), rest)) :]
 
+    def _settle(self) -> None:
+        """Give the whole answer its name; what failed half way may be done again."""
+        if self._is_suspect or not self._has_name():
+            self._write_anew()
+        assert self._file is not None
+        self._disk.unreserve(self._file)
+        self._is_suspect = True
+        self._disk.sync(self._file, self._part)
+        self._is_suspect = False
+        self._disk.replace(self._part, self._path)
+        self._disk.sync_folder(os.path.dirname(self._path))
+
+    def _has_name(self) -> bool:
+        """Tell whether the open file is the one of its name: the folder may have been removed, or replaced."""
+        assert self._file is not None
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._disk.tops.lstat(self._part))
+        except OSError:
+            return False
+
+    def _write_anew(self) -> None:
+        """Write what the open file holds to a new one: it lost its name, or a failed sync may have lost its content."""
+        assert self._file is not None
+        self._restore()
+        copy = self._disk.create_anew(self._part)
+        try:
+            offset = 0
+            while piece := os.pread(self._file.fileno(), _CHUNK_BYTES, offset):
+                offset += copy.write(piece)
+        except BaseException:
+            copy.close()
+            raise
+        self._file.close()
+        self._file = copy
+
     def _insist(self, act: Callable[[], T]) -> T:
-        """Do what a full disk may refuse, if need be when there is room again; meanwhile the endpoint waits, too."""
-        waited = 0.0
+        """Do what the disk may refuse, again and again while there is time."""
+        is_told = False
         while True:
             try:
-                with ours(self._path, "bank the answer"):
+                with ours(self._path, "save the answer"):
                     return act()
             except SpoolError as error:
-                if error.code not in FULL or waited >= _MOST_PATIENCE:
+                left = self.until - self._now()
+                if not error.code or left <= 0:
                     raise
-                self._wait(_PATIENCE)
-                waited += _PATIENCE
+                self.trouble = str(error)
+                if not is_told:
+                    self._on_trouble(error)
+                is_told = True
+                self._wait(min(_PATIENCE, left))
 
 
 class Record:
@@ -218,9 +291,32 @@ class Record:
             return self._sent[1]
         return self._load(f"sent.{attempt}", Sent) if attempt else None
 
-    def sink(self, attempt: int, wait: Callable[[float], object] = threading.Event().wait) -> Sink:  # noqa: B008
-        """Return where the answer of an attempt goes; ``wait`` is used while the disk is full."""
-        return Sink(self._disk, self.path(f"answer.{attempt}"), wait)
+    def take_back(self, attempt: int) -> None:
+        """Remove the mark of an attempt of which no byte left, durably: the record says that it was never sent."""
+        if not self.exists():
+            return
+        for name in (f"answer.{attempt}.part", f"sent.{attempt}"):
+            self._disk.unlink(self.path(name))
+        self._disk.sync_folder(self.folder)
+        self._sent = None
+
+    def restore(self, claim: Claim, attempt: int, sent: Sent) -> None:
+        """Write down again what somebody removed while a request was on its way; what is there stays."""
+        if not self._disk.tops.exists(self.path("claim.json")):
+            self._disk.make_folder(self._jobs)
+            self._disk.sync_folder(os.path.dirname(self._jobs))
+            self.begin(claim)
+        if not self._disk.tops.exists(self.path(f"sent.{attempt}")):
+            self.write_sent(attempt, sent)
+
+    def sink(
+        self,
+        attempt: int,
+        restore: Callable[[], object] = lambda: None,
+        on_trouble: Callable[[SpoolError], object] = lambda _: None,
+    ) -> Sink:
+        """Return where the answer of an attempt goes; the arguments are those of a ``Sink``."""
+        return Sink(self._disk, self.path(f"answer.{attempt}"), restore, on_trouble)
 
     def answer(self, attempt: int) -> Answer:
         """Return the banked answer of an attempt. What has its name does not change any more."""
@@ -245,6 +341,7 @@ class Record:
         with closing(self._disk.append(part), part) as file, ours(part, "bank the answer"):
             if not _has_tail(file):
                 file.write(b"\n" + dump(tail))
+            self._disk.unreserve(file)
             self._disk.sync(file, part)
         self._disk.replace(part, self.path(f"answer.{attempt}"))
         self._disk.sync_folder(self.folder)

@@ -36,6 +36,12 @@ BALANCE_PATH = "/v1/metadata/balance"
 """Not documented; Letta Code's ``/usage`` asks it, and takes a failure as "not available"."""
 _READ_BYTES = 48 * 1024
 """Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
+_SIZE = re.compile("([0-9]{1,5})x([0-9]{1,5})")
+_PIXEL_BYTES = 4
+"""Of a PNG that could not be compressed at all."""
+_UNSIZED_BYTES = 48 << 20
+"""Of an image of which no size is asked for: a PNG of 4096 times 4096 pixels has about 36 MB, and 48 in base64."""
+_ENVELOPE_BYTES = 64 * 1024
 _CODINGS = {"gzip", "x-gzip", "deflate"}
 _GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x9c", b"\x78\xda")
 _PACKED = (b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
@@ -73,6 +79,18 @@ def body_fields(options: Options, provider: Provider) -> dict[str, Any]:
         if name != "provider" and (value := getattr(options, name)) is not None:
             fields[name] = value
     return fields
+
+
+def largest_answer(fields: dict[str, Any]) -> int:
+    """Return how many bytes the answer to a request may plausibly have.
+
+    Args:
+        fields: What is asked for.
+    """
+    found = _SIZE.fullmatch(str(fields.get("size", "")))
+    pixels = int(found[1]) * int(found[2]) if found else 0
+    each = pixels * _PIXEL_BYTES * 4 // 3 + _ENVELOPE_BYTES if pixels else _UNSIZED_BYTES
+    return int(fields.get("n", 1)) * each + _ENVELOPE_BYTES
 
 
 @dataclass(frozen=True)
@@ -278,7 +296,8 @@ def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
         sample: Returns the beginning of its body; not asked for a success.
     """
     if head.status == 0:
-        return Verdict(Reaction.UNREACHED, "the request never left whole")
+        reaction = Reaction.BROKEN if head.counts else Reaction.UNREACHED
+        return Verdict(reaction, head.reason or "the request never left whole")
     if 200 <= head.status < 300:  # noqa: PLR2004
         return Verdict(Reaction.SUCCESS)
     beginning = _beginning(head, sample())

@@ -19,25 +19,28 @@ from msgspec.structs import replace
 from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
 from imagewatch.durable import ours
-from imagewatch.errors import BadRequest, ConfigError, InDoubt, JobError, Outdated, Problem, SpoolError, Unavailable
-from imagewatch.job import Claim, Head, Reaction, Sent, Tail
+from imagewatch.errors import BadRequest, Outdated, Problem, SpoolError
+from imagewatch.job import Claim, Reaction, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
 from imagewatch.prices import Asked
 from imagewatch.redelivery import finished_twin
 from imagewatch.request import Files, Request, build, contents
+from imagewatch.sending import Left, Sending
 from imagewatch.text import printable, utc
 from imagewatch.untrusted import open_file
 from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from imagewatch.client import Client
     from imagewatch.config import Config
     from imagewatch.ledger import Ledger
     from imagewatch.record import Record
+    from imagewatch.sending import Fate
     from imagewatch.spool import Spool
 
 _MOST_STEPS = 60
@@ -99,6 +102,9 @@ class Worker:
         jitter: Random numbers from 0 to 1.
         wait: Waits some seconds between two tries to fetch a picture.
         budget: What may be spent; given by whoever keeps it across a change of the configuration.
+        fates: What is known of requests beside what the disk shows; kept in the same way.
+        leaving: In it the first bytes of a request leave; raises ``Withdrawn`` when it is entered if none may.
+        on_trouble: Called when our disk refuses a part of an answer, which is then waited for.
     """
 
     def __init__(  # noqa: PLR0913  the parts, and what a test replaces
@@ -116,6 +122,9 @@ class Worker:
         jitter: Callable[[], float] = lambda: 0.5,
         wait: Callable[[float], object] | None = None,
         budget: Budget | None = None,
+        fates: dict[str, Fate] | None = None,
+        leaving: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
+        on_trouble: Callable[[SpoolError], object] = lambda _: None,
     ) -> None:
         self._spool = spool
         self._client = client
@@ -130,6 +139,7 @@ class Worker:
         wait = wait or threading.Event().wait
         pictures = Pictures(spool.disk, client, config.endpoint.max_response_bytes, monotonic=monotonic, wait=wait)
         self._closing = Closing(spool, pictures, ledger, clock)
+        self._sending = Sending(client, config, {} if fates is None else fates, leaving, on_trouble, clock)
         self._effects = self._table()
 
     def _table(self) -> dict[Step, Callable[[Run], Outcome | None]]:
@@ -175,6 +185,8 @@ class Worker:
         """
         record = self._spool.record(job)
         claim = record.claim()
+        if claim is None and (fate := self._sending.known(job)) and fate.is_missing(0):
+            claim = fate.claim  # its record was removed while its request was on its way
         if claim is None:
             return self._without_record(job)
         self._spool.settle(claim)
@@ -188,6 +200,8 @@ class Worker:
             outcome = self._steps(run)
         # Not when our disk failed: then the ledger may not have the row yet.
         self._budget.settle(run.claim.job)
+        if outcome.end is not End.LATER:
+            self._sending.settle(run.claim.job)
         return outcome
 
     def _steps(self, run: Run) -> Outcome:
@@ -213,8 +227,14 @@ class Worker:
 
     def _look(self, run: Run) -> None:
         """See what the disk shows; it is asked unless the last step has just said it."""
+        fate = self._sending.known(run.claim.job)
         if not run.foreseen:
             run.seen = self._spool.evidence(run.claim, run.record)
+            if fate and not run.seen.decided and fate.is_missing(run.seen.sent):
+                self._sending.restore(run.record, fate)
+                run.seen = self._spool.evidence(run.claim, run.record)
+        if run.seen.decided:
+            self._sending.settle(run.claim.job)
         run.foreseen = False
         run.evidence = self._evidence(run, run.seen)
 
@@ -281,9 +301,12 @@ class Worker:
             # What was answered before this call says nothing of now: by it no hold is over.
             answered = outcome.answered and run.evidence.answered > run.stale
             outcome = replace(outcome, answered=answered, trouble=run.trouble)
+        elif not run.evidence.recorded:  # somebody removed it meanwhile: what it said of a payment is gone
+            return self._without_record(run.claim.job)
         elif not self._spool.give_back(run.claim):  # without its prompt, which was taken away; the images are theirs
             return self._displaced(run)
-        self._let_go(run.claim.job, keep=outcome.door == "errors" and outcome.charged == "yes")
+        is_kept = outcome.door == "errors" and outcome.charged == "yes" and run.evidence.answered > 0
+        self._let_go(run.claim.job, keep=is_kept)
         return outcome
 
     def _deliver(self, run: Run) -> None:
@@ -303,12 +326,19 @@ class Worker:
         return Outcome(run.claim.job, End.REDELIVERED, run.claim.source)
 
     def _bank(self, run: Run) -> None:
-        reason = "imagewatch ended while the answer came in"
+        fate = self._sending.known(run.claim.job, run.evidence.sent)
+        reason = (fate.reason if fate else "") or "imagewatch ended while the answer came in"
         run.record.bank_partial(run.evidence.sent, Tail(complete=False, reason=reason, at=self._clock()))
 
-    def _doubt(self, run: Run) -> None:
-        message = run.doubt or "imagewatch ended after the request was sent and before the answer was in"
-        self._closing.doubt(Case.of(run.record, run.claim, run.evidence), message)
+    def _doubt(self, run: Run) -> Outcome | None:
+        fate = self._sending.known(run.claim.job, run.evidence.sent)
+        if fate and fate.left is not Left.WHOLE:  # the disk did not take it down at first
+            return self._after(run, fate)
+        known = run.doubt or (fate.reason if fate else "")
+        message = known or "imagewatch ended after the request was sent and before the answer was in"
+        is_charged = fate is not None and fate.is_charged
+        self._closing.doubt(Case.of(run.record, run.claim, run.evidence), message, is_charged=is_charged)
+        return None
 
     def _read(self, run: Run) -> None:
         self._on_paid(run.claim.job)
@@ -391,29 +421,28 @@ class Worker:
         if refusal is not None:
             return self._unaffordable(run, refusal)
         run.resumed = False
-        attempt = run.evidence.sent + 1
-        sent = self._sent(run.request)
+        attempt, sent = run.evidence.sent + 1, self._sending.mark(run.request)
         # What cannot be recorded must not be paid; this touches the same pages as the row with the result will.
         self._closing.begin(Case(run.record, run.claim, attempt, replace(sent, at=self._clock())))
-        sink = run.record.sink(attempt)
-        try:
-            self._client.send(
-                run.claim.job,
-                run.request.body(),
-                lambda: run.record.write_sent(attempt, replace(sent, at=self._clock())),
-                sink,
-            )
-        except InDoubt as error:
-            run.doubt = f"{error}"
-        except ConfigError as error:
-            run.trouble = Trouble("key", str(error))
+        return self._after(run, self._sending.send(run.record, run.claim, run.request, sent, attempt))
+
+    def _after(self, run: Run, fate: Fate) -> Outcome | None:
+        """Go on from what became of a request, as far as the disk takes it down."""
+        run.trouble = fate.trouble or run.trouble
+        if fate.is_saved:
+            run.foresee(sent=fate.attempt, answered=fate.attempt)
+        elif fate.left is Left.PART:
+            _log.warning("not sent whole", reason=fate.reason, attempt=fate.attempt)
+            self._sending.prove(run.record, fate)
+        elif fate.left is Left.NOTHING:
+            if fate.trouble is None:
+                _log.info("withdrawn", reason=fate.reason)
+            run.record.take_back(fate.attempt)
+            self._ledger.withdraw(run.claim.job)
+            self._sending.settle(run.claim.job)
+            if run.evidence.answered and fate.trouble is None:  # behind a hold it stays claimed: its attempts count
+                return self._later(run, None)
             return self._give_back(run)
-        except JobError as error:
-            if isinstance(error, Unavailable):
-                run.trouble = Trouble("unreachable", str(error))
-            return self._unsent(run, attempt, str(error))
-        else:
-            run.foresee(sent=attempt, answered=attempt)
         return None
 
     def _unaffordable(self, run: Run, refusal: Refusal) -> Outcome:
@@ -424,38 +453,13 @@ class Worker:
         run.trouble = Trouble(refusal.kind, refusal.message, refusal.seconds)
         return Outcome(run.claim.job, End.LATER, run.claim.source, delay=refusal.seconds, trouble=run.trouble)
 
-    def _unsent(self, run: Run, attempt: int, reason: str) -> Outcome | None:
-        """Deal with a request that provably never left whole: write the proof, if it had begun to."""
-        sent, answered = run.record.attempts()
-        if sent < attempt:
-            return self._give_back(run)
-        if answered == attempt:
-            return None  # there is an answer after all
-        sink = run.record.sink(attempt)
-        try:
-            sink.start(Head(status=0, at=self._clock()))
-            sink.finish(Tail(complete=False, reason=reason, at=self._clock()))
-        finally:
-            sink.close()
-        return None
-
-    def _sent(self, request: Request) -> Sent:
-        return Sent(
-            prompt=request.prompt,
-            prompt_sha256=request.prompt_sha256,
-            fields=request.fields,
-            inputs=request.inputs,
-            contents=request.contents,
-            endpoint=self._client.url,
-            at=0.0,
-        )
-
     def _later(self, run: Run, verdict: Verdict | None) -> Outcome:
         """Ask to be called again when the endpoint may take the same request, or when there is no hold any more."""
         if verdict is None:
             return Outcome(run.claim.job, End.LATER, run.claim.source)
         delay = self._delay(run, verdict)
-        trouble = Trouble("busy", verdict.message, delay)
+        kind = "busy" if verdict.reaction is Reaction.BUSY else "broken"
+        trouble = Trouble(kind, verdict.message, delay)
         return Outcome(run.claim.job, End.LATER, run.claim.source, delay=delay, trouble=trouble)
 
     def _delay(self, run: Run, verdict: Verdict) -> float:

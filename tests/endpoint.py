@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch.client import FetchError
-from imagewatch.errors import InDoubt, Unavailable
+from imagewatch.errors import Broken, InDoubt, Unavailable
 from imagewatch.job import Head, Tail
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
 
     from imagewatch.record import Sink
     from imagewatch.wire import Body
@@ -48,7 +49,8 @@ class Reply:
         paid: Whether it charges.
         by_url: Pictures are named, not sent.
         end: How it ends: ``whole``, ``unreachable`` (nothing left), ``broken`` (the request left in part),
-            ``dropped`` (it left whole, nothing came) or ``short`` (the answer broke off).
+            ``cut off`` (so did a large one), ``dropped`` (it left whole, nothing came) or ``short`` (the answer broke
+            off).
     """
 
     status: int = 200
@@ -103,22 +105,22 @@ class PaidEndpoint:
     def close(self) -> None:
         """Nothing is open."""
 
-    def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+    def send(self, job: str, body: Body, on_send: Callable[[], AbstractContextManager[object]], sink: Sink) -> None:
         assert len(job) == 16
         pieces = iter(body)
         first = next(pieces)
         prompt = re.search(rb'"prompt": "([^"]*)"', first)[1].decode()  # type: ignore[index]
         told = self._replies[prompt]
-        reply = told[min(self._books.requests.get(prompt, 0), len(told) - 1)]
+        reply = told[min(self._books.begun.get(prompt, 0), len(told) - 1)]
         self._moment("connected")
         if reply.end == "unreachable":
             raise Unavailable("the endpoint cannot be reached")
         self._books.settled[prompt] = False
-        on_send()
-        self._count("begun", prompt)
-        self._moment("may leave")
-        if reply.end == "broken":
-            raise Unavailable("the connection broke while the request was sent")
+        with on_send():
+            self._count("begun", prompt)
+            self._moment("may leave")
+        if reply.end in {"broken", "cut off"}:
+            raise Broken("the connection broke while the request was sent", is_own=reply.end == "cut off")
         whole = b"".join((first, *pieces))
         assert len(whole) == body.length
         self._moment("left")
@@ -128,10 +130,7 @@ class PaidEndpoint:
         self._moment("received")
         if reply.end == "dropped":
             raise InDoubt("the request was sent, but no answer came")
-        try:
-            self._answer(reply, _pictures(prompt, json.loads(whole)), sink)
-        finally:
-            sink.close()
+        self._answer(reply, _pictures(prompt, json.loads(whole)), sink)
         self._books.settled[prompt] = True
 
     def _answer(self, reply: Reply, pictures: list[bytes], sink: Sink) -> None:

@@ -219,11 +219,11 @@ def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid
     assert folders.leftovers() == []
 
 
-def blocked(folders: Folders, run: Callable) -> Told:
+def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
     """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
-    until(lambda: not (folders.inbox / "sub/cat.prompt.txt").exists())
+    assert sandbox.wait_for_requests(1, 20)
     (folders.outbox / "sub").write_text("a file of somebody")
     return daemon
 
@@ -232,7 +232,7 @@ def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = blocked(folders, run)
+    daemon = blocked(folders, run, sandbox)
     stuck = daemon.wait_for("stuck; tried again by itself")
     assert str(folders.outbox / "sub") in stuck["reason"]
     for number in range(5):
@@ -249,7 +249,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = blocked(folders, run)
+    daemon = blocked(folders, run, sandbox)
     daemon.wait_for("stuck; tried again by itself")
     (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
     folders.prompt("sub/dog", "A dog")
@@ -265,7 +265,7 @@ def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = blocked(folders, run)
+    daemon = blocked(folders, run, sandbox)
     assert daemon.stop() == 0
     for number in range(3):
         folders.prompt(f"dog{number}", "A dog")

@@ -178,26 +178,40 @@ def test_a_proxy_of_the_environment_is_not_used_for_a_loopback_endpoint(tmp_path
 # It never left whole
 
 
-def test_a_connection_that_is_reset_while_the_body_is_sent_was_free(tmp_path, large):
-    def script(exchange):
-        exchange.body(exchange.head(), most=100_000)
-        exchange.reset()
+def cut_off(station, originals, attempts, *words):
+    """Work, and look that each attempt counted, that none was charged, and that its own end was no reason to wait."""
+    drop(station, originals)
+    (outcome,) = station.work()
+    error = refused(station, "x", originals)
+    assert (error["charged"], error["attempts"], "status" in error) == ("no", attempts, False)
+    assert (outcome.trouble.kind, outcome.answered) == ("broken", False)
+    for word in ("while the request was sent", "nothing was charged", *words):
+        assert word in error["message"]
+    assert "fewer or smaller images" in error["next"]
+    assert [row["charged"] for row in station.ledger.rows()] == ["no"] * attempts
+    assert station.server.connections == attempts
 
-    with served_by(tmp_path, script) as station:
-        unreachable(station, large, "while the request was sent")
+
+def resetting(exchange):
+    exchange.body(exchange.head(), most=100_000)
+    exchange.reset()
 
 
-def test_a_connection_that_is_closed_while_the_body_is_sent_was_free(tmp_path, large):
-    with served_by(tmp_path, lambda exchange: exchange.head()) as station:
-        unreachable(station, large, "while the request was sent")
+@pytest.mark.parametrize("script", [resetting, lambda exchange: exchange.head()], ids=["reset", "closed"])
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_an_upload_that_is_cut_off_each_time_is_an_error_after_its_attempts_and_was_free(
+    tmp_path, large, script, attempts
+):
+    with served_by(tmp_path, *[script] * attempts, retry__attempts=str(attempts)) as station:
+        cut_off(station, large, attempts)
 
 
-def test_what_was_free_is_sent_again_and_paid_once(tmp_path, large):
+def test_an_upload_that_is_cut_off_once_is_made_and_paid_once(tmp_path, large):
     with served_by(tmp_path, lambda exchange: exchange.head(), answering(paid(IMAGE))) as station:
-        unreachable(station, large)
+        drop(station, large)
         (outcome,) = station.work()
         assert (outcome.door, outcome.charged) == ("outbox", "yes")
-        made(station, "x", large, "x.png")
+        assert made(station, "x", large, "x.png")["attempts"] == 2
         assert station.server.connections == 2
 
 
@@ -206,8 +220,9 @@ def test_a_server_that_never_reads_the_body_was_sent_no_whole_request(tmp_path, 
         exchange.head()
         exchange.linger()
 
-    with served_by(tmp_path, script, receive_bytes=8192, endpoint__deadline_seconds="1.5") as station:
-        unreachable(station, large, "deadline_seconds")
+    settings = {"endpoint__deadline_seconds": "1.5", "retry__attempts": "1"}
+    with served_by(tmp_path, script, receive_bytes=8192, **settings) as station:
+        cut_off(station, large, 1, "deadline_seconds")
 
 
 def test_a_server_that_answers_nothing_but_reads_slowly_past_the_deadline_was_sent_no_whole_request(tmp_path, large):
@@ -219,8 +234,9 @@ def test_a_server_that_answers_nothing_but_reads_slowly_past_the_deadline_was_se
         exchange.pause(2)
         received.append(exchange.drain())
 
-    with served_by(tmp_path, script, receive_bytes=8192, endpoint__deadline_seconds="1.5") as station:
-        unreachable(station, large, "deadline_seconds")
+    settings = {"endpoint__deadline_seconds": "1.5", "retry__attempts": "1"}
+    with served_by(tmp_path, script, receive_bytes=8192, **settings) as station:
+        cut_off(station, large, 1, "deadline_seconds")
         station.server.wait_for(1)
     assert received[0] < LARGE_BYTES
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import math
 import os
 import shutil
 import subprocess
@@ -36,14 +38,14 @@ def in_a(folder: Path, name: str, content: bytes = b"content") -> str:
 
 
 @pytest.fixture
-def mount(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def mount(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     """Mount file systems of our own."""
     mounted: list[Path] = []
 
-    def mounter(options: str) -> Path:
+    def mounter(options: str, kind: str = "tmpfs") -> Path:
         place = tmp_path / f"mount-{len(mounted)}"
         place.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        command = ["mount", "-t", kind, "-o", options, kind, str(place)]
         if os.geteuid() != 0 or subprocess.run(command, capture_output=True, check=False).returncode:
             pytest.skip("only root may mount")
         mounted.append(place)
@@ -502,6 +504,19 @@ class TestLock:
             DISK.lock(str(tmp_path / "lock"))
 
 
+def waiting_sink(place: Path, wait: Callable[[float], object], seconds: float = math.inf) -> Sink:
+    """A sink whose call has so many seconds left; time passes only while it waits."""
+    passed: list[float] = []
+
+    def noted(pause: float) -> None:
+        passed.append(pause)
+        wait(pause)
+
+    sink = Sink(Disk(), str(place / "answer.1"), wait=noted, now=lambda: sum(passed))
+    sink.until = seconds
+    return sink
+
+
 def test_a_paid_answer_that_finds_the_disk_full_waits_for_room_and_comes_whole(mount):
     place = mount("size=256k")
     filler = place / "filler"
@@ -514,7 +529,7 @@ def test_a_paid_answer_that_finds_the_disk_full_waits_for_room_and_comes_whole(m
             filler.unlink()
 
     answer = bytes(range(256)) * 600
-    sink = Sink(Disk(), str(place / "answer.1"), make_room)
+    sink = waiting_sink(place, make_room)
     sink.start(Head(status=200))
     sink.write(answer)
     sink.finish(Tail(complete=True))
@@ -522,32 +537,121 @@ def test_a_paid_answer_that_finds_the_disk_full_waits_for_room_and_comes_whole(m
     assert b"".join(Answer(str(place / "answer.1")).chunks(1000)) == answer
 
 
-def test_so_does_one_that_finds_no_room_for_another_file(mount):
+def test_no_room_for_another_file_costs_nothing_as_the_file_is_made_before_the_request_leaves(mount):
     place = mount("size=256k,nr_inodes=3")
     fillers = [place / name for name in "ab"]
     for filler in fillers:
         filler.touch()
     waits: list[float] = []
-
-    def make_room(seconds: float) -> None:
-        waits.append(seconds)
-        fillers[0].unlink()
-
-    sink = Sink(Disk(), str(place / "answer.1"), make_room)
+    with pytest.raises(SpoolError, match="No space left"):
+        waiting_sink(place, waits.append).open(1000)
+    fillers[0].unlink()
+    sink = waiting_sink(place, waits.append)
+    sink.open(1000)
     sink.start(Head(status=200))
     sink.write(b"paid for")
     sink.finish(Tail(complete=True))
-    assert len(waits) == 1
+    assert waits == []
     assert b"".join(Answer(str(place / "answer.1")).chunks()) == b"paid for"
 
 
-def test_a_disk_that_stays_full_is_reported_and_what_came_is_kept(mount):
+def test_a_disk_that_stays_full_is_waited_for_until_the_deadline_and_what_came_is_kept(mount):
     place = mount("size=64k")
     waits: list[float] = []
-    sink = Sink(Disk(), str(place / "answer.1"), waits.append)
-    sink.start(Head(status=200))
-    with pytest.raises(SpoolError, match="No space left"):
-        sink.write(b"x" * 200_000)
-    sink.close()
-    assert sum(waits) == 600
+    with contextlib.closing(waiting_sink(place, waits.append, 700.5)) as sink:
+        sink.start(Head(status=200))
+        with pytest.raises(SpoolError, match="No space left"):
+            sink.write(b"x" * 200_000)
+    assert (sum(waits), sink.status) == (700.5, 200)
     assert names(place) == ["answer.1.part"]
+
+
+def test_the_room_of_an_answer_is_taken_before_it_comes_and_what_is_not_used_is_given_back(mount):
+    place = mount("size=1m")
+    answer = bytes(range(256)) * 2000
+
+    def free() -> int:
+        status = os.statvfs(place)
+        return status.f_bavail * status.f_frsize
+
+    with contextlib.closing(waiting_sink(place, pytest.fail)) as sink:
+        sink.open(900_000)
+        assert free() < 200_000
+        filler = place / "filler"
+        with contextlib.suppress(OSError):
+            filler.write_bytes(bytes(1 << 20))
+        assert free() == 0
+        sink.start(Head(status=200))
+        sink.write(answer)
+        sink.finish(Tail(complete=True))
+    assert free() > 300_000
+    assert b"".join(Answer(str(place / "answer.1")).chunks()) == answer
+
+
+def test_more_room_than_there_is_cannot_be_reserved_and_is_an_error_that_says_how_much(mount):
+    place = mount("size=1m")
+    with (
+        contextlib.closing(waiting_sink(place, pytest.fail)) as sink,
+        pytest.raises(SpoolError, match="cannot reserve 2,000,000 bytes: No space left"),
+    ):
+        sink.open(2_000_000)
+
+
+def test_a_file_system_that_cannot_reserve_room_is_used_all_the_same(mount):
+    place = mount("mode=700", "ramfs")
+    with contextlib.closing(waiting_sink(place, pytest.fail)) as sink:
+        sink.open(1 << 40)
+        assert (place / "answer.1.part").read_bytes() == b""
+        sink.start(Head(status=200))
+        sink.finish(Tail(complete=True))
+    assert names(place) == ["answer.1"]
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "moved away"])
+def test_an_answer_is_saved_though_its_folder_is_not_there_any_more_when_it_comes(tmp_path, change):
+    place = tmp_path / "jobs"
+    place.mkdir()
+
+    def restore() -> None:
+        place.mkdir(exist_ok=True)
+
+    sink = Sink(Disk(), str(place / "answer.1"), restore)
+    sink.open(1000)
+    sink.start(Head(status=200))
+    sink.write(b"paid ")
+    if change == "removed":
+        shutil.rmtree(place)
+    else:
+        place.rename(tmp_path / "aside")
+    if change == "replaced":
+        place.mkdir()
+    sink.write(b"for")
+    sink.finish(Tail(complete=True))
+    assert b"".join(Answer(str(place / "answer.1")).chunks()) == b"paid for"
+
+
+class Unsynced(Disk):
+    """A disk on which the first fsync of each file fails, after which a second one would say that all is well."""
+
+    def __init__(self) -> None:
+        self.synced: list[int] = []
+
+    def sync(self, file: IO[bytes], path: str) -> None:
+        number = os.fstat(file.fileno()).st_ino
+        self.synced.append(number)
+        if len(self.synced) == 1:
+            raise SpoolError(f"{path}: cannot write to disk: Input/output error", path=path, code=errno.EIO)
+        super().sync(file, path)
+
+
+def test_an_answer_whose_sync_failed_is_written_to_another_file_and_never_synced_again(tmp_path):
+    disk = Unsynced()
+    waits: list[float] = []
+    sink = Sink(disk, str(tmp_path / "answer.1"), wait=waits.append, now=lambda: 0.0)
+    sink.until = 1.0
+    sink.start(Head(status=200))
+    sink.write(b"paid for")
+    sink.finish(Tail(complete=True))
+    first, second = disk.synced
+    assert (first != second, len(waits)) == (True, 1)
+    assert b"".join(Answer(str(tmp_path / "answer.1")).chunks()) == b"paid for"

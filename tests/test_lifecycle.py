@@ -59,7 +59,7 @@ def after(steps, *wanted):
 
 
 def test_there_is_a_step_for_whatever_is_seen(everything):
-    assert len(everything) == 2**10 * 9 * 7 * 4
+    assert len(everything) == 2**10 * 9 * 8 * 4
     assert all(isinstance(step, Step) for _, step in everything)
 
 
@@ -75,13 +75,15 @@ def test_nothing_is_sent_while_the_newest_request_has_no_answer(everything):
 
 
 def test_nothing_is_sent_again_after_any_answer_but_a_free_and_transient_one(everything):
-    assert {e.reaction for e in after(everything, Step.SEND)} <= {None, Reaction.BUSY}
+    assert {e.reaction for e in after(everything, Step.SEND)} <= {None, Reaction.BUSY, Reaction.BROKEN}
 
 
-def test_a_second_request_follows_only_a_busy_answer_while_attempts_are_left(possible):
+def test_a_second_request_follows_only_a_busy_answer_or_a_broken_upload_while_attempts_are_left(possible):
     again = [e for e in after(possible, Step.SEND) if e.sent]
     assert again
-    assert all(e.reaction is Reaction.BUSY and e.attempts_left and e.answered == e.sent for e in again)
+    assert all(
+        e.reaction in {Reaction.BUSY, Reaction.BROKEN} and e.attempts_left and e.answered == e.sent for e in again
+    )
 
 
 def test_only_what_is_claimed_whole_and_checked_is_sent(everything):

@@ -28,7 +28,7 @@ from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDis
 
 from imagewatch import pictures
 from imagewatch.closing import Closing
-from imagewatch.errors import SpoolError
+from imagewatch.errors import SpoolError, Withdrawn
 from imagewatch.job import Sent, dump
 from imagewatch.ledger import Ledger, Row
 from imagewatch.outcome import End
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 _PROBING = ".iw-probe"
 """Cuts while a start probes the folders are left to the tests with real cuts: no job has any part in that."""
+CUT_OFF = Reply(end="cut off", paid=False)
 BUSY = Reply(429, b'{"message": "slow down"}', (("retry-after", "0"),), paid=False)
 
 
@@ -62,6 +63,7 @@ class Scene:
         mounts: Folders below the root that are file systems of their own.
         there: What lies in the folders already, by path.
         blame: Whether an account-level refusal may be shown.
+        withdrawn: Whether each request is forbidden when its mark is written and before its first byte leaves.
     """
 
     files: dict[str, str | bytes]
@@ -72,6 +74,7 @@ class Scene:
     mounts: tuple[str, ...] = ()
     there: dict[str, bytes] = field(default_factory=dict)
     blame: bool = True
+    withdrawn: bool = False
 
 
 def _one(reply: Reply | list[Reply], door: str, charged: str, *, front: str = "", **more: Any) -> Scene:
@@ -106,6 +109,9 @@ SCENES = {
     "dropped": _one(Reply(end="dropped"), "errors", "unknown", images=("cat.png",)),
     "unreachable": _one(Reply(end="unreachable", paid=False), "inbox", "no", images=TWO),
     "broken while sending": _one(Reply(end="broken", paid=False), "inbox", "no", images=TWO),
+    "cut off, then made": _one([CUT_OFF, Reply()], "outbox", "yes", images=TWO),
+    "cut off each time": _one(CUT_OFF, "errors", "no", images=TWO, settings={"retry__attempts": "2"}),
+    "withdrawn": _one(Reply(), "inbox", "no", images=TWO, withdrawn=True),
     "in a sub-folder": Scene(
         {"a/b/cat.prompt.txt": "a cat", "a/b/cat.png": picture("in")},
         {"a cat": [Reply()]},
@@ -137,7 +143,14 @@ SCENES = {
 
 CUT_TWICE = {"text only", "an edit with two images", "busy, then made", "refused"}
 """Scenes in which each pair of cuts is tried; in the others too with ``IMAGEWATCH_ALL_CUTS=1`` (some minutes)."""
-FAIL_TOO = {"pictures by url", "not JSON", "broken while sending", "every folder a mount, made"}
+FAIL_TOO = {
+    "pictures by url",
+    "not JSON",
+    "broken while sending",
+    "cut off each time",
+    "withdrawn",
+    "every folder a mount, made",
+}
 """More scenes in which a step fails; the others too with ``IMAGEWATCH_ALL_CUTS=1``."""
 ALL_CUTS = os.environ.get("IMAGEWATCH_ALL_CUTS") == "1"
 
@@ -224,6 +237,7 @@ class Stage:
             blame=lambda _: self.scene.blame,
             clock=lambda: AT,
             wait=lambda _: None,
+            leaving=self._leaving if self.scene.withdrawn else contextlib.nullcontext,
         )
         for job in spool.unfinished():
             self._carry(worker, job)
@@ -231,6 +245,12 @@ class Stage:
         while ready := sweep.look(AT, AT).ready:
             if {self._start(worker, spool.new_job(), candidate) for candidate in ready} == {End.RETURNED}:
                 break
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        if next((self.folders.state / "jobs").glob("*/sent.*"), None):
+            raise Withdrawn("held")
+        yield
 
     def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
         try:
@@ -540,8 +560,7 @@ def test_a_disk_that_fails_once_at_any_step_costs_nothing_either(tmp_path: Path,
             stage.disk.failing = number  # type: ignore[attr-defined]
             stage.restore(stage.begin)
             stage.play()
-            if name == "no credits":
-                stage.play()  # a refusal that could not be written down goes back, and is met again
+            stage.play()  # what went back to the inbox, because nothing could be written down, is taken again
             Audit(stage).check()
 
 

@@ -35,6 +35,7 @@ from security.world import CLAIMS, MARK, PRIVATE_PICTURE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
     from imagewatch.outcome import Outcome
     from imagewatch.record import Sink
@@ -105,7 +106,7 @@ class SeeingEndpoint(PaidEndpoint):
         super().__init__(replies, books, moment)
         self.bodies: list[dict[str, Any]] = []
 
-    def send(self, job: str, body: Body, on_send: Callable[[], None], sink: Sink) -> None:
+    def send(self, job: str, body: Body, on_send: Callable[[], AbstractContextManager[object]], sink: Sink) -> None:
         seen = _Seen(body)
         try:
             super().send(job, seen, on_send, sink)  # type: ignore[arg-type]  # as much of a body as it needs

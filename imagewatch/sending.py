@@ -1,0 +1,226 @@
+"""One attempt: what is written down before its first byte leaves, and what this process knows of it afterwards.
+
+What is known and not yet on the disk, because our disk fails, is kept in memory: the job goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from msgspec.structs import replace as changed
+
+from imagewatch.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
+from imagewatch.job import Head, Sent, Tail
+from imagewatch.outcome import Trouble
+from imagewatch.wire import largest_answer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+
+    from imagewatch.client import Client
+    from imagewatch.config import Config
+    from imagewatch.job import Claim
+    from imagewatch.record import Record, Sink
+    from imagewatch.request import Request
+
+_LINES_BYTES = 64 * 1024
+"""Room for the first and the last line of an answer's file."""
+
+
+class Left(enum.Enum):
+    """How much of a request has left."""
+
+    NOTHING = "nothing: the attempt is taken back"
+    PART = "provably not the whole: that is written down as its answer"
+    WHOLE = "it may have left whole"
+
+
+@dataclass(frozen=True)
+class Fate:
+    """What became of a request.
+
+    Attributes:
+        claim: Its job.
+        attempt: Its number.
+        sent: What its mark says.
+        left: How much of it has left.
+        reason: What happened, in words; empty if the answer is saved.
+        counts: Whether it counts as an attempt although it did not leave whole.
+        status: HTTP status that had come when our disk failed, 0 without.
+        trouble: What the other requests would meet, too.
+        is_saved: Whether that, or the answer, is on our disk.
+    """
+
+    claim: Claim
+    attempt: int
+    sent: Sent
+    left: Left = Left.NOTHING
+    reason: str = ""
+    counts: bool = False
+    status: int = 0
+    trouble: Trouble | None = None
+    is_saved: bool = False
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether an answer had come that is charged for."""
+        return 200 <= self.status < 300  # noqa: PLR2004
+
+    def is_missing(self, sent: int) -> bool:
+        """Tell whether the disk does not show that a request may have left, although it may.
+
+        Args:
+            sent: Highest attempt that the disk shows.
+        """
+        return self.left is not Left.NOTHING and not self.is_saved and sent < self.attempt
+
+
+class Sending:
+    """Sends requests. Safe to use from several threads.
+
+    Args:
+        client: The endpoint.
+        config: Limits.
+        fates: What is known of jobs of which the disk may not show it, by id; given by whoever keeps it across a
+            change of the configuration.
+        leaving: In it the first bytes of a request leave; raises ``Withdrawn`` when it is entered if none may.
+        on_trouble: Called when our disk refuses a part of an answer, which is then waited for.
+        clock: Wall clock, seconds since the epoch.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        config: Config,
+        fates: dict[str, Fate],
+        leaving: Callable[[], AbstractContextManager[object]],
+        on_trouble: Callable[[SpoolError], object],
+        clock: Callable[[], float],
+    ) -> None:
+        self._client = client
+        self._config = config
+        self._fates = fates
+        self._leaving = leaving
+        self._on_trouble = on_trouble
+        self._clock = clock
+
+    def mark(self, request: Request) -> Sent:
+        """Return what is written down of a request; the time is that of the moment at which it leaves."""
+        return Sent(
+            prompt=request.prompt,
+            prompt_sha256=request.prompt_sha256,
+            fields=request.fields,
+            inputs=request.inputs,
+            contents=request.contents,
+            endpoint=self._client.url,
+            at=0.0,
+        )
+
+    def send(self, record: Record, claim: Claim, request: Request, sent: Sent, attempt: int) -> Fate:
+        """Make an attempt, and save its answer.
+
+        Args:
+            record: Where the evidence goes.
+            claim: Its job.
+            request: The valid request.
+            sent: Its mark.
+            attempt: Its number, from 1.
+
+        Returns:
+            What became of it; it is in ``fates``, too, until ``settle``.
+        """
+        fate = self._fates[claim.job] = Fate(claim, attempt, sent)
+        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_trouble)
+        with contextlib.closing(sink):
+            try:
+                with self._leaving():
+                    pass  # or nothing of it is begun
+                self._client.send(
+                    claim.job, request.body(), functools.partial(self._begin, record, sink, fate, request), sink
+                )
+            except (JobError, ConfigError, SpoolError) as error:
+                fate = _failed(self._fates[claim.job], error, sink)
+            except BaseException:  # a bug, or the end: only the disk can tell
+                self.settle(claim.job)
+                raise
+            else:
+                fate = replace(fate, left=Left.WHOLE, is_saved=True)
+        self._fates[claim.job] = fate
+        return fate
+
+    def _begin(self, record: Record, sink: Sink, fate: Fate, request: Request) -> AbstractContextManager[object]:
+        """Do what has to be on the disk before the first byte leaves; return the context in which that leaves."""
+        sink.open(self._room(request))
+        fate = self._fates[fate.claim.job] = replace(fate, sent=changed(fate.sent, at=self._clock()))
+        record.write_sent(fate.attempt, fate.sent)
+        return self._first_bytes(fate)
+
+    @contextlib.contextmanager
+    def _first_bytes(self, fate: Fate) -> Iterator[None]:
+        with self._leaving():
+            self._fates[fate.claim.job] = replace(fate, left=Left.WHOLE)
+            yield
+
+    def _room(self, request: Request) -> int:
+        """Return how many bytes are reserved for an answer: never more than the administrator keeps free for it."""
+        limits = self._config.endpoint.max_response_bytes, self._config.limits.min_free_bytes
+        return min(largest_answer(request.fields) + _LINES_BYTES, *limits)
+
+    def known(self, job: str, attempt: int = 0) -> Fate | None:
+        """Return what is known of the newest request of a job that this process has sent, or None.
+
+        Args:
+            job: The job.
+            attempt: Number that it must have; 0 for any.
+        """
+        fate = self._fates.get(job)
+        return fate if fate and attempt in {0, fate.attempt} else None
+
+    def settle(self, job: str) -> None:
+        """Forget what is known of a job: the disk shows it, or the job is over."""
+        self._fates.pop(job, None)
+
+    def restore(self, record: Record, fate: Fate) -> None:
+        """Write down again what somebody removed while a request was on its way."""
+        record.restore(fate.claim, fate.attempt, fate.sent)
+
+    def prove(self, record: Record, fate: Fate) -> None:
+        """Write down, in the place of the answer, that a request never left whole."""
+        if record.attempts()[1] == fate.attempt:
+            return  # there is an answer after all
+        now = self._clock()
+        with contextlib.closing(record.sink(fate.attempt)) as sink:
+            sink.start(Head(status=0, at=now, reason=fate.reason, counts=fate.counts))
+            sink.finish(Tail(complete=False, reason=fate.reason, at=now))
+        self._fates[fate.claim.job] = replace(fate, is_saved=True)
+
+
+def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) -> Fate:
+    """Return what became of a request that got no answer, or none that could be saved.
+
+    Args:
+        fate: What was known of it when it failed.
+        error: How it failed.
+        sink: Where its answer was to go.
+    """
+    is_unsent, reason = fate.left is Left.NOTHING, str(error)
+    if isinstance(error, InDoubt):
+        return replace(fate, left=Left.WHOLE, reason=reason)
+    if isinstance(error, SpoolError):
+        trouble = Trouble("disk", reason, hint=error.hint) if is_unsent else None
+        return replace(fate, reason=reason, status=sink.status, trouble=trouble)
+    trouble, counts = None, False
+    if isinstance(error, ConfigError):
+        trouble = Trouble("key", reason)
+    elif isinstance(error, Broken) and error.is_own:
+        trouble, counts = Trouble("broken", reason), True
+    elif isinstance(error, Unavailable):
+        trouble = Trouble("unreachable", reason)
+    is_unsent = is_unsent or isinstance(error, Withdrawn)
+    left = Left.NOTHING if is_unsent else Left.PART
+    return replace(fate, left=left, reason=reason, counts=counts, trouble=trouble)
