@@ -510,7 +510,13 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
     station = Station(tmp_path, sandbox.base_url)
     with contextlib.closing(station):
         gate = Gate(
-            station.spool, Control(str(station.state), Disk()), Holds(), lambda: None, time.time, time.monotonic
+            station.spool,
+            station.ledger,
+            Control(str(station.state), Disk()),
+            Holds(),
+            lambda **_: None,
+            time.time,
+            time.monotonic,
         )
         told = Status(station.config(), Disk(), station.ledger, gate, time.time, time.monotonic)
         (station.state / "status.json.tmp").mkdir()

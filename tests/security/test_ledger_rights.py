@@ -1,0 +1,52 @@
+"""A ledger that the daemon's user may read and not write, as root's restore leaves it."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import pytest
+
+from security.people import DAEMON
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from security.world import World
+
+FILES = ("ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm")
+
+
+def restored_by_root(path: Path) -> None:
+    """Make a file root's, readable for all."""
+    content = path.read_bytes()
+    path.unlink()
+    path.write_bytes(content)
+    os.chown(path, 0, 0)
+    path.chmod(0o644)
+
+
+@pytest.mark.parametrize("seen_by", [DAEMON, 0])
+def test_a_ledger_that_root_has_restored_holds_the_queue_until_the_daemon_may_write_it(
+    world: World, seen_by: int
+) -> None:
+    told = world.start()
+    world.honest_prompt_is_made("first")
+    world.is_idle()
+    assert told.stop() == 0
+    restored_by_root(world.state / "ledger.sqlite3")
+    world.start()
+    for number in range(5):
+        world.honest_prompt(f"p{number}", f"wish {number}")
+    world.held_for("the ledger cannot be written")
+    assert world.requests() == 1
+    done = world.command("check", uid=seen_by)
+    said = " ".join(done.stdout.split())
+    assert (done.returncode, "the ledger cannot be written: it belongs to user number 0" in said) == (78, True), said
+    for name in FILES:
+        if (world.state / name).exists():
+            os.chown(world.state / name, DAEMON, DAEMON)
+    for number in range(5):
+        world.wait(lambda number=number: world.door(f"theirs/p{number}.prompt.txt") == "outbox", f"prompt {number}")
+    assert world.requests() == 6
+    assert len(world.rows()) == 6
