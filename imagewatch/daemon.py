@@ -171,9 +171,7 @@ class Daemon:
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._config = config
-        self._environ = environ
-        self._once = once
+        self._config, self._environ, self._once = config, environ, once
         self._on_outcome, self._on_seen, self._on_reloaded = on_outcome, on_seen, on_reloaded
         self._reload = reload
         self._clock, self._now = clock, monotonic
