@@ -82,6 +82,14 @@ def silence(stream: TextIO | None) -> None:
     os.close(nowhere)
 
 
+def say(line: str) -> None:
+    """Print a line on standard error. Where that cannot be written, the exit code still tells."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        silence(sys.stderr)
+
+
 # Hold and release
 
 

@@ -50,8 +50,8 @@ Exit codes:
   0   done
   1   some job failed (once, submit --wait), or was not put back (retry)
   64  the command line is wrong
-  69  the queue is held (status), with prompts left (once); not done in time
-      (submit --wait), or only some of the prompts dropped (submit)
+  69  the queue is held (status), with prompts left (once); something was
+      dropped and is not known to be finished (submit): do not repeat it
   70  internal error, or a job is stuck (once): look into the folders first
   74  our own disk: full, read-only or gone
   75  another imagewatch has this inbox
@@ -147,7 +147,7 @@ def once(path: str | None, *, as_json: bool) -> None:
         click.echo(json.dumps(_once_told(over, daemon), indent=1))
     else:
         for line in bar.story(held=daemon.hold is not None) if terminal else ():
-            _say(line)
+            admin.say(line)
         _tell_hold(daemon)
     sys.exit(code)
 
@@ -155,9 +155,9 @@ def once(path: str | None, *, as_json: bool) -> None:
 def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        _say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
+        admin.say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
         end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        _say(f"  {printable(hold.next)}{end}")
+        admin.say(f"  {printable(hold.next)}{end}")
 
 
 def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -360,7 +360,7 @@ def main() -> NoReturn:
 def _internal(error: Exception) -> NoReturn:
     """Report a bug, or a dependency that is not as expected. The exit code promises nothing about the work."""
     for line in "".join(traceback.format_exception(error)).splitlines():
-        _say(printable(line))
+        admin.say(printable(line))
     what = "install imagewatch again, with its dependencies" if isinstance(error, ImportError) else "please report this"
     hint = f"requests may have been sent: look into the folders before you run the command again; {what}"
     _fail(ImagewatchError(f"internal error: {type(error).__name__}: {error}", hint=hint), EXIT_INTERNAL)
@@ -394,8 +394,8 @@ def _main() -> NoReturn:
         # Not its own show(): an argument may be the name of a file, and a stranger may have chosen it.
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "imagewatch"
-        _say(f"imagewatch: {printable(error.format_message())}")
-        _say(f"  see {command} --help")
+        admin.say(f"imagewatch: {printable(error.format_message())}")
+        admin.say(f"  see {command} --help")
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
@@ -407,22 +407,14 @@ def _main() -> NoReturn:
 def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if isinstance(error, ConfigError):
         where = f"{printable(error.source)}: " if error.source else ""
-        _say(f"imagewatch: {where}the configuration cannot be used:")
+        admin.say(f"imagewatch: {where}the configuration cannot be used:")
         for problem in error.problems:
-            _say(f"  {printable(str(problem))}")
+            admin.say(f"  {printable(str(problem))}")
     else:
-        _say(f"imagewatch: {printable(str(error))}")
+        admin.say(f"imagewatch: {printable(str(error))}")
     if error.hint:
-        _say(f"  {printable(error.hint)}")
+        admin.say(f"  {printable(error.hint)}")
     sys.exit(code)
-
-
-def _say(line: str) -> None:
-    """Say something on standard error. Where nobody can hear it, the exit code still tells."""
-    try:
-        click.echo(line, err=True)
-    except OSError:
-        admin.silence(sys.stderr)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from imagewatch.untrusted import RefusedError, open_file, own_way
 from imagewatch.waiting import Made
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from typing import Self
 
     from imagewatch.config import Config
@@ -235,7 +235,7 @@ class Delivery:
         staged = tuple(os.path.basename(path) for path, _ in parcel.files[:-1])
         self._check(Files(self._target, self._folder, hidden, staged))
 
-    def place(self) -> Iterator[Made]:
+    def place(self) -> Generator[Made, None, None]:
         """Put everything that was staged into the inbox; yield each prompt that is there.
 
         What has its final name will be paid for, and is yielded before anything else can fail.
@@ -252,8 +252,10 @@ class Delivery:
                 parcel.files[number] = (final, final)  # to be taken back if the prompt cannot follow
             self._rename(hidden, prompt)
             del self._parcels[0]
-            yield Made(parcel.source, parcel.text)
-            self._sync(self._target)
+            try:
+                yield Made(parcel.source, parcel.text)
+            finally:  # also of the last one, where the caller is asked to end
+                self._sync(self._target)
 
     def _sync(self, folder: str) -> None:
         """Make names durable, as far as this user may: who can only drop into a folder cannot open it."""
