@@ -26,7 +26,7 @@ class InterruptedDisk(SteppingDisk):
         self._ending = ending
         self._has_begun = False
 
-    def step(self, what: str, path: str) -> None:
+    def step(self, _: str, path: str) -> None:
         self._has_begun = self._has_begun or path.endswith(self._ending)
         if self._has_begun:
             os.kill(os.getpid(), self._number)

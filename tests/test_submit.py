@@ -864,9 +864,9 @@ def interrupted(
     """Drop three prompts with an image each; from a step of the disk on every step sends a signal."""
     image = sender.file("a.png")
     texts = ("One", "Two", "Three", "--name", "it", "--image", image)
+    shell = ("sh", "-c", f"trap '' {ignoring}; exec \"$@\"", "-") if ignoring else ()
     done = subprocess.run(
-        ["sh", "-c", f"trap '' {ignoring}; exec \"$@\"" if ignoring else 'exec "$@"', "-"]
-        + [sys.executable, INTERRUPTER, str(number), ending, "submit", *texts, *arguments],
+        [*shell, sys.executable, INTERRUPTER, str(number), ending, "submit", *texts, *arguments],
         env=sender.known,
         cwd=sender.home,
         capture_output=True,
@@ -923,9 +923,9 @@ def test_a_signal_that_the_caller_ignores_ends_nothing(sender):
 def test_a_terminal_that_is_closed_leaves_the_names_in_the_output_and_in_the_exit_code(sender):
     master, slave = pty.openpty()
     with open(sender.home / "out", "w+") as out:
+        program = [sys.executable, "-m", "imagewatch", "submit", "A cat", "--name", "cat", "--wait", "--json"]
         waiting = subprocess.Popen(
-            ["setsid", "--ctty", sys.executable, "-m", "imagewatch", "submit", "A cat", "--name", "cat"]
-            + ["--wait", "--json"],
+            ["setsid", "--ctty", *program],
             env=sender.known,
             stdin=slave,
             stdout=out,
