@@ -44,6 +44,8 @@ _NEXT = {
     "--pay-again NAME, or move the prompt back into the inbox",
     "paid": "do not send it again; the paid answer is kept (a copy lies beside this file), and imagewatch retry NAME "
     "looks at it again, free of charge",
+    "unknown": "look at the balance (imagewatch check --balance); the prompt is missing, so nothing can be sent again",
+    "no": "the prompt is missing, so nothing can be sent again; drop it anew",
     "busy": "the endpoint was busy for too long; move the prompt back into the inbox to try again",
 }
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
@@ -169,6 +171,8 @@ class Closing:
             base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
         name = os.path.join(claim.folder, base)
+        if not any(move.source == f"claim/{claim.prompt}" for move in originals):
+            top = {**top, "next": _NEXT["paid" if charged == "yes" else charged]}
         if _PLAIN.fullmatch(name):
             top = {**top, "next": str(top["next"]).replace("NAME", name)}
         document, facts = compose(

@@ -26,6 +26,7 @@ from imagewatch import prompt as prompts
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.names import SKIPPED_FOLDERS, SUFFIX, group, stem_of
+from imagewatch.places import is_hidden, refusal
 from imagewatch.request import SUPPORTED, Files, build, open_plain, read_image
 from imagewatch.text import printable
 from imagewatch.untrusted import RefusedError, open_file, own_way
@@ -288,6 +289,8 @@ class Delivery:
         """Return the target folder; made if it is not there, but never the inbox itself."""
         current = self._config.folders.inbox
         if not os.path.isdir(current):
+            if is_hidden(current):
+                raise _denied(current)
             hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
             raise SpoolError(f"{printable(current)}: there is no such inbox", path=current, hint=hint)
         with ours(current, "open the folder"):
@@ -304,8 +307,7 @@ class Delivery:
                 self._sync(above)
         place = self._tops.at(current)
         if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
-            hint = "ask whoever looks after the folder to let you"
-            raise SpoolError(f"{printable(current)}: you may not put files there", path=current, hint=hint)
+            raise _denied(current)
         return current
 
     def _remove_stale(self) -> None:
@@ -364,6 +366,14 @@ class Delivery:
         for path, _ in parcel.files:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
+
+
+def _denied(path: str) -> SpoolError:
+    why, code, hint = "permission denied", errno.EACCES, refusal(path, os.W_OK | os.X_OK)
+    with contextlib.suppress(OSError):
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            why, code, hint = "read-only file system", errno.EROFS, "mount it for writing"
+    return SpoolError(f"{printable(path)}: {why}", path=path, code=code, hint=hint)
 
 
 def _composed(wish: Wish, names: Sequence[str]) -> bytes:

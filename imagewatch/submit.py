@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import sys
 import threading
@@ -17,7 +16,7 @@ import click
 from imagewatch.admin import Seconds, config_option, load, say, silence
 from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.interrupts import Interrupted, Interrupts
-from imagewatch.text import amount, complaint, printable
+from imagewatch.text import amount, complaint, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -375,7 +374,7 @@ def _print_dropped(call: _Call) -> None:
 def _print(jobs: Sequence[Made], form: str) -> None:
     if form == "json":
         # A document may have been written by anybody, with dates where text belongs.
-        click.echo(json.dumps([_plain(job) for job in jobs], indent=1, default=str))
+        click.echo(to_json([_plain(job) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
