@@ -288,11 +288,11 @@ def init(file: str, root: str | None) -> None:
     FILE (default: imagewatch.toml) gets every key, its default and a line about it. A file that is there already
     stays as it is. Nothing starts before a folder to watch is named.
     """
-    from imagewatch.config import example  # noqa: PLC0415
+    from imagewatch.config import initial  # noqa: PLC0415
 
     if root is None and sys.stdin is not None and sys.stdin.isatty() and not os.path.lexists(file):
         root = click.prompt("Folder to watch (it gets inbox, outbox, errors and archive)", err=True)
-    text = example(_root(root))
+    text = initial(_root(root))
     try:
         with open(file, "x", encoding="utf-8") as out:
             out.write(text)
@@ -302,9 +302,10 @@ def init(file: str, root: str | None) -> None:
         hint = "make its folder first" if isinstance(error, FileNotFoundError) else "name another file"
         raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}", hint=hint) from None
     shown = printable(file)
-    steps = "Export LETTA_API_KEY=…" if root else "Set root in it, the folder to be watched, and export LETTA_API_KEY=…"
+    first = "Export" if root else "Set root in it, the folder to be watched, and export"
     click.echo(
-        f"Wrote {shown}. {steps} (or set api_key_file or api_key_command in it). Then: imagewatch check --config {shown}"
+        f"Wrote {shown}. {first} LETTA_API_KEY=… (or set api_key_file or api_key_command in it). "
+        f"Then: imagewatch check --config {shown}"
     )
 
 

@@ -266,8 +266,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     return config
 
 
-def example(root: str | None) -> str:
-    """Return the text of ``config.example.toml`` for a folder to watch.
+def initial(root: str | None) -> str:
+    """Return the text of a new configuration: ``config.example.toml`` for a folder to watch.
 
     Args:
         root: The folder; without one ``root`` is a comment, so that nothing starts with a folder that nobody named.
@@ -275,16 +275,19 @@ def example(root: str | None) -> str:
     Raises:
         ConfigError: If the installation lost the file.
     """
-    line = f'\nroot = "{_EXAMPLE_ROOT}"\n'
-    text = _example()
-    assert text.count(line) == 1
+    line = f'root = "{_EXAMPLE_ROOT}"\n'
     if root is None:
-        return text.replace(line, f"\n##{line[1:]}".replace("##", "## "))
+        return example().replace(f"\n{line}", f"\n## {line}")
     quoted = json.dumps(root, ensure_ascii=False)[1:-1]  # of printable text TOML has the same form
-    return text.replace(f'"{_EXAMPLE_ROOT}', f'"{quoted}')
+    return example().replace(f'"{_EXAMPLE_ROOT}', f'"{quoted}')
 
 
-def _example() -> str:
+def example() -> str:
+    """Return the text of ``config.example.toml``.
+
+    Raises:
+        ConfigError: If the installation lost the file.
+    """
     packaged = importlib.resources.files("imagewatch").joinpath(_EXAMPLE)
     if packaged.is_file():
         return packaged.read_text(encoding="utf-8")

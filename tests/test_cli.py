@@ -683,7 +683,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
         assert "chamber music festival" in (tmp_path / name / "gallery.html").read_text()
         assert list((tmp_path / name / "inbox").glob("*")) == [tmp_path / name / "inbox/.imagewatch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagewatch-demo", "imagewatch-demo-2"]
-    steps = ("imagewatch init", "set root", "export LETTA_API_KEY=", "imagewatch check", "imagewatch run")
+    steps = ("imagewatch init", "name the folder to watch", "export LETTA_API_KEY=", "imagewatch check", "imagewatch run")
     assert [first.stdout.index(step) for step in steps] == sorted(first.stdout.index(step) for step in steps)
 
 
