@@ -53,7 +53,7 @@ class Control:
         """
         for name in self._names():
             if found := _TEMPORARY.fullmatch(name):
-                remove_old(self._disk, self._path(name), *((0.0,) if found[1] in _DAEMONS else ()))
+                remove_old(self._disk, self._path(name), is_known=found[1] in _DAEMONS)
 
     def held(self) -> str | None:
         """Return why the queue is held by hand, or None when it is not."""

@@ -152,7 +152,7 @@ def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
         ]
     lines += [
         "",
-        "For real: imagewatch init, name the folder to watch, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
+        "For real: imagewatch init --root FOLDER, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
         "",
     ]
     return lines

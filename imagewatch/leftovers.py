@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from imagewatch.durable import Disk
 
 _TEMPORARY = re.compile(r"\.iw-([0-9a-f]{16})\.(?:\d+|d)\.tmp")
-_STALE_SECONDS = 86_400.0
+STALE_SECONDS = 86_400.0
+"""A temporary file of which nothing is known stays for so long."""
 
 
 def remove(disk: Disk, doors: Iterable[str], jobs: Mapping[str, str]) -> None:
@@ -39,13 +40,19 @@ def remove(disk: Disk, doors: Iterable[str], jobs: Mapping[str, str]) -> None:
         with contextlib.suppress(OSError, SpoolError):  # such a folder need not be there
             for name in disk.tops.names(folder):
                 if found := _TEMPORARY.fullmatch(name):
-                    remove_old(disk, os.path.join(folder, name), 0.0 if found[1] in jobs else _STALE_SECONDS)
+                    remove_old(disk, os.path.join(folder, name), is_known=found[1] in jobs)
 
 
-def remove_old(disk: Disk, path: str, seconds: float = _STALE_SECONDS) -> None:
-    """Remove a file of our own if it was last changed at least this many seconds ago; what fails is left."""
+def remove_old(disk: Disk, path: str, *, is_known: bool) -> None:
+    """Remove a file of our own; what fails is left for another start.
+
+    Args:
+        disk: Our disk.
+        path: The file.
+        is_known: Whether nobody uses it, beyond doubt. Else it has to be a day old.
+    """
     with contextlib.suppress(SpoolError), ours(path, "look at the file"):
         status = disk.tops.lstat(path)
         is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
-        if is_ours and time.time() - status.st_ctime >= seconds:
+        if is_ours and (is_known or time.time() - status.st_ctime >= STALE_SECONDS):
             disk.unlink(path)
