@@ -46,6 +46,10 @@ def test_what_is_printed_for_programs_is_json_however_large_the_sums_are(rich: F
     told = command(rich, *arguments.split(), "--json")
     assert told.stderr == ""
     found = strict(told.stdout)
+    if arguments == "status":
+        assert (found["today"]["credits"], found["month"]["credits"]) == (None, None)
+        assert strict((rich.state / "status.json").read_text())["today"]["credits"] is None
+        assert " inf\n" in command(rich, "status", "--prometheus").stdout
     if "--by" in arguments:
         assert [one["credits"] for one in found] == [None]
     if arguments == "estimate":
