@@ -1016,8 +1016,8 @@ class TestAnotherUser:
         shared.folders.inbox.chmod(0o755)
         done = shared.submit("A cat", before=self.AS_USER)
         assert done.returncode == 74
-        assert "you may not put files there" in done.stderr
-        assert "ask whoever looks after the folder" in done.stderr
+        assert "watched/inbox: permission denied\n" in done.stderr
+        assert "ask the administrator to give you access to this folder" in done.stderr
 
     def test_may_drop_into_an_inbox_that_only_the_daemon_can_look_into(self, shared):
         shared.folders.inbox.chmod(0o333)
