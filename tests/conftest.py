@@ -37,6 +37,12 @@ if TYPE_CHECKING:
 
 pytest.register_assert_rewrite("audit")
 
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # A shell starts what is in the background with SIGINT ignored, and so does nohup with SIGHUP. What a test starts
+    # would inherit that, and a signal that a test sends would end nothing.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
 KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
 """A name that no resolver knows: whoever is to find it needs a proxy."""
