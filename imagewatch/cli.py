@@ -42,6 +42,7 @@ _CODES = (
     (AlreadyRunning, EXIT_RUNNING),
     (SpoolError, EXIT_SPOOL),
 )
+_say = admin.say
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EXIT_CODES = """\b
@@ -146,7 +147,7 @@ def once(path: str | None, *, as_json: bool) -> None:
         click.echo(to_json(_once_told(over, daemon), indent=1))
     else:
         for line in bar.story(held=daemon.hold is not None) if terminal else ():
-            admin.say(line)
+            _say(line)
         _tell_hold(daemon)
     sys.exit(code)
 
@@ -154,9 +155,9 @@ def once(path: str | None, *, as_json: bool) -> None:
 def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        admin.say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
+        _say(f"The queue is held ({hold.kind}: {printable(hold.message)}): {left}.")
         end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        admin.say(f"  {printable(hold.next)}{end}")
+        _say(f"  {printable(hold.next)}{end}")
 
 
 def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -373,7 +374,7 @@ def main() -> NoReturn:
 def _internal(error: Exception) -> NoReturn:
     """Report a bug, or a dependency that is not as expected. The exit code promises nothing about the work."""
     for line in "".join(traceback.format_exception(error)).splitlines():
-        admin.say(printable(line))
+        _say(printable(line))
     what = "install imagewatch again, with its dependencies" if isinstance(error, ImportError) else "please report this"
     hint = f"requests may have been sent: look into the folders before you run the command again; {what}"
     _fail(ImagewatchError(f"internal error: {type(error).__name__}: {error}", hint=hint), EXIT_INTERNAL)
@@ -407,8 +408,8 @@ def _main() -> NoReturn:
         # Not its own show(): an argument may be the name of a file, and a stranger may have chosen it.
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "imagewatch"
-        admin.say(f"imagewatch: {printable(error.format_message())}")
-        admin.say(f"  see {command} --help")
+        _say(f"imagewatch: {printable(error.format_message())}")
+        _say(f"  see {command} --help")
         sys.exit(EXIT_USAGE)
     except click.Abort:
         sys.exit(130)
@@ -420,13 +421,13 @@ def _main() -> NoReturn:
 def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if isinstance(error, ConfigError):
         where = f"{printable(error.source)}: " if error.source else ""
-        admin.say(f"imagewatch: {where}the configuration cannot be used:")
+        _say(f"imagewatch: {where}the configuration cannot be used:")
         for problem in error.problems:
-            admin.say(f"  {printable(str(problem))}")
+            _say(f"  {printable(str(problem))}")
     else:
-        admin.say(f"imagewatch: {printable(str(error))}")
+        _say(f"imagewatch: {printable(str(error))}")
     if error.hint:
-        admin.say(f"  {printable(error.hint)}")
+        _say(f"  {printable(error.hint)}")
     sys.exit(code)
 
 

@@ -171,8 +171,8 @@ class Closing:
             base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
         name = os.path.join(claim.folder, base)
-        if not any(move.source == f"claim/{claim.prompt}" for move in originals):
-            top = {**top, "next": _NEXT["paid" if charged == "yes" else charged]}
+        if charged != "yes" and all(move.source != f"claim/{claim.prompt}" for move in originals):
+            top = {**top, "next": _NEXT[charged]}
         if _PLAIN.fullmatch(name):
             top = {**top, "next": str(top["next"]).replace("NAME", name)}
         document, facts = compose(
