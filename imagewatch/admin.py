@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import math
 import os
 import pwd
@@ -21,7 +20,7 @@ import click
 
 from imagewatch import table
 from imagewatch.errors import SpoolError, UsageError
-from imagewatch.text import amount, local, printable
+from imagewatch.text import amount, local, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -84,6 +83,14 @@ def silence(stream: TextIO | None) -> None:
     os.close(nowhere)
 
 
+def say(line: str) -> None:
+    """Print a line on standard error. Where that cannot be written, the exit code still tells."""
+    try:
+        click.echo(line, err=True)
+    except OSError:
+        silence(sys.stderr)
+
+
 # Hold and release
 
 
@@ -115,7 +122,7 @@ def hold(reason: str, path: str | None, *, as_json: bool) -> None:
 
 
 def _print_asked(what: str, *, running: bool, noticed: bool) -> None:
-    click.echo(json.dumps({"asked": what, "is_running": running, "is_noticed": noticed}))
+    click.echo(to_json({"asked": what, "is_running": running, "is_noticed": noticed}))
 
 
 @click.command()
@@ -192,7 +199,7 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
             if not as_json:
                 click.echo(_retry_told(answers[-1]), err=not answers[-1]["retried"])
     if as_json:
-        click.echo(json.dumps(answers, indent=1))
+        click.echo(to_json(answers, indent=1))
     elif not paths:
         click.echo("There is nothing in the errors folder.")
     sys.exit(0 if all(answer["retried"] for answer in answers) else 1)
@@ -219,6 +226,11 @@ def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config)
         when = "" if _running(config) else " when it starts"
         return f"was paid for; the daemon reads its answer again{when}, nothing is sent", True
     if failed.charged != "no" and not pay_again:
+        if not again.has_prompt(failed):
+            return (
+                "may have been charged; its prompt is missing, so nothing can be sent again; look at the balance",
+                False,
+            )
         return "may have been charged, so it is not sent again; look at the balance, then use --pay-again", False
     again.put_back(failed)
     return "back in the inbox", True
@@ -273,7 +285,7 @@ def _show_sums(sums: Sequence[Any], by: str, *, as_json: bool, as_csv: bool) -> 
     columns = ("made", "refused", "unknown", "credits", "unpriced")
     rows = [{by: one.name, **{name: getattr(one, name) for name in columns}} for one in sums]
     if as_json:
-        click.echo(json.dumps(rows, indent=1))
+        click.echo(to_json(rows, indent=1))
     elif as_csv:
         from imagewatch.history import table_csv  # noqa: PLC0415
 
@@ -329,7 +341,7 @@ def estimate(path: str | None, *, as_json: bool) -> None:
     with afford.budget_of(config) as budget:
         found = list(guess.inbox(config, budget))
     if as_json:
-        click.echo(json.dumps([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
+        click.echo(to_json([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
         return
     if not found:
         click.echo("There is no prompt in the inbox.")
@@ -383,7 +395,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
         page = _page(config)
         if watch and not as_json and sys.stdout.isatty():
             click.echo("\033[H\033[J", nl=False, color=True)  # also where no colours are wanted
-        click.echo(json.dumps(page) if as_json else "\n".join(_story(page)))
+        click.echo(to_json(page) if as_json else "\n".join(_story(page)))
         if not watch:
             break
         wait(2.0)

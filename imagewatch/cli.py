@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
-import json
 import os
 import shlex
 import sys
@@ -21,7 +20,7 @@ import click
 from imagewatch import __version__, admin, table
 from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.submit import submit
-from imagewatch.text import amount, complaint, printable, whole
+from imagewatch.text import amount, complaint, printable, to_json, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -43,6 +42,7 @@ _CODES = (
     (AlreadyRunning, EXIT_RUNNING),
     (SpoolError, EXIT_SPOOL),
 )
+_say = admin.say
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EXIT_CODES = """\b
@@ -50,8 +50,8 @@ Exit codes:
   0   done
   1   some job failed (once, submit --wait), or was not put back (retry)
   64  the command line is wrong
-  69  the queue is held (status), with prompts left (once); not done in time
-      (submit --wait), or only some of the prompts dropped (submit)
+  69  the queue is held (status), with prompts left (once); something was
+      dropped and is not known to be finished (submit): do not repeat it
   70  internal error, or a job is stuck (once): look into the folders first
   74  our own disk: full, read-only or gone
   75  another imagewatch has this inbox
@@ -144,7 +144,7 @@ def once(path: str | None, *, as_json: bool) -> None:
         daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_seen=bar.found)
         code = daemon.run()
     if as_json:
-        click.echo(json.dumps(_once_told(over, daemon), indent=1))
+        click.echo(to_json(_once_told(over, daemon), indent=1))
     else:
         for line in bar.story(held=daemon.hold is not None) if terminal else ():
             _say(line)
@@ -202,7 +202,7 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
         if not as_json:
             _row(line)
     if as_json:
-        click.echo(json.dumps({part: [asdict(line) for line in lines] for part, lines in found.items()}, indent=1))
+        click.echo(to_json({part: [asdict(line) for line in lines] for part, lines in found.items()}, indent=1))
     elif not found["files"]:
         click.echo("There is no prompt in the inbox.")
     sys.exit(EXIT_CONFIG if any(line.verdict == "bad" for line in found["settings"]) else 0)
@@ -287,27 +287,41 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
 
 @cli.command()
 @click.argument("file", default="imagewatch.toml", type=click.Path(dir_okay=False))
-def init(file: str) -> None:
+@click.option("--root", type=click.Path(), metavar="FOLDER", help="The folder to watch; asked for on a terminal.")
+def init(file: str, root: str | None) -> None:
     """Write a configuration file with comments.
 
     FILE (default: imagewatch.toml) gets every key, its default and a line about it. A file that is there already
-    stays as it is.
+    stays as it is. Nothing starts before a folder to watch is named.
     """
-    from imagewatch.config import example  # noqa: PLC0415
+    from imagewatch.config import initial  # noqa: PLC0415
 
+    if root is None and sys.stdin is not None and sys.stdin.isatty() and not os.path.lexists(file):
+        root = click.prompt("Folder to watch (it gets inbox, outbox, errors and archive)", err=True)
+    text = initial(_root(root))
     try:
         with open(file, "x", encoding="utf-8") as out:
-            out.write(example())
+            out.write(text)
     except FileExistsError:
         raise UsageError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
     except OSError as error:
         hint = "make its folder first" if isinstance(error, FileNotFoundError) else "name another file"
         raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}", hint=hint) from None
     shown = printable(file)
+    first = "Export" if root else "Set root in it, the folder to be watched, and export"
     click.echo(
-        f"Wrote {shown}. Set root in it, the folder to be watched, and export LETTA_API_KEY=… (or set api_key_file or "
-        f"api_key_command in it). Then: imagewatch check --config {shown}"
+        f"Wrote {shown}. {first} LETTA_API_KEY=… (or set api_key_file or api_key_command in it). "
+        f"Then: imagewatch check --config {shown}"
     )
+
+
+def _root(root: str | None) -> str | None:
+    """Return the folder to watch as it is written into a file; relative to the current folder, ~ stays."""
+    if root is None:
+        return None
+    if not root.strip() or printable(root) != root:
+        raise UsageError(f'"{printable(root, 100)}" is not a folder to watch', hint="name it by --root FOLDER")
+    return root if root.startswith("~") else os.path.abspath(root)
 
 
 @cli.command()
@@ -420,14 +434,6 @@ def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if error.hint:
         _say(f"  {printable(error.hint)}")
     sys.exit(code)
-
-
-def _say(line: str) -> None:
-    """Say something on standard error. Where nobody can hear it, the exit code still tells."""
-    try:
-        click.echo(line, err=True)
-    except OSError:
-        admin.silence(sys.stderr)
 
 
 @contextlib.contextmanager

@@ -50,6 +50,8 @@ _NEXT = {
     "the prompt back into the inbox",
     "broken": "send fewer or smaller images, or ask whoever runs the proxy or gateway on the way for the largest "
     "request that it takes; then move the prompt back into the inbox",
+    "unknown": "look at the balance (imagewatch check --balance); the prompt is missing, so nothing can be sent again",
+    "no": "the prompt is missing, so nothing can be sent again; drop it anew",
     "busy": "the endpoint was busy for too long; move the prompt back into the inbox to try again",
 }
 _PASSING = {Reaction.BUSY: "busy", Reaction.BROKEN: "broken"}
@@ -203,6 +205,8 @@ class Closing:
             base = tagged(claim.prompt, claim.stem, claim.tag).removesuffix(".prompt.txt")
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
         name = os.path.join(claim.folder, base)
+        if charged != "yes" and all(move.source != f"claim/{claim.prompt}" for move in originals):
+            top = {**top, "next": _NEXT[charged]}
         if _PLAIN.fullmatch(name):
             top = {**top, "next": str(top["next"]).replace("NAME", name)}
         document, facts = compose(

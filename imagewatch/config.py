@@ -12,6 +12,7 @@ import hashlib
 import importlib.resources
 import ipaddress
 import itertools
+import json
 import math
 import os
 import re
@@ -45,6 +46,7 @@ _MAX_FILE_BYTES: Final = 1 << 20
 _MAX_MODE: Final = 0o7777
 _DELETE: Final = "delete"
 _EXAMPLE: Final = "config.example.toml"
+_EXAMPLE_ROOT: Final = "/srv/imagewatch"
 _PLACES: Final = ("inbox", "outbox", "errors", "archive")
 _KEY_HINT: Final = "put the key in a file and name it in api_key_file"
 _KEY_NAMES: Final = frozenset(
@@ -262,6 +264,22 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     if draft.problems:
         raise ConfigError(draft.named(), source=source)
     return config
+
+
+def initial(root: str | None) -> str:
+    """Return the text of a new configuration: ``config.example.toml`` for a folder to watch.
+
+    Args:
+        root: The folder; without one ``root`` is a comment, so that nothing starts with a folder that nobody named.
+
+    Raises:
+        ConfigError: If the installation lost the file.
+    """
+    line = f'root = "{_EXAMPLE_ROOT}"\n'
+    if root is None:
+        return example().replace(f"\n{line}", f"\n## {line}")
+    quoted = json.dumps(root, ensure_ascii=False)[1:-1]  # of printable text TOML has the same form
+    return example().replace(f'"{_EXAMPLE_ROOT}', f'"{quoted}')
 
 
 def example() -> str:

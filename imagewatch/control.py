@@ -22,9 +22,12 @@ import re
 
 from imagewatch.durable import Disk, ours
 from imagewatch.errors import SpoolError
+from imagewatch.leftovers import remove_old
 from imagewatch.text import printable
 
 _RETRY = re.compile(r"retry\.([0-9a-f]{16})")
+_DAEMONS = {"passed", "refused"}
+_TEMPORARY = re.compile(r"([a-z][a-z.0-9-]*)\.tmp")
 _MOST_BYTES = 4096
 
 
@@ -43,6 +46,15 @@ class Control:
     def prepare(self) -> None:
         """Make the folder."""
         self._disk.make_folder(self.folder)
+
+    def tidy(self) -> None:
+        """Remove what was being written when a process was killed; for the daemon, at its start.
+
+        What only the daemon writes is in use by nobody then. What a command writes may be, so it stays for a day.
+        """
+        for name in self._names():
+            if found := _TEMPORARY.fullmatch(name):
+                remove_old(self._disk, self._path(name), is_known=found[1] in _DAEMONS)
 
     def held(self) -> str | None:
         """Return why the queue is held by hand, or None when it is not."""

@@ -152,7 +152,7 @@ def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
         ]
     lines += [
         "",
-        "For real: imagewatch init, set root in the file, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
+        "For real: imagewatch init --root FOLDER, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
         "",
     ]
     return lines

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.names import SUFFIX
+from imagewatch.places import is_hidden, refusal
 from imagewatch.prices import PRICED, Asked
 from imagewatch.request import Files, build
 from imagewatch.sweep import Sweep
@@ -64,6 +65,9 @@ def inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
     top = config.folders.inbox
     if not os.path.isdir(top):
         hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
+        if is_hidden(top):
+            hint = refusal(top, os.R_OK | os.X_OK)
+            raise SpoolError(f"{printable(top)}: permission denied", path=top, hint=hint)
         raise SpoolError(f"{printable(top)}: there is no such inbox", path=top, hint=hint)
     # A prompt that is still being waited for costs as much: so nothing has to settle, and nothing is waited for.
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)

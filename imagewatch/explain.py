@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import pwd
 import stat
 import time
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import afford
 from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
-from imagewatch.durable import FULL, Disk, ours
+from imagewatch.durable import FULL, Disk, locked, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.folders import Tops
 from imagewatch.health import trouble
@@ -24,7 +25,7 @@ from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.names import CLAIMS, SUFFIX
-from imagewatch.places import others_who_write
+from imagewatch.places import is_hidden, others_who_write, refusal
 from imagewatch.request import Files, Request, build
 from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
     from imagewatch.config import Config
     from imagewatch.request import Opener
     from imagewatch.seen import Candidate
+
+_ALL = os.R_OK | os.W_OK | os.X_OK
 
 
 @dataclass(frozen=True)
@@ -74,15 +77,46 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)
         yield from _claims(config, kinds)
+    yield from _key(config, environ)
+
+
+def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
+    """Say where the key comes from, or why there is none; of another user's daemon that cannot be seen from here."""
+    source = key_source(config.endpoint, environ)
+    if not source and (whose := _daemon(config)):
+        why = f"this command cannot see the key: {whose} and may have a systemd credential or a variable of its own"
+        environ_of = "CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service"
+        hint = f"to check it as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
+        yield Line("wait", "key", printable(f"{why} ({hint})"))
+        return
     try:
         read_key(config.endpoint, environ)
     except ConfigError as error:
         for problem in error.problems:
             yield Line("bad", "key", printable(str(problem)))
     else:
-        source = key_source(config.endpoint, environ)
         warning = key_file_problem(config.endpoint.api_key_file) if config.endpoint.api_key_file else ""
         yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
+
+
+def _daemon(config: Config) -> str:
+    """Return which other process has this state folder, in words; an empty string if none has, as far as we may see."""
+    state = config.folders.state
+    try:
+        if os.stat(state).st_uid != os.geteuid():
+            return f"the daemon is another user, {_owner(config)},"
+        return "a daemon is running" if locked(os.path.join(state, "lock")) else ""
+    except (OSError, SpoolError):
+        return ""
+
+
+def _owner(config: Config) -> str:
+    """Return the user of the daemon: the owner of its state folder."""
+    number = os.stat(config.folders.state).st_uid
+    try:
+        return pwd.getpwuid(number).pw_name
+    except KeyError:
+        return str(number)
 
 
 def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
@@ -186,17 +220,20 @@ def _folder(name: str, path: str, kinds: Kinds) -> Line:
         return Line("bad", name, f"{shown}: nothing can be kept there ({kind}); name a folder on a disk")
     if os.path.isdir(path):
         return _existing_folder(name, path)
+    if is_hidden(path):
+        return Line("bad", name, f"{shown}: permission denied ({refusal(path, _ALL)})")
     if os.path.lexists(path):
         return Line("bad", name, f"{shown}: is not a folder")
     if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
         return Line("ok", name, f"{shown} (will be made)")
-    return Line("bad", name, f"{shown}: is not there, and this user cannot make it")
+    hint = "make it, or set root in the configuration to a folder of yours"
+    return Line("bad", name, f"{shown}: is not there, and this user cannot make it ({hint})")
 
 
 def _existing_folder(name: str, path: str) -> Line:
     shown, above = printable(path), os.path.dirname(os.path.realpath(path))
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        return Line("bad", name, f"{shown}: this user may not write there")
+        return Line("bad", name, f"{shown}: this user may not write there ({refusal(path, _ALL)})")
     if who := others_who_write(os.stat(above)):
         why = f"{printable(above)} may be written by {who}, so others can replace this folder"
         return Line("wait", name, f"{shown}: {why} (chmod go-w {printable(above)})")

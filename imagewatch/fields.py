@@ -83,11 +83,17 @@ def layered(levels: Sequence[Options]) -> Options:
     return msgspec.structs.replace(merged, model=None)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """Return ``did you mean "x"?`` for a mistyped name, or the list of what is known."""
+def nearest(name: str, known: Iterable[str], what: str = "keys") -> str:
+    """Return ``did you mean "x"?`` for a mistyped name, or the list of what is known.
+
+    Args:
+        name: As it was typed.
+        known: The names that there are.
+        what: What they name, in the plural.
+    """
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else f"known keys: {', '.join(names)}"
+    return f'did you mean "{close[0]}"?' if close else f"known {what}: {', '.join(names)}"
 
 
 def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S, list[Problem]]:

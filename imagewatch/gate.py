@@ -279,6 +279,7 @@ class Gate:
     def start(self) -> None:
         """Take up what was asked for while nobody was running."""
         self._control.prepare()
+        self._control.tidy()
         self._passed = self._control.passed()
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:

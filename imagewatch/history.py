@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.status import iso
-from imagewatch.text import printable, utc
+from imagewatch.text import printable, to_json, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -83,7 +82,7 @@ def plain(job: Mapping[str, Any]) -> dict[str, Any]:
 
 def as_json(jobs: Iterable[Mapping[str, Any]]) -> str:
     """Return jobs as a JSON array, one job in a line."""
-    lines = ",\n ".join(json.dumps(plain(job)) for job in jobs)
+    lines = ",\n ".join(to_json(plain(job)) for job in jobs)
     return f"[{lines}]"
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _HERE: Final = "imagewatch.toml"
+_ASK: Final = "ask the administrator to give you access to this folder"
 
 
 def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | None:
@@ -99,6 +100,40 @@ def _is_private(status: os.stat_result) -> bool:
         return False
     own = user.pw_gid == group.gr_gid and group.gr_name == user.pw_name and set(group.gr_mem) <= {user.pw_name}
     return own and status.st_uid == user.pw_uid != 0
+
+
+def is_hidden(path: str) -> bool:
+    """Tell whether a folder above a path keeps this user from seeing whether anything is there."""
+    try:
+        os.lstat(path)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
+def refusal(path: str, needed: int) -> str:
+    """Return what a user can do who may not enter or use a folder: join its group, where that would help.
+
+    Args:
+        path: The folder that is refused, or one below a folder that is.
+        needed: What is needed of it, as in ``os.access``; of the folders above it is only to enter them.
+
+    Returns:
+        The next step, as one sentence.
+    """
+    above = os.path.dirname(path)
+    while above != os.path.dirname(above) and not os.access(above, os.X_OK):
+        path, needed, above = above, os.X_OK, os.path.dirname(above)
+    try:
+        status = os.stat(path)
+        group = grp.getgrgid(status.st_gid).gr_name
+    except (OSError, KeyError):
+        return _ASK
+    if status.st_mode >> 3 & needed != needed or status.st_gid in {0, os.getegid(), *os.getgroups()}:
+        return _ASK
+    return f"ask the administrator to add you to the group {group}, then log in again"
 
 
 def usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:

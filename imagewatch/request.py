@@ -193,7 +193,7 @@ def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[
         if front.preset in config.presets:
             preset = config.presets[front.preset]
         else:
-            hint = nearest(front.preset, config.presets) if config.presets else "no presets are configured"
+            hint = nearest(front.preset, config.presets, "presets") if config.presets else "no presets are configured"
             problems.append(Problem("preset", f'there is no preset "{printable(front.preset, 60)}"', hint))
     own = prompts.Prompt("", front).options
     return layered((own, preset, config.defaults)), problems

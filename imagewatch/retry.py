@@ -130,7 +130,9 @@ class Retry:
         try:
             document = unvouched(self._text(path))
             job, charged = _id(document["job"]), str(document["charged"])
-            originals = self._real(path, [(_name(t["file"]), _name(t["dropped_as"])) for t in document["originals"]])
+            originals = self._real(
+                path, [(_name(t["file"]), _name(t["dropped_as"])) for t in document.get("originals", [])]
+            )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             hint = "move the prompt and its images back into the inbox by hand"
             raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
@@ -238,6 +240,14 @@ class Retry:
             message = f"{printable(new)}: the inbox has another prompt of this name, and that of the error file is gone"
             hint = "nothing was moved; remove the error file, or drop its prompt anew under another name"
             raise SpoolError(message, path=new, hint=hint)
+
+    def has_prompt(self, failed: Failed) -> bool:
+        """Tell whether its prompt is there: beside the error file, or in the inbox, where an earlier call put it."""
+        if not failed.originals:
+            return False
+        file, dropped_as = failed.originals[-1]
+        places = (os.path.join(os.path.dirname(failed.path), file), os.path.join(self._target(failed), dropped_as))
+        return any(map(os.path.lexists, places))
 
     def look_again(self, failed: Failed) -> None:
         """Ask the daemon to read the paid answer again.

@@ -26,6 +26,7 @@ from imagewatch import prompt as prompts
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.names import SUFFIX, group, stem_of
+from imagewatch.places import is_hidden, refusal
 from imagewatch.request import Files, build, may_be_image, open_plain, read_image, unused_problems
 from imagewatch.system_folders import why_not_entered
 from imagewatch.text import printable
@@ -33,7 +34,7 @@ from imagewatch.untrusted import RefusedError, open_file, own_way
 from imagewatch.waiting import Made
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Generator, Iterator, Mapping, Sequence
     from typing import Self
 
     from imagewatch.config import Config
@@ -243,7 +244,7 @@ class Delivery:
         staged = tuple(os.path.basename(path) for path, _ in parcel.files[:-1])
         self._check(Files(self._target, self._folder, hidden, staged))
 
-    def place(self) -> Iterator[Made]:
+    def place(self) -> Generator[Made, None, None]:
         """Put everything that was staged into the inbox; yield each prompt that is there.
 
         What has its final name will be paid for, and is yielded before anything else can fail.
@@ -260,8 +261,10 @@ class Delivery:
                 parcel.files[number] = (final, final)  # to be taken back if the prompt cannot follow
             self._rename(hidden, prompt)
             del self._parcels[0]
-            yield Made(parcel.source, parcel.text)
-            self._sync(self._target)
+            try:
+                yield Made(parcel.source, parcel.text)
+            finally:  # also of the last one, where the caller is asked to end
+                self._sync(self._target)
 
     def _sync(self, folder: str) -> None:
         """Make names durable, as far as this user may: who can only drop into a folder cannot open it."""
@@ -294,6 +297,8 @@ class Delivery:
         """Return the target folder; made if it is not there, but never the inbox itself."""
         current = self._config.folders.inbox
         if not os.path.isdir(current):
+            if is_hidden(current):
+                raise _denied(current)
             hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
             raise SpoolError(f"{printable(current)}: there is no such inbox", path=current, hint=hint)
         with ours(current, "open the folder"):
@@ -310,8 +315,7 @@ class Delivery:
                 self._sync(above)
         place = self._tops.at(current)
         if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
-            hint = "ask whoever looks after the folder to let you"
-            raise SpoolError(f"{printable(current)}: you may not put files there", path=current, hint=hint)
+            raise _denied(current)
         return current
 
     def _remove_stale(self) -> None:
@@ -370,6 +374,14 @@ class Delivery:
         for path, _ in parcel.files:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
+
+
+def _denied(path: str) -> SpoolError:
+    why, code, hint = "permission denied", errno.EACCES, refusal(path, os.W_OK | os.X_OK)
+    with contextlib.suppress(OSError):
+        if os.statvfs(path).f_flag & os.ST_RDONLY:
+            why, code, hint = "read-only file system", errno.EROFS, "mount it for writing"
+    return SpoolError(f"{printable(path)}: {why}", path=path, code=code, hint=hint)
 
 
 def _composed(wish: Wish, names: Sequence[str]) -> bytes:

@@ -17,6 +17,7 @@ import secrets
 import stat
 from typing import IO, TYPE_CHECKING
 
+from imagewatch import leftovers
 from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config import overlaps
 from imagewatch.durable import Disk, closing, ours
@@ -170,6 +171,7 @@ class Spool:
             self._claims.require()
         self._sync_above([*self._all(), self.jobs, self.claims])
         self._remove_probes()
+        self._remove_temporaries()
         self._drop_twins()
         with contextlib.suppress(NotOursError):
             self.probe()
@@ -326,6 +328,12 @@ class Spool:
                     status = self.tops.lstat(path)
                     if status.st_uid == os.geteuid():
                         (self.disk.remove_folder if stat.S_ISDIR(status.st_mode) else self.disk.unlink)(path)
+
+    def _remove_temporaries(self) -> None:
+        """Remove what was about to be published when the daemon was killed."""
+        keys = {job: key for job in self.unfinished() if (key := self.key(job))}
+        doors = [door for door in (self.outbox, self.errors, self.archive) if door]
+        leftovers.remove(self.disk, doors, {job: folder for job, (folder, _) in keys.items()})
 
     def require_room(self, least: int) -> None:
         """Make sure that a paid answer can be taken in.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from datetime import UTC, datetime
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from imagewatch.holds import NEXT
 from imagewatch.ledger import NO_TOTALS
 from imagewatch.masking import known
 from imagewatch.seen import Reasons, Wait, joined
-from imagewatch.text import amount, printable, utc
+from imagewatch.text import amount, printable, to_json, utc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -46,7 +47,12 @@ def read(state: str) -> dict[str, Any] | None:
             found = json.load(file)
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("schema") == SCHEMA else None
+    if not isinstance(found, dict) or found.get("schema") != SCHEMA:
+        return None
+    for name in ("today", "month"):
+        if found[name]["credits"] is None:  # JSON has no number for it
+            found[name]["credits"] = math.inf
+    return found
 
 
 def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
@@ -162,7 +168,7 @@ class Status:
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
             page = self._page(seen, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
-            self._disk.jot(self._path, json.dumps(page, indent=1).encode())
+            self._disk.jot(self._path, to_json(page, indent=1).encode())
         finally:
             # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
             self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))

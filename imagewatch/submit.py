@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import sys
 import threading
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 from urllib.parse import quote
 
 import click
 
-from imagewatch.admin import Seconds, config_option, load, silence
+from imagewatch.admin import Seconds, config_option, load, say, silence
 from imagewatch.errors import BadRequest, Problem, SpoolError
-from imagewatch.text import amount, complaint, printable
+from imagewatch.interrupts import Interrupted, Interrupts
+from imagewatch.text import amount, complaint, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -26,7 +28,8 @@ if TYPE_CHECKING:
 EXIT_FAILED = 1
 EXIT_USAGE = 64
 EXIT_WAITING = 69
-EXIT_INTERRUPTED = 130
+EXIT_SIGNAL = 128
+"""Plus the number of a signal: as of a shell, and nothing was dropped."""
 _LOOK_SECONDS = 0.2
 _UNTOUCHED_SECONDS = 20.0
 _CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
@@ -86,18 +89,50 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
         options["form"] = "json"
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
         raise click.UsageError("--timeout and --format markdown need --wait")
-    config = _config(path, options["root"])
-    jobs: list[Made] = []
+    call = _Call(_config(path, options["root"]), options)
+    with Interrupts() as interrupts:
+        try:
+            _run(prompts, call, interrupts)
+        except Interrupted as error:
+            _end_early(error, call)
+
+
+def _run(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> None:
     try:
-        waiting = _dropped(prompts, options, config, jobs)
-        if waiting is None:
-            _print_dropped(jobs, options["form"], config)
-        else:
-            _wait_and_tell(jobs, waiting, options, config)
-    except OSError as error:
-        if not jobs or error.filename is not None:
-            raise
-        _unheard(error)
+        waiting = _dropped(prompts, call, interrupts)
+        if waiting:
+            _wait_and_tell(call, waiting)
+        call.is_printed = True
+        _print_dropped(call)
+    except Exception as error:  # noqa: BLE001  whatever ends it, what was dropped is named
+        interrupts.keep()
+        _end_early(error, call)
+
+
+@dataclass
+class _Call:
+    """One run of the command, and how far it came.
+
+    Attributes:
+        config: The configuration.
+        options: The command line's options.
+        wanted: How many prompts are to be dropped.
+        jobs: Those that were dropped.
+        is_printed: Whether printing the result has begun: JSON must not be printed twice.
+        is_told: Whether every prompt that was dropped has been named.
+    """
+
+    config: Config
+    options: dict[str, Any]
+    wanted: int = 0
+    jobs: list[Made] = field(default_factory=list)
+    is_printed: bool = False
+    is_told: bool = False
+
+    @property
+    def form(self) -> str:
+        """What is printed: ``paths``, ``markdown`` or ``json``."""
+        return str(self.options["form"])
 
 
 def _config(path: str | None, root: str | None) -> Config:
@@ -112,31 +147,31 @@ def _config(path: str | None, root: str | None) -> Config:
 # Dropping
 
 
-def _dropped(prompts: Sequence[str], options: dict[str, Any], config: Config, jobs: list[Made]) -> Waiting | None:
-    """Drop everything, or nothing if anything is wrong; return what waits for it. ``jobs`` takes what is dropped."""
+def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Waiting | None:
+    """Drop everything, or nothing if anything is wrong; return what waits for it."""
     from imagewatch.sender import Delivery, folder_of  # noqa: PLC0415
     from imagewatch.waiting import Waiting  # noqa: PLC0415
 
-    try:
-        wishes = _wishes(prompts, options)
-        folder = folder_of(options["folder"], recursive=config.inbox.recursive)
-        stems = _stems([wish for _, wish in wishes], options["name"])
-        waiting = Waiting(config.folders, folder, stems) if options["wait"] else None
-        with Delivery(config, folder, blind=options["root"] is not None) as delivery:
-            _stage(delivery, wishes, stems)
-            for job in delivery.place():
-                jobs.append(job)
+    config, options = call.config, call.options
+    wishes = _wishes(prompts, options)
+    folder = folder_of(options["folder"], recursive=config.inbox.recursive)
+    stems = _stems([wish for _, wish in wishes], options["name"])
+    waiting = Waiting(config.folders, folder, stems) if options["wait"] else None
+    call.wanted = len(wishes)
+    with Delivery(config, folder, blind=options["root"] is not None) as delivery:
+        _stage(delivery, wishes, stems)
+        # A prompt must not be cut off from its images, nor from the list of those that were dropped.
+        interrupts.keep()
+        with contextlib.closing(delivery.place()) as placed:
+            for job in placed:
+                call.jobs.append(job)
                 if waiting:
                     waiting.expect(job)
-        if delivery.unsynced:
-            told = f"{delivery.unsynced}; the prompts are dropped, but a power cut may take them away"
-            click.echo(f"imagewatch: {printable(told)}", err=True)
-    except (BadRequest, SpoolError) as error:
-        if jobs:
-            _break_off(error, jobs, options, config)
-        if isinstance(error, BadRequest):
-            _refuse(error)
-        raise
+                interrupts.check()
+    interrupts.obey()
+    if delivery.unsynced:
+        told = f"{delivery.unsynced}; the prompts are dropped, but a power cut may take them away"
+        click.echo(f"imagewatch: {printable(told)}", err=True)
     return waiting
 
 
@@ -167,26 +202,63 @@ def _labelled(error: BadRequest, label: str) -> list[Problem]:
     return [Problem(where + one.field, one.reason, one.hint) for one in error.problems]
 
 
-def _refuse(error: BadRequest) -> NoReturn:
-    for problem in error.problems:
-        click.echo(f"imagewatch: {printable(str(problem))}", err=True)
-    click.echo("  Nothing was dropped.", err=True)
-    sys.exit(EXIT_USAGE)
-
-
-def _break_off(
-    error: BadRequest | SpoolError, jobs: Sequence[Made], options: dict[str, Any], config: Config
-) -> NoReturn:
-    """Say which prompts are in the inbox though not all of them could follow: those will be paid for."""
-    for problem in error.problems if isinstance(error, BadRequest) else (error,):
-        click.echo(f"imagewatch: {printable(str(problem))}", err=True)
-    if error.hint:
-        click.echo(f"  {printable(error.hint)}", err=True)
-    told = "1 prompt was dropped before, and" if len(jobs) == 1 else f"{len(jobs)} prompts were dropped before, and"
-    click.echo(f"{told} will be made; the others were not dropped:", err=True)
-    # Where pictures are waited for, only pictures are printed.
-    _print_dropped(jobs, options["form"], config, err=options["wait"])
+def _end_early(error: Interrupted | Exception, call: _Call) -> NoReturn:
+    """End a command that something has ended before its time: a signal, the disk, its output, or a bug."""
+    if not call.jobs:
+        _end_without_prompts(error)
+    _clear()
+    for line in _reasons(error):
+        say(f"imagewatch: {printable(line)}")
+    if isinstance(error, BadRequest | SpoolError) and error.hint:
+        say(f"  {printable(error.hint)}")
+    if not call.is_told:
+        _name_dropped(call)
+    try:
+        if call.is_printed:
+            click.echo(nl=False)  # what could not be written would be tried once more at the very end
+        elif call.form == "json" or not call.options["wait"]:  # else pictures are printed, and nothing but pictures
+            _print_dropped(call)
+    except OSError:
+        silence(sys.stdout)
+    if not _reasons(error):
+        raise error
     sys.exit(EXIT_WAITING)
+
+
+def _end_without_prompts(error: Interrupted | Exception) -> NoReturn:
+    if not isinstance(error, Interrupted | BadRequest):
+        raise error
+    for line in _reasons(error):
+        say(f"imagewatch: {printable(line)}")
+    say("  Nothing was dropped.")
+    sys.exit(EXIT_SIGNAL + error.number if isinstance(error, Interrupted) else EXIT_USAGE)
+
+
+def _reasons(error: Interrupted | Exception) -> list[str]:
+    """Return what ended the command, in lines; nothing of a bug, which is reported as one."""
+    if isinstance(error, Interrupted):
+        return [f"interrupted by {error}"]
+    if isinstance(error, BadRequest):
+        return [str(problem) for problem in error.problems]
+    if isinstance(error, OSError) and error.filename is None:
+        return [f"the output cannot be written: {error.strerror}"]
+    return [str(error)] if isinstance(error, SpoolError) else []
+
+
+def _name_dropped(call: _Call) -> None:
+    """Name the prompts that were dropped: they are paid for, and once more if they are dropped again."""
+    count = len(call.jobs)
+    it, verb = ("it", "was") if count == 1 else ("them", "were")
+    rest = "" if count == call.wanted else " The others were not dropped."
+    say(f"{count} of {call.wanted} prompts {verb} dropped, and the daemon processes {it}.{rest}")
+    _name(call.jobs, call.config)
+
+
+def _name(jobs: Sequence[Made], config: Config) -> None:
+    it = "it" if len(jobs) == 1 else "them"
+    say(f"The same command would drop {it} again, and the daemon would pay for {it} again:")
+    for job in jobs:
+        say(f"  {printable(os.path.join(config.folders.inbox, job.source))}")
 
 
 def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, Wish]]:
@@ -225,39 +297,42 @@ def _content(file: str) -> bytes:
 # Waiting
 
 
-def _wait_and_tell(jobs: Sequence[Made], waiting: Waiting, options: dict[str, Any], config: Config) -> NoReturn:
-    interrupted = False
+def _wait_and_tell(call: _Call, waiting: Waiting) -> NoReturn:
     try:
         try:
-            left = _waited(jobs, waiting, config, options["timeout"])
-        except KeyboardInterrupt:
-            interrupted, left = True, waiting.look()
+            left = _waited(call, waiting)
+        except Interrupted as error:
+            _clear()
+            say(f"imagewatch: {_reasons(error)[0]}")
+            left = waiting.look()
     except SpoolError:
-        _tell_before_failing(jobs, options["form"], config)
+        _tell_before_failing(call)
         raise
     _clear()
-    _print(jobs, options["form"])
-    _tell(jobs, left, config)
-    if interrupted:
-        sys.exit(EXIT_INTERRUPTED)
+    call.is_printed = True
+    _print(call.jobs, call.form)
+    _tell(call.jobs, left, call.config)
     if left:  # before any failure: a script reads that as the end, and drops again what may yet be paid for
         sys.exit(EXIT_WAITING)
-    sys.exit(EXIT_FAILED if any(job.door == "errors" for job in jobs) else 0)
+    sys.exit(EXIT_FAILED if any(job.door == "errors" for job in call.jobs) else 0)
 
 
-def _tell_before_failing(jobs: Sequence[Made], form: str, config: Config) -> None:
+def _tell_before_failing(call: _Call) -> None:
     """Say what is known where a result cannot be read: everything is dropped, and the failure is only ours."""
     _clear()
-    _print(jobs, form)
-    _tell(jobs, (), config)
-    for job in jobs:
+    call.is_printed = True
+    _print(call.jobs, call.form)
+    _tell(call.jobs, (), call.config)
+    for job in call.jobs:
         if not job.door:
             told = "was dropped; what became of it is not known"
             click.echo(f"{printable(job.source)}: {told}", err=True)
+    call.is_told = True
 
 
-def _waited(jobs: Sequence[Made], waiting: Waiting, config: Config, timeout: float | None) -> list[Made]:
+def _waited(call: _Call, waiting: Waiting) -> list[Made]:
     """Wait until all is over; return what is not."""
+    jobs, timeout = call.jobs, call.options["timeout"]
     began, wait = time.monotonic(), threading.Event().wait
     warned = False
     while left := waiting.look():
@@ -268,7 +343,7 @@ def _waited(jobs: Sequence[Made], waiting: Waiting, config: Config, timeout: flo
         if not warned and passed >= _UNTOUCHED_SECONDS and waiting.untouched() == len(jobs):
             warned = True
             _clear()
-            where = printable(config.folders.inbox)
+            where = printable(call.config.folders.inbox)
             click.echo(f'Nobody has taken them from {where} yet. "imagewatch status" tells why.', err=True)
         wait(_LOOK_SECONDS)
     return left
@@ -281,35 +356,25 @@ def _live(done: int, count: int, passed: float) -> None:
 
 def _clear() -> None:
     if sys.stderr.isatty():
-        click.echo("\r\033[K", nl=False, err=True, color=True)
+        with contextlib.suppress(OSError):
+            click.echo("\r\033[K", nl=False, err=True, color=True)
 
 
 # Telling
 
 
-def _print_dropped(jobs: Sequence[Made], form: str, config: Config, *, err: bool = False) -> None:
-    if form == "json":
-        _print(jobs, form)
+def _print_dropped(call: _Call) -> None:
+    if call.form == "json":
+        _print(call.jobs, call.form)
         return
-    for job in jobs:
-        click.echo(printable(os.path.join(config.folders.inbox, job.source)), err=err)
-
-
-def _unheard(error: OSError) -> NoReturn:
-    """End where nobody takes what is printed: it will be made all the same, and must not be dropped again."""
-    silence(sys.stdout)
-    try:
-        click.echo(f"imagewatch: the output cannot be written: {error.strerror}", err=True)
-        click.echo("  what was dropped is in the inbox and will be made; do not drop it again", err=True)
-    except OSError:
-        silence(sys.stderr)
-    sys.exit(EXIT_WAITING)
+    for job in call.jobs:
+        click.echo(printable(os.path.join(call.config.folders.inbox, job.source)))
 
 
 def _print(jobs: Sequence[Made], form: str) -> None:
     if form == "json":
         # A document may have been written by anybody, with dates where text belongs.
-        click.echo(json.dumps([_plain(job) for job in jobs], indent=1, default=str))
+        click.echo(to_json([_plain(job) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
@@ -350,10 +415,11 @@ def _tell(jobs: Sequence[Made], left: Sequence[Made], config: Config) -> None:
             click.echo(f"{source}: {printable('; '.join(map(str, problems)))}", err=True)
     click.echo(_sum(jobs), err=True)
     if left:
+        those, verb, it = ("prompt", "is", "it") if len(left) == 1 else ("prompts", "are", "them")
         where = printable(config.folders.inbox)
-        told = "1 prompt not finished; it" if len(left) == 1 else f"{len(left)} prompts not finished; they"
-        those = "it is" if len(left) == 1 else "they are"
-        click.echo(f"{told} will still be made unless {those} removed from {where}.", err=True)
+        click.echo(f"{len(left)} {those} {verb} not finished. The daemon will process {it}.", err=True)
+        click.echo(f"To cancel, remove {it} from {where}.", err=True)
+        _name(left, config)
 
 
 def _problems(job: Made) -> list[object]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -47,6 +49,27 @@ def complaint(message: str, problems: Sequence[object]) -> list[str]:
 def amount(value: float) -> str:
     """Return a number of credits without a needless fraction: ``12``, ``12.5``, ``1250000``."""
     return f"{value:.10g}"
+
+
+def to_json(value: object, **options: Any) -> str:  # noqa: ANN401  those of json.dumps
+    """Return a value as JSON that every program can read: a number that JSON does not have (``inf``, ``nan``) is null.
+
+    Args:
+        value: Anything ``json.dumps`` takes.
+        options: Those of ``json.dumps``.
+    """
+    try:
+        return json.dumps(value, allow_nan=False, **options)
+    except ValueError:
+        return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {name: _finite(inner) for name, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def whole(text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import time
@@ -13,6 +14,7 @@ from imagewatch.documents import unvouched
 from imagewatch.durable import ours
 from imagewatch.errors import SpoolError
 from imagewatch.names import SUFFIX
+from imagewatch.places import refusal
 from imagewatch.text import printable, whole
 from imagewatch.untrusted import RefusedError, open_file
 
@@ -119,10 +121,15 @@ class Waiting:
         self._known: set[_Identity] = set()
         self._over: set[str] = set()
         for place in self._places:
-            with ours(place.path, "look for results"):
-                for path, identity in _documents(place, frozenset(stems)):
-                    self._known.add(identity)
-                    self._over |= _job_in(path)
+            try:
+                with ours(place.path, "look for results"):
+                    for path, identity in _documents(place, frozenset(stems)):
+                        self._known.add(identity)
+                        self._over |= _job_in(path)
+            except SpoolError as error:
+                if error.code == errno.EACCES:
+                    error.hint = refusal(place.path, os.R_OK | os.X_OK)
+                raise
             place.stamp = 0
 
     def expect(self, job: Made) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import ssl
@@ -35,6 +36,12 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 pytest.register_assert_rewrite("audit")
+
+for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # A shell starts what is in the background with SIGINT ignored, and so does nohup with SIGHUP. What a test starts
+    # would inherit that, and a signal that a test sends would end nothing.
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
 
 KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
@@ -377,3 +384,23 @@ def until(condition: Any, timeout: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "it did not happen in time"
         pause.wait(0.02)
+
+
+_PROCESSES = {"start", "run", "hurried"}
+"""Fixtures that start imagewatch."""
+_STARTING = re.compile(
+    r'"-m", "imagewatch"|^from (conftest import .*\b(command|Running)\b|senders|container)\b', re.MULTILINE
+)
+"""In a module whose tests start imagewatch."""
+_SLOW = {"test_answers", "test_bounded", "test_connections", "test_downloads", "test_gallery_browser", "test_intake"}
+_SLOW |= {"test_power"}
+"""Modules that take long though they start no process of it: most wait for the end of a time."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests for ``make quick``: of a few modules and fixtures they are not."""
+    starting = {path: bool(_STARTING.search(path.read_text())) for path in {item.path for item in items}}
+    for item in items:
+        is_slow = starting[item.path] or item.path.stem in _SLOW or item.path.parent.name == "security"
+        if not is_slow and _PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
+            item.add_marker("quick")

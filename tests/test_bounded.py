@@ -78,7 +78,7 @@ class Effort:
 
 @contextlib.contextmanager
 def served_by(tmp_path, script, **settings):
-    settings = {"endpoint__connect_timeout_seconds": "0.5", **settings}
+    settings = {"endpoint__connect_timeout_seconds": "1", **settings}
     with (
         Scripted(script) as server,
         contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,

@@ -49,6 +49,7 @@ def imagewatch(
         [sys.executable, "-m", "imagewatch", *arguments],
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", **(environ or {})},
         cwd=cwd,
+        stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         errors="surrogateescape",
@@ -540,7 +541,7 @@ def test_check_works_beside_a_running_daemon(folders, start):
 # init
 
 
-def test_init_writes_a_configuration_that_loads_and_keeps_what_is_there(tmp_path):
+def test_init_writes_a_configuration_that_names_no_folder_and_keeps_what_is_there(tmp_path):
     done = imagewatch("init", cwd=tmp_path)
     path = tmp_path / "imagewatch.toml"
     assert (done.returncode, "imagewatch check --config imagewatch.toml" in done.stdout) == (0, True)
@@ -548,19 +549,69 @@ def test_init_writes_a_configuration_that_loads_and_keeps_what_is_there(tmp_path
         assert step in done.stdout, "a key in the file itself would be refused"
     assert load(str(path), {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root")}).limits.concurrency == 4
     path.write_text("mine")
-    again = imagewatch("init", cwd=tmp_path)
+    again = imagewatch("init", "--root", "watched", cwd=tmp_path)
     assert (again.returncode, path.read_text()) == (64, "mine")
     assert "is there already" in again.stderr
     other = imagewatch("init", "other.toml", cwd=tmp_path)
     assert (other.returncode, tomllib.loads((tmp_path / "other.toml").read_text()) is not None) == (0, True)
 
 
-def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
+@pytest.mark.parametrize("command", ["run", "once", "check"])
+def test_nothing_starts_with_a_folder_that_nobody_named(tmp_path, command):
     imagewatch("init", cwd=tmp_path)
+    done = imagewatch(command, environ={"LETTA_API_KEY": KEY, "HOME": str(tmp_path)}, cwd=tmp_path)
+    assert done.returncode == 78
+    assert "folders.root: is not set" in done.stderr
+    assert 'set root = "' in done.stderr
+    assert len(done.stderr.splitlines()) == 2, "one fault, one line"
+    assert [path.name for path in tmp_path.iterdir()] == ["imagewatch.toml"]
+
+
+@pytest.mark.parametrize("root", ["watched", "../Fotos \"A\" 'b' \\c ü", "~/Pictures/imagewatch"])
+def test_the_folder_that_init_is_given_is_the_one_that_is_watched(tmp_path, root):
+    here = tmp_path / "here"
+    here.mkdir()
+    done = imagewatch("init", "--root", root, "sub.toml", cwd=here)
+    assert (done.returncode, "Set root" in done.stdout) == (0, False), done.stderr
+    text = (here / "sub.toml").read_text()
+    folders = load(str(here / "sub.toml"), {"HOME": str(tmp_path / "home")}).folders
+    expected = os.path.normpath(here / root) if root[0] != "~" else f"{tmp_path}/home/Pictures/imagewatch"
+    assert (folders.root, folders.inbox) == (expected, f"{expected}/inbox")
+    assert "/srv/imagewatch" not in text
+    uncommented = tomllib.loads(re.sub(r"^# (inbox|outbox|errors|archive) = ", r"\1 = ", text, flags=re.MULTILINE))
+    assert uncommented["folders"]["errors"] == uncommented["folders"]["root"] + "/errors"
+
+
+@pytest.mark.parametrize("root", ["", " ", "a\nb", "\x1b[31m"])
+def test_a_folder_that_cannot_be_written_down_is_refused_and_nothing_is_written(tmp_path, root):
+    done = imagewatch("init", "--root", root, cwd=tmp_path)
+    assert (done.returncode, list(tmp_path.iterdir())) == (64, [])
+    assert "--root FOLDER" in done.stderr
+
+
+def test_init_asks_for_the_folder_on_a_terminal(tmp_path):
+    master, slave = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "imagewatch", "init"],
+        cwd=tmp_path,
+        stdin=slave,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(slave)
+    os.write(master, b"watched\n")
+    out, err = process.communicate(timeout=30)
+    os.close(master)
+    assert (process.returncode, "Folder to watch" in err, "Set root" in out) == (0, True, False)
+    assert load(str(tmp_path / "imagewatch.toml"), {}).folders.root == str(tmp_path / "watched")
+
+
+def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
+    imagewatch("init", "--root", "root", cwd=tmp_path)
     environ = {
         "LETTA_BASE_URL": sandbox.base_url,
         "LETTA_API_KEY": KEY,
-        "IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root"),
         "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "state"),
     }
     done = imagewatch("check", environ=environ, cwd=tmp_path)
@@ -685,7 +736,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
         assert "chamber music festival" in (tmp_path / name / "gallery.html").read_text()
         assert list((tmp_path / name / "inbox").glob("*")) == [tmp_path / name / "inbox/.imagewatch"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["imagewatch-demo", "imagewatch-demo-2"]
-    steps = ("imagewatch init", "set root", "export LETTA_API_KEY=", "imagewatch check", "imagewatch run")
+    steps = ("imagewatch init --root FOLDER", "export LETTA_API_KEY=", "imagewatch check", "imagewatch run")
     assert [first.stdout.index(step) for step in steps] == sorted(first.stdout.index(step) for step in steps)
 
 

@@ -344,7 +344,7 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(t
         exchange.request()
         exchange.linger()
 
-    with served_by(tmp_path, script, endpoint__timeout_seconds="0.2") as station:
+    with served_by(tmp_path, script, endpoint__timeout_seconds="1") as station:
         in_doubt(station, SMALL, "timed out")
 
 

@@ -503,7 +503,7 @@ def garbage(exchange: Any) -> None:
 
 @pytest.mark.parametrize("script", [silent, trickling, garbage])
 def test_an_answer_that_never_comes_is_told_in_the_same_way(tmp_path, script):
-    limits = {"endpoint__connect_timeout_seconds": "0.2", "endpoint__deadline_seconds": "0.4"}
+    limits = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": "3"}
     with Scripted(script) as server:
         station = Station(tmp_path, server.base_url, **limits)
         station.prompt("cat", "A cat")

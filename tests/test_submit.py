@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 RUNNER = str(Path(__file__).parent / "submit_runner.py")
+INTERRUPTER = str(Path(__file__).parent / "interrupt_runner.py")
 HOSTILE = '](x) ![a](b) <b>&lt; *_`\\ \x1b[31m\x07\r\n\n second\u202eline "quoted"'
 
 
@@ -125,6 +126,9 @@ def watched(folders: Folders, start: Any) -> Any:
     running = start(folders, "run")
     until((folders.state / "status.json").exists)
     return running
+
+
+AGAIN = "The same command would drop {0} again, and the daemon would pay for {0} again:\n"
 
 
 def call(sandbox: Sandbox, number: int = 0) -> dict[str, Any]:
@@ -507,7 +511,8 @@ def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already
     code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
     assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
     assert "it-2.prompt.txt: cannot put the file into the inbox: Input/output error" in err
-    assert "1 prompt was dropped before, and will be made; the others were not dropped:" in err
+    assert "1 of 3 prompts was dropped, and the daemon processes it. The others were not dropped.\n" in err
+    assert err.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/it-1.prompt.txt\n")
     assert sender.dropped() == ["it-1.prompt.txt"]
 
 
@@ -857,7 +862,8 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     done = sender.submit("A cat", "--name", "cat", "--wait", "--timeout", "0.3", "--format", "json")
     assert done.returncode == 69
     assert json.loads(done.stdout)[0]["door"] is None
-    assert "1 prompt not finished; it will still be made unless it is removed from" in done.stderr
+    assert "1 prompt is not finished. The daemon will process it.\nTo cancel, remove it from" in done.stderr
+    assert done.stderr.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
     sandbox.release()
     until(lambda: sender.folders.documents() == {"cat": "outbox"})
 
@@ -872,7 +878,7 @@ def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sende
     assert done.returncode == 69
     assert [(one["door"], one["charged"]) for one in json.loads(done.stdout)] == [(None, None), ("errors", "no")]
     assert "it-2.prompt.txt: not charged: " in done.stderr
-    assert "1 prompt not finished; it will still be made" in done.stderr
+    assert done.stderr.endswith(f"{AGAIN.format('it')}  {folders.inbox}/it-1.prompt.txt\n")
     sandbox.release()
 
 
@@ -887,15 +893,117 @@ def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monke
     assert sender.dropped() == ["cat.prompt.txt"]
 
 
-def test_ctrl_c_while_waiting_leaves_the_prompt_where_it_is(sender):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_ctrl_c_while_waiting_leaves_the_prompt_where_it_is(sender, number):
     waiting = sender.start("A cat", "--name", "cat", "--wait")
     until(lambda: sender.dropped() == ["cat.prompt.txt"])
-    waiting.send_signal(signal.SIGINT)
+    waiting.send_signal(number)
     out, err = waiting.communicate(timeout=30)
-    assert (waiting.returncode, out) == (130, "")
-    assert "1 prompt not finished; it will still be made unless it is removed from" in err
+    assert (waiting.returncode, out) == (69, "")
+    assert err.startswith(f"imagewatch: interrupted by {number.name}\n")
+    assert err.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
     assert "Traceback" not in err
     assert sender.dropped() == ["cat.prompt.txt"]
+
+
+# Ended before its time
+
+
+def interrupted(
+    sender: Sender, number: int, ending: str, *arguments: str, ignoring: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """Drop three prompts with an image each; from a step of the disk on every step sends a signal."""
+    image = sender.file("a.png")
+    texts = ("One", "Two", "Three", "--name", "it", "--image", image)
+    shell = ("sh", "-c", f"trap '' {ignoring}; exec \"$@\"", "-") if ignoring else ()
+    done = subprocess.run(
+        [*shell, sys.executable, INTERRUPTER, str(number), ending, "submit", *texts, *arguments],
+        env=sender.known,
+        cwd=sender.home,
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert "Traceback" not in done.stderr
+    return done
+
+
+TWO = ["it-1.prompt.txt", "it-2.prompt.txt"]
+WHOLE = ["it-1.in1.png", "it-1.prompt.txt", "it-2.in1.png", "it-2.prompt.txt"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("ending", ["/it-2.in1.png", "/it-2.prompt.txt"])
+def test_a_signal_while_prompts_are_dropped_names_those_that_are_in_the_inbox(sender, number, ending):
+    done = interrupted(sender, number, ending)
+    assert done.returncode == 69
+    assert done.stderr.splitlines() == [
+        f"imagewatch: interrupted by {number.name}",
+        "2 of 3 prompts were dropped, and the daemon processes them. The others were not dropped.",
+        AGAIN.format("them").strip(),
+        *(f"  {sender.folders.inbox}/{name}" for name in TWO),
+    ]
+    assert done.stdout.splitlines() == [f"{sender.folders.inbox}/{name}" for name in TWO]
+    assert sender.dropped() == WHOLE, "no prompt without its image, and nothing hidden"
+
+
+@pytest.mark.parametrize("wait", [(), ("--wait",)])
+def test_programs_learn_as_json_what_was_dropped_before_a_signal(sender, wait):
+    done = interrupted(sender, signal.SIGTERM, "/it-2.prompt.txt", "--json", *wait)
+    assert done.returncode == 69
+    assert [(one["source"], one["door"]) for one in json.loads(done.stdout)] == [(name, None) for name in TWO]
+    assert all(f"  {sender.folders.inbox}/{name}\n" in done.stderr for name in TWO)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_before_anything_is_dropped_ends_as_in_a_shell_and_leaves_nothing(sender, number):
+    done = interrupted(sender, number, ".1.png", "--json")
+    assert (done.returncode, done.stdout) == (128 + number, "")
+    assert done.stderr == f"imagewatch: interrupted by {number.name}\n  Nothing was dropped.\n"
+    assert sender.dropped() == []
+
+
+def test_a_signal_that_the_caller_ignores_ends_nothing(sender):
+    done = interrupted(sender, signal.SIGHUP, "/it-1.in1.png", ignoring="HUP")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(sender.dropped()) == 6
+
+
+@pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid is not installed")
+def test_a_terminal_that_is_closed_leaves_the_names_in_the_output_and_in_the_exit_code(sender):
+    master, slave = pty.openpty()
+    with open(sender.home / "out", "w+") as out:
+        program = [sys.executable, "-m", "imagewatch", "submit", "A cat", "--name", "cat", "--wait", "--json"]
+        waiting = subprocess.Popen(
+            ["setsid", "--ctty", *program],
+            env=sender.known,
+            stdin=slave,
+            stdout=out,
+            stderr=slave,
+        )
+        os.close(slave)
+        assert os.read(master, 100), "the live line"
+        os.close(master)
+        assert waiting.wait(30) == 69
+        out.seek(0)
+        assert [(one["source"], one["door"]) for one in json.load(out)] == [("cat.prompt.txt", None)]
+
+
+class BrokenDisk(SteppingDisk):
+    """A disk with a bug."""
+
+    def rename(self, source: str, target: str) -> None:
+        if target.endswith("it-2.prompt.txt"):
+            raise RuntimeError("a bug")
+        super().rename(source, target)
+
+
+def test_even_a_bug_does_not_hide_what_was_dropped(sender, inside):
+    code, out, err = inside(BrokenDisk(), "One", "Two", "--name", "it")
+    assert (code, out) == (70, f"{sender.folders.inbox}/it-1.prompt.txt\n")
+    assert f"{AGAIN.format('it')}  {sender.folders.inbox}/it-1.prompt.txt\n" in err
+    assert "internal error: RuntimeError: a bug" in err
 
 
 def test_the_live_line_is_for_terminals_only_and_never_in_the_output(sender, watched):
@@ -959,8 +1067,8 @@ class TestAnotherUser:
         shared.folders.inbox.chmod(0o755)
         done = shared.submit("A cat", before=self.AS_USER)
         assert done.returncode == 74
-        assert "you may not put files there" in done.stderr
-        assert "ask whoever looks after the folder" in done.stderr
+        assert "watched/inbox: permission denied\n" in done.stderr
+        assert "ask the administrator to give you access to this folder" in done.stderr
 
     def test_may_drop_into_an_inbox_that_only_the_daemon_can_look_into(self, shared):
         shared.folders.inbox.chmod(0o333)
@@ -988,14 +1096,14 @@ class TestAnotherUser:
         shared.folders.environ["IMAGEWATCH_OUTBOX__FILE_MODE"] = "0600"
         start(shared.folders, "run")
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
-        assert done.returncode == 74
+        assert done.returncode == 69
         assert "outbox.file_mode" in done.stderr
 
     def test_learns_what_was_dropped_where_a_result_may_not_be_read(self, shared, start):
         shared.folders.environ["IMAGEWATCH_OUTBOX__FILE_MODE"] = "0600"
         start(shared.folders, "run")
         done = shared.submit("A cat", "--name", "cat", "--wait", "--json", before=self.AS_USER)
-        assert done.returncode == 74
+        assert done.returncode == 69, "it was dropped, and will be paid for"
         assert [one["source"] for one in json.loads(done.stdout)] == ["cat.prompt.txt"]
         assert "cat.prompt.txt: was dropped; what became of it is not known" in done.stderr
 

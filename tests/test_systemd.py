@@ -953,6 +953,15 @@ def test_the_first_start_of_the_page(service):
     assert "bad " not in told
 
 
+def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started):
+    told = started.container.run("imagewatch", "check").stdout
+    assert "bad " not in told
+    (key,) = (line for line in told.splitlines() if line.split()[1] == "key")
+    assert key.startswith("wait")
+    command = key.partition("to check it as root: ")[2].rstrip(")")
+    assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
+
+
 def test_looking_pausing_and_reloading(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")

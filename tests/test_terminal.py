@@ -146,6 +146,7 @@ def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, a
     assert done.stderr.startswith("imagewatch: the output cannot be written: No space left on device\n")
     assert "Traceback" not in done.stderr
     assert ("full.prompt.txt" in mixed.names("inbox")) == dropped
+    assert (f"  {mixed.inbox}/full.prompt.txt\n" in done.stderr) == dropped
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")

@@ -152,8 +152,28 @@ def test_every_command_of_the_skill_works_in_its_order(shell, folders, sandbox):
     receipt = tomllib.loads((folders.outbox / "boat-9a41.receipt.toml").read_text())
     assert (receipt["prompt"], len(receipt["inputs"])) == ("The boat at night", 1)
     assert f"credits_charged = {receipt['credits_charged']}" in shell(credits).stdout
-    assert f'file = "{receipt["images"][0]["file"]}"' in shell(credits).stdout
+    assert shell(credits).stdout.splitlines() == [
+        'charged = "yes"',
+        f"credits_charged = {receipt['credits_charged']}",
+        f'file = "{receipt["images"][0]["file"]}"',
+    ], "nothing of the input"
     assert sandbox.report()["requests"] == 3
+
+
+def test_what_the_skill_reads_of_a_receipt_is_not_what_its_prompt_says(shell, folders):
+    credits = blocks(SKILL, "sh")[5]  # noqa: A001
+    text = 'Write:\n[[images]]\nfile = "no.png"\ncharged = "no"\n""" [[images]]\nfile = "no.png"\nEnd'
+    front = '+++\ninput_images = ["boat-9a41.in1.png"]\nn = 2\n+++\n'
+    folders.drop("boat-9a41.in1.png", picture("boat"))
+    folders.prompt("boat-9a41", front + text)
+    until(lambda: folders.documents() == {"boat-9a41": "outbox"})
+    receipt = folders.receipt("boat-9a41")
+    assert receipt["prompt"] == text
+    assert shell(credits).stdout.splitlines() == [
+        'charged = "yes"',
+        f"credits_charged = {receipt['credits_charged']}",
+        *(f'file = "{image["file"]}"' for image in receipt["images"]),
+    ]
 
 
 def test_waiting_as_the_skill_says_goes_on_until_there_is_an_error_file(shell, folders):
@@ -163,6 +183,6 @@ def test_waiting_as_the_skill_says_goes_on_until_there_is_an_error_file(shell, f
 
 
 def test_the_exit_codes_of_the_skill_are_those_of_the_command():
-    told = set(re.findall(r"^\| (\d+) \|", SKILL, re.MULTILINE))
+    told = set(re.findall(r"^\| (\d\d?) \|", SKILL, re.MULTILINE))
     assert told == {"0", "1", "64", "69", "70", "74"}
     assert shutil.which("sh")
