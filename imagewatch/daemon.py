@@ -71,7 +71,9 @@ _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
-_STUCK_HINT = "the log says why; then restart the daemon, or look at paid answers again with imagewatch retry"
+_STUCK_HINT = "the log says why and what to do for each; to continue without them: imagewatch release"
+_PARKED = "parked"
+"""In the place of a job: those that are left to a person hold the queue."""
 _log = structlog.get_logger()
 
 
@@ -487,7 +489,7 @@ class Daemon:
         elif self._spool.reopen(job):
             _log.info("looking again at a paid answer", job=job)
             self._parked.pop(job, None)
-            self._gate.got_on(job)
+            self._count_parked()
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._status.change()
         else:
@@ -709,15 +711,23 @@ class Daemon:
         self._gets_on(job)
         self._parked[job] = key
         self._budget.strand(job)
+        self._count_parked()
+
+    def _count_parked(self) -> None:
+        """Hold the queue while there are many jobs that only a person can carry on."""
         if len(self._parked) >= _MOST_PARKED:
-            self._gate.brake(job, SpoolError(f"{len(self._parked)} jobs are stuck", hint=_STUCK_HINT))
+            jobs = ", ".join(sorted(self._parked)[:_MOST_PARKED])
+            error = SpoolError(f"{len(self._parked)} jobs are stuck ({jobs}, …)", hint=_STUCK_HINT)
+            self._gate.brake(_PARKED, error)
+        else:
+            self._gate.got_on(_PARKED)
 
     def _unpark(self) -> None:
         """Forget jobs of which a person has taken away what was left: their names are free."""
         for job in [job for job in self._parked if not self._spool.is_left(job)]:
             _log.info("no longer stuck: nothing of it is left", job=job)
             del self._parked[job]
-            self._gate.got_on(job)
+            self._count_parked()
             self._intake.soon()
             self._status.change()
 

@@ -251,6 +251,7 @@ class Gate:
             self._anew = self._now()
             self._passed = max(self._clock(), newest)
             self._returned.clear()
+            self._braking.clear()  # a job that still fails holds the queue again
             self._control.let_pass(self._passed)
             self._control.released()
             self._end(self._holds.clear())

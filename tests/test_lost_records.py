@@ -73,3 +73,33 @@ def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_f
     path.rename(killed.inbox / "sub/cat.prompt.txt")
     until(lambda: killed.documents() == {"cat": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 2
+
+
+@pytest.mark.parametrize("decision", ["one is settled", "release"])
+def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], decision: str
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
+    daemon = run(folders)
+    sandbox.hold()
+    for number in range(3):
+        folders.prompt(f"p{number}", f"Number {number}")
+    assert sandbox.wait_for_requests(3, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    lose(folders, "damaged")
+    daemon = run(folders)
+    until(lambda: len(daemon.events("stuck")) == 3)
+    folders.prompt("dog", "A dog")
+    daemon.wait_for("held")
+    until(lambda: "3 jobs are stuck" in command(folders, "status").stdout)
+    assert (sandbox.report()["requests"], folders.documents()) == (3, {})
+    if decision == "release":
+        assert command(folders, "release").returncode == 0
+    else:
+        path = claims(folders)[0]
+        shutil.rmtree(folders.state / "jobs" / path.parent.name)
+        path.unlink()
+    until(lambda: folders.documents() == {"dog": "outbox"}, timeout=40)
+    assert sandbox.report()["requests"] == 4
