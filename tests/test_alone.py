@@ -366,3 +366,50 @@ def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_
     assert daemon.stop() == 0
     assert folders.names("inbox")[-1] == "cat.prompt.txt"
     assert sandbox.report()["requests"] == 2
+
+
+# Several that fail alone
+
+
+BAD_SECTORS = """
+import errno, os, sys
+from imagewatch import log
+from imagewatch.config import load
+from imagewatch.daemon import Daemon
+from imagewatch.durable import Disk
+from imagewatch.errors import SpoolError
+
+class Bad(Disk):
+    def carry(self, source, target, *rest, **more):
+        if os.path.basename(source).startswith("bad") and not os.path.exists(sys.argv[1]):
+            raise SpoolError(f"{source}: cannot read: Input/output error", path=source, code=errno.EIO)
+        super().carry(source, target, *rest, **more)
+
+log.configure("info", "json")
+sys.exit(Daemon(load(None, os.environ), os.environ, disk=Bad()).run())
+"""
+"""A daemon whose disk cannot read claimed files of some names, until a file is there."""
+
+
+def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of_it(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    script, repaired = tmp_path / "bad.py", tmp_path / "repaired"
+    script.write_text(BAD_SECTORS)
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
+    daemon = run(folders, str(repaired), script=str(script))
+    folders.prompt("bad1", "One")
+    until(lambda: len(daemon.events("stuck; tried again by itself")) == 1)
+    folders.prompt("cat", "A cat")
+    until(lambda: "cat" in folders.documents())
+    folders.prompt("bad2", "Two")
+    until(lambda: len(daemon.events("stuck; tried again by itself")) == 2)
+    folders.prompt("dog", "A dog")
+    folders.prompt("sub/elk", "An elk")
+    until(lambda: "elk" in folders.documents())
+    assert (folders.inbox / "dog.prompt.txt").exists()
+    assert sandbox.report()["requests"] == 4
+    repaired.touch()
+    until(lambda: "dog" in folders.documents(), timeout=60)
+    assert sandbox.report()["requests"] == 5
+    until(lambda: folders.leftovers() == [])
