@@ -150,6 +150,7 @@ class Database:
         connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
             connection.row_factory = sqlite3.Row
+            connection.text_factory = _decoded
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             self._prepare(connection)
@@ -253,7 +254,7 @@ class Database:
             raise SpoolError(f"{self.path}: {error}", path=self.path, hint="please report it") from error
         except sqlite3.Error as error:
             self._is_damaged = self._is_damaged or is_damage(error)
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
+            if _reason(error) != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
                 self._forget()
             raise translated(self.path, error) from error
         except OSError as error:
@@ -264,7 +265,7 @@ class Database:
 def translated(path: str, error: sqlite3.Error) -> SpoolError:
     """Return an error of SQLite as one of ours, with the next action."""
     code, why, hint = errno.EIO, f"cannot be used: {error}", "look at the disk and the system log"
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+    match _reason(error):
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
             code, why = errno.EACCES, f"cannot be written: {error}"
             hint = "give the state folder and all in it to the daemon's user, and look whether it is mounted read-only"
@@ -282,7 +283,17 @@ def translated(path: str, error: sqlite3.Error) -> SpoolError:
 
 def is_damage(error: sqlite3.Error) -> bool:
     """Tell whether an error means that the content of the file is damaged."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    return _reason(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def _reason(error: sqlite3.Error) -> int:
+    """Return SQLite's code of an error; 0 if it is Python's own, which has none."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+
+
+def _decoded(text: bytes) -> str:
+    """Return a text of the file. Of a damaged one the rest is kept: one row must not keep all others from being read."""
+    return text.decode("utf-8", "replace")
 
 
 def missing(path: str) -> SpoolError:

@@ -233,8 +233,9 @@ class Worker:
             if fate and not run.seen.decided and fate.is_missing(run.seen.sent):
                 self._sending.restore(run.record, fate)
                 run.seen = self._spool.evidence(run.claim, run.record)
-        if run.seen.decided:
+        if run.seen.decided:  # the ledger has the row: what cannot be delivered for long must not be counted twice
             self._sending.settle(run.claim.job)
+            self._budget.settle(run.claim.job)
         run.foreseen = False
         run.evidence = self._evidence(run, run.seen)
 

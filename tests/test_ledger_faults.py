@@ -282,3 +282,18 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     assert command(used, "once").returncode == 69
     assert rows(ledger(used)) == [("before.prompt.txt", "made")]
     assert os.listdir(used.state / "jobs") == []
+
+
+def test_a_damaged_text_in_the_ledger_ends_no_daemon(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    with contextlib.closing(sqlite3.connect(ledger(used))) as database:
+        damaged = "price_kind = CAST(X'FF80' AS TEXT), provider = CAST(X'FF80' AS TEXT)"
+        database.execute(f"UPDATE attempts SET {damaged}")  # noqa: S608
+        database.commit()
+    used.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "100000"
+    daemon = run(used)
+    drop(used)
+    goes_on(used, sandbox)
+    assert command(used, "history").returncode == 0
+    assert daemon.stop() == 0
