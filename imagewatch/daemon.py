@@ -488,6 +488,7 @@ class Daemon:
             _log.info("looking again at a paid answer", job=job)
             self._parked.pop(job, None)
             self._gate.got_on(job)
+            self._brake()
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._status.change()
         else:
@@ -615,6 +616,7 @@ class Daemon:
         """Close the rows of requests of which nothing else is left; tell whether that is done."""
         try:
             known = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
+            known = set(filter(self._is_recorded, known))
             if lost := self._ledger.close_lost(known):
                 _log.warning("the results of requests are lost; they may have been charged", requests=lost)
         except SpoolError as error:
@@ -622,6 +624,13 @@ class Daemon:
             return False
         self._are_lost_closed = True
         return True
+
+    def _is_recorded(self, job: str) -> bool:
+        """Tell whether it may still be found out what came of a job; without its record only a person can say more."""
+        try:
+            return job in self._fates or self._spool.record(job).claim() is not None
+        except SpoolError:  # it may be readable again
+            return True
 
     def _start(self, job: str, candidate: Candidate) -> None:
         claim = candidate.claim(job, self._clock())
@@ -709,8 +718,15 @@ class Daemon:
         self._gets_on(job)
         self._parked[job] = key
         self._budget.strand(job)
+        self._brake()
+
+    def _brake(self) -> None:
+        """Let nothing be sent while too many jobs are left to a person."""
+        for job in self._parked:
+            self._gate.got_on(job)
         if len(self._parked) >= _MOST_PARKED:
-            self._gate.brake(job, SpoolError(f"{len(self._parked)} jobs are stuck", hint=_STUCK_HINT))
+            newest = list(self._parked)[-1]
+            self._gate.brake(newest, SpoolError(f"{len(self._parked)} jobs are stuck", hint=_STUCK_HINT))
 
     def _unpark(self) -> None:
         """Forget jobs of which a person has taken away what was left: their names are free."""
@@ -718,6 +734,7 @@ class Daemon:
             _log.info("no longer stuck: nothing of it is left", job=job)
             del self._parked[job]
             self._gate.got_on(job)
+            self._brake()
             self._intake.soon()
             self._status.change()
 

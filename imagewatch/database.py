@@ -1,8 +1,9 @@
 """The SQLite file of the ledger: opened when it is used, and known again; the only use of SQLite.
 
 SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
-compared with the opened one before each use. The database has a random id, and the file ``identity`` beside it has the
-same: by that a deleted ledger differs from one that was never there, and a foreign one from a restored backup.
+compared with the opened one before each use, and so is the one beside it that has the newest rows. The database has a
+random id, and the file ``identity`` beside it has the same: by that a deleted ledger differs from one that was never
+there, and a foreign one from a restored backup.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ MARK = "identity"
 """Name of the file with the id of the ledger, in the state folder."""
 SAVED = ".saved"
 """Added to the name of the file: where a ledger is saved that was deleted while it was open."""
-_BESIDE = ("-wal", "-shm")
+_WAL = "-wal"
+"""Added to the name of the file: where SQLite keeps the newest rows."""
+_BESIDE = (_WAL, "-shm")
 _MODE = 0o600
 _BUSY_SECONDS = 0.05
 """How long SQLite waits for another program."""
@@ -89,6 +92,10 @@ class Database:
             try:
                 with self.using() as connection:
                     act(connection)
+                    self._ensure()  # in this moment somebody may have put another file in its place
+                    if connection is not self._connection:
+                        assert self._connection is not None
+                        act(self._connection)
             except SpoolError as error:
                 if last or error.code != errno.EBUSY:
                     raise
@@ -140,6 +147,10 @@ class Database:
             raise missing(self.path)
         elif self._file is None or not os.path.samestat(status, self._file):
             self._replace()
+        elif self._guarded and not _is_same(_stat(self.path + _WAL), self._wal):
+            self._write_back()
+            self._forget()
+            self._open(is_new=False)
 
     def _open(self, *, is_new: bool) -> None:
         if is_new and self._guarded and os.path.lexists(self._mark):
@@ -160,7 +171,7 @@ class Database:
             connection.close()
             raise
         self._connection = connection
-        self._file, self._wal = os.stat(self.path), _stat(self.path + "-wal")
+        self._file, self._wal = os.stat(self.path), _stat(self.path + _WAL)
         self._is_saved = False
 
     def _require_same(self, connection: sqlite3.Connection) -> None:
@@ -197,6 +208,15 @@ class Database:
         self._forget()
         self._open(is_new=False)
 
+    def _write_back(self) -> None:
+        """Write to the file what only the one beside it has, which somebody has deleted."""
+        assert self._connection is not None
+        if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            message = f"{self.path}{_WAL}: was deleted, and another program reads the ledger"
+            raise SpoolError(
+                message, path=self.path, code=errno.EBUSY, hint="end that program; fuser shows which it is"
+            )
+
     # Putting aside
 
     def _forget(self) -> None:
@@ -206,7 +226,7 @@ class Database:
         if connection is None:
             return
         connection.close()
-        status, beside = _stat(self.path), _stat(self.path + "-wal")
+        status, beside = _stat(self.path), _stat(self.path + _WAL)
         is_gone = file is not None and (status is None or not os.path.samestat(status, file))
         if is_gone and beside is not None and wal is not None and os.path.samestat(beside, wal):
             self._remove_beside()
@@ -292,7 +312,7 @@ def _reason(error: sqlite3.Error) -> int:
 
 
 def _decoded(text: bytes) -> str:
-    """Return a text of the file. Of a damaged one the rest is kept: one row must not keep all others from being read."""
+    """Return a text of the file; a damaged one as far as it goes, so that the other rows can be read."""
     return text.decode("utf-8", "replace")
 
 
@@ -379,6 +399,11 @@ def _stat(path: str) -> os.stat_result | None:
         return os.stat(path)
     except FileNotFoundError:
         return None
+
+
+def _is_same(status: os.stat_result | None, other: os.stat_result | None) -> bool:
+    """Tell whether two files are one; two that are not there are, too."""
+    return status == other if status is None or other is None else os.path.samestat(status, other)
 
 
 def _quoted(path: str) -> str:

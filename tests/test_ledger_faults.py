@@ -284,12 +284,10 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     assert os.listdir(used.state / "jobs") == []
 
 
-def test_a_damaged_text_in_the_ledger_ends_no_daemon(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
-) -> None:
+def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
     with contextlib.closing(sqlite3.connect(ledger(used))) as database:
         damaged = "price_kind = CAST(X'FF80' AS TEXT), provider = CAST(X'FF80' AS TEXT)"
-        database.execute(f"UPDATE attempts SET {damaged}")  # noqa: S608
+        database.execute(f"UPDATE attempts SET {damaged}")
         database.commit()
     used.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "100000"
     daemon = run(used)
@@ -297,3 +295,34 @@ def test_a_damaged_text_in_the_ledger_ends_no_daemon(
     goes_on(used, sandbox)
     assert command(used, "history").returncode == 0
     assert daemon.stop() == 0
+
+
+def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
+    used: Folders, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    ledger(used).with_name("ledger.sqlite3-wal").unlink()
+    used.prompt("dog", "A dog")
+    until(lambda: "dog" in used.documents() and used.leftovers() == [])
+    daemon.process.kill()
+    daemon.process.wait()
+    assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
+
+
+def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    used.prompt("dog", "A dog")
+    run(used)
+    until(lambda: "dog" in used.documents())
+    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
