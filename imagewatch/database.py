@@ -28,7 +28,7 @@ FILE = "ledger.sqlite3"
 MARK = "identity"
 """Name of the file with the id of the ledger, in the state folder."""
 SAVED = ".saved"
-"""Added to the name of the file: where a ledger is saved that was deleted while it was open."""
+"""Added to the name of the file: where a ledger is saved that was deleted or replaced while it was open."""
 _WAL = "-wal"
 """Added to the name of the file: where SQLite keeps the newest rows."""
 _BESIDE = (_WAL, "-shm")
@@ -188,25 +188,28 @@ class Database:
 
     def _replace(self) -> None:
         """Go over to the file that somebody has put in the place of the opened one, if no row is missing in it."""
+        if not self._is_complete():
+            self._save()  # it may have no name any more
+            raise incomplete(self.path)
+        self._forget()
+        self._open(is_new=False)
+
+    def _is_complete(self) -> bool:
+        """Tell whether the file that has the name now has the newest row of the opened one."""
         newest = None
         with contextlib.suppress(sqlite3.Error):
             assert self._connection is not None
             newest = self._connection.execute(_NEWEST).fetchone()
+        if newest is None:
+            return True
         # Immutable: what SQLite keeps beside a file belongs to the one that was there.
-        with contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?immutable=1", uri=True)) as other:
-            is_there = (
-                newest is None
-                or other.execute("SELECT 1 FROM attempts WHERE job = ? AND attempt = ?", tuple(newest)).fetchone()
-            )
-        if not is_there:
-            raise SpoolError(
-                f"{self.path}: the ledger was replaced by one that lacks the newest requests",
-                path=self.path,
-                code=errno.ESTALE,
-                hint="put the newer one back; or accept this one: imagewatch release --accept-new-ledger",
-            )
-        self._forget()
-        self._open(is_new=False)
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?immutable=1", uri=True)) as other,
+        ):
+            question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
+            return other.execute(question, tuple(newest)).fetchone() is not None
+        return False
 
     def _write_back(self) -> None:
         """Write to the file what only the one beside it has, which somebody has deleted."""
@@ -237,7 +240,7 @@ class Database:
                 os.unlink(self.path + ending)
 
     def _save(self) -> None:
-        """Save a ledger whose file was deleted, as long as it is open."""
+        """Save a ledger whose file was deleted or replaced, as long as it is open."""
         if self._is_saved:
             return
         assert self._connection is not None
@@ -247,6 +250,9 @@ class Database:
             with contextlib.closing(sqlite3.connect(target)) as copy:
                 self._connection.backup(copy)
             self._is_saved = True
+        if not self._is_saved:  # nobody must take it for the whole
+            with contextlib.suppress(OSError):
+                os.unlink(target)
 
     def _is_unsound(self) -> bool:
         try:
@@ -324,6 +330,18 @@ def missing(path: str) -> SpoolError:
     return SpoolError(message, path=path, code=errno.ENOENT, hint=hint)
 
 
+def incomplete(path: str) -> SpoolError:
+    """Return the error for a ledger that took the place of the opened one and is not that one as it was last."""
+    saved = newest_saved(path)
+    restore = f"rename {printable(saved)} to {FILE}, it is what was there" if saved else "put the newer one back"
+    return SpoolError(
+        f"{path}: the ledger was replaced by one that lacks the newest requests",
+        path=path,
+        code=errno.ESTALE,
+        hint=f"{restore}; or accept this one: imagewatch release --accept-new-ledger",
+    )
+
+
 def foreign(path: str) -> SpoolError:
     """Return the error for a ledger that is another one than the daemon's."""
     return SpoolError(
@@ -369,7 +387,7 @@ def read_mark(path: str) -> str:
 
 
 def newest_saved(path: str) -> str:
-    """Return where a ledger was saved last that was deleted while it was open, or an empty string."""
+    """Return where a ledger was saved last that was deleted or replaced while open, or an empty string."""
     beside = sorted(pathlib.Path(path).parent.glob(f"{FILE}{SAVED}-*[0-9]"), key=lambda one: one.stat().st_mtime)
     return str(beside[-1]) if beside else ""
 

@@ -326,3 +326,24 @@ def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charg
     run(used)
     until(lambda: "dog" in used.documents())
     assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
+
+
+@pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
+def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, content: bytes | None
+) -> None:
+    other = tmp_path / "other"
+    shutil.copyfile(ledger(used), other)
+    if content is not None:
+        other.write_bytes(content)
+    daemon = run(used)
+    used.prompt("second", "Second")
+    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    other.rename(ledger(used))
+    drop(used)
+    until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
+    assert sandbox.report()["requests"] == 2
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
