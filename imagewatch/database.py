@@ -151,6 +151,7 @@ class Database:
             self._write_back()
             self._forget()
             self._open(is_new=False)
+        self._is_saved = False  # there will be more rows than were saved
 
     def _open(self, *, is_new: bool) -> None:
         if is_new and self._guarded and os.path.lexists(self._mark):
@@ -172,7 +173,6 @@ class Database:
             raise
         self._connection = connection
         self._file, self._wal = os.stat(self.path), _stat(self.path + _WAL)
-        self._is_saved = False
 
     def _require_same(self, connection: sqlite3.Connection) -> None:
         """Make sure that a database is the one of before; of the first one, write down the id."""

@@ -347,3 +347,22 @@ def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place
     goes_on(used, sandbox, before=2)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 2
+
+
+def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    ledger(used).rename(tmp_path / "away")
+    used.prompt("second", "Second")
+    until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
+    (tmp_path / "away").rename(ledger(used))
+    until(lambda: "second" in used.documents() and holds(used) == [])
+    until(lambda: used.leftovers() == [])
+    ledger(used).unlink()
+    drop(used)
+    until(lambda: "ledger.sqlite3.saved-2" in str(holds(used)))
+    (used.state / "ledger.sqlite3.saved-2").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
