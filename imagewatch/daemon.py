@@ -269,6 +269,7 @@ class Daemon:
             _log.info("recovering", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._set_aside(job)
+        self._close_lost()  # before anything is sent: what they may have cost counts
         self._status.state = "once" if self._once else "running"
         self._ready_at = self._now() + _LONGEST_LOOK
         self._look()

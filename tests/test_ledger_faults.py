@@ -366,3 +366,19 @@ def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
     goes_on(used, sandbox, before=2)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 2
+
+
+def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    shutil.rmtree(used.inbox / ".imagewatch")
+    assert command(used, "once").returncode == 0
+    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
