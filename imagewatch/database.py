@@ -228,9 +228,12 @@ class Database:
         self._connection = self._file = self._wal = None
         if connection is None:
             return
+        is_gone = not _is_same(_stat(self.path), file)
+        if is_gone:  # else it is done when the file is closed
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
-        status, beside = _stat(self.path), _stat(self.path + _WAL)
-        is_gone = file is not None and (status is None or not os.path.samestat(status, file))
+        beside = _stat(self.path + _WAL)
         if is_gone and beside is not None and wal is not None and os.path.samestat(beside, wal):
             self._remove_beside()
 

@@ -314,6 +314,10 @@ class Ledger:
             ORDER BY claimed_at DESC"""
         return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
 
+    def is_lost(self, job: str) -> bool:
+        """Tell whether a job has ended by ``close_lost``: of it there is no document."""
+        return bool(self._all("SELECT 1 FROM attempts WHERE job = ? AND message = ?", job, _LOST))
+
     def was_placed(self, mtime_ns: int) -> bool:
         """Tell whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.
 

@@ -388,9 +388,12 @@ class Worker:
         return None
 
     def _close_twin(self, case: Case, twin: str) -> None:
-        """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word."""
+        """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word.
+
+        Also one with a word of whose job there is no document: nobody was told yet.
+        """
         claim = case.claim
-        if not self._ledger.was_placed(claim.mtime_ns):
+        if not (self._ledger.was_placed(claim.mtime_ns) or self._ledger.is_lost(twin)):
             self._closing.redelivered(case, twin)
             return
         reason = f"this file was requested before, as job {twin}; nothing was sent"

@@ -382,3 +382,42 @@ def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
     shutil.rmtree(used.inbox / ".imagewatch")
     assert command(used, "once").returncode == 0
     assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it_is_back(
+    used: Folders, run: Callable[..., Told], tmp_path: Path, is_noticed: bool
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    ledger(used).rename(tmp_path / "away")
+    if is_noticed:
+        used.prompt("dog", "A dog")
+        until(lambda: "the ledger is missing" in str(holds(used)))
+    assert daemon.stop() == 0
+    (tmp_path / "away").rename(ledger(used))
+    assert command(used, "once").returncode == 0
+    names = [source.partition(".")[0] for source, _ in rows(ledger(used))]
+    assert names == ["before", "cat", *(["dog"] if is_noticed else [])]
+
+
+def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_in_errors(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
+    (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    shutil.rmtree(used.inbox / ".imagewatch")
+    os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
+    (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
+    command(used, "once")
+    assert used.documents()["cat"] == "errors"
+    assert "was requested before" in used.error("cat")["message"]
+    assert sandbox.report()["requests"] == 2
