@@ -616,9 +616,9 @@ class Daemon:
     def _close_lost(self) -> bool:
         """Close the rows of requests of which nothing else is left; tell whether that is done."""
         try:
-            known = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
-            known = set(filter(self._is_recorded, known))
-            if lost := self._ledger.close_lost(known):
+            jobs = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
+            known = set(filter(self._is_recorded, jobs))
+            if lost := self._ledger.close_lost(known, jobs - known):
                 _log.warning("the results of requests are lost; they may have been charged", requests=lost)
         except SpoolError as error:
             self._gate.failed(error)

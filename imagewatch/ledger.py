@@ -271,18 +271,22 @@ class Ledger:
             delete = "DELETE FROM attempts WHERE job = ? AND outcome = 'sent'"
             self._file.change(lambda connection: connection.execute(delete, (job,)))
 
-    def close_lost(self, known: Collection[str]) -> int:
+    def close_lost(self, known: Collection[str], claimed: Collection[str] = ()) -> int:
         """Give attempts their result of which nothing but their row is left: nobody knows whether they were charged.
 
         Args:
             known: The jobs that are not over; what came of theirs is found out by them.
+            claimed: Jobs of which only claimed files are left. Who moves those back into the inbox accepts to pay
+                again: by its row a prompt of theirs is not known again.
 
         Returns:
             How many there were.
         """
         found = self._all("SELECT job, attempt FROM attempts WHERE outcome = 'sent'")
-        lost = [(_LOST, row["job"], row["attempt"]) for row in found if row["job"] not in known]
-        close = "UPDATE attempts SET outcome = 'unknown', message = ? WHERE job = ? AND attempt = ?"
+        lost = [(_LOST, row["job"] in claimed, row["job"], row["attempt"]) for row in found if row["job"] not in known]
+        close = """
+            UPDATE attempts SET outcome = 'unknown', message = ?, contents = CASE WHEN ? THEN '' ELSE contents END
+            WHERE job = ? AND attempt = ?"""
         if lost:
             self._file.change(lambda connection: connection.executemany(close, lost))
         return len(lost)
