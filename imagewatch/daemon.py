@@ -271,6 +271,7 @@ class Daemon:
             _log.info("recovering", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._set_aside(job)
+        self._close_lost()  # before anything is sent: what they may have cost counts
         self._status.state = "once" if self._once else "running"
         self._ready_at = self._now() + _LONGEST_LOOK
         self._look()
@@ -616,14 +617,22 @@ class Daemon:
     def _close_lost(self) -> bool:
         """Close the rows of requests of which nothing else is left; tell whether that is done."""
         try:
-            known = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
-            if lost := self._ledger.close_lost(known):
+            jobs = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
+            known = set(filter(self._is_recorded, jobs))
+            if lost := self._ledger.close_lost(known, jobs - known):
                 _log.warning("the results of requests are lost; they may have been charged", requests=lost)
         except SpoolError as error:
             self._gate.failed(error)
             return False
         self._are_lost_closed = True
         return True
+
+    def _is_recorded(self, job: str) -> bool:
+        """Tell whether it may still be found out what came of a job; without its record only a person can say more."""
+        try:
+            return job in self._fates or self._spool.record(job).claim() is not None
+        except SpoolError:  # it may be readable again
+            return True
 
     def _start(self, job: str, candidate: Candidate) -> None:
         claim = candidate.claim(job, self._clock())

@@ -1,8 +1,9 @@
 """The SQLite file of the ledger: opened when it is used, and known again; the only use of SQLite.
 
 SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
-compared with the opened one before each use. The database has a random id, and the file ``identity`` beside it has the
-same: by that a deleted ledger differs from one that was never there, and a foreign one from a restored backup.
+compared with the opened one before each use, and so is the one beside it that has the newest rows. The database has a
+random id, and the file ``identity`` beside it has the same: by that a deleted ledger differs from one that was never
+there, and a foreign one from a restored backup.
 """
 
 from __future__ import annotations
@@ -27,8 +28,10 @@ FILE = "ledger.sqlite3"
 MARK = "identity"
 """Name of the file with the id of the ledger, in the state folder."""
 SAVED = ".saved"
-"""Added to the name of the file: where a ledger is saved that was deleted while it was open."""
-_BESIDE = ("-wal", "-shm")
+"""Added to the name of the file: where a ledger is saved that was deleted or replaced while it was open."""
+_WAL = "-wal"
+"""Added to the name of the file: where SQLite keeps the newest rows."""
+_BESIDE = (_WAL, "-shm")
 _MODE = 0o600
 _BUSY_SECONDS = 0.05
 """How long SQLite waits for another program."""
@@ -89,6 +92,10 @@ class Database:
             try:
                 with self.using() as connection:
                     act(connection)
+                    self._ensure()  # in this moment somebody may have put another file in its place
+                    if connection is not self._connection:
+                        assert self._connection is not None
+                        act(self._connection)
             except SpoolError as error:
                 if last or error.code != errno.EBUSY:
                     raise
@@ -140,6 +147,11 @@ class Database:
             raise missing(self.path)
         elif self._file is None or not os.path.samestat(status, self._file):
             self._replace()
+        elif self._guarded and not _is_same(_stat(self.path + _WAL), self._wal):
+            self._write_back()
+            self._forget()
+            self._open(is_new=False)
+        self._is_saved = False  # there will be more rows than were saved
 
     def _open(self, *, is_new: bool) -> None:
         if is_new and self._guarded and os.path.lexists(self._mark):
@@ -150,6 +162,7 @@ class Database:
         connection = sqlite3.connect(self.path, check_same_thread=False, isolation_level=None, timeout=_BUSY_SECONDS)
         try:
             connection.row_factory = sqlite3.Row
+            connection.text_factory = _decoded
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             self._prepare(connection)
@@ -159,8 +172,7 @@ class Database:
             connection.close()
             raise
         self._connection = connection
-        self._file, self._wal = os.stat(self.path), _stat(self.path + "-wal")
-        self._is_saved = False
+        self._file, self._wal = os.stat(self.path), _stat(self.path + _WAL)
 
     def _require_same(self, connection: sqlite3.Connection) -> None:
         """Make sure that a database is the one of before; of the first one, write down the id."""
@@ -176,25 +188,37 @@ class Database:
 
     def _replace(self) -> None:
         """Go over to the file that somebody has put in the place of the opened one, if no row is missing in it."""
+        if not self._is_complete():
+            self._save()  # it may have no name any more
+            raise incomplete(self.path)
+        self._forget()
+        self._open(is_new=False)
+
+    def _is_complete(self) -> bool:
+        """Tell whether the file that has the name now has the newest row of the opened one."""
         newest = None
         with contextlib.suppress(sqlite3.Error):
             assert self._connection is not None
             newest = self._connection.execute(_NEWEST).fetchone()
+        if newest is None:
+            return True
         # Immutable: what SQLite keeps beside a file belongs to the one that was there.
-        with contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?immutable=1", uri=True)) as other:
-            is_there = (
-                newest is None
-                or other.execute("SELECT 1 FROM attempts WHERE job = ? AND attempt = ?", tuple(newest)).fetchone()
-            )
-        if not is_there:
+        with (
+            contextlib.suppress(sqlite3.Error),
+            contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?immutable=1", uri=True)) as other,
+        ):
+            question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
+            return other.execute(question, tuple(newest)).fetchone() is not None
+        return False
+
+    def _write_back(self) -> None:
+        """Write to the file what only the one beside it has, which somebody has deleted."""
+        assert self._connection is not None
+        if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
+            message = f"{self.path}{_WAL}: was deleted, and another program reads the ledger"
             raise SpoolError(
-                f"{self.path}: the ledger was replaced by one that lacks the newest requests",
-                path=self.path,
-                code=errno.ESTALE,
-                hint="put the newer one back; or accept this one: imagewatch release --accept-new-ledger",
+                message, path=self.path, code=errno.EBUSY, hint="end that program; fuser shows which it is"
             )
-        self._forget()
-        self._open(is_new=False)
 
     # Putting aside
 
@@ -204,9 +228,12 @@ class Database:
         self._connection = self._file = self._wal = None
         if connection is None:
             return
+        is_gone = not _is_same(_stat(self.path), file)
+        if is_gone:  # else it is done when the file is closed
+            with contextlib.suppress(sqlite3.Error):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
-        status, beside = _stat(self.path), _stat(self.path + "-wal")
-        is_gone = file is not None and (status is None or not os.path.samestat(status, file))
+        beside = _stat(self.path + _WAL)
         if is_gone and beside is not None and wal is not None and os.path.samestat(beside, wal):
             self._remove_beside()
 
@@ -216,7 +243,7 @@ class Database:
                 os.unlink(self.path + ending)
 
     def _save(self) -> None:
-        """Save a ledger whose file was deleted, as long as it is open."""
+        """Save a ledger whose file was deleted or replaced, as long as it is open."""
         if self._is_saved:
             return
         assert self._connection is not None
@@ -226,6 +253,9 @@ class Database:
             with contextlib.closing(sqlite3.connect(target)) as copy:
                 self._connection.backup(copy)
             self._is_saved = True
+        if not self._is_saved:  # nobody must take it for the whole
+            with contextlib.suppress(OSError):
+                os.unlink(target)
 
     def _is_unsound(self) -> bool:
         try:
@@ -253,7 +283,7 @@ class Database:
             raise SpoolError(f"{self.path}: {error}", path=self.path, hint="please report it") from error
         except sqlite3.Error as error:
             self._is_damaged = self._is_damaged or is_damage(error)
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
+            if _reason(error) != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
                 self._forget()
             raise translated(self.path, error) from error
         except OSError as error:
@@ -264,7 +294,7 @@ class Database:
 def translated(path: str, error: sqlite3.Error) -> SpoolError:
     """Return an error of SQLite as one of ours, with the next action."""
     code, why, hint = errno.EIO, f"cannot be used: {error}", "look at the disk and the system log"
-    match getattr(error, "sqlite_errorcode", 0) & 0xFF:
+    match _reason(error):
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
             code, why = errno.EACCES, f"cannot be written: {error}"
             hint = "give the state folder and all in it to the daemon's user, and look whether it is mounted read-only"
@@ -282,7 +312,17 @@ def translated(path: str, error: sqlite3.Error) -> SpoolError:
 
 def is_damage(error: sqlite3.Error) -> bool:
     """Tell whether an error means that the content of the file is damaged."""
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+    return _reason(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
+
+
+def _reason(error: sqlite3.Error) -> int:
+    """Return SQLite's code of an error; 0 if it is Python's own, which has none."""
+    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+
+
+def _decoded(text: bytes) -> str:
+    """Return a text of the file; a damaged one as far as it goes, so that the other rows can be read."""
+    return text.decode("utf-8", "replace")
 
 
 def missing(path: str) -> SpoolError:
@@ -291,6 +331,18 @@ def missing(path: str) -> SpoolError:
     hint = f"rename {printable(saved)} to {FILE}, it is what was deleted; or {_RESTORE}" if saved else _RESTORE
     message = f"{path}: the ledger is missing, though there was one"
     return SpoolError(message, path=path, code=errno.ENOENT, hint=hint)
+
+
+def incomplete(path: str) -> SpoolError:
+    """Return the error for a ledger that took the place of the opened one and is not that one as it was last."""
+    saved = newest_saved(path)
+    restore = f"rename {printable(saved)} to {FILE}, it is what was there" if saved else "put the newer one back"
+    return SpoolError(
+        f"{path}: the ledger was replaced by one that lacks the newest requests",
+        path=path,
+        code=errno.ESTALE,
+        hint=f"{restore}; or accept this one: imagewatch release --accept-new-ledger",
+    )
 
 
 def foreign(path: str) -> SpoolError:
@@ -338,7 +390,7 @@ def read_mark(path: str) -> str:
 
 
 def newest_saved(path: str) -> str:
-    """Return where a ledger was saved last that was deleted while it was open, or an empty string."""
+    """Return where a ledger was saved last that was deleted or replaced while open, or an empty string."""
     beside = sorted(pathlib.Path(path).parent.glob(f"{FILE}{SAVED}-*[0-9]"), key=lambda one: one.stat().st_mtime)
     return str(beside[-1]) if beside else ""
 
@@ -368,6 +420,11 @@ def _stat(path: str) -> os.stat_result | None:
         return os.stat(path)
     except FileNotFoundError:
         return None
+
+
+def _is_same(status: os.stat_result | None, other: os.stat_result | None) -> bool:
+    """Tell whether two files are one; two that are not there are, too."""
+    return status == other if status is None or other is None else os.path.samestat(status, other)
 
 
 def _quoted(path: str) -> str:

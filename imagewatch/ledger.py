@@ -271,18 +271,22 @@ class Ledger:
             delete = "DELETE FROM attempts WHERE job = ? AND outcome = 'sent'"
             self._file.change(lambda connection: connection.execute(delete, (job,)))
 
-    def close_lost(self, known: Collection[str]) -> int:
+    def close_lost(self, known: Collection[str], claimed: Collection[str] = ()) -> int:
         """Give attempts their result of which nothing but their row is left: nobody knows whether they were charged.
 
         Args:
             known: The jobs that are not over; what came of theirs is found out by them.
+            claimed: Jobs of which only claimed files are left. Who moves those back into the inbox accepts to pay
+                again: by its row a prompt of theirs is not known again.
 
         Returns:
             How many there were.
         """
         found = self._all("SELECT job, attempt FROM attempts WHERE outcome = 'sent'")
-        lost = [(_LOST, row["job"], row["attempt"]) for row in found if row["job"] not in known]
-        close = "UPDATE attempts SET outcome = 'unknown', message = ? WHERE job = ? AND attempt = ?"
+        lost = [(_LOST, row["job"] in claimed, row["job"], row["attempt"]) for row in found if row["job"] not in known]
+        close = """
+            UPDATE attempts SET outcome = 'unknown', message = ?, contents = CASE WHEN ? THEN '' ELSE contents END
+            WHERE job = ? AND attempt = ?"""
         if lost:
             self._file.change(lambda connection: connection.executemany(close, lost))
         return len(lost)
@@ -313,6 +317,10 @@ class Ledger:
               AND outcome IN ('made', 'refused', 'unknown', 'invalid')
             ORDER BY claimed_at DESC"""
         return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
+
+    def is_lost(self, job: str) -> bool:
+        """Tell whether a job has ended by ``close_lost``: of it there is no document."""
+        return bool(self._all("SELECT 1 FROM attempts WHERE job = ? AND message = ?", job, _LOST))
 
     def was_placed(self, mtime_ns: int) -> bool:
         """Tell whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.

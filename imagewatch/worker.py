@@ -233,8 +233,9 @@ class Worker:
             if fate and not run.seen.decided and fate.is_missing(run.seen.sent):
                 self._sending.restore(run.record, fate)
                 run.seen = self._spool.evidence(run.claim, run.record)
-        if run.seen.decided:
+        if run.seen.decided:  # the ledger has the row: what cannot be delivered for long must not be counted twice
             self._sending.settle(run.claim.job)
+            self._budget.settle(run.claim.job)
         run.foreseen = False
         run.evidence = self._evidence(run, run.seen)
 
@@ -387,9 +388,12 @@ class Worker:
         return None
 
     def _close_twin(self, case: Case, twin: str) -> None:
-        """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word."""
+        """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word.
+
+        Also one with a word of whose job there is no document: nobody was told yet.
+        """
         claim = case.claim
-        if not self._ledger.was_placed(claim.mtime_ns):
+        if not (self._ledger.was_placed(claim.mtime_ns) or self._ledger.is_lost(twin)):
             self._closing.redelivered(case, twin)
             return
         reason = f"this file was requested before, as job {twin}; nothing was sent"

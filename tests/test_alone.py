@@ -413,3 +413,28 @@ def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of
     until(lambda: "dog" in folders.documents(), timeout=60)
     assert sandbox.report()["requests"] == 5
     until(lambda: folders.leftovers() == [])
+
+
+def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    daemon = run(folders)
+    for number in range(3):
+        folders.prompt(f"p{number}", f"[sandbox: slow 20] {number}")
+    assert sandbox.wait_for_requests(3, 20)
+    daemon.process.kill()
+    daemon.end()
+    records = sorted((folders.state / "jobs").iterdir())
+    for record in records:
+        (record / "sent.1").write_text("damaged")
+    daemon = run(folders)
+    until(lambda: any("jobs are stuck" in told["reason"] for told in daemon.events("held")))
+    folders.prompt("dog", "A dog")
+    stuck = [told["job"] for told in daemon.events("stuck")]
+    for job in stuck[:2]:
+        shutil.rmtree(folders.state / "jobs" / job)
+        shutil.rmtree(folders.inbox / ".imagewatch" / job)
+    until(lambda: folders.documents() == {"dog": "outbox"})
+    assert daemon.stop() == 0
+    assert sandbox.report()["requests"] == 4

@@ -391,3 +391,17 @@ def test_estimate_shows_what_the_caps_reserve(tmp_path, sandbox, start):
     assert [told["two.prompt.txt"][name] for name in ("usual", "high", "reserve", "seen")] == [268, 268, 268, 1]
     assert [told["cat.prompt.txt"][name] for name in ("usual", "reserve", "seen")] == [None, 90, 0]
     assert "limits.credits_per_day: is 500" in told["much.prompt.txt"]["problem"]
+
+
+def test_what_was_paid_and_cannot_be_delivered_counts_once(tmp_path, sandbox, run):
+    folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="90", limits__assumed_credits="30")
+    daemon = run(folders)
+    folders.prompt("sub/cat", "[sandbox: slow 1] a cat")
+    assert sandbox.wait_for_requests(1, 20)
+    (folders.outbox / "sub").write_text("in the way")
+    daemon.wait_for("stuck; tried again by itself")
+    folders.prompt("dog", "a dog")
+    folders.prompt("fox", "a fox")
+    until(lambda: folders.documents() == {"dog": "outbox", "fox": "outbox"})
+    assert sandbox.report()["credits"] == 90
+    assert not (folders.outbox / "sub").is_dir()

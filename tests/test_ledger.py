@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import signal
 import sqlite3
 import subprocess
@@ -12,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from imagewatch.database import Database
 from imagewatch.errors import SpoolError
-from imagewatch.ledger import Ledger, Row
+from imagewatch.ledger import Ledger, Row, _prepare
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -290,3 +292,22 @@ def test_an_old_daemon_that_still_runs_can_write_into_an_upgraded_ledger(old: st
         database.commit()
     with contextlib.closing(Ledger(old)) as ledger:
         assert ledger.totals()["credits"] == 220
+
+
+def test_a_result_is_in_the_file_that_took_the_place_of_the_ledger_while_it_was_written(path: str) -> None:
+    with contextlib.closing(Database(path, _prepare, guarded=True)) as database:
+        database.change(lambda connection: connection.execute("INSERT INTO redeliveries VALUES ('a', 1, 0.0)"))
+        with (
+            contextlib.closing(sqlite3.connect(path)) as one,
+            contextlib.closing(sqlite3.connect(f"{path}-copy")) as to,
+        ):
+            one.backup(to)
+
+        def count(connection: sqlite3.Connection) -> None:
+            connection.execute("UPDATE redeliveries SET times = 2")
+            with contextlib.suppress(FileNotFoundError):
+                pathlib.Path(f"{path}-copy").rename(path)
+
+        database.change(count)
+    with contextlib.closing(sqlite3.connect(path)) as found:
+        assert found.execute("SELECT times FROM redeliveries").fetchall() == [(2,)]

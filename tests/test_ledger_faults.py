@@ -282,3 +282,142 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     assert command(used, "once").returncode == 69
     assert rows(ledger(used)) == [("before.prompt.txt", "made")]
     assert os.listdir(used.state / "jobs") == []
+
+
+def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+    with contextlib.closing(sqlite3.connect(ledger(used))) as database:
+        damaged = "price_kind = CAST(X'FF80' AS TEXT), provider = CAST(X'FF80' AS TEXT)"
+        database.execute(f"UPDATE attempts SET {damaged}")
+        database.commit()
+    used.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "100000"
+    daemon = run(used)
+    drop(used)
+    goes_on(used, sandbox)
+    assert command(used, "history").returncode == 0
+    assert daemon.stop() == 0
+
+
+def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
+    used: Folders, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    ledger(used).with_name("ledger.sqlite3-wal").unlink()
+    used.prompt("dog", "A dog")
+    until(lambda: "dog" in used.documents() and used.leftovers() == [])
+    daemon.process.kill()
+    daemon.process.wait()
+    assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
+
+
+def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    used.prompt("dog", "A dog")
+    run(used)
+    until(lambda: "dog" in used.documents())
+    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
+
+
+@pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
+def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, content: bytes | None
+) -> None:
+    other = tmp_path / "other"
+    shutil.copyfile(ledger(used), other)
+    if content is not None:
+        other.write_bytes(content)
+    daemon = run(used)
+    used.prompt("second", "Second")
+    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    other.rename(ledger(used))
+    drop(used)
+    until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
+    assert sandbox.report()["requests"] == 2
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
+
+
+def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    ledger(used).rename(tmp_path / "away")
+    used.prompt("second", "Second")
+    until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
+    (tmp_path / "away").rename(ledger(used))
+    until(lambda: "second" in used.documents() and holds(used) == [])
+    until(lambda: used.leftovers() == [])
+    ledger(used).unlink()
+    drop(used)
+    until(lambda: "ledger.sqlite3.saved-2" in str(holds(used)))
+    (used.state / "ledger.sqlite3.saved-2").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
+
+
+def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    shutil.rmtree(used.inbox / ".imagewatch")
+    assert command(used, "once").returncode == 0
+    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it_is_back(
+    used: Folders, run: Callable[..., Told], tmp_path: Path, is_noticed: bool
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    ledger(used).rename(tmp_path / "away")
+    if is_noticed:
+        used.prompt("dog", "A dog")
+        until(lambda: "the ledger is missing" in str(holds(used)))
+    assert daemon.stop() == 0
+    (tmp_path / "away").rename(ledger(used))
+    assert command(used, "once").returncode == 0
+    names = [source.partition(".")[0] for source, _ in rows(ledger(used))]
+    assert names == ["before", "cat", *(["dog"] if is_noticed else [])]
+
+
+def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_in_errors(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
+    (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    shutil.rmtree(used.inbox / ".imagewatch")
+    os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
+    (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
+    command(used, "once")
+    assert used.documents()["cat"] == "errors"
+    assert "was requested before" in used.error("cat")["message"]
+    assert sandbox.report()["requests"] == 2

@@ -194,6 +194,10 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
         folders.state.rename(folders.state.with_name("aside"))
         folders.state.mkdir()
     sandbox.release()
+    if change == "the state folder replaced":
+        until((folders.state / "ledger.sqlite3.saved-1").exists)
+        assert "the ledger is missing" in asked.wait_for("held")["reason"]
+        (folders.state / "ledger.sqlite3.saved-1").rename(folders.state / "ledger.sqlite3")
     until(lambda: folders.documents() == {"cat": "outbox"})
     assert "problems" not in folders.receipt("cat")
     if (
