@@ -383,8 +383,8 @@ def keep_private(path: str) -> None:
 
 def read_mark(path: str) -> str:
     """Return the id in such a file, or an empty string if there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError), open(path, encoding="ascii") as file:
-        text = file.read(64).strip()
+    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
+        text = file.read(64).strip().decode("latin-1")  # a codec that need not be loaded
         return text if _ID.fullmatch(text) else ""
     return ""
 

@@ -180,6 +180,8 @@ class Gate:
 
     def brake(self, job: str, error: SpoolError) -> None:
         """Hold until a job goes on, also if a write probe succeeds meanwhile."""
+        if job not in self._braking and error.code:  # others were told of already
+            _log.error("stuck; tried again by itself", job=job, reason=str(error), hint=error.hint)
         self._braking[job] = error
         self.failed(error)
 
