@@ -168,7 +168,7 @@ class Daemon:
         self._failing: dict[str, tuple[float, Key | None]] = {}  # what fails alone: seconds between two tries, stem
         self._in_flight: dict[str, Key | None] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
-        self._is_counted = True  # whether the prompts that came at once are
+        self._is_counted = True  # whether the prompts that came at the same time are
         self._ignored = Ignored(monotonic)
         self._draining = False
         self._ready = False
@@ -293,7 +293,7 @@ class Daemon:
             self._take(message := self._mailbox.get(timeout=self._patience()))
             for _ in range(_MOST_AT_ONCE):
                 if isinstance(message, Hinted):
-                    break  # of events some are taken at once, and there may be more
+                    break  # some events are taken together, and there may be more
                 self._take(message := self._mailbox.get_nowait())
 
     def _hint(self) -> None:
@@ -480,7 +480,7 @@ class Daemon:
         self._is_counted = self._is_counted and not noted.ready
 
     def _count(self) -> None:
-        """Look at how many prompts came at once."""
+        """Look at how many prompts came at the same time."""
         self._is_counted = True
         self._gate.count(self._arrived(), self._is_finished)
 
