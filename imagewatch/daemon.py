@@ -192,7 +192,7 @@ class Daemon:
         self._fates: dict[str, Fate] = {}
         self._paid: set[str] = set()  # of these, those that are only being delivered
         self._are_lost_closed = False  # the rows of requests of which nothing else is left
-        self._is_counted = True  # whether the prompts that came at once are
+        self._is_counted = True  # whether the prompts that came at the same time are
         self._ignored = Ignored(monotonic)
         self._caps_due = math.inf  # monotonic time at which the caps are to be looked at anew
         self._draining = self._ready = self._worked = False
@@ -326,7 +326,7 @@ class Daemon:
             self._take(message := self._mailbox.get(timeout=self._patience()))
             for _ in range(_MOST_AT_ONCE):
                 if isinstance(message, Hinted):
-                    break  # of events some are taken at once, and there may be more
+                    break  # some events are taken together, and there may be more
                 self._take(message := self._mailbox.get_nowait())
 
     def _hint(self) -> None:
@@ -528,7 +528,7 @@ class Daemon:
         self._is_counted = self._is_counted and not noted.ready
 
     def _count(self) -> None:
-        """Look at how many prompts came at once."""
+        """Look at how many prompts came at the same time."""
         self._is_counted = True
         self._gate.count(self._arrived(), self._is_finished)
 

@@ -318,7 +318,7 @@ class Disk:
             top = inner
 
     def make_with_mode(self, path: str, mode: int) -> None:
-        """Make a folder under a name that nobody can guess, and give it its own name when it has its mode.
+        """Make a folder under a name that cannot be guessed, and give it its own name when it has its mode.
 
         Else the mode might be set on another folder that was put in its place.
         """

@@ -369,7 +369,7 @@ class Tops:
 
 
 def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
-    """Tell whether a file is a hard link that may show what whoever made the link could not read.
+    """Tell whether a file is a hard link that may show what the user who made the link could not read.
 
     A hard link does not tell who made it: it has the owner, the group and the mode of the file it leads to.
 

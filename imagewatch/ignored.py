@@ -1,4 +1,4 @@
-"""Says of each file that will not be taken why, once; of very many not of all, so that nobody can fill the log."""
+"""Says of each file that will not be taken why, once; of very many not of all, so that no user can fill the log."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 Puts together the watcher, which tells when something happened, and the scans, which find out what. Belongs to the main
 thread. An event leads to a scan of the folder in which it happened; every folder is scanned regularly.
 
-Nobody who may put files into one folder can keep the others waiting: the folders take turns, a scan is done in pieces,
-and scanning as a whole may take a tenth of a core.
+A user who may put files into one folder cannot keep the others waiting: the folders take turns, a scan is done in
+pieces, and scanning as a whole may take a tenth of a core.
 """
 
 from __future__ import annotations
@@ -435,9 +435,9 @@ class Intake:
         return self._sweep.order.is_ready(name)
 
     def may_take(self) -> bool:
-        """Tell whether all prompts are known that came at once, if they are to be counted first.
+        """Tell whether all prompts are known that came at the same time, if they are to be counted first.
 
-        Not known are those in folders that wait to be scanned; but somebody may see to it that there always are some.
+        Not known are those in folders that wait to be scanned; but a user may see to it that there always are some.
         """
         if not self._counts_first:
             return True

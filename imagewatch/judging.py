@@ -43,7 +43,7 @@ _LARGE_BYTES = 64 << 20
 
 @dataclass(slots=True)
 class Moment:
-    """The present, as whoever scans has said it.
+    """The present, as the caller has said it.
 
     Attributes:
         now: Monotonic time, seconds.
@@ -65,7 +65,7 @@ class Judge:
 
     Attributes:
         opener: Opens a file of the inbox.
-        dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since somebody emptied this.
+        dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since this was emptied.
     """
 
     def __init__(self, folders: Folders, config: Inbox, moment: Moment, blocked: Callable[[str], str]) -> None:
@@ -81,7 +81,7 @@ class Judge:
         """Look at a settled prompt whose turn has come.
 
         Returns:
-            What may be claimed; None if it has to wait, or is gone. What it waits for is noted with the folder.
+            What may be claimed; None if it has to wait, or is not there. What it waits for is noted with the folder.
         """
         names = folder.beside.of(stem)
         looks, changed = self.looks(folder.path, every_name(names))
@@ -106,7 +106,7 @@ class Judge:
         return self._take(folder, candidate)
 
     def is_unchanged(self, candidate: Candidate) -> bool:
-        """Tell whether the files of a candidate still look as they did, and nobody has begun to write."""
+        """Tell whether the files of a candidate still look as they did, and no program has begun to write."""
         if not self._folders.is_real(candidate.key[0]) or self._writer(candidate):
             return False
         folder = candidate.key[0]
@@ -115,7 +115,7 @@ class Judge:
         return self.looks(folder, candidate.names)[0] == candidate.looks
 
     def busy(self, folder: Folder, names: Dropped, found: Found) -> str:
-        """Return a mark that shows that somebody is at work on a prompt, if it is not a leftover."""
+        """Return a mark that shows that a program is at work on a prompt, if it is not a leftover."""
         now, wall = self._moment.now, self._moment.wall
         for name in names.busy:
             try:
@@ -130,7 +130,7 @@ class Judge:
         return ""
 
     def is_arriving(self, folder: str, name: str) -> bool | None:
-        """Tell whether a transfer may still give a file its name; None if the file is gone."""
+        """Tell whether a transfer may still give a file its name; None if the file is not there."""
         with contextlib.suppress(OSError):
             changed = self._tops.lstat(self._folders.full(path_of(folder, name))).st_ctime
             return self._moment.wall - changed < _BUSY_SECONDS
@@ -205,7 +205,7 @@ class Judge:
             self._notes(folder).held[stem] = changed
 
     def _unread(self, folder: Folder, names: Dropped, error: BadRequest) -> None:
-        """Let a prompt wait that cannot be read: nobody knows which images it names."""
+        """Let a prompt wait that cannot be read: it is not known which images it names."""
         self._hold_back(folder, names.stem)
         now, found = self._moment.now, self._found(folder)
         path, reason = path_of(folder.path, names.prompt), printable(str(error), 300)
@@ -214,7 +214,7 @@ class Judge:
             found.ignored.add(path, problem, f"{problem} it")
         elif left > 0:
             self._wait(folder, names.prompt, Wait.UNREADABLE, reason, min(left, self._config.rescan_seconds))
-        else:  # whoever looks again sees whether it can be read; nobody waits for that
+        else:  # the next look sees whether it can be read; no time is set for that
             found.waiting.add(path, Wait.UNREADABLE, reason)
 
     def _is_disturbed(self, folder: Folder, names: Dropped, changed: float) -> bool:
@@ -250,7 +250,7 @@ class Judge:
         return self._take(folder, Candidate((folder.path, stem), declared, looks, changed, declared=True))
 
     def _spelled(self, folder: str, name: str) -> str:
-        """Return a name as the folder has it: two ways to compose an accent look the same to whoever typed it."""
+        """Return a name as the folder has it: two ways to compose an accent look the same to the user who typed it."""
         ways = () if name.isascii() else spellings(name)
         return next((way for way in ways if self.is_there(folder, way)), name)
 
@@ -323,7 +323,7 @@ class Judge:
         return left > 0
 
     def _take(self, folder: Folder, candidate: Candidate) -> Candidate | None:
-        """Return a candidate, unless somebody writes it, or it could be neither sent nor moved elsewhere."""
+        """Return a candidate, unless a program writes it, or it could be neither sent nor moved elsewhere."""
         stem = candidate.key[1]
         for name in ("", *candidate.names):
             if problem := self._unusable(folder.path, name):
@@ -360,14 +360,14 @@ class Judge:
         return ""
 
     def _writer(self, candidate: Candidate) -> str:
-        """Return a file of a candidate that somebody has open for writing; nobody can hold it for ever."""
+        """Return a file of a candidate that a program has open for writing; it is not waited for without end."""
         if self._moment.wall - candidate.changed_at >= _BUSY_SECONDS:
             return ""
         folder = self._folders.full(candidate.key[0])
         return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self.opener)), "")
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
-        """Tell whether images are complete by their own structure, so that nobody is still writing them."""
+        """Tell whether images are complete by their own structure, so that no program is still writing them."""
         for name in names:
             try:
                 with self.opener(self._folders.full(path_of(folder, name))) as file:
@@ -380,7 +380,7 @@ class Judge:
 
 
 def _is_kept(status: os.stat_result, folder: os.stat_result) -> bool:
-    """Tell whether a file may not be taken out of its folder because it is somebody else's, as in ``/tmp``."""
+    """Tell whether a file may not be taken out of its folder because it is another user's, as in ``/tmp``."""
     user = os.geteuid()
     return bool(folder.st_mode & stat.S_ISVTX) and user not in {0, status.st_uid, folder.st_uid}
 

@@ -4,7 +4,7 @@ A folder is listed again only if its names may have changed. On file systems tha
 the folder itself tells: its ctime differs as soon as a name in it does. Elsewhere every look is a listing. No file is
 opened or even looked at here.
 
-A folder is listed in pieces, between which other folders can be listed: somebody else may have put a million files
+A folder is listed in pieces, between which other folders can be listed: another user may have put a million files
 into it.
 """
 
@@ -107,7 +107,7 @@ class Notes:
         arrived: Those whose prompt came by rename.
         held: Date of each that is settled and cannot be claimed yet: it is judged again at the next scan.
         read: Which images each names, and what its prompt looked like when it was read.
-        marks: Monotonic time at which each sign of somebody at work was first seen, seconds, by its name.
+        marks: Monotonic time at which each sign of a program at work was first seen, seconds, by its name.
     """
 
     __slots__ = ("arrived", "held", "inputs", "marks", "read", "settling", "since")
@@ -144,7 +144,7 @@ class Folder:
         place: Device and mount it is on.
         is_local: Whether its times are of our own clock.
         is_scanned: Whether a scan of it is under way.
-        is_changed: Whether anything in it may be different since somebody set this to False.
+        is_changed: Whether anything in it may be different since this was set to False.
         is_entered: Whether it could be looked into, and is on the file system of the inbox.
         is_gone: Whether it was not there when it was to be scanned last.
         was_claims: Whether it looked like a folder of claimed files when it was first seen.
@@ -338,9 +338,9 @@ class Folders:
 
     Attributes:
         tops: The same.
-        changed: Whether anything may be different since somebody set this to False.
-        fresh: Folders that were found, and not looked into since somebody emptied this.
-        gone: Folders that are not there any more, since somebody emptied this.
+        changed: Whether anything may be different since this was set to False.
+        fresh: Folders that were found, and not looked into since this was emptied.
+        gone: Folders that are not there any more, since this was emptied.
     """
 
     def __init__(
@@ -418,7 +418,7 @@ class Folders:
         folder.names = names
 
     def begin(self) -> None:
-        """Begin to look at everything anew.
+        """Begin to look at everything again.
 
         Raises:
             SpoolError: The inbox is not there.
@@ -438,7 +438,7 @@ class Folders:
     def leave(self, folder: Folder) -> None:
         """Forget what is in a folder, which cannot be looked into."""
         inner = list(self._clear(folder))
-        while inner:  # somebody may have made a thousand folders, each in the one before
+        while inner:  # a user may have made a thousand folders, each in the one before
             if below := self._known.get(inner.pop()):
                 inner += self._clear(below)
                 self._drop(below)
@@ -643,7 +643,7 @@ class Folders:
         return -1
 
     def found_inside(self, folder: Folder, name: str) -> None:
-        """Note that somebody has seen a folder in this one, so that this one need not be listed to look into it."""
+        """Note that a folder was seen in this one, so that this one need not be listed to look into it."""
         self._enter(folder, name, folder.inner, Reasons(0))
 
     def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons, beside: Beside) -> Iterator[None]:

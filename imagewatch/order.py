@@ -268,7 +268,7 @@ class Order:
         oldest: tuple[tuple[float, str], Folder, bool] | None = None
         for path, folder in list(group.folders.items()):
             if folder.is_scanned and folder.looked == -math.inf:
-                continue  # the first scan may find an older one; after it somebody asks again
+                continue  # the first scan may find an older one; after it this is asked again
             entry, window = self._head(folder), folder.window
             if window is None or (entry is None and window.beyond is None):
                 del group.folders[path]
@@ -293,7 +293,7 @@ class Order:
     def _ahead(self) -> int:
         return max(_AHEAD // max(len(self._groups), 1), 1)
 
-    # All at once
+    # All together
 
     def give_again(self) -> None:
         """Let all that ``collect`` has returned be returned again, if it is still settled."""
@@ -303,7 +303,7 @@ class Order:
                 self.put_back(folder, [(changed, stem)])
 
     def restart(self) -> None:
-        """Let the first-level folders take turns anew, the one with the oldest prompt first."""
+        """Let the first-level folders take turns from the beginning, the one with the oldest prompt first."""
         self.turns = Turns()
         ready = [(group.ready[0][:2], name) for name, group in self._groups.items() if group.ready]
         for _, name in sorted(ready):

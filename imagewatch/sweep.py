@@ -3,7 +3,7 @@
 A *scan* brings the names of a folder up to date, asks ``settling`` which stems are quiet, and puts the settled ones
 in order. Events of the watcher only make a scan come sooner. Nothing is changed here.
 
-Each folder is scanned by itself, and in pieces, so that whoever scans can see to it that a folder with very many files
+Each folder is scanned separately, and in pieces, so that the caller can see to it that a folder with very many files
 costs the others no time. Of a settled prompt only its name and the newest ctime of its files are kept; ``judging``
 looks at it when its turn comes. A rewrite in place that no event told of is found then, and the prompt has to be quiet
 again.
@@ -54,8 +54,8 @@ class Sweep:
         tops: The folders that were opened, the inbox among them; without, it is opened here.
 
     Attributes:
-        moment: The present; whoever calls anything but ``look`` and ``more`` sets it before.
-        dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since somebody emptied this.
+        moment: The present; set before anything but ``look`` and ``more`` is called.
+        dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since this was emptied.
         is_taken: Tells whether a job of a stem is not over; a prompt of that name waits.
         folders: What is known of the folders.
         order: The settled prompts.
@@ -310,7 +310,7 @@ class Sweep:
         (look,), _ = self._judge.looks(folder.path, (stem + SUFFIX,))
         return self._judge.names_images(folder, stem, look)
 
-    # Everything at once
+    # Everything together
 
     def look(self, now: float, wall: float, most: int | None = None, taken: Collection[Key | None] = ()) -> Seen:
         """Look at everything.
@@ -318,7 +318,7 @@ class Sweep:
         Args:
             now: Monotonic time, seconds.
             wall: Wall-clock time, seconds since the epoch.
-            most: How many prompts are made ready at once; ``more`` gives the others. None for all.
+            most: How many prompts are made ready together; ``more`` gives the others. None for all.
             taken: Stems of which a job is not over; a prompt of that name waits.
 
         Returns:

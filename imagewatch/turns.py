@@ -27,7 +27,7 @@ class _Line(Generic[_Name]):
         self._waiting: dict[_Name, tuple[float, float]] = {}  # how much each will have had, and had when it joined
         self._heap: list[tuple[float, int, _Name]] = []  # the former in order, and names that left
         self._had: dict[_Name, float] = {}
-        self._room = MOST  # so many are remembered before those are forgotten that have no more than who joins anew
+        self._room = MOST  # so many are remembered before those are forgotten that have no more than a new one
         self._now = 0.0
         self._count = 0
 
@@ -119,7 +119,7 @@ class Turns(Generic[_Name]):
             self._left(name, self._owner.pop(name))
 
     def forget(self, name: _Name) -> None:
-        """Let a folder that is gone wait no longer, and forget what it had."""
+        """Let a folder that was removed wait no longer, and forget what it had."""
         self.leave(name)
         for line in self._lines.values():
             line.forget(name)

@@ -25,10 +25,10 @@ except (ImportError, OSError):  # not Linux: sweeps alone do the work
     InotifyFD = None  # type: ignore[assignment,misc]
 
 _FEW, _MANY, _MOST = 32, 256, 8192
-"""How many names of one folder are taken at once; of all folders; how many may wait before each folder keeps few."""
+"""How many names of one folder are taken together; of all folders; how many may wait before each folder keeps few."""
 _MOST_OF_FOLDER = 1024
 _STORM = 64
-"""After more events at once it rests for a moment: to read hundreds of thousands a second would take the interpreter
+"""After more events together it rests for a moment: to read hundreds of thousands a second would take the interpreter
 away from all other threads. The kernel keeps the next ones, or says that it lost some."""
 _REST, _LONGEST_PAUSE_SECONDS = 4.0, 0.2
 """For how many times as long as it took to take note of events; for how long at most."""
@@ -53,7 +53,7 @@ class Change:
 
 
 class Hints:
-    """Changes that nobody has taken note of yet; only the last one of each name, and whether it is a new folder.
+    """Changes that were not taken note of yet; only the last one of each name, and whether it is a new folder.
 
     The names of each folder are bounded, so that a storm of changes in one folder hides none in another.
 
@@ -162,7 +162,7 @@ class Watcher:
         return self._reader.problem if self._reader is not None else ""
 
     def watch(self, path: str, identity: tuple[int, int], descriptor: int | None = None) -> str:
-        """Watch a folder. One that was replaced by another of the same name is watched anew.
+        """Watch a folder. One that was replaced by another of the same name is watched again.
 
         Args:
             path: The name by which its changes are told.

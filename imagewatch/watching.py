@@ -161,7 +161,7 @@ class Watching:
         }
 
     def tell_mode(self, kind: str, folders: list[str]) -> None:
-        """Say how the inbox is watched when that is different; at the start whoever begins says it."""
+        """Say how the inbox is watched when that is different; at the start the caller says it."""
         mode = self.mode(kind, len(folders))
         now = (mode, self._why_all(kind), frozenset(self._problems.values()))
         bad = bool(self._problems) or (self._watch != "poll" and not self._watcher.alive())

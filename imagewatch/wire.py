@@ -218,7 +218,7 @@ class Plain:
         if self._inflate is None:
             return self._first or b""
         if self._inflate.unconsumed_tail:
-            return b""  # it would come all at once, and may be a thousand times as long
+            return b""  # it would come all together, and may be a thousand times as long
         try:
             return self._inflate.flush()
         except zlib.error:  # it was cut off

@@ -251,16 +251,20 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
         with ThreadPoolExecutor(3) as pool:
             trials = list(pool.map(lambda job: tried(tmp_path / str(job[0]), scene, *job[1]), enumerate(faults)))
         hit = Counter(trial.fault.point.call for trial in trials if trial.hit)
-        missed = ", ".join(str(trial.fault) for trial in trials if not trial.hit)
+        missed = [str(trial.fault) for trial in trials if not trial.hit]
+        told = ", ".join(missed) or "none"
         violations = [trial.violation for trial in trials if trial.violation]
         with capsys.disabled():
             sys.stdout.write(
                 f"\n{hit.total()} points hit ({', '.join(f'{call} {n}' for call, n in hit.most_common())}), "
-                f"not reached: {missed or 'none'}; {len(violations)} violations; {time.monotonic() - began:.0f} s\n"
+                f"not reached: {told}; {len(violations)} violations; {time.monotonic() - began:.0f} s\n"
             )
         assert not violations, f"{len(violations)} violations\n" + "\n\n".join(violations)
-        # Several workers take turns as they like, and then one of them alone does not always come that far.
-        assert hit.total() >= (0.9 if scene.concurrency == 1 else 0.6) * len(trials)
+        # How often the status is written is a matter of time, and with it the number of each later write. Several
+        # workers take turns as they like, and then one of them alone does not always come that far.
+        share = 0.1 if scene.concurrency == 1 else 0.4
+        few_missed = 1 if len(trials) > 4 else 0
+        assert len(missed) <= max(share * len(trials), few_missed), f"not reached: {told}"
         return hit
 
     return tryer

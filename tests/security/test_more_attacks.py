@@ -54,8 +54,8 @@ def test_a_prompt_on_a_share_that_grows_after_its_claim_does_not_disappear(share
     assert world.door("cat.prompt.txt")
 
 
-@pytest.mark.parametrize("how", ["no claims.json", "inode changed"])
-def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world: World, how: str) -> None:
+def killed_while_an_answer_is_awaited(world: World) -> None:
+    """Start a daemon, and kill it when it has sent an honest prompt."""
     told = world.start()
     world.sandbox.hold()
     world.honest_prompt("honest", "an honest wish")
@@ -63,6 +63,11 @@ def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world
     told.process.kill()
     told.process.wait()
     world.sandbox.release()
+
+
+@pytest.mark.parametrize("how", ["no claims.json", "inode changed"])
+def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world: World, how: str) -> None:
+    killed_while_an_answer_is_awaited(world)
     memory = world.state / "claims.json"
     if how == "no claims.json":  # a version before this one
         memory.unlink()
@@ -81,13 +86,7 @@ def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world
 
 
 def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_payment(world: World) -> None:
-    told = world.start()
-    world.sandbox.hold()
-    world.honest_prompt("honest", "an honest wish")
-    assert world.asked()
-    told.process.kill()
-    told.process.wait()
-    world.sandbox.release()
+    killed_while_an_answer_is_awaited(world)
     subprocess.run(["chown", "-R", "61236:61234", str(world.inbox)], check=True)
     subprocess.run(["chmod", "-R", "g+rwX", str(world.inbox)], check=True)
     world.start()
