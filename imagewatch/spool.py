@@ -226,6 +226,7 @@ class Spool:
             with ours(folder, "open the folder"):
                 if self.tops.is_replaced(folder):
                     self._require_same_way(folder)
+                    self._require_lock_in(folder)
                     self.tops.open(folder, is_private=folder == self.state)
                     self._kinds.refresh()
 
@@ -241,6 +242,23 @@ class Spool:
             hint = "put the folder back, or restart the daemon if this is meant"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
         self._ways[folder] = real
+
+    def _require_lock_in(self, folder: str) -> None:
+        """Make sure that the state folder was not replaced since this process locked it.
+
+        Another one has another ledger, or none, and this process has no lock in it.
+
+        Raises:
+            SpoolError: It was.
+        """
+        if folder != self.state or self._lock is None:
+            return
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(self._lock.fileno()), os.lstat(os.path.join(folder, _LOCK))):
+                return
+        message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
+        hint = "put the one back that was there, it says what was paid; or restart imagewatch to begin with this one"
+        raise SpoolError(message, path=folder, code=errno.ESTALE, hint=hint)
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""

@@ -153,6 +153,27 @@ def test_a_ledger_that_was_moved_away_and_back_is_used_as_before(
     assert len(rows(ledger(used))) == MANY + 1
 
 
+def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_until_that_is_back(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    until(lambda: (used.state / "status.json").exists())
+    away, other = used.state.with_name("away"), used.state.with_name("other")
+    os.rename(used.state, away)
+    used.state.mkdir(0o700)
+    drop(used)
+    until(lambda: [held["kind"] for held in daemon.events("held")] == ["disk"])
+    (held,) = daemon.events("held")
+    assert "the state folder was replaced" in held["reason"]
+    assert "restart imagewatch" in held["next"]
+    assert sandbox.report()["requests"] == 1
+    os.rename(used.state, other)
+    os.rename(away, used.state)
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told], running: bool
