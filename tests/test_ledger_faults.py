@@ -157,7 +157,7 @@ def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_unt
     used: Folders, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
     daemon = run(used)
-    until(lambda: (used.state / "status.json").exists())
+    until((used.state / "status.json").exists)
     away, other = used.state.with_name("away"), used.state.with_name("other")
     os.rename(used.state, away)
     used.state.mkdir(0o700)
