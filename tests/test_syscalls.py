@@ -187,7 +187,7 @@ def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
     return Trial(faults[-1], hit)
 
 
-def struck(root: Path, scene: Scene, *faults: Fault) -> Trial:
+def tried_until_hit(root: Path, scene: Scene, *faults: Fault) -> Trial:
     """Disturb from the beginning until the last fault strikes, three times at most.
 
     The points are those of other starts, and to which ones a start comes is a matter of time (``reached_twice``).
@@ -267,7 +267,9 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     def tryer(scene: Scene, faults: Iterable[tuple[Fault, ...]]) -> Counter[str]:
         began = time.monotonic()
         with ThreadPoolExecutor(3) as pool:
-            trials = list(pool.map(lambda job: struck(tmp_path / str(job[0]), scene, *job[1]), enumerate(faults)))
+            trials = list(
+                pool.map(lambda job: tried_until_hit(tmp_path / str(job[0]), scene, *job[1]), enumerate(faults))
+            )
         hit = Counter(trial.fault.point.call for trial in trials if trial.hit)
         missed = [str(trial.fault) for trial in trials if not trial.hit]
         told = ", ".join(missed) or "none"
