@@ -70,7 +70,7 @@ main()
 """
 """A command of another user."""
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 def status_of(folders: Folders) -> dict[str, Any]:

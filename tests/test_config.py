@@ -701,7 +701,7 @@ def test_a_dangling_link_is_a_mistake_and_not_skipped(tmp_path):
     assert find(None, {}, str(tmp_path)) == str(tmp_path / "imagewatch.toml")
 
 
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
 ASKED = """
 import os, sys
 from imagewatch.places import find

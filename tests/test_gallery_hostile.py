@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 USER, OTHER = 54321, 54322
 """Users that no passwd file knows, with a group each."""
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
 @pytest.fixture

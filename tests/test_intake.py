@@ -136,7 +136,7 @@ def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_
     assert looking.take().source == "colleague/cat.prompt.txt"
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
 def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(looking):
     for number in range(9):
         looking.write(f"m{number}", *names(400, "txt"))
@@ -298,6 +298,13 @@ def test_after_the_configuration_was_read_again_everything_is_known_anew(looking
     assert looking.take_all() == [f"a/{name}" for name in names(100)]
 
 
+def assert_taken_after_all_was_counted(looking: Looking) -> None:
+    assert looking.intake.next("a", ()) is None
+    looking.look_through()
+    assert looking.intake.may_take()
+    assert len(looking.intake.arrived()) > 5
+
+
 def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.clock.step = 0.005
@@ -306,10 +313,7 @@ def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_p
     looking.look()
     assert not looking.intake.is_complete
     assert looking.intake.any()
-    assert looking.intake.next("a", ()) is None
-    looking.look_through()
-    assert looking.intake.may_take()
-    assert len(looking.intake.arrived()) > 5
+    assert_taken_after_all_was_counted(looking)
 
 
 def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_before_any_of_it_is_taken(tmp_path):
@@ -322,10 +326,7 @@ def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_bef
     while not looking.intake.is_ready("a"):
         looking.look()
     assert looking.intake.is_at_work()
-    assert looking.intake.next("a", ()) is None
-    looking.look_through()
-    assert looking.intake.may_take()
-    assert len(looking.intake.arrived()) > 5
+    assert_taken_after_all_was_counted(looking)
 
 
 def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_path):

@@ -330,7 +330,7 @@ def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
     assert {*made, refused} == {"shows the refusal", "the older one", "the newer one"}
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
 def test_a_file_that_belongs_to_somebody_else_can_be_moved_back_too(
     open_path: Path, sandbox: Sandbox, start: Any
 ) -> None:

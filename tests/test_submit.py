@@ -1031,7 +1031,7 @@ def test_the_live_line_is_for_terminals_only_and_never_in_the_output(sender, wat
 # Other users
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 @pytest.mark.skipif(shutil.which("setpriv") is None, reason="setpriv is not installed")
 class TestAnotherUser:
     """The sender is neither the daemon's user nor in its group; the folders are open to all, the state is not."""

@@ -828,7 +828,7 @@ def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(
     assert (len(seen.folders), seen.ignored.total) == (10, 0)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
 def test_however_many_folders_one_owner_makes_those_of_another_are_looked_into(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
     looking = windowed(tmp_path, settle_seconds=0.0)

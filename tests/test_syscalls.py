@@ -187,6 +187,18 @@ def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
     return Trial(faults[-1], hit)
 
 
+def tried_until_hit(root: Path, scene: Scene, *faults: Fault) -> Trial:
+    """Disturb from the beginning until the last fault strikes, three times at most.
+
+    The points are those of other starts, and to which ones a start comes is a matter of time (``reached_twice``).
+    """
+    for number in range(3):
+        trial = tried(root.with_name(f"{root.name}-{number}"), scene, *faults)
+        if trial.hit or trial.violation:
+            break
+    return trial
+
+
 def points(root: Path, scene: Scene, *before: Fault) -> dict[Point, str]:
     """Return the points of a start that is not disturbed, after others that were.
 
@@ -204,9 +216,15 @@ def points(root: Path, scene: Scene, *before: Fault) -> dict[Point, str]:
 
 
 def reached_twice(root: Path, scene: Scene) -> dict[Point, str]:
-    """Return the points to which two starts came: how often the status is written is a matter of time."""
-    first, second = (points(root / name, scene) for name in "01")
-    return {point: line for point, line in first.items() if point in second}
+    """Return the points to which two of three starts came.
+
+    Of how many parts an answer is written is a matter of time, and so is how often the status is. And sometimes a
+    second thread takes a job, because the first one has not come to rest yet: each comes to half of the points only.
+    """
+    starts = [points(root / name, scene) for name in "012"]
+    times = Counter(point for start in starts for point in start)
+    found = {point: line for start in starts for point, line in start.items()}
+    return {point: line for point, line in found.items() if times[point] >= 2}
 
 
 def to_kill(found: dict[Point, str]) -> list[Point]:
@@ -218,12 +236,15 @@ def to_fail(found: dict[Point, str]) -> list[Point]:
 
 
 def few(chosen: Iterable[Point]) -> list[Point]:
-    """Choose one of each call, each time at another stage of the work."""
+    """Choose one of each call, each time at another stage of the work; not of its end, which many starts do not reach.
+
+    A start that is traced more slowly writes an answer in more parts, and so comes to higher numbers.
+    """
     by_call: dict[str, list[Point]] = {}
     for point in sorted(chosen):
         by_call.setdefault(point.call, []).append(point)
     stages = len(by_call)
-    return [same[int(len(same) * (stage + 0.5) / stages)] for stage, same in enumerate(by_call.values())]
+    return [same[int(len(same) * 0.75 * (stage + 0.5) / stages)] for stage, same in enumerate(by_call.values())]
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +270,9 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     def tryer(scene: Scene, faults: Iterable[tuple[Fault, ...]]) -> Counter[str]:
         began = time.monotonic()
         with ThreadPoolExecutor(3) as pool:
-            trials = list(pool.map(lambda job: tried(tmp_path / str(job[0]), scene, *job[1]), enumerate(faults)))
+            trials = list(
+                pool.map(lambda job: tried_until_hit(tmp_path / str(job[0]), scene, *job[1]), enumerate(faults))
+            )
         hit = Counter(trial.fault.point.call for trial in trials if trial.hit)
         missed = [str(trial.fault) for trial in trials if not trial.hit]
         told = ", ".join(missed) or "none"
@@ -260,11 +283,8 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
                 f"not reached: {told}; {len(violations)} violations; {time.monotonic() - began:.0f} s\n"
             )
         assert not violations, f"{len(violations)} violations\n" + "\n\n".join(violations)
-        # How often the status is written is a matter of time, and with it the number of each later write. Several
-        # workers take turns as they like, and then one of them alone does not always come that far.
-        share = 0.1 if scene.concurrency == 1 else 0.4
-        few_missed = 1 if len(trials) > 4 else 0
-        assert len(missed) <= max(share * len(trials), few_missed), f"not reached: {told}"
+        # Several workers take turns as they like, and then one of them alone does not always come that far.
+        assert hit.total() >= (0.9 if scene.concurrency == 1 else 0.6) * len(trials), f"not reached: {told}"
         return hit
 
     return tryer

@@ -245,7 +245,7 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
         yield folders
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
 def test_where_results_may_not_be_put_nothing_is_paid_for(shared: Folders, scripted: Callable[..., Told]) -> None:
     (shared.outbox / "sub").mkdir()  # root's
     daemon = scripted(shared, UNPRIVILEGED)
@@ -278,7 +278,7 @@ def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
     assert len(daemon.events("held")) == 1
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may be somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     shared: Folders, scripted: Callable[..., Told]
 ) -> None:

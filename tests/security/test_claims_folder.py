@@ -136,13 +136,13 @@ def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothi
     world.attacker.rename(world.inbox / CLAIMS, world.inbox / ".away")
     world.sandbox.release()
     assert world.end("cat.prompt.txt") in {"outbox", "held", "stuck"}
-    held_back = world.honest_prompt("other", "another wish")
+    held_back = world.honest_prompt("other", "another prompt")
     world.wait(lambda: world.door(held_back) or CLAIMS in world.holds(), "the other prompt, or a hold")
     if world.holds():
         world.attacker.rename(world.inbox / ".away", world.inbox / CLAIMS)
         world.release()
     world.wait(lambda: world.door(held_back) == world.door("cat.prompt.txt") == "outbox", "both prompts")
-    assert world.requests("a cat") == world.requests("another wish") == 1
+    assert world.requests("a cat") == world.requests("another prompt") == 1
     world.is_idle()
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
     assert [path for path in world.inbox.glob(".away/*") if path.name not in {"lock", ".imagewatch-claims"}] == []
@@ -161,7 +161,7 @@ def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_i
         world.attacker.exchange(world.inbox / CLAIMS, world.inbox / "visible")
     else:
         world.attacker.rename(world.inbox / CLAIMS, world.inbox / "visible")
-    other = world.honest_prompt("other", "another wish")
+    other = world.honest_prompt("other", "another prompt")
     world.wait(lambda: world.requests() > 1 or world.holds(), "another request, or a hold")
     world.sandbox.release()
     if world.holds():
@@ -171,7 +171,7 @@ def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_i
         world.release()
     world.wait(lambda: world.door(other) == world.door("cat.prompt.txt") == "outbox", "both prompts")
     world.is_idle()
-    assert world.requests("a cat") == world.requests("another wish") == 1
+    assert world.requests("a cat") == world.requests("another prompt") == 1
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
 
 
@@ -180,7 +180,7 @@ def test_an_empty_claims_folder_that_is_removed_is_made_again(world: World) -> N
     world.honest_prompt_is_made("before")
     world.is_idle()
     world.attacker.may("rmdir", world.inbox / CLAIMS)  # not if there is something in it
-    source = world.honest_prompt("after", "an honest wish of after")
+    source = world.honest_prompt("after", "an honest prompt of after")
     world.wait(lambda: world.door(source) or world.holds(), "the prompt, or a hold")
     if world.holds():
         assert CLAIMS in world.holds()
@@ -232,7 +232,7 @@ def test_what_is_not_the_daemons_own_is_named_and_not_used_at_the_first_start(wo
     claims = world.inbox / CLAIMS
     before_the_first_start(world, kind)
     first = world.start(running=False)
-    source = world.honest_prompt("early", "an early wish")
+    source = world.honest_prompt("early", "an early prompt")
     world.wait(lambda: first.process.poll() is not None or world.holds() or world.door(source), "an end or a hold")
     assert world.requests() == 0
     assert world.door(source) == ""

@@ -213,7 +213,7 @@ def test_all_slots_are_shared_by_turns(
     assert sum(text.startswith("bob") for text in first) == 4
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to somebody else")
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
 def test_who_makes_very_many_folders_gets_no_more_turns_than_for_a_few(
     crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:

@@ -142,7 +142,7 @@ class Watching(SteppingDisk):
     def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
         file = super().create(path, mode)
         bits = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-        if bits & 0o077:  # what is written into it can be read at once
+        if bits & 0o077:  # what is written into it can be read immediately
             self.seen.add(f"created {os.path.basename(path)}: {bits:04o}")
         return file
 

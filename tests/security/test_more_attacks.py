@@ -58,7 +58,7 @@ def killed_while_an_answer_is_awaited(world: World) -> None:
     """Start a daemon, and kill it when it has sent an honest prompt."""
     told = world.start()
     world.sandbox.hold()
-    world.honest_prompt("honest", "an honest wish")
+    world.honest_prompt("honest", "an honest prompt")
     assert world.asked()
     told.process.kill()
     told.process.wait()
@@ -82,7 +82,7 @@ def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world
     world.start()
     world.honest_prompt_is_made("another")
     world.is_idle()
-    assert world.requests("an honest wish") == 1, "the same prompt was sent, and paid for, twice"
+    assert world.requests("an honest prompt") == 1, "the same prompt was sent, and paid for, twice"
 
 
 def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_payment(world: World) -> None:
@@ -94,7 +94,7 @@ def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_paym
     (world.inbox / CLAIMS).rename(world.inbox / "old-claims")  # "remove or rename what has this name"
     world.honest_prompt_is_made("another")
     world.is_idle()
-    assert world.requests("an honest wish") == 1, "the same prompt was sent, and paid for, twice"
+    assert world.requests("an honest prompt") == 1, "the same prompt was sent, and paid for, twice"
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o000, 0o711])
@@ -115,7 +115,7 @@ def test_a_folder_that_somebody_makes_look_like_claims_is_named_and_scanned_when
     give(world.inbox / "sub", 0o2777)
     for name in names:
         world.attacker.write(world.inbox / "sub" / name, "")
-    world.honest.drop(world.inbox / "sub/cat.prompt.txt", "an honest wish")
+    world.honest.drop(world.inbox / "sub/cat.prompt.txt", "an honest prompt")
     world.start()
     world.wait(lambda: "sub" in world.status()["ignored"]["files"], "the folder among what is ignored")
     assert "sub: it looks like a folder of claimed files" in world.command("status").stdout
@@ -215,7 +215,7 @@ def test_an_honest_folder_that_takes_the_place_of_a_prompt_comes_back(tmp_path: 
 
     station.inbox.mkdir(exist_ok=True)
     (station.inbox / "theirs").mkdir()
-    (station.inbox / "theirs" / "wish.prompt.txt").write_text("an honest wish")
+    (station.inbox / "theirs" / "wish.prompt.txt").write_text("an honest prompt")
     (station.inbox / "x.prompt.txt").write_text("an x")
     station.spool.disk.__class__ = Swapping
     sweep = Sweep(str(station.inbox), station.config().inbox)

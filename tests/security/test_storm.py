@@ -53,7 +53,7 @@ def receipts(world: World) -> list[str]:
 
 
 def all_honest_are_made_once(world: World) -> None:
-    wanted = [f"honest wish {number}" for number in range(HONEST_PROMPTS)]
+    wanted = [f"honest prompt {number}" for number in range(HONEST_PROMPTS)]
     world.wait(lambda: set(wanted) <= set(receipts(world)), "the receipts of all honest prompts")
     assert {text: count for text in wanted if (count := world.requests(text)) != 1} == {}, "not sent once"
     made = receipts(world)
@@ -92,7 +92,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
     tops, done = [world.inbox, world.outbox, world.errors, world.archive], 0
     for number in range(ROUNDS):
         for one in (2 * number, 2 * number + 1):
-            world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest wish {one}")
+            world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest prompt {one}")
         done += storm(world, number, seed, tops, (CLAIMS, "theirs"))
     assert done > ROUNDS * ACTS // 4
     all_honest_are_made_once(world)
@@ -111,7 +111,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is
     for number in range(ROUNDS):
         put_in_order(world, {"theirs": own["theirs"]})
         for one in (2 * number, 2 * number + 1):
-            world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest wish {one}")
+            world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest prompt {one}")
         storm(world, number, seed, [world.inbox], ())
     put_in_order(world, own)
     assert daemon.stop() == 0  # what waits for the folders goes on by itself; a start is only sooner

@@ -21,7 +21,7 @@ EVIL = picture("evil").decode("latin-1")
 def target_of(world: World, name: str) -> Path:
     """Return a folder that the attacker may not write, by a short name."""
     if name == "their":  # of another sender
-        world.honest_prompt("first", "the first wish")
+        world.honest_prompt("first", "the first prompt")
         return world.inbox / "theirs"
     return {"outbox": world.outbox, "home": world.home, "state": world.state, "jobs": world.state / "jobs"}[name]
 

@@ -274,7 +274,7 @@ class World(Folders):
             assert list((self.state / "jobs").iterdir()) == []
         assert [path for path in self.state.rglob("*") if path.lstat().st_uid != DAEMON] == []
 
-    def honest_prompt(self, name: str = "honest", text: str = "an honest wish") -> str:
+    def honest_prompt(self, name: str = "honest", text: str = "an honest prompt") -> str:
         """Drop a prompt into the folder of an honest user; return its path below the inbox."""
         folder = self.inbox / "theirs"
         if not folder.exists():
@@ -285,7 +285,7 @@ class World(Folders):
 
     def honest_prompt_is_made(self, name: str = "honest") -> None:
         """Drop a prompt as an honest user, and wait until it was made, once."""
-        text = f"an honest wish of {name}"
+        text = f"an honest prompt of {name}"
         source = self.honest_prompt(name, text)
         self.wait(lambda: self.door(source), f"the honest prompt {name}")
         assert self.door(source) == "outbox"
