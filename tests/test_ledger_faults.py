@@ -72,6 +72,19 @@ def rows(path: Path) -> list[tuple[str, str]]:
         return database.execute("SELECT source, outcome FROM attempts ORDER BY source").fetchall()
 
 
+def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+    """Kill a daemon while a prompt is at the endpoint, and remove all that is left of it but the ledger."""
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(folders.state / "jobs")
+    shutil.rmtree(folders.inbox / ".imagewatch")
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
@@ -281,15 +294,7 @@ def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Fold
 def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
-    daemon = run(used)
-    sandbox.hold()
-    used.prompt("cat", "A cat")
-    assert sandbox.wait_for_requests(2, 20)
-    daemon.process.kill()
-    daemon.process.wait()
-    sandbox.release()
-    shutil.rmtree(used.state / "jobs")
-    shutil.rmtree(used.inbox / ".imagewatch")
+    lose_a_request(used, sandbox, run)
     used.prompt("dog", "A dog")
     run(used)
     until(lambda: "dog" in used.documents())
@@ -392,15 +397,7 @@ def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
 def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
-    daemon = run(used)
-    sandbox.hold()
-    used.prompt("cat", "A cat")
-    assert sandbox.wait_for_requests(2, 20)
-    daemon.process.kill()
-    daemon.process.wait()
-    sandbox.release()
-    shutil.rmtree(used.state / "jobs")
-    shutil.rmtree(used.inbox / ".imagewatch")
+    lose_a_request(used, sandbox, run)
     assert command(used, "once").returncode == 0
     assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
 
