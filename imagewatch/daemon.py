@@ -279,9 +279,13 @@ class Daemon:
     def _set_aside(self, job: str) -> None:
         """Count what a recovered job has sent before anything else is sent: the ledger may not have it yet."""
         record = self._spool.record(job)
-        with contextlib.suppress(SpoolError):  # a damaged record: its job says so when it is carried on
+        with contextlib.suppress(SpoolError):
             if sent := record.sent(record.attempts()[0]):
                 self._budget.resume(job, Asked.of(sent.fields), sent.at)
+            return
+        with contextlib.suppress(SpoolError):  # a damaged record: its job reports that when it is carried on
+            if unanswered := self._ledger.unanswered(job):
+                self._budget.resume(job, *unanswered)
 
     def _loop(self) -> None:
         for _ in range(self._mailbox.qsize()):  # a signal may have come before anything was begun
@@ -619,7 +623,7 @@ class Daemon:
         try:
             jobs = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
             known = set(filter(self._is_recorded, jobs))
-            if lost := self._ledger.close_lost(known, jobs - known):
+            if lost := self._ledger.close_lost(known):
                 _log.warning("the results of requests are lost; they may have been charged", requests=lost)
         except SpoolError as error:
             self._gate.failed(error)
@@ -736,6 +740,7 @@ class Daemon:
         for job in [job for job in self._parked if not self._spool.is_left(job)]:
             _log.info("no longer stuck: nothing of it is left", job=job)
             del self._parked[job]
+            self._are_lost_closed = False  # its record is not there any more
             self._count_parked()
             self._intake.soon()
             self._status.change()

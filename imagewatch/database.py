@@ -39,7 +39,8 @@ _TRIES, _PAUSE_SECONDS = 10, 0.05
 """How often a row is tried to be written again while another program writes, and the pause before."""
 _ID = re.compile(r"[0-9a-f]{32}")
 _RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
-_NEWEST = "SELECT job, attempt FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
+_NEWEST = "SELECT job, attempt, outcome FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
+_ENDED = "SELECT count(*) FROM attempts WHERE outcome <> 'sent'"
 
 
 class Database:
@@ -195,11 +196,12 @@ class Database:
         self._open(is_new=False)
 
     def _is_complete(self) -> bool:
-        """Tell whether the file that has the name now has the newest row of the opened one."""
-        newest = None
+        """Tell whether the file that has the name now has the newest row of the opened one, and as many results."""
+        newest, ended = None, 0
         with contextlib.suppress(sqlite3.Error):
             assert self._connection is not None
             newest = self._connection.execute(_NEWEST).fetchone()
+            ended = self._connection.execute(_ENDED).fetchone()[0]
         if newest is None:
             return True
         # Immutable: what SQLite keeps beside a file belongs to the one that was there.
@@ -207,8 +209,9 @@ class Database:
             contextlib.suppress(sqlite3.Error),
             contextlib.closing(sqlite3.connect(f"file:{_quoted(self.path)}?immutable=1", uri=True)) as other,
         ):
-            question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
-            return other.execute(question, tuple(newest)).fetchone() is not None
+            question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ? AND outcome = ?"
+            is_there = other.execute(question, tuple(newest)).fetchone() is not None
+            return is_there and other.execute(_ENDED).fetchone()[0] >= ended
         return False
 
     def _write_back(self) -> None:

@@ -19,7 +19,7 @@ from msgspec.structs import astuple, replace
 from imagewatch.database import Database
 from imagewatch.errors import SpoolError
 from imagewatch.masking import known
-from imagewatch.prices import for_an_image, kind_of
+from imagewatch.prices import Asked, for_an_image, kind_of
 from imagewatch.text import whole
 
 if TYPE_CHECKING:
@@ -271,22 +271,18 @@ class Ledger:
             delete = "DELETE FROM attempts WHERE job = ? AND outcome = 'sent'"
             self._file.change(lambda connection: connection.execute(delete, (job,)))
 
-    def close_lost(self, known: Collection[str], claimed: Collection[str] = ()) -> int:
+    def close_lost(self, known: Collection[str]) -> int:
         """Give attempts their result of which nothing but their row is left: nobody knows whether they were charged.
 
         Args:
             known: The jobs that are not over; what came of theirs is found out by them.
-            claimed: Jobs of which only claimed files are left. Who moves those back into the inbox accepts to pay
-                again: by its row a prompt of theirs is not known again.
 
         Returns:
             How many there were.
         """
         found = self._all("SELECT job, attempt FROM attempts WHERE outcome = 'sent'")
-        lost = [(_LOST, row["job"] in claimed, row["job"], row["attempt"]) for row in found if row["job"] not in known]
-        close = """
-            UPDATE attempts SET outcome = 'unknown', message = ?, contents = CASE WHEN ? THEN '' ELSE contents END
-            WHERE job = ? AND attempt = ?"""
+        lost = [(_LOST, row["job"], row["attempt"]) for row in found if row["job"] not in known]
+        close = "UPDATE attempts SET outcome = 'unknown', message = ? WHERE job = ? AND attempt = ?"
         if lost:
             self._file.change(lambda connection: connection.executemany(close, lost))
         return len(lost)
@@ -348,6 +344,13 @@ class Ledger:
     def redelivered(self) -> int:
         """Return how often files of finished jobs came again."""
         return int(self._all("SELECT coalesce(sum(times), 0) AS times FROM redeliveries")[0]["times"])
+
+    def unanswered(self, job: str) -> tuple[Asked, float] | None:
+        """Return the request of a job that has no result yet and when it was sent, seconds since the epoch, or None."""
+        row = self.job(job)
+        if row is None or row["outcome"] != "sent":
+            return None
+        return Asked(row["asked_provider"], row["price_kind"], max(row["asked"], 1)), row["sent_at"] or 0.0
 
     def rows(self) -> list[dict[str, Any]]:
         """Return all attempts, oldest first."""

@@ -22,7 +22,7 @@ from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config import overlaps
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
-from imagewatch.folders import NotAFolderError
+from imagewatch.folders import NotAFolderError, Tops
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.mounts import Kinds, Mounts, keeps_times
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from imagewatch.config import Config, Folders
-    from imagewatch.folders import Tops
 
 _PROBE = ".iw-probe"
 _LOCK = "lock"
@@ -254,7 +253,7 @@ class Spool:
         if folder != self.state or self._lock is None:
             return
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock.fileno()), os.lstat(os.path.join(folder, _LOCK))):
+            if os.path.samestat(os.fstat(self._lock.fileno()), Tops.of(folder).lstat(os.path.join(folder, _LOCK))):
                 return
         message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
         hint = "put the one back that was there, it says what was paid; or restart imagewatch to begin with this one"

@@ -269,7 +269,7 @@ class Worker:
                 f"job {job}: {', '.join(orphans)}: claimed, but its record is gone{self._known(job)}",
                 path=folder,
                 hint="restore the state folder from a backup; or, only if you accept that it may be paid for a second "
-                f"time, move the files from {folder} back into the inbox",
+                f"time, touch the files in {folder} and move them back into the inbox",
             )
         self._spool.forget(job)
         self._budget.settle(job)  # its row is older than the removal of its record

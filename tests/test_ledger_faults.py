@@ -223,6 +223,30 @@ def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
     until(lambda: len(used.documents()) == MANY + 1, timeout=60)
 
 
+def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_is_named(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("second", "Second")
+    assert sandbox.wait_for_requests(2, 20)
+    with (
+        contextlib.closing(sqlite3.connect(ledger(used))) as source,
+        contextlib.closing(sqlite3.connect(tmp_path / "copy")) as copy,
+    ):
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")
+    sandbox.release()
+    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    (tmp_path / "copy").rename(ledger(used))
+    drop(used)
+    until(lambda: "lacks the newest requests" in str(holds(used)))
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert rows(ledger(used)).count(("second.prompt.txt", "made")) == 1
+
+
 def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from typing import TYPE_CHECKING
 
@@ -70,9 +71,43 @@ def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_f
     (path,) = claims(killed)
     if what == "damaged":
         shutil.rmtree(killed.state / "jobs" / path.parent.name)
+    os.utime(path)
     path.rename(killed.inbox / "sub/cat.prompt.txt")
     until(lambda: killed.documents() == {"cat": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 2
+
+
+@pytest.mark.parametrize("what", ["record", "damaged"])
+@pytest.mark.parametrize("comes", ["moved back", "brought by a sync tool"])
+def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_removed(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str, comes: str
+) -> None:
+    lose(killed, what)
+    daemon = run(killed)
+    daemon.wait_for("stuck")
+    (path,) = claims(killed)
+    shutil.rmtree(killed.state / "jobs" / path.parent.name, ignore_errors=True)
+    if comes == "moved back":
+        path.rename(killed.inbox / "sub/cat.prompt.txt")
+    else:
+        shutil.copy2(path, killed.inbox / "sub/cat.prompt.txt")
+        shutil.rmtree(path.parent)
+    until(lambda: killed.documents() == {"cat": "errors"}, timeout=40)
+    assert "requested before" in killed.error("sub/cat")["message"]
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_request_whose_record_is_damaged_counts_below_the_caps(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    (sent,) = (killed.state / "jobs").glob("*/sent.1")
+    sent.write_bytes(b"{")
+    killed.environ |= {"IMAGEWATCH_LIMITS__CREDITS_PER_DAY": "40", "IMAGEWATCH_LIMITS__ASSUMED_CREDITS": "30"}
+    daemon = run(killed)
+    daemon.wait_for("stuck")
+    killed.prompt("dog", "A dog")
+    until(lambda: "credits_per_day is 40: 30 are spent" in command(killed, "status").stdout)
+    assert sandbox.report()["requests"] == 1
 
 
 @pytest.mark.parametrize("decision", ["one is settled", "release"])
