@@ -51,7 +51,7 @@ class Seconds(click.FloatRange):
 config_option = click.option(
     "--config",
     "path",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="FILE",
     help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
     "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
@@ -530,12 +530,18 @@ def _unreadable(state: str) -> SpoolError:
 
 @contextlib.contextmanager
 def _ledger(config: Config) -> Iterator[Ledger]:
+    from imagewatch.health import trouble  # noqa: PLC0415
     from imagewatch.ledger import Ledger  # noqa: PLC0415
+    from imagewatch.places import is_hidden  # noqa: PLC0415
 
     path = _ledger_path(config)
+    if is_hidden(path):
+        raise _unreadable(config.folders.state)
     if not os.path.exists(path):
+        if error := trouble(config.folders.state):  # there was one
+            raise error
         hint = "nothing was made with this configuration yet; or name another one with --config"
-        raise SpoolError(f"{printable(path)}: there is no ledger, or this user may not see it", path=path, hint=hint)
+        raise SpoolError(f"{printable(path)}: there is no ledger", path=path, hint=hint)
     with contextlib.closing(Ledger(path)) as ledger:
         yield ledger
 

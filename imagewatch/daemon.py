@@ -266,6 +266,8 @@ class Daemon:
         if self._notify.watchdog_seconds:
             self._intake.most_seconds = self._notify.watchdog_seconds / 2
         self._gate.start()
+        with contextlib.suppress(SpoolError):  # the next line says why
+            self._accept_ledger()  # before anything is held for the one that is not to be used any more
         self._gate.room()  # also where nothing waits: it is to be known at the start
         for job in self._spool.unfinished():
             _log.info("recovering", job=job)
@@ -474,15 +476,16 @@ class Daemon:
         self._gate.look(max(changed.values(), default=0.0))
         self._gate.count(changed, self._is_finished)
         try:
-            if self._control.accepts_ledger():
-                self._accept_ledger()
+            self._accept_ledger()
             for job in self._control.retries():
                 self._reopen(job)
         except SpoolError as error:
             self._gate.failed(error)
 
     def _accept_ledger(self) -> None:
-        """Use the ledger that is there, or an empty one, as ``release --accept-new-ledger`` asked for."""
+        """Use the ledger that is there, or an empty one, if ``release --accept-new-ledger`` asked for it."""
+        if not self._control.accepts_ledger():
+            return
         self._ledger.accept()
         self._control.accepted_ledger()
         _log.warning("another ledger is used from now on", ledger=os.path.join(self._spool.state, database.FILE))

@@ -15,7 +15,7 @@ import errno
 import os
 import stat
 import threading
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -366,6 +366,14 @@ class Tops:
             return os.listdir(folder.fileno())
         with folder.entries() as entries:
             return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False) == folders]
+
+
+def has_file(folder: str, name: str, file: IO[bytes]) -> bool:
+    """Tell whether the folder that has a path now, be it another one than before, has an open file by a name."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.lstat(os.path.join(folder, name)))
+    except OSError:
+        return False
 
 
 def is_private(status: os.stat_result, folder: os.stat_result) -> bool:

@@ -22,7 +22,7 @@ from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config import overlaps
 from imagewatch.durable import Disk, closing, ours
 from imagewatch.errors import ConfigError, Problem, SpoolError
-from imagewatch.folders import NotAFolderError, Tops
+from imagewatch.folders import NotAFolderError, has_file
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.mounts import Kinds, Mounts, keeps_times
@@ -62,6 +62,8 @@ def blocked(folders: Folders, folder: str, tops: Tops) -> str:
         path = os.path.join(door, folder)
         if len(os.fsencode(path)) > _LONGEST_PATH - _LONGEST_NAME - 1:
             return "what it makes would have too long a path, so nothing is taken out of"
+        if tops.opened(door) is None and not tops.exists(door):
+            continue  # the daemon makes it when it starts, and does not start if it cannot
         path = _deepest(tops, door, folder)
         if path != door and not tops.is_folder(path):
             return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
@@ -252,9 +254,8 @@ class Spool:
         """
         if folder != self.state or self._lock is None:
             return
-        with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(self._lock.fileno()), Tops.of(folder).lstat(os.path.join(folder, _LOCK))):
-                return
+        if has_file(folder, _LOCK, self._lock):
+            return
         message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
         hint = "put the one back that was there, it says what was paid; or restart imagewatch to begin with this one"
         raise SpoolError(message, path=folder, code=errno.ESTALE, hint=hint)

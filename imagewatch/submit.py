@@ -66,7 +66,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
 @click.option("--name", metavar="NAME", help="Name of the results. Without it: the first words and some digits.")
 @click.option(
     "--root",
-    type=click.Path(),
+    type=click.Path(readable=False),
     metavar="FOLDER",
     help="The watched folder, where there is no configuration: a share.",
 )

@@ -116,6 +116,44 @@ def test_a_user_outside_the_group_is_told_which_group_it_is(shared: Folders, mor
 
 
 @as_user
+def test_a_folder_that_is_named_on_the_command_line_is_no_usage_error_for_who_may_not_enter_it(shared: Folders) -> None:
+    shared.environ = {}
+    told = by_stranger(shared, "submit", "--root", str(shared.root), "A cat")
+    assert told.returncode == 74
+    assert f"{shared.inbox}: permission denied" in told.stderr
+    assert f"to the group {grp.getgrgid(2).gr_name}, then log in again" in told.stderr
+
+
+@as_user
+@pytest.mark.parametrize("name", ["check", "submit", "status"])
+def test_a_configuration_that_may_not_be_read_is_no_usage_error(shared: Folders, name: str) -> None:
+    path = shared.root.parent / "imagewatch.toml"
+    path.write_text("")
+    path.chmod(0o600)
+    told = by_stranger(shared, name, "--config", str(path), *(["A cat"] if name == "submit" else []))
+    assert told.returncode == 78
+    assert f"{path}: " in told.stderr
+    assert "ermission denied" in told.stderr
+    assert "--help" not in told.stderr
+
+
+@as_user
+def test_history_does_not_say_of_a_hidden_ledger_that_nothing_was_made(shared: Folders) -> None:
+    shared.state.mkdir(mode=0o700)
+    told = by_stranger(shared, "history")
+    assert told.returncode == 74
+    assert f"{shared.state}: this user may not look into it" in told.stderr
+    assert "nothing was made" not in told.stderr
+
+
+def test_a_check_before_the_first_start_does_not_ignore_what_will_be_taken(folders: Folders) -> None:
+    folders.outbox.rmdir()
+    folders.prompt("poster/cat", "A cat")
+    lines = {line["what"]: line["verdict"] for line in json.loads(command(folders, "check", "--json").stdout)["files"]}
+    assert lines["poster/cat.prompt.txt"] in {"take", "wait"}
+
+
+@as_user
 def test_one_who_may_enter_and_not_write_is_told_the_same(shared: Folders) -> None:
     shared.root.chmod(0o755)
     told = by_stranger(shared, "submit", "A cat")

@@ -207,6 +207,23 @@ def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
     assert command(used, "release", "--accept-new-ledger").returncode == 64
 
 
+@pytest.mark.parametrize("fault", ["deleted", "damaged"])
+def test_once_uses_the_ledger_that_was_accepted_before_it_started(used: Folders, sandbox: Sandbox, fault: str) -> None:
+    if fault == "damaged":
+        damage(ledger(used), "attempts")
+    else:
+        for path in used.state.glob("ledger.sqlite3*"):
+            path.unlink()
+    drop(used)
+    told = command(used, "history")
+    assert (told.returncode, "release --accept-new-ledger" in told.stderr) == (74, True)
+    assert "nothing was made" not in told.stderr
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    told = command(used, "once")
+    assert told.returncode == 0, told.stderr
+    goes_on(used, sandbox)
+
+
 def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
 ) -> None:
