@@ -90,6 +90,7 @@ class Gate:
         self._took: list[tuple[float, float]] = []
         self._returned: set[str] = set()
         self._braking: dict[str, SpoolError] = {}
+        self._is_proved = False  # whether the ledger was written once: the first prompt is not to find out for it
         self.blame, self.absolve = holds.blame, holds.absolve
         self.disk_failed = False
         self._broken: set[str] = set()
@@ -195,7 +196,8 @@ class Gate:
             if probe:
                 self._spool.probe()
             self._spool.require_room(self._limits.min_free_bytes)
-            self._ledger.require(prove=probe)
+            self._ledger.require(prove=probe or not self._is_proved)
+            self._is_proved = True
         except SpoolError as error:
             self.failed(error)
             return False

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from imagewatch.config import Config, Folders
+    from imagewatch.folders import Tops
 
 _PROBE = ".iw-probe"
 _LOCK = "lock"

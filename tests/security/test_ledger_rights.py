@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from typing import TYPE_CHECKING
 
@@ -37,7 +38,7 @@ def test_a_ledger_that_root_has_restored_holds_the_queue_until_the_daemon_may_wr
     restored_by_root(world.state / "ledger.sqlite3")
     world.start()
     for number in range(5):
-        world.honest_prompt(f"p{number}", f"wish {number}")
+        world.honest_prompt(f"p{number}", f"prompt {number}")
     world.held_for("the ledger cannot be written")
     assert world.requests() == 1
     done = world.command("check", uid=seen_by)
@@ -50,3 +51,16 @@ def test_a_ledger_that_root_has_restored_holds_the_queue_until_the_daemon_may_wr
         world.wait(lambda number=number: world.door(f"theirs/p{number}.prompt.txt") == "outbox", f"prompt {number}")
     assert world.requests() == 6
     assert len(world.rows()) == 6
+
+
+def test_once_leaves_the_prompts_in_the_inbox_where_the_ledger_cannot_be_written(world: World) -> None:
+    told = world.start()
+    world.honest_prompt_is_made("first")
+    world.is_idle()
+    assert told.stop() == 0
+    restored_by_root(world.state / "ledger.sqlite3")
+    source = world.honest_prompt("second", "another prompt")
+    done = world.command("once", "--json", uid=DAEMON)
+    assert (done.returncode, json.loads(done.stdout)["left"]) == (74, 1), done.stdout
+    assert (world.inbox / source).exists()
+    assert world.requests() == 1
