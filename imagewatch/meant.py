@@ -14,8 +14,12 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_COPY = r"(?:copy|kopie|kopia|kopi|copie|copia)"
-_BETWEEN, _MOST_BETWEEN = " \u00a0\u202f_~-", 4
+_COPY = (
+    r"(?:copy|kopie|kopia|kopi|copie|c[o\u00f3]pia|kopya|\u043a\u043e\u043f[\u0438\u0456]\u044f"
+    r"|\u30b3\u30d4\u30fc|\u526f\u672c|\u8907\u88fd|\ubcf5\uc0ac\ubcf8)"
+)
+"""As file managers write it: also in Portuguese, Turkish, Russian, Ukrainian, Japanese, Chinese and Korean."""
+_BETWEEN, _MOST_BETWEEN = " \u00a0\u202f\u2013\u2014_~-", 4
 """What is between a name and an addition, and how much of it at most a name may end with itself."""
 _ADDED = re.compile(
     rf"(?:[{_BETWEEN}]*[(\[][^()\[\]]*[)\]]"  # cat (1), cat (copy), cat[1], cat (conflicted copy 2026-01-01)
