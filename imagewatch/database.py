@@ -15,6 +15,7 @@ import pathlib
 import re
 import secrets
 import sqlite3
+import stat
 import threading
 from typing import TYPE_CHECKING
 
@@ -374,14 +375,18 @@ def require_sound(connection: sqlite3.Connection) -> None:
 def keep_private(path: str) -> None:
     """Make the file of a ledger if there is none, readable by its owner only: SQLite gives its other files that mode.
 
-    A file that is there is not opened here: to close it again would end the locks that this process has on it.
+    A file that is there is not opened here: to close it again would end the locks that this process has on it. Those
+    that were made beside a read-only ledger would keep one that is writable again from being written.
     """
     with contextlib.suppress(OSError):  # what keeps it from being used is told by SQLite
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
+    least = 0
     for name in (path, path + "-wal", path + "-shm"):
         with contextlib.suppress(OSError):  # one of another user is as it was made
-            if os.stat(name, follow_symlinks=False).st_mode & 0o777 & ~_MODE:
+            mode = os.stat(name, follow_symlinks=False).st_mode
+            if mode & 0o777 & ~_MODE or least & ~mode:
                 os.chmod(name, _MODE)
+            least = mode & stat.S_IWUSR if name == path else least
 
 
 def read_mark(path: str) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import os
 import sqlite3
+import stat
 
 from imagewatch.database import FILE, MARK, foreign, missing, read_mark, require_sound, translated
 from imagewatch.errors import SpoolError
@@ -26,7 +27,8 @@ def trouble(state: str) -> SpoolError | None:
         return refused
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
-            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("BEGIN IMMEDIATE")  # succeeds in a read-only file, too
+            connection.execute("DELETE FROM attempts WHERE 0")
             connection.execute("ROLLBACK")
             require_sound(connection)
             found = _id(connection)
@@ -46,10 +48,13 @@ def _not_writable(state: str, path: str) -> SpoolError | None:
         for name in (path, path + "-wal", path + "-shm"):
             with contextlib.suppress(FileNotFoundError):
                 status = os.stat(name)
-                if daemon and status.st_uid != daemon and not status.st_mode & 0o002:
-                    message = f"{name}: the ledger cannot be written: it belongs to user number {status.st_uid}"
-                    hint = f"chown {daemon} {name}"
-                    return SpoolError(message, path=name, code=errno.EACCES, hint=hint)
+                is_own = status.st_uid == daemon
+                if not daemon or status.st_mode & (stat.S_IWUSR if is_own else stat.S_IWOTH):
+                    continue
+                why = "its mode is read-only" if is_own else f"it belongs to user number {status.st_uid}"
+                hint = f"chmod u+w {name}" if is_own else f"chown {daemon} {name}"
+                message = f"{name}: the ledger cannot be written: {why}"
+                return SpoolError(message, path=name, code=errno.EACCES, hint=hint)
     return None
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
 
+from imagewatch.health import trouble
+from imagewatch.ledger import Ledger
 from security.people import DAEMON
 
 if TYPE_CHECKING:
@@ -64,3 +67,35 @@ def test_once_leaves_the_prompts_in_the_inbox_where_the_ledger_cannot_be_written
     assert (done.returncode, json.loads(done.stdout)["left"]) == (74, 1), done.stdout
     assert (world.inbox / source).exists()
     assert world.requests() == 1
+
+
+@pytest.mark.parametrize("seen_by", [DAEMON, 0])
+def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says_so(world: World, seen_by: int) -> None:
+    told = world.start()
+    world.honest_prompt_is_made("first")
+    world.is_idle()
+    assert told.stop() == 0
+    ledger = world.state / "ledger.sqlite3"
+    ledger.chmod(0o400)
+    done = world.command("check", uid=seen_by)
+    said = " ".join(done.stdout.split())
+    assert (done.returncode, "the ledger cannot be written: its mode is read-only" in said) == (78, True), said
+    world.start()
+    world.honest_prompt("later", "A later wish")
+    world.held_for("the ledger cannot be written")
+    assert world.requests() == 1
+    ledger.chmod(0o600)
+    world.wait(lambda: world.door("theirs/later.prompt.txt") == "outbox", "the prompt")
+    assert world.requests() == 2
+
+
+def test_a_ledger_that_nobody_may_write_is_named_by_check(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.sqlite3"
+    Ledger(str(path)).close()
+    assert trouble(str(tmp_path)) is None
+    if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
+        pytest.skip("files cannot be made immutable here")
+    try:
+        assert "the ledger cannot be written" in str(trouble(str(tmp_path)))
+    finally:
+        subprocess.run(["chattr", "-i", path], check=True)
