@@ -28,7 +28,8 @@ def trouble(state: str) -> SpoolError | None:
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # succeeds in a read-only file, too
-            connection.execute("DELETE FROM attempts WHERE 0")
+            version = connection.execute("PRAGMA user_version").fetchone()[0]
+            connection.execute(f"PRAGMA user_version = {int(version)}")  # fails there
             connection.execute("ROLLBACK")
             require_sound(connection)
             found = _id(connection)

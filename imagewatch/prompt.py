@@ -36,7 +36,10 @@ _MAX_NESTING = 100
 """Dots and brackets outside of strings: the TOML reader takes seconds for thousands, and we need one or two."""
 _HINT_TEXT = "save it as plain text in UTF-8"
 _HINT_TOML = "front matter is TOML between two lines that are exactly +++"
-_HINT_ALMOST = f"{_HINT_TOML}, the first line of the file being one of them; if the text has no options, put two lines +++ before it"
+_HINT_ALMOST = (
+    f"{_HINT_TOML}, the first line of the file being one of them; "
+    "if the text has no options, put two lines +++ before it"
+)
 
 
 class FrontMatter(Options, frozen=True, kw_only=True):

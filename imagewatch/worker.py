@@ -372,7 +372,7 @@ class Worker:
         where = functools.partial(open_file, tops=self._spool.tops)
         skip = self._config.inbox.redelivery == "skip"
         if skip and (twin := finished_twin(self._ledger, claim, folder, most, where)):
-            self._close_twin(case, twin)
+            self._close_twin(case, twin, lambda: contents(folder, claim.originals, most, where))
             return None
         try:
             images = (*claim.images, *claim.foreign)
@@ -387,18 +387,19 @@ class Worker:
             run.foresee()
         return None
 
-    def _close_twin(self, case: Case, twin: str) -> None:
+    def _close_twin(self, case: Case, twin: str, read: Callable[[], dict[str, str]]) -> None:
         """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word.
 
-        Also one with a word of whose job there is no document: nobody was told yet.
+        Also the first one with a word of whose job there is no document: nobody was told yet.
         """
-        claim = case.claim
-        if not (self._ledger.was_placed(claim.mtime_ns) or self._ledger.is_lost(twin)):
+        claim, is_lost = case.claim, self._ledger.is_lost(twin)
+        if not (is_lost or self._ledger.was_placed(claim.mtime_ns)):
             self._closing.redelivered(case, twin)
             return
         reason = f"this file was requested before, as job {twin}; nothing was sent"
         problem = Problem(printable(claim.prompt), reason, "save the prompt again to request another image")
-        self._closing.invalid(case, [problem], {})  # without contents: another one like it is one of the twin, too
+        # A person's without contents: another one like it is one of the twin, too.
+        self._closing.invalid(case, [problem], read() if is_lost else {})
 
     def _require_payable(self, run: Run) -> None:
         """Make sure that no cap is so low that this request could never be sent.

@@ -90,10 +90,15 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
     if comes == "moved back":
         path.rename(killed.inbox / "sub/cat.prompt.txt")
     else:
+        shutil.copy2(path, killed.root / "copy")
         shutil.copy2(path, killed.inbox / "sub/cat.prompt.txt")
         shutil.rmtree(path.parent)
     until(lambda: killed.documents() == {"cat": "errors"}, timeout=40)
     assert "requested before" in killed.error("sub/cat")["message"]
+    if comes == "brought by a sync tool":
+        (killed.root / "copy").rename(killed.inbox / "sub/cat.prompt.txt")
+        daemon.wait_for("brought back, so not made again")  # once, however often it comes
+        assert len(list(killed.errors.glob("sub/*.error.toml"))) == 1
     assert sandbox.report()["requests"] == 1
 
 
