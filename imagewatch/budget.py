@@ -113,7 +113,9 @@ def _shown(end: datetime) -> str:
 def _too_dear(rule: str, cap: float, cost: Expected) -> Problem:
     """Return what is wrong with a request that may cost more than a whole cap."""
     reason = f"is {amount(cap)} credits, and this request alone may cost {amount(cost.high)} ({cost.why})"
-    return Problem(rule, reason, f"raise {rule}, or ask for less (n, quality)")
+    is_assumed = "limits.assumed_credits" in cost.why
+    others = "set limits.assumed_credits to a likely cost" if is_assumed else "ask for less (n, quality)"
+    return Problem(rule, reason, f"raise {rule}, or {others}")
 
 
 class Budget:

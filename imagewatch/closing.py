@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 _NEXT_RETRY = "correct the cause, then move the prompt back into the inbox"
 _NEXT = {
     "invalid": "correct the prompt or its images, then move them back into the inbox",
+    "twin": "no action needed; for another image save the prompt again, and move it into the inbox",
     "cap": "raise the cap or ask for less, then move the prompt back into the inbox",
     "key": "give imagewatch a valid key; then move the prompt back into the inbox",
     "credits": "add credits to the account; then move the prompt back into the inbox",
@@ -141,13 +142,20 @@ class Closing:
         case.record.decide(Decision(door="away"))
         _log.info("brought back, so not made again", finished=twin)
 
-    def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str]) -> None:
-        """End a job that our own checks refuse: no call was made."""
+    def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str], what: str = "") -> None:
+        """End a job that our own checks refuse: no call was made.
+
+        Args:
+            case: The job.
+            problems: What is wrong.
+            contents: Hash of each file as dropped, by name.
+            what: ``twin`` for a prompt that was requested before.
+        """
         case = self._dated(case)
         told = [printable(str(problem)) for problem in problems]
         message = told[0] if len(told) == 1 else f"{len(told)} problems: {told[0]} …"
         self._write_row(case, "invalid", "no", message="; ".join(told), contents=contents)
-        what = "cap" if all(problem.field in CAPS for problem in problems) else "invalid"
+        what = what or ("cap" if all(problem.field in CAPS for problem in problems) else "invalid")
         self._reject(case, {"message": message, "problems": told, "next": _NEXT[what]}, "no")
 
     def busy(self, case: Case, verdict: Verdict) -> None:

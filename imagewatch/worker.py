@@ -399,7 +399,7 @@ class Worker:
         reason = f"this file was requested before, as job {twin}; nothing was sent"
         problem = Problem(printable(claim.prompt), reason, "save the prompt again to request another image")
         # A person's without contents: another one like it is one of the twin, too.
-        self._closing.invalid(case, [problem], read() if is_lost else {})
+        self._closing.invalid(case, [problem], read() if is_lost else {}, "twin")
 
     def _require_payable(self, run: Run) -> None:
         """Make sure that no cap is so low that this request could never be sent.

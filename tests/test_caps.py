@@ -177,6 +177,7 @@ def test_a_request_that_alone_is_more_than_the_cap_is_refused_unpaid_and_the_que
         assert "limits.credits_per_day: is 249 credits" in error["message"]
         assert error["next"].startswith("raise the cap")
     assert "may cost 250 (limits.assumed_credits" in folders.error("dear")["message"]
+    assert "set limits.assumed_credits to a likely cost" in folders.error("dear")["message"]
     assert "may cost 268 (the highest charge" in folders.error("n")["message"]
     assert folders.leftovers() == []
 

@@ -95,6 +95,7 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
         shutil.rmtree(path.parent)
     until(lambda: killed.documents() == {"cat": "errors"}, timeout=40)
     assert "requested before" in killed.error("sub/cat")["message"]
+    assert "for another image save the prompt again" in killed.error("sub/cat")["next"]
     if comes == "brought by a sync tool":
         (killed.root / "copy").rename(killed.inbox / "sub/cat.prompt.txt")
         daemon.wait_for("brought back, so not made again")  # once, however often it comes
