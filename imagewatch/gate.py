@@ -172,6 +172,10 @@ class Gate:
         What all jobs share (ledger, state folder) is never the fault of one: the hold lasts until this job goes on.
         """
         if error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
+            try:
+                self._spool.require_folders()
+            except SpoolError as cause:  # another state folder has its name: nothing in that one is ours
+                error = cause
             self.brake(job, error)
             return False
         if error.code in FULL:  # a small probe may succeed where pictures do not
