@@ -344,9 +344,7 @@ class Daemon:
         if self._draining:
             return _LONGEST_WAIT  # only workers are waited for
         now = self._now()
-        times = [self._intake.due, self._caps_due]
-        if self._intake.any() or self._later:
-            times.append(now + self._gate.patience())
+        times = [self._intake.due, self._caps_due, now + self._gate.patience()]
         if self._status.due is not None:
             times.append(self._status.due)
         if self._may_ask():

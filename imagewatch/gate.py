@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import threading
 from typing import TYPE_CHECKING, Protocol
 
@@ -35,6 +36,8 @@ _KEY_SECONDS = 2.0
 """How often the file of the key is looked at while the account refuses us."""
 _MOST_BROKEN = 2
 """How many prompts in a row may have their upload cut off before it is taken for the network's trouble."""
+_MOST_CAUSES = 10
+"""How many causes of one hold are told at most; status has the newest one."""
 _PERMITTED = {"cap", "soon", "rate"}
 """Holds that say nothing of a request that is on its way: what it may cost is set aside already."""
 _ACCOUNT = {"key", "credits", "quota", "address"}
@@ -90,6 +93,7 @@ class Gate:
         self._took: list[tuple[float, float]] = []
         self._returned: set[str] = set()
         self._braking: dict[str, SpoolError] = {}
+        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were told
         self._is_proved = False  # whether the ledger was written once: the first prompt is not to find out for it
         self.blame, self.absolve = holds.blame, holds.absolve
         self.disk_failed = False
@@ -342,7 +346,8 @@ class Gate:
     def failed(self, error: SpoolError) -> None:
         """Take note that our own disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
-        self._begin("disk", str(error), DISK_SECONDS, error.hint)
+        cause = os.path.dirname(error.path), error.code, error.hint
+        self._begin("disk", str(error), DISK_SECONDS, error.hint, cause)
 
     def set_caps(self, refused: Mapping[str, Refusal]) -> None:
         """Take note of the providers of which prompts wait at a cap, and why."""
@@ -357,11 +362,18 @@ class Gate:
         for hold in ended:
             _log.info("released", kind=hold.kind, provider=hold.provider)
 
-    def _begin(self, kind: str, message: str, seconds: float | None, hint: str = "") -> None:
+    def _begin(
+        self,
+        kind: str,
+        message: str,
+        seconds: float | None,
+        hint: str = "",
+        cause: tuple[str, int, str] | None = None,
+    ) -> None:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
-        known = self._holds.has(kind) if kind == "disk" else kind != "hand" and self._holds.waits(kind, now)
+        known = self._is_told(cause) if kind == "disk" else kind != "hand" and self._holds.waits(kind, now)
         hold = self._holds.add(kind, message, now, seconds, hint)
         self._on_change(at_once=not known and not hold.brief)
         if known:
@@ -372,6 +384,16 @@ class Gate:
         if math.isfinite(hold.until):
             say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **say)
+
+    def _is_told(self, cause: tuple[str, int, str] | None) -> bool:
+        """Tell whether the hold for our disk and this cause of it were told; the cause is from now on."""
+        if not self._holds.has("disk"):
+            self._causes.clear()
+        elif cause is None or cause in self._causes or len(self._causes) >= _MOST_CAUSES:
+            return True
+        if cause is not None:
+            self._causes.add(cause)
+        return False
 
     def _end(self, ended: list[Hold]) -> None:
         if ended:

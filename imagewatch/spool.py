@@ -231,6 +231,8 @@ class Spool:
                     self._require_lock_in(folder)
                     self.tops.open(folder, is_private=folder == self.state)
                     self._kinds.refresh()
+            if folder == self.state:
+                self._lock_anew()
 
     def _require_same_way(self, folder: str) -> None:
         """Make sure that nobody else put a link where one of our folders was: it might lead to another one of ours.
@@ -246,20 +248,29 @@ class Spool:
         self._ways[folder] = real
 
     def _require_lock_in(self, folder: str) -> None:
-        """Make sure that the state folder was not replaced since this process locked it.
+        """Make sure that the state folder that this process locked is not merely somewhere else.
 
-        Another one has another ledger, or none, and this process has no lock in it.
+        Another one has another ledger, or none. If the locked one was deleted, this process still knows what it has
+        sent, and goes on with the one that is there.
 
         Raises:
-            SpoolError: It was.
+            SpoolError: It was replaced.
         """
         if folder != self.state or self._lock is None:
             return
-        if has_file(folder, _LOCK, self._lock):
+        if has_file(folder, _LOCK, self._lock) or not os.fstat(self._lock.fileno()).st_nlink:
             return
         message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
         hint = "put the one back that was there, it says what was paid; or restart imagewatch to begin with this one"
         raise SpoolError(message, path=folder, code=errno.ESTALE, hint=hint)
+
+    def _lock_anew(self) -> None:
+        """Lock the state folder if the file of the lock was deleted."""
+        if self._lock is None or os.fstat(self._lock.fileno()).st_nlink:
+            return
+        lock = self.disk.lock(os.path.join(self.state, _LOCK))
+        self._lock.close()
+        self._lock = lock
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""

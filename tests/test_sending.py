@@ -182,7 +182,9 @@ def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_l
         assert daemon.stop() == 0
 
 
-@pytest.mark.parametrize("change", ["its record removed", "all records removed", "the state folder replaced"])
+@pytest.mark.parametrize(
+    "change", ["its record removed", "all records removed", "the state folder replaced", "the state folder deleted"]
+)
 def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_it_comes(
     asked: Told, folders: Folders, sandbox: Sandbox, change: str
 ) -> None:
@@ -193,9 +195,15 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
     else:
         folders.state.rename(folders.state.with_name("aside"))
         folders.state.mkdir()
+        if change == "the state folder deleted":
+            shutil.rmtree(folders.state.with_name("aside"))
     sandbox.release()
+    if change == "the state folder deleted":
+        until(lambda: "the ledger is missing" in str(asked.events("held")))
+        until(lambda: list(folders.state.glob("*.saved-1")))
+        (folders.state / "ledger.sqlite3.saved-1").rename(folders.state / "ledger.sqlite3")
     if change == "the state folder replaced":
-        assert "the state folder was replaced" in asked.wait_for("held")["reason"]
+        until(lambda: "the state folder was replaced" in str(asked.events("held")))
         shutil.rmtree(folders.state)
         folders.state.with_name("aside").rename(folders.state)
     until(lambda: folders.documents() == {"cat": "outbox"})
