@@ -17,6 +17,7 @@ import structlog
 from imagewatch import __version__
 from imagewatch.budget import CAPS
 from imagewatch.documents import Course, compose, with_files
+from imagewatch.errors import Problem, SpoolError
 from imagewatch.job import Charged, Claim, Decision, Move, Reaction, Sent
 from imagewatch.ledger import Ledger, Row
 from imagewatch.names import tagged
@@ -26,7 +27,6 @@ from imagewatch.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from imagewatch.errors import Problem
     from imagewatch.lifecycle import Evidence
     from imagewatch.pictures import Picture, Pictures
     from imagewatch.reading import Reading
@@ -188,11 +188,21 @@ class Closing:
             case: The job.
             message: Why not, in words.
             is_charged: Whether an answer had come that is charged for, and was lost on our side.
+
+        Raises:
+            SpoolError: The ledger knows what came of it; what is on the disk is an older copy.
         """
-        case = self._dated(case)
-        message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
+        row = self._ledger.job(case.claim.job) or {}
+        if row.get("attempt") == case.attempt and row["outcome"] not in {"sent", "unknown"}:
+            if row["got"] or row["charged"] != "yes":
+                raise _outdated(case, row)
+            is_charged, message, case = True, row["message"], replace(case, mtime_ns=row["placed_mtime_ns"])
+        else:
+            case = self._dated(case)
+            message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
+            outcome = "made" if is_charged else "unknown"
+            self._write_row(case, outcome, "yes" if is_charged else "unknown", message=message)
         charged: Charged = "yes" if is_charged else "unknown"
-        self._write_row(case, "made" if is_charged else "unknown", charged, message=message)
         self._reject(case, {"message": message, "next": _NEXT["lost" if is_charged else "doubt"]}, charged)
 
     def _reject(
@@ -397,6 +407,16 @@ class Closing:
             placed_mtime_ns=case.mtime_ns,
         )
         self._ledger.write(_answered(_sent(row, sent), case.answer))
+
+
+def _outdated(case: Case, row: Mapping[str, Any]) -> SpoolError:
+    """Return the error for a record that is older than its result in the ledger."""
+    folder = printable(case.record.folder)
+    return SpoolError(
+        f"job {case.claim.job}: its record is an older copy: no answer is in it, and the ledger says: {row['outcome']}",
+        path=folder,
+        hint=f"restore the state folder as a whole, or remove {folder}; the job is over",
+    )
 
 
 def _sent(row: Row, sent: Sent | None) -> Row:

@@ -103,6 +103,30 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
     assert sandbox.report()["requests"] == 1
 
 
+def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(1, 20)
+    shutil.copytree(folders.state / "jobs", tmp_path / "backup")
+    sandbox.release()
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert daemon.stop() == 0
+    before = command(folders, "history", "--json").stdout
+    shutil.copytree(tmp_path / "backup", folders.state / "jobs", dirs_exist_ok=True)
+    daemon = run(folders)
+    assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
+    assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    for path in (folders.state / "jobs").iterdir():
+        shutil.rmtree(path)
+    folders.prompt("cat", "Another cat")
+    until(lambda: sandbox.report()["requests"] == 2)
+    assert daemon.stop() == 0
+
+
 def test_a_request_whose_record_is_damaged_counts_below_the_caps(
     killed: Folders, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
