@@ -19,7 +19,10 @@ import stat
 import threading
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from imagewatch.errors import SpoolError
+from imagewatch.names import PAID
 from imagewatch.text import printable
 
 if TYPE_CHECKING:
@@ -42,6 +45,13 @@ _ID = re.compile(r"[0-9a-f]{32}")
 _RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
 _NEWEST = "SELECT job, attempt, outcome FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
 _ENDED = "SELECT count(*) FROM attempts WHERE outcome <> 'sent'"
+
+
+class _Sums(msgspec.Struct):
+    """What a status repeats of a ledger."""
+
+    month: dict[str, float | None] = {}
+    redelivered: int = 0
 
 
 class Database:
@@ -129,7 +139,7 @@ class Database:
                 os.unlink(self._mark)
             if os.path.exists(self.path) and self._is_unsound():
                 self._set_aside()
-            self._open(is_new=not os.path.exists(self.path))
+            self._open(is_new=not os.path.exists(self.path), is_accepted=True)
             self._is_damaged = False
 
     def close(self) -> None:
@@ -155,8 +165,10 @@ class Database:
             self._open(is_new=False)
         self._is_saved = False  # there will be more rows than were saved
 
-    def _open(self, *, is_new: bool) -> None:
-        if is_new and self._guarded and os.path.lexists(self._mark):
+    def _open(self, *, is_new: bool, is_accepted: bool = False) -> None:
+        if is_new and self._guarded and not is_accepted and was_there(os.path.dirname(self.path)):
+            if not os.path.lexists(self._mark):
+                _write(self._mark, "missing")  # the status is written again, without what the ledger knew
             raise missing(self.path)
         if is_new:
             self._remove_beside()
@@ -387,6 +399,20 @@ def keep_private(path: str) -> None:
             if mode & 0o777 & ~_MODE or least & ~mode:
                 os.chmod(name, _MODE)
             least = mode & stat.S_IWUSR if name == path else least
+
+
+def was_there(state: str) -> bool:
+    """Tell whether a state folder had a ledger: it has the id of one, or a job, or a status that repeats one."""
+    if os.path.lexists(os.path.join(state, MARK)):
+        return True
+    for folder in ("jobs", PAID):
+        with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:
+            if any(entries):
+                return True
+    with contextlib.suppress(OSError, msgspec.DecodeError), open(os.path.join(state, "status.json"), "rb") as file:
+        sums = msgspec.json.decode(file.read(), type=_Sums)
+        return bool(sums.redelivered or any(value for name, value in sums.month.items() if name != "cap"))
+    return False
 
 
 def read_mark(path: str) -> str:

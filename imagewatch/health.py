@@ -8,7 +8,7 @@ import os
 import sqlite3
 import stat
 
-from imagewatch.database import FILE, MARK, foreign, missing, read_mark, require_sound, translated
+from imagewatch.database import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
 from imagewatch.errors import SpoolError
 
 _BUSY_SECONDS = 1.0
@@ -22,7 +22,7 @@ def trouble(state: str) -> SpoolError | None:
     """
     path, mark = os.path.join(state, FILE), os.path.join(state, MARK)
     if not os.path.lexists(path):
-        return missing(path) if os.path.lexists(mark) else None
+        return missing(path) if was_there(state) else None
     if refused := _not_writable(state, path):
         return refused
     try:

@@ -121,7 +121,7 @@ def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_m
     goes_on(used, sandbox)
 
 
-@pytest.mark.parametrize("when", ["while it runs", "before it starts"])
+@pytest.mark.parametrize("when", ["while it runs", "before it starts", "before it starts, with its id"])
 def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, when: str
 ) -> None:
@@ -130,6 +130,8 @@ def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     daemon = run(used) if when == "while it runs" else None
     for path in used.state.glob("ledger.sqlite3*"):
         path.unlink()
+    if when == "before it starts, with its id":
+        (used.state / "identity").unlink()
     daemon = daemon or run(used)
     drop(used)
     waits(used, daemon, sandbox, "the ledger is missing", "release --accept-new-ledger")
