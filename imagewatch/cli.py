@@ -219,6 +219,9 @@ def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
         yield "settings", line
     for hold in admin.holds(config):
         yield "settings", explain.Line("wait", "queue", f"held ({kind(hold)}): {hold['reason']}; {hold['next']}")
+    for job, source in explain.stuck(config).items():
+        why = f"{source} is stuck; the log says why, and what to do; no other prompt of its name is sent until then"
+        yield "settings", explain.Line("wait", f"job {job}", why)
     for line in explain.files(config):
         yield "files", line
 

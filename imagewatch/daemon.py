@@ -860,8 +860,8 @@ def _within_open_files(config: Config) -> Config:
 
 
 def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:
-    """Return the path of the prompt of each job, as far as it is known."""
+    """Return the path of the prompt of each job, as far as it is known: ``*/`` is in the place of any folder."""
     return {
-        job: "/".join(part for part in key if part and part != ANYWHERE) + SUFFIX if key else ""
+        job: "/".join("*" if part == ANYWHERE else part for part in key if part) + SUFFIX if key else ""
         for job, key in jobs.items()
     }

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import afford
+from imagewatch import afford, status
 from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
 from imagewatch.durable import FULL, Disk, locked, ours
@@ -247,6 +247,12 @@ def _nearest(path: str) -> str:
     return path
 
 
+def stuck(config: Config) -> dict[str, str]:
+    """Return the prompt of each job that is stuck, by job id, as the daemon last wrote."""
+    page = status.read(config.folders.state) or {}
+    return {job["job"]: printable(job["source"] or job["job"]) for job in page.get("stuck", ())}
+
+
 def files(config: Config) -> Iterator[Line]:
     """Look at every file in the inbox, and at the folders in it.
 
@@ -259,12 +265,17 @@ def files(config: Config) -> Iterator[Line]:
     hindered = functools.partial(blocked, config.folders, tops=tops)
     sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered, tops=tops)
     seen = sweep.look(time.monotonic(), time.time())
+    names = {source: job for job, source in stuck(config).items()}
     with contextlib.ExitStack() as stack:
         budget = None
         with contextlib.suppress(SpoolError):  # the line of the caps says so
             budget = stack.enter_context(afford.budget_of(config))
         for candidate in seen.ready:
-            yield _ready(candidate, config, sweep.opener, budget)
+            path = printable(candidate.source)
+            if job := names.get(path) or names.get(f"*/{os.path.basename(path)}"):
+                yield Line("wait", path, f"an earlier prompt of this name is stuck, job {job}; the log says why")
+            else:
+                yield _ready(candidate, config, sweep.opener, budget)
     for path, reason in sorted(seen.waiting.items()):
         yield Line("wait", printable(path), reason)
     named = sweep.named()

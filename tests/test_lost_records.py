@@ -52,6 +52,11 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     daemon = run(killed)
     until(lambda: "dog" in killed.documents())
     (told,) = daemon.events("stuck")
+    until(lambda: "stuck" in command(killed, "status").stdout)
+    said = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
+    assert [line for line in said if line[0] == "take"] == []
+    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in said]
+    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in said)
     until(lambda: "cat" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
