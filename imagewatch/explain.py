@@ -19,6 +19,7 @@ from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
 from imagewatch.durable import FULL, Disk, locked, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
+from imagewatch.fields import layered
 from imagewatch.folders import Tops
 from imagewatch.health import trouble
 from imagewatch.key import key_file_problem, key_source, read_key
@@ -26,10 +27,11 @@ from imagewatch.ledger import Ledger
 from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.names import CLAIMS, SUFFIX
 from imagewatch.places import is_hidden, others_who_write, refusal
-from imagewatch.request import Files, Request, build
+from imagewatch.request import Files, Request, build, unknown_family
 from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
 from imagewatch.text import amount, local, printable
+from imagewatch.wire import choose_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -74,10 +76,21 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     if error := trouble(config.folders.state):
         yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
     yield from (Line(*told) for told in afford.caps(config))
+    yield from _models(config)
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)
         yield from _claims(config, kinds)
     yield from _key(config, environ)
+
+
+def _models(config: Config) -> Iterator[Line]:
+    """Name each model that is set without a provider, and is of no known family: prompts that use it are refused."""
+    presets = {f"presets.{name}": preset for name, preset in config.presets.items() if preset.model}
+    for table, own in {"defaults": config.defaults, **presets}.items():
+        options = layered((own, config.defaults))
+        if choose_provider(options, has_inputs=False) is None:
+            problem = unknown_family(options)
+            yield Line("wait", table, printable(f"{problem}; without it prompts that name no provider are refused"))
 
 
 def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:

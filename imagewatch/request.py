@@ -109,7 +109,7 @@ def build(files: Files, config: Config) -> Request:
     provider = choose_provider(options, has_inputs=bool(files.images))
     problems += wrong + _refused_by_limits(options, provider, config)
     if provider is None:
-        problems.append(_unknown_family(options))
+        problems.append(unknown_family(options))
     if problems or provider is None:
         raise BadRequest(problems)
     hashes = {files.stem + SUFFIX: hashlib.sha256(raw).hexdigest()}
@@ -132,11 +132,11 @@ def fields_of(raw: bytes, folder: str, config: Config, *, has_inputs: bool) -> d
     options, problems = effective(prompts.parse(raw).front, folder, config)
     provider = choose_provider(options, has_inputs=has_inputs)
     if problems or provider is None:
-        raise BadRequest(problems or [_unknown_family(options)])
+        raise BadRequest(problems or [unknown_family(options)])
     return body_fields(options, provider)
 
 
-def _unknown_family(options: Options) -> Problem:
+def unknown_family(options: Options) -> Problem:
     """Return what is wrong with a model of which nobody knows whose it is."""
     reason = f'"{printable(options.model or "", 60)}" is of no known family, so the provider is not known'
     return Problem("model", reason, 'add a line like provider = "openai" (or "gemini", "flux")')

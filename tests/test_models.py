@@ -74,6 +74,15 @@ def test_a_model_of_no_known_family_without_a_provider_is_refused_unpaid_with_th
     assert 'provider = "openai"' in error["message"]
 
 
+@pytest.mark.parametrize("table", ["defaults", "presets.p"])
+def test_check_names_a_model_of_no_known_family_that_is_set_without_a_provider(folders, table):
+    set_up(folders, f'[{table}]\nmodel = "dall-e-9"')
+    told = " ".join(command(folders, "check").stdout.split())
+    assert f'wait {table} model: "dall-e-9" is of no known family' in told
+    set_up(folders, f'[{table}]\nmodel = "dall-e-9"\nprovider = "openai"')
+    assert "known family" not in command(folders, "check").stdout
+
+
 @pytest.mark.parametrize("model", ["dall-e-9", "gpt-image", "x-flux", " "])
 def test_a_model_is_passed_on_as_it_is_to_the_provider_named_with_it(folders, model):
     front = f'provider = "openai"\nmodel = "{model}"'
