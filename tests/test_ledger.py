@@ -116,7 +116,6 @@ def test_several_threads_write_at_once(ledger: Ledger) -> None:
     assert len(ledger.rows()) == 100
 
 
-@pytest.mark.slow
 def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
     with subprocess.Popen([sys.executable, "-c", WRITER, path], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -253,7 +252,6 @@ def test_a_ledger_of_format_1_is_upgraded_and_keeps_every_row(old: str) -> None:
         assert len(again.rows()) == 6
 
 
-@pytest.mark.slow
 def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
     script = "import sys; from imagewatch.ledger import Ledger; Ledger(sys.argv[1]).close()"
     processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]
