@@ -386,7 +386,7 @@ def until(condition: Any, timeout: float = 20.0) -> None:
         pause.wait(0.02)
 
 
-_PROCESSES = {"start", "run", "hurried"}
+_PROCESSES = {"start", "run", "hurried", "complete"}
 """Fixtures that start imagewatch."""
 _STARTING = re.compile(
     r'"-m", "imagewatch"|^from (conftest import .*\b(command|Running)\b|senders|container)\b', re.MULTILINE
@@ -397,10 +397,21 @@ _SLOW |= {"test_power"}
 """Modules that take long though they start no process of it: most wait for the end of a time."""
 
 
+def _is_slow(path: Path) -> bool:
+    """Whether no test of a module is quick."""
+    return path.stem in _SLOW or path.parent.name == "security" or bool(_STARTING.search(path.read_text()))
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """For ``make quick``, do not even import the modules without a quick test: every worker would."""
+    is_module = collection_path.suffix == ".py" and collection_path.is_file()
+    return True if is_module and config.option.markexpr == "quick" and _is_slow(collection_path) else None
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests for ``make quick``: of a few modules and fixtures they are not."""
-    starting = {path: bool(_STARTING.search(path.read_text())) for path in {item.path for item in items}}
+    """Mark the tests for ``make quick``: those of a few modules and fixtures, and those marked as slow, are not."""
+    slow = {path for path in {item.path for item in items} if _is_slow(path)}
     for item in items:
-        is_slow = starting[item.path] or item.path.stem in _SLOW or item.path.parent.name == "security"
+        is_slow = item.path in slow or item.get_closest_marker("slow") is not None
         if not is_slow and _PROCESSES.isdisjoint(getattr(item, "fixturenames", ())):
             item.add_marker("quick")

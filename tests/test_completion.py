@@ -75,6 +75,7 @@ def test_the_shell_completes_options_and_what_they_take(complete):
     assert complete("imagewatch", "submit", "--provider", "") == {"auto", "flux", "gemini", "openai"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", sorted(COMPLETE))
 def test_the_lines_for_the_shells_in_the_documents_work(shell):
     line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"

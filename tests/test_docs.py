@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import re
 from pathlib import Path
 
@@ -21,14 +22,16 @@ def layers() -> dict[str, int]:
     return {name: int(layer) for layer, name in re.findall(r"^\| (\d+) \| `(\w+)` \|", ARCHITECTURE, re.MULTILINE)}
 
 
-def imported(path: Path) -> set[str]:
-    """The modules of the package that a file imports, those for types alone included."""
+@functools.cache
+def imported(path: Path) -> frozenset[str]:
+    """The dotted names of all that a file imports, those for types alone included."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "imagewatch":
-            inner = node.module.split(".")[1:2]
-            found |= set(inner) if inner else {alias.name for alias in node.names}
-    return found & set(layers())
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module or ''}.{alias.name}" for alias in node.names}
+    return frozenset(found)
 
 
 def test_the_layer_table_names_every_module_and_nothing_else():
@@ -43,7 +46,8 @@ def test_a_module_imports_only_from_lower_layers(module):
     table = layers()
     files = [PACKAGE / f"{module}.py"] if (PACKAGE / f"{module}.py").exists() else (PACKAGE / module).glob("*.py")
     for path in files:
-        for other in imported(path) - {module}:
+        own = {name.split(".")[1] for name in imported(path) if name.startswith("imagewatch.")}
+        for other in own & set(table) - {module}:
             assert table[other] < table[module], f"{path.name} imports {other}"
 
 
@@ -62,14 +66,8 @@ def test_a_module_imports_only_from_lower_layers(module):
     ],
 )
 def test_a_library_has_one_door(library, owners):
-    users = set()
-    for path in PACKAGE.rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == library for name in names):
-                users.add(path.stem if path.parent == PACKAGE else path.parent.name)
-    assert users == owners
+    users = [path for path in PACKAGE.rglob("*.py") if library in {name.split(".")[0] for name in imported(path)}]
+    assert {path.stem if path.parent == PACKAGE else path.parent.name for path in users} == owners
 
 
 def test_only_durable_changes_a_disk():

@@ -389,7 +389,7 @@ def test_a_webp_whose_tail_is_zeros_is_not_whole(mode, options):
 
 @pytest.mark.parametrize("quality", [0, 80, 100])
 @pytest.mark.parametrize(("lossless", "method"), [(False, 1), (False, 4), (False, 6), (True, 0), (True, 4), (True, 6)])
-@pytest.mark.parametrize("size", [(1, 1), (300, 200), (640, 480)])
+@pytest.mark.parametrize("size", [(1, 1), (300, 200), pytest.param((640, 480), marks=pytest.mark.slow)])
 def test_a_plain_webp_is_whole_however_many_zeros_its_encoder_wrote(size, lossless, quality, method):
     width, height = size
     plain = Pillow.new("RGB", size, (255, 255, 255))

@@ -260,6 +260,7 @@ def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
         assert len(ledger.rows()) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.2, 0.25])
 def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seconds: float) -> None:
     with contextlib.closing(sqlite3.connect(old)) as database:

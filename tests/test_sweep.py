@@ -775,6 +775,7 @@ def test_names_that_are_no_text_are_seen(looking):
     assert looking.ready() == [name]
 
 
+@pytest.mark.slow
 def test_five_thousand_prompts_are_judged_alike_twice(looking):
     for number in range(5000):
         looking.write(f"{number % 10}/p{number:04}.prompt.txt")
@@ -792,6 +793,7 @@ def deep() -> Iterator[Path]:
     subprocess.run(["rm", "-rf", str(path)], check=True)
 
 
+@pytest.mark.slow
 def test_thousands_of_folders_each_in_the_one_before_come_and_go(deep):
     """Their paths are longer than those the kernel takes."""
     looking = windowed(deep, settle_seconds=0.0)
