@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import os
+import time
 from datetime import UTC, datetime
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -96,6 +97,7 @@ class Status:
         gate: The holds.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
+        processor: Processor time of this thread, seconds.
     """
 
     def __init__(
@@ -106,6 +108,7 @@ class Status:
         gate: Gate,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
+        processor: Callable[[], float] = time.thread_time,
     ) -> None:
         self.configure(config)
         self._path = os.path.join(config.folders.state, FILE)
@@ -114,6 +117,7 @@ class Status:
         self._gate = gate
         self._clock = clock
         self._now = monotonic
+        self._processor = processor
         self._started = clock()
         self._told: tuple[dict[str, float], dict[str, float], int, tuple[float, float] | None]
         self._told = dict(NO_TOTALS), dict(NO_TOTALS), 0, None
@@ -164,14 +168,15 @@ class Status:
         Raises:
             SpoolError: The disk failed.
         """
-        began = self._now()
+        began = self._processor()
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
             page = self._page(seen, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
             self._disk.jot(self._path, to_json(page, indent=1).encode())
         finally:
-            # Writing takes a hundredth of our time at most, however long the ledger takes to add up.
-            self._not_before = self._now() + max(_INTERVAL, 100 * (self._now() - began))
+            # Writing takes a hundredth of our time at most, however long the ledger takes to add up. A wait for a
+            # ledger that is locked is no work: then it is most wanted.
+            self._not_before = self._now() + max(_INTERVAL, 100 * (self._processor() - began))
         return page
 
     def _page(self, seen: Seen, ready: int, capped: Mapping[str, str]) -> dict[str, Any]:

@@ -121,6 +121,21 @@ def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_m
     goes_on(used, sandbox)
 
 
+def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    sandbox.hold()
+    run(used)
+    drop(used)
+    assert sandbox.wait_for_requests(2, 20)
+    with locked(ledger(used)):
+        sandbox.release()
+        until(lambda: "locked by another program" in str(holds(used)))
+        for _ in range(3):
+            before = holds(used)[0]["until"]
+            until(lambda before=before: holds(used)[0]["until"] > before)
+
+
 @pytest.mark.parametrize("when", ["while it runs", "before it starts", "before it starts, with its id"])
 def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, when: str
