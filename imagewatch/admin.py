@@ -146,7 +146,7 @@ def release(path: str | None, *, as_json: bool, accept: bool) -> None:
     if as_json:
         _print_asked("release", running=running, noticed=noticed)
     elif not running:
-        click.echo("Released. The daemon is not running; it starts without a hold.")
+        click.echo("Released. The daemon is not running; when it starts, only what still fails holds the queue.")
     elif noticed:
         click.echo("Released.")
     else:

@@ -311,8 +311,9 @@ def translated(path: str, error: sqlite3.Error) -> SpoolError:
     """Return an error of SQLite as one of ours, with the next action."""
     code, why, hint = errno.EIO, f"cannot be used: {error}", "look at the disk and the system log"
     match _reason(error):
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM:
-            code, why = errno.EACCES, f"cannot be written: {error}"
+        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM as reason:
+            doing = "opened" if reason == sqlite3.SQLITE_CANTOPEN else "written"
+            code, why = errno.EACCES, f"cannot be {doing}: {error}"
             hint = "give the state folder and all in it to the daemon's user, and look whether it is mounted read-only"
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             code, why, hint = errno.EBUSY, "is locked by another program", "end that program; fuser shows which it is"
