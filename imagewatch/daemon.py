@@ -36,7 +36,7 @@ from imagewatch.ignored import Ignored
 from imagewatch.intake import Intake
 from imagewatch.key import key_stamp, read_key
 from imagewatch.ledger import Ledger
-from imagewatch.names import SUFFIX
+from imagewatch.names import SUFFIX, stem_of
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
 from imagewatch.prices import Asked
@@ -506,8 +506,11 @@ class Daemon:
         """Return the newest ctime of each prompt in the inbox, also of those not quiet yet; seconds since the epoch."""
         if not self._config.limits.burst:
             return {}
-        found = self._intake.arrived()
+        found, taken = self._intake.arrived(), self._taken()
         for path in self._intake.seen.waiting:
+            folder, _, name = path.rpartition("/")
+            if (folder, stem_of(name)) in taken:
+                continue  # it waited when its folder was scanned last, and is being taken since
             with contextlib.suppress(OSError):
                 found[path] = self._spool.tops.lstat(os.path.join(self._spool.inbox, path)).st_ctime
         return found
@@ -641,8 +644,10 @@ class Daemon:
 
     def _start(self, job: str, candidate: Candidate) -> None:
         claim = candidate.claim(job, self._clock())
-        if self._config.limits.burst and not self._is_finished(candidate.source):
-            self._gate.took(candidate.changed_at)
+        # What was quiet was counted together with all that had come until then.
+        may_count = candidate.is_local or not candidate.was_quiet
+        if self._config.limits.burst and may_count and not self._is_finished(candidate.source):
+            self._gate.took(candidate.source, candidate.changed_at, is_dated=candidate.is_local)
         self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
 
     def _may_ask(self) -> bool:
@@ -763,12 +768,19 @@ class Daemon:
             fresh = outcome.displaced or turn  # any other wait is for a request
             self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh, turn))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:
-            self._gate.returned(outcome.source)
+            self._count_again(outcome)
             self._intake.soon(key)
         elif outcome.end is End.OVER:
             self._gate.over(outcome.source)
             self.failed += outcome.door == "errors"
             self._on_outcome(outcome)
+
+    def _count_again(self, outcome: Outcome) -> None:
+        """Tell the burst guard what a prompt of this path is from now on: the one that was given back, or a new one."""
+        if outcome.end is End.RETURNED:
+            self._gate.returned(outcome.source)
+        else:
+            self._gate.over(outcome.source)
 
     # Telling
 

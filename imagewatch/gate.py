@@ -11,6 +11,7 @@ import contextlib
 import math
 import os
 import threading
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
@@ -34,6 +35,8 @@ DISK_SECONDS = 5.0
 """How long after our own disk failed the next write probe is made."""
 _KEY_SECONDS = 2.0
 """How often the file of the key is looked at while the account refuses us."""
+_LATEST_COUNT_SECONDS = 10.0
+"""How long after it is quiet a prompt is counted for the first time at the latest: a guard waits no longer for that."""
 _MOST_BROKEN = 2
 """How many prompts in a row may have their upload cut off before it is taken for the network's trouble."""
 _MOST_CAUSES = 10
@@ -44,6 +47,21 @@ _ACCOUNT = {"key", "credits", "quota", "address"}
 _OWN = {"cap", "soon"}
 """Kinds of trouble that other requests need not meet."""
 _log = structlog.get_logger()
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A prompt that was taken out of the inbox, for the burst guard.
+
+    Attributes:
+        at: Monotonic time at which it was, seconds.
+        changed: Newest ctime of its files, seconds since the epoch.
+        is_dated: Whether that is sure to tell when it came. Else it counts as if it had come when it was taken.
+    """
+
+    at: float
+    changed: float
+    is_dated: bool
 
 
 class OnChange(Protocol):
@@ -90,7 +108,7 @@ class Gate:
         self._anew = -math.inf
         self._ended: dict[str, float] = {}
         self._passed = 0.0
-        self._took: list[tuple[float, float]] = []
+        self._took: list[Taken] = []
         self._returned: set[str] = set()
         self._braking: dict[str, SpoolError] = {}
         self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were told
@@ -214,8 +232,9 @@ class Gate:
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:
         """Hold until somebody says go if too many prompts came at once.
 
-        Those that lie in the inbox count, and those that were taken as long ago as it takes others to settle: prompts
-        that come by rename are taken one by one.
+        Those that lie in the inbox count, and those that were taken out of it already (prompts that come by rename are
+        taken one by one) if they came within ``settle_seconds`` of the newest that lies there. When they were taken
+        says nothing of that: they may have had to be quiet first, or to wait for a worker.
 
         Args:
             changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
@@ -224,18 +243,39 @@ class Gate:
         most = self._limits.burst
         if not most or self._holds.has("burst"):
             return
-        self._took = [(at, when) for at, when in self._took if at >= self._now() - self._settle_seconds]
+        oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
+        self._took = [taken for taken in self._took if taken.at >= oldest and taken.changed > self._passed]
         came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
-        new = sum(when > self._passed for _, when in self._took)
+        if len(came) + len(self._took) <= most:
+            return
+        came.sort(key=changed.__getitem__, reverse=True)
+        newest = next((source for source in came if not is_finished(source)), None)  # the ledger is asked for each
+        if newest is None:
+            return
+        new = self._took_with(changed[newest])
         if new + len(came) > most:
             new += sum(not is_finished(source) for source in came)
         if new > most:
             self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
 
-    def took(self, changed: float) -> None:
-        """Take note that a prompt was taken whose newest ctime is this, seconds since the epoch."""
-        if self._limits.burst:
-            self._took.append((self._now(), changed))
+    def _took_with(self, newest: float) -> int:
+        """Return how many prompts were taken that came at the same time as one with this ctime, seconds."""
+        now, seconds = self._now(), self._settle_seconds
+        return sum(
+            abs(newest - taken.changed) < seconds if taken.is_dated else now - taken.at <= seconds
+            for taken in self._took
+        )
+
+    def took(self, source: str, changed: float, *, is_dated: bool) -> None:
+        """Take note that a prompt was taken.
+
+        Args:
+            source: Its path below the inbox.
+            changed: Newest ctime of its files, seconds since the epoch.
+            is_dated: Whether that is sure to tell when it came.
+        """
+        if self._limits.burst and source not in self._returned:
+            self._took.append(Taken(self._now(), changed, is_dated))
 
     def returned(self, source: str) -> None:
         """Take note that a prompt of this path is back in the inbox: its ctime is new, but it has not come anew."""

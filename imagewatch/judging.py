@@ -336,8 +336,10 @@ class Judge:
             reason = f"{printable(writer, 120)} is open for writing"
             self._found(folder).waiting.add(candidate.source, Wait.OPEN, reason)
             return None
-        self._notes(folder).since.pop(stem, None)
-        return replace(candidate, folder_inode=folder.inode)
+        notes = self._notes(folder)
+        notes.since.pop(stem, None)
+        was_quiet = not candidate.declared or stem not in notes.arrived
+        return replace(candidate, folder_inode=folder.inode, is_local=folder.is_local, was_quiet=was_quiet)
 
     def _unusable(self, folder: str, name: str) -> str:
         """Return why a file cannot be sent, or why none can be taken out of a folder (then there is no name)."""

@@ -46,6 +46,8 @@ class Candidate:
         changed_at: Newest ctime of its files, seconds since the epoch.
         declared: Whether the prompt names its images itself.
         folder_inode: Inode of its folder; 0 for the inbox itself.
+        is_local: Whether its times are of our own clock.
+        was_quiet: Whether nothing had happened to it for ``settle_seconds``: it came longer ago than that.
     """
 
     key: Key
@@ -55,6 +57,8 @@ class Candidate:
     declared: bool
     unused: tuple[str, ...] = ()
     folder_inode: int = 0
+    is_local: bool = True
+    was_quiet: bool = True
 
     @property
     def source(self) -> str:

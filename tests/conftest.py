@@ -378,12 +378,30 @@ def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.Com
     )
 
 
-def until(condition: Any, timeout: float = 20.0) -> None:
-    """Wait until something outside of this process is so; fail when it takes too long."""
+def until(condition: Any, timeout: float = 20.0, saw: Callable[[], str] = lambda: "") -> None:
+    """Wait until something outside of this process is so; fail with what is seen when it takes too long."""
     deadline, pause = time.monotonic() + timeout, threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
+        assert time.monotonic() < deadline, f"it did not happen in time\n{saw()}"
         pause.wait(0.02)
+
+
+def until_made(folders: Folders, daemon: Told, count: int, *, emptied: bool = False) -> None:
+    """Wait until so many prompts are over, and none lies in the inbox if that is wanted; a hold fails at once."""
+
+    def is_so() -> bool:
+        left = [name for name in folders.names("inbox") if name[0] != "."] if emptied else []
+        return len(folders.documents()) == count and not left
+
+    def saw() -> str:
+        wanted = f"{count} documents" + (" and an empty inbox" if emptied else "")
+        status = (folders.state / "status.json").read_text()
+        log = "\n".join(map(str, daemon.lines))
+        there = f"documents: {folders.documents()}\ninbox: {folders.names('inbox')}"
+        return f"wanted: {wanted}\n{there}\nstatus: {status}\nlog:\n{log}"
+
+    until(lambda: is_so() or daemon.events("held"), saw=saw)
+    assert daemon.events("held") == [], saw()
 
 
 _PROCESSES = {"start", "run", "hurried", "complete"}

@@ -18,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import KEY, Folders, Running, Station, command, until
+from conftest import KEY, Folders, Running, Station, command, until, until_made
 from scripted import Scripted, answer, answering, picture
 from test_cli import HOSTILE, RAW
 
+from imagewatch.config import Limits
 from imagewatch.control import Control
 from imagewatch.durable import Disk, locked
 from imagewatch.errors import SpoolError
@@ -356,6 +357,158 @@ def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_pat
     until(lambda: len(guarded.documents()) == 6 and prompts_in(guarded) == [])
     assert daemon.events("held") == []
     assert requests(sandbox) == 6
+
+
+def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarded, run, sandbox):
+    """Those were quiet before they were taken, so they came long before; a scan may come at any moment."""
+    guarded.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "0.1"
+    daemon = run(guarded)
+    for made in (3, 6):
+        for number in range(made - 3, made):
+            (guarded.inbox / f"p{number}.prompt.txt").write_text(f"Number {number}")
+        until_made(guarded, daemon, made)
+    assert daemon.events("held") == []
+    assert requests(sandbox) == 6
+
+
+def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_is_taken(guarded, run, sandbox):
+    guarded.environ |= {"IMAGEWATCH_INBOX__RESCAN_SECONDS": "0.1", "IMAGEWATCH_LIMITS__CONCURRENCY": "1"}
+    daemon = run(guarded)
+    sandbox.hold()
+    for number in range(3):
+        last = guarded.prompt(f"a{number}", f"{DECLARES_NOTHING}Number {number}")
+    came = last.stat().st_ctime
+    assert sandbox.wait_for_requests(1, 20)
+    until(lambda: time.time() > came + 2)
+    sandbox.release()
+    until_made(guarded, daemon, 3)
+    for number in range(3):
+        (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
+    until_made(guarded, daemon, 6)
+    assert daemon.events("held") == []
+
+
+class Guard:
+    """A burst guard of three prompts within five seconds, by a clock that the test sets."""
+
+    def __init__(self, station: Station) -> None:
+        self.now, self._holds = 0.0, Holds()
+        control = Control(str(station.state), Disk())
+        clock = lambda: self.now  # noqa: E731
+        self.gate = Gate(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
+        self.gate.configure(Limits(burst=3), 5.0, lambda: None)
+
+    def take(self, *times: float, is_dated: bool = True) -> None:
+        """Take a prompt at each time, as it comes. A server's clock shows something else."""
+        for self.now in times:
+            self.gate.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
+
+    def holds(self, at: float, *came: float) -> bool:
+        """Count at a time what came at others and lies in the inbox; tell whether it is held."""
+        self.now = at
+        self.gate.count({f"b{time}.prompt.txt": time for time in came}, lambda _: False)
+        return self._holds.has("burst")
+
+
+@pytest.fixture
+def guard(station: Station) -> Guard:
+    return Guard(station)
+
+
+@pytest.mark.parametrize("counted", [104.9, 109.9, 119.0], ids=["at once", "when it was quiet", "late"])
+def test_what_has_to_be_quiet_is_one_burst_with_what_came_at_the_same_time_and_was_taken_at_once(guard, counted):
+    guard.take(100.0, 100.1, 100.2)
+    assert guard.holds(counted, 104.9)
+
+
+@pytest.mark.parametrize(("came", "counted"), [(105.3, 105.3), (105.3, 110.3), (1e6, 106.0)])
+def test_what_came_later_is_no_burst_with_what_was_taken_before(guard, came, counted):
+    guard.take(100.0, 100.1, 100.2)
+    assert not guard.holds(counted, came)
+
+
+def test_what_waits_long_is_no_burst_with_what_was_taken_when_it_came(guard):
+    guard.take(100.0, 100.1)
+    assert not guard.holds(105.3, 100.2)
+    assert not guard.holds(108.0, 100.2, 107.9)
+    assert guard.holds(108.1, 100.2, 107.9, 108.0, 108.1)
+
+
+def test_what_shows_the_time_of_a_server_counts_for_as_long_as_others_have_to_be_quiet(guard):
+    guard.take(100.0, 100.1, 100.2, is_dated=False)
+    assert not guard.holds(105.3, 7.0)
+    guard.take(106.0, 106.1, 106.2, is_dated=False)
+    assert guard.holds(110.9, 2.0)
+
+
+def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
+    for number in range(3):
+        guard.gate.returned(f"a10{number}.0.prompt.txt")
+    guard.take(100.0, 101.0, 102.0)
+    assert not guard.holds(102.1, 102.1)
+    guard.gate.over("a100.0.prompt.txt")
+    guard.take(100.0)
+    assert not guard.holds(102.2, 102.1)
+    assert guard.holds(102.3, 102.1, 102.2, 102.3)
+
+
+def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded, run, sandbox, tmp_path):
+    daemon = run(guarded)
+    away = tmp_path / "away"
+    away.mkdir()
+    for number in range(4):
+        path = away / f"p{number}.prompt.txt"
+        path.write_text(f"Number {number}")
+        shutil.copy2(path, guarded.inbox)
+        until_made(guarded, daemon, number + 1)
+    for path in away.iterdir():
+        shutil.copy2(path, guarded.inbox)
+    until(lambda: prompts_in(guarded) == [])
+    until(lambda: guarded.leftovers() == [])
+    assert daemon.events("held") == []
+    for path in away.iterdir():
+        (guarded.inbox / path.name).write_text("Something else")
+    until(lambda: daemon.events("held") or requests(sandbox) > 4)
+    assert "4 prompts at once are more than limits.burst (3)" in daemon.wait_for("held")["reason"]
+    assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
+
+
+SLOW_TO_CLAIM = """
+import os, sys, time
+from imagewatch import log
+from imagewatch.config import load
+from imagewatch.daemon import Daemon
+from imagewatch.spool import Spool
+
+claim = Spool.claim
+
+def slowly(self, what):
+    open(f"{sys.argv[1]}/{what.stem}", "w").close()
+    while not os.path.exists(f"{sys.argv[1]}/go"):
+        time.sleep(0.02)
+    return claim(self, what)
+
+Spool.claim = slowly
+log.configure("info", "json")
+sys.exit(Daemon(load(None, os.environ), os.environ).run())
+"""
+"""A daemon whose disk takes as long to take prompts out of the inbox as a test likes; it says when it begins."""
+
+
+def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, run, tmp_path):
+    guarded.environ |= {"IMAGEWATCH_LIMITS__BURST": "2", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "20"}
+    script, told = tmp_path / "slow.py", tmp_path / "told"
+    script.write_text(SLOW_TO_CLAIM)
+    told.mkdir()
+    (guarded.inbox / "cat.prompt.txt").write_text("A cat")
+    daemon = run(guarded, str(told), script=str(script))
+    assert status_of(guarded)["waiting"]["not_ready"] == 1
+    for stem in ("cat", "dog"):
+        guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
+        until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
+    (told / "go").touch()
+    until_made(guarded, daemon, 2)
+    assert daemon.events("held") == []
 
 
 def test_a_reload_with_a_higher_limit_lets_a_burst_go(guarded, run, tmp_path, sandbox):

@@ -10,7 +10,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import KEY, Folders, Station, until
+from conftest import KEY, Folders, Station, until, until_made
 from endpoint import picture
 
 from imagewatch.outcome import End
@@ -235,17 +235,23 @@ def test_with_a_burst_guard_a_prompt_from_the_year_2400_stops_nobody(
     assert requests(sandbox) == 2
 
 
-def test_what_comes_back_is_no_burst_however_much_it_is(tmp_path: Path, sandbox: Sandbox, run: Any) -> None:
-    folders = Folders(tmp_path, sandbox.base_url, limits__burst="3", limits__concurrency="2", inbox__settle_seconds="1")
+@pytest.mark.parametrize("rescan", ["30", "0.1"], ids=["when told", "at any moment"])
+def test_what_comes_back_is_no_burst_however_much_it_is(
+    tmp_path: Path, sandbox: Sandbox, run: Any, rescan: str
+) -> None:
+    """A scan comes when a brought-back prompt is dealt with, too: that may be while the next ones have just come."""
+    limits = {"limits__burst": "3", "limits__concurrency": "2"}
+    seconds = {"inbox__settle_seconds": "1", "inbox__rescan_seconds": rescan}
+    folders = Folders(tmp_path, sandbox.base_url, **limits, **seconds)
     far = Sender(tmp_path / "far", folders)
     daemon = run(folders)  # it watches: a guard that has not seen the whole inbox yet waits for that, up to ten seconds
     for number in range(8):
         far.write(f"p{number}.prompt.txt", f"cat {number}")
         if number % 3 == 2 or number == 7:
             far.send()
-            until(lambda number=number: len(folders.documents()) == number + 1)
+            until_made(folders, daemon, number + 1)
     far.send()
-    until(lambda: [name for name in folders.names("inbox") if name[0] != "."] == [])
+    until_made(folders, daemon, 8, emptied=True)
     assert daemon.stop() == 0
     assert daemon.events("held") == []
     assert requests(sandbox) == 8

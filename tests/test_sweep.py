@@ -192,6 +192,19 @@ def test_a_renamed_prompt_that_declares_no_images_is_ready_at_once_and_leaves_it
     assert (candidate.images, candidate.declared) == ((), True)
 
 
+@pytest.mark.parametrize("is_local", [True, False])
+def test_it_is_known_of_a_prompt_whether_it_had_to_be_quiet_and_whose_clock_its_dates_are_of(looking, is_local):
+    """By that the burst guard knows when it came."""
+    looking.sweep = Sweep(str(looking.inbox), Inbox(), is_local=lambda _: is_local)
+    looking.look()
+    candidate = arrive(looking, "+++\ninput_images = []\n+++\nA lighthouse")
+    assert (candidate.was_quiet, candidate.is_local) == (False, is_local)
+    looking.write("dog.prompt.txt")
+    looking.look()
+    found = {candidate.key[1]: candidate for candidate in looking.look(after=5.1).ready}
+    assert (found["dog"].was_quiet, found["dog"].is_local) == (True, is_local)
+
+
 @pytest.mark.parametrize(("typed", "named"), [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png")])
 def test_a_declared_image_is_found_however_its_accents_are_composed(looking, typed, named):
     looking.write(named, PICTURE)
