@@ -647,7 +647,7 @@ class Daemon:
         # What was quiet was counted together with all that had come until then.
         may_count = candidate.is_local or not candidate.was_quiet
         if self._config.limits.burst and may_count and not self._is_finished(candidate.source):
-            self._gate.took(candidate.source, candidate.changed_at, is_dated=candidate.is_local)
+            self._gate.burst.took(candidate.source, candidate.changed_at, is_dated=candidate.is_local)
         self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
 
     def _may_ask(self) -> bool:
@@ -771,16 +771,16 @@ class Daemon:
             self._count_again(outcome)
             self._intake.soon(key)
         elif outcome.end is End.OVER:
-            self._gate.over(outcome.source)
+            self._gate.burst.over(outcome.source)
             self.failed += outcome.door == "errors"
             self._on_outcome(outcome)
 
     def _count_again(self, outcome: Outcome) -> None:
         """Tell the burst guard what a prompt of this path is from now on: the one that was given back, or a new one."""
         if outcome.end is End.RETURNED:
-            self._gate.returned(outcome.source)
+            self._gate.burst.returned(outcome.source)
         else:
-            self._gate.over(outcome.source)
+            self._gate.burst.over(outcome.source)
 
     # Telling
 

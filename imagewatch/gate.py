@@ -11,11 +11,11 @@ import contextlib
 import math
 import os
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from imagewatch.burst import BurstGuard
 from imagewatch.durable import FULL
 from imagewatch.errors import SpoolError, Withdrawn
 from imagewatch.outcome import Trouble
@@ -35,8 +35,6 @@ DISK_SECONDS = 5.0
 """How long after our own disk failed the next write probe is made."""
 _KEY_SECONDS = 2.0
 """How often the file of the key is looked at while the account refuses us."""
-_LATEST_COUNT_SECONDS = 10.0
-"""How long after it is quiet a prompt is counted for the first time at the latest: a guard waits no longer for that."""
 _MOST_BROKEN = 2
 """How many prompts in a row may have their upload cut off before it is taken for the network's trouble."""
 _MOST_CAUSES = 10
@@ -47,21 +45,6 @@ _ACCOUNT = {"key", "credits", "quota", "address"}
 _OWN = {"cap", "soon"}
 """Kinds of trouble that other requests need not meet."""
 _log = structlog.get_logger()
-
-
-@dataclass(frozen=True, slots=True)
-class Taken:
-    """A prompt that was taken out of the inbox, for the burst guard.
-
-    Attributes:
-        at: Monotonic time at which it was, seconds.
-        changed: Newest ctime of its files, seconds since the epoch.
-        is_dated: Whether that is sure to tell when it came. Else it counts as if it had come when it was taken.
-    """
-
-    at: float
-    changed: float
-    is_dated: bool
 
 
 class OnChange(Protocol):
@@ -107,9 +90,7 @@ class Gate:
         self._reason: str | None = None
         self._anew = -math.inf
         self._ended: dict[str, float] = {}
-        self._passed = 0.0
-        self._took: list[Taken] = []
-        self._returned: set[str] = set()
+        self.burst = BurstGuard(monotonic)
         self._braking: dict[str, SpoolError] = {}
         self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were told
         self._is_proved = False  # whether the ledger was written once: the first prompt is not to find out for it
@@ -129,7 +110,7 @@ class Gate:
         """
         self._anew = self._now()
         self._limits = limits
-        self._settle_seconds = settle_seconds
+        self.burst.configure(limits.burst, settle_seconds)
         self._key_stamp = key_stamp
         self._stamp = key_stamp()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
@@ -230,61 +211,15 @@ class Gate:
         return True
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:
-        """Hold until somebody says go if too many prompts came at once.
-
-        Those that lie in the inbox count, and those that were taken out of it already (prompts that come by rename are
-        taken one by one) if they came within ``settle_seconds`` of the newest that lies there. When they were taken
-        says nothing of that: they may have had to be quiet first, or to wait for a worker.
+        """Hold until a person releases it if too many prompts came at the same time.
 
         Args:
-            changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
-            is_finished: Tells whether a prompt looks like one that is over: a sync tool brings back many at once.
+            changed: As for ``BurstGuard.count``.
+            is_finished: As for ``BurstGuard.count``.
         """
         most = self._limits.burst
-        if not most or self._holds.has("burst"):
-            return
-        oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
-        self._took = [taken for taken in self._took if taken.at >= oldest and taken.changed > self._passed]
-        came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
-        if len(came) + len(self._took) <= most:
-            return
-        came.sort(key=changed.__getitem__, reverse=True)
-        newest = next((source for source in came if not is_finished(source)), None)  # the ledger is asked for each
-        if newest is None:
-            return
-        new = self._took_with(changed[newest])
-        if new + len(came) > most:
-            new += sum(not is_finished(source) for source in came)
-        if new > most:
+        if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
             self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
-
-    def _took_with(self, newest: float) -> int:
-        """Return how many prompts were taken that came at the same time as one with this ctime, seconds."""
-        now, seconds = self._now(), self._settle_seconds
-        return sum(
-            abs(newest - taken.changed) < seconds if taken.is_dated else now - taken.at <= seconds
-            for taken in self._took
-        )
-
-    def took(self, source: str, changed: float, *, is_dated: bool) -> None:
-        """Take note that a prompt was taken.
-
-        Args:
-            source: Its path below the inbox.
-            changed: Newest ctime of its files, seconds since the epoch.
-            is_dated: Whether that is sure to tell when it came.
-        """
-        if self._limits.burst and source not in self._returned:
-            self._took.append(Taken(self._now(), changed, is_dated))
-
-    def returned(self, source: str) -> None:
-        """Take note that a prompt of this path is back in the inbox: its ctime is new, but it has not come anew."""
-        if self._limits.burst:
-            self._returned.add(source)
-
-    def over(self, source: str) -> None:
-        """Take note that a prompt of this path is over: the next one there has come anew."""
-        self._returned.discard(source)
 
     def look(self, newest: float = 0.0) -> None:
         """Look at what commands have asked for, and at the file of the key.
@@ -301,10 +236,10 @@ class Gate:
     def _obey(self, newest: float) -> None:
         if self._control.release_pending():
             self._anew = self._now()
-            self._passed = max(self._clock(), newest)
-            self._returned.clear()
+            passed = max(self._clock(), newest)
+            self.burst.let_pass(passed)
             self._braking.clear()  # a job that still fails holds the queue again
-            self._control.let_pass(self._passed)
+            self._control.let_pass(passed)
             self._control.released()
             self._end(self._holds.clear())
         reason, before = self._control.held(), self._reason
@@ -333,7 +268,7 @@ class Gate:
         """Take up what was asked for while nobody was running."""
         self._control.prepare()
         self._control.tidy()
-        self._passed = self._control.passed()
+        self.burst.let_pass(self._control.passed())
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("it was refused before; one prompt goes first", kind=kind, reason=message)

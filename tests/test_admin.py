@@ -401,7 +401,7 @@ class Guard:
     def take(self, *times: float, is_dated: bool = True) -> None:
         """Take a prompt at each time, as it comes. A server's clock shows something else."""
         for self.now in times:
-            self.gate.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
+            self.gate.burst.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
 
     def holds(self, at: float, *came: float) -> bool:
         """Count at a time what came at others and lies in the inbox; tell whether it is held."""
@@ -443,10 +443,10 @@ def test_what_shows_the_time_of_a_server_counts_for_as_long_as_others_have_to_be
 
 def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
     for number in range(3):
-        guard.gate.returned(f"a10{number}.0.prompt.txt")
+        guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
     guard.take(100.0, 101.0, 102.0)
     assert not guard.holds(102.1, 102.1)
-    guard.gate.over("a100.0.prompt.txt")
+    guard.gate.burst.over("a100.0.prompt.txt")
     guard.take(100.0)
     assert not guard.holds(102.2, 102.1)
     assert guard.holds(102.3, 102.1, 102.2, 102.3)

@@ -1,0 +1,111 @@
+"""Pure: whether too many prompts came at the same time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+_LATEST_COUNT_SECONDS = 10.0
+"""How long after it is quiet a prompt is counted for the first time at the latest: a guard waits no longer for that."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Taken:
+    """A prompt that was taken out of the inbox.
+
+    Attributes:
+        at: Monotonic time at which it was, seconds.
+        changed: Newest ctime of its files, seconds since the epoch.
+        is_dated: Whether that is sure to tell when it came. Else it counts as if it had come when it was taken.
+    """
+
+    at: float
+    changed: float
+    is_dated: bool
+
+
+class BurstGuard:
+    """Counts the prompts that came at the same time.
+
+    Args:
+        monotonic: Monotonic clock, seconds.
+    """
+
+    def __init__(self, monotonic: Callable[[], float]) -> None:
+        self._now = monotonic
+        self._most = 0
+        self._settle_seconds = 0.0
+        self._passed = 0.0
+        self._took: list[_Taken] = []
+        self._returned: set[str] = set()
+
+    def configure(self, most: int, settle_seconds: float) -> None:
+        """Take a configuration.
+
+        Args:
+            most: How many prompts may come at the same time; 0: any number.
+            settle_seconds: Prompts that come within this time come at the same time.
+        """
+        self._most = most
+        self._settle_seconds = settle_seconds
+
+    def let_pass(self, until: float) -> None:
+        """Count nothing that came up to a time, seconds since the epoch."""
+        self._passed = until
+        self._returned.clear()
+
+    def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> int:
+        """Return how many prompts came at the same time; 0 if they are too few to be counted.
+
+        Those that lie in the inbox count, and those that were taken out of it already (prompts that come by rename are
+        taken one by one) if they came within ``settle_seconds`` of the newest that lies there. When they were taken
+        says nothing of that: they may have had to be quiet first, or to wait for a worker.
+
+        Args:
+            changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
+            is_finished: Tells whether a prompt looks like one that is over: a sync tool brings back many at once.
+        """
+        oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
+        self._took = [taken for taken in self._took if taken.at >= oldest and taken.changed > self._passed]
+        came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
+        if len(came) + len(self._took) <= self._most:
+            return 0
+        came.sort(key=changed.__getitem__, reverse=True)
+        newest = next((source for source in came if not is_finished(source)), None)  # the ledger is asked for each
+        if newest is None:
+            return 0
+        new = self._took_with(changed[newest])
+        if new + len(came) > self._most:
+            new += sum(not is_finished(source) for source in came)
+        return new
+
+    def _took_with(self, newest: float) -> int:
+        """Return how many prompts were taken that came at the same time as one with this ctime, seconds."""
+        now, seconds = self._now(), self._settle_seconds
+        return sum(
+            abs(newest - taken.changed) < seconds if taken.is_dated else now - taken.at <= seconds
+            for taken in self._took
+        )
+
+    def took(self, source: str, changed: float, *, is_dated: bool) -> None:
+        """Take note that a prompt was taken.
+
+        Args:
+            source: Its path below the inbox.
+            changed: Newest ctime of its files, seconds since the epoch.
+            is_dated: Whether that is sure to tell when it came.
+        """
+        if self._most and source not in self._returned:
+            self._took.append(_Taken(self._now(), changed, is_dated))
+
+    def returned(self, source: str) -> None:
+        """Take note that a prompt of this path is back in the inbox: its ctime is new, but it has not come anew."""
+        if self._most:
+            self._returned.add(source)
+
+    def over(self, source: str) -> None:
+        """Take note that a prompt of this path is over: the next one there has come anew."""
+        self._returned.discard(source)
