@@ -143,8 +143,7 @@ class Claims:
     def _found(self) -> Descriptor | None:
         """Return the folder that an earlier start knew, whatever its name in the inbox is; None if it is not there."""
         inode, mark = self._remembered()
-        inbox = self._tops.listable(self._inbox)
-        with ours(self._inbox, "list the folder"), inbox.entries() as entries:
+        with ours(self._inbox, "list the folder"), self._tops.listable(self._inbox).entries() as entries:
             names = [entry.name for entry in entries if inode and entry.is_dir(follow_symlinks=False)]
         for name in names:
             with contextlib.suppress(OSError):

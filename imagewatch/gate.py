@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import threading
 from typing import TYPE_CHECKING, Protocol
 
@@ -39,6 +38,7 @@ _MOST_BROKEN = 2
 """How many prompts in a row may have their upload cut off before it is taken for the network's trouble."""
 _MOST_CAUSES = 10
 """How many causes of one hold are told at most; status has the newest one."""
+_NONE = ("", 0, "")
 _PERMITTED = {"cap", "soon", "rate"}
 """Holds that say nothing of a request that is on its way: what it may cost is set aside already."""
 _ACCOUNT = {"key", "credits", "quota", "address"}
@@ -292,8 +292,7 @@ class Gate:
             began: Monotonic time at which it was begun, seconds; a key, say, may have been changed since.
         """
         if trouble.kind == "disk":
-            self.disk_failed = True
-            self._begin("disk", trouble.message, DISK_SECONDS, trouble.hint)
+            self.failed(SpoolError(trouble.message, path=trouble.path, code=trouble.code, hint=trouble.hint))
             return
         if trouble.kind in _OWN:
             return
@@ -321,8 +320,8 @@ class Gate:
     def failed(self, error: SpoolError) -> None:
         """Take note that our own disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
-        cause = os.path.dirname(error.path), error.code, error.hint
-        self._begin("disk", str(error), DISK_SECONDS, error.hint, cause)
+        hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
+        self._begin("disk", str(error), DISK_SECONDS, error.hint, (self._spool.top(error.path), error.code, hint))
 
     def set_caps(self, refused: Mapping[str, Refusal]) -> None:
         """Take note of the providers of which prompts wait at a cap, and why."""
@@ -338,12 +337,7 @@ class Gate:
             _log.info("released", kind=hold.kind, provider=hold.provider)
 
     def _begin(
-        self,
-        kind: str,
-        message: str,
-        seconds: float | None,
-        hint: str = "",
-        cause: tuple[str, int, str] | None = None,
+        self, kind: str, message: str, seconds: float | None, hint: str = "", cause: tuple[str, int, str] = _NONE
     ) -> None:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
@@ -360,14 +354,13 @@ class Gate:
             say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **say)
 
-    def _is_told(self, cause: tuple[str, int, str] | None) -> bool:
+    def _is_told(self, cause: tuple[str, int, str]) -> bool:
         """Tell whether the hold for our disk and this cause of it were told; the cause is from now on."""
         if not self._holds.has("disk"):
             self._causes.clear()
-        elif cause is None or cause in self._causes or len(self._causes) >= _MOST_CAUSES:
+        elif cause in self._causes or len(self._causes) >= _MOST_CAUSES:
             return True
-        if cause is not None:
-            self._causes.add(cause)
+        self._causes.add(cause)
         return False
 
     def _end(self, ended: list[Hold]) -> None:

@@ -27,12 +27,16 @@ class Trouble(msgspec.Struct, frozen=True):
         message: What was said.
         seconds: How long it wants us to wait, or None.
         hint: What a person can do in this very case, or an empty string.
+        path: Of ``disk``: the file or folder concerned.
+        code: Of ``disk``: the ``errno`` value, or 0.
     """
 
     kind: str
     message: str
     seconds: float | None = None
     hint: str = ""
+    path: str = ""
+    code: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):

@@ -212,8 +212,8 @@ def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) 
     if isinstance(error, InDoubt):
         return replace(fate, left=Left.WHOLE, reason=reason)
     if isinstance(error, SpoolError):
-        trouble = Trouble("disk", reason, hint=error.hint) if is_unsent else None
-        return replace(fate, reason=reason, status=sink.status, trouble=trouble)
+        disk = Trouble("disk", reason, hint=error.hint, path=error.path, code=error.code)
+        return replace(fate, reason=reason, status=sink.status, trouble=disk if is_unsent else None)
     trouble, counts = None, False
     if isinstance(error, ConfigError):
         trouble = Trouble("key", reason)

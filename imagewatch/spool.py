@@ -381,6 +381,10 @@ class Spool:
         archive = [self.archive] if self.archive else []
         return [self.inbox, self.outbox, self.errors, *archive, self.state]
 
+    def top(self, path: str) -> str:
+        """Return which of our folders something is, or is in; an empty string if it is in none."""
+        return next((top for top in self._all() if path == top or path.startswith(f"{top}/")), "")
+
     def _prove_claim(self) -> None:
         """Prove that a file can be renamed from the inbox into a claim."""
         name = self._probe()

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Folders, until
+from conftest import Folders, Told, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
 
 @pytest.mark.parametrize("door", ["outbox", "state"])
 def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_another_request(
-    tight: Folders, sandbox: Sandbox, mount: Any, start: Any, door: str
+    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., Told], door: str
 ) -> None:
     place = tight.outbox if door == "outbox" else tight.state
     place.mkdir(exist_ok=True)
@@ -100,24 +100,22 @@ def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_ano
     tight.environ["IMAGEWATCH_LIMITS__MIN_FREE_BYTES"] = "3000000" if door == "outbox" else "1000000"
     sandbox.hold()
     tight.prompt("cat", "a cat [sandbox: big 2]")
-    daemon = start(tight, "run")
+    daemon = run(tight)
     assert sandbox.wait_for_requests(1, timeout=20)
     filler = fill(place, SLACK)
-    tight.prompt("later", "a later one")
     sandbox.release()
-    if door == "outbox":
+    assert f"/{place.name}" in daemon.wait_for("held")["reason"]
+    tight.prompt("later", "a later one")
+    if door == "outbox":  # with the state folder full there is no status file
         until(lambda: "outbox" in held_by_disk(tight))
-        assert not sandbox.wait_for_requests(2, timeout=1)
-    else:
-        # With the state folder full there is no status file; the answer is waited for on the line.
-        assert not sandbox.wait_for_requests(2, timeout=3)
+    assert not sandbox.wait_for_requests(2, timeout=2)
     assert tight.documents() == {}
     assert sandbox.report()["requests"] == 1
     filler.unlink()
     delivered(tight, sandbox)
     delivered(tight, sandbox, "later")
     assert daemon.stop() == 0
-    assert daemon.output.count('"kind": "disk"') <= 2
+    assert [line["kind"] for line in daemon.events("held")] == ["disk"]
 
 
 @pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
