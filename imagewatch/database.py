@@ -410,7 +410,10 @@ def was_there(state: str) -> bool:
         with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:
             if any(entries):
                 return True
-    with contextlib.suppress(OSError, msgspec.DecodeError), open(os.path.join(state, "status.json"), "rb") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, msgspec.DecodeError),
+        open(os.path.join(state, "status.json"), "rb") as file,
+    ):
         sums = msgspec.json.decode(file.read(), type=_Sums)
         return bool(sums.redelivered or any(value for name, value in sums.month.items() if name != "cap"))
     return False
