@@ -403,8 +403,8 @@ def keep_private(path: str) -> None:
 
 
 def was_there(state: str) -> bool:
-    """Tell whether a state folder had a ledger: it has the id of one, or a job, or a status that repeats one."""
-    if os.path.lexists(os.path.join(state, MARK)):
+    """Tell whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
+    if os.path.lexists(os.path.join(state, MARK)) or newest_saved(os.path.join(state, FILE)):
         return True
     for folder in ("jobs", PAID):
         with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:
