@@ -130,8 +130,11 @@ class Closing:
         """Note an attempt that is about to be sent.
 
         Raises:
-            SpoolError: It cannot be recorded, so it must not be sent.
+            SpoolError: It cannot be recorded, so it must not be sent; or the ledger knows what came of it.
         """
+        row = self._ledger.job(case.claim.job)
+        if row and (row["attempt"] > case.attempt or (row["attempt"] == case.attempt and row["outcome"] != "sent")):
+            raise _outdated(case, row)
         self._write_row(case, "sent", "unknown")
 
     # Without a picture
@@ -192,9 +195,11 @@ class Closing:
         Raises:
             SpoolError: The ledger knows what came of it; what is on the disk is an older copy.
         """
-        row = self._ledger.job(case.claim.job) or {}
-        if row.get("attempt") == case.attempt and row["outcome"] not in {"sent", "unknown"}:
-            if row["got"] or row["charged"] != "yes":
+        row = self._ledger.job(case.claim.job) or {"attempt": 0}
+        if row["attempt"] > case.attempt:
+            raise _outdated(case, row)
+        if row["attempt"] == case.attempt and row["outcome"] not in {"sent", "unknown"}:
+            if row["answered_at"] is not None or row["charged"] != "yes":  # of an answer that was lost it has no time
                 raise _outdated(case, row)
             is_charged, message, case = True, row["message"], replace(case, mtime_ns=row["placed_mtime_ns"])
         else:
@@ -413,7 +418,8 @@ def _outdated(case: Case, row: Mapping[str, Any]) -> SpoolError:
     """Return the error for a record that is older than its result in the ledger."""
     folder = printable(case.record.folder)
     return SpoolError(
-        f"job {case.claim.job}: its record is an older copy: no answer is in it, and the ledger says: {row['outcome']}",
+        f"job {case.claim.job}: its record is an older copy: the result is not in it, and the ledger says: "
+        f"{row['outcome']}, charged: {row['charged']}",
         path=folder,
         hint=f"restore the state folder as a whole, or remove {folder}; the job is over",
     )

@@ -341,8 +341,8 @@ class Daemon:
 
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
-        if self._draining:
-            return _LONGEST_WAIT  # only workers are waited for
+        if self._draining:  # only workers are waited for; those may wait for a folder
+            return DISK_SECONDS if self._gate.disk_failed else _LONGEST_WAIT
         now = self._now()
         times = [self._intake.due, self._caps_due, now + self._gate.patience()]
         if self._status.due is not None:
@@ -411,6 +411,8 @@ class Daemon:
 
     def _look_if_due(self) -> None:
         if self._draining:
+            with contextlib.suppress(SpoolError):  # an answer may wait for the state folder
+                self._spool.require_folders()
             return
         if self._now() >= self._intake.due:
             self._look()
@@ -503,7 +505,7 @@ class Daemon:
         self._control.retried(job)
 
     def _arrived(self) -> dict[str, float]:
-        """Return the newest ctime of each prompt in the inbox, also of those not quiet yet; seconds since the epoch."""
+        """Return when each prompt in the inbox came, also of those not quiet yet; seconds since the epoch."""
         if not self._config.limits.burst:
             return {}
         found, taken = self._intake.arrived(), self._taken()
@@ -512,7 +514,8 @@ class Daemon:
             if (folder, stem_of(name)) in taken:
                 continue  # it waited when its folder was scanned last, and is being taken since
             with contextlib.suppress(OSError):
-                found[path] = self._spool.tops.lstat(os.path.join(self._spool.inbox, path)).st_ctime
+                changed = self._spool.tops.lstat(os.path.join(self._spool.inbox, path)).st_ctime
+                found[path] = max(changed, self._intake.came(folder))
         return found
 
     def _is_finished(self, source: str) -> bool:
@@ -647,7 +650,8 @@ class Daemon:
         # What was quiet was counted together with all that had come until then.
         may_count = candidate.is_local or not candidate.was_quiet
         if self._config.limits.burst and may_count and not self._is_finished(candidate.source):
-            self._gate.burst.took(candidate.source, candidate.changed_at, is_dated=candidate.is_local)
+            came = max(candidate.changed_at, self._intake.came(candidate.key[0]))
+            self._gate.burst.took(candidate.source, came, is_dated=candidate.is_local)
         self._submit(job, candidate.key, functools.partial(self._worker.start, claim))
 
     def _may_ask(self) -> bool:

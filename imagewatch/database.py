@@ -403,14 +403,17 @@ def keep_private(path: str) -> None:
 
 
 def was_there(state: str) -> bool:
-    """Tell whether a state folder had a ledger: it has the id of one, or a job, or a status that repeats one."""
-    if os.path.lexists(os.path.join(state, MARK)):
+    """Tell whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
+    if os.path.lexists(os.path.join(state, MARK)) or newest_saved(os.path.join(state, FILE)):
         return True
     for folder in ("jobs", PAID):
         with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:
             if any(entries):
                 return True
-    with contextlib.suppress(OSError, msgspec.DecodeError), open(os.path.join(state, "status.json"), "rb") as file:
+    with (
+        contextlib.suppress(OSError, ValueError, msgspec.DecodeError),
+        open(os.path.join(state, "status.json"), "rb") as file,
+    ):
         sums = msgspec.json.decode(file.read(), type=_Sums)
         return bool(sums.redelivered or any(value for name, value in sums.month.items() if name != "cap"))
     return False

@@ -10,6 +10,7 @@ pieces, and scanning as a whole may take a tenth of a core.
 from __future__ import annotations
 
 import functools
+import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -114,6 +115,7 @@ class Intake:
         self._asked: set[str] = set()  # folders that are to be scanned before all is known
         self._waits: set[str] = set()  # folders of which something may be ready later
         self.seen = Seen()
+        self._sweep: Sweep
         self.is_complete = False
         self.most_seconds: float | None = None
         self.shut: frozenset[str] = frozenset()
@@ -132,6 +134,8 @@ class Intake:
             scan.close()
         self._running.clear()
         self._watching.forget_all()
+        before = self._sweep.folders if hasattr(self, "_sweep") else ()
+        came = {folder.identity: folder.came for folder in before if folder.came}
         self._sweep = Sweep(
             self._inbox,
             config,
@@ -143,6 +147,7 @@ class Intake:
             opened=self._opened,
             tops=self._tops,
         )
+        self._sweep.folders.came = came
         self._schedule = Schedule(self._sweep.order.owner)
         self._round_at, self.is_complete = 0.0, False
         self._complete_at = self._now() + _COMPLETE_SECONDS
@@ -341,6 +346,7 @@ class Intake:
             self._rested = now + rest
         self.is_complete = self.is_complete or not self.is_at_work() or now >= self._complete_at
         if not self.is_at_work():
+            self._sweep.folders.is_complete = True
             self._round_at = min(self._round_at, self._began + self._interval())
             self._watching.tell_mode(self._kind, self._sweep.entered())
             if self._spent > _LONG_SECONDS:
@@ -449,8 +455,16 @@ class Intake:
         return self._sweep.count()
 
     def arrived(self) -> dict[str, float]:
-        """Return when the oldest of these were changed, by path below the inbox, in seconds since the epoch."""
-        return self._sweep.order.arrived()
+        """Return when each prompt that is known by name came, by path below the inbox, in seconds since the epoch."""
+        found = self._sweep.order.arrived()
+        if came := {folder.path: folder.came for folder in self._sweep.folders if folder.came}:
+            found = {path: max(at, came.get(os.path.dirname(path), 0.0)) for path, at in found.items()}
+        return found
+
+    def came(self, path: str) -> float:
+        """Return when a folder was brought into the inbox, in seconds since the epoch; 0: it was there at the start."""
+        folder = self._sweep.folders.get(path)
+        return folder.came if folder else 0.0
 
     def owner(self, name: str) -> int:
         """Return the number of the user to whom a first-level folder belongs."""

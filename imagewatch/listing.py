@@ -159,6 +159,7 @@ class Folder:
         looked: Monotonic time at which the last scan began, seconds.
         names: How many files are named here that are not taken.
         counted: As whose folder it is counted.
+        came: When it was brought into the inbox with what is in it, seconds since the epoch; 0: it was there before.
     """
 
     path: str
@@ -184,6 +185,7 @@ class Folder:
     looked: float = float("-inf")
     names: int = 0
     counted: int = -1
+    came: float = 0.0
     _identity: tuple[int, int] | None = None
     _stamp: tuple[int, int] | None = None
     _steady: float = 0.0
@@ -341,6 +343,8 @@ class Folders:
         changed: Whether anything may be different since this was set to False.
         fresh: Folders that were found, and not looked into since this was emptied.
         gone: Folders that are not there any more, since this was emptied.
+        is_complete: Whether what is found from now on was not there at the start.
+        came: When folders came that were found before: by device and inode, seconds since the epoch.
     """
 
     def __init__(
@@ -367,6 +371,8 @@ class Folders:
         self._owned: Counter[int] = Counter()  # how many folders belong to each owner of a first-level folder
         self._names = self._keepers = 0  # files that are not taken and named, and folders in which they are
         self.changed = True
+        self.is_complete = False
+        self.came: dict[tuple[int, int] | None, float] = {}
         self.fresh: list[str] = []
         self.gone: list[str] = []
 
@@ -497,12 +503,22 @@ class Folders:
 
     def _meet(self, folder: Folder, status: os.stat_result, descriptor: int) -> None:
         """Look at what a folder is, if another one has its name now."""
+        full, is_new = self.full(folder.path), folder.identity is None
         is_other = folder.is_other(status)
         if is_other:
-            folder.place, folder.is_local = self._place(descriptor, self.full(folder.path))
+            folder.place, folder.is_local = self._place(descriptor, full)
+            if is_new or self._keeps_times(full):  # else it may be the same one with another number
+                folder.came = self._came(folder, status)
             folder.distrust()
         if is_other or folder.was_claims:  # what makes it look so can be removed
             folder.was_claims = bool(folder.path) and looks_like_claims(descriptor)
+
+    def _came(self, folder: Folder, status: os.stat_result) -> float:
+        """Return when a folder was brought into the inbox: a rename of it changes no date of what is in it."""
+        above = self._known.get(os.path.dirname(folder.path)) if folder.path else None
+        if above is None or not self.is_complete:
+            return self.came.get(folder.identity, 0.0)
+        return max(status.st_ctime, above.came)
 
     def _is_claims(self, status: os.stat_result) -> bool:
         """Tell whether it is the folder of claimed files, which others may have given another name."""

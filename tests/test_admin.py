@@ -388,6 +388,39 @@ def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_i
     assert daemon.events("held") == []
 
 
+def test_a_folder_that_is_moved_into_the_inbox_is_a_burst_though_its_prompts_are_older_than_the_last_release(
+    guarded, run, sandbox
+):
+    """A rename of their folder does not change their ctime."""
+    (guarded.root / "made/before").mkdir(parents=True)
+    for number in range(4):
+        (guarded.root / f"made/before/p{number}.prompt.txt").write_text(f"Number {number}")
+    daemon = run(guarded)
+    assert command(guarded, "release").returncode == 0
+    (guarded.root / "made").rename(guarded.inbox / "made")
+    until(lambda: held_for(guarded) == ["burst"])
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for("held", 2)
+    assert requests(sandbox) == 0
+    assert command(guarded, "release").returncode == 0
+    until(lambda: len(guarded.documents()) == 4)
+
+
+def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_whenever_they_were_made(
+    guarded, run, sandbox
+):
+    for number in range(5):
+        (guarded.root / f"made{number}").mkdir()
+        (guarded.root / f"made{number}/p{number}.prompt.txt").write_text(f"Number {number}")
+        threading.Event().wait(1.1)
+    daemon = run(guarded)
+    for number in range(5):
+        (guarded.root / f"made{number}").rename(guarded.inbox / f"made{number}")
+        threading.Event().wait(0.15)
+    assert daemon.wait_for("held")["kind"] == "burst"
+    assert requests(sandbox) <= 3
+
+
 class Guard:
     """A burst guard of three prompts within five seconds, by a clock that the test sets."""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from imagewatch.database import Database
+from imagewatch.database import Database, was_there
 from imagewatch.errors import SpoolError
 from imagewatch.ledger import Ledger, Row, _prepare
 
@@ -258,6 +258,12 @@ def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
     assert [process.wait(60) for process in processes] == [0] * 4
     with contextlib.closing(Ledger(old)) as ledger:
         assert len(ledger.rows()) == 5
+
+
+@pytest.mark.parametrize("content", ["", "{", '{"month": {"\udcff": 1}}', '{"month": {"made": "\udcff"}}'])
+def test_a_damaged_status_tells_of_no_ledger(tmp_path: pathlib.Path, content: str) -> None:
+    (tmp_path / "status.json").write_text(content, "utf-8", "surrogateescape")
+    assert not was_there(str(tmp_path))
 
 
 @pytest.mark.slow

@@ -222,6 +222,24 @@ def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_noth
     assert daemon.stop() == 0
 
 
+def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_rows_are(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    """Then no status repeats them: it tells of this month only."""
+    with contextlib.closing(sqlite3.connect(ledger(used), isolation_level=None)) as database:
+        past = ", ".join(f"{name} = {name} - 40 * 86400" for name in ("claimed_at", "sent_at", "answered_at"))
+        database.execute(f"UPDATE attempts SET {past}")
+    daemon = run(used)
+    shutil.rmtree(used.state)
+    used.state.mkdir(0o700)
+    drop(used)
+    until(lambda: "the ledger is missing" in str(daemon.events("held")))
+    assert daemon.stop() == 0
+    daemon = run(used)
+    waits(used, daemon, sandbox, "the ledger is missing", "ledger.sqlite3.saved-1")
+    assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize("running", [True, False])
 def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
     used: Folders, sandbox: Sandbox, run: Callable[..., Told], running: bool

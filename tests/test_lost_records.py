@@ -132,6 +132,64 @@ def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
     assert daemon.stop() == 0
 
 
+@pytest.mark.parametrize("back", ["the record", "the record and the prompt"])
+@pytest.mark.parametrize("age", ["claimed", "first sent", "first answered"])
+def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_nothing_new(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], age: str, back: str
+) -> None:
+    """As a backup that is copied file by file has it: the folder of the jobs before the ledger."""
+    folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1", retry__max_seconds="1")
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat [sandbox: once 429]")
+    assert sandbox.wait_for_requests(1, 20)
+    jobs, kept, prompts = folders.state / "jobs", tmp_path / "kept", tmp_path / "prompts"
+    if age != "first answered":
+        shutil.copytree(jobs, kept)
+    sandbox.release()
+    until(lambda: list(jobs.glob("*/answer.1")))
+    if age == "first answered":
+        shutil.copytree(jobs, kept)
+    shutil.copytree(folders.inbox / ".imagewatch", prompts)
+    if age == "claimed":
+        for path in (path for path in kept.glob("*/*") if path.name != "claim.json"):
+            path.unlink()
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert daemon.stop() == 0
+    before = command(folders, "history", "--json").stdout
+    shutil.copytree(kept, jobs, dirs_exist_ok=True)
+    if back != "the record":
+        shutil.copytree(prompts, folders.inbox / ".imagewatch", dirs_exist_ok=True)
+    daemon = run(folders)
+    if back != "the record" or age == "first sent":
+        assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
+    else:
+        until(lambda: folders.leftovers() == [])
+    assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    assert daemon.stop() == 0
+    assert sandbox.report()["requests"] == 2
+
+
+def test_an_older_copy_does_not_say_that_a_kept_answer_is_lost(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat [sandbox: no-images]")
+    assert sandbox.wait_for_requests(1, 20)
+    shutil.copytree(folders.state / "jobs", tmp_path / "backup")
+    sandbox.release()
+    until(lambda: folders.documents() == {"cat": "errors"})
+    assert daemon.stop() == 0
+    shutil.copytree(tmp_path / "backup", folders.state / "jobs", dirs_exist_ok=True)
+    daemon = run(folders)
+    assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
+    assert folders.documents() == {"cat": "errors"}
+    assert "do not send it again" in folders.error("cat")["next"]
+    assert daemon.stop() == 0
+
+
 def test_a_request_whose_record_is_damaged_counts_below_the_caps(
     killed: Folders, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:

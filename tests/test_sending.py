@@ -213,6 +213,23 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
     assert sandbox.report()["requests"] == 1
 
 
+def test_an_answer_is_saved_in_the_state_folder_that_is_made_again_after_the_stop(
+    asked: Told, folders: Folders, run: Callable[..., Told], sandbox: Sandbox
+) -> None:
+    shutil.rmtree(folders.state)
+    sandbox.release()
+    until(lambda: asked.events("held"))
+    asked.process.send_signal(signal.SIGTERM)
+    asked.wait_for("stopping")
+    folders.state.mkdir(0o700)
+    assert asked.end() == 0
+    (folders.state / "ledger.sqlite3.saved-1").rename(folders.state / "ledger.sqlite3")
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert daemon.stop() == 0
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
     tmp_path: Path, run: Callable[..., Told], sandbox: Sandbox
 ) -> None:
