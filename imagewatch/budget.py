@@ -151,12 +151,12 @@ class Budget:
 
     def never(self, asked: Asked) -> Problem | None:
         """Return why a request can never be sent with these caps, as it may cost more than a whole one, or None."""
+        caps = self._caps()
+        if not caps:
+            return None
         with self._lock:
             cost = self._cost(asked, self._clock(), _Memo())
-        for rule, cap in self._caps():
-            if cost.high > cap:
-                return _too_dear(rule, cap, cost)
-        return None
+        return next((_too_dear(rule, cap, cost) for rule, cap in caps if cost.high > cap), None)
 
     def spent(self) -> dict[str, tuple[float, str]]:
         """Return what counts as spent below each cap that is set, credits, and when it ends, by the name of the cap."""
@@ -201,7 +201,7 @@ class Budget:
             now, memo = self._clock(), _Memo()
             refusal = self._over_cap(now, asked, job, memo)
             if refusal is None:
-                self._in_flight[job] = self._cost(asked, now, memo).high
+                self._in_flight[job] = self._reservation(asked, now, memo)
                 self._planned.add(job)
             return refusal
 
@@ -227,7 +227,7 @@ class Budget:
             now, memo = self._clock(), _Memo()
             refusal = self._over_rate(now) or self._over_cap(now, asked, job, memo)
             if refusal is None:
-                self._in_flight[job] = self._cost(asked, now, memo).high
+                self._in_flight[job] = self._reservation(asked, now, memo)
                 self._planned.discard(job)
                 self._recent.append(now)
             return refusal
@@ -267,10 +267,16 @@ class Budget:
             self._has_recent = True
         now, memo = self._clock(), _Memo()
         for job, (asked, sent_at) in list(self._resumed.items()):
-            self._in_flight[job] = self._cost(asked, now, memo).high
+            self._in_flight[job] = self._reservation(asked, now, memo)
             if sent_at not in self._recent:
                 bisect.insort(self._recent, sent_at)
             del self._resumed[job]
+
+    def _reservation(self, asked: Asked, now: float, memo: _Memo) -> float:
+        """Return what is reserved for a request, credits; the ledger is not asked while there is no cap."""
+        if not self._caps():
+            return expected(asked, {}, self._limits.assumed_credits).high
+        return self._cost(asked, now, memo).high
 
     def _cost(self, asked: Asked, now: float, memo: _Memo) -> Expected:
         if asked.provider not in memo.charges:

@@ -41,6 +41,9 @@ class BurstGuard:
         self._passed = 0.0
         self._took: list[_Taken] = []
         self._returned: set[str] = set()
+        self._finished: dict[
+            str, float
+        ] = {}  # of those in the inbox, and when they came: a question to the ledger each
 
     def configure(self, most: int, settle_seconds: float) -> None:
         """Take a configuration.
@@ -56,6 +59,11 @@ class BurstGuard:
         """Count nothing that came up to a time, seconds since the epoch."""
         self._passed = until
         self._returned.clear()
+        self.forget()
+
+    def forget(self) -> None:
+        """Ask again which prompts are over: the ledger may be another one."""
+        self._finished.clear()
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> int:
         """Return how many prompts came at the same time; 0 if they are too few to be counted.
@@ -73,14 +81,12 @@ class BurstGuard:
         came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
         if len(came) + len(self._took) <= self._most:
             return 0
-        came.sort(key=changed.__getitem__, reverse=True)
-        newest = next((source for source in came if not is_finished(source)), None)  # the ledger is asked for each
-        if newest is None:
-            return 0
-        new = self._took_with(changed[newest])
-        if new + len(came) > self._most:
-            new += sum(not is_finished(source) for source in came)
-        return new
+        before, self._finished = self._finished, {}
+        for source in came:
+            if before.get(source) == changed[source] or is_finished(source):
+                self._finished[source] = changed[source]
+        new = [changed[source] for source in came if source not in self._finished]
+        return self._took_with(max(new)) + len(new) if new else 0
 
     def _took_with(self, newest: float) -> int:
         """Return how many prompts were taken that came at the same time as one with this ctime, seconds."""

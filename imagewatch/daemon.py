@@ -487,6 +487,7 @@ class Daemon:
         if not self._control.accepts_ledger():
             return
         self._ledger.accept()
+        self._gate.burst.forget()
         self._control.accepted_ledger()
         _log.warning("another ledger is used from now on", ledger=os.path.join(self._spool.state, database.FILE))
 

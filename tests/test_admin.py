@@ -474,6 +474,24 @@ def test_what_shows_the_time_of_a_server_counts_for_as_long_as_others_have_to_be
     assert guard.holds(110.9, 2.0)
 
 
+def test_of_prompts_that_a_sync_tool_brought_back_the_ledger_is_asked_once(guard):
+    came = {f"p{number}.prompt.txt": 100.0 + number for number in range(20)}
+    asked = []
+
+    def is_finished(source):
+        asked.append(source)
+        return True
+
+    for _ in range(3):
+        guard.gate.count(came, is_finished)
+    assert sorted(asked) == sorted(came)
+    guard.gate.count(came | {"p0.prompt.txt": 200.0}, is_finished)
+    assert asked[20:] == ["p0.prompt.txt"]
+    guard.gate.burst.forget()
+    guard.gate.count(came, lambda _: False)
+    assert guard.holds(200.0)
+
+
 def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
     for number in range(3):
         guard.gate.burst.returned(f"a10{number}.0.prompt.txt")

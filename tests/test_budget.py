@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from imagewatch.budget import Budget
+from imagewatch.budget import Budget, NoBooks
 from imagewatch.config import Limits
 from imagewatch.ledger import Ledger, Row
 from imagewatch.prices import Asked
@@ -60,6 +60,21 @@ def spend(ledger, job, at, credits_=None, *, charged="yes", provider="flux"):
 def test_without_caps_everything_passes(ledger, clock):
     budget = Budget(ledger, Limits(), clock)
     assert all(budget.reserve(f"job{k}", asked()) is None for k in range(500))
+
+
+def test_without_caps_no_price_is_looked_up_and_those_in_flight_count_when_one_is_set(clock):
+    class Closed(NoBooks):
+        def charges(self, provider, since):
+            raise AssertionError
+
+    budget = Budget(Closed(), Limits(assumed_credits=40), clock)
+    assert budget.never(asked()) is None
+    assert budget.plan("a", asked(n=2)) is None
+    assert budget.reserve("a", asked(n=2)) is None
+    budget = Budget(NoBooks(), Limits(assumed_credits=40), clock)
+    assert budget.reserve("a", asked(n=2)) is None
+    budget.change(Limits(assumed_credits=40, credits_per_day=100))
+    assert "80 are reserved" in budget.reserve("b", asked()).message
 
 
 def test_a_request_passes_only_if_what_it_may_cost_still_fits(ledger, clock):
