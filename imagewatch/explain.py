@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import afford, status
 from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
+from imagewatch.control import Control
 from imagewatch.durable import FULL, Disk, locked, ours
 from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.fields import layered
@@ -74,7 +75,10 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
             yield _folder(name, path, kinds)
     yield from _room(config, kinds)
     if error := trouble(config.folders.state):
-        yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
+        if Control(config.folders.state, Disk()).accepts_ledger():
+            yield Line("wait", "ledger", printable(f"{error} (the daemon accepts what is there when it starts)", 1000))
+        else:
+            yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
     yield from (Line(*told) for told in afford.caps(config))
     yield from _models(config)
     if os.path.isdir(config.folders.inbox):

@@ -65,7 +65,7 @@ def test_without_caps_everything_passes(ledger, clock):
 def test_without_caps_no_price_is_looked_up_and_those_in_flight_count_when_one_is_set(clock):
     class Closed(NoBooks):
         def charges(self, provider, since):
-            raise AssertionError
+            raise AssertionError(provider, since)
 
     budget = Budget(Closed(), Limits(assumed_credits=40), clock)
     assert budget.never(asked()) is None

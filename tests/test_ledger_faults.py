@@ -376,6 +376,14 @@ def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
     assert daemon.stop() == 0
 
 
+def test_check_does_not_ask_again_for_what_was_accepted_while_no_daemon_runs(used: Folders) -> None:
+    damage(ledger(used), "attempts")
+    assert command(used, "check").returncode == 78
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    told = command(used, "check")
+    assert (told.returncode, "the daemon accepts what is there when it starts" in told.stdout) == (0, True)
+
+
 def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
     ledger(used).unlink()
     drop(used)
