@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from imagewatch import table
-from imagewatch.errors import SpoolError, UsageError
-from imagewatch.text import amount, local, printable, to_json
+from imagewatch.system.errors import SpoolError, UsageError
+from imagewatch.system.text import amount, local, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -187,8 +187,8 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     if everything and pay_again:
         raise click.UsageError("--pay-again needs the prompts by name")
     config = _owned(path)
-    from imagewatch.durable import Disk  # noqa: PLC0415
     from imagewatch.retry import Retry  # noqa: PLC0415
+    from imagewatch.system.disk import Disk  # noqa: PLC0415
 
     with _ledger(config) as ledger:
         again = Retry(config.folders, Disk(), ledger, _control(config))
@@ -484,7 +484,7 @@ def local_time(text: str | None) -> str:
 
 def _control(config: Config) -> Any:  # noqa: ANN401  imported late
     from imagewatch.control import Control  # noqa: PLC0415
-    from imagewatch.durable import Disk  # noqa: PLC0415
+    from imagewatch.system.disk import Disk  # noqa: PLC0415
 
     return Control(config.folders.state, Disk())
 
@@ -551,7 +551,7 @@ def _ledger_path(config: Config) -> str:
 
 
 def _running(config: Config) -> bool:
-    from imagewatch.durable import locked  # noqa: PLC0415
+    from imagewatch.system.disk import locked  # noqa: PLC0415
 
     return locked(os.path.join(config.folders.state, "lock"))
 

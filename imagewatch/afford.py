@@ -11,10 +11,10 @@ import time
 from typing import TYPE_CHECKING
 
 from imagewatch.budget import CAPS, Budget, NoBooks
-from imagewatch.errors import SpoolError
 from imagewatch.ledger import Ledger
 from imagewatch.prices import Asked
-from imagewatch.text import amount, printable
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import amount, printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

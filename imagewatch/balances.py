@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.text import amount, local
+from imagewatch.system.text import amount, local
 
 if TYPE_CHECKING:
     from imagewatch.ledger import Balances, Ledger

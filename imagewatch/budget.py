@@ -22,10 +22,10 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol, get_args
 
-from imagewatch.errors import Problem, SpoolError
 from imagewatch.fields import Provider
 from imagewatch.prices import SECONDS, Asked, Expected, expected
-from imagewatch.text import amount
+from imagewatch.system.errors import Problem, SpoolError
+from imagewatch.system.text import amount
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

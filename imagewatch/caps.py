@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from imagewatch.errors import BadRequest
 from imagewatch.names import SUFFIX
 from imagewatch.prices import Asked
 from imagewatch.request import fields_of, read_prompt
+from imagewatch.system.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable

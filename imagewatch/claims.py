@@ -18,15 +18,15 @@ import secrets
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.durable import Disk, ours
-from imagewatch.errors import SpoolError
-from imagewatch.folders import Descriptor, NotAFolderError
 from imagewatch.names import CLAIMS
-from imagewatch.text import printable
-from imagewatch.untrusted import open_at
+from imagewatch.system.disk import Disk, ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import Descriptor, NotAFolderError
+from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_at
 
 if TYPE_CHECKING:
-    from imagewatch.folders import Tops
+    from imagewatch.system.folders import Tops
 
 _FILE = "claims.json"
 MARK = ".imagewatch-claims"

@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from imagewatch import __version__, admin, table
-from imagewatch.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.submit import submit
-from imagewatch.text import amount, complaint, printable, to_json, whole
+from imagewatch.system.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
+from imagewatch.system.text import amount, complaint, printable, to_json, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -450,7 +450,7 @@ def _named(config: Config) -> Iterator[None]:
 
 
 def _configure_log(config: Config, level: str | None = None) -> None:
-    from imagewatch import log  # noqa: PLC0415
+    from imagewatch.system import log  # noqa: PLC0415
 
     log.configure(level or config.log.level, config.log.format)  # type: ignore[arg-type]
 

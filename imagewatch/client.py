@@ -30,11 +30,11 @@ import httpx
 from imagewatch import __version__
 from imagewatch.addresses import NotPublicError, address_in, is_public, is_this_machine
 from imagewatch.call import Call
-from imagewatch.errors import Broken, ConfigError, JobError, Problem, Unavailable
 from imagewatch.images import SNIFF_BYTES, sniff
 from imagewatch.job import Head, Tail
-from imagewatch.masking import known
-from imagewatch.text import printable
+from imagewatch.system.errors import Broken, ConfigError, JobError, Problem, Unavailable
+from imagewatch.system.masking import known
+from imagewatch.system.text import printable
 from imagewatch.wire import BALANCE_PATH, PATH, Body, Plain, UndecodableError, balance, doubt, is_coding
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config import Endpoint
     from imagewatch.key import Key
-    from imagewatch.masking import Mask
     from imagewatch.record import Sink
+    from imagewatch.system.masking import Mask
 
 USER_AGENT = f"imagewatch/{__version__}"
 _WRITE_SECONDS = 60.0

@@ -24,10 +24,10 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from imagewatch.errors import ConfigError, Problem
 from imagewatch.fields import Options, Provider, check, nearest
 from imagewatch.places import expanded_home, usual, xdg
-from imagewatch.text import printable
+from imagewatch.system.errors import ConfigError, Problem
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

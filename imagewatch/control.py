@@ -20,10 +20,10 @@ import json
 import os
 import re
 
-from imagewatch.durable import Disk, ours
-from imagewatch.errors import SpoolError
-from imagewatch.leftovers import remove_old
-from imagewatch.text import printable
+from imagewatch.system.disk import Disk, ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.leftovers import remove_old
+from imagewatch.system.text import printable
 
 _RETRY = re.compile(r"retry\.([0-9a-f]{16})")
 _DAEMONS = {"passed", "refused"}

@@ -28,8 +28,6 @@ from imagewatch.caps import Caps
 from imagewatch.client import Client
 from imagewatch.control import Control
 from imagewatch.descriptors import most_requests
-from imagewatch.durable import Disk
-from imagewatch.errors import MORE_FILES, ConfigError, SpoolError
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
 from imagewatch.ignored import Ignored
@@ -43,6 +41,8 @@ from imagewatch.prices import Asked
 from imagewatch.seen import ANYWHERE, Taken, first_level
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import MORE_FILES, ConfigError, SpoolError
 from imagewatch.worker import Worker
 
 if TYPE_CHECKING:

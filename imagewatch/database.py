@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from imagewatch.errors import SpoolError
 from imagewatch.names import PAID
-from imagewatch.text import printable
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

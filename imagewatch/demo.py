@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagewatch import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
-from imagewatch.errors import SpoolError
 from imagewatch.gallery import Gallery
 from imagewatch.sandbox import PROPOSED_KEY, Sandbox
-from imagewatch.text import amount, printable
+from imagewatch.system import log
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import amount, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from imagewatch import __version__
-from imagewatch.masking import known
-from imagewatch.text import utc, whole
+from imagewatch.system.masking import known
+from imagewatch.system.text import utc, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,13 +11,13 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.names import SUFFIX
 from imagewatch.places import is_hidden, refusal
 from imagewatch.prices import PRICED, Asked
 from imagewatch.request import Files, build
 from imagewatch.sweep import Sweep
-from imagewatch.text import printable
+from imagewatch.system.errors import BadRequest, SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

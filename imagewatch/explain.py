@@ -18,20 +18,20 @@ from imagewatch import afford, status
 from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
 from imagewatch.control import Control
-from imagewatch.durable import FULL, Disk, locked, ours
-from imagewatch.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.fields import layered
-from imagewatch.folders import Tops
 from imagewatch.health import trouble
 from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
-from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.names import CLAIMS, SUFFIX
 from imagewatch.places import is_hidden, others_who_write, refusal
 from imagewatch.request import Files, Request, build, unknown_family
 from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
-from imagewatch.text import amount, local, printable
+from imagewatch.system.disk import FULL, Disk, locked, ours
+from imagewatch.system.errors import BadRequest, ConfigError, SpoolError, Unavailable
+from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
+from imagewatch.system.folders import Tops
+from imagewatch.system.text import amount, local, printable
 from imagewatch.wire import choose_provider
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from imagewatch.burst import BurstGuard
-from imagewatch.durable import FULL
-from imagewatch.errors import SpoolError, Withdrawn
 from imagewatch.outcome import Trouble
-from imagewatch.text import utc
+from imagewatch.system.disk import FULL
+from imagewatch.system.errors import SpoolError, Withdrawn
+from imagewatch.system.text import utc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -9,7 +9,7 @@ import sqlite3
 import stat
 
 from imagewatch.database import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
-from imagewatch.errors import SpoolError
+from imagewatch.system.errors import SpoolError
 
 _BUSY_SECONDS = 1.0
 

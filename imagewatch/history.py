@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.status import iso
-from imagewatch.text import printable, to_json, utc
+from imagewatch.system.text import printable, to_json, utc
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -18,25 +18,25 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import memory
-from imagewatch.errors import SpoolError
 from imagewatch.judging import path_of
-from imagewatch.mounts import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.names import stem_of
 from imagewatch.schedule import AHEAD, Allowance, Schedule
 from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
 from imagewatch.sweep import Sweep
-from imagewatch.untrusted import open_file
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_times
+from imagewatch.system.untrusted import open_file
 from imagewatch.watching import Watching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Generator, Mapping
 
     from imagewatch.config import Folders, Inbox
-    from imagewatch.folders import Tops
     from imagewatch.listing import Folder
     from imagewatch.request import Opener
     from imagewatch.seen import Candidate, Key
+    from imagewatch.system.folders import Tops
     from imagewatch.turns import Turns
     from imagewatch.watcher import Change
 

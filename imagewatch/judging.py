@@ -15,14 +15,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from imagewatch import prompt as prompts
-from imagewatch.errors import BadRequest
-from imagewatch.folders import is_private
 from imagewatch.images import inspect
 from imagewatch.names import MOST_MEANT, SUFFIX, Dropped, spellings
 from imagewatch.request import may_be_image, read_prompt
 from imagewatch.seen import Candidate, Found, Look, Wait
-from imagewatch.text import printable
-from imagewatch.untrusted import open_file
+from imagewatch.system.errors import BadRequest
+from imagewatch.system.folders import is_private
+from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_file
 from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from imagewatch.errors import ConfigError, Problem
-from imagewatch.masking import Mask, known
+from imagewatch.system.errors import ConfigError, Problem
+from imagewatch.system.masking import Mask, known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

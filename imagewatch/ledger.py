@@ -17,10 +17,10 @@ import msgspec
 from msgspec.structs import astuple, replace
 
 from imagewatch.database import Database
-from imagewatch.errors import SpoolError
-from imagewatch.masking import known
 from imagewatch.prices import Asked, for_an_image, kind_of
-from imagewatch.text import whole
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.masking import known
+from imagewatch.system.text import whole
 
 if TYPE_CHECKING:
     import sqlite3

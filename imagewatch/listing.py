@@ -17,13 +17,13 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from imagewatch.claims import MARK, looks_like_claims
-from imagewatch.compact import Numbers
-from imagewatch.durable import ours
-from imagewatch.folders import Tops
-from imagewatch.mounts import place_of
 from imagewatch.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
 from imagewatch.seen import Found, Reasons, first_level
 from imagewatch.settling import Settling
+from imagewatch.system.compact import Numbers
+from imagewatch.system.disk import ours
+from imagewatch.system.file_systems import place_of
+from imagewatch.system.folders import Tops
 from imagewatch.system_folders import why_not_entered
 
 if TYPE_CHECKING:

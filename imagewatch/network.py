@@ -21,7 +21,7 @@ from httpcore._backends.sync import SyncStream
 
 from imagewatch.addresses import NotPublicError, address_in
 from imagewatch.call import OverrunError, current
-from imagewatch.errors import MORE_FILES, SpoolError
+from imagewatch.system.errors import MORE_FILES, SpoolError
 
 if TYPE_CHECKING:
     import ssl

@@ -9,7 +9,7 @@ import contextlib
 import socket
 from typing import TYPE_CHECKING
 
-from imagewatch.text import printable
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -13,16 +13,16 @@ from typing import IO, TYPE_CHECKING
 import structlog
 
 from imagewatch.client import Client, FetchError, bare
-from imagewatch.durable import Disk, closing, ours
 from imagewatch.images import Image, foreign, inspect
 from imagewatch.reading import Got, Reading, holds_key, read, shown
-from imagewatch.text import printable
+from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.folders import Tops
     from imagewatch.record import Answer, Record
+    from imagewatch.system.folders import Tops
 
 _FETCH_SECONDS = 600.0
 """How long the urls of a job are tried. Known signed urls live ten minutes (BFL's skills repository)."""

@@ -8,7 +8,7 @@ import pwd
 import stat
 from typing import TYPE_CHECKING, Final
 
-from imagewatch.errors import ConfigError, Problem
+from imagewatch.system.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -9,10 +9,10 @@ import re
 import tomllib
 from dataclasses import dataclass
 
-from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, shown
 from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
 from imagewatch.names import NAME_MAX, SUFFIX, fits, in_flight
+from imagewatch.system.errors import BadRequest, Problem
 
 MAX_BYTES = 256 * 1024
 """Largest prompt file: 32,000 characters of four bytes, twice over."""

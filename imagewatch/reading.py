@@ -16,7 +16,7 @@ from urllib.parse import unquote_to_bytes
 
 import pybase64
 
-from imagewatch.masking import known
+from imagewatch.system.masking import known
 from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain, words
 
 if TYPE_CHECKING:

@@ -28,10 +28,10 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from imagewatch.durable import Disk, closing, ours
-from imagewatch.errors import SpoolError
-from imagewatch.folders import Tops
 from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
+from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING
 
 from imagewatch.request import contents
-from imagewatch.untrusted import open_file
+from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     from imagewatch.job import Claim

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch import prompt as prompts
-from imagewatch.errors import BadRequest, Outdated, Problem
 from imagewatch.fields import Options, layered, nearest
 from imagewatch.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
 from imagewatch.job import Input
 from imagewatch.names import SUFFIX, spellings
-from imagewatch.text import printable
-from imagewatch.untrusted import RefusedError, open_file
+from imagewatch.system.errors import BadRequest, Outdated, Problem
+from imagewatch.system.text import printable
+from imagewatch.system.untrusted import RefusedError, open_file
 from imagewatch.wire import Body, Part, body_fields, choose_provider
 
 if TYPE_CHECKING:

@@ -16,16 +16,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.documents import unvouched
-from imagewatch.durable import Disk, ours
-from imagewatch.errors import SpoolError, UsageError
-from imagewatch.folders import is_private
 from imagewatch.names import PAID, SUFFIX
 from imagewatch.prompt import MAX_BYTES
 from imagewatch.record import Record
 from imagewatch.request import contents
+from imagewatch.system.disk import Disk, ours
+from imagewatch.system.errors import SpoolError, UsageError
+from imagewatch.system.folders import is_private
+from imagewatch.system.text import printable, whole
+from imagewatch.system.untrusted import RefusedError, open_file
 from imagewatch.system_folders import why_not_entered
-from imagewatch.text import printable, whole
-from imagewatch.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -23,14 +23,14 @@ from typing import IO, TYPE_CHECKING, Any
 import tomli_w
 
 from imagewatch import prompt as prompts
-from imagewatch.durable import Disk, closing, ours
-from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.names import SUFFIX, group, stem_of
 from imagewatch.places import is_hidden, refusal
 from imagewatch.request import Files, build, may_be_image, open_plain, read_image, unused_problems
+from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.errors import BadRequest, Problem, SpoolError
+from imagewatch.system.text import printable
+from imagewatch.system.untrusted import RefusedError, open_file, own_way
 from imagewatch.system_folders import why_not_entered
-from imagewatch.text import printable
-from imagewatch.untrusted import RefusedError, open_file, own_way
 from imagewatch.waiting import Made
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace as changed
 
-from imagewatch.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
 from imagewatch.job import Head, Sent, Tail
 from imagewatch.outcome import Trouble
+from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
 from imagewatch.wire import largest_answer
 
 if TYPE_CHECKING:

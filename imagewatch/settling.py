@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from imagewatch.compact import Numbers
+from imagewatch.system.compact import Numbers
 
 if TYPE_CHECKING:
     from collections.abc import Hashable

@@ -17,26 +17,26 @@ import secrets
 import stat
 from typing import IO, TYPE_CHECKING
 
-from imagewatch import leftovers
 from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config import overlaps
-from imagewatch.durable import Disk, closing, ours
-from imagewatch.errors import ConfigError, Problem, SpoolError
-from imagewatch.folders import NotAFolderError, has_file
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
-from imagewatch.mounts import Kinds, Mounts, keeps_times
 from imagewatch.names import PAID, SUFFIX, fits, fitted, tagged
 from imagewatch.places import others_above
 from imagewatch.record import Record
 from imagewatch.seen import ANYWHERE
-from imagewatch.text import printable
+from imagewatch.system import leftovers
+from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.errors import ConfigError, Problem, SpoolError
+from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
+from imagewatch.system.folders import NotAFolderError, has_file
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from imagewatch.config import Config, Folders
-    from imagewatch.folders import Tops
+    from imagewatch.system.folders import Tops
 
 _PROBE = ".iw-probe"
 _LOCK = "lock"

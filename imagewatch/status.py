@@ -17,22 +17,22 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
 from imagewatch.budget import day_and_month
-from imagewatch.errors import SpoolError
 from imagewatch.holds import NEXT
 from imagewatch.ledger import NO_TOTALS
-from imagewatch.masking import known
 from imagewatch.seen import Reasons, Wait, joined
-from imagewatch.text import amount, printable, to_json, utc
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.masking import known
+from imagewatch.system.text import amount, printable, to_json, utc
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.config import Config
     from imagewatch.control import Control
-    from imagewatch.durable import Disk
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger
     from imagewatch.seen import Seen
+    from imagewatch.system.disk import Disk
 
 SCHEMA = 1
 FILE = "status.json"

@@ -14,9 +14,9 @@ from urllib.parse import quote
 import click
 
 from imagewatch.admin import Seconds, config_option, load, say, silence
-from imagewatch.errors import BadRequest, Problem, SpoolError
 from imagewatch.interrupts import Interrupted, Interrupts
-from imagewatch.text import amount, complaint, printable, to_json
+from imagewatch.system.errors import BadRequest, Problem, SpoolError
+from imagewatch.system.text import amount, complaint, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -282,7 +282,7 @@ def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, 
 
 def _content(file: str) -> bytes:
     from imagewatch.prompt import MAX_BYTES  # noqa: PLC0415
-    from imagewatch.untrusted import open_file, own_way  # noqa: PLC0415
+    from imagewatch.system.untrusted import open_file, own_way  # noqa: PLC0415
 
     try:
         # What the shell hands over is the caller's own; a file may be anybody's.

@@ -17,20 +17,20 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.errors import SpoolError
 from imagewatch.judging import Judge, Moment, every_name, path_of
 from imagewatch.listing import Folder, Folders, Visitor
 from imagewatch.names import SUFFIX, locks
 from imagewatch.order import Order
 from imagewatch.seen import Candidate, Found, Key, Seen, Wait, first_level, joined
-from imagewatch.text import printable
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 from imagewatch.writers import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator
 
     from imagewatch.config import Inbox
-    from imagewatch.folders import Tops
+    from imagewatch.system.folders import Tops
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 """What is met where a folder was, if it was removed or replaced."""

@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.documents import unvouched
-from imagewatch.durable import ours
-from imagewatch.errors import SpoolError
 from imagewatch.names import SUFFIX
 from imagewatch.places import refusal
-from imagewatch.text import printable, whole
-from imagewatch.untrusted import RefusedError, open_file
+from imagewatch.system.disk import ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable, whole
+from imagewatch.system.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch.mounts import POLL_SECONDS, eventless
-from imagewatch.text import printable
+from imagewatch.system.file_systems import POLL_SECONDS, eventless
+from imagewatch.system.text import printable
 from imagewatch.watcher import Hints, Watcher
 
 if TYPE_CHECKING:

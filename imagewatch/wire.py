@@ -21,10 +21,10 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import msgspec
 import pybase64
 
-from imagewatch.errors import InDoubt, JobError
 from imagewatch.fields import Options, Provider, family, shown
 from imagewatch.job import Head, Reaction
-from imagewatch.masking import known
+from imagewatch.system.errors import InDoubt, JobError
+from imagewatch.system.masking import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

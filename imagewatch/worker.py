@@ -18,8 +18,6 @@ from msgspec.structs import replace
 
 from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
-from imagewatch.durable import ours
-from imagewatch.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.job import Claim, Reaction, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
@@ -28,8 +26,10 @@ from imagewatch.prices import Asked
 from imagewatch.redelivery import finished_twin
 from imagewatch.request import Files, Request, build, contents
 from imagewatch.sending import Left, Sending
-from imagewatch.text import printable, utc
-from imagewatch.untrusted import open_file
+from imagewatch.system.disk import ours
+from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
+from imagewatch.system.text import printable, utc
+from imagewatch.system.untrusted import open_file
 from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import os
 import signal
 from typing import TYPE_CHECKING
 
-from imagewatch.untrusted import open_file
+from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     import io

@@ -22,14 +22,14 @@ import pytest
 
 from imagewatch.client import Client
 from imagewatch.config import Config, load
-from imagewatch.durable import Disk
 from imagewatch.key import Key
 from imagewatch.ledger import Ledger
-from imagewatch.masking import known
 from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
+from imagewatch.system.disk import Disk
+from imagewatch.system.masking import known
 from imagewatch.worker import Run, Worker
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ def start(tmp_path: Path, sandbox: Sandbox) -> Iterator[Any]:
 
 HURRIED = """
 import os, sys
-from imagewatch import log
+from imagewatch.system import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
 from imagewatch.holds import Holds

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch.client import FetchError
-from imagewatch.errors import Broken, InDoubt, Unavailable
 from imagewatch.job import Head, Tail
+from imagewatch.system.errors import Broken, InDoubt, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable

@@ -10,9 +10,9 @@ import threading
 
 from losing import SteppingDisk
 
-from imagewatch import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
+from imagewatch.system import log
 
 
 class KillingDisk(SteppingDisk):

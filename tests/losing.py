@@ -9,7 +9,7 @@ import shutil
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
-from imagewatch.durable import Disk
+from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -24,13 +24,13 @@ from test_cli import HOSTILE, RAW
 
 from imagewatch.config import Limits
 from imagewatch.control import Control
-from imagewatch.durable import Disk, locked
-from imagewatch.errors import SpoolError
 from imagewatch.gate import Gate
 from imagewatch.holds import Holds
 from imagewatch.sandbox import Sandbox
 from imagewatch.status import Status
 from imagewatch.sweep import Seen
+from imagewatch.system.disk import Disk, locked
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -60,7 +60,7 @@ AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
 import imagewatch.admin, imagewatch.client, imagewatch.control, imagewatch.daemon, imagewatch.estimate
-import imagewatch.explain, imagewatch.history, imagewatch.log, imagewatch.retry, imagewatch.status
+import imagewatch.explain, imagewatch.history, imagewatch.system.log, imagewatch.retry, imagewatch.status
 from imagewatch.cli import main
 
 user = int(sys.argv.pop(1))
@@ -526,7 +526,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
 
 SLOW_TO_CLAIM = """
 import os, sys, time
-from imagewatch import log
+from imagewatch.system import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
 from imagewatch.spool import Spool

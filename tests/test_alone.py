@@ -19,8 +19,8 @@ from conftest import HURRIED, Folders, Station, Told, command, until
 from PIL import Image
 from tracing import reason_not_to_trace
 
-from imagewatch.durable import Disk
 from imagewatch.outcome import End
+from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -373,11 +373,11 @@ def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_
 
 BAD_SECTORS = """
 import errno, os, sys
-from imagewatch import log
+from imagewatch.system import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
-from imagewatch.durable import Disk
-from imagewatch.errors import SpoolError
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 class Bad(Disk):
     def carry(self, source, target, *rest, **more):

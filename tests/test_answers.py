@@ -16,12 +16,12 @@ from conftest import KEY, Doubting, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
 
 from imagewatch.client import Client
-from imagewatch.durable import Disk
-from imagewatch.errors import ConfigError, Problem, SpoolError
 from imagewatch.holds import Holds
 from imagewatch.key import Key
 from imagewatch.outcome import End
 from imagewatch.sandbox import TAGS
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import ConfigError, Problem, SpoolError
 
 IMAGE = picture()
 

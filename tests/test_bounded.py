@@ -19,8 +19,8 @@ from scripted import Scripted, drop, paid, picture, refused
 from imagewatch import call, client
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
-from imagewatch.errors import Unavailable
 from imagewatch.key import Key
+from imagewatch.system.errors import Unavailable
 
 ASK = {"x.prompt.txt": "a cat"}
 OK = b"HTTP/1.1 200 OK\r\n"

@@ -291,7 +291,7 @@ SHIFTED = """
 import os, sys, time
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
-from imagewatch import log
+from imagewatch.system import log
 config = load(None, os.environ)
 log.configure("info", "json")
 def clock():

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from imagewatch.claims import MARK, Claims, NotOursError
-from imagewatch.durable import Disk
+from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.compact import Numbers
+from imagewatch.system.compact import Numbers
 
 NAMES = [f"p{number}" for number in range(40)]
 KINDS = {"d": st.floats(-1e9, 1e12), "q": st.integers(-(2**63), 2**63 - 1)}

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 
 from imagewatch import config
 from imagewatch.config import Config, load
-from imagewatch.errors import ConfigError
 from imagewatch.fields import Options
 from imagewatch.places import find
+from imagewatch.system.errors import ConfigError
 
 SECRET = "sk-let-VERYSECRETvalue0123456789"
 ROOT = '[folders]\nroot = "/srv/iw"\n'
@@ -705,7 +705,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a fil
 ASKED = """
 import os, sys
 from imagewatch.places import find
-from imagewatch.errors import ConfigError
+from imagewatch.system.errors import ConfigError
 os.setgroups([])
 os.setgid(int(sys.argv[2]))
 os.setuid(int(sys.argv[1]))

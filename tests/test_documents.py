@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from imagewatch import __version__
 from imagewatch.documents import SCHEMA, Course, compose, unvouched, with_files
 from imagewatch.job import Claim, Decision, Head, Input, Move, Sent, Tail, dump, load
-from imagewatch.text import printable, utc, whole
+from imagewatch.system.text import printable, utc, whole
 
 CLAIM = Claim(
     job="7f3a9c0d1e2b4a5f", folder="a/b", stem="cat", images=("cat.png",), size=5, mtime_ns=7, at=1_800_000_000.1239

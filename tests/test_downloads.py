@@ -32,10 +32,10 @@ from scripted import (
 from imagewatch import network, pictures
 from imagewatch.client import Client, FetchError
 from imagewatch.config import Endpoint
-from imagewatch.durable import Disk
-from imagewatch.errors import SpoolError
 from imagewatch.key import Key
 from imagewatch.sandbox import Sandbox
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 IMAGE = picture()
 ASK = {"x.prompt.txt": "a cat"}

@@ -15,11 +15,11 @@ from typing import IO, TYPE_CHECKING
 
 import pytest
 
-from imagewatch import durable
-from imagewatch.durable import Disk
-from imagewatch.errors import AlreadyRunning, SpoolError
 from imagewatch.job import Head, Tail
 from imagewatch.record import Answer, Sink
+from imagewatch.system import disk as durable
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import AlreadyRunning, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -461,7 +461,7 @@ class TestAReadOnlyDisk:
 
 HOLD = """
 import sys
-from imagewatch.durable import Disk
+from imagewatch.system.disk import Disk
 lock = Disk().lock(sys.argv[1])
 print("held", flush=True)
 sys.stdin.read()

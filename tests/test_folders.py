@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 import imagewatch
-from imagewatch.durable import Disk
-from imagewatch.errors import SpoolError
-from imagewatch.folders import NotAFolderError, Tops
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import NotAFolderError, Tops
 
 PACKAGE = Path(imagewatch.__file__).parent
 

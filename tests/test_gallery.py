@@ -27,10 +27,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageStat
 
 from imagewatch.config import load
-from imagewatch.errors import SpoolError, UsageError
 from imagewatch.gallery import Gallery
 from imagewatch.gallery.decoder import Decoder, Patience
-from imagewatch.text import whole
+from imagewatch.system.errors import SpoolError, UsageError
+from imagewatch.system.text import whole
 
 if TYPE_CHECKING:
     from collections.abc import Callable

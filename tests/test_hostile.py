@@ -25,10 +25,10 @@ import pytest
 from conftest import KEY, Folders, Station, Told, until
 from PIL import Image
 
-from imagewatch.durable import Disk
-from imagewatch.errors import BadRequest
 from imagewatch.outcome import End
 from imagewatch.prompt import parse
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import BadRequest
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -193,7 +193,7 @@ def is_over(folders: Folders, stem: str) -> bool:
 LINKED = "os.link({secret!r}, {victim!r})"
 CHANGED = """
 import os, sys
-from imagewatch import log
+from imagewatch.system import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
 from imagewatch.sweep import Sweep

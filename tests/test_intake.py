@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import Folders
 
-from imagewatch.folders import Tops
 from imagewatch.intake import Intake
 from imagewatch.schedule import Allowance
+from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
     from pathlib import Path

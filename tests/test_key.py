@@ -14,8 +14,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imagewatch.config import Endpoint
-from imagewatch.errors import ConfigError
 from imagewatch.key import Key, key_file_problem, key_source, read_key
+from imagewatch.system.errors import ConfigError
 
 SECRET = "sk-let-VERYSECRETvalue0123456789=="
 

@@ -17,9 +17,9 @@ from audit import ORDERS, Audit, drop
 from conftest import KEY, Folders, Running, until
 from losing import SteppingDisk
 
-from imagewatch.durable import Disk
 from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
+from imagewatch.system.disk import Disk
 
 RUNNER = str(Path(__file__).parent / "kill_runner.py")
 KILLS = 45

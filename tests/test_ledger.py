@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from imagewatch.database import Database, was_there
-from imagewatch.errors import SpoolError
 from imagewatch.ledger import Ledger, Row, _prepare
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,10 +11,10 @@ import pytest
 from conftest import Folders, Running
 from conftest import command as command_of
 
-from imagewatch import leftovers
 from imagewatch.control import Control
-from imagewatch.durable import Disk
 from imagewatch.spool import Spool
+from imagewatch.system import leftovers
+from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TextIO
 import pytest
 import structlog
 
-from imagewatch import log
+from imagewatch.system import log
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,10 +26,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Scripted, answer, answering, drop, made, paid, picture, refused
 
-from imagewatch import log
 from imagewatch.client import Client
 from imagewatch.config import Endpoint
 from imagewatch.key import Key
+from imagewatch.system import log
 
 IMAGE = picture()
 ASK = {"x.prompt.txt": "a cat"}

@@ -28,13 +28,13 @@ from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDis
 
 from imagewatch import pictures
 from imagewatch.closing import Closing
-from imagewatch.errors import SpoolError, Withdrawn
 from imagewatch.job import Sent, dump
 from imagewatch.ledger import Ledger, Row
 from imagewatch.outcome import End
 from imagewatch.record import Record
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep
+from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

@@ -9,7 +9,6 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.errors import BadRequest, Problem
 from imagewatch.fields import Options, check, nearest, shown
 from imagewatch.prompt import (
     MAX_BYTES,
@@ -21,6 +20,7 @@ from imagewatch.prompt import (
     declared,
     parse,
 )
+from imagewatch.system.errors import BadRequest, Problem
 
 TEXT = "Ein Kätzchen, 猫, 🐈"
 

@@ -12,7 +12,7 @@ import pytest
 from conftest import Station
 from PIL import Image
 
-from imagewatch import durable
+from imagewatch.system import disk as durable
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -21,7 +21,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from imagewatch.errors import ConfigError
 from imagewatch.sandbox import (
     BALANCE_ROUTE,
     DEFAULT_MODELS,
@@ -32,6 +31,7 @@ from imagewatch.sandbox import (
     Sandbox,
     tags_help,
 )
+from imagewatch.system.errors import ConfigError
 
 BEARER = {"Authorization": "Bearer sk-let-test"}
 FAILURES_FREE = ["400", "401", "402", "403", "404", "409", "413", "422", "429", "429-quota", "429-plain"]

@@ -21,10 +21,10 @@ from scripted import Exchange, Scripted, answer, heavy, paid, picture, returned
 from tracing import reason_not_to_trace
 
 from imagewatch.control import Control
-from imagewatch.errors import SpoolError, Withdrawn
 from imagewatch.gate import Gate
 from imagewatch.holds import Holds
 from imagewatch.outcome import End
+from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -341,7 +341,7 @@ CONNECT_WITHOUT_FILES = """
 import os, resource
 from imagewatch.client import Client
 from imagewatch.config import load
-from imagewatch.errors import SpoolError
+from imagewatch.system.errors import SpoolError
 from imagewatch.key import Key
 
 client = Client(load(None, os.environ).endpoint, lambda: Key(os.environ["LETTA_API_KEY"]))
@@ -445,7 +445,7 @@ def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
 SLOW = (
     """
 import os
-from imagewatch.durable import Disk
+from imagewatch.system.disk import Disk
 
 _sync = Disk.sync
 

@@ -30,8 +30,8 @@ from PIL import Image
 from imagewatch import submit as command
 from imagewatch.cli import cli, main
 from imagewatch.config import load
-from imagewatch.errors import BadRequest, SpoolError
 from imagewatch.sender import Delivery, Wish
+from imagewatch.system.errors import BadRequest, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

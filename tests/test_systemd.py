@@ -348,7 +348,7 @@ def test_a_key_that_is_encrypted_on_the_disk_works_as_well(service, endpoint):
 
 PROBE = """\
 import ctypes, errno, json, mmap, os, sqlite3, ssl, subprocess, sys
-from imagewatch.durable import Disk
+from imagewatch.system.disk import Disk
 
 def outcome(call, *arguments):
     try:

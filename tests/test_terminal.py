@@ -15,7 +15,8 @@ import structlog
 from conftest import KEY, Folders, command
 from test_cli import on_a_terminal
 
-from imagewatch import log, table
+from imagewatch import table
+from imagewatch.system import log
 
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
 

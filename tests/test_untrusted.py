@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import imagewatch
-from imagewatch.folders import Tops, is_private
-from imagewatch.untrusted import RefusedError, open_file
+from imagewatch.system.folders import Tops, is_private
+from imagewatch.system.untrusted import RefusedError, open_file
 
 PACKAGE = Path(imagewatch.__file__).parent
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from conftest import Folders, Told, until
 
-from imagewatch.mounts import Kinds, eventless, keeps_times, mount_of, table
+from imagewatch.system.file_systems import Kinds, eventless, keeps_times, mount_of, table
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -28,7 +28,7 @@ SELDOM = {"inbox__rescan_seconds": "3600"}
 
 STARTED = """
 import os, sys
-from imagewatch import log
+from imagewatch.system import log
 from imagewatch.config import load
 from imagewatch.daemon import Daemon
 {before}

@@ -17,10 +17,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.errors import InDoubt, JobError
 from imagewatch.fields import Options
 from imagewatch.job import Head, Reaction
 from imagewatch.reading import read
+from imagewatch.system.errors import InDoubt, JobError
 from imagewatch.wire import Body, Part, body_fields, choose_provider, classify, doubt
 
 LIMIT = 50 << 20

@@ -17,15 +17,15 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.durable import Disk, ours
-from imagewatch.errors import SpoolError, UsageError
 from imagewatch.gallery import rights
 from imagewatch.gallery.decoder import Patience
 from imagewatch.gallery.jobs import Look, Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
-from imagewatch.text import printable, whole
-from imagewatch.untrusted import open_at
+from imagewatch.system.disk import Disk, ours
+from imagewatch.system.errors import SpoolError, UsageError
+from imagewatch.system.text import printable, whole
+from imagewatch.system.untrusted import open_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable

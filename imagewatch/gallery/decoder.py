@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import IO
 
 from imagewatch.images import sniff
-from imagewatch.text import printable
+from imagewatch.system.text import printable
 
 SIDE = 320
 """Longest side of a thumbnail, pixels."""

@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass
 from typing import IO
 
-from imagewatch.untrusted import open_at
+from imagewatch.system.untrusted import open_at
 
 DEEPEST = 100
 """Folders in each other; those further down are not looked into."""

@@ -23,8 +23,8 @@ from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
 from imagewatch.images import IMAGE_SUFFIXES
 from imagewatch.names import NAME_MAX, SUFFIX, tagged
-from imagewatch.text import whole
-from imagewatch.untrusted import open_at, refusal
+from imagewatch.system.text import whole
+from imagewatch.system.untrusted import open_at, refusal
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

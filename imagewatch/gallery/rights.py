@@ -7,8 +7,8 @@ import os
 import pwd
 import stat
 
-from imagewatch.errors import UsageError
-from imagewatch.text import printable
+from imagewatch.system.errors import UsageError
+from imagewatch.system.text import printable
 
 
 def step_down(folder: str, outbox: str) -> None:

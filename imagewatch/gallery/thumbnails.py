@@ -19,12 +19,12 @@ from typing import IO, TYPE_CHECKING
 from PIL import __version__ as pillow
 
 from imagewatch import __version__
-from imagewatch.durable import Disk, closing, ours
 from imagewatch.gallery.decoder import LARGE, Decoder, Patience, Unseen
 from imagewatch.images import Image as Found
 from imagewatch.images import inspect
-from imagewatch.text import printable
-from imagewatch.untrusted import open_at
+from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_at
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping

@@ -13,8 +13,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
-from imagewatch.errors import ImagewatchError
 from imagewatch.sandbox.placeholder import thumbnail
+from imagewatch.system.errors import ImagewatchError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

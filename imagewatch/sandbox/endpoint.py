@@ -6,11 +6,11 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.errors import ConfigError, Problem
 from imagewatch.sandbox.books import Books
 from imagewatch.sandbox.delivery import Deliveries
 from imagewatch.sandbox.server import Server
 from imagewatch.sandbox.service import Service
+from imagewatch.system.errors import ConfigError, Problem
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -24,10 +24,10 @@ from conftest import Station
 from endpoint import Books, PaidEndpoint, Reply, picture
 
 from imagewatch.control import Control
-from imagewatch.durable import Disk
-from imagewatch.errors import SpoolError
 from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 from imagewatch.worker import Worker
 from security.people import look, walk
 from security.puppet import exchange

@@ -12,12 +12,12 @@ import pytest
 from conftest import Station, until
 
 from imagewatch.control import Control
-from imagewatch.durable import Disk
-from imagewatch.errors import SpoolError
-from imagewatch.folders import Tops
 from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
-from imagewatch.untrusted import open_file
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import Tops
+from imagewatch.system.untrusted import open_file
 from imagewatch.worker import Worker
 from security.people import ATTACKER, Person
 from security.puppet import exchange

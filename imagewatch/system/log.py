@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 import structlog
 
-from imagewatch.masking import known
-from imagewatch.text import printable
+from imagewatch.system.masking import known
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, MutableMapping

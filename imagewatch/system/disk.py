@@ -24,9 +24,9 @@ import stat
 import threading
 from typing import IO, TYPE_CHECKING, Any
 
-from imagewatch.errors import MORE_FILES, AlreadyRunning, SpoolError
-from imagewatch.folders import Descriptor, NotAFolderError, Place, Tops, is_private
-from imagewatch.text import printable
+from imagewatch.system.errors import MORE_FILES, AlreadyRunning, SpoolError
+from imagewatch.system.folders import Descriptor, NotAFolderError, Place, Tops, is_private
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -11,7 +11,7 @@ import io
 import os
 import stat
 
-from imagewatch.folders import Tops, is_private
+from imagewatch.system.folders import Tops, is_private
 
 _FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _NOWHERE = Tops()

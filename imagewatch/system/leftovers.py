@@ -14,13 +14,13 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.durable import ours
-from imagewatch.errors import SpoolError
+from imagewatch.system.disk import ours
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from imagewatch.durable import Disk
+    from imagewatch.system.disk import Disk
 
 _TEMPORARY = re.compile(r"\.iw-([0-9a-f]{16})\.(?:\d+|d)\.tmp")
 STALE_SECONDS = 86_400.0

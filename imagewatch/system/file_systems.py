@@ -12,9 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.durable import ours
-from imagewatch.errors import SpoolError
-from imagewatch.text import printable
+from imagewatch.system.disk import ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
