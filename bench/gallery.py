@@ -15,7 +15,7 @@ from gallery_page import in_browser
 from PIL import Image
 from plan import say
 
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.gallery import Gallery
 
 if TYPE_CHECKING:

@@ -25,7 +25,7 @@ from imagewatch.system.text import amount, local, printable, to_json
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.control import Control
     from imagewatch.estimate import Estimate
     from imagewatch.ledger import Ledger
@@ -61,7 +61,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON."
 
 def load(path: str | None) -> Config:
     """Return the configuration that a command is to use."""
-    from imagewatch import config, places  # noqa: PLC0415
+    from imagewatch.config import load as config  # noqa: PLC0415
+    from imagewatch.config import locate as places  # noqa: PLC0415
 
     return config.load(places.find(path, os.environ, here()), os.environ)
 
@@ -530,9 +531,9 @@ def _unreadable(state: str) -> SpoolError:
 
 @contextlib.contextmanager
 def _ledger(config: Config) -> Iterator[Ledger]:
+    from imagewatch.config.locate import is_hidden  # noqa: PLC0415
     from imagewatch.health import trouble  # noqa: PLC0415
     from imagewatch.ledger import Ledger  # noqa: PLC0415
-    from imagewatch.places import is_hidden  # noqa: PLC0415
 
     path = _ledger_path(config)
     if is_hidden(path):

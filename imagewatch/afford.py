@@ -19,7 +19,7 @@ from imagewatch.system.text import amount, printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.request import Request
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol, get_args
 
-from imagewatch.fields import Provider
+from imagewatch.config.schema import Provider
 from imagewatch.prices import SECONDS, Asked, Expected, expected
 from imagewatch.system.errors import Problem, SpoolError
 from imagewatch.system.text import amount
@@ -30,7 +30,7 @@ from imagewatch.system.text import amount
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from imagewatch.config import Limits
+    from imagewatch.config.load import Limits
 
 CAPS = ("limits.credits_per_day", "limits.credits_per_month")
 """The settings that are caps on credits."""

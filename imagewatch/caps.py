@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from imagewatch.budget import Budget, Refusal
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.request import Opener
     from imagewatch.seen import Candidate, Key, Look
 

@@ -25,7 +25,7 @@ from imagewatch.system.text import amount, complaint, printable, to_json, whole
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.daemon import Daemon
     from imagewatch.explain import Line
     from imagewatch.outcome import Outcome
@@ -113,7 +113,7 @@ def _warn_without_key(config: Config) -> None:
     """Say at the start what else would be said at the first prompt."""
     import structlog  # noqa: PLC0415
 
-    from imagewatch.key import key_problem  # noqa: PLC0415
+    from imagewatch.config.key import key_problem  # noqa: PLC0415
 
     if problem := key_problem(config.endpoint, os.environ):
         reason = printable(f"{problem.field}: {problem.reason}")
@@ -297,7 +297,7 @@ def init(file: str, root: str | None) -> None:
     FILE (default: imagewatch.toml) gets every key, its default and a line about it. A file that is there already
     stays as it is. Nothing starts before a folder to watch is named.
     """
-    from imagewatch.config import initial  # noqa: PLC0415
+    from imagewatch.config.load import initial  # noqa: PLC0415
 
     if root is None and sys.stdin is not None and sys.stdin.isatty() and not os.path.lexists(file):
         root = click.prompt("Folder to watch (it gets inbox, outbox, errors and archive)", err=True)

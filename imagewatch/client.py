@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from imagewatch.config import Endpoint
-    from imagewatch.key import Key
+    from imagewatch.config.key import Key
+    from imagewatch.config.load import Endpoint
     from imagewatch.record import Sink
     from imagewatch.system.masking import Mask
 

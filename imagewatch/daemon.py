@@ -26,13 +26,13 @@ from imagewatch import __version__, database, memory
 from imagewatch.budget import Budget
 from imagewatch.caps import Caps
 from imagewatch.client import Client
+from imagewatch.config.key import key_stamp, read_key
 from imagewatch.control import Control
 from imagewatch.descriptors import most_requests
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.holds import Hold, Holds
 from imagewatch.ignored import Ignored
 from imagewatch.intake import Intake
-from imagewatch.key import key_stamp, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.names import SUFFIX, stem_of
 from imagewatch.notify import Notify
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.seen import Candidate, Key
     from imagewatch.sending import Fate
 

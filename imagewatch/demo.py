@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 from imagewatch.gallery import Gallery
 from imagewatch.sandbox import PROPOSED_KEY, Sandbox

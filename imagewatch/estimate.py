@@ -11,8 +11,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.names import SUFFIX
-from imagewatch.places import is_hidden, refusal
 from imagewatch.prices import PRICED, Asked
 from imagewatch.request import Files, build
 from imagewatch.sweep import Sweep
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.budget import Budget
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.request import Request
 
 

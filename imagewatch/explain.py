@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import afford, status
 from imagewatch.balances import with_balances
 from imagewatch.claims import HINT
+from imagewatch.config.key import key_file_problem, key_source, read_key
+from imagewatch.config.locate import is_hidden, others_who_write, refusal
+from imagewatch.config.schema import layered
 from imagewatch.control import Control
-from imagewatch.fields import layered
 from imagewatch.health import trouble
-from imagewatch.key import key_file_problem, key_source, read_key
 from imagewatch.ledger import Ledger
 from imagewatch.names import CLAIMS, SUFFIX
-from imagewatch.places import is_hidden, others_who_write, refusal
 from imagewatch.request import Files, Request, build, unknown_family
 from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.budget import Budget
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.request import Opener
     from imagewatch.seen import Candidate
 

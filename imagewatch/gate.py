@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.budget import Refusal
-    from imagewatch.config import Limits
+    from imagewatch.config.load import Limits
     from imagewatch.control import Control
     from imagewatch.holds import Hold, Holds
     from imagewatch.ledger import Ledger

@@ -32,7 +32,7 @@ from imagewatch.watching import Watching
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Generator, Mapping
 
-    from imagewatch.config import Folders, Inbox
+    from imagewatch.config.load import Folders, Inbox
     from imagewatch.listing import Folder
     from imagewatch.request import Opener
     from imagewatch.seen import Candidate, Key

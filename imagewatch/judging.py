@@ -28,7 +28,7 @@ from imagewatch.writers import has_writer
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from imagewatch.config import Inbox
+    from imagewatch.config.load import Inbox
     from imagewatch.listing import Folder, Folders, Notes
 
 _BUSY_SECONDS = 3600.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from imagewatch.fields import Options
+from imagewatch.config.schema import Options
 
 FENCE = "+++"
 """The line before and after the front matter."""

@@ -9,7 +9,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 
-from imagewatch.fields import Options, check, shown
+from imagewatch.config.schema import Options, check, shown
 from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
 from imagewatch.names import NAME_MAX, SUFFIX, fits, in_flight
 from imagewatch.system.errors import BadRequest, Problem

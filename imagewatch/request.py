@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch import prompt as prompts
-from imagewatch.fields import Options, layered, nearest
+from imagewatch.config.schema import Options, layered, nearest
 from imagewatch.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
 from imagewatch.job import Input
 from imagewatch.names import SUFFIX, spellings
@@ -26,7 +26,7 @@ from imagewatch.wire import Body, Part, body_fields, choose_provider
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
 
     Opener = Callable[[str], IO[bytes]]
     """Opens a file that other people wrote; raises OSError."""

@@ -30,7 +30,7 @@ from imagewatch.system_folders import why_not_entered
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config import Folders
+    from imagewatch.config.load import Folders
     from imagewatch.control import Control
     from imagewatch.ledger import Ledger
 

@@ -23,8 +23,8 @@ from typing import IO, TYPE_CHECKING, Any
 import tomli_w
 
 from imagewatch import prompt as prompts
+from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.names import SUFFIX, group, stem_of
-from imagewatch.places import is_hidden, refusal
 from imagewatch.request import Files, build, may_be_image, open_plain, read_image, unused_problems
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
     from typing import Self
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
 
 _STAGED = ".submit-"
 _STALE_SECONDS = 86_400.0

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imagewatch.client import Client
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.job import Claim
     from imagewatch.record import Record, Sink
     from imagewatch.request import Request

@@ -18,11 +18,11 @@ import stat
 from typing import IO, TYPE_CHECKING
 
 from imagewatch.claims import JOB, Claims, NotOursError
-from imagewatch.config import overlaps
+from imagewatch.config.load import overlaps
+from imagewatch.config.locate import others_above
 from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
 from imagewatch.names import PAID, SUFFIX, fits, fitted, tagged
-from imagewatch.places import others_above
 from imagewatch.record import Record
 from imagewatch.seen import ANYWHERE
 from imagewatch.system import leftovers
@@ -35,7 +35,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from imagewatch.config import Config, Folders
+    from imagewatch.config.load import Config, Folders
     from imagewatch.system.folders import Tops
 
 _PROBE = ".iw-probe"

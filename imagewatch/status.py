@@ -27,7 +27,7 @@ from imagewatch.system.text import amount, printable, to_json, utc
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.control import Control
     from imagewatch.gate import Gate
     from imagewatch.ledger import Ledger

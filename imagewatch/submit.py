@@ -21,7 +21,7 @@ from imagewatch.system.text import amount, complaint, printable, to_json
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.sender import Delivery, Wish
     from imagewatch.waiting import Made, Waiting
 
@@ -138,7 +138,7 @@ class _Call:
 def _config(path: str | None, root: str | None) -> Config:
     if root is None:
         return load(path)
-    from imagewatch.config import load as read  # noqa: PLC0415
+    from imagewatch.config.load import load as read  # noqa: PLC0415
 
     # Only the folders: what else there may be in this environment is for a daemon of one's own.
     return read(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})

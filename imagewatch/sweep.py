@@ -29,7 +29,7 @@ from imagewatch.writers import is_local
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator
 
-    from imagewatch.config import Inbox
+    from imagewatch.config.load import Inbox
     from imagewatch.system.folders import Tops
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}

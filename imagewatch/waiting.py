@@ -10,9 +10,9 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from imagewatch.config.locate import refusal
 from imagewatch.documents import unvouched
 from imagewatch.names import SUFFIX
-from imagewatch.places import refusal
 from imagewatch.system.disk import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable, whole
@@ -21,7 +21,7 @@ from imagewatch.system.untrusted import RefusedError, open_file
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from imagewatch.config import Folders
+    from imagewatch.config.load import Folders
 
 _MOST_DOCUMENT = 4 << 20
 _LIST_SECONDS = 5.0

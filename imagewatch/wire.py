@@ -21,7 +21,7 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import msgspec
 import pybase64
 
-from imagewatch.fields import Options, Provider, family, shown
+from imagewatch.config.schema import Options, Provider, family, shown
 from imagewatch.job import Head, Reaction
 from imagewatch.system.errors import InDoubt, JobError
 from imagewatch.system.masking import known

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imagewatch.client import Client
-    from imagewatch.config import Config
+    from imagewatch.config.load import Config
     from imagewatch.ledger import Ledger
     from imagewatch.record import Record
     from imagewatch.sending import Fate

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from imagewatch.client import Client
-from imagewatch.config import Config, load
-from imagewatch.key import Key
+from imagewatch.config.key import Key
+from imagewatch.config.load import Config, load
 from imagewatch.ledger import Ledger
 from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
@@ -274,7 +274,7 @@ def start(tmp_path: Path, sandbox: Sandbox) -> Iterator[Any]:
 HURRIED = """
 import os, sys
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 from imagewatch.holds import Holds
 

@@ -10,7 +10,7 @@ import threading
 
 from losing import SteppingDisk
 
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 from imagewatch.system import log
 

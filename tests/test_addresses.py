@@ -13,8 +13,8 @@ from scripted import Scripted, answer, over_tls, picture, through_proxy
 
 from imagewatch import network
 from imagewatch.client import Client, FetchError
-from imagewatch.config import Endpoint
-from imagewatch.key import Key
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
 
 IMAGE = picture()
 REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0)

@@ -22,7 +22,7 @@ from conftest import KEY, Folders, Running, Station, command, until, until_made
 from scripted import Scripted, answer, answering, picture
 from test_cli import HOSTILE, RAW
 
-from imagewatch.config import Limits
+from imagewatch.config.load import Limits
 from imagewatch.control import Control
 from imagewatch.gate import Gate
 from imagewatch.holds import Holds
@@ -44,7 +44,7 @@ KILLED_BEFORE = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from losing import SteppingDisk
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 
 class KillingDisk(SteppingDisk):
@@ -527,7 +527,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
 SLOW_TO_CLAIM = """
 import os, sys, time
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 from imagewatch.spool import Spool
 

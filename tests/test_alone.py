@@ -374,7 +374,7 @@ def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_
 BAD_SECTORS = """
 import errno, os, sys
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError

@@ -16,8 +16,8 @@ from conftest import KEY, Doubting, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
 
 from imagewatch.client import Client
+from imagewatch.config.key import Key
 from imagewatch.holds import Holds
-from imagewatch.key import Key
 from imagewatch.outcome import End
 from imagewatch.sandbox import TAGS
 from imagewatch.system.disk import Disk

@@ -18,8 +18,8 @@ from scripted import Scripted, drop, paid, picture, refused
 
 from imagewatch import call, client
 from imagewatch.client import Client, FetchError
-from imagewatch.config import Endpoint
-from imagewatch.key import Key
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
 from imagewatch.system.errors import Unavailable
 
 ASK = {"x.prompt.txt": "a cat"}

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 import pytest
 
 from imagewatch.budget import Budget, NoBooks
-from imagewatch.config import Limits
+from imagewatch.config.load import Limits
 from imagewatch.ledger import Ledger, Row
 from imagewatch.prices import Asked
 

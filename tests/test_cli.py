@@ -25,7 +25,7 @@ from scripted import Scripted, answering
 
 from imagewatch import __version__
 from imagewatch.cli import cli
-from imagewatch.config import load
+from imagewatch.config.load import load
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

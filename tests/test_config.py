@@ -20,10 +20,10 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch import config
-from imagewatch.config import Config, load
-from imagewatch.fields import Options
-from imagewatch.places import find
+from imagewatch.config import load as config
+from imagewatch.config.load import Config, load
+from imagewatch.config.locate import find
+from imagewatch.config.schema import Options
 from imagewatch.system.errors import ConfigError
 
 SECRET = "sk-let-VERYSECRETvalue0123456789"
@@ -704,7 +704,7 @@ def test_a_dangling_link_is_a_mistake_and_not_skipped(tmp_path):
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
 ASKED = """
 import os, sys
-from imagewatch.places import find
+from imagewatch.config.locate import find
 from imagewatch.system.errors import ConfigError
 os.setgroups([])
 os.setgid(int(sys.argv[2]))

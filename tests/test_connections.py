@@ -30,8 +30,8 @@ from scripted import (
 )
 
 from imagewatch.client import Client
-from imagewatch.config import Endpoint
-from imagewatch.key import Key
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
 from imagewatch.outcome import End
 
 IMAGE = picture()

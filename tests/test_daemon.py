@@ -32,7 +32,7 @@ NOBODY = 65534
 UNPRIVILEGED = """
 import os, sys
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 import encodings.idna, httpcore, imagewatch.client  # the interpreter itself may lie where only root may read
 
@@ -729,7 +729,7 @@ def test_the_watchdog_is_fed_by_looks_at_the_inbox_and_by_nothing_else(folders, 
 INBOX_GONE_AT_FIRST = """
 import os
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 
 config = load(None, os.environ)

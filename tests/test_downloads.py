@@ -31,8 +31,8 @@ from scripted import (
 
 from imagewatch import network, pictures
 from imagewatch.client import Client, FetchError
-from imagewatch.config import Endpoint
-from imagewatch.key import Key
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
 from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError

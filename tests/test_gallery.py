@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageChops, ImageStat
 
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.gallery import Gallery
 from imagewatch.gallery.decoder import Decoder, Patience
 from imagewatch.system.errors import SpoolError, UsageError
@@ -513,7 +513,7 @@ def test_a_large_picture_made_small_in_strips_looks_like_itself(tmp_path: Path, 
 
 PEAK = """
 import os, pathlib, threading
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.gallery import Gallery
 
 def memory(process):

@@ -23,7 +23,7 @@ from conftest import until
 from PIL import Image
 from test_gallery import Shelf, chunk, command, page_data, picture
 
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.gallery import Gallery
 from imagewatch.gallery.decoder import Patience
 

@@ -194,7 +194,7 @@ LINKED = "os.link({secret!r}, {victim!r})"
 CHANGED = """
 import os, sys
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 from imagewatch.sweep import Sweep
 

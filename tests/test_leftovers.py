@@ -23,7 +23,7 @@ KILLED_BEFORE_RENAME = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from losing import SteppingDisk
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 
 class KillingDisk(SteppingDisk):

@@ -27,8 +27,8 @@ from hypothesis import strategies as st
 from scripted import Scripted, answer, answering, drop, made, paid, picture, refused
 
 from imagewatch.client import Client
-from imagewatch.config import Endpoint
-from imagewatch.key import Key
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
 from imagewatch.system import log
 
 IMAGE = picture()

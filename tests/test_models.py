@@ -8,7 +8,7 @@ import tomllib
 import pytest
 from conftest import Folders, Station, command
 
-from imagewatch import config
+from imagewatch.config import load as config
 from imagewatch.sandbox import DEFAULT_MODELS
 
 FAMILIES = {

@@ -9,7 +9,7 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.fields import Options, check, nearest, shown
+from imagewatch.config.schema import Options, check, nearest, shown
 from imagewatch.prompt import (
     MAX_BYTES,
     MAX_CHARACTERS,

@@ -340,9 +340,9 @@ def test_answers_that_come_when_no_file_can_be_opened_any_more_are_waited_for(
 CONNECT_WITHOUT_FILES = """
 import os, resource
 from imagewatch.client import Client
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.system.errors import SpoolError
-from imagewatch.key import Key
+from imagewatch.config.key import Key
 
 client = Client(load(None, os.environ).endpoint, lambda: Key(os.environ["LETTA_API_KEY"]))
 client.prepare()

@@ -29,7 +29,7 @@ from PIL import Image
 
 from imagewatch import submit as command
 from imagewatch.cli import cli, main
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.sender import Delivery, Wish
 from imagewatch.system.errors import BadRequest, SpoolError
 

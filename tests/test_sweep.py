@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from imagewatch.config import Inbox
+from imagewatch.config.load import Inbox
 from imagewatch.names import Beside
 from imagewatch.seen import Wait
 from imagewatch.sweep import Sweep

@@ -29,7 +29,7 @@ SELDOM = {"inbox__rescan_seconds": "3600"}
 STARTED = """
 import os, sys
 from imagewatch.system import log
-from imagewatch.config import load
+from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
 {before}
 log.configure("info", "json")

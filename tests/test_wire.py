@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.fields import Options
+from imagewatch.config.schema import Options
 from imagewatch.job import Head, Reaction
 from imagewatch.reading import read
 from imagewatch.system.errors import InDoubt, JobError

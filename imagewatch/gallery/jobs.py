@@ -17,8 +17,8 @@ from urllib.parse import quote
 
 import msgspec
 
+from imagewatch.config.schema import shown
 from imagewatch.documents import unvouched
-from imagewatch.fields import shown
 from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
 from imagewatch.images import IMAGE_SUFFIXES
@@ -29,7 +29,7 @@ from imagewatch.system.untrusted import open_at, refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config import Folders
+    from imagewatch.config.load import Folders
 
 _ENDINGS = {"outbox": ".receipt.toml", "errors": ".error.toml"}
 _MOST_BYTES = 256 << 10

@@ -24,8 +24,8 @@ from urllib.parse import urlsplit
 import msgspec
 from msgspec import Meta
 
-from imagewatch.fields import Options, Provider, check, nearest
-from imagewatch.places import expanded_home, usual, xdg
+from imagewatch.config.locate import expanded_home, usual, xdg
+from imagewatch.config.schema import Options, Provider, check, nearest
 from imagewatch.system.errors import ConfigError, Problem
 from imagewatch.system.text import printable
 

@@ -1,0 +1,1 @@
+"""The configuration: schema, loading, where it is found, the API key."""
