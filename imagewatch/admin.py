@@ -300,7 +300,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     if not jobs:
         click.echo("Nothing was made yet.")
         return
-    from imagewatch.names import SUFFIX  # noqa: PLC0415
+    from imagewatch.protocol.names import SUFFIX  # noqa: PLC0415
 
     outcomes = ["paid" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
     rows = [

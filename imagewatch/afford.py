@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.config.load import Config
-    from imagewatch.request import Request
+    from imagewatch.protocol.request import Request
 
 
 @contextlib.contextmanager

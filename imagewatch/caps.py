@@ -12,9 +12,9 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from imagewatch.names import SUFFIX
 from imagewatch.prices import Asked
-from imagewatch.request import fields_of, read_prompt
+from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.request import fields_of, read_prompt
 from imagewatch.system.errors import BadRequest
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from imagewatch.budget import Budget, Refusal
     from imagewatch.config.load import Config
-    from imagewatch.request import Opener
+    from imagewatch.protocol.request import Opener
     from imagewatch.seen import Candidate, Key, Look
 
 

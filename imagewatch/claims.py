@@ -18,7 +18,7 @@ import secrets
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.names import CLAIMS
+from imagewatch.protocol.names import CLAIMS
 from imagewatch.system.disk import Disk, ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Descriptor, NotAFolderError

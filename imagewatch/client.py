@@ -30,8 +30,8 @@ import httpx
 from imagewatch import __version__
 from imagewatch.addresses import NotPublicError, address_in, is_public, is_this_machine
 from imagewatch.call import Call
-from imagewatch.images import SNIFF_BYTES, sniff
-from imagewatch.job import Head, Tail
+from imagewatch.protocol.images import SNIFF_BYTES, sniff
+from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, ConfigError, JobError, Problem, Unavailable
 from imagewatch.system.masking import known
 from imagewatch.system.text import printable

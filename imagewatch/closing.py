@@ -17,10 +17,10 @@ import structlog
 from imagewatch import __version__
 from imagewatch.budget import CAPS
 from imagewatch.documents import Course, compose, with_files
-from imagewatch.job import Charged, Claim, Decision, Move, Reaction, Sent
 from imagewatch.ledger import Ledger, Row
-from imagewatch.names import tagged
 from imagewatch.outcome import End, Outcome
+from imagewatch.protocol.names import tagged
+from imagewatch.protocol.values import Charged, Claim, Decision, Move, Reaction, Sent
 from imagewatch.system.errors import Problem, SpoolError
 from imagewatch.system.text import printable
 

@@ -34,10 +34,10 @@ from imagewatch.holds import Hold, Holds
 from imagewatch.ignored import Ignored
 from imagewatch.intake import Intake
 from imagewatch.ledger import Ledger
-from imagewatch.names import SUFFIX, stem_of
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
 from imagewatch.prices import Asked
+from imagewatch.protocol.names import SUFFIX, stem_of
 from imagewatch.seen import ANYWHERE, Taken, first_level
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from imagewatch.names import PAID
+from imagewatch.protocol.names import PAID
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 

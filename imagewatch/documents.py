@@ -21,7 +21,7 @@ from imagewatch.system.text import utc, whole
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from imagewatch.job import Charged, Claim, Head, Input, Sent, Tail
+    from imagewatch.protocol.values import Charged, Claim, Head, Input, Sent, Tail
 
 SCHEMA = 1
 _DEEPEST = 16

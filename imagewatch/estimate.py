@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.config.locate import is_hidden, refusal
-from imagewatch.names import SUFFIX
 from imagewatch.prices import PRICED, Asked
-from imagewatch.request import Files, build
+from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.request import Files, build
 from imagewatch.sweep import Sweep
 from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.text import printable
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from imagewatch.budget import Budget
     from imagewatch.config.load import Config
-    from imagewatch.request import Request
+    from imagewatch.protocol.request import Request
 
 
 @dataclass(frozen=True, slots=True)

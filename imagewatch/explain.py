@@ -23,8 +23,8 @@ from imagewatch.config.schema import layered
 from imagewatch.control import Control
 from imagewatch.health import trouble
 from imagewatch.ledger import Ledger
-from imagewatch.names import CLAIMS, SUFFIX
-from imagewatch.request import Files, Request, build, unknown_family
+from imagewatch.protocol.names import CLAIMS, SUFFIX
+from imagewatch.protocol.request import Files, Request, build, unknown_family
 from imagewatch.spool import Spool, blocked, require_space
 from imagewatch.sweep import Sweep
 from imagewatch.system.disk import FULL, Disk, locked, ours
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
     from imagewatch.budget import Budget
     from imagewatch.config.load import Config
-    from imagewatch.request import Opener
+    from imagewatch.protocol.request import Opener
     from imagewatch.seen import Candidate
 
 _ALL = os.R_OK | os.W_OK | os.X_OK

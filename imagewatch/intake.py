@@ -19,7 +19,7 @@ import structlog
 
 from imagewatch import memory
 from imagewatch.judging import path_of
-from imagewatch.names import stem_of
+from imagewatch.protocol.names import stem_of
 from imagewatch.schedule import AHEAD, Allowance, Schedule
 from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Folders, Inbox
     from imagewatch.listing import Folder
-    from imagewatch.request import Opener
+    from imagewatch.protocol.request import Opener
     from imagewatch.seen import Candidate, Key
     from imagewatch.system.folders import Tops
     from imagewatch.turns import Turns

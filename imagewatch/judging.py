@@ -14,10 +14,10 @@ import stat
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from imagewatch import prompt as prompts
-from imagewatch.images import inspect
-from imagewatch.names import MOST_MEANT, SUFFIX, Dropped, spellings
-from imagewatch.request import may_be_image, read_prompt
+from imagewatch.protocol import prompt as prompts
+from imagewatch.protocol.images import inspect
+from imagewatch.protocol.names import MOST_MEANT, SUFFIX, Dropped, spellings
+from imagewatch.protocol.request import may_be_image, read_prompt
 from imagewatch.seen import Candidate, Found, Look, Wait
 from imagewatch.system.errors import BadRequest
 from imagewatch.system.folders import is_private

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Collection, Iterable
 
-    from imagewatch.job import Charged
+    from imagewatch.protocol.values import Charged
 
 _VERSION = 2
 _LOST = "nothing but the ledger knows of this request; it may have been charged"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from imagewatch.job import Door, Reaction
+from imagewatch.protocol.values import Door, Reaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from imagewatch.claims import MARK, looks_like_claims
-from imagewatch.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
+from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
 from imagewatch.seen import Found, Reasons, first_level
 from imagewatch.settling import Settling
 from imagewatch.system.compact import Numbers

@@ -12,7 +12,7 @@ from bisect import insort
 from typing import TYPE_CHECKING
 
 from imagewatch.aside import Aside
-from imagewatch.names import SUFFIX
+from imagewatch.protocol.names import SUFFIX
 from imagewatch.seen import first_level
 from imagewatch.turns import Turns
 from imagewatch.window import Window

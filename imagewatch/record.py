@@ -28,7 +28,7 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, TypeVar
 
-from imagewatch.job import Claim, Decision, Head, Sent, Tail, dump, load
+from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops

@@ -10,13 +10,13 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
-from imagewatch.request import contents
+from imagewatch.protocol.request import contents
 from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
-    from imagewatch.job import Claim
     from imagewatch.ledger import Ledger
-    from imagewatch.request import Opener
+    from imagewatch.protocol.request import Opener
+    from imagewatch.protocol.values import Claim
 
 
 def finished_twin(ledger: Ledger, claim: Claim, folder: str, most_bytes: int, opener: Opener = open_file) -> str:

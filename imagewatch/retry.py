@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.documents import unvouched
-from imagewatch.names import PAID, SUFFIX
-from imagewatch.prompt import MAX_BYTES
+from imagewatch.protocol.names import PAID, SUFFIX
+from imagewatch.protocol.prompt import MAX_BYTES
+from imagewatch.protocol.request import contents
 from imagewatch.record import Record
-from imagewatch.request import contents
 from imagewatch.system.disk import Disk, ours
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.folders import is_private

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from imagewatch.job import Claim
-from imagewatch.names import SUFFIX
+from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.values import Claim
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -22,10 +22,10 @@ from typing import IO, TYPE_CHECKING, Any
 
 import tomli_w
 
-from imagewatch import prompt as prompts
 from imagewatch.config.locate import is_hidden, refusal
-from imagewatch.names import SUFFIX, group, stem_of
-from imagewatch.request import Files, build, may_be_image, open_plain, read_image, unused_problems
+from imagewatch.protocol import prompt as prompts
+from imagewatch.protocol.names import SUFFIX, group, stem_of
+from imagewatch.protocol.request import Files, build, may_be_image, open_plain, read_image, unused_problems
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace as changed
 
-from imagewatch.job import Head, Sent, Tail
 from imagewatch.outcome import Trouble
+from imagewatch.protocol.values import Head, Sent, Tail
 from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
 from imagewatch.wire import largest_answer
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from imagewatch.client import Client
     from imagewatch.config.load import Config
-    from imagewatch.job import Claim
+    from imagewatch.protocol.request import Request
+    from imagewatch.protocol.values import Claim
     from imagewatch.record import Record, Sink
-    from imagewatch.request import Request
 
 _LINES_BYTES = 64 * 1024
 """Room for the first and the last line of an answer's file."""

@@ -20,9 +20,9 @@ from typing import IO, TYPE_CHECKING
 from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config.load import overlaps
 from imagewatch.config.locate import others_above
-from imagewatch.job import Claim, Decision, Door, Move
 from imagewatch.lifecycle import Evidence
-from imagewatch.names import PAID, SUFFIX, fits, fitted, tagged
+from imagewatch.protocol.names import PAID, SUFFIX, fits, fitted, tagged
+from imagewatch.protocol.values import Claim, Decision, Door, Move
 from imagewatch.record import Record
 from imagewatch.seen import ANYWHERE
 from imagewatch.system import leftovers

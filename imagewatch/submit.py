@@ -281,7 +281,7 @@ def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, 
 
 
 def _content(file: str) -> bytes:
-    from imagewatch.prompt import MAX_BYTES  # noqa: PLC0415
+    from imagewatch.protocol.prompt import MAX_BYTES  # noqa: PLC0415
     from imagewatch.system.untrusted import open_file, own_way  # noqa: PLC0415
 
     try:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 from imagewatch.judging import Judge, Moment, every_name, path_of
 from imagewatch.listing import Folder, Folders, Visitor
-from imagewatch.names import SUFFIX, locks
 from imagewatch.order import Order
+from imagewatch.protocol.names import SUFFIX, locks
 from imagewatch.seen import Candidate, Found, Key, Seen, Wait, first_level, joined
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable

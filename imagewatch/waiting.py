@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.locate import refusal
 from imagewatch.documents import unvouched
-from imagewatch.names import SUFFIX
+from imagewatch.protocol.names import SUFFIX
 from imagewatch.system.disk import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable, whole

@@ -22,7 +22,7 @@ import msgspec
 import pybase64
 
 from imagewatch.config.schema import Options, Provider, family, shown
-from imagewatch.job import Head, Reaction
+from imagewatch.protocol.values import Head, Reaction
 from imagewatch.system.errors import InDoubt, JobError
 from imagewatch.system.masking import known
 

@@ -18,13 +18,13 @@ from msgspec.structs import replace
 
 from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
-from imagewatch.job import Claim, Reaction, Tail
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
 from imagewatch.prices import Asked
+from imagewatch.protocol.request import Files, Request, build, contents
+from imagewatch.protocol.values import Claim, Reaction, Tail
 from imagewatch.redelivery import finished_twin
-from imagewatch.request import Files, Request, build, contents
 from imagewatch.sending import Left, Sending
 from imagewatch.system.disk import ours
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError

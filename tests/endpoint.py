@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch.client import FetchError
-from imagewatch.job import Head, Tail
+from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, InDoubt, Unavailable
 
 if TYPE_CHECKING:

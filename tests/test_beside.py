@@ -12,7 +12,7 @@ import pytest
 from conftest import Folders, command, until
 from PIL import Image
 
-from imagewatch.names import MOST_MEANT
+from imagewatch.protocol.names import MOST_MEANT
 
 
 def status(folders: Folders) -> dict[str, Any]:

@@ -15,8 +15,8 @@ import pytest
 from conftest import Folders, Station, command
 from scripted import Scripted, answering, paid, picture
 
-from imagewatch.job import Claim, dump, load
 from imagewatch.ledger import Ledger, Row
+from imagewatch.protocol.values import Claim, dump, load
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

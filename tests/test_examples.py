@@ -14,7 +14,7 @@ from conftest import KEY, Folders, until
 from endpoint import picture
 from test_submit import Events, sha256
 
-from imagewatch.prompt import parse
+from imagewatch.protocol.prompt import parse
 
 if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox

@@ -26,7 +26,7 @@ from conftest import KEY, Folders, Station, Told, until
 from PIL import Image
 
 from imagewatch.outcome import End
-from imagewatch.prompt import parse
+from imagewatch.protocol.prompt import parse
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import BadRequest
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image as Pillow
 from PIL import PngImagePlugin
 
-from imagewatch import images
-from imagewatch.images import (
+from imagewatch.protocol import images
+from imagewatch.protocol.images import (
     FOREIGN_SUFFIXES,
     IMAGE_ENDINGS,
     IMAGE_SUFFIXES,

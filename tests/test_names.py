@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.images import IMAGE_ENDINGS
-from imagewatch.names import (
+from imagewatch.protocol.images import IMAGE_ENDINGS
+from imagewatch.protocol.names import (
     MOST_MEANT,
     NAME_MAX,
     SUFFIX,

@@ -28,9 +28,9 @@ from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDis
 
 from imagewatch import pictures
 from imagewatch.closing import Closing
-from imagewatch.job import Sent, dump
 from imagewatch.ledger import Ledger, Row
 from imagewatch.outcome import End
+from imagewatch.protocol.values import Sent, dump
 from imagewatch.record import Record
 from imagewatch.spool import Spool
 from imagewatch.sweep import Sweep

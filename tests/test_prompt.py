@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.config.schema import Options, check, nearest, shown
-from imagewatch.prompt import (
+from imagewatch.protocol.prompt import (
     MAX_BYTES,
     MAX_CHARACTERS,
     MAX_FRONT,

@@ -16,7 +16,7 @@ from endpoint import picture
 from jsonschema import Draft202012Validator
 
 from imagewatch.documents import SCHEMA
-from imagewatch.prompt import FrontMatter
+from imagewatch.protocol.prompt import FrontMatter
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:

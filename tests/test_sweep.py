@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from imagewatch.config.load import Inbox
-from imagewatch.names import Beside
+from imagewatch.protocol.names import Beside
 from imagewatch.seen import Wait
 from imagewatch.sweep import Sweep
 from imagewatch.writers import has_writer

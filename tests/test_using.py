@@ -16,7 +16,7 @@ import pytest
 from conftest import until
 from endpoint import picture
 
-from imagewatch.prompt import parse
+from imagewatch.protocol.prompt import parse
 
 if TYPE_CHECKING:
     from conftest import Folders

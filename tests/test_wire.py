@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.config.schema import Options
-from imagewatch.job import Head, Reaction
+from imagewatch.protocol.values import Head, Reaction
 from imagewatch.reading import read
 from imagewatch.system.errors import InDoubt, JobError
 from imagewatch.wire import Body, Part, body_fields, choose_provider, classify, doubt

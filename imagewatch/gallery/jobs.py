@@ -21,8 +21,8 @@ from imagewatch.config.schema import shown
 from imagewatch.documents import unvouched
 from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
-from imagewatch.images import IMAGE_SUFFIXES
-from imagewatch.names import NAME_MAX, SUFFIX, tagged
+from imagewatch.protocol.images import IMAGE_SUFFIXES
+from imagewatch.protocol.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.system.text import whole
 from imagewatch.system.untrusted import open_at, refusal
 

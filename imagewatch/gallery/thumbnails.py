@@ -20,8 +20,8 @@ from PIL import __version__ as pillow
 
 from imagewatch import __version__
 from imagewatch.gallery.decoder import LARGE, Decoder, Patience, Unseen
-from imagewatch.images import Image as Found
-from imagewatch.images import inspect
+from imagewatch.protocol.images import Image as Found
+from imagewatch.protocol.images import inspect
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_at

@@ -10,8 +10,8 @@ import tomllib
 from dataclasses import dataclass
 
 from imagewatch.config.schema import Options, check, shown
-from imagewatch.mistaken import FENCE, almost_front_matter, no_prompt
-from imagewatch.names import NAME_MAX, SUFFIX, fits, in_flight
+from imagewatch.protocol.mistaken import FENCE, almost_front_matter, no_prompt
+from imagewatch.protocol.names import NAME_MAX, SUFFIX, fits, in_flight
 from imagewatch.system.errors import BadRequest, Problem
 
 MAX_BYTES = 256 * 1024

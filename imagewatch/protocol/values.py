@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 
 import msgspec
 
-from imagewatch.names import SUFFIX
+from imagewatch.protocol.names import SUFFIX
 
 Charged = Literal["yes", "no", "unknown"]
 Door = Literal["outbox", "errors", "away"]

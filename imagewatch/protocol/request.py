@@ -13,11 +13,11 @@ import stat
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from imagewatch import prompt as prompts
 from imagewatch.config.schema import Options, layered, nearest
-from imagewatch.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
-from imagewatch.job import Input
-from imagewatch.names import SUFFIX, spellings
+from imagewatch.protocol import prompt as prompts
+from imagewatch.protocol.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
+from imagewatch.protocol.names import SUFFIX, spellings
+from imagewatch.protocol.values import Input
 from imagewatch.system.errors import BadRequest, Outdated, Problem
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file

@@ -16,8 +16,8 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.images import IMAGE_ENDINGS, has_image_ending
-from imagewatch.meant import alike, base_names, is_called_copy, is_leftover
+from imagewatch.protocol.images import IMAGE_ENDINGS, has_image_ending
+from imagewatch.protocol.meant import alike, base_names, is_called_copy, is_leftover
 from imagewatch.system.compact import Numbers
 
 if TYPE_CHECKING:

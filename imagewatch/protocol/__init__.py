@@ -1,0 +1,1 @@
+"""The folder protocol (docs/protocol.md) in code: names, prompts, images, requests, and the values of a job."""
