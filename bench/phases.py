@@ -17,7 +17,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import budget, cli, client, closing, daemon, ledger, pictures, record, spool, sweep, worker
+from imagewatch import cli, client, closing, daemon, pictures, record, spool, sweep, worker
+from imagewatch.journal import budget, ledger
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from imagewatch.config.load import Config
-    from imagewatch.control import Control
     from imagewatch.estimate import Estimate
-    from imagewatch.ledger import Ledger
+    from imagewatch.journal.control import Control
+    from imagewatch.journal.ledger import Ledger
     from imagewatch.retry import Failed, Retry
 
 EXIT_HELD = 69
@@ -155,7 +155,7 @@ def release(path: str | None, *, as_json: bool, accept: bool) -> None:
 
 
 def _accept_ledger(config: Config, control: Control) -> None:
-    from imagewatch.health import trouble  # noqa: PLC0415
+    from imagewatch.journal.health import trouble  # noqa: PLC0415
 
     error = trouble(config.folders.state)
     if error is None:
@@ -264,7 +264,7 @@ def history(
         raise click.UsageError("--json and --csv exclude each other")
     from imagewatch import history as told  # noqa: PLC0415
     from imagewatch.balances import with_balances  # noqa: PLC0415
-    from imagewatch.budget import day_and_month  # noqa: PLC0415
+    from imagewatch.journal.budget import day_and_month  # noqa: PLC0415
 
     config = load(path)
     today = day_and_month(time.time())[0][0].timestamp()
@@ -484,7 +484,7 @@ def local_time(text: str | None) -> str:
 
 
 def _control(config: Config) -> Any:  # noqa: ANN401  imported late
-    from imagewatch.control import Control  # noqa: PLC0415
+    from imagewatch.journal.control import Control  # noqa: PLC0415
     from imagewatch.system.disk import Disk  # noqa: PLC0415
 
     return Control(config.folders.state, Disk())
@@ -493,7 +493,11 @@ def _control(config: Config) -> Any:  # noqa: ANN401  imported late
 def _owned(path: str | None) -> Config:
     """Return the configuration, as the owner of the state folder: what root made the daemon could not remove."""
     # Loaded while we may: our own code may lie where only root can read.
-    from imagewatch import control, ledger, retry, status  # noqa: F401, PLC0415
+    from imagewatch import retry, status  # noqa: F401, PLC0415
+    from imagewatch.journal import (
+        control,  # noqa: F401, PLC0415
+        ledger,  # noqa: F401, PLC0415
+    )
 
     config = load(path)
     state = config.folders.state
@@ -532,8 +536,8 @@ def _unreadable(state: str) -> SpoolError:
 @contextlib.contextmanager
 def _ledger(config: Config) -> Iterator[Ledger]:
     from imagewatch.config.locate import is_hidden  # noqa: PLC0415
-    from imagewatch.health import trouble  # noqa: PLC0415
-    from imagewatch.ledger import Ledger  # noqa: PLC0415
+    from imagewatch.journal.health import trouble  # noqa: PLC0415
+    from imagewatch.journal.ledger import Ledger  # noqa: PLC0415
 
     path = _ledger_path(config)
     if is_hidden(path):

@@ -10,9 +10,9 @@ import os
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.budget import CAPS, Budget, NoBooks
-from imagewatch.ledger import Ledger
-from imagewatch.prices import Asked
+from imagewatch.journal.budget import CAPS, Budget, NoBooks
+from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.prices import Asked
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import amount, printable
 

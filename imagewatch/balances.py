@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.system.text import amount, local
 
 if TYPE_CHECKING:
-    from imagewatch.ledger import Balances, Ledger
+    from imagewatch.journal.ledger import Balances, Ledger
 
 
 def with_balances(job: dict[str, Any], ledger: Ledger) -> dict[str, Any]:

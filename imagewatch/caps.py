@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
-from imagewatch.prices import Asked
+from imagewatch.journal.prices import Asked
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.request import fields_of, read_prompt
 from imagewatch.system.errors import BadRequest
@@ -20,8 +20,8 @@ from imagewatch.system.errors import BadRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.budget import Budget, Refusal
     from imagewatch.config.load import Config
+    from imagewatch.journal.budget import Budget, Refusal
     from imagewatch.protocol.request import Opener
     from imagewatch.seen import Candidate, Key, Look
 

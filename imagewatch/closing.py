@@ -15,9 +15,9 @@ import msgspec
 import structlog
 
 from imagewatch import __version__
-from imagewatch.budget import CAPS
 from imagewatch.documents import Course, compose, with_files
-from imagewatch.ledger import Ledger, Row
+from imagewatch.journal.budget import CAPS
+from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.outcome import End, Outcome
 from imagewatch.protocol.names import tagged
 from imagewatch.protocol.values import Charged, Claim, Decision, Move, Reaction, Sent

@@ -22,21 +22,22 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
-from imagewatch import __version__, database, memory
-from imagewatch.budget import Budget
+from imagewatch import __version__, memory
 from imagewatch.caps import Caps
 from imagewatch.client import Client
 from imagewatch.config.key import key_stamp, read_key
-from imagewatch.control import Control
 from imagewatch.descriptors import most_requests
 from imagewatch.gate import DISK_SECONDS, Gate
-from imagewatch.holds import Hold, Holds
 from imagewatch.ignored import Ignored
 from imagewatch.intake import Intake
-from imagewatch.ledger import Ledger
+from imagewatch.journal import sqlite as database
+from imagewatch.journal.budget import Budget
+from imagewatch.journal.control import Control
+from imagewatch.journal.holds import Hold, Holds
+from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.prices import Asked
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
-from imagewatch.prices import Asked
 from imagewatch.protocol.names import SUFFIX, stem_of
 from imagewatch.seen import ANYWHERE, Taken, first_level
 from imagewatch.spool import Spool

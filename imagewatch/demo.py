@@ -21,7 +21,7 @@ from imagewatch.system.text import amount, printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.holds import Hold
+    from imagewatch.journal.holds import Hold
     from imagewatch.outcome import Outcome
 
 _PROMPTS = {

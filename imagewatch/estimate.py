@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.config.locate import is_hidden, refusal
-from imagewatch.prices import PRICED, Asked
+from imagewatch.journal.prices import PRICED, Asked
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.request import Files, build
 from imagewatch.sweep import Sweep
@@ -22,8 +22,8 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.budget import Budget
     from imagewatch.config.load import Config
+    from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Request
 
 

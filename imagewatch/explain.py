@@ -20,9 +20,9 @@ from imagewatch.claims import HINT
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.schema import layered
-from imagewatch.control import Control
-from imagewatch.health import trouble
-from imagewatch.ledger import Ledger
+from imagewatch.journal.control import Control
+from imagewatch.journal.health import trouble
+from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.names import CLAIMS, SUFFIX
 from imagewatch.protocol.request import Files, Request, build, unknown_family
 from imagewatch.spool import Spool, blocked, require_space
@@ -37,8 +37,8 @@ from imagewatch.wire import choose_provider
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from imagewatch.budget import Budget
     from imagewatch.config.load import Config
+    from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Opener
     from imagewatch.seen import Candidate
 

@@ -23,11 +23,11 @@ from imagewatch.system.text import utc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from imagewatch.budget import Refusal
     from imagewatch.config.load import Limits
-    from imagewatch.control import Control
-    from imagewatch.holds import Hold, Holds
-    from imagewatch.ledger import Ledger
+    from imagewatch.journal.budget import Refusal
+    from imagewatch.journal.control import Control
+    from imagewatch.journal.holds import Hold, Holds
+    from imagewatch.journal.ledger import Ledger
     from imagewatch.spool import Spool
 
 DISK_SECONDS = 5.0

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.holds import NEXT
+from imagewatch.journal.holds import NEXT
 from imagewatch.seen import Wait
 from imagewatch.status import moment
 

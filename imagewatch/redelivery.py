@@ -14,7 +14,7 @@ from imagewatch.protocol.request import contents
 from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
-    from imagewatch.ledger import Ledger
+    from imagewatch.journal.ledger import Ledger
     from imagewatch.protocol.request import Opener
     from imagewatch.protocol.values import Claim
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.config.load import Folders
-    from imagewatch.control import Control
-    from imagewatch.ledger import Ledger
+    from imagewatch.journal.control import Control
+    from imagewatch.journal.ledger import Ledger
 
 _ENDING = ".error.toml"
 _ENDINGS = (_ENDING, SUFFIX, "")

@@ -16,9 +16,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
-from imagewatch.budget import day_and_month
-from imagewatch.holds import NEXT
-from imagewatch.ledger import NO_TOTALS
+from imagewatch.journal.budget import day_and_month
+from imagewatch.journal.holds import NEXT
+from imagewatch.journal.ledger import NO_TOTALS
 from imagewatch.seen import Reasons, Wait, joined
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.config.load import Config
-    from imagewatch.control import Control
     from imagewatch.gate import Gate
-    from imagewatch.ledger import Ledger
+    from imagewatch.journal.control import Control
+    from imagewatch.journal.ledger import Ledger
     from imagewatch.seen import Seen
     from imagewatch.system.disk import Disk
 

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
-from imagewatch.budget import Budget, Refusal
 from imagewatch.closing import Case, Closing
+from imagewatch.journal.budget import Budget, Refusal
+from imagewatch.journal.prices import Asked
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.pictures import Pictures
-from imagewatch.prices import Asked
 from imagewatch.protocol.request import Files, Request, build, contents
 from imagewatch.protocol.values import Claim, Reaction, Tail
 from imagewatch.redelivery import finished_twin
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from imagewatch.client import Client
     from imagewatch.config.load import Config
-    from imagewatch.ledger import Ledger
+    from imagewatch.journal.ledger import Ledger
     from imagewatch.record import Record
     from imagewatch.sending import Fate
     from imagewatch.spool import Spool

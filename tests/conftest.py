@@ -23,7 +23,7 @@ import pytest
 from imagewatch.client import Client
 from imagewatch.config.key import Key
 from imagewatch.config.load import Config, load
-from imagewatch.ledger import Ledger
+from imagewatch.journal.ledger import Ledger
 from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
@@ -276,7 +276,7 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
-from imagewatch.holds import Holds
+from imagewatch.journal.holds import Holds
 
 def configured():
     return load(os.environ.get("IMAGEWATCH_CONFIG"), os.environ)

@@ -23,9 +23,9 @@ from scripted import Scripted, answer, answering, picture
 from test_cli import HOSTILE, RAW
 
 from imagewatch.config.load import Limits
-from imagewatch.control import Control
 from imagewatch.gate import Gate
-from imagewatch.holds import Holds
+from imagewatch.journal.control import Control
+from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import Sandbox
 from imagewatch.status import Status
 from imagewatch.sweep import Seen
@@ -59,7 +59,7 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
-import imagewatch.admin, imagewatch.client, imagewatch.control, imagewatch.daemon, imagewatch.estimate
+import imagewatch.admin, imagewatch.client, imagewatch.journal.control, imagewatch.daemon, imagewatch.estimate
 import imagewatch.explain, imagewatch.history, imagewatch.system.log, imagewatch.retry, imagewatch.status
 from imagewatch.cli import main
 

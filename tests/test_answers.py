@@ -17,7 +17,7 @@ from scripted import Scripted, answer, answering, drop, made, no_secret, over, p
 
 from imagewatch.client import Client
 from imagewatch.config.key import Key
-from imagewatch.holds import Holds
+from imagewatch.journal.holds import Holds
 from imagewatch.outcome import End
 from imagewatch.sandbox import TAGS
 from imagewatch.system.disk import Disk

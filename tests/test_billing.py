@@ -15,7 +15,7 @@ import pytest
 from conftest import Folders, Station, command
 from scripted import Scripted, answering, paid, picture
 
-from imagewatch.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.protocol.values import Claim, dump, load
 
 if TYPE_CHECKING:

@@ -8,10 +8,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from imagewatch.budget import Budget, NoBooks
 from imagewatch.config.load import Limits
-from imagewatch.ledger import Ledger, Row
-from imagewatch.prices import Asked
+from imagewatch.journal.budget import Budget, NoBooks
+from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.journal.prices import Asked
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 HOUR = 3600.0

@@ -16,7 +16,7 @@ import pytest
 from conftest import KEY, Folders, command, until
 from PIL import Image
 
-from imagewatch.holds import Holds
+from imagewatch.journal.holds import Holds
 from imagewatch.notify import Notify
 from imagewatch.sandbox import Sandbox
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.holds import FIRST_SECONDS, LONGEST_SECONDS, Holds
+from imagewatch.journal.holds import FIRST_SECONDS, LONGEST_SECONDS, Holds
 
 KINDS = ["key", "credits", "quota", "address", "unreachable", "disk"]
 

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from imagewatch.database import Database, was_there
-from imagewatch.ledger import Ledger, Row, _prepare
+from imagewatch.journal.ledger import Ledger, Row, _prepare
+from imagewatch.journal.sqlite import Database, was_there
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 WRITER = """
 import sys
-from imagewatch.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger, Row
 ledger = Ledger(sys.argv[1])
 for number in range(1, 100_000):
     ledger.write(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
@@ -253,7 +253,7 @@ def test_a_ledger_of_format_1_is_upgraded_and_keeps_every_row(old: str) -> None:
 
 
 def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
-    script = "import sys; from imagewatch.ledger import Ledger; Ledger(sys.argv[1]).close()"
+    script = "import sys; from imagewatch.journal.ledger import Ledger; Ledger(sys.argv[1]).close()"
     processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0] * 4
     with contextlib.closing(Ledger(old)) as ledger:
@@ -275,7 +275,9 @@ def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seco
             "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', "
             "'', 1, 1, 200, '', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
         )
-    script = "import sys; from imagewatch.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1]).close()"
+    script = (
+        "import sys; from imagewatch.journal.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1]).close()"
+    )
     with subprocess.Popen([sys.executable, "-c", script, old], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()

@@ -15,7 +15,7 @@ from conftest import Folders, command, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from imagewatch import metrics
-from imagewatch.holds import NEXT
+from imagewatch.journal.holds import NEXT
 from imagewatch.seen import Wait
 
 if TYPE_CHECKING:

@@ -28,7 +28,7 @@ from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDis
 
 from imagewatch import pictures
 from imagewatch.closing import Closing
-from imagewatch.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.outcome import End
 from imagewatch.protocol.values import Sent, dump
 from imagewatch.record import Record

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from imagewatch.prices import Asked, expected, kind_of
+from imagewatch.journal.prices import Asked, expected, kind_of
 
 
 def charges(**known):

@@ -20,9 +20,9 @@ from conftest import HURRIED, Folders, Station, Told, command, until
 from scripted import Exchange, Scripted, answer, heavy, paid, picture, returned
 from tracing import reason_not_to_trace
 
-from imagewatch.control import Control
 from imagewatch.gate import Gate
-from imagewatch.holds import Holds
+from imagewatch.journal.control import Control
+from imagewatch.journal.holds import Holds
 from imagewatch.outcome import End
 from imagewatch.system.errors import SpoolError, Withdrawn
 

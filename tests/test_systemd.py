@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from test_gallery import page_data
 from test_gallery_hostile import scans
 
-from imagewatch.holds import NEXT
+from imagewatch.journal.holds import NEXT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

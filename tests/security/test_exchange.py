@@ -23,7 +23,7 @@ import structlog
 from conftest import Station
 from endpoint import Books, PaidEndpoint, Reply, picture
 
-from imagewatch.control import Control
+from imagewatch.journal.control import Control
 from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
 from imagewatch.system.disk import Disk

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.health import trouble
-from imagewatch.ledger import Ledger
+from imagewatch.journal.health import trouble
+from imagewatch.journal.ledger import Ledger
 from security.people import DAEMON
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import Station, until
 
-from imagewatch.control import Control
+from imagewatch.journal.control import Control
 from imagewatch.retry import Retry
 from imagewatch.sweep import Sweep
 from imagewatch.system.disk import Disk

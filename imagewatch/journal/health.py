@@ -8,7 +8,7 @@ import os
 import sqlite3
 import stat
 
-from imagewatch.database import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
+from imagewatch.journal.sqlite import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
 from imagewatch.system.errors import SpoolError
 
 _BUSY_SECONDS = 1.0

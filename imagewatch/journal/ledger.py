@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 from msgspec.structs import astuple, replace
 
-from imagewatch.database import Database
-from imagewatch.prices import Asked, for_an_image, kind_of
+from imagewatch.journal.prices import Asked, for_an_image, kind_of
+from imagewatch.journal.sqlite import Database
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import whole

@@ -23,7 +23,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Protocol, get_args
 
 from imagewatch.config.schema import Provider
-from imagewatch.prices import SECONDS, Asked, Expected, expected
+from imagewatch.journal.prices import SECONDS, Asked, Expected, expected
 from imagewatch.system.errors import Problem, SpoolError
 from imagewatch.system.text import amount
 
