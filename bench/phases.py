@@ -17,7 +17,8 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import cli, client, closing, daemon, pictures, record, spool, sweep, worker
+from imagewatch import cli, closing, daemon, record, spool, sweep, worker
+from imagewatch.endpoint import client, pictures
 from imagewatch.journal import budget, ledger
 
 if TYPE_CHECKING:

@@ -27,12 +27,12 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from imagewatch.endpoint.api import Verdict
+    from imagewatch.endpoint.decode import Reading
+    from imagewatch.endpoint.pictures import Picture, Pictures
     from imagewatch.lifecycle import Evidence
-    from imagewatch.pictures import Picture, Pictures
-    from imagewatch.reading import Reading
     from imagewatch.record import Answer, Record
     from imagewatch.spool import Spool
-    from imagewatch.wire import Verdict
 
 _NEXT_RETRY = "correct the cause, then move the prompt back into the inbox"
 _NEXT = {

@@ -24,9 +24,9 @@ from msgspec.structs import replace
 
 from imagewatch import __version__, memory
 from imagewatch.caps import Caps
-from imagewatch.client import Client
 from imagewatch.config.key import key_stamp, read_key
 from imagewatch.descriptors import most_requests
+from imagewatch.endpoint.client import Client
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.ignored import Ignored
 from imagewatch.intake import Intake

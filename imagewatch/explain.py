@@ -20,6 +20,7 @@ from imagewatch.claims import HINT
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.schema import layered
+from imagewatch.endpoint.api import choose_provider
 from imagewatch.journal.control import Control
 from imagewatch.journal.health import trouble
 from imagewatch.journal.ledger import Ledger
@@ -32,7 +33,6 @@ from imagewatch.system.errors import BadRequest, ConfigError, SpoolError, Unavai
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import amount, local, printable
-from imagewatch.wire import choose_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -138,7 +138,7 @@ def _owner(config: Config) -> str:
 
 def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """Say what the parts of the daemon refuse to be made with, in their own words: they are made as it makes them."""
-    from imagewatch.client import Client  # noqa: PLC0415  heavy
+    from imagewatch.endpoint.client import Client  # noqa: PLC0415  heavy
 
     parts: tuple[Callable[[], object], ...] = (
         lambda: Client(config.endpoint, lambda: read_key(config.endpoint, environ)).close(),
@@ -199,7 +199,7 @@ def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
     The two together tell an admin whether a lost answer was paid for, if nothing else spends from the account.
     """
-    from imagewatch.client import Client  # noqa: PLC0415  only here, and it is heavy
+    from imagewatch.endpoint.client import Client  # noqa: PLC0415  only here, and it is heavy
 
     try:
         with contextlib.closing(Client(config.endpoint, lambda: read_key(config.endpoint, environ))) as client:

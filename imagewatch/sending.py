@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace as changed
 
+from imagewatch.endpoint.api import largest_answer
 from imagewatch.outcome import Trouble
 from imagewatch.protocol.values import Head, Sent, Tail
 from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
-from imagewatch.wire import largest_answer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from imagewatch.client import Client
     from imagewatch.config.load import Config
+    from imagewatch.endpoint.client import Client
     from imagewatch.protocol.request import Request
     from imagewatch.protocol.values import Claim
     from imagewatch.record import Record, Sink

@@ -17,11 +17,12 @@ import structlog
 from msgspec.structs import replace
 
 from imagewatch.closing import Case, Closing
+from imagewatch.endpoint.api import Verdict, classify
+from imagewatch.endpoint.pictures import Pictures
 from imagewatch.journal.budget import Budget, Refusal
 from imagewatch.journal.prices import Asked
 from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
 from imagewatch.outcome import End, Outcome, Trouble
-from imagewatch.pictures import Pictures
 from imagewatch.protocol.request import Files, Request, build, contents
 from imagewatch.protocol.values import Claim, Reaction, Tail
 from imagewatch.redelivery import finished_twin
@@ -30,14 +31,13 @@ from imagewatch.system.disk import ours
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.system.text import printable, utc
 from imagewatch.system.untrusted import open_file
-from imagewatch.wire import Verdict, classify
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from imagewatch.client import Client
     from imagewatch.config.load import Config
+    from imagewatch.endpoint.client import Client
     from imagewatch.journal.ledger import Ledger
     from imagewatch.record import Record
     from imagewatch.sending import Fate

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from imagewatch.client import Client
 from imagewatch.config.key import Key
 from imagewatch.config.load import Config, load
+from imagewatch.endpoint.client import Client
 from imagewatch.journal.ledger import Ledger
 from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox

@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.client import FetchError
+from imagewatch.endpoint.client import FetchError
 from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, InDoubt, Unavailable
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
+    from imagewatch.endpoint.api import Body
     from imagewatch.record import Sink
-    from imagewatch.wire import Body
 
 AT = 1_700_000_000.0
 """What every clock shows: the same files come of the same steps."""

@@ -11,10 +11,10 @@ import pytest
 from conftest import KEY, REMOTE_NAME
 from scripted import Scripted, answer, over_tls, picture, through_proxy
 
-from imagewatch import network
-from imagewatch.client import Client, FetchError
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
+from imagewatch.endpoint import connection as network
+from imagewatch.endpoint.client import Client, FetchError
 
 IMAGE = picture()
 REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0)

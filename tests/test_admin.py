@@ -59,7 +59,7 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
-import imagewatch.admin, imagewatch.client, imagewatch.journal.control, imagewatch.daemon, imagewatch.estimate
+import imagewatch.admin, imagewatch.endpoint.client, imagewatch.journal.control, imagewatch.daemon, imagewatch.estimate
 import imagewatch.explain, imagewatch.history, imagewatch.system.log, imagewatch.retry, imagewatch.status
 from imagewatch.cli import main
 

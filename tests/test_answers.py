@@ -15,8 +15,8 @@ import pytest
 from conftest import KEY, Doubting, Station
 from scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
 
-from imagewatch.client import Client
 from imagewatch.config.key import Key
+from imagewatch.endpoint.client import Client
 from imagewatch.journal.holds import Holds
 from imagewatch.outcome import End
 from imagewatch.sandbox import TAGS

@@ -16,10 +16,10 @@ import pytest
 from conftest import KEY, Station
 from scripted import Scripted, drop, paid, picture, refused
 
-from imagewatch import call, client
-from imagewatch.client import Client, FetchError
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
+from imagewatch.endpoint import call, client
+from imagewatch.endpoint.client import Client, FetchError
 from imagewatch.system.errors import Unavailable
 
 ASK = {"x.prompt.txt": "a cat"}

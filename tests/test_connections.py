@@ -29,9 +29,9 @@ from scripted import (
     tunnel,
 )
 
-from imagewatch.client import Client
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
+from imagewatch.endpoint.client import Client
 from imagewatch.outcome import End
 
 IMAGE = picture()

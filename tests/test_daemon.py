@@ -34,7 +34,7 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
-import encodings.idna, httpcore, imagewatch.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
 
 if os.geteuid() == 0:
     os.setgroups([])

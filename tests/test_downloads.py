@@ -29,10 +29,11 @@ from scripted import (
     tunnel,
 )
 
-from imagewatch import network, pictures
-from imagewatch.client import Client, FetchError
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
+from imagewatch.endpoint import connection as network
+from imagewatch.endpoint import pictures
+from imagewatch.endpoint.client import Client, FetchError
 from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError

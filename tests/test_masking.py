@@ -26,9 +26,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scripted import Scripted, answer, answering, drop, made, paid, picture, refused
 
-from imagewatch.client import Client
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
+from imagewatch.endpoint.client import Client
 from imagewatch.system import log
 
 IMAGE = picture()

@@ -26,8 +26,8 @@ from conftest import Doubting, Folders
 from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
 from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 
-from imagewatch import pictures
 from imagewatch.closing import Closing
+from imagewatch.endpoint import pictures
 from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.outcome import End
 from imagewatch.protocol.values import Sent, dump

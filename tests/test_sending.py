@@ -339,7 +339,7 @@ def test_answers_that_come_when_no_file_can_be_opened_any_more_are_waited_for(
 
 CONNECT_WITHOUT_FILES = """
 import os, resource
-from imagewatch.client import Client
+from imagewatch.endpoint.client import Client
 from imagewatch.config.load import load
 from imagewatch.system.errors import SpoolError
 from imagewatch.config.key import Key

@@ -223,7 +223,7 @@ def test_nothing_is_taken_out_of_an_inbox_that_another_daemon_has_meanwhile(
 
 NOBODY = 65534
 UNPRIVILEGED = f"""
-import encodings.idna, httpcore, imagewatch.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid({NOBODY})

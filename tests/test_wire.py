@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.config.schema import Options
+from imagewatch.endpoint.api import Body, Part, body_fields, choose_provider, classify, doubt
+from imagewatch.endpoint.decode import read
 from imagewatch.protocol.values import Head, Reaction
-from imagewatch.reading import read
 from imagewatch.system.errors import InDoubt, JobError
-from imagewatch.wire import Body, Part, body_fields, choose_provider, classify, doubt
 
 LIMIT = 50 << 20
 

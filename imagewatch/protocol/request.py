@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.config.schema import Options, layered, nearest
+from imagewatch.endpoint.api import Body, Part, body_fields, choose_provider
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
 from imagewatch.protocol.names import SUFFIX, spellings
@@ -21,7 +22,6 @@ from imagewatch.protocol.values import Input
 from imagewatch.system.errors import BadRequest, Outdated, Problem
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file
-from imagewatch.wire import Body, Part, body_fields, choose_provider
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
+    from imagewatch.endpoint.api import Body
     from imagewatch.outcome import Outcome
     from imagewatch.record import Sink
-    from imagewatch.wire import Body
 
 ALL = os.environ.get("IMAGEWATCH_ALL_ATTACKS") == "1"
 MOMENTS = 24

@@ -12,9 +12,9 @@ from typing import IO, TYPE_CHECKING
 
 import structlog
 
-from imagewatch.client import Client, FetchError, bare
+from imagewatch.endpoint.client import Client, FetchError, bare
+from imagewatch.endpoint.decode import Got, Reading, holds_key, read, shown
 from imagewatch.protocol.images import Image, foreign, inspect
-from imagewatch.reading import Got, Reading, holds_key, read, shown
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.text import printable
 

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import httpcore
 from httpcore._backends.sync import SyncStream
 
-from imagewatch.addresses import NotPublicError, address_in
-from imagewatch.call import OverrunError, current
+from imagewatch.endpoint.addresses import NotPublicError, address_in
+from imagewatch.endpoint.call import OverrunError, current
 from imagewatch.system.errors import MORE_FILES, SpoolError
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from httpcore import SOCKET_OPTION
 
-    from imagewatch.call import Call
+    from imagewatch.endpoint.call import Call
 
 # It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
 httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024

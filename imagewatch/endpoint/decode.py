@@ -16,8 +16,8 @@ from urllib.parse import unquote_to_bytes
 
 import pybase64
 
+from imagewatch.endpoint.api import UndecodableError, is_coding, is_packed, number, parse, plain, words
 from imagewatch.system.masking import known
-from imagewatch.wire import UndecodableError, is_coding, is_packed, number, parse, plain, words
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator

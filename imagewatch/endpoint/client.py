@@ -28,14 +28,14 @@ from urllib.request import getproxies
 import httpx
 
 from imagewatch import __version__
-from imagewatch.addresses import NotPublicError, address_in, is_public, is_this_machine
-from imagewatch.call import Call
+from imagewatch.endpoint.addresses import NotPublicError, address_in, is_public, is_this_machine
+from imagewatch.endpoint.api import BALANCE_PATH, PATH, Body, Plain, UndecodableError, balance, doubt, is_coding
+from imagewatch.endpoint.call import Call
 from imagewatch.protocol.images import SNIFF_BYTES, sniff
 from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, ConfigError, JobError, Problem, Unavailable
 from imagewatch.system.masking import known
 from imagewatch.system.text import printable
-from imagewatch.wire import BALANCE_PATH, PATH, Body, Plain, UndecodableError, balance, doubt, is_coding
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -135,7 +135,7 @@ class Client:
             return self._clients
 
     def _made(self) -> tuple[httpx.Client, httpx.Client]:
-        from imagewatch.network import Network, install  # noqa: PLC0415  httpcore takes as long to import as httpx
+        from imagewatch.endpoint.connection import Network, install  # noqa: PLC0415  httpcore takes as long to import as httpx
 
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
         networks = Network(self._resolve, judged=False), Network(self._resolve, judged=True)

@@ -1,0 +1,1 @@
+"""The image API: what responses mean, connections, decoding, downloads."""
