@@ -17,8 +17,9 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import cli, closing, daemon, record, spool, sweep, worker
+from imagewatch import cli, closing, daemon, record, spool, worker
 from imagewatch.endpoint import client, pictures
+from imagewatch.inbox import scan as sweep
 from imagewatch.journal import budget, ledger
 
 if TYPE_CHECKING:

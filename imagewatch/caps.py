@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from imagewatch.config.load import Config
+    from imagewatch.inbox.candidate import Candidate, Key, Look
     from imagewatch.journal.budget import Budget, Refusal
     from imagewatch.protocol.request import Opener
-    from imagewatch.seen import Candidate, Key, Look
 
 
 class Caps:

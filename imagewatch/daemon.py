@@ -29,6 +29,7 @@ from imagewatch.descriptors import most_requests
 from imagewatch.endpoint.client import Client
 from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.ignored import Ignored
+from imagewatch.inbox.candidate import ANYWHERE, Taken, first_level
 from imagewatch.intake import Intake
 from imagewatch.journal import sqlite as database
 from imagewatch.journal.budget import Budget
@@ -39,7 +40,6 @@ from imagewatch.journal.prices import Asked
 from imagewatch.notify import Notify
 from imagewatch.outcome import End, Outcome
 from imagewatch.protocol.names import SUFFIX, stem_of
-from imagewatch.seen import ANYWHERE, Taken, first_level
 from imagewatch.spool import Spool
 from imagewatch.status import Status, line
 from imagewatch.system.disk import Disk
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from imagewatch.config.load import Config
-    from imagewatch.seen import Candidate, Key
+    from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.sending import Fate
 
 _LONGEST_WAIT = 3600.0

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.config.locate import is_hidden, refusal
+from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.prices import PRICED, Asked
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.request import Files, build
-from imagewatch.sweep import Sweep
 from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.text import printable
 

@@ -21,13 +21,13 @@ from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.schema import layered
 from imagewatch.endpoint.api import choose_provider
+from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.control import Control
 from imagewatch.journal.health import trouble
 from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.names import CLAIMS, SUFFIX
 from imagewatch.protocol.request import Files, Request, build, unknown_family
 from imagewatch.spool import Spool, blocked, require_space
-from imagewatch.sweep import Sweep
 from imagewatch.system.disk import FULL, Disk, locked, ours
 from imagewatch.system.errors import BadRequest, ConfigError, SpoolError, Unavailable
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config.load import Config
+    from imagewatch.inbox.candidate import Candidate
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Opener
-    from imagewatch.seen import Candidate
 
 _ALL = os.R_OK | os.W_OK | os.X_OK
 

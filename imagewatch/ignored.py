@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch.seen import first_level
-from imagewatch.system_folders import HIDDEN, SYSTEM
+from imagewatch.inbox.candidate import first_level
+from imagewatch.inbox.system_folders import HIDDEN, SYSTEM
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.seen import Reasons
+    from imagewatch.inbox.candidate import Reasons
 
 _HOUR = 3600.0
 _MOST_OF_FOLDER, _MOST = 1000, 5000

@@ -18,27 +18,27 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import memory
-from imagewatch.judging import path_of
+from imagewatch.inbox.candidate import Seen, first_level
+from imagewatch.inbox.judge import path_of
+from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.schedule import AHEAD, Allowance, Schedule
+from imagewatch.inbox.watching import Watching
 from imagewatch.protocol.names import stem_of
-from imagewatch.schedule import AHEAD, Allowance, Schedule
-from imagewatch.seen import Seen, first_level
 from imagewatch.spool import blocked
-from imagewatch.sweep import Sweep
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.system.untrusted import open_file
-from imagewatch.watching import Watching
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Generator, Mapping
 
     from imagewatch.config.load import Folders, Inbox
-    from imagewatch.listing import Folder
+    from imagewatch.inbox.candidate import Candidate, Key
+    from imagewatch.inbox.events import Change
+    from imagewatch.inbox.tree import Folder
+    from imagewatch.inbox.turns import Turns
     from imagewatch.protocol.request import Opener
-    from imagewatch.seen import Candidate, Key
     from imagewatch.system.folders import Tops
-    from imagewatch.turns import Turns
-    from imagewatch.watcher import Change
 
 _LONGEST_SLICE_SECONDS = 0.25
 """For how long nothing but scanning is done at most, by the clock: on a machine that is busy it gets less done."""

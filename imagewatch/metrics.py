@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from imagewatch.inbox.candidate import Wait
 from imagewatch.journal.holds import NEXT
-from imagewatch.seen import Wait
 from imagewatch.status import moment
 
 if TYPE_CHECKING:

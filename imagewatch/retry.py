@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.documents import unvouched
+from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol.names import PAID, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
@@ -25,7 +26,6 @@ from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.folders import is_private
 from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import RefusedError, open_file
-from imagewatch.system_folders import why_not_entered
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

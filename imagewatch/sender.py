@@ -23,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Any
 import tomli_w
 
 from imagewatch.config.locate import is_hidden, refusal
+from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.names import SUFFIX, group, stem_of
 from imagewatch.protocol.request import Files, build, may_be_image, open_plain, read_image, unused_problems
@@ -30,7 +31,6 @@ from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file, own_way
-from imagewatch.system_folders import why_not_entered
 from imagewatch.waiting import Made
 
 if TYPE_CHECKING:

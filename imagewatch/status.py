@@ -16,10 +16,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from imagewatch import __version__
+from imagewatch.inbox.candidate import Reasons, Wait, joined
 from imagewatch.journal.budget import day_and_month
 from imagewatch.journal.holds import NEXT
 from imagewatch.journal.ledger import NO_TOTALS
-from imagewatch.seen import Reasons, Wait, joined
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import amount, printable, to_json, utc
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.gate import Gate
+    from imagewatch.inbox.candidate import Seen
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger
-    from imagewatch.seen import Seen
     from imagewatch.system.disk import Disk
 
 SCHEMA = 1

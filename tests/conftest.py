@@ -23,11 +23,11 @@ import pytest
 from imagewatch.config.key import Key
 from imagewatch.config.load import Config, load
 from imagewatch.endpoint.client import Client
+from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.ledger import Ledger
 from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
 from imagewatch.spool import Spool
-from imagewatch.sweep import Sweep
 from imagewatch.system.disk import Disk
 from imagewatch.system.masking import known
 from imagewatch.worker import Run, Worker

@@ -18,8 +18,8 @@ import pytest
 from conftest import KEY, Folders, Running, Told, until
 from PIL import Image
 
+from imagewatch.inbox.open_files import has_writer
 from imagewatch.sandbox import Sandbox
-from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

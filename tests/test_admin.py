@@ -24,11 +24,11 @@ from test_cli import HOSTILE, RAW
 
 from imagewatch.config.load import Limits
 from imagewatch.gate import Gate
+from imagewatch.inbox.scan import Seen
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import Sandbox
 from imagewatch.status import Status
-from imagewatch.sweep import Seen
 from imagewatch.system.disk import Disk, locked
 from imagewatch.system.errors import SpoolError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagewatch.aside import Aside
+from imagewatch.inbox.aside import Aside
 
 
 def test_what_was_set_aside_is_there_until_it_is_taken_out():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from imagewatch.watcher import Change, Hints
+from imagewatch.inbox.events import Change, Hints
 
 
 def all_of(hints: Hints) -> list[Change]:

@@ -196,7 +196,7 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
-from imagewatch.sweep import Sweep
+from imagewatch.inbox.scan import Sweep
 
 look = Sweep.unchanged
 def unchanged(self, candidate):

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import Folders
 
+from imagewatch.inbox.schedule import Allowance
 from imagewatch.intake import Intake
-from imagewatch.schedule import Allowance
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from imagewatch.seen import Candidate
+    from imagewatch.inbox.candidate import Candidate
 
 
 class Ticking:

@@ -15,8 +15,8 @@ from conftest import Folders, command, until
 from prometheus_client.parser import text_string_to_metric_families
 
 from imagewatch import metrics
+from imagewatch.inbox.candidate import Wait
 from imagewatch.journal.holds import NEXT
-from imagewatch.seen import Wait
 
 if TYPE_CHECKING:
     from prometheus_client import Metric

@@ -28,19 +28,19 @@ from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDis
 
 from imagewatch.closing import Closing
 from imagewatch.endpoint import pictures
+from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.outcome import End
 from imagewatch.protocol.values import Sent, dump
 from imagewatch.record import Record
 from imagewatch.spool import Spool
-from imagewatch.sweep import Sweep
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
     from pathlib import Path
 
-    from imagewatch.seen import Candidate
+    from imagewatch.inbox.candidate import Candidate
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"

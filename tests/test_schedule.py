@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from imagewatch.schedule import AHEAD, Allowance, Schedule
+from imagewatch.inbox.schedule import AHEAD, Allowance, Schedule
 
 
 def everything(schedule: Schedule, seconds: float = 0.001) -> list[str]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.settling import Settling
+from imagewatch.inbox.stability import Settling
 
 KEY = ("", "cat")
 WALL = 1_800_000_000.0

@@ -16,15 +16,15 @@ import pytest
 from PIL import Image
 
 from imagewatch.config.load import Inbox
+from imagewatch.inbox.candidate import Wait
+from imagewatch.inbox.open_files import has_writer
+from imagewatch.inbox.scan import Sweep
 from imagewatch.protocol.names import Beside
-from imagewatch.seen import Wait
-from imagewatch.sweep import Sweep
-from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.seen import Candidate, Seen
+    from imagewatch.inbox.candidate import Candidate, Seen
 
 _png = io.BytesIO()
 Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
@@ -302,7 +302,7 @@ def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking,
                 mark.rename(looking.inbox / "cat.png")
             return super().of(stem)
 
-    monkeypatch.setattr("imagewatch.listing.Beside", Slowly)
+    monkeypatch.setattr("imagewatch.inbox.tree.Beside", Slowly)
     seen = looking.look()
     assert (seen.ready, seen.due) == ([], 5)
     looking.look()
@@ -682,7 +682,7 @@ def test_of_very_many_files_that_are_not_taken_some_are_named_and_all_are_counte
 
 @pytest.mark.parametrize("others", [0, 50])
 def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_marks(tmp_path, monkeypatch, others):
-    monkeypatch.setattr("imagewatch.listing._MANY", 10)
+    monkeypatch.setattr("imagewatch.inbox.tree._MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
         looking.write(f"p{number:03}.prompt.txt")
@@ -704,7 +704,7 @@ def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_m
 def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_their_folder_stays_as_it_is(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("imagewatch.listing._MANY", 10)
+    monkeypatch.setattr("imagewatch.inbox.tree._MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
         looking.write(f"p{number:03}.prompt.txt")
@@ -725,7 +725,7 @@ def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_t
 
 
 def test_among_more_other_files_than_are_held_by_name_each_is_judged_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.listing._MANY", 10)
+    monkeypatch.setattr("imagewatch.inbox.tree._MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
         looking.write(f"holiday{number:03}.png", PICTURE)
@@ -827,7 +827,7 @@ def test_thousands_of_folders_each_in_the_one_before_come_and_go(deep):
 
 
 def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
+    monkeypatch.setattr("imagewatch.inbox.tree._MOST_FOLDERS", 10)
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(8):
         looking.write(f"a/{number}/p.prompt.txt")
@@ -845,7 +845,7 @@ def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
 def test_however_many_folders_one_owner_makes_those_of_another_are_looked_into(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.listing._MOST_FOLDERS", 10)
+    monkeypatch.setattr("imagewatch.inbox.tree._MOST_FOLDERS", 10)
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(30):
         (tmp_path / f"m{number}").mkdir()

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.turns import Turns
+from imagewatch.inbox.turns import Turns
 
 
 def served(turns: Turns[str], count: int, owners: dict[str, int], amounts: dict[str, float] | None = None) -> list[str]:

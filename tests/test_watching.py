@@ -105,7 +105,7 @@ def test_a_reader_of_events_that_dies_is_noticed_and_started_again(
     daemon = scripted(
         folders,
         before="""
-from imagewatch import watcher
+from imagewatch.inbox import events as watcher
 handle = watcher._Folder.on_event
 def on_event(self, event):
     if event.name == b"poison.md":

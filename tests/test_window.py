@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.window import Window
+from imagewatch.inbox.window import Window
 
 ENTRIES = st.lists(st.tuples(st.floats(0, 1000), st.sampled_from([f"p{n}" for n in range(50)])), unique=True)
 

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.writers import has_writer, is_local
+from imagewatch.inbox.open_files import has_writer, is_local
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 ASK = """
 import os, sys
-from imagewatch.writers import has_writer
+from imagewatch.inbox.open_files import has_writer
 
 print("begun", flush=True)
 while os.path.exists(sys.argv[2]):

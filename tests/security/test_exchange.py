@@ -23,9 +23,9 @@ import structlog
 from conftest import Station
 from endpoint import Books, PaidEndpoint, Reply, picture
 
+from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.control import Control
 from imagewatch.retry import Retry
-from imagewatch.sweep import Sweep
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.worker import Worker

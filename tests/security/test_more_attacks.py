@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import Station, until
 
+from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.control import Control
 from imagewatch.retry import Retry
-from imagewatch.sweep import Sweep
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops

@@ -17,14 +17,14 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.judging import Judge, Moment, every_name, path_of
-from imagewatch.listing import Folder, Folders, Visitor
-from imagewatch.order import Order
+from imagewatch.inbox.candidate import Candidate, Found, Key, Seen, Wait, first_level, joined
+from imagewatch.inbox.judge import Judge, Moment, every_name, path_of
+from imagewatch.inbox.open_files import is_local
+from imagewatch.inbox.order import Order
+from imagewatch.inbox.tree import Folder, Folders, Visitor
 from imagewatch.protocol.names import SUFFIX, locks
-from imagewatch.seen import Candidate, Found, Key, Seen, Wait, first_level, joined
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
-from imagewatch.writers import is_local
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator

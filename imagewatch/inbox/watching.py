@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
+from imagewatch.inbox.events import Hints, Watcher
 from imagewatch.system.file_systems import POLL_SECONDS, eventless
 from imagewatch.system.text import printable
-from imagewatch.watcher import Hints, Watcher
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

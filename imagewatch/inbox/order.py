@@ -11,17 +11,17 @@ import sys
 from bisect import insort
 from typing import TYPE_CHECKING
 
-from imagewatch.aside import Aside
+from imagewatch.inbox.aside import Aside
+from imagewatch.inbox.candidate import first_level
+from imagewatch.inbox.turns import Turns
+from imagewatch.inbox.window import Window
 from imagewatch.protocol.names import SUFFIX
-from imagewatch.seen import first_level
-from imagewatch.turns import Turns
-from imagewatch.window import Window
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
-    from imagewatch.listing import Folder, Folders
-    from imagewatch.seen import Candidate, Key
+    from imagewatch.inbox.candidate import Candidate, Key
+    from imagewatch.inbox.tree import Folder, Folders
 
 _AHEAD = 128
 """How many prompts are opened ahead: more than there are workers. The first-level folders share them."""

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from imagewatch.seen import first_level
+from imagewatch.inbox.candidate import first_level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.seen import Key
+    from imagewatch.inbox.candidate import Key
 
 _MOST = 4000
 _MOST_EACH = 1000

@@ -17,20 +17,20 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from imagewatch.claims import MARK, looks_like_claims
+from imagewatch.inbox.candidate import Found, Reasons, first_level
+from imagewatch.inbox.stability import Settling
+from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
-from imagewatch.seen import Found, Reasons, first_level
-from imagewatch.settling import Settling
 from imagewatch.system.compact import Numbers
 from imagewatch.system.disk import ours
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
-from imagewatch.system_folders import why_not_entered
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterable, Iterator
 
-    from imagewatch.seen import Key, Look
-    from imagewatch.window import Window
+    from imagewatch.inbox.candidate import Key, Look
+    from imagewatch.inbox.window import Window
 
 _Item = TypeVar("_Item")
 _STEADY_SECONDS = 2.5

@@ -14,22 +14,22 @@ import stat
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from imagewatch.inbox.candidate import Candidate, Found, Look, Wait
+from imagewatch.inbox.open_files import has_writer
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.images import inspect
 from imagewatch.protocol.names import MOST_MEANT, SUFFIX, Dropped, spellings
 from imagewatch.protocol.request import may_be_image, read_prompt
-from imagewatch.seen import Candidate, Found, Look, Wait
 from imagewatch.system.errors import BadRequest
 from imagewatch.system.folders import is_private
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
-from imagewatch.writers import has_writer
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from imagewatch.config.load import Inbox
-    from imagewatch.listing import Folder, Folders, Notes
+    from imagewatch.inbox.tree import Folder, Folders, Notes
 
 _BUSY_SECONDS = 3600.0
 """Older marks of an editor or a transfer are leftovers of one that died."""

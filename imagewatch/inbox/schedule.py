@@ -10,8 +10,8 @@ import heapq
 import math
 from typing import TYPE_CHECKING
 
-from imagewatch.seen import first_level
-from imagewatch.turns import Turns
+from imagewatch.inbox.candidate import first_level
+from imagewatch.inbox.turns import Turns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
