@@ -17,9 +17,11 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import cli, closing, daemon, record, spool, worker
+from imagewatch import cli, daemon
 from imagewatch.endpoint import client, pictures
 from imagewatch.inbox import scan as sweep
+from imagewatch.job import completion as closing
+from imagewatch.job import record, spool, worker
 from imagewatch.journal import budget, ledger
 
 if TYPE_CHECKING:

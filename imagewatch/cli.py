@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from imagewatch.config.load import Config
     from imagewatch.daemon import Daemon
     from imagewatch.explain import Line
-    from imagewatch.outcome import Outcome
+    from imagewatch.job.outcome import Outcome
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64

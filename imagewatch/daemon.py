@@ -31,6 +31,9 @@ from imagewatch.gate import DISK_SECONDS, Gate
 from imagewatch.ignored import Ignored
 from imagewatch.inbox.candidate import ANYWHERE, Taken, first_level
 from imagewatch.intake import Intake
+from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.spool import Spool
+from imagewatch.job.worker import Worker
 from imagewatch.journal import sqlite as database
 from imagewatch.journal.budget import Budget
 from imagewatch.journal.control import Control
@@ -38,13 +41,10 @@ from imagewatch.journal.holds import Hold, Holds
 from imagewatch.journal.ledger import Ledger
 from imagewatch.journal.prices import Asked
 from imagewatch.notify import Notify
-from imagewatch.outcome import End, Outcome
 from imagewatch.protocol.names import SUFFIX, stem_of
-from imagewatch.spool import Spool
 from imagewatch.status import Status, line
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import MORE_FILES, ConfigError, SpoolError
-from imagewatch.worker import Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.inbox.candidate import Candidate, Key
-    from imagewatch.sending import Fate
+    from imagewatch.job.sending import Fate
 
 _LONGEST_WAIT = 3600.0
 _LEAST_CAP = 0.1

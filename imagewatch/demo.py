@@ -21,8 +21,8 @@ from imagewatch.system.text import amount, printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from imagewatch.job.outcome import Outcome
     from imagewatch.journal.holds import Hold
-    from imagewatch.outcome import Outcome
 
 _PROMPTS = {
     "lighthouse": "A lighthouse on a cliff at dusk, long exposure, calm sea\n",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 import structlog
 
 from imagewatch.burst import BurstGuard
-from imagewatch.outcome import Trouble
+from imagewatch.job.outcome import Trouble
 from imagewatch.system.disk import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config.load import Limits
+    from imagewatch.job.spool import Spool
     from imagewatch.journal.budget import Refusal
     from imagewatch.journal.control import Control
     from imagewatch.journal.holds import Hold, Holds
     from imagewatch.journal.ledger import Ledger
-    from imagewatch.spool import Spool
 
 DISK_SECONDS = 5.0
 """How long after our own disk failed the next write probe is made."""

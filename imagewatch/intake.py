@@ -23,8 +23,8 @@ from imagewatch.inbox.judge import path_of
 from imagewatch.inbox.scan import Sweep
 from imagewatch.inbox.schedule import AHEAD, Allowance, Schedule
 from imagewatch.inbox.watching import Watching
+from imagewatch.job.spool import blocked
 from imagewatch.protocol.names import stem_of
-from imagewatch.spool import blocked
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_times
 from imagewatch.system.untrusted import open_file

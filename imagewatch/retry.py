@@ -15,12 +15,12 @@ import stat
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.documents import unvouched
 from imagewatch.inbox.system_folders import why_not_entered
+from imagewatch.job.receipts import unvouched
+from imagewatch.job.record import Record
 from imagewatch.protocol.names import PAID, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
-from imagewatch.record import Record
 from imagewatch.system.disk import Disk, ours
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.folders import is_private

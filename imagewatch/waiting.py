@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.locate import refusal
-from imagewatch.documents import unvouched
+from imagewatch.job.receipts import unvouched
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system.disk import ours
 from imagewatch.system.errors import SpoolError

@@ -24,13 +24,13 @@ from imagewatch.config.key import Key
 from imagewatch.config.load import Config, load
 from imagewatch.endpoint.client import Client
 from imagewatch.inbox.scan import Sweep
+from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.spool import Spool
+from imagewatch.job.worker import Run, Worker
 from imagewatch.journal.ledger import Ledger
-from imagewatch.outcome import End, Outcome
 from imagewatch.sandbox import Sandbox
-from imagewatch.spool import Spool
 from imagewatch.system.disk import Disk
 from imagewatch.system.masking import known
-from imagewatch.worker import Run, Worker
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -529,7 +529,7 @@ import os, sys, time
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon import Daemon
-from imagewatch.spool import Spool
+from imagewatch.job.spool import Spool
 
 claim = Spool.claim
 

@@ -19,7 +19,7 @@ from conftest import HURRIED, Folders, Station, Told, command, until
 from PIL import Image
 from tracing import reason_not_to_trace
 
-from imagewatch.outcome import End
+from imagewatch.job.outcome import End
 from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:

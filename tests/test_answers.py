@@ -17,8 +17,8 @@ from scripted import Scripted, answer, answering, drop, made, no_secret, over, p
 
 from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
+from imagewatch.job.outcome import End
 from imagewatch.journal.holds import Holds
-from imagewatch.outcome import End
 from imagewatch.sandbox import TAGS
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import ConfigError, Problem, SpoolError

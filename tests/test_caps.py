@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import Folders, Station, command, until
 
-from imagewatch.outcome import End
+from imagewatch.job.outcome import End
 
 
 @pytest.fixture

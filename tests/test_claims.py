@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.claims import MARK, Claims, NotOursError
+from imagewatch.job.claims import MARK, Claims, NotOursError
 from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:

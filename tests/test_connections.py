@@ -32,7 +32,7 @@ from scripted import (
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
 from imagewatch.endpoint.client import Client
-from imagewatch.outcome import End
+from imagewatch.job.outcome import End
 
 IMAGE = picture()
 SMALL = {"x.prompt.txt": "a cat", "x.png": IMAGE}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from imagewatch.cli import cli
-from imagewatch.lifecycle import RULES
+from imagewatch.job.rules import RULES
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "imagewatch"

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch import __version__
-from imagewatch.documents import SCHEMA, Course, compose, unvouched, with_files
+from imagewatch.job.receipts import SCHEMA, Course, compose, unvouched, with_files
 from imagewatch.protocol.values import Claim, Decision, Head, Input, Move, Sent, Tail, dump, load
 from imagewatch.system.text import printable, utc, whole
 

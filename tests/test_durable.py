@@ -15,8 +15,8 @@ from typing import IO, TYPE_CHECKING
 
 import pytest
 
+from imagewatch.job.record import Answer, Sink
 from imagewatch.protocol.values import Head, Tail
-from imagewatch.record import Answer, Sink
 from imagewatch.system import disk as durable
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import AlreadyRunning, SpoolError

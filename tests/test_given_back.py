@@ -11,7 +11,7 @@ from conftest import Doubting, Station
 from endpoint import picture
 from test_submit import Events
 
-from imagewatch.outcome import End
+from imagewatch.job.outcome import End
 
 if TYPE_CHECKING:
     from pathlib import Path

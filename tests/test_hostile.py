@@ -25,7 +25,7 @@ import pytest
 from conftest import KEY, Folders, Station, Told, until
 from PIL import Image
 
-from imagewatch.outcome import End
+from imagewatch.job.outcome import End
 from imagewatch.protocol.prompt import parse
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import BadRequest

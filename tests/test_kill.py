@@ -17,8 +17,8 @@ from audit import ORDERS, Audit, drop
 from conftest import KEY, Folders, Running, until
 from losing import SteppingDisk
 
+from imagewatch.job.spool import Spool
 from imagewatch.sandbox import Sandbox
-from imagewatch.spool import Spool
 from imagewatch.system.disk import Disk
 
 RUNNER = str(Path(__file__).parent / "kill_runner.py")

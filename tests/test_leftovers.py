@@ -11,8 +11,8 @@ import pytest
 from conftest import Folders, Running
 from conftest import command as command_of
 
+from imagewatch.job.spool import Spool
 from imagewatch.journal.control import Control
-from imagewatch.spool import Spool
 from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk
 

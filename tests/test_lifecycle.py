@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from imagewatch.lifecycle import RULES, Evidence, Step, next_step, retry_delay
+from imagewatch.job.rules import RULES, Evidence, Step, next_step, retry_delay
 from imagewatch.protocol.values import Reaction
 
 FLAGS = (

@@ -26,14 +26,14 @@ from conftest import Doubting, Folders
 from endpoint import AT, Books, PaidEndpoint, Reply, picture, served
 from losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 
-from imagewatch.closing import Closing
 from imagewatch.endpoint import pictures
 from imagewatch.inbox.scan import Sweep
+from imagewatch.job.completion import Closing
+from imagewatch.job.outcome import End
+from imagewatch.job.record import Record
+from imagewatch.job.spool import Spool
 from imagewatch.journal.ledger import Ledger, Row
-from imagewatch.outcome import End
 from imagewatch.protocol.values import Sent, dump
-from imagewatch.record import Record
-from imagewatch.spool import Spool
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from conftest import KEY, Station
 from endpoint import picture
 from jsonschema import Draft202012Validator
 
-from imagewatch.documents import SCHEMA
+from imagewatch.job.receipts import SCHEMA
 from imagewatch.protocol.prompt import FrontMatter
 from imagewatch.sandbox import Sandbox
 

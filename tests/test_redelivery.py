@@ -13,7 +13,7 @@ import pytest
 from conftest import KEY, Folders, Station, until, until_made
 from endpoint import picture
 
-from imagewatch.outcome import End
+from imagewatch.job.outcome import End
 
 if TYPE_CHECKING:
     from pathlib import Path

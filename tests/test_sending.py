@@ -21,9 +21,9 @@ from scripted import Exchange, Scripted, answer, heavy, paid, picture, returned
 from tracing import reason_not_to_trace
 
 from imagewatch.gate import Gate
+from imagewatch.job.outcome import End
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
-from imagewatch.outcome import End
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.record import Answer, Record
+    from imagewatch.job.record import Answer, Record
     from imagewatch.system.folders import Tops
 
 _FETCH_SECONDS = 600.0

@@ -18,9 +18,9 @@ from urllib.parse import quote
 import msgspec
 
 from imagewatch.config.schema import shown
-from imagewatch.documents import unvouched
 from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
+from imagewatch.job.receipts import unvouched
 from imagewatch.protocol.images import IMAGE_SUFFIXES
 from imagewatch.protocol.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.system.text import whole

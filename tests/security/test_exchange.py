@@ -24,11 +24,11 @@ from conftest import Station
 from endpoint import Books, PaidEndpoint, Reply, picture
 
 from imagewatch.inbox.scan import Sweep
+from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
 from imagewatch.retry import Retry
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
-from imagewatch.worker import Worker
 from security.people import look, walk
 from security.puppet import exchange
 from security.world import CLAIMS, MARK, PRIVATE_PICTURE
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imagewatch.endpoint.api import Body
-    from imagewatch.outcome import Outcome
-    from imagewatch.record import Sink
+    from imagewatch.job.outcome import Outcome
+    from imagewatch.job.record import Sink
 
 ALL = os.environ.get("IMAGEWATCH_ALL_ATTACKS") == "1"
 MOMENTS = 24

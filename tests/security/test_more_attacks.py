@@ -12,13 +12,13 @@ import pytest
 from conftest import Station, until
 
 from imagewatch.inbox.scan import Sweep
+from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
 from imagewatch.retry import Retry
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops
 from imagewatch.system.untrusted import open_file
-from imagewatch.worker import Worker
 from security.people import ATTACKER, Person
 from security.puppet import exchange
 from security.test_shares import shared  # noqa: F401

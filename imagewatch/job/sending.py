@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace as changed
 
 from imagewatch.endpoint.api import largest_answer
-from imagewatch.outcome import Trouble
+from imagewatch.job.outcome import Trouble
 from imagewatch.protocol.values import Head, Sent, Tail
 from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
 
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.endpoint.client import Client
+    from imagewatch.job.record import Record, Sink
     from imagewatch.protocol.request import Request
     from imagewatch.protocol.values import Claim
-    from imagewatch.record import Record, Sink
 
 _LINES_BYTES = 64 * 1024
 """Room for the first and the last line of an answer's file."""

@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
-from imagewatch.closing import Case, Closing
 from imagewatch.endpoint.api import Verdict, classify
 from imagewatch.endpoint.pictures import Pictures
+from imagewatch.job.completion import Case, Closing
+from imagewatch.job.outcome import End, Outcome, Trouble
+from imagewatch.job.redelivery import finished_twin
+from imagewatch.job.rules import Evidence, Step, next_step, retry_delay
+from imagewatch.job.sending import Left, Sending
 from imagewatch.journal.budget import Budget, Refusal
 from imagewatch.journal.prices import Asked
-from imagewatch.lifecycle import Evidence, Step, next_step, retry_delay
-from imagewatch.outcome import End, Outcome, Trouble
 from imagewatch.protocol.request import Files, Request, build, contents
 from imagewatch.protocol.values import Claim, Reaction, Tail
-from imagewatch.redelivery import finished_twin
-from imagewatch.sending import Left, Sending
 from imagewatch.system.disk import ours
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.system.text import printable, utc
@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.endpoint.client import Client
+    from imagewatch.job.record import Record
+    from imagewatch.job.sending import Fate
+    from imagewatch.job.spool import Spool
     from imagewatch.journal.ledger import Ledger
-    from imagewatch.record import Record
-    from imagewatch.sending import Fate
-    from imagewatch.spool import Spool
 
 _MOST_STEPS = 60
 _RETURN_SECONDS = 5.0

@@ -17,14 +17,14 @@ import secrets
 import stat
 from typing import IO, TYPE_CHECKING
 
-from imagewatch.claims import JOB, Claims, NotOursError
 from imagewatch.config.load import overlaps
 from imagewatch.config.locate import others_above
 from imagewatch.inbox.candidate import ANYWHERE
-from imagewatch.lifecycle import Evidence
+from imagewatch.job.claims import JOB, Claims, NotOursError
+from imagewatch.job.record import Record
+from imagewatch.job.rules import Evidence
 from imagewatch.protocol.names import PAID, SUFFIX, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Door, Move
-from imagewatch.record import Record
 from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.errors import ConfigError, Problem, SpoolError

@@ -15,10 +15,10 @@ import msgspec
 import structlog
 
 from imagewatch import __version__
-from imagewatch.documents import Course, compose, with_files
+from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.receipts import Course, compose, with_files
 from imagewatch.journal.budget import CAPS
 from imagewatch.journal.ledger import Ledger, Row
-from imagewatch.outcome import End, Outcome
 from imagewatch.protocol.names import tagged
 from imagewatch.protocol.values import Charged, Claim, Decision, Move, Reaction, Sent
 from imagewatch.system.errors import Problem, SpoolError
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
     from imagewatch.endpoint.api import Verdict
     from imagewatch.endpoint.decode import Reading
     from imagewatch.endpoint.pictures import Picture, Pictures
-    from imagewatch.lifecycle import Evidence
-    from imagewatch.record import Answer, Record
-    from imagewatch.spool import Spool
+    from imagewatch.job.record import Answer, Record
+    from imagewatch.job.rules import Evidence
+    from imagewatch.job.spool import Spool
 
 _NEXT_RETRY = "correct the cause, then move the prompt back into the inbox"
 _NEXT = {
