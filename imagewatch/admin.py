@@ -405,7 +405,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
 
 def _page(config: Config) -> dict[str, Any]:
     """Return the daemon's own words, with what is true if it is not running."""
-    from imagewatch import status as told  # noqa: PLC0415
+    from imagewatch.daemon import status as told  # noqa: PLC0415
 
     state = config.folders.state
     page = told.read(state)
@@ -430,7 +430,7 @@ def holds(config: Config) -> list[dict[str, Any]]:
 
 
 def _story(page: dict[str, Any]) -> Iterator[str]:
-    from imagewatch.status import kind  # noqa: PLC0415
+    from imagewatch.daemon.status import kind  # noqa: PLC0415
 
     states = {
         "stopped": "is not running (it was stopped)",
@@ -475,7 +475,7 @@ def _why(reasons: dict[str, int]) -> str:
 
 def local_time(text: str | None) -> str:
     """Return a UTC time, as a status has it, in words for people."""
-    from imagewatch.status import moment  # noqa: PLC0415
+    from imagewatch.daemon.status import moment  # noqa: PLC0415
 
     return local(moment(text).timestamp()) if text else "never"
 
@@ -493,7 +493,8 @@ def _control(config: Config) -> Any:  # noqa: ANN401  imported late
 def _owned(path: str | None) -> Config:
     """Return the configuration, as the owner of the state folder: what root made the daemon could not remove."""
     # Loaded while we may: our own code may lie where only root can read.
-    from imagewatch import retry, status  # noqa: F401, PLC0415
+    from imagewatch import retry  # noqa: F401, PLC0415
+    from imagewatch.daemon import status  # noqa: F401, PLC0415
     from imagewatch.journal import (
         control,  # noqa: F401, PLC0415
         ledger,  # noqa: F401, PLC0415
@@ -562,7 +563,7 @@ def _running(config: Config) -> bool:
 
 
 def _hold_kinds(config: Config) -> set[str]:
-    from imagewatch.status import read  # noqa: PLC0415
+    from imagewatch.daemon.status import read  # noqa: PLC0415
 
     page = read(config.folders.state)
     return {one["kind"] for one in page["holds"]} if page else set()

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from imagewatch.config.load import Config
-    from imagewatch.daemon import Daemon
+    from imagewatch.daemon.loop import Daemon
     from imagewatch.explain import Line
     from imagewatch.job.outcome import Outcome
 
@@ -96,7 +96,7 @@ def run(path: str | None) -> None:
     SIGTERM or Ctrl-C finishes what has been sent and ends; a second one kills, and the next start recovers. SIGHUP
     reads the configuration again.
     """
-    from imagewatch.daemon import Daemon  # noqa: PLC0415
+    from imagewatch.daemon.loop import Daemon  # noqa: PLC0415
 
     def configured(config: Config) -> None:
         _configure_log(config)
@@ -128,7 +128,7 @@ def once(path: str | None, *, as_json: bool) -> None:
 
     Does not wait out a hold (no credits, a rejected key, …): it says why and ends with 69; the prompts stay.
     """
-    from imagewatch.daemon import Daemon  # noqa: PLC0415
+    from imagewatch.daemon.loop import Daemon  # noqa: PLC0415
 
     config = admin.load(path)
     terminal = sys.stderr.isatty()
@@ -211,7 +211,7 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
 def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
     """Yield what was found, line by line: the endpoint may take its time."""
     from imagewatch import explain  # noqa: PLC0415
-    from imagewatch.status import kind  # noqa: PLC0415
+    from imagewatch.daemon.status import kind  # noqa: PLC0415
 
     for line in explain.settings(config, os.environ):
         yield "settings", line

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.gallery import Gallery
 from imagewatch.sandbox import PROPOSED_KEY, Sandbox
 from imagewatch.system import log

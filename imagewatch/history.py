@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.status import iso
+from imagewatch.daemon.status import iso
 from imagewatch.system.text import printable, to_json, utc
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from imagewatch.daemon.status import moment
 from imagewatch.inbox.candidate import Wait
 from imagewatch.journal.holds import NEXT
-from imagewatch.status import moment
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

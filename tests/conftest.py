@@ -275,7 +275,7 @@ HURRIED = """
 import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.journal.holds import Holds
 
 def configured():

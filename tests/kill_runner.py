@@ -11,7 +11,7 @@ import threading
 from losing import SteppingDisk
 
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.system import log
 
 

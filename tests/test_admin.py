@@ -23,12 +23,12 @@ from scripted import Scripted, answer, answering, picture
 from test_cli import HOSTILE, RAW
 
 from imagewatch.config.load import Limits
-from imagewatch.gate import Gate
+from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.status import Status
 from imagewatch.inbox.scan import Seen
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import Sandbox
-from imagewatch.status import Status
 from imagewatch.system.disk import Disk, locked
 from imagewatch.system.errors import SpoolError
 
@@ -45,7 +45,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from losing import SteppingDisk
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 
 class KillingDisk(SteppingDisk):
     def step(self, what, path):
@@ -59,8 +59,8 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
-import imagewatch.admin, imagewatch.endpoint.client, imagewatch.journal.control, imagewatch.daemon, imagewatch.estimate
-import imagewatch.explain, imagewatch.history, imagewatch.system.log, imagewatch.retry, imagewatch.status
+import imagewatch.admin, imagewatch.endpoint.client, imagewatch.journal.control, imagewatch.daemon.loop, imagewatch.estimate
+import imagewatch.explain, imagewatch.history, imagewatch.system.log, imagewatch.retry, imagewatch.daemon.status
 from imagewatch.cli import main
 
 user = int(sys.argv.pop(1))
@@ -528,7 +528,7 @@ SLOW_TO_CLAIM = """
 import os, sys, time
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.job.spool import Spool
 
 claim = Spool.claim

@@ -375,7 +375,7 @@ BAD_SECTORS = """
 import errno, os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 

@@ -290,7 +290,7 @@ def test_a_raised_cap_is_obeyed_after_a_reload_and_what_waited_goes(tmp_path, sa
 SHIFTED = """
 import os, sys, time
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.system import log
 config = load(None, os.environ)
 log.configure("info", "json")

@@ -16,8 +16,8 @@ import pytest
 from conftest import KEY, Folders, command, until
 from PIL import Image
 
+from imagewatch.daemon.systemd import Notify
 from imagewatch.journal.holds import Holds
-from imagewatch.notify import Notify
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ UNPRIVILEGED = """
 import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
 
 if os.geteuid() == 0:
@@ -730,7 +730,7 @@ INBOX_GONE_AT_FIRST = """
 import os
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 
 config = load(None, os.environ)
 

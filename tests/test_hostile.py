@@ -195,7 +195,7 @@ CHANGED = """
 import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 from imagewatch.inbox.scan import Sweep
 
 look = Sweep.unchanged

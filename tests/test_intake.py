@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import Folders
 
+from imagewatch.daemon.intake import Intake
 from imagewatch.inbox.schedule import Allowance
-from imagewatch.intake import Intake
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
@@ -233,7 +233,7 @@ def test_a_prompt_that_comes_later_does_not_wait_for_the_thousands_of_another_fo
 
 
 def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.intake._WINDOW", 100)
+    monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 100)
     looking = Looking(tmp_path)
     for folder in ("a", "b", "c/d", ""):
         looking.write(folder, *names(300))
@@ -249,7 +249,7 @@ def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_pa
 
 
 def test_prompts_in_many_folders_of_one_first_level_folder_are_taken_oldest_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.intake._WINDOW", 50)
+    monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 50)
     looking = Looking(tmp_path)
     written = []
     for number in range(600):

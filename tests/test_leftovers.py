@@ -24,7 +24,7 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from losing import SteppingDisk
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 
 class KillingDisk(SteppingDisk):
     def rename(self, source, target):

@@ -20,7 +20,7 @@ from conftest import HURRIED, Folders, Station, Told, command, until
 from scripted import Exchange, Scripted, answer, heavy, paid, picture, returned
 from tracing import reason_not_to_trace
 
-from imagewatch.gate import Gate
+from imagewatch.daemon.admission import Gate
 from imagewatch.job.outcome import End
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds

@@ -30,7 +30,7 @@ STARTED = """
 import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
-from imagewatch.daemon import Daemon
+from imagewatch.daemon.loop import Daemon
 {before}
 log.configure("info", "json")
 sys.exit(Daemon(load(None, os.environ), os.environ{arguments}).run())

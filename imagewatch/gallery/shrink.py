@@ -17,7 +17,7 @@ from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageOps, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  no imports later on
 
-from imagewatch import memory
+from imagewatch.daemon import memory
 from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, REPLY, REQUEST, SIDE, UNREAD
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
-from imagewatch.burst import BurstGuard
+from imagewatch.daemon.burst import BurstGuard
 from imagewatch.job.outcome import Trouble
 from imagewatch.system.disk import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.config.load import Config
-    from imagewatch.gate import Gate
+    from imagewatch.daemon.admission import Gate
     from imagewatch.inbox.candidate import Seen
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch import memory
+from imagewatch.daemon import memory
 from imagewatch.inbox.candidate import Seen, first_level
 from imagewatch.inbox.judge import path_of
 from imagewatch.inbox.scan import Sweep

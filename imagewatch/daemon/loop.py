@@ -22,15 +22,18 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
-from imagewatch import __version__, memory
-from imagewatch.caps import Caps
+from imagewatch import __version__
 from imagewatch.config.key import key_stamp, read_key
-from imagewatch.descriptors import most_requests
+from imagewatch.daemon import memory
+from imagewatch.daemon.admission import DISK_SECONDS, Gate
+from imagewatch.daemon.caps import Caps
+from imagewatch.daemon.descriptors import most_requests
+from imagewatch.daemon.ignored import Ignored
+from imagewatch.daemon.intake import Intake
+from imagewatch.daemon.status import Status, line
+from imagewatch.daemon.systemd import Notify
 from imagewatch.endpoint.client import Client
-from imagewatch.gate import DISK_SECONDS, Gate
-from imagewatch.ignored import Ignored
 from imagewatch.inbox.candidate import ANYWHERE, Taken, first_level
-from imagewatch.intake import Intake
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
@@ -40,9 +43,7 @@ from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Hold, Holds
 from imagewatch.journal.ledger import Ledger
 from imagewatch.journal.prices import Asked
-from imagewatch.notify import Notify
 from imagewatch.protocol.names import SUFFIX, stem_of
-from imagewatch.status import Status, line
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import MORE_FILES, ConfigError, SpoolError
 

@@ -1,0 +1,1 @@
+"""The daemon: main loop, intake, admission, status."""
