@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import cli
+from imagewatch.commands import main as cli
 from imagewatch.daemon import loop as daemon
 from imagewatch.endpoint import client, pictures
 from imagewatch.inbox import scan as sweep

@@ -13,7 +13,7 @@ EXIT_INTERNAL = 70
 def main() -> NoReturn:
     """Run a command. A program that cannot even be loaded must not end with 1, which says that a job failed."""
     try:
-        from imagewatch.cli import main as run  # noqa: PLC0415
+        from imagewatch.commands.main import main as run  # noqa: PLC0415
     except Exception:  # noqa: BLE001  a dependency that is missing, damaged or of another version
         with contextlib.suppress(Exception):  # nobody may be there to read it
             traceback.print_exc()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imagewatch.cli import cli
+from imagewatch.commands.main import cli
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -130,7 +130,7 @@ class Container:
         self.put(f"{VENV}/pyvenv.cfg", f"home = {os.path.dirname(python)}\ninclude-system-site-packages = false\n")
         (self._files / VENV.lstrip("/") / "bin").mkdir()
         (self._files / VENV.lstrip("/") / "bin/python").symlink_to(python)
-        entry = "import sys\nfrom imagewatch.cli import main\nsys.exit(main())\n"
+        entry = "import sys\nfrom imagewatch.commands.main import main\nsys.exit(main())\n"
         self.put(f"{VENV}/bin/imagewatch", f"#!{VENV}/bin/python\n{entry}", 0o755)
         # Not the editable install of the test's own environment, which leads out of what a service may see.
         shutil.copytree(ROOT / "imagewatch", self._site / "imagewatch", ignore=shutil.ignore_patterns("__pycache__"))

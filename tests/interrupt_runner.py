@@ -10,7 +10,8 @@ import sys
 
 from losing import SteppingDisk
 
-from imagewatch import cli, sender
+from imagewatch.commands import drop as sender
+from imagewatch.commands import main as cli
 
 
 class InterruptedDisk(SteppingDisk):

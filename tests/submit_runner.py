@@ -6,7 +6,8 @@ import sys
 
 from kill_runner import KillingDisk
 
-from imagewatch import cli, sender
+from imagewatch.commands import drop as sender
+from imagewatch.commands import main as cli
 
 disk = KillingDisk(int(sys.argv.pop(1)))
 sender.Disk = lambda: disk  # type: ignore[assignment, misc]

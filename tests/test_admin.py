@@ -59,9 +59,9 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
-import imagewatch.admin, imagewatch.endpoint.client, imagewatch.journal.control, imagewatch.daemon.loop, imagewatch.estimate
-import imagewatch.explain, imagewatch.history, imagewatch.system.log, imagewatch.retry, imagewatch.daemon.status
-from imagewatch.cli import main
+import imagewatch.commands.admin, imagewatch.endpoint.client, imagewatch.journal.control, imagewatch.daemon.loop, imagewatch.commands.estimate
+import imagewatch.commands.check, imagewatch.commands.history, imagewatch.system.log, imagewatch.commands.retry, imagewatch.daemon.status
+from imagewatch.commands.main import main
 
 user = int(sys.argv.pop(1))
 os.setgroups([])

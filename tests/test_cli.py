@@ -24,7 +24,7 @@ from PIL import Image
 from scripted import Scripted, answering
 
 from imagewatch import __version__
-from imagewatch.cli import cli
+from imagewatch.commands.main import cli
 from imagewatch.config.load import load
 
 if TYPE_CHECKING:
@@ -132,9 +132,7 @@ def test_the_version_is_told():
 
 
 def test_help_and_version_load_nothing_heavy():
-    code = (
-        "import sys, imagewatch.cli; print(*(m for m in ('httpx', 'PIL', 'structlog', 'sqlite3') if m in sys.modules))"
-    )
+    code = "import sys, imagewatch.commands.main; print(*(m for m in ('httpx', 'PIL', 'structlog', 'sqlite3') if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 

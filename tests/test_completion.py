@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import pytest
 
-from imagewatch.cli import cli
+from imagewatch.commands.main import cli
 
 ROOT = Path(__file__).parent.parent
 PROGRAM = Path(sys.executable).with_name("imagewatch")

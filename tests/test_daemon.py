@@ -507,7 +507,7 @@ def test_sighup_in_a_folder_that_is_gone_keeps_the_old_configuration(folders, ru
     here, script = tmp_path / "here", tmp_path / "here.py"
     here.mkdir()
     (here / "imagewatch.toml").touch()
-    script.write_text("import os, sys\nfrom imagewatch.cli import main\nos.chdir(sys.argv.pop(1))\nmain()\n")
+    script.write_text("import os, sys\nfrom imagewatch.commands.main import main\nos.chdir(sys.argv.pop(1))\nmain()\n")
     daemon = run(folders, str(here), "run", script=str(script))
     (here / "imagewatch.toml").unlink()
     here.rmdir()

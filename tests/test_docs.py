@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from imagewatch.cli import cli
+from imagewatch.commands.main import cli
 from imagewatch.job.rules import RULES
 
 ROOT = Path(__file__).parent.parent

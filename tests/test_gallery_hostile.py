@@ -482,7 +482,7 @@ def owned(open_path: Path) -> Shelf:
 AS_USER = """
 import os, sys
 import imagewatch.gallery  # the interpreter itself may lie where only root may read
-from imagewatch.cli import main
+from imagewatch.commands.main import main
 
 user = int(sys.argv.pop(1))
 os.setgroups([])

@@ -14,7 +14,7 @@ import pytest
 from conftest import Folders, command, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from imagewatch import metrics
+from imagewatch.commands import metrics
 from imagewatch.inbox.candidate import Wait
 from imagewatch.journal.holds import NEXT
 

@@ -21,7 +21,7 @@ from PIL import Image
 from scripted import Scripted, answer, drop, made, no_secret, over, paid, picture, refused
 
 from imagewatch import __version__
-from imagewatch.explain import files as explained
+from imagewatch.commands.check import files as explained
 
 IMAGE = picture()
 

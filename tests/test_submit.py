@@ -27,10 +27,10 @@ from conftest import command as command_of
 from losing import SteppingDisk
 from PIL import Image
 
-from imagewatch import submit as command
-from imagewatch.cli import cli, main
+from imagewatch.commands import submit as command
+from imagewatch.commands.drop import Delivery, Wish
+from imagewatch.commands.main import cli, main
 from imagewatch.config.load import load
-from imagewatch.sender import Delivery, Wish
 from imagewatch.system.errors import BadRequest, SpoolError
 
 if TYPE_CHECKING:
@@ -497,7 +497,7 @@ def inside(sender, monkeypatch, capsys):
         monkeypatch.setenv(name, sender.known[name])
 
     def call(disk: SteppingDisk, *arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr("imagewatch.sender.Disk", lambda: disk)
+        monkeypatch.setattr("imagewatch.commands.drop.Disk", lambda: disk)
         monkeypatch.setattr(sys, "argv", ["imagewatch", "submit", *arguments])
         with pytest.raises(SystemExit) as ended:
             main()
@@ -1240,7 +1240,7 @@ def test_what_a_killed_sender_left_is_removed_by_a_later_one_after_a_day(sender,
         (sender.folders.inbox / name).write_text("x")
     assert sender.submit("A cat", "--name", "one").returncode == 0
     assert len([name for name in sender.dropped() if name.startswith(".")]) == 3, "it may be at work"
-    monkeypatch.setattr("imagewatch.sender._STALE_SECONDS", 0.0)
+    monkeypatch.setattr("imagewatch.commands.drop._STALE_SECONDS", 0.0)
     config = load(str(sender.home / "imagewatch.toml"), {})
     with Delivery(config, ""):
         pass

@@ -15,7 +15,7 @@ import structlog
 from conftest import KEY, Folders, command
 from test_cli import on_a_terminal
 
-from imagewatch import table
+from imagewatch.commands import table
 from imagewatch.system import log
 
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")

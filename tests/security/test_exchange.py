@@ -23,10 +23,10 @@ import structlog
 from conftest import Station
 from endpoint import Books, PaidEndpoint, Reply, picture
 
+from imagewatch.commands.retry import Retry
 from imagewatch.inbox.scan import Sweep
 from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
-from imagewatch.retry import Retry
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from security.people import look, walk

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import pytest
 from conftest import Station, until
 
+from imagewatch.commands.retry import Retry
 from imagewatch.inbox.scan import Sweep
 from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
-from imagewatch.retry import Retry
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from imagewatch import afford
-from imagewatch.balances import with_balances
+from imagewatch.commands import afford
+from imagewatch.commands.balances import with_balances
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.schema import layered

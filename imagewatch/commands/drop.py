@@ -22,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import tomli_w
 
+from imagewatch.commands.wait import Made
 from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol import prompt as prompts
@@ -31,7 +32,6 @@ from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file, own_way
-from imagewatch.waiting import Made
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence

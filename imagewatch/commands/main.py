@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from imagewatch import __version__, admin, table
-from imagewatch.submit import submit
+from imagewatch import __version__
+from imagewatch.commands import admin, table
+from imagewatch.commands.submit import submit
 from imagewatch.system.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.system.text import amount, complaint, printable, to_json, whole
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from imagewatch.commands.check import Line
     from imagewatch.config.load import Config
     from imagewatch.daemon.loop import Daemon
-    from imagewatch.explain import Line
     from imagewatch.job.outcome import Outcome
 
 EXIT_FAILED = 1
@@ -210,7 +211,7 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
 
 def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
     """Yield what was found, line by line: the endpoint may take its time."""
-    from imagewatch import explain  # noqa: PLC0415
+    from imagewatch.commands import check as explain  # noqa: PLC0415
     from imagewatch.daemon.status import kind  # noqa: PLC0415
 
     for line in explain.settings(config, os.environ):
@@ -234,7 +235,7 @@ def demo(folder: str) -> None:
     Makes FOLDER (default: imagewatch-demo; a number is added if it is there), drops six prompts into its inbox and
     runs the real daemon on them. Nothing leaves this machine.
     """
-    from imagewatch import demo as show  # noqa: PLC0415
+    from imagewatch.commands import demo as show  # noqa: PLC0415
 
     with _progress(shown=sys.stderr.isatty()) as bar:
         story = show.play(folder, on_outcome=bar.finished, on_seen=bar.found)

@@ -13,17 +13,17 @@ from urllib.parse import quote
 
 import click
 
-from imagewatch.admin import Seconds, config_option, load, say, silence
-from imagewatch.interrupts import Interrupted, Interrupts
+from imagewatch.commands.admin import Seconds, config_option, load, say, silence
+from imagewatch.commands.interrupts import Interrupted, Interrupts
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import amount, complaint, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from imagewatch.commands.drop import Delivery, Wish
+    from imagewatch.commands.wait import Made, Waiting
     from imagewatch.config.load import Config
-    from imagewatch.sender import Delivery, Wish
-    from imagewatch.waiting import Made, Waiting
 
 EXIT_FAILED = 1
 EXIT_USAGE = 64
@@ -149,8 +149,8 @@ def _config(path: str | None, root: str | None) -> Config:
 
 def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Waiting | None:
     """Drop everything, or nothing if anything is wrong; return what waits for it."""
-    from imagewatch.sender import Delivery, folder_of  # noqa: PLC0415
-    from imagewatch.waiting import Waiting  # noqa: PLC0415
+    from imagewatch.commands.drop import Delivery, folder_of  # noqa: PLC0415
+    from imagewatch.commands.wait import Waiting  # noqa: PLC0415
 
     config, options = call.config, call.options
     wishes = _wishes(prompts, options)
@@ -176,7 +176,7 @@ def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Wai
 
 
 def _stems(wishes: Sequence[Wish], name: str | None) -> list[str]:
-    from imagewatch.sender import require_stem, stem_for  # noqa: PLC0415
+    from imagewatch.commands.drop import require_stem, stem_for  # noqa: PLC0415
 
     if name is None:
         return [stem_for(wish.text) for wish in wishes]
@@ -263,7 +263,7 @@ def _name(jobs: Sequence[Made], config: Config) -> None:
 
 def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, Wish]]:
     """Return each prompt, and what to call it when something is wrong with it."""
-    from imagewatch.sender import Wish  # noqa: PLC0415
+    from imagewatch.commands.drop import Wish  # noqa: PLC0415
 
     asked, images = {name: options[name] for name in _OPTIONS}, tuple(options["images"])
     wishes = [(f"prompt {number}", Wish(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)]

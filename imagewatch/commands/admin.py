@@ -18,18 +18,18 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from imagewatch import table
+from imagewatch.commands import table
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.text import amount, local, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from imagewatch.commands.estimate import Estimate
+    from imagewatch.commands.retry import Failed, Retry
     from imagewatch.config.load import Config
-    from imagewatch.estimate import Estimate
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger
-    from imagewatch.retry import Failed, Retry
 
 EXIT_HELD = 69
 _PATIENCE = 6.0
@@ -188,7 +188,7 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     if everything and pay_again:
         raise click.UsageError("--pay-again needs the prompts by name")
     config = _owned(path)
-    from imagewatch.retry import Retry  # noqa: PLC0415
+    from imagewatch.commands.retry import Retry  # noqa: PLC0415
     from imagewatch.system.disk import Disk  # noqa: PLC0415
 
     with _ledger(config) as ledger:
@@ -262,8 +262,8 @@ def history(
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
-    from imagewatch import history as told  # noqa: PLC0415
-    from imagewatch.balances import with_balances  # noqa: PLC0415
+    from imagewatch.commands import history as told  # noqa: PLC0415
+    from imagewatch.commands.balances import with_balances  # noqa: PLC0415
     from imagewatch.journal.budget import day_and_month  # noqa: PLC0415
 
     config = load(path)
@@ -288,7 +288,7 @@ def _show_sums(sums: Sequence[Any], by: str, *, as_json: bool, as_csv: bool) -> 
     if as_json:
         click.echo(to_json(rows, indent=1))
     elif as_csv:
-        from imagewatch.history import table_csv  # noqa: PLC0415
+        from imagewatch.commands.history import table_csv  # noqa: PLC0415
 
         click.echo(table_csv((by, *columns), [row.values() for row in rows]), nl=False)
     else:
@@ -335,8 +335,8 @@ def estimate(path: str | None, *, as_json: bool) -> None:
 
     The endpoint publishes no prices: this is what requests like them were charged here before.
     """
-    from imagewatch import afford  # noqa: PLC0415
-    from imagewatch import estimate as guess  # noqa: PLC0415
+    from imagewatch.commands import afford  # noqa: PLC0415
+    from imagewatch.commands import estimate as guess  # noqa: PLC0415
 
     config = load(path)
     with afford.budget_of(config) as budget:
@@ -387,7 +387,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
         raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} exclude each other")
     config = load(path)
     if prometheus:
-        from imagewatch import metrics  # noqa: PLC0415
+        from imagewatch.commands import metrics  # noqa: PLC0415
 
         click.echo(metrics.text(_page(config)), nl=False)
         return
@@ -493,7 +493,7 @@ def _control(config: Config) -> Any:  # noqa: ANN401  imported late
 def _owned(path: str | None) -> Config:
     """Return the configuration, as the owner of the state folder: what root made the daemon could not remove."""
     # Loaded while we may: our own code may lie where only root can read.
-    from imagewatch import retry  # noqa: F401, PLC0415
+    from imagewatch.commands import retry  # noqa: F401, PLC0415
     from imagewatch.daemon import status  # noqa: F401, PLC0415
     from imagewatch.journal import (
         control,  # noqa: F401, PLC0415
