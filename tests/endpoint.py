@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imagewatch.endpoint.api import Body
-    from imagewatch.job.record import Sink
+    from imagewatch.endpoint.saved_answer import Sink
 
 AT = 1_700_000_000.0
 """What every clock shows: the same files come of the same steps."""

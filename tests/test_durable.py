@@ -15,7 +15,7 @@ from typing import IO, TYPE_CHECKING
 
 import pytest
 
-from imagewatch.job.record import Answer, Sink
+from imagewatch.endpoint.saved_answer import Answer, Sink
 from imagewatch.protocol.values import Head, Tail
 from imagewatch.system import disk as durable
 from imagewatch.system.disk import Disk

@@ -496,8 +496,8 @@ def _owned(path: str | None) -> Config:
     from imagewatch.commands import retry  # noqa: F401, PLC0415
     from imagewatch.daemon import status  # noqa: F401, PLC0415
     from imagewatch.journal import (
-        control,  # noqa: F401, PLC0415
-        ledger,  # noqa: F401, PLC0415
+        control,  # noqa: F401
+        ledger,  # noqa: F401
     )
 
     config = load(path)

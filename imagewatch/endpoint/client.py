@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.key import Key
     from imagewatch.config.load import Endpoint
-    from imagewatch.job.record import Sink
+    from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.system.masking import Mask
 
 USER_AGENT = f"imagewatch/{__version__}"

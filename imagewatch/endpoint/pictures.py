@@ -21,7 +21,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.job.record import Answer, Record
+    from imagewatch.endpoint.saved_answer import Answer
     from imagewatch.system.folders import Tops
 
 _FETCH_SECONDS = 600.0
@@ -127,40 +127,43 @@ class Pictures:
         self._now = monotonic
         self._wait = wait
 
-    def read(self, record: Record, answer: Answer) -> Reading:
-        """Read a paid answer; its base64 pictures go into the record."""
+    def read(self, path: Callable[[str], str], answer: Answer) -> Reading:
+        """Read a paid answer; its base64 pictures go into files of the job.
+
+        Args:
+            path: Returns the path of a file of the job.
+            answer: What came.
+        """
         return read(
             answer.chunks(),
             encoding=_coding(answer),
             limit=2 * self._limit,
-            create=lambda number: self._create(record.path(f"image.{number}")),
+            create=lambda number: self._create(path(f"image.{number}")),
         )
 
     def shown(self, answer: Answer) -> Iterator[bytes]:
         """Yield what others may see of a paid answer: a copy without the key, and without its content coding."""
         return shown(answer.chunks(), encoding=_coding(answer), limit=2 * self._limit)
 
-    def collect(self, record: Record, reading: Reading) -> list[Picture]:
+    def collect(self, path: Callable[[str], str], reading: Reading) -> list[Picture]:
         """Fetch what is to be fetched, and judge every picture."""
         wanted = {
-            number: _Wanted(got.url, record.path(f"fetched.{number}"))
-            for number, got in enumerate(reading.images)
-            if got.url
+            number: _Wanted(got.url, path(f"fetched.{number}")) for number, got in enumerate(reading.images) if got.url
         }
         self._fetch(list(wanted.values()))
-        return [self._picture(record, number, got, wanted.get(number)) for number, got in enumerate(reading.images)]
+        return [self._picture(path, number, got, wanted.get(number)) for number, got in enumerate(reading.images)]
 
     def _create(self, path: str) -> IO[bytes]:
         return _Ours(self._disk, path)  # type: ignore[return-value]
 
-    def _picture(self, record: Record, number: int, got: Got, wanted: _Wanted | None) -> Picture:
+    def _picture(self, path: Callable[[str], str], number: int, got: Got, wanted: _Wanted | None) -> Picture:
         if wanted:
             name, problem = f"fetched.{number}", wanted.problem
         else:
             name, problem = f"image.{got.decoded}", got.problem if got.decoded is None else ""
         if problem:
             return Picture("", None, got.mime, 0, "", problem)
-        return _inspected(record.path(name), self._disk.tops, name, got)
+        return _inspected(path(name), self._disk.tops, name, got)
 
     def _fetch(self, wanted: list[_Wanted]) -> None:
         """Fetch pictures in rounds, until each is here, or trying again cannot help, or their urls have expired.

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from imagewatch.endpoint.api import Verdict
     from imagewatch.endpoint.decode import Reading
     from imagewatch.endpoint.pictures import Picture, Pictures
-    from imagewatch.job.record import Answer, Record
+    from imagewatch.endpoint.saved_answer import Answer
+    from imagewatch.job.record import Record
     from imagewatch.job.rules import Evidence
     from imagewatch.job.spool import Spool
 
@@ -249,11 +250,11 @@ class Closing:
         """Read a paid answer, fetch what it names, and decide."""
         case = self._dated(case)
         assert case.answer is not None
-        reading = self._pictures.read(case.record, case.answer)
+        reading = self._pictures.read(case.record.path, case.answer)
         if any(got.url for got in reading.images):
             # The ledger first: it was paid for, and to fetch a picture may take long.
             self._write_row(case, "made", "yes", reading=reading)
-        pictures = self._pictures.collect(case.record, reading)
+        pictures = self._pictures.collect(case.record.path, reading)
         good = sum(picture.good for picture in pictures)
         asked = case.sent.asked if case.sent else 1
         told = [text for text in (case.answer.tail.reason, reading.problem) if text]

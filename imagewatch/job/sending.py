@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.endpoint.client import Client
-    from imagewatch.job.record import Record, Sink
+    from imagewatch.endpoint.saved_answer import Sink
+    from imagewatch.job.record import Record
     from imagewatch.protocol.request import Request
     from imagewatch.protocol.values import Claim
 

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imagewatch.endpoint.api import Body
+    from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.job.outcome import Outcome
-    from imagewatch.job.record import Sink
 
 ALL = os.environ.get("IMAGEWATCH_ALL_ATTACKS") == "1"
 MOMENTS = 24

@@ -1,0 +1,243 @@
+"""A response on our disk: written while it comes in, read in pieces afterwards.
+
+Its file is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import math
+import os
+import threading
+import time
+from typing import IO, TYPE_CHECKING, TypeVar
+
+from imagewatch.protocol.values import Head, Tail, dump, load
+from imagewatch.system.disk import Disk, ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import Tops
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+T = TypeVar("T")
+_TAIL_BYTES = 64 * 1024
+_LINE_BYTES = 1024
+_CHUNK_BYTES = 512 * 1024
+_PATIENCE = 1.0
+"""Between two tries of what our disk refuses with the answer on the line, seconds."""
+_HINT = "look at the disk and the system log; do not remove the answer, it was paid for"
+
+
+class Answer:
+    """A banked answer: what the endpoint said, read from disk in pieces.
+
+    Attributes:
+        head: Status and headers.
+        tail: Whether it came whole.
+        length: Size of the body, bytes.
+    """
+
+    def __init__(self, path: str, tops: Tops | None = None) -> None:
+        self.path = path
+        self._tops = tops or Tops()
+        try:
+            with self._opened() as file:
+                first = _line(lambda size: os.pread(file.fileno(), size, 0).partition(b"\n"))
+                end = file.seek(0, os.SEEK_END)
+                last = _line(lambda size: os.pread(file.fileno(), size, max(0, end - size)).rpartition(b"\n")[::-1])
+            self.head, self.tail = load(first, Head), load(last, Tail)
+        except (OSError, ValueError) as error:
+            raise SpoolError(
+                f"{path}: the banked answer cannot be read: {error}", path=path, code=errno_of(error), hint=_HINT
+            ) from error
+        self._start = len(first) + 1
+        self.length = end - len(last) - 1 - self._start
+
+    def _opened(self) -> io.FileIO:
+        return io.FileIO(self._tops.open_file(self.path, os.O_RDONLY))
+
+    def chunks(self, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield the body in pieces of at most ``size`` bytes."""
+        left = self.length
+        with self._opened() as file:
+            file.seek(self._start)
+            while left > 0 and (chunk := file.read(min(size, left))):
+                left -= len(chunk)
+                yield chunk
+
+    def sample(self, size: int = _TAIL_BYTES) -> bytes:
+        """Return the beginning of the body, enough for any error message."""
+        return next(self.chunks(size), b"")
+
+
+class Sink:
+    """Where an answer is written while it comes in.
+
+    Its file is open, with room for the answer, before the request leaves. What the disk refuses later is tried again
+    for as long as the call lasts, by the open file and not by its name: meanwhile the endpoint waits, too.
+
+    Args:
+        disk: Our disk.
+        path: The answer's final name.
+        restore: Makes the record again, if its folder was removed or replaced meanwhile.
+        on_trouble: Called with what the disk refuses, once before that is waited for.
+        wait: Waits some seconds.
+        now: Monotonic clock, seconds.
+
+    Attributes:
+        written: Bytes of the body so far.
+        status: HTTP status of the answer, 0 before it has come.
+        until: Until when a failing disk is waited for, by the monotonic clock.
+        trouble: What the disk refused last, in words; empty if it refused nothing.
+    """
+
+    def __init__(
+        self,
+        disk: Disk,
+        path: str,
+        restore: Callable[[], object] = lambda: None,
+        on_trouble: Callable[[SpoolError], object] = lambda _: None,
+        wait: Callable[[float], object] = threading.Event().wait,  # noqa: B008
+        now: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._disk = disk
+        self._path = path
+        self._part = path + ".part"
+        self._restore = restore
+        self._on_trouble = on_trouble
+        self._wait = wait
+        self._now = now
+        self._file: IO[bytes] | None = None
+        self._is_suspect = False
+        self.written = self.status = 0
+        self.until = -math.inf
+        self.trouble = ""
+
+    def open(self, room: int = 0) -> None:
+        """Make the file and reserve room in it. Nothing is waited for: what fails here costs nothing.
+
+        Args:
+            room: Bytes.
+        """
+        self._file = self._disk.create_anew(self._part)
+        if room:
+            self._disk.reserve(self._file, room, self._part)
+
+    def start(self, head: Head) -> None:
+        """Write down how the answer begins."""
+        if self._file is None:
+            self.open()
+        self.status = head.status
+        self._put(dump(head) + b"\n")
+
+    def write(self, chunk: bytes | memoryview) -> None:
+        """Append a piece of the body."""
+        self._put(chunk)
+        self.written += len(chunk)
+
+    def finish(self, tail: Tail) -> None:
+        """Make the answer durable under its final name. Only now may anybody read it."""
+        self._put(b"\n" + dump(tail))
+        self._insist(self._settle)
+        self.close()
+
+    def close(self) -> None:
+        """Let go of the file; what was written stays as ``answer.N.part``."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                self._file.close()
+            self._file = None
+
+    def _put(self, content: bytes | memoryview) -> None:
+        assert self._file is not None
+        rest = memoryview(content)
+        while rest:
+            rest = rest[self._insist(functools.partial(os.write, self._file.fileno(), rest)) :]
+
+    def _settle(self) -> None:
+        """Give the whole answer its name; what failed half way may be done again."""
+        if self._is_suspect or not self._has_name():
+            self._write_anew()
+        assert self._file is not None
+        self._disk.unreserve(self._file)
+        self._is_suspect = True
+        self._disk.sync(self._file, self._part)
+        self._is_suspect = False
+        self._disk.replace(self._part, self._path)
+        self._disk.sync_folder(os.path.dirname(self._path))
+
+    def _has_name(self) -> bool:
+        """Tell whether the open file is the one of its name: the folder may have been removed, or replaced."""
+        assert self._file is not None
+        try:
+            return os.path.samestat(os.fstat(self._file.fileno()), self._disk.tops.lstat(self._part))
+        except OSError:
+            return False
+
+    def _write_anew(self) -> None:
+        """Write what the open file holds to a new one: it lost its name, or a failed sync may have lost its content."""
+        assert self._file is not None
+        self._restore()
+        copy = self._disk.create_anew(self._part)
+        try:
+            offset = 0
+            while piece := os.pread(self._file.fileno(), _CHUNK_BYTES, offset):
+                offset += copy.write(piece)
+        except BaseException:
+            copy.close()
+            raise
+        self._file.close()
+        self._file = copy
+
+    def _insist(self, act: Callable[[], T]) -> T:
+        """Do what the disk may refuse, again and again while there is time."""
+        is_told = False
+        while True:
+            try:
+                with ours(self._path, "save the answer"):
+                    return act()
+            except SpoolError as error:
+                left = self.until - self._now()
+                if not error.code or left <= 0:
+                    raise
+                self.trouble = str(error)
+                if not is_told:
+                    self._on_trouble(error)
+                is_told = True
+                self._wait(min(_PATIENCE, left))
+
+
+def _line(read: Callable[[int], tuple[bytes, bytes, bytes]]) -> bytes:
+    """Return the first or the last line of a file.
+
+    Args:
+        read: Returns so many bytes of the file from that end: what is before the first line feed, that, and the rest.
+
+    Raises:
+        ValueError: There is no such line.
+    """
+    for size in (_LINE_BYTES, _TAIL_BYTES):
+        line, feed, _ = read(size)
+        if feed:
+            return line
+    raise ValueError("a line of it is missing")
+
+
+def errno_of(error: Exception) -> int:
+    """Return an errno if the disk failed, which may pass; 0 if what it holds is damaged, which does not."""
+    return (isinstance(error, OSError) and error.errno) or 0
+
+
+def has_tail(file: IO[bytes]) -> bool:
+    """Tell whether an answer was written to its end; leave the file there."""
+    end = file.seek(0, os.SEEK_END)
+    file.seek(max(0, end - _TAIL_BYTES))
+    last = file.read().rpartition(b"\n")[2]
+    try:
+        load(last, Tail)
+    except (ValueError, RecursionError):  # a piece of the body, which may be anything
+        return False
+    return True
