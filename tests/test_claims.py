@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.job.claims import MARK, Claims, NotOursError
+from imagewatch.inbox.claimed import MARK
+from imagewatch.job.claims import Claims, NotOursError
 from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:

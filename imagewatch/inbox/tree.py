@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from imagewatch.inbox.candidate import Found, Reasons, first_level
+from imagewatch.inbox.claimed import MARK, looks_like_claims
 from imagewatch.inbox.stability import Settling
 from imagewatch.inbox.system_folders import why_not_entered
-from imagewatch.job.claims import MARK, looks_like_claims
 from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
 from imagewatch.system.compact import Numbers
 from imagewatch.system.disk import ours

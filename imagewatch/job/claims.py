@@ -10,31 +10,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import json
 import os
-import re
 import secrets
 import stat
 from typing import TYPE_CHECKING
 
+from imagewatch.inbox.claimed import MARK, mark_in
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.system.disk import Disk, ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Descriptor, NotAFolderError
 from imagewatch.system.text import printable
-from imagewatch.system.untrusted import open_at
 
 if TYPE_CHECKING:
     from imagewatch.system.folders import Tops
 
 _FILE = "claims.json"
-MARK = ".imagewatch-claims"
-JOB = re.compile("[0-9a-f]{16}")
-_MOST_MARK = 64
 _ITS_OWN = "is the daemon's folder of claimed files"
 _MODE = 0o700
-_MOST_LISTED = 4096
 HINT = "remove or rename what has this name; the daemon resumes automatically"
 
 
@@ -251,34 +245,3 @@ class Claims:
             message = f"{printable(self.path)}: {reason}, so nothing is claimed"
             hint = "do not remove or rename it: give it back to the daemon's user (chown -R) and set its mode to 0700"
         return NotOursError(message, path=self.path, code=errno.EPERM, hint=hint)
-
-
-def mark_in(folder: Descriptor) -> str:
-    """Return the mark of a folder of claimed files, or an empty string."""
-    try:
-        with open_at(MARK, folder.fileno(), most_bytes=_MOST_MARK) as file:
-            return file.read(_MOST_MARK).decode("ascii", "replace")
-    except OSError:
-        return ""
-
-
-def looks_like_claims(descriptor: int) -> bool:
-    """Tell whether a folder is, or was, one of claimed files, of whatever daemon and under whatever name.
-
-    What is in it may have been paid for, so it is not scanned.
-    """
-    if _has(descriptor, MARK):
-        return True
-    if not _has(descriptor, "lock"):
-        return False
-    with contextlib.suppress(OSError), os.scandir(descriptor) as entries:  # not all of them: there may be a million
-        return any(JOB.fullmatch(entry.name) for entry in itertools.islice(entries, _MOST_LISTED))
-    return False
-
-
-def _has(descriptor: int, name: str) -> bool:
-    try:
-        os.stat(name, dir_fd=descriptor, follow_symlinks=False)
-    except OSError:
-        return False
-    return True

@@ -20,7 +20,8 @@ from typing import IO, TYPE_CHECKING
 from imagewatch.config.load import overlaps
 from imagewatch.config.locate import others_above
 from imagewatch.inbox.candidate import ANYWHERE
-from imagewatch.job.claims import JOB, Claims, NotOursError
+from imagewatch.inbox.claimed import JOB
+from imagewatch.job.claims import Claims, NotOursError
 from imagewatch.job.record import Record
 from imagewatch.job.rules import Evidence
 from imagewatch.protocol.names import PAID, SUFFIX, fits, fitted, tagged
