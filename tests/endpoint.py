@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from contextlib import AbstractContextManager
 
-    from imagewatch.endpoint.api import Body
+    from imagewatch.endpoint.body import Body
     from imagewatch.endpoint.saved_answer import Sink
 
 AT = 1_700_000_000.0

@@ -59,8 +59,9 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
-import imagewatch.commands.admin, imagewatch.endpoint.client, imagewatch.journal.control, imagewatch.daemon.loop, imagewatch.commands.estimate
-import imagewatch.commands.check, imagewatch.commands.history, imagewatch.system.log, imagewatch.commands.retry, imagewatch.daemon.status
+import imagewatch.commands.admin, imagewatch.commands.check, imagewatch.commands.estimate, imagewatch.commands.history
+import imagewatch.commands.retry, imagewatch.daemon.loop, imagewatch.daemon.status, imagewatch.endpoint.client
+import imagewatch.journal.control, imagewatch.system.log
 from imagewatch.commands.main import main
 
 user = int(sys.argv.pop(1))

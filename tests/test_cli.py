@@ -132,7 +132,8 @@ def test_the_version_is_told():
 
 
 def test_help_and_version_load_nothing_heavy():
-    code = "import sys, imagewatch.commands.main; print(*(m for m in ('httpx', 'PIL', 'structlog', 'sqlite3') if m in sys.modules))"
+    heavy = ("httpx", "PIL", "structlog", "sqlite3")
+    code = f"import sys, imagewatch.commands.main; print(*(m for m in {heavy} if m in sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
 
 

@@ -18,8 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.config.schema import Options
-from imagewatch.endpoint.api import Body, Part, body_fields, choose_provider, classify, doubt
+from imagewatch.endpoint.api import classify, doubt
+from imagewatch.endpoint.body import Body
 from imagewatch.endpoint.decode import read
+from imagewatch.protocol.options import body_fields, choose_provider
+from imagewatch.protocol.request import Part
 from imagewatch.protocol.values import Head, Reaction
 from imagewatch.system.errors import InDoubt, JobError
 

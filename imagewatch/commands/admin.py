@@ -495,10 +495,7 @@ def _owned(path: str | None) -> Config:
     # Loaded while we may: our own code may lie where only root can read.
     from imagewatch.commands import retry  # noqa: F401, PLC0415
     from imagewatch.daemon import status  # noqa: F401, PLC0415
-    from imagewatch.journal import (
-        control,  # noqa: F401
-        ledger,  # noqa: F401
-    )
+    from imagewatch.journal import control, ledger  # noqa: F401, PLC0415
 
     config = load(path)
     state = config.folders.state

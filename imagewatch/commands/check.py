@@ -20,7 +20,6 @@ from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.schema import layered
 from imagewatch.daemon import status
-from imagewatch.endpoint.api import choose_provider
 from imagewatch.inbox.scan import Sweep
 from imagewatch.job.claims import HINT
 from imagewatch.job.spool import Spool, blocked, require_space
@@ -28,6 +27,7 @@ from imagewatch.journal.control import Control
 from imagewatch.journal.health import trouble
 from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.names import CLAIMS, SUFFIX
+from imagewatch.protocol.options import choose_provider
 from imagewatch.protocol.request import Files, Request, build, unknown_family
 from imagewatch.system.disk import FULL, Disk, locked, ours
 from imagewatch.system.errors import BadRequest, ConfigError, SpoolError, Unavailable

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
-import hashlib
 import json
 import math
 import re
 import zlib
 from dataclasses import dataclass
-from typing import IO, TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
-import pybase64
 
-from imagewatch.config.schema import Options, Provider, family, shown
+from imagewatch.config.schema import shown
 from imagewatch.protocol.values import Head, Reaction
-from imagewatch.system.errors import InDoubt, JobError
+from imagewatch.system.errors import InDoubt
 from imagewatch.system.masking import known
 
 if TYPE_CHECKING:
@@ -54,33 +52,6 @@ _BALANCE = re.compile("[a-z_]{0,40}balance")
 # The request
 
 
-def choose_provider(options: Options, *, has_inputs: bool) -> Provider | None:
-    """Return whom to ask.
-
-    Without a provider (``auto``) the family of the model decides; without a model it is as the skill advises: input
-    images → gemini; any of size, quality, output_format → openai; else flux.
-
-    Returns:
-        None if there is a model of no known family, and no provider.
-    """
-    if options.provider not in {None, "auto"}:
-        return options.provider  # type: ignore[return-value]  # the set above leaves the three
-    if options.model is not None:
-        return family(options.model)
-    if has_inputs:
-        return "gemini"
-    return "openai" if options.size or options.quality or options.output_format else "flux"
-
-
-def body_fields(options: Options, provider: Provider) -> dict[str, Any]:
-    """Return the JSON body without ``prompt`` and ``input_images``; what is not set is not sent."""
-    fields: dict[str, Any] = {"provider": provider}
-    for name in Options.__struct_fields__:
-        if name != "provider" and (value := getattr(options, name)) is not None:
-            fields[name] = value
-    return fields
-
-
 def largest_answer(fields: dict[str, Any]) -> int:
     """Return how many bytes the answer to a request may plausibly have.
 
@@ -91,76 +62,6 @@ def largest_answer(fields: dict[str, Any]) -> int:
     pixels = int(found[1]) * int(found[2]) if found else 0
     each = pixels * _PIXEL_BYTES * 4 // 3 + _ENVELOPE_BYTES if pixels else _UNSIZED_BYTES
     return int(fields.get("n", 1)) * each + _ENVELOPE_BYTES
-
-
-@dataclass(frozen=True)
-class Part:
-    """One input image of a request, still on disk.
-
-    Attributes:
-        open: Opens the file for reading.
-        mime: Its type, by content.
-        size: Bytes.
-        sha256: Of what was validated; what is sent must be the same.
-    """
-
-    open: Callable[[], IO[bytes]]
-    mime: str
-    size: int
-    sha256: str
-
-
-class Body:
-    """The request's JSON body, made piece by piece: never a whole image in memory.
-
-    Attributes:
-        length: Size in bytes, known before the first piece.
-    """
-
-    def __init__(self, prompt: str, fields: dict[str, Any], parts: Iterable[Part]) -> None:
-        self._head = json.dumps({**fields, "prompt": prompt}, ensure_ascii=False).encode()
-        self._parts = tuple(parts)
-        self.length = sum(len(piece) if isinstance(piece, bytes) else _encoded(piece) for piece in self._plan())
-
-    def _plan(self) -> Iterator[bytes | Part]:
-        if not self._parts:
-            yield self._head
-            return
-        yield self._head[:-1] + b', "input_images": ['
-        for number, part in enumerate(self._parts):
-            yield (b', "' if number else b'"') + f"data:{part.mime};base64,".encode()
-            yield part
-            yield b'"'
-        yield b"]}"
-
-    def __iter__(self) -> Iterator[bytes]:
-        """Yield the body.
-
-        Raises:
-            JobError: An image is not the one that was validated. The request is then incomplete by its
-                Content-Length, so that the endpoint cannot have run it.
-        """
-        for piece in self._plan():
-            if isinstance(piece, bytes):
-                yield piece
-            else:
-                yield from _in_base64(piece)
-
-
-def _encoded(part: Part) -> int:
-    return (part.size + 2) // 3 * 4
-
-
-def _in_base64(part: Part) -> Iterator[bytes]:
-    digest, left = hashlib.sha256(), part.size
-    with part.open() as file:
-        while left > 0:
-            chunk = file.read(min(_READ_BYTES, left))
-            left -= len(chunk)
-            digest.update(chunk)
-            if not chunk or (left <= 0 and digest.hexdigest() != part.sha256):
-                raise JobError("an input image was changed while it was sent", hint="drop the files again")
-            yield pybase64.b64encode(chunk)
 
 
 # What an answer says

@@ -29,7 +29,7 @@ import httpx
 
 from imagewatch import __version__
 from imagewatch.endpoint.addresses import NotPublicError, address_in, is_public, is_this_machine
-from imagewatch.endpoint.api import BALANCE_PATH, PATH, Body, Plain, UndecodableError, balance, doubt, is_coding
+from imagewatch.endpoint.api import BALANCE_PATH, PATH, Plain, UndecodableError, balance, doubt, is_coding
 from imagewatch.endpoint.call import Call
 from imagewatch.protocol.images import SNIFF_BYTES, sniff
 from imagewatch.protocol.values import Head, Tail
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.key import Key
     from imagewatch.config.load import Endpoint
+    from imagewatch.endpoint.body import Body
     from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.system.masking import Mask
 

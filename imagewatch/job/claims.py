@@ -16,7 +16,7 @@ import secrets
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.inbox.claimed import MARK, mark_in
+from imagewatch.inbox.claimed import MARK, looks_like_claims, mark_in
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.system.disk import Disk, ours
 from imagewatch.system.errors import SpoolError

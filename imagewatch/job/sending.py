@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import replace as changed
 
 from imagewatch.endpoint.api import largest_answer
+from imagewatch.endpoint.body import Body
 from imagewatch.job.outcome import Trouble
 from imagewatch.protocol.values import Head, Sent, Tail
 from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
@@ -141,9 +142,8 @@ class Sending:
             try:
                 with self._leaving():
                     pass  # or nothing of it is begun
-                self._client.send(
-                    claim.job, request.body(), functools.partial(self._begin, record, sink, fate, request), sink
-                )
+                body = Body(request.prompt, request.fields, request.parts)
+                self._client.send(claim.job, body, functools.partial(self._begin, record, sink, fate, request), sink)
             except (JobError, ConfigError, SpoolError) as error:
                 fate = _failed(self._fates[claim.job], error, sink)
             except BaseException:  # a bug, or the end: only the disk can tell

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.config.schema import Options, layered, nearest
-from imagewatch.endpoint.api import Body, Part, body_fields, choose_provider
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
 from imagewatch.protocol.names import SUFFIX, spellings
+from imagewatch.protocol.options import body_fields, choose_provider
 from imagewatch.protocol.values import Input
 from imagewatch.system.errors import BadRequest, Outdated, Problem
 from imagewatch.system.text import printable
@@ -44,6 +44,23 @@ _FAULTS = {
 
 
 @dataclass(frozen=True)
+class Part:
+    """One input image of a request, still on disk.
+
+    Attributes:
+        open: Opens the file for reading.
+        mime: Its type, by content.
+        size: Bytes.
+        sha256: Of what was validated; what is sent must be the same.
+    """
+
+    open: Callable[[], IO[bytes]]
+    mime: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Request:
     """A request that may be sent.
 
@@ -65,10 +82,6 @@ class Request:
     def prompt_sha256(self) -> str:
         """Hash of the text sent."""
         return hashlib.sha256(self.prompt.encode()).hexdigest()
-
-    def body(self) -> Body:
-        """Return the JSON body, to be read once."""
-        return Body(self.prompt, self.fields, self.parts)
 
 
 @dataclass(frozen=True)

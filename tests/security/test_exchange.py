@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from imagewatch.endpoint.api import Body
+    from imagewatch.endpoint.body import Body
     from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.job.outcome import Outcome
 
