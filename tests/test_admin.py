@@ -526,7 +526,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
 
 
 SLOW_TO_CLAIM = """
-import os, sys, time
+import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
@@ -536,8 +536,7 @@ claim = Spool.claim
 
 def slowly(self, what):
     open(f"{sys.argv[1]}/{what.stem}", "w").close()
-    while not os.path.exists(f"{sys.argv[1]}/go"):
-        time.sleep(0.02)
+    open(f"{sys.argv[1]}/go").close()  # a pipe: until the test opens it, too
     return claim(self, what)
 
 Spool.claim = slowly
@@ -552,14 +551,15 @@ def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, 
     script, told = tmp_path / "slow.py", tmp_path / "told"
     script.write_text(SLOW_TO_CLAIM)
     told.mkdir()
+    os.mkfifo(told / "go")
     (guarded.inbox / "cat.prompt.txt").write_text("A cat")
     daemon = run(guarded, str(told), script=str(script))
     assert status_of(guarded)["waiting"]["not_ready"] == 1
     for stem in ("cat", "dog"):
         guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
         until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
-    (told / "go").touch()
-    until_made(guarded, daemon, 2)
+    with open(os.open(told / "go", os.O_RDWR), "rb"):
+        until_made(guarded, daemon, 2)
     assert daemon.events("held") == []
 
 

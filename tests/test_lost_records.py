@@ -108,20 +108,27 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
     assert sandbox.report()["requests"] == 1
 
 
+def finished_with_a_copy(folders: Folders, sandbox: Sandbox, run: Callable[..., Told], text: str, door: str) -> Path:
+    """Let a prompt come to its end; return a copy of its record from while it was at the endpoint."""
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", text)
+    assert sandbox.wait_for_requests(1, 20)
+    backup = folders.root.parent / "backup"
+    shutil.copytree(folders.state / "jobs", backup)
+    sandbox.release()
+    until(lambda: folders.documents() == {"cat": door})
+    assert daemon.stop() == 0
+    return backup
+
+
 def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = run(folders)
-    sandbox.hold()
-    folders.prompt("cat", "A cat")
-    assert sandbox.wait_for_requests(1, 20)
-    shutil.copytree(folders.state / "jobs", tmp_path / "backup")
-    sandbox.release()
-    until(lambda: folders.documents() == {"cat": "outbox"})
-    assert daemon.stop() == 0
+    backup = finished_with_a_copy(folders, sandbox, run, "A cat", "outbox")
     before = command(folders, "history", "--json").stdout
-    shutil.copytree(tmp_path / "backup", folders.state / "jobs", dirs_exist_ok=True)
+    shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
     assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
     assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
@@ -174,15 +181,8 @@ def test_an_older_copy_does_not_say_that_a_kept_answer_is_lost(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
-    daemon = run(folders)
-    sandbox.hold()
-    folders.prompt("cat", "A cat [sandbox: no-images]")
-    assert sandbox.wait_for_requests(1, 20)
-    shutil.copytree(folders.state / "jobs", tmp_path / "backup")
-    sandbox.release()
-    until(lambda: folders.documents() == {"cat": "errors"})
-    assert daemon.stop() == 0
-    shutil.copytree(tmp_path / "backup", folders.state / "jobs", dirs_exist_ok=True)
+    backup = finished_with_a_copy(folders, sandbox, run, "A cat [sandbox: no-images]", "errors")
+    shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
     assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
     assert folders.documents() == {"cat": "errors"}

@@ -267,7 +267,7 @@ def capped(can_trace: None, tmp_path_factory: pytest.TempPathFactory) -> dict[Po
 def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Counter[str]]:
     """Try a list of faults, several at a time; return how many were hit of each call, and say so."""
 
-    def tryer(scene: Scene, faults: Iterable[tuple[Fault, ...]]) -> Counter[str]:
+    def tryer(scene: Scene, faults: Iterable[tuple[Fault, ...]], least: int | None = None) -> Counter[str]:
         began = time.monotonic()
         with ThreadPoolExecutor(3) as pool:
             trials = list(
@@ -284,7 +284,8 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             )
         assert not violations, f"{len(violations)} violations\n" + "\n\n".join(violations)
         # Several workers take turns as they like, and then one of them alone does not always come that far.
-        assert hit.total() >= (0.9 if scene.concurrency == 1 else 0.6) * len(trials), f"not reached: {told}"
+        wanted = (0.9 if scene.concurrency == 1 else 0.6) * len(trials) if least is None else least
+        assert hit.total() >= wanted, f"not reached: {told}"
         return hit
 
     return tryer
@@ -315,10 +316,13 @@ def test_a_system_call_that_fails_costs_nothing(plain: dict[Point, str], try_all
 @pytest.mark.timeout(3600)
 def test_no_answer_is_lost_for_which_there_is_no_room(plain: dict[Point, str], try_all) -> None:
     banking = [point for point, line in plain.items() if "answer.1" in line and point.call in FAILING]
-    chosen = (
-        banking if ALL else [point for point in banking if point.call == "openat" and "O_CREAT" in plain[point]][:1]
-    )
-    try_all(PLAIN, [(Fault(point, FULL),) for point in chosen])
+    if ALL:
+        try_all(PLAIN, [(Fault(point, FULL),) for point in banking])
+        return
+    # A thread that took other jobs does not come as far as the later ones: any one of the first three is enough.
+    made = [point for point in banking if point.call == "openat" and "O_CREAT" in plain[point]]
+    first = sorted(made, key=lambda point: point.number)[:3]
+    try_all(PLAIN, [(Fault(point, FULL),) for point in first], least=1)
 
 
 @pytest.mark.timeout(3600)

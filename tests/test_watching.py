@@ -359,7 +359,8 @@ def test_a_wall_clock_that_jumps_delays_and_repeats_nothing(
     )
     done = []
     for number, jump in enumerate((0, 365 * 86_400, -365 * 86_400, 0)):
-        offset.write_text(str(jump))
+        (tmp_path / "next").write_text(str(jump))
+        (tmp_path / "next").rename(offset)  # the daemon may read it at any moment
         for mtime in (0, 4_000_000_000):  # files of 1970 and of 2096
             path = folders.inbox / f"p{number}-{mtime}.prompt.txt"
             path.write_text(f"Number {number} of {mtime}")

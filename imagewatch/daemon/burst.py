@@ -74,7 +74,7 @@ class BurstGuard:
 
         Args:
             changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
-            is_finished: Tells whether a prompt looks like one that is over: a sync tool brings back many at once.
+            is_finished: Tells whether a prompt looks like one that is over: a sync tool brings back many together.
         """
         oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
         self._took = [taken for taken in self._took if taken.at >= oldest and taken.changed > self._passed]
@@ -108,10 +108,10 @@ class BurstGuard:
             self._took.append(_Taken(self._now(), changed, is_dated))
 
     def returned(self, source: str) -> None:
-        """Take note that a prompt of this path is back in the inbox: its ctime is new, but it has not come anew."""
+        """Take note that a prompt of this path is back in the inbox: its ctime is new, but it is the same one."""
         if self._most:
             self._returned.add(source)
 
     def over(self, source: str) -> None:
-        """Take note that a prompt of this path is over: the next one there has come anew."""
+        """Take note that a prompt of this path is over: the next one there is another one."""
         self._returned.discard(source)

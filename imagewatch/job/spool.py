@@ -656,15 +656,10 @@ class Spool:
 
     def _claimed_names(self, job: str) -> set[str]:
         """Return the names of all files in the folder of a claim."""
-        try:
-            return set(self.tops.names(self.claim_folder(job), folders=False))
-        except NotAFolderError as error:
-            if self._claims.is_open():
-                return set()  # not the folder that we made
-            with ours(error.filename, "list the folder"):
-                raise
-        except FileNotFoundError:
-            return set()
+        path = self.claim_folder(job)
+        with ours(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+            return set(self.tops.names(path, folders=False))
+        return set()
 
     def _originals(self, claim: Claim) -> set[str]:
         """Return which of its originals are in the claim. Whatever else is there is not touched."""

@@ -390,7 +390,7 @@ class Worker:
     def _close_twin(self, case: Case, twin: str, read: Callable[[], dict[str, str]]) -> None:
         """End a job whose prompt is that of one that is over: a sync tool's without a trace, a person's with a word.
 
-        Also the first one with a word of whose job there is no document: nobody was told yet.
+        Also the first one with a word of whose job there is no document yet.
         """
         claim, is_lost = case.claim, self._ledger.is_lost(twin)
         if not (is_lost or self._ledger.was_placed(claim.mtime_ns)):

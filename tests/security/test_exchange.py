@@ -324,7 +324,8 @@ def test_a_folder_that_is_exchanged_at_any_moment_gives_nothing_away_and_takes_n
     assert undisturbed.over
     moments = undisturbed.attack.moments
     assert moments > 10
-    every = 1 if ALL else max(1, moments // MOMENTS)
+    # One claim is attacked at every moment: at one of them it looked as if the prompt had been taken away.
+    every = 1 if ALL or (name, target) == ("made", "the claim") else max(1, moments // MOMENTS)
     problems = []
     for lasts in (False, True):
         for at in range(1, moments + 1, every):

@@ -81,7 +81,7 @@ def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says
     said = " ".join(done.stdout.split())
     assert (done.returncode, "the ledger cannot be written: its mode is read-only" in said) == (78, True), said
     world.start()
-    world.honest_prompt("later", "A later wish")
+    world.honest_prompt("later", "A later prompt")
     world.held_for("the ledger cannot be written")
     assert world.requests() == 1
     ledger.chmod(0o600)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import pytest
@@ -16,7 +17,6 @@ from security.world import MARK, PRIVATE_PICTURE, World, give
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from imagewatch.sandbox import Sandbox
 
@@ -28,8 +28,14 @@ def mode(path: Path) -> int:
 
 
 def open_to_others(top: Path) -> dict[str, str]:
-    """Return what others than the owner have any right to, with its mode."""
-    return {str(path.relative_to(top)): f"{mode(path):04o}" for path in (top, *top.rglob("*")) if mode(path) & 0o077}
+    """Return what others than the owner have any right to, with its mode. A daemon may remove files meanwhile."""
+    found = {}
+    below = [Path(folder, name) for folder, inner, names in os.walk(top) for name in (*inner, *names)]
+    for path in (top, *below):
+        with contextlib.suppress(FileNotFoundError):
+            if mode(path) & 0o077:
+                found[str(path.relative_to(top))] = f"{mode(path):04o}"
+    return found
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o000], ids=["umask 022", "umask 000"])
