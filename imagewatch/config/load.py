@@ -291,8 +291,7 @@ def example() -> str:
     packaged = importlib.resources.files("imagewatch").joinpath(_EXAMPLE)
     if packaged.is_file():
         return packaged.read_text(encoding="utf-8")
-    checkout = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), _EXAMPLE)
-    text, problem = _read(checkout)
+    text, problem = _read(os.path.join(os.path.dirname(str(importlib.resources.files("imagewatch"))), _EXAMPLE))
     if problem is not None:
         raise ConfigError([Problem(_EXAMPLE, "is missing from the installation", "install imagewatch again")])
     return text

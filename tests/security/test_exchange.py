@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from conftest import Station
-from endpoint import Books, PaidEndpoint, Reply, picture
+from support.endpoint import Books, PaidEndpoint, Reply, picture
+from support.station import Station
 
 from imagewatch.commands.retry import Retry
 from imagewatch.inbox.scan import Sweep

@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from conftest import Folders, Told, command, until
+from support.daemon import Folders, Told, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

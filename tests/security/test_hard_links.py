@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tomli_w
-from endpoint import picture
+from support.endpoint import picture
 
 from security.people import DAEMON, HONEST, walk
 from security.world import MARK, PRIVATE_PICTURE, World, give

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 import pytest
-from conftest import Station
-from losing import SteppingDisk
+from support.losing import SteppingDisk
+from support.station import Station
 
 from security.people import DAEMON, walk
 from security.world import MARK, PRIVATE_PICTURE, World, give

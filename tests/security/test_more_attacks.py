@@ -9,7 +9,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import Station, until
+from support.daemon import until
 
 from imagewatch.commands.retry import Retry
 from imagewatch.inbox.scan import Sweep
@@ -27,6 +27,8 @@ from security.world import CLAIMS, MARK, World, give
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from support.station import Station
 
 
 def descriptors(pid: int) -> int:

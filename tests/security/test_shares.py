@@ -10,7 +10,7 @@ import subprocess
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import until
+from support.daemon import until
 
 from security.people import DAEMON
 from security.world import CLAIMS, World

@@ -8,7 +8,7 @@ import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
-from endpoint import picture
+from support.endpoint import picture
 
 from security.people import DAEMON, HONEST, walk
 from security.puppet import exchange
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from conftest import Told
+    from support.daemon import Told
 
 HONEST_PROMPTS = 20
 ROUNDS, ACTS = 10, 150

@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
-from endpoint import picture
+from support.endpoint import picture
 
 from security.world import PRIVATE_PICTURE, World, give
 

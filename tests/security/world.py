@@ -13,8 +13,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from conftest import KEY, Folders, Told, until
-from endpoint import picture
+from support.daemon import KEY, Folders, Told, until
+from support.endpoint import picture
 
 from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, look, walk
 

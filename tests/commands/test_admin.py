@@ -1,0 +1,1354 @@
+"""The commands of whoever looks after a daemon, from outside: a real daemon, a real endpoint, and people who err."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import KEY, TESTS, Folders, Running, command, until, until_made
+from support.scripted import Scripted, answer, answering, picture
+from support.station import Station
+
+from commands.test_cli import HOSTILE, RAW
+from imagewatch.config.load import Limits
+from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.status import Status
+from imagewatch.inbox.scan import Seen
+from imagewatch.journal.control import Control
+from imagewatch.journal.holds import Holds
+from imagewatch.sandbox import Sandbox
+from imagewatch.system.disk import Disk, locked
+from imagewatch.system.errors import SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
+STRANGER = 12345
+"""A user and a group that no passwd file knows."""
+
+KILLED_BEFORE = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from support.losing import SteppingDisk
+from imagewatch.config.load import load
+from imagewatch.daemon.loop import Daemon
+
+class KillingDisk(SteppingDisk):
+    def step(self, what, path):
+        if path.endswith(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
+"""
+"""A daemon that is killed when it is about to write a file of this name."""
+
+AS_USER = """
+import os, sys
+import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
+import imagewatch.commands.admin, imagewatch.commands.check, imagewatch.commands.estimate, imagewatch.commands.history
+import imagewatch.commands.retry, imagewatch.daemon.loop, imagewatch.daemon.status, imagewatch.endpoint.client
+import imagewatch.journal.control, imagewatch.system.log
+from imagewatch.commands.main import main
+
+user = int(sys.argv.pop(1))
+os.setgroups([])
+os.setgid(user)
+os.setuid(user)
+main()
+"""
+"""A command of another user."""
+
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+def status_of(folders: Folders) -> dict[str, Any]:
+    """What the daemon says of itself, as whoever watches the file reads it; empty before it has said anything."""
+    try:
+        return json.loads((folders.state / "status.json").read_bytes())
+    except FileNotFoundError:
+        return {}
+
+
+def held_for(folders: Folders) -> list[str]:
+    return [hold["kind"] for hold in status_of(folders).get("holds", [])]
+
+
+def waiting(folders: Folders, count: int) -> None:
+    """Wait until the daemon has seen so many prompts, and that they may not go."""
+    until(lambda: status_of(folders).get("waiting", {}).get("ready") == count)
+
+
+def prompts_in(folders: Folders) -> list[str]:
+    return [name for name in folders.names("inbox") if not name.startswith(".imagewatch/")]
+
+
+def requests(sandbox: Sandbox) -> int:
+    return sandbox.report()["requests"]
+
+
+def ledger_of(folders: Folders) -> list[dict[str, Any]]:
+    told = command(folders, "history", "--json", "--limit", "0")
+    assert told.returncode == 0, told.stderr
+    return json.loads(told.stdout)
+
+
+def once(folders: Folders, *expected: int) -> str:
+    """Drain the inbox."""
+    ended = command(folders, "once")
+    assert ended.returncode in (expected or {0}), ended.stderr
+    return ended.stderr
+
+
+@pytest.fixture
+def killed_before(tmp_path: Path, start: Any) -> Callable[[Folders, str], None]:
+    """Drain an inbox and be killed on the way."""
+    script = tmp_path / "killed_before.py"
+    script.write_text(KILLED_BEFORE)
+
+    def killer(folders: Folders, name: str) -> None:
+        running = start(folders, str(TESTS), name, script=str(script))
+        assert running.wait() == -signal.SIGKILL, running.output
+
+    return killer
+
+
+# Hold and release
+
+
+@pytest.mark.parametrize("watch", ["auto", "poll"])
+def test_a_hold_by_hand_keeps_prompts_until_release_whatever_is_restarted(tmp_path, run, sandbox, watch):
+    folders = Folders(tmp_path, sandbox.base_url, inbox__watch=watch, inbox__rescan_seconds="0.2")
+    daemon = run(folders)
+    said = command(folders, "hold", "stock-taking until noon")
+    assert (said.returncode, said.stdout.splitlines()[0].split(".")[0]) == (0, "Held")
+    held = daemon.wait_for("held")
+    assert (held["kind"], held["reason"], "imagewatch release" in held["next"]) == (
+        "hand",
+        "stock-taking until noon",
+        True,
+    )
+    folders.prompt("cat", "A cat")
+    waiting(folders, 1)
+    assert daemon.stop() == 0
+    daemon = run(folders)
+    assert daemon.wait_for("held")["reason"] == "stock-taking until noon"
+    folders.prompt("dog", "A dog")
+    waiting(folders, 2)
+    assert (prompts_in(folders), requests(sandbox)) == (["cat.prompt.txt", "dog.prompt.txt"], 0)
+    said = command(folders, "release")
+    assert (said.returncode, said.stdout) == (0, "Released.\n")
+    until(lambda: folders.documents() == {"cat": "outbox", "dog": "outbox"})
+    assert daemon.events("released")[0]["kind"] == "hand"
+
+
+def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(folders, run, sandbox):
+    assert run(folders).stop() == 0
+    said = command(folders, "hold")
+    assert (said.returncode, "not running; when it starts it sends nothing" in said.stdout) == (0, True)
+    folders.prompt("cat", "A cat")
+    daemon = run(folders)
+    waiting(folders, 1)
+    assert (held_for(folders), requests(sandbox)) == (["hand"], 0)
+    assert daemon.stop() == 0
+    said = command(folders, "release")
+    assert (said.returncode, "only what still fails holds the queue" in said.stdout) == (0, True)
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert daemon.events("held") == []
+
+
+def test_a_hold_lets_what_was_sent_come_in_and_another_reason_replaces_the_first(folders, run, sandbox):
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("sent", "A cat")
+    assert sandbox.wait_for_requests(1, 20)
+    command(folders, "hold", "one")
+    command(folders, "hold", "another")
+    folders.prompt("later", "A dog")
+    sandbox.release()
+    until(lambda: folders.documents() == {"sent": "outbox"})
+    waiting(folders, 1)
+    (hold,) = status_of(folders)["holds"]
+    assert (hold["kind"], hold["reason"], hold["until"]) == ("hand", "another", None)
+    assert [line["reason"] for line in daemon.events("held")] == ["one", "another"]
+    assert requests(sandbox) == 1
+
+
+@pytest.mark.parametrize("command_", ["run", "once"])
+def test_what_was_paid_for_is_delivered_behind_a_hold(folders, run, sandbox, killed_before, command_):
+    folders.prompt("cat", "A cat")
+    killed_before(folders, "decision.json")
+    assert (requests(sandbox), folders.documents()) == (1, {})
+    command(folders, "hold", "night")
+    folders.prompt("dog", "A dog")
+    if command_ == "run":
+        run(folders)
+        until(lambda: folders.documents() == {"cat": "outbox"})
+    else:
+        assert "night" in once(folders, 69)
+    assert (folders.documents(), prompts_in(folders)) == ({"cat": "outbox"}, ["dog.prompt.txt"])
+    assert requests(sandbox) == 1
+
+
+def test_a_claimed_prompt_that_was_not_sent_goes_back_behind_a_hold(folders, sandbox, killed_before):
+    folders.prompt("cat", "A cat")
+    killed_before(folders, "sent.1")
+    assert prompts_in(folders) == []
+    command(folders, "hold")
+    once(folders, 69)
+    assert (prompts_in(folders), requests(sandbox), folders.leftovers()) == (["cat.prompt.txt"], 0, [])
+
+
+def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path, run, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__requests_per_minute="1")
+    names = [folders.prompt(f"p{number}", f"Number {number}").name for number in range(3)]
+    run(folders)
+    until(lambda: len(folders.documents()) == 1 and "rate" in held_for(folders))
+    command(folders, "hold")
+    until(lambda: len(prompts_in(folders)) == 2 and folders.leftovers() == [])
+    assert set(prompts_in(folders)) < set(names)
+
+
+def test_hold_and_release_tell_a_program_whether_the_daemon_has_taken_notice(folders, run):
+    daemon = run(folders)
+    for name in ("hold", "release"):
+        told = command(folders, name, "--json")
+        assert (told.returncode, json.loads(told.stdout)) == (
+            0,
+            {"asked": name, "is_running": True, "is_noticed": True},
+        )
+    assert daemon.stop() == 0
+    told = json.loads(command(folders, "hold", "--json", "night").stdout)
+    assert told == {"asked": "hold", "is_running": False, "is_noticed": False}
+
+
+def test_status_counts_a_prompt_without_its_image_in_words_that_are_true_of_it(folders, run):
+    folders.prompt("named", '+++\ninput_images = ["later.png"]\n+++\nA cat')
+    folders.prompt("beside", "A dog")
+    folders.drop("beside.png", b"")
+    run(folders)
+    until(lambda: status_of(folders).get("waiting", {}).get("not_ready") == 2)
+    told = command(folders, "status").stdout
+    assert "waiting    2 (2 waiting for images that are missing or empty)" in told
+
+
+def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox):
+    daemon = run(folders)
+    (folders.state / "control/passed.tmp").mkdir()
+    releasing = threading.Thread(target=command, args=(folders, "release"))
+    releasing.start()
+    until(lambda: [line for line in daemon.events("held") if line["kind"] == "disk"])
+    assert (folders.state / "control/release").exists()
+    (folders.state / "control/passed.tmp").rmdir()
+    until(lambda: not (folders.state / "control/release").exists())
+    releasing.join()
+    folders.prompt("cat", "A cat")
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    assert daemon.stop() == 0
+
+
+# The burst guard
+
+
+@pytest.fixture
+def guarded(tmp_path: Path, sandbox: Sandbox) -> Folders:
+    """Folders of a daemon that wants to be asked about more than three prompts at once."""
+    return Folders(tmp_path, sandbox.base_url, limits__burst="3", inbox__settle_seconds="1")
+
+
+def test_a_burst_waits_and_release_lets_exactly_that_one_go(guarded, run, sandbox):
+    daemon = run(guarded)
+    for number in range(4):  # as slowly as over a network: none of them is quiet when the last one comes
+        (guarded.inbox / f"a{number}.prompt.txt").write_text(f"Number {number}")
+        threading.Event().wait(0.15)
+    held = daemon.wait_for("held")
+    assert held["kind"] == "burst"
+    assert "4 prompts at once are more than limits.burst (3)" in held["reason"]
+    assert "imagewatch release" in held["next"]
+    waiting(guarded, 4)
+    assert requests(sandbox) == 0
+    command(guarded, "release")
+    until(lambda: len(guarded.documents()) == 4)
+    for number in range(5):
+        (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
+    assert daemon.wait_for("held", 2)["kind"] == "burst"
+    waiting(guarded, 5)
+    assert requests(sandbox) == 4
+
+
+def test_a_burst_that_was_let_go_needs_no_second_release_after_a_restart(guarded, run, sandbox):
+    guarded.environ |= {"IMAGEWATCH_LIMITS__CONCURRENCY": "1", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0"}
+    for number in range(6):
+        guarded.prompt(f"p{number}", f"Number {number}")
+    assert run(guarded).stop() == 0
+    command(guarded, "release")
+    sandbox.hold()
+    daemon = run(guarded)
+    assert sandbox.wait_for_requests(1, 20)
+    daemon.process.send_signal(signal.SIGTERM)
+    daemon.wait_for("stopping")
+    sandbox.release()
+    assert daemon.end() == 0
+    assert len(prompts_in(guarded)) == 5
+    daemon = run(guarded)
+    until(lambda: len(guarded.documents()) == 6)
+    assert daemon.events("held") == []
+
+
+def test_a_burst_of_prompts_that_are_taken_at_once_stops_at_the_limit(guarded, run, sandbox):
+    guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "5"
+    daemon = run(guarded)
+    for number in range(12):
+        guarded.prompt(f"p{number:02}", f"{DECLARES_NOTHING}Number {number}")
+    assert daemon.wait_for("held")["kind"] == "burst"
+    until(lambda: status_of(guarded)["in_flight"] == [] and held_for(guarded) == ["burst"])
+    assert requests(sandbox) <= 3
+    command(guarded, "release")
+    until(lambda: len(guarded.documents()) == 12)
+
+
+def test_what_was_given_back_to_the_inbox_is_no_new_burst(tmp_path, hurried):
+    with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
+        port = reserved.getsockname()[1]
+    folders = Folders(tmp_path, f"http://127.0.0.1:{port}", limits__burst="2", retry__attempts="1")
+    for number in range(5):
+        folders.prompt(f"p{number}", f"Number {number}")
+    daemon = hurried(folders, 0.05)
+    assert daemon.wait_for("held")["kind"] == "burst"
+    command(folders, "release")
+    until(lambda: len([line for line in daemon.events("held") if line["kind"] == "unreachable"]) == 4)
+    assert [line["kind"] for line in daemon.events("held")].count("burst") == 1
+    with Sandbox(port=port, key=KEY) as late:
+        until(lambda: len(folders.documents()) == 5)
+        # A connection that was never made was no attempt, and nothing was sent twice.
+        assert [folders.receipt(f"p{number}")["attempts"] for number in range(5)] == [1] * 5
+        assert (late.report()["requests"], set(folders.documents().values())) == (5, {"outbox"})
+
+
+def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_path):
+    guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "0"
+    away = tmp_path / "away"
+    away.mkdir()
+    for number in range(5):
+        (away / f"p{number}.prompt.txt").write_text(f"Number {number}")
+        shutil.copy2(away / f"p{number}.prompt.txt", guarded.inbox)
+    daemon = run(guarded)
+    assert daemon.wait_for("held")["kind"] == "burst"
+    command(guarded, "release")
+    until(lambda: len(guarded.documents()) == 5)
+    assert daemon.stop() == 0
+    for path in away.iterdir():
+        shutil.copy2(path, guarded.inbox)
+    (guarded.inbox / "new.prompt.txt").write_text("A new one")
+    daemon = run(guarded)
+    until(lambda: len(guarded.documents()) == 6 and prompts_in(guarded) == [])
+    assert daemon.events("held") == []
+    assert requests(sandbox) == 6
+
+
+def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarded, run, sandbox):
+    """Those were quiet before they were taken, so they came long before; a scan may come at any moment."""
+    guarded.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "0.1"
+    daemon = run(guarded)
+    for made in (3, 6):
+        for number in range(made - 3, made):
+            (guarded.inbox / f"p{number}.prompt.txt").write_text(f"Number {number}")
+        until_made(guarded, daemon, made)
+    assert daemon.events("held") == []
+    assert requests(sandbox) == 6
+
+
+def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_is_taken(guarded, run, sandbox):
+    guarded.environ |= {"IMAGEWATCH_INBOX__RESCAN_SECONDS": "0.1", "IMAGEWATCH_LIMITS__CONCURRENCY": "1"}
+    daemon = run(guarded)
+    sandbox.hold()
+    for number in range(3):
+        last = guarded.prompt(f"a{number}", f"{DECLARES_NOTHING}Number {number}")
+    came = last.stat().st_ctime
+    assert sandbox.wait_for_requests(1, 20)
+    until(lambda: time.time() > came + 2)
+    sandbox.release()
+    until_made(guarded, daemon, 3)
+    for number in range(3):
+        (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
+    until_made(guarded, daemon, 6)
+    assert daemon.events("held") == []
+
+
+def test_a_folder_that_is_moved_into_the_inbox_is_a_burst_though_its_prompts_are_older_than_the_last_release(
+    guarded, run, sandbox
+):
+    """A rename of their folder does not change their ctime."""
+    (guarded.root / "made/before").mkdir(parents=True)
+    for number in range(4):
+        (guarded.root / f"made/before/p{number}.prompt.txt").write_text(f"Number {number}")
+    daemon = run(guarded)
+    assert command(guarded, "release").returncode == 0
+    (guarded.root / "made").rename(guarded.inbox / "made")
+    until(lambda: held_for(guarded) == ["burst"])
+    daemon.process.send_signal(signal.SIGHUP)
+    daemon.wait_for("held", 2)
+    assert requests(sandbox) == 0
+    assert command(guarded, "release").returncode == 0
+    until(lambda: len(guarded.documents()) == 4)
+
+
+def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_whenever_they_were_made(
+    guarded, run, sandbox
+):
+    for number in range(5):
+        (guarded.root / f"made{number}").mkdir()
+        (guarded.root / f"made{number}/p{number}.prompt.txt").write_text(f"Number {number}")
+        threading.Event().wait(1.1)
+    daemon = run(guarded)
+    for number in range(5):
+        (guarded.root / f"made{number}").rename(guarded.inbox / f"made{number}")
+        threading.Event().wait(0.15)
+    assert daemon.wait_for("held")["kind"] == "burst"
+    assert requests(sandbox) <= 3
+
+
+class Guard:
+    """A burst guard of three prompts within five seconds, by a clock that the test sets."""
+
+    def __init__(self, station: Station) -> None:
+        self.now, self._holds = 0.0, Holds()
+        control = Control(str(station.state), Disk())
+        clock = lambda: self.now  # noqa: E731
+        self.gate = Gate(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
+        self.gate.configure(Limits(burst=3), 5.0, lambda: None)
+
+    def take(self, *times: float, is_dated: bool = True) -> None:
+        """Take a prompt at each time, as it comes. A server's clock shows something else."""
+        for self.now in times:
+            self.gate.burst.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
+
+    def holds(self, at: float, *came: float) -> bool:
+        """Count at a time what came at others and lies in the inbox; tell whether it is held."""
+        self.now = at
+        self.gate.count({f"b{time}.prompt.txt": time for time in came}, lambda _: False)
+        return self._holds.has("burst")
+
+
+@pytest.fixture
+def guard(station: Station) -> Guard:
+    return Guard(station)
+
+
+@pytest.mark.parametrize("counted", [104.9, 109.9, 119.0], ids=["at once", "when it was quiet", "late"])
+def test_what_has_to_be_quiet_is_one_burst_with_what_came_at_the_same_time_and_was_taken_at_once(guard, counted):
+    guard.take(100.0, 100.1, 100.2)
+    assert guard.holds(counted, 104.9)
+
+
+@pytest.mark.parametrize(("came", "counted"), [(105.3, 105.3), (105.3, 110.3), (1e6, 106.0)])
+def test_what_came_later_is_no_burst_with_what_was_taken_before(guard, came, counted):
+    guard.take(100.0, 100.1, 100.2)
+    assert not guard.holds(counted, came)
+
+
+def test_what_waits_long_is_no_burst_with_what_was_taken_when_it_came(guard):
+    guard.take(100.0, 100.1)
+    assert not guard.holds(105.3, 100.2)
+    assert not guard.holds(108.0, 100.2, 107.9)
+    assert guard.holds(108.1, 100.2, 107.9, 108.0, 108.1)
+
+
+def test_what_shows_the_time_of_a_server_counts_for_as_long_as_others_have_to_be_quiet(guard):
+    guard.take(100.0, 100.1, 100.2, is_dated=False)
+    assert not guard.holds(105.3, 7.0)
+    guard.take(106.0, 106.1, 106.2, is_dated=False)
+    assert guard.holds(110.9, 2.0)
+
+
+def test_of_prompts_that_a_sync_tool_brought_back_the_ledger_is_asked_once(guard):
+    came = {f"p{number}.prompt.txt": 100.0 + number for number in range(20)}
+    asked = []
+
+    def is_finished(source):
+        asked.append(source)
+        return True
+
+    for _ in range(3):
+        guard.gate.count(came, is_finished)
+    assert sorted(asked) == sorted(came)
+    guard.gate.count(came | {"p0.prompt.txt": 200.0}, is_finished)
+    assert asked[20:] == ["p0.prompt.txt"]
+    guard.gate.burst.forget()
+    guard.gate.count(came, lambda _: False)
+    assert guard.holds(200.0)
+
+
+def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
+    for number in range(3):
+        guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
+    guard.take(100.0, 101.0, 102.0)
+    assert not guard.holds(102.1, 102.1)
+    guard.gate.burst.over("a100.0.prompt.txt")
+    guard.take(100.0)
+    assert not guard.holds(102.2, 102.1)
+    assert guard.holds(102.3, 102.1, 102.2, 102.3)
+
+
+def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded, run, sandbox, tmp_path):
+    daemon = run(guarded)
+    away = tmp_path / "away"
+    away.mkdir()
+    for number in range(4):
+        path = away / f"p{number}.prompt.txt"
+        path.write_text(f"Number {number}")
+        shutil.copy2(path, guarded.inbox)
+        until_made(guarded, daemon, number + 1)
+    for path in away.iterdir():
+        shutil.copy2(path, guarded.inbox)
+    until(lambda: prompts_in(guarded) == [])
+    until(lambda: guarded.leftovers() == [])
+    assert daemon.events("held") == []
+    for path in away.iterdir():
+        (guarded.inbox / path.name).write_text("Something else")
+    until(lambda: daemon.events("held") or requests(sandbox) > 4)
+    assert "4 prompts at once are more than limits.burst (3)" in daemon.wait_for("held")["reason"]
+    assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
+
+
+SLOW_TO_CLAIM = """
+import os, sys
+from imagewatch.system import log
+from imagewatch.config.load import load
+from imagewatch.daemon.loop import Daemon
+from imagewatch.job.spool import Spool
+
+claim = Spool.claim
+
+def slowly(self, what):
+    open(f"{sys.argv[1]}/{what.stem}", "w").close()
+    open(f"{sys.argv[1]}/go").close()  # a pipe: until the test opens it, too
+    return claim(self, what)
+
+Spool.claim = slowly
+log.configure("info", "json")
+sys.exit(Daemon(load(None, os.environ), os.environ).run())
+"""
+"""A daemon whose disk takes as long to take prompts out of the inbox as a test likes; it says when it begins."""
+
+
+def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, run, tmp_path):
+    guarded.environ |= {"IMAGEWATCH_LIMITS__BURST": "2", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "20"}
+    script, told = tmp_path / "slow.py", tmp_path / "told"
+    script.write_text(SLOW_TO_CLAIM)
+    told.mkdir()
+    os.mkfifo(told / "go")
+    (guarded.inbox / "cat.prompt.txt").write_text("A cat")
+    daemon = run(guarded, str(told), script=str(script))
+    assert status_of(guarded)["waiting"]["not_ready"] == 1
+    for stem in ("cat", "dog"):
+        guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
+        until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
+    with open(os.open(told / "go", os.O_RDWR), "rb"):
+        until_made(guarded, daemon, 2)
+    assert daemon.events("held") == []
+
+
+def test_a_reload_with_a_higher_limit_lets_a_burst_go(guarded, run, tmp_path, sandbox):
+    del guarded.environ["IMAGEWATCH_LIMITS__BURST"]
+    config = tmp_path / "config.toml"
+    config.write_text("[limits]\nburst = 3\n")
+    for number in range(4):
+        guarded.prompt(f"p{number}", f"Number {number}")
+    daemon = run(guarded, "--config", str(config))
+    assert daemon.wait_for("held")["kind"] == "burst"
+    config.write_text("[limits]\nburst = 4\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    until(lambda: len(guarded.documents()) == 4)
+    assert len(daemon.events("held")) == 1
+
+
+@pytest.mark.parametrize("kind", ["burst", "hand"])
+def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, kind):
+    guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "0"
+    if kind == "hand":
+        once(guarded)  # makes the state folder
+        command(guarded, "hold", "no money this month")
+    count = 4 if kind == "burst" else 1
+    for number in range(count):
+        guarded.prompt(f"p{number}", f"Number {number}")
+    told = once(guarded, 69)
+    assert f"The queue is held ({kind}: " in told
+    assert ("limits.burst (3)" if kind == "burst" else "no money this month") in told
+    assert f"{count} prompt" in told
+    assert "imagewatch release" in told
+    assert (len(prompts_in(guarded)), requests(sandbox), held_for(guarded)) == (count, 0, [kind])
+
+
+# Status
+
+
+def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, run, sandbox):
+    told = command(folders, "status")
+    assert (told.returncode, "no daemon has run" in told.stderr) == (74, True)
+
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    folders.drop("dog.prompt.txt.txt", "A near miss")
+    assert sandbox.wait_for_requests(1, 20)
+    until(lambda: len(status_of(folders)["in_flight"]) == 1 and status_of(folders)["ignored"]["count"] == 1)
+    told = command(folders, "status")
+    assert told.returncode == 0
+    for words in (" is running", "in flight  1", "cat.prompt.txt", "dog.prompt.txt.txt: not a prompt"):
+        assert words in told.stdout
+    page = json.loads(command(folders, "status", "--json").stdout)
+    assert (page["state"], page["is_running"], page["pid"]) == ("running", True, daemon.process.pid)
+
+    assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    told = command(folders, "status")
+    assert (told.returncode, "it died; the next start recovers" in told.stdout) == (0, True)
+    page = json.loads(command(folders, "status", "--json").stdout)
+    assert (page["state"], page["is_running"], page["in_flight"]) == ("died", False, [])
+
+    sandbox.release()
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"cat": "errors"})
+    assert daemon.stop() == 0
+    told = command(folders, "status")
+    assert (told.returncode, "it was stopped" in told.stdout) == (0, True)
+    assert "0 made, 0 refused, 1 unknown" in told.stdout
+
+
+def test_status_ends_with_69_while_the_queue_is_held_and_knows_what_was_asked_for_meanwhile(folders, run, sandbox):
+    daemon = run(folders)
+    command(folders, "hold", "night")
+    told = command(folders, "status")
+    assert (told.returncode, "hand: night" in told.stdout, "imagewatch release" in told.stdout) == (69, True, True)
+    assert daemon.stop() == 0
+    assert command(folders, "status").returncode == 69
+    command(folders, "release")
+    assert command(folders, "status").returncode == 0
+    command(folders, "hold", "another night")
+    told = command(folders, "status")
+    assert (told.returncode, "another night" in told.stdout) == (69, True)
+
+
+def test_a_reload_shows_in_the_status_and_one_that_fails_changes_nothing(folders, run, sandbox, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text("[limits]\ncredits_per_day = 1000\n")
+    daemon = run(folders, "--config", str(config))
+    config.write_text("[limits]\ncredits_per_day = 5000\n")
+    daemon.process.send_signal(signal.SIGHUP)
+    until(lambda: status_of(folders)["today"]["cap"] == 5000)
+    wrong = tmp_path / "no.pem"
+    config.write_text(f'[endpoint]\nca_file = "{wrong}"\n[limits]\ncredits_per_day = 1\n')
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "no.pem" in daemon.wait_for("not reloaded; the old configuration stays")["reason"]
+    folders.prompt("cat", "A cat")
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: status_of(folders)["today"]["made"] == 1)
+    assert status_of(folders)["today"]["cap"] == 5000
+
+
+def test_whoever_reads_the_status_file_reads_it_whole_and_never_the_key(folders, run, sandbox, tmp_path):
+    daemon = run(folders)
+    read, stop = [], threading.Event()
+
+    def reader() -> None:
+        while not stop.is_set():
+            read.append((folders.state / "status.json").read_bytes())
+            stop.wait(0.005)
+
+    until((folders.state / "status.json").exists)
+    reading = threading.Thread(target=reader)
+    reading.start()
+    try:
+        sandbox.key = "another key"
+        folders.prompt("cat", f"A cat that says {KEY}")
+        folders.prompt("dog", "A dog")
+        daemon.wait_for("held")
+        command(folders, "release")
+        command(folders, "hold", "night")
+        until(lambda: "hand" in held_for(folders))
+    finally:
+        stop.set()
+        reading.join()
+    pages = set(read)
+    assert len(pages) > 1
+    for page in pages:
+        assert json.loads(page)["schema"] == 1
+        assert KEY.encode() not in page
+
+
+def test_asking_for_the_status_never_keeps_a_daemon_from_starting(folders, sandbox):
+    once(folders)
+    stop, asked = threading.Event(), []
+
+    def ask() -> None:
+        while not stop.wait(0.002):  # what each "status" asks, far more often than people do
+            asked.append(locked(str(folders.state / "lock")))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    try:
+        for number in range(3):
+            folders.prompt(f"p{number}", f"Number {number}")
+            once(folders)
+            assert command(folders, "status").returncode == 0
+    finally:
+        stop.set()
+        asking.join()
+    assert (set(asked), len(folders.documents())) == ({True, False}, 3)
+
+
+def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_changes(tmp_path, sandbox):
+    station = Station(tmp_path, sandbox.base_url)
+    with contextlib.closing(station):
+        gate = Gate(
+            station.spool,
+            station.ledger,
+            Control(str(station.state), Disk()),
+            Holds(),
+            lambda **_: None,
+            time.time,
+            time.monotonic,
+        )
+        told = Status(station.config(), Disk(), station.ledger, gate, time.time, time.monotonic)
+        (station.state / "status.json.tmp").mkdir()
+        told.change()
+        assert told.due is not None
+        with pytest.raises(SpoolError):
+            told.write(Seen(), 0, {}, {})
+        assert told.due is None
+        told.change()
+        assert told.due > time.monotonic()
+
+
+# History
+
+
+MIXED = {
+    "cat": "A cat",
+    "sub/two": "+++\nn = 2\n+++\nTwo dogs",
+    "sub/dear": '+++\nprovider = "openai"\nquality = "high"\n+++\nA house',
+    "no": "[sandbox: 400] Nothing nice",
+    "never": "+++\nn = 9\n+++\nNever sent",
+    "lost": "[sandbox: drop] Lost",
+    "=cmd()": "A formula",
+    f"{HOSTILE}/{HOSTILE}": '+++\nprovider = "flux"\nmodel = "\\u001b[31mred"\n+++\nA trap',
+}
+
+
+def test_history_agrees_with_the_endpoint_in_every_form_and_harms_no_terminal(folders, sandbox):
+    for stem, text in MIXED.items():
+        folders.prompt(stem, text)
+    once(folders, 1)
+    report = sandbox.report()
+    jobs = ledger_of(folders)
+    paid = [job for job in jobs if job["charged"] == "yes"]
+    assert sorted(job["source"] for job in jobs if job["outcome"] in {"refused", "invalid"}) == [
+        "never.prompt.txt",
+        "no.prompt.txt",
+    ]
+    (lost,) = [job for job in jobs if job["charged"] == "unknown"]
+    assert lost["source"] == "lost.prompt.txt"
+    assert len(paid) + 1 == report["charged"]
+    assert sum(job["credits"] for job in paid) + 30 == report["credits"]
+    assert all(job["sent_at"].endswith("Z") for job in paid)
+
+    rows = list(csv.DictReader(io.StringIO(command(folders, "history", "--csv").stdout)))
+    assert [row["job"] for row in rows] == [job["job"] for job in jobs]
+    assert "'=cmd().prompt.txt" in [row["source"] for row in rows]
+    assert not any(cell.startswith(("=", "+", "-", "@")) for row in rows for cell in row.values())
+
+    for by in ("day", "month", "provider", "folder"):
+        sums = json.loads(command(folders, "history", "--by", by, "--json").stdout)
+        assert [sum(group[name] for group in sums) for name in ("made", "refused", "unknown")] == [len(paid), 2, 1]
+        assert sum(group["credits"] for group in sums) + 30 == report["credits"]
+        told = command(folders, "history", "--by", by)
+        assert not RAW.search(told.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
+    assert {group["folder"]: group["made"] for group in sums}["sub"] == 2
+
+    told = command(folders, "history")
+    assert (
+        told.stdout.splitlines()[-1]
+        == f"In all: {len(paid)} made, 2 refused, 1 unknown, {report['credits'] - 30} credits."
+    )
+    assert not RAW.search(told.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
+    newest = json.loads(command(folders, "history", "--json", "--limit", "2", "--days", "1").stdout)
+    assert newest == jobs[-2:]
+
+
+def test_history_equals_what_the_endpoint_counted_though_the_daemon_was_killed_at_work(tmp_path, start, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="3")
+    for number in range(15):
+        folders.prompt(f"p{number:02}", f"[sandbox: slow 0.1] Number {number}")
+    for killed_at in (2, 5, 9):
+        daemon = start(folders, "run")
+        assert sandbox.wait_for_requests(killed_at, 20)
+        daemon.stop(signal.SIGKILL)
+    once(folders, 0, 1)
+    jobs, report = ledger_of(folders), sandbox.report()
+    outcomes = [job["charged"] for job in jobs if job["charged"] != "no"]
+    assert len(outcomes) == len(folders.documents()) == 15
+    # What was on its way when it was killed may have come to the endpoint or not: that is what doubt means.
+    sure, doubts = outcomes.count("yes"), outcomes.count("unknown")
+    assert sure <= report["charged"] <= sure + doubts
+    assert sum(job["credits"] for job in jobs if job["charged"] == "yes") == 30 * sure
+    assert report["requests"] == report["charged"]
+    assert doubts <= 9
+
+
+# Estimate
+
+
+def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.inbox.rmdir()
+    told = command(folders, "estimate")
+    assert (told.returncode, f"{folders.inbox}: there is no such inbox" in told.stderr) == (74, True)
+    assert "the daemon makes the folders when it first starts" in told.stderr
+
+
+def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders, sandbox):
+    folders.prompt("cat", "A cat")
+    folders.prompt("wrong", "+++\nn = 9\n+++\nNever sent")
+    folders.prompt("half", '+++\ninput_images = ["logo.png"]\n+++\nIts image is not here yet')
+    offline = {"LETTA_BASE_URL": "http://127.0.0.1:9", "LETTA_API_KEY": ""}
+    told = command(folders, "estimate", **offline)
+    assert told.returncode == 0, told.stderr
+    assert re.search(
+        r"cat\.prompt\.txt +flux +unknown: none like it was charged in the last 30 days; a cap reserves 150",
+        told.stdout,
+    )
+    assert re.search(r"wrong\.prompt\.txt +none: it will be refused \(n: ", told.stdout)
+    assert re.search(r"half\.prompt\.txt +none: it will be refused \(logo\.png: the file is not there", told.stdout)
+    assert "In all: 0 credits, and 1 of unknown price." in told.stdout
+    assert not folders.state.exists()
+
+    for stem in ("wrong", "half"):
+        (folders.inbox / f"{stem}.prompt.txt").unlink()
+    once(folders)
+    folders.prompt("two", "+++\nn = 2\n+++\nTwo dogs")
+    folders.prompt("dear", '+++\nprovider = "openai"\nquality = "high"\n+++\nA house')
+    told = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json", **offline).stdout)}
+    assert (told["two.prompt.txt"]["usual"], told["two.prompt.txt"]["seen"]) == (60, 1)
+    assert told["dear.prompt.txt"]["usual"] is None
+    assert "In all: 60 credits, and 1 of unknown price." in command(folders, "estimate", **offline).stdout
+    assert requests(sandbox) == 1
+
+
+# Retry
+
+
+def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wish(tmp_path, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__max_n="1")
+    folders.drop("sub/dog.png", picture())
+    for stem in ("cat", "sub/dog", "bird", "sub/fish"):
+        folders.prompt(stem, f"+++\nn = 2\n+++\nTwo of {stem}")
+    once(folders, 1)
+    assert set(folders.documents().values()) == {"errors"}
+    told = command(folders, "retry", "cat", "../outbox/bird")
+    assert (told.returncode, "no error file of this name" in told.stderr) == (64, True)
+    told = command(folders, "retry", "cat", str(folders.errors / "sub/dog.error.toml"), "errors/bird.prompt.txt")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert folders.names("inbox") == ["bird.prompt.txt", "cat.prompt.txt", "sub/dog.png", "sub/dog.prompt.txt"]
+    assert folders.names("errors") == ["sub/fish.error.toml", "sub/fish.prompt.txt"]
+    told = command(folders, "retry", "--all")
+    assert (told.returncode, "sub/fish: back in the inbox" in told.stdout) == (0, True)
+    assert folders.names("errors") == []
+    folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "4"
+    once(folders)
+    assert folders.documents() == dict.fromkeys(("cat", "dog", "bird", "fish"), "outbox")
+    assert sandbox.report()["charged"] == 4
+    assert [len(call["inputs"]) for call in sandbox.report()["calls"]].count(1) == 1
+
+
+def test_what_may_have_been_charged_goes_back_only_if_it_may_be_paid_for_again(folders, sandbox):
+    folders.prompt("lost", "[sandbox: once drop] Lost")
+    folders.prompt("no", "[sandbox: 400] No")
+    once(folders, 1)
+    told = command(folders, "retry", "--all")
+    assert "no: back in the inbox" in told.stdout
+    assert "lost: may have been charged" in told.stderr
+    assert prompts_in(folders) == ["no.prompt.txt"]
+    assert command(folders, "retry", "lost").returncode == 1
+    assert command(folders, "retry", "--all", "--pay-again").returncode == 64
+    assert folders.documents() == {"lost": "errors"}
+    told = command(folders, "retry", "--pay-again", "lost")
+    assert (told.returncode, told.stdout) == (0, "lost: back in the inbox\n")
+    assert prompts_in(folders) == ["lost.prompt.txt", "no.prompt.txt"]
+
+
+def test_an_error_file_that_says_it_was_free_is_not_believed_against_the_ledger(folders, sandbox):
+    folders.prompt("lost", "[sandbox: drop] Lost")
+    once(folders, 1)
+    path = folders.errors / "lost.error.toml"
+    honest = path.read_text()
+    path.write_text(honest.replace('charged = "unknown"', 'charged = "no"'))
+    assert "may have been charged" in command(folders, "retry", "lost").stderr
+    path.write_text(
+        re.sub('^job = ".*"', 'job = "0123456789abcdef"', honest, flags=re.MULTILINE).replace('"unknown"', '"no"')
+    )
+    assert "may have been charged" in command(folders, "retry", "lost").stderr
+    assert folders.names("errors") == ["lost.error.toml", "lost.prompt.txt"]
+
+
+@pytest.mark.parametrize("folder", ["@Recycle", "team/.old", "RECYCLER"])
+def test_retry_puts_nothing_into_a_folder_that_is_never_entered(folders, sandbox, folder):
+    folders.prompt("in/cat", "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / folder).parent.mkdir(exist_ok=True)
+    (folders.errors / "in").rename(folders.errors / folder)
+    before = folders.names("errors")
+    told = command(folders, "retry", f"{folder}/cat", "--pay-again")
+    assert told.returncode == 1
+    assert "never entered" in told.stderr
+    assert "move its files into another folder of the inbox, the prompt last" in told.stderr
+    assert (folders.names("errors"), folders.names("inbox")) == (before, [])
+
+
+def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sandbox):
+    for stem in ("cat", "gone"):
+        folders.prompt(stem, "[sandbox: 400] No")
+    once(folders, 1)
+    folders.prompt("cat", "Another cat")
+    (folders.errors / "gone.prompt.txt").unlink()
+    told = command(folders, "retry", "--all")
+    assert told.returncode == 1
+    assert "the inbox has a file of this name" in told.stderr
+    assert "its prompt is gone" in told.stderr
+    assert (folders.inbox / "cat.prompt.txt").read_text() == "Another cat"
+    assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
+
+
+def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(folders, sandbox):
+    folders.drop("cat.png", picture())
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / "cat.prompt.txt").unlink()
+    folders.prompt("cat", "Another cat, without a picture")
+    before = folders.names("errors")
+    told = command(folders, "retry", "cat")
+    assert told.returncode == 1
+    assert "the inbox has another prompt of this name" in told.stderr
+    assert "nothing was moved" in told.stderr
+    assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
+
+
+def test_a_retry_that_died_after_it_moved_the_prompt_is_finished_by_the_next(folders, sandbox):
+    folders.drop("cat.png", picture())
+    folders.prompt("cat", "[sandbox: 400] No")
+    once(folders, 1)
+    for name in ("cat.png", "cat.prompt.txt"):
+        (folders.errors / name).rename(folders.inbox / name)
+    told = command(folders, "retry", "cat")
+    assert (told.returncode, told.stdout) == (0, "cat: back in the inbox\n")
+    assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
+
+
+def test_names_that_are_not_utf8_go_back_as_they_were_also_where_theirs_was_taken(folders, sandbox):
+    stem = os.fsdecode(b"caf\xe9 \\udce9")
+    dropped = sorted([f"{stem}.png", f"{stem}.prompt.txt"])
+    for _ in range(2):
+        folders.drop(f"sub/{stem}.png", picture())
+        folders.prompt(f"sub/{stem}", "[sandbox: 400] No")
+        once(folders, 1)
+    assert len(list(folders.errors.rglob("*.error.toml"))) == 2, "the second has its id in its names"
+    for path in folders.errors.rglob("*.error.toml"):
+        told = command(folders, "retry", str(path))
+        assert (told.returncode, told.stderr) == (0, "")
+        assert sorted(os.listdir(folders.inbox / "sub")) == dropped
+        once(folders, 1)
+    assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [1, 1, 1, 1]
+
+
+def test_a_retry_that_died_is_finished_also_where_names_are_not_utf8(folders, sandbox):
+    name = os.fsdecode(b"caf\xe9.prompt.txt")
+    folders.prompt(name.removesuffix(".prompt.txt"), "[sandbox: 400] No")
+    once(folders, 1)
+    (folders.errors / name).rename(folders.inbox / name)
+    told = command(folders, "retry", "--all")
+    assert (told.returncode, told.stderr) == (0, "")
+    assert (os.listdir(folders.errors), prompts_in(folders)) == ([], [name])
+
+
+_LINES = re.MULTILINE | re.DOTALL
+HOSTILE_FILES: dict[str, Callable[[str], str | bytes]] = {
+    "not TOML": lambda _: "charged = ",
+    "not text": lambda _: b"\xff\xfe\x00",
+    "empty": lambda _: "",
+    "an original above": lambda good: good.replace('file = "good.prompt.txt"', 'file = "../../secret.txt"'),
+    "an original elsewhere": lambda good: good.replace('file = "good.prompt.txt"', 'file = "/etc/hostname"'),
+    "a target above": lambda good: good.replace('dropped_as = "good.prompt.txt"', 'dropped_as = "../../x.prompt.txt"'),
+    "a target that is none": lambda good: good.replace('dropped_as = "good.prompt.txt"', 'dropped_as = ""'),
+    "a job above": lambda good: re.sub('^job = ".*"', 'job = "../../../../x"', good, flags=re.MULTILINE),
+    "a job that is a number": lambda good: re.sub('^job = ".*"', "job = 7", good, flags=re.MULTILINE),
+    "originals that are none": lambda good: re.sub(r"originals = \[.*?^\]", "originals = 7", good, flags=_LINES),
+    "no originals": lambda good: re.sub(r"originals = \[.*?^\]", "", good, flags=_LINES),
+    "huge": lambda good: good + "# " + "x" * (5 << 20) + "\n[[",
+    "nested without end": lambda good: ".".join("a" * 100_000) + " = 1\n" + good,
+    "escapes": lambda _: f"charged = \x1b[31m{'x' * 100}",
+}
+
+
+def test_a_hostile_error_file_moves_nothing_and_does_not_stop_the_others(folders, sandbox, tmp_path):
+    (folders.root / "secret.txt").write_text("nobody's business")
+    folders.prompt("good", "[sandbox: 400] No")
+    once(folders, 1)
+    good = (folders.errors / "good.error.toml").read_text()
+    for number, make in enumerate(HOSTILE_FILES.values()):
+        content = make(good)
+        path = folders.errors / f"h{number:02}.error.toml"
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    (folders.errors / "link.error.toml").symlink_to(folders.errors / "good.error.toml")
+    os.mkfifo(folders.errors / "pipe.error.toml")
+    (folders.errors / "folder.error.toml").mkdir()
+    (folders.errors / "elsewhere").symlink_to(folders.root)
+    before = folders.names("errors")
+    told = command(folders, "retry", "--all")
+    assert told.returncode == 1
+    refused = told.stderr.splitlines()
+    assert len(refused) == len(HOSTILE_FILES) + 2, told.stderr
+    assert all(len(line) < 1000 and line.isprintable() for line in refused)
+    assert told.stdout == "good: back in the inbox\n"
+    assert set(before) - set(folders.names("errors")) == {"good.error.toml", "good.prompt.txt"}
+    assert folders.names("inbox") == ["good.prompt.txt"]
+    assert (folders.root / "secret.txt").read_text() == "nobody's business"
+    assert not list(tmp_path.glob("*.prompt.txt"))
+
+
+def test_a_link_in_the_way_leads_a_retry_nowhere(folders, sandbox, tmp_path):
+    folders.prompt("sub/cat", "[sandbox: 400] No")
+    once(folders, 1)
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    shutil.rmtree(folders.inbox / "sub")
+    (folders.inbox / "sub").symlink_to(outside)
+    told = command(folders, "retry", "sub/cat")
+    assert (told.returncode, "a symbolic link is where a folder should be" in told.stderr, list(outside.iterdir())) == (
+        1,
+        True,
+        [],
+    )
+    shutil.move(folders.errors / "sub", tmp_path / "moved")
+    (folders.errors / "sub").symlink_to(tmp_path / "moved")
+    (folders.inbox / "sub").unlink()
+    told = command(folders, "retry", "sub/cat")
+    assert (told.returncode, "a symbolic link is where a folder should be" in told.stderr) == (1, True)
+    assert (tmp_path / "moved/cat.prompt.txt").exists()
+
+
+# Paid, but no picture
+
+
+class Clock:
+    """A clock for urls that can be put back, as if their host were there again."""
+
+    def __init__(self) -> None:
+        self.behind = 0.0
+
+    def __call__(self) -> float:
+        return time.monotonic() - self.behind
+
+
+@pytest.fixture
+def lost_picture(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
+    """A prompt with an image that was paid for, and whose picture could not be fetched."""
+    clock = Clock()
+    with Sandbox(key=KEY, clock=clock) as sandbox:
+        folders = Folders(tmp_path, sandbox.base_url)
+        folders.drop("sub/cat.png", picture())
+        folders.prompt("sub/cat", "[sandbox: url-expired] A cat")
+        once(folders, 1)
+        assert folders.error("sub/cat")["charged"] == "yes"
+        assert folders.names("errors") == [
+            "sub/cat.answer.json",
+            "sub/cat.error.toml",
+            "sub/cat.png",
+            "sub/cat.prompt.txt",
+        ]
+        yield folders, sandbox, clock
+        assert sandbox.report()["faults"] == []
+
+
+def published(folders: Folders, sandbox: Sandbox) -> None:
+    """The picture is out, its originals are in the archive, it was paid for once and the ledger says so once."""
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.leftovers() == [] and not any((folders.state / "paid").iterdir()))
+    receipt = folders.receipt("sub/cat")
+    (call,) = sandbox.report()["calls"]
+    assert [image["sha256"] for image in receipt["images"]] == call["images"]
+    assert (folders.outbox / "sub" / receipt["images"][0]["file"]).stat().st_size == receipt["images"][0]["bytes"]
+    assert folders.names("errors") == []
+    assert folders.names("archive") == ["sub/cat.png", "sub/cat.prompt.txt"]
+    (job,) = ledger_of(folders)
+    assert (job["charged"], job["credits"], job["got"]) == ("yes", sandbox.report()["credits"], 1)
+
+
+def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
+    folders, sandbox, clock = lost_picture
+    assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
+    told = command(folders, "history").stdout.splitlines()
+    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
+    daemon = run(folders)
+    told = command(folders, "retry", "sub/cat")
+    assert (told.returncode, "was paid for" in told.stdout) == (0, True)
+    daemon.wait_for("paid, not readable")  # its host is not there yet: all is as before
+    until(lambda: len(folders.names("errors")) == 4 and folders.leftovers() == [])
+    assert len(ledger_of(folders)) == 1
+    clock.behind = 60
+    assert command(folders, "retry", "--all").returncode == 0
+    published(folders, sandbox)
+    assert command(folders, "retry", "sub/cat").returncode == 64
+
+
+def test_a_picture_that_was_paid_for_long_ago_says_nothing_about_the_credits_of_today(lost_picture, run):
+    folders, sandbox, clock = lost_picture
+    daemon = run(folders)
+    sandbox.balance = 0
+    folders.prompt("poor", "A dog")
+    assert daemon.wait_for("held")["kind"] == "credits"
+    folders.prompt("waits", "An owl")
+    clock.behind = 60
+    assert command(folders, "retry", "sub/cat").returncode == 0
+    daemon.wait_for("made")
+    assert daemon.stop() == 0
+    assert (daemon.events("released"), sandbox.report()["requests"]) == ([], 2)
+    assert [name for name in folders.names("inbox") if ".imagewatch" not in name] == ["waits.prompt.txt"]
+
+
+def test_a_paid_picture_is_fetched_at_the_next_start_also_behind_a_hold(lost_picture, run):
+    folders, sandbox, clock = lost_picture
+    clock.behind = 60
+    told = command(folders, "retry", "sub/cat")
+    assert (told.returncode, "when it starts" in told.stdout) == (0, True)
+    command(folders, "hold")
+    run(folders)
+    published(folders, sandbox)
+
+
+@pytest.mark.timeout(180)
+def test_killed_anywhere_while_a_paid_picture_is_fetched_again_nothing_is_lost(lost_picture, tmp_path, start):
+    folders, sandbox, clock = lost_picture
+    clock.behind = 60
+    assert command(folders, "retry", "sub/cat").returncode == 0
+
+    def copied(name: str) -> Folders:
+        copy = Folders(tmp_path / name, sandbox.base_url)
+        shutil.copytree(folders.root, copy.root, symlinks=True, dirs_exist_ok=True)
+        shutil.copytree(folders.state, copy.state, symlinks=True)
+        return copy
+
+    runner = str(TESTS / "support/kill_runner.py")
+    counted = start(copied("count"), "0", script=runner)
+    assert counted.wait() == 0, counted.output
+    changes = int(counted.output.split()[0])
+    for number in range(3, changes, changes // 4):
+        copy = copied(str(number))
+        assert start(copy, str(number), script=runner).wait() == -signal.SIGKILL
+        once(copy)
+        published(copy, sandbox)
+
+
+def test_a_paid_answer_whose_error_file_was_moved_takes_nothing_of_another_prompt(lost_picture):
+    folders, _, clock = lost_picture
+    clock.behind = 60
+    (folders.errors / "old").mkdir()
+    for name in ("cat.error.toml", "cat.prompt.txt", "cat.png", "cat.answer.json"):
+        (folders.errors / "sub" / name).rename(folders.errors / "old" / name)
+    folders.prompt("sub/cat", "[sandbox: 400] Another cat")
+    once(folders, 1)
+    told = command(folders, "retry", "old/cat")
+    assert (told.returncode, "sub/cat.error.toml" in told.stderr) == (1, True)
+    once(folders)
+    assert (folders.errors / "sub/cat.prompt.txt").read_text() == "[sandbox: 400] Another cat"
+    assert folders.error("sub/cat")["charged"] == "no"
+    shutil.rmtree(folders.errors / "sub")
+    (folders.errors / "old").rename(folders.errors / "sub")
+    assert command(folders, "retry", "sub/cat").returncode == 0
+    once(folders)
+    assert folders.documents() == {"cat": "outbox"}
+
+
+# Other users
+
+
+@pytest.fixture
+def strange(sandbox: Sandbox) -> Iterator[Folders]:
+    """Folders of a daemon that is somebody else; nothing of it may come to belong to root."""
+    with tempfile.TemporaryDirectory() as top:
+        folders = Folders(Path(top), sandbox.base_url)
+        folders.state.mkdir(mode=0o700)
+        os.chmod(top, 0o755)
+        for path in (folders.state, folders.root, *folders.root.iterdir()):
+            os.chown(path, STRANGER, STRANGER)
+        yield folders
+
+
+@pytest.fixture
+def as_user(tmp_path: Path) -> Callable[..., Running]:
+    """Run a command as another user."""
+    script = tmp_path / "as_user.py"
+    script.write_text(AS_USER)
+    return lambda folders, user, *arguments: Running(folders, str(user), *arguments, script=str(script))
+
+
+COMMANDS = (
+    ("status",),
+    ("history",),
+    ("estimate",),
+    ("check", "--balance"),
+    ("hold", "night"),
+    ("release",),
+    ("retry", "--all"),
+)
+
+
+@as_root
+@pytest.mark.timeout(180)
+def test_commands_of_root_leave_nothing_behind_that_the_daemons_user_could_not_use(strange, sandbox, as_user):
+    strange.prompt("no", "[sandbox: 400] No")
+    daemon = as_user(strange, STRANGER, "run")
+    try:
+        until(lambda: strange.documents() == {"no": "errors"})
+        for arguments in COMMANDS:
+            told = command(strange, *arguments)
+            assert told.returncode == 0, (arguments, told.stderr)
+        until(lambda: strange.documents() == {"no": "errors"} and requests(sandbox) == 2)
+    finally:
+        assert daemon.stop() == 0
+    for arguments in (("history",), ("hold",), ("retry", "--all"), ("release",)):
+        told = command(strange, *arguments)
+        assert told.returncode == 0, (arguments, told.stderr)
+    state = [strange.state, *strange.state.rglob("*")]
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in state} == {(STRANGER, STRANGER)}
+    assert len(state) > 5
+    assert (strange.inbox / "no.prompt.txt").exists()
+    once_more = as_user(strange, STRANGER, "once")
+    assert once_more.wait() == 1, once_more.output
+    assert requests(sandbox) == 3
+
+
+@as_root
+@pytest.mark.parametrize("arguments", [one for one in COMMANDS if one[0] != "check"], ids=lambda one: one[0])
+def test_a_user_without_rights_is_told_so_in_one_line(strange, sandbox, as_user, arguments):
+    (strange.state / "status.json").write_text("{}")
+    refused = as_user(strange, STRANGER + 1, *arguments)
+    assert refused.wait() == 74
+    first, *more = refused.output.splitlines()
+    assert first.startswith(f"imagewatch: {strange.state}")
+    assert "may not" in first
+    assert len(more) <= 1
+    assert [path.name for path in strange.state.iterdir()] == ["status.json"]
+
+
+@as_root
+def test_a_user_without_rights_can_still_check_the_balance(strange, sandbox, as_user):
+    (strange.state / "ledger.sqlite3").write_bytes(b"")
+    os.chmod(strange.state, 0o755)
+    os.chmod(strange.state / "ledger.sqlite3", 0o600)
+    checked = as_user(strange, STRANGER + 1, "check", "--balance")
+    checked.wait()
+    assert "total balance" in checked.output
+    assert "ledger" in checked.output
+    assert "Traceback" not in checked.output
+
+
+# Balance
+
+
+def test_check_shows_the_balance_and_what_is_in_doubt_with_time_and_ids(folders, sandbox):
+    sandbox.balance = 1234.5
+    folders.prompt("sub/lost", "[sandbox: 502] Lost")
+    folders.prompt("fine", "Fine")
+    once(folders, 1)
+    job = folders.error("sub/lost")["job"]
+    told = command(folders, "check", "--balance")
+    assert told.returncode == 0
+    assert re.search(r"ok +total balance +1174\.5 credits", told.stdout)
+    (doubt,) = [line for line in told.stdout.splitlines() if "may have been charged" in line]
+    sent = folders.error("sub/lost")["times"]["sent"].astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    assert "sub/lost.prompt.txt" in doubt
+    assert f"sent {sent}, job {job}, request id {folders.error('sub/lost')['ids']['x-request-id']}" in doubt
+    assert KEY not in told.stdout + told.stderr
+    assert "credits" not in command(folders, "check").stdout
+
+
+GOOD_BALANCE = json.dumps({"total_balance": 5, "monthly_credit_balance": 2.5, "billing_tier": "pro"}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "words"),
+    [
+        (b"404 Not Found", b"{}", "HTTP 404"),
+        (b"500 Oops", b"", "HTTP 500"),
+        (b"302 Found", b"", "HTTP 302"),
+        (b"200 OK", b"<!DOCTYPE html>", "HTTP 200"),
+        (b"200 OK", b'{"total_balance": "much"}', "HTTP 200"),
+        (b"200 OK", b'{"total_balance": 1e999, "%s_balance": 3}' % KEY.encode(), "HTTP 200"),
+        (b"200 OK", b"[" * 100_000, "HTTP 200"),
+    ],
+    ids=["404", "500", "302", "a page", "no number", "the key", "nested"],
+)
+def test_a_balance_that_is_not_told_is_not_available_and_changes_nothing(tmp_path, status, body, words):
+    with Scripted(answering(body, b"Location: http://127.0.0.1:9/", status=status)) as server:
+        told = command(Folders(tmp_path, server.base_url), "check", "--balance")
+    assert told.returncode == 0
+    (line,) = [line for line in told.stdout.splitlines() if re.match(r"\w+ +[a-z ]*balance ", line)]
+    assert "not available" in line
+    assert words in line
+    assert KEY not in told.stdout + told.stderr
+
+
+def test_a_balance_that_never_comes_is_not_waited_for_longer_than_an_answer(tmp_path):
+    def silent(exchange: Any) -> None:
+        exchange.head()
+        exchange.linger()
+
+    with Scripted(silent) as server:
+        folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.3")
+        told = command(folders, "check", "--balance")
+    assert (told.returncode, "not available" in told.stdout) == (0, True)
+
+
+def test_a_balance_that_dribbles_is_not_waited_for_longer_than_an_answer(tmp_path):
+    def dribbling(exchange: Any) -> None:
+        exchange.head()
+        exchange.trickle(answer(GOOD_BALANCE), 0.02)
+
+    with Scripted(dribbling) as server:
+        folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.5")
+        told = command(folders, "check", "--balance")
+    assert (told.returncode, "no end after 0.5 seconds" in told.stdout) == (0, True)
+
+
+def test_a_balance_is_asked_for_in_plain_bytes(tmp_path):
+    heads = []
+
+    def script(exchange: Any) -> None:
+        heads.append(exchange.head().lower())
+        exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(GOOD_BALANCE), GOOD_BALANCE))
+
+    with Scripted(script) as server:
+        told = command(Folders(tmp_path, server.base_url), "check", "--balance")
+    assert b"accept-encoding: identity" in heads[0]
+    assert re.search(r"total balance +5 credits", told.stdout)
+    assert re.search(r"monthly credit balance +2\.5 credits", told.stdout)
+
+
+def test_without_a_key_or_a_network_check_says_so_and_goes_on(folders):
+    told = command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9")
+    assert (told.returncode, "not available (" in told.stdout) == (0, True)
+    told = command(folders, "check", "--balance", LETTA_API_KEY="")
+    assert (told.returncode, "no API key is set" in told.stdout.split("balance")[-1]) == (78, True)

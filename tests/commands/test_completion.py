@@ -1,0 +1,114 @@
+"""What shells know of the commands: completion and the manual page."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+import pytest
+
+from imagewatch.commands.main import cli
+
+ROOT = Path(__file__).parents[2]
+PROGRAM = Path(sys.executable).with_name("imagewatch")
+PAGE = ROOT / "man/imagewatch.1"
+ENVIRON = {"PATH": f"{PROGRAM.parent}:{os.environ['PATH']}", "LC_ALL": "C.UTF-8"}
+
+COMPLETE = {
+    "bash": """
+        eval "$(_IMAGEWATCH_COMPLETE=bash_source imagewatch)"
+        COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+        _imagewatch_completion imagewatch
+        printf '%s\\n' "${COMPREPLY[@]}"
+    """,
+    "fish": """
+        _IMAGEWATCH_COMPLETE=fish_source imagewatch | source
+        complete -C (string join ' ' -- $argv) | string split -f1 \\t
+    """,
+    "zsh": """
+        compadd() { print -l -- $completions }
+        _describe() { print -l -- ${completions_with_descriptions%%:*} }
+        compdef() { : }
+        eval "$(_IMAGEWATCH_COMPLETE=zsh_source imagewatch)"
+        words=("$@") CURRENT=$#
+        _imagewatch_completion
+    """,
+}
+
+
+@pytest.fixture(params=sorted(COMPLETE))
+def complete(request, tmp_path):
+    """What a shell offers for the last of the words."""
+    shell = request.param
+    if shutil.which(shell) is None:
+        pytest.skip(f"{shell} is not installed")
+
+    def run(*words: str) -> set[str]:
+        options = ["--norc", "--noprofile"] if shell == "bash" else ["-f"] if shell == "zsh" else ["--no-config"]
+        before = [] if shell == "fish" else ["-"]
+        done = subprocess.run(
+            [shell, *options, "-c", COMPLETE[shell], *before, *words],
+            env={**ENVIRON, "HOME": str(tmp_path)},  # fish makes its folders there
+            capture_output=True,
+            text=True,
+            timeout=40,
+            check=False,
+        )
+        return set(done.stdout.split())
+
+    return run
+
+
+def test_the_shell_completes_commands(complete):
+    assert complete("imagewatch", "") >= set(cli.commands)
+    assert complete("imagewatch", "su") == {"submit"}
+
+
+def test_the_shell_completes_options_and_what_they_take(complete):
+    offered = {name for part in cli.commands["submit"].params if isinstance(part, click.Option) for name in part.opts}
+    assert complete("imagewatch", "submit", "--") >= {name for name in offered if name.startswith("--")}
+    assert complete("imagewatch", "submit", "--provider", "") == {"auto", "flux", "gemini", "openai"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", sorted(COMPLETE))
+def test_the_lines_for_the_shells_in_the_documents_work(shell):
+    line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"
+    assert line in (ROOT / "docs/using.md").read_text()
+    if shell == "bash" and shutil.which("bash") is None:
+        pytest.skip("bash is not installed")
+    done = subprocess.run(["sh", "-c", line], env=ENVIRON, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "imagewatch" in done.stdout
+
+
+def test_the_manual_page_is_what_the_commands_say():
+    """After a change of commands or options: ``make man``."""
+    done = subprocess.run([sys.executable, ROOT / "man/make.py"], capture_output=True, text=True, check=True)
+    assert done.stdout == PAGE.read_text()
+    for name, command in cli.commands.items():
+        (section,) = re.findall(rf'^\.SS "imagewatch {name} .*?(?=^\.S)', done.stdout, re.MULTILINE | re.DOTALL)
+        for part in command.params:
+            if isinstance(part, click.Option) and part.name != "path":
+                assert part.opts[-1].replace("-", "\\-") in section
+
+
+@pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
+def test_the_manual_page_is_shown_without_complaint():
+    done = subprocess.run(
+        ["man", "--warnings", "-E", "UTF-8", "-l", PAGE],
+        env={**ENVIRON, "MANWIDTH": "80", "MANPAGER": "cat", "MAN_KEEP_FORMATTING": ""},
+        capture_output=True,
+        text=True,
+        timeout=40,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "imagewatch submit [OPTIONS] [PROMPT]…" in done.stdout
+    assert "--output-format png|jpeg|webp" in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 80

@@ -1,0 +1,173 @@
+"""What people see on a terminal: colours if they want them, columns below each other; and the same for programs."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import unicodedata
+
+import pytest
+import structlog
+from support.daemon import KEY, Folders, command
+
+from commands.test_cli import on_a_terminal
+from imagewatch.commands import table
+from imagewatch.system import log
+
+COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+
+
+def once(folders: Folders, code: int) -> None:
+    done = command(folders, "once")
+    assert done.returncode == code, done.stderr
+
+
+@pytest.fixture
+def mixed(folders: Folders) -> Folders:
+    """One job that was made, one that was refused, and a prompt that waits."""
+    folders.prompt("cat", "A cat")
+    folders.prompt("dog", "A dog [sandbox: 400]")
+    once(folders, 1)
+    folders.prompt("owl", "An owl")
+    return folders
+
+
+@pytest.mark.parametrize("arguments", [("check",), ("history",), ("history", "--by", "day"), ("estimate",), ("once",)])
+def test_colours_are_for_a_terminal_and_for_nobody_who_wants_none(mixed: Folders, arguments: tuple[str, ...]):
+    environ = {**mixed.environ, "NO_COLOR": ""}  # empty is as if it were not there
+    if arguments != ("once",):  # its bar has none
+        assert COLOUR.search(on_a_terminal(*arguments, environ=environ)[1])
+    code, shown = on_a_terminal(*arguments, environ={**environ, "NO_COLOR": "1"})
+    assert code == 0
+    assert not COLOUR.search(shown)
+    assert "\x1b" not in command(mixed, *arguments).stdout
+
+
+class Screen(io.StringIO):
+    """A stream that says that it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("wanted", "coloured"), [("", True), ("1", False)])
+def test_the_log_on_a_console_has_no_colours_for_who_wants_none(wanted: str, coloured: bool):
+    out = Screen()
+    log.configure("info", "auto", out, environ={"NO_COLOR": wanted})
+    structlog.get_logger().info("watching")
+    assert bool(COLOUR.search(out.getvalue().encode())) == coloured
+
+
+def test_columns_stand_below_each_other_whatever_script_a_name_is_written_in(folders: Folders):
+    names = {"cat": 3, "灯台": 4, "cafe\u0301": 4, "кот": 3, "e\u0301t" + "e\u0301": 3}
+    for name in names:
+        folders.prompt(name, "A picture")
+    for arguments in (("estimate",), ("check",)):
+        told = [line for line in command(folders, *arguments).stdout.splitlines() if ".prompt.txt" in line]
+        assert len(told) == len(names)
+        begins = set()
+        for line in told:
+            before = unicodedata.normalize("NFC", line[: line.index("flux")])
+            begins.add(len(before) + sum("\u4e00" <= letter <= "\u9fff" for letter in before))
+        assert len(begins) == 1, told
+
+
+def test_a_table_has_its_numbers_to_the_right():
+    assert list(table.lines(("name", "credits"), [("cat", "30"), ("elephant", "5"), ("owl", "")])) == [
+        "name      credits",
+        "cat            30",
+        "elephant        5",
+        "owl",
+    ]
+    assert list(table.lines(("name", "credits"), [])) == ["name  credits"]
+
+
+def test_history_has_what_the_endpoint_said_below_the_job_it_said_it_of(mixed: Folders):
+    told = command(mixed, "history").stdout.splitlines()
+    (at,) = [number for number, line in enumerate(told) if line.endswith("  dog")]
+    assert "refused" in told[at]
+    assert told[at + 1] == "    Your request was rejected by the safety system"
+
+
+def test_check_says_the_same_to_programs(mixed: Folders):
+    told = command(mixed, "check", "--json")
+    found = json.loads(told.stdout)
+    assert (told.returncode, found["files"]) == (0, [{"verdict": "take", "what": "owl.prompt.txt", "why": "flux"}])
+    assert {line["what"]: line["verdict"] for line in found["settings"]}["key"] == "ok"
+    assert KEY not in told.stdout
+    told = command(mixed, "check", "--json", LETTA_API_KEY="")
+    assert told.returncode == 78
+    assert "bad" in {line["verdict"] for line in json.loads(told.stdout)["settings"]}
+
+
+def test_check_says_that_the_queue_is_held(mixed: Folders):
+    assert not re.search("^wait +queue", command(mixed, "check").stdout, re.MULTILINE)
+    command(mixed, "hold", "lunch")
+    assert re.search(
+        r"^wait +queue +held \(hand\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
+    )
+
+
+def test_retry_says_the_same_to_programs(folders: Folders):
+    folders.prompt("free", "A cat [sandbox: 400]")
+    folders.prompt("lost", "A cat [sandbox: drop]")
+    once(folders, 1)
+    (folders.errors / "foreign.error.toml").write_text("hello")
+    told = command(folders, "retry", "--all", "--json")
+    found = {os.path.basename(one["document"]).partition(".")[0]: one for one in json.loads(told.stdout)}
+    assert (told.returncode, told.stderr) == (1, "")
+    assert {name: (one["name"], one["charged"], one["retried"]) for name, one in found.items()} == {
+        "free": ("free", "no", True),
+        "lost": ("lost", "unknown", False),
+        "foreign": (None, None, False),
+    }
+    assert "may have been charged" in found["lost"]["told"]
+    assert folders.names("inbox") == ["free.prompt.txt"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("arguments", ["check", "history", "submit hello --name full"])
+def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, arguments: str):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "imagewatch", *arguments.split()],
+            env={"PATH": os.environ["PATH"], "HOME": str(mixed.root), **mixed.environ},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=40,
+            check=False,
+        )
+    dropped = arguments.startswith("submit")
+    assert done.returncode == (69 if dropped else 74)
+    assert done.stderr.startswith("imagewatch: the output cannot be written: No space left on device\n")
+    assert "Traceback" not in done.stderr
+    assert ("full.prompt.txt" in mixed.names("inbox")) == dropped
+    assert (f"  {mixed.inbox}/full.prompt.txt\n" in done.stderr) == dropped
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
+@pytest.mark.parametrize("how", ["a full disk", "a reader that is gone"])
+@pytest.mark.parametrize("wait", [(), ("--wait", "--timeout", "0")])
+def test_what_submit_has_dropped_is_told_by_its_exit_code_where_nobody_reads_its_words(
+    folders: Folders, how: str, wait: tuple[str, ...]
+):
+    read, write = os.pipe()
+    os.close(read)
+    with open("/dev/full", "w") if how == "a full disk" else os.fdopen(write, "w", closefd=True) as nowhere:
+        done = subprocess.run(
+            [sys.executable, "-m", "imagewatch", "submit", "A cat", *wait],
+            env={"PATH": os.environ["PATH"], "HOME": str(folders.root), **folders.environ},
+            stdout=nowhere,
+            stderr=nowhere,
+            timeout=40,
+            check=False,
+        )
+    if how == "a full disk":
+        os.close(write)
+    assert done.returncode == 69
+    assert len(folders.names("inbox")) == 1

@@ -1,0 +1,442 @@
+"""What goes wrong with a prompt's own files is its own trouble: nothing wrong is bought, and the others go on."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from PIL import Image
+from support.daemon import HURRIED, Folders, Told, command, until
+from support.tracing import reason_not_to_trace
+
+from imagewatch.job.outcome import End
+from imagewatch.system.disk import Disk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from support.station import Station
+
+    from imagewatch.sandbox import Sandbox
+
+_png = io.BytesIO()
+Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
+PICTURE = _png.getvalue()
+NAMES_LOGO = '+++\ninput_images = ["logo.png"]\n+++\nPut this logo on a mug'
+
+
+def inputs(sandbox: Sandbox) -> list[int]:
+    """How many images each request had."""
+    return [len(call["inputs"]) for call in sandbox.report()["calls"]]
+
+
+# What cannot be read for a moment
+
+
+@pytest.mark.parametrize("fault", ["openat:error=EIO:when=1", "openat:error=EMFILE:when=1", "read:error=EIO:when=1"])
+def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_images_it_names(
+    tmp_path: Path, sandbox: Sandbox, fault: str
+) -> None:
+    if reason := reason_not_to_trace():
+        pytest.skip(reason)
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    folders.drop("logo.png", PICTURE)
+    path, log = folders.prompt("mug", NAMES_LOGO), tmp_path / "strace.log"
+    strace = [  # without -f: of the main thread, which scans; in a claim the file has the same name
+        "strace",
+        "-o",
+        str(log),
+        "-P",
+        str(path),
+        "-P",
+        path.name,
+        "-e",
+        "trace=openat,read",
+        "-e",
+        f"inject={fault}",
+    ]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
+    subprocess.run([*strace, sys.executable, "-m", "imagewatch", "once"], env=environ, check=True, capture_output=True)
+    assert "(INJECTED)" in log.read_text()
+    assert (folders.documents(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
+
+
+def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_ends(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    if reason := reason_not_to_trace():
+        pytest.skip(reason)
+    folders = Folders(tmp_path, sandbox.base_url, inbox__input_wait_seconds="0.5", inbox__rescan_seconds="0.2")
+    path = folders.prompt("broken", "On a bad sector")
+    folders.prompt("cat", "A cat")
+    strace = ["strace", "-f", "-o", "/dev/null", "-P", str(path), "-e", "trace=read", "-e", "inject=read:error=EIO"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
+    told, done = (
+        subprocess.run(
+            [*strace, sys.executable, "-m", "imagewatch", command],
+            env=environ,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=40,
+        )
+        for command in ("check", "once")
+    )
+    assert done.returncode == 0
+    assert (folders.documents(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
+    (line,) = [line for line in told.stdout.splitlines() if "broken" in line]
+    assert "wait" in line
+    assert "cannot be read: Input/output error" in line
+    assert "take" in next(line for line in told.stdout.splitlines() if "cat.prompt.txt" in line)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (NAMES_LOGO, "No images any more"),
+        ("Not one image", NAMES_LOGO),
+        (NAMES_LOGO, NAMES_LOGO.replace("logo", "other")),
+        (NAMES_LOGO, NAMES_LOGO.replace('["logo.png"]', '["logo.png", "other.png"]')),
+    ],
+)
+def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
+    station: Station, sandbox: Sandbox, before: str, after: str
+) -> None:
+    for name in ("logo.png", "other.png"):
+        station.drop(name, PICTURE)
+    station.prompt("mug", before)
+    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    station.prompt("mug", after)
+    outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
+    assert (outcome.end, sandbox.report()["requests"]) == (End.RETURNED, 0)
+    assert station.names("inbox") == ["logo.png", "mug.prompt.txt", "other.png"]
+    assert station.leftovers() == []
+    (outcome,) = station.work()
+    assert (outcome.door, inputs(sandbox)) == ("outbox", [after.count(".png")])
+
+
+@pytest.mark.parametrize("victim", ["mug.prompt.txt", "logo.png"])
+@pytest.mark.parametrize("how", ["another file", "the same file, changed", "another file of the same size and time"])
+def test_a_file_that_is_another_one_when_it_is_claimed_goes_back_unsent(
+    station: Station, sandbox: Sandbox, victim: str, how: str
+) -> None:
+    station.drop("logo.png", PICTURE)
+    station.prompt("mug", NAMES_LOGO)
+    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    path = station.inbox / victim
+    before, content = path.stat(), path.read_bytes()
+    if how == "the same file, changed":
+        path.write_bytes(content + b"\n")
+    else:
+        other = station.inbox / ".other"
+        other.write_bytes(content if "same" in how else content + b"\n")
+        if "same" in how:
+            os.utime(other, ns=(before.st_atime_ns, before.st_mtime_ns))
+        other.rename(path)
+    dropped = {one.name: one.read_bytes() for one in station.inbox.iterdir() if one.is_file()}
+    outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
+    assert (outcome.end, sandbox.report()["requests"]) == (End.RETURNED, 0)
+    assert {one.name: one.read_bytes() for one in station.inbox.iterdir() if one.is_file()} == dropped
+    assert station.leftovers() == []
+    (outcome,) = station.work()
+    assert (outcome.door, inputs(sandbox)) == ("outbox", [1])
+
+
+@pytest.mark.parametrize(
+    ("text", "door"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
+)
+def test_a_file_that_somebody_puts_beside_what_is_claimed_is_neither_moved_nor_removed(
+    station: Station, sandbox: Sandbox, text: str, door: str
+) -> None:
+    station.prompt("mug", text)
+    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    job = station.spool.new_job()
+    beside = Path(station.spool.claim_folder(job), "evil.sh")
+    sandbox.hold()
+    with ThreadPoolExecutor(1) as pool:
+        working = pool.submit(station.worker.start, candidate.claim(job, time.time()))
+        until(lambda: sandbox.report()["requests"])
+        beside.write_text("echo pwned")
+        sandbox.release()
+        outcome = working.result()
+    assert (outcome.end, outcome.door) == (End.OVER, door)
+    assert beside.read_text() == "echo pwned"
+    assert [path for path in station.root.rglob("evil*") if path != beside] == []
+
+
+def test_accents_composed_in_another_way_are_the_same_image(station: Station, sandbox: Sandbox) -> None:
+    station.drop("cafe\u0301.png", PICTURE)
+    station.prompt("mug", '+++\ninput_images = ["caf\u00e9.png"]\n+++\nPut this on a mug')
+    (outcome,) = station.work()
+    assert (outcome.door, inputs(sandbox)) == ("outbox", [1])
+
+
+# What is in the way
+
+
+def test_a_folder_that_a_prompt_names_as_its_image_stays_where_it_is(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__input_wait_seconds="0.1")
+    (folders.inbox / "logo.png").mkdir()
+    (folders.inbox / "logo.png/inner.txt").write_text("mine")
+    folders.prompt("mug", NAMES_LOGO)
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"mug": "errors"})
+    assert "logo.png" in folders.error("mug")["message"]
+    assert daemon.stop() == 0
+    assert (folders.names("inbox"), folders.leftovers()) == (["logo.png/inner.txt"], [])
+    assert sandbox.report()["requests"] == 0
+
+
+@pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
+def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid_for(
+    tmp_path: Path, sandbox: Sandbox, run: Callable, door: str
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    (folders.root / door / "sub").write_text("a file of somebody")
+    folders.prompt("sub/deep/cat", "A cat")
+    folders.prompt("dog", "A dog")
+    daemon = run(folders)
+    until(lambda: folders.documents() == {"dog": "outbox"})
+    told = daemon.wait_for("ignored")
+    assert told["file"] == "sub/deep/cat.prompt.txt"
+    assert f"{door}/sub is in the way" in told["reason"]
+    checked = command(folders, "check")
+    assert f"{door}/sub is in the way" in checked.stdout
+    assert sandbox.report()["requests"] == 1
+    (folders.root / door / "sub").unlink()
+    until(lambda: len(list(folders.outbox.rglob("cat.receipt.toml"))) == 1)
+    assert daemon.stop() == 0
+    assert folders.leftovers() == []
+
+
+def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
+    """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
+    daemon = run(folders)
+    folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
+    assert sandbox.wait_for_requests(1, 20)
+    (folders.outbox / "sub").write_text("a file of somebody")
+    return daemon
+
+
+def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = blocked(folders, run, sandbox)
+    stuck = daemon.wait_for("stuck; tried again by itself")
+    assert str(folders.outbox / "sub") in stuck["reason"]
+    for number in range(5):
+        folders.prompt(f"dog{number}", "A dog")
+    until(lambda: len(folders.documents()) == 5)
+    assert daemon.events("held") == []
+    (folders.outbox / "sub").unlink()
+    until((folders.outbox / "sub/cat.receipt.toml").exists, timeout=40)
+    assert daemon.stop() == 0
+    assert (sandbox.report()["charged"], folders.leftovers()) == (6, [])
+
+
+def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_for(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = blocked(folders, run, sandbox)
+    daemon.wait_for("stuck; tried again by itself")
+    (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
+    folders.prompt("sub/dog", "A dog")
+    assert "until a job that is stuck goes on" in daemon.wait_for("ignored")["reason"]
+    until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
+    assert sandbox.report()["requests"] == 1
+    until(lambda: len(folders.documents()) == 2, timeout=40)
+    assert daemon.stop() == 0
+    assert (sandbox.report()["charged"], folders.leftovers()) == (2, [])
+
+
+def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = blocked(folders, run, sandbox)
+    assert daemon.stop() == 0
+    for number in range(3):
+        folders.prompt(f"dog{number}", "A dog")
+    assert command(folders, "once").returncode == 74
+    assert folders.documents() == {f"dog{number}": "outbox" for number in range(3)}
+    (folders.outbox / "sub").unlink()
+    assert command(folders, "once").returncode == 0
+    assert (folders.outbox / "sub/cat.receipt.toml").exists()
+    assert (sandbox.report()["charged"], folders.leftovers()) == (4, [])
+
+
+def test_a_name_as_long_as_a_name_can_be_is_copied_where_its_time_is_not_ours_to_set(tmp_path: Path) -> None:
+    path, other, target = tmp_path / ("n" * 255), tmp_path / "other", tmp_path / ("m" * 255)
+    path.write_text("A cat")
+    os.link(path, other)
+    os.utime(path, ns=(1, 1))
+    Disk().carry(str(path), str(target), str(tmp_path / ".temporary"), mtime_ns=0)
+    assert sorted(one.name for one in tmp_path.iterdir()) == [target.name, other.name]
+    assert (target.read_text(), target.stat().st_nlink, other.stat().st_mtime_ns) == ("A cat", 1, 1)
+    assert target.stat().st_mtime_ns > 1
+
+
+def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
+    daemon = run(folders)
+    for name in ("one", "two"):
+        folders.prompt(f"sub/{name}", "[sandbox: slow 1] [sandbox: 402] Too poor")
+    until(lambda: sandbox.report()["requests"] == 2 or not any((folders.inbox / "sub").glob("*.prompt.txt")))
+    shutil.rmtree(folders.inbox / "sub")
+    until(lambda: len(folders.documents()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
+    ((shown, door),) = folders.documents().items()
+    assert door == "errors"
+    (back,) = (folders.inbox / "sub").iterdir()
+    assert {f"{shown}.prompt.txt", back.name} == {"one.prompt.txt", "two.prompt.txt"}
+    assert daemon.stop() == 0
+    assert folders.leftovers() == []
+
+
+def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+    sandbox.balance = 0
+    script = tmp_path / "telling.py"
+    script.write_text(HURRIED.replace('"info"', '"debug"'))
+    daemon = run(folders, "0.2", script=str(script))
+    folders.prompt("shown", "The one that shows that there are no credits")
+    daemon.wait_for("held")
+    for number in range(3):
+        folders.prompt("cat", f"[sandbox: slow 1] Version {number}")
+        until(lambda number=number: sandbox.report()["requests"] == number + 2 or number == 2)
+    returned = lambda: [line for line in daemon.events("step") if line["step"] == "give_back"]  # noqa: E731
+    until(lambda: len({line["job"] for line in returned()}) == 2)
+    before = len(returned())
+    threading.Event().wait(2)
+    assert len(returned()) - before <= 2
+    daemon.process.kill()
+
+
+def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
+    daemon = run(folders)
+    folders.prompt("cat", "[sandbox: slow 1] A cat")
+    until(lambda: not (folders.inbox / "cat.prompt.txt").exists())
+    away = folders.outbox.rename(folders.outbox.with_name("away"))
+    assert daemon.wait_for("held")["kind"] == "disk"
+    until(lambda: command(folders, "status").returncode == 69)
+    away.rename(folders.outbox)
+    until(lambda: folders.documents() == {"cat": "outbox"}, timeout=40)
+    assert daemon.wait_for("released")["kind"] == "disk"
+    until(lambda: command(folders, "status").returncode == 0)
+    assert daemon.stop() == 0
+
+
+# What is stuck
+
+
+def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_bought_again(
+    tmp_path: Path, sandbox: Sandbox, run: Callable, start: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    daemon = run(folders)
+    folders.prompt("cat", "[sandbox: slow 20] A cat")
+    until(lambda: sandbox.report()["requests"] == 1)
+    daemon.process.kill()
+    daemon.end()
+    (sent,) = (folders.state / "jobs").glob("*/sent.1")
+    sent.write_text("damaged")
+    daemon = run(folders)
+    daemon.wait_for("stuck")
+    folders.prompt("cat", "[sandbox: slow 20] A cat")
+    folders.prompt("dog", "A dog")
+    until(lambda: folders.documents() == {"dog": "outbox"})
+    assert daemon.stop() == 0
+    assert folders.names("inbox")[-1] == "cat.prompt.txt"
+    assert sandbox.report()["requests"] == 2
+
+
+# Several that fail alone
+
+
+BAD_SECTORS = """
+import errno, os, sys
+from imagewatch.system import log
+from imagewatch.config.load import load
+from imagewatch.daemon.loop import Daemon
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
+
+class Bad(Disk):
+    def carry(self, source, target, *rest, **more):
+        if os.path.basename(source).startswith("bad") and not os.path.exists(sys.argv[1]):
+            raise SpoolError(f"{source}: cannot read: Input/output error", path=source, code=errno.EIO)
+        super().carry(source, target, *rest, **more)
+
+log.configure("info", "json")
+sys.exit(Daemon(load(None, os.environ), os.environ, disk=Bad()).run())
+"""
+"""A daemon whose disk cannot read claimed files of some names, until a file is there."""
+
+
+def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of_it(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    script, repaired = tmp_path / "bad.py", tmp_path / "repaired"
+    script.write_text(BAD_SECTORS)
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
+    daemon = run(folders, str(repaired), script=str(script))
+    folders.prompt("bad1", "One")
+    until(lambda: len(daemon.events("stuck; tried again by itself")) == 1)
+    folders.prompt("cat", "A cat")
+    until(lambda: "cat" in folders.documents())
+    folders.prompt("bad2", "Two")
+    until(lambda: len(daemon.events("stuck; tried again by itself")) == 2)
+    folders.prompt("dog", "A dog")
+    folders.prompt("sub/elk", "An elk")
+    until(lambda: "elk" in folders.documents())
+    assert (folders.inbox / "dog.prompt.txt").exists()
+    assert sandbox.report()["requests"] == 4
+    repaired.touch()
+    until(lambda: "dog" in folders.documents(), timeout=60)
+    assert sandbox.report()["requests"] == 5
+    until(lambda: folders.leftovers() == [])
+
+
+def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
+    tmp_path: Path, sandbox: Sandbox, run: Callable
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
+    daemon = run(folders)
+    for number in range(3):
+        folders.prompt(f"p{number}", f"[sandbox: slow 20] {number}")
+    assert sandbox.wait_for_requests(3, 20)
+    daemon.process.kill()
+    daemon.end()
+    records = sorted((folders.state / "jobs").iterdir())
+    for record in records:
+        (record / "sent.1").write_text("damaged")
+    daemon = run(folders)
+    until(lambda: any("jobs are stuck" in told["reason"] for told in daemon.events("held")))
+    folders.prompt("dog", "A dog")
+    stuck = [told["job"] for told in daemon.events("stuck")]
+    for job in stuck[:2]:
+        shutil.rmtree(folders.state / "jobs" / job)
+        shutil.rmtree(folders.inbox / ".imagewatch" / job)
+    until(lambda: folders.documents() == {"dog": "outbox"})
+    assert daemon.stop() == 0
+    assert sandbox.report()["requests"] == 4

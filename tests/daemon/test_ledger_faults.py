@@ -1,0 +1,544 @@
+"""What cannot be recorded is not paid: a real daemon, and a ledger that it cannot use."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import sqlite3
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import Folders, Told, command, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+MANY = 12
+
+
+@pytest.fixture
+def used(tmp_path: Path, sandbox: Sandbox) -> Folders:
+    """Folders of a daemon that has made one prompt."""
+    folders = Folders(tmp_path, sandbox.base_url)
+    folders.prompt("before", "Before")
+    assert command(folders, "once").returncode == 0
+    return folders
+
+
+def ledger(folders: Folders) -> Path:
+    return folders.state / "ledger.sqlite3"
+
+
+def holds(folders: Folders) -> list[dict[str, Any]]:
+    with contextlib.suppress(OSError, ValueError):
+        return list(json.loads((folders.state / "status.json").read_text())["holds"])
+    return []
+
+
+def drop(folders: Folders) -> None:
+    for number in range(MANY):
+        folders.prompt(f"p{number}", f"Number {number}")
+
+
+def waits(folders: Folders, daemon: Told, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
+    """Wait for the hold; all prompts are there, nothing was sent, ``check`` says the same."""
+    until(lambda: all(word in str(holds(folders)) for word in words))
+    assert [hold["kind"] for hold in holds(folders)] == ["disk"]
+    assert len([name for name in folders.names("inbox") if name.endswith(".prompt.txt")]) == MANY
+    assert sandbox.report()["requests"] == requests
+    told = command(folders, "check")
+    assert told.returncode != 0
+    said = " ".join(told.stdout.split())
+    assert all(word in said for word in words), told.stdout
+    assert daemon.process.poll() is None
+
+
+def goes_on(folders: Folders, sandbox: Sandbox, *, before: int = 1) -> None:
+    """Wait until every prompt was made, once; the ledger says the same as the endpoint."""
+    until(lambda: len(folders.documents()) == MANY + before, timeout=60)
+    assert set(folders.documents().values()) == {"outbox"}
+    until(lambda: holds(folders) == [])
+    report = sandbox.report()
+    assert report["requests"] == report["charged"] == MANY + before
+
+
+def rows(path: Path) -> list[tuple[str, str]]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        return database.execute("SELECT source, outcome FROM attempts ORDER BY source").fetchall()
+
+
+def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+    """Kill a daemon while a prompt is at the endpoint, and remove all that is left of it but the ledger."""
+    daemon = run(folders)
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(folders.state / "jobs")
+    shutil.rmtree(folders.inbox / ".imagewatch")
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
+
+
+def test_a_ledger_that_another_program_has_locked_holds_the_queue_until_it_is_free(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    with locked(ledger(used)):
+        drop(used)
+        waits(used, daemon, sandbox, "locked by another program")
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_meanwhile(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    used.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "1"
+    daemon = run(used)
+    sandbox.hold()
+    drop(used)
+    assert sandbox.wait_for_requests(2, 20)
+    with locked(ledger(used)):
+        sandbox.release()
+        until(lambda: "locked by another program" in str(holds(used)))
+        until(lambda: len(daemon.events("held")) == 1 and len(holds(used)) == 1)
+        assert sandbox.report()["requests"] == 2
+        assert list(used.documents()) == ["before"]
+    goes_on(used, sandbox)
+
+
+def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    sandbox.hold()
+    run(used)
+    drop(used)
+    assert sandbox.wait_for_requests(2, 20)
+    with locked(ledger(used)):
+        sandbox.release()
+        until(lambda: "locked by another program" in str(holds(used)))
+        for _ in range(3):
+            before = holds(used)[0]["until"]
+            until(lambda before=before: holds(used)[0]["until"] > before)
+
+
+@pytest.mark.parametrize("when", ["while it runs", "before it starts", "before it starts, with its id"])
+def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, when: str
+) -> None:
+    kept = tmp_path / "kept.sqlite3"
+    shutil.copyfile(ledger(used), kept)
+    daemon = run(used) if when == "while it runs" else None
+    for path in used.state.glob("ledger.sqlite3*"):
+        path.unlink()
+    if when == "before it starts, with its id":
+        (used.state / "identity").unlink()
+    daemon = daemon or run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", "release --accept-new-ledger")
+    shutil.copyfile(kept, tmp_path / "restored")
+    (tmp_path / "restored").rename(ledger(used))
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert ("before.prompt.txt", "made") in rows(ledger(used))
+
+
+def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    ledger(used).unlink()
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", "ledger.sqlite3.saved-1")
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+def test_a_ledger_that_was_moved_away_and_back_is_used_as_before(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    ledger(used).rename(tmp_path / "away")
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing")
+    (tmp_path / "away").rename(ledger(used))
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_until_that_is_back(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    until((used.state / "status.json").exists)
+    away, other = used.state.with_name("away"), used.state.with_name("other")
+    os.rename(used.state, away)
+    used.state.mkdir(0o700)
+    drop(used)
+    until(lambda: "the state folder was replaced" in str(daemon.events("held")))
+    held = daemon.events("held")[-1]
+    assert "the state folder was replaced" in held["reason"]
+    assert "restart imagewatch" in held["next"]
+    assert sandbox.report()["requests"] == 1
+    os.rename(used.state, other)
+    os.rename(away, used.state)
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_nothing_waits(
+    used: Folders, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    used.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "86400"
+    aside, away = tmp_path / "aside", used.outbox.with_name("away")
+    ledger(used).rename(aside)
+    daemon = run(used)
+    until(lambda: "the ledger is missing" in str(daemon.events("held")))
+    used.outbox.rename(away)
+    until(lambda: f"{used.outbox}: " in str(daemon.events("held")))
+    until(lambda: f"{used.outbox}: " in str(holds(used)))
+    aside.rename(ledger(used))
+    away.rename(used.outbox)
+    until(lambda: holds(used) == [])
+    assert [line["kind"] for line in daemon.events("released")] == ["disk"]
+    assert daemon.stop() == 0
+
+
+def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_rows_are(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    """Then no status repeats them: it tells of this month only."""
+    with contextlib.closing(sqlite3.connect(ledger(used), isolation_level=None)) as database:
+        past = ", ".join(f"{name} = {name} - 40 * 86400" for name in ("claimed_at", "sent_at", "answered_at"))
+        database.execute(f"UPDATE attempts SET {past}")
+    daemon = run(used)
+    shutil.rmtree(used.state)
+    used.state.mkdir(0o700)
+    drop(used)
+    until(lambda: "the ledger is missing" in str(daemon.events("held")))
+    assert daemon.stop() == 0
+    daemon = run(used)
+    waits(used, daemon, sandbox, "the ledger is missing", "ledger.sqlite3.saved-1")
+    assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], running: bool
+) -> None:
+    daemon = run(used) if running else None
+    for path in used.state.glob("ledger.sqlite3*"):
+        path.unlink()
+    drop(used)
+    if daemon:
+        waits(used, daemon, sandbox, "the ledger is missing")
+    assert command(used, "release").returncode == 0
+    told = command(used, "release", "--accept-new-ledger")
+    assert (told.returncode, "Caps, history" in told.stderr) == (0, True)
+    daemon = daemon or run(used)
+    goes_on(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY
+    assert command(used, "release", "--accept-new-ledger").returncode == 64
+
+
+@pytest.mark.parametrize("fault", ["deleted", "damaged"])
+def test_once_uses_the_ledger_that_was_accepted_before_it_started(used: Folders, sandbox: Sandbox, fault: str) -> None:
+    if fault == "damaged":
+        damage(ledger(used), "attempts")
+    else:
+        for path in used.state.glob("ledger.sqlite3*"):
+            path.unlink()
+    drop(used)
+    told = command(used, "history")
+    assert (told.returncode, "release --accept-new-ledger" in told.stderr) == (74, True)
+    assert "nothing was made" not in told.stderr
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    told = command(used, "once")
+    assert told.returncode == 0, told.stderr
+    goes_on(used, sandbox)
+
+
+def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    other = Folders(tmp_path / "other", sandbox.base_url)
+    (tmp_path / "other/state").mkdir()
+    other.prompt("else", "Else")
+    assert command(other, "once").returncode == 0
+    ledger(used).rename(tmp_path / "own")
+    shutil.copyfile(ledger(other), ledger(used))
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "not the ledger that was here before", requests=2)
+    (tmp_path / "own").rename(ledger(used))
+    until(lambda: len(used.documents()) == MANY + 1, timeout=60)
+
+
+def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_is_named(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("second", "Second")
+    assert sandbox.wait_for_requests(2, 20)
+    with (
+        contextlib.closing(sqlite3.connect(ledger(used))) as source,
+        contextlib.closing(sqlite3.connect(tmp_path / "copy")) as copy,
+    ):
+        source.backup(copy)
+        copy.execute("PRAGMA journal_mode = DELETE")
+    sandbox.release()
+    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    (tmp_path / "copy").rename(ledger(used))
+    drop(used)
+    until(lambda: "lacks the newest requests" in str(holds(used)))
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert rows(ledger(used)).count(("second.prompt.txt", "made")) == 1
+
+
+def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    old = tmp_path / "old.sqlite3"
+    shutil.copyfile(ledger(used), old)
+    daemon = run(used)
+    used.prompt("second", "Second")
+    until(lambda: len(used.documents()) == 2)
+    until(lambda: used.leftovers() == [])
+    ledger(used).rename(tmp_path / "newer")
+    old.rename(ledger(used))
+    drop(used)
+    until(lambda: "lacks the newest requests" in str(holds(used)))
+    assert sandbox.report()["requests"] == 2
+    (tmp_path / "newer").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
+
+
+def damage(path: Path, name: str) -> None:
+    """Overwrite the first page of a table or an index."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        size = database.execute("PRAGMA page_size").fetchone()[0]
+        page = database.execute("SELECT rootpage FROM sqlite_master WHERE name = ?", (name,)).fetchone()[0]
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\xff" * size)
+
+
+@pytest.mark.parametrize("name", ["attempts_by_source", "attempts_by_claim", "attempts_by_time", "attempts"])
+def test_a_damaged_page_of_the_ledger_holds_the_queue_until_the_ledger_is_restored(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, name: str
+) -> None:
+    shutil.copyfile(ledger(used), tmp_path / "backup")
+    damage(ledger(used), name)
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "it is damaged", "release --accept-new-ledger")
+    (tmp_path / "backup").rename(ledger(used))
+    goes_on(used, sandbox)
+
+
+def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    damage(ledger(used), "attempts")
+    size = ledger(used).stat().st_size
+    daemon = run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "it is damaged")
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    goes_on(used, sandbox)
+    kept = (used.state / "ledger.sqlite3.damaged-1").read_bytes()
+    assert (len(kept), b"\xff" * 4096 in kept) == (size, True)
+    assert daemon.stop() == 0
+
+
+def test_check_does_not_ask_again_for_what_was_accepted_while_no_daemon_runs(used: Folders) -> None:
+    damage(ledger(used), "attempts")
+    assert command(used, "check").returncode == 78
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    told = command(used, "check")
+    assert (told.returncode, "the daemon accepts what is there when it starts" in told.stdout) == (0, True)
+
+
+def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
+    ledger(used).unlink()
+    drop(used)
+    done = command(used, "once", "--json")
+    assert done.returncode == 74
+    page = json.loads(done.stdout)
+    assert "the ledger is missing" in str(page), page
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    lose_a_request(used, sandbox, run)
+    used.prompt("dog", "A dog")
+    run(used)
+    until(lambda: "dog" in used.documents())
+    (told,) = [line for line in command(used, "history").stdout.splitlines() if line.endswith(" cat")]
+    assert " unknown " in told
+
+
+def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: Sandbox) -> None:
+    used.environ["LETTA_BASE_URL"] = "http://127.0.0.1:9"
+    used.prompt("cat", "A cat")
+    assert command(used, "once").returncode == 69
+    assert rows(ledger(used)) == [("before.prompt.txt", "made")]
+    assert os.listdir(used.state / "jobs") == []
+
+
+def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+    with contextlib.closing(sqlite3.connect(ledger(used))) as database:
+        damaged = "price_kind = CAST(X'FF80' AS TEXT), provider = CAST(X'FF80' AS TEXT)"
+        database.execute(f"UPDATE attempts SET {damaged}")
+        database.commit()
+    used.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "100000"
+    daemon = run(used)
+    drop(used)
+    goes_on(used, sandbox)
+    assert command(used, "history").returncode == 0
+    assert daemon.stop() == 0
+
+
+def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
+    used: Folders, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    ledger(used).with_name("ledger.sqlite3-wal").unlink()
+    used.prompt("dog", "A dog")
+    until(lambda: "dog" in used.documents() and used.leftovers() == [])
+    daemon.process.kill()
+    daemon.process.wait()
+    assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
+
+
+def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    used.prompt("dog", "A dog")
+    run(used)
+    until(lambda: "dog" in used.documents())
+    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
+
+
+@pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
+def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, content: bytes | None
+) -> None:
+    other = tmp_path / "other"
+    shutil.copyfile(ledger(used), other)
+    if content is not None:
+        other.write_bytes(content)
+    daemon = run(used)
+    used.prompt("second", "Second")
+    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    other.rename(ledger(used))
+    drop(used)
+    until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
+    assert sandbox.report()["requests"] == 2
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
+
+
+def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    ledger(used).rename(tmp_path / "away")
+    used.prompt("second", "Second")
+    until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
+    (tmp_path / "away").rename(ledger(used))
+    until(lambda: "second" in used.documents() and holds(used) == [])
+    until(lambda: used.leftovers() == [])
+    ledger(used).unlink()
+    drop(used)
+    until(lambda: "ledger.sqlite3.saved-2" in str(holds(used)))
+    (used.state / "ledger.sqlite3.saved-2").rename(ledger(used))
+    goes_on(used, sandbox, before=2)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 2
+
+
+def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    lose_a_request(used, sandbox, run)
+    assert command(used, "once").returncode == 0
+    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
+
+
+@pytest.mark.parametrize("is_noticed", [True, False])
+def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it_is_back(
+    used: Folders, run: Callable[..., Told], tmp_path: Path, is_noticed: bool
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    ledger(used).rename(tmp_path / "away")
+    if is_noticed:
+        used.prompt("dog", "A dog")
+        until(lambda: "the ledger is missing" in str(holds(used)))
+    assert daemon.stop() == 0
+    (tmp_path / "away").rename(ledger(used))
+    assert command(used, "once").returncode == 0
+    names = [source.partition(".")[0] for source, _ in rows(ledger(used))]
+    assert names == ["before", "cat", *(["dog"] if is_noticed else [])]
+
+
+def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_in_errors(
+    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
+    (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
+    assert sandbox.wait_for_requests(2, 20)
+    daemon.process.kill()
+    daemon.process.wait()
+    sandbox.release()
+    shutil.rmtree(used.state / "jobs")
+    shutil.rmtree(used.inbox / ".imagewatch")
+    os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
+    (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
+    command(used, "once")
+    assert used.documents()["cat"] == "errors"
+    assert "was requested before" in used.error("cat")["message"]
+    assert sandbox.report()["requests"] == 2

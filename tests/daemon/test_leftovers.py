@@ -1,0 +1,115 @@
+"""Temporary files of a daemon that was killed: gone after the next start, and nobody else's with them."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import TYPE_CHECKING
+
+import pytest
+from support.daemon import TESTS, Folders, Running
+from support.daemon import command as command_of
+
+from imagewatch.job.spool import Spool
+from imagewatch.journal.control import Control
+from imagewatch.system import leftovers
+from imagewatch.system.disk import Disk
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+KILLED_BEFORE_RENAME = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from support.losing import SteppingDisk
+from imagewatch.config.load import load
+from imagewatch.daemon.loop import Daemon
+
+class KillingDisk(SteppingDisk):
+    def rename(self, source, target):
+        if target.endswith(sys.argv[2]):
+            os.link(source, target)  # as where a rename that replaces nothing is made of two calls
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().rename(source, target)
+
+    def replace(self, source, target):
+        if target.endswith(sys.argv[2]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        super().replace(source, target)
+
+Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
+"""
+
+
+@pytest.fixture
+def killed(folders: Folders, tmp_path: Path, start):
+    """Run a daemon that is killed while a file with this ending gets its name."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_BEFORE_RENAME)
+
+    def run(ending: str) -> None:
+        daemon = start(folders, str(TESTS), ending, script=str(script))
+        assert daemon.wait() == -signal.SIGKILL, daemon.output
+
+    return run
+
+
+def temporaries(folders: Folders) -> list[str]:
+    tops = (folders.root, folders.state)
+    return sorted(path.name for top in tops for path in top.rglob("*") if path.name.endswith(".tmp"))
+
+
+@pytest.mark.parametrize("folder", ["", "sub/folder/"])
+def test_what_a_daemon_was_about_to_publish_when_it_was_killed_is_gone_after_the_next_start(
+    folders: Folders, sandbox: Sandbox, killed, folder: str
+) -> None:
+    folders.prompt(f"{folder}cat", "a cat")
+    killed("cat.receipt.toml")
+    assert [name[:4] for name in temporaries(folders)] == [".iw-"]
+    assert command_of(folders, "once").returncode == 0
+    assert temporaries(folders) == []
+    assert folders.documents() == {"cat": "outbox"}
+    assert sandbox.report()["requests"] == 1
+
+
+def test_a_refusal_that_was_about_to_be_written_down_leaves_no_file_after_the_next_start(folders: Folders, killed):
+    folders.prompt("cat", "a cat [sandbox: 402]")
+    killed("control/refused")
+    assert temporaries(folders) == ["refused.tmp"]
+    Running(folders, "once").wait()
+    assert temporaries(folders) == []
+
+
+def test_what_another_daemon_or_a_command_may_be_writing_stays(folders: Folders) -> None:
+    stranger = f".iw-{'0123456789abcdef'}.0.tmp"
+    others = [folders.outbox / stranger, folders.errors / stranger, folders.outbox / ".iw-mine.tmp"]
+    control = folders.state / "control"
+    control.mkdir(parents=True)
+    writing = [control / name for name in ("held.tmp", "release.tmp", "retry.0123456789abcdef.tmp")]
+    for path in (*others, *writing):
+        path.write_text("half")
+    disk = Disk()
+    Spool(folders.config(), disk).prepare()
+    Control(str(folders.state), disk).tidy()
+    assert all(path.exists() for path in (*others, *writing))
+
+
+def test_what_nobody_has_touched_for_a_day_goes_unless_it_is_not_ours(folders: Folders, monkeypatch) -> None:
+    monkeypatch.setattr(leftovers, "STALE_SECONDS", 0.0)
+    ours = folders.outbox / f".iw-{'0123456789abcdef'}.0.tmp"
+    link = folders.outbox / f".iw-{'0123456789abcdef'}.1.tmp"
+    others = [folders.outbox / name for name in (".iw-mine.tmp", "cat.tmp", ".iw-0123456789abcdef.0.tmp.png")]
+    for path in (ours, *others):
+        path.write_text("half")
+    link.symlink_to(others[0])
+    if os.geteuid() == 0:
+        foreign = folders.errors / ours.name
+        foreign.write_text("half")
+        os.chown(foreign, 12345, 12345)
+        others.append(foreign)
+    Spool(folders.config(), Disk()).prepare()
+    assert not ours.exists()
+    assert link.is_symlink()
+    assert all(path.exists() for path in others)

@@ -1,0 +1,531 @@
+"""Money, from outside: what stops the queue and what lets it go on, what caps bound, what is in doubt."""
+
+from __future__ import annotations
+
+import email.utils
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import KEY, Folders, command, until
+from support.scripted import Scripted, answer, answering, paid, picture
+from support.station import Station
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+NEVER = 3600.0
+"""A first hold that long is ended by anything but its own probe."""
+MANY = 500
+
+
+def looks(folders: Folders) -> dict[str, tuple[int, bytes]]:
+    """What lies in the inbox: mtime and content of each file, by name."""
+    paths = [path for path in folders.inbox.rglob("*") if path.is_file() and ".imagewatch" not in path.parts]
+    return {str(path.relative_to(folders.inbox)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
+
+
+def waiting(folders: Folders, count: int) -> None:
+    """Wait until nothing is in flight and so many files lie in the inbox."""
+    until(lambda: len(looks(folders)) == count and not list((folders.state / "jobs").iterdir()))
+
+
+def holds(folders: Folders) -> list[dict[str, Any]]:
+    status = folders.state / "status.json"
+    return json.loads(status.read_bytes())["holds"] if status.exists() else []
+
+
+def held(folders: Folders, kind: str) -> dict[str, Any]:
+    """Wait until the status file tells of a hold."""
+    until(lambda: kind in [hold["kind"] for hold in holds(folders)])
+    return next(hold for hold in holds(folders) if hold["kind"] == kind)
+
+
+def one_error(folders: Folders) -> dict[str, Any]:
+    (stem,) = [stem for stem, door in folders.documents().items() if door == "errors"]
+    return folders.error(stem)
+
+
+@pytest.fixture
+def narrow(tmp_path: Path, sandbox: Sandbox) -> Folders:
+    """Folders of a daemon that does one thing after the other."""
+    return Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
+
+
+# The account
+
+
+@pytest.mark.timeout(300)
+def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_renewed(tmp_path, hurried, sandbox):
+    key = tmp_path / "key"
+    key.write_text("sk-let-expired-0123456789\n")
+    key.chmod(0o600)
+    folders = Folders(tmp_path, sandbox.base_url, endpoint__api_key_file=str(key), limits__concurrency="8")
+    for number in range(MANY):
+        folders.prompt(f"p{number:03}", f"[sandbox: b64] Number {number}")
+    before = looks(folders)
+    daemon = hurried(folders, NEVER)
+    told = daemon.wait_for("held")
+    assert (told["kind"], "valid key" in told["next"]) == ("key", True)
+    waiting(folders, MANY - 1)
+    error = one_error(folders)
+    assert (error["status"], error["charged"]) == (401, "no")
+    after = looks(folders)
+    assert after.items() <= before.items()
+    assert 1 <= sandbox.report()["requests"] <= 8
+    shown = held(folders, "key")
+    assert (shown["reason"], shown["next"]) == (told["reason"], told["next"])
+    assert shown["until"] == told["until"]
+
+    renewed = key.with_name("key.new")
+    renewed.write_text(f"{KEY}\n")
+    renewed.rename(key)
+    until(lambda: len(folders.documents()) == MANY, timeout=200)
+    assert list(folders.documents().values()).count("errors") == 1
+    assert len(daemon.events("the key was changed")) == 1
+    assert [line["kind"] for line in daemon.events("released")] == ["key"]
+    until(lambda: holds(folders) == [])
+    assert sandbox.report()["charged"] == MANY - 1
+    assert daemon.stop() == 0
+    assert (folders.names("inbox"), folders.leftovers()) == ([], [])
+
+
+def test_each_start_behind_a_refusal_asks_once_and_shows_it_to_no_other_prompt(narrow, hurried, sandbox):
+    sandbox.key = "another key"
+    for number in range(4):
+        narrow.prompt(f"p{number}", f"Number {number}")
+    before = looks(narrow)
+    for start in range(1, 4):
+        assert command(narrow, "once").returncode == 69
+        assert one_error(narrow)["status"] == 401
+        assert len(looks(narrow)) == 3
+        assert sandbox.report()["requests"] == start
+        shown = json.loads(command(narrow, "status", "--json").stdout)
+        assert (shown["is_running"], [hold["kind"] for hold in shown["holds"]]) == (False, ["key"])
+    assert looks(narrow).items() <= before.items()
+    sandbox.key = KEY
+    daemon = hurried(narrow, NEVER)  # whose own first hold would last
+    until(lambda: len(narrow.documents()) == 4)
+    assert (list(narrow.documents().values()).count("errors"), sandbox.report()["charged"]) == (1, 3)
+    assert daemon.events("held") == []
+    assert daemon.stop() == 0
+    sandbox.key = "a third key"
+    narrow.prompt("later", "A cat")
+    assert command(narrow, "once").returncode == 1
+    assert narrow.documents()["later"] == "errors"
+
+
+def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
+    config = tmp_path / "config.toml"
+    config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}/api"\n')
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
+    folders.environ["IMAGEWATCH_CONFIG"] = str(config)
+    for number in range(6):
+        folders.prompt(f"p{number}", f"Number {number}")
+    daemon = hurried(folders, NEVER)
+    told = daemon.wait_for("held")
+    assert (told["kind"], "base_url" in told["next"]) == ("address", True)
+    waiting(folders, 5)
+    assert one_error(folders)["status"] == 404
+    config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}"\n')
+    daemon.process.send_signal(signal.SIGHUP)
+    until(lambda: len(folders.documents()) == 6)
+    assert sandbox.report()["charged"] == 5
+
+
+@pytest.mark.parametrize("how", ["reload", "release"])
+def test_a_refusal_from_before_a_change_holds_nobody(folders, hurried, sandbox, how):
+    daemon = hurried(folders, NEVER)
+    sandbox.key = "another key"
+    sandbox.hold()
+    folders.prompt("before", "A cat")
+    assert sandbox.wait_for_requests(1, 20)
+    sandbox.key = KEY
+    if how == "reload":
+        daemon.process.send_signal(signal.SIGHUP)
+        daemon.wait_for("reloaded")
+    else:
+        command(folders, "release")
+    sandbox.release()
+    until(lambda: folders.documents() == {"before": "errors"})
+    folders.prompt("after", "A dog")
+    until(lambda: folders.documents() == {"before": "errors", "after": "outbox"})
+    assert daemon.events("held") == []
+
+
+def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="3")
+    sandbox.balance = 75
+    for number in range(6):
+        folders.prompt(f"p{number}", f"Number {number}")
+    daemon = hurried(folders, NEVER)
+    told = daemon.wait_for("held")
+    assert (told["kind"], "add credits" in told["next"]) == ("credits", True)
+    waiting(folders, 3)
+    assert one_error(folders)["credits_required"] == 30
+    sandbox.balance = 1000
+    assert command(folders, "release").returncode == 0
+    until(lambda: len(folders.documents()) == 6)
+    assert sandbox.report()["credits"] == 5 * 30
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "status"),
+    [("429-quota", "quota", 429), ("403", "key", 403), ("404", "address", 404), ("308", "address", 308)],
+)
+def test_what_every_request_would_meet_is_shown_by_one_and_the_rest_waits(narrow, hurried, sandbox, tag, kind, status):
+    narrow.prompt("first", f"[sandbox: {tag}] First")
+    daemon = hurried(narrow, NEVER)
+    told = daemon.wait_for("held")
+    assert told["kind"] == kind
+    asked = 60 if kind == "quota" else NEVER  # it said when the quota is renewed
+    assert asked - 1 <= told["seconds"] <= asked
+    for number in range(3):
+        narrow.prompt(f"p{number}", f"Number {number}")
+    assert held(narrow, kind)["until"] == told["until"]
+    command(narrow, "hold")  # is answered when the daemon has looked at its inbox once more
+    assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
+    assert len(looks(narrow)) == 3
+    command(narrow, "release")
+    until(lambda: len(narrow.documents()) == 4)
+    assert (sandbox.report()["requests"], sandbox.report()["redirected"]) == (4, 0)
+
+
+def test_a_method_that_is_not_allowed_is_a_wrong_address(tmp_path, hurried):
+    with Scripted(answering(b"{}", status=b"405 Method Not Allowed")) as server:
+        folders = Folders(tmp_path, server.base_url, limits__concurrency="1")
+        for stem in "ab":
+            folders.prompt(stem, "A cat")
+        assert hurried(folders, NEVER).wait_for("held")["kind"] == "address"
+        waiting(folders, 1)
+    assert one_error(folders)["status"] == 405
+
+
+def test_a_refused_probe_goes_back_to_the_inbox_unharmed(narrow, hurried, sandbox):
+    sandbox.balance = 0
+    for number in range(3):
+        narrow.drop(f"p{number}.png", picture())
+        narrow.prompt(f"p{number}", f"Number {number}")
+    before = looks(narrow)
+    daemon = hurried(narrow, 0.1)
+    daemon.wait_for("held", 4)
+    assert daemon.stop() == 0
+    (shown,) = narrow.documents()
+    del before[f"{shown}.png"], before[f"{shown}.prompt.txt"]
+    assert looks(narrow) == before
+    assert sandbox.report()["charged"] == 0
+    waits = [line["seconds"] for line in daemon.events("held")]
+    assert all(later > 1.9 * earlier for earlier, later in itertools.pairwise(waits))
+    assert narrow.leftovers() == []
+
+
+# Our own disk
+
+
+@pytest.mark.parametrize("short_of", ["bytes", "inodes"])
+def test_a_disk_with_too_little_room_for_an_answer_holds_the_queue_until_there_is_room(
+    tmp_path, hurried, sandbox, short_of
+):
+    folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="2000000")
+    folders.state.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m,nr_inodes=1100", "tmpfs", str(folders.state)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("only root may mount a file system")
+    try:
+        filler = folders.state / "filler"
+        filler.mkdir()
+        if short_of == "bytes":
+            (filler / "file").write_bytes(bytes(2_500_000))
+        else:
+            for number in range(150):
+                (filler / str(number)).touch()
+        folders.prompt("cat", "A cat")
+        daemon = hurried(folders)
+        told = daemon.wait_for("held")
+        assert told["kind"] == "disk"
+        assert ("limits.min_free_bytes" if short_of == "bytes" else "inodes") in told["reason"]
+        assert str(folders.state) in told["reason"]
+        held(folders, "disk")
+        assert (sandbox.report()["requests"], list(looks(folders))) == (0, ["cat.prompt.txt"])
+        for path in filler.iterdir():
+            path.unlink()
+        until(lambda: folders.documents() == {"cat": "outbox"})
+        assert daemon.stop() == 0
+    finally:
+        subprocess.run(["umount", "--lazy", str(folders.state)], check=True)
+
+
+# Guard rails
+
+
+@pytest.mark.parametrize(
+    ("limits", "front", "text", "rule"),
+    [
+        ({"max_prompt_chars": "4"}, "", "A cat", "limits.max_prompt_chars"),
+        ({"providers": '["flux"]'}, 'quality = "low"', "A cat", "limits.providers"),
+        ({"providers": '["flux"]'}, 'preset = "dear"', "A cat", "limits.providers"),
+        ({"max_n": "2"}, 'preset = "dear"', "A cat", "limits.max_n"),
+    ],
+)
+def test_a_request_outside_the_guard_rails_is_refused_with_the_rule(tmp_path, sandbox, limits, front, text, rule):
+    config = tmp_path / "config.toml"
+    config.write_text('[presets.dear]\nprovider = "openai"\nn = 4\n')
+    folders = Folders(tmp_path, sandbox.base_url, **{f"limits__{name}": value for name, value in limits.items()})
+    folders.prompt("cat", f"+++\n{front}\n+++\n{text}")
+    assert command(folders, "once", "--config", str(config)).returncode == 1
+    error = folders.error("cat")
+    assert rule in " ".join(error["problems"])
+    assert (error["charged"], error["attempts"], sandbox.report()["requests"]) == ("no", 0, 0)
+
+
+# Caps
+
+
+@pytest.mark.parametrize("concurrency", [3, 8])
+def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_flight(tmp_path, sandbox, concurrency):
+    guess, real = 10, 30
+    cap = guess * concurrency
+    folders = Folders(
+        tmp_path,
+        sandbox.base_url,
+        limits__concurrency=str(concurrency),
+        limits__assumed_credits=str(guess),
+        limits__credits_per_day=str(cap),
+    )
+    for number in range(concurrency + 4):
+        folders.prompt(f"p{number}", f"[sandbox: slow 0.3] Number {number}")
+    ended = command(folders, "once")
+    assert (ended.returncode, "limits.credits_per_day" in ended.stderr) == (69, True)
+    assert re.search(r"raise the cap.*; next attempt at 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", ended.stderr, re.MULTILINE)
+    spent = sandbox.report()["credits"]
+    assert cap < spent <= cap + (real - guess) * concurrency
+    assert spent == real * concurrency  # the worst case: all of them left before the first price was known
+    assert len(looks(folders)) == 4
+    assert command(folders, "once").returncode == 69
+    assert sandbox.report()["credits"] == spent
+
+
+def test_once_the_price_is_known_a_cap_is_not_exceeded_at_all(tmp_path, sandbox):
+    folders = Folders(
+        tmp_path, sandbox.base_url, limits__concurrency="4", limits__assumed_credits="10", limits__credits_per_day="500"
+    )
+    folders.prompt("first", "A cat")
+    assert command(folders, "once").returncode == 0
+    folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "100"
+    for number in range(6):
+        folders.prompt(f"p{number}", f"[sandbox: slow 0.2] Number {number}")
+    assert command(folders, "once").returncode == 69
+    assert sandbox.report()["credits"] == 90
+
+
+def test_a_guess_that_is_too_high_makes_prompts_wait_for_each_other_and_not_for_tomorrow(tmp_path, sandbox):
+    folders = Folders(
+        tmp_path, sandbox.base_url, limits__concurrency="3", limits__assumed_credits="90", limits__credits_per_day="100"
+    )
+    for number in range(3):
+        folders.prompt(f"p{number}", f"[sandbox: slow 0.2] Number {number}")
+    ended = command(folders, "once")
+    assert (ended.returncode, sandbox.report()["credits"]) == (0, 90)
+
+
+def test_a_cap_holds_though_the_daemon_is_killed_with_requests_in_flight(tmp_path, run, sandbox):
+    folders = Folders(
+        tmp_path, sandbox.base_url, limits__concurrency="4", limits__assumed_credits="30", limits__credits_per_day="70"
+    )
+    for number in range(6):
+        folders.prompt(f"p{number}", f"Number {number}")
+    sandbox.hold()
+    daemon = run(folders)
+    assert sandbox.wait_for_requests(2, 20)
+    assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
+    sandbox.release()
+    assert command(folders, "once").returncode == 69
+    assert (sandbox.report()["requests"], len(looks(folders))) == (2, 4)
+    assert list(folders.documents().values()) == ["errors", "errors"]
+
+
+def test_a_cap_that_several_meet_at_once_is_told_once_with_its_end(tmp_path, hurried, sandbox):
+    folders = Folders(
+        tmp_path,
+        sandbox.base_url,
+        limits__concurrency="6",
+        limits__assumed_credits="30",
+        limits__credits_per_month="50",
+    )
+    folders.prompt("first", "A cat")
+    assert command(folders, "once").returncode == 0
+    for number in range(8):
+        folders.prompt(f"p{number}", f"Number {number}")
+    daemon = hurried(folders)
+    told = daemon.wait_for("held")
+    waiting(folders, 8)
+    assert (told["kind"], "limits.credits_per_month is 50" in told["reason"]) == ("cap", True)
+    assert held(folders, "cap")["until"] >= told["until"]
+    assert len(daemon.events("held")) == 1
+    assert sandbox.report()["requests"] == 1
+
+
+# Busy endpoints
+
+
+class Busy:
+    """An endpoint that is busy once, and then makes everything; it knows when it was asked."""
+
+    def __init__(self, headers: Callable[[], bytes], status: bytes = b"429 Too Many Requests", body: bytes = b"{}"):
+        self.asked: list[float] = []
+        self._headers = headers
+        self._status = status
+        self._body = body
+
+    def busy(self, exchange: Any) -> None:
+        exchange.request()
+        self.asked.append(time.time())
+        exchange.send(answer(self._body, self._headers(), status=self._status))
+
+    def good(self, exchange: Any) -> None:
+        exchange.request()
+        self.asked.append(time.time())
+        exchange.send(answer(paid(picture())))
+
+
+def at_a_date(seconds: int) -> bytes:
+    """An HTTP date has no fractions: this one is at least so many seconds away."""
+    return b"Retry-After: " + email.utils.formatdate(int(time.time()) + seconds + 1, usegmt=True).encode()
+
+
+@pytest.mark.parametrize(
+    ("headers", "seconds", "attempts"),
+    [
+        (lambda: b"Retry-After: 2", 2, 4),
+        (lambda: at_a_date(2), 2, 4),
+        (lambda: b"Retry-After: 2", 2, 1),
+    ],
+    ids=["seconds", "a date", "after the last attempt"],
+)
+def test_a_429_slows_the_whole_queue_for_as_long_as_it_asks(tmp_path, run, headers, seconds, attempts):
+    endpoint = Busy(headers)
+    more = 3 if attempts == 1 else 4
+    with Scripted(endpoint.busy, *[endpoint.good] * more) as server:
+        folders = Folders(tmp_path, server.base_url, retry__attempts=str(attempts))
+        folders.prompt("first", "First")
+        daemon = run(folders)
+        told = daemon.wait_for("held")
+        assert told["kind"] == "busy"
+        for number in range(3):
+            folders.prompt(f"p{number}", f"Number {number}")
+        until(lambda: len(folders.documents()) == 4)
+        assert daemon.stop() == 0
+    first, *rest = endpoint.asked
+    assert len(rest) == more
+    assert min(rest) >= first + seconds - 0.01
+    assert folders.documents()["first"] == ("errors" if attempts == 1 else "outbox")
+
+
+def test_a_shutdown_that_admits_nothing_is_tried_again_boundedly_and_never_charged(tmp_path, hurried, sandbox):
+    folders = Folders(tmp_path, sandbox.base_url, retry__attempts="2")
+    folders.prompt("never", "[sandbox: 503-shutdown] Never")
+    folders.prompt("once", "[sandbox: once 503-shutdown] Once")
+    daemon = hurried(folders)
+    until(lambda: folders.documents() == {"never": "errors", "once": "outbox"})
+    assert daemon.stop() == 0
+    error = folders.error("never")
+    assert (error["attempts"], error["charged"], error["status"]) == (2, "no", 503)
+    assert "busy" in error["next"]
+    calls = sandbox.report()["calls"]
+    for word in ("Never", "Once"):
+        first, second = [call["at"] for call in calls if call["prompt"].endswith(word)]
+        assert second >= first + 1  # Retry-After was 1
+    assert (sandbox.report()["charged"], folders.receipt("once")["attempts"]) == (1, 2)
+
+
+# Doubt
+
+
+LOST = [
+    *("408", "500-empty", "502", "503", "503-interrupted", "504", "520", "521", "522", "523", "524"),
+    *("drop", "reset", "drop-headers"),
+]
+ANSWERED = [tag for tag in LOST if not tag.startswith("drop") and tag != "reset"]
+
+
+def in_doubt(folders: Folders, stem: str) -> dict[str, Any]:
+    """What everybody is told of a request that may have been charged."""
+    error = folders.error(stem)
+    assert error["charged"] == "unknown"
+    assert "may have been charged" in error["message"]
+    assert error["times"]["claimed"] <= error["times"]["sent"] <= error["times"]["published"]
+    assert "imagewatch check --balance" in error["next"]
+    assert len(error["job"]) == 16
+    return error
+
+
+def test_every_lost_answer_is_told_with_its_times_and_ids_and_how_to_ask_the_account(tmp_path, sandbox):
+    station = Station(tmp_path, sandbox.base_url)
+    for tag in LOST:
+        station.prompt(tag, f"A cat [sandbox: {tag}]")
+    station.work()
+    station.close()
+    assert station.documents() == dict.fromkeys(LOST, "errors")
+    for tag in LOST:
+        error = in_doubt(station, tag)
+        if tag in ANSWERED:
+            assert error["ids"]["x-request-id"]
+            assert error["times"]["answered"] >= error["times"]["sent"]
+        assert ("cf-ray" in error.get("ids", {})) == (tag in {"502", "504", *(str(n) for n in range(520, 525))})
+    doubts = [line for line in command(station, "check", "--balance").stdout.splitlines() if "may have been" in line]
+    assert len(doubts) == len(LOST)
+    for tag in ANSWERED:
+        assert any(station.error(tag)["ids"]["x-request-id"] in line for line in doubts)
+
+
+def silent(exchange: Any) -> None:
+    exchange.request()
+    exchange.linger()
+
+
+def trickling(exchange: Any) -> None:
+    exchange.request()
+    exchange.trickle(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, 0.05)
+
+
+def garbage(exchange: Any) -> None:
+    exchange.request()
+    exchange.send(b"what do you want?\r\n\r\n")
+
+
+@pytest.mark.parametrize("script", [silent, trickling, garbage])
+def test_an_answer_that_never_comes_is_told_in_the_same_way(tmp_path, script):
+    limits = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": "3"}
+    with Scripted(script) as server:
+        station = Station(tmp_path, server.base_url, **limits)
+        station.prompt("cat", "A cat")
+        station.work()
+        station.close()
+    assert "answered" not in in_doubt(station, "cat")["times"]
+
+
+@pytest.mark.parametrize("how", ["killed", "stopped twice"])
+def test_an_answer_that_nobody_was_left_to_take_is_told_in_the_same_way(folders, run, sandbox, how):
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    daemon = run(folders)
+    assert sandbox.wait_for_requests(1, 20)
+    if how == "stopped twice":
+        daemon.process.send_signal(signal.SIGTERM)
+        daemon.wait_for("stopping")
+        daemon.stop()
+    else:
+        daemon.stop(signal.SIGKILL)
+    sandbox.release()
+    assert command(folders, "once").returncode == 1
+    in_doubt(folders, "cat")
+    assert sandbox.report()["requests"] == 1

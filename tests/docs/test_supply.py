@@ -1,0 +1,96 @@
+"""What is installed beside imagewatch: the bounds, the lock files and the documents that speak of them."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
+
+ROOT = Path(__file__).parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+GROUPS = PYPROJECT["dependency-groups"]
+DEPENDENCIES = PYPROJECT["project"]["dependencies"]
+TESTING = PYPROJECT["project"]["optional-dependencies"]["test"]
+BUILDING = PYPROJECT["build-system"]["requires"]
+DIRECT = {
+    "service": DEPENDENCIES,
+    "build": BUILDING,
+    "release": [*BUILDING, *(one for one in GROUPS["release"] if isinstance(one, str))],
+}
+"""The lock files, and what ``pyproject.toml`` asks for in each."""
+
+
+def content(name: str) -> str:
+    return (ROOT / f"requirements/{name}.txt").read_text()
+
+
+def entries(name: str) -> dict[str, tuple[Version, int, str]]:
+    """What a lock file has: version, number of hashes, and what follows (because of whom it is there) by name."""
+    found = re.findall(
+        r"^([a-z0-9.-]+)==(\S+)( ; [^\n]+?)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)((?:    #[^\n]*\n)+)",
+        content(name),
+        re.MULTILINE,
+    )
+    return {one: (Version(version), hashes.count("sha256:"), via) for one, version, _, hashes, via in found}
+
+
+@pytest.mark.parametrize("text", [*DEPENDENCIES, *TESTING, *DIRECT["release"]])
+def test_every_dependency_has_one_lower_and_one_upper_bound(text):
+    operators = [one.operator for one in Requirement(text).specifier if one.operator != "!="]
+    assert sorted(operators) == ["<", ">="]
+
+
+def test_what_builds_is_the_same_in_both_places():
+    assert GROUPS["build"] == BUILDING
+
+
+def test_the_lowest_versions_are_those_of_the_project_and_allowed_by_it():
+    command = [sys.executable, ".ci/lowest.py"]
+    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    pins = {Requirement(line).name: Requirement(line) for line in told}
+    assert [*pins] == [Requirement(one).name for one in (*DEPENDENCIES, *TESTING)]
+    for one in map(Requirement, (*DEPENDENCIES, *TESTING)):
+        (pin,) = pins[one.name].specifier
+        assert pin.operator == "=="
+        assert one.specifier.contains(pin.version), f"{one} does not allow its own lower bound"
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_lock_file_has_all_that_the_project_asks_for_within_its_bounds_and_nothing_that_it_no_longer_asks_for(name):
+    locked = entries(name)
+    asked = {canonicalize_name(Requirement(one).name): Requirement(one) for one in DIRECT[name]}
+    assert {one for one, (_, _, via) in locked.items() if "imagewatch" in via} == {*asked}
+    for one, requirement in asked.items():
+        assert requirement.specifier.contains(locked[one][0]), f"{one}: run make lock"
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_a_lock_file_pins_each_file_by_its_hash_and_names_no_place(name):
+    pinned = re.findall(r"^[A-Za-z0-9].*$", content(name), re.MULTILINE)
+    locked = entries(name)
+    assert len(pinned) == len(locked) > 0
+    assert all(hashes for _, hashes, _ in locked.values())
+    for line in content(name).splitlines():
+        assert not line.startswith("-")
+        assert not re.search(r"://|/[a-z]|\\[a-z]|@|--(?!hash=)", line), line
+
+
+def test_the_documented_installation_checks_the_hash_of_all_that_it_fetches():
+    (block,) = re.findall(r"^```sh\n# in CI: install\n(.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+    files = set()
+    for line in re.findall("^python3 -m pip .+$", block, re.MULTILINE):
+        if " -r " in line:
+            assert " --require-hashes --only-binary :all: " in line
+            files |= set(re.findall(r"-r (\S+)", line))
+        else:
+            assert " --no-deps " in line
+            assert " --no-index " in line or " --no-build-isolation " in line
+    assert files == {"requirements/build.txt", "requirements/service.txt"}

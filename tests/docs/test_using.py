@@ -1,0 +1,188 @@
+"""What the pages for people and agents tell them to do is done here, word by word."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import until
+from support.endpoint import picture
+
+from imagewatch.protocol.prompt import parse
+
+if TYPE_CHECKING:
+    from support.daemon import Folders
+
+ROOT = Path(__file__).parents[2]
+USING = (ROOT / "docs/using.md").read_text()
+SKILL_FILE = ROOT / "skills/imagewatch/SKILL.md"
+SKILL = SKILL_FILE.read_text()
+PLACE = "/srv/imagewatch"
+PROGRAMS = Path(sys.executable).parent
+
+
+def blocks(page: str, kind: str) -> list[str]:
+    return re.findall(rf"^```{kind}\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture
+def shell(folders: Folders, start: Any, tmp_path: Path) -> Any:
+    """Runs commands as they stand on the page, in a folder with the pictures that they name."""
+    start(folders, "run")
+    until((folders.state / "status.json").exists)
+    here = tmp_path / "here"
+    here.mkdir()
+    for name in ("boat.png", "quay.jpg", "harbour.jpg"):
+        (here / name).write_bytes(picture(name))
+    (here / "harbour.prompt.txt").write_text("In the evening")
+
+    def run(command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            ["sh", "-euc", command.replace(PLACE, shlex.quote(str(folders.root)))],
+            env={"PATH": f"{PROGRAMS}:{os.environ['PATH']}", "HOME": "/nonexistent"},
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=50,
+            check=False,
+        )
+
+    return run
+
+
+# The page for people
+
+
+def test_every_prompt_on_the_page_for_people_can_be_read():
+    prompts = [text for text in blocks(USING, "text") if "outbox/" not in text]
+    assert len(prompts) == 3
+    assert parse(prompts[2].encode()).front.output_format == "webp"
+    assert all(parse(text.encode()).text for text in prompts)
+
+
+def test_every_command_on_the_page_for_people_works(shell, folders, sandbox):
+    lines = [line for block in blocks(USING, "sh") for line in block.splitlines() if line.startswith("imagewatch")]
+    assert len(lines) == 3
+    for line in lines:
+        done = shell(line)
+        assert done.returncode == 0, done.stderr
+        assert all(Path(path).exists() or "/inbox/" in path for path in done.stdout.splitlines())
+    until(lambda: len(folders.documents()) == 3)
+    assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [0, 2, 1]
+
+
+def test_the_words_that_errors_are_said_to_have_are_those_they_have(folders, start):
+    folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "300"
+    folders.prompt("cap", "+++\nn = 4\n+++\nx")
+    folders.prompt("family", "+++\nmodel = 'best'\n+++\nx")
+    folders.prompt("key", "+++\nqualty = 'high'\n+++\nx")
+    folders.prompt("value", "+++\nquality = 'best'\n+++\nx")
+    folders.drop("kind.gif", b"GIF89a")
+    folders.prompt("kind", "x")
+    folders.drop("whole.png", picture("a")[:-5])
+    folders.prompt("whole", "x")
+    folders.prompt("beside", "x")
+    folders.drop("beside-2.png", picture("a"))
+    folders.prompt("fence", "++++\nn = 2\n++++\nx")
+    folders.prompt("yaml", "---\nn: 2\n---\nx")
+    folders.prompt("page", "<!doctype html>\n<html><head><title>404</title></head>")
+    folders.prompt("rich", "{\\rtf1 x}")
+    folders.prompt("safety", "x [sandbox: 400]")
+    folders.prompt("credits", "x [sandbox: 402]")
+    start(folders, "run")
+    until(lambda: len(folders.documents()) == 13)
+    told = {stem: folders.error(stem)["message"] for stem in folders.documents()}
+    table = USING.partition("| `message` says")[2].partition("\n\n")[0]
+    cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
+    words = [word.removesuffix(" …") for cell in cells for word in re.findall(r"`(.+?)`", cell)]
+    elsewhere = ["it is too large", "it is not supported"]  # test_requests.py has such images
+    said = [word for word in words if word not in elsewhere]
+    assert len(said) == len(words) - len(elsewhere)
+    refused = ("key", "value", "kind", "beside", "fence", "yaml", "page", "rich", "whole")
+    stems = (*refused, "safety", "credits", "cap", "family")
+    for stem, word in zip(stems, said, strict=True):
+        assert word in told[stem]
+
+
+# The page for agents
+
+
+def front_matter() -> dict[str, str]:
+    """The front matter, of which only plain ``key: value`` lines are used here, so that any reader reads the same."""
+    assert SKILL.startswith("---\n")
+    lines = SKILL.split("---\n")[1].splitlines()
+    return dict(line.split(": ", 1) for line in lines)
+
+
+def test_the_skill_has_the_form_that_agents_look_for():
+    front = front_matter()
+    assert set(front) <= {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
+    assert front["name"] == SKILL_FILE.parent.name
+    assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", front["name"])
+    assert len(front["name"]) <= 64
+    assert 1 <= len(front["description"]) <= 1024
+    assert not re.search(r": | #|^[\"'\[{&*!|>%@`]|<", front["description"]), "no YAML but plain text"
+    assert len(SKILL.splitlines()) < 500
+    assert [path.name for path in SKILL_FILE.parent.iterdir()] == ["SKILL.md"], "text only"
+
+
+def test_every_command_of_the_skill_works_in_its_order(shell, folders, sandbox):
+    commands = blocks(SKILL, "sh")
+    assert len(commands) == 6
+    text, edit, wait, image, prompt, credits = commands  # noqa: A001
+    done = shell(text)
+    assert done.returncode == 0, done.stderr
+    assert re.fullmatch(r"!\[A lighthouse at dusk\]\(\.\./watched/outbox/lighthouse-3f9c\.\w+\)\n", done.stdout)
+    assert re.fullmatch(r"1 picture, \d+ credits\.\n", done.stderr)
+    done = shell(edit)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("![Put the boat into the harbour](../watched/outbox/harbour-71d0-") == 2
+    assert shell(wait).stdout.endswith("outbox/lighthouse-3f9c.receipt.toml\n")
+    for command in (image, prompt, wait.replace("lighthouse-3f9c", "boat-9a41")):
+        done = shell(command)
+        assert done.returncode == 0, done.stderr
+    receipt = tomllib.loads((folders.outbox / "boat-9a41.receipt.toml").read_text())
+    assert (receipt["prompt"], len(receipt["inputs"])) == ("The boat at night", 1)
+    assert f"credits_charged = {receipt['credits_charged']}" in shell(credits).stdout
+    assert shell(credits).stdout.splitlines() == [
+        'charged = "yes"',
+        f"credits_charged = {receipt['credits_charged']}",
+        f'file = "{receipt["images"][0]["file"]}"',
+    ], "nothing of the input"
+    assert sandbox.report()["requests"] == 3
+
+
+def test_what_the_skill_reads_of_a_receipt_is_not_what_its_prompt_says(shell, folders):
+    credits = blocks(SKILL, "sh")[5]  # noqa: A001
+    text = 'Write:\n[[images]]\nfile = "no.png"\ncharged = "no"\n""" [[images]]\nfile = "no.png"\nEnd'
+    front = '+++\ninput_images = ["boat-9a41.in1.png"]\nn = 2\n+++\n'
+    folders.drop("boat-9a41.in1.png", picture("boat"))
+    folders.prompt("boat-9a41", front + text)
+    until(lambda: folders.documents() == {"boat-9a41": "outbox"})
+    receipt = folders.receipt("boat-9a41")
+    assert receipt["prompt"] == text
+    assert shell(credits).stdout.splitlines() == [
+        'charged = "yes"',
+        f"credits_charged = {receipt['credits_charged']}",
+        *(f'file = "{image["file"]}"' for image in receipt["images"]),
+    ]
+
+
+def test_waiting_as_the_skill_says_goes_on_until_there_is_an_error_file(shell, folders):
+    _, _, wait, *_ = blocks(SKILL, "sh")
+    folders.prompt("lighthouse-3f9c", "x [sandbox: 400]")
+    assert shell(wait).stdout.endswith("errors/lighthouse-3f9c.error.toml\n")
+
+
+def test_the_exit_codes_of_the_skill_are_those_of_the_command():
+    told = set(re.findall(r"^\| (\d\d?) \|", SKILL, re.MULTILINE))
+    assert told == {"0", "1", "64", "69", "70", "74"}
+    assert shutil.which("sh")

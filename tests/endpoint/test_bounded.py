@@ -1,0 +1,333 @@
+"""An endpoint, or an image host, that sends without end: it is over in time, and no core is kept busy by it."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import subprocess
+import sys
+import threading
+import time
+import tracemalloc
+import zlib
+
+import pytest
+from support.daemon import KEY, TESTS
+from support.scripted import Scripted, drop, paid, picture, refused
+from support.station import Station
+
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
+from imagewatch.endpoint import call, client
+from imagewatch.endpoint.client import Client, FetchError
+from imagewatch.system.errors import Unavailable
+
+ASK = {"x.prompt.txt": "a cat"}
+OK = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
+HEADS = {
+    "interim answers": (b"", b"HTTP/1.1 102 Processing\r\n\r\n"),
+    "interim answers with headers": (b"", b"HTTP/1.1 103 Early Hints\r\nLink: </x>; rel=preload\r\n\r\n"),
+    "headers": (OK, b"X: y\r\n"),
+    "a header": (OK + b"X: ", b"yyyyyyyy"),
+    "an interim answer of headers": (b"HTTP/1.1 103 Early Hints\r\n", b"X: y\r\n"),
+    "blank lines": (b"", b"\r\n"),
+}
+"""What comes first, and what comes for ever after it."""
+BODIES = {
+    "a byte in each chunk": (CHUNKED, b"1\r\nx\r\n"),
+    "a byte in each chunk and much beside it": (CHUNKED, b"1;" + b"y" * 1000 + b"\r\nx\r\n"),
+}
+
+
+def flood(first, rest):
+    """Return a script that sends something for ever, as fast as it is taken."""
+
+    def script(exchange):
+        exchange.request()
+        exchange.send(first)
+        piece = rest * (65536 // len(rest) + 1)
+        while True:
+            exchange.send(piece)
+            sent.append(len(piece))
+
+    sent = script.sent = []
+    return script
+
+
+@pytest.fixture
+def byte_by_byte(certificate):
+    """The address of a server that needs a read for each byte, and is quick."""
+    keys = (certificate.path, certificate.path.replace("certificate.pem", "key.pem"))
+    program = [sys.executable, str(TESTS / "support/hostile.py"), *keys]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        yield f"https://127.0.0.1:{process.stdout.readline().strip()}"
+        process.kill()
+
+
+class Effort:
+    """What something takes: seconds, and seconds of work by this thread; the server is another one."""
+
+    def __enter__(self):
+        self._began, self._worked = time.monotonic(), time.thread_time()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds, self.work = time.monotonic() - self._began, time.thread_time() - self._worked
+
+
+@contextlib.contextmanager
+def served_by(tmp_path, script, **settings):
+    settings = {"endpoint__connect_timeout_seconds": "1", **settings}
+    with (
+        Scripted(script) as server,
+        contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,
+    ):
+        drop(station, ASK)
+        yield station
+
+
+@pytest.mark.parametrize(("first", "rest"), HEADS.values(), ids=HEADS)
+def test_a_head_that_does_not_end_is_given_up_long_before_the_deadline(tmp_path, first, rest):
+    with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="60") as station:
+        with Effort() as effort:
+            station.work()
+        assert refused(station, "x", ASK)["charged"] == "unknown"
+        assert effort.seconds < 20
+        assert effort.work < 5
+
+
+@pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
+def test_an_answer_that_is_hardly_more_than_its_framing_is_cut(tmp_path, monkeypatch, first, rest):
+    monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 1_000_000)
+    with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="60") as station:
+        with Effort() as effort:
+            station.work()
+        error = refused(station, "x", ASK, beside="bin")
+        assert "too small pieces" in error["problems"][0]
+        assert error["charged"] == "yes"
+        assert effort.seconds < 30
+        assert effort.work < 10
+
+
+@pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
+def test_an_answer_that_comes_as_fast_as_it_can_ends_at_the_deadline_and_not_later(tmp_path, monkeypatch, first, rest):
+    monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
+    with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="1.5") as station:
+        with Effort() as effort:
+            station.work()
+        error = refused(station, "x", ASK, beside="bin")
+        assert "no end after 1.5 seconds (deadline_seconds)" in error["problems"][0]
+        assert effort.seconds < 4.5
+
+
+def test_an_answer_of_a_byte_in_each_read_keeps_no_core_busy_and_ends_at_the_deadline(
+    tmp_path, byte_by_byte, certificate
+):
+    settings = {"endpoint__deadline_seconds": "5", "endpoint__connect_timeout_seconds": "4"}
+    with contextlib.closing(Station(tmp_path, byte_by_byte, endpoint__ca_file=certificate.path, **settings)) as station:
+        drop(station, ASK)
+        with Effort() as effort:
+            station.work()
+        assert "deadline_seconds" in refused(station, "x", ASK, beside="bin")["problems"][0]
+    assert 4 < effort.seconds < 9
+    assert effort.work < 1
+
+
+def test_a_paid_answer_of_a_byte_in_each_chunk_is_read_to_its_end(tmp_path):
+    image = picture(size=(200, 200))
+    body = paid(image)
+
+    def script(exchange):
+        exchange.request()
+        exchange.send(CHUNKED + b"".join(b"1\r\n%c\r\n" % one for one in body) + b"0\r\n\r\n")
+
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert (station.outbox / "x.png").read_bytes() == image
+
+
+class Late(call.Call):
+    """A call whose time is over when the first of the body is here."""
+
+    def took(self, size):
+        super().took(size)
+        self.at = time.monotonic()
+
+
+def test_a_paid_answer_that_is_here_when_its_time_is_over_is_whole(tmp_path, monkeypatch):
+    monkeypatch.setattr(client, "Call", Late)
+    body = paid(picture())
+
+    def script(exchange):
+        exchange.request()
+        pieces = [body[at : at + 7] for at in range(0, len(body), 7)]
+        exchange.send(CHUNKED + b"".join(b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\n\r\n")
+
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert "problems" not in station.receipt("x")
+
+
+@pytest.mark.parametrize("status", [b"400 Bad Request", b"502 Bad Gateway"])
+def test_a_refusal_without_end_is_read_as_far_as_it_can_say_anything(tmp_path, status):
+    script = flood(b"HTTP/1.1 " + status + b"\r\n\r\n", b"no ")
+    with served_by(tmp_path, script, endpoint__deadline_seconds="60") as station:
+        with Effort() as effort:
+            (outcome,) = station.work()
+        assert outcome.message.startswith("no no no")
+        assert effort.seconds < 20
+        assert sum(script.sent) < 50_000_000  # what both ends hold besides what was read
+        assert station.leftovers() == []
+
+
+# Compressed
+
+
+def bomb(size):
+    """Return zeros that were compressed to a thousandth."""
+    packer, piece = zlib.compressobj(level=9, wbits=31), bytes(1 << 20)
+    return b"".join([*(packer.compress(piece) for _ in range(size >> 20)), packer.flush()])
+
+
+@pytest.mark.parametrize("status", [b"200 OK", b"400 Bad Request"])
+def test_a_compressed_answer_grows_no_larger_than_any_other(tmp_path, status):
+    packed = bomb(64 << 20)
+
+    def script(exchange):
+        exchange.request()
+        head = b"HTTP/1.1 %s\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n\r\n"
+        exchange.send(head % (status, len(packed)) + packed)
+
+    with served_by(tmp_path, script, endpoint__max_response_bytes="3000000") as station:
+        tracemalloc.start()
+        with Effort() as effort:
+            station.work()
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        is_paid = status == b"200 OK"
+        error = refused(station, "x", ASK, beside="bin" if is_paid else "")
+        assert error["charged"] == ("yes" if is_paid else "no")
+        if is_paid:
+            assert "larger than max_response_bytes (3,000,000)" in error["problems"][0]
+            assert (station.errors / "x.answer.bin").stat().st_size == 3_000_000
+        assert effort.work < 5
+        assert peak < 20_000_000
+
+
+def test_a_compressed_answer_that_never_holds_anything_is_cut(tmp_path):
+    start = gzip.compress(b"")[:10]
+    script = flood(OK + b"Content-Encoding: gzip\r\n\r\n" + start, b"\0\0\0\xff\xff")  # blocks of no bytes
+    settings = {"endpoint__deadline_seconds": "60", "endpoint__max_response_bytes": "1000000"}
+    with served_by(tmp_path, script, **settings) as station:
+        with Effort() as effort:
+            station.work()
+        assert refused(station, "x", ASK, beside="bin")["charged"] == "yes"
+        assert effort.seconds < 20
+        assert effort.work < 10
+
+
+def test_what_a_damaged_compressed_answer_still_holds_is_published(tmp_path):
+    image = picture()
+    packed = gzip.compress(paid(image))[:-8] + b"\0" * 8  # its checksum and its length
+
+    def script(exchange):
+        exchange.request()
+        exchange.send(OK + b"Content-Encoding: gzip\r\nContent-Length: %d\r\n\r\n" % len(packed) + packed)
+
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert (station.outbox / "x.png").read_bytes() == image
+        assert "damaged" in station.receipt("x")["problems"][0]
+
+
+@pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip", b"nonsense"])
+@pytest.mark.parametrize("body", [picture(), b"\x1f\x8b no", b"OK", b"\0" * 9])
+def test_a_paid_answer_that_is_not_what_it_is_said_to_be_is_kept_as_it_came(tmp_path, coding, body):
+    def script(exchange):
+        exchange.request()
+        exchange.send(OK + b"Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (coding, len(body)) + body)
+
+    with served_by(tmp_path, script) as station:
+        station.work()
+        assert refused(station, "x", ASK, beside="bin")["charged"] == "yes"
+        (kept,) = (station.state / "paid").glob("*/answer.1")
+        assert b"\n" + body + b"\n" in kept.read_bytes()
+
+
+# Pictures by url, and the balance
+
+
+def fetch(script, *, seconds=30.0, limit=1_000_000):
+    came = []
+    with Scripted(script) as server:
+        endpoint = Endpoint(base_url=server.base_url)
+        with (
+            contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
+            Effort() as effort,
+            pytest.raises(FetchError) as caught,
+        ):
+            fetching.fetch(server.base_url + "/x.png", came.append, limit, seconds)
+    return str(caught.value), effort, sum(map(len, came))
+
+
+@pytest.mark.parametrize(("first", "rest"), HEADS.values(), ids=HEADS)
+def test_a_picture_with_a_head_that_does_not_end_is_given_up(first, rest):
+    _, effort, _ = fetch(flood(first, rest))
+    assert effort.seconds < 20
+    assert effort.work < 5
+
+
+@pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
+def test_a_picture_that_comes_as_fast_as_it_can_ends_in_its_time_and_not_later(monkeypatch, first, rest):
+    monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
+    said, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
+    assert "no end after 1.5 seconds" in said
+    assert effort.seconds < 4.5
+
+
+def test_a_picture_of_a_byte_in_each_read_keeps_no_core_busy(byte_by_byte, certificate):
+    endpoint = Endpoint(base_url=byte_by_byte, ca_file=certificate.path)
+    with (
+        contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
+        Effort() as effort,
+        pytest.raises(FetchError, match="no end after 5 seconds"),
+    ):
+        fetching.fetch(f"{byte_by_byte}/x.png", lambda _: None, 100_000_000, 5)
+    assert effort.work < 1
+
+
+def test_a_name_server_that_never_answers_takes_no_more_than_the_time_of_the_picture():
+    released, asked = threading.Event(), []
+
+    def resolve(host, *_, **__):
+        asked.append(host)
+        released.wait(20)
+        return []
+
+    fetching = Client(Endpoint(), lambda: Key(KEY), resolve=resolve)
+    with (
+        contextlib.closing(fetching),
+        Effort() as effort,
+        pytest.raises(FetchError, match=r"no end after 1\.5 seconds"),
+    ):
+        fetching.fetch("https://images.example/x.png", lambda _: None, 1000, 1.5)
+    released.set()
+    assert asked == ["images.example"]
+    assert effort.seconds < 4.5
+
+
+def test_a_picture_without_end_is_larger_than_the_limit():
+    said, effort, size = fetch(flood(OK + b"\r\n", b"x" * 1000), limit=1_000_000)
+    assert "larger than 1,000,000 bytes" in said
+    assert effort.seconds < 20
+    assert size <= 1_000_000
+
+
+@pytest.mark.parametrize(("first", "rest"), [*HEADS.values(), *BODIES.values()], ids=[*HEADS, *BODIES])
+def test_a_balance_without_end_is_not_available(first, rest):
+    with Scripted(flood(first, rest)) as server:
+        asking = Client(Endpoint(base_url=server.base_url, timeout_seconds=2.0), lambda: Key(KEY))
+        with contextlib.closing(asking), Effort() as effort, pytest.raises(Unavailable):
+            asking.balance()
+    assert effort.seconds < 4

@@ -1,0 +1,655 @@
+"""Pictures by url: fetched at once, without the key, from nowhere private, and published as they were served."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import hashlib
+import os
+import select
+import subprocess
+import sys
+import tracemalloc
+import zlib
+
+import pytest
+from support.daemon import KEY, REMOTE_NAME, Folders
+from support.scripted import (
+    Scripted,
+    answer,
+    answering,
+    drop,
+    made,
+    no_secret,
+    over_tls,
+    paid,
+    picture,
+    refused,
+    through_proxy,
+    tunnel,
+)
+from support.station import Doubting, Station
+
+from imagewatch.config.key import Key
+from imagewatch.config.load import Endpoint
+from imagewatch.endpoint import connection as network
+from imagewatch.endpoint import pictures
+from imagewatch.endpoint.client import Client, FetchError
+from imagewatch.sandbox import Sandbox
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
+
+IMAGE = picture()
+ASK = {"x.prompt.txt": "a cat"}
+
+
+@pytest.fixture(autouse=True)
+def _no_secret(tmp_path, capfd):
+    yield
+    no_secret(tmp_path, KEY, "".join(capfd.readouterr()))
+
+
+def ask(station, tag, front=""):
+    originals = {"x.prompt.txt": f"+++\n{front}\n+++\na cat [sandbox: {tag}]"}
+    drop(station, originals)
+    return originals
+
+
+class Clock:
+    """A clock that only waiting moves."""
+
+    def __init__(self):
+        self.now = 1_800_000_000.0
+        self.waits = []
+
+    def __call__(self):
+        return self.now
+
+    def wait(self, seconds):
+        self.waits.append(seconds)
+        self.now += seconds
+
+
+@contextlib.contextmanager
+def answered_with(tmp_path, *images, clock=None, **settings):
+    """A station whose endpoint answers one request with these pictures or urls."""
+    with (
+        Scripted(answering(paid(*images))) as server,
+        contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,
+    ):
+        if clock is not None:
+            station.worker = Doubting(
+                station.spool, station.client, station.ledger, station.config(), monotonic=clock, wait=clock.wait
+            )
+        yield station
+
+
+def fetched(station, *names):
+    drop(station, ASK)
+    station.work()
+    return made(station, "x", ASK, *names)
+
+
+def not_fetched(station, *words):
+    """Work, and look that the answer, which was paid for, lies beside the error file."""
+    drop(station, ASK)
+    station.work()
+    error = refused(station, "x", ASK, beside="json")
+    assert error["charged"] == "yes"
+    assert b'"url"' in (station.errors / "x.answer.json").read_bytes()
+    for word in words:
+        assert word in error["problems"][0]
+    return error
+
+
+# The sandbox's image host
+
+
+@pytest.mark.parametrize(
+    ("tag", "delivered"), [("url", 2), ("url-flaky", 2), ("url-redirect", 2), ("url-huge 1", 2), ("url, gzip", 2)]
+)
+def test_pictures_by_url_are_published_as_they_were_served(station, sandbox, tag, delivered):
+    originals = ask(station, tag, 'provider = "openai"\nn = 2')
+    (outcome,) = station.work()
+    ending = "png"
+    receipt = made(station, "x", originals, f"x-1.{ending}", f"x-2.{ending}")
+    assert "problems" not in receipt
+    (call,) = sandbox.report()["calls"]
+    assert [image["sha256"] for image in receipt["images"]] == call["images"]
+    for image in receipt["images"]:
+        assert hashlib.sha256((station.outbox / image["file"]).read_bytes()).hexdigest() == image["sha256"]
+    assert outcome.charged == "yes"
+    report = sandbox.report()
+    assert (report["requests"], report["charged"], report["delivered"]) == (1, 1, delivered)
+    assert report["bearer_at_image_host"] == 0
+
+
+@pytest.mark.parametrize(
+    ("tag", "words"),
+    [
+        ("url-404", ["/delivery/", "HTTP 404"]),
+        ("url-expired", ["/delivery/", "HTTP 403"]),
+        ("url-file", ["file:", "only a plain http or https url"]),
+        ("url-private", ["http://10.0.0.1/x.png", "the address is not public"]),
+    ],
+)
+def test_a_picture_that_cannot_be_fetched_was_paid_and_its_answer_is_kept(station, sandbox, tag, words):
+    originals = ask(station, tag)
+    (outcome,) = station.work()
+    error = refused(station, "x", originals, beside="json")
+    assert (error["charged"], error["credits_charged"]) == ("yes", 30)
+    for word in words:
+        assert word in error["problems"][0]
+    assert "do not send it again" in error["next"]
+    assert b'"url"' in (station.errors / "x.answer.json").read_bytes()
+    (row,) = station.ledger.rows()
+    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("made", "yes", 30, 0)
+    report = sandbox.report()
+    assert (report["requests"], report["charged"], report["bearer_at_image_host"]) == (1, 1, 0)
+    assert outcome.charged == "yes"
+
+
+def test_a_picture_larger_than_the_limit_is_not_fetched_to_its_end(tmp_path, sandbox):
+    with contextlib.closing(Station(tmp_path, sandbox.base_url, endpoint__max_response_bytes="500000")) as station:
+        originals = ask(station, "url-huge 3")
+        station.work()
+        error = refused(station, "x", originals, beside="json")
+        assert "larger than 500,000 bytes" in error["problems"][0]
+        assert error["charged"] == "yes"
+
+
+# Whom we ask, and what we tell them
+
+
+def host(*replies):
+    """An image host that gives these answers, one for each connection, and keeps the heads it got."""
+    heads = []
+
+    def script_for(reply):
+        def script(exchange):
+            heads.append(exchange.head())
+            exchange.send(reply)
+
+        return script
+
+    server = Scripted(*map(script_for, replies))
+    server.heads = heads
+    return server
+
+
+def moved(url):
+    return answer(b"", b"Location: " + url.encode(), status=b"302 Found")
+
+
+def test_the_key_never_reaches_an_image_host_nor_whom_it_redirects_to(tmp_path):
+    with (
+        host(answer(IMAGE)) as second,
+        host(moved(second.base_url + "/b?sig=2")) as first,
+        answered_with(tmp_path, first.base_url + "/a?sig=1") as station,
+    ):
+        fetched(station, "x.png")
+    heads = first.heads + second.heads
+    assert [head.split(b" ")[1] for head in heads] == [b"/a?sig=1", b"/b?sig=2"]
+    for head in heads:
+        assert KEY.encode() not in head
+        assert b"authorization" not in head.lower()
+        assert b"idempotency" not in head.lower()
+        assert b"user-agent: imagewatch/" in head.lower()
+        assert b"cookie" not in head.lower()
+
+
+def test_a_picture_of_the_endpoint_itself_is_fetched_without_the_key(tmp_path):
+    heads = []
+
+    def image_route(exchange):
+        heads.append(exchange.head())
+        exchange.send(answer(IMAGE))
+
+    def paid_route(exchange):
+        exchange.request()
+        url = f"http://127.0.0.1:{exchange.connection.getsockname()[1]}/x.png?sig=1"
+        exchange.send(answer(paid(url), b"Set-Cookie: session=1"))
+
+    with (
+        Scripted(paid_route, image_route) as server,
+        contextlib.closing(Station(tmp_path, server.base_url)) as station,
+    ):
+        fetched(station, "x.png")
+    assert KEY.encode() not in heads[0]
+    assert b"cookie" not in heads[0].lower()
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "file:///etc/passwd",
+        "ftp://127.0.0.1/x",
+        "http://169.254.169.254/latest?sig=1",
+        "http://10.0.0.1/",
+        "http://[fd00::1]/",
+        "http://[::ffff:10.0.0.1]/",
+        "http://user:word@127.0.0.1/",
+        "http://:word@127.0.0.1/",
+        "gopher://x",
+        "https://",
+    ],
+)
+@pytest.mark.parametrize("redirected", [False, True])
+def test_nothing_is_fetched_from_where_an_answer_has_no_business(tmp_path, target, redirected):
+    with host(moved(target)) if redirected else contextlib.nullcontext() as first:
+        url = first.base_url + "/a?sig=1" if redirected else target
+        clock = Clock()
+        with answered_with(tmp_path, url, clock=clock) as station:
+            not_fetched(station)
+    assert clock.waits == []
+
+
+def test_redirects_end(tmp_path):
+    replies = []
+
+    def script(exchange):
+        exchange.head()
+        replies.append(exchange)
+        exchange.send(moved(f"/{len(replies)}?sig=1"))
+
+    with Scripted(*[script] * 4) as server, answered_with(tmp_path, server.base_url + "/0?sig=0") as station:
+        not_fetched(station, "too many redirects")
+    assert len(replies) == 4
+
+
+REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0)
+
+
+@pytest.mark.parametrize("url", ["http://images.example/x", "https://127.0.0.1:1/x", "https://[::1]:1/x"])
+def test_a_remote_endpoint_may_not_send_us_to_plain_http_nor_to_this_machine(tmp_path, url):
+    with (
+        contextlib.closing(Client(REMOTE, lambda: Key(KEY))) as client,
+        open(tmp_path / "f", "w+b") as file,
+        pytest.raises(FetchError) as caught,
+    ):
+        client.fetch(url, file.write, 1000, 30)
+    assert caught.value.final
+
+
+def test_private_addresses_can_be_allowed(tmp_path):
+    endpoint = Endpoint(base_url=REMOTE.base_url, connect_timeout_seconds=2.0, allow_private_downloads=True)
+    hellos = []
+
+    def script(exchange):
+        hellos.append(exchange.connection.recv(65536))
+
+    with Scripted(script) as server, contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client:
+        with open(tmp_path / "f", "w+b") as file, pytest.raises(FetchError) as caught:
+            client.fetch(f"https://localhost:{server.port}/x", file.write, 1000, 30)
+        server.wait_for(1)
+    assert not caught.value.final
+    assert hellos[0]
+
+
+# Again and again
+
+
+def test_a_fetch_that_breaks_is_tried_again_as_it_is_free(tmp_path):
+    replies = (
+        b"",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + IMAGE[:20],
+        answer(b"", status=b"500 Oops"),
+        b"nonsense\r\n\r\n",
+        answer(IMAGE),
+    )
+    clock = Clock()
+    with (
+        host(*replies) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station,
+    ):
+        receipt = fetched(station, "x.png")
+    assert "problems" not in receipt
+    assert (tmp_path / "watched/outbox/x.png").read_bytes() == IMAGE
+    assert clock.waits == sorted(clock.waits)
+    assert len(clock.waits) == 4
+
+
+def test_a_host_that_hangs_up_at_once_is_tried_again_and_not_taken_for_our_disk(tmp_path, monkeypatch):
+    connect, rude = network._connection, []
+
+    def connected(found, *rest):
+        """Look at the connection no earlier than its other end has reset it."""
+        first = found[0][4][1] in rude
+        if first:
+            rude.clear()  # whatever comes of it: it may be reset before it stands
+        connection = connect(found, *rest)
+        if first:
+            poll = select.poll()
+            poll.register(connection, 0)
+            assert poll.poll(20_000)
+        return connection
+
+    monkeypatch.setattr(network, "_connection", connected)
+    with (
+        Scripted(lambda exchange: exchange.reset(), at_once) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock()) as station,
+    ):
+        rude.append(images.port)
+        assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
+
+
+class Full(Disk):
+    """A disk that is full at the first try to write a fetched picture."""
+
+    full = True
+
+    def create(self, path, mode=0o600):
+        file = super().create(path, mode)
+        if self.full and "/fetched." in path:
+            self.full = False
+            file.close()
+            return open("/dev/full", "wb", buffering=0)
+        return file
+
+
+def test_a_full_disk_is_not_taken_for_a_host_that_fails(tmp_path):
+    with (
+        host(answer(IMAGE), answer(IMAGE)) as images,
+        Scripted(answering(paid(images.base_url + "/x?sig=1"))) as server,
+        contextlib.closing(Station(tmp_path, server.base_url, disk=Full())) as station,
+    ):
+        drop(station, ASK)
+        with pytest.raises(SpoolError, match="No space left"):
+            station.work()
+        station.recover()
+        made(station, "x", ASK, "x.png")
+
+
+def test_a_host_that_says_no_is_asked_three_times(tmp_path):
+    refusals = [answer(b"", status=b"404 Not Found")] * 3
+    clock = Clock()
+    with host(*refusals) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
+        not_fetched(station, "HTTP 404")
+    assert len(clock.waits) == 2
+
+
+def test_a_host_that_is_gone_is_tried_until_the_url_has_expired(tmp_path):
+    with Scripted() as gone:
+        pass
+    clock = Clock()
+    with answered_with(tmp_path, gone.base_url + "/x?sig=1", clock=clock) as station:
+        not_fetched(station, "refused")
+    assert 580 <= sum(clock.waits) <= 600
+
+
+def test_the_pictures_of_a_job_share_the_time_until_their_urls_have_expired(tmp_path):
+    with Scripted() as gone:
+        pass
+    clock = Clock()
+    with answered_with(tmp_path, *[gone.base_url + "/x?sig=1"] * 3, clock=clock) as station:
+        not_fetched(station, "refused")
+    assert 580 <= sum(clock.waits) <= 600
+
+
+def test_a_picture_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
+    with Scripted() as gone:
+        pass
+    clock, asked = Clock(), []
+
+    def good(exchange):
+        asked.append(list(clock.waits))
+        exchange.head()
+        exchange.send(answer(IMAGE))
+
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with (
+        Scripted(good) as images,
+        answered_with(tmp_path, gone.base_url + "/a?sig=1", images.base_url + "/b?sig=1", clock=clock) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-2.png")
+    assert asked == [[]]
+    assert "refused" in receipt["problems"][0]
+    assert sum(clock.waits) > 500  # the bad one was tried as long as ever
+
+
+def test_only_the_pictures_that_failed_are_fetched_again(tmp_path):
+    urls, replies = [], {b"/b": [b"", answer(b"", status=b"503 Busy")], b"/c": [answer(b"", status=b"404 No")] * 3}
+
+    def script(exchange):
+        urls.append(exchange.head().split(b" ")[1])
+        exchange.send(replies[urls[-1]].pop(0) if replies.get(urls[-1]) else answer(IMAGE))
+
+    originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
+    clock = Clock()
+    with (
+        Scripted(*[script] * 7) as images,
+        answered_with(tmp_path, *(f"{images.base_url}/{name}" for name in "abc"), clock=clock) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-1.png", "x-2.png")
+    assert urls == [b"/a", b"/b", b"/c", b"/b", b"/c", b"/b", b"/c"]
+    assert "HTTP 404" in receipt["problems"][0]
+    assert clock.waits == sorted(clock.waits)
+
+
+def test_a_host_that_dribbles_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "_FETCH_SECONDS", 2.0)
+    monkeypatch.setattr(pictures, "_LEAST_SECONDS", 0.1)
+    urls = []
+
+    def script(exchange):
+        urls.append(exchange.head().split(b" ")[1])
+        if urls[-1] == b"/slow":
+            exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(IMAGE))
+            exchange.trickle(IMAGE, 0.05)
+        exchange.send(answer(IMAGE))
+
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with (
+        Scripted(*[script] * 4) as images,
+        answered_with(tmp_path, f"{images.base_url}/slow", f"{images.base_url}/good") as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-2.png")
+    assert urls[:2] == [b"/slow", b"/good"]
+    assert "no end after" in receipt["problems"][0]
+    assert "deadline_seconds" not in receipt["problems"][0]
+
+
+def test_a_clock_that_is_set_forward_does_not_end_the_tries(tmp_path):
+    wall = Clock()
+    with (
+        host(answer(b"", status=b"503 Busy"), answer(IMAGE)) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
+    ):
+        parts = station.spool, station.client, station.ledger, station.config()
+        # While the first try fails, whichever time it then is.
+        station.worker = Doubting(*parts, clock=lambda: wall.wait(3600) or wall.now, wait=lambda _: None)
+        assert "problems" not in fetched(station, "x.png")
+
+
+def slowly(exchange, *, sized=True):
+    """Serve a picture byte by byte, which takes longer than the deadlines here."""
+    exchange.head()
+    exchange.send(b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: %d\r\n" % len(IMAGE) if sized else b"") + b"\r\n")
+    exchange.trickle(IMAGE, 0.03)
+
+
+def at_once(exchange):
+    """Serve a picture."""
+    exchange.head()
+    exchange.send(answer(IMAGE))
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_a_fetch_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
+    settings = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1.5"}
+    with (
+        Scripted(lambda exchange: slowly(exchange, sized=sized), at_once) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock(), **settings) as station,
+    ):
+        assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
+
+
+TLS_SETTINGS = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1"}
+
+
+def test_a_fetch_over_tls_past_the_deadline_is_cut_and_tried_again(tmp_path, certificate):
+    scripts = [over_tls(certificate.context, script) for script in (slowly, at_once)]
+    with Scripted(*scripts) as images:
+        url, settings = f"https://127.0.0.1:{images.port}/x?sig=1", {"endpoint__ca_file": certificate.path}
+        with answered_with(tmp_path, url, clock=Clock(), **TLS_SETTINGS, **settings) as station:
+            assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
+
+
+def test_a_fetch_through_a_proxy_is_cut_when_its_time_is_over(tmp_path, monkeypatch, certificate):
+    with Scripted(tunnel(certificate.context, slowly)) as proxy:
+        through_proxy(monkeypatch, proxy)
+        endpoint = Endpoint(base_url=REMOTE.base_url, connect_timeout_seconds=2.0, ca_file=certificate.path)
+        with (
+            contextlib.closing(Client(endpoint, lambda: Key(KEY))) as client,
+            open(tmp_path / "f", "w+b") as file,
+            pytest.raises(FetchError, match="no end after 1 seconds"),
+        ):
+            client.fetch(REMOTE.base_url + "/x?sig=1", file.write, 1000, 1)
+
+
+def test_the_deadline_holds_for_the_second_picture_of_a_host_that_keeps_its_connections(tmp_path):
+    def twice(exchange):
+        at_once(exchange)
+        slowly(exchange)
+
+    settings = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1.5"}
+    originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
+    with (
+        Scripted(twice, slowly, at_once) as images,
+        answered_with(tmp_path, *[images.base_url + "/x?sig=1"] * 2, clock=Clock(), **settings) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        assert "problems" not in made(station, "x", originals, "x-1.png", "x-2.png")
+    assert images.connections == 3
+
+
+def raw_deflate(content):
+    packer = zlib.compressobj(wbits=-15)
+    return packer.compress(content) + packer.flush()
+
+
+@pytest.mark.parametrize(
+    ("coding", "pack"),
+    [
+        (b"gzip", gzip.compress),
+        (b"x-gzip", gzip.compress),
+        (b"GZIP", gzip.compress),
+        (b"deflate", zlib.compress),
+        (b"deflate", raw_deflate),
+        (b"gzip", bytes),
+        (b"aws-chunked", bytes),
+        (b"br", bytes),
+        (b"utf-8", bytes),
+    ],
+    ids="gzip x-gzip capitals zlib raw-deflate only-says-gzip aws-chunked only-says-br utf-8".split(),  # noqa: SIM905
+)
+def test_a_picture_that_its_host_compressed_is_published_as_it_was_before(tmp_path, coding, pack):
+    reply = answer(pack(IMAGE), b"Content-Encoding: " + coding)
+    with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
+        receipt = fetched(station, "x.png")
+        assert "problems" not in receipt
+        assert (station.outbox / "x.png").read_bytes() == IMAGE
+
+
+@pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, br"])
+def test_a_picture_in_a_coding_that_nobody_asked_for_is_not_fetched(tmp_path, coding):
+    reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
+    with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
+        not_fetched(station, f"encoded as {coding.decode()!r}", "nobody asked for")
+    assert images.connections == 1
+
+
+def test_a_compressed_picture_that_grows_beyond_the_limit_is_not_fetched_to_its_end(tmp_path):
+    bomb = gzip.compress(IMAGE + bytes(300_000_000), 1)
+    assert len(bomb) < 2_000_000
+    reply, settings = answer(bomb, b"Content-Encoding: gzip"), {"endpoint__max_response_bytes": "1000000"}
+    tracemalloc.start()
+    try:
+        with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", **settings) as station:
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
+            not_fetched(station, "larger than 1,000,000 bytes")
+            assert tracemalloc.get_traced_memory()[1] - before < 20_000_000
+    finally:
+        tracemalloc.stop()
+    assert images.connections == 1
+
+
+def test_a_damaged_compressed_picture_is_tried_again(tmp_path):
+    packed = bytearray(gzip.compress(IMAGE))
+    packed[-6] ^= 1
+    replies = [answer(content, b"Content-Encoding: gzip") for content in (bytes(packed), gzip.compress(IMAGE))]
+    clock = Clock()
+    with host(*replies) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
+        assert "problems" not in fetched(station, "x.png")
+    assert images.connections == 2
+
+
+def test_one_picture_that_cannot_be_fetched_does_not_cost_the_others(tmp_path):
+    originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
+    with (
+        host(answer(IMAGE)) as images,
+        answered_with(tmp_path, images.base_url + "/a?sig=1", "file:///etc/passwd", IMAGE) as station,
+    ):
+        drop(station, originals)
+        station.work()
+        receipt = made(station, "x", originals, "x-1.png", "x-3.png")
+    assert (receipt["asked"], receipt["got"]) == (3, 2)
+    assert receipt["problems"][0].startswith("image 2: file:")
+
+
+def test_a_page_instead_of_a_picture_is_not_published_as_one(tmp_path):
+    with (
+        host(answer(b"<!DOCTYPE html><p>no", b"Content-Type: image/png")) as images,
+        answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
+    ):
+        not_fetched(station, "HTML")
+
+
+# Large answers
+
+
+MB = 1_000_000
+MOST_GROWTH = 30 * MB
+
+
+def peak(folders):
+    """Drain the inbox in a process of its own; return its peak memory, bytes."""
+    program = [sys.executable, "-m", "imagewatch", "once"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(folders.root), **folders.environ}
+    with (folders.root / "log").open("wb") as log:
+        process = subprocess.Popen(program, env=environ, stdout=log, stderr=log)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0, (folders.root / "log").read_text()
+    return usage.ru_maxrss * 1024
+
+
+def test_an_answer_of_300_megabytes_is_published_whole_in_little_memory(tmp_path):
+    with Sandbox(key=KEY) as sandbox:
+        small, large = Folders(tmp_path / "small", sandbox.base_url), Folders(tmp_path / "large", sandbox.base_url)
+        small.prompt("x", '+++\nprovider = "gemini"\nn = 4\n+++\na cat')
+        large.prompt("x", '+++\nprovider = "gemini"\nn = 4\n+++\na cat [sandbox: big 74]')
+        growth = peak(large) - peak(small)
+        served = next(call["images"] for call in sandbox.report()["calls"] if "big" in call["prompt"])
+    receipt = large.receipt("x")
+    assert "problems" not in receipt
+    assert [image["sha256"] for image in receipt["images"]] == served
+    assert sum(image["bytes"] for image in receipt["images"]) > 4 * 74 * MB
+    for image in receipt["images"]:
+        with (large.outbox / image["file"]).open("rb") as file:
+            assert hashlib.file_digest(file, "sha256").hexdigest() == image["sha256"]
+    assert large.leftovers() == []
+    assert growth < MOST_GROWTH
+    for name in large.names("outbox"):
+        (large.outbox / name).unlink()  # pytest keeps the folders of its last runs

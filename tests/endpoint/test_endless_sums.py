@@ -1,0 +1,78 @@
+"""Sums that no number can hold: JSON does not know them, and every program must be able to read what is printed."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import Folders, command, until
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.sandbox import Sandbox
+
+
+def refuse(name: str) -> None:
+    raise AssertionError(f"{name} is no JSON")
+
+
+def strict(text: str) -> Any:
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.fixture
+def rich(folders: Folders) -> Folders:
+    """Two jobs that cost as much as a number can be, each; and a prompt like them that waits."""
+    for number in range(2):
+        folders.prompt(f"cat{number}", "a cat")
+    assert command(folders, "once").returncode == 0
+    with closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as ledger, ledger:
+        ledger.execute("UPDATE attempts SET credits = 1.7e308")
+    folders.prompt("dog", "+++\nn = 4\n+++\na dog")
+    return folders
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    ["history", "history --by day", "history --by provider", "history --by folder", "estimate", "status"],
+)
+def test_what_is_printed_for_programs_is_json_however_large_the_sums_are(rich: Folders, arguments: str) -> None:
+    if arguments == "status":
+        command(rich, "once")
+    told = command(rich, *arguments.split(), "--json")
+    assert told.stderr == ""
+    found = strict(told.stdout)
+    if arguments == "status":
+        assert (found["today"]["credits"], found["month"]["credits"]) == (None, None)
+        assert strict((rich.state / "status.json").read_text())["today"]["credits"] is None
+        assert " inf\n" in command(rich, "status", "--prometheus").stdout
+    if "--by" in arguments:
+        assert [one["credits"] for one in found] == [None]
+    if arguments == "estimate":
+        assert found[0]["high"] == sys.float_info.max
+    assert command(rich, *arguments.split()).stderr == ""
+
+
+@pytest.mark.usefixtures("sandbox")
+def test_what_strangers_write_into_a_receipt_does_not_make_submit_print_no_json(
+    folders: Folders, start: Callable[..., Any], sandbox: Sandbox
+) -> None:
+    (folders.outbox / "cat.receipt.toml").write_text(
+        'schema = 1\njob = "0123456789abcdef"\nsource = "cat.prompt.txt"\ncharged = "yes"\nmodel = nan\n'
+        "problems = [inf, -inf]\ncredits_charged = inf\n"
+    )
+    sandbox.hold()
+    waiting = start(folders, "submit", "A cat", "--name", "cat", "--wait", "--json")
+    until((folders.inbox / "cat.prompt.txt").exists)
+    hidden = folders.outbox / ".tmp"
+    hidden.write_text((folders.outbox / "cat.receipt.toml").read_text().replace("0123456789abcdef", "f" * 16))
+    hidden.rename(folders.outbox / "cat.7f3a.receipt.toml")
+    out, err = waiting.process.communicate(timeout=30)
+    sandbox.release()
+    (told,) = strict(out)
+    assert (waiting.process.returncode, told["model"], told["problems"]) == (0, None, [None, None]), err

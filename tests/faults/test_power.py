@@ -1,0 +1,625 @@
+"""The power goes, at every moment and again while the start after it tidies up: nothing is paid twice, or lost.
+
+Each *scene* is played by the real parts on a ``LosingDisk``. Before each change of the disk, at each moment of a
+request and before each row of the ledger, what would be left of the disk if it ended there is noted, in each way in
+which that can be (``Losing``). From each state noted the parts start again, as a restart does, and what could be
+left of *their* work is noted as well: two cuts at any two moments, in any two ways. What the world outside knows
+(what was paid) and the ledger belong to the state.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import sqlite3
+import tomllib
+from collections import deque
+from dataclasses import dataclass, field, replace
+from typing import IO, TYPE_CHECKING, Any, TypeVar
+
+import msgspec
+import pytest
+import structlog
+from support.daemon import Folders
+from support.endpoint import AT, Books, PaidEndpoint, Reply, picture, served
+from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
+from support.station import Doubting
+
+from imagewatch.endpoint import pictures
+from imagewatch.inbox.scan import Sweep
+from imagewatch.job.completion import Closing
+from imagewatch.job.outcome import End
+from imagewatch.job.record import Record
+from imagewatch.job.spool import Spool
+from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.protocol.values import Sent, dump
+from imagewatch.system.errors import SpoolError, Withdrawn
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator
+    from pathlib import Path
+
+    from imagewatch.inbox.candidate import Candidate
+
+T = TypeVar("T")
+_PROBING = ".iw-probe"
+"""Cuts while a start probes the folders are left to the tests with real cuts: no job has any part in that."""
+CUT_OFF = Reply(end="cut off", paid=False)
+BUSY = Reply(429, b'{"message": "slow down"}', (("retry-after", "0"),), paid=False)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One thing that may happen to prompts.
+
+    Attributes:
+        files: What is dropped, by path below the inbox.
+        replies: What the endpoint does, by prompt.
+        ends: How each prompt ends when nobody disturbs it: by stem with its folder, the prompt's text, the door and
+            ``charged``.
+        count: Pictures served for a prompt.
+        settings: Of the configuration.
+        mounts: Folders below the root that are file systems of their own.
+        there: What lies in the folders already, by path.
+        blame: Whether an account-level refusal may be shown.
+        withdrawn: Whether each request is forbidden when its mark is written and before its first byte leaves.
+    """
+
+    files: dict[str, str | bytes]
+    replies: dict[str, list[Reply]]
+    ends: dict[str, tuple[str, str, str]]
+    count: int = 1
+    settings: dict[str, str] = field(default_factory=dict)
+    mounts: tuple[str, ...] = ()
+    there: dict[str, bytes] = field(default_factory=dict)
+    blame: bool = True
+    withdrawn: bool = False
+
+
+def _one(reply: Reply | list[Reply], door: str, charged: str, *, front: str = "", **more: Any) -> Scene:
+    """Return a scene of one prompt, ``cat``, with whatever images are given."""
+    images = {name: picture(name) for name in more.pop("images", ())}
+    text = f"+++\n{front}\n+++\na cat" if front else "a cat"
+    replies = {"a cat": reply if isinstance(reply, list) else [reply]}
+    return Scene({"cat.prompt.txt": text, **images}, replies, {"cat": ("a cat", door, charged)}, **more)
+
+
+TWO = ("cat.png", "cat.1.png")
+PLACES = ("watched/inbox", "watched/outbox", "watched/errors", "watched/archive", "state")
+SKIP = {"inbox__redelivery": "skip"}
+REFUSED = Reply(400, b'{"message": "no cats"}', paid=False)
+
+SCENES = {
+    "text only": _one(Reply(), "outbox", "yes"),
+    "an edit with two images": _one(Reply(), "outbox", "yes", images=TWO),
+    "three pictures": _one(Reply(), "outbox", "yes", front="n = 3", count=3),
+    "pictures by url": _one(Reply(by_url=True), "outbox", "yes", front="n = 2", count=2),
+    "busy, then made": _one([BUSY, Reply()], "outbox", "yes"),
+    "busy for too long": _one(BUSY, "errors", "no", settings={"retry__attempts": "2"}),
+    "refused": _one(REFUSED, "errors", "no"),
+    "refused with images": _one(REFUSED, "errors", "no", images=TWO),
+    "no credits": _one(Reply(402, b'{"message": "pay"}', paid=False), "errors", "no"),
+    "no credits, as another has shown": _one(
+        Reply(402, b'{"message": "pay"}', paid=False), "inbox", "no", images=TWO, blame=False
+    ),
+    "invalid": _one(Reply(), "errors", "no", front="colour = 1", images=("cat.png",)),
+    "not JSON": _one(Reply(body=b"<html>thank you"), "errors", "yes"),
+    "cut short": _one(Reply(end="short"), "outbox", "yes", front="n = 3", count=3),
+    "dropped": _one(Reply(end="dropped"), "errors", "unknown", images=("cat.png",)),
+    "unreachable": _one(Reply(end="unreachable", paid=False), "inbox", "no", images=TWO),
+    "broken while sending": _one(Reply(end="broken", paid=False), "inbox", "no", images=TWO),
+    "cut off, then made": _one([CUT_OFF, Reply()], "outbox", "yes", images=TWO),
+    "cut off each time": _one(CUT_OFF, "errors", "no", images=TWO, settings={"retry__attempts": "2"}),
+    "withdrawn": _one(Reply(), "inbox", "no", images=TWO, withdrawn=True),
+    "in a sub-folder": Scene(
+        {"a/b/cat.prompt.txt": "a cat", "a/b/cat.png": picture("in")},
+        {"a cat": [Reply()]},
+        {"a/b/cat": ("a cat", "outbox", "yes")},
+    ),
+    "every folder a mount, made": _one(Reply(), "outbox", "yes", images=("cat.png",), mounts=PLACES),
+    "every folder a mount, refused": _one(REFUSED, "errors", "no", images=("cat.png",), mounts=PLACES),
+    "every folder a mount, not JSON": _one(
+        Reply(body=b"<html>thank you"), "errors", "yes", images=("cat.png",), mounts=PLACES
+    ),
+    "originals are not kept": _one(
+        Reply(), "outbox", "yes", images=("cat.png",), settings={"folders__archive": "delete"}
+    ),
+    "all names are taken": _one(
+        Reply(),
+        "outbox",
+        "yes",
+        images=("cat.png",),
+        there={"outbox/cat.png": b"mine", "archive/cat.prompt.txt": b"old"},
+    ),
+    "re-deliveries are recognised, made": _one(Reply(), "outbox", "yes", images=("cat.png",), settings=SKIP),
+    "re-deliveries are recognised, invalid": _one(Reply(), "errors", "no", front="colour = 1", settings=SKIP),
+    "two prompts": Scene(
+        {"cat.prompt.txt": "a cat", "dog.prompt.txt": "a dog"},
+        {"a cat": [Reply()], "a dog": [REFUSED]},
+        {"cat": ("a cat", "outbox", "yes"), "dog": ("a dog", "errors", "no")},
+    ),
+}
+
+CUT_TWICE = {"text only", "an edit with two images", "busy, then made", "refused"}
+"""Scenes in which each pair of cuts is tried; in the others too with ``IMAGEWATCH_ALL_CUTS=1`` (some minutes)."""
+FAIL_TOO = {
+    "pictures by url",
+    "not JSON",
+    "broken while sending",
+    "cut off each time",
+    "withdrawn",
+    "every folder a mount, made",
+}
+"""More scenes in which a step fails; the others too with ``IMAGEWATCH_ALL_CUTS=1``."""
+ALL_CUTS = os.environ.get("IMAGEWATCH_ALL_CUTS") == "1"
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that outlives the process."""
+
+    disk: Image
+    books: tuple[tuple[tuple[str, int], ...], ...]
+    rows: tuple[tuple[object, ...], ...]
+
+
+class NotingLedger(Ledger):
+    """A ledger that says before each row that it is about to be written."""
+
+    def __init__(self, path: str, stage: Stage) -> None:
+        super().__init__(path, synchronous="OFF")
+        self._stage = stage
+
+    def write(self, row: Row) -> None:
+        self._stage.disk.tick("ledger")
+        super().write(row)
+
+
+class Stage:
+    """The real parts, on a disk that loses power, with an endpoint that counts."""
+
+    def __init__(self, root: Path, scene: Scene, disk: type[LosingDisk] = LosingDisk) -> None:
+        self.scene = scene
+        self._disk_type = disk
+        self.root = root / "disk"
+        # Without the recognition of re-deliveries, which would hide a prompt that comes back by our own fault.
+        self.folders = Folders(self.root, "https://endpoint.test", **{"inbox__redelivery": "run", **scene.settings})
+        self.config = self.folders.config()
+        for name, content in scene.files.items():
+            self.folders.drop(name, content)
+        for name, there in scene.there.items():
+            (self.folders.root / name).write_bytes(there)
+        self.books = Books()
+        self.disk = self.new_disk()
+        self.ledger = NotingLedger(str(root / "ledger.sqlite3"), self)
+        self._beside = sqlite3.connect(root / "ledger.sqlite3", isolation_level=None)
+        self._beside.execute("PRAGMA synchronous = OFF")
+        self.runs = self.moments = 0
+        self.begin = self.state(Losing.KILLED)
+
+    def close(self) -> None:
+        self.ledger.close()
+        self._beside.close()
+
+    def new_disk(self, **cut: Any) -> LosingDisk:
+        mounts = tuple(str(self.root / name) for name in self.scene.mounts)
+        return self._disk_type(str(self.root), mounts=mounts, **cut)
+
+    def state(self, losing: Losing) -> State:
+        return self.states((losing,))[0]
+
+    def states(self, losings: Iterable[Losing] = Losing) -> list[State]:
+        """Return what would be left if it all ended now, in each of some ways."""
+        rows = tuple(self._beside.execute("SELECT * FROM attempts ORDER BY job, attempt").fetchall())
+        books = self.books.freeze()
+        return [State(image, books, rows) for image in self.disk.images(losings)]
+
+    def restore(self, state: State) -> None:
+        self.disk.restore(state.disk)
+        self.books.thaw(state.books)
+        self._beside.execute("DELETE FROM attempts")
+        for row in state.rows:
+            self._beside.execute(f"INSERT INTO attempts VALUES ({', '.join('?' * len(row))})", row)
+
+    def play(self) -> None:
+        """Do what a start does, then work until nothing is left that can be done."""
+        self.runs += 1
+        spool = Spool(self.config, self.disk)
+        spool.new_job = self._new_job  # type: ignore[method-assign]
+        _again(spool.prepare)
+        endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
+        worker = Doubting(
+            spool,
+            endpoint,  # type: ignore[arg-type]
+            self.ledger,
+            self.config,
+            blame=lambda _: self.scene.blame,
+            clock=lambda: AT,
+            wait=lambda _: None,
+            leaving=self._leaving if self.scene.withdrawn else contextlib.nullcontext,
+        )
+        for job in spool.unfinished():
+            self._carry(worker, job)
+        sweep = Sweep(spool.inbox, self.config.inbox)
+        while ready := sweep.look(AT, AT).ready:
+            if {self._start(worker, spool.new_job(), candidate) for candidate in ready} == {End.RETURNED}:
+                break
+
+    @contextlib.contextmanager
+    def _leaving(self) -> Iterator[None]:
+        if next((self.folders.state / "jobs").glob("*/sent.*"), None):
+            raise Withdrawn("held")
+        yield
+
+    def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
+        try:
+            claim = candidate.claim(job, AT)
+            outcome = worker.start(msgspec.structs.replace(claim, files={}, folder_inode=0))  # the model has no inodes
+        except SpoolError:
+            return self._carry(worker, job)
+        return self._carry(worker, job) if outcome.end is End.LATER else outcome.end
+
+    def _carry(self, worker: Doubting, job: str) -> End:
+        while (outcome := _again(lambda: worker.process(job, resumed=True))).end is End.LATER:
+            pass
+        return outcome.end
+
+    def _new_job(self) -> str:
+        """Return the next id that nothing knows: the same each time this state is played."""
+        known = {row[0] for row in self._beside.execute("SELECT job FROM attempts")}
+        for top in (self.folders.state / "jobs", self.folders.inbox / ".imagewatch"):
+            known |= {path.name for path in top.iterdir()}
+        ids = (hashlib.sha256(str(number).encode()).hexdigest()[:16] for number in range(1000))
+        return next(job for job in ids if job not in known)
+
+
+def _again(work: Callable[[], T]) -> T:
+    """Do something, and once more if our disk fails, as the daemon does."""
+    try:
+        return work()
+    except SpoolError:
+        return work()
+
+
+class Audit:
+    """Looks at the folders from outside, after everything is over."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage, self._scene, self._folders = stage, stage.scene, stage.folders
+        self._files = {
+            path.relative_to(self._folders.root).as_posix(): path.read_bytes()
+            for path in self._folders.root.rglob("*")
+            if path.is_file() and path.name != ".imagewatch-claims"
+        }
+        self._documents = {
+            name: tomllib.loads(content.decode())
+            for name, content in self._files.items()
+            if name.endswith((".receipt.toml", ".error.toml"))
+        }
+
+    def check(self) -> None:
+        for prompt, times in self._stage.books.paid.items():
+            assert times <= 1, f"{prompt} was paid twice"
+        assert self._folders.leftovers() == []
+        for name, content in self._scene.there.items():
+            assert self._files.pop(name) == content, f"{name} was somebody else's"
+        self._check_originals()
+        for stem, (prompt, door, charged) in self._scene.ends.items():
+            self._check_prompt(stem, prompt, door, charged)
+        self._check_ledger()
+        strangers = set(self._files) - set(self._documents) - self._accounted
+        assert not strangers, f"nobody knows of {strangers}"
+
+    def documents_of(self, stem: str) -> dict[str, dict[str, Any]]:
+        """Return the receipts and error files of a prompt."""
+        return {name: d for name, d in self._documents.items() if d["source"] == f"{stem}.prompt.txt"}
+
+    def _check_originals(self) -> None:
+        """Each file that was dropped is in one place, and in one only."""
+        self._accounted = set()
+        for name, content in self._scene.files.items():
+            raw = content.encode() if isinstance(content, str) else content
+            places = [place for place, found in self._files.items() if found == raw]
+            kept = self._stage.config.folders.archive != "delete"
+            assert len(places) == 1 or (not kept and not places), f"{name} is in {places}"
+            self._accounted |= set(places)
+
+    def _check_prompt(self, stem: str, prompt: str, door: str, charged: str) -> None:
+        books = self._stage.books
+        paid = books.paid.get(prompt, 0)
+        mine = self.documents_of(stem)
+        assert len(mine) <= 1, f"over more than once: {list(mine)}"
+        if not mine:
+            dropped = [n for n in self._scene.files if n.startswith((f"{stem}.", f"{stem}/"))]
+            assert {f"inbox/{n}" for n in dropped} <= set(self._files), "it is nowhere"
+            assert not paid
+            assert door == "inbox"
+            return
+        ((name, document),) = mine.items()
+        assert f"inbox/{stem}.prompt.txt" not in self._files
+        found = (name.partition("/")[0], document["charged"])
+        if books.settled.get(prompt, True):
+            assert found == (door, charged), "its answer was banked"
+        elif paid:
+            assert found in {(door, charged), ("outbox", "yes"), ("errors", "yes"), ("errors", "unknown")}
+        else:
+            assert found in {(door, charged), ("errors", "unknown")}
+        if found[0] == "outbox":
+            self._check_pictures(name, document, prompt)
+        else:
+            self._check_refused(stem, name, document)
+
+    def _check_pictures(self, name: str, document: dict[str, Any], prompt: str) -> None:
+        """A receipt names what is there, with its hash; and that is what was served."""
+        folder = name.rpartition("/")[0]
+        pictures = served(prompt, self._scene.count)
+        whole = self._stage.books.settled[prompt] and not any(r.end == "short" for r in self._scene.replies[prompt])
+        found = []
+        for image in document["images"]:
+            content = self._files[f"{folder}/{image['file']}"]
+            assert hashlib.sha256(content).hexdigest() == image["sha256"], "it is not what its receipt says"
+            self._accounted.add(f"{folder}/{image['file']}")
+            found.append(content)
+        if whole:
+            assert found == pictures
+            assert "problems" not in document
+        else:
+            assert found
+            assert found[0] == pictures[0]
+
+    def _check_refused(self, stem: str, name: str, document: dict[str, Any]) -> None:
+        """The originals lie beside the error file, and what was paid for does, too."""
+        folder = name.rpartition("/")[0]
+        for dropped, content in self._scene.files.items():
+            if dropped.startswith((f"{stem}.", f"{stem}/")):
+                raw = content.encode() if isinstance(content, str) else content
+                assert raw in [there for place, there in self._files.items() if place.startswith(folder)]
+        if document["charged"] == "yes":
+            raws = [n for n in self._files if n.startswith(name.removesuffix("error.toml") + "answer.")]
+            assert len(raws) == 1
+            self._accounted |= set(raws)
+
+    def _check_ledger(self) -> None:
+        books, rows = self._stage.books, self._stage.ledger.rows()
+        calls = [row for row in rows if row["attempt"]]
+        assert len(calls) >= sum(books.begun.values()), "an attempt has no row"
+        charged = [row for row in calls if row["charged"] != "no"]
+        assert len(charged) >= sum(books.paid.values()), "a payment has no row"
+        for document in self._documents.values():
+            attempts = [row["attempt"] for row in rows if row["job"] == document["job"]]
+            assert attempts == (list(range(1, document["attempts"] + 1)) or [0])
+            row = next(row for row in rows if (row["job"], row["attempt"]) == (document["job"], attempts[-1]))
+            assert row["charged"] == document["charged"]
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
+    with contextlib.closing(Stage(tmp_path, SCENES[request.param])) as made:
+        yield made
+
+
+def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
+    """Play from every state that up to so many cuts can lead to, and look at what came of it.
+
+    Returns:
+        The states, and how each was come to.
+    """
+    paths: dict[State, tuple[str, ...]] = {stage.begin: ()}
+    waiting = deque([stage.begin])
+    while waiting:
+        state = waiting.popleft()
+        path = paths[state]
+
+        def note(what: str, path: tuple[str, ...] = path) -> None:
+            if len(path) == cuts or _PROBING in what:
+                return
+            stage.moments += 1
+            for losing, left in zip(Losing, stage.states(), strict=True):
+                if len(path) + 1 == cuts:
+                    # Nothing can be undone any more: only what can be seen makes a difference.
+                    left = replace(left, disk=left.disk.visible())  # noqa: PLW2901
+                if left not in paths:
+                    paths[left] = (*path, f"{losing.name} before {what}")
+                    waiting.append(left)
+
+        stage.restore(state)
+        stage.disk.watch = note
+        try:
+            stage.play()
+            note("the end")
+            Audit(stage).check()
+        except Exception as error:
+            error.add_note("the power went: " + ("; then: ".join(path) or "never"))
+            error.add_note("there is: " + ", ".join(stage.folders.names(".")))
+            raise
+    return paths
+
+
+@pytest.mark.parametrize("stage", SCENES, indirect=True)
+def test_undisturbed_each_scene_ends_as_it_says(stage: Stage) -> None:
+    stage.play()
+    audit = Audit(stage)
+    audit.check()
+    for stem, (_, door, charged) in stage.scene.ends.items():
+        ends = [(n.partition("/")[0], d["charged"]) for n, d in audit.documents_of(stem).items()]
+        assert ends == ([] if door == "inbox" else [(door, charged)])
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("stage", SCENES, indirect=True)
+def test_nothing_is_paid_twice_or_lost_when_the_power_goes(stage: Stage, request: pytest.FixtureRequest) -> None:
+    twice = ALL_CUTS or request.node.callspec.params["stage"] in CUT_TWICE
+    explore(stage, cuts=2 if twice else 1)
+
+
+def test_a_cut_that_goes_off_leaves_what_was_noted(tmp_path: Path) -> None:
+    """Noting goes on where a real cut ends everything, with exceptions and all that follows from them."""
+    scene = SCENES["an edit with two images"]
+    with contextlib.closing(Stage(tmp_path, scene)) as stage:
+        noted: list[list[State]] = []
+        stage.restore(stage.begin)
+        stage.disk.watch = lambda _: noted.append(stage.states())
+        stage.play()
+        for number, states in enumerate(noted, 1):
+            losing, expected = list(zip(Losing, states, strict=True))[number % len(Losing)]
+            stage.disk = stage.new_disk(cut=number, losing=losing)
+            stage.restore(stage.begin)
+            with pytest.raises(PowerCut):
+                stage.play()
+            stage.disk.come_back()
+            assert stage.state(Losing.KILLED) == expected
+            stage.play()
+            Audit(stage).check()
+
+
+@pytest.mark.parametrize("losing", Losing)
+def test_nor_when_it_goes_right_after_a_step(tmp_path: Path, losing: Losing) -> None:
+    with contextlib.closing(Stage(tmp_path, SCENES["text only"])) as stage:
+        stage.play()
+        for number in range(1, len(stage.disk.steps) + 1):
+            stage.disk = stage.new_disk(cut=number, after=True, losing=losing)
+            stage.restore(stage.begin)
+            with pytest.raises(PowerCut):
+                stage.play()
+            stage.disk.come_back()
+            stage.play()
+            Audit(stage).check()
+
+
+@pytest.mark.parametrize(
+    "name", ["re-deliveries are recognised, made", "re-deliveries are recognised, invalid", "cut short", "dropped"]
+)
+def test_nothing_is_paid_twice_or_lost_when_the_power_goes_after_a_sync_tool_brought_it_back(
+    tmp_path: Path, name: str
+) -> None:
+    scene = replace(SCENES[name], settings=SKIP)
+    with contextlib.closing(Stage(tmp_path, scene)) as stage:
+        stage.restore(stage.begin)  # which gives all files their old times
+        stage.play()
+        for file, content in scene.files.items():
+            os.utime(stage.folders.drop(file, content), ns=(LONG_AGO_NS, LONG_AGO_NS))
+        begin_again(stage)
+        explore(stage, cuts=1)
+        assert stage.ledger.redelivered()
+
+
+@pytest.mark.parametrize("name", ["not JSON", "every folder a mount, not JSON"])
+def test_nothing_is_paid_twice_or_lost_when_the_power_goes_while_a_paid_answer_is_read_again(
+    tmp_path: Path, name: str
+) -> None:
+    scene = SCENES[name]
+    with contextlib.closing(Stage(tmp_path, scene)) as stage:
+        stage.play()
+        (job,) = {row["job"] for row in stage.ledger.rows()}
+        begin_again(stage)
+        assert Spool(stage.config, stage.disk).reopen(job)
+        begin_again(stage)
+        explore(stage, cuts=1)
+
+
+def begin_again(stage: Stage) -> None:
+    """Make the disk as it is, all of it durable, the beginning."""
+    stage.disk = stage.new_disk()
+    stage.begin = stage.state(Losing.KILLED)
+
+
+class FailingDisk(LosingDisk):
+    """A disk on which one step fails, as a full disk does, and all is well again.
+
+    Attributes:
+        failing: Number of the step, from 1.
+    """
+
+    failing = 0
+
+    def step(self, what: str, path: str) -> None:
+        super().step(what, path)
+        if len(self.steps) == self.failing and what in DISK_STEPS:
+            raise SpoolError(f"{what} {path}: full", path=path, code=errno.ENOSPC)
+
+
+DISK_STEPS = {name for name in vars(SteppingDisk) if not name.startswith("_") and name != "step"}
+
+
+@pytest.mark.parametrize("name", sorted(SCENES if ALL_CUTS else CUT_TWICE | FAIL_TOO))
+def test_a_disk_that_fails_once_at_any_step_costs_nothing_either(tmp_path: Path, name: str) -> None:
+    """The same process tries again, as the daemon does when there is room: nothing was undone, but nothing is new."""
+    with contextlib.closing(Stage(tmp_path, SCENES[name], FailingDisk)) as stage:
+        stage.restore(stage.begin)
+        stage.play()
+        for number in range(1, len(stage.disk.steps) + 1):
+            stage.disk = stage.new_disk()
+            stage.disk.failing = number  # type: ignore[attr-defined]
+            stage.restore(stage.begin)
+            stage.play()
+            stage.play()  # what went back to the inbox, because nothing could be written down, is taken again
+            Audit(stage).check()
+
+
+# The proof can fail: each of these takes one precaution away.
+
+
+class WithoutFileSync(LosingDisk):
+    def sync(self, file: IO[bytes], path: str) -> None:
+        file.flush()
+        self.tick(f"no sync {path}")
+
+
+class WithoutFolderSync(LosingDisk):
+    def sync_folder(self, path: str) -> None:
+        self.tick(f"no sync_folder {path}")
+
+
+def _without(where: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    return lambda patch: patch.setattr(where, name, lambda *_: None)
+
+
+def _sent_is_not_synced(patch: pytest.MonkeyPatch) -> None:
+    def careless(record: Record, attempt: int, sent: Sent) -> None:
+        with record._disk.writing(record.path(f"sent.{attempt}")) as file:
+            file.write(dump(sent))
+
+    patch.setattr(Record, "write_sent", careless)
+
+
+def _pictures_are_not_synced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(pictures._Ours, "close", lambda self: self._file.close())
+
+
+PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
+    "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
+    "old names of claimed files are removed": ("text only", _without(Spool, "_drop_twins_of"), 1, "paid twice"),
+    "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|nobody knows"),
+    "pictures are synced before the decision": ("text only", _pictures_are_not_synced, 1, "its receipt says"),
+    "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "its record is gone"),
+    "attempts have rows before the next": ("busy, then made", _without(Closing, "busy"), 1, "has no row"),
+}
+
+
+@pytest.mark.parametrize("precaution", PRECAUTIONS)
+def test_the_proof_fails_unless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precaution: str) -> None:
+    scene, careless, cuts, words = PRECAUTIONS[precaution]
+    careless(monkeypatch)
+    with (
+        contextlib.closing(Stage(tmp_path, SCENES[scene])) as stage,
+        pytest.raises((AssertionError, SpoolError), match=words),
+    ):
+        explore(stage, cuts)
+
+
+@pytest.mark.parametrize("disk", [WithoutFileSync, WithoutFolderSync])
+def test_the_proof_fails_when_nothing_is_synced(tmp_path: Path, disk: type[LosingDisk]) -> None:
+    with (
+        contextlib.closing(Stage(tmp_path, SCENES["text only"], disk)) as stage,
+        pytest.raises((AssertionError, SpoolError)),
+    ):
+        explore(stage, 1)

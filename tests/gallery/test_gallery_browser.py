@@ -1,0 +1,532 @@
+"""The gallery in a real Chromium, opened as a file, as people open it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import time
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.chromium import PROGRAM, Chromium
+from support.daemon import until
+
+from gallery.test_gallery import HOSTILE, Shelf, hostile, page_data, picture
+from imagewatch.gallery.jobs import Job, Picture
+from imagewatch.gallery.page import page
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+pytestmark = pytest.mark.skipif(not PROGRAM, reason="there is no Chromium here")
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    browser = Chromium(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def browser(chromium: Chromium) -> Iterator[Chromium]:
+    """The browser with a window of its usual size; at the end it may have found nothing wrong with the page."""
+    chromium.events.clear()
+    chromium.size(1200, 900)
+    chromium.colours("light")
+    yield chromium
+    # That a page looks for its stamp when that is gone is how it learns of a newer one.
+    assert [one for one in chromium.complaints() if "/stamp-" not in one.get("url", "")] == []
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path / "watched")
+
+
+def visit(browser: Chromium, shelf: Shelf, fragment: str = "") -> None:
+    shelf.gallery().write()
+    browser.open((shelf.root / "gallery.html").as_uri() + fragment)
+
+
+def texts(browser: Chromium, selector: str) -> list[str]:
+    return browser.run(f"[...document.querySelectorAll({selector!r})].map(element => element.textContent)")
+
+
+def prompts(browser: Chromium) -> list[str]:
+    return texts(browser, ".words p")
+
+
+def write_in(browser: Chromium, text: str) -> None:
+    browser.run("document.querySelector('#words').select()")
+    browser.type(text)
+
+
+def zoo(shelf: Shelf) -> None:
+    """Five jobs; the newest first: cat, dog, two cows, and an elk that failed."""
+    when = "2027-03-0{}T12:00:00+00:00"
+    shelf.made("cat", picture("red"), provider="flux", credits_charged=30, times=times(when.format(4)))
+    shelf.made(
+        "dog", picture("blue"), provider="openai", credits_charged=5.5, times=times(when.format(3)), folder="pets"
+    )
+    cows = [picture("green"), picture("lime")]
+    shelf.made("cow", *cows, provider="gemini", credits_charged=268, times=times(when.format(2)), folder="farm/big")
+    shelf.failed(
+        "elk",
+        message="no such animal",
+        next="ask for another",
+        charged="unknown",
+        prompt="an elk",
+        times=times(when.format(1)),
+    )
+
+
+def times(moment: str) -> dict[str, Any]:
+    return {"published": datetime.fromisoformat(moment)}
+
+
+# What is seen
+
+
+def test_every_job_is_a_card_and_each_picture_has_its_prompt_as_alternative(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    assert prompts(browser) == ["a cat", "a dog", "a cow", "an elk"]
+    until(lambda: browser.run("[...document.querySelectorAll('.card img')].every(image => image.naturalWidth === 320)"))
+    assert browser.run("[...document.querySelectorAll('.card img')].map(image => image.alt)") == [
+        "a cat",
+        "a dog",
+        "a cow",
+        "",
+    ]
+    assert texts(browser, ".failed .mat *") == ["Failed, may have been charged", "no such animal", "ask for another"]
+    assert browser.run("document.querySelector('.failed').getAttribute('aria-label')").startswith(
+        "an elk, Failed, may have been charged: no such animal"
+    )
+    assert texts(browser, "#totals div") == ["credits303.5", "pictures4", "made3", "failed1", "of unknown cost1"]
+
+
+def test_the_page_asks_for_nothing_but_pictures_beside_it(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    browser.run("enlarge(0, 0)")
+    top = shelf.root.as_uri()
+    asked = [url for url in browser.requested() if url != "about:blank"]
+    assert asked
+    assert all(url.startswith(f"{top}/gallery") or url == f"{top}/outbox/cat.png" for url in asked)
+
+
+def test_an_edit_stands_beside_its_inputs(browser: Chromium, shelf: Shelf):
+    inputs = [{"file": "boat.png", "bytes": len(picture("navy"))}, {"file": "gone.png", "bytes": 5}]
+    shelf.put("archive/boat.png", picture("navy"))
+    shelf.made("cat", picture("red"), inputs=inputs)
+    visit(browser, shelf)
+    assert browser.run("document.querySelector('.from img').alt") == "made from boat.png"
+    assert texts(browser, ".from .blank") == ["not in the archive any more"]
+    browser.run("document.querySelector('.card').click()")
+    assert texts(browser, ".strip button") == ["input 1", "not in the archive any moreinput 2", "result"]
+    browser.run("document.querySelector('.strip button').click()")
+    until(lambda: browser.run("document.querySelector('.stage img').src.endsWith('/archive/boat.png')"))
+
+
+def test_credits_are_charted_by_day(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    told = texts(browser, "#chart title")
+    assert len(told) == 30
+    assert [line for line in told if not line.endswith(": 0 credits")] == [
+        "Mar 2, 2027: 268 credits",
+        "Mar 3, 2027: 5.5 credits",
+        "Mar 4, 2027: 30 credits",
+    ]
+    heights = browser.run(
+        "[...document.querySelectorAll('#chart .bar')].map(bar => Number(bar.getAttribute('height')))"
+    )
+    assert heights[-3] == 100
+    assert heights[-1] == pytest.approx(3000 / 268)
+
+
+def test_without_a_job_the_page_says_what_to_do(browser: Chromium, shelf: Shelf):
+    visit(browser, shelf)
+    assert "No pictures yet" in browser.run("document.body.innerText")
+    assert "Nothing matches" not in browser.run("document.body.innerText")
+
+
+def test_a_picture_that_may_be_a_trap_is_not_loaded_in_the_large_view(browser: Chromium, shelf: Shelf):
+    shelf.made("cat", picture()[:-20])
+    visit(browser, shelf)
+    browser.run("document.querySelector('.card').click()")
+    assert browser.run("document.querySelector('.stage').innerText").startswith("cat.png: cut short")
+    assert not [url for url in browser.requested() if url.endswith("cat.png")]
+
+
+# Strangers' words
+
+
+def test_words_of_strangers_are_shown_and_never_run(browser: Chromium, shelf: Shelf):
+    hostile(shelf)
+    visit(browser, shelf)
+    elements = browser.run("document.querySelectorAll('script, img[src=x]').length")
+    assert elements == 2
+    assert HOSTILE in prompts(browser)
+    for index in range(browser.run("shown.length")):
+        browser.run(f"enlarge({index}, 0)")
+        assert browser.run("typeof pwned") == "undefined"
+        assert browser.run("document.querySelectorAll('script, img[src=x]').length") == elements
+    assert [url for url in browser.requested() if url.endswith("/x")] == []
+
+
+def test_the_policy_holds_even_if_the_script_had_a_hole(chromium: Chromium, shelf: Shelf):
+    chromium.size(1200, 900)
+    visit(chromium, shelf)
+    hole = "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=pwned()>')"
+    assert "TypeError" in chromium.run(f"(() => {{ try {{ {hole} }} catch (error) {{ return String(error) }} }})()")
+    script = "const s = document.createElement('script'); s.append('window.pwned = 1'); document.body.append(s)"
+    chromium.run(f"(() => {{ try {{ {script} }} catch {{ }} }})()")
+    assert chromium.run("typeof pwned") == "undefined"
+    assert chromium.run("fetch('https://127.0.0.1:9/').then(() => 'sent', error => String(error))").startswith(
+        "TypeError"
+    )
+
+
+EVIL = "javascript:window.pwned=1//"
+ADDRESSES = [
+    *(EVIL, "JaVaScRiPt:window.pwned=1//.png", "data:text/html,<script>window.pwned=1</script>", "//127.0.0.1:9/x.png"),
+    *("https://127.0.0.1:9/x.png", "http:x.png", "file:///etc/passwd", "\\\\127.0.0.1\\share\\x.png", "../../x.png"),
+    *("?x.png", "#x.png", " javascript:window.pwned=1", "\tjavascript:window.pwned=1"),
+]
+
+
+def test_addresses_of_strangers_lead_nowhere(browser: Chromium, shelf: Shelf):
+    entries = [{"file": name, "bytes": 5} for name in ADDRESSES]
+    for k, name in enumerate(ADDRESSES):
+        plain = name.replace("/", "\\")
+        content = picture()
+        shelf.put(f"outbox/{plain}.png", content)
+        there = [{"file": f"{plain}.png", "bytes": len(content)}]
+        shelf.made(f"cat{k}", images=there + entries, inputs=entries, prompt=name, message=name, next=name, job=name)
+        shelf.made(plain, picture(), folder=plain, source=name, provider=name, model=name, problems=[name, name])
+        shelf.failed(plain, message=name, next=name, code=name, inputs=entries)
+    visit(browser, shelf)
+    leading = (
+        "[...document.querySelectorAll('[href], [src], [action], [data], [srcset]')].map(one => one.href ?? one.src)"
+    )
+    top = f"{shelf.root.as_uri()}/"
+    found = set(browser.run(leading))
+    for index in range(browser.run("shown.length")):
+        browser.run(f"enlarge({index}, 0)")
+        found |= set(browser.run(leading))
+    assert len(found) > 4 * len(ADDRESSES)
+    assert all(address.startswith((f"{top}outbox/", f"{top}errors/", f"{top}gallery_files/")) for address in found)
+    asked = [url for url in browser.requested() if url != "about:blank"]
+    assert all(url.startswith((f"{top}outbox/", f"{top}gallery_files/", f"{top}gallery.html")) for url in asked)
+    assert browser.run("typeof pwned") == "undefined"
+    assert browser.run("[...document.querySelectorAll('aside a')].every(link => link.rel === 'noopener noreferrer')")
+
+
+def test_what_is_no_document_is_shown_without_a_link_to_it(browser: Chromium, shelf: Shelf):
+    shelf.put("outbox/cat.receipt.toml", b"<!doctype html><script>pwned()</script>")
+    visit(browser, shelf)
+    browser.run("document.querySelector('.card').click()")
+    assert browser.run("view.open")
+    assert texts(browser, "aside a") == []
+    assert browser.run("document.querySelectorAll('[href]').length") == 0
+
+
+ATTEMPTS = {
+    "img-src": "new Image().src = url",
+    "connect-src": "fetch(url).catch(() => {}); navigator.sendBeacon(url, 'x')",
+    "frame-src": "put('iframe', { src: url })",
+    "font-src": "new FontFace('x', `url(${url})`).load().catch(() => {})",
+    "media-src": "new Audio(url).play().catch(() => {})",
+    "style-src-elem": "put('link', { rel: 'stylesheet', href: url }); put('style', {}).append('* { color: red }')",
+    "style-src-attr": "put('p', { style: `background: url(${url})` })",
+    "manifest-src": "put('link', { rel: 'manifest', href: url })",
+    "form-action": "put('form', { action: url, method: 'post' }).submit()",
+    "base-uri": "put('base', { href: url })",
+    "script-src-elem": "put('a', { href: 'javascript:window.pwned=1' }).click()",
+    "require-trusted-types-for": "put('p', {}).innerHTML = '<img src=x onerror=window.pwned=1>'",
+}
+
+
+def said_to(server: socket.socket) -> list[bytes]:
+    """What was sent so far; before the policy is asked, Chromium may connect where a frame or form leads."""
+    said = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            connection, _ = server.accept()
+            with connection, contextlib.suppress(BlockingIOError):
+                connection.settimeout(0)
+                said.append(connection.recv(1000))
+    return [content for content in said if content]
+
+
+def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_else(chromium: Chromium, shelf: Shelf):
+    visit(chromium, shelf)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(0)
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/x"
+        chromium.run(f"var url = {url!r}, violated = new Set()")
+        chromium.run("addEventListener('securitypolicyviolation', (event) => violated.add(event.violatedDirective))")
+        put = "Object.entries(attributes).forEach(([name, value]) => element.setAttribute(name, value))"
+        chromium.run(
+            "function put(tag, attributes) { const element = document.createElement(tag);"
+            f"{put}; (tag === 'link' ? document.head : document.body).append(element); return element }}"
+        )
+        for attempt in ATTEMPTS.values():
+            chromium.run(f"(() => {{ try {{ {attempt} }} catch {{ }} }})()")
+        until(lambda: set(ATTEMPTS) <= set(chromium.run("[...violated]")))
+        for element, name in (("p", "onclick"), ("script", "src"), ("object", "data"), ("embed", "src")):
+            attempt = f"try {{ put('{element}', {{ {name}: url }}) }} catch (error) {{ return error.name }}"
+            assert chromium.run(f"(() => {{ {attempt} }})()") == "TypeError", element
+        assert chromium.run("typeof pwned") == "undefined"
+        assert chromium.run("document.baseURI").startswith("file:")
+        chromium.open("about:blank")
+        assert said_to(server) == []
+
+
+# Finding
+
+
+def test_search_and_filters_narrow_the_list_and_survive_a_reload(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    write_in(browser, "A  do")
+    assert prompts(browser) == ["a dog"]
+    assert browser.run("document.querySelector('#count').textContent") == "1 of 4 jobs"
+    browser.reload()
+    assert prompts(browser) == ["a dog"]
+    write_in(browser, "zebra")
+    assert prompts(browser) == []
+    assert "Nothing matches" in browser.run("document.body.innerText")
+    browser.run("document.querySelector('#all').click()")
+    assert len(prompts(browser)) == 4
+    browser.run("document.querySelector('[value=failed]').click()")
+    assert prompts(browser) == ["an elk"]
+    browser.run("document.querySelector('[name=outcome]').click()")
+    for select, value, found in (("provider", "flux", "a cat"), ("folder", "pets", "a dog")):
+        browser.run("location.hash = ''")
+        until(lambda: len(prompts(browser)) == 4)
+        browser.run(f"document.querySelector('#{select}').value = '{value}'")
+        browser.run(f"document.querySelector('#{select}').dispatchEvent(new Event('input', {{bubbles: true}}))")
+        assert prompts(browser) == [found]
+
+
+def test_an_address_with_a_folder_or_provider_that_is_no_more_shows_all(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf, "#provider=gone&folder=gone&outcome=gone&job=gone&picture=-7")
+    assert len(prompts(browser)) == 4
+
+
+# The keyboard
+
+
+def test_the_keyboard_is_enough(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    focused = "document.activeElement.querySelector('.words p')?.textContent"
+    browser.key("/", "/")
+    assert browser.run("document.activeElement.id") == "words"
+    browser.type("a")
+    browser.key("Escape")
+    assert browser.run("document.activeElement.tagName") == "BODY"
+    browser.key("ArrowRight")
+    assert browser.run(focused) == "a cat"
+    browser.key("ArrowRight")
+    browser.key("ArrowRight")
+    assert browser.run(focused) == "a cow"
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    browser.key("Enter")
+    assert browser.run("view.open")
+    until(lambda: browser.run("document.querySelector('.stage img').naturalWidth") == 640)
+    assert browser.run("document.querySelector('.stage img').src").endswith("/outbox/farm/big/cow-1.png")
+    browser.key("ArrowRight")
+    assert browser.run("document.querySelector('.stage img').src").endswith("/outbox/farm/big/cow-2.png")
+    browser.key("ArrowRight")
+    assert texts(browser, ".stage article *")[:2] == ["Failed, may have been charged", "no such animal"]
+    browser.key("ArrowRight")  # there is no more
+    browser.key("Escape")
+    assert not browser.run("view.open")
+    assert browser.run(focused) == "an elk"
+    browser.key("Home")
+    assert browser.run(focused) == "a cat"
+
+
+@pytest.mark.parametrize("way", ["Escape", "#close"])
+def test_the_large_view_gives_way_to_the_card_before_the_browser_tells_that_it_is_closed(
+    browser: Chromium, shelf: Shelf, way: str
+):
+    # That report comes later than the next key may: an arrow that is pressed at once goes on from what was seen.
+    zoo(shelf)
+    visit(browser, shelf)
+    browser.run("enlarge(2, 0)")
+    browser.run("var seen = []")
+    browser.run("view.addEventListener('close', () => seen.push(document.activeElement.dataset.index), true)")
+    if way == "Escape":
+        browser.key(way)
+    else:
+        browser.run(f"document.querySelector('{way}').click()")
+    until(lambda: browser.run("seen.length"))
+    assert browser.run("seen") == ["2"]
+
+
+def test_arrows_go_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
+    for k in range(7):
+        shelf.made(f"cat{k}", picture(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))
+    browser.size(700, 900)
+    visit(browser, shelf)
+    columns = browser.run("columns")
+    assert columns == 3
+    for key, there in (
+        ("ArrowRight", 0),
+        ("ArrowRight", 1),
+        ("ArrowDown", 4),
+        ("ArrowDown", 6),
+        ("ArrowDown", 6),
+        ("ArrowUp", 3),
+    ):
+        browser.key(key)
+        assert browser.run("current") == there, key
+
+
+def test_one_press_of_tab_leads_past_all_cards(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    stops = "[...document.querySelectorAll('.card')].map(card => card.tabIndex)"
+    assert browser.run(stops) == [0, -1, -1, -1]
+    for _ in range(3):
+        browser.key("ArrowRight")
+    assert browser.run(stops) == [-1, -1, 0, -1]
+    write_in(browser, "a")
+    assert browser.run(stops) == [0, -1, -1, -1]
+
+
+# Light and dark
+
+
+def test_colours_follow_the_system_until_somebody_chooses(browser: Chromium, shelf: Shelf):
+    visit(browser, shelf)
+    paper = "getComputedStyle(document.body).backgroundColor"
+    light = browser.run(paper)
+    browser.colours("dark")
+    dark = browser.run(paper)
+    assert dark != light
+    press = "document.querySelector('#theme').click(); document.querySelector('#theme').textContent"
+    assert (browser.run(press), browser.run(paper)) == ("Light", light)
+    assert (browser.run(press), browser.run(paper)) == ("Dark", dark)
+    browser.colours("light")
+    browser.reload()
+    assert browser.run(paper) == dark
+    assert (browser.run(press), browser.run(paper)) == ("Auto", light)
+
+
+@pytest.mark.parametrize("width", [360, 700, 1400, 2560])
+def test_no_window_is_too_narrow_or_too_wide(browser: Chromium, shelf: Shelf, width: int):
+    zoo(shelf)
+    shelf.made("word" * 60, picture(), prompt="unbreakable" * 40, model="model" * 30, provider="provider" * 9)
+    shelf.failed("more", message="unbreakable" * 40, next="unbreakable" * 40)
+    browser.size(width, 800)
+    visit(browser, shelf)
+    assert browser.run("document.documentElement.scrollWidth") == width
+    box = "const { left, top, right, bottom } = card.getBoundingClientRect(); return [left, top, right, bottom]"
+    cards = browser.run(f"[...document.querySelectorAll('.card')].map(card => {{ {box} }})")
+    for k, one in enumerate(cards):
+        for other in cards[k + 1 :]:
+            assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1], "cards overlap"
+    browser.run("enlarge(0, 0)")
+    assert browser.run("view.scrollWidth") <= width
+
+
+# Many
+
+
+def many(path: Path, count: int) -> None:
+    """Write a page of so many jobs, without their pictures."""
+    jobs = [
+        Job(
+            made=k % 30 > 0,
+            name=f"job-{k}",
+            document=f"outbox/job-{k}.receipt.toml",
+            at=1_800_000_000_000 - k * 5_000_000,
+            charged="yes",
+            credits=30,
+            provider="flux",
+            prompt=f"number {k} of many, with as many words as people write",
+            pictures=[Picture(f"job-{k}.png", problem="none")],
+        )
+        for k in range(count)
+    ]
+    made = page(jobs, [], title="many", files="many_files", written=time.time())
+    path.with_name("many_files").mkdir()
+    path.with_name("many_files").joinpath(made.stamp).write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')
+    path.write_bytes(made.content)
+
+
+def test_of_thousands_of_jobs_only_those_in_sight_exist(browser: Chromium, tmp_path: Path):
+    many(tmp_path / "gallery.html", 5000)
+    browser.open((tmp_path / "gallery.html").as_uri())
+    assert texts(browser, "#count") == ["5,000 jobs"]
+    assert browser.run("document.querySelectorAll('*').length") < 1500
+    height = browser.run("document.documentElement.scrollHeight")
+    browser.run("scrollTo(0, document.documentElement.scrollHeight)")
+    until(lambda: prompts(browser) and prompts(browser)[-1].startswith("number 4999 "))
+    assert browser.run("document.querySelectorAll('*').length") < 1500
+    assert browser.run("document.documentElement.scrollHeight") == height
+    write_in(browser, "number 2500")
+    assert prompts(browser) == ["number 2500 of many, with as many words as people write"]
+
+
+def test_all_of_a_long_list_can_be_walked_with_the_arrows(browser: Chromium, tmp_path: Path):
+    many(tmp_path / "gallery.html", 60)
+    browser.size(500, 500)
+    browser.open((tmp_path / "gallery.html").as_uri())
+    seen = []
+    for _ in range(61):
+        browser.key("ArrowRight")
+        box = "document.activeElement.getBoundingClientRect()"
+        top, bottom, window = browser.run(f"[{box}.top, {box}.bottom, innerHeight]")
+        assert 0 <= top < bottom <= window
+        seen.append(browser.run("Number(document.activeElement.dataset.index)"))
+    assert seen == [*range(60), 59]
+
+
+# A newer page
+
+
+def test_an_open_page_at_rest_shows_a_new_job_by_itself(browser: Chromium, shelf: Shelf):
+    shelf.made("cat", picture())
+    visit(browser, shelf)
+    shelf.made("dog", picture())
+    shelf.gallery().write()
+    browser.loaded()
+    assert sorted(prompts(browser)) == ["a cat", "a dog"]
+    assert browser.run("document.querySelector('#newer').hidden")
+
+
+def test_who_looks_at_a_picture_is_told_and_not_interrupted(browser: Chromium, shelf: Shelf):
+    shelf.made("cat", picture())
+    visit(browser, shelf)
+    browser.run("document.querySelector('.card').click()")
+    shelf.made("dog", picture())
+    shelf.gallery().write()
+    until(lambda: not browser.run("document.querySelector('#newer').hidden"))
+    assert browser.run("view.open")
+    assert prompts(browser) == ["a cat"]
+    browser.key("Escape")
+    browser.loaded()
+    assert sorted(prompts(browser)) == ["a cat", "a dog"]
+
+
+def test_a_page_that_was_copied_alone_does_not_wait_for_a_newer_one(browser: Chromium, shelf: Shelf, tmp_path: Path):
+    shelf.made("cat", picture())
+    shelf.gallery().write()
+    copy = tmp_path / "copy.html"
+    copy.write_bytes((shelf.root / "gallery.html").read_bytes())
+    browser.open(copy.as_uri())
+    until(lambda: texts(browser, ".mat .blank") == ["the thumbnail is gone"])
+    stamp = page_data(copy)["stamp"]
+    until(lambda: any(stamp in url for url in browser.requested()))
+    assert browser.run("document.querySelector('#newer').hidden")
+    browser.events.clear()  # that two pictures were not found is what this is about

@@ -1,0 +1,634 @@
+"""The gallery over folders that strangers write: what it opens, what it links, and what a picture can cost it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import tomli_w
+from PIL import Image
+from support.daemon import until
+
+from gallery.test_gallery import Shelf, chunk, command, page_data, picture
+from imagewatch.config.load import load
+from imagewatch.gallery import Gallery
+from imagewatch.gallery.decoder import Patience
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+USER, OTHER = 54321, 54322
+"""Users that no passwd file knows, with a group each."""
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Shelf:
+    return Shelf(tmp_path / "watched")
+
+
+def job(shelf: Shelf, stem: str) -> dict[str, Any]:
+    """Return what the page shows of a job."""
+    [found] = [one for one in shelf.jobs if one["name"] == stem]
+    return found
+
+
+# What a picture can cost
+
+
+def segment(code: int, content: bytes) -> bytes:
+    return bytes([0xFF, code]) + struct.pack(">H", 2 + len(content)) + content
+
+
+def scans(width: int, height: int, count: int) -> bytes:
+    """A whole progressive JPEG in grey whose scans are tiny, and each of which makes a decoder visit all pixels."""
+    blocks = -(-width // 8) * -(-height // 8)
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)  # "these 32767 blocks are as they were"
+    bits += "1" * (-len(bits) % 8)
+    nothing = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
+    parts = [
+        segment(0xDB, bytes([0] + [1] * 64)),
+        segment(0xC2, struct.pack(">BHHB", 8, height, width, 1) + b"\x01\x11\x00"),
+        segment(0xC4, b"\x00\x01" + bytes(16)),
+        segment(0xC4, b"\x10\x01" + bytes(15) + b"\xe0"),
+        segment(0xDA, b"\x01\x01\x00\x00\x00\x00") + bytes(blocks // 8 + 1),
+        (segment(0xDA, b"\x01\x01\x00\x01\x3f\x10") + nothing) * (count - 1),
+    ]
+    return b"\xff\xd8" + b"".join(parts) + b"\xff\xd9"
+
+
+SLOW = scans(7000, 7000, 100)
+"""As many scans and pixels as are allowed: three seconds for a decoder."""
+SLUGGISH = scans(3000, 3000, 100)
+"""Half a second."""
+
+
+@pytest.mark.timeout(60)
+def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf):
+    shelf.made("bomb", scans(4000, 3000, 20_000))
+    shelf.made("good", picture())
+    done = command(shelf.environ())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "more than 100 scans" in job(shelf, "bomb")["pictures"][0]["problem"]
+    assert shelf.thumbs == [job(shelf, "good")["pictures"][0]["thumb"]]
+
+
+def test_a_picture_that_takes_too_long_is_given_up_and_the_others_are_made(shelf: Shelf):
+    for stem, content in (("a", picture()), ("slow", SLOW), ("z", picture("red"))):
+        shelf.made(stem, content)
+    Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write()
+    assert job(shelf, "slow")["pictures"][0]["problem"] == "takes more than 0.2 s to decode"
+    assert len(shelf.thumbs) == 2
+    assert children() == []
+
+
+def test_a_picture_that_takes_no_longer_than_allowed_is_shown_whatever_its_form(shelf: Shelf):
+    shelf.made("slow", SLUGGISH)
+    shelf.gallery().write()
+    assert shelf.thumbs == [job(shelf, "slow")["pictures"][0]["thumb"]]
+
+
+def test_a_picture_that_was_given_up_costs_the_next_run_nothing_until_it_is_another_one(shelf: Shelf):
+    counted: list[tuple[int, int]] = []
+
+    def write() -> None:
+        counted.clear()
+        Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write(lambda *one: counted.append(one))
+
+    shelf.made("slow", SLOW)
+    write()
+    assert counted == [(1, 1)]
+    write()
+    assert counted == []
+    assert job(shelf, "slow")["pictures"][0]["problem"] == "takes more than 0.2 s to decode"
+    shelf.made("slow", picture())
+    write()
+    assert counted == [(1, 1)]
+    assert [path.suffix for path in (shelf.root / "gallery_files").iterdir() if "stamp" not in path.name] == [".webp"]
+
+
+def test_another_version_tries_again_what_an_older_one_gave_up(shelf: Shelf):
+    shelf.made("bad", picture()[:-20])
+    shelf.gallery().write()
+    [told] = (shelf.root / "gallery_files").glob("*.txt")
+    first, _, reason = told.read_text().partition("\n")
+    assert (first.split()[0], reason) == ("imagewatch", "cut short: no IEND chunk")
+    told.write_text("imagewatch 0, Pillow 0\nwas not understood then")
+    shelf.gallery().write()
+    assert job(shelf, "bad")["pictures"][0]["problem"] == "cut short: no IEND chunk"
+
+
+def test_a_file_that_cannot_be_read_now_is_tried_again_by_the_next_run(shelf: Shelf):
+    shelf.made("slow", SLUGGISH)
+    Gallery(load(None, shelf.environ()), patience=Patience(clock=0.1)).write()
+    assert job(shelf, "slow")["pictures"][0]["problem"] == "was not decoded within 0.1 s"
+    assert list((shelf.root / "gallery_files").glob("*.txt")) == []
+    shelf.gallery().write()
+    assert len(shelf.thumbs) == 1
+
+
+def test_the_page_is_there_before_many_slow_pictures_are_done(shelf: Shelf):
+    for stem in ("a", "b", "c"):
+        shelf.made(stem, picture())
+    seen: list[list[str]] = []
+
+    def look(done: int, total: int) -> None:
+        if (shelf.root / "gallery.html").exists():
+            seen.append(sorted(one["pictures"][0].get("problem", "") for one in shelf.jobs))
+
+    Gallery(load(None, shelf.environ()), seconds=0).write(look)
+    waiting = "its thumbnail is not made yet"
+    assert seen == [["", waiting, waiting], ["", "", waiting]]
+    assert len(shelf.thumbs) == 3
+
+
+def frames(kind: str, count: int) -> bytes:
+    """An animation with very many frames of one pixel."""
+    if kind == "png":
+        size = struct.pack(">IIIIHHBB", 1, 1, 0, 0, 1, 10, 0, 0)
+        pixel = zlib.compress(bytes(4))
+        later = b"".join(
+            chunk(b"fcTL", struct.pack(">I", 2 * k + 1) + size) + chunk(b"fdAT", struct.pack(">I", 2 * k + 2) + pixel)
+            for k in range(count)
+        )
+        header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
+        start = chunk(b"acTL", struct.pack(">II", count + 1, 0)) + chunk(b"fcTL", bytes(4) + size)
+        return b"\x89PNG\r\n\x1a\n" + header + start + chunk(b"IDAT", pixel) + later + chunk(b"IEND", b"")
+    still = picture(size=(1, 1), kind="webp", lossless=True)[12:]
+    frame = bytes(6) + bytes(6) + b"\x0a\0\0\0" + still
+    one = b"ANMF" + struct.pack("<I", len(frame)) + frame + bytes(len(frame) % 2)
+    body = b"WEBP" + b"VP8X" + struct.pack("<I", 10) + b"\x02" + bytes(9) + b"ANIM" + struct.pack("<I", 6) + bytes(6)
+    body += one * count
+    return b"RIFF" + struct.pack("<I", len(body)) + body
+
+
+def with_chunk(name: bytes, content: bytes) -> bytes:
+    """A picture with one more chunk of text or colours before its pixels."""
+    whole = picture()
+    return whole[:33] + chunk(name, content) + whole[33:]
+
+
+BOMB = zlib.compress(bytes(100_000_000), 9)
+EXIF = segment(0xE1, b"Exif\0\0" + bytes(65_000))
+BOMBS = {
+    "PNG of 100,000 frames": (frames("png", 100_000), ""),
+    "WebP of 100,000 frames": (frames("webp", 100_000), ""),
+    "PNG with a text of 100 MB": (with_chunk(b"zTXt", b"comment\0\0" + BOMB), "Decompressed"),
+    "PNG with a text of 100 MB in Unicode": (with_chunk(b"iTXt", b"comment\0\1\0\0\0" + BOMB), "Decompressed"),
+    "PNG with colours of 100 MB": (with_chunk(b"iCCP", b"colours\0\0" + BOMB), "Decompressed"),
+    "PNG with pixels of 100 MB": (with_chunk(b"IDAT", BOMB), ""),
+    "JPEG with a camera's words 300 times": (picture(kind="jpeg")[:2] + EXIF * 300 + picture(kind="jpeg")[2:], ""),
+    "JPEG cut short": (picture(kind="jpeg")[:-2], "cut short"),
+    "WebP cut short": (picture(kind="webp")[:-2], "cut short"),
+    "GIF": (picture(kind="gif"), "not a PNG, JPEG or WebP"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+@pytest.mark.timeout(60)
+def test_a_bomb_costs_its_own_thumbnail_at_most(shelf: Shelf, name: str):
+    content, why = BOMBS[name]
+    shelf.made("bomb", content)
+    shelf.made("good", picture())
+    done = command(shelf.environ())
+    assert (done.returncode, done.stderr) == (0, "")
+    assert why in job(shelf, "bomb")["pictures"][0].get("problem", "")
+    assert job(shelf, "good")["pictures"][0]["thumb"] in shelf.thumbs
+    assert bool(why) == (len(shelf.thumbs) == 1)
+
+
+def test_a_file_of_more_bytes_than_pixels_can_need_is_not_read(shelf: Shelf):
+    shelf.made("hole", picture())
+    size = 200_000_001
+    os.truncate(shelf.root / "outbox/hole.png", size)
+    document = tomli_w.dumps({"source": "h", "charged": "yes", "images": [{"file": "hole.png", "bytes": size}]})
+    shelf.put("outbox/hole.receipt.toml", document.encode())
+    shelf.gallery().write()
+    assert shelf.jobs[0]["pictures"][0]["problem"] == "too large for a thumbnail: 200 MB"
+
+
+# The process that decodes
+
+
+def children(parent: int | None = None) -> list[int]:
+    """The processes that a process has started."""
+    tasks = Path(f"/proc/{parent or os.getpid()}/task").iterdir()
+    return [int(child) for task in tasks for child in (task / "children").read_text().split()]
+
+
+@pytest.fixture
+def decoding(shelf: Shelf) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """A command that is at work on a slow picture, and its decoder."""
+    shelf.made("slow", SLOW)
+    environ = {
+        "PATH": os.environ["PATH"],
+        "HOME": "/nonexistent",
+        "LETTA_API_KEY": "sk-let-0123456789",
+        **shelf.environ(),
+    }
+    at_work = subprocess.Popen([sys.executable, "-m", "imagewatch", "gallery"], env=environ, stdout=subprocess.PIPE)
+    until(lambda: any(is_confined(child) for child in children(at_work.pid)))
+    yield at_work, children(at_work.pid)[0]
+    at_work.kill()
+    at_work.communicate()
+
+
+def limits(process: int) -> dict[str, str]:
+    lines = Path(f"/proc/{process}/limits").read_text().splitlines()[1:]
+    return {line[:26].strip(): line[26:47].strip() for line in lines}
+
+
+def is_confined(process: int) -> bool:
+    with contextlib.suppress(OSError):
+        return limits(process)["Max file size"] == "0"
+    return False
+
+
+def test_a_decoder_has_little_memory_no_files_and_not_the_key(decoding):
+    _, decoder = decoding
+    assert limits(decoder)["Max address space"] == str(640 << 20)
+    assert limits(decoder)["Max core file size"] == "0"
+    assert b"LETTA_API_KEY" not in Path(f"/proc/{decoder}/environ").read_bytes()
+    assert len(list(Path(f"/proc/{decoder}/fd").iterdir())) <= 4  # its parent, nothing twice, the picture
+    if os.geteuid() == 0:
+        assert set(os.stat(f"/proc/{decoder}")[4:6]) == {65534}
+
+
+def test_a_decoder_that_is_killed_costs_one_thumbnail_for_now(shelf: Shelf, decoding):
+    at_work, decoder = decoding
+    os.kill(decoder, signal.SIGKILL)
+    assert at_work.wait(40) == 0
+    assert job(shelf, "slow")["pictures"][0]["problem"] == "cannot be decoded: the decoder ended with signal 9"
+    assert list((shelf.root / "gallery_files").glob("*.txt")) == []  # the next run tries again
+
+
+def test_a_decoder_does_not_outlive_the_command(decoding):
+    at_work, decoder = decoding
+    at_work.kill()
+    at_work.wait()
+    until(lambda: not is_confined(decoder), 60)
+
+
+def test_a_module_in_the_current_folder_is_not_taken_for_the_programs_own(shelf: Shelf, tmp_path: Path):
+    shelf.made("cat", picture())
+    trap = tmp_path / "trap"
+    (trap / "PIL").mkdir(parents=True)
+    for name in ("PIL/__init__.py", "struct.py", "imagewatch.py", "sitecustomize.py"):
+        (trap / name).write_text(f"open({str(tmp_path / 'sprung')!r}, 'w')\n")
+    program = shutil.which("imagewatch", path=os.path.dirname(sys.executable))
+    assert program
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **shelf.environ()}
+    subprocess.run([program, "gallery"], env=environ, cwd=trap, check=True, capture_output=True, timeout=40)
+    assert len(shelf.thumbs) == 1
+    assert not (tmp_path / "sprung").exists()
+
+
+# What a receipt links to
+
+
+def forged(shelf: Shelf, name: str, content: bytes, folder: str = "outbox") -> None:
+    """Put a file into a folder, and a document that says it is a picture of a job."""
+    shelf.put(f"{folder}/{name}", content)
+    entry = {"file": name, "bytes": len(content)}
+    document = {"source": "forged.prompt.txt", "charged": "yes", "images": [entry], "inputs": [entry]}
+    ending = "receipt" if folder == "outbox" else "error"
+    shelf.put(f"{folder}/forged.{ending}.toml", tomli_w.dumps(document).encode())
+
+
+NO_PICTURES = [
+    "x.html",
+    "x.HTM",
+    "x.xhtml",
+    "x.svg",
+    "x.svgz",
+    "x.js",
+    "x.mjs",
+    "x.pdf",
+    "x.png.html",
+    "x.gif",
+    "png",
+    "x.",
+]
+
+
+@pytest.mark.parametrize("folder", ["outbox", "errors"])
+@pytest.mark.parametrize("name", NO_PICTURES)
+def test_a_forged_document_links_to_nothing_that_has_not_the_name_of_a_picture(shelf: Shelf, name: str, folder: str):
+    forged(shelf, name, picture(), folder)
+    shelf.gallery().write()
+    shown = shelf.jobs[0]["inputs" if folder == "errors" else "pictures"][0]
+    assert shown["problem"] == "has not the name of a PNG, JPEG or WebP"
+    assert not {"href", "thumb"} & shown.keys()
+    assert shelf.thumbs == []
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.jpg", "x.jpeg", "x.webp", "x.html.png"])
+def test_what_has_the_name_of_a_picture_is_linked(shelf: Shelf, name: str):
+    forged(shelf, name, picture())
+    shelf.gallery().write()
+    assert shelf.jobs[0]["pictures"][0]["href"] == f"outbox/{name}"
+
+
+def test_a_document_that_is_none_is_not_linked(shelf: Shelf):
+    shelf.put("outbox/forged.receipt.toml", b"<!doctype html><script>pwned()</script>")
+    shelf.made("good", picture())
+    shelf.gallery().write()
+    assert [job(shelf, stem).get("unread", False) for stem in ("forged", "good")] == [True, False]
+
+
+# What it opens
+
+
+def private(path: Path, content: bytes) -> Path:
+    """Make a file that only its owner may read."""
+    path.write_bytes(content)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o620, 0o640])
+def test_a_hard_link_to_a_private_picture_is_neither_linked_nor_made_small(shelf: Shelf, tmp_path: Path, mode: int):
+    forged(shelf, "cat.png", picture())
+    secret = private(tmp_path / "secret.png", picture())
+    secret.chmod(mode)
+    group = shelf.root.stat().st_gid + 1
+    if mode == 0o640 and os.geteuid() != 0:
+        pytest.skip("only root can give a file to another group")
+    if os.geteuid() == 0:
+        os.chown(secret, -1, group)
+    (shelf.root / "outbox/cat.png").unlink()
+    (shelf.root / "outbox/cat.png").hardlink_to(secret)
+    shelf.gallery().write()
+    shown = shelf.jobs[0]["pictures"][0]
+    assert shown["problem"] == "is a hard link to a private file"
+    assert not {"href", "thumb"} & shown.keys()
+    assert shelf.thumbs == []
+
+
+def test_a_hard_link_to_a_private_text_is_neither_a_prompt_nor_a_document(shelf: Shelf, tmp_path: Path):
+    diary = private(tmp_path / "diary.toml", b'source = "dear diary"\ncharged = "no"\nmessage = "dear diary"\n')
+    shelf.failed("dog")
+    (shelf.root / "errors/dog.prompt.txt").hardlink_to(diary)
+    (shelf.root / "errors/elk.error.toml").hardlink_to(diary)
+    (shelf.root / "outbox/elk.receipt.toml").hardlink_to(diary)
+    shelf.gallery().write()
+    assert "dear" not in (shelf.root / "gallery.html").read_text()
+
+
+@pytest.mark.parametrize("mode", [0o644, 0o640])
+def test_a_hard_link_that_a_backup_has_made_changes_nothing(shelf: Shelf, tmp_path: Path, mode: int):
+    shelf.made("cat", picture())
+    for path in list((shelf.root / "outbox").iterdir()):
+        path.chmod(mode)
+        (tmp_path / path.name).hardlink_to(path)
+    shelf.gallery().write()
+    assert len(shelf.thumbs) == 1
+    assert shelf.jobs[0]["prompt"] == "a cat"
+
+
+def exchange(one: Path, other: Path) -> None:
+    assert ctypes.CDLL(None).renameat2(-100, os.fsencode(one), -100, os.fsencode(other), 2) == 0
+
+
+@pytest.mark.timeout(100)
+def test_a_folder_that_turns_into_a_link_again_and_again_gives_nothing_away(shelf: Shelf, tmp_path: Path):
+    """A race: what lies in the private folder has the names and sizes of what lies in the outbox."""
+    private_folder = tmp_path / "private"
+    other = Shelf(tmp_path / "other")
+    for where, colour, prompt in ((shelf, "teal", "an open cat"), (other, "tomato", "a quiet one")):
+        for stem in "abcdefgh":
+            where.made(stem, picture(colour).ljust(4096, b"\0"), folder="sub", prompt=prompt)
+    (other.root / "outbox/sub").rename(private_folder)
+    link = shelf.root / "outbox/.link"
+    link.symlink_to(private_folder)
+    over = threading.Event()
+
+    def storm() -> None:
+        while not over.is_set():
+            exchange(link, shelf.root / "outbox/sub")
+            over.wait(0.0003)
+
+    raging = threading.Thread(target=storm)
+    raging.start()
+    try:
+        for _ in range(60):
+            shutil.rmtree(shelf.root / "gallery_files", ignore_errors=True)
+            shelf.gallery().write()
+            assert "quiet" not in (shelf.root / "gallery.html").read_text()
+            for name in shelf.thumbs:
+                with Image.open(shelf.root / "gallery_files" / name) as small:
+                    red, _, blue = small.convert("RGB").getpixel((9, 9))
+                    assert red < blue, "a private picture was published"
+    finally:
+        over.set()
+        raging.join()
+
+
+def test_folders_in_each_other_without_end_are_named_and_cost_little(shelf: Shelf):
+    shelf.made("cat", picture())
+    folder = os.open(shelf.root / "outbox", os.O_RDONLY)
+    for _ in range(150):
+        os.mkdir("d", dir_fd=folder)
+        inner = os.open("d", os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = inner
+    os.close(folder)
+    written = shelf.gallery().write()
+    assert written.made == 1
+    [note] = written.notes
+    assert note.endswith(f"{'/d' * 100}: is the 100th folder in a row; those in it are not shown")
+
+
+def test_a_flood_of_documents_leaves_the_newest_on_the_page(shelf: Shelf):
+    shelf.made("new", picture())
+    flood = tomli_w.dumps({"source": "x", "charged": "yes", "problems": ["<" * 4000] * 60}).encode()
+    for k in range(30):
+        shelf.put(f"outbox/flood-{k}.receipt.toml", flood)
+        os.utime(shelf.root / f"outbox/flood-{k}.receipt.toml", (1, 1))
+    written = shelf.gallery().write()
+    assert "new" in {one["name"] for one in shelf.jobs}
+    [note] = written.notes
+    assert note.endswith("older receipts and error files are not shown: they are too many")
+    assert int(note.split()[0]) == 31 - len(shelf.jobs) > 10
+
+
+# Root
+
+
+@pytest.fixture
+def owned(open_path: Path) -> Shelf:
+    """Folders of another user."""
+    shelf = Shelf(open_path / "watched")
+    shelf.made("cat", picture(), folder="sub")
+    for path in (shelf.root, *shelf.root.rglob("*")):
+        os.chown(path, USER, USER)
+    shelf.root.chmod(0o2750)
+    return shelf
+
+
+AS_USER = """
+import os, sys
+import imagewatch.gallery  # the interpreter itself may lie where only root may read
+from imagewatch.commands.main import main
+
+user = int(sys.argv.pop(1))
+os.setgroups([])
+os.setresgid(user, user, 0)
+os.setresuid(user, user, 0)
+main()
+"""
+
+
+def owners(shelf: Shelf) -> set[int]:
+    return {path.lstat().st_uid for path in (shelf.root / "gallery.html", *files(shelf))}
+
+
+def files(shelf: Shelf) -> list[Path]:
+    folder = shelf.root / "gallery_files"
+    return [folder, *folder.iterdir()]
+
+
+@as_root
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
+def test_what_root_writes_belongs_to_the_owner_of_the_folder_and_is_read_by_those_of_the_folder(
+    owned: Shelf, umask: int
+):
+    before = os.umask(umask)
+    try:
+        done = command(owned.environ())
+    finally:
+        os.umask(before)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert owners(owned) == {USER}
+    assert len(owned.thumbs) == 1
+    modes = {stat.S_IMODE(path.stat().st_mode) & 0o777 for path in files(owned)[1:]}
+    assert modes == {0o640}
+    assert stat.S_IMODE(files(owned)[0].stat().st_mode) & 0o777 == 0o750
+
+
+@as_root
+def test_the_service_goes_on_with_what_root_has_written(owned: Shelf):
+    assert command(owned.environ()).returncode == 0
+    owned.made("dog", picture())
+    environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **owned.environ()}
+    service = [sys.executable, "-c", AS_USER, str(USER), "gallery"]
+    done = subprocess.run(service, env=environ, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert {one["name"] for one in owned.jobs} == {"cat", "dog"}
+    assert owners(owned) == {USER}
+
+
+@as_root
+def test_in_a_folder_of_root_the_page_belongs_to_the_owner_of_the_outbox(owned: Shelf):
+    os.chown(owned.root, 0, USER)
+    owned.root.chmod(0o2770)
+    assert command(owned.environ()).returncode == 0
+    assert owners(owned) == {USER}
+
+
+@as_root
+def test_before_anything_was_made_what_root_writes_belongs_to_the_owner_of_the_folder(owned: Shelf):
+    shutil.rmtree(owned.root / "outbox")
+    assert command(owned.environ()).returncode == 0
+    assert owners(owned) == {USER}
+
+
+@as_root
+def test_where_the_owner_of_the_outbox_may_not_write_the_page_is_roots(owned: Shelf, tmp_path: Path):
+    done = command(owned.environ(), "--output", str(tmp_path / "page.html"))
+    assert done.returncode == 0
+    assert (tmp_path / "page.html").stat().st_uid == 0
+    assert len(page_data(tmp_path / "page.html")["shown"]["jobs"]) == 1
+
+
+@as_root
+def test_root_writes_nothing_in_the_folder_of_a_user_who_may_not_read_the_outbox(owned: Shelf, open_path: Path):
+    os.chown(open_path, OTHER, OTHER)
+    (owned.root / "outbox").chmod(0o750)
+    done = command(owned.environ(), "--output", str(open_path / "page.html"))
+    assert done.returncode == 64
+    assert f"{open_path}: belongs to another user (number {OTHER}), who may not read the outbox" in done.stderr
+    assert "name another place by --output" in done.stderr
+    assert [path.name for path in open_path.iterdir()] == ["watched"]
+    (owned.root / "outbox").chmod(0o755)
+    owned.root.chmod(0o755)
+    assert command(owned.environ(), "--output", str(open_path / "page.html")).returncode == 0
+    assert (open_path / "page.html").stat().st_uid == OTHER
+
+
+@as_root
+def test_root_does_not_read_for_the_page_what_its_owner_may_not_read(owned: Shelf):
+    owned.made("secret", picture(), folder="sub")
+    for name in ("secret.png", "secret.receipt.toml"):
+        (owned.root / "outbox/sub" / name).chmod(0o600)
+    assert command(owned.environ()).returncode == 0
+    assert job(owned, "secret")["message"] == "secret.receipt.toml cannot be read: Permission denied"
+    assert len(owned.thumbs) == 1
+
+
+@as_root
+def test_thumbnails_of_another_user_are_named_with_what_to_do(owned: Shelf):
+    shutil.rmtree(owned.root / "gallery_files", ignore_errors=True)
+    (owned.root / "gallery_files").mkdir(mode=0o755)
+    done = command(owned.environ())
+    assert done.returncode == 74
+    assert f"{owned.root}/gallery_files: belongs to another user" in done.stderr
+    assert f"rm -r {owned.root}/gallery_files" in done.stderr
+
+
+# The same again
+
+
+def test_a_page_that_would_be_the_same_is_left_alone_by_another_run(shelf: Shelf):
+    shelf.made("cat", picture())
+    shelf.gallery().write()
+    before = (shelf.root / "gallery.html").stat()
+    shelf.gallery().write()
+    assert (shelf.root / "gallery.html").stat().st_mtime_ns == before.st_mtime_ns
+    shelf.made("dog", picture())
+    shelf.gallery().write()
+    assert {one["name"] for one in shelf.jobs} == {"cat", "dog"}
+
+
+def test_what_killed_runs_have_left_half_written_is_removed_an_hour_later(shelf: Shelf):
+    shelf.made("cat", picture())
+    shelf.gallery().write()
+    names = {f".{kind}77.tmp" for kind in ("", f"{'0' * 24}.webp.", f"{'0' * 24}.txt.")}
+    for name in names:
+        shelf.put(f"gallery_files/{name}", b"half")
+    shelf.made("dog", picture())
+    shelf.gallery().write()
+    assert names <= {path.name for path in (shelf.root / "gallery_files").iterdir()}
+    for name in names:
+        os.utime(shelf.root / "gallery_files" / name, (1, 1))
+    shelf.made("elk", picture())
+    shelf.gallery().write()
+    assert not names & {path.name for path in (shelf.root / "gallery_files").iterdir()}
+
+
+def test_a_page_that_was_removed_or_damaged_is_written_again(shelf: Shelf):
+    shelf.made("cat", picture())
+    shelf.gallery().write()
+    page = shelf.root / "gallery.html"
+    whole = page.read_bytes()
+    for damaged in (whole[:-100], whole.replace(b"a cat", b"a dog"), b"<!doctype html><!-- imagewatch gallery -->"):
+        page.write_bytes(damaged)
+        shelf.gallery().write()
+        assert json.loads(json.dumps(shelf.jobs))[0]["prompt"] == "a cat"
+    for path in (page, next((shelf.root / "gallery_files").glob("stamp-*"))):
+        path.unlink()
+        shelf.gallery().write()
+        assert (shelf.root / "gallery_files" / shelf.data["stamp"]).exists()

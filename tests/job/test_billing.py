@@ -1,0 +1,221 @@
+"""What an answer says of its payment: kept in receipt, error file and ledger, and shown as evidence."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import getpass
+import io
+import json
+import os
+import re
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import Folders, command
+from support.scripted import Scripted, answering, paid, picture
+from support.station import Station
+
+from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.protocol.values import Claim, dump, load
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+IMAGE = picture()
+BILLING = {"credits_charged": 7, "transaction_id": "tx-1", "new_credit_balance": 93.5, "more": [1, "x"]}
+
+
+@contextlib.contextmanager
+def served_by(tmp_path: Path, *scripts: Callable[..., Any], **settings: str) -> Iterator[Station]:
+    with Scripted(*scripts) as server, contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station:
+        yield station
+
+
+def history(folders: Folders) -> list[dict[str, Any]]:
+    told = command(folders, "history", "--json")
+    assert told.returncode == 0, told.stderr
+    return json.loads(told.stdout)
+
+
+def lost(exchange: Any) -> None:
+    """Take a request and close the connection without an answer."""
+    exchange.request()
+
+
+def test_the_payment_is_in_the_receipt_as_received_and_in_the_ledger(tmp_path):
+    with served_by(tmp_path, answering(paid(IMAGE, billing=BILLING))) as station:
+        station.prompt("x", "a cat")
+        station.work()
+        assert station.receipt("x")["billing"] == BILLING
+        (job,) = history(station)
+        assert (job["credits"], job["transaction_id"], job["new_credit_balance"]) == (7, "tx-1", 93.5)
+        told = command(station, "history", "--csv")
+        (row,) = csv.DictReader(io.StringIO(told.stdout))
+        assert (row["transaction_id"], row["new_credit_balance"]) == ("tx-1", "93.5")
+
+
+def test_the_payment_of_an_answer_without_a_picture_is_in_its_error_file_and_in_the_ledger(tmp_path):
+    with served_by(tmp_path, answering(paid(billing=BILLING))) as station:
+        station.prompt("x", "a cat")
+        station.work()
+        error = station.error("x")
+        assert (error["charged"], error["billing"]) == ("yes", BILLING)
+        (job,) = history(station)
+        assert (job["transaction_id"], job["new_credit_balance"]) == ("tx-1", 93.5)
+
+
+@pytest.mark.parametrize(
+    ("billing", "transaction", "balance"),
+    [
+        ({"transaction_id": 12345, "new_credit_balance": "93.5"}, "12345", 93.5),
+        ({"transaction_id": None, "new_credit_balance": None}, "", None),
+        ({"transaction_id": "x" * 5000, "new_credit_balance": -4}, "x" * 200, -4),
+        ({"transaction_id": "\x1b[31m\ud800", "new_credit_balance": "-4.25"}, r"\x1b[31m", -4.25),
+        ({"transaction_id": [1], "new_credit_balance": [1]}, "", None),
+        ({"transaction_id": {"a": 1}, "new_credit_balance": {"a": 1}}, "", None),
+        ({"transaction_id": True, "new_credit_balance": True}, "", None),
+        ({"transaction_id": 1.5, "new_credit_balance": 10**400}, "", None),
+        ({"transaction_id": 10**4000, "new_credit_balance": "nan"}, "", None),
+        ({"transaction_id": "", "new_credit_balance": "inf"}, "", None),
+        ({"transaction_id": 0, "new_credit_balance": "1e5"}, "0", None),
+        ({"transaction_id": -1, "new_credit_balance": "٣"}, "-1", None),
+        ({"new_credit_balance": float("nan")}, "", None),
+        ({"new_credit_balance": float("inf")}, "", None),
+        ({"new_credit_balance": "9" * 40}, "", 1e40),
+        ({"new_credit_balance": "9" * 400}, "", None),
+        ({"new_credit_balance": 2**63}, "", 2.0**63),
+        ("none", "", None),
+        (None, "", None),
+    ],
+)
+def test_odd_words_about_the_payment_never_cost_the_picture(tmp_path, billing, transaction, balance):
+    body = paid(IMAGE, billing=billing)
+    with served_by(tmp_path, answering(body)) as station:
+        station.prompt("x", "a cat")
+        station.work()
+        assert station.documents() == {"x": "outbox"}
+        (job,) = history(station)
+        assert job["transaction_id"].startswith(transaction)
+        assert (len(job["transaction_id"]) < 210, job["new_credit_balance"]) == (True, balance)
+        assert bool(job["transaction_id"]) == bool(transaction)
+
+
+def test_a_refusal_has_no_payment(tmp_path):
+    with served_by(tmp_path, answering(b'{"message": "no"}', status=b"400 Bad Request")) as station:
+        station.prompt("x", "a cat")
+        station.work()
+        (job,) = history(station)
+        assert (job["transaction_id"], job["new_credit_balance"]) == ("", None)
+
+
+def test_the_balance_is_in_status_and_a_metric_with_its_time(tmp_path):
+    scripts = [answering(paid(IMAGE, billing={"credits_charged": 7, "new_credit_balance": left})) for left in (93, 86)]
+    with Scripted(*scripts, answering(paid(IMAGE))) as server:
+        folders = Folders(tmp_path, server.base_url)
+        assert command(folders, "once").returncode == 0
+        assert json.loads(command(folders, "status", "--json").stdout)["balance"] is None
+        assert "  balance " not in command(folders, "status").stdout
+        assert "imagewatch_balance" not in command(folders, "status", "--prometheus").stdout
+        for stem in "abc":
+            folders.prompt(stem, "a cat")
+            assert command(folders, "once").returncode == 0
+        told = json.loads(command(folders, "status", "--json").stdout)["balance"]
+        assert told["credits"] == 86
+        assert told["at"] == [job["answered_at"] for job in history(folders)][1]
+        assert re.search(r"balance +86 credits, as of 20\d\d-", command(folders, "status").stdout)
+        metrics = command(folders, "status", "--prometheus").stdout
+        assert re.search(r"^imagewatch_balance_credits\{.*\} 86$", metrics, re.MULTILINE)
+        assert re.search(r"^imagewatch_balance_timestamp_seconds\{.*\} 1\d+", metrics, re.MULTILINE)
+
+
+def left(credits_, balance):
+    return answering(paid(IMAGE, billing={"credits_charged": credits_, "new_credit_balance": balance}))
+
+
+def test_for_a_charge_that_is_not_known_the_balances_around_it_are_shown(tmp_path):
+    with Scripted(left(30, 100), lost, left(30, 40)) as server:
+        folders = Folders(tmp_path, server.base_url)
+        for stem in "abc":
+            folders.prompt(stem, "a cat")
+            command(folders, "once")
+            if stem == "b":
+                told = command(folders, "history").stdout
+                assert "balance 100 before it" in told
+                assert "none is known from after it yet" in told
+        jobs = {job["source"][0]: job for job in history(folders)}
+        assert [(jobs[stem]["balance_before"], jobs[stem]["balance_after"]) for stem in "abc"] == [
+            (None, None),
+            (100, 40),
+            (None, None),
+        ]
+        words = "other requests in between: 1, charged 30; difference not explained by them: 30"
+        assert words in command(folders, "history").stdout
+        assert words in command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9").stdout
+
+
+@pytest.fixture
+def ledger(tmp_path):
+    with contextlib.closing(Ledger(str(tmp_path / "ledger.sqlite3"))) as opened:
+        yield opened
+
+
+def write(ledger, job, sent_at, **fields):
+    given = {"charged": "yes", "outcome": "made", "credits": 10.0, "answered_at": sent_at + 1, **fields}
+    ledger.write(
+        Row(job=job, attempt=1, source="x.prompt.txt", claimed_at=sent_at, sent_at=sent_at, provider="flux", **given)
+    )
+
+
+def unknown(ledger, job, sent_at):
+    write(ledger, job, sent_at, charged="unknown", outcome="unknown", credits=None, answered_at=None)
+
+
+def test_without_any_balance_there_is_no_evidence(ledger):
+    unknown(ledger, "u", 100)
+    assert ledger.balances("u", 100).before is None
+    write(ledger, "a", 200, new_credit_balance=5.0)
+    assert (ledger.balances("u", 100).before, ledger.balances("u", 100).after) == (None, 5)
+    assert ledger.balance() == (5, 201)
+
+
+def test_the_nearest_balances_count_and_whatever_else_happened_between_them(ledger):
+    for job, at, balance in (("a", 10, 500.0), ("b", 50, 400.0), ("e", 300, 300.0), ("f", 400, 200.0)):
+        write(ledger, job, at, new_credit_balance=balance)
+    write(ledger, "c", 150, credits=25.0)
+    write(ledger, "d", 160, credits=None)
+    write(ledger, "r", 170, charged="no", outcome="refused", credits=None)
+    unknown(ledger, "u", 100)
+    unknown(ledger, "v", 120)
+    found = ledger.balances("u", 100)
+    assert (found.before, found.before_at, found.after, found.after_at) == (400, 51, 300, 301)
+    assert (found.others, found.credits, found.unpriced) == (4, 35, 2)
+
+
+# Owner
+
+
+def test_the_owner_of_a_prompt_is_in_its_receipt_its_error_file_and_the_ledger(folders):
+    folders.prompt("good", "a cat")
+    folders.prompt("bad", "[sandbox: 400] a cat")
+    folders.prompt("invalid", "+++\nn = 9\n+++\na cat")
+    assert command(folders, "once").returncode == 1
+    me = getpass.getuser()
+    assert {folders.receipt("good")["owner"], folders.error("bad")["owner"], folders.error("invalid")["owner"]} == {me}
+    assert {job["owner"] for job in history(folders)} == {me}
+    (told,) = json.loads(command(folders, "history", "--by", "owner", "--json").stdout)
+    assert (told["owner"], told["made"], told["refused"]) == (me, 1, 2)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_an_owner_without_a_name_is_a_number(folders):
+    os.chown(folders.prompt("x", "a cat"), 54321, -1)
+    assert command(folders, "once").returncode == 0
+    assert folders.receipt("x")["owner"] == "54321"
+
+
+def test_a_job_that_an_older_version_claimed_has_no_owner(folders):
+    old = json.loads(dump(Claim(job="0" * 16, folder="", stem="x")))
+    del old["owner"]
+    assert load(json.dumps(old).encode(), Claim).owner == ""

@@ -1,0 +1,92 @@
+"""A job that goes back into the inbox, and one that is looked at again after a wait."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from commands.test_submit import Events
+from support.endpoint import picture
+from support.station import Doubting, Station
+
+from imagewatch.job.outcome import End
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+FRONT = '+++\ninput_images = ["a.png", "zebra.png"]\n+++\nBoth'
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_prompt_goes_back_into_the_inbox_after_its_images(tmp_path: Path) -> None:
+    """Else whoever takes the prompt at that moment buys a picture from its text alone."""
+    with closing(Station(tmp_path, "http://127.0.0.1:9")) as station:  # nobody listens there: it was not sent
+        for name in ("a.png", "zebra.png"):
+            station.drop(name, picture(name))
+        station.prompt("middle", FRONT)
+        events = Events(station.inbox)
+        (outcome,) = station.work()
+        names = [name for _, name in events.read() if not name.startswith(".")]
+        events.close()
+    assert outcome.end is End.RETURNED
+    assert names == ["a.png", "zebra.png", "middle.prompt.txt"]
+    assert station.names("inbox") == ["a.png", "middle.prompt.txt", "zebra.png"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_a_failed_prompt_is_put_into_errors_after_its_images_and_before_its_error_file(station: Station) -> None:
+    for name in ("a.png", "zebra.png"):
+        station.drop(name, picture(name))
+    station.prompt("middle", f"{FRONT} [sandbox: 400]")
+    events = Events(station.errors)
+    station.work()
+    names = [name for _, name in events.read() if not name.startswith(".")]
+    events.close()
+    assert list(dict.fromkeys(names)) == ["a.png", "zebra.png", "middle.prompt.txt", "middle.error.toml"]
+
+
+def claimed(station: Station) -> Any:
+    """The only prompt that is ready, as a claim."""
+    (candidate,) = station.sweep.look(0.0, 1e12).ready
+    return candidate.claim(station.spool.new_job(), 1e9)
+
+
+def test_a_refusal_from_before_a_wait_says_nothing_about_the_account_now(station: Station, sandbox: Sandbox) -> None:
+    """The job waits for its name; meanwhile credits were added, and the old refusal must hold up nobody."""
+    asked = []
+
+    def another_job_shows_it(kind: str) -> bool:
+        asked.append(kind)
+        station.prompt("cat", "a newer prompt of this name")  # so this one cannot go back yet
+        return False
+
+    worker = Doubting(station.spool, station.client, station.ledger, station.config(), blame=another_job_shows_it)
+    station.prompt("cat", "a cat [sandbox: 402]")
+    first = worker.start(claimed(station))
+    assert (first.end, first.displaced, first.trouble.kind) == (End.LATER, True, "credits")
+    second = worker.process(first.job, resumed=True)
+    assert (second.end, second.displaced, second.trouble) == (End.LATER, True, None)
+    (station.inbox / "cat.prompt.txt").unlink()
+    third = worker.process(first.job, resumed=True)
+    assert (third.end, third.trouble) == (End.RETURNED, None)
+    assert asked == ["credits"], "it is shown, or not shown, once"
+    assert (station.inbox / "cat.prompt.txt").read_text() == "a cat [sandbox: 402]"
+    assert (station.names("errors"), sandbox.report()["requests"]) == ([], 1)
+
+
+def test_an_endpoint_that_was_busy_before_a_wait_makes_no_other_prompt_wait_now(
+    station: Station, sandbox: Sandbox
+) -> None:
+    station.prompt("cat", "a cat [sandbox: 429]")
+    first = station.worker.start(claimed(station))
+    assert (first.end, first.trouble.kind) == (End.LATER, "busy")
+    station.environ["IMAGEWATCH_RETRY__ATTEMPTS"] = "1"
+    worker = Doubting(station.spool, station.client, station.ledger, station.config())
+    second = worker.process(first.job, resumed=True)
+    assert (second.end, second.trouble, second.answered) == (End.OVER, None, False)
+    assert station.error("cat")["charged"] == "no"
+    assert sandbox.report()["requests"] == 1

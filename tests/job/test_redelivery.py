@@ -1,0 +1,443 @@
+"""Sync tools bring back what was taken away: it is not bought again, and what people mean anew is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from support.daemon import KEY, Folders, until, until_made
+from support.endpoint import picture
+from support.station import Station
+
+from imagewatch.job.outcome import End
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from imagewatch.sandbox import Sandbox
+
+LONG_AGO = 1_600_000_000
+YEAR_2400 = 13_569_465_600
+"""In nanoseconds it takes more than the 63 bits of SQLite's integers."""
+
+
+class Sender:
+    """A folder somewhere else that is copied into the inbox again and again, as a cron job does."""
+
+    def __init__(self, place: Path, folders: Folders) -> None:
+        self.place = place
+        self._folders = folders
+        place.mkdir()
+
+    def write(self, name: str, content: str | bytes, mtime: float = LONG_AGO) -> None:
+        path = self.place / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        os.utime(path, (mtime, mtime))
+
+    def send(self) -> None:
+        """What ``rsync -a`` leaves behind: each file by rename, with its old mtime."""
+        for path in sorted(self.place.rglob("*")):
+            if path.is_file():
+                target = self._folders.inbox / path.relative_to(self.place)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                temporary = target.with_name(f".{target.name}.Ab3dEf")
+                shutil.copy2(path, temporary)
+                temporary.rename(target)
+
+
+@pytest.fixture
+def sender(tmp_path: Path, station: Station) -> Sender:
+    return Sender(tmp_path / "elsewhere", station)
+
+
+def requests(sandbox: Sandbox) -> int:
+    return sandbox.report()["requests"]
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
+@pytest.mark.parametrize("watch", ["auto", "poll"])
+def test_rsync_from_cron_brings_finished_prompts_back_and_nothing_is_bought_again(
+    tmp_path: Path, sandbox: Sandbox, start: Any, watch: str
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, inbox__watch=watch, inbox__rescan_seconds="0.2")
+    far = Sender(tmp_path / "far", folders)
+    far.write("cat.prompt.txt", "a cat")
+    far.write("sub/edit.prompt.txt", "blue")
+    far.write("sub/edit.png", picture("edit"))
+    far.write("wrong.prompt.txt", "+++\nn = 9\n+++\nnever sent")
+    far.write("no.prompt.txt", "[sandbox: 400] no")
+    far.write("lost.prompt.txt", "[sandbox: drop] lost")
+    start(folders, "run")
+    for _ in range(4):
+        subprocess.run(["rsync", "-a", f"{far.place}/", f"{folders.inbox}/"], check=True)
+        until(lambda: len(folders.documents()) == 5 and not [n for n in folders.names("inbox") if n[0] != "."])
+    assert requests(sandbox) == 4
+    assert folders.documents() == {
+        "cat": "outbox",
+        "edit": "outbox",
+        "wrong": "errors",
+        "no": "errors",
+        "lost": "errors",
+    }
+    pictures = [folders.receipt(stem)["images"][0]["file"] for stem in ("cat", "sub/edit")]
+    found = [name.rpartition("/")[2] for name in folders.names("outbox")]
+    assert sorted(found) == sorted(["cat.receipt.toml", "edit.receipt.toml", *pictures])
+    until(lambda: folders.leftovers() == [])
+
+
+def test_a_prompt_that_came_back_is_removed_and_counted(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+    sender.write("cat.prompt.txt", "a cat")
+    for _ in range(3):
+        sender.send()
+        station.work()
+    assert (requests(sandbox), station.names("inbox"), station.ledger.redelivered()) == (1, [], 2)
+    assert station.names("archive") == ["cat.prompt.txt"]
+    assert station.leftovers() == []
+
+
+@pytest.mark.parametrize("tag", ["400", "402", "500", "drop", "502", "truncate", "not-json"])
+def test_what_failed_is_not_bought_again_either(station: Station, sandbox: Sandbox, sender: Sender, tag: str) -> None:
+    sender.write("cat.prompt.txt", f"[sandbox: {tag}] a cat")
+    sender.send()
+    station.work()
+    before = station.names("errors")
+    sender.send()
+    assert [outcome.end for outcome in station.work()] == [End.REDELIVERED]
+    assert requests(sandbox) == 1
+    assert station.names("errors") == before
+
+
+def test_what_our_own_checks_refuse_is_not_refused_again(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+    sender.write("cat.prompt.txt", "+++\ninput_images = []\ncolour = 1\n+++\na cat")
+    sender.write("dog.prompt.txt", "a dog")
+    sender.write("dog.gif", b"GIF89a whatever")
+    for _ in range(2):
+        sender.send()
+        station.work()
+    assert station.documents() == {"cat": "errors", "dog": "errors"}
+    assert station.ledger.redelivered() == 2
+    assert requests(sandbox) == 0
+
+
+def test_the_same_words_written_anew_are_a_new_wish(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+    for mtime in (LONG_AGO, LONG_AGO + 1, LONG_AGO + 2):
+        sender.write("cat.prompt.txt", "a cat", mtime)
+        sender.send()
+        station.work()
+    assert requests(sandbox) == 3
+    assert len([name for name in station.names("outbox") if name.endswith(".receipt.toml")]) == 3
+
+
+def test_other_words_of_the_same_size_and_time_are_a_new_wish(
+    station: Station, sandbox: Sandbox, sender: Sender
+) -> None:
+    for text in ("a cat", "a dog"):
+        sender.write("it.prompt.txt", text)
+        sender.send()
+        station.work()
+    assert requests(sandbox) == 2
+
+
+def test_the_same_file_under_another_name_is_a_new_wish(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+    for name in ("a.prompt.txt", "b.prompt.txt", "sub/a.prompt.txt"):
+        sender.write(name, "a cat")
+        sender.send()
+        station.work()
+    assert requests(sandbox) == 3
+
+
+def test_a_changed_image_makes_a_new_wish(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+    sender.write("cat.prompt.txt", "blue")
+    for seed in ("one", "two"):
+        sender.write("cat.png", picture(seed))
+        sender.send()
+        station.work()
+    assert requests(sandbox) == 2
+
+
+def test_a_prompt_that_came_back_before_its_image_is_not_taken_for_one_without(
+    station: Station, sandbox: Sandbox, sender: Sender
+) -> None:
+    sender.write("cat.png", picture("one"))
+    sender.write("cat.prompt.txt", "blue")
+    sender.send()
+    station.work()
+    (sender.place / "cat.png").unlink()
+    sender.send()
+    assert [outcome.end for outcome in station.work()] == [End.REDELIVERED]
+    assert requests(sandbox) == 1
+
+
+@pytest.mark.parametrize("door", ["errors", "archive"])
+def test_whoever_moves_a_prompt_back_into_the_inbox_means_it(
+    station: Station, sandbox: Sandbox, sender: Sender, door: str
+) -> None:
+    sender.write("cat.prompt.txt", "[sandbox: 500] a cat" if door == "errors" else "a cat")
+    sender.send()
+    station.work()
+    (station.root / door / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
+    assert [outcome.end for outcome in station.work()] == [End.OVER]
+    assert requests(sandbox) == 2
+    sender.send()
+    assert [outcome.end for outcome in station.work()] == [End.REDELIVERED]
+
+
+def test_the_recognition_can_be_turned_off(tmp_path: Path, sandbox: Sandbox) -> None:
+    station = Station(tmp_path, sandbox.base_url, inbox__redelivery="run")
+    sender = Sender(tmp_path / "elsewhere", station)
+    sender.write("cat.prompt.txt", "a cat")
+    for _ in range(2):
+        sender.send()
+        station.work()
+    station.close()
+    assert requests(sandbox) == 2
+
+
+@pytest.mark.parametrize(("redelivery", "ends"), [("skip", [End.OVER, End.REDELIVERED]), ("run", [End.OVER, End.OVER])])
+def test_a_prompt_from_the_year_2400_is_made_and_known_again(
+    tmp_path: Path, sandbox: Sandbox, redelivery: str, ends: list[End]
+) -> None:
+    station = Station(tmp_path, sandbox.base_url, inbox__redelivery=redelivery)
+    sender = Sender(tmp_path / "elsewhere", station)
+    sender.write("cat.prompt.txt", "a cat", YEAR_2400)
+    outcomes = []
+    for _ in ends:
+        sender.send()
+        outcomes += station.work()
+    station.close()
+    bought = ends.count(End.OVER)
+    assert [outcome.end for outcome in outcomes] == ends
+    assert (requests(sandbox), sandbox.report()["charged"]) == (bought, bought)
+    assert len([name for name in station.names("outbox") if name.endswith(".receipt.toml")]) == bought
+    assert (station.names("inbox"), station.names("errors"), station.leftovers()) == ([], [], [])
+
+
+def test_with_a_burst_guard_a_prompt_from_the_year_2400_stops_nobody(
+    tmp_path: Path, sandbox: Sandbox, start: Any
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, limits__burst="1")
+    far = Sender(tmp_path / "far", folders)
+    far.write("cat.prompt.txt", "a cat", YEAR_2400)
+    daemon = start(folders, "run")
+    for _ in range(2):
+        far.send()
+        until(lambda: "cat" in folders.documents() and not [n for n in folders.names("inbox") if n[0] != "."])
+        until(lambda: folders.leftovers() == [])
+    folders.prompt("dog", "a dog")
+    until(lambda: "dog" in folders.documents())
+    assert daemon.stop() == 0
+    assert folders.documents() == {"cat": "outbox", "dog": "outbox"}
+    assert requests(sandbox) == 2
+
+
+@pytest.mark.parametrize("rescan", ["30", "0.1"], ids=["when told", "at any moment"])
+def test_what_comes_back_is_no_burst_however_much_it_is(
+    tmp_path: Path, sandbox: Sandbox, run: Any, rescan: str
+) -> None:
+    """A scan comes when a brought-back prompt is dealt with, too: that may be while the next ones have just come."""
+    limits = {"limits__burst": "3", "limits__concurrency": "2"}
+    seconds = {"inbox__settle_seconds": "1", "inbox__rescan_seconds": rescan}
+    folders = Folders(tmp_path, sandbox.base_url, **limits, **seconds)
+    far = Sender(tmp_path / "far", folders)
+    daemon = run(folders)  # it watches: a guard that has not seen the whole inbox yet waits for that, up to ten seconds
+    for number in range(8):
+        far.write(f"p{number}.prompt.txt", f"cat {number}")
+        if number % 3 == 2 or number == 7:
+            far.send()
+            until_made(folders, daemon, number + 1)
+    far.send()
+    until_made(folders, daemon, 8, emptied=True)
+    assert daemon.stop() == 0
+    assert daemon.events("held") == []
+    assert requests(sandbox) == 8
+
+
+def test_what_comes_back_while_its_job_waits_for_a_busy_endpoint_is_not_another_job(
+    tmp_path: Path, sandbox: Sandbox, start: Any
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1.5", retry__max_seconds="1.5")
+    far = Sender(tmp_path / "far", folders)
+    far.write("cat.prompt.txt", "a cat [sandbox: once 429-plain]")
+    start(folders, "run")
+    far.send()
+    assert sandbox.wait_for_requests(1, timeout=20)
+    far.send()
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: [name for name in folders.names("inbox") if name[0] != "."] == [])
+    assert [call["credits"] > 0 for call in sandbox.report()["calls"]] == [False, True]
+    assert len(folders.names("archive")) == 1
+
+
+def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
+    tmp_path: Path, sandbox: Sandbox, start: Any
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    far = Sender(tmp_path / "far", folders)
+    far.write("cat.prompt.txt", "a cat")
+    sandbox.hold()
+    daemon = start(folders, "run")
+    far.send()
+    assert sandbox.wait_for_requests(1, timeout=20)
+    far.send()
+    sandbox.release()
+    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: [name for name in folders.names("inbox") if name[0] != "."] == [])
+    assert daemon.stop() == 0
+    assert requests(sandbox) == 1
+
+
+def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Path, sandbox: Sandbox) -> None:
+    """The account refuses; two jobs find out at once; one shows it, the other returns to where its twin lies."""
+    station = Station(tmp_path, sandbox.base_url)
+    station.worker._blame = lambda _: False
+    far = Sender(tmp_path / "far", station)
+    far.write("cat.png", picture("one"))
+    far.write("cat.prompt.txt", "blue")
+    sandbox.balance = 0
+    far.send()
+    claim = station.sweep.look(0, LONG_AGO).ready[0].claim(station.spool.new_job(), 1.0)
+    assert station.spool.claim(claim)
+    far.send()
+    outcome = station.worker.process(claim.job)
+    assert outcome.end is End.RETURNED
+    assert station.names("inbox") == ["cat.png", "cat.prompt.txt"]
+    assert station.leftovers() == []
+    sandbox.balance = None
+    assert [outcome.door for outcome in station.work()] == ["outbox"]
+    station.close()
+    assert sandbox.report()["charged"] == 1
+
+
+def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
+    tmp_path: Path, sandbox: Sandbox, start: Any
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url, retry__attempts="1")
+    other = {**folders.environ, "LETTA_API_KEY": "sk-let-another-one-000"}
+    key_file = tmp_path / "key"
+    key_file.write_text(other["LETTA_API_KEY"])
+    folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = str(key_file)
+    sandbox.hold()
+    folders.prompt("first", "shows the refusal")
+    folders.prompt("cat", "the older one")
+    start(folders, "run")
+    assert sandbox.wait_for_requests(2, timeout=20)
+    folders.prompt("cat", "the newer one")
+    sandbox.release()
+    until(lambda: len(folders.documents()) == 1)
+    key_file.write_text(KEY)
+    until(lambda: len([n for n in folders.names("outbox") if n.endswith(".receipt.toml")]) == 2)
+    made = {call["prompt"] for call in sandbox.report()["calls"] if call["credits"]}
+    (refused,) = (path.read_text() for path in folders.errors.glob("*.prompt.txt"))
+    assert {*made, refused} == {"shows the refusal", "the older one", "the newer one"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
+def test_a_file_that_belongs_to_somebody_else_can_be_moved_back_too(
+    open_path: Path, sandbox: Sandbox, start: Any
+) -> None:
+    """The daemon may not set the time of a colleague's file; then a copy of its own goes through the door."""
+    folders = Folders(open_path, sandbox.base_url)
+    for place in (open_path, *open_path.rglob("*")):
+        os.chown(place, 12345, 12345)
+        place.chmod(0o777)
+    far = Sender(open_path / "far", folders)
+    far.write("cat.prompt.txt", "[sandbox: 500] a cat")
+    as_user = ["setpriv", "--reuid", "12345", "--regid", "12345", "--clear-groups"]
+    environ = {"PATH": os.environ["PATH"], "HOME": str(open_path), **folders.environ}
+
+    def once() -> None:
+        command = [*as_user, sys.executable, "-m", "imagewatch", "once"]
+        done = subprocess.run(command, env=environ, capture_output=True, check=False)
+        assert done.returncode == 1, done.stderr
+
+    far.send()
+    assert (folders.inbox / "cat.prompt.txt").stat().st_uid == 0
+    once()
+    back = folders.errors / "cat.prompt.txt"
+    assert back.read_text() == "[sandbox: 500] a cat"
+    back.rename(folders.inbox / "cat.prompt.txt")
+    once()
+    assert requests(sandbox) == 2
+
+
+# What a person copies out of the archive or out of errors
+
+
+def copied(folders: Folders, door: str, name: str = "cat.prompt.txt") -> None:
+    """Copy a prompt into the inbox as file managers do: with its time."""
+    hidden = folders.inbox / ".copy"
+    shutil.copy2(folders.root / door / name, hidden)
+    hidden.rename(folders.inbox / "cat.prompt.txt")
+
+
+@pytest.mark.parametrize(("door", "text"), [("archive", "a cat"), ("errors", "[sandbox: 400] a cat")])
+def test_a_copy_out_of_the_archive_or_errors_is_a_wish_once_and_after_that_an_error_that_says_so(
+    station: Station, sandbox: Sandbox, door: str, text: str
+) -> None:
+    station.prompt("cat", text)
+    station.work()
+    for _ in range(3):
+        copied(station, door)
+        station.work()
+    assert sandbox.report()["requests"] == 2
+    assert station.names("inbox") == []
+    refused = [
+        tomllib.loads(path.read_text())
+        for path in station.errors.glob("*.error.toml")
+        if "requested before" in path.read_text()
+    ]
+    assert len(refused) == 2
+    for page in refused:
+        assert page["charged"] == "no"
+        assert "save the prompt again" in page["message"]
+    jobs = {row["job"] for row in station.ledger.rows() if row["sent_at"]}
+    assert all(any(job in page["message"] for job in jobs) for page in refused)
+
+
+def test_who_moves_the_original_out_of_the_archive_after_a_copy_of_it_is_told_what_became_of_it(
+    station: Station, sandbox: Sandbox
+) -> None:
+    station.prompt("cat", "a cat")
+    station.work()
+    copied(station, "archive")
+    station.work()
+    (station.archive / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
+    (outcome,) = station.work()
+    assert (outcome.door, outcome.charged) == ("errors", "no")
+    assert sandbox.report()["requests"] == 2
+
+
+def test_a_sync_tool_that_brings_a_finished_prompt_back_leaves_no_file(station: Station, sandbox: Sandbox) -> None:
+    path = station.prompt("cat", "a cat")
+    status = path.stat()
+    station.work()
+    for _ in range(3):
+        station.prompt("cat", "a cat")
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        station.work()
+    assert sandbox.report()["requests"] == 1
+    assert (station.names("errors"), station.names("inbox")) == ([], [])
+
+
+@pytest.mark.parametrize("text", ["a cat", "[sandbox: 400] a cat"])
+def test_a_delivery_by_hard_link_is_not_bought_again_and_leaves_the_senders_file_as_it_is(
+    station: Station, sandbox: Sandbox, tmp_path: Path, text: str
+) -> None:
+    far = tmp_path / "far"
+    far.mkdir()
+    (far / "cat.prompt.txt").write_text(text)
+    os.utime(far / "cat.prompt.txt", (LONG_AGO, LONG_AGO))
+    before = (far / "cat.prompt.txt").stat()
+    for _ in range(3):
+        subprocess.run(["cp", "-al", f"{far}/.", station.inbox], check=True)
+        station.work()
+    after = (far / "cat.prompt.txt").stat()
+    assert sandbox.report()["requests"] == 1
+    assert (after.st_mtime_ns, after.st_mode, after.st_nlink) == (before.st_mtime_ns, before.st_mode, 1)
+    assert station.names("inbox") == []

@@ -1,0 +1,306 @@
+"""Shells, copies, moves, archives and version control put files into the inbox of a running daemon."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+from support.senders import PAUSE, SLOW, Parcel, Service, pause, pieces, program, run, serving, writers_are_seen
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+GIT = ["git", "-c", "user.name=A sender", "-c", "user.email=sender@example.org", "-c", "init.defaultBranch=main"]
+
+
+@pytest.fixture(scope="module")
+def native(tmp_path_factory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("native")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def polled(tmp_path_factory) -> Iterator[Service]:
+    with serving(tmp_path_factory.mktemp("polled"), inbox__watch="poll", inbox__rescan_seconds="0.5") as service:
+        yield service
+
+
+@pytest.fixture
+def parcel(native, tmp_path) -> Parcel:
+    """Something to send to a daemon that is told of changes."""
+    return native.parcel(tmp_path)
+
+
+@pytest.fixture(params=["native", "poll"])
+def either(tmp_path, request) -> Parcel:
+    """Something to send to a daemon that is told of changes, and to one that is not."""
+    service = request.getfixturevalue("native" if request.param == "native" else "polled")
+    return service.parcel(tmp_path)
+
+
+@pytest.fixture
+def elsewhere(tmp_path) -> Iterator[Path]:
+    """A folder on another file system."""
+    memory = Path("/dev/shm")
+    if not os.access(memory, os.W_OK) or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system to write to")
+    with tempfile.TemporaryDirectory(dir=memory) as folder:
+        yield Path(folder)
+
+
+def prompt_first(parcel: Parcel) -> list[Path]:
+    """The files in the worst order: the prompt, then its images."""
+    names = sorted(parcel.files, key=lambda name: name != "cat.prompt.txt")
+    return [parcel.source / name for name in names]
+
+
+def send_images(parcel: Parcel) -> None:
+    run(["cp", *prompt_first(parcel)[1:], parcel.target])
+
+
+# Copies and moves
+
+
+def test_cp_with_the_prompt_first(either):
+    for path in prompt_first(either):
+        run(["cp", path, either.target])
+    either.is_made()
+
+
+def test_cp_that_keeps_old_times(parcel):
+    for path in parcel.source.iterdir():
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+    run(["cp", "-a", *prompt_first(parcel), parcel.target])
+    parcel.is_made()
+
+
+def test_mv_within_a_file_system_with_the_prompt_first(either):
+    for path in prompt_first(either):
+        run(["mv", path, either.target])
+    either.is_made()
+
+
+@SLOW
+def test_mv_from_another_file_system(parcel, elsewhere):
+    run(["cp", *parcel.source.iterdir(), elsewhere])
+    run(["mv", *(elsewhere / path.name for path in prompt_first(parcel)), parcel.target])
+    parcel.is_made()
+
+
+@SLOW
+def test_hard_links(parcel):
+    run(["ln", *prompt_first(parcel), parcel.target])
+    parcel.is_made()
+
+
+# Writing under the final name
+
+
+def test_a_sender_that_stalls_for_as_long_as_it_likes_with_the_file_open(either, tmp_path):
+    writers_are_seen(tmp_path)
+    send_images(either)
+    content = either.files["cat.prompt.txt"]
+    script = ["sh", "-c", 'cat > "$1"', "sh", either.target / "cat.prompt.txt"]
+    with subprocess.Popen(script, stdin=subprocess.PIPE, bufsize=0) as writing:
+        assert writing.stdin
+        writing.stdin.write(content[:9000])
+        either.is_held()
+        writing.stdin.write(content[9000:])
+    either.is_made()
+
+
+def test_an_image_that_stalls_while_its_prompt_is_quiet(parcel, tmp_path):
+    writers_are_seen(tmp_path)
+    run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
+    content = parcel.files["cat.webp"]
+    with (parcel.target / "cat.webp").open("wb", buffering=0) as file:
+        file.write(content[:9000])
+        parcel.is_held()
+        file.write(content[9000:])
+    parcel.is_made()
+
+
+def test_a_sender_that_first_gives_files_their_full_size(parcel, tmp_path):
+    """What Samba does for Windows: zeros of the right number, then the bytes, then the old time."""
+    writers_are_seen(tmp_path)
+    for path in prompt_first(parcel):
+        content = parcel.files[path.name]
+        with (parcel.target / path.name).open("wb", buffering=0) as file:
+            file.truncate(len(content))
+            if path.name == "cat.webp":
+                parcel.is_held()
+            for piece in pieces(content):
+                file.write(piece)
+        os.utime(parcel.target / path.name, (1_000_000_000, 1_000_000_000))
+    parcel.is_made()
+
+
+def test_a_shell_that_writes_slowly(parcel):
+    send_images(parcel)
+    parts = []
+    for number, piece in enumerate(pieces(parcel.files["cat.prompt.txt"])):
+        parts.append(parcel.source / f"piece{number}")
+        parts[-1].write_bytes(piece)
+    script = f'for piece in "$@"; do cat "$piece"; sleep {PAUSE}; done > "$target"'
+    run(["sh", "-c", script, "sh", *parts], env={**os.environ, "target": str(parcel.target / "cat.prompt.txt")})
+    parcel.is_made()
+
+
+def test_a_shell_that_appends_in_pieces(either):
+    send_images(either)
+    for piece in pieces(either.files["cat.prompt.txt"]):
+        run(["sh", "-c", 'cat >> "$1"', "sh", either.target / "cat.prompt.txt"], input=piece)
+        pause()
+    either.is_made()
+
+
+def test_images_that_are_made_empty_and_filled_by_another_name(parcel):
+    """What Firefox does: an empty file of the final name holds the place while another one grows."""
+    (parcel.target / "cat.webp").touch()
+    run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
+    growing = parcel.target / "Xy12Ab34.webp.part"
+    growing.write_bytes(parcel.files["cat.webp"][:9000])
+    parcel.is_held()
+    growing.write_bytes(parcel.files["cat.webp"])
+    growing.rename(parcel.target / "cat.webp")
+    parcel.is_made()
+
+
+FORMS = {
+    "KDE": "{}.part",
+    "Chrome": "{}.crdownload",
+    "Thunar": "{}.partial~",
+    "WinSCP": "{}.filepart",
+    "FTP servers": ".in.{}.",
+    "scripts": "{}.tmp",
+    "GNOME's library": "{}.A1B2C3",
+    "Nextcloud": ".{}.~1a2b3c4d",
+    "Unison": ".unison.{}.0123456789abcdef0123456789abcdef.unison.tmp",
+    "rclone": "{}.1a2b3c4d.partial",
+    "Syncthing": ".syncthing.{}.tmp",
+}
+"""How senders name a file while they write it."""
+
+
+def test_another_name_for_the_time_of_the_transfer(native, tmp_path):
+    parcels = [native.parcel(tmp_path) for _ in FORMS]
+    sent = list(zip(parcels, FORMS.values(), strict=True))
+    for parcel, form in sent:
+        run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
+        (parcel.target / form.format("cat.webp")).write_bytes(parcel.files["cat.webp"][:9000])
+    parcels[0].is_held()
+    assert [parcel.calls for parcel in parcels] == [[] for _ in FORMS]
+    for parcel, form in sent:
+        growing = parcel.target / form.format("cat.webp")
+        growing.write_bytes(parcel.files["cat.webp"])
+        growing.rename(parcel.target / "cat.webp")
+    for parcel in parcels:
+        parcel.is_made()
+
+
+def test_what_systems_leave_beside_files_is_neither_taken_nor_complained_about(native, parcel):
+    """AppleDouble files of macOS, lock files, thumbnails, backups."""
+    names = ["._cat.prompt.txt", "._cat.webp", ".DS_Store", "~$other.prompt.txt", "cat.prompt.txt~", "Thumbs.db"]
+    for name in (*names, "cat.prompt.txt:Zone.Identifier", "@eaDir/cat.prompt.txt", ".git/cat.prompt.txt"):
+        (parcel.target / name).parent.mkdir(exist_ok=True)
+        (parcel.target / name).write_bytes(parcel.files["cat.prompt.txt"])
+    run(["cp", *prompt_first(parcel), parcel.target])
+    parcel.is_made()
+    assert [line["file"] for line in native.daemon.events("ignored") if line["file"].startswith(parcel.name)] == []
+
+
+def test_what_is_not_taken_though_somebody_may_have_meant_it_is_named_in_the_log(native, parcel):
+    meant = ["cat.txt", "cat.prompt.txt.txt", "Dog.Prompt.txt", "#1.prompt.txt", "@home/cat.prompt.txt"]
+    for name in meant:
+        (parcel.target / name).parent.mkdir(exist_ok=True)
+        (parcel.target / name).write_text("A cat")
+    (parcel.target / "link.png").symlink_to("cat.txt")
+    (parcel.target / "#folder").mkdir()
+    run(["cp", *prompt_first(parcel), parcel.target])
+    parcel.is_made()
+    told = {line["file"] for line in native.daemon.events("ignored")}
+    assert told >= {f"{parcel.name}/{name}" for name in (*meant[:-1], "@home", "link.png", "#folder")}
+
+
+# Folders, archives, version control
+
+
+@pytest.fixture
+def nested(parcel) -> Parcel:
+    """A folder with the files two levels below."""
+    inner = parcel.source / "deep/er"
+    inner.mkdir(parents=True)
+    for path in prompt_first(parcel):
+        path.rename(inner / path.name)
+    return parcel
+
+
+def test_a_folder_that_is_moved_in_whole(nested):
+    run(["mv", nested.source / "deep", nested.target])
+    nested.is_made("deep/er")
+
+
+def test_a_folder_that_is_moved_in_whole_without_change_events(polled, tmp_path):
+    parcel = polled.parcel(tmp_path)
+    parcel.target.rmdir()
+    run(["mv", parcel.source, polled.folders.inbox])
+    parcel.is_made()
+
+
+def test_a_folder_that_is_moved_in_from_another_file_system(nested, elsewhere):
+    run(["cp", "-r", nested.source / "deep", elsewhere])
+    run(["mv", elsewhere / "deep", nested.target])
+    nested.is_made("deep/er")
+
+
+@SLOW
+def test_a_folder_that_is_copied_in(nested):
+    run(["cp", "-r", nested.source / "deep", nested.target])
+    nested.is_made("deep/er")
+
+
+def test_tar_reading_from_a_slow_line(parcel):
+    archive = parcel.source.with_suffix(".tar")
+    names = [path.name for path in prompt_first(parcel)]
+    run(["tar", "-C", parcel.source, "-cf", archive, *names])
+    with subprocess.Popen(["tar", "-C", parcel.target, "-xf", "-"], stdin=subprocess.PIPE, bufsize=0) as unpacking:
+        assert unpacking.stdin
+        for piece in pieces(archive.read_bytes()):
+            unpacking.stdin.write(piece)
+            pause()
+    parcel.is_made()
+
+
+def test_unzip(parcel):
+    unzip = program("unzip")
+    archive = parcel.source.with_suffix(".zip")
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in prompt_first(parcel):
+            file.write(path, path.name)
+    run([unzip, "-q", archive, "-d", parcel.target])
+    parcel.is_made()
+
+
+@pytest.fixture
+def repository(nested) -> Path:
+    """A repository that has the parcel in it."""
+    program("git")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "Prompts"]):
+        run([*GIT, "-C", nested.source, *command])
+    return nested.source
+
+
+def test_git_clone_into_the_inbox(nested, repository):
+    run([*GIT, "clone", "-q", repository, nested.target])
+    nested.is_made("deep/er")
+
+
+def test_git_checkout_in_the_inbox(nested, repository):
+    run([*GIT, "clone", "-q", "--no-checkout", repository, nested.target])
+    run([*GIT, "-C", nested.target, "checkout", "-q", "main"])
+    nested.is_made("deep/er")

@@ -1,0 +1,187 @@
+"""What must be true of a daemon that was disturbed and started again: looked at from outside.
+
+Outside means the folders, the ledger's file, and what the endpoint says it was asked for and what it charged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from support.endpoint import picture
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.daemon import Folders
+
+
+@dataclass(frozen=True)
+class Order:
+    """A prompt, and how it ends when nothing disturbs it.
+
+    Attributes:
+        content: Of the prompt file.
+        images: Names of the images beside it.
+        door: Where it ends.
+        charged: What its document says.
+    """
+
+    content: str
+    images: tuple[str, ...] = ()
+    door: str = "outbox"
+    charged: str = "yes"
+
+    @property
+    def text(self) -> str:
+        """What is sent of it."""
+        return self.content.rpartition("+++\n")[2]
+
+
+ORDERS = {
+    "text": Order("a lighthouse at dusk"),
+    "edit": Order("make it blue", ("edit.png", "edit.1.png")),
+    "two": Order("+++\nn = 2\n+++\ntwo boats [sandbox: b64]"),
+    "wrong": Order("+++\ncolour = 1\n+++\nnever sent", door="errors", charged="no"),
+    "bad": Order("nothing nice [sandbox: 400]", door="errors", charged="no"),
+    "busy": Order("a busy day [sandbox: once 429-plain]"),
+}
+"""Answers by url and in the answer itself, one picture and two, images, mistakes on both sides, a second attempt."""
+
+
+def drop(folders: Folders, orders: dict[str, Order]) -> Folders:
+    """Drop prompts with their images."""
+    for stem, order in orders.items():
+        for name in order.images:
+            folders.drop(name, picture(name))
+        folders.prompt(stem, order.content)
+    return folders
+
+
+class Audit:
+    """Looks at everything after the end.
+
+    Args:
+        folders: Of the daemon.
+        report: The endpoint's.
+        orders: What was dropped.
+        disturbed: How many jobs at most may have been disturbed: as many as were under way at once.
+        refused: Whether prompts may have been refused that nobody paid for, as they could not be read.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        report: dict[str, Any],
+        orders: dict[str, Order],
+        disturbed: int,
+        *,
+        refused: bool = False,
+    ) -> None:
+        self.folders = folders
+        self.orders = orders
+        self._report = report
+        self._most_disturbed = disturbed
+        self._may_be_refused = refused
+        self._calls = {stem: [c for c in report["calls"] if c["prompt"] == o.text] for stem, o in orders.items()}
+        self.doors = folders.documents()
+
+    def check(self) -> None:
+        assert self._report["faults"] == []
+        assert sum(map(len, self._calls.values())) == self._report["requests"]
+        for stem in self.orders:
+            assert len(self._paid(stem)) <= 1, f"{stem} was paid twice"
+        assert self.folders.leftovers() == []
+        assert set(self.doors) == set(self.orders)
+        assert [name for name in self.folders.names("inbox") if not name.startswith(".")] == []
+        assert sum(self._check(stem) for stem in self.orders) <= self._most_disturbed
+        self._check_originals()
+        self._check_ledger()
+
+    def _paid(self, stem: str) -> list[int]:
+        return [call["credits"] for call in self._calls[stem] if call["credits"]]
+
+    def _document(self, stem: str) -> dict[str, Any]:
+        return self.folders.receipt(stem) if self.doors[stem] == "outbox" else self.folders.error(stem)
+
+    def _check(self, stem: str) -> bool:
+        """Check one prompt; return whether its request was disturbed."""
+        document = self._document(stem)
+        if self.doors[stem] == "outbox":
+            self._check_pictures(stem, document)
+        elif self._paid(stem):
+            assert document["charged"] in {"yes", "unknown"}
+        order = self.orders[stem]
+        disturbed = (self.doors[stem], document["charged"]) != (order.door, order.charged)
+        if disturbed and self._may_be_refused and document["charged"] == "no" and not self._paid(stem):
+            assert "cannot be read" in str(document["problems"])
+            return False
+        assert not disturbed or (stem != "wrong" and document["charged"] in {"yes", "unknown"})
+        return disturbed
+
+    def _check_pictures(self, stem: str, receipt: dict[str, Any]) -> None:
+        served = [call["images"] for call in self._calls[stem] if call["images"]]
+        assert len(served) == 1
+        found = [_sha256(self.folders.outbox / image["file"]) for image in receipt["images"]]
+        assert found == [image["sha256"] for image in receipt["images"]]
+        assert found == served[0] or (receipt.get("problems") and found == served[0][: len(found)])
+
+    def _check_originals(self) -> None:
+        """Everything that was dropped is kept once; everything in the outbox is named by a receipt."""
+        contents = {f"{stem}.prompt.txt": order.content.encode() for stem, order in self.orders.items()}
+        contents |= {name: picture(name) for order in self.orders.values() for name in order.images}
+        for name, content in contents.items():
+            door = "archive" if self.doors[name.split(".")[0]] == "outbox" else "errors"
+            assert (self.folders.root / door / name).read_bytes() == content
+        assert len(self.folders.names("archive")) + len(self.folders.names("errors")) == len(contents) + sum(
+            1 + bool(list(self.folders.errors.glob(f"{stem}.answer.*")))
+            for stem, door in self.doors.items()
+            if door == "errors"
+        )
+        made = [stem for stem, door in self.doors.items() if door == "outbox"]
+        images = [image["file"] for stem in made for image in self.folders.receipt(stem)["images"]]
+        assert sorted([*images, *(f"{stem}.receipt.toml" for stem in made)]) == self.folders.names("outbox")
+
+    def _check_ledger(self) -> None:
+        """The ledger has what the endpoint counted: each request, and to the credit what was answered."""
+        rows = self._rows()
+        assert {row["source"] for row in rows} == {f"{stem}.prompt.txt" for stem in self.orders}
+        counted = 0.0
+        for stem in self.orders:
+            mine = [row for row in rows if row["source"] == f"{stem}.prompt.txt"]
+            counted += self._check_rows(stem, mine)
+        assert sum(row["credits"] or 0 for row in rows) + counted == self._report["credits"]
+
+    def _check_rows(self, stem: str, rows: list[sqlite3.Row]) -> float:
+        """Check the rows of one prompt; return what the endpoint charged for it and never got to say."""
+        document, paid = self._document(stem), self._paid(stem)
+        attempts = [row for row in rows if row["attempt"]]
+        unanswered = [row for row in rows if row["attempt"] and not row["status"]]
+        assert len(self._calls[stem]) <= len(attempts) <= len(self._calls[stem]) + len(unanswered), stem
+        charged = [row for row in rows if row["charged"] != "no"]
+        assert [row["charged"] for row in charged] == [document["charged"]] * (document["charged"] != "no"), stem
+        told = [row["credits"] for row in charged if row["credits"] is not None]
+        if not paid:
+            assert not told, f"{stem}: the ledger says {told}, the endpoint charged nothing"
+            return 0.0
+        assert charged, f"{stem} was paid for, and the ledger does not know"
+        if told:
+            assert told == paid, f"{stem}: the ledger says {told}, the endpoint {paid}"
+            return 0.0
+        # Only an answer that was cut short can be charged for without a price.
+        assert document["charged"] == "unknown" or document.get("problems") or self.doors[stem] == "errors", stem
+        return float(paid[0])
+
+    def _rows(self) -> list[sqlite3.Row]:
+        database = sqlite3.connect(self.folders.state / "ledger.sqlite3")
+        database.row_factory = sqlite3.Row
+        try:
+            return database.execute("SELECT source, attempt, charged, credits, status FROM attempts").fetchall()
+        finally:
+            database.close()
+
+
+def _sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

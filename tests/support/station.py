@@ -1,0 +1,61 @@
+"""The parts of the daemon in this process, without its loop."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from imagewatch.config.key import Key
+from imagewatch.endpoint.client import Client
+from imagewatch.inbox.scan import Sweep
+from imagewatch.job.outcome import End, Outcome
+from imagewatch.job.spool import Spool
+from imagewatch.job.worker import Run, Worker
+from imagewatch.journal.ledger import Ledger
+from imagewatch.system.disk import Disk
+from support.daemon import KEY, Folders
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+class Doubting(Worker):
+    """A worker that believes no step: where one says what the disk shows now, the disk is asked as well."""
+
+    def _look(self, run: Run) -> None:
+        if run.foreseen:
+            shown = self._spool.evidence(run.claim, self._spool.record(run.claim.job))
+            assert run.seen == shown
+        super()._look(run)
+
+
+class Station(Folders):
+    """The real parts in this process, without the daemon's loop: one call carries one prompt to its end."""
+
+    def __init__(self, root: Path, base_url: str, disk: Disk | None = None, **settings: str) -> None:
+        super().__init__(root, base_url, **settings)
+        loaded = self.config()
+        self.spool = Spool(loaded, disk or Disk())
+        self.spool.prepare()
+        self.ledger = Ledger(str(self.state / "ledger.sqlite3"))
+        self.client = Client(loaded.endpoint, lambda: Key(KEY))
+        self.worker = Doubting(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
+        self.sweep = Sweep(self.spool.inbox, loaded.inbox)
+
+    def close(self) -> None:
+        self.client.close()
+        self.ledger.close()
+
+    def work(self) -> list[Outcome]:
+        """Claim everything that is ready and carry it to its end; waits that a retry asks for are skipped."""
+        outcomes = []
+        for candidate in self.sweep.look(time.monotonic(), time.time()).ready:
+            outcome = self.worker.start(candidate.claim(self.spool.new_job(), time.time()))
+            while outcome.end is End.LATER:
+                outcome = self.worker.process(outcome.job, resumed=True)
+            outcomes.append(outcome)
+        return outcomes
+
+    def recover(self) -> list[Outcome]:
+        """Do what a start does: carry on every job that left something behind."""
+        return [self.worker.process(job, resumed=True) for job in self.spool.unfinished()]
