@@ -459,5 +459,8 @@ def test_a_key_is_found_wherever_it_is_in_a_long_text(before):
 def test_the_package_has_one_place_where_text_of_an_answer_is_decoded():
     """What is decoded elsewhere would not be masked."""
     package = Path(__file__).parents[2] / "imagewatch"
-    for name in ("worker", "closing", "pictures", "lifecycle", "gate", "holds", "record"):
-        assert not re.search(r"\.decode\(|json\.loads|msgspec\.json", (package / f"{name}.py").read_text()), name
+    places = [*(package / "job").glob("*.py"), *(package / "daemon").glob("*.py"), package / "endpoint/pictures.py"]
+    for path in places:
+        if path.name == "redelivery.py":  # it decodes what the ledger has recorded
+            continue
+        assert not re.search(r"\.decode\(|json\.loads|msgspec\.json", path.read_text()), path.name
