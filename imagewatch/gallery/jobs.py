@@ -21,7 +21,7 @@ from imagewatch.config.schema import shown
 from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
 from imagewatch.job.receipts import unvouched
-from imagewatch.protocol.images import IMAGE_SUFFIXES
+from imagewatch.protocol.image_kinds import IMAGE_SUFFIXES
 from imagewatch.protocol.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.system.text import whole
 from imagewatch.system.untrusted import open_at, refusal
