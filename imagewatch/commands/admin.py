@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import click
 
 from imagewatch.commands import table
+from imagewatch.inbox.candidate import Wait
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.text import amount, local, printable, to_json
 
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 EXIT_HELD = 69
 _PATIENCE = 6.0
 """How long a daemon may take to notice a request, seconds; where there are no change events it looks every five."""
-_COLOURS = {"made": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
+_COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
 
 
 class Seconds(click.FloatRange):
@@ -109,7 +110,7 @@ def hold(reason: str, path: str | None, *, as_json: bool) -> None:
     control = _control(config)
     control.hold(reason)
     running = _running(config)
-    noticed = running and _until(lambda: "hand" in _hold_kinds(config))
+    noticed = running and _until(lambda: "manual" in _hold_kinds(config))
     if as_json:
         _print_asked("hold", running=running, noticed=noticed)
         return
@@ -283,7 +284,7 @@ def history(
 
 
 def _show_sums(sums: Sequence[Any], by: str, *, as_json: bool, as_csv: bool) -> None:
-    columns = ("made", "refused", "unknown", "credits", "unpriced")
+    columns = ("completed", "refused", "unknown", "credits", "unknown_cost")
     rows = [{by: one.name, **{name: getattr(one, name) for name in columns}} for one in sums]
     if as_json:
         click.echo(to_json(rows, indent=1))
@@ -320,8 +321,10 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
         colours=[_COLOURS.get(outcome) for outcome in outcomes],
         notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
     )
-    made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
-    click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits.")
+    completed, refused, unknown = (int(totals[name]) for name in ("completed", "refused", "unknown"))
+    click.echo(
+        f"\nIn all: {completed} completed, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits."
+    )
 
 
 # Estimate
@@ -439,7 +442,7 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
         "stopping": "finishes what is sent, then ends",
     }
     yield f"imagewatch {page['version']} {states.get(page['state'], 'is running')}, as of {local_time(page['updated'])}"
-    yield f"  inbox      {page['inbox']} ({page['mode']}, last look {local_time(page['last_sweep'])})"
+    yield f"  inbox      {page['inbox']} ({page['mode']}, last scan {local_time(page['last_scan'])})"
     for path, reason in page["polled"]["folders"].items():
         yield f"             {path}: looked at regularly ({reason})"
     waiting = page["waiting"]
@@ -454,7 +457,7 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
         one = page[name]
         cap = f" of {amount(one['cap'])}" if one["cap"] else ""
         yield (
-            f"  {label:<10} {one['made']} made, {one['refused']} refused, {one['unknown']} unknown, "
+            f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
     if balance := page.get("balance"):  # not there in what an older daemon said
@@ -464,13 +467,14 @@ def _story(page: dict[str, Any]) -> Iterator[str]:
         for name, reason in page["ignored"]["files"].items():
             yield f"             {name}: {reason}"
     for one in page["holds"]:
-        until = f", tried again {local_time(one['until'])}" if one["until"] else ""
-        yield click.style(f"  held       {kind(one)}: {one['reason']}{until}", fg="red")
+        next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
+        yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
         yield f"             {one['next']}"
 
 
 def _why(reasons: dict[str, int]) -> str:
-    return f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
+    texts = {wait.value: wait.text for wait in Wait}  # a daemon of another version may have other reasons
+    return f" ({', '.join(f'{count} {texts.get(key, key)}' for key, count in reasons.items())})" if reasons else ""
 
 
 def local_time(text: str | None) -> str:

@@ -32,27 +32,27 @@ class Sum:
 
     Attributes:
         name: What they have in common.
-        made: Jobs that were charged.
+        completed: Jobs that were charged.
         refused: Jobs that were not, by the API or by our own checks.
         unknown: Jobs that may have been charged.
         credits: Known credits.
-        unpriced: Charged jobs whose price nobody said.
+        unknown_cost: Charged jobs whose price nobody said.
     """
 
     name: str
-    made: int = 0
+    completed: int = 0
     refused: int = 0
     unknown: int = 0
     credits: float = 0.0
-    unpriced: int = 0
+    unknown_cost: int = 0
 
     def add(self, job: Mapping[str, Any]) -> None:
         """Count a job."""
-        self.made += job["charged"] == "yes"
+        self.completed += job["charged"] == "yes"
         self.unknown += job["charged"] == "unknown"
         self.refused += job["outcome"] in {"refused", "invalid"}
         self.credits += job["credits"] or 0.0
-        self.unpriced += job["charged"] == "yes" and job["credits"] is None
+        self.unknown_cost += job["charged"] == "yes" and job["credits"] is None
 
 
 def sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:

@@ -118,7 +118,7 @@ def _warn_without_key(config: Config) -> None:
 
     if problem := key_problem(config.endpoint, os.environ):
         reason = printable(f"{problem.field}: {problem.reason}")
-        structlog.get_logger().warning("no key; every prompt will wait", reason=reason, next=problem.hint)
+        structlog.get_logger().warning("key_missing", reason=reason, next=problem.hint)
 
 
 @cli.command()
@@ -168,7 +168,7 @@ def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     held = None
     if hold:
         held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.message}
-        held |= {"until": daemon.hold_ends, "next": hold.next}
+        held |= {"next_try_at": daemon.hold_ends, "next": hold.next}
     jobs = [
         {
             "source": whole(one.source),
