@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import Candidate, Found, Key, Seen, Wait, first_level, joined
 from imagewatch.inbox.judge import Judge, Moment, every_name, path_of
-from imagewatch.inbox.open_files import is_local
 from imagewatch.inbox.order import Order
 from imagewatch.inbox.tree import Folder, Folders, Visitor
 from imagewatch.protocol.names import SUFFIX, locks
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.file_systems import is_local
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class Sweep:
         inbox: The folder.
         config: Settling, waits, recursion.
         keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
-        is_local: Tells of a folder whether its times are of our own clock.
+        is_local: Tells of an open folder whether its times are of our own clock.
         window: How many prompts are kept by name, the oldest ones; the names of the others are read again when their
             turn comes. None for all.
         fewest: How many of each folder are kept by name at least.
@@ -68,7 +68,7 @@ class Sweep:
         config: Inbox,
         *,
         keeps_times: Callable[[str], bool] = lambda _: False,
-        is_local: Callable[[str], bool] = is_local,
+        is_local: Callable[[int], bool] = is_local,
         window: int | None = None,
         fewest: int = 0,
         most_named: int | None = None,

@@ -333,7 +333,7 @@ class Folders:
         inbox: The inbox.
         recursive: Whether folders in it are looked into.
         keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
-        is_local: Tells of a folder whether its times are of our own clock.
+        is_local: Tells of an open folder whether its times are of our own clock.
         most_named: How many files that are not taken are named; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
         tops: The folders that were opened, the inbox among them; without, it is opened here.
@@ -353,7 +353,7 @@ class Folders:
         *,
         recursive: bool,
         keeps_times: Callable[[str], bool],
-        is_local: Callable[[str], bool],
+        is_local: Callable[[int], bool],
         most_named: int | None,
         explain: bool,
         tops: Tops | None = None,
@@ -506,7 +506,7 @@ class Folders:
         full, is_new = self.full(folder.path), folder.identity is None
         is_other = folder.is_other(status)
         if is_other:
-            folder.place, folder.is_local = self._place(descriptor, full)
+            folder.place, folder.is_local = self._place(descriptor)
             if is_new or self._keeps_times(full):  # else it may be the same one with another number
                 folder.came = self._came(folder, status)
             folder.distrust()
@@ -525,11 +525,11 @@ class Folders:
         claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
         return claims is not None and claims.is_same(status)
 
-    def _place(self, descriptor: int, full: str) -> tuple[tuple[int, int], bool]:
+    def _place(self, descriptor: int) -> tuple[tuple[int, int], bool]:
         """Return on which device and mount a folder is, and whether its times are of our own clock."""
         place = place_of(descriptor)
         if place not in self._places:
-            self._places[place] = place, self._is_local(full)
+            self._places[place] = place, self._is_local(descriptor)
         return self._places[place]
 
     @contextlib.contextmanager

@@ -59,10 +59,10 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 AS_USER = """
 import os, sys
 import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
-import imagewatch.commands.admin, imagewatch.commands.check, imagewatch.commands.estimate, imagewatch.commands.history
-import imagewatch.commands.retry, imagewatch.daemon.loop, imagewatch.daemon.status, imagewatch.endpoint.client
-import imagewatch.journal.control, imagewatch.system.log
-from imagewatch.commands.main import main
+from imagewatch.commands.main import COMMANDS, load_command, main
+
+for name in COMMANDS:
+    load_command(name)
 
 user = int(sys.argv.pop(1))
 os.setgroups([])

@@ -24,7 +24,7 @@ from support.daemon import KEY, Folders, until
 from support.scripted import Scripted, answering
 
 from imagewatch import __version__
-from imagewatch.commands.main import cli
+from imagewatch.commands.main import COMMANDS, cli, load_command
 from imagewatch.config.load import load
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def tree(top: Path) -> dict[str, object]:
 # Words
 
 
-@pytest.mark.parametrize("name", ["", *cli.commands])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_every_help_says_what_it_is_and_names_all_it_takes(name):
     arguments = [name] if name else []
     done = imagewatch(*arguments, "--help")
-    command = cli.commands[name] if name else cli
+    command = load_command(name) if name else cli
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == imagewatch(*arguments, "-h").stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -121,8 +121,10 @@ def test_every_help_says_what_it_is_and_names_all_it_takes(name):
 
 def test_the_first_help_names_every_command_and_every_exit_code():
     done = imagewatch("--help")
-    for name, command in cli.commands.items():
-        assert re.search(rf"^  {name} +{re.escape(command.get_short_help_str(100))}$", done.stdout, re.MULTILINE)
+    for name in COMMANDS:
+        assert re.search(
+            rf"^  {name} +{re.escape(load_command(name).get_short_help_str(100))}$", done.stdout, re.MULTILINE
+        )
     for code in (0, 1, 64, 69, 74, 75, 78):
         assert re.search(rf"^    {code} ", done.stdout, re.MULTILINE)
 
@@ -132,9 +134,24 @@ def test_the_version_is_told():
 
 
 def test_help_and_version_load_nothing_heavy():
-    heavy = ("httpx", "PIL", "structlog", "sqlite3")
-    code = f"import sys, imagewatch.commands.main; print(*(m for m in {heavy} if m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    loaded = """
+import contextlib, sys
+from imagewatch.commands.main import cli
+for option in ("--help", "--version"):
+    cli.main([option], standalone_mode=False)
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    commands = {f"imagewatch.commands.{module}" for module, _ in COMMANDS.values()}
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert "imagewatch.commands.main" in modules
+    assert not modules & {*commands, "httpx", "PIL", "structlog", "sqlite3"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_of_commands_has_the_help_of_each_command(name):
+    assert COMMANDS[name][1] == load_command(name).get_short_help_str(100)
+    assert load_command(name).name == name
 
 
 # Exit codes
