@@ -524,7 +524,7 @@ class Spool:
     def gather(self, claim: Claim) -> None:
         """Take the other originals of a job, then make all its names durable."""
         with self._reached(self.inbox_folder(claim), self._inode(claim)):
-            for name in (*claim.images, *claim.foreign):
+            for name in claim.images:
                 self._take(claim, name)
             self.disk.sync_folder(self.claim_folder(claim.job))
             self.disk.sync_folder(self.inbox_folder(claim))
@@ -642,7 +642,7 @@ class Spool:
             originals=bool(originals),
             missing=any(
                 name not in originals and self._may_be_taken(os.path.join(self.inbox_folder(claim), name))
-                for name in (*claim.images, *claim.foreign)
+                for name in claim.images
             ),
             sent=sent,
             answered=answered,
