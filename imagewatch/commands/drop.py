@@ -29,7 +29,8 @@ from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.names import SUFFIX, group, stem_of
 from imagewatch.protocol.request import build, may_be_image, open_plain, read_image, unused_problems
 from imagewatch.protocol.values import Dropped
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.disk import Disk
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file, own_way

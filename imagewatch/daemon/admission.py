@@ -16,7 +16,7 @@ import structlog
 
 from imagewatch.daemon.burst import BurstGuard
 from imagewatch.job.outcome import Trouble
-from imagewatch.system.disk import FULL
+from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
 

@@ -22,7 +22,8 @@ from imagewatch.gallery.decoder import Patience
 from imagewatch.gallery.jobs import Look, Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk import Disk
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import open_at

@@ -22,11 +22,12 @@ from imagewatch import __version__
 from imagewatch.gallery.decoder import LARGE, Decoder, Patience, Unseen
 from imagewatch.protocol.images import Image as Found
 from imagewatch.protocol.images import inspect
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_at
 
 if TYPE_CHECKING:
+    from imagewatch.system.disk import Disk
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from imagewatch.gallery.folders import Source

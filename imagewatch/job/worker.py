@@ -27,7 +27,7 @@ from imagewatch.journal.budget import Budget, Refusal
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.request import Request, build, contents
 from imagewatch.protocol.values import Claim, Reaction, Tail
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.system.text import printable, utc
 from imagewatch.system.untrusted import open_file

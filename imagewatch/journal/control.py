@@ -20,10 +20,14 @@ import json
 import os
 import re
 
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.leftovers import remove_old
 from imagewatch.system.text import printable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from imagewatch.system.disk import Disk
 
 _RETRY = re.compile(r"retry\.([0-9a-f]{16})")
 _DAEMONS = {"passed", "refused"}
