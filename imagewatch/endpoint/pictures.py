@@ -20,10 +20,10 @@ from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
-    from imagewatch.system.disk import Disk
     from collections.abc import Callable, Iterator
 
     from imagewatch.endpoint.saved_answer import Answer
+    from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _FETCH_SECONDS = 600.0

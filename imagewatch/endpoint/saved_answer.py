@@ -20,8 +20,9 @@ from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
-    from imagewatch.system.disk import Disk
     from collections.abc import Callable, Iterator
+
+    from imagewatch.system.disk import Disk
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024

@@ -27,10 +27,10 @@ from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_at
 
 if TYPE_CHECKING:
-    from imagewatch.system.disk import Disk
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from imagewatch.gallery.folders import Source
+    from imagewatch.system.disk import Disk
 
 _MOST_PIXELS = {"image/png": 50_000_000, "image/jpeg": 50_000_000, "image/webp": 20_000_000}
 """More are not decoded. The endpoint's largest pictures have 17 million.

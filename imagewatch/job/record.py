@@ -29,8 +29,9 @@ from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
-    from imagewatch.system.disk import Disk
     from collections.abc import Callable, Iterable
+
+    from imagewatch.system.disk import Disk
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024

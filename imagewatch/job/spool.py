@@ -34,10 +34,10 @@ from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
-    from imagewatch.system.disk import Disk
     from collections.abc import Iterable, Iterator
 
     from imagewatch.config.load import Config, Folders
+    from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _PROBE = ".iw-probe"

@@ -19,12 +19,12 @@ import contextlib
 import json
 import os
 import re
+from typing import TYPE_CHECKING
 
 from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.leftovers import remove_old
 from imagewatch.system.text import printable
-from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from imagewatch.system.disk import Disk
