@@ -16,7 +16,7 @@ from imagewatch.system.text import amount, printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Request
 

@@ -33,7 +33,7 @@ from imagewatch.system.text import printable, to_json
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.inbox.candidate import Candidate
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Opener

@@ -17,7 +17,6 @@ from imagewatch.commands.balances import with_balances
 from imagewatch.commands.ledger import ledger_path
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
-from imagewatch.config.schema import layered
 from imagewatch.endpoint.client import Client
 from imagewatch.job.claims import HINT
 from imagewatch.job.spool import Spool, require_space
@@ -25,7 +24,7 @@ from imagewatch.journal.control import Control
 from imagewatch.journal.health import trouble
 from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.names import CLAIMS
-from imagewatch.protocol.options import choose_provider
+from imagewatch.protocol.options import choose_provider, layered
 from imagewatch.protocol.request import unknown_family
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import FULL, ours
@@ -38,7 +37,7 @@ from imagewatch.system.text import amount, local, printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _ALL = os.R_OK | os.W_OK | os.X_OK
 

@@ -12,7 +12,7 @@ from imagewatch.commands.terminal import current_folder
 from imagewatch.config import load, locate
 
 if TYPE_CHECKING:
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 
 class Seconds(click.FloatRange):

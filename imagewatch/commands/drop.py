@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
     from typing import Self
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _STAGED = ".submit-"
 _STALE_SECONDS = 86_400.0

@@ -11,7 +11,7 @@ from imagewatch.system.errors import ConfigError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 
 def configure_log(config: Config, level: str | None = None) -> None:

@@ -14,7 +14,7 @@ from imagewatch.system.errors import UsageError
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.journal.control import Control
 
 

@@ -7,7 +7,7 @@ import sys
 
 import click
 
-from imagewatch.config.load import initial
+from imagewatch.config.example import initial
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.text import printable
 

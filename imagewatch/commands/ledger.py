@@ -18,7 +18,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 
 def ledger_path(config: Config) -> str:

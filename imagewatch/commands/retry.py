@@ -38,7 +38,7 @@ from imagewatch.system.untrusted import RefusedError, open_file
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from imagewatch.config.load import Config, Folders
+    from imagewatch.config.schema import Config, Folders
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger
 

@@ -16,7 +16,7 @@ from imagewatch.daemon.loop import Daemon
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 
 @click.command()

@@ -23,7 +23,7 @@ from imagewatch.system.text import local, printable
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _PATIENCE = 6.0
 """How long a daemon may take to notice a request, seconds; where there are no change events it looks every five."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from imagewatch.commands.wait import Made
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _LOOK_SECONDS = 0.2
 _UNTOUCHED_SECONDS = 20.0

@@ -21,7 +21,7 @@ from imagewatch.system.untrusted import RefusedError, open_file
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Sequence
 
-    from imagewatch.config.load import Folders
+    from imagewatch.config.schema import Folders
 
 _MOST_DOCUMENT = 4 << 20
 _LIST_SECONDS = 5.0

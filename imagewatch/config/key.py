@@ -21,7 +21,7 @@ from imagewatch.system.masking import Mask, known
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from imagewatch.config.load import Endpoint
+    from imagewatch.config.schema import Endpoint
 
 _CREDENTIAL: Final = "letta_api_key"
 _VARIABLE: Final = "LETTA_API_KEY"

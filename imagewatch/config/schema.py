@@ -1,34 +1,23 @@
-"""Typed tables: check a TOML table against a struct and report every problem at once.
+"""The sections of a configuration as frozen values: names, types, defaults and bounds, as in ``config.example.toml``.
 
-``msgspec`` alone stops at the first problem; here each key is converted by itself, so that somebody who
-edits a file over a slow share sees all mistakes in one go. Pure.
+A test holds the two together. An API key is never part of a configuration, so a ``Config`` may be printed.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
-import re
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, get_args, get_origin
+from typing import Annotated, Final, Literal
 
 import msgspec
-
-from imagewatch.system.errors import Problem
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+from msgspec import Meta
 
 Provider = Literal["flux", "gemini", "openai"]
-_FAMILIES: tuple[tuple[str, Provider], ...] = (
-    ("gpt-image", "openai"),
-    ("chatgpt-image", "openai"),
-    ("gemini", "gemini"),
-    ("nano-banana", "gemini"),
-    ("flux", "flux"),
-)
-"""How the names of the models of each provider begin, as far as they are published."""
 
-S = TypeVar("S", bound=msgspec.Struct)
+# A day at most: longer waits overflow the timers below us, and nobody means them.
+_Seconds = Annotated[float, Meta(ge=0, le=86_400)]
+_Timeout = Annotated[float, Meta(gt=0, le=86_400)]
+_Amount = Annotated[float, Meta(ge=0)]
+_Bytes = Annotated[int, Meta(ge=0)]
+_Text = Annotated[str, Meta(min_length=1)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
@@ -55,116 +44,184 @@ class Options(msgspec.Struct, frozen=True, kw_only=True):
         return Options(**values)
 
 
-def family(model: str) -> Provider | None:
-    """Return whose a model is by its name, or None if no known family has such names."""
-    name = model.strip().lower()
-    return next((provider for begin, provider in _FAMILIES if name.startswith(begin)), None)
+class Folders(msgspec.Struct, frozen=True, kw_only=True):
+    """``[folders]``: where everything is. Loaded, all paths are absolute.
 
-
-def layered(levels: Sequence[Options]) -> Options:
-    """Return the options that count of several levels, the nearest to the prompt first.
-
-    Each option is that of the nearest level that sets it. Provider and model have to belong together, though: of two
-    that come from different levels the nearer one was meant. So a nearer ``model`` of a known family decides about the
-    provider, and a model that is of another family than a nearer ``provider``, or was set together with another one, is
-    left out.
+    Attributes:
+        root: The folder that the others are in unless set alone; empty when not set.
+        inbox: Where prompts are dropped.
+        outbox: Where pictures and receipts appear.
+        errors: Where refused prompts go, each with an error file.
+        archive: Where prompts go that were done, or the word ``delete``.
+        state: Evidence, ledger and lock; local and private.
     """
-    merged = functools.reduce(lambda upper, lower: upper.over(lower), levels)
-    whose = next((level for level in levels if level.model is not None), None)
-    chosen = next((level for level in levels if level.provider is not None), None)
-    if whose is None or whose.model is None or chosen is None or whose is chosen:
-        return merged
-    known = family(whose.model)
-    if levels.index(whose) < levels.index(chosen):
-        return msgspec.structs.replace(merged, provider=known or merged.provider)
-    meant = known or (None if whose.provider == "auto" else whose.provider)
-    if merged.provider == "auto" or meant in {None, merged.provider}:
-        return merged
-    return msgspec.structs.replace(merged, model=None)
+
+    root: _Text = ""
+    inbox: _Text = ""
+    outbox: _Text = ""
+    errors: _Text = ""
+    archive: _Text = ""
+    state: _Text = ""
 
 
-def nearest(name: str, known: Iterable[str], what: str = "keys") -> str:
-    """Return ``did you mean "x"?`` for a mistyped name, or the list of what is known.
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """``[endpoint]``: whom to ask, with which key, and for how long.
 
-    Args:
-        name: As it was typed.
-        known: The names that there are.
-        what: What they name, in the plural.
+    Attributes:
+        base_url: Without ``/v1`` and without a slash at the end.
+        api_key_file: Absolute path of a file that holds the key alone.
+        api_key_command: Program and arguments that print the key; empty when not set.
+        connect_timeout_seconds: For the connection alone.
+        timeout_seconds: For each single read of the answer.
+        deadline_seconds: For one request in total.
+        max_response_bytes: A longer answer is cut off.
+        ca_file: Absolute path of a PEM bundle to trust instead of the usual ones.
+        allow_private_downloads: Whether a picture's url may lead to a private address.
     """
-    names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f'did you mean "{close[0]}"?' if close else f"known {what}: {', '.join(names)}"
+
+    base_url: str = "https://api.letta.com"
+    api_key_file: _Text | None = None
+    api_key_command: tuple[str, ...] = ()
+    connect_timeout_seconds: _Timeout = 10.0
+    timeout_seconds: _Timeout = 600.0
+    deadline_seconds: _Timeout = 900.0
+    max_response_bytes: Annotated[int, Meta(ge=1)] = 400_000_000
+    ca_file: _Text | None = None
+    allow_private_downloads: bool = False
 
 
-def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S, list[Problem]]:
-    """Convert a table to a struct, key by key.
+class Inbox(msgspec.Struct, frozen=True, kw_only=True):
+    """``[inbox]``: how the inbox is watched.
 
-    Args:
-        table: Parsed TOML; values of any type.
-        struct: The target; every field must have a default.
-        where: Prefix of the field names in problems, e.g. ``limits.``.
-
-    Returns:
-        The struct (faulty keys left at their defaults) and everything that was wrong.
+    Attributes:
+        watch: Change events of the kernel, polling, or whichever works.
+        settle_seconds: How long files must have been quiet.
+        input_wait_seconds: How long declared input images are waited for.
+        rescan_seconds: Interval of the complete look that needs no events.
+        recursive: Whether sub-folders are watched.
+        redelivery: What to do with a finished prompt that a sync tool brings back.
     """
-    types = _types(struct)
-    values: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for key, value in table.items():
-        if key not in types:
-            problems.append(Problem(f"{where}{key}", "unknown key", nearest(key, types)))
-            continue
-        try:
-            values[key] = msgspec.convert(value, types[key], strict=True)
-        except msgspec.ValidationError as error:
-            problems.append(Problem(f"{where}{key}", _told(error, types[key], value)))
-    return struct(**values), problems
+
+    watch: Literal["auto", "native", "poll"] = "auto"
+    settle_seconds: Annotated[float, Meta(ge=0, le=3600)] = 5.0
+    input_wait_seconds: _Seconds = 60.0
+    rescan_seconds: Annotated[float, Meta(ge=0.1, le=86_400)] = 30.0
+    recursive: bool = True
+    redelivery: Literal["skip", "run"] = "skip"
 
 
-@functools.cache
-def _types(struct: type[msgspec.Struct]) -> dict[str, Any]:
-    """Return the type of each field; kept, as to read annotations takes longer than to check a prompt's options."""
-    return {field.name: field.type for field in msgspec.structs.fields(struct)}
+class Outbox(msgspec.Struct, frozen=True, kw_only=True):
+    """``[outbox]``: who may read what is published.
+
+    Attributes:
+        file_mode: Permission bits of published files; ``None`` leaves it to the umask.
+        folder_mode: Permission bits of folders made; ``None`` leaves it to the umask.
+        group: Name of the group that owns both; ``None`` leaves it to the system.
+    """
+
+    file_mode: int | None = None
+    folder_mode: int | None = None
+    group: _Text | None = None
 
 
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "str": "text",
-    "bool": "true or false",
-    "array": "a list",
-    "object": "a table",
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    """``[limits]``: guard rails for money, disk and what prompts may ask. An empty list allows all.
+
+    Attributes:
+        concurrency: Requests at the same time.
+        requests_per_minute: Requests begun in a minute; 0 is off.
+        credits_per_day: Credits in a day, by UTC; 0 is off.
+        credits_per_month: Credits in a calendar month, by UTC; 0 is off.
+        assumed_credits: Credits reserved for a request whose price is not known yet.
+        burst: More new prompts at once than this are held until released; 0 is off.
+        providers: Providers that may be asked.
+        models: Models that may be asked.
+        qualities: Qualities that may be asked.
+        max_n: Images per request.
+        max_prompt_chars: Characters of a prompt.
+        max_input_bytes: Bytes of all input images of one request together.
+        min_free_bytes: Free space below which nothing new is begun.
+    """
+
+    concurrency: Annotated[int, Meta(ge=1, le=64)] = 4
+    requests_per_minute: _Amount = 0.0
+    credits_per_day: _Amount = 0.0
+    credits_per_month: _Amount = 0.0
+    assumed_credits: _Amount = 150.0
+    burst: Annotated[int, Meta(ge=0)] = 0
+    providers: tuple[Provider, ...] = ()
+    models: tuple[_Text, ...] = ()
+    qualities: tuple[Literal["low", "medium", "high", "auto"], ...] = ()
+    max_n: Annotated[int, Meta(ge=1, le=4)] = 4
+    max_prompt_chars: Annotated[int, Meta(ge=1, le=32_000)] = 32_000
+    max_input_bytes: _Bytes = 300_000_000
+    min_free_bytes: _Bytes = 500_000_000
+
+
+class Retry(msgspec.Struct, frozen=True, kw_only=True):
+    """``[retry]``: for what is provably free only.
+
+    Attributes:
+        attempts: Attempts in all, the first included.
+        initial_seconds: Wait after the first; doubled after each.
+        max_seconds: The longest wait.
+    """
+
+    attempts: Annotated[int, Meta(ge=1, le=20)] = 4
+    initial_seconds: _Seconds = 1.0
+    max_seconds: _Seconds = 60.0
+
+
+class Log(msgspec.Struct, frozen=True, kw_only=True):
+    """``[log]``: how much is logged and how it looks.
+
+    Attributes:
+        level: The least important level that is shown.
+        format: For people, for machines, or by whether a terminal reads it.
+    """
+
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    format: Literal["auto", "console", "json"] = "auto"
+
+
+class Config(msgspec.Struct, frozen=True, kw_only=True):
+    """A whole configuration, checked. Holds no key.
+
+    Attributes:
+        folders: ``[folders]``, all absolute.
+        endpoint: ``[endpoint]``.
+        inbox: ``[inbox]``.
+        outbox: ``[outbox]``.
+        defaults: ``[defaults]``; ``provider`` is always set.
+        presets: ``[presets.NAME]`` by name.
+        limits: ``[limits]``.
+        retry: ``[retry]``.
+        log: ``[log]``.
+        source: Absolute name of the file, or ``environment``.
+    """
+
+    folders: Folders
+    endpoint: Endpoint = Endpoint()
+    inbox: Inbox = Inbox()
+    outbox: Outbox = Outbox()
+    defaults: Options = Options(provider="auto")
+    presets: dict[str, Options] = msgspec.field(default_factory=dict)
+    limits: Limits = Limits()
+    retry: Retry = Retry()
+    log: Log = Log()
+    source: str = "environment"
+
+
+SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
+    "folders": Folders,
+    "endpoint": Endpoint,
+    "inbox": Inbox,
+    "outbox": Outbox,
+    "defaults": Options,
+    "limits": Limits,
+    "retry": Retry,
+    "log": Log,
 }
-_BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
-
-
-def _told(error: msgspec.ValidationError, kind: object, value: object) -> str:
-    """Return what msgspec says in words for somebody who never heard of types."""
-    words = _words(kind)
-    if words:
-        return f"must be {'some' if isinstance(value, list) else 'one'} of {', '.join(words)}, not {shown(value)}"
-    said = re.match(r"Expected `(\w+)(?: \| null)?`( of length)?(?: ([<>]=?) ([\d.]+))?", str(error))
-    if said is None:
-        return f"{error}, not {shown(value)}"
-    wanted = _KINDS.get(said[1], said[1])
-    if said[3]:
-        bound = f"{_BOUNDS[said[3]]} {said[4].removesuffix('.0')}"
-        wanted += f" of {bound} characters" if said[2] else f" of {bound}"
-    within = " in the list" if "`$[" in str(error) else ""
-    return f"must be {wanted}{within}, not {shown(value)}"
-
-
-def _words(kind: object) -> list[str]:
-    """Return the words that a type allows, wherever they stand in it."""
-    if get_origin(kind) is Literal:
-        return [str(word) for word in get_args(kind)]
-    return [word for inner in get_args(kind) for word in _words(inner)]
-
-
-def shown(value: object) -> str:
-    """Return a value as a person would recognise it in their own file, cut to 60 characters."""
-    try:
-        text = ascii(value)
-    except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python converts
-        return "a value too large to be shown"
-    return text if len(text) <= 60 else text[:57] + "..."  # noqa: PLR2004
+"""All but ``[presets.NAME]``, of which there are any number."""
+DELETE: Final = "delete"
+"""In the place of the archive: originals are removed."""

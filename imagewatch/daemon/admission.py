@@ -23,7 +23,7 @@ from imagewatch.system.text import utc
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
-    from imagewatch.config.load import Limits
+    from imagewatch.config.schema import Limits
     from imagewatch.job.spool import Spool
     from imagewatch.journal.budget import Refusal
     from imagewatch.journal.control import Control

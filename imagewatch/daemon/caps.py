@@ -20,7 +20,7 @@ from imagewatch.system.errors import BadRequest
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.inbox.candidate import Candidate, Key, Look
     from imagewatch.journal.budget import Budget, Refusal
     from imagewatch.protocol.request import Opener

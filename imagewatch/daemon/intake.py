@@ -32,7 +32,7 @@ from imagewatch.system.untrusted import open_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Container, Generator, Mapping
 
-    from imagewatch.config.load import Folders, Inbox
+    from imagewatch.config.schema import Folders, Inbox
     from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.inbox.events import Change
     from imagewatch.inbox.tree import Folder

@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from types import FrameType
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.job.sending import Fate
 

@@ -27,7 +27,7 @@ from imagewatch.system.text import amount, printable, to_json, utc
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.daemon.admission import Gate
     from imagewatch.inbox.candidate import Seen
     from imagewatch.journal.control import Control

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
-from imagewatch.config.schema import shown
+from imagewatch.config.validate import shown
 from imagewatch.protocol.values import Head, Reaction
 from imagewatch.system.errors import InDoubt
 from imagewatch.system.masking import known

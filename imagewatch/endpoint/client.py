@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from imagewatch.config.key import Key
-    from imagewatch.config.load import Endpoint
+    from imagewatch.config.schema import Endpoint
     from imagewatch.endpoint.body import Body
     from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.system.masking import Mask

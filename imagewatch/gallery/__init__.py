@@ -31,7 +31,7 @@ from imagewatch.system.untrusted import open_at
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _STAMP = re.compile(r"stamp-[0-9a-f]{16}\.svg")
 _STAMP_CONTENT = b'<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"/>\n'

@@ -17,7 +17,7 @@ from urllib.parse import quote
 
 import msgspec
 
-from imagewatch.config.schema import shown
+from imagewatch.config.validate import shown
 from imagewatch.gallery.folders import DEEPEST, Source, below, identity
 from imagewatch.gallery.page import inert
 from imagewatch.job.receipts import unvouched
@@ -29,7 +29,7 @@ from imagewatch.system.untrusted import open_at, refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.config.load import Folders
+    from imagewatch.config.schema import Folders
 
 _ENDINGS = {"outbox": ".receipt.toml", "errors": ".error.toml"}
 _MOST_BYTES = 256 << 10

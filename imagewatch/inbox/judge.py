@@ -30,7 +30,7 @@ from imagewatch.system.untrusted import open_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from imagewatch.config.load import Inbox
+    from imagewatch.config.schema import Inbox
     from imagewatch.inbox.tree import Folder, Folders, Notes
 
 _BUSY_SECONDS = 3600.0

@@ -29,7 +29,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator
 
-    from imagewatch.config.load import Inbox
+    from imagewatch.config.schema import Inbox
     from imagewatch.system.folders import Tops
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.endpoint.client import Client
     from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.job.record import Record

@@ -15,8 +15,8 @@ import secrets
 import stat
 from typing import IO, TYPE_CHECKING
 
-from imagewatch.config.load import overlaps
 from imagewatch.config.locate import others_above
+from imagewatch.config.values import overlaps
 from imagewatch.inbox.candidate import ANYWHERE
 from imagewatch.inbox.claimed import JOB
 from imagewatch.job.claims import Claims, NotOursError
@@ -36,7 +36,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from imagewatch.config.load import Config, Folders
+    from imagewatch.config.schema import Config, Folders
     from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.endpoint.client import Client
     from imagewatch.job.record import Record
     from imagewatch.job.sending import Fate

@@ -30,7 +30,7 @@ from imagewatch.system.text import amount
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
-    from imagewatch.config.load import Limits
+    from imagewatch.config.schema import Limits
 
 CAPS = ("limits.credits_per_day", "limits.credits_per_month")
 """The settings that are caps on credits."""

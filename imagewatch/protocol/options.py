@@ -1,10 +1,53 @@
-"""Which provider a request goes to, and which options it sends."""
+"""Which options count for a request, to which provider it goes, and what is sent. Pure."""
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import TYPE_CHECKING, Any
 
-from imagewatch.config.schema import Options, Provider, family
+import msgspec
+
+from imagewatch.config.schema import Options, Provider
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_FAMILIES: tuple[tuple[str, Provider], ...] = (
+    ("gpt-image", "openai"),
+    ("chatgpt-image", "openai"),
+    ("gemini", "gemini"),
+    ("nano-banana", "gemini"),
+    ("flux", "flux"),
+)
+"""How the names of the models of each provider begin, as far as they are published."""
+
+
+def family(model: str) -> Provider | None:
+    """Return whose a model is by its name, or None if no known family has such names."""
+    name = model.strip().lower()
+    return next((provider for begin, provider in _FAMILIES if name.startswith(begin)), None)
+
+
+def layered(levels: Sequence[Options]) -> Options:
+    """Return the options that count of several levels, the nearest to the prompt first.
+
+    Each option is that of the nearest level that sets it. Provider and model have to belong together, though: of two
+    that come from different levels the nearer one was meant. So a nearer ``model`` of a known family decides about the
+    provider, and a model that is of another family than a nearer ``provider``, or was set together with another one, is
+    left out.
+    """
+    merged = functools.reduce(lambda upper, lower: upper.over(lower), levels)
+    whose = next((level for level in levels if level.model is not None), None)
+    chosen = next((level for level in levels if level.provider is not None), None)
+    if whose is None or whose.model is None or chosen is None or whose is chosen:
+        return merged
+    known = family(whose.model)
+    if levels.index(whose) < levels.index(chosen):
+        return msgspec.structs.replace(merged, provider=known or merged.provider)
+    meant = known or (None if whose.provider == "auto" else whose.provider)
+    if merged.provider == "auto" or meant in {None, merged.provider}:
+        return merged
+    return msgspec.structs.replace(merged, model=None)
 
 
 def choose_provider(options: Options, *, has_inputs: bool) -> Provider | None:

@@ -9,7 +9,8 @@ import re
 import tomllib
 from dataclasses import dataclass
 
-from imagewatch.config.schema import Options, check, shown
+from imagewatch.config.schema import Options
+from imagewatch.config.validate import check, shown
 from imagewatch.protocol.mistaken import FENCE, almost_front_matter, no_prompt
 from imagewatch.protocol.names import NAME_MAX, SUFFIX, fits, in_flight
 from imagewatch.system.errors import BadRequest, Problem

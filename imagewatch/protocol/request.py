@@ -13,12 +13,13 @@ import stat
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
-from imagewatch.config.schema import Options, layered, nearest
+from imagewatch.config.schema import Options
+from imagewatch.config.validate import nearest
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.image_kinds import TEXT_SAMPLE, could_be_image, foreign, has_image_ending
 from imagewatch.protocol.images import inspect
 from imagewatch.protocol.names import spellings
-from imagewatch.protocol.options import body_fields, choose_provider
+from imagewatch.protocol.options import body_fields, choose_provider, layered
 from imagewatch.protocol.values import Input
 from imagewatch.system.errors import BadRequest, Outdated, Problem
 from imagewatch.system.text import printable
@@ -27,7 +28,7 @@ from imagewatch.system.untrusted import RefusedError, open_file
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
     from imagewatch.protocol.values import Dropped
 
     Opener = Callable[[str], IO[bytes]]

@@ -23,7 +23,7 @@ from support.scripted import Scripted, answer, answering, picture
 from support.station import Station
 
 from commands.test_cli import HOSTILE, RAW
-from imagewatch.config.load import Limits
+from imagewatch.config.schema import Limits
 from imagewatch.daemon.admission import Gate
 from imagewatch.daemon.status import Status
 from imagewatch.inbox.scan import Seen

@@ -9,7 +9,7 @@ import pytest
 from support.daemon import Folders, command
 from support.station import Station
 
-from imagewatch.config import load as config
+from imagewatch.config.example import example
 from imagewatch.sandbox import DEFAULT_MODELS
 
 FAMILIES = {
@@ -103,7 +103,7 @@ def test_without_a_model_it_is_as_the_skill_advises(folders):
 
 
 def test_the_models_line_of_the_example_configuration_works_as_it_stands(folders):
-    text = config.example().replace('## model = "gpt-image-2"', 'model = "gpt-image-2"', 1)
+    text = example().replace('## model = "gpt-image-2"', 'model = "gpt-image-2"', 1)
     model = tomllib.loads(text)["defaults"]["model"]
     root = f'root = "{folders.root}"'
     set_up(folders, text.replace('root = "/srv/imagewatch"', root))

@@ -22,23 +22,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import imagewatch
-from imagewatch.config import load as config
-from imagewatch.config.load import Config, load
+from imagewatch.config import schema
+from imagewatch.config.example import example
+from imagewatch.config.load import load
 from imagewatch.config.locate import find
-from imagewatch.config.schema import Options
+from imagewatch.config.schema import Config, Options
 from imagewatch.system.errors import ConfigError
 
 SECRET = "sk-let-VERYSECRETvalue0123456789"
 ROOT = '[folders]\nroot = "/srv/iw"\n'
 STRUCTS = {
-    "folders": config.Folders,
-    "endpoint": config.Endpoint,
-    "inbox": config.Inbox,
-    "outbox": config.Outbox,
+    "folders": schema.Folders,
+    "endpoint": schema.Endpoint,
+    "inbox": schema.Inbox,
+    "outbox": schema.Outbox,
     "defaults": Options,
-    "limits": config.Limits,
-    "retry": config.Retry,
-    "log": config.Log,
+    "limits": schema.Limits,
+    "retry": schema.Retry,
+    "log": schema.Log,
 }
 SAMPLES = {
     "folders": {"archive": "delete", "state": "/var/lib/x", "errors": "/elsewhere/5"},
@@ -134,7 +135,7 @@ def test_a_root_alone_is_a_configuration(write):
 
 def test_defaults_are_those_of_the_specification(write):
     loaded = load(write(ROOT), {})
-    assert loaded.endpoint == config.Endpoint(
+    assert loaded.endpoint == schema.Endpoint(
         base_url="https://api.letta.com",
         api_key_file=None,
         api_key_command=(),
@@ -145,7 +146,7 @@ def test_defaults_are_those_of_the_specification(write):
         ca_file=None,
         allow_private_downloads=False,
     )
-    assert loaded.inbox == config.Inbox(
+    assert loaded.inbox == schema.Inbox(
         watch="auto",
         settle_seconds=5,
         input_wait_seconds=60,
@@ -153,7 +154,7 @@ def test_defaults_are_those_of_the_specification(write):
         recursive=True,
         redelivery="skip",
     )
-    assert loaded.limits == config.Limits(
+    assert loaded.limits == schema.Limits(
         concurrency=4,
         requests_per_minute=0,
         credits_per_day=0,
@@ -168,9 +169,9 @@ def test_defaults_are_those_of_the_specification(write):
         max_input_bytes=300_000_000,
         min_free_bytes=500_000_000,
     )
-    assert loaded.retry == config.Retry(attempts=4, initial_seconds=1, max_seconds=60)
-    assert loaded.log == config.Log(level="info", format="auto")
-    assert loaded.outbox == config.Outbox(file_mode=None, folder_mode=None, group=None)
+    assert loaded.retry == schema.Retry(attempts=4, initial_seconds=1, max_seconds=60)
+    assert loaded.log == schema.Log(level="info", format="auto")
+    assert loaded.outbox == schema.Outbox(file_mode=None, folder_mode=None, group=None)
 
 
 def test_a_folder_set_alone_wins_over_root(write):
@@ -620,7 +621,7 @@ def test_text_in_a_variable_needs_no_quotes_and_is_not_read_as_a_number():
     }
     loaded = load(None, environ)
     assert loaded.defaults.model == "4.5"
-    assert loaded.outbox == config.Outbox(file_mode=0o640, group="true")
+    assert loaded.outbox == schema.Outbox(file_mode=0o640, group="true")
     assert loaded.endpoint.api_key_command == ("true",)
 
 
@@ -811,16 +812,16 @@ def test_a_group_may_write_the_file_only_if_it_is_the_users_own(open_path):
 
 
 def uncommented(marks: str) -> dict:
-    return tomllib.loads(re.sub(rf"^{marks} (?=\[|[a-z_]+ = )", "", config.example(), flags=re.MULTILINE))
+    return tomllib.loads(re.sub(rf"^{marks} (?=\[|[a-z_]+ = )", "", example(), flags=re.MULTILINE))
 
 
 def test_the_example_is_a_configuration(write):
-    loaded = load(write(config.example()), {})
+    loaded = load(write(example()), {})
     assert loaded.folders.inbox == "/srv/imagewatch/inbox"
 
 
 def test_the_example_shows_the_defaults(write):
-    as_shipped = load(write(config.example()), {})
+    as_shipped = load(write(example()), {})
     spelt_out = load(write(tomli_w.dumps(uncommented("#"))), {})
     assert as_shipped == spelt_out == Config(folders=as_shipped.folders, source=as_shipped.source)
 
@@ -847,7 +848,7 @@ def test_keys_without_a_default_are_the_ones_marked_twice():
 
 
 def test_each_key_of_the_example_has_a_line_on_it():
-    lines = config.example().splitlines()
+    lines = example().splitlines()
     for before, line in itertools.pairwise(lines):
         if re.match(r"(# |## )?[a-z_]+ = ", line) and not before.startswith("## ["):
             assert re.match(r"# [^=]*$", before) or before.startswith("## provider"), line
@@ -857,9 +858,9 @@ def test_each_key_of_the_example_has_a_line_on_it():
 def test_a_lost_example_is_reported_and_no_crash(tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from imagewatch.config import load\n"
+        "from imagewatch.config import example\n"
         "from imagewatch.system import errors\n"
-        "try: load.example()\n"
+        "try: example.example()\n"
         "except errors.ConfigError as error: print(error)\n"
     )
     package = tmp_path / "imagewatch"
@@ -867,7 +868,7 @@ def test_a_lost_example_is_reported_and_no_crash(tmp_path):
     run = [sys.executable, "-c", code]
     assert "missing" in subprocess.run(run, capture_output=True, text=True, check=True).stdout
     (package / "config.example.toml").write_text("# packaged\n")
-    code = code.replace("load.example()", "print(load.example())")
+    code = code.replace("example.example()", "print(example.example())")
     run = [sys.executable, "-c", code]
     assert "# packaged" in subprocess.run(run, capture_output=True, text=True, check=True).stdout
 

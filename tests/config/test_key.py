@@ -14,7 +14,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from imagewatch.config.key import Key, key_file_problem, key_source, read_key
-from imagewatch.config.load import Endpoint
+from imagewatch.config.schema import Endpoint
 from imagewatch.system.errors import ConfigError
 
 SECRET = "sk-let-VERYSECRETvalue0123456789=="

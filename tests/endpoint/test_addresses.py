@@ -12,7 +12,7 @@ from support.daemon import KEY, REMOTE_NAME
 from support.scripted import Scripted, answer, over_tls, picture, through_proxy
 
 from imagewatch.config.key import Key
-from imagewatch.config.load import Endpoint
+from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint import connection as network
 from imagewatch.endpoint.client import Client, FetchError
 

@@ -17,7 +17,7 @@ from support.scripted import Scripted, drop, paid, picture, refused
 from support.station import Station
 
 from imagewatch.config.key import Key
-from imagewatch.config.load import Endpoint
+from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint import call, client
 from imagewatch.endpoint.client import Client, FetchError
 from imagewatch.system.errors import Unavailable

@@ -31,7 +31,7 @@ from support.scripted import (
 from support.station import Station
 
 from imagewatch.config.key import Key
-from imagewatch.config.load import Endpoint
+from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint.client import Client
 from imagewatch.job.outcome import End
 

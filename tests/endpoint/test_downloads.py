@@ -31,7 +31,7 @@ from support.scripted import (
 from support.station import Doubting, Station
 
 from imagewatch.config.key import Key
-from imagewatch.config.load import Endpoint
+from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint import connection as network
 from imagewatch.endpoint import pictures
 from imagewatch.endpoint.client import Client, FetchError

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 
-from imagewatch.config.load import Inbox
+from imagewatch.config.schema import Inbox
 from imagewatch.inbox.candidate import Wait
 from imagewatch.inbox.open_files import has_writer
 from imagewatch.inbox.scan import Sweep

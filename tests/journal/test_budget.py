@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from imagewatch.config.load import Limits
+from imagewatch.config.schema import Limits
 from imagewatch.journal.budget import Budget, NoBooks
 from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.journal.prices import Asked

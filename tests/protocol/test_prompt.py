@@ -9,7 +9,8 @@ import tomli_w
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.config.schema import Options, check, nearest, shown
+from imagewatch.config.schema import Options
+from imagewatch.config.validate import check, nearest, shown
 from imagewatch.protocol.prompt import (
     MAX_BYTES,
     MAX_CHARACTERS,

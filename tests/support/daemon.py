@@ -14,10 +14,12 @@ import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.config.load import Config, load
+from imagewatch.config.load import load
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from imagewatch.config.schema import Config
 
 TESTS = Path(__file__).parents[1]
 KEY = "sk-let-test-0123456789"

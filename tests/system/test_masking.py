@@ -28,7 +28,7 @@ from support.scripted import Scripted, answer, answering, drop, made, paid, pict
 from support.station import Doubting, Station
 
 from imagewatch.config.key import Key
-from imagewatch.config.load import Endpoint
+from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint.client import Client
 from imagewatch.system import log
 

@@ -1,0 +1,167 @@
+"""The tables of a configuration: those of the file, the environment over them, and where each value comes from."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import TYPE_CHECKING, Any, Final
+
+import msgspec
+
+from imagewatch.config.schema import SECTIONS
+from imagewatch.config.validate import nearest
+from imagewatch.system.errors import Problem
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+KEY_HINT: Final = "put the key in a file and name it in api_key_file"
+SECTION_NAMES: Final = (*SECTIONS, "presets")
+_PREFIX: Final = "IMAGEWATCH_"
+_KEY_NAMES: Final = frozenset(
+    {"apikey", "key", "lettaapikey", "token", "apitoken", "bearer", "authorization", "secret", "password"}
+)
+
+
+class Tables:
+    """Tables that are not checked yet, and everything that is wrong with them.
+
+    Args:
+        table: The file's.
+        environ: The environment: ``IMAGEWATCH_SECTION__KEY`` and others.
+
+    Attributes:
+        table: The tables.
+        environ: The environment.
+        origins: The variable from which a key comes, by the key's dotted name.
+        problems: Everything that is wrong.
+    """
+
+    def __init__(self, table: dict[str, Any], environ: Mapping[str, str]) -> None:
+        self.table = table
+        self.environ = environ
+        self.origins: dict[str, str] = {}
+        self.problems: list[Problem] = []
+
+    def named(self) -> list[Problem]:
+        """Return the problems under the names that their causes have where they were written."""
+        return [self._named(problem) for problem in self.problems]
+
+    def _named(self, problem: Problem) -> Problem:
+        key = re.sub(r"[-_]", "", problem.field.rpartition(".")[2].rpartition("__")[2]).lower()
+        secret = problem.reason == "unknown key" and key in _KEY_NAMES
+        name = self.origins.get(problem.field, problem.field)
+        return Problem(_printable(name), problem.reason, KEY_HINT if secret else problem.hint)
+
+    def _wrong(self, field: str, reason: str, hint: str = "") -> None:
+        self.problems.append(Problem(field, reason, hint))
+
+    def _is_faulty(self, prefix: str) -> bool:
+        return any(problem.field.startswith(prefix) for problem in self.problems)
+
+    def _override(self) -> None:
+        """Put ``IMAGEWATCH_SECTION__KEY`` over the tables of the file."""
+        for variable in sorted(self.environ):
+            section, separator, key = variable.removeprefix(_PREFIX).partition("__")
+            if not variable.startswith(_PREFIX) or not separator:
+                continue
+            section = section.lower()
+            if section == "presets":
+                self._override_preset(variable, key)
+            elif section in SECTIONS:
+                self._set(variable, section, key.lower(), (section,))
+            else:
+                self._wrong(variable, "unknown section", nearest(section, SECTION_NAMES))
+
+    def _override_preset(self, variable: str, rest: str) -> None:
+        name, separator, key = rest.rpartition("__")
+        if not separator:
+            self._wrong(variable, "names no key", "write IMAGEWATCH_PRESETS__NAME__KEY")
+            return
+        presets = self.table.get("presets", {})
+        known = presets if isinstance(presets, dict) else {}
+        # Variables are upper case by custom; a preset of the file keeps its own spelling.
+        spelt = next((one for one in known if one.lower() == name.lower()), name.lower())
+        self._set(variable, "defaults", key.lower(), ("presets", spelt))
+
+    def _set(self, variable: str, section: str, key: str, where: tuple[str, ...]) -> None:
+        """Set one key of the table at ``where`` from a variable, if it is known and text."""
+        struct, field, text = SECTIONS[section], ".".join((*where, key)), self.environ[variable]
+        if key not in struct.__struct_fields__:
+            prefix = _printable(variable.rpartition("__")[0])
+            known = [f"{prefix}__{one.upper()}" for one in struct.__struct_fields__]
+            self._wrong(variable, "unknown key", nearest(variable, known))
+        elif field in self.origins:
+            self._wrong(variable, f"sets the same key as {self.origins[field]}", "remove one of them")
+        elif not _is_unicode(text):
+            self._wrong(variable, "is not UTF-8")
+        elif (table := self._table(where)) is not None:
+            is_command = key == "api_key_command" and not text.lstrip().startswith("[")
+            table[key] = text if is_command or _is_text(section, struct, key) else _value(text)
+            self.origins[field] = variable
+
+    def _table(self, where: tuple[str, ...]) -> dict[str, Any] | None:
+        """Return the table at a place, made if need be; ``None`` where the file has something else."""
+        table = self.table
+        for name in where:
+            inner = table.setdefault(name, {})
+            if not isinstance(inner, dict):
+                return None
+            table = inner
+        return table
+
+    def _top_level(self) -> None:
+        """Report what stands outside of the known sections."""
+        for name, value in self.table.items():
+            if name in SECTION_NAMES:
+                continue
+            home = next((one for one, struct in SECTIONS.items() if name in struct.__struct_fields__), "")
+            if isinstance(value, dict):
+                self._wrong(name, "unknown section", nearest(name, SECTION_NAMES))
+            else:
+                hint = f"it belongs below [{home}]" if home else nearest(name, SECTION_NAMES)
+                self._wrong(name, "unknown key", hint)
+
+
+def parse(text: str, name: str = "") -> tuple[dict[str, Any], Problem | None]:
+    """Return the tables of a TOML text, or where it is not TOML; the message names line and column."""
+    try:
+        return tomllib.loads(text), None
+    except tomllib.TOMLDecodeError as error:
+        reason = repr(str(error))[1:-1][-120:]  # its end is the position
+        return {}, Problem(name, reason, "text stands in double quotes; # begins a comment")
+    except ValueError:  # not a TOMLDecodeError: a number of thousands of digits
+        return {}, Problem(name, "a number is too long")
+    except RecursionError:
+        return {}, Problem(name, "is nested too deeply")
+
+
+def _printable(text: str) -> str:
+    """Return a name from outside in a form that cannot disturb a log, cut to 100 characters."""
+    return repr(text)[1:-1][:100]
+
+
+def _is_text(section: str, struct: type[msgspec.Struct], key: str) -> bool:
+    """Return whether a key takes plain text, so that a variable for it is not read as TOML."""
+    if section == "outbox":
+        return True  # modes are written as text
+    kind = next(field.type for field in msgspec.structs.fields(struct) if field.name == key)
+    info = msgspec.inspect.type_info(kind)
+    kinds = info.types if isinstance(info, msgspec.inspect.UnionType) else (info,)
+    texts = (msgspec.inspect.StrType, msgspec.inspect.LiteralType, msgspec.inspect.NoneType)
+    return all(isinstance(one, texts) for one in kinds)
+
+
+def _value(text: str) -> object:
+    """Return the TOML value that a variable spells, else the text itself."""
+    table, problem = parse(f"value = {text}")
+    return table["value"] if problem is None and set(table) == {"value"} else text
+
+
+def _is_unicode(text: str) -> bool:
+    """Return whether a variable was UTF-8; other bytes come as lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

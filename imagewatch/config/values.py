@@ -1,0 +1,97 @@
+"""What makes a single value of a configuration unusable. Pure."""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import math
+import os
+import re
+import shlex
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+from imagewatch.config.schema import DELETE
+from imagewatch.config.tables import KEY_HINT
+from imagewatch.system.errors import Problem
+
+if TYPE_CHECKING:
+    from imagewatch.config.schema import Folders
+
+PLACES = ("inbox", "outbox", "errors", "archive")
+"""The folders that are in ``root`` unless they are set."""
+
+
+def flaw_of(value: object) -> str:
+    """Return what makes a value unusable whatever its type should be, or an empty string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "must be a finite number"
+    if isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return "is too large"
+    if isinstance(value, str) and "\0" in value:
+        return "must not contain NUL"
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        return next((flaw for one in value if (flaw := flaw_of(one))), "")
+    return ""
+
+
+def url_flaw(url: str) -> tuple[str, str]:
+    """Return what is wrong with a base URL and what to do about it; the URL is not repeated."""
+    write = 'write it like "https://api.letta.com"'
+    try:
+        parts = urlsplit(url)
+        host, port = parts.hostname or "", parts.port
+    except ValueError:
+        return "is not a URL", write
+    plain = f"[{host}]" if ":" in host else host
+    netloc = plain if port is None else f"{plain}:{port}"
+    has_scheme = url.lower().startswith(("http://", "https://"))
+    rules = (
+        (not has_scheme or not host, "must begin with https:// and a host", write),
+        ("@" in parts.netloc, "must not hold a user name or password", KEY_HINT),
+        (not re.fullmatch(r"[\x21-\x7e]+", url), "must be plain ASCII without white space", write),
+        (bool(re.search(r"[?#\\]", url)), "must have no query and no fragment", write),
+        # Compared whole, so that what we call the host is what everybody else calls the host.
+        (parts.netloc.lower() != netloc, "must begin with https:// and a host", write),
+        (not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host), "must begin with https:// and a host", write),
+        (parts.path.lower().endswith("/v1"), "must not end in /v1", "remove /v1"),
+        (
+            parts.scheme == "http" and not _is_loopback(host),
+            "the key would travel unencrypted",
+            "use https://; http:// is for this machine only",
+        ),
+    )
+    return next(((reason, hint) for broken, reason, hint in rules if broken), ("", ""))
+
+
+def _is_loopback(host: str) -> bool:
+    """Return whether a host is this machine by its very name."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def split_command(command: str) -> list[str]:
+    """Return the words of a command line, or nothing when its quotes do not match."""
+    try:
+        return shlex.split(command)
+    except ValueError:
+        return []
+
+
+def overlaps(folders: Folders) -> list[Problem]:
+    """Return a problem for each pair of folders that are equal or nested, also by way of links."""
+    names = [name for name in (*PLACES, "state") if getattr(folders, name) != DELETE]
+    places = {name: os.path.realpath(getattr(folders, name)) for name in names}
+    problems: list[Problem] = []
+    for one, two in itertools.combinations(names, 2):
+        common = os.path.commonpath((places[one], places[two]))
+        if common not in (places[one], places[two]):
+            continue
+        outer, inner = (one, two) if common == places[one] else (two, one)
+        how = "is the same folder as" if places[one] == places[two] else "lies inside"
+        problems.append(Problem(f"folders.{inner}", f"{how} folders.{outer}", "choose separate folders"))
+    return problems
