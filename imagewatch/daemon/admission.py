@@ -117,11 +117,11 @@ class Gate:
 
     # Asked by the main loop
 
-    def open(self, in_flight: int) -> bool:
-        """Tell whether another job may go to a worker."""
+    def slots(self) -> int:
+        """Return how many requests there may be at the same time: 0 during a hold, 1 while one is a probe."""
         if self._braking or self._holds.waiting(self._now()) is not None:
-            return False
-        return in_flight < (1 if self._holds.probing() else self._limits.concurrency)
+            return 0
+        return 1 if self._holds.probing() else self._limits.concurrency
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
@@ -149,9 +149,9 @@ class Gate:
         with self._first_bytes:
             pass
 
-    def deliverable(self, in_flight: int) -> bool:
-        """Tell whether a job that needs no request any more may go to a worker: only our own disk can forbid that."""
-        return in_flight < self._limits.concurrency and not self._holds.waits("disk", self._now())
+    def disk_works(self) -> bool:
+        """Tell whether no hold for our own disk forbids what needs no request any more."""
+        return not self._holds.waits("disk", self._now())
 
     def room(self) -> bool:
         """Tell whether our disks can take another paid answer; if not, hold."""

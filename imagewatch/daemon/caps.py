@@ -9,6 +9,7 @@ Belongs to the main thread.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -33,12 +34,18 @@ class Caps:
         budget: What may be spent.
         inbox: The inbox.
         opener: Opens a file of the inbox.
+        monotonic: Monotonic clock, seconds.
+
+    Attributes:
+        due: Monotonic time at which the prompts that wait are to be looked at again, seconds.
     """
 
-    def __init__(self, budget: Budget, inbox: str, opener: Opener) -> None:
+    def __init__(self, budget: Budget, inbox: str, opener: Opener, monotonic: Callable[[], float]) -> None:
         self._budget = budget
         self._inbox = inbox
         self._opener = opener
+        self._now = monotonic
+        self.due = math.inf
         self._waiting: dict[Key, tuple[Look, Asked]] = {}
         self._refused: dict[Asked, Refusal] = {}
         self._held: dict[str, Refusal] | None = None
@@ -81,6 +88,14 @@ class Caps:
             return Asked.of(fields_of(raw, folder, self._config, has_inputs=bool(candidate.images)))
         except BadRequest:
             return None
+
+    def soon(self) -> None:
+        """See to it that the prompts that wait are looked at again soon: what they may cost, or the caps, changed."""
+        self.due = self._now()
+
+    def may_fit(self) -> bool:
+        """Tell whether a prompt that waits may fit now."""
+        return bool(self._waiting) and self.due <= self._now()
 
     def look(self, is_there: Callable[[Key], bool]) -> set[Key]:
         """Look at every request that waits anew.
