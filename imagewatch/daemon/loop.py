@@ -118,7 +118,7 @@ class Daemon:
 
     def _begin(self) -> None:
         if seconds := self._parts.notify.watchdog_seconds:
-            self._intake.most_seconds = seconds / 2
+            self._intake.scanner.most_seconds = seconds / 2
         self._gate.start()
         with contextlib.suppress(SpoolError):  # the next line says why
             self._instructions.accept_ledger()  # before anything is held for the one that is not used any more
@@ -147,8 +147,8 @@ class Daemon:
         if self._gate.disk_failed:
             return True
         if self._gate.waits():
-            return self._intake.is_complete and not self._jobs.any_may_continue()
-        is_waiting = self._intake.any() or self._intake.pending or self._parts.caps.may_fit()
+            return self._intake.scanner.is_complete and not self._jobs.any_may_continue()
+        is_waiting = self._intake.any() or self._intake.scanner.pending or self._parts.caps.may_fit()
         return not (is_waiting or self._jobs.any_is_awaited(self._now()))
 
     def _take_messages(self) -> None:
@@ -161,7 +161,7 @@ class Daemon:
         if self._is_draining:  # only workers are waited for; those may wait for a folder
             return DISK_SECONDS if self._gate.disk_failed else _LONGEST_WAIT
         now = self._now()
-        times = [self._intake.due, self._dispatch.next_due(), now + self._gate.patience()]
+        times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._gate.patience()]
         if (due := self._parts.status.due) is not None:
             times.append(due)
         return min(max(min(times) - now, 0.001), _LONGEST_WAIT)
@@ -240,7 +240,7 @@ class Daemon:
         if self._is_draining:
             with contextlib.suppress(SpoolError):  # a response may wait for the state folder
                 self._parts.spool.require_folders()
-        elif self._now() >= self._intake.due:
+        elif self._now() >= self._intake.scanner.due:
             self._scan()
         else:
             self._gate.look_at_key()
@@ -249,7 +249,7 @@ class Daemon:
         """Scan until there is nothing to be scanned, but not for long."""
         until = self._now() + _LONGEST_SCAN
         self._scan()
-        while self._now() >= self._intake.due and self._now() < until:
+        while self._now() >= self._intake.scanner.due and self._now() < until:
             self._scan()
 
     def _scan(self) -> None:
@@ -259,7 +259,7 @@ class Daemon:
             is_new = self._intake.look(self._jobs.taken())
         except SpoolError as error:
             self._gate.failed(error)
-            self._intake.late(DISK_SECONDS)
+            self._intake.scanner.late(DISK_SECONDS)
             return
         self._instructions.follow()
         if is_new:

@@ -51,7 +51,7 @@ class Report:
             is_new: Whether more is known of the inbox than before.
         """
         intake, status = self._parts.intake, self._parts.status
-        is_known = self._is_ready or intake.is_complete or self._parts.now() >= self._ready_at
+        is_known = self._is_ready or intake.scanner.is_complete or self._parts.now() >= self._ready_at
         if is_new and is_known:
             self._ignored.tell(intake.seen.ignored)
         status.last_sweep = self._parts.clock()

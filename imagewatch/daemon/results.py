@@ -91,7 +91,7 @@ class Results:
         self._parts.gate.got_on(job.id)
         if self._jobs.clear_failure(job):
             self._close_folders()
-            self._parts.intake.soon(job.key)
+            self._parts.intake.scanner.soon(job.key)
 
     def _close_folders(self) -> None:
         """Let nothing be claimed out of the folders of which a job fails alone."""
@@ -124,7 +124,7 @@ class Results:
             self._jobs.forget(job)
             self._recovery.record_removed()
             self.count_left()
-            self._parts.intake.soon()
+            self._parts.intake.scanner.soon()
             self._parts.status.change()
 
     # A job that came to an outcome
@@ -148,10 +148,10 @@ class Results:
             self._jobs.defer(job, now + outcome.delay, _need(outcome))
         elif outcome.end is End.RETURNED:
             burst.returned(outcome.source)  # it is the same prompt
-            intake.soon(job.key)
+            intake.scanner.soon(job.key)
         elif outcome.end is End.REDELIVERED:
             burst.over(outcome.source)  # the next prompt of this path is another one
-            intake.soon(job.key)
+            intake.scanner.soon(job.key)
         elif outcome.end is End.OVER:
             burst.over(outcome.source)
             self.failed += outcome.door == "errors"

@@ -54,13 +54,13 @@ class Looking:
 
     def look(self) -> None:
         """Look once, as long as one look takes."""
-        self.clock.now = max(self.clock.now, self.intake.due)
+        self.clock.now = max(self.clock.now, self.intake.scanner.due)
         self.intake.look(())
 
     def look_through(self) -> None:
         """Look until everything was looked at."""
         self.look()
-        while self.intake.is_at_work():
+        while self.intake.scanner.is_at_work():
             self.look()
 
     def take(self) -> Candidate | None:
@@ -79,7 +79,7 @@ class Looking:
         for _ in range(20_000):
             if candidate := self.take():
                 taken.append(candidate.source)
-            elif self.intake.any() or self.intake.pending:
+            elif self.intake.any() or self.intake.scanner.pending:
                 self.look()
             else:
                 return taken
@@ -108,7 +108,7 @@ def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(look
     while not looking.intake.is_ready("colleague"):
         looking.look()
         looks += 1
-        assert not looking.intake.is_complete
+        assert not looking.intake.scanner.is_complete
     assert looks <= 3
     looking.look_through()
     kinds = [*looking.intake.seen.ignored.kinds.values(), *looking.intake.seen.waiting.kinds.values()]
@@ -121,7 +121,7 @@ def test_a_prompt_is_found_before_very_many_folders_were_scanned(looking):
     looking.write("colleague", "cat.prompt.txt")
     while not looking.intake.is_ready("colleague"):
         looking.look()
-        assert not looking.intake.is_complete
+        assert not looking.intake.scanner.is_complete
     looking.look_through()
     assert looking.intake.seen.ignored.total == 500
 
@@ -146,14 +146,14 @@ def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(
     looking.clock.step = 0.005
     for number in range(9):
         looking.write(f"m{number}", "one-more.txt")
-        looking.intake.soon((f"m{number}", ""))
+        looking.intake.scanner.soon((f"m{number}", ""))
     looks = 0
-    while len(looking.intake._running) < 8:
+    while len(looking.intake.scanner._running) < 8:
         looking.look()
         looks += 1
         assert looks < 100
     looking.write("colleague", "cat.prompt.txt")
-    looking.intake.soon(("colleague", ""))
+    looking.intake.scanner.soon(("colleague", ""))
     looking.look()
     assert looking.intake.is_ready("colleague")
 
@@ -163,16 +163,16 @@ def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
     looking.clock.step = 0.005
     looking.write("a", *names(1800))
     looking.look()
-    assert not looking.intake.is_complete
+    assert not looking.intake.scanner.is_complete
     for number in range(0, 1800, 3):
         (looking.inbox / f"a/p{number:05}.prompt.txt").unlink()
         looking.write("a", f"q{number:05}.prompt.txt")
     taken = []
-    while not looking.intake.is_complete or looking.intake.pending:
+    while not looking.intake.scanner.is_complete or looking.intake.scanner.pending:
         looking.look()
         if candidate := looking.take():
             taken.append(candidate.key[1])
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     looking.look_through()
     taken += [path.rpartition("/")[2].removesuffix(".prompt.txt") for path in looking.take_all()]
     left = [f"p{number:05}" for number in range(1800) if number % 3]
@@ -181,15 +181,15 @@ def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
 
 def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wait(looking):
     """By real clocks: whatever is asked for, scanning rests, and a prompt is found all the same."""
-    looking.intake._now = time.monotonic
+    looking.intake._now = looking.intake.scanner._now = time.monotonic
     looking.write("mallory", *names(3000, "txt"))
     looking.intake.configure(looking.folders.config().inbox, 0)
-    looking.intake._allowance = Allowance(time.monotonic())
-    looking.intake._allowance.spend(10.0)  # what may be used up at the start
+    looking.intake.scanner._allowance = Allowance(time.monotonic())
+    looking.intake.scanner._allowance.spend(10.0)  # what may be used up at the start
     began, busy, pause = time.monotonic(), time.thread_time(), threading.Event()
-    while time.monotonic() < began + 4 or not looking.intake.is_complete:
-        looking.intake.soon()
-        pause.wait(max(looking.intake.due - time.monotonic(), 0.001))
+    while time.monotonic() < began + 4 or not looking.intake.scanner.is_complete:
+        looking.intake.scanner.soon()
+        pause.wait(max(looking.intake.scanner.due - time.monotonic(), 0.001))
         looking.write("mallory", "again.txt")
         looking.intake.look(())
     share = (time.thread_time() - busy) / (time.monotonic() - began)
@@ -197,8 +197,8 @@ def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wa
     looking.write("colleague", "cat.prompt.txt")
     began = time.monotonic()
     while not looking.intake.is_ready("colleague"):
-        looking.intake.soon()
-        pause.wait(max(looking.intake.due - time.monotonic(), 0.001))
+        looking.intake.scanner.soon()
+        pause.wait(max(looking.intake.scanner.due - time.monotonic(), 0.001))
         looking.intake.look(())
     assert time.monotonic() < began + 5
 
@@ -225,7 +225,7 @@ def test_a_prompt_that_comes_later_does_not_wait_for_the_thousands_of_another_fo
     for _ in range(10):
         assert looking.take().key[0] == "mallory"
     looking.write("colleague", "cat.prompt.txt")
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     looking.look_through()
     assert "colleague" in {looking.take().key[0] for _ in range(2)}
     left = looking.take_all()
@@ -290,7 +290,7 @@ def test_after_the_configuration_was_read_again_everything_is_known_anew(looking
     looking.write("a", *names(100))
     looking.write("b", *names(2500, "txt"))
     looking.look()
-    assert not looking.intake.is_complete
+    assert not looking.intake.scanner.is_complete
     looking.intake.configure(looking.folders.config().inbox, 0)
     looking.look_through()
     assert looking.intake.count() == 100
@@ -311,7 +311,7 @@ def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_p
     looking.write("a", *names(3))
     looking.write("b", *names(2500))
     looking.look()
-    assert not looking.intake.is_complete
+    assert not looking.intake.scanner.is_complete
     assert looking.intake.any()
     assert_taken_after_all_was_counted(looking)
 
@@ -322,10 +322,10 @@ def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_bef
     looking.clock.step = 0.005
     looking.write("a", *names(3))
     looking.write("b", *names(2500))
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     while not looking.intake.is_ready("a"):
         looking.look()
-    assert looking.intake.is_at_work()
+    assert looking.intake.scanner.is_at_work()
     assert_taken_after_all_was_counted(looking)
 
 
@@ -336,7 +336,7 @@ def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_
     looking.write("a", "cat.prompt.txt")
     began = looking.clock.now
     while (candidate := looking.intake.next("a", ())) is None:
-        looking.intake.soon(("mallory", "") if looking.clock.now > began + 1 else None)
+        looking.intake.scanner.soon(("mallory", "") if looking.clock.now > began + 1 else None)
         looking.write("mallory", *names(50, "txt"))
         looking.look()
         assert looking.clock.now < began + 20
@@ -352,11 +352,11 @@ def test_a_scan_goes_on_though_a_folder_is_removed_meanwhile(looking):
     shutil.rmtree(looking.inbox / "a/x")
     looking.write("a", *names(600), text="")
     looking.clock.step = 0.005
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     began = looking.clock.now
     looking.look()
-    assert looking.intake.is_at_work()
-    while looking.intake.is_at_work():
+    assert looking.intake.scanner.is_at_work()
+    while looking.intake.scanner.is_at_work():
         looking.look()
         assert looking.clock.now < began + 4, "what was begun goes on only when everything is scanned again"
     looking.look()
