@@ -737,11 +737,11 @@ config = load(None, os.environ)
 class Unlucky(Daemon):
     away = config.folders.inbox + ".away"
 
-    def _look(self):
+    def _scan(self):
         if self.away:
             os.rename(config.folders.inbox, self.away)
             self.away = ""
-        super()._look()
+        super()._scan()
 
 log.configure("info", "json")
 Unlucky(config, os.environ).run()
