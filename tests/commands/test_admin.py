@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, TESTS, Folders, Running, command, until, until_made
+from support.daemon import KEY, TESTS, Folders, Running, command, until, until_finished
 from support.scripted import Scripted, answer, answering, picture
 from support.station import Station
 
@@ -367,7 +367,7 @@ def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarde
     for made in (3, 6):
         for number in range(made - 3, made):
             (guarded.inbox / f"p{number}.prompt.txt").write_text(f"Number {number}")
-        until_made(guarded, daemon, made)
+        until_finished(guarded, daemon, made)
     assert daemon.events("held") == []
     assert requests(sandbox) == 6
 
@@ -382,10 +382,10 @@ def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_i
     assert sandbox.wait_for_requests(1, 20)
     until(lambda: time.time() > came + 2)
     sandbox.release()
-    until_made(guarded, daemon, 3)
+    until_finished(guarded, daemon, 3)
     for number in range(3):
         (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
-    until_made(guarded, daemon, 6)
+    until_finished(guarded, daemon, 6)
     assert daemon.events("held") == []
 
 
@@ -512,7 +512,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
         path = away / f"p{number}.prompt.txt"
         path.write_text(f"Number {number}")
         shutil.copy2(path, guarded.inbox)
-        until_made(guarded, daemon, number + 1)
+        until_finished(guarded, daemon, number + 1)
     for path in away.iterdir():
         shutil.copy2(path, guarded.inbox)
     until(lambda: prompts_in(guarded) == [])
@@ -559,7 +559,7 @@ def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, 
         guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
         until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
     with open(os.open(told / "go", os.O_RDWR), "rb"):
-        until_made(guarded, daemon, 2)
+        until_finished(guarded, daemon, 2)
     assert daemon.events("held") == []
 
 

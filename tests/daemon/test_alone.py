@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import HURRIED, Folders, Told, command, until
+from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
 from support.tracing import reason_not_to_trace
 
 from imagewatch.job.outcome import End
@@ -221,7 +221,7 @@ def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid
     assert folders.leftovers() == []
 
 
-def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
+def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> LoggedDaemon:
     """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
@@ -394,7 +394,7 @@ sys.exit(Daemon(load(None, os.environ), os.environ, disk=Bad()).run())
 
 
 def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of_it(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     script, repaired = tmp_path / "bad.py", tmp_path / "repaired"
     script.write_text(BAD_SECTORS)

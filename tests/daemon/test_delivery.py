@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -91,7 +91,7 @@ def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
 
 @pytest.mark.parametrize("door", ["outbox", "state"])
 def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_another_request(
-    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., Told], door: str
+    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., LoggedDaemon], door: str
 ) -> None:
     place = tight.outbox if door == "outbox" else tight.state
     place.mkdir(exist_ok=True)

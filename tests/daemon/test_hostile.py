@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import KEY, Folders, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, until
 from support.station import Station
 
 from imagewatch.job.outcome import End
@@ -59,13 +59,13 @@ def sparse(path: Path, beginning: bytes = b"") -> None:
         file.truncate(1 << 40)
 
 
-def memory(daemon: Told, name: str) -> float:
+def memory(daemon: LoggedDaemon, name: str) -> float:
     text = Path(f"/proc/{daemon.process.pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 / MB for line in text.splitlines() if line.startswith(name + ":"))
 
 
 def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_is_told_of_once(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     inbox = folders.inbox
@@ -127,7 +127,7 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
 
 
 def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     daemon = run(folders)
@@ -144,7 +144,7 @@ def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
 
 
 def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_prompts_are_made(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     for number in range(5000):
@@ -169,7 +169,7 @@ while True:
 """
 
 
-def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
     with subprocess.Popen([sys.executable, "-c", FLOOD, folders.inbox]) as flood:
@@ -219,7 +219,7 @@ sys.exit(Daemon(load(None, os.environ), os.environ).run())
     "how", ["os.symlink({secret!r}, {victim!r})", "os.mkfifo({victim!r})", "os.link({secret!r}, {victim!r})"]
 )
 def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], victim: str, how: str
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], victim: str, how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     secret = tmp_path / "secret"

@@ -241,9 +241,9 @@ def test_what_is_not_the_daemons_own_is_named_and_not_used_at_the_first_start(wo
         assert "another imagewatch" not in world.holds()
         first.stop()
     else:
-        assert first.end() in {74, 78}, world.told()
-        assert str(claims) in world.told()
-        assert "Traceback" not in world.told()
+        assert first.end() in {74, 78}, world.log()
+        assert str(claims) in world.log()
+        assert "Traceback" not in world.log()
     world.nothing_leaked()
     world.attacker.rename(claims, world.inbox / ".was here")
     world.start()

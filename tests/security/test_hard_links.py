@@ -60,7 +60,7 @@ class Secrets:
                 outside = self._world.home not in path.parents
                 assert not (outside and MARK.encode() in path.read_bytes()), f"{path} holds what is private"
         assert self._world.attacker.readable_with(str(self._world.top), [MARK]) == []
-        assert MARK not in self._world.told()
+        assert MARK not in self._world.log()
         for file, before in self._before.items():
             now = file.stat()
             assert (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size) == (

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from support.daemon import Told
+    from support.daemon import LoggedDaemon
 
 HONEST_PROMPTS = 20
 ROUNDS, ACTS = 10, 150
@@ -60,7 +60,7 @@ def all_honest_are_made_once(world: World) -> None:
     assert {text: count for text in wanted if (count := made.count(text)) != 1} == {}, "not made once"
 
 
-def books_agree(world: World, daemon: Told) -> None:
+def books_agree(world: World, daemon: LoggedDaemon) -> None:
     """Each job was sent once, and the ledger has it. The attacker's may have the same words: there are hard links."""
     world.wait(lambda: set(sent(world)) <= {row["job"] for row in attempts(world)}, "the rows of what was sent")
     assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
