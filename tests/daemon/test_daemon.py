@@ -684,9 +684,15 @@ class Manager:
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
     def hear_until(self, name: str) -> dict[str, str]:
-        while name not in (heard := self.hear()):
-            pass
-        return heard
+        """Wait for a message with this field; fail with the messages that came."""
+        heard: list[dict[str, str]] = []
+        try:
+            while not heard or name not in heard[-1]:
+                heard.append(self.hear())
+        except TimeoutError:
+            message = f"waited for a message with {name}, but there were only: {heard}"
+            raise AssertionError(message) from None
+        return heard[-1]
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import imagewatch.daemon
@@ -41,3 +42,8 @@ def test_the_daemon_itself_has_at_most_20_attributes():
     found = attributes(classes()["loop.Daemon"])
     assert "_parts" in found
     assert len(found) <= MOST_ATTRIBUTES, sorted(found)
+
+
+def test_the_package_lists_its_files_in_reading_order_and_leaves_none_out():
+    listed = re.findall(r"^    (\w+)  ", ast.get_docstring(MODULES["__init__"]), re.MULTILINE)
+    assert sorted(listed) == sorted(MODULES.keys() - {"__init__"})
