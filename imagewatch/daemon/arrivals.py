@@ -37,7 +37,7 @@ class Arrivals:
     def count(self) -> None:
         """Count how many prompts came at the same time; the queue is held if they are too many."""
         self._are_counted = True
-        self._parts.gate.count(self.times(), self.is_finished)
+        self._parts.admission.count(self.times(), self.is_finished)
 
     def times(self) -> dict[str, float]:
         """Return when each prompt in the inbox came, also of those that may change still; seconds since the epoch."""
@@ -55,7 +55,7 @@ class Arrivals:
         return found
 
     def is_finished(self, source: str) -> bool:
-        """Tell whether a prompt in the inbox has path, size and mtime of one that is over."""
+        """Return whether a prompt in the inbox has path, size and mtime of one that is over."""
         if self._parts.config.inbox.redelivery != "skip":
             return False
         spool = self._parts.spool
@@ -70,4 +70,4 @@ class Arrivals:
         may_count = candidate.is_local or not candidate.was_quiet
         if self._parts.config.limits.burst and may_count and not self.is_finished(candidate.source):
             came = max(candidate.changed_at, self._parts.intake.came(candidate.key[0]))
-            self._parts.gate.burst.took(candidate.source, came, is_dated=candidate.is_local)
+            self._parts.admission.burst.claimed(candidate.source, came, is_dated=candidate.is_local)

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 
 _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
-_LEAST_CAP = 0.1
-_LONGEST_CAP = 60.0
-"""How long the caps are not looked at again while prompts wait at one, seconds: the clock may be set."""
+_LEAST_CAP, _LONGEST_CAP = 0.1, 60.0
+"""How long the caps are not checked again while prompts wait at one, seconds: the clock may be set."""
 
 
 class Dispatch:
@@ -46,22 +45,22 @@ class Dispatch:
 
     def __init__(self, parts: Parts, arrivals: Arrivals, recovery: Recovery) -> None:
         self._parts = parts
-        self._jobs, self._gate, self._intake = parts.jobs, parts.gate, parts.intake
+        self._jobs, self._admission, self._intake = parts.jobs, parts.admission, parts.intake
         self._arrivals, self._recovery = arrivals, recovery
         self.pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="worker")
 
     def run(self, *, is_draining: bool) -> None:
         """Give workers what may be done now, unless the daemon is about to end."""
-        self._look_at_caps()
+        self._check_caps()
         if not is_draining:
             self._start_all()
         self._hold_at_caps()
 
     def _start_all(self) -> None:
         """Start what may be done now. The first-level folders take turns: what is claimed, then the oldest prompt."""
-        self._gate.look_at_disk()
+        self._admission.probe_disk()
         claimed: dict[str, list[Job]] = {}
-        for job in self._jobs.due(self._parts.now(), is_held=self._gate.first() is not None):
+        for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
             claimed.setdefault(job.folder, []).append(job)
             self._intake.turns.join(job.folder, self._intake.owner(job.folder))
         while self._may_send() and (name := self._intake.turns.first()) is not None:
@@ -74,18 +73,18 @@ class Dispatch:
                 self._carry_on(job, may_send=False)
 
     def next_due(self) -> float:
-        """Return the monotonic time at which a deferred job or a prompt at a cap is to be looked at; infinite: none."""
+        """Return the monotonic time at which a deferred job or a prompt at a cap is due; infinite without one."""
         jobs = self._jobs.next_due(may_send=self._may_send(), may_deliver=self._may_deliver())
         return min(jobs, self._parts.caps.due)
 
     def _may_send(self) -> bool:
-        return self._jobs.may_send(self._gate.slots())
+        return self._jobs.may_send(self._admission.slots())
 
     def _may_deliver(self) -> bool:
-        return self._jobs.may_deliver(disk_works=self._gate.disk_works())
+        return self._jobs.may_deliver(disk_works=self._admission.disk_works())
 
     def _serve(self, name: str, claimed: list[Job]) -> bool:
-        """Give a worker what is next in a first-level folder; tell whether another may have its turn."""
+        """Give a worker what is next in a first-level folder; return whether another folder may have its turn."""
         if claimed:
             self._carry_on(claimed.pop(0), may_send=True)
         elif not self._intake.is_ready(name):
@@ -116,9 +115,9 @@ class Dispatch:
     # A prompt of the inbox
 
     def _may_claim(self) -> bool:
-        """Tell whether another prompt may be claimed."""
+        """Return whether another prompt may be claimed."""
         self._arrivals.count_new()
-        if not (self._intake.any() and self._intake.may_take() and self._may_send() and self._gate.room()):
+        if not (self._intake.any() and self._intake.may_claim() and self._may_send() and self._admission.has_room()):
             return False
         return self._recovery.close_lost()
 
@@ -132,32 +131,32 @@ class Dispatch:
         self._submit(Job(job, candidate.key), functools.partial(self._parts.worker.start, claim))
 
     def _admits(self, job: str, candidate: Candidate) -> bool:
-        """Tell whether the caps let a prompt be claimed; if the ledger cannot be read, its job finds out."""
+        """Return whether the caps let a prompt be claimed; if the ledger cannot be read, its job fails for that."""
         try:
             return self._parts.caps.admits(job, candidate)
         except SpoolError as error:
-            self._gate.failed(error)
+            self._admission.failed(error)
             return True
 
     # Prompts that wait at a cap
 
-    def _look_at_caps(self) -> None:
+    def _check_caps(self) -> None:
         """Let prompts that waited at a cap have their turn again if they may fit now."""
         caps = self._parts.caps
         if self._parts.now() < caps.due:
             return
         caps.due = math.inf
         try:
-            self._intake.give_aside(caps.look(self._intake.is_aside))
+            self._intake.give_aside(caps.check(self._intake.is_aside))
         except SpoolError as error:  # the ledger cannot be read
-            self._gate.failed(error)
+            self._admission.failed(error)
             caps.due = self._parts.now() + DISK_SECONDS
 
     def _hold_at_caps(self) -> None:
         """Show at which caps prompts wait now that those that fit were claimed."""
         caps = self._parts.caps
         held = caps.held()
-        self._gate.set_caps(held)
+        self._admission.set_caps(held)
         if held:
             seconds = min(refusal.ends for refusal in held.values()) - self._parts.clock()
             caps.due = min(caps.due, self._parts.now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))

@@ -39,14 +39,14 @@ class Instructions:
         times = self._arrivals.times()
         if parts.control.release_pending():
             parts.caps.soon()
-        parts.gate.look(max(times.values(), default=0.0))
-        parts.gate.count(times, self._arrivals.is_finished)
+        parts.admission.follow(max(times.values(), default=0.0))
+        parts.admission.count(times, self._arrivals.is_finished)
         try:
             self.accept_ledger()
             for job in parts.control.retries():
                 self._reopen(job)
         except SpoolError as error:
-            parts.gate.failed(error)
+            parts.admission.failed(error)
 
     def accept_ledger(self) -> None:
         """Use the ledger that is there, or an empty one, if ``release --accept-new-ledger`` asked for it."""
@@ -54,7 +54,7 @@ class Instructions:
         if not parts.control.accepts_ledger():
             return
         parts.ledger.accept()
-        parts.gate.burst.forget()
+        parts.admission.burst.forget()
         parts.control.accepted_ledger()
         _log.warning("another ledger is used from now on", ledger=os.path.join(parts.spool.state, database.FILE))
 

@@ -41,7 +41,7 @@ _MOST_NAMED = 1000
 
 @dataclass(frozen=True, slots=True)
 class Noted:
-    """What came of the events that were taken note of.
+    """What change events have shown.
 
     Attributes:
         asks: Whether a command asks for something.
@@ -56,9 +56,9 @@ class Intake:
     """The inbox as the main loop sees it.
 
     Args:
-        folders: The inbox, and where its results go.
+        folders: The inbox, and the folders of its results.
         control: The folder for requests of commands; it is watched, too.
-        ring: Called in the watcher's thread when there are events to be taken note of.
+        ring: Called in the watcher's thread when there are change events.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
         tops: The folders that were opened.
@@ -66,7 +66,7 @@ class Intake:
     Attributes:
         scanner: Scans the folders of the inbox.
         seen: What is known of the inbox.
-        shut: Folders below the inbox of which a job is stuck: what else is in them may be paid for and get stuck, too.
+        closed: Folders below the inbox of which a job is stuck: other prompts of theirs may be paid for and get stuck.
     """
 
     def __init__(
@@ -89,14 +89,14 @@ class Intake:
         self._sweep: Sweep
         self.scanner = Scanner(folders.inbox, self._watching, clock, monotonic)
         self.seen = Seen()
-        self.shut: frozenset[str] = frozenset()
+        self.closed: frozenset[str] = frozenset()
 
     def configure(self, config: Inbox, burst: int) -> None:
-        """Take a configuration; everything is looked at anew.
+        """Take a configuration; everything is scanned again.
 
         Args:
             config: How the inbox is watched.
-            burst: How many prompts at once are too many; more than that have to be known by name.
+            burst: How many prompts may come at the same time; one more than that has to be known by name.
         """
         self._counts_first = burst > 0
         self._watching.forget_all()
@@ -118,18 +118,18 @@ class Intake:
         self._watching.configure(config.watch)
 
     def _blocked(self, folder: str) -> str:
-        """Return why nothing is to be taken out of a folder below the inbox, or an empty string."""
-        if folder in self.shut:
-            return "until a job that is stuck goes on (the log says why), nothing is taken out of"
+        """Return why nothing is claimed out of a folder below the inbox, or an empty string."""
+        if folder in self.closed:
+            return "until a stuck job continues (the log says why), nothing is claimed out of"
         return blocked(self._folders, folder, self._tops)
 
     def stop(self) -> None:
-        """Stop listening."""
+        """Stop watching."""
         self._watching.stop()
 
     # Scanning
 
-    def look(self, taken: Container[Key | None]) -> bool:
+    def scan(self, taken: Container[Key | None]) -> bool:
         """Scan what is to be scanned, for a short time.
 
         Args:
@@ -146,7 +146,7 @@ class Intake:
         return self._sum_up()
 
     def _sum_up(self) -> bool:
-        """Bring ``seen`` up to date: at the end of the scans, and not too often before; tell whether it is new."""
+        """Bring ``seen`` up to date at the end of the scans, and not too often before; return whether it is new."""
         now = self._now()
         if not self._sweep.folders.changed or (self.scanner.is_at_work() and now < self._seen_at):
             return False
@@ -156,14 +156,14 @@ class Intake:
         return True
 
     def _opened(self, folder: Folder, descriptor: int) -> None:
-        """Watch a folder that is about to be scanned: what comes after that is told of."""
+        """Watch a folder that is about to be scanned: what happens later leads to an event."""
         if folder.identity:
             self._watching.watch(self._sweep.folders.full(folder.path), folder.identity, descriptor)
 
     # Events
 
     def note_events(self, taken: Container[Key | None]) -> Noted:
-        """Take note of events, of some if there are very many.
+        """Note change events, some of them if there are very many.
 
         Args:
             taken: Stems of which a job is not over.
@@ -181,7 +181,7 @@ class Intake:
         return Noted(asks, ready)
 
     def _changed(self, change: Change, taken: Container[Key | None]) -> bool:
-        """Take note of an event; tell whether a prompt became ready by it."""
+        """Note an event; return whether a prompt became ready by it."""
         path = change.folder[len(self._inbox) :].lstrip("/")
         folder = self._sweep.folders.get(path)
         if folder is None:
@@ -210,7 +210,7 @@ class Intake:
         self._sweep.arrived_whole(key, now)
         return key not in taken and self._sweep.look_at(key, now, self._clock()) is not None
 
-    # Taking
+    # Claiming
 
     @property
     def turns(self) -> Turns[str]:
@@ -218,15 +218,15 @@ class Intake:
         return self._sweep.order.turns
 
     def any(self) -> bool:
-        """Tell whether there is something to be taken, as far as is known."""
+        """Return whether a prompt may be claimed, as far as is known."""
         return len(self._sweep.order) > 0
 
     def is_ready(self, name: str) -> bool:
-        """Tell whether a prompt of a first-level folder may be claimed, when it is its turn."""
+        """Return whether a prompt of a first-level folder may be claimed, when it is its turn."""
         return self._sweep.order.is_ready(name)
 
-    def may_take(self) -> bool:
-        """Tell whether all prompts are known that came at the same time, if they are to be counted first."""
+    def may_claim(self) -> bool:
+        """Return whether all prompts are known that came at the same time, if they are to be counted first."""
         return not self._counts_first or self.scanner.knows_all()
 
     def count(self) -> int:
@@ -257,10 +257,10 @@ class Intake:
         Args:
             name: The folder; empty for prompts directly in the inbox.
             taken: Stems of which a job is not over.
-            admits: Tells whether a prompt fits below the caps; one that does not is set aside.
+            admits: Returns whether a prompt fits below the caps; one that does not waits until ``give_aside``.
         """
         now = self.scanner.moment()
-        candidate = self._take(name, taken, admits, now) if self.may_take() else None
+        candidate = self._take(name, taken, admits, now) if self.may_claim() else None
         self.scanner.follow()
         return candidate
 
@@ -270,11 +270,11 @@ class Intake:
         return functools.partial(open_file, tops=self._tops)
 
     def is_aside(self, key: Key) -> bool:
-        """Tell whether a prompt that was set aside still waits in the inbox."""
+        """Return whether a prompt that did not fit below the caps is still in the inbox."""
         return self._sweep.order.is_aside(key)
 
     def give_aside(self, keys: Collection[Key]) -> None:
-        """Let prompts that were set aside have their turn again."""
+        """Let prompts that did not fit below the caps have their turn again."""
         if keys:
             self._sweep.order.give_aside(keys)
             self.scanner.follow()
@@ -285,7 +285,7 @@ class Intake:
         while self._sweep.order.is_ready(name) and (candidate := self._sweep.order.take(name)):
             if candidate.key in taken:
                 self._passed.add(candidate.key)
-            elif candidate.key[0] in self.shut or not self._sweep.unchanged(candidate):
+            elif candidate.key[0] in self.closed or not self._sweep.unchanged(candidate):
                 self._sweep.touch(candidate.key, now)
                 self.scanner.when_settled(candidate.key[0], now)
             elif not admits(candidate):
@@ -300,7 +300,7 @@ class Intake:
         self._sweep.order.served(name)
 
     def over(self, key: Key | None) -> None:
-        """Take note that no job of this stem is at work any more."""
+        """Note that no worker has a job of this stem any more."""
         if key is None:
             return
         folder = self._sweep.folders.get(key[0])
@@ -313,13 +313,13 @@ class Intake:
 
     @property
     def mode(self) -> str:
-        """``native``: the kernel tells of changes; ``poll``: it does not; ``mixed``: it does of some folders."""
+        """``native``: the kernel reports changes; ``poll``: it does not; ``mixed``: it does for some folders."""
         return self._watching.mode(self.scanner.kind, len(self._sweep.folders))
 
     def polled(self) -> Mapping[str, str]:
-        """Return of which folders the kernel tells nothing, or not everything, and why."""
+        """Return the folders whose changes the kernel does not report, or not all of them, and why."""
         return self._watching.polled(self.scanner.kind, self._sweep.entered())
 
     def why_polled(self) -> dict[str, str]:
-        """Return for each reason to look at folders one of them, and how many there are."""
+        """Return for each reason to poll folders one of them, and how many there are."""
         return self._watching.why_polled(self.scanner.kind, self._sweep.entered())

@@ -116,7 +116,7 @@ class Jobs:
         self.defer(job, now + job.retry_seconds)
 
     def clear_failure(self, job: Job) -> bool:
-        """Note that a job does not fail any more; tell whether it did."""
+        """Note that a job does not fail any more; return whether it did."""
         failed, job.retry_seconds = job.fails, 0.0
         return failed
 
@@ -145,7 +145,7 @@ class Jobs:
     # Which there are
 
     def __contains__(self, job: object) -> bool:
-        """Tell whether a job is carried on by this process without a person."""
+        """Return whether a job is carried on by this process without a person."""
         return isinstance(job, str) and job in self._jobs and self._jobs[job].state is not State.LEFT
 
     def __iter__(self) -> Iterator[str]:
@@ -196,7 +196,7 @@ class Jobs:
         return frozenset(folder for folder in folders if folder or folders.count("") >= _MOST_ALONE)
 
     def may_send(self, slots: int) -> bool:
-        """Tell whether a worker may have a job that sends a request. A job that is only delivered uses no slot.
+        """Return whether a worker may have a job that sends a request. A job that is only delivered uses no slot.
 
         Args:
             slots: How many requests there may be at the same time: 0 during a hold, 1 while one is a probe.
@@ -205,7 +205,7 @@ class Jobs:
         return sum(1 for _ in self._in(State.AT_WORK)) < slots and workers < self._most_workers
 
     def may_deliver(self, *, disk_works: bool) -> bool:
-        """Tell whether a worker may have a job that needs no request: only our own disk can forbid that."""
+        """Return whether a worker may have a job that needs no request: only our own disk can forbid that."""
         return disk_works and self.may_send(self._concurrency)
 
     def due(self, now: float, *, is_held: bool) -> list[Job]:
@@ -221,12 +221,12 @@ class Jobs:
         )
 
     def any_may_continue(self) -> bool:
-        """Tell whether a deferred job may get further during a hold."""
+        """Return whether a deferred job may get further during a hold."""
         needs = {Need.NOTHING, Need.TURN}  # to deliver what was paid for, or to go back to the inbox
         return any(job.need in needs and not job.fails for job in self._in(State.DEFERRED))
 
     def any_is_awaited(self, now: float) -> bool:
-        """Tell whether ``once`` waits for a deferred job: it will get further automatically, and soon."""
+        """Return whether ``once`` waits for a deferred job: it will get further automatically, and soon."""
         return any(not job.fails and (job.need is not Need.NAME or job.at <= now) for job in self._in(State.DEFERRED))
 
 

@@ -79,7 +79,7 @@ class Daemon:
         self._on_seen, self._on_reloaded, self._reload = on_seen, on_reloaded, reload
         self._now = monotonic
         self._parts = Parts(config, environ, disk or Disk(), holds or Holds(), clock, monotonic)
-        self._jobs, self._gate, self._intake = self._parts.jobs, self._parts.gate, self._parts.intake
+        self._jobs, self._admission, self._intake = self._parts.jobs, self._parts.admission, self._parts.intake
         self._arrivals = Arrivals(self._parts)
         self._recovery = Recovery(self._parts)
         self._dispatch = Dispatch(self._parts, self._arrivals, self._recovery)
@@ -101,7 +101,7 @@ class Daemon:
             ImagewatchError: It cannot start.
         """
         parts = self._parts
-        with as_messages(parts.mailbox, self._gate.drain):
+        with as_messages(parts.mailbox, self._admission.drain):
             parts.spool.lock()
             try:
                 parts.spool.prepare()
@@ -119,10 +119,10 @@ class Daemon:
     def _begin(self) -> None:
         if seconds := self._parts.notify.watchdog_seconds:
             self._intake.scanner.most_seconds = seconds / 2
-        self._gate.start()
+        self._admission.start()
         with contextlib.suppress(SpoolError):  # the next line says why
             self._instructions.accept_ledger()  # before anything is held for the one that is not used any more
-        self._gate.room()  # also where nothing waits: it is to be known at the start
+        self._admission.has_room()  # also where nothing waits: it is to be known at the start
         self._recovery.begin()
         self._report.begin("once" if self._once else "running")
         self._scan()
@@ -144,9 +144,9 @@ class Daemon:
             return True
         if not self._once:
             return False
-        if self._gate.disk_failed:
+        if self._admission.disk_failed:
             return True
-        if self._gate.waits():
+        if self._admission.waits():
             return self._intake.scanner.is_complete and not self._jobs.any_may_continue()
         is_waiting = self._intake.any() or self._intake.scanner.pending or self._parts.caps.may_fit()
         return not (is_waiting or self._jobs.any_is_awaited(self._now()))
@@ -159,9 +159,9 @@ class Daemon:
     def _patience(self) -> float:
         """Return how long there is nothing to do unless a message comes, seconds."""
         if self._is_draining:  # only workers are waited for; those may wait for a folder
-            return DISK_SECONDS if self._gate.disk_failed else _LONGEST_WAIT
+            return DISK_SECONDS if self._admission.disk_failed else _LONGEST_WAIT
         now = self._now()
-        times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._gate.patience()]
+        times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._admission.patience()]
         if (due := self._parts.status.due) is not None:
             times.append(due)
         return min(max(min(times) - now, 0.001), _LONGEST_WAIT)
@@ -180,7 +180,7 @@ class Daemon:
                 self._report.worked()
                 self._results.take(message)
             case Hindered():
-                self._gate.failed(message.error)
+                self._admission.failed(message.error)
 
     def _note_events(self) -> None:
         noted = self._intake.note_events(self._jobs.taken())
@@ -191,14 +191,14 @@ class Daemon:
 
     def _stop(self, number: int) -> None:
         self._is_draining = True
-        self._gate.wait_for_first_bytes()
+        self._admission.wait_for_first_bytes()
         self._report.stopping(number)
 
     def _end(self) -> None:
         """Finish what is sent; whatever is only claimed waits for the next start."""
         self._parts.notify.send(STOPPING="1")
         self._is_draining = True
-        self._gate.drain()
+        self._admission.drain()
         while self._jobs.any_at_work:
             self._take_messages()
         if self._once:
@@ -213,7 +213,7 @@ class Daemon:
             return 0
         if self._jobs.left:
             return 70  # not 1: it is not over, and may be paid for
-        if self._gate.disk_failed or self._jobs.any_fails:
+        if self._admission.disk_failed or self._jobs.any_fails:
             return 74
         if self.hold is not None and (self.left or self._jobs.any_deferred):
             return 69
@@ -222,12 +222,12 @@ class Daemon:
     @property
     def hold(self) -> Hold | None:
         """Why the queue is held, if it is, or prompts wait at a cap."""
-        return self._gate.shown()
+        return self._admission.shown()
 
     @property
     def hold_ends(self) -> str | None:
         """When the hold ends or would be probed, as a UTC time; None without one, and if only a person ends it."""
-        return self._gate.ends(self.hold) if self.hold else None
+        return self._admission.ends(self.hold) if self.hold else None
 
     @property
     def left(self) -> int:
@@ -243,7 +243,7 @@ class Daemon:
         elif self._now() >= self._intake.scanner.due:
             self._scan()
         else:
-            self._gate.look_at_key()
+            self._admission.check_key()
 
     def _scan_all(self) -> None:
         """Scan until there is nothing to be scanned, but not for long."""
@@ -256,9 +256,9 @@ class Daemon:
         try:
             self._parts.spool.require_folders()
             self._results.forget_removed()
-            is_new = self._intake.look(self._jobs.taken())
+            is_new = self._intake.scan(self._jobs.taken())
         except SpoolError as error:
-            self._gate.failed(error)
+            self._admission.failed(error)
             self._intake.scanner.late(DISK_SECONDS)
             return
         self._instructions.follow()

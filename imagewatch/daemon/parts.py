@@ -10,7 +10,7 @@ import structlog
 from msgspec.structs import replace
 
 from imagewatch.config.key import key_stamp, read_key
-from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.intake import Intake
@@ -78,8 +78,8 @@ class Parts:
         self.control = Control(config.folders.state, disk)
         self.ledger = Ledger(os.path.join(config.folders.state, database.FILE), guarded=True)
         self.budget = Budget(self.ledger, config.limits, clock)
-        self.gate = Gate(self.spool, self.ledger, self.control, holds, self._changed_hold, clock, monotonic)
-        self.status = Status(config, disk, self.ledger, self.gate, clock, monotonic)
+        self.admission = Admission(self.spool, self.ledger, self.control, holds, self._changed_hold, clock, monotonic)
+        self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         tops = self.spool.tops
         self.intake = Intake(config.folders, self.control.folder, self.mailbox.hint, clock, monotonic, tops)
         self.caps = Caps(self.budget, self.spool.inbox, self.intake.opener, monotonic)
@@ -103,7 +103,7 @@ class Parts:
         self.jobs.configure(config.limits.concurrency)
         self.worker = self._new_worker(config)
         self.intake.configure(config.inbox, config.limits.burst)
-        self.gate.configure(
+        self.admission.configure(
             config.limits, config.inbox.settle_seconds, lambda: key_stamp(config.endpoint, self._environ)
         )
 
@@ -113,12 +113,12 @@ class Parts:
             self.client,
             self.ledger,
             config,
-            blame=self.gate.blame,
-            absolve=self.gate.absolve,
+            blame=self.admission.blame,
+            absolve=self.admission.absolve,
             on_paid=lambda job: self.mailbox.put(Paid(job)),
             budget=self.budget,
             fates=self.fates,
-            leaving=self.gate.leaving,
+            leaving=self.admission.leaving,
             on_trouble=lambda error: self.mailbox.put(Hindered(error)),
             clock=self.clock,
             monotonic=self.now,

@@ -52,7 +52,7 @@ class Recovery:
         self._are_lost_closed = False
 
     def close_lost(self) -> bool:
-        """Close the rows of requests of which nothing else is left; tell whether that is done."""
+        """Close the rows of requests of which nothing else is left; return whether that is done."""
         if self._are_lost_closed:
             return True
         try:
@@ -60,13 +60,13 @@ class Recovery:
             if lost := self._parts.ledger.close_lost(known):
                 _log.warning("the results of requests are lost; they may have been charged", requests=lost)
         except SpoolError as error:
-            self._parts.gate.failed(error)
+            self._parts.admission.failed(error)
             return False
         self._are_lost_closed = True
         return True
 
     def _is_recorded(self, job: str) -> bool:
-        """Tell whether the result of a job may still be found; without its record only a person can say more."""
+        """Return whether the result of a job may still be found; without its record only a person can say more."""
         try:
             return job in self._parts.fates or self._parts.spool.record(job).claim() is not None
         except SpoolError:  # it may be readable again

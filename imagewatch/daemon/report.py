@@ -53,7 +53,7 @@ class Report:
         intake, status = self._parts.intake, self._parts.status
         is_known = self._is_ready or intake.scanner.is_complete or self._parts.now() >= self._ready_at
         if is_new and is_known:
-            self._ignored.tell(intake.seen.ignored)
+            self._ignored.log(intake.seen.ignored)
         status.last_sweep = self._parts.clock()
         status.mode = intake.mode
         status.change()
@@ -62,9 +62,9 @@ class Report:
             self._ready()
 
     def _ready(self) -> None:
-        """Report that everything was scanned; a daemon that could not scan yet is not ready."""
+        """Report that the daemon watches. Before it could scan the inbox it is not ready."""
         self._is_ready = True
-        self.write()  # it can be asked for from now on
+        self.write()  # ``status`` has something to show from now on
         intake, inbox = self._parts.intake, self._parts.spool.inbox
         mode, where = intake.mode, self._parts.config.endpoint.base_url
         polled = {"polled": why} if (why := intake.why_polled()) else {}
@@ -72,7 +72,7 @@ class Report:
         self._parts.notify.send(READY="1", STATUS=f"watching {inbox} ({mode})")
 
     def worked(self) -> None:
-        """Note that a job has needed memory, which is given back when no worker has one."""
+        """Note that a job has used memory, which is given back when no worker has a job."""
         self._has_worked = True
 
     def stopping(self, number: int) -> None:

@@ -78,7 +78,7 @@ class Results:
         if error.code == 0:
             _log.error("stuck", job=job.id, reason=str(error), hint=error.hint)
             self._leave(job)
-        elif self._parts.gate.failed_alone(job.id, error):
+        elif self._parts.admission.failed_alone(job.id, error):
             if not job.fails:
                 _log.error("stuck; tried again by itself", job=job.id, reason=str(error), hint=error.hint)
             self._jobs.retry_alone(job, self._parts.now())
@@ -88,7 +88,7 @@ class Results:
 
     def _continues(self, job: Job) -> None:
         """Note that a job fails no more, if it did."""
-        self._parts.gate.got_on(job.id)
+        self._parts.admission.continues(job.id)
         if self._jobs.clear_failure(job):
             self._close_folders()
             self._parts.intake.scanner.soon(job.key)
@@ -96,7 +96,7 @@ class Results:
     def _close_folders(self) -> None:
         """Let nothing be claimed out of the folders of which a job fails alone."""
         self._parts.status.change()
-        self._parts.intake.shut = self._jobs.closed_folders()
+        self._parts.intake.closed = self._jobs.closed_folders()
 
     # A job that is left to a person
 
@@ -111,9 +111,11 @@ class Results:
         left = self._jobs.left
         if len(left) >= _MOST_LEFT:
             jobs = ", ".join(sorted(left)[:_MOST_LEFT])
-            self._parts.gate.brake(_LEFT, SpoolError(f"{len(left)} jobs are stuck ({jobs}, …)", hint=_LEFT_HINT))
+            self._parts.admission.hold_for(
+                _LEFT, SpoolError(f"{len(left)} jobs are stuck ({jobs}, …)", hint=_LEFT_HINT)
+            )
         else:
-            self._parts.gate.got_on(_LEFT)
+            self._parts.admission.continues(_LEFT)
 
     def forget_removed(self) -> None:
         """Forget jobs of which a person has removed what was left: their names are free."""
@@ -131,17 +133,17 @@ class Results:
 
     def _tell_queue(self, outcome: Outcome, began: float) -> None:
         """Hold or release the queue as the outcome demands."""
-        gate = self._parts.gate
+        admission = self._parts.admission
         if outcome.trouble is not None and outcome.trouble.kind == "broken":
-            gate.broke(outcome.job, outcome.trouble, began)
+            admission.broke(outcome.job, outcome.trouble, began)
         elif outcome.trouble is not None:
-            gate.met(outcome.trouble, began)
+            admission.met(outcome.trouble, began)
         elif outcome.answered:
-            gate.answered(began)
+            admission.answered(began)
 
     def _place(self, job: Job, outcome: Outcome) -> None:
         """Note where the job is now, and what that means for others of its name."""
-        burst, intake, now = self._parts.gate.burst, self._parts.intake, self._parts.now()
+        burst, intake, now = self._parts.admission.burst, self._parts.intake, self._parts.now()
         if outcome.end not in {End.LATER, End.RETURNED}:
             self._jobs.free_name(job.key, now)
         if outcome.end is End.LATER:
@@ -150,10 +152,10 @@ class Results:
             burst.returned(outcome.source)  # it is the same prompt
             intake.scanner.soon(job.key)
         elif outcome.end is End.REDELIVERED:
-            burst.over(outcome.source)  # the next prompt of this path is another one
+            burst.finished(outcome.source)  # the next prompt of this path is another one
             intake.scanner.soon(job.key)
         elif outcome.end is End.OVER:
-            burst.over(outcome.source)
+            burst.finished(outcome.source)
             self.failed += outcome.door == "errors"
             self._on_outcome(outcome)
 

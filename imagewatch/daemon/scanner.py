@@ -108,11 +108,11 @@ class Scanner:
         return not self.is_complete or bool(self._asked or self._waits) or self._now() >= self._round_at
 
     def is_at_work(self) -> bool:
-        """Tell whether folders wait to be scanned."""
+        """Return whether folders wait to be scanned."""
         return bool(self._running) or len(self._schedule) > 0
 
     def knows_all(self) -> bool:
-        """Tell whether no folder waits to be scanned; but a user may see to it that there always are some."""
+        """Return whether no folder waits to be scanned; but a user may see to it that there always are some."""
         is_known = not self.is_at_work() or self._now() >= self._idle_at + _COMPLETE_SECONDS
         return self.is_complete and is_known
 
@@ -212,7 +212,7 @@ class Scanner:
         return next(iter(self._running)) if owner(name) in map(owner, self._running) else name
 
     def _turn(self, name: str, until: float) -> bool:
-        """Continue the scan of a first-level folder, or begin another one; tell whether it is not at its end."""
+        """Continue the scan of a first-level folder, or begin another one; return whether it is not at its end."""
         if name not in self._running:
             path = self._schedule.take(name)
             if path is None:

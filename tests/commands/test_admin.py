@@ -24,7 +24,7 @@ from support.station import Station
 
 from commands.test_cli import HOSTILE, RAW
 from imagewatch.config.load import Limits
-from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.status import Status
 from imagewatch.inbox.scan import Seen
 from imagewatch.journal.control import Control
@@ -429,13 +429,13 @@ class Guard:
         self.now, self._holds = 0.0, Holds()
         control = Control(str(station.state), Disk())
         clock = lambda: self.now  # noqa: E731
-        self.gate = Gate(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
+        self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None)
 
     def take(self, *times: float, is_dated: bool = True) -> None:
         """Take a prompt at each time, as it comes. A server's clock shows something else."""
         for self.now in times:
-            self.gate.burst.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
+            self.gate.burst.claimed(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
 
     def holds(self, at: float, *came: float) -> bool:
         """Count at a time what came at others and lies in the inbox; tell whether it is held."""
@@ -498,7 +498,7 @@ def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
         guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
     guard.take(100.0, 101.0, 102.0)
     assert not guard.holds(102.1, 102.1)
-    guard.gate.burst.over("a100.0.prompt.txt")
+    guard.gate.burst.finished("a100.0.prompt.txt")
     guard.take(100.0)
     assert not guard.holds(102.2, 102.1)
     assert guard.holds(102.3, 102.1, 102.2, 102.3)
@@ -714,7 +714,7 @@ def test_asking_for_the_status_never_keeps_a_daemon_from_starting(folders, sandb
 def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_changes(tmp_path, sandbox):
     station = Station(tmp_path, sandbox.base_url)
     with contextlib.closing(station):
-        gate = Gate(
+        gate = Admission(
             station.spool,
             station.ledger,
             Control(str(station.state), Disk()),

@@ -255,7 +255,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     daemon.wait_for("stuck; tried again by itself")
     (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
     folders.prompt("sub/dog", "A dog")
-    assert "until a job that is stuck goes on" in daemon.wait_for("ignored")["reason"]
+    assert "until a stuck job continues" in daemon.wait_for("ignored")["reason"]
     until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
     assert sandbox.report()["requests"] == 1
     until(lambda: len(folders.documents()) == 2, timeout=40)

@@ -55,7 +55,7 @@ class Looking:
     def look(self) -> None:
         """Look once, as long as one look takes."""
         self.clock.now = max(self.clock.now, self.intake.scanner.due)
-        self.intake.look(())
+        self.intake.scan(())
 
     def look_through(self) -> None:
         """Look until everything was looked at."""
@@ -191,7 +191,7 @@ def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wa
         looking.intake.scanner.soon()
         pause.wait(max(looking.intake.scanner.due - time.monotonic(), 0.001))
         looking.write("mallory", "again.txt")
-        looking.intake.look(())
+        looking.intake.scan(())
     share = (time.thread_time() - busy) / (time.monotonic() - began)
     assert share < 0.2
     looking.write("colleague", "cat.prompt.txt")
@@ -199,7 +199,7 @@ def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wa
     while not looking.intake.is_ready("colleague"):
         looking.intake.scanner.soon()
         pause.wait(max(looking.intake.scanner.due - time.monotonic(), 0.001))
-        looking.intake.look(())
+        looking.intake.scan(())
     assert time.monotonic() < began + 5
 
 
@@ -301,7 +301,7 @@ def test_after_the_configuration_was_read_again_everything_is_known_anew(looking
 def assert_taken_after_all_was_counted(looking: Looking) -> None:
     assert looking.intake.next("a", ()) is None
     looking.look_through()
-    assert looking.intake.may_take()
+    assert looking.intake.may_claim()
     assert len(looking.intake.arrived()) > 5
 
 

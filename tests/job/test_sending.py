@@ -21,7 +21,7 @@ from support.scripted import Exchange, Scripted, answer, heavy, paid, picture, r
 from support.station import Station
 from support.tracing import reason_not_to_trace
 
-from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.admission import Admission
 from imagewatch.job.outcome import End
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
@@ -521,7 +521,7 @@ def test_a_hold_is_not_said_to_be_there_while_the_first_bytes_of_a_request_leave
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds, order = Holds(), []
         control = Control(str(station.state), station.spool.disk)
-        gate = Gate(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
+        gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         gate.configure(station.config().limits, 0.0, lambda: None)
 
         def hold() -> None:
@@ -543,11 +543,11 @@ def test_a_hold_that_is_about_a_cap_or_the_pace_does_not_take_back_what_was_let_
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds = Holds()
         control = Control(str(station.state), station.spool.disk)
-        gate = Gate(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
+        gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         for kind in ("cap", "rate"):
             holds.add(kind, "its own reservation counts", 0.0, 10.0)
         with gate.leaving():
             pass
         gate.drain()
-        with pytest.raises(Withdrawn, match="told to stop"), gate.leaving():
+        with pytest.raises(Withdrawn, match="daemon stopped"), gate.leaving():
             pass
