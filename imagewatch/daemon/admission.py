@@ -219,7 +219,7 @@ class Admission:
         """
         most = self._limits.burst
         if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
-            self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
+            self._begin("burst", f"{new} prompts came at the same time, limits.burst allows {most}", math.inf)
 
     def follow(self, newest: float = 0.0) -> None:
         """Do what commands have asked for, and check the key file.
@@ -331,8 +331,8 @@ class Admission:
         if begun or ended:
             self._on_change(at_once=True)
         for hold in begun:
-            say = {"seconds": round(hold.until - self._now(), 1), "until": self.ends(hold), "next": hold.next}
-            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.message, **say)
+            fields = {"seconds": round(hold.until - self._now(), 1), "until": self.ends(hold), "next": hold.next}
+            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.message, **fields)
         for hold in ended:
             _log.info("released", kind=hold.kind, provider=hold.provider)
 
@@ -349,10 +349,10 @@ class Admission:
             return
         self.wait_for_first_bytes()
         self._remember()
-        say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
+        fields: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
         if math.isfinite(hold.until):
-            say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
-        (_log.error if kind == "disk" else _log.warning)("held", **say)
+            fields |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
+        (_log.error if kind == "disk" else _log.warning)("held", **fields)
 
     def _is_logged(self, cause: tuple[str, int, str]) -> bool:
         """Return whether the log has the hold for our disk with this cause; from now on it has."""
