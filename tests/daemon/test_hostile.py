@@ -64,7 +64,7 @@ def memory(daemon: LoggedDaemon, name: str) -> float:
     return next(int(line.split()[1]) * 1024 / MB for line in text.splitlines() if line.startswith(name + ":"))
 
 
-def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_is_told_of_once(
+def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is_reported_once(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
@@ -126,7 +126,7 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
     assert KEY not in str(daemon.lines)
 
 
-def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
+def test_an_image_with_an_impossible_name_is_invalid_and_delays_no_other_prompt(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
@@ -143,7 +143,7 @@ def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
     assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A good one"]
 
 
-def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_prompts_are_made(
+def test_five_thousand_files_of_junk_are_counted_some_are_named_and_good_prompts_are_completed(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -169,7 +169,9 @@ while True:
 """
 
 
-def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> None:
+def test_a_flood_of_events_delays_no_other_prompt(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
     with subprocess.Popen([sys.executable, "-c", FLOOD, folders.inbox]) as flood:
@@ -218,7 +220,7 @@ sys.exit(Daemon(load(None, os.environ), os.environ).run())
 @pytest.mark.parametrize(
     "how", ["os.symlink({secret!r}, {victim!r})", "os.mkfifo({victim!r})", "os.link({secret!r}, {victim!r})"]
 )
-def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
+def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], victim: str, how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -262,7 +264,7 @@ class InTheWay(Disk):
 @pytest.mark.timeout(20)  # whoever opens it waits for a writer
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize(("door", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
-def test_a_pipe_where_a_document_will_be_holds_up_nobody_and_the_document_goes_beside_it(
+def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_beside_it(
     tmp_path: Path, sandbox: Sandbox, door: str, name: str, linked: bool
 ) -> None:
     pipe, place = tmp_path / "pipe", tmp_path / "watched" / door / name

@@ -100,7 +100,7 @@ def names(count: int, ending: str = "prompt.txt", stem: str = "p") -> list[str]:
 
 @pytest.mark.parametrize("where", ["mallory", ""])
 @pytest.mark.parametrize("ending", ["prompt.txt.txt", "gif", "prompt.txt"])
-def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(looking, where, ending):
+def test_a_prompt_is_found_before_the_scan_of_a_folder_with_very_many_files_ends(looking, where, ending):
     looking.clock.step = 0.003
     looking.write(where, *names(3000, ending), text="" if ending == "prompt.txt" else "x")
     looking.write("colleague", "cat.prompt.txt")
@@ -115,7 +115,7 @@ def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(look
     assert kinds == ([] if ending == "gif" else [3000])
 
 
-def test_a_prompt_is_found_before_very_many_folders_were_scanned(looking):
+def test_a_prompt_is_found_before_the_scans_of_very_many_folders_end(looking):
     for number in range(500):
         looking.write(f"mallory/{number}", "note.txt")
     looking.write("colleague", "cat.prompt.txt")
@@ -126,7 +126,7 @@ def test_a_prompt_is_found_before_very_many_folders_were_scanned(looking):
     assert looking.intake.seen.ignored.total == 500
 
 
-def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_at_once(looking):
+def test_a_folder_found_during_the_scan_of_the_one_above_is_scanned_immediately(looking):
     for number in range(3000):
         looking.write("", f"note{number}.txt")
         if number == 1500:
@@ -137,7 +137,7 @@ def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(looking):
+def test_many_long_scans_do_not_delay_the_folder_of_another_owner(looking):
     for number in range(9):
         looking.write(f"m{number}", *names(400, "txt"))
         os.chown(looking.inbox / f"m{number}", 61235, 61235)
@@ -179,7 +179,7 @@ def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
     assert sorted(taken) == sorted([*left, *(f"q{number:05}" for number in range(0, 1800, 3))])
 
 
-def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wait(looking):
+def test_scans_take_a_tenth_of_a_core_at_most_and_delay_no_prompt(looking):
     """By real clocks: whatever is asked for, scanning rests, and a prompt is found all the same."""
     looking.intake._now = looking.intake.scanner._now = time.monotonic
     looking.write("mallory", *names(3000, "txt"))
@@ -232,7 +232,7 @@ def test_a_prompt_that_comes_later_does_not_wait_for_the_thousands_of_another_fo
     assert left == [f"mallory/{name}" for name in names(3000)[-len(left) :]]
 
 
-def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_path, monkeypatch):
+def test_more_prompts_than_are_known_by_name_are_claimed_in_turns_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 100)
     looking = Looking(tmp_path)
     for folder in ("a", "b", "c/d", ""):
@@ -248,7 +248,7 @@ def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_pa
     assert min(ends) > 1150, "all of them were served until the end"
 
 
-def test_prompts_in_many_folders_of_one_first_level_folder_are_taken_oldest_first(tmp_path, monkeypatch):
+def test_prompts_in_many_folders_of_one_first_level_folder_are_claimed_oldest_first(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 50)
     looking = Looking(tmp_path)
     written = []
@@ -261,7 +261,7 @@ def test_prompts_in_many_folders_of_one_first_level_folder_are_taken_oldest_firs
     assert looking.take_all() == [f"{folder}/{name}" for _, folder, name in sorted(written)]
 
 
-def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
+def test_prompts_that_cannot_be_claimed_delay_no_other_folder(looking):
     declares = '+++\ninput_images = ["missing.png"]\n+++\nA lighthouse'
     looking.write("mallory", *names(1500), text=declares)
     looking.write("colleague", "cat.prompt.txt")
@@ -275,7 +275,7 @@ def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
     assert looking.intake.seen.waiting.kinds == {"waiting for images that are missing or empty": 1500}
 
 
-def test_a_prompt_whose_name_a_job_still_has_is_taken_when_that_job_is_over(looking):
+def test_a_prompt_whose_name_a_job_still_has_is_claimed_when_that_job_is_finished(looking):
     looking.write("a", "cat.prompt.txt")
     looking.look_through()
     key = ("a", "cat")
@@ -285,7 +285,7 @@ def test_a_prompt_whose_name_a_job_still_has_is_taken_when_that_job_is_over(look
     assert looking.take().key == key
 
 
-def test_after_the_configuration_was_read_again_everything_is_known_anew(looking):
+def test_after_a_reload_everything_is_scanned_again(looking):
     looking.clock.step = 0.005
     looking.write("a", *names(100))
     looking.write("b", *names(2500, "txt"))
@@ -305,7 +305,7 @@ def assert_taken_after_all_was_counted(looking: Looking) -> None:
     assert len(looking.intake.arrived()) > 5
 
 
-def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_path):
+def test_with_a_burst_guard_nothing_is_claimed_before_everything_was_counted(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.clock.step = 0.005
     looking.write("a", *names(3))
@@ -316,7 +316,7 @@ def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_p
     assert_taken_after_all_was_counted(looking)
 
 
-def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_before_any_of_it_is_taken(tmp_path):
+def test_with_a_burst_guard_prompts_in_several_folders_are_counted_before_any_is_claimed(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.look_through()
     looking.clock.step = 0.005
@@ -329,7 +329,7 @@ def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_bef
     assert_taken_after_all_was_counted(looking)
 
 
-def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_path):
+def test_with_a_burst_guard_endless_scans_do_not_delay_prompts_for_ever(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.look_through()
     looking.clock.step = 0.01
@@ -346,7 +346,7 @@ def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_
 # What goes on while other things come and go
 
 
-def test_a_scan_goes_on_though_a_folder_is_removed_meanwhile(looking):
+def test_a_scan_continues_though_a_folder_is_removed_meanwhile(looking):
     looking.write("a/x", "note.txt")
     looking.look_through()
     shutil.rmtree(looking.inbox / "a/x")
@@ -363,14 +363,14 @@ def test_a_scan_goes_on_though_a_folder_is_removed_meanwhile(looking):
     assert looking.intake.seen.waiting.total == 600
 
 
-def test_a_prompt_that_waits_for_images_is_waited_for_however_many_others_there_are(looking):
+def test_a_prompt_that_waits_for_images_is_checked_again_however_many_others_there_are(looking):
     looking.write("a", "a.prompt.txt", text='+++\ninput_images = ["missing.png"]\n+++\nA lighthouse')
     looking.write("a", *names(300))
     looking.clock.step = 0.003
     assert looking.take_all() == [*(f"a/{name}" for name in names(300)), "a/a.prompt.txt"]
 
 
-def test_not_everything_is_known_before_each_folder_was_scanned_however_long_that_takes(looking):
+def test_the_inbox_is_complete_only_when_each_folder_was_scanned(looking):
     looking.write("", *names(300, "txt"))
     for number in range(10):
         looking.write(f"{number}/inner", "cat.prompt.txt")
@@ -381,7 +381,7 @@ def test_not_everything_is_known_before_each_folder_was_scanned_however_long_tha
 # Naming
 
 
-def test_every_folder_has_some_of_its_files_named_however_many_another_has(looking):
+def test_some_files_of_every_folder_are_named_however_many_another_has(looking):
     looking.write("mallory", *names(5000, "txt"))
     for number in range(20):
         looking.write(f"colleague{number}", "note.txt")
@@ -393,7 +393,7 @@ def test_every_folder_has_some_of_its_files_named_however_many_another_has(looki
     assert named <= ignored.some(100).keys()
 
 
-def test_the_names_of_files_that_are_not_taken_are_bounded_also_over_very_many_folders(looking):
+def test_the_names_of_ignored_files_are_bounded_also_over_very_many_folders(looking):
     for number in range(600):
         looking.write(f"m{number}", *names(10, "txt"))
     looking.look_through()

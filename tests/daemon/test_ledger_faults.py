@@ -121,7 +121,7 @@ def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_m
     goes_on(used, sandbox)
 
 
-def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
+def test_the_status_is_still_written_while_the_ledger_is_locked(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     sandbox.hold()
@@ -157,7 +157,7 @@ def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     assert ("before.prompt.txt", "made") in rows(ledger(used))
 
 
-def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
+def test_a_ledger_that_is_deleted_while_in_use_is_saved_beside_its_place(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
@@ -222,7 +222,7 @@ def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_noth
     assert daemon.stop() == 0
 
 
-def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_rows_are(
+def test_a_saved_ledger_is_found_at_the_next_start_however_old_its_rows_are(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     """Then no status repeats them: it tells of this month only."""
@@ -241,7 +241,7 @@ def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_row
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
+def test_only_a_person_accepts_an_empty_ledger(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], running: bool
 ) -> None:
     daemon = run(used) if running else None
@@ -384,7 +384,7 @@ def test_check_does_not_ask_again_for_what_was_accepted_while_no_daemon_runs(use
     assert (told.returncode, "the daemon accepts what is there when it starts" in told.stdout) == (0, True)
 
 
-def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
+def test_once_reports_why_it_did_nothing_if_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
     ledger(used).unlink()
     drop(used)
     done = command(used, "once", "--json")
@@ -413,7 +413,7 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     assert os.listdir(used.state / "jobs") == []
 
 
-def test_a_damaged_text_in_the_ledger_ends_no_daemon(
+def test_a_damaged_text_in_the_ledger_does_not_end_the_daemon(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     with contextlib.closing(sqlite3.connect(ledger(used))) as database:
@@ -442,7 +442,7 @@ def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
     assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
 
 
-def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charged(
+def test_for_a_claim_without_a_record_the_ledger_shows_that_it_may_have_been_charged(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
@@ -460,7 +460,7 @@ def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charg
 
 
 @pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
-def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place(
+def test_a_ledger_that_is_replaced_by_something_else_is_saved_beside_its_place(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, content: bytes | None
 ) -> None:
     other = tmp_path / "other"
@@ -480,7 +480,7 @@ def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place
     assert len(rows(ledger(used))) == MANY + 2
 
 
-def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
+def test_a_ledger_that_was_moved_away_and_back_is_saved_again_when_it_is_deleted(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
@@ -525,7 +525,7 @@ def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it
     assert names == ["before", "cat", *(["dog"] if is_noticed else [])]
 
 
-def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_in_errors(
+def test_a_prompt_that_comes_again_after_its_request_was_lost_gets_an_error_file(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)

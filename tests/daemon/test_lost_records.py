@@ -67,7 +67,7 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
-def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_for(
+def test_moving_the_files_back_and_accepting_a_second_charge_completes_the_prompt(
     killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
     lose(killed, what)
@@ -84,7 +84,7 @@ def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_f
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
 @pytest.mark.parametrize("comes", ["moved back", "brought by a sync tool"])
-def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_removed(
+def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
     killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str, comes: str
 ) -> None:
     lose(killed, what)
@@ -124,7 +124,7 @@ def finished_with_a_copy(
     return backup
 
 
-def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
+def test_an_older_copy_of_a_record_changes_nothing_in_the_ledger(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -143,7 +143,7 @@ def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
 
 @pytest.mark.parametrize("back", ["the record", "the record and the prompt"])
 @pytest.mark.parametrize("age", ["claimed", "first sent", "first answered"])
-def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_nothing_new(
+def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_changes_no_report(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], age: str, back: str
 ) -> None:
     """As a backup that is copied file by file has it: the folder of the jobs before the ledger."""
@@ -179,7 +179,7 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_
     assert sandbox.report()["requests"] == 2
 
 
-def test_an_older_copy_does_not_say_that_a_kept_answer_is_lost(
+def test_an_older_copy_does_not_report_a_saved_response_as_lost(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)

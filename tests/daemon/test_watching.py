@@ -77,7 +77,7 @@ def asked(sandbox: Sandbox) -> list[str]:
 # Events that do not come
 
 
-def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice(
+def test_after_an_overflow_of_the_kernels_queue_no_prompt_is_missed_and_none_sent_twice(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
@@ -98,7 +98,7 @@ def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice
     assert daemon.stop() == 0
 
 
-def test_a_reader_of_events_that_dies_is_noticed_and_started_again(
+def test_a_watcher_that_dies_is_noticed_and_restarted(
     tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
@@ -126,7 +126,7 @@ watcher._Folder.on_event = on_event
 
 
 @pytest.mark.parametrize("most", [0, 3])
-def test_folders_beyond_the_limit_of_watches_are_looked_at_regularly(
+def test_folders_beyond_the_limit_of_watches_are_scanned_regularly(
     tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon], most: int
 ) -> None:
     """A user namespace has limits of its own."""
@@ -172,7 +172,7 @@ def nobody_else_has(lock: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", ["deleted and made again", "replaced by another folder"])
-def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
+def test_an_inbox_that_was_replaced_is_watched_and_locked_like_the_first(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="1")
@@ -201,7 +201,7 @@ def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
         pass
 
 
-def test_nothing_is_taken_out_of_an_inbox_that_another_daemon_has_meanwhile(
+def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
@@ -246,7 +246,7 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_where_results_may_not_be_put_nothing_is_paid_for(
+def test_if_results_cannot_be_written_nothing_is_paid_for(
     shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     (shared.outbox / "sub").mkdir()  # root's
@@ -262,7 +262,7 @@ def test_where_results_may_not_be_put_nothing_is_paid_for(
     assert daemon.stop() == 0
 
 
-def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
+def test_an_inbox_out_of_which_nothing_can_be_claimed_any_more_holds_the_queue_once(
     shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = scripted(shared, UNPRIVILEGED)
@@ -297,7 +297,7 @@ def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     assert shared.leftovers() == []
 
 
-def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_dropped_meanwhile_is_taken(
+def test_a_permission_that_is_lost_and_regained_is_logged_once_and_prompts_dropped_meanwhile_are_claimed(
     shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = scripted(shared, UNPRIVILEGED)
@@ -325,7 +325,7 @@ def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_droppe
     assert (len(daemon.events("ignored")), len(daemon.events("held"))) == (1, 1)
 
 
-def test_a_folder_that_vanishes_with_prompts_in_it_is_forgotten_and_found_where_it_went(
+def test_a_folder_that_is_moved_with_prompts_in_it_is_found_in_its_new_place(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1", inbox__settle_seconds="0.5")
@@ -440,7 +440,7 @@ def bound(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
 
 
-def test_another_file_system_inside_the_inbox_is_named_and_holds_up_nobody(
+def test_another_file_system_inside_the_inbox_is_named_and_delays_no_other_folder(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     """A prompt is claimed by a rename, which is not possible from one file system to another."""
@@ -460,7 +460,7 @@ def test_another_file_system_inside_the_inbox_is_named_and_holds_up_nobody(
     assert len(daemon.events("ignored")) == 1
 
 
-def test_an_inbox_in_which_others_make_changes_unnoticed_is_looked_at(
+def test_an_inbox_whose_changes_the_kernel_does_not_report_is_polled(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)

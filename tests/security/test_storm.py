@@ -102,9 +102,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is_in_order_again(
-    world: World, seed: int
-) -> None:
+def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_completed(world: World, seed: int) -> None:
     their_folder(world)
     daemon = world.start()
     own = {name: (world.inbox / name).stat().st_ino for name in (CLAIMS, "theirs")}
