@@ -363,14 +363,14 @@ def test_a_scan_continues_though_a_folder_is_removed_meanwhile(looking):
     assert looking.intake.seen.waiting.total == 600
 
 
-def test_a_prompt_that_waits_for_images_is_checked_again_however_many_others_there_are(looking):
+def test_a_prompt_that_waits_for_images_is_not_forgotten_however_many_others_there_are(looking):
     looking.write("a", "a.prompt.txt", text='+++\ninput_images = ["missing.png"]\n+++\nA lighthouse')
     looking.write("a", *names(300))
     looking.clock.step = 0.003
     assert looking.take_all() == [*(f"a/{name}" for name in names(300)), "a/a.prompt.txt"]
 
 
-def test_the_inbox_is_complete_only_when_each_folder_was_scanned(looking):
+def test_no_prompt_is_overlooked_however_long_the_scans_take(looking):
     looking.write("", *names(300, "txt"))
     for number in range(10):
         looking.write(f"{number}/inner", "cat.prompt.txt")
