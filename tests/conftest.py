@@ -106,7 +106,7 @@ def run(start: Any) -> Iterator[Callable[..., LoggedDaemon]]:
         running = start(folders, *(arguments if script else ["run", *arguments]), script=script)
         started.append(LoggedDaemon(running))
         if watching:
-            started[-1].wait_for("watching")
+            started[-1].wait_for("started")
         return started[-1]
 
     yield runner

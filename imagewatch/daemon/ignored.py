@@ -55,7 +55,7 @@ class Ignored:
             _log.warning("ignored", file=path, reason=reason)
         if is_more and not self._has_more:
             self._has_more = True
-            _log.warning("ignored more files than are named", count=ignored.total)
+            _log.warning("ignored", count=ignored.total, reason="more files than are named")
         # Of very many, each scan may show others: each is named once all the same.
         if not is_more or len(self._named) > _REMEMBERED:
             self._named &= now

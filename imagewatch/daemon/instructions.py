@@ -56,18 +56,17 @@ class Instructions:
         parts.ledger.accept()
         parts.admission.burst.forget()
         parts.control.accepted_ledger()
-        _log.warning("another ledger is used from now on", ledger=os.path.join(parts.spool.state, database.FILE))
+        _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, database.FILE))
 
     def _reopen(self, job: str) -> None:
         """Read the saved response of a job again, as ``retry`` asked for."""
         parts = self._parts
-        if job in parts.jobs:
-            _log.debug("its paid answer is being looked at", job=job)  # asked for twice, or before a crash
-        elif parts.spool.reopen(job):
-            _log.info("looking again at a paid answer", job=job)
+        is_read = job in parts.jobs  # asked for twice, or before a crash
+        if not is_read and parts.spool.reopen(job):
+            _log.info("response_reread", job=job)
             parts.jobs.defer(Job(job, parts.spool.key(job)), 0.0)
             self._results.count_left()
             parts.status.change()
-        else:
-            _log.warning("no paid answer is kept of this job", job=job)
+        elif not is_read:
+            _log.warning("response_missing", job=job)
         parts.control.retried(job)

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _SUM_SECONDS = 1.0
 """How often ``seen`` is brought up to date at most while folders are being scanned."""
 _WINDOW = 1024
-"""How many prompts are known by name."""
+"""How many prompts are kept in order."""
 _MOST_NAMED = 1000
 """How many files that are not claimed are remembered by name."""
 
@@ -96,7 +96,7 @@ class Intake:
 
         Args:
             config: How the inbox is watched.
-            burst: How many prompts may come at the same time; one more than that has to be known by name.
+            burst: How many prompts may come at the same time; one more than that has to be kept in order.
         """
         self._counts_first = burst > 0
         self._watching.forget_all()
@@ -234,7 +234,7 @@ class Intake:
         return self._sweep.count()
 
     def arrived(self) -> dict[str, float]:
-        """Return when each prompt that is known by name came, by path below the inbox, in seconds since the epoch."""
+        """Return when each prompt that is kept in order came, by path below the inbox, in seconds since the epoch."""
         found = self._sweep.order.arrived()
         if came := {folder.path: folder.came for folder in self._sweep.folders if folder.came}:
             found = {path: max(at, came.get(os.path.dirname(path), 0.0)) for path, at in found.items()}

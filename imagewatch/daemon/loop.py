@@ -288,14 +288,12 @@ class Daemon:
         try:
             config = self._reload()
             if fixed := [name for name in _FIXED if getattr(config, name) != getattr(before, name)]:
-                _log.error(
-                    "not reloaded; the old configuration stays", reason=f"a changed [{fixed[0]}] needs a restart"
-                )
+                _log.error("reload_failed", reason=f"a changed [{fixed[0]}] needs a restart")
                 return
             self._parts.configure(config)
             self._arrivals.count()
         except (ConfigError, OSError) as error:
-            _log.error("not reloaded; the old configuration stays", reason=str(error))
+            _log.error("reload_failed", reason=str(error))
             return
         self._on_reloaded(config)
-        _log.info("reloaded", source=config.source)
+        _log.info("reloaded", configuration=config.source)

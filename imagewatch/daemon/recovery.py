@@ -31,7 +31,7 @@ class Recovery:
     def begin(self) -> None:
         """Take up every job that left something; for the start, before anything is sent."""
         for job in self._parts.spool.unfinished():
-            _log.info("recovering", job=job)
+            _log.info("recovered", job=job)
             self._parts.jobs.defer(Job(job, self._parts.spool.key(job)), 0.0)
             self._reserve(job)
         self.close_lost()  # before anything is sent: what they may have cost counts
@@ -58,7 +58,7 @@ class Recovery:
         try:
             known = set(filter(self._is_recorded, {*self._parts.spool.unfinished(), *self._parts.jobs}))
             if lost := self._parts.ledger.close_lost(known):
-                _log.warning("the results of requests are lost; they may have been charged", requests=lost)
+                _log.warning("results_lost", requests=lost, reason="the requests may have been charged")
         except SpoolError as error:
             self._parts.admission.failed(error)
             return False

@@ -54,7 +54,7 @@ class Report:
         is_known = self._is_ready or intake.scanner.is_complete or self._parts.now() >= self._ready_at
         if is_new and is_known:
             self._ignored.log(intake.seen.ignored)
-        status.last_sweep = self._parts.clock()
+        status.last_scan = self._parts.clock()
         status.mode = intake.mode
         status.change()
         self._parts.notify.send(WATCHDOG="1")
@@ -68,7 +68,7 @@ class Report:
         intake, inbox = self._parts.intake, self._parts.spool.inbox
         mode, where = intake.mode, self._parts.config.endpoint.base_url
         polled = {"polled": why} if (why := intake.why_polled()) else {}
-        _log.info("watching", inbox=inbox, mode=mode, **polled, endpoint=where, version=__version__)
+        _log.info("started", inbox=inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._parts.notify.send(READY="1", STATUS=f"watching {inbox} ({mode})")
 
     def worked(self) -> None:
@@ -79,7 +79,7 @@ class Report:
         """Report that a signal ends the daemon."""
         self._parts.status.state = "stopping"
         self.write(STOPPING="1")
-        _log.info("stopping", signal=signal.Signals(number).name, in_flight=len(self._parts.jobs.at_work))
+        _log.info("shutdown", signal=signal.Signals(number).name, in_flight=len(self._parts.jobs.at_work))
 
     def stopped(self) -> None:
         """Report the end."""
@@ -105,7 +105,7 @@ class Report:
             ready = max(intake.count() - len(caps), 0)
             page = status.write(intake.seen, ready, at_work, stuck, caps.reasons())
         except SpoolError as error:
-            _log.debug("no status written", reason=str(error))
+            _log.debug("status_failed", reason=str(error))
         else:
             fields["STATUS"] = line(page)
         if fields:

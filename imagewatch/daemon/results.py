@@ -59,7 +59,7 @@ class Results:
             self._failed(job, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
-            _log.exception("a bug in imagewatch; please report it", job=job.id)
+            _log.exception("internal_error", job=job.id, next="report this as a bug")
             self._parts.budget.unplan(job.id)
             self._leave(job)
             return
@@ -76,11 +76,11 @@ class Results:
         folder may fail for the same reason after they were paid for, so none of them is claimed.
         """
         if error.code == 0:
-            _log.error("stuck", job=job.id, reason=str(error), hint=error.hint)
+            _log.error("stuck", job=job.id, reason=str(error), next=error.hint)
             self._leave(job)
         elif self._parts.admission.failed_alone(job.id, error):
             if not job.fails:
-                _log.error("stuck; tried again by itself", job=job.id, reason=str(error), hint=error.hint)
+                _log.error("stuck", job=job.id, reason=str(error), next=error.hint, retried="automatically")
             self._jobs.retry_alone(job, self._parts.now())
             self._close_folders()
         else:
@@ -122,7 +122,7 @@ class Results:
         for job in self._jobs.left:
             if self._parts.spool.is_left(job):
                 continue
-            _log.info("no longer stuck: nothing of it is left", job=job)
+            _log.info("unstuck", job=job, reason="none of its files are left")
             self._jobs.forget(job)
             self._recovery.record_removed()
             self.count_left()

@@ -262,8 +262,6 @@ class Scanner:
             self._waits.add(path)
             self._schedule.later(path, at)
         self._sweep.dues.clear()
-        begun = {path for path, _ in self._running.values()}
-        self._schedule.soon_all(order.short - begun)
         for name in order.wanting:
             self._schedule.ahead(name)
         order.wanting.clear()
