@@ -10,7 +10,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, Folders, until, until_made
+from support.daemon import KEY, Folders, until, until_finished
 from support.endpoint import picture
 from support.station import Station
 
@@ -250,9 +250,9 @@ def test_what_comes_back_is_no_burst_however_much_it_is(
         far.write(f"p{number}.prompt.txt", f"cat {number}")
         if number % 3 == 2 or number == 7:
             far.send()
-            until_made(folders, daemon, number + 1)
+            until_finished(folders, daemon, number + 1)
     far.send()
-    until_made(folders, daemon, 8, emptied=True)
+    until_finished(folders, daemon, 8, emptied=True)
     assert daemon.stop() == 0
     assert daemon.events("held") == []
     assert requests(sandbox) == 8
