@@ -32,7 +32,7 @@ _COLUMNS = (
     *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
-_COLOURS = {"made": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
+_COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
 
 
 @click.command()
@@ -74,7 +74,7 @@ def history(
 
 
 def _show_sums(found: Sequence[Sum], by: str, *, as_json: bool, as_csv: bool) -> None:
-    columns = ("made", "refused", "unknown", "credits", "unpriced")
+    columns = ("completed", "refused", "unknown", "credits", "unknown_cost")
     rows = [{by: one.name, **{name: getattr(one, name) for name in columns}} for one in found]
     if as_json:
         click.echo(to_json(rows, indent=1))
@@ -107,8 +107,9 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
         colours=[_COLOURS.get(outcome) for outcome in outcomes],
         notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
     )
-    made, refused, unknown = (int(totals[name]) for name in ("made", "refused", "unknown"))
-    click.echo(f"\nIn all: {made} made, {refused} refused, {unknown} unknown, {amount(totals['credits'])} credits.")
+    completed, refused, unknown = (int(totals[name]) for name in ("completed", "refused", "unknown"))
+    spent = amount(totals["credits"])
+    click.echo(f"\nIn all: {completed} completed, {refused} refused, {unknown} unknown, {spent} credits.")
 
 
 @dataclass
@@ -117,27 +118,27 @@ class Sum:
 
     Attributes:
         name: What they have in common.
-        made: Jobs that were charged.
+        completed: Jobs that were charged.
         refused: Jobs that were not, by the API or by our own checks.
         unknown: Jobs that may have been charged.
         credits: Known credits.
-        unpriced: Charged jobs whose price nobody said.
+        unknown_cost: Charged jobs whose price nobody said.
     """
 
     name: str
-    made: int = 0
+    completed: int = 0
     refused: int = 0
     unknown: int = 0
     credits: float = 0.0
-    unpriced: int = 0
+    unknown_cost: int = 0
 
     def add(self, job: Mapping[str, Any]) -> None:
         """Count a job."""
-        self.made += job["charged"] == "yes"
+        self.completed += job["charged"] == "yes"
         self.unknown += job["charged"] == "unknown"
         self.refused += job["outcome"] in {"refused", "invalid"}
         self.credits += job["credits"] or 0.0
-        self.unpriced += job["charged"] == "yes" and job["credits"] is None
+        self.unknown_cost += job["charged"] == "yes" and job["credits"] is None
 
 
 def _sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:

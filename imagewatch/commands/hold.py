@@ -31,7 +31,7 @@ def hold(reason: str, path: str | None, *, as_json: bool) -> None:
     config = load_as_owner(path)
     control_of(config).hold(reason)
     running = is_running(config)
-    noticed = running and is_noticed(lambda: "hand" in hold_kinds(config))
+    noticed = running and is_noticed(lambda: "manual" in hold_kinds(config))
     if as_json:
         _print_asked("hold", running=running, noticed=noticed)
         return

@@ -67,7 +67,7 @@ def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     held = None
     if hold:
         held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.message}
-        held |= {"until": daemon.hold_ends, "next": hold.next}
+        held |= {"next_try_at": daemon.hold_ends, "next": hold.next}
     jobs = [
         {
             "source": whole(one.source),

@@ -83,13 +83,13 @@ def _sum(jobs: Sequence[Made]) -> str:
     pictures = sum(len(job.images) for job in jobs)
     known = [_credits(job) for job in jobs if job.door]
     charged = [job.facts.get("charged") for job in jobs]
-    unpriced = sum(one == "yes" and _credits(job) is None for one, job in zip(charged, jobs, strict=True))
+    unknown_cost = sum(one == "yes" and _credits(job) is None for one, job in zip(charged, jobs, strict=True))
     told = [
         f"{pictures} {'picture' if pictures == 1 else 'pictures'}",
         f"{amount(sum(one for one in known if one is not None))} credits",
     ]
-    if unpriced:
-        told.append(f"{unpriced} charged, amount not reported")
+    if unknown_cost:
+        told.append(f"{unknown_cost} charged, amount not reported")
     if unknown := charged.count("unknown"):
         told.append(f"{unknown} may have been charged")
     return ", ".join(told) + "."

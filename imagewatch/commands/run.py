@@ -43,4 +43,4 @@ def _warn_without_key(config: Config) -> None:
     """Say at the start what else would be said at the first prompt."""
     if problem := key_problem(config.endpoint, os.environ):
         reason = printable(f"{problem.field}: {problem.reason}")
-        structlog.get_logger().warning("no key; every prompt will wait", reason=reason, next=problem.hint)
+        structlog.get_logger().warning("key_missing", reason=reason, next=problem.hint)

@@ -13,6 +13,7 @@ from imagewatch.commands.common import config_option, json_option, load_config
 from imagewatch.commands.exits import EXIT_HELD
 from imagewatch.commands.state import local_time, status_page
 from imagewatch.daemon.status import kind
+from imagewatch.inbox.candidate import Wait
 from imagewatch.system.text import amount, to_json
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
 def _lines(page: dict[str, Any]) -> Iterator[str]:
     state = _STATES.get(page["state"], "is running")
     yield f"imagewatch {page['version']} {state}, as of {local_time(page['updated'])}"
-    yield f"  inbox      {page['inbox']} ({page['mode']}, last look {local_time(page['last_sweep'])})"
+    yield f"  inbox      {page['inbox']} ({page['mode']}, last scan {local_time(page['last_scan'])})"
     for path, reason in page["polled"]["folders"].items():
         yield f"             {path}: looked at regularly ({reason})"
     waiting = page["waiting"]
@@ -72,7 +73,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         one = page[name]
         cap = f" of {amount(one['cap'])}" if one["cap"] else ""
         yield (
-            f"  {label:<10} {one['made']} made, {one['refused']} refused, {one['unknown']} unknown, "
+            f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
     if balance := page.get("balance"):  # not there in what an older daemon said
@@ -82,10 +83,11 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         for name, reason in page["ignored"]["files"].items():
             yield f"             {name}: {reason}"
     for one in page["holds"]:
-        until = f", tried again {local_time(one['until'])}" if one["until"] else ""
-        yield click.style(f"  held       {kind(one)}: {one['reason']}{until}", fg="red")
+        next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
+        yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
         yield f"             {one['next']}"
 
 
 def _why(reasons: dict[str, int]) -> str:
-    return f" ({', '.join(f'{count} {reason}' for reason, count in reasons.items())})" if reasons else ""
+    texts = {wait.value: wait.text for wait in Wait}  # a daemon of another version may have other reasons
+    return f" ({', '.join(f'{count} {texts.get(key, key)}' for key, count in reasons.items())})" if reasons else ""

@@ -225,14 +225,14 @@ def _beginning(head: Head, sample: bytes) -> bytes:
         return b""
 
 
-_ACCOUNT = {401: "key", 403: "key", 402: "credits", 404: "address", 405: "address"}
+_ACCOUNT = {401: "key", 403: "key", 402: "credits", 404: "endpoint", 405: "endpoint"}
 
 
 def _reaction(status: int, body: object) -> tuple[Reaction, str]:  # noqa: PLR0911  a table in code
     if status in _ACCOUNT:
         return Reaction.ACCOUNT, _ACCOUNT[status]
     if 300 <= status < 400:  # noqa: PLR2004
-        return Reaction.ACCOUNT, "address"
+        return Reaction.ACCOUNT, "endpoint"
     if status == 429:  # noqa: PLR2004
         said = [_find(body, name, str) for name in ("reasons", "errorCode", "code")]
         said += _find(body, "reasons", list) or []

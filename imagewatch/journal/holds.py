@@ -30,17 +30,17 @@ NEXT = {
     "a reload",
     "credits": "add credits to the account; imagewatch tries again by itself; to try now: imagewatch release",
     "quota": "wait for the quota to be renewed; it is tried again by itself",
-    "address": "correct base_url in the configuration, then reload",
+    "endpoint": "correct base_url in the configuration, then reload",
     "unreachable": "check the network and base_url; it is tried again by itself",
     "disk": "look at the disk and the system log; it is tried again by itself",
     "cap": "wait until it ends, or raise the cap in the configuration and reload; prompts that fit are still sent",
     "burst": "look into the inbox; to make what is in it now: imagewatch release",
-    "hand": "to continue: imagewatch release",
+    "manual": "to continue: imagewatch release",
     "rate": "nothing: it goes on by itself",
     "busy": "nothing: it goes on by itself",
 }
 """What a person can do about each kind of hold."""
-_OURS = {"disk", "hand", "burst"}
+_OURS = {"disk", "manual", "burst"}
 """Kinds about which no answer of the endpoint and no change of the configuration says anything."""
 
 

@@ -307,7 +307,7 @@ def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_
     if key_file:
         folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = key_file
     daemon = run(folders)
-    (line,) = daemon.events("no key; every prompt will wait")
+    (line,) = daemon.events("key_missing")
     assert line["level"] == "warning"
     assert (key_file or "no API key is set") in line["reason"]
     assert line["next"]
@@ -674,7 +674,7 @@ def test_once_writes_json_lines_when_nobody_looks(folders):
     done = imagewatch("once", environ=folders.environ)
     assert done.stdout == ""
     assert all(line.startswith("{") for line in done.stderr.splitlines())
-    assert [line["event"] for line in lines(done.stderr)] == ["watching", "made"]
+    assert [line["event"] for line in lines(done.stderr)] == ["started", "completed"]
 
 
 def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_path, sandbox):
@@ -872,10 +872,10 @@ def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):
     told = {str(line["source"]): line for line in lines(done.stderr) if "charged" in line}
     assert len([line for line in lines(done.stderr) if "charged" in line]) == 4
     assert {source: line["event"] for source, line in told.items()} == {
-        "a/cat.prompt.txt": "made",
-        "dog.prompt.txt": "refused",
+        "a/cat.prompt.txt": "completed",
+        "dog.prompt.txt": "failed",
         "lost.prompt.txt": "unknown",
-        "paid.prompt.txt": "paid, not readable",
+        "paid.prompt.txt": "failed",
     }
     made = told["a/cat.prompt.txt"]
     assert [*made][:3] == ["timestamp", "level", "event"]

@@ -108,7 +108,7 @@ def test_check_says_that_the_queue_is_held(mixed: Folders):
     assert not re.search("^wait +queue", command(mixed, "check").stdout, re.MULTILINE)
     command(mixed, "hold", "lunch")
     assert re.search(
-        r"^wait +queue +held \(hand\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
+        r"^wait +queue +held \(manual\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
     )
 
 

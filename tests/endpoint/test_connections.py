@@ -533,7 +533,7 @@ def test_a_redirect_is_never_followed_by_the_paid_call(tmp_path):
                 drop(station, SMALL)
                 (outcome,) = station.work()
                 assert refused(station, "x", SMALL)["charged"] == "no"
-                assert outcome.trouble.kind == "address"
+                assert outcome.trouble.kind == "endpoint"
     assert other.connections == 0
 
 
@@ -542,7 +542,7 @@ def test_a_redirect_to_nowhere_is_still_only_a_redirect(tmp_path):
         drop(station, SMALL)
         (outcome,) = station.work()
         error = refused(station, "x", SMALL)
-    assert (error["charged"], outcome.trouble and outcome.trouble.kind) == ("no", "address")
+    assert (error["charged"], outcome.trouble and outcome.trouble.kind) == ("no", "endpoint")
 
 
 # Never the connection of another request
