@@ -1,7 +1,7 @@
 """The commands of ``imagewatch``: one file per command, imported when that command is called.
 
-An error that a command raises becomes a message, a next step and an exit code in ``main``. A command that ends without
-an error may still exit with a code of its own (``status`` with 69 while the queue is on hold); ``exits`` lists them all.
+``main`` turns an error that a command raises into a message, a next step and an exit code. A command that ends without
+an error may exit with a code of its own (``status`` with 69 while the queue is on hold); ``exits`` lists all codes.
 Nothing that other people wrote reaches a terminal unescaped.
 
 The modules, in reading order::
