@@ -157,9 +157,9 @@ def _tell_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         what = f"Prompts for {hold.provider} wait" if hold.provider else "The queue is held"
-        _say(f"{what} ({hold.kind}: {printable(hold.message)}): {left}.")
+        _say(f"{what} ({hold.kind}: {printable(hold.reason.message)}): {left}.")
         end = f"; next attempt at {admin.local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        _say(f"  {printable(hold.next)}{end}")
+        _say(f"  {printable(hold.reason.next)}{end}")
 
 
 def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -167,8 +167,8 @@ def _once_told(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     hold = daemon.hold
     held = None
     if hold:
-        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.message}
-        held |= {"until": daemon.hold_ends, "next": hold.next}
+        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.reason.message}
+        held |= {"until": daemon.hold_ends, "next": hold.reason.next}
     jobs = [
         {
             "source": whole(one.source),

@@ -1,8 +1,8 @@
 """Whether another request may go out now: every reason to wait in one place.
 
-The gate belongs to the main thread; workers only ask whom an account-level refusal is shown by (``Holds.blame``), or
-say that it could not be (``Holds.absolve``). Each hold is told once when it begins, with what to do about it, and once
-when it ends.
+The gate belongs to the main thread; workers only ask which job reports an account-level refusal
+(``Holds.may_report``), or say that it could not (``Holds.not_reported``). Each hold is logged once when it begins, with
+the next step, and once when it ends.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from imagewatch.daemon.burst import BurstGuard
-from imagewatch.job.outcome import Trouble
+from imagewatch.protocol.reasons import KINDS, Others, Reason
 from imagewatch.system.disk import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
@@ -25,13 +26,10 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Limits
     from imagewatch.job.spool import Spool
-    from imagewatch.journal.budget import Refusal
     from imagewatch.journal.control import Control
     from imagewatch.journal.holds import Hold, Holds
     from imagewatch.journal.ledger import Ledger
 
-DISK_SECONDS = 5.0
-"""How long after our own disk failed the next write probe is made."""
 _KEY_SECONDS = 2.0
 """How often the file of the key is looked at while the account refuses us."""
 _MOST_BROKEN = 2
@@ -39,11 +37,7 @@ _MOST_BROKEN = 2
 _MOST_CAUSES = 10
 """How many causes of one hold are told at most; status has the newest one."""
 _NONE = ("", 0, "")
-_PERMITTED = {"cap", "soon", "rate"}
-"""Holds that say nothing of a request that is on its way: what it may cost is set aside already."""
-_ACCOUNT = {"key", "credits", "quota", "address"}
-_OWN = {"cap", "soon"}
-"""Kinds of trouble that other requests need not meet."""
+_ACCOUNT = [kind.name for kind in KINDS.values() if kind.is_account]
 _log = structlog.get_logger()
 
 
@@ -94,7 +88,7 @@ class Gate:
         self._braking: dict[str, SpoolError] = {}
         self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were told
         self._is_proved = False  # whether the ledger was written once: the first prompt is not to find out for it
-        self.blame, self.absolve = holds.blame, holds.absolve
+        self.may_report, self.not_reported = holds.may_report, holds.not_reported
         self.disk_failed = False
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
@@ -135,9 +129,9 @@ class Gate:
                 raise Withdrawn("the daemon was told to stop before the request was sent")
             for error in list(self._braking.values()):
                 raise Withdrawn(f"the queue was held (disk) before the request was sent: {error}")
-            hold = self._holds.waiting(self._now(), _PERMITTED)
+            hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
-                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.message}")
+                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.reason.message}")
             yield
 
     def drain(self) -> None:
@@ -219,7 +213,7 @@ class Gate:
         """
         most = self._limits.burst
         if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
-            self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
+            self._begin(Reason("burst", f"{new} prompts at once are more than limits.burst ({most})"))
 
     def look(self, newest: float = 0.0) -> None:
         """Look at what commands have asked for, and at the file of the key.
@@ -247,7 +241,7 @@ class Gate:
         if reason is None:
             self._end(self._holds.clear("hand"))
         elif reason != before or not self._holds.has("hand"):
-            self._begin("hand", reason or "by hand", math.inf)
+            self._begin(Reason("hand", reason or "by hand"))
 
     def look_at_key(self) -> None:
         """Look at the file of the key, if it is time."""
@@ -272,7 +266,7 @@ class Gate:
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("it was refused before; one prompt goes first", kind=kind, reason=message)
-                self._holds.resume(kind, message, self._now())
+                self._holds.resume(Reason(kind, message), self._now())
         self.look()
 
     def patience(self) -> float:
@@ -284,33 +278,32 @@ class Gate:
 
     # Told by the main loop
 
-    def met(self, trouble: Trouble, began: float) -> None:
+    def met(self, reason: Reason, began: float) -> None:
         """Take note of what every other request would meet too, unless that is over already.
 
         Args:
-            trouble: What it met.
+            reason: What it met.
             began: Monotonic time at which it was begun, seconds; a key, say, may have been changed since.
         """
-        if trouble.kind == "disk":
-            self.failed(SpoolError(trouble.message, path=trouble.path, code=trouble.code, hint=trouble.hint))
-            return
-        if trouble.kind in _OWN:
-            return
-        if trouble.kind != "busy" and began < max(self._anew, self._ended.get(trouble.kind, self._anew)):
-            return
-        self._begin(trouble.kind, trouble.message, trouble.seconds)
+        others = reason.row.others
+        if reason.error is not None:
+            self.failed(reason.error)
+        elif others in {Others.CONTINUE, Others.FITTING}:
+            pass
+        elif others is Others.PAUSE or began >= max(self._anew, self._ended.get(reason.kind, self._anew)):
+            self._begin(reason)
 
-    def broke(self, job: str, trouble: Trouble, began: float) -> None:
+    def broke(self, job: str, reason: Reason, began: float) -> None:
         """Take note that the upload of a job was cut off. One prompt's trouble is not the network's; several's may be.
 
         Args:
             job: Whose.
-            trouble: How.
+            reason: How.
             began: As for ``met``.
         """
         self._broken.add(job)
         if len(self._broken) > _MOST_BROKEN:
-            self.met(Trouble("unreachable", trouble.message), began)
+            self.met(Reason("unreachable", reason.message), began)
 
     def answered(self, began: float) -> None:
         """Take note that a request begun at this monotonic time was answered."""
@@ -321,35 +314,36 @@ class Gate:
         """Take note that our own disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
         hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
-        self._begin("disk", str(error), DISK_SECONDS, error.hint, (self._spool.top(error.path), error.code, hint))
+        self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
 
-    def set_caps(self, refused: Mapping[str, Refusal]) -> None:
+    def set_caps(self, refused: Mapping[str, Reason]) -> None:
         """Take note of the providers of which prompts wait at a cap, and why."""
         now = self._clock()
-        told = {provider: (refusal.message, max(refusal.ends - now, 0.0)) for provider, refusal in refused.items()}
+        told = {provider: replace(reason, seconds=max(reason.ends - now, 0.0)) for provider, reason in refused.items()}
         begun, ended = self._holds.set_caps(told, self._now())
         if begun or ended:
             self._on_change(at_once=True)
         for hold in begun:
-            say = {"seconds": round(hold.until - self._now(), 1), "until": self.ends(hold), "next": hold.next}
-            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.message, **say)
+            say = {"seconds": round(hold.until - self._now(), 1), "until": self.ends(hold), "next": hold.reason.next}
+            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.reason.message, **say)
         for hold in ended:
             _log.info("released", kind=hold.kind, provider=hold.provider)
 
-    def _begin(
-        self, kind: str, message: str, seconds: float | None, hint: str = "", cause: tuple[str, int, str] = _NONE
-    ) -> None:
+    def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
+        kind = reason.kind
+        if reason.seconds is None:
+            reason = replace(reason, seconds=reason.row.seconds)
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
         known = self._is_told(cause) if kind == "disk" else kind != "hand" and self._holds.waits(kind, now)
-        hold = self._holds.add(kind, message, now, seconds, hint)
+        hold = self._holds.add(reason, now)
         self._on_change(at_once=not known and not hold.brief)
         if known:
             return
         self.wait_for_first_bytes()
         self._remember()
-        say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
+        say: dict[str, object] = {"kind": kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
             say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **say)
@@ -375,7 +369,9 @@ class Gate:
     def _remember(self) -> None:
         """Write down what the next start has to know, lest each one shows another prompt the same refusal."""
         with contextlib.suppress(SpoolError):  # the disk has a hold of its own
-            self._control.refuse({hold.kind: hold.message for hold in self._holds.all() if hold.kind in _ACCOUNT})
+            self._control.refuse(
+                {hold.kind: hold.reason.message for hold in self._holds.all() if hold.kind in _ACCOUNT}
+            )
 
     # Told to others
 

@@ -25,7 +25,7 @@ from msgspec.structs import replace
 from imagewatch import __version__
 from imagewatch.config.key import key_stamp, read_key
 from imagewatch.daemon import memory
-from imagewatch.daemon.admission import DISK_SECONDS, Gate
+from imagewatch.daemon.admission import Gate
 from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.ignored import Ignored
@@ -44,6 +44,7 @@ from imagewatch.journal.holds import Hold, Holds
 from imagewatch.journal.ledger import Ledger
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.names import SUFFIX, stem_of
+from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import MORE_FILES, ConfigError, SpoolError
 
@@ -248,8 +249,8 @@ class Daemon:
             self._client,
             self._ledger,
             config,
-            blame=self._gate.blame,
-            absolve=self._gate.absolve,
+            may_report=self._gate.may_report,
+            not_reported=self._gate.not_reported,
             on_paid=lambda job: self._mailbox.put(Paid(job)),
             budget=self._budget,
             fates=self._fates,
@@ -760,10 +761,10 @@ class Daemon:
 
     def _judge(self, outcome: Outcome, key: Key | None, began: float) -> None:
         """Draw the consequences of an outcome for the queue."""
-        if outcome.trouble is not None and outcome.trouble.kind == "broken":
-            self._gate.broke(outcome.job, outcome.trouble, began)
-        elif outcome.trouble is not None:
-            self._gate.met(outcome.trouble, began)
+        if outcome.reason is not None and outcome.reason.kind == "broken":
+            self._gate.broke(outcome.job, outcome.reason, began)
+        elif outcome.reason is not None:
+            self._gate.met(outcome.reason, began)
         elif outcome.answered:
             self._gate.answered(began)
         if outcome.end not in {End.LATER, End.RETURNED}:
@@ -771,7 +772,7 @@ class Daemon:
                 if later.displaced and later.key == key:
                     later.at = self._now()  # its name may be free now
         if outcome.end is End.LATER:
-            turn = outcome.trouble is not None and outcome.trouble.kind in {"rate", "soon"}
+            turn = outcome.reason is not None and outcome.reason.row.is_short
             fresh = outcome.displaced or turn  # any other wait is for a request
             self._later.append(Later(outcome.job, self._now() + outcome.delay, key, outcome.displaced, fresh, turn))
         elif outcome.end in {End.RETURNED, End.REDELIVERED}:

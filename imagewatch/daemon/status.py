@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import __version__
 from imagewatch.inbox.candidate import Reasons, Wait, joined
 from imagewatch.journal.budget import day_and_month
-from imagewatch.journal.holds import NEXT
 from imagewatch.journal.ledger import NO_TOTALS
+from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import amount, printable, to_json, utc
@@ -63,14 +63,14 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
         page: What it said before it ended.
         control: What was asked for since.
     """
-    kinds = {"hand", "burst", *control.refused()}
+    kinds = {*control.refused(), *(kind.name for kind in HOLDS.values() if kind.others is Others.PERSON)}
     holds = [one for one in page["holds"] if one["kind"] in kinds and not control.release_pending()]
     reason = control.held()
     if reason is None:
         return [one for one in holds if one["kind"] != "hand"]
     if all(one["kind"] != "hand" for one in holds):
         reason = reason or "by hand"
-        holds.append({"kind": "hand", "reason": reason, "since": None, "until": None, "next": NEXT["hand"]})
+        holds.append({"kind": "hand", "reason": reason, "since": None, "until": None, "next": HOLDS["hand"].next})
     return holds
 
 
@@ -228,10 +228,10 @@ class Status:
             {
                 "kind": hold.kind,
                 "provider": hold.provider or None,
-                "reason": printable(known.text(hold.message)),
+                "reason": printable(known.text(hold.reason.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "until": self._gate.ends(hold),
-                "next": hold.next,
+                "next": hold.reason.next,
             }
             for hold in self._gate.holds()
             if not hold.brief or now < hold.until
