@@ -105,7 +105,7 @@ class Daemon:
 
     def has_looked(self) -> bool:
         """Tell whether it has looked at the inbox."""
-        return bool(self.page().get("last_sweep"))
+        return bool(self.page().get("last_scan"))
 
     def waiting(self) -> int:
         """Return how many prompts wait for a worker by its own count."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imagewatch.commands.main import cli
+from imagewatch.commands.main import COMMANDS, cli, load_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,7 +25,7 @@ imagewatch \- a watched folder for paid image generation
 """
 
 COMMON = "Every command that looks at the folders takes the first, every command the second."
-CONFIG = next(part for part in cli.commands["run"].params if isinstance(part, click.Option))
+CONFIG = next(part for part in load_command("run").params if isinstance(part, click.Option))
 HELP = click.Option(["-h", "--help"], is_flag=True, help="Say what the command does and what it takes, and end.")
 
 FOOT = r"""
@@ -126,8 +126,8 @@ def command(name: str, one: click.Command) -> Iterator[str]:
 def page() -> str:
     """Return the whole page."""
     lines = [HEAD.strip(), ".SH DESCRIPTION", *paragraphs(cli.help or ""), ".SH COMMANDS"]
-    for name, one in sorted(cli.commands.items()):
-        lines += command(name, one)
+    for name in sorted(COMMANDS):
+        lines += command(name, load_command(name))
     lines += [".SH OPTIONS", COMMON, *option(CONFIG), *option(HELP), ".SH EXIT STATUS"]
     codes = re.sub(r"\n {6}", " ", str(cli.epilog))
     for code, words in re.findall(r"^  (\d+) +(.+)$", codes, re.MULTILINE):

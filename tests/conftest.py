@@ -108,7 +108,7 @@ def run(start: Any) -> Iterator[Callable[..., Told]]:
         told = Told(running)
         started.append(told)
         if watching:
-            told.wait_for("watching")
+            told.wait_for("started")
         return told
 
     yield runner

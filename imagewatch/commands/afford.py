@@ -5,13 +5,10 @@ What a running daemon has in flight is not known here.
 
 from __future__ import annotations
 
-import contextlib
-import os
-import time
 from typing import TYPE_CHECKING
 
-from imagewatch.journal.budget import CAPS, Budget, NoBooks
-from imagewatch.journal.ledger import Ledger
+from imagewatch.commands.ledger import open_budget
+from imagewatch.journal.budget import CAPS
 from imagewatch.journal.prices import Asked
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import amount, printable
@@ -20,29 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.config.load import Config
+    from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Request
-
-
-@contextlib.contextmanager
-def budget_of(config: Config) -> Iterator[Budget]:
-    """Open the ledger for the block and return what may be spent by it; without a ledger nothing was spent.
-
-    Args:
-        config: State folder, limits.
-
-    Raises:
-        SpoolError: There may be a ledger, but it cannot be read.
-    """
-    state = config.folders.state
-    path = os.path.join(state, "ledger.sqlite3")
-    with contextlib.ExitStack() as stack:
-        books: Ledger | NoBooks = NoBooks()
-        if os.path.exists(path):
-            books = stack.enter_context(contextlib.closing(Ledger(path)))
-        elif os.path.exists(state) and not os.access(state, os.X_OK):
-            hint = "use the daemon's user or root, e.g. sudo imagewatch …"
-            raise SpoolError(f"{printable(state)}: this user may not look into it", path=state, hint=hint)
-        yield Budget(books, config.limits, time.time)
 
 
 def refusal(budget: Budget, request: Request) -> tuple[str, str]:
@@ -66,7 +42,7 @@ def caps(config: Config) -> Iterator[tuple[str, str, str]]:
     if not set_:
         return
     try:
-        with budget_of(config) as budget:
+        with open_budget(config) as budget:
             spent, is_known = budget.spent(), budget.knows_prices()
     except SpoolError as error:
         yield "wait", "caps", printable(f"what was spent is not known: {error}")

@@ -37,6 +37,6 @@ def in_words(found: Balances) -> str:
         return f"{before}, none is known from after it yet"
     told = f"{before}, {amount(found.after)} after it ({local(found.after_at)})"
     told += f"; other requests in between: {found.others}, charged {amount(found.credits)}"
-    if found.unpriced:
-        told += f" and {found.unpriced} times an unknown amount"
+    if found.unknown_cost:
+        told += f" and {found.unknown_cost} times an unknown amount"
     return f"{told}; difference not explained by them: {amount(found.before - found.after - found.credits)}"

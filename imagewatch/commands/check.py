@@ -1,4 +1,4 @@
-"""What ``imagewatch check`` says: what the daemon would do with each file of the inbox, and why.
+"""``imagewatch check``: what the daemon would do with each file of the inbox, and why.
 
 Reads only; nothing is claimed, sent or created.
 """
@@ -8,261 +8,80 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import pwd
-import stat
+import sys
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING
+
+import click
 
 from imagewatch.commands import afford
-from imagewatch.commands.balances import with_balances
-from imagewatch.config.key import key_file_problem, key_source, read_key
-from imagewatch.config.locate import is_hidden, others_who_write, refusal
-from imagewatch.config.schema import layered
+from imagewatch.commands.check_settings import Line, account, settings
+from imagewatch.commands.common import config_option, json_option, load_config
+from imagewatch.commands.exits import EXIT_CONFIG
+from imagewatch.commands.ledger import open_budget
+from imagewatch.commands.state import holds
+from imagewatch.commands.terminal import padded
 from imagewatch.daemon import status
 from imagewatch.inbox.scan import Sweep
-from imagewatch.job.claims import HINT
-from imagewatch.job.spool import Spool, blocked, require_space
-from imagewatch.journal.control import Control
-from imagewatch.journal.health import trouble
-from imagewatch.journal.ledger import Ledger
-from imagewatch.protocol.names import CLAIMS, SUFFIX
-from imagewatch.protocol.options import choose_provider
-from imagewatch.protocol.request import Files, Request, build, unknown_family
-from imagewatch.system.disk import FULL, Disk, locked, ours
-from imagewatch.system.errors import BadRequest, ConfigError, SpoolError, Unavailable
-from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
+from imagewatch.job.spool import blocked
+from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.request import Files, Request, build
+from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.folders import Tops
-from imagewatch.system.text import amount, local, printable
+from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping
+    from collections.abc import Iterator
 
     from imagewatch.config.load import Config
     from imagewatch.inbox.candidate import Candidate
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Opener
 
-_ALL = os.R_OK | os.W_OK | os.X_OK
+_COLOURS = {"ok": "green", "take": "green", "bad": "red", "refuse": "red", "wait": "yellow", "ignore": "yellow"}
 
 
-@dataclass(frozen=True)
-class Line:
-    """One thing that was looked at.
+@click.command()
+@click.option("--balance", is_flag=True, help="Ask the endpoint what the account holds, too (free of charge).")
+@json_option
+@config_option
+def check(path: str | None, *, balance: bool, as_json: bool) -> None:
+    """Say what the daemon would do, and why; send nothing.
 
-    Attributes:
-        verdict: ``ok``, ``bad``, ``take``, ``refuse``, ``wait`` or ``ignore``.
-        what: The file, folder or setting.
-        why: In words.
+    Looks at the configuration, the folders, the key (never shown), whether the queue is held, and every file in the
+    inbox.
     """
-
-    verdict: str
-    what: str
-    why: str
-
-
-def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Look at folders and key, and at what else would keep the daemon from starting."""
-    yield Line("ok", "configuration", config.source)
-    yield Line("ok", "endpoint", config.endpoint.base_url)
-    yield from _refused(config, environ)
-    kinds = Kinds()
-    kinds.refresh()
-    for name in ("inbox", "outbox", "errors", "archive", "state"):
-        path = getattr(config.folders, name)
-        if path == "delete":
-            yield Line("ok", name, "originals are deleted after success")
-        else:
-            yield _folder(name, path, kinds)
-    yield from _room(config, kinds)
-    if error := trouble(config.folders.state):
-        if Control(config.folders.state, Disk()).accepts_ledger():
-            yield Line("wait", "ledger", printable(f"{error} (the daemon accepts what is there when it starts)", 1000))
-        else:
-            yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
-    yield from (Line(*told) for told in afford.caps(config))
-    yield from _models(config)
-    if os.path.isdir(config.folders.inbox):
-        yield _watched(config, kinds)
-        yield from _claims(config, kinds)
-    yield from _key(config, environ)
+    found: dict[str, list[Line]] = {"settings": [], "files": []}
+    for part, line in _checked(load_config(path), balance=balance):
+        found[part].append(line)
+        if not as_json:
+            _row(line)
+    if as_json:
+        click.echo(to_json({part: [asdict(line) for line in lines] for part, lines in found.items()}, indent=1))
+    elif not found["files"]:
+        click.echo("There is no prompt in the inbox.")
+    sys.exit(EXIT_CONFIG if any(line.verdict == "bad" for line in found["settings"]) else 0)
 
 
-def _models(config: Config) -> Iterator[Line]:
-    """Name each model that is set without a provider, and is of no known family: prompts that use it are refused."""
-    presets = {f"presets.{name}": preset for name, preset in config.presets.items() if preset.model}
-    for table, own in {"defaults": config.defaults, **presets}.items():
-        options = layered((own, config.defaults))
-        if choose_provider(options, has_inputs=False) is None:
-            problem = unknown_family(options)
-            yield Line("wait", table, printable(f"{problem}; without it prompts that name no provider are refused"))
+def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
+    """Yield what was found, line by line: the endpoint may take its time."""
+    for line in settings(config, os.environ):
+        yield "settings", line
+    for line in account(config, os.environ) if balance else ():
+        yield "settings", line
+    for hold in holds(config):
+        yield "settings", Line("wait", "queue", f"held ({status.kind(hold)}): {hold['reason']}; {hold['next']}")
+    for job, source in stuck(config).items():
+        why = f"{source} is stuck; the log says why, and what to do; no other prompt of its name is sent until then"
+        yield "settings", Line("wait", f"job {job}", why)
+    for line in files(config):
+        yield "files", line
 
 
-def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Say where the key comes from, or why there is none; of another user's daemon that cannot be seen from here."""
-    source = key_source(config.endpoint, environ)
-    if not source and (whose := _daemon(config)):
-        why = f"this command cannot see the key: {whose} and may have a systemd credential or a variable of its own"
-        environ_of = "CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service"
-        hint = f"to check it as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
-        yield Line("wait", "key", printable(f"{why} ({hint})"))
-        return
-    try:
-        read_key(config.endpoint, environ)
-    except ConfigError as error:
-        for problem in error.problems:
-            yield Line("bad", "key", printable(str(problem)))
-    else:
-        warning = key_file_problem(config.endpoint.api_key_file) if config.endpoint.api_key_file else ""
-        yield Line("ok", "key", printable(f"from {source}" + (f"; but {warning}" if warning else "")))
-
-
-def _daemon(config: Config) -> str:
-    """Return which other process has this state folder, in words; an empty string if none has, as far as we may see."""
-    state = config.folders.state
-    try:
-        if os.stat(state).st_uid != os.geteuid():
-            return f"the daemon is another user, {_owner(config)},"
-        return "a daemon is running" if locked(os.path.join(state, "lock")) else ""
-    except (OSError, SpoolError):
-        return ""
-
-
-def _owner(config: Config) -> str:
-    """Return the user of the daemon: the owner of its state folder."""
-    number = os.stat(config.folders.state).st_uid
-    try:
-        return pwd.getpwuid(number).pw_name
-    except KeyError:
-        return str(number)
-
-
-def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Say what the parts of the daemon refuse to be made with, in their own words: they are made as it makes them."""
-    from imagewatch.endpoint.client import Client  # noqa: PLC0415  heavy
-
-    parts: tuple[Callable[[], object], ...] = (
-        lambda: Client(config.endpoint, lambda: read_key(config.endpoint, environ)).close(),
-        lambda: Spool(config, Disk()),
-    )
-    for make in parts:
-        try:
-            make()
-        except ConfigError as error:
-            for one in error.problems:
-                hint = f" ({one.hint})" if one.hint else ""
-                yield Line("bad", one.field, printable(f"{one.reason}{hint}"))
-
-
-def _room(config: Config, kinds: Kinds) -> Iterator[Line]:
-    """Say if the daemon would be held at once for want of space; of folders to be made, where they will be."""
-    there = {name: _nearest(getattr(config.folders, name)) for name in ("state", "outbox")}
-    try:
-        require_space((there["state"], there["outbox"]), config.limits.min_free_bytes, Tops())
-    except SpoolError as error:
-        if error.code in FULL and keeps_files(kinds.of(error.path)):  # else the folder's own line says it
-            yield Line("bad", "disk", f"{error} ({error.hint})")
-
-
-def _watched(config: Config, kinds: Kinds) -> Line:
-    """Say how changes of the inbox are noticed."""
-    kind = kinds.of(config.folders.inbox)
-    polled = config.inbox.watch == "poll" or (config.inbox.watch == "auto" and eventless(kind))
-    seconds = min(config.inbox.rescan_seconds, POLL_SECONDS) if polled else config.inbox.rescan_seconds
-    how = "by looking" if polled else "by the kernel's events, and by looking"
-    return Line("ok", "watch", f"{kind or 'unknown file system'}: changes are noticed {how} every {amount(seconds)} s")
-
-
-def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
-    """Say what is wrong with the folder of claimed files."""
-    kind = kinds.of(config.folders.inbox)
-    if not keeps_owners(kind):
-        why = "it may keep no owners, so that other users of this share can change claimed files"
-        yield Line("wait", "claims", f"{kind or 'unknown file system'}: {why}; key and state folder are not at risk")
-        return
-    path = os.path.join(config.folders.inbox, CLAIMS)
-    if not os.path.lexists(path):
-        return
-    with ours(path, "look at the folder"):
-        status = os.lstat(path)
-        daemon = os.stat(config.folders.state).st_uid if os.path.isdir(config.folders.state) else os.geteuid()
-        if not stat.S_ISDIR(status.st_mode):
-            yield Line("bad", "claims", f"{printable(path)}: is not a folder ({HINT})")
-        elif status.st_uid != daemon or stat.S_IMODE(status.st_mode) & 0o777 != stat.S_IRWXU:
-            why = f"user number {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
-            yield Line(
-                "bad", "claims", f"{printable(path)}: is not the daemon's folder of claimed files: {why} ({HINT})"
-            )
-
-
-def balance(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Ask the account for its balance, and name what may have been charged without anybody knowing.
-
-    The two together tell an admin whether a lost answer was paid for, if nothing else spends from the account.
-    """
-    from imagewatch.endpoint.client import Client  # noqa: PLC0415  only here, and it is heavy
-
-    try:
-        with contextlib.closing(Client(config.endpoint, lambda: read_key(config.endpoint, environ))) as client:
-            for name, credits_ in client.balance().items():
-                yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
-    except Unavailable as error:
-        yield Line("wait", "balance", printable(f"not available ({error}); nothing else depends on it"))
-    except ConfigError as error:
-        problem = error.problems[0]
-        yield Line("wait", "balance", printable(f"not available ({problem.field}: {problem.reason})"))
-    path = os.path.join(config.folders.state, "ledger.sqlite3")
-    if os.path.exists(path):
-        try:
-            with contextlib.closing(Ledger(path)) as ledger:
-                yield from (
-                    _in_doubt(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown"
-                )
-        except SpoolError as error:
-            yield Line("wait", "ledger", printable(str(error)))
-
-
-def _in_doubt(job: Mapping[str, Any]) -> Line:
-    sent = local(job["sent_at"]) if job["sent_at"] else "?"
-    ids = f", request id {job['request_id']}" if job["request_id"] else ""
-    return Line(
-        "wait",
-        printable(job["source"]),
-        f"may have been charged: sent {sent}, job {job['job']}{ids}; {job['balances']}",
-    )
-
-
-def _folder(name: str, path: str, kinds: Kinds) -> Line:
-    shown, nearest = printable(path), _nearest(path)
-    if not keeps_files(kind := kinds.of(nearest)):
-        return Line("bad", name, f"{shown}: nothing can be kept there ({kind}); name a folder on a disk")
-    if os.path.isdir(path):
-        return _existing_folder(name, path)
-    if is_hidden(path):
-        return Line("bad", name, f"{shown}: permission denied ({refusal(path, _ALL)})")
-    if os.path.lexists(path):
-        return Line("bad", name, f"{shown}: is not a folder")
-    if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
-        return Line("ok", name, f"{shown} (will be made)")
-    hint = "make it, or set root in the configuration to a folder of yours"
-    return Line("bad", name, f"{shown}: is not there, and this user cannot make it ({hint})")
-
-
-def _existing_folder(name: str, path: str) -> Line:
-    shown, above = printable(path), os.path.dirname(os.path.realpath(path))
-    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        return Line("bad", name, f"{shown}: this user may not write there ({refusal(path, _ALL)})")
-    if who := others_who_write(os.stat(above)):
-        why = f"{printable(above)} may be written by {who}, so others can replace this folder"
-        return Line("wait", name, f"{shown}: {why} (chmod go-w {printable(above)})")
-    return Line("ok", name, shown)
-
-
-def _nearest(path: str) -> str:
-    """Return what is there of a path: itself, or the nearest folder above it."""
-    while not os.path.lexists(path):
-        path = os.path.dirname(path)
-    return path
+def _row(line: Line) -> None:
+    verdict = click.style(f"{line.verdict:<7}", fg=_COLOURS[line.verdict])
+    click.echo(f"{verdict} {padded(printable(line.what), 32)} {printable(line.why)}")
 
 
 def stuck(config: Config) -> dict[str, str]:
@@ -287,7 +106,7 @@ def files(config: Config) -> Iterator[Line]:
     with contextlib.ExitStack() as stack:
         budget = None
         with contextlib.suppress(SpoolError):  # the line of the caps says so
-            budget = stack.enter_context(afford.budget_of(config))
+            budget = stack.enter_context(open_budget(config))
         for candidate in seen.ready:
             path = printable(candidate.source)
             if job := names.get(path) or names.get(f"*/{os.path.basename(path)}"):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import sys
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from PIL import Image, ImageDraw, ImageFont
 
+from imagewatch.commands.progress import progress
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
 from imagewatch.gallery import Gallery
@@ -46,6 +49,20 @@ _EXPLAINED = {
 _PICTURES = {"postcard.png": ("harbour", (58, 110, 150)), "postcard.1.png": ("boat", (170, 80, 50))}
 
 
+@click.command()
+@click.argument("folder", default="imagewatch-demo", type=click.Path(file_okay=False))
+def demo(folder: str) -> None:
+    """Show everything at once on a local endpoint: no key, no cost.
+
+    Makes FOLDER (default: imagewatch-demo; a number is added if it is there), drops six prompts into its inbox and
+    runs the real daemon on them. Nothing leaves this machine.
+    """
+    with progress(shown=sys.stderr.isatty()) as bar:
+        story = _play(folder, on_outcome=bar.finished, on_seen=bar.found)
+    for line in story.lines:
+        click.echo(line)
+
+
 @dataclass
 class Story:
     """What the demo showed.
@@ -61,7 +78,7 @@ class Story:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callable[[int], None]) -> Story:
+def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callable[[int], None]) -> Story:
     """Make the folders, drop the prompts, run the daemon.
 
     Args:
@@ -112,8 +129,6 @@ def _fresh(folder: str) -> str:
 
 def _drop(inbox: str) -> None:
     """Drop the prompts, images first, as a careful sender does."""
-    from PIL import Image, ImageDraw, ImageFont  # noqa: PLC0415  the daemon has no use for it
-
     os.makedirs(inbox)
     for name, (word, colour) in _PICTURES.items():
         picture = Image.new("RGB", (320, 240), colour)

@@ -1,4 +1,4 @@
-"""What the prompts in the inbox may cost, from what requests like them have cost here. No network.
+"""``imagewatch estimate``: what the prompts in the inbox may cost, from what requests like them have cost here.
 
 The endpoint publishes no prices; the ledger knows what was charged. A request like none before it has no estimate,
 and that is said.
@@ -11,13 +11,18 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import click
+
+from imagewatch.commands.common import config_option, json_option, load_config
+from imagewatch.commands.ledger import open_budget
+from imagewatch.commands.terminal import print_table, shown
 from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.prices import PRICED, Asked
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.request import Files, build
 from imagewatch.system.errors import BadRequest, SpoolError
-from imagewatch.system.text import printable
+from imagewatch.system.text import amount, printable, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +30,46 @@ if TYPE_CHECKING:
     from imagewatch.config.load import Config
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Request
+
+
+@click.command()
+@json_option
+@config_option
+def estimate(path: str | None, *, as_json: bool) -> None:
+    """Say what the prompts in the inbox may cost; no network.
+
+    The endpoint publishes no prices: this is what requests like them were charged here before.
+    """
+    config = load_config(path)
+    with open_budget(config) as budget:
+        found = list(_inbox(config, budget))
+    if as_json:
+        click.echo(to_json([{name: getattr(one, name) for name in one.__slots__} for one in found], indent=1))
+        return
+    if not found:
+        click.echo("There is no prompt in the inbox.")
+        return
+    print_table(
+        ("prompt", "request", "credits"),
+        [[printable(one.source, 60), shown(one.request), _price(one)] for one in found],
+    )
+    known = [one for one in found if one.usual is not None]
+    unknown = sum(one.usual is None and not one.problem for one in found)
+    low, high = sum(one.low or 0 for one in known), sum(one.high or 0 for one in known)
+    click.echo(f"\nIn all: {_span(low, high)} credits" + (f", and {unknown} of unknown price." if unknown else "."))
+
+
+def _price(one: Estimate) -> str:
+    if one.problem:
+        return f"none: it will be refused ({printable(one.problem, 100)})"
+    if one.usual is None or one.low is None or one.high is None:
+        reserved = f"; a cap reserves {amount(one.reserve)}" if one.reserve is not None else ""
+        return f"unknown: none like it was charged in the last 30 days{reserved}"
+    return f"{_span(one.low, one.high)}, usually {amount(one.usual)} ({one.seen} made)"
+
+
+def _span(low: float, high: float) -> str:
+    return amount(low) if low == high else f"{amount(low)} to {amount(high)}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +97,7 @@ class Estimate:
     problem: str = ""
 
 
-def inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
+def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
     """Estimate what is in the inbox, settled or not.
 
     Args:
@@ -81,10 +126,10 @@ def inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
         else:
-            yield _price(os.path.join(folder, stem + SUFFIX), request, budget)
+            yield _estimated(os.path.join(folder, stem + SUFFIX), request, budget)
 
 
-def _price(source: str, request: Request, budget: Budget) -> Estimate:
+def _estimated(source: str, request: Request, budget: Budget) -> Estimate:
     """Estimate one request by the charges of those like it, as the caps do."""
     asked = Asked.of(request.fields)
     if problem := budget.never(asked):

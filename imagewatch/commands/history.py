@@ -1,4 +1,4 @@
-"""What was made, refused and spent, told from the ledger: as sums, for programs (JSON, CSV) and for people.
+"""``imagewatch history``: what was made, refused and spent, from the ledger: as a table, as sums, for programs.
 
 Days are those of UTC, like those of the caps.
 """
@@ -8,22 +8,108 @@ from __future__ import annotations
 import csv
 import io
 import os
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import click
+
+from imagewatch.commands.balances import with_balances
+from imagewatch.commands.common import config_option, json_option, load_config
+from imagewatch.commands.ledger import open_ledger
+from imagewatch.commands.terminal import print_table, shown
 from imagewatch.daemon.status import iso
-from imagewatch.system.text import printable, to_json, utc
+from imagewatch.journal.budget import day_and_month
+from imagewatch.protocol.names import SUFFIX
+from imagewatch.system.text import amount, printable, to_json, utc
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
-BY = ("day", "month", "provider", "folder", "owner")
 _COLUMNS = (
     *("claimed_at", "sent_at", "answered_at", "source", "job", "outcome", "charged", "credits", "provider", "model"),
     *("asked", "got", "attempts", "status", "code", "message", "request_id", "redelivered"),
     *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
+_COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
+
+
+@click.command()
+@click.option(
+    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Sums instead of single jobs."
+)
+@click.option(
+    "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only of the last days, today included (UTC)."
+)
+@click.option(
+    "--limit", type=click.IntRange(0, 10**9), metavar="NUMBER", help="Only the newest jobs; 0 is all. Without it: 20."
+)
+@json_option
+@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
+@config_option
+def history(
+    by: str | None, days: int | None, limit: int | None, path: str | None, *, as_json: bool, as_csv: bool
+) -> None:
+    """Show what was made, refused and spent.
+
+    The ledger knows every job that ever was. Days are those of UTC, as for the caps.
+    """
+    if as_json and as_csv:
+        raise click.UsageError("--json and --csv exclude each other")
+    config = load_config(path)
+    today = day_and_month(time.time())[0][0].timestamp()
+    since = today - (days - 1) * 86_400 if days else 0.0
+    is_whole = by or as_json or as_csv or days
+    newest = limit or None if limit is not None or is_whole else 20
+    with open_ledger(config) as ledger:
+        jobs = [with_balances(job, ledger) for job in ledger.jobs(since, newest)]
+        totals = ledger.totals(since)
+    if by:
+        _show_sums(_sums(jobs, by), by, as_json=as_json, as_csv=as_csv)
+    elif as_json or as_csv:
+        click.echo((_as_json if as_json else _as_csv)(jobs), nl=as_json)
+    else:
+        _show_jobs(jobs, totals)
+
+
+def _show_sums(found: Sequence[Sum], by: str, *, as_json: bool, as_csv: bool) -> None:
+    columns = ("completed", "refused", "unknown", "credits", "unknown_cost")
+    rows = [{by: one.name, **{name: getattr(one, name) for name in columns}} for one in found]
+    if as_json:
+        click.echo(to_json(rows, indent=1))
+    elif as_csv:
+        click.echo(_table_csv((by, *columns), [row.values() for row in rows]), nl=False)
+    else:
+        head = (f"{by} (UTC)" if by in {"day", "month"} else by, *columns)
+        print_table(head, [[shown(value) for value in row.values()] for row in rows])
+
+
+def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None:
+    if not jobs:
+        click.echo("Nothing was made yet.")
+        return
+    outcomes = ["paid" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
+    rows = [
+        [
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(job["sent_at"] or job["claimed_at"])),
+            outcome,
+            shown(job["credits"]),
+            shown(job["provider"]),
+            shown(job["got"] or None),
+            printable(job["source"].removesuffix(SUFFIX), 100),
+        ]
+        for job, outcome in zip(jobs, outcomes, strict=True)
+    ]
+    print_table(
+        ("time", "outcome", "credits", "provider", "images", "prompt"),
+        rows,
+        colours=[_COLOURS.get(outcome) for outcome in outcomes],
+        notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
+    )
+    completed, refused, unknown = (int(totals[name]) for name in ("completed", "refused", "unknown"))
+    spent = amount(totals["credits"])
+    click.echo(f"\nIn all: {completed} completed, {refused} refused, {unknown} unknown, {spent} credits.")
 
 
 @dataclass
@@ -32,30 +118,30 @@ class Sum:
 
     Attributes:
         name: What they have in common.
-        made: Jobs that were charged.
+        completed: Jobs that were charged.
         refused: Jobs that were not, by the API or by our own checks.
         unknown: Jobs that may have been charged.
         credits: Known credits.
-        unpriced: Charged jobs whose price nobody said.
+        unknown_cost: Charged jobs whose price nobody said.
     """
 
     name: str
-    made: int = 0
+    completed: int = 0
     refused: int = 0
     unknown: int = 0
     credits: float = 0.0
-    unpriced: int = 0
+    unknown_cost: int = 0
 
     def add(self, job: Mapping[str, Any]) -> None:
         """Count a job."""
-        self.made += job["charged"] == "yes"
+        self.completed += job["charged"] == "yes"
         self.unknown += job["charged"] == "unknown"
         self.refused += job["outcome"] in {"refused", "invalid"}
         self.credits += job["credits"] or 0.0
-        self.unpriced += job["charged"] == "yes" and job["credits"] is None
+        self.unknown_cost += job["charged"] == "yes" and job["credits"] is None
 
 
-def sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:
+def _sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:
     """Return one sum for each day, month, provider, folder or owner, in order."""
     found: dict[str, Sum] = {}
     for job in jobs:
@@ -75,26 +161,26 @@ def _group(job: Mapping[str, Any], by: str) -> str:
     return day if by == "day" else day[:7]
 
 
-def plain(job: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(job: Mapping[str, Any]) -> dict[str, Any]:
     """Return a job as a program wants it: times as text in UTC."""
     return {name: iso(job[name]) if name in _TIMES else job[name] for name in _COLUMNS}
 
 
-def as_json(jobs: Iterable[Mapping[str, Any]]) -> str:
+def _as_json(jobs: Iterable[Mapping[str, Any]]) -> str:
     """Return jobs as a JSON array, one job in a line."""
-    lines = ",\n ".join(to_json(plain(job)) for job in jobs)
+    lines = ",\n ".join(to_json(_plain(job)) for job in jobs)
     return f"[{lines}]"
 
 
-def as_csv(jobs: Iterable[Mapping[str, Any]]) -> str:
+def _as_csv(jobs: Iterable[Mapping[str, Any]]) -> str:
     """Return jobs as CSV with a header (RFC 4180, but with line feeds).
 
     A cell that a spreadsheet would run as a formula gets an apostrophe before it: file names are chosen by strangers.
     """
-    return table_csv(_COLUMNS, (plain(job).values() for job in jobs))
+    return _table_csv(_COLUMNS, (_plain(job).values() for job in jobs))
 
 
-def table_csv(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+def _table_csv(head: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     """Return a table as ``as_csv`` does."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")

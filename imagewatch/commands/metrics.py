@@ -22,7 +22,7 @@ Sample = tuple[dict[str, str], float]
 Family = tuple[str, str, str, "Sequence[Sample]"]
 """Name, type, help, samples."""
 _PERIODS = {"day": "today", "month": "month"}
-_OUTCOMES = ("made", "refused", "unknown")
+_OUTCOMES = ("completed", "refused", "unknown")
 _ESCAPES = str.maketrans({"\\": r"\\", "\n": r"\n", '"': r"\""})
 
 
@@ -44,7 +44,7 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     waiting = page["waiting"]
     yield "up", "gauge", "Whether the daemon is running.", [({}, page["is_running"])]
     yield "build_info", "gauge", "Version of the daemon, always 1.", [({"version": page["version"]}, 1)]
-    yield "last_sweep_timestamp_seconds", "gauge", "When the inbox was last looked at.", _time(page["last_sweep"])
+    yield "last_scan_timestamp_seconds", "gauge", "Time of the last scan of the inbox.", _time(page["last_scan"])
     yield "status_timestamp_seconds", "gauge", "When the daemon last told its status.", _time(page["updated"])
     yield "ready_prompts", "gauge", "Prompts that wait for nothing but their turn.", [({}, waiting["ready"])]
     yield "not_ready_prompts", "gauge", "Prompts that may not be taken yet, by reason.", _reasons(waiting["why"])
@@ -78,5 +78,5 @@ def _time(when: str | None) -> list[Sample]:
 
 def _reasons(why: Mapping[str, int]) -> list[Sample]:
     """Return how many prompts wait for each reason; reasons of another version are one."""
-    known = [({"reason": wait.name.lower()}, float(why.get(wait, 0))) for wait in Wait]
+    known = [({"reason": wait.value}, float(why.get(wait, 0))) for wait in Wait]
     return [*known, ({"reason": "other"}, float(sum(why.values()) - sum(why.get(wait, 0) for wait in Wait)))]

@@ -1,4 +1,4 @@
-"""Putting failed prompts back into the inbox.
+"""``imagewatch retry``: failed prompts back into the inbox.
 
 What was free goes back as it is. What may have been charged goes back only if somebody says that it may be paid for
 again. What was charged does not go back at all: its paid answer is looked at again, by the daemon and without a call.
@@ -12,9 +12,16 @@ import json
 import os
 import re
 import stat
+import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import click
+
+from imagewatch.commands.common import config_option, json_option
+from imagewatch.commands.exits import EXIT_FAILED
+from imagewatch.commands.ledger import open_ledger
+from imagewatch.commands.state import control_of, is_running, load_as_owner
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.job.receipts import unvouched
 from imagewatch.job.record import Record
@@ -24,13 +31,13 @@ from imagewatch.protocol.request import contents
 from imagewatch.system.disk import Disk, ours
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.folders import is_private
-from imagewatch.system.text import printable, whole
+from imagewatch.system.text import printable, to_json, whole
 from imagewatch.system.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
-    from imagewatch.config.load import Folders
+    from imagewatch.config.load import Config, Folders
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger
 
@@ -39,6 +46,70 @@ _ENDINGS = (_ENDING, SUFFIX, "")
 _MOST_BYTES = 4 << 20
 _JOB = re.compile("[0-9a-f]{16}")
 _HASH = re.compile("[0-9a-f]{64}")
+
+
+@click.command()
+@click.argument("names", nargs=-1, metavar="[NAME]…")
+@click.option("--all", "everything", is_flag=True, help="All in the errors folder but what may have been charged.")
+@click.option("--pay-again", is_flag=True, help="Also what may have been charged: it may then be paid for twice.")
+@json_option
+@config_option
+def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again: bool, as_json: bool) -> None:
+    """Put failed prompts back into the inbox.
+
+    NAME is a prompt in the errors folder: its name without ending, or the path of its prompt or error file. What may
+    have been charged is put back only with --pay-again. What was charged, but gave no picture, is never sent again: its
+    answer is read again by the daemon (a picture's host may be back by now).
+    """
+    if everything == bool(names):
+        raise click.UsageError("name the prompts to retry, or use --all")
+    if everything and pay_again:
+        raise click.UsageError("--pay-again needs the prompts by name")
+    config = load_as_owner(path)
+    with open_ledger(config) as ledger:
+        again = Retry(config.folders, Disk(), ledger, control_of(config))
+        paths = list(again.all()) if everything else [again.find(name) for name in names]
+        answers = []
+        for file in paths:
+            answers.append(_retried(again, file, pay_again=pay_again, config=config))
+            if not as_json:
+                click.echo(_retry_told(answers[-1]), err=not answers[-1]["retried"])
+    if as_json:
+        click.echo(to_json(answers, indent=1))
+    elif not paths:
+        click.echo("There is nothing in the errors folder.")
+    sys.exit(0 if all(answer["retried"] for answer in answers) else EXIT_FAILED)
+
+
+def _retry_told(answer: dict[str, Any]) -> str:
+    return printable(f"{answer['name']}: {answer['told']}" if answer["name"] else answer["told"])
+
+
+def _retried(again: Retry, file: str, *, pay_again: bool, config: Config) -> dict[str, Any]:
+    """Deal with one error file; return what became of it."""
+    try:
+        failed = again.read(file)
+        told, done = _retry_one(again, failed, pay_again=pay_again, config=config)
+    except SpoolError as error:
+        told = f"{error} ({error.hint})" if error.hint else str(error)
+        return {"name": None, "document": file, "charged": None, "retried": False, "told": told}
+    return {"name": failed.name, "document": file, "charged": failed.charged, "retried": done, "told": told}
+
+
+def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config) -> tuple[str, bool]:
+    if failed.charged == "yes":
+        again.look_again(failed)
+        when = "" if is_running(config) else " when it starts"
+        return f"was paid for; the daemon reads its answer again{when}, nothing is sent", True
+    if failed.charged != "no" and not pay_again:
+        if not again.has_prompt(failed):
+            return (
+                "may have been charged; its prompt is missing, so nothing can be sent again; look at the balance",
+                False,
+            )
+        return "may have been charged, so it is not sent again; look at the balance, then use --pay-again", False
+    again.put_back(failed)
+    return "back in the inbox", True
 
 
 @dataclass(frozen=True)

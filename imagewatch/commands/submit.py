@@ -9,30 +9,30 @@ import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
-from urllib.parse import quote
 
 import click
 
-from imagewatch.commands.admin import Seconds, config_option, load, say, silence
+from imagewatch.commands.common import Seconds, config_option, load_config
+from imagewatch.commands.drop import Delivery, Wish, folder_of, require_stem, stem_for
+from imagewatch.commands.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
 from imagewatch.commands.interrupts import Interrupted, Interrupts
+from imagewatch.commands.results import name_dropped, print_results, report
+from imagewatch.commands.terminal import say, silence
+from imagewatch.commands.wait import Waiting
+from imagewatch.config.load import load
+from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
-from imagewatch.system.text import amount, complaint, printable, to_json
+from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_file, own_way
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from imagewatch.commands.drop import Delivery, Wish
-    from imagewatch.commands.wait import Made, Waiting
+    from imagewatch.commands.wait import Made
     from imagewatch.config.load import Config
 
-EXIT_FAILED = 1
-EXIT_USAGE = 64
-EXIT_WAITING = 69
-EXIT_SIGNAL = 128
-"""Plus the number of a signal: as of a shell, and nothing was dropped."""
 _LOOK_SECONDS = 0.2
 _UNTOUCHED_SECONDS = 20.0
-_CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
 
 
@@ -101,7 +101,7 @@ def _run(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> None:
     try:
         waiting = _dropped(prompts, call, interrupts)
         if waiting:
-            _wait_and_tell(call, waiting)
+            _wait_and_report(call, waiting)
         call.is_printed = True
         _print_dropped(call)
     except Exception as error:  # noqa: BLE001  whatever ends it, what was dropped is named
@@ -137,11 +137,9 @@ class _Call:
 
 def _config(path: str | None, root: str | None) -> Config:
     if root is None:
-        return load(path)
-    from imagewatch.config.load import load as read  # noqa: PLC0415
-
+        return load_config(path)
     # Only the folders: what else there may be in this environment is for a daemon of one's own.
-    return read(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
+    return load(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
 
 
 # Dropping
@@ -149,9 +147,6 @@ def _config(path: str | None, root: str | None) -> Config:
 
 def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Waiting | None:
     """Drop everything, or nothing if anything is wrong; return what waits for it."""
-    from imagewatch.commands.drop import Delivery, folder_of  # noqa: PLC0415
-    from imagewatch.commands.wait import Waiting  # noqa: PLC0415
-
     config, options = call.config, call.options
     wishes = _wishes(prompts, options)
     folder = folder_of(options["folder"], recursive=config.inbox.recursive)
@@ -176,8 +171,6 @@ def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Wai
 
 
 def _stems(wishes: Sequence[Wish], name: str | None) -> list[str]:
-    from imagewatch.commands.drop import require_stem, stem_for  # noqa: PLC0415
-
     if name is None:
         return [stem_for(wish.text) for wish in wishes]
     stems = [f"{name}-{number}" for number in range(1, len(wishes) + 1)] if len(wishes) > 1 else [name]
@@ -222,7 +215,7 @@ def _end_early(error: Interrupted | Exception, call: _Call) -> NoReturn:
         silence(sys.stdout)
     if not _reasons(error):
         raise error
-    sys.exit(EXIT_WAITING)
+    sys.exit(EXIT_HELD)
 
 
 def _end_without_prompts(error: Interrupted | Exception) -> NoReturn:
@@ -251,20 +244,11 @@ def _name_dropped(call: _Call) -> None:
     it, verb = ("it", "was") if count == 1 else ("them", "were")
     rest = "" if count == call.wanted else " The others were not dropped."
     say(f"{count} of {call.wanted} prompts {verb} dropped, and the daemon processes {it}.{rest}")
-    _name(call.jobs, call.config)
-
-
-def _name(jobs: Sequence[Made], config: Config) -> None:
-    it = "it" if len(jobs) == 1 else "them"
-    say(f"The same command would drop {it} again, and the daemon would pay for {it} again:")
-    for job in jobs:
-        say(f"  {printable(os.path.join(config.folders.inbox, job.source))}")
+    name_dropped(call.jobs, call.config)
 
 
 def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, Wish]]:
     """Return each prompt, and what to call it when something is wrong with it."""
-    from imagewatch.commands.drop import Wish  # noqa: PLC0415
-
     asked, images = {name: options[name] for name in _OPTIONS}, tuple(options["images"])
     wishes = [(f"prompt {number}", Wish(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)]
     problems: list[Problem] = []
@@ -281,9 +265,6 @@ def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, 
 
 
 def _content(file: str) -> bytes:
-    from imagewatch.protocol.prompt import MAX_BYTES  # noqa: PLC0415
-    from imagewatch.system.untrusted import open_file, own_way  # noqa: PLC0415
-
     try:
         # What the shell hands over is the caller's own; a file may be anybody's.
         is_own = file == "-" or file.startswith(("/dev/", "/proc/self/fd/"))
@@ -297,7 +278,7 @@ def _content(file: str) -> bytes:
 # Waiting
 
 
-def _wait_and_tell(call: _Call, waiting: Waiting) -> NoReturn:
+def _wait_and_report(call: _Call, waiting: Waiting) -> NoReturn:
     try:
         try:
             left = _waited(call, waiting)
@@ -306,23 +287,23 @@ def _wait_and_tell(call: _Call, waiting: Waiting) -> NoReturn:
             say(f"imagewatch: {_reasons(error)[0]}")
             left = waiting.look()
     except SpoolError:
-        _tell_before_failing(call)
+        _report_before_failing(call)
         raise
     _clear()
     call.is_printed = True
-    _print(call.jobs, call.form)
-    _tell(call.jobs, left, call.config)
+    print_results(call.jobs, call.form)
+    report(call.jobs, left, call.config)
     if left:  # before any failure: a script reads that as the end, and drops again what may yet be paid for
-        sys.exit(EXIT_WAITING)
+        sys.exit(EXIT_HELD)
     sys.exit(EXIT_FAILED if any(job.door == "errors" for job in call.jobs) else 0)
 
 
-def _tell_before_failing(call: _Call) -> None:
+def _report_before_failing(call: _Call) -> None:
     """Say what is known where a result cannot be read: everything is dropped, and the failure is only ours."""
     _clear()
     call.is_printed = True
-    _print(call.jobs, call.form)
-    _tell(call.jobs, (), call.config)
+    print_results(call.jobs, call.form)
+    report(call.jobs, (), call.config)
     for job in call.jobs:
         if not job.door:
             told = "was dropped; what became of it is not known"
@@ -365,88 +346,7 @@ def _clear() -> None:
 
 def _print_dropped(call: _Call) -> None:
     if call.form == "json":
-        _print(call.jobs, call.form)
+        print_results(call.jobs, call.form)
         return
     for job in call.jobs:
         click.echo(printable(os.path.join(call.config.folders.inbox, job.source)))
-
-
-def _print(jobs: Sequence[Made], form: str) -> None:
-    if form == "json":
-        # A document may have been written by anybody, with dates where text belongs.
-        click.echo(to_json([_plain(job) for job in jobs], indent=1, default=str))
-        return
-    for job in jobs:
-        for image in job.images:
-            click.echo(_markdown(job, image) if form == "markdown" else printable(image))
-
-
-def _plain(job: Made) -> dict[str, Any]:
-    told = ("provider", "model", "problems", "message", "next", "job")
-    return {
-        "source": job.source,
-        "prompt": job.prompt,
-        "door": job.door or None,
-        "document": job.document or None,
-        "images": job.images,
-        "charged": job.facts.get("charged"),
-        "credits_charged": _credits(job),
-        **{name: job.facts.get(name) for name in told},
-    }
-
-
-def _markdown(job: Made, image: str) -> str:
-    """Return an image line with a relative path, as chat windows and agents show it."""
-    said = printable(" ".join(job.prompt.split()), 200)
-    alt = "".join(f"\\{letter}" if letter in "\\[]*_`<>!&" else letter for letter in said)
-    return f"![{alt}]({quote(os.fsencode(os.path.relpath(image)))})"
-
-
-def _tell(jobs: Sequence[Made], left: Sequence[Made], config: Config) -> None:
-    """Say on the other channel what it cost, and what went wrong."""
-    for job in jobs:
-        source, charged = printable(job.source), _CHARGED.get(str(job.facts.get("charged")), "")
-        if job.door == "errors":
-            lines = complaint(str(job.facts.get("message", "")), _problems(job))
-            lines[0] = f"{source}: {charged}: {lines[0]}"
-            for line in (*lines, f"  {printable(str(job.facts.get('next', '')))}", f"  {printable(job.document)}"):
-                click.echo(line, err=True)
-        elif problems := _problems(job):
-            click.echo(f"{source}: {printable('; '.join(map(str, problems)))}", err=True)
-    click.echo(_sum(jobs), err=True)
-    if left:
-        those, verb, it = ("prompt", "is", "it") if len(left) == 1 else ("prompts", "are", "them")
-        where = printable(config.folders.inbox)
-        click.echo(f"{len(left)} {those} {verb} not finished. The daemon will process {it}.", err=True)
-        click.echo(f"To cancel, remove {it} from {where}.", err=True)
-        _name(left, config)
-
-
-def _problems(job: Made) -> list[object]:
-    problems = job.facts.get("problems")
-    return problems if isinstance(problems, list) else []  # the folder is shared
-
-
-def _sum(jobs: Sequence[Made]) -> str:
-    """Return what was made and spent; a cost that nobody knows is not zero."""
-    pictures = sum(len(job.images) for job in jobs)
-    known = [_credits(job) for job in jobs if job.door]
-    charged = [job.facts.get("charged") for job in jobs]
-    unpriced = sum(one == "yes" and _credits(job) is None for one, job in zip(charged, jobs, strict=True))
-    told = [
-        f"{pictures} {'picture' if pictures == 1 else 'pictures'}",
-        f"{amount(sum(one for one in known if one is not None))} credits",
-    ]
-    if unpriced:
-        told.append(f"{unpriced} charged, amount not reported")
-    if unknown := charged.count("unknown"):
-        told.append(f"{unknown} may have been charged")
-    return ", ".join(told) + "."
-
-
-def _credits(job: Made) -> float | None:
-    """Return what was charged: nothing that cannot be, such as nan, or a number of 400 digits."""
-    value = job.facts.get("credits_charged")
-    if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= sys.float_info.max:
-        return value
-    return None

@@ -183,7 +183,7 @@ class Gate:
     def brake(self, job: str, error: SpoolError) -> None:
         """Hold until a job goes on, also if a write probe succeeds meanwhile."""
         if job not in self._braking and error.code:  # others were told of already
-            _log.error("stuck; tried again by itself", job=job, reason=str(error), hint=error.hint)
+            _log.error("stuck", job=job, reason=str(error), next=error.hint, retried="automatically")
         self._braking[job] = error
         self.failed(error)
 
@@ -239,9 +239,9 @@ class Gate:
         reason, before = self._control.held(), self._reason
         self._reason = reason
         if reason is None:
-            self._end(self._holds.clear("hand"))
-        elif reason != before or not self._holds.has("hand"):
-            self._begin(Reason("hand", reason or "by hand"))
+            self._end(self._holds.clear("manual"))
+        elif reason != before or not self._holds.has("manual"):
+            self._begin(Reason("manual", reason or "held manually"))
 
     def look_at_key(self) -> None:
         """Look at the file of the key, if it is time."""
@@ -250,7 +250,7 @@ class Gate:
         self._stamp_at = self._now() + _KEY_SECONDS
         stamp, self._stamp = self._stamp, self._key_stamp()
         if stamp != self._stamp:
-            _log.info("the key was changed")
+            _log.info("key_changed")
             for kind in _ACCOUNT:
                 self._end(self._holds.clear(kind))
 
@@ -265,7 +265,7 @@ class Gate:
         self.burst.let_pass(self._control.passed())
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
-                _log.info("it was refused before; one prompt goes first", kind=kind, reason=message)
+                _log.info("hold_resumed", kind=kind, reason=message)
                 self._holds.resume(Reason(kind, message), self._now())
         self.look()
 
@@ -324,7 +324,11 @@ class Gate:
         if begun or ended:
             self._on_change(at_once=True)
         for hold in begun:
-            say = {"seconds": round(hold.until - self._now(), 1), "until": self.ends(hold), "next": hold.reason.next}
+            say = {
+                "seconds": round(hold.until - self._now(), 1),
+                "next_try_at": self.ends(hold),
+                "next": hold.reason.next,
+            }
             _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.reason.message, **say)
         for hold in ended:
             _log.info("released", kind=hold.kind, provider=hold.provider)
@@ -336,7 +340,7 @@ class Gate:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
-        known = self._is_told(cause) if kind == "disk" else kind != "hand" and self._holds.waits(kind, now)
+        known = self._is_told(cause) if kind == "disk" else kind != "manual" and self._holds.waits(kind, now)
         hold = self._holds.add(reason, now)
         self._on_change(at_once=not known and not hold.brief)
         if known:
@@ -345,7 +349,7 @@ class Gate:
         self._remember()
         say: dict[str, object] = {"kind": kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
-            say |= {"seconds": round(hold.until - now, 1), "until": self.ends(hold)}
+            say |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **say)
 
     def _is_told(self, cause: tuple[str, int, str]) -> bool:

@@ -55,7 +55,7 @@ class Ignored:
             _log.warning("ignored", file=path, reason=reason)
         if is_more and not self._has_more:
             self._has_more = True
-            _log.warning("ignored more files than are named", count=ignored.total)
+            _log.warning("ignored", count=ignored.total, reason="more files than are named")
         # Of very many now these are named and now those: each is said once all the same.
         if not is_more or len(self._told) > _REMEMBERED:
             self._told &= now

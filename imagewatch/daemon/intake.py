@@ -53,7 +53,7 @@ _LOST_SECONDS = 1.0
 _LONG_SECONDS = 0.05
 """Scans that took longer went through very many names, and took memory for them."""
 _WINDOW = 1024
-"""How many prompts are known by name."""
+"""How many prompts are kept in order."""
 _MOST_NAMED = 1000
 """How many files that are not taken are remembered by name."""
 _log = structlog.get_logger()
@@ -125,7 +125,7 @@ class Intake:
 
         Args:
             config: How the inbox is watched.
-            burst: How many prompts at once are too many; more than that have to be known by name.
+            burst: How many prompts at once are too many; more than that have to be kept in order.
         """
         self._config = config
         self._counts_first = burst > 0
@@ -323,8 +323,6 @@ class Intake:
             self._waits.add(path)
             self._schedule.later(path, at)
         self._sweep.dues.clear()
-        begun = {path for path, _ in self._running.values()}
-        self._schedule.soon_all(order.short - begun)
         for name in order.wanting:
             self._schedule.ahead(name)
         order.wanting.clear()
@@ -455,7 +453,7 @@ class Intake:
         return self._sweep.count()
 
     def arrived(self) -> dict[str, float]:
-        """Return when each prompt that is known by name came, by path below the inbox, in seconds since the epoch."""
+        """Return when each prompt that is kept in order came, by path below the inbox, in seconds since the epoch."""
         found = self._sweep.order.arrived()
         if came := {folder.path: folder.came for folder in self._sweep.folders if folder.came}:
             found = {path: max(at, came.get(os.path.dirname(path), 0.0)) for path, at in found.items()}

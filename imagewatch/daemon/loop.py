@@ -273,7 +273,7 @@ class Daemon:
             self._accept_ledger()  # before anything is held for the one that is not to be used any more
         self._gate.room()  # also where nothing waits: it is to be known at the start
         for job in self._spool.unfinished():
-            _log.info("recovering", job=job)
+            _log.info("recovered", job=job)
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._set_aside(job)
         self._close_lost()  # before anything is sent: what they may have cost counts
@@ -442,7 +442,7 @@ class Daemon:
         if is_new and is_known:
             self._ignored.tell(self._intake.seen.ignored)
         self._heed()
-        self._status.last_sweep = self._clock()
+        self._status.last_scan = self._clock()
         self._status.mode = self._intake.mode
         if is_new:
             self._on_seen(self._intake.count() + len(self._in_flight))
@@ -458,7 +458,7 @@ class Daemon:
         self._write_status()  # it can be asked for from now on
         mode, where = self._intake.mode, self._config.endpoint.base_url
         polled = {"polled": why} if (why := self._intake.why_polled()) else {}
-        _log.info("watching", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
+        _log.info("started", inbox=self._spool.inbox, mode=mode, **polled, endpoint=where, version=__version__)
         self._notify.send(READY="1", STATUS=f"watching {self._spool.inbox} ({mode})")
 
     def _prepare(self) -> None:
@@ -492,20 +492,19 @@ class Daemon:
         self._ledger.accept()
         self._gate.burst.forget()
         self._control.accepted_ledger()
-        _log.warning("another ledger is used from now on", ledger=os.path.join(self._spool.state, database.FILE))
+        _log.warning("ledger_accepted", ledger=os.path.join(self._spool.state, database.FILE))
 
     def _reopen(self, job: str) -> None:
         """Look again at the paid answer of a job, as ``retry`` asked for."""
-        if job in self._in_flight or any(later.job == job for later in self._later):
-            _log.debug("its paid answer is being looked at", job=job)  # asked for twice, or before a crash
-        elif self._spool.reopen(job):
-            _log.info("looking again at a paid answer", job=job)
+        is_read = job in self._in_flight or any(later.job == job for later in self._later)  # asked for twice
+        if not is_read and self._spool.reopen(job):
+            _log.info("response_reread", job=job)
             self._parked.pop(job, None)
             self._count_parked()
             self._later.append(Later(job, 0.0, self._spool.key(job)))
             self._status.change()
-        else:
-            _log.warning("no paid answer is kept of this job", job=job)
+        elif not is_read:
+            _log.warning("response_missing", job=job)
         self._control.retried(job)
 
     def _arrived(self) -> dict[str, float]:
@@ -635,7 +634,7 @@ class Daemon:
             jobs = {*self._spool.unfinished(), *self._in_flight, *(later.job for later in self._later)}
             known = set(filter(self._is_recorded, jobs))
             if lost := self._ledger.close_lost(known):
-                _log.warning("the results of requests are lost; they may have been charged", requests=lost)
+                _log.warning("results_lost", requests=lost, reason="the requests may have been charged")
         except SpoolError as error:
             self._gate.failed(error)
             return False
@@ -692,7 +691,7 @@ class Daemon:
             self._stuck(message.job, key, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
-            _log.exception("a bug in imagewatch; please report it", job=message.job)
+            _log.exception("internal_error", job=message.job, next="report this as a bug")
             self._budget.unplan(message.job)
             self._park(message.job, key)
             return
@@ -706,13 +705,13 @@ class Daemon:
         folder may meet the same, after it was paid for.
         """
         if error.code == 0:
-            _log.error("stuck", job=job, reason=str(error), hint=error.hint)
+            _log.error("stuck", job=job, reason=str(error), next=error.hint)
             self._park(job, key)
             return
         delay = DISK_SECONDS
         if self._gate.failed_alone(job, error):
             if job not in self._failing:
-                _log.error("stuck; tried again by itself", job=job, reason=str(error), hint=error.hint)
+                _log.error("stuck", job=job, reason=str(error), next=error.hint, retried="automatically")
             before, _ = self._failing.get(job, (DISK_SECONDS / 2, key))
             delay = min(2 * before, _LONGEST_RETRY)
             self._failing[job] = delay, key
@@ -752,7 +751,7 @@ class Daemon:
     def _unpark(self) -> None:
         """Forget jobs of which a person has taken away what was left: their names are free."""
         for job in [job for job in self._parked if not self._spool.is_left(job)]:
-            _log.info("no longer stuck: nothing of it is left", job=job)
+            _log.info("unstuck", job=job, reason="none of its files are left")
             del self._parked[job]
             self._are_lost_closed = False  # its record is not there any more
             self._count_parked()
@@ -811,7 +810,7 @@ class Daemon:
             ready = max(self._intake.count() - len(self._caps), 0)
             page = self._status.write(self._intake.seen, ready, at_work, stuck, self._caps.reasons())
         except SpoolError as error:
-            _log.debug("no status written", reason=str(error))
+            _log.debug("status_failed", reason=str(error))
         else:
             fields["STATUS"] = line(page)
         if fields:
@@ -847,7 +846,7 @@ class Daemon:
         self._gate.wait_for_first_bytes()
         self._status.state = "stopping"
         self._write_status(STOPPING="1")
-        _log.info("stopping", signal=signal.Signals(number).name, in_flight=len(self._in_flight))
+        _log.info("shutdown", signal=signal.Signals(number).name, in_flight=len(self._in_flight))
 
     def _reconfigure(self) -> None:
         """Take a changed configuration, or keep the old one and say why."""
@@ -856,17 +855,15 @@ class Daemon:
         try:
             config = self._reload()
             if fixed := [name for name in _FIXED if getattr(config, name) != getattr(self._config, name)]:
-                _log.error(
-                    "not reloaded; the old configuration stays", reason=f"a changed [{fixed[0]}] needs a restart"
-                )
+                _log.error("reload_failed", reason=f"a changed [{fixed[0]}] needs a restart")
                 return
             self._assemble(config)
             self._count()
         except (ConfigError, OSError) as error:
-            _log.error("not reloaded; the old configuration stays", reason=str(error))
+            _log.error("reload_failed", reason=str(error))
             return
         self._on_reloaded(config)
-        _log.info("reloaded", source=config.source)
+        _log.info("reloaded", configuration=config.source)
 
 
 def _within_open_files(config: Config) -> Config:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from imagewatch.journal.ledger import Ledger
     from imagewatch.system.disk import Disk
 
-SCHEMA = 1
+SCHEMA = 2
 FILE = "status.json"
 _MOST_NAMES = 100
 _INTERVAL = 1.0
@@ -67,10 +67,12 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
     holds = [one for one in page["holds"] if one["kind"] in kinds and not control.release_pending()]
     reason = control.held()
     if reason is None:
-        return [one for one in holds if one["kind"] != "hand"]
-    if all(one["kind"] != "hand" for one in holds):
-        reason = reason or "by hand"
-        holds.append({"kind": "hand", "reason": reason, "since": None, "until": None, "next": HOLDS["hand"].next})
+        return [one for one in holds if one["kind"] != "manual"]
+    if all(one["kind"] != "manual" for one in holds):
+        reason = reason or "held manually"
+        holds.append(
+            {"kind": "manual", "reason": reason, "since": None, "next_try_at": None, "next": HOLDS["manual"].next}
+        )
     return holds
 
 
@@ -126,7 +128,7 @@ class Status:
         self.state = "starting"
         self.mode = ""
         self.polled: Mapping[str, str] = {}
-        self.last_sweep: float | None = None
+        self.last_scan: float | None = None
 
     def configure(self, config: Config) -> None:
         """Take other settings to be shown."""
@@ -190,7 +192,7 @@ class Status:
             "pid": os.getpid(),
             "updated": iso(now),
             "started": iso(self._started),
-            "last_sweep": iso(self.last_sweep),
+            "last_scan": iso(self.last_scan),
             "mode": self.mode,
             "polled": {
                 "count": len(self.polled),
@@ -230,7 +232,7 @@ class Status:
                 "provider": hold.provider or None,
                 "reason": printable(known.text(hold.reason.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
-                "until": self._gate.ends(hold),
+                "next_try_at": self._gate.ends(hold),
                 "next": hold.reason.next,
             }
             for hold in self._gate.holds()
@@ -258,7 +260,7 @@ def line(page: Mapping[str, Any]) -> str:
     parts = [
         f"{waiting['ready'] + waiting['not_ready']} waiting",
         f"{len(page['in_flight'])} in flight",
-        f"today {today['made']} made, {today['refused']} refused, {today['unknown']} unknown",
+        f"today {today['completed']} completed, {today['refused']} refused, {today['unknown']} unknown",
         f"{amount(today['credits'])} credits",
     ]
     if page["stuck"]:

@@ -185,7 +185,7 @@ class Pictures:
             if not waiting or self._now() + pause >= until:
                 return
             for one in waiting:
-                _log.warning("picture not fetched yet", url=bare(one.url), reason=one.problem, tries=rounds)
+                _log.warning("download_failed", url=bare(one.url), reason=one.problem, tries=rounds)
             self._wait(pause)
 
     def _try(self, one: _Wanted, seconds: float) -> None:

@@ -22,16 +22,33 @@ Look = tuple[str, int, int, int, int]
 
 
 class Wait(StrEnum):
-    """Why a prompt may not be taken yet."""
+    """Why a prompt may not be claimed yet; the keys of ``waiting.why`` in ``status.json``, and a metric's labels."""
 
-    EMPTY = "empty, so not ready yet"
-    SETTLING = "not quiet for long enough"
-    WRITING = "still being written"
-    OPEN = "open for writing"
-    ARRIVING = "is on its way: a transfer has not given it its name yet"
-    UNREADABLE = "cannot be read at the moment"
-    IMAGES = "waiting for images that are missing or empty"
-    CAP = "waiting at a cap"
+    EMPTY = "empty"
+    SETTLING = "settling"
+    WRITING = "writing"
+    OPEN = "open"
+    ARRIVING = "arriving"
+    UNREADABLE = "unreadable"
+    IMAGES = "images"
+    CAP = "cap"
+
+    @property
+    def text(self) -> str:
+        """The same for people."""
+        return _WAITS[self]
+
+
+_WAITS = {
+    Wait.EMPTY: "empty, so not ready yet",
+    Wait.SETTLING: "changed a moment ago",
+    Wait.WRITING: "still being written",
+    Wait.OPEN: "open for writing",
+    Wait.ARRIVING: "being transferred: it does not have its final name yet",
+    Wait.UNREADABLE: "cannot be read at the moment",
+    Wait.IMAGES: "waiting for images that are missing or empty",
+    Wait.CAP: "waiting at a cap",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +127,7 @@ class Reasons(dict[str, str]):
         """Note why a file is not taken; ``reason`` is the kind with what differs from file to file."""
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
         if self.most is None or len(self) < self.most:
-            self[path] = reason or kind
+            self[path] = reason or (kind.text if isinstance(kind, Wait) else kind)
 
     @property
     def total(self) -> int:

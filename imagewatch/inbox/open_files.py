@@ -7,33 +7,15 @@ open for writing, and only to the file's owner; where it cannot be asked, the an
 from __future__ import annotations
 
 import fcntl
-import os
 import signal
 from typing import TYPE_CHECKING
 
+from imagewatch.system.file_systems import is_local
 from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     import io
     from collections.abc import Callable
-
-_LOCAL = frozenset(
-    (b"bcachefs", b"btrfs", b"ext2", b"ext3", b"ext4", b"f2fs", b"jfs", b"overlay", b"tmpfs", b"xfs", b"zfs")
-)
-"""File systems whose times are of our own clock, and that refuse a lease for no other reason than a writer. NFS and
-CIFS refuse it whenever their server gives them none."""
-
-
-def is_local(folder: str) -> bool:
-    """Tell whether a folder is known to lie on a file system of this machine."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        return _file_system(descriptor) in _LOCAL
-    finally:
-        os.close(descriptor)
 
 
 def has_writer(path: str, opener: Callable[[str], io.FileIO] = open_file) -> bool:
@@ -58,18 +40,7 @@ def _has_writer(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
     except BlockingIOError:
-        return _file_system(descriptor) in _LOCAL
+        return is_local(descriptor)
     except (OSError, AttributeError):  # not ours, or not Linux
         return False
     return False
-
-
-def _file_system(descriptor: int) -> bytes:
-    """Return the type of the file system of an open file, or an empty name."""
-    try:
-        with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
-            mount = next(line.split()[1] for line in file if line.startswith(b"mnt_id:"))
-        with open("/proc/self/mountinfo", "rb") as file:
-            return next(line.partition(b" - ")[2].split()[0] for line in file if line.split()[0] == mount)
-    except (OSError, StopIteration):
-        return b""

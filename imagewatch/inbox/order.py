@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
     from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.inbox.tree import Folder, Folders
+    from imagewatch.inbox.window import Entry
 
 _AHEAD = 128
 """How many prompts are opened ahead: more than there are workers. The first-level folders share them."""
 _FEWEST = 8
-"""So many prompts of each folder are known by name, however many folders there are."""
+"""So many prompts of each folder are kept in order, however many folders there are."""
 _PIECE = 4
 _Ready = tuple[float, "Key", "Candidate"]
 
@@ -64,12 +65,11 @@ class Order:
     Args:
         folders: What is known of the inbox.
         judge: Looks at a settled prompt; returns what may be claimed, or None.
-        size: How many prompts are known by name, the folders sharing them; None for all.
+        size: How many prompts are kept in order, the folders sharing them; None for all.
         fewest: So many of each folder at least.
 
     Attributes:
         turns: The first-level folders of which something may be claimed; others may join.
-        short: Folders that have to be listed again, so that the names of their next prompts are known.
         wanting: First-level folders of which more prompts should be looked at ahead.
         aside: Prompts that were taken and set aside, as they may not be claimed for now.
     """
@@ -85,31 +85,31 @@ class Order:
         self._windows = 0
         self._given: dict[Key, float] = {}
         self.turns: Turns[str] = Turns()
-        self.short: set[str] = set()
         self.wanting: set[str] = set()
         self.aside = Aside()
 
     # What is settled
 
     def most(self) -> int:
-        """Return how many prompts of a folder are known by name."""
+        """Return how many prompts of a folder are kept in order."""
         if self._size is None:
             return sys.maxsize // 4
         return max(self._size // max(self._windows, 1), self._fewest)
 
     def offer(self, folder: Folder, changed: float, stem: str) -> None:
         """Note that a prompt is settled; it may be known already."""
-        name, key = first_level(folder.path), (folder.path, stem)
-        group = self._groups.get(name)
-        if (
-            (group and key in group.keys)
+        if not self._was_looked_at(folder, stem):
+            self._window(folder).offer((changed, stem), self.most())
+            self.wanting.add(first_level(folder.path))
+
+    def _was_looked_at(self, folder: Folder, stem: str) -> bool:
+        group, key = self._groups.get(first_level(folder.path)), (folder.path, stem)
+        return (
+            (group is not None and key in group.keys)
             or key in self._given
             or key in self.aside
             or (folder.notes is not None and stem in folder.notes.held)
-        ):
-            return  # it was looked at already
-        self._window(folder).offer((changed, stem), self.most())
-        self.wanting.add(name)
+        )
 
     def _window(self, folder: Folder) -> Window:
         group = self._groups.setdefault(first_level(folder.path), _Group())
@@ -120,7 +120,7 @@ class Order:
             folder.window = Window()
         return folder.window
 
-    def put_back(self, folder: Folder, entries: Iterable[tuple[float, str]]) -> None:
+    def put_back(self, folder: Folder, entries: Iterable[Entry]) -> None:
         """Let prompts that were looked at wait to be looked at again."""
         for entry in entries:
             self._window(folder).put_back(entry)
@@ -140,7 +140,6 @@ class Order:
 
     def forget(self, path: str) -> None:
         """Forget a folder that is not there any more."""
-        self.short.discard(path)
         for stem in self.aside.stems(path):
             self.aside.discard((path, stem))
         if group := self._groups.get(name := first_level(path)):
@@ -251,8 +250,8 @@ class Order:
         if group:
             self._joins(name, group)
 
-    def _next(self, group: _Group) -> tuple[Folder, tuple[float, str]] | None:
-        """Return the next prompt to be looked at, and its folder; None if enough are ready, or none is known."""
+    def _next(self, group: _Group) -> tuple[Folder, Entry] | None:
+        """Return the next prompt to be looked at, and its folder; None if enough are ready, or none is left."""
         found = self._oldest(group)
         if found is None or len(group.ready) < self._ahead():
             return found
@@ -264,31 +263,31 @@ class Order:
         self.put_back(self._folders.add(youngest[1][0]), [(youngest[0], youngest[1][1])])
         return found
 
-    def _oldest(self, group: _Group) -> tuple[Folder, tuple[float, str]] | None:
-        oldest: tuple[tuple[float, str], Folder, bool] | None = None
+    def _oldest(self, group: _Group) -> tuple[Folder, Entry] | None:
+        oldest: tuple[Entry, Folder] | None = None
         for path, folder in list(group.folders.items()):
             if folder.is_scanned and folder.looked == -math.inf:
                 continue  # the first scan may find an older one; after it this is asked again
-            entry, window = self._head(folder), folder.window
-            if window is None or (entry is None and window.beyond is None):
+            entry = self._head(folder)
+            if entry is None:
                 del group.folders[path]
                 self._windows -= 1
-                continue
-            if window.is_low(self.most()):
-                self.short.add(path)
-            date = entry or window.beyond
-            assert date is not None
-            if oldest is None or date < oldest[0]:
-                oldest = date, folder, entry is not None
-        return (oldest[1], oldest[0]) if oldest and oldest[2] else None
+            elif oldest is None or entry < oldest[0]:
+                oldest = entry, folder
+        return (oldest[1], oldest[0]) if oldest else None
 
-    def _head(self, folder: Folder) -> tuple[float, str] | None:
-        """Return the oldest prompt of a folder that is known by name and still settled."""
-        while folder.window and (entry := folder.window.first()):
-            if folder.settled.get(entry[1]) == entry[0]:
+    def _head(self, folder: Folder) -> Entry | None:
+        """Return the oldest prompt of a folder that is still settled and was not looked at."""
+        if (window := folder.window) is None:
+            return None
+        while True:
+            if window.is_low(self.most()):
+                left = ((at, stem) for stem, at in folder.settled.items() if not self._was_looked_at(folder, stem))
+                window.refill(left, self.most())
+            entry = window.first()
+            if entry is None or folder.settled.get(entry[1]) == entry[0]:
                 return entry
-            folder.window.pop()
-        return None
+            window.pop()
 
     def _ahead(self) -> int:
         return max(_AHEAD // max(len(self._groups), 1), 1)
@@ -328,7 +327,7 @@ class Order:
         return found
 
     def arrived(self) -> dict[str, float]:
-        """Return the newest ctime of each prompt that is known by name, seconds since the epoch, by its path."""
+        """Return the newest ctime of each prompt that is kept in order, seconds since the epoch, by its path."""
         found: dict[str, float] = {}
         for group in self._groups.values():
             for changed, (path, stem), _ in group.ready:
@@ -338,15 +337,8 @@ class Order:
                 found |= {_path(path, stem): at for at, stem in known if folder.settled.get(stem) == at}
         return found | {_path(*key): at for key, at in self.aside if self.is_aside(key)}
 
-    def names(self, folder: Folder) -> set[str]:
-        """Return the stems of a folder that are known by name."""
-        group = self._groups.get(first_level(folder.path))
-        ready = {key[1] for key in group.keys if key[0] == folder.path} if group else set()
-        ready |= self.aside.stems(folder.path)
-        return ready | {stem for _, stem in [*(folder.window or ()), *_held(folder)]}
 
-
-def _held(folder: Folder) -> list[tuple[float, str]]:
+def _held(folder: Folder) -> list[Entry]:
     return [(changed, stem) for stem, changed in folder.notes.held.items()] if folder.notes is not None else []
 
 

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import Candidate, Found, Key, Seen, Wait, first_level, joined
 from imagewatch.inbox.judge import Judge, Moment, every_name, path_of
-from imagewatch.inbox.open_files import is_local
 from imagewatch.inbox.order import Order
 from imagewatch.inbox.tree import Folder, Folders, Visitor
 from imagewatch.protocol.names import SUFFIX, locks
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.file_systems import is_local
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -43,10 +43,9 @@ class Sweep:
         inbox: The folder.
         config: Settling, waits, recursion.
         keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
-        is_local: Tells of a folder whether its times are of our own clock.
-        window: How many prompts are kept by name, the oldest ones; the names of the others are read again when their
-            turn comes. None for all.
-        fewest: How many of each folder are kept by name at least.
+        is_local: Tells of an open folder whether its times are of our own clock.
+        window: How many prompts are kept in order, the oldest ones. None for all.
+        fewest: How many of each folder are kept in order at least.
         most_named: How many files are named in ``waiting`` and in ``ignored``; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
         blocked: Tells of a folder below the inbox why nothing can be put where its results go, or an empty string.
@@ -68,7 +67,7 @@ class Sweep:
         config: Inbox,
         *,
         keeps_times: Callable[[str], bool] = lambda _: False,
-        is_local: Callable[[str], bool] = is_local,
+        is_local: Callable[[int], bool] = is_local,
         window: int | None = None,
         fewest: int = 0,
         most_named: int | None = None,
@@ -203,27 +202,14 @@ class Sweep:
         folder.was_judged = None
 
     def _look_into(self, folder: Folder, found: Found) -> Iterator[None]:
-        refill = folder.path in self.order.short
-        if refill and folder.window is not None:
-            folder.window.begin()
         observe = functools.partial(self._observe, found)
-        offer = self.order.offer if refill else None
-        visitor = Visitor(found, self._opened, observe, offer, self.is_taken, self.moment.now)
-        try:
-            yield from self.folders.look_into(folder, visitor)
-            for name in folder.arriving:
-                self._note_arriving(folder, name, found)
-                yield
-        except BaseException:
-            if folder.window is not None:
-                folder.window.stop()
-            raise
+        visitor = Visitor(found, self._opened, observe, self.is_taken, self.moment.now)
+        yield from self.folders.look_into(folder, visitor)
+        for name in folder.arriving:
+            self._note_arriving(folder, name, found)
+            yield
         if not folder.is_entered:
             self.order.forget(folder.path)
-        if refill:
-            self.order.short.discard(folder.path)
-            if folder.window is not None:
-                folder.window.end(self.order.most())
 
     def _note(self, folder: Folder, found: Found, began: float) -> None:
         """Keep what a scan of a folder found, and forget what is of no use any more."""
@@ -236,8 +222,6 @@ class Sweep:
         folder.found = found or None
         self.folders.count_names(folder)
         folder.looked = began
-        if folder.unsettled.are_named:
-            folder.beside.keep(self.order.names(folder).union(folder.unsettled))
         if (notes := folder.notes) is None:
             return
         notes.settling.forget_others(began)
@@ -338,21 +322,11 @@ class Sweep:
             folder = self.folders.get(path)
             waiting += reversed(folder.inner) if folder else ()
         self.order.restart()
-        ready = self._collect(most)
+        ready = self.order.collect(most)
         if self.folders.changed:
             self._seen, self.folders.changed = self.seen(), False
             self._seen.ready = ready
         return self._seen
-
-    def _collect(self, most: int | None) -> list[Candidate]:
-        """Return the next prompts; folders are listed again as long as there are too few."""
-        ready = self.order.collect(most)
-        while self.order.short and (most is None or len(ready) < most):
-            for path in list(self.order.short):
-                for _ in self.scan(path):
-                    pass
-            ready += self.order.collect(None if most is None else most - len(ready))
-        return ready
 
     def more(self, now: float, wall: float, most: int | None = None) -> list[Candidate]:
         """Return the next prompts that may be claimed, in the order in which they are.

@@ -10,34 +10,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from imagewatch.system.compact import Numbers
-
 if TYPE_CHECKING:
     from collections.abc import Hashable
 
-
-class _Quiet:
-    """Since when stems are quiet. Of thousands at once objects would take a multiple, and keep it."""
-
-    __slots__ = ("_looks", "_since")
-
-    def __init__(self) -> None:
-        self._since = Numbers[float]("d")
-        self._looks = Numbers[int]("q")
-
-    def __len__(self) -> int:
-        return len(self._since)
-
-    def get(self, key: Hashable) -> tuple[float | None, int | None]:
-        """Return since when a stem is quiet, and what it looked like if nothing happened to it since."""
-        return self._since.get(key), self._looks.get(key)
-
-    def set(self, key: Hashable, since: float, look: int | None) -> None:
-        self._since.set(key, since)
-        if look is None:
-            self._looks.discard(key)
-        else:
-            self._looks.set(key, look)
+_Quiet = tuple[float, int | None]
+"""Since when a stem is quiet, and what it looked like if nothing happened to it since."""
 
 
 class Settling:
@@ -52,8 +29,8 @@ class Settling:
 
     def __init__(self, settle_seconds: float, looked: float = -math.inf) -> None:
         self.settle_seconds = settle_seconds
-        self._before = _Quiet()  # as of the last look
-        self._now = _Quiet()  # what was noted since
+        self._before: dict[Hashable, _Quiet] = {}  # as of the last look
+        self._now: dict[Hashable, _Quiet] = {}  # what was noted since
         self._looked = looked
 
     def __len__(self) -> int:
@@ -67,7 +44,7 @@ class Settling:
             key: The stem, with its folder.
             now: Monotonic time, seconds.
         """
-        self._now.set(key, now, None)
+        self._now[key] = now, None
 
     def observe(self, key: Hashable, fingerprint: Hashable, *, changed_at: float, now: float, wall: float) -> float:
         """Note what a stem looks like.
@@ -84,9 +61,7 @@ class Settling:
             is settled is remembered by whoever asked.
         """
         look = hash(fingerprint)
-        since, known = self._now.get(key)
-        if since is None:
-            since, known = self._before.get(key)
+        since, known = self._now.get(key) or self._before.get(key) or (None, None)
         if since is None or known is None:
             # A ctime in the future (a clock that was set back) counts as now.
             quiet_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
@@ -96,7 +71,7 @@ class Settling:
             since = now
         left = max(0.0, since + self.settle_seconds - now)
         if left:
-            self._now.set(key, since, look)
+            self._now[key] = since, look
         return left
 
     def forget_others(self, looked: float = -math.inf) -> None:
@@ -106,4 +81,4 @@ class Settling:
             looked: Monotonic time at which the look began that is over now, if it saw everything.
         """
         self._looked = looked
-        self._before, self._now = self._now, _Quiet()
+        self._before, self._now = self._now, {}

@@ -1,4 +1,4 @@
-"""The folders of the inbox and the names in them, as compact as a hundred thousand prompts need it.
+"""The folders of the inbox and the names in them.
 
 A folder is listed again only if its names may have changed. On file systems that are known to keep the times of folders
 the folder itself tells: its ctime differs as soon as a name in it does. Elsewhere every look is a listing. No file is
@@ -21,7 +21,6 @@ from imagewatch.inbox.claimed import MARK, looks_like_claims
 from imagewatch.inbox.stability import Settling
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
-from imagewatch.system.compact import Numbers
 from imagewatch.system.disk import ours
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
@@ -48,49 +47,8 @@ _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs
 _LIKE_CLAIMS = f"it looks like a folder of claimed files; if it is not, remove {MARK} or lock from it"
 
 
-class Unsettled:
-    """The stems of a folder that are not quiet. Of very many only some are named: it is listed for the others.
-
-    Args:
-        named: Some that are named.
-    """
-
-    __slots__ = ("_hashed", "_named")
-
-    def __init__(self, named: Iterable[str] = ()) -> None:
-        self._named = set(named)
-        self._hashed = Numbers[int]("b")
-
-    def __contains__(self, stem: str) -> bool:
-        return stem in self._named or self._hashed.get(stem) is not None
-
-    def __bool__(self) -> bool:
-        return bool(self._named) or not self.are_named
-
-    def __iter__(self) -> Iterator[str]:
-        """Return those that are named."""
-        return iter(self._named)
-
-    @property
-    def are_named(self) -> bool:
-        """Whether all of them are named."""
-        return not len(self._hashed)
-
-    def add(self, stem: str) -> None:
-        """Note that a stem is not quiet."""
-        if len(self._named) < _MANY:
-            self._named.add(stem)
-        else:
-            self._hashed.set(stem, 1)
-
-    def discard(self, stem: str) -> None:
-        """Forget a stem."""
-        self._named.discard(stem)
-        self._hashed.discard(stem)
-
-
-_NONE_UNSETTLED, _NOTHING_BESIDE = Unsettled(), Beside(())
-"""Of folders without either, of which there may be very many. Nothing is ever added to these."""
+_NOTHING_BESIDE = Beside(())
+"""Of folders without prompts, of which there may be very many. Nothing is ever added to it."""
 
 
 class Notes:
@@ -163,8 +121,8 @@ class Folder:
     """
 
     path: str
-    settled: Numbers[float] = field(default_factory=lambda: Numbers("d"))
-    unsettled: Unsettled = _NONE_UNSETTLED
+    settled: dict[str, float] = field(default_factory=dict)
+    unsettled: dict[str, None] = field(default_factory=dict)
     beside: Beside = _NOTHING_BESIDE
     arriving: Collection[str] = ()
     place: tuple[int, int] = (0, 0)
@@ -190,9 +148,10 @@ class Folder:
     _stamp: tuple[int, int] | None = None
     _steady: float = 0.0
     _listed: float = 0.0
+    _missing: set[str] | None = None
 
     def __contains__(self, stem: object) -> bool:
-        return isinstance(stem, str) and (stem in self.unsettled or self.settled.get(stem) is not None)
+        return isinstance(stem, str) and (stem in self.unsettled or stem in self.settled)
 
     @property
     def inode(self) -> int:
@@ -206,29 +165,29 @@ class Folder:
 
     def settle(self, stem: str, changed: float) -> None:
         """Note that a stem is quiet."""
-        self.unsettled.discard(stem)
-        self.settled.set(stem, changed)
+        self.unsettled.pop(stem, None)
+        self.settled[stem] = changed
+        if self._missing is not None:
+            self._missing.discard(stem)
 
     def unsettle(self, stem: str) -> None:
         """Note that a stem that was quiet is not any more."""
-        if self.settled.discard(stem):
-            if self.unsettled is _NONE_UNSETTLED:
-                self.unsettled = Unsettled()
-            self.unsettled.add(stem)
+        if self.settled.pop(stem, None) is not None:
+            self.unsettled[stem] = None
         if self.is_scanned:
             self.distrust()  # the listing may have gone past it
 
     def forget(self, stem: str) -> None:
         """Forget a stem. It is found again if it is still there."""
-        self.settled.discard(stem)
-        self.unsettled.discard(stem)
+        self.settled.pop(stem, None)
+        self.unsettled.pop(stem, None)
         if self.notes is not None:
             self.notes.discard(stem)
         self.distrust()
 
     def clear(self) -> None:
         """Forget all that is in it."""
-        self.settled, self.unsettled, self.inner = Numbers("d"), _NONE_UNSETTLED, {}
+        self.settled, self.unsettled, self.inner = {}, {}, {}
         self.beside, self.arriving, self.ignored = _NOTHING_BESIDE, (), None
         self.window = self.notes = self.judged = self.was_judged = None
         self.distrust()
@@ -236,6 +195,26 @@ class Folder:
     def distrust(self) -> None:
         """See to it that it is listed at the next look, also if it is being listed now."""
         self._stamp = None
+
+    def begin_listing(self) -> None:
+        """Note that it is listed from the beginning: settled stems have to be found again."""
+        self._missing = set(self.settled)
+
+    def found_again(self, stem: str) -> float | None:
+        """Return the date of a stem that the listing has come to; None if it is not settled."""
+        if self._missing is not None:
+            self._missing.discard(stem)
+        return self.settled.get(stem)
+
+    def end_listing(self) -> None:
+        """Note that it was listed to the end: settled stems that were not found are not there any more."""
+        for stem in self._missing or ():
+            self.settled.pop(stem, None)
+        self.stop_listing()
+
+    def stop_listing(self) -> None:
+        """Note that it is not listed any more, be it to the end or not."""
+        self._missing = None
 
     def noted(self, settle_seconds: float) -> Notes:
         """Return what is remembered of its stems, to note something."""
@@ -261,17 +240,6 @@ class Folder:
             return False
         self._listed = now
         return True
-
-
-class _Asked:
-    """A container that contains nothing and remembers what it was asked for."""
-
-    def __init__(self) -> None:
-        self.stems: set[object] = set()
-
-    def __contains__(self, stem: object) -> bool:
-        self.stems.add(stem)
-        return False
 
 
 class _Others:
@@ -312,8 +280,6 @@ class Visitor:
         opened: Called with the folder and a descriptor of it before it is listed.
         observe: Called with the folder, the stem and a descriptor for each stem that is not settled; tells whether it
             is settled now.
-        offer: Called with folder, date and stem of each stem that is settled; the folder is listed for it. None: not
-            needed.
         taken: Tells whether a stem is to be passed over.
         now: Monotonic time, seconds.
     """
@@ -321,7 +287,6 @@ class Visitor:
     found: Found
     opened: Callable[[Folder, int], None]
     observe: Callable[[Folder, str, int], bool]
-    offer: Callable[[Folder, float, str], None] | None
     taken: Callable[[Key], bool]
     now: float
 
@@ -333,7 +298,7 @@ class Folders:
         inbox: The inbox.
         recursive: Whether folders in it are looked into.
         keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
-        is_local: Tells of a folder whether its times are of our own clock.
+        is_local: Tells of an open folder whether its times are of our own clock.
         most_named: How many files that are not taken are named; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
         tops: The folders that were opened, the inbox among them; without, it is opened here.
@@ -353,7 +318,7 @@ class Folders:
         *,
         recursive: bool,
         keeps_times: Callable[[str], bool],
-        is_local: Callable[[str], bool],
+        is_local: Callable[[int], bool],
         most_named: int | None,
         explain: bool,
         tops: Tops | None = None,
@@ -487,7 +452,7 @@ class Folders:
             differs = folder.may_differ(status, visitor.now, keeps_times=self._keeps_times(full))
             try:
                 stems = list(folder.unsettled)
-                if differs or visitor.offer or not folder.unsettled.are_named:
+                if differs:
                     with ours(full, "list the folder"):
                         stems = yield from self._list(folder, descriptor, visitor)
                 for stem in _pieces(stems):
@@ -506,7 +471,7 @@ class Folders:
         full, is_new = self.full(folder.path), folder.identity is None
         is_other = folder.is_other(status)
         if is_other:
-            folder.place, folder.is_local = self._place(descriptor, full)
+            folder.place, folder.is_local = self._place(descriptor)
             if is_new or self._keeps_times(full):  # else it may be the same one with another number
                 folder.came = self._came(folder, status)
             folder.distrust()
@@ -525,11 +490,11 @@ class Folders:
         claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
         return claims is not None and claims.is_same(status)
 
-    def _place(self, descriptor: int, full: str) -> tuple[tuple[int, int], bool]:
+    def _place(self, descriptor: int) -> tuple[tuple[int, int], bool]:
         """Return on which device and mount a folder is, and whether its times are of our own clock."""
         place = place_of(descriptor)
         if place not in self._places:
-            self._places[place] = place, self._is_local(full)
+            self._places[place] = place, self._is_local(descriptor)
         return self._places[place]
 
     @contextlib.contextmanager
@@ -544,8 +509,8 @@ class Folders:
         """List a folder; return the stems that are still to be observed."""
         stems: list[str] = []
         others, inner, before = _Others(descriptor), dict[str, None](), set(folder.inner)
-        ignored, many, known = Reasons(visitor.found.ignored.most), False, Alike()
-        folder.settled.begin()
+        ignored, known = Reasons(visitor.found.ignored.most), Alike()
+        folder.begin_listing()
         try:
             with os.scandir(descriptor) as entries:
                 for entry in _pieces(entries):
@@ -557,20 +522,15 @@ class Folders:
                         others.add(entry)
                     else:
                         known.add(stem)
-                        if self._is_known(folder, stem, visitor):
-                            continue
-                        many = many or len(stems) >= _MANY
-                        if not many:
+                        if not self._is_known(folder, stem, visitor):
                             stems.append(stem)
-            folder.settled.end()
+            folder.end_listing()
         finally:
-            folder.settled.stop()
+            folder.stop_listing()
         for gone in before.difference(inner):
             self.forget(gone)
         folder.inner = inner | {path: None for path in folder.inner if path not in before}  # found meanwhile
-        folder.unsettled = Unsettled(stems) if stems else _NONE_UNSETTLED
-        if many:
-            stems = yield from self._list_many(folder, descriptor, others, visitor)
+        folder.unsettled = dict.fromkeys(stems)
         has_stems = bool(folder.unsettled or folder.settled or visitor.found.passed)
         yield from self._sort_out(folder, others, ignored, Beside(folder, known) if has_stems else _NOTHING_BESIDE)
         folder.is_changed = True
@@ -578,50 +538,13 @@ class Folders:
 
     def _is_known(self, folder: Folder, stem: str, visitor: Visitor) -> bool:
         """Tell whether nothing is to be found out about a stem that is there."""
-        if (changed := folder.settled.find(stem)) is not None:
-            if visitor.offer:
-                visitor.offer(folder, changed, stem)
-        elif visitor.taken((folder.path, stem)):
+        if folder.found_again(stem) is not None:
+            return True
+        if visitor.taken((folder.path, stem)):
             visitor.found.passed.add(stem)
             folder.distrust()
-        else:
-            return False
-        return True
-
-    def _list_many(
-        self, folder: Folder, descriptor: int, others: _Others, visitor: Visitor
-    ) -> Generator[None, None, list[str]]:
-        """List a folder again in which very many prompts are not quiet, and observe them without holding their names.
-
-        Returns:
-            Those to which another file may belong: they have to wait until it is known which files do.
-        """
-        asked, later = _Asked(), list[str]()
-        probe, headless = Beside(asked), Beside(())
-        for other in others:
-            if other is None:
-                yield
-            else:
-                probe.owner(other[0])
-                if other[0].startswith("~$"):  # the mark of any of very many: the head of its name is missing
-                    headless.add(other[0])
-        folder.beside, folder.unsettled = headless, Unsettled()
-        with os.scandir(descriptor) as entries:
-            for entry in _pieces(entries):
-                if entry is None:
-                    yield
-                    continue
-                stem = stem_of(entry.name)
-                if stem is None or folder.settled.get(stem) is not None or entry.is_dir(follow_symlinks=False):
-                    continue
-                if visitor.taken((folder.path, stem)):
-                    continue
-                if stem in asked.stems:
-                    later.append(stem)
-                elif visitor.observe(folder, stem, descriptor):
-                    continue
-                folder.unsettled.add(stem)
-        return later
+            return True
+        return False
 
     def _enter(self, folder: Folder, name: str, inner: dict[str, None], ignored: Reasons) -> None:
         """Note whether a folder is looked into."""

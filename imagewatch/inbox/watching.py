@@ -65,7 +65,7 @@ class Watching:
         self._listen_at = now + POLL_SECONDS
         if self._watcher.problem:
             self._deaf = "the reader of change events died"
-            _log.error("the reader of change events died; it is started again", reason=self._watcher.problem)
+            _log.error("watcher_restarted", reason=self._watcher.problem)
         try:
             self._watcher.start()
         except OSError as error:
@@ -166,5 +166,5 @@ class Watching:
         now = (mode, self._why_all(kind), frozenset(self._problems.values()))
         bad = bool(self._problems) or (self._watch != "poll" and not self._watcher.alive())
         if now != self._told and (self._told or bad):
-            (_log.warning if bad else _log.info)("watch mode", mode=mode, polled=self.why_polled(kind, folders))
+            (_log.warning if bad else _log.info)("watch_mode", mode=mode, polled=self.why_polled(kind, folders))
         self._told = now

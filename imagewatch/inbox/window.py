@@ -1,4 +1,4 @@
-"""The oldest of very many prompts by name, and from which date on the others are not. Pure."""
+"""The oldest of very many prompts, in order. Pure."""
 
 from __future__ import annotations
 
@@ -6,104 +6,70 @@ import heapq
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 Entry = tuple[float, str]
 """Date and stem of a prompt: newest ctime of its files, seconds since the epoch."""
 
 
-class _Oldest:
-    """The oldest entries of those that were offered."""
-
-    __slots__ = ("beyond", "entries", "is_heap")
-
-    def __init__(self) -> None:
-        self.entries: list[Entry] = []
-        self.beyond: Entry | None = None
-        self.is_heap = True
-
-    def offer(self, entry: Entry, most: int) -> None:
-        if self.beyond is not None and entry >= self.beyond:
-            return
-        self.entries.append(entry)
-        self.is_heap = False
-        if len(self.entries) > 2 * most:
-            self.cut(most)
-
-    def cut(self, most: int) -> None:
-        self.entries = sorted(set(self.entries))  # which is a heap, too
-        self.is_heap = True
-        if len(self.entries) > most:
-            self.beyond = self.entries[most]
-            del self.entries[most:]
-
-
 class Window:
-    """The prompts of one folder that are settled, the oldest first.
+    """The oldest settled prompts of one folder. When it runs low, it is filled again from all of them."""
 
-    All that are older than a certain one are known by name. Of the others only their number is known elsewhere; when
-    the window runs low, the folder is listed again, and all that are settled are offered again.
-    """
-
-    __slots__ = ("_next", "_oldest")
+    __slots__ = ("_beyond", "_entries", "_is_heap")
 
     def __init__(self) -> None:
-        self._oldest = _Oldest()
-        self._next: _Oldest | None = None
+        self._entries: list[Entry] = []
+        self._beyond: Entry | None = None  # from here on they are not in it; None if all are
+        self._is_heap = True
 
     def __iter__(self) -> Iterator[Entry]:
         """Return the entries, in no order."""
-        return iter(self._oldest.entries)
-
-    def __len__(self) -> int:
-        return len(self._oldest.entries)
+        return iter(self._entries)
 
     def offer(self, entry: Entry, most: int) -> None:
         """Note that a prompt is settled.
 
         Args:
             entry: The prompt; it may be known already.
-            most: How many are to be known by name, about.
+            most: How many are kept, about.
         """
-        self._oldest.offer(entry, most)
-        if self._next is not None:
-            self._next.offer(entry, most)
+        if self._beyond is not None and entry >= self._beyond:
+            return
+        self._entries.append(entry)
+        self._is_heap = False
+        if len(self._entries) > 2 * most:
+            self._cut(most, set(self._entries))
 
     def put_back(self, entry: Entry) -> None:
         """Take in again an entry that was taken out."""
-        for oldest in filter(None, (self._oldest, self._next)):
-            oldest.offer(entry, len(oldest.entries) + 1)
+        self.offer(entry, len(self._entries) + 1)
 
-    def begin(self) -> None:
-        """Begin to offer all prompts again."""
-        self._next = _Oldest()
+    def refill(self, entries: Iterable[Entry], most: int) -> None:
+        """Begin again with these.
 
-    def end(self, most: int) -> None:
-        """All prompts have been offered again."""
-        if self._next is not None:
-            self._oldest, self._next = self._next, None
-            self._oldest.cut(most)
+        Args:
+            entries: All that are settled, each once.
+            most: How many are kept.
+        """
+        self._beyond = None
+        self._cut(most, entries)
 
-    def stop(self) -> None:
-        """Not all prompts have been offered again: nothing else is known than before."""
-        self._next = None
+    def _cut(self, most: int, entries: Iterable[Entry]) -> None:
+        oldest = heapq.nsmallest(most + 1, entries)
+        self._beyond = oldest.pop() if len(oldest) > most else self._beyond
+        self._entries, self._is_heap = oldest, True  # what is sorted is a heap, too
 
     def first(self) -> Entry | None:
-        """Return the oldest entry. None: there is none, or its name is not known."""
-        if not self._oldest.is_heap:
-            heapq.heapify(self._oldest.entries)
-            self._oldest.is_heap = True
-        return self._oldest.entries[0] if self._oldest.entries else None
+        """Return the oldest entry, or None."""
+        if not self._is_heap:
+            heapq.heapify(self._entries)
+            self._is_heap = True
+        return self._entries[0] if self._entries else None
 
     def pop(self) -> None:
         """Take out the oldest entry, which ``first`` returned."""
-        heapq.heappop(self._oldest.entries)
-
-    @property
-    def beyond(self) -> Entry | None:
-        """From which entry on they are not known by name; None if all are."""
-        return self._oldest.beyond
+        heapq.heappop(self._entries)
 
     def is_low(self, most: int) -> bool:
-        """Tell whether all prompts are to be offered again."""
-        return self._oldest.beyond is not None and len(self._oldest.entries) < most // 4 + 1
+        """Tell whether it is to be filled again."""
+        return self._beyond is not None and len(self._entries) < most // 4 + 1

@@ -129,7 +129,8 @@ class Closing:
         """End a job whose files are those of a job that is over: nothing is sent, nothing is published."""
         self._ledger.count_redelivery(twin, self._clock())
         case.record.decide(Decision(door="away"))
-        _log.info("brought back, so not made again", finished=twin)
+        reason = "a sync tool delivered a finished prompt again; skipped, not charged"
+        _log.info("redelivered", finished=twin, reason=reason)
 
     def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str], kind: str = "invalid") -> None:
         """End a job that our own checks refuse: no call was made.
@@ -191,7 +192,7 @@ class Closing:
         else:
             case = self._dated(case)
             message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
-            outcome = "made" if is_charged else "unknown"
+            outcome = "completed" if is_charged else "unknown"
             self._write_row(case, outcome, "yes" if is_charged else "unknown", message=message)
         kind = KINDS["lost" if is_charged else "unknown"]
         self._reject(case, {"message": message, "next": kind.retry}, kind.charged)
@@ -238,7 +239,7 @@ class Closing:
         reading = self._pictures.read(case.record.path, case.answer)
         if any(got.url for got in reading.images):
             # The ledger first: it was paid for, and to fetch a picture may take long.
-            self._write_row(case, "made", "yes", reading=reading)
+            self._write_row(case, "completed", "yes", reading=reading)
         pictures = self._pictures.collect(case.record.path, reading)
         good = sum(picture.good for picture in pictures)
         asked = case.sent.asked if case.sent else 1
@@ -247,7 +248,7 @@ class Closing:
         if good != asked:
             told.append(f"asked for {asked}, got {good}")
         words = "" if good else "; ".join([reading.message, *told] if reading.message else told)
-        self._write_row(case, "made", "yes", reading=reading, got=good, message=words, code=reading.code)
+        self._write_row(case, "completed", "yes", reading=reading, got=good, message=words, code=reading.code)
         top = {
             "provider": reading.provider or case.fields.get("provider"),
             "model": reading.model or case.fields.get("model"),
@@ -356,9 +357,11 @@ class Closing:
         }
         told = {name: value for name, value in say.items() if value not in (None, [], "")}
         if door == "outbox":
-            _log.info("made", **told)
+            _log.info("completed", **told)
         else:
-            _log.warning({"no": "refused", "unknown": "unknown", "yes": "paid, not readable"}[facts["charged"]], **told)
+            if facts["charged"] == "yes":
+                told["reason"] = "the response holds no readable image"
+            _log.warning("unknown" if facts["charged"] == "unknown" else "failed", **told)
 
     # The ledger
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import functools
-import grp
 import os
 import pwd
 import secrets
@@ -28,9 +26,10 @@ from imagewatch.protocol.names import PAID, SUFFIX, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Door, Move
 from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk, closing, ours
-from imagewatch.system.errors import ConfigError, Problem, SpoolError
+from imagewatch.system.errors import ConfigError, SpoolError
 from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
 from imagewatch.system.folders import NotAFolderError, has_file
+from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -139,8 +138,7 @@ class Spool:
         self.paid = os.path.join(folders.state, PAID)
         self._claims = Claims(folders.inbox, folders.state, disk)
         self.claims = self._claims.path
-        self._outbox = config.outbox
-        self._gid = _gid(config.outbox.group)
+        self._permissions = Permissions(config.outbox.file_mode, config.outbox.folder_mode, config.outbox.group)
         self._lock: IO[bytes] | None = None
         self._claims_lock: IO[bytes] | None = None
         self._mounts = Mounts([])
@@ -403,14 +401,14 @@ class Spool:
         path, folder = os.path.join(self.outbox, self._probe()), os.path.join(self.outbox, self._probe() + ".d")
         try:
             with closing(self.disk.create(path), path) as file, ours(self.outbox, "set [outbox] file_mode or group"):
-                self._finish(file.fileno())
+                self._permissions.apply(file.fileno())
         finally:
             self.disk.unlink(path)
-        if self._outbox.folder_mode is None:
+        if self._permissions.folder_mode is None:
             return
         self.disk.make_folder(folder)
         try:
-            self.disk.set_mode(folder, self._outbox.folder_mode)
+            self.disk.set_mode(folder, self._permissions.folder_mode)
         finally:
             self.disk.remove_folder(folder)
 
@@ -734,7 +732,9 @@ class Spool:
             if decision.moves:
                 self.disk.sync_folder(folder)
             target = os.path.join(folder, decision.name)
-            self.disk.publish(target, _temporary(folder, claim, "d"), decision.document.encode(), self._finish)
+            self.disk.publish(
+                target, _temporary(folder, claim, "d"), decision.document.encode(), self._permissions.apply
+            )
         self.record(claim.job).mark_over()
 
     def keep(self, claim: Claim, decision: Decision) -> None:
@@ -864,7 +864,7 @@ class Spool:
                 self._source(claim, move),
                 target,
                 _temporary(folder, claim, str(number)),
-                None if dropped else self._finish,
+                None if dropped else self._permissions.apply,
                 mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
             )
 
@@ -872,14 +872,7 @@ class Spool:
         """Make the folder behind a door that mirrors the inbox folder, durably."""
         self.require_mounts()
         top = self.door_folder(door, Claim(job="", folder="", stem=""))
-        self.disk.make_inner(top, claim.folder, self._outbox.folder_mode if door == "outbox" else None)
-
-    def _finish(self, descriptor: int) -> None:
-        """Give a file that we publish the mode and group its readers need."""
-        mode = self._outbox.file_mode
-        os.fchmod(descriptor, mode if mode is not None else 0o666 & ~_umask())
-        if self._gid is not None:
-            os.fchown(descriptor, -1, self._gid)
+        self.disk.make_inner(top, claim.folder, self._permissions.folder_mode if door == "outbox" else None)
 
 
 def _temporary(folder: str, claim: Claim, number: str) -> str:
@@ -890,23 +883,3 @@ def _above(folder: str) -> Iterator[str]:
     while (above := os.path.dirname(folder)) != folder:
         yield above
         folder = above
-
-
-def _gid(group: str | None) -> int | None:
-    if group is None:
-        return None
-    try:
-        return grp.getgrnam(group).gr_gid
-    except KeyError:
-        problem = Problem("outbox.group", f'there is no group "{group}"', "create it, or remove the key")
-        raise ConfigError([problem]) from None
-
-
-@functools.cache
-def _umask() -> int:
-    """Return the process's umask; read from /proc, as asking by ``os.umask`` would change it for other threads."""
-    try:
-        with open("/proc/self/status", "rb") as file:
-            return next(int(line.split()[1], 8) for line in file if line.startswith(b"Umask:"))
-    except (OSError, StopIteration):
-        return 0o022

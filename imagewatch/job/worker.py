@@ -220,7 +220,7 @@ class Worker:
             except (SpoolError, FileExistsError):
                 raise
             except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others
-                _log.exception("a bug in imagewatch; please report it")
+                _log.exception("internal_error", next="report this as a bug")
                 self._park(run, error)
                 outcome = None
             if outcome is not None:
@@ -439,7 +439,7 @@ class Worker:
         if fate.is_saved:
             run.foresee(sent=fate.attempt, answered=fate.attempt)
         elif fate.left is Left.PART:
-            _log.warning("not sent whole", reason=fate.message, attempt=fate.attempt)
+            _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
             self._sending.prove(run.record, fate)
         elif fate.left is Left.NOTHING:
             if fate.reason is None:

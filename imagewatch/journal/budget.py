@@ -312,7 +312,7 @@ class Budget:
 
     def _spent(self, since: float, now: float, memo: _Memo) -> float:
         if since not in memo.spent:
-            known, unpriced = self._books.spending(since)
-            guessed = sum(self._cost(Asked(*one), now, memo).high for one in unpriced)
+            known, unknown = self._books.spending(since)
+            guessed = sum(self._cost(Asked(*one), now, memo).high for one in unknown)
             memo.spent[since] = known + guessed + sum(cost for at, cost in self._stranded if at >= since)
         return memo.spent[since]

@@ -5,7 +5,7 @@ folder can ask for anything; the inbox is open to everybody and asks for nothing
 
 ::
 
-    held       the queue is held by hand, for the reason inside; it stays until ``release``
+    held       a person holds the queue, for the reason inside; it stays until ``release``
     release    end all holds; the daemon removes it
     passed     until which time prompts were let through past the burst guard; written by the daemon
     refused    holds that the account or the address caused, as JSON; written by the daemon for its next start
@@ -29,6 +29,8 @@ _RETRY = re.compile(r"retry\.([0-9a-f]{16})")
 _DAEMONS = {"passed", "refused"}
 _TEMPORARY = re.compile(r"([a-z][a-z.0-9-]*)\.tmp")
 _MOST_BYTES = 4096
+_RENAMED = {"address": "endpoint"}
+"""Kinds of hold that an earlier version wrote."""
 
 
 class Control:
@@ -57,7 +59,7 @@ class Control:
                 remove_old(self._disk, self._path(name), is_known=found[1] in _DAEMONS)
 
     def held(self) -> str | None:
-        """Return why the queue is held by hand, or None when it is not."""
+        """Return why a person holds the queue, or None when it is not."""
         try:
             found = self._read("held")
         except SpoolError as error:
@@ -65,7 +67,7 @@ class Control:
         return None if found is None else printable(found.strip(), 500)
 
     def hold(self, reason: str) -> None:
-        """Hold the queue by hand, until ``release``."""
+        """Hold the queue, until ``release``."""
         self._write("held", reason)
 
     def release(self) -> None:
@@ -108,7 +110,7 @@ class Control:
         with contextlib.suppress(SpoolError, ValueError):  # unreadable: one more prompt shows it
             found = json.loads(self._read("refused") or "{}")
             if isinstance(found, dict):
-                return {str(kind): printable(str(message), 500) for kind, message in found.items()}
+                return {_RENAMED.get(kind, str(kind)): printable(str(message), 500) for kind, message in found.items()}
         return {}
 
     def refuse(self, messages: dict[str, str]) -> None:

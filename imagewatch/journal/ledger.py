@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from imagewatch.protocol.values import Charged
 
-_VERSION = 2
+_VERSION = 3
 _LOST = "nothing but the ledger knows of this request; it may have been charged"
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
@@ -50,7 +51,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
     prompt_sha256   TEXT NOT NULL,      -- of the text sent
     -- sent: its result is not known yet
-    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'made', 'refused', 'busy', 'unknown', 'invalid')),
+    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'completed', 'refused', 'busy', 'unknown', 'invalid')),
     charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
     credits         REAL,               -- NULL: not said
     provider        TEXT NOT NULL,
@@ -90,7 +91,7 @@ CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE n
 """
 
 
-NO_TOTALS = {"made": 0, "refused": 0, "unknown": 0, "credits": 0.0}
+NO_TOTALS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0.0}
 """What ``Ledger.totals`` returns of an empty ledger."""
 
 
@@ -141,7 +142,7 @@ class Balances:
         others: Other requests between the two that were charged or may have been; the one that reported the balance
             after is one of them.
         credits: What they are known to have been charged.
-        unpriced: How many of them were or may have been charged without a known amount.
+        unknown_cost: How many of them were or may have been charged without a known amount.
     """
 
     before: float | None = None
@@ -150,7 +151,7 @@ class Balances:
     after_at: float | None = None
     others: int = 0
     credits: float = 0.0
-    unpriced: int = 0
+    unknown_cost: int = 0
 
 
 _COLUMNS = Row.__struct_fields__
@@ -160,6 +161,10 @@ _UPSERT = (
     "ON CONFLICT (job, attempt) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name not in {"job", "attempt"})
 )
+
+
+_RENAMED = "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END"
+"""The outcome of a row of format 1 or 2."""
 
 
 def _prepare(connection: sqlite3.Connection) -> None:
@@ -199,13 +204,14 @@ def _update(connection: sqlite3.Connection) -> None:
     columns = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
     if columns:
         connection.execute("ALTER TABLE attempts RENAME TO earlier")
-        for index in ("attempts_by_time", "attempts_by_claim", "attempts_by_source"):
+        for index in re.findall(r"INDEX IF NOT EXISTS (\w+)", _SCHEMA + _INDEXES):
             connection.execute(f"DROP INDEX IF EXISTS {index}")
     for statement in (_SCHEMA + _INDEXES).split(";\n"):
         connection.execute(statement)
     if columns:
-        common = ", ".join(name for name in _COLUMNS if name in columns)
-        connection.execute(f"INSERT INTO attempts ({common}) SELECT {common} FROM earlier")  # noqa: S608
+        common = [name for name in _COLUMNS if name in columns]
+        values = [_RENAMED if name == "outcome" else name for name in common]
+        connection.execute(f"INSERT INTO attempts ({', '.join(common)}) SELECT {', '.join(values)} FROM earlier")  # noqa: S608
         connection.execute("DROP TABLE earlier")
         _fill(connection)
     connection.execute(f"PRAGMA user_version = {_VERSION}")
@@ -310,7 +316,7 @@ class Ledger:
         question = """
             SELECT job, contents FROM attempts
             WHERE source = ? AND source_size = ? AND source_mtime_ns = ? AND contents <> '' AND job <> ?
-              AND outcome IN ('made', 'refused', 'unknown', 'invalid')
+              AND outcome IN ('completed', 'refused', 'unknown', 'invalid')
             ORDER BY claimed_at DESC"""
         return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
 
@@ -413,13 +419,13 @@ class Ledger:
         return Balances(found.before, found.before_at, found.after, found.after_at, *others)
 
     def totals(self, since: float = 0.0) -> dict[str, float]:
-        """Return sums: ``made``, ``refused``, ``unknown`` jobs and ``credits``.
+        """Return sums: ``completed``, ``refused``, ``unknown`` jobs and ``credits``.
 
         Args:
             since: Only what was sent, or refused by our own checks, at this time or later; seconds since the epoch.
         """
         question = """
-            SELECT count(DISTINCT CASE WHEN charged = 'yes' THEN job END) AS made,
+            SELECT count(DISTINCT CASE WHEN charged = 'yes' THEN job END) AS completed,
                    count(DISTINCT CASE WHEN outcome IN ('refused', 'invalid') THEN job END) AS refused,
                    count(DISTINCT CASE WHEN outcome = 'unknown' THEN job END) AS unknown,
                    coalesce(sum(credits), 0) AS credits
@@ -437,12 +443,14 @@ class Ledger:
         """
         question = """
             SELECT asked_provider, price_kind, coalesce(sum(credits), 0) AS credits,
-                   sum(CASE WHEN credits IS NULL THEN max(asked, 1) ELSE 0 END) AS unpriced
+                   sum(CASE WHEN credits IS NULL THEN max(asked, 1) ELSE 0 END) AS unknown_cost
             FROM attempts WHERE charged IN ('yes', 'unknown') AND outcome <> 'sent' AND sent_at >= ?
             GROUP BY asked_provider, price_kind"""
         rows = self._all(question, since)
-        unpriced = [(row["asked_provider"], row["price_kind"], row["unpriced"]) for row in rows if row["unpriced"]]
-        return sum(row["credits"] for row in rows), unpriced
+        unknown = [
+            (row["asked_provider"], row["price_kind"], row["unknown_cost"]) for row in rows if row["unknown_cost"]
+        ]
+        return sum(row["credits"] for row in rows), unknown
 
     def charges(self, provider: str, since: float) -> dict[str, list[float]]:
         """Return what requests to a provider were charged for an image, credits, by the kind of their price.

@@ -18,10 +18,9 @@ from typing import TYPE_CHECKING
 
 from imagewatch.protocol.images import IMAGE_ENDINGS, has_image_ending
 from imagewatch.protocol.meant import alike, base_names, is_called_copy, is_leftover
-from imagewatch.system.compact import Numbers
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Container, Iterable
+    from collections.abc import Container, Iterable
 
 SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
@@ -166,14 +165,14 @@ class Alike:
     __slots__ = ("_has_dots", "_known", "_starts")
 
     def __init__(self) -> None:
-        self._known = Numbers[int]("b")
+        self._known: set[str] = set()
         self._starts: set[str] | None = set()  # how their names begin; None if in too many ways
         self._has_dots = False
 
     def add(self, stem: str) -> None:
         """Note that there is a prompt."""
         like = alike(stem)
-        self._known.set(like, 1)
+        self._known.add(like)
         self._has_dots = self._has_dots or "." in like
         if self._starts is not None:
             self._starts.add(like[:_START])
@@ -189,7 +188,7 @@ class Alike:
 
     def __contains__(self, base: str) -> bool:
         """Tell whether there is a prompt of which ``alike`` says this."""
-        return (self._has_dots or "." not in base) and self._known.get(base) is not None
+        return (self._has_dots or "." not in base) and base in self._known
 
 
 class Beside:
@@ -295,14 +294,6 @@ class Beside:
         for name in sorted([*self._exactly.get(stem, ()), *self._meant.get(alike(stem), ())]):
             (dropped.doubtful if may_be_meant(name) else dropped.busy).append(name)
         return dropped
-
-    def keep(self, stems: Collection[str]) -> None:
-        """Forget what does not belong to one of these."""
-        self._own = {stem: names for stem, names in self._own.items() if stem in stems}
-        self._exactly = {stem: names for stem, names in self._exactly.items() if stem in stems}
-        if self._meant:
-            likes = {alike(stem) for stem in stems}
-            self._meant = {like: names for like, names in self._meant.items() if like in likes}
 
 
 def group(names: Iterable[str]) -> dict[str, Dropped]:

@@ -146,7 +146,7 @@ RESPONSES = (
         retry="wait until the quota is renewed; then move the prompt back into the inbox",
     ),
     Kind(
-        "address",
+        "endpoint",
         "the URL is not the image API (404, 405, redirect)",
         "no",
         Reaction.ACCOUNT,
@@ -256,7 +256,7 @@ LIMITS = (
         seconds=math.inf,
     ),
     Kind(
-        "hand",
+        "manual",
         "a person ran `imagewatch hold`",
         "no",
         Reaction.WAIT,

@@ -1,7 +1,4 @@
-"""Pictures for the sandbox: drawn on the spot, and plainly marked as placeholders.
-
-Pillow is imported inside functions only, so that importing this module costs the daemon nothing.
-"""
+"""Draws the images of the sandbox, plainly marked as placeholders."""
 
 from __future__ import annotations
 
@@ -15,12 +12,12 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from PIL import Image, ImageDraw, ImageFont, ImageOps, JpegImagePlugin
+
 from imagewatch.sandbox.picture import Picture
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-    from PIL import Image, ImageDraw, ImageFont
 
 _MAX_INPUT_PIXELS: Final = 50_000_000  # below Pillow's own alarm, above any phone camera of today
 _THUMBNAIL_SIDE: Final = 160
@@ -77,8 +74,6 @@ def draw(
     Returns:
         The encoded picture.
     """
-    from PIL import ImageDraw  # noqa: PLC0415  only the sandbox draws
-
     picture = _background(caption, size)
     pen = ImageDraw.Draw(picture, "RGBA")
     if min(size) >= _SMALLEST_WITH_TEXT:
@@ -98,8 +93,6 @@ def thumbnail(data: bytes, mime: str) -> Image.Image | None:
     Returns:
         A small square picture, or ``None`` when it is too large or not readable.
     """
-    from PIL import ImageOps  # noqa: PLC0415  only the sandbox draws
-
     side = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
     try:
         picture = _opened(data, mime)
@@ -113,8 +106,6 @@ def thumbnail(data: bytes, mime: str) -> Image.Image | None:
 
 def _opened(data: bytes, mime: str) -> Image.Image | None:
     """Open an input image unless it is too large; the size is read before anything is decoded."""
-    from PIL import Image, JpegImagePlugin  # noqa: PLC0415  only the sandbox draws
-
     if mime == "image/jpeg":
         # Not by Image.open, which would warn on stderr about sizes that are refused here anyway.
         jpeg = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
@@ -139,8 +130,6 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 def _background(caption: Caption, size: tuple[int, int]) -> Image.Image:
     """Return a soft gradient: the hue comes from the prompt, its play from the serial and the index."""
-    from PIL import Image  # noqa: PLC0415  only the sandbox draws
-
     hue = _HUES[hashlib.sha256(caption.prompt.encode("utf-8", "replace")).digest()[0] % len(_HUES)]
     chance = random.Random(f"{caption.prompt}|{caption.serial}|{caption.index}")  # noqa: S311  colours
     mesh = Image.new("RGB", (3, 3))
@@ -182,8 +171,6 @@ class _Sheet:
 
     def font(self, size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
         """Return the built-in font in a size drawn for 512 pixels."""
-        from PIL import ImageFont  # noqa: PLC0415  only the sandbox draws
-
         return ImageFont.load_default(size=max(6, self.px(size)))
 
     def fill(self, caption: Caption, thumbnails: Sequence[Image.Image | None]) -> None:

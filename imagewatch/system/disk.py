@@ -26,13 +26,14 @@ from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.system.errors import MORE_FILES, AlreadyRunning, SpoolError
 from imagewatch.system.folders import Descriptor, NotAFolderError, Place, Tops, is_private
+from imagewatch.system.permissions import copy_permissions
 from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 _AT_FDCWD = -100
-_ALL_BITS = 0o777
 _MODE_OF_NOTES = 0o600
 _RENAME_NOREPLACE = 1
 _FALLOC_FL_KEEP_SIZE = 1
@@ -470,7 +471,7 @@ class Disk:
                     shutil.copyfileobj(file, copy, _COPY_BYTES)
                     if copy.tell() != os.fstat(file.fileno()).st_size:
                         raise OSError(errno.EIO, "the copy is shorter than its source")
-                    (finish or functools.partial(_keep_mode, file.fileno()))(copy.fileno())
+                    (finish or functools.partial(copy_permissions, file.fileno()))(copy.fileno())
                     if mtime_ns:
                         copy.flush()
                         os.utime(copy.fileno(), ns=(mtime_ns, mtime_ns))
@@ -502,20 +503,14 @@ class Disk:
         """Tell whether a path is a plain file of exactly these bytes. A pipe that was put there is not waited for."""
         try:
             with self._open(path) as file:
-                status = os.fstat(file.fileno())
-                return stat.S_ISREG(status.st_mode) and status.st_size == len(content) and file.read() == content
+                return os.fstat(file.fileno()).st_size == len(content) and file.read() == content
         except OSError:
             return False
 
     # What lies there
 
     def _open(self, path: str) -> IO[bytes]:
-        descriptor = self.tops.open_file(path, os.O_RDONLY | os.O_NONBLOCK)
-        try:
-            return io.FileIO(descriptor)
-        except OSError:  # a folder
-            os.close(descriptor)
-            raise
+        return open_file(path, self.tops, allows_private=True)
 
     def _is_regular(self, path: str) -> bool:
         try:
@@ -541,7 +536,7 @@ class Disk:
             return False
         with other:
             mine, theirs = os.fstat(file.fileno()), os.fstat(other.fileno())
-            if mine.st_size != theirs.st_size or not stat.S_ISREG(theirs.st_mode):
+            if mine.st_size != theirs.st_size:
                 return False
             file.seek(0)
             while chunk := file.read(_COPY_BYTES):
@@ -665,22 +660,6 @@ def locked(path: str) -> bool:
         with ours(path, "look at the lock"):
             raise
     return False
-
-
-def _keep_mode(source: int, copy: int) -> None:
-    """Give a copy the group and the mode of its source, and never a wider one.
-
-    Where the group cannot be kept, the group of the copy may only do what everybody may.
-    """
-    status = os.fstat(source)
-    mode = stat.S_IMODE(status.st_mode) & _ALL_BITS
-    try:
-        if os.fstat(copy).st_gid != status.st_gid:
-            os.fchown(copy, -1, status.st_gid)
-    except OSError:
-        mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
-    with contextlib.suppress(PermissionError):  # a file system without modes
-        os.fchmod(copy, mode)
 
 
 @functools.cache

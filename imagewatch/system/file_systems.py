@@ -34,10 +34,12 @@ _PRIVATE = {
     *("fuse.exfat", "fuse.ntfs-3g", "fuse.fuse-overlayfs"),
 }
 """FUSE file systems that nobody can change but through their own mount."""
-_TIMED = {
-    *("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "ubifs", "xfs", "zfs"),
-    *("nfs", "nfs4"),
+_LOCAL = {
+    *("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "ubifs", "xfs", "zfs")
 }
+"""File systems of this machine: their times are of our own clock, and they refuse a lease only because of a writer. NFS
+and CIFS refuse one whenever their server grants none."""
+_TIMED = _LOCAL | {"nfs", "nfs4"}
 """File systems on which the ctime of a folder is known to change whenever a name in it does."""
 _KERNELS_OWN = {
     *("proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "securityfs", "debugfs", "tracefs", "configfs"),
@@ -52,10 +54,12 @@ class Mount:
     """One line of the mount table.
 
     Attributes:
+        number: By which the kernel knows it.
         point: Where it is mounted.
         kind: Type of the file system, such as ``ext4``, ``nfs4``, ``fuse.sshfs``.
     """
 
+    number: int
     point: str
     kind: str
 
@@ -77,7 +81,7 @@ def table(path: str = _TABLE) -> list[Mount]:
         fields, kind = before.split(b" "), after.split(b" ", 1)[0]
         if len(fields) > 4:  # noqa: PLR2004  the fifth field is the mount point
             point = _ESCAPE.sub(lambda match: bytes([int(match[1], 8)]), fields[4])
-            found.append(Mount(os.fsdecode(point), kind.decode("ascii", "replace")))
+            found.append(Mount(int(fields[0]), os.fsdecode(point), kind.decode("ascii", "replace")))
     return found
 
 
@@ -113,17 +117,27 @@ def keeps_files(kind: str) -> bool:
     return kind not in _KERNELS_OWN
 
 
+def is_local(descriptor: int) -> bool:
+    """Tell whether an open file or folder is known to be on a file system of this machine."""
+    number = _mount_number(descriptor)
+    return any(mount.kind in _LOCAL for mount in table() if mount.number == number)
+
+
 def place_of(descriptor: int) -> tuple[int, int]:
     """Return what is the same for two open folders only if a file can be renamed from one to the other.
 
     That is device and mount: two mounts of one device are two places, and so are two volumes in one mount.
     """
-    device = os.fstat(descriptor).st_dev
+    return os.fstat(descriptor).st_dev, _mount_number(descriptor)
+
+
+def _mount_number(descriptor: int) -> int:
+    """Return by which number the kernel knows the mount of an open file; 0 where it gives none."""
     try:
         with open(f"/proc/self/fdinfo/{descriptor}", "rb") as file:
-            return device, next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
+            return next(int(line.split()[1]) for line in file if line.startswith(b"mnt_id:"))
     except (OSError, StopIteration):
-        return device, 0
+        return 0
 
 
 class Kinds:

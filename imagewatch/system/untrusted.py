@@ -29,13 +29,16 @@ class RefusedError(OSError):
         super().__init__(errno.EPERM, reason, path)
 
 
-def open_file(path: str, tops: Tops = _NOWHERE, *, most_bytes: int | None = None) -> io.FileIO:
+def open_file(
+    path: str, tops: Tops = _NOWHERE, *, most_bytes: int | None = None, allows_private: bool = False
+) -> io.FileIO:
     """Open a regular file for reading, without waiting for anything.
 
     Args:
         path: The file.
         tops: The folders that were opened.
         most_bytes: A larger one is refused.
+        allows_private: Whether a hard link to a private file is opened, too: to move it, and never to show it.
 
     Returns:
         The file, unbuffered.
@@ -45,16 +48,19 @@ def open_file(path: str, tops: Tops = _NOWHERE, *, most_bytes: int | None = None
         OSError: It is not there, or cannot be read.
     """
     place = tops.at(path)  # which keeps its folder open until the file is
-    return open_at(place.name, place.dir_fd, most_bytes=most_bytes, path=path)
+    return open_at(place.name, place.dir_fd, most_bytes=most_bytes, allows_private=allows_private, path=path)
 
 
-def open_at(name: str, folder: int | None, *, most_bytes: int | None = None, path: str = "") -> io.FileIO:
+def open_at(
+    name: str, folder: int | None, *, most_bytes: int | None = None, allows_private: bool = False, path: str = ""
+) -> io.FileIO:
     """Open a regular file for reading, as ``open_file`` does, in a folder that is open.
 
     Args:
         name: Its name; its path if there is no folder.
         folder: Descriptor of the folder.
         most_bytes: A larger one is refused.
+        allows_private: As for ``open_file``.
         path: How it is called in an error; without, by its name.
     """
     path = path or name
@@ -63,7 +69,9 @@ def open_at(name: str, folder: int | None, *, most_bytes: int | None = None, pat
         raise RefusedError(reason, path)
     descriptor = os.open(name, _FLAGS, dir_fd=folder)
     status = os.fstat(descriptor)
-    reason = refusal(status, os.stat(os.path.dirname(path) or ".") if folder is None else os.fstat(folder))
+    reason = _kind(status)
+    if not allows_private:
+        reason = refusal(status, os.stat(os.path.dirname(path) or ".") if folder is None else os.fstat(folder))
     if not os.path.samestat(before, status):
         reason = "was replaced while it was opened"
     elif most_bytes is not None and status.st_size > most_bytes:

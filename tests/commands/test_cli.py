@@ -24,7 +24,7 @@ from support.daemon import KEY, Folders, until
 from support.scripted import Scripted, answering
 
 from imagewatch import __version__
-from imagewatch.commands.main import cli
+from imagewatch.commands.main import COMMANDS, cli, load_command
 from imagewatch.config.load import load
 
 if TYPE_CHECKING:
@@ -97,11 +97,11 @@ def tree(top: Path) -> dict[str, object]:
 # Words
 
 
-@pytest.mark.parametrize("name", ["", *cli.commands])
+@pytest.mark.parametrize("name", ["", *COMMANDS])
 def test_every_help_says_what_it_is_and_names_all_it_takes(name):
     arguments = [name] if name else []
     done = imagewatch(*arguments, "--help")
-    command = cli.commands[name] if name else cli
+    command = load_command(name) if name else cli
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == imagewatch(*arguments, "-h").stdout
     assert max(map(len, done.stdout.splitlines())) <= 80
@@ -121,8 +121,10 @@ def test_every_help_says_what_it_is_and_names_all_it_takes(name):
 
 def test_the_first_help_names_every_command_and_every_exit_code():
     done = imagewatch("--help")
-    for name, command in cli.commands.items():
-        assert re.search(rf"^  {name} +{re.escape(command.get_short_help_str(100))}$", done.stdout, re.MULTILINE)
+    for name in COMMANDS:
+        assert re.search(
+            rf"^  {name} +{re.escape(load_command(name).get_short_help_str(100))}$", done.stdout, re.MULTILINE
+        )
     for code in (0, 1, 64, 69, 74, 75, 78):
         assert re.search(rf"^    {code} ", done.stdout, re.MULTILINE)
 
@@ -132,9 +134,24 @@ def test_the_version_is_told():
 
 
 def test_help_and_version_load_nothing_heavy():
-    heavy = ("httpx", "PIL", "structlog", "sqlite3")
-    code = f"import sys, imagewatch.commands.main; print(*(m for m in {heavy} if m in sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "\n"
+    loaded = """
+import contextlib, sys
+from imagewatch.commands.main import cli
+for option in ("--help", "--version"):
+    cli.main([option], standalone_mode=False)
+print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    commands = {f"imagewatch.commands.{module}" for module, _ in COMMANDS.values()}
+    modules = set(done.stdout.splitlines()[-1].split())
+    assert "imagewatch.commands.main" in modules
+    assert not modules & {*commands, "httpx", "PIL", "structlog", "sqlite3"}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_table_of_commands_has_the_help_of_each_command(name):
+    assert COMMANDS[name][1] == load_command(name).get_short_help_str(100)
+    assert load_command(name).name == name
 
 
 # Exit codes
@@ -290,7 +307,7 @@ def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_
     if key_file:
         folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = key_file
     daemon = run(folders)
-    (line,) = daemon.events("no key; every prompt will wait")
+    (line,) = daemon.events("key_missing")
     assert line["level"] == "warning"
     assert (key_file or "no API key is set") in line["reason"]
     assert line["next"]
@@ -657,7 +674,7 @@ def test_once_writes_json_lines_when_nobody_looks(folders):
     done = imagewatch("once", environ=folders.environ)
     assert done.stdout == ""
     assert all(line.startswith("{") for line in done.stderr.splitlines())
-    assert [line["event"] for line in lines(done.stderr)] == ["watching", "made"]
+    assert [line["event"] for line in lines(done.stderr)] == ["started", "completed"]
 
 
 def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_path, sandbox):
@@ -855,10 +872,10 @@ def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):
     told = {str(line["source"]): line for line in lines(done.stderr) if "charged" in line}
     assert len([line for line in lines(done.stderr) if "charged" in line]) == 4
     assert {source: line["event"] for source, line in told.items()} == {
-        "a/cat.prompt.txt": "made",
-        "dog.prompt.txt": "refused",
+        "a/cat.prompt.txt": "completed",
+        "dog.prompt.txt": "failed",
         "lost.prompt.txt": "unknown",
-        "paid.prompt.txt": "paid, not readable",
+        "paid.prompt.txt": "failed",
     }
     made = told["a/cat.prompt.txt"]
     assert [*made][:3] == ["timestamp", "level", "event"]
@@ -1001,7 +1018,7 @@ def test_once_whose_reader_is_gone_does_not_look_like_a_failed_job(folders, text
 
 def test_a_bug_is_logged_with_its_end_and_without_control_characters():
     script = (
-        "import structlog; from imagewatch import log\n"
+        "import structlog; from imagewatch.system import log\n"
         "def deep(n):\n"
         "    if n: deep(n - 1)\n"
         "    raise ValueError('\\x1b[31m the very end \\u202e')\n"

@@ -29,14 +29,14 @@ PAGE: dict[str, Any] = {
     "is_running": True,
     "inbox": "/srv/imagewatch/inbox",
     "updated": "2026-02-03T04:05:06Z",
-    "last_sweep": "2026-02-03T04:05:05Z",
+    "last_scan": "2026-02-03T04:05:05Z",
     "waiting": {"ready": 3, "not_ready": 2, "why": {Wait.EMPTY.value: 2}, "files": {}},
     "ignored": {"count": 4, "files": {}},
     "in_flight": [{"job": "0123456789abcdef", "source": "cat.prompt.txt"}],
     "stuck": [{"job": "fedcba9876543210", "source": "sub/dog.prompt.txt"}],
     "holds": [],
-    "today": {"made": 5, "refused": 6, "unknown": 7, "credits": 12.25, "cap": None},
-    "month": {"made": 50, "refused": 60, "unknown": 70, "credits": 1234567.5, "cap": 2000000.0},
+    "today": {"completed": 5, "refused": 6, "unknown": 7, "credits": 12.25, "cap": None},
+    "month": {"completed": 50, "refused": 60, "unknown": 70, "credits": 1234567.5, "cap": 2000000.0},
     "redelivered": 8,
     "balance": {"credits": 93.5, "at": "2026-02-03T04:05:04Z"},
 }
@@ -72,7 +72,7 @@ def test_every_figure_of_the_status_is_a_metric():
     assert values(metrics.text(PAGE)) == {
         "up": 1,
         "build_info[1.2.3]": 1,
-        "last_sweep_timestamp_seconds": 1770091505,
+        "last_scan_timestamp_seconds": 1770091505,
         "status_timestamp_seconds": 1770091506,
         "ready_prompts": 3,
         **{
@@ -84,10 +84,10 @@ def test_every_figure_of_the_status_is_a_metric():
         "in_flight_jobs": 1,
         "stuck_jobs": 1,
         **{f"held[{kind}]": 0 for kind in HOLDS},
-        "period_jobs[day,made]": 5,
+        "period_jobs[day,completed]": 5,
         "period_jobs[day,refused]": 6,
         "period_jobs[day,unknown]": 7,
-        "period_jobs[month,made]": 50,
+        "period_jobs[month,completed]": 50,
         "period_jobs[month,refused]": 60,
         "period_jobs[month,unknown]": 70,
         "period_credits[day]": 12.25,
@@ -132,7 +132,7 @@ def test_every_series_names_its_inbox_so_that_there_may_be_several():
 
 
 def test_a_daemon_that_has_not_looked_yet_has_no_time_of_a_look():
-    assert "last_sweep_timestamp_seconds" not in values(metrics.text({**PAGE, "last_sweep": None}))
+    assert "last_scan_timestamp_seconds" not in values(metrics.text({**PAGE, "last_scan": None}))
 
 
 def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(folders, run, sandbox):
@@ -146,7 +146,7 @@ def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(f
     until(lambda: told(folders)["not_ready_prompts[empty]"] == 1 and told(folders)["in_flight_jobs"] == 1)
     found = told(folders)
     assert (found["up"], found["ignored_files"], found["ready_prompts"]) == (1, 1, 0)
-    assert before <= found["last_sweep_timestamp_seconds"] <= time.time()
+    assert before <= found["last_scan_timestamp_seconds"] <= time.time()
     text = command(folders, "status", "--prometheus").stdout
     assert "evil" not in text
     assert "whiskers" not in text
@@ -158,25 +158,25 @@ def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(f
 def test_a_hold_is_a_metric_and_no_failure_of_the_command(folders, run):
     daemon = run(folders)
     command(folders, "hold", HOSTILE)
-    assert told(folders)["held[hand]"] == 1
+    assert told(folders)["held[manual]"] == 1
     assert daemon.stop() == 0
-    assert (told(folders)["up"], told(folders)["held[hand]"]) == (0, 1)
+    assert (told(folders)["up"], told(folders)["held[manual]"]) == (0, 1)
     command(folders, "release")
-    assert told(folders)["held[hand]"] == 0
+    assert told(folders)["held[manual]"] == 0
 
 
 def test_made_and_spent_are_those_of_the_ledger_and_of_today(folders, sandbox):
     made_once(folders)
     found = told(folders)
     spent = sandbox.report()["credits"]
-    assert (found["period_jobs[day,made]"], found["period_credits[month]"]) == (1, spent)
+    assert (found["period_jobs[day,completed]"], found["period_credits[month]"]) == (1, spent)
 
     file = folders.state / "status.json"
     page = json.loads(file.read_bytes())
     file.write_text(json.dumps({**page, "updated": "2020-02-29T23:59:59Z"}))  # it was stopped long ago
     found = told(folders)
-    assert (found["period_jobs[day,made]"], found["period_credits[month]"]) == (0, 0)
-    assert "0 made, 0 refused, 0 unknown" in command(folders, "status").stdout
+    assert (found["period_jobs[day,completed]"], found["period_credits[month]"]) == (0, 0)
+    assert "0 completed, 0 refused, 0 unknown" in command(folders, "status").stdout
 
 
 def test_the_caps_are_those_of_the_configuration(tmp_path, sandbox):

@@ -15,7 +15,7 @@ import structlog
 from support.daemon import KEY, Folders, command
 
 from commands.test_cli import on_a_terminal
-from imagewatch.commands import table
+from imagewatch.commands import terminal
 from imagewatch.system import log
 
 COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
@@ -77,13 +77,13 @@ def test_columns_stand_below_each_other_whatever_script_a_name_is_written_in(fol
 
 
 def test_a_table_has_its_numbers_to_the_right():
-    assert list(table.lines(("name", "credits"), [("cat", "30"), ("elephant", "5"), ("owl", "")])) == [
+    assert list(terminal.lines(("name", "credits"), [("cat", "30"), ("elephant", "5"), ("owl", "")])) == [
         "name      credits",
         "cat            30",
         "elephant        5",
         "owl",
     ]
-    assert list(table.lines(("name", "credits"), [])) == ["name  credits"]
+    assert list(terminal.lines(("name", "credits"), [])) == ["name  credits"]
 
 
 def test_history_has_what_the_endpoint_said_below_the_job_it_said_it_of(mixed: Folders):
@@ -108,7 +108,7 @@ def test_check_says_that_the_queue_is_held(mixed: Folders):
     assert not re.search("^wait +queue", command(mixed, "check").stdout, re.MULTILINE)
     command(mixed, "hold", "lunch")
     assert re.search(
-        r"^wait +queue +held \(hand\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
+        r"^wait +queue +held \(manual\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
     )
 
 

@@ -253,9 +253,9 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     daemon = run(folders)
     told = daemon.wait_for("held")
     assert (told["kind"], told["provider"]) == ("cap", "gemini")
-    until(lambda: page(folders)["waiting"]["why"] == {"waiting at a cap": 3})
+    until(lambda: page(folders)["waiting"]["why"] == {"cap": 3})
     (hold,) = page(folders)["holds"]
-    assert (hold["kind"], hold["provider"], hold["until"][11:19]) == ("cap", "gemini", "00:00:00")
+    assert (hold["kind"], hold["provider"], hold["next_try_at"][11:19]) == ("cap", "gemini", "00:00:00")
     assert "limits.credits_per_day is 200: 134 are spent" in hold["reason"]
     assert "this request may cost 134" in hold["reason"]
     assert page(folders)["waiting"]["ready"] == 0
@@ -401,7 +401,7 @@ def test_what_was_paid_and_cannot_be_delivered_counts_once(tmp_path, sandbox, ru
     folders.prompt("sub/cat", "[sandbox: slow 1] a cat")
     assert sandbox.wait_for_requests(1, 20)
     (folders.outbox / "sub").write_text("in the way")
-    daemon.wait_for("stuck; tried again by itself")
+    daemon.wait_for("stuck")
     folders.prompt("dog", "a dog")
     folders.prompt("fox", "a fox")
     until(lambda: folders.documents() == {"dog": "outbox", "fox": "outbox"})

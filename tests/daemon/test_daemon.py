@@ -198,7 +198,7 @@ def test_an_inbox_without_change_events_is_looked_at_regularly(tmp_path, run, sa
     daemon = run(polled)
     polled.prompt("a/b/cat", "A cat")
     over(polled, "cat")
-    assert daemon.events("watching")[0]["mode"] == "poll"
+    assert daemon.events("started")[0]["mode"] == "poll"
 
 
 def test_a_renamed_prompt_with_its_declared_images_is_taken_at_once(patient, run, sandbox):
@@ -230,7 +230,7 @@ def test_a_declared_image_that_comes_later_is_waited_for_and_a_half_of_it_is_not
         over(patient, "dog")
         file.write(PICTURE[-20:])
     over(patient, "cat", "dog")
-    assert daemon.events("refused") == []
+    assert daemon.events("failed") == []
     assert len(sandbox.report()["calls"][1]["inputs"]) == 1
 
 
@@ -418,7 +418,7 @@ def test_a_second_daemon_on_the_same_folders_ends_with_75_and_takes_nothing(fold
         other.environ["IMAGEWATCH_FOLDERS__STATE"] = str(folders.state)
     second = run(other, watching=False)
     assert second.end() == 75
-    assert second.events("watching") == []
+    assert second.events("started") == []
     folders.prompt("cat", "A cat")
     over(folders, "cat")
 
@@ -434,7 +434,7 @@ def test_sigterm_finishes_what_was_sent_takes_nothing_new_and_ends_with_0(tmp_pa
     daemon = run(folders)
     assert sandbox.wait_for_requests(2, 20)
     daemon.process.send_signal(signal.SIGTERM)
-    assert daemon.wait_for("stopping")["in_flight"] == 2
+    assert daemon.wait_for("shutdown")["in_flight"] == 2
     folders.prompt("late", "Too late")
     sandbox.release()
     assert daemon.end() == 0
@@ -451,7 +451,7 @@ def test_a_second_signal_kills_and_the_next_start_reports_the_request_as_unknown
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
     daemon.process.send_signal(signal.SIGTERM)
-    daemon.wait_for("stopping")
+    daemon.wait_for("shutdown")
     assert daemon.stop(second) == -second
     sandbox.release()
     run(folders)
@@ -490,16 +490,16 @@ def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wro
 
     config.write_text('[defaults]\nprovidr = "gemini"\n')
     daemon.process.send_signal(signal.SIGHUP)
-    assert "providr" in daemon.wait_for("not reloaded; the old configuration stays")["reason"]
+    assert "providr" in daemon.wait_for("reload_failed")["reason"]
     folders.prompt("two", "Two")
     over(folders, "one", "two")
 
     config.write_text(f'[folders]\narchive = "{tmp_path / "elsewhere"}"\n[log]\nlevel = "error"\nformat = "console"\n')
     daemon.process.send_signal(signal.SIGHUP)
-    assert "[folders]" in daemon.wait_for("not reloaded; the old configuration stays", 2)["reason"]
+    assert "[folders]" in daemon.wait_for("reload_failed", 2)["reason"]
     assert daemon.events("text") == [], "the form of the log is part of the old configuration"
     assert daemon.stop() == 0
-    assert daemon.events("stopping"), "and so is its level"
+    assert daemon.events("shutdown"), "and so is its level"
     assert [call["provider"] for call in sandbox.report()["calls"]] == ["openai", "openai"]
     assert folders.names("archive") == ["one.prompt.txt", "two.prompt.txt"]
 
@@ -513,7 +513,7 @@ def test_sighup_in_a_folder_that_is_gone_keeps_the_old_configuration(folders, ru
     (here / "imagewatch.toml").unlink()
     here.rmdir()
     daemon.process.send_signal(signal.SIGHUP)
-    assert "current folder is gone" in daemon.wait_for("not reloaded; the old configuration stays")["reason"]
+    assert "current folder is gone" in daemon.wait_for("reload_failed")["reason"]
     folders.prompt("one", "One")
     over(folders, "one")
     assert daemon.stop() == 0

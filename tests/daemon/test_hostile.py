@@ -153,8 +153,9 @@ def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_pro
     daemon = run(folders)
     until(lambda: folders.documents() == {"cat": "outbox"})
     assert daemon.stop() == 0
-    assert len(daemon.events("ignored")) == 1000
-    assert [line["count"] for line in daemon.events("ignored more files than are named")] == [2500]
+    ignored = daemon.events("ignored")
+    assert len([line for line in ignored if "file" in line]) == 1000
+    assert [line["count"] for line in ignored if "file" not in line] == [2500]
     assert len(folders.names("inbox")) == 5000
 
 

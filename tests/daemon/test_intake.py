@@ -272,7 +272,7 @@ def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
     assert looks <= 3
     looking.look_through()
     assert looking.take().source == "colleague/cat.prompt.txt"
-    assert looking.intake.seen.waiting.kinds == {"waiting for images that are missing or empty": 1500}
+    assert looking.intake.seen.waiting.kinds == {"images": 1500}
 
 
 def test_a_prompt_whose_name_a_job_still_has_is_taken_when_that_job_is_over(looking):

@@ -132,8 +132,8 @@ def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
         sandbox.release()
         until(lambda: "locked by another program" in str(holds(used)))
         for _ in range(3):
-            before = holds(used)[0]["until"]
-            until(lambda before=before: holds(used)[0]["until"] > before)
+            before = holds(used)[0]["next_try_at"]
+            until(lambda before=before: holds(used)[0]["next_try_at"] > before)
 
 
 @pytest.mark.parametrize("when", ["while it runs", "before it starts", "before it starts, with its id"])
@@ -154,7 +154,7 @@ def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     (tmp_path / "restored").rename(ledger(used))
     goes_on(used, sandbox)
     assert daemon.stop() == 0
-    assert ("before.prompt.txt", "made") in rows(ledger(used))
+    assert ("before.prompt.txt", "completed") in rows(ledger(used))
 
 
 def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
@@ -314,7 +314,7 @@ def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_
     (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
     goes_on(used, sandbox, before=2)
     assert daemon.stop() == 0
-    assert rows(ledger(used)).count(("second.prompt.txt", "made")) == 1
+    assert rows(ledger(used)).count(("second.prompt.txt", "completed")) == 1
 
 
 def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
@@ -409,7 +409,7 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     used.environ["LETTA_BASE_URL"] = "http://127.0.0.1:9"
     used.prompt("cat", "A cat")
     assert command(used, "once").returncode == 69
-    assert rows(ledger(used)) == [("before.prompt.txt", "made")]
+    assert rows(ledger(used)) == [("before.prompt.txt", "completed")]
     assert os.listdir(used.state / "jobs") == []
 
 

@@ -63,7 +63,7 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
     if what == "record":
         assert "sub/cat.prompt.txt: sent " in told["reason"]
-        assert "a second time" in told["hint"]
+        assert "a second time" in told["next"]
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
@@ -103,7 +103,7 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
     assert "for another image save the prompt again" in killed.error("sub/cat")["next"]
     if comes == "brought by a sync tool":
         (killed.root / "copy").rename(killed.inbox / "sub/cat.prompt.txt")
-        daemon.wait_for("brought back, so not made again")  # once, however often it comes
+        daemon.wait_for("redelivered")  # once, however often it comes
         assert len(list(killed.errors.glob("sub/*.error.toml"))) == 1
     assert sandbox.report()["requests"] == 1
 

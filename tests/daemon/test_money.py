@@ -84,14 +84,14 @@ def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_r
     assert 1 <= sandbox.report()["requests"] <= 8
     shown = held(folders, "key")
     assert (shown["reason"], shown["next"]) == (told["reason"], told["next"])
-    assert shown["until"] == told["until"]
+    assert shown["next_try_at"] == told["next_try_at"]
 
     renewed = key.with_name("key.new")
     renewed.write_text(f"{KEY}\n")
     renewed.rename(key)
     until(lambda: len(folders.documents()) == MANY, timeout=200)
     assert list(folders.documents().values()).count("errors") == 1
-    assert len(daemon.events("the key was changed")) == 1
+    assert len(daemon.events("key_changed")) == 1
     assert [line["kind"] for line in daemon.events("released")] == ["key"]
     until(lambda: holds(folders) == [])
     assert sandbox.report()["charged"] == MANY - 1
@@ -133,7 +133,7 @@ def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders, NEVER)
     told = daemon.wait_for("held")
-    assert (told["kind"], "base_url" in told["next"]) == ("address", True)
+    assert (told["kind"], "base_url" in told["next"]) == ("endpoint", True)
     waiting(folders, 5)
     assert one_error(folders)["status"] == 404
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}"\n')
@@ -180,7 +180,7 @@ def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox)
 
 @pytest.mark.parametrize(
     ("tag", "kind", "status"),
-    [("429-quota", "quota", 429), ("403", "key", 403), ("404", "address", 404), ("308", "address", 308)],
+    [("429-quota", "quota", 429), ("403", "key", 403), ("404", "endpoint", 404), ("308", "endpoint", 308)],
 )
 def test_what_every_request_would_meet_is_shown_by_one_and_the_rest_waits(narrow, hurried, sandbox, tag, kind, status):
     narrow.prompt("first", f"[sandbox: {tag}] First")
@@ -191,7 +191,7 @@ def test_what_every_request_would_meet_is_shown_by_one_and_the_rest_waits(narrow
     assert asked - 1 <= told["seconds"] <= asked
     for number in range(3):
         narrow.prompt(f"p{number}", f"Number {number}")
-    assert held(narrow, kind)["until"] == told["until"]
+    assert held(narrow, kind)["next_try_at"] == told["next_try_at"]
     command(narrow, "hold")  # is answered when the daemon has looked at its inbox once more
     assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
     assert len(looks(narrow)) == 3
@@ -205,7 +205,7 @@ def test_a_method_that_is_not_allowed_is_a_wrong_address(tmp_path, hurried):
         folders = Folders(tmp_path, server.base_url, limits__concurrency="1")
         for stem in "ab":
             folders.prompt(stem, "A cat")
-        assert hurried(folders, NEVER).wait_for("held")["kind"] == "address"
+        assert hurried(folders, NEVER).wait_for("held")["kind"] == "endpoint"
         waiting(folders, 1)
     assert one_error(folders)["status"] == 405
 
@@ -369,7 +369,7 @@ def test_a_cap_that_several_meet_at_once_is_told_once_with_its_end(tmp_path, hur
     told = daemon.wait_for("held")
     waiting(folders, 8)
     assert (told["kind"], "limits.credits_per_month is 50" in told["reason"]) == ("cap", True)
-    assert held(folders, "cap")["until"] >= told["until"]
+    assert held(folders, "cap")["next_try_at"] >= told["next_try_at"]
     assert len(daemon.events("held")) == 1
     assert sandbox.report()["requests"] == 1
 
@@ -521,7 +521,7 @@ def test_an_answer_that_nobody_was_left_to_take_is_told_in_the_same_way(folders,
     assert sandbox.wait_for_requests(1, 20)
     if how == "stopped twice":
         daemon.process.send_signal(signal.SIGTERM)
-        daemon.wait_for("stopping")
+        daemon.wait_for("shutdown")
         daemon.stop()
     else:
         daemon.stop(signal.SIGKILL)

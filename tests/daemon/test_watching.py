@@ -115,14 +115,14 @@ watcher._Folder.on_event = on_event
 """,
     )
     (folders.inbox / "poison.md").write_text("x")
-    died = daemon.wait_for("the reader of change events died; it is started again")
+    died = daemon.wait_for("watcher_restarted")
     assert "an event nobody understands" in died["reason"]
     folders.prompt("cat", "A cat")
     over(folders, "cat")
     until(lambda: status(folders)["mode"] == "native")
     folders.prompt("dog", "A dog")
     over(folders, "cat", "dog")
-    assert [line["mode"] for line in daemon.events("watch mode")] in ([], ["poll", "native"])
+    assert [line["mode"] for line in daemon.events("watch_mode")] in ([], ["poll", "native"])
 
 
 @pytest.mark.parametrize("most", [0, 3])
@@ -149,13 +149,13 @@ except (OSError, AssertionError):
     sys.exit(77)
 """,
     )
-    until(lambda: daemon.events("watching") or daemon.process.poll() is not None)
+    until(lambda: daemon.events("started") or daemon.process.poll() is not None)
     if daemon.process.poll() == 77:
         pytest.skip("no user namespace can be made here")
     for name in ("", "a/", "b/", "c/"):
         folders.prompt(f"{name}p{name.strip('/')}", "A prompt")
     over(folders, "p", "pa", "pb", "pc")
-    (told,) = daemon.events("watch mode")
+    (told,) = daemon.events("watch_mode")
     assert (told["level"], told["mode"]) == ("warning", "mixed" if most else "poll")
     assert any("max_user_watches" in reason for reason in told["polled"].values())
     assert status(folders)["mode"] == told["mode"]
@@ -464,7 +464,7 @@ def test_an_inbox_in_which_others_make_changes_unnoticed_is_looked_at(
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
     behind = bound(folders.inbox)
     daemon = run(folders)
-    assert daemon.events("watching")[0]["mode"] == "poll"
+    assert daemon.events("started")[0]["mode"] == "poll"
     with (behind / "cat.prompt.txt").open("w") as file:
         file.write("A cat ")
         file.flush()
@@ -479,6 +479,6 @@ def test_native_and_poll_can_be_demanded(
 ) -> None:
     native = Folders(tmp_path / "native", sandbox.base_url, inbox__watch="native", **SELDOM)
     bound(native.inbox)
-    assert run(native).events("watching")[0]["mode"] == "native"
+    assert run(native).events("started")[0]["mode"] == "native"
     poll = Folders(tmp_path / "poll", sandbox.base_url, inbox__watch="poll")
-    assert run(poll).events("watching")[0]["mode"] == "poll"
+    assert run(poll).events("started")[0]["mode"] == "poll"

@@ -533,7 +533,7 @@ def test_a_redirect_is_never_followed_by_the_paid_call(tmp_path):
                 drop(station, SMALL)
                 (outcome,) = station.work()
                 assert refused(station, "x", SMALL)["charged"] == "no"
-                assert outcome.reason.kind == "address"
+                assert outcome.reason.kind == "endpoint"
     assert other.connections == 0
 
 
@@ -542,7 +542,7 @@ def test_a_redirect_to_nowhere_is_still_only_a_redirect(tmp_path):
         drop(station, SMALL)
         (outcome,) = station.work()
         error = refused(station, "x", SMALL)
-    assert (error["charged"], outcome.reason and outcome.reason.kind) == ("no", "address")
+    assert (error["charged"], outcome.reason and outcome.reason.kind) == ("no", "endpoint")
 
 
 # Never the connection of another request

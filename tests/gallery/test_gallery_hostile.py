@@ -481,8 +481,9 @@ def owned(open_path: Path) -> Shelf:
 
 AS_USER = """
 import os, sys
-import imagewatch.gallery  # the interpreter itself may lie where only root may read
-from imagewatch.commands.main import main
+from imagewatch.commands.main import load_command, main
+
+load_command("gallery")  # the interpreter itself may lie where only root may read
 
 user = int(sys.argv.pop(1))
 os.setgroups([])

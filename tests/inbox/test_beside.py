@@ -199,7 +199,7 @@ def test_beside_very_many_such_files_a_prompt_is_refused_and_none_is_opened(stat
 def test_a_file_that_comes_while_its_prompt_waits_for_its_turn_is_seen_in_time(tmp_path, sandbox, run):
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="3600")
     daemon = run(folders)
-    daemon.wait_for("watching")
+    daemon.wait_for("started")
     assert command(folders, "hold", "later").returncode == 0
     folders.prompt("cat", "A cat")
     until(lambda: status(folders)["waiting"]["ready"] == 1)
@@ -241,7 +241,7 @@ def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, s
 
 def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_bought_and_status_says_why(folders, sandbox, run):
     daemon = run(folders)
-    daemon.wait_for("watching")
+    daemon.wait_for("started")
     assert command(folders, "hold", "later").returncode == 0
     path = folders.prompt("team/cat", "A cat")
     until(lambda: status(folders)["waiting"]["ready"] == 1)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.inbox.open_files import has_writer, is_local
+from imagewatch.inbox.open_files import has_writer
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -76,10 +76,3 @@ def test_to_ask_while_others_open_the_file_disturbs_nobody(path, tmp_path):
         assert asking.poll() is None
         going.unlink()
     assert asking.returncode == 0
-
-
-def test_a_disk_is_local_and_what_is_no_folder_is_not_known_to_be(tmp_path, path):
-    assert is_local(str(tmp_path))
-    assert not is_local("/proc")
-    assert not is_local(str(tmp_path / "nothing"))
-    assert not is_local(str(path))

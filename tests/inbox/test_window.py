@@ -12,7 +12,7 @@ ENTRIES = st.lists(st.tuples(st.floats(0, 1000), st.sampled_from([f"p{n}" for n 
 
 @given(ENTRIES, st.integers(1, 8))
 @settings(max_examples=200, deadline=None)
-def test_it_gives_the_oldest_first_and_knows_from_where_on_it_knows_no_names(entries, most):
+def test_it_gives_the_oldest_first_and_runs_low_only_if_there_are_others(entries, most):
     window = Window()
     for entry in entries:
         window.offer(entry, most)
@@ -21,26 +21,19 @@ def test_it_gives_the_oldest_first_and_knows_from_where_on_it_knows_no_names(ent
         window.pop()
         given_.append(first)
     assert given_ == sorted(entries)[: len(given_)]
-    if len(given_) < len(entries):
-        assert window.is_low(most)
-        assert window.beyond == sorted(entries)[len(given_)]
-    else:
-        assert window.beyond is None
+    assert window.is_low(most) == (len(given_) < len(entries))
     assert len(given_) >= min(most, len(entries))
 
 
 @given(ENTRIES, st.integers(1, 8), st.data())
 @settings(max_examples=200, deadline=None)
-def test_all_come_out_in_order_when_they_are_offered_again_whenever_it_runs_low(entries, most, data):
+def test_all_come_out_in_order_when_it_is_filled_again_whenever_it_runs_low(entries, most, data):
     window, left, given_ = Window(), set(entries), []
     for entry in data.draw(st.permutations(entries)):
         window.offer(entry, most)
     while left:
         if window.is_low(most) and data.draw(st.booleans() if window.first() else st.just(value=True)):
-            window.begin()
-            for entry in data.draw(st.permutations(sorted(left))):
-                window.offer(entry, most)
-            window.end(most)
+            window.refill(data.draw(st.permutations(sorted(left))), most)
         elif first := window.first():
             window.pop()
             if first in left:  # an entry may be known twice
@@ -57,13 +50,3 @@ def test_what_was_taken_out_can_be_put_back():
     window.pop()
     window.put_back(first)
     assert window.first() == (0.0, "p0")
-
-
-def test_offering_all_again_can_be_given_up_without_a_loss():
-    window = Window()
-    for number in range(10):
-        window.offer((float(number), f"p{number}"), 3)
-    before = sorted(window), window.beyond
-    window.begin()
-    window.stop()
-    assert (sorted(window), window.beyond) == before

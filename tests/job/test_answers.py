@@ -32,15 +32,15 @@ REFUSED = [
     ("401", 401, None, "Unauthorized", "key", "key"),
     ("402", 402, "not-enough-credits", "Not enough credits: estimated to cost 134", "credits", "add credits"),
     ("403", 403, "forbidden", "Forbidden", "key", "key"),
-    ("404", 404, None, "Not Found", "address", "base_url"),
+    ("404", 404, None, "Not Found", "endpoint", "base_url"),
     ("409", 409, "conflict", "Conflict", None, "fix the cause"),
     ("413", 413, "payload_too_large", "Payload too large", None, "fix the cause"),
     ("422", 422, None, "n: Number must be at most 4", None, "fix the cause"),
     ("429-quota", 429, None, "You have exceeded your quota", "quota", "quota"),
     ("500", 500, None, "The provider failed", None, "fix the cause"),
-    ("302", 302, None, "HTTP 302", "address", "base_url"),
-    ("307", 307, None, "HTTP 307", "address", "base_url"),
-    ("308", 308, None, "HTTP 308", "address", "base_url"),
+    ("302", 302, None, "HTTP 302", "endpoint", "base_url"),
+    ("307", 307, None, "HTTP 307", "endpoint", "base_url"),
+    ("308", 308, None, "HTTP 308", "endpoint", "base_url"),
 ]
 # tag, status, code, words: somebody between us and the endpoint answered, or nobody can tell what was done
 UNCLEAR = [
@@ -321,7 +321,7 @@ def test_what_was_free_and_passes_is_sent_again_and_paid_once(station, sandbox, 
     assert receipt["attempts"] == refusals + 1
     assert (outcome.end, outcome.charged, outcome.credits) == (End.OVER, "yes", 134)
     rows = station.ledger.rows()
-    assert [(row["outcome"], row["charged"]) for row in rows] == [("busy", "no")] * refusals + [("made", "yes")]
+    assert [(row["outcome"], row["charged"]) for row in rows] == [("busy", "no")] * refusals + [("completed", "yes")]
     assert [row["attempt"] for row in rows] == list(range(1, refusals + 2))
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (refusals + 1, 1)
@@ -437,7 +437,7 @@ def test_a_success_becomes_pictures_and_a_receipt(station, sandbox):
     assert call["idempotency_key"] == receipt["job"]
     assert (outcome.door, outcome.charged, outcome.credits, outcome.answered) == ("outbox", "yes", 268, True)
     row = row_of(station)
-    assert (row["outcome"], row["charged"], row["credits"], row["asked"], row["got"]) == ("made", "yes", 268, 2, 2)
+    assert (row["outcome"], row["charged"], row["credits"], row["asked"], row["got"]) == ("completed", "yes", 268, 2, 2)
     assert sandbox.report()["credits"] == 268
 
 
@@ -457,7 +457,7 @@ def test_a_paid_answer_that_holds_no_picture_is_kept_whole(station, sandbox, tag
     assert inside in (station.errors / f"x.answer.{ending}").read_bytes()
     assert (outcome.door, outcome.charged) == ("errors", "yes")
     row = row_of(station)
-    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("made", "yes", cost, 0)
+    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("completed", "yes", cost, 0)
     assert row["message"] == "; ".join(error["problems"]), "the reason is in the history, too"
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (1, 1)

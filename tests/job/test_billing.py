@@ -162,7 +162,7 @@ def ledger(tmp_path):
 
 
 def write(ledger, job, sent_at, **fields):
-    given = {"charged": "yes", "outcome": "made", "credits": 10.0, "answered_at": sent_at + 1, **fields}
+    given = {"charged": "yes", "outcome": "completed", "credits": 10.0, "answered_at": sent_at + 1, **fields}
     ledger.write(
         Row(job=job, attempt=1, source="x.prompt.txt", claimed_at=sent_at, sent_at=sent_at, provider="flux", **given)
     )
@@ -190,7 +190,7 @@ def test_the_nearest_balances_count_and_whatever_else_happened_between_them(ledg
     unknown(ledger, "v", 120)
     found = ledger.balances("u", 100)
     assert (found.before, found.before_at, found.after, found.after_at) == (400, 51, 300, 301)
-    assert (found.others, found.credits, found.unpriced) == (4, 35, 2)
+    assert (found.others, found.credits, found.unknown_cost) == (4, 35, 2)
 
 
 # Owner
@@ -205,7 +205,7 @@ def test_the_owner_of_a_prompt_is_in_its_receipt_its_error_file_and_the_ledger(f
     assert {folders.receipt("good")["owner"], folders.error("bad")["owner"], folders.error("invalid")["owner"]} == {me}
     assert {job["owner"] for job in history(folders)} == {me}
     (told,) = json.loads(command(folders, "history", "--by", "owner", "--json").stdout)
-    assert (told["owner"], told["made"], told["refused"]) == (me, 1, 2)
+    assert (told["owner"], told["completed"], told["refused"]) == (me, 1, 2)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

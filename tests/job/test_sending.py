@@ -142,7 +142,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk
     assert sandbox.wait_for_requests(1, 20)
     with immutable(part(folders)):
         sandbox.release()
-        daemon.wait_for("stuck; tried again by itself")
+        daemon.wait_for("stuck")
     until(lambda: folders.documents() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], words in error["message"]) == (charged, True)
@@ -176,7 +176,7 @@ def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_l
         until(lambda: any(path.stat().st_size > len(first) for path in folders.state.glob("jobs/*/answer.1.part")))
         with immutable(part(folders)):
             going_on.set()
-            daemon.wait_for("stuck; tried again by itself")
+            daemon.wait_for("stuck")
         until(lambda: folders.documents() == {"cat": "outbox"})
         receipt = folders.receipt("cat")
         assert (receipt["got"], receipt["asked"]) == (1, 2)
@@ -222,7 +222,7 @@ def test_an_answer_is_saved_in_the_state_folder_that_is_made_again_after_the_sto
     sandbox.release()
     until(lambda: asked.events("held"))
     asked.process.send_signal(signal.SIGTERM)
-    asked.wait_for("stopping")
+    asked.wait_for("shutdown")
     folders.state.mkdir(0o700)
     assert asked.end() == 0
     (folders.state / "ledger.sqlite3.saved-1").rename(folders.state / "ledger.sqlite3")
@@ -507,7 +507,7 @@ def test_after_sigterm_nothing_is_sent_any_more_however_slow_the_disk_is(
     daemon = slow()
     until(lambda: is_writing(folders))
     daemon.process.send_signal(signal.SIGTERM)
-    daemon.wait_for("stopping")
+    daemon.wait_for("shutdown")
     go_on(tmp_path / "gate")
     assert daemon.end() == 0
     assert (folders.names("inbox"), folders.leftovers()) == (["cat.prompt.txt"], [])

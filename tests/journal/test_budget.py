@@ -41,7 +41,7 @@ def asked(provider="flux", **fields):
 
 
 def spend(ledger, job, at, credits_=None, *, charged="yes", provider="flux"):
-    outcome = "unknown" if charged == "unknown" else "made"
+    outcome = "unknown" if charged == "unknown" else "completed"
     ledger.write(
         Row(
             job=job,
@@ -282,7 +282,7 @@ def charge(ledger, job, credits_, *, at=NOON - HOUR, asked_=1, answered="", **fi
             job=job,
             attempt=1,
             source=f"{job}.prompt.txt",
-            outcome="made",
+            outcome="completed",
             charged="yes",
             claimed_at=at,
             sent_at=at,

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from imagewatch.journal.holds import FIRST_SECONDS, LONGEST_SECONDS, Holds
 from imagewatch.protocol.reasons import Reason
 
-KINDS = ["key", "credits", "quota", "address", "unreachable", "disk"]
+KINDS = ["key", "credits", "quota", "endpoint", "unreachable", "disk"]
 
 
 def test_without_a_hold_everything_may_go_out():

@@ -11,9 +11,10 @@ import sys
 import threading
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import pytest
 
-from imagewatch.journal.ledger import Ledger, Row, _prepare
+from imagewatch.journal.ledger import _INDEXES, _SCHEMA, Ledger, Row, _prepare
 from imagewatch.journal.sqlite import Database, was_there
 from imagewatch.system.errors import SpoolError
 
@@ -32,7 +33,7 @@ for number in range(1, 100_000):
 
 
 def row(job: str = "a" * 16, attempt: int = 1, **fields: Any) -> Row:
-    given = {"outcome": "made", "charged": "yes", "credits": 5.0, "claimed_at": 1.0, **fields}
+    given = {"outcome": "completed", "charged": "yes", "credits": 5.0, "claimed_at": 1.0, **fields}
     return Row(job=job, attempt=attempt, source="cat.prompt.txt", **given)
 
 
@@ -58,7 +59,7 @@ def test_the_same_attempt_again_replaces_its_row(ledger: Ledger) -> None:
     ledger.write(row(got=0))
     ledger.write(row(got=1))
     assert [found["got"] for found in ledger.rows()] == [1]
-    assert ledger.totals() == {"made": 1, "refused": 0, "unknown": 0, "credits": 5.0}
+    assert ledger.totals() == {"completed": 1, "refused": 0, "unknown": 0, "credits": 5.0}
 
 
 def test_another_attempt_and_another_job_have_rows_of_their_own(ledger: Ledger) -> None:
@@ -66,7 +67,7 @@ def test_another_attempt_and_another_job_have_rows_of_their_own(ledger: Ledger) 
     ledger.write(row(attempt=2))
     ledger.write(row(job="b" * 16, outcome="unknown", charged="unknown", credits=None))
     assert [(found["job"][0], found["attempt"]) for found in ledger.rows()] == [("a", 1), ("a", 2), ("b", 1)]
-    assert ledger.totals() == {"made": 1, "refused": 0, "unknown": 1, "credits": 5.0}
+    assert ledger.totals() == {"completed": 1, "refused": 0, "unknown": 1, "credits": 5.0}
 
 
 def test_a_name_that_is_not_text_does_not_stop_a_row(ledger: Ledger) -> None:
@@ -133,12 +134,12 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
 def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
     Ledger(path).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 3")
+        database.execute("PRAGMA user_version = 4")
     with pytest.raises(SpoolError, match="newer imagewatch") as caught:
         Ledger(path)
     assert caught.value.hint == "run the newer version"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (3,)
+        assert database.execute("PRAGMA user_version").fetchone() == (4,)
 
 
 def test_a_file_that_is_no_ledger_is_refused_and_kept(path: str) -> None:
@@ -252,6 +253,34 @@ def test_a_ledger_of_format_1_is_upgraded_and_keeps_every_row(old: str) -> None:
         assert len(again.rows()) == 6
 
 
+def test_an_upgrade_renames_the_outcome_of_earlier_formats(old: str) -> None:
+    with contextlib.closing(Ledger(old)) as ledger:
+        assert [found["outcome"] for found in ledger.rows()] == ["completed"] * 4 + ["invalid"]
+        assert ledger.totals()["completed"] == 4
+
+
+def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
+    def indexes() -> set[str]:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
+
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript((_SCHEMA + _INDEXES).replace("'completed'", "'made'"))
+        database.execute("PRAGMA user_version = 2")
+        names = ", ".join(Row.__struct_fields__)
+        values = {**msgspec.structs.asdict(row()), "outcome": "made"}
+        marks = ", ".join("?" * len(values))
+        database.execute(f"INSERT INTO attempts ({names}) VALUES ({marks})", [*values.values()])
+        database.commit()
+    before = indexes()
+    with contextlib.closing(Ledger(path)) as ledger:
+        assert [(found["job"], found["outcome"], found["credits"]) for found in ledger.rows()] == [
+            (row().job, "completed", row().credits)
+        ]
+        ledger.write(row(job="b" * 16))
+    assert indexes() == before
+
+
 def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
     script = "import sys; from imagewatch.journal.ledger import Ledger; Ledger(sys.argv[1]).close()"
     processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]
@@ -260,7 +289,7 @@ def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
         assert len(ledger.rows()) == 5
 
 
-@pytest.mark.parametrize("content", ["", "{", '{"month": {"\udcff": 1}}', '{"month": {"made": "\udcff"}}'])
+@pytest.mark.parametrize("content", ["", "{", '{"month": {"\udcff": 1}}', '{"month": {"completed": "\udcff"}}'])
 def test_a_damaged_status_tells_of_no_ledger(tmp_path: pathlib.Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content, "utf-8", "surrogateescape")
     assert not was_there(str(tmp_path))
@@ -275,9 +304,7 @@ def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seco
             "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', "
             "'', 1, 1, 200, '', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
         )
-    script = (
-        "import sys; from imagewatch.journal.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1]).close()"
-    )
+    script = "import sys; from imagewatch.journal.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1])"
     with subprocess.Popen([sys.executable, "-c", script, old], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
@@ -296,7 +323,7 @@ def test_an_old_daemon_that_still_runs_can_write_into_an_upgraded_ledger(old: st
     with contextlib.closing(sqlite3.connect(old)) as database:
         database.execute(
             f"INSERT INTO attempts ({names}) VALUES "
-            "('z', 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', '', 1, 1, 200, '', '', '', '', '', 1.0)"
+            "('z', 1, 's', 1, 1, '', '', 'completed', 'yes', 1.0, 'flux', 'm', '', 1, 1, 200, '', '', '', '', '', 1.0)"
         )
         database.commit()
     with contextlib.closing(Ledger(old)) as ledger:

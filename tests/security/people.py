@@ -71,7 +71,7 @@ class Interpreter:
     def problem(self) -> str:
         """Return why another user cannot run this Python, or an empty string."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": "/"}
-        process = self.start(DAEMON, ["-c", "import imagewatch.daemon.loop, imagewatch.commands.main"], **pipes)
+        process = self.start(DAEMON, ["-c", "import imagewatch.commands.run, imagewatch.commands.main"], **pipes)
         told, _ = process.communicate(timeout=60)
         return told.strip().rpartition("\n")[2] if process.returncode else ""
 

@@ -50,7 +50,7 @@ DROPPED = {
     "cat.1.png": picture("another cat"),
 }
 TARGETS = {
-    "made": ("inbox/sub", "outbox/sub free", "archive/sub free", f"inbox/{CLAIMS}", "the claim", "the claim free"),
+    "completed": ("inbox/sub", "outbox/sub free", "archive/sub free", f"inbox/{CLAIMS}", "the claim", "the claim free"),
     "refused": ("inbox/sub", "errors/sub free", f"inbox/{CLAIMS} free", "the claim"),
     "not readable": ("errors/sub free", f"inbox/{CLAIMS} free", "the claim free"),
     "given back": ("inbox/sub", "inbox/sub free", f"inbox/{CLAIMS}", "the claim free"),
@@ -60,7 +60,7 @@ TARGETS = {
 """Folders that are exchanged, by scene; ``free`` if the private folder has none of the names that were dropped. In the
 claims folder only they can do so who share a file system without owners."""
 SCENES = {
-    "made": ([Reply()], True),
+    "completed": ([Reply()], True),
     "refused": ([Reply(400, b'{"message": "no cats"}', paid=False)], True),
     "not readable": ([Reply(body=b"<html>thank you")], True),
     "given back": ([Reply(402, b'{"message": "pay"}', paid=False), Reply()], False),

@@ -257,10 +257,11 @@ def test_names_that_come_and_go_without_end_do_not_fill_the_log(
         until(lambda: status(folders)["ignored"]["count"] == 0)
     (folders.inbox / "colleague").mkdir()
     (folders.inbox / "colleague/cat.prompt").write_text("A cat")
-    until(lambda: "colleague/cat.prompt" in {line["file"] for line in daemon.events("ignored")})
+    until(lambda: "colleague/cat.prompt" in {line.get("file") for line in daemon.events("ignored")})
     assert daemon.stop() == 0
-    assert len(daemon.events("ignored")) == 1001
-    assert len(daemon.events("ignored more files than are named")) == 1
+    ignored = daemon.events("ignored")
+    assert len([line for line in ignored if "file" in line]) == 1001
+    assert len([line for line in ignored if "file" not in line]) == 1
 
 
 def test_status_names_files_of_each_folder_however_many_one_has(

@@ -298,7 +298,7 @@ def test_prompts_that_take_turns_with_folders_leave_no_descriptor_open(new_world
     sweeps = set()
 
     def looked() -> bool:
-        sweeps.add(world.status().get("last_sweep"))
+        sweeps.add(world.status().get("last_scan"))
         return len(sweeps) > 12 or descriptors(pid) > before + 20
 
     until(looked, 60)

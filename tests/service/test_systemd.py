@@ -557,7 +557,7 @@ def test_a_stop_finishes_what_is_sent_and_takes_nothing_new(service, endpoint):
         service.prompt("waiting", waiting)
         last = service.last_sign
         service.systemctl("stop", "--no-block")
-        until(lambda: service.events("stopping"))
+        until(lambda: service.events("shutdown"))
         until(lambda: time.monotonic() > last + WATCHDOG_SECONDS + 1)  # the watchdog must wait, too
         assert service.container.show("imagewatch", "ActiveState") == "deactivating"
     until(lambda: service.container.show("imagewatch", "ActiveState") != "deactivating")
@@ -589,8 +589,8 @@ def test_a_reload_takes_a_good_configuration_and_keeps_the_old_one_when_it_is_ba
     until(lambda: started.events("reloaded"))
     edit(started, "s/^provider = .*/provder = 'gemini'/")
     started.systemctl("reload")
-    until(lambda: started.events("not reloaded; the old configuration stays"))
-    entry = started.events("not reloaded; the old configuration stays")[0]
+    until(lambda: started.events("reload_failed"))
+    entry = started.events("reload_failed")[0]
     assert (entry["PRIORITY"], "defaults.provder" in entry["IMAGEWATCH_REASON"]) == ("3", True)
     started.prompt("old", "[sandbox: b64] By the old one")
     assert started.receipt("old")["provider"] == "openai"
@@ -625,8 +625,8 @@ def test_the_journal_has_levels_and_fields(started, endpoint):
     started.prompt("bad", "[sandbox: 400] A bad one")
     job = started.receipt("good")["job"]
     started.error("bad")
-    until(lambda: started.events("made") and started.events("refused"))
-    made, refused = started.events("made")[0], started.events("refused")[0]
+    until(lambda: started.events("completed") and started.events("failed"))
+    made, refused = started.events("completed")[0], started.events("failed")[0]
     assert (made["PRIORITY"], refused["PRIORITY"]) == ("6", "4")
     assert (made["IMAGEWATCH_JOB"], made["IMAGEWATCH_SOURCE"]) == (job, "good.prompt.txt")
     assert (made["SYSLOG_IDENTIFIER"], made["_SYSTEMD_UNIT"]) == ("imagewatch", "imagewatch.service")
@@ -771,7 +771,7 @@ def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gal
     gallery.run()
     [picture] = gallery.job("cat")["pictures"]
     assert picture["href"].startswith("../outbox/cats/cat.")
-    assert gallery.job("dog")["made"] is False
+    assert gallery.job("dog")["completed"] is False
     thumb = f"{gallery.folder}/gallery_files/{picture['thumb']}"
     for user, expected in (("colleague", 0), ("stranger", 2)):
         for path in (f"{gallery.folder}/gallery.html", thumb, f"{gallery.folder}/{picture['href']}"):
@@ -965,13 +965,13 @@ def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started)
 def test_looking_pausing_and_reloading(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
-    until(lambda: started.events("made"))
+    until(lambda: started.events("completed"))
     told = follow(started.container, "look")
     assert "is running" in told
     assert "In all: " in told
     assert "made attempts=1" in told
     assert "Released." in follow(started.container, "pause")
-    assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["hand"]
+    assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
     until(lambda: started.events("reloaded"))
 
 
@@ -983,7 +983,7 @@ def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(star
         text = machine.run("cat", file, user="stranger").stdout  # as node_exporter's user
         samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
         held = {sample.labels["reason"]: sample.value for sample in samples if sample.name == "imagewatch_held"}
-        return next(sample.value for sample in samples if sample.name == "imagewatch_up"), held["hand"]
+        return next(sample.value for sample in samples if sample.name == "imagewatch_up"), held["manual"]
 
     machine.path(file).parent.mkdir(parents=True, exist_ok=True)
     follow(machine, "metrics")
@@ -1016,7 +1016,7 @@ def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
 def test_a_backup_is_made_while_it_runs_and_brought_back(started, endpoint):
     started.prompt("kept", "[sandbox: b64] Kept in the ledger")
     started.receipt("kept")
-    until(lambda: started.events("made"))
+    until(lambda: started.events("completed"))
     before = started.container.run("imagewatch", "history", "--json", "--limit=0").stdout
     follow(started.container, "backup")
     follow(started.container, "restore")

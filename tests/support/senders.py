@@ -153,7 +153,7 @@ def serving(root: Path, **settings: str) -> Iterator[Service]:
         running = Running(folders, "run")
         daemon = Told(running)
         try:
-            daemon.wait_for("watching")
+            daemon.wait_for("started")
             yield Service(folders, sandbox, daemon)
             assert daemon.stop() == 0
             assert folders.leftovers() == []

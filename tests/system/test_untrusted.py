@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import os
 import socket
 import stat
@@ -12,11 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import imagewatch
 from imagewatch.system.folders import Tops, is_private
 from imagewatch.system.untrusted import RefusedError, open_file
-
-PACKAGE = Path(imagewatch.__file__).parent
 
 
 def make_link(path: Path) -> None:
@@ -118,15 +114,3 @@ def test_who_could_not_read_a_file_cannot_show_it_by_a_hard_link(mode, folder_mo
         assert is_for_all or (same_group and mode & 0o040 and not folder_mode & 0o002)
     if links == 1:
         assert not is_private(file, folder)
-
-
-def test_no_other_module_opens_a_file_without_following_links_and_without_waiting():
-    """That is what one does to open a stranger's file; it is done here."""
-    found = {
-        str(path.relative_to(PACKAGE))
-        for path in PACKAGE.rglob("*.py")
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Attribute) and node.attr == "O_NONBLOCK"
-    }
-    # The administrator's own key file may be a pipe of a secret store, and ``durable`` compares what it moves.
-    assert found == {"system/untrusted.py", "config/key.py", "system/disk.py"}

@@ -1,0 +1,15 @@
+"""The exit codes. ``main`` gives an error its code; a command that ends without one chooses among them itself."""
+
+from __future__ import annotations
+
+from typing import Final
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 64
+EXIT_HELD: Final = 69
+EXIT_INTERNAL: Final = 70
+EXIT_SPOOL: Final = 74
+EXIT_RUNNING: Final = 75
+EXIT_CONFIG: Final = 78
+EXIT_SIGNAL: Final = 128
+"""Plus the number of a signal, as of a shell."""

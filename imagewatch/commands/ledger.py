@@ -1,0 +1,65 @@
+"""The ledger, opened for a command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from typing import TYPE_CHECKING
+
+from imagewatch.commands.state import unreadable
+from imagewatch.config.locate import is_hidden
+from imagewatch.journal.budget import Budget, NoBooks
+from imagewatch.journal.health import trouble
+from imagewatch.journal.ledger import Ledger
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from imagewatch.config.load import Config
+
+
+def ledger_path(config: Config) -> str:
+    """Return the path of the ledger's file."""
+    return os.path.join(config.folders.state, "ledger.sqlite3")
+
+
+@contextlib.contextmanager
+def open_ledger(config: Config) -> Iterator[Ledger]:
+    """Open the ledger for the block.
+
+    Raises:
+        SpoolError: There is none, or it cannot be read.
+    """
+    path = ledger_path(config)
+    if is_hidden(path):
+        raise unreadable(config.folders.state)
+    if not os.path.exists(path):
+        if error := trouble(config.folders.state):  # there was one
+            raise error
+        hint = "nothing was made with this configuration yet; or name another one with --config"
+        raise SpoolError(f"{printable(path)}: there is no ledger", path=path, hint=hint)
+    with contextlib.closing(Ledger(path)) as ledger:
+        yield ledger
+
+
+@contextlib.contextmanager
+def open_budget(config: Config) -> Iterator[Budget]:
+    """Open the ledger for the block and return what may be spent by it; without a ledger nothing was spent.
+
+    Args:
+        config: State folder, limits.
+
+    Raises:
+        SpoolError: There may be a ledger, but it cannot be read.
+    """
+    state, path = config.folders.state, ledger_path(config)
+    with contextlib.ExitStack() as stack:
+        books: Ledger | NoBooks = NoBooks()
+        if os.path.exists(path):
+            books = stack.enter_context(contextlib.closing(Ledger(path)))
+        elif os.path.exists(state) and not os.access(state, os.X_OK):
+            raise unreadable(state)
+        yield Budget(books, config.limits, time.time)

@@ -1,0 +1,84 @@
+"""``imagewatch once``: the daemon on what is in the inbox now; then it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from imagewatch.commands.common import config_option, json_option, load_config
+from imagewatch.commands.foreground import configure_log, naming_source
+from imagewatch.commands.progress import progress
+from imagewatch.commands.state import local_time
+from imagewatch.commands.terminal import say
+from imagewatch.daemon.loop import Daemon
+from imagewatch.system.text import printable, to_json, whole
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from imagewatch.job.outcome import Outcome
+
+
+@click.command()
+@json_option
+@config_option
+def once(path: str | None, *, as_json: bool) -> None:
+    """Make everything that is in the inbox, then end.
+
+    Does not wait out a hold (no credits, a rejected key, …): it says why and ends with 69; the prompts stay.
+    """
+    config = load_config(path)
+    terminal = sys.stderr.isatty()
+    configure_log(config, level="error" if terminal else None)
+    over: list[Outcome] = []
+
+    def finished(outcome: Outcome) -> None:
+        bar.finished(outcome)
+        if as_json:
+            over.append(outcome)
+
+    with naming_source(config), progress(shown=terminal) as bar:
+        daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_seen=bar.found)
+        code = daemon.run()
+    if as_json:
+        click.echo(to_json(_results(over, daemon), indent=1))
+    else:
+        for line in bar.summary(held=daemon.hold is not None) if terminal else ():
+            say(line)
+        _say_hold(daemon)
+    sys.exit(code)
+
+
+def _say_hold(daemon: Daemon) -> None:
+    if hold := daemon.hold:
+        left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
+        what = f"Prompts for {hold.provider} wait" if hold.provider else "The queue is held"
+        say(f"{what} ({hold.kind}: {printable(hold.reason.message)}): {left}.")
+        end = f"; next attempt at {local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
+        say(f"  {printable(hold.reason.next)}{end}")
+
+
+def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
+    """Return what became of an inbox, for programs; names are those of ``submit`` and ``status``."""
+    hold = daemon.hold
+    held = None
+    if hold:
+        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.reason.message}
+        held |= {"next_try_at": daemon.hold_ends, "next": hold.reason.next}
+    jobs = [
+        {
+            "source": whole(one.source),
+            "job": one.job,
+            "door": one.door,
+            "document": whole(one.document),
+            "charged": one.charged,
+            "credits_charged": one.credits,
+            "message": one.message or None,
+            "problems": list(one.problems) or None,
+        }
+        for one in over
+    ]
+    return {"jobs": jobs, "left": daemon.left, "hold": held}

@@ -1,0 +1,46 @@
+"""``imagewatch run``: the daemon."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TYPE_CHECKING
+
+import click
+import structlog
+
+from imagewatch.commands.common import config_option, load_config
+from imagewatch.commands.foreground import configure_log, naming_source
+from imagewatch.config.key import key_problem
+from imagewatch.daemon.loop import Daemon
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from imagewatch.config.load import Config
+
+
+@click.command()
+@config_option
+def run(path: str | None) -> None:
+    """Watch the inbox until stopped (the daemon).
+
+    SIGTERM or Ctrl-C finishes what has been sent and ends; a second one kills, and the next start recovers. SIGHUP
+    reads the configuration again.
+    """
+
+    def configured(config: Config) -> None:
+        configure_log(config)
+        _warn_without_key(config)
+
+    config = load_config(path)
+    configured(config)
+    with naming_source(config):
+        code = Daemon(config, os.environ, reload=lambda: load_config(path), on_reloaded=configured).run()
+    sys.exit(code)
+
+
+def _warn_without_key(config: Config) -> None:
+    """Say at the start what else would be said at the first prompt."""
+    if problem := key_problem(config.endpoint, os.environ):
+        reason = printable(f"{problem.field}: {problem.reason}")
+        structlog.get_logger().warning("key_missing", reason=reason, next=problem.hint)

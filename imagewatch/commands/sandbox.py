@@ -1,0 +1,56 @@
+"""``imagewatch sandbox``: the local endpoint in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+
+import click
+
+from imagewatch.commands.common import Seconds
+from imagewatch.sandbox import PROPOSED_KEY, Sandbox, tags_help
+from imagewatch.system.errors import ConfigError, UsageError
+
+
+@click.command()
+@click.option(
+    "--port",
+    default=8283,
+    type=click.IntRange(0, 65_535),
+    show_default=True,
+    metavar="NUMBER",
+    help="Where to listen, on 127.0.0.1; 0 takes a free one.",
+)
+@click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
+@click.option(
+    "--latency",
+    default=0.0,
+    type=Seconds(0, 86_400),
+    metavar="SECONDS",
+    help="Delay each answer by this long (default: none).",
+)
+@click.option("--tags", is_flag=True, help="List all such tags and exit.")
+def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
+    """Run a local endpoint like the real one that charges nothing.
+
+    It checks requests as strictly as the contract says, draws placeholders, and counts what it would have charged
+    (GET /sandbox/report). A prompt with a tag like "[sandbox: 402]" gets that answer.
+    """
+    if tags:
+        click.echo(tags_help())
+        return
+    try:
+        server = Sandbox(
+            port=port, key=key, latency_seconds=latency, on_request=lambda line: click.echo(line, err=True)
+        )
+    except ConfigError as error:  # of a command that has no configuration
+        raise UsageError(
+            f"the sandbox {error.problems[0].reason}", hint="name another port by --port; 0 takes a free one"
+        ) from None
+    proposed = shlex.quote(key or PROPOSED_KEY)
+    click.echo(
+        f"The sandbox is listening. To use it, run:\n\n  LETTA_BASE_URL={server.base_url} LETTA_API_KEY={proposed} "
+        "imagewatch run\n"
+    )
+    with contextlib.suppress(KeyboardInterrupt):
+        server.serve_forever()

@@ -1,0 +1,93 @@
+"""``imagewatch status``: what the daemon's status file says, for people, for programs and for Prometheus."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from imagewatch.commands import metrics
+from imagewatch.commands.common import config_option, json_option, load_config
+from imagewatch.commands.exits import EXIT_HELD
+from imagewatch.commands.state import local_time, status_page
+from imagewatch.daemon.status import kind
+from imagewatch.inbox.candidate import Wait
+from imagewatch.system.text import amount, to_json
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_STATES = {
+    "stopped": "is not running (it was stopped)",
+    "died": "is not running (it died; the next start recovers)",
+    "starting": "is starting",
+    "stopping": "finishes what is sent, then ends",
+}
+
+
+@click.command()
+@json_option
+@click.option("--prometheus", is_flag=True, help="For node_exporter's textfile collector; 0 also while held.")
+@click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
+@config_option
+def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) -> None:
+    """Say what the daemon is doing: waiting, in flight, held, spent.
+
+    Works while it is down, and then says so. Exit code 69 while the queue is held.
+    """
+    if prometheus and (as_json or watch):
+        raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} exclude each other")
+    config = load_config(path)
+    if prometheus:
+        click.echo(metrics.text(status_page(config)), nl=False)
+        return
+    wait = threading.Event().wait
+    while True:
+        page = status_page(config)
+        if watch and not as_json and sys.stdout.isatty():
+            click.echo("\033[H\033[J", nl=False, color=True)  # also where no colours are wanted
+        click.echo(to_json(page) if as_json else "\n".join(_lines(page)))
+        if not watch:
+            break
+        wait(2.0)
+    sys.exit(EXIT_HELD if page["holds"] else 0)
+
+
+def _lines(page: dict[str, Any]) -> Iterator[str]:
+    state = _STATES.get(page["state"], "is running")
+    yield f"imagewatch {page['version']} {state}, as of {local_time(page['updated'])}"
+    yield f"  inbox      {page['inbox']} ({page['mode']}, last scan {local_time(page['last_scan'])})"
+    for path, reason in page["polled"]["folders"].items():
+        yield f"             {path}: looked at regularly ({reason})"
+    waiting = page["waiting"]
+    yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
+    yield f"  in flight  {len(page['in_flight'])}"
+    for job in page["in_flight"]:
+        yield f"             {job['source']}"
+    if stuck := page.get("stuck"):  # not there in what an older daemon said
+        yield click.style(f"  stuck      {len(stuck)}, as the log says", fg="red")
+        yield from (f"             {job['source'] or job['job']}" for job in stuck)
+    for name, label in (("today", "today"), ("month", "this month")):
+        one = page[name]
+        cap = f" of {amount(one['cap'])}" if one["cap"] else ""
+        yield (
+            f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
+            f"{amount(one['credits'])}{cap} credits (UTC)"
+        )
+    if balance := page.get("balance"):  # not there in what an older daemon said
+        yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
+    if page["ignored"]["count"]:
+        yield f"  ignored    {page['ignored']['count']}"
+        for name, reason in page["ignored"]["files"].items():
+            yield f"             {name}: {reason}"
+    for one in page["holds"]:
+        next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
+        yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
+        yield f"             {one['next']}"
+
+
+def _why(reasons: dict[str, int]) -> str:
+    texts = {wait.value: wait.text for wait in Wait}  # a daemon of another version may have other reasons
+    return f" ({', '.join(f'{count} {texts.get(key, key)}' for key, count in reasons.items())})" if reasons else ""
