@@ -36,7 +36,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    """A local endpoint that wants the key; at the end it must have met no fault of its own."""
+    """A local endpoint that requires the key; at the end it must have had no fault of its own."""
     with Sandbox(key=KEY) as endpoint:
         yield endpoint
         assert endpoint.report()["faults"] == []

@@ -1,4 +1,4 @@
-"""What goes wrong with a prompt's own files is its own trouble: nothing wrong is bought, and the others go on."""
+"""What goes wrong with the files of one prompt concerns it alone: nothing wrong is sent, and the others continue."""
 
 from __future__ import annotations
 
@@ -251,7 +251,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = blocked(folders, run, sandbox)
     daemon.wait_for("stuck")
-    (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
+    (folders.outbox / "sub").unlink()  # which the daemon notices when the job is retried
     folders.prompt("sub/dog", "A dog")
     assert "until a stuck job continues" in daemon.wait_for("ignored")["reason"]
     until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))

@@ -121,7 +121,7 @@ def paid_once(folders, sandbox, start):
 def test_the_rest_of_a_job_that_was_being_forgotten_is_not_reserved_for_ever(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
     kept, record = paid_once(folders, sandbox, start)
-    (kept / "claim.json").unlink()  # the first that goes, and evidence of what was sent the last
+    (kept / "claim.json").unlink()  # it is removed first, and the mark of what was sent last
     kept.rename(record)
     folders.prompt("b", "a dog")
     assert start(folders, "once").wait() == 0
@@ -303,7 +303,7 @@ sys.exit(Daemon(config, os.environ, clock=clock).run())
 
 
 def shifted(tmp_path, folders, run, offset):
-    """Start a daemon whose clock is ahead by what a file says; return it and the file."""
+    """Start a daemon whose clock is ahead by the seconds in a file; return it and the file."""
     file = tmp_path / "offset"
     set_clock(file, offset)
     folders.environ["OFFSET"] = str(file)
@@ -313,7 +313,7 @@ def shifted(tmp_path, folders, run, offset):
 
 
 def set_clock(file, offset):
-    """Change the clock at once: it must never read half a number."""
+    """Change the clock in one step: it must never read half a number."""
     written = file.with_suffix(".new")
     written.write_text(str(offset))
     written.rename(file)

@@ -34,7 +34,7 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
-import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 
 if os.geteuid() == 0:
     os.setgroups([])
@@ -49,13 +49,13 @@ sys.exit(Daemon(config, os.environ).run())
 
 @pytest.fixture
 def settling(tmp_path, sandbox) -> Folders:
-    """Folders of a daemon that waits a little until files are quiet."""
+    """Folders of a daemon with a short settle time."""
     return Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="1.2")
 
 
 @pytest.fixture
 def patient(tmp_path, sandbox) -> Folders:
-    """Folders of a daemon that takes nothing by waiting: what is made was taken at once."""
+    """Folders of a daemon with a long settle time: what it completes was claimed immediately."""
     return Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="3600")
 
 
@@ -225,7 +225,7 @@ def test_a_prompt_waits_for_a_declared_image_until_it_is_whole(patient, run, san
     with (patient.inbox / "logo.png").open("wb") as file:
         file.write(PICTURE[:-20])
         file.flush()
-        patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is over only after another look
+        patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is finished only after another scan
         over(patient, "dog")
         file.write(PICTURE[-20:])
     over(patient, "cat", "dog")
@@ -328,7 +328,7 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_completed_when_it_m
 
 
 def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(unprivileged, run, tmp_path, sandbox):
-    """Whoever puts it there could as well put an image there; nobody else waits or pays for it."""
+    """A user who puts it there could put an image there, too; no other prompt waits for it or pays for it."""
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     unprivileged.drop("cat.secret", "text").chmod(0)
@@ -356,7 +356,7 @@ def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_
     over(unprivileged, "dog")
     assert not daemon.events("held")
     path.parent.chmod(0o777)
-    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that it looks again
+    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that there is another scan
     over(unprivileged, "cat", "dog", "fox")
 
 
@@ -710,7 +710,9 @@ def test_the_service_manager_is_notified_of_readiness_and_of_the_end(folders, ru
     daemon = run(folders)
     ready = manager.hear_until("READY")
     assert (ready["READY"], str(folders.inbox) in ready["STATUS"]) == ("1", True)
-    assert json.loads((folders.state / "status.json").read_text())["state"] == "running"  # whoever asks now is told
+    assert (
+        json.loads((folders.state / "status.json").read_text())["state"] == "running"
+    )  # ``status`` shows it from now on
     sandbox.hold()
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
@@ -732,7 +734,7 @@ def test_only_a_scan_of_the_inbox_resets_the_watchdog(folders, run, manager):
     with contextlib.suppress(TimeoutError):
         for _ in range(20):  # what was sent before is still in the socket, no more than that
             manager.hear()
-        pytest.fail("the watchdog is fed, but nothing is looked at")
+        pytest.fail("the watchdog is reset, but nothing is scanned")
     assert daemon.process.poll() is None
 
 
@@ -756,7 +758,7 @@ class Unlucky(Daemon):
 log.configure("info", "json")
 Unlucky(config, os.environ).run()
 """
-"""A daemon whose inbox goes away when all folders have been proved, right before it looks for the first time."""
+"""A daemon whose inbox is moved when all folders have been proved, right before its first scan."""
 
 
 def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, manager, tmp_path):
@@ -768,7 +770,7 @@ def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, mana
     heard = [manager.hear()]
     while "READY" not in heard[-1]:
         heard.append(manager.hear())
-    assert {"WATCHDOG": "1"} in heard  # it has looked
+    assert {"WATCHDOG": "1"} in heard  # it has scanned the inbox
 
 
 def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
@@ -778,7 +780,7 @@ def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
             other.sendto(b"STATUS=others", folders.environ["NOTIFY_SOCKET"])
     ready = threading.Thread(target=Notify(folders.environ).send, kwargs={"READY": "1"})
     ready.start()
-    ready.join(0.3)  # let it meet the full queue
+    ready.join(0.3)  # let it hit the full queue
     assert manager.hear_until("READY") == {"READY": "1"}
     ready.join()
 

@@ -1,4 +1,4 @@
-"""Paid for, and not deliverable: what was paid for survives, and is delivered by itself when the cause is gone.
+"""Paid for, and not deliverable: what was paid for survives, and is delivered automatically when the cause has ended.
 
 Real file systems of our own, tiny or taken away; mounting them takes root.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 SLACK = 200_000
-"""Bytes that a folder needs for anything but a picture."""
+"""Bytes that a folder needs for anything but an image."""
 
 
 def mounted(place: Path, options: str = "size=1m") -> None:
@@ -36,7 +36,7 @@ def unmounted(place: Path) -> None:
 
 @pytest.fixture
 def mount() -> Iterator[Callable[..., None]]:
-    """Mount a tiny file system; at the end all are gone."""
+    """Mount a tiny file system; at the end all are unmounted."""
     places: list[Path] = []
 
     def mounter(place: Path, options: str = "size=1m") -> None:
@@ -68,7 +68,7 @@ def fill(place: Path, leave: int = 0) -> Path:
 
 
 def held(folders: Folders) -> list[dict[str, Any]]:
-    """The holds as the status file tells them."""
+    """The holds in the status file."""
     try:
         return json.loads((folders.state / "status.json").read_text())["holds"]
     except (OSError, ValueError):
@@ -80,7 +80,7 @@ def held_by_disk(folders: Folders) -> str:
 
 
 def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
-    """The picture that was served, once, and a receipt; nothing is left over and nothing was asked for again."""
+    """The image that was served, once, and a receipt; nothing is left over and no other request was sent."""
     until(lambda: folders.documents().get(stem) == "outbox", timeout=40)
     until(lambda: folders.leftovers() == [])
     (image,) = folders.receipt(stem)["images"]

@@ -1,4 +1,4 @@
-"""A folder that anybody can write to: one clear line or error file for each attempt, and nobody else is harmed.
+"""A folder that all users can write to: one clear line or error file for each attempt, and no other user is harmed.
 
 Hostile names are in ``test_cli.py``, hostile answers in ``test_answers.py``, and what is refused of a single request
 is in ``test_requests.py``. Here a whole daemon meets everything at once, or files that change under its hands.
@@ -47,13 +47,13 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def claims_to_be(width: int, height: int) -> bytes:
-    """Return a small PNG whose header claims a large picture."""
+    """Return a small PNG whose header claims a large image."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def sparse(path: Path, beginning: bytes = b"") -> None:
-    """Make a file of a terabyte that takes no space."""
+    """Create a file of a terabyte that takes no space."""
     with path.open("wb") as file:
         file.write(beginning)
         file.truncate(1 << 40)
@@ -214,7 +214,7 @@ Sweep.unchanged = unchanged
 log.configure("info", "json")
 sys.exit(Daemon(load(None, os.environ), os.environ).run())
 """
-"""A daemon beside which somebody changes a file between the last look at it and its claim."""
+"""A daemon beside which another process changes a file between the last scan and the claim."""
 
 
 @pytest.mark.parametrize("victim", ["cat.prompt.txt", "cat.png"])
@@ -241,7 +241,7 @@ def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
     assert daemon.stop() == 0
     ends = folders.documents()
     assert ends.pop("dog") == "outbox"
-    if ends:  # it was taken with what was there then
+    if ends:  # it was claimed with what was there then
         assert (ends, folders.error("cat")["charged"]) == ({"cat": "errors"}, "no")
     else:
         assert os.path.lexists(folders.inbox / "cat.prompt.txt")
@@ -250,7 +250,7 @@ def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
 
 
 class InTheWay(Disk):
-    """A disk on which somebody puts something where a document will be, as soon as its name is decided."""
+    """A disk on which something is put in the place of a result file as soon as its name is decided."""
 
     def __init__(self, plant: Callable[[], None]) -> None:
         self._plant = plant
@@ -262,7 +262,7 @@ class InTheWay(Disk):
             self._plant = lambda: None
 
 
-@pytest.mark.timeout(20)  # whoever opens it waits for a writer
+@pytest.mark.timeout(20)  # a process that opens it waits for a writer
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize(("door", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
 def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_beside_it(

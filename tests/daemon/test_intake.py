@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Ticking:
-    """A clock that goes on by so many seconds each time it is read, on however slow a machine."""
+    """A clock that advances by so many seconds each time it is read, on however slow a machine."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -34,7 +34,7 @@ class Ticking:
 
 
 class Looking:
-    """An inbox and what is to be taken of it; nothing tells of changes."""
+    """An inbox and what is to be claimed out of it; there are no change events."""
 
     def __init__(self, root: Path, **settings: str) -> None:
         settings = {"inbox__watch": "poll", "inbox__settle_seconds": "0", **settings}
@@ -53,12 +53,12 @@ class Looking:
             (self.inbox / folder / name).write_text(text)
 
     def look(self) -> None:
-        """Look once, as long as one look takes."""
+        """Scan once, for as long as one scan may take."""
         self.clock.now = max(self.clock.now, self.intake.scanner.due)
         self.intake.scan(())
 
     def look_through(self) -> None:
-        """Look until everything was looked at."""
+        """Scan until everything was scanned."""
         self.look()
         while self.intake.scanner.is_at_work():
             self.look()
@@ -185,7 +185,7 @@ def test_scans_take_a_tenth_of_a_core_at_most_and_delay_no_prompt(looking):
     looking.write("mallory", *names(3000, "txt"))
     looking.intake.configure(looking.folders.config().inbox, 0)
     looking.intake.scanner._allowance = Allowance(time.monotonic())
-    looking.intake.scanner._allowance.spend(10.0)  # what may be used up at the start
+    looking.intake.scanner._allowance.spend(10.0)  # what may be used at the start
     began, busy, pause = time.monotonic(), time.thread_time(), threading.Event()
     while time.monotonic() < began + 4 or not looking.intake.scanner.is_complete:
         looking.intake.scanner.soon()
@@ -343,7 +343,7 @@ def test_with_a_burst_guard_endless_scans_do_not_delay_prompts_for_ever(tmp_path
     assert candidate.source == "a/cat.prompt.txt"
 
 
-# What goes on while other things come and go
+# What continues while other files come and go
 
 
 def test_a_scan_continues_though_a_folder_is_removed_meanwhile(looking):

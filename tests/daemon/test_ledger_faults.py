@@ -23,7 +23,7 @@ MANY = 12
 
 @pytest.fixture
 def used(tmp_path: Path, sandbox: Sandbox) -> Folders:
-    """Folders of a daemon that has made one prompt."""
+    """Folders of a daemon that has completed one prompt."""
     folders = Folders(tmp_path, sandbox.base_url)
     folders.prompt("before", "Before")
     assert command(folders, "once").returncode == 0
@@ -46,7 +46,7 @@ def drop(folders: Folders) -> None:
 
 
 def waits(folders: Folders, daemon: LoggedDaemon, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
-    """Wait for the hold; all prompts are there, nothing was sent, ``check`` says the same."""
+    """Wait for the hold: all prompts are there, nothing was sent, and ``check`` reports the same."""
     until(lambda: all(word in str(holds(folders)) for word in words))
     assert [hold["kind"] for hold in holds(folders)] == ["disk"]
     assert len([name for name in folders.names("inbox") if name.endswith(".prompt.txt")]) == MANY
@@ -59,7 +59,7 @@ def waits(folders: Folders, daemon: LoggedDaemon, sandbox: Sandbox, *words: str,
 
 
 def goes_on(folders: Folders, sandbox: Sandbox, *, before: int = 1) -> None:
-    """Wait until every prompt was made, once; the ledger says the same as the endpoint."""
+    """Wait until every prompt was completed, once, and compare the ledger with the endpoint."""
     until(lambda: len(folders.documents()) == MANY + before, timeout=60)
     assert set(folders.documents().values()) == {"outbox"}
     until(lambda: holds(folders) == [])
@@ -225,7 +225,7 @@ def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_noth
 def test_a_saved_ledger_is_found_at_the_next_start_however_old_its_rows_are(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    """Then no status repeats them: it tells of this month only."""
+    """Then no status repeats them: it shows this month only."""
     with contextlib.closing(sqlite3.connect(ledger(used), isolation_level=None)) as database:
         past = ", ".join(f"{name} = {name} - 40 * 86400" for name in ("claimed_at", "sent_at", "answered_at"))
         database.execute(f"UPDATE attempts SET {past}")

@@ -1,4 +1,4 @@
-"""What was claimed, and of which the record is gone or damaged: its name stays taken until a person says otherwise."""
+"""Claimed prompts whose record is missing or damaged: their names stay taken until a person decides otherwise."""
 
 from __future__ import annotations
 

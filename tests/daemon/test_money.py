@@ -1,4 +1,4 @@
-"""Money, from outside: what stops the queue and what lets it go on, what caps bound, what is in doubt."""
+"""Money, from outside: what holds the queue and what ends a hold, what caps limit, when a charge is unknown."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ MANY = 500
 
 
 def looks(folders: Folders) -> dict[str, tuple[int, bytes]]:
-    """What lies in the inbox: mtime and content of each file, by name."""
+    """What is in the inbox: mtime and content of each file, by name."""
     paths = [path for path in folders.inbox.rglob("*") if path.is_file() and ".imagewatch" not in path.parts]
     return {str(path.relative_to(folders.inbox)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def waiting(folders: Folders, count: int) -> None:
-    """Wait until nothing is in flight and so many files lie in the inbox."""
+    """Wait until nothing is in flight and so many files are in the inbox."""
     until(lambda: len(looks(folders)) == count and not list((folders.state / "jobs").iterdir()))
 
 
@@ -45,7 +45,7 @@ def holds(folders: Folders) -> list[dict[str, Any]]:
 
 
 def held(folders: Folders, kind: str) -> dict[str, Any]:
-    """Wait until the status file tells of a hold."""
+    """Wait until the status file has a hold."""
     until(lambda: kind in [hold["kind"] for hold in holds(folders)])
     return next(hold for hold in holds(folders) if hold["kind"] == kind)
 
@@ -189,12 +189,12 @@ def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
     daemon = hurried(narrow, NEVER)
     told = daemon.wait_for("held")
     assert told["kind"] == kind
-    asked = 60 if kind == "quota" else NEVER  # it said when the quota is renewed
+    asked = 60 if kind == "quota" else NEVER  # the endpoint names the time when the quota is renewed
     assert asked - 1 <= told["seconds"] <= asked
     for number in range(3):
         narrow.prompt(f"p{number}", f"Number {number}")
     assert held(narrow, kind)["next_try_at"] == told["next_try_at"]
-    command(narrow, "hold")  # is answered when the daemon has looked at its inbox once more
+    command(narrow, "hold")  # is applied when the daemon has scanned its inbox once more
     assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
     assert len(looks(narrow)) == 3
     command(narrow, "release")
@@ -449,7 +449,7 @@ def test_a_shutdown_without_a_charge_is_retried_a_few_times_and_never_charged(tm
     assert (sandbox.report()["charged"], folders.receipt("once")["attempts"]) == (1, 2)
 
 
-# Doubt
+# Charge unknown
 
 
 LOST = [
@@ -460,7 +460,7 @@ ANSWERED = [tag for tag in LOST if not tag.startswith("drop") and tag != "reset"
 
 
 def in_doubt(folders: Folders, stem: str) -> dict[str, Any]:
-    """What everybody is told of a request that may have been charged."""
+    """What every report has of a request that may have been charged."""
     error = folders.error(stem)
     assert error["charged"] == "unknown"
     assert "may have been charged" in error["message"]

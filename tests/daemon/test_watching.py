@@ -1,4 +1,4 @@
-"""What goes wrong under a watcher: each time the daemon notices, says so once, goes on, and takes what was dropped."""
+"""What goes wrong under a watcher: the daemon notices, logs it once, continues, and claims what was dropped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 SELDOM = {"inbox__rescan_seconds": "3600"}
-"""Nothing is found by looking regularly: only by being told, or by noticing that one was not told."""
+"""Nothing is found by regular scans: only by events, or because lost events were noticed."""
 
 STARTED = """
 import os, sys
@@ -208,7 +208,7 @@ def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
     first = run(folders)
     other = Folders(tmp_path / "other", sandbox.base_url)
     second = run(other)
-    with stopped(first):  # it must not look while there is none
+    with stopped(first):  # it must not scan while there is none
         folders.inbox.rename(tmp_path / "away")
         folders.inbox.symlink_to(other.inbox)
     other.prompt("cat", "A cat")
@@ -223,7 +223,7 @@ def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
 
 NOBODY = 65534
 UNPRIVILEGED = f"""
-import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid({NOBODY})
@@ -420,7 +420,7 @@ def test_a_mount_that_comes_later_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bound(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
-    """Mount a folder somewhere by FUSE: what is changed behind it, the kernel tells nobody."""
+    """Mount a folder elsewhere by FUSE: the kernel reports no change that is made behind it."""
     places: list[Path] = []
 
     def binder(place: Path) -> Path:

@@ -29,7 +29,7 @@ def nothing_came_of_it(world: World, place: Path, before: set[str]) -> None:
 
 
 def is_made_when_the_link_is_gone(world: World, door: str, source: str) -> None:
-    """The job of the attacker goes on when they undo what they did, and was sent at most once."""
+    """The job of the attacker continues when they undo what they did, and was sent at most once."""
     where = "errors" if door == "errors" else "outbox"
     world.wait(lambda: world.door(source) == where, "the prompt")
     world.is_idle()
@@ -91,7 +91,7 @@ def test_a_folder_of_results_that_becomes_a_link_during_a_request_is_not_followe
     world.attacker.unlink(real)
     world.attacker.rename(real.with_name(".old"), real)
     if end == "stuck":
-        if inner or door != "outbox":  # else it goes on by itself; a start is only sooner
+        if inner or door != "outbox":  # else it continues automatically; a start is only sooner
             assert first.stop() == 0
             world.start()
         is_made_when_the_link_is_gone(world, door, f"{folder}/cat.prompt.txt")

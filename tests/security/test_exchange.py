@@ -72,7 +72,7 @@ what follows after the prompt failed."""
 
 
 class AttackedDisk(Disk):
-    """A disk that tells of each moment: before and after all that it does.
+    """A disk that reports each moment: before and after all that it does.
 
     Attributes:
         moment: Called at each.
@@ -262,7 +262,7 @@ class Scene:
         return outcomes + self._start()
 
     def check(self) -> None:
-        """Look at everything from outside."""
+        """Check everything from outside."""
         station, tried = self.station, f"{self.attack}"
         assert look(self.private) == self.before, f"the private folder was changed: {tried}"
         for path in walk(station.root.parent):
@@ -282,7 +282,7 @@ class Scene:
         assert not any("a bug" in path.read_text() for path in told), f"taken for a bug: {tried}"
 
     def is_over(self) -> bool:
-        """Tell whether the job has its document and left nothing behind."""
+        """Return whether the job has its result file and left nothing behind."""
         left = any((self.station.state / "jobs").iterdir())
         return not left and len(list(self.station.root.rglob("*.toml"))) == 1
 
@@ -324,7 +324,7 @@ def test_a_folder_that_is_exchanged_at_any_moment_neither_leaks_nor_takes_foreig
     assert undisturbed.over
     moments = undisturbed.attack.moments
     assert moments > 10
-    # One claim is attacked at every moment: at one of them it looked as if the prompt had been taken away.
+    # One claim is attacked at every moment: at one of them the prompt seemed to have been removed.
     every = 1 if ALL or (name, target) == ("made", "the claim") else max(1, moments // MOMENTS)
     problems = []
     for lasts in (False, True):

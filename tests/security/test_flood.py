@@ -1,4 +1,4 @@
-"""Very many files, folders and changes of one person: the prompts of the others are taken all the same, and soon.
+"""Very many files, folders and changes of one user: the prompts of the others are claimed all the same, and soon.
 
 The figures are those of the issue in one case. ``IMAGEWATCH_FLOOD=1`` runs all cases with them, in some minutes.
 """
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 ALL = bool(os.environ.get("IMAGEWATCH_FLOOD"))
 NEAR_MISSES, IMAGES, EMPTY, FOLDERS = 100_000, 20_000, 5_000, 3_000
 SECONDS = 10.0
-"""How soon after it is quiet a prompt is taken."""
+"""How soon after it has settled a prompt is claimed."""
 SETTLE = 1.0
 SETTINGS = {"inbox__settle_seconds": str(SETTLE)}
 MALLORY, COLLEAGUE = 61235, 61236
-"""User ids that nobody has."""
+"""User ids that no user has."""
 
 
 def flood(inbox: Path, where: str, share: float) -> None:
@@ -70,7 +70,7 @@ def asked(sandbox: Sandbox) -> list[str]:
 
 
 def drop(folders: Folders, source: str, text: str) -> None:
-    """Write a prompt as an editor does: nothing tells that it is whole but that it stays as it is."""
+    """Write a prompt as an editor does: only that it stays unchanged shows that it is whole."""
     path = folders.inbox / f"{source}.prompt.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
@@ -241,7 +241,7 @@ def test_a_user_with_very_many_folders_gets_no_more_turns_than_with_a_few(
     assert order.index("Colleague 1") <= 3 + 9, "a folder has a turn after eight of theirs"
 
 
-# What is said of it
+# What is reported
 
 
 def test_names_that_come_and_go_without_end_do_not_fill_the_log(

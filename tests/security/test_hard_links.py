@@ -191,7 +191,7 @@ def test_the_gallery_shows_nothing_of_a_private_file(new_world: Callable[..., Wo
     secrets.are_kept()
     shown = (page / "gallery.html").read_text()
     assert (MARK in shown, "outbox/good.png" in shown, "outbox/cat.png" in shown) == (False, True, False)
-    # That of the good picture, where this user can start the program that makes it.
+    # That of the good image, where this user can start the program that makes it.
     assert len(list(page.glob("gallery_files/*.webp"))) <= 1, "thumbnails beside that of the good picture"
 
 

@@ -134,7 +134,7 @@ def test_a_copy_on_another_file_system_is_open_to_no_user_to_whom_the_file_was_n
 
 
 class Watching(SteppingDisk):
-    """A disk beside which somebody looks at each moment whether a private file can be read by others."""
+    """A disk that checks at each moment whether other users can read a private file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

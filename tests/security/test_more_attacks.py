@@ -205,7 +205,7 @@ def test_a_claims_folder_whose_mode_is_changed_while_the_daemon_runs_is_closed_a
 
 
 def test_an_honest_folder_that_takes_the_place_of_a_prompt_is_put_back(tmp_path: Path, station: Station) -> None:
-    """A folder of somebody's takes the place of a prompt in the moment of its claim: what is in it is not swallowed."""
+    """A folder takes the place of a prompt in the moment of its claim: what is in it is not lost."""
 
     class Swapping(type(station.spool.disk)):  # type: ignore[misc]
         def rename(self, source: str, target: str) -> None:
@@ -252,7 +252,7 @@ def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(st
 def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     station: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where inodes and times do not tell: a hard link of the same size, put there between the look and the claim."""
+    """Where inode and times are the same: a hard link of the same size, put there between the scan and the claim."""
     private = tmp_path / "private"
     private.write_text(MARK)
     private.chmod(0o600)
@@ -273,7 +273,7 @@ def test_no_folder_of_another_user_gets_the_mode_of_a_new_folder_of_ours(station
 
     class Swapping(Disk):
         def set_mode(self, path: str, mode: int) -> None:
-            if (station.outbox / "sub").exists():  # by somebody who may write the outbox and waits for that name
+            if (station.outbox / "sub").exists():  # by a user who may write the outbox and waits for that name
                 exchange(path, str(station.outbox / "private"))
             super().set_mode(path, mode)
 

@@ -1,4 +1,4 @@
-"""What is in the way of the daemon's own short-lived files stops nobody's prompts."""
+"""Files in the way of the daemon's own short-lived files stop no prompt."""
 
 from __future__ import annotations
 

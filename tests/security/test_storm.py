@@ -1,4 +1,4 @@
-"""Names are renamed, swapped, linked and closed at random beside honest prompts: those are made, once."""
+"""Names are renamed, swapped, linked and closed at random beside honest prompts: those are completed, once."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_completed(world
             world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest prompt {one}")
         storm(world, number, seed, [world.inbox], ())
     put_in_order(world, own)
-    assert daemon.stop() == 0  # what waits for the folders goes on by itself; a start is only sooner
+    assert daemon.stop() == 0  # what waits for the folders continues automatically; a start is only sooner
     daemon = world.start()
     all_honest_are_made_once(world)
     world.nothing_leaked()
@@ -127,10 +127,10 @@ def put_in_order(world: World, own: dict[str, int]) -> None:
 
 
 def _put_back(inbox: Path, name: str, number: int) -> bool:
-    """Try to give a folder its name again; tell whether it has it."""
+    """Try to give a folder its name again; return whether it has it."""
     (found,) = (path for path in inbox.iterdir() if path.lstat().st_ino == number)
     place = inbox / name
-    with contextlib.suppress(OSError):  # the daemon may have made something there in this moment
+    with contextlib.suppress(OSError):  # the daemon may have created something there in this moment
         if found != place:
             (exchange if os.path.lexists(place) else os.rename)(str(found), str(place))
     return place.lstat().st_ino == number

@@ -1,4 +1,4 @@
-"""A sub-folder of the inbox becomes a link: the daemon takes nothing from behind it, and puts nothing there."""
+"""A sub-folder of the inbox becomes a link: the daemon reads nothing through it, and writes nothing through it."""
 
 from __future__ import annotations
 
@@ -55,13 +55,13 @@ def test_files_that_return_to_a_sub_folder_that_became_a_link_go_nowhere_else(wo
     world.attacker.unlink(world.inbox / "sub")
     world.attacker.rename(world.inbox / ".sub", world.inbox / "sub")
     world.sandbox.balance = FREE
-    if target != "outbox":  # there it goes on by itself; a start is only sooner
+    if target != "outbox":  # there it continues automatically; a start is only sooner
         assert first_daemon.stop() == 0
         world.start()
     world.release()
     for name in ("dog", "elk"):
         world.wait(lambda source=f"sub/{name}.prompt.txt": world.door(source), "both prompts of the sub-folder")
-        assert world.requests(f"a {name}") <= 2  # refused for want of credits, and then made
+        assert world.requests(f"a {name}") <= 2  # refused for too few credits, and then completed
     world.honest_prompt_is_made()
     charged = [call["prompt"] for call in world.sandbox.report()["calls"] if call["credits"]]
     assert len(charged) == len(set(charged))
@@ -81,7 +81,7 @@ def test_an_image_is_not_read_through_a_link_that_takes_turns_with_its_folder(wo
     world.attacker.symlink(world.outbox, world.inbox / "sub")
     world.start()
     world.attacker.race(world.inbox / "sub", world.inbox / ".sub")
-    for number in range(20):  # for each of them the daemon looks at everything
+    for number in range(20):  # for each of them the daemon scans everything
         world.honest_prompt_is_made(f"honest{number}")
     assert world.attacker.stop_racing() > 0
     world.attacker.unlink(world.inbox / "sub")

@@ -30,7 +30,7 @@ _MOST_NAMES = 80
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
 PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
-"""A whole picture, with a mark behind its end."""
+"""A whole image, with a mark behind its end."""
 
 
 class World(Folders):
@@ -139,7 +139,7 @@ class World(Folders):
     # What is seen
 
     def status(self) -> dict[str, Any]:
-        """Return what the daemon says of itself; nothing before it said something."""
+        """Return the status of the daemon; empty before it wrote one."""
         try:
             return dict(json.loads((self.state / "status.json").read_bytes()))
         except (OSError, ValueError):
@@ -167,7 +167,7 @@ class World(Folders):
         until(condition, saw=saw, what=what)
 
     def door(self, source: str) -> str:
-        """Return where the document of a prompt is, or an empty string; links are not followed."""
+        """Return where the result file of a prompt is, or an empty string; links are not followed."""
         for door in ("outbox", "errors"):
             for path in walk(self.root / door):
                 if path.name.endswith((".receipt.toml", ".error.toml")) and not path.is_symlink():
@@ -179,7 +179,7 @@ class World(Folders):
         return ""
 
     def end(self, source: str) -> str:
-        """Wait until nothing more happens to a prompt by itself.
+        """Wait until nothing more happens to a prompt automatically.
 
         Returns:
             ``outbox`` or ``errors``: its document is there, and its job over or the queue held.
@@ -217,14 +217,14 @@ class World(Folders):
         return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
 
     def rows(self, source: str | None = None) -> list[sqlite3.Row]:
-        """Return what the ledger says of a prompt, or of all."""
+        """Return the rows of the ledger for a prompt, or for all."""
         with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
             database.row_factory = sqlite3.Row
             rows = database.execute("SELECT * FROM attempts").fetchall()
         return [row for row in rows if source in {None, row["source"]}]
 
     def asked(self, count: int = 1) -> bool:
-        """Wait until so many requests are under way, or the queue is held; tell whether they are."""
+        """Wait until so many requests were sent, or the queue is held; return whether they were sent."""
         self.wait(lambda: self.requests() >= count or self.holds(), f"{count} requests, or a hold")
         return self.requests() >= count
 
@@ -247,10 +247,10 @@ class World(Folders):
         assert MARK not in self.log()
 
     def nothing_private_was_sent(self) -> None:
-        """The endpoint has seen no private text and no private picture."""
+        """The endpoint has received no private text and no private image."""
         hidden = hashlib.sha256(PRIVATE_PICTURE.encode("latin-1")).hexdigest()
         for call in self.sandbox.report()["calls"]:
-            assert hidden not in call["inputs"], "a private picture was sent"
+            assert hidden not in call["inputs"], "a private image was sent"
             assert MARK not in str(call["prompt"]), "a private text was sent"
 
     def state_is_whole(self, *, jobs: bool = False) -> None:
@@ -280,7 +280,7 @@ class World(Folders):
         return f"theirs/{name}.prompt.txt"
 
     def honest_prompt_is_made(self, name: str = "honest") -> None:
-        """Drop a prompt as an honest user, and wait until it was made, once."""
+        """Drop a prompt as an honest user, and wait until it was completed, once."""
         text = f"an honest prompt of {name}"
         source = self.honest_prompt(name, text)
         self.wait(lambda: self.door(source), f"the honest prompt {name}")

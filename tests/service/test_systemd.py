@@ -108,7 +108,7 @@ class Service:
 
     @property
     def last_sign(self) -> float:
-        """When it last told the watchdog that it lives: monotonic time, seconds."""
+        """When it last reset the watchdog: monotonic time, seconds."""
         return int(self.container.show(self.unit, "WatchdogTimestampMonotonic")) / 1e6
 
     def kill(self, signal: str) -> None:
@@ -225,7 +225,7 @@ def started(service) -> Service:
     return service
 
 
-# What can be told without a machine
+# What can be tested without a machine
 
 
 def directives(name: str) -> list[str]:
@@ -321,7 +321,7 @@ def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoin
 
 def test_the_key_comes_from_the_manager_and_cannot_be_read_by_others(started, endpoint):
     started.prompt("key", "[sandbox: b64] A key")
-    assert started.receipt("key")["charged"] == "yes"  # the endpoint takes no other key
+    assert started.receipt("key")["charged"] == "yes"  # the endpoint accepts no other key
     for path in ("/etc/imagewatch/letta_api_key", "/run/credentials/imagewatch.service/letta_api_key"):
         assert KEY in started.container.path(path).read_text()
         assert started.container.run("cat", path, user="colleague", check=False).returncode != 0
@@ -432,7 +432,7 @@ STRANGE = {
 
 @pytest.fixture(scope="module")
 def probed(machine) -> dict[str, dict[str, Any]]:
-    """What a program meets that runs as the service does, and one that merely runs as its user."""
+    """What a program may do that runs as the service does, and one that merely runs as its user."""
     for path in list(STRANGE.values())[:-1]:
         machine.put(path, "not yours\n", 0o644)
     machine.path("/home/colleague").chmod(0o755)
@@ -495,13 +495,13 @@ def test_a_killed_service_is_restarted_and_pays_for_nothing_twice(started, endpo
 
 
 def with_the_real_watchdog(service: Service) -> None:
-    """Go on with the unit as it is: on a busy machine a second without a sign of life proves nothing."""
+    """Continue with the unit as it is: on a busy machine a second without a sign of life proves nothing."""
     service.drop_in("")
     service.systemctl("restart")
 
 
 def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoint):
-    # Not SIGSTOP: before it aborts, systemd lets a stopped process go on, and nobody hangs any more.
+    # Not SIGSTOP: before it aborts, systemd continues a stopped process, and nothing hangs any more.
     service.container.put(f"{HANGING}/sitecustomize.py", HANG)
     service.drop_in(f"WatchdogSec=1\nEnvironment=PYTHONPATH={HANGING}")
     service.systemctl("start")
@@ -509,7 +509,7 @@ def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoin
     service.prompt("slow", slow)
     wait_for_call(endpoint, slow)
     service.kill("USR1")
-    assert service.error("slow")["charged"] == "unknown"  # said by the one that came back
+    assert service.error("slow")["charged"] == "unknown"  # reported by the restarted one
     assert service.restarts >= 1
     assert "Watchdog timeout" in service.told()
     until(lambda: " in hang" in service.told() and " in _loop" in service.told())  # where it hung
@@ -656,7 +656,7 @@ def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
 
 @pytest.fixture
 def cats(machine, endpoint) -> Iterator[Service]:
-    """A second inbox, made by the page."""
+    """A second inbox, created as the page describes."""
     made = Service(machine, "imagewatch@cats", "imagewatch-cats")
     if not machine.path("/etc/imagewatch/cats.toml").exists():
         assert "is running" in follow(machine, "several", f"{KEY}\n")
@@ -723,7 +723,7 @@ class Gallery:
         self.folder = f"{root}/gallery"
 
     def run(self, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; a run that the timer has begun before may not have seen what a test has made."""
+        """Run it to its end; a run that the timer began before may have missed what a test has created."""
         return self.container.run("systemctl", "restart", self.unit, check=check)
 
     @property
@@ -834,7 +834,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def gallery_probed(machine, endpoint, gallery, probed) -> dict[str, dict[str, Any]]:
-    """What a program meets that runs as the gallery does, and one that merely runs as the daemon's user."""
+    """What a program may do that runs as the gallery does, and one that merely runs as the daemon's user."""
     machine.run("systemctl", "start", "imagewatch")
     machine.put("/srv/imagewatch/inbox/notes.txt", "not yours\n", 0o644)
     machine.put("/opt/gallery_probe.py", GALLERY_PROBE)
@@ -994,7 +994,7 @@ def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(star
         machine.run("imagewatch", "release")
         until(
             lambda: machine.run("imagewatch", "status", check=False).returncode == 0
-        )  # it tells once a second at most
+        )  # it sends one line a second at most
         assert written() == (1, 0)
         started.systemctl("stop")
         assert written() == (0, 0)
@@ -1043,7 +1043,7 @@ def test_files_of_a_sync_program_in_the_folders_are_not_touched(started, endpoin
 
 @pytest.fixture
 def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedProcess[str]]]:
-    """The share of the page: run a client's commands in one of its folders as somebody."""
+    """The share of the page: run a client's commands in one of its folders as a user."""
     if missing := [name for name in ("smbd", "smbclient", "smbpasswd") if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)} (apt install samba smbclient)")
     (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
@@ -1084,7 +1084,7 @@ def test_a_folder_closed_to_the_service_delays_no_other_folder(started, endpoint
     assert started.events("ignored")[0]["IMAGEWATCH_FILE"] == "closed/mine.prompt.txt"
     assert not started.events("held")
     started.container.run("chmod", "g+rwX", closed, user="colleague")
-    started.systemctl("reload")  # looks at once
+    started.systemctl("reload")  # scans immediately
     assert started.receipt("closed/mine")["charged"] == "yes"
 
 
@@ -1113,7 +1113,7 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
 
 @pytest.fixture
 def desktop(machine, endpoint) -> Iterator[dict[str, Any]]:
-    """What it takes to run a command as somebody who has a systemd of their own."""
+    """What is needed to run a command as a user with a systemd of their own."""
     runtime = "/run/user/imagewatch-test"
     machine.run("install", "--directory", "--owner=colleague", "--mode=700", runtime)
     properties = [

@@ -1,4 +1,4 @@
-"""What must be true of a daemon that was disturbed and started again: looked at from outside.
+"""What must be true of a daemon that was disturbed and started again, checked from outside.
 
 Outside means the folders, the ledger's file, and what the endpoint says it was asked for and what it charged.
 """
@@ -48,7 +48,7 @@ ORDERS = {
     "bad": Order("nothing nice [sandbox: 400]", door="errors", charged="no"),
     "busy": Order("a busy day [sandbox: once 429-plain]"),
 }
-"""Answers by url and in the answer itself, one picture and two, images, mistakes on both sides, a second attempt."""
+"""Responses by url and with the image inside, one image and two, inputs, mistakes on both sides, a second attempt."""
 
 
 def drop(folders: Folders, orders: dict[str, Order]) -> Folders:
@@ -61,7 +61,7 @@ def drop(folders: Folders, orders: dict[str, Order]) -> Folders:
 
 
 class Audit:
-    """Looks at everything after the end.
+    """Checks everything after the end.
 
     Args:
         folders: Of the daemon.
@@ -155,7 +155,7 @@ class Audit:
         assert sum(row["credits"] or 0 for row in rows) + counted == self._report["credits"]
 
     def _check_rows(self, stem: str, rows: list[sqlite3.Row]) -> float:
-        """Check the rows of one prompt; return what the endpoint charged for it and never got to say."""
+        """Check the rows of one prompt; return what the endpoint charged for it and could not report."""
         document, paid = self._document(stem), self._paid(stem)
         attempts = [row for row in rows if row["attempt"]]
         unanswered = [row for row in rows if row["attempt"] and not row["status"]]

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[1]
 KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
-"""A name that no resolver knows: whoever is to find it needs a proxy."""
+"""A name that no resolver knows: to find it takes a proxy."""
 
 
 def below(top: Path) -> list[Path]:
@@ -108,7 +108,7 @@ class Folders:
         return left
 
     def documents(self) -> dict[str, str]:
-        """Each prompt that is over, by stem, and its door."""
+        """Each prompt that has a result file, by stem, and its destination."""
         ends = {".receipt.toml": self.outbox, ".error.toml": self.errors}
         return {
             path.name.removesuffix(end): top.name

@@ -165,7 +165,7 @@ def _pictures(prompt: str, fields: dict[str, object]) -> list[bytes]:
 
 
 def served(prompt: str, count: int) -> list[bytes]:
-    """Return the pictures that are served for a prompt."""
+    """Return the images that are served for a prompt."""
     return [picture(f"{prompt} {number}") for number in range(count)]
 
 

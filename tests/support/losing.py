@@ -18,7 +18,7 @@ LONG_AGO_NS = 1_600_000_000_000_000_000
 
 
 class PowerCut(BaseException):
-    """The power is gone; not an ``Exception``, so that nobody can deal with it."""
+    """The power was cut; not an ``Exception``, so that no code can handle it."""
 
 
 class Losing(enum.Enum):
@@ -32,7 +32,7 @@ class Losing(enum.Enum):
 
 
 class SteppingDisk(Disk):
-    """A disk that says before each change of what it is about to do. The whole list of what can change a disk."""
+    """A disk that reports each change before it makes it. The whole list of what can change a disk."""
 
     def step(self, what: str, path: str) -> None:
         """Something is about to change."""
@@ -139,7 +139,7 @@ class Image:
     crossings: tuple[tuple[int, int, str, int, bool], ...] = ()
 
     def visible(self) -> Image:
-        """Return the same disk as whoever reads it sees it: as if all of it were durable."""
+        """Return the same disk as a reader sees it: as if all of it were durable."""
         numbers: dict[int, int] = {}
         nodes: list[tuple[object, ...]] = []
 
@@ -251,8 +251,8 @@ class LosingDisk(SteppingDisk):
         return [freezer.image(losing) for losing in losings]
 
     def restore(self, image: Image) -> None:
-        """Make model and real disk what an image says."""
-        self.__dict__.pop("tops", None)  # whoever comes back is another process
+        """Bring model and real disk into the state of an image."""
+        self.__dict__.pop("tops", None)  # what starts next is another process
         made = [_thawed(node) for node in image.nodes]
         for node, frozen in zip(made, image.nodes, strict=True):
             if isinstance(node, _Folder):
@@ -269,7 +269,7 @@ class LosingDisk(SteppingDisk):
         _build(self.root, self._top, contents, {})
 
     def adopt(self) -> None:
-        """Take what somebody else has put below the root as durable."""
+        """Take what another process has put below the root as durable."""
         _adopt(self.root, self._top)
 
     # The changes

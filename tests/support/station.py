@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Doubting(Worker):
-    """A worker that believes no step: where one says what the disk shows now, the disk is asked as well."""
+    """A worker that trusts no step: where one reports what the disk shows now, the disk is read as well."""
 
     def _look(self, run: Run) -> None:
         if run.foreseen:

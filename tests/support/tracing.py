@@ -127,7 +127,7 @@ def _launch(*arguments: str, environ: dict[str, str] | None = None) -> subproces
 
 @contextlib.contextmanager
 def _attached(pid: int, *options: str) -> Iterator[str]:
-    """Trace a process until its end; yield what strace says of it at first."""
+    """Trace a process until its end; yield what strace reports of it at first."""
     with subprocess.Popen(["strace", "-p", str(pid), *options], stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
         yield strace.stderr.readline().strip()
@@ -176,11 +176,11 @@ def trace(folders: Folders, calls: Iterable[str], fault: Fault | None = None) ->
 
 
 def _held(gate: Path) -> int:
-    """Wait until a process opens the FIFO to read it; it goes on when the descriptor returned is closed."""
+    """Wait until a process opens the FIFO to read it; it continues when the descriptor returned is closed."""
     held: list[int] = []
 
     def is_read() -> bool:
-        with contextlib.suppress(OSError):  # ENXIO: nobody reads yet
+        with contextlib.suppress(OSError):  # ENXIO: no process reads yet
             held.append(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
         return bool(held)
 
