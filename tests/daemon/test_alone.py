@@ -81,7 +81,7 @@ def test_a_prompt_that_stays_unreadable_is_named_and_once_completes_the_others_a
     folders.prompt("cat", "A cat")
     strace = ["strace", "-f", "-o", "/dev/null", "-P", str(path), "-e", "trace=read", "-e", "inject=read:error=EIO"]
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
-    told, done = (
+    result, done = (
         subprocess.run(
             [*strace, sys.executable, "-m", "imagewatch", command],
             env=environ,
@@ -94,10 +94,10 @@ def test_a_prompt_that_stays_unreadable_is_named_and_once_completes_the_others_a
     )
     assert done.returncode == 0
     assert (folders.documents(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
-    (line,) = [line for line in told.stdout.splitlines() if "broken" in line]
+    (line,) = [line for line in result.stdout.splitlines() if "broken" in line]
     assert "wait" in line
     assert "cannot be read: Input/output error" in line
-    assert "take" in next(line for line in told.stdout.splitlines() if "cat.prompt.txt" in line)
+    assert "take" in next(line for line in result.stdout.splitlines() if "cat.prompt.txt" in line)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +153,10 @@ def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
 
 
 @pytest.mark.parametrize(
-    ("text", "door"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
+    ("text", "destination"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
 )
 def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
-    station: Station, sandbox: Sandbox, text: str, door: str
+    station: Station, sandbox: Sandbox, text: str, destination: str
 ) -> None:
     station.prompt("mug", text)
     (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
@@ -169,7 +169,7 @@ def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
         beside.write_text("echo pwned")
         sandbox.release()
         outcome = working.result()
-    assert (outcome.end, outcome.door) == (End.OVER, door)
+    assert (outcome.end, outcome.door) == (End.OVER, destination)
     assert beside.read_text() == "echo pwned"
     assert [path for path in station.root.rglob("evil*") if path != beside] == []
 
@@ -199,23 +199,23 @@ def test_a_folder_that_a_prompt_names_as_its_image_stays_where_it_is(
     assert sandbox.report()["requests"] == 0
 
 
-@pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
+@pytest.mark.parametrize("destination", ["outbox", "errors", "archive"])
 def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
-    tmp_path: Path, sandbox: Sandbox, run: Callable, door: str
+    tmp_path: Path, sandbox: Sandbox, run: Callable, destination: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
-    (folders.root / door / "sub").write_text("a file of somebody")
+    (folders.root / destination / "sub").write_text("a file of somebody")
     folders.prompt("sub/deep/cat", "A cat")
     folders.prompt("dog", "A dog")
     daemon = run(folders)
     until(lambda: folders.documents() == {"dog": "outbox"})
-    told = daemon.wait_for("ignored")
-    assert told["file"] == "sub/deep/cat.prompt.txt"
-    assert f"{door}/sub is in the way" in told["reason"]
+    event = daemon.wait_for("ignored")
+    assert event["file"] == "sub/deep/cat.prompt.txt"
+    assert f"{destination}/sub is in the way" in event["reason"]
     checked = command(folders, "check")
-    assert f"{door}/sub is in the way" in checked.stdout
+    assert f"{destination}/sub is in the way" in checked.stdout
     assert sandbox.report()["requests"] == 1
-    (folders.root / door / "sub").unlink()
+    (folders.root / destination / "sub").unlink()
     until(lambda: len(list(folders.outbox.rglob("cat.receipt.toml"))) == 1)
     assert daemon.stop() == 0
     assert folders.leftovers() == []
@@ -298,8 +298,8 @@ def test_a_folder_that_is_missing_when_its_prompt_is_given_back_is_created_again
     until(lambda: sandbox.report()["requests"] == 2 or not any((folders.inbox / "sub").glob("*.prompt.txt")))
     shutil.rmtree(folders.inbox / "sub")
     until(lambda: len(folders.documents()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
-    ((shown, door),) = folders.documents().items()
-    assert door == "errors"
+    ((shown, destination),) = folders.documents().items()
+    assert destination == "errors"
     (back,) = (folders.inbox / "sub").iterdir()
     assert {f"{shown}.prompt.txt", back.name} == {"one.prompt.txt", "two.prompt.txt"}
     assert daemon.stop() == 0
@@ -429,9 +429,9 @@ def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
     for record in records:
         (record / "sent.1").write_text("damaged")
     daemon = run(folders)
-    until(lambda: any("jobs are stuck" in told["reason"] for told in daemon.events("held")))
+    until(lambda: any("jobs are stuck" in event["reason"] for event in daemon.events("held")))
     folders.prompt("dog", "A dog")
-    stuck = [told["job"] for told in daemon.events("stuck")]
+    stuck = [event["job"] for event in daemon.events("stuck")]
     for job in stuck[:2]:
         shutil.rmtree(folders.state / "jobs" / job)
         shutil.rmtree(folders.inbox / ".imagewatch" / job)

@@ -149,8 +149,8 @@ def waiting_of(folders):
 
 
 def page(folders):
-    told = command(folders, "status", "--json")
-    return json.loads(told.stdout)
+    result = command(folders, "status", "--json")
+    return json.loads(result.stdout)
 
 
 def at_a_cap(tmp_path, sandbox, start, **limits):
@@ -185,8 +185,8 @@ def test_a_request_that_alone_exceeds_the_cap_is_invalid_and_the_queue_continues
 
 def test_with_a_cap_below_the_assumed_credits_nothing_is_held_and_check_finds_it(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="100")
-    told = json.loads(command(folders, "check", "--json").stdout)
-    (line,) = [one for one in told["settings"] if one["what"] == "limits.credits_per_day"]
+    page = json.loads(command(folders, "check", "--json").stdout)
+    (line,) = [one for one in page["settings"] if one["what"] == "limits.credits_per_day"]
     assert (line["verdict"], "assumed_credits (150)" in line["why"]) == ("bad", True)
     folders.prompt("a", "a cat")
     daemon = start(folders, "once")
@@ -196,9 +196,9 @@ def test_with_a_cap_below_the_assumed_credits_nothing_is_held_and_check_finds_it
     folders.prompt("b", "a cat")
     assert start(folders, "once").wait() == 0
     del folders.environ["IMAGEWATCH_LIMITS__ASSUMED_CREDITS"]
-    told = command(folders, "check")
-    assert (told.returncode, "30 are spent until it ends" in told.stdout) == (0, True)
-    assert "a provider that was not charged in the last 30 days" in told.stdout
+    result = command(folders, "check")
+    assert (result.returncode, "30 are spent until it ends" in result.stdout) == (0, True)
+    assert "a provider that was not charged in the last 30 days" in result.stdout
 
 
 def test_at_a_cap_the_prompts_of_other_providers_that_fit_are_sent(tmp_path, sandbox, start):
@@ -251,8 +251,8 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     for number in range(3):
         folders.prompt(f"dog{number}", GEMINI)
     daemon = run(folders)
-    told = daemon.wait_for("held")
-    assert (told["kind"], told["provider"]) == ("cap", "gemini")
+    event = daemon.wait_for("held")
+    assert (event["kind"], event["provider"]) == ("cap", "gemini")
     until(lambda: page(folders)["waiting"]["why"] == {"cap": 3})
     (hold,) = page(folders)["holds"]
     assert (hold["kind"], hold["provider"], hold["next_try_at"][11:19]) == ("cap", "gemini", "00:00:00")
@@ -356,7 +356,7 @@ def test_prompts_at_a_cap_cost_other_folders_no_turn(tmp_path, sandbox, start):
     for number in range(2):
         folders.drop(f"cats/c{number}.prompt.txt", "a cat")
     assert start(folders, "once").wait() == 69
-    assert {stem for stem, door in folders.documents().items() if door == "outbox"} == {"a", "c0", "c1"}
+    assert {stem for stem, destination in folders.documents().items() if destination == "outbox"} == {"a", "c0", "c1"}
 
 
 def test_a_prompt_that_does_not_fit_beside_those_in_flight_is_not_claimed_before_it_fits(tmp_path, sandbox, start):
@@ -387,10 +387,10 @@ def test_estimate_shows_what_the_caps_reserve(tmp_path, sandbox, start):
     folders.prompt("two", GEMINI.replace('"gemini"', '"gemini"\nn = 2'))
     folders.prompt("cat", "+++\nn = 3\n+++\na cat")
     folders.prompt("much", '+++\nprovider = "gemini"\nn = 4\n+++\na cat')
-    told = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json").stdout)}
-    assert [told["two.prompt.txt"][name] for name in ("usual", "high", "reserve", "seen")] == [268, 268, 268, 1]
-    assert [told["cat.prompt.txt"][name] for name in ("usual", "reserve", "seen")] == [None, 90, 0]
-    assert "limits.credits_per_day: is 500" in told["much.prompt.txt"]["problem"]
+    page = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json").stdout)}
+    assert [page["two.prompt.txt"][name] for name in ("usual", "high", "reserve", "seen")] == [268, 268, 268, 1]
+    assert [page["cat.prompt.txt"][name] for name in ("usual", "reserve", "seen")] == [None, 90, 0]
+    assert "limits.credits_per_day: is 500" in page["much.prompt.txt"]["problem"]
 
 
 def test_a_paid_response_that_cannot_be_delivered_counts_once(tmp_path, sandbox, run):

@@ -294,8 +294,8 @@ def test_near_misses_links_and_pipes_are_named_once_in_the_log_and_stay(tmp_path
         folders.prompt(f"good{number}", "Good")
         until(lambda number=number: len(folders.documents()) == number + 1)
     assert daemon.stop() == 0
-    told = [line["file"] for line in daemon.events("ignored")]
-    assert sorted(told) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
+    named = [line["file"] for line in daemon.events("ignored")]
+    assert sorted(named) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
     assert sandbox.report()["requests"] == 3
     assert (folders.inbox / "link.prompt.txt").is_symlink()
 
@@ -350,8 +350,8 @@ def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_
     path.chmod(0o644)
     path.parent.chmod(0o555)
     daemon = run(unprivileged, script=str(script))
-    told = daemon.wait_for("ignored")
-    assert (told["file"], told["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
+    event = daemon.wait_for("ignored")
+    assert (event["file"], event["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
     unprivileged.prompt("dog", "A dog").chmod(0o644)
     over(unprivileged, "dog")
     assert not daemon.events("held")
@@ -582,7 +582,7 @@ def test_with_a_rejected_key_one_job_reports_it_and_the_others_are_completed_wit
     assert daemon.wait_for("held")["kind"] == "key"
     sandbox.key = KEY
     until(lambda: len(folders.documents()) == 8)
-    (error,) = [stem for stem, door in folders.documents().items() if door == "errors"]
+    (error,) = [stem for stem, destination in folders.documents().items() if destination == "errors"]
     assert (folders.error(error)["status"], folders.error(error)["charged"]) == (401, "no")
     assert KEY not in json.dumps(daemon.lines)
 
@@ -684,19 +684,19 @@ class Manager:
         self.socket.settimeout(20)
         folders.environ["NOTIFY_SOCKET"] = str(folder / "notify")
 
-    def hear(self) -> dict[str, str]:
+    def receive(self) -> dict[str, str]:
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
-    def hear_until(self, name: str) -> dict[str, str]:
+    def receive_until(self, name: str) -> dict[str, str]:
         """Wait for a message with this field; fail with the messages that came."""
-        heard: list[dict[str, str]] = []
+        received: list[dict[str, str]] = []
         try:
-            while not heard or name not in heard[-1]:
-                heard.append(self.hear())
+            while not received or name not in received[-1]:
+                received.append(self.receive())
         except TimeoutError:
-            message = f"waited for a message with {name}, but there were only: {heard}"
+            message = f"waited for a message with {name}, but there were only: {received}"
             raise AssertionError(message) from None
-        return heard[-1]
+        return received[-1]
 
 
 @pytest.fixture
@@ -708,7 +708,7 @@ def manager(tmp_path, folders) -> Iterator[Manager]:
 
 def test_the_service_manager_is_notified_of_readiness_and_of_the_end(folders, run, manager, sandbox):
     daemon = run(folders)
-    ready = manager.hear_until("READY")
+    ready = manager.receive_until("READY")
     assert (ready["READY"], str(folders.inbox) in ready["STATUS"]) == ("1", True)
     assert (
         json.loads((folders.state / "status.json").read_text())["state"] == "running"
@@ -717,7 +717,7 @@ def test_the_service_manager_is_notified_of_readiness_and_of_the_end(folders, ru
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
     daemon.process.send_signal(signal.SIGTERM)
-    stopping = manager.hear_until("STOPPING")
+    stopping = manager.receive_until("STOPPING")
     assert (stopping["STOPPING"], "1 in flight" in stopping["STATUS"]) == ("1", True)
     sandbox.release()
     assert daemon.end() == 0
@@ -727,13 +727,13 @@ def test_only_a_scan_of_the_inbox_resets_the_watchdog(folders, run, manager):
     folders.environ["WATCHDOG_USEC"] = "400000"
     daemon = run(folders)
     for _ in range(3):
-        assert manager.hear_until("WATCHDOG") == {"WATCHDOG": "1"}
+        assert manager.receive_until("WATCHDOG") == {"WATCHDOG": "1"}
     folders.remove_inbox()
     daemon.wait_for("held")
     manager.socket.settimeout(1.0)
     with contextlib.suppress(TimeoutError):
         for _ in range(20):  # what was sent before is still in the socket, no more than that
-            manager.hear()
+            manager.receive()
         pytest.fail("the watchdog is reset, but nothing is scanned")
     assert daemon.process.poll() is None
 
@@ -767,10 +767,10 @@ def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, mana
     daemon = run(folders, script=str(script), watching=False)
     assert daemon.wait_for("held")["kind"] == "disk"
     folders.inbox.with_name("inbox.away").rename(folders.inbox)
-    heard = [manager.hear()]
-    while "READY" not in heard[-1]:
-        heard.append(manager.hear())
-    assert {"WATCHDOG": "1"} in heard  # it has scanned the inbox
+    received = [manager.receive()]
+    while "READY" not in received[-1]:
+        received.append(manager.receive())
+    assert {"WATCHDOG": "1"} in received  # it has scanned the inbox
 
 
 def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
@@ -781,7 +781,7 @@ def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
     ready = threading.Thread(target=Notify(folders.environ).send, kwargs={"READY": "1"})
     ready.start()
     ready.join(0.3)  # let it hit the full queue
-    assert manager.hear_until("READY") == {"READY": "1"}
+    assert manager.receive_until("READY") == {"READY": "1"}
     ready.join()
 
 
@@ -790,7 +790,7 @@ def test_a_folder_with_a_hostile_name_is_reported_to_the_manager_in_one_line(tmp
     manager = Manager(tmp_path, folders)
     with contextlib.closing(manager.socket):
         run(folders)
-        ready = manager.hear_until("READY")
+        ready = manager.receive_until("READY")
     assert (ready["READY"], "a\\nREADY=0\\x1b" in ready["STATUS"]) == ("1", True)
 
 

@@ -111,15 +111,15 @@ def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is
         folders.prompt(f"more{number}", f"Number {number}")
 
     until(lambda: len(folders.documents()) == 21 + len(refused), timeout=60)
-    assert {stem for stem, door in folders.documents().items() if door == "errors"} == set(refused)
+    assert {stem for stem, destination in folders.documents().items() if destination == "errors"} == set(refused)
     for stem, words in refused.items():
         assert words in folders.error(stem)["message"], stem
         assert folders.error(stem)["charged"] == "no"
     until(lambda: {line["file"] for line in daemon.events("ignored")} >= ignored)
     peak = memory(daemon, "VmHWM")
     assert daemon.stop() == 0
-    told = [line["file"] for line in daemon.events("ignored")]
-    assert sorted(told) == sorted({*ignored, "wide.1.png"})
+    named = [line["file"] for line in daemon.events("ignored")]
+    assert sorted(named) == sorted({*ignored, "wide.1.png"})
     assert sandbox.report()["requests"] == 21
     assert peak - before < 30
     assert secret.read_bytes() == PICTURE
@@ -264,17 +264,17 @@ class InTheWay(Disk):
 
 @pytest.mark.timeout(20)  # a process that opens it waits for a writer
 @pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize(("door", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
+@pytest.mark.parametrize(("destination", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
 def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_beside_it(
-    tmp_path: Path, sandbox: Sandbox, door: str, name: str, linked: bool
+    tmp_path: Path, sandbox: Sandbox, destination: str, name: str, linked: bool
 ) -> None:
-    pipe, place = tmp_path / "pipe", tmp_path / "watched" / door / name
+    pipe, place = tmp_path / "pipe", tmp_path / "watched" / destination / name
     os.mkfifo(pipe)
     plant = functools.partial(os.symlink, pipe, place) if linked else functools.partial(os.mkfifo, place)
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=InTheWay(plant))) as station:
-        station.prompt("cat", "A cat" if door == "outbox" else "[sandbox: 400] A cat")
+        station.prompt("cat", "A cat" if destination == "outbox" else "[sandbox: 400] A cat")
         (outcome,) = station.work()
-        assert (outcome.end, outcome.door) == (End.OVER, door)
+        assert (outcome.end, outcome.door) == (End.OVER, destination)
         assert station.leftovers() == []
     documents = [path for path in place.parent.glob("*.toml") if path.name != name]
     assert [tomllib.loads(path.read_text())["job"] for path in documents] == [outcome.job]

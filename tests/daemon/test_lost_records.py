@@ -51,19 +51,19 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     killed.prompt("dog", "A dog")
     daemon = run(killed)
     until(lambda: "dog" in killed.documents())
-    (told,) = daemon.events("stuck")
+    (event,) = daemon.events("stuck")
     until(lambda: "stuck" in command(killed, "status").stdout)
-    said = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
-    assert [line for line in said if line[0] == "take"] == []
-    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in said]
-    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in said)
+    lines = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
+    assert [line for line in lines if line[0] == "take"] == []
+    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in lines]
+    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in lines)
     until(lambda: "cat" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
     if what == "record":
-        assert "sub/cat.prompt.txt: sent " in told["reason"]
-        assert "a second time" in told["next"]
+        assert "sub/cat.prompt.txt: sent " in event["reason"]
+        assert "a second time" in event["next"]
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
@@ -109,7 +109,7 @@ def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
 
 
 def finished_with_a_copy(
-    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, door: str
+    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, destination: str
 ) -> Path:
     """Let a prompt come to its end; return a copy of its record from while it was at the endpoint."""
     daemon = run(folders)
@@ -119,7 +119,7 @@ def finished_with_a_copy(
     backup = folders.root.parent / "backup"
     shutil.copytree(folders.state / "jobs", backup)
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": door})
+    until(lambda: folders.documents() == {"cat": destination})
     assert daemon.stop() == 0
     return backup
 

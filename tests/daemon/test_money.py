@@ -28,7 +28,7 @@ NEVER = 3600.0
 MANY = 500
 
 
-def looks(folders: Folders) -> dict[str, tuple[int, bytes]]:
+def content_of(folders: Folders) -> dict[str, tuple[int, bytes]]:
     """What is in the inbox: mtime and content of each file, by name."""
     paths = [path for path in folders.inbox.rglob("*") if path.is_file() and ".imagewatch" not in path.parts]
     return {str(path.relative_to(folders.inbox)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
@@ -36,7 +36,7 @@ def looks(folders: Folders) -> dict[str, tuple[int, bytes]]:
 
 def waiting(folders: Folders, count: int) -> None:
     """Wait until nothing is in flight and so many files are in the inbox."""
-    until(lambda: len(looks(folders)) == count and not list((folders.state / "jobs").iterdir()))
+    until(lambda: len(content_of(folders)) == count and not list((folders.state / "jobs").iterdir()))
 
 
 def holds(folders: Folders) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def held(folders: Folders, kind: str) -> dict[str, Any]:
 
 
 def one_error(folders: Folders) -> dict[str, Any]:
-    (stem,) = [stem for stem, door in folders.documents().items() if door == "errors"]
+    (stem,) = [stem for stem, destination in folders.documents().items() if destination == "errors"]
     return folders.error(stem)
 
 
@@ -72,19 +72,19 @@ def test_with_an_expired_key_many_prompts_wait_and_are_completed_when_its_file_i
     folders = Folders(tmp_path, sandbox.base_url, endpoint__api_key_file=str(key), limits__concurrency="8")
     for number in range(MANY):
         folders.prompt(f"p{number:03}", f"[sandbox: b64] Number {number}")
-    before = looks(folders)
+    before = content_of(folders)
     daemon = hurried(folders, NEVER)
-    told = daemon.wait_for("held")
-    assert (told["kind"], "valid key" in told["next"]) == ("key", True)
+    event = daemon.wait_for("held")
+    assert (event["kind"], "valid key" in event["next"]) == ("key", True)
     waiting(folders, MANY - 1)
     error = one_error(folders)
     assert (error["status"], error["charged"]) == (401, "no")
-    after = looks(folders)
+    after = content_of(folders)
     assert after.items() <= before.items()
     assert 1 <= sandbox.report()["requests"] <= 8
     shown = held(folders, "key")
-    assert (shown["reason"], shown["next"]) == (told["reason"], told["next"])
-    assert shown["next_try_at"] == told["next_try_at"]
+    assert (shown["reason"], shown["next"]) == (event["reason"], event["next"])
+    assert shown["next_try_at"] == event["next_try_at"]
 
     renewed = key.with_name("key.new")
     renewed.write_text(f"{KEY}\n")
@@ -103,15 +103,15 @@ def test_after_a_refusal_each_start_sends_one_request_and_no_other_job_reports_i
     sandbox.key = "another key"
     for number in range(4):
         narrow.prompt(f"p{number}", f"Number {number}")
-    before = looks(narrow)
+    before = content_of(narrow)
     for start in range(1, 4):
         assert command(narrow, "once").returncode == 69
         assert one_error(narrow)["status"] == 401
-        assert len(looks(narrow)) == 3
+        assert len(content_of(narrow)) == 3
         assert sandbox.report()["requests"] == start
         shown = json.loads(command(narrow, "status", "--json").stdout)
         assert (shown["is_running"], [hold["kind"] for hold in shown["holds"]]) == (False, ["key"])
-    assert looks(narrow).items() <= before.items()
+    assert content_of(narrow).items() <= before.items()
     sandbox.key = KEY
     daemon = hurried(narrow, NEVER)  # whose own first hold would last
     until(lambda: len(narrow.documents()) == 4)
@@ -132,8 +132,8 @@ def test_a_corrected_endpoint_is_used_after_a_reload(tmp_path, hurried, sandbox)
     for number in range(6):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders, NEVER)
-    told = daemon.wait_for("held")
-    assert (told["kind"], "base_url" in told["next"]) == ("endpoint", True)
+    event = daemon.wait_for("held")
+    assert (event["kind"], "base_url" in event["next"]) == ("endpoint", True)
     waiting(folders, 5)
     assert one_error(folders)["status"] == 404
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}"\n')
@@ -168,8 +168,8 @@ def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox)
     for number in range(6):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders, NEVER)
-    told = daemon.wait_for("held")
-    assert (told["kind"], "add credits" in told["next"]) == ("credits", True)
+    event = daemon.wait_for("held")
+    assert (event["kind"], "add credits" in event["next"]) == ("credits", True)
     waiting(folders, 3)
     assert one_error(folders)["credits_required"] == 30
     sandbox.balance = 1000
@@ -187,16 +187,16 @@ def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
 ):
     narrow.prompt("first", f"[sandbox: {tag}] First")
     daemon = hurried(narrow, NEVER)
-    told = daemon.wait_for("held")
-    assert told["kind"] == kind
+    event = daemon.wait_for("held")
+    assert event["kind"] == kind
     asked = 60 if kind == "quota" else NEVER  # the endpoint names the time when the quota is renewed
-    assert asked - 1 <= told["seconds"] <= asked
+    assert asked - 1 <= event["seconds"] <= asked
     for number in range(3):
         narrow.prompt(f"p{number}", f"Number {number}")
-    assert held(narrow, kind)["next_try_at"] == told["next_try_at"]
+    assert held(narrow, kind)["next_try_at"] == event["next_try_at"]
     command(narrow, "hold")  # is applied when the daemon has scanned its inbox once more
     assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
-    assert len(looks(narrow)) == 3
+    assert len(content_of(narrow)) == 3
     command(narrow, "release")
     until(lambda: len(narrow.documents()) == 4)
     assert (sandbox.report()["requests"], sandbox.report()["redirected"]) == (4, 0)
@@ -217,13 +217,13 @@ def test_a_refused_probe_returns_to_the_inbox_unchanged(narrow, hurried, sandbox
     for number in range(3):
         narrow.drop(f"p{number}.png", picture())
         narrow.prompt(f"p{number}", f"Number {number}")
-    before = looks(narrow)
+    before = content_of(narrow)
     daemon = hurried(narrow, 0.1)
     daemon.wait_for("held", 4)
     assert daemon.stop() == 0
     (shown,) = narrow.documents()
     del before[f"{shown}.png"], before[f"{shown}.prompt.txt"]
-    assert looks(narrow) == before
+    assert content_of(narrow) == before
     assert sandbox.report()["charged"] == 0
     waits = [line["seconds"] for line in daemon.events("held")]
     assert all(later > 1.9 * earlier for earlier, later in itertools.pairwise(waits))
@@ -252,12 +252,12 @@ def test_a_disk_with_too_little_room_for_a_response_holds_the_queue_until_there_
                 (filler / str(number)).touch()
         folders.prompt("cat", "A cat")
         daemon = hurried(folders)
-        told = daemon.wait_for("held")
-        assert told["kind"] == "disk"
-        assert ("limits.min_free_bytes" if short_of == "bytes" else "inodes") in told["reason"]
-        assert str(folders.state) in told["reason"]
+        event = daemon.wait_for("held")
+        assert event["kind"] == "disk"
+        assert ("limits.min_free_bytes" if short_of == "bytes" else "inodes") in event["reason"]
+        assert str(folders.state) in event["reason"]
         held(folders, "disk")
-        assert (sandbox.report()["requests"], list(looks(folders))) == (0, ["cat.prompt.txt"])
+        assert (sandbox.report()["requests"], list(content_of(folders))) == (0, ["cat.prompt.txt"])
         for path in filler.iterdir():
             path.unlink()
         until(lambda: folders.documents() == {"cat": "outbox"})
@@ -311,7 +311,7 @@ def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_
     spent = sandbox.report()["credits"]
     assert cap < spent <= cap + (real - guess) * concurrency
     assert spent == real * concurrency  # the worst case: all of them left before the first price was known
-    assert len(looks(folders)) == 4
+    assert len(content_of(folders)) == 4
     assert command(folders, "once").returncode == 69
     assert sandbox.report()["credits"] == spent
 
@@ -351,7 +351,7 @@ def test_a_cap_holds_though_the_daemon_is_killed_with_requests_in_flight(tmp_pat
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     sandbox.release()
     assert command(folders, "once").returncode == 69
-    assert (sandbox.report()["requests"], len(looks(folders))) == (2, 4)
+    assert (sandbox.report()["requests"], len(content_of(folders))) == (2, 4)
     assert list(folders.documents().values()) == ["errors", "errors"]
 
 
@@ -368,10 +368,10 @@ def test_a_cap_that_stops_several_at_the_same_time_is_logged_once_with_its_end(t
     for number in range(8):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders)
-    told = daemon.wait_for("held")
+    event = daemon.wait_for("held")
     waiting(folders, 8)
-    assert (told["kind"], "limits.credits_per_month is 50" in told["reason"]) == ("cap", True)
-    assert held(folders, "cap")["next_try_at"] >= told["next_try_at"]
+    assert (event["kind"], "limits.credits_per_month is 50" in event["reason"]) == ("cap", True)
+    assert held(folders, "cap")["next_try_at"] >= event["next_try_at"]
     assert len(daemon.events("held")) == 1
     assert sandbox.report()["requests"] == 1
 
@@ -420,8 +420,8 @@ def test_a_429_slows_the_whole_queue_for_the_time_it_names(tmp_path, run, header
         folders = Folders(tmp_path, server.base_url, retry__attempts=str(attempts))
         folders.prompt("first", "First")
         daemon = run(folders)
-        told = daemon.wait_for("held")
-        assert told["kind"] == "busy"
+        event = daemon.wait_for("held")
+        assert event["kind"] == "busy"
         for number in range(3):
             folders.prompt(f"p{number}", f"Number {number}")
         until(lambda: len(folders.documents()) == 4)
@@ -459,7 +459,7 @@ LOST = [
 ANSWERED = [tag for tag in LOST if not tag.startswith("drop") and tag != "reset"]
 
 
-def in_doubt(folders: Folders, stem: str) -> dict[str, Any]:
+def charge_is_unknown(folders: Folders, stem: str) -> dict[str, Any]:
     """What every report has of a request that may have been charged."""
     error = folders.error(stem)
     assert error["charged"] == "unknown"
@@ -478,7 +478,7 @@ def test_every_lost_response_is_reported_with_its_times_and_ids_and_how_to_check
     station.close()
     assert station.documents() == dict.fromkeys(LOST, "errors")
     for tag in LOST:
-        error = in_doubt(station, tag)
+        error = charge_is_unknown(station, tag)
         if tag in ANSWERED:
             assert error["ids"]["x-request-id"]
             assert error["times"]["answered"] >= error["times"]["sent"]
@@ -512,7 +512,7 @@ def test_a_response_that_never_comes_is_reported_in_the_same_way(tmp_path, scrip
         station.prompt("cat", "A cat")
         station.work()
         station.close()
-    assert "answered" not in in_doubt(station, "cat")["times"]
+    assert "answered" not in charge_is_unknown(station, "cat")["times"]
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped twice"])
@@ -529,5 +529,5 @@ def test_a_response_that_comes_after_a_kill_is_reported_in_the_same_way(folders,
         daemon.stop(signal.SIGKILL)
     sandbox.release()
     assert command(folders, "once").returncode == 1
-    in_doubt(folders, "cat")
+    charge_is_unknown(folders, "cat")
     assert sandbox.report()["requests"] == 1

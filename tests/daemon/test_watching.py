@@ -155,10 +155,10 @@ except (OSError, AssertionError):
     for name in ("", "a/", "b/", "c/"):
         folders.prompt(f"{name}p{name.strip('/')}", "A prompt")
     over(folders, "p", "pa", "pb", "pc")
-    (told,) = daemon.events("watch_mode")
-    assert (told["level"], told["mode"]) == ("warning", "mixed" if most else "poll")
-    assert any("max_user_watches" in reason for reason in told["polled"].values())
-    assert status(folders)["mode"] == told["mode"]
+    (event,) = daemon.events("watch_mode")
+    assert (event["level"], event["mode"]) == ("warning", "mixed" if most else "poll")
+    assert any("max_user_watches" in reason for reason in event["polled"].values())
+    assert status(folders)["mode"] == event["mode"]
 
 
 # Folders that come and go
@@ -291,8 +291,8 @@ def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     shared.prompt("sticky/theirs", "A prompt").chmod(0o644)
     shared.prompt("mine", "A prompt").chmod(0o644)
     over(shared, "mine")
-    told = daemon.wait_for("ignored")
-    assert (told["file"], "sticky bit" in told["reason"]) == ("sticky/theirs.prompt.txt", True)
+    event = daemon.wait_for("ignored")
+    assert (event["file"], "sticky bit" in event["reason"]) == ("sticky/theirs.prompt.txt", True)
     assert daemon.stop() == 0
     assert shared.leftovers() == []
 

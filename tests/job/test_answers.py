@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 from support.daemon import KEY
 from support.scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
@@ -151,7 +151,7 @@ def test_a_quota_says_how_long_to_wait(station, sandbox):
 
 @pytest.mark.parametrize("tag", [row[0] for row in REFUSED if row[4]])
 def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandbox, tag):
-    station.worker = Doubting(station.spool, station.client, station.ledger, station.config(), blame=Holds().blame)
+    station.worker = Distrustful(station.spool, station.client, station.ledger, station.config(), blame=Holds().blame)
     ask(station, tag, stem="a")
     (first,) = station.work()
     originals = ask(station, tag, stem="b")
@@ -181,7 +181,7 @@ def test_without_a_usable_key_nothing_is_sent(station, sandbox):
         raise ConfigError([Problem("endpoint.api_key_file", "is not there", "make it")])
 
     client = Client(station.config().endpoint, no_key)
-    station.worker = Doubting(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     (outcome,) = station.work()
     client.close()
@@ -279,7 +279,7 @@ def served_with(key, tmp_path, *scripts, **settings):
     with served_by(tmp_path, *scripts, **settings) as station:
         client = Client(station.config().endpoint, lambda: Key(key))
         with contextlib.closing(client):
-            station.worker = Doubting(station.spool, client, station.ledger, station.config())
+            station.worker = Distrustful(station.spool, client, station.ledger, station.config())
             yield station
 
 
@@ -701,7 +701,7 @@ class Slipping(Client):
 def test_a_bug_while_sending_neither_loses_the_answer_nor_calls_the_request_free(station, sandbox, before):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
-    station.worker = Doubting(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     station.work()
     client.close()
@@ -753,7 +753,7 @@ class FullAtTheDecision(Disk):
 def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_shown_by_the_next_prompt(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
         holds = Holds()
-        station.worker = Doubting(
+        station.worker = Distrustful(
             station.spool,
             station.client,
             station.ledger,

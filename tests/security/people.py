@@ -72,8 +72,8 @@ class Interpreter:
         """Return why another user cannot run this Python, or an empty string."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": "/"}
         process = self.start(DAEMON, ["-c", "import imagewatch.commands.run, imagewatch.commands.main"], **pipes)
-        told, _ = process.communicate(timeout=60)
-        return told.strip().rpartition("\n")[2] if process.returncode else ""
+        result, _ = process.communicate(timeout=60)
+        return result.strip().rpartition("\n")[2] if process.returncode else ""
 
 
 class Person:
@@ -106,8 +106,8 @@ class Person:
         Raises:
             OSError: The kernel refused.
         """
-        told = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in arguments]
-        _pipe(self._process.stdin).write(json.dumps([name, told]) + "\n")
+        plain = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in arguments]
+        _pipe(self._process.stdin).write(json.dumps([name, plain]) + "\n")
         _pipe(self._process.stdin).flush()
         answer = json.loads(_pipe(self._process.stdout).readline())
         if "errno" in answer:

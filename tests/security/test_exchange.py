@@ -82,7 +82,7 @@ class AttackedDisk(Disk):
         self.moment = moment
 
 
-def _told_of(act: Callable[..., Any]) -> Callable[..., Any]:
+def _reported(act: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(act)
     def acting(self: AttackedDisk, *arguments: Any, **named: Any) -> Any:
         self.moment()
@@ -96,7 +96,7 @@ def _told_of(act: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, _act in vars(Disk).items():
     if callable(_act) and not _name.startswith("_"):
-        setattr(AttackedDisk, _name, _told_of(_act))
+        setattr(AttackedDisk, _name, _reported(_act))
 
 
 class SeeingEndpoint(PaidEndpoint):
@@ -180,8 +180,8 @@ class Scene:
             wait=lambda _: None,
         )
         if attack.lasts:
-            for door in ("outbox", "errors", "archive"):
-                (station.root / door / "sub").mkdir()
+            for destination in ("outbox", "errors", "archive"):
+                (station.root / destination / "sub").mkdir()
         for file, content in sorted(DROPPED.items(), reverse=True):
             station.drop(f"sub/{file}", content)
         self.before = look(self.private)
@@ -277,12 +277,12 @@ class Scene:
         found = [path.read_bytes() for path in walk(station.root) if path.is_file() and not path.is_symlink()]
         for name, content in DROPPED.items():
             assert found.count(content) == 1, f"{name} is there {found.count(content)} times: {tried}"
-        told = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
-        assert len(told) <= 1, f"{told}: {tried}"
-        assert not any("a bug" in path.read_text() for path in told), f"taken for a bug: {tried}"
+        files = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
+        assert len(files) <= 1, f"{files}: {tried}"
+        assert not any("a bug" in path.read_text() for path in files), f"taken for a bug: {tried}"
 
     def is_over(self) -> bool:
-        """Return whether the job has its result file and left nothing behind."""
+        """Return whether the job has its files file and left nothing behind."""
         left = any((self.station.state / "jobs").iterdir())
         return not left and len(list(self.station.root.rglob("*.toml"))) == 1
 

@@ -76,7 +76,7 @@ def drop(folders: Folders, source: str, text: str) -> None:
     path.write_text(text)
 
 
-def is_taken_soon(sandbox: Sandbox, text: str, more: float = 0.0) -> None:
+def is_claimed_soon(sandbox: Sandbox, text: str, more: float = 0.0) -> None:
     until(lambda: text in asked(sandbox), timeout=SETTLE + SECONDS + more)
 
 
@@ -108,12 +108,12 @@ def test_beside_very_many_files_of_one_user_the_prompt_of_another_is_claimed_soo
     flood(folders.inbox, where, share)
     drop(folders, "colleague/first", "First")
     daemon = run(folders, watching=False)
-    is_taken_soon(sandbox, "First", more=2.0)  # the process has to start
+    is_claimed_soon(sandbox, "First", more=2.0)  # the process has to start
     for number in range(3):
         drop(folders, "colleague/again", f"Again {number}")
-        is_taken_soon(sandbox, f"Again {number}")
+        is_claimed_soon(sandbox, f"Again {number}")
     drop(folders, "new-colleague/deep/down/first", "In a new folder")
-    is_taken_soon(sandbox, "In a new folder")
+    is_claimed_soon(sandbox, "In a new folder")
     until(lambda: status(folders)["ignored"]["count"] == int(NEAR_MISSES * share), timeout=60)
     assert daemon.stop() == 0
     assert len(asked(sandbox)) == 5
@@ -164,7 +164,7 @@ def test_while_one_user_changes_files_without_end_the_prompt_of_another_is_claim
             until(lambda: len(os.listdir(folders.inbox)) > 1)
             for number in range(3):
                 drop(folders, f"colleague/{number}", f"Number {number}")
-                is_taken_soon(sandbox, f"Number {number}")
+                is_claimed_soon(sandbox, f"Number {number}")
         finally:
             storm.kill()
     assert daemon.stop() == 0
@@ -284,8 +284,8 @@ def test_status_names_files_of_each_folder_however_many_one_has(
     assert (page["ignored"]["count"], len(page["ignored"]["files"])) == (3003, 100)
     assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= page["ignored"]["files"].keys()
     assert {"x/empty.prompt.txt", "y/empty.prompt.txt", "z/empty.prompt.txt"} == page["waiting"]["files"].keys()
-    told = {line["file"] for line in daemon.events("ignored")}
-    assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= told
+    named = {line["file"] for line in daemon.events("ignored")}
+    assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= named
 
 
 def test_check_names_the_prompts_that_are_ready_beside_very_many_other_files(crowded: Callable[..., Folders]) -> None:
@@ -293,7 +293,7 @@ def test_check_names_the_prompts_that_are_ready_beside_very_many_other_files(cro
     flood(folders.inbox, "one folder", 1.0 if ALL else 0.1)
     drop(folders, "colleague/cat", "A cat")
     began = time.monotonic()
-    told = command(folders, "check", "--json", IMAGEWATCH_INBOX__SETTLE_SECONDS="0")
+    result = command(folders, "check", "--json", IMAGEWATCH_INBOX__SETTLE_SECONDS="0")
     assert time.monotonic() < began + 30
-    files = {line["what"]: line["verdict"] for line in json.loads(told.stdout)["files"]}
+    files = {line["what"]: line["verdict"] for line in json.loads(result.stdout)["files"]}
     assert files["colleague/cat.prompt.txt"] == "take"

@@ -70,7 +70,7 @@ def test_a_claim_that_becomes_a_link_gives_away_neither_key_nor_state(shared: Wo
     shared.end("cat.prompt.txt")
     is_safe(shared, asked=1)
     if not shared.holds():
-        shared.honest_prompt_is_made()
+        shared.honest_prompt_is_completed()
         is_safe(shared, asked=2)
 
 
@@ -85,7 +85,7 @@ def test_a_claimed_file_that_becomes_a_link_gives_away_neither_key_nor_state(sha
     shared.sandbox.release()
     shared.end("cat.prompt.txt")
     is_safe(shared, asked=1)
-    shared.honest_prompt_is_made()
+    shared.honest_prompt_is_completed()
     is_safe(shared, asked=2)
 
 

@@ -52,7 +52,7 @@ def receipts(world: World) -> list[str]:
     return found
 
 
-def all_honest_are_made_once(world: World) -> None:
+def all_honest_are_completed_once(world: World) -> None:
     wanted = [f"honest prompt {number}" for number in range(HONEST_PROMPTS)]
     world.wait(lambda: set(wanted) <= set(receipts(world)), "the receipts of all honest prompts")
     assert {text: count for text in wanted if (count := world.requests(text)) != 1} == {}, "not sent once"
@@ -95,7 +95,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
             world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest prompt {one}")
         done += storm(world, number, seed, tops, (CLAIMS, "theirs"))
     assert done > ROUNDS * ACTS // 4
-    all_honest_are_made_once(world)
+    all_honest_are_completed_once(world)
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     books_agree(world, daemon)
@@ -114,7 +114,7 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_completed(world
     put_in_order(world, own)
     assert daemon.stop() == 0  # what waits for the folders continues automatically; a start is only sooner
     daemon = world.start()
-    all_honest_are_made_once(world)
+    all_honest_are_completed_once(world)
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     books_agree(world, daemon)

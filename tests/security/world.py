@@ -166,14 +166,14 @@ class World(Folders):
 
         until(condition, saw=saw, what=what)
 
-    def door(self, source: str) -> str:
+    def destination(self, source: str) -> str:
         """Return where the result file of a prompt is, or an empty string; links are not followed."""
-        for door in ("outbox", "errors"):
-            for path in walk(self.root / door):
+        for destination in ("outbox", "errors"):
+            for path in walk(self.root / destination):
                 if path.name.endswith((".receipt.toml", ".error.toml")) and not path.is_symlink():
                     try:
                         if tomllib.loads(path.read_text()).get("source") == source:
-                            return door
+                            return destination
                     except (OSError, ValueError):  # just renamed by its reader
                         continue
         return ""
@@ -196,21 +196,21 @@ class World(Folders):
         return found[0]
 
     def _end(self, source: str) -> str:
-        page, door = self.status(), self.door(source)
+        page, destination = self.status(), self.destination(source)
         if page.get("holds"):
-            return door or "held"
+            return destination or "held"
         if source in [job["source"] for job in page.get("stuck", [])]:
             return "stuck"
         here = any(path.name == os.path.basename(source) for path in walk(self.inbox))
         if any(path.is_dir() for path in (self.state / "jobs").iterdir()):
             return ""
-        if door:
-            return door
+        if destination:
+            return destination
         folders = [source[:at] for at, letter in enumerate(source) if letter == "/"]
         named = {*page.get("waiting", {}).get("files", ()), *page.get("ignored", {}).get("files", ())}
         if named.intersection((source, *folders)):
             return "waiting"
-        return "" if here else self.door(source) or "gone"
+        return "" if here else self.destination(source) or "gone"
 
     def requests(self, text: str | None = None) -> int:
         """Return how many requests came, in all or for one prompt."""
@@ -279,12 +279,12 @@ class World(Folders):
         self.honest.drop(folder / f"{name}.prompt.txt", text)
         return f"theirs/{name}.prompt.txt"
 
-    def honest_prompt_is_made(self, name: str = "honest") -> None:
+    def honest_prompt_is_completed(self, name: str = "honest") -> None:
         """Drop a prompt as an honest user, and wait until it was completed, once."""
         text = f"an honest prompt of {name}"
         source = self.honest_prompt(name, text)
-        self.wait(lambda: self.door(source), f"the honest prompt {name}")
-        assert self.door(source) == "outbox"
+        self.wait(lambda: self.destination(source), f"the honest prompt {name}")
+        assert self.destination(source) == "outbox"
         assert self.requests(text) == 1
 
 

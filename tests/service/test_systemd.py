@@ -117,7 +117,7 @@ class Service:
     def journal(self) -> list[dict[str, Any]]:
         return self.container.journal(self.unit, self._cursor.strip())
 
-    def told(self) -> str:
+    def log(self) -> str:
         """The texts of the journal."""
         return "\n".join(str(entry["MESSAGE"]) for entry in self.journal())
 
@@ -286,23 +286,23 @@ def test_systemd_finds_nothing_wrong_with_the_units(machine, gallery):
 
 
 def test_systemctl_status_shows_what_the_service_does_and_why_it_waits(started, endpoint):
-    def says(words: str) -> bool:
+    def shows(words: str) -> bool:
         return words in started.container.show("imagewatch", "StatusText")
 
     with endpoint.holding():
-        started.prompt("slow", "[sandbox: b64] Told to the manager")
-        until(lambda: says("0 waiting; 1 in flight; today "))
-    until(lambda: says("0 waiting; 0 in flight; today "))
+        started.prompt("slow", "[sandbox: b64] LoggedDaemon to the manager")
+        until(lambda: shows("0 waiting; 1 in flight; today "))
+    until(lambda: shows("0 waiting; 0 in flight; today "))
     started.container.run("imagewatch", "hold", "out of office")
     started.prompt("held", "[sandbox: b64] Not before Monday")
-    until(lambda: says("1 waiting; 0 in flight; today ") and says("held (hand): out of office"))
+    until(lambda: shows("1 waiting; 0 in flight; today ") and shows("on hold (manual): out of office"))
     started.container.run("imagewatch", "release")
 
 
 def test_the_service_is_ready_only_after_its_first_scan(started):
     assert started.container.show("imagewatch", "ActiveState") == "active"
     messages = [entry["MESSAGE"] for entry in started.journal()]
-    watching = next(number for number, text in enumerate(messages) if text.startswith("watching"))
+    watching = next(number for number, text in enumerate(messages) if text.startswith("started"))
     ready = next(number for number, text in enumerate(messages) if text.startswith("Started"))
     assert watching < ready
 
@@ -511,8 +511,8 @@ def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoin
     service.kill("USR1")
     assert service.error("slow")["charged"] == "unknown"  # reported by the restarted one
     assert service.restarts >= 1
-    assert "Watchdog timeout" in service.told()
-    until(lambda: " in hang" in service.told() and " in _loop" in service.told())  # where it hung
+    assert "Watchdog timeout" in service.log()
+    until(lambda: " in hang" in service.log() and " in _loop" in service.log())  # where it hung
     with_the_real_watchdog(service)
     service.prompt("quick", quick)
     assert service.receipt("quick")["charged"] == "yes"
@@ -524,7 +524,7 @@ def test_a_service_that_cannot_see_its_inbox_is_restarted_by_the_watchdog(servic
     service.systemctl("start")
     service.container.run("mv", f"{service.root}/inbox", f"{service.root}/gone")
     until(lambda: service.restarts >= 1)
-    assert "Watchdog timeout" in service.told()
+    assert "Watchdog timeout" in service.log()
     service.container.run("sh", "-c", f"rm -rf {service.root}/gone; systemd-tmpfiles --create imagewatch.conf")
     until(lambda: service.container.show("imagewatch", "ActiveState") == "active")
     with_the_real_watchdog(service)
@@ -602,9 +602,9 @@ def test_a_bad_configuration_is_refused_once_and_logged_as_an_error(service, res
     assert service.systemctl("start", check=False).returncode != 0
     assert service.container.show("imagewatch", "ActiveState") == "failed"
     assert (service.container.show("imagewatch", "ExecMainStatus"), service.restarts) == ("78", 0)
-    until(lambda: "limits.concurrency" in service.told())
-    said = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
-    assert [entry["PRIORITY"] for entry in said] == ["3"]
+    until(lambda: "limits.concurrency" in service.log())
+    entries = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
+    assert [entry["PRIORITY"] for entry in entries] == ["3"]
 
 
 def test_a_missing_key_file_is_refused_once_and_named(service):
@@ -614,7 +614,7 @@ def test_a_missing_key_file_is_refused_once_and_named(service):
     finally:
         service.container.run("mv", "/etc/imagewatch/away", "/etc/imagewatch/letta_api_key")
     assert (service.container.show("imagewatch", "ActiveState"), service.restarts) == ("failed", 0)
-    assert "status=243/CREDENTIALS" in service.told()
+    assert "status=243/CREDENTIALS" in service.log()
 
 
 # The journal
@@ -631,7 +631,7 @@ def test_the_journal_has_levels_and_fields(started, endpoint):
     assert (made["IMAGEWATCH_JOB"], made["IMAGEWATCH_SOURCE"]) == (job, "good.prompt.txt")
     assert (made["SYSLOG_IDENTIFIER"], made["_SYSTEMD_UNIT"]) == ("imagewatch", "imagewatch.service")
     found = started.container.run("journalctl", "--output=cat", f"IMAGEWATCH_JOB={job}").stdout
-    assert found.startswith("made ")
+    assert found.startswith("completed ")
     warnings = started.container.run("journalctl", "--output=cat", "--unit=imagewatch", "--priority=warning").stdout
     assert "bad.prompt.txt" in warnings
     assert "good.prompt.txt" not in warnings
@@ -643,12 +643,12 @@ def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
     service.prompt("bad", "[sandbox: 400] A bad one")
     service.error("bad")
 
-    def said() -> list[dict[str, Any]]:
-        return [entry for entry in service.journal() if '"refused"' in str(entry["MESSAGE"])]
+    def failures() -> list[dict[str, Any]]:
+        return [entry for entry in service.journal() if '"failed"' in str(entry["MESSAGE"])]
 
-    until(said)
-    assert said()[0]["PRIORITY"] == "4"
-    assert json.loads(said()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
+    until(failures)
+    assert failures()[0]["PRIORITY"] == "4"
+    assert json.loads(failures()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
 
 
 # Several
@@ -894,10 +894,10 @@ def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, galler
     gallery.page.unlink(missing_ok=True)
     started.prompt("before", "[sandbox: b64] Before")
     started.receipt("before")
-    told = started.container.run(
+    result = started.container.run(
         "sh", "-c", f"umask 077; imagewatch gallery --output {page}; imagewatch gallery"
     ).stdout
-    assert told.count("Wrote ") == 2
+    assert result.count("Wrote ") == 2
     started.prompt("after", "[sandbox: b64] After")
     started.receipt("after")
     gallery.run()
@@ -912,7 +912,7 @@ def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, galler
 
 
 def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is_not(gallery):
-    def told() -> str:
+    def log() -> str:
         """What the journal has about the last run."""
         last = gallery.container.show(gallery.unit, "InvocationID")
         gallery.container.run("journalctl", "--sync")
@@ -920,12 +920,12 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
         return gallery.container.run("journalctl", "--output=cat", *about).stdout
 
     gallery.run()
-    assert told() == ""
+    assert log() == ""
     page = gallery.page.read_text()
     gallery.page.write_text("somebody's own page")
     try:
         assert gallery.run(check=False).returncode != 0
-        until(lambda: "is there already, and no gallery" in told() and "status=64" in told())
+        until(lambda: "is there already, and no gallery" in log() and "status=64" in log())
     finally:
         gallery.page.write_text(page)
 
@@ -947,16 +947,16 @@ def test_the_page_names_the_next_step_for_each_kind_of_hold():
 
 
 def test_the_first_start_of_the_page(service):
-    told = follow(service.container, "start")
-    assert "active (running)" in told
-    assert "from systemd credential letta_api_key" in told
-    assert "bad " not in told
+    result = follow(service.container, "start")
+    assert "active (running)" in result
+    assert "from systemd credential letta_api_key" in result
+    assert "bad " not in result
 
 
 def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started):
-    told = started.container.run("imagewatch", "check").stdout
-    assert "bad " not in told
-    (key,) = (line for line in told.splitlines() if line.split()[1] == "key")
+    result = started.container.run("imagewatch", "check").stdout
+    assert "bad " not in result
+    (key,) = (line for line in result.splitlines() if line.split()[1] == "key")
     assert key.startswith("wait")
     command = key.partition("to check it as root: ")[2].rstrip(")")
     assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
@@ -966,10 +966,10 @@ def test_status_hold_and_reload(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
     until(lambda: started.events("completed"))
-    told = follow(started.container, "look")
-    assert "is running" in told
-    assert "In all: " in told
-    assert "made attempts=1" in told
+    result = follow(started.container, "look")
+    assert "is running" in result
+    assert "In all: " in result
+    assert "completed attempts=1" in result
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
     until(lambda: started.events("reloaded"))

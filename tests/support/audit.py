@@ -162,13 +162,13 @@ class Audit:
         assert len(self._calls[stem]) <= len(attempts) <= len(self._calls[stem]) + len(unanswered), stem
         charged = [row for row in rows if row["charged"] != "no"]
         assert [row["charged"] for row in charged] == [document["charged"]] * (document["charged"] != "no"), stem
-        told = [row["credits"] for row in charged if row["credits"] is not None]
+        charges = [row["credits"] for row in charged if row["credits"] is not None]
         if not paid:
-            assert not told, f"{stem}: the ledger says {told}, the endpoint charged nothing"
+            assert not charges, f"{stem}: the ledger has {charges}, the endpoint charged nothing"
             return 0.0
         assert charged, f"{stem} was paid for, and the ledger does not know"
-        if told:
-            assert told == paid, f"{stem}: the ledger says {told}, the endpoint {paid}"
+        if charges:
+            assert charges == paid, f"{stem}: the ledger has {charges}, the endpoint {paid}"
             return 0.0
         # Only an answer that was cut short can be charged for without a price.
         assert document["charged"] == "unknown" or document.get("problems") or self.doors[stem] == "errors", stem

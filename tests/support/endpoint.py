@@ -67,7 +67,7 @@ class Books:
 
     Attributes:
         requests: How often each prompt was received whole.
-        begun: How often ``on_send`` said that a request may leave.
+        begun: How often ``on_send`` reported that a request may be sent.
         paid: How often each prompt was charged.
         settled: Of each prompt, whether the answer to its newest request is banked.
     """
@@ -110,8 +110,8 @@ class PaidEndpoint:
         pieces = iter(body)
         first = next(pieces)
         prompt = re.search(rb'"prompt": "([^"]*)"', first)[1].decode()  # type: ignore[index]
-        told = self._replies[prompt]
-        reply = told[min(self._books.begun.get(prompt, 0), len(told) - 1)]
+        replies = self._replies[prompt]
+        reply = replies[min(self._books.begun.get(prompt, 0), len(replies) - 1)]
         self._moment("connected")
         if reply.end == "unreachable":
             raise Unavailable("the endpoint cannot be reached")

@@ -178,7 +178,7 @@ class LosingDisk(SteppingDisk):
     - What died with its process (``KILLED``) is all there, but not a bit more durable than before: a power cut after
       the restart can still undo it.
 
-    What lies under the root at the beginning, and what ``adopt`` is told of, is durable: senders are taken at
+    What is under the root at the beginning, and what ``adopt`` gets, is durable: senders are taken at
     their word. Modes and times are not modelled. A real fsync is not made.
 
     Args:
@@ -276,8 +276,8 @@ class LosingDisk(SteppingDisk):
 
     def write(self, path: str, content: bytes) -> None:
         # The folder of claims is known by its inode, which the model has not, and by random digits.
-        told = {"claims.json": b"{}", ".imagewatch-claims": b"mark"}
-        super().write(path, told.get(os.path.basename(path), content))
+        fixed = {"claims.json": b"{}", ".imagewatch-claims": b"mark"}
+        super().write(path, fixed.get(os.path.basename(path), content))
 
     def make_folder(self, path: str, mode: int = 0o700) -> None:
         if os.path.isdir(path):

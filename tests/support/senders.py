@@ -102,12 +102,12 @@ class Parcel:
         doors = (self.service.folders.outbox, self.service.folders.errors)
         return any(list((door / self.name).rglob("*.toml")) for door in doors)
 
-    def is_made(self, folder: str = "") -> None:
+    def is_completed(self, folder: str = "") -> None:
         """Wait for its receipt; then it must have been bought once, whole, with its images in their order."""
         until(lambda: self.over, PATIENCE)
-        self.is_bought_whole(folder)
+        self.is_sent_whole(folder)
 
-    def is_bought_whole(self, folder: str = "") -> None:
+    def is_sent_whole(self, folder: str = "") -> None:
         """It must have been sent once, with every byte, and be in the archive as it was dropped."""
         folders, name = self.service.folders, os.path.join(self.name, folder)
         assert [path.read_text() for path in (folders.errors / name).glob("*.toml")] == []
@@ -124,7 +124,7 @@ class Parcel:
         """It must not be claimed though all of it is unchanged: a parcel that was dropped later is finished first."""
         later = self.service.parcel(self.source.parent)
         shutil.copytree(later.source, later.target, dirs_exist_ok=True)
-        later.is_made()
+        later.is_completed()
         assert self.calls == []
         assert not self.over
 

@@ -141,9 +141,9 @@ def reason_not_to_trace() -> str:
     with _launch("-c", "print(flush=True); input()") as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with _attached(process.pid, "-e", "trace=none") as told:
+        with _attached(process.pid, "-e", "trace=none") as report:
             process.communicate("\n", timeout=60)
-    return "" if told.endswith(" attached") else f"no process can be traced here: {told}"
+    return "" if report.endswith(" attached") else f"no process can be traced here: {report}"
 
 
 def trace(folders: Folders, calls: Iterable[str], fault: Fault | None = None) -> Traced:
@@ -166,9 +166,9 @@ def trace(folders: Folders, calls: Iterable[str], fault: Fault | None = None) ->
     with _launch("-m", "imagewatch", "once", "--config", str(gate), environ=environ) as process:
         try:
             held = _held(gate)
-            with _attached(process.pid, *options) as told:
+            with _attached(process.pid, *options) as report:
                 os.close(held)
-                assert told.endswith(" attached"), told
+                assert report.endswith(" attached"), report
                 output = "".join(process.communicate(timeout=60))
         finally:
             process.kill()
