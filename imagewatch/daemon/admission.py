@@ -1,8 +1,8 @@
 """Whether another request may be sent now: every reason to wait in one place.
 
-It belongs to the main thread. Workers only ask whether their job reports an account-level refusal (``Holds.blame``), or
-say that it could not (``Holds.absolve``). The log names each hold when it begins, with what to do about it, and when it
-ends.
+It belongs to the main thread. Workers only ask whether their job reports an account-level refusal
+(``Holds.may_report``), or say that it could not (``Holds.not_reported``). The log names each hold when it begins, with
+the next step, and when it ends.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from imagewatch.daemon.burst import BurstGuard
-from imagewatch.job.outcome import Trouble
+from imagewatch.protocol.reasons import KINDS, Others, Reason
 from imagewatch.system.disk import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
@@ -25,13 +26,10 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Limits
     from imagewatch.job.spool import Spool
-    from imagewatch.journal.budget import Refusal
     from imagewatch.journal.control import Control
     from imagewatch.journal.holds import Hold, Holds
     from imagewatch.journal.ledger import Ledger
 
-DISK_SECONDS = 5.0
-"""How long after our own disk failed the next write probe is made, seconds."""
 _KEY_SECONDS = 2.0
 """How often the key file is checked while the account refuses requests, seconds."""
 _MOST_BROKEN = 2
@@ -39,11 +37,7 @@ _MOST_BROKEN = 2
 _MOST_CAUSES = 10
 """The log names at most so many causes of one hold; the status has the newest one."""
 _NONE = ("", 0, "")
-_PERMITTED = {"cap", "soon", "rate"}
-"""Holds that do not concern a request that is about to be sent: what it may cost is already reserved."""
-_ACCOUNT = {"key", "credits", "quota", "endpoint"}
-_OWN = {"cap", "soon"}
-"""Reasons that need not concern other requests."""
+_ACCOUNT = [kind.name for kind in KINDS.values() if kind.is_account]
 _log = structlog.get_logger()
 
 
@@ -94,7 +88,7 @@ class Admission:
         self._held_by: dict[str, SpoolError] = {}
         self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were logged
         self._is_proved = False  # whether the ledger was written once, so that the first prompt does not find out
-        self.blame, self.absolve = holds.blame, holds.absolve
+        self.may_report, self.not_reported = holds.may_report, holds.not_reported
         self.disk_failed = False
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
@@ -135,9 +129,9 @@ class Admission:
                 raise Withdrawn("the daemon stopped before the request was sent")
             for error in list(self._held_by.values()):
                 raise Withdrawn(f"the queue was held (disk) before the request was sent: {error}")
-            hold = self._holds.waiting(self._now(), _PERMITTED)
+            hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
-                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.message}")
+                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.reason.message}")
             yield
 
     def drain(self) -> None:
@@ -219,7 +213,7 @@ class Admission:
         """
         most = self._limits.burst
         if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
-            self._begin("burst", f"{new} prompts came at the same time, limits.burst allows {most}", math.inf)
+            self._begin(Reason("burst", f"{new} prompts came at the same time, limits.burst allows {most}"))
 
     def follow(self, newest: float = 0.0) -> None:
         """Do what commands have asked for, and check the key file.
@@ -247,7 +241,7 @@ class Admission:
         if reason is None:
             self._end(self._holds.clear("manual"))
         elif reason != before or not self._holds.has("manual"):
-            self._begin("manual", reason or "held manually", math.inf)
+            self._begin(Reason("manual", reason or "held manually"))
 
     def check_key(self) -> None:
         """Check whether the key file was changed, if that is due."""
@@ -272,7 +266,7 @@ class Admission:
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)
-                self._holds.resume(kind, message, self._now())
+                self._holds.resume(Reason(kind, message), self._now())
         self.follow()
 
     def patience(self) -> float:
@@ -284,33 +278,32 @@ class Admission:
 
     # What has happened
 
-    def met(self, trouble: Trouble, began: float) -> None:
+    def met(self, reason: Reason, began: float) -> None:
         """Hold the queue for a reason that concerns every request, unless it is already out of date.
 
         Args:
-            trouble: Why a request was refused.
+            reason: Why a request was refused.
             began: Monotonic time at which that request began, seconds. The key, for example, may have changed since.
         """
-        if trouble.kind == "disk":
-            self.failed(SpoolError(trouble.message, path=trouble.path, code=trouble.code, hint=trouble.hint))
-            return
-        if trouble.kind in _OWN:
-            return
-        if trouble.kind != "busy" and began < max(self._since, self._ended.get(trouble.kind, self._since)):
-            return
-        self._begin(trouble.kind, trouble.message, trouble.seconds)
+        others = reason.row.others
+        if reason.error is not None:
+            self.failed(reason.error)
+        elif others in {Others.CONTINUE, Others.FITTING}:
+            pass
+        elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
+            self._begin(reason)
 
-    def broke(self, job: str, trouble: Trouble, began: float) -> None:
+    def broke(self, job: str, reason: Reason, began: float) -> None:
         """Note that the upload of a job was cut off: of one job for its own reasons, of several by the network.
 
         Args:
             job: The job.
-            trouble: How it was cut off.
+            reason: How it was cut off.
             began: As for ``met``.
         """
         self._broken.add(job)
         if len(self._broken) > _MOST_BROKEN:
-            self.met(Trouble("unreachable", trouble.message), began)
+            self.met(Reason("unreachable", reason.message), began)
 
     def answered(self, began: float) -> None:
         """Note that a request that began at this monotonic time was answered."""
@@ -321,35 +314,37 @@ class Admission:
         """Note that our own disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
         hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
-        self._begin("disk", str(error), DISK_SECONDS, error.hint, (self._spool.top(error.path), error.code, hint))
+        self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
 
-    def set_caps(self, refused: Mapping[str, Refusal]) -> None:
+    def set_caps(self, refused: Mapping[str, Reason]) -> None:
         """Note the providers whose prompts wait at a cap, and why."""
         now = self._clock()
-        reasons = {provider: (refusal.message, max(refusal.ends - now, 0.0)) for provider, refusal in refused.items()}
+        reasons = {name: replace(reason, seconds=max(reason.ends - now, 0.0)) for name, reason in refused.items()}
         begun, ended = self._holds.set_caps(reasons, self._now())
         if begun or ended:
             self._on_change(at_once=True)
         for hold in begun:
-            fields = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold), "next": hold.next}
-            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.message, **fields)
+            end = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
+            reason, next_step = hold.reason.message, hold.reason.next
+            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=reason, next=next_step, **end)
         for hold in ended:
             _log.info("released", kind=hold.kind, provider=hold.provider)
 
-    def _begin(
-        self, kind: str, message: str, seconds: float | None, hint: str = "", cause: tuple[str, int, str] = _NONE
-    ) -> None:
+    def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
+        kind = reason.kind
+        if reason.seconds is None:
+            reason = replace(reason, seconds=reason.row.seconds)
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
         known = self._is_logged(cause) if kind == "disk" else kind != "manual" and self._holds.waits(kind, now)
-        hold = self._holds.add(kind, message, now, seconds, hint)
+        hold = self._holds.add(reason, now)
         self._on_change(at_once=not known and not hold.brief)
         if known:
             return
         self.wait_for_first_bytes()
         self._remember()
-        fields: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
+        fields: dict[str, object] = {"kind": kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
             fields |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **fields)
@@ -375,7 +370,8 @@ class Admission:
     def _remember(self) -> None:
         """Write the refusals for the next start, so that not every start makes a prompt fail with the same one."""
         with contextlib.suppress(SpoolError):  # the disk has a hold of its own
-            self._control.refuse({hold.kind: hold.message for hold in self._holds.all() if hold.kind in _ACCOUNT})
+            refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
+            self._control.refuse({hold.kind: hold.reason.message for hold in refusals})
 
     # What holds there are
 

@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.inbox.candidate import Candidate, Key, Look
-    from imagewatch.journal.budget import Budget, Refusal
+    from imagewatch.journal.budget import Budget
+    from imagewatch.protocol.reasons import Reason
     from imagewatch.protocol.request import Opener
 
 
@@ -47,8 +48,8 @@ class Caps:
         self._now = monotonic
         self.due = math.inf
         self._waiting: dict[Key, tuple[Look, Asked]] = {}
-        self._refused: dict[Asked, Refusal] = {}
-        self._held: dict[str, Refusal] | None = None
+        self._refused: dict[Asked, Reason] = {}
+        self._held: dict[str, Reason] | None = None
 
     def configure(self, config: Config) -> None:
         """Take a configuration; every prompt is checked again."""
@@ -67,7 +68,7 @@ class Caps:
             return True
         self._held = None
         refusal = self._refused.get(asked) or self._budget.plan(job, asked)
-        if refusal is None or refusal.kind == "never":
+        if refusal is None or not refusal.row.is_own:
             self._waiting.pop(candidate.key, None)
             return True
         self._refused[asked] = refusal
@@ -109,7 +110,7 @@ class Caps:
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
         found = self._budget.look({asked for _, asked in self._waiting.values()})
-        self._refused = {asked: refusal for asked, refusal in found.items() if refusal.kind != "never"}
+        self._refused = {asked: refusal for asked, refusal in found.items() if refusal.row.is_own}
         return {key for key, (_, asked) in self._waiting.items() if asked not in self._refused}
 
     def __len__(self) -> int:
@@ -124,18 +125,18 @@ class Caps:
             if asked in self._refused
         }
 
-    def held(self) -> dict[str, Refusal]:
+    def held(self) -> dict[str, Reason]:
         """Return for each provider whose prompts wait for the end of a day or a month why the first one does."""
         if self._held is None:
             self._held = self._find_held()
         return self._held
 
-    def _find_held(self) -> dict[str, Refusal]:
-        found: dict[str, Refusal] = {}
+    def _find_held(self) -> dict[str, Reason]:
+        found: dict[str, Reason] = {}
         for _, asked in self._waiting.values():
             refusal = self._refused.get(asked)
-            if refusal is None or refusal.kind != "cap":
+            if refusal is None or refusal.row.is_short:
                 continue
-            if asked.provider not in found or refusal.seconds < found[asked.provider].seconds:
+            if asked.provider not in found or refusal.ends < found[asked.provider].ends:
                 found[asked.provider] = refusal
         return found

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from imagewatch.daemon import memory
-from imagewatch.daemon.admission import DISK_SECONDS
 from imagewatch.daemon.jobs import Job, Need
 from imagewatch.daemon.mailbox import Finished
+from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:

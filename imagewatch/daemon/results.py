@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch.daemon.admission import DISK_SECONDS
 from imagewatch.daemon.jobs import Need
 from imagewatch.job.outcome import End, Outcome
+from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -134,10 +134,10 @@ class Results:
     def _tell_queue(self, outcome: Outcome, began: float) -> None:
         """Hold or release the queue as the outcome demands."""
         admission = self._parts.admission
-        if outcome.trouble is not None and outcome.trouble.kind == "broken":
-            admission.broke(outcome.job, outcome.trouble, began)
-        elif outcome.trouble is not None:
-            admission.met(outcome.trouble, began)
+        if outcome.reason is not None and outcome.reason.kind == "broken":
+            admission.broke(outcome.job, outcome.reason, began)
+        elif outcome.reason is not None:
+            admission.met(outcome.reason, began)
         elif outcome.answered:
             admission.answered(began)
 
@@ -164,6 +164,6 @@ def _need(outcome: Outcome) -> Need:
     """Return what a job needs that is deferred."""
     if outcome.displaced:
         return Need.NAME
-    if outcome.trouble is not None and outcome.trouble.kind in {"rate", "soon"}:
+    if outcome.reason is not None and outcome.reason.row.is_short:
         return Need.TURN
     return Need.REQUEST

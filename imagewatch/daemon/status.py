@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import __version__
 from imagewatch.inbox.candidate import Reasons, Wait, joined
 from imagewatch.journal.budget import day_and_month
-from imagewatch.journal.holds import NEXT
 from imagewatch.journal.ledger import NO_TOTALS
+from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import amount, printable, to_json, utc
@@ -62,14 +62,15 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
         page: The status that it wrote when it ended.
         control: What commands have asked for since.
     """
-    kinds = {"manual", "burst", *control.refused()}
+    kinds = {*control.refused(), *(kind.name for kind in HOLDS.values() if kind.others is Others.PERSON)}
     holds = [one for one in page["holds"] if one["kind"] in kinds and not control.release_pending()]
     reason = control.held()
     if reason is None:
         return [one for one in holds if one["kind"] != "manual"]
     if all(one["kind"] != "manual" for one in holds):
         reason = reason or "held manually"
-        holds.append({"kind": "manual", "reason": reason, "since": None, "next_try_at": None, "next": NEXT["manual"]})
+        manual = {"kind": "manual", "reason": reason, "next": HOLDS["manual"].next}
+        holds.append({**manual, "since": None, "next_try_at": None})
     return holds
 
 
@@ -227,10 +228,10 @@ class Status:
             {
                 "kind": hold.kind,
                 "provider": hold.provider or None,
-                "reason": printable(known.text(hold.message)),
+                "reason": printable(known.text(hold.reason.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "next_try_at": self._admission.ends(hold),
-                "next": hold.next,
+                "next": hold.reason.next,
             }
             for hold in self._admission.holds()
             if not hold.brief or now < hold.until

@@ -1098,7 +1098,7 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
 
 def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
     folders, sandbox, clock = lost_picture
-    assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
+    assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
     assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
     daemon = run(folders)

@@ -33,8 +33,8 @@ def test_at_a_cap_a_prompt_goes_back_to_the_inbox_unpaid(capped, sandbox):
         station.prompt(stem, "a cat")
         outcomes = station.work()
     assert outcomes[-1].end is End.RETURNED
-    assert outcomes[-1].trouble.kind == "cap"
-    assert "limits.credits_per_day is 60" in outcomes[-1].trouble.message
+    assert outcomes[-1].reason.kind == "cap"
+    assert "limits.credits_per_day is 60" in outcomes[-1].reason.message
     assert station.names("inbox") == ["c.prompt.txt"]
     assert sandbox.report()["charged"] == 2
     assert station.leftovers() == []

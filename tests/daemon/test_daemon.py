@@ -18,6 +18,7 @@ from support.daemon import KEY, Folders, command, until
 
 from imagewatch.daemon.systemd import Notify
 from imagewatch.journal.holds import Holds
+from imagewatch.protocol.reasons import Reason
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -647,7 +648,7 @@ def test_each_refused_probe_doubles_the_wait_up_to_a_quarter_of_an_hour():
     holds, now = Holds(first_seconds=15), 0.0
     waits = []
     for _ in range(8):
-        hold = holds.add("credits", "none left", now)
+        hold = holds.add(Reason("credits", "none left"), now)
         waits.append(hold.until - now)
         now = hold.until
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
@@ -655,20 +656,20 @@ def test_each_refused_probe_doubles_the_wait_up_to_a_quarter_of_an_hour():
 
 def test_requests_refused_at_the_same_time_for_the_same_reason_make_one_hold():
     holds = Holds(first_seconds=15)
-    first = holds.add("credits", "none left", 100.0)
-    assert holds.add("credits", "none left", 100.5) is first
+    first = holds.add(Reason("credits", "none left"), 100.0)
+    assert holds.add(Reason("credits", "none left"), 100.5) is first
     assert holds.waiting(114.9) is first
     assert (holds.waiting(115.0), holds.probing()) == (None, True)
 
 
 def test_a_response_ends_the_holds_that_began_before_its_request_but_never_one_for_our_own_disk():
     holds = Holds(first_seconds=15)
-    assert [holds.blame("credits"), holds.blame("credits")] == [True, False]
+    assert [holds.may_report("credits"), holds.may_report("credits")] == [True, False]
     for kind in ("credits", "disk"):
-        holds.add(kind, "…", 100.0)
+        holds.add(Reason(kind, "…"), 100.0)
     assert holds.disproved(began=99.0) == []
     assert [hold.kind for hold in holds.disproved(began=115.0)] == ["credits"]
-    assert (holds.blame("credits"), holds.has("disk")) == (True, True)
+    assert (holds.may_report("credits"), holds.has("disk")) == (True, True)
     assert [hold.kind for hold in holds.clear("disk")] == ["disk"]
 
 

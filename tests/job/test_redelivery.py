@@ -295,7 +295,7 @@ def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
 def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Path, sandbox: Sandbox) -> None:
     """The account refuses; two jobs find out at once; one shows it, the other returns to where its twin lies."""
     station = Station(tmp_path, sandbox.base_url)
-    station.worker._blame = lambda _: False
+    station.worker._may_report = lambda _: False
     far = Sender(tmp_path / "far", station)
     far.write("cat.png", picture("one"))
     far.write("cat.prompt.txt", "blue")

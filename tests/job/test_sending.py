@@ -25,6 +25,7 @@ from imagewatch.daemon.admission import Admission
 from imagewatch.job.outcome import End
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
+from imagewatch.protocol.reasons import Reason
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
@@ -149,7 +150,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk
     assert (error["charged"], words in error["message"]) == (charged, True)
     assert "answer.1: cannot save the answer: Operation not permitted" in error["message"]
     assert "imagewatch ended" not in error["message"]
-    assert ("the answer could not be saved and is lost" in error["next"]) == (charged == "yes")
+    assert ("the response could not be saved and is lost" in error["next"]) == (charged == "yes")
     until(lambda: folders.leftovers() == [])
     assert not list((folders.state / "paid").glob("*"))
     assert daemon.stop() == 0
@@ -260,8 +261,8 @@ def test_too_little_room_for_an_answer_is_found_before_the_request_leaves(tmp_pa
         with contextlib.closing(Station(tmp_path, sandbox.base_url, limits__min_free_bytes="9000000")) as station:
             station.prompt("cat", "a cat")
             (outcome,) = station.work()
-            assert (outcome.end, outcome.trouble and outcome.trouble.kind) == (End.RETURNED, "disk")
-            assert "cannot reserve 9,000,000 bytes: No space left on device" in str(outcome.trouble)
+            assert (outcome.end, outcome.reason and outcome.reason.kind) == (End.RETURNED, "disk")
+            assert "cannot reserve 9,000,000 bytes: No space left on device" in str(outcome.reason)
             returned(station, {"cat.prompt.txt": "a cat"})
             assert sandbox.report()["requests"] == 0
     finally:
@@ -545,7 +546,7 @@ def test_a_hold_that_is_about_a_cap_or_the_pace_does_not_take_back_what_was_let_
         control = Control(str(station.state), station.spool.disk)
         gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         for kind in ("cap", "rate"):
-            holds.add(kind, "its own reservation counts", 0.0, 10.0)
+            holds.add(Reason(kind, "its own reservation counts", 10.0), 0.0)
         with gate.leaving():
             pass
         gate.drain()

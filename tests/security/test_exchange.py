@@ -176,7 +176,7 @@ class Scene:
             self.endpoint,  # type: ignore[arg-type]
             station.ledger,
             station.config(),
-            blame=lambda _: blame,
+            may_report=lambda _: blame,
             wait=lambda _: None,
         )
         if attack.lasts:

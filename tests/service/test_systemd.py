@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
 from support.daemon import KEY, until
 
-from imagewatch.journal.holds import NEXT
+from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -943,7 +943,7 @@ def test_the_tests_follow_every_block_of_the_page():
 def test_the_page_names_the_next_step_for_each_kind_of_hold():
     (table,) = re.findall(r"^\| kind \| what happened .+?\n\n", OPERATIONS, re.MULTILINE | re.DOTALL)
     named = [kind for row in table.strip().splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(named) == sorted(NEXT)
+    assert sorted(named) == sorted(HOLDS)
 
 
 def test_the_first_start_of_the_page(service):
