@@ -588,7 +588,7 @@ def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, k
         guarded.prompt(f"p{number}", f"Number {number}")
     told = once(guarded, 69)
     assert f"The queue is held ({kind}: " in told
-    assert ("limits.burst (3)" if kind == "burst" else "no money this month") in told
+    assert ("limits.burst allows 3" if kind == "burst" else "no money this month") in told
     assert f"{count} prompt" in told
     assert "imagewatch release" in told
     assert (len(prompts_in(guarded)), requests(sandbox), held_for(guarded)) == (count, 0, [kind])
