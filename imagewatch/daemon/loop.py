@@ -17,7 +17,7 @@ from imagewatch.daemon import memory
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
-from imagewatch.daemon.mailbox import Finished, Hindered, Hinted, Paid, Signalled
+from imagewatch.daemon.mailbox import DiskFailed, Finished, Hinted, Saved, Signalled
 from imagewatch.daemon.parts import Parts
 from imagewatch.daemon.recovery import Recovery
 from imagewatch.daemon.report import Report
@@ -174,12 +174,12 @@ class Daemon:
                 self._reconfigure()
             case Signalled():
                 self._stop(message.number)
-            case Paid():
+            case Saved():
                 self._jobs.deliver(message.job)
             case Finished():
                 self._report.worked()
                 self._results.take(message)
-            case Hindered():
+            case DiskFailed():
                 self._admission.failed(message.error)
 
     def _note_events(self) -> None:

@@ -64,7 +64,7 @@ class Results:
             self._leave(job)
             return
         self._continues(job)
-        self._tell_queue(outcome, message.began)
+        self._hold_or_release(outcome, message.began)
         self._place(job, outcome)
 
     # A job that failed at our own disk
@@ -131,13 +131,13 @@ class Results:
 
     # A job that came to an outcome
 
-    def _tell_queue(self, outcome: Outcome, began: float) -> None:
+    def _hold_or_release(self, outcome: Outcome, began: float) -> None:
         """Hold or release the queue as the outcome demands."""
         admission = self._parts.admission
         if outcome.reason is not None and outcome.reason.kind == "broken":
-            admission.broke(outcome.job, outcome.reason, began)
+            admission.upload_broke(outcome.job, outcome.reason, began)
         elif outcome.reason is not None:
-            admission.met(outcome.reason, began)
+            admission.refused(outcome.reason, began)
         elif outcome.answered:
             admission.answered(began)
 
