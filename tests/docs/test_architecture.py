@@ -14,7 +14,7 @@ from imagewatch.job.rules import RULES
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "imagewatch"
 PAGE = (ROOT / "docs/ARCHITECTURE.md").read_text()
-PACKAGES = re.findall(r"^\| `(\w+)/` \| (.*?) \| .+ \|$", PAGE, re.MULTILINE)
+PACKAGES = re.findall(r"^\| `(\w+)/` \| ?(.*?) ?\| .+ \|$", PAGE, re.MULTILINE)
 """Name and what it imports, the highest first."""
 PLACES = re.findall(r"`(\w+/\w+\.py)` · `([\w.]+)`", PAGE)
 
