@@ -68,7 +68,7 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_sent_without_the_image
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
     subprocess.run([*strace, sys.executable, "-m", "imagewatch", "once"], env=environ, check=True, capture_output=True)
     assert "(INJECTED)" in log.read_text()
-    assert (folders.documents(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
+    assert (folders.finished(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
 
 
 def test_a_prompt_that_stays_unreadable_is_named_and_once_completes_the_others_and_ends(
@@ -93,7 +93,7 @@ def test_a_prompt_that_stays_unreadable_is_named_and_once_completes_the_others_a
         for command in ("check", "once")
     )
     assert done.returncode == 0
-    assert (folders.documents(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
+    assert (folders.finished(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
     (line,) = [line for line in result.stdout.splitlines() if "broken" in line]
     assert "wait" in line
     assert "cannot be read: Input/output error" in line
@@ -192,7 +192,7 @@ def test_a_folder_that_a_prompt_names_as_its_image_stays_where_it_is(
     (folders.inbox / "logo.png/inner.txt").write_text("mine")
     folders.prompt("mug", NAMES_LOGO)
     daemon = run(folders)
-    until(lambda: folders.documents() == {"mug": "errors"})
+    until(lambda: folders.finished() == {"mug": "errors"})
     assert "logo.png" in folders.error("mug")["message"]
     assert daemon.stop() == 0
     assert (folders.names("inbox"), folders.leftovers()) == (["logo.png/inner.txt"], [])
@@ -208,7 +208,7 @@ def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
     folders.prompt("sub/deep/cat", "A cat")
     folders.prompt("dog", "A dog")
     daemon = run(folders)
-    until(lambda: folders.documents() == {"dog": "outbox"})
+    until(lambda: folders.finished() == {"dog": "outbox"})
     event = daemon.wait_for("ignored")
     assert event["file"] == "sub/deep/cat.prompt.txt"
     assert f"{destination}/sub is in the way" in event["reason"]
@@ -237,7 +237,7 @@ def test_a_job_whose_results_cannot_be_written_waits_alone(tmp_path: Path, sandb
     assert str(folders.outbox / "sub") in stuck["reason"]
     for number in range(5):
         folders.prompt(f"dog{number}", "A dog")
-    until(lambda: len(folders.documents()) == 5)
+    until(lambda: len(folders.finished()) == 5)
     assert daemon.events("held") == []
     (folders.outbox / "sub").unlink()
     until((folders.outbox / "sub/cat.receipt.toml").exists, timeout=40)
@@ -256,7 +256,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     assert "until a stuck job continues" in daemon.wait_for("ignored")["reason"]
     until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
     assert sandbox.report()["requests"] == 1
-    until(lambda: len(folders.documents()) == 2, timeout=40)
+    until(lambda: len(folders.finished()) == 2, timeout=40)
     assert daemon.stop() == 0
     assert (sandbox.report()["charged"], folders.leftovers()) == (2, [])
 
@@ -270,7 +270,7 @@ def test_once_completes_the_others_and_exits_with_74_if_one_job_cannot_be_delive
     for number in range(3):
         folders.prompt(f"dog{number}", "A dog")
     assert command(folders, "once").returncode == 74
-    assert folders.documents() == {f"dog{number}": "outbox" for number in range(3)}
+    assert folders.finished() == {f"dog{number}": "outbox" for number in range(3)}
     (folders.outbox / "sub").unlink()
     assert command(folders, "once").returncode == 0
     assert (folders.outbox / "sub/cat.receipt.toml").exists()
@@ -297,8 +297,8 @@ def test_a_folder_that_is_missing_when_its_prompt_is_given_back_is_created_again
         folders.prompt(f"sub/{name}", "[sandbox: slow 1] [sandbox: 402] Too poor")
     until(lambda: sandbox.report()["requests"] == 2 or not any((folders.inbox / "sub").glob("*.prompt.txt")))
     shutil.rmtree(folders.inbox / "sub")
-    until(lambda: len(folders.documents()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
-    ((shown, destination),) = folders.documents().items()
+    until(lambda: len(folders.finished()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
+    ((shown, destination),) = folders.finished().items()
     assert destination == "errors"
     (back,) = (folders.inbox / "sub").iterdir()
     assert {f"{shown}.prompt.txt", back.name} == {"one.prompt.txt", "two.prompt.txt"}
@@ -338,7 +338,7 @@ def test_a_hold_for_the_disk_ends_automatically_also_if_no_prompt_waits(
     assert daemon.wait_for("held")["kind"] == "disk"
     until(lambda: command(folders, "status").returncode == 69)
     away.rename(folders.outbox)
-    until(lambda: folders.documents() == {"cat": "outbox"}, timeout=40)
+    until(lambda: folders.finished() == {"cat": "outbox"}, timeout=40)
     assert daemon.wait_for("released")["kind"] == "disk"
     until(lambda: command(folders, "status").returncode == 0)
     assert daemon.stop() == 0
@@ -362,7 +362,7 @@ def test_a_stuck_job_keeps_its_name_so_that_a_redelivery_is_not_paid_again(
     daemon.wait_for("stuck")
     folders.prompt("cat", "[sandbox: slow 20] A cat")
     folders.prompt("dog", "A dog")
-    until(lambda: folders.documents() == {"dog": "outbox"})
+    until(lambda: folders.finished() == {"dog": "outbox"})
     assert daemon.stop() == 0
     assert folders.names("inbox")[-1] == "cat.prompt.txt"
     assert sandbox.report()["requests"] == 2
@@ -401,16 +401,16 @@ def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_claimed_out_
     folders.prompt("bad1", "One")
     until(lambda: len(daemon.events("stuck")) == 1)
     folders.prompt("cat", "A cat")
-    until(lambda: "cat" in folders.documents())
+    until(lambda: "cat" in folders.finished())
     folders.prompt("bad2", "Two")
     until(lambda: len(daemon.events("stuck")) == 2)
     folders.prompt("dog", "A dog")
     folders.prompt("sub/elk", "An elk")
-    until(lambda: "elk" in folders.documents())
+    until(lambda: "elk" in folders.finished())
     assert (folders.inbox / "dog.prompt.txt").exists()
     assert sandbox.report()["requests"] == 4
     repaired.touch()
-    until(lambda: "dog" in folders.documents(), timeout=60)
+    until(lambda: "dog" in folders.finished(), timeout=60)
     assert sandbox.report()["requests"] == 5
     until(lambda: folders.leftovers() == [])
 
@@ -435,6 +435,6 @@ def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
     for job in stuck[:2]:
         shutil.rmtree(folders.state / "jobs" / job)
         shutil.rmtree(folders.inbox / ".imagewatch" / job)
-    until(lambda: folders.documents() == {"dog": "outbox"})
+    until(lambda: folders.finished() == {"dog": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 4

@@ -62,7 +62,7 @@ def patient(tmp_path, sandbox) -> Folders:
 
 def over(folders: Folders, *stems: str) -> None:
     """Wait until these prompts are over, and no others."""
-    until(lambda: set(folders.documents()) == set(stems))
+    until(lambda: set(folders.finished()) == set(stems))
 
 
 def prompts(sandbox: Sandbox) -> list[str]:
@@ -293,7 +293,7 @@ def test_near_misses_links_and_pipes_are_named_once_in_the_log_and_stay(tmp_path
     daemon = run(folders)
     for number in range(3):
         folders.prompt(f"good{number}", "Good")
-        until(lambda number=number: len(folders.documents()) == number + 1)
+        until(lambda number=number: len(folders.finished()) == number + 1)
     assert daemon.stop() == 0
     named = [line["file"] for line in daemon.events("ignored")]
     assert sorted(named) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
@@ -338,8 +338,8 @@ def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(u
         unprivileged.prompt(stem, f"A {stem}").chmod(0o644)
     (unprivileged.inbox / "other").chmod(0o777)
     run(unprivileged, script=str(script))
-    until(lambda: len(unprivileged.documents()) == 3)
-    assert unprivileged.documents() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
+    until(lambda: len(unprivileged.finished()) == 3)
+    assert unprivileged.finished() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
     assert "cat.secret" in unprivileged.error("cat")["message"]
     assert sandbox.report()["requests"] == 2
 
@@ -368,10 +368,10 @@ def test_the_same_name_again_while_the_first_is_in_flight_completes_both(folders
     assert sandbox.wait_for_requests(1, 20)
     folders.prompt("cat", "The second")
     sandbox.release()
-    until(lambda: len(folders.documents()) == 2)
+    until(lambda: len(folders.finished()) == 2)
     assert daemon.stop() == 0
     assert folders.receipt("cat")["prompt"] == "The first"
-    (other,) = set(folders.documents()) - {"cat"}
+    (other,) = set(folders.finished()) - {"cat"}
     assert folders.receipt(other)["prompt"] == "The second"
     assert other == f"cat.{folders.receipt(other)['job'][: len(other) - 4]}"
     assert prompts(sandbox) == ["The first", "The second"]
@@ -439,7 +439,7 @@ def test_after_sigterm_what_was_sent_is_finished_nothing_is_claimed_and_the_exit
     sandbox.release()
     assert daemon.end() == 0
     assert sandbox.report()["requests"] == 2
-    assert len(folders.documents()) == 2
+    assert len(folders.finished()) == 2
     assert len(folders.names("inbox")) == 3
     assert folders.leftovers() == []
 
@@ -528,7 +528,7 @@ def test_sighup_ends_a_hold_because_the_configuration_may_have_been_its_cause(fo
     sandbox.key = KEY
     daemon.process.send_signal(signal.SIGHUP)
     over(folders, "one", "two")
-    assert folders.documents() == {"one": "errors", "two": "outbox"}
+    assert folders.finished() == {"one": "errors", "two": "outbox"}
 
 
 # Holds
@@ -543,13 +543,13 @@ def test_without_credits_one_job_reports_it_and_the_other_prompts_stay_until_the
         folders.prompt(f"p{number:02}", f"Number {number}")
     daemon = hurried(folders)
     daemon.wait_for("held", 2)  # a probe was refused, too
-    (shown,) = folders.documents()
-    assert folders.documents() == {shown: "errors"}
+    (shown,) = folders.finished()
+    assert folders.finished() == {shown: "errors"}
     assert (folders.error(shown)["status"], folders.error(shown)["charged"]) == (402, "no")
     assert folders.error(shown)["credits_required"] > 0
     sandbox.balance = None
-    until(lambda: len(folders.documents()) == 20)
-    assert list(folders.documents().values()).count("errors") == 1
+    until(lambda: len(folders.finished()) == 20)
+    assert list(folders.finished().values()).count("errors") == 1
     assert daemon.events("released")
     assert daemon.stop() == 0
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
@@ -565,10 +565,10 @@ def test_a_response_to_a_request_from_before_a_hold_does_not_end_it(tmp_path, ru
     daemon.wait_for("held")
     for number in range(4):
         folders.prompt(f"more{number}", "[sandbox: 402] Another poor one")
-    until(lambda: len(folders.documents()) == 4)
+    until(lambda: len(folders.finished()) == 4)
     folders.prompt("last", "A last one")
     assert daemon.stop() == 0
-    assert sorted(folders.documents().values()) == ["errors", "outbox", "outbox", "outbox"]
+    assert sorted(folders.finished().values()) == ["errors", "outbox", "outbox", "outbox"]
     assert len(folders.names("inbox")) == 5
     assert sandbox.report()["requests"] == 4
 
@@ -582,8 +582,8 @@ def test_with_a_rejected_key_one_job_reports_it_and_the_others_are_completed_wit
     daemon = hurried(folders)
     assert daemon.wait_for("held")["kind"] == "key"
     sandbox.key = KEY
-    until(lambda: len(folders.documents()) == 8)
-    (error,) = [stem for stem, destination in folders.documents().items() if destination == "errors"]
+    until(lambda: len(folders.finished()) == 8)
+    (error,) = [stem for stem, destination in folders.finished().items() if destination == "errors"]
     assert (folders.error(error)["status"], folders.error(error)["charged"]) == (401, "no")
     assert KEY not in json.dumps(daemon.lines)
 
@@ -597,7 +597,7 @@ def test_without_a_key_every_prompt_stays_in_the_inbox(folders, hurried, sandbox
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "key").chmod(0o600)
     over(folders, "cat")
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
 
 
 def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_when_it_can(tmp_path, hurried):
@@ -609,10 +609,10 @@ def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_whe
     daemon = hurried(folders)
     assert daemon.wait_for("held", 2)["kind"] == "unreachable"
     until(lambda: len(folders.names("inbox")) == 6)
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     with Sandbox(port=port, key=KEY) as late:
-        until(lambda: len(folders.documents()) == 6)
-        assert (late.report()["charged"], set(folders.documents().values())) == (6, {"outbox"})
+        until(lambda: len(folders.finished()) == 6)
+        assert (late.report()["charged"], set(folders.finished().values())) == (6, {"outbox"})
         assert daemon.stop() == 0
     assert folders.leftovers() == []
 
@@ -624,7 +624,7 @@ def test_a_busy_endpoint_slows_the_whole_queue(tmp_path, run, sandbox):
     daemon.wait_for("held")
     for number in range(3):
         folders.prompt(f"p{number}", f"Number {number}")
-    until(lambda: len(folders.documents()) == 4)
+    until(lambda: len(folders.finished()) == 4)
     calls = sandbox.report()["calls"]
     assert [call["status"] for call in calls] == [429, 200, 200, 200, 200]
     assert calls[1]["at"] - calls[0]["at"] >= 1.0, "Retry-After was 1"
@@ -809,7 +809,7 @@ def test_of_many_prompts_at_the_same_time_each_is_sent_once(folders, run, sandbo
     daemon = run(folders)
     for number in range(150):
         folders.prompt(f"{number % 7}/p{number:03}", f"[sandbox: b64] Number {number}")
-    until(lambda: len(folders.documents()) == 150)
+    until(lambda: len(folders.finished()) == 150)
     assert daemon.stop() == 0
     assert sorted(prompts(sandbox)) == sorted(f"[sandbox: b64] Number {number}" for number in range(150))
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])

@@ -81,7 +81,7 @@ def held_by_disk(folders: Folders) -> str:
 
 def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
     """The image that was served, once, and a receipt; nothing is left over and no other request was sent."""
-    until(lambda: folders.documents().get(stem) == "outbox", timeout=40)
+    until(lambda: folders.finished().get(stem) == "outbox", timeout=40)
     until(lambda: folders.leftovers() == [])
     (image,) = folders.receipt(stem)["images"]
     served = [call["images"] for call in sandbox.report()["calls"] if call["prompt"].startswith(f"a {stem}")]
@@ -109,7 +109,7 @@ def test_after_a_full_disk_the_image_is_delivered_without_another_request(
     if destination == "outbox":  # with the state folder full there is no status file
         until(lambda: "outbox" in held_by_disk(tight))
     assert not sandbox.wait_for_requests(2, timeout=2)
-    assert tight.documents() == {}
+    assert tight.finished() == {}
     assert sandbox.report()["requests"] == 1
     filler.unlink()
     delivered(tight, sandbox)
@@ -134,7 +134,7 @@ def test_a_folder_that_is_read_only_for_a_while_delays_and_loses_nothing(
     assert "Read-only" in held_by_disk(tight)
     subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
     if destination == "errors":
-        until(lambda: tight.documents() == {"cat": "errors"}, timeout=40)
+        until(lambda: tight.finished() == {"cat": "errors"}, timeout=40)
     else:
         delivered(tight, sandbox)
     until(lambda: tight.leftovers() == [])
@@ -160,7 +160,7 @@ def test_nothing_is_written_under_a_file_system_that_was_unmounted(
     assert list(place.iterdir()) == []
     mounted(place)
     if destination == "errors":
-        until(lambda: tight.documents().get("cat") == "errors", timeout=40)
+        until(lambda: tight.finished().get("cat") == "errors", timeout=40)
     else:
         delivered(tight, sandbox)
     delivered(tight, sandbox, "later")
@@ -208,7 +208,7 @@ def test_a_permission_that_is_lost_and_regained_delays_and_loses_nothing(
         sandbox.release()
         until(lambda: "Permission denied" in held_by_disk(folders))
         assert "let the daemon's user write there" in (folders.state / "status.json").read_text()
-        assert folders.documents() == ({} if destination == "outbox" else {"cat": "outbox"})
+        assert folders.finished() == ({} if destination == "outbox" else {"cat": "outbox"})
         place.chmod(0o755)
         delivered(folders, sandbox)
         assert process.poll() is None

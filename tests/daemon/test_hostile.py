@@ -73,7 +73,7 @@ def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is
     secret.write_bytes(PICTURE)
     folders.prompt("good", "A good one")
     daemon = run(folders)
-    until(lambda: "good" in folders.documents())
+    until(lambda: "good" in folders.finished())
     before = memory(daemon, "VmRSS")
 
     ignored = {"link.prompt.txt", "pipe.prompt.txt", "bound.prompt.txt", "elsewhere", "far.png"}
@@ -110,8 +110,8 @@ def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is
     for number in range(20):
         folders.prompt(f"more{number}", f"Number {number}")
 
-    until(lambda: len(folders.documents()) == 21 + len(refused), timeout=60)
-    assert {stem for stem, destination in folders.documents().items() if destination == "errors"} == set(refused)
+    until(lambda: len(folders.finished()) == 21 + len(refused), timeout=60)
+    assert {stem for stem, destination in folders.finished().items() if destination == "errors"} == set(refused)
     for stem, words in refused.items():
         assert words in folders.error(stem)["message"], stem
         assert folders.error(stem)["charged"] == "no"
@@ -132,12 +132,12 @@ def test_an_image_with_an_impossible_name_is_invalid_and_delays_no_other_prompt(
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     daemon = run(folders)
     folders.prompt("long", f'+++\ninput_images = ["{"x" * 252}.png"]\n+++\nMake it night')
-    until(lambda: "long" in folders.documents())
+    until(lambda: "long" in folders.finished())
     folders.prompt("good", "A good one")
-    until(lambda: "good" in folders.documents())
+    until(lambda: "good" in folders.finished())
     assert daemon.stop() == 0
     assert daemon.events("held") == []
-    assert folders.documents() == {"long": "errors", "good": "outbox"}
+    assert folders.finished() == {"long": "errors", "good": "outbox"}
     error = folders.error("long")
     assert (error["charged"], "longer than 255 bytes" in error["message"]) == ("no", True)
     assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A good one"]
@@ -151,7 +151,7 @@ def test_five_thousand_files_of_junk_are_counted_some_are_named_and_good_prompts
         (folders.inbox / f"junk{number}.{('txt', 'png', 'prompt.txt.bak', 'tmp')[number % 4]}").touch()
     folders.prompt("cat", "A cat")
     daemon = run(folders)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     ignored = daemon.events("ignored")
     assert len([line for line in ignored if "file" in line]) == 1000
@@ -189,7 +189,7 @@ def test_a_flood_of_events_delays_no_other_prompt(
 
 
 def is_over(folders: Folders, stem: str) -> bool:
-    return stem in folders.documents()
+    return stem in folders.finished()
 
 
 # Under our hands
@@ -235,11 +235,11 @@ def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
     folders.prompt("cat", "Make it night")
     daemon = run(folders, script=str(script))
     ignored = lambda: "cat.prompt.txt" in {one["file"] for one in daemon.events("ignored")}  # noqa: E731
-    until(lambda: ignored() or "cat" in folders.documents())
+    until(lambda: ignored() or "cat" in folders.finished())
     folders.prompt("dog", "A dog")
-    until(lambda: "dog" in folders.documents())
+    until(lambda: "dog" in folders.finished())
     assert daemon.stop() == 0
-    ends = folders.documents()
+    ends = folders.finished()
     assert ends.pop("dog") == "outbox"
     if ends:  # it was claimed with what was there then
         assert (ends, folders.error("cat")["charged"]) == ({"cat": "errors"}, "no")

@@ -60,8 +60,8 @@ def waits(folders: Folders, daemon: LoggedDaemon, sandbox: Sandbox, *words: str,
 
 def continues(folders: Folders, sandbox: Sandbox, *, before: int = 1) -> None:
     """Wait until every prompt was completed, once, and compare the ledger with the endpoint."""
-    until(lambda: len(folders.documents()) == MANY + before, timeout=60)
-    assert set(folders.documents().values()) == {"outbox"}
+    until(lambda: len(folders.finished()) == MANY + before, timeout=60)
+    assert set(folders.finished().values()) == {"outbox"}
     until(lambda: holds(folders) == [])
     report = sandbox.report()
     assert report["requests"] == report["charged"] == MANY + before
@@ -117,7 +117,7 @@ def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_m
         until(lambda: "locked by another program" in str(holds(used)))
         until(lambda: len(daemon.events("held")) == 1 and len(holds(used)) == 1)
         assert sandbox.report()["requests"] == 2
-        assert list(used.documents()) == ["before"]
+        assert list(used.finished()) == ["before"]
     continues(used, sandbox)
 
 
@@ -290,7 +290,7 @@ def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
     drop(used)
     waits(used, daemon, sandbox, "not the ledger that was here before", requests=2)
     (tmp_path / "own").rename(ledger(used))
-    until(lambda: len(used.documents()) == MANY + 1, timeout=60)
+    until(lambda: len(used.finished()) == MANY + 1, timeout=60)
 
 
 def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_is_named(
@@ -307,7 +307,7 @@ def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_
         source.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")
     sandbox.release()
-    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    until(lambda: "second" in used.finished() and used.leftovers() == [])
     (tmp_path / "copy").rename(ledger(used))
     drop(used)
     until(lambda: "lacks the newest requests" in str(holds(used)))
@@ -324,7 +324,7 @@ def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
     shutil.copyfile(ledger(used), old)
     daemon = run(used)
     used.prompt("second", "Second")
-    until(lambda: len(used.documents()) == 2)
+    until(lambda: len(used.finished()) == 2)
     until(lambda: used.leftovers() == [])
     ledger(used).rename(tmp_path / "newer")
     old.rename(ledger(used))
@@ -400,7 +400,7 @@ def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
     lose_a_request(used, sandbox, run)
     used.prompt("dog", "A dog")
     run(used)
-    until(lambda: "dog" in used.documents())
+    until(lambda: "dog" in used.finished())
     (found,) = [line for line in command(used, "history").stdout.splitlines() if line.endswith(" cat")]
     assert " unknown " in found
 
@@ -433,10 +433,10 @@ def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
 ) -> None:
     daemon = run(used)
     used.prompt("cat", "A cat")
-    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    until(lambda: "cat" in used.finished() and used.leftovers() == [])
     ledger(used).with_name("ledger.sqlite3-wal").unlink()
     used.prompt("dog", "A dog")
-    until(lambda: "dog" in used.documents() and used.leftovers() == [])
+    until(lambda: "dog" in used.finished() and used.leftovers() == [])
     daemon.process.kill()
     daemon.process.wait()
     assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
@@ -455,7 +455,7 @@ def test_for_a_claim_without_a_record_the_ledger_shows_that_it_may_have_been_cha
     shutil.rmtree(used.state / "jobs")
     used.prompt("dog", "A dog")
     run(used)
-    until(lambda: "dog" in used.documents())
+    until(lambda: "dog" in used.finished())
     assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
 
 
@@ -469,7 +469,7 @@ def test_a_ledger_that_is_replaced_by_something_else_is_saved_beside_its_place(
         other.write_bytes(content)
     daemon = run(used)
     used.prompt("second", "Second")
-    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    until(lambda: "second" in used.finished() and used.leftovers() == [])
     other.rename(ledger(used))
     drop(used)
     until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
@@ -488,7 +488,7 @@ def test_a_ledger_that_was_moved_away_and_back_is_saved_again_when_it_is_deleted
     used.prompt("second", "Second")
     until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
     (tmp_path / "away").rename(ledger(used))
-    until(lambda: "second" in used.documents() and holds(used) == [])
+    until(lambda: "second" in used.finished() and holds(used) == [])
     until(lambda: used.leftovers() == [])
     ledger(used).unlink()
     drop(used)
@@ -513,7 +513,7 @@ def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it
 ) -> None:
     daemon = run(used)
     used.prompt("cat", "A cat")
-    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    until(lambda: "cat" in used.finished() and used.leftovers() == [])
     ledger(used).rename(tmp_path / "away")
     if is_noticed:
         used.prompt("dog", "A dog")
@@ -541,6 +541,6 @@ def test_a_prompt_that_comes_again_after_its_request_was_lost_gets_an_error_file
     os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
     (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
     command(used, "once")
-    assert used.documents()["cat"] == "errors"
+    assert used.finished()["cat"] == "errors"
     assert "was requested before" in used.error("cat")["message"]
     assert sandbox.report()["requests"] == 2

@@ -70,7 +70,7 @@ def test_temporary_files_of_a_killed_daemon_are_removed_at_the_next_start(
     assert [name[:4] for name in temporaries(folders)] == [".iw-"]
     assert command_of(folders, "once").returncode == 0
     assert temporaries(folders) == []
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
     assert sandbox.report()["requests"] == 1
 
 

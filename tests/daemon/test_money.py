@@ -51,7 +51,7 @@ def held(folders: Folders, kind: str) -> dict[str, Any]:
 
 
 def one_error(folders: Folders) -> dict[str, Any]:
-    (stem,) = [stem for stem, destination in folders.documents().items() if destination == "errors"]
+    (stem,) = [stem for stem, destination in folders.finished().items() if destination == "errors"]
     return folders.error(stem)
 
 
@@ -89,8 +89,8 @@ def test_with_an_expired_key_many_prompts_wait_and_are_completed_when_its_file_i
     renewed = key.with_name("key.new")
     renewed.write_text(f"{KEY}\n")
     renewed.rename(key)
-    until(lambda: len(folders.documents()) == MANY, timeout=200)
-    assert list(folders.documents().values()).count("errors") == 1
+    until(lambda: len(folders.finished()) == MANY, timeout=200)
+    assert list(folders.finished().values()).count("errors") == 1
     assert len(daemon.events("key_changed")) == 1
     assert [line["kind"] for line in daemon.events("released")] == ["key"]
     until(lambda: holds(folders) == [])
@@ -114,14 +114,14 @@ def test_after_a_refusal_each_start_sends_one_request_and_no_other_job_reports_i
     assert content_of(narrow).items() <= before.items()
     sandbox.key = KEY
     daemon = hurried(narrow, NEVER)  # whose own first hold would last
-    until(lambda: len(narrow.documents()) == 4)
-    assert (list(narrow.documents().values()).count("errors"), sandbox.report()["charged"]) == (1, 3)
+    until(lambda: len(narrow.finished()) == 4)
+    assert (list(narrow.finished().values()).count("errors"), sandbox.report()["charged"]) == (1, 3)
     assert daemon.events("held") == []
     assert daemon.stop() == 0
     sandbox.key = "a third key"
     narrow.prompt("later", "A cat")
     assert command(narrow, "once").returncode == 1
-    assert narrow.documents()["later"] == "errors"
+    assert narrow.finished()["later"] == "errors"
 
 
 def test_a_corrected_endpoint_is_used_after_a_reload(tmp_path, hurried, sandbox):
@@ -138,7 +138,7 @@ def test_a_corrected_endpoint_is_used_after_a_reload(tmp_path, hurried, sandbox)
     assert one_error(folders)["status"] == 404
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}"\n')
     daemon.process.send_signal(signal.SIGHUP)
-    until(lambda: len(folders.documents()) == 6)
+    until(lambda: len(folders.finished()) == 6)
     assert sandbox.report()["charged"] == 5
 
 
@@ -156,9 +156,9 @@ def test_a_refusal_from_before_a_change_begins_no_hold(folders, hurried, sandbox
     else:
         command(folders, "release")
     sandbox.release()
-    until(lambda: folders.documents() == {"before": "errors"})
+    until(lambda: folders.finished() == {"before": "errors"})
     folders.prompt("after", "A dog")
-    until(lambda: folders.documents() == {"before": "errors", "after": "outbox"})
+    until(lambda: folders.finished() == {"before": "errors", "after": "outbox"})
     assert daemon.events("held") == []
 
 
@@ -174,7 +174,7 @@ def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox)
     assert one_error(folders)["credits_required"] == 30
     sandbox.balance = 1000
     assert command(folders, "release").returncode == 0
-    until(lambda: len(folders.documents()) == 6)
+    until(lambda: len(folders.finished()) == 6)
     assert sandbox.report()["credits"] == 5 * 30
 
 
@@ -198,7 +198,7 @@ def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
     assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
     assert len(content_of(narrow)) == 3
     command(narrow, "release")
-    until(lambda: len(narrow.documents()) == 4)
+    until(lambda: len(narrow.finished()) == 4)
     assert (sandbox.report()["requests"], sandbox.report()["redirected"]) == (4, 0)
 
 
@@ -221,7 +221,7 @@ def test_a_refused_probe_returns_to_the_inbox_unchanged(narrow, hurried, sandbox
     daemon = hurried(narrow, 0.1)
     daemon.wait_for("held", 4)
     assert daemon.stop() == 0
-    (shown,) = narrow.documents()
+    (shown,) = narrow.finished()
     del before[f"{shown}.png"], before[f"{shown}.prompt.txt"]
     assert content_of(narrow) == before
     assert sandbox.report()["charged"] == 0
@@ -260,7 +260,7 @@ def test_a_disk_with_too_little_room_for_a_response_holds_the_queue_until_there_
         assert (sandbox.report()["requests"], list(content_of(folders))) == (0, ["cat.prompt.txt"])
         for path in filler.iterdir():
             path.unlink()
-        until(lambda: folders.documents() == {"cat": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox"})
         assert daemon.stop() == 0
     finally:
         subprocess.run(["umount", "--lazy", str(folders.state)], check=True)
@@ -352,7 +352,7 @@ def test_a_cap_holds_though_the_daemon_is_killed_with_requests_in_flight(tmp_pat
     sandbox.release()
     assert command(folders, "once").returncode == 69
     assert (sandbox.report()["requests"], len(content_of(folders))) == (2, 4)
-    assert list(folders.documents().values()) == ["errors", "errors"]
+    assert list(folders.finished().values()) == ["errors", "errors"]
 
 
 def test_a_cap_that_stops_several_at_the_same_time_is_logged_once_with_its_end(tmp_path, hurried, sandbox):
@@ -424,12 +424,12 @@ def test_a_429_slows_the_whole_queue_for_the_time_it_names(tmp_path, run, header
         assert event["kind"] == "busy"
         for number in range(3):
             folders.prompt(f"p{number}", f"Number {number}")
-        until(lambda: len(folders.documents()) == 4)
+        until(lambda: len(folders.finished()) == 4)
         assert daemon.stop() == 0
     first, *rest = endpoint.asked
     assert len(rest) == more
     assert min(rest) >= first + seconds - 0.01
-    assert folders.documents()["first"] == ("errors" if attempts == 1 else "outbox")
+    assert folders.finished()["first"] == ("errors" if attempts == 1 else "outbox")
 
 
 def test_a_shutdown_without_a_charge_is_retried_a_few_times_and_never_charged(tmp_path, hurried, sandbox):
@@ -437,7 +437,7 @@ def test_a_shutdown_without_a_charge_is_retried_a_few_times_and_never_charged(tm
     folders.prompt("never", "[sandbox: 503-shutdown] Never")
     folders.prompt("once", "[sandbox: once 503-shutdown] Once")
     daemon = hurried(folders)
-    until(lambda: folders.documents() == {"never": "errors", "once": "outbox"})
+    until(lambda: folders.finished() == {"never": "errors", "once": "outbox"})
     assert daemon.stop() == 0
     error = folders.error("never")
     assert (error["attempts"], error["charged"], error["status"]) == (2, "no", 503)
@@ -476,7 +476,7 @@ def test_every_lost_response_is_reported_with_its_times_and_ids_and_how_to_check
         station.prompt(tag, f"A cat [sandbox: {tag}]")
     station.work()
     station.close()
-    assert station.documents() == dict.fromkeys(LOST, "errors")
+    assert station.finished() == dict.fromkeys(LOST, "errors")
     for tag in LOST:
         error = charge_is_unknown(station, tag)
         if tag in ANSWERED:

@@ -50,7 +50,7 @@ def scripted(run: Callable[..., LoggedDaemon], tmp_path: Path) -> Callable[..., 
 
 
 def over(folders: Folders, *stems: str) -> None:
-    until(lambda: set(folders.documents()) == set(stems), timeout=40)
+    until(lambda: set(folders.finished()) == set(stems), timeout=40)
 
 
 def status(folders: Folders) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_after_an_overflow_of_the_kernels_queue_no_prompt_is_missed_and_none_sen
     over(folders, *(f"p{number}" for number in range(30)))
     assert asked(sandbox) == sorted(f"Number {number}" for number in range(30))
     folders.prompt("later", "Later")
-    until(lambda: "later" in folders.documents())
+    until(lambda: "later" in folders.finished())
     assert daemon.stop() == 0
 
 
@@ -214,7 +214,7 @@ def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
     other.prompt("cat", "A cat")
     over(other, "cat")
     assert "another" in first.wait_for("held")["reason"]
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     assert second.stop() == 0
     other.prompt("dog", "A dog")
     over(folders, "dog")
@@ -273,7 +273,7 @@ def test_an_inbox_out_of_which_nothing_can_be_claimed_any_more_holds_the_queue_o
         shared.prompt(f"p{number}", "A prompt").chmod(0o644)
     assert daemon.wait_for("held")["kind"] == "disk"
     until(lambda: (status(shared).get("holds") or [{}])[0].get("kind") == "disk")
-    assert shared.documents() == {}
+    assert shared.finished() == {}
     shared.inbox.chmod(0o755)
     over(shared, *(f"p{number}" for number in range(5)))
     assert daemon.stop() == 0

@@ -164,7 +164,7 @@ def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandb
     assert second.reason.kind == first.reason.kind
     assert station.names("inbox") == sorted(originals)
     assert (station.inbox / "b.png").read_bytes() == IMAGE
-    assert station.documents() == {"a": "errors"}
+    assert station.finished() == {"a": "errors"}
     assert station.leftovers() == []
     assert sandbox.report()["charged"] == 0
 
@@ -736,7 +736,7 @@ def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_is_not_
         returned(station, {"cat.prompt.txt": "a cat"})
         assert sandbox.report()["requests"] == 0
         station.work()
-        assert station.documents() == {"cat": "outbox"}
+        assert station.finished() == {"cat": "outbox"}
         assert sandbox.report()["requests"] == 1
 
 
@@ -767,9 +767,9 @@ def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_show
         with pytest.raises(SpoolError, match="full"):
             station.work()
         station.recover()
-        assert station.documents() == {}
+        assert station.finished() == {}
         ask(station, "402", stem="b")
         station.work()
-        assert list(station.documents().values()) == ["errors"]
+        assert list(station.finished().values()) == ["errors"]
         assert sum(name.endswith(".prompt.txt") for name in station.names("inbox")) == 1
         assert station.leftovers() == []

@@ -86,7 +86,7 @@ class Audit:
         self._most_disturbed = disturbed
         self._may_be_refused = refused
         self._calls = {stem: [c for c in report["calls"] if c["prompt"] == o.text] for stem, o in orders.items()}
-        self.doors = folders.documents()
+        self.doors = folders.finished()
 
     def check(self) -> None:
         assert self._report["faults"] == []

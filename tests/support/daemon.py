@@ -107,7 +107,7 @@ class Folders:
         left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
         return left
 
-    def documents(self) -> dict[str, str]:
+    def finished(self) -> dict[str, str]:
         """Each prompt that has a result file, by stem, and its destination."""
         ends = {".receipt.toml": self.outbox, ".error.toml": self.errors}
         return {
@@ -293,11 +293,11 @@ def until_finished(folders: Folders, daemon: LoggedDaemon, count: int, *, emptie
 
     def is_so() -> bool:
         left = [name for name in folders.names("inbox") if name[0] != "."] if emptied else []
-        return len(folders.documents()) == count and not left
+        return len(folders.finished()) == count and not left
 
     def saw() -> str:
         status = (folders.state / "status.json").read_text()
-        return f"finished: {folders.documents()}\ninbox: {folders.names('inbox')}\nstatus: {status}"
+        return f"finished: {folders.finished()}\ninbox: {folders.names('inbox')}\nstatus: {status}"
 
     what = f"{count} finished prompts" + (" and an empty inbox" if emptied else "")
     until(lambda: is_so() or daemon.events("held"), saw=saw, what=what)
