@@ -50,7 +50,7 @@ def _forgotten() -> Iterator[None]:
 
 
 class Certificate:
-    """A certificate for this machine and for ``REMOTE_NAME``, and who has to trust it.
+    """A certificate for this machine and for ``REMOTE_NAME``, and how to trust it.
 
     Attributes:
         path: The certificate, for ``ca_file``.

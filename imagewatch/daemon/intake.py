@@ -246,7 +246,7 @@ class Intake:
         return folder.came if folder else 0.0
 
     def owner(self, name: str) -> int:
-        """Return the number of the user to whom a first-level folder belongs."""
+        """Return the user id of the owner of a first-level folder."""
         return self._sweep.order.owner(name)
 
     def next(

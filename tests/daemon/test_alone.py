@@ -222,7 +222,7 @@ def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
 
 
 def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> LoggedDaemon:
-    """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
+    """Start a daemon with a prompt whose results cannot be written when its response is there."""
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
     assert sandbox.wait_for_requests(1, 20)

@@ -17,7 +17,7 @@ from imagewatch.job.outcome import End
 
 @pytest.fixture
 def capped(tmp_path, sandbox):
-    """Make a station whose first request may cost 30 credits, as flux does at the sandbox."""
+    """Return a station whose first request may cost 30 credits, as flux does at the sandbox."""
 
     def make(**limits):
         settings = {f"limits__{name}": str(value) for name, value in {"assumed_credits": 30, **limits}.items()}
@@ -106,7 +106,7 @@ def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is
 
 
 def paid_once(folders, sandbox, start):
-    """Pay for one prompt; return the record of its job as it was while the answer was awaited."""
+    """Pay for one prompt; return the record of its job as it was during the request."""
     folders.prompt("a", "a cat")
     sandbox.hold()
     daemon = start(folders, "once")

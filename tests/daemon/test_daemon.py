@@ -74,7 +74,7 @@ def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-# Taking
+# Claiming
 
 
 def test_a_prompt_that_is_renamed_into_the_inbox_is_completed(folders, run, sandbox):
@@ -243,7 +243,7 @@ def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_requ
     assert sandbox.report()["requests"] == 0
 
 
-# Not taking
+# Not claiming
 
 
 def test_an_editor_at_work_delays_its_prompt_and_no_other(tmp_path, run, sandbox):
@@ -303,7 +303,7 @@ def test_near_misses_links_and_pipes_are_named_once_in_the_log_and_stay(tmp_path
 
 @pytest.fixture
 def unprivileged(open_path, sandbox) -> Folders:
-    """Folders of a daemon that is not root, who may read everything."""
+    """Folders of a daemon that is not root: root may read everything."""
     folders = Folders(open_path, sandbox.base_url)
     folders.state.mkdir()
     if os.geteuid() == 0:

@@ -1,6 +1,6 @@
 """Paid for, and not deliverable: what was paid for survives, and is delivered automatically when the cause has ended.
 
-Real file systems of our own, tiny or taken away; mounting them takes root.
+Real file systems of our own, tiny or unmounted; only root can mount them.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def mount() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def tight(tmp_path: Path, sandbox: Sandbox) -> Folders:
-    """Folders whose daemon asks for no more free space than it needs, so that the disk fills up under its hands."""
+    """Folders whose daemon asks for no more free space than it needs, so that the disk becomes full while it works."""
     return Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="0", log__format="json")
 
 
@@ -96,7 +96,7 @@ def test_after_a_full_disk_the_image_is_delivered_without_another_request(
     place = tight.outbox if destination == "outbox" else tight.state
     place.mkdir(exist_ok=True)
     mount(place, "size=8m")
-    # As much is reserved for an answer, and then there is room for this one whatever happens.
+    # As much is reserved for a response, and then there is room for this one whatever happens.
     tight.environ["IMAGEWATCH_LIMITS__MIN_FREE_BYTES"] = "3000000" if destination == "outbox" else "1000000"
     sandbox.hold()
     tight.prompt("cat", "a cat [sandbox: big 2]")

@@ -380,7 +380,7 @@ def test_a_cap_that_stops_several_at_the_same_time_is_logged_once_with_its_end(t
 
 
 class Busy:
-    """An endpoint that is busy once, and then makes everything; it knows when it was asked."""
+    """An endpoint that is busy once and then completes everything; it keeps the times of the requests."""
 
     def __init__(self, headers: Callable[[], bytes], status: bytes = b"429 Too Many Requests", body: bytes = b"{}"):
         self.asked: list[float] = []

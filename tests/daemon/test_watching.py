@@ -233,7 +233,7 @@ if os.geteuid() == 0:
 
 @pytest.fixture
 def shared(sandbox: Sandbox) -> Iterator[Folders]:
-    """Folders of a daemon that is not root, whom permissions do not bind."""
+    """Folders of a daemon that is not root: permissions do not bind root."""
     with tempfile.TemporaryDirectory() as top:
         folders = Folders(Path(top), sandbox.base_url, inbox__rescan_seconds="0.5")
         folders.state.mkdir()

@@ -1,4 +1,4 @@
-"""What another user does. Run as that user, one call per line of standard input, one answer per line of output."""
+"""What another user does. Run as that user, one call per line of standard input, one reply per line of output."""
 
 from __future__ import annotations
 

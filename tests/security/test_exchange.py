@@ -1,6 +1,6 @@
 """A folder is exchanged with a link at every moment of a job: nothing private leaves, nothing is written elsewhere.
 
-The real parts work in this process, as root, whom no permission stops. Their disk calls the attacker before and after
+The real parts work in this process, as root, so that no permission stops them. Their disk calls the attacker before and after
 each thing that it does. ``IMAGEWATCH_ALL_ATTACKS=1`` tries every moment; otherwise some of them, evenly spread.
 """
 
@@ -58,7 +58,7 @@ TARGETS = {
     "read again for retry": ("errors/sub", f"inbox/{CLAIMS}", "the claim free"),
 }
 """Folders that are exchanged, by scene; ``free`` if the private folder has none of the names that were dropped. In the
-claims folder only they can do so who share a file system without owners."""
+claims folder only those can who share a file system without owners."""
 SCENES = {
     "completed": ([Reply()], True),
     "refused": ([Reply(400, b'{"message": "no cats"}', paid=False)], True),
@@ -67,7 +67,7 @@ SCENES = {
     "put back by retry": ([Reply(400, b'{"message": "no cats"}', paid=False), Reply()], True),
     "read again for retry": ([Reply(body=b"<html>thank you")], True),
 }
-"""What the endpoint answers, and whether the job may show an account's refusal. Of the last two the attacker sees only
+"""The response of the endpoint, and whether the job may report a refusal of the account. Of the last two the attacker sees only
 what follows after the prompt failed."""
 
 
@@ -136,7 +136,7 @@ class Attack:
     Attributes:
         target: The folder, one of ``TARGETS``: below the root, or ``the claim``, that of the job in the claims folder.
         at: The moment, from 1, at which it happens; 0 is never.
-        lasts: Whether it is undone only when the job cannot go on, and not at the next moment.
+        lasts: Whether it is undone only when the job cannot continue, and not at the next moment.
         moments: How many there were so far.
     """
 

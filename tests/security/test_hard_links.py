@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OWNERS = {"the daemon": (DAEMON, DAEMON, 0o600), "another user": (HONEST, DAEMON, 0o640)}
-"""Who has the private file: owner, group and mode, so that the daemon can read it."""
+"""Rights of the private file: owner, group and mode, so that the daemon can read it."""
 GOOD = picture("good").decode("latin-1")
 owners = pytest.mark.parametrize("owner", OWNERS)
 
@@ -30,7 +30,7 @@ class Secrets:
 
     Args:
         world: Where.
-        owner: Who has them, a key of ``OWNERS``.
+        owner: Their rights, a key of ``OWNERS``.
     """
 
     def __init__(self, world: World, owner: str) -> None:

@@ -28,7 +28,7 @@ EVIL = picture("evil").decode("latin-1")
 
 
 def storm(world: World, number: int, seed: int, tops: list[Path], spared: tuple[str, ...]) -> int:
-    """Have the attacker rage for a round beside prompts of everybody; return how many things they could do."""
+    """Let the attacker change names for a round beside prompts of all users; return how many calls succeeded."""
     wild = [top / f"wild{number}" for top in tops]
     for place in wild:
         world.attacker.may("mkdir", place)

@@ -37,13 +37,13 @@ class World(Folders):
     """The folders of a daemon of the user ``DAEMON``, seen by root.
 
     The attacker may write the inbox, and what ``open_to_all`` names beside it; nothing else. The folder ``home`` with a
-    ``.profile`` and a picture, the folder of the key and the state folder are private.
+    ``.profile`` and an image, the folder of the key and the state folder are private.
 
     Args:
         root: An empty folder that all users may enter.
         sandbox: The endpoint.
         interpreter: The Python of all users.
-        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` everybody may write.
+        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` all users may write.
         key_folder: An empty folder for the key, if it is to be elsewhere.
         settings: More of the configuration, by section.
     """
@@ -182,9 +182,9 @@ class World(Folders):
         """Wait until nothing more happens to a prompt automatically.
 
         Returns:
-            ``outbox`` or ``errors``: its document is there, and its job over or the queue held.
-            ``held``, ``stuck`` or ``waiting``: the status says so.
-            ``gone``: neither prompt nor job nor document is left.
+            ``outbox`` or ``errors``: its result file is there, and its job is finished or the queue held.
+            ``held``, ``stuck`` or ``waiting``: as in the status.
+            ``gone``: neither prompt nor job nor result file is left.
         """
         found: list[str] = []
 

@@ -55,7 +55,7 @@ def hold(line):
 
 Sandbox(port=8283, key=sys.argv[1], on_request=hold).serve_forever()
 """
-"""An endpoint that keeps its answers back as long as a test likes."""
+"""An endpoint that delays its responses as long as a test likes."""
 REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
 
 
@@ -153,7 +153,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Take requests and pay for them, but answer none before the end."""
+        """Accept and charge requests, but answer none before the end."""
         self._container.put(HELD, "")
         try:
             yield

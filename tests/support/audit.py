@@ -1,6 +1,6 @@
 """What must be true of a daemon that was disturbed and started again, checked from outside.
 
-Outside means the folders, the ledger's file, and what the endpoint says it was asked for and what it charged.
+Outside means the folders, the ledger's file, and what the endpoint received and charged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Order:
         content: Of the prompt file.
         images: Names of the images beside it.
         door: Where it ends.
-        charged: What its document says.
+        charged: The charge in its result file.
     """
 
     content: str
@@ -67,8 +67,8 @@ class Audit:
         folders: Of the daemon.
         report: The endpoint's.
         orders: What was dropped.
-        disturbed: How many jobs at most may have been disturbed: as many as were under way at once.
-        refused: Whether prompts may have been refused that nobody paid for, as they could not be read.
+        disturbed: How many jobs at most may have been disturbed: as many as were under way at the same time.
+        refused: Whether prompts may have been refused unpaid, as they could not be read.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ class Audit:
         assert sorted([*images, *(f"{stem}.receipt.toml" for stem in made)]) == self.folders.names("outbox")
 
     def _check_ledger(self) -> None:
-        """The ledger has what the endpoint counted: each request, and to the credit what was answered."""
+        """The ledger has what the endpoint counted: each request, and each credit of a response."""
         rows = self._rows()
         assert {row["source"] for row in rows} == {f"{stem}.prompt.txt" for stem in self.orders}
         counted = 0.0
@@ -170,7 +170,7 @@ class Audit:
         if charges:
             assert charges == paid, f"{stem}: the ledger has {charges}, the endpoint {paid}"
             return 0.0
-        # Only an answer that was cut short can be charged for without a price.
+        # Only a response that was cut short can be charged for without a price.
         assert document["charged"] == "unknown" or document.get("problems") or self.doors[stem] == "errors", stem
         return float(paid[0])
 

@@ -1,6 +1,6 @@
 """A real systemd, booted by systemd-nspawn from an overlay of the running system.
 
-Nothing of it is left when it ends: what it writes lies in a tmpfs, its mounts in a namespace of its own, its processes
+Nothing of it is left when it ends: what it writes is in a tmpfs, its mounts in a namespace of its own, its processes
 in a cgroup of its own. Its network is a loopback device.
 """
 
@@ -54,7 +54,7 @@ AllowIsolate=yes
 
 
 class Unavailable(Exception):  # noqa: N818  reads as the sentence it is
-    """This machine cannot boot a container; the message says why, in words."""
+    """This machine cannot boot a container; the message gives the reason."""
 
 
 def unavailable() -> str:

@@ -270,7 +270,7 @@ def until(
         what: What is waited for, in words; without, the condition is shown as it is written.
 
     Raises:
-        AssertionError: It took too long; the message says what was waited for, and what is so instead.
+        AssertionError: It took too long; the message has what was waited for, and what there is instead.
     """
     __tracebackhide__ = True
     deadline, pause = time.monotonic() + timeout, threading.Event()

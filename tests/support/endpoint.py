@@ -1,4 +1,4 @@
-"""An endpoint in this process: the interface of ``Client`` over a table of answers; it counts what it was paid."""
+"""An endpoint in this process: the interface of ``Client`` over a table of responses; it counts what it charged."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ class Reply:
     """What the endpoint does with one request.
 
     Attributes:
-        status: HTTP status; 0 when there is no answer.
-        body: Of the answer; empty for the pictures asked for.
-        headers: Of the answer.
+        status: HTTP status; 0 when there is no response.
+        body: Of the response; empty for the images of the request.
+        headers: Of the response.
         paid: Whether it charges.
-        by_url: Pictures are named, not sent.
+        by_url: Images are named, not sent.
         end: How it ends: ``whole``, ``unreachable`` (nothing left), ``broken`` (the request left in part),
-            ``cut off`` (so did a large one), ``dropped`` (it left whole, nothing came) or ``short`` (the answer broke
+            ``cut off`` (so did a large one), ``dropped`` (it was sent completely, nothing came) or ``short`` (the response broke
             off).
     """
 
@@ -63,13 +63,13 @@ class Reply:
 
 @dataclass
 class Books:
-    """What the world outside of our disks knows; it survives every cut.
+    """What is outside of our disks; it survives every cut.
 
     Attributes:
         requests: How often each prompt was received whole.
         begun: How often ``on_send`` reported that a request may be sent.
         paid: How often each prompt was charged.
-        settled: Of each prompt, whether the answer to its newest request is banked.
+        settled: Of each prompt, whether the response to its newest request is saved.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Books:
 
 
 class PaidEndpoint:
-    """Answers requests by a table, in the order of its real twin: connect, ``on_send``, body, payment, answer.
+    """Answers requests by a table, in the order of its real twin: connect, ``on_send``, body, payment, response.
 
     Args:
         replies: For each prompt, what is done with its first, second, … request; the last entry stays.

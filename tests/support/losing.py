@@ -129,7 +129,7 @@ class _Crossing:
 
 @dataclass(frozen=True)
 class Image:
-    """All that a disk knows, as plain values: it can be compared, kept and given back. Node 0 is the root.
+    """The whole content of a disk, as plain values: it can be compared, kept and given back. Node 0 is the root.
 
     ``nodes`` holds ``("folder", names now, names synced)``, ``("file", content now, content synced)`` and
     ``("link", text)``; ``crossings`` the renames that are half durable.
@@ -166,23 +166,23 @@ class LosingDisk(SteppingDisk):
     What is modelled, from POSIX and from what ext4, xfs and btrfs were seen to do:
 
     - What a file holds is durable as it was at its last ``sync``, and not at all before the first.
-    - A name (made, renamed, removed) is durable when its folder was synced after the change. Changes in one
+    - A name (created, renamed, removed) is durable when its folder was synced after the change. Changes in one
       folder that were not synced are undone together.
     - A folder's names are lost with the folder, if that has no durable name itself.
     - A rename between two folders is never lost on both sides. When only the source folder was synced since, the
       file is durable at its new place (with the folders above it). When only the target folder was synced, it
-      is there as well, and the old name is gone (``Losing.NOTHING``: a journal, the rename is one transaction) or
-      still there too (``Losing.TWINS``: btrfs logs each folder by itself; a folder never has two names).
-    - The opposite may happen, too: names that nobody synced survive, and content that nobody synced does not
+      is there as well, and the old name is missing (``Losing.NOTHING``: a journal, the rename is one transaction) or
+      still there too (``Losing.TWINS``: btrfs logs each folder separately; a folder never has two names).
+    - The opposite may happen, too: names that were not synced survive, and content that was not synced does not
       (``NAMES``, ``TORN``): the empty files that ext4 and xfs leave after a commit of their journal.
     - What died with its process (``KILLED``) is all there, but not a bit more durable than before: a power cut after
       the restart can still undo it.
 
     What is under the root at the beginning, and what ``adopt`` gets, is durable: senders are taken at
-    their word. Modes and times are not modelled. A real fsync is not made.
+    their word. Modes and times are not modelled. There is no real fsync.
 
     Args:
-        root: A real folder; everything the disk is asked to change lies below.
+        root: A real folder; everything the disk changes is below it.
         cut: Number of the step, from 1, at which the power goes; without, never.
         after: Whether the step itself still happens.
         losing: What is left then.

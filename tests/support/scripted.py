@@ -105,7 +105,7 @@ class Scripted:
 
     Args:
         scripts: Called with the exchange; the connection is closed when they return.
-        receive_bytes: Size of the receive buffer, so that a client cannot get rid of a body that nobody reads.
+        receive_bytes: Size of the receive buffer, so that a client cannot get rid of a body that is not read.
     """
 
     def __init__(self, *scripts: Callable[[Exchange], object], receive_bytes: int | None = None) -> None:
@@ -216,7 +216,7 @@ def through_proxy(patch: pytest.MonkeyPatch, proxy: Scripted) -> None:
 
 
 def answering(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callable[[Exchange], None]:
-    """Return a script that reads a request and gives a proper answer."""
+    """Return a script that reads a request and gives a proper response."""
 
     def script(exchange: Exchange) -> None:
         exchange.request()
@@ -226,7 +226,7 @@ def answering(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callab
 
 
 def answer(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> bytes:
-    """Return an answer with its length."""
+    """Return a response with its length."""
     lines = (b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers)
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
@@ -253,7 +253,7 @@ def heavy(length: int) -> bytes:
     return b"".join(Picture(picture(), "image/png", padding=length).chunks())
 
 
-# What everybody else sees
+# What is seen from outside
 
 
 def over(station: Station) -> None:

@@ -103,7 +103,7 @@ class Parcel:
         return any(list((door / self.name).rglob("*.toml")) for door in doors)
 
     def is_completed(self, folder: str = "") -> None:
-        """Wait for its receipt; then it must have been bought once, whole, with its images in their order."""
+        """Wait for its receipt; then it must have been sent once, whole, with its images in their order."""
         until(lambda: self.over, PATIENCE)
         self.is_sent_whole(folder)
 

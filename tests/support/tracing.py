@@ -77,7 +77,7 @@ class Traced:
         code: Negative for a signal.
         output: Standard output and standard error.
         log: What strace wrote.
-        root: Where all folders lie.
+        root: Where all folders are.
     """
 
     code: int
