@@ -1,7 +1,7 @@
 """A folder is exchanged with a link at every moment of a job: nothing private leaves, nothing is written elsewhere.
 
-The real parts work in this process, as root, so that no permission stops them. Their disk calls the attacker before and after
-each thing that it does. ``IMAGEWATCH_ALL_ATTACKS=1`` tries every moment; otherwise some of them, evenly spread.
+The real parts work in this process, as root, so that no permission stops them. Their disk calls the attacker before
+and after each change. ``IMAGEWATCH_ALL_ATTACKS=1`` tries every moment; otherwise some of them, evenly spread.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ SCENES = {
     "put back by retry": ([Reply(400, b'{"message": "no cats"}', paid=False), Reply()], True),
     "read again for retry": ([Reply(body=b"<html>thank you")], True),
 }
-"""The response of the endpoint, and whether the job may report a refusal of the account. Of the last two the attacker sees only
-what follows after the prompt failed."""
+"""The response of the endpoint, and whether the job may report a refusal of the account. In the last two cases the
+attacker sees only what follows after the prompt failed."""
 
 
 class AttackedDisk(Disk):

@@ -49,8 +49,8 @@ class Reply:
         paid: Whether it charges.
         by_url: Images are named, not sent.
         end: How it ends: ``whole``, ``unreachable`` (nothing left), ``broken`` (the request left in part),
-            ``cut off`` (so did a large one), ``dropped`` (it was sent completely, nothing came) or ``short`` (the response broke
-            off).
+            ``cut off`` (so did a large one), ``dropped`` (it was sent completely, nothing came) or ``short`` (the
+            response broke off).
     """
 
     status: int = 200
