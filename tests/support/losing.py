@@ -178,7 +178,8 @@ class LosingDisk(SteppingDisk):
     - What died with its process (``KILLED``) is all there, but not a bit more durable than before: a power cut after
       the restart can still undo it.
 
-    What is under the root at the beginning, and what ``adopt`` gets, is durable: senders are believed. Modes and times are not modelled. There is no real fsync.
+    What is under the root at the beginning, and what ``adopt`` gets, is durable: senders are
+    believed. Modes and times are not modelled. There is no real fsync.
 
     Args:
         root: A real folder; everything the disk changes is below it.
