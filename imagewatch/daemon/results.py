@@ -23,7 +23,7 @@ _MOST_LEFT = 3
 """So many jobs may be left to a person before nothing is sent any more: the next ones may be paid for in vain, too."""
 _LEFT = "left"
 """In the place of a job: those that are left to a person hold the queue."""
-_LEFT_HINT = "the log says why and what to do for each; to continue without them: imagewatch release"
+_LEFT_HINT = "the log has the reason and the next step for each; to continue without them, run: imagewatch release"
 _log = structlog.get_logger()
 
 
