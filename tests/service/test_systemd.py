@@ -20,7 +20,7 @@ from gallery.test_gallery import page_data
 from gallery.test_gallery_hostile import scans
 from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
-from support.daemon import KEY, until
+from support.daemon import KEY, STARTED, until
 
 from imagewatch.protocol.reasons import HOLDS
 
@@ -96,6 +96,7 @@ class Service:
         self.container.run("sh", "-c", f"rm -f {self._drop_ins}/test.conf && systemctl daemon-reload")
         self.systemctl("reset-failed", check=False)
         self._cursor = self.container.run("journalctl", "--lines=0", "--show-cursor").stdout.split("cursor: ")[-1]
+        STARTED[f"service {self.unit}"] = self.log
 
     @property
     def pid(self) -> int:

@@ -26,6 +26,8 @@ TESTS = Path(__file__).parents[1]
 KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
 """A name that no resolver knows: to find it takes a proxy."""
+STARTED: dict[str, Callable[[], str]] = {}
+"""The logs of the daemons that the current test has started: if it fails, they are in the report."""
 
 
 def below(top: Path) -> list[Path]:
@@ -133,7 +135,7 @@ class Running:
             [*program, *command], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.output = ""
-        STARTED.append(self)
+        STARTED[f"daemon {self.process.pid}"] = self.log
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
         """Send a signal and wait for the end; return the exit code."""
@@ -191,7 +193,7 @@ class LoggedDaemon:
         self.lines: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        STARTED[:] = [*(one for one in STARTED if one is not running), self]
+        STARTED[f"daemon {self.process.pid}"] = self.log
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -238,10 +240,6 @@ class LoggedDaemon:
         for pipe in (self.process.stdout, self.process.stderr):
             if pipe is not None:
                 pipe.close()
-
-
-STARTED: list[Running | LoggedDaemon] = []
-"""The daemons that the current test has started: if it fails, their logs are in the report."""
 
 
 def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
