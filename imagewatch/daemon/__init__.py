@@ -26,5 +26,4 @@ The modules, in the order in which they are read::
     ignored       which ignored files the log names
     systemd       the notification protocol of the service manager
     descriptors   how many requests the limit of open files allows
-    memory        giving free memory back to the system
 """

@@ -10,10 +10,10 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from imagewatch.daemon import memory
 from imagewatch.daemon.jobs import Job, Need
 from imagewatch.daemon.mailbox import Finished
 from imagewatch.protocol.reasons import DISK_SECONDS
+from imagewatch.system import memory
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from imagewatch.daemon import memory
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
@@ -25,6 +24,7 @@ from imagewatch.daemon.results import Results
 from imagewatch.daemon.signals import as_messages
 from imagewatch.journal.holds import Hold, Holds
 from imagewatch.protocol.reasons import DISK_SECONDS
+from imagewatch.system import memory
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import ConfigError, SpoolError
 

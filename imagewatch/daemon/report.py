@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import __version__
-from imagewatch.daemon import memory
 from imagewatch.daemon.ignored import Ignored
 from imagewatch.daemon.status import line
 from imagewatch.inbox.candidate import ANYWHERE
 from imagewatch.protocol.names import SUFFIX
+from imagewatch.system import memory
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.daemon import memory
 from imagewatch.inbox.candidate import first_level
 from imagewatch.inbox.schedule import AHEAD, Allowance, Schedule
+from imagewatch.system import memory
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless
 
