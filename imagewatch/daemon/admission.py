@@ -17,7 +17,7 @@ import structlog
 
 from imagewatch.daemon.burst import BurstGuard
 from imagewatch.protocol.reasons import KINDS, Others, Reason
-from imagewatch.system.disk import FULL
+from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
 

@@ -30,8 +30,9 @@ from imagewatch.inbox.scan import Seen
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import Sandbox
-from imagewatch.system.disk import Disk, locked
+from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
