@@ -14,7 +14,8 @@ import structlog
 
 from imagewatch.endpoint.client import Client, FetchError, bare
 from imagewatch.endpoint.decode import Got, Reading, holds_key, read, shown
-from imagewatch.protocol.images import Image, foreign, inspect
+from imagewatch.protocol.image_kinds import foreign
+from imagewatch.protocol.images import Image, inspect
 from imagewatch.system.disk import Disk, closing, ours
 from imagewatch.system.text import printable
 

@@ -16,7 +16,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.protocol.images import IMAGE_ENDINGS, has_image_ending
+from imagewatch.protocol.image_kinds import IMAGE_ENDINGS, has_image_ending
 from imagewatch.protocol.meant import alike, base_names, is_called_copy, is_leftover
 
 if TYPE_CHECKING:

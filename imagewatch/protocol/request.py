@@ -15,7 +15,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.config.schema import Options, layered, nearest
 from imagewatch.protocol import prompt as prompts
-from imagewatch.protocol.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
+from imagewatch.protocol.image_kinds import TEXT_SAMPLE, could_be_image, foreign, has_image_ending
+from imagewatch.protocol.images import inspect
 from imagewatch.protocol.names import SUFFIX, spellings
 from imagewatch.protocol.options import body_fields, choose_provider
 from imagewatch.protocol.values import Input
@@ -330,7 +331,7 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
         image = inspect(file, digest.update)
         if image is None:
             file.seek(0)
-            kind = foreign(file.read(512)) or "no image that we know"
+            kind = foreign(file.read(512)) or "not a PNG, JPEG or WebP image"
             raise BadRequest([Problem(name, f"its content is {kind}", SUPPORTED)])
         if image.fault:
             reason, hint = _FAULTS[image.fault]

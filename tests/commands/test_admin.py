@@ -18,13 +18,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, TESTS, Folders, Running, command, until, until_made
+from support.daemon import KEY, TESTS, Folders, Running, command, until, until_finished
 from support.scripted import Scripted, answer, answering, picture
 from support.station import Station
 
 from commands.test_cli import HOSTILE, RAW
 from imagewatch.config.load import Limits
-from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.status import Status
 from imagewatch.inbox.scan import Seen
 from imagewatch.journal.control import Control
@@ -277,7 +277,7 @@ def test_a_burst_waits_and_release_lets_exactly_that_one_go(guarded, run, sandbo
         threading.Event().wait(0.15)
     held = daemon.wait_for("held")
     assert held["kind"] == "burst"
-    assert "4 prompts at once are more than limits.burst (3)" in held["reason"]
+    assert "4 prompts came at the same time, limits.burst allows 3" in held["reason"]
     assert "imagewatch release" in held["next"]
     waiting(guarded, 4)
     assert requests(sandbox) == 0
@@ -367,7 +367,7 @@ def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarde
     for made in (3, 6):
         for number in range(made - 3, made):
             (guarded.inbox / f"p{number}.prompt.txt").write_text(f"Number {number}")
-        until_made(guarded, daemon, made)
+        until_finished(guarded, daemon, made)
     assert daemon.events("held") == []
     assert requests(sandbox) == 6
 
@@ -382,10 +382,10 @@ def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_i
     assert sandbox.wait_for_requests(1, 20)
     until(lambda: time.time() > came + 2)
     sandbox.release()
-    until_made(guarded, daemon, 3)
+    until_finished(guarded, daemon, 3)
     for number in range(3):
         (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
-    until_made(guarded, daemon, 6)
+    until_finished(guarded, daemon, 6)
     assert daemon.events("held") == []
 
 
@@ -429,13 +429,13 @@ class Guard:
         self.now, self._holds = 0.0, Holds()
         control = Control(str(station.state), Disk())
         clock = lambda: self.now  # noqa: E731
-        self.gate = Gate(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
+        self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None)
 
     def take(self, *times: float, is_dated: bool = True) -> None:
         """Take a prompt at each time, as it comes. A server's clock shows something else."""
         for self.now in times:
-            self.gate.burst.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
+            self.gate.burst.claimed(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
 
     def holds(self, at: float, *came: float) -> bool:
         """Count at a time what came at others and lies in the inbox; tell whether it is held."""
@@ -498,7 +498,7 @@ def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
         guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
     guard.take(100.0, 101.0, 102.0)
     assert not guard.holds(102.1, 102.1)
-    guard.gate.burst.over("a100.0.prompt.txt")
+    guard.gate.burst.finished("a100.0.prompt.txt")
     guard.take(100.0)
     assert not guard.holds(102.2, 102.1)
     assert guard.holds(102.3, 102.1, 102.2, 102.3)
@@ -512,7 +512,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
         path = away / f"p{number}.prompt.txt"
         path.write_text(f"Number {number}")
         shutil.copy2(path, guarded.inbox)
-        until_made(guarded, daemon, number + 1)
+        until_finished(guarded, daemon, number + 1)
     for path in away.iterdir():
         shutil.copy2(path, guarded.inbox)
     until(lambda: prompts_in(guarded) == [])
@@ -521,7 +521,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
     for path in away.iterdir():
         (guarded.inbox / path.name).write_text("Something else")
     until(lambda: daemon.events("held") or requests(sandbox) > 4)
-    assert "4 prompts at once are more than limits.burst (3)" in daemon.wait_for("held")["reason"]
+    assert "4 prompts came at the same time, limits.burst allows 3" in daemon.wait_for("held")["reason"]
     assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
 
 
@@ -559,7 +559,7 @@ def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, 
         guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
         until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
     with open(os.open(told / "go", os.O_RDWR), "rb"):
-        until_made(guarded, daemon, 2)
+        until_finished(guarded, daemon, 2)
     assert daemon.events("held") == []
 
 
@@ -714,7 +714,7 @@ def test_asking_for_the_status_never_keeps_a_daemon_from_starting(folders, sandb
 def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_changes(tmp_path, sandbox):
     station = Station(tmp_path, sandbox.base_url)
     with contextlib.closing(station):
-        gate = Gate(
+        gate = Admission(
             station.spool,
             station.ledger,
             Control(str(station.state), Disk()),
@@ -1098,7 +1098,7 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
 
 def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
     folders, sandbox, clock = lost_picture
-    assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
+    assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
     assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
     daemon = run(folders)

@@ -819,7 +819,7 @@ def test_a_paid_answer_without_a_picture_is_told_with_its_price(sender, sandbox,
     done = sender.submit("A cat [sandbox: no-images]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: charged: " in done.stderr
-    assert "imagewatch retry cat looks at it again, free of charge" in done.stderr
+    assert "imagewatch retry cat reads it again, free of charge" in done.stderr
     assert done.stderr.endswith(f"0 pictures, {call(sandbox)['credits']} credits.\n")
 
 

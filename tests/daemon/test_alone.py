@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import HURRIED, Folders, Told, command, until
+from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
 from support.tracing import reason_not_to_trace
 
 from imagewatch.job.outcome import End
@@ -44,7 +44,7 @@ def inputs(sandbox: Sandbox) -> list[int]:
 
 
 @pytest.mark.parametrize("fault", ["openat:error=EIO:when=1", "openat:error=EMFILE:when=1", "read:error=EIO:when=1"])
-def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_images_it_names(
+def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_sent_without_the_images_it_names(
     tmp_path: Path, sandbox: Sandbox, fault: str
 ) -> None:
     if reason := reason_not_to_trace():
@@ -71,7 +71,7 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_ima
     assert (folders.documents(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
 
 
-def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_ends(
+def test_a_prompt_that_stays_unreadable_is_named_and_once_completes_the_others_and_ends(
     tmp_path: Path, sandbox: Sandbox
 ) -> None:
     if reason := reason_not_to_trace():
@@ -109,7 +109,7 @@ def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_en
         (NAMES_LOGO, NAMES_LOGO.replace('["logo.png"]', '["logo.png", "other.png"]')),
     ],
 )
-def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
+def test_a_prompt_that_is_replaced_just_before_its_claim_is_read_again(
     station: Station, sandbox: Sandbox, before: str, after: str
 ) -> None:
     for name in ("logo.png", "other.png"):
@@ -127,7 +127,7 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
 
 @pytest.mark.parametrize("victim", ["mug.prompt.txt", "logo.png"])
 @pytest.mark.parametrize("how", ["another file", "the same file, changed", "another file of the same size and time"])
-def test_a_file_that_is_another_one_when_it_is_claimed_goes_back_unsent(
+def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
     station: Station, sandbox: Sandbox, victim: str, how: str
 ) -> None:
     station.drop("logo.png", PICTURE)
@@ -155,7 +155,7 @@ def test_a_file_that_is_another_one_when_it_is_claimed_goes_back_unsent(
 @pytest.mark.parametrize(
     ("text", "door"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
 )
-def test_a_file_that_somebody_puts_beside_what_is_claimed_is_neither_moved_nor_removed(
+def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
     station: Station, sandbox: Sandbox, text: str, door: str
 ) -> None:
     station.prompt("mug", text)
@@ -200,7 +200,7 @@ def test_a_folder_that_a_prompt_names_as_its_image_stays_where_it_is(
 
 
 @pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
-def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid_for(
+def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
     tmp_path: Path, sandbox: Sandbox, run: Callable, door: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
@@ -221,7 +221,7 @@ def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid
     assert folders.leftovers() == []
 
 
-def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
+def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> LoggedDaemon:
     """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
@@ -230,9 +230,7 @@ def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
     return daemon
 
 
-def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
-    tmp_path: Path, sandbox: Sandbox, run: Callable
-) -> None:
+def test_a_job_whose_results_cannot_be_written_waits_alone(tmp_path: Path, sandbox: Sandbox, run: Callable) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = blocked(folders, run, sandbox)
     stuck = daemon.wait_for("stuck")
@@ -255,7 +253,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     daemon.wait_for("stuck")
     (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
     folders.prompt("sub/dog", "A dog")
-    assert "until a job that is stuck goes on" in daemon.wait_for("ignored")["reason"]
+    assert "until a stuck job continues" in daemon.wait_for("ignored")["reason"]
     until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
     assert sandbox.report()["requests"] == 1
     until(lambda: len(folders.documents()) == 2, timeout=40)
@@ -263,7 +261,7 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     assert (sandbox.report()["charged"], folders.leftovers()) == (2, [])
 
 
-def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered(
+def test_once_completes_the_others_and_exits_with_74_if_one_job_cannot_be_delivered(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -290,7 +288,7 @@ def test_a_name_as_long_as_a_name_can_be_is_copied_where_its_time_is_not_ours_to
     assert target.stat().st_mtime_ns > 1
 
 
-def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(
+def test_a_folder_that_is_missing_when_its_prompt_is_given_back_is_created_again(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
@@ -329,7 +327,7 @@ def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(
     daemon.process.kill()
 
 
-def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
+def test_a_hold_for_the_disk_ends_automatically_also_if_no_prompt_waits(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
@@ -349,7 +347,7 @@ def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
 # What is stuck
 
 
-def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_bought_again(
+def test_a_stuck_job_keeps_its_name_so_that_a_redelivery_is_not_paid_again(
     tmp_path: Path, sandbox: Sandbox, run: Callable, start: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
@@ -393,8 +391,8 @@ sys.exit(Daemon(load(None, os.environ), os.environ, disk=Bad()).run())
 """A daemon whose disk cannot read claimed files of some names, until a file is there."""
 
 
-def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of_it(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_claimed_out_of_it(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     script, repaired = tmp_path / "bad.py", tmp_path / "repaired"
     script.write_text(BAD_SECTORS)

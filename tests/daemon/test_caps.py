@@ -33,8 +33,8 @@ def test_at_a_cap_a_prompt_goes_back_to_the_inbox_unpaid(capped, sandbox):
         station.prompt(stem, "a cat")
         outcomes = station.work()
     assert outcomes[-1].end is End.RETURNED
-    assert outcomes[-1].trouble.kind == "cap"
-    assert "limits.credits_per_day is 60" in outcomes[-1].trouble.message
+    assert outcomes[-1].reason.kind == "cap"
+    assert "limits.credits_per_day is 60" in outcomes[-1].reason.message
     assert station.names("inbox") == ["c.prompt.txt"]
     assert sandbox.report()["charged"] == 2
     assert station.leftovers() == []
@@ -48,7 +48,7 @@ def test_a_price_that_turns_out_lower_leaves_room_for_another_request(capped, sa
     assert sandbox.report()["credits"] == 90
 
 
-def test_a_request_that_was_refused_takes_nothing_from_the_cap(capped, sandbox):
+def test_a_refused_request_does_not_count_against_the_cap(capped, sandbox):
     station = capped(credits_per_day=30)
     station.prompt("a", "[sandbox: 400] a cat")
     station.prompt("b", "a cat")
@@ -56,7 +56,7 @@ def test_a_request_that_was_refused_takes_nothing_from_the_cap(capped, sandbox):
     assert station.documents() == {"a": "errors", "b": "outbox"}
 
 
-def test_an_answer_that_was_lost_counts_against_the_cap(capped, sandbox):
+def test_a_response_that_was_lost_counts_against_the_cap(capped, sandbox):
     station = capped(credits_per_day=30)
     station.prompt("a", "[sandbox: drop] a cat")
     station.work()
@@ -66,7 +66,7 @@ def test_an_answer_that_was_lost_counts_against_the_cap(capped, sandbox):
     assert sandbox.report()["requests"] == 1
 
 
-def test_the_daemon_stops_at_the_cap_though_it_sends_several_at_once(tmp_path, sandbox, start):
+def test_the_daemon_stops_at_the_cap_though_it_sends_several_at_the_same_time(tmp_path, sandbox, start):
     folders = Folders(
         tmp_path, sandbox.base_url, limits__credits_per_day="100", limits__assumed_credits="30", limits__concurrency="8"
     )
@@ -93,7 +93,7 @@ def test_requests_a_minute_are_counted_across_a_restart(tmp_path, sandbox, start
     assert sandbox.report()["requests"] == 2
 
 
-def test_a_paid_answer_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, sandbox, start):
+def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="30", limits__assumed_credits="30")
     folders.prompt("a", "[sandbox: big 60, b64] a cat")
     killed = start(folders, "once")
@@ -118,7 +118,7 @@ def paid_once(folders, sandbox, start):
     return kept, record
 
 
-def test_what_is_left_of_a_job_that_was_being_forgotten_is_not_set_aside_for_ever(tmp_path, sandbox, start):
+def test_the_rest_of_a_job_that_was_being_forgotten_is_not_reserved_for_ever(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
     kept, record = paid_once(folders, sandbox, start)
     (kept / "claim.json").unlink()  # the first that goes, and evidence of what was sent the last
@@ -128,7 +128,7 @@ def test_what_is_left_of_a_job_that_was_being_forgotten_is_not_set_aside_for_eve
     assert folders.documents() == {"a": "outbox", "b": "outbox"}
 
 
-def test_what_a_damaged_record_may_have_cost_is_counted_and_not_waited_for(tmp_path, sandbox, start):
+def test_the_possible_cost_of_a_damaged_record_counts_and_delays_nothing(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
     kept, record = paid_once(folders, sandbox, start)
     (kept / "claim.json").write_text("{")
@@ -163,7 +163,7 @@ def at_a_cap(tmp_path, sandbox, start, **limits):
     return folders
 
 
-def test_a_request_that_alone_is_more_than_the_cap_is_refused_unpaid_and_the_queue_goes_on(tmp_path, sandbox, start):
+def test_a_request_that_alone_exceeds_the_cap_is_invalid_and_the_queue_continues(tmp_path, sandbox, start):
     folders = at_a_cap(tmp_path, sandbox, start, assumed_credits="250", credits_per_day="300")
     folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "240"
     folders.prompt("dear", "a cat")
@@ -216,7 +216,7 @@ def test_at_a_cap_the_prompts_of_other_providers_that_fit_are_sent(tmp_path, san
     assert folders.leftovers() == []
 
 
-def test_of_one_provider_what_costs_less_still_goes(tmp_path, sandbox, start):
+def test_of_one_provider_prompts_that_cost_less_are_still_sent(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="170", limits__assumed_credits="30")
     folders.prompt("a", "+++\nn = 2\n+++\na cat")
     assert start(folders, "once").wait() == 0
@@ -238,7 +238,7 @@ def test_however_many_wait_at_a_cap_before_it_a_prompt_that_fits_is_sent(tmp_pat
     assert sandbox.report()["requests"] == 2
 
 
-def test_what_waits_at_a_cap_is_neither_claimed_nor_touched(tmp_path, sandbox, start):
+def test_prompts_at_a_cap_are_neither_claimed_nor_changed(tmp_path, sandbox, start):
     folders = at_a_cap(tmp_path, sandbox, start)
     before = folders.prompt("dog", GEMINI).stat()
     assert start(folders, "once").wait() == 69
@@ -273,7 +273,7 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     assert (daemon.stop(), [one["kind"] for one in daemon.events("released")]) == (0, ["cap"])
 
 
-def test_a_raised_cap_is_obeyed_after_a_reload_and_what_waited_goes(tmp_path, sandbox, start, run):
+def test_a_raised_cap_applies_after_a_reload_and_waiting_prompts_are_sent(tmp_path, sandbox, start, run):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     del folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"]
@@ -324,7 +324,7 @@ def to_midnight():
 
 
 @pytest.mark.parametrize("seconds_before", [5])
-def test_at_the_end_of_the_day_what_waited_goes_first(tmp_path, sandbox, start, run, seconds_before):
+def test_at_the_end_of_the_day_prompts_that_waited_are_sent_first(tmp_path, sandbox, start, run, seconds_before):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     folders.prompt("dog2", GEMINI)
@@ -334,7 +334,7 @@ def test_at_the_end_of_the_day_what_waited_goes_first(tmp_path, sandbox, start, 
     assert waiting_of(folders) == ["dog2.prompt.txt"]
 
 
-def test_a_clock_that_was_set_is_noticed_by_release_and_one_set_back_opens_nothing(tmp_path, sandbox, start, run):
+def test_release_applies_a_clock_that_was_set_and_one_set_back_frees_no_credits(tmp_path, sandbox, start, run):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     daemon, offset = shifted(tmp_path, folders, run, 0)
@@ -359,9 +359,7 @@ def test_prompts_at_a_cap_cost_other_folders_no_turn(tmp_path, sandbox, start):
     assert {stem for stem, door in folders.documents().items() if door == "outbox"} == {"a", "c0", "c1"}
 
 
-def test_what_does_not_fit_beside_what_is_in_flight_is_not_claimed_and_goes_when_there_is_room(
-    tmp_path, sandbox, start
-):
+def test_a_prompt_that_does_not_fit_beside_those_in_flight_is_not_claimed_before_it_fits(tmp_path, sandbox, start):
     folders = Folders(
         tmp_path, sandbox.base_url, limits__credits_per_day="100", limits__assumed_credits="70", limits__concurrency="4"
     )
@@ -376,7 +374,7 @@ def test_what_does_not_fit_beside_what_is_in_flight_is_not_claimed_and_goes_when
     assert (daemon.wait(), sandbox.report()["credits"]) == (0, 90)
 
 
-def test_a_cap_that_two_daemons_after_another_meet_is_the_same(tmp_path, sandbox, start):
+def test_a_cap_is_the_same_for_two_daemons_one_after_the_other(tmp_path, sandbox, start):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     for _ in range(2):
@@ -395,7 +393,7 @@ def test_estimate_shows_what_the_caps_reserve(tmp_path, sandbox, start):
     assert "limits.credits_per_day: is 500" in told["much.prompt.txt"]["problem"]
 
 
-def test_what_was_paid_and_cannot_be_delivered_counts_once(tmp_path, sandbox, run):
+def test_a_paid_response_that_cannot_be_delivered_counts_once(tmp_path, sandbox, run):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="90", limits__assumed_credits="30")
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] a cat")

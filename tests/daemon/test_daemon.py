@@ -18,6 +18,7 @@ from support.daemon import KEY, Folders, command, until
 
 from imagewatch.daemon.systemd import Notify
 from imagewatch.journal.holds import Holds
+from imagewatch.protocol.reasons import Reason
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def pause(seconds: float) -> None:
 # Taking
 
 
-def test_a_prompt_that_is_renamed_into_the_inbox_is_made(folders, run, sandbox):
+def test_a_prompt_that_is_renamed_into_the_inbox_is_completed(folders, run, sandbox):
     daemon = run(folders)
     folders.prompt("cat", "A cat")
     over(folders, "cat")
@@ -87,7 +88,7 @@ def test_a_prompt_that_is_renamed_into_the_inbox_is_made(folders, run, sandbox):
 
 
 @pytest.mark.parametrize("how", ["written in place", "copied", "hard-linked", "appended in two steps"])
-def test_however_a_prompt_gets_there_it_is_made_whole_and_once(settling, run, sandbox, tmp_path, how):
+def test_however_a_prompt_is_dropped_it_is_sent_whole_and_once(settling, run, sandbox, tmp_path, how):
     run(settling)
     source, target = tmp_path / "source", settling.inbox / "cat.prompt.txt"
     source.write_text("A cat, and a dog")
@@ -105,7 +106,7 @@ def test_however_a_prompt_gets_there_it_is_made_whole_and_once(settling, run, sa
     assert prompts(sandbox) == ["A cat, and a dog"]
 
 
-def test_a_slow_writer_is_waited_for_and_half_a_prompt_is_never_bought(settling, run, sandbox):
+def test_half_a_prompt_of_a_slow_writer_is_never_sent(settling, run, sandbox):
     run(settling)
     with (settling.inbox / "cat.prompt.txt").open("w") as file:
         for word in ["A cat ", "on a ", "mat, ", "at dusk"]:
@@ -116,7 +117,7 @@ def test_a_slow_writer_is_waited_for_and_half_a_prompt_is_never_bought(settling,
     assert prompts(sandbox) == ["A cat on a mat, at dusk"]
 
 
-def test_a_slow_writer_is_waited_for_without_change_events_too(tmp_path, run, sandbox):
+def test_half_a_prompt_is_never_sent_without_change_events_either(tmp_path, run, sandbox):
     polled = Folders(
         tmp_path, sandbox.base_url, inbox__settle_seconds="1.2", inbox__watch="poll", inbox__rescan_seconds="0.1"
     )
@@ -142,7 +143,7 @@ def test_an_image_that_follows_its_prompt_within_settle_seconds_belongs_to_it(se
     assert settling.names("archive") == ["cat.png", "cat.prompt.txt"]
 
 
-def test_images_that_lie_there_belong_to_a_prompt_that_comes_by_rename_however_short_the_settling(
+def test_images_that_are_there_belong_to_a_prompt_that_comes_by_rename_however_short_the_settle_time(
     folders, run, sandbox
 ):
     run(folders)
@@ -182,7 +183,7 @@ def test_a_folder_that_is_named_like_a_preset_applies_it(folders, run, sandbox, 
     }
 
 
-def test_what_lies_there_at_the_start_is_made(patient, run):
+def test_prompts_that_are_there_at_the_start_are_completed(patient, run):
     for stem in ("one", "two", "a/three"):
         patient.prompt(stem, DECLARES_NOTHING + stem)
     for path in patient.inbox.rglob("*.prompt.txt"):
@@ -192,7 +193,7 @@ def test_what_lies_there_at_the_start_is_made(patient, run):
     over(patient, "one", "two", "three")
 
 
-def test_an_inbox_without_change_events_is_looked_at_regularly(tmp_path, run, sandbox):
+def test_an_inbox_without_change_events_is_scanned_regularly(tmp_path, run, sandbox):
     polled = Folders(tmp_path, sandbox.base_url, inbox__watch="poll", inbox__rescan_seconds="0.2")
     daemon = run(polled)
     polled.prompt("a/b/cat", "A cat")
@@ -200,7 +201,7 @@ def test_an_inbox_without_change_events_is_looked_at_regularly(tmp_path, run, sa
     assert daemon.events("started")[0]["mode"] == "poll"
 
 
-def test_a_renamed_prompt_with_its_declared_images_is_taken_at_once(patient, run, sandbox):
+def test_a_renamed_prompt_with_its_declared_images_is_claimed_immediately(patient, run, sandbox):
     run(patient)
     patient.drop("logo.png", PICTURE)
     patient.drop("other.png", PICTURE)
@@ -209,7 +210,7 @@ def test_a_renamed_prompt_with_its_declared_images_is_taken_at_once(patient, run
     assert len(sandbox.report()["calls"][0]["inputs"]) == 2
 
 
-def test_a_renamed_prompt_that_declares_no_images_is_taken_at_once_without_its_sibling(patient, run, sandbox):
+def test_a_renamed_prompt_that_declares_no_images_is_claimed_immediately_without_its_sibling(patient, run, sandbox):
     daemon = run(patient)
     patient.drop("cat.png", PICTURE)
     patient.prompt("cat", DECLARES_NOTHING + "A cat")
@@ -219,7 +220,7 @@ def test_a_renamed_prompt_that_declares_no_images_is_taken_at_once_without_its_s
     assert patient.names("inbox") == ["cat.png"]
 
 
-def test_a_declared_image_that_comes_later_is_waited_for_and_a_half_of_it_is_not_taken(patient, run, sandbox):
+def test_a_prompt_waits_for_a_declared_image_until_it_is_whole(patient, run, sandbox):
     daemon = run(patient)
     patient.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
     with (patient.inbox / "logo.png").open("wb") as file:
@@ -233,7 +234,7 @@ def test_a_declared_image_that_comes_later_is_waited_for_and_a_half_of_it_is_not
     assert len(sandbox.report()["calls"][1]["inputs"]) == 1
 
 
-def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_call(tmp_path, run, sandbox):
+def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_request(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, inbox__input_wait_seconds="0.5")
     run(folders)
     folders.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
@@ -245,7 +246,7 @@ def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_call
 # Not taking
 
 
-def test_an_editor_at_work_holds_its_prompt_and_no_other(tmp_path, run, sandbox):
+def test_an_editor_at_work_delays_its_prompt_and_no_other(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     swap = folders.inbox / ".cat.prompt.txt.swp"
     swap.write_bytes(b"b0VIM 9.0")
@@ -257,7 +258,7 @@ def test_an_editor_at_work_holds_its_prompt_and_no_other(tmp_path, run, sandbox)
     over(folders, "cat", "dog")
 
 
-def test_a_prompt_that_is_removed_before_it_is_taken_is_cancelled(tmp_path, run, sandbox):
+def test_a_prompt_that_is_removed_before_its_claim_is_cancelled(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
     daemon = run(folders)
     sandbox.hold()
@@ -272,7 +273,7 @@ def test_a_prompt_that_is_removed_before_it_is_taken_is_cancelled(tmp_path, run,
     assert folders.leftovers() == []
 
 
-def test_an_empty_file_waits_and_is_taken_once_it_is_filled(settling, run, sandbox):
+def test_an_empty_file_waits_and_is_claimed_when_it_has_a_text(settling, run, sandbox):
     run(settling)
     path = settling.prompt("cat", "")
     settling.prompt("dog", "A dog")
@@ -311,7 +312,7 @@ def unprivileged(open_path, sandbox) -> Folders:
     return folders
 
 
-def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(unprivileged, run, tmp_path):
+def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_completed_when_it_may(unprivileged, run, tmp_path):
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     path = unprivileged.prompt("cat", "A cat")
@@ -327,7 +328,7 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(un
     over(unprivileged, "cat", "dog")
 
 
-def test_a_file_that_the_daemon_may_not_read_refuses_its_own_prompt_alone(unprivileged, run, tmp_path, sandbox):
+def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(unprivileged, run, tmp_path, sandbox):
     """Whoever puts it there could as well put an image there; nobody else waits or pays for it."""
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
@@ -343,7 +344,7 @@ def test_a_file_that_the_daemon_may_not_read_refuses_its_own_prompt_alone(unpriv
     assert sandbox.report()["requests"] == 2
 
 
-def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_holds_up_nobody(unprivileged, run, tmp_path):
+def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_other(unprivileged, run, tmp_path):
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     path = unprivileged.prompt("mine/cat", "A cat")
@@ -360,7 +361,7 @@ def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_holds_up_n
     over(unprivileged, "cat", "dog", "fox")
 
 
-def test_the_same_name_again_while_the_first_is_in_flight_makes_both(folders, run, sandbox):
+def test_the_same_name_again_while_the_first_is_in_flight_completes_both(folders, run, sandbox):
     daemon = run(folders)
     sandbox.hold()
     folders.prompt("cat", "The first")
@@ -377,7 +378,7 @@ def test_the_same_name_again_while_the_first_is_in_flight_makes_both(folders, ru
     assert folders.names("archive") == [f"{other}.prompt.txt", "cat.prompt.txt"]
 
 
-def test_an_inbox_that_is_deleted_and_made_again_is_watched_again(tmp_path, run, sandbox):
+def test_an_inbox_that_is_deleted_and_created_again_is_watched_again(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     daemon = run(folders)
     folders.prompt("one", "One")
@@ -408,7 +409,7 @@ def test_a_folder_that_is_replaced_by_another_of_its_name_is_watched_again(folde
 
 
 @pytest.mark.parametrize("same", ["inbox and state", "inbox", "state"])
-def test_a_second_daemon_on_the_same_folders_ends_with_75_and_takes_nothing(folders, run, tmp_path, sandbox, same):
+def test_a_second_daemon_on_the_same_folders_exits_with_75_and_claims_nothing(folders, run, tmp_path, sandbox, same):
     run(folders)
     other = Folders(tmp_path / "other", sandbox.base_url)
     if "inbox" in same:
@@ -425,7 +426,7 @@ def test_a_second_daemon_on_the_same_folders_ends_with_75_and_takes_nothing(fold
 # Signals
 
 
-def test_sigterm_finishes_what_was_sent_takes_nothing_new_and_ends_with_0(tmp_path, run, sandbox):
+def test_after_sigterm_what_was_sent_is_finished_nothing_is_claimed_and_the_exit_code_is_0(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
     for number in range(4):
         folders.prompt(f"p{number}", f"Number {number}")
@@ -476,7 +477,7 @@ def test_a_kill_at_rest_loses_nothing(folders, run):
     over(folders, "cat")
 
 
-def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wrong(folders, run, sandbox, tmp_path):
+def test_sighup_uses_a_changed_configuration_and_keeps_the_old_one_if_it_is_wrong(folders, run, sandbox, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text("")
     daemon = run(folders, "--config", str(config))
@@ -503,7 +504,7 @@ def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wro
     assert folders.names("archive") == ["one.prompt.txt", "two.prompt.txt"]
 
 
-def test_sighup_in_a_folder_that_is_gone_keeps_the_old_configuration(folders, run, tmp_path):
+def test_sighup_in_a_working_folder_that_was_removed_keeps_the_old_configuration(folders, run, tmp_path):
     here, script = tmp_path / "here", tmp_path / "here.py"
     here.mkdir()
     (here / "imagewatch.toml").touch()
@@ -533,7 +534,9 @@ def test_sighup_ends_a_hold_because_the_configuration_may_have_been_its_cause(fo
 # Holds
 
 
-def test_without_credits_one_prompt_shows_it_and_the_others_stay_until_there_are_credits(tmp_path, hurried, sandbox):
+def test_without_credits_one_job_reports_it_and_the_other_prompts_stay_until_there_are_credits(
+    tmp_path, hurried, sandbox
+):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="4")
     sandbox.balance = 0
     for number in range(20):
@@ -553,7 +556,7 @@ def test_without_credits_one_prompt_shows_it_and_the_others_stay_until_there_are
     assert sandbox.report()["charged"] == 19
 
 
-def test_an_answer_to_a_request_that_was_under_way_before_does_not_end_a_hold(tmp_path, run, sandbox):
+def test_a_response_to_a_request_from_before_a_hold_does_not_end_it(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="4")
     for number in range(3):
         folders.prompt(f"slow{number}", f"[sandbox: slow {1 + number / 2}] A slow one")
@@ -570,7 +573,9 @@ def test_an_answer_to_a_request_that_was_under_way_before_does_not_end_a_hold(tm
     assert sandbox.report()["requests"] == 4
 
 
-def test_with_a_rejected_key_one_prompt_shows_it_and_the_others_are_made_with_the_right_one(folders, hurried, sandbox):
+def test_with_a_rejected_key_one_job_reports_it_and_the_others_are_completed_with_the_right_one(
+    folders, hurried, sandbox
+):
     sandbox.key = "another key"
     for number in range(8):
         folders.prompt(f"p{number}", f"Number {number}")
@@ -583,7 +588,7 @@ def test_with_a_rejected_key_one_prompt_shows_it_and_the_others_are_made_with_th
     assert KEY not in json.dumps(daemon.lines)
 
 
-def test_without_a_key_nothing_is_taken_out_of_the_inbox_for_good(folders, hurried, sandbox, tmp_path):
+def test_without_a_key_every_prompt_stays_in_the_inbox(folders, hurried, sandbox, tmp_path):
     del folders.environ["LETTA_API_KEY"]
     folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = str(tmp_path / "key")
     folders.prompt("cat", "A cat")
@@ -595,7 +600,7 @@ def test_without_a_key_nothing_is_taken_out_of_the_inbox_for_good(folders, hurri
     assert folders.documents() == {"cat": "outbox"}
 
 
-def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_made_when_it_is_there(tmp_path, hurried):
+def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_when_it_can(tmp_path, hurried):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
         port = reserved.getsockname()[1]
     folders = Folders(tmp_path, f"http://127.0.0.1:{port}")
@@ -626,7 +631,7 @@ def test_a_busy_endpoint_slows_the_whole_queue(tmp_path, run, sandbox):
     assert folders.receipt("first")["attempts"] == 2
 
 
-def test_with_too_little_free_space_nothing_is_claimed_and_it_is_said_once(tmp_path, run, sandbox):
+def test_with_too_little_free_space_nothing_is_claimed_and_the_hold_is_logged_once(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes=str(1 << 60), inbox__rescan_seconds="0.1")
     folders.prompt("one", "One")
     daemon = run(folders)
@@ -643,28 +648,28 @@ def test_each_refused_probe_doubles_the_wait_up_to_a_quarter_of_an_hour():
     holds, now = Holds(first_seconds=15), 0.0
     waits = []
     for _ in range(8):
-        hold = holds.add("credits", "none left", now)
+        hold = holds.add(Reason("credits", "none left"), now)
         waits.append(hold.until - now)
         now = hold.until
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
 
 
-def test_requests_that_met_the_same_at_once_are_one_hold():
+def test_requests_refused_at_the_same_time_for_the_same_reason_make_one_hold():
     holds = Holds(first_seconds=15)
-    first = holds.add("credits", "none left", 100.0)
-    assert holds.add("credits", "none left", 100.5) is first
+    first = holds.add(Reason("credits", "none left"), 100.0)
+    assert holds.add(Reason("credits", "none left"), 100.5) is first
     assert holds.waiting(114.9) is first
     assert (holds.waiting(115.0), holds.probing()) == (None, True)
 
 
-def test_an_answer_ends_the_holds_that_began_before_its_request_but_never_one_of_our_own_disk():
+def test_a_response_ends_the_holds_that_began_before_its_request_but_never_one_for_our_own_disk():
     holds = Holds(first_seconds=15)
-    assert [holds.blame("credits"), holds.blame("credits")] == [True, False]
+    assert [holds.may_report("credits"), holds.may_report("credits")] == [True, False]
     for kind in ("credits", "disk"):
-        holds.add(kind, "…", 100.0)
+        holds.add(Reason(kind, "…"), 100.0)
     assert holds.disproved(began=99.0) == []
     assert [hold.kind for hold in holds.disproved(began=115.0)] == ["credits"]
-    assert (holds.blame("credits"), holds.has("disk")) == (True, True)
+    assert (holds.may_report("credits"), holds.has("disk")) == (True, True)
     assert [hold.kind for hold in holds.clear("disk")] == ["disk"]
 
 
@@ -684,9 +689,15 @@ class Manager:
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
     def hear_until(self, name: str) -> dict[str, str]:
-        while name not in (heard := self.hear()):
-            pass
-        return heard
+        """Wait for a message with this field; fail with the messages that came."""
+        heard: list[dict[str, str]] = []
+        try:
+            while not heard or name not in heard[-1]:
+                heard.append(self.hear())
+        except TimeoutError:
+            message = f"waited for a message with {name}, but there were only: {heard}"
+            raise AssertionError(message) from None
+        return heard[-1]
 
 
 @pytest.fixture
@@ -696,7 +707,7 @@ def manager(tmp_path, folders) -> Iterator[Manager]:
         yield listening
 
 
-def test_the_service_manager_hears_when_it_is_ready_and_when_it_stops(folders, run, manager, sandbox):
+def test_the_service_manager_is_notified_of_readiness_and_of_the_end(folders, run, manager, sandbox):
     daemon = run(folders)
     ready = manager.hear_until("READY")
     assert (ready["READY"], str(folders.inbox) in ready["STATUS"]) == ("1", True)
@@ -711,7 +722,7 @@ def test_the_service_manager_hears_when_it_is_ready_and_when_it_stops(folders, r
     assert daemon.end() == 0
 
 
-def test_the_watchdog_is_fed_by_looks_at_the_inbox_and_by_nothing_else(folders, run, manager):
+def test_only_a_scan_of_the_inbox_resets_the_watchdog(folders, run, manager):
     folders.environ["WATCHDOG_USEC"] = "400000"
     daemon = run(folders)
     for _ in range(3):
@@ -737,11 +748,11 @@ config = load(None, os.environ)
 class Unlucky(Daemon):
     away = config.folders.inbox + ".away"
 
-    def _look(self):
+    def _scan(self):
         if self.away:
             os.rename(config.folders.inbox, self.away)
             self.away = ""
-        super()._look()
+        super()._scan()
 
 log.configure("info", "json")
 Unlucky(config, os.environ).run()
@@ -749,7 +760,7 @@ Unlucky(config, os.environ).run()
 """A daemon whose inbox goes away when all folders have been proved, right before it looks for the first time."""
 
 
-def test_a_daemon_that_cannot_look_is_not_ready_before_it_can(folders, run, manager, tmp_path):
+def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, manager, tmp_path):
     script = tmp_path / "unlucky.py"
     script.write_text(INBOX_GONE_AT_FIRST)
     daemon = run(folders, script=str(script), watching=False)
@@ -773,7 +784,7 @@ def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
     ready.join()
 
 
-def test_a_folder_with_a_hostile_name_is_told_to_the_manager_in_one_line(tmp_path, run, sandbox):
+def test_a_folder_with_a_hostile_name_is_reported_to_the_manager_in_one_line(tmp_path, run, sandbox):
     folders = Folders(tmp_path / "a\nREADY=0\x1b", sandbox.base_url)
     manager = Manager(tmp_path, folders)
     with contextlib.closing(manager.socket):
@@ -782,7 +793,7 @@ def test_a_folder_with_a_hostile_name_is_told_to_the_manager_in_one_line(tmp_pat
     assert (ready["READY"], "a\\nREADY=0\\x1b" in ready["STATUS"]) == ("1", True)
 
 
-def test_a_manager_that_listens_to_nothing_does_not_stop_it(folders, run, tmp_path):
+def test_a_service_manager_that_receives_nothing_does_not_stop_the_daemon(folders, run, tmp_path):
     folders.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
     run(folders)
     folders.prompt("cat", "A cat")
@@ -792,7 +803,7 @@ def test_a_manager_that_listens_to_nothing_does_not_stop_it(folders, run, tmp_pa
 # Many
 
 
-def test_many_prompts_at_once_are_each_made_once(folders, run, sandbox):
+def test_of_many_prompts_at_the_same_time_each_is_sent_once(folders, run, sandbox):
     daemon = run(folders)
     for number in range(150):
         folders.prompt(f"{number % 7}/p{number:03}", f"[sandbox: b64] Number {number}")
@@ -810,7 +821,7 @@ def test_many_prompts_at_once_are_each_made_once(folders, run, sandbox):
     ],
     ids=["certificates", "a proxy"],
 )
-def test_a_start_that_could_never_send_says_so_and_ends_before_it_is_ready(tmp_path, variables, named):
+def test_a_daemon_that_could_never_send_reports_it_and_ends_before_it_is_ready(tmp_path, variables, named):
     folders = Folders(tmp_path, "https://api.invalid")
     folders.prompt("cat", "A cat")
     ended = command(folders, "run", **variables)

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -90,8 +90,8 @@ def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
 
 
 @pytest.mark.parametrize("door", ["outbox", "state"])
-def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_another_request(
-    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., Told], door: str
+def test_after_a_full_disk_the_image_is_delivered_without_another_request(
+    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., LoggedDaemon], door: str
 ) -> None:
     place = tight.outbox if door == "outbox" else tight.state
     place.mkdir(exist_ok=True)
@@ -182,9 +182,7 @@ def test_an_empty_mount_point_is_not_an_empty_inbox(tight: Folders, sandbox: San
     assert (tight.inbox / "wrong.prompt.txt").exists()
 
 
-def test_an_outbox_that_was_removed_is_not_made_again_behind_its_owners_back(
-    tight: Folders, sandbox: Sandbox, start: Any
-) -> None:
+def test_an_outbox_that_was_removed_is_not_created_again(tight: Folders, sandbox: Sandbox, start: Any) -> None:
     sandbox.hold()
     tight.prompt("cat", "a cat")
     start(tight, "run")
@@ -236,7 +234,7 @@ class unprivileged:  # noqa: N801  reads as a function
         self._process.wait(timeout=30)
 
 
-def test_what_was_banked_before_the_disk_failed_survives_a_kill_too(
+def test_a_response_saved_before_the_disk_failed_survives_a_kill_too(
     tight: Folders, sandbox: Sandbox, mount: Any, start: Any
 ) -> None:
     mount(tight.outbox, "size=4m")

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import KEY, Folders, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, until
 from support.station import Station
 
 from imagewatch.job.outcome import End
@@ -59,13 +59,13 @@ def sparse(path: Path, beginning: bytes = b"") -> None:
         file.truncate(1 << 40)
 
 
-def memory(daemon: Told, name: str) -> float:
+def memory(daemon: LoggedDaemon, name: str) -> float:
     text = Path(f"/proc/{daemon.process.pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 / MB for line in text.splitlines() if line.startswith(name + ":"))
 
 
-def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_is_told_of_once(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is_reported_once(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     inbox = folders.inbox
@@ -126,8 +126,8 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
     assert KEY not in str(daemon.lines)
 
 
-def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_an_image_with_an_impossible_name_is_invalid_and_delays_no_other_prompt(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     daemon = run(folders)
@@ -143,8 +143,8 @@ def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
     assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A good one"]
 
 
-def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_prompts_are_made(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_five_thousand_files_of_junk_are_counted_some_are_named_and_good_prompts_are_completed(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     for number in range(5000):
@@ -170,7 +170,9 @@ while True:
 """
 
 
-def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def test_a_flood_of_events_delays_no_other_prompt(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
     with subprocess.Popen([sys.executable, "-c", FLOOD, folders.inbox]) as flood:
@@ -219,8 +221,8 @@ sys.exit(Daemon(load(None, os.environ), os.environ).run())
 @pytest.mark.parametrize(
     "how", ["os.symlink({secret!r}, {victim!r})", "os.mkfifo({victim!r})", "os.link({secret!r}, {victim!r})"]
 )
-def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], victim: str, how: str
+def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], victim: str, how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     secret = tmp_path / "secret"
@@ -263,7 +265,7 @@ class InTheWay(Disk):
 @pytest.mark.timeout(20)  # whoever opens it waits for a writer
 @pytest.mark.parametrize("linked", [False, True])
 @pytest.mark.parametrize(("door", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
-def test_a_pipe_where_a_document_will_be_holds_up_nobody_and_the_document_goes_beside_it(
+def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_beside_it(
     tmp_path: Path, sandbox: Sandbox, door: str, name: str, linked: bool
 ) -> None:
     pipe, place = tmp_path / "pipe", tmp_path / "watched" / door / name

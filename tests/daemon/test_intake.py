@@ -54,13 +54,13 @@ class Looking:
 
     def look(self) -> None:
         """Look once, as long as one look takes."""
-        self.clock.now = max(self.clock.now, self.intake.due)
-        self.intake.look(())
+        self.clock.now = max(self.clock.now, self.intake.scanner.due)
+        self.intake.scan(())
 
     def look_through(self) -> None:
         """Look until everything was looked at."""
         self.look()
-        while self.intake.is_at_work():
+        while self.intake.scanner.is_at_work():
             self.look()
 
     def take(self) -> Candidate | None:
@@ -79,7 +79,7 @@ class Looking:
         for _ in range(20_000):
             if candidate := self.take():
                 taken.append(candidate.source)
-            elif self.intake.any() or self.intake.pending:
+            elif self.intake.any() or self.intake.scanner.pending:
                 self.look()
             else:
                 return taken
@@ -100,7 +100,7 @@ def names(count: int, ending: str = "prompt.txt", stem: str = "p") -> list[str]:
 
 @pytest.mark.parametrize("where", ["mallory", ""])
 @pytest.mark.parametrize("ending", ["prompt.txt.txt", "gif", "prompt.txt"])
-def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(looking, where, ending):
+def test_a_prompt_is_found_before_the_scan_of_a_folder_with_very_many_files_ends(looking, where, ending):
     looking.clock.step = 0.003
     looking.write(where, *names(3000, ending), text="" if ending == "prompt.txt" else "x")
     looking.write("colleague", "cat.prompt.txt")
@@ -108,25 +108,25 @@ def test_a_prompt_is_found_before_a_folder_with_very_many_files_was_scanned(look
     while not looking.intake.is_ready("colleague"):
         looking.look()
         looks += 1
-        assert not looking.intake.is_complete
+        assert not looking.intake.scanner.is_complete
     assert looks <= 3
     looking.look_through()
     kinds = [*looking.intake.seen.ignored.kinds.values(), *looking.intake.seen.waiting.kinds.values()]
     assert kinds == ([] if ending == "gif" else [3000])
 
 
-def test_a_prompt_is_found_before_very_many_folders_were_scanned(looking):
+def test_a_prompt_is_found_before_the_scans_of_very_many_folders_end(looking):
     for number in range(500):
         looking.write(f"mallory/{number}", "note.txt")
     looking.write("colleague", "cat.prompt.txt")
     while not looking.intake.is_ready("colleague"):
         looking.look()
-        assert not looking.intake.is_complete
+        assert not looking.intake.scanner.is_complete
     looking.look_through()
     assert looking.intake.seen.ignored.total == 500
 
 
-def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_at_once(looking):
+def test_a_folder_found_during_the_scan_of_the_one_above_is_scanned_immediately(looking):
     for number in range(3000):
         looking.write("", f"note{number}.txt")
         if number == 1500:
@@ -137,7 +137,7 @@ def test_a_folder_that_is_found_while_the_one_above_is_being_scanned_is_scanned_
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(looking):
+def test_many_long_scans_do_not_delay_the_folder_of_another_owner(looking):
     for number in range(9):
         looking.write(f"m{number}", *names(400, "txt"))
         os.chown(looking.inbox / f"m{number}", 61235, 61235)
@@ -146,14 +146,14 @@ def test_many_scans_that_take_long_do_not_keep_back_the_folder_of_another_owner(
     looking.clock.step = 0.005
     for number in range(9):
         looking.write(f"m{number}", "one-more.txt")
-        looking.intake.soon((f"m{number}", ""))
+        looking.intake.scanner.soon((f"m{number}", ""))
     looks = 0
-    while len(looking.intake._running) < 8:
+    while len(looking.intake.scanner._running) < 8:
         looking.look()
         looks += 1
         assert looks < 100
     looking.write("colleague", "cat.prompt.txt")
-    looking.intake.soon(("colleague", ""))
+    looking.intake.scanner.soon(("colleague", ""))
     looking.look()
     assert looking.intake.is_ready("colleague")
 
@@ -163,43 +163,43 @@ def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(looking):
     looking.clock.step = 0.005
     looking.write("a", *names(1800))
     looking.look()
-    assert not looking.intake.is_complete
+    assert not looking.intake.scanner.is_complete
     for number in range(0, 1800, 3):
         (looking.inbox / f"a/p{number:05}.prompt.txt").unlink()
         looking.write("a", f"q{number:05}.prompt.txt")
     taken = []
-    while not looking.intake.is_complete or looking.intake.pending:
+    while not looking.intake.scanner.is_complete or looking.intake.scanner.pending:
         looking.look()
         if candidate := looking.take():
             taken.append(candidate.key[1])
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     looking.look_through()
     taken += [path.rpartition("/")[2].removesuffix(".prompt.txt") for path in looking.take_all()]
     left = [f"p{number:05}" for number in range(1800) if number % 3]
     assert sorted(taken) == sorted([*left, *(f"q{number:05}" for number in range(0, 1800, 3))])
 
 
-def test_scanning_again_and_again_takes_a_tenth_of_a_core_and_is_no_reason_to_wait(looking):
+def test_scans_take_a_tenth_of_a_core_at_most_and_delay_no_prompt(looking):
     """By real clocks: whatever is asked for, scanning rests, and a prompt is found all the same."""
-    looking.intake._now = time.monotonic
+    looking.intake._now = looking.intake.scanner._now = time.monotonic
     looking.write("mallory", *names(3000, "txt"))
     looking.intake.configure(looking.folders.config().inbox, 0)
-    looking.intake._allowance = Allowance(time.monotonic())
-    looking.intake._allowance.spend(10.0)  # what may be used up at the start
+    looking.intake.scanner._allowance = Allowance(time.monotonic())
+    looking.intake.scanner._allowance.spend(10.0)  # what may be used up at the start
     began, busy, pause = time.monotonic(), time.thread_time(), threading.Event()
-    while time.monotonic() < began + 4 or not looking.intake.is_complete:
-        looking.intake.soon()
-        pause.wait(max(looking.intake.due - time.monotonic(), 0.001))
+    while time.monotonic() < began + 4 or not looking.intake.scanner.is_complete:
+        looking.intake.scanner.soon()
+        pause.wait(max(looking.intake.scanner.due - time.monotonic(), 0.001))
         looking.write("mallory", "again.txt")
-        looking.intake.look(())
+        looking.intake.scan(())
     share = (time.thread_time() - busy) / (time.monotonic() - began)
     assert share < 0.2
     looking.write("colleague", "cat.prompt.txt")
     began = time.monotonic()
     while not looking.intake.is_ready("colleague"):
-        looking.intake.soon()
-        pause.wait(max(looking.intake.due - time.monotonic(), 0.001))
-        looking.intake.look(())
+        looking.intake.scanner.soon()
+        pause.wait(max(looking.intake.scanner.due - time.monotonic(), 0.001))
+        looking.intake.scan(())
     assert time.monotonic() < began + 5
 
 
@@ -225,14 +225,14 @@ def test_a_prompt_that_comes_later_does_not_wait_for_the_thousands_of_another_fo
     for _ in range(10):
         assert looking.take().key[0] == "mallory"
     looking.write("colleague", "cat.prompt.txt")
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     looking.look_through()
     assert "colleague" in {looking.take().key[0] for _ in range(2)}
     left = looking.take_all()
     assert left == [f"mallory/{name}" for name in names(3000)[-len(left) :]]
 
 
-def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_path, monkeypatch):
+def test_more_prompts_than_are_known_by_name_are_claimed_in_turns_each_once(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 100)
     looking = Looking(tmp_path)
     for folder in ("a", "b", "c/d", ""):
@@ -248,7 +248,7 @@ def test_more_prompts_than_are_known_by_name_are_taken_in_turns_each_once(tmp_pa
     assert min(ends) > 1150, "all of them were served until the end"
 
 
-def test_prompts_in_many_folders_of_one_first_level_folder_are_taken_oldest_first(tmp_path, monkeypatch):
+def test_prompts_in_many_folders_of_one_first_level_folder_are_claimed_oldest_first(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 50)
     looking = Looking(tmp_path)
     written = []
@@ -261,7 +261,7 @@ def test_prompts_in_many_folders_of_one_first_level_folder_are_taken_oldest_firs
     assert looking.take_all() == [f"{folder}/{name}" for _, folder, name in sorted(written)]
 
 
-def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
+def test_prompts_that_cannot_be_claimed_delay_no_other_folder(looking):
     declares = '+++\ninput_images = ["missing.png"]\n+++\nA lighthouse'
     looking.write("mallory", *names(1500), text=declares)
     looking.write("colleague", "cat.prompt.txt")
@@ -275,7 +275,7 @@ def test_prompts_that_cannot_be_taken_delay_nobody_in_another_folder(looking):
     assert looking.intake.seen.waiting.kinds == {"images": 1500}
 
 
-def test_a_prompt_whose_name_a_job_still_has_is_taken_when_that_job_is_over(looking):
+def test_a_prompt_whose_name_a_job_still_has_is_claimed_when_that_job_is_finished(looking):
     looking.write("a", "cat.prompt.txt")
     looking.look_through()
     key = ("a", "cat")
@@ -285,12 +285,12 @@ def test_a_prompt_whose_name_a_job_still_has_is_taken_when_that_job_is_over(look
     assert looking.take().key == key
 
 
-def test_after_the_configuration_was_read_again_everything_is_known_anew(looking):
+def test_after_a_reload_everything_is_scanned_again(looking):
     looking.clock.step = 0.005
     looking.write("a", *names(100))
     looking.write("b", *names(2500, "txt"))
     looking.look()
-    assert not looking.intake.is_complete
+    assert not looking.intake.scanner.is_complete
     looking.intake.configure(looking.folders.config().inbox, 0)
     looking.look_through()
     assert looking.intake.count() == 100
@@ -301,42 +301,42 @@ def test_after_the_configuration_was_read_again_everything_is_known_anew(looking
 def assert_taken_after_all_was_counted(looking: Looking) -> None:
     assert looking.intake.next("a", ()) is None
     looking.look_through()
-    assert looking.intake.may_take()
+    assert looking.intake.may_claim()
     assert len(looking.intake.arrived()) > 5
 
 
-def test_with_a_burst_guard_nothing_is_taken_before_everything_was_counted(tmp_path):
+def test_with_a_burst_guard_nothing_is_claimed_before_everything_was_counted(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.clock.step = 0.005
     looking.write("a", *names(3))
     looking.write("b", *names(2500))
     looking.look()
-    assert not looking.intake.is_complete
+    assert not looking.intake.scanner.is_complete
     assert looking.intake.any()
     assert_taken_after_all_was_counted(looking)
 
 
-def test_with_a_burst_guard_what_comes_at_once_in_several_folders_is_counted_before_any_of_it_is_taken(tmp_path):
+def test_with_a_burst_guard_prompts_in_several_folders_are_counted_before_any_is_claimed(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.look_through()
     looking.clock.step = 0.005
     looking.write("a", *names(3))
     looking.write("b", *names(2500))
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     while not looking.intake.is_ready("a"):
         looking.look()
-    assert looking.intake.is_at_work()
+    assert looking.intake.scanner.is_at_work()
     assert_taken_after_all_was_counted(looking)
 
 
-def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_path):
+def test_with_a_burst_guard_endless_scans_do_not_delay_prompts_for_ever(tmp_path):
     looking = Looking(tmp_path, limits__burst="5")
     looking.look_through()
     looking.clock.step = 0.01
     looking.write("a", "cat.prompt.txt")
     began = looking.clock.now
     while (candidate := looking.intake.next("a", ())) is None:
-        looking.intake.soon(("mallory", "") if looking.clock.now > began + 1 else None)
+        looking.intake.scanner.soon(("mallory", "") if looking.clock.now > began + 1 else None)
         looking.write("mallory", *names(50, "txt"))
         looking.look()
         assert looking.clock.now < began + 20
@@ -346,31 +346,31 @@ def test_with_a_burst_guard_scans_without_end_keep_nothing_waiting_for_ever(tmp_
 # What goes on while other things come and go
 
 
-def test_a_scan_goes_on_though_a_folder_is_removed_meanwhile(looking):
+def test_a_scan_continues_though_a_folder_is_removed_meanwhile(looking):
     looking.write("a/x", "note.txt")
     looking.look_through()
     shutil.rmtree(looking.inbox / "a/x")
     looking.write("a", *names(600), text="")
     looking.clock.step = 0.005
-    looking.intake.soon()
+    looking.intake.scanner.soon()
     began = looking.clock.now
     looking.look()
-    assert looking.intake.is_at_work()
-    while looking.intake.is_at_work():
+    assert looking.intake.scanner.is_at_work()
+    while looking.intake.scanner.is_at_work():
         looking.look()
         assert looking.clock.now < began + 4, "what was begun goes on only when everything is scanned again"
     looking.look()
     assert looking.intake.seen.waiting.total == 600
 
 
-def test_a_prompt_that_waits_for_images_is_waited_for_however_many_others_there_are(looking):
+def test_a_prompt_that_waits_for_images_is_not_forgotten_however_many_others_there_are(looking):
     looking.write("a", "a.prompt.txt", text='+++\ninput_images = ["missing.png"]\n+++\nA lighthouse')
     looking.write("a", *names(300))
     looking.clock.step = 0.003
     assert looking.take_all() == [*(f"a/{name}" for name in names(300)), "a/a.prompt.txt"]
 
 
-def test_not_everything_is_known_before_each_folder_was_scanned_however_long_that_takes(looking):
+def test_no_prompt_is_overlooked_however_long_the_scans_take(looking):
     looking.write("", *names(300, "txt"))
     for number in range(10):
         looking.write(f"{number}/inner", "cat.prompt.txt")
@@ -381,7 +381,7 @@ def test_not_everything_is_known_before_each_folder_was_scanned_however_long_tha
 # Naming
 
 
-def test_every_folder_has_some_of_its_files_named_however_many_another_has(looking):
+def test_some_files_of_every_folder_are_named_however_many_another_has(looking):
     looking.write("mallory", *names(5000, "txt"))
     for number in range(20):
         looking.write(f"colleague{number}", "note.txt")
@@ -393,7 +393,7 @@ def test_every_folder_has_some_of_its_files_named_however_many_another_has(looki
     assert named <= ignored.some(100).keys()
 
 
-def test_the_names_of_files_that_are_not_taken_are_bounded_also_over_very_many_folders(looking):
+def test_the_names_of_ignored_files_are_bounded_also_over_very_many_folders(looking):
     for number in range(600):
         looking.write(f"m{number}", *names(10, "txt"))
     looking.look_through()

@@ -10,7 +10,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, command, until
+from support.daemon import Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def drop(folders: Folders) -> None:
         folders.prompt(f"p{number}", f"Number {number}")
 
 
-def waits(folders: Folders, daemon: Told, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
+def waits(folders: Folders, daemon: LoggedDaemon, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
     """Wait for the hold; all prompts are there, nothing was sent, ``check`` says the same."""
     until(lambda: all(word in str(holds(folders)) for word in words))
     assert [hold["kind"] for hold in holds(folders)] == ["disk"]
@@ -72,7 +72,7 @@ def rows(path: Path) -> list[tuple[str, str]]:
         return database.execute("SELECT source, outcome FROM attempts ORDER BY source").fetchall()
 
 
-def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> None:
     """Kill a daemon while a prompt is at the endpoint, and remove all that is left of it but the ledger."""
     daemon = run(folders)
     sandbox.hold()
@@ -93,7 +93,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def test_a_ledger_that_another_program_has_locked_holds_the_queue_until_it_is_free(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     with locked(ledger(used)):
@@ -105,7 +105,7 @@ def test_a_ledger_that_another_program_has_locked_holds_the_queue_until_it_is_fr
 
 
 def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_meanwhile(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     used.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "1"
     daemon = run(used)
@@ -121,8 +121,8 @@ def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_m
     goes_on(used, sandbox)
 
 
-def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_the_status_is_still_written_while_the_ledger_is_locked(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     sandbox.hold()
     run(used)
@@ -138,7 +138,7 @@ def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
 
 @pytest.mark.parametrize("when", ["while it runs", "before it starts", "before it starts, with its id"])
 def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, when: str
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, when: str
 ) -> None:
     kept = tmp_path / "kept.sqlite3"
     shutil.copyfile(ledger(used), kept)
@@ -157,8 +157,8 @@ def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     assert ("before.prompt.txt", "completed") in rows(ledger(used))
 
 
-def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_ledger_that_is_deleted_while_in_use_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     ledger(used).unlink()
@@ -171,7 +171,7 @@ def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
 
 
 def test_a_ledger_that_was_moved_away_and_back_is_used_as_before(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
     ledger(used).rename(tmp_path / "away")
@@ -184,7 +184,7 @@ def test_a_ledger_that_was_moved_away_and_back_is_used_as_before(
 
 
 def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_until_that_is_back(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     until((used.state / "status.json").exists)
@@ -205,7 +205,7 @@ def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_unt
 
 
 def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_nothing_waits(
-    used: Folders, run: Callable[..., Told], tmp_path: Path
+    used: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     used.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "86400"
     aside, away = tmp_path / "aside", used.outbox.with_name("away")
@@ -222,8 +222,8 @@ def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_noth
     assert daemon.stop() == 0
 
 
-def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_rows_are(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_saved_ledger_is_found_at_the_next_start_however_old_its_rows_are(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     """Then no status repeats them: it tells of this month only."""
     with contextlib.closing(sqlite3.connect(ledger(used), isolation_level=None)) as database:
@@ -241,8 +241,8 @@ def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_row
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], running: bool
+def test_only_a_person_accepts_an_empty_ledger(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], running: bool
 ) -> None:
     daemon = run(used) if running else None
     for path in used.state.glob("ledger.sqlite3*"):
@@ -278,7 +278,7 @@ def test_once_uses_the_ledger_that_was_accepted_before_it_started(used: Folders,
 
 
 def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     other = Folders(tmp_path / "other", sandbox.base_url)
     (tmp_path / "other/state").mkdir()
@@ -294,7 +294,7 @@ def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
 
 
 def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_is_named(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
     sandbox.hold()
@@ -318,7 +318,7 @@ def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_
 
 
 def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     old = tmp_path / "old.sqlite3"
     shutil.copyfile(ledger(used), old)
@@ -350,7 +350,7 @@ def damage(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["attempts_by_source", "attempts_by_claim", "attempts_by_time", "attempts"])
 def test_a_damaged_page_of_the_ledger_holds_the_queue_until_the_ledger_is_restored(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, name: str
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, name: str
 ) -> None:
     shutil.copyfile(ledger(used), tmp_path / "backup")
     damage(ledger(used), name)
@@ -362,7 +362,7 @@ def test_a_damaged_page_of_the_ledger_holds_the_queue_until_the_ledger_is_restor
 
 
 def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     damage(ledger(used), "attempts")
     size = ledger(used).stat().st_size
@@ -384,7 +384,7 @@ def test_check_does_not_ask_again_for_what_was_accepted_while_no_daemon_runs(use
     assert (told.returncode, "the daemon accepts what is there when it starts" in told.stdout) == (0, True)
 
 
-def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
+def test_once_reports_why_it_did_nothing_if_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
     ledger(used).unlink()
     drop(used)
     done = command(used, "once", "--json")
@@ -395,7 +395,7 @@ def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Fold
 
 
 def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     lose_a_request(used, sandbox, run)
     used.prompt("dog", "A dog")
@@ -413,7 +413,9 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     assert os.listdir(used.state / "jobs") == []
 
 
-def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def test_a_damaged_text_in_the_ledger_does_not_end_the_daemon(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
     with contextlib.closing(sqlite3.connect(ledger(used))) as database:
         damaged = "price_kind = CAST(X'FF80' AS TEXT), provider = CAST(X'FF80' AS TEXT)"
         database.execute(f"UPDATE attempts SET {damaged}")
@@ -427,7 +429,7 @@ def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: San
 
 
 def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
-    used: Folders, run: Callable[..., Told]
+    used: Folders, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     used.prompt("cat", "A cat")
@@ -440,8 +442,8 @@ def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
     assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
 
 
-def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charged(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_for_a_claim_without_a_record_the_ledger_shows_that_it_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     sandbox.hold()
@@ -458,8 +460,8 @@ def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charg
 
 
 @pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
-def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, content: bytes | None
+def test_a_ledger_that_is_replaced_by_something_else_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, content: bytes | None
 ) -> None:
     other = tmp_path / "other"
     shutil.copyfile(ledger(used), other)
@@ -478,8 +480,8 @@ def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place
     assert len(rows(ledger(used))) == MANY + 2
 
 
-def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+def test_a_ledger_that_was_moved_away_and_back_is_saved_again_when_it_is_deleted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
     ledger(used).rename(tmp_path / "away")
@@ -498,7 +500,7 @@ def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
 
 
 def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     lose_a_request(used, sandbox, run)
     assert command(used, "once").returncode == 0
@@ -507,7 +509,7 @@ def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
 
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it_is_back(
-    used: Folders, run: Callable[..., Told], tmp_path: Path, is_noticed: bool
+    used: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path, is_noticed: bool
 ) -> None:
     daemon = run(used)
     used.prompt("cat", "A cat")
@@ -523,8 +525,8 @@ def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it
     assert names == ["before", "cat", *(["dog"] if is_noticed else [])]
 
 
-def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_in_errors(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_prompt_that_comes_again_after_its_request_was_lost_gets_an_error_file(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     sandbox.hold()

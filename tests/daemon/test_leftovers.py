@@ -62,7 +62,7 @@ def temporaries(folders: Folders) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", ["", "sub/folder/"])
-def test_what_a_daemon_was_about_to_publish_when_it_was_killed_is_gone_after_the_next_start(
+def test_temporary_files_of_a_killed_daemon_are_removed_at_the_next_start(
     folders: Folders, sandbox: Sandbox, killed, folder: str
 ) -> None:
     folders.prompt(f"{folder}cat", "a cat")
@@ -74,7 +74,7 @@ def test_what_a_daemon_was_about_to_publish_when_it_was_killed_is_gone_after_the
     assert sandbox.report()["requests"] == 1
 
 
-def test_a_refusal_that_was_about_to_be_written_down_leaves_no_file_after_the_next_start(folders: Folders, killed):
+def test_a_refusal_that_was_being_written_leaves_no_file_after_the_next_start(folders: Folders, killed):
     folders.prompt("cat", "a cat [sandbox: 402]")
     killed("control/refused")
     assert temporaries(folders) == ["refused.tmp"]
@@ -82,7 +82,7 @@ def test_a_refusal_that_was_about_to_be_written_down_leaves_no_file_after_the_ne
     assert temporaries(folders) == []
 
 
-def test_what_another_daemon_or_a_command_may_be_writing_stays(folders: Folders) -> None:
+def test_temporary_files_that_another_process_may_be_writing_stay(folders: Folders) -> None:
     stranger = f".iw-{'0123456789abcdef'}.0.tmp"
     others = [folders.outbox / stranger, folders.errors / stranger, folders.outbox / ".iw-mine.tmp"]
     control = folders.state / "control"
@@ -96,7 +96,7 @@ def test_what_another_daemon_or_a_command_may_be_writing_stays(folders: Folders)
     assert all(path.exists() for path in (*others, *writing))
 
 
-def test_what_nobody_has_touched_for_a_day_goes_unless_it_is_not_ours(folders: Folders, monkeypatch) -> None:
+def test_temporary_files_of_ours_are_removed_after_a_day(folders: Folders, monkeypatch) -> None:
     monkeypatch.setattr(leftovers, "STALE_SECONDS", 0.0)
     ours = folders.outbox / f".iw-{'0123456789abcdef'}.0.tmp"
     link = folders.outbox / f".iw-{'0123456789abcdef'}.1.tmp"

@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemon import Folders, Told, command, until
+from support.daemon import Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def killed(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> Folders:
+def killed(tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> Folders:
     """Folders of a daemon that was killed after it had sent a prompt."""
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
@@ -44,7 +44,7 @@ def lose(folders: Folders, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["record", "damaged", "empty", "zeros"])
 def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_sent(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
     lose(killed, what)
     killed.prompt("sub/cat", "A cat")
@@ -67,8 +67,8 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
-def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_for(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str
+def test_moving_the_files_back_and_accepting_a_second_charge_completes_the_prompt(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
     lose(killed, what)
     daemon = run(killed)
@@ -84,8 +84,8 @@ def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_f
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
 @pytest.mark.parametrize("comes", ["moved back", "brought by a sync tool"])
-def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_removed(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str, comes: str
+def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str, comes: str
 ) -> None:
     lose(killed, what)
     daemon = run(killed)
@@ -108,7 +108,9 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
     assert sandbox.report()["requests"] == 1
 
 
-def finished_with_a_copy(folders: Folders, sandbox: Sandbox, run: Callable[..., Told], text: str, door: str) -> Path:
+def finished_with_a_copy(
+    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, door: str
+) -> Path:
     """Let a prompt come to its end; return a copy of its record from while it was at the endpoint."""
     daemon = run(folders)
     sandbox.hold()
@@ -122,8 +124,8 @@ def finished_with_a_copy(folders: Folders, sandbox: Sandbox, run: Callable[..., 
     return backup
 
 
-def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_an_older_copy_of_a_record_changes_nothing_in_the_ledger(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     backup = finished_with_a_copy(folders, sandbox, run, "A cat", "outbox")
@@ -141,8 +143,8 @@ def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
 
 @pytest.mark.parametrize("back", ["the record", "the record and the prompt"])
 @pytest.mark.parametrize("age", ["claimed", "first sent", "first answered"])
-def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_nothing_new(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], age: str, back: str
+def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_changes_no_report(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], age: str, back: str
 ) -> None:
     """As a backup that is copied file by file has it: the folder of the jobs before the ledger."""
     folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1", retry__max_seconds="1")
@@ -177,8 +179,8 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_
     assert sandbox.report()["requests"] == 2
 
 
-def test_an_older_copy_does_not_say_that_a_kept_answer_is_lost(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_an_older_copy_does_not_report_a_saved_response_as_lost(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     backup = finished_with_a_copy(folders, sandbox, run, "A cat [sandbox: no-images]", "errors")
@@ -191,7 +193,7 @@ def test_an_older_copy_does_not_say_that_a_kept_answer_is_lost(
 
 
 def test_a_request_whose_record_is_damaged_counts_below_the_caps(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     (sent,) = (killed.state / "jobs").glob("*/sent.1")
     sent.write_bytes(b"{")
@@ -205,7 +207,7 @@ def test_a_request_whose_record_is_damaged_counts_below_the_caps(
 
 @pytest.mark.parametrize("decision", ["one is settled", "release"])
 def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], decision: str
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], decision: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
     daemon = run(folders)

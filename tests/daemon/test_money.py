@@ -65,7 +65,7 @@ def narrow(tmp_path: Path, sandbox: Sandbox) -> Folders:
 
 
 @pytest.mark.timeout(300)
-def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_renewed(tmp_path, hurried, sandbox):
+def test_with_an_expired_key_many_prompts_wait_and_are_completed_when_its_file_is_renewed(tmp_path, hurried, sandbox):
     key = tmp_path / "key"
     key.write_text("sk-let-expired-0123456789\n")
     key.chmod(0o600)
@@ -99,7 +99,7 @@ def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_r
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
 
 
-def test_each_start_behind_a_refusal_asks_once_and_shows_it_to_no_other_prompt(narrow, hurried, sandbox):
+def test_after_a_refusal_each_start_sends_one_request_and_no_other_job_reports_it(narrow, hurried, sandbox):
     sandbox.key = "another key"
     for number in range(4):
         narrow.prompt(f"p{number}", f"Number {number}")
@@ -124,7 +124,7 @@ def test_each_start_behind_a_refusal_asks_once_and_shows_it_to_no_other_prompt(n
     assert narrow.documents()["later"] == "errors"
 
 
-def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
+def test_a_corrected_endpoint_is_used_after_a_reload(tmp_path, hurried, sandbox):
     config = tmp_path / "config.toml"
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}/api"\n')
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
@@ -143,7 +143,7 @@ def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
 
 
 @pytest.mark.parametrize("how", ["reload", "release"])
-def test_a_refusal_from_before_a_change_holds_nobody(folders, hurried, sandbox, how):
+def test_a_refusal_from_before_a_change_begins_no_hold(folders, hurried, sandbox, how):
     daemon = hurried(folders, NEVER)
     sandbox.key = "another key"
     sandbox.hold()
@@ -182,7 +182,9 @@ def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox)
     ("tag", "kind", "status"),
     [("429-quota", "quota", 429), ("403", "key", 403), ("404", "endpoint", 404), ("308", "endpoint", 308)],
 )
-def test_what_every_request_would_meet_is_shown_by_one_and_the_rest_waits(narrow, hurried, sandbox, tag, kind, status):
+def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
+    narrow, hurried, sandbox, tag, kind, status
+):
     narrow.prompt("first", f"[sandbox: {tag}] First")
     daemon = hurried(narrow, NEVER)
     told = daemon.wait_for("held")
@@ -200,7 +202,7 @@ def test_what_every_request_would_meet_is_shown_by_one_and_the_rest_waits(narrow
     assert (sandbox.report()["requests"], sandbox.report()["redirected"]) == (4, 0)
 
 
-def test_a_method_that_is_not_allowed_is_a_wrong_address(tmp_path, hurried):
+def test_a_method_that_is_not_allowed_is_a_wrong_endpoint(tmp_path, hurried):
     with Scripted(answering(b"{}", status=b"405 Method Not Allowed")) as server:
         folders = Folders(tmp_path, server.base_url, limits__concurrency="1")
         for stem in "ab":
@@ -210,7 +212,7 @@ def test_a_method_that_is_not_allowed_is_a_wrong_address(tmp_path, hurried):
     assert one_error(folders)["status"] == 405
 
 
-def test_a_refused_probe_goes_back_to_the_inbox_unharmed(narrow, hurried, sandbox):
+def test_a_refused_probe_returns_to_the_inbox_unchanged(narrow, hurried, sandbox):
     sandbox.balance = 0
     for number in range(3):
         narrow.drop(f"p{number}.png", picture())
@@ -232,7 +234,7 @@ def test_a_refused_probe_goes_back_to_the_inbox_unharmed(narrow, hurried, sandbo
 
 
 @pytest.mark.parametrize("short_of", ["bytes", "inodes"])
-def test_a_disk_with_too_little_room_for_an_answer_holds_the_queue_until_there_is_room(
+def test_a_disk_with_too_little_room_for_a_response_holds_the_queue_until_there_is_room(
     tmp_path, hurried, sandbox, short_of
 ):
     folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="2000000")
@@ -353,7 +355,7 @@ def test_a_cap_holds_though_the_daemon_is_killed_with_requests_in_flight(tmp_pat
     assert list(folders.documents().values()) == ["errors", "errors"]
 
 
-def test_a_cap_that_several_meet_at_once_is_told_once_with_its_end(tmp_path, hurried, sandbox):
+def test_a_cap_that_stops_several_at_the_same_time_is_logged_once_with_its_end(tmp_path, hurried, sandbox):
     folders = Folders(
         tmp_path,
         sandbox.base_url,
@@ -411,7 +413,7 @@ def at_a_date(seconds: int) -> bytes:
     ],
     ids=["seconds", "a date", "after the last attempt"],
 )
-def test_a_429_slows_the_whole_queue_for_as_long_as_it_asks(tmp_path, run, headers, seconds, attempts):
+def test_a_429_slows_the_whole_queue_for_the_time_it_names(tmp_path, run, headers, seconds, attempts):
     endpoint = Busy(headers)
     more = 3 if attempts == 1 else 4
     with Scripted(endpoint.busy, *[endpoint.good] * more) as server:
@@ -430,7 +432,7 @@ def test_a_429_slows_the_whole_queue_for_as_long_as_it_asks(tmp_path, run, heade
     assert folders.documents()["first"] == ("errors" if attempts == 1 else "outbox")
 
 
-def test_a_shutdown_that_admits_nothing_is_tried_again_boundedly_and_never_charged(tmp_path, hurried, sandbox):
+def test_a_shutdown_without_a_charge_is_retried_a_few_times_and_never_charged(tmp_path, hurried, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, retry__attempts="2")
     folders.prompt("never", "[sandbox: 503-shutdown] Never")
     folders.prompt("once", "[sandbox: once 503-shutdown] Once")
@@ -468,7 +470,7 @@ def in_doubt(folders: Folders, stem: str) -> dict[str, Any]:
     return error
 
 
-def test_every_lost_answer_is_told_with_its_times_and_ids_and_how_to_ask_the_account(tmp_path, sandbox):
+def test_every_lost_response_is_reported_with_its_times_and_ids_and_how_to_check_the_account(tmp_path, sandbox):
     station = Station(tmp_path, sandbox.base_url)
     for tag in LOST:
         station.prompt(tag, f"A cat [sandbox: {tag}]")
@@ -503,7 +505,7 @@ def garbage(exchange: Any) -> None:
 
 
 @pytest.mark.parametrize("script", [silent, trickling, garbage])
-def test_an_answer_that_never_comes_is_told_in_the_same_way(tmp_path, script):
+def test_a_response_that_never_comes_is_reported_in_the_same_way(tmp_path, script):
     limits = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": "3"}
     with Scripted(script) as server:
         station = Station(tmp_path, server.base_url, **limits)
@@ -514,7 +516,7 @@ def test_an_answer_that_never_comes_is_told_in_the_same_way(tmp_path, script):
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped twice"])
-def test_an_answer_that_nobody_was_left_to_take_is_told_in_the_same_way(folders, run, sandbox, how):
+def test_a_response_that_comes_after_a_kill_is_reported_in_the_same_way(folders, run, sandbox, how):
     sandbox.hold()
     folders.prompt("cat", "A cat")
     daemon = run(folders)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 from imagewatch.system.file_systems import Kinds, eventless, keeps_times, mount_of, table
 
@@ -38,10 +38,10 @@ sys.exit(Daemon(load(None, os.environ), os.environ{arguments}).run())
 
 
 @pytest.fixture
-def scripted(run: Callable[..., Told], tmp_path: Path) -> Callable[..., Told]:
+def scripted(run: Callable[..., LoggedDaemon], tmp_path: Path) -> Callable[..., LoggedDaemon]:
     """Start a daemon in whose process something is done before."""
 
-    def starter(folders: Folders, before: str = "", arguments: str = "", **options: Any) -> Told:
+    def starter(folders: Folders, before: str = "", arguments: str = "", **options: Any) -> LoggedDaemon:
         script = tmp_path / "started.py"
         script.write_text(STARTED.format(before=before, arguments=arguments))
         return run(folders, script=str(script), **options)
@@ -60,7 +60,7 @@ def status(folders: Folders) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stopped(daemon: Told) -> Iterator[None]:
+def stopped(daemon: LoggedDaemon) -> Iterator[None]:
     """Keep a daemon from doing anything."""
     daemon.process.send_signal(signal.SIGSTOP)
     until(lambda: Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
@@ -77,8 +77,8 @@ def asked(sandbox: Sandbox) -> list[str]:
 # Events that do not come
 
 
-def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_after_an_overflow_of_the_kernels_queue_no_prompt_is_missed_and_none_sent_twice(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if most > 100_000:
@@ -98,8 +98,8 @@ def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice
     assert daemon.stop() == 0
 
 
-def test_a_reader_of_events_that_dies_is_noticed_and_started_again(
-    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., Told]
+def test_a_watcher_that_dies_is_noticed_and_restarted(
+    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
     daemon = scripted(
@@ -126,8 +126,8 @@ watcher._Folder.on_event = on_event
 
 
 @pytest.mark.parametrize("most", [0, 3])
-def test_folders_beyond_the_limit_of_watches_are_looked_at_regularly(
-    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., Told], most: int
+def test_folders_beyond_the_limit_of_watches_are_scanned_regularly(
+    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon], most: int
 ) -> None:
     """A user namespace has limits of its own."""
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
@@ -172,8 +172,8 @@ def nobody_else_has(lock: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", ["deleted and made again", "replaced by another folder"])
-def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], how: str
+def test_an_inbox_that_was_replaced_is_watched_and_locked_like_the_first(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="1")
     daemon = run(folders)
@@ -201,8 +201,8 @@ def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
         pass
 
 
-def test_nothing_is_taken_out_of_an_inbox_that_another_daemon_has_meanwhile(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     first = run(folders)
@@ -246,7 +246,9 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_where_results_may_not_be_put_nothing_is_paid_for(shared: Folders, scripted: Callable[..., Told]) -> None:
+def test_if_results_cannot_be_written_nothing_is_paid_for(
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
+) -> None:
     (shared.outbox / "sub").mkdir()  # root's
     daemon = scripted(shared, UNPRIVILEGED)
     for stem in ("sub/one", "sub/two", "three"):
@@ -260,8 +262,8 @@ def test_where_results_may_not_be_put_nothing_is_paid_for(shared: Folders, scrip
     assert daemon.stop() == 0
 
 
-def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
-    shared: Folders, scripted: Callable[..., Told]
+def test_an_inbox_out_of_which_nothing_can_be_claimed_any_more_holds_the_queue_once(
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = scripted(shared, UNPRIVILEGED)
     shared.inbox.chmod(0o555)
@@ -280,7 +282,7 @@ def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
-    shared: Folders, scripted: Callable[..., Told]
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     sticky = shared.inbox / "sticky"
     sticky.mkdir()
@@ -295,8 +297,8 @@ def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     assert shared.leftovers() == []
 
 
-def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_dropped_meanwhile_is_taken(
-    shared: Folders, scripted: Callable[..., Told]
+def test_a_permission_that_is_lost_and_regained_is_logged_once_and_prompts_dropped_meanwhile_are_claimed(
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = scripted(shared, UNPRIVILEGED)
     sub, root = shared.inbox / "sub", os.geteuid() == 0
@@ -323,8 +325,8 @@ def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_droppe
     assert (len(daemon.events("ignored")), len(daemon.events("held"))) == (1, 1)
 
 
-def test_a_folder_that_vanishes_with_prompts_in_it_is_forgotten_and_found_where_it_went(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_folder_that_is_moved_with_prompts_in_it_is_found_in_its_new_place(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1", inbox__settle_seconds="0.5")
     sandbox.hold()
@@ -349,7 +351,7 @@ def test_a_folder_that_vanishes_with_prompts_in_it_is_forgotten_and_found_where_
 
 
 def test_a_wall_clock_that_jumps_delays_and_repeats_nothing(
-    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="0.5")
     offset = tmp_path / "offset"
@@ -438,8 +440,8 @@ def bound(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
 
 
-def test_another_file_system_inside_the_inbox_is_named_and_holds_up_nobody(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], bound: Callable[[Path], Path]
+def test_another_file_system_inside_the_inbox_is_named_and_delays_no_other_folder(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     """A prompt is claimed by a rename, which is not possible from one file system to another."""
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
@@ -458,8 +460,8 @@ def test_another_file_system_inside_the_inbox_is_named_and_holds_up_nobody(
     assert len(daemon.events("ignored")) == 1
 
 
-def test_an_inbox_in_which_others_make_changes_unnoticed_is_looked_at(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], bound: Callable[[Path], Path]
+def test_an_inbox_whose_changes_the_kernel_does_not_report_is_polled(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
     behind = bound(folders.inbox)
@@ -475,7 +477,7 @@ def test_an_inbox_in_which_others_make_changes_unnoticed_is_looked_at(
 
 
 def test_native_and_poll_can_be_demanded(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], bound: Callable[[Path], Path]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     native = Folders(tmp_path / "native", sandbox.base_url, inbox__watch="native", **SELDOM)
     bound(native.inbox)

@@ -63,7 +63,7 @@ class Scene:
         settings: Of the configuration.
         mounts: Folders below the root that are file systems of their own.
         there: What lies in the folders already, by path.
-        blame: Whether an account-level refusal may be shown.
+        may_report: Whether an account-level refusal may be shown.
         withdrawn: Whether each request is forbidden when its mark is written and before its first byte leaves.
     """
 
@@ -74,7 +74,7 @@ class Scene:
     settings: dict[str, str] = field(default_factory=dict)
     mounts: tuple[str, ...] = ()
     there: dict[str, bytes] = field(default_factory=dict)
-    blame: bool = True
+    may_report: bool = True
     withdrawn: bool = False
 
 
@@ -102,7 +102,7 @@ SCENES = {
     "refused with images": _one(REFUSED, "errors", "no", images=TWO),
     "no credits": _one(Reply(402, b'{"message": "pay"}', paid=False), "errors", "no"),
     "no credits, as another has shown": _one(
-        Reply(402, b'{"message": "pay"}', paid=False), "inbox", "no", images=TWO, blame=False
+        Reply(402, b'{"message": "pay"}', paid=False), "inbox", "no", images=TWO, may_report=False
     ),
     "invalid": _one(Reply(), "errors", "no", front="colour = 1", images=("cat.png",)),
     "not JSON": _one(Reply(body=b"<html>thank you"), "errors", "yes"),
@@ -235,7 +235,7 @@ class Stage:
             endpoint,  # type: ignore[arg-type]
             self.ledger,
             self.config,
-            blame=lambda _: self.scene.blame,
+            may_report=lambda _: self.scene.may_report,
             clock=lambda: AT,
             wait=lambda _: None,
             leaving=self._leaving if self.scene.withdrawn else contextlib.nullcontext,

@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,7 @@ class Sender(threading.Thread):
 
 
 def test_nothing_is_lost_or_made_twice_however_it_is_sent_and_whenever_the_daemon_dies(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="0.5", limits__concurrency=str(CONCURRENCY))
     outside = tmp_path / "outside"

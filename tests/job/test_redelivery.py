@@ -10,7 +10,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, Folders, until, until_made
+from support.daemon import KEY, Folders, until, until_finished
 from support.endpoint import picture
 from support.station import Station
 
@@ -250,9 +250,9 @@ def test_what_comes_back_is_no_burst_however_much_it_is(
         far.write(f"p{number}.prompt.txt", f"cat {number}")
         if number % 3 == 2 or number == 7:
             far.send()
-            until_made(folders, daemon, number + 1)
+            until_finished(folders, daemon, number + 1)
     far.send()
-    until_made(folders, daemon, 8, emptied=True)
+    until_finished(folders, daemon, 8, emptied=True)
     assert daemon.stop() == 0
     assert daemon.events("held") == []
     assert requests(sandbox) == 8
@@ -295,7 +295,7 @@ def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
 def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Path, sandbox: Sandbox) -> None:
     """The account refuses; two jobs find out at once; one shows it, the other returns to where its twin lies."""
     station = Station(tmp_path, sandbox.base_url)
-    station.worker._blame = lambda _: False
+    station.worker._may_report = lambda _: False
     far = Sender(tmp_path / "far", station)
     far.write("cat.png", picture("one"))
     far.write("cat.prompt.txt", "blue")

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.protocol.images import IMAGE_ENDINGS
+from imagewatch.protocol.image_kinds import IMAGE_ENDINGS
 from imagewatch.protocol.names import (
     MOST_MEANT,
     NAME_MAX,

@@ -42,7 +42,7 @@ def closed(schema: Any) -> Any:
 CLOSED = {kind: Draft202012Validator(closed(schema)) for kind, schema in SCHEMAS.items()}
 
 PROMPTS = {
-    "completed": "a cat",
+    "made": "a cat",
     "edit": "+++\nn = 2\nseed = 3\n+++\nmake it blue [sandbox: wrong-mime]",
     "options": '+++\nprovider = "openai"\nmodel = "gpt-image-2"\nsize = "1024x1024"\nquality = "low"\n'
     'output_format = "webp"\n+++\na poster',

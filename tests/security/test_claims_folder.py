@@ -52,7 +52,7 @@ def is_held_until_it_is_put_back(world: World, text: str) -> None:
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["same file system", "another file system"])
-def test_a_claims_folder_of_the_attackers_with_a_link_to_the_key_gives_the_key_to_nobody(
+def test_a_claims_folder_of_the_attackers_with_a_link_to_the_key_does_not_give_the_key_away(
     new_world: Callable[..., World], request: pytest.FixtureRequest, far: bool
 ) -> None:
     world = new_world(key_folder=request.getfixturevalue("elsewhere") if far else None)
@@ -116,7 +116,7 @@ def test_files_prepared_in_a_claims_folder_of_the_attackers_are_put_into_no_othe
     world.held_for(CLAIMS)
 
 
-def test_a_claims_folder_that_is_replaced_while_the_answer_is_awaited_loses_nothing(world: World) -> None:
+def test_a_claims_folder_that_is_replaced_during_a_request_loses_nothing(world: World) -> None:
     world.start()
     world.sandbox.hold()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
@@ -128,7 +128,7 @@ def test_a_claims_folder_that_is_replaced_while_the_answer_is_awaited_loses_noth
     is_held_until_it_is_put_back(world, "a cat")
 
 
-def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothing(world: World) -> None:
+def test_a_claims_folder_that_is_renamed_during_a_request_loses_nothing(world: World) -> None:
     world.start()
     world.sandbox.hold()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
@@ -149,7 +149,7 @@ def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothi
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["renamed", "replaced"])
-def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_is_looked_into(
+def test_claimed_files_are_not_claimed_again_when_their_folder_gets_a_name_that_is_scanned(
     world: World, *, replaced: bool
 ) -> None:
     world.start()
@@ -175,7 +175,7 @@ def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_i
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
 
 
-def test_an_empty_claims_folder_that_is_removed_is_made_again(world: World) -> None:
+def test_an_empty_claims_folder_that_is_removed_is_created_again(world: World) -> None:
     first = world.start()
     world.honest_prompt_is_made("before")
     world.is_idle()
@@ -202,7 +202,7 @@ def test_a_lock_in_a_claims_folder_of_the_attackers_is_not_taken_for_another_dae
 
 
 @pytest.mark.parametrize("kind", ["exclusive", "shared"])
-def test_a_lock_of_another_user_on_the_inbox_keeps_no_daemon_from_starting(world: World, kind: str) -> None:
+def test_a_lock_of_another_user_on_the_inbox_does_not_prevent_the_start(world: World, kind: str) -> None:
     world.attacker.lock(world.inbox, kind)
     world.start()
     world.honest_prompt_is_made()
@@ -228,7 +228,7 @@ def before_the_first_start(world: World, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe", "link", "folder", "folder with a lock", "folder with links"])
-def test_what_is_not_the_daemons_own_is_named_and_not_used_at_the_first_start(world: World, kind: str) -> None:
+def test_folders_of_another_owner_are_named_and_not_used_at_the_first_start(world: World, kind: str) -> None:
     claims = world.inbox / CLAIMS
     before_the_first_start(world, kind)
     first = world.start(running=False)
@@ -241,9 +241,9 @@ def test_what_is_not_the_daemons_own_is_named_and_not_used_at_the_first_start(wo
         assert "another imagewatch" not in world.holds()
         first.stop()
     else:
-        assert first.end() in {74, 78}, world.told()
-        assert str(claims) in world.told()
-        assert "Traceback" not in world.told()
+        assert first.end() in {74, 78}, world.log()
+        assert str(claims) in world.log()
+        assert "Traceback" not in world.log()
     world.nothing_leaked()
     world.attacker.rename(claims, world.inbox / ".was here")
     world.start()

@@ -61,7 +61,7 @@ def test_a_link_that_waits_for_results_is_not_followed(new_world: Callable[..., 
 
 @pytest.mark.parametrize(("inner", "target"), [(False, "jobs"), (True, "key")], ids=["sub-folder", "inner folder"])
 @pytest.mark.parametrize("door", DOORS)
-def test_a_folder_of_results_that_becomes_a_link_while_the_answer_is_awaited_is_not_followed(
+def test_a_folder_of_results_that_becomes_a_link_during_a_request_is_not_followed(
     new_world: Callable[..., World], door: str, target: str, *, inner: bool
 ) -> None:
     world = new_world(open_to_all=(door,), settings={"outbox": {"folder_mode": "2777"}})

@@ -176,7 +176,7 @@ class Scene:
             self.endpoint,  # type: ignore[arg-type]
             station.ledger,
             station.config(),
-            blame=lambda _: blame,
+            may_report=lambda _: blame,
             wait=lambda _: None,
         )
         if attack.lasts:
@@ -317,7 +317,7 @@ def playing(tmp_path: Path) -> Iterator[Callable[[str, Attack], Scene]]:
 
 
 @pytest.mark.parametrize(("name", "target"), [(name, target) for name in SCENES for target in TARGETS[name]])
-def test_a_folder_that_is_exchanged_at_any_moment_gives_nothing_away_and_takes_nothing_in(
+def test_a_folder_that_is_exchanged_at_any_moment_neither_leaks_nor_takes_foreign_files(
     playing: Callable[[str, Attack], Scene], name: str, target: str
 ) -> None:
     undisturbed = playing(name, Attack(target, at=0, lasts=False))

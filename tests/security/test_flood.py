@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, command, until
+from support.daemon import Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -96,8 +96,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("where", "watch", "share"), CASES)
-def test_beside_very_much_of_one_person_the_prompt_of_another_is_taken_soon(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told], where: str, watch: str, share: float
+def test_beside_very_many_files_of_one_user_the_prompt_of_another_is_claimed_soon(
+    crowded: Callable[..., Folders],
+    sandbox: Sandbox,
+    run: Callable[..., LoggedDaemon],
+    where: str,
+    watch: str,
+    share: float,
 ) -> None:
     folders = crowded(inbox__watch=watch)
     flood(folders.inbox, where, share)
@@ -149,8 +154,8 @@ if kind == "everywhere":
 
 @pytest.mark.parametrize("watch", ["native", "poll"])
 @pytest.mark.parametrize("kind", ["files", "folders", "renames", "everywhere"])
-def test_while_one_person_changes_things_without_end_the_prompt_of_another_is_taken_soon(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told], kind: str, watch: str
+def test_while_one_user_changes_files_without_end_the_prompt_of_another_is_claimed_soon(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon], kind: str, watch: str
 ) -> None:
     folders = crowded(inbox__watch=watch)
     daemon = run(folders)
@@ -170,8 +175,8 @@ def test_while_one_person_changes_things_without_end_the_prompt_of_another_is_ta
 # Turns
 
 
-def test_five_thousand_prompts_of_one_person_delay_that_of_another_by_about_one_request(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+def test_five_thousand_prompts_of_one_user_delay_that_of_another_by_about_one_request(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(limits__concurrency="1")
     for number in range(5000):
@@ -192,8 +197,8 @@ def test_five_thousand_prompts_of_one_person_delay_that_of_another_by_about_one_
     assert mallory == [f"Mallory {number:04}" for number in range(len(mallory))], "the oldest comes first"
 
 
-def test_all_slots_are_shared_by_turns(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+def test_the_users_share_all_slots_in_turns(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(limits__concurrency="4")
     for number in range(200):
@@ -214,8 +219,8 @@ def test_all_slots_are_shared_by_turns(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_who_makes_very_many_folders_gets_no_more_turns_than_for_a_few(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+def test_a_user_with_very_many_folders_gets_no_more_turns_than_with_a_few(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(limits__concurrency="1")
     for number in range(10_000 if ALL else 1000):
@@ -240,7 +245,7 @@ def test_who_makes_very_many_folders_gets_no_more_turns_than_for_a_few(
 
 
 def test_names_that_come_and_go_without_end_do_not_fill_the_log(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(inbox__settle_seconds="0.2", inbox__rescan_seconds="0.5")
     mallory = folders.inbox / "mallory"
@@ -265,7 +270,7 @@ def test_names_that_come_and_go_without_end_do_not_fill_the_log(
 
 
 def test_status_names_files_of_each_folder_however_many_one_has(
-    crowded: Callable[..., Folders], run: Callable[..., Told]
+    crowded: Callable[..., Folders], run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded()
     for number in range(3000):
@@ -283,7 +288,7 @@ def test_status_names_files_of_each_folder_however_many_one_has(
     assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= told
 
 
-def test_check_says_what_is_taken_beside_very_much_else(crowded: Callable[..., Folders]) -> None:
+def test_check_names_the_prompts_that_are_ready_beside_very_many_other_files(crowded: Callable[..., Folders]) -> None:
     folders = crowded()
     flood(folders.inbox, "one folder", 1.0 if ALL else 0.1)
     drop(folders, "colleague/cat", "A cat")

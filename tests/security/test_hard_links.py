@@ -60,7 +60,7 @@ class Secrets:
                 outside = self._world.home not in path.parents
                 assert not (outside and MARK.encode() in path.read_bytes()), f"{path} holds what is private"
         assert self._world.attacker.readable_with(str(self._world.top), [MARK]) == []
-        assert MARK not in self._world.told()
+        assert MARK not in self._world.log()
         for file, before in self._before.items():
             now = file.stat()
             assert (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size) == (
@@ -85,7 +85,7 @@ def drop_everywhere(world: World, secrets: Secrets) -> list[str]:
 
 
 @owners
-def test_it_is_not_sent_as_prompt_or_image_wherever_it_is(world: World, owner: str) -> None:
+def test_a_private_file_is_not_sent_as_prompt_or_image_through_a_hard_link(world: World, owner: str) -> None:
     secrets = Secrets(world, owner)
     sources = drop_everywhere(world, secrets)
     world.start()
@@ -96,7 +96,7 @@ def test_it_is_not_sent_as_prompt_or_image_wherever_it_is(world: World, owner: s
     assert world.requests() == 1
 
 
-def test_a_daemon_that_is_root_does_not_send_it_either(world: World) -> None:
+def test_a_daemon_of_root_does_not_send_a_private_file_either(world: World) -> None:
     secrets = Secrets(world, "another user")
     for folder in (world.state, world.outbox, world.errors, world.archive):
         os.chown(folder, 0, 0)
@@ -112,7 +112,7 @@ def test_a_daemon_that_is_root_does_not_send_it_either(world: World) -> None:
 
 
 @owners
-def test_a_failed_prompt_that_was_replaced_by_it_is_not_copied_to_where_others_can_read_it(
+def test_a_private_file_in_the_place_of_a_failed_prompt_is_not_copied_to_a_readable_place(
     new_world: Callable[..., World], elsewhere: Path, owner: str
 ) -> None:
     os.chown(elsewhere, DAEMON, DAEMON)
@@ -130,7 +130,7 @@ def test_a_failed_prompt_that_was_replaced_by_it_is_not_copied_to_where_others_c
 
 
 @owners
-def test_retry_does_not_put_it_into_the_inbox(new_world: Callable[..., World], owner: str) -> None:
+def test_retry_does_not_put_a_private_file_into_the_inbox(new_world: Callable[..., World], owner: str) -> None:
     world = new_world(open_to_all=("errors",))
     secrets = Secrets(world, owner)
     first = world.start()
@@ -153,7 +153,7 @@ def test_retry_does_not_put_it_into_the_inbox(new_world: Callable[..., World], o
 
 @owners
 @pytest.mark.parametrize("how", ["image", "sibling"])
-def test_submit_does_not_copy_it_into_the_inbox(world: World, how: str, owner: str) -> None:
+def test_submit_does_not_copy_a_private_file_into_the_inbox(world: World, how: str, owner: str) -> None:
     secrets = Secrets(world, owner)
     place = world.top / "shared"
     place.mkdir(mode=0o755)
@@ -169,7 +169,7 @@ def test_submit_does_not_copy_it_into_the_inbox(world: World, how: str, owner: s
 
 
 @owners
-def test_the_gallery_shows_nothing_of_it(new_world: Callable[..., World], owner: str) -> None:
+def test_the_gallery_shows_nothing_of_a_private_file(new_world: Callable[..., World], owner: str) -> None:
     world = new_world(open_to_all=("outbox", "errors", "archive"))
     secrets = Secrets(world, owner)
     page = world.top / "page"
@@ -196,7 +196,7 @@ def test_the_gallery_shows_nothing_of_it(new_world: Callable[..., World], owner:
 
 
 @owners
-def test_it_is_not_compared_with_what_was_dropped_before(world: World, owner: str) -> None:
+def test_a_private_file_is_not_compared_with_prompts_from_before(world: World, owner: str) -> None:
     world.start()
     text = f"a cat, {MARK}"
     world.attacker.drop(world.inbox / "cat.prompt.txt", text)
@@ -216,7 +216,7 @@ def test_it_is_not_compared_with_what_was_dropped_before(world: World, owner: st
     assert world.requests(text) == 1
 
 
-def test_a_hard_link_to_a_file_that_everybody_may_read_is_taken(world: World) -> None:
+def test_a_hard_link_to_a_file_that_all_users_may_read_is_claimed(world: World) -> None:
     world.start()
     world.attacker.mkdir(world.inbox / "sub")
     copies = world.top / "copies"

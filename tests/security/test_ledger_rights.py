@@ -89,7 +89,7 @@ def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says
     assert world.requests() == 2
 
 
-def test_a_ledger_that_nobody_may_write_is_named_by_check(tmp_path: Path) -> None:
+def test_check_names_a_ledger_that_may_not_be_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
     Ledger(str(path)).close()
     assert trouble(str(tmp_path)) is None

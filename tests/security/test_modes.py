@@ -77,7 +77,7 @@ def test_a_ledger_that_others_may_read_is_closed_to_them_at_the_next_start(world
     ("file_mode", "umask", "expected"),
     [("0640", 0o022, 0o640), ("0664", 0o077, 0o664), (None, 0o027, 0o640), (None, 0o022, 0o644)],
 )
-def test_the_raw_answer_beside_an_error_file_has_the_mode_of_published_files(
+def test_the_raw_response_beside_an_error_file_has_the_mode_of_published_files(
     new_world: Callable[..., World],
     request: pytest.FixtureRequest,
     file_mode: str | None,
@@ -107,7 +107,7 @@ MODES = (0o600, 0o640, 0o660, 0o644, 0o400)
 
 
 @pytest.mark.parametrize("door", ["errors", "archive"])
-def test_a_copy_on_another_file_system_is_open_to_nobody_to_whom_the_file_was_not(
+def test_a_copy_on_another_file_system_is_open_to_no_user_to_whom_the_file_was_not(
     new_world: Callable[..., World], elsewhere: Path, door: str
 ) -> None:
     os.chown(elsewhere, DAEMON, DAEMON)
@@ -154,7 +154,7 @@ class Watching(SteppingDisk):
 
 
 @pytest.mark.parametrize("text", ["a cat", "a cat [sandbox: 400]"], ids=["archive", "errors"])
-def test_a_copy_is_open_to_nobody_else_while_it_is_made(
+def test_a_copy_is_open_to_no_other_user_while_it_is_written(
     tmp_path: Path, elsewhere: Path, sandbox: Sandbox, text: str
 ) -> None:
     disk = Watching(elsewhere)

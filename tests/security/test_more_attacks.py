@@ -87,7 +87,7 @@ def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world
     assert world.requests("an honest prompt") == 1, "the same prompt was sent, and paid for, twice"
 
 
-def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_payment(world: World) -> None:
+def test_the_hint_about_a_claims_folder_of_another_owner_causes_no_second_payment(world: World) -> None:
     killed_while_an_answer_is_awaited(world)
     subprocess.run(["chown", "-R", "61236:61234", str(world.inbox)], check=True)
     subprocess.run(["chmod", "-R", "g+rwX", str(world.inbox)], check=True)
@@ -100,9 +100,7 @@ def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_paym
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o000, 0o711])
-def test_a_folder_of_claims_that_the_daemon_may_not_even_open_does_not_keep_it_from_starting(
-    world: World, mode: int
-) -> None:
+def test_a_claims_folder_that_the_daemon_may_not_open_does_not_prevent_the_start(world: World, mode: int) -> None:
     world.attacker.mkdir(world.inbox / CLAIMS, mode)
     world.attacker.chmod(world.inbox / CLAIMS, mode)
     world.start()
@@ -110,7 +108,7 @@ def test_a_folder_of_claims_that_the_daemon_may_not_even_open_does_not_keep_it_f
 
 
 @pytest.mark.parametrize("names", [[".imagewatch-claims"], ["lock", "0123456789abcdef"]], ids=["mark", "lock"])
-def test_a_folder_that_somebody_makes_look_like_claims_is_named_and_scanned_when_it_no_longer_does(
+def test_a_folder_that_looks_like_claims_is_named_and_is_scanned_when_it_no_longer_does(
     world: World, names: list[str]
 ) -> None:
     (world.inbox / "sub").mkdir()
@@ -206,7 +204,7 @@ def test_a_claims_folder_whose_mode_is_changed_while_the_daemon_runs_is_closed_a
     assert (world.inbox / CLAIMS).stat().st_mode & 0o777 == 0o700
 
 
-def test_an_honest_folder_that_takes_the_place_of_a_prompt_comes_back(tmp_path: Path, station: Station) -> None:
+def test_an_honest_folder_that_takes_the_place_of_a_prompt_is_put_back(tmp_path: Path, station: Station) -> None:
     """A folder of somebody's takes the place of a prompt in the moment of its claim: what is in it is not swallowed."""
 
     class Swapping(type(station.spool.disk)):  # type: ignore[misc]
@@ -269,7 +267,7 @@ def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     assert copies == [], "retry would have it sent"
 
 
-def test_no_folder_of_somebody_else_gets_the_mode_of_a_new_folder_of_ours(station: Station, tmp_path: Path) -> None:
+def test_no_folder_of_another_user_gets_the_mode_of_a_new_folder_of_ours(station: Station, tmp_path: Path) -> None:
 
     (station.outbox / "private").mkdir(mode=0o700)
 

@@ -29,7 +29,7 @@ def put_in_the_way(world: World, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
 @pytest.mark.parametrize("name", [".iw-probe", ".iw-probe.d"])
-def test_something_else_under_the_name_of_a_write_probe_keeps_no_daemon_from_starting(
+def test_a_foreign_file_under_the_name_of_a_write_probe_does_not_prevent_the_start(
     new_world: Callable[..., World], name: str, kind: str
 ) -> None:
     world = new_world(open_to_all=DOORS, settings={"outbox": {"folder_mode": "2755"}})
@@ -40,7 +40,7 @@ def test_something_else_under_the_name_of_a_write_probe_keeps_no_daemon_from_sta
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
-def test_something_else_under_the_name_of_a_write_probe_holds_no_queue(
+def test_a_foreign_file_under_the_name_of_a_write_probe_does_not_hold_the_queue(
     new_world: Callable[..., World], kind: str
 ) -> None:
     world = new_world(open_to_all=DOORS)

@@ -120,7 +120,7 @@ def test_files_put_into_a_claim_are_put_into_no_folder_that_became_a_link(shared
     assert shared.requests() == 2
 
 
-def test_check_says_that_others_can_touch_what_is_claimed_there(shared: World) -> None:
+def test_check_reports_that_others_can_change_claimed_files(shared: World) -> None:
     assert shared.start().stop() == 0  # the claims folder is there: what it looks like shows what the mount keeps
     done = shared.command("check")
     assert "other users" in done.stdout, done.stdout + done.stderr

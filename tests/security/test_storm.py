@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from support.daemon import Told
+    from support.daemon import LoggedDaemon
 
 HONEST_PROMPTS = 20
 ROUNDS, ACTS = 10, 150
@@ -60,7 +60,7 @@ def all_honest_are_made_once(world: World) -> None:
     assert {text: count for text in wanted if (count := made.count(text)) != 1} == {}, "not made once"
 
 
-def books_agree(world: World, daemon: Told) -> None:
+def books_agree(world: World, daemon: LoggedDaemon) -> None:
     """Each job was sent once, and the ledger has it. The attacker's may have the same words: there are hard links."""
     world.wait(lambda: set(sent(world)) <= {row["job"] for row in attempts(world)}, "the rows of what was sent")
     assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
@@ -102,9 +102,7 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is_in_order_again(
-    world: World, seed: int
-) -> None:
+def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_completed(world: World, seed: int) -> None:
     their_folder(world)
     daemon = world.start()
     own = {name: (world.inbox / name).stat().st_ino for name in (CLAIMS, "theirs")}

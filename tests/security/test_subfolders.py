@@ -27,7 +27,7 @@ def target_of(world: World, name: str) -> Path:
 
 
 @pytest.mark.parametrize("target", ["outbox", "home", "state", "jobs", "their"])
-def test_what_goes_back_to_a_sub_folder_that_became_a_link_goes_nowhere_else(world: World, target: str) -> None:
+def test_files_that_return_to_a_sub_folder_that_became_a_link_go_nowhere_else(world: World, target: str) -> None:
     first_daemon = world.start()
     give(world.outbox, 0o700)
     place = target_of(world, target)
@@ -67,7 +67,7 @@ def test_what_goes_back_to_a_sub_folder_that_became_a_link_goes_nowhere_else(wor
     assert len(charged) == len(set(charged))
 
 
-def test_an_image_is_not_taken_from_behind_a_link_that_takes_turns_with_its_folder(world: World) -> None:
+def test_an_image_is_not_read_through_a_link_that_takes_turns_with_its_folder(world: World) -> None:
     names = [f"cat{number}" for number in range(40)]
     give(world.outbox, 0o700)
     world.attacker.mkdir(world.inbox / ".sub")

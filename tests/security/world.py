@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from support.daemon import KEY, Folders, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, until
 from support.endpoint import picture
 
 from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, look, walk
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 CLAIMS = ".imagewatch"
-_MOST_LINES = 80
-"""Of the log and of names, in the note of a failure."""
+_MOST_NAMES = 80
+"""How many names the message of a failure shows."""
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
 PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
@@ -80,7 +80,7 @@ class World(Folders):
         self._before = {folder: look(folder) for folder in (self.home, self.key_folder)}
         self.attacker = Person(interpreter, ATTACKER, str(self.inbox))
         self.honest = Person(interpreter, HONEST, str(self.inbox))
-        self.daemons: list[Told] = []
+        self.daemons: list[LoggedDaemon] = []
 
     def _configure(self, settings: dict[str, dict[str, Any]]) -> None:
         fixed: dict[str, dict[str, Any]] = {
@@ -100,28 +100,24 @@ class World(Folders):
 
     def leave(self) -> None:
         """End every process."""
-        for told in self.daemons:
-            if told.process.poll() is None:
-                told.process.kill()
-            told.end()
-            for pipe in (told.process.stdout, told.process.stderr):
-                pipe.close()
+        for daemon in self.daemons:
+            daemon.kill()
         self.attacker.leave()
         self.honest.leave()
 
     # The daemon
 
-    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True, **more: Any) -> Told:
+    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True, **more: Any) -> LoggedDaemon:
         """Start a daemon; wait until it runs."""
         command = ["-m", "imagewatch", *(arguments or ("run",)), "--config", str(self.configuration)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": "/", **more}
         process = self._interpreter.start(uid, command, {"HOME": str(self.home)}, **pipes)
-        told = Told(SimpleNamespace(process=process))  # type: ignore[arg-type]  # a process is all it takes of it
-        self.daemons.append(told)
+        daemon = LoggedDaemon(SimpleNamespace(process=process))  # type: ignore[arg-type]  # it uses nothing else
+        self.daemons.append(daemon)
         if running:
             until(lambda: process.poll() is not None or self._status_of(process.pid).get("state") == "running")
-            assert process.poll() is None, self.told(told)
-        return told
+            assert process.poll() is None, daemon.log()
+        return daemon
 
     def command(self, *arguments: str, uid: int = DAEMON, **more: Any) -> subprocess.CompletedProcess[str]:
         """Run a command of a user to its end."""
@@ -136,9 +132,9 @@ class World(Folders):
         done = self.command("release")
         assert done.returncode == 0, done.stderr
 
-    def told(self, *daemons: Told) -> str:
-        """Return all that daemons have said."""
-        return "\n".join(str(line.get("text", line)) for told in daemons or self.daemons for line in list(told.lines))
+    def log(self) -> str:
+        """Return all that the daemons have logged."""
+        return "\n".join(daemon.log() for daemon in self.daemons)
 
     # What is seen
 
@@ -162,13 +158,13 @@ class World(Folders):
         self.wait(lambda: all(word in self.holds() for word in words), f"a hold with {words}")
 
     def wait(self, condition: Callable[[], object], what: str = "") -> None:
-        """Wait for something; when it does not come, say what the daemon said."""
-        try:
-            until(condition)
-        except AssertionError as error:
-            lines = [*self.told().splitlines()[-_MOST_LINES:], *map(str, [*walk(self.top)][:_MOST_LINES])]
-            error.add_note("\n".join((f"waited for {what}", f"status: {self.status()}", *lines)))
-            raise
+        """Wait for something; if it does not come, show the status and all names."""
+        __tracebackhide__ = True
+
+        def saw() -> str:
+            return "\n".join((f"status: {self.status()}", *map(str, [*walk(self.top)][:_MOST_NAMES])))
+
+        until(condition, saw=saw, what=what)
 
     def door(self, source: str) -> str:
         """Return where the document of a prompt is, or an empty string; links are not followed."""
@@ -247,8 +243,8 @@ class World(Folders):
         assert holding == [], "what is private is where it does not belong"
         assert self.attacker.readable_with(str(self.top), [KEY, MARK]) == []
         self.nothing_private_was_sent()
-        assert KEY not in self.told()
-        assert MARK not in self.told()
+        assert KEY not in self.log()
+        assert MARK not in self.log()
 
     def nothing_private_was_sent(self) -> None:
         """The endpoint has seen no private text and no private picture."""

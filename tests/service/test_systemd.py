@@ -22,7 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
 from support.daemon import KEY, until
 
-from imagewatch.journal.holds import NEXT
+from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -234,7 +234,7 @@ def directives(name: str) -> list[str]:
 
 @pytest.mark.parametrize("template", ["", "@"])
 @pytest.mark.parametrize("unit", EXPOSURE)
-def test_the_exposure_of_the_unit_is_no_more_than_it_says(unit, template):
+def test_the_exposure_of_the_unit_is_at_most_what_it_states(unit, template):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
     path = str(UNITS / f"{unit}{template}.service")
@@ -259,7 +259,7 @@ def test_the_unit_for_several_inboxes_differs_in_names_only(unit):
     assert several.split("\n") == directives(unit.replace("@", ""))
 
 
-def test_the_time_to_stop_is_longer_than_the_longest_request_and_the_watchdog_is_not_quicker():
+def test_the_time_to_stop_and_that_of_the_watchdog_are_longer_than_the_longest_request():
     def number(pattern: str, text: str) -> float:
         found = re.search(pattern, text, re.MULTILINE)
         assert found, pattern
@@ -285,7 +285,7 @@ def test_systemd_finds_nothing_wrong_with_the_units(machine, gallery):
 # Starting
 
 
-def test_systemctl_status_says_what_it_does_and_why_it_does_nothing(started, endpoint):
+def test_systemctl_status_shows_what_the_service_does_and_why_it_waits(started, endpoint):
     def says(words: str) -> bool:
         return words in started.container.show("imagewatch", "StatusText")
 
@@ -299,7 +299,7 @@ def test_systemctl_status_says_what_it_does_and_why_it_does_nothing(started, end
     started.container.run("imagewatch", "release")
 
 
-def test_it_is_ready_when_it_has_looked_and_not_before(started):
+def test_the_service_is_ready_only_after_its_first_scan(started):
     assert started.container.show("imagewatch", "ActiveState") == "active"
     messages = [entry["MESSAGE"] for entry in started.journal()]
     watching = next(number for number, text in enumerate(messages) if text.startswith("watching"))
@@ -450,13 +450,13 @@ def probed(machine) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_it_cannot_read(probed, what):
+def test_the_service_cannot_read(probed, what):
     path = STRANGE[what]
     assert probed["service"]["read"][path] in {"ENOENT", "EACCES"}
     assert what == "the key itself" or probed["user"]["read"][path] == "done"  # by its rights alone it could
 
 
-def test_it_writes_in_its_own_folders_only_and_runs_nothing_from_there(probed):
+def test_the_service_writes_only_into_its_own_folders_and_runs_nothing_from_there(probed):
     own, state = "/srv/imagewatch/inbox", "/var/lib/imagewatch"
     written = probed["service"]["write"]
     assert (written.pop(own), written.pop(state)) == ("done", "done")
@@ -480,7 +480,7 @@ def wait_for_call(endpoint: Endpoint, prompt: str) -> None:
     until(lambda: endpoint.calls(prompt) == 1)
 
 
-def test_a_killed_service_is_back_and_pays_for_nothing_twice(started, endpoint):
+def test_a_killed_service_is_restarted_and_pays_for_nothing_twice(started, endpoint):
     slow, quick = "[sandbox: slow 30] Killed", "[sandbox: b64] After the kill"
     started.prompt("slow", slow)
     wait_for_call(endpoint, slow)
@@ -500,7 +500,7 @@ def with_the_real_watchdog(service: Service) -> None:
     service.systemctl("restart")
 
 
-def test_a_hung_service_is_killed_by_the_watchdog_and_comes_back(service, endpoint):
+def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoint):
     # Not SIGSTOP: before it aborts, systemd lets a stopped process go on, and nobody hangs any more.
     service.container.put(f"{HANGING}/sitecustomize.py", HANG)
     service.drop_in(f"WatchdogSec=1\nEnvironment=PYTHONPATH={HANGING}")
@@ -532,7 +532,7 @@ def test_a_service_that_cannot_see_its_inbox_is_restarted_by_the_watchdog(servic
     assert service.receipt("seen")["charged"] == "yes"
 
 
-def test_a_service_that_only_waits_for_an_answer_is_left_alone_by_the_watchdog(service, endpoint):
+def test_the_watchdog_does_not_end_a_service_that_waits_for_a_response(service, endpoint):
     service.drop_in(f"WatchdogSec={WATCHDOG_SECONDS}")
     service.systemctl("start")
     with endpoint.holding():
@@ -547,7 +547,7 @@ def test_a_service_that_only_waits_for_an_answer_is_left_alone_by_the_watchdog(s
 # Stopping
 
 
-def test_a_stop_finishes_what_is_sent_and_takes_nothing_new(service, endpoint):
+def test_a_stop_finishes_what_was_sent_and_claims_nothing(service, endpoint):
     service.drop_in(f"WatchdogSec={WATCHDOG_SECONDS}\nEnvironment=IMAGEWATCH_LIMITS__CONCURRENCY=1")
     service.systemctl("start")
     sent, waiting = "[sandbox: b64] On its way", "[sandbox: b64] In the queue"
@@ -582,7 +582,7 @@ def restored(machine) -> Iterator[None]:
     machine.put("/etc/imagewatch/config.toml", before)
 
 
-def test_a_reload_takes_a_good_configuration_and_keeps_the_old_one_when_it_is_bad(started, endpoint, restored):
+def test_a_reload_uses_a_good_configuration_and_keeps_the_old_one_if_it_is_bad(started, endpoint, restored):
     pid = started.pid
     edit(started, "s/^# provider = .*/provider = 'openai'/")
     started.systemctl("reload")
@@ -597,7 +597,7 @@ def test_a_reload_takes_a_good_configuration_and_keeps_the_old_one_when_it_is_ba
     assert (started.pid, started.restarts) == (pid, 0)
 
 
-def test_a_bad_configuration_is_refused_once_and_said_as_an_error(service, restored):
+def test_a_bad_configuration_is_refused_once_and_logged_as_an_error(service, restored):
     edit(service, "s/^# concurrency = .*/concurrency = 1000/")
     assert service.systemctl("start", check=False).returncode != 0
     assert service.container.show("imagewatch", "ActiveState") == "failed"
@@ -869,7 +869,7 @@ def test_the_gallery_has_limits(gallery):
     assert {name: gallery.container.show(gallery.unit, name) for name in limits} == limits
 
 
-def test_what_a_colleague_forges_in_the_outbox_costs_the_gallery_nothing_else(started, endpoint, gallery):
+def test_a_forged_file_in_the_outbox_does_not_harm_the_rest_of_the_gallery(started, endpoint, gallery):
     started.prompt("honest", "[sandbox: b64] An honest one")
     started.receipt("honest")
     content = scans(4000, 3000, 20_000)
@@ -888,7 +888,7 @@ def test_what_a_colleague_forges_in_the_outbox_costs_the_gallery_nothing_else(st
     assert not {"href", "thumb"} & (ledger.keys() | page.keys())
 
 
-def test_what_root_writes_by_hand_does_not_stop_the_gallery(started, endpoint, gallery):
+def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, gallery):
     page = f"{gallery.folder}/gallery.html"
     shutil.rmtree(started.container.path(f"{gallery.folder}/gallery_files"), ignore_errors=True)
     gallery.page.unlink(missing_ok=True)
@@ -933,17 +933,17 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
 # The rest of the page
 
 
-def test_the_page_names_no_block_that_is_not_followed_here():
+def test_the_tests_follow_every_block_of_the_page():
     blocks = re.findall(r"^# tested: (\w+)$", OPERATIONS, re.MULTILINE)
     followed = re.findall(r'follow\(.+?, "(\w+)"', Path(__file__).read_text())
     assert len(blocks) == len(set(blocks))
     assert set(blocks) == set(followed)
 
 
-def test_the_page_says_what_to_do_about_each_kind_of_hold():
+def test_the_page_names_the_next_step_for_each_kind_of_hold():
     (table,) = re.findall(r"^\| kind \| what happened .+?\n\n", OPERATIONS, re.MULTILINE | re.DOTALL)
     named = [kind for row in table.strip().splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(named) == sorted(NEXT)
+    assert sorted(named) == sorted(HOLDS)
 
 
 def test_the_first_start_of_the_page(service):
@@ -962,7 +962,7 @@ def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started)
     assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
 
 
-def test_looking_pausing_and_reloading(started, endpoint):
+def test_status_hold_and_reload(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
     until(lambda: started.events("completed"))
@@ -1002,7 +1002,7 @@ def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(star
         machine.run("systemctl", "disable", "--now", "imagewatch-metrics.timer")
 
 
-def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
+def test_a_new_key_continues_where_the_old_one_was_refused(started, endpoint):
     follow(started.container, "rotate", "sk-let-revoked-0123456789\n")
     started.prompt("first", "[sandbox: b64] Refused at first")
     assert started.error("first")["status"] == 401
@@ -1013,7 +1013,7 @@ def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
     assert started.receipt("first")["charged"] == "yes"
 
 
-def test_a_backup_is_made_while_it_runs_and_brought_back(started, endpoint):
+def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint):
     started.prompt("kept", "[sandbox: b64] Kept in the ledger")
     started.receipt("kept")
     until(lambda: started.events("completed"))
@@ -1027,13 +1027,13 @@ def test_a_backup_is_made_while_it_runs_and_brought_back(started, endpoint):
     assert started.receipt("after")["charged"] == "yes"
 
 
-def test_an_upgrade_goes_on_with_what_is_there(service, endpoint):
+def test_an_upgrade_continues_with_the_prompts_that_are_there(service, endpoint):
     service.prompt("early", "[sandbox: b64] Dropped while it was down")
     follow(service.container, "upgrade")
     assert service.receipt("early")["charged"] == "yes"
 
 
-def test_what_a_sync_program_needs_lies_in_the_folders_and_is_left_alone(started, endpoint):
+def test_files_of_a_sync_program_in_the_folders_are_not_touched(started, endpoint):
     follow(started.container, "syncthing")
     started.prompt("synced", "[sandbox: b64] Synced", user="syncthing")
     started.receipt("synced")
@@ -1061,7 +1061,7 @@ def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedPro
     machine.run("systemctl", "stop", "share")
 
 
-def test_the_share_of_the_page_takes_prompts_and_gives_pictures_to_the_group_only(started, endpoint, samba):
+def test_the_share_of_the_page_takes_prompts_and_gives_images_to_the_group_only(started, endpoint, samba):
     started.container.put("/home/colleague/words.txt", "[sandbox: b64] By Samba")
     dropped = samba("colleague", "inbox", "mkdir cats; cd cats; put words.txt tom.prompt.txt; cd ..; ls")
     assert dropped.returncode == 0, dropped.stdout + dropped.stderr
@@ -1074,7 +1074,7 @@ def test_the_share_of_the_page_takes_prompts_and_gives_pictures_to_the_group_onl
     assert samba("stranger", "inbox", "ls").returncode != 0
 
 
-def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
+def test_a_folder_closed_to_the_service_delays_no_other_folder(started, endpoint):
     closed = f"{started.root}/inbox/closed"
     started.container.run("sh", "-c", f"mkdir -m 755 {closed} && chmod 755 {closed}", user="colleague")
     started.prompt("closed/mine", "[sandbox: b64] In a closed folder")
@@ -1148,7 +1148,7 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
 # The end
 
 
-def test_an_uninstall_leaves_the_pictures_and_what_was_paid_for(started, endpoint):
+def test_an_uninstall_leaves_the_images_and_what_was_paid_for(started, endpoint):
     """The last one: nothing of imagewatch works afterwards."""
     machine = started.container
     started.prompt("kept", "[sandbox: b64] Kept after all")

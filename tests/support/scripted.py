@@ -149,7 +149,8 @@ class Scripted:
     def wait_for(self, scripts: int) -> None:
         """Wait until so many scripts have come to their end."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._ended >= scripts, SOON)
+            is_so = self._changed.wait_for(lambda: self._ended >= scripts, SOON)
+            assert is_so, f"waited for {scripts} scripts to end, but {self._ended} have"
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)

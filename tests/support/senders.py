@@ -19,7 +19,7 @@ from PIL import Image
 
 from imagewatch.inbox.open_files import has_writer
 from imagewatch.sandbox import Sandbox
-from support.daemon import KEY, Folders, Running, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, Running, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -132,7 +132,7 @@ class Parcel:
 class Service:
     """A daemon with its folders and its endpoint."""
 
-    def __init__(self, folders: Folders, sandbox: Sandbox, daemon: Told) -> None:
+    def __init__(self, folders: Folders, sandbox: Sandbox, daemon: LoggedDaemon) -> None:
         self.folders = folders
         self.sandbox = sandbox
         self.daemon = daemon
@@ -151,7 +151,7 @@ def serving(root: Path, **settings: str) -> Iterator[Service]:
         for number in range(_PARCELS):
             (folders.inbox / f"{number:02}").mkdir()
         running = Running(folders, "run")
-        daemon = Told(running)
+        daemon = LoggedDaemon(running)
         try:
             daemon.wait_for("started")
             yield Service(folders, sandbox, daemon)
