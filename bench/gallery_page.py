@@ -21,8 +21,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from chromium import PROGRAM, Chromium
 
-from imagewatch.gallery.jobs import Job, Picture
 from imagewatch.gallery.page import page
+from imagewatch.gallery.values import Job, Picture
 
 if TYPE_CHECKING:
     from collections.abc import Callable

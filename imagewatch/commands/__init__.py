@@ -1,1 +1,38 @@
-"""The commands, one file each."""
+"""The commands of ``imagewatch``: one file per command, imported when that command is called.
+
+``main`` turns an error that a command raises into a message, a next step and an exit code. A command that ends without
+an error may exit with a code of its own (``status`` with 69 while the queue is on hold); ``exits`` lists all codes.
+Nothing that other people wrote reaches a terminal unescaped.
+
+The modules, in reading order::
+
+    main            the group: table of commands, errors to exit codes
+    exits           the exit codes
+    run             the daemon
+    once            the daemon on what is in the inbox now
+    foreground      what run and once share
+    progress        the progress bar of once and demo
+    submit          drop prompts and wait for their results
+    drop            images and prompt into the inbox, in the right order
+    wait            which receipts and error files belong to dropped prompts
+    results         what submit prints
+    interrupts      signals, obeyed where submit can report what it has done
+    check           what the daemon would do with each file of the inbox
+    check_settings  what check prints of configuration, folders, caps, key and account
+    status          what the daemon is doing
+    metrics         the same for Prometheus
+    history         what was completed, refused and spent
+    balances        the account's balance before and after a request whose charge is unknown
+    estimate        what the prompts in the inbox may cost
+    afford          what check prints of caps
+    retry           failed prompts back into the inbox
+    hold            hold and release
+    gallery         the page
+    demo            six prompts on a local endpoint
+    sandbox         the local endpoint
+    init            a configuration file
+    common          options, and the configuration that they name
+    state           the daemon's state folder as commands see it
+    ledger          the ledger, opened for a command
+    terminal        streams, current folder, tables
+"""

@@ -162,7 +162,7 @@ def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
     if hold:
         lines += [
             "",
-            f"The queue is now held ({hold.kind}): {printable(hold.message)}.",
+            f"The queue is now held ({hold.kind}): {printable(hold.reason.message)}.",
             "New prompts would wait in the inbox, unpaid.",
         ]
     lines += [

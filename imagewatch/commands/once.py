@@ -56,9 +56,9 @@ def _say_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         what = f"Prompts for {hold.provider} wait" if hold.provider else "The queue is held"
-        say(f"{what} ({hold.kind}: {printable(hold.message)}): {left}.")
+        say(f"{what} ({hold.kind}: {printable(hold.reason.message)}): {left}.")
         end = f"; next attempt at {local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        say(f"  {printable(hold.next)}{end}")
+        say(f"  {printable(hold.reason.next)}{end}")
 
 
 def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -66,8 +66,8 @@ def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     hold = daemon.hold
     held = None
     if hold:
-        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.message}
-        held |= {"next_try_at": daemon.hold_ends, "next": hold.next}
+        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.reason.message}
+        held |= {"next_try_at": daemon.hold_ends, "next": hold.reason.next}
     jobs = [
         {
             "source": whole(one.source),

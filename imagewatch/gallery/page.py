@@ -24,7 +24,7 @@ from imagewatch import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from imagewatch.gallery.jobs import Job
+    from imagewatch.gallery.values import Job
 
 MARK = b"<!doctype html><!-- imagewatch gallery -->"
 """How every page of ours begins."""

@@ -24,7 +24,7 @@ from imagewatch.protocol.images import Image as Found
 from imagewatch.protocol.images import inspect
 from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.text import printable
-from imagewatch.system.untrusted import open_at
+from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
@@ -165,7 +165,7 @@ class Thumbnails:
         if _told(name) not in there:
             return ""
         try:
-            with open_at(os.path.join(self._folder, _told(name)), None) as file:
+            with open_file(os.path.join(self._folder, _told(name))) as file:
                 text = file.read(1000).decode("utf-8", "replace")
         except (OSError, ValueError):
             return ""

@@ -6,7 +6,6 @@ A *job* is a claimed prompt with its images; an *attempt* is one call for it. ``
 
 from __future__ import annotations
 
-import enum
 import json
 from typing import Any, Literal, TypeVar
 
@@ -17,18 +16,6 @@ from imagewatch.protocol.names import SUFFIX
 Charged = Literal["yes", "no", "unknown"]
 Door = Literal["outbox", "errors", "away"]
 T = TypeVar("T")
-
-
-class Reaction(enum.Enum):
-    """What an answer means for its job (product page, "Money")."""
-
-    SUCCESS = "charged; read it"
-    REFUSED = "free; this request is not sent again by itself"
-    ACCOUNT = "free; about the account or the address: every other request would get the same"
-    BUSY = "free; the same request may be sent again after a while"
-    UNREACHED = "free; the request never left whole"
-    BROKEN = "free; the connection broke while this request was sent: it counts as an attempt"
-    UNKNOWN = "it may have been charged; never sent again by itself"
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,8 +13,8 @@ from support.chromium import PROGRAM, Chromium
 from support.daemon import until
 
 from gallery.test_gallery import HOSTILE, Shelf, hostile, page_data, picture
-from imagewatch.gallery.jobs import Job, Picture
 from imagewatch.gallery.page import page
+from imagewatch.gallery.values import Job, Picture
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -449,7 +449,7 @@ def test_folders_in_each_other_without_end_are_named_and_cost_little(shelf: Shel
     written = shelf.gallery().write()
     assert written.made == 1
     [note] = written.notes
-    assert note.endswith(f"{'/d' * 100}: is the 100th folder in a row; those in it are not shown")
+    assert note.endswith(f"{'/d' * 100}: is 100 folders deep; the folders in it are not shown")
 
 
 def test_a_flood_of_documents_leaves_the_newest_on_the_page(shelf: Shelf):

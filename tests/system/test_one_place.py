@@ -23,9 +23,8 @@ ONE_PLACE = {
     # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` makes files for the inbox.
     r"\bos\.(?:l?chmod|fchmod|l?chown|fchown)\(": {
         *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py", "journal/sqlite.py"),
-        "gallery/__init__.py",
     },
-    r"\bos\.f?chown\(|\bos\.lchown\(|getgrnam\(": {"system/permissions.py", "gallery/__init__.py"},
+    r"\bos\.f?chown\(|\bos\.lchown\(|getgrnam\(": {"system/permissions.py"},
 }
 
 
