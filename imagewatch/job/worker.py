@@ -27,9 +27,9 @@ from imagewatch.job.sending import Left, Sending
 from imagewatch.journal.budget import Budget
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.reasons import Others, Reaction, Reason
-from imagewatch.protocol.request import Files, Request, build, contents
+from imagewatch.protocol.request import Request, build, contents
 from imagewatch.protocol.values import Claim, Tail
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.system.text import printable, utc
 from imagewatch.system.untrusted import open_file
@@ -170,7 +170,7 @@ class Worker:
             self._budget.settle(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
         run = Run(self._spool.record(claim.job), claim, began=self._clock())
-        if not (claim.images or claim.foreign):  # of which some may have been gone
+        if not claim.images:  # of which some may have been gone
             run.foresee(recorded=True, claimed=True, originals=True)
         return self._carry(run)
 
@@ -377,9 +377,7 @@ class Worker:
             self._close_twin(case, twin, lambda: contents(folder, claim.originals, most, where))
             return None
         try:
-            images = (*claim.images, *claim.foreign)
-            files = Files(folder, claim.folder, claim.stem, images, claim.unused, claim.declared, where)
-            run.request = build(files, self._config)
+            run.request = build(claim, folder, self._config, where)
             self._require_payable(run)
         except Outdated:
             return self._give_back(run)
