@@ -20,7 +20,8 @@ from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.config.schema import layered
 from imagewatch.endpoint.client import Client
 from imagewatch.job.claims import HINT
-from imagewatch.job.spool import Spool, require_space
+from imagewatch.job.folders import require_space
+from imagewatch.job.spool import Spool
 from imagewatch.journal.control import Control
 from imagewatch.journal.health import trouble
 from imagewatch.journal.ledger import Ledger

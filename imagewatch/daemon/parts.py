@@ -119,7 +119,7 @@ class Parts:
             budget=self.budget,
             fates=self.fates,
             leaving=self.admission.leaving,
-            on_trouble=lambda error: self.mailbox.put(Hindered(error)),
+            on_disk_error=lambda error: self.mailbox.put(Hindered(error)),
             clock=self.clock,
             monotonic=self.now,
             jitter=random,

@@ -83,7 +83,7 @@ class Sink:
         disk: Our disk.
         path: The answer's final name.
         restore: Makes the record again, if its folder was removed or replaced meanwhile.
-        on_trouble: Called with what the disk refuses, once before that is waited for.
+        on_disk_error: Called with what the disk refuses, once before that is waited for.
         wait: Waits some seconds.
         now: Monotonic clock, seconds.
 
@@ -99,7 +99,7 @@ class Sink:
         disk: Disk,
         path: str,
         restore: Callable[[], object] = lambda: None,
-        on_trouble: Callable[[SpoolError], object] = lambda _: None,
+        on_disk_error: Callable[[SpoolError], object] = lambda _: None,
         wait: Callable[[float], object] = threading.Event().wait,  # noqa: B008
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -107,7 +107,7 @@ class Sink:
         self._path = path
         self._part = path + ".part"
         self._restore = restore
-        self._on_trouble = on_trouble
+        self._on_disk_error = on_disk_error
         self._wait = wait
         self._now = now
         self._file: IO[bytes] | None = None
@@ -205,7 +205,7 @@ class Sink:
                     raise
                 self.trouble = str(error)
                 if not is_told:
-                    self._on_trouble(error)
+                    self._on_disk_error(error)
                 is_told = True
                 self._wait(min(_PATIENCE, left))
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
@@ -21,7 +20,8 @@ from imagewatch.system.text import utc, whole
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from imagewatch.protocol.values import Charged, Claim, Head, Input, Sent, Tail
+    from imagewatch.job.running import Attempt
+    from imagewatch.protocol.values import Charged, Claim, Input
 
 SCHEMA = 1
 _DEEPEST = 16
@@ -29,29 +29,10 @@ _MOST_DOTS = 1000
 _IDS = ("x-request-id", "cf-ray", "x-vercel-id")
 
 
-@dataclass(frozen=True)
-class Course:
-    """How a job went.
-
-    Attributes:
-        claim: The job.
-        sent: The newest attempt, if there was one.
-        head: How its answer began.
-        tail: How its answer ended.
-        attempts: How many were made.
-        finished: Wall-clock time of the document, seconds since the epoch.
-    """
-
-    claim: Claim
-    sent: Sent | None = None
-    head: Head | None = None
-    tail: Tail | None = None
-    attempts: int = 0
-    finished: float = 0.0
-
-
 def compose(
-    course: Course,
+    claim: Claim,
+    attempt: Attempt,
+    finished: float,
     *,
     charged: Charged,
     top: Mapping[str, object],
@@ -62,22 +43,24 @@ def compose(
     """Return the text of a receipt or an error file, and what the log says of it.
 
     Args:
-        course: How the job went.
+        claim: The job.
+        attempt: Its newest attempt.
+        finished: When this file is written, seconds since the epoch.
         charged: Whether it cost anything.
         top: Keys of the top level that only this kind of document has; they come first.
         images: One table for each picture.
         billing: As received.
         originals: One table for each file that was dropped, where the document lies beside them.
     """
-    claim, sent, head = course.claim, course.sent, course.head
+    sent, head = attempt.sent, attempt.head if attempt.head and attempt.head.status else None
     document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
-    document |= {"owner": claim.owner or None, "charged": charged, "attempts": course.attempts, "version": __version__}
+    document |= {"owner": claim.owner or None, "charged": charged, "attempts": attempt.number, "version": __version__}
     if sent:
         document |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
         document["request"] = sent.fields
     if billing:
         document["billing"] = billing
-    document["times"] = _times(course)
+    document["times"] = _times(claim, attempt, finished)
     if head and (ids := {name: head.headers[name] for name in _IDS if name in head.headers}):
         document["ids"] = ids
     if images:
@@ -167,13 +150,13 @@ def _ordered(document: dict[str, object]) -> dict[str, Any]:
     return {name: value for name, value in _tame({**known, **document}, 0).items() if value is not None}
 
 
-def _times(course: Course) -> dict[str, object]:
-    times: dict[str, object] = {"claimed": utc(course.claim.at)}
-    if course.sent:
-        times["sent"] = utc(course.sent.at)
-    if course.head:
-        times["answered"] = utc(course.tail.at if course.tail and course.tail.at else course.head.at)
-    times["published"] = utc(course.finished)
+def _times(claim: Claim, attempt: Attempt, finished: float) -> dict[str, object]:
+    times: dict[str, object] = {"claimed": utc(claim.at)}
+    if attempt.sent:
+        times["sent"] = utc(attempt.sent.at)
+    if attempt.head and attempt.head.status:
+        times["answered"] = utc(attempt.tail.at if attempt.tail and attempt.tail.at else attempt.head.at)
+    times["published"] = utc(finished)
     return times
 
 

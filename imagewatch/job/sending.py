@@ -95,7 +95,7 @@ class Sending:
         fates: What is known of jobs of which the disk may not show it, by id; given by whoever keeps it across a
             change of the configuration.
         leaving: In it the first bytes of a request leave; raises ``Withdrawn`` when it is entered if none may.
-        on_trouble: Called when our disk refuses a part of an answer, which is then waited for.
+        on_disk_error: Called when our disk refuses a part of an answer, which is then waited for.
         clock: Wall clock, seconds since the epoch.
     """
 
@@ -105,14 +105,14 @@ class Sending:
         config: Config,
         fates: dict[str, Fate],
         leaving: Callable[[], AbstractContextManager[object]],
-        on_trouble: Callable[[SpoolError], object],
+        on_disk_error: Callable[[SpoolError], object],
         clock: Callable[[], float],
     ) -> None:
         self._client = client
         self._config = config
         self._fates = fates
         self._leaving = leaving
-        self._on_trouble = on_trouble
+        self._on_disk_error = on_disk_error
         self._clock = clock
 
     def mark(self, request: Request) -> Sent:
@@ -141,7 +141,7 @@ class Sending:
             What became of it; it is in ``fates``, too, until ``settle``.
         """
         fate = self._fates[claim.job] = Fate(claim, attempt, sent)
-        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_trouble)
+        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_disk_error)
         with contextlib.closing(sink):
             try:
                 with self._leaving():

@@ -211,7 +211,7 @@ def test_an_upload_that_is_cut_off_once_is_made_and_paid_once(tmp_path, large):
     with served_by(tmp_path, lambda exchange: exchange.head(), answering(paid(IMAGE))) as station:
         drop(station, large)
         (outcome,) = station.work()
-        assert (outcome.door, outcome.charged) == ("outbox", "yes")
+        assert (outcome.destination, outcome.charged) == ("outbox", "yes")
         assert made(station, "x", large, "x.png")["attempts"] == 2
         assert station.server.connections == 2
 
