@@ -36,7 +36,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    """A local endpoint that wants the key; at the end it must have met no fault of its own."""
+    """A local endpoint that requires the key; at the end it must have had no fault of its own."""
     with Sandbox(key=KEY) as endpoint:
         yield endpoint
         assert endpoint.report()["faults"] == []
@@ -50,7 +50,7 @@ def _forgotten() -> Iterator[None]:
 
 
 class Certificate:
-    """A certificate for this machine and for ``REMOTE_NAME``, and who has to trust it.
+    """A certificate for this machine and for ``REMOTE_NAME``, and how to trust it.
 
     Attributes:
         path: The certificate, for ``ca_file``.
@@ -152,6 +152,7 @@ def _is_slow(path: Path) -> bool:
     return path.stem in _SLOW or path.parent.name == "security" or bool(_STARTING.search(path.read_text()))
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
     """Forget the daemons of the test before."""
     STARTED.clear()
@@ -162,7 +163,7 @@ def pytest_runtest_makereport() -> Iterator[Any]:
     """Show the logs of all daemons that a test has started if it fails."""
     report = yield
     if report.failed:
-        logs = ((f"log of daemon {daemon.process.pid}", daemon.log()) for daemon in STARTED)
+        logs = ((f"log of {name}", log()) for name, log in STARTED.items())
         report.sections += [section for section in logs if section not in report.sections]
     return report
 

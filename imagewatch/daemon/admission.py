@@ -17,7 +17,7 @@ import structlog
 
 from imagewatch.daemon.burst import BurstGuard
 from imagewatch.protocol.reasons import KINDS, Others, Reason
-from imagewatch.system.disk import FULL
+from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
 
@@ -278,7 +278,7 @@ class Admission:
 
     # What has happened
 
-    def met(self, reason: Reason, began: float) -> None:
+    def refused(self, reason: Reason, began: float) -> None:
         """Hold the queue for a reason that concerns every request, unless it is already out of date.
 
         Args:
@@ -293,17 +293,17 @@ class Admission:
         elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
             self._begin(reason)
 
-    def broke(self, job: str, reason: Reason, began: float) -> None:
+    def upload_broke(self, job: str, reason: Reason, began: float) -> None:
         """Note that the upload of a job was cut off: of one job for its own reasons, of several by the network.
 
         Args:
             job: The job.
             reason: How it was cut off.
-            began: As for ``met``.
+            began: As for ``refused``.
         """
         self._broken.add(job)
         if len(self._broken) > _MOST_BROKEN:
-            self.met(Reason("unreachable", reason.message), began)
+            self.refused(Reason("unreachable", reason.message), began)
 
     def answered(self, began: float) -> None:
         """Note that a request that began at this monotonic time was answered."""

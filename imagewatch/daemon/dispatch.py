@@ -109,7 +109,7 @@ class Dispatch:
         memory.reuse()  # not before: very many names at rest take less memory as it is
         began, mailbox = self._parts.now(), self._parts.mailbox
         future = self.pool.submit(call)
-        self._jobs.start(job)  # not before: it fails where no more threads can be made
+        self._jobs.start(job)  # not before: it fails if no more threads can be started
         future.add_done_callback(lambda done: mailbox.put(Finished(job.id, began, done)))
 
     # A prompt of the inbox

@@ -120,7 +120,7 @@ class Intake:
     def _blocked(self, folder: str) -> str:
         """Return why nothing is claimed out of a folder below the inbox, or an empty string."""
         if folder in self.closed:
-            return "until a stuck job continues (the log says why), nothing is claimed out of"
+            return "until a stuck job continues (the log has the reason), nothing is claimed out of"
         return blocked(self._folders, folder, self._tops)
 
     def stop(self) -> None:
@@ -246,7 +246,7 @@ class Intake:
         return folder.came if folder else 0.0
 
     def owner(self, name: str) -> int:
-        """Return the number of the user to whom a first-level folder belongs."""
+        """Return the user id of the owner of a first-level folder."""
         return self._sweep.order.owner(name)
 
     def next(

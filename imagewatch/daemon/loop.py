@@ -16,7 +16,7 @@ import structlog
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
-from imagewatch.daemon.mailbox import Finished, Hindered, Hinted, Paid, Signalled
+from imagewatch.daemon.mailbox import DiskFailed, Finished, Hinted, Saved, Signalled
 from imagewatch.daemon.parts import Parts
 from imagewatch.daemon.recovery import Recovery
 from imagewatch.daemon.report import Report
@@ -120,7 +120,7 @@ class Daemon:
         if seconds := self._parts.notify.watchdog_seconds:
             self._intake.scanner.most_seconds = seconds / 2
         self._admission.start()
-        with contextlib.suppress(SpoolError):  # the next line says why
+        with contextlib.suppress(SpoolError):  # the next line reports why
             self._instructions.accept_ledger()  # before anything is held for the one that is not used any more
         self._admission.has_room()  # also where nothing waits: it is to be known at the start
         self._recovery.begin()
@@ -174,12 +174,12 @@ class Daemon:
                 self._reconfigure()
             case Signalled():
                 self._stop(message.number)
-            case Paid():
+            case Saved():
                 self._jobs.deliver(message.job)
             case Finished():
                 self._report.worked()
                 self._results.take(message)
-            case Hindered():
+            case DiskFailed():
                 self._admission.failed(message.error)
 
     def _note_events(self) -> None:
@@ -270,18 +270,18 @@ class Daemon:
     def _prepare(self) -> None:
         """Make what the first request needs, now that the start does not wait for it any more.
 
-        Not while prompts have to settle first: what is kept of them is freed afterwards, but what is made beside it
-        stays, and holds all the memory around it.
+        Not while prompts have to settle first: what is kept of them is freed afterwards, but what is allocated
+        beside it stays, and holds all the memory around it.
         """
         client = self._parts.client
         if not self._once and not client.is_prepared and self._intake.seen.due is None:
             client.prepare()
-            memory.give_back()  # to read the system's certificates takes some megabytes
+            memory.give_back()  # to read the system's certificates needs some megabytes
 
     # Another configuration
 
     def _reconfigure(self) -> None:
-        """Use a changed configuration, or keep the old one and say why."""
+        """Use a changed configuration, or keep the old one and report why."""
         if self._reload is None:
             return
         before = self._parts.config

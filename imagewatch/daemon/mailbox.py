@@ -31,7 +31,7 @@ class Signalled:
 
 
 @dataclass(frozen=True)
-class Paid:
+class Saved:
     """The response to a request is on our disk: its job needs no request any more."""
 
     job: str
@@ -47,13 +47,13 @@ class Finished:
 
 
 @dataclass(frozen=True)
-class Hindered:
+class DiskFailed:
     """Our disk refuses a part of a response, for which a worker waits."""
 
     error: SpoolError
 
 
-Message = Hinted | Signalled | Paid | Finished | Hindered
+Message = Hinted | Signalled | Saved | Finished | DiskFailed
 
 
 class Mailbox:

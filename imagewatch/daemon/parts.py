@@ -15,7 +15,7 @@ from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.intake import Intake
 from imagewatch.daemon.jobs import Jobs
-from imagewatch.daemon.mailbox import Hindered, Mailbox, Paid
+from imagewatch.daemon.mailbox import DiskFailed, Mailbox, Saved
 from imagewatch.daemon.status import Status
 from imagewatch.daemon.systemd import Notify
 from imagewatch.endpoint.client import Client
@@ -115,11 +115,11 @@ class Parts:
             config,
             may_report=self.admission.may_report,
             not_reported=self.admission.not_reported,
-            on_paid=lambda job: self.mailbox.put(Paid(job)),
+            on_paid=lambda job: self.mailbox.put(Saved(job)),
             budget=self.budget,
             fates=self.fates,
             leaving=self.admission.leaving,
-            on_disk_error=lambda error: self.mailbox.put(Hindered(error)),
+            on_disk_error=lambda error: self.mailbox.put(DiskFailed(error)),
             clock=self.clock,
             monotonic=self.now,
             jitter=random,

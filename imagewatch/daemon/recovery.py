@@ -66,7 +66,7 @@ class Recovery:
         return True
 
     def _is_recorded(self, job: str) -> bool:
-        """Return whether the result of a job may still be found; without its record only a person can say more."""
+        """Return whether the result of a job may still be found; without its record only a person can find more."""
         try:
             return job in self._parts.fates or self._parts.spool.record(job).claim() is not None
         except SpoolError:  # it may be readable again

@@ -23,7 +23,7 @@ _MOST_LEFT = 3
 """So many jobs may be left to a person before nothing is sent any more: the next ones may be paid for in vain, too."""
 _LEFT = "left"
 """In the place of a job: those that are left to a person hold the queue."""
-_LEFT_HINT = "the log says why and what to do for each; to continue without them: imagewatch release"
+_LEFT_HINT = "the log has the reason and the next step for each; to continue without them, run: imagewatch release"
 _log = structlog.get_logger()
 
 
@@ -64,7 +64,7 @@ class Results:
             self._leave(job)
             return
         self._continues(job)
-        self._tell_queue(outcome, message.began)
+        self._hold_or_release(outcome, message.began)
         self._place(job, outcome)
 
     # A job that failed at our own disk
@@ -131,13 +131,13 @@ class Results:
 
     # A job that came to an outcome
 
-    def _tell_queue(self, outcome: Outcome, began: float) -> None:
+    def _hold_or_release(self, outcome: Outcome, began: float) -> None:
         """Hold or release the queue as the outcome demands."""
         admission = self._parts.admission
         if outcome.reason is not None and outcome.reason.kind == "broken":
-            admission.broke(outcome.job, outcome.reason, began)
+            admission.upload_broke(outcome.job, outcome.reason, began)
         elif outcome.reason is not None:
-            admission.met(outcome.reason, began)
+            admission.refused(outcome.reason, began)
         elif outcome.answered:
             admission.answered(began)
 

@@ -265,7 +265,7 @@ def line(page: Mapping[str, Any]) -> str:
         parts.insert(2, f"{len(page['stuck'])} stuck")
     if page["state"] == "stopping":
         parts.insert(0, "waiting for requests in flight")
-    parts += [f"held ({kind(hold)}): {hold['reason']}" for hold in page["holds"]]
+    parts += [f"on hold ({kind(hold)}): {hold['reason']}" for hold in page["holds"]]
     return "; ".join(parts)
 
 

@@ -21,7 +21,7 @@ from imagewatch.inbox.claimed import MARK, looks_like_claims
 from imagewatch.inbox.stability import Settling
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
 

@@ -14,10 +14,11 @@ from imagewatch.config.locate import others_above
 from imagewatch.job.claims import Claims, NotOursError
 from imagewatch.job.record import Record
 from imagewatch.protocol.names import PAID
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.errors import ConfigError, SpoolError
 from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
 from imagewatch.system.folders import has_file
+from imagewatch.system.locks import lock
 from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.protocol.values import Claim
+    from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _PROBE = ".iw-probe"
@@ -134,7 +136,7 @@ class JobFolders:
         self.disk.make_folder(self.state)
         self.disk.make_folder(self.inbox, mode=0o777)
         self._open([self.state, self.inbox])
-        self._lock = self.disk.lock(os.path.join(self.state, _LOCK))
+        self._lock = lock(os.path.join(self.state, _LOCK), self.tops)
         with contextlib.suppress(NotOursError):
             self.require_claims()
 
@@ -155,10 +157,10 @@ class JobFolders:
         if self._lock is None:  # nothing is claimed in this process
             return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
-            lock = self.disk.lock(path)
+            held = lock(path, self.tops)
             if self._claims_lock is not None:
                 self._claims_lock.close()
-            self._claims_lock = lock
+            self._claims_lock = held
 
     def _is_file(self, file: IO[bytes], path: str) -> bool:
         """Tell whether an open file is still the one of a name."""
@@ -213,9 +215,9 @@ class JobFolders:
         """Lock the state folder if the file of the lock was deleted."""
         if self._lock is None or os.fstat(self._lock.fileno()).st_nlink:
             return
-        lock = self.disk.lock(os.path.join(self.state, _LOCK))
+        held = lock(os.path.join(self.state, _LOCK), self.tops)
         self._lock.close()
-        self._lock = lock
+        self._lock = held
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
@@ -239,9 +241,9 @@ class JobFolders:
 
     def unlock(self) -> None:
         """Let another daemon have the folders."""
-        for lock in (self._claims_lock, self._lock):
-            if lock is not None:
-                lock.close()
+        for held in (self._claims_lock, self._lock):
+            if held is not None:
+                held.close()
         self._claims_lock = self._lock = None
 
     def require_mounts(self) -> None:

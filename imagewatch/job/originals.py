@@ -8,7 +8,7 @@ import pwd
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import NotAFolderError
 from imagewatch.system.text import printable
@@ -69,7 +69,7 @@ class Originals:
     def gather(self, claim: Claim) -> None:
         """Move the other originals of a job into the claim, then make all its names durable."""
         with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
-            for name in (*claim.images, *claim.foreign):
+            for name in claim.images:
                 self._take(claim, name)
             self._disk.sync_folder(self._folders.claim_folder(claim.job))
             self._disk.sync_folder(self._folders.inbox_folder(claim))

@@ -19,7 +19,7 @@ from imagewatch.job.originals import Originals
 from imagewatch.job.rules import State
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system import leftovers
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from imagewatch.config.load import Config
     from imagewatch.job.record import Record
     from imagewatch.protocol.values import Claim
+    from imagewatch.system.disk import Disk
 
 
 class Spool(JobFolders):
@@ -148,7 +149,7 @@ class Spool(JobFolders):
             originals=bool(originals),
             missing=any(
                 name not in originals and self.originals.may_be_claimed(os.path.join(self.inbox_folder(claim), name))
-                for name in (*claim.images, *claim.foreign)
+                for name in claim.images
             ),
             sent=sent,
             answered=answered,

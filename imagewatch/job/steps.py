@@ -16,7 +16,7 @@ from imagewatch.job.running import Attempt
 from imagewatch.job.sending import Left
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.reasons import Others, Reaction, Reason
-from imagewatch.protocol.request import Files, build, contents
+from imagewatch.protocol.request import build, contents
 from imagewatch.protocol.values import Tail
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.system.text import printable, utc
@@ -191,9 +191,7 @@ class Steps:
             self._end_as_twin(job, twin, lambda: contents(folder, claim.originals, most, where))
             return None
         try:
-            images = (*claim.images, *claim.foreign)
-            files = Files(folder, claim.folder, claim.stem, images, claim.unused, claim.declared, where)
-            job.request = build(files, self._config)
+            job.request = build(claim, folder, self._config, where)
             self._require_payable(job)
         except Outdated:
             return self._give_back(job)

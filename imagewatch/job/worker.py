@@ -23,7 +23,7 @@ from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
 from imagewatch.journal.budget import Budget
 from imagewatch.protocol.reasons import Reaction
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import Problem, SpoolError
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class Worker:
             self._budget.settle(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
         job = RunningJob(self._spool.record(claim.job), claim, began=self._clock())
-        if not (claim.images or claim.foreign):  # some of them may have been missing
+        if not claim.images:  # some of them may have been missing
             job.foresee(recorded=True, claimed=True, originals=True)
         return self._carry(job)
 

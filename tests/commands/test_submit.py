@@ -865,7 +865,7 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     assert "1 prompt is not finished. The daemon will process it.\nTo cancel, remove it from" in done.stderr
     assert done.stderr.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
     sandbox.release()
-    until(lambda: sender.folders.documents() == {"cat": "outbox"})
+    until(lambda: sender.folders.finished() == {"cat": "outbox"})
 
 
 def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sender, sandbox, folders, start):

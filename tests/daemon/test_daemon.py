@@ -35,7 +35,7 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
-import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 
 if os.geteuid() == 0:
     os.setgroups([])
@@ -50,19 +50,19 @@ sys.exit(Daemon(config, os.environ).run())
 
 @pytest.fixture
 def settling(tmp_path, sandbox) -> Folders:
-    """Folders of a daemon that waits a little until files are quiet."""
+    """Folders of a daemon with a short settle time."""
     return Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="1.2")
 
 
 @pytest.fixture
 def patient(tmp_path, sandbox) -> Folders:
-    """Folders of a daemon that takes nothing by waiting: what is made was taken at once."""
+    """Folders of a daemon with a long settle time: what it completes was claimed immediately."""
     return Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="3600")
 
 
 def over(folders: Folders, *stems: str) -> None:
     """Wait until these prompts are over, and no others."""
-    until(lambda: set(folders.documents()) == set(stems))
+    until(lambda: set(folders.finished()) == set(stems))
 
 
 def prompts(sandbox: Sandbox) -> list[str]:
@@ -74,7 +74,7 @@ def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-# Taking
+# Claiming
 
 
 def test_a_prompt_that_is_renamed_into_the_inbox_is_completed(folders, run, sandbox):
@@ -226,7 +226,7 @@ def test_a_prompt_waits_for_a_declared_image_until_it_is_whole(patient, run, san
     with (patient.inbox / "logo.png").open("wb") as file:
         file.write(PICTURE[:-20])
         file.flush()
-        patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is over only after another look
+        patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is finished only after another scan
         over(patient, "dog")
         file.write(PICTURE[-20:])
     over(patient, "cat", "dog")
@@ -243,7 +243,7 @@ def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_requ
     assert sandbox.report()["requests"] == 0
 
 
-# Not taking
+# Not claiming
 
 
 def test_an_editor_at_work_delays_its_prompt_and_no_other(tmp_path, run, sandbox):
@@ -293,17 +293,17 @@ def test_near_misses_links_and_pipes_are_named_once_in_the_log_and_stay(tmp_path
     daemon = run(folders)
     for number in range(3):
         folders.prompt(f"good{number}", "Good")
-        until(lambda number=number: len(folders.documents()) == number + 1)
+        until(lambda number=number: len(folders.finished()) == number + 1)
     assert daemon.stop() == 0
-    told = [line["file"] for line in daemon.events("ignored")]
-    assert sorted(told) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
+    named = [line["file"] for line in daemon.events("ignored")]
+    assert sorted(named) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
     assert sandbox.report()["requests"] == 3
     assert (folders.inbox / "link.prompt.txt").is_symlink()
 
 
 @pytest.fixture
 def unprivileged(open_path, sandbox) -> Folders:
-    """Folders of a daemon that is not root, who may read everything."""
+    """Folders of a daemon that is not root: root may read everything."""
     folders = Folders(open_path, sandbox.base_url)
     folders.state.mkdir()
     if os.geteuid() == 0:
@@ -329,7 +329,7 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_completed_when_it_m
 
 
 def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(unprivileged, run, tmp_path, sandbox):
-    """Whoever puts it there could as well put an image there; nobody else waits or pays for it."""
+    """A user who puts it there could put an image there, too; no other prompt waits for it or pays for it."""
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     unprivileged.drop("cat.secret", "text").chmod(0)
@@ -338,8 +338,8 @@ def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(u
         unprivileged.prompt(stem, f"A {stem}").chmod(0o644)
     (unprivileged.inbox / "other").chmod(0o777)
     run(unprivileged, script=str(script))
-    until(lambda: len(unprivileged.documents()) == 3)
-    assert unprivileged.documents() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
+    until(lambda: len(unprivileged.finished()) == 3)
+    assert unprivileged.finished() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
     assert "cat.secret" in unprivileged.error("cat")["message"]
     assert sandbox.report()["requests"] == 2
 
@@ -351,13 +351,13 @@ def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_
     path.chmod(0o644)
     path.parent.chmod(0o555)
     daemon = run(unprivileged, script=str(script))
-    told = daemon.wait_for("ignored")
-    assert (told["file"], told["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
+    event = daemon.wait_for("ignored")
+    assert (event["file"], event["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
     unprivileged.prompt("dog", "A dog").chmod(0o644)
     over(unprivileged, "dog")
     assert not daemon.events("held")
     path.parent.chmod(0o777)
-    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that it looks again
+    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that there is another scan
     over(unprivileged, "cat", "dog", "fox")
 
 
@@ -368,10 +368,10 @@ def test_the_same_name_again_while_the_first_is_in_flight_completes_both(folders
     assert sandbox.wait_for_requests(1, 20)
     folders.prompt("cat", "The second")
     sandbox.release()
-    until(lambda: len(folders.documents()) == 2)
+    until(lambda: len(folders.finished()) == 2)
     assert daemon.stop() == 0
     assert folders.receipt("cat")["prompt"] == "The first"
-    (other,) = set(folders.documents()) - {"cat"}
+    (other,) = set(folders.finished()) - {"cat"}
     assert folders.receipt(other)["prompt"] == "The second"
     assert other == f"cat.{folders.receipt(other)['job'][: len(other) - 4]}"
     assert prompts(sandbox) == ["The first", "The second"]
@@ -439,7 +439,7 @@ def test_after_sigterm_what_was_sent_is_finished_nothing_is_claimed_and_the_exit
     sandbox.release()
     assert daemon.end() == 0
     assert sandbox.report()["requests"] == 2
-    assert len(folders.documents()) == 2
+    assert len(folders.finished()) == 2
     assert len(folders.names("inbox")) == 3
     assert folders.leftovers() == []
 
@@ -528,7 +528,7 @@ def test_sighup_ends_a_hold_because_the_configuration_may_have_been_its_cause(fo
     sandbox.key = KEY
     daemon.process.send_signal(signal.SIGHUP)
     over(folders, "one", "two")
-    assert folders.documents() == {"one": "errors", "two": "outbox"}
+    assert folders.finished() == {"one": "errors", "two": "outbox"}
 
 
 # Holds
@@ -543,13 +543,13 @@ def test_without_credits_one_job_reports_it_and_the_other_prompts_stay_until_the
         folders.prompt(f"p{number:02}", f"Number {number}")
     daemon = hurried(folders)
     daemon.wait_for("held", 2)  # a probe was refused, too
-    (shown,) = folders.documents()
-    assert folders.documents() == {shown: "errors"}
+    (shown,) = folders.finished()
+    assert folders.finished() == {shown: "errors"}
     assert (folders.error(shown)["status"], folders.error(shown)["charged"]) == (402, "no")
     assert folders.error(shown)["credits_required"] > 0
     sandbox.balance = None
-    until(lambda: len(folders.documents()) == 20)
-    assert list(folders.documents().values()).count("errors") == 1
+    until(lambda: len(folders.finished()) == 20)
+    assert list(folders.finished().values()).count("errors") == 1
     assert daemon.events("released")
     assert daemon.stop() == 0
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
@@ -565,10 +565,10 @@ def test_a_response_to_a_request_from_before_a_hold_does_not_end_it(tmp_path, ru
     daemon.wait_for("held")
     for number in range(4):
         folders.prompt(f"more{number}", "[sandbox: 402] Another poor one")
-    until(lambda: len(folders.documents()) == 4)
+    until(lambda: len(folders.finished()) == 4)
     folders.prompt("last", "A last one")
     assert daemon.stop() == 0
-    assert sorted(folders.documents().values()) == ["errors", "outbox", "outbox", "outbox"]
+    assert sorted(folders.finished().values()) == ["errors", "outbox", "outbox", "outbox"]
     assert len(folders.names("inbox")) == 5
     assert sandbox.report()["requests"] == 4
 
@@ -582,8 +582,8 @@ def test_with_a_rejected_key_one_job_reports_it_and_the_others_are_completed_wit
     daemon = hurried(folders)
     assert daemon.wait_for("held")["kind"] == "key"
     sandbox.key = KEY
-    until(lambda: len(folders.documents()) == 8)
-    (error,) = [stem for stem, door in folders.documents().items() if door == "errors"]
+    until(lambda: len(folders.finished()) == 8)
+    (error,) = [stem for stem, destination in folders.finished().items() if destination == "errors"]
     assert (folders.error(error)["status"], folders.error(error)["charged"]) == (401, "no")
     assert KEY not in json.dumps(daemon.lines)
 
@@ -597,7 +597,7 @@ def test_without_a_key_every_prompt_stays_in_the_inbox(folders, hurried, sandbox
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "key").chmod(0o600)
     over(folders, "cat")
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
 
 
 def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_when_it_can(tmp_path, hurried):
@@ -609,10 +609,10 @@ def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_whe
     daemon = hurried(folders)
     assert daemon.wait_for("held", 2)["kind"] == "unreachable"
     until(lambda: len(folders.names("inbox")) == 6)
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     with Sandbox(port=port, key=KEY) as late:
-        until(lambda: len(folders.documents()) == 6)
-        assert (late.report()["charged"], set(folders.documents().values())) == (6, {"outbox"})
+        until(lambda: len(folders.finished()) == 6)
+        assert (late.report()["charged"], set(folders.finished().values())) == (6, {"outbox"})
         assert daemon.stop() == 0
     assert folders.leftovers() == []
 
@@ -624,7 +624,7 @@ def test_a_busy_endpoint_slows_the_whole_queue(tmp_path, run, sandbox):
     daemon.wait_for("held")
     for number in range(3):
         folders.prompt(f"p{number}", f"Number {number}")
-    until(lambda: len(folders.documents()) == 4)
+    until(lambda: len(folders.finished()) == 4)
     calls = sandbox.report()["calls"]
     assert [call["status"] for call in calls] == [429, 200, 200, 200, 200]
     assert calls[1]["at"] - calls[0]["at"] >= 1.0, "Retry-After was 1"
@@ -685,19 +685,19 @@ class Manager:
         self.socket.settimeout(20)
         folders.environ["NOTIFY_SOCKET"] = str(folder / "notify")
 
-    def hear(self) -> dict[str, str]:
+    def receive(self) -> dict[str, str]:
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
-    def hear_until(self, name: str) -> dict[str, str]:
+    def receive_until(self, name: str) -> dict[str, str]:
         """Wait for a message with this field; fail with the messages that came."""
-        heard: list[dict[str, str]] = []
+        received: list[dict[str, str]] = []
         try:
-            while not heard or name not in heard[-1]:
-                heard.append(self.hear())
+            while not received or name not in received[-1]:
+                received.append(self.receive())
         except TimeoutError:
-            message = f"waited for a message with {name}, but there were only: {heard}"
+            message = f"waited for a message with {name}, but there were only: {received}"
             raise AssertionError(message) from None
-        return heard[-1]
+        return received[-1]
 
 
 @pytest.fixture
@@ -709,14 +709,16 @@ def manager(tmp_path, folders) -> Iterator[Manager]:
 
 def test_the_service_manager_is_notified_of_readiness_and_of_the_end(folders, run, manager, sandbox):
     daemon = run(folders)
-    ready = manager.hear_until("READY")
+    ready = manager.receive_until("READY")
     assert (ready["READY"], str(folders.inbox) in ready["STATUS"]) == ("1", True)
-    assert json.loads((folders.state / "status.json").read_text())["state"] == "running"  # whoever asks now is told
+    assert (
+        json.loads((folders.state / "status.json").read_text())["state"] == "running"
+    )  # ``status`` shows it from now on
     sandbox.hold()
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
     daemon.process.send_signal(signal.SIGTERM)
-    stopping = manager.hear_until("STOPPING")
+    stopping = manager.receive_until("STOPPING")
     assert (stopping["STOPPING"], "1 in flight" in stopping["STATUS"]) == ("1", True)
     sandbox.release()
     assert daemon.end() == 0
@@ -726,14 +728,14 @@ def test_only_a_scan_of_the_inbox_resets_the_watchdog(folders, run, manager):
     folders.environ["WATCHDOG_USEC"] = "400000"
     daemon = run(folders)
     for _ in range(3):
-        assert manager.hear_until("WATCHDOG") == {"WATCHDOG": "1"}
+        assert manager.receive_until("WATCHDOG") == {"WATCHDOG": "1"}
     folders.remove_inbox()
     daemon.wait_for("held")
     manager.socket.settimeout(1.0)
     with contextlib.suppress(TimeoutError):
         for _ in range(20):  # what was sent before is still in the socket, no more than that
-            manager.hear()
-        pytest.fail("the watchdog is fed, but nothing is looked at")
+            manager.receive()
+        pytest.fail("the watchdog is reset, but nothing is scanned")
     assert daemon.process.poll() is None
 
 
@@ -757,7 +759,7 @@ class Unlucky(Daemon):
 log.configure("info", "json")
 Unlucky(config, os.environ).run()
 """
-"""A daemon whose inbox goes away when all folders have been proved, right before it looks for the first time."""
+"""A daemon whose inbox is moved when all folders have been proved, right before its first scan."""
 
 
 def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, manager, tmp_path):
@@ -766,10 +768,10 @@ def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, mana
     daemon = run(folders, script=str(script), watching=False)
     assert daemon.wait_for("held")["kind"] == "disk"
     folders.inbox.with_name("inbox.away").rename(folders.inbox)
-    heard = [manager.hear()]
-    while "READY" not in heard[-1]:
-        heard.append(manager.hear())
-    assert {"WATCHDOG": "1"} in heard  # it has looked
+    received = [manager.receive()]
+    while "READY" not in received[-1]:
+        received.append(manager.receive())
+    assert {"WATCHDOG": "1"} in received  # it has scanned the inbox
 
 
 def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
@@ -779,8 +781,8 @@ def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
             other.sendto(b"STATUS=others", folders.environ["NOTIFY_SOCKET"])
     ready = threading.Thread(target=Notify(folders.environ).send, kwargs={"READY": "1"})
     ready.start()
-    ready.join(0.3)  # let it meet the full queue
-    assert manager.hear_until("READY") == {"READY": "1"}
+    ready.join(0.3)  # let it hit the full queue
+    assert manager.receive_until("READY") == {"READY": "1"}
     ready.join()
 
 
@@ -789,7 +791,7 @@ def test_a_folder_with_a_hostile_name_is_reported_to_the_manager_in_one_line(tmp
     manager = Manager(tmp_path, folders)
     with contextlib.closing(manager.socket):
         run(folders)
-        ready = manager.hear_until("READY")
+        ready = manager.receive_until("READY")
     assert (ready["READY"], "a\\nREADY=0\\x1b" in ready["STATUS"]) == ("1", True)
 
 
@@ -807,7 +809,7 @@ def test_of_many_prompts_at_the_same_time_each_is_sent_once(folders, run, sandbo
     daemon = run(folders)
     for number in range(150):
         folders.prompt(f"{number % 7}/p{number:03}", f"[sandbox: b64] Number {number}")
-    until(lambda: len(folders.documents()) == 150)
+    until(lambda: len(folders.finished()) == 150)
     assert daemon.stop() == 0
     assert sorted(prompts(sandbox)) == sorted(f"[sandbox: b64] Number {number}" for number in range(150))
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])

@@ -1,4 +1,4 @@
-"""Changes that wait until somebody takes note of them."""
+"""Changes that wait until the main loop takes them."""
 
 from __future__ import annotations
 

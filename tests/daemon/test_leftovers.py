@@ -1,4 +1,4 @@
-"""Temporary files of a daemon that was killed: gone after the next start, and nobody else's with them."""
+"""Temporary files of a killed daemon: removed at the next start, without those of other processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from imagewatch.daemon.loop import Daemon
 class KillingDisk(SteppingDisk):
     def rename(self, source, target):
         if target.endswith(sys.argv[2]):
-            os.link(source, target)  # as where a rename that replaces nothing is made of two calls
+            os.link(source, target)  # as if a rename that replaces nothing consisted of two calls
             os.kill(os.getpid(), signal.SIGKILL)
         super().rename(source, target)
 
@@ -70,7 +70,7 @@ def test_temporary_files_of_a_killed_daemon_are_removed_at_the_next_start(
     assert [name[:4] for name in temporaries(folders)] == [".iw-"]
     assert command_of(folders, "once").returncode == 0
     assert temporaries(folders) == []
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
     assert sandbox.report()["requests"] == 1
 
 

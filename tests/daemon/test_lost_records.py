@@ -1,4 +1,4 @@
-"""What was claimed, and of which the record is gone or damaged: its name stays taken until a person says otherwise."""
+"""Claimed prompts whose record is missing or damaged: their names stay taken until a person decides otherwise."""
 
 from __future__ import annotations
 
@@ -50,20 +50,20 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     killed.prompt("sub/cat", "A cat")
     killed.prompt("dog", "A dog")
     daemon = run(killed)
-    until(lambda: "dog" in killed.documents())
-    (told,) = daemon.events("stuck")
+    until(lambda: "dog" in killed.finished())
+    (event,) = daemon.events("stuck")
     until(lambda: "stuck" in command(killed, "status").stdout)
-    said = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
-    assert [line for line in said if line[0] == "take"] == []
-    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in said]
-    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in said)
+    lines = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
+    assert [line for line in lines if line[0] == "take"] == []
+    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in lines]
+    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in lines)
     until(lambda: "cat" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
     if what == "record":
-        assert "sub/cat.prompt.txt: sent " in told["reason"]
-        assert "a second time" in told["next"]
+        assert "sub/cat.prompt.txt: sent " in event["reason"]
+        assert "a second time" in event["next"]
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
@@ -78,7 +78,7 @@ def test_moving_the_files_back_and_accepting_a_second_charge_completes_the_promp
         shutil.rmtree(killed.state / "jobs" / path.parent.name)
     os.utime(path)
     path.rename(killed.inbox / "sub/cat.prompt.txt")
-    until(lambda: killed.documents() == {"cat": "outbox"}, timeout=40)
+    until(lambda: killed.finished() == {"cat": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 2
 
 
@@ -98,7 +98,7 @@ def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
         shutil.copy2(path, killed.root / "copy")
         shutil.copy2(path, killed.inbox / "sub/cat.prompt.txt")
         shutil.rmtree(path.parent)
-    until(lambda: killed.documents() == {"cat": "errors"}, timeout=40)
+    until(lambda: killed.finished() == {"cat": "errors"}, timeout=40)
     assert "requested before" in killed.error("sub/cat")["message"]
     assert "for another image save the prompt again" in killed.error("sub/cat")["next"]
     if comes == "brought by a sync tool":
@@ -109,7 +109,7 @@ def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
 
 
 def finished_with_a_copy(
-    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, door: str
+    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, destination: str
 ) -> Path:
     """Let a prompt come to its end; return a copy of its record from while it was at the endpoint."""
     daemon = run(folders)
@@ -119,7 +119,7 @@ def finished_with_a_copy(
     backup = folders.root.parent / "backup"
     shutil.copytree(folders.state / "jobs", backup)
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": door})
+    until(lambda: folders.finished() == {"cat": destination})
     assert daemon.stop() == 0
     return backup
 
@@ -133,7 +133,7 @@ def test_an_older_copy_of_a_record_changes_nothing_in_the_ledger(
     shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
     assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
-    assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
     for path in (folders.state / "jobs").iterdir():
         shutil.rmtree(path)
     folders.prompt("cat", "Another cat")
@@ -163,7 +163,7 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_chang
     if age == "claimed":
         for path in (path for path in kept.glob("*/*") if path.name != "claim.json"):
             path.unlink()
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     before = command(folders, "history", "--json").stdout
     shutil.copytree(kept, jobs, dirs_exist_ok=True)
@@ -174,7 +174,7 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_chang
         assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
     else:
         until(lambda: folders.leftovers() == [])
-    assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 2
 
@@ -187,7 +187,7 @@ def test_an_older_copy_does_not_report_a_saved_response_as_lost(
     shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
     assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
-    assert folders.documents() == {"cat": "errors"}
+    assert folders.finished() == {"cat": "errors"}
     assert "do not send it again" in folders.error("cat")["next"]
     assert daemon.stop() == 0
 
@@ -224,12 +224,12 @@ def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
     folders.prompt("dog", "A dog")
     daemon.wait_for("held")
     until(lambda: "3 jobs are stuck" in command(folders, "status").stdout)
-    assert (sandbox.report()["requests"], folders.documents()) == (3, {})
+    assert (sandbox.report()["requests"], folders.finished()) == (3, {})
     if decision == "release":
         assert command(folders, "release").returncode == 0
     else:
         path = claims(folders)[0]
         shutil.rmtree(folders.state / "jobs" / path.parent.name)
         path.unlink()
-    until(lambda: folders.documents() == {"dog": "outbox"}, timeout=40)
+    until(lambda: folders.finished() == {"dog": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 4

@@ -1,4 +1,4 @@
-"""What goes wrong under a watcher: each time the daemon notices, says so once, goes on, and takes what was dropped."""
+"""What goes wrong under a watcher: the daemon notices, logs it once, continues, and claims what was dropped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 SELDOM = {"inbox__rescan_seconds": "3600"}
-"""Nothing is found by looking regularly: only by being told, or by noticing that one was not told."""
+"""Nothing is found by regular scans: only by events, or because lost events were noticed."""
 
 STARTED = """
 import os, sys
@@ -50,7 +50,7 @@ def scripted(run: Callable[..., LoggedDaemon], tmp_path: Path) -> Callable[..., 
 
 
 def over(folders: Folders, *stems: str) -> None:
-    until(lambda: set(folders.documents()) == set(stems), timeout=40)
+    until(lambda: set(folders.finished()) == set(stems), timeout=40)
 
 
 def status(folders: Folders) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def test_after_an_overflow_of_the_kernels_queue_no_prompt_is_missed_and_none_sen
     over(folders, *(f"p{number}" for number in range(30)))
     assert asked(sandbox) == sorted(f"Number {number}" for number in range(30))
     folders.prompt("later", "Later")
-    until(lambda: "later" in folders.documents())
+    until(lambda: "later" in folders.finished())
     assert daemon.stop() == 0
 
 
@@ -155,10 +155,10 @@ except (OSError, AssertionError):
     for name in ("", "a/", "b/", "c/"):
         folders.prompt(f"{name}p{name.strip('/')}", "A prompt")
     over(folders, "p", "pa", "pb", "pc")
-    (told,) = daemon.events("watch_mode")
-    assert (told["level"], told["mode"]) == ("warning", "mixed" if most else "poll")
-    assert any("max_user_watches" in reason for reason in told["polled"].values())
-    assert status(folders)["mode"] == told["mode"]
+    (event,) = daemon.events("watch_mode")
+    assert (event["level"], event["mode"]) == ("warning", "mixed" if most else "poll")
+    assert any("max_user_watches" in reason for reason in event["polled"].values())
+    assert status(folders)["mode"] == event["mode"]
 
 
 # Folders that come and go
@@ -208,13 +208,13 @@ def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
     first = run(folders)
     other = Folders(tmp_path / "other", sandbox.base_url)
     second = run(other)
-    with stopped(first):  # it must not look while there is none
+    with stopped(first):  # it must not scan while there is none
         folders.inbox.rename(tmp_path / "away")
         folders.inbox.symlink_to(other.inbox)
     other.prompt("cat", "A cat")
     over(other, "cat")
     assert "another" in first.wait_for("held")["reason"]
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     assert second.stop() == 0
     other.prompt("dog", "A dog")
     over(folders, "dog")
@@ -223,7 +223,7 @@ def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
 
 NOBODY = 65534
 UNPRIVILEGED = f"""
-import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid({NOBODY})
@@ -233,7 +233,7 @@ if os.geteuid() == 0:
 
 @pytest.fixture
 def shared(sandbox: Sandbox) -> Iterator[Folders]:
-    """Folders of a daemon that is not root, whom permissions do not bind."""
+    """Folders of a daemon that is not root: permissions do not bind root."""
     with tempfile.TemporaryDirectory() as top:
         folders = Folders(Path(top), sandbox.base_url, inbox__rescan_seconds="0.5")
         folders.state.mkdir()
@@ -273,7 +273,7 @@ def test_an_inbox_out_of_which_nothing_can_be_claimed_any_more_holds_the_queue_o
         shared.prompt(f"p{number}", "A prompt").chmod(0o644)
     assert daemon.wait_for("held")["kind"] == "disk"
     until(lambda: (status(shared).get("holds") or [{}])[0].get("kind") == "disk")
-    assert shared.documents() == {}
+    assert shared.finished() == {}
     shared.inbox.chmod(0o755)
     over(shared, *(f"p{number}" for number in range(5)))
     assert daemon.stop() == 0
@@ -291,8 +291,8 @@ def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     shared.prompt("sticky/theirs", "A prompt").chmod(0o644)
     shared.prompt("mine", "A prompt").chmod(0o644)
     over(shared, "mine")
-    told = daemon.wait_for("ignored")
-    assert (told["file"], "sticky bit" in told["reason"]) == ("sticky/theirs.prompt.txt", True)
+    event = daemon.wait_for("ignored")
+    assert (event["file"], "sticky bit" in event["reason"]) == ("sticky/theirs.prompt.txt", True)
     assert daemon.stop() == 0
     assert shared.leftovers() == []
 
@@ -420,7 +420,7 @@ def test_a_mount_that_comes_later_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bound(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
-    """Mount a folder somewhere by FUSE: what is changed behind it, the kernel tells nobody."""
+    """Mount a folder elsewhere by FUSE: the kernel reports no change that is made behind it."""
     places: list[Path] = []
 
     def binder(place: Path) -> Path:

@@ -525,7 +525,7 @@ def test_the_longest_names_go_through_every_door(station, sandbox, stem, tag):
     over(station)
     names = [name for folder in ("outbox", "errors", "archive") for name in station.names(folder)]
     assert all(len(name.encode()) <= 255 for name in names)
-    documents = station.documents()
+    documents = station.finished()
     if tag:
         ((base, door),) = documents.items()
         assert door == "errors"

@@ -25,7 +25,7 @@ import structlog
 from support.daemon import Folders
 from support.endpoint import AT, Books, PaidEndpoint, Reply, picture, served
 from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
-from support.station import Doubting
+from support.station import Distrustful
 
 from imagewatch.endpoint import pictures
 from imagewatch.inbox.scan import Sweep
@@ -231,7 +231,7 @@ class Stage:
         spool.new_job = self._new_job  # type: ignore[method-assign]
         _again(spool.prepare)
         endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
-        worker = Doubting(
+        worker = Distrustful(
             spool,
             endpoint,  # type: ignore[arg-type]
             self.ledger,
@@ -254,7 +254,7 @@ class Stage:
             raise Withdrawn("held")
         yield
 
-    def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
+    def _start(self, worker: Distrustful, job: str, candidate: Candidate) -> End:
         try:
             claim = candidate.claim(job, AT)
             outcome = worker.start(msgspec.structs.replace(claim, files={}, folder_inode=0))  # the model has no inodes
@@ -262,7 +262,7 @@ class Stage:
             return self._carry(worker, job)
         return self._carry(worker, job) if outcome.end is End.DEFERRED else outcome.end
 
-    def _carry(self, worker: Doubting, job: str) -> End:
+    def _carry(self, worker: Distrustful, job: str) -> End:
         while (outcome := _again(lambda: worker.process(job, is_resumed=True))).end is End.DEFERRED:
             pass
         return outcome.end

@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 from support.daemon import KEY
 from support.scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
@@ -151,7 +151,7 @@ def test_a_quota_says_how_long_to_wait(station, sandbox):
 
 @pytest.mark.parametrize("tag", [row[0] for row in REFUSED if row[4]])
 def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandbox, tag):
-    station.worker = Doubting(
+    station.worker = Distrustful(
         station.spool, station.client, station.ledger, station.config(), may_report=Holds().may_report
     )
     ask(station, tag, stem="a")
@@ -164,7 +164,7 @@ def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandb
     assert second.reason.kind == first.reason.kind
     assert station.names("inbox") == sorted(originals)
     assert (station.inbox / "b.png").read_bytes() == IMAGE
-    assert station.documents() == {"a": "errors"}
+    assert station.finished() == {"a": "errors"}
     assert station.leftovers() == []
     assert sandbox.report()["charged"] == 0
 
@@ -183,7 +183,7 @@ def test_without_a_usable_key_nothing_is_sent(station, sandbox):
         raise ConfigError([Problem("endpoint.api_key_file", "is not there", "make it")])
 
     client = Client(station.config().endpoint, no_key)
-    station.worker = Doubting(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     (outcome,) = station.work()
     client.close()
@@ -281,7 +281,7 @@ def served_with(key, tmp_path, *scripts, **settings):
     with served_by(tmp_path, *scripts, **settings) as station:
         client = Client(station.config().endpoint, lambda: Key(key))
         with contextlib.closing(client):
-            station.worker = Doubting(station.spool, client, station.ledger, station.config())
+            station.worker = Distrustful(station.spool, client, station.ledger, station.config())
             yield station
 
 
@@ -703,7 +703,7 @@ class Slipping(Client):
 def test_a_bug_while_sending_neither_loses_the_answer_nor_calls_the_request_free(station, sandbox, before):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
-    station.worker = Doubting(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     station.work()
     client.close()
@@ -736,7 +736,7 @@ def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_is_not_
         returned(station, {"cat.prompt.txt": "a cat"})
         assert sandbox.report()["requests"] == 0
         station.work()
-        assert station.documents() == {"cat": "outbox"}
+        assert station.finished() == {"cat": "outbox"}
         assert sandbox.report()["requests"] == 1
 
 
@@ -755,7 +755,7 @@ class FullAtTheDecision(Disk):
 def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_shown_by_the_next_prompt(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
         holds = Holds()
-        station.worker = Doubting(
+        station.worker = Distrustful(
             station.spool,
             station.client,
             station.ledger,
@@ -767,9 +767,9 @@ def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_show
         with pytest.raises(SpoolError, match="full"):
             station.work()
         station.recover()
-        assert station.documents() == {}
+        assert station.finished() == {}
         ask(station, "402", stem="b")
         station.work()
-        assert list(station.documents().values()) == ["errors"]
+        assert list(station.finished().values()) == ["errors"]
         assert sum(name.endswith(".prompt.txt") for name in station.names("inbox")) == 1
         assert station.leftovers() == []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from commands.test_submit import Events
 from support.endpoint import picture
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.job.outcome import End
 
@@ -64,7 +64,9 @@ def test_a_refusal_from_before_a_wait_says_nothing_about_the_account_now(station
         station.prompt("cat", "a newer prompt of this name")  # so this one cannot go back yet
         return False
 
-    worker = Doubting(station.spool, station.client, station.ledger, station.config(), may_report=another_job_shows_it)
+    worker = Distrustful(
+        station.spool, station.client, station.ledger, station.config(), may_report=another_job_shows_it
+    )
     station.prompt("cat", "a cat [sandbox: 402]")
     first = worker.start(claimed(station))
     assert (first.end, first.awaits_name, first.reason.kind) == (End.DEFERRED, True, "credits")
@@ -85,7 +87,7 @@ def test_an_endpoint_that_was_busy_before_a_wait_makes_no_other_prompt_wait_now(
     first = station.worker.start(claimed(station))
     assert (first.end, first.reason.kind) == (End.DEFERRED, "busy")
     station.environ["IMAGEWATCH_RETRY__ATTEMPTS"] = "1"
-    worker = Doubting(station.spool, station.client, station.ledger, station.config())
+    worker = Distrustful(station.spool, station.client, station.ledger, station.config())
     second = worker.process(first.job, is_resumed=True)
     assert (second.end, second.reason, second.answered) == (End.OVER, None, False)
     assert station.error("cat")["charged"] == "no"

@@ -39,7 +39,7 @@ LARGE_BYTES = 12_000_000  # more than the buffers of both ends hold
 
 def delivered(folders: Folders, sandbox: Sandbox) -> dict[str, Any]:
     """Look that the one prompt was made, and paid once; return its receipt."""
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: folders.leftovers() == [])
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (1, 1)
@@ -104,7 +104,7 @@ def test_whatever_our_disk_refuses_while_an_answer_comes_is_waited_for_and_holds
         told = asked.wait_for("held")
         folders.prompt("later", "not while our disk fails")
     assert (told["kind"], "answer.1" in told["reason"] or "jobs/" in told["reason"]) == ("disk", True)
-    until(lambda: folders.documents() == {"cat": "outbox", "later": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox", "later": "outbox"})
     assert "problems" not in folders.receipt("cat")
     assert sandbox.report()["charged"] == 2
     assert asked.stop() == 0
@@ -127,7 +127,7 @@ def test_an_answer_waits_while_its_file_may_not_be_written(
     with immutable(part(folders)):
         sandbox.release()
         assert "Operation not permitted" in asked.wait_for("held")["reason"]
-        assert folders.documents() == {}
+        assert folders.finished() == {}
     delivered(folders, sandbox)
     assert asked.stop() == 0
 
@@ -145,7 +145,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk
     with immutable(part(folders)):
         sandbox.release()
         daemon.wait_for("stuck")
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], words in error["message"]) == (charged, True)
     assert "answer.1: cannot save the answer: Operation not permitted" in error["message"]
@@ -179,7 +179,7 @@ def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_l
         with immutable(part(folders)):
             going_on.set()
             daemon.wait_for("stuck")
-        until(lambda: folders.documents() == {"cat": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox"})
         receipt = folders.receipt("cat")
         assert (receipt["got"], receipt["asked"]) == (1, 2)
         assert "Operation not permitted" in " ".join(receipt["problems"])
@@ -210,7 +210,7 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
         until(lambda: "the state folder was replaced" in str(asked.events("held")))
         shutil.rmtree(folders.state)
         folders.state.with_name("aside").rename(folders.state)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert "problems" not in folders.receipt("cat")
     until(lambda: folders.leftovers() == [])
     assert asked.stop() == 0
@@ -229,7 +229,7 @@ def test_an_answer_is_saved_in_the_state_folder_that_is_made_again_after_the_sto
     assert asked.end() == 0
     (folders.state / "ledger.sqlite3.saved-1").rename(folders.state / "ledger.sqlite3")
     daemon = run(folders)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 1
 
@@ -244,7 +244,7 @@ def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
     assert sandbox.wait_for_requests(1, 20)
     shutil.rmtree(folders.state / "jobs")
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], "no answer came" in error["message"]) == ("unknown", True)
     assert error["times"]["claimed"] <= error["times"]["sent"] <= error["times"]["published"]
@@ -287,7 +287,7 @@ def test_two_requests_for_whose_answers_together_there_is_no_room_are_sent_one_a
         until(lambda: len(folders.names("inbox")) == 2)  # one that waits, and the original of the other
         assert sandbox.report()["requests"] == 1
         sandbox.release()
-        until(lambda: folders.documents() == {"cat": "outbox", "dog": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
         assert daemon.stop() == 0
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "state")], check=True)
@@ -308,8 +308,8 @@ def test_sixty_four_requests_under_a_limit_of_sixty_files_lose_nothing(
     script = tmp_path / "few.py"
     script.write_text(FEW_FILES)
     daemon = run(folders, "0.3", script=str(script))
-    until(lambda: len(folders.documents()) == 64, 60)
-    assert set(folders.documents().values()) == {"outbox"}
+    until(lambda: len(folders.finished()) == 64, 60)
+    assert set(folders.finished().values()) == {"outbox"}
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (64, 64)
     assert daemon.events("held") == []
@@ -334,9 +334,9 @@ def test_answers_that_come_when_no_file_can_be_opened_any_more_are_waited_for(
     told = daemon.wait_for("held")
     assert (told["kind"], "Too many open files" in told["reason"]) == ("disk", True)
     assert "LimitNOFILE=" in told["next"]
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, before)
-    until(lambda: folders.documents() == {f"p{number}": "outbox" for number in range(4)})
+    until(lambda: folders.finished() == {f"p{number}": "outbox" for number in range(4)})
     assert daemon.stop() == 0
     assert (sandbox.report()["requests"], sandbox.report()["charged"]) == (4, 4)
 
@@ -399,13 +399,13 @@ def test_a_prompt_whose_upload_is_cut_off_ends_and_the_prompts_of_others_go_on(
         daemon = run(folders)
         for number in range(6):
             folders.prompt(f"ben/p{number}", f"Number {number}")
-        until(lambda: len(folders.documents()) == 7)
+        until(lambda: len(folders.finished()) == 7)
         assert daemon.stop() == 0
     error = folders.error("anna/large")
     assert (error["charged"], error["attempts"]) == ("no", 4)
     assert "tried 4 times; nothing was charged" in error["message"]
     assert {"anna/large.png", "anna/large.prompt.txt"} <= set(folders.names("errors"))
-    assert list(folders.documents().values()).count("outbox") == 6
+    assert list(folders.finished().values()).count("outbox") == 6
     assert daemon.events("held") == []
 
 
@@ -420,7 +420,7 @@ def test_when_the_uploads_of_several_prompts_are_cut_off_the_queue_waits_as_for_
         daemon = hurried(folders)
         told = daemon.wait_for("held")
         assert (told["kind"], "while the request was sent" in told["reason"]) == ("unreachable", True)
-        until(lambda: folders.documents() == dict.fromkeys("abc", "errors"))
+        until(lambda: folders.finished() == dict.fromkeys("abc", "errors"))
         assert daemon.stop() == 0
         assert server.connections == 6
 
@@ -438,7 +438,7 @@ def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
             until(lambda attempt=attempt: list(folders.state.glob(f"jobs/*/answer.{attempt}")))
             assert daemon.stop() == 0
         daemon = run(folders)
-        until(lambda: folders.documents() == {"a": "errors"})
+        until(lambda: folders.finished() == {"a": "errors"})
         assert daemon.stop() == 0
         assert (folders.error("a")["attempts"], server.connections) == (3, 3)
 
@@ -495,9 +495,9 @@ def test_when_hold_says_that_it_is_noticed_nothing_is_sent_any_more_however_slow
     assert (held.returncode, held.stdout.partition(".")[0]) == (0, "Held")
     go_on(tmp_path / "gate")
     until(lambda: folders.names("inbox") == ["cat.prompt.txt"] and folders.leftovers() == [])
-    assert (sandbox.report()["requests"], folders.documents()) == (0, {})
+    assert (sandbox.report()["requests"], folders.finished()) == (0, {})
     assert command(folders, "release").returncode == 0
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 1
 
@@ -513,7 +513,7 @@ def test_after_sigterm_nothing_is_sent_any_more_however_slow_the_disk_is(
     go_on(tmp_path / "gate")
     assert daemon.end() == 0
     assert (folders.names("inbox"), folders.leftovers()) == (["cat.prompt.txt"], [])
-    assert (sandbox.report()["requests"], folders.documents()) == (0, {})
+    assert (sandbox.report()["requests"], folders.finished()) == (0, {})
     assert command(folders, "once").returncode == 0
     assert sandbox.report()["requests"] == 1
 

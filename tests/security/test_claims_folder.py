@@ -1,4 +1,4 @@
-"""The folder of the claims lies in a folder that others may write: it is the daemon's own, or it is not used."""
+"""The claims folder is in a folder that other users may write: it is the daemon's own, or it is not used."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def replace_claim_by_link(world: World, target: Path) -> None:
 
 
 def is_held_until_it_is_put_back(world: World, text: str) -> None:
-    """The queue is held for the claims folder; when that is put back, everything is made, once."""
+    """The queue is held for the claims folder; when that is put back, everything is completed, once."""
     held_back = world.honest_prompt("held back", "waits for the end of the hold")
     world.held_for(CLAIMS)
     put_back_claims(world)
     world.release()
-    world.wait(lambda: world.door(held_back), "what was held back")
-    world.wait(lambda: world.door("cat.prompt.txt"), "the prompt of the attacker")
-    assert world.door(held_back) == world.door("cat.prompt.txt") == "outbox"
+    world.wait(lambda: world.destination(held_back), "what was held back")
+    world.wait(lambda: world.destination("cat.prompt.txt"), "the prompt of the attacker")
+    assert world.destination(held_back) == world.destination("cat.prompt.txt") == "outbox"
     assert world.requests(text) == world.requests("waits for the end of the hold") == 1
     world.is_idle()
     assert (world.archive / "cat.prompt.txt").read_text() == text
@@ -74,7 +74,7 @@ def test_a_claims_folder_of_the_attackers_with_a_link_to_the_state_leaves_ledger
 ) -> None:
     world = new_world(settings={"limits": {"credits_per_day": 100, "assumed_credits": 30}})  # an image costs 30
     first = world.start()
-    world.honest_prompt_is_made("before")
+    world.honest_prompt_is_completed("before")
     replace_claims(world)
     world.sandbox.hold()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
@@ -137,11 +137,11 @@ def test_a_claims_folder_that_is_renamed_during_a_request_loses_nothing(world: W
     world.sandbox.release()
     assert world.end("cat.prompt.txt") in {"outbox", "held", "stuck"}
     held_back = world.honest_prompt("other", "another prompt")
-    world.wait(lambda: world.door(held_back) or CLAIMS in world.holds(), "the other prompt, or a hold")
+    world.wait(lambda: world.destination(held_back) or CLAIMS in world.holds(), "the other prompt, or a hold")
     if world.holds():
         world.attacker.rename(world.inbox / ".away", world.inbox / CLAIMS)
         world.release()
-    world.wait(lambda: world.door(held_back) == world.door("cat.prompt.txt") == "outbox", "both prompts")
+    world.wait(lambda: world.destination(held_back) == world.destination("cat.prompt.txt") == "outbox", "both prompts")
     assert world.requests("a cat") == world.requests("another prompt") == 1
     world.is_idle()
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
@@ -169,7 +169,7 @@ def test_claimed_files_are_not_claimed_again_when_their_folder_gets_a_name_that_
             world.attacker.rename(world.inbox / CLAIMS, world.inbox / ".fake")
         world.attacker.may("rename", world.inbox / "visible", world.inbox / CLAIMS)  # the daemon may be faster
         world.release()
-    world.wait(lambda: world.door(other) == world.door("cat.prompt.txt") == "outbox", "both prompts")
+    world.wait(lambda: world.destination(other) == world.destination("cat.prompt.txt") == "outbox", "both prompts")
     world.is_idle()
     assert world.requests("a cat") == world.requests("another prompt") == 1
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
@@ -177,16 +177,16 @@ def test_claimed_files_are_not_claimed_again_when_their_folder_gets_a_name_that_
 
 def test_an_empty_claims_folder_that_is_removed_is_created_again(world: World) -> None:
     first = world.start()
-    world.honest_prompt_is_made("before")
+    world.honest_prompt_is_completed("before")
     world.is_idle()
     world.attacker.may("rmdir", world.inbox / CLAIMS)  # not if there is something in it
     source = world.honest_prompt("after", "an honest prompt of after")
-    world.wait(lambda: world.door(source) or world.holds(), "the prompt, or a hold")
+    world.wait(lambda: world.destination(source) or world.holds(), "the prompt, or a hold")
     if world.holds():
         assert CLAIMS in world.holds()
         assert first.stop() == 0
         world.start()
-    world.wait(lambda: world.door(source) == "outbox", "the prompt")
+    world.wait(lambda: world.destination(source) == "outbox", "the prompt")
     assert world.requests() == 2
 
 
@@ -205,7 +205,7 @@ def test_a_lock_in_a_claims_folder_of_the_attackers_is_not_taken_for_another_dae
 def test_a_lock_of_another_user_on_the_inbox_does_not_prevent_the_start(world: World, kind: str) -> None:
     world.attacker.lock(world.inbox, kind)
     world.start()
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
 
 
 def before_the_first_start(world: World, kind: str) -> None:
@@ -233,9 +233,11 @@ def test_folders_of_another_owner_are_named_and_not_used_at_the_first_start(worl
     before_the_first_start(world, kind)
     first = world.start(running=False)
     source = world.honest_prompt("early", "an early prompt")
-    world.wait(lambda: first.process.poll() is not None or world.holds() or world.door(source), "an end or a hold")
+    world.wait(
+        lambda: first.process.poll() is not None or world.holds() or world.destination(source), "an end or a hold"
+    )
     assert world.requests() == 0
-    assert world.door(source) == ""
+    assert world.destination(source) == ""
     if first.process.poll() is None:
         assert CLAIMS in world.holds()
         assert "another imagewatch" not in world.holds()
@@ -247,6 +249,6 @@ def test_folders_of_another_owner_are_named_and_not_used_at_the_first_start(worl
     world.nothing_leaked()
     world.attacker.rename(claims, world.inbox / ".was here")
     world.start()
-    world.wait(lambda: world.door(source) == "outbox", "the prompt")
+    world.wait(lambda: world.destination(source) == "outbox", "the prompt")
     assert world.requests() == 1
     world.nothing_leaked()

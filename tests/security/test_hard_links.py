@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OWNERS = {"the daemon": (DAEMON, DAEMON, 0o600), "another user": (HONEST, DAEMON, 0o640)}
-"""Who has the private file: owner, group and mode, so that the daemon can read it."""
+"""Rights of the private file: owner, group and mode, so that the daemon can read it."""
 GOOD = picture("good").decode("latin-1")
 owners = pytest.mark.parametrize("owner", OWNERS)
 
@@ -30,7 +30,7 @@ class Secrets:
 
     Args:
         world: Where.
-        owner: Who has them, a key of ``OWNERS``.
+        owner: Their rights, a key of ``OWNERS``.
     """
 
     def __init__(self, world: World, owner: str) -> None:
@@ -90,7 +90,7 @@ def test_a_private_file_is_not_sent_as_prompt_or_image_through_a_hard_link(world
     sources = drop_everywhere(world, secrets)
     world.start()
     ends = {source: world.end(source) for source in sources}
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     secrets.are_kept()
     assert set(ends.values()) <= {"errors", "waiting"}
     assert world.requests() == 1
@@ -121,7 +121,7 @@ def test_a_private_file_in_the_place_of_a_failed_prompt_is_not_copied_to_a_reada
     world.start()
     secrets.link(world.inbox / "cat.prompt.txt", f"+++\nunknown = 1\n+++\na cat, {MARK}")  # refused for its text
     world.wait(lambda: list(elsewhere.glob("*.toml")) or world.end("cat.prompt.txt"), "an end")
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     for path in walk(elsewhere):
         if MARK.encode() in path.read_bytes():
             assert path.stat().st_mode & 0o007 == 0, f"{path} can be read by all"
@@ -135,12 +135,12 @@ def test_retry_does_not_put_a_private_file_into_the_inbox(new_world: Callable[..
     secrets = Secrets(world, owner)
     first = world.start()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat [sandbox: 400]")
-    world.wait(lambda: world.door("cat.prompt.txt"), "the error file")
+    world.wait(lambda: world.destination("cat.prompt.txt"), "the error file")
     world.is_idle()
     world.attacker.unlink(world.errors / "cat.prompt.txt")
     secrets.link(world.errors / "cat.prompt.txt", f"a cat, {MARK}")
     done = world.command("retry", "cat")
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     assert first.stop() == 0
     secrets.are_kept()
     assert world.requests() == 2
@@ -191,7 +191,7 @@ def test_the_gallery_shows_nothing_of_a_private_file(new_world: Callable[..., Wo
     secrets.are_kept()
     shown = (page / "gallery.html").read_text()
     assert (MARK in shown, "outbox/good.png" in shown, "outbox/cat.png" in shown) == (False, True, False)
-    # That of the good picture, where this user can start the program that makes it.
+    # That of the good image, where this user can start the program that makes it.
     assert len(list(page.glob("gallery_files/*.webp"))) <= 1, "thumbnails beside that of the good picture"
 
 
@@ -200,7 +200,7 @@ def test_a_private_file_is_not_compared_with_prompts_from_before(world: World, o
     world.start()
     text = f"a cat, {MARK}"
     world.attacker.drop(world.inbox / "cat.prompt.txt", text)
-    world.wait(lambda: world.door("cat.prompt.txt"), "the receipt")
+    world.wait(lambda: world.destination("cat.prompt.txt"), "the receipt")
     world.is_idle()
     secrets = Secrets(world, owner)
     (row,) = world.rows("cat.prompt.txt")
@@ -209,7 +209,7 @@ def test_a_private_file_is_not_compared_with_prompts_from_before(world: World, o
     give(file, OWNERS[owner][2], *OWNERS[owner][:2])
     os.utime(file, ns=(row["source_mtime_ns"], row["source_mtime_ns"]))
     (world.inbox / "cat.prompt.txt").hardlink_to(file)
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     assert world.end("cat.prompt.txt") in {"waiting", "outbox"}
     assert file.stat().st_nlink == 2, "the link was removed: who made it knows now what the private file says"
     assert world.status()["redelivered"] == 0

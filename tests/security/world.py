@@ -30,20 +30,20 @@ _MOST_NAMES = 80
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
 PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
-"""A whole picture, with a mark behind its end."""
+"""A whole image, with a mark behind its end."""
 
 
 class World(Folders):
     """The folders of a daemon of the user ``DAEMON``, seen by root.
 
     The attacker may write the inbox, and what ``open_to_all`` names beside it; nothing else. The folder ``home`` with a
-    ``.profile`` and a picture, the folder of the key and the state folder are private.
+    ``.profile`` and an image, the folder of the key and the state folder are private.
 
     Args:
         root: An empty folder that all users may enter.
         sandbox: The endpoint.
         interpreter: The Python of all users.
-        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` everybody may write.
+        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` all users may write.
         key_folder: An empty folder for the key, if it is to be elsewhere.
         settings: More of the configuration, by section.
     """
@@ -139,7 +139,7 @@ class World(Folders):
     # What is seen
 
     def status(self) -> dict[str, Any]:
-        """Return what the daemon says of itself; nothing before it said something."""
+        """Return the status of the daemon; empty before it wrote one."""
         try:
             return dict(json.loads((self.state / "status.json").read_bytes()))
         except (OSError, ValueError):
@@ -166,25 +166,25 @@ class World(Folders):
 
         until(condition, saw=saw, what=what)
 
-    def door(self, source: str) -> str:
-        """Return where the document of a prompt is, or an empty string; links are not followed."""
-        for door in ("outbox", "errors"):
-            for path in walk(self.root / door):
+    def destination(self, source: str) -> str:
+        """Return where the result file of a prompt is, or an empty string; links are not followed."""
+        for destination in ("outbox", "errors"):
+            for path in walk(self.root / destination):
                 if path.name.endswith((".receipt.toml", ".error.toml")) and not path.is_symlink():
                     try:
                         if tomllib.loads(path.read_text()).get("source") == source:
-                            return door
+                            return destination
                     except (OSError, ValueError):  # just renamed by its reader
                         continue
         return ""
 
     def end(self, source: str) -> str:
-        """Wait until nothing more happens to a prompt by itself.
+        """Wait until nothing more happens to a prompt automatically.
 
         Returns:
-            ``outbox`` or ``errors``: its document is there, and its job over or the queue held.
-            ``held``, ``stuck`` or ``waiting``: the status says so.
-            ``gone``: neither prompt nor job nor document is left.
+            ``outbox`` or ``errors``: its result file is there, and its job is finished or the queue held.
+            ``held``, ``stuck`` or ``waiting``: as in the status.
+            ``gone``: neither prompt nor job nor result file is left.
         """
         found: list[str] = []
 
@@ -196,35 +196,35 @@ class World(Folders):
         return found[0]
 
     def _end(self, source: str) -> str:
-        page, door = self.status(), self.door(source)
+        page, destination = self.status(), self.destination(source)
         if page.get("holds"):
-            return door or "held"
+            return destination or "held"
         if source in [job["source"] for job in page.get("stuck", [])]:
             return "stuck"
         here = any(path.name == os.path.basename(source) for path in walk(self.inbox))
         if any(path.is_dir() for path in (self.state / "jobs").iterdir()):
             return ""
-        if door:
-            return door
+        if destination:
+            return destination
         folders = [source[:at] for at, letter in enumerate(source) if letter == "/"]
         named = {*page.get("waiting", {}).get("files", ()), *page.get("ignored", {}).get("files", ())}
         if named.intersection((source, *folders)):
             return "waiting"
-        return "" if here else self.door(source) or "gone"
+        return "" if here else self.destination(source) or "gone"
 
     def requests(self, text: str | None = None) -> int:
         """Return how many requests came, in all or for one prompt."""
         return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
 
     def rows(self, source: str | None = None) -> list[sqlite3.Row]:
-        """Return what the ledger says of a prompt, or of all."""
+        """Return the rows of the ledger for a prompt, or for all."""
         with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
             database.row_factory = sqlite3.Row
             rows = database.execute("SELECT * FROM attempts").fetchall()
         return [row for row in rows if source in {None, row["source"]}]
 
     def asked(self, count: int = 1) -> bool:
-        """Wait until so many requests are under way, or the queue is held; tell whether they are."""
+        """Wait until so many requests were sent, or the queue is held; return whether they were sent."""
         self.wait(lambda: self.requests() >= count or self.holds(), f"{count} requests, or a hold")
         return self.requests() >= count
 
@@ -247,10 +247,10 @@ class World(Folders):
         assert MARK not in self.log()
 
     def nothing_private_was_sent(self) -> None:
-        """The endpoint has seen no private text and no private picture."""
+        """The endpoint has received no private text and no private image."""
         hidden = hashlib.sha256(PRIVATE_PICTURE.encode("latin-1")).hexdigest()
         for call in self.sandbox.report()["calls"]:
-            assert hidden not in call["inputs"], "a private picture was sent"
+            assert hidden not in call["inputs"], "a private image was sent"
             assert MARK not in str(call["prompt"]), "a private text was sent"
 
     def state_is_whole(self, *, jobs: bool = False) -> None:
@@ -279,12 +279,12 @@ class World(Folders):
         self.honest.drop(folder / f"{name}.prompt.txt", text)
         return f"theirs/{name}.prompt.txt"
 
-    def honest_prompt_is_made(self, name: str = "honest") -> None:
-        """Drop a prompt as an honest user, and wait until it was made, once."""
+    def honest_prompt_is_completed(self, name: str = "honest") -> None:
+        """Drop a prompt as an honest user, and wait until it was completed, once."""
         text = f"an honest prompt of {name}"
         source = self.honest_prompt(name, text)
-        self.wait(lambda: self.door(source), f"the honest prompt {name}")
-        assert self.door(source) == "outbox"
+        self.wait(lambda: self.destination(source), f"the honest prompt {name}")
+        assert self.destination(source) == "outbox"
         assert self.requests(text) == 1
 
 

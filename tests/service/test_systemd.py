@@ -20,7 +20,7 @@ from gallery.test_gallery import page_data
 from gallery.test_gallery_hostile import scans
 from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
-from support.daemon import KEY, until
+from support.daemon import KEY, STARTED, until
 
 from imagewatch.protocol.reasons import HOLDS
 
@@ -55,7 +55,7 @@ def hold(line):
 
 Sandbox(port=8283, key=sys.argv[1], on_request=hold).serve_forever()
 """
-"""An endpoint that keeps its answers back as long as a test likes."""
+"""An endpoint that delays its responses as long as a test likes."""
 REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
 
 
@@ -96,6 +96,7 @@ class Service:
         self.container.run("sh", "-c", f"rm -f {self._drop_ins}/test.conf && systemctl daemon-reload")
         self.systemctl("reset-failed", check=False)
         self._cursor = self.container.run("journalctl", "--lines=0", "--show-cursor").stdout.split("cursor: ")[-1]
+        STARTED[f"service {self.unit}"] = self.log
 
     @property
     def pid(self) -> int:
@@ -108,7 +109,7 @@ class Service:
 
     @property
     def last_sign(self) -> float:
-        """When it last told the watchdog that it lives: monotonic time, seconds."""
+        """When it last reset the watchdog: monotonic time, seconds."""
         return int(self.container.show(self.unit, "WatchdogTimestampMonotonic")) / 1e6
 
     def kill(self, signal: str) -> None:
@@ -117,7 +118,7 @@ class Service:
     def journal(self) -> list[dict[str, Any]]:
         return self.container.journal(self.unit, self._cursor.strip())
 
-    def told(self) -> str:
+    def log(self) -> str:
         """The texts of the journal."""
         return "\n".join(str(entry["MESSAGE"]) for entry in self.journal())
 
@@ -153,7 +154,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Take requests and pay for them, but answer none before the end."""
+        """Accept and charge requests, but answer none before the end."""
         self._container.put(HELD, "")
         try:
             yield
@@ -225,7 +226,7 @@ def started(service) -> Service:
     return service
 
 
-# What can be told without a machine
+# What can be tested without a machine
 
 
 def directives(name: str) -> list[str]:
@@ -286,23 +287,23 @@ def test_systemd_finds_nothing_wrong_with_the_units(machine, gallery):
 
 
 def test_systemctl_status_shows_what_the_service_does_and_why_it_waits(started, endpoint):
-    def says(words: str) -> bool:
+    def shows(words: str) -> bool:
         return words in started.container.show("imagewatch", "StatusText")
 
     with endpoint.holding():
-        started.prompt("slow", "[sandbox: b64] Told to the manager")
-        until(lambda: says("0 waiting; 1 in flight; today "))
-    until(lambda: says("0 waiting; 0 in flight; today "))
+        started.prompt("slow", "[sandbox: b64] LoggedDaemon to the manager")
+        until(lambda: shows("0 waiting; 1 in flight; today "))
+    until(lambda: shows("0 waiting; 0 in flight; today "))
     started.container.run("imagewatch", "hold", "out of office")
     started.prompt("held", "[sandbox: b64] Not before Monday")
-    until(lambda: says("1 waiting; 0 in flight; today ") and says("held (hand): out of office"))
+    until(lambda: shows("1 waiting; 0 in flight; today ") and shows("on hold (manual): out of office"))
     started.container.run("imagewatch", "release")
 
 
 def test_the_service_is_ready_only_after_its_first_scan(started):
     assert started.container.show("imagewatch", "ActiveState") == "active"
     messages = [entry["MESSAGE"] for entry in started.journal()]
-    watching = next(number for number, text in enumerate(messages) if text.startswith("watching"))
+    watching = next(number for number, text in enumerate(messages) if text.startswith("started"))
     ready = next(number for number, text in enumerate(messages) if text.startswith("Started"))
     assert watching < ready
 
@@ -321,7 +322,7 @@ def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoin
 
 def test_the_key_comes_from_the_manager_and_cannot_be_read_by_others(started, endpoint):
     started.prompt("key", "[sandbox: b64] A key")
-    assert started.receipt("key")["charged"] == "yes"  # the endpoint takes no other key
+    assert started.receipt("key")["charged"] == "yes"  # the endpoint accepts no other key
     for path in ("/etc/imagewatch/letta_api_key", "/run/credentials/imagewatch.service/letta_api_key"):
         assert KEY in started.container.path(path).read_text()
         assert started.container.run("cat", path, user="colleague", check=False).returncode != 0
@@ -432,7 +433,7 @@ STRANGE = {
 
 @pytest.fixture(scope="module")
 def probed(machine) -> dict[str, dict[str, Any]]:
-    """What a program meets that runs as the service does, and one that merely runs as its user."""
+    """What a program may do that runs as the service does, and one that merely runs as its user."""
     for path in list(STRANGE.values())[:-1]:
         machine.put(path, "not yours\n", 0o644)
     machine.path("/home/colleague").chmod(0o755)
@@ -495,13 +496,13 @@ def test_a_killed_service_is_restarted_and_pays_for_nothing_twice(started, endpo
 
 
 def with_the_real_watchdog(service: Service) -> None:
-    """Go on with the unit as it is: on a busy machine a second without a sign of life proves nothing."""
+    """Continue with the unit as it is: on a busy machine a second without a sign of life proves nothing."""
     service.drop_in("")
     service.systemctl("restart")
 
 
 def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoint):
-    # Not SIGSTOP: before it aborts, systemd lets a stopped process go on, and nobody hangs any more.
+    # Not SIGSTOP: before it aborts, systemd continues a stopped process, and nothing hangs any more.
     service.container.put(f"{HANGING}/sitecustomize.py", HANG)
     service.drop_in(f"WatchdogSec=1\nEnvironment=PYTHONPATH={HANGING}")
     service.systemctl("start")
@@ -509,10 +510,10 @@ def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoin
     service.prompt("slow", slow)
     wait_for_call(endpoint, slow)
     service.kill("USR1")
-    assert service.error("slow")["charged"] == "unknown"  # said by the one that came back
+    assert service.error("slow")["charged"] == "unknown"  # reported by the restarted one
     assert service.restarts >= 1
-    assert "Watchdog timeout" in service.told()
-    until(lambda: " in hang" in service.told() and " in _loop" in service.told())  # where it hung
+    assert "Watchdog timeout" in service.log()
+    until(lambda: " in hang" in service.log() and " in _loop" in service.log())  # where it hung
     with_the_real_watchdog(service)
     service.prompt("quick", quick)
     assert service.receipt("quick")["charged"] == "yes"
@@ -524,7 +525,7 @@ def test_a_service_that_cannot_see_its_inbox_is_restarted_by_the_watchdog(servic
     service.systemctl("start")
     service.container.run("mv", f"{service.root}/inbox", f"{service.root}/gone")
     until(lambda: service.restarts >= 1)
-    assert "Watchdog timeout" in service.told()
+    assert "Watchdog timeout" in service.log()
     service.container.run("sh", "-c", f"rm -rf {service.root}/gone; systemd-tmpfiles --create imagewatch.conf")
     until(lambda: service.container.show("imagewatch", "ActiveState") == "active")
     with_the_real_watchdog(service)
@@ -602,9 +603,9 @@ def test_a_bad_configuration_is_refused_once_and_logged_as_an_error(service, res
     assert service.systemctl("start", check=False).returncode != 0
     assert service.container.show("imagewatch", "ActiveState") == "failed"
     assert (service.container.show("imagewatch", "ExecMainStatus"), service.restarts) == ("78", 0)
-    until(lambda: "limits.concurrency" in service.told())
-    said = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
-    assert [entry["PRIORITY"] for entry in said] == ["3"]
+    until(lambda: "limits.concurrency" in service.log())
+    entries = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
+    assert [entry["PRIORITY"] for entry in entries] == ["3"]
 
 
 def test_a_missing_key_file_is_refused_once_and_named(service):
@@ -614,7 +615,7 @@ def test_a_missing_key_file_is_refused_once_and_named(service):
     finally:
         service.container.run("mv", "/etc/imagewatch/away", "/etc/imagewatch/letta_api_key")
     assert (service.container.show("imagewatch", "ActiveState"), service.restarts) == ("failed", 0)
-    assert "status=243/CREDENTIALS" in service.told()
+    assert "status=243/CREDENTIALS" in service.log()
 
 
 # The journal
@@ -631,7 +632,7 @@ def test_the_journal_has_levels_and_fields(started, endpoint):
     assert (made["IMAGEWATCH_JOB"], made["IMAGEWATCH_SOURCE"]) == (job, "good.prompt.txt")
     assert (made["SYSLOG_IDENTIFIER"], made["_SYSTEMD_UNIT"]) == ("imagewatch", "imagewatch.service")
     found = started.container.run("journalctl", "--output=cat", f"IMAGEWATCH_JOB={job}").stdout
-    assert found.startswith("made ")
+    assert found.startswith("completed ")
     warnings = started.container.run("journalctl", "--output=cat", "--unit=imagewatch", "--priority=warning").stdout
     assert "bad.prompt.txt" in warnings
     assert "good.prompt.txt" not in warnings
@@ -643,12 +644,12 @@ def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
     service.prompt("bad", "[sandbox: 400] A bad one")
     service.error("bad")
 
-    def said() -> list[dict[str, Any]]:
-        return [entry for entry in service.journal() if '"refused"' in str(entry["MESSAGE"])]
+    def failures() -> list[dict[str, Any]]:
+        return [entry for entry in service.journal() if '"failed"' in str(entry["MESSAGE"])]
 
-    until(said)
-    assert said()[0]["PRIORITY"] == "4"
-    assert json.loads(said()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
+    until(failures)
+    assert failures()[0]["PRIORITY"] == "4"
+    assert json.loads(failures()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
 
 
 # Several
@@ -656,7 +657,7 @@ def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
 
 @pytest.fixture
 def cats(machine, endpoint) -> Iterator[Service]:
-    """A second inbox, made by the page."""
+    """A second inbox, created as the page describes."""
     made = Service(machine, "imagewatch@cats", "imagewatch-cats")
     if not machine.path("/etc/imagewatch/cats.toml").exists():
         assert "is running" in follow(machine, "several", f"{KEY}\n")
@@ -723,7 +724,7 @@ class Gallery:
         self.folder = f"{root}/gallery"
 
     def run(self, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; a run that the timer has begun before may not have seen what a test has made."""
+        """Run it to its end; a run that the timer began before may have missed what a test has created."""
         return self.container.run("systemctl", "restart", self.unit, check=check)
 
     @property
@@ -834,7 +835,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def gallery_probed(machine, endpoint, gallery, probed) -> dict[str, dict[str, Any]]:
-    """What a program meets that runs as the gallery does, and one that merely runs as the daemon's user."""
+    """What a program may do that runs as the gallery does, and one that merely runs as the daemon's user."""
     machine.run("systemctl", "start", "imagewatch")
     machine.put("/srv/imagewatch/inbox/notes.txt", "not yours\n", 0o644)
     machine.put("/opt/gallery_probe.py", GALLERY_PROBE)
@@ -894,10 +895,10 @@ def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, galler
     gallery.page.unlink(missing_ok=True)
     started.prompt("before", "[sandbox: b64] Before")
     started.receipt("before")
-    told = started.container.run(
+    result = started.container.run(
         "sh", "-c", f"umask 077; imagewatch gallery --output {page}; imagewatch gallery"
     ).stdout
-    assert told.count("Wrote ") == 2
+    assert result.count("Wrote ") == 2
     started.prompt("after", "[sandbox: b64] After")
     started.receipt("after")
     gallery.run()
@@ -912,7 +913,7 @@ def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, galler
 
 
 def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is_not(gallery):
-    def told() -> str:
+    def log() -> str:
         """What the journal has about the last run."""
         last = gallery.container.show(gallery.unit, "InvocationID")
         gallery.container.run("journalctl", "--sync")
@@ -920,12 +921,12 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
         return gallery.container.run("journalctl", "--output=cat", *about).stdout
 
     gallery.run()
-    assert told() == ""
+    assert log() == ""
     page = gallery.page.read_text()
     gallery.page.write_text("somebody's own page")
     try:
         assert gallery.run(check=False).returncode != 0
-        until(lambda: "is there already, and no gallery" in told() and "status=64" in told())
+        until(lambda: "is there already, and no gallery" in log() and "status=64" in log())
     finally:
         gallery.page.write_text(page)
 
@@ -947,16 +948,16 @@ def test_the_page_names_the_next_step_for_each_kind_of_hold():
 
 
 def test_the_first_start_of_the_page(service):
-    told = follow(service.container, "start")
-    assert "active (running)" in told
-    assert "from systemd credential letta_api_key" in told
-    assert "bad " not in told
+    result = follow(service.container, "start")
+    assert "active (running)" in result
+    assert "from systemd credential letta_api_key" in result
+    assert "bad " not in result
 
 
 def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started):
-    told = started.container.run("imagewatch", "check").stdout
-    assert "bad " not in told
-    (key,) = (line for line in told.splitlines() if line.split()[1] == "key")
+    result = started.container.run("imagewatch", "check").stdout
+    assert "bad " not in result
+    (key,) = (line for line in result.splitlines() if line.split()[1] == "key")
     assert key.startswith("wait")
     command = key.partition("to check it as root: ")[2].rstrip(")")
     assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
@@ -966,10 +967,10 @@ def test_status_hold_and_reload(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
     until(lambda: started.events("completed"))
-    told = follow(started.container, "look")
-    assert "is running" in told
-    assert "In all: " in told
-    assert "made attempts=1" in told
+    result = follow(started.container, "look")
+    assert "is running" in result
+    assert "In all: " in result
+    assert "completed attempts=1" in result
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
     until(lambda: started.events("reloaded"))
@@ -994,7 +995,7 @@ def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(star
         machine.run("imagewatch", "release")
         until(
             lambda: machine.run("imagewatch", "status", check=False).returncode == 0
-        )  # it tells once a second at most
+        )  # it sends one line a second at most
         assert written() == (1, 0)
         started.systemctl("stop")
         assert written() == (0, 0)
@@ -1043,7 +1044,7 @@ def test_files_of_a_sync_program_in_the_folders_are_not_touched(started, endpoin
 
 @pytest.fixture
 def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedProcess[str]]]:
-    """The share of the page: run a client's commands in one of its folders as somebody."""
+    """The share of the page: run a client's commands in one of its folders as a user."""
     if missing := [name for name in ("smbd", "smbclient", "smbpasswd") if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)} (apt install samba smbclient)")
     (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
@@ -1084,7 +1085,7 @@ def test_a_folder_closed_to_the_service_delays_no_other_folder(started, endpoint
     assert started.events("ignored")[0]["IMAGEWATCH_FILE"] == "closed/mine.prompt.txt"
     assert not started.events("held")
     started.container.run("chmod", "g+rwX", closed, user="colleague")
-    started.systemctl("reload")  # looks at once
+    started.systemctl("reload")  # scans immediately
     assert started.receipt("closed/mine")["charged"] == "yes"
 
 
@@ -1113,7 +1114,7 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
 
 @pytest.fixture
 def desktop(machine, endpoint) -> Iterator[dict[str, Any]]:
-    """What it takes to run a command as somebody who has a systemd of their own."""
+    """What is needed to run a command as a user with a systemd of their own."""
     runtime = "/run/user/imagewatch-test"
     machine.run("install", "--directory", "--owner=colleague", "--mode=700", runtime)
     properties = [

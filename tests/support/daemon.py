@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[1]
 KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
-"""A name that no resolver knows: whoever is to find it needs a proxy."""
+"""A name that no resolver knows: to find it takes a proxy."""
+STARTED: dict[str, Callable[[], str]] = {}
+"""The logs of the daemons that the current test has started: if it fails, they are in the report."""
 
 
 def below(top: Path) -> list[Path]:
@@ -107,8 +109,8 @@ class Folders:
         left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
         return left
 
-    def documents(self) -> dict[str, str]:
-        """Each prompt that is over, by stem, and its door."""
+    def finished(self) -> dict[str, str]:
+        """Each prompt that has a result file, by stem, and its destination."""
         ends = {".receipt.toml": self.outbox, ".error.toml": self.errors}
         return {
             path.name.removesuffix(end): top.name
@@ -133,7 +135,7 @@ class Running:
             [*program, *command], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.output = ""
-        STARTED.append(self)
+        STARTED[f"daemon {self.process.pid}"] = self.log
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
         """Send a signal and wait for the end; return the exit code."""
@@ -191,7 +193,7 @@ class LoggedDaemon:
         self.lines: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        STARTED[:] = [*(one for one in STARTED if one is not running), self]
+        STARTED[f"daemon {self.process.pid}"] = self.log
 
     def _read(self) -> None:
         assert self.process.stderr is not None
@@ -240,10 +242,6 @@ class LoggedDaemon:
                 pipe.close()
 
 
-STARTED: list[Running | LoggedDaemon] = []
-"""The daemons that the current test has started: if it fails, their logs are in the report."""
-
-
 def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command for these folders to its end."""
     return subprocess.run(
@@ -270,7 +268,7 @@ def until(
         what: What is waited for, in words; without, the condition is shown as it is written.
 
     Raises:
-        AssertionError: It took too long; the message says what was waited for, and what is so instead.
+        AssertionError: It took too long; the message has what was waited for, and what there is instead.
     """
     __tracebackhide__ = True
     deadline, pause = time.monotonic() + timeout, threading.Event()
@@ -293,11 +291,11 @@ def until_finished(folders: Folders, daemon: LoggedDaemon, count: int, *, emptie
 
     def is_so() -> bool:
         left = [name for name in folders.names("inbox") if name[0] != "."] if emptied else []
-        return len(folders.documents()) == count and not left
+        return len(folders.finished()) == count and not left
 
     def saw() -> str:
         status = (folders.state / "status.json").read_text()
-        return f"finished: {folders.documents()}\ninbox: {folders.names('inbox')}\nstatus: {status}"
+        return f"finished: {folders.finished()}\ninbox: {folders.names('inbox')}\nstatus: {status}"
 
     what = f"{count} finished prompts" + (" and an empty inbox" if emptied else "")
     until(lambda: is_so() or daemon.events("held"), saw=saw, what=what)

@@ -1,4 +1,4 @@
-"""A helper that waits says what it waited for, and what is so instead."""
+"""A helper that waits reports what it waited for, and what there is instead."""
 
 from __future__ import annotations
 
