@@ -12,8 +12,9 @@ from typing import IO, TYPE_CHECKING
 
 import structlog
 
-from imagewatch.endpoint.client import Client, FetchError, bare
-from imagewatch.endpoint.decode import Got, Reading, holds_key, read, shown
+from imagewatch.endpoint.decode import Got, Reading, read
+from imagewatch.endpoint.download import FetchError, bare
+from imagewatch.endpoint.without_key import holds_key, shown
 from imagewatch.protocol.image_kinds import foreign
 from imagewatch.protocol.images import Image, inspect
 from imagewatch.system.disk_errors import closing, ours
@@ -22,6 +23,7 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from imagewatch.endpoint.client import Client
     from imagewatch.endpoint.saved_answer import Answer
     from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops

@@ -281,7 +281,7 @@ class JobFolders:
 
     def _probe_name(self) -> str:
         """Return a name for a short-lived file, in whose way nobody can put anything."""
-        return f"{_PROBE}.{secrets.token_hex(8)}"
+        return f"{_PROBE}.{self.new_job()}"
 
     def _remove_probes(self) -> None:
         """Remove what a write probe of ours has left that was killed."""
@@ -378,6 +378,10 @@ class JobFolders:
             with ours(folder, "enter the folder"):
                 stack.enter_context(self.tops.held(folder, inode))
             yield
+
+    def new_job(self) -> str:
+        """Return an id that cannot be guessed."""
+        return secrets.token_hex(8)
 
     def record(self, job: str) -> Record:
         """Return the record of a job."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from imagewatch import __version__
-from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.journal.schema import Row
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from imagewatch.endpoint.decode import Reading
     from imagewatch.job.running import Attempt, RunningJob
+    from imagewatch.journal.ledger import Ledger
     from imagewatch.protocol.values import Charged
 
 
@@ -70,19 +71,7 @@ class Rows:
         got: int = 0,
         contents: dict[str, str] | None = None,
     ) -> None:
-        """Write a row durably.
-
-        Args:
-            job: The job.
-            attempt: The attempt; 0 if no call was made.
-            outcome: Its result.
-            charged: Whether it was charged.
-            message: Of the API, or ours.
-            code: Of the API.
-            reading: What the response holds.
-            got: How many images are good.
-            contents: Hash of each file as dropped, by name, if nothing was sent.
-        """
+        """Write a row durably; ``contents`` are the hashes of the originals, if nothing was sent."""
         claim = job.claim
         row = Row(
             job=claim.job,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import ANYWHERE
@@ -100,10 +99,6 @@ class Spool(JobFolders):
     def orphans(self, job: str) -> list[str]:
         """Return the originals of a claim without a record: only a lost state folder leaves them behind."""
         return sorted(self.originals.claimed(job))
-
-    def new_job(self) -> str:
-        """Return an id that cannot be guessed."""
-        return secrets.token_hex(8)
 
     @contextlib.contextmanager
     def working_on(self, job: str) -> Iterator[None]:

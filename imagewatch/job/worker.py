@@ -87,27 +87,12 @@ class Worker:
         self._may_report = may_report
         self._clock = clock
         self._budget = budget or Budget(ledger, config.limits, clock)
-        pictures = Pictures(
-            spool.disk,
-            client,
-            config.endpoint.max_response_bytes,
-            monotonic=monotonic,
-            wait=wait or threading.Event().wait,
-        )
+        wait = wait or threading.Event().wait
+        pictures = Pictures(spool.disk, client, config.endpoint.max_response_bytes, monotonic=monotonic, wait=wait)
         self._completion = Completion(spool, pictures, ledger, clock)
         self._sending = Sending(client, config, {} if fates is None else fates, leaving, on_disk_error, clock)
-        self._steps = Steps(
-            spool,
-            ledger,
-            config,
-            self._budget,
-            self._completion,
-            self._sending,
-            not_reported=not_reported,
-            on_paid=on_paid,
-            clock=clock,
-            jitter=jitter,
-        )
+        parts = spool, ledger, config, self._budget, self._completion, self._sending
+        self._steps = Steps(*parts, not_reported=not_reported, on_paid=on_paid, clock=clock, jitter=jitter)
 
     def start(self, claim: Claim) -> Outcome:
         """Claim a prompt and carry it to its end."""

@@ -34,7 +34,8 @@ from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
 from imagewatch.endpoint import connection as network
 from imagewatch.endpoint import pictures
-from imagewatch.endpoint.client import Client, FetchError
+from imagewatch.endpoint.client import Client
+from imagewatch.endpoint.download import FetchError
 from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
@@ -565,7 +566,7 @@ def test_a_picture_that_its_host_compressed_is_published_as_it_was_before(tmp_pa
 def test_a_picture_in_a_coding_that_nobody_asked_for_is_not_fetched(tmp_path, coding):
     reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
     with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
-        not_fetched(station, f"encoded as {coding.decode()!r}", "nobody asked for")
+        not_fetched(station, f"encoded as {coding.decode()!r}", "we did not ask for")
     assert images.connections == 1
 
 

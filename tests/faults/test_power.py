@@ -34,7 +34,7 @@ from imagewatch.job.originals import Originals
 from imagewatch.job.outcome import End
 from imagewatch.job.record import Record
 from imagewatch.job.spool import Spool
-from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.values import Sent, dump
 from imagewatch.system.errors import SpoolError, Withdrawn
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imagewatch.inbox.candidate import Candidate
+    from imagewatch.journal.schema import Row
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"

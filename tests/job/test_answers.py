@@ -45,7 +45,7 @@ REFUSED = [
 # tag, status, code, words: somebody between us and the endpoint answered, or nobody can tell what was done
 UNCLEAR = [
     ("408", 408, None, "Request timed out"),
-    ("500-empty", 500, None, "HTTP 500 without any words"),
+    ("500-empty", 500, None, "HTTP 500 without a message"),
     ("502", 502, None, "Bad gateway"),
     ("503", 503, None, "Service Unavailable"),
     ("503-interrupted", 503, "cloud_api_deployment_interrupted", "A deployment interrupted this"),
@@ -213,8 +213,8 @@ def test_an_account_without_credits_is_told_what_one_request_costs(station, sand
         (b'{"message": ""}', '{"message": ""}', None),
         (b"plain words\n", "plain words", None),
         (b"<html><title>A\n  page</title>", "A page", None),
-        (b"<html><p>x", "a web page instead of an answer", None),
-        (b"", "HTTP 400 without any words", None),
+        (b"<html><p>x", "a web page instead of a response", None),
+        (b"", "HTTP 400 without a message", None),
         (b"\xff\xfe\x00", "\ufffd\ufffd\\x00", None),
         (b'{"message": "\\u001b[31mred\\u202e\\nnext"}', "\\x1b[31mred\\u202e\\nnext", None),
         (b'{"message": "m", "code": "\\u001b[2J"}', "m", "\\x1b[2J"),

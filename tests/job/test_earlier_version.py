@@ -46,7 +46,7 @@ def test_a_decision_of_an_earlier_version_is_carried_out(
     left_by_an_earlier_version(station)
     (outcome,) = station.recover()
     assert (outcome.end, outcome.destination) == (End.OVER, folder)
-    assert station.documents() == {"cat": folder}
+    assert station.finished() == {"cat": folder}
     assert sandbox.report()["requests"] == 1
     assert station.leftovers() == []
 
