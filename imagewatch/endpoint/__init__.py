@@ -1,7 +1,7 @@
 """The image API: requests, responses, and the images in them.
 
-It promises that a request counts as not sent only if its sending was seen to fail, that a response is on the disk before
-it is read, and that the API key is in no file that other users may read. Nothing in a response is trusted.
+It promises that a request counts as not sent only if its sending was seen to fail, that a response is on the disk
+before it is read, and that the API key is in no file that other users may read. Nothing in a response is trusted.
 
 The modules, in the order in which they are read::
 
