@@ -37,7 +37,7 @@ _LEAST_FILES = 1000
 
 
 def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
-    """Make sure that there is room in folders.
+    """Make sure that there is space in folders.
 
     Args:
         folders: The folders.
@@ -45,19 +45,19 @@ def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
         tops: The folders that were opened.
 
     Raises:
-        SpoolError: There is too little space, or hardly any file can be made any more.
+        SpoolError: There is too little space, or too few files (inodes) are left.
     """
     for folder in folders:
         with ours(folder, "ask for the free space"):
             top = tops.opened(folder)
             status = os.statvfs(top.fileno() if top else folder)
         free, files = status.f_bavail * status.f_frsize, status.f_favail
-        hint = "make room"
+        hint = "free some space"
         if free < least:
             hint += ", or lower limits.min_free_bytes"
             message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
         elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
-            message = f"there is room for {files} more files only (inodes)"
+            message = f"there is room for only {files} more files (inodes)"
         else:
             continue
         raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
@@ -68,7 +68,7 @@ class JobFolders:
 
     Args:
         config: Where they are, and the modes for what is published.
-        disk: Our disk.
+        disk: The local disk.
     """
 
     def __init__(self, config: Config, disk: Disk) -> None:
@@ -100,12 +100,12 @@ class JobFolders:
         return self.disk.tops
 
     def prepare(self) -> None:
-        """Make the folders and prove that they can be used, before anything is paid for.
+        """Create the folders and prove that they can be used, before anything is paid for.
 
-        If another folder has the name of the one for claims, the start goes on: the queue will be held.
+        If another folder has the name of the one for claims, the start continues: the queue will be on hold.
 
         Raises:
-            ConfigError: Two folders are the same, or one lies in another.
+            ConfigError: Two folders are the same, or one is inside another.
             SpoolError: One of them cannot be written.
         """
         for folder in self._all():
@@ -128,10 +128,10 @@ class JobFolders:
         """Remove what jobs of an earlier process have left, before the folders are tested."""
 
     def lock(self) -> None:
-        """Become the only daemon for this inbox and this state folder, until the process ends.
+        """Lock this inbox and this state folder, until the process ends.
 
         Raises:
-            AlreadyRunning: Another one has them.
+            AlreadyRunning: Another daemon has locked them.
         """
         self.disk.make_folder(self.state)
         self.disk.make_folder(self.inbox, mode=0o777)
@@ -143,11 +143,11 @@ class JobFolders:
     def require_claims(self) -> None:
         """Make sure that the folder for claims is ours, and that no other daemon uses it.
 
-        The lock is a file in it. A lock on the inbox could be taken by whoever may read the inbox.
+        The lock is a file in it. Every user who may read the inbox could lock the inbox itself.
 
         Raises:
             NotOursError: Another folder has its name.
-            AlreadyRunning: Another daemon uses it; nothing may be taken out of this inbox.
+            AlreadyRunning: Another daemon uses it; nothing may be claimed from this inbox.
         """
         self._claims.require()
         self._lock_claims()
@@ -163,14 +163,14 @@ class JobFolders:
             self._claims_lock = held
 
     def _is_file(self, file: IO[bytes], path: str) -> bool:
-        """Tell whether an open file is still the one of a name."""
+        """Return whether an open file still has a name."""
         try:
             return os.path.samestat(os.fstat(file.fileno()), self.tops.lstat(path))
         except OSError:
             return False
 
     def _open(self, folders: list[str] | None = None) -> None:
-        """Open our folders, and those anew in whose place there is another one now: the administrator's doing."""
+        """Open our folders, and again those that the administrator has replaced."""
         for folder in folders or self._all():
             with ours(folder, "open the folder"):
                 if self.tops.is_replaced(folder):
@@ -179,26 +179,28 @@ class JobFolders:
                     self.tops.open(folder, is_private=folder == self.state)
                     self._kinds.refresh()
             if folder == self.state:
-                self._lock_anew()
+                self._lock_again()
 
     def _require_same_way(self, folder: str) -> None:
-        """Make sure that nobody else put a link where one of our folders was: it might lead to another one of ours.
+        """Make sure that no other user put a link where one of our folders was: it might point to another one of ours.
 
         Raises:
-            SpoolError: Its path leads elsewhere than before, and others may have made that so.
+            SpoolError: Its path points elsewhere than before, and other users could have changed it.
         """
         real = os.path.realpath(folder)
         if self._ways.get(folder, real) != real and others_above(folder):
-            message = f"{printable(folder)}: leads to {printable(real)} now, and led to {printable(self._ways[folder])}"
-            hint = "put the folder back, or restart the daemon if this is meant"
+            message = (
+                f"{printable(folder)}: points to {printable(real)} now, and pointed to {printable(self._ways[folder])}"
+            )
+            hint = "put the folder back, or restart the daemon if this is intended"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
         self._ways[folder] = real
 
     def _require_lock_in(self, folder: str) -> None:
-        """Make sure that the state folder that this process locked is not merely somewhere else.
+        """Make sure that the state folder that this process locked was not moved.
 
         Another one has another ledger, or none. If the locked one was deleted, this process still knows what it has
-        sent, and goes on with the one that is there.
+        sent, and continues with the one that is there.
 
         Raises:
             SpoolError: It was replaced.
@@ -208,10 +210,10 @@ class JobFolders:
         if has_file(folder, _LOCK, self._lock) or not os.fstat(self._lock.fileno()).st_nlink:
             return
         message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
-        hint = "put the one back that was there, it says what was paid; or restart imagewatch to begin with this one"
+        hint = "put the previous one back, it records what was paid; or restart imagewatch to use this one"
         raise SpoolError(message, path=folder, code=errno.ESTALE, hint=hint)
 
-    def _lock_anew(self) -> None:
+    def _lock_again(self) -> None:
         """Lock the state folder if the file of the lock was deleted."""
         if self._lock is None or os.fstat(self._lock.fileno()).st_nlink:
             return
@@ -233,27 +235,27 @@ class JobFolders:
         above = {folder for inner in folders for folder in _above(os.path.realpath(inner))}
         own = {os.path.realpath(self.inbox), os.path.realpath(self.state)}
         for folder in sorted(above - own):
-            # One that we may not open is not one in which we made something.
+            # If we may not open a folder, we created nothing in it.
             with contextlib.suppress(SpoolError):
                 self.disk.sync_folder(folder)
         for folder in sorted(own):
             self.disk.sync_folder(folder)
 
     def unlock(self) -> None:
-        """Let another daemon have the folders."""
+        """Unlock the folders for another daemon."""
         for held in (self._claims_lock, self._lock):
             if held is not None:
                 held.close()
         self._claims_lock = self._lock = None
 
     def require_mounts(self) -> None:
-        """Make sure that no file system is gone from under one of our folders since the start.
+        """Make sure that no file system below one of our folders was unmounted since the start.
 
         Raises:
-            SpoolError: One is, or one of our folders is not there.
+            SpoolError: One was, or one of our folders is missing.
         """
         for folder in self._all():
-            with ours(folder, "look at the folder"):
+            with ours(folder, "check the folder"):
                 if not self.tops.is_replaced(folder):
                     continue
             self._mounts.require()
@@ -261,10 +263,10 @@ class JobFolders:
             return
 
     def require_folders(self) -> None:
-        """Make sure that all folders are those that they were, also the one for claims if there is one.
+        """Make sure that no folder was replaced, also the one for claims if there is one.
 
         Raises:
-            SpoolError: One is not.
+            SpoolError: One was.
         """
         self.require_mounts()
         self._claims.check()
@@ -272,7 +274,7 @@ class JobFolders:
             self._lock_claims()
 
     def probe(self) -> None:
-        """Prove that files can be taken out of the inbox and put into every other folder."""
+        """Prove that files can be moved out of the inbox and written to every other folder."""
         self.require_folders()
         self.require_claims()
         for folder in self._all()[1:]:
@@ -280,11 +282,11 @@ class JobFolders:
         self._prove_claim()
 
     def _probe_name(self) -> str:
-        """Return a name for a short-lived file, in whose way nobody can put anything."""
+        """Return a name for a short-lived file that no other user can predict."""
         return f"{_PROBE}.{self.new_job()}"
 
     def _remove_probes(self) -> None:
-        """Remove what a write probe of ours has left that was killed."""
+        """Remove the test files of a process that was killed."""
         for folder in (*self._all(), *([self.claims] if self._claims.is_open() else [])):
             with ours(folder, "list the folder"):
                 names = [name for name in self.tops.names(folder) if name.startswith(_PROBE)]
@@ -296,13 +298,13 @@ class JobFolders:
                         (self.disk.remove_folder if stat.S_ISDIR(status.st_mode) else self.disk.unlink)(path)
 
     def require_room(self, least: int) -> None:
-        """Make sure that a paid answer can be taken in.
+        """Make sure that a paid response can be saved.
 
         Args:
-            least: Bytes that must be free where answers and pictures are written.
+            least: Bytes that must be free where responses and images are written.
 
         Raises:
-            SpoolError: There is too little space, or hardly any file can be made any more.
+            SpoolError: There is too little space, or too few files (inodes) are left.
         """
         self.require_folders()
         require_space((self.state, self.outbox), least, self.tops)
@@ -329,7 +331,7 @@ class JobFolders:
             self.require_claims()
 
     def top(self, path: str) -> str:
-        """Return which of our folders something is, or is in; an empty string if it is in none."""
+        """Return the one of our folders that contains a path; an empty string if none does."""
         return next((top for top in self._all() if path == top or path.startswith(f"{top}/")), "")
 
     def _prove_claim(self) -> None:
@@ -345,7 +347,7 @@ class JobFolders:
             self.disk.unlink(target)
 
     def _prove_outbox(self) -> None:
-        """Prove that what we publish can get the mode and the group it is to have."""
+        """Prove that published files can get their mode and group."""
         path, folder = (
             os.path.join(self.outbox, self._probe_name()),
             os.path.join(self.outbox, self._probe_name() + ".d"),
@@ -364,15 +366,15 @@ class JobFolders:
             self.disk.remove_folder(folder)
 
     def keeps_times(self) -> bool:
-        """Return whether the files of the inbox keep inode and times for as long as they exist."""
+        """Return whether files of the inbox keep inode and times as long as they exist."""
         return keeps_times(self._kinds.of(self.inbox))
 
     @contextlib.contextmanager
     def reached(self, folder: str, inode: int = 0) -> Iterator[None]:
-        """Reach a folder by one descriptor during the block, whatever happens to its name.
+        """Reach a folder by one descriptor during the block, also if it is renamed.
 
         Raises:
-            SpoolError: A link or a file is in its place, or another folder than the one with this inode.
+            SpoolError: A link or a file is in its place, or a folder with another inode.
         """
         with contextlib.ExitStack() as stack:
             with ours(folder, "enter the folder"):
@@ -392,7 +394,7 @@ class JobFolders:
         return os.path.join(self.claims, job)
 
     def inbox_folder(self, claim: Claim) -> str:
-        """Return the folder a prompt was dropped into."""
+        """Return the folder into which a prompt was dropped."""
         return os.path.join(self.inbox, claim.folder) if claim.folder else self.inbox
 
     def original(self, claim: Claim, name: str) -> str:

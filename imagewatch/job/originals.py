@@ -37,7 +37,7 @@ class Originals:
             return ""
         try:
             return printable(pwd.getpwuid(user).pw_name, 100)
-        except (KeyError, OSError):  # of another machine, or a directory that does not answer
+        except (KeyError, OSError):  # of another machine, or a directory service that does not respond
             return str(user)
 
     def claim(self, claim: Claim) -> bool:

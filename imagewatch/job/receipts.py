@@ -58,17 +58,11 @@ def compose(
     if sent:
         values |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
         values["request"] = sent.fields
-    if billing:
-        values["billing"] = billing
-    values["times"] = _times(claim, attempt, finished)
-    if ids := {name: headers[name] for name in _IDS if name in headers}:
-        values["ids"] = ids
-    if images:
-        values["images"] = images
-    if sent and sent.inputs:
-        values["inputs"] = [_input(item) for item in sent.inputs]
-    if originals:
-        values["originals"] = originals
+    values |= {"billing": billing or None, "times": _times(claim, attempt, finished)}
+    values["ids"] = {name: headers[name] for name in _IDS if name in headers} or None
+    values["images"] = images or None
+    values["inputs"] = [_input(item) for item in sent.inputs] if sent and sent.inputs else None
+    values["originals"] = originals or None
     ordered = _ordered(_masked(values))
     return _written(ordered), _facts(ordered)
 

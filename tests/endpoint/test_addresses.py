@@ -111,7 +111,7 @@ def test_no_address_of_a_network_that_is_not_public_may_be_connected_to(network)
     "address", ["8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1", "2606:4700::1"]
 )
 def test_a_public_address_may_be_connected_to(address):
-    assert Client(REMOTE, lambda: Key(KEY))._may_connect(address)
+    assert Downloads(REMOTE, Clients(REMOTE))._may_connect(address)
 
 
 # Judged before connecting

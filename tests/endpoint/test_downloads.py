@@ -144,7 +144,7 @@ def test_a_picture_that_cannot_be_fetched_was_paid_and_its_answer_is_kept(statio
     assert "do not send it again" in error["next"]
     assert b'"url"' in (station.errors / "x.answer.json").read_bytes()
     (row,) = station.ledger.rows()
-    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("made", "yes", 30, 0)
+    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("completed", "yes", 30, 0)
     report = sandbox.report()
     assert (report["requests"], report["charged"], report["bearer_at_image_host"]) == (1, 1, 0)
     assert outcome.charged == "yes"
