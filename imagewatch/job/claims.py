@@ -245,5 +245,5 @@ class Claims:
         hint = HINT
         if reason.startswith(_ITS_OWN):
             message = f"{printable(self.path)}: {reason}, so nothing is claimed"
-            hint = "do not remove or rename it: run chown -R to the daemon's user and set its mode to 0700"
+            hint = "do not remove or rename it: give it back to the daemon's user (chown -R) and set its mode to 0700"
         return NotOursError(message, path=self.path, code=errno.EPERM, hint=hint)
