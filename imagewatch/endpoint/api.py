@@ -1,8 +1,8 @@
-"""The endpoint's wire format: requests, and what answers mean. With ``reading`` the only module that knows the API.
+"""The endpoint's wire format: what responses mean. Only this module and ``decode`` depend on the format of the API.
 
 Facts about the endpoint come from its published contract, the ``image-generation`` skill of letta-ai/letta-code
-(request body, response, notes), and from what its other routes and the gateway before it are seen to answer. No
-disk, no network, no clock: everything comes as arguments, but for the keys that no text may hold. Nothing an answer
+(request body, response, notes), and from observed responses of its other routes and of the gateway before it. No
+disk, no network, no clock: everything is an argument, except the keys that no text may hold. Nothing a response
 holds is trusted.
 """
 
@@ -49,7 +49,7 @@ _BALANCE = re.compile("[a-z_]{0,40}balance")
 
 
 def largest_answer(fields: dict[str, Any]) -> int:
-    """Return how many bytes the answer to a request may plausibly have.
+    """Return how many bytes the response to a request may plausibly have.
 
     Args:
         fields: What is asked for.
@@ -60,7 +60,7 @@ def largest_answer(fields: dict[str, Any]) -> int:
     return int(fields.get("n", 1)) * each + _ENVELOPE_BYTES
 
 
-# What an answer means
+# What a response means
 
 
 @dataclass(frozen=True)
@@ -103,13 +103,13 @@ def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
         wait = min(wait, 30.0)  # Letta Code caps this one at 30 s (its conversation-enqueue)
     if kind == "quota":
         wait = number(_find(body, "timeToQuotaResetMs", object), 0.001) or wait
-    message, code = _words(body, beginning, head.status)
+    message, code = _message(body, beginning, head.status)
     required = number(_find(body, "credits_required", object))
     return Verdict(Reason(kind, message, wait), code, required)
 
 
 def _beginning(head: Head, sample: bytes) -> bytes:
-    """Return the beginning of a refusal without its content coding, which an answer saved by an older version has."""
+    """Return the beginning of a refusal without its content coding, which a response saved by an older version has."""
     coding = head.headers.get("content-encoding", "")
     if coding and coding != "identity" and not is_coding(coding):
         return f"HTTP {head.status}, with a message that is encoded as {coding[:40]!r}".encode()
@@ -165,11 +165,11 @@ def _find(body: object, name: str, kind: type[T]) -> T | None:
     return None
 
 
-def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
+def _message(body: object, sample: bytes, status: int) -> tuple[str, str]:
     """Return message and code of a refusal; its raw text where it has no message."""
-    said, code = words(body)
-    if said:
-        return said, code
+    message, code = message_of(body)
+    if message:
+        return message, code
     text = known.text(sample.decode("utf-8", "replace"))[:4000].strip()
     if re.match(r"<(!doctype|html|head|body)", text, re.IGNORECASE):
         title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
@@ -177,11 +177,11 @@ def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
     return text[:2000] or f"HTTP {status} without a message", code
 
 
-def words(body: object) -> tuple[str, str]:
+def message_of(body: object) -> tuple[str, str]:
     """Return message and error code, from any of the shapes that Letta's routes are known to use.
 
     Args:
-        body: An answer, as values.
+        body: A response, as values.
 
     Returns:
         Both; an empty string for what is not there.
@@ -224,12 +224,12 @@ def _retry_after(head: Head) -> float | None:
 
 
 def balance(raw: bytes) -> dict[str, float]:
-    """Return what the account holds, in credits: ``total_balance`` and whatever else is said; empty if nothing is."""
+    """Return the balances of the account, in credits: ``total_balance`` and all others; empty if there is none."""
     body = known.values(parse(raw))
     found = {name: number(value) for name, value in body.items()} if isinstance(body, dict) else {}
     return {name: value for name, value in found.items() if value is not None and _BALANCE.fullmatch(str(name))}
 
 
-def doubt(message: str) -> InDoubt:
-    """Return the error for a request whose outcome nobody knows."""
+def charge_unknown(message: str) -> InDoubt:
+    """Return the error for a request whose charge is unknown."""
     return InDoubt(message, hint="check the balance of the account before you try again")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 
-from imagewatch.endpoint.api import BALANCE_PATH, PATH, balance, doubt
+from imagewatch.endpoint.api import BALANCE_PATH, PATH, balance, charge_unknown
 from imagewatch.endpoint.call import Call
 from imagewatch.endpoint.coding import UndecodableError, is_coding
 from imagewatch.endpoint.download import Downloads
@@ -148,7 +148,7 @@ class Client:
             with contextlib.suppress(FullError, UndecodableError):
                 receiver.end()
             reason = f"the response was cut short after {sink.written:,} bytes: {reason}"
-            reason += f"; meanwhile it could not be saved: {sink.trouble}" if sink.trouble else ""
+            reason += f"; meanwhile it could not be saved: {sink.error}" if sink.error else ""
         sink.finish(Tail(complete=not reason, reason=reason, at=self._clock()))
 
     def _translated(self, error: Exception, attempt: _Attempt, call: Call, secret: Mask) -> JobError:
@@ -158,7 +158,7 @@ class Client:
         if attempt.incomplete:
             message = f"the connection broke while the request was sent ({attempt.length:,} bytes): {reason}"
             return Broken(message, hint=_HINT_BROKEN, is_own=attempt.is_large)
-        return doubt(f"the request was sent, but no response came: {reason}")
+        return charge_unknown(f"the request was sent, but no response came: {reason}")
 
     def balance(self) -> dict[str, float]:
         """Return the balance of the account, in credits. Optional: the route is not documented.

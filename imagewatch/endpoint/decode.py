@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
-from imagewatch.endpoint.api import number, parse, words
+from imagewatch.endpoint.api import message_of, number, parse
 from imagewatch.endpoint.coding import UnreadableError, bounded
 from imagewatch.endpoint.splitter import LONGEST_URL, MOST_IMAGES, Splitter
 from imagewatch.system.masking import known
@@ -100,7 +100,7 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
     reading.images, reading.problem = images, problem or remark
     reading.provider, reading.model = _text(body.get("provider")), _text(body.get("model"))
     if not images:
-        reading.message, reading.code = words(body)
+        reading.message, reading.code = message_of(body)
     return reading
 
 
@@ -185,7 +185,7 @@ def _entry(entry: object, splitter: Splitter) -> Got:
     if url:
         return Got(url=url, mime=mime)
     problem = "the entry holds neither b64_json nor url" if number is None else "the response holds too many images"
-    message, _ = words(fields)
+    message, _ = message_of(fields)
     return Got(mime=mime, problem=f"{problem}: {message[:500]}" if message and isinstance(entry, dict) else problem)
 
 

@@ -77,7 +77,7 @@ class Clients:
         from imagewatch.endpoint.connection import Network, install  # noqa: PLC0415  httpcore takes as long to import as httpx
 
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
-        networks = Network(self._resolve, judged=False), Network(self._resolve, judged=True)
+        networks = Network(self._resolve, checked=False), Network(self._resolve, checked=True)
         # A connection for each request: a kept one that the server closes meanwhile looks like a lost response. The
         # limit alone is not enough: between the end of a request and the look at the limit another one may take it.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)

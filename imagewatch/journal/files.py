@@ -32,7 +32,7 @@ class _Sums(msgspec.Struct):
 
 
 def was_there(state: str) -> bool:
-    """Tell whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
+    """Return whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
     if os.path.lexists(os.path.join(state, MARK)) or newest_saved(os.path.join(state, FILE)):
         return True
     for folder in ("jobs", PAID):
@@ -64,26 +64,28 @@ def newest_saved(path: str) -> str:
 
 def translated(path: str, error: sqlite3.Error) -> SpoolError:
     """Return an error of SQLite as one of ours, with the next action."""
-    code, why, hint = errno.EIO, f"cannot be used: {error}", "look at the disk and the system log"
+    code, why, hint = errno.EIO, f"cannot be used: {error}", "check the disk and the system log"
     match code_of(error):
         case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM as reason:
             doing = "opened" if reason == sqlite3.SQLITE_CANTOPEN else "written"
             code, why = errno.EACCES, f"cannot be {doing}: {error}"
-            hint = "give the state folder and all in it to the daemon's user, and look whether it is mounted read-only"
+            hint = (
+                "give the state folder and its files to the daemon's user, and check that it is not mounted read-only"
+            )
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
             code, why, hint = errno.EBUSY, "is locked by another program", "end that program; fuser shows which it is"
         case sqlite3.SQLITE_FULL:
-            code, why, hint = errno.ENOSPC, f"cannot be written: {error}", "make room"
+            code, why, hint = errno.ENOSPC, f"cannot be written: {error}", "free some space"
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
             why, hint = (
                 f"cannot be used, it is damaged: {error}",
-                f"do not delete it, it says what was paid; {RESTORE}",
+                f"do not delete it, it records what was paid; {RESTORE}",
             )
     return SpoolError(f"{path}: the ledger {why}", path=path, code=code, hint=hint)
 
 
 def is_damage(error: sqlite3.Error) -> bool:
-    """Tell whether an error means that the content of the file is damaged."""
+    """Return whether an error means that the content of the file is damaged."""
     return code_of(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
 
 

@@ -1,4 +1,4 @@
-"""Whether the ledger of a daemon can be used, for who is not the daemon: nothing is written."""
+"""Whether the ledger of a daemon can be used, for other processes than the daemon: nothing is written."""
 
 from __future__ import annotations
 

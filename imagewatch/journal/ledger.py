@@ -1,8 +1,8 @@
 """The ledger: one row for each attempt.
 
-It answers what was made, refused and spent, and what was seen before. A row is written before the request is sent: what
-cannot be recorded is not paid. It is written by job and attempt, so that writing it again changes nothing. WAL with
-``synchronous = FULL``: a row that was committed survives a power cut.
+It records what was completed, refused and spent, and which files were finished before. A row is written before the
+request is sent: what cannot be recorded is not paid. It is written by job and attempt, so that writing it again changes
+nothing. WAL with ``synchronous = FULL``: a row that was committed survives a power cut.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ _LONGEST_CLAIMED = 7 * 86_400.0
 _CLOCKS = (1_000_000_000, 1_000_000, 100)
 """Nanoseconds that the times of files are multiples of, on some file systems and after some copies."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
-"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: anybody can set it to the year 2400."""
+"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: any user can set it to the year 2400."""
 NO_TOTALS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0.0}
 """What ``Ledger.totals`` returns of an empty ledger."""
 
 
 @dataclass(frozen=True)
 class Balances:
-    """What the account had before and after a request whose charge is not known; evidence for a person, no proof.
+    """What the account had before and after a request whose charge is not known; a hint for a person, no proof.
 
     Attributes:
         before: The last balance that was reported before it was sent, credits; None: there is none.
@@ -58,7 +58,7 @@ class Balances:
     unknown_cost: int = 0
 
 
-_HEARD = ("provider", "model", "code", "message", "request_id", "transaction_id")
+_RECEIVED = ("provider", "model", "code", "message", "request_id", "transaction_id")
 _UPSERT = (
     f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
     "ON CONFLICT (job, attempt) DO UPDATE SET "
@@ -119,10 +119,10 @@ class Ledger:
             self._file.change(lambda connection: connection.execute(delete, (job,)))
 
     def close_lost(self, known: Collection[str]) -> int:
-        """Give attempts their result of which nothing but their row is left: nobody knows whether they were charged.
+        """Give attempts of which only their row is left their result: whether they were charged is unknown.
 
         Args:
-            known: The jobs that are not over; what came of theirs is found out by them.
+            known: The jobs that are not over; they find out the result of theirs.
 
         Returns:
             How many there were.
@@ -140,9 +140,9 @@ class Ledger:
         Raises:
             SpoolError: The disk failed.
         """
-        heard = {name: known.text(getattr(row, name)) for name in _HEARD}  # a server may repeat the key
+        received = {name: known.text(getattr(row, name)) for name in _RECEIVED}  # a server may repeat the key
         asked = dict(zip(("asked_provider", "price_kind"), price_of(row.fields, row.provider), strict=True))
-        row = replace(row, **heard, **asked)
+        row = replace(row, **received, **asked)
         self._file.change(lambda connection: connection.execute(_UPSERT, _storable(astuple(row))))
 
     def finished(self, job: str, source: str, size: int, mtime_ns: int) -> list[tuple[str, str]]:
@@ -162,11 +162,11 @@ class Ledger:
         return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
 
     def is_lost(self, job: str) -> bool:
-        """Tell whether a job has ended by ``close_lost``: of it there is no document."""
+        """Return whether a job was ended by ``close_lost``: it has no result file."""
         return bool(self._all("SELECT 1 FROM attempts WHERE job = ? AND message = ?", job, _LOST))
 
     def was_placed(self, mtime_ns: int) -> bool:
-        """Tell whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.
+        """Return whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.
 
         Args:
             mtime_ns: Nanoseconds since the epoch.
@@ -230,7 +230,7 @@ class Ledger:
         return dict(rows[0]) if rows else None
 
     def balance(self) -> tuple[float, float] | None:
-        """Return the last balance that an answer reported, credits, and when, seconds since the epoch; or None."""
+        """Return the last balance that a response reported, credits, and when, seconds since the epoch; or None."""
         question = """
             SELECT new_credit_balance AS credits, answered_at FROM attempts
             WHERE new_credit_balance IS NOT NULL AND answered_at IS NOT NULL ORDER BY answered_at DESC LIMIT 1"""
@@ -280,7 +280,7 @@ class Ledger:
 
         Returns:
             Credits that are known to have been charged; and for requests that were or may have been charged an amount
-            that is not known: whom they asked, the kind of their price, and how many images they asked for in all.
+            that is not known: provider, kind of price, and how many images they asked for in all.
         """
         question = """
             SELECT asked_provider, price_kind, coalesce(sum(credits), 0) AS credits,
@@ -296,7 +296,7 @@ class Ledger:
     def charges(self, provider: str, since: float) -> dict[str, list[float]]:
         """Return what requests to a provider were charged for an image, credits, by the kind of their price.
 
-        A charge of 0 says nothing of the next one, and is left out.
+        A charge of 0 does not predict the next one, and is left out.
 
         Args:
             provider: Whom they asked.

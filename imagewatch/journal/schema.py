@@ -41,7 +41,7 @@ CREATE TABLE IF NOT EXISTS attempts (
     fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
     asked           INTEGER NOT NULL,
     got             INTEGER NOT NULL,
-    status          INTEGER NOT NULL,   -- HTTP, 0: no answer
+    status          INTEGER NOT NULL,   -- HTTP, 0: no response
     code            TEXT NOT NULL,
     message         TEXT NOT NULL,
     request_id      TEXT NOT NULL,

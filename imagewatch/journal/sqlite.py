@@ -1,4 +1,4 @@
-"""The SQLite file of the ledger: opened when it is used, and known again; the only use of SQLite.
+"""The SQLite file of the ledger: opened when it is used, and compared with the one of before.
 
 SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
 compared with the opened one before each use, and so is the one beside it that has the newest rows. The database has a
@@ -75,7 +75,7 @@ class Database:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection; nobody else has it meanwhile.
+        """Lend the connection; no other thread has it meanwhile.
 
         Raises:
             SpoolError: The ledger cannot be used; the message says why.
@@ -86,7 +86,7 @@ class Database:
             yield self._connection
 
     def change(self, act: Callable[[sqlite3.Connection], object]) -> None:
-        """Write something; while another program writes, that is waited for a moment, and others may read.
+        """Write something. While another program writes, it waits for a moment, and other threads may read.
 
         Args:
             act: Writes in one statement, or in a transaction of its own.
@@ -98,7 +98,7 @@ class Database:
             try:
                 with self.using() as connection:
                     act(connection)
-                    self._ensure()  # in this moment somebody may have put another file in its place
+                    self._ensure()  # meanwhile another file may have replaced it
                     if connection is not self._connection:
                         assert self._connection is not None
                         act(self._connection)
@@ -125,14 +125,14 @@ class Database:
         """Use what is there from now on; an empty ledger if there is none or a damaged one, which is kept beside it.
 
         Raises:
-            SpoolError: What is there cannot be used, for a reason that an empty ledger would meet, too.
+            SpoolError: What is there cannot be used, for a reason that an empty ledger has, too.
         """
         with self._lock, self._translated():
             self._forget()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._mark)
             if os.path.exists(self.path) and self._is_unsound():
-                self._set_aside()
+                self._rename_damaged()
             self._open(is_new=not os.path.exists(self.path), is_accepted=True)
             self._is_damaged = False
 
@@ -195,7 +195,7 @@ class Database:
             raise foreign(self.path)
 
     def _replace(self) -> None:
-        """Go over to the file that somebody has put in the place of the opened one, if no row is missing in it."""
+        """Use the file that has replaced the opened one, if no row is missing in it."""
         if not self._is_complete():
             self._save()  # it may have no name any more
             raise incomplete(self.path)
@@ -203,7 +203,7 @@ class Database:
         self._open(is_new=False)
 
     def _is_complete(self) -> bool:
-        """Tell whether the file that has the name now has the newest row of the opened one, and as many results."""
+        """Return whether the file that has the name now has the newest row of the opened one, and as many results."""
         newest, ended = None, 0
         with contextlib.suppress(sqlite3.Error):
             assert self._connection is not None
@@ -222,7 +222,7 @@ class Database:
         return False
 
     def _write_back(self) -> None:
-        """Write to the file what only the one beside it has, which somebody has deleted."""
+        """Write to the file what only the one beside it has, which was deleted."""
         assert self._connection is not None
         if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             message = f"{self.path}{_WAL}: was deleted, and another program reads the ledger"
@@ -230,7 +230,7 @@ class Database:
                 message, path=self.path, code=errno.EBUSY, hint="end that program; fuser shows which it is"
             )
 
-    # Putting aside
+    # Saving and renaming
 
     def _forget(self) -> None:
         """Close the connection; what SQLite keeps beside a file that is no more must not be mixed with the next one."""
@@ -263,7 +263,7 @@ class Database:
             with contextlib.closing(sqlite3.connect(target)) as copy:
                 self._connection.backup(copy)
             self._is_saved = True
-        if not self._is_saved:  # nobody must take it for the whole
+        if not self._is_saved:  # it must not be used as if it were complete
             with contextlib.suppress(OSError):
                 os.unlink(target)
 
@@ -275,7 +275,7 @@ class Database:
             return is_damage(error)
         return False
 
-    def _set_aside(self) -> None:
+    def _rename_damaged(self) -> None:
         target = _unused(self.path + ".damaged")
         for ending in ("", *_BESIDE):
             with contextlib.suppress(FileNotFoundError):
@@ -293,7 +293,7 @@ class Database:
             raise SpoolError(f"{self.path}: {error}", path=self.path, hint="please report it") from error
         except sqlite3.Error as error:
             self._is_damaged = self._is_damaged or is_damage(error)
-            if code_of(error) != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
+            if code_of(error) != sqlite3.SQLITE_BUSY:  # opened again, it may work
                 self._forget()
             raise translated(self.path, error) from error
         except OSError as error:
@@ -312,7 +312,7 @@ def keep_private(path: str) -> None:
     A file that is there is not opened here: to close it again would end the locks that this process has on it. Those
     that were made beside a read-only ledger would keep one that is writable again from being written.
     """
-    with contextlib.suppress(OSError):  # what keeps it from being used is told by SQLite
+    with contextlib.suppress(OSError):  # SQLite reports why it cannot be used
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
     least = 0
     for name in (path, path + "-wal", path + "-shm"):
@@ -351,7 +351,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _is_same(status: os.stat_result | None, other: os.stat_result | None) -> bool:
-    """Tell whether two files are one; two that are not there are, too."""
+    """Return whether two files are the same; two missing ones are."""
     return status == other if status is None or other is None else os.path.samestat(status, other)
 
 

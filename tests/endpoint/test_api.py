@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.config.schema import Options
-from imagewatch.endpoint.api import classify, doubt
+from imagewatch.endpoint.api import charge_unknown, classify
 from imagewatch.endpoint.body import Body
 from imagewatch.endpoint.decode import read
 from imagewatch.protocol.options import body_fields, choose_provider
@@ -407,7 +407,7 @@ def test_no_refusal_is_nested_too_deeply(depth):
 
 
 def test_a_doubt_says_what_to_do():
-    error = doubt("the connection broke")
+    error = charge_unknown("the connection broke")
     assert isinstance(error, InDoubt)
     assert "balance" in error.hint
 

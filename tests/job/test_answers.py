@@ -73,8 +73,8 @@ FLAWED = [
     ("fewer", ["x-1.jpg"], 1, "asked for 2, got 1"),
     ("bad-base64", ["x-1.jpg", "x-2.jpg"], 1, "image 2: the base64 is broken"),
     ("bad-picture", ["x-1.jpg", "x-2.jpg"], 2, "image 2: cut short"),
-    ("not-picture", ["x-1.jpg", "x-2.bin"], 1, "image 2: not a picture: its content is HTML"),
-    ("svg", ["x-1.jpg", "x-2.bin"], 1, "image 2: not a picture: its content is SVG"),
+    ("not-picture", ["x-1.jpg", "x-2.bin"], 1, "image 2: not an image: its content is HTML"),
+    ("svg", ["x-1.jpg", "x-2.bin"], 1, "image 2: not an image: its content is SVG"),
 ]
 BUSY = [("429", 4), ("429-plain", 4), ("503-shutdown", 4)]
 GOOD = ["no-billing", "gzip", "wrong-mime", "b64", "slow", "trickle", "trickle-headers", "bad-picture", "url", "big"]
