@@ -21,8 +21,7 @@ from imagewatch.commands import main as cli
 from imagewatch.daemon import dispatch, report, results
 from imagewatch.endpoint import client, pictures
 from imagewatch.inbox import scan as sweep
-from imagewatch.job import completion as closing
-from imagewatch.job import record, spool, worker
+from imagewatch.job import completion, delivery, folders, originals, record, spool, steps, worker
 from imagewatch.journal import budget, ledger
 
 if TYPE_CHECKING:
@@ -31,18 +30,21 @@ if TYPE_CHECKING:
 PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
     "fsync": [(os, ("fsync",))],
     "spool: claim, deliver, archive, forget": [
-        (spool.Spool, ("claim", "gather", "deliver", "keep", "forget", "require_room", "require_mounts", "settle")),
+        (folders.JobFolders, ("require_room", "require_mounts")),
+        (originals.Originals, ("claim", "gather")),
+        (delivery.Delivery, ("deliver", "keep")),
+        (spool.Spool, ("forget", "settle")),
         (record.Record, ("begin", "decide", "write_sent", "remove", "mark_over")),
     ],
-    "evidence: what the disk shows": [(spool.Spool, ("evidence",)), (record.Record, ("decision", "attempts"))],
+    "evidence: what the disk shows": [(spool.Spool, ("job_state",)), (record.Record, ("decision", "attempts"))],
     "http: connect, send, receive": [(client.Client, ("send",))],
     "bank: the answer to disk": [(record.Sink, ("start", "write", "finish"))],
     "decode: answer to picture": [(pictures.Pictures, ("read",)), (record.Answer, ("__init__", "sample"))],
     "judge: checksums of the picture": [(pictures.Pictures, ("collect",))],
     "ledger: SQLite, with its syncs": [(ledger.Ledger, ("write", "_all")), (budget.Budget, ("reserve", "settle"))],
-    "document and decision": [(closing.Closing, ("read", "outcome"))],
-    "checks of the prompt": [(worker.Worker, ("_check",))],
-    "log": [(closing.Closing, ("_report",)), (worker.Worker, ("_park",))],
+    "document and decision": [(completion.Completion, ("read", "outcome"))],
+    "checks of the prompt": [(steps.Steps, ("_check",))],
+    "log": [(completion.Completion, ("_report",)), (worker.Worker, ("_end_by_bug",))],
     "look: from the event to the worker": [
         (sweep.Sweep, ("look", "look_at", "unchanged")),
         (dispatch.Dispatch, ("run",)),

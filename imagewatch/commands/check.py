@@ -24,7 +24,7 @@ from imagewatch.commands.state import holds
 from imagewatch.commands.terminal import padded
 from imagewatch.daemon import status
 from imagewatch.inbox.scan import Sweep
-from imagewatch.job.spool import blocked
+from imagewatch.job.delivery import blocked
 from imagewatch.protocol.request import Request, build
 from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.folders import Tops

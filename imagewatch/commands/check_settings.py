@@ -19,9 +19,10 @@ from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.endpoint.client import Client
 from imagewatch.job.claims import HINT
-from imagewatch.job.spool import Spool, require_space
+from imagewatch.job.folders import require_space
+from imagewatch.job.spool import Spool
 from imagewatch.journal.control import Control
-from imagewatch.journal.health import trouble
+from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider, layered
@@ -71,7 +72,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         else:
             yield _folder(name, path, kinds)
     yield from _room(config, kinds)
-    if error := trouble(config.folders.state):
+    if error := ledger_problem(config.folders.state):
         if Control(config.folders.state, Disk()).accepts_ledger():
             yield Line("wait", "ledger", printable(f"{error} (the daemon accepts what is there when it starts)", 1000))
         else:

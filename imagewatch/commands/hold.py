@@ -9,7 +9,7 @@ import click
 
 from imagewatch.commands.common import config_option, json_option
 from imagewatch.commands.state import control_of, hold_kinds, is_noticed, is_running, load_as_owner
-from imagewatch.journal.health import trouble
+from imagewatch.journal.health import ledger_problem
 from imagewatch.system.errors import UsageError
 from imagewatch.system.text import printable, to_json
 
@@ -77,7 +77,7 @@ def _print_asked(what: str, *, running: bool, noticed: bool) -> None:
 
 
 def _accept_ledger(config: Config, control: Control) -> None:
-    error = trouble(config.folders.state)
+    error = ledger_problem(config.folders.state)
     if error is None:
         raise UsageError("the ledger is in order; nothing was done")
     if error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:

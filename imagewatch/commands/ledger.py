@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from imagewatch.commands.state import unreadable
 from imagewatch.config.locate import is_hidden
 from imagewatch.journal.budget import Budget, NoBooks
-from imagewatch.journal.health import trouble
+from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.ledger import Ledger
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
@@ -37,7 +37,7 @@ def open_ledger(config: Config) -> Iterator[Ledger]:
     if is_hidden(path):
         raise unreadable(config.folders.state)
     if not os.path.exists(path):
-        if error := trouble(config.folders.state):  # there was one
+        if error := ledger_problem(config.folders.state):  # there was one
             raise error
         hint = "nothing was made with this configuration yet; or name another one with --config"
         raise SpoolError(f"{printable(path)}: there is no ledger", path=path, hint=hint)

@@ -72,8 +72,8 @@ def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
         {
             "source": whole(one.source),
             "job": one.job,
-            "door": one.door,
-            "document": whole(one.document),
+            "door": one.destination,
+            "document": whole(one.result_file),
             "charged": one.charged,
             "credits_charged": one.credits,
             "message": one.message or None,

@@ -35,7 +35,7 @@ class Progress:
         """Note a job that is over."""
         self._done += 1
         self._credits += outcome.credits or 0.0
-        if outcome.door == "errors":
+        if outcome.destination == "errors":
             self._failed.append(outcome)
         if self._bar is not None:
             self._bar.length = max(self._bar.length or 1, self._done)
@@ -53,7 +53,7 @@ class Progress:
             first, *others = complaint(outcome.message, outcome.problems)
             yield f"  {printable(outcome.source, 100)}: {first}"
             yield from (f"  {line}" for line in others)
-            yield f"    {printable(outcome.document)}"
+            yield f"    {printable(outcome.result_file)}"
 
 
 @contextlib.contextmanager

@@ -102,7 +102,7 @@ class Dispatch:
     # A job that was claimed
 
     def _carry_on(self, job: Job, *, may_send: bool) -> None:
-        carry = functools.partial(self._parts.worker.process, job.id, resumed=True, may_send=may_send)
+        carry = functools.partial(self._parts.worker.process, job.id, is_resumed=True, may_send=may_send)
         self._submit(job, carry)
 
     def _submit(self, job: Job, call: Callable[[], Outcome]) -> None:

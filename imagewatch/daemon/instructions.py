@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch.daemon.jobs import Job
-from imagewatch.journal import sqlite as database
+from imagewatch.journal.files import FILE
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class Instructions:
         parts.ledger.accept()
         parts.admission.burst.forget()
         parts.control.accepted_ledger()
-        _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, database.FILE))
+        _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, FILE))
 
     def _reopen(self, job: str) -> None:
         """Read the saved response of a job again, as ``retry`` asked for."""

@@ -15,7 +15,7 @@ from imagewatch.inbox.candidate import Seen
 from imagewatch.inbox.judge import path_of
 from imagewatch.inbox.scan import Sweep
 from imagewatch.inbox.watching import Watching
-from imagewatch.job.spool import blocked
+from imagewatch.job.delivery import blocked
 from imagewatch.protocol.names import stem_of
 from imagewatch.system.file_systems import keeps_times
 from imagewatch.system.untrusted import open_file

@@ -21,9 +21,9 @@ from imagewatch.daemon.systemd import Notify
 from imagewatch.endpoint.client import Client
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
-from imagewatch.journal import sqlite as database
 from imagewatch.journal.budget import Budget
 from imagewatch.journal.control import Control
+from imagewatch.journal.files import FILE
 from imagewatch.journal.ledger import Ledger
 from imagewatch.system.errors import MORE_FILES
 
@@ -76,7 +76,7 @@ class Parts:
         self.notify = Notify(environ)
         self.spool = Spool(config, disk)
         self.control = Control(config.folders.state, disk)
-        self.ledger = Ledger(os.path.join(config.folders.state, database.FILE), guarded=True)
+        self.ledger = Ledger(os.path.join(config.folders.state, FILE), guarded=True)
         self.budget = Budget(self.ledger, config.limits, clock)
         self.admission = Admission(self.spool, self.ledger, self.control, holds, self._changed_hold, clock, monotonic)
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
@@ -119,7 +119,7 @@ class Parts:
             budget=self.budget,
             fates=self.fates,
             leaving=self.admission.leaving,
-            on_trouble=lambda error: self.mailbox.put(DiskFailed(error)),
+            on_disk_error=lambda error: self.mailbox.put(DiskFailed(error)),
             clock=self.clock,
             monotonic=self.now,
             jitter=random,

@@ -144,9 +144,9 @@ class Results:
     def _place(self, job: Job, outcome: Outcome) -> None:
         """Note where the job is now, and what that means for others of its name."""
         burst, intake, now = self._parts.admission.burst, self._parts.intake, self._parts.now()
-        if outcome.end not in {End.LATER, End.RETURNED}:
+        if outcome.end not in {End.DEFERRED, End.RETURNED}:
             self._jobs.free_name(job.key, now)
-        if outcome.end is End.LATER:
+        if outcome.end is End.DEFERRED:
             self._jobs.defer(job, now + outcome.delay, _need(outcome))
         elif outcome.end is End.RETURNED:
             burst.returned(outcome.source)  # it is the same prompt
@@ -156,13 +156,13 @@ class Results:
             intake.scanner.soon(job.key)
         elif outcome.end is End.OVER:
             burst.finished(outcome.source)
-            self.failed += outcome.door == "errors"
+            self.failed += outcome.destination == "errors"
             self._on_outcome(outcome)
 
 
 def _need(outcome: Outcome) -> Need:
     """Return what a job needs that is deferred."""
-    if outcome.displaced:
+    if outcome.awaits_name:
         return Need.NAME
     if outcome.reason is not None and outcome.reason.row.is_short:
         return Need.TURN

@@ -19,7 +19,7 @@ _SPECIAL: Final = tuple(
             *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12"),
             *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "192.168.0.0/16", "198.18.0.0/15"),
             *("198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4", "240.0.0.0/4"),
-            # IANA IPv6 Special-Purpose Address Registry, what of it is in 2000::/3; 6to4 is judged by its IPv4 address
+            # IANA IPv6 Special-Purpose Address Registry, what of it is in 2000::/3; 6to4 is checked by its IPv4 address
             *("2001::/23", "2001:db8::/32", "3fff::/20"),
         ),
     )
@@ -28,11 +28,11 @@ _SPECIAL: Final = tuple(
 
 
 class NotPublicError(Exception):
-    """An address that is not to be connected to. It says no more, as whoever named it may read it."""
+    """An address that must not be connected to. It has no details, as the server that named it may read them."""
 
 
 def is_public(address: Address) -> bool:
-    """Tell whether an address is a public host's; one that leads to an IPv4 address is judged by that."""
+    """Return whether an address is a public host's; one that contains an IPv4 address is checked by that."""
     if isinstance(address, ipaddress.IPv6Address):
         if address.scope_id is not None:
             return False
@@ -46,7 +46,7 @@ def is_public(address: Address) -> bool:
 
 
 def _behind(address: ipaddress.IPv6Address) -> ipaddress.IPv4Address | None:
-    """Return the IPv4 address to which an IPv6 address leads, if it does."""
+    """Return the IPv4 address that an IPv6 address contains, if it does."""
     if address in _NAT64:
         return ipaddress.IPv4Address(address.packed[-4:])
     return address.ipv4_mapped or address.sixtofour
@@ -69,7 +69,7 @@ def address_in(host: str) -> Address | None:
 
 
 def is_this_machine(host: str) -> bool:
-    """Tell whether a host is this machine, without asking the resolver."""
+    """Return whether a host is this machine, without asking the resolver."""
     if host == "localhost":
         return True
     try:

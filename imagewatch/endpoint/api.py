@@ -1,31 +1,30 @@
-"""The endpoint's wire format: requests, and what answers mean. With ``reading`` the only module that knows the API.
+"""The endpoint's wire format: what responses mean. Only this module and ``decode`` depend on the format of the API.
 
 Facts about the endpoint come from its published contract, the ``image-generation`` skill of letta-ai/letta-code
-(request body, response, notes), and from what its other routes and the gateway before it are seen to answer. No
-disk, no network, no clock: everything comes as arguments, but for the keys that no text may hold. Nothing an answer
+(request body, response, notes), and from observed responses of its other routes and of the gateway before it. No
+disk, no network, no clock: everything is an argument, except the keys that no text may hold. Nothing a response
 holds is trusted.
 """
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
 import json
 import math
 import re
-import zlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
 from imagewatch.config.validate import shown
+from imagewatch.endpoint.coding import UndecodableError, is_coding, plain
 from imagewatch.protocol.reasons import ERROR_OBJECT, KINDS, NOT_ADMITTED, QUOTA, RESPONSES, Reaction, Reason
 from imagewatch.system.errors import InDoubt
 from imagewatch.system.masking import known
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
     from imagewatch.protocol.values import Head
 
@@ -42,11 +41,6 @@ _PIXEL_BYTES = 4
 _UNSIZED_BYTES = 48 << 20
 """Of an image of which no size is asked for: a PNG of 4096 times 4096 pixels has about 36 MB, and 48 in base64."""
 _ENVELOPE_BYTES = 64 * 1024
-_CODINGS = {"gzip", "x-gzip", "deflate"}
-_GZIP, _ZLIB = b"\x1f\x8b", (b"\x78\x01", b"\x78\x9c", b"\x78\xda")
-_PACKED = (b"\x28\xb5\x2f\xfd", b"\xfd7zXZ", b"BZh", b"PK\x03\x04")
-_PLAIN_BEGINNINGS = {b"{", b"[", b"<", b" ", b"\r", b"\n", b"\t"}
-_INFLATED_BYTES = 256 * 1024
 _DEEPEST_ERROR = 4
 _QUOTA_REASONS = re.compile(r"quota|-usage-exceeded|limit-exceeded|not-enough-credits|model-unknown")
 _BALANCE = re.compile("[a-z_]{0,40}balance")
@@ -55,7 +49,7 @@ _BALANCE = re.compile("[a-z_]{0,40}balance")
 
 
 def largest_answer(fields: dict[str, Any]) -> int:
-    """Return how many bytes the answer to a request may plausibly have.
+    """Return how many bytes the response to a request may plausibly have.
 
     Args:
         fields: What is asked for.
@@ -66,108 +60,7 @@ def largest_answer(fields: dict[str, Any]) -> int:
     return int(fields.get("n", 1)) * each + _ENVELOPE_BYTES
 
 
-# What an answer says
-
-
-class UndecodableError(Exception):
-    """A body cannot be read on without its content coding; its words say why."""
-
-
-def is_coding(name: str) -> bool:
-    """Tell whether we can read a content coding; we ask for none."""
-    return name.strip().lower() in _CODINGS
-
-
-class Plain:
-    """A body without its content coding, piece by piece. What is not in the coding that it names stays as it is.
-
-    Args:
-        coding: Its ``Content-Encoding``, or an empty string.
-    """
-
-    def __init__(self, coding: str) -> None:
-        self._coding = coding.strip().lower()
-        self._first: bytes | None = b""
-        self._inflate: zlib._Decompress | None = None
-
-    def feed(self, chunk: bytes) -> Iterator[bytes]:
-        """Take a piece and yield what is in it.
-
-        Raises:
-            UndecodableError: It is damaged; what could be read was yielded.
-        """
-        if self._first is not None:
-            self._first += chunk
-            if len(self._first) < len(_GZIP):
-                return
-            chunk, self._first = self._first, None
-            self._inflate = _inflater(chunk, self._coding)
-        if self._inflate is None:
-            yield chunk
-            return
-        while chunk and not self._inflate.eof:
-            before = self._inflate.copy()
-            try:
-                piece = self._inflate.decompress(chunk, _INFLATED_BYTES)
-            except zlib.error as error:
-                self._inflate = None
-                yield from _undamaged(before, chunk)
-                raise UndecodableError(f"the compressed answer is damaged: {error}") from None
-            yield piece
-            chunk = self._inflate.unconsumed_tail
-
-    def end(self) -> bytes:
-        """Return what is left when nothing more comes; nothing if not all was taken of what came."""
-        if self._inflate is None:
-            return self._first or b""
-        if self._inflate.unconsumed_tail:
-            return b""  # it would come all together, and may be a thousand times as long
-        try:
-            return self._inflate.flush()
-        except zlib.error:  # it was cut off
-            return b""
-
-
-def is_packed(first: bytes) -> bool:
-    """Tell whether something begins like a compressed file: what is in it cannot be looked through for a key."""
-    return first.startswith((_GZIP, *_ZLIB, *_PACKED))
-
-
-def plain(chunks: Iterable[bytes], coding: str) -> Iterator[bytes]:
-    """Yield a body without its content coding, as ``Plain`` does."""
-    body = Plain(coding)
-    for chunk in chunks:
-        yield from body.feed(chunk)
-    yield body.end()
-
-
-def _undamaged(inflate: zlib._Decompress, chunk: bytes) -> Iterator[bytes]:
-    """Yield what is in a piece before the damage: whoever finds that returns nothing else."""
-    with contextlib.suppress(zlib.error):
-        for place in range(len(chunk)):
-            yield inflate.decompress(chunk[place : place + 1])
-
-
-def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
-    """Return what reads a body that begins like this, or None if it is not compressed, whatever is said of it."""
-    if coding not in {"", "identity", *_CODINGS}:
-        return None
-    if first.startswith(_GZIP):
-        window = 31
-    elif first.startswith(_ZLIB):
-        window = 15
-    elif coding == "deflate" and first[:1] not in _PLAIN_BEGINNINGS:
-        window = -15  # some leave the frame out
-    else:
-        return None
-    try:
-        zlib.decompressobj(window).decompress(first, 1)
-    except zlib.error:
-        return None
-    return zlib.decompressobj(window)
-
-
-# What an answer means
+# What a response means
 
 
 @dataclass(frozen=True)
@@ -210,16 +103,16 @@ def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
         wait = min(wait, 30.0)  # Letta Code caps this one at 30 s (its conversation-enqueue)
     if kind == "quota":
         wait = number(_find(body, "timeToQuotaResetMs", object), 0.001) or wait
-    message, code = _words(body, beginning, head.status)
+    message, code = _message(body, beginning, head.status)
     required = number(_find(body, "credits_required", object))
     return Verdict(Reason(kind, message, wait), code, required)
 
 
 def _beginning(head: Head, sample: bytes) -> bytes:
-    """Return the beginning of a refusal without its content coding, which an answer saved by an older version has."""
+    """Return the beginning of a refusal without its content coding, which a response saved by an older version has."""
     coding = head.headers.get("content-encoding", "")
     if coding and coding != "identity" and not is_coding(coding):
-        return f"HTTP {head.status}, with words that are encoded as {coding[:40]!r}".encode()
+        return f"HTTP {head.status}, with a message that is encoded as {coding[:40]!r}".encode()
     try:
         return next(plain([sample], coding), b"")
     except UndecodableError:
@@ -272,23 +165,23 @@ def _find(body: object, name: str, kind: type[T]) -> T | None:
     return None
 
 
-def _words(body: object, sample: bytes, status: int) -> tuple[str, str]:
+def _message(body: object, sample: bytes, status: int) -> tuple[str, str]:
     """Return message and code of a refusal; its raw text where it has no message."""
-    said, code = words(body)
-    if said:
-        return said, code
+    message, code = message_of(body)
+    if message:
+        return message, code
     text = known.text(sample.decode("utf-8", "replace"))[:4000].strip()
     if re.match(r"<(!doctype|html|head|body)", text, re.IGNORECASE):
         title = re.search(r"<title>(.*?)</title>", text, re.IGNORECASE | re.DOTALL)
-        text = " ".join(title[1].split()) if title else "a web page instead of an answer"
-    return text[:2000] or f"HTTP {status} without any words", code
+        text = " ".join(title[1].split()) if title else "a web page instead of a response"
+    return text[:2000] or f"HTTP {status} without a message", code
 
 
-def words(body: object) -> tuple[str, str]:
+def message_of(body: object) -> tuple[str, str]:
     """Return message and error code, from any of the shapes that Letta's routes are known to use.
 
     Args:
-        body: An answer, as values.
+        body: A response, as values.
 
     Returns:
         Both; an empty string for what is not there.
@@ -331,12 +224,12 @@ def _retry_after(head: Head) -> float | None:
 
 
 def balance(raw: bytes) -> dict[str, float]:
-    """Return what the account holds, in credits: ``total_balance`` and whatever else is said; empty if nothing is."""
+    """Return the balances of the account, in credits: ``total_balance`` and all others; empty if there is none."""
     body = known.values(parse(raw))
     found = {name: number(value) for name, value in body.items()} if isinstance(body, dict) else {}
     return {name: value for name, value in found.items() if value is not None and _BALANCE.fullmatch(str(name))}
 
 
-def doubt(message: str) -> InDoubt:
-    """Return the error for a request whose outcome nobody knows."""
+def charge_unknown(message: str) -> InDoubt:
+    """Return the error for a request whose charge is unknown."""
     return InDoubt(message, hint="check the balance of the account before you try again")

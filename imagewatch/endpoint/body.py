@@ -20,7 +20,7 @@ _READ_BYTES = 48 * 1024
 
 
 class Body:
-    """The request's JSON body, made piece by piece: never a whole image in memory.
+    """The request's JSON body, created piece by piece: never a whole image in memory.
 
     Attributes:
         length: Size in bytes, known before the first piece.

@@ -26,18 +26,18 @@ _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
 
 class OverrunError(Exception):
-    """A server sends more than a response can need; its words say of what."""
+    """A server sends more than a response can need; the message says what."""
 
 
 class Call:
     """A call under its deadline; used as a context, in which connections are made for it.
 
-    Each single operation gets the rest of the time: a time limit per operation alone would begin anew with each byte.
+    Each single operation gets the rest of the time: a time limit per operation would start again with each byte.
 
     Args:
         seconds: The total time.
-        key: The configuration's key that says so, or an empty string.
-        may_connect: Whether an IP address may be connected to; asked by whoever connects.
+        key: The configuration's key of this deadline, or an empty string.
+        may_connect: Whether an IP address may be connected to.
 
     Attributes:
         at: Monotonic time of the deadline, seconds.
@@ -82,7 +82,7 @@ class Call:
             raise TimeoutError(self._why)
         return rest if most is None else min(most, rest)
 
-    # Said by the connection
+    # Called by the connection
 
     def connected(self) -> None:
         """Begin to count: there is another connection."""
@@ -110,18 +110,18 @@ class Call:
         if self._is_head and self._received > _MOST_HEAD_BYTES:
             raise OverrunError("the head of the answer does not end")
 
-    # Said by the HTTP library
+    # Called by the HTTP library
 
     def trace(self, event: str, _: dict[str, Any]) -> None:
         """Take an event of httpcore: which part of the response comes next."""
         if event == "http11.receive_response_body.started":
             self._is_head = False
         if event == "http11.send_request_headers.started" and not self._is_connected:
-            # Whatever a later version of the library does: addresses are judged where we connect, and nowhere else.
+            # Also with a later version of the library: addresses are checked only where we connect.
             raise RuntimeError("the HTTP library has made a connection by itself")
 
     def bears(self, size: int) -> bool:
-        """Tell whether so much of a body is worth what came with it: a byte in each chunk is not.
+        """Return whether a body is worth its framing: with one byte in each chunk it is not.
 
         Args:
             size: Bytes of the body so far.

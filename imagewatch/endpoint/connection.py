@@ -1,4 +1,4 @@
-"""Connections, as httpcore wants them: to judged addresses only, and each operation within the time of its call.
+"""Connections for httpcore: only to checked addresses, and each operation within the time of its call.
 
 Apart from ``client`` so that it is imported with ``httpcore``, which takes long.
 """
@@ -40,12 +40,12 @@ class Network(httpcore.NetworkBackend):
 
     Args:
         resolve: Finds the addresses of a name; ``socket.getaddrinfo`` without.
-        judged: Whether the call is asked about each address. Not for a proxy, which the administrator chose.
+        checked: Whether the call checks each address. Not for a proxy, which the administrator chose.
     """
 
-    def __init__(self, resolve: Callable[..., list[tuple[Any, ...]]] | None = None, *, judged: bool) -> None:
+    def __init__(self, resolve: Callable[..., list[tuple[Any, ...]]] | None = None, *, checked: bool) -> None:
         self._resolve = resolve
-        self._judged = judged
+        self._checked = checked
 
     def connect_tcp(
         self,
@@ -55,7 +55,7 @@ class Network(httpcore.NetworkBackend):
         local_address: str | None = None,  # noqa: ARG002  we have no use for it
         socket_options: Iterable[SOCKET_OPTION] | None = None,
     ) -> Stream:
-        """Resolve a name once, judge all its addresses, and connect to one of those.
+        """Resolve a name once, check all its addresses, and connect to one of them.
 
         Raises:
             NotPublicError: One of them may not be connected to; none is.
@@ -63,7 +63,7 @@ class Network(httpcore.NetworkBackend):
         call = current()
         with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
             found = self._found(host, port, call)
-        if self._judged and not all(call.may_connect(entry[4][0]) for entry in found):
+        if self._checked and not all(call.may_connect(entry[4][0]) for entry in found):
             raise NotPublicError
         with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
             connection = _connection(found, call, timeout)
@@ -75,9 +75,9 @@ class Network(httpcore.NetworkBackend):
     def _found(self, host: str, port: int, call: Call) -> list[tuple[Any, ...]]:
         """Return the addresses of a host, as ``socket.getaddrinfo`` does."""
         ask = functools.partial(self._resolve or socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
-        if not self._judged or address_in(host) is not None:
+        if not self._checked or address_in(host) is not None:
             return ask()
-        # A name that a stranger has chosen: its name server may never answer, and only a thread can be left behind.
+        # The name comes from a response: its name server may never respond, and only a thread can be left behind.
         answer: queue.SimpleQueue[list[tuple[Any, ...]] | Exception] = queue.SimpleQueue()
         threading.Thread(target=_answer, args=(ask, answer), name="resolver", daemon=True).start()
         try:
@@ -134,13 +134,13 @@ class Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> Stream:
-        """Go on in TLS; the certificate has to be that of the name, whatever its address."""
+        """Continue in TLS; the certificate must be that of the name, not of the address."""
         with _said(httpcore.ConnectTimeout, httpcore.ConnectError):
             seconds = self._call.left(timeout)
         return Stream(self._inner.start_tls(ssl_context, server_hostname, seconds), self._call)
 
     def get_extra_info(self, info: str) -> Any:  # noqa: ANN401  as inherited
-        """Return what the inner connection says."""
+        """Return the information of the inner connection."""
         return self._inner.get_extra_info(info)
 
 
@@ -148,14 +148,14 @@ def install(client: Any, network: Network, proxied: Network) -> None:  # noqa: A
     """Have a client of httpx connect through networks of ours.
 
     Args:
-        client: The client. It has no public way to be given one, nor to say which proxies it found.
+        client: The client. It has no public way to set one, nor to list the proxies that it found.
         network: For the servers themselves.
         proxied: For proxies.
     """
     for transport, one in ((client._transport, network), *((proxy, proxied) for proxy in client._mounts.values())):
         if transport is None:  # not by a proxy
             continue
-        if "_network_backend" not in vars(transport._pool):  # rather no connection than one that was not judged
+        if "_network_backend" not in vars(transport._pool):  # no connection is better than an unchecked one
             raise RuntimeError("this version of httpcore makes its connections in another way")
         transport._pool._network_backend = one
 

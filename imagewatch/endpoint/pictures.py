@@ -1,4 +1,4 @@
-"""The pictures of a paid answer: decoded or fetched into the record, and judged by their bytes.
+"""The images of a paid response: decoded or downloaded into the job record, and checked by their bytes.
 
 Nothing here sends a request; fetching is free and tried again until a url has expired.
 """
@@ -12,8 +12,9 @@ from typing import IO, TYPE_CHECKING
 
 import structlog
 
-from imagewatch.endpoint.client import Client, FetchError, bare
-from imagewatch.endpoint.decode import Got, Reading, holds_key, read, shown
+from imagewatch.endpoint.decode import Got, Reading, read
+from imagewatch.endpoint.download import FetchError, bare
+from imagewatch.endpoint.without_key import holds_key, shown
 from imagewatch.protocol.image_kinds import foreign
 from imagewatch.protocol.images import Image, inspect
 from imagewatch.system.disk_errors import closing, ours
@@ -22,12 +23,13 @@ from imagewatch.system.text import printable
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from imagewatch.endpoint.client import Client
     from imagewatch.endpoint.saved_answer import Answer
     from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _FETCH_SECONDS = 600.0
-"""How long the urls of a job are tried. Known signed urls live ten minutes (BFL's skills repository)."""
+"""How long the URLs of a job are tried. Known signed URLs are valid for ten minutes (BFL's skills repository)."""
 _LEAST_SECONDS = 30.0
 """What a try gets however little of that is left: less would cut off whatever comes."""
 _LONGEST_PAUSE = 15.0
@@ -37,12 +39,12 @@ _log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of a paid answer, on our disk.
+    """One image of a paid response, on the disk.
 
     Attributes:
         source: Its file in the record.
-        image: What its bytes are, or None when they are no picture we know.
-        mime: What the endpoint said they are.
+        image: What its bytes are, or None if they are not an image that we know.
+        mime: Its type according to the endpoint.
         size: Bytes.
         sha256: Their hash.
         problem: What is wrong with it, or an empty string.
@@ -64,11 +66,11 @@ class Picture:
 
     @property
     def ending(self) -> str:
-        """The ending that follows the bytes, not the endpoint's word."""
+        """The ending by its bytes, not by the type that the endpoint names."""
         return f".{self.image.extension}" if self.image else ".bin"
 
     def table(self, name: str) -> dict[str, object]:
-        """Return what the receipt says of it under its published name."""
+        """Return its table in the receipt, under its published name."""
         table: dict[str, object] = {
             "file": name,
             "mime": self.image.mime if self.image else "application/octet-stream",
@@ -86,13 +88,13 @@ class Picture:
 
 @dataclass
 class _Wanted:
-    """A picture by url.
+    """An image by URL.
 
     Attributes:
-        url: As answered; not trusted.
+        url: From the response; not trusted.
         path: Where it goes.
         waits: Whether it is to be tried, for the first time or again.
-        refused: How often its host said no.
+        refused: How often its host refused it.
         problem: What went wrong at the last try, or an empty string.
     """
 
@@ -104,13 +106,13 @@ class _Wanted:
 
 
 class Pictures:
-    """Gets the pictures out of answers.
+    """Gets the images out of responses.
 
     Args:
-        disk: Our disk.
-        client: For pictures by url.
-        limit: Most bytes of one answer, and of one picture by url.
-        monotonic: Monotonic clock, seconds: a wall clock that is set forward has not made a url expire.
+        disk: The local disk.
+        client: For images by URL.
+        limit: Most bytes of one response, and of one image by URL.
+        monotonic: Monotonic clock, seconds: a wall clock that is set forward does not make a URL expire.
         wait: Waits some seconds.
     """
 
@@ -130,11 +132,11 @@ class Pictures:
         self._wait = wait
 
     def read(self, path: Callable[[str], str], answer: Answer) -> Reading:
-        """Read a paid answer; its base64 pictures go into files of the job.
+        """Read a paid response; its base64 images go into files of the job.
 
         Args:
             path: Returns the path of a file of the job.
-            answer: What came.
+            answer: The response.
         """
         return read(
             answer.chunks(),
@@ -144,11 +146,11 @@ class Pictures:
         )
 
     def shown(self, answer: Answer) -> Iterator[bytes]:
-        """Yield what others may see of a paid answer: a copy without the key, and without its content coding."""
+        """Yield what other users may see of a paid response: without the key, and without its content coding."""
         return shown(answer.chunks(), encoding=_coding(answer), limit=2 * self._limit)
 
     def collect(self, path: Callable[[str], str], reading: Reading) -> list[Picture]:
-        """Fetch what is to be fetched, and judge every picture."""
+        """Download the images by URL, and check every image."""
         wanted = {
             number: _Wanted(got.url, path(f"fetched.{number}")) for number, got in enumerate(reading.images) if got.url
         }
@@ -168,7 +170,7 @@ class Pictures:
         return _inspected(path(name), self._disk.tops, name, got)
 
     def _fetch(self, wanted: list[_Wanted]) -> None:
-        """Fetch pictures in rounds, until each is here, or trying again cannot help, or their urls have expired.
+        """Download images in rounds, until each is here, or trying again cannot help, or their URLs have expired.
 
         Every one is tried before any is tried again: the urls of the good hosts expire while a bad one is waited for.
         """
@@ -191,7 +193,7 @@ class Pictures:
             self._wait(pause)
 
     def _try(self, one: _Wanted, seconds: float) -> None:
-        """Fetch a picture if it comes within some seconds, and write down what came of it."""
+        """Download an image if it arrives within some seconds, and note the result."""
 
         def write(chunk: bytes) -> None:
             with ours(one.path, "write"):
@@ -214,7 +216,7 @@ def _coding(answer: Answer) -> str:
 
 
 class _Ours:
-    """A file of ours that is written to by code that knows nothing of our disk. It is durable when it is closed."""
+    """A file whose errors are those of the local disk. It is durable when it is closed."""
 
     def __init__(self, disk: Disk, path: str) -> None:
         self._disk = disk
@@ -232,7 +234,7 @@ class _Ours:
 
 
 def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
-    """Judge a picture by its bytes."""
+    """Check an image by its bytes."""
     digest = hashlib.sha256()
     with open(tops.open_file(path, os.O_RDONLY), "rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
@@ -241,10 +243,10 @@ def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
         if image is None:
             file.seek(0)
             kind = foreign(file.read(512)) or "nothing that we know"
-            problem = problem or f"not a picture: its content is {kind}"
+            problem = problem or f"not an image: its content is {kind}"
             file.seek(0)
             if holds_key(file):
-                return Picture("", None, got.mime, 0, "", "not a picture: it holds the API key and is not published")
+                return Picture("", None, got.mime, 0, "", "not an image: it holds the API key and is not published")
         else:
             problem = problem or image.problem
     return Picture(name if size else "", image, got.mime, size, digest.hexdigest(), problem, broken=bool(got.problem))

@@ -1,4 +1,4 @@
-"""A response on our disk: written while it comes in, read in pieces afterwards.
+"""The file of a response: written while it arrives, read in pieces afterwards.
 
 Its file is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
 """
@@ -29,16 +29,16 @@ _TAIL_BYTES = 64 * 1024
 _LINE_BYTES = 1024
 _CHUNK_BYTES = 512 * 1024
 _PATIENCE = 1.0
-"""Between two tries of what our disk refuses with the answer on the line, seconds."""
-_HINT = "look at the disk and the system log; do not remove the answer, it was paid for"
+"""Between two tries of a write that the disk refuses while the response waits on the connection, seconds."""
+_HINT = "check the disk and the system log; do not remove the response, it was paid for"
 
 
 class Answer:
-    """A banked answer: what the endpoint said, read from disk in pieces.
+    """A saved response, read from the disk in pieces.
 
     Attributes:
         head: Status and headers.
-        tail: Whether it came whole.
+        tail: Whether it is complete.
         length: Size of the body, bytes.
     """
 
@@ -53,7 +53,7 @@ class Answer:
             self.head, self.tail = load(first, Head), load(last, Tail)
         except (OSError, ValueError) as error:
             raise SpoolError(
-                f"{path}: the banked answer cannot be read: {error}", path=path, code=errno_of(error), hint=_HINT
+                f"{path}: the saved response cannot be read: {error}", path=path, code=errno_of(error), hint=_HINT
             ) from error
         self._start = len(first) + 1
         self.length = end - len(last) - 1 - self._start
@@ -76,24 +76,24 @@ class Answer:
 
 
 class Sink:
-    """Where an answer is written while it comes in.
+    """Where a response is written while it arrives.
 
-    Its file is open, with room for the answer, before the request leaves. What the disk refuses later is tried again
+    Its file is open, with room for the response, before the request leaves. What the disk refuses later is tried again
     for as long as the call lasts, by the open file and not by its name: meanwhile the endpoint waits, too.
 
     Args:
-        disk: Our disk.
-        path: The answer's final name.
+        disk: The local disk.
+        path: The final name of the response.
         restore: Makes the record again, if its folder was removed or replaced meanwhile.
-        on_trouble: Called with what the disk refuses, once before that is waited for.
+        on_disk_error: Called with what the disk refuses, once before that is waited for.
         wait: Waits some seconds.
         now: Monotonic clock, seconds.
 
     Attributes:
         written: Bytes of the body so far.
-        status: HTTP status of the answer, 0 before it has come.
+        status: HTTP status of the response, 0 before it has arrived.
         until: Until when a failing disk is waited for, by the monotonic clock.
-        trouble: What the disk refused last, in words; empty if it refused nothing.
+        error: The last error of the disk; empty if there was none.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Sink:
         disk: Disk,
         path: str,
         restore: Callable[[], object] = lambda: None,
-        on_trouble: Callable[[SpoolError], object] = lambda _: None,
+        on_disk_error: Callable[[SpoolError], object] = lambda _: None,
         wait: Callable[[float], object] = threading.Event().wait,  # noqa: B008
         now: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -109,14 +109,14 @@ class Sink:
         self._path = path
         self._part = path + ".part"
         self._restore = restore
-        self._on_trouble = on_trouble
+        self._on_disk_error = on_disk_error
         self._wait = wait
         self._now = now
         self._file: IO[bytes] | None = None
         self._is_suspect = False
         self.written = self.status = 0
         self.until = -math.inf
-        self.trouble = ""
+        self.error = ""
 
     def open(self, room: int = 0) -> None:
         """Make the file and reserve room in it. Nothing is waited for: what fails here costs nothing.
@@ -129,7 +129,7 @@ class Sink:
             self._disk.reserve(self._file, room, self._part)
 
     def start(self, head: Head) -> None:
-        """Write down how the answer begins."""
+        """Write how the response begins."""
         if self._file is None:
             self.open()
         self.status = head.status
@@ -141,13 +141,13 @@ class Sink:
         self.written += len(chunk)
 
     def finish(self, tail: Tail) -> None:
-        """Make the answer durable under its final name. Only now may anybody read it."""
+        """Make the response durable under its final name. It is not read before."""
         self._put(b"\n" + dump(tail))
         self._insist(self._settle)
         self.close()
 
     def close(self) -> None:
-        """Let go of the file; what was written stays as ``answer.N.part``."""
+        """Close the file; what was written stays as ``answer.N.part``."""
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
@@ -160,9 +160,9 @@ class Sink:
             rest = rest[self._insist(functools.partial(os.write, self._file.fileno(), rest)) :]
 
     def _settle(self) -> None:
-        """Give the whole answer its name; what failed half way may be done again."""
+        """Give the complete response its name; if that fails half way, it may be done again."""
         if self._is_suspect or not self._has_name():
-            self._write_anew()
+            self._write_again()
         assert self._file is not None
         self._disk.unreserve(self._file)
         self._is_suspect = True
@@ -172,14 +172,14 @@ class Sink:
         self._disk.sync_folder(os.path.dirname(self._path))
 
     def _has_name(self) -> bool:
-        """Tell whether the open file is the one of its name: the folder may have been removed, or replaced."""
+        """Return whether the open file has its name: the folder may have been removed, or replaced."""
         assert self._file is not None
         try:
             return os.path.samestat(os.fstat(self._file.fileno()), self._disk.tops.lstat(self._part))
         except OSError:
             return False
 
-    def _write_anew(self) -> None:
+    def _write_again(self) -> None:
         """Write what the open file holds to a new one: it lost its name, or a failed sync may have lost its content."""
         assert self._file is not None
         self._restore()
@@ -196,19 +196,19 @@ class Sink:
 
     def _insist(self, act: Callable[[], T]) -> T:
         """Do what the disk may refuse, again and again while there is time."""
-        is_told = False
+        is_reported = False
         while True:
             try:
-                with ours(self._path, "save the answer"):
+                with ours(self._path, "save the response"):
                     return act()
             except SpoolError as error:
                 left = self.until - self._now()
                 if not error.code or left <= 0:
                     raise
-                self.trouble = str(error)
-                if not is_told:
-                    self._on_trouble(error)
-                is_told = True
+                self.error = str(error)
+                if not is_reported:
+                    self._on_disk_error(error)
+                is_reported = True
                 self._wait(min(_PATIENCE, left))
 
 
@@ -234,12 +234,12 @@ def errno_of(error: Exception) -> int:
 
 
 def has_tail(file: IO[bytes]) -> bool:
-    """Tell whether an answer was written to its end; leave the file there."""
+    """Return whether a response was written to its end; the file's position is its end then."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - _TAIL_BYTES))
     last = file.read().rpartition(b"\n")[2]
     try:
         load(last, Tail)
-    except (ValueError, RecursionError):  # a piece of the body, which may be anything
+    except (ValueError, RecursionError):  # a piece of the body
         return False
     return True

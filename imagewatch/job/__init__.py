@@ -1,1 +1,24 @@
-"""One job from its claim to its result file."""
+"""One job, from its claim to its result file.
+
+It promises that a request is sent only after it was recorded, that a request that may have been charged is never sent
+again automatically, and that a job continues from its files after a crash: each step can be run again.
+
+The modules, in the order in which they are read::
+
+    rules        the state table: what is on the disk, and the step that follows
+    worker       Worker: finds out what the disk shows, takes the step, repeats
+    running      RunningJob: what this process knows of a job
+    steps        what is done in each step
+    sending      one attempt: recorded, sent, and what is known of it afterwards
+    completion   how a job ends: ledger row, decision and result file
+    rows         the ledger rows of a job
+    receipts     the text of receipt and error file
+    redelivery   prompts that a sync tool delivers again
+    outcome      the result of running a job, for the daemon
+    record       the job record: the files of a job in the state folder
+    spool        Spool: the files of all jobs; which jobs are unfinished
+    folders      all folders of one daemon: opened, locked, tested
+    claims       the folder of claimed files, known by its inode
+    originals    dropped files: out of the inbox into a claim, and back
+    delivery     results and originals into outbox, errors and archive
+"""

@@ -1,9 +1,10 @@
-"""The folder of claimed files, ``inbox/.imagewatch``: the daemon's alone, known by what it is and not by its name.
+"""The folder of claimed files, ``inbox/.imagewatch``: only the daemon's, identified by its inode and not by its name.
 
-Whoever may write the inbox may rename this folder and put another one, or a link, under its name. So it is opened once
-and then reached by its descriptor; its inode is kept in the state folder, for the next start. It must belong to the
-daemon's user and have the mode 0700, as nobody else can make such a folder. A file system that keeps no owners (FAT,
-some shares) cannot tell; there each part of a path below it is looked at, as anywhere in the inbox.
+Every user who may write to the inbox may rename this folder and put another one, or a link, in its place. So it is
+opened once and then reached by its descriptor; its inode is kept in the state folder, for the next start. It must
+belong to the daemon's user and have the mode 0700, as no other user can create such a folder. On a file system that
+keeps no owners (FAT, some shares) this does not help; there each part of a path below it is checked, as in the rest of
+the inbox.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ class NotOursError(SpoolError):
 
 
 class Claims:
-    """Finds the folder of claimed files, makes it, and notices when another one has its name.
+    """Finds the folder of claimed files, creates it, and notices when another one has its name.
 
     Args:
         inbox: The inbox, opened as a top of the disk.
         state: The state folder, likewise.
-        disk: Our disk.
+        disk: The local disk.
 
     Attributes:
         path: Its path.
@@ -61,7 +62,7 @@ class Claims:
         return self._disk.tops
 
     def is_open(self) -> bool:
-        """Tell whether the true folder is open, whatever has its name."""
+        """Return whether the true folder is open; another one may have its name."""
         return self._tops.opened(self.path) is not None
 
     def require(self) -> None:
@@ -78,9 +79,9 @@ class Claims:
             self.check()
 
     def check(self) -> None:
-        """Open the folder if it is there, and give it its name back if nothing has it.
+        """Open the folder if it is there, and rename it back if its name is free.
 
-        If another folder has its name the true one stays open, so that jobs that are under way can end.
+        If another folder has its name the true one stays open, so that running jobs can end.
 
         Raises:
             NotOursError: Something else has its name.
@@ -108,12 +109,12 @@ class Claims:
 
     def _named(self) -> os.stat_result | None:
         """Return what has its name now, or None."""
-        with ours(self.path, "look at the folder"), contextlib.suppress(FileNotFoundError):
+        with ours(self.path, "check the folder"), contextlib.suppress(FileNotFoundError):
             return self._tops.lstat(self.path)
         return None
 
     def _close_to_others(self, folder: Descriptor, status: os.stat_result) -> bool:
-        """Set the mode of the true folder right, which only its owner or root can have changed; tell whether it is."""
+        """Correct the mode of the true folder, which its owner or root has changed; return whether it is right."""
         if stat.S_IMODE(status.st_mode) & 0o777 == _MODE:
             return True
         if status.st_uid != os.geteuid() or self._has_no_modes:
@@ -127,7 +128,7 @@ class Claims:
         return not self._has_no_modes
 
     def _is_in_inbox(self, known: Descriptor) -> bool:
-        """Tell whether the folder that is open still is in this inbox."""
+        """Return whether the folder that is open is still in this inbox."""
         try:
             status = known.status()
             above = os.stat("..", dir_fd=known.fileno())
@@ -157,7 +158,7 @@ class Claims:
         except SpoolError as error:
             if isinstance(error.__cause__, NotAFolderError):
                 self._tops.know(self.path, None)
-                raise self._not_ours("it is no folder") from error
+                raise self._not_ours("it is not a folder") from error
             if error.code == errno.EACCES:
                 self._tops.know(self.path, None)
                 raise self._not_ours("the daemon may not open it") from error
@@ -169,11 +170,11 @@ class Claims:
         try:
             self._remember(folder)
         except SpoolError:
-            self._tops.know(self.path, None)  # to be done again
+            self._tops.know(self.path, None)  # so that it is tried again
             raise
 
     def _remember(self, folder: Descriptor) -> None:
-        """Mark a folder as the daemon's, and keep what tells it from others in the state folder."""
+        """Mark a folder as the daemon's, and keep its inode and mark in the state folder."""
         inode, mark = folder.status().st_ino, mark_in(folder)
         if not mark:
             mark = secrets.token_hex(16)
@@ -204,10 +205,10 @@ class Claims:
         return f"{_ITS_OWN}, but {reason}" if is_known or looks_like_claims(folder.fileno()) else reason
 
     def keeps_owners(self) -> bool:
-        """Tell whether the file system of the inbox keeps owners and modes, by a file that we make.
+        """Return whether the file system of the inbox keeps owners and modes, found out with a new file.
 
         Raises:
-            SpoolError: No file can be made.
+            SpoolError: No file can be created.
         """
         path = os.path.join(self._inbox, f".iw-probe.{secrets.token_hex(8)}")
         try:
@@ -225,7 +226,7 @@ class Claims:
         return ""
 
     def _rename_back(self, known: Descriptor) -> None:
-        """Give the folder its name back, which nothing has."""
+        """Rename the folder back; its name is free."""
         name = self._name_of(known)
         with ours(self.path, "rename"):
             self._disk.rename(os.path.join(self._inbox, name), os.path.join(self._inbox, CLAIMS))

@@ -1,4 +1,4 @@
-"""The receipt and the error file: the words of a finished job, as TOML. Pure.
+"""The text of receipts and error files, as TOML. Pure.
 
 Names and order of the keys are part of the folder protocol (``schema = 1``). Never in them: base64, a key, or the
 query of a signed url.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import re
 import tomllib
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
@@ -21,7 +20,8 @@ from imagewatch.system.text import utc, whole
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from imagewatch.protocol.values import Charged, Claim, Head, Input, Sent, Tail
+    from imagewatch.job.running import Attempt
+    from imagewatch.protocol.values import Charged, Claim, Input
 
 SCHEMA = 1
 _DEEPEST = 16
@@ -29,29 +29,10 @@ _MOST_DOTS = 1000
 _IDS = ("x-request-id", "cf-ray", "x-vercel-id")
 
 
-@dataclass(frozen=True)
-class Course:
-    """How a job went.
-
-    Attributes:
-        claim: The job.
-        sent: The newest attempt, if there was one.
-        head: How its answer began.
-        tail: How its answer ended.
-        attempts: How many were made.
-        finished: Wall-clock time of the document, seconds since the epoch.
-    """
-
-    claim: Claim
-    sent: Sent | None = None
-    head: Head | None = None
-    tail: Tail | None = None
-    attempts: int = 0
-    finished: float = 0.0
-
-
 def compose(
-    course: Course,
+    claim: Claim,
+    attempt: Attempt,
+    finished: float,
     *,
     charged: Charged,
     top: Mapping[str, object],
@@ -59,57 +40,53 @@ def compose(
     billing: Mapping[str, object] | None = None,
     originals: Sequence[Mapping[str, object]] = (),
 ) -> tuple[str, dict[str, Any]]:
-    """Return the text of a receipt or an error file, and what the log says of it.
+    """Return the text of a receipt or an error file, and its plain part for the log.
 
     Args:
-        course: How the job went.
+        claim: The job.
+        attempt: Its newest attempt.
+        finished: When this file is written, seconds since the epoch.
         charged: Whether it cost anything.
-        top: Keys of the top level that only this kind of document has; they come first.
-        images: One table for each picture.
+        top: Keys of the top level that only this kind of file has; they come first.
+        images: One table for each image.
         billing: As received.
-        originals: One table for each file that was dropped, where the document lies beside them.
+        originals: One table for each file as dropped, if this file is beside them.
     """
-    claim, sent, head = course.claim, course.sent, course.head
-    document: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
-    document |= {"owner": claim.owner or None, "charged": charged, "attempts": course.attempts, "version": __version__}
+    sent, headers = attempt.sent, attempt.head.headers if attempt.head and attempt.head.status else {}
+    values: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
+    values |= {"owner": claim.owner or None, "charged": charged, "attempts": attempt.number, "version": __version__}
     if sent:
-        document |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
-        document["request"] = sent.fields
-    if billing:
-        document["billing"] = billing
-    document["times"] = _times(course)
-    if head and (ids := {name: head.headers[name] for name in _IDS if name in head.headers}):
-        document["ids"] = ids
-    if images:
-        document["images"] = images
-    if sent and sent.inputs:
-        document["inputs"] = [_input(item) for item in sent.inputs]
-    if originals:
-        document["originals"] = originals
-    ordered = _ordered(_masked(document))
+        values |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
+        values["request"] = sent.fields
+    values |= {"billing": billing or None, "times": _times(claim, attempt, finished)}
+    values["ids"] = {name: headers[name] for name in _IDS if name in headers} or None
+    values["images"] = images or None
+    values["inputs"] = [_input(item) for item in sent.inputs] if sent and sent.inputs else None
+    values["originals"] = originals or None
+    ordered = _ordered(_masked(values))
     return _written(ordered), _facts(ordered)
 
 
-def _masked(document: Mapping[str, Any]) -> dict[str, object]:
-    """Return a document without the keys, which a server may have repeated. What is ours or the sender's stays."""
-    masked = {name: value if name in _OWN else known.values(value) for name, value in document.items()}
-    if images := document.get("images"):
+def _masked(values: Mapping[str, Any]) -> dict[str, object]:
+    """Return the values without API keys, which a server may have repeated. Ours and the sender's stay."""
+    masked = {name: value if name in _OWN else known.values(value) for name, value in values.items()}
+    if images := values.get("images"):
         masked["images"] = [{**known.values(image), "file": image["file"]} for image in images]
     return masked
 
 
-def _facts(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the plain part of a document, to be kept as JSON: TOML takes twenty times as long to read."""
-    facts = {name: document[name] for name in _FACTS if name in document}
-    facts["answered"] = "answered" in document["times"]
-    facts["images"] = [image["file"] for image in document.get("images", [])]
-    provider = document.get("provider") or document.get("request", {}).get("provider")
+def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the plain part of a result file, to be kept as JSON: TOML takes twenty times as long to read."""
+    facts = {name: values[name] for name in _FACTS if name in values}
+    facts["answered"] = "answered" in values["times"]
+    facts["images"] = [image["file"] for image in values.get("images", [])]
+    provider = values.get("provider") or values.get("request", {}).get("provider")
     return {**facts, "provider": provider} if provider else facts
 
 
-def _written(document: dict[str, Any]) -> str:
-    # A multi-line string cannot hold CRLF as it is; nearly always there is none, and people like to read lines.
-    return tomli_w.dumps(document, multiline_strings=not _has_crlf(document))
+def _written(values: dict[str, Any]) -> str:
+    # A multi-line string cannot hold CRLF as it is; nearly always there is none, and lines are easier to read.
+    return tomli_w.dumps(values, multiline_strings=not _has_crlf(values))
 
 
 def _has_crlf(value: object) -> bool:
@@ -120,33 +97,33 @@ def _has_crlf(value: object) -> bool:
     return isinstance(value, list | tuple) and any(map(_has_crlf, value))
 
 
-def unvouched(document: str) -> dict[str, Any]:
-    """Return what a document says that anybody may have written.
+def unvouched(text: str) -> dict[str, Any]:
+    """Return the values of a result file that any user may have written.
 
     Raises:
         ValueError: It is not TOML, or would keep Python's reader busy for hours.
         RecursionError: It is nested too deeply.
     """
-    # The reader is quadratic in the depth of dotted keys. Dots in strings are counted, too: telling what is a string
-    # is the reader's work, and whoever does it otherwise can be led astray.
-    if any(line.count(".") > _MOST_DOTS for line in document.split("\n")):
+    # The reader is quadratic in the depth of dotted keys. Dots in strings are counted, too: only the reader knows
+    # what is a string, and any other test can be deceived.
+    if any(line.count(".") > _MOST_DOTS for line in text.split("\n")):
         raise ValueError(f"a line of it has more than {_MOST_DOTS} dots")
-    return tomllib.loads(document)
+    return tomllib.loads(text)
 
 
-def with_files(document: str, moved: Mapping[str, str], before: str, after: str) -> str:
-    """Return a document whose files have other names.
+def with_files(text: str, moved: Mapping[str, str], before: str, after: str) -> str:
+    """Return a result file whose files have other names.
 
     Args:
-        document: The document.
+        text: The result file.
         moved: New names by old ones.
-        before: What ``retry`` would have had to be told.
-        after: What it has to be told.
+        before: The argument of ``retry`` in its next step until now.
+        after: The argument from now on.
     """
-    read = tomllib.loads(document)
+    read = tomllib.loads(text)
     if "next" in read:
-        told = re.compile(rf"(?<=retry |again ){re.escape(before)}(?=[ ,])")
-        read["next"] = told.sub(lambda _: after, read["next"])
+        command = re.compile(rf"(?<=retry |again ){re.escape(before)}(?=[ ,])")
+        read["next"] = command.sub(lambda _: after, read["next"])
     for table in (*read.get("images", []), *read.get("originals", [])):
         table["file"] = moved.get(table["file"], table["file"])
     return _written(read)
@@ -161,31 +138,31 @@ _ORDER = [
 ]
 
 
-def _ordered(document: dict[str, object]) -> dict[str, Any]:
+def _ordered(values: dict[str, object]) -> dict[str, Any]:
     """Put plain values first, in the protocol's order; then tables; TOML needs that."""
-    known = {name: document.pop(name) for name in _ORDER if name in document}
-    return {name: value for name, value in _tame({**known, **document}, 0).items() if value is not None}
+    known = {name: values.pop(name) for name in _ORDER if name in values}
+    return {name: value for name, value in _tame({**known, **values}, 0).items() if value is not None}
 
 
-def _times(course: Course) -> dict[str, object]:
-    times: dict[str, object] = {"claimed": utc(course.claim.at)}
-    if course.sent:
-        times["sent"] = utc(course.sent.at)
-    if course.head:
-        times["answered"] = utc(course.tail.at if course.tail and course.tail.at else course.head.at)
-    times["published"] = utc(course.finished)
+def _times(claim: Claim, attempt: Attempt, finished: float) -> dict[str, object]:
+    times: dict[str, object] = {"claimed": utc(claim.at)}
+    if attempt.sent:
+        times["sent"] = utc(attempt.sent.at)
+    if attempt.head and attempt.head.status:
+        times["answered"] = utc(attempt.tail.at if attempt.tail and attempt.tail.at else attempt.head.at)
+    times["published"] = utc(finished)
     return times
 
 
 def _input(item: Input) -> dict[str, object]:
     table = {name: getattr(item, name) for name in item.__struct_fields__}
     if item.orientation == 1:
-        del table["orientation"]  # it is what everybody expects
+        del table["orientation"]  # the usual case
     return table
 
 
 def _tame(value: Any, depth: int) -> Any:  # noqa: ANN401, PLR0911  any JSON in, any TOML out
-    """Return what TOML can hold of a value: no null, no surrogates, no giants, no endless nesting."""
+    """Return what TOML can hold of a value: no null, no surrogates, no huge numbers, no endless nesting."""
     if isinstance(value, str):
         return whole(value)
     if depth >= _DEEPEST and isinstance(value, dict | list | tuple):

@@ -1,27 +1,30 @@
-"""The evidence of one job: its folder in the state folder, and the answers banked there.
+"""The record of one job: its folder in the state folder, with the saved responses.
 
 ::
 
     state/jobs/ID/claim.json      what was claimed                    written before the prompt leaves the inbox
                   sent.N          attempt N                           written before the first byte leaves
-                  answer.N.part   the answer as it comes in
-                  answer.N        the answer                          renamed before anybody reads it
-                  image.K         image K of the answer, decoded or fetched
-                  decision.json   which door, which files, which document
-                  over            the document is out
-                  reopened.json   the decision that was taken back, until the originals are here again
+                  answer.N.part   the response while it arrives
+                  answer.N        the response                        renamed before it is read
+                  image.K         image K of the response, decoded or fetched
+                  decision.json   destination, files and result file
+                  over            the result file is published
+                  reopened.json   the decision that was withdrawn, until the originals are here again
 
-A job that was paid for and gave no picture is not forgotten: its folder moves to ``paid/ID`` as it is.
+A job that was paid for and gave no image is not forgotten: its folder moves to ``paid/ID`` as it is.
 
-An answer's file is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
+The file of a response is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 from typing import IO, TYPE_CHECKING, TypeVar
+
+import msgspec
 
 from imagewatch.endpoint.saved_answer import Answer, Sink, errno_of, has_tail
 from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
@@ -34,12 +37,8 @@ if TYPE_CHECKING:
     from imagewatch.system.disk import Disk
 
 T = TypeVar("T")
-_TAIL_BYTES = 64 * 1024
-_LINE_BYTES = 1024
-_CHUNK_BYTES = 512 * 1024
-_PATIENCE = 1.0
-"""Between two tries of what our disk refuses with the answer on the line, seconds."""
-_HINT = "look at the disk and the system log; do not remove the answer, it was paid for"
+_LINE_BYTES = 64 * 1024
+_RENAMED = {"door": "destination", "document": "result_file", "away": "discarded"}
 _NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
 
 
@@ -73,10 +72,10 @@ class Record:
 
     def claim(self) -> Claim | None:
         """Return what was claimed, or None if there is no such record."""
-        return self._load("claim.json", Claim)
+        return self._load("claim.json", lambda content: load(content, Claim))
 
     def exists(self) -> bool:
-        """Tell whether anything of the record is there."""
+        """Return whether anything of the record is there."""
         return self._disk.tops.exists(self.folder)
 
     def attempts(self, names: Iterable[str] | None = None) -> tuple[int, int]:
@@ -97,7 +96,7 @@ class Record:
         try:
             self._disk.write(path, dump(sent))
         except SpoolError:
-            # Its name may be there already, and would say that nobody knows what became of it.
+            # Its name may be there already, and would mean that its charge is unknown.
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
             raise
@@ -107,10 +106,10 @@ class Record:
         """Return what was sent, or None."""
         if self._sent and self._sent[0] == attempt:
             return self._sent[1]
-        return self._load(f"sent.{attempt}", Sent) if attempt else None
+        return self._load(f"sent.{attempt}", lambda content: load(content, Sent)) if attempt else None
 
     def take_back(self, attempt: int) -> None:
-        """Remove the mark of an attempt of which no byte left, durably: the record says that it was never sent."""
+        """Remove the mark of an attempt of which no byte left, durably: as if it had never been sent."""
         if not self.exists():
             return
         for name in (f"answer.{attempt}.part", f"sent.{attempt}"):
@@ -119,7 +118,7 @@ class Record:
         self._sent = None
 
     def restore(self, claim: Claim, attempt: int, sent: Sent) -> None:
-        """Write down again what somebody removed while a request was on its way; what is there stays."""
+        """Write again what was removed while a request was in flight; what is there stays."""
         if not self._disk.tops.exists(self.path("claim.json")):
             self._disk.make_folder(self._jobs)
             self._disk.sync_folder(os.path.dirname(self._jobs))
@@ -131,32 +130,32 @@ class Record:
         self,
         attempt: int,
         restore: Callable[[], object] = lambda: None,
-        on_trouble: Callable[[SpoolError], object] = lambda _: None,
+        on_error: Callable[[SpoolError], object] = lambda _: None,
     ) -> Sink:
-        """Return where the answer of an attempt goes; the arguments are those of a ``Sink``."""
-        return Sink(self._disk, self.path(f"answer.{attempt}"), restore, on_trouble)
+        """Return where the response of an attempt goes; the arguments are those of a ``Sink``."""
+        return Sink(self._disk, self.path(f"answer.{attempt}"), restore, on_error)
 
     def answer(self, attempt: int) -> Answer:
-        """Return the banked answer of an attempt. What has its name does not change any more."""
+        """Return the saved response of an attempt. A file of this name never changes."""
         if attempt not in self._answers:
             self._answers[attempt] = Answer(self.path(f"answer.{attempt}"), self._disk.tops)
         return self._answers[attempt]
 
     def partial(self, attempt: int) -> Head | None:
-        """Return how the answer began that was coming in when the process died, or None."""
+        """Return how the response began that was arriving when the process died, or None."""
         path = self.path(f"answer.{attempt}.part")
         with ours(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), self._read(path) as file:
-            line = file.readline(_TAIL_BYTES)
+            line = file.readline(_LINE_BYTES)
             return load(line, Head) if line.endswith(b"\n") else None
         return None
 
     def _read(self, path: str) -> IO[bytes]:
         return open(self._disk.tops.open_file(path, os.O_RDONLY), "rb")
 
-    def bank_partial(self, attempt: int, tail: Tail) -> None:
-        """Close what came of an answer and bank it as it is; if only its name was missing, it is whole."""
+    def save_partial(self, attempt: int, tail: Tail) -> None:
+        """Save the part of a response that arrived; if only its name was missing, it is complete."""
         part = self.path(f"answer.{attempt}.part")
-        with closing(self._disk.append(part), part) as file, ours(part, "bank the answer"):
+        with closing(self._disk.append(part), part) as file, ours(part, "save the response"):
             if not has_tail(file):
                 file.write(b"\n" + dump(tail))
             self._disk.unreserve(file)
@@ -166,18 +165,18 @@ class Record:
 
     def decide(self, decision: Decision) -> None:
         """Write down how the job ends. A later decision replaces an earlier one whose names were taken."""
-        self._decision = None  # should this fail, the disk has to be asked
+        self._decision = None  # if this fails, the disk has to be asked
         self._disk.write(self.path("decision.json"), dump(decision))
         self._decision = decision
 
     def decision(self) -> Decision | None:
         """Return how the job ends, or None while that is open."""
         if self._decision is None:
-            self._decision = self._load("decision.json", Decision)
+            self._decision = self._load("decision.json", _decision)
         return self._decision
 
-    def bank(self, folder: str) -> None:
-        """Keep the whole record in another folder, for somebody who looks again.
+    def keep(self, folder: str) -> None:
+        """Keep the whole record in another folder, for ``imagewatch retry``.
 
         Args:
             folder: Where to; on the same file system.
@@ -188,10 +187,10 @@ class Record:
         self._disk.sync_folder(self._jobs)
 
     def reopen(self, folder: str) -> bool:
-        """Take the record out of the folder it was kept in; the answer is to be read again.
+        """Move the record out of the folder in which it was kept; its response is to be read again.
 
         Returns:
-            False when there is none.
+            False if there is none.
         """
         kept = Record(self._disk, folder, self.job)
         if kept.claim() is None or self.exists():
@@ -208,25 +207,25 @@ class Record:
         return True
 
     def reopened(self) -> Decision | None:
-        """Return the decision that was taken back, while its files are still behind its door."""
-        return self._load("reopened.json", Decision)
+        """Return the decision that was withdrawn, while its files are still at its destination."""
+        return self._load("reopened.json", _decision)
 
-    def taken_back(self) -> None:
+    def reclaimed(self) -> None:
         """Note that the originals are in the claim again."""
         self._disk.unlink(self.path("reopened.json"))
         self._disk.sync_folder(self.folder)
 
     def mark_over(self) -> None:
-        """Note that the document is out, by a file ``over``. Not synced: the document itself is the durable mark.
+        """Note that the result file is published, by a file ``over``. Not synced: the result file is the durable mark.
 
-        It spares a reader who takes the document away at once a second delivery.
+        If a reader removes the result file immediately, it is not published again.
         """
         path = self.path("over")
         if not self._disk.tops.exists(path):
             self._disk.create(path).close()
 
     def remove(self) -> None:
-        """Remove the record, then the answers: evidence of payment goes last."""
+        """Remove the record, then the responses: what was paid for goes last."""
         self._disk.unlink(self.path("claim.json"))
         self._disk.sync_folder(self.folder)
         for name in self._known():
@@ -248,10 +247,10 @@ class Record:
             return self._disk.tops.names(self.folder)
         return []
 
-    def _load(self, name: str, kind: type[T]) -> T | None:
+    def _load(self, name: str, read: Callable[[bytes], T]) -> T | None:
         path = self.path(name)
         try:
-            return load(_content(self._disk.tops.open_file(path, os.O_RDONLY)), kind)
+            return read(_content(self._disk.tops.open_file(path, os.O_RDONLY)))
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as error:
@@ -259,8 +258,21 @@ class Record:
                 f"{path}: the record cannot be read: {error}",
                 path=path,
                 code=errno_of(error),
-                hint="it is evidence of a payment: do not remove it before you looked into it",
+                hint="do not remove it before you have read it: it may be the only proof of a charge",
             ) from error
+
+
+def _decision(content: bytes) -> Decision:
+    """Return a decision, also one that version 0.1.0 wrote with other names.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    found = json.loads(content)
+    if isinstance(found, dict) and "door" in found:
+        found = {_RENAMED.get(name, name): value for name, value in found.items()}
+        found["destination"] = _RENAMED.get(found["destination"], found["destination"])
+    return msgspec.convert(found, Decision)
 
 
 def _content(descriptor: int) -> bytes:
@@ -271,7 +283,7 @@ def _content(descriptor: int) -> bytes:
     """
     try:
         content = b""
-        while piece := os.read(descriptor, _TAIL_BYTES):
+        while piece := os.read(descriptor, _LINE_BYTES):
             content += piece
         return content
     finally:

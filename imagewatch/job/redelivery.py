@@ -1,8 +1,8 @@
-"""Prompts that come again: sync tools bring back what the daemon took away.
+"""Redelivery: a sync tool delivers a finished prompt again.
 
-What is at the same path with the same size, mtime and content as a job that is over is that job's prompt again, and
-not a new wish: whoever wants another variation writes the words anew, or takes the prompt out of ``errors`` or
-``archive``, where it got a new mtime.
+A file with the same path, size, mtime and content as the prompt of a finished job is that prompt, and not a new
+request. For a new request the sender saves the prompt again, or moves it out of ``errors`` or ``archive``, where it got
+a new mtime.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 
 def finished_twin(ledger: Ledger, claim: Claim, folder: str, most_bytes: int, opener: Opener = open_file) -> str:
-    """Return the id of the job that is over and had the very same files, or an empty string.
+    """Return the id of the finished job that had the same files, or an empty string.
 
-    Images may be missing: a tool that brings back one file after the other is not done yet. An image that is
-    there and differs makes it a new job.
+    Images may be missing: a tool that delivers one file after the other is not done yet. An image that is there and
+    differs makes it a new job.
 
     Args:
         ledger: The ledger.
         claim: What was claimed.
-        folder: Where its originals lie.
+        folder: The folder of its originals.
         most_bytes: Largest file that is read for its hash.
         opener: Opens the originals.
     """

@@ -1,8 +1,8 @@
-"""What comes next for a job, told from what lies on the disk. Pure: no clock, no disk, no network.
+"""The next step of a job, from what is on the disk. Pure: no clock, no disk, no network.
 
-The rules are tried from the top; the first that holds names the step. There is no other place that decides,
-and no memory of what was done: after a crash the same question gets the same answer. Each step can be run
-twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the two equal.
+The rules are tried from the top; the first that holds names the step. Nothing else decides, and nothing is remembered:
+after a crash the same files lead to the same step. Each step can be run twice without harm. ``docs/ARCHITECTURE.md``
+shows this table; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -17,48 +17,48 @@ from imagewatch.protocol.reasons import Reaction
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.protocol.values import Door
+    from imagewatch.protocol.values import Destination
 
 
 class Step(enum.Enum):
-    """What to do for a job; the value says what commits it."""
+    """What to do for a job; the value is what commits it."""
 
     RECLAIM = "originals from errors back into the claim, then the error file removed"
     ARCHIVE = "originals moved to the archive"
-    FORGET = "claim folder, job record and then the answers removed, in this order"
+    FORGET = "claim folder, job record and then the responses removed, in this order"
     PUBLISH = "images in the outbox, then the receipt"
     REJECT = "originals in errors, then the error file"
     DISCARD = "originals removed, then as FORGET"
-    BANK = "what came of the answer, closed and renamed to answer.N"
-    DOUBT = "ledger row, then the decision: errors, charged = unknown"
+    SAVE = "the part of the response that arrived, closed and renamed to answer.N"
+    UNKNOWN = "ledger row, then the decision: errors, charged = unknown"
     READ = "images decoded or fetched, ledger row (also before a fetch), decision: outbox (or errors, charged = yes)"
     GIVE_BACK = "ledger row, then originals back in the inbox, the prompt last"
-    REFUSE = "ledger row, then the decision: errors, with the API's words"
+    REFUSE = "ledger row, then the decision: errors, with the API's message"
     GATHER = "each input renamed into the claim"
     CHECK = "nothing on disk if the request is valid, else the decision: errors, charged = no"
-    SEND = "sent.N before the first byte leaves; answer.N before anybody reads it"
+    SEND = "sent.N before the first byte leaves; answer.N before it is read"
     DONE = "nothing is left of the job"
 
 
-class Evidence(msgspec.Struct, frozen=True, kw_only=True):
-    """What is known of one job.
+class State(msgspec.Struct, frozen=True, kw_only=True):
+    """What is on the disk about one job, and what the process knows.
 
     Attributes:
         recorded: Its record is in the state folder.
         leftovers: A claim folder or other files of it are there.
-        claimed: The prompt lies in the claim folder.
-        originals: Something lies in the claim folder.
-        missing: An input of it still lies in the inbox.
+        claimed: The prompt is in the claim folder.
+        originals: One of its files is in the claim folder.
+        missing: An input of it is still in the inbox.
         checked: This process has validated the request.
         sent: Highest N of ``sent.N``, 0 without.
         answered: Highest N of ``answer.N``, 0 without.
-        begun: The answer to the newest attempt had begun to come in.
+        begun: The response to the newest attempt had begun to arrive.
         reaction: What ``answer.N`` means, if N is the newest attempt.
         attempts_left: Whether the retry limit allows another attempt.
         reports: This job is the one that shows an account-level refusal in ``errors``; the others go back.
-        decided: The door of the decision, if there is one.
-        over: The receipt or error file is out.
-        reopened: Its paid answer is to be read again, and its originals lie in ``errors`` still.
+        decided: The destination of the decision, if there is one.
+        over: The result file is published.
+        reopened: Its paid response is to be read again, and its originals are still in ``errors``.
     """
 
     recorded: bool = False
@@ -73,70 +73,70 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     reaction: Reaction | None = None
     attempts_left: bool = True
     reports: bool = True
-    decided: Door | None = None
+    decided: Destination | None = None
     over: bool = False
     reopened: bool = False
 
 
 class Rule(NamedTuple):
-    """One row of the table: the words for people, the same as code, and the step."""
+    """One row of the table: the condition as text, the same as code, and the step."""
 
     seen: str
-    holds: Callable[[Evidence], bool]
+    holds: Callable[[State], bool]
     step: Step
 
 
 _MAY_GO_BACK = {Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY}
 
 RULES = (
-    Rule("no record, nothing left", lambda e: not e.recorded and not e.leftovers, Step.DONE),
-    Rule("no record, but files of the job", lambda e: not e.recorded, Step.FORGET),
-    Rule("reopened: to be read again, nothing else", lambda e: e.reopened, Step.RECLAIM),
-    Rule("receipt or error file is out, originals in the claim", lambda e: e.over and e.originals, Step.ARCHIVE),
-    Rule("receipt or error file is out", lambda e: e.over, Step.FORGET),
-    Rule("decision: outbox", lambda e: e.decided == "outbox", Step.PUBLISH),
-    Rule("decision: errors", lambda e: e.decided == "errors", Step.REJECT),
-    Rule("decision: away, the job was a re-delivery", lambda e: e.decided == "away", Step.DISCARD),
-    Rule("newest `sent.N` with the beginning of an answer", lambda e: e.sent > e.answered and e.begun, Step.BANK),
+    Rule("no record, nothing left", lambda s: not s.recorded and not s.leftovers, Step.DONE),
+    Rule("no record, but files of the job", lambda s: not s.recorded, Step.FORGET),
+    Rule("reopened: to be read again, nothing else", lambda s: s.reopened, Step.RECLAIM),
+    Rule("the result file is published, originals in the claim", lambda s: s.over and s.originals, Step.ARCHIVE),
+    Rule("the result file is published", lambda s: s.over, Step.FORGET),
+    Rule("decision: outbox", lambda s: s.decided == "outbox", Step.PUBLISH),
+    Rule("decision: errors", lambda s: s.decided == "errors", Step.REJECT),
+    Rule("decision: discarded, the job was a redelivery", lambda s: s.decided == "discarded", Step.DISCARD),
+    Rule("newest `sent.N` with the beginning of a response", lambda s: s.sent > s.answered and s.begun, Step.SAVE),
     Rule(
         "newest `sent.N` without `answer.N`",
-        lambda e: e.sent != e.answered or (e.sent > 0 and e.reaction is None),
-        Step.DOUBT,
+        lambda s: s.sent != s.answered or (s.sent > 0 and s.reaction is None),
+        Step.UNKNOWN,
     ),
-    Rule("`answer.N`: success", lambda e: e.reaction is Reaction.SUCCESS, Step.READ),
+    Rule("`answer.N`: success", lambda s: s.reaction is Reaction.SUCCESS, Step.READ),
     Rule(
         "`answer.N`: free, and the prompt is back in the inbox",
-        lambda e: e.reaction in _MAY_GO_BACK and not e.claimed,
+        lambda s: s.reaction in _MAY_GO_BACK and not s.claimed,
         Step.FORGET,
     ),
-    Rule("claim, inputs still in the inbox", lambda e: e.claimed and e.missing, Step.GATHER),
-    Rule("`answer.N`: the request never left whole", lambda e: e.reaction is Reaction.WAIT, Step.GIVE_BACK),
+    Rule("claim, inputs still in the inbox", lambda s: s.claimed and s.missing, Step.GATHER),
+    Rule("`answer.N`: the request was not sent completely", lambda s: s.reaction is Reaction.WAIT, Step.GIVE_BACK),
     Rule(
-        "`answer.N`: account-level refusal, already shown by another job",
-        lambda e: e.reaction is Reaction.ACCOUNT and not e.reports,
+        "`answer.N`: account-level refusal, already reported by another job",
+        lambda s: s.reaction is Reaction.ACCOUNT and not s.reports,
         Step.GIVE_BACK,
     ),
     Rule(
-        "`answer.N`: any other refusal, or attempts spent",
-        lambda e: e.reaction is not None and not (e.reaction is Reaction.RETRY and e.attempts_left),
+        "`answer.N`: any other refusal, or no attempts left",
+        lambda s: s.reaction is not None and not (s.reaction is Reaction.RETRY and s.attempts_left),
         Step.REFUSE,
     ),
-    Rule("the prompt is not in the claim (cancelled, or given back)", lambda e: not e.claimed, Step.FORGET),
-    Rule("claim complete, not yet validated", lambda e: not e.checked, Step.CHECK),
-    Rule("valid, nothing sent, or the newest answer was free and transient", lambda _: True, Step.SEND),
+    Rule("the prompt is not in the claim (cancelled, or given back)", lambda s: not s.claimed, Step.FORGET),
+    Rule("claim complete, not yet validated", lambda s: not s.checked, Step.CHECK),
+    Rule("valid, nothing sent, or the newest response was free and transient", lambda _: True, Step.SEND),
 )
 
 
-def next_step(evidence: Evidence) -> Step:
-    """Return the step for what is seen on disk."""
-    return next(rule.step for rule in RULES if rule.holds(evidence))
+def next_step(state: State) -> Step:
+    """Return the step for a state."""
+    return next(rule.step for rule in RULES if rule.holds(state))
 
 
 def retry_delay(attempt: int, *, initial: float, longest: float, retry_after: float | None, jitter: float) -> float:
     """Return how long to wait before the next attempt.
 
     ``initial`` doubled with each attempt up to ``longest``, or what the endpoint asked for if that is more
-    (up to an hour), plus up to a quarter of it, so that several daemons do not come back together.
+    (up to an hour), plus up to a quarter of it, so that several daemons do not retry at the same time.
 
     Args:
         attempt: How many attempts were made, from 1.

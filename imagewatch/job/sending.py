@@ -1,6 +1,6 @@
-"""One attempt: what is written down before its first byte leaves, and what this process knows of it afterwards.
+"""One attempt: what is recorded before its first byte leaves, and what this process knows about it afterwards.
 
-What is known and not yet on the disk, because our disk fails, is kept in memory: the job goes on from it.
+What the disk does not accept, because it fails, is kept in memory: the job continues from it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from imagewatch.protocol.values import Claim
 
 _LINES_BYTES = 64 * 1024
-"""Room for the first and the last line of an answer's file."""
+"""Room for the first and the last line of the file of a response."""
 
 
 _KINDS = {ConfigError: "key", Unavailable: "unreachable", Broken: "unreachable"}
@@ -41,25 +41,25 @@ _KINDS = {ConfigError: "key", Unavailable: "unreachable", Broken: "unreachable"}
 class Left(enum.Enum):
     """How much of a request has left."""
 
-    NOTHING = "nothing: the attempt is taken back"
-    PART = "provably not the whole: that is written down as its answer"
-    WHOLE = "it may have left whole"
+    NOTHING = "nothing: the attempt is removed"
+    PART = "provably not all of it: that is recorded in the place of the response"
+    WHOLE = "it may have left completely"
 
 
 @dataclass(frozen=True)
 class Fate:
-    """What became of a request.
+    """What happened to a request.
 
     Attributes:
         claim: Its job.
         attempt: Its number.
-        sent: What its mark says.
+        sent: Its record.
         left: How much of it has left.
         message: What happened; empty if the response is saved.
-        counts: Whether it counts as an attempt although it did not leave whole.
-        status: HTTP status that had come when our disk failed, 0 without.
+        counts: Whether it counts as an attempt although it did not leave completely.
+        status: HTTP status that had arrived when the disk failed, 0 without.
         reason: Why it failed, where that may concern other requests.
-        is_saved: Whether that, or the answer, is on our disk.
+        is_saved: Whether that, or the response, is on the disk.
     """
 
     claim: Claim
@@ -74,11 +74,11 @@ class Fate:
 
     @property
     def is_charged(self) -> bool:
-        """Whether an answer had come that is charged for."""
+        """Whether a response had arrived that is charged."""
         return 200 <= self.status < 300  # noqa: PLR2004
 
     def is_missing(self, sent: int) -> bool:
-        """Tell whether the disk does not show that a request may have left, although it may.
+        """Return whether the disk does not show that a request may have left, although it may have.
 
         Args:
             sent: Highest attempt that the disk shows.
@@ -92,10 +92,10 @@ class Sending:
     Args:
         client: The endpoint.
         config: Limits.
-        fates: What is known of jobs of which the disk may not show it, by id; given by whoever keeps it across a
-            change of the configuration.
+        fates: What is known about jobs and may not be on the disk, by id; the caller keeps it across a change of
+            the configuration.
         leaving: In it the first bytes of a request leave; raises ``Withdrawn`` when it is entered if none may.
-        on_trouble: Called when our disk refuses a part of an answer, which is then waited for.
+        on_disk_error: Called when the disk refuses a part of a response, which then waits.
         clock: Wall clock, seconds since the epoch.
     """
 
@@ -105,18 +105,18 @@ class Sending:
         config: Config,
         fates: dict[str, Fate],
         leaving: Callable[[], AbstractContextManager[object]],
-        on_trouble: Callable[[SpoolError], object],
+        on_disk_error: Callable[[SpoolError], object],
         clock: Callable[[], float],
     ) -> None:
         self._client = client
         self._config = config
         self._fates = fates
         self._leaving = leaving
-        self._on_trouble = on_trouble
+        self._on_disk_error = on_disk_error
         self._clock = clock
 
     def mark(self, request: Request) -> Sent:
-        """Return what is written down of a request; the time is that of the moment at which it leaves."""
+        """Return the record of a request; its time is set when the request leaves."""
         return Sent(
             prompt=request.prompt,
             prompt_sha256=request.prompt_sha256,
@@ -128,29 +128,29 @@ class Sending:
         )
 
     def send(self, record: Record, claim: Claim, request: Request, sent: Sent, attempt: int) -> Fate:
-        """Make an attempt, and save its answer.
+        """Make an attempt, and save its response.
 
         Args:
-            record: Where the evidence goes.
+            record: The job record.
             claim: Its job.
             request: The valid request.
-            sent: Its mark.
+            sent: Its record.
             attempt: Its number, from 1.
 
         Returns:
-            What became of it; it is in ``fates``, too, until ``settle``.
+            What happened to it; it is in ``fates``, too, until ``settle``.
         """
         fate = self._fates[claim.job] = Fate(claim, attempt, sent)
-        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_trouble)
+        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_disk_error)
         with contextlib.closing(sink):
             try:
                 with self._leaving():
-                    pass  # or nothing of it is begun
+                    pass  # if none may leave, nothing is started
                 body = Body(request.prompt, request.fields, request.parts)
                 self._client.send(claim.job, body, functools.partial(self._begin, record, sink, fate, request), sink)
             except (JobError, ConfigError, SpoolError) as error:
                 fate = _failed(self._fates[claim.job], error, sink)
-            except BaseException:  # a bug, or the end: only the disk can tell
+            except BaseException:  # a bug, or the end of the process: the disk decides
                 self.settle(claim.job)
                 raise
             else:
@@ -159,7 +159,7 @@ class Sending:
         return fate
 
     def _begin(self, record: Record, sink: Sink, fate: Fate, request: Request) -> AbstractContextManager[object]:
-        """Do what has to be on the disk before the first byte leaves; return the context in which that leaves."""
+        """Write what must be on the disk before the first byte leaves; return the context in which that leaves."""
         sink.open(self._room(request))
         fate = self._fates[fate.claim.job] = replace(fate, sent=changed(fate.sent, at=self._clock()))
         record.write_sent(fate.attempt, fate.sent)
@@ -172,32 +172,32 @@ class Sending:
             yield
 
     def _room(self, request: Request) -> int:
-        """Return how many bytes are reserved for an answer: never more than the administrator keeps free for it."""
+        """Return how many bytes are reserved for a response: never more than the configured free space."""
         limits = self._config.endpoint.max_response_bytes, self._config.limits.min_free_bytes
         return min(largest_answer(request.fields) + _LINES_BYTES, *limits)
 
     def known(self, job: str, attempt: int = 0) -> Fate | None:
-        """Return what is known of the newest request of a job that this process has sent, or None.
+        """Return what is known about the newest request of a job in this process, or None.
 
         Args:
             job: The job.
-            attempt: Number that it must have; 0 for any.
+            attempt: The number that it must have; 0 for any.
         """
         fate = self._fates.get(job)
         return fate if fate and attempt in {0, fate.attempt} else None
 
     def settle(self, job: str) -> None:
-        """Forget what is known of a job: the disk shows it, or the job is over."""
+        """Forget what is known about a job: the disk shows it, or the job is over."""
         self._fates.pop(job, None)
 
     def restore(self, record: Record, fate: Fate) -> None:
-        """Write down again what somebody removed while a request was on its way."""
+        """Write again what was removed while a request was in flight."""
         record.restore(fate.claim, fate.attempt, fate.sent)
 
     def prove(self, record: Record, fate: Fate) -> None:
-        """Write down, in the place of the answer, that a request never left whole."""
+        """Record, in the place of the response, that a request was not sent completely."""
         if record.attempts()[1] == fate.attempt:
-            return  # there is an answer after all
+            return  # there is a response after all
         now = self._clock()
         with contextlib.closing(record.sink(fate.attempt)) as sink:
             sink.start(Head(status=0, at=now, reason=fate.message, counts=fate.counts))
@@ -206,12 +206,12 @@ class Sending:
 
 
 def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) -> Fate:
-    """Return what became of a request that got no answer, or none that could be saved.
+    """Return what happened to a request that got no response, or none that could be saved.
 
     Args:
-        fate: What was known of it when it failed.
+        fate: What was known about it when it failed.
         error: How it failed.
-        sink: Where its answer was to go.
+        sink: Where its response was to go.
     """
     is_unsent, message = fate.left is Left.NOTHING, str(error)
     if isinstance(error, InDoubt):

@@ -1,1 +1,17 @@
-"""What is recorded about money: ledger, budget, prices, holds, and what commands ask for."""
+"""What is recorded: attempts and charges, reasons to wait, and what commands ask for.
+
+It promises that what cannot be recorded is not paid, that caps count every request that was or may have been charged,
+and that a ledger which was deleted, replaced or damaged is noticed before the next request.
+
+The modules, in the order in which they are read::
+
+    ledger   Ledger: one row for each attempt
+    schema   its tables, and how those of an earlier version are updated
+    sqlite   its file: opened when it is used, known again
+    files    its files in the state folder; the errors about them
+    health   whether the ledger of a daemon can be used, for other processes
+    budget   Budget: caps on credits, requests in a minute
+    prices   what a request may cost, from earlier charges
+    holds    Holds: why nothing is sent, and until when
+    control  what commands ask of a daemon
+"""

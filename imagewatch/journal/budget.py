@@ -2,7 +2,7 @@
 
 Counted from the ledger, so that a restart changes nothing, plus what is in flight. A request is let through only
 if what was spent, what is in flight and what it may cost itself stay within the cap. What it may cost is what the most
-expensive request like it cost lately (``prices``), or ``assumed_credits`` where there is none: a cost nobody knows is
+expensive request like it cost lately (``prices``), or ``assumed_credits`` where there is none: an unknown cost is
 never zero. So a cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
 
 A request is refused for one of four reasons (``protocol.reasons``). ``too_expensive``: it may cost more than a whole
@@ -74,7 +74,7 @@ class NoBooks:
 
 @dataclass
 class _Memo:
-    """What was read for several questions at once, so that the ledger is not asked for each of them."""
+    """What was read for several questions, so that the ledger is asked only once."""
 
     spent: dict[float, float] = field(default_factory=dict)
     charges: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
@@ -100,7 +100,7 @@ def _too_expensive(rule: str, cap: float, cost: Expected) -> Problem:
 
 
 class Budget:
-    """Lets requests through, or says why not. Safe to use from several threads.
+    """Lets requests through, or returns why not. Safe to use from several threads.
 
     Args:
         books: The ledger.
@@ -149,7 +149,7 @@ class Budget:
             }
 
     def knows_prices(self) -> bool:
-        """Tell whether a request to any provider was charged lately."""
+        """Return whether a request to any provider was charged lately."""
         since = self._clock() - SECONDS
         return any(self._books.charges(provider, since) for provider in get_args(Provider))
 
@@ -157,7 +157,7 @@ class Budget:
         """Return which requests do not fit now, and why; nothing is reserved.
 
         Args:
-            many: Requests; each is looked at as if it were the only one.
+            many: Requests; each is checked as if it were the only one.
         """
         with self._lock:
             self._catch_up()
@@ -168,7 +168,7 @@ class Budget:
     def plan(self, job: str, asked: Asked) -> Reason | None:
         """Reserve what a request may cost that is going to be claimed; ``settle`` ends that.
 
-        Before it is sent ``reserve`` looks again: this is only to claim no more prompts than fit.
+        Before it is sent ``reserve`` checks again: this only avoids claiming more prompts than fit.
 
         Args:
             job: Its job id.
@@ -232,7 +232,7 @@ class Budget:
             self._planned.discard(job)
 
     def strand(self, job: str) -> None:
-        """Count a reservation as spent now: its job does not go on in this process, so that nobody may wait for it."""
+        """Count a reservation as spent now: its job does not continue in this process, so nothing may wait for it."""
         with self._lock:
             with contextlib.suppress(SpoolError):
                 self._catch_up()
@@ -269,7 +269,7 @@ class Budget:
         if not most:
             return None
         window, count = (_MINUTE, int(most)) if most >= 1 else (_MINUTE / most, 1)
-        # What is dated later than now was sent before the clock was set back: when, nobody knows.
+        # What is dated later than now was sent before the clock was set back; its true time is unknown.
         self._recent = [min(sent, now) for sent in self._recent if sent > now - window]
         if len(self._recent) < count:
             return None
@@ -281,7 +281,7 @@ class Budget:
         return [(rule, cap) for rule, cap in caps if cap]
 
     def _over_cap(self, now: float, asked: Asked, job: str, memo: _Memo) -> Reason | None:
-        """Return which cap forbids a request beside all others, or None."""
+        """Return which cap forbids a request beside the other ones, or None."""
         caps = self._caps()
         if not caps:
             return None

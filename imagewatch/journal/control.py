@@ -1,7 +1,7 @@
 """What commands ask of a daemon: small files in ``control``, a folder inside the state folder.
 
 Files, because a daemon that is not running must find the request when it starts. Only who may write into the state
-folder can ask for anything; the inbox is open to everybody and asks for nothing.
+folder can ask for anything; the inbox is open to other users and can ask for nothing.
 
 ::
 
@@ -10,7 +10,7 @@ folder can ask for anything; the inbox is open to everybody and asks for nothing
     passed     until which time prompts were let through past the burst guard; written by the daemon
     refused    holds that the account or the address caused, as JSON; written by the daemon for its next start
     accept-ledger  use the ledger that is there now, or an empty one; the daemon removes it
-    retry.ID   look again at the paid answer of this job; the daemon removes it
+    retry.ID   read the paid response of this job again; the daemon removes it
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Control:
 
     Args:
         state: The state folder.
-        disk: Our disk.
+        disk: The local disk.
     """
 
     def __init__(self, state: str, disk: Disk) -> None:
@@ -56,7 +56,7 @@ class Control:
     def tidy(self) -> None:
         """Remove what was being written when a process was killed; for the daemon, at its start.
 
-        What only the daemon writes is in use by nobody then. What a command writes may be, so it stays for a day.
+        What only the daemon writes is not in use then. What a command writes may be, so it stays for a day.
         """
         for name in self._names():
             if found := _TEMPORARY.fullmatch(name):
@@ -67,7 +67,7 @@ class Control:
         try:
             found = self._read("held")
         except SpoolError as error:
-            return str(error)  # it is there: whoever made it wanted a hold
+            return str(error)  # it is there, so a hold was asked for
         return None if found is None else printable(found.strip(), 500)
 
     def hold(self, reason: str) -> None:
@@ -80,7 +80,7 @@ class Control:
         self._write("release", "")
 
     def release_pending(self) -> bool:
-        """Tell whether a daemon has yet to see what ``release`` asked for."""
+        """Return whether ``release`` was called and no daemon has applied it yet."""
         return self._disk.tops.exists(self._path("release"))
 
     def released(self) -> None:
@@ -92,7 +92,7 @@ class Control:
         self._write("accept-ledger", "")
 
     def accepts_ledger(self) -> bool:
-        """Tell whether a daemon has yet to use the ledger that is there now, or an empty one."""
+        """Return whether ``accept_ledger`` was called and no daemon has applied it yet."""
         return self._disk.tops.exists(self._path("accept-ledger"))
 
     def accepted_ledger(self) -> None:
@@ -123,7 +123,7 @@ class Control:
             self._write("refused", json.dumps(messages))
 
     def retry(self, job: str) -> None:
-        """Ask to look again at the paid answer of a job."""
+        """Ask to read the paid response of a job again."""
         self._write(f"retry.{job}", "")
 
     def retries(self) -> list[str]:

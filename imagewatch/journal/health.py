@@ -1,4 +1,4 @@
-"""Whether the ledger of a daemon can be used, for who is not the daemon: nothing is written."""
+"""Whether the ledger of a daemon can be used, for other processes than the daemon: nothing is written."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import os
 import sqlite3
 import stat
 
-from imagewatch.journal.sqlite import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
+from imagewatch.journal.files import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
 from imagewatch.system.errors import SpoolError
 
 _BUSY_SECONDS = 1.0
 
 
-def trouble(state: str) -> SpoolError | None:
+def ledger_problem(state: str) -> SpoolError | None:
     """Return what keeps the daemon from recording what it sends, or None.
 
     Args:

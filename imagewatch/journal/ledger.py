@@ -1,25 +1,20 @@
 """The ledger: one row for each attempt.
 
-It answers what was made, refused and spent, and what was seen before. A row is written before the request is sent: what
-cannot be recorded is not paid. It is written by job and attempt, so that writing it again changes nothing. WAL with
-``synchronous = FULL``: a row that was committed survives a power cut.
+It records what was completed, refused and spent, and which files were finished before. A row is written before the
+request is sent: what cannot be recorded is not paid. It is written by job and attempt, so that writing it again changes
+nothing. WAL with ``synchronous = FULL``: a row that was committed survives a power cut.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import json
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import msgspec
 from msgspec.structs import astuple, replace
 
-from imagewatch.journal.prices import Asked, for_an_image, kind_of
+from imagewatch.journal.prices import Asked, for_an_image
+from imagewatch.journal.schema import COLUMNS, Row, prepare, price_of
 from imagewatch.journal.sqlite import Database
-from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import whole
 
@@ -27,112 +22,21 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Collection, Iterable
 
-    from imagewatch.protocol.values import Charged
 
-_VERSION = 3
 _LOST = "nothing but the ledger knows of this request; it may have been charged"
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
 _CLOCKS = (1_000_000_000, 1_000_000, 100)
 """Nanoseconds that the times of files are multiples of, on some file systems and after some copies."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
-"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: anybody can set it to the year 2400."""
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS meta (
-    name  TEXT PRIMARY KEY,             -- id: of this ledger; proved: written to see whether rows can be
-    value TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS attempts (
-    job             TEXT NOT NULL,
-    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
-    source          TEXT NOT NULL,      -- path of the prompt below the inbox
-    source_size     INTEGER NOT NULL,   -- bytes
-    source_mtime_ns INTEGER NOT NULL,
-    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where nobody needs it
-    prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    -- sent: its result is not known yet
-    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'completed', 'refused', 'busy', 'unknown', 'invalid')),
-    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
-    credits         REAL,               -- NULL: not said
-    provider        TEXT NOT NULL,
-    model           TEXT NOT NULL,
-    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
-    asked           INTEGER NOT NULL,
-    got             INTEGER NOT NULL,
-    status          INTEGER NOT NULL,   -- HTTP, 0: no answer
-    code            TEXT NOT NULL,
-    message         TEXT NOT NULL,
-    request_id      TEXT NOT NULL,
-    endpoint        TEXT NOT NULL,
-    version         TEXT NOT NULL,
-    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
-    sent_at         REAL,
-    answered_at     REAL,
-    asked_provider  TEXT NOT NULL DEFAULT '',  -- whom the request named; the answer may name another
-    price_kind      TEXT NOT NULL DEFAULT '',  -- equal for requests whose images cost the same; empty: not known
-    transaction_id  TEXT NOT NULL DEFAULT '',  -- of the answer's billing
-    new_credit_balance REAL,                   -- the same: what the account had left; NULL: not said
-    owner           TEXT NOT NULL DEFAULT '',  -- user to whom the prompt file belonged
-    placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
-    PRIMARY KEY (job, attempt)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
-CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
-CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
-CREATE TABLE IF NOT EXISTS redeliveries (
-    job     TEXT PRIMARY KEY,           -- the finished job whose files came again
-    times   INTEGER NOT NULL,
-    last_at REAL NOT NULL               -- seconds since the epoch, UTC
-) WITHOUT ROWID;
-"""
-_INDEXES = """
-CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
-CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
-"""
-
-
+"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: any user can set it to the year 2400."""
 NO_TOTALS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0.0}
 """What ``Ledger.totals`` returns of an empty ledger."""
 
 
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt; the columns are explained in the schema above."""
-
-    job: str
-    attempt: int
-    source: str
-    outcome: str
-    charged: Charged
-    claimed_at: float
-    source_size: int = 0
-    source_mtime_ns: int = 0
-    contents: str = ""
-    prompt_sha256: str = ""
-    credits: float | None = None
-    provider: str = ""
-    model: str = ""
-    fields: str = ""
-    asked: int = 0
-    got: int = 0
-    status: int = 0
-    code: str = ""
-    message: str = ""
-    request_id: str = ""
-    endpoint: str = ""
-    version: str = ""
-    sent_at: float | None = None
-    answered_at: float | None = None
-    asked_provider: str = ""
-    price_kind: str = ""
-    transaction_id: str = ""
-    new_credit_balance: float | None = None
-    owner: str = ""
-    placed_mtime_ns: int = 0
-
-
 @dataclass(frozen=True)
 class Balances:
-    """What the account had before and after a request whose charge is not known; evidence for a person, no proof.
+    """What the account had before and after a request whose charge is not known; a hint for a person, no proof.
 
     Attributes:
         before: The last balance that was reported before it was sent, credits; None: there is none.
@@ -154,75 +58,12 @@ class Balances:
     unknown_cost: int = 0
 
 
-_COLUMNS = Row.__struct_fields__
-_HEARD = ("provider", "model", "code", "message", "request_id", "transaction_id")
+_RECEIVED = ("provider", "model", "code", "message", "request_id", "transaction_id")
 _UPSERT = (
-    f"INSERT INTO attempts ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))}) "  # noqa: S608
+    f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
     "ON CONFLICT (job, attempt) DO UPDATE SET "
-    + ", ".join(f"{name} = excluded.{name}" for name in _COLUMNS if name not in {"job", "attempt"})
+    + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in {"job", "attempt"})
 )
-
-
-_RENAMED = "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END"
-"""The outcome of a row of format 1 or 2."""
-
-
-def _prepare(connection: sqlite3.Connection) -> None:
-    """Make the tables, or bring those of an older format to this one: all of it or nothing, whatever dies.
-
-    Raises:
-        SpoolError: They are those of a newer version.
-    """
-    found = _format(connection)
-    if found > _VERSION:
-        path = connection.execute("PRAGMA database_list").fetchone()["file"]
-        raise SpoolError(
-            f"{path}: the ledger was written by a newer imagewatch (format {found})",
-            path=path,
-            code=errno.EPROTO,
-            hint="run the newer version",
-        )
-    if found == _VERSION:  # whoever only reads writes nothing
-        return
-    connection.execute("BEGIN IMMEDIATE")
-    try:
-        if _format(connection) < _VERSION:  # else another process was faster
-            _update(connection)
-        connection.execute("COMMIT")
-    except BaseException:
-        if connection.in_transaction:
-            connection.execute("ROLLBACK")
-        raise
-
-
-def _format(connection: sqlite3.Connection) -> int:
-    return int(connection.execute("PRAGMA user_version").fetchone()[0])
-
-
-def _update(connection: sqlite3.Connection) -> None:
-    """Make the tables anew, with the rows that were there."""
-    columns = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
-    if columns:
-        connection.execute("ALTER TABLE attempts RENAME TO earlier")
-        for index in re.findall(r"INDEX IF NOT EXISTS (\w+)", _SCHEMA + _INDEXES):
-            connection.execute(f"DROP INDEX IF EXISTS {index}")
-    for statement in (_SCHEMA + _INDEXES).split(";\n"):
-        connection.execute(statement)
-    if columns:
-        common = [name for name in _COLUMNS if name in columns]
-        values = [_RENAMED if name == "outcome" else name for name in common]
-        connection.execute(f"INSERT INTO attempts ({', '.join(common)}) SELECT {', '.join(values)} FROM earlier")  # noqa: S608
-        connection.execute("DROP TABLE earlier")
-        _fill(connection)
-    connection.execute(f"PRAGMA user_version = {_VERSION}")
-
-
-def _fill(connection: sqlite3.Connection) -> None:
-    """Note of each row of format 1 what its request asked for."""
-    question = "SELECT job, attempt, provider, fields FROM attempts WHERE asked_provider = '' AND price_kind = ''"
-    update = "UPDATE attempts SET asked_provider = ?, price_kind = ? WHERE job = ? AND attempt = ?"
-    for row in connection.execute(question).fetchall():
-        connection.execute(update, (*_asked(row["fields"], row["provider"]), row["job"], row["attempt"]))
 
 
 class Ledger:
@@ -235,7 +76,7 @@ class Ledger:
     """
 
     def __init__(self, path: str, *, guarded: bool = False, synchronous: str = "FULL") -> None:
-        self._file = Database(path, _prepare, guarded=guarded, synchronous=synchronous)
+        self._file = Database(path, prepare, guarded=guarded, synchronous=synchronous)
         if not guarded:
             with self._file.using():
                 pass
@@ -278,10 +119,10 @@ class Ledger:
             self._file.change(lambda connection: connection.execute(delete, (job,)))
 
     def close_lost(self, known: Collection[str]) -> int:
-        """Give attempts their result of which nothing but their row is left: nobody knows whether they were charged.
+        """Give attempts of which only their row is left their result: whether they were charged is unknown.
 
         Args:
-            known: The jobs that are not over; what came of theirs is found out by them.
+            known: The jobs that are not over; they find out the result of theirs.
 
         Returns:
             How many there were.
@@ -299,9 +140,9 @@ class Ledger:
         Raises:
             SpoolError: The disk failed.
         """
-        heard = {name: known.text(getattr(row, name)) for name in _HEARD}  # a server may repeat the key
-        asked = dict(zip(("asked_provider", "price_kind"), _asked(row.fields, row.provider), strict=True))
-        row = replace(row, **heard, **asked)
+        received = {name: known.text(getattr(row, name)) for name in _RECEIVED}  # a server may repeat the key
+        asked = dict(zip(("asked_provider", "price_kind"), price_of(row.fields, row.provider), strict=True))
+        row = replace(row, **received, **asked)
         self._file.change(lambda connection: connection.execute(_UPSERT, _storable(astuple(row))))
 
     def finished(self, job: str, source: str, size: int, mtime_ns: int) -> list[tuple[str, str]]:
@@ -321,11 +162,11 @@ class Ledger:
         return [(row["job"], row["contents"]) for row in self._all(question, source, size, mtime_ns, job)]
 
     def is_lost(self, job: str) -> bool:
-        """Tell whether a job has ended by ``close_lost``: of it there is no document."""
+        """Return whether a job was ended by ``close_lost``: it has no result file."""
         return bool(self._all("SELECT 1 FROM attempts WHERE job = ? AND message = ?", job, _LOST))
 
     def was_placed(self, mtime_ns: int) -> bool:
-        """Tell whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.
+        """Return whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.
 
         Args:
             mtime_ns: Nanoseconds since the epoch.
@@ -374,7 +215,7 @@ class Ledger:
         """
         question = f"""
             SELECT * FROM (
-                SELECT {", ".join(f"a.{name}" for name in _COLUMNS if name not in {"attempt", "credits"})},
+                SELECT {", ".join(f"a.{name}" for name in COLUMNS if name not in {"attempt", "credits"})},
                        max(a.attempt) AS attempts, sum(a.credits) AS credits, coalesce(r.times, 0) AS redelivered
                 FROM attempts AS a LEFT JOIN redeliveries AS r ON r.job = a.job
                 WHERE a.claimed_at >= ? AND coalesce(a.sent_at, a.claimed_at) >= ?
@@ -389,7 +230,7 @@ class Ledger:
         return dict(rows[0]) if rows else None
 
     def balance(self) -> tuple[float, float] | None:
-        """Return the last balance that an answer reported, credits, and when, seconds since the epoch; or None."""
+        """Return the last balance that a response reported, credits, and when, seconds since the epoch; or None."""
         question = """
             SELECT new_credit_balance AS credits, answered_at FROM attempts
             WHERE new_credit_balance IS NOT NULL AND answered_at IS NOT NULL ORDER BY answered_at DESC LIMIT 1"""
@@ -439,7 +280,7 @@ class Ledger:
 
         Returns:
             Credits that are known to have been charged; and for requests that were or may have been charged an amount
-            that is not known: whom they asked, the kind of their price, and how many images they asked for in all.
+            that is not known: provider, kind of price, and how many images they asked for in all.
         """
         question = """
             SELECT asked_provider, price_kind, coalesce(sum(credits), 0) AS credits,
@@ -455,7 +296,7 @@ class Ledger:
     def charges(self, provider: str, since: float) -> dict[str, list[float]]:
         """Return what requests to a provider were charged for an image, credits, by the kind of their price.
 
-        A charge of 0 says nothing of the next one, and is left out.
+        A charge of 0 does not predict the next one, and is left out.
 
         Args:
             provider: Whom they asked.
@@ -478,20 +319,6 @@ class Ledger:
     def _all(self, question: str, *values: object) -> list[sqlite3.Row]:
         with self._file.using() as connection:
             return connection.execute(question, _storable(values)).fetchall()
-
-
-def _asked(fields: str, provider: str) -> tuple[str, str]:
-    """Return whom a request asked, and the kind of its price.
-
-    Args:
-        fields: Its JSON body; empty where it is not known.
-        provider: Who answered, in case the body does not say who was asked.
-    """
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(fields)
-        if isinstance(found, dict) and isinstance(found.get("provider"), str):
-            return found["provider"], kind_of(found)
-    return provider, ""
 
 
 def _storable(values: Iterable[object]) -> list[object]:

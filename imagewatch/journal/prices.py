@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
 SECONDS = 30 * 86_400.0
-"""How long a charge says something about the next one, seconds."""
+"""How long a charge predicts the next one, seconds."""
 PRICED = ("provider", "model", "size", "quality")
 """The fields of a request that its price depends on, beside the number of images."""
 

@@ -1,4 +1,4 @@
-"""The SQLite file of the ledger: opened when it is used, and known again; the only use of SQLite.
+"""The SQLite file of the ledger: opened when it is used, and compared with the one of before.
 
 SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
 compared with the opened one before each use, and so is the one beside it that has the newest rows. The database has a
@@ -11,28 +11,31 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pathlib
-import re
 import secrets
 import sqlite3
 import stat
 import threading
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from imagewatch.protocol.names import PAID
+from imagewatch.journal.files import (
+    MARK,
+    RESTORE,
+    SAVED,
+    code_of,
+    foreign,
+    incomplete,
+    is_damage,
+    missing,
+    read_mark,
+    require_sound,
+    translated,
+    was_there,
+)
 from imagewatch.system.errors import SpoolError
-from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-FILE = "ledger.sqlite3"
-MARK = "identity"
-"""Name of the file with the id of the ledger, in the state folder."""
-SAVED = ".saved"
-"""Added to the name of the file: where a ledger is saved that was deleted or replaced while it was open."""
 _WAL = "-wal"
 """Added to the name of the file: where SQLite keeps the newest rows."""
 _BESIDE = (_WAL, "-shm")
@@ -41,17 +44,8 @@ _BUSY_SECONDS = 0.05
 """How long SQLite waits for another program."""
 _TRIES, _PAUSE_SECONDS = 10, 0.05
 """How often a row is tried to be written again while another program writes, and the pause before."""
-_ID = re.compile(r"[0-9a-f]{32}")
-_RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
 _NEWEST = "SELECT job, attempt, outcome FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
 _ENDED = "SELECT count(*) FROM attempts WHERE outcome <> 'sent'"
-
-
-class _Sums(msgspec.Struct):
-    """What a status repeats of a ledger."""
-
-    month: dict[str, float | None] = {}
-    redelivered: int = 0
 
 
 class Database:
@@ -81,7 +75,7 @@ class Database:
 
     @contextlib.contextmanager
     def using(self) -> Iterator[sqlite3.Connection]:
-        """Lend the connection; nobody else has it meanwhile.
+        """Lend the connection; no other thread has it meanwhile.
 
         Raises:
             SpoolError: The ledger cannot be used; the message says why.
@@ -92,7 +86,7 @@ class Database:
             yield self._connection
 
     def change(self, act: Callable[[sqlite3.Connection], object]) -> None:
-        """Write something; while another program writes, that is waited for a moment, and others may read.
+        """Write something. While another program writes, it waits for a moment, and other threads may read.
 
         Args:
             act: Writes in one statement, or in a transaction of its own.
@@ -104,7 +98,7 @@ class Database:
             try:
                 with self.using() as connection:
                     act(connection)
-                    self._ensure()  # in this moment somebody may have put another file in its place
+                    self._ensure()  # meanwhile another file may have replaced it
                     if connection is not self._connection:
                         assert self._connection is not None
                         act(self._connection)
@@ -131,14 +125,14 @@ class Database:
         """Use what is there from now on; an empty ledger if there is none or a damaged one, which is kept beside it.
 
         Raises:
-            SpoolError: What is there cannot be used, for a reason that an empty ledger would meet, too.
+            SpoolError: What is there cannot be used, for a reason that an empty ledger has, too.
         """
         with self._lock, self._translated():
             self._forget()
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(self._mark)
             if os.path.exists(self.path) and self._is_unsound():
-                self._set_aside()
+                self._rename_damaged()
             self._open(is_new=not os.path.exists(self.path), is_accepted=True)
             self._is_damaged = False
 
@@ -201,7 +195,7 @@ class Database:
             raise foreign(self.path)
 
     def _replace(self) -> None:
-        """Go over to the file that somebody has put in the place of the opened one, if no row is missing in it."""
+        """Use the file that has replaced the opened one, if no row is missing in it."""
         if not self._is_complete():
             self._save()  # it may have no name any more
             raise incomplete(self.path)
@@ -209,7 +203,7 @@ class Database:
         self._open(is_new=False)
 
     def _is_complete(self) -> bool:
-        """Tell whether the file that has the name now has the newest row of the opened one, and as many results."""
+        """Return whether the file that has the name now has the newest row of the opened one, and as many results."""
         newest, ended = None, 0
         with contextlib.suppress(sqlite3.Error):
             assert self._connection is not None
@@ -228,7 +222,7 @@ class Database:
         return False
 
     def _write_back(self) -> None:
-        """Write to the file what only the one beside it has, which somebody has deleted."""
+        """Write to the file what only the one beside it has, which was deleted."""
         assert self._connection is not None
         if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
             message = f"{self.path}{_WAL}: was deleted, and another program reads the ledger"
@@ -236,7 +230,7 @@ class Database:
                 message, path=self.path, code=errno.EBUSY, hint="end that program; fuser shows which it is"
             )
 
-    # Putting aside
+    # Saving and renaming
 
     def _forget(self) -> None:
         """Close the connection; what SQLite keeps beside a file that is no more must not be mixed with the next one."""
@@ -269,7 +263,7 @@ class Database:
             with contextlib.closing(sqlite3.connect(target)) as copy:
                 self._connection.backup(copy)
             self._is_saved = True
-        if not self._is_saved:  # nobody must take it for the whole
+        if not self._is_saved:  # it must not be used as if it were complete
             with contextlib.suppress(OSError):
                 os.unlink(target)
 
@@ -281,7 +275,7 @@ class Database:
             return is_damage(error)
         return False
 
-    def _set_aside(self) -> None:
+    def _rename_damaged(self) -> None:
         target = _unused(self.path + ".damaged")
         for ending in ("", *_BESIDE):
             with contextlib.suppress(FileNotFoundError):
@@ -299,90 +293,17 @@ class Database:
             raise SpoolError(f"{self.path}: {error}", path=self.path, hint="please report it") from error
         except sqlite3.Error as error:
             self._is_damaged = self._is_damaged or is_damage(error)
-            if _reason(error) != sqlite3.SQLITE_BUSY:  # opened anew, it may be different
+            if code_of(error) != sqlite3.SQLITE_BUSY:  # opened again, it may work
                 self._forget()
             raise translated(self.path, error) from error
         except OSError as error:
             message = f"{self.path}: the ledger cannot be used: {error.strerror}"
-            raise SpoolError(message, path=self.path, code=error.errno or errno.EIO, hint=_RESTORE) from error
-
-
-def translated(path: str, error: sqlite3.Error) -> SpoolError:
-    """Return an error of SQLite as one of ours, with the next action."""
-    code, why, hint = errno.EIO, f"cannot be used: {error}", "look at the disk and the system log"
-    match _reason(error):
-        case sqlite3.SQLITE_READONLY | sqlite3.SQLITE_CANTOPEN | sqlite3.SQLITE_PERM as reason:
-            doing = "opened" if reason == sqlite3.SQLITE_CANTOPEN else "written"
-            code, why = errno.EACCES, f"cannot be {doing}: {error}"
-            hint = "give the state folder and all in it to the daemon's user, and look whether it is mounted read-only"
-        case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            code, why, hint = errno.EBUSY, "is locked by another program", "end that program; fuser shows which it is"
-        case sqlite3.SQLITE_FULL:
-            code, why, hint = errno.ENOSPC, f"cannot be written: {error}", "make room"
-        case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:
-            why, hint = (
-                f"cannot be used, it is damaged: {error}",
-                f"do not delete it, it says what was paid; {_RESTORE}",
-            )
-    return SpoolError(f"{path}: the ledger {why}", path=path, code=code, hint=hint)
-
-
-def is_damage(error: sqlite3.Error) -> bool:
-    """Tell whether an error means that the content of the file is damaged."""
-    return _reason(error) in {sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB}
-
-
-def _reason(error: sqlite3.Error) -> int:
-    """Return SQLite's code of an error; 0 if it is Python's own, which has none."""
-    return getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
+            raise SpoolError(message, path=self.path, code=error.errno or errno.EIO, hint=RESTORE) from error
 
 
 def _decoded(text: bytes) -> str:
     """Return a text of the file; a damaged one as far as it goes, so that the other rows can be read."""
     return text.decode("utf-8", "replace")
-
-
-def missing(path: str) -> SpoolError:
-    """Return the error for a ledger that is not there, though there was one."""
-    saved = newest_saved(path)
-    hint = f"rename {printable(saved)} to {FILE}, it is what was deleted; or {_RESTORE}" if saved else _RESTORE
-    message = f"{path}: the ledger is missing, though there was one"
-    return SpoolError(message, path=path, code=errno.ENOENT, hint=hint)
-
-
-def incomplete(path: str) -> SpoolError:
-    """Return the error for a ledger that took the place of the opened one and is not that one as it was last."""
-    saved = newest_saved(path)
-    restore = f"rename {printable(saved)} to {FILE}, it is what was there" if saved else "put the newer one back"
-    return SpoolError(
-        f"{path}: the ledger was replaced by one that lacks the newest requests",
-        path=path,
-        code=errno.ESTALE,
-        hint=f"{restore}; or accept this one: imagewatch release --accept-new-ledger",
-    )
-
-
-def foreign(path: str) -> SpoolError:
-    """Return the error for a ledger that is another one than the daemon's."""
-    return SpoolError(
-        f"{path}: this is not the ledger that was here before",
-        path=path,
-        code=errno.ESTALE,
-        hint="put the right one back; or accept this one: imagewatch release --accept-new-ledger",
-    )
-
-
-def require_sound(connection: sqlite3.Connection) -> None:
-    """Make sure that tables and indexes are whole; reads all of the file.
-
-    Raises:
-        sqlite3.DatabaseError: They are not.
-    """
-    found = [row[0] for row in connection.execute("PRAGMA integrity_check(1)")]
-    if found != ["ok"]:
-        error = sqlite3.DatabaseError(found[0].splitlines()[-1] if found else "integrity_check failed")
-        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
-        raise error
 
 
 def keep_private(path: str) -> None:
@@ -391,7 +312,7 @@ def keep_private(path: str) -> None:
     A file that is there is not opened here: to close it again would end the locks that this process has on it. Those
     that were made beside a read-only ledger would keep one that is writable again from being written.
     """
-    with contextlib.suppress(OSError):  # what keeps it from being used is told by SQLite
+    with contextlib.suppress(OSError):  # SQLite reports why it cannot be used
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
     least = 0
     for name in (path, path + "-wal", path + "-shm"):
@@ -400,37 +321,6 @@ def keep_private(path: str) -> None:
             if mode & 0o777 & ~_MODE or least & ~mode:
                 os.chmod(name, _MODE)
             least = mode & stat.S_IWUSR if name == path else least
-
-
-def was_there(state: str) -> bool:
-    """Tell whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
-    if os.path.lexists(os.path.join(state, MARK)) or newest_saved(os.path.join(state, FILE)):
-        return True
-    for folder in ("jobs", PAID):
-        with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:
-            if any(entries):
-                return True
-    with (
-        contextlib.suppress(OSError, ValueError, msgspec.DecodeError),
-        open(os.path.join(state, "status.json"), "rb") as file,
-    ):
-        sums = msgspec.json.decode(file.read(), type=_Sums)
-        return bool(sums.redelivered or any(value for name, value in sums.month.items() if name != "cap"))
-    return False
-
-
-def read_mark(path: str) -> str:
-    """Return the id in such a file, or an empty string if there is none that can be read."""
-    with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        text = file.read(64).strip().decode("latin-1")  # a codec that need not be loaded
-        return text if _ID.fullmatch(text) else ""
-    return ""
-
-
-def newest_saved(path: str) -> str:
-    """Return where a ledger was saved last that was deleted or replaced while open, or an empty string."""
-    beside = sorted(pathlib.Path(path).parent.glob(f"{FILE}{SAVED}-*[0-9]"), key=lambda one: one.stat().st_mtime)
-    return str(beside[-1]) if beside else ""
 
 
 def _unused(path: str) -> str:
@@ -461,7 +351,7 @@ def _stat(path: str) -> os.stat_result | None:
 
 
 def _is_same(status: os.stat_result | None, other: os.stat_result | None) -> bool:
-    """Tell whether two files are one; two that are not there are, too."""
+    """Return whether two files are the same; two missing ones are."""
     return status == other if status is None or other is None else os.path.samestat(status, other)
 
 

@@ -14,7 +14,7 @@ import msgspec
 from imagewatch.protocol.names import SUFFIX
 
 Charged = Literal["yes", "no", "unknown"]
-Door = Literal["outbox", "errors", "away"]
+Destination = Literal["outbox", "errors", "discarded"]
 T = TypeVar("T")
 
 
@@ -173,8 +173,8 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     """One file to be put into a folder that others read.
 
     Attributes:
-        source: Where it lies: ``state/NAME`` or ``claim/NAME``.
-        name: Its name behind the door.
+        source: Where it is: ``state/NAME`` or ``claim/NAME``.
+        name: Its name there.
     """
 
     source: str
@@ -182,23 +182,23 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Decision(msgspec.Struct, frozen=True, kw_only=True):
-    """How a job ends: through which door, with which files, and the document that says so.
+    """How a job ends: where its files go, which files, and the result file.
 
     Attributes:
-        door: ``outbox``, ``errors``, or ``away``: nothing is published, and the originals are removed, because a job
-            that is over had the same.
-        moves: What goes through it, in this order.
-        name: Name of the receipt or error file, which goes last.
-        document: Its whole text.
+        destination: ``outbox``, ``errors``, or ``discarded``: nothing is published, and the originals are removed,
+            because a finished job had the same.
+        moves: What goes there, in this order.
+        name: Name of the result file, which goes last.
+        result_file: Its whole text.
         facts: What the log says of it.
-        keep: Originals for the archive, when the door is ``outbox``.
+        keep: Originals for the archive, when the destination is ``outbox``.
         mtime_ns: What the prompt gets as its mtime, nanoseconds since the epoch; 0: the present.
     """
 
-    door: Door
+    destination: Destination
     moves: tuple[Move, ...] = ()
     name: str = ""
-    document: str = ""
+    result_file: str = ""
     facts: dict[str, Any] = {}
     keep: tuple[Move, ...] = ()
     mtime_ns: int = 0

@@ -768,7 +768,7 @@ def test_fewer_pictures_than_asked_for_are_printed_and_the_rest_is_told(sender, 
 def test_what_is_no_picture_is_not_printed_as_one(sender, watched):
     done = sender.submit("Two [sandbox: not-picture]", "-n", "2", "--name", "it", "--wait", "--format", "markdown")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
-    assert "image 2: not a picture" in done.stderr
+    assert "image 2: not an image" in done.stderr
 
 
 def test_a_refusal_is_told_in_the_endpoints_words_with_what_to_do(sender, watched):

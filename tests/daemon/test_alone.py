@@ -122,7 +122,7 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_read_again(
     assert station.names("inbox") == ["logo.png", "mug.prompt.txt", "other.png"]
     assert station.leftovers() == []
     (outcome,) = station.work()
-    assert (outcome.door, inputs(sandbox)) == ("outbox", [after.count(".png")])
+    assert (outcome.destination, inputs(sandbox)) == ("outbox", [after.count(".png")])
 
 
 @pytest.mark.parametrize("victim", ["mug.prompt.txt", "logo.png"])
@@ -149,7 +149,7 @@ def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
     assert {one.name: one.read_bytes() for one in station.inbox.iterdir() if one.is_file()} == dropped
     assert station.leftovers() == []
     (outcome,) = station.work()
-    assert (outcome.door, inputs(sandbox)) == ("outbox", [1])
+    assert (outcome.destination, inputs(sandbox)) == ("outbox", [1])
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
         beside.write_text("echo pwned")
         sandbox.release()
         outcome = working.result()
-    assert (outcome.end, outcome.door) == (End.OVER, destination)
+    assert (outcome.end, outcome.destination) == (End.OVER, destination)
     assert beside.read_text() == "echo pwned"
     assert [path for path in station.root.rglob("evil*") if path != beside] == []
 
@@ -178,7 +178,7 @@ def test_accents_composed_in_another_way_are_the_same_image(station: Station, sa
     station.drop("cafe\u0301.png", PICTURE)
     station.prompt("mug", '+++\ninput_images = ["caf\u00e9.png"]\n+++\nPut this on a mug')
     (outcome,) = station.work()
-    assert (outcome.door, inputs(sandbox)) == ("outbox", [1])
+    assert (outcome.destination, inputs(sandbox)) == ("outbox", [1])
 
 
 # What is in the way

@@ -274,7 +274,7 @@ def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_b
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=InTheWay(plant))) as station:
         station.prompt("cat", "A cat" if destination == "outbox" else "[sandbox: 400] A cat")
         (outcome,) = station.work()
-        assert (outcome.end, outcome.door) == (End.OVER, destination)
+        assert (outcome.end, outcome.destination) == (End.OVER, destination)
         assert station.leftovers() == []
     documents = [path for path in place.parent.glob("*.toml") if path.name != name]
     assert [tomllib.loads(path.read_text())["job"] for path in documents] == [outcome.job]

@@ -89,9 +89,9 @@ def test_the_state_table_is_the_one_in_the_code():
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("httpx", {"endpoint/client"}),
+        ("httpx", {"endpoint/client", "endpoint/download", "endpoint/http_clients"}),
         ("httpcore", {"endpoint/connection"}),
-        ("sqlite3", {"journal/health", "journal/ledger", "journal/sqlite"}),
+        ("sqlite3", {f"journal/{name}" for name in ("files", "health", "ledger", "schema", "sqlite")}),
         ("watchdog", {"inbox/events"}),
         ("tomli_w", {"commands/drop", "job/receipts"}),
         ("fcntl", {"inbox/open_files", "system/disk"}),

@@ -14,7 +14,9 @@ from support.scripted import Scripted, answer, over_tls, picture, through_proxy
 from imagewatch.config.key import Key
 from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint import connection as network
-from imagewatch.endpoint.client import Client, FetchError
+from imagewatch.endpoint.client import Client
+from imagewatch.endpoint.download import Downloads, FetchError
+from imagewatch.endpoint.http_clients import Clients
 
 IMAGE = picture()
 REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0)
@@ -99,17 +101,17 @@ NOT_PUBLIC = [
 
 @pytest.mark.parametrize("network", NOT_PUBLIC)
 def test_no_address_of_a_network_that_is_not_public_may_be_connected_to(network):
-    client, block = Client(REMOTE, lambda: Key(KEY)), ipaddress.ip_network(network)
+    downloads, block = Downloads(REMOTE, Clients(REMOTE)), ipaddress.ip_network(network)
     first, last = int(block.network_address), int(block.broadcast_address)
     for number in {first, first + (last - first) // 2, max(first, last - 1), last}:
-        assert not client._may_connect(str(type(block.network_address)(number)))
+        assert not downloads._may_connect(str(type(block.network_address)(number)))
 
 
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1", "2606:4700::1"]
 )
 def test_a_public_address_may_be_connected_to(address):
-    assert Client(REMOTE, lambda: Key(KEY))._may_connect(address)
+    assert Downloads(REMOTE, Clients(REMOTE))._may_connect(address)
 
 
 # Judged before connecting

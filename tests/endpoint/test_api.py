@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.config.schema import Options
-from imagewatch.endpoint.api import classify, doubt
+from imagewatch.endpoint.api import charge_unknown, classify
 from imagewatch.endpoint.body import Body
 from imagewatch.endpoint.decode import read
 from imagewatch.protocol.options import body_fields, choose_provider
@@ -282,12 +282,12 @@ def test_only_a_success_is_ever_called_charged_and_only_what_is_free_for_certain
         ({"other": 1}, '{"other": 1}', ""),
         (b"plain words\n", "plain words", ""),
         (b"[1, 2]", "[1, 2]", ""),
-        (b"", "HTTP 400 without any words", ""),
-        (b" \n", "HTTP 400 without any words", ""),
+        (b"", "HTTP 400 without a message", ""),
+        (b" \n", "HTTP 400 without a message", ""),
         (b"<!DOCTYPE html><html><title>\n 502: Bad\n gateway </title><body>", "502: Bad gateway", ""),
-        (b"<html><body>no title", "a web page instead of an answer", ""),
+        (b"<html><body>no title", "a web page instead of a response", ""),
         (b"\n<HTML><HEAD><TITLE>Loud</TITLE>", "Loud", ""),
-        (b"<html><title></title>", "HTTP 400 without any words", ""),
+        (b"<html><title></title>", "HTTP 400 without a message", ""),
         (b"caf\xe9", "caf\ufffd", ""),
         (b'{"message": "cut sho', '{"message": "cut sho', ""),
     ],
@@ -407,7 +407,7 @@ def test_no_refusal_is_nested_too_deeply(depth):
 
 
 def test_a_doubt_says_what_to_do():
-    error = doubt("the connection broke")
+    error = charge_unknown("the connection broke")
     assert isinstance(error, InDoubt)
     assert "balance" in error.hint
 

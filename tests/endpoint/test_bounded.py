@@ -19,7 +19,8 @@ from support.station import Station
 from imagewatch.config.key import Key
 from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint import call, client
-from imagewatch.endpoint.client import Client, FetchError
+from imagewatch.endpoint.client import Client
+from imagewatch.endpoint.download import FetchError
 from imagewatch.system.errors import Unavailable
 
 ASK = {"x.prompt.txt": "a cat"}
@@ -104,7 +105,7 @@ def test_an_answer_that_is_hardly_more_than_its_framing_is_cut(tmp_path, monkeyp
         with Effort() as effort:
             station.work()
         error = refused(station, "x", ASK, beside="bin")
-        assert "too small pieces" in error["problems"][0]
+        assert "pieces are too small" in error["problems"][0]
         assert error["charged"] == "yes"
         assert effort.seconds < 30
         assert effort.work < 10

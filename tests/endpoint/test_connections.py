@@ -211,7 +211,7 @@ def test_an_upload_that_is_cut_off_once_is_made_and_paid_once(tmp_path, large):
     with served_by(tmp_path, lambda exchange: exchange.head(), answering(paid(IMAGE))) as station:
         drop(station, large)
         (outcome,) = station.work()
-        assert (outcome.door, outcome.charged) == ("outbox", "yes")
+        assert (outcome.destination, outcome.charged) == ("outbox", "yes")
         assert made(station, "x", large, "x.png")["attempts"] == 2
         assert station.server.connections == 2
 
@@ -327,7 +327,7 @@ def test_a_connection_that_ends_exactly_after_the_last_byte_is_in_doubt(tmp_path
             exchange.reset()
 
     with served_by(tmp_path, script) as station:
-        in_doubt(station, large, "no answer came")
+        in_doubt(station, large, "no response came")
     assert bodies[0].endswith(b"]}")
 
 
@@ -416,7 +416,7 @@ def test_an_answer_that_is_not_http_is_in_doubt(tmp_path, reply):
         exchange.drain()
 
     with served_by(tmp_path, script) as station:
-        in_doubt(station, SMALL, "the request was sent, but no answer came")
+        in_doubt(station, SMALL, "the request was sent, but no response came")
 
 
 def test_an_upgrade_that_nobody_asked_for_is_in_doubt(tmp_path):

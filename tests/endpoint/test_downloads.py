@@ -34,7 +34,8 @@ from imagewatch.config.key import Key
 from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint import connection as network
 from imagewatch.endpoint import pictures
-from imagewatch.endpoint.client import Client, FetchError
+from imagewatch.endpoint.client import Client
+from imagewatch.endpoint.download import FetchError
 from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
@@ -143,7 +144,7 @@ def test_a_picture_that_cannot_be_fetched_was_paid_and_its_answer_is_kept(statio
     assert "do not send it again" in error["next"]
     assert b'"url"' in (station.errors / "x.answer.json").read_bytes()
     (row,) = station.ledger.rows()
-    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("made", "yes", 30, 0)
+    assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("completed", "yes", 30, 0)
     report = sandbox.report()
     assert (report["requests"], report["charged"], report["bearer_at_image_host"]) == (1, 1, 0)
     assert outcome.charged == "yes"
@@ -565,7 +566,7 @@ def test_a_picture_that_its_host_compressed_is_published_as_it_was_before(tmp_pa
 def test_a_picture_in_a_coding_that_nobody_asked_for_is_not_fetched(tmp_path, coding):
     reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
     with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
-        not_fetched(station, f"encoded as {coding.decode()!r}", "nobody asked for")
+        not_fetched(station, f"encoded as {coding.decode()!r}", "we did not ask for")
     assert images.connections == 1
 
 

@@ -61,7 +61,7 @@ def sent(tmp_path):
         ):
             drop(station, originals)
             (outcome,) = station.work()
-            assert outcome.door == "outbox", outcome.message
+            assert outcome.destination == "outbox", outcome.message
             over(station)
         head, body = received[0]
         line, *headers = head.decode("ascii").split("\r\n")
@@ -549,12 +549,12 @@ def test_odd_names_come_back_as_they_were_and_harm_no_terminal(station, sandbox,
     if tag:
         assert station.names("errors") == sorted([f"{stem}.error.toml", f"{stem}.png", f"{stem}.prompt.txt"])
         text = (station.errors / f"{stem}.error.toml").read_text(encoding="utf-8")
-        assert outcome.door == "errors"
+        assert outcome.destination == "errors"
     else:
         assert station.names("outbox") == sorted([f"{stem}.jpg", f"{stem}.receipt.toml"])
         assert station.names("archive") == sorted([f"{stem}.png", f"{stem}.prompt.txt"])
         text = (station.outbox / f"{stem}.receipt.toml").read_text(encoding="utf-8")
-        assert outcome.door == "outbox"
+        assert outcome.destination == "outbox"
     assert "\x1b" not in text
     assert len(station.ledger.rows()) == 1
 
@@ -635,14 +635,14 @@ def test_a_name_taken_after_the_decision_is_not_overwritten_either(station, sand
         Scripted(script) as server,
         contextlib.closing(Station(station.root.parent / "b", server.base_url)) as other,
     ):
-        deliver = other.spool.deliver
+        deliver = other.spool.delivery.deliver
 
         def late(claim, decision):
             if not checks:
                 checks.append(existing(other.outbox, "x-2.png"))
             return deliver(claim, decision)
 
-        other.spool.deliver = late
+        other.spool.delivery.deliver = late
         drop(other, {"x.prompt.txt": "a cat"})
         (outcome,) = other.work()
         over(other)
@@ -682,13 +682,13 @@ def test_folders_are_mirrored_behind_every_door(station, sandbox):
 
 def test_a_job_whose_inbox_is_removed_at_its_end_is_over_and_the_inbox_is_not_made_again(station):
     station.prompt("x", "a cat")
-    keep = station.spool.keep
+    keep = station.spool.delivery.keep
 
     def replaced(claim, decision):
         keep(claim, decision)
         shutil.rmtree(station.inbox)
 
-    station.spool.keep = replaced
+    station.spool.delivery.keep = replaced
     station.work()
     assert not station.inbox.exists()
     assert os.listdir(station.state / "jobs") == []

@@ -29,11 +29,12 @@ from support.station import Distrustful
 
 from imagewatch.endpoint import pictures
 from imagewatch.inbox.scan import Sweep
-from imagewatch.job.completion import Closing
+from imagewatch.job.completion import Completion
+from imagewatch.job.originals import Originals
 from imagewatch.job.outcome import End
 from imagewatch.job.record import Record
 from imagewatch.job.spool import Spool
-from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.values import Sent, dump
 from imagewatch.system.errors import SpoolError, Withdrawn
 
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imagewatch.inbox.candidate import Candidate
+    from imagewatch.journal.schema import Row
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"
@@ -259,10 +261,10 @@ class Stage:
             outcome = worker.start(msgspec.structs.replace(claim, files={}, folder_inode=0))  # the model has no inodes
         except SpoolError:
             return self._carry(worker, job)
-        return self._carry(worker, job) if outcome.end is End.LATER else outcome.end
+        return self._carry(worker, job) if outcome.end is End.DEFERRED else outcome.end
 
     def _carry(self, worker: Distrustful, job: str) -> End:
-        while (outcome := _again(lambda: worker.process(job, resumed=True))).end is End.LATER:
+        while (outcome := _again(lambda: worker.process(job, is_resumed=True))).end is End.DEFERRED:
             pass
         return outcome.end
 
@@ -597,11 +599,11 @@ def _pictures_are_not_synced(patch: pytest.MonkeyPatch) -> None:
 
 PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
     "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
-    "old names of claimed files are removed": ("text only", _without(Spool, "_drop_twins_of"), 1, "paid twice"),
+    "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
     "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|nobody knows"),
     "pictures are synced before the decision": ("text only", _pictures_are_not_synced, 1, "its receipt says"),
-    "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "its record is gone"),
-    "attempts have rows before the next": ("busy, then made", _without(Closing, "busy"), 1, "has no row"),
+    "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "its record is missing"),
+    "attempts have rows before the next": ("busy, then made", _without(Completion, "busy"), 1, "has no row"),
 }
 
 

@@ -59,7 +59,7 @@ def test_a_prompt_beside_a_file_that_may_be_meant_is_refused_unpaid_and_the_file
     station.drop(name, content)
     station.prompt(stem, "Make it night")
     (outcome,) = station.work()
-    assert (outcome.door, outcome.charged, sandbox.report()["requests"]) == ("errors", "no", 0)
+    assert (outcome.destination, outcome.charged, sandbox.report()["requests"]) == ("errors", "no", 0)
     error = station.error(stem)
     assert f"{name}: may be meant as an image" in error["message"]
     assert "list the images in input_images, or write input_images = []" in error["message"]
@@ -76,7 +76,7 @@ def test_both_ways_out_that_the_error_file_names_lead_out(station, sandbox):
         assert station.error(stem)["charged"] == "no"
         station.prompt(stem, f"+++\ninput_images = {images}\n+++\nMake it night")
         (outcome,) = station.work()
-        assert outcome.door == "outbox", outcome.message
+        assert outcome.destination == "outbox", outcome.message
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [1, 0]
     assert station.names("inbox") == ["without.MP.jpg"]
 
@@ -88,7 +88,7 @@ def test_after_the_file_was_taken_away_the_same_prompt_is_sent(station, sandbox)
     (station.inbox / "cat-2.png").unlink()
     (station.errors / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
     (outcome,) = station.work()
-    assert (outcome.door, sandbox.report()["requests"]) == ("outbox", 1)
+    assert (outcome.destination, sandbox.report()["requests"]) == ("outbox", 1)
 
 
 USED = ["cat.mpo", "cat.pjpeg", "cat.jpg_large", "cat.jfif", "cat.jpe", "cat.heic", "cat.GIF", "cat.3.Tiff"]
@@ -99,7 +99,7 @@ def test_a_jpeg_with_any_ending_of_an_image_is_the_image_of_its_prompt(station, 
     station.drop(name, JPEG)
     station.prompt("cat", "Make it night")
     (outcome,) = station.work()
-    assert outcome.door == "outbox", outcome.message
+    assert outcome.destination == "outbox", outcome.message
     assert [one["mime"] for one in station.receipt("cat")["inputs"]] == ["image/jpeg"]
     assert len(sandbox.report()["calls"][0]["inputs"]) == 1
 
@@ -139,7 +139,7 @@ def test_a_prompt_beside_a_plain_text_or_a_backup_is_sent(station, sandbox, name
     station.drop(name, content)
     station.prompt("cat", "A cat")
     (outcome,) = station.work()
-    assert (outcome.door, sandbox.report()["requests"]) == ("outbox", 1), outcome.message
+    assert (outcome.destination, sandbox.report()["requests"]) == ("outbox", 1), outcome.message
     assert name in station.names("inbox")
 
 
@@ -152,7 +152,7 @@ def test_a_file_of_another_prompt_is_not_meant_for_this_one(station, sandbox):
     texts |= {"dog": "A dog", "cow": "A cow", "ant": declares.format("cow-2.jpg")}
     for stem in ("cat", "dog", "zebra", "cat.1", "ant", "cow"):
         station.prompt(stem, texts[stem])
-    outcomes = {outcome.source: outcome.door for outcome in station.work()}
+    outcomes = {outcome.source: outcome.destination for outcome in station.work()}
     assert outcomes == {f"{stem}.prompt.txt": "outbox" for stem in texts}
     assert sorted(len(call["inputs"]) for call in sandbox.report()["calls"]) == [0, 0, 0, 1, 1, 1]
 
@@ -176,7 +176,7 @@ def test_a_folder_or_a_pipe_without_the_name_of_an_image_is_none(station, sandbo
     os.mkfifo(station.inbox / "cat.pipe")
     station.prompt("cat", "A cat")
     (outcome,) = station.work()
-    assert (outcome.door, sandbox.report()["requests"]) == ("outbox", 1)
+    assert (outcome.destination, sandbox.report()["requests"]) == ("outbox", 1)
 
 
 def test_beside_very_many_such_files_a_prompt_is_refused_and_none_is_opened(station, sandbox):
@@ -186,7 +186,7 @@ def test_beside_very_many_such_files_a_prompt_is_refused_and_none_is_opened(stat
     station.drop("dog.log", "text")
     station.prompt("dog", "A dog")
     outcomes = {outcome.source: outcome for outcome in station.work()}
-    assert outcomes["dog.prompt.txt"].door == "outbox"
+    assert outcomes["dog.prompt.txt"].destination == "outbox"
     assert sandbox.report()["requests"] == 1
     *named, last = station.error("cat")["problems"]
     assert len([problem for problem in named if "may be meant as an image" in problem]) == 10
@@ -232,7 +232,7 @@ def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, s
     station.drop("cat.MP.jpg", JPEG)
     station.prompt("cat", "A cat")
     (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
-    assert station.spool.claim(candidate.claim(station.spool.new_job(), time.time()))
+    assert station.spool.originals.claim(candidate.claim(station.spool.new_job(), time.time()))
     (station.inbox / "cat.MP.jpg").unlink()
     (outcome,) = station.recover()
     assert (outcome.charged, sandbox.report()["requests"]) == ("no", 0)

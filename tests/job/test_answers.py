@@ -45,7 +45,7 @@ REFUSED = [
 # tag, status, code, words: somebody between us and the endpoint answered, or nobody can tell what was done
 UNCLEAR = [
     ("408", 408, None, "Request timed out"),
-    ("500-empty", 500, None, "HTTP 500 without any words"),
+    ("500-empty", 500, None, "HTTP 500 without a message"),
     ("502", 502, None, "Bad gateway"),
     ("503", 503, None, "Service Unavailable"),
     ("503-interrupted", 503, "cloud_api_deployment_interrupted", "A deployment interrupted this"),
@@ -73,8 +73,8 @@ FLAWED = [
     ("fewer", ["x-1.jpg"], 1, "asked for 2, got 1"),
     ("bad-base64", ["x-1.jpg", "x-2.jpg"], 1, "image 2: the base64 is broken"),
     ("bad-picture", ["x-1.jpg", "x-2.jpg"], 2, "image 2: cut short"),
-    ("not-picture", ["x-1.jpg", "x-2.bin"], 1, "image 2: not a picture: its content is HTML"),
-    ("svg", ["x-1.jpg", "x-2.bin"], 1, "image 2: not a picture: its content is SVG"),
+    ("not-picture", ["x-1.jpg", "x-2.bin"], 1, "image 2: not an image: its content is HTML"),
+    ("svg", ["x-1.jpg", "x-2.bin"], 1, "image 2: not an image: its content is SVG"),
 ]
 BUSY = [("429", 4), ("429-plain", 4), ("503-shutdown", 4)]
 GOOD = ["no-billing", "gzip", "wrong-mime", "b64", "slow", "trickle", "trickle-headers", "bad-picture", "url", "big"]
@@ -133,7 +133,7 @@ def test_a_refusal_is_free_and_told_in_the_words_of_the_endpoint(
     assert error.get("credits_required") == (134 if tag == "402" else None)
     assert advice in error["next"]
     assert error["attempts"] == 1
-    assert (outcome.end, outcome.door, outcome.charged) == (End.OVER, "errors", "no")
+    assert (outcome.end, outcome.destination, outcome.charged) == (End.OVER, "errors", "no")
     assert (outcome.reason and outcome.reason.kind) == kind
     row = row_of(station)
     assert (row["outcome"], row["charged"], row["credits"], row["status"]) == ("refused", "no", None, status)
@@ -213,8 +213,8 @@ def test_an_account_without_credits_is_told_what_one_request_costs(station, sand
         (b'{"message": ""}', '{"message": ""}', None),
         (b"plain words\n", "plain words", None),
         (b"<html><title>A\n  page</title>", "A page", None),
-        (b"<html><p>x", "a web page instead of an answer", None),
-        (b"", "HTTP 400 without any words", None),
+        (b"<html><p>x", "a web page instead of a response", None),
+        (b"", "HTTP 400 without a message", None),
         (b"\xff\xfe\x00", "\ufffd\ufffd\\x00", None),
         (b'{"message": "\\u001b[31mred\\u202e\\nnext"}', "\\x1b[31mred\\u202e\\nnext", None),
         (b'{"message": "m", "code": "\\u001b[2J"}', "m", "\\x1b[2J"),
@@ -345,13 +345,13 @@ def test_the_wait_before_another_attempt_is_what_the_endpoint_asks_for(station, 
     ask(station, "once 429")
     candidate = station.sweep.look(0, 0).ready[0]
     outcome = station.worker.start(candidate.claim(station.spool.new_job(), 0.0))
-    assert (outcome.end, outcome.reason.kind) == (End.LATER, "busy")
+    assert (outcome.end, outcome.reason.kind) == (End.DEFERRED, "busy")
     assert 1 <= outcome.delay <= 1.25
     assert outcome.reason.message == "Too many requests"
     again = station.worker.process(outcome.job)
-    assert again.end is End.LATER  # nobody said that the wait is over
+    assert again.end is End.DEFERRED  # nobody said that the wait is over
     assert sandbox.report()["requests"] == 1
-    assert station.worker.process(outcome.job, resumed=True).end is End.OVER
+    assert station.worker.process(outcome.job, is_resumed=True).end is End.OVER
     assert sandbox.report()["requests"] == 2
 
 
@@ -364,7 +364,7 @@ def test_a_retry_after_of_any_kind_is_bounded(tmp_path, said, least):
         ask(station)
         candidate = station.sweep.look(0, 0).ready[0]
         outcome = station.worker.start(candidate.claim(station.spool.new_job(), 0.0))
-    assert outcome.end is End.LATER
+    assert outcome.end is End.DEFERRED
     assert least <= outcome.delay <= least * 1.25 + 0.1
 
 
@@ -435,7 +435,7 @@ def test_a_success_becomes_pictures_and_a_receipt(station, sandbox):
     assert times == sorted(times)
     assert receipt["inputs"][0]["sha256"] == hashlib.sha256(IMAGE).hexdigest() == call["inputs"][0]
     assert call["idempotency_key"] == receipt["job"]
-    assert (outcome.door, outcome.charged, outcome.credits, outcome.answered) == ("outbox", "yes", 268, True)
+    assert (outcome.destination, outcome.charged, outcome.credits, outcome.answered) == ("outbox", "yes", 268, True)
     row = row_of(station)
     assert (row["outcome"], row["charged"], row["credits"], row["asked"], row["got"]) == ("completed", "yes", 268, 2, 2)
     assert sandbox.report()["credits"] == 268
@@ -455,7 +455,7 @@ def test_a_paid_answer_that_holds_no_picture_is_kept_whole(station, sandbox, tag
     assert "do not send it again" in error["next"]
     assert "imagewatch retry x reads it again" in error["next"]
     assert inside in (station.errors / f"x.answer.{ending}").read_bytes()
-    assert (outcome.door, outcome.charged) == ("errors", "yes")
+    assert (outcome.destination, outcome.charged) == ("errors", "yes")
     row = row_of(station)
     assert (row["outcome"], row["charged"], row["credits"], row["got"]) == ("completed", "yes", cost, 0)
     assert row["message"] == "; ".join(error["problems"]), "the reason is in the history, too"

@@ -16,7 +16,8 @@ from support.daemon import Folders, command
 from support.scripted import Scripted, answering, paid, picture
 from support.station import Station
 
-from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.schema import Row
 from imagewatch.protocol.values import Claim, dump, load
 
 if TYPE_CHECKING:

@@ -109,8 +109,8 @@ def test_the_true_one_stays_open_while_something_else_has_its_name(used: Place, 
     ("strange", "reason"),
     [
         (lambda folder: folder.mkdir(mode=0o750), r"it has the mode 0750, not 0700"),
-        (lambda folder: folder.symlink_to(folder.parent), "it is no folder"),
-        (lambda folder: folder.write_text(""), "it is no folder"),
+        (lambda folder: folder.symlink_to(folder.parent), "it is not a folder"),
+        (lambda folder: folder.write_text(""), "it is not a folder"),
     ],
     ids=["mode", "link", "file"],
 )

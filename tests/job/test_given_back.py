@@ -69,11 +69,11 @@ def test_a_refusal_from_before_a_wait_says_nothing_about_the_account_now(station
     )
     station.prompt("cat", "a cat [sandbox: 402]")
     first = worker.start(claimed(station))
-    assert (first.end, first.displaced, first.reason.kind) == (End.LATER, True, "credits")
-    second = worker.process(first.job, resumed=True)
-    assert (second.end, second.displaced, second.reason) == (End.LATER, True, None)
+    assert (first.end, first.awaits_name, first.reason.kind) == (End.DEFERRED, True, "credits")
+    second = worker.process(first.job, is_resumed=True)
+    assert (second.end, second.awaits_name, second.reason) == (End.DEFERRED, True, None)
     (station.inbox / "cat.prompt.txt").unlink()
-    third = worker.process(first.job, resumed=True)
+    third = worker.process(first.job, is_resumed=True)
     assert (third.end, third.reason) == (End.RETURNED, None)
     assert asked == ["credits"], "it is shown, or not shown, once"
     assert (station.inbox / "cat.prompt.txt").read_text() == "a cat [sandbox: 402]"
@@ -85,10 +85,10 @@ def test_an_endpoint_that_was_busy_before_a_wait_makes_no_other_prompt_wait_now(
 ) -> None:
     station.prompt("cat", "a cat [sandbox: 429]")
     first = station.worker.start(claimed(station))
-    assert (first.end, first.reason.kind) == (End.LATER, "busy")
+    assert (first.end, first.reason.kind) == (End.DEFERRED, "busy")
     station.environ["IMAGEWATCH_RETRY__ATTEMPTS"] = "1"
     worker = Distrustful(station.spool, station.client, station.ledger, station.config())
-    second = worker.process(first.job, resumed=True)
+    second = worker.process(first.job, is_resumed=True)
     assert (second.end, second.reason, second.answered) == (End.OVER, None, False)
     assert station.error("cat")["charged"] == "no"
     assert sandbox.report()["requests"] == 1

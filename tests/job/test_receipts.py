@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch import __version__
-from imagewatch.job.receipts import SCHEMA, Course, compose, unvouched, with_files
+from imagewatch.job.receipts import SCHEMA, compose, unvouched, with_files
+from imagewatch.job.running import NO_ATTEMPT, Attempt
 from imagewatch.protocol.values import Claim, Decision, Head, Input, Move, Sent, Tail, dump, load
 from imagewatch.system.text import printable, utc, whole
 
@@ -39,8 +40,8 @@ def sent(prompt="a cat", **fields):
 
 
 def composed(what, claim=CLAIM):
-    course = {name: what.pop(name) for name in ("sent", "head", "tail", "attempts", "finished") if name in what}
-    return compose(Course(claim, **course), **what)[0]
+    attempt = Attempt(what.pop("attempts", 0), *(what.pop(name, None) for name in ("sent", "head", "tail")))
+    return compose(claim, attempt, what.pop("finished", 0.0), **what)[0]
 
 
 def document(**given_):
@@ -246,7 +247,7 @@ def test_billing_may_be_nested_as_deeply_as_it_likes(depth, kind):
 
 def test_names_that_are_no_text_are_written_with_escapes():
     claim = Claim(job="ab" * 8, folder="\udce9", stem="c\udce9t", at=1.0)
-    read = tomllib.loads(compose(Course(claim, finished=2.0), charged="no", top={"message": "\udcff"})[0])
+    read = tomllib.loads(compose(claim, NO_ATTEMPT, 2.0, charged="no", top={"message": "\udcff"})[0])
     assert read["source"] == "\\udce9/c\\udce9t.prompt.txt"
     assert read["message"] == "\\udcff"
 
@@ -389,7 +390,12 @@ claims = st.builds(
 )
 moves = st.lists(st.builds(Move, source=names, name=names), max_size=3).map(tuple)
 decisions = st.builds(
-    Decision, door=st.sampled_from(["outbox", "errors"]), moves=moves, name=names, document=any_text, keep=moves
+    Decision,
+    destination=st.sampled_from(["outbox", "errors"]),
+    moves=moves,
+    name=names,
+    result_file=any_text,
+    keep=moves,
 )
 heads = st.builds(
     Head, status=st.integers(0, 999), headers=st.dictionaries(any_text, any_text, max_size=3), at=st.floats(0, 1e11)
@@ -468,6 +474,6 @@ def test_one_picture_is_asked_for_unless_the_request_says_more():
 def test_an_error_file_whose_name_was_taken_names_its_own_prompt_to_retry(told: str):
     top = {"message": "cat: no catalogue", "next": told.format("sub/cat")}
     claim = Claim(job="0123456789abcdef", folder="sub", stem="cat")
-    document, _ = compose(Course(claim, finished=2.0), charged="unknown", top=top)
+    document, _ = compose(claim, NO_ATTEMPT, 2.0, charged="unknown", top=top)
     read = tomllib.loads(with_files(document, {}, "sub/cat", "sub/cat.0123"))
     assert (read["next"], read["message"]) == (told.format("sub/cat.0123"), top["message"])

@@ -302,14 +302,14 @@ def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Pat
     sandbox.balance = 0
     far.send()
     claim = station.sweep.look(0, LONG_AGO).ready[0].claim(station.spool.new_job(), 1.0)
-    assert station.spool.claim(claim)
+    assert station.spool.originals.claim(claim)
     far.send()
     outcome = station.worker.process(claim.job)
     assert outcome.end is End.RETURNED
     assert station.names("inbox") == ["cat.png", "cat.prompt.txt"]
     assert station.leftovers() == []
     sandbox.balance = None
-    assert [outcome.door for outcome in station.work()] == ["outbox"]
+    assert [outcome.destination for outcome in station.work()] == ["outbox"]
     station.close()
     assert sandbox.report()["charged"] == 1
 
@@ -409,7 +409,7 @@ def test_who_moves_the_original_out_of_the_archive_after_a_copy_of_it_is_told_wh
     station.work()
     (station.archive / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
     (outcome,) = station.work()
-    assert (outcome.door, outcome.charged) == ("errors", "no")
+    assert (outcome.destination, outcome.charged) == ("errors", "no")
     assert sandbox.report()["requests"] == 2
 
 

@@ -40,7 +40,7 @@ def test_a_prompt_and_its_image_are_taken_made_and_archived(station: Station, sa
     station.drop("cat.png", picture.getvalue())
     station.prompt("cat", "A cat")
     (outcome,) = station.work()
-    assert outcome.door == "outbox", outcome.message
+    assert outcome.destination == "outbox", outcome.message
     assert station.names("inbox") == []
     assert station.names("archive") == ["cat.png", "cat.prompt.txt"]
     assert station.leftovers() == []
@@ -51,7 +51,7 @@ def test_a_prompt_and_its_image_are_taken_made_and_archived(station: Station, sa
 def test_a_prompt_that_is_refused_lies_in_errors_with_its_reason(station: Station) -> None:
     station.prompt("cat", "[sandbox: 400] A cat")
     (outcome,) = station.work()
-    assert outcome.door == "errors"
+    assert outcome.destination == "errors"
     assert station.names("errors") == ["cat.error.toml", "cat.prompt.txt"]
     assert (station.names("inbox"), station.leftovers()) == ([], [])
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
-from imagewatch.job.rules import RULES, Evidence, Step, next_step, retry_delay
+from imagewatch.job.rules import RULES, State, Step, next_step, retry_delay
 from imagewatch.protocol.reasons import Reaction
 
 FLAGS = (
@@ -34,9 +34,9 @@ def everything():
     for values in itertools.product((False, True), repeat=len(FLAGS)):
         flags = dict(zip(FLAGS, values, strict=True))
         for sent, answered, reaction, decided in itertools.product(
-            range(3), range(3), reactions, (None, "outbox", "errors", "away")
+            range(3), range(3), reactions, (None, "outbox", "errors", "discarded")
         ):
-            evidence = Evidence(**flags, sent=sent, answered=answered, reaction=reaction, decided=decided)
+            evidence = State(**flags, sent=sent, answered=answered, reaction=reaction, decided=decided)
             seen.append((evidence, next_step(evidence)))
     return seen
 
@@ -64,7 +64,7 @@ def test_there_is_a_step_for_whatever_is_seen(everything):
 
 
 def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
-    seen = [*(e for e, _ in possible), Evidence(recorded=True, sent=1, answered=1, reopened=True)]
+    seen = [*(e for e, _ in possible), State(recorded=True, sent=1, answered=1, reopened=True)]
     assert {next_step(e) for e in seen} == set(Step)
     reached = {next(rule.seen for rule in RULES if rule.holds(e)) for e in seen}
     assert reached == {rule.seen for rule in RULES}
@@ -95,7 +95,7 @@ def test_a_decision_is_always_carried_out(everything):
     assert {(e.decided, step) for e, step in decided} == {
         ("outbox", Step.PUBLISH),
         ("errors", Step.REJECT),
-        ("away", Step.DISCARD),
+        ("discarded", Step.DISCARD),
     }
 
 
@@ -110,7 +110,7 @@ def test_a_job_that_is_over_is_only_cleared_away(everything):
 
 
 def test_nothing_is_decided_twice(everything):
-    deciding = after(everything, Step.CHECK, Step.READ, Step.REFUSE, Step.DOUBT)
+    deciding = after(everything, Step.CHECK, Step.READ, Step.REFUSE, Step.UNKNOWN)
     assert not [e for e in deciding if e.decided or e.over]
 
 
@@ -147,7 +147,7 @@ def test_a_paid_answer_is_read_before_anything_else_unless_it_is_decided(everyth
 
 def test_an_unanswered_request_is_banked_if_its_answer_had_begun_and_else_in_doubt(everything):
     open_ = [(e, s) for e, s in everything if e.recorded and e.sent > e.answered and not e.decided and not e.over]
-    assert {(e.begun, step) for e, step in open_} == {(True, Step.BANK), (False, Step.DOUBT)}
+    assert {(e.begun, step) for e, step in open_} == {(True, Step.SAVE), (False, Step.UNKNOWN)}
 
 
 def test_what_goes_back_to_the_inbox_was_free_for_certain(everything):
@@ -166,7 +166,7 @@ def complete(e):
 @pytest.mark.parametrize("reaction", [Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY])
 def test_a_job_that_was_given_back_is_forgotten_and_shows_no_error(reaction):
     for reports in (True, False):
-        e = Evidence(recorded=True, sent=1, answered=1, reaction=reaction, reports=reports, attempts_left=False)
+        e = State(recorded=True, sent=1, answered=1, reaction=reaction, reports=reports, attempts_left=False)
         assert next_step(e) is Step.FORGET
 
 
@@ -187,25 +187,25 @@ def test_a_busy_answer_is_refused_when_the_attempts_are_spent(possible):
 
 
 def test_what_was_cancelled_before_it_was_sent_is_forgotten():
-    assert next_step(Evidence(recorded=True)) is Step.FORGET
+    assert next_step(State(recorded=True)) is Step.FORGET
 
 
 def test_a_plain_job_goes_from_claim_to_receipt():
-    e = Evidence(recorded=True, claimed=True, originals=True, missing=True)
+    e = State(recorded=True, claimed=True, originals=True, missing=True)
     assert next_step(e) is Step.GATHER
-    e = Evidence(recorded=True, claimed=True, originals=True)
+    e = State(recorded=True, claimed=True, originals=True)
     assert next_step(e) is Step.CHECK
-    e = Evidence(recorded=True, claimed=True, originals=True, checked=True)
+    e = State(recorded=True, claimed=True, originals=True, checked=True)
     assert next_step(e) is Step.SEND
-    e = Evidence(recorded=True, claimed=True, originals=True, sent=1, answered=1, reaction=Reaction.SUCCESS)
+    e = State(recorded=True, claimed=True, originals=True, sent=1, answered=1, reaction=Reaction.SUCCESS)
     assert next_step(e) is Step.READ
-    e = Evidence(recorded=True, claimed=True, originals=True, sent=1, answered=1, decided="outbox")
+    e = State(recorded=True, claimed=True, originals=True, sent=1, answered=1, decided="outbox")
     assert next_step(e) is Step.PUBLISH
-    e = Evidence(recorded=True, claimed=True, originals=True, sent=1, answered=1, decided="outbox", over=True)
+    e = State(recorded=True, claimed=True, originals=True, sent=1, answered=1, decided="outbox", over=True)
     assert next_step(e) is Step.ARCHIVE
-    e = Evidence(recorded=True, sent=1, answered=1, decided="outbox", over=True)
+    e = State(recorded=True, sent=1, answered=1, decided="outbox", over=True)
     assert next_step(e) is Step.FORGET
-    assert next_step(Evidence()) is Step.DONE
+    assert next_step(State()) is Step.DONE
 
 
 # Waiting

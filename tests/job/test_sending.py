@@ -246,7 +246,7 @@ def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
     sandbox.release()
     until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
-    assert (error["charged"], "no answer came" in error["message"]) == ("unknown", True)
+    assert (error["charged"], "no response came" in error["message"]) == ("unknown", True)
     assert error["times"]["claimed"] <= error["times"]["sent"] <= error["times"]["published"]
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 1

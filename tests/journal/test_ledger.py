@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
-from imagewatch.journal.ledger import _INDEXES, _SCHEMA, Ledger, Row, _prepare
-from imagewatch.journal.sqlite import Database, was_there
+from imagewatch.journal.files import was_there
+from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.schema import INDEXES, SCHEMA, Row, prepare
+from imagewatch.journal.sqlite import Database
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 WRITER = """
 import sys
-from imagewatch.journal.ledger import Ledger, Row
+from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.schema import Row
 ledger = Ledger(sys.argv[1])
 for number in range(1, 100_000):
     ledger.write(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
@@ -265,7 +268,7 @@ def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
             return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
 
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript((_SCHEMA + _INDEXES).replace("'completed'", "'made'"))
+        database.executescript((SCHEMA + INDEXES).replace("'completed'", "'made'"))
         database.execute("PRAGMA user_version = 2")
         names = ", ".join(Row.__struct_fields__)
         values = {**msgspec.structs.asdict(row()), "outcome": "made"}
@@ -331,7 +334,7 @@ def test_an_old_daemon_that_still_runs_can_write_into_an_upgraded_ledger(old: st
 
 
 def test_a_result_is_in_the_file_that_took_the_place_of_the_ledger_while_it_was_written(path: str) -> None:
-    with contextlib.closing(Database(path, _prepare, guarded=True)) as database:
+    with contextlib.closing(Database(path, prepare, guarded=True)) as database:
         database.change(lambda connection: connection.execute("INSERT INTO redeliveries VALUES ('a', 1, 0.0)"))
         with (
             contextlib.closing(sqlite3.connect(path)) as one,

@@ -258,7 +258,7 @@ class Scene:
         return [self.worker.start(one.claim(self.station.spool.new_job(), time.time())) for one in ready]
 
     def _again(self) -> list[Outcome]:
-        outcomes = [self.worker.process(job, resumed=True) for job in self.station.spool.unfinished()]
+        outcomes = [self.worker.process(job, is_resumed=True) for job in self.station.spool.unfinished()]
         return outcomes + self._start()
 
     def check(self) -> None:

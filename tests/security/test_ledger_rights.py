@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.journal.health import trouble
+from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.ledger import Ledger
 from security.people import DAEMON
 
@@ -94,10 +94,10 @@ def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says
 def test_check_names_a_ledger_that_may_not_be_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
     Ledger(str(path)).close()
-    assert trouble(str(tmp_path)) is None
+    assert ledger_problem(str(tmp_path)) is None
     if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
         pytest.skip("files cannot be made immutable here")
     try:
-        assert "the ledger cannot be written" in str(trouble(str(tmp_path)))
+        assert "the ledger cannot be written" in str(ledger_problem(str(tmp_path)))
     finally:
         subprocess.run(["chattr", "-i", path], check=True)

@@ -11,7 +11,7 @@ import zlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.endpoint.client import FetchError
+from imagewatch.endpoint.download import FetchError
 from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, InDoubt, Unavailable
 
@@ -129,7 +129,7 @@ class PaidEndpoint:
             self._count("paid", prompt)
         self._moment("received")
         if reply.end == "dropped":
-            raise InDoubt("the request was sent, but no answer came")
+            raise InDoubt("the request was sent, but no response came")
         self._answer(reply, _pictures(prompt, json.loads(whole)), sink)
         self._books.settled[prompt] = True
 
@@ -141,7 +141,7 @@ class PaidEndpoint:
             self._moment("answering")
             sink.write(body[start : start + third])
             if start and reply.end == "short":
-                sink.finish(Tail(complete=False, reason="the answer was cut short", at=AT))
+                sink.finish(Tail(complete=False, reason="the response was cut short", at=AT))
                 return
         self._moment("answered")
         sink.finish(Tail(complete=True, at=AT))

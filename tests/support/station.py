@@ -10,7 +10,7 @@ from imagewatch.endpoint.client import Client
 from imagewatch.inbox.scan import Sweep
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.spool import Spool
-from imagewatch.job.worker import Run, Worker
+from imagewatch.job.worker import Worker
 from imagewatch.journal.ledger import Ledger
 from imagewatch.system.disk import Disk
 from support.daemon import KEY, Folders
@@ -18,15 +18,16 @@ from support.daemon import KEY, Folders
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from imagewatch.job.running import RunningJob
+
 
 class Distrustful(Worker):
     """A worker that trusts no step: where one reports what the disk shows now, the disk is read as well."""
 
-    def _look(self, run: Run) -> None:
-        if run.foreseen:
-            shown = self._spool.evidence(run.claim, self._spool.record(run.claim.job))
-            assert run.seen == shown
-        super()._look(run)
+    def _look(self, job: RunningJob) -> None:
+        if job.is_foreseen:
+            assert job.shown == self._spool.job_state(job.claim, self._spool.record(job.id))
+        super()._look(job)
 
 
 class Station(Folders):
@@ -51,11 +52,11 @@ class Station(Folders):
         outcomes = []
         for candidate in self.sweep.look(time.monotonic(), time.time()).ready:
             outcome = self.worker.start(candidate.claim(self.spool.new_job(), time.time()))
-            while outcome.end is End.LATER:
-                outcome = self.worker.process(outcome.job, resumed=True)
+            while outcome.end is End.DEFERRED:
+                outcome = self.worker.process(outcome.job, is_resumed=True)
             outcomes.append(outcome)
         return outcomes
 
     def recover(self) -> list[Outcome]:
         """Do what a start does: carry on every job that left something behind."""
-        return [self.worker.process(job, resumed=True) for job in self.spool.unfinished()]
+        return [self.worker.process(job, is_resumed=True) for job in self.spool.unfinished()]

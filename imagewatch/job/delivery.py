@@ -1,0 +1,231 @@
+"""What is published: names that are free, and files put into outbox, errors and archive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from typing import TYPE_CHECKING
+
+from imagewatch.protocol.names import fits, fitted, tagged
+from imagewatch.protocol.values import Claim, Decision, Destination, Move
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from imagewatch.config.schema import Folders
+    from imagewatch.job.folders import JobFolders
+    from imagewatch.job.originals import Originals
+    from imagewatch.system.folders import Tops
+
+_LONGEST_ENDING = ".receipt.toml"
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+"""In bytes; what Linux takes."""
+
+
+def blocked(folders: Folders, folder: str, tops: Tops) -> str:
+    """Return why no result of a folder below the inbox could be published, or an empty string.
+
+    Checked before a prompt is claimed: what is paid for must have a destination.
+
+    Args:
+        folders: The destinations.
+        folder: Below the inbox, with ``/``.
+        tops: The folders that were opened.
+    """
+    for top in (folders.outbox, folders.errors, folders.archive):
+        if top == "delete":
+            continue
+        path = os.path.join(top, folder)
+        if len(os.fsencode(path)) > _LONGEST_PATH - _LONGEST_NAME - 1:
+            return "what it makes would have too long a path, so nothing is taken out of"
+        if tops.opened(top) is None and not tops.exists(top):
+            continue  # the daemon makes it when it starts, and does not start if it cannot
+        path = _deepest(tops, top, folder)
+        if path != top and not tops.is_folder(path):
+            return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
+        place = tops.at(path)
+        if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
+            return f"what it makes cannot be put into {printable(path, 255)}, so nothing is taken out of"
+    return ""
+
+
+def _deepest(tops: Tops, top: str, folder: str) -> str:
+    """Return how much of a path below a top is there: up to the first part that is missing, or is no folder."""
+    whole = os.path.join(top, folder) if folder else top
+    if tops.is_folder(whole):  # nearly always
+        return whole
+    path = top
+    for part in folder.split("/"):
+        inner = os.path.join(path, part)
+        if not tops.exists(inner):
+            break
+        path = inner
+        if not tops.is_folder(inner):
+            break
+    return path
+
+
+class Delivery:
+    """Publishes the results of jobs.
+
+    Args:
+        folders: All folders.
+        originals: The files that were dropped.
+    """
+
+    def __init__(self, folders: JobFolders, originals: Originals) -> None:
+        self._folders = folders
+        self._originals = originals
+        self._disk = folders.disk
+
+    def is_published(self, claim: Claim, decision: Decision) -> bool:
+        """Return whether the result file of a decision is at its destination."""
+        if decision.destination == "discarded":
+            return False
+        path = os.path.join(self.destination_folder(decision.destination, claim), decision.name)
+        return self._disk.has_content(path, decision.result_file.encode())
+
+    def destination_folder(self, destination: Destination | str, claim: Claim) -> str:
+        """Return the folder of a destination that mirrors the folder of the inbox."""
+        top = {"outbox": self._folders.outbox, "errors": self._folders.errors, "archive": self._folders.archive or ""}[
+            destination
+        ]
+        return os.path.join(top, claim.folder) if claim.folder else top
+
+    def base(self, claim: Claim, destination: Destination, endings: list[str]) -> str:
+        """Choose the beginning of the names a job publishes, once for all of them.
+
+        Args:
+            claim: The job.
+            destination: Where they go.
+            endings: What follows the base in each name, e.g. ``.png``, ``.receipt.toml``.
+
+        Returns:
+            The stem, or the stem with as much of the job's id as it takes to be free.
+        """
+        folder = self.destination_folder(destination, claim)
+        plain = [claim.stem] if fits(claim.stem + _LONGEST_ENDING) else []
+        by_id = [
+            fitted(claim.stem, f".{tag}{_LONGEST_ENDING}")[: -len(_LONGEST_ENDING)] for tag in (claim.tag, claim.job)
+        ]
+        for base in (*plain, *by_id):
+            if not any(self._folders.tops.exists(os.path.join(folder, base + ending)) for ending in endings):
+                return base
+        return by_id[-1]
+
+    def free_originals(
+        self, claim: Claim, destination: str, present: list[str], base: str | None = None
+    ) -> tuple[Move, ...]:
+        """Return how the originals of a job are named at a destination, so that nothing is overwritten.
+
+        Args:
+            claim: The job.
+            destination: ``errors`` or ``archive``.
+            present: Names in the claim, the prompt last.
+            base: The base chosen for this destination, if other names of the job go there too.
+        """
+        folder = self.destination_folder(destination, claim)
+        plain = base in {None, claim.stem}
+        if plain and not any(self._folders.tops.exists(os.path.join(folder, name)) for name in present):
+            return tuple(Move(source=f"claim/{name}", name=name) for name in present)
+        tag = claim.tag
+        if any(self._folders.tops.exists(os.path.join(folder, tagged(name, claim.stem, tag))) for name in present):
+            tag = claim.job
+        return tuple(Move(source=f"claim/{name}", name=tagged(name, claim.stem, tag)) for name in present)
+
+    def deliver(self, claim: Claim, decision: Decision) -> None:
+        """Put a decision's files where they go, and the result file last.
+
+        Raises:
+            FileExistsError: A name exists since the decision; decide again and repeat.
+        """
+        folder = self.destination_folder(decision.destination, claim)
+        self._mirror(decision.destination, claim)
+        with self._folders.reached(folder):
+            self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
+            if decision.moves:
+                self._disk.sync_folder(folder)
+            target = os.path.join(folder, decision.name)
+            self._disk.publish(
+                target, _temporary(folder, claim, "d"), decision.result_file.encode(), self._folders.permissions.apply
+            )
+        self._folders.record(claim.job).mark_over()
+
+    def keep(self, claim: Claim, decision: Decision) -> None:
+        """Empty the claim folder of a finished job: its originals go to the archive, or are removed if none is kept."""
+        destination = "archive" if decision.destination == "outbox" else "errors"
+        if destination == "archive" and self._folders.archive is None:
+            self._originals.discard(claim)
+            return
+        folder = self.destination_folder(destination, claim)
+        self._mirror(destination, claim)
+        moves = (
+            decision.keep
+            if destination == "archive"
+            else tuple(m for m in decision.moves if m.source.startswith("claim/"))
+        )
+        with self._folders.reached(folder):
+            with contextlib.suppress(FileExistsError):  # a file that got the name meanwhile keeps it; ours go beside it
+                self._carry_all(claim, moves, folder, decision.mtime_ns)
+            if left := self._originals.present(claim):
+                self._carry_all(claim, self.free_originals(claim, destination, left), folder, decision.mtime_ns)
+            self._disk.sync_folder(folder)
+
+    def reclaim(self, claim: Claim) -> None:
+        """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file."""
+        record = self._folders.record(claim.job)
+        decision = record.reopened()
+        assert decision is not None
+        self._folders.ensure_claims()
+        self._disk.make_folder(self._folders.claim_folder(claim.job))
+        self._disk.sync_folder(self._folders.claims)
+        folder = self.destination_folder(decision.destination, claim)
+        with self._folders.reached(folder):
+            for number, move in enumerate(decision.moves):
+                path, target = os.path.join(folder, move.name), self._source(claim, move)
+                if move.source.startswith("claim/"):
+                    self._disk.carry(
+                        path, target, _temporary(self._folders.claim_folder(claim.job), claim, str(number))
+                    )
+                else:
+                    self._disk.unlink(path)
+            self._disk.sync_folder(self._folders.claim_folder(claim.job))
+            self._disk.unlink(os.path.join(folder, decision.name))
+            if self._folders.tops.is_folder(folder):
+                self._disk.sync_folder(folder)
+        record.reclaimed()
+
+    def source_exists(self, claim: Claim, move: Move) -> bool:
+        """Return whether a file is still to be moved."""
+        return self._folders.tops.exists(self._source(claim, move))
+
+    def _source(self, claim: Claim, move: Move) -> str:
+        place, _, name = move.source.partition("/")
+        return self._folders.original(claim, name) if place == "claim" else self._folders.record(claim.job).path(name)
+
+    def _carry_all(self, claim: Claim, moves: tuple[Move, ...], folder: str, mtime_ns: int) -> None:
+        """Move files to a destination. Files that we made get our permissions, originals keep their own.
+
+        The prompt gets a new mtime, so that moving it back into the inbox makes a new job: with its old one it would
+        be a redelivery.
+        """
+        for number, move in enumerate(moves):
+            target, dropped = os.path.join(folder, move.name), move.source.startswith("claim/")
+            self._disk.carry(
+                self._source(claim, move),
+                target,
+                _temporary(folder, claim, str(number)),
+                None if dropped else self._folders.permissions.apply,
+                mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
+            )
+
+    def _mirror(self, destination: str, claim: Claim) -> None:
+        """Make the folder of a destination that mirrors the folder of the inbox, durably."""
+        self._folders.require_mounts()
+        top = self.destination_folder(destination, Claim(job="", folder="", stem=""))
+        self._disk.make_inner(
+            top, claim.folder, self._folders.permissions.folder_mode if destination == "outbox" else None
+        )
+
+
+def _temporary(folder: str, claim: Claim, number: str) -> str:
+    return os.path.join(folder, f".iw-{claim.job}.{number}.tmp")

@@ -1,0 +1,201 @@
+"""The files that were dropped: out of the inbox into a claim, and back."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pwd
+import stat
+from typing import TYPE_CHECKING
+
+from imagewatch.system.disk_errors import ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import NotAFolderError
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from imagewatch.job.folders import JobFolders
+    from imagewatch.protocol.values import Claim
+
+
+class Originals:
+    """Moves the originals of jobs between the inbox and their claims.
+
+    Args:
+        folders: All folders.
+    """
+
+    def __init__(self, folders: JobFolders) -> None:
+        self._folders = folders
+        self._disk = folders.disk
+
+    def owner(self, claim: Claim) -> str:
+        """Return the user to whom a prompt in the inbox belongs: name, else number; empty if it is missing."""
+        try:
+            user = self._folders.tops.lstat(os.path.join(self._folders.inbox_folder(claim), claim.prompt)).st_uid
+        except OSError:
+            return ""
+        try:
+            return printable(pwd.getpwuid(user).pw_name, 100)
+        except (KeyError, OSError):  # of another machine, or a directory service that does not respond
+            return str(user)
+
+    def claim(self, claim: Claim) -> bool:
+        """Move a prompt from the inbox into its claim: this rename is the lock.
+
+        Returns:
+            False if the prompt was missing: it was cancelled, or another folder has the name of its folder now.
+        """
+        self._folders.require_claims()
+        self._folders.record(claim.job).begin(claim)
+        folder = self._folders.claim_folder(claim.job)
+        self._disk.make_folder(folder)
+        self._disk.sync_folder(self._folders.claims)
+        try:
+            with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
+                taken = self._take(claim, claim.prompt)
+                if taken:
+                    self.gather(claim)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileNotFoundError | NotAFolderError) and not self.claimed(claim.job):
+                return False
+            raise
+        return taken
+
+    def _inode(self, claim: Claim) -> int:
+        """Return the inode that the folder of a prompt must have; 0 where inodes change."""
+        return claim.folder_inode if self._folders.keeps_times() else 0
+
+    def gather(self, claim: Claim) -> None:
+        """Move the other originals of a job into the claim, then make all its names durable."""
+        with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
+            for name in claim.images:
+                self._take(claim, name)
+            self._disk.sync_folder(self._folders.claim_folder(claim.job))
+            self._disk.sync_folder(self._folders.inbox_folder(claim))
+
+    def _take(self, claim: Claim, name: str) -> bool:
+        source = os.path.join(self._folders.inbox_folder(claim), name)
+        target = self._folders.original(claim, name)
+        if self._drop_twin(source, target):
+            return True
+        if not self.may_be_claimed(source):
+            return False
+        try:
+            with ours(source, "move the file out of the inbox"):
+                self._disk.rename(source, target)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileNotFoundError | FileExistsError):
+                return False
+            raise
+        if self._folders.tops.is_folder(target):  # it replaced the file in this moment
+            with ours(source, "put the folder back into the inbox"):
+                self._disk.rename(target, source)
+            return False
+        return True
+
+    def may_be_claimed(self, path: str) -> bool:
+        """Return whether there is something to be claimed. A folder stays, even if a prompt names it."""
+        try:
+            return not stat.S_ISDIR(self._folders.tops.lstat(path).st_mode)
+        except OSError:
+            return False
+
+    def is_as_seen(self, claim: Claim) -> bool:
+        """Return whether the claimed files are those that the scan accepted, unchanged.
+
+        Where inodes and times change, the sizes are compared.
+        """
+        is_steady = self._folders.keeps_times()
+        for name, (inode, size, mtime_ns) in claim.files.items():
+            try:
+                status = self._folders.tops.lstat(self._folders.original(claim, name))
+            except FileNotFoundError:
+                continue  # an image that is missing is a problem of the request
+            if not stat.S_ISREG(status.st_mode):
+                if size >= 0:
+                    return False
+            elif status.st_size != size or (is_steady and (status.st_ino, status.st_mtime_ns) != (inode, mtime_ns)):
+                return False
+        return True
+
+    def drop_twins(self, claim: Claim) -> None:
+        """Remove the inbox names of the files that are claimed already."""
+        with contextlib.suppress(OSError), self._folders.tops.held(self._folders.inbox_folder(claim)):
+            self._drop_twins_in(claim)
+
+    def _drop_twins_in(self, claim: Claim) -> None:
+        for name in claim.originals:
+            self._drop_twin(os.path.join(self._folders.inbox_folder(claim), name), self._folders.original(claim, name))
+
+    def _drop_twin(self, source: str, target: str) -> bool:
+        """Remove an inbox name of a file that is claimed already (some file systems restore it)."""
+        try:
+            twin = os.path.samestat(
+                self._folders.tops.lstat(target), self._folders.tops.lstat(source)
+            )  # hardly ever is there a target
+        except OSError:
+            return False
+        if twin:
+            self._disk.unlink(source)
+        return twin
+
+    def claimed(self, job: str) -> set[str]:
+        """Return the names of all files in the folder of a claim."""
+        path = self._folders.claim_folder(job)
+        with ours(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+            return set(self._folders.tops.names(path, folders=False))
+        return set()
+
+    def _originals(self, claim: Claim) -> set[str]:
+        """Return which of its originals are in the claim. Other files there are not touched."""
+        return self.claimed(claim.job).intersection(claim.originals)
+
+    def present(self, claim: Claim) -> list[str]:
+        """Return the names of its originals that are in the claim, the prompt last."""
+        return sorted(self._originals(claim), key=lambda name: (name == claim.prompt, name))
+
+    def give_back(self, claim: Claim) -> bool:
+        """Put the originals back into the inbox, the prompt last; their folder is made again if it is missing.
+
+        Returns:
+            False if a newer file has one of the names; the job then stays claimed.
+        """
+        folder = self._folders.inbox_folder(claim)
+        names = self.present(claim)
+        if not names:
+            return True
+        self._folders.require_mounts()  # or there is no inbox
+        self._disk.make_inner(self._folders.inbox, claim.folder)
+        with self._folders.reached(folder):
+            return self._give_back(claim, folder, names)
+
+    def _give_back(self, claim: Claim, folder: str, names: list[str]) -> bool:
+        # A sync tool may have delivered some of them again meanwhile: then those stay.
+        again = {
+            name for name in names if self._disk.same(self._folders.original(claim, name), os.path.join(folder, name))
+        }
+        if any(self._folders.tops.exists(os.path.join(folder, name)) for name in names if name not in again):
+            return False
+        for name in names:
+            if name in again:
+                self._disk.unlink(self._folders.original(claim, name))
+            elif not self._return(self._folders.original(claim, name), os.path.join(folder, name)):
+                return False
+        self._disk.sync_folder(folder)
+        return True
+
+    def _return(self, source: str, target: str) -> bool:
+        try:
+            with ours(target, "give the file back to the inbox"):
+                self._disk.rename(source, target)
+        except SpoolError as error:
+            if isinstance(error.__cause__, FileExistsError | FileNotFoundError):
+                return False
+            raise
+        return True
+
+    def discard(self, claim: Claim) -> None:
+        """Remove the originals of a redelivery."""
+        for name in self.present(claim):
+            self._disk.unlink(self._folders.original(claim, name))
