@@ -158,7 +158,7 @@ def test_a_hold_by_hand_keeps_prompts_until_release_whatever_is_restarted(tmp_pa
 def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(folders, run, sandbox):
     assert run(folders).stop() == 0
     said = command(folders, "hold")
-    assert (said.returncode, "not running; when it starts it sends nothing" in said.stdout) == (0, True)
+    assert (said.returncode, "not running; when it starts, it sends nothing" in said.stdout) == (0, True)
     folders.prompt("cat", "A cat")
     daemon = run(folders)
     waiting(folders, 1)
@@ -229,11 +229,11 @@ def test_hold_and_release_tell_a_program_whether_the_daemon_has_taken_notice(fol
         told = command(folders, name, "--json")
         assert (told.returncode, json.loads(told.stdout)) == (
             0,
-            {"asked": name, "is_running": True, "is_noticed": True},
+            {"action": name, "is_running": True, "is_applied": True},
         )
     assert daemon.stop() == 0
     told = json.loads(command(folders, "hold", "--json", "night").stdout)
-    assert told == {"asked": "hold", "is_running": False, "is_noticed": False}
+    assert told == {"action": "hold", "is_running": False, "is_applied": False}
 
 
 def test_status_counts_a_prompt_without_its_image_in_words_that_are_true_of_it(folders, run):
@@ -587,7 +587,7 @@ def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, k
     for number in range(count):
         guarded.prompt(f"p{number}", f"Number {number}")
     told = once(guarded, 69)
-    assert f"The queue is held ({kind}: " in told
+    assert f"The queue is on hold ({kind}: " in told
     assert ("limits.burst (3)" if kind == "burst" else "no money this month") in told
     assert f"{count} prompt" in told
     assert "imagewatch release" in told
@@ -616,7 +616,7 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
 
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     told = command(folders, "status")
-    assert (told.returncode, "it died; the next start recovers" in told.stdout) == (0, True)
+    assert (told.returncode, "it was killed; the next start continues its jobs" in told.stdout) == (0, True)
     page = json.loads(command(folders, "status", "--json").stdout)
     assert (page["state"], page["is_running"], page["in_flight"]) == ("died", False, [])
 
@@ -816,7 +816,7 @@ def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox)
     folders = Folders(tmp_path, sandbox.base_url)
     folders.inbox.rmdir()
     told = command(folders, "estimate")
-    assert (told.returncode, f"{folders.inbox}: there is no such inbox" in told.stderr) == (74, True)
+    assert (told.returncode, f"{folders.inbox}: no such inbox" in told.stderr) == (74, True)
     assert "the daemon makes the folders when it first starts" in told.stderr
 
 
@@ -1100,7 +1100,7 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     folders, sandbox, clock = lost_picture
     assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
-    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
+    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("unreadable", True), "why there is no picture stands below its row"
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
     assert (told.returncode, "was paid for" in told.stdout) == (0, True)
@@ -1247,7 +1247,7 @@ def test_a_user_without_rights_is_told_so_in_one_line(strange, sandbox, as_user,
     refused = as_user(strange, STRANGER + 1, *arguments)
     assert refused.wait() == 74
     first, *more = refused.output.splitlines()
-    assert first.startswith(f"imagewatch: {strange.state}")
+    assert first.startswith(f"imagewatch: permission denied: {strange.state}")
     assert "may not" in first
     assert len(more) <= 1
     assert [path.name for path in strange.state.iterdir()] == ["status.json"]
