@@ -782,7 +782,7 @@ def test_history_agrees_with_the_endpoint_in_every_form_and_harms_no_terminal(fo
     told = command(folders, "history")
     assert (
         told.stdout.splitlines()[-1]
-        == f"In all: {len(paid)} completed, 2 refused, 1 unknown, {report['credits'] - 30} credits."
+        == f"Total: {len(paid)} completed, 2 refused, 1 unknown, {report['credits'] - 30} credits."
     )
     assert not RAW.search(told.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
     newest = json.loads(command(folders, "history", "--json", "--limit", "2", "--days", "1").stdout)
@@ -816,7 +816,7 @@ def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox)
     folders = Folders(tmp_path, sandbox.base_url)
     folders.inbox.rmdir()
     told = command(folders, "estimate")
-    assert (told.returncode, f"{folders.inbox}: no such inbox" in told.stderr) == (74, True)
+    assert (told.returncode, f"no such inbox: {folders.inbox}" in told.stderr) == (74, True)
     assert "the daemon makes the folders when it first starts" in told.stderr
 
 
@@ -828,12 +828,12 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
     told = command(folders, "estimate", **offline)
     assert told.returncode == 0, told.stderr
     assert re.search(
-        r"cat\.prompt\.txt +flux +unknown: none like it was charged in the last 30 days; a cap reserves 150",
+        r"cat\.prompt\.txt +flux +unknown: no similar request was charged in the last 30 days; a cap reserves 150",
         told.stdout,
     )
     assert re.search(r"wrong\.prompt\.txt +none: it will be refused \(n: ", told.stdout)
     assert re.search(r"half\.prompt\.txt +none: it will be refused \(logo\.png: the file is not there", told.stdout)
-    assert "In all: 0 credits, and 1 of unknown price." in told.stdout
+    assert "Total: 0 credits, and 1 of unknown price." in told.stdout
     assert not folders.state.exists()
 
     for stem in ("wrong", "half"):
@@ -844,7 +844,7 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
     told = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json", **offline).stdout)}
     assert (told["two.prompt.txt"]["usual"], told["two.prompt.txt"]["seen"]) == (60, 1)
     assert told["dear.prompt.txt"]["usual"] is None
-    assert "In all: 60 credits, and 1 of unknown price." in command(folders, "estimate", **offline).stdout
+    assert "Total: 60 credits, and 1 of unknown price." in command(folders, "estimate", **offline).stdout
     assert requests(sandbox) == 1
 
 
@@ -927,7 +927,7 @@ def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sand
     told = command(folders, "retry", "--all")
     assert told.returncode == 1
     assert "the inbox has a file of this name" in told.stderr
-    assert "its prompt is gone" in told.stderr
+    assert "the prompt of this error file is missing" in told.stderr
     assert (folders.inbox / "cat.prompt.txt").read_text() == "Another cat"
     assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
 
@@ -941,7 +941,7 @@ def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(fo
     before = folders.names("errors")
     told = command(folders, "retry", "cat")
     assert told.returncode == 1
-    assert "the inbox has another prompt of this name" in told.stderr
+    assert "the inbox has another one of its name" in told.stderr
     assert "nothing was moved" in told.stderr
     assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
 
@@ -1100,7 +1100,9 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     folders, sandbox, clock = lost_picture
     assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
-    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("unreadable", True), "why there is no picture stands below its row"
+    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("unreadable", True), (
+        "why there is no picture stands below its row"
+    )
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
     assert (told.returncode, "was paid for" in told.stdout) == (0, True)

@@ -111,7 +111,7 @@ def test_every_help_says_what_it_is_and_names_all_it_takes(name):
             assert parameter.opts[0] in done.stdout
             assert parameter.help
             assert parameter.help[0].isupper()
-            assert parameter.help.endswith(".")
+            assert not parameter.help.endswith(".")
         else:
             assert parameter.human_readable_name.strip("[]….") in command.help, (
                 "an argument has no other place for its words"
@@ -567,7 +567,7 @@ def test_init_writes_a_configuration_that_names_no_folder_and_keeps_what_is_ther
     path.write_text("mine")
     again = imagewatch("init", "--root", "watched", cwd=tmp_path)
     assert (again.returncode, path.read_text()) == (64, "mine")
-    assert "is there already" in again.stderr
+    assert "the file already exists" in again.stderr
     other = imagewatch("init", "other.toml", cwd=tmp_path)
     assert (other.returncode, tomllib.loads((tmp_path / "other.toml").read_text()) is not None) == (0, True)
 
@@ -759,7 +759,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
 def test_the_demo_says_why_it_cannot_make_its_folder(tmp_path):
     (tmp_path / "file").write_text("")
     done = imagewatch("demo", str(tmp_path / "file/demo"))
-    assert (done.returncode, "cannot be made" in done.stderr) == (74, True)
+    assert (done.returncode, "cannot create the folder" in done.stderr) == (74, True)
 
 
 def test_the_sandbox_serves_until_ctrl_c(tmp_path):
@@ -965,7 +965,7 @@ def test_a_bug_after_the_work_does_not_look_like_a_failed_job(folders, sandbox, 
     assert "Traceback" in done.stderr
     *_, what, then = done.stderr.splitlines()
     assert what.startswith("imagewatch: internal error: AttributeError: ")
-    assert "look into the folders" in then
+    assert "check the folders" in then
     assert sandbox.report()["requests"] == 1
 
 

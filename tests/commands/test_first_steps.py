@@ -215,7 +215,7 @@ def test_nothing_recommends_to_pay_again_for_a_prompt_that_is_missing(
     assert "--pay-again" not in told.stderr
     assert "its prompt is missing, so it cannot be sent again" in told.stderr
     told = command(folders, "retry", "cat", "--pay-again")
-    assert (told.returncode, "its prompt is gone" in told.stderr) == (1, True)
+    assert (told.returncode, "the prompt of this error file is missing" in told.stderr) == (1, True)
 
 
 def test_an_error_file_without_its_prompt_does_not_say_to_pay_again(

@@ -128,7 +128,7 @@ def watched(folders: Folders, start: Any) -> Any:
     return running
 
 
-AGAIN = "The same command would drop {0} again, and the daemon would pay for {0} again:\n"
+AGAIN = "Do not run the command again: it would drop {0} again, and you would pay twice:\n"
 
 
 def call(sandbox: Sandbox, number: int = 0) -> dict[str, Any]:
@@ -417,7 +417,7 @@ def test_a_file_that_is_clearly_no_prompt_is_not_dropped(sender, text):
 def test_a_folder_that_is_a_link_is_refused(sender, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (sender.folders.inbox / "link").symlink_to(tmp_path / "elsewhere")
-    assert "is a link" in refused(sender, "A cat", "--folder", "link")
+    assert "is a symbolic link" in refused(sender, "A cat", "--folder", "link")
     assert "leads out of the inbox" in refused(sender, "A cat", "--folder", "../x")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -511,8 +511,8 @@ def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already
     code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
     assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
     assert "it-2.prompt.txt: cannot drop the file: Input/output error" in err
-    assert "1 of 3 prompts was dropped, and the daemon processes it. The others were not dropped.\n" in err
-    assert err.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/it-1.prompt.txt\n")
+    assert "1 of 3 prompts was dropped. The daemon will process it. The others were not dropped.\n" in err
+    assert err.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/it-1.prompt.txt\n")
     assert sender.dropped() == ["it-1.prompt.txt"]
 
 
@@ -862,8 +862,8 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     done = sender.submit("A cat", "--name", "cat", "--wait", "--timeout", "0.3", "--format", "json")
     assert done.returncode == 69
     assert json.loads(done.stdout)[0]["destination"] is None
-    assert "1 prompt is not finished. The daemon will process it.\nTo cancel, remove it from" in done.stderr
-    assert done.stderr.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
+    assert "1 prompt is not finished. The daemon will process it; to cancel, remove it from" in done.stderr
+    assert done.stderr.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/cat.prompt.txt\n")
     sandbox.release()
     until(lambda: sender.folders.documents() == {"cat": "outbox"})
 
@@ -878,7 +878,7 @@ def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sende
     assert done.returncode == 69
     assert [(one["destination"], one["charged"]) for one in json.loads(done.stdout)] == [(None, None), ("errors", "no")]
     assert "it-2.prompt.txt: not charged: " in done.stderr
-    assert done.stderr.endswith(f"{AGAIN.format('it')}  {folders.inbox}/it-1.prompt.txt\n")
+    assert done.stderr.endswith(f"{AGAIN.format('this prompt')}  {folders.inbox}/it-1.prompt.txt\n")
     sandbox.release()
 
 
@@ -889,7 +889,7 @@ def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monke
     with pytest.raises(SystemExit) as ended:
         cli.main(["submit", "A cat", "--name", "cat", "--wait", "--timeout", "0.5"], standalone_mode=False)
     assert ended.value.code == 69
-    assert capsys.readouterr().err.count("Nobody has taken them from") == 1
+    assert capsys.readouterr().err.count("No prompt has been claimed from") == 1
     assert sender.dropped() == ["cat.prompt.txt"]
 
 
@@ -901,7 +901,7 @@ def test_ctrl_c_while_waiting_leaves_the_prompt_where_it_is(sender, number):
     out, err = waiting.communicate(timeout=30)
     assert (waiting.returncode, out) == (69, "")
     assert err.startswith(f"imagewatch: interrupted by {number.name}\n")
-    assert err.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
+    assert err.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/cat.prompt.txt\n")
     assert "Traceback" not in err
     assert sender.dropped() == ["cat.prompt.txt"]
 
@@ -940,8 +940,8 @@ def test_a_signal_while_prompts_are_dropped_names_those_that_are_in_the_inbox(se
     assert done.returncode == 69
     assert done.stderr.splitlines() == [
         f"imagewatch: interrupted by {number.name}",
-        "2 of 3 prompts were dropped, and the daemon processes them. The others were not dropped.",
-        AGAIN.format("them").strip(),
+        "2 of 3 prompts were dropped. The daemon will process them. The others were not dropped.",
+        AGAIN.format("these prompts").strip(),
         *(f"  {sender.folders.inbox}/{name}" for name in TWO),
     ]
     assert done.stdout.splitlines() == [f"{sender.folders.inbox}/{name}" for name in TWO]
@@ -1002,7 +1002,7 @@ class BrokenDisk(SteppingDisk):
 def test_even_a_bug_does_not_hide_what_was_dropped(sender, inside):
     code, out, err = inside(BrokenDisk(), "One", "Two", "--name", "it")
     assert (code, out) == (70, f"{sender.folders.inbox}/it-1.prompt.txt\n")
-    assert f"{AGAIN.format('it')}  {sender.folders.inbox}/it-1.prompt.txt\n" in err
+    assert f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/it-1.prompt.txt\n" in err
     assert "internal error: RuntimeError: a bug" in err
 
 
@@ -1024,7 +1024,7 @@ def test_the_live_line_is_for_terminals_only_and_never_in_the_output(sender, wat
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert b"\r0 of 1 done, 0 s" in shown
-    assert re.search(rb"\r\x1b\[K1 picture, \d+ credits\.\r\n$", shown)
+    assert re.search(rb"\r\x1b\[K1 image, \d+ credits\.\r\n$", shown)
     assert Path(out.removesuffix("\n")).is_file()
 
 
