@@ -18,7 +18,7 @@ from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands import main as cli
-from imagewatch.daemon import loop as daemon
+from imagewatch.daemon import dispatch, report, results
 from imagewatch.endpoint import client, pictures
 from imagewatch.inbox import scan as sweep
 from imagewatch.job import completion as closing
@@ -45,7 +45,9 @@ PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
     "log": [(closing.Closing, ("_report",)), (worker.Worker, ("_park",))],
     "look: from the event to the worker": [
         (sweep.Sweep, ("look", "look_at", "unchanged")),
-        (daemon.Daemon, ("_dispatch", "_changed", "_finished", "_report", "_write_status")),
+        (dispatch.Dispatch, ("run",)),
+        (results.Results, ("take",)),
+        (report.Report, ("write_if_due",)),
     ],
     "worker: all else": [(worker.Worker, ("start", "process"))],
 }

@@ -17,7 +17,7 @@ import pytest
 
 # Before the first import of them: their asserts are shown with values, as those in tests are.
 pytest.register_assert_rewrite("support", "security.people", "security.world")
-from support.daemon import HURRIED, KEY, REMOTE_NAME, Folders, Running, Told
+from support.daemon import HURRIED, KEY, REMOTE_NAME, STARTED, Folders, LoggedDaemon, Running
 from support.station import Station
 
 from imagewatch.sandbox import Sandbox
@@ -36,7 +36,7 @@ for _number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
 
 @pytest.fixture
 def sandbox() -> Iterator[Sandbox]:
-    """A local endpoint that wants the key; at the end it must have met no fault of its own."""
+    """A local endpoint that requires the key; at the end it must have had no fault of its own."""
     with Sandbox(key=KEY) as endpoint:
         yield endpoint
         assert endpoint.report()["faults"] == []
@@ -50,7 +50,7 @@ def _forgotten() -> Iterator[None]:
 
 
 class Certificate:
-    """A certificate for this machine and for ``REMOTE_NAME``, and who has to trust it.
+    """A certificate for this machine and for ``REMOTE_NAME``, and how to trust it.
 
     Attributes:
         path: The certificate, for ``ca_file``.
@@ -93,35 +93,29 @@ def start(tmp_path: Path, sandbox: Sandbox) -> Iterator[Any]:
 
     yield starter
     for daemon in running:
-        if daemon.process.poll() is None:
-            daemon.process.kill()
-            daemon.process.communicate()
+        daemon.kill()
 
 
 @pytest.fixture
-def run(start: Any) -> Iterator[Callable[..., Told]]:
+def run(start: Any) -> Iterator[Callable[..., LoggedDaemon]]:
     """Start a daemon and wait until it watches."""
-    started = []
+    started: list[LoggedDaemon] = []
 
-    def runner(folders: Folders, *arguments: str, script: str | None = None, watching: bool = True) -> Told:
+    def runner(folders: Folders, *arguments: str, script: str | None = None, watching: bool = True) -> LoggedDaemon:
+        __tracebackhide__ = True
         running = start(folders, *(arguments if script else ["run", *arguments]), script=script)
-        told = Told(running)
-        started.append(told)
+        started.append(LoggedDaemon(running))
         if watching:
-            told.wait_for("started")
-        return told
+            started[-1].wait_for("started")
+        return started[-1]
 
     yield runner
-    for told in started:
-        if told.process.poll() is None:
-            told.process.kill()
-        told.end()
-        for pipe in (told.process.stdout, told.process.stderr):
-            pipe.close()
+    for daemon in started:
+        daemon.kill()
 
 
 @pytest.fixture
-def hurried(run: Callable[..., Told], tmp_path: Path) -> Callable[..., Told]:
+def hurried(run: Callable[..., LoggedDaemon], tmp_path: Path) -> Callable[..., LoggedDaemon]:
     """Start a daemon that does not wait long before it probes a hold."""
     script = tmp_path / "hurried.py"
     script.write_text(HURRIED)
@@ -156,6 +150,22 @@ _SLOW |= {"test_power"}
 def _is_slow(path: Path) -> bool:
     """Whether no test of a module is quick."""
     return path.stem in _SLOW or path.parent.name == "security" or bool(_STARTING.search(path.read_text()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    """Forget the daemons of the test before."""
+    STARTED.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[Any]:
+    """Show the logs of all daemons that a test has started if it fails."""
+    report = yield
+    if report.failed:
+        logs = ((f"log of {name}", log()) for name, log in STARTED.items())
+        report.sections += [section for section in logs if section not in report.sections]
+    return report
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

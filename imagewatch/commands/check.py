@@ -25,8 +25,7 @@ from imagewatch.commands.terminal import padded
 from imagewatch.daemon import status
 from imagewatch.inbox.scan import Sweep
 from imagewatch.job.spool import blocked
-from imagewatch.protocol.names import SUFFIX
-from imagewatch.protocol.request import Files, Request, build
+from imagewatch.protocol.request import Request, build
 from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import printable, to_json
@@ -132,12 +131,10 @@ def files(config: Config) -> Iterator[Line]:
 
 
 def _ready(candidate: Candidate, config: Config, opener: Opener, budget: Budget | None) -> Line:
-    folder, stem = candidate.key
-    where = os.path.join(config.folders.inbox, folder)
-    path = printable(os.path.join(folder, stem + SUFFIX))
+    where = os.path.join(config.folders.inbox, candidate.folder)
+    path = printable(candidate.source)
     try:
-        files = Files(where, folder, stem, candidate.images, candidate.unused, candidate.declared, opener)
-        request = build(files, config)
+        request = build(candidate, where, config, opener)
     except BadRequest as error:
         return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))
     verdict, why = afford.refusal(budget, request) if budget else ("", "")

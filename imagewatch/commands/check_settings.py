@@ -27,10 +27,12 @@ from imagewatch.journal.ledger import Ledger
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider
 from imagewatch.protocol.request import unknown_family
-from imagewatch.system.disk import FULL, Disk, locked, ours
+from imagewatch.system.disk import Disk
+from imagewatch.system.disk_errors import FULL, ours
 from imagewatch.system.errors import ConfigError, SpoolError, Unavailable
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.system.folders import Tops
+from imagewatch.system.locks import locked
 from imagewatch.system.text import amount, local, printable
 
 if TYPE_CHECKING:

@@ -143,7 +143,7 @@ def _summary(folder: str, page: str, report: dict[str, Any], hold: Hold | None) 
     if hold:
         lines += [
             "",
-            f"The queue is now on hold ({hold.kind}): {printable(hold.message)}.",
+            f"The queue is now on hold ({hold.kind}): {printable(hold.reason.message)}.",
             "New prompts would wait in the inbox, and cost nothing.",
         ]
     lines += [

@@ -17,7 +17,7 @@ import shutil
 import stat
 import time
 import unicodedata
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
 import tomli_w
@@ -27,8 +27,10 @@ from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.names import SUFFIX, group, stem_of
-from imagewatch.protocol.request import Files, build, may_be_image, open_plain, read_image, unused_problems
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.protocol.request import build, may_be_image, open_plain, read_image, unused_problems
+from imagewatch.protocol.values import Dropped
+from imagewatch.system.disk import Disk
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file, own_way
@@ -242,7 +244,7 @@ class Delivery:
         with self._writing(staged, hidden + SUFFIX, stem + SUFFIX) as file:
             file.write(content)
         images = tuple(os.path.basename(path) for path, _ in staged.files[:-1])
-        self._check(Files(self._target, self._folder, hidden, images))
+        self._check(Dropped(folder=self._folder, stem=hidden, images=images, declared=None))
 
     def place(self) -> Generator[Result, None, None]:
         """Drop everything that was staged; yield each prompt that is in the inbox.
@@ -361,10 +363,10 @@ class Delivery:
         os.umask(mask)
         return (0o666 & ~mask) | (self._tops.folder(self._target).status().st_mode & 0o444)
 
-    def _check(self, files: Files) -> None:
+    def _check(self, dropped: Dropped) -> None:
         """Refuse what the daemon would refuse."""
         try:
-            build(replace(files, opener=functools.partial(open_file, tops=self._tops)), self._config)
+            build(dropped, self._target, self._config, functools.partial(open_file, tops=self._tops))
         except BadRequest as error:
             problems = [one for one in error.problems if not (self._blind and one.field == "preset")]
             if problems:

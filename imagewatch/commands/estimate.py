@@ -18,8 +18,7 @@ from imagewatch.commands.terminal import print_table, shown
 from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.scan import Sweep
 from imagewatch.journal.prices import PRICED, Asked
-from imagewatch.protocol.names import SUFFIX
-from imagewatch.protocol.request import Files, build
+from imagewatch.protocol.request import build
 from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.text import amount, printable, to_json
 
@@ -118,15 +117,13 @@ def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
     sweep = Sweep(config.folders.inbox, eager)
     for candidate in sweep.look(time.monotonic(), time.time()).ready:
-        folder, stem = candidate.key
-        where = os.path.join(config.folders.inbox, folder)
+        where = os.path.join(config.folders.inbox, candidate.folder)
         try:
-            files = Files(where, folder, stem, candidate.images, candidate.unused, candidate.declared, sweep.opener)
-            request = build(files, config)
+            request = build(candidate, where, config, sweep.opener)
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
         else:
-            yield _estimated(os.path.join(folder, stem + SUFFIX), request, budget)
+            yield _estimated(candidate.source, request, budget)
 
 
 def _estimated(source: str, request: Request, budget: Budget) -> Estimate:

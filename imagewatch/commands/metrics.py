@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.daemon.status import moment
 from imagewatch.inbox.candidate import Wait
-from imagewatch.journal.holds import NEXT
+from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     stuck = page.get("stuck", [])  # an older daemon does not write it
     yield "stuck_jobs", "gauge", "Jobs that cannot finish for a reason of their own.", [({}, len(stuck))]
     held = {one["kind"] for one in page["holds"]}
-    holds = [({"reason": kind}, float(kind in held)) for kind in NEXT]
+    holds = [({"reason": kind}, float(kind in held)) for kind in HOLDS]
     yield "held", "gauge", "Whether nothing is sent for this reason.", holds
     jobs = [
         ({"period": period, "outcome": outcome}, page[key][outcome])

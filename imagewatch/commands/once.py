@@ -57,9 +57,9 @@ def _say_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         what = f"Prompts for {hold.provider} are on hold" if hold.provider else "The queue is on hold"
-        say(f"{what} ({hold.kind}: {printable(hold.message)}): {left}.")
+        say(f"{what} ({hold.kind}: {printable(hold.reason.message)}): {left}.")
         end = f"; next try at {local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
-        say(f"  {printable(hold.next)}{end}")
+        say(f"  {printable(hold.reason.next)}{end}")
 
 
 def _results(ended: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
@@ -67,8 +67,8 @@ def _results(ended: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     hold = daemon.hold
     held = None
     if hold:
-        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.message}
-        held |= {"next_try_at": daemon.hold_ends, "next": hold.next}
+        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.reason.message}
+        held |= {"next_try_at": daemon.hold_ends, "next": hold.reason.next}
     jobs = [
         {
             "source": whole(one.source),

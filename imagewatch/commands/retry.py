@@ -28,7 +28,8 @@ from imagewatch.job.record import Record
 from imagewatch.protocol.names import PAID, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk import Disk
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.folders import is_private
 from imagewatch.system.text import printable, to_json, whole

@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
 from imagewatch.journal.control import Control
-from imagewatch.system.disk import Disk, locked
+from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.locks import locked
 from imagewatch.system.text import local, printable
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.config.locate import refusal
 from imagewatch.job.receipts import unvouched
 from imagewatch.protocol.names import SUFFIX
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import RefusedError, open_file

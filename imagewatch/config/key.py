@@ -5,9 +5,9 @@ The key is read anew for each request, because tokens expire. No message of this
 
 from __future__ import annotations
 
+import math
 import os
 import re
-import selectors
 import shutil
 import signal
 import stat
@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 _CREDENTIAL: Final = "letta_api_key"
 _VARIABLE: Final = "LETTA_API_KEY"
 _MAX_BYTES: Final = 64 * 1024
+_MAX_ERROR_BYTES: Final = 1024 * 1024
 _MAX_ECHO: Final = 200
 _MIN_ECHO_SECRET: Final = 8
+_STEP_SECONDS: Final = 0.05
 _FOUR_WAYS: Final = (
     "set one of: api_key_command or api_key_file below [endpoint], the systemd credential letta_api_key "
     "(LoadCredential=letta_api_key:/path), or the environment variable LETTA_API_KEY"
@@ -243,7 +245,7 @@ def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -
         words = error.strerror if isinstance(error, OSError) else None
         reason = f"cannot be started: {words or 'not a command'}"
     if outcome is not None:
-        reason = outcome.fault or _exit_reason(process.returncode, outcome)
+        reason = outcome.fault or _fault(outcome, math.inf) or _exit_reason(process.returncode, outcome)
     if outcome is None or reason:
         raise _failure(field, reason, hint)
     return outcome.output
@@ -254,57 +256,36 @@ class _Outcome(NamedTuple):
 
     output: bytes
     errors: bytes
-    fault: str
+    fault: str = ""
 
 
 def _collect(process: subprocess.Popen[bytes], deadline: float) -> _Outcome:
-    """Read both outputs until the command has ended, or end it.
+    """Wait for a command and return its outputs; end it when it takes too long or prints too much.
 
-    ``communicate`` would keep any amount in memory, and wait for ever for a grandchild that holds the pipe.
+    Step by step: a single ``communicate`` keeps any amount in memory, and waits for a child of the command that keeps
+    the outputs open.
     """
-    output, errors, fault = bytearray(), bytearray(), ""
-    assert process.stdout is not None
-    assert process.stderr is not None
-    with selectors.DefaultSelector() as selector:
-        selector.register(process.stdout, selectors.EVENT_READ, output)
-        selector.register(process.stderr, selectors.EVENT_READ, errors)
-        while selector.get_map() and not fault:
-            ended = process.poll() is not None  # asked before the look, so that its last words are read
-            ready = selector.select(min(0.1, max(0.0, deadline - time.monotonic())))
-            if ended and not ready:
-                break
-            for entry, _ in ready:
-                chunk = os.read(entry.fd, _MAX_BYTES)
-                entry.data.extend(chunk)
-                if not chunk:
-                    selector.unregister(entry.fileobj)
-            del errors[:-_MAX_BYTES]
-            fault = _fault(len(output), deadline)
-    fault = fault or _wait(process, deadline)
-    if fault:
-        _end(process)
-    return _Outcome(bytes(output), bytes(errors), fault)
+    while True:
+        has_ended = process.poll() is not None  # asked before, so that its last output is read
+        try:
+            return _Outcome(*process.communicate(timeout=_STEP_SECONDS))
+        except subprocess.TimeoutExpired as waited:
+            outcome = _Outcome(waited.output or b"", waited.stderr or b"")
+        if has_ended:
+            return outcome
+        if fault := _fault(outcome, deadline):
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # with its children: the session is its own
+            return outcome._replace(fault=fault)
 
 
-def _fault(length: int, deadline: float) -> str:
-    if length > _MAX_BYTES:
+def _fault(outcome: _Outcome, deadline: float) -> str:
+    """Return why a command is ended, or what it printed is not used; an empty string without a reason."""
+    if len(outcome.output) > _MAX_BYTES:
         return "printed more than 64 KiB"
+    if len(outcome.errors) > _MAX_ERROR_BYTES:
+        return "printed more than 1 MiB to standard error"
     return "took too long" if time.monotonic() >= deadline else ""
-
-
-def _wait(process: subprocess.Popen[bytes], deadline: float) -> str:
-    """Wait for a command that has closed its outputs; return what is wrong."""
-    try:
-        process.wait(max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        return "took too long"
-    return ""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a command and its children; the session is its own."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _exit_reason(code: int, outcome: _Outcome) -> str:

@@ -1,1 +1,29 @@
-"""The daemon: main loop, intake, admission, status."""
+"""The daemon: decides what is done when. Everything else is done by what it imports.
+
+It promises that no request is sent while there is a reason to wait, that what was paid for is delivered also during a
+hold, and that a stop sends nothing more and loses nothing that was sent. What it keeps in memory it can lose at any
+moment: at the next start the folders, the job records and the ledger show how every job continues.
+
+The modules, in the order in which they are read::
+
+    loop          Daemon: the main loop, one thread; start, scans, messages, end
+    parts         what a daemon is made of, and what another configuration changes
+    mailbox       messages of other threads and of signals to the loop
+    signals       signals as messages
+    jobs          the jobs of this process in one table: what may be sent, delivered, claimed
+    dispatch      what workers are given next
+    results       what follows from the result of a job
+    recovery      what an earlier process left behind
+    admission     whether another request may be sent: every reason to wait, in one place
+    burst         whether too many prompts came at the same time
+    arrivals      when prompts came, for that
+    caps          which prompts wait at a cap, and why
+    instructions  what commands ask for: hold, release, retry, another ledger
+    intake        what of the inbox may be claimed next; change events
+    scanner       which folder of the inbox is scanned now
+    report        what the daemon reports while it runs
+    status        the content of ``status.json``; also for the commands that read it
+    ignored       which ignored files the log names
+    systemd       the notification protocol of the service manager
+    descriptors   how many requests the limit of open files allows
+"""

@@ -1,8 +1,8 @@
-"""Whether another request may go out now: every reason to wait in one place.
+"""Whether another request may be sent now: every reason to wait in one place.
 
-The gate belongs to the main thread; workers only ask whom an account-level refusal is shown by (``Holds.blame``), or
-say that it could not be (``Holds.absolve``). Each hold is told once when it begins, with what to do about it, and once
-when it ends.
+It belongs to the main thread. Workers only ask whether their job reports an account-level refusal
+(``Holds.may_report``), or say that it could not (``Holds.not_reported``). The log names each hold when it begins, with
+the next step, and when it ends.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
 from imagewatch.daemon.burst import BurstGuard
-from imagewatch.job.outcome import Trouble
-from imagewatch.system.disk import FULL
+from imagewatch.protocol.reasons import KINDS, Others, Reason
+from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
 
@@ -25,44 +26,37 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Limits
     from imagewatch.job.spool import Spool
-    from imagewatch.journal.budget import Refusal
     from imagewatch.journal.control import Control
     from imagewatch.journal.holds import Hold, Holds
     from imagewatch.journal.ledger import Ledger
 
-DISK_SECONDS = 5.0
-"""How long after our own disk failed the next write probe is made."""
 _KEY_SECONDS = 2.0
-"""How often the file of the key is looked at while the account refuses us."""
+"""How often the key file is checked while the account refuses requests, seconds."""
 _MOST_BROKEN = 2
-"""How many prompts in a row may have their upload cut off before it is taken for the network's trouble."""
+"""So many prompts in a row may have their upload cut off; after more, the cause is taken to be the network."""
 _MOST_CAUSES = 10
-"""How many causes of one hold are told at most; status has the newest one."""
+"""The log names at most so many causes of one hold; the status has the newest one."""
 _NONE = ("", 0, "")
-_PERMITTED = {"cap", "soon", "rate"}
-"""Holds that say nothing of a request that is on its way: what it may cost is set aside already."""
-_ACCOUNT = {"key", "credits", "quota", "endpoint"}
-_OWN = {"cap", "soon"}
-"""Kinds of trouble that other requests need not meet."""
+_ACCOUNT = [kind.name for kind in KINDS.values() if kind.is_account]
 _log = structlog.get_logger()
 
 
 class OnChange(Protocol):
-    """What is told of changes."""
+    """Called when a hold begins, changes or ends."""
 
     def __call__(self, *, at_once: bool) -> None:
-        """Take note of a change."""
+        """Note a change; ``at_once``: it is rare and important."""
 
 
-class Gate:
-    """Lets requests through, or not.
+class Admission:
+    """Lets requests be sent, or holds the queue.
 
     Args:
         spool: The folders.
-        ledger: Where everything that is sent is recorded.
+        ledger: Records everything that is sent.
         control: What commands asked for.
         holds: Reasons to wait.
-        on_change: Called when a hold begins, changes or ends, and whether that is rare and important.
+        on_change: Called when a hold begins, changes or ends.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
     """
@@ -88,74 +82,74 @@ class Gate:
         self._stamp: object = None
         self._stamp_at = 0.0
         self._reason: str | None = None
-        self._anew = -math.inf
+        self._since = -math.inf
         self._ended: dict[str, float] = {}
         self.burst = BurstGuard(monotonic)
-        self._braking: dict[str, SpoolError] = {}
-        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were told
-        self._is_proved = False  # whether the ledger was written once: the first prompt is not to find out for it
-        self.blame, self.absolve = holds.blame, holds.absolve
+        self._held_by: dict[str, SpoolError] = {}
+        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were logged
+        self._is_proved = False  # whether the ledger was written once, so that the first prompt does not find out
+        self.may_report, self.not_reported = holds.may_report, holds.not_reported
         self.disk_failed = False
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = False
 
     def configure(self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object]) -> None:
-        """Take a configuration; whatever is about the account, the network or a limit is to be tried anew.
+        """Take a configuration. Holds for the account, the network or a limit end: the next request tries again.
 
         Args:
             limits: Concurrency, burst, free space.
-            settle_seconds: Prompts that come within this time come at once.
+            settle_seconds: Prompts that come within this time come at the same time.
             key_stamp: Returns a value that differs when the key's file was changed.
         """
-        self._anew = self._now()
+        self._since = self._now()
         self._limits = limits
         self.burst.configure(limits.burst, settle_seconds)
         self._key_stamp = key_stamp
         self._stamp = key_stamp()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
 
-    # Asked by the main loop
+    # What may be done
 
-    def open(self, in_flight: int) -> bool:
-        """Tell whether another job may go to a worker."""
-        if self._braking or self._holds.waiting(self._now()) is not None:
-            return False
-        return in_flight < (1 if self._holds.probing() else self._limits.concurrency)
+    def slots(self) -> int:
+        """Return how many requests there may be at the same time: 0 during a hold, 1 while one is a probe."""
+        if self._held_by or self._holds.waiting(self._now()) is not None:
+            return 0
+        return 1 if self._holds.probing() else self._limits.concurrency
 
     @contextlib.contextmanager
     def leaving(self) -> Iterator[None]:
-        """Let the first bytes of a request leave during the block; used by workers, right before those leave.
+        """Send the first bytes of a request during the block; workers enter it right before they do.
 
         Raises:
-            Withdrawn: None may leave: something has come up since the prompt was claimed.
+            Withdrawn: None may be sent: a hold or the end has come since the prompt was claimed.
         """
         with self._first_bytes:
             if self._is_draining:
-                raise Withdrawn("the daemon was told to stop before the request was sent")
-            for error in list(self._braking.values()):
+                raise Withdrawn("the daemon stopped before the request was sent")
+            for error in list(self._held_by.values()):
                 raise Withdrawn(f"the queue was held (disk) before the request was sent: {error}")
-            hold = self._holds.waiting(self._now(), _PERMITTED)
+            hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
-                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.message}")
+                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.reason.message}")
             yield
 
     def drain(self) -> None:
-        """Let no request leave any more; called in the main thread, also by a signal."""
+        """Let no more requests be sent; called in the main thread, also by a signal handler."""
         self._is_draining = True
 
     def wait_for_first_bytes(self) -> None:
-        """Return when every request that was let through has begun to leave: from now on none does any more."""
+        """Return when no worker is about to send first bytes: from now on none does any more."""
         with self._first_bytes:
             pass
 
-    def deliverable(self, in_flight: int) -> bool:
-        """Tell whether a job that needs no request any more may go to a worker: only our own disk can forbid that."""
-        return in_flight < self._limits.concurrency and not self._holds.waits("disk", self._now())
+    def disk_works(self) -> bool:
+        """Return whether no hold for our own disk forbids what needs no request any more."""
+        return not self._holds.waits("disk", self._now())
 
-    def room(self) -> bool:
-        """Tell whether our disks can take another paid answer; if not, hold."""
-        for error in self._braking.values():
+    def has_room(self) -> bool:
+        """Return whether our disks can take another paid response; if not, hold the queue."""
+        for error in self._held_by.values():
             self.failed(error)
             return False
         if not self._works(probe=self._holds.has("disk")):
@@ -163,42 +157,42 @@ class Gate:
         self._end(self._holds.clear("disk"))
         return True
 
-    def look_at_disk(self) -> None:
-        """Make the next write probe if it is time, also where nothing waits: a status must not tell of what is over."""
-        if self._holds.has("disk") and not self._holds.waits("disk", self._now()) and not self._braking:
-            self.room()
+    def probe_disk(self) -> None:
+        """Make the next write probe if it is due, also where nothing waits: the status must not show a past hold."""
+        if self._holds.has("disk") and not self._holds.waits("disk", self._now()) and not self._held_by:
+            self.has_room()
 
     def failed_alone(self, job: str, error: SpoolError) -> bool:
-        """Tell whether our disks work all the same after a job could not go on; if not, hold.
+        """Return whether our disks work although a job cannot continue; if not, hold the queue.
 
-        Then it is something about this job's own files, which somebody else may have put there; the others go on.
-        What all jobs share (ledger, state folder) is never the fault of one: the hold lasts until this job goes on.
+        If they work, the cause is in this job's own files, which another user may have put there; the others continue.
+        For what all jobs share (ledger, state folder), the queue is held until this job continues.
         """
         if error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
             try:
                 self._spool.require_folders()
             except SpoolError as cause:  # another state folder has its name: nothing in that one is ours
                 error = cause
-            self.brake(job, error)
+            self.hold_for(job, error)
             return False
-        if error.code in FULL:  # a small probe may succeed where pictures do not
+        if error.code in FULL:  # a small probe may succeed where images do not
             self.failed(error)
             return False
         return self._works(probe=True)
 
-    def brake(self, job: str, error: SpoolError) -> None:
-        """Hold until a job goes on, also if a write probe succeeds meanwhile."""
-        if job not in self._braking and error.code:  # others were told of already
+    def hold_for(self, job: str, error: SpoolError) -> None:
+        """Hold the queue until a job continues, also if a write probe succeeds meanwhile."""
+        if job not in self._held_by and error.code:  # others were logged already
             _log.error("stuck", job=job, reason=str(error), next=error.hint, retried="automatically")
-        self._braking[job] = error
+        self._held_by[job] = error
         self.failed(error)
 
-    def got_on(self, job: str) -> None:
-        """Take note that a job goes on, if it did not."""
-        self._braking.pop(job, None)
+    def continues(self, job: str) -> None:
+        """Note that a job continues: the queue is not held for it any more."""
+        self._held_by.pop(job, None)
 
     def _works(self, *, probe: bool) -> bool:
-        """Tell whether there is room, and whether a file can be written in every folder if that is asked; else hold."""
+        """Return whether there is room and, with ``probe``, whether every folder can be written; if not, hold."""
         try:
             if probe:
                 self._spool.probe()
@@ -219,26 +213,26 @@ class Gate:
         """
         most = self._limits.burst
         if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
-            self._begin("burst", f"{new} prompts at once are more than limits.burst ({most})", math.inf)
+            self._begin(Reason("burst", f"{new} prompts came at the same time, limits.burst allows {most}"))
 
-    def look(self, newest: float = 0.0) -> None:
-        """Look at what commands have asked for, and at the file of the key.
+    def follow(self, newest: float = 0.0) -> None:
+        """Do what commands have asked for, and check the key file.
 
         Args:
             newest: Newest ctime of a prompt in the inbox, seconds since the epoch.
         """
         try:
-            self._obey(newest)
-        except SpoolError as error:  # what was asked for stays, and is looked at again
+            self._read_control(newest)
+        except SpoolError as error:  # the request of the command stays, and is read again
             self.failed(error)
-        self.look_at_key()
+        self.check_key()
 
-    def _obey(self, newest: float) -> None:
+    def _read_control(self, newest: float) -> None:
         if self._control.release_pending():
-            self._anew = self._now()
+            self._since = self._now()
             passed = max(self._clock(), newest)
             self.burst.let_pass(passed)
-            self._braking.clear()  # a job that still fails holds the queue again
+            self._held_by.clear()  # a job that still fails holds the queue again
             self._control.let_pass(passed)
             self._control.released()
             self._end(self._holds.clear())
@@ -247,10 +241,10 @@ class Gate:
         if reason is None:
             self._end(self._holds.clear("manual"))
         elif reason != before or not self._holds.has("manual"):
-            self._begin("manual", reason or "held manually", math.inf)
+            self._begin(Reason("manual", reason or "held manually"))
 
-    def look_at_key(self) -> None:
-        """Look at the file of the key, if it is time."""
+    def check_key(self) -> None:
+        """Check whether the key file was changed, if that is due."""
         if not self.watches_key() or self._now() < self._stamp_at:
             return
         self._stamp_at = self._now() + _KEY_SECONDS
@@ -261,101 +255,102 @@ class Gate:
                 self._end(self._holds.clear(kind))
 
     def watches_key(self) -> bool:
-        """Tell whether there is a hold that a changed key would end."""
+        """Return whether there is a hold that a changed key would end."""
         return any(self._holds.has(kind) for kind in _ACCOUNT)
 
     def start(self) -> None:
-        """Take up what was asked for while nobody was running."""
+        """Do what commands have asked for while no daemon was running."""
         self._control.prepare()
         self._control.tidy()
         self.burst.let_pass(self._control.passed())
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)
-                self._holds.resume(kind, message, self._now())
-        self.look()
+                self._holds.resume(Reason(kind, message), self._now())
+        self.follow()
 
     def patience(self) -> float:
-        """Return after how many seconds a hold is to be looked at again; infinite without one."""
+        """Return after how many seconds a hold is due to be tried again; infinite without one."""
         now = self._now()
         waiting = self._holds.waiting(now)
         seconds = waiting.until - now if waiting else math.inf
         return min(seconds, self._stamp_at - now) if self.watches_key() else seconds
 
-    # Told by the main loop
+    # What has happened
 
-    def met(self, trouble: Trouble, began: float) -> None:
-        """Take note of what every other request would meet too, unless that is over already.
+    def refused(self, reason: Reason, began: float) -> None:
+        """Hold the queue for a reason that concerns every request, unless it is already out of date.
 
         Args:
-            trouble: What it met.
-            began: Monotonic time at which it was begun, seconds; a key, say, may have been changed since.
+            reason: Why a request was refused.
+            began: Monotonic time at which that request began, seconds. The key, for example, may have changed since.
         """
-        if trouble.kind == "disk":
-            self.failed(SpoolError(trouble.message, path=trouble.path, code=trouble.code, hint=trouble.hint))
-            return
-        if trouble.kind in _OWN:
-            return
-        if trouble.kind != "busy" and began < max(self._anew, self._ended.get(trouble.kind, self._anew)):
-            return
-        self._begin(trouble.kind, trouble.message, trouble.seconds)
+        others = reason.row.others
+        if reason.error is not None:
+            self.failed(reason.error)
+        elif others in {Others.CONTINUE, Others.FITTING}:
+            pass
+        elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
+            self._begin(reason)
 
-    def broke(self, job: str, trouble: Trouble, began: float) -> None:
-        """Take note that the upload of a job was cut off. One prompt's trouble is not the network's; several's may be.
+    def upload_broke(self, job: str, reason: Reason, began: float) -> None:
+        """Note that the upload of a job was cut off: of one job for its own reasons, of several by the network.
 
         Args:
-            job: Whose.
-            trouble: How.
-            began: As for ``met``.
+            job: The job.
+            reason: How it was cut off.
+            began: As for ``refused``.
         """
         self._broken.add(job)
         if len(self._broken) > _MOST_BROKEN:
-            self.met(Trouble("unreachable", trouble.message), began)
+            self.refused(Reason("unreachable", reason.message), began)
 
     def answered(self, began: float) -> None:
-        """Take note that a request begun at this monotonic time was answered."""
+        """Note that a request that began at this monotonic time was answered."""
         self._broken.clear()
         self._end(self._holds.disproved(began))
 
     def failed(self, error: SpoolError) -> None:
-        """Take note that our own disk failed: nothing is sent until a write probe succeeds."""
+        """Note that our own disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
         hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
-        self._begin("disk", str(error), DISK_SECONDS, error.hint, (self._spool.top(error.path), error.code, hint))
+        self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
 
-    def set_caps(self, refused: Mapping[str, Refusal]) -> None:
-        """Take note of the providers of which prompts wait at a cap, and why."""
+    def set_caps(self, refused: Mapping[str, Reason]) -> None:
+        """Note the providers whose prompts wait at a cap, and why."""
         now = self._clock()
-        told = {provider: (refusal.message, max(refusal.ends - now, 0.0)) for provider, refusal in refused.items()}
-        begun, ended = self._holds.set_caps(told, self._now())
+        reasons = {name: replace(reason, seconds=max(reason.ends - now, 0.0)) for name, reason in refused.items()}
+        begun, ended = self._holds.set_caps(reasons, self._now())
         if begun or ended:
             self._on_change(at_once=True)
         for hold in begun:
-            say = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold), "next": hold.next}
-            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=hold.message, **say)
+            end = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
+            reason, next_step = hold.reason.message, hold.reason.next
+            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=reason, next=next_step, **end)
         for hold in ended:
             _log.info("released", kind=hold.kind, provider=hold.provider)
 
-    def _begin(
-        self, kind: str, message: str, seconds: float | None, hint: str = "", cause: tuple[str, int, str] = _NONE
-    ) -> None:
+    def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
+        kind = reason.kind
+        if reason.seconds is None:
+            reason = replace(reason, seconds=reason.row.seconds)
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
-        known = self._is_told(cause) if kind == "disk" else kind != "manual" and self._holds.waits(kind, now)
-        hold = self._holds.add(kind, message, now, seconds, hint)
+        known = self._is_logged(cause) if kind == "disk" else kind != "manual" and self._holds.waits(kind, now)
+        hold = self._holds.add(reason, now)
         self._on_change(at_once=not known and not hold.brief)
         if known:
             return
         self.wait_for_first_bytes()
         self._remember()
-        say: dict[str, object] = {"kind": kind, "reason": hold.message, "next": hold.next}
+        fields: dict[str, object] = {"kind": kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
-            say |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
-        (_log.error if kind == "disk" else _log.warning)("held", **say)
+            fields |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
+        (_log.error if kind == "disk" else _log.warning)("held", **fields)
 
-    def _is_told(self, cause: tuple[str, int, str]) -> bool:
-        """Tell whether the hold for our disk and this cause of it were told; the cause is from now on."""
+    def _is_logged(self, cause: tuple[str, int, str]) -> bool:
+        """Return whether the log has the hold for our disk with this cause; from now on it has."""
         if not self._holds.has("disk"):
             self._causes.clear()
         elif cause in self._causes or len(self._causes) >= _MOST_CAUSES:
@@ -373,14 +368,15 @@ class Gate:
                 _log.info("released", kind=hold.kind)
 
     def _remember(self) -> None:
-        """Write down what the next start has to know, lest each one shows another prompt the same refusal."""
+        """Write the refusals for the next start, so that not every start makes a prompt fail with the same one."""
         with contextlib.suppress(SpoolError):  # the disk has a hold of its own
-            self._control.refuse({hold.kind: hold.message for hold in self._holds.all() if hold.kind in _ACCOUNT})
+            refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
+            self._control.refuse({hold.kind: hold.reason.message for hold in refusals})
 
-    # Told to others
+    # What holds there are
 
     def ends(self, hold: Hold) -> str | None:
-        """Return when a hold is over or probed next, as a UTC time; None if only a person ends it."""
+        """Return when a hold ends or the next request is tried, as a UTC time; None if only a person ends it."""
         if not math.isfinite(hold.until):
             return None
         return utc(self._clock() + hold.until - self._now()).isoformat().replace("+00:00", "Z")
@@ -394,10 +390,10 @@ class Gate:
         return self._holds.first()
 
     def shown(self) -> Hold | None:
-        """Return the hold to be named where there is room for one, or None."""
+        """Return the hold that is named where there is room for one, or None."""
         return self._holds.first() or self._holds.first_cap()
 
     def waits(self) -> bool:
-        """Tell whether a hold, brief ones aside, forbids any request now."""
+        """Return whether a hold, brief ones aside, forbids any request now."""
         hold = self.first()
         return hold is not None and self._now() < hold.until

@@ -9,17 +9,17 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
 _LATEST_COUNT_SECONDS = 10.0
-"""How long after it is quiet a prompt is counted for the first time at the latest: a guard waits no longer for that."""
+"""How long after it has settled a prompt is counted for the first time at the latest, seconds."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Taken:
-    """A prompt that was taken out of the inbox.
+class _Claimed:
+    """A prompt that was claimed.
 
     Attributes:
-        at: Monotonic time at which it was, seconds.
+        at: Monotonic time at which it was claimed, seconds.
         changed: Newest ctime of its files, seconds since the epoch.
-        is_dated: Whether that is sure to tell when it came. Else it counts as if it had come when it was taken.
+        is_dated: Whether that is when it came. If not, it counts as if it had come when it was claimed.
     """
 
     at: float
@@ -39,11 +39,10 @@ class BurstGuard:
         self._most = 0
         self._settle_seconds = 0.0
         self._passed = 0.0
-        self._took: list[_Taken] = []
+        self._claimed: list[_Claimed] = []
         self._returned: set[str] = set()
-        self._finished: dict[
-            str, float
-        ] = {}  # of those in the inbox, and when they came: a question to the ledger each
+        # Of those in the inbox, and when they came: each is a question to the ledger.
+        self._finished: dict[str, float] = {}
 
     def configure(self, most: int, settle_seconds: float) -> None:
         """Take a configuration.
@@ -62,56 +61,55 @@ class BurstGuard:
         self.forget()
 
     def forget(self) -> None:
-        """Ask again which prompts are over: the ledger may be another one."""
+        """Ask again which prompts are finished: the ledger may be another one."""
         self._finished.clear()
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> int:
         """Return how many prompts came at the same time; 0 if they are too few to be counted.
 
-        Those that lie in the inbox count, and those that were taken out of it already (prompts that come by rename are
-        taken one by one) if they came within ``settle_seconds`` of the newest that lies there. When they were taken
-        says nothing of that: they may have had to be quiet first, or to wait for a worker.
+        Prompts in the inbox count. Prompts that were claimed already (those that come by rename are claimed one by one)
+        count if they came within ``settle_seconds`` of the newest in the inbox. The time of the claim does not matter:
+        a prompt may have had to settle first, or to wait for a worker.
 
         Args:
             changed: Newest ctime of each prompt in the inbox, seconds since the epoch, by its path.
-            is_finished: Tells whether a prompt looks like one that is over: a sync tool brings back many together.
+            is_finished: Returns whether a prompt looks like one that is finished: a sync tool may deliver many again.
         """
         oldest = self._now() - 2 * self._settle_seconds - _LATEST_COUNT_SECONDS
-        self._took = [taken for taken in self._took if taken.at >= oldest and taken.changed > self._passed]
+        self._claimed = [one for one in self._claimed if one.at >= oldest and one.changed > self._passed]
         came = [source for source, when in changed.items() if when > self._passed and source not in self._returned]
-        if len(came) + len(self._took) <= self._most:
+        if len(came) + len(self._claimed) <= self._most:
             return 0
         before, self._finished = self._finished, {}
         for source in came:
             if before.get(source) == changed[source] or is_finished(source):
                 self._finished[source] = changed[source]
         new = [changed[source] for source in came if source not in self._finished]
-        return self._took_with(max(new)) + len(new) if new else 0
+        return self._claimed_with(max(new)) + len(new) if new else 0
 
-    def _took_with(self, newest: float) -> int:
-        """Return how many prompts were taken that came at the same time as one with this ctime, seconds."""
+    def _claimed_with(self, newest: float) -> int:
+        """Return how many claimed prompts came at the same time as one with this ctime, seconds."""
         now, seconds = self._now(), self._settle_seconds
         return sum(
-            abs(newest - taken.changed) < seconds if taken.is_dated else now - taken.at <= seconds
-            for taken in self._took
+            abs(newest - one.changed) < seconds if one.is_dated else now - one.at <= seconds for one in self._claimed
         )
 
-    def took(self, source: str, changed: float, *, is_dated: bool) -> None:
-        """Take note that a prompt was taken.
+    def claimed(self, source: str, changed: float, *, is_dated: bool) -> None:
+        """Note that a prompt was claimed.
 
         Args:
             source: Its path below the inbox.
             changed: Newest ctime of its files, seconds since the epoch.
-            is_dated: Whether that is sure to tell when it came.
+            is_dated: Whether that is when it came.
         """
         if self._most and source not in self._returned:
-            self._took.append(_Taken(self._now(), changed, is_dated))
+            self._claimed.append(_Claimed(self._now(), changed, is_dated))
 
     def returned(self, source: str) -> None:
-        """Take note that a prompt of this path is back in the inbox: its ctime is new, but it is the same one."""
+        """Note that a prompt of this path is back in the inbox: its ctime is new, but it is the same one."""
         if self._most:
             self._returned.add(source)
 
-    def over(self, source: str) -> None:
-        """Take note that a prompt of this path is over: the next one there is another one."""
+    def finished(self, source: str) -> None:
+        """Note that a prompt of this path is finished: the next one there is another one."""
         self._returned.discard(source)

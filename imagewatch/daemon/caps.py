@@ -1,14 +1,15 @@
 """Which prompts wait in the inbox at a cap, and why.
 
-A prompt that does not fit below a cap is passed over when its turn comes: it is not claimed, and the next prompt of its
-folder that fits is. For that a prompt is read before it is claimed, and what its request may cost is reserved. Prompts
-that cost the same get the same answer until something changes.
+If a prompt does not fit below a cap when its turn comes, it is not claimed, and the next prompt of its folder that fits
+is. For this, a prompt is read before it is claimed, and what its request may cost is reserved. Prompts that cost the
+same are treated the same until something changes.
 
 Belongs to the main thread.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config.load import Config
     from imagewatch.inbox.candidate import Candidate, Key, Look
-    from imagewatch.journal.budget import Budget, Refusal
+    from imagewatch.journal.budget import Budget
+    from imagewatch.protocol.reasons import Reason
     from imagewatch.protocol.request import Opener
 
 
@@ -33,34 +35,40 @@ class Caps:
         budget: What may be spent.
         inbox: The inbox.
         opener: Opens a file of the inbox.
+        monotonic: Monotonic clock, seconds.
+
+    Attributes:
+        due: Monotonic time at which the prompts that wait are checked again, seconds.
     """
 
-    def __init__(self, budget: Budget, inbox: str, opener: Opener) -> None:
+    def __init__(self, budget: Budget, inbox: str, opener: Opener, monotonic: Callable[[], float]) -> None:
         self._budget = budget
         self._inbox = inbox
         self._opener = opener
+        self._now = monotonic
+        self.due = math.inf
         self._waiting: dict[Key, tuple[Look, Asked]] = {}
-        self._refused: dict[Asked, Refusal] = {}
-        self._held: dict[str, Refusal] | None = None
+        self._refused: dict[Asked, Reason] = {}
+        self._held: dict[str, Reason] | None = None
 
     def configure(self, config: Config) -> None:
-        """Take a configuration; everything is to be looked at anew."""
+        """Take a configuration; every prompt is checked again."""
         self._config = config
         self._waiting.clear()
         self._refused.clear()
         self._held = None
 
     def admits(self, job: str, candidate: Candidate) -> bool:
-        """Tell whether a prompt may be claimed; if so, what its request may cost is reserved for the job.
+        """Return whether a prompt may be claimed; if so, reserve what its request may cost for the job.
 
-        One that may cost more than a whole cap is let through: its job refuses it, with an error file.
+        A prompt that may cost more than a whole cap may be claimed: its job refuses it, with an error file.
         """
         asked = self._asked(candidate)
         if asked is None:
             return True
         self._held = None
         refusal = self._refused.get(asked) or self._budget.plan(job, asked)
-        if refusal is None or refusal.kind == "never":
+        if refusal is None or not refusal.row.is_own:
             self._waiting.pop(candidate.key, None)
             return True
         self._refused[asked] = refusal
@@ -68,7 +76,7 @@ class Caps:
         return False
 
     def _asked(self, candidate: Candidate) -> Asked | None:
-        """Return what a prompt asks for; None if there is no cap, or its job will refuse it anyway."""
+        """Return the request of a prompt; None if there is no cap, or its job will refuse it anyway."""
         limits = self._config.limits
         if not (limits.credits_per_day or limits.credits_per_month):
             return None
@@ -82,11 +90,19 @@ class Caps:
         except BadRequest:
             return None
 
-    def look(self, is_there: Callable[[Key], bool]) -> set[Key]:
-        """Look at every request that waits anew.
+    def soon(self) -> None:
+        """Check the prompts that wait again soon: what they may cost, or what is left of the caps, has changed."""
+        self.due = self._now()
+
+    def may_fit(self) -> bool:
+        """Return whether a prompt that waits may fit now."""
+        return bool(self._waiting) and self.due <= self._now()
+
+    def check(self, is_there: Callable[[Key], bool]) -> set[Key]:
+        """Check every request that waits again.
 
         Args:
-            is_there: Tells whether a prompt still waits in the inbox.
+            is_there: Returns whether a prompt is still in the inbox.
 
         Returns:
             The prompts that may fit now.
@@ -94,7 +110,7 @@ class Caps:
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
         found = self._budget.look({asked for _, asked in self._waiting.values()})
-        self._refused = {asked: refusal for asked, refusal in found.items() if refusal.kind != "never"}
+        self._refused = {asked: refusal for asked, refusal in found.items() if refusal.row.is_own}
         return {key for key, (_, asked) in self._waiting.items() if asked not in self._refused}
 
     def __len__(self) -> int:
@@ -109,18 +125,18 @@ class Caps:
             if asked in self._refused
         }
 
-    def held(self) -> dict[str, Refusal]:
-        """Return for each provider of which prompts wait for the end of a day or a month why the first has to."""
+    def held(self) -> dict[str, Reason]:
+        """Return for each provider whose prompts wait for the end of a day or a month why the first one does."""
         if self._held is None:
             self._held = self._find_held()
         return self._held
 
-    def _find_held(self) -> dict[str, Refusal]:
-        found: dict[str, Refusal] = {}
+    def _find_held(self) -> dict[str, Reason]:
+        found: dict[str, Reason] = {}
         for _, asked in self._waiting.values():
             refusal = self._refused.get(asked)
-            if refusal is None or refusal.kind != "cap":
+            if refusal is None or refusal.row.is_short:
                 continue
-            if asked.provider not in found or refusal.seconds < found[asked.provider].seconds:
+            if asked.provider not in found or refusal.ends < found[asked.provider].ends:
                 found[asked.provider] = refusal
         return found

@@ -1,4 +1,4 @@
-"""How many requests fit into the open files that this process may have."""
+"""How many requests the limit of open files allows."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Final
 _OWN_FILES: Final = 32
 """What the daemon has open beside its jobs: 17 at rest; scans, the command of the key and the resolver need more."""
 _FILES_EACH: Final = 6
-"""For each request at the same time: its connection, its answer, its claim, what is being read and written, and half of
-that for another job whose answer is only being delivered."""
+"""For each request at the same time: its connection, response and claim, the files being read and written, and half as
+many for another job whose response is only being delivered."""
 
 
 def most_requests(wanted: int) -> tuple[int, int]:
-    """Return how many requests there may be at the same time, so that none lacks a file when its answer comes.
+    """Return how many requests there may be at the same time, so that none lacks a file when its response comes.
 
-    The soft limit of open files is raised as far as the hard one allows and they need.
+    The soft limit of open files is raised as far as they need and the hard limit allows.
 
     Args:
         wanted: How many there are to be.

@@ -1,7 +1,6 @@
-"""What a daemon is doing, in one small file that anybody with a right to the state folder can read.
+"""The content of ``status.json`` in the state folder: what the daemon does now.
 
-``status.json`` in the state folder is replaced whole, and is not evidence of anything: the truth is in the folders,
-the job records and the ledger.
+The file is replaced whole. It proves nothing: what is so is in the folders, the job records and the ledger.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import __version__
 from imagewatch.inbox.candidate import Reasons, Wait, joined
 from imagewatch.journal.budget import day_and_month
-from imagewatch.journal.holds import NEXT
 from imagewatch.journal.ledger import NO_TOTALS
+from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import amount, printable, to_json, utc
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from imagewatch.config.load import Config
-    from imagewatch.daemon.admission import Gate
+    from imagewatch.daemon.admission import Admission
     from imagewatch.inbox.candidate import Seen
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger
@@ -42,7 +41,7 @@ _NONE: MappingProxyType[str, str] = MappingProxyType({})
 
 
 def read(state: str) -> dict[str, Any] | None:
-    """Return what the daemon of a state folder last said of itself, or None if there is nothing readable."""
+    """Return the last status that the daemon of a state folder wrote, or None if there is none to be read."""
     try:
         with open(os.path.join(state, FILE), "rb") as file:
             found = json.load(file)
@@ -60,30 +59,31 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
     """Return the holds that a daemon will find when it starts.
 
     Args:
-        page: What it said before it ended.
-        control: What was asked for since.
+        page: The status that it wrote when it ended.
+        control: What commands have asked for since.
     """
-    kinds = {"manual", "burst", *control.refused()}
+    kinds = {*control.refused(), *(kind.name for kind in HOLDS.values() if kind.others is Others.PERSON)}
     holds = [one for one in page["holds"] if one["kind"] in kinds and not control.release_pending()]
     reason = control.held()
     if reason is None:
         return [one for one in holds if one["kind"] != "manual"]
     if all(one["kind"] != "manual" for one in holds):
         reason = reason or "held manually"
-        holds.append({"kind": "manual", "reason": reason, "since": None, "next_try_at": None, "next": NEXT["manual"]})
+        manual = {"kind": "manual", "reason": reason, "next": HOLDS["manual"].next}
+        holds.append({**manual, "since": None, "next_try_at": None})
     return holds
 
 
 def as_of(page: Mapping[str, Any], now: float) -> dict[str, Any]:
-    """Return a page whose sums are those of this day and this month: of an earlier one there is nothing in them.
+    """Return a page whose sums are those of this day and this month, without those of an earlier one.
 
     Args:
-        page: What a daemon said, maybe long ago.
+        page: What a daemon wrote, maybe long ago.
         now: Wall-clock time, seconds since the epoch.
     """
-    said = moment(page["updated"])
+    written = moment(page["updated"])
     day, month = day_and_month(now)
-    over = [name for name, (begin, _) in (("today", day), ("month", month)) if said < begin]
+    over = [name for name, (begin, _) in (("today", day), ("month", month)) if written < begin]
     return {**page, **{name: dict.fromkeys(page[name], 0) | {"cap": page[name]["cap"]} for name in over}}
 
 
@@ -93,8 +93,8 @@ class Status:
     Args:
         config: Where the file is, and which settings are shown.
         disk: Our disk.
-        ledger: What was made and spent.
-        gate: The holds.
+        ledger: What was completed and spent.
+        admission: The holds.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
         processor: Processor time of this thread, seconds.
@@ -105,7 +105,7 @@ class Status:
         config: Config,
         disk: Disk,
         ledger: Ledger,
-        gate: Gate,
+        admission: Admission,
         clock: Callable[[], float],
         monotonic: Callable[[], float],
         processor: Callable[[], float] = time.thread_time,
@@ -114,13 +114,13 @@ class Status:
         self._path = os.path.join(config.folders.state, FILE)
         self._disk = disk
         self._ledger = ledger
-        self._gate = gate
+        self._admission = admission
         self._clock = clock
         self._now = monotonic
         self._processor = processor
         self._started = clock()
-        self._told: tuple[dict[str, float], dict[str, float], int, tuple[float, float] | None]
-        self._told = dict(NO_TOTALS), dict(NO_TOTALS), 0, None
+        self._last: tuple[dict[str, float], dict[str, float], int, tuple[float, float] | None]
+        self._last = dict(NO_TOTALS), dict(NO_TOTALS), 0, None
         self._due: float | None = None
         self._not_before = 0.0
         self.state = "starting"
@@ -129,14 +129,14 @@ class Status:
         self.last_scan: float | None = None
 
     def configure(self, config: Config) -> None:
-        """Take other settings to be shown."""
+        """Take the settings that are shown."""
         self._config = config
 
     def change(self, *, at_once: bool = False) -> None:
-        """Note that something is different: the file is written soon.
+        """Note that something has changed: the file is written soon.
 
         Args:
-            at_once: Whether it is rare and important; then it does not wait until adding up may take time again.
+            at_once: Whether it is rare and important; then the file is written immediately.
         """
         if at_once:
             self._due = self._now()
@@ -159,10 +159,10 @@ class Status:
         """Write the file now.
 
         Args:
-            seen: What the last sweep saw.
+            seen: What the last scan saw.
             ready: How many prompts only wait for a worker.
             in_flight: Path of the prompt of each job at work, by job id.
-            stuck: The same of each job that cannot go on for a reason of its own.
+            stuck: The same of each job that cannot finish for a reason of its own.
             capped: Why prompts wait at a cap, by their path.
 
         Raises:
@@ -174,8 +174,8 @@ class Status:
             page = self._page(seen, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
             self._disk.jot(self._path, to_json(page, indent=1).encode())
         finally:
-            # Writing takes a hundredth of our time at most, however long the ledger takes to add up. A wait for a
-            # ledger that is locked is no work: then it is most wanted.
+            # Writing takes a hundredth of our time at most, however long the sums of the ledger take. A wait for a
+            # locked ledger does not count: the status is needed most then.
             self._not_before = self._now() + max(_INTERVAL, 100 * (self._processor() - began))
         return page
 
@@ -210,11 +210,11 @@ class Status:
         }
 
     def _sums(self, day: float, month: float) -> dict[str, Any]:
-        """Return what the ledger says; what it said last if it cannot be read, of which a hold tells."""
+        """Return the sums of the ledger, or the last ones if it cannot be read, which a hold shows."""
         limits, ledger = self._config.limits, self._ledger
         with contextlib.suppress(SpoolError):
-            self._told = ledger.totals(day), ledger.totals(month), ledger.redelivered(), ledger.balance()
-        today, this_month, redelivered, balance = self._told
+            self._last = ledger.totals(day), ledger.totals(month), ledger.redelivered(), ledger.balance()
+        today, this_month, redelivered, balance = self._last
         return {
             "today": {**today, "cap": limits.credits_per_day or None},
             "month": {**this_month, "cap": limits.credits_per_month or None},
@@ -228,18 +228,18 @@ class Status:
             {
                 "kind": hold.kind,
                 "provider": hold.provider or None,
-                "reason": printable(known.text(hold.message)),
+                "reason": printable(known.text(hold.reason.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
-                "next_try_at": self._gate.ends(hold),
-                "next": hold.next,
+                "next_try_at": self._admission.ends(hold),
+                "next": hold.reason.next,
             }
-            for hold in self._gate.holds()
+            for hold in self._admission.holds()
             if not hold.brief or now < hold.until
         ]
 
 
 def _with(waiting: Reasons, capped: Mapping[str, str]) -> Reasons:
-    """Return the reasons of prompts that wait, together with those of prompts that wait at a cap."""
+    """Return why prompts wait, those that wait at a cap included."""
     if not capped:
         return waiting
     more = Reasons(waiting.most)
@@ -264,14 +264,14 @@ def line(page: Mapping[str, Any]) -> str:
     if page["stuck"]:
         parts.insert(2, f"{len(page['stuck'])} stuck")
     if page["state"] == "stopping":
-        parts.insert(0, "finishing what is sent")
-    parts += [f"held ({kind(hold)}): {hold['reason']}" for hold in page["holds"]]
+        parts.insert(0, "waiting for requests in flight")
+    parts += [f"on hold ({kind(hold)}): {hold['reason']}" for hold in page["holds"]]
     return "; ".join(parts)
 
 
 def kind(hold: Mapping[str, Any]) -> str:
     """Return the kind of a hold, and the provider whose prompts it concerns if not all."""
-    provider = hold.get("provider")  # not there in what an older daemon said
+    provider = hold.get("provider")  # an older daemon did not write it
     return f"{hold['kind']}, {provider}" if provider else str(hold["kind"])
 
 
@@ -286,5 +286,5 @@ def moment(text: str) -> datetime:
 
 
 def _named(reasons: Reasons) -> dict[str, str]:
-    """Return names and their reasons; of a huge inbox not all of them, and some of each first-level folder."""
+    """Return names and their reasons; if there are very many, some of each first-level folder."""
     return {printable(path): reason for path, reason in reasons.some(_MOST_NAMES).items()}

@@ -1,4 +1,4 @@
-"""Telling systemd how we are: the notification protocol in a few lines, without a dependency.
+"""The state of the daemon for systemd: the notification protocol in a few lines, without a dependency.
 
 Format: ``sd_notify(3)``. Without ``$NOTIFY_SOCKET`` every call does nothing.
 """
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 _PATIENCE = 5.0
-"""How long a busy manager's full queue is waited for, seconds: READY=1 is sent only once."""
+"""How long a message waits while the queue of the service manager is full, seconds: READY=1 is sent only once."""
 
 
 class Notify:
     """The connection to the service manager.
 
     Args:
-        environ: Where ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC`` are looked for.
+        environ: Environment with ``NOTIFY_SOCKET`` and ``WATCHDOG_USEC``, if systemd set them.
     """
 
     def __init__(self, environ: Mapping[str, str]) -> None:
@@ -32,7 +32,7 @@ class Notify:
         self.watchdog_seconds = int(microseconds) / 1e6 if microseconds.isdigit() else None
 
     def send(self, **fields: str) -> None:
-        """Send fields such as ``READY="1"`` or ``STATUS="…"``; a manager that does not listen is no error."""
+        """Send fields such as ``READY="1"`` or ``STATUS="…"``; it is no error if the manager does not receive them."""
         if not self._address:
             return
         text = "\n".join(f"{name}={printable(value)}" for name, value in fields.items())

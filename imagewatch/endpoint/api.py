@@ -15,17 +15,19 @@ import math
 import re
 import zlib
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
 from imagewatch.config.schema import shown
-from imagewatch.protocol.values import Head, Reaction
+from imagewatch.protocol.reasons import ERROR_OBJECT, KINDS, NOT_ADMITTED, QUOTA, RESPONSES, Reaction, Reason
 from imagewatch.system.errors import InDoubt
 from imagewatch.system.masking import known
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
+
+    from imagewatch.protocol.values import Head
 
 T = TypeVar("T")
 
@@ -170,48 +172,47 @@ def _inflater(first: bytes, coding: str) -> zlib._Decompress | None:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What an answer means, and the endpoint's own words.
+    """What a response means.
 
     Attributes:
-        reaction: What to do.
-        message: The endpoint's words, or ours where it has none.
-        code: Its error code, or an empty string.
-        credits_required: What it said a request would cost, or None.
-        retry_after: Seconds it asked us to wait, or None.
-        account: For ``Reaction.ACCOUNT``, what is wrong: ``key``, ``credits``, ``quota`` or ``address``.
+        reason: Which row of the table of reasons it is, its message, and how long it asks us to wait.
+        code: The API's error code, or an empty string.
+        credits_required: What it says the request would cost, or None.
     """
 
-    reaction: Reaction
-    message: str = ""
+    reason: Reason
     code: str = ""
     credits_required: float | None = None
-    retry_after: float | None = None
-    account: str = ""
+
+    @property
+    def reaction(self) -> Reaction:
+        """What happens to the prompt."""
+        return self.reason.row.reaction
 
 
 def classify(head: Head, sample: Callable[[], bytes]) -> Verdict:
-    """Tell what an answer means (product page, "Money").
+    """Return what a response means.
 
     Args:
         head: Its status and headers.
-        sample: Returns the beginning of its body; not asked for a success.
+        sample: Returns the beginning of its body; not called for a success.
     """
     if head.status == 0:
-        reaction = Reaction.BROKEN if head.counts else Reaction.UNREACHED
-        return Verdict(reaction, head.reason or "the request never left whole")
-    if 200 <= head.status < 300:  # noqa: PLR2004
-        return Verdict(Reaction.SUCCESS)
+        kind = "broken" if head.counts else "unreachable"
+        return Verdict(Reason(kind, head.reason or "the request was not sent completely"))
+    if head.status in KINDS["completed"].statuses:
+        return Verdict(Reason("completed"))
     beginning = _beginning(head, sample())
     body = known.values(parse(beginning))
-    reaction, account = _reaction(head.status, body)
+    kind = _kind(head.status, body)
     wait = _retry_after(head)
     if head.status == 503 and wait is not None:  # noqa: PLR2004
         wait = min(wait, 30.0)  # Letta Code caps this one at 30 s (its conversation-enqueue)
-    if account == "quota":
+    if kind == "quota":
         wait = number(_find(body, "timeToQuotaResetMs", object), 0.001) or wait
     message, code = _words(body, beginning, head.status)
     required = number(_find(body, "credits_required", object))
-    return Verdict(reaction, message, code, required, wait, account)
+    return Verdict(Reason(kind, message, wait), code, required)
 
 
 def _beginning(head: Head, sample: bytes) -> bytes:
@@ -225,27 +226,26 @@ def _beginning(head: Head, sample: bytes) -> bytes:
         return b""
 
 
-_ACCOUNT = {401: "key", 403: "key", 402: "credits", 404: "endpoint", 405: "endpoint"}
+def _kind(status: int, body: object) -> str:
+    """Return the first row of the table of reasons that fits a response."""
+    fitting = (kind.name for kind in RESPONSES if status in kind.statuses and _HOLDS[kind.statuses[status]](body))
+    return next(fitting, "unknown")
 
 
-def _reaction(status: int, body: object) -> tuple[Reaction, str]:  # noqa: PLR0911  a table in code
-    if status in _ACCOUNT:
-        return Reaction.ACCOUNT, _ACCOUNT[status]
-    if 300 <= status < 400:  # noqa: PLR2004
-        return Reaction.ACCOUNT, "endpoint"
-    if status == 429:  # noqa: PLR2004
-        said = [_find(body, name, str) for name in ("reasons", "errorCode", "code")]
-        said += _find(body, "reasons", list) or []
-        quota = any(isinstance(word, str) and _QUOTA_REASONS.search(word) for word in said)
-        quota = quota or _find(body, "timeToQuotaResetMs", object) is not None
-        return (Reaction.ACCOUNT, "quota") if quota else (Reaction.BUSY, "")
-    if status == 503 and _find(body, "admitted", bool) is False:  # noqa: PLR2004
-        return Reaction.BUSY, ""
-    if status == 500:  # noqa: PLR2004
-        return (Reaction.REFUSED if isinstance(body, dict) and body else Reaction.UNKNOWN), ""
-    if 400 <= status < 500 and status != 408:  # noqa: PLR2004
-        return Reaction.REFUSED, ""
-    return Reaction.UNKNOWN, ""
+def _names_quota(body: object) -> bool:
+    found = [_find(body, name, str) for name in ("reasons", "errorCode", "code")]
+    found += _find(body, "reasons", list) or []
+    is_named = any(isinstance(word, str) and _QUOTA_REASONS.search(word) for word in found)
+    return is_named or _find(body, "timeToQuotaResetMs", object) is not None
+
+
+_HOLDS: Final[dict[str, Callable[[object], bool]]] = {
+    "": lambda _: True,
+    QUOTA: _names_quota,
+    NOT_ADMITTED: lambda body: _find(body, "admitted", bool) is False,
+    ERROR_OBJECT: lambda body: isinstance(body, dict) and bool(body),
+}
+"""Whether a body holds what a row of the table asks for."""
 
 
 def parse(raw: bytes) -> object:

@@ -31,7 +31,7 @@ from imagewatch import __version__
 from imagewatch.endpoint.addresses import NotPublicError, address_in, is_public, is_this_machine
 from imagewatch.endpoint.api import BALANCE_PATH, PATH, Plain, UndecodableError, balance, doubt, is_coding
 from imagewatch.endpoint.call import Call
-from imagewatch.protocol.images import SNIFF_BYTES, sniff
+from imagewatch.protocol.image_kinds import SNIFF_BYTES, sniff
 from imagewatch.protocol.values import Head, Tail
 from imagewatch.system.errors import Broken, ConfigError, JobError, Problem, Unavailable
 from imagewatch.system.masking import known

@@ -14,14 +14,16 @@ import structlog
 
 from imagewatch.endpoint.client import Client, FetchError, bare
 from imagewatch.endpoint.decode import Got, Reading, holds_key, read, shown
-from imagewatch.protocol.images import Image, foreign, inspect
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.protocol.image_kinds import foreign
+from imagewatch.protocol.images import Image, inspect
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from imagewatch.endpoint.saved_answer import Answer
+    from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _FETCH_SECONDS = 600.0

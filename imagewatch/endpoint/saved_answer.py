@@ -15,12 +15,14 @@ import time
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from imagewatch.protocol.values import Head, Tail, dump, load
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from imagewatch.system.disk import Disk
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024

@@ -16,7 +16,7 @@ import time
 from dataclasses import dataclass
 from typing import IO
 
-from imagewatch.protocol.images import sniff
+from imagewatch.protocol.image_kinds import sniff
 from imagewatch.system.text import printable
 
 SIDE = 320

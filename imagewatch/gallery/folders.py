@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from msgspec.structs import replace
 
-from imagewatch.protocol.images import IMAGE_SUFFIXES
+from imagewatch.protocol.image_kinds import IMAGE_SUFFIXES
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import whole
 from imagewatch.system.untrusted import open_at, open_file, refusal

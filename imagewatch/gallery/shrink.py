@@ -17,8 +17,8 @@ from typing import IO, TYPE_CHECKING
 
 from PIL import Image, ImageOps, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  no imports later on
 
-from imagewatch.daemon import memory
 from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, REPLY, REQUEST, SIDE, UNREAD
+from imagewatch.system import memory
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture

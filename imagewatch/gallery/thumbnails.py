@@ -22,7 +22,7 @@ from imagewatch import __version__
 from imagewatch.gallery.decoder import LARGE, Decoder, NoThumbnail, Patience
 from imagewatch.protocol.images import Image as Found
 from imagewatch.protocol.images import inspect
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterator, Mapping
 
     from imagewatch.gallery.folders import Source
+    from imagewatch.system.disk import Disk
 
 _MOST_PIXELS = {"image/png": 50_000_000, "image/jpeg": 50_000_000, "image/webp": 20_000_000}
 """More are not decoded. The endpoint's largest images have 17 million.

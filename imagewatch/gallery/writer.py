@@ -16,7 +16,8 @@ from imagewatch.gallery.folders import Scan
 from imagewatch.gallery.jobs import Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk import Disk
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable, whole

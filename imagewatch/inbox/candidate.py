@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from imagewatch.protocol.names import SUFFIX
-from imagewatch.protocol.values import Claim
+from imagewatch.protocol.values import Claim, Dropped
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -51,52 +49,29 @@ _WAITS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(Dropped, frozen=True, kw_only=True):
     """A prompt that may be claimed now.
 
     Attributes:
-        key: Folder and stem.
-        images: Its input images, in the order in which they are sent.
-        unused: Files beside the prompt that may be meant as its images and are not used; it is refused for them.
         looks: What its files looked like, the prompt first.
         changed_at: Newest ctime of its files, seconds since the epoch.
-        declared: Whether the prompt names its images itself.
         folder_inode: Inode of its folder; 0 for the inbox itself.
         is_local: Whether its times are of our own clock.
         was_quiet: Whether nothing had happened to it for ``settle_seconds``: it came longer ago than that.
     """
 
-    key: Key
-    images: tuple[str, ...]
     looks: tuple[Look, ...]
     changed_at: float
-    declared: bool
-    unused: tuple[str, ...] = ()
     folder_inode: int = 0
     is_local: bool = True
     was_quiet: bool = True
-
-    @property
-    def source(self) -> str:
-        """Path of the prompt below the inbox."""
-        return os.path.join(self.key[0], self.key[1] + SUFFIX)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Names of its files, the prompt first."""
-        return (self.key[1] + SUFFIX, *self.images)
 
     def claim(self, job: str, at: float) -> Claim:
         """Return the claim for it."""
         _, _, size, mtime_ns, _ = self.looks[0]
         return Claim(
+            **{name: getattr(self, name) for name in Dropped.__struct_fields__},
             job=job,
-            folder=self.key[0],
-            stem=self.key[1],
-            images=self.images,
-            declared=self.declared,
-            unused=self.unused,
             size=size,
             mtime_ns=mtime_ns,
             files={name: (inode, size, changed) for name, inode, size, changed, _ in self.looks if inode},

@@ -11,14 +11,16 @@ import functools
 import itertools
 import os
 import stat
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from msgspec.structs import replace
 
 from imagewatch.inbox.candidate import Candidate, Found, Look, Wait
 from imagewatch.inbox.open_files import has_writer
 from imagewatch.protocol import prompt as prompts
 from imagewatch.protocol.images import inspect
-from imagewatch.protocol.names import MOST_MEANT, SUFFIX, Dropped, spellings
+from imagewatch.protocol.names import MOST_MEANT, SUFFIX, Siblings, spellings
 from imagewatch.protocol.request import may_be_image, read_prompt
 from imagewatch.system.errors import BadRequest
 from imagewatch.system.folders import is_private
@@ -102,19 +104,19 @@ class Judge:
             return None
         # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
         images = (*names.images, *names.coming)
-        candidate = Candidate((folder.path, stem), images, looks, changed, declared=False, unused=unused)
-        return self._take(folder, candidate)
+        found = Candidate(folder=folder.path, stem=stem, images=images, unused=unused, looks=looks, changed_at=changed)
+        return self._take(folder, found)
 
     def is_unchanged(self, candidate: Candidate) -> bool:
         """Tell whether the files of a candidate still look as they did, and no program has begun to write."""
-        if not self._folders.is_real(candidate.key[0]) or self._writer(candidate):
+        if not self._folders.is_real(candidate.folder) or self._writer(candidate):
             return False
-        folder = candidate.key[0]
+        folder = candidate.folder
         if not all(self.is_there(folder, name) for name in candidate.unused):
             return False  # it need not be refused any more
         return self.looks(folder, candidate.names)[0] == candidate.looks
 
-    def busy(self, folder: Folder, names: Dropped, found: Found) -> str:
+    def busy(self, folder: Folder, names: Siblings, found: Found) -> str:
         """Return a mark that shows that a program is at work on a prompt, if it is not a leftover."""
         now, wall = self._moment.now, self._moment.wall
         for name in names.busy:
@@ -204,7 +206,7 @@ class Judge:
         if (changed := folder.settled.get(stem)) is not None:
             self._notes(folder).held[stem] = changed
 
-    def _unread(self, folder: Folder, names: Dropped, error: BadRequest) -> None:
+    def _unread(self, folder: Folder, names: Siblings, error: BadRequest) -> None:
         """Let a prompt wait that cannot be read: it is not known which images it names."""
         self._hold_back(folder, names.stem)
         now, found = self._moment.now, self._found(folder)
@@ -217,7 +219,7 @@ class Judge:
         else:  # the next look sees whether it can be read; no time is set for that
             found.waiting.add(path, Wait.UNREADABLE, reason)
 
-    def _is_disturbed(self, folder: Folder, names: Dropped, changed: float) -> bool:
+    def _is_disturbed(self, folder: Folder, names: Siblings, changed: float) -> bool:
         """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
         if self.busy(folder, names, Found(0)):
             kind, reason = Wait.WRITING, "is being written again"
@@ -247,7 +249,10 @@ class Judge:
                 reason = f"its images are quiet for {left:.1f} more seconds"
                 self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
                 return None
-        return self._take(folder, Candidate((folder.path, stem), declared, looks, changed, declared=True))
+        found = Candidate(
+            folder=folder.path, stem=stem, images=declared, declared=True, looks=looks, changed_at=changed
+        )
+        return self._take(folder, found)
 
     def _spelled(self, folder: str, name: str) -> str:
         """Return a name as the folder has it: two ways to compose an accent look the same to the user who typed it."""
@@ -266,7 +271,7 @@ class Judge:
             self._wait(folder, stem + SUFFIX, Wait.IMAGES, reason, min(left, self._config.rescan_seconds))
         return left > 0
 
-    def _unused(self, folder: Folder, names: Dropped) -> tuple[str, ...] | None:
+    def _unused(self, folder: Folder, names: Siblings) -> tuple[str, ...] | None:
         """Return the files for which a prompt that names no images is refused: they may be meant, and are not used.
 
         Returns:
@@ -324,7 +329,7 @@ class Judge:
 
     def _take(self, folder: Folder, candidate: Candidate) -> Candidate | None:
         """Return a candidate, unless a program writes it, or it could be neither sent nor moved elsewhere."""
-        stem = candidate.key[1]
+        stem = candidate.stem
         for name in ("", *candidate.names):
             if problem := self._unusable(folder.path, name):
                 what = "it" if name == candidate.names[0] else printable(name or folder.path, 255)
@@ -365,7 +370,7 @@ class Judge:
         """Return a file of a candidate that a program has open for writing; it is not waited for without end."""
         if self._moment.wall - candidate.changed_at >= _BUSY_SECONDS:
             return ""
-        folder = self._folders.full(candidate.key[0])
+        folder = self._folders.full(candidate.folder)
         return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self.opener)), "")
 
     def _all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
@@ -387,7 +392,7 @@ def _is_kept(status: os.stat_result, folder: os.stat_result) -> bool:
     return bool(folder.st_mode & stat.S_ISVTX) and user not in {0, status.st_uid, folder.st_uid}
 
 
-def every_name(names: Dropped) -> tuple[str, ...]:
+def every_name(names: Siblings) -> tuple[str, ...]:
     """Return everything that must be quiet with a prompt, itself first, and its images next."""
     return (names.prompt, *names.images, *names.coming)
 

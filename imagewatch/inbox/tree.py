@@ -21,7 +21,7 @@ from imagewatch.inbox.claimed import MARK, looks_like_claims
 from imagewatch.inbox.stability import Settling
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
 
@@ -258,6 +258,9 @@ class _Others:
         if len(self._few) <= _MANY:
             self._few.append((entry.name, entry.is_symlink()))
 
+    def __bool__(self) -> bool:
+        return bool(self._few)
+
     def __iter__(self) -> Iterator[tuple[str, bool] | None]:
         """Return the names, and whether each is a link's; None after each piece of the work."""
         return _pieces(self._few) if len(self._few) <= _MANY else self._listed()
@@ -460,6 +463,7 @@ class Folders:
                         yield
                     else:
                         visitor.observe(folder, stem, descriptor)
+                folder.unsettled = dict(folder.unsettled)  # which gives back the room of those that are settled now
             except BaseException:
                 folder.distrust()
                 raise
@@ -509,7 +513,7 @@ class Folders:
         """List a folder; return the stems that are still to be observed."""
         stems: list[str] = []
         others, inner, before = _Others(descriptor), dict[str, None](), set(folder.inner)
-        ignored, known = Reasons(visitor.found.ignored.most), Alike()
+        ignored = Reasons(visitor.found.ignored.most)
         folder.begin_listing()
         try:
             with os.scandir(descriptor) as entries:
@@ -520,10 +524,8 @@ class Folders:
                         self._enter(folder, entry.name, inner, ignored)
                     elif (stem := stem_of(entry.name)) is None:
                         others.add(entry)
-                    else:
-                        known.add(stem)
-                        if not self._is_known(folder, stem, visitor):
-                            stems.append(stem)
+                    elif not self._is_known(folder, stem, visitor):
+                        stems.append(stem)
             folder.end_listing()
         finally:
             folder.stop_listing()
@@ -531,8 +533,15 @@ class Folders:
             self.forget(gone)
         folder.inner = inner | {path: None for path in folder.inner if path not in before}  # found meanwhile
         folder.unsettled = dict.fromkeys(stems)
-        has_stems = bool(folder.unsettled or folder.settled or visitor.found.passed)
-        yield from self._sort_out(folder, others, ignored, Beside(folder, known) if has_stems else _NOTHING_BESIDE)
+        known, beside = Alike(), _NOTHING_BESIDE
+        if folder.unsettled or folder.settled or visitor.found.passed:
+            beside = Beside(folder, known)
+            for each in _pieces([*folder.settled, *folder.unsettled, *visitor.found.passed]) if others else ():
+                if each is None:
+                    yield
+                else:
+                    known.add(each)
+        yield from self._sort_out(folder, others, ignored, beside)
         folder.is_changed = True
         return stems
 

@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING
 
 from imagewatch.inbox.claimed import MARK, looks_like_claims, mark_in
 from imagewatch.protocol.names import CLAIMS
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Descriptor, NotAFolderError
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
+    from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _FILE = "claims.json"

@@ -20,7 +20,8 @@ from imagewatch.job.receipts import Course, compose, with_files
 from imagewatch.journal.budget import CAPS
 from imagewatch.journal.ledger import Ledger, Row
 from imagewatch.protocol.names import tagged
-from imagewatch.protocol.values import Charged, Claim, Decision, Move, Reaction, Sent
+from imagewatch.protocol.reasons import KINDS
+from imagewatch.protocol.values import Claim, Decision, Move, Sent
 from imagewatch.system.errors import Problem, SpoolError
 from imagewatch.system.text import printable
 
@@ -34,29 +35,13 @@ if TYPE_CHECKING:
     from imagewatch.job.record import Record
     from imagewatch.job.rules import Evidence
     from imagewatch.job.spool import Spool
+    from imagewatch.protocol.values import Charged
 
-_NEXT_RETRY = "correct the cause, then move the prompt back into the inbox"
-_NEXT = {
-    "invalid": "correct the prompt or its images, then move them back into the inbox",
-    "twin": "no action needed; for another image save the prompt again, and move it into the inbox",
-    "cap": "raise the cap or ask for less, then move the prompt back into the inbox",
-    "key": "give imagewatch a valid key; then move the prompt back into the inbox",
-    "credits": "add credits to the account; then move the prompt back into the inbox",
-    "quota": "wait for the quota to be renewed; then move the prompt back into the inbox",
-    "endpoint": "correct base_url in the configuration; then move the prompt back into the inbox",
-    "doubt": "look at the balance (imagewatch check --balance); only if you accept to pay again: imagewatch retry "
-    "--pay-again NAME, or move the prompt back into the inbox",
-    "paid": "do not send it again; the paid answer is kept (a copy lies beside this file), and imagewatch retry NAME "
-    "looks at it again, free of charge",
-    "lost": "look at the disk first; the answer could not be saved and is lost; only if you accept to pay again: move "
-    "the prompt back into the inbox",
-    "broken": "send fewer or smaller images, or ask whoever runs the proxy or gateway on the way for the largest "
-    "request that it takes; then move the prompt back into the inbox",
-    "unknown": "look at the balance (imagewatch check --balance); the prompt is missing, so nothing can be sent again",
-    "no": "the prompt is missing, so nothing can be sent again; drop it anew",
-    "busy": "the endpoint was busy for too long; move the prompt back into the inbox to try again",
+_WITHOUT_PROMPT = {
+    "unknown": "check the balance (imagewatch check --balance); the prompt is missing, so nothing can be sent again",
+    "no": "the prompt is missing, so nothing can be sent again; drop it again",
 }
-_PASSING = {Reaction.BUSY: "busy", Reaction.BROKEN: "broken"}
+"""Next step by charge, where the prompt is not among the files in the errors folder."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 """Names that can be typed after a command as they are."""
 _log = structlog.get_logger()
@@ -147,44 +132,44 @@ class Closing:
         reason = "a sync tool delivered a finished prompt again; skipped, not charged"
         _log.info("redelivered", finished=twin, reason=reason)
 
-    def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str], what: str = "") -> None:
+    def invalid(self, case: Case, problems: list[Problem], contents: dict[str, str], kind: str = "invalid") -> None:
         """End a job that our own checks refuse: no call was made.
 
         Args:
             case: The job.
             problems: What is wrong.
             contents: Hash of each file as dropped, by name.
-            what: ``twin`` for a prompt that was requested before.
+            kind: Row of the table of reasons.
         """
         case = self._dated(case)
         told = [printable(str(problem)) for problem in problems]
         message = told[0] if len(told) == 1 else f"{len(told)} problems: {told[0]} …"
         self._write_row(case, "invalid", "no", message="; ".join(told), contents=contents)
-        what = what or ("cap" if all(problem.field in CAPS for problem in problems) else "invalid")
-        self._reject(case, {"message": message, "problems": told, "next": _NEXT[what]}, "no")
+        if all(problem.field in CAPS for problem in problems):
+            kind = "too_expensive"
+        self._reject(case, {"message": message, "problems": told, "next": KINDS[kind].retry}, "no")
 
     def busy(self, case: Case, verdict: Verdict) -> None:
         """Note an attempt that was free and will be made again."""
-        self._write_row(case, "busy", "no", message=verdict.message, code=verdict.code)
+        self._write_row(case, "busy", "no", message=verdict.reason.message, code=verdict.code)
 
     def refuse(self, case: Case, verdict: Verdict) -> None:
         """End a job that the API refused, or whose outcome its answer leaves open."""
         case = self._dated(case)
-        unknown = verdict.reaction is Reaction.UNKNOWN
-        charged: Charged = "unknown" if unknown else "no"
-        message = printable(verdict.message) + ("; it may have been charged" if unknown else "")
-        if verdict.reaction is Reaction.BROKEN:
+        row = verdict.reason.row
+        unknown = row.charged == "unknown"
+        message = printable(verdict.reason.message) + ("; it may have been charged" if unknown else "")
+        if row.name == "broken":
             message = f"{message}; tried {case.attempt} times; nothing was charged"
-        self._write_row(case, "unknown" if unknown else "refused", charged, message=message, code=verdict.code)
-        what = "doubt" if unknown else verdict.account or _PASSING.get(verdict.reaction, "")
+        self._write_row(case, "unknown" if unknown else "refused", row.charged, message=message, code=verdict.code)
         top = {
             "message": message,
             "status": (case.answer.head.status if case.answer else 0) or None,
             "code": printable(verdict.code, 200) or None,
             "credits_required": verdict.credits_required,
-            "next": _NEXT.get(what, _NEXT_RETRY),
+            "next": row.retry,
         }
-        self._reject(case, top, charged)
+        self._reject(case, top, row.charged)
 
     def doubt(self, case: Case, message: str, *, is_charged: bool = False) -> None:
         """End a job whose request was sent and of which we have no answer.
@@ -209,8 +194,8 @@ class Closing:
             message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
             outcome = "completed" if is_charged else "unknown"
             self._write_row(case, outcome, "yes" if is_charged else "unknown", message=message)
-        charged: Charged = "yes" if is_charged else "unknown"
-        self._reject(case, {"message": message, "next": _NEXT["lost" if is_charged else "doubt"]}, charged)
+        kind = KINDS["lost" if is_charged else "unknown"]
+        self._reject(case, {"message": message, "next": kind.retry}, kind.charged)
 
     def _reject(
         self,
@@ -231,7 +216,7 @@ class Closing:
         moves = (*originals, Move(source=beside.source, name=base + ending)) if beside else originals
         name = os.path.join(claim.folder, base)
         if charged != "yes" and all(move.source != f"claim/{claim.prompt}" for move in originals):
-            top = {**top, "next": _NEXT[charged]}
+            top = {**top, "next": _WITHOUT_PROMPT[charged]}
         if _PLAIN.fullmatch(name):
             top = {**top, "next": str(top["next"]).replace("NAME", name)}
         document, facts = compose(
@@ -311,7 +296,7 @@ class Closing:
         message, code = printable(reading.message) or message, printable(reading.code, 200) or None
         status = case.answer.head.status
         beside = Move(source="state/raw", name=f"answer.{ending}")
-        top = {**top, "message": message, "status": status, "code": code, "next": _NEXT["paid"]}
+        top = {**top, "message": message, "status": status, "code": code, "next": KINDS["unreadable"].retry}
         self._reject(case, top, "yes", beside=beside, billing=reading.billing)
 
     # The decision, afterwards

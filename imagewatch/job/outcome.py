@@ -6,6 +6,8 @@ import enum
 
 import msgspec
 
+from imagewatch.protocol.reasons import Reason  # noqa: TC001  msgspec reads it
+
 
 class End(enum.Enum):
     """How ``process`` ended."""
@@ -15,28 +17,6 @@ class End(enum.Enum):
     RETURNED = "its files are back in the inbox"
     REDELIVERED = "its files were those of a job that is over, brought back by a sync tool; they are removed"
     NOTHING = "there was nothing to do"
-
-
-class Trouble(msgspec.Struct, frozen=True):
-    """Something that concerns every request, not only this one.
-
-    Attributes:
-        kind: ``key``, ``credits``, ``quota``, ``address``, ``unreachable``, ``disk``, ``rate`` or ``busy``; ``cap`` or
-            ``soon``, which concern only requests that cost as much; ``broken`` if the upload was cut off, which only
-            concerns every request if several meet it.
-        message: What was said.
-        seconds: How long it wants us to wait, or None.
-        hint: What a person can do in this very case, or an empty string.
-        path: Of ``disk``: the file or folder concerned.
-        code: Of ``disk``: the ``errno`` value, or 0.
-    """
-
-    kind: str
-    message: str
-    seconds: float | None = None
-    hint: str = ""
-    path: str = ""
-    code: int = 0
 
 
 class Outcome(msgspec.Struct, frozen=True):
@@ -54,7 +34,7 @@ class Outcome(msgspec.Struct, frozen=True):
         problems: All that is wrong, when that was listed.
         document: Path of the receipt or error file, when over.
         delay: Seconds, for ``End.LATER``.
-        trouble: What the other requests would meet too, or None.
+        reason: Why it waits or was refused, where that may concern other requests, or None.
         displaced: Whether it waits for a newer file of the same name to leave the inbox.
     """
 
@@ -69,5 +49,5 @@ class Outcome(msgspec.Struct, frozen=True):
     problems: tuple[str, ...] = ()
     document: str = ""
     delay: float = 0.0
-    trouble: Trouble | None = None
+    reason: Reason | None = None
     displaced: bool = False

@@ -25,11 +25,13 @@ from typing import IO, TYPE_CHECKING, TypeVar
 
 from imagewatch.endpoint.saved_answer import Answer, Sink, errno_of, has_tail
 from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from imagewatch.system.disk import Disk
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
-from imagewatch.protocol.values import Door, Reaction
+from imagewatch.protocol.reasons import Reaction
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from imagewatch.protocol.values import Door
 
 
 class Step(enum.Enum):
@@ -53,7 +55,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
         begun: The answer to the newest attempt had begun to come in.
         reaction: What ``answer.N`` means, if N is the newest attempt.
         attempts_left: Whether the retry limit allows another attempt.
-        blamed: This job is the one that shows an account-level refusal in ``errors``; the others go back.
+        reports: This job is the one that shows an account-level refusal in ``errors``; the others go back.
         decided: The door of the decision, if there is one.
         over: The receipt or error file is out.
         reopened: Its paid answer is to be read again, and its originals lie in ``errors`` still.
@@ -70,7 +72,7 @@ class Evidence(msgspec.Struct, frozen=True, kw_only=True):
     begun: bool = False
     reaction: Reaction | None = None
     attempts_left: bool = True
-    blamed: bool = True
+    reports: bool = True
     decided: Door | None = None
     over: bool = False
     reopened: bool = False
@@ -84,8 +86,7 @@ class Rule(NamedTuple):
     step: Step
 
 
-_PASSES = {Reaction.BUSY, Reaction.BROKEN}
-_MAY_GO_BACK = {Reaction.UNREACHED, Reaction.ACCOUNT, *_PASSES}
+_MAY_GO_BACK = {Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY}
 
 RULES = (
     Rule("no record, nothing left", lambda e: not e.recorded and not e.leftovers, Step.DONE),
@@ -109,15 +110,15 @@ RULES = (
         Step.FORGET,
     ),
     Rule("claim, inputs still in the inbox", lambda e: e.claimed and e.missing, Step.GATHER),
-    Rule("`answer.N`: the request never left whole", lambda e: e.reaction is Reaction.UNREACHED, Step.GIVE_BACK),
+    Rule("`answer.N`: the request never left whole", lambda e: e.reaction is Reaction.WAIT, Step.GIVE_BACK),
     Rule(
         "`answer.N`: account-level refusal, already shown by another job",
-        lambda e: e.reaction is Reaction.ACCOUNT and not e.blamed,
+        lambda e: e.reaction is Reaction.ACCOUNT and not e.reports,
         Step.GIVE_BACK,
     ),
     Rule(
         "`answer.N`: any other refusal, or attempts spent",
-        lambda e: e.reaction is not None and not (e.reaction in _PASSES and e.attempts_left),
+        lambda e: e.reaction is not None and not (e.reaction is Reaction.RETRY and e.attempts_left),
         Step.REFUSE,
     ),
     Rule("the prompt is not in the claim (cancelled, or given back)", lambda e: not e.claimed, Step.FORGET),

@@ -15,7 +15,7 @@ from msgspec.structs import replace as changed
 
 from imagewatch.endpoint.api import largest_answer
 from imagewatch.endpoint.body import Body
-from imagewatch.job.outcome import Trouble
+from imagewatch.protocol.reasons import Reason
 from imagewatch.protocol.values import Head, Sent, Tail
 from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
 
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
 
 _LINES_BYTES = 64 * 1024
 """Room for the first and the last line of an answer's file."""
+
+
+_KINDS = {ConfigError: "key", Unavailable: "unreachable", Broken: "unreachable"}
+"""What an error before the response means for other requests."""
 
 
 class Left(enum.Enum):
@@ -51,10 +55,10 @@ class Fate:
         attempt: Its number.
         sent: What its mark says.
         left: How much of it has left.
-        reason: What happened, in words; empty if the answer is saved.
+        message: What happened; empty if the response is saved.
         counts: Whether it counts as an attempt although it did not leave whole.
         status: HTTP status that had come when our disk failed, 0 without.
-        trouble: What the other requests would meet, too.
+        reason: Why it failed, where that may concern other requests.
         is_saved: Whether that, or the answer, is on our disk.
     """
 
@@ -62,10 +66,10 @@ class Fate:
     attempt: int
     sent: Sent
     left: Left = Left.NOTHING
-    reason: str = ""
+    message: str = ""
     counts: bool = False
     status: int = 0
-    trouble: Trouble | None = None
+    reason: Reason | None = None
     is_saved: bool = False
 
     @property
@@ -196,8 +200,8 @@ class Sending:
             return  # there is an answer after all
         now = self._clock()
         with contextlib.closing(record.sink(fate.attempt)) as sink:
-            sink.start(Head(status=0, at=now, reason=fate.reason, counts=fate.counts))
-            sink.finish(Tail(complete=False, reason=fate.reason, at=now))
+            sink.start(Head(status=0, at=now, reason=fate.message, counts=fate.counts))
+            sink.finish(Tail(complete=False, reason=fate.message, at=now))
         self._fates[fate.claim.job] = replace(fate, is_saved=True)
 
 
@@ -209,19 +213,16 @@ def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) 
         error: How it failed.
         sink: Where its answer was to go.
     """
-    is_unsent, reason = fate.left is Left.NOTHING, str(error)
+    is_unsent, message = fate.left is Left.NOTHING, str(error)
     if isinstance(error, InDoubt):
-        return replace(fate, left=Left.WHOLE, reason=reason)
+        return replace(fate, left=Left.WHOLE, message=message)
     if isinstance(error, SpoolError):
-        disk = Trouble("disk", reason, hint=error.hint, path=error.path, code=error.code)
-        return replace(fate, reason=reason, status=sink.status, trouble=disk if is_unsent else None)
-    trouble, counts = None, False
-    if isinstance(error, ConfigError):
-        trouble = Trouble("key", reason)
-    elif isinstance(error, Broken) and error.is_own:
-        trouble, counts = Trouble("broken", reason), True
-    elif isinstance(error, Unavailable):
-        trouble = Trouble("unreachable", reason)
+        disk = Reason("disk", message, error=error)
+        return replace(fate, message=message, status=sink.status, reason=disk if is_unsent else None)
+    kind = _KINDS.get(type(error), "")
+    if isinstance(error, Broken) and error.is_own:
+        kind = "broken"
     is_unsent = is_unsent or isinstance(error, Withdrawn)
     left = Left.NOTHING if is_unsent else Left.PART
-    return replace(fate, left=left, reason=reason, counts=counts, trouble=trouble)
+    reason = Reason(kind, message) if kind else None
+    return replace(fate, left=left, message=message, counts=kind == "broken", reason=reason)

@@ -25,10 +25,11 @@ from imagewatch.job.rules import Evidence
 from imagewatch.protocol.names import PAID, SUFFIX, fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Door, Move
 from imagewatch.system import leftovers
-from imagewatch.system.disk import Disk, closing, ours
+from imagewatch.system.disk_errors import closing, ours
 from imagewatch.system.errors import ConfigError, SpoolError
 from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
 from imagewatch.system.folders import NotAFolderError, has_file
+from imagewatch.system.locks import lock
 from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable
 
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from imagewatch.config.load import Config, Folders
+    from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
 
 _PROBE = ".iw-probe"
@@ -188,7 +190,7 @@ class Spool:
         self.disk.make_folder(self.state)
         self.disk.make_folder(self.inbox, mode=0o777)
         self._open([self.state, self.inbox])
-        self._lock = self.disk.lock(os.path.join(self.state, _LOCK))
+        self._lock = lock(os.path.join(self.state, _LOCK), self.tops)
         with contextlib.suppress(NotOursError):
             self._require_claims()
 
@@ -209,10 +211,10 @@ class Spool:
         if self._lock is None:  # nothing is claimed in this process
             return
         if self._claims_lock is None or not self._is_file(self._claims_lock, path):
-            lock = self.disk.lock(path)
+            held = lock(path, self.tops)
             if self._claims_lock is not None:
                 self._claims_lock.close()
-            self._claims_lock = lock
+            self._claims_lock = held
 
     def _is_file(self, file: IO[bytes], path: str) -> bool:
         """Tell whether an open file is still the one of a name."""
@@ -267,9 +269,9 @@ class Spool:
         """Lock the state folder if the file of the lock was deleted."""
         if self._lock is None or os.fstat(self._lock.fileno()).st_nlink:
             return
-        lock = self.disk.lock(os.path.join(self.state, _LOCK))
+        held = lock(os.path.join(self.state, _LOCK), self.tops)
         self._lock.close()
-        self._lock = lock
+        self._lock = held
 
     def _sync_inner(self, top: str, folder: str) -> None:
         """Make the names in the folders between a top and a folder below it durable, as far as they are there."""
@@ -304,9 +306,9 @@ class Spool:
 
     def unlock(self) -> None:
         """Let another daemon have the folders."""
-        for lock in (self._claims_lock, self._lock):
-            if lock is not None:
-                lock.close()
+        for held in (self._claims_lock, self._lock):
+            if held is not None:
+                held.close()
         self._claims_lock = self._lock = None
 
     def require_mounts(self) -> None:
@@ -524,7 +526,7 @@ class Spool:
     def gather(self, claim: Claim) -> None:
         """Take the other originals of a job, then make all its names durable."""
         with self._reached(self.inbox_folder(claim), self._inode(claim)):
-            for name in (*claim.images, *claim.foreign):
+            for name in claim.images:
                 self._take(claim, name)
             self.disk.sync_folder(self.claim_folder(claim.job))
             self.disk.sync_folder(self.inbox_folder(claim))
@@ -642,7 +644,7 @@ class Spool:
             originals=bool(originals),
             missing=any(
                 name not in originals and self._may_be_taken(os.path.join(self.inbox_folder(claim), name))
-                for name in (*claim.images, *claim.foreign)
+                for name in claim.images
             ),
             sent=sent,
             answered=answered,

@@ -11,6 +11,7 @@ import functools
 import threading
 import time
 from dataclasses import dataclass, field
+from dataclasses import replace as replaced
 from typing import TYPE_CHECKING
 
 import structlog
@@ -19,15 +20,16 @@ from msgspec.structs import replace
 from imagewatch.endpoint.api import Verdict, classify
 from imagewatch.endpoint.pictures import Pictures
 from imagewatch.job.completion import Case, Closing
-from imagewatch.job.outcome import End, Outcome, Trouble
+from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.redelivery import finished_twin
 from imagewatch.job.rules import Evidence, Step, next_step, retry_delay
 from imagewatch.job.sending import Left, Sending
-from imagewatch.journal.budget import Budget, Refusal
+from imagewatch.journal.budget import Budget
 from imagewatch.journal.prices import Asked
-from imagewatch.protocol.request import Files, Request, build, contents
-from imagewatch.protocol.values import Claim, Reaction, Tail
-from imagewatch.system.disk import ours
+from imagewatch.protocol.reasons import Others, Reaction, Reason
+from imagewatch.protocol.request import Request, build, contents
+from imagewatch.protocol.values import Claim, Tail
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
 from imagewatch.system.text import printable, utc
 from imagewatch.system.untrusted import open_file
@@ -62,7 +64,7 @@ class Run:
         resumed: Whether the wait before another attempt is over.
         may_send: Whether a request may go out.
         stale: Number of the newest answer from before: what it says of the account may be long over.
-        trouble: What stopped it.
+        reason: What stopped it.
         doubt: Why the outcome of a request is not known.
         began: Wall-clock time at which it was taken up, seconds since the epoch.
     """
@@ -76,7 +78,7 @@ class Run:
     resumed: bool = False
     may_send: bool = True
     stale: int = 0
-    trouble: Trouble | None = None
+    reason: Reason | None = None
     doubt: str = ""
     began: float = 0.0
 
@@ -93,9 +95,9 @@ class Worker:
         client: The endpoint.
         ledger: The ledger.
         config: Limits, defaults, retries.
-        blame: Asked with the kind of an account-level refusal: may this job show it in ``errors``? The first
+        may_report: Called with the kind of an account-level refusal: may this job report it in ``errors``? The first
             one may, the others go back to the inbox.
-        absolve: Called with the kind when that job could not show it, as our disk failed: the next one may.
+        not_reported: Called with the kind when that job could not report it, as the disk failed: the next one may.
         on_paid: Called with the id of a job whose answer is on our disk: what is left of it needs no request.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
@@ -114,8 +116,8 @@ class Worker:
         ledger: Ledger,
         config: Config,
         *,
-        blame: Callable[[str], bool] = lambda _: True,
-        absolve: Callable[[str], None] = lambda _: None,
+        may_report: Callable[[str], bool] = lambda _: True,
+        not_reported: Callable[[str], None] = lambda _: None,
         on_paid: Callable[[str], None] = lambda _: None,
         clock: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
@@ -131,8 +133,8 @@ class Worker:
         self._ledger = ledger
         self._config = config
         self._budget = budget or Budget(ledger, config.limits, clock)
-        self._blame = blame
-        self._absolve = absolve
+        self._may_report = may_report
+        self._not_reported = not_reported
         self._on_paid = on_paid
         self._clock = clock
         self._jitter = jitter
@@ -168,7 +170,7 @@ class Worker:
             self._budget.settle(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
         run = Run(self._spool.record(claim.job), claim, began=self._clock())
-        if not (claim.images or claim.foreign):  # of which some may have been gone
+        if not claim.images:  # of which some may have been gone
             run.foresee(recorded=True, claimed=True, originals=True)
         return self._carry(run)
 
@@ -245,10 +247,10 @@ class Worker:
             verdict = self._verdict(run, seen.answered)
             reaction = verdict.reaction
             if reaction is Reaction.ACCOUNT and seen.answered <= run.stale:
-                seen = replace(seen, blamed=False)
+                seen = replace(seen, reports=False)
             elif reaction is Reaction.ACCOUNT:
-                seen = replace(seen, blamed=run.trouble is None and self._blame(verdict.account))
-                run.trouble = Trouble(verdict.account, verdict.message, verdict.retry_after)
+                seen = replace(seen, reports=run.reason is None and self._may_report(verdict.reason.kind))
+                run.reason = verdict.reason
         return replace(
             seen,
             reaction=reaction,
@@ -301,7 +303,7 @@ class Worker:
             outcome = self._closing.outcome(run.claim, decision, self._clock() - run.began)
             # What was answered before this call says nothing of now: by it no hold is over.
             answered = outcome.answered and run.evidence.answered > run.stale
-            outcome = replace(outcome, answered=answered, trouble=run.trouble)
+            outcome = replace(outcome, answered=answered, reason=run.reason)
         elif not run.evidence.recorded:  # somebody removed it meanwhile: what it said of a payment is gone
             return self._without_record(run.claim.job)
         elif not self._spool.give_back(run.claim):  # without its prompt, which was taken away; the images are theirs
@@ -328,14 +330,14 @@ class Worker:
 
     def _bank(self, run: Run) -> None:
         fate = self._sending.known(run.claim.job, run.evidence.sent)
-        reason = (fate.reason if fate else "") or "imagewatch ended while the answer came in"
+        reason = (fate.message if fate else "") or "imagewatch ended while the answer came in"
         run.record.bank_partial(run.evidence.sent, Tail(complete=False, reason=reason, at=self._clock()))
 
     def _doubt(self, run: Run) -> Outcome | None:
         fate = self._sending.known(run.claim.job, run.evidence.sent)
         if fate and fate.left is not Left.WHOLE:  # the disk did not take it down at first
             return self._after(run, fate)
-        known = run.doubt or (fate.reason if fate else "")
+        known = run.doubt or (fate.message if fate else "")
         message = known or "imagewatch ended after the request was sent and before the answer was in"
         is_charged = fate is not None and fate.is_charged
         self._closing.doubt(Case.of(run.record, run.claim, run.evidence), message, is_charged=is_charged)
@@ -350,14 +352,14 @@ class Worker:
     def _refuse(self, run: Run) -> None:
         verdict = self._verdict(run, run.evidence.answered)
         if (
-            verdict.reaction is Reaction.BUSY and run.evidence.answered > run.stale
+            verdict.reason.row.others is Others.PAUSE and run.evidence.answered > run.stale
         ):  # its attempts are spent, but what was asked for holds for the others
-            run.trouble = Trouble("busy", verdict.message, self._delay(run, verdict))
+            run.reason = replaced(verdict.reason, seconds=self._delay(run, verdict))
         try:
             self._closing.refuse(Case.of(run.record, run.claim, run.evidence), verdict)
         except SpoolError:  # it goes back to the inbox (a refusal from before says nothing of now), unseen by anybody
             if verdict.reaction is Reaction.ACCOUNT:
-                self._absolve(verdict.account)
+                self._not_reported(verdict.reason.kind)
             raise
 
     def _gather(self, run: Run) -> None:
@@ -375,9 +377,7 @@ class Worker:
             self._close_twin(case, twin, lambda: contents(folder, claim.originals, most, where))
             return None
         try:
-            images = (*claim.images, *claim.foreign)
-            files = Files(folder, claim.folder, claim.stem, images, claim.unused, claim.declared, where)
-            run.request = build(files, self._config)
+            run.request = build(claim, folder, self._config, where)
             self._require_payable(run)
         except Outdated:
             return self._give_back(run)
@@ -399,7 +399,7 @@ class Worker:
         reason = f"this file was requested before, as job {twin}; nothing was sent"
         problem = Problem(printable(claim.prompt), reason, "save the prompt again to request another image")
         # A person's without contents: another one like it is one of the twin, too.
-        self._closing.invalid(case, [problem], read() if is_lost else {}, "twin")
+        self._closing.invalid(case, [problem], read() if is_lost else {}, "repeated")
 
     def _require_payable(self, run: Run) -> None:
         """Make sure that no cap is so low that this request could never be sent.
@@ -422,9 +422,9 @@ class Worker:
         if not run.may_send:
             return self._later(run, None) if run.evidence.sent else self._give_back(run)
         assert run.request is not None
-        refusal = self._budget.reserve(run.claim.job, Asked.of(run.request.fields))
-        if refusal is not None:
-            return self._unaffordable(run, refusal)
+        reason = self._budget.reserve(run.claim.job, Asked.of(run.request.fields))
+        if reason is not None:
+            return self._unaffordable(run, reason)
         run.resumed = False
         attempt, sent = run.evidence.sent + 1, self._sending.mark(run.request)
         # What cannot be recorded must not be paid; this touches the same pages as the row with the result will.
@@ -433,39 +433,37 @@ class Worker:
 
     def _after(self, run: Run, fate: Fate) -> Outcome | None:
         """Go on from what became of a request, as far as the disk takes it down."""
-        run.trouble = fate.trouble or run.trouble
+        run.reason = fate.reason or run.reason
         if fate.is_saved:
             run.foresee(sent=fate.attempt, answered=fate.attempt)
         elif fate.left is Left.PART:
-            _log.warning("not_sent", reason=fate.reason, attempt=fate.attempt)
+            _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
             self._sending.prove(run.record, fate)
         elif fate.left is Left.NOTHING:
-            if fate.trouble is None:
-                _log.info("withdrawn", reason=fate.reason)
+            if fate.reason is None:
+                _log.info("withdrawn", reason=fate.message)
             run.record.take_back(fate.attempt)
             self._ledger.withdraw(run.claim.job)
             self._sending.settle(run.claim.job)
-            if run.evidence.answered and fate.trouble is None:  # behind a hold it stays claimed: its attempts count
+            if run.evidence.answered and fate.reason is None:  # behind a hold it stays claimed: its attempts count
                 return self._later(run, None)
             return self._give_back(run)
         return None
 
-    def _unaffordable(self, run: Run, refusal: Refusal) -> Outcome:
+    def _unaffordable(self, run: Run, reason: Reason) -> Outcome:
         """Deal with a request that a cap forbids: a short wait stays claimed, a long one goes back to the inbox."""
-        if refusal.kind in {"cap", "never"}:
-            run.trouble = Trouble("cap", refusal.message, refusal.seconds)
+        run.reason = reason
+        if not reason.row.is_short:
             return self._give_back(run)
-        run.trouble = Trouble(refusal.kind, refusal.message, refusal.seconds)
-        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=refusal.seconds, trouble=run.trouble)
+        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=reason.seconds or 0.0, reason=reason)
 
     def _later(self, run: Run, verdict: Verdict | None) -> Outcome:
         """Ask to be called again when the endpoint may take the same request, or when there is no hold any more."""
         if verdict is None:
             return Outcome(run.claim.job, End.LATER, run.claim.source)
         delay = self._delay(run, verdict)
-        kind = "busy" if verdict.reaction is Reaction.BUSY else "broken"
-        trouble = Trouble(kind, verdict.message, delay)
-        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=delay, trouble=trouble)
+        reason = replaced(verdict.reason, seconds=delay)
+        return Outcome(run.claim.job, End.LATER, run.claim.source, delay=delay, reason=reason)
 
     def _delay(self, run: Run, verdict: Verdict) -> float:
         retry = self._config.retry
@@ -473,7 +471,7 @@ class Worker:
             run.evidence.answered,
             initial=retry.initial_seconds,
             longest=retry.max_seconds,
-            retry_after=verdict.retry_after,
+            retry_after=verdict.reason.seconds,
             jitter=self._jitter(),
         )
 
@@ -484,7 +482,7 @@ class Worker:
         if not self._spool.give_back(claim):
             return self._displaced(run)
         self._let_go(claim.job)
-        return Outcome(claim.job, End.RETURNED, claim.source, trouble=run.trouble)
+        return Outcome(claim.job, End.RETURNED, claim.source, reason=run.reason)
 
     def _let_go(self, job: str, *, keep: bool = False) -> None:
         """Forget a job that is over or was given back; what it was to send, and did not, was never sent."""
@@ -494,7 +492,7 @@ class Worker:
     def _displaced(self, run: Run) -> Outcome:
         """Wait until a newer file of the same name has gone first."""
         claim = run.claim
-        return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, trouble=run.trouble, displaced=True)
+        return Outcome(claim.job, End.LATER, claim.source, delay=_RETURN_SECONDS, reason=run.reason, displaced=True)
 
     def _park(self, run: Run, error: Exception) -> None:
         """End a job that met a bug, if nothing was paid for it; else leave its evidence for the next start."""

@@ -5,9 +5,10 @@ if what was spent, what is in flight and what it may cost itself stay within the
 expensive request like it cost lately (``prices``), or ``assumed_credits`` where there is none: a cost nobody knows is
 never zero. So a cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
 
-A request is refused in one of three ways. It may cost more than a whole cap, so that no waiting helps. It does not fit
-beside what was spent, and waits until the day or the month is over. Or it does not fit beside what those in flight may
-cost, and waits until some of them have come in. Each is about this request: a cheaper one may still fit.
+A request is refused for one of four reasons (``protocol.reasons``). ``too_expensive``: it may cost more than a whole
+cap, so that no waiting helps. ``cap``: it does not fit beside what was spent, and waits until the day or the month is
+over. ``reserved``: it does not fit beside what is reserved for requests in flight, and waits until some of them are
+done. A cheaper request may still fit. ``rate``: too many requests in a minute, which concerns every request.
 
 A day and a month are those of UTC, by this machine's clock; what the ledger dates later than now counts, too. So a
 clock that is set back opens no new day, and what was spent while it was wrong ahead counts until that time has come.
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Protocol, get_args
 
 from imagewatch.config.schema import Provider
 from imagewatch.journal.prices import SECONDS, Asked, Expected, expected
+from imagewatch.protocol.reasons import KINDS, Reason
 from imagewatch.system.errors import Problem, SpoolError
 from imagewatch.system.text import amount
 
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
 CAPS = ("limits.credits_per_day", "limits.credits_per_month")
 """The settings that are caps on credits."""
 _MINUTE = 60.0
-_SOON = 2.0
-"""When a request is to come again that would fit if those in flight cost less than is reserved, seconds."""
 
 
 class Books(Protocol):
@@ -72,25 +72,6 @@ class NoBooks:
         return []
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """Why a request may not be sent now.
-
-    Attributes:
-        kind: ``never``: it may cost more than a whole cap; ``cap``: it does not fit beside what was spent; ``soon``: it
-            does not fit beside what those in flight may cost; ``rate``: too many requests in a minute, which concerns
-            every request.
-        message: In words, with the setting.
-        seconds: Until it may be, or is to be asked for again.
-        ends: For ``cap``, when the day or the month is over, seconds since the epoch.
-    """
-
-    kind: str
-    message: str
-    seconds: float
-    ends: float = 0.0
-
-
 @dataclass
 class _Memo:
     """What was read for several questions at once, so that the ledger is not asked for each of them."""
@@ -110,7 +91,7 @@ def _shown(end: datetime) -> str:
     return end.isoformat(timespec="minutes").replace("+00:00", "Z")
 
 
-def _too_dear(rule: str, cap: float, cost: Expected) -> Problem:
+def _too_expensive(rule: str, cap: float, cost: Expected) -> Problem:
     """Return what is wrong with a request that may cost more than a whole cap."""
     reason = f"is {amount(cap)} credits, and this request alone may cost {amount(cost.high)} ({cost.why})"
     is_assumed = "limits.assumed_credits" in cost.why
@@ -156,7 +137,7 @@ class Budget:
             return None
         with self._lock:
             cost = self._cost(asked, self._clock(), _Memo())
-        return next((_too_dear(rule, cap, cost) for rule, cap in caps if cost.high > cap), None)
+        return next((_too_expensive(rule, cap, cost) for rule, cap in caps if cost.high > cap), None)
 
     def spent(self) -> dict[str, tuple[float, str]]:
         """Return what counts as spent below each cap that is set, credits, and when it ends, by the name of the cap."""
@@ -172,7 +153,7 @@ class Budget:
         since = self._clock() - SECONDS
         return any(self._books.charges(provider, since) for provider in get_args(Provider))
 
-    def look(self, many: Iterable[Asked]) -> dict[Asked, Refusal]:
+    def look(self, many: Iterable[Asked]) -> dict[Asked, Reason]:
         """Return which requests do not fit now, and why; nothing is reserved.
 
         Args:
@@ -184,7 +165,7 @@ class Budget:
             refusals = ((asked, self._over_cap(now, asked, "", memo)) for asked in many)
             return {asked: refusal for asked, refusal in refusals if refusal is not None}
 
-    def plan(self, job: str, asked: Asked) -> Refusal | None:
+    def plan(self, job: str, asked: Asked) -> Reason | None:
         """Reserve what a request may cost that is going to be claimed; ``settle`` ends that.
 
         Before it is sent ``reserve`` looks again: this is only to claim no more prompts than fit.
@@ -212,7 +193,7 @@ class Budget:
                 self._planned.discard(job)
                 self._in_flight.pop(job, None)
 
-    def reserve(self, job: str, asked: Asked) -> Refusal | None:
+    def reserve(self, job: str, asked: Asked) -> Reason | None:
         """Reserve what a request may cost that is about to be sent; ``settle`` ends that.
 
         Args:
@@ -283,7 +264,7 @@ class Budget:
             memo.charges[asked.provider] = self._books.charges(asked.provider, now - SECONDS)
         return expected(asked, memo.charges[asked.provider], self._limits.assumed_credits)
 
-    def _over_rate(self, now: float) -> Refusal | None:
+    def _over_rate(self, now: float) -> Reason | None:
         most = self._limits.requests_per_minute
         if not most:
             return None
@@ -293,13 +274,13 @@ class Budget:
         if len(self._recent) < count:
             return None
         wait = self._recent[-count] + window - now
-        return Refusal("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
+        return Reason("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
     def _caps(self) -> list[tuple[str, float]]:
         caps = zip(CAPS, (self._limits.credits_per_day, self._limits.credits_per_month), strict=True)
         return [(rule, cap) for rule, cap in caps if cap]
 
-    def _over_cap(self, now: float, asked: Asked, job: str, memo: _Memo) -> Refusal | None:
+    def _over_cap(self, now: float, asked: Asked, job: str, memo: _Memo) -> Reason | None:
         """Return which cap forbids a request beside all others, or None."""
         caps = self._caps()
         if not caps:
@@ -307,9 +288,9 @@ class Budget:
         cost = self._cost(asked, now, memo)
         for rule, cap in caps:
             if cost.high > cap:
-                return Refusal("never", str(_too_dear(rule, cap, cost)), 0.0)
+                return Reason("too_expensive", str(_too_expensive(rule, cap, cost)), 0.0)
         reserved = sum(credits_ for other, credits_ in self._in_flight.items() if other != job)
-        found: list[Refusal] = []
+        found: list[Reason] = []
         for (rule, cap), (begin, end) in zip(caps, self._windows(now), strict=True):
             spent = self._spent(begin.timestamp(), now, memo)
             if spent + reserved + cost.high <= cap:
@@ -318,10 +299,10 @@ class Budget:
             message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
             if spent + cost.high > cap:
                 ends = end.timestamp()
-                found.append(Refusal("cap", f"{message}; it ends {_shown(end)}", max(ends - now, 1.0), ends))
+                found.append(Reason("cap", f"{message}; it ends {_shown(end)}", max(ends - now, 1.0), ends))
             else:
-                found.append(Refusal("soon", message, _SOON))
-        return max(found, key=lambda refusal: refusal.seconds, default=None)
+                found.append(Reason("reserved", message, KINDS["reserved"].seconds))
+        return max(found, key=lambda reason: reason.seconds or 0.0, default=None)
 
     def _windows(self, now: float) -> list[tuple[datetime, datetime]]:
         """Return begin and end of the time of each cap that is set."""

@@ -19,11 +19,15 @@ import contextlib
 import json
 import os
 import re
+from typing import TYPE_CHECKING
 
-from imagewatch.system.disk import Disk, ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.leftovers import remove_old
 from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from imagewatch.system.disk import Disk
 
 _RETRY = re.compile(r"retry\.([0-9a-f]{16})")
 _DAEMONS = {"passed", "refused"}

@@ -1,9 +1,9 @@
 """Why nothing is sent at the moment, and until when.
 
 A *hold* stops the whole queue for a reason that every request would meet: a rejected key, no credits, an endpoint
-that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over one job is
-sent as a probe; if that meets the same, the hold goes on for twice as long. A hold by hand or by the burst guard has
-no time: only a person ends it.
+that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one job is
+sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval. A manual hold
+and one of the burst guard have no time: only a person ends them. ``protocol.reasons`` has all kinds.
 
 A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. It stops nothing else,
 is not probed, and ends when none of them has to wait any more (``set_caps``).
@@ -16,32 +16,15 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from imagewatch.protocol.reasons import Others, Reason
+
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Mapping
 
 FIRST_SECONDS = 15.0
 LONGEST_SECONDS = 900.0
 LONGEST_ASKED_SECONDS = 6 * 3600.0
-"""However long an endpoint wants us to wait: a probe is free, and a wrong clock must not stop us for years."""
-
-NEXT = {
-    "key": "give imagewatch a valid key: a changed key file is noticed by itself, a command is asked again at the next "
-    "try or by: imagewatch release; a new LETTA_API_KEY or systemd credential needs a restart, a changed configuration "
-    "a reload",
-    "credits": "add credits to the account; imagewatch tries again by itself; to try now: imagewatch release",
-    "quota": "wait for the quota to be renewed; it is tried again by itself",
-    "endpoint": "correct base_url in the configuration, then reload",
-    "unreachable": "check the network and base_url; it is tried again by itself",
-    "disk": "look at the disk and the system log; it is tried again by itself",
-    "cap": "wait until it ends, or raise the cap in the configuration and reload; prompts that fit are still sent",
-    "burst": "look into the inbox; to make what is in it now: imagewatch release",
-    "manual": "to continue: imagewatch release",
-    "rate": "nothing: it goes on by itself",
-    "busy": "nothing: it goes on by itself",
-}
-"""What a person can do about each kind of hold."""
-_OURS = {"disk", "manual", "burst"}
-"""Kinds about which no answer of the endpoint and no change of the configuration says anything."""
+"""However long an endpoint asks us to wait: a probe is free, and a wrong clock must not stop us for years."""
 
 
 @dataclass
@@ -49,99 +32,97 @@ class Hold:
     """One reason to wait.
 
     Attributes:
-        kind: One of ``NEXT``.
-        message: What was said.
+        reason: Why.
         began: Monotonic time of the first refusal, seconds.
         since: Monotonic time of the last refusal, seconds.
         until: Monotonic time of the next probe, seconds; infinite if only a person ends it.
         interval: Seconds between the last two probes.
-        hint: What a person can do in this very case, if somebody knows better than ``NEXT``.
         provider: The provider whose prompts it concerns; empty: every request.
     """
 
-    kind: str
-    message: str
+    reason: Reason
     began: float
     since: float
     until: float
     interval: float
-    hint: str = ""
     provider: str = ""
 
     @property
-    def next(self) -> str:
-        """What a person can do."""
-        return self.hint or NEXT[self.kind]
+    def kind(self) -> str:
+        """Its kind."""
+        return self.reason.kind
 
     @property
     def brief(self) -> bool:
-        """Whether it ends by itself soon: the endpoint is busy, or we are to be slow."""
-        return self.kind in {"busy", "rate"}
+        """Whether it ends automatically and soon: the endpoint is busy, or we are to be slow."""
+        return self.reason.row.others in {Others.PAUSE, Others.SLOW}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether no response and no change of the configuration disproves it."""
+        return self.reason.row.others in {Others.DISK, Others.PERSON}
 
 
 class Holds:
-    """All reasons to wait. Workers call ``blame``, ``absolve`` and ``waiting``; the rest is the main thread's.
+    """All reasons to wait. Workers call ``may_report``, ``not_reported`` and ``waiting``; the main thread the rest.
 
     Args:
-        first_seconds: How long a hold lasts before its first probe, unless somebody says how long to wait.
+        first_seconds: How long a hold lasts before its first probe, if its reason does not say.
     """
 
     def __init__(self, first_seconds: float = FIRST_SECONDS) -> None:
         self._first_seconds = first_seconds
         self._lock = threading.Lock()
-        self._blamed: set[str] = set()
+        self._reported: set[str] = set()
         self._holds: dict[str, Hold] = {}
         self._caps: dict[str, Hold] = {}
 
-    def blame(self, kind: str) -> bool:
-        """Tell whether this job may show a refusal in ``errors``: the first of its kind may."""
+    def may_report(self, kind: str) -> bool:
+        """Return whether this job may report a refusal in ``errors``: the first of its kind may."""
         with self._lock:
-            first = kind not in self._blamed
-            self._blamed.add(kind)
+            first = kind not in self._reported
+            self._reported.add(kind)
             return first
 
-    def absolve(self, kind: str) -> None:
-        """Let the next job show a refusal of this kind: the one that was to could not write it down."""
+    def not_reported(self, kind: str) -> None:
+        """Let the next job report a refusal of this kind: the first one could not write its error file."""
         with self._lock:
-            self._blamed.discard(kind)
+            self._reported.discard(kind)
 
-    def add(self, kind: str, message: str, now: float, seconds: float | None = None, hint: str = "") -> Hold:
+    def add(self, reason: Reason, now: float) -> Hold:
         """Begin or prolong a hold.
 
         Args:
-            kind: What it is about.
-            message: What was said.
+            reason: Why; infinite seconds: until a person ends it.
             now: Monotonic time, seconds.
-            seconds: How long to wait, if somebody said so; infinite: until a person ends it.
-            hint: What a person can do in this very case.
         """
-        if seconds is not None and seconds <= 0 and kind != "busy":
-            seconds = None  # "at once" is not believed where only somebody else can change things: it would be no hold
+        kind, seconds = reason.kind, reason.seconds
+        if seconds is not None and seconds <= 0 and reason.row.others is not Others.PAUSE:
+            seconds = None  # not believed where a person has to change something: it would be no hold
         known = self._holds.get(kind)
         if known is not None and now < known.until and seconds is None:
-            return known  # several requests met the same at once: one hold
+            return known  # several requests were refused at the same time: one hold
         own = min(known.interval * 2, LONGEST_SECONDS) if known else self._first_seconds
-        said = own if seconds is None else seconds
-        interval = said if math.isinf(said) else min(max(said, 0.0), LONGEST_ASKED_SECONDS)
+        asked = own if seconds is None else seconds
+        interval = asked if math.isinf(asked) else min(max(asked, 0.0), LONGEST_ASKED_SECONDS)
         began, until = (known.began, known.until) if known else (now, 0.0)
-        hold = Hold(kind, message, began, now, max(now + interval, until), interval, hint)
+        hold = Hold(reason, began, now, max(now + interval, until), interval)
         with self._lock:
             self._holds[kind] = hold
         return hold
 
-    def resume(self, kind: str, message: str, now: float) -> None:
-        """Take up a hold of an earlier process: one request may go out at once, to see whether it is over.
+    def resume(self, reason: Reason, now: float) -> None:
+        """Resume a hold of an earlier process: one request may be sent immediately, as a probe.
 
         Args:
-            kind: What it is about.
-            message: What was said.
+            reason: Why.
             now: Monotonic time, seconds.
         """
-        self.blame(kind)  # it was shown
+        self.may_report(reason.kind)  # it was reported
         with self._lock:
-            self._holds[kind] = Hold(kind, message, now, now, now, self._first_seconds / 2)
+            self._holds[reason.kind] = Hold(reason, now, now, now, self._first_seconds / 2)
 
-    def set_caps(self, refused: Mapping[str, tuple[str, float]], now: float) -> tuple[list[Hold], list[Hold]]:
+    def set_caps(self, refused: Mapping[str, Reason], now: float) -> tuple[list[Hold], list[Hold]]:
         """Note at which caps prompts wait.
 
         Args:
@@ -153,9 +134,9 @@ class Holds:
         """
         before = self._caps
         self._caps = {
-            provider: Hold("cap", message, known.began if known else now, now, now + seconds, seconds, "", provider)
-            for provider, (message, seconds) in refused.items()
-            for known in (before.get(provider),)
+            provider: Hold(reason, known.began if known else now, now, now + seconds, seconds, provider)
+            for provider, reason in refused.items()
+            for known, seconds in ((before.get(provider), reason.seconds or 0.0),)
         }
         return (
             [hold for provider, hold in self._caps.items() if provider not in before],
@@ -167,25 +148,25 @@ class Holds:
         return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])
 
     def clear_outer(self) -> list[Hold]:
-        """End every hold that is not about us ourselves; return what was ended."""
-        return self._end([hold for hold in self._holds.values() if hold.kind not in _OURS])
+        """End every hold about the account, the network or a limit; return what was ended."""
+        return self._end([hold for hold in self._holds.values() if not hold.is_local])
 
     def disproved(self, began: float) -> list[Hold]:
-        """End every hold that an answer disproves; return what was ended.
+        """End every hold that a response disproves; return what was ended.
 
-        Only a request that began after the refusal proves anything: others may have been on their way already when
-        the credits ran out. No answer says anything about our own disk, or about what a person wants.
+        Only a request that began after the refusal proves anything: others may have been in flight already when
+        the credits ran out.
 
         Args:
-            began: Monotonic time at which the answered request was begun, seconds.
+            began: Monotonic time at which the request was begun, seconds.
         """
-        return self._end([hold for hold in self._holds.values() if hold.since < began and hold.kind not in _OURS])
+        return self._end([hold for hold in self._holds.values() if hold.since < began and not hold.is_local])
 
     def _end(self, ended: list[Hold]) -> list[Hold]:
         with self._lock:
             for hold in ended:
                 del self._holds[hold.kind]
-                self._blamed.discard(hold.kind)
+                self._reported.discard(hold.kind)
         return ended
 
     def all(self) -> list[Hold]:
@@ -193,27 +174,29 @@ class Holds:
         return [*self._holds.values(), *self._caps.values()]
 
     def has(self, kind: str) -> bool:
-        """Tell whether there is a hold of this kind."""
+        """Return whether there is a hold of this kind."""
         return kind in self._holds
 
     def waits(self, kind: str, now: float) -> bool:
-        """Tell whether a hold of this kind forbids anything now."""
+        """Return whether a hold of this kind forbids any request now."""
         hold = self._holds.get(kind)
         return hold is not None and now < hold.until
 
-    def waiting(self, now: float, but: Collection[str] = ()) -> Hold | None:
+    def waiting(self, now: float, *, was_admitted: bool = False) -> Hold | None:
         """Return the hold that forbids any request now, or None.
 
         Args:
             now: Monotonic time, seconds.
-            but: Kinds that do not count.
+            was_admitted: Whether the request is within our own limits: they do not count.
         """
-        with self._lock:  # a worker asks, too
-            holds = [hold for hold in self._holds.values() if now < hold.until and hold.kind not in but]
+        with self._lock:  # workers call this, too
+            holds = [hold for hold in self._holds.values() if now < hold.until]
+        if was_admitted:
+            holds = [hold for hold in holds if not hold.reason.row.is_own]
         return max(holds, key=_until, default=None)
 
     def probing(self) -> bool:
-        """Tell whether only one request at a time may go out, to see whether a hold is over."""
+        """Return whether only one request at a time may be sent, as a probe."""
         return any(not hold.brief for hold in self._holds.values())
 
     def first(self) -> Hold | None:

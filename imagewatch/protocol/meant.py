@@ -46,7 +46,8 @@ _LEFTOVERS = re.compile(
 def alike(name: str) -> str:
     """Return what two names have in common that differ only in upper and lower case or in composed accents."""
     if name.isascii():
-        return name.lower()
+        lower = name.lower()
+        return name if lower == name else lower  # not a second string of each of very many names
     return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 

@@ -16,7 +16,7 @@ import unicodedata
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from imagewatch.protocol.images import IMAGE_ENDINGS, has_image_ending
+from imagewatch.protocol.image_kinds import IMAGE_ENDINGS, has_image_ending
 from imagewatch.protocol.meant import alike, base_names, is_called_copy, is_leftover
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ _LEFT_BEHIND = ("~", ":Zone.Identifier")  # an editor's backup, a mark of Window
 
 
 @dataclass
-class Dropped:
+class Siblings:
     """One prompt and what lies beside it for it.
 
     Attributes:
@@ -277,33 +277,33 @@ class Beside:
             return True
         return bool(self._meant) and alike(stem) in self._meant
 
-    def of(self, stem: str) -> Dropped:
-        """Return what was dropped for one prompt."""
-        dropped = Dropped(stem)
+    def of(self, stem: str) -> Siblings:
+        """Return what was siblings for one prompt."""
+        siblings = Siblings(stem)
         names = self._own.get(stem, ())
         numbered = sorted((found[1], name) for name in names if is_picture(name) and (found := self._picture(name)))
-        dropped.images = [name for _, name in numbered]
-        dropped.busy = [name for name in names if not is_picture(name)]
+        siblings.images = [name for _, name in numbered]
+        siblings.busy = [name for name in names if not is_picture(name)]
         for cut in (1, 2) if self._headless else ():
-            dropped.busy += self._headless.get(dropped.prompt[cut:], ())
-        for mark in dropped.busy:
+            siblings.busy += self._headless.get(siblings.prompt[cut:], ())
+        for mark in siblings.busy:
             target = in_flight(mark) or ""
             is_image = stem_of(target) is None and suffix_of(target) in IMAGE_ENDINGS
-            if is_image and target not in (*dropped.names, *dropped.coming):
-                dropped.coming.append(target)
+            if is_image and target not in (*siblings.names, *siblings.coming):
+                siblings.coming.append(target)
         for name in sorted([*self._exactly.get(stem, ()), *self._meant.get(alike(stem), ())]):
-            (dropped.doubtful if may_be_meant(name) else dropped.busy).append(name)
-        return dropped
+            (siblings.doubtful if may_be_meant(name) else siblings.busy).append(name)
+        return siblings
 
 
-def group(names: Iterable[str]) -> dict[str, Dropped]:
+def group(names: Iterable[str]) -> dict[str, Siblings]:
     """Sort the names of one folder into prompts.
 
     Args:
         names: All file names of one folder, in any order.
 
     Returns:
-        For each stem, what was dropped for it.
+        For each stem, what was siblings for it.
     """
     listed = list(names)
     stems = dict.fromkeys(stem for name in listed if (stem := stem_of(name)) is not None)

@@ -15,8 +15,9 @@ from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.config.schema import Options, layered, nearest
 from imagewatch.protocol import prompt as prompts
-from imagewatch.protocol.images import TEXT_SAMPLE, could_be_image, foreign, has_image_ending, inspect
-from imagewatch.protocol.names import SUFFIX, spellings
+from imagewatch.protocol.image_kinds import TEXT_SAMPLE, could_be_image, foreign, has_image_ending
+from imagewatch.protocol.images import inspect
+from imagewatch.protocol.names import spellings
 from imagewatch.protocol.options import body_fields, choose_provider
 from imagewatch.protocol.values import Input
 from imagewatch.system.errors import BadRequest, Outdated, Problem
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
 
     from imagewatch.config.load import Config
+    from imagewatch.protocol.values import Dropped
 
     Opener = Callable[[str], IO[bytes]]
     """Opens a file that other people wrote; raises OSError."""
@@ -84,49 +86,32 @@ class Request:
         return hashlib.sha256(self.prompt.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Files:
-    """Where the files of a prompt lie.
-
-    Attributes:
-        where: The folder they are in now.
-        folder: The folder below the inbox they were dropped into; its first part may name a preset.
-        stem: The prompt's name without ``.prompt.txt``.
-        images: Names of the input images, in order.
-        unused: Files that were beside the prompt, may be meant as its images and are not used.
-        declared: Whether the prompt was seen to name its images itself; None if nobody looked before.
-        opener: Opens them.
-    """
-
-    where: str
-    folder: str
-    stem: str
-    images: tuple[str, ...]
-    unused: tuple[str, ...] = ()
-    declared: bool | None = None
-    opener: Opener = open_file
-
-
-def build(files: Files, config: Config) -> Request:
+def build(dropped: Dropped, where: str, config: Config, opener: Opener = open_file) -> Request:
     """Validate what was dropped and return the request for it.
+
+    Args:
+        dropped: The prompt and its images.
+        where: The folder they are in now.
+        config: Presets, defaults, limits.
+        opener: Opens them.
 
     Raises:
         Outdated: The prompt does not name the images that were taken with it.
         BadRequest: Everything that is wrong.
     """
-    raw = read_prompt(os.path.join(files.where, files.stem + SUFFIX), files.opener)
+    raw = read_prompt(os.path.join(where, dropped.prompt), opener)
     parsed = prompts.parse(raw, max_characters=config.limits.max_prompt_chars)
-    _require_as_seen(files, parsed.front.input_images)
-    options, problems = effective(parsed.front, files.folder, config)
-    inputs, parts, wrong = _inputs(files, config.limits.max_input_bytes)
-    provider = choose_provider(options, has_inputs=bool(files.images))
+    _require_as_seen(dropped, parsed.front.input_images)
+    options, problems = effective(parsed.front, dropped.folder, config)
+    inputs, parts, wrong = _inputs(dropped, where, config.limits.max_input_bytes, opener)
+    provider = choose_provider(options, has_inputs=bool(dropped.images))
     problems += wrong + _refused_by_limits(options, provider, config)
     if provider is None:
         problems.append(unknown_family(options))
     if problems or provider is None:
         raise BadRequest(problems)
-    hashes = {files.stem + SUFFIX: hashlib.sha256(raw).hexdigest()}
-    hashes |= {name: item.sha256 for name, item in zip(files.images, inputs, strict=True)}
+    hashes = {dropped.prompt: hashlib.sha256(raw).hexdigest()}
+    hashes |= {name: item.sha256 for name, item in zip(dropped.images, inputs, strict=True)}
     return Request(parsed.text, body_fields(options, provider), inputs, hashes, parts)
 
 
@@ -155,14 +140,14 @@ def unknown_family(options: Options) -> Problem:
     return Problem("model", reason, 'add a line like provider = "openai" (or "gemini", "flux")')
 
 
-def _require_as_seen(files: Files, names: tuple[str, ...] | None) -> None:
+def _require_as_seen(dropped: Dropped, names: tuple[str, ...] | None) -> None:
     """Make sure that a prompt names what it named when its images were looked for.
 
     It may have been replaced since. The new words with the old images would be bought, and wrong.
     """
-    if files.declared is None:
+    if dropped.declared is None:
         return
-    seen = files.images if files.declared else None
+    seen = dropped.images if dropped.declared else None
     if _composed(names) != _composed(seen):
         raise Outdated([Problem("input_images", "the prompt was changed while it was taken", "it is looked at again")])
 
@@ -247,22 +232,23 @@ def open_plain(path: str, name: str, opener: Opener = open_file) -> IO[bytes]:
         raise BadRequest([Problem(name, reason, "drop a plain file that the daemon may read")]) from None
 
 
-def _inputs(files: Files, most_bytes: int) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
+def _inputs(
+    dropped: Dropped, where: str, most_bytes: int, opener: Opener
+) -> tuple[tuple[Input, ...], tuple[Part, ...], list[Problem]]:
     inputs, parts = [], []
-    problems = unused_problems(files.unused)
-    if len(files.images) > prompts.MAX_INPUTS:
-        problems.append(Problem("images", f"{len(files.images)} images are more than {prompts.MAX_INPUTS}"))
-    for name in files.images[: prompts.MAX_INPUTS]:
-        path = os.path.join(files.where, name)
+    problems = unused_problems(dropped.unused)
+    if len(dropped.images) > prompts.MAX_INPUTS:
+        problems.append(Problem("images", f"{len(dropped.images)} images are more than {prompts.MAX_INPUTS}"))
+    for name in dropped.images[: prompts.MAX_INPUTS]:
+        path = os.path.join(where, name)
         label = printable(name, 255)
         try:
-            inputs.append(read_image(path, label, most_bytes, files.opener))
+            inputs.append(read_image(path, label, most_bytes, opener))
         except BadRequest as error:
             problems += error.problems
         else:
             item = inputs[-1]
-            opener = functools.partial(open_plain, path, label, files.opener)
-            parts.append(Part(opener, item.mime, item.bytes, item.sha256))
+            parts.append(Part(functools.partial(open_plain, path, label, opener), item.mime, item.bytes, item.sha256))
     total = sum(item.bytes for item in inputs)
     if total > most_bytes:
         reason = f"{total:,} bytes of images are more than limits.max_input_bytes ({most_bytes:,})"
@@ -330,7 +316,7 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
         image = inspect(file, digest.update)
         if image is None:
             file.seek(0)
-            kind = foreign(file.read(512)) or "no image that we know"
+            kind = foreign(file.read(512)) or "not a PNG, JPEG or WebP image"
             raise BadRequest([Problem(name, f"its content is {kind}", SUPPORTED)])
         if image.fault:
             reason, hint = _FAULTS[image.fault]

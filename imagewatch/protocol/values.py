@@ -6,7 +6,6 @@ A *job* is a claimed prompt with its images; an *attempt* is one call for it. ``
 
 from __future__ import annotations
 
-import enum
 import json
 from typing import Any, Literal, TypeVar
 
@@ -19,52 +18,28 @@ Door = Literal["outbox", "errors", "away"]
 T = TypeVar("T")
 
 
-class Reaction(enum.Enum):
-    """What an answer means for its job (product page, "Money")."""
-
-    SUCCESS = "charged; read it"
-    REFUSED = "free; this request is not sent again by itself"
-    ACCOUNT = "free; about the account or the address: every other request would get the same"
-    BUSY = "free; the same request may be sent again after a while"
-    UNREACHED = "free; the request never left whole"
-    BROKEN = "free; the connection broke while this request was sent: it counts as an attempt"
-    UNKNOWN = "it may have been charged; never sent again by itself"
-
-
-class Claim(msgspec.Struct, frozen=True, kw_only=True):
-    """What was claimed, written before the prompt leaves the inbox.
+class Dropped(msgspec.Struct, frozen=True, kw_only=True):
+    """A prompt and its images as they were dropped. The scan finds it, the claim records it, the request sends it.
 
     Attributes:
-        job: Random id, 16 hexadecimal digits.
-        folder: Folder below the inbox, with ``/``; empty for the inbox itself.
+        folder: Folder below the inbox, with ``/``; empty for the inbox itself. Its first part may name a preset.
         stem: The prompt's name without ``.prompt.txt``.
         images: Names of its input images, in the order in which they are sent.
-        declared: Whether the prompt names its images itself.
-        foreign: Siblings of a kind the endpoint does not take; only in claims of an earlier version.
-        unused: Files beside the prompt that may be meant as its images and are not used; it is refused for them. They
-            stay in the inbox.
-        size: Size of the prompt file, bytes.
-        mtime_ns: Modification time of the prompt file, nanoseconds since the epoch.
-        files: Inode, size in bytes (-1 of what is no regular file) and modification time in nanoseconds of each file
-            as the scan accepted it, by name.
-        folder_inode: Inode of the folder; 0 for the inbox itself, and where it is not known.
-        at: Wall-clock time of the claim, seconds since the epoch.
-        owner: Name of the user to whom the prompt belongs, else the number; empty where it is not known.
+        declared: Whether the prompt names its images itself; None if that is not known.
+        unused: Files beside the prompt that may be meant as its images and are not used. The prompt is refused for
+            them; they stay in the inbox.
     """
 
-    job: str
     folder: str
     stem: str
     images: tuple[str, ...] = ()
-    declared: bool = False
-    foreign: tuple[str, ...] = ()
+    declared: bool | None = False
     unused: tuple[str, ...] = ()
-    size: int = 0
-    mtime_ns: int = 0
-    files: dict[str, tuple[int, int, int]] = {}
-    folder_inode: int = 0
-    at: float = 0.0
-    owner: str = ""
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Folder and stem, by which the prompt is known in memory."""
+        return self.folder, self.stem
 
     @property
     def prompt(self) -> str:
@@ -77,14 +52,42 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True):
         return f"{self.folder}/{self.prompt}" if self.folder else self.prompt
 
     @property
-    def tag(self) -> str:
-        """The short id that goes into a name that is taken."""
-        return self.job[:4]
+    def names(self) -> tuple[str, ...]:
+        """Names of all its files, the prompt first."""
+        return (self.prompt, *self.images)
 
     @property
     def originals(self) -> tuple[str, ...]:
-        """Everything that was dropped; the prompt last, as it is what counts."""
-        return (*self.images, *self.foreign, self.prompt)
+        """The same in the order in which they are moved: the prompt last, as it is what counts."""
+        return (*self.images, self.prompt)
+
+
+class Claim(Dropped, frozen=True, kw_only=True):
+    """What was claimed, written before the prompt leaves the inbox.
+
+    Attributes:
+        job: Random id, 16 hexadecimal digits.
+        size: Size of the prompt file, bytes.
+        mtime_ns: Modification time of the prompt file, nanoseconds since the epoch.
+        files: Inode, size in bytes (-1 of what is no regular file) and modification time in nanoseconds of each file
+            as the scan accepted it, by name.
+        folder_inode: Inode of the folder; 0 for the inbox itself, and where it is not known.
+        at: Wall-clock time of the claim, seconds since the epoch.
+        owner: Name of the user to whom the prompt belongs, else the number; empty where it is not known.
+    """
+
+    job: str
+    size: int = 0
+    mtime_ns: int = 0
+    files: dict[str, tuple[int, int, int]] = {}
+    folder_inode: int = 0
+    at: float = 0.0
+    owner: str = ""
+
+    @property
+    def tag(self) -> str:
+        """The short id that goes into a name that is taken."""
+        return self.job[:4]
 
 
 class Input(msgspec.Struct, frozen=True, kw_only=True):

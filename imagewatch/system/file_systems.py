@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 

@@ -14,7 +14,7 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk import ours
+from imagewatch.system.disk_errors import ours
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:

@@ -18,20 +18,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, TESTS, Folders, Running, command, until, until_made
+from support.daemon import KEY, TESTS, Folders, Running, command, until, until_finished
 from support.scripted import Scripted, answer, answering, picture
 from support.station import Station
 
 from commands.test_cli import HOSTILE, RAW
 from imagewatch.config.load import Limits
-from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.status import Status
 from imagewatch.inbox.scan import Seen
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import Sandbox
-from imagewatch.system.disk import Disk, locked
+from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.locks import locked
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -151,7 +152,7 @@ def test_a_hold_by_hand_keeps_prompts_until_release_whatever_is_restarted(tmp_pa
     assert (prompts_in(folders), requests(sandbox)) == (["cat.prompt.txt", "dog.prompt.txt"], 0)
     said = command(folders, "release")
     assert (said.returncode, said.stdout) == (0, "Released.\n")
-    until(lambda: folders.documents() == {"cat": "outbox", "dog": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
     assert daemon.events("released")[0]["kind"] == "manual"
 
 
@@ -167,7 +168,7 @@ def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(fold
     said = command(folders, "release")
     assert (said.returncode, "only what still fails holds the queue" in said.stdout) == (0, True)
     daemon = run(folders)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.events("held") == []
 
 
@@ -180,7 +181,7 @@ def test_a_hold_lets_what_was_sent_come_in_and_another_reason_replaces_the_first
     command(folders, "hold", "another")
     folders.prompt("later", "A dog")
     sandbox.release()
-    until(lambda: folders.documents() == {"sent": "outbox"})
+    until(lambda: folders.finished() == {"sent": "outbox"})
     waiting(folders, 1)
     (hold,) = status_of(folders)["holds"]
     assert (hold["kind"], hold["reason"], hold["next_try_at"]) == ("manual", "another", None)
@@ -192,15 +193,15 @@ def test_a_hold_lets_what_was_sent_come_in_and_another_reason_replaces_the_first
 def test_what_was_paid_for_is_delivered_behind_a_hold(folders, run, sandbox, killed_before, command_):
     folders.prompt("cat", "A cat")
     killed_before(folders, "decision.json")
-    assert (requests(sandbox), folders.documents()) == (1, {})
+    assert (requests(sandbox), folders.finished()) == (1, {})
     command(folders, "hold", "night")
     folders.prompt("dog", "A dog")
     if command_ == "run":
         run(folders)
-        until(lambda: folders.documents() == {"cat": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox"})
     else:
         assert "night" in once(folders, 69)
-    assert (folders.documents(), prompts_in(folders)) == ({"cat": "outbox"}, ["dog.prompt.txt"])
+    assert (folders.finished(), prompts_in(folders)) == ({"cat": "outbox"}, ["dog.prompt.txt"])
     assert requests(sandbox) == 1
 
 
@@ -217,7 +218,7 @@ def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path,
     folders = Folders(tmp_path, sandbox.base_url, limits__requests_per_minute="1")
     names = [folders.prompt(f"p{number}", f"Number {number}").name for number in range(3)]
     run(folders)
-    until(lambda: len(folders.documents()) == 1 and "rate" in held_for(folders))
+    until(lambda: len(folders.finished()) == 1 and "rate" in held_for(folders))
     command(folders, "hold")
     until(lambda: len(prompts_in(folders)) == 2 and folders.leftovers() == [])
     assert set(prompts_in(folders)) < set(names)
@@ -257,7 +258,7 @@ def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox)
     until(lambda: not (folders.state / "control/release").exists())
     releasing.join()
     folders.prompt("cat", "A cat")
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
 
 
@@ -277,12 +278,12 @@ def test_a_burst_waits_and_release_lets_exactly_that_one_go(guarded, run, sandbo
         threading.Event().wait(0.15)
     held = daemon.wait_for("held")
     assert held["kind"] == "burst"
-    assert "4 prompts at once are more than limits.burst (3)" in held["reason"]
+    assert "4 prompts came at the same time, limits.burst allows 3" in held["reason"]
     assert "imagewatch release" in held["next"]
     waiting(guarded, 4)
     assert requests(sandbox) == 0
     command(guarded, "release")
-    until(lambda: len(guarded.documents()) == 4)
+    until(lambda: len(guarded.finished()) == 4)
     for number in range(5):
         (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
     assert daemon.wait_for("held", 2)["kind"] == "burst"
@@ -305,7 +306,7 @@ def test_a_burst_that_was_let_go_needs_no_second_release_after_a_restart(guarded
     assert daemon.end() == 0
     assert len(prompts_in(guarded)) == 5
     daemon = run(guarded)
-    until(lambda: len(guarded.documents()) == 6)
+    until(lambda: len(guarded.finished()) == 6)
     assert daemon.events("held") == []
 
 
@@ -318,7 +319,7 @@ def test_a_burst_of_prompts_that_are_taken_at_once_stops_at_the_limit(guarded, r
     until(lambda: status_of(guarded)["in_flight"] == [] and held_for(guarded) == ["burst"])
     assert requests(sandbox) <= 3
     command(guarded, "release")
-    until(lambda: len(guarded.documents()) == 12)
+    until(lambda: len(guarded.finished()) == 12)
 
 
 def test_what_was_given_back_to_the_inbox_is_no_new_burst(tmp_path, hurried):
@@ -333,10 +334,10 @@ def test_what_was_given_back_to_the_inbox_is_no_new_burst(tmp_path, hurried):
     until(lambda: len([line for line in daemon.events("held") if line["kind"] == "unreachable"]) == 4)
     assert [line["kind"] for line in daemon.events("held")].count("burst") == 1
     with Sandbox(port=port, key=KEY) as late:
-        until(lambda: len(folders.documents()) == 5)
+        until(lambda: len(folders.finished()) == 5)
         # A connection that was never made was no attempt, and nothing was sent twice.
         assert [folders.receipt(f"p{number}")["attempts"] for number in range(5)] == [1] * 5
-        assert (late.report()["requests"], set(folders.documents().values())) == (5, {"outbox"})
+        assert (late.report()["requests"], set(folders.finished().values())) == (5, {"outbox"})
 
 
 def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_path):
@@ -349,13 +350,13 @@ def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_pat
     daemon = run(guarded)
     assert daemon.wait_for("held")["kind"] == "burst"
     command(guarded, "release")
-    until(lambda: len(guarded.documents()) == 5)
+    until(lambda: len(guarded.finished()) == 5)
     assert daemon.stop() == 0
     for path in away.iterdir():
         shutil.copy2(path, guarded.inbox)
     (guarded.inbox / "new.prompt.txt").write_text("A new one")
     daemon = run(guarded)
-    until(lambda: len(guarded.documents()) == 6 and prompts_in(guarded) == [])
+    until(lambda: len(guarded.finished()) == 6 and prompts_in(guarded) == [])
     assert daemon.events("held") == []
     assert requests(sandbox) == 6
 
@@ -367,7 +368,7 @@ def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarde
     for made in (3, 6):
         for number in range(made - 3, made):
             (guarded.inbox / f"p{number}.prompt.txt").write_text(f"Number {number}")
-        until_made(guarded, daemon, made)
+        until_finished(guarded, daemon, made)
     assert daemon.events("held") == []
     assert requests(sandbox) == 6
 
@@ -382,10 +383,10 @@ def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_i
     assert sandbox.wait_for_requests(1, 20)
     until(lambda: time.time() > came + 2)
     sandbox.release()
-    until_made(guarded, daemon, 3)
+    until_finished(guarded, daemon, 3)
     for number in range(3):
         (guarded.inbox / f"b{number}.prompt.txt").write_text(f"Number {number}")
-    until_made(guarded, daemon, 6)
+    until_finished(guarded, daemon, 6)
     assert daemon.events("held") == []
 
 
@@ -404,7 +405,7 @@ def test_a_folder_that_is_moved_into_the_inbox_is_a_burst_though_its_prompts_are
     daemon.wait_for("held", 2)
     assert requests(sandbox) == 0
     assert command(guarded, "release").returncode == 0
-    until(lambda: len(guarded.documents()) == 4)
+    until(lambda: len(guarded.finished()) == 4)
 
 
 def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_whenever_they_were_made(
@@ -429,13 +430,13 @@ class Guard:
         self.now, self._holds = 0.0, Holds()
         control = Control(str(station.state), Disk())
         clock = lambda: self.now  # noqa: E731
-        self.gate = Gate(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
+        self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None)
 
     def take(self, *times: float, is_dated: bool = True) -> None:
         """Take a prompt at each time, as it comes. A server's clock shows something else."""
         for self.now in times:
-            self.gate.burst.took(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
+            self.gate.burst.claimed(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
 
     def holds(self, at: float, *came: float) -> bool:
         """Count at a time what came at others and lies in the inbox; tell whether it is held."""
@@ -498,7 +499,7 @@ def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
         guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
     guard.take(100.0, 101.0, 102.0)
     assert not guard.holds(102.1, 102.1)
-    guard.gate.burst.over("a100.0.prompt.txt")
+    guard.gate.burst.finished("a100.0.prompt.txt")
     guard.take(100.0)
     assert not guard.holds(102.2, 102.1)
     assert guard.holds(102.3, 102.1, 102.2, 102.3)
@@ -512,7 +513,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
         path = away / f"p{number}.prompt.txt"
         path.write_text(f"Number {number}")
         shutil.copy2(path, guarded.inbox)
-        until_made(guarded, daemon, number + 1)
+        until_finished(guarded, daemon, number + 1)
     for path in away.iterdir():
         shutil.copy2(path, guarded.inbox)
     until(lambda: prompts_in(guarded) == [])
@@ -521,7 +522,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
     for path in away.iterdir():
         (guarded.inbox / path.name).write_text("Something else")
     until(lambda: daemon.events("held") or requests(sandbox) > 4)
-    assert "4 prompts at once are more than limits.burst (3)" in daemon.wait_for("held")["reason"]
+    assert "4 prompts came at the same time, limits.burst allows 3" in daemon.wait_for("held")["reason"]
     assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
 
 
@@ -559,7 +560,7 @@ def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, 
         guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
         until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
     with open(os.open(told / "go", os.O_RDWR), "rb"):
-        until_made(guarded, daemon, 2)
+        until_finished(guarded, daemon, 2)
     assert daemon.events("held") == []
 
 
@@ -573,7 +574,7 @@ def test_a_reload_with_a_higher_limit_lets_a_burst_go(guarded, run, tmp_path, sa
     assert daemon.wait_for("held")["kind"] == "burst"
     config.write_text("[limits]\nburst = 4\n")
     daemon.process.send_signal(signal.SIGHUP)
-    until(lambda: len(guarded.documents()) == 4)
+    until(lambda: len(guarded.finished()) == 4)
     assert len(daemon.events("held")) == 1
 
 
@@ -588,7 +589,7 @@ def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, k
         guarded.prompt(f"p{number}", f"Number {number}")
     told = once(guarded, 69)
     assert f"The queue is on hold ({kind}: " in told
-    assert ("limits.burst (3)" if kind == "burst" else "no money this month") in told
+    assert ("limits.burst allows 3" if kind == "burst" else "no money this month") in told
     assert f"{count} prompt" in told
     assert "imagewatch release" in told
     assert (len(prompts_in(guarded)), requests(sandbox), held_for(guarded)) == (count, 0, [kind])
@@ -622,7 +623,7 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
 
     sandbox.release()
     daemon = run(folders)
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     assert daemon.stop() == 0
     told = command(folders, "status")
     assert (told.returncode, "it was stopped" in told.stdout) == (0, True)
@@ -655,7 +656,7 @@ def test_a_reload_shows_in_the_status_and_one_that_fails_changes_nothing(folders
     daemon.process.send_signal(signal.SIGHUP)
     assert "no.pem" in daemon.wait_for("reload_failed")["reason"]
     folders.prompt("cat", "A cat")
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: status_of(folders)["today"]["completed"] == 1)
     assert status_of(folders)["today"]["cap"] == 5000
 
@@ -708,13 +709,13 @@ def test_asking_for_the_status_never_keeps_a_daemon_from_starting(folders, sandb
     finally:
         stop.set()
         asking.join()
-    assert (set(asked), len(folders.documents())) == ({True, False}, 3)
+    assert (set(asked), len(folders.finished())) == ({True, False}, 3)
 
 
 def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_changes(tmp_path, sandbox):
     station = Station(tmp_path, sandbox.base_url)
     with contextlib.closing(station):
-        gate = Gate(
+        gate = Admission(
             station.spool,
             station.ledger,
             Control(str(station.state), Disk()),
@@ -800,7 +801,7 @@ def test_history_equals_what_the_endpoint_counted_though_the_daemon_was_killed_a
     once(folders, 0, 1)
     jobs, report = ledger_of(folders), sandbox.report()
     outcomes = [job["charged"] for job in jobs if job["charged"] != "no"]
-    assert len(outcomes) == len(folders.documents()) == 15
+    assert len(outcomes) == len(folders.finished()) == 15
     # What was on its way when it was killed may have come to the endpoint or not: that is what doubt means.
     sure, doubts = outcomes.count("yes"), outcomes.count("unknown")
     assert sure <= report["charged"] <= sure + doubts
@@ -857,7 +858,7 @@ def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wi
     for stem in ("cat", "sub/dog", "bird", "sub/fish"):
         folders.prompt(stem, f"+++\nn = 2\n+++\nTwo of {stem}")
     once(folders, 1)
-    assert set(folders.documents().values()) == {"errors"}
+    assert set(folders.finished().values()) == {"errors"}
     told = command(folders, "retry", "cat", "../outbox/bird")
     assert (told.returncode, "no error file of this name" in told.stderr) == (64, True)
     told = command(folders, "retry", "cat", str(folders.errors / "sub/dog.error.toml"), "errors/bird.prompt.txt")
@@ -869,7 +870,7 @@ def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wi
     assert folders.names("errors") == []
     folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "4"
     once(folders)
-    assert folders.documents() == dict.fromkeys(("cat", "dog", "bird", "fish"), "outbox")
+    assert folders.finished() == dict.fromkeys(("cat", "dog", "bird", "fish"), "outbox")
     assert sandbox.report()["charged"] == 4
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]].count(1) == 1
 
@@ -884,7 +885,7 @@ def test_what_may_have_been_charged_goes_back_only_if_it_may_be_paid_for_again(f
     assert prompts_in(folders) == ["no.prompt.txt"]
     assert command(folders, "retry", "lost").returncode == 1
     assert command(folders, "retry", "--all", "--pay-again").returncode == 64
-    assert folders.documents() == {"lost": "errors"}
+    assert folders.finished() == {"lost": "errors"}
     told = command(folders, "retry", "--pay-again", "lost")
     assert (told.returncode, told.stdout) == (0, "lost: back in the inbox\n")
     assert prompts_in(folders) == ["lost.prompt.txt", "no.prompt.txt"]
@@ -1084,7 +1085,7 @@ def lost_picture(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
 
 def published(folders: Folders, sandbox: Sandbox) -> None:
     """The picture is out, its originals are in the archive, it was paid for once and the ledger says so once."""
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: folders.leftovers() == [] and not any((folders.state / "paid").iterdir()))
     receipt = folders.receipt("sub/cat")
     (call,) = sandbox.report()["calls"]
@@ -1098,14 +1099,14 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
 
 def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
     folders, sandbox, clock = lost_picture
-    assert "imagewatch retry sub/cat looks at it again" in folders.error("sub/cat")["next"]
+    assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
     assert (told[1].split()[2], "HTTP 403" in told[2]) == ("unreadable", True), (
         "why there is no picture stands below its row"
     )
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "was paid for" in told.stdout) == (0, True)
+    assert (told.returncode, "was charged" in told.stdout) == (0, True)
     daemon.wait_for("failed")  # its host is not there yet: all is as before
     until(lambda: len(folders.names("errors")) == 4 and folders.leftovers() == [])
     assert len(ledger_of(folders)) == 1
@@ -1180,7 +1181,7 @@ def test_a_paid_answer_whose_error_file_was_moved_takes_nothing_of_another_promp
     (folders.errors / "old").rename(folders.errors / "sub")
     assert command(folders, "retry", "sub/cat").returncode == 0
     once(folders)
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
 
 
 # Other users
@@ -1223,11 +1224,11 @@ def test_commands_of_root_leave_nothing_behind_that_the_daemons_user_could_not_u
     strange.prompt("no", "[sandbox: 400] No")
     daemon = as_user(strange, STRANGER, "run")
     try:
-        until(lambda: strange.documents() == {"no": "errors"})
+        until(lambda: strange.finished() == {"no": "errors"})
         for arguments in COMMANDS:
             told = command(strange, *arguments)
             assert told.returncode == 0, (arguments, told.stderr)
-        until(lambda: strange.documents() == {"no": "errors"} and requests(sandbox) == 2)
+        until(lambda: strange.finished() == {"no": "errors"} and requests(sandbox) == 2)
     finally:
         assert daemon.stop() == 0
     for arguments in (("history",), ("hold",), ("retry", "--all"), ("release",)):

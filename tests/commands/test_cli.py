@@ -160,7 +160,7 @@ def test_the_table_of_commands_has_the_help_of_each_command(name):
 def test_once_ends_with_0_when_everything_was_made(folders):
     folders.prompt("cat", "A cat")
     done = imagewatch("once", environ=folders.environ)
-    assert (done.returncode, folders.documents()) == (0, {"cat": "outbox"})
+    assert (done.returncode, folders.finished()) == (0, {"cat": "outbox"})
 
 
 def test_once_ends_with_0_when_there_is_nothing_to_do(folders):
@@ -171,7 +171,7 @@ def test_once_ends_with_1_when_one_prompt_failed_and_makes_the_others(folders):
     folders.prompt("bad", "+++\nn = 9\n+++\nx")
     folders.prompt("good", "A cat")
     done = imagewatch("once", environ=folders.environ)
-    assert (done.returncode, folders.documents()) == (1, {"bad": "errors", "good": "outbox"})
+    assert (done.returncode, folders.finished()) == (1, {"bad": "errors", "good": "outbox"})
 
 
 @pytest.mark.parametrize(
@@ -219,7 +219,7 @@ def test_once_ends_with_69_without_credits_when_prompts_are_left(tmp_path, sandb
     for number in range(6):
         folders.prompt(f"p{number}", "A cat")
     done = imagewatch("once", environ=folders.environ)
-    assert (done.returncode, list(folders.documents().values())) == (69, ["errors"])
+    assert (done.returncode, list(folders.finished().values())) == (69, ["errors"])
     assert "Not enough credits" in done.stderr
     assert "5 prompts left in the inbox" in done.stderr
 
@@ -285,7 +285,7 @@ def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_wo
     file = tmp_path / "config.toml"
     file.touch()
     done = from_nowhere(folders, "once", "--config", str(file))
-    assert (done.returncode, folders.documents()) == (0, {"cat": "outbox"}), done.stderr
+    assert (done.returncode, folders.finished()) == (0, {"cat": "outbox"}), done.stderr
     assert from_nowhere(folders, "status", "--config", str(file)).returncode == 0
     assert from_nowhere(folders, "submit", "A dog", "--root", str(folders.root)).returncode == 0
     for wrong in (["status"], ["check", "--config", "config.toml"], ["gallery"]):
@@ -319,7 +319,7 @@ def test_a_command_for_the_key_is_not_run_before_the_key_is_needed(folders, run,
     daemon = run(folders)
     assert not (tmp_path / "asked").exists()
     folders.prompt("cat", "A cat")
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert (tmp_path / "asked").exists()
     assert daemon.stop() == 0
     assert [line["event"] for line in daemon.lines if line["level"] == "warning"] == []
@@ -349,7 +349,7 @@ def test_a_locale_that_is_not_utf_8_keeps_no_prompt_from_naming_any_image(folder
     folders.prompt("käse", '+++\ninput_images = ["猫.png"]\n+++\nA cat')
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ, **strange_locale}
     done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
-    assert (done.returncode, folders.documents()) == (0, {"käse": "outbox"}), done.stderr
+    assert (done.returncode, folders.finished()) == (0, {"käse": "outbox"}), done.stderr
     assert "猫.png" in folders.names("archive")
     folders.prompt("späte", "A cat")
     check = subprocess.run([*program, "check"], env=environ, capture_output=True, timeout=40, check=False)
@@ -723,7 +723,7 @@ def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders,
     folders.prompt("cat", "The second")
     sandbox.release()
     assert running.wait() == 0
-    assert sorted(folders.documents().values()) == ["outbox", "outbox"]
+    assert sorted(folders.finished().values()) == ["outbox", "outbox"]
     assert folders.names("inbox") == []
 
 
@@ -839,7 +839,7 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_is_no_failure(tmp_path, 
 
     for stem in ("a", "b"):
         folders.prompt(stem, "A cat")
-    assert (code(*once), folders.documents()) == (0, {"a": "outbox", "b": "outbox"})
+    assert (code(*once), folders.finished()) == (0, {"a": "outbox", "b": "outbox"})
     folders.prompt("c", "[sandbox: 402] A cat")
     folders.prompt("d", "A cat")
     assert code(*once) == 69, "what it says at the end is lost as well, its code is not"
@@ -855,9 +855,9 @@ def test_a_daemon_outlives_whoever_read_its_log(folders, trouble):
     try:
         for stem in ("a", "b"):
             folders.prompt(stem, "A cat")
-            until(lambda stem=stem: stem in folders.documents() or process.poll() is not None)
+            until(lambda stem=stem: stem in folders.finished() or process.poll() is not None)
         process.terminate()
-        assert (process.wait(30), folders.documents()) == (0, {"a": "outbox", "b": "outbox"})
+        assert (process.wait(30), folders.finished()) == (0, {"a": "outbox", "b": "outbox"})
     finally:
         process.kill()
         process.wait(30)
@@ -961,7 +961,7 @@ def test_a_bug_after_the_work_does_not_look_like_a_failed_job(folders, sandbox, 
     folders.prompt("cat", "A cat")
     other = "import click.exceptions\ndel click.exceptions.NoArgsIsHelpError\n"
     done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
-    assert (done.returncode, folders.documents()) == (70, {"cat": "outbox"})
+    assert (done.returncode, folders.finished()) == (70, {"cat": "outbox"})
     assert "Traceback" in done.stderr
     *_, what, then = done.stderr.splitlines()
     assert what.startswith("imagewatch: internal error: AttributeError: ")
@@ -974,10 +974,10 @@ def test_a_bug_in_a_paid_job_does_not_look_like_a_failed_job_and_the_next_start_
     folders.prompt("dog", "[sandbox: 422] A dog")
     other = "def dumps():\n    pass\n"
     done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", tomli_w=other)})
-    assert (done.returncode, folders.documents()) == (70, {})
+    assert (done.returncode, folders.finished()) == (70, {})
     assert "a bug in imagewatch" in done.stderr
     done = imagewatch("once", environ=folders.environ)
-    assert (done.returncode, folders.documents()) == (1, {"cat": "outbox", "dog": "errors"})
+    assert (done.returncode, folders.finished()) == (1, {"cat": "outbox", "dog": "errors"})
     assert sandbox.report()["requests"] == 2
 
 
@@ -1012,7 +1012,7 @@ def test_once_whose_reader_is_gone_does_not_look_like_a_failed_job(folders, text
     with deaf("gone") as stream:
         command = [sys.executable, "-m", "imagewatch", "once", "--json"]
         done = subprocess.run(command, env=environ, stdout=stream, stderr=subprocess.PIPE, timeout=40, check=False)
-    assert (done.returncode, list(folders.documents())) == (74, ["cat"])
+    assert (done.returncode, list(folders.finished())) == (74, ["cat"])
     assert b"Traceback" not in done.stderr
 
 

@@ -228,7 +228,7 @@ def test_an_error_file_without_its_prompt_does_not_say_to_pay_again(
     (claimed,) = (folders.inbox / ".imagewatch").glob("*/cat.prompt.txt")
     claimed.unlink()
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     assert daemon.stop() == 0
     error = folders.error("cat")
     assert (error["charged"], "originals" in error) == ("unknown", False)

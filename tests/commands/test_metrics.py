@@ -16,7 +16,7 @@ from support.daemon import Folders, command, until
 
 from imagewatch.commands import metrics
 from imagewatch.inbox.candidate import Wait
-from imagewatch.journal.holds import NEXT
+from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
     from prometheus_client import Metric
@@ -83,7 +83,7 @@ def test_every_figure_of_the_status_is_a_metric():
         "ignored_files": 4,
         "in_flight_jobs": 1,
         "stuck_jobs": 1,
-        **{f"held[{kind}]": 0 for kind in NEXT},
+        **{f"held[{kind}]": 0 for kind in HOLDS},
         "period_jobs[day,completed]": 5,
         "period_jobs[day,refused]": 6,
         "period_jobs[day,unknown]": 7,

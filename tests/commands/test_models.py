@@ -162,5 +162,5 @@ def test_the_sandbox_refuses_the_model_of_another_provider(tmp_path, sandbox, pr
     station.work()
     station.close()
     right = provider == owner
-    assert station.documents() == {"x": "outbox" if right else "errors"}
+    assert station.finished() == {"x": "outbox" if right else "errors"}
     assert sandbox.report()["charged"] == right

@@ -819,7 +819,7 @@ def test_a_paid_answer_without_a_picture_is_told_with_its_price(sender, sandbox,
     done = sender.submit("A cat [sandbox: no-images]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: charged: " in done.stderr
-    assert "imagewatch retry cat looks at it again, free of charge" in done.stderr
+    assert "imagewatch retry cat reads it again, free of charge" in done.stderr
     assert done.stderr.endswith(f"0 images, {call(sandbox)['credits']} credits.\n")
 
 
@@ -865,7 +865,7 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     assert "1 prompt is not finished. The daemon will process it; to cancel, remove it from" in done.stderr
     assert done.stderr.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/cat.prompt.txt\n")
     sandbox.release()
-    until(lambda: sender.folders.documents() == {"cat": "outbox"})
+    until(lambda: sender.folders.finished() == {"cat": "outbox"})
 
 
 def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sender, sandbox, folders, start):

@@ -1,4 +1,4 @@
-"""What goes wrong with a prompt's own files is its own trouble: nothing wrong is bought, and the others go on."""
+"""What goes wrong with the files of one prompt concerns it alone: nothing wrong is sent, and the others continue."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import HURRIED, Folders, Told, command, until
+from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
 from support.tracing import reason_not_to_trace
 
 from imagewatch.job.outcome import End
@@ -44,7 +44,7 @@ def inputs(sandbox: Sandbox) -> list[int]:
 
 
 @pytest.mark.parametrize("fault", ["openat:error=EIO:when=1", "openat:error=EMFILE:when=1", "read:error=EIO:when=1"])
-def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_images_it_names(
+def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_sent_without_the_images_it_names(
     tmp_path: Path, sandbox: Sandbox, fault: str
 ) -> None:
     if reason := reason_not_to_trace():
@@ -68,10 +68,10 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_bought_without_the_ima
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
     subprocess.run([*strace, sys.executable, "-m", "imagewatch", "once"], env=environ, check=True, capture_output=True)
     assert "(INJECTED)" in log.read_text()
-    assert (folders.documents(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
+    assert (folders.finished(), inputs(sandbox)) == ({"mug": "outbox"}, [1])
 
 
-def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_ends(
+def test_a_prompt_that_stays_unreadable_is_named_and_once_completes_the_others_and_ends(
     tmp_path: Path, sandbox: Sandbox
 ) -> None:
     if reason := reason_not_to_trace():
@@ -81,7 +81,7 @@ def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_en
     folders.prompt("cat", "A cat")
     strace = ["strace", "-f", "-o", "/dev/null", "-P", str(path), "-e", "trace=read", "-e", "inject=read:error=EIO"]
     environ = {"PATH": os.environ["PATH"], "HOME": str(tmp_path), **folders.environ}
-    told, done = (
+    result, done = (
         subprocess.run(
             [*strace, sys.executable, "-m", "imagewatch", command],
             env=environ,
@@ -93,11 +93,11 @@ def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_en
         for command in ("check", "once")
     )
     assert done.returncode == 0
-    assert (folders.documents(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
-    (line,) = [line for line in told.stdout.splitlines() if "broken" in line]
+    assert (folders.finished(), folders.names("inbox")) == ({"cat": "outbox"}, ["broken.prompt.txt"])
+    (line,) = [line for line in result.stdout.splitlines() if "broken" in line]
     assert "wait" in line
     assert "cannot be read: Input/output error" in line
-    assert "take" in next(line for line in told.stdout.splitlines() if "cat.prompt.txt" in line)
+    assert "take" in next(line for line in result.stdout.splitlines() if "cat.prompt.txt" in line)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_a_prompt_that_stays_unreadable_says_so_and_once_makes_the_others_and_en
         (NAMES_LOGO, NAMES_LOGO.replace('["logo.png"]', '["logo.png", "other.png"]')),
     ],
 )
-def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
+def test_a_prompt_that_is_replaced_just_before_its_claim_is_read_again(
     station: Station, sandbox: Sandbox, before: str, after: str
 ) -> None:
     for name in ("logo.png", "other.png"):
@@ -127,7 +127,7 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_looked_at_again(
 
 @pytest.mark.parametrize("victim", ["mug.prompt.txt", "logo.png"])
 @pytest.mark.parametrize("how", ["another file", "the same file, changed", "another file of the same size and time"])
-def test_a_file_that_is_another_one_when_it_is_claimed_goes_back_unsent(
+def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
     station: Station, sandbox: Sandbox, victim: str, how: str
 ) -> None:
     station.drop("logo.png", PICTURE)
@@ -153,10 +153,10 @@ def test_a_file_that_is_another_one_when_it_is_claimed_goes_back_unsent(
 
 
 @pytest.mark.parametrize(
-    ("text", "door"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
+    ("text", "destination"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
 )
-def test_a_file_that_somebody_puts_beside_what_is_claimed_is_neither_moved_nor_removed(
-    station: Station, sandbox: Sandbox, text: str, door: str
+def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
+    station: Station, sandbox: Sandbox, text: str, destination: str
 ) -> None:
     station.prompt("mug", text)
     (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
@@ -169,7 +169,7 @@ def test_a_file_that_somebody_puts_beside_what_is_claimed_is_neither_moved_nor_r
         beside.write_text("echo pwned")
         sandbox.release()
         outcome = working.result()
-    assert (outcome.end, outcome.door) == (End.OVER, door)
+    assert (outcome.end, outcome.door) == (End.OVER, destination)
     assert beside.read_text() == "echo pwned"
     assert [path for path in station.root.rglob("evil*") if path != beside] == []
 
@@ -192,37 +192,37 @@ def test_a_folder_that_a_prompt_names_as_its_image_stays_where_it_is(
     (folders.inbox / "logo.png/inner.txt").write_text("mine")
     folders.prompt("mug", NAMES_LOGO)
     daemon = run(folders)
-    until(lambda: folders.documents() == {"mug": "errors"})
+    until(lambda: folders.finished() == {"mug": "errors"})
     assert "logo.png" in folders.error("mug")["message"]
     assert daemon.stop() == 0
     assert (folders.names("inbox"), folders.leftovers()) == (["logo.png/inner.txt"], [])
     assert sandbox.report()["requests"] == 0
 
 
-@pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
-def test_what_is_in_the_way_of_a_folders_results_is_told_before_anything_is_paid_for(
-    tmp_path: Path, sandbox: Sandbox, run: Callable, door: str
+@pytest.mark.parametrize("destination", ["outbox", "errors", "archive"])
+def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
+    tmp_path: Path, sandbox: Sandbox, run: Callable, destination: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
-    (folders.root / door / "sub").write_text("a file of somebody")
+    (folders.root / destination / "sub").write_text("a file of somebody")
     folders.prompt("sub/deep/cat", "A cat")
     folders.prompt("dog", "A dog")
     daemon = run(folders)
-    until(lambda: folders.documents() == {"dog": "outbox"})
-    told = daemon.wait_for("ignored")
-    assert told["file"] == "sub/deep/cat.prompt.txt"
-    assert f"{door}/sub is in the way" in told["reason"]
+    until(lambda: folders.finished() == {"dog": "outbox"})
+    event = daemon.wait_for("ignored")
+    assert event["file"] == "sub/deep/cat.prompt.txt"
+    assert f"{destination}/sub is in the way" in event["reason"]
     checked = command(folders, "check")
-    assert f"{door}/sub is in the way" in checked.stdout
+    assert f"{destination}/sub is in the way" in checked.stdout
     assert sandbox.report()["requests"] == 1
-    (folders.root / door / "sub").unlink()
+    (folders.root / destination / "sub").unlink()
     until(lambda: len(list(folders.outbox.rglob("cat.receipt.toml"))) == 1)
     assert daemon.stop() == 0
     assert folders.leftovers() == []
 
 
-def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
-    """Start a daemon, and have it make a prompt whose way out is blocked meanwhile."""
+def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> LoggedDaemon:
+    """Start a daemon with a prompt whose results cannot be written when its response is there."""
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
     assert sandbox.wait_for_requests(1, 20)
@@ -230,16 +230,14 @@ def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> Told:
     return daemon
 
 
-def test_a_job_whose_way_out_is_blocked_while_it_is_made_waits_alone(
-    tmp_path: Path, sandbox: Sandbox, run: Callable
-) -> None:
+def test_a_job_whose_results_cannot_be_written_waits_alone(tmp_path: Path, sandbox: Sandbox, run: Callable) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = blocked(folders, run, sandbox)
     stuck = daemon.wait_for("stuck")
     assert str(folders.outbox / "sub") in stuck["reason"]
     for number in range(5):
         folders.prompt(f"dog{number}", "A dog")
-    until(lambda: len(folders.documents()) == 5)
+    until(lambda: len(folders.finished()) == 5)
     assert daemon.events("held") == []
     (folders.outbox / "sub").unlink()
     until((folders.outbox / "sub/cat.receipt.toml").exists, timeout=40)
@@ -253,17 +251,17 @@ def test_while_a_job_of_a_folder_is_stuck_nothing_else_of_that_folder_is_paid_fo
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = blocked(folders, run, sandbox)
     daemon.wait_for("stuck")
-    (folders.outbox / "sub").unlink()  # which nobody knows before the job is tried again
+    (folders.outbox / "sub").unlink()  # which the daemon notices when the job is retried
     folders.prompt("sub/dog", "A dog")
-    assert "until a job that is stuck goes on" in daemon.wait_for("ignored")["reason"]
+    assert "until a stuck job continues" in daemon.wait_for("ignored")["reason"]
     until(lambda: re.search(r"stuck +1.*\n +sub/cat\.prompt\.txt\n", command(folders, "status").stdout))
     assert sandbox.report()["requests"] == 1
-    until(lambda: len(folders.documents()) == 2, timeout=40)
+    until(lambda: len(folders.finished()) == 2, timeout=40)
     assert daemon.stop() == 0
     assert (sandbox.report()["charged"], folders.leftovers()) == (2, [])
 
 
-def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered(
+def test_once_completes_the_others_and_exits_with_74_if_one_job_cannot_be_delivered(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -272,7 +270,7 @@ def test_once_makes_the_others_and_ends_with_74_when_one_job_cannot_be_delivered
     for number in range(3):
         folders.prompt(f"dog{number}", "A dog")
     assert command(folders, "once").returncode == 74
-    assert folders.documents() == {f"dog{number}": "outbox" for number in range(3)}
+    assert folders.finished() == {f"dog{number}": "outbox" for number in range(3)}
     (folders.outbox / "sub").unlink()
     assert command(folders, "once").returncode == 0
     assert (folders.outbox / "sub/cat.receipt.toml").exists()
@@ -290,7 +288,7 @@ def test_a_name_as_long_as_a_name_can_be_is_copied_where_its_time_is_not_ours_to
     assert target.stat().st_mtime_ns > 1
 
 
-def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(
+def test_a_folder_that_is_missing_when_its_prompt_is_given_back_is_created_again(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
@@ -299,9 +297,9 @@ def test_a_folder_that_is_gone_when_its_prompt_is_given_back_is_made_again(
         folders.prompt(f"sub/{name}", "[sandbox: slow 1] [sandbox: 402] Too poor")
     until(lambda: sandbox.report()["requests"] == 2 or not any((folders.inbox / "sub").glob("*.prompt.txt")))
     shutil.rmtree(folders.inbox / "sub")
-    until(lambda: len(folders.documents()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
-    ((shown, door),) = folders.documents().items()
-    assert door == "errors"
+    until(lambda: len(folders.finished()) == 1 and list((folders.inbox / "sub").glob("*.prompt.txt")) != [])
+    ((shown, destination),) = folders.finished().items()
+    assert destination == "errors"
     (back,) = (folders.inbox / "sub").iterdir()
     assert {f"{shown}.prompt.txt", back.name} == {"one.prompt.txt", "two.prompt.txt"}
     assert daemon.stop() == 0
@@ -329,7 +327,7 @@ def test_two_jobs_that_wait_for_the_same_name_do_not_keep_each_other_busy(
     daemon.process.kill()
 
 
-def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
+def test_a_hold_for_the_disk_ends_automatically_also_if_no_prompt_waits(
     tmp_path: Path, sandbox: Sandbox, run: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
@@ -340,7 +338,7 @@ def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
     assert daemon.wait_for("held")["kind"] == "disk"
     until(lambda: command(folders, "status").returncode == 69)
     away.rename(folders.outbox)
-    until(lambda: folders.documents() == {"cat": "outbox"}, timeout=40)
+    until(lambda: folders.finished() == {"cat": "outbox"}, timeout=40)
     assert daemon.wait_for("released")["kind"] == "disk"
     until(lambda: command(folders, "status").returncode == 0)
     assert daemon.stop() == 0
@@ -349,7 +347,7 @@ def test_a_hold_of_the_disk_ends_by_itself_also_where_no_prompt_waits(
 # What is stuck
 
 
-def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_bought_again(
+def test_a_stuck_job_keeps_its_name_so_that_a_redelivery_is_not_paid_again(
     tmp_path: Path, sandbox: Sandbox, run: Callable, start: Callable
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
@@ -364,7 +362,7 @@ def test_a_stuck_job_keeps_its_name_so_that_what_a_sync_tool_brings_back_is_not_
     daemon.wait_for("stuck")
     folders.prompt("cat", "[sandbox: slow 20] A cat")
     folders.prompt("dog", "A dog")
-    until(lambda: folders.documents() == {"dog": "outbox"})
+    until(lambda: folders.finished() == {"dog": "outbox"})
     assert daemon.stop() == 0
     assert folders.names("inbox")[-1] == "cat.prompt.txt"
     assert sandbox.report()["requests"] == 2
@@ -393,8 +391,8 @@ sys.exit(Daemon(load(None, os.environ), os.environ, disk=Bad()).run())
 """A daemon whose disk cannot read claimed files of some names, until a file is there."""
 
 
-def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of_it(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_claimed_out_of_it(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     script, repaired = tmp_path / "bad.py", tmp_path / "repaired"
     script.write_text(BAD_SECTORS)
@@ -403,16 +401,16 @@ def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_taken_out_of
     folders.prompt("bad1", "One")
     until(lambda: len(daemon.events("stuck")) == 1)
     folders.prompt("cat", "A cat")
-    until(lambda: "cat" in folders.documents())
+    until(lambda: "cat" in folders.finished())
     folders.prompt("bad2", "Two")
     until(lambda: len(daemon.events("stuck")) == 2)
     folders.prompt("dog", "A dog")
     folders.prompt("sub/elk", "An elk")
-    until(lambda: "elk" in folders.documents())
+    until(lambda: "elk" in folders.finished())
     assert (folders.inbox / "dog.prompt.txt").exists()
     assert sandbox.report()["requests"] == 4
     repaired.touch()
-    until(lambda: "dog" in folders.documents(), timeout=60)
+    until(lambda: "dog" in folders.finished(), timeout=60)
     assert sandbox.report()["requests"] == 5
     until(lambda: folders.leftovers() == [])
 
@@ -431,12 +429,12 @@ def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
     for record in records:
         (record / "sent.1").write_text("damaged")
     daemon = run(folders)
-    until(lambda: any("jobs are stuck" in told["reason"] for told in daemon.events("held")))
+    until(lambda: any("jobs are stuck" in event["reason"] for event in daemon.events("held")))
     folders.prompt("dog", "A dog")
-    stuck = [told["job"] for told in daemon.events("stuck")]
+    stuck = [event["job"] for event in daemon.events("stuck")]
     for job in stuck[:2]:
         shutil.rmtree(folders.state / "jobs" / job)
         shutil.rmtree(folders.inbox / ".imagewatch" / job)
-    until(lambda: folders.documents() == {"dog": "outbox"})
+    until(lambda: folders.finished() == {"dog": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 4

@@ -17,7 +17,7 @@ from imagewatch.job.outcome import End
 
 @pytest.fixture
 def capped(tmp_path, sandbox):
-    """Make a station whose first request may cost 30 credits, as flux does at the sandbox."""
+    """Return a station whose first request may cost 30 credits, as flux does at the sandbox."""
 
     def make(**limits):
         settings = {f"limits__{name}": str(value) for name, value in {"assumed_credits": 30, **limits}.items()}
@@ -33,8 +33,8 @@ def test_at_a_cap_a_prompt_goes_back_to_the_inbox_unpaid(capped, sandbox):
         station.prompt(stem, "a cat")
         outcomes = station.work()
     assert outcomes[-1].end is End.RETURNED
-    assert outcomes[-1].trouble.kind == "cap"
-    assert "limits.credits_per_day is 60" in outcomes[-1].trouble.message
+    assert outcomes[-1].reason.kind == "cap"
+    assert "limits.credits_per_day is 60" in outcomes[-1].reason.message
     assert station.names("inbox") == ["c.prompt.txt"]
     assert sandbox.report()["charged"] == 2
     assert station.leftovers() == []
@@ -48,15 +48,15 @@ def test_a_price_that_turns_out_lower_leaves_room_for_another_request(capped, sa
     assert sandbox.report()["credits"] == 90
 
 
-def test_a_request_that_was_refused_takes_nothing_from_the_cap(capped, sandbox):
+def test_a_refused_request_does_not_count_against_the_cap(capped, sandbox):
     station = capped(credits_per_day=30)
     station.prompt("a", "[sandbox: 400] a cat")
     station.prompt("b", "a cat")
     station.work()
-    assert station.documents() == {"a": "errors", "b": "outbox"}
+    assert station.finished() == {"a": "errors", "b": "outbox"}
 
 
-def test_an_answer_that_was_lost_counts_against_the_cap(capped, sandbox):
+def test_a_response_that_was_lost_counts_against_the_cap(capped, sandbox):
     station = capped(credits_per_day=30)
     station.prompt("a", "[sandbox: drop] a cat")
     station.work()
@@ -66,7 +66,7 @@ def test_an_answer_that_was_lost_counts_against_the_cap(capped, sandbox):
     assert sandbox.report()["requests"] == 1
 
 
-def test_the_daemon_stops_at_the_cap_though_it_sends_several_at_once(tmp_path, sandbox, start):
+def test_the_daemon_stops_at_the_cap_though_it_sends_several_at_the_same_time(tmp_path, sandbox, start):
     folders = Folders(
         tmp_path, sandbox.base_url, limits__credits_per_day="100", limits__assumed_credits="30", limits__concurrency="8"
     )
@@ -93,7 +93,7 @@ def test_requests_a_minute_are_counted_across_a_restart(tmp_path, sandbox, start
     assert sandbox.report()["requests"] == 2
 
 
-def test_a_paid_answer_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, sandbox, start):
+def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is_read(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="30", limits__assumed_credits="30")
     folders.prompt("a", "[sandbox: big 60, b64] a cat")
     killed = start(folders, "once")
@@ -106,7 +106,7 @@ def test_a_paid_answer_of_a_killed_daemon_counts_against_the_cap_before_it_is_re
 
 
 def paid_once(folders, sandbox, start):
-    """Pay for one prompt; return the record of its job as it was while the answer was awaited."""
+    """Pay for one prompt; return the record of its job as it was during the request."""
     folders.prompt("a", "a cat")
     sandbox.hold()
     daemon = start(folders, "once")
@@ -118,17 +118,17 @@ def paid_once(folders, sandbox, start):
     return kept, record
 
 
-def test_what_is_left_of_a_job_that_was_being_forgotten_is_not_set_aside_for_ever(tmp_path, sandbox, start):
+def test_the_rest_of_a_job_that_was_being_forgotten_is_not_reserved_for_ever(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
     kept, record = paid_once(folders, sandbox, start)
-    (kept / "claim.json").unlink()  # the first that goes, and evidence of what was sent the last
+    (kept / "claim.json").unlink()  # it is removed first, and the mark of what was sent last
     kept.rename(record)
     folders.prompt("b", "a dog")
     assert start(folders, "once").wait() == 0
-    assert folders.documents() == {"a": "outbox", "b": "outbox"}
+    assert folders.finished() == {"a": "outbox", "b": "outbox"}
 
 
-def test_what_a_damaged_record_may_have_cost_is_counted_and_not_waited_for(tmp_path, sandbox, start):
+def test_the_possible_cost_of_a_damaged_record_counts_and_delays_nothing(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
     kept, record = paid_once(folders, sandbox, start)
     (kept / "claim.json").write_text("{")
@@ -149,8 +149,8 @@ def waiting_of(folders):
 
 
 def page(folders):
-    told = command(folders, "status", "--json")
-    return json.loads(told.stdout)
+    result = command(folders, "status", "--json")
+    return json.loads(result.stdout)
 
 
 def at_a_cap(tmp_path, sandbox, start, **limits):
@@ -163,7 +163,7 @@ def at_a_cap(tmp_path, sandbox, start, **limits):
     return folders
 
 
-def test_a_request_that_alone_is_more_than_the_cap_is_refused_unpaid_and_the_queue_goes_on(tmp_path, sandbox, start):
+def test_a_request_that_alone_exceeds_the_cap_is_invalid_and_the_queue_continues(tmp_path, sandbox, start):
     folders = at_a_cap(tmp_path, sandbox, start, assumed_credits="250", credits_per_day="300")
     folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "240"
     folders.prompt("dear", "a cat")
@@ -185,20 +185,20 @@ def test_a_request_that_alone_is_more_than_the_cap_is_refused_unpaid_and_the_que
 
 def test_with_a_cap_below_the_assumed_credits_nothing_is_held_and_check_finds_it(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="100")
-    told = json.loads(command(folders, "check", "--json").stdout)
-    (line,) = [one for one in told["settings"] if one["what"] == "limits.credits_per_day"]
+    page = json.loads(command(folders, "check", "--json").stdout)
+    (line,) = [one for one in page["settings"] if one["what"] == "limits.credits_per_day"]
     assert (line["verdict"], "assumed_credits (150)" in line["why"]) == ("bad", True)
     folders.prompt("a", "a cat")
     daemon = start(folders, "once")
     assert (daemon.wait(), "held" in daemon.output) == (1, False)
-    assert folders.documents() == {"a": "errors"}
+    assert folders.finished() == {"a": "errors"}
     folders.environ["IMAGEWATCH_LIMITS__ASSUMED_CREDITS"] = "40"
     folders.prompt("b", "a cat")
     assert start(folders, "once").wait() == 0
     del folders.environ["IMAGEWATCH_LIMITS__ASSUMED_CREDITS"]
-    told = command(folders, "check")
-    assert (told.returncode, "30 are spent until it ends" in told.stdout) == (0, True)
-    assert "a provider that was not charged in the last 30 days" in told.stdout
+    result = command(folders, "check")
+    assert (result.returncode, "30 are spent until it ends" in result.stdout) == (0, True)
+    assert "a provider that was not charged in the last 30 days" in result.stdout
 
 
 def test_at_a_cap_the_prompts_of_other_providers_that_fit_are_sent(tmp_path, sandbox, start):
@@ -216,14 +216,14 @@ def test_at_a_cap_the_prompts_of_other_providers_that_fit_are_sent(tmp_path, san
     assert folders.leftovers() == []
 
 
-def test_of_one_provider_what_costs_less_still_goes(tmp_path, sandbox, start):
+def test_of_one_provider_prompts_that_cost_less_are_still_sent(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="170", limits__assumed_credits="30")
     folders.prompt("a", "+++\nn = 2\n+++\na cat")
     assert start(folders, "once").wait() == 0
     folders.prompt("four", "+++\nn = 4\n+++\nfour cats")
     folders.prompt("one", "a cat")
     assert start(folders, "once").wait() == 69
-    assert folders.documents() == {"a": "outbox", "one": "outbox"}
+    assert folders.finished() == {"a": "outbox", "one": "outbox"}
     assert waiting_of(folders) == ["four.prompt.txt"]
 
 
@@ -233,12 +233,12 @@ def test_however_many_wait_at_a_cap_before_it_a_prompt_that_fits_is_sent(tmp_pat
         folders.prompt(f"dog{number}", GEMINI)
     folders.prompt("zebra", "a zebra")
     assert start(folders, "once").wait() == 69
-    assert folders.documents()["zebra"] == "outbox"
+    assert folders.finished()["zebra"] == "outbox"
     assert len(waiting_of(folders)) == 300
     assert sandbox.report()["requests"] == 2
 
 
-def test_what_waits_at_a_cap_is_neither_claimed_nor_touched(tmp_path, sandbox, start):
+def test_prompts_at_a_cap_are_neither_claimed_nor_changed(tmp_path, sandbox, start):
     folders = at_a_cap(tmp_path, sandbox, start)
     before = folders.prompt("dog", GEMINI).stat()
     assert start(folders, "once").wait() == 69
@@ -251,8 +251,8 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     for number in range(3):
         folders.prompt(f"dog{number}", GEMINI)
     daemon = run(folders)
-    told = daemon.wait_for("held")
-    assert (told["kind"], told["provider"]) == ("cap", "gemini")
+    event = daemon.wait_for("held")
+    assert (event["kind"], event["provider"]) == ("cap", "gemini")
     until(lambda: page(folders)["waiting"]["why"] == {"cap": 3})
     (hold,) = page(folders)["holds"]
     assert (hold["kind"], hold["provider"], hold["next_try_at"][11:19]) == ("cap", "gemini", "00:00:00")
@@ -264,7 +264,7 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     assert [(line["verdict"], "limits.credits_per_day is 200" in line["why"]) for line in shown] == [("wait", True)] * 3
     assert "held       cap, gemini: " in command(folders, "status").stdout
     folders.prompt("cat", "a cat")
-    until(lambda: folders.documents().get("cat") == "outbox")
+    until(lambda: folders.finished().get("cat") == "outbox")
     assert len(daemon.events("held")) == 1
     for path in folders.inbox.glob("dog*"):
         path.unlink()
@@ -273,7 +273,7 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     assert (daemon.stop(), [one["kind"] for one in daemon.events("released")]) == (0, ["cap"])
 
 
-def test_a_raised_cap_is_obeyed_after_a_reload_and_what_waited_goes(tmp_path, sandbox, start, run):
+def test_a_raised_cap_applies_after_a_reload_and_waiting_prompts_are_sent(tmp_path, sandbox, start, run):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     del folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"]
@@ -284,7 +284,7 @@ def test_a_raised_cap_is_obeyed_after_a_reload_and_what_waited_goes(tmp_path, sa
     daemon.wait_for("held")
     path.write_text("[limits]\ncredits_per_day = 300\n")
     daemon.process.send_signal(signal.SIGHUP)
-    until(lambda: folders.documents().get("dog") == "outbox")
+    until(lambda: folders.finished().get("dog") == "outbox")
     assert daemon.stop() == 0
 
 
@@ -303,7 +303,7 @@ sys.exit(Daemon(config, os.environ, clock=clock).run())
 
 
 def shifted(tmp_path, folders, run, offset):
-    """Start a daemon whose clock is ahead by what a file says; return it and the file."""
+    """Start a daemon whose clock is ahead by the seconds in a file; return it and the file."""
     file = tmp_path / "offset"
     set_clock(file, offset)
     folders.environ["OFFSET"] = str(file)
@@ -313,7 +313,7 @@ def shifted(tmp_path, folders, run, offset):
 
 
 def set_clock(file, offset):
-    """Change the clock at once: it must never read half a number."""
+    """Change the clock in one step: it must never read half a number."""
     written = file.with_suffix(".new")
     written.write_text(str(offset))
     written.rename(file)
@@ -324,17 +324,17 @@ def to_midnight():
 
 
 @pytest.mark.parametrize("seconds_before", [5])
-def test_at_the_end_of_the_day_what_waited_goes_first(tmp_path, sandbox, start, run, seconds_before):
+def test_at_the_end_of_the_day_prompts_that_waited_are_sent_first(tmp_path, sandbox, start, run, seconds_before):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     folders.prompt("dog2", GEMINI)
     shifted(tmp_path, folders, run, to_midnight() - seconds_before)
-    until(lambda: "dog" in folders.documents(), timeout=60)
-    assert "dog2" not in folders.documents()
+    until(lambda: "dog" in folders.finished(), timeout=60)
+    assert "dog2" not in folders.finished()
     assert waiting_of(folders) == ["dog2.prompt.txt"]
 
 
-def test_a_clock_that_was_set_is_noticed_by_release_and_one_set_back_opens_nothing(tmp_path, sandbox, start, run):
+def test_release_applies_a_clock_that_was_set_and_one_set_back_frees_no_credits(tmp_path, sandbox, start, run):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     daemon, offset = shifted(tmp_path, folders, run, 0)
@@ -342,11 +342,11 @@ def test_a_clock_that_was_set_is_noticed_by_release_and_one_set_back_opens_nothi
     set_clock(offset, -40 * 86_400)
     command(folders, "release")
     folders.prompt("cat", "a cat")
-    until(lambda: folders.documents().get("cat") == "outbox")
+    until(lambda: folders.finished().get("cat") == "outbox")
     assert sandbox.report()["requests"] == 2
     set_clock(offset, 86_400)
     command(folders, "release")
-    until(lambda: folders.documents().get("dog") == "outbox")
+    until(lambda: folders.finished().get("dog") == "outbox")
 
 
 def test_prompts_at_a_cap_cost_other_folders_no_turn(tmp_path, sandbox, start):
@@ -356,12 +356,10 @@ def test_prompts_at_a_cap_cost_other_folders_no_turn(tmp_path, sandbox, start):
     for number in range(2):
         folders.drop(f"cats/c{number}.prompt.txt", "a cat")
     assert start(folders, "once").wait() == 69
-    assert {stem for stem, door in folders.documents().items() if door == "outbox"} == {"a", "c0", "c1"}
+    assert {stem for stem, destination in folders.finished().items() if destination == "outbox"} == {"a", "c0", "c1"}
 
 
-def test_what_does_not_fit_beside_what_is_in_flight_is_not_claimed_and_goes_when_there_is_room(
-    tmp_path, sandbox, start
-):
+def test_a_prompt_that_does_not_fit_beside_those_in_flight_is_not_claimed_before_it_fits(tmp_path, sandbox, start):
     folders = Folders(
         tmp_path, sandbox.base_url, limits__credits_per_day="100", limits__assumed_credits="70", limits__concurrency="4"
     )
@@ -376,7 +374,7 @@ def test_what_does_not_fit_beside_what_is_in_flight_is_not_claimed_and_goes_when
     assert (daemon.wait(), sandbox.report()["credits"]) == (0, 90)
 
 
-def test_a_cap_that_two_daemons_after_another_meet_is_the_same(tmp_path, sandbox, start):
+def test_a_cap_is_the_same_for_two_daemons_one_after_the_other(tmp_path, sandbox, start):
     folders = at_a_cap(tmp_path, sandbox, start)
     folders.prompt("dog", GEMINI)
     for _ in range(2):
@@ -389,13 +387,13 @@ def test_estimate_shows_what_the_caps_reserve(tmp_path, sandbox, start):
     folders.prompt("two", GEMINI.replace('"gemini"', '"gemini"\nn = 2'))
     folders.prompt("cat", "+++\nn = 3\n+++\na cat")
     folders.prompt("much", '+++\nprovider = "gemini"\nn = 4\n+++\na cat')
-    told = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json").stdout)}
-    assert [told["two.prompt.txt"][name] for name in ("usual", "high", "reserve", "seen")] == [268, 268, 268, 1]
-    assert [told["cat.prompt.txt"][name] for name in ("usual", "reserve", "seen")] == [None, 90, 0]
-    assert "limits.credits_per_day: is 500" in told["much.prompt.txt"]["problem"]
+    page = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json").stdout)}
+    assert [page["two.prompt.txt"][name] for name in ("usual", "high", "reserve", "seen")] == [268, 268, 268, 1]
+    assert [page["cat.prompt.txt"][name] for name in ("usual", "reserve", "seen")] == [None, 90, 0]
+    assert "limits.credits_per_day: is 500" in page["much.prompt.txt"]["problem"]
 
 
-def test_what_was_paid_and_cannot_be_delivered_counts_once(tmp_path, sandbox, run):
+def test_a_paid_response_that_cannot_be_delivered_counts_once(tmp_path, sandbox, run):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="90", limits__assumed_credits="30")
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] a cat")
@@ -404,6 +402,6 @@ def test_what_was_paid_and_cannot_be_delivered_counts_once(tmp_path, sandbox, ru
     daemon.wait_for("stuck")
     folders.prompt("dog", "a dog")
     folders.prompt("fox", "a fox")
-    until(lambda: folders.documents() == {"dog": "outbox", "fox": "outbox"})
+    until(lambda: folders.finished() == {"dog": "outbox", "fox": "outbox"})
     assert sandbox.report()["credits"] == 90
     assert not (folders.outbox / "sub").is_dir()

@@ -18,6 +18,7 @@ from support.daemon import KEY, Folders, command, until
 
 from imagewatch.daemon.systemd import Notify
 from imagewatch.journal.holds import Holds
+from imagewatch.protocol.reasons import Reason
 from imagewatch.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
-import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 
 if os.geteuid() == 0:
     os.setgroups([])
@@ -49,19 +50,19 @@ sys.exit(Daemon(config, os.environ).run())
 
 @pytest.fixture
 def settling(tmp_path, sandbox) -> Folders:
-    """Folders of a daemon that waits a little until files are quiet."""
+    """Folders of a daemon with a short settle time."""
     return Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="1.2")
 
 
 @pytest.fixture
 def patient(tmp_path, sandbox) -> Folders:
-    """Folders of a daemon that takes nothing by waiting: what is made was taken at once."""
+    """Folders of a daemon with a long settle time: what it completes was claimed immediately."""
     return Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="3600")
 
 
 def over(folders: Folders, *stems: str) -> None:
     """Wait until these prompts are over, and no others."""
-    until(lambda: set(folders.documents()) == set(stems))
+    until(lambda: set(folders.finished()) == set(stems))
 
 
 def prompts(sandbox: Sandbox) -> list[str]:
@@ -73,10 +74,10 @@ def pause(seconds: float) -> None:
     threading.Event().wait(seconds)
 
 
-# Taking
+# Claiming
 
 
-def test_a_prompt_that_is_renamed_into_the_inbox_is_made(folders, run, sandbox):
+def test_a_prompt_that_is_renamed_into_the_inbox_is_completed(folders, run, sandbox):
     daemon = run(folders)
     folders.prompt("cat", "A cat")
     over(folders, "cat")
@@ -87,7 +88,7 @@ def test_a_prompt_that_is_renamed_into_the_inbox_is_made(folders, run, sandbox):
 
 
 @pytest.mark.parametrize("how", ["written in place", "copied", "hard-linked", "appended in two steps"])
-def test_however_a_prompt_gets_there_it_is_made_whole_and_once(settling, run, sandbox, tmp_path, how):
+def test_however_a_prompt_is_dropped_it_is_sent_whole_and_once(settling, run, sandbox, tmp_path, how):
     run(settling)
     source, target = tmp_path / "source", settling.inbox / "cat.prompt.txt"
     source.write_text("A cat, and a dog")
@@ -105,7 +106,7 @@ def test_however_a_prompt_gets_there_it_is_made_whole_and_once(settling, run, sa
     assert prompts(sandbox) == ["A cat, and a dog"]
 
 
-def test_a_slow_writer_is_waited_for_and_half_a_prompt_is_never_bought(settling, run, sandbox):
+def test_half_a_prompt_of_a_slow_writer_is_never_sent(settling, run, sandbox):
     run(settling)
     with (settling.inbox / "cat.prompt.txt").open("w") as file:
         for word in ["A cat ", "on a ", "mat, ", "at dusk"]:
@@ -116,7 +117,7 @@ def test_a_slow_writer_is_waited_for_and_half_a_prompt_is_never_bought(settling,
     assert prompts(sandbox) == ["A cat on a mat, at dusk"]
 
 
-def test_a_slow_writer_is_waited_for_without_change_events_too(tmp_path, run, sandbox):
+def test_half_a_prompt_is_never_sent_without_change_events_either(tmp_path, run, sandbox):
     polled = Folders(
         tmp_path, sandbox.base_url, inbox__settle_seconds="1.2", inbox__watch="poll", inbox__rescan_seconds="0.1"
     )
@@ -142,7 +143,7 @@ def test_an_image_that_follows_its_prompt_within_settle_seconds_belongs_to_it(se
     assert settling.names("archive") == ["cat.png", "cat.prompt.txt"]
 
 
-def test_images_that_lie_there_belong_to_a_prompt_that_comes_by_rename_however_short_the_settling(
+def test_images_that_are_there_belong_to_a_prompt_that_comes_by_rename_however_short_the_settle_time(
     folders, run, sandbox
 ):
     run(folders)
@@ -182,7 +183,7 @@ def test_a_folder_that_is_named_like_a_preset_applies_it(folders, run, sandbox, 
     }
 
 
-def test_what_lies_there_at_the_start_is_made(patient, run):
+def test_prompts_that_are_there_at_the_start_are_completed(patient, run):
     for stem in ("one", "two", "a/three"):
         patient.prompt(stem, DECLARES_NOTHING + stem)
     for path in patient.inbox.rglob("*.prompt.txt"):
@@ -192,7 +193,7 @@ def test_what_lies_there_at_the_start_is_made(patient, run):
     over(patient, "one", "two", "three")
 
 
-def test_an_inbox_without_change_events_is_looked_at_regularly(tmp_path, run, sandbox):
+def test_an_inbox_without_change_events_is_scanned_regularly(tmp_path, run, sandbox):
     polled = Folders(tmp_path, sandbox.base_url, inbox__watch="poll", inbox__rescan_seconds="0.2")
     daemon = run(polled)
     polled.prompt("a/b/cat", "A cat")
@@ -200,7 +201,7 @@ def test_an_inbox_without_change_events_is_looked_at_regularly(tmp_path, run, sa
     assert daemon.events("started")[0]["mode"] == "poll"
 
 
-def test_a_renamed_prompt_with_its_declared_images_is_taken_at_once(patient, run, sandbox):
+def test_a_renamed_prompt_with_its_declared_images_is_claimed_immediately(patient, run, sandbox):
     run(patient)
     patient.drop("logo.png", PICTURE)
     patient.drop("other.png", PICTURE)
@@ -209,7 +210,7 @@ def test_a_renamed_prompt_with_its_declared_images_is_taken_at_once(patient, run
     assert len(sandbox.report()["calls"][0]["inputs"]) == 2
 
 
-def test_a_renamed_prompt_that_declares_no_images_is_taken_at_once_without_its_sibling(patient, run, sandbox):
+def test_a_renamed_prompt_that_declares_no_images_is_claimed_immediately_without_its_sibling(patient, run, sandbox):
     daemon = run(patient)
     patient.drop("cat.png", PICTURE)
     patient.prompt("cat", DECLARES_NOTHING + "A cat")
@@ -219,13 +220,13 @@ def test_a_renamed_prompt_that_declares_no_images_is_taken_at_once_without_its_s
     assert patient.names("inbox") == ["cat.png"]
 
 
-def test_a_declared_image_that_comes_later_is_waited_for_and_a_half_of_it_is_not_taken(patient, run, sandbox):
+def test_a_prompt_waits_for_a_declared_image_until_it_is_whole(patient, run, sandbox):
     daemon = run(patient)
     patient.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
     with (patient.inbox / "logo.png").open("wb") as file:
         file.write(PICTURE[:-20])
         file.flush()
-        patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is over only after another look
+        patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is finished only after another scan
         over(patient, "dog")
         file.write(PICTURE[-20:])
     over(patient, "cat", "dog")
@@ -233,7 +234,7 @@ def test_a_declared_image_that_comes_later_is_waited_for_and_a_half_of_it_is_not
     assert len(sandbox.report()["calls"][1]["inputs"]) == 1
 
 
-def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_call(tmp_path, run, sandbox):
+def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_request(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, inbox__input_wait_seconds="0.5")
     run(folders)
     folders.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
@@ -242,10 +243,10 @@ def test_a_declared_image_that_never_comes_is_an_error_with_its_name_and_no_call
     assert sandbox.report()["requests"] == 0
 
 
-# Not taking
+# Not claiming
 
 
-def test_an_editor_at_work_holds_its_prompt_and_no_other(tmp_path, run, sandbox):
+def test_an_editor_at_work_delays_its_prompt_and_no_other(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     swap = folders.inbox / ".cat.prompt.txt.swp"
     swap.write_bytes(b"b0VIM 9.0")
@@ -257,7 +258,7 @@ def test_an_editor_at_work_holds_its_prompt_and_no_other(tmp_path, run, sandbox)
     over(folders, "cat", "dog")
 
 
-def test_a_prompt_that_is_removed_before_it_is_taken_is_cancelled(tmp_path, run, sandbox):
+def test_a_prompt_that_is_removed_before_its_claim_is_cancelled(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
     daemon = run(folders)
     sandbox.hold()
@@ -272,7 +273,7 @@ def test_a_prompt_that_is_removed_before_it_is_taken_is_cancelled(tmp_path, run,
     assert folders.leftovers() == []
 
 
-def test_an_empty_file_waits_and_is_taken_once_it_is_filled(settling, run, sandbox):
+def test_an_empty_file_waits_and_is_claimed_when_it_has_a_text(settling, run, sandbox):
     run(settling)
     path = settling.prompt("cat", "")
     settling.prompt("dog", "A dog")
@@ -292,17 +293,17 @@ def test_near_misses_links_and_pipes_are_named_once_in_the_log_and_stay(tmp_path
     daemon = run(folders)
     for number in range(3):
         folders.prompt(f"good{number}", "Good")
-        until(lambda number=number: len(folders.documents()) == number + 1)
+        until(lambda number=number: len(folders.finished()) == number + 1)
     assert daemon.stop() == 0
-    told = [line["file"] for line in daemon.events("ignored")]
-    assert sorted(told) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
+    named = [line["file"] for line in daemon.events("ignored")]
+    assert sorted(named) == ["cat.prompt.txt.txt", "dog.Prompt.TXT", "link.prompt.txt", "pipe.prompt.txt"]
     assert sandbox.report()["requests"] == 3
     assert (folders.inbox / "link.prompt.txt").is_symlink()
 
 
 @pytest.fixture
 def unprivileged(open_path, sandbox) -> Folders:
-    """Folders of a daemon that is not root, who may read everything."""
+    """Folders of a daemon that is not root: root may read everything."""
     folders = Folders(open_path, sandbox.base_url)
     folders.state.mkdir()
     if os.geteuid() == 0:
@@ -311,7 +312,7 @@ def unprivileged(open_path, sandbox) -> Folders:
     return folders
 
 
-def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(unprivileged, run, tmp_path):
+def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_completed_when_it_may(unprivileged, run, tmp_path):
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     path = unprivileged.prompt("cat", "A cat")
@@ -327,8 +328,8 @@ def test_a_prompt_that_may_not_be_read_stays_is_named_and_is_made_when_it_may(un
     over(unprivileged, "cat", "dog")
 
 
-def test_a_file_that_the_daemon_may_not_read_refuses_its_own_prompt_alone(unprivileged, run, tmp_path, sandbox):
-    """Whoever puts it there could as well put an image there; nobody else waits or pays for it."""
+def test_a_file_that_the_daemon_may_not_read_makes_only_its_own_prompt_invalid(unprivileged, run, tmp_path, sandbox):
+    """A user who puts it there could put an image there, too; no other prompt waits for it or pays for it."""
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     unprivileged.drop("cat.secret", "text").chmod(0)
@@ -337,47 +338,47 @@ def test_a_file_that_the_daemon_may_not_read_refuses_its_own_prompt_alone(unpriv
         unprivileged.prompt(stem, f"A {stem}").chmod(0o644)
     (unprivileged.inbox / "other").chmod(0o777)
     run(unprivileged, script=str(script))
-    until(lambda: len(unprivileged.documents()) == 3)
-    assert unprivileged.documents() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
+    until(lambda: len(unprivileged.finished()) == 3)
+    assert unprivileged.finished() == {"cat": "errors", "dog": "outbox", "cow": "outbox"}
     assert "cat.secret" in unprivileged.error("cat")["message"]
     assert sandbox.report()["requests"] == 2
 
 
-def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_holds_up_nobody(unprivileged, run, tmp_path):
+def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_other(unprivileged, run, tmp_path):
     script = tmp_path / "unprivileged.py"
     script.write_text(UNPRIVILEGED)
     path = unprivileged.prompt("mine/cat", "A cat")
     path.chmod(0o644)
     path.parent.chmod(0o555)
     daemon = run(unprivileged, script=str(script))
-    told = daemon.wait_for("ignored")
-    assert (told["file"], told["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
+    event = daemon.wait_for("ignored")
+    assert (event["file"], event["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
     unprivileged.prompt("dog", "A dog").chmod(0o644)
     over(unprivileged, "dog")
     assert not daemon.events("held")
     path.parent.chmod(0o777)
-    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that it looks again
+    unprivileged.prompt("fox", "A fox").chmod(0o644)  # so that there is another scan
     over(unprivileged, "cat", "dog", "fox")
 
 
-def test_the_same_name_again_while_the_first_is_in_flight_makes_both(folders, run, sandbox):
+def test_the_same_name_again_while_the_first_is_in_flight_completes_both(folders, run, sandbox):
     daemon = run(folders)
     sandbox.hold()
     folders.prompt("cat", "The first")
     assert sandbox.wait_for_requests(1, 20)
     folders.prompt("cat", "The second")
     sandbox.release()
-    until(lambda: len(folders.documents()) == 2)
+    until(lambda: len(folders.finished()) == 2)
     assert daemon.stop() == 0
     assert folders.receipt("cat")["prompt"] == "The first"
-    (other,) = set(folders.documents()) - {"cat"}
+    (other,) = set(folders.finished()) - {"cat"}
     assert folders.receipt(other)["prompt"] == "The second"
     assert other == f"cat.{folders.receipt(other)['job'][: len(other) - 4]}"
     assert prompts(sandbox) == ["The first", "The second"]
     assert folders.names("archive") == [f"{other}.prompt.txt", "cat.prompt.txt"]
 
 
-def test_an_inbox_that_is_deleted_and_made_again_is_watched_again(tmp_path, run, sandbox):
+def test_an_inbox_that_is_deleted_and_created_again_is_watched_again(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     daemon = run(folders)
     folders.prompt("one", "One")
@@ -408,7 +409,7 @@ def test_a_folder_that_is_replaced_by_another_of_its_name_is_watched_again(folde
 
 
 @pytest.mark.parametrize("same", ["inbox and state", "inbox", "state"])
-def test_a_second_daemon_on_the_same_folders_ends_with_75_and_takes_nothing(folders, run, tmp_path, sandbox, same):
+def test_a_second_daemon_on_the_same_folders_exits_with_75_and_claims_nothing(folders, run, tmp_path, sandbox, same):
     run(folders)
     other = Folders(tmp_path / "other", sandbox.base_url)
     if "inbox" in same:
@@ -425,7 +426,7 @@ def test_a_second_daemon_on_the_same_folders_ends_with_75_and_takes_nothing(fold
 # Signals
 
 
-def test_sigterm_finishes_what_was_sent_takes_nothing_new_and_ends_with_0(tmp_path, run, sandbox):
+def test_after_sigterm_what_was_sent_is_finished_nothing_is_claimed_and_the_exit_code_is_0(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
     for number in range(4):
         folders.prompt(f"p{number}", f"Number {number}")
@@ -438,7 +439,7 @@ def test_sigterm_finishes_what_was_sent_takes_nothing_new_and_ends_with_0(tmp_pa
     sandbox.release()
     assert daemon.end() == 0
     assert sandbox.report()["requests"] == 2
-    assert len(folders.documents()) == 2
+    assert len(folders.finished()) == 2
     assert len(folders.names("inbox")) == 3
     assert folders.leftovers() == []
 
@@ -476,7 +477,7 @@ def test_a_kill_at_rest_loses_nothing(folders, run):
     over(folders, "cat")
 
 
-def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wrong(folders, run, sandbox, tmp_path):
+def test_sighup_uses_a_changed_configuration_and_keeps_the_old_one_if_it_is_wrong(folders, run, sandbox, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text("")
     daemon = run(folders, "--config", str(config))
@@ -503,7 +504,7 @@ def test_sighup_takes_a_changed_configuration_and_keeps_the_old_one_if_it_is_wro
     assert folders.names("archive") == ["one.prompt.txt", "two.prompt.txt"]
 
 
-def test_sighup_in_a_folder_that_is_gone_keeps_the_old_configuration(folders, run, tmp_path):
+def test_sighup_in_a_working_folder_that_was_removed_keeps_the_old_configuration(folders, run, tmp_path):
     here, script = tmp_path / "here", tmp_path / "here.py"
     here.mkdir()
     (here / "imagewatch.toml").touch()
@@ -527,33 +528,35 @@ def test_sighup_ends_a_hold_because_the_configuration_may_have_been_its_cause(fo
     sandbox.key = KEY
     daemon.process.send_signal(signal.SIGHUP)
     over(folders, "one", "two")
-    assert folders.documents() == {"one": "errors", "two": "outbox"}
+    assert folders.finished() == {"one": "errors", "two": "outbox"}
 
 
 # Holds
 
 
-def test_without_credits_one_prompt_shows_it_and_the_others_stay_until_there_are_credits(tmp_path, hurried, sandbox):
+def test_without_credits_one_job_reports_it_and_the_other_prompts_stay_until_there_are_credits(
+    tmp_path, hurried, sandbox
+):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="4")
     sandbox.balance = 0
     for number in range(20):
         folders.prompt(f"p{number:02}", f"Number {number}")
     daemon = hurried(folders)
     daemon.wait_for("held", 2)  # a probe was refused, too
-    (shown,) = folders.documents()
-    assert folders.documents() == {shown: "errors"}
+    (shown,) = folders.finished()
+    assert folders.finished() == {shown: "errors"}
     assert (folders.error(shown)["status"], folders.error(shown)["charged"]) == (402, "no")
     assert folders.error(shown)["credits_required"] > 0
     sandbox.balance = None
-    until(lambda: len(folders.documents()) == 20)
-    assert list(folders.documents().values()).count("errors") == 1
+    until(lambda: len(folders.finished()) == 20)
+    assert list(folders.finished().values()).count("errors") == 1
     assert daemon.events("released")
     assert daemon.stop() == 0
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
     assert sandbox.report()["charged"] == 19
 
 
-def test_an_answer_to_a_request_that_was_under_way_before_does_not_end_a_hold(tmp_path, run, sandbox):
+def test_a_response_to_a_request_from_before_a_hold_does_not_end_it(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="4")
     for number in range(3):
         folders.prompt(f"slow{number}", f"[sandbox: slow {1 + number / 2}] A slow one")
@@ -562,28 +565,30 @@ def test_an_answer_to_a_request_that_was_under_way_before_does_not_end_a_hold(tm
     daemon.wait_for("held")
     for number in range(4):
         folders.prompt(f"more{number}", "[sandbox: 402] Another poor one")
-    until(lambda: len(folders.documents()) == 4)
+    until(lambda: len(folders.finished()) == 4)
     folders.prompt("last", "A last one")
     assert daemon.stop() == 0
-    assert sorted(folders.documents().values()) == ["errors", "outbox", "outbox", "outbox"]
+    assert sorted(folders.finished().values()) == ["errors", "outbox", "outbox", "outbox"]
     assert len(folders.names("inbox")) == 5
     assert sandbox.report()["requests"] == 4
 
 
-def test_with_a_rejected_key_one_prompt_shows_it_and_the_others_are_made_with_the_right_one(folders, hurried, sandbox):
+def test_with_a_rejected_key_one_job_reports_it_and_the_others_are_completed_with_the_right_one(
+    folders, hurried, sandbox
+):
     sandbox.key = "another key"
     for number in range(8):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders)
     assert daemon.wait_for("held")["kind"] == "key"
     sandbox.key = KEY
-    until(lambda: len(folders.documents()) == 8)
-    (error,) = [stem for stem, door in folders.documents().items() if door == "errors"]
+    until(lambda: len(folders.finished()) == 8)
+    (error,) = [stem for stem, destination in folders.finished().items() if destination == "errors"]
     assert (folders.error(error)["status"], folders.error(error)["charged"]) == (401, "no")
     assert KEY not in json.dumps(daemon.lines)
 
 
-def test_without_a_key_nothing_is_taken_out_of_the_inbox_for_good(folders, hurried, sandbox, tmp_path):
+def test_without_a_key_every_prompt_stays_in_the_inbox(folders, hurried, sandbox, tmp_path):
     del folders.environ["LETTA_API_KEY"]
     folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = str(tmp_path / "key")
     folders.prompt("cat", "A cat")
@@ -592,10 +597,10 @@ def test_without_a_key_nothing_is_taken_out_of_the_inbox_for_good(folders, hurri
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "key").chmod(0o600)
     over(folders, "cat")
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
 
 
-def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_made_when_it_is_there(tmp_path, hurried):
+def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_completed_when_it_can(tmp_path, hurried):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
         port = reserved.getsockname()[1]
     folders = Folders(tmp_path, f"http://127.0.0.1:{port}")
@@ -604,10 +609,10 @@ def test_while_the_endpoint_cannot_be_reached_prompts_stay_and_are_made_when_it_
     daemon = hurried(folders)
     assert daemon.wait_for("held", 2)["kind"] == "unreachable"
     until(lambda: len(folders.names("inbox")) == 6)
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     with Sandbox(port=port, key=KEY) as late:
-        until(lambda: len(folders.documents()) == 6)
-        assert (late.report()["charged"], set(folders.documents().values())) == (6, {"outbox"})
+        until(lambda: len(folders.finished()) == 6)
+        assert (late.report()["charged"], set(folders.finished().values())) == (6, {"outbox"})
         assert daemon.stop() == 0
     assert folders.leftovers() == []
 
@@ -619,14 +624,14 @@ def test_a_busy_endpoint_slows_the_whole_queue(tmp_path, run, sandbox):
     daemon.wait_for("held")
     for number in range(3):
         folders.prompt(f"p{number}", f"Number {number}")
-    until(lambda: len(folders.documents()) == 4)
+    until(lambda: len(folders.finished()) == 4)
     calls = sandbox.report()["calls"]
     assert [call["status"] for call in calls] == [429, 200, 200, 200, 200]
     assert calls[1]["at"] - calls[0]["at"] >= 1.0, "Retry-After was 1"
     assert folders.receipt("first")["attempts"] == 2
 
 
-def test_with_too_little_free_space_nothing_is_claimed_and_it_is_said_once(tmp_path, run, sandbox):
+def test_with_too_little_free_space_nothing_is_claimed_and_the_hold_is_logged_once(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes=str(1 << 60), inbox__rescan_seconds="0.1")
     folders.prompt("one", "One")
     daemon = run(folders)
@@ -643,28 +648,28 @@ def test_each_refused_probe_doubles_the_wait_up_to_a_quarter_of_an_hour():
     holds, now = Holds(first_seconds=15), 0.0
     waits = []
     for _ in range(8):
-        hold = holds.add("credits", "none left", now)
+        hold = holds.add(Reason("credits", "none left"), now)
         waits.append(hold.until - now)
         now = hold.until
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900]
 
 
-def test_requests_that_met_the_same_at_once_are_one_hold():
+def test_requests_refused_at_the_same_time_for_the_same_reason_make_one_hold():
     holds = Holds(first_seconds=15)
-    first = holds.add("credits", "none left", 100.0)
-    assert holds.add("credits", "none left", 100.5) is first
+    first = holds.add(Reason("credits", "none left"), 100.0)
+    assert holds.add(Reason("credits", "none left"), 100.5) is first
     assert holds.waiting(114.9) is first
     assert (holds.waiting(115.0), holds.probing()) == (None, True)
 
 
-def test_an_answer_ends_the_holds_that_began_before_its_request_but_never_one_of_our_own_disk():
+def test_a_response_ends_the_holds_that_began_before_its_request_but_never_one_for_our_own_disk():
     holds = Holds(first_seconds=15)
-    assert [holds.blame("credits"), holds.blame("credits")] == [True, False]
+    assert [holds.may_report("credits"), holds.may_report("credits")] == [True, False]
     for kind in ("credits", "disk"):
-        holds.add(kind, "…", 100.0)
+        holds.add(Reason(kind, "…"), 100.0)
     assert holds.disproved(began=99.0) == []
     assert [hold.kind for hold in holds.disproved(began=115.0)] == ["credits"]
-    assert (holds.blame("credits"), holds.has("disk")) == (True, True)
+    assert (holds.may_report("credits"), holds.has("disk")) == (True, True)
     assert [hold.kind for hold in holds.clear("disk")] == ["disk"]
 
 
@@ -680,13 +685,19 @@ class Manager:
         self.socket.settimeout(20)
         folders.environ["NOTIFY_SOCKET"] = str(folder / "notify")
 
-    def hear(self) -> dict[str, str]:
+    def receive(self) -> dict[str, str]:
         return dict(line.split("=", 1) for line in self.socket.recv(4096).decode().split("\n"))
 
-    def hear_until(self, name: str) -> dict[str, str]:
-        while name not in (heard := self.hear()):
-            pass
-        return heard
+    def receive_until(self, name: str) -> dict[str, str]:
+        """Wait for a message with this field; fail with the messages that came."""
+        received: list[dict[str, str]] = []
+        try:
+            while not received or name not in received[-1]:
+                received.append(self.receive())
+        except TimeoutError:
+            message = f"waited for a message with {name}, but there were only: {received}"
+            raise AssertionError(message) from None
+        return received[-1]
 
 
 @pytest.fixture
@@ -696,33 +707,35 @@ def manager(tmp_path, folders) -> Iterator[Manager]:
         yield listening
 
 
-def test_the_service_manager_hears_when_it_is_ready_and_when_it_stops(folders, run, manager, sandbox):
+def test_the_service_manager_is_notified_of_readiness_and_of_the_end(folders, run, manager, sandbox):
     daemon = run(folders)
-    ready = manager.hear_until("READY")
+    ready = manager.receive_until("READY")
     assert (ready["READY"], str(folders.inbox) in ready["STATUS"]) == ("1", True)
-    assert json.loads((folders.state / "status.json").read_text())["state"] == "running"  # whoever asks now is told
+    assert (
+        json.loads((folders.state / "status.json").read_text())["state"] == "running"
+    )  # ``status`` shows it from now on
     sandbox.hold()
     folders.prompt("cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
     daemon.process.send_signal(signal.SIGTERM)
-    stopping = manager.hear_until("STOPPING")
+    stopping = manager.receive_until("STOPPING")
     assert (stopping["STOPPING"], "1 in flight" in stopping["STATUS"]) == ("1", True)
     sandbox.release()
     assert daemon.end() == 0
 
 
-def test_the_watchdog_is_fed_by_looks_at_the_inbox_and_by_nothing_else(folders, run, manager):
+def test_only_a_scan_of_the_inbox_resets_the_watchdog(folders, run, manager):
     folders.environ["WATCHDOG_USEC"] = "400000"
     daemon = run(folders)
     for _ in range(3):
-        assert manager.hear_until("WATCHDOG") == {"WATCHDOG": "1"}
+        assert manager.receive_until("WATCHDOG") == {"WATCHDOG": "1"}
     folders.remove_inbox()
     daemon.wait_for("held")
     manager.socket.settimeout(1.0)
     with contextlib.suppress(TimeoutError):
         for _ in range(20):  # what was sent before is still in the socket, no more than that
-            manager.hear()
-        pytest.fail("the watchdog is fed, but nothing is looked at")
+            manager.receive()
+        pytest.fail("the watchdog is reset, but nothing is scanned")
     assert daemon.process.poll() is None
 
 
@@ -737,28 +750,28 @@ config = load(None, os.environ)
 class Unlucky(Daemon):
     away = config.folders.inbox + ".away"
 
-    def _look(self):
+    def _scan(self):
         if self.away:
             os.rename(config.folders.inbox, self.away)
             self.away = ""
-        super()._look()
+        super()._scan()
 
 log.configure("info", "json")
 Unlucky(config, os.environ).run()
 """
-"""A daemon whose inbox goes away when all folders have been proved, right before it looks for the first time."""
+"""A daemon whose inbox is moved when all folders have been proved, right before its first scan."""
 
 
-def test_a_daemon_that_cannot_look_is_not_ready_before_it_can(folders, run, manager, tmp_path):
+def test_a_daemon_that_cannot_scan_is_not_ready_before_it_can(folders, run, manager, tmp_path):
     script = tmp_path / "unlucky.py"
     script.write_text(INBOX_GONE_AT_FIRST)
     daemon = run(folders, script=str(script), watching=False)
     assert daemon.wait_for("held")["kind"] == "disk"
     folders.inbox.with_name("inbox.away").rename(folders.inbox)
-    heard = [manager.hear()]
-    while "READY" not in heard[-1]:
-        heard.append(manager.hear())
-    assert {"WATCHDOG": "1"} in heard  # it has looked
+    received = [manager.receive()]
+    while "READY" not in received[-1]:
+        received.append(manager.receive())
+    assert {"WATCHDOG": "1"} in received  # it has scanned the inbox
 
 
 def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
@@ -768,21 +781,21 @@ def test_readiness_is_not_lost_when_the_manager_is_busy(manager, folders):
             other.sendto(b"STATUS=others", folders.environ["NOTIFY_SOCKET"])
     ready = threading.Thread(target=Notify(folders.environ).send, kwargs={"READY": "1"})
     ready.start()
-    ready.join(0.3)  # let it meet the full queue
-    assert manager.hear_until("READY") == {"READY": "1"}
+    ready.join(0.3)  # let it hit the full queue
+    assert manager.receive_until("READY") == {"READY": "1"}
     ready.join()
 
 
-def test_a_folder_with_a_hostile_name_is_told_to_the_manager_in_one_line(tmp_path, run, sandbox):
+def test_a_folder_with_a_hostile_name_is_reported_to_the_manager_in_one_line(tmp_path, run, sandbox):
     folders = Folders(tmp_path / "a\nREADY=0\x1b", sandbox.base_url)
     manager = Manager(tmp_path, folders)
     with contextlib.closing(manager.socket):
         run(folders)
-        ready = manager.hear_until("READY")
+        ready = manager.receive_until("READY")
     assert (ready["READY"], "a\\nREADY=0\\x1b" in ready["STATUS"]) == ("1", True)
 
 
-def test_a_manager_that_listens_to_nothing_does_not_stop_it(folders, run, tmp_path):
+def test_a_service_manager_that_receives_nothing_does_not_stop_the_daemon(folders, run, tmp_path):
     folders.environ["NOTIFY_SOCKET"] = str(tmp_path / "nobody")
     run(folders)
     folders.prompt("cat", "A cat")
@@ -792,11 +805,11 @@ def test_a_manager_that_listens_to_nothing_does_not_stop_it(folders, run, tmp_pa
 # Many
 
 
-def test_many_prompts_at_once_are_each_made_once(folders, run, sandbox):
+def test_of_many_prompts_at_the_same_time_each_is_sent_once(folders, run, sandbox):
     daemon = run(folders)
     for number in range(150):
         folders.prompt(f"{number % 7}/p{number:03}", f"[sandbox: b64] Number {number}")
-    until(lambda: len(folders.documents()) == 150)
+    until(lambda: len(folders.finished()) == 150)
     assert daemon.stop() == 0
     assert sorted(prompts(sandbox)) == sorted(f"[sandbox: b64] Number {number}" for number in range(150))
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
@@ -810,7 +823,7 @@ def test_many_prompts_at_once_are_each_made_once(folders, run, sandbox):
     ],
     ids=["certificates", "a proxy"],
 )
-def test_a_start_that_could_never_send_says_so_and_ends_before_it_is_ready(tmp_path, variables, named):
+def test_a_daemon_that_could_never_send_reports_it_and_ends_before_it_is_ready(tmp_path, variables, named):
     folders = Folders(tmp_path, "https://api.invalid")
     folders.prompt("cat", "A cat")
     ended = command(folders, "run", **variables)

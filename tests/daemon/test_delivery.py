@@ -1,6 +1,6 @@
-"""Paid for, and not deliverable: what was paid for survives, and is delivered by itself when the cause is gone.
+"""Paid for, and not deliverable: what was paid for survives, and is delivered automatically when the cause has ended.
 
-Real file systems of our own, tiny or taken away; mounting them takes root.
+Real file systems of our own, tiny or unmounted; only root can mount them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 SLACK = 200_000
-"""Bytes that a folder needs for anything but a picture."""
+"""Bytes that a folder needs for anything but an image."""
 
 
 def mounted(place: Path, options: str = "size=1m") -> None:
@@ -36,7 +36,7 @@ def unmounted(place: Path) -> None:
 
 @pytest.fixture
 def mount() -> Iterator[Callable[..., None]]:
-    """Mount a tiny file system; at the end all are gone."""
+    """Mount a tiny file system; at the end all are unmounted."""
     places: list[Path] = []
 
     def mounter(place: Path, options: str = "size=1m") -> None:
@@ -51,7 +51,7 @@ def mount() -> Iterator[Callable[..., None]]:
 
 @pytest.fixture
 def tight(tmp_path: Path, sandbox: Sandbox) -> Folders:
-    """Folders whose daemon asks for no more free space than it needs, so that the disk fills up under its hands."""
+    """Folders whose daemon asks for no more free space than it needs, so that the disk becomes full while it works."""
     return Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="0", log__format="json")
 
 
@@ -68,7 +68,7 @@ def fill(place: Path, leave: int = 0) -> Path:
 
 
 def held(folders: Folders) -> list[dict[str, Any]]:
-    """The holds as the status file tells them."""
+    """The holds in the status file."""
     try:
         return json.loads((folders.state / "status.json").read_text())["holds"]
     except (OSError, ValueError):
@@ -80,8 +80,8 @@ def held_by_disk(folders: Folders) -> str:
 
 
 def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
-    """The picture that was served, once, and a receipt; nothing is left over and nothing was asked for again."""
-    until(lambda: folders.documents().get(stem) == "outbox", timeout=40)
+    """The image that was served, once, and a receipt; nothing is left over and no other request was sent."""
+    until(lambda: folders.finished().get(stem) == "outbox", timeout=40)
     until(lambda: folders.leftovers() == [])
     (image,) = folders.receipt(stem)["images"]
     served = [call["images"] for call in sandbox.report()["calls"] if call["prompt"].startswith(f"a {stem}")]
@@ -89,15 +89,15 @@ def delivered(folders: Folders, sandbox: Sandbox, stem: str = "cat") -> None:
     assert (folders.outbox / image["file"]).stat().st_size == image["bytes"]
 
 
-@pytest.mark.parametrize("door", ["outbox", "state"])
-def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_another_request(
-    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., Told], door: str
+@pytest.mark.parametrize("destination", ["outbox", "state"])
+def test_after_a_full_disk_the_image_is_delivered_without_another_request(
+    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., LoggedDaemon], destination: str
 ) -> None:
-    place = tight.outbox if door == "outbox" else tight.state
+    place = tight.outbox if destination == "outbox" else tight.state
     place.mkdir(exist_ok=True)
     mount(place, "size=8m")
-    # As much is reserved for an answer, and then there is room for this one whatever happens.
-    tight.environ["IMAGEWATCH_LIMITS__MIN_FREE_BYTES"] = "3000000" if door == "outbox" else "1000000"
+    # As much is reserved for a response, and then there is room for this one whatever happens.
+    tight.environ["IMAGEWATCH_LIMITS__MIN_FREE_BYTES"] = "3000000" if destination == "outbox" else "1000000"
     sandbox.hold()
     tight.prompt("cat", "a cat [sandbox: big 2]")
     daemon = run(tight)
@@ -106,10 +106,10 @@ def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_ano
     sandbox.release()
     assert f"/{place.name}" in daemon.wait_for("held")["reason"]
     tight.prompt("later", "a later one")
-    if door == "outbox":  # with the state folder full there is no status file
+    if destination == "outbox":  # with the state folder full there is no status file
         until(lambda: "outbox" in held_by_disk(tight))
     assert not sandbox.wait_for_requests(2, timeout=2)
-    assert tight.documents() == {}
+    assert tight.finished() == {}
     assert sandbox.report()["requests"] == 1
     filler.unlink()
     delivered(tight, sandbox)
@@ -118,38 +118,38 @@ def test_a_full_disk_is_waited_for_and_then_the_picture_is_delivered_without_ano
     assert [line["kind"] for line in daemon.events("held")] == ["disk"]
 
 
-@pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
+@pytest.mark.parametrize("destination", ["outbox", "errors", "archive"])
 def test_a_folder_that_is_read_only_for_a_while_delays_and_loses_nothing(
-    tight: Folders, sandbox: Sandbox, mount: Any, start: Any, door: str
+    tight: Folders, sandbox: Sandbox, mount: Any, start: Any, destination: str
 ) -> None:
-    place = tight.root / door
+    place = tight.root / destination
     mount(place)
     sandbox.hold()
-    tight.prompt("cat", "a cat [sandbox: 400]" if door == "errors" else "a cat")
+    tight.prompt("cat", "a cat [sandbox: 400]" if destination == "errors" else "a cat")
     start(tight, "run")
     assert sandbox.wait_for_requests(1, timeout=20)
     subprocess.run(["mount", "-o", "remount,ro", str(place)], check=True)
     sandbox.release()
-    until(lambda: door in held_by_disk(tight))
+    until(lambda: destination in held_by_disk(tight))
     assert "Read-only" in held_by_disk(tight)
     subprocess.run(["mount", "-o", "remount,rw", str(place)], check=True)
-    if door == "errors":
-        until(lambda: tight.documents() == {"cat": "errors"}, timeout=40)
+    if destination == "errors":
+        until(lambda: tight.finished() == {"cat": "errors"}, timeout=40)
     else:
         delivered(tight, sandbox)
     until(lambda: tight.leftovers() == [])
     assert sandbox.report()["requests"] == 1
 
 
-@pytest.mark.parametrize("door", ["outbox", "errors", "archive"])
+@pytest.mark.parametrize("destination", ["outbox", "errors", "archive"])
 def test_nothing_is_written_under_a_file_system_that_was_unmounted(
-    tight: Folders, sandbox: Sandbox, mount: Any, start: Any, door: str
+    tight: Folders, sandbox: Sandbox, mount: Any, start: Any, destination: str
 ) -> None:
     """The empty folder below the mount point would swallow what was paid for as soon as it is mounted again."""
-    place = tight.root / door
+    place = tight.root / destination
     mount(place)
     sandbox.hold()
-    tight.prompt("cat", "a cat [sandbox: 400]" if door == "errors" else "a cat")
+    tight.prompt("cat", "a cat [sandbox: 400]" if destination == "errors" else "a cat")
     start(tight, "run")
     assert sandbox.wait_for_requests(1, timeout=20)
     unmounted(place)
@@ -159,8 +159,8 @@ def test_nothing_is_written_under_a_file_system_that_was_unmounted(
     assert not sandbox.wait_for_requests(2, timeout=2)
     assert list(place.iterdir()) == []
     mounted(place)
-    if door == "errors":
-        until(lambda: tight.documents().get("cat") == "errors", timeout=40)
+    if destination == "errors":
+        until(lambda: tight.finished().get("cat") == "errors", timeout=40)
     else:
         delivered(tight, sandbox)
     delivered(tight, sandbox, "later")
@@ -182,9 +182,7 @@ def test_an_empty_mount_point_is_not_an_empty_inbox(tight: Folders, sandbox: San
     assert (tight.inbox / "wrong.prompt.txt").exists()
 
 
-def test_an_outbox_that_was_removed_is_not_made_again_behind_its_owners_back(
-    tight: Folders, sandbox: Sandbox, start: Any
-) -> None:
+def test_an_outbox_that_was_removed_is_not_created_again(tight: Folders, sandbox: Sandbox, start: Any) -> None:
     sandbox.hold()
     tight.prompt("cat", "a cat")
     start(tight, "run")
@@ -196,12 +194,12 @@ def test_an_outbox_that_was_removed_is_not_made_again_behind_its_owners_back(
     delivered(tight, sandbox)
 
 
-@pytest.mark.parametrize("door", ["outbox", "archive"])
+@pytest.mark.parametrize("destination", ["outbox", "archive"])
 def test_a_permission_that_is_lost_and_regained_delays_and_loses_nothing(
-    open_path: Path, sandbox: Sandbox, door: str
+    open_path: Path, sandbox: Sandbox, destination: str
 ) -> None:
     folders = Folders(open_path, sandbox.base_url, limits__min_free_bytes="0", log__format="json")
-    place = folders.root / door
+    place = folders.root / destination
     sandbox.hold()
     folders.prompt("cat", "a cat")
     with unprivileged(open_path, folders) as process:
@@ -210,7 +208,7 @@ def test_a_permission_that_is_lost_and_regained_delays_and_loses_nothing(
         sandbox.release()
         until(lambda: "Permission denied" in held_by_disk(folders))
         assert "let the daemon's user write there" in (folders.state / "status.json").read_text()
-        assert folders.documents() == ({} if door == "outbox" else {"cat": "outbox"})
+        assert folders.finished() == ({} if destination == "outbox" else {"cat": "outbox"})
         place.chmod(0o755)
         delivered(folders, sandbox)
         assert process.poll() is None
@@ -236,7 +234,7 @@ class unprivileged:  # noqa: N801  reads as a function
         self._process.wait(timeout=30)
 
 
-def test_what_was_banked_before_the_disk_failed_survives_a_kill_too(
+def test_a_response_saved_before_the_disk_failed_survives_a_kill_too(
     tight: Folders, sandbox: Sandbox, mount: Any, start: Any
 ) -> None:
     mount(tight.outbox, "size=4m")

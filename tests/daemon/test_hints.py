@@ -1,4 +1,4 @@
-"""Changes that wait until somebody takes note of them."""
+"""Changes that wait until the main loop takes them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_storm_in_very_many_folders_hides_no_change_in_another():
     assert {change.folder for change in changes} == {*(f"/inbox/m{n}" for n in range(3000)), "/inbox/colleague"}
 
 
-def test_of_too_many_changes_in_a_folder_it_is_known_that_there_were_more():
+def test_too_many_changes_in_a_folder_are_reported_as_lost():
     hints = Hints(lambda: None)
     for number in range(5000):
         hints.add(Change("/inbox", f"n{number}"))
@@ -49,7 +49,7 @@ def test_of_each_name_the_last_change_counts():
     assert all_of(hints) == [Change("/inbox", "a.prompt.txt"), Change("/inbox", "b.prompt.txt", renamed=True)]
 
 
-def test_a_folder_that_has_come_is_still_known_for_one_when_its_mode_is_changed():
+def test_a_new_folder_is_still_reported_as_new_after_a_change_of_its_mode():
     hints = Hints(lambda: None)
     hints.add(Change("/inbox", "new", is_folder=True))
     hints.add(Change("/inbox", "new"))
@@ -57,7 +57,7 @@ def test_a_folder_that_has_come_is_still_known_for_one_when_its_mode_is_changed(
     assert all_of(hints) == [Change("/inbox", "new", is_folder=True), Change("/inbox", "other")]
 
 
-def test_it_rings_once_until_everything_was_taken():
+def test_the_watcher_signals_once_until_all_changes_were_taken():
     rings: list[int] = []
     hints = Hints(lambda: rings.append(1))
     for number in range(1000):
@@ -73,7 +73,7 @@ def test_it_rings_once_until_everything_was_taken():
     assert all_of(hints) == [Change("/inbox", "cat.prompt.txt")]
 
 
-def test_changes_that_were_lost_are_told_of_once():
+def test_lost_changes_are_reported_once():
     rings: list[int] = []
     hints = Hints(lambda: rings.append(1))
     for _ in range(3000):  # one for each folder that is watched
@@ -81,7 +81,7 @@ def test_changes_that_were_lost_are_told_of_once():
     assert (len(rings), hints.has_lost(), hints.has_lost()) == (1, True, False)
 
 
-def test_that_changes_were_lost_just_before_the_others_are_taken_is_told_of_again():
+def test_changes_lost_just_before_the_others_are_taken_are_reported_again():
     rings: list[int] = []
     hints = Hints(lambda: rings.append(1))
     hints.add(Change("/inbox", "cat.prompt.txt"))

@@ -1,7 +1,7 @@
-"""A folder that anybody can write to: one clear line or error file for each attempt, and nobody else is harmed.
+"""A folder that all users can write to: one clear line or error file for each attempt, and no other user is harmed.
 
-Hostile names are in ``test_cli.py``, hostile answers in ``test_answers.py``, and what is refused of a single request
-is in ``test_requests.py``. Here a whole daemon meets everything at once, or files that change under its hands.
+Hostile names are in ``test_cli.py``, hostile responses in ``test_answers.py``, and what is refused of a single request
+is in ``test_requests.py``. Here a whole daemon gets everything at the same time, or files that change while it works.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from PIL import Image
-from support.daemon import KEY, Folders, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, until
 from support.station import Station
 
 from imagewatch.job.outcome import End
@@ -47,25 +47,25 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def claims_to_be(width: int, height: int) -> bytes:
-    """Return a small PNG whose header claims a large picture."""
+    """Return a small PNG whose header claims a large image."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def sparse(path: Path, beginning: bytes = b"") -> None:
-    """Make a file of a terabyte that takes no space."""
+    """Create a file of a terabyte that takes no space."""
     with path.open("wb") as file:
         file.write(beginning)
         file.truncate(1 << 40)
 
 
-def memory(daemon: Told, name: str) -> float:
+def memory(daemon: LoggedDaemon, name: str) -> float:
     text = Path(f"/proc/{daemon.process.pid}/status").read_text()
     return next(int(line.split()[1]) * 1024 / MB for line in text.splitlines() if line.startswith(name + ":"))
 
 
-def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_is_told_of_once(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], monkeypatch: pytest.MonkeyPatch
+def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is_reported_once(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     inbox = folders.inbox
@@ -73,7 +73,7 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
     secret.write_bytes(PICTURE)
     folders.prompt("good", "A good one")
     daemon = run(folders)
-    until(lambda: "good" in folders.documents())
+    until(lambda: "good" in folders.finished())
     before = memory(daemon, "VmRSS")
 
     ignored = {"link.prompt.txt", "pipe.prompt.txt", "bound.prompt.txt", "elsewhere", "far.png"}
@@ -110,48 +110,48 @@ def test_whatever_lies_in_the_inbox_the_good_prompts_are_made_and_each_bad_one_i
     for number in range(20):
         folders.prompt(f"more{number}", f"Number {number}")
 
-    until(lambda: len(folders.documents()) == 21 + len(refused), timeout=60)
-    assert {stem for stem, door in folders.documents().items() if door == "errors"} == set(refused)
+    until(lambda: len(folders.finished()) == 21 + len(refused), timeout=60)
+    assert {stem for stem, destination in folders.finished().items() if destination == "errors"} == set(refused)
     for stem, words in refused.items():
         assert words in folders.error(stem)["message"], stem
         assert folders.error(stem)["charged"] == "no"
     until(lambda: {line["file"] for line in daemon.events("ignored")} >= ignored)
     peak = memory(daemon, "VmHWM")
     assert daemon.stop() == 0
-    told = [line["file"] for line in daemon.events("ignored")]
-    assert sorted(told) == sorted({*ignored, "wide.1.png"})
+    named = [line["file"] for line in daemon.events("ignored")]
+    assert sorted(named) == sorted({*ignored, "wide.1.png"})
     assert sandbox.report()["requests"] == 21
     assert peak - before < 30
     assert secret.read_bytes() == PICTURE
     assert KEY not in str(daemon.lines)
 
 
-def test_an_image_whose_name_no_file_can_have_is_refused_and_holds_up_nobody(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_an_image_with_an_impossible_name_is_invalid_and_delays_no_other_prompt(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     daemon = run(folders)
     folders.prompt("long", f'+++\ninput_images = ["{"x" * 252}.png"]\n+++\nMake it night')
-    until(lambda: "long" in folders.documents())
+    until(lambda: "long" in folders.finished())
     folders.prompt("good", "A good one")
-    until(lambda: "good" in folders.documents())
+    until(lambda: "good" in folders.finished())
     assert daemon.stop() == 0
     assert daemon.events("held") == []
-    assert folders.documents() == {"long": "errors", "good": "outbox"}
+    assert folders.finished() == {"long": "errors", "good": "outbox"}
     error = folders.error("long")
     assert (error["charged"], "longer than 255 bytes" in error["message"]) == ("no", True)
     assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A good one"]
 
 
-def test_five_thousand_files_of_junk_are_counted_some_are_named_and_the_good_prompts_are_made(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_five_thousand_files_of_junk_are_counted_some_are_named_and_good_prompts_are_completed(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     for number in range(5000):
         (folders.inbox / f"junk{number}.{('txt', 'png', 'prompt.txt.bak', 'tmp')[number % 4]}").touch()
     folders.prompt("cat", "A cat")
     daemon = run(folders)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     ignored = daemon.events("ignored")
     assert len([line for line in ignored if "file" in line]) == 1000
@@ -170,7 +170,9 @@ while True:
 """
 
 
-def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def test_a_flood_of_events_delays_no_other_prompt(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
     with subprocess.Popen([sys.executable, "-c", FLOOD, folders.inbox]) as flood:
@@ -187,7 +189,7 @@ def test_a_flood_of_events_holds_up_nobody(tmp_path: Path, sandbox: Sandbox, run
 
 
 def is_over(folders: Folders, stem: str) -> bool:
-    return stem in folders.documents()
+    return stem in folders.finished()
 
 
 # Under our hands
@@ -212,15 +214,15 @@ Sweep.unchanged = unchanged
 log.configure("info", "json")
 sys.exit(Daemon(load(None, os.environ), os.environ).run())
 """
-"""A daemon beside which somebody changes a file between the last look at it and its claim."""
+"""A daemon beside which another process changes a file between the last scan and the claim."""
 
 
 @pytest.mark.parametrize("victim", ["cat.prompt.txt", "cat.png"])
 @pytest.mark.parametrize(
     "how", ["os.symlink({secret!r}, {victim!r})", "os.mkfifo({victim!r})", "os.link({secret!r}, {victim!r})"]
 )
-def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], victim: str, how: str
+def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], victim: str, how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     secret = tmp_path / "secret"
@@ -233,13 +235,13 @@ def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
     folders.prompt("cat", "Make it night")
     daemon = run(folders, script=str(script))
     ignored = lambda: "cat.prompt.txt" in {one["file"] for one in daemon.events("ignored")}  # noqa: E731
-    until(lambda: ignored() or "cat" in folders.documents())
+    until(lambda: ignored() or "cat" in folders.finished())
     folders.prompt("dog", "A dog")
-    until(lambda: "dog" in folders.documents())
+    until(lambda: "dog" in folders.finished())
     assert daemon.stop() == 0
-    ends = folders.documents()
+    ends = folders.finished()
     assert ends.pop("dog") == "outbox"
-    if ends:  # it was taken with what was there then
+    if ends:  # it was claimed with what was there then
         assert (ends, folders.error("cat")["charged"]) == ({"cat": "errors"}, "no")
     else:
         assert os.path.lexists(folders.inbox / "cat.prompt.txt")
@@ -248,7 +250,7 @@ def test_what_is_swapped_between_the_look_and_the_claim_is_never_sent(
 
 
 class InTheWay(Disk):
-    """A disk on which somebody puts something where a document will be, as soon as its name is decided."""
+    """A disk on which something is put in the place of a result file as soon as its name is decided."""
 
     def __init__(self, plant: Callable[[], None]) -> None:
         self._plant = plant
@@ -260,19 +262,19 @@ class InTheWay(Disk):
             self._plant = lambda: None
 
 
-@pytest.mark.timeout(20)  # whoever opens it waits for a writer
+@pytest.mark.timeout(20)  # a process that opens it waits for a writer
 @pytest.mark.parametrize("linked", [False, True])
-@pytest.mark.parametrize(("door", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
-def test_a_pipe_where_a_document_will_be_holds_up_nobody_and_the_document_goes_beside_it(
-    tmp_path: Path, sandbox: Sandbox, door: str, name: str, linked: bool
+@pytest.mark.parametrize(("destination", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
+def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_beside_it(
+    tmp_path: Path, sandbox: Sandbox, destination: str, name: str, linked: bool
 ) -> None:
-    pipe, place = tmp_path / "pipe", tmp_path / "watched" / door / name
+    pipe, place = tmp_path / "pipe", tmp_path / "watched" / destination / name
     os.mkfifo(pipe)
     plant = functools.partial(os.symlink, pipe, place) if linked else functools.partial(os.mkfifo, place)
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=InTheWay(plant))) as station:
-        station.prompt("cat", "A cat" if door == "outbox" else "[sandbox: 400] A cat")
+        station.prompt("cat", "A cat" if destination == "outbox" else "[sandbox: 400] A cat")
         (outcome,) = station.work()
-        assert (outcome.end, outcome.door) == (End.OVER, door)
+        assert (outcome.end, outcome.door) == (End.OVER, destination)
         assert station.leftovers() == []
     documents = [path for path in place.parent.glob("*.toml") if path.name != name]
     assert [tomllib.loads(path.read_text())["job"] for path in documents] == [outcome.job]

@@ -10,7 +10,7 @@ import sqlite3
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, command, until
+from support.daemon import Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ MANY = 12
 
 @pytest.fixture
 def used(tmp_path: Path, sandbox: Sandbox) -> Folders:
-    """Folders of a daemon that has made one prompt."""
+    """Folders of a daemon that has completed one prompt."""
     folders = Folders(tmp_path, sandbox.base_url)
     folders.prompt("before", "Before")
     assert command(folders, "once").returncode == 0
@@ -45,23 +45,23 @@ def drop(folders: Folders) -> None:
         folders.prompt(f"p{number}", f"Number {number}")
 
 
-def waits(folders: Folders, daemon: Told, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
-    """Wait for the hold; all prompts are there, nothing was sent, ``check`` says the same."""
+def waits(folders: Folders, daemon: LoggedDaemon, sandbox: Sandbox, *words: str, requests: int = 1) -> None:
+    """Wait for the hold: all prompts are there, nothing was sent, and ``check`` reports the same."""
     until(lambda: all(word in str(holds(folders)) for word in words))
     assert [hold["kind"] for hold in holds(folders)] == ["disk"]
     assert len([name for name in folders.names("inbox") if name.endswith(".prompt.txt")]) == MANY
     assert sandbox.report()["requests"] == requests
-    told = command(folders, "check")
-    assert told.returncode != 0
-    said = " ".join(told.stdout.split())
-    assert all(word in said for word in words), told.stdout
+    result = command(folders, "check")
+    assert result.returncode != 0
+    text = " ".join(result.stdout.split())
+    assert all(word in text for word in words), result.stdout
     assert daemon.process.poll() is None
 
 
-def goes_on(folders: Folders, sandbox: Sandbox, *, before: int = 1) -> None:
-    """Wait until every prompt was made, once; the ledger says the same as the endpoint."""
-    until(lambda: len(folders.documents()) == MANY + before, timeout=60)
-    assert set(folders.documents().values()) == {"outbox"}
+def continues(folders: Folders, sandbox: Sandbox, *, before: int = 1) -> None:
+    """Wait until every prompt was completed, once, and compare the ledger with the endpoint."""
+    until(lambda: len(folders.finished()) == MANY + before, timeout=60)
+    assert set(folders.finished().values()) == {"outbox"}
     until(lambda: holds(folders) == [])
     report = sandbox.report()
     assert report["requests"] == report["charged"] == MANY + before
@@ -72,7 +72,7 @@ def rows(path: Path) -> list[tuple[str, str]]:
         return database.execute("SELECT source, outcome FROM attempts ORDER BY source").fetchall()
 
 
-def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> None:
     """Kill a daemon while a prompt is at the endpoint, and remove all that is left of it but the ledger."""
     daemon = run(folders)
     sandbox.hold()
@@ -93,19 +93,19 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def test_a_ledger_that_another_program_has_locked_holds_the_queue_until_it_is_free(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     with locked(ledger(used)):
         drop(used)
         waits(used, daemon, sandbox, "locked by another program")
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 1
 
 
 def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_meanwhile(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     used.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "1"
     daemon = run(used)
@@ -117,12 +117,12 @@ def test_a_result_that_cannot_be_recorded_is_not_lost_and_nothing_else_is_sent_m
         until(lambda: "locked by another program" in str(holds(used)))
         until(lambda: len(daemon.events("held")) == 1 and len(holds(used)) == 1)
         assert sandbox.report()["requests"] == 2
-        assert list(used.documents()) == ["before"]
-    goes_on(used, sandbox)
+        assert list(used.finished()) == ["before"]
+    continues(used, sandbox)
 
 
-def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_the_status_is_still_written_while_the_ledger_is_locked(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     sandbox.hold()
     run(used)
@@ -138,7 +138,7 @@ def test_the_status_goes_on_being_written_while_the_ledger_is_locked(
 
 @pytest.mark.parametrize("when", ["while it runs", "before it starts", "before it starts, with its id"])
 def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, when: str
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, when: str
 ) -> None:
     kept = tmp_path / "kept.sqlite3"
     shutil.copyfile(ledger(used), kept)
@@ -152,39 +152,39 @@ def test_a_ledger_that_was_deleted_holds_the_queue_until_it_is_there_again(
     waits(used, daemon, sandbox, "the ledger is missing", "release --accept-new-ledger")
     shutil.copyfile(kept, tmp_path / "restored")
     (tmp_path / "restored").rename(ledger(used))
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert daemon.stop() == 0
     assert ("before.prompt.txt", "completed") in rows(ledger(used))
 
 
-def test_a_ledger_that_was_deleted_while_it_was_used_is_saved_beside_its_place(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_ledger_that_is_deleted_while_in_use_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     ledger(used).unlink()
     drop(used)
     waits(used, daemon, sandbox, "the ledger is missing", "ledger.sqlite3.saved-1")
     (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 1
 
 
 def test_a_ledger_that_was_moved_away_and_back_is_used_as_before(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
     ledger(used).rename(tmp_path / "away")
     drop(used)
     waits(used, daemon, sandbox, "the ledger is missing")
     (tmp_path / "away").rename(ledger(used))
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 1
 
 
 def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_until_that_is_back(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     until((used.state / "status.json").exists)
@@ -199,13 +199,13 @@ def test_another_state_folder_in_the_place_of_the_one_in_use_holds_the_queue_unt
     assert sandbox.report()["requests"] == 1
     os.rename(used.state, other)
     os.rename(away, used.state)
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 1
 
 
 def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_nothing_waits(
-    used: Folders, run: Callable[..., Told], tmp_path: Path
+    used: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     used.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "86400"
     aside, away = tmp_path / "aside", used.outbox.with_name("away")
@@ -222,10 +222,10 @@ def test_a_hold_whose_cause_changes_is_logged_again_and_ends_with_it_though_noth
     assert daemon.stop() == 0
 
 
-def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_rows_are(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_saved_ledger_is_found_at_the_next_start_however_old_its_rows_are(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    """Then no status repeats them: it tells of this month only."""
+    """Then no status repeats them: it shows this month only."""
     with contextlib.closing(sqlite3.connect(ledger(used), isolation_level=None)) as database:
         past = ", ".join(f"{name} = {name} - 40 * 86400" for name in ("claimed_at", "sent_at", "answered_at"))
         database.execute(f"UPDATE attempts SET {past}")
@@ -241,8 +241,8 @@ def test_a_saved_ledger_is_not_passed_over_at_the_next_start_however_old_its_row
 
 
 @pytest.mark.parametrize("running", [True, False])
-def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], running: bool
+def test_only_a_person_accepts_an_empty_ledger(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], running: bool
 ) -> None:
     daemon = run(used) if running else None
     for path in used.state.glob("ledger.sqlite3*"):
@@ -251,10 +251,10 @@ def test_an_empty_ledger_is_accepted_by_a_person_and_by_nobody_else(
     if daemon:
         waits(used, daemon, sandbox, "the ledger is missing")
     assert command(used, "release").returncode == 0
-    told = command(used, "release", "--accept-new-ledger")
-    assert (told.returncode, "Caps, history" in told.stderr) == (0, True)
+    result = command(used, "release", "--accept-new-ledger")
+    assert (result.returncode, "Caps, history" in result.stderr) == (0, True)
     daemon = daemon or run(used)
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY
     assert command(used, "release", "--accept-new-ledger").returncode == 64
@@ -268,17 +268,17 @@ def test_once_uses_the_ledger_that_was_accepted_before_it_started(used: Folders,
         for path in used.state.glob("ledger.sqlite3*"):
             path.unlink()
     drop(used)
-    told = command(used, "history")
-    assert (told.returncode, "release --accept-new-ledger" in told.stderr) == (74, True)
-    assert "nothing was made" not in told.stderr
+    result = command(used, "history")
+    assert (result.returncode, "release --accept-new-ledger" in result.stderr) == (74, True)
+    assert "nothing was made" not in result.stderr
     assert command(used, "release", "--accept-new-ledger").returncode == 0
-    told = command(used, "once")
-    assert told.returncode == 0, told.stderr
-    goes_on(used, sandbox)
+    result = command(used, "once")
+    assert result.returncode == 0, result.stderr
+    continues(used, sandbox)
 
 
 def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     other = Folders(tmp_path / "other", sandbox.base_url)
     (tmp_path / "other/state").mkdir()
@@ -290,11 +290,11 @@ def test_a_foreign_ledger_in_the_place_of_the_own_one_is_named(
     drop(used)
     waits(used, daemon, sandbox, "not the ledger that was here before", requests=2)
     (tmp_path / "own").rename(ledger(used))
-    until(lambda: len(used.documents()) == MANY + 1, timeout=60)
+    until(lambda: len(used.finished()) == MANY + 1, timeout=60)
 
 
 def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_is_named(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
     sandbox.hold()
@@ -307,24 +307,24 @@ def test_a_copy_from_before_the_newest_result_in_the_place_of_the_ledger_in_use_
         source.backup(copy)
         copy.execute("PRAGMA journal_mode = DELETE")
     sandbox.release()
-    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    until(lambda: "second" in used.finished() and used.leftovers() == [])
     (tmp_path / "copy").rename(ledger(used))
     drop(used)
     until(lambda: "lacks the newest requests" in str(holds(used)))
     (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
-    goes_on(used, sandbox, before=2)
+    continues(used, sandbox, before=2)
     assert daemon.stop() == 0
     assert rows(ledger(used)).count(("second.prompt.txt", "completed")) == 1
 
 
 def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     old = tmp_path / "old.sqlite3"
     shutil.copyfile(ledger(used), old)
     daemon = run(used)
     used.prompt("second", "Second")
-    until(lambda: len(used.documents()) == 2)
+    until(lambda: len(used.finished()) == 2)
     until(lambda: used.leftovers() == [])
     ledger(used).rename(tmp_path / "newer")
     old.rename(ledger(used))
@@ -332,7 +332,7 @@ def test_an_older_copy_that_is_put_in_the_place_of_the_ledger_in_use_is_named(
     until(lambda: "lacks the newest requests" in str(holds(used)))
     assert sandbox.report()["requests"] == 2
     (tmp_path / "newer").rename(ledger(used))
-    goes_on(used, sandbox, before=2)
+    continues(used, sandbox, before=2)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 2
 
@@ -350,7 +350,7 @@ def damage(path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["attempts_by_source", "attempts_by_claim", "attempts_by_time", "attempts"])
 def test_a_damaged_page_of_the_ledger_holds_the_queue_until_the_ledger_is_restored(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, name: str
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, name: str
 ) -> None:
     shutil.copyfile(ledger(used), tmp_path / "backup")
     damage(ledger(used), name)
@@ -358,11 +358,11 @@ def test_a_damaged_page_of_the_ledger_holds_the_queue_until_the_ledger_is_restor
     drop(used)
     waits(used, daemon, sandbox, "it is damaged", "release --accept-new-ledger")
     (tmp_path / "backup").rename(ledger(used))
-    goes_on(used, sandbox)
+    continues(used, sandbox)
 
 
 def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     damage(ledger(used), "attempts")
     size = ledger(used).stat().st_size
@@ -370,7 +370,7 @@ def test_a_damaged_ledger_is_kept_when_an_empty_one_is_accepted(
     drop(used)
     waits(used, daemon, sandbox, "it is damaged")
     assert command(used, "release", "--accept-new-ledger").returncode == 0
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     kept = (used.state / "ledger.sqlite3.damaged-1").read_bytes()
     assert (len(kept), b"\xff" * 4096 in kept) == (size, True)
     assert daemon.stop() == 0
@@ -380,11 +380,11 @@ def test_check_does_not_ask_again_for_what_was_accepted_while_no_daemon_runs(use
     damage(ledger(used), "attempts")
     assert command(used, "check").returncode == 78
     assert command(used, "release", "--accept-new-ledger").returncode == 0
-    told = command(used, "check")
-    assert (told.returncode, "the daemon accepts what is there when it starts" in told.stdout) == (0, True)
+    result = command(used, "check")
+    assert (result.returncode, "the daemon accepts what is there when it starts" in result.stdout) == (0, True)
 
 
-def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
+def test_once_reports_why_it_did_nothing_if_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:
     ledger(used).unlink()
     drop(used)
     done = command(used, "once", "--json")
@@ -395,14 +395,14 @@ def test_once_says_why_it_did_nothing_where_the_ledger_cannot_be_used(used: Fold
 
 
 def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     lose_a_request(used, sandbox, run)
     used.prompt("dog", "A dog")
     run(used)
-    until(lambda: "dog" in used.documents())
-    (told,) = [line for line in command(used, "history").stdout.splitlines() if line.endswith(" cat")]
-    assert " unknown " in told
+    until(lambda: "dog" in used.finished())
+    (found,) = [line for line in command(used, "history").stdout.splitlines() if line.endswith(" cat")]
+    assert " unknown " in found
 
 
 def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: Sandbox) -> None:
@@ -413,7 +413,9 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     assert os.listdir(used.state / "jobs") == []
 
 
-def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: Sandbox, run: Callable[..., Told]) -> None:
+def test_a_damaged_text_in_the_ledger_does_not_end_the_daemon(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
     with contextlib.closing(sqlite3.connect(ledger(used))) as database:
         damaged = "price_kind = CAST(X'FF80' AS TEXT), provider = CAST(X'FF80' AS TEXT)"
         database.execute(f"UPDATE attempts SET {damaged}")
@@ -421,27 +423,27 @@ def test_a_damaged_text_in_the_ledger_ends_no_daemon(used: Folders, sandbox: San
     used.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "100000"
     daemon = run(used)
     drop(used)
-    goes_on(used, sandbox)
+    continues(used, sandbox)
     assert command(used, "history").returncode == 0
     assert daemon.stop() == 0
 
 
 def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
-    used: Folders, run: Callable[..., Told]
+    used: Folders, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     used.prompt("cat", "A cat")
-    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    until(lambda: "cat" in used.finished() and used.leftovers() == [])
     ledger(used).with_name("ledger.sqlite3-wal").unlink()
     used.prompt("dog", "A dog")
-    until(lambda: "dog" in used.documents() and used.leftovers() == [])
+    until(lambda: "dog" in used.finished() and used.leftovers() == [])
     daemon.process.kill()
     daemon.process.wait()
     assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
 
 
-def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charged(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_for_a_claim_without_a_record_the_ledger_shows_that_it_may_have_been_charged(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     sandbox.hold()
@@ -453,13 +455,13 @@ def test_of_a_claim_without_a_record_the_ledger_says_that_it_may_have_been_charg
     shutil.rmtree(used.state / "jobs")
     used.prompt("dog", "A dog")
     run(used)
-    until(lambda: "dog" in used.documents())
+    until(lambda: "dog" in used.finished())
     assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
 
 
 @pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
-def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path, content: bytes | None
+def test_a_ledger_that_is_replaced_by_something_else_is_saved_beside_its_place(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, content: bytes | None
 ) -> None:
     other = tmp_path / "other"
     shutil.copyfile(ledger(used), other)
@@ -467,38 +469,38 @@ def test_a_ledger_in_whose_place_something_else_is_put_is_saved_beside_its_place
         other.write_bytes(content)
     daemon = run(used)
     used.prompt("second", "Second")
-    until(lambda: "second" in used.documents() and used.leftovers() == [])
+    until(lambda: "second" in used.finished() and used.leftovers() == [])
     other.rename(ledger(used))
     drop(used)
     until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
     assert sandbox.report()["requests"] == 2
     (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
-    goes_on(used, sandbox, before=2)
+    continues(used, sandbox, before=2)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 2
 
 
-def test_a_ledger_that_was_moved_away_and_back_is_saved_anew_when_it_is_deleted(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told], tmp_path: Path
+def test_a_ledger_that_was_moved_away_and_back_is_saved_again_when_it_is_deleted(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     daemon = run(used)
     ledger(used).rename(tmp_path / "away")
     used.prompt("second", "Second")
     until(lambda: "ledger.sqlite3.saved-1" in str(holds(used)))
     (tmp_path / "away").rename(ledger(used))
-    until(lambda: "second" in used.documents() and holds(used) == [])
+    until(lambda: "second" in used.finished() and holds(used) == [])
     until(lambda: used.leftovers() == [])
     ledger(used).unlink()
     drop(used)
     until(lambda: "ledger.sqlite3.saved-2" in str(holds(used)))
     (used.state / "ledger.sqlite3.saved-2").rename(ledger(used))
-    goes_on(used, sandbox, before=2)
+    continues(used, sandbox, before=2)
     assert daemon.stop() == 0
     assert len(rows(ledger(used))) == MANY + 2
 
 
 def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     lose_a_request(used, sandbox, run)
     assert command(used, "once").returncode == 0
@@ -507,11 +509,11 @@ def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
 
 @pytest.mark.parametrize("is_noticed", [True, False])
 def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it_is_back(
-    used: Folders, run: Callable[..., Told], tmp_path: Path, is_noticed: bool
+    used: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path, is_noticed: bool
 ) -> None:
     daemon = run(used)
     used.prompt("cat", "A cat")
-    until(lambda: "cat" in used.documents() and used.leftovers() == [])
+    until(lambda: "cat" in used.finished() and used.leftovers() == [])
     ledger(used).rename(tmp_path / "away")
     if is_noticed:
         used.prompt("dog", "A dog")
@@ -523,8 +525,8 @@ def test_a_ledger_that_is_moved_away_while_the_daemon_stops_has_all_rows_when_it
     assert names == ["before", "cat", *(["dog"] if is_noticed else [])]
 
 
-def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_in_errors(
-    used: Folders, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_prompt_that_comes_again_after_its_request_was_lost_gets_an_error_file(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = run(used)
     sandbox.hold()
@@ -539,6 +541,6 @@ def test_a_prompt_that_comes_again_after_its_request_was_lost_ends_with_a_word_i
     os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
     (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
     command(used, "once")
-    assert used.documents()["cat"] == "errors"
+    assert used.finished()["cat"] == "errors"
     assert "was requested before" in used.error("cat")["message"]
     assert sandbox.report()["requests"] == 2

@@ -1,4 +1,4 @@
-"""Temporary files of a daemon that was killed: gone after the next start, and nobody else's with them."""
+"""Temporary files of a killed daemon: removed at the next start, without those of other processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from imagewatch.daemon.loop import Daemon
 class KillingDisk(SteppingDisk):
     def rename(self, source, target):
         if target.endswith(sys.argv[2]):
-            os.link(source, target)  # as where a rename that replaces nothing is made of two calls
+            os.link(source, target)  # as if a rename that replaces nothing consisted of two calls
             os.kill(os.getpid(), signal.SIGKILL)
         super().rename(source, target)
 
@@ -62,7 +62,7 @@ def temporaries(folders: Folders) -> list[str]:
 
 
 @pytest.mark.parametrize("folder", ["", "sub/folder/"])
-def test_what_a_daemon_was_about_to_publish_when_it_was_killed_is_gone_after_the_next_start(
+def test_temporary_files_of_a_killed_daemon_are_removed_at_the_next_start(
     folders: Folders, sandbox: Sandbox, killed, folder: str
 ) -> None:
     folders.prompt(f"{folder}cat", "a cat")
@@ -70,11 +70,11 @@ def test_what_a_daemon_was_about_to_publish_when_it_was_killed_is_gone_after_the
     assert [name[:4] for name in temporaries(folders)] == [".iw-"]
     assert command_of(folders, "once").returncode == 0
     assert temporaries(folders) == []
-    assert folders.documents() == {"cat": "outbox"}
+    assert folders.finished() == {"cat": "outbox"}
     assert sandbox.report()["requests"] == 1
 
 
-def test_a_refusal_that_was_about_to_be_written_down_leaves_no_file_after_the_next_start(folders: Folders, killed):
+def test_a_refusal_that_was_being_written_leaves_no_file_after_the_next_start(folders: Folders, killed):
     folders.prompt("cat", "a cat [sandbox: 402]")
     killed("control/refused")
     assert temporaries(folders) == ["refused.tmp"]
@@ -82,7 +82,7 @@ def test_a_refusal_that_was_about_to_be_written_down_leaves_no_file_after_the_ne
     assert temporaries(folders) == []
 
 
-def test_what_another_daemon_or_a_command_may_be_writing_stays(folders: Folders) -> None:
+def test_temporary_files_that_another_process_may_be_writing_stay(folders: Folders) -> None:
     stranger = f".iw-{'0123456789abcdef'}.0.tmp"
     others = [folders.outbox / stranger, folders.errors / stranger, folders.outbox / ".iw-mine.tmp"]
     control = folders.state / "control"
@@ -96,7 +96,7 @@ def test_what_another_daemon_or_a_command_may_be_writing_stays(folders: Folders)
     assert all(path.exists() for path in (*others, *writing))
 
 
-def test_what_nobody_has_touched_for_a_day_goes_unless_it_is_not_ours(folders: Folders, monkeypatch) -> None:
+def test_temporary_files_of_ours_are_removed_after_a_day(folders: Folders, monkeypatch) -> None:
     monkeypatch.setattr(leftovers, "STALE_SECONDS", 0.0)
     ours = folders.outbox / f".iw-{'0123456789abcdef'}.0.tmp"
     link = folders.outbox / f".iw-{'0123456789abcdef'}.1.tmp"

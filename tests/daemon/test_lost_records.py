@@ -1,4 +1,4 @@
-"""What was claimed, and of which the record is gone or damaged: its name stays taken until a person says otherwise."""
+"""Claimed prompts whose record is missing or damaged: their names stay taken until a person decides otherwise."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import shutil
 from typing import TYPE_CHECKING
 
 import pytest
-from support.daemon import Folders, Told, command, until
+from support.daemon import Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture
-def killed(tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]) -> Folders:
+def killed(tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> Folders:
     """Folders of a daemon that was killed after it had sent a prompt."""
     folders = Folders(tmp_path, sandbox.base_url)
     daemon = run(folders)
@@ -44,31 +44,31 @@ def lose(folders: Folders, what: str) -> None:
 
 @pytest.mark.parametrize("what", ["record", "damaged", "empty", "zeros"])
 def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_sent(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
     lose(killed, what)
     killed.prompt("sub/cat", "A cat")
     killed.prompt("dog", "A dog")
     daemon = run(killed)
-    until(lambda: "dog" in killed.documents())
-    (told,) = daemon.events("stuck")
+    until(lambda: "dog" in killed.finished())
+    (event,) = daemon.events("stuck")
     until(lambda: "stuck" in command(killed, "status").stdout)
-    said = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
-    assert [line for line in said if line[0] == "take"] == []
-    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in said]
-    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in said)
+    lines = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
+    assert [line for line in lines if line[0] == "take"] == []
+    assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in lines]
+    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in lines)
     until(lambda: "cat" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
     if what == "record":
-        assert "sub/cat.prompt.txt: sent " in told["reason"]
-        assert "a second time" in told["next"]
+        assert "sub/cat.prompt.txt: sent " in event["reason"]
+        assert "a second time" in event["next"]
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
-def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_for(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str
+def test_moving_the_files_back_and_accepting_a_second_charge_completes_the_prompt(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
     lose(killed, what)
     daemon = run(killed)
@@ -78,14 +78,14 @@ def test_who_moves_the_files_back_and_accepts_to_pay_again_gets_what_was_asked_f
         shutil.rmtree(killed.state / "jobs" / path.parent.name)
     os.utime(path)
     path.rename(killed.inbox / "sub/cat.prompt.txt")
-    until(lambda: killed.documents() == {"cat": "outbox"}, timeout=40)
+    until(lambda: killed.finished() == {"cat": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 2
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])
 @pytest.mark.parametrize("comes", ["moved back", "brought by a sync tool"])
-def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_removed(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told], what: str, comes: str
+def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str, comes: str
 ) -> None:
     lose(killed, what)
     daemon = run(killed)
@@ -98,7 +98,7 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
         shutil.copy2(path, killed.root / "copy")
         shutil.copy2(path, killed.inbox / "sub/cat.prompt.txt")
         shutil.rmtree(path.parent)
-    until(lambda: killed.documents() == {"cat": "errors"}, timeout=40)
+    until(lambda: killed.finished() == {"cat": "errors"}, timeout=40)
     assert "requested before" in killed.error("sub/cat")["message"]
     assert "for another image save the prompt again" in killed.error("sub/cat")["next"]
     if comes == "brought by a sync tool":
@@ -108,7 +108,9 @@ def test_the_same_file_is_not_paid_again_when_what_was_left_of_its_job_is_remove
     assert sandbox.report()["requests"] == 1
 
 
-def finished_with_a_copy(folders: Folders, sandbox: Sandbox, run: Callable[..., Told], text: str, door: str) -> Path:
+def finished_with_a_copy(
+    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, destination: str
+) -> Path:
     """Let a prompt come to its end; return a copy of its record from while it was at the endpoint."""
     daemon = run(folders)
     sandbox.hold()
@@ -117,13 +119,13 @@ def finished_with_a_copy(folders: Folders, sandbox: Sandbox, run: Callable[..., 
     backup = folders.root.parent / "backup"
     shutil.copytree(folders.state / "jobs", backup)
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": door})
+    until(lambda: folders.finished() == {"cat": destination})
     assert daemon.stop() == 0
     return backup
 
 
-def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_an_older_copy_of_a_record_changes_nothing_in_the_ledger(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     backup = finished_with_a_copy(folders, sandbox, run, "A cat", "outbox")
@@ -131,7 +133,7 @@ def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
     shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
     assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
-    assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
     for path in (folders.state / "jobs").iterdir():
         shutil.rmtree(path)
     folders.prompt("cat", "Another cat")
@@ -141,8 +143,8 @@ def test_an_older_copy_of_a_record_changes_nothing_of_what_the_ledger_says(
 
 @pytest.mark.parametrize("back", ["the record", "the record and the prompt"])
 @pytest.mark.parametrize("age", ["claimed", "first sent", "first answered"])
-def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_nothing_new(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], age: str, back: str
+def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_changes_no_report(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], age: str, back: str
 ) -> None:
     """As a backup that is copied file by file has it: the folder of the jobs before the ledger."""
     folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1", retry__max_seconds="1")
@@ -161,7 +163,7 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_
     if age == "claimed":
         for path in (path for path in kept.glob("*/*") if path.name != "claim.json"):
             path.unlink()
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     before = command(folders, "history", "--json").stdout
     shutil.copytree(kept, jobs, dirs_exist_ok=True)
@@ -172,26 +174,26 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_says_
         assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
     else:
         until(lambda: folders.leftovers() == [])
-    assert (folders.documents(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 2
 
 
-def test_an_older_copy_does_not_say_that_a_kept_answer_is_lost(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_an_older_copy_does_not_report_a_saved_response_as_lost(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     backup = finished_with_a_copy(folders, sandbox, run, "A cat [sandbox: no-images]", "errors")
     shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
     assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
-    assert folders.documents() == {"cat": "errors"}
+    assert folders.finished() == {"cat": "errors"}
     assert "do not send it again" in folders.error("cat")["next"]
     assert daemon.stop() == 0
 
 
 def test_a_request_whose_record_is_damaged_counts_below_the_caps(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., Told]
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     (sent,) = (killed.state / "jobs").glob("*/sent.1")
     sent.write_bytes(b"{")
@@ -205,7 +207,7 @@ def test_a_request_whose_record_is_damaged_counts_below_the_caps(
 
 @pytest.mark.parametrize("decision", ["one is settled", "release"])
 def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], decision: str
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], decision: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
     daemon = run(folders)
@@ -222,12 +224,12 @@ def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
     folders.prompt("dog", "A dog")
     daemon.wait_for("held")
     until(lambda: "3 jobs are stuck" in command(folders, "status").stdout)
-    assert (sandbox.report()["requests"], folders.documents()) == (3, {})
+    assert (sandbox.report()["requests"], folders.finished()) == (3, {})
     if decision == "release":
         assert command(folders, "release").returncode == 0
     else:
         path = claims(folders)[0]
         shutil.rmtree(folders.state / "jobs" / path.parent.name)
         path.unlink()
-    until(lambda: folders.documents() == {"dog": "outbox"}, timeout=40)
+    until(lambda: folders.finished() == {"dog": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 4

@@ -1,4 +1,4 @@
-"""Money, from outside: what stops the queue and what lets it go on, what caps bound, what is in doubt."""
+"""Money, from outside: what holds the queue and what ends a hold, what caps limit, when a charge is unknown."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ NEVER = 3600.0
 MANY = 500
 
 
-def looks(folders: Folders) -> dict[str, tuple[int, bytes]]:
-    """What lies in the inbox: mtime and content of each file, by name."""
+def content_of(folders: Folders) -> dict[str, tuple[int, bytes]]:
+    """What is in the inbox: mtime and content of each file, by name."""
     paths = [path for path in folders.inbox.rglob("*") if path.is_file() and ".imagewatch" not in path.parts]
     return {str(path.relative_to(folders.inbox)): (path.stat().st_mtime_ns, path.read_bytes()) for path in paths}
 
 
 def waiting(folders: Folders, count: int) -> None:
-    """Wait until nothing is in flight and so many files lie in the inbox."""
-    until(lambda: len(looks(folders)) == count and not list((folders.state / "jobs").iterdir()))
+    """Wait until nothing is in flight and so many files are in the inbox."""
+    until(lambda: len(content_of(folders)) == count and not list((folders.state / "jobs").iterdir()))
 
 
 def holds(folders: Folders) -> list[dict[str, Any]]:
@@ -45,13 +45,13 @@ def holds(folders: Folders) -> list[dict[str, Any]]:
 
 
 def held(folders: Folders, kind: str) -> dict[str, Any]:
-    """Wait until the status file tells of a hold."""
+    """Wait until the status file has a hold."""
     until(lambda: kind in [hold["kind"] for hold in holds(folders)])
     return next(hold for hold in holds(folders) if hold["kind"] == kind)
 
 
 def one_error(folders: Folders) -> dict[str, Any]:
-    (stem,) = [stem for stem, door in folders.documents().items() if door == "errors"]
+    (stem,) = [stem for stem, destination in folders.finished().items() if destination == "errors"]
     return folders.error(stem)
 
 
@@ -65,32 +65,32 @@ def narrow(tmp_path: Path, sandbox: Sandbox) -> Folders:
 
 
 @pytest.mark.timeout(300)
-def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_renewed(tmp_path, hurried, sandbox):
+def test_with_an_expired_key_many_prompts_wait_and_are_completed_when_its_file_is_renewed(tmp_path, hurried, sandbox):
     key = tmp_path / "key"
     key.write_text("sk-let-expired-0123456789\n")
     key.chmod(0o600)
     folders = Folders(tmp_path, sandbox.base_url, endpoint__api_key_file=str(key), limits__concurrency="8")
     for number in range(MANY):
         folders.prompt(f"p{number:03}", f"[sandbox: b64] Number {number}")
-    before = looks(folders)
+    before = content_of(folders)
     daemon = hurried(folders, NEVER)
-    told = daemon.wait_for("held")
-    assert (told["kind"], "valid key" in told["next"]) == ("key", True)
+    event = daemon.wait_for("held")
+    assert (event["kind"], "valid key" in event["next"]) == ("key", True)
     waiting(folders, MANY - 1)
     error = one_error(folders)
     assert (error["status"], error["charged"]) == (401, "no")
-    after = looks(folders)
+    after = content_of(folders)
     assert after.items() <= before.items()
     assert 1 <= sandbox.report()["requests"] <= 8
     shown = held(folders, "key")
-    assert (shown["reason"], shown["next"]) == (told["reason"], told["next"])
-    assert shown["next_try_at"] == told["next_try_at"]
+    assert (shown["reason"], shown["next"]) == (event["reason"], event["next"])
+    assert shown["next_try_at"] == event["next_try_at"]
 
     renewed = key.with_name("key.new")
     renewed.write_text(f"{KEY}\n")
     renewed.rename(key)
-    until(lambda: len(folders.documents()) == MANY, timeout=200)
-    assert list(folders.documents().values()).count("errors") == 1
+    until(lambda: len(folders.finished()) == MANY, timeout=200)
+    assert list(folders.finished().values()).count("errors") == 1
     assert len(daemon.events("key_changed")) == 1
     assert [line["kind"] for line in daemon.events("released")] == ["key"]
     until(lambda: holds(folders) == [])
@@ -99,32 +99,32 @@ def test_many_prompts_wait_behind_an_expired_key_and_are_made_when_its_file_is_r
     assert (folders.names("inbox"), folders.leftovers()) == ([], [])
 
 
-def test_each_start_behind_a_refusal_asks_once_and_shows_it_to_no_other_prompt(narrow, hurried, sandbox):
+def test_after_a_refusal_each_start_sends_one_request_and_no_other_job_reports_it(narrow, hurried, sandbox):
     sandbox.key = "another key"
     for number in range(4):
         narrow.prompt(f"p{number}", f"Number {number}")
-    before = looks(narrow)
+    before = content_of(narrow)
     for start in range(1, 4):
         assert command(narrow, "once").returncode == 69
         assert one_error(narrow)["status"] == 401
-        assert len(looks(narrow)) == 3
+        assert len(content_of(narrow)) == 3
         assert sandbox.report()["requests"] == start
         shown = json.loads(command(narrow, "status", "--json").stdout)
         assert (shown["is_running"], [hold["kind"] for hold in shown["holds"]]) == (False, ["key"])
-    assert looks(narrow).items() <= before.items()
+    assert content_of(narrow).items() <= before.items()
     sandbox.key = KEY
     daemon = hurried(narrow, NEVER)  # whose own first hold would last
-    until(lambda: len(narrow.documents()) == 4)
-    assert (list(narrow.documents().values()).count("errors"), sandbox.report()["charged"]) == (1, 3)
+    until(lambda: len(narrow.finished()) == 4)
+    assert (list(narrow.finished().values()).count("errors"), sandbox.report()["charged"]) == (1, 3)
     assert daemon.events("held") == []
     assert daemon.stop() == 0
     sandbox.key = "a third key"
     narrow.prompt("later", "A cat")
     assert command(narrow, "once").returncode == 1
-    assert narrow.documents()["later"] == "errors"
+    assert narrow.finished()["later"] == "errors"
 
 
-def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
+def test_a_corrected_endpoint_is_used_after_a_reload(tmp_path, hurried, sandbox):
     config = tmp_path / "config.toml"
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}/api"\n')
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
@@ -132,18 +132,18 @@ def test_a_corrected_address_is_used_after_a_reload(tmp_path, hurried, sandbox):
     for number in range(6):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders, NEVER)
-    told = daemon.wait_for("held")
-    assert (told["kind"], "base_url" in told["next"]) == ("endpoint", True)
+    event = daemon.wait_for("held")
+    assert (event["kind"], "base_url" in event["next"]) == ("endpoint", True)
     waiting(folders, 5)
     assert one_error(folders)["status"] == 404
     config.write_text(f'[endpoint]\nbase_url = "{sandbox.base_url}"\n')
     daemon.process.send_signal(signal.SIGHUP)
-    until(lambda: len(folders.documents()) == 6)
+    until(lambda: len(folders.finished()) == 6)
     assert sandbox.report()["charged"] == 5
 
 
 @pytest.mark.parametrize("how", ["reload", "release"])
-def test_a_refusal_from_before_a_change_holds_nobody(folders, hurried, sandbox, how):
+def test_a_refusal_from_before_a_change_begins_no_hold(folders, hurried, sandbox, how):
     daemon = hurried(folders, NEVER)
     sandbox.key = "another key"
     sandbox.hold()
@@ -156,9 +156,9 @@ def test_a_refusal_from_before_a_change_holds_nobody(folders, hurried, sandbox, 
     else:
         command(folders, "release")
     sandbox.release()
-    until(lambda: folders.documents() == {"before": "errors"})
+    until(lambda: folders.finished() == {"before": "errors"})
     folders.prompt("after", "A dog")
-    until(lambda: folders.documents() == {"before": "errors", "after": "outbox"})
+    until(lambda: folders.finished() == {"before": "errors", "after": "outbox"})
     assert daemon.events("held") == []
 
 
@@ -168,13 +168,13 @@ def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox)
     for number in range(6):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders, NEVER)
-    told = daemon.wait_for("held")
-    assert (told["kind"], "add credits" in told["next"]) == ("credits", True)
+    event = daemon.wait_for("held")
+    assert (event["kind"], "add credits" in event["next"]) == ("credits", True)
     waiting(folders, 3)
     assert one_error(folders)["credits_required"] == 30
     sandbox.balance = 1000
     assert command(folders, "release").returncode == 0
-    until(lambda: len(folders.documents()) == 6)
+    until(lambda: len(folders.finished()) == 6)
     assert sandbox.report()["credits"] == 5 * 30
 
 
@@ -182,25 +182,27 @@ def test_credits_that_were_added_count_after_release(tmp_path, hurried, sandbox)
     ("tag", "kind", "status"),
     [("429-quota", "quota", 429), ("403", "key", 403), ("404", "endpoint", 404), ("308", "endpoint", 308)],
 )
-def test_what_every_request_would_meet_is_shown_by_one_and_the_rest_waits(narrow, hurried, sandbox, tag, kind, status):
+def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
+    narrow, hurried, sandbox, tag, kind, status
+):
     narrow.prompt("first", f"[sandbox: {tag}] First")
     daemon = hurried(narrow, NEVER)
-    told = daemon.wait_for("held")
-    assert told["kind"] == kind
-    asked = 60 if kind == "quota" else NEVER  # it said when the quota is renewed
-    assert asked - 1 <= told["seconds"] <= asked
+    event = daemon.wait_for("held")
+    assert event["kind"] == kind
+    asked = 60 if kind == "quota" else NEVER  # the endpoint names the time when the quota is renewed
+    assert asked - 1 <= event["seconds"] <= asked
     for number in range(3):
         narrow.prompt(f"p{number}", f"Number {number}")
-    assert held(narrow, kind)["next_try_at"] == told["next_try_at"]
-    command(narrow, "hold")  # is answered when the daemon has looked at its inbox once more
+    assert held(narrow, kind)["next_try_at"] == event["next_try_at"]
+    command(narrow, "hold")  # is applied when the daemon has scanned its inbox once more
     assert (narrow.error("first")["status"], sandbox.report()["requests"]) == (status, 1)
-    assert len(looks(narrow)) == 3
+    assert len(content_of(narrow)) == 3
     command(narrow, "release")
-    until(lambda: len(narrow.documents()) == 4)
+    until(lambda: len(narrow.finished()) == 4)
     assert (sandbox.report()["requests"], sandbox.report()["redirected"]) == (4, 0)
 
 
-def test_a_method_that_is_not_allowed_is_a_wrong_address(tmp_path, hurried):
+def test_a_method_that_is_not_allowed_is_a_wrong_endpoint(tmp_path, hurried):
     with Scripted(answering(b"{}", status=b"405 Method Not Allowed")) as server:
         folders = Folders(tmp_path, server.base_url, limits__concurrency="1")
         for stem in "ab":
@@ -210,18 +212,18 @@ def test_a_method_that_is_not_allowed_is_a_wrong_address(tmp_path, hurried):
     assert one_error(folders)["status"] == 405
 
 
-def test_a_refused_probe_goes_back_to_the_inbox_unharmed(narrow, hurried, sandbox):
+def test_a_refused_probe_returns_to_the_inbox_unchanged(narrow, hurried, sandbox):
     sandbox.balance = 0
     for number in range(3):
         narrow.drop(f"p{number}.png", picture())
         narrow.prompt(f"p{number}", f"Number {number}")
-    before = looks(narrow)
+    before = content_of(narrow)
     daemon = hurried(narrow, 0.1)
     daemon.wait_for("held", 4)
     assert daemon.stop() == 0
-    (shown,) = narrow.documents()
+    (shown,) = narrow.finished()
     del before[f"{shown}.png"], before[f"{shown}.prompt.txt"]
-    assert looks(narrow) == before
+    assert content_of(narrow) == before
     assert sandbox.report()["charged"] == 0
     waits = [line["seconds"] for line in daemon.events("held")]
     assert all(later > 1.9 * earlier for earlier, later in itertools.pairwise(waits))
@@ -232,7 +234,7 @@ def test_a_refused_probe_goes_back_to_the_inbox_unharmed(narrow, hurried, sandbo
 
 
 @pytest.mark.parametrize("short_of", ["bytes", "inodes"])
-def test_a_disk_with_too_little_room_for_an_answer_holds_the_queue_until_there_is_room(
+def test_a_disk_with_too_little_room_for_a_response_holds_the_queue_until_there_is_room(
     tmp_path, hurried, sandbox, short_of
 ):
     folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes="2000000")
@@ -250,15 +252,15 @@ def test_a_disk_with_too_little_room_for_an_answer_holds_the_queue_until_there_i
                 (filler / str(number)).touch()
         folders.prompt("cat", "A cat")
         daemon = hurried(folders)
-        told = daemon.wait_for("held")
-        assert told["kind"] == "disk"
-        assert ("limits.min_free_bytes" if short_of == "bytes" else "inodes") in told["reason"]
-        assert str(folders.state) in told["reason"]
+        event = daemon.wait_for("held")
+        assert event["kind"] == "disk"
+        assert ("limits.min_free_bytes" if short_of == "bytes" else "inodes") in event["reason"]
+        assert str(folders.state) in event["reason"]
         held(folders, "disk")
-        assert (sandbox.report()["requests"], list(looks(folders))) == (0, ["cat.prompt.txt"])
+        assert (sandbox.report()["requests"], list(content_of(folders))) == (0, ["cat.prompt.txt"])
         for path in filler.iterdir():
             path.unlink()
-        until(lambda: folders.documents() == {"cat": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox"})
         assert daemon.stop() == 0
     finally:
         subprocess.run(["umount", "--lazy", str(folders.state)], check=True)
@@ -309,7 +311,7 @@ def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_
     spent = sandbox.report()["credits"]
     assert cap < spent <= cap + (real - guess) * concurrency
     assert spent == real * concurrency  # the worst case: all of them left before the first price was known
-    assert len(looks(folders)) == 4
+    assert len(content_of(folders)) == 4
     assert command(folders, "once").returncode == 69
     assert sandbox.report()["credits"] == spent
 
@@ -349,11 +351,11 @@ def test_a_cap_holds_though_the_daemon_is_killed_with_requests_in_flight(tmp_pat
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     sandbox.release()
     assert command(folders, "once").returncode == 69
-    assert (sandbox.report()["requests"], len(looks(folders))) == (2, 4)
-    assert list(folders.documents().values()) == ["errors", "errors"]
+    assert (sandbox.report()["requests"], len(content_of(folders))) == (2, 4)
+    assert list(folders.finished().values()) == ["errors", "errors"]
 
 
-def test_a_cap_that_several_meet_at_once_is_told_once_with_its_end(tmp_path, hurried, sandbox):
+def test_a_cap_that_stops_several_at_the_same_time_is_logged_once_with_its_end(tmp_path, hurried, sandbox):
     folders = Folders(
         tmp_path,
         sandbox.base_url,
@@ -366,10 +368,10 @@ def test_a_cap_that_several_meet_at_once_is_told_once_with_its_end(tmp_path, hur
     for number in range(8):
         folders.prompt(f"p{number}", f"Number {number}")
     daemon = hurried(folders)
-    told = daemon.wait_for("held")
+    event = daemon.wait_for("held")
     waiting(folders, 8)
-    assert (told["kind"], "limits.credits_per_month is 50" in told["reason"]) == ("cap", True)
-    assert held(folders, "cap")["next_try_at"] >= told["next_try_at"]
+    assert (event["kind"], "limits.credits_per_month is 50" in event["reason"]) == ("cap", True)
+    assert held(folders, "cap")["next_try_at"] >= event["next_try_at"]
     assert len(daemon.events("held")) == 1
     assert sandbox.report()["requests"] == 1
 
@@ -378,7 +380,7 @@ def test_a_cap_that_several_meet_at_once_is_told_once_with_its_end(tmp_path, hur
 
 
 class Busy:
-    """An endpoint that is busy once, and then makes everything; it knows when it was asked."""
+    """An endpoint that is busy once and then completes everything; it keeps the times of the requests."""
 
     def __init__(self, headers: Callable[[], bytes], status: bytes = b"429 Too Many Requests", body: bytes = b"{}"):
         self.asked: list[float] = []
@@ -411,31 +413,31 @@ def at_a_date(seconds: int) -> bytes:
     ],
     ids=["seconds", "a date", "after the last attempt"],
 )
-def test_a_429_slows_the_whole_queue_for_as_long_as_it_asks(tmp_path, run, headers, seconds, attempts):
+def test_a_429_slows_the_whole_queue_for_the_time_it_names(tmp_path, run, headers, seconds, attempts):
     endpoint = Busy(headers)
     more = 3 if attempts == 1 else 4
     with Scripted(endpoint.busy, *[endpoint.good] * more) as server:
         folders = Folders(tmp_path, server.base_url, retry__attempts=str(attempts))
         folders.prompt("first", "First")
         daemon = run(folders)
-        told = daemon.wait_for("held")
-        assert told["kind"] == "busy"
+        event = daemon.wait_for("held")
+        assert event["kind"] == "busy"
         for number in range(3):
             folders.prompt(f"p{number}", f"Number {number}")
-        until(lambda: len(folders.documents()) == 4)
+        until(lambda: len(folders.finished()) == 4)
         assert daemon.stop() == 0
     first, *rest = endpoint.asked
     assert len(rest) == more
     assert min(rest) >= first + seconds - 0.01
-    assert folders.documents()["first"] == ("errors" if attempts == 1 else "outbox")
+    assert folders.finished()["first"] == ("errors" if attempts == 1 else "outbox")
 
 
-def test_a_shutdown_that_admits_nothing_is_tried_again_boundedly_and_never_charged(tmp_path, hurried, sandbox):
+def test_a_shutdown_without_a_charge_is_retried_a_few_times_and_never_charged(tmp_path, hurried, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, retry__attempts="2")
     folders.prompt("never", "[sandbox: 503-shutdown] Never")
     folders.prompt("once", "[sandbox: once 503-shutdown] Once")
     daemon = hurried(folders)
-    until(lambda: folders.documents() == {"never": "errors", "once": "outbox"})
+    until(lambda: folders.finished() == {"never": "errors", "once": "outbox"})
     assert daemon.stop() == 0
     error = folders.error("never")
     assert (error["attempts"], error["charged"], error["status"]) == (2, "no", 503)
@@ -447,7 +449,7 @@ def test_a_shutdown_that_admits_nothing_is_tried_again_boundedly_and_never_charg
     assert (sandbox.report()["charged"], folders.receipt("once")["attempts"]) == (1, 2)
 
 
-# Doubt
+# Charge unknown
 
 
 LOST = [
@@ -457,8 +459,8 @@ LOST = [
 ANSWERED = [tag for tag in LOST if not tag.startswith("drop") and tag != "reset"]
 
 
-def in_doubt(folders: Folders, stem: str) -> dict[str, Any]:
-    """What everybody is told of a request that may have been charged."""
+def charge_is_unknown(folders: Folders, stem: str) -> dict[str, Any]:
+    """What every report has of a request that may have been charged."""
     error = folders.error(stem)
     assert error["charged"] == "unknown"
     assert "may have been charged" in error["message"]
@@ -468,15 +470,15 @@ def in_doubt(folders: Folders, stem: str) -> dict[str, Any]:
     return error
 
 
-def test_every_lost_answer_is_told_with_its_times_and_ids_and_how_to_ask_the_account(tmp_path, sandbox):
+def test_every_lost_response_is_reported_with_its_times_and_ids_and_how_to_check_the_account(tmp_path, sandbox):
     station = Station(tmp_path, sandbox.base_url)
     for tag in LOST:
         station.prompt(tag, f"A cat [sandbox: {tag}]")
     station.work()
     station.close()
-    assert station.documents() == dict.fromkeys(LOST, "errors")
+    assert station.finished() == dict.fromkeys(LOST, "errors")
     for tag in LOST:
-        error = in_doubt(station, tag)
+        error = charge_is_unknown(station, tag)
         if tag in ANSWERED:
             assert error["ids"]["x-request-id"]
             assert error["times"]["answered"] >= error["times"]["sent"]
@@ -503,18 +505,18 @@ def garbage(exchange: Any) -> None:
 
 
 @pytest.mark.parametrize("script", [silent, trickling, garbage])
-def test_an_answer_that_never_comes_is_told_in_the_same_way(tmp_path, script):
+def test_a_response_that_never_comes_is_reported_in_the_same_way(tmp_path, script):
     limits = {"endpoint__connect_timeout_seconds": "2", "endpoint__deadline_seconds": "3"}
     with Scripted(script) as server:
         station = Station(tmp_path, server.base_url, **limits)
         station.prompt("cat", "A cat")
         station.work()
         station.close()
-    assert "answered" not in in_doubt(station, "cat")["times"]
+    assert "answered" not in charge_is_unknown(station, "cat")["times"]
 
 
 @pytest.mark.parametrize("how", ["killed", "stopped twice"])
-def test_an_answer_that_nobody_was_left_to_take_is_told_in_the_same_way(folders, run, sandbox, how):
+def test_a_response_that_comes_after_a_kill_is_reported_in_the_same_way(folders, run, sandbox, how):
     sandbox.hold()
     folders.prompt("cat", "A cat")
     daemon = run(folders)
@@ -527,5 +529,5 @@ def test_an_answer_that_nobody_was_left_to_take_is_told_in_the_same_way(folders,
         daemon.stop(signal.SIGKILL)
     sandbox.release()
     assert command(folders, "once").returncode == 1
-    in_doubt(folders, "cat")
+    charge_is_unknown(folders, "cat")
     assert sandbox.report()["requests"] == 1

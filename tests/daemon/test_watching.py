@@ -1,4 +1,4 @@
-"""What goes wrong under a watcher: each time the daemon notices, says so once, goes on, and takes what was dropped."""
+"""What goes wrong under a watcher: the daemon notices, logs it once, continues, and claims what was dropped."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 from imagewatch.system.file_systems import Kinds, eventless, keeps_times, mount_of, table
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 SELDOM = {"inbox__rescan_seconds": "3600"}
-"""Nothing is found by looking regularly: only by being told, or by noticing that one was not told."""
+"""Nothing is found by regular scans: only by events, or because lost events were noticed."""
 
 STARTED = """
 import os, sys
@@ -38,10 +38,10 @@ sys.exit(Daemon(load(None, os.environ), os.environ{arguments}).run())
 
 
 @pytest.fixture
-def scripted(run: Callable[..., Told], tmp_path: Path) -> Callable[..., Told]:
+def scripted(run: Callable[..., LoggedDaemon], tmp_path: Path) -> Callable[..., LoggedDaemon]:
     """Start a daemon in whose process something is done before."""
 
-    def starter(folders: Folders, before: str = "", arguments: str = "", **options: Any) -> Told:
+    def starter(folders: Folders, before: str = "", arguments: str = "", **options: Any) -> LoggedDaemon:
         script = tmp_path / "started.py"
         script.write_text(STARTED.format(before=before, arguments=arguments))
         return run(folders, script=str(script), **options)
@@ -50,7 +50,7 @@ def scripted(run: Callable[..., Told], tmp_path: Path) -> Callable[..., Told]:
 
 
 def over(folders: Folders, *stems: str) -> None:
-    until(lambda: set(folders.documents()) == set(stems), timeout=40)
+    until(lambda: set(folders.finished()) == set(stems), timeout=40)
 
 
 def status(folders: Folders) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def status(folders: Folders) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def stopped(daemon: Told) -> Iterator[None]:
+def stopped(daemon: LoggedDaemon) -> Iterator[None]:
     """Keep a daemon from doing anything."""
     daemon.process.send_signal(signal.SIGSTOP)
     until(lambda: Path(f"/proc/{daemon.process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "T")
@@ -77,8 +77,8 @@ def asked(sandbox: Sandbox) -> list[str]:
 # Events that do not come
 
 
-def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_after_an_overflow_of_the_kernels_queue_no_prompt_is_missed_and_none_sent_twice(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     most = int(Path("/proc/sys/fs/inotify/max_queued_events").read_text())
     if most > 100_000:
@@ -94,12 +94,12 @@ def test_when_the_kernels_queue_overflowed_none_is_missed_and_none_is_made_twice
     over(folders, *(f"p{number}" for number in range(30)))
     assert asked(sandbox) == sorted(f"Number {number}" for number in range(30))
     folders.prompt("later", "Later")
-    until(lambda: "later" in folders.documents())
+    until(lambda: "later" in folders.finished())
     assert daemon.stop() == 0
 
 
-def test_a_reader_of_events_that_dies_is_noticed_and_started_again(
-    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., Told]
+def test_a_watcher_that_dies_is_noticed_and_restarted(
+    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
     daemon = scripted(
@@ -126,8 +126,8 @@ watcher._Folder.on_event = on_event
 
 
 @pytest.mark.parametrize("most", [0, 3])
-def test_folders_beyond_the_limit_of_watches_are_looked_at_regularly(
-    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., Told], most: int
+def test_folders_beyond_the_limit_of_watches_are_scanned_regularly(
+    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon], most: int
 ) -> None:
     """A user namespace has limits of its own."""
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
@@ -155,10 +155,10 @@ except (OSError, AssertionError):
     for name in ("", "a/", "b/", "c/"):
         folders.prompt(f"{name}p{name.strip('/')}", "A prompt")
     over(folders, "p", "pa", "pb", "pc")
-    (told,) = daemon.events("watch_mode")
-    assert (told["level"], told["mode"]) == ("warning", "mixed" if most else "poll")
-    assert any("max_user_watches" in reason for reason in told["polled"].values())
-    assert status(folders)["mode"] == told["mode"]
+    (event,) = daemon.events("watch_mode")
+    assert (event["level"], event["mode"]) == ("warning", "mixed" if most else "poll")
+    assert any("max_user_watches" in reason for reason in event["polled"].values())
+    assert status(folders)["mode"] == event["mode"]
 
 
 # Folders that come and go
@@ -172,8 +172,8 @@ def nobody_else_has(lock: Path) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("how", ["deleted and made again", "replaced by another folder"])
-def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], how: str
+def test_an_inbox_that_was_replaced_is_watched_and_locked_like_the_first(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], how: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="1")
     daemon = run(folders)
@@ -201,20 +201,20 @@ def test_an_inbox_that_is_another_one_is_watched_and_locked_like_the_first(
         pass
 
 
-def test_nothing_is_taken_out_of_an_inbox_that_another_daemon_has_meanwhile(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
     first = run(folders)
     other = Folders(tmp_path / "other", sandbox.base_url)
     second = run(other)
-    with stopped(first):  # it must not look while there is none
+    with stopped(first):  # it must not scan while there is none
         folders.inbox.rename(tmp_path / "away")
         folders.inbox.symlink_to(other.inbox)
     other.prompt("cat", "A cat")
     over(other, "cat")
     assert "another" in first.wait_for("held")["reason"]
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     assert second.stop() == 0
     other.prompt("dog", "A dog")
     over(folders, "dog")
@@ -223,7 +223,7 @@ def test_nothing_is_taken_out_of_an_inbox_that_another_daemon_has_meanwhile(
 
 NOBODY = 65534
 UNPRIVILEGED = f"""
-import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 if os.geteuid() == 0:
     os.setgroups([])
     os.setgid({NOBODY})
@@ -233,7 +233,7 @@ if os.geteuid() == 0:
 
 @pytest.fixture
 def shared(sandbox: Sandbox) -> Iterator[Folders]:
-    """Folders of a daemon that is not root, whom permissions do not bind."""
+    """Folders of a daemon that is not root: permissions do not bind root."""
     with tempfile.TemporaryDirectory() as top:
         folders = Folders(Path(top), sandbox.base_url, inbox__rescan_seconds="0.5")
         folders.state.mkdir()
@@ -246,7 +246,9 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_where_results_may_not_be_put_nothing_is_paid_for(shared: Folders, scripted: Callable[..., Told]) -> None:
+def test_if_results_cannot_be_written_nothing_is_paid_for(
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
+) -> None:
     (shared.outbox / "sub").mkdir()  # root's
     daemon = scripted(shared, UNPRIVILEGED)
     for stem in ("sub/one", "sub/two", "three"):
@@ -260,8 +262,8 @@ def test_where_results_may_not_be_put_nothing_is_paid_for(shared: Folders, scrip
     assert daemon.stop() == 0
 
 
-def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
-    shared: Folders, scripted: Callable[..., Told]
+def test_an_inbox_out_of_which_nothing_can_be_claimed_any_more_holds_the_queue_once(
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = scripted(shared, UNPRIVILEGED)
     shared.inbox.chmod(0o555)
@@ -271,7 +273,7 @@ def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
         shared.prompt(f"p{number}", "A prompt").chmod(0o644)
     assert daemon.wait_for("held")["kind"] == "disk"
     until(lambda: (status(shared).get("holds") or [{}])[0].get("kind") == "disk")
-    assert shared.documents() == {}
+    assert shared.finished() == {}
     shared.inbox.chmod(0o755)
     over(shared, *(f"p{number}" for number in range(5)))
     assert daemon.stop() == 0
@@ -280,7 +282,7 @@ def test_an_inbox_of_which_nothing_can_be_taken_any_more_holds_the_queue_once(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may become another user")
 def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
-    shared: Folders, scripted: Callable[..., Told]
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     sticky = shared.inbox / "sticky"
     sticky.mkdir()
@@ -289,14 +291,14 @@ def test_a_prompt_that_the_sticky_bit_keeps_in_its_folder_is_named(
     shared.prompt("sticky/theirs", "A prompt").chmod(0o644)
     shared.prompt("mine", "A prompt").chmod(0o644)
     over(shared, "mine")
-    told = daemon.wait_for("ignored")
-    assert (told["file"], "sticky bit" in told["reason"]) == ("sticky/theirs.prompt.txt", True)
+    event = daemon.wait_for("ignored")
+    assert (event["file"], "sticky bit" in event["reason"]) == ("sticky/theirs.prompt.txt", True)
     assert daemon.stop() == 0
     assert shared.leftovers() == []
 
 
-def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_dropped_meanwhile_is_taken(
-    shared: Folders, scripted: Callable[..., Told]
+def test_a_permission_that_is_lost_and_regained_is_logged_once_and_prompts_dropped_meanwhile_are_claimed(
+    shared: Folders, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     daemon = scripted(shared, UNPRIVILEGED)
     sub, root = shared.inbox / "sub", os.geteuid() == 0
@@ -323,8 +325,8 @@ def test_a_permission_that_is_lost_and_regained_is_said_once_and_what_was_droppe
     assert (len(daemon.events("ignored")), len(daemon.events("held"))) == (1, 1)
 
 
-def test_a_folder_that_vanishes_with_prompts_in_it_is_forgotten_and_found_where_it_went(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+def test_a_folder_that_is_moved_with_prompts_in_it_is_found_in_its_new_place(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1", inbox__settle_seconds="0.5")
     sandbox.hold()
@@ -349,7 +351,7 @@ def test_a_folder_that_vanishes_with_prompts_in_it_is_forgotten_and_found_where_
 
 
 def test_a_wall_clock_that_jumps_delays_and_repeats_nothing(
-    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, scripted: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="0.5")
     offset = tmp_path / "offset"
@@ -418,7 +420,7 @@ def test_a_mount_that_comes_later_is_noticed(tmp_path: Path) -> None:
 
 @pytest.fixture
 def bound(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
-    """Mount a folder somewhere by FUSE: what is changed behind it, the kernel tells nobody."""
+    """Mount a folder elsewhere by FUSE: the kernel reports no change that is made behind it."""
     places: list[Path] = []
 
     def binder(place: Path) -> Path:
@@ -438,8 +440,8 @@ def bound(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
         subprocess.run(["umount", "--lazy", str(place)], capture_output=True, check=False)
 
 
-def test_another_file_system_inside_the_inbox_is_named_and_holds_up_nobody(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], bound: Callable[[Path], Path]
+def test_another_file_system_inside_the_inbox_is_named_and_delays_no_other_folder(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     """A prompt is claimed by a rename, which is not possible from one file system to another."""
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
@@ -458,8 +460,8 @@ def test_another_file_system_inside_the_inbox_is_named_and_holds_up_nobody(
     assert len(daemon.events("ignored")) == 1
 
 
-def test_an_inbox_in_which_others_make_changes_unnoticed_is_looked_at(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], bound: Callable[[Path], Path]
+def test_an_inbox_whose_changes_the_kernel_does_not_report_is_polled(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, **SELDOM)
     behind = bound(folders.inbox)
@@ -475,7 +477,7 @@ def test_an_inbox_in_which_others_make_changes_unnoticed_is_looked_at(
 
 
 def test_native_and_poll_can_be_demanded(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told], bound: Callable[[Path], Path]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], bound: Callable[[Path], Path]
 ) -> None:
     native = Folders(tmp_path / "native", sandbox.base_url, inbox__watch="native", **SELDOM)
     bound(native.inbox)

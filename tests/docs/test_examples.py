@@ -172,7 +172,7 @@ def test_cron_brings_prompts_and_fetches_pictures_and_however_often_it_runs_pays
     elsewhere.write("bad.prompt.txt", "a cat [sandbox: 400]")
     elsewhere.write(".unfinished.prompt.txt", "never sent")
     elsewhere.cron()
-    until(lambda: len(watched.documents()) == 3)
+    until(lambda: len(watched.finished()) == 3)
     for _ in range(3):
         elsewhere.cron()
         until(lambda: [name for name in watched.names("inbox") if not name.startswith(".")] == [])

@@ -75,7 +75,7 @@ def test_every_command_on_the_page_for_people_works(shell, folders, sandbox):
         done = shell(line)
         assert done.returncode == 0, done.stderr
         assert all(Path(path).exists() or "/inbox/" in path for path in done.stdout.splitlines())
-    until(lambda: len(folders.documents()) == 3)
+    until(lambda: len(folders.finished()) == 3)
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [0, 2, 1]
 
 
@@ -98,8 +98,8 @@ def test_the_words_that_errors_are_said_to_have_are_those_they_have(folders, sta
     folders.prompt("safety", "x [sandbox: 400]")
     folders.prompt("credits", "x [sandbox: 402]")
     start(folders, "run")
-    until(lambda: len(folders.documents()) == 13)
-    told = {stem: folders.error(stem)["message"] for stem in folders.documents()}
+    until(lambda: len(folders.finished()) == 13)
+    told = {stem: folders.error(stem)["message"] for stem in folders.finished()}
     table = USING.partition("| `message` says")[2].partition("\n\n")[0]
     cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
     words = [word.removesuffix(" …") for cell in cells for word in re.findall(r"`(.+?)`", cell)]
@@ -166,7 +166,7 @@ def test_what_the_skill_reads_of_a_receipt_is_not_what_its_prompt_says(shell, fo
     front = '+++\ninput_images = ["boat-9a41.in1.png"]\nn = 2\n+++\n'
     folders.drop("boat-9a41.in1.png", picture("boat"))
     folders.prompt("boat-9a41", front + text)
-    until(lambda: folders.documents() == {"boat-9a41": "outbox"})
+    until(lambda: folders.finished() == {"boat-9a41": "outbox"})
     receipt = folders.receipt("boat-9a41")
     assert receipt["prompt"] == text
     assert shell(credits).stdout.splitlines() == [

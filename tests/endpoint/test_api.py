@@ -22,8 +22,9 @@ from imagewatch.endpoint.api import classify, doubt
 from imagewatch.endpoint.body import Body
 from imagewatch.endpoint.decode import read
 from imagewatch.protocol.options import body_fields, choose_provider
+from imagewatch.protocol.reasons import Reaction
 from imagewatch.protocol.request import Part
-from imagewatch.protocol.values import Head, Reaction
+from imagewatch.protocol.values import Head
 from imagewatch.system.errors import InDoubt, JobError
 
 LIMIT = 50 << 20
@@ -164,18 +165,18 @@ def judge(status, body=b"", **headers):
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "reaction", "account"),
+    ("status", "body", "reaction", "kind"),
     [
-        (0, b"", Reaction.UNREACHED, ""),
-        (200, b"", Reaction.SUCCESS, ""),
-        (201, b"garbage", Reaction.SUCCESS, ""),
-        (204, b"", Reaction.SUCCESS, ""),
-        (299, b"", Reaction.SUCCESS, ""),
-        (429, b"", Reaction.BUSY, ""),
-        (429, {"error": "slow down", "errorCode": "route_rps_rate_limit_exceeded"}, Reaction.BUSY, ""),
-        (429, b"<html>", Reaction.BUSY, ""),
-        (503, {"errorCode": "cloud_api_shutting_down", "admitted": False, "retryable": True}, Reaction.BUSY, ""),
-        (503, {"error": {"admitted": False}}, Reaction.BUSY, ""),
+        (0, b"", Reaction.WAIT, "unreachable"),
+        (200, b"", Reaction.SUCCESS, "completed"),
+        (201, b"garbage", Reaction.SUCCESS, "completed"),
+        (204, b"", Reaction.SUCCESS, "completed"),
+        (299, b"", Reaction.SUCCESS, "completed"),
+        (429, b"", Reaction.RETRY, "busy"),
+        (429, {"error": "slow down", "errorCode": "route_rps_rate_limit_exceeded"}, Reaction.RETRY, "busy"),
+        (429, b"<html>", Reaction.RETRY, "busy"),
+        (503, {"errorCode": "cloud_api_shutting_down", "admitted": False, "retryable": True}, Reaction.RETRY, "busy"),
+        (503, {"error": {"admitted": False}}, Reaction.RETRY, "busy"),
         (401, b"", Reaction.ACCOUNT, "key"),
         (403, {"message": "no"}, Reaction.ACCOUNT, "key"),
         (402, {"message": "no", "credits_required": 30}, Reaction.ACCOUNT, "credits"),
@@ -193,38 +194,41 @@ def judge(status, body=b"", **headers):
         (302, b"", Reaction.ACCOUNT, "endpoint"),
         (304, b"", Reaction.ACCOUNT, "endpoint"),
         (308, b"", Reaction.ACCOUNT, "endpoint"),
-        (400, {"message": "bad"}, Reaction.REFUSED, ""),
-        (400, b"", Reaction.REFUSED, ""),
-        (409, {"message": "bad"}, Reaction.REFUSED, ""),
-        (413, b"<html>", Reaction.REFUSED, ""),
-        (415, b"", Reaction.REFUSED, ""),
-        (422, {"detail": "bad"}, Reaction.REFUSED, ""),
-        (500, {"message": "unknown model"}, Reaction.REFUSED, ""),
-        (500, b"", Reaction.UNKNOWN, ""),
-        (500, {}, Reaction.UNKNOWN, ""),
-        (500, b"<html>oops</html>", Reaction.UNKNOWN, ""),
-        (500, b'{"message": "cut sho', Reaction.UNKNOWN, ""),
-        (408, {"message": "too slow"}, Reaction.UNKNOWN, ""),
-        (501, {"message": "x"}, Reaction.UNKNOWN, ""),
-        (502, b"<html>", Reaction.UNKNOWN, ""),
-        (503, b"", Reaction.UNKNOWN, ""),
-        (503, {"errorCode": "cloud_api_deployment_interrupted"}, Reaction.UNKNOWN, ""),
-        (503, {"admitted": True}, Reaction.UNKNOWN, ""),
-        (503, {"admitted": None}, Reaction.UNKNOWN, ""),
-        (503, {"admitted": 0}, Reaction.UNKNOWN, ""),
-        (503, {"admitted": "false"}, Reaction.UNKNOWN, ""),
-        (504, {"message": "x"}, Reaction.UNKNOWN, ""),
-        *[(status, {"cloudflare_error": True, "status": status}, Reaction.UNKNOWN, "") for status in range(520, 528)],
-        (502, {"admitted": False}, Reaction.UNKNOWN, ""),
-        (100, b"", Reaction.UNKNOWN, ""),
-        (101, b"", Reaction.UNKNOWN, ""),
-        (600, b"", Reaction.UNKNOWN, ""),
-        (999, b"", Reaction.UNKNOWN, ""),
+        (400, {"message": "bad"}, Reaction.REFUSED, "refused"),
+        (400, b"", Reaction.REFUSED, "refused"),
+        (409, {"message": "bad"}, Reaction.REFUSED, "refused"),
+        (413, b"<html>", Reaction.REFUSED, "refused"),
+        (415, b"", Reaction.REFUSED, "refused"),
+        (422, {"detail": "bad"}, Reaction.REFUSED, "refused"),
+        (500, {"message": "unknown model"}, Reaction.REFUSED, "refused"),
+        (500, b"", Reaction.UNKNOWN, "unknown"),
+        (500, {}, Reaction.UNKNOWN, "unknown"),
+        (500, b"<html>oops</html>", Reaction.UNKNOWN, "unknown"),
+        (500, b'{"message": "cut sho', Reaction.UNKNOWN, "unknown"),
+        (408, {"message": "too slow"}, Reaction.UNKNOWN, "unknown"),
+        (501, {"message": "x"}, Reaction.UNKNOWN, "unknown"),
+        (502, b"<html>", Reaction.UNKNOWN, "unknown"),
+        (503, b"", Reaction.UNKNOWN, "unknown"),
+        (503, {"errorCode": "cloud_api_deployment_interrupted"}, Reaction.UNKNOWN, "unknown"),
+        (503, {"admitted": True}, Reaction.UNKNOWN, "unknown"),
+        (503, {"admitted": None}, Reaction.UNKNOWN, "unknown"),
+        (503, {"admitted": 0}, Reaction.UNKNOWN, "unknown"),
+        (503, {"admitted": "false"}, Reaction.UNKNOWN, "unknown"),
+        (504, {"message": "x"}, Reaction.UNKNOWN, "unknown"),
+        *[
+            (status, {"cloudflare_error": True, "status": status}, Reaction.UNKNOWN, "unknown")
+            for status in range(520, 528)
+        ],
+        (502, {"admitted": False}, Reaction.UNKNOWN, "unknown"),
+        (100, b"", Reaction.UNKNOWN, "unknown"),
+        (101, b"", Reaction.UNKNOWN, "unknown"),
+        (600, b"", Reaction.UNKNOWN, "unknown"),
+        (999, b"", Reaction.UNKNOWN, "unknown"),
     ],
 )
-def test_every_answer_means_what_the_table_of_the_folder_protocol_says(status, body, reaction, account):
+def test_every_answer_means_what_the_table_of_the_folder_protocol_says(status, body, reaction, kind):
     verdict = judge(status, body)
-    assert (verdict.reaction, verdict.account) == (reaction, account)
+    assert (verdict.reaction, verdict.reason.kind) == (reaction, kind)
 
 
 def test_only_a_success_is_ever_called_charged_and_only_what_is_free_for_certain_may_be_sent_again():
@@ -233,9 +237,9 @@ def test_only_a_success_is_ever_called_charged_and_only_what_is_free_for_certain
         for body in bodies:
             reaction = judge(status, body).reaction
             assert (reaction is Reaction.SUCCESS) == (200 <= status < 300)
-            if reaction is Reaction.BUSY:
+            if reaction is Reaction.RETRY:
                 assert status == 429 or (status == 503 and body == {"admitted": False})
-            assert (reaction is Reaction.UNREACHED) == (status == 0)
+            assert (reaction is Reaction.WAIT) == (status == 0)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +294,11 @@ def test_only_a_success_is_ever_called_charged_and_only_what_is_free_for_certain
 )
 def test_the_endpoints_own_words_are_found_in_every_shape_they_come_in(body, message, code):
     verdict = judge(400, body)
-    assert (verdict.message, verdict.code) == (message, code)
+    assert (verdict.reason.message, verdict.code) == (message, code)
 
 
 def test_raw_text_is_cut():
-    assert judge(502, b"x" * 5000).message == "x" * 2000
+    assert judge(502, b"x" * 5000).reason.message == "x" * 2000
 
 
 @pytest.mark.parametrize(
@@ -339,27 +343,27 @@ def test_the_credits_that_a_request_would_have_needed_are_kept(body, required):
     ],
 )
 def test_retry_after_is_seconds_or_a_date(said, seconds):
-    assert judge(429, retry_after=said).retry_after == seconds
+    assert judge(429, retry_after=said).reason.seconds == seconds
 
 
 def test_without_retry_after_there_is_none():
-    assert judge(429).retry_after is None
+    assert judge(429).reason.seconds is None
 
 
 def test_a_503_makes_nobody_wait_longer_than_half_a_minute():
     typed = {"admitted": False}
-    assert judge(503, typed, retry_after="3600").retry_after == 30
-    assert judge(503, typed, retry_after="3").retry_after == 3
-    assert judge(503, typed, retry_after=email.utils.formatdate(1_800_009_000, usegmt=True)).retry_after == 30
-    assert judge(429, retry_after="3600").retry_after == 3600
+    assert judge(503, typed, retry_after="3600").reason.seconds == 30
+    assert judge(503, typed, retry_after="3").reason.seconds == 3
+    assert judge(503, typed, retry_after=email.utils.formatdate(1_800_009_000, usegmt=True)).reason.seconds == 30
+    assert judge(429, retry_after="3600").reason.seconds == 3600
 
 
 def test_a_quota_says_itself_when_it_is_reset():
     quota = {"reasons": ["exceeded-quota"], "timeToQuotaResetMs": 90_000}
-    assert judge(429, quota, retry_after="5").retry_after == 90
-    assert judge(429, {"error": quota}).retry_after == 90
-    assert judge(429, {**quota, "timeToQuotaResetMs": "x"}, retry_after="5").retry_after == 5
-    assert judge(429, {"reasons": ["exceeded-quota"]}).retry_after is None
+    assert judge(429, quota, retry_after="5").reason.seconds == 90
+    assert judge(429, {"error": quota}).reason.seconds == 90
+    assert judge(429, {**quota, "timeToQuotaResetMs": "x"}, retry_after="5").reason.seconds == 5
+    assert judge(429, {"reasons": ["exceeded-quota"]}).reason.seconds is None
 
 
 json_like = st.recursive(
@@ -387,9 +391,9 @@ json_like = st.recursive(
 @settings(max_examples=500, deadline=None)
 def test_no_refusal_is_too_odd_to_be_understood(status, raw, retry_after):
     verdict = classify(Head(status=status, headers={"retry-after": retry_after}, at=1e9), lambda: raw)
-    assert verdict.retry_after is None or verdict.retry_after >= 0 or verdict.account == "quota"
-    assert verdict.message or 200 <= status < 300
-    assert verdict.message == verdict.message.strip()
+    assert verdict.reason.seconds is None or verdict.reason.seconds >= 0 or verdict.reason.kind == "quota"
+    assert verdict.reason.message or 200 <= status < 300
+    assert verdict.reason.message == verdict.reason.message.strip()
 
 
 @pytest.mark.parametrize("depth", [*range(100, 900, 100), *range(940, 1010), 2000, 100_000])
@@ -399,7 +403,7 @@ def test_no_refusal_is_nested_too_deeply(depth):
         errors = b'{"error":' * depth + inner + b"}" * depth
         for body in (nested, errors, b'{"reasons":%s}' % nested, b'{"issues":[%s,{"path":%s}]}' % (nested, nested)):
             for status in (400, 429, 500):
-                assert judge(status, body).message
+                assert judge(status, body).reason.message
 
 
 def test_a_doubt_says_what_to_do():

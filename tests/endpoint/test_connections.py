@@ -75,9 +75,9 @@ def unreachable(station, originals, *words):
     (outcome,) = station.work()
     returned(station, originals)
     assert outcome.end is End.RETURNED
-    assert outcome.trouble.kind == "unreachable"
+    assert outcome.reason.kind == "unreachable"
     for word in words:
-        assert word in outcome.trouble.message
+        assert word in outcome.reason.message
     assert station.ledger.rows() == [] or {row["charged"] for row in station.ledger.rows()} == {"no"}
     return outcome
 
@@ -185,7 +185,7 @@ def cut_off(station, originals, attempts, *words):
     (outcome,) = station.work()
     error = refused(station, "x", originals)
     assert (error["charged"], error["attempts"], "status" in error) == ("no", attempts, False)
-    assert (outcome.trouble.kind, outcome.answered) == ("broken", False)
+    assert (outcome.reason.kind, outcome.answered) == ("broken", False)
     for word in ("while the request was sent", "nothing was charged", *words):
         assert word in error["message"]
     assert "fewer or smaller images" in error["next"]
@@ -259,7 +259,7 @@ def test_an_answer_before_the_body_was_read_counts_as_the_answer(tmp_path, large
         (outcome,) = station.work()
         error = refused(station, "x", large)
         assert (error["charged"], error["status"], error["message"]) == ("no", int(status[:3]), "not that")
-        assert (outcome.trouble and outcome.trouble.kind) == kind
+        assert (outcome.reason and outcome.reason.kind) == kind
         assert station.server.connections == 1
 
 
@@ -279,7 +279,7 @@ def test_an_input_that_changes_while_it_is_sent_stops_the_request(tmp_path, larg
         drop(station, large)
         (outcome,) = station.work()
         assert outcome.end is End.RETURNED
-        assert outcome.trouble is None
+        assert outcome.reason is None
         assert station.names("inbox") == sorted(large)
         assert station.leftovers() == []
         assert [row for row in station.ledger.rows() if row["charged"] != "no"] == []
@@ -533,7 +533,7 @@ def test_a_redirect_is_never_followed_by_the_paid_call(tmp_path):
                 drop(station, SMALL)
                 (outcome,) = station.work()
                 assert refused(station, "x", SMALL)["charged"] == "no"
-                assert outcome.trouble.kind == "endpoint"
+                assert outcome.reason.kind == "endpoint"
     assert other.connections == 0
 
 
@@ -542,7 +542,7 @@ def test_a_redirect_to_nowhere_is_still_only_a_redirect(tmp_path):
         drop(station, SMALL)
         (outcome,) = station.work()
         error = refused(station, "x", SMALL)
-    assert (error["charged"], outcome.trouble and outcome.trouble.kind) == ("no", "endpoint")
+    assert (error["charged"], outcome.reason and outcome.reason.kind) == ("no", "endpoint")
 
 
 # Never the connection of another request

@@ -28,7 +28,7 @@ from support.scripted import (
     through_proxy,
     tunnel,
 )
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
@@ -78,7 +78,7 @@ def answered_with(tmp_path, *images, clock=None, **settings):
         contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,
     ):
         if clock is not None:
-            station.worker = Doubting(
+            station.worker = Distrustful(
                 station.spool, station.client, station.ledger, station.config(), monotonic=clock, wait=clock.wait
             )
         yield station
@@ -464,7 +464,7 @@ def test_a_clock_that_is_set_forward_does_not_end_the_tries(tmp_path):
     ):
         parts = station.spool, station.client, station.ledger, station.config()
         # While the first try fails, whichever time it then is.
-        station.worker = Doubting(*parts, clock=lambda: wall.wait(3600) or wall.now, wait=lambda _: None)
+        station.worker = Distrustful(*parts, clock=lambda: wall.wait(3600) or wall.now, wait=lambda _: None)
         assert "problems" not in fetched(station, "x.png")
 
 

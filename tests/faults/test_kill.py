@@ -85,7 +85,7 @@ def test_killed_while_the_answer_is_awaited_it_is_in_doubt_and_never_sent_again(
     for _ in range(2):
         again = Running(folders, "once")
         assert again.wait() in {0, 1}, again.output
-        assert folders.documents() == {"cat": "errors"}
+        assert folders.finished() == {"cat": "errors"}
         error = folders.error("cat")
         assert error["charged"] == "unknown"
         assert "may have been charged" in error["message"]
@@ -117,7 +117,7 @@ def test_an_answer_that_cannot_be_read_now_is_not_taken_for_none(folders: Folder
     failing = Running(folders, "once")
     assert failing.wait() == 74, failing.output
     assert "bug" not in failing.output
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     path.unlink()
     aside.rename(path)
     again = Running(folders, "once")

@@ -25,7 +25,7 @@ import structlog
 from support.daemon import Folders
 from support.endpoint import AT, Books, PaidEndpoint, Reply, picture, served
 from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
-from support.station import Doubting
+from support.station import Distrustful
 
 from imagewatch.endpoint import pictures
 from imagewatch.inbox.scan import Sweep
@@ -63,7 +63,7 @@ class Scene:
         settings: Of the configuration.
         mounts: Folders below the root that are file systems of their own.
         there: What lies in the folders already, by path.
-        blame: Whether an account-level refusal may be shown.
+        may_report: Whether an account-level refusal may be shown.
         withdrawn: Whether each request is forbidden when its mark is written and before its first byte leaves.
     """
 
@@ -74,7 +74,7 @@ class Scene:
     settings: dict[str, str] = field(default_factory=dict)
     mounts: tuple[str, ...] = ()
     there: dict[str, bytes] = field(default_factory=dict)
-    blame: bool = True
+    may_report: bool = True
     withdrawn: bool = False
 
 
@@ -102,7 +102,7 @@ SCENES = {
     "refused with images": _one(REFUSED, "errors", "no", images=TWO),
     "no credits": _one(Reply(402, b'{"message": "pay"}', paid=False), "errors", "no"),
     "no credits, as another has shown": _one(
-        Reply(402, b'{"message": "pay"}', paid=False), "inbox", "no", images=TWO, blame=False
+        Reply(402, b'{"message": "pay"}', paid=False), "inbox", "no", images=TWO, may_report=False
     ),
     "invalid": _one(Reply(), "errors", "no", front="colour = 1", images=("cat.png",)),
     "not JSON": _one(Reply(body=b"<html>thank you"), "errors", "yes"),
@@ -230,12 +230,12 @@ class Stage:
         spool.new_job = self._new_job  # type: ignore[method-assign]
         _again(spool.prepare)
         endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
-        worker = Doubting(
+        worker = Distrustful(
             spool,
             endpoint,  # type: ignore[arg-type]
             self.ledger,
             self.config,
-            blame=lambda _: self.scene.blame,
+            may_report=lambda _: self.scene.may_report,
             clock=lambda: AT,
             wait=lambda _: None,
             leaving=self._leaving if self.scene.withdrawn else contextlib.nullcontext,
@@ -253,7 +253,7 @@ class Stage:
             raise Withdrawn("held")
         yield
 
-    def _start(self, worker: Doubting, job: str, candidate: Candidate) -> End:
+    def _start(self, worker: Distrustful, job: str, candidate: Candidate) -> End:
         try:
             claim = candidate.claim(job, AT)
             outcome = worker.start(msgspec.structs.replace(claim, files={}, folder_inode=0))  # the model has no inodes
@@ -261,7 +261,7 @@ class Stage:
             return self._carry(worker, job)
         return self._carry(worker, job) if outcome.end is End.LATER else outcome.end
 
-    def _carry(self, worker: Doubting, job: str) -> End:
+    def _carry(self, worker: Distrustful, job: str) -> End:
         while (outcome := _again(lambda: worker.process(job, resumed=True))).end is End.LATER:
             pass
         return outcome.end

@@ -14,7 +14,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from PIL import Image
-from support.daemon import Folders, Told, until
+from support.daemon import Folders, LoggedDaemon, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -91,7 +91,7 @@ class Sender(threading.Thread):
 
 
 def test_nothing_is_lost_or_made_twice_however_it_is_sent_and_whenever_the_daemon_dies(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., Told]
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="0.5", limits__concurrency=str(CONCURRENCY))
     outside = tmp_path / "outside"
@@ -103,7 +103,7 @@ def test_nothing_is_lost_or_made_twice_however_it_is_sent_and_whenever_the_daemo
     for sender in senders:
         sender.start()
     kills, limit = 0, 120 + PROMPTS / 4
-    while len(folders.documents()) < PROMPTS * 0.9:
+    while len(folders.finished()) < PROMPTS * 0.9:
         daemon = run(folders, watching=False)
         pause(0.4 + random.random() * 2)  # before, while and after it begins to watch
         daemon.process.kill()
@@ -112,12 +112,12 @@ def test_nothing_is_lost_or_made_twice_however_it_is_sent_and_whenever_the_daemo
     daemon = run(folders)
     for sender in senders:
         sender.join()
-    until(lambda: len(folders.documents()) >= PROMPTS, timeout=limit)
+    until(lambda: len(folders.finished()) >= PROMPTS, timeout=limit)
     until(lambda: folders.leftovers() == [], timeout=limit)
     assert daemon.stop() == 0
 
     stems = {f"s{number:05}" for number in range(PROMPTS)}
-    documents = folders.documents()
+    documents = folders.finished()
     asked = Counter(call["prompt"] for call in sandbox.report()["calls"])
     unknown = {stem for stem, door in documents.items() if door == "errors"}
     print(f"{PROMPTS} prompts, {kills} kills, {len(unknown)} in flight at a kill")  # noqa: T201

@@ -206,7 +206,7 @@ def test_a_file_that_comes_while_its_prompt_waits_for_its_turn_is_seen_in_time(t
     folders.drop("cat.MP.jpg", JPEG)
     until(lambda: "cat.MP.jpg" in status(folders)["ignored"]["files"])
     assert command(folders, "release").returncode == 0
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     assert sandbox.report()["requests"] == 0
 
 
@@ -250,7 +250,7 @@ def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_bought_and_st
     folders.prompt("@home/dog", "A dog")
     folders.prompt("team/cow", "A cow")
     assert command(folders, "release").returncode == 0
-    until(lambda: folders.documents() == {"cow": "outbox"})
+    until(lambda: folders.finished() == {"cow": "outbox"})
     until(lambda: len(status(folders)["ignored"]["files"]) == 2)
     assert sandbox.report()["requests"] == 1
     named = status(folders)["ignored"]["files"]

@@ -677,7 +677,7 @@ def test_of_very_many_files_that_are_not_taken_some_are_named_and_all_are_counte
     seen = looking.look()
     assert (len(seen.ignored), seen.ignored.total) == (5, 30)
     assert (len(seen.waiting), seen.waiting.total) == (5, 30)
-    assert seen.waiting.kinds == {"not quiet for long enough": 30}
+    assert seen.waiting.kinds == {"settling": 30}
 
 
 @pytest.mark.parametrize("others", [0, 50])

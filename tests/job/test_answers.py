@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 from support.daemon import KEY
 from support.scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
@@ -28,16 +28,16 @@ IMAGE = picture()
 
 # tag, status, code, the endpoint's words, what every other request would meet, a word of the advice
 REFUSED = [
-    ("400", 400, "moderation_blocked", "Your request was rejected by the safety system", None, "correct"),
+    ("400", 400, "moderation_blocked", "Your request was rejected by the safety system", None, "fix the cause"),
     ("401", 401, None, "Unauthorized", "key", "key"),
     ("402", 402, "not-enough-credits", "Not enough credits: estimated to cost 134", "credits", "add credits"),
     ("403", 403, "forbidden", "Forbidden", "key", "key"),
     ("404", 404, None, "Not Found", "endpoint", "base_url"),
-    ("409", 409, "conflict", "Conflict", None, "correct"),
-    ("413", 413, "payload_too_large", "Payload too large", None, "correct"),
-    ("422", 422, None, "n: Number must be at most 4", None, "correct"),
+    ("409", 409, "conflict", "Conflict", None, "fix the cause"),
+    ("413", 413, "payload_too_large", "Payload too large", None, "fix the cause"),
+    ("422", 422, None, "n: Number must be at most 4", None, "fix the cause"),
     ("429-quota", 429, None, "You have exceeded your quota", "quota", "quota"),
-    ("500", 500, None, "The provider failed", None, "correct"),
+    ("500", 500, None, "The provider failed", None, "fix the cause"),
     ("302", 302, None, "HTTP 302", "endpoint", "base_url"),
     ("307", 307, None, "HTTP 307", "endpoint", "base_url"),
     ("308", 308, None, "HTTP 308", "endpoint", "base_url"),
@@ -134,7 +134,7 @@ def test_a_refusal_is_free_and_told_in_the_words_of_the_endpoint(
     assert advice in error["next"]
     assert error["attempts"] == 1
     assert (outcome.end, outcome.door, outcome.charged) == (End.OVER, "errors", "no")
-    assert (outcome.trouble and outcome.trouble.kind) == kind
+    assert (outcome.reason and outcome.reason.kind) == kind
     row = row_of(station)
     assert (row["outcome"], row["charged"], row["credits"], row["status"]) == ("refused", "no", None, status)
     assert row["code"] == (code or "")
@@ -146,12 +146,14 @@ def test_a_refusal_is_free_and_told_in_the_words_of_the_endpoint(
 def test_a_quota_says_how_long_to_wait(station, sandbox):
     ask(station, "429-quota")
     (outcome,) = station.work()
-    assert outcome.trouble.seconds == 60
+    assert outcome.reason.seconds == 60
 
 
 @pytest.mark.parametrize("tag", [row[0] for row in REFUSED if row[4]])
 def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandbox, tag):
-    station.worker = Doubting(station.spool, station.client, station.ledger, station.config(), blame=Holds().blame)
+    station.worker = Distrustful(
+        station.spool, station.client, station.ledger, station.config(), may_report=Holds().may_report
+    )
     ask(station, tag, stem="a")
     (first,) = station.work()
     originals = ask(station, tag, stem="b")
@@ -159,10 +161,10 @@ def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandb
 
     assert first.end is End.OVER
     assert second.end is End.RETURNED
-    assert second.trouble.kind == first.trouble.kind
+    assert second.reason.kind == first.reason.kind
     assert station.names("inbox") == sorted(originals)
     assert (station.inbox / "b.png").read_bytes() == IMAGE
-    assert station.documents() == {"a": "errors"}
+    assert station.finished() == {"a": "errors"}
     assert station.leftovers() == []
     assert sandbox.report()["charged"] == 0
 
@@ -172,7 +174,7 @@ def test_a_key_that_the_endpoint_does_not_know_is_refused(station, sandbox):
     originals = ask(station)
     (outcome,) = station.work()
     error = refused(station, "x", originals)
-    assert (error["status"], error["charged"], outcome.trouble.kind) == (401, "no", "key")
+    assert (error["status"], error["charged"], outcome.reason.kind) == (401, "no", "key")
     assert "key" in error["next"]
 
 
@@ -181,12 +183,12 @@ def test_without_a_usable_key_nothing_is_sent(station, sandbox):
         raise ConfigError([Problem("endpoint.api_key_file", "is not there", "make it")])
 
     client = Client(station.config().endpoint, no_key)
-    station.worker = Doubting(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     (outcome,) = station.work()
     client.close()
     returned(station, originals)
-    assert (outcome.end, outcome.trouble.kind) == (End.RETURNED, "key")
+    assert (outcome.end, outcome.reason.kind) == (End.RETURNED, "key")
     assert station.ledger.rows() == []
     assert sandbox.report()["requests"] == 0
 
@@ -279,7 +281,7 @@ def served_with(key, tmp_path, *scripts, **settings):
     with served_by(tmp_path, *scripts, **settings) as station:
         client = Client(station.config().endpoint, lambda: Key(key))
         with contextlib.closing(client):
-            station.worker = Doubting(station.spool, client, station.ledger, station.config())
+            station.worker = Distrustful(station.spool, client, station.ledger, station.config())
             yield station
 
 
@@ -343,9 +345,9 @@ def test_the_wait_before_another_attempt_is_what_the_endpoint_asks_for(station, 
     ask(station, "once 429")
     candidate = station.sweep.look(0, 0).ready[0]
     outcome = station.worker.start(candidate.claim(station.spool.new_job(), 0.0))
-    assert (outcome.end, outcome.trouble.kind) == (End.LATER, "busy")
+    assert (outcome.end, outcome.reason.kind) == (End.LATER, "busy")
     assert 1 <= outcome.delay <= 1.25
-    assert outcome.trouble.message == "Too many requests"
+    assert outcome.reason.message == "Too many requests"
     again = station.worker.process(outcome.job)
     assert again.end is End.LATER  # nobody said that the wait is over
     assert sandbox.report()["requests"] == 1
@@ -379,7 +381,7 @@ def test_an_answer_that_proves_nothing_may_have_been_charged(station, sandbox, t
     assert error["message"].startswith(words)
     assert (error["status"], error.get("code")) == (status, code)
     assert "balance" in error["next"]
-    assert (outcome.charged, outcome.trouble) == ("unknown", None)
+    assert (outcome.charged, outcome.reason) == ("unknown", None)
     row = row_of(station)
     assert (row["outcome"], row["charged"], row["status"]) == ("unknown", "unknown", status)
     assert sandbox.report()["requests"] == 1
@@ -451,7 +453,7 @@ def test_a_paid_answer_that_holds_no_picture_is_kept_whole(station, sandbox, tag
     assert error["status"] == 200
     assert error.get("credits_charged") == cost
     assert "do not send it again" in error["next"]
-    assert "imagewatch retry x looks at it again" in error["next"]
+    assert "imagewatch retry x reads it again" in error["next"]
     assert inside in (station.errors / f"x.answer.{ending}").read_bytes()
     assert (outcome.door, outcome.charged) == ("errors", "yes")
     row = row_of(station)
@@ -545,7 +547,7 @@ def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap
         for stem in "xyz":
             ask(station, stem=stem)
             outcomes = station.work()
-        assert (outcomes[-1].end, outcomes[-1].trouble.kind) == (End.RETURNED, "cap")
+        assert (outcomes[-1].end, outcomes[-1].reason.kind) == (End.RETURNED, "cap")
         assert [row["credits"] for row in station.ledger.rows()] == [None, None]
         receipt = station.receipt("x")
     assert (receipt["charged"], "credits_charged" in receipt) == ("yes", False)
@@ -701,7 +703,7 @@ class Slipping(Client):
 def test_a_bug_while_sending_neither_loses_the_answer_nor_calls_the_request_free(station, sandbox, before):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
-    station.worker = Doubting(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
     originals = ask(station)
     station.work()
     client.close()
@@ -730,11 +732,11 @@ def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_is_not_
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=Stumbling())) as station:
         station.prompt("cat", "a cat")
         (outcome,) = station.work()
-        assert (outcome.end, outcome.trouble.kind, "full" in outcome.trouble.message) == (End.RETURNED, "disk", True)
+        assert (outcome.end, outcome.reason.kind, "full" in outcome.reason.message) == (End.RETURNED, "disk", True)
         returned(station, {"cat.prompt.txt": "a cat"})
         assert sandbox.report()["requests"] == 0
         station.work()
-        assert station.documents() == {"cat": "outbox"}
+        assert station.finished() == {"cat": "outbox"}
         assert sandbox.report()["requests"] == 1
 
 
@@ -753,21 +755,21 @@ class FullAtTheDecision(Disk):
 def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_shown_by_the_next_prompt(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
         holds = Holds()
-        station.worker = Doubting(
+        station.worker = Distrustful(
             station.spool,
             station.client,
             station.ledger,
             station.config(),
-            blame=holds.blame,
-            absolve=holds.absolve,
+            may_report=holds.may_report,
+            not_reported=holds.not_reported,
         )
         ask(station, "402", stem="a")
         with pytest.raises(SpoolError, match="full"):
             station.work()
         station.recover()
-        assert station.documents() == {}
+        assert station.finished() == {}
         ask(station, "402", stem="b")
         station.work()
-        assert list(station.documents().values()) == ["errors"]
+        assert list(station.finished().values()) == ["errors"]
         assert sum(name.endswith(".prompt.txt") for name in station.names("inbox")) == 1
         assert station.leftovers() == []

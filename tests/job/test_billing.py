@@ -95,7 +95,7 @@ def test_odd_words_about_the_payment_never_cost_the_picture(tmp_path, billing, t
     with served_by(tmp_path, answering(body)) as station:
         station.prompt("x", "a cat")
         station.work()
-        assert station.documents() == {"x": "outbox"}
+        assert station.finished() == {"x": "outbox"}
         (job,) = history(station)
         assert job["transaction_id"].startswith(transaction)
         assert (len(job["transaction_id"]) < 210, job["new_credit_balance"]) == (True, balance)

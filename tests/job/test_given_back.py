@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from commands.test_submit import Events
 from support.endpoint import picture
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.job.outcome import End
 
@@ -64,15 +64,17 @@ def test_a_refusal_from_before_a_wait_says_nothing_about_the_account_now(station
         station.prompt("cat", "a newer prompt of this name")  # so this one cannot go back yet
         return False
 
-    worker = Doubting(station.spool, station.client, station.ledger, station.config(), blame=another_job_shows_it)
+    worker = Distrustful(
+        station.spool, station.client, station.ledger, station.config(), may_report=another_job_shows_it
+    )
     station.prompt("cat", "a cat [sandbox: 402]")
     first = worker.start(claimed(station))
-    assert (first.end, first.displaced, first.trouble.kind) == (End.LATER, True, "credits")
+    assert (first.end, first.displaced, first.reason.kind) == (End.LATER, True, "credits")
     second = worker.process(first.job, resumed=True)
-    assert (second.end, second.displaced, second.trouble) == (End.LATER, True, None)
+    assert (second.end, second.displaced, second.reason) == (End.LATER, True, None)
     (station.inbox / "cat.prompt.txt").unlink()
     third = worker.process(first.job, resumed=True)
-    assert (third.end, third.trouble) == (End.RETURNED, None)
+    assert (third.end, third.reason) == (End.RETURNED, None)
     assert asked == ["credits"], "it is shown, or not shown, once"
     assert (station.inbox / "cat.prompt.txt").read_text() == "a cat [sandbox: 402]"
     assert (station.names("errors"), sandbox.report()["requests"]) == ([], 1)
@@ -83,10 +85,10 @@ def test_an_endpoint_that_was_busy_before_a_wait_makes_no_other_prompt_wait_now(
 ) -> None:
     station.prompt("cat", "a cat [sandbox: 429]")
     first = station.worker.start(claimed(station))
-    assert (first.end, first.trouble.kind) == (End.LATER, "busy")
+    assert (first.end, first.reason.kind) == (End.LATER, "busy")
     station.environ["IMAGEWATCH_RETRY__ATTEMPTS"] = "1"
-    worker = Doubting(station.spool, station.client, station.ledger, station.config())
+    worker = Distrustful(station.spool, station.client, station.ledger, station.config())
     second = worker.process(first.job, resumed=True)
-    assert (second.end, second.trouble, second.answered) == (End.OVER, None, False)
+    assert (second.end, second.reason, second.answered) == (End.OVER, None, False)
     assert station.error("cat")["charged"] == "no"
     assert sandbox.report()["requests"] == 1

@@ -383,7 +383,6 @@ claims = st.builds(
     stem=names,
     images=st.lists(names, max_size=3).map(tuple),
     declared=st.booleans(),
-    foreign=st.lists(names, max_size=2).map(tuple),
     size=st.integers(0, 2**60),
     mtime_ns=st.integers(-(2**62), 2**62),
     at=st.floats(0, 1e11),
@@ -452,7 +451,7 @@ def test_a_record_of_a_later_version_with_more_keys_can_be_read():
 
 
 def test_a_claim_knows_the_names_that_follow_from_it():
-    claim = Claim(job="7f3a9c0d1e2b4a5f", folder="", stem="cat", images=("cat.png",), foreign=("cat.gif",))
+    claim = Claim(job="7f3a9c0d1e2b4a5f", folder="", stem="cat", images=("cat.png", "cat.gif"))
     assert claim.originals == ("cat.png", "cat.gif", "cat.prompt.txt")
     assert claim.tag == "7f3a"
     assert claim.source == "cat.prompt.txt"

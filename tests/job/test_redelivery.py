@@ -10,7 +10,7 @@ import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import KEY, Folders, until, until_made
+from support.daemon import KEY, Folders, until, until_finished
 from support.endpoint import picture
 from support.station import Station
 
@@ -76,9 +76,9 @@ def test_rsync_from_cron_brings_finished_prompts_back_and_nothing_is_bought_agai
     start(folders, "run")
     for _ in range(4):
         subprocess.run(["rsync", "-a", f"{far.place}/", f"{folders.inbox}/"], check=True)
-        until(lambda: len(folders.documents()) == 5 and not [n for n in folders.names("inbox") if n[0] != "."])
+        until(lambda: len(folders.finished()) == 5 and not [n for n in folders.names("inbox") if n[0] != "."])
     assert requests(sandbox) == 4
-    assert folders.documents() == {
+    assert folders.finished() == {
         "cat": "outbox",
         "edit": "outbox",
         "wrong": "errors",
@@ -120,7 +120,7 @@ def test_what_our_own_checks_refuse_is_not_refused_again(station: Station, sandb
     for _ in range(2):
         sender.send()
         station.work()
-    assert station.documents() == {"cat": "errors", "dog": "errors"}
+    assert station.finished() == {"cat": "errors", "dog": "errors"}
     assert station.ledger.redelivered() == 2
     assert requests(sandbox) == 0
 
@@ -227,12 +227,12 @@ def test_with_a_burst_guard_a_prompt_from_the_year_2400_stops_nobody(
     daemon = start(folders, "run")
     for _ in range(2):
         far.send()
-        until(lambda: "cat" in folders.documents() and not [n for n in folders.names("inbox") if n[0] != "."])
+        until(lambda: "cat" in folders.finished() and not [n for n in folders.names("inbox") if n[0] != "."])
         until(lambda: folders.leftovers() == [])
     folders.prompt("dog", "a dog")
-    until(lambda: "dog" in folders.documents())
+    until(lambda: "dog" in folders.finished())
     assert daemon.stop() == 0
-    assert folders.documents() == {"cat": "outbox", "dog": "outbox"}
+    assert folders.finished() == {"cat": "outbox", "dog": "outbox"}
     assert requests(sandbox) == 2
 
 
@@ -250,9 +250,9 @@ def test_what_comes_back_is_no_burst_however_much_it_is(
         far.write(f"p{number}.prompt.txt", f"cat {number}")
         if number % 3 == 2 or number == 7:
             far.send()
-            until_made(folders, daemon, number + 1)
+            until_finished(folders, daemon, number + 1)
     far.send()
-    until_made(folders, daemon, 8, emptied=True)
+    until_finished(folders, daemon, 8, emptied=True)
     assert daemon.stop() == 0
     assert daemon.events("held") == []
     assert requests(sandbox) == 8
@@ -268,7 +268,7 @@ def test_what_comes_back_while_its_job_waits_for_a_busy_endpoint_is_not_another_
     far.send()
     assert sandbox.wait_for_requests(1, timeout=20)
     far.send()
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: [name for name in folders.names("inbox") if name[0] != "."] == [])
     assert [call["credits"] > 0 for call in sandbox.report()["calls"]] == [False, True]
     assert len(folders.names("archive")) == 1
@@ -286,7 +286,7 @@ def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
     assert sandbox.wait_for_requests(1, timeout=20)
     far.send()
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: [name for name in folders.names("inbox") if name[0] != "."] == [])
     assert daemon.stop() == 0
     assert requests(sandbox) == 1
@@ -295,7 +295,7 @@ def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
 def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Path, sandbox: Sandbox) -> None:
     """The account refuses; two jobs find out at once; one shows it, the other returns to where its twin lies."""
     station = Station(tmp_path, sandbox.base_url)
-    station.worker._blame = lambda _: False
+    station.worker._may_report = lambda _: False
     far = Sender(tmp_path / "far", station)
     far.write("cat.png", picture("one"))
     far.write("cat.prompt.txt", "blue")
@@ -329,7 +329,7 @@ def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
     assert sandbox.wait_for_requests(2, timeout=20)
     folders.prompt("cat", "the newer one")
     sandbox.release()
-    until(lambda: len(folders.documents()) == 1)
+    until(lambda: len(folders.finished()) == 1)
     key_file.write_text(KEY)
     until(lambda: len([n for n in folders.names("outbox") if n.endswith(".receipt.toml")]) == 2)
     made = {call["prompt"] for call in sandbox.report()["calls"] if call["credits"]}

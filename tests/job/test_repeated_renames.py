@@ -12,25 +12,25 @@ import pytest
 from PIL import Image
 from support.station import Station
 
-from imagewatch.system import disk as durable
+from imagewatch.system import disk_calls
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from imagewatch.sandbox import Sandbox
 
-RENAME = durable._rename_new
+RENAME = disk_calls.rename_new
 
 
 @pytest.fixture(params=[errno.ENOENT, errno.EEXIST])
 def repeated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Let each rename happen, and fail."""
 
-    def rename(source: durable.Place, target: durable.Place) -> None:
+    def rename(source: disk_calls.Place, target: disk_calls.Place) -> None:
         RENAME(source, target)
         raise OSError(request.param, os.strerror(request.param), target.name)
 
-    monkeypatch.setattr(durable, "_rename_new", rename)
+    monkeypatch.setattr(disk_calls, "rename_new", rename)
 
 
 @pytest.mark.usefixtures("repeated")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from msgspec.structs import replace
 
 from imagewatch.job.rules import RULES, Evidence, Step, next_step, retry_delay
-from imagewatch.protocol.values import Reaction
+from imagewatch.protocol.reasons import Reaction
 
 FLAGS = (
     "recorded",
@@ -21,7 +21,7 @@ FLAGS = (
     "checked",
     "begun",
     "attempts_left",
-    "blamed",
+    "reports",
     "over",
 )
 
@@ -59,7 +59,7 @@ def after(steps, *wanted):
 
 
 def test_there_is_a_step_for_whatever_is_seen(everything):
-    assert len(everything) == 2**10 * 9 * 8 * 4
+    assert len(everything) == 2**10 * 9 * 7 * 4
     assert all(isinstance(step, Step) for _, step in everything)
 
 
@@ -75,15 +75,13 @@ def test_nothing_is_sent_while_the_newest_request_has_no_answer(everything):
 
 
 def test_nothing_is_sent_again_after_any_answer_but_a_free_and_transient_one(everything):
-    assert {e.reaction for e in after(everything, Step.SEND)} <= {None, Reaction.BUSY, Reaction.BROKEN}
+    assert {e.reaction for e in after(everything, Step.SEND)} <= {None, Reaction.RETRY}
 
 
 def test_a_second_request_follows_only_a_busy_answer_or_a_broken_upload_while_attempts_are_left(possible):
     again = [e for e in after(possible, Step.SEND) if e.sent]
     assert again
-    assert all(
-        e.reaction in {Reaction.BUSY, Reaction.BROKEN} and e.attempts_left and e.answered == e.sent for e in again
-    )
+    assert all(e.reaction is Reaction.RETRY and e.attempts_left and e.answered == e.sent for e in again)
 
 
 def test_only_what_is_claimed_whole_and_checked_is_sent(everything):
@@ -154,8 +152,8 @@ def test_an_unanswered_request_is_banked_if_its_answer_had_begun_and_else_in_dou
 
 def test_what_goes_back_to_the_inbox_was_free_for_certain(everything):
     back = after(everything, Step.GIVE_BACK)
-    assert {(e.reaction, e.reaction is Reaction.ACCOUNT and e.blamed) for e in back} == {
-        (Reaction.UNREACHED, False),
+    assert {(e.reaction, e.reaction is Reaction.ACCOUNT and e.reports) for e in back} == {
+        (Reaction.WAIT, False),
         (Reaction.ACCOUNT, False),
     }
 
@@ -165,10 +163,10 @@ def complete(e):
     return e.recorded and not e.over and e.claimed and not e.missing
 
 
-@pytest.mark.parametrize("reaction", [Reaction.UNREACHED, Reaction.ACCOUNT, Reaction.BUSY])
+@pytest.mark.parametrize("reaction", [Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY])
 def test_a_job_that_was_given_back_is_forgotten_and_shows_no_error(reaction):
-    for blamed in (True, False):
-        e = Evidence(recorded=True, sent=1, answered=1, reaction=reaction, blamed=blamed, attempts_left=False)
+    for reports in (True, False):
+        e = Evidence(recorded=True, sent=1, answered=1, reaction=reaction, reports=reports, attempts_left=False)
         assert next_step(e) is Step.FORGET
 
 
@@ -179,12 +177,12 @@ def test_a_job_that_was_half_given_back_is_gathered_again_before_its_end(possibl
 
 def test_an_account_level_refusal_is_shown_by_one_job(possible):
     refused = [(e, step) for e, step in possible if complete(e) and e.reaction is Reaction.ACCOUNT]
-    told = {(e.blamed, step) for e, step in refused}
+    told = {(e.reports, step) for e, step in refused}
     assert told == {(True, Step.REFUSE), (False, Step.GIVE_BACK)}
 
 
 def test_a_busy_answer_is_refused_when_the_attempts_are_spent(possible):
-    spent = {step for e, step in possible if complete(e) and e.reaction is Reaction.BUSY and not e.attempts_left}
+    spent = {step for e, step in possible if complete(e) and e.reaction is Reaction.RETRY and not e.attempts_left}
     assert spent == {Step.REFUSE}
 
 

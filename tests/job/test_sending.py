@@ -16,15 +16,16 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import HURRIED, Folders, Told, command, until
+from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
 from support.scripted import Exchange, Scripted, answer, heavy, paid, picture, returned
 from support.station import Station
 from support.tracing import reason_not_to_trace
 
-from imagewatch.daemon.admission import Gate
+from imagewatch.daemon.admission import Admission
 from imagewatch.job.outcome import End
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
+from imagewatch.protocol.reasons import Reason
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ LARGE_BYTES = 12_000_000  # more than the buffers of both ends hold
 
 def delivered(folders: Folders, sandbox: Sandbox) -> dict[str, Any]:
     """Look that the one prompt was made, and paid once; return its receipt."""
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: folders.leftovers() == [])
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (1, 1)
@@ -53,7 +54,7 @@ def part(folders: Folders) -> Path:
 
 
 @pytest.fixture
-def asked(folders: Folders, run: Callable[..., Told], sandbox: Sandbox) -> Told:
+def asked(folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox) -> LoggedDaemon:
     """A daemon whose one request has arrived, and is not answered before the endpoint is released."""
     sandbox.hold()
     folders.prompt("cat", "a cat [sandbox: b64]")
@@ -66,7 +67,7 @@ def asked(folders: Folders, run: Callable[..., Told], sandbox: Sandbox) -> Told:
 
 
 @contextlib.contextmanager
-def struck(daemon: Told, path: Path, fault: str) -> Iterator[None]:
+def struck(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
     """Let system calls of a daemon fail that concern the file of an answer, for as long as the block lasts."""
     if reason := reason_not_to_trace():
         pytest.skip(reason)
@@ -96,14 +97,14 @@ def struck(daemon: Told, path: Path, fault: str) -> Iterator[None]:
     ],
 )
 def test_whatever_our_disk_refuses_while_an_answer_comes_is_waited_for_and_holds_the_queue(
-    asked: Told, folders: Folders, sandbox: Sandbox, fault: str
+    asked: LoggedDaemon, folders: Folders, sandbox: Sandbox, fault: str
 ) -> None:
     with struck(asked, part(folders), fault):
         sandbox.release()
         told = asked.wait_for("held")
         folders.prompt("later", "not while our disk fails")
     assert (told["kind"], "answer.1" in told["reason"] or "jobs/" in told["reason"]) == ("disk", True)
-    until(lambda: folders.documents() == {"cat": "outbox", "later": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox", "later": "outbox"})
     assert "problems" not in folders.receipt("cat")
     assert sandbox.report()["charged"] == 2
     assert asked.stop() == 0
@@ -120,18 +121,20 @@ def immutable(path: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", str(path)], check=True)
 
 
-def test_an_answer_waits_while_its_file_may_not_be_written(asked: Told, folders: Folders, sandbox: Sandbox) -> None:
+def test_an_answer_waits_while_its_file_may_not_be_written(
+    asked: LoggedDaemon, folders: Folders, sandbox: Sandbox
+) -> None:
     with immutable(part(folders)):
         sandbox.release()
         assert "Operation not permitted" in asked.wait_for("held")["reason"]
-        assert folders.documents() == {}
+        assert folders.finished() == {}
     delivered(folders, sandbox)
     assert asked.stop() == 0
 
 
 @pytest.mark.parametrize(("tag", "charged", "words"), [("b64", "yes", "was charged"), ("504", "unknown", "may have")])
 def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk(
-    tmp_path: Path, run: Callable[..., Told], sandbox: Sandbox, tag: str, charged: str, words: str
+    tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox, tag: str, charged: str, words: str
 ) -> None:
     settings = {"endpoint__deadline_seconds": "3", "endpoint__connect_timeout_seconds": "2"}
     folders = Folders(tmp_path, sandbox.base_url, **settings)
@@ -142,12 +145,12 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk
     with immutable(part(folders)):
         sandbox.release()
         daemon.wait_for("stuck")
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], words in error["message"]) == (charged, True)
     assert "answer.1: cannot save the answer: Operation not permitted" in error["message"]
     assert "imagewatch ended" not in error["message"]
-    assert ("the answer could not be saved and is lost" in error["next"]) == (charged == "yes")
+    assert ("the response could not be saved and is lost" in error["next"]) == (charged == "yes")
     until(lambda: folders.leftovers() == [])
     assert not list((folders.state / "paid").glob("*"))
     assert daemon.stop() == 0
@@ -155,7 +158,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk
 
 
 def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_lost_by_our_disk(
-    tmp_path: Path, run: Callable[..., Told]
+    tmp_path: Path, run: Callable[..., LoggedDaemon]
 ) -> None:
     body, going_on = paid(picture(), picture()), threading.Event()
     first = body[: body.rindex(b"b64_json")]
@@ -176,7 +179,7 @@ def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_l
         with immutable(part(folders)):
             going_on.set()
             daemon.wait_for("stuck")
-        until(lambda: folders.documents() == {"cat": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox"})
         receipt = folders.receipt("cat")
         assert (receipt["got"], receipt["asked"]) == (1, 2)
         assert "Operation not permitted" in " ".join(receipt["problems"])
@@ -187,7 +190,7 @@ def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_l
     "change", ["its record removed", "all records removed", "the state folder replaced", "the state folder deleted"]
 )
 def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_it_comes(
-    asked: Told, folders: Folders, sandbox: Sandbox, change: str
+    asked: LoggedDaemon, folders: Folders, sandbox: Sandbox, change: str
 ) -> None:
     if change == "its record removed":
         shutil.rmtree(part(folders).parent)
@@ -207,7 +210,7 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
         until(lambda: "the state folder was replaced" in str(asked.events("held")))
         shutil.rmtree(folders.state)
         folders.state.with_name("aside").rename(folders.state)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert "problems" not in folders.receipt("cat")
     until(lambda: folders.leftovers() == [])
     assert asked.stop() == 0
@@ -215,7 +218,7 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
 
 
 def test_an_answer_is_saved_in_the_state_folder_that_is_made_again_after_the_stop(
-    asked: Told, folders: Folders, run: Callable[..., Told], sandbox: Sandbox
+    asked: LoggedDaemon, folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     shutil.rmtree(folders.state)
     sandbox.release()
@@ -226,13 +229,13 @@ def test_an_answer_is_saved_in_the_state_folder_that_is_made_again_after_the_sto
     assert asked.end() == 0
     (folders.state / "ledger.sqlite3.saved-1").rename(folders.state / "ledger.sqlite3")
     daemon = run(folders)
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 1
 
 
 def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
-    tmp_path: Path, run: Callable[..., Told], sandbox: Sandbox
+    tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     sandbox.hold()
@@ -241,7 +244,7 @@ def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
     assert sandbox.wait_for_requests(1, 20)
     shutil.rmtree(folders.state / "jobs")
     sandbox.release()
-    until(lambda: folders.documents() == {"cat": "errors"})
+    until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], "no answer came" in error["message"]) == ("unknown", True)
     assert error["times"]["claimed"] <= error["times"]["sent"] <= error["times"]["published"]
@@ -258,8 +261,8 @@ def test_too_little_room_for_an_answer_is_found_before_the_request_leaves(tmp_pa
         with contextlib.closing(Station(tmp_path, sandbox.base_url, limits__min_free_bytes="9000000")) as station:
             station.prompt("cat", "a cat")
             (outcome,) = station.work()
-            assert (outcome.end, outcome.trouble and outcome.trouble.kind) == (End.RETURNED, "disk")
-            assert "cannot reserve 9,000,000 bytes: No space left on device" in str(outcome.trouble)
+            assert (outcome.end, outcome.reason and outcome.reason.kind) == (End.RETURNED, "disk")
+            assert "cannot reserve 9,000,000 bytes: No space left on device" in str(outcome.reason)
             returned(station, {"cat.prompt.txt": "a cat"})
             assert sandbox.report()["requests"] == 0
     finally:
@@ -267,7 +270,7 @@ def test_too_little_room_for_an_answer_is_found_before_the_request_leaves(tmp_pa
 
 
 def test_two_requests_for_whose_answers_together_there_is_no_room_are_sent_one_after_the_other(
-    tmp_path: Path, hurried: Callable[..., Told], sandbox: Sandbox
+    tmp_path: Path, hurried: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     (tmp_path / "state").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", str(tmp_path / "state")]
@@ -284,7 +287,7 @@ def test_two_requests_for_whose_answers_together_there_is_no_room_are_sent_one_a
         until(lambda: len(folders.names("inbox")) == 2)  # one that waits, and the original of the other
         assert sandbox.report()["requests"] == 1
         sandbox.release()
-        until(lambda: folders.documents() == {"cat": "outbox", "dog": "outbox"})
+        until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
         assert daemon.stop() == 0
     finally:
         subprocess.run(["umount", "--lazy", str(tmp_path / "state")], check=True)
@@ -297,7 +300,7 @@ FEW_FILES = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60
 
 
 def test_sixty_four_requests_under_a_limit_of_sixty_files_lose_nothing(
-    tmp_path: Path, run: Callable[..., Told], sandbox: Sandbox
+    tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="64")
     for number in range(64):
@@ -305,8 +308,8 @@ def test_sixty_four_requests_under_a_limit_of_sixty_files_lose_nothing(
     script = tmp_path / "few.py"
     script.write_text(FEW_FILES)
     daemon = run(folders, "0.3", script=str(script))
-    until(lambda: len(folders.documents()) == 64, 60)
-    assert set(folders.documents().values()) == {"outbox"}
+    until(lambda: len(folders.finished()) == 64, 60)
+    assert set(folders.finished().values()) == {"outbox"}
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (64, 64)
     assert daemon.events("held") == []
@@ -317,7 +320,7 @@ def test_sixty_four_requests_under_a_limit_of_sixty_files_lose_nothing(
 
 
 def test_answers_that_come_when_no_file_can_be_opened_any_more_are_waited_for(
-    tmp_path: Path, run: Callable[..., Told], sandbox: Sandbox
+    tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     sandbox.hold()
@@ -331,9 +334,9 @@ def test_answers_that_come_when_no_file_can_be_opened_any_more_are_waited_for(
     told = daemon.wait_for("held")
     assert (told["kind"], "Too many open files" in told["reason"]) == ("disk", True)
     assert "LimitNOFILE=" in told["next"]
-    assert folders.documents() == {}
+    assert folders.finished() == {}
     resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, before)
-    until(lambda: folders.documents() == {f"p{number}": "outbox" for number in range(4)})
+    until(lambda: folders.finished() == {f"p{number}": "outbox" for number in range(4)})
     assert daemon.stop() == 0
     assert (sandbox.report()["requests"], sandbox.report()["charged"]) == (4, 4)
 
@@ -387,7 +390,7 @@ def photograph() -> bytes:
 
 
 def test_a_prompt_whose_upload_is_cut_off_ends_and_the_prompts_of_others_go_on(
-    tmp_path: Path, run: Callable[..., Told], photograph: bytes
+    tmp_path: Path, run: Callable[..., LoggedDaemon], photograph: bytes
 ) -> None:
     with Scripted(*[gateway] * 30) as server:
         folders = Folders(tmp_path, server.base_url, limits__concurrency="2")
@@ -396,18 +399,18 @@ def test_a_prompt_whose_upload_is_cut_off_ends_and_the_prompts_of_others_go_on(
         daemon = run(folders)
         for number in range(6):
             folders.prompt(f"ben/p{number}", f"Number {number}")
-        until(lambda: len(folders.documents()) == 7)
+        until(lambda: len(folders.finished()) == 7)
         assert daemon.stop() == 0
     error = folders.error("anna/large")
     assert (error["charged"], error["attempts"]) == ("no", 4)
     assert "tried 4 times; nothing was charged" in error["message"]
     assert {"anna/large.png", "anna/large.prompt.txt"} <= set(folders.names("errors"))
-    assert list(folders.documents().values()).count("outbox") == 6
+    assert list(folders.finished().values()).count("outbox") == 6
     assert daemon.events("held") == []
 
 
 def test_when_the_uploads_of_several_prompts_are_cut_off_the_queue_waits_as_for_the_network(
-    tmp_path: Path, hurried: Callable[..., Told], photograph: bytes
+    tmp_path: Path, hurried: Callable[..., LoggedDaemon], photograph: bytes
 ) -> None:
     with Scripted(*[gateway] * 12) as server:
         folders = Folders(tmp_path, server.base_url, retry__attempts="2")
@@ -417,13 +420,13 @@ def test_when_the_uploads_of_several_prompts_are_cut_off_the_queue_waits_as_for_
         daemon = hurried(folders)
         told = daemon.wait_for("held")
         assert (told["kind"], "while the request was sent" in told["reason"]) == ("unreachable", True)
-        until(lambda: folders.documents() == dict.fromkeys("abc", "errors"))
+        until(lambda: folders.finished() == dict.fromkeys("abc", "errors"))
         assert daemon.stop() == 0
         assert server.connections == 6
 
 
 def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
-    tmp_path: Path, run: Callable[..., Told], photograph: bytes
+    tmp_path: Path, run: Callable[..., LoggedDaemon], photograph: bytes
 ) -> None:
     with Scripted(*[gateway] * 6) as server:
         settings = {"retry__attempts": "3", "retry__initial_seconds": "3600", "retry__max_seconds": "3600"}
@@ -435,7 +438,7 @@ def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
             until(lambda attempt=attempt: list(folders.state.glob(f"jobs/*/answer.{attempt}")))
             assert daemon.stop() == 0
         daemon = run(folders)
-        until(lambda: folders.documents() == {"a": "errors"})
+        until(lambda: folders.finished() == {"a": "errors"})
         assert daemon.stop() == 0
         assert (folders.error("a")["attempts"], server.connections) == (3, 3)
 
@@ -462,7 +465,7 @@ Disk.sync = slow
 
 
 @pytest.fixture
-def slow(folders: Folders, run: Callable[..., Told], tmp_path: Path) -> Iterator[Callable[[], Told]]:
+def slow(folders: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path) -> Iterator[Callable[[], LoggedDaemon]]:
     """Start a daemon whose disk takes until the file is removed to write down that a request leaves."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
@@ -483,7 +486,7 @@ def is_writing(folders: Folders) -> bool:
 
 
 def test_when_hold_says_that_it_is_noticed_nothing_is_sent_any_more_however_slow_the_disk_is(
-    folders: Folders, slow: Callable[[], Told], sandbox: Sandbox, tmp_path: Path
+    folders: Folders, slow: Callable[[], LoggedDaemon], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     folders.prompt("cat", "a cat")
     daemon = slow()
@@ -492,15 +495,15 @@ def test_when_hold_says_that_it_is_noticed_nothing_is_sent_any_more_however_slow
     assert (held.returncode, held.stdout.partition(".")[0]) == (0, "Held")
     go_on(tmp_path / "gate")
     until(lambda: folders.names("inbox") == ["cat.prompt.txt"] and folders.leftovers() == [])
-    assert (sandbox.report()["requests"], folders.documents()) == (0, {})
+    assert (sandbox.report()["requests"], folders.finished()) == (0, {})
     assert command(folders, "release").returncode == 0
-    until(lambda: folders.documents() == {"cat": "outbox"})
+    until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 1
 
 
 def test_after_sigterm_nothing_is_sent_any_more_however_slow_the_disk_is(
-    folders: Folders, slow: Callable[[], Told], sandbox: Sandbox, tmp_path: Path
+    folders: Folders, slow: Callable[[], LoggedDaemon], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     folders.prompt("cat", "a cat")
     daemon = slow()
@@ -510,7 +513,7 @@ def test_after_sigterm_nothing_is_sent_any_more_however_slow_the_disk_is(
     go_on(tmp_path / "gate")
     assert daemon.end() == 0
     assert (folders.names("inbox"), folders.leftovers()) == (["cat.prompt.txt"], [])
-    assert (sandbox.report()["requests"], folders.documents()) == (0, {})
+    assert (sandbox.report()["requests"], folders.finished()) == (0, {})
     assert command(folders, "once").returncode == 0
     assert sandbox.report()["requests"] == 1
 
@@ -519,7 +522,7 @@ def test_a_hold_is_not_said_to_be_there_while_the_first_bytes_of_a_request_leave
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds, order = Holds(), []
         control = Control(str(station.state), station.spool.disk)
-        gate = Gate(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
+        gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         gate.configure(station.config().limits, 0.0, lambda: None)
 
         def hold() -> None:
@@ -541,11 +544,11 @@ def test_a_hold_that_is_about_a_cap_or_the_pace_does_not_take_back_what_was_let_
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds = Holds()
         control = Control(str(station.state), station.spool.disk)
-        gate = Gate(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
+        gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         for kind in ("cap", "rate"):
-            holds.add(kind, "its own reservation counts", 0.0, 10.0)
+            holds.add(Reason(kind, "its own reservation counts", 10.0), 0.0)
         with gate.leaving():
             pass
         gate.drain()
-        with pytest.raises(Withdrawn, match="told to stop"), gate.leaving():
+        with pytest.raises(Withdrawn, match="daemon stopped"), gate.leaving():
             pass

@@ -115,11 +115,11 @@ def test_what_nobody_carries_on_counts_as_spent_that_day_and_is_not_waited_for(l
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
     assert budget.reserve("a", asked()) is None
     assert budget.reserve("b", asked()) is None
-    assert budget.reserve("c", asked()).kind == "soon"
+    assert budget.reserve("c", asked()).kind == "reserved"
     budget.strand("a")
     budget.settle("b")
     assert budget.reserve("c", asked()) is None
-    assert budget.reserve("d", asked()).kind == "soon"
+    assert budget.reserve("d", asked()).kind == "reserved"
     budget.strand("c")
     assert budget.reserve("d", asked()).kind == "cap"
     clock.now += 12 * HOUR
@@ -209,7 +209,7 @@ def test_a_request_that_fits_if_those_in_flight_cost_less_comes_again_soon_and_n
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=70), clock)
     assert budget.reserve("a", asked()) is None
     refusal = budget.reserve("b", asked())
-    assert (refusal.kind, refusal.seconds < 5) == ("soon", True)
+    assert (refusal.kind, refusal.seconds < 5) == ("reserved", True)
     assert "limits.credits_per_day is 100" in refusal.message
     spend(ledger, "a", NOON, 30)
     budget.settle("a")
@@ -220,7 +220,7 @@ def test_a_request_of_an_earlier_process_is_set_aside_until_its_row_is_written(l
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=3), clock)
     budget.resume("old", asked(), NOON - 10)
     assert budget.reserve("a", asked()) is None
-    assert budget.reserve("b", asked()).kind == "soon"
+    assert budget.reserve("b", asked()).kind == "reserved"
     spend(ledger, "old", NOON - 10, 60)
     budget.settle("old")
     assert budget.reserve("b", asked()).kind == "cap"
@@ -349,7 +349,7 @@ def test_a_request_that_alone_is_more_than_a_cap_is_refused_and_told_which(ledge
     budget = Budget(ledger, Limits(**{cap: 100}, assumed_credits=150), clock)
     refusal = budget.reserve("a", asked())
     assert (refusal.kind, f"limits.{cap}" in refusal.message, "limits.assumed_credits" in refusal.message) == (
-        "never",
+        "too_expensive",
         True,
         True,
     )
@@ -362,9 +362,9 @@ def test_a_request_that_alone_is_more_than_a_cap_is_refused_and_told_which(ledge
 def test_what_is_planned_is_reserved_for_its_job_and_not_counted_twice(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=9), clock)
     assert [budget.plan(job, asked()) for job in "ab"] == [None, None]
-    assert budget.plan("c", asked()).kind == "soon"
+    assert budget.plan("c", asked()).kind == "reserved"
     assert [budget.reserve(job, asked()) for job in "ab"] == [None, None]
-    assert budget.reserve("c", asked()).kind == "soon"
+    assert budget.reserve("c", asked()).kind == "reserved"
     budget.settle("a")
     assert budget.plan("c", asked()) is None
 
@@ -407,7 +407,7 @@ def test_a_refusal_names_the_setting_what_is_spent_reserved_and_asked_and_when_i
 def test_one_huge_charge_is_still_a_number_that_a_cap_refuses(ledger, clock):
     charge(ledger, "a", 1e308, n=1)
     charge(ledger, "b", 1e308, at=NOON)
-    assert Budget(ledger, Limits(credits_per_day=1e300), clock).reserve("c", asked(n=4)).kind == "never"
+    assert Budget(ledger, Limits(credits_per_day=1e300), clock).reserve("c", asked(n=4)).kind == "too_expensive"
 
 
 def test_a_plan_of_a_job_that_is_stuck_before_it_sends_anything_is_given_up_and_no_other(ledger, clock):
@@ -418,4 +418,4 @@ def test_a_plan_of_a_job_that_is_stuck_before_it_sends_anything_is_given_up_and_
     for job in "ab":
         budget.unplan(job)
     assert budget.plan("c", asked()) is None
-    assert budget.plan("d", asked()).kind == "soon"
+    assert budget.plan("d", asked()).kind == "reserved"

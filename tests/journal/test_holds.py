@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from imagewatch.journal.holds import FIRST_SECONDS, LONGEST_SECONDS, Holds
+from imagewatch.protocol.reasons import Reason
 
 KINDS = ["key", "credits", "quota", "endpoint", "unreachable", "disk"]
 
@@ -25,8 +26,8 @@ def test_without_a_hold_everything_may_go_out():
 
 def test_a_hold_lasts_its_time_and_then_one_request_at_a_time_probes():
     holds = Holds()
-    hold = holds.add("key", "API key rejected", 100)
-    assert (hold.kind, hold.message, hold.until) == ("key", "API key rejected", 100 + FIRST_SECONDS)
+    hold = holds.add(Reason("key", "API key rejected"), 100)
+    assert (hold.kind, hold.reason.message, hold.until) == ("key", "API key rejected", 100 + FIRST_SECONDS)
     assert holds.waiting(100 + FIRST_SECONDS - 0.1) is hold
     assert holds.waiting(100 + FIRST_SECONDS) is None
     assert holds.probing()
@@ -36,15 +37,15 @@ def test_a_hold_lasts_its_time_and_then_one_request_at_a_time_probes():
 
 def test_several_requests_that_meet_the_same_at_once_make_one_hold():
     holds = Holds()
-    hold = holds.add("credits", "first", 100)
-    assert holds.add("credits", "second", 101) is hold
+    hold = holds.add(Reason("credits", "first"), 100)
+    assert holds.add(Reason("credits", "second"), 101) is hold
     assert hold.interval == FIRST_SECONDS
 
 
 def test_each_probe_that_is_refused_doubles_the_wait_up_to_the_longest():
     holds, now, waits = Holds(), 0.0, []
     for _ in range(10):
-        hold = holds.add("key", "no", now)
+        hold = holds.add(Reason("key", "no"), now)
         waits.append(hold.until - now)
         now = hold.until
     assert waits == [15, 30, 60, 120, 240, 480, 900, 900, 900, 900]
@@ -53,15 +54,15 @@ def test_each_probe_that_is_refused_doubles_the_wait_up_to_the_longest():
 
 def test_the_time_that_the_endpoint_asked_for_counts():
     holds = Holds()
-    assert holds.add("quota", "wait", 100, 5000).until == 5100
-    assert holds.add("quota", "wait", 100, 20).until == 5100
-    assert holds.add("quota", "wait", 5000, 7000).until == 12000
+    assert holds.add(Reason("quota", "wait", 5000), 100).until == 5100
+    assert holds.add(Reason("quota", "wait", 20), 100).until == 5100
+    assert holds.add(Reason("quota", "wait", 7000), 5000).until == 12000
 
 
 def test_after_a_very_long_wait_the_own_intervals_stay_within_the_longest():
     holds = Holds()
-    holds.add("quota", "wait", 0, 5000)
-    assert holds.add("quota", "again", 5000).until == 5000 + LONGEST_SECONDS
+    holds.add(Reason("quota", "wait", 5000), 0)
+    assert holds.add(Reason("quota", "again"), 5000).until == 5000 + LONGEST_SECONDS
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,28 +70,28 @@ def test_after_a_very_long_wait_the_own_intervals_stay_within_the_longest():
 def test_who_says_at_once_to_a_refusal_is_not_believed(kind, seconds):
     holds, now = Holds(), 100.0
     for expected in (15, 30, 60):
-        hold = holds.add(kind, "no", now, seconds)
+        hold = holds.add(Reason(kind, "no", seconds), now)
         assert hold.until - now == expected
-        assert holds.add(kind, "no", now + 1, seconds) is hold
+        assert holds.add(Reason(kind, "no", seconds), now + 1) is hold
         now = hold.until
 
 
 def test_a_busy_endpoint_is_no_reason_to_probe_and_ends_by_itself():
     holds = Holds()
-    hold = holds.add("busy", "slow down", 100, 2)
+    hold = holds.add(Reason("busy", "slow down", 2), 100)
     assert hold.brief
     assert holds.waiting(101) is hold
     assert holds.waiting(102) is None
     assert not holds.probing()
     assert holds.first() is None
-    assert holds.add("busy", "slow down", 103, 0).until == 103
+    assert holds.add(Reason("busy", "slow down", 0), 103).until == 103
 
 
 def test_the_hold_that_lasts_longest_is_named():
     holds = Holds()
-    holds.add("key", "no key", 100)
-    holds.add("quota", "no quota", 100, 500)
-    holds.add("busy", "busy", 100, 3000)
+    holds.add(Reason("key", "no key"), 100)
+    holds.add(Reason("quota", "no quota", 500), 100)
+    holds.add(Reason("busy", "busy", 3000), 100)
     assert holds.waiting(100).kind == "busy"
     assert holds.first().kind == "quota"
     holds.clear("quota")
@@ -100,7 +101,7 @@ def test_the_hold_that_lasts_longest_is_named():
 def test_a_hold_can_be_ended_alone_or_with_all_others():
     holds = Holds()
     for kind in KINDS:
-        holds.add(kind, kind, 100)
+        holds.add(Reason(kind, kind), 100)
     assert [hold.kind for hold in holds.clear("disk")] == ["disk"]
     assert not holds.has("disk")
     assert holds.clear("disk") == []
@@ -110,30 +111,30 @@ def test_a_hold_can_be_ended_alone_or_with_all_others():
 
 def test_a_hold_that_begins_again_after_its_end_begins_small():
     holds = Holds()
-    holds.add("key", "no", 0)
-    holds.add("key", "no", 100)
+    holds.add(Reason("key", "no"), 0)
+    holds.add(Reason("key", "no"), 100)
     holds.clear()
-    assert holds.add("key", "no", 200).until == 200 + FIRST_SECONDS
+    assert holds.add(Reason("key", "no"), 200).until == 200 + FIRST_SECONDS
 
 
 def test_the_first_refusal_of_a_kind_is_shown_and_the_others_are_not_until_the_hold_is_over():
     holds = Holds()
-    assert [holds.blame("key"), holds.blame("key"), holds.blame("credits"), holds.blame("key")] == [
+    assert [holds.may_report("key"), holds.may_report("key"), holds.may_report("credits"), holds.may_report("key")] == [
         True,
         False,
         True,
         False,
     ]
-    holds.add("key", "no", 0)
+    holds.add(Reason("key", "no"), 0)
     holds.clear("key")
-    assert [holds.blame("key"), holds.blame("credits")] == [True, False]
+    assert [holds.may_report("key"), holds.may_report("credits")] == [True, False]
 
 
 def test_a_job_that_could_not_show_a_refusal_leaves_that_to_the_next():
     holds = Holds()
-    assert [holds.blame("key"), holds.blame("credits")] == [True, True]
-    holds.absolve("key")
-    assert [holds.blame("key"), holds.blame("key"), holds.blame("credits")] == [True, False, False]
+    assert [holds.may_report("key"), holds.may_report("credits")] == [True, True]
+    holds.not_reported("key")
+    assert [holds.may_report("key"), holds.may_report("key"), holds.may_report("credits")] == [True, False, False]
 
 
 def test_of_many_workers_exactly_one_is_blamed():
@@ -141,7 +142,7 @@ def test_of_many_workers_exactly_one_is_blamed():
 
     def worker(_):
         start.wait()
-        return [holds.blame(kind) for kind in KINDS * 50]
+        return [holds.may_report(kind) for kind in KINDS * 50]
 
     with ThreadPoolExecutor(8) as pool:
         shown = list(pool.map(worker, range(8)))
@@ -150,17 +151,17 @@ def test_of_many_workers_exactly_one_is_blamed():
 
 def test_only_an_answer_to_a_request_begun_after_the_refusal_disproves_a_hold():
     holds = Holds()
-    holds.add("credits", "none left", 100)
+    holds.add(Reason("credits", "none left"), 100)
     assert holds.disproved(99) == []
     assert holds.disproved(100) == []
     assert [hold.kind for hold in holds.disproved(100.5)] == ["credits"]
-    assert holds.blame("credits")
+    assert holds.may_report("credits")
 
 
 def test_no_answer_disproves_a_full_disk():
     holds = Holds()
-    holds.add("disk", "full", 100, 30)
-    holds.add("key", "no", 100)
+    holds.add(Reason("disk", "full", 30), 100)
+    holds.add(Reason("key", "no"), 100)
     assert [hold.kind for hold in holds.disproved(200)] == ["key"]
     assert holds.has("disk")
 
@@ -179,7 +180,7 @@ def test_a_hold_never_gets_shorter_by_another_refusal(history):
     holds, now, until = Holds(), 0.0, {}
     for kind, seconds, pause in history:
         now += pause
-        hold = holds.add(kind, "no", now, seconds)
+        hold = holds.add(Reason(kind, "no", seconds), now)
         assert hold.until >= max(now, until.get(kind, 0))
         assert hold.interval >= 0
         if kind != "busy" and seconds is None and now >= until.get(kind, 0):

@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.protocol.images import IMAGE_ENDINGS
+from imagewatch.protocol.image_kinds import IMAGE_ENDINGS
 from imagewatch.protocol.names import (
     MOST_MEANT,
     NAME_MAX,
     SUFFIX,
-    Dropped,
+    Siblings,
     fits,
     fitted,
     group,
@@ -29,7 +29,7 @@ from imagewatch.protocol.names import (
 JOB = "7f3a9c0d1e2b4a5f"
 
 
-def alone(*names: str) -> Dropped:
+def alone(*names: str) -> Siblings:
     """What belongs to the only prompt among some names."""
     (dropped,) = group(names).values()
     return dropped

@@ -42,7 +42,7 @@ def closed(schema: Any) -> Any:
 CLOSED = {kind: Draft202012Validator(closed(schema)) for kind, schema in SCHEMAS.items()}
 
 PROMPTS = {
-    "completed": "a cat",
+    "made": "a cat",
     "edit": "+++\nn = 2\nseed = 3\n+++\nmake it blue [sandbox: wrong-mime]",
     "options": '+++\nprovider = "openai"\nmodel = "gpt-image-2"\nsize = "1024x1024"\nquality = "low"\n'
     'output_format = "webp"\n+++\na poster',
@@ -234,7 +234,7 @@ def rows(heading: str) -> list[list[str]]:
 
 def test_the_page_lists_exactly_the_keys_of_the_documents_and_where_they_are():
     listed: dict[str, set[str]] = {}
-    for names, where, _ in rows("## What the documents say"):
+    for names, where, _ in rows("## Keys of the result files"):
         for name in re.findall(r"`\[*(\w+)\]*`", names):
             listed[name] = set(where.split())
     for kind, always, sometimes in (("receipt", "R", "r"), ("error", "E", "e")):
@@ -251,5 +251,5 @@ def test_the_page_lists_exactly_the_keys_of_front_matter():
 
 def test_the_tables_of_pictures_and_inputs_name_all_their_keys():
     for name, definition in (("images", "image"), ("inputs", "input")):
-        (words,) = (words for names, _, words in rows("## What the documents say") if f"[[{name}]]" in names)
+        (words,) = (words for names, _, words in rows("## Keys of the result files") if f"[[{name}]]" in names)
         assert set(re.findall(r"`(\w+)`", words)) == set(SCHEMAS["receipt"]["$defs"][definition]["properties"])

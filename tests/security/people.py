@@ -1,4 +1,4 @@
-"""Other users of this machine: numeric user ids that nobody else has, and processes of theirs."""
+"""Other users of this machine: numeric user ids that no other user has, and processes of theirs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PUPPET = (Path(__file__).parent / "puppet.py").read_text()
 
 
 class Interpreter:
-    """This Python with all it can import, also for users who may not enter the folders it lies in.
+    """This Python with all it can import, also for users who may not enter the folders it is in.
 
     Root opens the folders; a process of another user gets them open, and finds them below ``/proc/self/fd``.
     """
@@ -72,12 +72,12 @@ class Interpreter:
         """Return why another user cannot run this Python, or an empty string."""
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "cwd": "/"}
         process = self.start(DAEMON, ["-c", "import imagewatch.commands.run, imagewatch.commands.main"], **pipes)
-        told, _ = process.communicate(timeout=60)
-        return told.strip().rpartition("\n")[2] if process.returncode else ""
+        result, _ = process.communicate(timeout=60)
+        return result.strip().rpartition("\n")[2] if process.returncode else ""
 
 
 class Person:
-    """A process of a user, that does what it is told: each method is a function of ``puppet`` or of ``os``.
+    """A process of a user that follows instructions: each method is a function of ``puppet`` or of ``os``.
 
     What the kernel forbids them is raised here, too.
 
@@ -106,8 +106,8 @@ class Person:
         Raises:
             OSError: The kernel refused.
         """
-        told = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in arguments]
-        _pipe(self._process.stdin).write(json.dumps([name, told]) + "\n")
+        plain = [os.fspath(one) if isinstance(one, os.PathLike) else one for one in arguments]
+        _pipe(self._process.stdin).write(json.dumps([name, plain]) + "\n")
         _pipe(self._process.stdin).flush()
         answer = json.loads(_pipe(self._process.stdout).readline())
         if "errno" in answer:
@@ -115,7 +115,7 @@ class Person:
         return answer["result"]
 
     def may(self, name: str, *arguments: object) -> bool:
-        """Have something tried; tell whether the kernel allowed it."""
+        """Try something; return whether the kernel allowed it."""
         try:
             self.do(name, *arguments)
         except OSError:

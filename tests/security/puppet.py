@@ -1,4 +1,4 @@
-"""What another user does. Run as that user, one call per line of standard input, one answer per line of output."""
+"""What another user does. Run as that user, one call per line of standard input, one reply per line of output."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def readable_with(top: str, secrets: list[str]) -> list[str]:
 
 
 class _Racing(threading.Thread):
-    """Exchanges two names again and again, until it is told to stop."""
+    """Exchanges two names again and again, until it is stopped."""
 
     def __init__(self, one: str, other: str) -> None:
         super().__init__(daemon=True)
@@ -79,7 +79,7 @@ class _Racing(threading.Thread):
         while not self.over.is_set():
             exchange(*self._names)
             self.rounds += 1
-            # Somebody who is as quick as they can is seldom at the same place twice when the daemon looks.
+            # A process that is as quick as it can is seldom at the same place twice when the daemon scans.
             for _ in range(chance.randrange(5000)):
                 pass
         if self.rounds % 2:
@@ -160,5 +160,5 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    os.umask(0)  # what is made has the mode that is asked for
+    os.umask(0)  # a new file has the mode that is asked for
     serve()

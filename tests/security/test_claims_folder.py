@@ -1,4 +1,4 @@
-"""The folder of the claims lies in a folder that others may write: it is the daemon's own, or it is not used."""
+"""The claims folder is in a folder that other users may write: it is the daemon's own, or it is not used."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ def replace_claim_by_link(world: World, target: Path) -> None:
 
 
 def is_held_until_it_is_put_back(world: World, text: str) -> None:
-    """The queue is held for the claims folder; when that is put back, everything is made, once."""
+    """The queue is held for the claims folder; when that is put back, everything is completed, once."""
     held_back = world.honest_prompt("held back", "waits for the end of the hold")
     world.held_for(CLAIMS)
     put_back_claims(world)
     world.release()
-    world.wait(lambda: world.door(held_back), "what was held back")
-    world.wait(lambda: world.door("cat.prompt.txt"), "the prompt of the attacker")
-    assert world.door(held_back) == world.door("cat.prompt.txt") == "outbox"
+    world.wait(lambda: world.destination(held_back), "what was held back")
+    world.wait(lambda: world.destination("cat.prompt.txt"), "the prompt of the attacker")
+    assert world.destination(held_back) == world.destination("cat.prompt.txt") == "outbox"
     assert world.requests(text) == world.requests("waits for the end of the hold") == 1
     world.is_idle()
     assert (world.archive / "cat.prompt.txt").read_text() == text
@@ -52,7 +52,7 @@ def is_held_until_it_is_put_back(world: World, text: str) -> None:
 
 
 @pytest.mark.parametrize("far", [False, True], ids=["same file system", "another file system"])
-def test_a_claims_folder_of_the_attackers_with_a_link_to_the_key_gives_the_key_to_nobody(
+def test_a_claims_folder_of_the_attackers_with_a_link_to_the_key_does_not_give_the_key_away(
     new_world: Callable[..., World], request: pytest.FixtureRequest, far: bool
 ) -> None:
     world = new_world(key_folder=request.getfixturevalue("elsewhere") if far else None)
@@ -74,7 +74,7 @@ def test_a_claims_folder_of_the_attackers_with_a_link_to_the_state_leaves_ledger
 ) -> None:
     world = new_world(settings={"limits": {"credits_per_day": 100, "assumed_credits": 30}})  # an image costs 30
     first = world.start()
-    world.honest_prompt_is_made("before")
+    world.honest_prompt_is_completed("before")
     replace_claims(world)
     world.sandbox.hold()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
@@ -116,7 +116,7 @@ def test_files_prepared_in_a_claims_folder_of_the_attackers_are_put_into_no_othe
     world.held_for(CLAIMS)
 
 
-def test_a_claims_folder_that_is_replaced_while_the_answer_is_awaited_loses_nothing(world: World) -> None:
+def test_a_claims_folder_that_is_replaced_during_a_request_loses_nothing(world: World) -> None:
     world.start()
     world.sandbox.hold()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
@@ -128,7 +128,7 @@ def test_a_claims_folder_that_is_replaced_while_the_answer_is_awaited_loses_noth
     is_held_until_it_is_put_back(world, "a cat")
 
 
-def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothing(world: World) -> None:
+def test_a_claims_folder_that_is_renamed_during_a_request_loses_nothing(world: World) -> None:
     world.start()
     world.sandbox.hold()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat")
@@ -137,11 +137,11 @@ def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothi
     world.sandbox.release()
     assert world.end("cat.prompt.txt") in {"outbox", "held", "stuck"}
     held_back = world.honest_prompt("other", "another prompt")
-    world.wait(lambda: world.door(held_back) or CLAIMS in world.holds(), "the other prompt, or a hold")
+    world.wait(lambda: world.destination(held_back) or CLAIMS in world.holds(), "the other prompt, or a hold")
     if world.holds():
         world.attacker.rename(world.inbox / ".away", world.inbox / CLAIMS)
         world.release()
-    world.wait(lambda: world.door(held_back) == world.door("cat.prompt.txt") == "outbox", "both prompts")
+    world.wait(lambda: world.destination(held_back) == world.destination("cat.prompt.txt") == "outbox", "both prompts")
     assert world.requests("a cat") == world.requests("another prompt") == 1
     world.is_idle()
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
@@ -149,7 +149,7 @@ def test_a_claims_folder_that_is_renamed_while_the_answer_is_awaited_loses_nothi
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["renamed", "replaced"])
-def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_is_looked_into(
+def test_claimed_files_are_not_claimed_again_when_their_folder_gets_a_name_that_is_scanned(
     world: World, *, replaced: bool
 ) -> None:
     world.start()
@@ -169,24 +169,24 @@ def test_what_is_claimed_is_not_claimed_again_when_its_folder_gets_a_name_that_i
             world.attacker.rename(world.inbox / CLAIMS, world.inbox / ".fake")
         world.attacker.may("rename", world.inbox / "visible", world.inbox / CLAIMS)  # the daemon may be faster
         world.release()
-    world.wait(lambda: world.door(other) == world.door("cat.prompt.txt") == "outbox", "both prompts")
+    world.wait(lambda: world.destination(other) == world.destination("cat.prompt.txt") == "outbox", "both prompts")
     world.is_idle()
     assert world.requests("a cat") == world.requests("another prompt") == 1
     assert (world.archive / "cat.prompt.txt").read_text() == "a cat"
 
 
-def test_an_empty_claims_folder_that_is_removed_is_made_again(world: World) -> None:
+def test_an_empty_claims_folder_that_is_removed_is_created_again(world: World) -> None:
     first = world.start()
-    world.honest_prompt_is_made("before")
+    world.honest_prompt_is_completed("before")
     world.is_idle()
     world.attacker.may("rmdir", world.inbox / CLAIMS)  # not if there is something in it
     source = world.honest_prompt("after", "an honest prompt of after")
-    world.wait(lambda: world.door(source) or world.holds(), "the prompt, or a hold")
+    world.wait(lambda: world.destination(source) or world.holds(), "the prompt, or a hold")
     if world.holds():
         assert CLAIMS in world.holds()
         assert first.stop() == 0
         world.start()
-    world.wait(lambda: world.door(source) == "outbox", "the prompt")
+    world.wait(lambda: world.destination(source) == "outbox", "the prompt")
     assert world.requests() == 2
 
 
@@ -202,10 +202,10 @@ def test_a_lock_in_a_claims_folder_of_the_attackers_is_not_taken_for_another_dae
 
 
 @pytest.mark.parametrize("kind", ["exclusive", "shared"])
-def test_a_lock_of_another_user_on_the_inbox_keeps_no_daemon_from_starting(world: World, kind: str) -> None:
+def test_a_lock_of_another_user_on_the_inbox_does_not_prevent_the_start(world: World, kind: str) -> None:
     world.attacker.lock(world.inbox, kind)
     world.start()
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
 
 
 def before_the_first_start(world: World, kind: str) -> None:
@@ -228,25 +228,27 @@ def before_the_first_start(world: World, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["file", "pipe", "link", "folder", "folder with a lock", "folder with links"])
-def test_what_is_not_the_daemons_own_is_named_and_not_used_at_the_first_start(world: World, kind: str) -> None:
+def test_folders_of_another_owner_are_named_and_not_used_at_the_first_start(world: World, kind: str) -> None:
     claims = world.inbox / CLAIMS
     before_the_first_start(world, kind)
     first = world.start(running=False)
     source = world.honest_prompt("early", "an early prompt")
-    world.wait(lambda: first.process.poll() is not None or world.holds() or world.door(source), "an end or a hold")
+    world.wait(
+        lambda: first.process.poll() is not None or world.holds() or world.destination(source), "an end or a hold"
+    )
     assert world.requests() == 0
-    assert world.door(source) == ""
+    assert world.destination(source) == ""
     if first.process.poll() is None:
         assert CLAIMS in world.holds()
         assert "another imagewatch" not in world.holds()
         first.stop()
     else:
-        assert first.end() in {74, 78}, world.told()
-        assert str(claims) in world.told()
-        assert "Traceback" not in world.told()
+        assert first.end() in {74, 78}, world.log()
+        assert str(claims) in world.log()
+        assert "Traceback" not in world.log()
     world.nothing_leaked()
     world.attacker.rename(claims, world.inbox / ".was here")
     world.start()
-    world.wait(lambda: world.door(source) == "outbox", "the prompt")
+    world.wait(lambda: world.destination(source) == "outbox", "the prompt")
     assert world.requests() == 1
     world.nothing_leaked()

@@ -1,7 +1,7 @@
 """A folder is exchanged with a link at every moment of a job: nothing private leaves, nothing is written elsewhere.
 
-The real parts work in this process, as root, whom no permission stops. Their disk calls the attacker before and after
-each thing that it does. ``IMAGEWATCH_ALL_ATTACKS=1`` tries every moment; otherwise some of them, evenly spread.
+The real parts work in this process, as root, so that no permission stops them. Their disk calls the attacker before
+and after each change. ``IMAGEWATCH_ALL_ATTACKS=1`` tries every moment; otherwise some of them, evenly spread.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ TARGETS = {
     "read again for retry": ("errors/sub", f"inbox/{CLAIMS}", "the claim free"),
 }
 """Folders that are exchanged, by scene; ``free`` if the private folder has none of the names that were dropped. In the
-claims folder only they can do so who share a file system without owners."""
+claims folder only those can who share a file system without owners."""
 SCENES = {
     "completed": ([Reply()], True),
     "refused": ([Reply(400, b'{"message": "no cats"}', paid=False)], True),
@@ -67,12 +67,12 @@ SCENES = {
     "put back by retry": ([Reply(400, b'{"message": "no cats"}', paid=False), Reply()], True),
     "read again for retry": ([Reply(body=b"<html>thank you")], True),
 }
-"""What the endpoint answers, and whether the job may show an account's refusal. Of the last two the attacker sees only
-what follows after the prompt failed."""
+"""The response of the endpoint, and whether the job may report a refusal of the account. In the last two cases the
+attacker sees only what follows after the prompt failed."""
 
 
 class AttackedDisk(Disk):
-    """A disk that tells of each moment: before and after all that it does.
+    """A disk that reports each moment: before and after all that it does.
 
     Attributes:
         moment: Called at each.
@@ -82,7 +82,7 @@ class AttackedDisk(Disk):
         self.moment = moment
 
 
-def _told_of(act: Callable[..., Any]) -> Callable[..., Any]:
+def _reported(act: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(act)
     def acting(self: AttackedDisk, *arguments: Any, **named: Any) -> Any:
         self.moment()
@@ -96,7 +96,7 @@ def _told_of(act: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name, _act in vars(Disk).items():
     if callable(_act) and not _name.startswith("_"):
-        setattr(AttackedDisk, _name, _told_of(_act))
+        setattr(AttackedDisk, _name, _reported(_act))
 
 
 class SeeingEndpoint(PaidEndpoint):
@@ -136,7 +136,7 @@ class Attack:
     Attributes:
         target: The folder, one of ``TARGETS``: below the root, or ``the claim``, that of the job in the claims folder.
         at: The moment, from 1, at which it happens; 0 is never.
-        lasts: Whether it is undone only when the job cannot go on, and not at the next moment.
+        lasts: Whether it is undone only when the job cannot continue, and not at the next moment.
         moments: How many there were so far.
     """
 
@@ -176,12 +176,12 @@ class Scene:
             self.endpoint,  # type: ignore[arg-type]
             station.ledger,
             station.config(),
-            blame=lambda _: blame,
+            may_report=lambda _: blame,
             wait=lambda _: None,
         )
         if attack.lasts:
-            for door in ("outbox", "errors", "archive"):
-                (station.root / door / "sub").mkdir()
+            for destination in ("outbox", "errors", "archive"):
+                (station.root / destination / "sub").mkdir()
         for file, content in sorted(DROPPED.items(), reverse=True):
             station.drop(f"sub/{file}", content)
         self.before = look(self.private)
@@ -262,7 +262,7 @@ class Scene:
         return outcomes + self._start()
 
     def check(self) -> None:
-        """Look at everything from outside."""
+        """Check everything from outside."""
         station, tried = self.station, f"{self.attack}"
         assert look(self.private) == self.before, f"the private folder was changed: {tried}"
         for path in walk(station.root.parent):
@@ -277,12 +277,12 @@ class Scene:
         found = [path.read_bytes() for path in walk(station.root) if path.is_file() and not path.is_symlink()]
         for name, content in DROPPED.items():
             assert found.count(content) == 1, f"{name} is there {found.count(content)} times: {tried}"
-        told = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
-        assert len(told) <= 1, f"{told}: {tried}"
-        assert not any("a bug" in path.read_text() for path in told), f"taken for a bug: {tried}"
+        files = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
+        assert len(files) <= 1, f"{files}: {tried}"
+        assert not any("a bug" in path.read_text() for path in files), f"taken for a bug: {tried}"
 
     def is_over(self) -> bool:
-        """Tell whether the job has its document and left nothing behind."""
+        """Return whether the job has its files file and left nothing behind."""
         left = any((self.station.state / "jobs").iterdir())
         return not left and len(list(self.station.root.rglob("*.toml"))) == 1
 
@@ -317,14 +317,14 @@ def playing(tmp_path: Path) -> Iterator[Callable[[str, Attack], Scene]]:
 
 
 @pytest.mark.parametrize(("name", "target"), [(name, target) for name in SCENES for target in TARGETS[name]])
-def test_a_folder_that_is_exchanged_at_any_moment_gives_nothing_away_and_takes_nothing_in(
+def test_a_folder_that_is_exchanged_at_any_moment_neither_leaks_nor_takes_foreign_files(
     playing: Callable[[str, Attack], Scene], name: str, target: str
 ) -> None:
     undisturbed = playing(name, Attack(target, at=0, lasts=False))
     assert undisturbed.over
     moments = undisturbed.attack.moments
     assert moments > 10
-    # One claim is attacked at every moment: at one of them it looked as if the prompt had been taken away.
+    # One claim is attacked at every moment: at one of them the prompt seemed to have been removed.
     every = 1 if ALL or (name, target) == ("made", "the claim") else max(1, moments // MOMENTS)
     problems = []
     for lasts in (False, True):

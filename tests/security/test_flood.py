@@ -1,4 +1,4 @@
-"""Very many files, folders and changes of one person: the prompts of the others are taken all the same, and soon.
+"""Very many files, folders and changes of one user: the prompts of the others are claimed all the same, and soon.
 
 The figures are those of the issue in one case. ``IMAGEWATCH_FLOOD=1`` runs all cases with them, in some minutes.
 """
@@ -15,7 +15,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from support.daemon import Folders, Told, command, until
+from support.daemon import Folders, LoggedDaemon, command, until
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 ALL = bool(os.environ.get("IMAGEWATCH_FLOOD"))
 NEAR_MISSES, IMAGES, EMPTY, FOLDERS = 100_000, 20_000, 5_000, 3_000
 SECONDS = 10.0
-"""How soon after it is quiet a prompt is taken."""
+"""How soon after it has settled a prompt is claimed."""
 SETTLE = 1.0
 SETTINGS = {"inbox__settle_seconds": str(SETTLE)}
 MALLORY, COLLEAGUE = 61235, 61236
-"""User ids that nobody has."""
+"""User ids that no user has."""
 
 
 def flood(inbox: Path, where: str, share: float) -> None:
@@ -70,13 +70,13 @@ def asked(sandbox: Sandbox) -> list[str]:
 
 
 def drop(folders: Folders, source: str, text: str) -> None:
-    """Write a prompt as an editor does: nothing tells that it is whole but that it stays as it is."""
+    """Write a prompt as an editor does: only that it stays unchanged shows that it is whole."""
     path = folders.inbox / f"{source}.prompt.txt"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text)
 
 
-def is_taken_soon(sandbox: Sandbox, text: str, more: float = 0.0) -> None:
+def is_claimed_soon(sandbox: Sandbox, text: str, more: float = 0.0) -> None:
     until(lambda: text in asked(sandbox), timeout=SETTLE + SECONDS + more)
 
 
@@ -96,19 +96,24 @@ CASES = [
 
 
 @pytest.mark.parametrize(("where", "watch", "share"), CASES)
-def test_beside_very_much_of_one_person_the_prompt_of_another_is_taken_soon(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told], where: str, watch: str, share: float
+def test_beside_very_many_files_of_one_user_the_prompt_of_another_is_claimed_soon(
+    crowded: Callable[..., Folders],
+    sandbox: Sandbox,
+    run: Callable[..., LoggedDaemon],
+    where: str,
+    watch: str,
+    share: float,
 ) -> None:
     folders = crowded(inbox__watch=watch)
     flood(folders.inbox, where, share)
     drop(folders, "colleague/first", "First")
     daemon = run(folders, watching=False)
-    is_taken_soon(sandbox, "First", more=2.0)  # the process has to start
+    is_claimed_soon(sandbox, "First", more=2.0)  # the process has to start
     for number in range(3):
         drop(folders, "colleague/again", f"Again {number}")
-        is_taken_soon(sandbox, f"Again {number}")
+        is_claimed_soon(sandbox, f"Again {number}")
     drop(folders, "new-colleague/deep/down/first", "In a new folder")
-    is_taken_soon(sandbox, "In a new folder")
+    is_claimed_soon(sandbox, "In a new folder")
     until(lambda: status(folders)["ignored"]["count"] == int(NEAR_MISSES * share), timeout=60)
     assert daemon.stop() == 0
     assert len(asked(sandbox)) == 5
@@ -149,8 +154,8 @@ if kind == "everywhere":
 
 @pytest.mark.parametrize("watch", ["native", "poll"])
 @pytest.mark.parametrize("kind", ["files", "folders", "renames", "everywhere"])
-def test_while_one_person_changes_things_without_end_the_prompt_of_another_is_taken_soon(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told], kind: str, watch: str
+def test_while_one_user_changes_files_without_end_the_prompt_of_another_is_claimed_soon(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon], kind: str, watch: str
 ) -> None:
     folders = crowded(inbox__watch=watch)
     daemon = run(folders)
@@ -159,7 +164,7 @@ def test_while_one_person_changes_things_without_end_the_prompt_of_another_is_ta
             until(lambda: len(os.listdir(folders.inbox)) > 1)
             for number in range(3):
                 drop(folders, f"colleague/{number}", f"Number {number}")
-                is_taken_soon(sandbox, f"Number {number}")
+                is_claimed_soon(sandbox, f"Number {number}")
         finally:
             storm.kill()
     assert daemon.stop() == 0
@@ -170,8 +175,8 @@ def test_while_one_person_changes_things_without_end_the_prompt_of_another_is_ta
 # Turns
 
 
-def test_five_thousand_prompts_of_one_person_delay_that_of_another_by_about_one_request(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+def test_five_thousand_prompts_of_one_user_delay_that_of_another_by_about_one_request(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(limits__concurrency="1")
     for number in range(5000):
@@ -192,8 +197,8 @@ def test_five_thousand_prompts_of_one_person_delay_that_of_another_by_about_one_
     assert mallory == [f"Mallory {number:04}" for number in range(len(mallory))], "the oldest comes first"
 
 
-def test_all_slots_are_shared_by_turns(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+def test_the_users_share_all_slots_in_turns(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(limits__concurrency="4")
     for number in range(200):
@@ -214,8 +219,8 @@ def test_all_slots_are_shared_by_turns(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_who_makes_very_many_folders_gets_no_more_turns_than_for_a_few(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+def test_a_user_with_very_many_folders_gets_no_more_turns_than_with_a_few(
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(limits__concurrency="1")
     for number in range(10_000 if ALL else 1000):
@@ -236,11 +241,11 @@ def test_who_makes_very_many_folders_gets_no_more_turns_than_for_a_few(
     assert order.index("Colleague 1") <= 3 + 9, "a folder has a turn after eight of theirs"
 
 
-# What is said of it
+# What is reported
 
 
 def test_names_that_come_and_go_without_end_do_not_fill_the_log(
-    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., Told]
+    crowded: Callable[..., Folders], sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded(inbox__settle_seconds="0.2", inbox__rescan_seconds="0.5")
     mallory = folders.inbox / "mallory"
@@ -265,7 +270,7 @@ def test_names_that_come_and_go_without_end_do_not_fill_the_log(
 
 
 def test_status_names_files_of_each_folder_however_many_one_has(
-    crowded: Callable[..., Folders], run: Callable[..., Told]
+    crowded: Callable[..., Folders], run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = crowded()
     for number in range(3000):
@@ -279,16 +284,16 @@ def test_status_names_files_of_each_folder_however_many_one_has(
     assert (page["ignored"]["count"], len(page["ignored"]["files"])) == (3003, 100)
     assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= page["ignored"]["files"].keys()
     assert {"x/empty.prompt.txt", "y/empty.prompt.txt", "z/empty.prompt.txt"} == page["waiting"]["files"].keys()
-    told = {line["file"] for line in daemon.events("ignored")}
-    assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= told
+    named = {line["file"] for line in daemon.events("ignored")}
+    assert {"x/note.txt", "y/note.txt", "z/note.txt"} <= named
 
 
-def test_check_says_what_is_taken_beside_very_much_else(crowded: Callable[..., Folders]) -> None:
+def test_check_names_the_prompts_that_are_ready_beside_very_many_other_files(crowded: Callable[..., Folders]) -> None:
     folders = crowded()
     flood(folders.inbox, "one folder", 1.0 if ALL else 0.1)
     drop(folders, "colleague/cat", "A cat")
     began = time.monotonic()
-    told = command(folders, "check", "--json", IMAGEWATCH_INBOX__SETTLE_SECONDS="0")
+    result = command(folders, "check", "--json", IMAGEWATCH_INBOX__SETTLE_SECONDS="0")
     assert time.monotonic() < began + 30
-    files = {line["what"]: line["verdict"] for line in json.loads(told.stdout)["files"]}
+    files = {line["what"]: line["verdict"] for line in json.loads(result.stdout)["files"]}
     assert files["colleague/cat.prompt.txt"] == "take"

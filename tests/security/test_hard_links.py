@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 OWNERS = {"the daemon": (DAEMON, DAEMON, 0o600), "another user": (HONEST, DAEMON, 0o640)}
-"""Who has the private file: owner, group and mode, so that the daemon can read it."""
+"""Rights of the private file: owner, group and mode, so that the daemon can read it."""
 GOOD = picture("good").decode("latin-1")
 owners = pytest.mark.parametrize("owner", OWNERS)
 
@@ -30,7 +30,7 @@ class Secrets:
 
     Args:
         world: Where.
-        owner: Who has them, a key of ``OWNERS``.
+        owner: Their rights, a key of ``OWNERS``.
     """
 
     def __init__(self, world: World, owner: str) -> None:
@@ -60,7 +60,7 @@ class Secrets:
                 outside = self._world.home not in path.parents
                 assert not (outside and MARK.encode() in path.read_bytes()), f"{path} holds what is private"
         assert self._world.attacker.readable_with(str(self._world.top), [MARK]) == []
-        assert MARK not in self._world.told()
+        assert MARK not in self._world.log()
         for file, before in self._before.items():
             now = file.stat()
             assert (now.st_mode, now.st_uid, now.st_gid, now.st_mtime_ns, now.st_size) == (
@@ -85,18 +85,18 @@ def drop_everywhere(world: World, secrets: Secrets) -> list[str]:
 
 
 @owners
-def test_it_is_not_sent_as_prompt_or_image_wherever_it_is(world: World, owner: str) -> None:
+def test_a_private_file_is_not_sent_as_prompt_or_image_through_a_hard_link(world: World, owner: str) -> None:
     secrets = Secrets(world, owner)
     sources = drop_everywhere(world, secrets)
     world.start()
     ends = {source: world.end(source) for source in sources}
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     secrets.are_kept()
     assert set(ends.values()) <= {"errors", "waiting"}
     assert world.requests() == 1
 
 
-def test_a_daemon_that_is_root_does_not_send_it_either(world: World) -> None:
+def test_a_daemon_of_root_does_not_send_a_private_file_either(world: World) -> None:
     secrets = Secrets(world, "another user")
     for folder in (world.state, world.outbox, world.errors, world.archive):
         os.chown(folder, 0, 0)
@@ -112,7 +112,7 @@ def test_a_daemon_that_is_root_does_not_send_it_either(world: World) -> None:
 
 
 @owners
-def test_a_failed_prompt_that_was_replaced_by_it_is_not_copied_to_where_others_can_read_it(
+def test_a_private_file_in_the_place_of_a_failed_prompt_is_not_copied_to_a_readable_place(
     new_world: Callable[..., World], elsewhere: Path, owner: str
 ) -> None:
     os.chown(elsewhere, DAEMON, DAEMON)
@@ -121,7 +121,7 @@ def test_a_failed_prompt_that_was_replaced_by_it_is_not_copied_to_where_others_c
     world.start()
     secrets.link(world.inbox / "cat.prompt.txt", f"+++\nunknown = 1\n+++\na cat, {MARK}")  # refused for its text
     world.wait(lambda: list(elsewhere.glob("*.toml")) or world.end("cat.prompt.txt"), "an end")
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     for path in walk(elsewhere):
         if MARK.encode() in path.read_bytes():
             assert path.stat().st_mode & 0o007 == 0, f"{path} can be read by all"
@@ -130,17 +130,17 @@ def test_a_failed_prompt_that_was_replaced_by_it_is_not_copied_to_where_others_c
 
 
 @owners
-def test_retry_does_not_put_it_into_the_inbox(new_world: Callable[..., World], owner: str) -> None:
+def test_retry_does_not_put_a_private_file_into_the_inbox(new_world: Callable[..., World], owner: str) -> None:
     world = new_world(open_to_all=("errors",))
     secrets = Secrets(world, owner)
     first = world.start()
     world.attacker.drop(world.inbox / "cat.prompt.txt", "a cat [sandbox: 400]")
-    world.wait(lambda: world.door("cat.prompt.txt"), "the error file")
+    world.wait(lambda: world.destination("cat.prompt.txt"), "the error file")
     world.is_idle()
     world.attacker.unlink(world.errors / "cat.prompt.txt")
     secrets.link(world.errors / "cat.prompt.txt", f"a cat, {MARK}")
     done = world.command("retry", "cat")
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     assert first.stop() == 0
     secrets.are_kept()
     assert world.requests() == 2
@@ -153,7 +153,7 @@ def test_retry_does_not_put_it_into_the_inbox(new_world: Callable[..., World], o
 
 @owners
 @pytest.mark.parametrize("how", ["image", "sibling"])
-def test_submit_does_not_copy_it_into_the_inbox(world: World, how: str, owner: str) -> None:
+def test_submit_does_not_copy_a_private_file_into_the_inbox(world: World, how: str, owner: str) -> None:
     secrets = Secrets(world, owner)
     place = world.top / "shared"
     place.mkdir(mode=0o755)
@@ -169,7 +169,7 @@ def test_submit_does_not_copy_it_into_the_inbox(world: World, how: str, owner: s
 
 
 @owners
-def test_the_gallery_shows_nothing_of_it(new_world: Callable[..., World], owner: str) -> None:
+def test_the_gallery_shows_nothing_of_a_private_file(new_world: Callable[..., World], owner: str) -> None:
     world = new_world(open_to_all=("outbox", "errors", "archive"))
     secrets = Secrets(world, owner)
     page = world.top / "page"
@@ -191,16 +191,16 @@ def test_the_gallery_shows_nothing_of_it(new_world: Callable[..., World], owner:
     secrets.are_kept()
     shown = (page / "gallery.html").read_text()
     assert (MARK in shown, "outbox/good.png" in shown, "outbox/cat.png" in shown) == (False, True, False)
-    # That of the good picture, where this user can start the program that makes it.
+    # That of the good image, where this user can start the program that makes it.
     assert len(list(page.glob("gallery_files/*.webp"))) <= 1, "thumbnails beside that of the good picture"
 
 
 @owners
-def test_it_is_not_compared_with_what_was_dropped_before(world: World, owner: str) -> None:
+def test_a_private_file_is_not_compared_with_prompts_from_before(world: World, owner: str) -> None:
     world.start()
     text = f"a cat, {MARK}"
     world.attacker.drop(world.inbox / "cat.prompt.txt", text)
-    world.wait(lambda: world.door("cat.prompt.txt"), "the receipt")
+    world.wait(lambda: world.destination("cat.prompt.txt"), "the receipt")
     world.is_idle()
     secrets = Secrets(world, owner)
     (row,) = world.rows("cat.prompt.txt")
@@ -209,14 +209,14 @@ def test_it_is_not_compared_with_what_was_dropped_before(world: World, owner: st
     give(file, OWNERS[owner][2], *OWNERS[owner][:2])
     os.utime(file, ns=(row["source_mtime_ns"], row["source_mtime_ns"]))
     (world.inbox / "cat.prompt.txt").hardlink_to(file)
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     assert world.end("cat.prompt.txt") in {"waiting", "outbox"}
     assert file.stat().st_nlink == 2, "the link was removed: who made it knows now what the private file says"
     assert world.status()["redelivered"] == 0
     assert world.requests(text) == 1
 
 
-def test_a_hard_link_to_a_file_that_everybody_may_read_is_taken(world: World) -> None:
+def test_a_hard_link_to_a_file_that_all_users_may_read_is_claimed(world: World) -> None:
     world.start()
     world.attacker.mkdir(world.inbox / "sub")
     copies = world.top / "copies"

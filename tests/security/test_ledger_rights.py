@@ -34,10 +34,10 @@ def restored_by_root(path: Path) -> None:
 def test_a_ledger_that_root_has_restored_holds_the_queue_until_the_daemon_may_write_it(
     world: World, seen_by: int
 ) -> None:
-    told = world.start()
-    world.honest_prompt_is_made("first")
+    daemon = world.start()
+    world.honest_prompt_is_completed("first")
     world.is_idle()
-    assert told.stop() == 0
+    assert daemon.stop() == 0
     restored_by_root(world.state / "ledger.sqlite3")
     world.start()
     for number in range(5):
@@ -45,22 +45,24 @@ def test_a_ledger_that_root_has_restored_holds_the_queue_until_the_daemon_may_wr
     world.held_for("the ledger cannot be written")
     assert world.requests() == 1
     done = world.command("check", uid=seen_by)
-    said = " ".join(done.stdout.split())
-    assert (done.returncode, "the ledger cannot be written: it belongs to user number 0" in said) == (78, True), said
+    text = " ".join(done.stdout.split())
+    assert (done.returncode, "the ledger cannot be written: it belongs to user number 0" in text) == (78, True), text
     for name in FILES:
         if (world.state / name).exists():
             os.chown(world.state / name, DAEMON, DAEMON)
     for number in range(5):
-        world.wait(lambda number=number: world.door(f"theirs/p{number}.prompt.txt") == "outbox", f"prompt {number}")
+        world.wait(
+            lambda number=number: world.destination(f"theirs/p{number}.prompt.txt") == "outbox", f"prompt {number}"
+        )
     assert world.requests() == 6
     assert len(world.rows()) == 6
 
 
 def test_once_leaves_the_prompts_in_the_inbox_where_the_ledger_cannot_be_written(world: World) -> None:
-    told = world.start()
-    world.honest_prompt_is_made("first")
+    daemon = world.start()
+    world.honest_prompt_is_completed("first")
     world.is_idle()
-    assert told.stop() == 0
+    assert daemon.stop() == 0
     restored_by_root(world.state / "ledger.sqlite3")
     source = world.honest_prompt("second", "another prompt")
     done = world.command("once", "--json", uid=DAEMON)
@@ -71,25 +73,25 @@ def test_once_leaves_the_prompts_in_the_inbox_where_the_ledger_cannot_be_written
 
 @pytest.mark.parametrize("seen_by", [DAEMON, 0])
 def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says_so(world: World, seen_by: int) -> None:
-    told = world.start()
-    world.honest_prompt_is_made("first")
+    daemon = world.start()
+    world.honest_prompt_is_completed("first")
     world.is_idle()
-    assert told.stop() == 0
+    assert daemon.stop() == 0
     ledger = world.state / "ledger.sqlite3"
     ledger.chmod(0o400)
     done = world.command("check", uid=seen_by)
-    said = " ".join(done.stdout.split())
-    assert (done.returncode, "the ledger cannot be written: its mode is read-only" in said) == (78, True), said
+    text = " ".join(done.stdout.split())
+    assert (done.returncode, "the ledger cannot be written: its mode is read-only" in text) == (78, True), text
     world.start()
     world.honest_prompt("later", "A later prompt")
     world.held_for("the ledger cannot be written")
     assert world.requests() == 1
     ledger.chmod(0o600)
-    world.wait(lambda: world.door("theirs/later.prompt.txt") == "outbox", "the prompt")
+    world.wait(lambda: world.destination("theirs/later.prompt.txt") == "outbox", "the prompt")
     assert world.requests() == 2
 
 
-def test_a_ledger_that_nobody_may_write_is_named_by_check(tmp_path: Path) -> None:
+def test_check_names_a_ledger_that_may_not_be_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
     Ledger(str(path)).close()
     assert trouble(str(tmp_path)) is None

@@ -44,7 +44,7 @@ def test_nothing_in_the_state_folder_is_open_to_others(world: World, umask: int)
     for name, text in {"good": "a dog", "bad": "a cat [sandbox: 400]", "paid": UNREADABLE}.items():
         world.honest_prompt(name, text)
     for name in ("good", "bad", "paid"):
-        world.wait(lambda source=f"theirs/{name}.prompt.txt": world.door(source), "the end of all three")
+        world.wait(lambda source=f"theirs/{name}.prompt.txt": world.destination(source), "the end of all three")
     world.is_idle()
     world.sandbox.hold()
     world.honest_prompt("under way", "an elk")
@@ -57,18 +57,18 @@ def test_nothing_in_the_state_folder_is_open_to_others(world: World, umask: int)
     assert {"ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm"} <= names
     world.sandbox.release()
     world.release()
-    world.wait(lambda: world.door("theirs/under way.prompt.txt"), "the last one")
+    world.wait(lambda: world.destination("theirs/under way.prompt.txt"), "the last one")
     assert first.stop() == 0
     assert open_to_others(world.state) == {}
 
 
 def test_a_ledger_that_others_may_read_is_closed_to_them_at_the_next_start(world: World) -> None:
     first = world.start()
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     assert first.stop() == 0
     (world.state / "ledger.sqlite3").chmod(0o644)
     world.start()
-    world.honest_prompt_is_made("second")
+    world.honest_prompt_is_completed("second")
     assert open_to_others(world.state) == {}
 
 
@@ -77,7 +77,7 @@ def test_a_ledger_that_others_may_read_is_closed_to_them_at_the_next_start(world
     ("file_mode", "umask", "expected"),
     [("0640", 0o022, 0o640), ("0664", 0o077, 0o664), (None, 0o027, 0o640), (None, 0o022, 0o644)],
 )
-def test_the_raw_answer_beside_an_error_file_has_the_mode_of_published_files(
+def test_the_raw_response_beside_an_error_file_has_the_mode_of_published_files(
     new_world: Callable[..., World],
     request: pytest.FixtureRequest,
     file_mode: str | None,
@@ -98,7 +98,7 @@ def test_the_raw_answer_beside_an_error_file_has_the_mode_of_published_files(
     world.wait((errors / "cat.error.toml").exists, "the error file")
     (raw,) = errors.glob("cat.answer.*")
     assert f"{mode(raw):04o}" == f"{expected:04o}"
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     published = {f"{mode(path):04o}" for path in walk(world.outbox)}
     assert published == {f"{expected:04o}"}
 
@@ -106,13 +106,13 @@ def test_the_raw_answer_beside_an_error_file_has_the_mode_of_published_files(
 MODES = (0o600, 0o640, 0o660, 0o644, 0o400)
 
 
-@pytest.mark.parametrize("door", ["errors", "archive"])
-def test_a_copy_on_another_file_system_is_open_to_nobody_to_whom_the_file_was_not(
-    new_world: Callable[..., World], elsewhere: Path, door: str
+@pytest.mark.parametrize("destination", ["errors", "archive"])
+def test_a_copy_on_another_file_system_is_open_to_no_user_to_whom_the_file_was_not(
+    new_world: Callable[..., World], elsewhere: Path, destination: str
 ) -> None:
     os.chown(elsewhere, DAEMON, DAEMON)
-    world = new_world(settings={"folders": {door: str(elsewhere)}})
-    text = "a cat [sandbox: 400]" if door == "errors" else "a cat"
+    world = new_world(settings={"folders": {destination: str(elsewhere)}})
+    text = "a cat [sandbox: 400]" if destination == "errors" else "a cat"
     for number, bits in enumerate(MODES):
         for name, content in ((f"cat{number}.png", PRIVATE_PICTURE), (f"cat{number}.prompt.txt", text)):
             path = world.inbox / f".{name}"
@@ -127,14 +127,14 @@ def test_a_copy_on_another_file_system_is_open_to_nobody_to_whom_the_file_was_no
         for name in (f"cat{number}.png", f"cat{number}.prompt.txt"):
             assert mode(elsewhere / name) & ~bits == 0, f"{name} was {bits:04o} and is {mode(elsewhere / name):04o}"
     assert first.stop() == 0
-    if door == "errors":
+    if destination == "errors":
         done = world.command("retry", "cat0")
         assert done.returncode == 0, done.stdout + done.stderr
         assert mode(world.inbox / "cat0.prompt.txt") == mode(world.inbox / "cat0.png") == MODES[0]
 
 
 class Watching(SteppingDisk):
-    """A disk beside which somebody looks at each moment whether a private file can be read by others."""
+    """A disk that checks at each moment whether other users can read a private file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -154,7 +154,7 @@ class Watching(SteppingDisk):
 
 
 @pytest.mark.parametrize("text", ["a cat", "a cat [sandbox: 400]"], ids=["archive", "errors"])
-def test_a_copy_is_open_to_nobody_else_while_it_is_made(
+def test_a_copy_is_open_to_no_other_user_while_it_is_written(
     tmp_path: Path, elsewhere: Path, sandbox: Sandbox, text: str
 ) -> None:
     disk = Watching(elsewhere)

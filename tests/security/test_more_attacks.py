@@ -53,23 +53,23 @@ def test_a_prompt_on_a_share_that_grows_after_its_claim_does_not_disappear(share
     assert [n for n in lost if len(n) == 16] == [], (
         "the prompt lies in the folder of claimed files, and no job knows of it"
     )
-    assert world.door("cat.prompt.txt")
+    assert world.destination("cat.prompt.txt")
 
 
-def killed_while_an_answer_is_awaited(world: World) -> None:
+def killed_during_a_request(world: World) -> None:
     """Start a daemon, and kill it when it has sent an honest prompt."""
-    told = world.start()
+    running = world.start()
     world.sandbox.hold()
     world.honest_prompt("honest", "an honest prompt")
     assert world.asked()
-    told.process.kill()
-    told.process.wait()
+    running.process.kill()
+    running.process.wait()
     world.sandbox.release()
 
 
 @pytest.mark.parametrize("how", ["no claims.json", "inode changed"])
 def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world: World, how: str) -> None:
-    killed_while_an_answer_is_awaited(world)
+    killed_during_a_request(world)
     memory = world.state / "claims.json"
     if how == "no claims.json":  # a version before this one
         memory.unlink()
@@ -82,27 +82,25 @@ def test_a_claims_folder_renamed_while_the_daemon_was_down_is_not_an_inbox(world
     with Person(world._interpreter, ATTACKER, "/") as again:
         again.rename(world.inbox / CLAIMS, world.inbox / "visible")
     world.start()
-    world.honest_prompt_is_made("another")
+    world.honest_prompt_is_completed("another")
     world.is_idle()
     assert world.requests("an honest prompt") == 1, "the same prompt was sent, and paid for, twice"
 
 
-def test_the_hint_about_a_claims_folder_of_another_owner_leads_to_no_second_payment(world: World) -> None:
-    killed_while_an_answer_is_awaited(world)
+def test_the_hint_about_a_claims_folder_of_another_owner_causes_no_second_payment(world: World) -> None:
+    killed_during_a_request(world)
     subprocess.run(["chown", "-R", "61236:61234", str(world.inbox)], check=True)
     subprocess.run(["chmod", "-R", "g+rwX", str(world.inbox)], check=True)
     world.start()
     world.held_for(CLAIMS)
     (world.inbox / CLAIMS).rename(world.inbox / "old-claims")  # "remove or rename what has this name"
-    world.honest_prompt_is_made("another")
+    world.honest_prompt_is_completed("another")
     world.is_idle()
     assert world.requests("an honest prompt") == 1, "the same prompt was sent, and paid for, twice"
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o000, 0o711])
-def test_a_folder_of_claims_that_the_daemon_may_not_even_open_does_not_keep_it_from_starting(
-    world: World, mode: int
-) -> None:
+def test_a_claims_folder_that_the_daemon_may_not_open_does_not_prevent_the_start(world: World, mode: int) -> None:
     world.attacker.mkdir(world.inbox / CLAIMS, mode)
     world.attacker.chmod(world.inbox / CLAIMS, mode)
     world.start()
@@ -110,7 +108,7 @@ def test_a_folder_of_claims_that_the_daemon_may_not_even_open_does_not_keep_it_f
 
 
 @pytest.mark.parametrize("names", [[".imagewatch-claims"], ["lock", "0123456789abcdef"]], ids=["mark", "lock"])
-def test_a_folder_that_somebody_makes_look_like_claims_is_named_and_scanned_when_it_no_longer_does(
+def test_a_folder_that_looks_like_claims_is_named_and_is_scanned_when_it_no_longer_does(
     world: World, names: list[str]
 ) -> None:
     (world.inbox / "sub").mkdir()
@@ -124,7 +122,7 @@ def test_a_folder_that_somebody_makes_look_like_claims_is_named_and_scanned_when
     assert "it looks like a folder of claimed files" in world.command("check").stdout
     assert world.requests() == 0
     world.attacker.unlink(world.inbox / "sub" / names[0])
-    world.wait(lambda: world.door("sub/cat.prompt.txt") == "outbox", "the prompt")
+    world.wait(lambda: world.destination("sub/cat.prompt.txt") == "outbox", "the prompt")
 
 
 def test_submit_of_a_prompt_in_a_strangers_folder_follows_no_link_of_theirs(world: World) -> None:
@@ -182,7 +180,7 @@ def test_a_prompt_on_a_share_that_grows_between_two_tries_gets_a_receipt_or_an_e
     with open(claim / "cat.prompt.txt", "a") as late:
         late.write(" with a hat")
     world.is_idle()
-    there = world.door("cat.prompt.txt") or (world.inbox / "cat.prompt.txt").exists()
+    there = world.destination("cat.prompt.txt") or (world.inbox / "cat.prompt.txt").exists()
     assert there, "the prompt is gone without a receipt and without an error file"
 
 
@@ -198,16 +196,16 @@ def test_submit_reads_no_prompt_that_is_a_hard_link_to_a_private_file(world: Wor
 
 def test_a_claims_folder_whose_mode_is_changed_while_the_daemon_runs_is_closed_again(world: World) -> None:
     world.start()
-    world.honest_prompt_is_made("first")
+    world.honest_prompt_is_completed("first")
     world.is_idle()
     (world.inbox / CLAIMS).chmod(0o777)  # chmod -R of the administrator
-    world.honest_prompt_is_made("second")
+    world.honest_prompt_is_completed("second")
     world.is_idle()
     assert (world.inbox / CLAIMS).stat().st_mode & 0o777 == 0o700
 
 
-def test_an_honest_folder_that_takes_the_place_of_a_prompt_comes_back(tmp_path: Path, station: Station) -> None:
-    """A folder of somebody's takes the place of a prompt in the moment of its claim: what is in it is not swallowed."""
+def test_an_honest_folder_that_takes_the_place_of_a_prompt_is_put_back(tmp_path: Path, station: Station) -> None:
+    """A folder takes the place of a prompt in the moment of its claim: what is in it is not lost."""
 
     class Swapping(type(station.spool.disk)):  # type: ignore[misc]
         def rename(self, source: str, target: str) -> None:
@@ -254,7 +252,7 @@ def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(st
 def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     station: Station, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where inodes and times do not tell: a hard link of the same size, put there between the look and the claim."""
+    """Where inode and times are the same: a hard link of the same size, put there between the scan and the claim."""
     private = tmp_path / "private"
     private.write_text(MARK)
     private.chmod(0o600)
@@ -269,13 +267,13 @@ def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     assert copies == [], "retry would have it sent"
 
 
-def test_no_folder_of_somebody_else_gets_the_mode_of_a_new_folder_of_ours(station: Station, tmp_path: Path) -> None:
+def test_no_folder_of_another_user_gets_the_mode_of_a_new_folder_of_ours(station: Station, tmp_path: Path) -> None:
 
     (station.outbox / "private").mkdir(mode=0o700)
 
     class Swapping(Disk):
         def set_mode(self, path: str, mode: int) -> None:
-            if (station.outbox / "sub").exists():  # by somebody who may write the outbox and waits for that name
+            if (station.outbox / "sub").exists():  # by a user who may write the outbox and waits for that name
                 exchange(path, str(station.outbox / "private"))
             super().set_mode(path, mode)
 
@@ -289,7 +287,7 @@ def test_no_folder_of_somebody_else_gets_the_mode_of_a_new_folder_of_ours(statio
 def test_prompts_that_take_turns_with_folders_leave_no_descriptor_open(new_world: Callable[..., World]) -> None:
     world = new_world(settings={"inbox": {"input_wait_seconds": 3600}})
     pid = world.start().process.pid
-    world.honest_prompt_is_made("first")
+    world.honest_prompt_is_completed("first")
     before = descriptors(pid)
     for n in range(4):
         world.attacker.write(world.inbox / f"x{n}.prompt.txt", '+++\ninput_images = ["never.png"]\n+++\nan x')
@@ -303,5 +301,5 @@ def test_prompts_that_take_turns_with_folders_leave_no_descriptor_open(new_world
 
     until(looked, 60)
     world.attacker.stop_racing()
-    world.honest_prompt_is_made("last")
+    world.honest_prompt_is_completed("last")
     assert descriptors(pid) < before + 20

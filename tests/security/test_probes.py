@@ -1,4 +1,4 @@
-"""What is in the way of the daemon's own short-lived files stops nobody's prompts."""
+"""Files in the way of the daemon's own short-lived files stop no prompt."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ if TYPE_CHECKING:
 
     from security.world import World
 
-DOORS = ("inbox", "outbox", "errors", "archive")
+DESTINATIONS = ("inbox", "outbox", "errors", "archive")
 
 
 def put_in_the_way(world: World, name: str, kind: str) -> None:
     """Put something of the attacker's under a name in each folder that all may write."""
-    for door in DOORS:
-        path = world.root / door / name
+    for destination in DESTINATIONS:
+        path = world.root / destination / name
         if kind == "folder":
             world.attacker.mkdir(path)
             world.attacker.write(path / "file", "")
@@ -29,21 +29,21 @@ def put_in_the_way(world: World, name: str, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
 @pytest.mark.parametrize("name", [".iw-probe", ".iw-probe.d"])
-def test_something_else_under_the_name_of_a_write_probe_keeps_no_daemon_from_starting(
+def test_a_foreign_file_under_the_name_of_a_write_probe_does_not_prevent_the_start(
     new_world: Callable[..., World], name: str, kind: str
 ) -> None:
-    world = new_world(open_to_all=DOORS, settings={"outbox": {"folder_mode": "2755"}})
+    world = new_world(open_to_all=DESTINATIONS, settings={"outbox": {"folder_mode": "2755"}})
     put_in_the_way(world, name, kind)
     world.start()
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     world.nothing_leaked()
 
 
 @pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
-def test_something_else_under_the_name_of_a_write_probe_holds_no_queue(
+def test_a_foreign_file_under_the_name_of_a_write_probe_does_not_hold_the_queue(
     new_world: Callable[..., World], kind: str
 ) -> None:
-    world = new_world(open_to_all=DOORS)
+    world = new_world(open_to_all=DESTINATIONS)
     world.start()
     world.attacker.mkdir(world.inbox / "sub")
     world.sandbox.hold()
@@ -53,5 +53,5 @@ def test_something_else_under_the_name_of_a_write_probe_holds_no_queue(
     world.attacker.write(world.outbox / "sub", "in the way")  # the job cannot end, and the daemon probes its folders
     world.sandbox.release()
     assert world.end("sub/cat.prompt.txt") == "stuck"
-    world.honest_prompt_is_made()
+    world.honest_prompt_is_completed()
     world.nothing_leaked()

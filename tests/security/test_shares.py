@@ -70,7 +70,7 @@ def test_a_claim_that_becomes_a_link_gives_away_neither_key_nor_state(shared: Wo
     shared.end("cat.prompt.txt")
     is_safe(shared, asked=1)
     if not shared.holds():
-        shared.honest_prompt_is_made()
+        shared.honest_prompt_is_completed()
         is_safe(shared, asked=2)
 
 
@@ -85,7 +85,7 @@ def test_a_claimed_file_that_becomes_a_link_gives_away_neither_key_nor_state(sha
     shared.sandbox.release()
     shared.end("cat.prompt.txt")
     is_safe(shared, asked=1)
-    shared.honest_prompt_is_made()
+    shared.honest_prompt_is_completed()
     is_safe(shared, asked=2)
 
 
@@ -120,8 +120,8 @@ def test_files_put_into_a_claim_are_put_into_no_folder_that_became_a_link(shared
     assert shared.requests() == 2
 
 
-def test_check_says_that_others_can_touch_what_is_claimed_there(shared: World) -> None:
-    assert shared.start().stop() == 0  # the claims folder is there: what it looks like shows what the mount keeps
+def test_check_reports_that_others_can_change_claimed_files(shared: World) -> None:
+    assert shared.start().stop() == 0  # the claims folder is there: its mode shows what the mount keeps
     done = shared.command("check")
     assert "other users" in done.stdout, done.stdout + done.stderr
     assert "Traceback" not in done.stderr

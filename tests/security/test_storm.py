@@ -1,4 +1,4 @@
-"""Names are renamed, swapped, linked and closed at random beside honest prompts: those are made, once."""
+"""Names are renamed, swapped, linked and closed at random beside honest prompts: those are completed, once."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from support.daemon import Told
+    from support.daemon import LoggedDaemon
 
 HONEST_PROMPTS = 20
 ROUNDS, ACTS = 10, 150
@@ -28,7 +28,7 @@ EVIL = picture("evil").decode("latin-1")
 
 
 def storm(world: World, number: int, seed: int, tops: list[Path], spared: tuple[str, ...]) -> int:
-    """Have the attacker rage for a round beside prompts of everybody; return how many things they could do."""
+    """Let the attacker change names for a round beside prompts of all users; return how many calls succeeded."""
     wild = [top / f"wild{number}" for top in tops]
     for place in wild:
         world.attacker.may("mkdir", place)
@@ -52,7 +52,7 @@ def receipts(world: World) -> list[str]:
     return found
 
 
-def all_honest_are_made_once(world: World) -> None:
+def all_honest_are_completed_once(world: World) -> None:
     wanted = [f"honest prompt {number}" for number in range(HONEST_PROMPTS)]
     world.wait(lambda: set(wanted) <= set(receipts(world)), "the receipts of all honest prompts")
     assert {text: count for text in wanted if (count := world.requests(text)) != 1} == {}, "not sent once"
@@ -60,7 +60,7 @@ def all_honest_are_made_once(world: World) -> None:
     assert {text: count for text in wanted if (count := made.count(text)) != 1} == {}, "not made once"
 
 
-def books_agree(world: World, daemon: Told) -> None:
+def books_agree(world: World, daemon: LoggedDaemon) -> None:
     """Each job was sent once, and the ledger has it. The attacker's may have the same words: there are hard links."""
     world.wait(lambda: set(sent(world)) <= {row["job"] for row in attempts(world)}, "the rows of what was sent")
     assert daemon.stop() == 0  # what is sent is finished, and nothing new is claimed
@@ -95,16 +95,14 @@ def test_a_storm_beside_the_folders_of_an_honest_user_stops_none_of_their_prompt
             world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest prompt {one}")
         done += storm(world, number, seed, tops, (CLAIMS, "theirs"))
     assert done > ROUNDS * ACTS // 4
-    all_honest_are_made_once(world)
+    all_honest_are_completed_once(world)
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     books_agree(world, daemon)
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is_in_order_again(
-    world: World, seed: int
-) -> None:
+def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_completed(world: World, seed: int) -> None:
     their_folder(world)
     daemon = world.start()
     own = {name: (world.inbox / name).stat().st_ino for name in (CLAIMS, "theirs")}
@@ -114,9 +112,9 @@ def test_after_a_storm_in_the_whole_inbox_all_honest_prompts_are_made_when_it_is
             world.honest.drop(world.inbox / "theirs" / f"h{one}.prompt.txt", f"honest prompt {one}")
         storm(world, number, seed, [world.inbox], ())
     put_in_order(world, own)
-    assert daemon.stop() == 0  # what waits for the folders goes on by itself; a start is only sooner
+    assert daemon.stop() == 0  # what waits for the folders continues automatically; a start is only sooner
     daemon = world.start()
-    all_honest_are_made_once(world)
+    all_honest_are_completed_once(world)
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     books_agree(world, daemon)
@@ -129,10 +127,10 @@ def put_in_order(world: World, own: dict[str, int]) -> None:
 
 
 def _put_back(inbox: Path, name: str, number: int) -> bool:
-    """Try to give a folder its name again; tell whether it has it."""
+    """Try to give a folder its name again; return whether it has it."""
     (found,) = (path for path in inbox.iterdir() if path.lstat().st_ino == number)
     place = inbox / name
-    with contextlib.suppress(OSError):  # the daemon may have made something there in this moment
+    with contextlib.suppress(OSError):  # the daemon may have created something there in this moment
         if found != place:
             (exchange if os.path.lexists(place) else os.rename)(str(found), str(place))
     return place.lstat().st_ino == number

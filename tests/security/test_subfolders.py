@@ -1,4 +1,4 @@
-"""A sub-folder of the inbox becomes a link: the daemon takes nothing from behind it, and puts nothing there."""
+"""A sub-folder of the inbox becomes a link: the daemon reads nothing through it, and writes nothing through it."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ def target_of(world: World, name: str) -> Path:
 
 
 @pytest.mark.parametrize("target", ["outbox", "home", "state", "jobs", "their"])
-def test_what_goes_back_to_a_sub_folder_that_became_a_link_goes_nowhere_else(world: World, target: str) -> None:
+def test_files_that_return_to_a_sub_folder_that_became_a_link_go_nowhere_else(world: World, target: str) -> None:
     first_daemon = world.start()
     give(world.outbox, 0o700)
     place = target_of(world, target)
-    world.wait(lambda: target != "their" or world.door("theirs/first.prompt.txt"), "the folder of another sender")
+    world.wait(
+        lambda: target != "their" or world.destination("theirs/first.prompt.txt"), "the folder of another sender"
+    )
     world.is_idle()
     before = {path.name for path in place.iterdir()}
     world.sandbox.hold()
@@ -55,19 +57,19 @@ def test_what_goes_back_to_a_sub_folder_that_became_a_link_goes_nowhere_else(wor
     world.attacker.unlink(world.inbox / "sub")
     world.attacker.rename(world.inbox / ".sub", world.inbox / "sub")
     world.sandbox.balance = FREE
-    if target != "outbox":  # there it goes on by itself; a start is only sooner
+    if target != "outbox":  # there it continues automatically; a start is only sooner
         assert first_daemon.stop() == 0
         world.start()
     world.release()
     for name in ("dog", "elk"):
-        world.wait(lambda source=f"sub/{name}.prompt.txt": world.door(source), "both prompts of the sub-folder")
-        assert world.requests(f"a {name}") <= 2  # refused for want of credits, and then made
-    world.honest_prompt_is_made()
+        world.wait(lambda source=f"sub/{name}.prompt.txt": world.destination(source), "both prompts of the sub-folder")
+        assert world.requests(f"a {name}") <= 2  # refused for too few credits, and then completed
+    world.honest_prompt_is_completed()
     charged = [call["prompt"] for call in world.sandbox.report()["calls"] if call["credits"]]
     assert len(charged) == len(set(charged))
 
 
-def test_an_image_is_not_taken_from_behind_a_link_that_takes_turns_with_its_folder(world: World) -> None:
+def test_an_image_is_not_read_through_a_link_that_takes_turns_with_its_folder(world: World) -> None:
     names = [f"cat{number}" for number in range(40)]
     give(world.outbox, 0o700)
     world.attacker.mkdir(world.inbox / ".sub")
@@ -81,13 +83,13 @@ def test_an_image_is_not_taken_from_behind_a_link_that_takes_turns_with_its_fold
     world.attacker.symlink(world.outbox, world.inbox / "sub")
     world.start()
     world.attacker.race(world.inbox / "sub", world.inbox / ".sub")
-    for number in range(20):  # for each of them the daemon looks at everything
-        world.honest_prompt_is_made(f"honest{number}")
+    for number in range(20):  # for each of them the daemon scans everything
+        world.honest_prompt_is_completed(f"honest{number}")
     assert world.attacker.stop_racing() > 0
     world.attacker.unlink(world.inbox / "sub")
     world.attacker.rename(world.inbox / ".sub", world.inbox / "sub")
     for name in names:
-        world.wait(lambda source=f"sub/{name}.prompt.txt": world.door(source), "all prompts of the sub-folder")
+        world.wait(lambda source=f"sub/{name}.prompt.txt": world.destination(source), "all prompts of the sub-folder")
     world.is_idle()
     found = {path.name: path.stat().st_ino for path in world.outbox.glob("*.png") if path.name in secrets}
     assert found == secrets, "private pictures were taken out of their folder"

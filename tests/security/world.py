@@ -13,7 +13,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
-from support.daemon import KEY, Folders, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, until
 from support.endpoint import picture
 
 from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, look, walk
@@ -25,25 +25,25 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 CLAIMS = ".imagewatch"
-_MOST_LINES = 80
-"""Of the log and of names, in the note of a failure."""
+_MOST_NAMES = 80
+"""How many names the message of a failure shows."""
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
 PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
-"""A whole picture, with a mark behind its end."""
+"""A whole image, with a mark behind its end."""
 
 
 class World(Folders):
     """The folders of a daemon of the user ``DAEMON``, seen by root.
 
     The attacker may write the inbox, and what ``open_to_all`` names beside it; nothing else. The folder ``home`` with a
-    ``.profile`` and a picture, the folder of the key and the state folder are private.
+    ``.profile`` and an image, the folder of the key and the state folder are private.
 
     Args:
         root: An empty folder that all users may enter.
         sandbox: The endpoint.
         interpreter: The Python of all users.
-        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` everybody may write.
+        open_to_all: Which of ``outbox``, ``errors`` and ``archive`` all users may write.
         key_folder: An empty folder for the key, if it is to be elsewhere.
         settings: More of the configuration, by section.
     """
@@ -80,7 +80,7 @@ class World(Folders):
         self._before = {folder: look(folder) for folder in (self.home, self.key_folder)}
         self.attacker = Person(interpreter, ATTACKER, str(self.inbox))
         self.honest = Person(interpreter, HONEST, str(self.inbox))
-        self.daemons: list[Told] = []
+        self.daemons: list[LoggedDaemon] = []
 
     def _configure(self, settings: dict[str, dict[str, Any]]) -> None:
         fixed: dict[str, dict[str, Any]] = {
@@ -100,28 +100,24 @@ class World(Folders):
 
     def leave(self) -> None:
         """End every process."""
-        for told in self.daemons:
-            if told.process.poll() is None:
-                told.process.kill()
-            told.end()
-            for pipe in (told.process.stdout, told.process.stderr):
-                pipe.close()
+        for daemon in self.daemons:
+            daemon.kill()
         self.attacker.leave()
         self.honest.leave()
 
     # The daemon
 
-    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True, **more: Any) -> Told:
+    def start(self, *arguments: str, uid: int = DAEMON, running: bool = True, **more: Any) -> LoggedDaemon:
         """Start a daemon; wait until it runs."""
         command = ["-m", "imagewatch", *(arguments or ("run",)), "--config", str(self.configuration)]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": "/", **more}
         process = self._interpreter.start(uid, command, {"HOME": str(self.home)}, **pipes)
-        told = Told(SimpleNamespace(process=process))  # type: ignore[arg-type]  # a process is all it takes of it
-        self.daemons.append(told)
+        daemon = LoggedDaemon(SimpleNamespace(process=process))  # type: ignore[arg-type]  # it uses nothing else
+        self.daemons.append(daemon)
         if running:
             until(lambda: process.poll() is not None or self._status_of(process.pid).get("state") == "running")
-            assert process.poll() is None, self.told(told)
-        return told
+            assert process.poll() is None, daemon.log()
+        return daemon
 
     def command(self, *arguments: str, uid: int = DAEMON, **more: Any) -> subprocess.CompletedProcess[str]:
         """Run a command of a user to its end."""
@@ -136,14 +132,14 @@ class World(Folders):
         done = self.command("release")
         assert done.returncode == 0, done.stderr
 
-    def told(self, *daemons: Told) -> str:
-        """Return all that daemons have said."""
-        return "\n".join(str(line.get("text", line)) for told in daemons or self.daemons for line in list(told.lines))
+    def log(self) -> str:
+        """Return all that the daemons have logged."""
+        return "\n".join(daemon.log() for daemon in self.daemons)
 
     # What is seen
 
     def status(self) -> dict[str, Any]:
-        """Return what the daemon says of itself; nothing before it said something."""
+        """Return the status of the daemon; empty before it wrote one."""
         try:
             return dict(json.loads((self.state / "status.json").read_bytes()))
         except (OSError, ValueError):
@@ -162,33 +158,33 @@ class World(Folders):
         self.wait(lambda: all(word in self.holds() for word in words), f"a hold with {words}")
 
     def wait(self, condition: Callable[[], object], what: str = "") -> None:
-        """Wait for something; when it does not come, say what the daemon said."""
-        try:
-            until(condition)
-        except AssertionError as error:
-            lines = [*self.told().splitlines()[-_MOST_LINES:], *map(str, [*walk(self.top)][:_MOST_LINES])]
-            error.add_note("\n".join((f"waited for {what}", f"status: {self.status()}", *lines)))
-            raise
+        """Wait for something; if it does not come, show the status and all names."""
+        __tracebackhide__ = True
 
-    def door(self, source: str) -> str:
-        """Return where the document of a prompt is, or an empty string; links are not followed."""
-        for door in ("outbox", "errors"):
-            for path in walk(self.root / door):
+        def saw() -> str:
+            return "\n".join((f"status: {self.status()}", *map(str, [*walk(self.top)][:_MOST_NAMES])))
+
+        until(condition, saw=saw, what=what)
+
+    def destination(self, source: str) -> str:
+        """Return where the result file of a prompt is, or an empty string; links are not followed."""
+        for destination in ("outbox", "errors"):
+            for path in walk(self.root / destination):
                 if path.name.endswith((".receipt.toml", ".error.toml")) and not path.is_symlink():
                     try:
                         if tomllib.loads(path.read_text()).get("source") == source:
-                            return door
+                            return destination
                     except (OSError, ValueError):  # just renamed by its reader
                         continue
         return ""
 
     def end(self, source: str) -> str:
-        """Wait until nothing more happens to a prompt by itself.
+        """Wait until nothing more happens to a prompt automatically.
 
         Returns:
-            ``outbox`` or ``errors``: its document is there, and its job over or the queue held.
-            ``held``, ``stuck`` or ``waiting``: the status says so.
-            ``gone``: neither prompt nor job nor document is left.
+            ``outbox`` or ``errors``: its result file is there, and its job is finished or the queue held.
+            ``held``, ``stuck`` or ``waiting``: as in the status.
+            ``gone``: neither prompt nor job nor result file is left.
         """
         found: list[str] = []
 
@@ -200,35 +196,35 @@ class World(Folders):
         return found[0]
 
     def _end(self, source: str) -> str:
-        page, door = self.status(), self.door(source)
+        page, destination = self.status(), self.destination(source)
         if page.get("holds"):
-            return door or "held"
+            return destination or "held"
         if source in [job["source"] for job in page.get("stuck", [])]:
             return "stuck"
         here = any(path.name == os.path.basename(source) for path in walk(self.inbox))
         if any(path.is_dir() for path in (self.state / "jobs").iterdir()):
             return ""
-        if door:
-            return door
+        if destination:
+            return destination
         folders = [source[:at] for at, letter in enumerate(source) if letter == "/"]
         named = {*page.get("waiting", {}).get("files", ()), *page.get("ignored", {}).get("files", ())}
         if named.intersection((source, *folders)):
             return "waiting"
-        return "" if here else self.door(source) or "gone"
+        return "" if here else self.destination(source) or "gone"
 
     def requests(self, text: str | None = None) -> int:
         """Return how many requests came, in all or for one prompt."""
         return sum(text in {None, call["prompt"]} for call in self.sandbox.report()["calls"])
 
     def rows(self, source: str | None = None) -> list[sqlite3.Row]:
-        """Return what the ledger says of a prompt, or of all."""
+        """Return the rows of the ledger for a prompt, or for all."""
         with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
             database.row_factory = sqlite3.Row
             rows = database.execute("SELECT * FROM attempts").fetchall()
         return [row for row in rows if source in {None, row["source"]}]
 
     def asked(self, count: int = 1) -> bool:
-        """Wait until so many requests are under way, or the queue is held; tell whether they are."""
+        """Wait until so many requests were sent, or the queue is held; return whether they were sent."""
         self.wait(lambda: self.requests() >= count or self.holds(), f"{count} requests, or a hold")
         return self.requests() >= count
 
@@ -247,14 +243,14 @@ class World(Folders):
         assert holding == [], "what is private is where it does not belong"
         assert self.attacker.readable_with(str(self.top), [KEY, MARK]) == []
         self.nothing_private_was_sent()
-        assert KEY not in self.told()
-        assert MARK not in self.told()
+        assert KEY not in self.log()
+        assert MARK not in self.log()
 
     def nothing_private_was_sent(self) -> None:
-        """The endpoint has seen no private text and no private picture."""
+        """The endpoint has received no private text and no private image."""
         hidden = hashlib.sha256(PRIVATE_PICTURE.encode("latin-1")).hexdigest()
         for call in self.sandbox.report()["calls"]:
-            assert hidden not in call["inputs"], "a private picture was sent"
+            assert hidden not in call["inputs"], "a private image was sent"
             assert MARK not in str(call["prompt"]), "a private text was sent"
 
     def state_is_whole(self, *, jobs: bool = False) -> None:
@@ -283,12 +279,12 @@ class World(Folders):
         self.honest.drop(folder / f"{name}.prompt.txt", text)
         return f"theirs/{name}.prompt.txt"
 
-    def honest_prompt_is_made(self, name: str = "honest") -> None:
-        """Drop a prompt as an honest user, and wait until it was made, once."""
+    def honest_prompt_is_completed(self, name: str = "honest") -> None:
+        """Drop a prompt as an honest user, and wait until it was completed, once."""
         text = f"an honest prompt of {name}"
         source = self.honest_prompt(name, text)
-        self.wait(lambda: self.door(source), f"the honest prompt {name}")
-        assert self.door(source) == "outbox"
+        self.wait(lambda: self.destination(source), f"the honest prompt {name}")
+        assert self.destination(source) == "outbox"
         assert self.requests(text) == 1
 
 

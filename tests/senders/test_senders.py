@@ -69,33 +69,33 @@ def send_images(parcel: Parcel) -> None:
 def test_cp_with_the_prompt_first(either):
     for path in prompt_first(either):
         run(["cp", path, either.target])
-    either.is_made()
+    either.is_completed()
 
 
 def test_cp_that_keeps_old_times(parcel):
     for path in parcel.source.iterdir():
         os.utime(path, (1_000_000_000, 1_000_000_000))
     run(["cp", "-a", *prompt_first(parcel), parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_mv_within_a_file_system_with_the_prompt_first(either):
     for path in prompt_first(either):
         run(["mv", path, either.target])
-    either.is_made()
+    either.is_completed()
 
 
 @SLOW
 def test_mv_from_another_file_system(parcel, elsewhere):
     run(["cp", *parcel.source.iterdir(), elsewhere])
     run(["mv", *(elsewhere / path.name for path in prompt_first(parcel)), parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @SLOW
 def test_hard_links(parcel):
     run(["ln", *prompt_first(parcel), parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 # Writing under the final name
@@ -111,7 +111,7 @@ def test_a_sender_that_stalls_for_as_long_as_it_likes_with_the_file_open(either,
         writing.stdin.write(content[:9000])
         either.is_held()
         writing.stdin.write(content[9000:])
-    either.is_made()
+    either.is_completed()
 
 
 def test_an_image_that_stalls_while_its_prompt_is_quiet(parcel, tmp_path):
@@ -122,7 +122,7 @@ def test_an_image_that_stalls_while_its_prompt_is_quiet(parcel, tmp_path):
         file.write(content[:9000])
         parcel.is_held()
         file.write(content[9000:])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_a_sender_that_first_gives_files_their_full_size(parcel, tmp_path):
@@ -137,7 +137,7 @@ def test_a_sender_that_first_gives_files_their_full_size(parcel, tmp_path):
             for piece in pieces(content):
                 file.write(piece)
         os.utime(parcel.target / path.name, (1_000_000_000, 1_000_000_000))
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_a_shell_that_writes_slowly(parcel):
@@ -148,7 +148,7 @@ def test_a_shell_that_writes_slowly(parcel):
         parts[-1].write_bytes(piece)
     script = f'for piece in "$@"; do cat "$piece"; sleep {PAUSE}; done > "$target"'
     run(["sh", "-c", script, "sh", *parts], env={**os.environ, "target": str(parcel.target / "cat.prompt.txt")})
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_a_shell_that_appends_in_pieces(either):
@@ -156,7 +156,7 @@ def test_a_shell_that_appends_in_pieces(either):
     for piece in pieces(either.files["cat.prompt.txt"]):
         run(["sh", "-c", 'cat >> "$1"', "sh", either.target / "cat.prompt.txt"], input=piece)
         pause()
-    either.is_made()
+    either.is_completed()
 
 
 def test_images_that_are_made_empty_and_filled_by_another_name(parcel):
@@ -168,7 +168,7 @@ def test_images_that_are_made_empty_and_filled_by_another_name(parcel):
     parcel.is_held()
     growing.write_bytes(parcel.files["cat.webp"])
     growing.rename(parcel.target / "cat.webp")
-    parcel.is_made()
+    parcel.is_completed()
 
 
 FORMS = {
@@ -200,7 +200,7 @@ def test_another_name_for_the_time_of_the_transfer(native, tmp_path):
         growing.write_bytes(parcel.files["cat.webp"])
         growing.rename(parcel.target / "cat.webp")
     for parcel in parcels:
-        parcel.is_made()
+        parcel.is_completed()
 
 
 def test_what_systems_leave_beside_files_is_neither_taken_nor_complained_about(native, parcel):
@@ -210,7 +210,7 @@ def test_what_systems_leave_beside_files_is_neither_taken_nor_complained_about(n
         (parcel.target / name).parent.mkdir(exist_ok=True)
         (parcel.target / name).write_bytes(parcel.files["cat.prompt.txt"])
     run(["cp", *prompt_first(parcel), parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
     assert [line["file"] for line in native.daemon.events("ignored") if line["file"].startswith(parcel.name)] == []
 
 
@@ -222,7 +222,7 @@ def test_what_is_not_taken_though_somebody_may_have_meant_it_is_named_in_the_log
     (parcel.target / "link.png").symlink_to("cat.txt")
     (parcel.target / "#folder").mkdir()
     run(["cp", *prompt_first(parcel), parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
     told = {line["file"] for line in native.daemon.events("ignored")}
     assert told >= {f"{parcel.name}/{name}" for name in (*meant[:-1], "@home", "link.png", "#folder")}
 
@@ -242,26 +242,26 @@ def nested(parcel) -> Parcel:
 
 def test_a_folder_that_is_moved_in_whole(nested):
     run(["mv", nested.source / "deep", nested.target])
-    nested.is_made("deep/er")
+    nested.is_completed("deep/er")
 
 
 def test_a_folder_that_is_moved_in_whole_without_change_events(polled, tmp_path):
     parcel = polled.parcel(tmp_path)
     parcel.target.rmdir()
     run(["mv", parcel.source, polled.folders.inbox])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_a_folder_that_is_moved_in_from_another_file_system(nested, elsewhere):
     run(["cp", "-r", nested.source / "deep", elsewhere])
     run(["mv", elsewhere / "deep", nested.target])
-    nested.is_made("deep/er")
+    nested.is_completed("deep/er")
 
 
 @SLOW
 def test_a_folder_that_is_copied_in(nested):
     run(["cp", "-r", nested.source / "deep", nested.target])
-    nested.is_made("deep/er")
+    nested.is_completed("deep/er")
 
 
 def test_tar_reading_from_a_slow_line(parcel):
@@ -273,7 +273,7 @@ def test_tar_reading_from_a_slow_line(parcel):
         for piece in pieces(archive.read_bytes()):
             unpacking.stdin.write(piece)
             pause()
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_unzip(parcel):
@@ -283,7 +283,7 @@ def test_unzip(parcel):
         for path in prompt_first(parcel):
             file.write(path, path.name)
     run([unzip, "-q", archive, "-d", parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @pytest.fixture
@@ -297,10 +297,10 @@ def repository(nested) -> Path:
 
 def test_git_clone_into_the_inbox(nested, repository):
     run([*GIT, "clone", "-q", repository, nested.target])
-    nested.is_made("deep/er")
+    nested.is_completed("deep/er")
 
 
 def test_git_checkout_in_the_inbox(nested, repository):
     run([*GIT, "clone", "-q", "--no-checkout", repository, nested.target])
     run([*GIT, "-C", nested.target, "checkout", "-q", "main"])
-    nested.is_made("deep/er")
+    nested.is_completed("deep/er")

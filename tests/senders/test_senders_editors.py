@@ -60,7 +60,7 @@ def test_vim_that_saves_twice_and_stays_open(parcel, prompt):
         editor.type(f"A{rest}\x1b:set backupcopy=no\r:w\r")  # a new file under the name, the old one beside it
         saved(prompt, first + rest + "\n")
         editor.type(":q\r")
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_nano_that_saves_and_stays_open_with_its_lock_file(parcel, prompt):
@@ -74,7 +74,7 @@ def test_nano_that_saves_and_stays_open_with_its_lock_file(parcel, prompt):
         editor.type(f"{rest}\x0f\r")
         saved(prompt, first + rest + "\n")
         editor.type("\x18")
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_nano_without_a_lock_file(parcel, prompt):
@@ -83,7 +83,7 @@ def test_nano_without_a_lock_file(parcel, prompt):
     with Terminal(nano, "--ignorercfiles", prompt) as editor:
         editor.shows("cat.prompt.txt")
         editor.type(f"{first}{rest}\x0f\r\x18")
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @SLOW
@@ -102,13 +102,13 @@ def test_emacs_that_saves_and_goes_on_typing(parcel, prompt):
         editor.type(f"\x7f{rest}\r\x18\x13")
         saved(prompt, first + rest + "\n")
         editor.type("\x18\x03")
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_sed_that_edits_in_place(parcel, prompt):
     prompt.write_bytes(parcel.files["cat.prompt.txt"].replace(b"and more", b"and less"))
     run(["sed", "-i", "s/and less/and more/g", prompt])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 # What other editors do, step by step
@@ -123,7 +123,7 @@ def test_an_editor_that_empties_the_file_and_writes_it_again_while_somebody_type
             pause()
             file.write(written)
         pause()
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_an_editor_that_writes_another_file_and_renames_it(parcel, prompt):
@@ -135,7 +135,7 @@ def test_an_editor_that_writes_another_file_and_renames_it(parcel, prompt):
         temporary.write_bytes(written)
         temporary.rename(prompt)
         pause()
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @SLOW
@@ -149,7 +149,7 @@ def test_an_editor_that_moves_the_old_file_away_first(parcel, prompt):
     prompt.rename(old)
     new.rename(prompt)
     old.unlink()
-    parcel.is_made()
+    parcel.is_completed()
 
 
 LOCKS = {
@@ -173,7 +173,7 @@ def test_a_lock_file_holds_the_prompt_until_it_is_gone(native, tmp_path):
         (parcel.target / "cat.prompt.txt").write_bytes(parcel.files["cat.prompt.txt"])
         (parcel.target / lock).unlink()
     for parcel in parcels:
-        parcel.is_made()
+        parcel.is_completed()
 
 
 def test_a_prompt_that_names_its_images_is_not_taken_at_once_while_it_is_open_in_an_editor(native, tmp_path):
@@ -187,4 +187,4 @@ def test_a_prompt_that_names_its_images_is_not_taken_at_once_while_it_is_open_in
     temporary.write_bytes(parcel.files["cat.prompt.txt"])
     temporary.rename(parcel.target / "cat.prompt.txt")
     lock.unlink()
-    parcel.is_made()
+    parcel.is_completed()

@@ -98,14 +98,14 @@ def ssh(tmp_path) -> Iterator[Path]:
 
 def test_scp_over_a_slow_line(parcel, ssh):
     run([program("scp"), "-F", ssh, "-l", "4000", *prompt_first(parcel), f"inbox:{parcel.target}/"])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @SLOW
 def test_sftp_under_the_final_names(parcel, ssh):
     puts = "".join(f"put {path} {parcel.target}/\n" for path in prompt_first(parcel))
     run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=puts.encode())
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_sftp_under_other_names_and_renamed(parcel, ssh):
@@ -113,13 +113,13 @@ def test_sftp_under_other_names_and_renamed(parcel, ssh):
     puts = "".join(f"put {path} {target}.part\n" for path, target in files)
     renames = "".join(f"rename {target}.part {target}\n" for _, target in files)
     run([program("sftp"), "-F", ssh, "-l", "4000", "-b", "-", "inbox"], input=(puts + renames).encode())
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_rsync_over_ssh(parcel, ssh):
     rsync, client = program("rsync"), program("ssh")
     run([rsync, "-a", "--bwlimit=600", "-e", f"{client} -F {ssh}", f"{parcel.source}/", f"inbox:{parcel.target}/"])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def smb(native, tmp_path) -> Iterator[list[str]]:
 def test_smb_with_the_prompt_first(parcel, smb):
     for path in prompt_first(parcel):
         run([*smb, "-D", parcel.name, "-c", f"put {path} {path.name}"])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @SLOW
@@ -175,4 +175,4 @@ def test_smb_from_a_client_that_stalls(parcel, smb, tmp_path):
         for piece in pieces(content[100_000:]):
             sending.stdin.write(piece)
             pause()
-    parcel.is_made()
+    parcel.is_completed()

@@ -54,24 +54,24 @@ def interrupted(command: list[str | Path], parcel: Parcel, folder: Path) -> None
 
 def test_rsync(parcel, rsync):
     run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_rsync_without_change_events(tmp_path, rsync):
     with serving(tmp_path / "polled", inbox__watch="poll", inbox__rescan_seconds="0.5") as polled:
         parcel = polled.parcel(tmp_path)
         run([rsync, "-a", SLOWLY, f"{parcel.source}/", parcel.target])
-        parcel.is_made()
+        parcel.is_completed()
 
 
 def test_rsync_in_place(parcel, rsync):
     run([rsync, "-a", "--inplace", SLOWLY, f"{parcel.source}/", parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_rsync_that_delays_updates(parcel, rsync):
     run([rsync, "-a", "--delay-updates", SLOWLY, f"{parcel.source}/", parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 @SLOW
@@ -80,7 +80,7 @@ def test_rsync_that_keeps_partial_files_and_goes_on_at_once(large, rsync):
     interrupted(command, large, large.target)
     assert (large.target / "cat.webp").stat().st_size < len(large.files["cat.webp"])
     run([rsync, "-a", "--partial", f"{large.source}/", large.target])
-    large.is_made()
+    large.is_completed()
 
 
 @SLOW
@@ -93,7 +93,7 @@ def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_made_when_it_com
     assert large.calls == []
     (refused / "cat.error.toml").unlink()
     run([rsync, "-a", "--partial", f"{large.source}/", large.target])
-    large.is_made()
+    large.is_completed()
 
 
 def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_path, rsync):
@@ -102,7 +102,7 @@ def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_
     interrupted(command, parcel, parcel.target)
     parcel.is_held()
     run([rsync, "-a", f"{parcel.source}/", parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 def test_rsync_that_deletes_what_it_does_not_know_takes_nothing_that_is_paid_for(native, parcel, rsync):
@@ -128,7 +128,7 @@ def test_rclone(parcel):
     config = parcel.source.parent / "rclone.conf"
     config.touch()
     run([rclone, "--config", config, "copy", "--bwlimit", "600k", parcel.source, parcel.target])
-    parcel.is_made()
+    parcel.is_completed()
 
 
 # Syncthing
@@ -209,7 +209,7 @@ def test_syncthing_over_a_slow_line(large, tmp_path):
     receiver.knows(sender, "sendreceive", 300)
     running = [sender.start(), receiver.start()]
     try:
-        large.is_made()
+        large.is_completed()
     finally:
         for process in running:
             process.terminate()

@@ -20,9 +20,9 @@ from gallery.test_gallery import page_data
 from gallery.test_gallery_hostile import scans
 from prometheus_client.parser import text_string_to_metric_families
 from support.container import ROOT, Container, Unavailable, unavailable
-from support.daemon import KEY, until
+from support.daemon import KEY, STARTED, until
 
-from imagewatch.journal.holds import NEXT
+from imagewatch.protocol.reasons import HOLDS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -55,7 +55,7 @@ def hold(line):
 
 Sandbox(port=8283, key=sys.argv[1], on_request=hold).serve_forever()
 """
-"""An endpoint that keeps its answers back as long as a test likes."""
+"""An endpoint that delays its responses as long as a test likes."""
 REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
 
 
@@ -96,6 +96,7 @@ class Service:
         self.container.run("sh", "-c", f"rm -f {self._drop_ins}/test.conf && systemctl daemon-reload")
         self.systemctl("reset-failed", check=False)
         self._cursor = self.container.run("journalctl", "--lines=0", "--show-cursor").stdout.split("cursor: ")[-1]
+        STARTED[f"service {self.unit}"] = self.log
 
     @property
     def pid(self) -> int:
@@ -108,7 +109,7 @@ class Service:
 
     @property
     def last_sign(self) -> float:
-        """When it last told the watchdog that it lives: monotonic time, seconds."""
+        """When it last reset the watchdog: monotonic time, seconds."""
         return int(self.container.show(self.unit, "WatchdogTimestampMonotonic")) / 1e6
 
     def kill(self, signal: str) -> None:
@@ -117,7 +118,7 @@ class Service:
     def journal(self) -> list[dict[str, Any]]:
         return self.container.journal(self.unit, self._cursor.strip())
 
-    def told(self) -> str:
+    def log(self) -> str:
         """The texts of the journal."""
         return "\n".join(str(entry["MESSAGE"]) for entry in self.journal())
 
@@ -153,7 +154,7 @@ class Endpoint:
 
     @contextlib.contextmanager
     def holding(self) -> Iterator[None]:
-        """Take requests and pay for them, but answer none before the end."""
+        """Accept and charge requests, but answer none before the end."""
         self._container.put(HELD, "")
         try:
             yield
@@ -225,7 +226,7 @@ def started(service) -> Service:
     return service
 
 
-# What can be told without a machine
+# What can be tested without a machine
 
 
 def directives(name: str) -> list[str]:
@@ -234,7 +235,7 @@ def directives(name: str) -> list[str]:
 
 @pytest.mark.parametrize("template", ["", "@"])
 @pytest.mark.parametrize("unit", EXPOSURE)
-def test_the_exposure_of_the_unit_is_no_more_than_it_says(unit, template):
+def test_the_exposure_of_the_unit_is_at_most_what_it_states(unit, template):
     if shutil.which("systemd-analyze") is None:
         pytest.skip("needs systemd-analyze")
     path = str(UNITS / f"{unit}{template}.service")
@@ -259,7 +260,7 @@ def test_the_unit_for_several_inboxes_differs_in_names_only(unit):
     assert several.split("\n") == directives(unit.replace("@", ""))
 
 
-def test_the_time_to_stop_is_longer_than_the_longest_request_and_the_watchdog_is_not_quicker():
+def test_the_time_to_stop_and_that_of_the_watchdog_are_longer_than_the_longest_request():
     def number(pattern: str, text: str) -> float:
         found = re.search(pattern, text, re.MULTILINE)
         assert found, pattern
@@ -285,24 +286,24 @@ def test_systemd_finds_nothing_wrong_with_the_units(machine, gallery):
 # Starting
 
 
-def test_systemctl_status_says_what_it_does_and_why_it_does_nothing(started, endpoint):
-    def says(words: str) -> bool:
+def test_systemctl_status_shows_what_the_service_does_and_why_it_waits(started, endpoint):
+    def shows(words: str) -> bool:
         return words in started.container.show("imagewatch", "StatusText")
 
     with endpoint.holding():
-        started.prompt("slow", "[sandbox: b64] Told to the manager")
-        until(lambda: says("0 waiting; 1 in flight; today "))
-    until(lambda: says("0 waiting; 0 in flight; today "))
+        started.prompt("slow", "[sandbox: b64] LoggedDaemon to the manager")
+        until(lambda: shows("0 waiting; 1 in flight; today "))
+    until(lambda: shows("0 waiting; 0 in flight; today "))
     started.container.run("imagewatch", "hold", "out of office")
     started.prompt("held", "[sandbox: b64] Not before Monday")
-    until(lambda: says("1 waiting; 0 in flight; today ") and says("held (hand): out of office"))
+    until(lambda: shows("1 waiting; 0 in flight; today ") and shows("on hold (manual): out of office"))
     started.container.run("imagewatch", "release")
 
 
-def test_it_is_ready_when_it_has_looked_and_not_before(started):
+def test_the_service_is_ready_only_after_its_first_scan(started):
     assert started.container.show("imagewatch", "ActiveState") == "active"
     messages = [entry["MESSAGE"] for entry in started.journal()]
-    watching = next(number for number, text in enumerate(messages) if text.startswith("watching"))
+    watching = next(number for number, text in enumerate(messages) if text.startswith("started"))
     ready = next(number for number, text in enumerate(messages) if text.startswith("Started"))
     assert watching < ready
 
@@ -321,7 +322,7 @@ def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoin
 
 def test_the_key_comes_from_the_manager_and_cannot_be_read_by_others(started, endpoint):
     started.prompt("key", "[sandbox: b64] A key")
-    assert started.receipt("key")["charged"] == "yes"  # the endpoint takes no other key
+    assert started.receipt("key")["charged"] == "yes"  # the endpoint accepts no other key
     for path in ("/etc/imagewatch/letta_api_key", "/run/credentials/imagewatch.service/letta_api_key"):
         assert KEY in started.container.path(path).read_text()
         assert started.container.run("cat", path, user="colleague", check=False).returncode != 0
@@ -432,7 +433,7 @@ STRANGE = {
 
 @pytest.fixture(scope="module")
 def probed(machine) -> dict[str, dict[str, Any]]:
-    """What a program meets that runs as the service does, and one that merely runs as its user."""
+    """What a program may do that runs as the service does, and one that merely runs as its user."""
     for path in list(STRANGE.values())[:-1]:
         machine.put(path, "not yours\n", 0o644)
     machine.path("/home/colleague").chmod(0o755)
@@ -450,13 +451,13 @@ def probed(machine) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("what", STRANGE)
-def test_it_cannot_read(probed, what):
+def test_the_service_cannot_read(probed, what):
     path = STRANGE[what]
     assert probed["service"]["read"][path] in {"ENOENT", "EACCES"}
     assert what == "the key itself" or probed["user"]["read"][path] == "done"  # by its rights alone it could
 
 
-def test_it_writes_in_its_own_folders_only_and_runs_nothing_from_there(probed):
+def test_the_service_writes_only_into_its_own_folders_and_runs_nothing_from_there(probed):
     own, state = "/srv/imagewatch/inbox", "/var/lib/imagewatch"
     written = probed["service"]["write"]
     assert (written.pop(own), written.pop(state)) == ("done", "done")
@@ -480,7 +481,7 @@ def wait_for_call(endpoint: Endpoint, prompt: str) -> None:
     until(lambda: endpoint.calls(prompt) == 1)
 
 
-def test_a_killed_service_is_back_and_pays_for_nothing_twice(started, endpoint):
+def test_a_killed_service_is_restarted_and_pays_for_nothing_twice(started, endpoint):
     slow, quick = "[sandbox: slow 30] Killed", "[sandbox: b64] After the kill"
     started.prompt("slow", slow)
     wait_for_call(endpoint, slow)
@@ -495,13 +496,13 @@ def test_a_killed_service_is_back_and_pays_for_nothing_twice(started, endpoint):
 
 
 def with_the_real_watchdog(service: Service) -> None:
-    """Go on with the unit as it is: on a busy machine a second without a sign of life proves nothing."""
+    """Continue with the unit as it is: on a busy machine a second without a sign of life proves nothing."""
     service.drop_in("")
     service.systemctl("restart")
 
 
-def test_a_hung_service_is_killed_by_the_watchdog_and_comes_back(service, endpoint):
-    # Not SIGSTOP: before it aborts, systemd lets a stopped process go on, and nobody hangs any more.
+def test_a_hung_service_is_killed_by_the_watchdog_and_restarted(service, endpoint):
+    # Not SIGSTOP: before it aborts, systemd continues a stopped process, and nothing hangs any more.
     service.container.put(f"{HANGING}/sitecustomize.py", HANG)
     service.drop_in(f"WatchdogSec=1\nEnvironment=PYTHONPATH={HANGING}")
     service.systemctl("start")
@@ -509,10 +510,10 @@ def test_a_hung_service_is_killed_by_the_watchdog_and_comes_back(service, endpoi
     service.prompt("slow", slow)
     wait_for_call(endpoint, slow)
     service.kill("USR1")
-    assert service.error("slow")["charged"] == "unknown"  # said by the one that came back
+    assert service.error("slow")["charged"] == "unknown"  # reported by the restarted one
     assert service.restarts >= 1
-    assert "Watchdog timeout" in service.told()
-    until(lambda: " in hang" in service.told() and " in _loop" in service.told())  # where it hung
+    assert "Watchdog timeout" in service.log()
+    until(lambda: " in hang" in service.log() and " in _loop" in service.log())  # where it hung
     with_the_real_watchdog(service)
     service.prompt("quick", quick)
     assert service.receipt("quick")["charged"] == "yes"
@@ -524,7 +525,7 @@ def test_a_service_that_cannot_see_its_inbox_is_restarted_by_the_watchdog(servic
     service.systemctl("start")
     service.container.run("mv", f"{service.root}/inbox", f"{service.root}/gone")
     until(lambda: service.restarts >= 1)
-    assert "Watchdog timeout" in service.told()
+    assert "Watchdog timeout" in service.log()
     service.container.run("sh", "-c", f"rm -rf {service.root}/gone; systemd-tmpfiles --create imagewatch.conf")
     until(lambda: service.container.show("imagewatch", "ActiveState") == "active")
     with_the_real_watchdog(service)
@@ -532,7 +533,7 @@ def test_a_service_that_cannot_see_its_inbox_is_restarted_by_the_watchdog(servic
     assert service.receipt("seen")["charged"] == "yes"
 
 
-def test_a_service_that_only_waits_for_an_answer_is_left_alone_by_the_watchdog(service, endpoint):
+def test_the_watchdog_does_not_end_a_service_that_waits_for_a_response(service, endpoint):
     service.drop_in(f"WatchdogSec={WATCHDOG_SECONDS}")
     service.systemctl("start")
     with endpoint.holding():
@@ -547,7 +548,7 @@ def test_a_service_that_only_waits_for_an_answer_is_left_alone_by_the_watchdog(s
 # Stopping
 
 
-def test_a_stop_finishes_what_is_sent_and_takes_nothing_new(service, endpoint):
+def test_a_stop_finishes_what_was_sent_and_claims_nothing(service, endpoint):
     service.drop_in(f"WatchdogSec={WATCHDOG_SECONDS}\nEnvironment=IMAGEWATCH_LIMITS__CONCURRENCY=1")
     service.systemctl("start")
     sent, waiting = "[sandbox: b64] On its way", "[sandbox: b64] In the queue"
@@ -582,7 +583,7 @@ def restored(machine) -> Iterator[None]:
     machine.put("/etc/imagewatch/config.toml", before)
 
 
-def test_a_reload_takes_a_good_configuration_and_keeps_the_old_one_when_it_is_bad(started, endpoint, restored):
+def test_a_reload_uses_a_good_configuration_and_keeps_the_old_one_if_it_is_bad(started, endpoint, restored):
     pid = started.pid
     edit(started, "s/^# provider = .*/provider = 'openai'/")
     started.systemctl("reload")
@@ -597,14 +598,14 @@ def test_a_reload_takes_a_good_configuration_and_keeps_the_old_one_when_it_is_ba
     assert (started.pid, started.restarts) == (pid, 0)
 
 
-def test_a_bad_configuration_is_refused_once_and_said_as_an_error(service, restored):
+def test_a_bad_configuration_is_refused_once_and_logged_as_an_error(service, restored):
     edit(service, "s/^# concurrency = .*/concurrency = 1000/")
     assert service.systemctl("start", check=False).returncode != 0
     assert service.container.show("imagewatch", "ActiveState") == "failed"
     assert (service.container.show("imagewatch", "ExecMainStatus"), service.restarts) == ("78", 0)
-    until(lambda: "limits.concurrency" in service.told())
-    said = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
-    assert [entry["PRIORITY"] for entry in said] == ["3"]
+    until(lambda: "limits.concurrency" in service.log())
+    entries = [entry for entry in service.journal() if "limits.concurrency" in str(entry["MESSAGE"])]
+    assert [entry["PRIORITY"] for entry in entries] == ["3"]
 
 
 def test_a_missing_key_file_is_refused_once_and_named(service):
@@ -614,7 +615,7 @@ def test_a_missing_key_file_is_refused_once_and_named(service):
     finally:
         service.container.run("mv", "/etc/imagewatch/away", "/etc/imagewatch/letta_api_key")
     assert (service.container.show("imagewatch", "ActiveState"), service.restarts) == ("failed", 0)
-    assert "status=243/CREDENTIALS" in service.told()
+    assert "status=243/CREDENTIALS" in service.log()
 
 
 # The journal
@@ -631,7 +632,7 @@ def test_the_journal_has_levels_and_fields(started, endpoint):
     assert (made["IMAGEWATCH_JOB"], made["IMAGEWATCH_SOURCE"]) == (job, "good.prompt.txt")
     assert (made["SYSLOG_IDENTIFIER"], made["_SYSTEMD_UNIT"]) == ("imagewatch", "imagewatch.service")
     found = started.container.run("journalctl", "--output=cat", f"IMAGEWATCH_JOB={job}").stdout
-    assert found.startswith("made ")
+    assert found.startswith("completed ")
     warnings = started.container.run("journalctl", "--output=cat", "--unit=imagewatch", "--priority=warning").stdout
     assert "bad.prompt.txt" in warnings
     assert "good.prompt.txt" not in warnings
@@ -643,12 +644,12 @@ def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
     service.prompt("bad", "[sandbox: 400] A bad one")
     service.error("bad")
 
-    def said() -> list[dict[str, Any]]:
-        return [entry for entry in service.journal() if '"refused"' in str(entry["MESSAGE"])]
+    def failures() -> list[dict[str, Any]]:
+        return [entry for entry in service.journal() if '"failed"' in str(entry["MESSAGE"])]
 
-    until(said)
-    assert said()[0]["PRIORITY"] == "4"
-    assert json.loads(said()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
+    until(failures)
+    assert failures()[0]["PRIORITY"] == "4"
+    assert json.loads(failures()[0]["MESSAGE"])["source"] == "bad.prompt.txt"
 
 
 # Several
@@ -656,7 +657,7 @@ def test_lines_of_json_keep_their_level_in_the_journal(service, endpoint):
 
 @pytest.fixture
 def cats(machine, endpoint) -> Iterator[Service]:
-    """A second inbox, made by the page."""
+    """A second inbox, created as the page describes."""
     made = Service(machine, "imagewatch@cats", "imagewatch-cats")
     if not machine.path("/etc/imagewatch/cats.toml").exists():
         assert "is running" in follow(machine, "several", f"{KEY}\n")
@@ -723,7 +724,7 @@ class Gallery:
         self.folder = f"{root}/gallery"
 
     def run(self, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run it to its end; a run that the timer has begun before may not have seen what a test has made."""
+        """Run it to its end; a run that the timer began before may have missed what a test has created."""
         return self.container.run("systemctl", "restart", self.unit, check=check)
 
     @property
@@ -834,7 +835,7 @@ SECRETS = {
 
 @pytest.fixture(scope="module")
 def gallery_probed(machine, endpoint, gallery, probed) -> dict[str, dict[str, Any]]:
-    """What a program meets that runs as the gallery does, and one that merely runs as the daemon's user."""
+    """What a program may do that runs as the gallery does, and one that merely runs as the daemon's user."""
     machine.run("systemctl", "start", "imagewatch")
     machine.put("/srv/imagewatch/inbox/notes.txt", "not yours\n", 0o644)
     machine.put("/opt/gallery_probe.py", GALLERY_PROBE)
@@ -869,7 +870,7 @@ def test_the_gallery_has_limits(gallery):
     assert {name: gallery.container.show(gallery.unit, name) for name in limits} == limits
 
 
-def test_what_a_colleague_forges_in_the_outbox_costs_the_gallery_nothing_else(started, endpoint, gallery):
+def test_a_forged_file_in_the_outbox_does_not_harm_the_rest_of_the_gallery(started, endpoint, gallery):
     started.prompt("honest", "[sandbox: b64] An honest one")
     started.receipt("honest")
     content = scans(4000, 3000, 20_000)
@@ -888,16 +889,16 @@ def test_what_a_colleague_forges_in_the_outbox_costs_the_gallery_nothing_else(st
     assert not {"href", "thumb"} & (ledger.keys() | page.keys())
 
 
-def test_what_root_writes_by_hand_does_not_stop_the_gallery(started, endpoint, gallery):
+def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, gallery):
     page = f"{gallery.folder}/gallery.html"
     shutil.rmtree(started.container.path(f"{gallery.folder}/gallery_files"), ignore_errors=True)
     gallery.page.unlink(missing_ok=True)
     started.prompt("before", "[sandbox: b64] Before")
     started.receipt("before")
-    told = started.container.run(
+    result = started.container.run(
         "sh", "-c", f"umask 077; imagewatch gallery --output {page}; imagewatch gallery"
     ).stdout
-    assert told.count("Wrote ") == 2
+    assert result.count("Wrote ") == 2
     started.prompt("after", "[sandbox: b64] After")
     started.receipt("after")
     gallery.run()
@@ -912,7 +913,7 @@ def test_what_root_writes_by_hand_does_not_stop_the_gallery(started, endpoint, g
 
 
 def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is_not(gallery):
-    def told() -> str:
+    def log() -> str:
         """What the journal has about the last run."""
         last = gallery.container.show(gallery.unit, "InvocationID")
         gallery.container.run("journalctl", "--sync")
@@ -920,12 +921,12 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
         return gallery.container.run("journalctl", "--output=cat", *about).stdout
 
     gallery.run()
-    assert told() == ""
+    assert log() == ""
     page = gallery.page.read_text()
     gallery.page.write_text("somebody's own page")
     try:
         assert gallery.run(check=False).returncode != 0
-        until(lambda: "the file already exists and is not a gallery" in told() and "status=64" in told())
+        until(lambda: "the file already exists and is not a gallery" in log() and "status=64" in log())
     finally:
         gallery.page.write_text(page)
 
@@ -933,43 +934,43 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
 # The rest of the page
 
 
-def test_the_page_names_no_block_that_is_not_followed_here():
+def test_the_tests_follow_every_block_of_the_page():
     blocks = re.findall(r"^# tested: (\w+)$", OPERATIONS, re.MULTILINE)
     followed = re.findall(r'follow\(.+?, "(\w+)"', Path(__file__).read_text())
     assert len(blocks) == len(set(blocks))
     assert set(blocks) == set(followed)
 
 
-def test_the_page_says_what_to_do_about_each_kind_of_hold():
+def test_the_page_names_the_next_step_for_each_kind_of_hold():
     (table,) = re.findall(r"^\| kind \| what happened .+?\n\n", OPERATIONS, re.MULTILINE | re.DOTALL)
     named = [kind for row in table.strip().splitlines()[2:] for kind in re.findall(r"`(\w+)`", row.split("|")[1])]
-    assert sorted(named) == sorted(NEXT)
+    assert sorted(named) == sorted(HOLDS)
 
 
 def test_the_first_start_of_the_page(service):
-    told = follow(service.container, "start")
-    assert "active (running)" in told
-    assert "from systemd credential letta_api_key" in told
-    assert "bad " not in told
+    result = follow(service.container, "start")
+    assert "active (running)" in result
+    assert "from systemd credential letta_api_key" in result
+    assert "bad " not in result
 
 
 def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started):
-    told = started.container.run("imagewatch", "check").stdout
-    assert "bad " not in told
-    (key,) = (line for line in told.splitlines() if line.split()[1] == "key")
+    result = started.container.run("imagewatch", "check").stdout
+    assert "bad " not in result
+    (key,) = (line for line in result.splitlines() if line.split()[1] == "key")
     assert key.startswith("wait")
     command = key.partition("to check it as root: ")[2].rstrip(")")
     assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
 
 
-def test_looking_pausing_and_reloading(started, endpoint):
+def test_status_hold_and_reload(started, endpoint):
     started.prompt("cat", "[sandbox: b64] A cat to look for")
     started.receipt("cat")
     until(lambda: started.events("completed"))
-    told = follow(started.container, "look")
-    assert "is running" in told
-    assert "In all: " in told
-    assert "made attempts=1" in told
+    result = follow(started.container, "look")
+    assert "is running" in result
+    assert "In all: " in result
+    assert "completed attempts=1" in result
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
     until(lambda: started.events("reloaded"))
@@ -994,7 +995,7 @@ def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(star
         machine.run("imagewatch", "release")
         until(
             lambda: machine.run("imagewatch", "status", check=False).returncode == 0
-        )  # it tells once a second at most
+        )  # it sends one line a second at most
         assert written() == (1, 0)
         started.systemctl("stop")
         assert written() == (0, 0)
@@ -1002,7 +1003,7 @@ def test_a_timer_writes_what_prometheus_reads_also_while_it_is_held_or_down(star
         machine.run("systemctl", "disable", "--now", "imagewatch-metrics.timer")
 
 
-def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
+def test_a_new_key_continues_where_the_old_one_was_refused(started, endpoint):
     follow(started.container, "rotate", "sk-let-revoked-0123456789\n")
     started.prompt("first", "[sandbox: b64] Refused at first")
     assert started.error("first")["status"] == 401
@@ -1013,7 +1014,7 @@ def test_a_new_key_goes_on_where_the_old_one_was_refused(started, endpoint):
     assert started.receipt("first")["charged"] == "yes"
 
 
-def test_a_backup_is_made_while_it_runs_and_brought_back(started, endpoint):
+def test_a_backup_is_made_while_the_service_runs_and_restored(started, endpoint):
     started.prompt("kept", "[sandbox: b64] Kept in the ledger")
     started.receipt("kept")
     until(lambda: started.events("completed"))
@@ -1027,13 +1028,13 @@ def test_a_backup_is_made_while_it_runs_and_brought_back(started, endpoint):
     assert started.receipt("after")["charged"] == "yes"
 
 
-def test_an_upgrade_goes_on_with_what_is_there(service, endpoint):
+def test_an_upgrade_continues_with_the_prompts_that_are_there(service, endpoint):
     service.prompt("early", "[sandbox: b64] Dropped while it was down")
     follow(service.container, "upgrade")
     assert service.receipt("early")["charged"] == "yes"
 
 
-def test_what_a_sync_program_needs_lies_in_the_folders_and_is_left_alone(started, endpoint):
+def test_files_of_a_sync_program_in_the_folders_are_not_touched(started, endpoint):
     follow(started.container, "syncthing")
     started.prompt("synced", "[sandbox: b64] Synced", user="syncthing")
     started.receipt("synced")
@@ -1043,7 +1044,7 @@ def test_what_a_sync_program_needs_lies_in_the_folders_and_is_left_alone(started
 
 @pytest.fixture
 def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedProcess[str]]]:
-    """The share of the page: run a client's commands in one of its folders as somebody."""
+    """The share of the page: run a client's commands in one of its folders as a user."""
     if missing := [name for name in ("smbd", "smbclient", "smbpasswd") if shutil.which(name) is None]:
         pytest.skip(f"needs {', '.join(missing)} (apt install samba smbclient)")
     (share,) = re.findall(r"^```ini\n(\[pictures\]\n.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
@@ -1061,7 +1062,7 @@ def samba(machine) -> Iterator[Callable[[str, str, str], subprocess.CompletedPro
     machine.run("systemctl", "stop", "share")
 
 
-def test_the_share_of_the_page_takes_prompts_and_gives_pictures_to_the_group_only(started, endpoint, samba):
+def test_the_share_of_the_page_takes_prompts_and_gives_images_to_the_group_only(started, endpoint, samba):
     started.container.put("/home/colleague/words.txt", "[sandbox: b64] By Samba")
     dropped = samba("colleague", "inbox", "mkdir cats; cd cats; put words.txt tom.prompt.txt; cd ..; ls")
     assert dropped.returncode == 0, dropped.stdout + dropped.stderr
@@ -1074,7 +1075,7 @@ def test_the_share_of_the_page_takes_prompts_and_gives_pictures_to_the_group_onl
     assert samba("stranger", "inbox", "ls").returncode != 0
 
 
-def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
+def test_a_folder_closed_to_the_service_delays_no_other_folder(started, endpoint):
     closed = f"{started.root}/inbox/closed"
     started.container.run("sh", "-c", f"mkdir -m 755 {closed} && chmod 755 {closed}", user="colleague")
     started.prompt("closed/mine", "[sandbox: b64] In a closed folder")
@@ -1084,7 +1085,7 @@ def test_a_folder_closed_to_the_service_concerns_nobody_else(started, endpoint):
     assert started.events("ignored")[0]["IMAGEWATCH_FILE"] == "closed/mine.prompt.txt"
     assert not started.events("held")
     started.container.run("chmod", "g+rwX", closed, user="colleague")
-    started.systemctl("reload")  # looks at once
+    started.systemctl("reload")  # scans immediately
     assert started.receipt("closed/mine")["charged"] == "yes"
 
 
@@ -1113,7 +1114,7 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
 
 @pytest.fixture
 def desktop(machine, endpoint) -> Iterator[dict[str, Any]]:
-    """What it takes to run a command as somebody who has a systemd of their own."""
+    """What is needed to run a command as a user with a systemd of their own."""
     runtime = "/run/user/imagewatch-test"
     machine.run("install", "--directory", "--owner=colleague", "--mode=700", runtime)
     properties = [
@@ -1148,7 +1149,7 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
 # The end
 
 
-def test_an_uninstall_leaves_the_pictures_and_what_was_paid_for(started, endpoint):
+def test_an_uninstall_leaves_the_images_and_what_was_paid_for(started, endpoint):
     """The last one: nothing of imagewatch works afterwards."""
     machine = started.container
     started.prompt("kept", "[sandbox: b64] Kept after all")

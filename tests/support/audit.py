@@ -1,6 +1,6 @@
-"""What must be true of a daemon that was disturbed and started again: looked at from outside.
+"""What must be true of a daemon that was disturbed and started again, checked from outside.
 
-Outside means the folders, the ledger's file, and what the endpoint says it was asked for and what it charged.
+Outside means the folders, the ledger's file, and what the endpoint received and charged.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Order:
         content: Of the prompt file.
         images: Names of the images beside it.
         door: Where it ends.
-        charged: What its document says.
+        charged: The charge in its result file.
     """
 
     content: str
@@ -48,7 +48,7 @@ ORDERS = {
     "bad": Order("nothing nice [sandbox: 400]", door="errors", charged="no"),
     "busy": Order("a busy day [sandbox: once 429-plain]"),
 }
-"""Answers by url and in the answer itself, one picture and two, images, mistakes on both sides, a second attempt."""
+"""Responses by url and with the image inside, one image and two, inputs, mistakes on both sides, a second attempt."""
 
 
 def drop(folders: Folders, orders: dict[str, Order]) -> Folders:
@@ -61,14 +61,14 @@ def drop(folders: Folders, orders: dict[str, Order]) -> Folders:
 
 
 class Audit:
-    """Looks at everything after the end.
+    """Checks everything after the end.
 
     Args:
         folders: Of the daemon.
         report: The endpoint's.
         orders: What was dropped.
-        disturbed: How many jobs at most may have been disturbed: as many as were under way at once.
-        refused: Whether prompts may have been refused that nobody paid for, as they could not be read.
+        disturbed: How many jobs at most may have been disturbed: as many as were under way at the same time.
+        refused: Whether prompts may have been refused unpaid, as they could not be read.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Audit:
         self._most_disturbed = disturbed
         self._may_be_refused = refused
         self._calls = {stem: [c for c in report["calls"] if c["prompt"] == o.text] for stem, o in orders.items()}
-        self.doors = folders.documents()
+        self.doors = folders.finished()
 
     def check(self) -> None:
         assert self._report["faults"] == []
@@ -145,7 +145,7 @@ class Audit:
         assert sorted([*images, *(f"{stem}.receipt.toml" for stem in made)]) == self.folders.names("outbox")
 
     def _check_ledger(self) -> None:
-        """The ledger has what the endpoint counted: each request, and to the credit what was answered."""
+        """The ledger has what the endpoint counted: each request, and each credit of a response."""
         rows = self._rows()
         assert {row["source"] for row in rows} == {f"{stem}.prompt.txt" for stem in self.orders}
         counted = 0.0
@@ -155,22 +155,22 @@ class Audit:
         assert sum(row["credits"] or 0 for row in rows) + counted == self._report["credits"]
 
     def _check_rows(self, stem: str, rows: list[sqlite3.Row]) -> float:
-        """Check the rows of one prompt; return what the endpoint charged for it and never got to say."""
+        """Check the rows of one prompt; return what the endpoint charged for it and could not report."""
         document, paid = self._document(stem), self._paid(stem)
         attempts = [row for row in rows if row["attempt"]]
         unanswered = [row for row in rows if row["attempt"] and not row["status"]]
         assert len(self._calls[stem]) <= len(attempts) <= len(self._calls[stem]) + len(unanswered), stem
         charged = [row for row in rows if row["charged"] != "no"]
         assert [row["charged"] for row in charged] == [document["charged"]] * (document["charged"] != "no"), stem
-        told = [row["credits"] for row in charged if row["credits"] is not None]
+        charges = [row["credits"] for row in charged if row["credits"] is not None]
         if not paid:
-            assert not told, f"{stem}: the ledger says {told}, the endpoint charged nothing"
+            assert not charges, f"{stem}: the ledger has {charges}, the endpoint charged nothing"
             return 0.0
         assert charged, f"{stem} was paid for, and the ledger does not know"
-        if told:
-            assert told == paid, f"{stem}: the ledger says {told}, the endpoint {paid}"
+        if charges:
+            assert charges == paid, f"{stem}: the ledger has {charges}, the endpoint {paid}"
             return 0.0
-        # Only an answer that was cut short can be charged for without a price.
+        # Only a response that was cut short can be charged for without a price.
         assert document["charged"] == "unknown" or document.get("problems") or self.doors[stem] == "errors", stem
         return float(paid[0])
 

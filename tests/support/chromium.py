@@ -1,4 +1,4 @@
-"""A real Chromium without a window, told what to do over a pipe (the DevTools protocol)."""
+"""A real Chromium without a window, controlled over a pipe (the DevTools protocol)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Chromium:
         while b"\0" not in self._buffer:
             ready, _, _ = select.select([self._in], [], [], max(deadline - time.monotonic(), 0))
             piece = os.read(self._in, 1 << 20) if ready else b""
-            assert piece, "the browser says nothing any more"
+            assert piece, "the browser sends nothing any more"
             self._buffer += piece
         message, _, self._buffer = self._buffer.partition(b"\0")
         return json.loads(message)
@@ -109,7 +109,7 @@ class Chromium:
 
     def run(self, script: str) -> Any:
         """Return the value of an expression in the page; promises are waited for."""
-        # The page forbids scripts made of text; the debugger is not the page.
+        # The page forbids scripts that are text; the debugger is not the page.
         result = self.call(
             "Runtime.evaluate",
             expression=script,
@@ -157,7 +157,7 @@ class Chromium:
         return base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"])
 
     def complaints(self) -> list[dict[str, Any]]:
-        """Return what the browser had to say against the page so far: errors, refusals by its policy."""
+        """Return what the browser has reported against the page so far: errors, refusals by its policy."""
         thrown = [event["params"] for event in self.events if event.get("method") == "Runtime.exceptionThrown"]
         return thrown + [event["params"]["entry"] for event in self.events if event.get("method") == "Log.entryAdded"]
 

@@ -1,6 +1,6 @@
 """A real systemd, booted by systemd-nspawn from an overlay of the running system.
 
-Nothing of it is left when it ends: what it writes lies in a tmpfs, its mounts in a namespace of its own, its processes
+Nothing of it is left when it ends: what it writes is in a tmpfs, its mounts in a namespace of its own, its processes
 in a cgroup of its own. Its network is a loopback device.
 """
 
@@ -54,11 +54,11 @@ AllowIsolate=yes
 
 
 class Unavailable(Exception):  # noqa: N818  reads as the sentence it is
-    """This machine cannot boot a container; the message says why, in words."""
+    """This machine cannot boot a container; the message gives the reason."""
 
 
 def unavailable() -> str:
-    """Why no container can be booted here, as far as that can be told without trying, or an empty string."""
+    """Why no container can be booted here, as far as that is known without trying, or an empty string."""
     if sys.platform != "linux" or os.geteuid() != 0:
         return "needs Linux and root"
     if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
@@ -78,7 +78,7 @@ def _python() -> str | None:
 
 
 def _hierarchies() -> list[str]:
-    """Return where systemd keeps its cgroups here: one place, or two with both versions at once."""
+    """Return where systemd keeps its cgroups here: one place, or two with both versions at the same time."""
     top = "/sys/fs/cgroup"
     places = [top] if os.path.exists(f"{top}/cgroup.procs") else [f"{top}/systemd", f"{top}/unified"]
     return [place for place in places if os.access(f"{place}/cgroup.procs", os.W_OK) and _may_make(place)]
@@ -141,7 +141,7 @@ class Container:
         self.put("/etc/fstab", "")
         self.put("/etc/tmpfiles.d/tmp.conf", "")  # else every file of the real /tmp would be hidden, one by one
         masked = self._files / "etc/systemd/system/network-online.target"
-        masked.symlink_to("/dev/null")  # nobody here would ever say that it is online
+        masked.symlink_to("/dev/null")  # it would never report that it is online here
 
     # Boot and end
 
@@ -247,7 +247,7 @@ class Container:
         return self.run("systemctl", "show", "--value", f"--property={name}", unit).stdout.strip()
 
     def journal(self, unit: str, cursor: str) -> list[dict[str, Any]]:
-        """Return the journal's entries about a unit since a cursor, what the manager says of it included."""
+        """Return the journal's entries about a unit since a cursor, the manager's own entries about it included."""
         self.run("journalctl", "--sync")
         only = [f"--unit={unit}", f"--after-cursor={cursor}"]
         lines = self.run("journalctl", "--output=json", "--all", *only).stdout.splitlines()

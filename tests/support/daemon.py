@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,10 +12,12 @@ import sys
 import threading
 import time
 import tomllib
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.load import Config, load
+from support import explaining
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -22,7 +25,9 @@ if TYPE_CHECKING:
 TESTS = Path(__file__).parents[1]
 KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
-"""A name that no resolver knows: whoever is to find it needs a proxy."""
+"""A name that no resolver knows: to find it takes a proxy."""
+STARTED: dict[str, Callable[[], str]] = {}
+"""The logs of the daemons that the current test has started: if it fails, they are in the report."""
 
 
 def below(top: Path) -> list[Path]:
@@ -104,8 +109,8 @@ class Folders:
         left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
         return left
 
-    def documents(self) -> dict[str, str]:
-        """Each prompt that is over, by stem, and its door."""
+    def finished(self) -> dict[str, str]:
+        """Each prompt that has a result file, by stem, and its destination."""
         ends = {".receipt.toml": self.outbox, ".error.toml": self.errors}
         return {
             path.name.removesuffix(end): top.name
@@ -130,6 +135,7 @@ class Running:
             [*program, *command], env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         self.output = ""
+        STARTED[f"daemon {self.process.pid}"] = self.log
 
     def stop(self, number: int = signal.SIGTERM, timeout: float = 30) -> int:
         """Send a signal and wait for the end; return the exit code."""
@@ -137,9 +143,29 @@ class Running:
         return self.wait(timeout)
 
     def wait(self, timeout: float = 30) -> int:
-        out, err = self.process.communicate(timeout=timeout)
+        try:
+            out, err = self.process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired as error:
+            self.output = b"".join(part for part in (error.output, error.stderr) if part).decode(errors="replace")
+            raise
         self.output = out + err
         return self.process.returncode
+
+    def kill(self) -> None:
+        """End it in any case."""
+        if self.process.poll() is None:
+            self.process.kill()
+            self.wait()
+
+    def log(self) -> str:
+        """What it has logged so far; for the report of a test that failed, which reads nothing more."""
+        if self.output or self.process.stderr is None or self.process.stderr.closed:
+            return self.output
+        os.set_blocking(self.process.stderr.fileno(), False)
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.process.stderr.fileno(), 1 << 20):
+                self.output += piece.decode(errors="replace")
+        return self.output
 
 
 HURRIED = """
@@ -159,7 +185,7 @@ sys.exit(Daemon(configured(), os.environ, reload=configured, holds=holds).run())
 """A daemon whose first hold lasts as long as a test likes instead of a quarter of a minute; all else is as it is."""
 
 
-class Told:
+class LoggedDaemon:
     """A running daemon and what it has logged so far."""
 
     def __init__(self, running: Running) -> None:
@@ -167,18 +193,34 @@ class Told:
         self.lines: list[dict[str, Any]] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+        STARTED[f"daemon {self.process.pid}"] = self.log
 
     def _read(self) -> None:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(json.loads(line) if line.startswith("{") else {"event": "text", "text": line})
 
+    def log(self) -> str:
+        """All that it has logged so far."""
+        return "\n".join(str(line.get("text", line)).rstrip("\n") for line in list(self.lines))
+
     def events(self, name: str) -> list[dict[str, Any]]:
         return [line for line in list(self.lines) if line["event"] == name]
 
     def wait_for(self, name: str, count: int = 1) -> dict[str, Any]:
-        until(lambda: len(self.events(name)) >= count or self.process.poll() is not None)
-        assert len(self.events(name)) >= count, "".join(str(line.get("text", line)) for line in self.lines)
+        """Wait for an event in the log; fail with the events that are there."""
+        __tracebackhide__ = True
+
+        def saw() -> str:
+            code = self.process.poll()
+            state = "it runs" if code is None else f"it has ended with {code}"
+            return f"the daemon: {state}; its events: {dict(Counter(line['event'] for line in list(self.lines)))}"
+
+        what = f"the event {name!r} in the log, {count} times"
+        until(lambda: len(self.events(name)) >= count or self.process.poll() is not None, saw=saw, what=what)
+        self._reader.join(0 if self.process.poll() is None else 30)
+        if len(self.events(name)) < count:
+            raise AssertionError(f"waited for {what}\n{saw()}")
         return self.events(name)[count - 1]
 
     def stop(self, number: int = signal.SIGTERM) -> int:
@@ -189,6 +231,15 @@ class Told:
         code = self.process.wait(30)
         self._reader.join(30)
         return code
+
+    def kill(self) -> None:
+        """End it in any case, and read the rest of its log."""
+        if self.process.poll() is None:
+            self.process.kill()
+        self.end()
+        for pipe in (self.process.stdout, self.process.stderr):
+            if pipe is not None:
+                pipe.close()
 
 
 def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -205,27 +256,48 @@ def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.Com
     )
 
 
-def until(condition: Any, timeout: float = 20.0, saw: Callable[[], str] = lambda: "") -> None:
-    """Wait until something outside of this process is so; fail with what is seen when it takes too long."""
+def until(
+    condition: Callable[[], Any], timeout: float = 20.0, *, saw: Callable[[], str] = lambda: "", what: str = ""
+) -> None:
+    """Wait until something outside of this process is so.
+
+    Args:
+        condition: What is waited for.
+        timeout: For how long, seconds.
+        saw: Returns what else a failure is to show.
+        what: What is waited for, in words; without, the condition is shown as it is written.
+
+    Raises:
+        AssertionError: It took too long; the message has what was waited for, and what there is instead.
+    """
+    __tracebackhide__ = True
     deadline, pause = time.monotonic() + timeout, threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, f"it did not happen in time\n{saw()}"
+        if time.monotonic() >= deadline:
+            values = [f"  {part} = {value}" for part, value in explaining.seen(condition).items()]
+            lines = [
+                f"waited {timeout:g} s for: {what or explaining.wanted(condition)}",
+                "but there is:",
+                *values,
+                saw(),
+            ]
+            raise AssertionError("\n".join(line for line in lines if line))
         pause.wait(0.02)
 
 
-def until_made(folders: Folders, daemon: Told, count: int, *, emptied: bool = False) -> None:
-    """Wait until so many prompts are over, and none lies in the inbox if that is wanted; a hold fails at once."""
+def until_finished(folders: Folders, daemon: LoggedDaemon, count: int, *, emptied: bool = False) -> None:
+    """Wait until so many prompts are finished, and none is in the inbox if that is wanted; a hold fails immediately."""
+    __tracebackhide__ = True
 
     def is_so() -> bool:
         left = [name for name in folders.names("inbox") if name[0] != "."] if emptied else []
-        return len(folders.documents()) == count and not left
+        return len(folders.finished()) == count and not left
 
     def saw() -> str:
-        wanted = f"{count} documents" + (" and an empty inbox" if emptied else "")
         status = (folders.state / "status.json").read_text()
-        log = "\n".join(map(str, daemon.lines))
-        there = f"documents: {folders.documents()}\ninbox: {folders.names('inbox')}"
-        return f"wanted: {wanted}\n{there}\nstatus: {status}\nlog:\n{log}"
+        return f"finished: {folders.finished()}\ninbox: {folders.names('inbox')}\nstatus: {status}"
 
-    until(lambda: is_so() or daemon.events("held"), saw=saw)
-    assert daemon.events("held") == [], saw()
+    what = f"{count} finished prompts" + (" and an empty inbox" if emptied else "")
+    until(lambda: is_so() or daemon.events("held"), saw=saw, what=what)
+    if daemon.events("held"):
+        raise AssertionError(f"waited for {what}, but the queue is held\n{saw()}")

@@ -1,4 +1,4 @@
-"""An endpoint in this process: the interface of ``Client`` over a table of answers; it counts what it was paid."""
+"""An endpoint in this process: the interface of ``Client`` over a table of responses; it counts what it charged."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ class Reply:
     """What the endpoint does with one request.
 
     Attributes:
-        status: HTTP status; 0 when there is no answer.
-        body: Of the answer; empty for the pictures asked for.
-        headers: Of the answer.
+        status: HTTP status; 0 when there is no response.
+        body: Of the response; empty for the images of the request.
+        headers: Of the response.
         paid: Whether it charges.
-        by_url: Pictures are named, not sent.
+        by_url: Images are named, not sent.
         end: How it ends: ``whole``, ``unreachable`` (nothing left), ``broken`` (the request left in part),
-            ``cut off`` (so did a large one), ``dropped`` (it left whole, nothing came) or ``short`` (the answer broke
-            off).
+            ``cut off`` (so did a large one), ``dropped`` (it was sent completely, nothing came) or ``short`` (the
+            response broke off).
     """
 
     status: int = 200
@@ -63,13 +63,13 @@ class Reply:
 
 @dataclass
 class Books:
-    """What the world outside of our disks knows; it survives every cut.
+    """What is outside of our disks; it survives every cut.
 
     Attributes:
         requests: How often each prompt was received whole.
-        begun: How often ``on_send`` said that a request may leave.
+        begun: How often ``on_send`` reported that a request may be sent.
         paid: How often each prompt was charged.
-        settled: Of each prompt, whether the answer to its newest request is banked.
+        settled: Of each prompt, whether the response to its newest request is saved.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
@@ -86,7 +86,7 @@ class Books:
 
 
 class PaidEndpoint:
-    """Answers requests by a table, in the order of its real twin: connect, ``on_send``, body, payment, answer.
+    """Answers requests by a table, in the order of its real twin: connect, ``on_send``, body, payment, response.
 
     Args:
         replies: For each prompt, what is done with its first, second, … request; the last entry stays.
@@ -110,8 +110,8 @@ class PaidEndpoint:
         pieces = iter(body)
         first = next(pieces)
         prompt = re.search(rb'"prompt": "([^"]*)"', first)[1].decode()  # type: ignore[index]
-        told = self._replies[prompt]
-        reply = told[min(self._books.begun.get(prompt, 0), len(told) - 1)]
+        replies = self._replies[prompt]
+        reply = replies[min(self._books.begun.get(prompt, 0), len(replies) - 1)]
         self._moment("connected")
         if reply.end == "unreachable":
             raise Unavailable("the endpoint cannot be reached")
@@ -165,7 +165,7 @@ def _pictures(prompt: str, fields: dict[str, object]) -> list[bytes]:
 
 
 def served(prompt: str, count: int) -> list[bytes]:
-    """Return the pictures that are served for a prompt."""
+    """Return the images that are served for a prompt."""
     return [picture(f"{prompt} {number}") for number in range(count)]
 
 

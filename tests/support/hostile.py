@@ -1,4 +1,4 @@
-"""A server in a process of its own that puts each byte of an answer into a TLS record of its own, very fast.
+"""A server in a process of its own that puts each byte of a response into a TLS record of its own, very fast.
 
 Its arguments: a file with a certificate, one with its key. It prints its port.
 """

@@ -14,7 +14,7 @@ from support.losing import SteppingDisk
 
 
 class InterruptedDisk(SteppingDisk):
-    """A real disk for somebody who is impatient.
+    """A real disk for an impatient user.
 
     Args:
         number: The signal.

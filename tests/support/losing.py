@@ -18,7 +18,7 @@ LONG_AGO_NS = 1_600_000_000_000_000_000
 
 
 class PowerCut(BaseException):
-    """The power is gone; not an ``Exception``, so that nobody can deal with it."""
+    """The power was cut; not an ``Exception``, so that no code can handle it."""
 
 
 class Losing(enum.Enum):
@@ -32,7 +32,7 @@ class Losing(enum.Enum):
 
 
 class SteppingDisk(Disk):
-    """A disk that says before each change of what it is about to do. The whole list of what can change a disk."""
+    """A disk that reports each change before it makes it. The whole list of what can change a disk."""
 
     def step(self, what: str, path: str) -> None:
         """Something is about to change."""
@@ -129,7 +129,7 @@ class _Crossing:
 
 @dataclass(frozen=True)
 class Image:
-    """All that a disk knows, as plain values: it can be compared, kept and given back. Node 0 is the root.
+    """The whole content of a disk, as plain values: it can be compared, kept and given back. Node 0 is the root.
 
     ``nodes`` holds ``("folder", names now, names synced)``, ``("file", content now, content synced)`` and
     ``("link", text)``; ``crossings`` the renames that are half durable.
@@ -139,7 +139,7 @@ class Image:
     crossings: tuple[tuple[int, int, str, int, bool], ...] = ()
 
     def visible(self) -> Image:
-        """Return the same disk as whoever reads it sees it: as if all of it were durable."""
+        """Return the same disk as a reader sees it: as if all of it were durable."""
         numbers: dict[int, int] = {}
         nodes: list[tuple[object, ...]] = []
 
@@ -166,23 +166,23 @@ class LosingDisk(SteppingDisk):
     What is modelled, from POSIX and from what ext4, xfs and btrfs were seen to do:
 
     - What a file holds is durable as it was at its last ``sync``, and not at all before the first.
-    - A name (made, renamed, removed) is durable when its folder was synced after the change. Changes in one
+    - A name (created, renamed, removed) is durable when its folder was synced after the change. Changes in one
       folder that were not synced are undone together.
     - A folder's names are lost with the folder, if that has no durable name itself.
     - A rename between two folders is never lost on both sides. When only the source folder was synced since, the
       file is durable at its new place (with the folders above it). When only the target folder was synced, it
-      is there as well, and the old name is gone (``Losing.NOTHING``: a journal, the rename is one transaction) or
-      still there too (``Losing.TWINS``: btrfs logs each folder by itself; a folder never has two names).
-    - The opposite may happen, too: names that nobody synced survive, and content that nobody synced does not
+      is there as well, and the old name is missing (``Losing.NOTHING``: a journal, the rename is one transaction) or
+      still there too (``Losing.TWINS``: btrfs logs each folder separately; a folder never has two names).
+    - The opposite may happen, too: names that were not synced survive, and content that was not synced does not
       (``NAMES``, ``TORN``): the empty files that ext4 and xfs leave after a commit of their journal.
     - What died with its process (``KILLED``) is all there, but not a bit more durable than before: a power cut after
       the restart can still undo it.
 
-    What lies under the root at the beginning, and what ``adopt`` is told of, is durable: senders are taken at
-    their word. Modes and times are not modelled. A real fsync is not made.
+    What is under the root at the beginning, and what ``adopt`` gets, is durable: senders are
+    believed. Modes and times are not modelled. There is no real fsync.
 
     Args:
-        root: A real folder; everything the disk is asked to change lies below.
+        root: A real folder; everything the disk changes is below it.
         cut: Number of the step, from 1, at which the power goes; without, never.
         after: Whether the step itself still happens.
         losing: What is left then.
@@ -251,8 +251,8 @@ class LosingDisk(SteppingDisk):
         return [freezer.image(losing) for losing in losings]
 
     def restore(self, image: Image) -> None:
-        """Make model and real disk what an image says."""
-        self.__dict__.pop("tops", None)  # whoever comes back is another process
+        """Bring model and real disk into the state of an image."""
+        self.__dict__.pop("tops", None)  # what starts next is another process
         made = [_thawed(node) for node in image.nodes]
         for node, frozen in zip(made, image.nodes, strict=True):
             if isinstance(node, _Folder):
@@ -269,15 +269,15 @@ class LosingDisk(SteppingDisk):
         _build(self.root, self._top, contents, {})
 
     def adopt(self) -> None:
-        """Take what somebody else has put below the root as durable."""
+        """Take what another process has put below the root as durable."""
         _adopt(self.root, self._top)
 
     # The changes
 
     def write(self, path: str, content: bytes) -> None:
         # The folder of claims is known by its inode, which the model has not, and by random digits.
-        told = {"claims.json": b"{}", ".imagewatch-claims": b"mark"}
-        super().write(path, told.get(os.path.basename(path), content))
+        fixed = {"claims.json": b"{}", ".imagewatch-claims": b"mark"}
+        super().write(path, fixed.get(os.path.basename(path), content))
 
     def make_folder(self, path: str, mode: int = 0o700) -> None:
         if os.path.isdir(path):

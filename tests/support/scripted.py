@@ -1,4 +1,4 @@
-"""A plain socket that does what a script says, for answers that no proper server gives; and what to send and expect."""
+"""A plain socket that follows a script, for responses that no proper server gives; and what to send and expect."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Exchange:
         self._held = b""
 
     def secure(self, context: ssl.SSLContext) -> None:
-        """Go on in TLS."""
+        """Continue in TLS."""
         self.connection = context.wrap_socket(self.connection, server_side=True)
 
     def head(self) -> bytes:
@@ -77,7 +77,7 @@ class Exchange:
             self.send(content[index : index + 1])
 
     def drain(self) -> int:
-        """Read until the other side is gone; return how many bytes came."""
+        """Read until the other side has closed; return how many bytes came."""
         total = len(self._held)
         try:
             while more := self.connection.recv(1 << 20):
@@ -105,7 +105,7 @@ class Scripted:
 
     Args:
         scripts: Called with the exchange; the connection is closed when they return.
-        receive_bytes: Size of the receive buffer, so that a client cannot get rid of a body that nobody reads.
+        receive_bytes: Size of the receive buffer, so that a client cannot get rid of a body that is not read.
     """
 
     def __init__(self, *scripts: Callable[[Exchange], object], receive_bytes: int | None = None) -> None:
@@ -149,7 +149,8 @@ class Scripted:
     def wait_for(self, scripts: int) -> None:
         """Wait until so many scripts have come to their end."""
         with self._changed:
-            assert self._changed.wait_for(lambda: self._ended >= scripts, SOON)
+            is_so = self._changed.wait_for(lambda: self._ended >= scripts, SOON)
+            assert is_so, f"waited for {scripts} scripts to end, but {self._ended} have"
 
     def _start(self, target: Callable[..., None], *arguments: object) -> None:
         thread = threading.Thread(target=target, args=arguments, daemon=True)
@@ -177,7 +178,7 @@ class Scripted:
             script(exchange)
         except (ConnectionError, OSError):
             pass  # the client hung up, which is for the test to judge
-        except Exception as error:  # noqa: BLE001  told by the test's own thread
+        except Exception as error:  # noqa: BLE001  reported by the test's own thread
             self.faults.append(repr(error))
         exchange.connection.close()
         self._open.discard(exchange)
@@ -187,7 +188,7 @@ class Scripted:
 
 
 def over_tls(context: ssl.SSLContext, script: Callable[[Exchange], object]) -> Callable[[Exchange], None]:
-    """Return a script that does what another one says, in TLS."""
+    """Return a script that does the same as another one, in TLS."""
 
     def secured(exchange: Exchange) -> None:
         exchange.secure(context)
@@ -197,7 +198,7 @@ def over_tls(context: ssl.SSLContext, script: Callable[[Exchange], object]) -> C
 
 
 def tunnel(context: ssl.SSLContext, script: Callable[[Exchange], object]) -> Callable[[Exchange], None]:
-    """Return the script of a proxy behind which, in TLS, somebody does what another script says."""
+    """Return the script of a proxy behind which, in TLS, another script is followed."""
 
     def proxied(exchange: Exchange) -> None:
         assert exchange.head().startswith(b"CONNECT ")
@@ -215,7 +216,7 @@ def through_proxy(patch: pytest.MonkeyPatch, proxy: Scripted) -> None:
 
 
 def answering(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callable[[Exchange], None]:
-    """Return a script that reads a request and gives a proper answer."""
+    """Return a script that reads a request and gives a proper response."""
 
     def script(exchange: Exchange) -> None:
         exchange.request()
@@ -225,13 +226,13 @@ def answering(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callab
 
 
 def answer(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> bytes:
-    """Return an answer with its length."""
+    """Return a response with its length."""
     lines = (b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers)
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
 
 
 def paid(*images: bytes | str, **more: object) -> bytes:
-    """Return the body of a success: pictures as bytes, urls as text."""
+    """Return the body of a success: images as bytes, urls as text."""
     entries = [
         {"url": one} if isinstance(one, str) else {"b64_json": base64.b64encode(one).decode(), "mime_type": "image/png"}
         for one in images
@@ -241,7 +242,7 @@ def paid(*images: bytes | str, **more: object) -> bytes:
 
 
 def picture(kind: str = "PNG", colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (40, 30)) -> bytes:
-    """Return a small picture."""
+    """Return a small image."""
     file = io.BytesIO()
     Image.new("RGB", size, colour).save(file, kind)
     return file.getvalue()
@@ -252,7 +253,7 @@ def heavy(length: int) -> bytes:
     return b"".join(Picture(picture(), "image/png", padding=length).chunks())
 
 
-# What everybody else sees
+# What is seen from outside
 
 
 def over(station: Station) -> None:
@@ -264,7 +265,7 @@ def over(station: Station) -> None:
 
 
 def refused(station: Station, stem: str, originals: dict[str, str | bytes], *, beside: str = "") -> dict[str, Any]:
-    """Look at a prompt that went to the errors folder; return its error file."""
+    """Check a prompt that went to the errors folder; return its error file."""
     over(station)
     assert station.names("outbox") == []
     assert station.names("archive") == []
@@ -282,7 +283,7 @@ def refused(station: Station, stem: str, originals: dict[str, str | bytes], *, b
 
 
 def made(station: Station, stem: str, originals: dict[str, str | bytes], *names: str) -> dict[str, Any]:
-    """Look at a prompt that became pictures of these names; return its receipt."""
+    """Check a prompt that became images of these names; return its receipt."""
     over(station)
     assert station.names("errors") == []
     assert station.names("outbox") == sorted([*names, f"{stem}.receipt.toml"])
@@ -296,7 +297,7 @@ def made(station: Station, stem: str, originals: dict[str, str | bytes], *names:
 
 
 def returned(station: Station, originals: dict[str, str | bytes]) -> None:
-    """Look at a prompt that waits in the inbox as it was dropped, as if nothing had happened."""
+    """Check a prompt that waits in the inbox as it was dropped, as if nothing had happened."""
     assert station.leftovers() == []
     assert station.names("inbox") == sorted(originals)
     for name, content in originals.items():
@@ -315,7 +316,7 @@ def drop(station: Folders, originals: dict[str, str | bytes]) -> None:
 
 
 def no_secret(top: Path, key: str, printed: str) -> None:
-    """The key is in no file and no log; what signs a url is in no document and no log."""
+    """The key is in no file and no log; what signs a url is in no result file and no log."""
     assert key not in printed
     assert "sig=" not in printed
     for path in top.rglob("*"):

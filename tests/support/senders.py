@@ -19,14 +19,14 @@ from PIL import Image
 
 from imagewatch.inbox.open_files import has_writer
 from imagewatch.sandbox import Sandbox
-from support.daemon import KEY, Folders, Running, Told, until
+from support.daemon import KEY, Folders, LoggedDaemon, Running, until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
 SETTLE = 1.0
-"""Seconds until the daemon of these tests takes something as settled."""
+"""The settle time of the daemon of these tests, seconds."""
 PAUSE = SETTLE / 8
 """Seconds between two pieces of a slow sender that closes its file in between."""
 _PARCELS = 80
@@ -39,7 +39,7 @@ DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
 
 
 def writers_are_seen(folder: Path) -> None:
-    """Skip the test where the kernel does not tell that a file is open for writing."""
+    """Skip the test where the kernel does not show that a file is open for writing."""
     path = folder / "open"
     with path.open("w"):
         if not has_writer(str(path)):
@@ -55,7 +55,7 @@ def program(*names: str) -> str:
 
 
 def noise(seed: str, side: int, kind: str) -> bytes:
-    """Return a picture that cannot be compressed, and that no other seed has."""
+    """Return an image that cannot be compressed, and that no other seed has."""
     pixels = random.Random(seed).randbytes(side * side * 3)
     out = io.BytesIO()
     Image.frombytes("RGB", (side, side), pixels).save(out, kind, **({"lossless": True} if kind == "webp" else {}))
@@ -102,13 +102,13 @@ class Parcel:
         doors = (self.service.folders.outbox, self.service.folders.errors)
         return any(list((door / self.name).rglob("*.toml")) for door in doors)
 
-    def is_made(self, folder: str = "") -> None:
-        """Wait for its receipt; then it must have been bought once, whole, with its images in their order."""
+    def is_completed(self, folder: str = "") -> None:
+        """Wait for its receipt; then it must have been sent once, whole, with its images in their order."""
         until(lambda: self.over, PATIENCE)
-        self.is_bought_whole(folder)
+        self.is_sent_whole(folder)
 
-    def is_bought_whole(self, folder: str = "") -> None:
-        """It must have been bought once, with every byte, and lie in the archive as it was sent."""
+    def is_sent_whole(self, folder: str = "") -> None:
+        """It must have been sent once, with every byte, and be in the archive as it was dropped."""
         folders, name = self.service.folders, os.path.join(self.name, folder)
         assert [path.read_text() for path in (folders.errors / name).glob("*.toml")] == []
         assert (folders.outbox / name / "cat.receipt.toml").exists()
@@ -121,10 +121,10 @@ class Parcel:
         assert {path.name: path.read_bytes() for path in archive.glob("*")} == self.files
 
     def is_held(self) -> None:
-        """It must not be taken though all of it is quiet: a parcel that was sent after it is over before it."""
+        """It must not be claimed though all of it is unchanged: a parcel that was dropped later is finished first."""
         later = self.service.parcel(self.source.parent)
         shutil.copytree(later.source, later.target, dirs_exist_ok=True)
-        later.is_made()
+        later.is_completed()
         assert self.calls == []
         assert not self.over
 
@@ -132,7 +132,7 @@ class Parcel:
 class Service:
     """A daemon with its folders and its endpoint."""
 
-    def __init__(self, folders: Folders, sandbox: Sandbox, daemon: Told) -> None:
+    def __init__(self, folders: Folders, sandbox: Sandbox, daemon: LoggedDaemon) -> None:
         self.folders = folders
         self.sandbox = sandbox
         self.daemon = daemon
@@ -145,13 +145,13 @@ class Service:
 
 @contextlib.contextmanager
 def serving(root: Path, **settings: str) -> Iterator[Service]:
-    """Run a daemon for as many tests as there are; at the end it must have met no bug and no fault."""
+    """Run a daemon for as many tests as there are; at the end there must be no bug and no fault."""
     with Sandbox(key=KEY) as sandbox:
         folders = Folders(root, sandbox.base_url, inbox__settle_seconds=str(SETTLE), **settings)
         for number in range(_PARCELS):
             (folders.inbox / f"{number:02}").mkdir()
         running = Running(folders, "run")
-        daemon = Told(running)
+        daemon = LoggedDaemon(running)
         try:
             daemon.wait_for("started")
             yield Service(folders, sandbox, daemon)
@@ -199,7 +199,7 @@ class Terminal:
         self._reader.start()
 
     def _read(self) -> None:
-        with contextlib.suppress(OSError):  # how a terminal says that nobody is left on it
+        with contextlib.suppress(OSError):  # how a terminal shows that no process is left on it
             while chunk := os.read(self._master, 65536):
                 self.screen += chunk.decode(errors="replace")
 

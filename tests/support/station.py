@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 
-class Doubting(Worker):
-    """A worker that believes no step: where one says what the disk shows now, the disk is asked as well."""
+class Distrustful(Worker):
+    """A worker that trusts no step: where one reports what the disk shows now, the disk is read as well."""
 
     def _look(self, run: Run) -> None:
         if run.foreseen:
@@ -39,7 +39,7 @@ class Station(Folders):
         self.spool.prepare()
         self.ledger = Ledger(str(self.state / "ledger.sqlite3"))
         self.client = Client(loaded.endpoint, lambda: Key(KEY))
-        self.worker = Doubting(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
+        self.worker = Distrustful(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
         self.sweep = Sweep(self.spool.inbox, loaded.inbox)
 
     def close(self) -> None:

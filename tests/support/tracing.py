@@ -77,7 +77,7 @@ class Traced:
         code: Negative for a signal.
         output: Standard output and standard error.
         log: What strace wrote.
-        root: Where all folders lie.
+        root: Where all folders are.
     """
 
     code: int
@@ -127,7 +127,7 @@ def _launch(*arguments: str, environ: dict[str, str] | None = None) -> subproces
 
 @contextlib.contextmanager
 def _attached(pid: int, *options: str) -> Iterator[str]:
-    """Trace a process until its end; yield what strace says of it at first."""
+    """Trace a process until its end; yield what strace reports of it at first."""
     with subprocess.Popen(["strace", "-p", str(pid), *options], stderr=subprocess.PIPE, text=True) as strace:
         assert strace.stderr is not None
         yield strace.stderr.readline().strip()
@@ -141,9 +141,9 @@ def reason_not_to_trace() -> str:
     with _launch("-c", "print(flush=True); input()") as process:
         assert process.stdout is not None
         process.stdout.readline()
-        with _attached(process.pid, "-e", "trace=none") as told:
+        with _attached(process.pid, "-e", "trace=none") as report:
             process.communicate("\n", timeout=60)
-    return "" if told.endswith(" attached") else f"no process can be traced here: {told}"
+    return "" if report.endswith(" attached") else f"no process can be traced here: {report}"
 
 
 def trace(folders: Folders, calls: Iterable[str], fault: Fault | None = None) -> Traced:
@@ -166,9 +166,9 @@ def trace(folders: Folders, calls: Iterable[str], fault: Fault | None = None) ->
     with _launch("-m", "imagewatch", "once", "--config", str(gate), environ=environ) as process:
         try:
             held = _held(gate)
-            with _attached(process.pid, *options) as told:
+            with _attached(process.pid, *options) as report:
                 os.close(held)
-                assert told.endswith(" attached"), told
+                assert report.endswith(" attached"), report
                 output = "".join(process.communicate(timeout=60))
         finally:
             process.kill()
@@ -176,11 +176,11 @@ def trace(folders: Folders, calls: Iterable[str], fault: Fault | None = None) ->
 
 
 def _held(gate: Path) -> int:
-    """Wait until a process opens the FIFO to read it; it goes on when the descriptor returned is closed."""
+    """Wait until a process opens the FIFO to read it; it continues when the descriptor returned is closed."""
     held: list[int] = []
 
     def is_read() -> bool:
-        with contextlib.suppress(OSError):  # ENXIO: nobody reads yet
+        with contextlib.suppress(OSError):  # ENXIO: no process reads yet
             held.append(os.open(gate, os.O_WRONLY | os.O_NONBLOCK))
         return bool(held)
 

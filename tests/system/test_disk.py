@@ -17,9 +17,11 @@ import pytest
 
 from imagewatch.endpoint.saved_answer import Answer, Sink
 from imagewatch.protocol.values import Head, Tail
-from imagewatch.system import disk as durable
+from imagewatch.system import kernel
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import AlreadyRunning, SpoolError
+from imagewatch.system.folders import Tops
+from imagewatch.system.locks import lock
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -78,7 +80,7 @@ def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(errno.EPERM, "no hard links here")
 
     if request.param != "renameat2":
-        monkeypatch.setattr(durable, "_renameat2", lambda: None)
+        monkeypatch.setattr(kernel, "_renameat2", lambda: None)
     if request.param == "neither":
         monkeypatch.setattr(os, "link", refused)
     return str(request.param)
@@ -461,8 +463,9 @@ class TestAReadOnlyDisk:
 
 HOLD = """
 import sys
-from imagewatch.system.disk import Disk
-lock = Disk().lock(sys.argv[1])
+from imagewatch.system.folders import Tops
+from imagewatch.system.locks import lock
+file = lock(sys.argv[1], Tops())
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -482,26 +485,26 @@ class TestLock:
 
     def test_another_process_has_it(self, held: tuple[str, subprocess.Popen[str]]) -> None:
         with pytest.raises(AlreadyRunning, match="another imagewatch"):
-            DISK.lock(held[0])
+            lock(held[0], Tops())
 
     def test_it_ends_with_the_process_whatever_ends_that(self, held: tuple[str, subprocess.Popen[str]]) -> None:
         path, process = held
         process.kill()
         process.wait()
-        DISK.lock(path).close()
+        lock(path, Tops()).close()
 
     def test_it_ends_with_the_file(self, tmp_path: Path) -> None:
         path = str(tmp_path / "lock")
-        first: IO[bytes] = DISK.lock(path)
+        first: IO[bytes] = lock(path, Tops())
         with pytest.raises(AlreadyRunning):
-            DISK.lock(path)
+            lock(path, Tops())
         first.close()
-        DISK.lock(path).close()
+        lock(path, Tops()).close()
 
     def test_a_link_is_not_followed(self, tmp_path: Path) -> None:
         os.symlink(in_a(tmp_path, "victim"), tmp_path / "lock")
         with pytest.raises(SpoolError):
-            DISK.lock(str(tmp_path / "lock"))
+            lock(str(tmp_path / "lock"), Tops())
 
 
 def waiting_sink(place: Path, wait: Callable[[float], object], seconds: float = math.inf) -> Sink:

@@ -25,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.daemon import KEY, Folders, command, until
 from support.scripted import Scripted, answer, answering, drop, made, paid, picture, refused
-from support.station import Doubting, Station
+from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
 from imagewatch.config.load import Endpoint
@@ -353,7 +353,7 @@ def served_with(key, tmp_path, *scripts):
     with served_by(tmp_path, *scripts) as station:
         client = Client(station.config().endpoint, lambda: Key(key))
         with contextlib.closing(client):
-            station.worker = Doubting(station.spool, client, station.ledger, station.config())
+            station.worker = Distrustful(station.spool, client, station.ledger, station.config())
             yield station
 
 

@@ -22,7 +22,7 @@ ONE_PLACE = {
     r"\"(?:ext4|nfs4|cifs|btrfs)\"": {"system/file_systems.py"},
     # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` makes files for the inbox.
     r"\bos\.(?:l?chmod|fchmod|l?chown|fchown)\(": {
-        *("system/permissions.py", "system/disk.py", "job/claims.py", "commands/drop.py", "journal/sqlite.py"),
+        *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py", "journal/sqlite.py"),
     },
     r"\bos\.f?chown\(|\bos\.lchown\(|getgrnam\(": {"system/permissions.py"},
 }

@@ -1,4 +1,4 @@
-"""What the C library does with memory that is free: settings of glibc. Elsewhere nothing happens."""
+"""What the C library does with free memory: settings of glibc. With another C library nothing happens."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 
 @functools.cache
 def reuse() -> None:
-    """Keep from now on what one piece of an answer leaves for the next one, and make no more places for threads.
+    """Reuse the memory of one piece of a response for the next one, in all threads together.
 
-    By default half a megabyte is given back at once, and the kernel clears the same pages again for the next piece:
-    nine hundred for a picture of 1.5 MB.
+    By default half a megabyte is given back immediately, and the kernel clears the same pages again for the next piece:
+    nine hundred for an image of 1.5 MB.
     """
     with contextlib.suppress(AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -25,6 +25,6 @@ def reuse() -> None:
 
 
 def give_back() -> None:
-    """Give back all that is free, at the end of what took much of it: nobody else would."""
+    """Give all free memory back to the system, after something that used much of it."""
     with contextlib.suppress(AttributeError):
         ctypes.CDLL(None).malloc_trim(0)

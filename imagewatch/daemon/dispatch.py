@@ -1,0 +1,162 @@
+"""What workers are given next: the jobs that were claimed, and prompts of the inbox.
+
+A worker's first act is the claim, so that whatever merely waits in memory is still in the inbox.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+from imagewatch.daemon.jobs import Job, Need
+from imagewatch.daemon.mailbox import Finished
+from imagewatch.protocol.reasons import DISK_SECONDS
+from imagewatch.system import memory
+from imagewatch.system.errors import SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.daemon.arrivals import Arrivals
+    from imagewatch.daemon.parts import Parts
+    from imagewatch.daemon.recovery import Recovery
+    from imagewatch.inbox.candidate import Candidate
+    from imagewatch.job.outcome import Outcome
+
+_WORKERS = 96
+"""As many as there may be jobs at work: half as many as the most slots may be delivering."""
+_LEAST_CAP, _LONGEST_CAP = 0.1, 60.0
+"""How long the caps are not checked again while prompts wait at one, seconds: the clock may be set."""
+
+
+class Dispatch:
+    """Gives jobs to workers.
+
+    Args:
+        parts: The daemon's parts.
+        arrivals: When prompts came.
+        recovery: What is left of earlier jobs.
+
+    Attributes:
+        pool: The workers.
+    """
+
+    def __init__(self, parts: Parts, arrivals: Arrivals, recovery: Recovery) -> None:
+        self._parts = parts
+        self._jobs, self._admission, self._intake = parts.jobs, parts.admission, parts.intake
+        self._arrivals, self._recovery = arrivals, recovery
+        self.pool = ThreadPoolExecutor(_WORKERS, thread_name_prefix="worker")
+
+    def run(self, *, is_draining: bool) -> None:
+        """Give workers what may be done now, unless the daemon is about to end."""
+        self._check_caps()
+        if not is_draining:
+            self._start_all()
+        self._hold_at_caps()
+
+    def _start_all(self) -> None:
+        """Start what may be done now. The first-level folders take turns: what is claimed, then the oldest prompt."""
+        self._admission.probe_disk()
+        claimed: dict[str, list[Job]] = {}
+        for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
+            claimed.setdefault(job.folder, []).append(job)
+            self._intake.turns.join(job.folder, self._intake.owner(job.folder))
+        while self._may_send() and (name := self._intake.turns.first()) is not None:
+            if not self._serve(name, claimed.get(name, [])):
+                break
+        for job in (job for jobs in claimed.values() for job in jobs):
+            if self._may_send():  # nothing new may be claimed, for which these need not wait
+                self._carry_on(job, may_send=True)
+            elif job.need is not Need.REQUEST and self._may_deliver():
+                self._carry_on(job, may_send=False)
+
+    def next_due(self) -> float:
+        """Return the monotonic time at which a deferred job or a prompt at a cap is due; infinite without one."""
+        jobs = self._jobs.next_due(may_send=self._may_send(), may_deliver=self._may_deliver())
+        return min(jobs, self._parts.caps.due)
+
+    def _may_send(self) -> bool:
+        return self._jobs.may_send(self._admission.slots())
+
+    def _may_deliver(self) -> bool:
+        return self._jobs.may_deliver(disk_works=self._admission.disk_works())
+
+    def _serve(self, name: str, claimed: list[Job]) -> bool:
+        """Give a worker what is next in a first-level folder; return whether another folder may have its turn."""
+        if claimed:
+            self._carry_on(claimed.pop(0), may_send=True)
+        elif not self._intake.is_ready(name):
+            self._intake.turns.leave(name)
+            return True
+        elif not self._may_claim():
+            return False
+        else:
+            self._claim_next(name)
+        self._intake.served(name)
+        if claimed:
+            self._intake.turns.join(name, self._intake.owner(name))
+        return True
+
+    # A job that was claimed
+
+    def _carry_on(self, job: Job, *, may_send: bool) -> None:
+        carry = functools.partial(self._parts.worker.process, job.id, resumed=True, may_send=may_send)
+        self._submit(job, carry)
+
+    def _submit(self, job: Job, call: Callable[[], Outcome]) -> None:
+        memory.reuse()  # not before: very many names at rest take less memory as it is
+        began, mailbox = self._parts.now(), self._parts.mailbox
+        future = self.pool.submit(call)
+        self._jobs.start(job)  # not before: it fails if no more threads can be started
+        future.add_done_callback(lambda done: mailbox.put(Finished(job.id, began, done)))
+
+    # A prompt of the inbox
+
+    def _may_claim(self) -> bool:
+        """Return whether another prompt may be claimed."""
+        self._arrivals.count_new()
+        if not (self._intake.any() and self._intake.may_claim() and self._may_send() and self._admission.has_room()):
+            return False
+        return self._recovery.close_lost()
+
+    def _claim_next(self, name: str) -> None:
+        job = self._parts.spool.new_job()
+        candidate = self._intake.next(name, self._jobs.taken(), functools.partial(self._admits, job))
+        if candidate is None:
+            return
+        claim = candidate.claim(job, self._parts.clock())
+        self._arrivals.claimed(candidate)
+        self._submit(Job(job, candidate.key), functools.partial(self._parts.worker.start, claim))
+
+    def _admits(self, job: str, candidate: Candidate) -> bool:
+        """Return whether the caps let a prompt be claimed; if the ledger cannot be read, its job fails for that."""
+        try:
+            return self._parts.caps.admits(job, candidate)
+        except SpoolError as error:
+            self._admission.failed(error)
+            return True
+
+    # Prompts that wait at a cap
+
+    def _check_caps(self) -> None:
+        """Let prompts that waited at a cap have their turn again if they may fit now."""
+        caps = self._parts.caps
+        if self._parts.now() < caps.due:
+            return
+        caps.due = math.inf
+        try:
+            self._intake.give_aside(caps.check(self._intake.is_aside))
+        except SpoolError as error:  # the ledger cannot be read
+            self._admission.failed(error)
+            caps.due = self._parts.now() + DISK_SECONDS
+
+    def _hold_at_caps(self) -> None:
+        """Show at which caps prompts wait now that those that fit were claimed."""
+        caps = self._parts.caps
+        held = caps.held()
+        self._admission.set_caps(held)
+        if held:
+            seconds = min(refusal.ends for refusal in held.values()) - self._parts.clock()
+            caps.due = min(caps.due, self._parts.now() + min(max(seconds, _LEAST_CAP), _LONGEST_CAP))

@@ -1,0 +1,72 @@
+"""What commands ask of a running daemon: hold, release, retry, and to use another ledger."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch.daemon.jobs import Job
+from imagewatch.journal import sqlite as database
+from imagewatch.system.errors import SpoolError
+
+if TYPE_CHECKING:
+    from imagewatch.daemon.arrivals import Arrivals
+    from imagewatch.daemon.parts import Parts
+    from imagewatch.daemon.results import Results
+
+_log = structlog.get_logger()
+
+
+class Instructions:
+    """Does what commands ask for.
+
+    Args:
+        parts: The daemon's parts.
+        arrivals: When prompts came: a release lets those through that are there.
+        results: What follows from the results of jobs.
+    """
+
+    def __init__(self, parts: Parts, arrivals: Arrivals, results: Results) -> None:
+        self._parts = parts
+        self._arrivals = arrivals
+        self._results = results
+
+    def follow(self) -> None:
+        """Do what commands have asked for, and count how many prompts came at the same time."""
+        parts = self._parts
+        times = self._arrivals.times()
+        if parts.control.release_pending():
+            parts.caps.soon()
+        parts.admission.follow(max(times.values(), default=0.0))
+        parts.admission.count(times, self._arrivals.is_finished)
+        try:
+            self.accept_ledger()
+            for job in parts.control.retries():
+                self._reopen(job)
+        except SpoolError as error:
+            parts.admission.failed(error)
+
+    def accept_ledger(self) -> None:
+        """Use the ledger that is there, or an empty one, if ``release --accept-new-ledger`` asked for it."""
+        parts = self._parts
+        if not parts.control.accepts_ledger():
+            return
+        parts.ledger.accept()
+        parts.admission.burst.forget()
+        parts.control.accepted_ledger()
+        _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, database.FILE))
+
+    def _reopen(self, job: str) -> None:
+        """Read the saved response of a job again, as ``retry`` asked for."""
+        parts = self._parts
+        is_read = job in parts.jobs  # asked for twice, or before a crash
+        if not is_read and parts.spool.reopen(job):
+            _log.info("response_reread", job=job)
+            parts.jobs.defer(Job(job, parts.spool.key(job)), 0.0)
+            self._results.count_left()
+            parts.status.change()
+        elif not is_read:
+            _log.warning("response_missing", job=job)
+        parts.control.retried(job)

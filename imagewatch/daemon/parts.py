@@ -1,0 +1,142 @@
+"""What a daemon is made of: the parts that live as long as it does, and those that each configuration makes again."""
+
+from __future__ import annotations
+
+import os
+from random import random
+from typing import TYPE_CHECKING
+
+import structlog
+from msgspec.structs import replace
+
+from imagewatch.config.key import key_stamp, read_key
+from imagewatch.daemon.admission import Admission
+from imagewatch.daemon.caps import Caps
+from imagewatch.daemon.descriptors import most_requests
+from imagewatch.daemon.intake import Intake
+from imagewatch.daemon.jobs import Jobs
+from imagewatch.daemon.mailbox import DiskFailed, Mailbox, Saved
+from imagewatch.daemon.status import Status
+from imagewatch.daemon.systemd import Notify
+from imagewatch.endpoint.client import Client
+from imagewatch.job.spool import Spool
+from imagewatch.job.worker import Worker
+from imagewatch.journal import sqlite as database
+from imagewatch.journal.budget import Budget
+from imagewatch.journal.control import Control
+from imagewatch.journal.ledger import Ledger
+from imagewatch.system.errors import MORE_FILES
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from imagewatch.config.load import Config
+    from imagewatch.job.sending import Fate
+    from imagewatch.journal.holds import Holds
+    from imagewatch.system.disk import Disk
+
+_log = structlog.get_logger()
+
+
+class Parts:
+    """The parts of one daemon.
+
+    Args:
+        config: The configuration at the start.
+        environ: Environment: key, systemd's socket.
+        disk: Our disk.
+        holds: Reasons to wait.
+        clock: Wall clock, seconds since the epoch.
+        monotonic: Monotonic clock, seconds.
+
+    Attributes:
+        config: The configuration that is used.
+        fates: What is known of requests beside what the disk shows, by job; the workers keep it.
+        client: The endpoint as the configuration names it.
+        worker: Carries jobs to their end as the configuration says.
+    """
+
+    client: Client
+    worker: Worker
+
+    def __init__(
+        self,
+        config: Config,
+        environ: Mapping[str, str],
+        disk: Disk,
+        holds: Holds,
+        clock: Callable[[], float],
+        monotonic: Callable[[], float],
+    ) -> None:
+        self.config, self._environ = config, environ
+        self.clock, self.now = clock, monotonic
+        self.mailbox = Mailbox()
+        self.jobs = Jobs()
+        self.fates: dict[str, Fate] = {}
+        self.notify = Notify(environ)
+        self.spool = Spool(config, disk)
+        self.control = Control(config.folders.state, disk)
+        self.ledger = Ledger(os.path.join(config.folders.state, database.FILE), guarded=True)
+        self.budget = Budget(self.ledger, config.limits, clock)
+        self.admission = Admission(self.spool, self.ledger, self.control, holds, self._changed_hold, clock, monotonic)
+        self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
+        tops = self.spool.tops
+        self.intake = Intake(config.folders, self.control.folder, self.mailbox.hint, clock, monotonic, tops)
+        self.caps = Caps(self.budget, self.spool.inbox, self.intake.opener, monotonic)
+
+    def _changed_hold(self, *, at_once: bool) -> None:
+        self.status.change(at_once=at_once)
+
+    def configure(self, config: Config) -> None:
+        """Make the parts that a configuration changes.
+
+        Raises:
+            ConfigError: It cannot be used; then everything is as before.
+        """
+        config = _within_open_files(config)
+        client = Client(config.endpoint, lambda: read_key(config.endpoint, self._environ), clock=self.clock)
+        self.config = config
+        self.client = client
+        self.status.configure(config)
+        self.budget.change(config.limits)
+        self.caps.configure(config)
+        self.jobs.configure(config.limits.concurrency)
+        self.worker = self._new_worker(config)
+        self.intake.configure(config.inbox, config.limits.burst)
+        self.admission.configure(
+            config.limits, config.inbox.settle_seconds, lambda: key_stamp(config.endpoint, self._environ)
+        )
+
+    def _new_worker(self, config: Config) -> Worker:
+        return Worker(
+            self.spool,
+            self.client,
+            self.ledger,
+            config,
+            may_report=self.admission.may_report,
+            not_reported=self.admission.not_reported,
+            on_paid=lambda job: self.mailbox.put(Saved(job)),
+            budget=self.budget,
+            fates=self.fates,
+            leaving=self.admission.leaving,
+            on_trouble=lambda error: self.mailbox.put(DiskFailed(error)),
+            clock=self.clock,
+            monotonic=self.now,
+            jitter=random,
+        )
+
+    def close(self) -> None:
+        """Stop watching and close what is open."""
+        self.intake.stop()
+        self.client.close()
+        self.ledger.close()
+
+
+def _within_open_files(config: Config) -> Config:
+    """Return a configuration with as many requests at the same time as this process has files for."""
+    wanted = config.limits.concurrency
+    most, files = most_requests(wanted)
+    if most < wanted:
+        reason = f"only {files} open files are allowed: limits.concurrency is {wanted}, and {most} is used"
+        _log.warning("limited", reason=reason, next=MORE_FILES)
+    return replace(config, limits=replace(config.limits, concurrency=most))

@@ -1,0 +1,169 @@
+"""What follows from the result of a job: for the job, for the other jobs, and for the queue."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import structlog
+
+from imagewatch.daemon.jobs import Need
+from imagewatch.job.outcome import End, Outcome
+from imagewatch.protocol.reasons import DISK_SECONDS
+from imagewatch.system.errors import SpoolError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.daemon.jobs import Job
+    from imagewatch.daemon.mailbox import Finished
+    from imagewatch.daemon.parts import Parts
+    from imagewatch.daemon.recovery import Recovery
+
+_MOST_LEFT = 3
+"""So many jobs may be left to a person before nothing is sent any more: the next ones may be paid for in vain, too."""
+_LEFT = "left"
+"""In the place of a job: those that are left to a person hold the queue."""
+_LEFT_HINT = "the log has the reason and the next step for each; to continue without them, run: imagewatch release"
+_log = structlog.get_logger()
+
+
+class Results:
+    """Takes the results of jobs.
+
+    Args:
+        parts: The daemon's parts.
+        recovery: What is left of earlier jobs.
+        on_outcome: Called for each job that is over.
+
+    Attributes:
+        failed: How many jobs ended in ``errors``.
+    """
+
+    def __init__(self, parts: Parts, recovery: Recovery, on_outcome: Callable[[Outcome], None]) -> None:
+        self._parts = parts
+        self._jobs = parts.jobs
+        self._recovery = recovery
+        self._on_outcome = on_outcome
+        self.failed = 0
+
+    def take(self, message: Finished) -> None:
+        """Take what a worker has come to."""
+        job = self._jobs.take(message.job)
+        self._parts.caps.soon()
+        self._parts.status.change()
+        self._parts.intake.over(job.key)
+        try:
+            outcome = message.future.result()
+        except SpoolError as error:
+            self._parts.budget.unplan(job.id)
+            self._failed(job, error)
+            return
+        except Exception:  # noqa: BLE001  a bug in one job must not stop the others
+            _log.exception("internal_error", job=job.id, next="report this as a bug")
+            self._parts.budget.unplan(job.id)
+            self._leave(job)
+            return
+        self._continues(job)
+        self._hold_or_release(outcome, message.began)
+        self._place(job, outcome)
+
+    # A job that failed at our own disk
+
+    def _failed(self, job: Job, error: SpoolError) -> None:
+        """Let a job wait that failed at our own disk. Unless it fails alone, nothing is sent until it is retried.
+
+        It fails alone where a write probe succeeds immediately: a file in its way, a permission. Other prompts of its
+        folder may fail for the same reason after they were paid for, so none of them is claimed.
+        """
+        if error.code == 0:
+            _log.error("stuck", job=job.id, reason=str(error), next=error.hint)
+            self._leave(job)
+        elif self._parts.admission.failed_alone(job.id, error):
+            if not job.fails:
+                _log.error("stuck", job=job.id, reason=str(error), next=error.hint, retried="automatically")
+            self._jobs.retry_alone(job, self._parts.now())
+            self._close_folders()
+        else:
+            self._jobs.defer(job, self._parts.now() + DISK_SECONDS)
+
+    def _continues(self, job: Job) -> None:
+        """Note that a job fails no more, if it did."""
+        self._parts.admission.continues(job.id)
+        if self._jobs.clear_failure(job):
+            self._close_folders()
+            self._parts.intake.scanner.soon(job.key)
+
+    def _close_folders(self) -> None:
+        """Let nothing be claimed out of the folders of which a job fails alone."""
+        self._parts.status.change()
+        self._parts.intake.closed = self._jobs.closed_folders()
+
+    # A job that is left to a person
+
+    def _leave(self, job: Job) -> None:
+        self._continues(job)
+        self._jobs.leave(job)
+        self._parts.budget.strand(job.id)
+        self.count_left()
+
+    def count_left(self) -> None:
+        """Hold the queue while there are many jobs that only a person can carry on."""
+        left = self._jobs.left
+        if len(left) >= _MOST_LEFT:
+            jobs = ", ".join(sorted(left)[:_MOST_LEFT])
+            self._parts.admission.hold_for(
+                _LEFT, SpoolError(f"{len(left)} jobs are stuck ({jobs}, …)", hint=_LEFT_HINT)
+            )
+        else:
+            self._parts.admission.continues(_LEFT)
+
+    def forget_removed(self) -> None:
+        """Forget jobs of which a person has removed what was left: their names are free."""
+        for job in self._jobs.left:
+            if self._parts.spool.is_left(job):
+                continue
+            _log.info("unstuck", job=job, reason="none of its files are left")
+            self._jobs.forget(job)
+            self._recovery.record_removed()
+            self.count_left()
+            self._parts.intake.scanner.soon()
+            self._parts.status.change()
+
+    # A job that came to an outcome
+
+    def _hold_or_release(self, outcome: Outcome, began: float) -> None:
+        """Hold or release the queue as the outcome demands."""
+        admission = self._parts.admission
+        if outcome.reason is not None and outcome.reason.kind == "broken":
+            admission.upload_broke(outcome.job, outcome.reason, began)
+        elif outcome.reason is not None:
+            admission.refused(outcome.reason, began)
+        elif outcome.answered:
+            admission.answered(began)
+
+    def _place(self, job: Job, outcome: Outcome) -> None:
+        """Note where the job is now, and what that means for others of its name."""
+        burst, intake, now = self._parts.admission.burst, self._parts.intake, self._parts.now()
+        if outcome.end not in {End.LATER, End.RETURNED}:
+            self._jobs.free_name(job.key, now)
+        if outcome.end is End.LATER:
+            self._jobs.defer(job, now + outcome.delay, _need(outcome))
+        elif outcome.end is End.RETURNED:
+            burst.returned(outcome.source)  # it is the same prompt
+            intake.scanner.soon(job.key)
+        elif outcome.end is End.REDELIVERED:
+            burst.finished(outcome.source)  # the next prompt of this path is another one
+            intake.scanner.soon(job.key)
+        elif outcome.end is End.OVER:
+            burst.finished(outcome.source)
+            self.failed += outcome.door == "errors"
+            self._on_outcome(outcome)
+
+
+def _need(outcome: Outcome) -> Need:
+    """Return what a job needs that is deferred."""
+    if outcome.displaced:
+        return Need.NAME
+    if outcome.reason is not None and outcome.reason.row.is_short:
+        return Need.TURN
+    return Need.REQUEST

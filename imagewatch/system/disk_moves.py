@@ -1,0 +1,216 @@
+"""Moves files, also to another file system, so that a move that a crash interrupted is finished by doing it again."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import functools
+import os
+import shutil
+import stat
+from typing import IO, TYPE_CHECKING
+
+from imagewatch.system.disk_calls import DiskCalls
+from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import is_private
+from imagewatch.system.permissions import copy_permissions
+from imagewatch.system.untrusted import open_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_COPY_BYTES = 1 << 20
+
+
+class Moves(DiskCalls):
+    """Moves and comparisons of files."""
+
+    def create_anew(self, path: str, mode: int = 0o600) -> IO[bytes]:
+        """Create a file as ``create`` does, in the place of a leftover of an earlier crash."""
+        try:
+            return self.create(path, mode)
+        except SpoolError as error:
+            if error.code != errno.EEXIST:
+                raise
+        self.unlink(path)
+        return self.create(path, mode)
+
+    def carry(
+        self,
+        source: str,
+        target: str,
+        temporary: str,
+        finish: Callable[[int], None] | None = None,
+        *,
+        mtime_ns: int | None = None,
+    ) -> None:
+        """Move a file to a name that is free, also to another file system. The folders are not synced.
+
+        Run again after a crash it finishes what was begun: a source that is gone with a target that is there
+        is done; so is a source that is gone with the target taken away by its reader.
+
+        Args:
+            source: What to move.
+            target: Its new name.
+            temporary: A name of our own in the target's folder, for a copy.
+            finish: Called with the descriptor before the name appears, to set mode and group.
+            mtime_ns: The mtime that it gets, 0 for the present. A file of which we may not set it is copied.
+
+        Raises:
+            FileExistsError: The target is something else.
+        """
+        file = self._readable(source)
+        if file is None:
+            self._carry_special(source, target)
+            return
+        with file:
+            with ours(target, "set mode or group"):
+                if finish:
+                    finish(file.fileno())
+            is_secret = self._is_private(file, source)
+            is_movable = mtime_ns is None or is_secret or self.touch(source, mtime_ns)
+            self.sync(file, source)
+            if not (is_movable and self._moved(file, source, target)):
+                self._require_public(source, is_secret=is_secret)
+                self._copy(file, target, temporary, finish, mtime_ns or 0)
+                self.sync_folder(os.path.dirname(target))
+                self.unlink(source)
+
+    def _is_private(self, file: IO[bytes], path: str) -> bool:
+        with ours(path, "look at the folder"):
+            return is_private(os.fstat(file.fileno()), self.tops.folder(os.path.dirname(path)).status())
+
+    def _require_public(self, path: str, *, is_secret: bool) -> None:
+        """Refuse to copy a hard link to a private file: the copy has one name, and passes for a file like any other."""
+        if is_secret:
+            with ours(path, "copy a hard link to a private file"):
+                raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
+
+    def _moved(self, file: IO[bytes], source: str, target: str) -> bool:
+        """Rename an open file; tell whether that can be done, which it cannot between two file systems."""
+        try:
+            self.rename(source, target)
+        except FileExistsError:
+            if not self._same(file, target):
+                raise
+            self.unlink(source)
+        except OSError as error:
+            if error.errno == errno.EXDEV:
+                return False
+            with ours(target, "move"):
+                raise
+        return True
+
+    def _carry_special(self, source: str, target: str) -> None:
+        """Move a link, a FIFO, what we may not read, or nothing at all.
+
+        Across file systems a link is made anew, a FIFO is dropped, and what we may not read is a failure.
+        """
+        try:
+            self.rename(source, target)
+        except FileNotFoundError:
+            return
+        except FileExistsError:
+            if self._link(source) is None or self._link(source) != self._link(target):
+                raise
+        except OSError as error:
+            if error.errno != errno.EXDEV or self._is_regular(source):
+                with ours(target, "move"):
+                    raise
+            text = self._link(source)
+            if text is not None and text != self._link(target):
+                self.symlink(text, target)
+            self.sync_folder(os.path.dirname(target))
+        else:
+            return
+        self.unlink(source)
+
+    def _copy(
+        self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None, mtime_ns: int
+    ) -> None:
+        try:
+            with closing(self.create_anew(temporary), target) as copy:
+                with ours(target, "write"):
+                    file.seek(0)
+                    shutil.copyfileobj(file, copy, _COPY_BYTES)
+                    if copy.tell() != os.fstat(file.fileno()).st_size:
+                        raise OSError(errno.EIO, "the copy is shorter than its source")
+                    (finish or functools.partial(copy_permissions, file.fileno()))(copy.fileno())
+                    if mtime_ns:
+                        copy.flush()
+                        os.utime(copy.fileno(), ns=(mtime_ns, mtime_ns))
+                self.sync(copy, target)
+            try:
+                self.rename(temporary, target)
+            except FileExistsError:
+                if not self._same(file, target):
+                    raise
+        finally:
+            self.unlink(temporary)
+
+    def same(self, path: str, other: str) -> bool:
+        """Tell whether two files have the same mtime and bytes; the other one is then durable."""
+        if not self.tops.exists(other):
+            return False
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(file) for file in map(self._readable, (path, other)) if file is not None]
+            if len(files) < 2:  # noqa: PLR2004  both
+                return False
+            mine, theirs = files
+            times = {os.fstat(file.fileno()).st_mtime_ns for file in files}
+            if len(times) > 1 or not self._same(mine, other):
+                return False
+            self.sync(theirs, other)
+        return True
+
+    def has_content(self, path: str, content: bytes) -> bool:
+        """Tell whether a path is a plain file of exactly these bytes. A pipe that was put there is not waited for."""
+        try:
+            with self._open(path) as file:
+                return os.fstat(file.fileno()).st_size == len(content) and file.read() == content
+        except OSError:
+            return False
+
+    def _open(self, path: str) -> IO[bytes]:
+        return open_file(path, self.tops, allows_private=True)
+
+    def _is_regular(self, path: str) -> bool:
+        try:
+            return stat.S_ISREG(self.tops.lstat(path).st_mode)
+        except FileNotFoundError:
+            return False
+
+    def _readable(self, path: str) -> IO[bytes] | None:
+        """Open a regular file; None for anything else, and for what was dropped that we may not read."""
+        try:
+            with ours(path, "read"):
+                return self._open(path) if self._is_regular(path) else None
+        except SpoolError as error:
+            if error.code == errno.EACCES:
+                return None
+            raise
+
+    def _same(self, file: IO[bytes], target: str) -> bool:
+        """Tell whether a file and a path hold the same bytes."""
+        try:
+            other = self._open(target)
+        except OSError:
+            return False
+        with other:
+            mine, theirs = os.fstat(file.fileno()), os.fstat(other.fileno())
+            if mine.st_size != theirs.st_size:
+                return False
+            file.seek(0)
+            while chunk := file.read(_COPY_BYTES):
+                if chunk != other.read(len(chunk)):
+                    return False
+        return True
+
+    def _link(self, path: str) -> str | None:
+        """Return the text of a symbolic link; None if there is none."""
+        try:
+            place = self.tops.at(path)
+            return os.readlink(place.name, dir_fd=place.dir_fd)
+        except OSError:
+            return None

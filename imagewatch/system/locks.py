@@ -1,0 +1,85 @@
+"""Locks that end with their process: one daemon for each inbox and each state folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import threading
+from typing import IO, TYPE_CHECKING
+
+from imagewatch.system.disk_errors import ours
+from imagewatch.system.errors import AlreadyRunning, SpoolError
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from imagewatch.system.folders import Tops
+
+_LOCK_TRIES = 4
+_LOCK_SECONDS = 0.1
+
+
+def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Event().wait) -> IO[bytes]:  # noqa: B008
+    """Take an exclusive lock that ends with the process.
+
+    Args:
+        path: The lock file; made if it is not there.
+        tops: The folders that were opened.
+        wait: Waits some seconds: ``locked`` has the lock for an instant, and is not somebody at work.
+
+    Returns:
+        The open file; the lock lasts as long as it does.
+
+    Raises:
+        AlreadyRunning: Somebody else has it.
+    """
+    with ours(path, "open the lock"):
+        file = os.fdopen(tops.open_file(path, os.O_RDWR | os.O_CREAT), "r+b")
+    for left in reversed(range(_LOCK_TRIES)):
+        try:
+            with _translated_lock(path):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except AlreadyRunning:
+            if not left:
+                file.close()
+                raise
+            wait(_LOCK_SECONDS)
+        except SpoolError:
+            file.close()
+            raise
+    return file
+
+
+@contextlib.contextmanager
+def _translated_lock(path: str) -> Iterator[None]:
+    try:
+        yield
+    except BlockingIOError:
+        message = f"{printable(path)}: another imagewatch is at work here"
+        raise AlreadyRunning(message, path=path, hint="stop it first, or give this one other folders") from None
+    except OSError as error:
+        if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
+            with ours(path, "lock"):
+                raise
+        message = f"{printable(path)}: this file system has no locks"
+        hint = "put the state folder and the inbox on a local disk"
+        raise SpoolError(message, path=path, code=error.errno or 0, hint=hint) from error
+
+
+def locked(path: str) -> bool:
+    """Tell whether somebody has a lock, without taking it for longer than an instant."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        return False
+    except OSError:
+        with ours(path, "look at the lock"):
+            raise
+    return False

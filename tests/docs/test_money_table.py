@@ -1,0 +1,37 @@
+"""The table "Money" of the README is the table in the code that decides."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from imagewatch.protocol.reasons import HOLDS, KINDS, LIMITS, RESPONSES, Kind, Others, Reaction
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+MONEY = README.partition("### Money\n")[2].partition("\n#")[0]
+ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MONEY.splitlines() if line.startswith("| ")]
+
+
+def test_the_readme_has_the_rows_of_the_code_in_their_order():
+    assert ROWS[0] == ["what happens", "charged", "this prompt", "other prompts"]
+    assert ROWS[1:] == [[kind.cause, kind.charged, kind.reaction.value, kind.others.value] for kind in RESPONSES]
+
+
+@pytest.mark.parametrize("kind", RESPONSES, ids=lambda kind: kind.name)
+def test_a_status_that_a_row_names_leads_to_this_row(kind: Kind):
+    for status in map(int, re.findall(r"\b[1-5][0-9]{2}\b", kind.cause)):
+        assert status in kind.statuses
+
+
+def test_every_kind_that_stops_other_prompts_says_what_to_do():
+    stopping = {kind.name for kind in KINDS.values() if kind.others is not Others.CONTINUE}
+    assert set(HOLDS) == stopping - {"lost"}  # of which the hold is that of the disk
+
+
+def test_what_is_charged_or_may_be_is_never_sent_again_automatically():
+    paid = {kind.reaction for kind in KINDS.values() if kind.charged != "no"}
+    assert paid == {Reaction.SUCCESS, Reaction.UNKNOWN}
+    assert {kind.charged for kind in KINDS.values() if kind.reaction is Reaction.UNKNOWN} == {"yes", "unknown"}
+    assert all(kind.charged == "no" for kind in LIMITS)
