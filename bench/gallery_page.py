@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from chromium import PROGRAM, Chromium
 
 from imagewatch.gallery.page import page
-from imagewatch.gallery.values import Job, Picture
+from imagewatch.gallery.values import Job, JobImage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -52,12 +52,12 @@ def fill(folder: Path, jobs: int) -> Path:
     for number in range(jobs):
         thumb = f"{number:024x}.webp"
         os.link(pool[number % len(pool)], thumbs / thumb)
-        picture = Picture(f"job-{number}.png", f"outbox/job-{number}.png", thumb, 1024, 1024, 1_500_000)
-        job = Job(made=True, name=f"job-{number}", document=f"outbox/job-{number}.receipt.toml", at=0)
+        picture = JobImage(f"job-{number}.png", f"outbox/job-{number}.png", thumb, 1024, 1024, 1_500_000)
+        job = Job(completed=True, name=f"job-{number}", result_file=f"outbox/job-{number}.receipt.toml", at=0)
         job.at, job.charged, job.credits = 1_800_000_000_000 - number * 1_500_000, "yes", 30.0
         job.provider, job.model = ("flux", "gemini", "openai")[number % 3], "some-model-2-pro"
         job.prompt = " ".join(words[(number * 7 + k * k) % len(words)] for k in range(6 + number % 30))
-        job.pictures = [picture]
+        job.images = [picture]
         told.append(job)
     made = page(told, [], title="bench", files="gallery_files", written=time.time())
     (thumbs / made.stamp).write_text('<svg xmlns="http://www.w3.org/2000/svg"/>')

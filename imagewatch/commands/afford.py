@@ -1,6 +1,6 @@
-"""What commands say about money: the caps as they are now, and what a request would meet at them. Nothing is changed.
+"""What ``check`` prints about caps: what is spent, and whether a request fits now. Nothing is changed.
 
-What a running daemon has in flight is not known here.
+Credits that a running daemon has reserved for requests in flight are not known here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def refusal(budget: Budget, request: Request) -> tuple[str, str]:
-    """Return what a request would meet at the caps now: ``wait`` or ``refuse``, and why; both empty if it fits."""
+    """Return ``wait`` or ``refuse``, and why, if a request does not fit the caps now; two empty texts if it fits."""
     asked = Asked.of(request.fields)
     if problem := budget.never(asked):
         return "refuse", printable(str(problem))
@@ -31,7 +31,7 @@ def refusal(budget: Budget, request: Request) -> tuple[str, str]:
 
 
 def caps(config: Config) -> Iterator[tuple[str, str, str]]:
-    """Yield what is to be said of each cap on credits: verdict, setting, words.
+    """Yield verdict, setting and text for each cap on credits.
 
     A cap below ``assumed_credits`` is bad as long as no charge is known: then no request is ever sent.
     """
@@ -45,16 +45,16 @@ def caps(config: Config) -> Iterator[tuple[str, str, str]]:
         with open_budget(config) as budget:
             spent, is_known = budget.spent(), budget.knows_prices()
     except SpoolError as error:
-        yield "wait", "caps", printable(f"what was spent is not known: {error}")
+        yield "wait", "caps", printable(f"spent credits are not known: {error}")
         return
     for rule, cap in set_:
         used, end = spent[rule]
-        told = f"{amount(cap)} credits; {amount(used)} are spent until it ends {end}"
+        text = f"{amount(cap)} credits; {amount(used)} are spent; it ends {end}"
         if cap >= limits.assumed_credits:
-            yield "ok", rule, told
+            yield "ok", rule, text
             continue
-        told += f"; it is below limits.assumed_credits ({amount(limits.assumed_credits)})"
+        text += f"; it is below limits.assumed_credits ({amount(limits.assumed_credits)})"
         if is_known:
-            yield "wait", rule, f"{told}: a provider that was not charged in the last 30 days gets no request"
+            yield "wait", rule, f"{text}: no request is sent to a provider that was not charged in the last 30 days"
         else:
-            yield "bad", rule, f"{told}, so every request is refused; raise it, or set assumed_credits to a likely cost"
+            yield "bad", rule, f"{text}, so every request is refused; raise it, or set assumed_credits to a likely cost"

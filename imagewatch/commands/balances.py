@@ -1,6 +1,6 @@
-"""What the account had before and after a request that may have been charged: evidence for a person, no proof.
+"""The account's balance before and after a request that may have been charged: a clue for a person, no proof.
 
-Only what answers have reported is known. Whatever else spends from the account shows as a difference, too.
+Only balances that responses have reported are known. Other users of the account also change the balance.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def with_balances(job: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
-    """Return a job with ``balance_before`` and ``balance_after``, credits, and in words ``balances``.
+    """Return a job with ``balance_before`` and ``balance_after``, credits, and ``balances``, a sentence about them.
 
-    They are None, and the words empty, unless its charge is unknown.
+    Unless the job's charge is unknown, they are None, and the sentence is empty.
 
     Args:
         job: As the ledger returns it.
@@ -29,14 +29,14 @@ def with_balances(job: dict[str, Any], ledger: Ledger) -> dict[str, Any]:
 
 
 def in_words(found: Balances) -> str:
-    """Return what the account had before and after a request, and what other requests cost between the two."""
+    """Return a sentence about the balances before and after a request, and the cost of other requests in between."""
     if found.before is None or found.before_at is None:
-        return "no balance is known from before it was sent"
-    before = f"balance {amount(found.before)} before it ({local(found.before_at)})"
+        return "the balance before the request is not known"
+    before = f"balance before it: {amount(found.before)} ({local(found.before_at)})"
     if found.after is None or found.after_at is None:
-        return f"{before}, none is known from after it yet"
-    told = f"{before}, {amount(found.after)} after it ({local(found.after_at)})"
-    told += f"; other requests in between: {found.others}, charged {amount(found.credits)}"
+        return f"{before}; the balance after it is not known yet"
+    text = f"{before}, after it: {amount(found.after)} ({local(found.after_at)})"
+    text += f"; other requests in between: {found.others}, charged {amount(found.credits)}"
     if found.unknown_cost:
-        told += f" and {found.unknown_cost} times an unknown amount"
-    return f"{told}; difference not explained by them: {amount(found.before - found.after - found.credits)}"
+        text += f", {found.unknown_cost} of unknown cost"
+    return f"{text}; unexplained difference: {amount(found.before - found.after - found.credits)}"

@@ -38,18 +38,26 @@ if TYPE_CHECKING:
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Opener
 
-_COLOURS = {"ok": "green", "take": "green", "bad": "red", "refuse": "red", "wait": "yellow", "ignore": "yellow"}
+_COLOURS = {
+    "ok": "green",
+    "take": "green",
+    "bad": "red",
+    "refuse": "red",
+    "wait": "yellow",
+    "warn": "yellow",
+    "ignore": "yellow",
+}
 
 
 @click.command()
-@click.option("--balance", is_flag=True, help="Ask the endpoint what the account holds, too (free of charge).")
+@click.option("--balance", is_flag=True, help="Also ask the endpoint for the account's balance (free of charge)")
 @json_option
 @config_option
 def check(path: str | None, *, balance: bool, as_json: bool) -> None:
-    """Say what the daemon would do, and why; send nothing.
+    """List what the daemon would do with each file, and every problem.
 
-    Looks at the configuration, the folders, the key (never shown), whether the queue is held, and every file in the
-    inbox.
+    Checks the configuration, the folders, the key (never shown), holds, and every file in the inbox. Nothing is
+    claimed, sent or created.
     """
     found: dict[str, list[Line]] = {"settings": [], "files": []}
     for part, line in _checked(load_config(path), balance=balance):
@@ -64,15 +72,15 @@ def check(path: str | None, *, balance: bool, as_json: bool) -> None:
 
 
 def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
-    """Yield what was found, line by line: the endpoint may take its time."""
+    """Yield the lines as they are found: the endpoint may be slow."""
     for line in settings(config, os.environ):
         yield "settings", line
     for line in account(config, os.environ) if balance else ():
         yield "settings", line
     for hold in holds(config):
-        yield "settings", Line("wait", "queue", f"held ({status.kind(hold)}): {hold['reason']}; {hold['next']}")
+        yield "settings", Line("wait", "queue", f"on hold ({status.kind(hold)}): {hold['reason']}; {hold['next']}")
     for job, source in stuck(config).items():
-        why = f"{source} is stuck; the log says why, and what to do; no other prompt of its name is sent until then"
+        why = f"{source} is stuck, and no prompt of its name is sent; the log has the reason and the next step"
         yield "settings", Line("wait", f"job {job}", why)
     for line in files(config):
         yield "files", line
@@ -90,7 +98,7 @@ def stuck(config: Config) -> dict[str, str]:
 
 
 def files(config: Config) -> Iterator[Line]:
-    """Look at every file in the inbox, and at the folders in it.
+    """Yield a line for every file in the inbox, and for its sub-folders.
 
     Raises:
         SpoolError: The inbox cannot be listed.
@@ -104,12 +112,12 @@ def files(config: Config) -> Iterator[Line]:
     names = {source: job for job, source in stuck(config).items()}
     with contextlib.ExitStack() as stack:
         budget = None
-        with contextlib.suppress(SpoolError):  # the line of the caps says so
+        with contextlib.suppress(SpoolError):  # the line about the caps reports it
             budget = stack.enter_context(open_budget(config))
         for candidate in seen.ready:
             path = printable(candidate.source)
             if job := names.get(path) or names.get(f"*/{os.path.basename(path)}"):
-                yield Line("wait", path, f"an earlier prompt of this name is stuck, job {job}; the log says why")
+                yield Line("wait", path, f"an earlier prompt of this name is stuck (job {job}); the log has the reason")
             else:
                 yield _ready(candidate, config, sweep.opener, budget)
     for path, reason in sorted(seen.waiting.items()):

@@ -1,4 +1,4 @@
-"""What ``imagewatch check`` says of settings: configuration, folders, ledger, caps, key and, if asked, the account.
+"""The lines of ``imagewatch check`` about configuration, folders, ledger, caps, key and, if asked, the account.
 
 Reads only; nothing is claimed, sent or created.
 """
@@ -45,12 +45,12 @@ _ALL = os.R_OK | os.W_OK | os.X_OK
 
 @dataclass(frozen=True)
 class Line:
-    """One thing that was looked at.
+    """One thing that was checked.
 
     Attributes:
-        verdict: ``ok``, ``bad``, ``take``, ``refuse``, ``wait`` or ``ignore``.
+        verdict: ``ok``, ``wait``, ``warn`` or ``bad``; of a file ``take``, ``refuse``, ``wait`` or ``ignore``.
         what: The file, folder or setting.
-        why: In words.
+        why: The reason, or details.
     """
 
     verdict: str
@@ -59,7 +59,7 @@ class Line:
 
 
 def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Look at folders and key, and at what else would keep the daemon from starting."""
+    """Check folders, key, and everything else that could stop the daemon from starting."""
     yield Line("ok", "configuration", config.source)
     yield Line("ok", "endpoint", config.endpoint.base_url)
     yield from _refused(config, environ)
@@ -74,10 +74,10 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     yield from _room(config, kinds)
     if error := ledger_problem(config.folders.state):
         if Control(config.folders.state, Disk()).accepts_ledger():
-            yield Line("wait", "ledger", printable(f"{error} (the daemon accepts what is there when it starts)", 1000))
+            yield Line("wait", "ledger", printable(f"{error} (the daemon accepts it when it starts)", 1000))
         else:
             yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
-    yield from (Line(*told) for told in afford.caps(config))
+    yield from (Line(*line) for line in afford.caps(config))
     yield from _models(config)
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)
@@ -86,22 +86,22 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 
 def _models(config: Config) -> Iterator[Line]:
-    """Name each model that is set without a provider, and is of no known family: prompts that use it are refused."""
+    """Name each configured model whose provider is not known: prompts that use it are refused."""
     presets = {f"presets.{name}": preset for name, preset in config.presets.items() if preset.model}
     for table, own in {"defaults": config.defaults, **presets}.items():
         options = layered((own, config.defaults))
         if choose_provider(options, has_inputs=False) is None:
             problem = unknown_family(options)
-            yield Line("wait", table, printable(f"{problem}; without it prompts that name no provider are refused"))
+            yield Line("wait", table, printable(f"{problem}; until then, prompts that name no provider are refused"))
 
 
 def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Say where the key comes from, or why there is none; of another user's daemon that cannot be seen from here."""
+    """Say where the key comes from, or why there is none. A service may have a key that this user cannot read."""
     source = key_source(config.endpoint, environ)
     if not source and (whose := _daemon(config)):
-        why = f"this command cannot see the key: {whose} and may have a systemd credential or a variable of its own"
+        why = f"not visible to this command: {whose} and may have its own systemd credential or environment variable"
         environ_of = "CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service"
-        hint = f"to check it as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
+        hint = f"to check it, run as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
         yield Line("wait", "key", printable(f"{why} ({hint})"))
         return
     try:
@@ -115,11 +115,11 @@ def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 
 def _daemon(config: Config) -> str:
-    """Return which other process has this state folder, in words; an empty string if none has, as far as we may see."""
+    """Return in words which daemon uses the state folder; an empty string if none is visible to this user."""
     state = config.folders.state
     try:
         if os.stat(state).st_uid != os.geteuid():
-            return f"the daemon is another user, {_owner(config)},"
+            return f"the daemon runs as {_owner(config)}"
         return "a daemon is running" if locked(os.path.join(state, "lock")) else ""
     except (OSError, SpoolError):
         return ""
@@ -135,7 +135,7 @@ def _owner(config: Config) -> str:
 
 
 def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Say what the parts of the daemon refuse to be made with, in their own words: they are made as it makes them."""
+    """Report what parts of the daemon refuse in the configuration, by creating them as the daemon does."""
     parts: tuple[Callable[[], object], ...] = (
         lambda: Client(config.endpoint, lambda: read_key(config.endpoint, environ)).close(),
         lambda: Spool(config, Disk()),
@@ -150,76 +150,74 @@ def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
 
 
 def _room(config: Config, kinds: Kinds) -> Iterator[Line]:
-    """Say if the daemon would be held at once for want of space; of folders to be made, where they will be."""
-    there = {name: _nearest(getattr(config.folders, name)) for name in ("state", "outbox")}
+    """Report too little free space; for a folder that does not exist yet, on the disk where it will be created."""
+    nearest = {name: _nearest(getattr(config.folders, name)) for name in ("state", "outbox")}
     try:
-        require_space((there["state"], there["outbox"]), config.limits.min_free_bytes, Tops())
+        require_space((nearest["state"], nearest["outbox"]), config.limits.min_free_bytes, Tops())
     except SpoolError as error:
-        if error.code in FULL and keeps_files(kinds.of(error.path)):  # else the folder's own line says it
+        if error.code in FULL and keeps_files(kinds.of(error.path)):  # else the folder's own line reports it
             yield Line("bad", "disk", f"{error} ({error.hint})")
 
 
 def _watched(config: Config, kinds: Kinds) -> Line:
-    """Say how changes of the inbox are noticed."""
+    """Say how the daemon notices changes in the inbox."""
     kind = kinds.of(config.folders.inbox)
     polled = config.inbox.watch == "poll" or (config.inbox.watch == "auto" and eventless(kind))
     seconds = min(config.inbox.rescan_seconds, POLL_SECONDS) if polled else config.inbox.rescan_seconds
-    how = "by looking" if polled else "by the kernel's events, and by looking"
-    return Line("ok", "watch", f"{kind or 'unknown file system'}: changes are noticed {how} every {amount(seconds)} s")
+    how = "a scan" if polled else "change events, and a scan"
+    return Line("ok", "watch", f"{kind or 'unknown file system'}: {how} every {amount(seconds)} s")
 
 
 def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
-    """Say what is wrong with the folder of claimed files."""
+    """Report problems of the folder of claimed files."""
     kind = kinds.of(config.folders.inbox)
     if not keeps_owners(kind):
-        why = "it may keep no owners, so that other users of this share can change claimed files"
+        why = "it may not keep owners, so other users of this share could change claimed files"
         yield Line("wait", "claims", f"{kind or 'unknown file system'}: {why}; key and state folder are not at risk")
         return
     path = os.path.join(config.folders.inbox, CLAIMS)
     if not os.path.lexists(path):
         return
-    with ours(path, "look at the folder"):
+    with ours(path, "read the status of the folder"):
         status = os.lstat(path)
         daemon = os.stat(config.folders.state).st_uid if os.path.isdir(config.folders.state) else os.geteuid()
         if not stat.S_ISDIR(status.st_mode):
-            yield Line("bad", "claims", f"{printable(path)}: is not a folder ({HINT})")
+            yield Line("bad", "claims", f"not a folder: {printable(path)} ({HINT})")
         elif status.st_uid != daemon or stat.S_IMODE(status.st_mode) & 0o777 != stat.S_IRWXU:
             why = f"user number {status.st_uid}, mode {stat.S_IMODE(status.st_mode):o}"
-            yield Line(
-                "bad", "claims", f"{printable(path)}: is not the daemon's folder of claimed files: {why} ({HINT})"
-            )
+            yield Line("bad", "claims", f"not the daemon's folder of claimed files ({why}): {printable(path)} ({HINT})")
 
 
 def account(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
-    """Ask the account for its balance, and name what may have been charged without anybody knowing.
+    """Ask the account for its balance, and list the jobs whose charge is unknown.
 
-    The two together tell an admin whether a lost answer was paid for, if nothing else spends from the account.
+    If nothing else uses the account, the balance shows the administrator whether a lost response was charged.
     """
     try:
         with contextlib.closing(Client(config.endpoint, lambda: read_key(config.endpoint, environ))) as client:
             for name, credits_ in client.balance().items():
                 yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
     except Unavailable as error:
-        yield Line("wait", "balance", printable(f"not available ({error}); nothing else depends on it"))
+        yield Line("warn", "balance", printable(f"not available ({error}); nothing else depends on it"))
     except ConfigError as error:
         problem = error.problems[0]
-        yield Line("wait", "balance", printable(f"not available ({problem.field}: {problem.reason})"))
+        yield Line("warn", "balance", printable(f"not available ({problem.field}: {problem.reason})"))
     path = ledger_path(config)
     if os.path.exists(path):
         try:
             with contextlib.closing(Ledger(path)) as ledger:
                 yield from (
-                    _in_doubt(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown"
+                    _unknown_charge(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown"
                 )
         except SpoolError as error:
             yield Line("wait", "ledger", printable(str(error)))
 
 
-def _in_doubt(job: Mapping[str, Any]) -> Line:
+def _unknown_charge(job: Mapping[str, Any]) -> Line:
     sent = local(job["sent_at"]) if job["sent_at"] else "?"
     ids = f", request id {job['request_id']}" if job["request_id"] else ""
     return Line(
-        "wait",
+        "warn",
         printable(job["source"]),
         f"may have been charged: sent {sent}, job {job['job']}{ids}; {job['balances']}",
     )
@@ -228,7 +226,7 @@ def _in_doubt(job: Mapping[str, Any]) -> Line:
 def _folder(name: str, path: str, kinds: Kinds) -> Line:
     shown, nearest = printable(path), _nearest(path)
     if not keeps_files(kind := kinds.of(nearest)):
-        return Line("bad", name, f"{shown}: nothing can be kept there ({kind}); name a folder on a disk")
+        return Line("bad", name, f"{shown}: {kind} does not keep files; use a folder on a disk")
     if os.path.isdir(path):
         return _existing_folder(name, path)
     if is_hidden(path):
@@ -236,23 +234,23 @@ def _folder(name: str, path: str, kinds: Kinds) -> Line:
     if os.path.lexists(path):
         return Line("bad", name, f"{shown}: is not a folder")
     if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
-        return Line("ok", name, f"{shown} (will be made)")
-    hint = "make it, or set root in the configuration to a folder of yours"
-    return Line("bad", name, f"{shown}: is not there, and this user cannot make it ({hint})")
+        return Line("ok", name, f"{shown} (will be created)")
+    hint = "create it, or set root in the configuration to a folder of yours"
+    return Line("bad", name, f"{shown}: does not exist, and this user cannot create it ({hint})")
 
 
 def _existing_folder(name: str, path: str) -> Line:
     shown, above = printable(path), os.path.dirname(os.path.realpath(path))
     if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
-        return Line("bad", name, f"{shown}: this user may not write there ({refusal(path, _ALL)})")
+        return Line("bad", name, f"{shown}: permission denied ({refusal(path, _ALL)})")
     if who := others_who_write(os.stat(above)):
-        why = f"{printable(above)} may be written by {who}, so others can replace this folder"
+        why = f"{who} may write to {printable(above)}, so others can replace this folder"
         return Line("wait", name, f"{shown}: {why} (chmod go-w {printable(above)})")
     return Line("ok", name, shown)
 
 
 def _nearest(path: str) -> str:
-    """Return what is there of a path: itself, or the nearest folder above it."""
+    """Return a path if it exists, else the nearest folder above it."""
     while not os.path.lexists(path):
         path = os.path.dirname(path)
     return path

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Seconds(click.FloatRange):
-    """A time on the command line: a number with an end. ``nan`` is neither below nor above any bound."""
+    """A time on the command line: a finite number. ``nan`` would be within all bounds."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:  # noqa: ANN401
         """Return the number."""
@@ -31,10 +31,10 @@ config_option = click.option(
     "path",
     type=click.Path(readable=False),
     metavar="FILE",
-    help="The configuration. Without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
-    "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml.",
+    help="Configuration file; without it: $IMAGEWATCH_CONFIG, else ./imagewatch.toml, else "
+    "~/.config/imagewatch/config.toml, else /etc/imagewatch/config.toml",
 )
-json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON")
 
 
 def load_config(path: str | None) -> Config:

@@ -1,11 +1,10 @@
-"""``imagewatch demo``: six telling prompts through the real daemon, on the local endpoint."""
+"""``imagewatch demo``: six prompts through the real daemon, on the local endpoint."""
 
 from __future__ import annotations
 
 import os
 import sys
 import tomllib
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,63 +40,49 @@ _PROMPTS = {
 _EXPLAINED = {
     "lighthouse": "text only",
     "postcard": "an edit of two images",
-    "logo-ideas": "four at once",
+    "logo-ideas": "four images in one request",
     "poster": "with options",
-    "typo": "mistakes, so no call was made",
-    "too-expensive": "the account has no credits left",
+    "typo": "mistakes in the options, so no request was sent",
+    "too-expensive": "the account has too few credits",
 }
-_PICTURES = {"postcard.png": ("harbour", (58, 110, 150)), "postcard.1.png": ("boat", (170, 80, 50))}
+_IMAGES = {"postcard.png": ("harbour", (58, 110, 150)), "postcard.1.png": ("boat", (170, 80, 50))}
 
 
 @click.command()
 @click.argument("folder", default="imagewatch-demo", type=click.Path(file_okay=False))
 def demo(folder: str) -> None:
-    """Show everything at once on a local endpoint: no key, no cost.
+    """Show everything on a local endpoint: no key, no cost.
 
-    Makes FOLDER (default: imagewatch-demo; a number is added if it is there), drops six prompts into its inbox and
-    runs the real daemon on them. Nothing leaves this machine.
+    Creates FOLDER (default: imagewatch-demo; if it exists, a number is added), drops six prompts into its inbox and
+    runs the daemon on them. No data leaves this machine.
     """
     with progress(shown=sys.stderr.isatty()) as bar:
-        story = _play(folder, on_outcome=bar.finished, on_seen=bar.found)
-    for line in story.lines:
+        lines = _play(folder, on_outcome=bar.finished, on_seen=bar.found)
+    for line in lines:
         click.echo(line)
 
 
-@dataclass
-class Story:
-    """What the demo showed.
-
-    Attributes:
-        folder: Where everything is.
-        lines: What to print.
-        report: What the endpoint counted.
-    """
-
-    folder: str
-    lines: list[str] = field(default_factory=list)
-    report: dict[str, Any] = field(default_factory=dict)
-
-
-def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callable[[int], None]) -> Story:
-    """Make the folders, drop the prompts, run the daemon.
+def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callable[[int], None]) -> list[str]:
+    """Create the folders, drop the prompts and run the daemon; return what to print.
 
     Args:
-        folder: Where to; if it exists, a number is appended.
-        on_outcome: Called for each finished job.
+        folder: The folder to create; if it exists, a number is added.
+        on_outcome: Called for each job that has ended.
         on_seen: Called with the number of prompts that wait.
 
     Raises:
-        SpoolError: The folder cannot be made.
+        SpoolError: The folder cannot be created.
     """
-    story = Story(_fresh(folder))
+    folder = _fresh(folder)
     with Sandbox(latency_seconds=0.8) as sandbox:
         environ = {
             "LETTA_BASE_URL": sandbox.base_url,
             "LETTA_API_KEY": PROPOSED_KEY,
-            "IMAGEWATCH_FOLDERS__ROOT": story.folder,
-            "IMAGEWATCH_FOLDERS__STATE": os.path.join(story.folder, "state"),
+            "IMAGEWATCH_FOLDERS__ROOT": folder,
+            "IMAGEWATCH_FOLDERS__STATE": os.path.join(folder, "state"),
             "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0.5",
-            "IMAGEWATCH_LIMITS__CONCURRENCY": str(len(_PROMPTS)),  # all at once: the refusal holds nobody up
+            # All at the same time, so that the hold of the last prompt does not delay the others.
+            "IMAGEWATCH_LIMITS__CONCURRENCY": str(len(_PROMPTS)),
             "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": "1000000",
         }
         config = load(None, environ)
@@ -105,14 +90,12 @@ def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callab
         log.configure("error", "auto")
         daemon = Daemon(config, environ, once=True, on_outcome=on_outcome, on_seen=on_seen)
         daemon.run()
-        story.report = sandbox.report()
-    page = Gallery(config).write().path
-    story.lines = _told(story, page, daemon.hold)
-    return story
+        report = sandbox.report()
+    return _summary(folder, Gallery(config).write().path, report, daemon.hold)
 
 
 def _fresh(folder: str) -> str:
-    """Make a folder that was not there."""
+    """Create a folder that did not exist."""
     for number in range(1, 1000):
         path = os.path.abspath(folder if number == 1 else f"{folder}-{number}")
         try:
@@ -120,17 +103,16 @@ def _fresh(folder: str) -> str:
         except FileExistsError:
             continue
         except OSError as error:
-            raise SpoolError(
-                f"{printable(path)}: cannot be made: {error.strerror}", hint="name another folder"
-            ) from None
+            message = f"cannot create the folder: {error.strerror}: {printable(path)}"
+            raise SpoolError(message, hint="choose another folder") from None
         return path
-    raise SpoolError(f"{printable(folder)}: there are too many of them", hint="remove old demos")
+    raise SpoolError(f"there are too many such folders: {printable(folder)}", hint="remove old ones")
 
 
 def _drop(inbox: str) -> None:
     """Drop the prompts, images first, as a careful sender does."""
     os.makedirs(inbox)
-    for name, (word, colour) in _PICTURES.items():
+    for name, (word, colour) in _IMAGES.items():
         picture = Image.new("RGB", (320, 240), colour)
         ImageDraw.Draw(picture).text((160, 120), word, anchor="mm", font=ImageFont.load_default(40), fill="white")
         picture.save(os.path.join(inbox, name))
@@ -139,35 +121,34 @@ def _drop(inbox: str) -> None:
             file.write(text)
 
 
-def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
-    """Return the end of the story: what is where, and what it cost."""
-    lines = ["", click.style("What became of the six prompts", bold=True), ""]
+def _summary(folder: str, page: str, report: dict[str, Any], hold: Hold | None) -> list[str]:
+    """Return the lines to print: the results, where they are, and what they cost."""
+    lines = ["", click.style("Results of the six prompts", bold=True), ""]
     credits_spent = 0.0
     for stem in _PROMPTS:
-        found = _document(story.folder, stem)
+        found = _facts(folder, stem)
         credits_spent += found.get("credits_charged") or 0
         lines += _paragraph(stem, found)
-    counted = story.report["credits"]
-    charged = story.report["charged"]
+    counted, charged = report["credits"], report["charged"]
     lines += [
         "",
-        f"Receipts say {amount(credits_spent)} credits; the endpoint counted {amount(counted)} for {charged} requests.",
-        "No key was used, nothing left this machine, the pictures are placeholders.",
+        f"Receipts: {amount(credits_spent)} credits. The endpoint counted {amount(counted)} for {charged} requests.",
+        "No key was used, no data left this machine, and the images are placeholders.",
         "",
-        f"  pictures and receipts  {os.path.join(story.folder, 'outbox')}",
-        f"  refused, with reasons  {os.path.join(story.folder, 'errors')}",
-        f"  prompts that were done {os.path.join(story.folder, 'archive')}",
-        f"  all of it to look at   {Path(page).as_uri()}",
+        f"  images and receipts    {os.path.join(folder, 'outbox')}",
+        f"  failed, with reasons   {os.path.join(folder, 'errors')}",
+        f"  completed prompts      {os.path.join(folder, 'archive')}",
+        f"  all of it in a browser {Path(page).as_uri()}",
     ]
     if hold:
         lines += [
             "",
-            f"The queue is now held ({hold.kind}): {printable(hold.reason.message)}.",
-            "New prompts would wait in the inbox, unpaid.",
+            f"The queue is now on hold ({hold.kind}): {printable(hold.reason.message)}.",
+            "New prompts would wait in the inbox, and cost nothing.",
         ]
     lines += [
         "",
-        "For real: imagewatch init --root FOLDER, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
+        "To start for real: imagewatch init --root FOLDER, export LETTA_API_KEY=…, imagewatch check, imagewatch run.",
         "",
     ]
     return lines
@@ -175,7 +156,7 @@ def _told(story: Story, page: str, hold: Hold | None) -> list[str]:
 
 def _paragraph(stem: str, found: dict[str, Any]) -> list[str]:
     title = f"  {click.style(f'{stem:<15}', bold=True)}{_EXPLAINED[stem]}"
-    if found["door"] == "errors":
+    if found["destination"] == "errors":
         reasons = found.get("problems") or [found["message"]]
         return [title, *(click.style(f"    ✗ {printable(reason)}", fg="red") for reason in reasons)]
     return [
@@ -188,10 +169,10 @@ def _paragraph(stem: str, found: dict[str, Any]) -> list[str]:
     ]
 
 
-def _document(folder: str, stem: str) -> dict[str, Any]:
-    for door, ending in (("outbox", "receipt"), ("errors", "error")):
-        path = os.path.join(folder, door, f"{stem}.{ending}.toml")
+def _facts(folder: str, stem: str) -> dict[str, Any]:
+    for destination, ending in (("outbox", "receipt"), ("errors", "error")):
+        path = os.path.join(folder, destination, f"{stem}.{ending}.toml")
         if os.path.exists(path):
             with open(path, "rb") as file:
-                return {**tomllib.load(file), "door": door}
-    raise SpoolError(f"{stem}: neither receipt nor error file appeared", hint="please report this")
+                return {**tomllib.load(file), "destination": destination}
+    raise SpoolError(f"there is no receipt or error file: {stem}", hint="report this error")

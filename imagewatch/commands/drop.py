@@ -1,8 +1,8 @@
-"""Dropping prompts the right way.
+"""Drops prompts in the right order.
 
-Prompts and copies of their images are written into the inbox under hidden names, which nobody takes, and checked there.
-When all of them are sound they are renamed: the images first, then the prompt, which declares them, so that it
-is taken at once and never half-written. Only the folders are needed, neither the key nor the state folder.
+Prompts and copies of their images are written into the inbox under hidden names, which the daemon does not claim, and
+checked there. If all of them are valid they are renamed: the images first, then the prompt, which declares them. So the
+daemon can claim it immediately, and never half-written. Only the folders are needed, not the key or the state folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import tomli_w
 
-from imagewatch.commands.wait import Made
+from imagewatch.commands.wait import Result
 from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.protocol import prompt as prompts
@@ -43,20 +43,20 @@ if TYPE_CHECKING:
 
 _STAGED = ".submit-"
 _STALE_SECONDS = 86_400.0
-"""Staged files that old belong to nobody any more: the sender was killed."""
+"""Staged files of this age were left by a command that was killed."""
 _COPY_BYTES = 1 << 20
 _MOST_WORDS = 40
 _MOST_STEM = 200
-"""Longest name of a prompt in bytes: whatever the daemon adds to it for a result, it is never cut."""
+"""Longest base name in bytes: the daemon never has to cut it, whatever it adds for a result."""
 
 
 @dataclass(frozen=True)
-class Wish:
-    """One prompt that somebody wants to be made.
+class SubmitRequest:
+    """What one prompt asks for.
 
     Attributes:
-        text: What is asked for.
-        options: Front matter: what is not None is written.
+        text: The text.
+        options: Front matter; options that are None are not written.
         images: Paths of input images, in order.
     """
 
@@ -65,17 +65,17 @@ class Wish:
     images: tuple[str, ...] = ()
 
     @classmethod
-    def of_file(cls, raw: bytes, path: str, options: Mapping[str, Any], images: tuple[str, ...]) -> Wish:
-        """Read a prompt file; what is said beside it wins over what it says itself.
+    def of_file(cls, raw: bytes, path: str, options: Mapping[str, Any], images: tuple[str, ...]) -> SubmitRequest:
+        """Read a prompt file; options and images that are given replace those of the file.
 
-        Its images are those it declares, from its own folder; without, and if it is called like a prompt, those that
-        would be its own in an inbox.
+        Its images are those that it declares, from its own folder. If it declares none and has the name of a prompt,
+        they are those that an inbox would match to it.
 
         Args:
             raw: The file.
             path: Its path.
-            options: What was said beside it.
-            images: Images given beside it.
+            options: Options that are given.
+            images: Images that are given.
 
         Raises:
             BadRequest: It cannot be read.
@@ -100,7 +100,7 @@ def _siblings(folder: str, name: str) -> Sequence[str]:
         names = os.listdir(folder)
     except OSError as error:
         raise BadRequest([Problem(name, f"its folder cannot be listed: {error.strerror}", hint)]) from None
-    # Where a file system takes other cases or accents for the same, images would be missed, and a text be paid for.
+    # On a file system that ignores case or accents, images would be missed, and the text alone would be charged.
     if name not in names:
         raise BadRequest([Problem(name, "its folder lists no file of exactly this name", hint)])
     dropped = group(names)[stem]
@@ -113,31 +113,31 @@ def _may_be_image(path: str) -> bool:
     try:
         return may_be_image(path, os.lstat(path))
     except OSError:
-        return False  # gone
+        return False  # removed meanwhile
 
 
 def stem_for(text: str) -> str:
-    """Return a name for a prompt: its first words, and a few random digits so that it is nobody else's."""
+    """Return a base name for a prompt: its first words, and some random digits that make it unique."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain)[:_MOST_WORDS].strip("-")
     return f"{words or 'prompt'}-{secrets.token_hex(3)}"
 
 
 def require_stem(stem: str) -> None:
-    """Make sure that a prompt can have this name.
+    """Check a base name.
 
     Raises:
-        BadRequest: It cannot.
+        BadRequest: A prompt cannot have it.
     """
     reason = ""
     if "/" in stem or stem_of(stem + SUFFIX) is None or not stem:
-        reason = "is not the name of a prompt: no slash, and no dot, ~ or # at its beginning"
+        reason = "is not a valid name: it may not contain a slash, or begin with a dot, ~ or #"
     elif printable(stem) != stem:
-        reason = "has characters that no terminal can show"
+        reason = "has characters that cannot be printed"
     elif len(stem.encode()) > _MOST_STEM:
         reason = f"is longer than {_MOST_STEM} bytes"
     if reason:
-        raise BadRequest([Problem("name", f'"{printable(stem, 60)}" {reason}', "use another")])
+        raise BadRequest([Problem("name", f'"{printable(stem, 60)}" {reason}', "use another name")])
 
 
 def folder_of(name: str, *, recursive: bool) -> str:
@@ -145,31 +145,31 @@ def folder_of(name: str, *, recursive: bool) -> str:
 
     Args:
         name: What the sender calls it; empty for the inbox itself.
-        recursive: Whether the daemon looks into sub-folders.
+        recursive: Whether the daemon scans sub-folders.
 
     Raises:
-        BadRequest: The daemon would not look there.
+        BadRequest: The daemon would not scan it.
     """
     parts = [part for part in name.split("/") if part]
-    reason, hint = "", "name a folder below the inbox, such as poster or 2026/spring"
+    reason, hint = "", "use a folder below the inbox, such as poster or 2026/spring"
     if name.startswith("/"):
-        reason = "begins at the root"
+        reason = "is an absolute path"
     elif ".." in parts:
-        reason = "leads out of the inbox"
+        reason = "points outside the inbox"
     elif why := next(filter(None, map(why_not_entered, parts)), ""):
         reason = f"is, or is in, {why}"
     elif printable(name) != name:
-        reason = "has characters that no terminal can show"
+        reason = "has characters that cannot be printed"
     elif parts and not recursive:
-        reason, hint = "is not looked into", "inbox.recursive is false in the configuration"
+        reason, hint = "is not scanned", "use the inbox itself, or set inbox.recursive = true"
     if reason:
         raise BadRequest([Problem("folder", f'"{printable(name, 100)}" {reason}', hint)])
     return "/".join(parts)
 
 
 @dataclass
-class _Parcel:
-    """One prompt with its images under hidden names: paths in the order in which they are placed."""
+class _Staged:
+    """One prompt with its images under hidden names: hidden and final paths, in the order in which they are renamed."""
 
     source: str
     text: str = ""
@@ -177,20 +177,20 @@ class _Parcel:
 
 
 class Delivery:
-    """Prompts on their way into one folder of the inbox: the first is put there when all of them are sound.
+    """Prompts for one folder of the inbox: the first is dropped when all of them are valid.
 
-    At the end of the block whatever was not put there is removed.
+    At the end of the block, files of prompts that were not dropped are removed.
 
     Args:
         config: Folders, presets and limits.
         folder: Folder below the inbox, or an empty string.
-        blind: Only the folders are known, so that the daemon's presets cannot be looked up.
+        blind: Only the folders are known, so that presets cannot be checked.
 
     Attributes:
-        unsynced: Why a power cut may still take away what was put there; None if it may not, or nobody can tell.
+        unsynced: Why dropped prompts may be lost if the power fails; None if they are safe, or if that is not known.
 
     Raises:
-        SpoolError: The inbox is not there or cannot be written.
+        SpoolError: The inbox does not exist or cannot be written.
     """
 
     def __init__(self, config: Config, folder: str, *, blind: bool = False) -> None:
@@ -203,7 +203,7 @@ class Delivery:
         self.unsynced: SpoolError | None = None
         self._target = self._entered()
         self._mode = self._readable_mode()
-        self._parcels: list[_Parcel] = []
+        self._staged: list[_Staged] = []
         self._remove_stale()
 
     def __enter__(self) -> Self:
@@ -213,63 +213,63 @@ class Delivery:
 
     def __exit__(self, *_: object) -> None:
         with self._held:
-            for parcel in self._parcels:
-                self._remove(parcel)
+            for staged in self._staged:
+                self._remove(staged)
 
-    def stage(self, wish: Wish, stem: str) -> None:
+    def stage(self, request: SubmitRequest, stem: str) -> None:
         """Write a prompt and copies of its images under hidden names, and check them.
 
         Args:
-            wish: What is wanted.
-            stem: The prompt's name without ending.
+            request: What the prompt asks for.
+            stem: Its base name.
 
         Raises:
-            BadRequest: The daemon would refuse it, or its name is taken; everything that is wrong.
+            BadRequest: The daemon would refuse it, or its name exists; all problems.
             SpoolError: The inbox cannot be written.
         """
-        parcel = _Parcel(os.path.join(self._folder, stem + SUFFIX))
-        self._parcels.append(parcel)
+        staged = _Staged(os.path.join(self._folder, stem + SUFFIX))
+        self._staged.append(staged)
         hidden = _STAGED + secrets.token_hex(8)
         names: list[str] = []
-        problems = self._taken(stem + SUFFIX)
-        for number, path in enumerate(wish.images, 1):
+        problems = self._problems_of_name(stem + SUFFIX)
+        for number, path in enumerate(request.images, 1):
             try:
-                names.append(self._copy(parcel, path, f"{hidden}.{number}", f"{stem}.in{number}"))
+                names.append(self._copy(staged, path, f"{hidden}.{number}", f"{stem}.in{number}"))
             except BadRequest as error:
                 problems += error.problems
         if problems:
             raise BadRequest(problems)
-        content = _composed(wish, names)
-        parcel.text = prompts.parse(content).text
-        with self._writing(parcel, hidden + SUFFIX, stem + SUFFIX) as file:
+        content = _composed(request, names)
+        staged.text = prompts.parse(content).text
+        with self._writing(staged, hidden + SUFFIX, stem + SUFFIX) as file:
             file.write(content)
-        staged = tuple(os.path.basename(path) for path, _ in parcel.files[:-1])
-        self._check(Dropped(folder=self._folder, stem=hidden, images=staged, declared=None))
+        images = tuple(os.path.basename(path) for path, _ in staged.files[:-1])
+        self._check(Dropped(folder=self._folder, stem=hidden, images=images, declared=None))
 
-    def place(self) -> Generator[Made, None, None]:
-        """Put everything that was staged into the inbox; yield each prompt that is there.
+    def place(self) -> Generator[Result, None, None]:
+        """Drop everything that was staged; yield each prompt that is in the inbox.
 
-        What has its final name will be paid for, and is yielded before anything else can fail.
+        A prompt that has its final name will be charged, so it is yielded before anything else can fail.
 
         Raises:
-            BadRequest: Somebody took a name in this very moment; of this prompt nothing is left in the inbox.
-            SpoolError: The inbox cannot be written; nothing is left of this prompt either.
+            BadRequest: A name has been used meanwhile; nothing of this prompt is left in the inbox.
+            SpoolError: The inbox cannot be written; nothing of this prompt is left there either.
         """
-        while self._parcels:
-            parcel = self._parcels[0]
-            *images, (hidden, prompt) = parcel.files
+        while self._staged:
+            staged = self._staged[0]
+            *images, (hidden, prompt) = staged.files
             for number, (path, final) in enumerate(images):
                 self._rename(path, final)
-                parcel.files[number] = (final, final)  # to be taken back if the prompt cannot follow
+                staged.files[number] = (final, final)  # to be removed if the prompt cannot follow
             self._rename(hidden, prompt)
-            del self._parcels[0]
+            del self._staged[0]
             try:
-                yield Made(parcel.source, parcel.text)
-            finally:  # also of the last one, where the caller is asked to end
+                yield Result(staged.source, staged.text)
+            finally:  # also after the last one, if the caller is interrupted
                 self._sync(self._target)
 
     def _sync(self, folder: str) -> None:
-        """Make names durable, as far as this user may: who can only drop into a folder cannot open it."""
+        """Make names durable, if this user may: a user who can only write into a folder cannot open it."""
         try:
             self._disk.sync_folder(folder)
         except SpoolError as error:
@@ -278,40 +278,40 @@ class Delivery:
 
     def _rename(self, path: str, final: str) -> None:
         try:
-            with ours(final, "put the file into the inbox"):
+            with ours(final, "drop the file"):
                 self._disk.rename(path, final)
         except SpoolError as error:
             if self._has_arrived(path, final):
                 return
             if isinstance(error.__cause__, FileExistsError):
-                raise BadRequest(self._taken(os.path.basename(final))) from None
+                raise BadRequest(self._problems_of_name(os.path.basename(final))) from None
             raise
 
     def _has_arrived(self, path: str, final: str) -> bool:
-        """Tell whether a file has its final name though the rename failed: by a link, or on a server that was slow."""
+        """Return whether a file has its final name although the rename failed: by a link, or on a slow server."""
         try:
             return os.path.samestat(self._tops.lstat(path), self._tops.lstat(final))
         except OSError:
-            # Gone from a folder that is there: renamed, and perhaps taken by the daemon already.
+            # Missing from a folder that exists: it was renamed, and the daemon may have claimed it already.
             return self._tops.is_folder(self._target) and not self._tops.exists(path)
 
     def _entered(self) -> str:
-        """Return the target folder; made if it is not there, but never the inbox itself."""
+        """Return the target folder; it is created if it does not exist, but the inbox never is."""
         current = self._config.folders.inbox
         if not os.path.isdir(current):
             if is_hidden(current):
                 raise _denied(current)
-            hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
-            raise SpoolError(f"{printable(current)}: there is no such inbox", path=current, hint=hint)
+            hint = "check the path, and that it is mounted; the daemon creates the folders when it first starts"
+            raise SpoolError(f"no such inbox: {printable(current)}", path=current, hint=hint)
         with ours(current, "open the folder"):
             self._tops.open(current)
         for part in self._folder.split("/") if self._folder else ():
             above, current = current, os.path.join(current, part)
             if self._tops.is_link(current):
-                raise BadRequest([Problem("folder", f'"{part}" is a link, and not looked into', "use another")])
+                raise BadRequest([Problem("folder", f'"{part}" is a symbolic link', "use another folder")])
             if not self._tops.is_folder(current):
-                # The daemon is often another user, and has to take files out of it as out of the folder above, which
-                # the sticky bit would forbid: it is not the owner of this one.
+                # The daemon is often another user. It must be able to move files out of this folder, as out of the one
+                # above; the sticky bit would forbid that, because the daemon does not own this folder.
                 mode = stat.S_IMODE(self._tops.folder(above).status().st_mode) & ~stat.S_ISVTX
                 self._disk.make_with_mode(current, mode)
                 self._sync(above)
@@ -321,7 +321,7 @@ class Delivery:
         return current
 
     def _remove_stale(self) -> None:
-        """Remove what a sender of ours that was killed has left in this folder."""
+        """Remove files that a command that was killed has left in this folder."""
         with contextlib.suppress(OSError, SpoolError):
             for name in self._tops.names(self._target):
                 if name.startswith(_STAGED):
@@ -329,28 +329,28 @@ class Delivery:
                     if time.time() - self._tops.lstat(path).st_ctime > _STALE_SECONDS:
                         self._disk.unlink(path)
 
-    def _taken(self, name: str) -> list[Problem]:
+    def _problems_of_name(self, name: str) -> list[Problem]:
         if not self._tops.exists(os.path.join(self._target, name)):
             return []
-        return [Problem(printable(name, 255), "the inbox has a file of this name", "use another")]
+        return [Problem(printable(name, 255), "the inbox has a file of this name", "use another name")]
 
-    def _copy(self, parcel: _Parcel, path: str, hidden: str, name: str) -> str:
-        """Copy an image; return the name it will have, with the ending that its content asks for."""
+    def _copy(self, staged: _Staged, path: str, hidden: str, name: str) -> str:
+        """Copy an image; return its final name, with the ending of its actual format."""
         try:
             real = own_way(path)
         except RefusedError as error:
             raise BadRequest([Problem(path, f"it {error.strerror}", "use a copy of the image")]) from None
         if not os.path.exists(real):
-            raise BadRequest([Problem(path, "there is no such file", "check the path of the image")])
+            raise BadRequest([Problem(path, "no such file", "check the path of the image")])
         ending = "." + read_image(real, path).mime.rpartition("/")[2]
-        with open_plain(real, path) as image, self._writing(parcel, hidden + ending, name + ending) as copy:
+        with open_plain(real, path) as image, self._writing(staged, hidden + ending, name + ending) as copy:
             shutil.copyfileobj(image, copy, _COPY_BYTES)
         return name + ending
 
     @contextlib.contextmanager
-    def _writing(self, parcel: _Parcel, hidden: str, name: str) -> Iterator[IO[bytes]]:
+    def _writing(self, staged: _Staged, hidden: str, name: str) -> Iterator[IO[bytes]]:
         path = os.path.join(self._target, hidden)
-        parcel.files.append((path, os.path.join(self._target, name)))
+        staged.files.append((path, os.path.join(self._target, name)))
         with closing(self._disk.create(path), path) as file:
             with ours(path, "write"):
                 os.fchmod(file.fileno(), self._mode)
@@ -358,7 +358,7 @@ class Delivery:
             self._disk.sync(file, path)
 
     def _readable_mode(self) -> int:
-        """Return the mode for a file: as the umask says, and whoever may look into the folder may read it."""
+        """Return the mode for a file: that of the umask, and readable by all who may list the folder."""
         mask = os.umask(0o022)
         os.umask(mask)
         return (0o666 & ~mask) | (self._tops.folder(self._target).status().st_mode & 0o444)
@@ -372,8 +372,8 @@ class Delivery:
             if problems:
                 raise BadRequest(problems) from None
 
-    def _remove(self, parcel: _Parcel) -> None:
-        for path, _ in parcel.files:
+    def _remove(self, staged: _Staged) -> None:
+        for path, _ in staged.files:
             with contextlib.suppress(SpoolError):
                 self._disk.unlink(path)
 
@@ -383,13 +383,13 @@ def _denied(path: str) -> SpoolError:
     with contextlib.suppress(OSError):
         if os.statvfs(path).f_flag & os.ST_RDONLY:
             why, code, hint = "read-only file system", errno.EROFS, "mount it for writing"
-    return SpoolError(f"{printable(path)}: {why}", path=path, code=code, hint=hint)
+    return SpoolError(f"{why}: {printable(path)}", path=path, code=code, hint=hint)
 
 
-def _composed(wish: Wish, names: Sequence[str]) -> bytes:
-    options = {name: value for name, value in wish.options.items() if value is not None}
+def _composed(request: SubmitRequest, names: Sequence[str]) -> bytes:
+    options = {name: value for name, value in request.options.items() if value is not None}
     front = tomli_w.dumps({**options, "input_images": list(names)})
     try:
-        return f"+++\n{front}+++\n{wish.text}\n".encode()
+        return f"+++\n{front}+++\n{request.text}\n".encode()
     except UnicodeEncodeError:
         raise BadRequest([Problem("prompt", "it is not UTF-8 text")]) from None

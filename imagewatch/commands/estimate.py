@@ -1,7 +1,6 @@
-"""``imagewatch estimate``: what the prompts in the inbox may cost, from what requests like them have cost here.
+"""``imagewatch estimate``: what the prompts in the inbox may cost, from the charges of similar requests.
 
-The endpoint publishes no prices; the ledger knows what was charged. A request like none before it has no estimate,
-and that is said.
+The endpoint publishes no prices; the ledger has what was charged. Nothing is sent.
 """
 
 from __future__ import annotations
@@ -35,9 +34,10 @@ if TYPE_CHECKING:
 @json_option
 @config_option
 def estimate(path: str | None, *, as_json: bool) -> None:
-    """Say what the prompts in the inbox may cost; no network.
+    """Estimate what the prompts in the inbox will cost.
 
-    The endpoint publishes no prices: this is what requests like them were charged here before.
+    The endpoint publishes no prices. The estimate uses what similar requests were charged in the last 30 days. Nothing
+    is sent.
     """
     config = load_config(path)
     with open_budget(config) as budget:
@@ -55,16 +55,16 @@ def estimate(path: str | None, *, as_json: bool) -> None:
     known = [one for one in found if one.usual is not None]
     unknown = sum(one.usual is None and not one.problem for one in found)
     low, high = sum(one.low or 0 for one in known), sum(one.high or 0 for one in known)
-    click.echo(f"\nIn all: {_span(low, high)} credits" + (f", and {unknown} of unknown price." if unknown else "."))
+    click.echo(f"\nTotal: {_span(low, high)} credits" + (f", and {unknown} of unknown cost." if unknown else "."))
 
 
 def _price(one: Estimate) -> str:
     if one.problem:
-        return f"none: it will be refused ({printable(one.problem, 100)})"
+        return f"none: the request will be refused ({printable(one.problem, 100)})"
     if one.usual is None or one.low is None or one.high is None:
         reserved = f"; a cap reserves {amount(one.reserve)}" if one.reserve is not None else ""
-        return f"unknown: none like it was charged in the last 30 days{reserved}"
-    return f"{_span(one.low, one.high)}, usually {amount(one.usual)} ({one.seen} made)"
+        return f"unknown: no similar request was charged in the last 30 days{reserved}"
+    return f"{_span(one.low, one.high)}, usually {amount(one.usual)} ({one.seen} completed)"
 
 
 def _span(low: float, high: float) -> str:
@@ -77,11 +77,11 @@ class Estimate:
 
     Attributes:
         source: Path of the prompt below the inbox.
-        request: What is asked for, in words.
-        low: The lowest price of a request like it, credits; None without one.
+        request: What the prompt asks for, in words.
+        low: The lowest cost of a similar request, credits; None without one.
         usual: The median.
         high: The highest.
-        seen: How many there were.
+        seen: How many similar requests there were.
         reserve: What the caps reserve for it, credits.
         problem: Why it will not be sent at all, or an empty string.
     """
@@ -97,23 +97,23 @@ class Estimate:
 
 
 def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
-    """Estimate what is in the inbox, settled or not.
+    """Estimate each prompt in the inbox, settled or not.
 
     Args:
         config: Inbox, defaults, limits.
-        budget: What was charged lately, and what may be spent.
+        budget: Recent charges, and the caps.
 
     Raises:
-        SpoolError: The inbox is not there, or cannot be listed.
+        SpoolError: The inbox does not exist, or cannot be listed.
     """
     top = config.folders.inbox
     if not os.path.isdir(top):
-        hint = "check the path, and that it is mounted; the daemon makes the folders when it first starts"
         if is_hidden(top):
             hint = refusal(top, os.R_OK | os.X_OK)
-            raise SpoolError(f"{printable(top)}: permission denied", path=top, hint=hint)
-        raise SpoolError(f"{printable(top)}: there is no such inbox", path=top, hint=hint)
-    # A prompt that is still being waited for costs as much: so nothing has to settle, and nothing is waited for.
+            raise SpoolError(f"permission denied: {printable(top)}", path=top, hint=hint)
+        hint = "check the path, and that it is mounted; the daemon creates the folders when it first starts"
+        raise SpoolError(f"no such inbox: {printable(top)}", path=top, hint=hint)
+    # A prompt that has not settled costs as much, so this does not wait for it.
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
     sweep = Sweep(config.folders.inbox, eager)
     for candidate in sweep.look(time.monotonic(), time.time()).ready:
@@ -127,12 +127,12 @@ def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
 
 
 def _estimated(source: str, request: Request, budget: Budget) -> Estimate:
-    """Estimate one request by the charges of those like it, as the caps do."""
+    """Estimate one request by the charges of similar ones, as the caps do."""
     asked = Asked.of(request.fields)
     if problem := budget.never(asked):
         return Estimate(source, problem=str(problem))
     cost = budget.cost(asked)
-    told = ", ".join(str(request.fields[name]) for name in (*PRICED, "n") if name in request.fields)
+    text = ", ".join(str(request.fields[name]) for name in (*PRICED, "n") if name in request.fields)
     if not cost.seen:
-        return Estimate(source, told, reserve=cost.high)
-    return Estimate(source, told, cost.low, cost.usual, cost.high, cost.seen, cost.high)
+        return Estimate(source, text, reserve=cost.high)
+    return Estimate(source, text, cost.low, cost.usual, cost.high, cost.seen, cost.high)

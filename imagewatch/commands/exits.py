@@ -1,4 +1,4 @@
-"""The exit codes. ``main`` gives an error its code; a command that ends without one chooses among them itself."""
+"""The exit codes. ``main`` chooses the one of an error; a command that ends without an error chooses its own."""
 
 from __future__ import annotations
 

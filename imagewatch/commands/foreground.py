@@ -1,4 +1,4 @@
-"""What ``run`` and ``once`` share: the log, and the name of the file that a section's error is about."""
+"""What ``run`` and ``once`` share: the log, and the name of the configuration file in errors."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def configure_log(config: Config, level: str | None = None) -> None:
-    """Write the log as the configuration says, or from another level on."""
+    """Configure the log as in the configuration, optionally with another level."""
     log.configure(level or config.log.level, config.log.format)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
 def naming_source(config: Config) -> Iterator[None]:
-    """Name the file where a part of the daemon refuses its section: it was given no more than that."""
+    """Add the configuration file to the error of a part of the daemon, which knows only its section."""
     try:
         yield
     except ConfigError as error:

@@ -1,4 +1,4 @@
-"""``imagewatch gallery``: writes the page, once or whenever something came or went."""
+"""``imagewatch gallery``: writes the page, once or whenever files were added or removed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from imagewatch.system.text import printable
 @click.command()
 @config_option
 @click.option(
-    "--output", type=click.Path(), metavar="FILE", help="The page; without it gallery.html beside the outbox."
+    "--output", type=click.Path(), metavar="FILE", help="Path of the page; without it: gallery.html beside the outbox"
 )
-@click.option("--watch", is_flag=True, help="Write it again when something came or went, until stopped.")
+@click.option("--watch", is_flag=True, help="Write the page again when files were added or removed, until stopped")
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
-    """Write a page of all pictures, costs and failures.
+    """Write a web page of all images, costs and failures.
 
-    One HTML file for any browser, without a network. It lies beside the outbox, its thumbnails in gallery_files. Run
-    by root, it works with the rights of the owner of the page's folder.
+    The page is one HTML file for any browser, and needs no network. It is beside the outbox, its thumbnails are in
+    gallery_files. If root runs the command, it works with the rights of the owner of the page's folder.
     """
 
-    def tell(written: Written) -> None:
-        click.echo(f"Wrote {printable(written.path)}: {written.made} made, {written.failed} failed.")
+    def report(written: Written) -> None:
+        click.echo(f"Wrote {printable(written.path)}: {written.completed} completed, {written.failed} failed.")
         for note in written.notes:
             click.echo(f"  {printable(note)}", err=True)
 
@@ -37,7 +37,7 @@ def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
 
     page = Gallery(load_config(path), output)
     page.step_down()
-    tell(page.write(count))
+    report(page.write(count))
     if watch:
         with contextlib.suppress(KeyboardInterrupt):
-            keep_fresh(page, threading.Event().wait, tell)
+            keep_fresh(page, threading.Event().wait, report)

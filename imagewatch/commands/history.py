@@ -1,7 +1,4 @@
-"""``imagewatch history``: what was made, refused and spent, from the ledger: as a table, as sums, for programs.
-
-Days are those of UTC, like those of the caps.
-"""
+"""``imagewatch history``: the jobs in the ledger, as a table, as sums, as JSON and as CSV."""
 
 from __future__ import annotations
 
@@ -32,28 +29,28 @@ _COLUMNS = (
     *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
-_COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "paid": "red"}
+_COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "unreadable": "red"}
 
 
 @click.command()
 @click.option(
-    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Sums instead of single jobs."
+    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Sums instead of single jobs"
 )
 @click.option(
-    "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only of the last days, today included (UTC)."
+    "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only the last days, including today (UTC)"
 )
 @click.option(
-    "--limit", type=click.IntRange(0, 10**9), metavar="NUMBER", help="Only the newest jobs; 0 is all. Without it: 20."
+    "--limit", type=click.IntRange(0, 10**9), metavar="NUMBER", help="Only the newest jobs; 0 is all; without it: 20"
 )
 @json_option
-@click.option("--csv", "as_csv", is_flag=True, help="For spreadsheets.")
+@click.option("--csv", "as_csv", is_flag=True, help="Print CSV for spreadsheets")
 @config_option
 def history(
     by: str | None, days: int | None, limit: int | None, path: str | None, *, as_json: bool, as_csv: bool
 ) -> None:
-    """Show what was made, refused and spent.
+    """Show completed, refused and unknown jobs and their cost.
 
-    The ledger knows every job that ever was. Days are those of UTC, as for the caps.
+    The ledger has every job that ended. Days are UTC, as for the caps.
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv exclude each other")
@@ -87,9 +84,9 @@ def _show_sums(found: Sequence[Sum], by: str, *, as_json: bool, as_csv: bool) ->
 
 def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None:
     if not jobs:
-        click.echo("Nothing was made yet.")
+        click.echo("No job has ended yet.")
         return
-    outcomes = ["paid" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
+    outcomes = ["unreadable" if job["charged"] == "yes" and not job["got"] else job["outcome"] for job in jobs]
     rows = [
         [
             time.strftime("%Y-%m-%d %H:%M", time.localtime(job["sent_at"] or job["claimed_at"])),
@@ -109,20 +106,20 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     )
     completed, refused, unknown = (int(totals[name]) for name in ("completed", "refused", "unknown"))
     spent = amount(totals["credits"])
-    click.echo(f"\nIn all: {completed} completed, {refused} refused, {unknown} unknown, {spent} credits.")
+    click.echo(f"\nTotal: {completed} completed, {refused} refused, {unknown} unknown, {spent} credits.")
 
 
 @dataclass
 class Sum:
-    """What a group of jobs came to.
+    """The sum of a group of jobs.
 
     Attributes:
-        name: What they have in common.
+        name: The group: a day, month, provider, folder or owner.
         completed: Jobs that were charged.
-        refused: Jobs that were not, by the API or by our own checks.
+        refused: Jobs that were not, because the API or our own checks declined them.
         unknown: Jobs that may have been charged.
         credits: Known credits.
-        unknown_cost: Charged jobs whose price nobody said.
+        unknown_cost: Charged jobs whose amount was not reported.
     """
 
     name: str
@@ -152,17 +149,17 @@ def _sums(jobs: Iterable[Mapping[str, Any]], by: str) -> list[Sum]:
 
 def _group(job: Mapping[str, Any], by: str) -> str:
     if by == "provider":
-        return job["provider"] or "(none was asked)"
+        return job["provider"] or "(none)"
     if by == "folder":
         return os.path.dirname(job["source"]) or "(inbox)"
     if by == "owner":
-        return job["owner"] or "(not known)"
+        return job["owner"] or "(unknown)"
     day = utc(job["sent_at"] or job["claimed_at"]).date().isoformat()
     return day if by == "day" else day[:7]
 
 
 def _plain(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a job as a program wants it: times as text in UTC."""
+    """Return a job for programs: times are text in UTC."""
     return {name: iso(job[name]) if name in _TIMES else job[name] for name in _COLUMNS}
 
 
@@ -175,7 +172,7 @@ def _as_json(jobs: Iterable[Mapping[str, Any]]) -> str:
 def _as_csv(jobs: Iterable[Mapping[str, Any]]) -> str:
     """Return jobs as CSV with a header (RFC 4180, but with line feeds).
 
-    A cell that a spreadsheet would run as a formula gets an apostrophe before it: file names are chosen by strangers.
+    A cell that a spreadsheet would run as a formula gets an apostrophe before it: other people choose file names.
     """
     return _table_csv(_COLUMNS, (_plain(job).values() for job in jobs))
 

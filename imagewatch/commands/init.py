@@ -14,12 +14,14 @@ from imagewatch.system.text import printable
 
 @click.command()
 @click.argument("file", default="imagewatch.toml", type=click.Path(dir_okay=False))
-@click.option("--root", type=click.Path(), metavar="FOLDER", help="The folder to watch; asked for on a terminal.")
+@click.option(
+    "--root", type=click.Path(), metavar="FOLDER", help="Folder to watch; on a terminal the command asks for it"
+)
 def init(file: str, root: str | None) -> None:
     """Write a configuration file with comments.
 
-    FILE (default: imagewatch.toml) gets every key, its default and a line about it. A file that is there already
-    stays as it is. Nothing starts before a folder to watch is named.
+    FILE (default: imagewatch.toml) gets every key with its default and a comment. An existing file is not changed. The
+    daemon does not start until a folder to watch is set.
     """
     if root is None and sys.stdin is not None and sys.stdin.isatty() and not os.path.lexists(file):
         root = click.prompt("Folder to watch (it gets inbox, outbox, errors and archive)", err=True)
@@ -28,22 +30,24 @@ def init(file: str, root: str | None) -> None:
         with open(file, "x", encoding="utf-8") as out:
             out.write(text)
     except FileExistsError:
-        raise UsageError(f"{printable(file)}: is there already", hint="name another file, or remove it first") from None
+        raise UsageError(
+            f"the file already exists: {printable(file)}", hint="choose another name or remove the file"
+        ) from None
     except OSError as error:
-        hint = "make its folder first" if isinstance(error, FileNotFoundError) else "name another file"
-        raise SpoolError(f"{printable(file)}: cannot be written: {error.strerror}", hint=hint) from None
+        hint = "create its folder first" if isinstance(error, FileNotFoundError) else "choose another file"
+        raise SpoolError(f"cannot write the file: {error.strerror}: {printable(file)}", hint=hint) from None
     shown = printable(file)
-    first = "Export" if root else "Set root in it, the folder to be watched, and export"
+    first = "Export" if root else "Set root, the folder to watch, in this file, and export"
     click.echo(
-        f"Wrote {shown}. {first} LETTA_API_KEY=… (or set api_key_file or api_key_command in it). "
-        f"Then: imagewatch check --config {shown}"
+        f"Wrote {shown}. {first} LETTA_API_KEY=… (or set api_key_file or api_key_command in the file). "
+        f"Then run: imagewatch check --config {shown}"
     )
 
 
 def _root(root: str | None) -> str | None:
-    """Return the folder to watch as it is written into a file; relative to the current folder, ~ stays."""
+    """Return the folder to watch as it is written into the file: an absolute path, or one that begins with ~."""
     if root is None:
         return None
     if not root.strip() or printable(root) != root:
-        raise UsageError(f'"{printable(root, 100)}" is not a folder to watch', hint="name it by --root FOLDER")
+        raise UsageError(f'"{printable(root, 100)}" is not a folder to watch', hint="name it with --root FOLDER")
     return root if root.startswith("~") else os.path.abspath(root)

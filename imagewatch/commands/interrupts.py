@@ -1,7 +1,7 @@
-"""Signals that ask a command to end, obeyed only where the command can report what it has done.
+"""Signals that ask a command to stop, obeyed only where the command can report what it has done.
 
 Python turns Ctrl-C into an exception between any two steps, and SIGTERM and SIGHUP (a closed terminal) end the process
-without one. A command that hands out work which is paid for must not end like that.
+without one. A command whose work will be charged must not end like that.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
-    """A signal asked this command to end.
+    """A signal asked this command to stop.
 
     Attributes:
         number: The signal's number.
@@ -54,11 +54,11 @@ class Interrupts:
                 signal.signal(number, handler)
 
     def keep(self) -> None:
-        """From now on only note a signal: the next steps belong together. ``obey`` ends this."""
+        """From now on only note a signal, because the next steps belong together. ``obey`` ends this."""
         self._is_kept = True
 
     def check(self) -> None:
-        """Raise what was noted.
+        """Raise the signal that was noted.
 
         Raises:
             Interrupted: There was a signal.
@@ -67,7 +67,7 @@ class Interrupts:
             raise Interrupted(self._number)
 
     def obey(self) -> None:
-        """Raise what was noted, and from now on raise at the signal itself.
+        """Raise the signal that was noted, and from now on each one immediately.
 
         Raises:
             Interrupted: There was a signal.
@@ -77,7 +77,7 @@ class Interrupts:
 
     def _note(self, number: int, _frame: object) -> None:
         if self._number:
-            return  # the command is ending already, and what it has to report must not be cut off
+            return  # the command is stopping already, and must finish its report
         self._number = number
         if not self._is_kept:
             raise Interrupted(number)

@@ -39,15 +39,15 @@ def open_ledger(config: Config) -> Iterator[Ledger]:
     if not os.path.exists(path):
         if error := ledger_problem(config.folders.state):  # there was one
             raise error
-        hint = "nothing was made with this configuration yet; or name another one with --config"
-        raise SpoolError(f"{printable(path)}: there is no ledger", path=path, hint=hint)
+        hint = "no job has ended with this configuration yet; or name another one with --config"
+        raise SpoolError(f"there is no ledger: {printable(path)}", path=path, hint=hint)
     with contextlib.closing(Ledger(path)) as ledger:
         yield ledger
 
 
 @contextlib.contextmanager
 def open_budget(config: Config) -> Iterator[Budget]:
-    """Open the ledger for the block and return what may be spent by it; without a ledger nothing was spent.
+    """Open the ledger for the block and return the budget; without a ledger nothing was spent.
 
     Args:
         config: State folder, limits.

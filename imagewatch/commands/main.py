@@ -1,6 +1,6 @@
-"""The group of all commands: it imports a command when it is called, and turns every error into an exit code.
+"""The group of all commands. It imports a command when it is called, and turns each error into an exit code.
 
-``--help`` and ``--version`` import no command, so that they stay quick.
+``--help`` and ``--version`` import no command, so that they are quick.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
-    "check": ("check", "Say what the daemon would do, and why; send nothing."),
-    "demo": ("demo", "Show everything at once on a local endpoint: no key, no cost."),
-    "estimate": ("estimate", "Say what the prompts in the inbox may cost; no network."),
-    "gallery": ("gallery", "Write a page of all pictures, costs and failures."),
-    "history": ("history", "Show what was made, refused and spent."),
-    "hold": ("hold", 'Send nothing more until "imagewatch release".'),
+    "check": ("check", "List what the daemon would do with each file, and every problem."),
+    "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
+    "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
+    "gallery": ("gallery", "Write a web page of all images, costs and failures."),
+    "history": ("history", "Show completed, refused and unknown jobs and their cost."),
+    "hold": ("hold", "Put the queue on hold: nothing more is sent."),
     "init": ("init", "Write a configuration file with comments."),
-    "once": ("once", "Make everything that is in the inbox, then end."),
-    "release": ("hold", "End every hold, also one by hand and the burst guard's."),
+    "once": ("once", "Process all prompts in the inbox, then exit."),
+    "release": ("hold", "End all holds, also manual ones and those of the burst guard."),
     "retry": ("retry", "Put failed prompts back into the inbox."),
-    "run": ("run", "Watch the inbox until stopped (the daemon)."),
-    "sandbox": ("sandbox", "Run a local endpoint like the real one that charges nothing."),
-    "status": ("status", "Say what the daemon is doing: waiting, in flight, held, spent."),
-    "submit": ("submit", "Drop prompts into the inbox, the right way."),
+    "run": ("run", "Run the daemon: watch the inbox until stopped."),
+    "sandbox": ("sandbox", "Run a local test endpoint that charges nothing."),
+    "status": ("status", "Show what the daemon is doing: prompts, requests, holds, credits."),
+    "submit": ("submit", "Drop prompts into the inbox; with --wait, print their results."),
 }
-"""For each command the module in this package that has it, and its help in a line."""
+"""For each command, the module of this package that has it, and its help in one line."""
 _CODES = (
     (UsageError, EXIT_USAGE),
     (ConfigError, EXIT_CONFIG),
@@ -61,14 +61,14 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 _EXIT_CODES = """\b
 Exit codes:
-  0   done
-  1   some job failed (once, submit --wait), or was not put back (retry)
+  0   success
+  1   a job failed (once, submit --wait), or a prompt was not put back (retry)
   64  the command line is wrong
-  69  the queue is held (status), with prompts left (once); something was
-      dropped and is not known to be finished (submit): do not repeat it
-  70  internal error, or a job is stuck (once): look into the folders first
-  74  our own disk: full, read-only or gone
-  75  another imagewatch has this inbox
+  69  on hold (once, status); submit: dropped, but not known to be finished;
+      do not run it again
+  70  internal error, or a job is stuck (once); check the folders first
+  74  a local disk is full, read-only or missing
+  75  another imagewatch uses this inbox
   78  the configuration is wrong"""
 
 
@@ -95,9 +95,9 @@ class _Commands(click.Group):
         return [*offered, *click.Command.shell_complete(self, ctx, incomplete)]
 
     def invoke(self, ctx: click.Context) -> Any:  # noqa: ANN401  click's own
-        """Run a command whose reader may be gone.
+        """Run a command, even if the reader of its output stops reading.
 
-        Click ends it with 1 then, which says that a job failed. What was paid for is not said by it.
+        Click would exit with 1 then, which means that a job failed.
         """
         try:
             return super().invoke(ctx)
@@ -107,7 +107,7 @@ class _Commands(click.Group):
 
 
 def load_command(name: str) -> click.Command:
-    """Return a command, which is imported for that."""
+    """Import a command and return it."""
     found = getattr(importlib.import_module(f"{__package__}.{COMMANDS[name][0]}"), name)
     assert isinstance(found, click.Command)
     return found
@@ -118,19 +118,20 @@ def load_command(name: str) -> click.Command:
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_EXIT_CODES,
 )
-@click.version_option(__version__, "--version", message="imagewatch %(version)s")
+@click.version_option(__version__, "--version", message="imagewatch %(version)s", help="Show the version and exit")
 def cli() -> None:
     """A watched folder for paid image generation.
 
-    Drop NAME.prompt.txt into the inbox; get the pictures and a receipt in the outbox, or the API's own words in
-    the errors folder. Nothing is paid for twice, and nothing that was paid for is lost.
+    Drop NAME.prompt.txt into the inbox. The images and a receipt appear in the outbox. If the API refuses the prompt,
+    it appears in the errors folder with the API's message. imagewatch pays at most once per prompt and keeps every
+    response it receives.
 
     New here? "imagewatch demo" shows everything in ten seconds, without a key.
     """
 
 
 def main() -> NoReturn:
-    """Run a command; translate every error into one line, a next action and an exit code."""
+    """Run a command; turn each error into a message, a next step and an exit code."""
     try:
         _in_utf_8()
         _main()
@@ -138,49 +139,49 @@ def main() -> NoReturn:
         if error.filename is not None or (error.errno not in _UNWRITABLE and current_folder()):
             _internal(error)
         if error.errno not in _UNWRITABLE:
-            _fail(UsageError("the current folder is gone", hint="go to another one"), EXIT_USAGE)
+            _fail(UsageError("the current folder was removed", hint="change to another folder"), EXIT_USAGE)
         silence(sys.stdout)
-        hint = "its work may be done, in part or in whole: look into the folders before you repeat it"
-        _fail(SpoolError(f"the output cannot be written: {error.strerror}", hint=hint), EXIT_SPOOL)
-    except Exception as error:  # noqa: BLE001  Python would end with 1, which says that a job failed
+        hint = "the command may have done its work; check the folders before you run it again"
+        _fail(SpoolError(f"cannot write the output: {error.strerror}", hint=hint), EXIT_SPOOL)
+    except Exception as error:  # noqa: BLE001  Python would exit with 1, which means that a job failed
         _internal(error)
 
 
 def _internal(error: Exception) -> NoReturn:
-    """Report a bug, or a dependency that is not as expected. The exit code promises nothing about the work."""
+    """Report a bug or a broken dependency. The exit code does not say whether the command has done its work."""
     for line in "".join(traceback.format_exception(error)).splitlines():
         say(printable(line))
-    what = "install imagewatch again, with its dependencies" if isinstance(error, ImportError) else "please report this"
-    hint = f"requests may have been sent: look into the folders before you run the command again; {what}"
+    what = "install imagewatch again" if isinstance(error, ImportError) else "report this error"
+    hint = f"requests may have been sent; check the folders before you run the command again, and {what}"
     _fail(ImagewatchError(f"internal error: {type(error).__name__}: {error}", hint=hint), EXIT_INTERNAL)
 
 
 def _in_utf_8() -> None:
-    """Start once more in Python's UTF-8 mode where the locale has names of files in another encoding.
+    """Start again in Python's UTF-8 mode if the locale has another encoding for file names.
 
-    Prompts are UTF-8 and name files, receipts do, too: in Latin-1 or ASCII such a name cannot even be looked for.
+    Prompts and receipts are UTF-8 and name files. In Latin-1 or ASCII Python cannot open a file of such a name.
     """
     if sys.getfilesystemencoding() == "utf-8" or os.environ.get("PYTHONUTF8") == "1" or not sys.executable:
         return
-    # What is printed stays in the encoding of the terminal.
+    # Output keeps the encoding of the terminal.
     shown = {"PYTHONIOENCODING": sys.stdout.encoding} if sys.stdout else {}
     os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], shown | dict(os.environ) | {"PYTHONUTF8": "1"})  # noqa: S606
 
 
 def _main() -> NoReturn:
-    if sys.stderr is None:  # it was closed; some other file would have its number soon
+    if sys.stderr is None:  # it was closed; another file would soon get its number
         sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a terminal that is not UTF-8 is no reason to stop
-    colours = False if os.environ.get("NO_COLOR") else None  # None: where there is a terminal
+            stream.reconfigure(errors="backslashreplace")  # the terminal may not be UTF-8
+    colours = False if os.environ.get("NO_COLOR") else None  # None: if it is a terminal
     try:
         code = cli.main(standalone_mode=False, color=colours)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(EXIT_USAGE)
     except click.ClickException as error:
-        # Not its own show(): an argument may be the name of a file, and a stranger may have chosen it.
+        # Not its own show(): an argument may be the name of a file that other people have chosen.
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "imagewatch"
         say(f"imagewatch: {printable(error.format_message())}")
@@ -195,8 +196,8 @@ def _main() -> NoReturn:
 
 def _fail(error: ImagewatchError, code: int) -> NoReturn:
     if isinstance(error, ConfigError):
-        where = f"{printable(error.source)}: " if error.source else ""
-        say(f"imagewatch: {where}the configuration cannot be used:")
+        where = f": {printable(error.source)}" if error.source else ""
+        say(f"imagewatch: the configuration cannot be used{where}")
         for problem in error.problems:
             say(f"  {printable(str(problem))}")
     else:

@@ -1,9 +1,9 @@
-"""What a daemon is doing, in the text format that Prometheus reads. Pure.
+"""The daemon's status in the text format of Prometheus. Pure.
 
 https://prometheus.io/docs/instrumenting/exposition_formats/; names follow
 https://prometheus.io/docs/practices/naming/. No sample has a time of its own: the textfile collector of node_exporter
-takes none. No label is text of a stranger's: each has a fixed set of values, whatever lies in the inbox. Each series
-names its inbox, so that there may be several on one machine.
+takes none. No label has text that others wrote: each has a fixed set of values. Each series has its inbox as a label,
+so that one machine may have several.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     yield "up", "gauge", "Whether the daemon is running.", [({}, page["is_running"])]
     yield "build_info", "gauge", "Version of the daemon, always 1.", [({"version": page["version"]}, 1)]
     yield "last_scan_timestamp_seconds", "gauge", "Time of the last scan of the inbox.", _time(page["last_scan"])
-    yield "status_timestamp_seconds", "gauge", "When the daemon last told its status.", _time(page["updated"])
-    yield "ready_prompts", "gauge", "Prompts that wait for nothing but their turn.", [({}, waiting["ready"])]
-    yield "not_ready_prompts", "gauge", "Prompts that may not be taken yet, by reason.", _reasons(waiting["why"])
-    yield "ignored_files", "gauge", "Files in the inbox that will not be taken.", [({}, page["ignored"]["count"])]
-    yield "in_flight_jobs", "gauge", "Jobs at work.", [({}, len(page["in_flight"]))]
-    stuck = page.get("stuck", [])  # not there in what an older daemon said
-    yield "stuck_jobs", "gauge", "Jobs that cannot go on for a reason of their own.", [({}, len(stuck))]
+    yield "status_timestamp_seconds", "gauge", "When the daemon last wrote its status.", _time(page["updated"])
+    yield "ready_prompts", "gauge", "Prompts that could be claimed now.", [({}, waiting["ready"])]
+    yield "not_ready_prompts", "gauge", "Prompts that may not be claimed yet, by reason.", _reasons(waiting["why"])
+    yield "ignored_files", "gauge", "Files in the inbox that are not claimed.", [({}, page["ignored"]["count"])]
+    yield "in_flight_jobs", "gauge", "Jobs in progress.", [({}, len(page["in_flight"]))]
+    stuck = page.get("stuck", [])  # an older daemon does not write it
+    yield "stuck_jobs", "gauge", "Jobs that cannot finish for a reason of their own.", [({}, len(stuck))]
     held = {one["kind"] for one in page["holds"]}
     holds = [({"reason": kind}, float(kind in held)) for kind in HOLDS]
     yield "held", "gauge", "Whether nothing is sent for this reason.", holds
@@ -65,11 +65,11 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     yield "period_credits", "gauge", "Credits charged this day and this month (UTC).", spent
     caps = [({"period": period}, page[key]["cap"]) for period, key in _PERIODS.items() if page[key]["cap"]]
     yield "period_cap_credits", "gauge", "Most credits for a day and a month; absent without a cap.", caps
-    if balance := page.get("balance"):  # not there in what an older daemon said
-        yield "balance_credits", "gauge", "What the account had left by the last answer.", [({}, balance["credits"])]
-        yield "balance_timestamp_seconds", "gauge", "When that answer came.", _time(balance["at"])
+    if balance := page.get("balance"):  # an older daemon does not write it
+        yield "balance_credits", "gauge", "Balance of the account in the last response.", [({}, balance["credits"])]
+        yield "balance_timestamp_seconds", "gauge", "Time of that response.", _time(balance["at"])
     again: list[Sample] = [({}, page["redelivered"])]
-    yield "redelivered_prompts_total", "counter", "Prompts that a sync tool brought back, not made again.", again
+    yield "redelivered_prompts_total", "counter", "Prompts that a sync tool delivered again; skipped.", again
 
 
 def _time(when: str | None) -> list[Sample]:

@@ -1,4 +1,4 @@
-"""``imagewatch once``: the daemon on what is in the inbox now; then it ends."""
+"""``imagewatch once``: the daemon on the prompts that are in the inbox now."""
 
 from __future__ import annotations
 
@@ -26,25 +26,26 @@ if TYPE_CHECKING:
 @json_option
 @config_option
 def once(path: str | None, *, as_json: bool) -> None:
-    """Make everything that is in the inbox, then end.
+    """Process all prompts in the inbox, then exit.
 
-    Does not wait out a hold (no credits, a rejected key, …): it says why and ends with 69; the prompts stay.
+    The command does not wait for the end of a hold (too few credits, key not accepted, …): it prints the reason and
+    exits with code 69. The prompts stay in the inbox.
     """
     config = load_config(path)
     terminal = sys.stderr.isatty()
     configure_log(config, level="error" if terminal else None)
-    over: list[Outcome] = []
+    ended: list[Outcome] = []
 
     def finished(outcome: Outcome) -> None:
         bar.finished(outcome)
         if as_json:
-            over.append(outcome)
+            ended.append(outcome)
 
     with naming_source(config), progress(shown=terminal) as bar:
         daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_seen=bar.found)
         code = daemon.run()
     if as_json:
-        click.echo(to_json(_results(over, daemon), indent=1))
+        click.echo(to_json(_results(ended, daemon), indent=1))
     else:
         for line in bar.summary(held=daemon.hold is not None) if terminal else ():
             say(line)
@@ -55,14 +56,14 @@ def once(path: str | None, *, as_json: bool) -> None:
 def _say_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
-        what = f"Prompts for {hold.provider} wait" if hold.provider else "The queue is held"
+        what = f"Prompts for {hold.provider} are on hold" if hold.provider else "The queue is on hold"
         say(f"{what} ({hold.kind}: {printable(hold.reason.message)}): {left}.")
-        end = f"; next attempt at {local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
+        end = f"; next try at {local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
         say(f"  {printable(hold.reason.next)}{end}")
 
 
-def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
-    """Return what became of an inbox, for programs; names are those of ``submit`` and ``status``."""
+def _results(ended: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
+    """Return the results for programs, with the names of ``submit`` and ``status``."""
     hold = daemon.hold
     held = None
     if hold:
@@ -72,13 +73,13 @@ def _results(over: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
         {
             "source": whole(one.source),
             "job": one.job,
-            "door": one.destination,
-            "document": whole(one.result_file),
+            "destination": one.destination,
+            "result_file": whole(one.result_file),
             "charged": one.charged,
             "credits_charged": one.credits,
             "message": one.message or None,
             "problems": list(one.problems) or None,
         }
-        for one in over
+        for one in ended
     ]
     return {"jobs": jobs, "left": daemon.left, "hold": held}

@@ -1,4 +1,4 @@
-"""The progress bar of ``once`` and ``demo``, and what it counted."""
+"""The progress bar of ``once`` and ``demo``, and the summary after it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """A progress bar whose end moves when more prompts are found."""
+    """Counts jobs, and shows them as a bar whose length grows when more prompts are found."""
 
     def __init__(self, bar: click._termui_impl.ProgressBar[int] | None) -> None:
         self._bar = bar
@@ -26,13 +26,13 @@ class Progress:
         self._failed: list[Outcome] = []
 
     def found(self, waiting: int) -> None:
-        """Note how many prompts wait."""
+        """Make the bar long enough for the prompts that wait."""
         if self._bar is not None:
             self._bar.length = max(self._done + waiting, 1)
             self._bar.update(0)
 
     def finished(self, outcome: Outcome) -> None:
-        """Note a job that is over."""
+        """Count a job that has ended."""
         self._done += 1
         self._credits += outcome.credits or 0.0
         if outcome.destination == "errors":
@@ -43,12 +43,12 @@ class Progress:
             self._bar.update(1)
 
     def summary(self, *, held: bool) -> Iterator[str]:
-        """Yield what became of everything, for people."""
-        made = self._done - len(self._failed)
+        """Yield the summary for people: how many jobs were completed, what they cost, and each failure."""
+        completed = self._done - len(self._failed)
         if self._done:
-            yield f"{made} made for {amount(self._credits)} credits, {len(self._failed)} not made."
+            yield f"{completed} completed for {amount(self._credits)} credits, {len(self._failed)} failed."
         elif not held:
-            yield 'No prompt in the inbox was ready; "imagewatch check" says more.'
+            yield "No prompt in the inbox was ready. To see why, run: imagewatch check"
         for outcome in self._failed:
             first, *others = complaint(outcome.message, outcome.problems)
             yield f"  {printable(outcome.source, 100)}: {first}"
@@ -62,5 +62,5 @@ def progress(*, shown: bool) -> Iterator[Progress]:
     if not shown:
         yield Progress(None)
         return
-    with click.progressbar(length=1, label="looking", file=sys.stderr, show_pos=True) as bar:
+    with click.progressbar(length=1, label="scanning", file=sys.stderr, show_pos=True) as bar:
         yield Progress(bar)

@@ -1,7 +1,7 @@
 """``imagewatch retry``: failed prompts back into the inbox.
 
-What was free goes back as it is. What may have been charged goes back only if somebody says that it may be paid for
-again. What was charged does not go back at all: its paid answer is looked at again, by the daemon and without a call.
+A prompt that was not charged goes back as it was. One that may have been charged goes back only if the administrator
+accepts that it may be charged twice. One that was charged does not go back: the daemon reads its saved response again.
 """
 
 from __future__ import annotations
@@ -51,16 +51,20 @@ _HASH = re.compile("[0-9a-f]{64}")
 
 @click.command()
 @click.argument("names", nargs=-1, metavar="[NAME]…")
-@click.option("--all", "everything", is_flag=True, help="All in the errors folder but what may have been charged.")
-@click.option("--pay-again", is_flag=True, help="Also what may have been charged: it may then be paid for twice.")
+@click.option(
+    "--all", "everything", is_flag=True, help="Retry all failed prompts except those that may have been charged"
+)
+@click.option(
+    "--pay-again", is_flag=True, help="Also retry prompts that may have been charged; they may be charged twice"
+)
 @json_option
 @config_option
 def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again: bool, as_json: bool) -> None:
     """Put failed prompts back into the inbox.
 
-    NAME is a prompt in the errors folder: its name without ending, or the path of its prompt or error file. What may
-    have been charged is put back only with --pay-again. What was charged, but gave no picture, is never sent again: its
-    answer is read again by the daemon (a picture's host may be back by now).
+    NAME is a prompt in the errors folder: its base name, or the path of its prompt or error file. A prompt that may
+    have been charged is put back only with --pay-again. A prompt that was charged, but gave no image, is never sent
+    again: the daemon reads its saved response again, and downloads images that could not be downloaded before.
     """
     if everything == bool(names):
         raise click.UsageError("name the prompts to retry, or use --all")
@@ -70,45 +74,42 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     with open_ledger(config) as ledger:
         again = Retry(config.folders, Disk(), ledger, control_of(config))
         paths = list(again.all()) if everything else [again.find(name) for name in names]
-        answers = []
+        results = []
         for file in paths:
-            answers.append(_retried(again, file, pay_again=pay_again, config=config))
+            results.append(_retried(again, file, pay_again=pay_again, config=config))
             if not as_json:
-                click.echo(_retry_told(answers[-1]), err=not answers[-1]["retried"])
+                click.echo(_text(results[-1]), err=not results[-1]["retried"])
     if as_json:
-        click.echo(to_json(answers, indent=1))
+        click.echo(to_json(results, indent=1))
     elif not paths:
-        click.echo("There is nothing in the errors folder.")
-    sys.exit(0 if all(answer["retried"] for answer in answers) else EXIT_FAILED)
+        click.echo("There are no failed prompts.")
+    sys.exit(0 if all(result["retried"] for result in results) else EXIT_FAILED)
 
 
-def _retry_told(answer: dict[str, Any]) -> str:
-    return printable(f"{answer['name']}: {answer['told']}" if answer["name"] else answer["told"])
+def _text(result: dict[str, Any]) -> str:
+    return printable(f"{result['name']}: {result['message']}" if result["name"] else result["message"])
 
 
 def _retried(again: Retry, file: str, *, pay_again: bool, config: Config) -> dict[str, Any]:
-    """Deal with one error file; return what became of it."""
+    """Retry the prompt of one error file; return the result."""
     try:
         failed = again.read(file)
-        told, done = _retry_one(again, failed, pay_again=pay_again, config=config)
+        message, done = _retry_one(again, failed, pay_again=pay_again, config=config)
     except SpoolError as error:
-        told = f"{error} ({error.hint})" if error.hint else str(error)
-        return {"name": None, "document": file, "charged": None, "retried": False, "told": told}
-    return {"name": failed.name, "document": file, "charged": failed.charged, "retried": done, "told": told}
+        message = f"{error} ({error.hint})" if error.hint else str(error)
+        return {"name": None, "result_file": file, "charged": None, "retried": False, "message": message}
+    return {"name": failed.name, "result_file": file, "charged": failed.charged, "retried": done, "message": message}
 
 
 def _retry_one(again: Retry, failed: Failed, *, pay_again: bool, config: Config) -> tuple[str, bool]:
     if failed.charged == "yes":
-        again.look_again(failed)
+        again.reread(failed)
         when = "" if is_running(config) else " when it starts"
-        return f"was paid for; the daemon reads its answer again{when}, nothing is sent", True
+        return f"was charged; the daemon reads its saved response again{when}; nothing is sent", True
     if failed.charged != "no" and not pay_again:
         if not again.has_prompt(failed):
-            return (
-                "may have been charged; its prompt is missing, so nothing can be sent again; look at the balance",
-                False,
-            )
-        return "may have been charged, so it is not sent again; look at the balance, then use --pay-again", False
+            return "may have been charged; its prompt is missing, so it cannot be sent again; check the balance", False
+        return "may have been charged, so it is not sent again; check the balance, then use --pay-again", False
     again.put_back(failed)
     return "back in the inbox", True
 
@@ -119,11 +120,11 @@ class Failed:
 
     Attributes:
         path: Its error file.
-        folder: The folder below errors it lies in.
+        folder: Its folder below the errors folder.
         job: Its job id.
-        charged: ``yes``, ``no`` or ``unknown``; by the ledger, and what that does not know is not free.
-        originals: Name behind the door, and name as it was dropped; the prompt last.
-        digest: Hash of the prompt as dropped, by the ledger; empty if that does not know.
+        charged: ``yes``, ``no`` or ``unknown``, by the ledger; a job that is not in the ledger counts as ``unknown``.
+        originals: Name in the errors folder, and name as dropped; the prompt last.
+        digest: Hash of the prompt as dropped, by the ledger; empty if it is not there.
     """
 
     path: str
@@ -135,7 +136,7 @@ class Failed:
 
     @property
     def name(self) -> str:
-        """How people call it."""
+        """The name that people see."""
         return os.path.join(self.folder, os.path.basename(self.path)[: -len(_ENDING)])
 
 
@@ -143,10 +144,10 @@ class Retry:
     """Puts failed prompts back.
 
     Args:
-        folders: Inbox and errors.
-        disk: Our disk.
-        ledger: What it says of a charge counts, if it knows the job.
-        control: Where the daemon is asked to look at a paid answer again.
+        folders: Inbox, errors and state.
+        disk: The disk.
+        ledger: It decides whether a job was charged.
+        control: Where the daemon is asked to read a saved response again.
     """
 
     def __init__(self, folders: Folders, disk: Disk, ledger: Ledger, control: Control) -> None:
@@ -155,7 +156,7 @@ class Retry:
         self._paid = os.path.join(folders.state, PAID)
         self._disk = disk
         self._tops = disk.tops
-        with contextlib.suppress(OSError):  # what follows from it is told when it is needed
+        with contextlib.suppress(OSError):  # the error is reported when the folder is needed
             self._tops.open(self._errors)
         self._opener = functools.partial(open_file, tops=self._tops)
         self._ledger = ledger
@@ -175,7 +176,7 @@ class Retry:
             yield path
 
     def find(self, name: str) -> str:
-        """Return the error file somebody means.
+        """Return the path of an error file.
 
         Args:
             name: A prompt's name without its ending, or the path of its prompt or error file.
@@ -190,28 +191,28 @@ class Retry:
                 if path.startswith(self._errors + os.sep) and os.path.lexists(path):
                     return path
         shown = printable(name, 255)
-        raise UsageError(f"{shown}: no error file of this name", hint=f"look into {printable(self._errors)}")
+        raise UsageError(f"no error file of this name: {shown}", hint=f"see the names in {printable(self._errors)}")
 
     def read(self, path: str) -> Failed:
-        """Read an error file. It lies in a shared folder and is not trusted.
+        """Read an error file. It is in a shared folder and is not trusted.
 
         Raises:
             SpoolError: It is not one.
         """
         shown = printable(path)
         try:
-            document = unvouched(self._text(path))
-            job, charged = _id(document["job"]), str(document["charged"])
+            facts = unvouched(self._text(path))
+            job, charged = _id(facts["job"]), str(facts["charged"])
             originals = self._real(
-                path, [(_name(t["file"]), _name(t["dropped_as"])) for t in document.get("originals", [])]
+                path, [(_name(t["file"]), _name(t["dropped_as"])) for t in facts.get("originals", [])]
             )
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            hint = "move the prompt and its images back into the inbox by hand"
-            raise SpoolError(f"{shown}: is not an error file of ours ({error})", path=path, hint=hint) from None
+            hint = "move the prompt and its images back into the inbox yourself"
+            raise SpoolError(f"not an error file of imagewatch ({error}): {shown}", path=path, hint=hint) from None
         folder = os.path.dirname(os.path.relpath(path, self._errors))
         originals.sort(key=lambda names: names[1].endswith(SUFFIX))
         row, digest = self._ledger.job(job), ""
-        # A stranger may have copied the job id of somebody else's error file.
+        # Another user may have copied the job id out of an error file.
         if row and originals and row["source"] == whole(os.path.join(folder, originals[-1][1])):
             charged, digest = row["charged"], _digest(row["contents"], originals[-1][1])
         elif charged == "no":
@@ -229,30 +230,30 @@ class Retry:
             raise ValueError(f"it {cause.strerror}") from None
 
     def _real(self, path: str, originals: list[tuple[str, str]]) -> list[tuple[str, str]]:
-        """Return names as the disk has them: where one is not UTF-8, an error file can only describe it."""
+        """Return names as the disk has them: a name that is not UTF-8 is escaped in an error file."""
         if not any("\\" in name for names in originals for name in names):
             return originals
         folder = os.path.dirname(path)
         here, there = _described(folder), _described(os.path.join(self._inbox, os.path.relpath(folder, self._errors)))
         found = []
-        for told, dropped in originals:
-            name = _untagged(here[told], dropped) if told in here else ""
-            found.append((here.get(told, told), name or there.get(dropped, dropped)))
+        for file, dropped in originals:
+            name = _untagged(here[file], dropped) if file in here else ""
+            found.append((here.get(file, file), name or there.get(dropped, dropped)))
         return found
 
     def put_back(self, failed: Failed) -> None:
         """Move the originals into the inbox, the prompt last, and then remove the error file.
 
         Raises:
-            SpoolError: A file of that name is there already, or the disk failed.
+            SpoolError: The inbox has a file of that name, or the disk failed.
         """
         source, target = os.path.dirname(failed.path), self._target(failed)
         if why := next(filter(None, map(why_not_entered, failed.folder.split("/"))), ""):
             hint = "nothing was moved; move its files into another folder of the inbox, the prompt last"
-            raise SpoolError(f"{printable(target)}: is, or is in, {why}", path=target, hint=hint)
+            raise SpoolError(f"the target is, or is in, {why}: {printable(target)}", path=target, hint=hint)
         if not os.path.isdir(self._inbox):
             shown = printable(self._inbox)
-            raise SpoolError(f"{shown}: the inbox is gone", path=self._inbox, hint="restore or mount it")
+            raise SpoolError(f"the inbox is missing: {shown}", path=self._inbox, hint="restore or mount it")
         with ours(self._inbox, "open the folder"):
             self._tops.open(self._inbox)
         self._disk.make_inner(self._inbox, failed.folder)
@@ -290,70 +291,72 @@ class Retry:
                 raise _taken(new)
 
     def _require_public(self, path: str) -> None:
-        """Make sure that a file is no hard link to one that only its owner may read: a copy would show it to others."""
+        """Refuse a hard link to a file that only its owner may read: a copy would show it to others."""
         if not self._tops.exists(path):
             return
-        with ours(path, "look at the file"):
+        with ours(path, "read the status of the file"):
             status, folder = self._tops.lstat(path), self._tops.folder(os.path.dirname(path)).status()
         if stat.S_ISREG(status.st_mode) and is_private(status, folder):
-            message = f"{printable(path)}: is a hard link to a private file"
+            message = f"hard link to a private file: {printable(path)}"
             raise SpoolError(message, path=path, hint="remove it; nothing was moved")
 
     def _require_prompt(self, failed: Failed, new: str) -> None:
-        """Make sure that the prompt is in the inbox: an earlier call may have moved it already, and then died.
+        """Check that the prompt is in the inbox: an earlier retry may have moved it and then been killed.
 
-        Else what is left here, its images, would become those of somebody else's prompt.
+        If the inbox has another prompt of that name, the images that are left here must not be added to it.
         """
         if not (new and self._tops.exists(new)):
-            hint = "nothing is left to try again; remove the error file, or drop the prompt anew"
-            raise SpoolError(f"{printable(failed.path)}: its prompt is gone", path=failed.path, hint=hint)
+            hint = "remove the error file, or drop the prompt again"
+            raise SpoolError(
+                f"the prompt of this error file is missing: {printable(failed.path)}", path=failed.path, hint=hint
+            )
         folder, name = os.path.split(new)
         if not failed.digest or contents(folder, [name], MAX_BYTES, self._opener).get(name) != failed.digest:
-            message = f"{printable(new)}: the inbox has another prompt of this name, and that of the error file is gone"
-            hint = "nothing was moved; remove the error file, or drop its prompt anew under another name"
+            message = f"the prompt is missing, and the inbox has another one of its name: {printable(new)}"
+            hint = "nothing was moved; remove the error file, or drop its prompt again under another name"
             raise SpoolError(message, path=new, hint=hint)
 
     def has_prompt(self, failed: Failed) -> bool:
-        """Tell whether its prompt is there: beside the error file, or in the inbox, where an earlier call put it."""
+        """Return whether its prompt exists: beside the error file, or in the inbox after an earlier retry."""
         if not failed.originals:
             return False
         file, dropped_as = failed.originals[-1]
         places = (os.path.join(os.path.dirname(failed.path), file), os.path.join(self._target(failed), dropped_as))
         return any(map(os.path.lexists, places))
 
-    def look_again(self, failed: Failed) -> None:
-        """Ask the daemon to read the paid answer again.
+    def reread(self, failed: Failed) -> None:
+        """Ask the daemon to read the saved response again.
 
         Raises:
-            SpoolError: It is not kept in the state folder, or the error file is not where it was put.
+            SpoolError: It is not in the state folder, or the error file is not where the daemon put it.
         """
         shown, record = printable(failed.path), Record(self._disk, self._paid, failed.job)
         claim, decision = record.claim(), record.decision() or record.reopened()
         if claim is None or decision is None:
-            hint = "what is left of it lies beside the error file; it is not sent again"
-            raise SpoolError(f"{shown}: no paid answer is kept", path=failed.path, hint=hint)
+            hint = "nothing is sent; what the API returned may be beside the error file"
+            raise SpoolError(f"there is no saved response: {shown}", path=failed.path, hint=hint)
         place = os.path.join(self._errors, claim.folder, decision.name)
-        if place != failed.path:  # there may be somebody else's files by now
-            hint = f"move it back with all that belongs to it: {printable(place)}"
-            raise SpoolError(f"{shown}: it is not where it was put", path=failed.path, hint=hint)
+        if place != failed.path:  # other files may be there now
+            hint = f"move it back with its other files: {printable(place)}"
+            raise SpoolError(f"the error file was moved: {shown}", path=failed.path, hint=hint)
         self._control.retry(failed.job)
 
 
 def _described(folder: str) -> dict[str, str]:
-    """Return the names in a folder by what documents say of them. A name that is said as it is wins."""
+    """Return the names in a folder by their form in result files. A name that needs no escapes has priority."""
     try:
         names = os.listdir(folder)
-    except OSError:  # what follows from it is told when the files are moved
+    except OSError:  # the error is reported when the files are moved
         return {}
     return {whole(name): name for name in sorted(names, key=lambda name: whole(name) == name)}
 
 
 def _untagged(file: str, dropped: str) -> str:
-    """Return the name with which a file was dropped, or an empty string if it was cut for the job's short id.
+    """Return the name as dropped, or an empty string if it was cut to make room for the job's id.
 
     Args:
         file: Its name on the disk; it may have that id in it.
-        dropped: What the document says that name was.
+        dropped: That name in the result file, possibly with escapes.
     """
     tag = len(whole(file)) - len(dropped)
     if tag < 0:
@@ -363,14 +366,14 @@ def _untagged(file: str, dropped: str) -> str:
 
 
 def _digest(recorded: str, name: str) -> str:
-    """Return a file's hash from the ledger's ``contents``, or an empty string: some files have only words there."""
+    """Return a file's hash from the ledger's ``contents``, or an empty string: some files have a text there."""
     found = json.loads(recorded).get(name, "") if recorded else ""
     return found if _HASH.fullmatch(found) else ""
 
 
 def _taken(path: str) -> SpoolError:
-    hint = "take it away first, or wait until it is done"
-    return SpoolError(f"{printable(path)}: the inbox has a file of this name", path=path, hint=hint)
+    hint = "remove it first, or wait until it is processed"
+    return SpoolError(f"the inbox has a file of this name: {printable(path)}", path=path, hint=hint)
 
 
 def _id(value: object) -> str:
@@ -381,7 +384,7 @@ def _id(value: object) -> str:
 
 
 def _name(value: object) -> str:
-    """Return a plain file name; an error file must not lead out of its folder."""
+    """Return a plain file name; an error file must not point outside its folder."""
     if not isinstance(value, str) or "/" in value or "\0" in value or value in {"", ".", ".."}:
         raise ValueError("a name in it is not a file name")
     return value

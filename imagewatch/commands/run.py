@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.command()
 @config_option
 def run(path: str | None) -> None:
-    """Watch the inbox until stopped (the daemon).
+    """Run the daemon: watch the inbox until stopped.
 
-    SIGTERM or Ctrl-C finishes what has been sent and ends; a second one kills, and the next start recovers. SIGHUP
-    reads the configuration again.
+    On SIGTERM or Ctrl-C the daemon claims nothing more, waits for the requests in flight, and exits. On a second signal
+    it exits immediately; the next start continues its jobs. SIGHUP reloads the configuration.
     """
 
     def configured(config: Config) -> None:
@@ -40,7 +40,7 @@ def run(path: str | None) -> None:
 
 
 def _warn_without_key(config: Config) -> None:
-    """Say at the start what else would be said at the first prompt."""
+    """Log a missing key at the start, and not only at the first prompt."""
     if problem := key_problem(config.endpoint, os.environ):
         reason = printable(f"{problem.field}: {problem.reason}")
         structlog.get_logger().warning("key_missing", reason=reason, next=problem.hint)

@@ -19,22 +19,22 @@ from imagewatch.system.errors import ConfigError, UsageError
     type=click.IntRange(0, 65_535),
     show_default=True,
     metavar="NUMBER",
-    help="Where to listen, on 127.0.0.1; 0 takes a free one.",
+    help="Port on 127.0.0.1; 0 takes a free one",
 )
-@click.option("--key", metavar="KEY", help="Accept this key only; without it any key will do.")
+@click.option("--key", metavar="KEY", help="Accept only this key; without it: any key")
 @click.option(
     "--latency",
     default=0.0,
     type=Seconds(0, 86_400),
     metavar="SECONDS",
-    help="Delay each answer by this long (default: none).",
+    help="Delay each response by this time (default: none)",
 )
-@click.option("--tags", is_flag=True, help="List all such tags and exit.")
+@click.option("--tags", is_flag=True, help="List all tags and exit")
 def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
-    """Run a local endpoint like the real one that charges nothing.
+    """Run a local test endpoint that charges nothing.
 
-    It checks requests as strictly as the contract says, draws placeholders, and counts what it would have charged
-    (GET /sandbox/report). A prompt with a tag like "[sandbox: 402]" gets that answer.
+    It checks requests as strictly as the API's contract, draws placeholder images, and counts what it would have
+    charged (GET /sandbox/report). A prompt with a tag such as "[sandbox: 402]" gets that response.
     """
     if tags:
         click.echo(tags_help())
@@ -45,7 +45,7 @@ def sandbox(port: int, key: str | None, latency: float, *, tags: bool) -> None:
         )
     except ConfigError as error:  # of a command that has no configuration
         raise UsageError(
-            f"the sandbox {error.problems[0].reason}", hint="name another port by --port; 0 takes a free one"
+            f"the sandbox {error.problems[0].reason}", hint="choose another port with --port; 0 takes a free one"
         ) from None
     proposed = shlex.quote(key or PROPOSED_KEY)
     click.echo(

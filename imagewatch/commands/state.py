@@ -1,4 +1,4 @@
-"""The daemon's state folder as commands see it: whose it is, whether a daemon runs, and what that says of itself.
+"""The daemon's state folder as commands see it: its owner, whether a daemon runs, and its status.
 
 The daemon may run meanwhile or not. Nothing here needs the key or the network.
 """
@@ -26,13 +26,16 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config
 
 _PATIENCE = 6.0
-"""How long a daemon may take to notice a request, seconds; where there are no change events it looks every five."""
+"""How long a daemon may take to apply a request, seconds; without change events it checks every five."""
+
+_AS_DAEMON = "run the command as the daemon's user or as root: sudo imagewatch …"
 
 
 def load_as_owner(path: str | None) -> Config:
-    """Return the configuration, as the owner of the state folder: what root made the daemon could not remove.
+    """Load the configuration, and become the owner of the state folder if this is root.
 
-    Everything that a command needs is imported by then: our own code may be where only root can read.
+    The daemon could not remove a file that root has created. Everything that a command needs must be imported before:
+    the program's own code may be readable for root only.
     """
     config = load_config(path)
     state = config.folders.state
@@ -47,8 +50,7 @@ def load_as_owner(path: str | None) -> Config:
         os.setgid(owner.st_gid)
         os.setuid(owner.st_uid)
     if not os.access(state, os.W_OK | os.X_OK):
-        hint = "use the daemon's user or root, e.g. sudo imagewatch …"
-        raise SpoolError(f"{printable(state)}: this user may not change it", path=state, hint=hint)
+        raise SpoolError(f"permission denied: {printable(state)}", path=state, hint=_AS_DAEMON)
     return config
 
 
@@ -59,29 +61,28 @@ def _groups(owner: os.stat_result) -> list[int]:
 
 
 def never_ran(state: str) -> SpoolError:
-    """Return the error of a command that needs a daemon's state folder where there is none."""
-    hint = "start it: imagewatch run; or name its configuration with --config"
-    return SpoolError(f"{printable(state)}: no daemon has run with this configuration yet", path=state, hint=hint)
+    """Return the error of a command that needs the state folder if there is none."""
+    hint = "start the daemon: imagewatch run; or name its configuration with --config"
+    return SpoolError(f"no daemon has run with this configuration yet: {printable(state)}", path=state, hint=hint)
 
 
 def unreadable(state: str) -> SpoolError:
     """Return the error of a command whose user may not enter the state folder."""
-    hint = "use the daemon's user or root, e.g. sudo imagewatch …"
-    return SpoolError(f"{printable(state)}: this user may not look into it", path=state, hint=hint)
+    return SpoolError(f"permission denied: {printable(state)}", path=state, hint=_AS_DAEMON)
 
 
 def control_of(config: Config) -> Control:
-    """Return the folder in which commands leave what they ask of a daemon."""
+    """Return the folder in which commands leave requests for the daemon."""
     return Control(config.folders.state, Disk())
 
 
 def is_running(config: Config) -> bool:
-    """Return whether a daemon has the state folder."""
+    """Return whether a daemon uses the state folder."""
     return locked(os.path.join(config.folders.state, "lock"))
 
 
-def is_noticed(condition: Callable[[], bool]) -> bool:
-    """Wait until the daemon has taken notice; return whether it has."""
+def is_applied(condition: Callable[[], bool]) -> bool:
+    """Wait until the daemon has applied a request; return whether it has."""
     wait, end = threading.Event().wait, time.monotonic() + _PATIENCE
     while not condition():
         if time.monotonic() > end:
@@ -91,10 +92,10 @@ def is_noticed(condition: Callable[[], bool]) -> bool:
 
 
 def status_page(config: Config) -> dict[str, Any]:
-    """Return the daemon's own words, with what is true if it is not running.
+    """Return the daemon's status, corrected if it is not running.
 
     Raises:
-        SpoolError: No daemon has run yet, or this user may not know.
+        SpoolError: No daemon has run yet, or this user may not read the state folder.
     """
     state = config.folders.state
     page = status.read(state)
@@ -102,7 +103,7 @@ def status_page(config: Config) -> dict[str, Any]:
         raise unreadable(state) if os.path.lexists(state) and not os.access(state, os.X_OK) else never_ran(state)
     running = is_running(config)
     if running:
-        # It has the lock already, and has yet to say something.
+        # It has the lock already, and has not written its status yet.
         page["state"] = "starting" if page["state"] == "stopped" else page["state"]
     else:
         page["state"] = "stopped" if page["state"] == "stopped" else "died"
@@ -111,7 +112,7 @@ def status_page(config: Config) -> dict[str, Any]:
 
 
 def holds(config: Config) -> list[dict[str, Any]]:
-    """Return why nothing is sent at present, or will be at the next start; nothing if this user may not know."""
+    """Return the holds, also those of the next start; none if this user may not read them."""
     with contextlib.suppress(SpoolError):
         found: list[dict[str, Any]] = status_page(config)["holds"]
         return found
@@ -125,5 +126,5 @@ def hold_kinds(config: Config) -> set[str]:
 
 
 def local_time(text: str | None) -> str:
-    """Return a UTC time, as a status has it, in words for people."""
+    """Return a UTC time of the status as local time for people."""
     return local(status.moment(text).timestamp()) if text else "never"

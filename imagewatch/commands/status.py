@@ -21,21 +21,25 @@ if TYPE_CHECKING:
 
 _STATES = {
     "stopped": "is not running (it was stopped)",
-    "died": "is not running (it died; the next start recovers)",
+    "died": "is not running (it was killed; the next start continues its jobs)",
     "starting": "is starting",
-    "stopping": "finishes what is sent, then ends",
+    "stopping": "is stopping; it waits for the requests in flight",
 }
 
 
 @click.command()
 @json_option
-@click.option("--prometheus", is_flag=True, help="For node_exporter's textfile collector; 0 also while held.")
-@click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C.")
+@click.option(
+    "--prometheus",
+    is_flag=True,
+    help="Print metrics for Prometheus (node_exporter's textfile collector); exit code 0 also while on hold",
+)
+@click.option("--watch", is_flag=True, help="Refresh every two seconds until Ctrl-C")
 @config_option
 def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) -> None:
-    """Say what the daemon is doing: waiting, in flight, held, spent.
+    """Show what the daemon is doing: prompts, requests, holds, credits.
 
-    Works while it is down, and then says so. Exit code 69 while the queue is held.
+    Also works while the daemon is not running. Exits with code 69 while the queue is on hold.
     """
     if prometheus and (as_json or watch):
         raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} exclude each other")
@@ -47,7 +51,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
     while True:
         page = status_page(config)
         if watch and not as_json and sys.stdout.isatty():
-            click.echo("\033[H\033[J", nl=False, color=True)  # also where no colours are wanted
+            click.echo("\033[H\033[J", nl=False, color=True)  # also with NO_COLOR
         click.echo(to_json(page) if as_json else "\n".join(_lines(page)))
         if not watch:
             break
@@ -60,14 +64,14 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     yield f"imagewatch {page['version']} {state}, as of {local_time(page['updated'])}"
     yield f"  inbox      {page['inbox']} ({page['mode']}, last scan {local_time(page['last_scan'])})"
     for path, reason in page["polled"]["folders"].items():
-        yield f"             {path}: looked at regularly ({reason})"
+        yield f"             {path}: scanned regularly ({reason})"
     waiting = page["waiting"]
     yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
     yield f"  in flight  {len(page['in_flight'])}"
     for job in page["in_flight"]:
         yield f"             {job['source']}"
-    if stuck := page.get("stuck"):  # not there in what an older daemon said
-        yield click.style(f"  stuck      {len(stuck)}, as the log says", fg="red")
+    if stuck := page.get("stuck"):  # an older daemon does not write it
+        yield click.style(f"  stuck      {len(stuck)}; the log has the reason and the next step", fg="red")
         yield from (f"             {job['source'] or job['job']}" for job in stuck)
     for name, label in (("today", "today"), ("month", "this month")):
         one = page[name]
@@ -76,7 +80,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
             f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
-    if balance := page.get("balance"):  # not there in what an older daemon said
+    if balance := page.get("balance"):  # an older daemon does not write it
         yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"

@@ -1,4 +1,8 @@
-"""The command ``submit``: for people at a terminal, and for programs and agents that speak files."""
+"""``imagewatch submit``: drops prompts, for people at a terminal and for programs and agents.
+
+A dropped prompt will be charged. So whatever ends the command early, a signal or an error, it names the prompts that it
+has dropped.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from imagewatch.commands.common import Seconds, config_option, load_config
-from imagewatch.commands.drop import Delivery, Wish, folder_of, require_stem, stem_for
+from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
 from imagewatch.commands.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
 from imagewatch.commands.interrupts import Interrupted, Interrupts
 from imagewatch.commands.results import name_dropped, print_results, report
@@ -28,11 +32,11 @@ from imagewatch.system.untrusted import open_file, own_way
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from imagewatch.commands.wait import Made
-    from imagewatch.config.schema import Config
+    from imagewatch.commands.wait import Result
+    from imagewatch.config.load import Config
 
-_LOOK_SECONDS = 0.2
-_UNTOUCHED_SECONDS = 20.0
+_REFRESH_SECONDS = 0.2
+_UNCLAIMED_SECONDS = 20.0
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
 
 
@@ -44,7 +48,7 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="Input image; repeat for more, in this order.",
+    help="Input image; repeat for more, in this order",
 )
 @click.option(
     "--from",
@@ -52,36 +56,38 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     multiple=True,
     type=click.Path(),
     metavar="FILE",
-    help="A file with a prompt; - is standard input.",
+    help="File with a prompt; - is standard input",
 )
-@click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Provider.")
-@click.option("--model", metavar="NAME", help="The model; passed on as it is.")
-@click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Pictures, 1 to 4.")
-@click.option("--size", metavar="SIZE", help="Width and height, such as 1024x1536.")
-@click.option("--quality", type=click.Choice(["low", "medium", "high", "auto"]), help="For openai.")
-@click.option("--output-format", type=click.Choice(["png", "jpeg", "webp"]), help="Kind of the pictures.")
-@click.option("--seed", type=int, metavar="NUMBER", help="The same number may give the same picture again.")
-@click.option("--preset", metavar="NAME", help="A preset of the configuration.")
-@click.option("--folder", default="", metavar="NAME", help="A folder below the inbox.")
-@click.option("--name", metavar="NAME", help="Name of the results. Without it: the first words and some digits.")
+@click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Provider")
+@click.option("--model", metavar="NAME", help="Model; passed on unchanged")
+@click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Number of images, 1 to 4")
+@click.option("--size", metavar="SIZE", help="Width and height, such as 1024x1536")
+@click.option("--quality", type=click.Choice(["low", "medium", "high", "auto"]), help="Quality, for openai")
+@click.option("--output-format", type=click.Choice(["png", "jpeg", "webp"]), help="Format of the images")
+@click.option("--seed", type=int, metavar="NUMBER", help="Seed; the same number may give the same image again")
+@click.option("--preset", metavar="NAME", help="Preset of the configuration")
+@click.option("--folder", default="", metavar="NAME", help="Sub-folder of the inbox")
+@click.option("--name", metavar="NAME", help="Base name of the results; without it: the first words and some digits")
 @click.option(
     "--root",
     type=click.Path(readable=False),
     metavar="FOLDER",
-    help="The watched folder, where there is no configuration: a share.",
+    help="The watched folder, if there is no configuration here (on a share)",
 )
-@click.option("--wait", is_flag=True, help="Wait for the result and print it.")
-@click.option("--timeout", type=Seconds(0), metavar="SECONDS", help="Stop waiting after this long; the prompts stay.")
+@click.option("--wait", is_flag=True, help="Wait for the results and print them")
 @click.option(
-    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed."
+    "--timeout", type=Seconds(0), metavar="SECONDS", help="Stop waiting after this time; the prompts stay in the inbox"
 )
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
+@click.option(
+    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed"
+)
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json")
 @config_option
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
-    """Drop prompts into the inbox, the right way.
+    """Drop prompts into the inbox; with --wait, print their results.
 
-    PROMPT is the text. Images and prompt are checked, copied and put into the inbox in the right order; the key is not
-    needed. With --wait the pictures are printed (as paths, Markdown image lines or JSON), and the credits.
+    PROMPT is the text. The command checks prompts and images, and drops them in the right order. It does not need the
+    key. With --wait it prints the images, as paths, Markdown image lines or JSON, and what they cost.
     """
     if options["as_json"]:
         if options["form"] == "markdown":
@@ -104,30 +110,30 @@ def _run(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> None:
             _wait_and_report(call, waiting)
         call.is_printed = True
         _print_dropped(call)
-    except Exception as error:  # noqa: BLE001  whatever ends it, what was dropped is named
+    except Exception as error:  # noqa: BLE001  whatever it is, dropped prompts are named
         interrupts.keep()
         _end_early(error, call)
 
 
 @dataclass
 class _Call:
-    """One run of the command, and how far it came.
+    """One run of the command, and its progress.
 
     Attributes:
         config: The configuration.
         options: The command line's options.
         wanted: How many prompts are to be dropped.
-        jobs: Those that were dropped.
-        is_printed: Whether printing the result has begun: JSON must not be printed twice.
-        is_told: Whether every prompt that was dropped has been named.
+        jobs: The prompts that were dropped.
+        is_printed: Whether it has begun to print results: JSON must not be printed twice.
+        is_named: Whether every prompt that was dropped has been named.
     """
 
     config: Config
     options: dict[str, Any]
     wanted: int = 0
-    jobs: list[Made] = field(default_factory=list)
+    jobs: list[Result] = field(default_factory=list)
     is_printed: bool = False
-    is_told: bool = False
+    is_named: bool = False
 
     @property
     def form(self) -> str:
@@ -138,7 +144,7 @@ class _Call:
 def _config(path: str | None, root: str | None) -> Config:
     if root is None:
         return load_config(path)
-    # Only the folders: what else there may be in this environment is for a daemon of one's own.
+    # Only the folders: other variables of this environment are for a daemon of this user.
     return load(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
 
 
@@ -146,16 +152,16 @@ def _config(path: str | None, root: str | None) -> Config:
 
 
 def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Waiting | None:
-    """Drop everything, or nothing if anything is wrong; return what waits for it."""
+    """Drop all prompts, or none if one has a problem; return what waits for their results."""
     config, options = call.config, call.options
-    wishes = _wishes(prompts, options)
+    requests = _requests(prompts, options)
     folder = folder_of(options["folder"], recursive=config.inbox.recursive)
-    stems = _stems([wish for _, wish in wishes], options["name"])
+    stems = _stems([request for _, request in requests], options["name"])
     waiting = Waiting(config.folders, folder, stems) if options["wait"] else None
-    call.wanted = len(wishes)
+    call.wanted = len(requests)
     with Delivery(config, folder, blind=options["root"] is not None) as delivery:
-        _stage(delivery, wishes, stems)
-        # A prompt must not be cut off from its images, nor from the list of those that were dropped.
+        _stage(delivery, requests, stems)
+        # No signal may end this between a prompt and its images, or before the prompt is in the list.
         interrupts.keep()
         with contextlib.closing(delivery.place()) as placed:
             for job in placed:
@@ -165,27 +171,31 @@ def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Wai
                 interrupts.check()
     interrupts.obey()
     if delivery.unsynced:
-        told = f"{delivery.unsynced}; the prompts are dropped, but a power cut may take them away"
-        click.echo(f"imagewatch: {printable(told)}", err=True)
+        warning = f"{delivery.unsynced}; the prompts are dropped, but may be lost if the power fails"
+        click.echo(f"imagewatch: {printable(warning)}", err=True)
     return waiting
 
 
-def _stems(wishes: Sequence[Wish], name: str | None) -> list[str]:
+def _stems(requests: Sequence[SubmitRequest], name: str | None) -> list[str]:
     if name is None:
-        return [stem_for(wish.text) for wish in wishes]
-    stems = [f"{name}-{number}" for number in range(1, len(wishes) + 1)] if len(wishes) > 1 else [name]
+        return [stem_for(request.text) for request in requests]
+    stems = [f"{name}-{number}" for number in range(1, len(requests) + 1)] if len(requests) > 1 else [name]
     require_stem(max(stems, key=len))
     return stems
 
 
-def _stage(delivery: Delivery, wishes: Sequence[tuple[str, Wish]], stems: Sequence[str]) -> None:
-    """Check everything before anything is dropped, and name all that is wrong."""
+def _stage(delivery: Delivery, requests: Sequence[tuple[str, SubmitRequest]], stems: Sequence[str]) -> None:
+    """Check all prompts before one is dropped.
+
+    Raises:
+        BadRequest: All problems of all prompts.
+    """
     problems = []
-    for (label, wish), stem in zip(wishes, stems, strict=True):
+    for (label, request), stem in zip(requests, stems, strict=True):
         try:
-            delivery.stage(wish, stem)
+            delivery.stage(request, stem)
         except BadRequest as error:
-            problems += _labelled(error, label if len(wishes) > 1 else "")
+            problems += _labelled(error, label if len(requests) > 1 else "")
     if problems:
         raise BadRequest(problems)
 
@@ -196,7 +206,7 @@ def _labelled(error: BadRequest, label: str) -> list[Problem]:
 
 
 def _end_early(error: Interrupted | Exception, call: _Call) -> NoReturn:
-    """End a command that something has ended before its time: a signal, the disk, its output, or a bug."""
+    """Exit after a signal or an error: name the prompts that are dropped, and exit with 69 if there are any."""
     if not call.jobs:
         _end_without_prompts(error)
     _clear()
@@ -204,12 +214,12 @@ def _end_early(error: Interrupted | Exception, call: _Call) -> NoReturn:
         say(f"imagewatch: {printable(line)}")
     if isinstance(error, BadRequest | SpoolError) and error.hint:
         say(f"  {printable(error.hint)}")
-    if not call.is_told:
+    if not call.is_named:
         _name_dropped(call)
     try:
         if call.is_printed:
-            click.echo(nl=False)  # what could not be written would be tried once more at the very end
-        elif call.form == "json" or not call.options["wait"]:  # else pictures are printed, and nothing but pictures
+            click.echo(nl=False)  # else Python writes again at exit what could not be written
+        elif call.form == "json" or not call.options["wait"]:  # else only images are printed
             _print_dropped(call)
     except OSError:
         silence(sys.stdout)
@@ -228,45 +238,47 @@ def _end_without_prompts(error: Interrupted | Exception) -> NoReturn:
 
 
 def _reasons(error: Interrupted | Exception) -> list[str]:
-    """Return what ended the command, in lines; nothing of a bug, which is reported as one."""
+    """Return what ended the command, in lines; nothing for a bug, which ``main`` reports."""
     if isinstance(error, Interrupted):
         return [f"interrupted by {error}"]
     if isinstance(error, BadRequest):
         return [str(problem) for problem in error.problems]
     if isinstance(error, OSError) and error.filename is None:
-        return [f"the output cannot be written: {error.strerror}"]
+        return [f"cannot write the output: {error.strerror}"]
     return [str(error)] if isinstance(error, SpoolError) else []
 
 
 def _name_dropped(call: _Call) -> None:
-    """Name the prompts that were dropped: they are paid for, and once more if they are dropped again."""
+    """Name the prompts that were dropped: they will be charged, and charged again if they are dropped again."""
     count = len(call.jobs)
     it, verb = ("it", "was") if count == 1 else ("them", "were")
     rest = "" if count == call.wanted else " The others were not dropped."
-    say(f"{count} of {call.wanted} prompts {verb} dropped, and the daemon processes {it}.{rest}")
+    say(f"{count} of {call.wanted} prompts {verb} dropped. The daemon will process {it}.{rest}")
     name_dropped(call.jobs, call.config)
 
 
-def _wishes(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, Wish]]:
-    """Return each prompt, and what to call it when something is wrong with it."""
+def _requests(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, SubmitRequest]]:
+    """Return each prompt with a label for messages about it."""
     asked, images = {name: options[name] for name in _OPTIONS}, tuple(options["images"])
-    wishes = [(f"prompt {number}", Wish(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)]
+    requests = [
+        (f"prompt {number}", SubmitRequest(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)
+    ]
     problems: list[Problem] = []
     for file in options["files"] or (() if prompts else ("-",)):
         if not options["files"] and (sys.stdin is None or sys.stdin.isatty()):
-            raise click.UsageError("say what the picture should show")
+            raise click.UsageError("no prompt: give its text, or a file with --from")
         try:
-            wishes.append((file, Wish.of_file(_content(file), file, asked, images)))
+            requests.append((file, SubmitRequest.of_file(_content(file), file, asked, images)))
         except BadRequest as error:
             problems += _labelled(error, "" if file == "-" else file)
     if problems:
         raise BadRequest(problems)
-    return wishes
+    return requests
 
 
 def _content(file: str) -> bytes:
     try:
-        # What the shell hands over is the caller's own; a file may be anybody's.
+        # The caller's shell has opened these; any other file may be from another user.
         is_own = file == "-" or file.startswith(("/dev/", "/proc/self/fd/"))
         with click.open_file(file, "rb") if is_own else open_file(own_way(file)) as stream:
             content: bytes = stream.read(MAX_BYTES + 1)
@@ -285,7 +297,7 @@ def _wait_and_report(call: _Call, waiting: Waiting) -> NoReturn:
         except Interrupted as error:
             _clear()
             say(f"imagewatch: {_reasons(error)[0]}")
-            left = waiting.look()
+            left = waiting.refresh()
     except SpoolError:
         _report_before_failing(call)
         raise
@@ -293,40 +305,39 @@ def _wait_and_report(call: _Call, waiting: Waiting) -> NoReturn:
     call.is_printed = True
     print_results(call.jobs, call.form)
     report(call.jobs, left, call.config)
-    if left:  # before any failure: a script reads that as the end, and drops again what may yet be paid for
+    if left:  # before a failure: a script takes 1 for the end, and drops prompts again that may yet be charged
         sys.exit(EXIT_HELD)
-    sys.exit(EXIT_FAILED if any(job.door == "errors" for job in call.jobs) else 0)
+    sys.exit(EXIT_FAILED if any(job.destination == "errors" for job in call.jobs) else 0)
 
 
 def _report_before_failing(call: _Call) -> None:
-    """Say what is known where a result cannot be read: everything is dropped, and the failure is only ours."""
+    """Print the results that are known when one cannot be read: all prompts are dropped, and will be processed."""
     _clear()
     call.is_printed = True
     print_results(call.jobs, call.form)
     report(call.jobs, (), call.config)
     for job in call.jobs:
-        if not job.door:
-            told = "was dropped; what became of it is not known"
-            click.echo(f"{printable(job.source)}: {told}", err=True)
-    call.is_told = True
+        if not job.destination:
+            click.echo(f"{printable(job.source)}: dropped; its result is not known", err=True)
+    call.is_named = True
 
 
-def _waited(call: _Call, waiting: Waiting) -> list[Made]:
-    """Wait until all is over; return what is not."""
+def _waited(call: _Call, waiting: Waiting) -> list[Result]:
+    """Wait for all results; return the prompts that have none yet."""
     jobs, timeout = call.jobs, call.options["timeout"]
     began, wait = time.monotonic(), threading.Event().wait
     warned = False
-    while left := waiting.look():
+    while left := waiting.refresh():
         passed = time.monotonic() - began
         if timeout is not None and passed >= timeout:
             break
         _live(len(jobs) - len(left), len(jobs), passed)
-        if not warned and passed >= _UNTOUCHED_SECONDS and waiting.untouched() == len(jobs):
+        if not warned and passed >= _UNCLAIMED_SECONDS and waiting.unclaimed() == len(jobs):
             warned = True
             _clear()
             where = printable(call.config.folders.inbox)
-            click.echo(f'Nobody has taken them from {where} yet. "imagewatch status" tells why.', err=True)
-        wait(_LOOK_SECONDS)
+            click.echo(f"No prompt has been claimed from {where} yet. To see why, run: imagewatch status", err=True)
+        wait(_REFRESH_SECONDS)
     return left
 
 
@@ -341,7 +352,7 @@ def _clear() -> None:
             click.echo("\r\033[K", nl=False, err=True, color=True)
 
 
-# Telling
+# Printing
 
 
 def _print_dropped(call: _Call) -> None:

@@ -21,7 +21,7 @@ _GAP = "  "
 
 
 def current_folder() -> str:
-    """Return the current folder, or an empty string when it is gone."""
+    """Return the current folder, or an empty string if it was removed."""
     try:
         return os.getcwd()
     except OSError:
@@ -29,7 +29,7 @@ def current_folder() -> str:
 
 
 def silence(stream: TextIO | None) -> None:
-    """Let a stream lead nowhere, or what it could not write would be tried once more at the very end."""
+    """Point a stream at /dev/null, or Python would write again at exit what could not be written."""
     if stream is None:
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -38,7 +38,7 @@ def silence(stream: TextIO | None) -> None:
 
 
 def say(line: str) -> None:
-    """Print a line on standard error. Where that cannot be written, the exit code still tells."""
+    """Print a line on standard error. If that fails, the exit code still says it."""
     try:
         click.echo(line, err=True)
     except OSError:
@@ -64,8 +64,8 @@ def print_table(
     Args:
         head: What each column is called.
         rows: Text for each of them.
-        colours: Of each row; without it none.
-        notes: A line below each row; none where it is empty.
+        colours: One for each row, or none.
+        notes: A line below each row, unless it is empty.
     """
     first, *others = lines(head, rows)
     click.echo(click.style(first, bold=True))
@@ -77,7 +77,7 @@ def print_table(
 
 
 def cells(text: str) -> int:
-    """Return how many cells of a terminal a text takes: two for most of East Asia, none for an accent."""
+    """Return how many cells a text takes on a terminal: two for most East Asian letters, none for an accent."""
     return sum(_cell(letter) for letter in text)
 
 
@@ -88,13 +88,13 @@ def _cell(letter: str) -> int:
 
 
 def padded(text: str, width: int, *, right: bool = False) -> str:
-    """Return a text of at least so many cells: with blanks after it, or before it."""
+    """Return a text of at least so many cells, with blanks after it or before it."""
     blanks = " " * (width - cells(text))
     return blanks + text if right else text + blanks
 
 
 def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
-    """Yield the lines of a table, the head first; numbers stand to the right.
+    """Yield the lines of a table, the head first; numbers are aligned to the right.
 
     Args:
         head: What each column is called.

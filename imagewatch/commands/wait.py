@@ -1,4 +1,4 @@
-"""What became of prompts that were dropped: waiting for receipts and error files, by looking at the folders only."""
+"""Finds the receipts and error files of dropped prompts. It only reads the folders."""
 
 from __future__ import annotations
 
@@ -23,57 +23,58 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Folders
 
-_MOST_DOCUMENT = 4 << 20
+_MOST_BYTES = 4 << 20
+"""Of a result file."""
 _LIST_SECONDS = 5.0
-"""A folder whose mtime stands still is listed again after this time: some file systems are slow to show theirs."""
+"""A folder whose mtime has not changed is listed again after this time: some file systems show a change late."""
 _REST = 4.0
-"""A list that took a second is followed by four seconds without one."""
+"""After a listing, the folder is not listed for this many times as long: four seconds after one that took a second."""
 _MOST_TAGS = 2
-"""Parts that a name may get between stem and ending where names are taken."""
+"""Parts that a result's name may get between base name and ending if the plain name exists."""
 
 _Identity = tuple[str, int, int]
 
 
 @dataclass
-class Made:
-    """What became of a prompt.
+class Result:
+    """A dropped prompt and its result.
 
     Attributes:
-        source: Its path below the inbox.
+        source: Path of the prompt below the inbox.
         prompt: Its text.
-        door: ``outbox`` or ``errors`` once it is over, else empty.
-        document: Path of the receipt or error file.
-        images: Paths of the pictures.
-        facts: What the document says.
+        destination: ``outbox`` or ``errors`` once the job has ended, else empty.
+        result_file: Path of the receipt or error file.
+        images: Paths of the images.
+        facts: The keys of the result file.
     """
 
     source: str
     prompt: str
-    door: str = ""
-    document: str = ""
+    destination: str = ""
+    result_file: str = ""
     images: list[str] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
 
-    def is_told_by(self, document: dict[str, Any]) -> bool:
-        """Tell whether a document is about this prompt, and not about an earlier one of its name."""
+    def is_from(self, facts: dict[str, Any]) -> bool:
+        """Return whether a result file is about this prompt, and not about an earlier one of its name."""
         digest = hashlib.sha256(self.prompt.encode()).hexdigest()
-        return document.get("source") == whole(self.source) and document.get("prompt_sha256", digest) == digest
+        return facts.get("source") == whole(self.source) and facts.get("prompt_sha256", digest) == digest
 
 
 @dataclass
 class _Place:
-    """A folder in which documents appear.
+    """A folder in which result files appear.
 
     Attributes:
-        door: ``outbox`` or ``errors``.
+        destination: ``outbox`` or ``errors``.
         path: The folder.
-        ending: How the names of documents end.
+        ending: How the names of result files end.
         stamp: Its mtime when it was last listed, nanoseconds since the epoch.
         listed_at: When that was, by the monotonic clock, seconds.
         rests_until: When it may be listed again.
     """
 
-    door: str
+    destination: str
     path: str
     ending: str
     stamp: int = 0
@@ -81,39 +82,39 @@ class _Place:
     rests_until: float = 0.0
 
     def names(self) -> list[str]:
-        """Return the names of all documents; nothing while the folder has not changed."""
+        """Return the names of all result files; nothing while the folder has not changed."""
         began = time.monotonic()
         if began < self.rests_until:
             return []
         try:
-            stamp = os.stat(self.path).st_mtime_ns  # before the list: what comes in between is seen next time
+            stamp = os.stat(self.path).st_mtime_ns  # before the listing: what appears in between is found next time
             if stamp == self.stamp and began - self.listed_at < _LIST_SECONDS:
                 return []
             names = [name for name in os.listdir(self.path) if name.endswith(self.ending)]
         except FileNotFoundError:
-            return []  # not made yet
+            return []  # not created yet
         self.stamp, self.listed_at = stamp, began
         self.rests_until = began + (1 + _REST) * (time.monotonic() - began)
         return names
 
 
 class Waiting:
-    """Waits for the documents of prompts in one folder.
+    """Waits for the result files of prompts in one folder.
 
-    It is made before the prompts are dropped, so that older documents of their names are not taken for theirs.
+    It is created before the prompts are dropped, so that older result files of their names are not taken for theirs.
 
     Args:
-        folders: Where they appear.
+        folders: Inbox, outbox and errors.
         folder: The folder below the inbox that the prompts are dropped into.
-        stems: Their names.
+        stems: Their base names.
 
     Raises:
-        SpoolError: This user may not look into the outbox or the errors folder.
+        SpoolError: This user may not read the outbox or the errors folder.
     """
 
     def __init__(self, folders: Folders, folder: str, stems: Sequence[str]) -> None:
         self._inbox = folders.inbox
-        self._jobs: dict[str, Made] = {}
+        self._jobs: dict[str, Result] = {}
         self._places = (
             _Place("outbox", os.path.join(folders.outbox, folder), ".receipt.toml"),
             _Place("errors", os.path.join(folders.errors, folder), ".error.toml"),
@@ -122,8 +123,8 @@ class Waiting:
         self._over: set[str] = set()
         for place in self._places:
             try:
-                with ours(place.path, "look for results"):
-                    for path, identity in _documents(place, frozenset(stems)):
+                with ours(place.path, "list the results"):
+                    for path, identity in _result_files(place, frozenset(stems)):
                         self._known.add(identity)
                         self._over |= _job_in(path)
             except SpoolError as error:
@@ -132,44 +133,44 @@ class Waiting:
                 raise
             place.stamp = 0
 
-    def expect(self, job: Made) -> None:
+    def expect(self, job: Result) -> None:
         """Note a prompt that is in the inbox now."""
         self._jobs[os.path.basename(job.source)[: -len(SUFFIX)]] = job
 
-    def look(self) -> list[Made]:
-        """Look once; return what is not over yet.
+    def refresh(self) -> list[Result]:
+        """Read new result files; return the prompts that have none yet.
 
         Raises:
             SpoolError: This user may not read a result.
         """
         for place in self._places:
-            left = {stem: job for stem, job in self._jobs.items() if not job.door}
-            with contextlib.suppress(OSError):  # a share that is away for a moment
-                for path, identity in list(_documents(place, left)) if left else ():
+            left = {stem: job for stem, job in self._jobs.items() if not job.destination}
+            with contextlib.suppress(OSError):  # a share that is not reachable for a moment
+                for path, identity in list(_result_files(place, left)) if left else ():
                     if identity not in self._known:
                         self._read(place, path, identity, left)
-        return [job for job in self._jobs.values() if not job.door]
+        return [job for job in self._jobs.values() if not job.destination]
 
-    def untouched(self) -> int:
-        """Return how many prompts still lie in the inbox."""
+    def unclaimed(self) -> int:
+        """Return how many prompts are still in the inbox."""
         return sum(os.path.lexists(os.path.join(self._inbox, job.source)) for job in self._jobs.values())
 
-    def _read(self, place: _Place, path: str, identity: _Identity, left: dict[str, Made]) -> None:
-        document = _document(path)
-        if document is None:
-            place.stamp = 0  # look at it again
+    def _read(self, place: _Place, path: str, identity: _Identity, left: dict[str, Result]) -> None:
+        facts = _facts(path)
+        if facts is None:
+            place.stamp = 0  # list the folder again
             return
         self._known.add(identity)
-        if str(document.get("job")) in self._over:
+        if str(facts.get("job")) in self._over:
             return
         for job in left.values():
-            if job.is_told_by(document):
-                job.door, job.document, job.facts = place.door, path, document
-                job.images = [os.path.join(place.path, name) for name in _pictures(document)]
+            if job.is_from(facts):
+                job.destination, job.result_file, job.facts = place.destination, path, facts
+                job.images = [os.path.join(place.path, name) for name in _images(facts)]
 
 
-def _documents(place: _Place, stems: Collection[str]) -> Iterator[tuple[str, _Identity]]:
-    """Yield path and identity of what may be the document of one of these prompts, if the folder has changed."""
+def _result_files(place: _Place, stems: Collection[str]) -> Iterator[tuple[str, _Identity]]:
+    """Yield path and identity of what may be the result file of one of these prompts, if the folder has changed."""
     for name in place.names():
         if _may_be_of(name[: -len(place.ending)], stems):
             path = os.path.join(place.path, name)
@@ -179,7 +180,7 @@ def _documents(place: _Place, stems: Collection[str]) -> Iterator[tuple[str, _Id
 
 
 def _may_be_of(base: str, stems: Collection[str]) -> bool:
-    """Tell whether a document may be one of these prompts': a name that is taken gets the job's id in it."""
+    """Return whether a result file may belong to one of these prompts. If its name existed, the job's id is in it."""
     for _ in range(_MOST_TAGS + 1):
         if base in stems:
             return True
@@ -189,16 +190,16 @@ def _may_be_of(base: str, stems: Collection[str]) -> bool:
     return False
 
 
-def _document(path: str) -> dict[str, Any] | None:
-    """Return what a document says: nothing if it is a stranger's, None if it cannot be read at the moment."""
+def _facts(path: str) -> dict[str, Any] | None:
+    """Return the keys of a result file: none if it is not one of ours, None if it cannot be read at the moment."""
     try:
         with open_file(path) as file:
-            return unvouched(file.read(_MOST_DOCUMENT).decode())
+            return unvouched(file.read(_MOST_BYTES).decode())
     except RefusedError:
         return {}
     except PermissionError:
-        hint = "outbox.file_mode and the folder's group decide who may; the prompts go on without you"
-        raise SpoolError(f"{printable(path)}: this user may not read it", path=path, hint=hint) from None
+        hint = "the daemon processes the prompts anyway; ask the administrator to check outbox.file_mode"
+        raise SpoolError(f"permission denied: {printable(path)}", path=path, hint=hint) from None
     except OSError:
         return None
     except (ValueError, RecursionError):
@@ -206,18 +207,18 @@ def _document(path: str) -> dict[str, Any] | None:
 
 
 def _job_in(path: str) -> set[str]:
-    """Return the id of the job that an older document is about.
+    """Return the id of the job that an older result file is about.
 
-    A backup, a ``chmod`` or a copy makes that document look new, and its job must not be taken for a later one.
+    A backup, a ``chmod`` or a copy makes that file look new, and its job must not be taken for a later one.
     """
-    with contextlib.suppress(SpoolError):  # it may be somebody else's, whose results are none of ours
-        job = (_document(path) or {}).get("job")
+    with contextlib.suppress(SpoolError):  # another sender's, which this user may not read
+        job = (_facts(path) or {}).get("job")
         return {job} if isinstance(job, str) else set()
     return set()
 
 
-def _pictures(document: dict[str, Any]) -> list[str]:
-    """Return the names of the pictures; whatever else came is in the document only."""
-    tables = document.get("images")
+def _images(facts: dict[str, Any]) -> list[str]:
+    """Return the file names of the images; what else the response had is in the result file only."""
+    tables = facts.get("images")
     found = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []
     return [os.path.basename(str(t.get("file"))) for t in found if str(t.get("mime")).startswith("image/")]

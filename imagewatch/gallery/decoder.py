@@ -1,6 +1,6 @@
-"""A process that decodes pictures, as its parent sees it: started when it is needed, ended when it takes too long.
+"""The process that decodes images, as its parent sees it: started when needed, killed when it takes too long.
 
-What it answers is believed no more than the pictures are: it is bounded, and must look like a thumbnail.
+Its replies are trusted no more than the images: they are bounded, and must look like a thumbnail.
 """
 
 from __future__ import annotations
@@ -22,30 +22,30 @@ from imagewatch.system.text import printable
 SIDE = 320
 """Longest side of a thumbnail, pixels."""
 LARGE = 4_000_000
-"""A picture of more pixels is converted in strips, and its memory given back afterwards."""
+"""An image of more pixels is converted in strips, and its memory is freed afterwards."""
 REQUEST = struct.Struct("!Qd")
-"""What comes with an open picture: how many pixels it may have, and seconds of processor time."""
+"""Sent with an open image: how many pixels it may have, and seconds of processor time."""
 REPLY = struct.Struct("!BI")
-"""What comes before an answer: what it is (``MADE``, ``BROKEN`` or ``UNREAD``) and its length, bytes."""
+"""Sent before a reply: its kind (``MADE``, ``BROKEN`` or ``UNREAD``) and its length, bytes."""
 MADE, BROKEN, UNREAD = range(3)
 
 _PROGRAM = "import sys; _, user, *sys.path = sys.argv; from imagewatch.gallery.shrink import main; main(int(user))"
 _NOBODY = 65534
 _MOST_BYTES = 1 << 20
-"""Of an answer. A thumbnail without compression is 400 kB."""
-_ITS_OWN_FAULT = frozenset(
+"""Of a reply. A thumbnail without compression is 400 kB."""
+_CRASHES = frozenset(
     {signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL, signal.SIGSEGV, signal.SIGSYS, signal.SIGTRAP}
 )
-"""How a decoder ends that a picture has broken; any other signal came from outside."""
+"""Signals of a decoder that crashed on an image; any other signal came from outside."""
 
 
 @dataclass(frozen=True)
 class Patience:
-    """How long a picture may take.
+    """How long an image may take.
 
     Attributes:
         processor: Seconds of processor time. Measured, 50 million pixels of noise take up to 4.2 seconds, the largest
-            pictures of the endpoint half a second.
+            images of the endpoint half a second.
         clock: Seconds by the clock: the machine may be busy, or the disk slow.
     """
 
@@ -53,11 +53,11 @@ class Patience:
     clock: float = 60.0
 
 
-class Unseen(Exception):  # noqa: N818  it reads as what it says
-    """There is no thumbnail of this; the message says why.
+class NoThumbnail(Exception):  # noqa: N818  an outcome, not an error
+    """There is no thumbnail of an image; the message is the reason.
 
     Attributes:
-        lasting: Whether that is so as long as the file stays as it is.
+        lasting: Whether the reason lasts as long as the file is not changed.
     """
 
     def __init__(self, message: str, *, lasting: bool = True) -> None:
@@ -78,14 +78,14 @@ class Decoder:
         self._channel: socket.socket | None = None
 
     def shrink(self, file: IO[bytes], most_pixels: int) -> bytes:
-        """Return a small WebP of a picture.
+        """Return a small WebP of an image.
 
         Args:
-            file: The picture, open for reading.
+            file: The image, open for reading.
             most_pixels: If it has more, it is not decoded.
 
         Raises:
-            Unseen: It cannot be read or decoded, or takes too much time or memory.
+            NoThumbnail: It cannot be read or decoded, or takes too much time or memory.
         """
         try:
             channel = self._started()
@@ -97,30 +97,32 @@ class Decoder:
             content = _received(channel, min(length, _MOST_BYTES), deadline)
         except TimeoutError:
             self.close()
-            raise Unseen(f"was not decoded within {self._patience.clock:g} s", lasting=False) from None
+            raise NoThumbnail(f"was not decoded within {self._patience.clock:g} s", lasting=False) from None
         except OSError as error:
             raise self._ended(error) from None
         if kind == MADE and sniff(content[:12]) == "webp" and len(content) == length:
             return content
         if kind == MADE:
             self.close()
-            raise Unseen("cannot be decoded: the decoder's answer is no picture")
-        words = printable(content.decode("utf-8", "replace"), 250)
-        raise Unseen(words) if kind == BROKEN else Unseen(f"cannot be read: {words}", lasting=False)
+            raise NoThumbnail("cannot be decoded: the decoder's reply is not an image")
+        reason = printable(content.decode("utf-8", "replace"), 250)
+        raise NoThumbnail(reason) if kind == BROKEN else NoThumbnail(f"cannot be read: {reason}", lasting=False)
 
     def close(self) -> None:
-        """End the process, whatever it does."""
+        """Kill the process."""
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
         if channel is not None:
             channel.close()
         if process is not None:
             process.kill()
-            with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the kernel, as on a dead disk
+            with contextlib.suppress(
+                subprocess.TimeoutExpired
+            ):  # stuck in the kernel, as on a disk that does not respond
                 process.wait(5)
 
     def _started(self) -> socket.socket:
-        """Return the way to the process; start it if there is none.
+        """Return the socket of the process; start the process if there is none.
 
         Raises:
             OSError: It cannot be started.
@@ -128,10 +130,12 @@ class Decoder:
         if self._channel is None:
             mine, its = socket.socketpair()
             with its:
-                # Its modules are found where ours were. The environment may hold the key.
+                # It gets our module path. It gets little of the environment, which may have the key.
                 user = os.geteuid() or _NOBODY
                 command = [sys.executable, "-P", "-c", _PROGRAM, str(user), *sys.path]
-                root = 0 if os.getuid() == 0 else None  # also if it has stepped down: who else may read the program?
+                root = (
+                    0 if os.getuid() == 0 else None
+                )  # also if this has stepped down: perhaps only root may read the program
                 kept = {name: value for name, value in os.environ.items() if name.startswith(("PYTHON", "LD_"))}
                 try:
                     self._process = subprocess.Popen(  # noqa: S603  our own program
@@ -150,19 +154,19 @@ class Decoder:
             self._channel = mine
         return self._channel
 
-    def _ended(self, error: OSError) -> Unseen:
-        """Return what is to be said when the process is gone, or could not be started."""
+    def _ended(self, error: OSError) -> NoThumbnail:
+        """Return the reason if the process has ended, or could not be started."""
         process, code = self._process, None
         if process is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(5)
         self.close()
         if code is None:
-            return Unseen(f"cannot be decoded now: {error.strerror or 'the decoder is gone'}", lasting=False)
+            return NoThumbnail(f"cannot be decoded now: {error.strerror or 'the decoder has ended'}", lasting=False)
         if code == -signal.SIGPROF:
-            return Unseen(f"takes more than {self._patience.processor:g} s to decode")
+            return NoThumbnail(f"takes more than {self._patience.processor:g} s to decode")
         how = f"signal {-code}" if code < 0 else f"code {code}"
-        return Unseen(f"cannot be decoded: the decoder ended with {how}", lasting=-code in _ITS_OWN_FAULT)
+        return NoThumbnail(f"cannot be decoded: the decoder ended with {how}", lasting=-code in _CRASHES)
 
 
 def _received(channel: socket.socket, count: int, deadline: float) -> bytes:

@@ -22,7 +22,7 @@ from imagewatch.system.untrusted import open_at, open_file, refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.gallery.values import Job, Picture
+    from imagewatch.gallery.values import Job, JobImage
     from imagewatch.system.folders import Descriptor
 
 _DEEPEST = 100
@@ -173,8 +173,8 @@ class Tree:
         except (OSError, ValueError):
             return ""
 
-    def picture(self, folder: str, expected: Picture, names: list[str]) -> Picture:
-        """Look for an image of a job.
+    def image(self, folder: str, expected: JobImage, names: list[str]) -> JobImage:
+        """Find an image of a job.
 
         Args:
             folder: Where.
@@ -184,7 +184,7 @@ class Tree:
         Returns:
             The image with its address and thumbnail, or with the reason why there is none.
         """
-        missing = f"not in the {self._name} any more" if self._top else "was not kept"
+        missing = f"is missing from the {self._name}" if self._top else "was not kept"
         found = replace(expected, problem=missing)
         for name in names:
             real = self._listed(folder).get(name, "")
@@ -194,7 +194,9 @@ class Tree:
             # A browser may run what has another ending.
             is_usual = os.path.splitext(real)[1].lower().removeprefix(".") in IMAGE_SUFFIXES
             found.problem = (
-                refusal(status, self._enter(folder).status()) if is_usual else "has not the name of a PNG, JPEG or WebP"
+                refusal(status, self._enter(folder).status())
+                if is_usual
+                else "has not the name of a PNG, JPEG or WebP file"
             )
             if not found.problem:
                 found.href = self.href(folder, real)

@@ -15,7 +15,7 @@ import msgspec
 
 from imagewatch.gallery.folders import MOST_BYTES, Scan, Tree, identity
 from imagewatch.gallery.page import inert
-from imagewatch.gallery.result_files import ResultFile, cut, job_of, parsed, picture_of
+from imagewatch.gallery.result_files import ResultFile, cut, image_of, job_of, parsed
 from imagewatch.gallery.values import Job
 from imagewatch.protocol.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.system.text import whole
@@ -30,10 +30,10 @@ _MOST_FILES = 50
 _MOST_READ = 128 << 20
 """Of all result files, bytes, the newest first, so that a flood of them does not keep the page from being written."""
 _MOST_SHOWN = 16 << 20
-"""Of all jobs on the page, bytes; a job has 500, as a rule."""
+"""Of all jobs on the page, bytes; usually 500 for one job."""
 _LONGEST_ID = 64
 _LONGEST_NAME = 6 * NAME_MAX
-"""Of a file, characters: what was never text is written with six for each byte."""
+"""Of a file, characters: a byte that is not UTF-8 is written with six."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +77,9 @@ class Reader:
         found = [one for destination in _ENDINGS for one in _result_files(trees[destination], destination)]
         found.sort(key=lambda one: -one.changed)
         self._read_jobs(scan, trees, found)
-        scan.jobs.sort(key=lambda job: (-job.at, job.document))
-        # Thumbnails are made in this order: first of what is seen first.
-        wanted = (picture.thumb for job in scan.jobs for picture in (*job.pictures, *job.inputs) if picture.thumb)
+        scan.jobs.sort(key=lambda job: (-job.at, job.result_file))
+        # Thumbnails are made in this order: those at the top of the page first.
+        wanted = (image.thumb for job in scan.jobs for image in (*job.images, *job.inputs) if image.thumb)
         scan.sources = {thumb: scan.sources[thumb] for thumb in wanted}
         return scan
 
@@ -88,7 +88,7 @@ class Reader:
         known, read_bytes, shown_bytes = {}, 0, 0
         for number, one in enumerate(found):
             if read_bytes > _MOST_READ or shown_bytes > _MOST_SHOWN:
-                scan.note(f"{len(found) - number} older receipts and error files are not shown: they are too many")
+                scan.note(f"{len(found) - number} older receipts and error files are not shown: there are too many")
                 break
             if (read := self._read(trees[one.destination], one)) is None:
                 continue
@@ -129,28 +129,36 @@ def _result_files(tree: Tree, destination: str) -> Iterator[_Found]:
 
 def _job(trees: dict[str, Tree], one: _Found, read: _Read) -> Job:
     tree, content, base = trees[one.destination], read.content, one.name.removesuffix(_ENDINGS[one.destination])
-    folder, is_made, href = whole(one.folder), one.destination == "outbox", tree.href(one.folder, one.name)
+    folder, is_completed, href = whole(one.folder), one.destination == "outbox", tree.href(one.folder, one.name)
     if isinstance(content, str):
         message = f"{whole(one.name)} cannot be read: {content}"
         at = read.changed // 10**6
-        return Job(made=is_made, name=whole(base), folder=folder, document=href, unread=True, at=at, message=message)
+        return Job(
+            completed=is_completed,
+            name=whole(base),
+            folder=folder,
+            result_file=href,
+            unreadable=True,
+            at=at,
+            message=message,
+        )
     stem = os.path.basename(content.source).removesuffix(SUFFIX)
     # The originals of a failed job are beside the error file, those of a completed one in the archive.
-    origin = trees["archive" if is_made else "errors"]
+    origin = trees["archive" if is_completed else "errors"]
     job = job_of(content)
-    job.made, job.name, job.folder, job.document = is_made, cut(stem) or whole(base), folder, href
+    job.completed, job.name, job.folder, job.result_file = is_completed, cut(stem) or whole(base), folder, href
     job.at = job.at or read.changed // 10**6
     job.prompt = job.prompt or cut(tree.text(one.folder, base + SUFFIX))
-    job.pictures = [tree.picture(one.folder, picture_of(file), [file.file]) for file in content.images[:_MOST_FILES]]
+    job.images = [tree.image(one.folder, image_of(file), [file.file]) for file in content.images[:_MOST_FILES]]
     job.inputs = [
-        origin.picture(one.folder, picture_of(file), [*_kept(file.file, stem, job.job), file.file])
+        origin.image(one.folder, image_of(file), [*_kept(file.file, stem, job.job), file.file])
         for file in content.inputs[:_MOST_FILES]
     ]
     return job
 
 
 def _kept(name: str, stem: str, job: str) -> list[str]:
-    """Return the names that a file has when the plain one was taken, the longest first."""
+    """Return the names that a file may have if the plain name existed, the longest first."""
     if not 0 < len(job) <= _LONGEST_ID or len(name) > _LONGEST_NAME:
         return []
     return [tagged(name, stem, tag) for tag in (job, job[:4])]

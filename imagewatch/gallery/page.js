@@ -1,5 +1,5 @@
 "use strict";
-// What others wrote (prompts, names, messages) becomes text and attributes here, never markup.
+// Text that others wrote (prompts, names, messages) becomes text and attributes here, never markup.
 const $ = (selector) => document.querySelector(selector);
 const data = JSON.parse($("#data").textContent);
 const jobs = data.shown.jobs;
@@ -20,28 +20,28 @@ const moments = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyl
 const number = new Intl.NumberFormat(undefined, { maximumFractionDigits: 2 }).format;
 const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const size = (bytes) => (bytes < 1e6 ? `${number(Math.ceil(bytes / 1e3))} kB` : `${number(Math.round(bytes / 1e5) / 10)} MB`);
-const pixels = (picture) => (picture?.width ? `${picture.width} × ${picture.height}` : "");
-const told = (...parts) => parts.filter(Boolean);
+const pixels = (image) => (image?.width ? `${image.width} × ${image.height}` : "");
+const present = (...parts) => parts.filter(Boolean);
 const sum = (list, value) => list.reduce((total, job) => total + value(job), 0);
 const credits = (job) => job.credits ?? 0;
-const pictures = (job) => (job.made ? job.pictures.length : 0);
+const imageCount = (job) => (job.completed ? job.images.length : 0);
 const charged = { yes: "charged", unknown: "may have been charged", no: "not charged" };
 const cost = (job) => (job.credits == null ? charged[job.charged] ?? "" : plural(job.credits, "credit"));
-const opens = (job) => (job.unread ? "" : job.document); // what is no document may be anything
-const verdict = (job) => told("Failed", charged[job.charged]).join(", ");
+const opens = (job) => (job.unreadable ? "" : job.result_file); // an unreadable result file may be anything
+const verdict = (job) => present("Failed", charged[job.charged]).join(", ");
 
 for (const job of jobs) {
-  for (const name of ["pictures", "inputs", "problems"]) job[name] ??= [];
+  for (const name of ["images", "inputs", "problems"]) job[name] ??= [];
   for (const name of ["folder", "provider", "model", "prompt", "message", "next"]) job[name] ??= "";
   const date = new Date(job.at);
-  job.day = Date.UTC(date.getFullYear(), date.getMonth(), date.getDate()) / 864e5; // of the reader's calendar
+  job.day = Date.UTC(date.getFullYear(), date.getMonth(), date.getDate()) / 864e5; // by the reader's calendar
   job.month = Date.UTC(date.getFullYear(), date.getMonth()) / 864e5;
-  job.path = told(job.folder, job.name).join("/");
+  job.path = present(job.folder, job.name).join("/");
   job.title = job.prompt || job.name;
-  job.text = [job.prompt, job.path, job.model, job.message, ...job.pictures.map((picture) => picture.name)].join("\n").toLowerCase();
+  job.text = [job.prompt, job.path, job.model, job.message, ...job.images.map((image) => image.name)].join("\n").toLowerCase();
 }
 
-// What is chosen. It stands in the address, too, so that a reload or a link shows the same.
+// The current selection. It is also in the page's address, so that a reload or a link shows the same.
 
 const fields = { q: $("#words"), outcome: $("form").elements.outcome, provider: $("#provider"), folder: $("#folder") };
 let shown = jobs;
@@ -57,7 +57,7 @@ function choose() {
   const words = fields.q.value.toLowerCase().split(/\s+/).filter(Boolean);
   const [outcome, provider, folder] = [fields.outcome.value, fields.provider.value, fields.folder.value];
   shown = jobs.filter((job) =>
-    (!outcome || job.made === (outcome === "made")) && (!provider || job.provider === provider) &&
+    (!outcome || job.completed === (outcome === "completed")) && (!provider || job.provider === provider) &&
     (!folder || `${job.folder}/`.startsWith(`${folder}/`)) && words.every((word) => job.text.includes(word)));
   current = 0;
   summarise();
@@ -68,7 +68,7 @@ function remember() {
   const address = new URLSearchParams();
   for (const [name, field] of Object.entries(fields)) if (field.value) address.set(name, field.value);
   if (view.open) address.set("job", shown[at].document);
-  if (view.open && part) address.set("picture", part);
+  if (view.open && part) address.set("image", part);
   history.replaceState(null, "", `#${address}`);
 }
 
@@ -76,27 +76,27 @@ function recall() {
   const address = new URLSearchParams(location.hash.slice(1));
   for (const [name, field] of Object.entries(fields)) {
     field.value = address.get(name) ?? "";
-    if (field.selectedIndex === -1) field.value = ""; // a provider or folder that is no more
+    if (field.selectedIndex === -1) field.value = ""; // a provider or folder that the page does not have any more
   }
   choose();
-  const index = shown.findIndex((job) => job.document === address.get("job"));
-  if (index >= 0) enlarge(index, Number(address.get("picture")) || 0);
+  const index = shown.findIndex((job) => job.result_file === address.get("job"));
+  if (index >= 0) enlarge(index, Number(address.get("image")) || 0);
   else if (view.open) leave();
 }
 
 function summarise() {
-  const made = shown.filter((job) => job.made).length, failed = shown.length - made;
+  const completed = shown.filter((job) => job.completed).length, failed = shown.length - completed;
   const open = shown.filter((job) => job.credits == null && /yes|unknown/.test(job.charged)).length;
-  const totals = [[sum(shown, credits), "credits"], [sum(shown, pictures), "pictures"], [made, "made"], [failed, "failed", failed]];
+  const totals = [[sum(shown, credits), "credits"], [sum(shown, imageCount), "images"], [completed, "completed"], [failed, "failed", failed]];
   if (open) totals.push([open, "of unknown cost", true]);
   $("#totals").replaceChildren(...totals.map(([value, name, bad]) =>
     make("div", { class: bad ? "bad" : "" }, make("dt", {}, name), make("dd", {}, number(value)))));
-  $("#count").textContent = told(shown.length < jobs.length && `${number(shown.length)} of`, plural(jobs.length, "job")).join(" ");
+  $("#count").textContent = present(shown.length < jobs.length && `${number(shown.length)} of`, plural(jobs.length, "job")).join(" ");
   $("#chart").hidden = !sum(shown, credits);
   if (!$("#chart").hidden) chart(shown[0].day, shown.at(-1).day);
 }
 
-/** Draw the credits of each day, or of longer times when the days are too many for bars that can be seen. */
+/** Draw the credits of each day, or of longer periods if there are too many days for visible bars. */
 function chart(newest, oldest) {
   const [step, unit] = newest - oldest <= 120 ? [1, "day"] : newest - oldest <= 840 ? [7, "week"] : [30, "30 days"];
   const count = Math.min(Math.max(Math.floor((newest - oldest) / step) + 1, 30), 400);
@@ -136,7 +136,7 @@ function arrange() {
   const sizes = new Map();
   for (const job of shown) sizes.set(job.day, (sizes.get(job.day) ?? 0) + 1);
   const lines = [...sizes.values()].reduce((total, jobs) => total + Math.ceil(jobs / columns), 0);
-  const span = lines > 1.6 * Math.ceil(shown.length / columns) ? "month" : "day"; // no headings over single pictures
+  const span = lines > 1.6 * Math.ceil(shown.length / columns) ? "month" : "day"; // no headings over single images
   let top = 0;
   rows = [];
   for (let from = 0, to; from < shown.length; from = to) {
@@ -164,7 +164,7 @@ function draw() {
     if (!drawn.has(row)) drawn.set(row, list.insertBefore(row.span ? heading(row) : cards(row), next));
     next = drawn.get(row);
   }
-  // The tab key leads to one card, the arrows from there to all others.
+  // The tab key goes to one card, the arrow keys from there to all others.
   if (!list.querySelector(`[data-index="${current}"]`)) current = near.filter((row) => !row.span && row.top > above).at(-1)?.from ?? 0;
   for (const element of list.querySelectorAll(".card")) element.tabIndex = Number(element.dataset.index) === current ? 0 : -1;
 }
@@ -175,8 +175,8 @@ function placed(element, top) {
 }
 
 function heading({ top, from, to, span }) {
-  const below = shown.slice(from, to), failed = below.filter((job) => !job.made).length, count = sum(below, pictures);
-  const sums = told(count && plural(count, "picture"), count && plural(sum(below, credits), "credit"), failed && `${number(failed)} failed`);
+  const below = shown.slice(from, to), failed = below.filter((job) => !job.completed).length, count = sum(below, imageCount);
+  const sums = present(count && plural(count, "image"), count && plural(sum(below, credits), "credit"), failed && `${number(failed)} failed`);
   return placed(make("h2", {}, (span === "day" ? days : months).format(below[0][span] * 864e5), make("small", {}, sums.join(" · "))), top);
 }
 
@@ -186,30 +186,30 @@ function cards({ top, from, to }) {
   return placed(row, top);
 }
 
-function thumb(picture, alt) {
-  if (!picture.thumb) return make("span", { class: "blank", title: picture.problem }, picture.problem);
-  const image = make("img", { src: `${data.files}/${picture.thumb}`, loading: "lazy", decoding: "async" });
-  image.alt = alt;
-  image.onerror = () => image.replaceWith(make("span", { class: "blank" }, "the thumbnail is gone"));
-  return image;
+function thumb(image, alt) {
+  if (!image.thumb) return make("span", { class: "blank", title: image.problem }, image.problem);
+  const element = make("img", { src: `${data.files}/${image.thumb}`, loading: "lazy", decoding: "async" });
+  element.alt = alt;
+  element.onerror = () => element.replaceWith(make("span", { class: "blank" }, "the thumbnail is missing"));
+  return element;
 }
 
 function card(job, index) {
   const line = (...parts) => make("small", {}, ...parts.map((part) => make("span", {}, part)));
-  const what = job.pictures.length > 1 ? plural(job.pictures.length, "picture") : pixels(job.pictures[0]);
-  const spoken = told(job.title, !job.made && `${verdict(job)}: ${job.message}`, job.provider, job.made && cost(job), moments.format(job.at));
-  return make("a", { class: job.made ? "card" : "card failed", href: job.pictures[0]?.href || opens(job), "data-index": index, "aria-label": spoken.join(", ") },
-    make("div", { class: "mat" }, ...(job.made ? result(job) : [make("b", {}, verdict(job)), make("p", {}, job.message), make("small", {}, job.next)])),
+  const what = job.images.length > 1 ? plural(job.images.length, "image") : pixels(job.images[0]);
+  const spoken = present(job.title, !job.completed && `${verdict(job)}: ${job.message}`, job.provider, job.completed && cost(job), moments.format(job.at));
+  return make("a", { class: job.completed ? "card" : "card failed", href: job.images[0]?.href || opens(job), "data-index": index, "aria-label": spoken.join(", ") },
+    make("div", { class: "mat" }, ...(job.completed ? result(job) : [make("b", {}, verdict(job)), make("p", {}, job.message), make("small", {}, job.next)])),
     make("div", { class: "words" }, make("p", {}, job.title),
-      line(told(job.provider, job.model).join(" · ") || job.path, job.made && cost(job)), line(short.format(job.at), what)));
+      line(present(job.provider, job.model).join(" · ") || job.path, job.completed && cost(job)), line(short.format(job.at), what)));
 }
 
 function result(job) {
-  const set = job.pictures.slice(0, 4).map((picture, index) => thumb(picture, index ? "" : job.title));
-  const made = make("div", { class: `set n${set.length}` }, ...(set.length ? set : [make("span", { class: "blank" }, job.message)]));
-  if (!job.inputs.length) return [made];
+  const set = job.images.slice(0, 4).map((image, index) => thumb(image, index ? "" : job.title));
+  const images = make("div", { class: `set n${set.length}` }, ...(set.length ? set : [make("span", { class: "blank" }, job.message)]));
+  if (!job.inputs.length) return [images];
   const more = job.inputs.length > 3 && make("b", {}, `+ ${job.inputs.length - 3}`);
-  return [make("div", { class: "from" }, ...job.inputs.slice(0, 3).map((input) => thumb(input, `made from ${input.name}`)), more, make("b", {}, "→")), made];
+  return [make("div", { class: "from" }, ...job.inputs.slice(0, 3).map((input) => thumb(input, `input: ${input.name}`)), more, make("b", {}, "→")), images];
 }
 
 function reveal(index, first) {
@@ -230,23 +230,23 @@ function beside(direction) {
   return there ? Math.min(there.from + current - all[here].from, there.to - 1) : current;
 }
 
-// The large view: the parts of a job are its pictures (or its message, if it failed), then its inputs.
+// The large view: the parts of a job are its images (or its message, if it failed), then its inputs.
 
 const view = $("#view");
 let at = 0, part = 0;
-const own = (job) => (job.made ? Math.max(job.pictures.length, 1) : 1);
+const own = (job) => (job.completed ? Math.max(job.images.length, 1) : 1);
 
-function enlarge(index, picture) {
-  const job = shown[index], parts = job.made && job.pictures.length ? [...job.pictures, ...job.inputs] : [null, ...job.inputs];
-  [at, part] = [index, Math.min(picture, parts.length - 1)];
+function enlarge(index, image) {
+  const job = shown[index], parts = job.completed && job.images.length ? [...job.images, ...job.inputs] : [null, ...job.inputs];
+  [at, part] = [index, Math.min(image, parts.length - 1)];
   const buttons = parts.map((one, k) => {
-    const name = k >= own(job) ? `input ${k - own(job) + 1}` : !job.made ? "message" : own(job) > 1 ? String(k + 1) : "result";
+    const name = k >= own(job) ? `input ${k - own(job) + 1}` : !job.completed ? "message" : own(job) > 1 ? String(k + 1) : "result";
     const button = make("button", { type: "button", "aria-current": String(k === part) }, one ? thumb(one, "") : make("span", { class: "blank" }, "!"), name);
     button.addEventListener("click", () => enlarge(at, k));
     return button;
   });
   const inputs = buttons.splice(own(job));
-  $(".strip").replaceChildren(...(parts.length > 1 ? told(...inputs, inputs.length && make("i", {}, "→"), ...buttons) : []));
+  $(".strip").replaceChildren(...(parts.length > 1 ? present(...inputs, inputs.length && make("i", {}, "→"), ...buttons) : []));
   $(".stage").replaceChildren(stage(job, parts[part]));
   $("aside").replaceChildren(...details(job, parts[part]));
   $("#before").disabled = at === 0 && part === 0;
@@ -255,31 +255,31 @@ function enlarge(index, picture) {
   remember();
 }
 
-function stage(job, picture) {
-  if (!picture) {
-    return make("article", {}, !job.made && make("h3", {}, verdict(job)), make("p", {}, job.message),
+function stage(job, image) {
+  if (!image) {
+    return make("article", {}, !job.completed && make("h3", {}, verdict(job)), make("p", {}, job.message),
       job.problems.length > 1 && make("ul", {}, ...job.problems.map((problem) => make("li", {}, problem))),
-      job.next && make("p", { class: "next" }, `What now: ${job.next}.`));
+      job.next && make("p", { class: "next" }, `Next step: ${job.next}.`));
   }
-  const blank = (why) => make("div", { class: "blank" }, `${picture.name}: ${why}`);
-  if (!picture.thumb) return blank(picture.problem); // what was too much for a thumbnail may be too much for this browser
-  const image = make("img", { src: picture.href });
-  image.alt = job.inputs.includes(picture) ? `made from ${picture.name}` : job.title;
-  image.onerror = () => image.replaceWith(blank("is gone"));
-  return image;
+  const blank = (why) => make("div", { class: "blank" }, `${image.name}: ${why}`);
+  if (!image.thumb) return blank(image.problem); // an image that was too large for a thumbnail may be too large for this browser
+  const element = make("img", { src: image.href });
+  element.alt = job.inputs.includes(image) ? `input: ${image.name}` : job.title;
+  element.onerror = () => element.replaceWith(blank("the file is missing"));
+  return element;
 }
 
-function details(job, picture) {
+function details(job, image) {
   const facts = {
-    Outcome: job.made ? "made" : "failed", Cost: cost(job), Needed: job.needs == null ? "" : plural(job.needs, "credit"),
-    Status: told(job.status, job.code).join(" "), Provider: job.provider, Model: job.model, Date: moments.format(job.at),
-    Size: told(pixels(picture), picture?.bytes && size(picture.bytes)).join(", "), Took: job.seconds ? `${number(job.seconds)} s` : "",
-    "Asked for": told(job.asked > 1 && plural(job.asked, "picture"), job.options).join(", "),
-    Problem: told(picture?.thumb && picture.problem, ...(job.made ? job.problems : [])).join("; "),
-    File: picture?.name, Name: job.path, Job: job.job,
+    Outcome: job.completed ? "completed" : "failed", Cost: cost(job), Needed: job.needs == null ? "" : plural(job.needs, "credit"),
+    Status: present(job.status, job.code).join(" "), Provider: job.provider, Model: job.model, Date: moments.format(job.at),
+    Size: present(pixels(image), image?.bytes && size(image.bytes)).join(", "), Took: job.seconds ? `${number(job.seconds)} s` : "",
+    "Asked for": present(job.asked > 1 && plural(job.asked, "image"), job.options).join(", "),
+    Problem: present(image?.thumb && image.problem, ...(job.completed ? job.problems : [])).join("; "),
+    File: image?.name, Name: job.path, Job: job.job,
   };
   const table = Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
-  const links = [[picture?.href, "Open the picture"], [opens(job), job.made ? "Receipt" : "Error file"]].filter(([href]) => href);
+  const links = [[image?.href, "Open the image"], [opens(job), job.completed ? "Receipt" : "Error file"]].filter(([href]) => href);
   return [make("p", { class: "prompt" }, job.title), make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank", rel: "noopener noreferrer" }, name))];
 }
 
@@ -289,14 +289,14 @@ function turn(direction) {
   else if (shown[at + direction]) enlarge(at + direction, direction > 0 ? 0 : own(shown[at - 1]) - 1);
 }
 
-/** Close the view and go to the card of its job: at once, as the browser's own event for it may come after the next key. */
+/** Close the view and go to the card of its job. Not in the dialog's own close event, which may come after the next key. */
 function leave() {
   view.close();
   remember();
   reveal(at);
 }
 
-// What people do.
+// Input.
 
 const typing = () => /INPUT|SELECT/.test(document.activeElement.tagName);
 const moves = { ArrowRight: () => current + 1, ArrowLeft: () => current - 1, ArrowDown: () => beside(1), ArrowUp: () => beside(-1), Home: () => 0, End: () => shown.length - 1 };
@@ -339,16 +339,16 @@ const themes = { "": "Auto", light: "Light", dark: "Dark" };
 function dress(theme) {
   document.documentElement.dataset.theme = theme;
   $("#theme").textContent = themes[theme];
-  $("#theme").setAttribute("aria-label", `Colours: ${themes[theme]}`);
+  $("#theme").setAttribute("aria-label", `Colors: ${themes[theme]}`);
 }
-const keep = (call) => { try { return call(localStorage); } catch { return null; } }; // some browsers keep nothing for a file
+const keep = (call) => { try { return call(localStorage); } catch { return null; } }; // some browsers store nothing for a local file
 $("#theme").addEventListener("click", () => {
   const names = Object.keys(themes), theme = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
   dress(theme);
   keep((storage) => storage.setItem("imagewatch-theme", theme));
 });
 
-/** Look again and again whether this page is still the newest: its stamp, the one thing a local page may ask for, is a picture. */
+/** Check regularly whether this page is still the newest: its stamp is an image, because a local page may load nothing else. */
 function ask(then) {
   const stamp = new Image();
   stamp.onload = () => setTimeout(ask, 4000, outdated);
@@ -373,4 +373,4 @@ dress(Object.hasOwn(themes, theme ?? "") ? theme ?? "" : "");
 offer(fields.provider, "All providers", jobs.map((job) => job.provider));
 offer(fields.folder, "All folders", jobs.map((job) => job.folder));
 recall();
-ask(() => {}); // no stamp at the first time: a copy of the page, which nobody will write again
+ask(() => {}); // no stamp at the first time: a copy of the page, which is never written again

@@ -1,8 +1,8 @@
 """The page: one HTML file out of a template, its style, its script and the jobs as data. Pure.
 
-Nothing of the data becomes markup here or in the browser: it is JSON in a block that is not run, and the script makes
-elements and text of it. A policy in the page's head lets nothing but our own script and style run, by their hashes,
-forbids the script to make markup out of text, and forbids any address but that of pictures beside the page.
+No data becomes markup here or in the browser: it is JSON in a block that is not run, and the script creates elements
+and text from it. A policy in the page's head allows only our own script and style, by their hashes. It forbids the
+script to create markup from text, and all addresses except those of images beside the page.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ if TYPE_CHECKING:
     from imagewatch.gallery.values import Job
 
 MARK = b"<!doctype html><!-- imagewatch gallery -->"
-"""How every page of ours begins."""
+"""The beginning of every gallery page."""
 PARTS = {
     name: importlib.resources.files(__package__).joinpath(f"page.{name}").read_text(encoding="utf-8")
     for name in ("html", "css", "js")
 }
-"""The template, its style and its script: read once, as whoever works later may not have the right to."""
+"""The template, its style and its script. They are read at import: the process may become another user later."""
 _SLOT = re.compile(r"\{\{(\w+)\}\}")
 
 
 @dataclass(frozen=True)
 class Page:
-    """A page and what says that it is still the newest.
+    """A page, and the name of the file that shows that it is the newest.
 
     Attributes:
         content: The file.
-        stamp: Name of the file that lies beside the thumbnails while this page is the newest.
+        stamp: Name of the file that is beside the thumbnails while this page is the newest.
     """
 
     content: bytes
@@ -53,15 +53,15 @@ def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, w
     """Return the page.
 
     Args:
-        jobs: What it shows, the newest first.
+        jobs: The newest first.
         notes: What could not be read, in words.
         title: Its title.
         files: Name of the folder beside it with the thumbnails.
         written: Wall-clock time, seconds since the epoch; the stamp does not depend on it.
     """
     shown = msgspec.json.encode({"jobs": jobs, "notes": notes, "title": title})
-    told = shown + "".join(PARTS.values()).encode()
-    stamp = f"stamp-{hashlib.blake2b(told, digest_size=8).hexdigest()}.svg"
+    parts = shown + "".join(PARTS.values()).encode()
+    stamp = f"stamp-{hashlib.blake2b(parts, digest_size=8).hexdigest()}.svg"
     data: dict[str, Any] = {
         "version": __version__,
         "written": int(written * 1000),
@@ -81,7 +81,7 @@ def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, w
 
 
 def _policy(script: str, style: str) -> str:
-    # A page that is opened as a file has no origin of its own: 'self' is for web servers.
+    # 'self' is for web servers: a page that is opened as a file has no origin.
     rules = [
         "default-src 'none'",
         f"script-src {_hash(script)}",
@@ -100,5 +100,5 @@ def _hash(text: str) -> str:
 
 
 def inert(json: bytes) -> bytes:
-    """Return JSON in which nothing can end the block that it stands in."""
+    """Return JSON that cannot end the script block that contains it."""
     return json.replace(b"<", rb"\u003c").replace(b">", rb"\u003e").replace(b"&", rb"\u0026")

@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from imagewatch.config.validate import shown
-from imagewatch.gallery.values import Job, Picture
+from imagewatch.config.schema import shown
+from imagewatch.gallery.values import Job, JobImage
 from imagewatch.job.receipts import unvouched
 
 _MOST_CHARACTERS = 4000
-"""Of one text on the page, so that a few giants do not make it slow; the result files have all of it."""
+"""Of one text on the page, so that a few long ones do not make it slow; the result files have all of it."""
 _MOST_PROBLEMS = 50
 
-_Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]  # what JSON and browsers can hold
+_Whole = Annotated[int, msgspec.Meta(ge=-(2**53), le=2**53)]  # the range of JSON and browsers
 
 
 class NamedFile(msgspec.Struct):
@@ -60,7 +60,7 @@ def parsed(content: bytes) -> ResultFile | str:
     try:
         return msgspec.convert(unvouched(content.decode()), ResultFile)
     except msgspec.ValidationError as error:
-        return f"is none of imagewatch's: {error}"
+        return f"is not a result file of imagewatch: {error}"
     except UnicodeDecodeError:
         return "is not UTF-8"
     except ValueError as error:  # not TOML
@@ -69,37 +69,37 @@ def parsed(content: bytes) -> ResultFile | str:
         return "is nested too deeply"
 
 
-def picture_of(file: NamedFile) -> Picture:
+def image_of(file: NamedFile) -> JobImage:
     """Return an image as the result file describes it; whether it exists is not known here."""
     width, height = max(file.width, 0), max(file.height, 0)
-    return Picture(cut(file.file), width=width, height=height, bytes=file.bytes, problem=cut(file.problem))
+    return JobImage(cut(file.file), width=width, height=height, bytes=file.bytes, problem=cut(file.problem))
 
 
-def job_of(document: ResultFile) -> Job:
-    """Return what a document says, without its place and its pictures."""
-    times = {name: _seconds(moment) for name, moment in document.times.items()}
+def job_of(facts: ResultFile) -> Job:
+    """Return a job without its folder and its images."""
+    times = {name: _seconds(moment) for name, moment in facts.times.items()}
     known = [value for name in ("published", "answered", "sent", "claimed") if (value := times.get(name))]
-    asked = {name: value for name, value in document.request.items() if name not in {"provider", "model", "n"}}
+    asked = {name: value for name, value in facts.request.items() if name not in {"provider", "model", "n"}}
     return Job(
-        made=False,
+        completed=False,
         name="",
-        document="",
+        result_file="",
         at=int(known[0] * 1000) if known else 0,
         seconds=round(max(times.get("answered", 0) - times.get("sent", 0), 0), 1) if "sent" in times else 0,
-        job=cut(document.job),
-        charged=document.charged,
-        credits=document.credits_charged,
-        provider=cut(document.provider or _plain(document.request.get("provider", ""))),
-        model=cut(document.model or _plain(document.request.get("model", ""))),
-        prompt=cut(document.prompt),
-        asked=document.asked,
+        job=cut(facts.job),
+        charged=facts.charged,
+        credits=facts.credits_charged,
+        provider=cut(facts.provider or _plain(facts.request.get("provider", ""))),
+        model=cut(facts.model or _plain(facts.request.get("model", ""))),
+        prompt=cut(facts.prompt),
+        asked=facts.asked,
         options=cut(", ".join(f"{name} {_plain(value)}" for name, value in asked.items())),
-        message=cut(document.message),
-        problems=[cut(problem) for problem in document.problems[:_MOST_PROBLEMS]],
-        status=document.status,
-        code=cut(document.code),
-        needs=document.credits_required,
-        next=cut(document.next),
+        message=cut(facts.message),
+        problems=[cut(problem) for problem in facts.problems[:_MOST_PROBLEMS]],
+        status=facts.status,
+        code=cut(facts.code),
+        needs=facts.credits_required,
+        next=cut(facts.next),
     )
 
 

@@ -1,4 +1,4 @@
-"""Whose rights root works with: what root writes, the user of a service could never replace."""
+"""Whose rights root works with: the user of a service could never replace a file that root has written."""
 
 from __future__ import annotations
 
@@ -14,33 +14,33 @@ from imagewatch.system.text import printable
 def step_down(folder: str, outbox: str) -> None:
     """Work with the rights of the owner of a folder from now on, if this is root; else change nothing.
 
-    That is the owner of the page's folder or, if it is root's, of the outbox: the first of them who may write the one
-    and read the other. The folder's mode decides who else may read what is written, as root's umask says nothing about
-    that. Only the effective ids change, as the program itself may lie where none but root may read.
+    That is the owner of the page's folder or, if that is root, of the outbox: the first one who can write to the page's
+    folder and read the outbox. The folder's mode decides who else may read the page, and not root's umask. Only the
+    effective ids change, because the program itself may be readable for root only.
 
     Args:
-        folder: Where the page is to be.
-        outbox: What it is about.
+        folder: The page's folder.
+        outbox: The outbox.
 
     Raises:
-        UsageError: The folder is another user's, and none of them can do the work. Root does not write there, as the
-            owner could lead it anywhere.
+        UsageError: The folder belongs to another user, and neither owner can do the work. Root does not write there,
+            because the folder's owner could point it to any other place.
     """
     if os.geteuid() != 0:
         return
-    with contextlib.suppress(OSError):  # it is not there, or this root may not become anybody
+    with contextlib.suppress(OSError):  # it is missing, or this root may not change its user
         owner = os.stat(folder)
-        is_new = not os.path.exists(outbox)  # nothing was made yet
+        is_new = not os.path.exists(outbox)  # nothing is completed yet
         for status in [owner] if is_new else [owner, os.stat(outbox)]:
             if status.st_uid and _became(status, folder, "" if is_new else outbox):
                 return
         if owner.st_uid:
-            told = f"{printable(folder)}: belongs to another user (number {owner.st_uid}), who may not read the outbox"
-            raise UsageError(told, hint="name another place by --output, or let that user read the outbox")
+            message = f"the folder's owner (user number {owner.st_uid}) may not read the outbox: {printable(folder)}"
+            raise UsageError(message, hint="choose another place with --output, or let that user read the outbox")
 
 
 def _became(status: os.stat_result, folder: str, outbox: str) -> bool:
-    """Become an owner who can do the work; else stay root."""
+    """Become this owner if they can do the work; else stay root."""
     before = os.getgroups()
     try:
         known = pwd.getpwuid(status.st_uid)

@@ -1,8 +1,8 @@
-"""The program that decodes pictures, in a process of its own: the one place where a decoder meets strangers' bytes.
+"""The program that decodes images, in a separate process: nothing else decodes images that are not trusted.
 
-Its parent hands it one open picture at a time. A decoder cannot be interrupted from within, so the kernel ends the
-whole process when a picture takes too much processor time; memory and files are bounded in the same way. It needs no
-file system and no environment, and as root it first becomes a user without rights.
+Its parent sends it one open image at a time. A decoder cannot be interrupted from within, so the kernel kills the whole
+process if an image takes too much processor time; memory and files are bounded in the same way. It needs no file system
+and no environment, and as root it first becomes a user without rights.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
 MOST_MEMORY = 640 << 20
-"""Of the process, bytes of address space. With the largest picture that may be decoded it has 430 MB."""
+"""Of the process, bytes of address space. With the largest image that may be decoded it has 430 MB."""
 _STRIP = 2_000_000
-"""So many pixels of a large picture are converted at a time, as each conversion is a copy of four bytes for a pixel."""
+"""Pixels of a large image that are converted at a time: each conversion copies four bytes per pixel."""
 _GAP = 1.25
-"""How much larger a picture is first made by the quick way: a third less time, and no difference to be seen."""
+"""A quick method first makes the image this much larger than needed: a third less time, no visible difference."""
 _NOBODY = 65534
 
 
 def main(user: int) -> None:
-    """Make thumbnails until the parent is gone.
+    """Make thumbnails until the parent has ended.
 
     Args:
-        user: Number of the user to become, as root: one whom the parent may kill.
+        user: Number of the user to become if this is root: one whose processes the parent may kill.
     """
     channel = socket.socket(fileno=0)
     _confine(user)
@@ -46,14 +46,14 @@ def main(user: int) -> None:
             return
         most_pixels, seconds = REQUEST.unpack(request)
         with open(descriptors[0], "rb") as file:
-            signal.setitimer(signal.ITIMER_PROF, seconds)  # what it sends at the end kills this process
+            signal.setitimer(signal.ITIMER_PROF, seconds)  # its signal kills this process
             kind, content = _answer(file, most_pixels)
             signal.setitimer(signal.ITIMER_PROF, 0)
         channel.sendall(REPLY.pack(kind, len(content)) + content)
 
 
 def _confine(user: int) -> None:
-    """Give up what a decoder does not need, for the case that a picture takes it over."""
+    """Drop all rights that a decoder does not need, in case an image takes control of it."""
     Image.preinit()
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
     for limit in (resource.RLIMIT_CORE, resource.RLIMIT_FSIZE):
@@ -66,34 +66,34 @@ def _confine(user: int) -> None:
 
 
 def _answer(file: IO[bytes], most_pixels: int) -> tuple[int, bytes]:
-    """Return a thumbnail, or why there is none."""
+    """Return a thumbnail, or the reason why there is none."""
     try:
         return MADE, shrunk(file, most_pixels)
     except MemoryError:
         return BROKEN, f"takes more than {MOST_MEMORY >> 20} MiB of memory to decode".encode()
-    except Exception as error:  # noqa: BLE001  a decoder may raise anything at all on bytes like these
+    except Exception as error:  # noqa: BLE001  a decoder may raise anything on a hostile image
         if isinstance(error, OSError) and error.errno:
             return UNREAD, os.strerror(error.errno).encode()
         return BROKEN, f"cannot be decoded: {str(error)[:200]}".encode("utf-8", "replace")
 
 
 def shrunk(file: IO[bytes], most_pixels: int) -> bytes:
-    """Return a small WebP of a picture.
+    """Return a small WebP of an image.
 
     Args:
-        file: The picture, open for reading in binary.
+        file: The image, open for reading in binary.
         most_pixels: If it has more, it is not decoded.
 
     Raises:
         ValueError: It has more pixels.
         MemoryError: It needs more memory than this process may have.
         OSError: It cannot be read, or is broken.
-        Exception: It is broken, and the decoder says so in its own way.
+        Exception: It is broken; a decoder may raise anything then.
     """
     file.seek(0)
     large = False
     try:
-        # Closing, as its own end closes no more than the file, and an error would keep the pixels.
+        # Its own __exit__ closes only the file, and an error would keep the pixels in memory.
         with contextlib.closing(Image.open(file, formats=("PNG", "JPEG", "WEBP"))) as image:
             large = image.width * image.height > LARGE
             if image.width * image.height > most_pixels:
@@ -105,7 +105,7 @@ def shrunk(file: IO[bytes], most_pixels: int) -> bytes:
             small.thumbnail((SIDE, SIDE), reducing_gap=_GAP)
             small = ImageOps.exif_transpose(small)
             out = io.BytesIO()
-            # No metadata: a camera's may say where somebody lives.
+            # No metadata: that of a camera may contain a place.
             small.save(out, "WEBP", quality=80, method=2, exif=b"", icc_profile=None, xmp=b"")
             return out.getvalue()
     finally:
@@ -114,21 +114,21 @@ def shrunk(file: IO[bytes], most_pixels: int) -> bytes:
 
 
 def _times(image: Picture) -> int:
-    """Return how many times smaller a picture may be made by the quick way."""
+    """Return by what factor the quick method may reduce an image."""
     return max(int(max(image.size) / (SIDE * _GAP)), 1)
 
 
 def _smaller(image: Picture, mode: str) -> Picture:
-    """Return a picture in a mode; a large one strip by strip, and smaller: also transparency is a copy."""
+    """Return an image in a mode; a large one strip by strip and reduced, because transparency is a copy, too."""
     width, height = image.size
     if width * height <= LARGE:
         return image if image.mode == mode else image.convert(mode)
     times = _times(image)
-    # Whole times: so each strip becomes what it would be as a part of the whole.
+    # An integer factor: each strip is reduced as it would be within the whole image.
     rows = max(_STRIP // (width * times), 1) * times
     small = Image.new(mode, (-(-width // times), -(-height // times)))
     for top in range(0, height, rows):
         strip = image.crop((0, top, width, min(top + rows, height))).convert(mode)
         small.paste(strip.reduce(times), (0, top // times))
-    small.info["exif"] = image.getexif().tobytes()  # how it is to be turned
+    small.info["exif"] = image.getexif().tobytes()  # its orientation
     return small

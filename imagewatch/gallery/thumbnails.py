@@ -1,8 +1,8 @@
-"""Thumbnails: small copies of pictures that nobody has vouched for, kept in a folder beside the page.
+"""Thumbnails: small copies of images that are not trusted, kept in a folder beside the page.
 
-What a decoder is given is bounded first: only three formats, whole by their structure, with no more pixels and bytes
-than a large camera makes. It works in a process of its own, for a bounded time; whatever it meets becomes a reason on
-the page. A reason that stays is kept like a thumbnail, or the same pictures would take the same time again at each run.
+A decoder gets only images of three formats that are complete by their structure, and no larger than those of a large
+camera. It works in a separate process, for a bounded time; a failure becomes a reason on the page. A lasting reason is
+kept like a thumbnail, or the same images would take the same time again at each run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING
 from PIL import __version__ as pillow
 
 from imagewatch import __version__
-from imagewatch.gallery.decoder import LARGE, Decoder, Patience, Unseen
+from imagewatch.gallery.decoder import LARGE, Decoder, NoThumbnail, Patience
 from imagewatch.protocol.images import Image as Found
 from imagewatch.protocol.images import inspect
 from imagewatch.system.disk_errors import closing, ours
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from imagewatch.system.disk import Disk
 
 _MOST_PIXELS = {"image/png": 50_000_000, "image/jpeg": 50_000_000, "image/webp": 20_000_000}
-"""More are not decoded. The endpoint's largest pictures have 17 million.
+"""More are not decoded. The endpoint's largest images have 17 million.
 
 Measured, so many take up to 225 MB as PNG, 300 MB as JPEG (progressive; in CMYK 390 MB) and 310 MB as WebP, whose
 decoder keeps four copies.
@@ -47,17 +47,17 @@ _NAME = re.compile(r"([0-9a-f]{24})\.(webp|txt)")
 _LEFT = re.compile(r"\.([0-9a-f]{24}\.(webp|txt)\.)?[0-9]+\.tmp")
 
 _one_at_a_time = threading.Lock()
-"""Held while a large picture is decoded: the memory for one is enough."""
+"""Held while a large image is decoded: there is memory for one."""
 
 
 class Thumbnails:
     """A folder of thumbnails, which is a cache: all of it may be deleted at any time.
 
     Args:
-        disk: Our disk.
+        disk: The disk.
         folder: Where they are.
         finish: Called with the descriptor of each new file, to set mode and group.
-        patience: How long a picture may take.
+        patience: How long an image may take.
     """
 
     def __init__(self, disk: Disk, folder: str, finish: Callable[[int], None], patience: Patience) -> None:
@@ -66,31 +66,31 @@ class Thumbnails:
         self._finish = finish
         self._patience = patience
         self._failed: dict[str, str] = {}
-        # Newer ones may decode what these cannot.
-        self._judge = f"imagewatch {__version__}, Pillow {pillow}\n"
+        # Newer versions may decode more.
+        self._versions = f"imagewatch {__version__}, Pillow {pillow}\n"
 
     def make(
         self, sources: Mapping[str, Source], seconds: float, on_made: Callable[[int, int], None]
     ) -> dict[str, str]:
-        """Make what is missing, as far as there is time for it.
+        """Make the missing thumbnails, as far as there is time.
 
         Args:
-            sources: For each name of a thumbnail its picture.
-            seconds: When they are over, no further one is begun.
-            on_made: Called with how many of how many that were missing have been looked at.
+            sources: For each name of a thumbnail its image.
+            seconds: After this time no further one is begun.
+            on_made: Called with the number of missing ones that are finished, and with their total.
 
         Returns:
-            For each one that cannot be made, why; the reason of one that was not begun is empty.
+            The reason for each one that cannot be made; empty for one that was not begun.
 
         Raises:
             SpoolError: The folder cannot be written.
         """
-        # Nothing here was synced: a power cut can leave a name without content.
+        # Nothing here is synced: a power failure can leave an empty file.
         there = {name for name, status in self._listed() if status.st_size}
         missing = [name for name in sources if name not in there]
         self._failed = {name: self._failed.get(name) or self._recall(name, there) for name in missing}
         missing = [name for name in missing if not self._failed[name]]
-        failed = {name: told for name, told in self._failed.items() if told}
+        failed = {name: reason for name, reason in self._failed.items() if reason}
         for name, error in self._make(missing, sources, seconds, on_made):
             failed[name] = str(error)
             if error.lasting:
@@ -99,15 +99,15 @@ class Thumbnails:
 
     def _make(
         self, missing: list[str], sources: Mapping[str, Source], seconds: float, on_made: Callable[[int, int], None]
-    ) -> Iterator[tuple[str, Unseen]]:
+    ) -> Iterator[tuple[str, NoThumbnail]]:
         """Make thumbnails; yield why some were not made."""
         deadline = time.monotonic() + seconds
         count = min(os.cpu_count() or 1, _MOST_THREADS, max(len(missing), 1))
         free: queue.SimpleQueue[Decoder] = queue.SimpleQueue()
 
-        def attempt(name: str) -> Unseen | None:
+        def attempt(name: str) -> NoThumbnail | None:
             if time.monotonic() > deadline and name != missing[0]:
-                return Unseen("", lasting=False)
+                return NoThumbnail("", lasting=False)
             decoder = free.get()
             try:
                 return self._try(name, sources[name], decoder)
@@ -126,9 +126,9 @@ class Thumbnails:
                     on_made(done + 1, len(missing))
 
     def prune(self, keep: Collection[str]) -> None:
-        """Remove what belongs to no picture on the page any more, and what a killed run left half written."""
+        """Remove files that belong to no image on the page, and temporary files of a run that was killed."""
         for name, status in self._listed():
-            left = _LEFT.fullmatch(name) and status.st_mtime < time.time() - _HOUR  # a younger one may be at work
+            left = _LEFT.fullmatch(name) and status.st_mtime < time.time() - _HOUR  # a younger one may be in use
             known = _NAME.fullmatch(name)
             if left or (known and f"{known[1]}.webp" not in keep):
                 self._disk.unlink(os.path.join(self._folder, name))
@@ -137,16 +137,16 @@ class Thumbnails:
         with ours(self._folder, "list the folder"):
             names = os.listdir(self._folder)
         for name in names:
-            with contextlib.suppress(FileNotFoundError):  # another gallery is at work here, too
+            with contextlib.suppress(FileNotFoundError):  # another gallery may work here, too
                 yield name, os.lstat(os.path.join(self._folder, name))
 
-    def _try(self, name: str, source: Source, decoder: Decoder) -> Unseen | None:
+    def _try(self, name: str, source: Source, decoder: Decoder) -> NoThumbnail | None:
         """Make a thumbnail; return why there is none, or None."""
         try:
             content = thumbnail(source, decoder)
-        except Unseen as error:
+        except NoThumbnail as error:
             if error.lasting:
-                self._put(_told(name), (self._judge + str(error)).encode("utf-8", "replace"))
+                self._put(_reason_file(name), (self._versions + str(error)).encode("utf-8", "replace"))
             return error
         self._put(name, content)
         return None
@@ -161,27 +161,27 @@ class Thumbnails:
         self._disk.replace(temporary, target)
 
     def _recall(self, name: str, there: Collection[str]) -> str:
-        """Return why an earlier run could not make a thumbnail; nothing when that may have changed."""
-        if _told(name) not in there:
+        """Return why an earlier run could not make a thumbnail; nothing if that may have changed."""
+        if _reason_file(name) not in there:
             return ""
         try:
-            with open_file(os.path.join(self._folder, _told(name))) as file:
+            with open_file(os.path.join(self._folder, _reason_file(name))) as file:
                 text = file.read(1000).decode("utf-8", "replace")
         except (OSError, ValueError):
             return ""
-        return printable(text.removeprefix(self._judge), 300) if text.startswith(self._judge) else ""
+        return printable(text.removeprefix(self._versions), 300) if text.startswith(self._versions) else ""
 
 
-def _told(name: str) -> str:
+def _reason_file(name: str) -> str:
     """Return the name of the file that says why there is no thumbnail."""
     return name.removesuffix(".webp") + ".txt"
 
 
 def thumbnail(source: Source, decoder: Decoder) -> bytes:
-    """Return a small WebP of a picture.
+    """Return a small WebP of an image.
 
     Raises:
-        Unseen: It cannot be read, is no whole picture, is too large, or takes too long.
+        NoThumbnail: It cannot be read, is no complete image, is too large, or takes too long.
     """
     try:
         with source.open() as file:
@@ -191,20 +191,20 @@ def thumbnail(source: Source, decoder: Decoder) -> bytes:
             with _one_at_a_time if large else contextlib.nullcontext():
                 return decoder.shrink(file, _MOST_PIXELS[found.mime])
     except OSError as error:
-        raise Unseen(f"cannot be read: {printable(error.strerror or str(error), 200)}", lasting=False) from None
+        raise NoThumbnail(f"cannot be read: {printable(error.strerror or str(error), 200)}", lasting=False) from None
     except ValueError as error:
-        raise Unseen(str(error), lasting=False) from None
+        raise NoThumbnail(str(error), lasting=False) from None
 
 
 def _bounded(file: IO[bytes], size: int) -> Found:
-    """Return what a picture is; refuse what no decoder should be given."""
+    """Inspect an image; refuse one that no decoder should get."""
     if size > _MOST_BYTES:
-        raise Unseen(f"too large for a thumbnail: {size / 1e6:,.0f} MB")
+        raise NoThumbnail(f"too large for a thumbnail: {size / 1e6:,.0f} MB")
     found = inspect(file)
     if found is None:
-        raise Unseen("not a PNG, JPEG or WebP")
+        raise NoThumbnail("not a PNG, JPEG or WebP")
     if found.width * found.height > _MOST_PIXELS[found.mime]:
-        raise Unseen(f"too large for a thumbnail: {found.width} x {found.height}")
+        raise NoThumbnail(f"too large for a thumbnail: {found.width} x {found.height}")
     if found.problem:
-        raise Unseen(found.problem)
+        raise NoThumbnail(found.problem)
     return found

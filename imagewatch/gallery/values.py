@@ -5,17 +5,17 @@ from __future__ import annotations
 import msgspec
 
 
-class Picture(msgspec.Struct, omit_defaults=True):
-    """One picture of a job, or one of its inputs.
+class JobImage(msgspec.Struct, omit_defaults=True):
+    """One image of a job, or one of its inputs.
 
     Attributes:
-        name: File name, as the document has it.
-        href: Address relative to the page; empty when the file is not there.
-        thumb: Name of its thumbnail; empty when there is none.
+        name: File name, as in the result file.
+        href: Address relative to the page; empty if the file is missing.
+        thumb: Name of its thumbnail; empty if there is none.
         width: Pixels.
         height: Pixels.
         bytes: Size of the file.
-        problem: Why there is nothing to see, or what is wrong with it.
+        problem: Why it is not shown, or what is wrong with it.
     """
 
     name: str
@@ -31,27 +31,27 @@ class Job(msgspec.Struct, omit_defaults=True, kw_only=True):
     """One job, as the page shows it.
 
     Attributes:
-        made: Whether it ended in the outbox.
+        completed: Whether its destination is the outbox.
         name: The prompt's name without ``.prompt.txt``.
         folder: Folder below the inbox, with ``/``.
-        document: Address of the receipt or error file, relative to the page.
-        unread: Whether the document is none; then it may be anything, and is not linked.
-        at: When it was over, milliseconds since the epoch.
-        seconds: From the request to the answer.
+        result_file: Address of the receipt or error file, relative to the page.
+        unreadable: Whether the result file cannot be read; then it may be anything, and is not linked.
+        at: When it ended, milliseconds since the epoch.
+        seconds: From the request to the response.
         job: Its id.
-        charged: ``yes``, ``no``, ``unknown``, or empty when the document cannot be read.
-        credits: What was charged, when it is known.
-        asked: Number of pictures asked for.
-        options: What was asked for beside prompt and provider, in words.
-        status: Of the answer that was no success; ``code`` and ``needs`` (credits) as it named them.
-        next: What to do now.
+        charged: ``yes``, ``no``, ``unknown``, or empty if the result file cannot be read.
+        credits: What was charged; None if that is not known.
+        asked: Number of images asked for.
+        options: The other options of the request, in words.
+        status: HTTP status of the refusal; ``code`` and ``needs`` (credits) as in its body.
+        next: The next step.
     """
 
-    made: bool
+    completed: bool
     name: str
     folder: str = ""
-    document: str
-    unread: bool = False
+    result_file: str
+    unreadable: bool = False
     at: int
     seconds: float = 0
     job: str = ""
@@ -68,5 +68,5 @@ class Job(msgspec.Struct, omit_defaults=True, kw_only=True):
     code: str = ""
     needs: float | None = None
     next: str = ""
-    pictures: list[Picture] = []
-    inputs: list[Picture] = []
+    images: list[JobImage] = []
+    inputs: list[JobImage] = []

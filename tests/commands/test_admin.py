@@ -159,7 +159,7 @@ def test_a_hold_by_hand_keeps_prompts_until_release_whatever_is_restarted(tmp_pa
 def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(folders, run, sandbox):
     assert run(folders).stop() == 0
     said = command(folders, "hold")
-    assert (said.returncode, "not running; when it starts it sends nothing" in said.stdout) == (0, True)
+    assert (said.returncode, "not running; when it starts, it sends nothing" in said.stdout) == (0, True)
     folders.prompt("cat", "A cat")
     daemon = run(folders)
     waiting(folders, 1)
@@ -230,11 +230,11 @@ def test_hold_and_release_tell_a_program_whether_the_daemon_has_taken_notice(fol
         told = command(folders, name, "--json")
         assert (told.returncode, json.loads(told.stdout)) == (
             0,
-            {"asked": name, "is_running": True, "is_noticed": True},
+            {"action": name, "is_running": True, "is_applied": True},
         )
     assert daemon.stop() == 0
     told = json.loads(command(folders, "hold", "--json", "night").stdout)
-    assert told == {"asked": "hold", "is_running": False, "is_noticed": False}
+    assert told == {"action": "hold", "is_running": False, "is_applied": False}
 
 
 def test_status_counts_a_prompt_without_its_image_in_words_that_are_true_of_it(folders, run):
@@ -588,7 +588,7 @@ def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, k
     for number in range(count):
         guarded.prompt(f"p{number}", f"Number {number}")
     told = once(guarded, 69)
-    assert f"The queue is held ({kind}: " in told
+    assert f"The queue is on hold ({kind}: " in told
     assert ("limits.burst allows 3" if kind == "burst" else "no money this month") in told
     assert f"{count} prompt" in told
     assert "imagewatch release" in told
@@ -617,7 +617,7 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
 
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     told = command(folders, "status")
-    assert (told.returncode, "it died; the next start recovers" in told.stdout) == (0, True)
+    assert (told.returncode, "it was killed; the next start continues its jobs" in told.stdout) == (0, True)
     page = json.loads(command(folders, "status", "--json").stdout)
     assert (page["state"], page["is_running"], page["in_flight"]) == ("died", False, [])
 
@@ -783,7 +783,7 @@ def test_history_agrees_with_the_endpoint_in_every_form_and_harms_no_terminal(fo
     told = command(folders, "history")
     assert (
         told.stdout.splitlines()[-1]
-        == f"In all: {len(paid)} completed, 2 refused, 1 unknown, {report['credits'] - 30} credits."
+        == f"Total: {len(paid)} completed, 2 refused, 1 unknown, {report['credits'] - 30} credits."
     )
     assert not RAW.search(told.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
     newest = json.loads(command(folders, "history", "--json", "--limit", "2", "--days", "1").stdout)
@@ -817,7 +817,7 @@ def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox)
     folders = Folders(tmp_path, sandbox.base_url)
     folders.inbox.rmdir()
     told = command(folders, "estimate")
-    assert (told.returncode, f"{folders.inbox}: there is no such inbox" in told.stderr) == (74, True)
+    assert (told.returncode, f"no such inbox: {folders.inbox}" in told.stderr) == (74, True)
     assert "the daemon makes the folders when it first starts" in told.stderr
 
 
@@ -829,12 +829,12 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
     told = command(folders, "estimate", **offline)
     assert told.returncode == 0, told.stderr
     assert re.search(
-        r"cat\.prompt\.txt +flux +unknown: none like it was charged in the last 30 days; a cap reserves 150",
+        r"cat\.prompt\.txt +flux +unknown: no similar request was charged in the last 30 days; a cap reserves 150",
         told.stdout,
     )
     assert re.search(r"wrong\.prompt\.txt +none: it will be refused \(n: ", told.stdout)
     assert re.search(r"half\.prompt\.txt +none: it will be refused \(logo\.png: the file is not there", told.stdout)
-    assert "In all: 0 credits, and 1 of unknown price." in told.stdout
+    assert "Total: 0 credits, and 1 of unknown price." in told.stdout
     assert not folders.state.exists()
 
     for stem in ("wrong", "half"):
@@ -845,7 +845,7 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
     told = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json", **offline).stdout)}
     assert (told["two.prompt.txt"]["usual"], told["two.prompt.txt"]["seen"]) == (60, 1)
     assert told["dear.prompt.txt"]["usual"] is None
-    assert "In all: 60 credits, and 1 of unknown price." in command(folders, "estimate", **offline).stdout
+    assert "Total: 60 credits, and 1 of unknown price." in command(folders, "estimate", **offline).stdout
     assert requests(sandbox) == 1
 
 
@@ -928,7 +928,7 @@ def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sand
     told = command(folders, "retry", "--all")
     assert told.returncode == 1
     assert "the inbox has a file of this name" in told.stderr
-    assert "its prompt is gone" in told.stderr
+    assert "the prompt of this error file is missing" in told.stderr
     assert (folders.inbox / "cat.prompt.txt").read_text() == "Another cat"
     assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
 
@@ -942,7 +942,7 @@ def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(fo
     before = folders.names("errors")
     told = command(folders, "retry", "cat")
     assert told.returncode == 1
-    assert "the inbox has another prompt of this name" in told.stderr
+    assert "the inbox has another one of its name" in told.stderr
     assert "nothing was moved" in told.stderr
     assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
 
@@ -1101,10 +1101,12 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     folders, sandbox, clock = lost_picture
     assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
-    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("paid", True), "why there is no picture stands below its row"
+    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("unreadable", True), (
+        "why there is no picture stands below its row"
+    )
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "was paid for" in told.stdout) == (0, True)
+    assert (told.returncode, "was charged" in told.stdout) == (0, True)
     daemon.wait_for("failed")  # its host is not there yet: all is as before
     until(lambda: len(folders.names("errors")) == 4 and folders.leftovers() == [])
     assert len(ledger_of(folders)) == 1
@@ -1248,7 +1250,7 @@ def test_a_user_without_rights_is_told_so_in_one_line(strange, sandbox, as_user,
     refused = as_user(strange, STRANGER + 1, *arguments)
     assert refused.wait() == 74
     first, *more = refused.output.splitlines()
-    assert first.startswith(f"imagewatch: {strange.state}")
+    assert first.startswith(f"imagewatch: permission denied: {strange.state}")
     assert "may not" in first
     assert len(more) <= 1
     assert [path.name for path in strange.state.iterdir()] == ["status.json"]

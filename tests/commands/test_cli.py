@@ -111,7 +111,7 @@ def test_every_help_says_what_it_is_and_names_all_it_takes(name):
             assert parameter.opts[0] in done.stdout
             assert parameter.help
             assert parameter.help[0].isupper()
-            assert parameter.help.endswith(".")
+            assert not parameter.help.endswith(".")
         else:
             assert parameter.human_readable_name.strip("[]….") in command.help, (
                 "an argument has no other place for its words"
@@ -290,7 +290,7 @@ def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_wo
     assert from_nowhere(folders, "submit", "A dog", "--root", str(folders.root)).returncode == 0
     for wrong in (["status"], ["check", "--config", "config.toml"], ["gallery"]):
         done = from_nowhere(folders, *wrong)
-        assert (done.returncode, "the current folder is gone" in done.stderr) == (78, True), done.stderr
+        assert (done.returncode, "the current folder was removed" in done.stderr) == (78, True), done.stderr
         assert "by its whole path" in done.stderr
     for wrong in (
         ["demo"],
@@ -298,7 +298,7 @@ def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_wo
         ["gallery", "--config", str(file), "--output", "x.html"],
     ):
         done = from_nowhere(folders, *wrong)
-        assert (done.returncode, "the current folder is gone" in done.stderr) == (64, True), done.stderr
+        assert (done.returncode, "the current folder was removed" in done.stderr) == (64, True), done.stderr
 
 
 @pytest.mark.parametrize("key_file", ["", "/nowhere/key"])
@@ -437,7 +437,7 @@ def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
         "notes.md.part": "ignore .*a temporary file",
         "#1": "ignore .*a folder whose name begins with",
         "link": "ignore .*a link",
-        "watch": r"ok .*changes are noticed .* every \d+ s",
+        "watch": r"ok .*(change events, and )?a scan every \d+ s",
     }
     for name, pattern in expected.items():
         assert re.match(pattern, row(done.stdout, name)), row(done.stdout, name)
@@ -463,7 +463,7 @@ def test_check_creates_no_folder_and_says_that_they_will_be_made(tmp_path):
     done = imagewatch("check", environ=environ)
     assert (done.returncode, list(tmp_path.iterdir())) == (0, [])
     for name in ("inbox", "outbox", "errors", "archive", "state"):
-        assert row(done.stdout, name).endswith("(will be made)")
+        assert row(done.stdout, name).endswith("(will be created)")
 
 
 def test_check_ends_with_78_and_names_what_is_bad(tmp_path, folders):
@@ -518,7 +518,7 @@ def test_a_section_that_is_refused_at_the_start_is_told_with_its_file(tmp_path, 
     config.write_text('[folders]\nroot = "root"\nstate = "state"\n[outbox]\ngroup = "nobody-knows-it"\n')
     done = imagewatch(name, "--config", str(config), environ={"LETTA_API_KEY": KEY})
     assert done.returncode == 78
-    assert f"{config}: the configuration cannot be used:" in done.stderr
+    assert f"the configuration cannot be used: {config}\n" in done.stderr
     assert 'outbox.group: there is no group "nobody-knows-it" (create it' in done.stderr
 
 
@@ -561,13 +561,13 @@ def test_init_writes_a_configuration_that_names_no_folder_and_keeps_what_is_ther
     done = imagewatch("init", cwd=tmp_path)
     path = tmp_path / "imagewatch.toml"
     assert (done.returncode, "imagewatch check --config imagewatch.toml" in done.stdout) == (0, True)
-    for step in ("Set root in it", "export LETTA_API_KEY=", "api_key_file", "api_key_command"):
+    for step in ("Set root, the folder to watch,", "export LETTA_API_KEY=", "api_key_file", "api_key_command"):
         assert step in done.stdout, "a key in the file itself would be refused"
     assert load(str(path), {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "root")}).limits.concurrency == 4
     path.write_text("mine")
     again = imagewatch("init", "--root", "watched", cwd=tmp_path)
     assert (again.returncode, path.read_text()) == (64, "mine")
-    assert "is there already" in again.stderr
+    assert "the file already exists" in again.stderr
     other = imagewatch("init", "other.toml", cwd=tmp_path)
     assert (other.returncode, tomllib.loads((tmp_path / "other.toml").read_text()) is not None) == (0, True)
 
@@ -638,7 +638,7 @@ def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
 def test_init_where_nothing_can_be_written_says_so(tmp_path):
     done = imagewatch("init", str(tmp_path / "no/such/folder.toml"))
     assert (done.returncode, "Traceback" in done.stderr) == (74, False)
-    assert "make its folder first" in done.stderr
+    assert "create its folder first" in done.stderr
 
 
 # once
@@ -653,7 +653,7 @@ def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
     assert code == 1
     assert "[####" in text
     assert "5/5" in text
-    assert "4 made for 120 credits, 1 not made." in text
+    assert "4 completed for 120 credits, 1 failed." in text
     assert "typo.prompt.txt: qualtiy: unknown key" in text
     assert f"    {folders.errors}/typo.error.toml" in text
     assert not lines(text)
@@ -687,16 +687,16 @@ def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_pa
     by_source = {job["source"]: job for job in told["jobs"]}
     assert done.returncode == 69
     assert by_source["a.prompt.txt"]["problems"] == folders.error("a")["problems"]
-    assert by_source["a.prompt.txt"]["document"] == str(folders.errors / "a.error.toml")
-    assert (by_source["b.prompt.txt"]["door"], by_source["b.prompt.txt"]["charged"]) == ("errors", "no")
+    assert by_source["a.prompt.txt"]["result_file"] == str(folders.errors / "a.error.toml")
+    assert (by_source["b.prompt.txt"]["destination"], by_source["b.prompt.txt"]["charged"]) == ("errors", "no")
     assert (told["left"], told["hold"]["kind"]) == (1, "credits")
     assert "The queue is held" not in done.stderr
     sandbox.balance = 1000
     done = imagewatch("once", "--json", environ=folders.environ)
     (job,) = json.loads(done.stdout)["jobs"]
     assert done.returncode == 0
-    assert (job["door"], job["credits_charged"], job["job"]) == ("outbox", 30, folders.receipt("c")["job"])
-    assert job["document"] == str(folders.outbox / "c.receipt.toml")
+    assert (job["destination"], job["credits_charged"], job["job"]) == ("outbox", 30, folders.receipt("c")["job"])
+    assert job["result_file"] == str(folders.outbox / "c.receipt.toml")
     assert json.loads(imagewatch("once", "--json", environ=folders.environ).stdout) == {
         "jobs": [],
         "left": 0,
@@ -712,7 +712,7 @@ def test_once_on_a_terminal_tells_a_hold_alone_and_in_the_time_of_this_place(tmp
     assert code == 69
     assert "1 prompt left in the inbox." in text
     assert "was ready" not in text
-    assert re.search(r"; next attempt at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\r?\n", text)
+    assert re.search(r"; next try at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\r?\n", text)
 
 
 def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders, sandbox, start):
@@ -759,7 +759,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
 def test_the_demo_says_why_it_cannot_make_its_folder(tmp_path):
     (tmp_path / "file").write_text("")
     done = imagewatch("demo", str(tmp_path / "file/demo"))
-    assert (done.returncode, "cannot be made" in done.stderr) == (74, True)
+    assert (done.returncode, "cannot create the folder" in done.stderr) == (74, True)
 
 
 def test_the_sandbox_serves_until_ctrl_c(tmp_path):
@@ -965,7 +965,7 @@ def test_a_bug_after_the_work_does_not_look_like_a_failed_job(folders, sandbox, 
     assert "Traceback" in done.stderr
     *_, what, then = done.stderr.splitlines()
     assert what.startswith("imagewatch: internal error: AttributeError: ")
-    assert "look into the folders" in then
+    assert "check the folders" in then
     assert sandbox.report()["requests"] == 1
 
 

@@ -28,7 +28,7 @@ from support.daemon import command as command_of
 from support.losing import SteppingDisk
 
 from imagewatch.commands import submit as command
-from imagewatch.commands.drop import Delivery, Wish
+from imagewatch.commands.drop import Delivery, SubmitRequest
 from imagewatch.commands.main import cli, main
 from imagewatch.config.load import load
 from imagewatch.system.errors import BadRequest, SpoolError
@@ -128,7 +128,7 @@ def watched(folders: Folders, start: Any) -> Any:
     return running
 
 
-AGAIN = "The same command would drop {0} again, and the daemon would pay for {0} again:\n"
+AGAIN = "Do not run the command again: it would drop {0} again, and you would pay twice:\n"
 
 
 def call(sandbox: Sandbox, number: int = 0) -> dict[str, Any]:
@@ -144,7 +144,7 @@ def test_a_text_becomes_a_picture_and_its_path_and_price_are_told(sender, sandbo
     (path,) = done.stdout.splitlines()
     with Image.open(path) as image:
         image.load()
-    assert done.stderr == f"1 picture, {call(sandbox)['credits']} credits.\n"
+    assert done.stderr == f"1 image, {call(sandbox)['credits']} credits.\n"
     assert Path(path).parent == sender.folders.outbox
     assert re.fullmatch(r"a-lighthouse-at-dusk-[0-9a-f]{6}", Path(path).stem)
     assert call(sandbox)["prompt"] == "A lighthouse at dusk"
@@ -173,7 +173,7 @@ def test_without_waiting_programs_get_the_prompts_too(sender):
     told = json.loads(done.stdout)
     assert [one["prompt"] for one in told] == ["A cat", "A dog"]
     assert sorted(one["source"] for one in told) == sender.dropped()
-    assert {one["door"] for one in told} == {None}
+    assert {one["destination"] for one in told} == {None}
 
 
 def test_many_prompts_in_one_call_are_printed_in_their_order(sender, sandbox, watched):
@@ -185,7 +185,7 @@ def test_many_prompts_in_one_call_are_printed_in_their_order(sender, sandbox, wa
     assert [Path(one["images"][0]).name for one in told] == [f"many-{number}.jpg" for number in range(1, 8)]
     assert sum(one["credits_charged"] for one in told) == sandbox.report()["credits"]
     assert sandbox.report()["requests"] == 7
-    assert done.stderr.startswith("7 pictures, ")
+    assert done.stderr.startswith("7 images, ")
 
 
 def test_all_options_reach_the_request(sender, watched):
@@ -336,7 +336,7 @@ def test_what_the_daemon_would_refuse_is_refused_before_it_is_dropped(sender, ar
 
 def test_a_file_that_its_folder_does_not_list_by_this_name_is_refused_as_its_images_would_be_missed(sender):
     with pytest.raises(BadRequest, match=r"cat\.prompt\.txt: its folder lists no file of exactly this name"):
-        Wish.of_file(b"Make it blue", str(sender.home / "cat.prompt.txt"), {}, ())
+        SubmitRequest.of_file(b"Make it blue", str(sender.home / "cat.prompt.txt"), {}, ())
 
 
 def test_a_pipe_is_no_prompt_file_and_is_not_waited_for(sender):
@@ -417,7 +417,7 @@ def test_a_file_that_is_clearly_no_prompt_is_not_dropped(sender, text):
 def test_a_folder_that_is_a_link_is_refused(sender, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (sender.folders.inbox / "link").symlink_to(tmp_path / "elsewhere")
-    assert "is a link" in refused(sender, "A cat", "--folder", "link")
+    assert "is a symbolic link" in refused(sender, "A cat", "--folder", "link")
     assert "leads out of the inbox" in refused(sender, "A cat", "--folder", "../x")
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -442,7 +442,7 @@ def test_on_a_terminal_nothing_at_all_is_a_question_and_not_a_wait(sender):
     os.close(slave)
     os.close(master)
     assert done.returncode == 64
-    assert "say what the picture should show" in done.stderr
+    assert "no prompt: give its text" in done.stderr
 
 
 # Names and folders
@@ -458,8 +458,8 @@ def test_a_name_that_waits_in_the_inbox_is_not_taken_away(sender):
 def test_a_name_that_is_taken_while_images_are_placed_leaves_none_of_them(sender, folders):
     config = load(str(sender.home / "imagewatch.toml"), {})
     with Delivery(config, "") as delivery:
-        delivery.stage(Wish("one", {}, (sender.file("a.png"),)), "one")
-        delivery.stage(Wish("two", {}, (sender.file("a.png"), sender.file("b.png"))), "two")
+        delivery.stage(SubmitRequest("one", {}, (sender.file("a.png"),)), "one")
+        delivery.stage(SubmitRequest("two", {}, (sender.file("a.png"), sender.file("b.png"))), "two")
         folders.prompt("two", "somebody else's")
         placed = delivery.place()
         assert next(placed).source == "one.prompt.txt"
@@ -510,16 +510,16 @@ def inside(sender, monkeypatch, capsys):
 def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already(sender, inside):
     code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
     assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
-    assert "it-2.prompt.txt: cannot put the file into the inbox: Input/output error" in err
-    assert "1 of 3 prompts was dropped, and the daemon processes it. The others were not dropped.\n" in err
-    assert err.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/it-1.prompt.txt\n")
+    assert "it-2.prompt.txt: cannot drop the file: Input/output error" in err
+    assert "1 of 3 prompts was dropped. The daemon will process it. The others were not dropped.\n" in err
+    assert err.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/it-1.prompt.txt\n")
     assert sender.dropped() == ["it-1.prompt.txt"]
 
 
 def test_programs_learn_what_is_in_the_inbox_when_the_others_could_not_follow(sender, inside):
     code, out, _ = inside(FailingDisk("it-3.prompt.txt"), "One", "Two", "Three", "--name", "it", "--wait", "--json")
     assert code == 69
-    assert [(one["source"], one["door"]) for one in json.loads(out)] == [
+    assert [(one["source"], one["destination"]) for one in json.loads(out)] == [
         ("it-1.prompt.txt", None),
         ("it-2.prompt.txt", None),
     ]
@@ -554,7 +554,7 @@ class UnsyncedDisk(SteppingDisk):
 def test_what_a_power_cut_may_take_away_is_dropped_all_the_same(sender, inside):
     code, out, err = inside(UnsyncedDisk(), "One", "Two", "--name", "it")
     assert (code, len(out.splitlines())) == (0, 2)
-    assert err.count("the prompts are dropped, but a power cut may take them away") == 1
+    assert err.count("the prompts are dropped, but may be lost if the power fails") == 1
     assert sender.dropped() == ["it-1.prompt.txt", "it-2.prompt.txt"]
 
 
@@ -607,10 +607,10 @@ def test_results_whose_name_was_taken_are_found_and_older_ones_are_not_taken_for
     second = json.loads(sender.submit("Second", "--name", "cat", "--wait", "--format", "json").stdout)[0]
     third = json.loads(sender.submit("[sandbox: 400]", "--name", "cat", "--wait", "--format", "json").stdout)[0]
     fourth = json.loads(sender.submit("[sandbox: 400]", "--name", "cat", "--wait", "--format", "json").stdout)[0]
-    assert [one["door"] for one in (first, second, third, fourth)] == ["outbox", "outbox", "errors", "errors"]
-    assert Path(third["document"]).name == "cat.error.toml"
+    assert [one["destination"] for one in (first, second, third, fourth)] == ["outbox", "outbox", "errors", "errors"]
+    assert Path(third["result_file"]).name == "cat.error.toml"
     for one in (first, second, fourth):
-        assert Path(one["document"]).name.startswith(f"cat.{one['job'][:4]}.")
+        assert Path(one["result_file"]).name.startswith(f"cat.{one['job'][:4]}.")
     assert Path(first["images"][0]).name == f"cat.{first['job'][:4]}.jpg"
     assert len({one["job"] for one in (first, second, third, fourth)}) == 4
     assert sandbox.report()["requests"] == 4
@@ -642,7 +642,7 @@ def test_an_older_result_that_somebody_touches_meanwhile_is_not_taken_for_ones_o
     disturb(old)
     (old.parent / "something else").touch()  # the folder is looked at again
     out, _ = waiting.communicate(timeout=30)
-    assert (waiting.returncode, json.loads(out)[0]["door"]) == (69, None)
+    assert (waiting.returncode, json.loads(out)[0]["destination"]) == (69, None)
     assert sender.dropped() == ["cat.prompt.txt"], "it waits to be paid for"
 
 
@@ -651,14 +651,14 @@ def test_a_result_that_appears_under_the_name_of_one_that_was_taken_away_is_foun
     sandbox.hold()
     second = sender.start("Again", "--name", "cat", "--wait", "--format", "json")
     assert sandbox.wait_for_requests(2, timeout=20)
-    for path in (first["document"], *first["images"]):
+    for path in (first["result_file"], *first["images"]):
         Path(path).unlink()
     sandbox.release()
     out, err = second.communicate(timeout=30)
     assert second.returncode == 0, err
     (told,) = json.loads(out)
     assert told["job"] != first["job"]
-    assert told["document"] == first["document"]
+    assert told["result_file"] == first["result_file"]
 
 
 def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_taken_for_ones_own(sender, sandbox, watched):
@@ -670,7 +670,7 @@ def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_taken_for_ones
     sandbox.release()
     out, err = other.communicate(timeout=30)
     assert other.returncode == 0, err
-    document = json.loads(out)[0]["document"]
+    document = json.loads(out)[0]["result_file"]
     assert 'prompt = "The later one"' in Path(document).read_text()
 
 
@@ -711,7 +711,7 @@ def test_on_a_share_the_root_is_enough_and_the_daemons_presets_are_believed(tmp_
 def test_a_share_that_is_not_mounted_gets_no_folders_of_its_own(sender, tmp_path):
     done = sender.submit("A cat", "--root", str(tmp_path / "wrong"), environ=sender.environ)
     assert done.returncode == 74
-    assert "there is no such inbox" in done.stderr
+    assert "no such inbox" in done.stderr
     assert "mounted" in done.stderr
     assert not (tmp_path / "wrong").exists()
 
@@ -751,9 +751,9 @@ def test_paths_and_json_name_the_same_files_in_folders_with_spaces(sender, watch
     again = sender.submit(HOSTILE, "--folder", "mein Bild", "--wait", "--format", "json")
     (told,) = json.loads(again.stdout)
     assert Path(told["images"][0]).is_file()
-    assert Path(told["document"]).parent == sender.folders.outbox / "mein Bild"
+    assert Path(told["result_file"]).parent == sender.folders.outbox / "mein Bild"
     assert told["prompt"] == HOSTILE.replace("\r\n", "\n")
-    assert (told["charged"], told["door"], told["message"]) == ("yes", "outbox", None)
+    assert (told["charged"], told["destination"], told["message"]) == ("yes", "outbox", None)
     assert again.stdout.isascii()
 
 
@@ -762,7 +762,7 @@ def test_fewer_pictures_than_asked_for_are_printed_and_the_rest_is_told(sender, 
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 3
     assert "it.prompt.txt: asked for 4, got 3" in done.stderr
-    assert "3 pictures, " in done.stderr
+    assert "3 images, " in done.stderr
 
 
 def test_what_is_no_picture_is_not_printed_as_one(sender, watched):
@@ -776,14 +776,14 @@ def test_a_refusal_is_told_in_the_endpoints_words_with_what_to_do(sender, watche
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[0].startswith("cat.prompt.txt: not charged: Not enough credits")
     assert "add credits to the account" in done.stderr.splitlines()[1]
-    assert done.stderr.splitlines()[2:] == [f"  {sender.folders.errors}/cat.error.toml", "0 pictures, 0 credits."]
+    assert done.stderr.splitlines()[2:] == [f"  {sender.folders.errors}/cat.error.toml", "0 images, 0 credits."]
 
 
 def test_json_is_the_same_as_format_json_and_no_other(sender, watched):
     done = sender.submit("A cat", "--name", "cat", "--wait", "--json")
     assert done.returncode == 0
     (told,) = json.loads(done.stdout)
-    assert (told["door"], told["source"]) == ("outbox", "cat.prompt.txt")
+    assert (told["destination"], told["source"]) == ("outbox", "cat.prompt.txt")
     refused = sender.submit("A cat", "--json", "--format", "markdown", "--wait")
     assert (refused.returncode, "exclude each other" in refused.stderr) == (64, True)
 
@@ -798,7 +798,7 @@ def test_every_problem_is_told_and_where_its_error_file_is(sender, folders, star
     problems = folders.error("cat")["problems"]
     assert (done.returncode, len(problems)) == (1, 2)
     assert told[:3] == ["cat.prompt.txt: not charged: 2 problems", *(f"  {problem}" for problem in problems)]
-    assert told[4:] == [f"  {folders.errors}/cat.error.toml", "0 pictures, 0 credits."]
+    assert told[4:] == [f"  {folders.errors}/cat.error.toml", "0 images, 0 credits."]
 
 
 def test_a_name_that_a_shell_would_take_apart_is_not_put_into_a_command(sender, watched):
@@ -811,7 +811,7 @@ def test_a_lost_answer_may_have_been_charged(sender, sandbox, watched):
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: may have been charged: " in done.stderr
     assert "only if you accept to pay again: imagewatch retry --pay-again cat, or" in done.stderr
-    assert done.stderr.endswith("0 pictures, 0 credits, 1 may have been charged.\n")
+    assert done.stderr.endswith("0 images, 0 credits, 1 may have been charged.\n")
     assert sandbox.report()["requests"] == 1
 
 
@@ -820,13 +820,13 @@ def test_a_paid_answer_without_a_picture_is_told_with_its_price(sender, sandbox,
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: charged: " in done.stderr
     assert "imagewatch retry cat reads it again, free of charge" in done.stderr
-    assert done.stderr.endswith(f"0 pictures, {call(sandbox)['credits']} credits.\n")
+    assert done.stderr.endswith(f"0 images, {call(sandbox)['credits']} credits.\n")
 
 
 def test_a_price_that_nobody_told_is_not_nothing(sender, watched):
     done = sender.submit("A cat [sandbox: no-billing]", "--wait")
     assert done.returncode == 0
-    assert done.stderr.endswith("1 picture, 0 credits, 1 charged, amount not reported.\n")
+    assert done.stderr.endswith("1 image, 0 credits, 1 charged, amount not reported.\n")
 
 
 def test_one_failure_among_many_ends_with_1_and_the_others_are_printed(sender, watched):
@@ -847,7 +847,7 @@ def test_a_receipt_with_a_price_that_cannot_be_is_told_as_one_without(sender, fo
     )
     hidden.rename(folders.outbox / "cat.receipt.toml")
     out, err = waiting.communicate(timeout=30)
-    assert (waiting.returncode, err) == (0, "1 picture, 0 credits, 1 charged, amount not reported.\n")
+    assert (waiting.returncode, err) == (0, "1 image, 0 credits, 1 charged, amount not reported.\n")
     if form == "json":
         assert json.loads(out)[0]["credits_charged"] is None
     else:
@@ -861,9 +861,9 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     sandbox.hold()
     done = sender.submit("A cat", "--name", "cat", "--wait", "--timeout", "0.3", "--format", "json")
     assert done.returncode == 69
-    assert json.loads(done.stdout)[0]["door"] is None
-    assert "1 prompt is not finished. The daemon will process it.\nTo cancel, remove it from" in done.stderr
-    assert done.stderr.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
+    assert json.loads(done.stdout)[0]["destination"] is None
+    assert "1 prompt is not finished. The daemon will process it; to cancel, remove it from" in done.stderr
+    assert done.stderr.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/cat.prompt.txt\n")
     sandbox.release()
     until(lambda: sender.folders.finished() == {"cat": "outbox"})
 
@@ -876,20 +876,20 @@ def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sende
     wrong = sender.file("wrong.txt", "+++\nn = 2\n+++\nTwo cats")
     done = sender.submit("A cat", "--from", wrong, "--name", "it", "--wait", "--timeout", "5", "--json")
     assert done.returncode == 69
-    assert [(one["door"], one["charged"]) for one in json.loads(done.stdout)] == [(None, None), ("errors", "no")]
+    assert [(one["destination"], one["charged"]) for one in json.loads(done.stdout)] == [(None, None), ("errors", "no")]
     assert "it-2.prompt.txt: not charged: " in done.stderr
-    assert done.stderr.endswith(f"{AGAIN.format('it')}  {folders.inbox}/it-1.prompt.txt\n")
+    assert done.stderr.endswith(f"{AGAIN.format('this prompt')}  {folders.inbox}/it-1.prompt.txt\n")
     sandbox.release()
 
 
 def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monkeypatch, capsys):
-    monkeypatch.setattr(command, "_UNTOUCHED_SECONDS", 0.0)
+    monkeypatch.setattr(command, "_UNCLAIMED_SECONDS", 0.0)
     for name in ("IMAGEWATCH_CONFIG", "HOME"):
         monkeypatch.setenv(name, sender.known[name])
     with pytest.raises(SystemExit) as ended:
         cli.main(["submit", "A cat", "--name", "cat", "--wait", "--timeout", "0.5"], standalone_mode=False)
     assert ended.value.code == 69
-    assert capsys.readouterr().err.count("Nobody has taken them from") == 1
+    assert capsys.readouterr().err.count("No prompt has been claimed from") == 1
     assert sender.dropped() == ["cat.prompt.txt"]
 
 
@@ -901,7 +901,7 @@ def test_ctrl_c_while_waiting_leaves_the_prompt_where_it_is(sender, number):
     out, err = waiting.communicate(timeout=30)
     assert (waiting.returncode, out) == (69, "")
     assert err.startswith(f"imagewatch: interrupted by {number.name}\n")
-    assert err.endswith(f"{AGAIN.format('it')}  {sender.folders.inbox}/cat.prompt.txt\n")
+    assert err.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/cat.prompt.txt\n")
     assert "Traceback" not in err
     assert sender.dropped() == ["cat.prompt.txt"]
 
@@ -940,8 +940,8 @@ def test_a_signal_while_prompts_are_dropped_names_those_that_are_in_the_inbox(se
     assert done.returncode == 69
     assert done.stderr.splitlines() == [
         f"imagewatch: interrupted by {number.name}",
-        "2 of 3 prompts were dropped, and the daemon processes them. The others were not dropped.",
-        AGAIN.format("them").strip(),
+        "2 of 3 prompts were dropped. The daemon will process them. The others were not dropped.",
+        AGAIN.format("these prompts").strip(),
         *(f"  {sender.folders.inbox}/{name}" for name in TWO),
     ]
     assert done.stdout.splitlines() == [f"{sender.folders.inbox}/{name}" for name in TWO]
@@ -952,7 +952,7 @@ def test_a_signal_while_prompts_are_dropped_names_those_that_are_in_the_inbox(se
 def test_programs_learn_as_json_what_was_dropped_before_a_signal(sender, wait):
     done = interrupted(sender, signal.SIGTERM, "/it-2.prompt.txt", "--json", *wait)
     assert done.returncode == 69
-    assert [(one["source"], one["door"]) for one in json.loads(done.stdout)] == [(name, None) for name in TWO]
+    assert [(one["source"], one["destination"]) for one in json.loads(done.stdout)] == [(name, None) for name in TWO]
     assert all(f"  {sender.folders.inbox}/{name}\n" in done.stderr for name in TWO)
 
 
@@ -987,7 +987,7 @@ def test_a_terminal_that_is_closed_leaves_the_names_in_the_output_and_in_the_exi
         os.close(master)
         assert waiting.wait(30) == 69
         out.seek(0)
-        assert [(one["source"], one["door"]) for one in json.load(out)] == [("cat.prompt.txt", None)]
+        assert [(one["source"], one["destination"]) for one in json.load(out)] == [("cat.prompt.txt", None)]
 
 
 class BrokenDisk(SteppingDisk):
@@ -1002,7 +1002,7 @@ class BrokenDisk(SteppingDisk):
 def test_even_a_bug_does_not_hide_what_was_dropped(sender, inside):
     code, out, err = inside(BrokenDisk(), "One", "Two", "--name", "it")
     assert (code, out) == (70, f"{sender.folders.inbox}/it-1.prompt.txt\n")
-    assert f"{AGAIN.format('it')}  {sender.folders.inbox}/it-1.prompt.txt\n" in err
+    assert f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/it-1.prompt.txt\n" in err
     assert "internal error: RuntimeError: a bug" in err
 
 
@@ -1024,7 +1024,7 @@ def test_the_live_line_is_for_terminals_only_and_never_in_the_output(sender, wat
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0
     assert b"\r0 of 1 done, 0 s" in shown
-    assert re.search(rb"\r\x1b\[K1 picture, \d+ credits\.\r\n$", shown)
+    assert re.search(rb"\r\x1b\[K1 image, \d+ credits\.\r\n$", shown)
     assert Path(out.removesuffix("\n")).is_file()
 
 
@@ -1067,7 +1067,7 @@ class TestAnotherUser:
         shared.folders.inbox.chmod(0o755)
         done = shared.submit("A cat", before=self.AS_USER)
         assert done.returncode == 74
-        assert "watched/inbox: permission denied\n" in done.stderr
+        assert "permission denied: " in done.stderr
         assert "ask the administrator to give you access to this folder" in done.stderr
 
     def test_may_drop_into_an_inbox_that_only_the_daemon_can_look_into(self, shared):
@@ -1105,7 +1105,7 @@ class TestAnotherUser:
         done = shared.submit("A cat", "--name", "cat", "--wait", "--json", before=self.AS_USER)
         assert done.returncode == 69, "it was dropped, and will be paid for"
         assert [one["source"] for one in json.loads(done.stdout)] == ["cat.prompt.txt"]
-        assert "cat.prompt.txt: was dropped; what became of it is not known" in done.stderr
+        assert "cat.prompt.txt: dropped; its result is not known" in done.stderr
 
 
 @pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o2770, 0o640), (0o700, 0o600)])

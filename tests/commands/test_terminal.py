@@ -108,7 +108,7 @@ def test_check_says_that_the_queue_is_held(mixed: Folders):
     assert not re.search("^wait +queue", command(mixed, "check").stdout, re.MULTILINE)
     command(mixed, "hold", "lunch")
     assert re.search(
-        r"^wait +queue +held \(manual\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
+        r"^wait +queue +on hold \(manual\): lunch; .*imagewatch release", command(mixed, "check").stdout, re.MULTILINE
     )
 
 
@@ -118,14 +118,14 @@ def test_retry_says_the_same_to_programs(folders: Folders):
     once(folders, 1)
     (folders.errors / "foreign.error.toml").write_text("hello")
     told = command(folders, "retry", "--all", "--json")
-    found = {os.path.basename(one["document"]).partition(".")[0]: one for one in json.loads(told.stdout)}
+    found = {os.path.basename(one["result_file"]).partition(".")[0]: one for one in json.loads(told.stdout)}
     assert (told.returncode, told.stderr) == (1, "")
     assert {name: (one["name"], one["charged"], one["retried"]) for name, one in found.items()} == {
         "free": ("free", "no", True),
         "lost": ("lost", "unknown", False),
         "foreign": (None, None, False),
     }
-    assert "may have been charged" in found["lost"]["told"]
+    assert "may have been charged" in found["lost"]["message"]
     assert folders.names("inbox") == ["free.prompt.txt"]
 
 
@@ -144,7 +144,7 @@ def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, a
         )
     dropped = arguments.startswith("submit")
     assert done.returncode == (69 if dropped else 74)
-    assert done.stderr.startswith("imagewatch: the output cannot be written: No space left on device\n")
+    assert done.stderr.startswith("imagewatch: cannot write the output: No space left on device\n")
     assert "Traceback" not in done.stderr
     assert ("full.prompt.txt" in mixed.names("inbox")) == dropped
     assert (f"  {mixed.inbox}/full.prompt.txt\n" in done.stderr) == dropped

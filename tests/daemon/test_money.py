@@ -307,7 +307,7 @@ def test_a_cap_is_exceeded_by_no_more_than_the_error_of_the_guess_on_what_is_in_
         folders.prompt(f"p{number}", f"[sandbox: slow 0.3] Number {number}")
     ended = command(folders, "once")
     assert (ended.returncode, "limits.credits_per_day" in ended.stderr) == (69, True)
-    assert re.search(r"raise the cap.*; next attempt at 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", ended.stderr, re.MULTILINE)
+    assert re.search(r"raise the cap.*; next try at 20\d\d-\d\d-\d\d \d\d:\d\d:\d\d$", ended.stderr, re.MULTILINE)
     spent = sandbox.report()["credits"]
     assert cap < spent <= cap + (real - guess) * concurrency
     assert spent == real * concurrency  # the worst case: all of them left before the first price was known

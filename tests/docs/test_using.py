@@ -141,7 +141,7 @@ def test_every_command_of_the_skill_works_in_its_order(shell, folders, sandbox):
     done = shell(text)
     assert done.returncode == 0, done.stderr
     assert re.fullmatch(r"!\[A lighthouse at dusk\]\(\.\./watched/outbox/lighthouse-3f9c\.\w+\)\n", done.stdout)
-    assert re.fullmatch(r"1 picture, \d+ credits\.\n", done.stderr)
+    assert re.fullmatch(r"1 image, \d+ credits\.\n", done.stderr)
     done = shell(edit)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("![Put the boat into the harbour](../watched/outbox/harbour-71d0-") == 2

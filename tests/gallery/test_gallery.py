@@ -136,12 +136,12 @@ def test_the_page_holds_what_the_daemon_made_and_what_it_could_not(station: Stat
     done = command(station.environ)
 
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"Wrote {station.root}/gallery.html: 2 made, 2 failed.\n"
+    assert done.stdout == f"Wrote {station.root}/gallery.html: 2 completed, 2 failed.\n"
     jobs = {job["name"]: job for job in page_data(station.root / "gallery.html")["shown"]["jobs"]}
     assert set(jobs) == {"edit", "four", "typo", "broke"}
     receipt = station.receipt("edit")
     edit = jobs["edit"]
-    shown = {"made": True, "prompt": "make it blue", "provider": "gemini", "charged": "yes"}
+    shown = {"completed": True, "prompt": "make it blue", "provider": "gemini", "charged": "yes"}
     assert {name: edit[name] for name in shown} == shown
     assert (edit["credits"], edit["model"], edit["job"]) == (
         receipt["credits_charged"],
@@ -150,17 +150,15 @@ def test_the_page_holds_what_the_daemon_made_and_what_it_could_not(station: Stat
     )
     assert edit["at"] == int(receipt["times"]["published"].timestamp() * 1000)
     assert [one["href"] for one in edit["inputs"]] == ["archive/edit.png"]
-    assert (station.root / edit["pictures"][0]["href"]).stat().st_size == edit["pictures"][0]["bytes"]
-    assert len(jobs["four"]["pictures"]) == 4
+    assert (station.root / edit["images"][0]["href"]).stat().st_size == edit["images"][0]["bytes"]
+    assert len(jobs["four"]["images"]) == 4
     assert (jobs["broke"]["folder"], jobs["broke"]["charged"], jobs["broke"]["status"]) == ("a/b", "no", 402)
     assert "add credits" in jobs["broke"]["next"]
     # It was never sent, so its error file has no prompt; the prompt lies beside it.
     assert jobs["typo"]["prompt"].endswith("a cat")
     assert "qualtiy" in jobs["typo"]["message"]
     thumbs = {path.name for path in (station.root / "gallery_files").glob("*.webp")}
-    assert thumbs == {
-        one["thumb"] for job in jobs.values() for one in (*job.get("pictures", []), *job.get("inputs", []))
-    }
+    assert thumbs == {one["thumb"] for job in jobs.values() for one in (*job.get("images", []), *job.get("inputs", []))}
 
 
 def test_the_newest_job_comes_first(shelf: Shelf):
@@ -187,7 +185,7 @@ def test_an_input_that_was_not_kept_is_named_all_the_same(shelf: Shelf):
     inputs = [{"file": "boat.png", "bytes": 9}]
     shelf.made("cat", picture(), inputs=inputs)
     shelf.gallery().write()
-    assert shelf.jobs[0]["inputs"] == [{"name": "boat.png", "bytes": 9, "problem": "not in the archive any more"}]
+    assert shelf.jobs[0]["inputs"] == [{"name": "boat.png", "bytes": 9, "problem": "is missing from the archive"}]
     shelf.gallery(folders__archive="delete").write()
     assert shelf.jobs[0]["inputs"] == [{"name": "boat.png", "bytes": 9, "problem": "was not kept"}]
 
@@ -196,7 +194,7 @@ def test_a_picture_that_was_taken_away_leaves_its_job_on_the_page(shelf: Shelf):
     shelf.made("cat", picture())
     (shelf.root / "outbox/cat.png").unlink()
     shelf.gallery().write()
-    assert shelf.jobs[0]["pictures"][0]["problem"] == "not in the outbox any more"
+    assert shelf.jobs[0]["images"][0]["problem"] == "is missing from the outbox"
 
 
 def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
@@ -211,8 +209,8 @@ def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
 
 def test_a_page_elsewhere_makes_no_folder_for_itself(shelf: Shelf):
     done = command(shelf.environ(), "--output", str(shelf.root / "typo/deep/gallery.html"))
-    assert (done.returncode, f"{shelf.root / 'typo/deep'}: there is no such folder" in done.stderr) == (64, True)
-    assert "make it first" in done.stderr
+    assert (done.returncode, f"no such folder: {shelf.root / 'typo/deep'}" in done.stderr) == (64, True)
+    assert "create it first" in done.stderr
     assert not (shelf.root / "typo").exists()
 
 
@@ -220,7 +218,7 @@ def test_where_nothing_is_nothing_is_made(tmp_path: Path):
     done = command(
         {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "typo"), "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "s")}
     )
-    assert (done.returncode, f"{tmp_path / 'typo'}: there is no such folder" in done.stderr) == (74, True)
+    assert (done.returncode, f"no such folder: {tmp_path / 'typo'}" in done.stderr) == (74, True)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -232,7 +230,7 @@ def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
         pytest.skip("this user may read everything")
     written = shelf.gallery().write()
     locked.chmod(0o700)
-    assert written.made == 1
+    assert written.completed == 1
     assert written.notes == [f"{locked}: cannot be read: Permission denied"]
     assert shelf.data["shown"]["notes"] == written.notes
 
@@ -245,7 +243,10 @@ def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
     [
         (b"not TOML at all", "Expected '='"),
         (b"\xff\xfe", "is not UTF-8"),
-        (b'source = 7\ncharged = "yes"\n', "is none of imagewatch's: Expected `str`, got `int` - at `$.source`"),
+        (
+            b'source = 7\ncharged = "yes"\n',
+            "is not a result file of imagewatch: Expected `str`, got `int` - at `$.source`",
+        ),
         (b'source = "cat"\ncharged = "perhaps"\n', "Invalid enum value 'perhaps'"),
         (b'charged = "yes"\n', "missing required field `source`"),
         (b'source = "cat"\ncharged = "no"\nstatus = 0x' + b"f" * 5000 + b"\n", "status"),
@@ -296,7 +297,7 @@ def test_whatever_a_document_says_the_page_is_written(tmp_path_factory, document
         return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
     shelf.put("outbox/cat.receipt.toml", tomli_w.dumps(tame(document)).encode())
-    assert shelf.gallery().write().made == 1
+    assert shelf.gallery().write().completed == 1
     assert len(shelf.jobs) == 1
 
 
@@ -307,7 +308,7 @@ def test_a_document_cannot_name_a_file_outside_its_folder(shelf: Shelf, name: st
     entry = {"file": name, "bytes": len(secret)}
     shelf.put("outbox/cat.receipt.toml", tomli_w.dumps({"source": "c", "charged": "yes", "images": [entry]}).encode())
     shelf.gallery().write()
-    assert "href" not in shelf.jobs[0]["pictures"][0]
+    assert "href" not in shelf.jobs[0]["images"][0]
     assert shelf.thumbs == []
 
 
@@ -340,7 +341,7 @@ def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
     assert {job["name"] for job in shelf.jobs} == {"cat", "dog", "elk"}
     assert "diary" not in (shelf.root / "gallery.html").read_text()
     [cat] = [job for job in shelf.jobs if job["name"] == "cat"]
-    assert "href" not in cat["pictures"][0]
+    assert "href" not in cat["images"][0]
     assert shelf.thumbs == []
 
 
@@ -351,7 +352,7 @@ def test_a_name_that_is_no_utf8_has_an_address_that_works(shelf: Shelf):
     entry = {"file": whole(name), "bytes": len(content)}  # as receipts write it
     shelf.put("outbox/c.receipt.toml", tomli_w.dumps({"source": "c", "charged": "yes", "images": [entry]}).encode())
     shelf.gallery().write()
-    [shown] = shelf.jobs[0]["pictures"]
+    [shown] = shelf.jobs[0]["images"]
     assert shown["href"] == "outbox/caf%E9%20%2541%23%3F.png"
     assert shelf.thumbs == [shown["thumb"]]
 
@@ -451,10 +452,10 @@ def test_a_picture_that_cannot_be_made_small_has_a_reason_in_its_place(shelf: Sh
     shelf.made("good", picture())
     shelf.gallery().write()
     bad, good = sorted(shelf.jobs, key=lambda job: job["name"])
-    assert why in bad["pictures"][0]["problem"]
-    assert "thumb" not in bad["pictures"][0]
-    assert bad["pictures"][0]["href"] == "outbox/bad.png"
-    assert shelf.thumbs == [good["pictures"][0]["thumb"]]
+    assert why in bad["images"][0]["problem"]
+    assert "thumb" not in bad["images"][0]
+    assert bad["images"][0]["href"] == "outbox/bad.png"
+    assert shelf.thumbs == [good["images"][0]["thumb"]]
 
 
 @pytest.mark.parametrize(
@@ -644,21 +645,21 @@ def test_the_page_may_not_be_among_the_files_of_jobs(shelf: Shelf, folder: str):
     where = shelf.root.parent / "state" if folder == "state" else shelf.root / folder
     done = command(shelf.environ(), "--output", str(where / "deep/gallery.html"))
     assert done.returncode == 64
-    assert f"is in the folder {folder}, where only the files of jobs may be" in done.stderr
-    assert "name another place by --output" in done.stderr
+    assert f"the page may not be in the folder {folder}: " in done.stderr
+    assert "choose another place with --output" in done.stderr
     assert not (where / "deep").exists()
 
 
 def test_the_thumbnails_may_not_be_among_the_files_of_jobs_either(tmp_path: Path):
     environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path), "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "s")}
     config = load(None, {**environ, "IMAGEWATCH_FOLDERS__ERRORS": str(tmp_path / "gallery_files")})
-    with pytest.raises(UsageError, match="is in the folder errors"):
+    with pytest.raises(UsageError, match="may not be in the folder errors"):
         Gallery(config)
 
 
 def test_a_link_into_the_outbox_is_no_way_around(shelf: Shelf):
     (shelf.root / "door").symlink_to(shelf.root / "outbox")
-    with pytest.raises(UsageError, match="is in the folder outbox"):
+    with pytest.raises(UsageError, match="may not be in the folder outbox"):
         shelf.gallery(str(shelf.root / "door/gallery.html"))
 
 
@@ -667,7 +668,7 @@ def test_somebody_elses_file_is_never_replaced(shelf: Shelf, content: bytes):
     shelf.put("gallery.html", content)
     done = command(shelf.environ())
     assert done.returncode == 64
-    assert "is there already, and no gallery" in done.stderr
+    assert "the file already exists and is not a gallery" in done.stderr
     assert (shelf.root / "gallery.html").read_bytes() == content
 
 
@@ -675,7 +676,7 @@ def test_a_pipe_or_a_link_in_the_place_of_the_page_stays_and_is_not_waited_for(s
     page = shelf.root / "gallery.html"
     os.mkfifo(page)
     done = command(shelf.environ())
-    assert (done.returncode, "is there already, and no gallery" in done.stderr) == (64, True)
+    assert (done.returncode, "the file already exists and is not a gallery" in done.stderr) == (64, True)
     assert page.is_fifo()
     shelf.gallery(str(tmp_path / "older.html")).write()
     page.unlink()
@@ -697,7 +698,7 @@ def test_a_page_elsewhere_finds_the_pictures(shelf: Shelf, tmp_path: Path):
     done = command(shelf.environ(), "--output", str(tmp_path / "pages/look at this.html"))
     assert done.returncode == 0
     data = page_data(tmp_path / "pages/look at this.html")
-    href = unquote(data["shown"]["jobs"][0]["pictures"][0]["href"])
+    href = unquote(data["shown"]["jobs"][0]["images"][0]["href"])
     assert (tmp_path / "pages" / href).resolve() == shelf.root / "outbox/a b/cat.png"
     assert data["files"] == "look%20at%20this_files"
     assert list((tmp_path / "pages/look at this_files").glob("*.webp"))
@@ -707,7 +708,7 @@ def test_a_link_in_the_place_of_the_thumbnails_is_not_followed(shelf: Shelf, tmp
     (tmp_path / "elsewhere").mkdir()
     (shelf.root / "gallery_files").symlink_to(tmp_path / "elsewhere")
     shelf.made("cat", picture())
-    with pytest.raises(SpoolError, match="is a link"):
+    with pytest.raises(SpoolError, match="a link is where a folder should be"):
         shelf.gallery().write()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
@@ -753,7 +754,7 @@ def test_watching_shows_a_new_job_and_ends_on_ctrl_c(station: Station, start: Ca
     stamp = page_data(page)["stamp"]
     until(lambda: [path.name for path in (station.root / "gallery_files").glob("stamp-*")] == [stamp])
     assert watching.stop(signal.SIGINT) == 0
-    assert watching.output.splitlines()[0] == f"Wrote {page}: 0 made, 0 failed."
+    assert watching.output.splitlines()[0] == f"Wrote {page}: 0 completed, 0 failed."
 
 
 def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):

@@ -14,7 +14,7 @@ from support.daemon import until
 
 from gallery.test_gallery import HOSTILE, Shelf, hostile, page_data, picture
 from imagewatch.gallery.page import page
-from imagewatch.gallery.values import Job, Picture
+from imagewatch.gallery.values import Job, JobImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +105,7 @@ def test_every_job_is_a_card_and_each_picture_has_its_prompt_as_alternative(brow
     assert browser.run("document.querySelector('.failed').getAttribute('aria-label')").startswith(
         "an elk, Failed, may have been charged: no such animal"
     )
-    assert texts(browser, "#totals div") == ["credits303.5", "pictures4", "made3", "failed1", "of unknown cost1"]
+    assert texts(browser, "#totals div") == ["credits303.5", "images4", "completed3", "failed1", "of unknown cost1"]
 
 
 def test_the_page_asks_for_nothing_but_pictures_beside_it(browser: Chromium, shelf: Shelf):
@@ -123,10 +123,10 @@ def test_an_edit_stands_beside_its_inputs(browser: Chromium, shelf: Shelf):
     shelf.put("archive/boat.png", picture("navy"))
     shelf.made("cat", picture("red"), inputs=inputs)
     visit(browser, shelf)
-    assert browser.run("document.querySelector('.from img').alt") == "made from boat.png"
-    assert texts(browser, ".from .blank") == ["not in the archive any more"]
+    assert browser.run("document.querySelector('.from img').alt") == "input: boat.png"
+    assert texts(browser, ".from .blank") == ["is missing from the archive"]
     browser.run("document.querySelector('.card').click()")
-    assert texts(browser, ".strip button") == ["input 1", "not in the archive any moreinput 2", "result"]
+    assert texts(browser, ".strip button") == ["input 1", "is missing from the archiveinput 2", "result"]
     browser.run("document.querySelector('.strip button').click()")
     until(lambda: browser.run("document.querySelector('.stage img').src.endsWith('/archive/boat.png')"))
 
@@ -150,7 +150,7 @@ def test_credits_are_charted_by_day(browser: Chromium, shelf: Shelf):
 
 def test_without_a_job_the_page_says_what_to_do(browser: Chromium, shelf: Shelf):
     visit(browser, shelf)
-    assert "No pictures yet" in browser.run("document.body.innerText")
+    assert "No images yet" in browser.run("document.body.innerText")
     assert "Nothing matches" not in browser.run("document.body.innerText")
 
 
@@ -316,7 +316,7 @@ def test_search_and_filters_narrow_the_list_and_survive_a_reload(browser: Chromi
 
 def test_an_address_with_a_folder_or_provider_that_is_no_more_shows_all(browser: Chromium, shelf: Shelf):
     zoo(shelf)
-    visit(browser, shelf, "#provider=gone&folder=gone&outcome=gone&job=gone&picture=-7")
+    visit(browser, shelf, "#provider=gone&folder=gone&outcome=gone&job=gone&image=-7")
     assert len(prompts(browser)) == 4
 
 
@@ -446,15 +446,15 @@ def many(path: Path, count: int) -> None:
     """Write a page of so many jobs, without their pictures."""
     jobs = [
         Job(
-            made=k % 30 > 0,
+            completed=k % 30 > 0,
             name=f"job-{k}",
-            document=f"outbox/job-{k}.receipt.toml",
+            result_file=f"outbox/job-{k}.receipt.toml",
             at=1_800_000_000_000 - k * 5_000_000,
             charged="yes",
             credits=30,
             provider="flux",
             prompt=f"number {k} of many, with as many words as people write",
-            pictures=[Picture(f"job-{k}.png", problem="none")],
+            images=[JobImage(f"job-{k}.png", problem="none")],
         )
         for k in range(count)
     ]
@@ -525,7 +525,7 @@ def test_a_page_that_was_copied_alone_does_not_wait_for_a_newer_one(browser: Chr
     copy = tmp_path / "copy.html"
     copy.write_bytes((shelf.root / "gallery.html").read_bytes())
     browser.open(copy.as_uri())
-    until(lambda: texts(browser, ".mat .blank") == ["the thumbnail is gone"])
+    until(lambda: texts(browser, ".mat .blank") == ["the thumbnail is missing"])
     stamp = page_data(copy)["stamp"]
     until(lambda: any(stamp in url for url in browser.requested()))
     assert browser.run("document.querySelector('#newer').hidden")

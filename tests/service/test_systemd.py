@@ -705,7 +705,7 @@ def test_a_team_of_its_own_shares_an_inbox_of_its_own(cats, endpoint, gallery):
     follow(cats.container, "gallery_team")
     second = Gallery(cats.container, "imagewatch-gallery@cats", cats.root)
     second.run()
-    assert second.job("purr")["pictures"][0]["thumb"]
+    assert second.job("purr")["images"][0]["thumb"]
     for user, expected in (("carol", 0), ("colleague", 2)):
         page = f"{second.folder}/gallery.html"
         assert cats.container.run("cmp", page, page, user=user, check=False).returncode == expected
@@ -770,7 +770,7 @@ def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gal
     started.prompt("dog", "[sandbox: 400] A dog")
     started.error("dog")
     gallery.run()
-    [picture] = gallery.job("cat")["pictures"]
+    [picture] = gallery.job("cat")["images"]
     assert picture["href"].startswith("../outbox/cats/cat.")
     assert gallery.job("dog")["made"] is False
     thumb = f"{gallery.folder}/gallery_files/{picture['thumb']}"
@@ -883,8 +883,8 @@ def test_a_forged_file_in_the_outbox_does_not_harm_the_rest_of_the_gallery(start
     script = f"cp ~colleague/bomb.jpg . && printf '<script>' > page.html && {link} && cat > forged.receipt.toml"
     started.container.run("sh", "-c", script, user="colleague", cwd=f"{started.root}/outbox", text=document)
     gallery.run()
-    assert gallery.job("honest")["pictures"][0]["thumb"]
-    bomb, ledger, page = gallery.job("forged")["pictures"]
+    assert gallery.job("honest")["images"][0]["thumb"]
+    bomb, ledger, page = gallery.job("forged")["images"]
     assert "more than 100 scans" in bomb["problem"]
     assert not {"href", "thumb"} & (ledger.keys() | page.keys())
 
@@ -905,7 +905,7 @@ def test_files_that_root_wrote_do_not_stop_the_gallery(started, endpoint, galler
     assert gallery.job("before")
     assert gallery.job("after")
     thumbs = [
-        f"{gallery.folder}/gallery_files/{gallery.job(name)['pictures'][0]['thumb']}" for name in ("before", "after")
+        f"{gallery.folder}/gallery_files/{gallery.job(name)['images'][0]['thumb']}" for name in ("before", "after")
     ]
     started.container.run("sh", "-c", f"cat {page} {' '.join(thumbs)} > /dev/null", user="colleague")
     beside = started.container.run("stat", "--format=%U", f"{started.root}/gallery.html").stdout
@@ -926,7 +926,7 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
     gallery.page.write_text("somebody's own page")
     try:
         assert gallery.run(check=False).returncode != 0
-        until(lambda: "is there already, and no gallery" in log() and "status=64" in log())
+        until(lambda: "the file already exists and is not a gallery" in log() and "status=64" in log())
     finally:
         gallery.page.write_text(page)
 
@@ -1099,10 +1099,10 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
         service.prompt("home", "[sandbox: b64] At home")
         assert service.receipt("home")["charged"] == "yes"
         seen = service.container.run("nsenter", f"--target={service.pid}", "--mount", "ls", "/home", "/home/colleague")
-        assert seen.stdout.split() == ["/home:", "colleague", "/home/colleague:", "pictures"]
+        assert seen.stdout.split() == ["/home:", "colleague", "/home/colleague:", "images"]
         follow(service.container, "gallery_elsewhere")
         elsewhere = Gallery(service.container, root=service.root)
-        assert elsewhere.job("home")["pictures"][0]["href"].startswith("../outbox/home.")
+        assert elsewhere.job("home")["images"][0]["href"].startswith("../outbox/home.")
     finally:
         drop_ins = [f"/etc/systemd/system/{unit}.service.d/folders.conf" for unit in ("imagewatch", gallery.unit)]
         service.container.run("rm", "-f", *drop_ins)
@@ -1143,7 +1143,7 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     run("sh", "-c", f"cat > {inbox}/me.part; mv {inbox}/me.part {inbox}/me.prompt.txt", text="[sandbox: b64] Me")
     until(machine.path("/home/colleague/Pictures/imagewatch/outbox/me.receipt.toml").exists)
     assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
-    assert "In all: 1 completed" in run("imagewatch", "history")
+    assert "Total: 1 completed" in run("imagewatch", "history")
 
 
 # The end
