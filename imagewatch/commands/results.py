@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from imagewatch.commands.wait import Result
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from imagewatch.commands.wait import Result
-    from imagewatch.config.load import Config
+    from imagewatch.config.schema import Config
 
 _REFRESH_SECONDS = 0.2
 _UNCLAIMED_SECONDS = 20.0

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.daemon.scanner import Scanner
 from imagewatch.inbox.candidate import Seen
-from imagewatch.inbox.judge import path_of
+from imagewatch.inbox.prompt_files import path_of
 from imagewatch.inbox.scan import Sweep
 from imagewatch.inbox.watching import Watching
 from imagewatch.job.delivery import blocked
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Folders, Inbox
     from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.inbox.events import Change
-    from imagewatch.inbox.tree import Folder
+    from imagewatch.inbox.folder import Folder
     from imagewatch.inbox.turns import Turns
     from imagewatch.protocol.request import Opener
     from imagewatch.system.folders import Tops

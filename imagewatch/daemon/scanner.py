@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Inbox
     from imagewatch.inbox.candidate import Key
+    from imagewatch.inbox.folder import Folder
     from imagewatch.inbox.scan import Sweep
-    from imagewatch.inbox.tree import Folder
     from imagewatch.inbox.watching import Watching
 
 _LONGEST_SLICE_SECONDS = 0.25

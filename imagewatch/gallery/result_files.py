@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
-from imagewatch.config.schema import shown
+from imagewatch.config.validate import shown
 from imagewatch.gallery.values import Job, JobImage
 from imagewatch.job.receipts import unvouched
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Iterable
 
     from imagewatch.inbox.candidate import Candidate, Key
-    from imagewatch.inbox.tree import Folder, Folders
+    from imagewatch.inbox.folder import Folder
+    from imagewatch.inbox.tree import Folders
     from imagewatch.inbox.window import Entry
 
 _AHEAD = 128

@@ -18,9 +18,10 @@ import stat
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import Candidate, Found, Key, Seen, Wait, first_level, joined
-from imagewatch.inbox.judge import Judge, Moment, every_name, path_of
+from imagewatch.inbox.judge import Judge, every_name
 from imagewatch.inbox.order import Order
-from imagewatch.inbox.tree import Folder, Folders, Visitor
+from imagewatch.inbox.prompt_files import Moment, PromptFiles, path_of
+from imagewatch.inbox.tree import Folders, Visitor
 from imagewatch.protocol.names import SUFFIX, locks
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.file_systems import is_local
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Generator, Iterator
 
     from imagewatch.config.schema import Inbox
+    from imagewatch.inbox.folder import Folder
     from imagewatch.system.folders import Tops
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
@@ -89,8 +91,9 @@ class Sweep:
             tops=tops,
         )
         self.moment = Moment()
-        self._judge = Judge(self.folders, config, self.moment, blocked)
-        self.opener, self.dues = self._judge.opener, self._judge.dues
+        self._files = PromptFiles(self.folders, config, self.moment, blocked)
+        self._judge = Judge(self.folders, config, self.moment, self._files)
+        self.opener, self.dues = self._files.opener, self._judge.dues
         self.order = Order(self.folders, self._judge.judge, window, fewest)
         self.is_taken: Callable[[Key], bool] = lambda _: False
         self._seen = Seen()
@@ -121,10 +124,10 @@ class Sweep:
         """
         self.moment.now, self.moment.wall = now, wall
         folder, (path, stem) = self.folders.add(key[0]), key
-        (look,), changed = self._judge.looks(path, (stem + SUFFIX,))
-        if look[2] <= 0 or any(self._judge.is_there(path, lock) for lock in locks(stem + SUFFIX)):
+        (look,), changed = self._files.looks(path, (stem + SUFFIX,))
+        if look[2] <= 0 or any(self._files.is_there(path, lock) for lock in locks(stem + SUFFIX)):
             return None
-        if not self._judge.names_images(folder, stem, look):
+        if not self._files.names_images(folder, stem, look):
             if folder.notes is not None:
                 folder.notes.discard(stem)
             return None
@@ -231,7 +234,7 @@ class Sweep:
         notes.since = {stem: since for stem, since in notes.since.items() if stem in known}
         notes.read = {stem: read for stem, read in notes.read.items() if stem in known}
         if notes.marks:
-            notes.marks = {name: at for name, at in notes.marks.items() if self._judge.is_there(folder.path, name)}
+            notes.marks = {name: at for name, at in notes.marks.items() if self._files.is_there(folder.path, name)}
         if not notes:
             folder.notes = None
 
@@ -240,7 +243,7 @@ class Sweep:
 
     def _note_arriving(self, folder: Folder, name: str, found: Found) -> None:
         """Say what may become a prompt when its transfer gives it its name."""
-        is_arriving = self._judge.is_arriving(folder.path, name)
+        is_arriving = self._files.is_arriving(folder.path, name)
         if is_arriving:
             found.waiting.add(path_of(folder.path, name), Wait.ARRIVING)
         elif is_arriving is not None:
@@ -266,11 +269,11 @@ class Sweep:
         look = hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
         if folder.beside.has(stem):
             names = folder.beside.of(stem)
-            if busy := self._judge.busy(folder, names, found):
+            if busy := self._files.busy(folder, names, found):
                 reason = f"{printable(busy, 120)} shows that it is still being written"
                 found.waiting.add(path, Wait.WRITING, reason)
                 return False
-            looks, changed = self._judge.looks(folder.path, every_name(names))
+            looks, changed = self._files.looks(folder.path, every_name(names))
             look = hash(looks)
         left = folder.noted(self._config.settle_seconds).settling.observe(
             stem, look, changed_at=self._judge.by_our_clock(folder, changed), now=self.moment.now, wall=self.moment.wall
@@ -291,8 +294,8 @@ class Sweep:
         """Tell whether a prompt came by rename and names its images, so that it need not settle."""
         if folder.notes is None or stem not in folder.notes.arrived:
             return False
-        (look,), _ = self._judge.looks(folder.path, (stem + SUFFIX,))
-        return self._judge.names_images(folder, stem, look)
+        (look,), _ = self._files.looks(folder.path, (stem + SUFFIX,))
+        return self._files.names_images(folder, stem, look)
 
     # Everything together
 

@@ -13,30 +13,24 @@ from __future__ import annotations
 import contextlib
 import os
 from collections import Counter
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import Found, Reasons, first_level
 from imagewatch.inbox.claimed import MARK, looks_like_claims
-from imagewatch.inbox.stability import Settling
+from imagewatch.inbox.folder import NOTHING_BESIDE, Folder
+from imagewatch.inbox.listing import MANY, Others, pieces, why_near_miss, why_no_prompt
 from imagewatch.inbox.system_folders import why_not_entered
-from imagewatch.protocol.names import CLAIMS, SUFFIX, Alike, Beside, in_flight, is_picture, near_miss, stem_of
+from imagewatch.protocol.names import CLAIMS, Alike, Beside, in_flight, near_miss, stem_of
 from imagewatch.system.disk_errors import ours
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
-    from imagewatch.inbox.candidate import Key, Look
-    from imagewatch.inbox.window import Window
+    from imagewatch.inbox.candidate import Key
 
-_Item = TypeVar("_Item")
-_STEADY_SECONDS = 2.5
-"""A folder that looked the same for so long before it was listed was listed whole: some file systems count in twos."""
-_MANY = 4096
-_PIECE = 32
-"""So many names are one piece of a listing: a name may take a quarter of a millisecond."""
 _ROOM = 4
 """So many times as many files as are named at last are named while each folder may name as many as that."""
 _MOST_FOLDERS = 50_000
@@ -45,233 +39,6 @@ _LONGEST_PATH = 3800
 """Results of what is in a folder with a longer path below the inbox could not be published."""
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
 _LIKE_CLAIMS = f"it looks like a folder of claimed files; if it is not, remove {MARK} or lock from it"
-
-
-_NOTHING_BESIDE = Beside(())
-"""Of folders without prompts, of which there may be very many. Nothing is ever added to it."""
-
-
-class Notes:
-    """What is remembered of the stems of one folder until they are claimed.
-
-    Args:
-        settle_seconds: How long a stem must be quiet.
-        looked: Monotonic time at which the last scan of the folder began, seconds.
-
-    Attributes:
-        settling: Since when each is quiet that is not settled.
-        inputs: The same of the images that settled ones name.
-        since: Monotonic time since which each waits for images, seconds.
-        arrived: Those whose prompt came by rename.
-        held: Date of each that is settled and cannot be claimed yet: it is judged again at the next scan.
-        read: Which images each names, and what its prompt looked like when it was read.
-        marks: Monotonic time at which each sign of a program at work was first seen, seconds, by its name.
-    """
-
-    __slots__ = ("arrived", "held", "inputs", "marks", "read", "settling", "since")
-
-    def __init__(self, settle_seconds: float, looked: float) -> None:
-        self.settling = Settling(settle_seconds, looked)
-        self.inputs = Settling(settle_seconds)
-        self.since: dict[str, float] = {}
-        self.arrived: set[str] = set()
-        self.held: dict[str, float] = {}
-        self.read: dict[str, tuple[Look, tuple[str, ...] | None]] = {}
-        self.marks: dict[str, float] = {}
-
-    def __bool__(self) -> bool:
-        return any((self.settling, self.inputs, self.since, self.arrived, self.held, self.read, self.marks))
-
-    def discard(self, stem: str) -> None:
-        """Forget a stem that is not there any more, or that is claimed."""
-        self.arrived.discard(stem)
-        for notes in (self.held, self.since, self.read):
-            notes.pop(stem, None)
-
-
-@dataclass(slots=True)
-class Folder:
-    """What is known of one folder. Of an empty one it is little: anybody can make very many.
-
-    Attributes:
-        path: Its path below the inbox; empty for the inbox itself.
-        settled: Newest ctime of the files of each stem that is quiet, seconds since the epoch.
-        unsettled: The other stems.
-        beside: What belongs to a stem beside its prompt, as far as it is remembered.
-        arriving: Names of what may become a prompt when its transfer gives it its name.
-        place: Device and mount it is on.
-        is_local: Whether its times are of our own clock.
-        is_scanned: Whether a scan of it is under way.
-        is_changed: Whether anything in it may be different since this was set to False.
-        is_entered: Whether it could be looked into, and is on the file system of the inbox.
-        is_gone: Whether it was not there when it was to be scanned last.
-        was_claims: Whether it looked like a folder of claimed files when it was first seen.
-        owner: Number of the user to whom it belongs.
-        ignored: Why files that are no prompts are not taken, by path below the inbox.
-        inner: The folders in it that are looked into, as paths below the inbox.
-        found: What the last scan found.
-        judged: What was found since, when prompts were looked at whose turn had come.
-        was_judged: The same before the last scan, while not all was looked at again.
-        window: Those of the settled stems that are the next ones.
-        notes: What else is remembered of its stems.
-        looked: Monotonic time at which the last scan began, seconds.
-        names: How many files are named here that are not taken.
-        counted: As whose folder it is counted.
-        came: When it was brought into the inbox with what is in it, seconds since the epoch; 0: it was there before.
-    """
-
-    path: str
-    settled: dict[str, float] = field(default_factory=dict)
-    unsettled: dict[str, None] = field(default_factory=dict)
-    beside: Beside = _NOTHING_BESIDE
-    arriving: Collection[str] = ()
-    place: tuple[int, int] = (0, 0)
-    is_local: bool = True
-    is_scanned: bool = False
-    is_changed: bool = True
-    is_entered: bool = False
-    is_gone: bool = False
-    was_claims: bool = False
-    owner: int = -1
-    ignored: Reasons | None = None
-    inner: dict[str, None] = field(default_factory=dict)
-    found: Found | None = None
-    judged: Found | None = None
-    was_judged: Found | None = None
-    window: Window | None = None
-    notes: Notes | None = None
-    looked: float = float("-inf")
-    names: int = 0
-    counted: int = -1
-    came: float = 0.0
-    _identity: tuple[int, int] | None = None
-    _stamp: tuple[int, int] | None = None
-    _steady: float = 0.0
-    _listed: float = 0.0
-    _missing: set[str] | None = None
-
-    def __contains__(self, stem: object) -> bool:
-        return isinstance(stem, str) and (stem in self.unsettled or stem in self.settled)
-
-    @property
-    def inode(self) -> int:
-        """Its inode when it was listed last; 0 for the inbox itself, and before."""
-        return self._identity[1] if self._identity and self.path else 0
-
-    @property
-    def identity(self) -> tuple[int, int] | None:
-        """Device and inode when it was looked at last; None before."""
-        return self._identity
-
-    def settle(self, stem: str, changed: float) -> None:
-        """Note that a stem is quiet."""
-        self.unsettled.pop(stem, None)
-        self.settled[stem] = changed
-        if self._missing is not None:
-            self._missing.discard(stem)
-
-    def unsettle(self, stem: str) -> None:
-        """Note that a stem that was quiet is not any more."""
-        if self.settled.pop(stem, None) is not None:
-            self.unsettled[stem] = None
-        if self.is_scanned:
-            self.distrust()  # the listing may have gone past it
-
-    def forget(self, stem: str) -> None:
-        """Forget a stem. It is found again if it is still there."""
-        self.settled.pop(stem, None)
-        self.unsettled.pop(stem, None)
-        if self.notes is not None:
-            self.notes.discard(stem)
-        self.distrust()
-
-    def clear(self) -> None:
-        """Forget all that is in it."""
-        self.settled, self.unsettled, self.inner = {}, {}, {}
-        self.beside, self.arriving, self.ignored = _NOTHING_BESIDE, (), None
-        self.window = self.notes = self.judged = self.was_judged = None
-        self.distrust()
-
-    def distrust(self) -> None:
-        """See to it that it is listed at the next look, also if it is being listed now."""
-        self._stamp = None
-
-    def begin_listing(self) -> None:
-        """Note that it is listed from the beginning: settled stems have to be found again."""
-        self._missing = set(self.settled)
-
-    def found_again(self, stem: str) -> float | None:
-        """Return the date of a stem that the listing has come to; None if it is not settled."""
-        if self._missing is not None:
-            self._missing.discard(stem)
-        return self.settled.get(stem)
-
-    def end_listing(self) -> None:
-        """Note that it was listed to the end: settled stems that were not found are not there any more."""
-        for stem in self._missing or ():
-            self.settled.pop(stem, None)
-        self.stop_listing()
-
-    def stop_listing(self) -> None:
-        """Note that it is not listed any more, be it to the end or not."""
-        self._missing = None
-
-    def noted(self, settle_seconds: float) -> Notes:
-        """Return what is remembered of its stems, to note something."""
-        if self.notes is None:
-            self.notes = Notes(settle_seconds, self.looked)
-        return self.notes
-
-    def may_need(self, name: str) -> bool:
-        """Tell whether a file that is not known as a prompt's may be meant for one that is settled or settling."""
-        return self.beside.may_be_for(name)
-
-    def is_other(self, status: os.stat_result) -> bool:
-        """Tell whether it is another folder of its name than it was."""
-        before, self._identity = self._identity, (status.st_dev, status.st_ino)
-        return before != self._identity
-
-    def may_differ(self, status: os.stat_result, now: float, *, keeps_times: bool) -> bool:
-        """Tell whether there may be other names in it than when it was listed."""
-        stamp = (status.st_mtime_ns, status.st_ctime_ns)
-        if stamp != self._stamp:
-            self._stamp, self._steady = stamp, now
-        elif keeps_times and self._listed >= self._steady + _STEADY_SECONDS:
-            return False
-        self._listed = now
-        return True
-
-
-class _Others:
-    """What is in a folder beside prompts and folders. Of very many none is kept: they are listed again when needed.
-
-    Args:
-        descriptor: The folder.
-    """
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-        self._few: list[tuple[str, bool]] = []
-
-    def add(self, entry: os.DirEntry[str]) -> None:
-        """Note that something is there."""
-        if len(self._few) <= _MANY:
-            self._few.append((entry.name, entry.is_symlink()))
-
-    def __bool__(self) -> bool:
-        return bool(self._few)
-
-    def __iter__(self) -> Iterator[tuple[str, bool] | None]:
-        """Return the names, and whether each is a link's; None after each piece of the work."""
-        return _pieces(self._few) if len(self._few) <= _MANY else self._listed()
-
-    def _listed(self) -> Iterator[tuple[str, bool] | None]:
-        with os.scandir(self._descriptor) as entries:
-            for entry in _pieces(entries):
-                if entry is None:
-                    yield None
-                elif stem_of(entry.name) is None and not entry.is_dir(follow_symlinks=False):
-                    yield entry.name, entry.is_symlink()
 
 
 @dataclass(frozen=True, slots=True)
@@ -458,7 +225,7 @@ class Folders:
                 if differs:
                     with ours(full, "list the folder"):
                         stems = yield from self._list(folder, descriptor, visitor)
-                for stem in _pieces(stems):
+                for stem in pieces(stems):
                     if stem is None:
                         yield
                     else:
@@ -512,12 +279,12 @@ class Folders:
     def _list(self, folder: Folder, descriptor: int, visitor: Visitor) -> Generator[None, None, list[str]]:
         """List a folder; return the stems that are still to be observed."""
         stems: list[str] = []
-        others, inner, before = _Others(descriptor), dict[str, None](), set(folder.inner)
+        others, inner, before = Others(descriptor), dict[str, None](), set(folder.inner)
         ignored = Reasons(visitor.found.ignored.most)
         folder.begin_listing()
         try:
             with os.scandir(descriptor) as entries:
-                for entry in _pieces(entries):
+                for entry in pieces(entries):
                     if entry is None:
                         yield
                     elif entry.is_dir(follow_symlinks=False):
@@ -533,10 +300,10 @@ class Folders:
             self.forget(gone)
         folder.inner = inner | {path: None for path in folder.inner if path not in before}  # found meanwhile
         folder.unsettled = dict.fromkeys(stems)
-        known, beside = Alike(), _NOTHING_BESIDE
+        known, beside = Alike(), NOTHING_BESIDE
         if folder.unsettled or folder.settled or visitor.found.passed:
             beside = Beside(folder, known)
-            for each in _pieces([*folder.settled, *folder.unsettled, *visitor.found.passed]) if others else ():
+            for each in pieces([*folder.settled, *folder.unsettled, *visitor.found.passed]) if others else ():
                 if each is None:
                     yield
                 else:
@@ -594,9 +361,9 @@ class Folders:
         """Note that a folder was seen in this one, so that this one need not be listed to look into it."""
         self._enter(folder, name, folder.inner, Reasons(0))
 
-    def _sort_out(self, folder: Folder, others: _Others, ignored: Reasons, beside: Beside) -> Iterator[None]:
+    def _sort_out(self, folder: Folder, others: Others, ignored: Reasons, beside: Beside) -> Iterator[None]:
         """Find out to which stems the files belong that are no prompts."""
-        has_stems, arriving = beside is not _NOTHING_BESIDE, list[str]()
+        has_stems, arriving = beside is not NOTHING_BESIDE, list[str]()
         for other in others:
             if other is None:
                 yield
@@ -606,38 +373,16 @@ class Folders:
             path = _join(folder.path, name)
             if is_link and name[0] != ".":
                 ignored.add(path, "a link, which is not followed")
-            elif near_miss(name) and in_flight(name) and len(arriving) < _MANY:
+            elif near_miss(name) and in_flight(name) and len(arriving) < MANY:
                 arriving.append(name)
             elif near_miss(name):
-                ignored.add(path, _near_miss(name))
+                ignored.add(path, why_near_miss(name))
             elif self._explain and not is_own:
-                ignored.add(path, _no_prompt(name))
+                ignored.add(path, why_no_prompt(name))
         beside.complete()
         folder.beside = beside
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None
-
-
-def _near_miss(name: str) -> str:
-    rule = f"must end in exactly {SUFFIX}" if not name.endswith(SUFFIX) else "must not begin with ., ~ or #"
-    return f"not a prompt: the name {rule}"
-
-
-def _no_prompt(name: str) -> str:
-    """Return why nobody takes a file that is no prompt."""
-    if is_picture(name):
-        return "an image to which there is no prompt"
-    if in_flight(name):
-        return "a temporary file of an editor or a transfer"
-    return "hidden" if name[0] == "." else "not a prompt"
-
-
-def _pieces(items: Iterable[_Item]) -> Iterator[_Item | None]:
-    """Return these, and None after each piece of the work."""
-    for count, item in enumerate(items, 1):
-        yield item
-        if not count % _PIECE:
-            yield None
 
 
 def _join(folder: str, name: str) -> str:

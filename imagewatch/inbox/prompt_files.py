@@ -1,0 +1,210 @@
+"""The files of prompts on the disk: whether they are there, who writes them, and which images a prompt names."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from imagewatch.inbox.open_files import has_writer
+from imagewatch.protocol import prompt as prompts
+from imagewatch.protocol.images import inspect
+from imagewatch.protocol.names import SUFFIX, Siblings, spellings
+from imagewatch.protocol.request import may_be_image, read_prompt
+from imagewatch.system.errors import BadRequest
+from imagewatch.system.folders import is_private
+from imagewatch.system.untrusted import open_file
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from imagewatch.config.schema import Inbox
+    from imagewatch.inbox.candidate import Candidate, Found, Look
+    from imagewatch.inbox.folder import Folder
+    from imagewatch.inbox.tree import Folders
+
+_BUSY_SECONDS = 3600.0
+"""Older marks of an editor or a transfer are leftovers of one that died."""
+_MOST_READ = 200
+"""So many other prompts are read to find out whether a file is theirs."""
+_LARGE_BYTES = 64 << 20
+"""A larger image has to be quiet like others: to read it through here would hold up everybody."""
+
+
+@dataclass(slots=True)
+class Moment:
+    """The present, as the caller has said it.
+
+    Attributes:
+        now: Monotonic time, seconds.
+        wall: Wall-clock time, seconds since the epoch.
+    """
+
+    now: float = 0.0
+    wall: float = 0.0
+
+
+class PromptFiles:
+    """Looks at the files of prompts. Nothing is changed.
+
+    Args:
+        folders: What is known of the inbox.
+        config: Settling, waits.
+        moment: The present.
+        blocked: Returns for a folder below the inbox why nothing can be put where its results go, or an empty string.
+
+    Attributes:
+        opener: Opens a file of the inbox.
+    """
+
+    def __init__(self, folders: Folders, config: Inbox, moment: Moment, blocked: Callable[[str], str]) -> None:
+        self._folders = folders
+        self._tops = folders.tops
+        self._config = config
+        self._moment = moment
+        self._blocked = blocked
+        self.opener = functools.partial(open_file, tops=self._tops)
+
+    def looks(self, folder: str, names: Iterable[str]) -> tuple[tuple[Look, ...], float]:
+        """Return what files look like, and their newest ctime in seconds since the epoch."""
+        looks: list[Look] = []
+        newest = 0.0
+        try:
+            above = self._tops.folder(self._folders.full(folder))
+        except OSError:
+            return tuple((name, 0, 0, 0, 0) for name in names), newest
+        for name in names:
+            try:
+                status = os.stat(name, dir_fd=above.fileno(), follow_symlinks=False)
+            except OSError:
+                looks.append((name, 0, 0, 0, 0))
+                continue
+            size = status.st_size if stat.S_ISREG(status.st_mode) else -1  # what has no size will not get one either
+            looks.append((name, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns))
+            newest = max(newest, status.st_ctime)
+        return tuple(looks), newest
+
+    def is_there(self, folder: str, name: str) -> bool:
+        """Tell whether anything has a name."""
+        return self._tops.exists(self._folders.full(path_of(folder, name)))
+
+    def busy(self, folder: Folder, names: Siblings, found: Found) -> str:
+        """Return a mark that shows that a program is at work on a prompt, if it is not a leftover."""
+        now, wall = self._moment.now, self._moment.wall
+        for name in names.busy:
+            try:
+                changed = self._tops.lstat(self._folders.full(path_of(folder.path, name))).st_ctime
+            except OSError:
+                # It has just become what it stood for, which the list of names does not show yet.
+                found.comes_due(now + self._config.settle_seconds)
+                return name
+            # Both by its date and by our own observation: dates may lie in the future.
+            if (
+                max(wall - changed, now - folder.noted(self._config.settle_seconds).marks.setdefault(name, now))
+                < _BUSY_SECONDS
+            ):
+                return name
+        return ""
+
+    def is_arriving(self, folder: str, name: str) -> bool | None:
+        """Tell whether a transfer may still give a file its name; None if the file is not there."""
+        with contextlib.suppress(OSError):
+            changed = self._tops.lstat(self._folders.full(path_of(folder, name))).st_ctime
+            return self._moment.wall - changed < _BUSY_SECONDS
+        return None
+
+    def declared(self, folder: Folder, stem: str, look: Look) -> tuple[str, ...] | None:
+        """Return which images a prompt names, or None; it is read again only if it looks different.
+
+        Raises:
+            BadRequest: It cannot be read, which may pass and is not remembered.
+        """
+        read = folder.noted(self._config.settle_seconds).read
+        known = read.get(stem)
+        if known is None or known[0] != look:
+            path = self._folders.full(path_of(folder.path, stem + SUFFIX))
+            known = read[stem] = (look, prompts.declared(read_prompt(path, self.opener)))
+        return known[1]
+
+    def names_images(self, folder: Folder, stem: str, look: Look) -> bool:
+        """Tell whether a prompt is known to name its images."""
+        with contextlib.suppress(BadRequest):
+            return self.declared(folder, stem, look) is not None
+        return False
+
+    def named_by_others(self, folder: Folder, stem: str) -> set[str]:
+        """Return the files that other prompts of the folder name as their images; of very many some are read."""
+        read = folder.noted(self._config.settle_seconds).read
+        known = itertools.chain((other for _, other in folder.window or ()), folder.unsettled)
+        for other in [other for other in itertools.islice(known, _MOST_READ) if other not in read]:
+            (look,), _ = self.looks(folder.path, (other + SUFFIX,))
+            if look[2] > 0:
+                self.names_images(folder, other, look)
+        return {name for other, (_, names) in read.items() if other != stem for name in names or ()}
+
+    def may_be_image(self, folder: str, name: str) -> bool:
+        """Tell whether a file may be meant as an image. It is opened if its name does not say so."""
+        path = self._folders.full(path_of(folder, name))
+        try:
+            return may_be_image(path, self._tops.lstat(path), self.opener)
+        except OSError:
+            return False  # gone
+
+    def spelled(self, folder: str, name: str) -> str:
+        """Return a name as the folder has it: two ways to compose an accent look the same to the user who typed it."""
+        ways = () if name.isascii() else spellings(name)
+        return next((way for way in ways if self.is_there(folder, way)), name)
+
+    def unusable(self, folder: str, name: str) -> str:
+        """Return why a file cannot be sent, or why none can be taken out of a folder (then there is no name)."""
+        full = self._folders.full(path_of(folder, name) if name else folder)
+        if not name and not folder:
+            return ""
+        with contextlib.suppress(OSError):
+            place = self._tops.at(full)
+            if not name:
+                usable = os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd)
+                return self._blocked(folder) if usable else "the daemon may not take files out of"
+            status = place.lstat()
+            if stat.S_ISREG(status.st_mode) and not os.access(place.name, os.R_OK, dir_fd=place.dir_fd):
+                return "the daemon may not read"
+            above = self._tops.folder(os.path.dirname(full)).status()
+            if is_private(status, above):
+                return "a hard link to a private file:"
+            if _is_kept(status, above):
+                return "the sticky bit of its folder keeps the daemon from taking"
+        return ""
+
+    def writer(self, candidate: Candidate) -> str:
+        """Return a file of a candidate that a program has open for writing; it is not waited for without end."""
+        if self._moment.wall - candidate.changed_at >= _BUSY_SECONDS:
+            return ""
+        folder = self._folders.full(candidate.folder)
+        return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self.opener)), "")
+
+    def all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
+        """Tell whether images are complete by their own structure, so that no program is still writing them."""
+        for name in names:
+            try:
+                with self.opener(self._folders.full(path_of(folder, name))) as file:
+                    image = inspect(file) if os.fstat(file.fileno()).st_size <= _LARGE_BYTES else None
+            except OSError:
+                return False
+            if image is None or image.problem:
+                return False
+        return True
+
+
+def _is_kept(status: os.stat_result, folder: os.stat_result) -> bool:
+    """Tell whether a file may not be taken out of its folder because it is another user's, as in ``/tmp``."""
+    user = os.geteuid()
+    return bool(folder.st_mode & stat.S_ISVTX) and user not in {0, status.st_uid, folder.st_uid}
+
+
+def path_of(folder: str, name: str) -> str:
+    """Return the path below the inbox of a name in a folder."""
+    return f"{folder}/{name}" if folder else name
