@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands import main as cli
 from imagewatch.daemon import dispatch, report, results
 from imagewatch.endpoint import client, pictures
-from imagewatch.inbox import scan as sweep
+from imagewatch.inbox import scan
 from imagewatch.job import completion, delivery, folders, originals, record, spool, steps, worker
 from imagewatch.journal import budget, ledger
 
@@ -46,7 +46,7 @@ PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
     "checks of the prompt": [(steps.Steps, ("_check",))],
     "log": [(completion.Completion, ("_report",)), (worker.Worker, ("_end_by_bug",))],
     "look: from the event to the worker": [
-        (sweep.Sweep, ("look", "look_at", "unchanged")),
+        (scan.InboxScan, ("look", "look_at", "unchanged")),
         (dispatch.Dispatch, ("run",)),
         (results.Results, ("take",)),
         (report.Report, ("write_if_due",)),

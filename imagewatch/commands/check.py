@@ -23,7 +23,7 @@ from imagewatch.commands.ledger import open_budget
 from imagewatch.commands.state import holds
 from imagewatch.commands.terminal import padded
 from imagewatch.daemon import status
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.delivery import blocked
 from imagewatch.protocol.request import Request, build
 from imagewatch.system.errors import BadRequest, SpoolError
@@ -107,23 +107,23 @@ def files(config: Config) -> Iterator[Line]:
         return
     tops = Tops.of(config.folders.inbox, config.folders.outbox, config.folders.errors, config.folders.archive)
     hindered = functools.partial(blocked, config.folders, tops=tops)
-    sweep = Sweep(config.folders.inbox, config.inbox, explain=True, blocked=hindered, tops=tops)
-    seen = sweep.look(time.monotonic(), time.time())
+    scan = InboxScan(config.folders.inbox, config.inbox, explain=True, blocked=hindered, tops=tops)
+    result = scan.scan_all(time.monotonic(), time.time())
     names = {source: job for job, source in stuck(config).items()}
     with contextlib.ExitStack() as stack:
         budget = None
         with contextlib.suppress(SpoolError):  # the line about the caps reports it
             budget = stack.enter_context(open_budget(config))
-        for candidate in seen.ready:
+        for candidate in result.ready:
             path = printable(candidate.source)
             if job := names.get(path) or names.get(f"*/{os.path.basename(path)}"):
                 yield Line("wait", path, f"an earlier prompt of this name is stuck (job {job}); the log has the reason")
             else:
-                yield _ready(candidate, config, sweep.opener, budget)
-    for path, reason in sorted(seen.waiting.items()):
+                yield _ready(candidate, config, scan.opener, budget)
+    for path, reason in sorted(result.waiting.items()):
         yield Line("wait", printable(path), reason)
-    named = sweep.named()
-    for path, reason in sorted(seen.ignored.items()):
+    named = scan.named()
+    for path, reason in sorted(result.ignored.items()):
         if path in named:
             yield Line("wait", printable(path), "an image that a prompt names")
         else:

@@ -28,7 +28,7 @@ from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider, layered
 from imagewatch.protocol.request import unknown_family
 from imagewatch.system.disk import Disk
-from imagewatch.system.disk_errors import FULL, ours
+from imagewatch.system.disk_errors import FULL, disk_errors
 from imagewatch.system.errors import ConfigError, SpoolError, Unavailable
 from imagewatch.system.file_systems import POLL_SECONDS, Kinds, eventless, keeps_files, keeps_owners
 from imagewatch.system.folders import Tops
@@ -178,7 +178,7 @@ def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
     path = os.path.join(config.folders.inbox, CLAIMS)
     if not os.path.lexists(path):
         return
-    with ours(path, "read the status of the folder"):
+    with disk_errors(path, "read the status of the folder"):
         status = os.lstat(path)
         daemon = os.stat(config.folders.state).st_uid if os.path.isdir(config.folders.state) else os.geteuid()
         if not stat.S_ISDIR(status.st_mode):

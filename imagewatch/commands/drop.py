@@ -30,10 +30,10 @@ from imagewatch.protocol.names import SUFFIX, group, stem_of
 from imagewatch.protocol.request import build, may_be_image, open_plain, read_image, unused_problems
 from imagewatch.protocol.values import Dropped
 from imagewatch.system.disk import Disk
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
-from imagewatch.system.untrusted import RefusedError, open_file, own_way
+from imagewatch.system.untrusted import RefusedError, open_file, resolve_own_link
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -207,7 +207,7 @@ class Delivery:
         self._remove_stale()
 
     def __enter__(self) -> Self:
-        with ours(self._target, "enter the folder"):
+        with disk_errors(self._target, "enter the folder"):
             self._held.enter_context(self._tops.held(self._target))
         return self
 
@@ -278,7 +278,7 @@ class Delivery:
 
     def _rename(self, path: str, final: str) -> None:
         try:
-            with ours(final, "drop the file"):
+            with disk_errors(final, "drop the file"):
                 self._disk.rename(path, final)
         except SpoolError as error:
             if self._has_arrived(path, final):
@@ -303,7 +303,7 @@ class Delivery:
                 raise _denied(current)
             hint = "check the path, and that it is mounted; the daemon creates the folders when it first starts"
             raise SpoolError(f"no such inbox: {printable(current)}", path=current, hint=hint)
-        with ours(current, "open the folder"):
+        with disk_errors(current, "open the folder"):
             self._tops.open(current)
         for part in self._folder.split("/") if self._folder else ():
             above, current = current, os.path.join(current, part)
@@ -337,7 +337,7 @@ class Delivery:
     def _copy(self, staged: _Staged, path: str, hidden: str, name: str) -> str:
         """Copy an image; return its final name, with the ending of its actual format."""
         try:
-            real = own_way(path)
+            real = resolve_own_link(path)
         except RefusedError as error:
             raise BadRequest([Problem(path, f"it {error.strerror}", "use a copy of the image")]) from None
         if not os.path.exists(real):
@@ -352,7 +352,7 @@ class Delivery:
         path = os.path.join(self._target, hidden)
         staged.files.append((path, os.path.join(self._target, name)))
         with closing(self._disk.create(path), path) as file:
-            with ours(path, "write"):
+            with disk_errors(path, "write"):
                 os.fchmod(file.fileno(), self._mode)
                 yield file
             self._disk.sync(file, path)

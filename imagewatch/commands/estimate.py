@@ -16,7 +16,7 @@ from imagewatch.commands.common import config_option, json_option, load_config
 from imagewatch.commands.ledger import open_budget
 from imagewatch.commands.terminal import print_table, shown
 from imagewatch.config.locate import is_hidden, refusal
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.journal.prices import PRICED, Asked
 from imagewatch.protocol.request import build
 from imagewatch.system.errors import BadRequest, SpoolError
@@ -115,11 +115,11 @@ def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
         raise SpoolError(f"no such inbox: {printable(top)}", path=top, hint=hint)
     # A prompt that has not settled costs as much, so this does not wait for it.
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
-    sweep = Sweep(config.folders.inbox, eager)
-    for candidate in sweep.look(time.monotonic(), time.time()).ready:
+    scan = InboxScan(config.folders.inbox, eager)
+    for candidate in scan.scan_all(time.monotonic(), time.time()).ready:
         where = os.path.join(config.folders.inbox, candidate.folder)
         try:
-            request = build(candidate, where, config, sweep.opener)
+            request = build(candidate, where, config, scan.opener)
         except BadRequest as error:
             yield Estimate(candidate.source, problem="; ".join(str(problem) for problem in error.problems))
         else:

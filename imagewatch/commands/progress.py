@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from imagewatch.system.text import amount, complaint, printable
+from imagewatch.system.text import amount, printable, problem_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Progress:
         elif not held:
             yield "No prompt in the inbox was ready. To see why, run: imagewatch check"
         for outcome in self._failed:
-            first, *others = complaint(outcome.message, outcome.problems)
+            first, *others = problem_lines(outcome.message, outcome.problems)
             yield f"  {printable(outcome.source, 100)}: {first}"
             yield from (f"  {line}" for line in others)
             yield f"    {printable(outcome.result_file)}"

@@ -10,7 +10,7 @@ from urllib.parse import quote
 import click
 
 from imagewatch.commands.terminal import say
-from imagewatch.system.text import amount, complaint, printable, to_json
+from imagewatch.system.text import amount, printable, problem_lines, to_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ def report(jobs: Sequence[Result], left: Sequence[Result], config: Config) -> No
     for job in jobs:
         source, charged = printable(job.source), _CHARGED.get(str(job.facts.get("charged")), "")
         if job.destination == "errors":
-            lines = complaint(str(job.facts.get("message", "")), _problems(job))
+            lines = problem_lines(str(job.facts.get("message", "")), _problems(job))
             lines[0] = f"{source}: {charged}: {lines[0]}"
             for line in (*lines, f"  {printable(str(job.facts.get('next', '')))}", f"  {printable(job.result_file)}"):
                 click.echo(line, err=True)

@@ -29,7 +29,7 @@ from imagewatch.protocol.names import PAID, SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
 from imagewatch.system.disk import Disk
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.folders import is_private
 from imagewatch.system.text import printable, to_json, whole
@@ -221,7 +221,7 @@ class Retry:
 
     def _text(self, path: str) -> str:
         try:
-            with ours(path, "read"), open_file(path, self._tops, most_bytes=_MOST_BYTES) as file:
+            with disk_errors(path, "read"), open_file(path, self._tops, most_bytes=_MOST_BYTES) as file:
                 return file.read(_MOST_BYTES).decode()
         except SpoolError as error:
             cause = error.__cause__
@@ -254,7 +254,7 @@ class Retry:
         if not os.path.isdir(self._inbox):
             shown = printable(self._inbox)
             raise SpoolError(f"the inbox is missing: {shown}", path=self._inbox, hint="restore or mount it")
-        with ours(self._inbox, "open the folder"):
+        with disk_errors(self._inbox, "open the folder"):
             self._tops.open(self._inbox)
         self._disk.make_inner(self._inbox, failed.folder)
         there = [(os.path.join(source, a), os.path.join(target, b)) for a, b in failed.originals]
@@ -263,7 +263,7 @@ class Retry:
             self._require_prompt(failed, there[-1][1] if there else "")
         for path, _ in there:
             self._require_public(path)
-        with ours(source, "enter the folder"), self._tops.held(source), self._tops.held(target):
+        with disk_errors(source, "enter the folder"), self._tops.held(source), self._tops.held(target):
             self._move(failed, there)
 
     def _target(self, failed: Failed) -> str:
@@ -294,7 +294,7 @@ class Retry:
         """Refuse a hard link to a file that only its owner may read: a copy would show it to others."""
         if not self._tops.exists(path):
             return
-        with ours(path, "read the status of the file"):
+        with disk_errors(path, "read the status of the file"):
             status, folder = self._tops.lstat(path), self._tops.folder(os.path.dirname(path)).status()
         if stat.S_ISREG(status.st_mode) and is_private(status, folder):
             message = f"hard link to a private file: {printable(path)}"

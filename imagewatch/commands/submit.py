@@ -27,7 +27,7 @@ from imagewatch.config.load import load
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
-from imagewatch.system.untrusted import open_file, own_way
+from imagewatch.system.untrusted import open_file, resolve_own_link
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -280,7 +280,7 @@ def _content(file: str) -> bytes:
     try:
         # The caller's shell has opened these; any other file may be from another user.
         is_own = file == "-" or file.startswith(("/dev/", "/proc/self/fd/"))
-        with click.open_file(file, "rb") if is_own else open_file(own_way(file)) as stream:
+        with click.open_file(file, "rb") if is_own else open_file(resolve_own_link(file)) as stream:
             content: bytes = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise click.UsageError(f"{file}: {error.strerror}") from None

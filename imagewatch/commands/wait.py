@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.config.locate import refusal
 from imagewatch.job.receipts import unvouched
 from imagewatch.protocol.names import SUFFIX
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import RefusedError, open_file
@@ -123,7 +123,7 @@ class Waiting:
         self._over: set[str] = set()
         for place in self._places:
             try:
-                with ours(place.path, "list the results"):
+                with disk_errors(place.path, "list the results"):
                     for path, identity in _result_files(place, frozenset(stems)):
                         self._known.add(identity)
                         self._over |= _job_in(path)

@@ -45,7 +45,7 @@ class Arrivals:
             return {}
         intake, spool = self._parts.intake, self._parts.spool
         found, taken = intake.arrived(), self._parts.jobs.taken()
-        for path in intake.seen.waiting:
+        for path in intake.result.waiting:
             folder, _, name = path.rpartition("/")
             if (folder, stem_of(name)) in taken:
                 continue  # it waited when its folder was scanned last, and is being claimed since

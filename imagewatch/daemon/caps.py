@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from imagewatch.config.schema import Config
-    from imagewatch.inbox.candidate import Candidate, Key, Look
+    from imagewatch.inbox.candidate import Candidate, FileState, Key
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.reasons import Reason
     from imagewatch.protocol.request import Opener
@@ -47,7 +47,7 @@ class Caps:
         self._opener = opener
         self._now = monotonic
         self.due = math.inf
-        self._waiting: dict[Key, tuple[Look, Asked]] = {}
+        self._waiting: dict[Key, tuple[FileState, Asked]] = {}
         self._refused: dict[Asked, Reason] = {}
         self._held: dict[str, Reason] | None = None
 
@@ -72,7 +72,7 @@ class Caps:
             self._waiting.pop(candidate.key, None)
             return True
         self._refused[asked] = refusal
-        self._waiting[candidate.key] = candidate.looks[0], asked
+        self._waiting[candidate.key] = candidate.states[0], asked
         return False
 
     def _asked(self, candidate: Candidate) -> Asked | None:
@@ -81,7 +81,7 @@ class Caps:
         if not (limits.credits_per_day or limits.credits_per_month):
             return None
         known = self._waiting.get(candidate.key)
-        if known and known[0] == candidate.looks[0]:
+        if known and known[0] == candidate.states[0]:
             return known[1]
         folder, stem = candidate.key
         try:

@@ -147,7 +147,7 @@ class Dispatch:
             return
         caps.due = math.inf
         try:
-            self._intake.give_aside(caps.check(self._intake.is_aside))
+            self._intake.reconsider(caps.check(self._intake.is_passed_over))
         except SpoolError as error:  # the ledger cannot be read
             self._admission.failed(error)
             caps.due = self._parts.now() + DISK_SECONDS

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.daemon.scanner import Scanner
-from imagewatch.inbox.candidate import Seen
+from imagewatch.inbox.candidate import ScanResult
 from imagewatch.inbox.prompt_files import path_of
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.inbox.watching import Watching
 from imagewatch.job.delivery import blocked
 from imagewatch.protocol.names import stem_of
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Folders, Inbox
     from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.inbox.events import Change
+    from imagewatch.inbox.fair_turns import FairTurns
     from imagewatch.inbox.folder import Folder
-    from imagewatch.inbox.turns import Turns
     from imagewatch.protocol.request import Opener
     from imagewatch.system.folders import Tops
 
 _SUM_SECONDS = 1.0
-"""How often ``seen`` is brought up to date at most while folders are being scanned."""
-_WINDOW = 1024
+"""How often ``result`` is brought up to date at most while folders are being scanned."""
+_MOST_ORDERED = 1024
 """How many prompts are kept in order."""
 _MOST_NAMED = 1000
 """How many files that are not claimed are remembered by name."""
@@ -65,7 +65,7 @@ class Intake:
 
     Attributes:
         scanner: Scans the folders of the inbox.
-        seen: What is known of the inbox.
+        result: What is known of the inbox.
         closed: Folders below the inbox of which a job is stuck: other prompts of theirs may be paid for and get stuck.
     """
 
@@ -84,11 +84,11 @@ class Intake:
         self._clock = clock
         self._now = monotonic
         self._watching = Watching(control, ring)
-        self._passed: set[Key] = set()
-        self._seen_at = 0.0
-        self._sweep: Sweep
+        self._left_out: set[Key] = set()
+        self._result_at = 0.0
+        self._scan: InboxScan
         self.scanner = Scanner(folders.inbox, self._watching, clock, monotonic)
-        self.seen = Seen()
+        self.result = ScanResult()
         self.closed: frozenset[str] = frozenset()
 
     def configure(self, config: Inbox, burst: int) -> None:
@@ -100,21 +100,21 @@ class Intake:
         """
         self._counts_first = burst > 0
         self._watching.forget_all()
-        before = self._sweep.folders if hasattr(self, "_sweep") else ()
+        before = self._scan.folders if hasattr(self, "_scan") else ()
         came = {folder.identity: folder.came for folder in before if folder.came}
-        self._sweep = Sweep(
+        self._scan = InboxScan(
             self._inbox,
             config,
             keeps_times=lambda _: keeps_times(self.scanner.kind),  # no other file system is scanned
-            window=max(_WINDOW, burst + 1),
+            most_ordered=max(_MOST_ORDERED, burst + 1),
             fewest=burst + 1 if burst else 0,
             most_named=max(_MOST_NAMED, burst + 1),
             blocked=self._blocked,
             opened=self._opened,
             tops=self._tops,
         )
-        self._sweep.folders.came = came
-        self.scanner.configure(config, self._sweep)
+        self._scan.folders.came = came
+        self.scanner.configure(config, self._scan)
         self._watching.configure(config.watch)
 
     def _blocked(self, folder: str) -> str:
@@ -136,29 +136,29 @@ class Intake:
             taken: Stems of which a job is not over: the same files again are not another job yet.
 
         Returns:
-            Whether ``seen`` is new.
+            Whether ``result`` is new.
 
         Raises:
             SpoolError: The inbox cannot be listed.
         """
-        self._sweep.is_taken = taken.__contains__
+        self._scan.has_job = taken.__contains__
         self.scanner.run()
         return self._sum_up()
 
     def _sum_up(self) -> bool:
-        """Bring ``seen`` up to date at the end of the scans, and not too often before; return whether it is new."""
+        """Bring ``result`` up to date at the end of the scans, and not too often before; return whether it is new."""
         now = self._now()
-        if not self._sweep.folders.changed or (self.scanner.is_at_work() and now < self._seen_at):
+        if not self._scan.folders.changed or (self.scanner.is_at_work() and now < self._result_at):
             return False
         self.scanner.moment()
-        self.seen, self._sweep.folders.changed = self._sweep.seen(), False
-        self._seen_at = now + max(_SUM_SECONDS, 100 * (self._now() - now))
+        self.result, self._scan.folders.changed = self._scan.result(), False
+        self._result_at = now + max(_SUM_SECONDS, 100 * (self._now() - now))
         return True
 
     def _opened(self, folder: Folder, descriptor: int) -> None:
         """Watch a folder that is about to be scanned: what happens later leads to an event."""
         if folder.identity:
-            self._watching.watch(self._sweep.folders.full(folder.path), folder.identity, descriptor)
+            self._watching.watch(self._scan.folders.full(folder.path), folder.identity, descriptor)
 
     # Events
 
@@ -183,7 +183,7 @@ class Intake:
     def _changed(self, change: Change, taken: Container[Key | None]) -> bool:
         """Note an event; return whether a prompt became ready by it."""
         path = change.folder[len(self._inbox) :].lstrip("/")
-        folder = self._sweep.folders.get(path)
+        folder = self._scan.folders.get(path)
         if folder is None:
             return False
         if not change.name:
@@ -191,39 +191,39 @@ class Intake:
             return False
         now = self._now()
         if change.is_folder:
-            self._sweep.folders.found_inside(folder, change.name)
+            self._scan.folders.found_inside(folder, change.name)
             if (inner := path_of(path, change.name)) in folder.inner:
                 self.scanner.after_event(inner)  # also if it had the name of another one
             self.scanner.when_settled(path, now)
             return False
         stem = stem_of(change.name)
-        key = (path, stem) if stem is not None else self._sweep.owner(path, change.name)
-        if stem is None and (self._sweep.waits_for_inputs(path) or (key is None and folder.may_need(change.name))):
+        key = (path, stem) if stem is not None else self._scan.owner(path, change.name)
+        if stem is None and (self._scan.waits_for_inputs(path) or (key is None and folder.may_need(change.name))):
             self.scanner.after_event(path)
         else:
             self.scanner.when_settled(path, now)
         if key is None:
             return False
         if stem is None or not change.renamed:
-            self._sweep.touch(key, now)
+            self._scan.touch(key, now)
             return False
-        self._sweep.arrived_whole(key, now)
-        return key not in taken and self._sweep.look_at(key, now, self._clock()) is not None
+        self._scan.arrived_whole(key, now)
+        return key not in taken and self._scan.check_arrival(key, now, self._clock()) is not None
 
     # Claiming
 
     @property
-    def turns(self) -> Turns[str]:
+    def turns(self) -> FairTurns[str]:
         """The first-level folders of which a prompt may be claimed; others may join."""
-        return self._sweep.order.turns
+        return self._scan.order.turns
 
     def any(self) -> bool:
         """Return whether a prompt may be claimed, as far as is known."""
-        return len(self._sweep.order) > 0
+        return len(self._scan.order) > 0
 
     def is_ready(self, name: str) -> bool:
         """Return whether a prompt of a first-level folder may be claimed, when it is its turn."""
-        return self._sweep.order.is_ready(name)
+        return self._scan.order.is_ready(name)
 
     def may_claim(self) -> bool:
         """Return whether all prompts are known that came at the same time, if they are to be counted first."""
@@ -231,23 +231,23 @@ class Intake:
 
     def count(self) -> int:
         """Return how many prompts wait for nothing but a worker."""
-        return self._sweep.count()
+        return self._scan.count()
 
     def arrived(self) -> dict[str, float]:
         """Return when each prompt that is kept in order came, by path below the inbox, in seconds since the epoch."""
-        found = self._sweep.order.arrived()
-        if came := {folder.path: folder.came for folder in self._sweep.folders if folder.came}:
+        found = self._scan.order.arrived()
+        if came := {folder.path: folder.came for folder in self._scan.folders if folder.came}:
             found = {path: max(at, came.get(os.path.dirname(path), 0.0)) for path, at in found.items()}
         return found
 
     def came(self, path: str) -> float:
         """Return when a folder was brought into the inbox, in seconds since the epoch; 0: it was there at the start."""
-        folder = self._sweep.folders.get(path)
+        folder = self._scan.folders.get(path)
         return folder.came if folder else 0.0
 
     def owner(self, name: str) -> int:
         """Return the user id of the owner of a first-level folder."""
-        return self._sweep.order.owner(name)
+        return self._scan.order.owner(name)
 
     def next(
         self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool] = lambda _: True
@@ -257,7 +257,7 @@ class Intake:
         Args:
             name: The folder; empty for prompts directly in the inbox.
             taken: Stems of which a job is not over.
-            admits: Returns whether a prompt fits below the caps; one that does not waits until ``give_aside``.
+            admits: Returns whether a prompt fits below the caps; one that does not waits until ``reconsider``.
         """
         now = self.scanner.moment()
         candidate = self._take(name, taken, admits, now) if self.may_claim() else None
@@ -269,44 +269,44 @@ class Intake:
         """Opens a file of the inbox."""
         return functools.partial(open_file, tops=self._tops)
 
-    def is_aside(self, key: Key) -> bool:
+    def is_passed_over(self, key: Key) -> bool:
         """Return whether a prompt that did not fit below the caps is still in the inbox."""
-        return self._sweep.order.is_aside(key)
+        return self._scan.order.is_passed_over(key)
 
-    def give_aside(self, keys: Collection[Key]) -> None:
+    def reconsider(self, keys: Collection[Key]) -> None:
         """Let prompts that did not fit below the caps have their turn again."""
         if keys:
-            self._sweep.order.give_aside(keys)
+            self._scan.order.reconsider(keys)
             self.scanner.follow()
 
     def _take(
         self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool], now: float
     ) -> Candidate | None:
-        while self._sweep.order.is_ready(name) and (candidate := self._sweep.order.take(name)):
+        while self._scan.order.is_ready(name) and (candidate := self._scan.order.take(name)):
             if candidate.key in taken:
-                self._passed.add(candidate.key)
-            elif candidate.key[0] in self.closed or not self._sweep.unchanged(candidate):
-                self._sweep.touch(candidate.key, now)
+                self._left_out.add(candidate.key)
+            elif candidate.key[0] in self.closed or not self._scan.unchanged(candidate):
+                self._scan.touch(candidate.key, now)
                 self.scanner.when_settled(candidate.key[0], now)
             elif not admits(candidate):
-                self._sweep.order.set_aside(candidate)
+                self._scan.order.pass_over(candidate)
             else:
-                self._sweep.taken(candidate.key)
+                self._scan.claimed(candidate.key)
                 return candidate
         return None
 
     def served(self, name: str) -> None:
         """Note that a first-level folder has had its turn."""
-        self._sweep.order.served(name)
+        self._scan.order.served(name)
 
     def over(self, key: Key | None) -> None:
         """Note that no worker has a job of this stem any more."""
         if key is None:
             return
-        folder = self._sweep.folders.get(key[0])
-        if key in self._passed or (folder and folder.found and key[1] in folder.found.passed):
-            self._passed.discard(key)
-            self._sweep.give_back(key)
+        folder = self._scan.folders.get(key[0])
+        if key in self._left_out or (folder and folder.found and key[1] in folder.found.left_out):
+            self._left_out.discard(key)
+            self._scan.give_back(key)
             self.scanner.soon(key)  # a file of the same name was dropped meanwhile
 
     # How it is watched
@@ -314,12 +314,12 @@ class Intake:
     @property
     def mode(self) -> str:
         """``native``: the kernel reports changes; ``poll``: it does not; ``mixed``: it does for some folders."""
-        return self._watching.mode(self.scanner.kind, len(self._sweep.folders))
+        return self._watching.mode(self.scanner.kind, len(self._scan.folders))
 
     def polled(self) -> Mapping[str, str]:
         """Return the folders whose changes the kernel does not report, or not all of them, and why."""
-        return self._watching.polled(self.scanner.kind, self._sweep.entered())
+        return self._watching.polled(self.scanner.kind, self._scan.entered())
 
     def why_polled(self) -> dict[str, str]:
         """Return for each reason to poll folders one of them, and how many there are."""
-        return self._watching.why_polled(self.scanner.kind, self._sweep.entered())
+        return self._watching.why_polled(self.scanner.kind, self._scan.entered())

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.inbox.candidate import ANYWHERE, Taken, first_level
+from imagewatch.inbox.candidate import ANYWHERE, JobKeys, first_level
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -185,9 +185,9 @@ class Jobs:
 
     # What may be done
 
-    def taken(self) -> Taken:
+    def taken(self) -> JobKeys:
         """Return the stems of which a job is not over: the same files are not another job yet."""
-        return Taken({job.key for job in self._jobs.values() if not _waits_for_name(job)})
+        return JobKeys({job.key for job in self._jobs.values() if not _waits_for_name(job)})
 
     def closed_folders(self) -> frozenset[str]:
         """Return the folders out of which nothing may be claimed, as a job from there fails alone."""

@@ -232,7 +232,7 @@ class Daemon:
     @property
     def left(self) -> int:
         """How many prompts wait in the inbox."""
-        return self._intake.count() + self._intake.seen.waiting.total
+        return self._intake.count() + self._intake.result.waiting.total
 
     # Scanning
 
@@ -274,7 +274,7 @@ class Daemon:
         beside it stays, and holds all the memory around it.
         """
         client = self._parts.client
-        if not self._once and not client.is_prepared and self._intake.seen.due is None:
+        if not self._once and not client.is_prepared and self._intake.result.due is None:
             client.prepare()
             memory.give_back()  # to read the system's certificates needs some megabytes
 

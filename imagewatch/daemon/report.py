@@ -53,7 +53,7 @@ class Report:
         intake, status = self._parts.intake, self._parts.status
         is_known = self._is_ready or intake.scanner.is_complete or self._parts.now() >= self._ready_at
         if is_new and is_known:
-            self._ignored.log(intake.seen.ignored)
+            self._ignored.log(intake.result.ignored)
         status.last_scan = self._parts.clock()
         status.mode = intake.mode
         status.change()
@@ -103,7 +103,7 @@ class Report:
         status.polled = intake.polled()
         try:
             ready = max(intake.count() - len(caps), 0)
-            page = status.write(intake.seen, ready, at_work, stuck, caps.reasons())
+            page = status.write(intake.result, ready, at_work, stuck, caps.reasons())
         except SpoolError as error:
             _log.debug("status_failed", reason=str(error))
         else:

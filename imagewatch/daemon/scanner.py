@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Inbox
     from imagewatch.inbox.candidate import Key
     from imagewatch.inbox.folder import Folder
-    from imagewatch.inbox.scan import Sweep
+    from imagewatch.inbox.scan import InboxScan
     from imagewatch.inbox.watching import Watching
 
 _LONGEST_SLICE_SECONDS = 0.25
@@ -55,7 +55,7 @@ class Scanner:
         most_seconds: Longest interval between two scans that the service manager allows, or None.
     """
 
-    _sweep: Sweep
+    _scan: InboxScan
     _config: Inbox
 
     def __init__(
@@ -76,19 +76,19 @@ class Scanner:
         self.is_complete = False
         self.most_seconds: float | None = None
 
-    def configure(self, config: Inbox, sweep: Sweep) -> None:
+    def configure(self, config: Inbox, scan: InboxScan) -> None:
         """Take a configuration; everything is scanned again.
 
         Args:
             config: How the inbox is watched.
-            sweep: Scans one folder.
+            scan: Scans one folder.
         """
-        for _, scan in self._running.values():
-            scan.close()
+        for _, running in self._running.values():
+            running.close()
         self._running.clear()
         self._config = config
-        self._sweep = sweep
-        self._schedule = Schedule(sweep.order.owner)
+        self._scan = scan
+        self._schedule = Schedule(scan.order.owner)
         self._round_at, self.is_complete = 0.0, False
         self._complete_at = self._now() + _COMPLETE_SECONDS
         self._asked = {""}
@@ -144,10 +144,10 @@ class Scanner:
 
     def moment(self) -> float:
         """Set the time for the scans; return the monotonic one, seconds."""
-        self._sweep.moment.now, self._sweep.moment.wall = self._now(), self._clock()
+        self._scan.moment.now, self._scan.moment.wall = self._now(), self._clock()
         if not self.is_at_work():
-            self._idle_at = self._sweep.moment.now
-        return self._sweep.moment.now
+            self._idle_at = self._scan.moment.now
+        return self._scan.moment.now
 
     # Scanning
 
@@ -170,8 +170,8 @@ class Scanner:
             self._rest()
 
     def _begin_round(self, now: float) -> None:
-        self._sweep.folders.begin()
-        paths = [folder.path for folder in self._sweep.folders]
+        self._scan.folders.begin()
+        paths = [folder.path for folder in self._scan.folders]
         self._schedule.soon_all(paths or [""])
         self._watching.watch_control()
         self._began, self._round_at = now, now + self._interval()
@@ -206,7 +206,7 @@ class Scanner:
 
         Not of an owner of whom none is under way: the others may have begun all of them, each of very many files.
         """
-        name, owner = self._schedule.turn(), self._sweep.order.owner
+        name, owner = self._schedule.turn(), self._scan.order.owner
         if name is None or name in self._running or len(self._running) < _MOST_BEGUN:
             return name
         return next(iter(self._running)) if owner(name) in map(owner, self._running) else name
@@ -217,7 +217,7 @@ class Scanner:
             path = self._schedule.take(name)
             if path is None:
                 return False
-            scan = self._sweep.order.prepare(name) if path == AHEAD else self._sweep.scan(path)
+            scan = self._scan.order.prepare(name) if path == AHEAD else self._scan.scan_folder(path)
             self._running[name] = path, scan
         path, scan = self._running[name]
         try:
@@ -229,7 +229,7 @@ class Scanner:
             del self._running[name]
             raise
         del self._running[name]
-        if folder := self._sweep.folders.get(path):
+        if folder := self._scan.folders.get(path):
             self._scanned(folder)
         return False
 
@@ -237,31 +237,31 @@ class Scanner:
         self._asked.discard(folder.path)
         self._waits.discard(folder.path)
         # What was found in the pieces of the scan before the last one is to be waited for, too.
-        dues = [found.due for found in (folder.found, folder.judged) if found and found.due is not None]
+        dues = [found.due for found in (folder.found, folder.checked) if found and found.due is not None]
         if dues:
             self._waits.add(folder.path)
             self._schedule.later(folder.path, min(dues))
         if folder.path and not folder.is_entered:
-            self._watching.forget(self._sweep.folders.full(folder.path))
+            self._watching.forget(self._scan.folders.full(folder.path))
             if folder.is_gone:  # which the folder shows that it was in
                 above = folder.path.rpartition("/")[0]
                 self._schedule.soon(above)
-                if folder.path not in self._sweep.folders.add(above).inner:
-                    self._sweep.folders.forget(folder.path)
+                if folder.path not in self._scan.folders.add(above).inner:
+                    self._scan.folders.forget(folder.path)
 
     def follow(self) -> None:
         """Draw the consequences of what the scans have found."""
-        folders, order = self._sweep.folders, self._sweep.order
+        folders, order = self._scan.folders, self._scan.order
         for path in folders.gone:
             self._forget(path)
         fresh = [path for path in folders.fresh if folders.get(path)]
         self._asked.update(fresh)
         self._schedule.soon_all(fresh)
         folders.gone, folders.fresh = [], []
-        for path, at in self._sweep.dues.items():
+        for path, at in self._scan.dues.items():
             self._waits.add(path)
             self._schedule.later(path, at)
-        self._sweep.dues.clear()
+        self._scan.dues.clear()
         for name in order.wanting:
             self._schedule.ahead(name)
         order.wanting.clear()
@@ -273,8 +273,8 @@ class Scanner:
         self._asked.discard(path)
         self._waits.discard(path)
         self._schedule.forget(path)
-        self._sweep.order.forget(path)
-        self._watching.forget(self._sweep.folders.full(path))
+        self._scan.order.forget(path)
+        self._watching.forget(self._scan.folders.full(path))
 
     def _rest(self) -> None:
         """Give back what the scans used, and let them rest if they took more than their share."""
@@ -283,9 +283,9 @@ class Scanner:
             self._rested = now + rest
         self.is_complete = self.is_complete or not self.is_at_work() or now >= self._complete_at
         if not self.is_at_work():
-            self._sweep.folders.is_complete = True
+            self._scan.folders.is_complete = True
             self._round_at = min(self._round_at, self._began + self._interval())
-            self._watching.tell_mode(self.kind, self._sweep.entered())
+            self._watching.tell_mode(self.kind, self._scan.entered())
             if self._spent > _LONG_SECONDS:
                 memory.give_back()
             self._spent = 0.0

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Config
     from imagewatch.daemon.admission import Admission
-    from imagewatch.inbox.candidate import Seen
+    from imagewatch.inbox.candidate import ScanResult
     from imagewatch.journal.control import Control
     from imagewatch.journal.ledger import Ledger
     from imagewatch.system.disk import Disk
@@ -150,7 +150,7 @@ class Status:
 
     def write(
         self,
-        seen: Seen,
+        result: ScanResult,
         ready: int,
         in_flight: Mapping[str, str],
         stuck: Mapping[str, str],
@@ -159,7 +159,7 @@ class Status:
         """Write the file now.
 
         Args:
-            seen: What the last scan saw.
+            result: What the last scan found.
             ready: How many prompts only wait for a worker.
             in_flight: Path of the prompt of each job at work, by job id.
             stuck: The same of each job that cannot finish for a reason of its own.
@@ -171,7 +171,7 @@ class Status:
         began = self._processor()
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
-            page = self._page(seen, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
+            page = self._page(result, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
             self._disk.jot(self._path, to_json(page, indent=1).encode())
         finally:
             # Writing takes a hundredth of our time at most, however long the sums of the ledger take. A wait for a
@@ -179,10 +179,10 @@ class Status:
             self._not_before = self._now() + max(_INTERVAL, 100 * (self._processor() - began))
         return page
 
-    def _page(self, seen: Seen, ready: int, capped: Mapping[str, str]) -> dict[str, Any]:
+    def _page(self, result: ScanResult, ready: int, capped: Mapping[str, str]) -> dict[str, Any]:
         now = self._clock()
         day, month = day_and_month(now)
-        waiting = _with(seen.waiting, capped)
+        waiting = _with(result.waiting, capped)
         return {
             "schema": SCHEMA,
             "version": __version__,
@@ -204,7 +204,7 @@ class Status:
                 "why": dict(sorted(waiting.kinds.items(), key=lambda kind: -kind[1])[:20]),
                 "files": _named(waiting),
             },
-            "ignored": {"count": seen.ignored.total, "files": _named(seen.ignored)},
+            "ignored": {"count": result.ignored.total, "files": _named(result.ignored)},
             "holds": self._holds(),
             **self._sums(day[0].timestamp(), month[0].timestamp()),
         }

@@ -17,7 +17,7 @@ from imagewatch.endpoint.download import FetchError, bare
 from imagewatch.endpoint.without_key import holds_key, shown
 from imagewatch.protocol.image_kinds import foreign
 from imagewatch.protocol.images import Image, inspect
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Pictures:
         """Download an image if it arrives within some seconds, and note the result."""
 
         def write(chunk: bytes) -> None:
-            with ours(one.path, "write"):
+            with disk_errors(one.path, "write"):
                 file.write(chunk)
 
         try:
@@ -224,7 +224,7 @@ class _Ours:
         self._path = path
 
     def write(self, content: bytes) -> int:
-        with ours(self._path, "write"):
+        with disk_errors(self._path, "write"):
             return self._file.write(content)
 
     def close(self) -> None:

@@ -15,7 +15,7 @@ import time
 from typing import IO, TYPE_CHECKING, TypeVar
 
 from imagewatch.protocol.values import Head, Tail, dump, load
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops
 
@@ -199,7 +199,7 @@ class Sink:
         is_reported = False
         while True:
             try:
-                with ours(self._path, "save the response"):
+                with disk_errors(self._path, "save the response"):
                     return act()
             except SpoolError as error:
                 left = self.until - self._now()

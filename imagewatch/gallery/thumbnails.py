@@ -22,7 +22,7 @@ from imagewatch import __version__
 from imagewatch.gallery.decoder import LARGE, Decoder, NoThumbnail, Patience
 from imagewatch.protocol.images import Image as Found
 from imagewatch.protocol.images import inspect
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
@@ -134,7 +134,7 @@ class Thumbnails:
                 self._disk.unlink(os.path.join(self._folder, name))
 
     def _listed(self) -> Iterator[tuple[str, os.stat_result]]:
-        with ours(self._folder, "list the folder"):
+        with disk_errors(self._folder, "list the folder"):
             names = os.listdir(self._folder)
         for name in names:
             with contextlib.suppress(FileNotFoundError):  # another gallery may work here, too
@@ -155,7 +155,7 @@ class Thumbnails:
         target = os.path.join(self._folder, name)
         temporary = os.path.join(self._folder, f".{name}.{os.getpid()}.tmp")
         self._disk.unlink(temporary)
-        with closing(self._disk.create(temporary, 0o666), target) as file, ours(target, "write"):
+        with closing(self._disk.create(temporary, 0o666), target) as file, disk_errors(target, "write"):
             file.write(content)
             self._finish(file.fileno())
         self._disk.replace(temporary, target)

@@ -17,7 +17,7 @@ from imagewatch.gallery.jobs import Reader
 from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
 from imagewatch.system.disk import Disk
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable, whole
@@ -230,7 +230,7 @@ class Gallery:
             with self._disk.writing(path, temporary, mode=0o666) as file:
                 file.write(content)
                 self._permissions.apply(file.fileno())
-        with ours(self._files, "list the folder"):
+        with disk_errors(self._files, "list the folder"):
             names = os.listdir(self._files)
         for name in names:
             if _STAMP.fullmatch(name) and name != new.stamp:

@@ -15,7 +15,7 @@ Key = tuple[str, str]
 """A stem: the folder below the inbox, and the stem's name."""
 ANYWHERE = "?/"
 """In the place of a folder: which one it was is not known. No path has such a name."""
-Look = tuple[str, int, int, int, int]
+FileState = tuple[str, int, int, int, int]
 """What a file looks like: name, inode, size, mtime and ctime; zeros when it is not there."""
 
 
@@ -60,7 +60,7 @@ class Candidate(Dropped, frozen=True, kw_only=True):
         was_quiet: Whether nothing had happened to it for ``settle_seconds``: it came longer ago than that.
     """
 
-    looks: tuple[Look, ...]
+    states: tuple[FileState, ...]
     changed_at: float
     folder_inode: int = 0
     is_local: bool = True
@@ -68,13 +68,13 @@ class Candidate(Dropped, frozen=True, kw_only=True):
 
     def claim(self, job: str, at: float) -> Claim:
         """Return the claim for it."""
-        _, _, size, mtime_ns, _ = self.looks[0]
+        _, _, size, mtime_ns, _ = self.states[0]
         return Claim(
             **{name: getattr(self, name) for name in Dropped.__struct_fields__},
             job=job,
             size=size,
             mtime_ns=mtime_ns,
-            files={name: (inode, size, changed) for name, inode, size, changed, _ in self.looks if inode},
+            files={name: (inode, size, changed) for name, inode, size, changed, _ in self.states if inode},
             folder_inode=self.folder_inode,
             at=at,
         )
@@ -146,7 +146,7 @@ def _shared(named: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
     return chosen
 
 
-class Taken:
+class JobKeys:
     """Stems of which a job is not over.
 
     Args:
@@ -177,19 +177,19 @@ class Found:
         waiting: What may not yet be claimed, and why.
         ignored: What will not be taken, and why.
         due: Monotonic time at which something may become ready, seconds, or None.
-        passed: Stems that were left out because a job of their name is not over.
+        left_out: Stems that were left out because a job of their name is not over.
     """
 
-    __slots__ = ("due", "ignored", "passed", "waiting")
+    __slots__ = ("due", "ignored", "left_out", "waiting")
 
     def __init__(self, most: int | None = None) -> None:
         self.waiting = Reasons(most)
         self.ignored = Reasons(most)
         self.due: float | None = None
-        self.passed: set[str] = set()
+        self.left_out: set[str] = set()
 
     def __bool__(self) -> bool:
-        return bool(self.waiting.kinds or self.ignored.kinds or self.passed) or self.due is not None
+        return bool(self.waiting.kinds or self.ignored.kinds or self.left_out) or self.due is not None
 
     def comes_due(self, at: float) -> None:
         """Note that something may be ready at a monotonic time, seconds."""
@@ -202,7 +202,7 @@ class Found:
 
 
 @dataclass
-class Seen:
+class ScanResult:
     """What is known of the inbox after a scan.
 
     Attributes:
@@ -211,7 +211,7 @@ class Seen:
         ready: What may be claimed, in the order in which it is: as many as were asked for.
         due: Seconds until something may become ready, or None.
         folders: Every folder looked into, as paths.
-        passed: Stems that were left out because a job of their name is not over.
+        left_out: Stems that were left out because a job of their name is not over.
     """
 
     waiting: Reasons = field(default_factory=Reasons)
@@ -219,4 +219,4 @@ class Seen:
     ready: list[Candidate] = field(default_factory=list)
     due: float | None = None
     folders: list[str] = field(default_factory=list)
-    passed: set[Key] = field(default_factory=set)
+    left_out: set[Key] = field(default_factory=set)

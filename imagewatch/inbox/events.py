@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 try:
     from watchdog.observers.inotify_c import CallbackId, InotifyConstants, InotifyFD, Mask
-except (ImportError, OSError):  # not Linux: sweeps alone do the work
+except (ImportError, OSError):  # not Linux: scans alone do the work
     InotifyFD = None  # type: ignore[assignment,misc]
 
 _FEW, _MANY, _MOST = 32, 256, 8192

@@ -6,18 +6,18 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.stability import Settling
-from imagewatch.protocol.names import Beside
+from imagewatch.protocol.names import SiblingIndex
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Collection
 
-    from imagewatch.inbox.candidate import Found, Look, Reasons
-    from imagewatch.inbox.window import Window
+    from imagewatch.inbox.candidate import FileState, Found, Reasons
+    from imagewatch.inbox.oldest_prompts import OldestPrompts
 
 _STEADY_SECONDS = 2.5
 """A folder that looked the same for so long before it was listed was listed whole: some file systems count in twos."""
-NOTHING_BESIDE = Beside(())
+NO_SIBLINGS = SiblingIndex(())
 """Of folders without prompts, of which there may be very many. Nothing is ever added to it."""
 
 
@@ -46,7 +46,7 @@ class Notes:
         self.since: dict[str, float] = {}
         self.arrived: set[str] = set()
         self.held: dict[str, float] = {}
-        self.read: dict[str, tuple[Look, tuple[str, ...] | None]] = {}
+        self.read: dict[str, tuple[FileState, tuple[str, ...] | None]] = {}
         self.marks: dict[str, float] = {}
 
     def __bool__(self) -> bool:
@@ -67,7 +67,7 @@ class Folder:
         path: Its path below the inbox; empty for the inbox itself.
         settled: Newest ctime of the files of each stem that is quiet, seconds since the epoch.
         unsettled: The other stems.
-        beside: What belongs to a stem beside its prompt, as far as it is remembered.
+        siblings: What belongs to a stem beside its prompt, as far as it is remembered.
         arriving: Names of what may become a prompt when its transfer gives it its name.
         place: Device and mount it is on.
         is_local: Whether its times are of our own clock.
@@ -80,9 +80,9 @@ class Folder:
         ignored: Why files that are no prompts are not taken, by path below the inbox.
         inner: The folders in it that are looked into, as paths below the inbox.
         found: What the last scan found.
-        judged: What was found since, when prompts were looked at whose turn had come.
-        was_judged: The same before the last scan, while not all was looked at again.
-        window: Those of the settled stems that are the next ones.
+        checked: What was found since, when prompts were checked whose turn had come.
+        was_checked: The same before the last scan, while not all was checked again.
+        oldest: Those of the settled stems that are the next ones.
         notes: What else is remembered of its stems.
         looked: Monotonic time at which the last scan began, seconds.
         names: How many files are named here that are not taken.
@@ -93,7 +93,7 @@ class Folder:
     path: str
     settled: dict[str, float] = field(default_factory=dict)
     unsettled: dict[str, None] = field(default_factory=dict)
-    beside: Beside = NOTHING_BESIDE
+    siblings: SiblingIndex = NO_SIBLINGS
     arriving: Collection[str] = ()
     place: tuple[int, int] = (0, 0)
     is_local: bool = True
@@ -106,9 +106,9 @@ class Folder:
     ignored: Reasons | None = None
     inner: dict[str, None] = field(default_factory=dict)
     found: Found | None = None
-    judged: Found | None = None
-    was_judged: Found | None = None
-    window: Window | None = None
+    checked: Found | None = None
+    was_checked: Found | None = None
+    oldest: OldestPrompts | None = None
     notes: Notes | None = None
     looked: float = float("-inf")
     names: int = 0
@@ -158,8 +158,8 @@ class Folder:
     def clear(self) -> None:
         """Forget all that is in it."""
         self.settled, self.unsettled, self.inner = {}, {}, {}
-        self.beside, self.arriving, self.ignored = NOTHING_BESIDE, (), None
-        self.window = self.notes = self.judged = self.was_judged = None
+        self.siblings, self.arriving, self.ignored = NO_SIBLINGS, (), None
+        self.oldest = self.notes = self.checked = self.was_checked = None
         self.distrust()
 
     def distrust(self) -> None:
@@ -194,7 +194,7 @@ class Folder:
 
     def may_need(self, name: str) -> bool:
         """Tell whether a file that is not known as a prompt's may be meant for one that is settled or settling."""
-        return self.beside.may_be_for(name)
+        return self.siblings.may_be_for(name)
 
     def is_other(self, status: os.stat_result) -> bool:
         """Tell whether it is another folder of its name than it was."""

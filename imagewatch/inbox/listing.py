@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TypeVar
 
-from imagewatch.protocol.names import SUFFIX, in_flight, is_picture, stem_of
+from imagewatch.protocol.names import SUFFIX, final_name, is_image_name, stem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -65,8 +65,8 @@ def why_near_miss(name: str) -> str:
 
 def why_no_prompt(name: str) -> str:
     """Return why nobody takes a file that is no prompt."""
-    if is_picture(name):
+    if is_image_name(name):
         return "an image to which there is no prompt"
-    if in_flight(name):
+    if final_name(name):
         return "a temporary file of an editor or a transfer"
     return "hidden" if name[0] == "." else "not a prompt"

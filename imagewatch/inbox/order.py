@@ -11,10 +11,10 @@ import sys
 from bisect import insort
 from typing import TYPE_CHECKING
 
-from imagewatch.inbox.aside import Aside
 from imagewatch.inbox.candidate import first_level
-from imagewatch.inbox.turns import Turns
-from imagewatch.inbox.window import Window
+from imagewatch.inbox.fair_turns import FairTurns
+from imagewatch.inbox.oldest_prompts import OldestPrompts
+from imagewatch.inbox.passed_over import PassedOver
 from imagewatch.protocol.names import SUFFIX
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
     from imagewatch.inbox.candidate import Candidate, Key
     from imagewatch.inbox.folder import Folder
+    from imagewatch.inbox.oldest_prompts import Entry
     from imagewatch.inbox.tree import Folders
-    from imagewatch.inbox.window import Entry
 
 _AHEAD = 128
 """How many prompts are opened ahead: more than there are workers. The first-level folders share them."""
@@ -76,18 +76,18 @@ class Order:
     """
 
     def __init__(
-        self, folders: Folders, judge: Callable[[Folder, str], Candidate | None], size: int | None, fewest: int = 0
+        self, folders: Folders, check: Callable[[Folder, str], Candidate | None], size: int | None, fewest: int = 0
     ) -> None:
         self._folders = folders
-        self._judge = judge
+        self._check = check
         self._size = size
         self._fewest = max(fewest, _FEWEST)
         self._groups: dict[str, _Group] = {}
-        self._windows = 0
+        self._sharing = 0
         self._given: dict[Key, float] = {}
-        self.turns: Turns[str] = Turns()
+        self.turns: FairTurns[str] = FairTurns()
         self.wanting: set[str] = set()
-        self.aside = Aside()
+        self.passed_over = PassedOver()
 
     # What is settled
 
@@ -95,12 +95,12 @@ class Order:
         """Return how many prompts of a folder are kept in order."""
         if self._size is None:
             return sys.maxsize // 4
-        return max(self._size // max(self._windows, 1), self._fewest)
+        return max(self._size // max(self._sharing, 1), self._fewest)
 
     def offer(self, folder: Folder, changed: float, stem: str) -> None:
         """Note that a prompt is settled; it may be known already."""
         if not self._was_looked_at(folder, stem):
-            self._window(folder).offer((changed, stem), self.most())
+            self._oldest_of(folder).offer((changed, stem), self.most())
             self.wanting.add(first_level(folder.path))
 
     def _was_looked_at(self, folder: Folder, stem: str) -> bool:
@@ -108,23 +108,23 @@ class Order:
         return (
             (group is not None and key in group.keys)
             or key in self._given
-            or key in self.aside
+            or key in self.passed_over
             or (folder.notes is not None and stem in folder.notes.held)
         )
 
-    def _window(self, folder: Folder) -> Window:
+    def _oldest_of(self, folder: Folder) -> OldestPrompts:
         group = self._groups.setdefault(first_level(folder.path), _Group())
         if folder.path not in group.folders:
             group.folders[folder.path] = folder
-            self._windows += 1
-        if folder.window is None:
-            folder.window = Window()
-        return folder.window
+            self._sharing += 1
+        if folder.oldest is None:
+            folder.oldest = OldestPrompts()
+        return folder.oldest
 
     def put_back(self, folder: Folder, entries: Iterable[Entry]) -> None:
         """Let prompts that were looked at wait to be looked at again."""
         for entry in entries:
-            self._window(folder).put_back(entry)
+            self._oldest_of(folder).put_back(entry)
 
     def withdraw(self, folder: Folder) -> None:
         """Let all prompts of a folder that were looked at wait to be looked at again."""
@@ -141,10 +141,10 @@ class Order:
 
     def forget(self, path: str) -> None:
         """Forget a folder that is not there any more."""
-        for stem in self.aside.stems(path):
-            self.aside.discard((path, stem))
+        for stem in self.passed_over.stems(path):
+            self.passed_over.discard((path, stem))
         if group := self._groups.get(name := first_level(path)):
-            self._windows -= group.folders.pop(path, None) is not None
+            self._sharing -= group.folders.pop(path, None) is not None
             for _, key, _ in [entry for entry in group.ready if entry[1][0] == path]:
                 group.discard(key)
             self._joins(name, group)
@@ -162,7 +162,7 @@ class Order:
 
     def discard(self, key: Key) -> None:
         """Note that something happened to a prompt, so that it may not be claimed."""
-        self.aside.discard(key)
+        self.passed_over.discard(key)
         if (group := self._groups.get(name := first_level(key[0]))) and key in group.keys:
             group.discard(key)
             self.wanting.add(name)
@@ -170,11 +170,13 @@ class Order:
 
     def __len__(self) -> int:
         """Return of how many first-level folders something may be claimed, or is still to be looked at for that."""
-        return len(self._groups) - sum(name in self._groups for name in self.aside.names() if self.aside.is_full(name))
+        return len(self._groups) - sum(
+            name in self._groups for name in self.passed_over.names() if self.passed_over.is_full(name)
+        )
 
     def is_ready(self, name: str) -> bool:
         """Tell whether anything of a first-level folder may be claimed."""
-        return name in self._groups and not self.aside.is_full(name) and bool(self._groups[name].ready)
+        return name in self._groups and not self.passed_over.is_full(name) and bool(self._groups[name].ready)
 
     def take(self, name: str) -> Candidate | None:
         """Return the oldest prompt of a first-level folder that may be claimed; it is not returned again."""
@@ -189,27 +191,27 @@ class Order:
 
     # What is set aside
 
-    def set_aside(self, candidate: Candidate) -> None:
+    def pass_over(self, candidate: Candidate) -> None:
         """Pass over a prompt that ``take`` has returned, until ``give_aside`` gives it back."""
         folder = self._folders.get(candidate.key[0])
         changed = folder.settled.get(candidate.key[1]) if folder else None
-        self.aside.add(candidate.key, candidate.changed_at if changed is None else changed)
+        self.passed_over.add(candidate.key, candidate.changed_at if changed is None else changed)
 
-    def give_aside(self, keys: Iterable[Key]) -> None:
+    def reconsider(self, keys: Iterable[Key]) -> None:
         """Let prompts that were set aside be looked at again, if they are still settled."""
         for key in keys:
-            self.aside.discard(key)
+            self.passed_over.discard(key)
             folder = self._folders.get(key[0])
             if folder and (changed := folder.settled.get(key[1])) is not None:
                 self.put_back(folder, [(changed, key[1])])
                 self.wanting.add(first_level(key[0]))
-        for name in self.aside.names():  # it may not be full any more
+        for name in self.passed_over.names():  # it may not be full any more
             self._joins(name, self._groups.get(name))
 
-    def is_aside(self, key: Key) -> bool:
+    def is_passed_over(self, key: Key) -> bool:
         """Tell whether a prompt is set aside and still settled."""
         folder = self._folders.get(key[0])
-        return key in self.aside and folder is not None and folder.settled.get(key[1]) is not None
+        return key in self.passed_over and folder is not None and folder.settled.get(key[1]) is not None
 
     def served(self, name: str) -> None:
         """Note that a first-level folder has had its turn."""
@@ -237,16 +239,16 @@ class Order:
     def prepare(self, name: str) -> Generator[None]:
         """Look at the next prompts of a first-level folder, a few each time."""
         self.wanting.discard(name)
-        judged = 0
+        checked = 0
         while (group := self._groups.get(name)) and (found := self._next(group)):
             folder, (changed, stem) = found
-            assert folder.window is not None
-            folder.window.pop()
-            if (folder.path, stem) not in group.keys and (candidate := self._judge(folder, stem)):
+            assert folder.oldest is not None
+            folder.oldest.pop()
+            if (folder.path, stem) not in group.keys and (candidate := self._check(folder, stem)):
                 group.add(changed, candidate)
                 self._joins(name, group)
-            judged += 1
-            if not judged % _PIECE:
+            checked += 1
+            if not checked % _PIECE:
                 yield
         if group:
             self._joins(name, group)
@@ -272,23 +274,23 @@ class Order:
             entry = self._head(folder)
             if entry is None:
                 del group.folders[path]
-                self._windows -= 1
+                self._sharing -= 1
             elif oldest is None or entry < oldest[0]:
                 oldest = entry, folder
         return (oldest[1], oldest[0]) if oldest else None
 
     def _head(self, folder: Folder) -> Entry | None:
         """Return the oldest prompt of a folder that is still settled and was not looked at."""
-        if (window := folder.window) is None:
+        if (oldest := folder.oldest) is None:
             return None
         while True:
-            if window.is_low(self.most()):
+            if oldest.is_low(self.most()):
                 left = ((at, stem) for stem, at in folder.settled.items() if not self._was_looked_at(folder, stem))
-                window.refill(left, self.most())
-            entry = window.first()
+                oldest.refill(left, self.most())
+            entry = oldest.first()
             if entry is None or folder.settled.get(entry[1]) == entry[0]:
                 return entry
-            window.pop()
+            oldest.pop()
 
     def _ahead(self) -> int:
         return max(_AHEAD // max(len(self._groups), 1), 1)
@@ -304,7 +306,7 @@ class Order:
 
     def restart(self) -> None:
         """Let the first-level folders take turns from the beginning, the one with the oldest prompt first."""
-        self.turns = Turns()
+        self.turns = FairTurns()
         ready = [(group.ready[0][:2], name) for name, group in self._groups.items() if group.ready]
         for _, name in sorted(ready):
             self._joins(name, self._groups[name])
@@ -334,9 +336,9 @@ class Order:
             for changed, (path, stem), _ in group.ready:
                 found[_path(path, stem)] = changed
             for path, folder in group.folders.items():
-                known = [*(folder.window or ()), *_held(folder)]
+                known = [*(folder.oldest or ()), *_held(folder)]
                 found |= {_path(path, stem): at for at, stem in known if folder.settled.get(stem) == at}
-        return found | {_path(*key): at for key, at in self.aside if self.is_aside(key)}
+        return found | {_path(*key): at for key, at in self.passed_over if self.is_passed_over(key)}
 
 
 def _held(folder: Folder) -> list[Entry]:

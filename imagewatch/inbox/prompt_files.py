@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from imagewatch.config.schema import Inbox
-    from imagewatch.inbox.candidate import Candidate, Found, Look
+    from imagewatch.inbox.candidate import Candidate, FileState, Found
     from imagewatch.inbox.folder import Folder
     from imagewatch.inbox.tree import Folders
 
@@ -69,9 +69,9 @@ class PromptFiles:
         self._blocked = blocked
         self.opener = functools.partial(open_file, tops=self._tops)
 
-    def looks(self, folder: str, names: Iterable[str]) -> tuple[tuple[Look, ...], float]:
+    def states(self, folder: str, names: Iterable[str]) -> tuple[tuple[FileState, ...], float]:
         """Return what files look like, and their newest ctime in seconds since the epoch."""
-        looks: list[Look] = []
+        states: list[FileState] = []
         newest = 0.0
         try:
             above = self._tops.folder(self._folders.full(folder))
@@ -81,12 +81,12 @@ class PromptFiles:
             try:
                 status = os.stat(name, dir_fd=above.fileno(), follow_symlinks=False)
             except OSError:
-                looks.append((name, 0, 0, 0, 0))
+                states.append((name, 0, 0, 0, 0))
                 continue
             size = status.st_size if stat.S_ISREG(status.st_mode) else -1  # what has no size will not get one either
-            looks.append((name, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns))
+            states.append((name, status.st_ino, size, status.st_mtime_ns, status.st_ctime_ns))
             newest = max(newest, status.st_ctime)
-        return tuple(looks), newest
+        return tuple(states), newest
 
     def is_there(self, folder: str, name: str) -> bool:
         """Tell whether anything has a name."""
@@ -117,7 +117,7 @@ class PromptFiles:
             return self._moment.wall - changed < _BUSY_SECONDS
         return None
 
-    def declared(self, folder: Folder, stem: str, look: Look) -> tuple[str, ...] | None:
+    def declared(self, folder: Folder, stem: str, state: FileState) -> tuple[str, ...] | None:
         """Return which images a prompt names, or None; it is read again only if it looks different.
 
         Raises:
@@ -125,25 +125,25 @@ class PromptFiles:
         """
         read = folder.noted(self._config.settle_seconds).read
         known = read.get(stem)
-        if known is None or known[0] != look:
+        if known is None or known[0] != state:
             path = self._folders.full(path_of(folder.path, stem + SUFFIX))
-            known = read[stem] = (look, prompts.declared(read_prompt(path, self.opener)))
+            known = read[stem] = (state, prompts.declared(read_prompt(path, self.opener)))
         return known[1]
 
-    def names_images(self, folder: Folder, stem: str, look: Look) -> bool:
+    def names_images(self, folder: Folder, stem: str, state: FileState) -> bool:
         """Tell whether a prompt is known to name its images."""
         with contextlib.suppress(BadRequest):
-            return self.declared(folder, stem, look) is not None
+            return self.declared(folder, stem, state) is not None
         return False
 
     def named_by_others(self, folder: Folder, stem: str) -> set[str]:
         """Return the files that other prompts of the folder name as their images; of very many some are read."""
         read = folder.noted(self._config.settle_seconds).read
-        known = itertools.chain((other for _, other in folder.window or ()), folder.unsettled)
+        known = itertools.chain((other for _, other in folder.oldest or ()), folder.unsettled)
         for other in [other for other in itertools.islice(known, _MOST_READ) if other not in read]:
-            (look,), _ = self.looks(folder.path, (other + SUFFIX,))
-            if look[2] > 0:
-                self.names_images(folder, other, look)
+            (state,), _ = self.states(folder.path, (other + SUFFIX,))
+            if state[2] > 0:
+                self.names_images(folder, other, state)
         return {name for other, (_, names) in read.items() if other != stem for name in names or ()}
 
     def may_be_image(self, folder: str, name: str) -> bool:

@@ -17,10 +17,10 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.inbox.candidate import Candidate, Found, Key, Seen, Wait, first_level, joined
-from imagewatch.inbox.judge import Judge, every_name
+from imagewatch.inbox.candidate import Candidate, Found, Key, ScanResult, Wait, first_level, joined
 from imagewatch.inbox.order import Order
 from imagewatch.inbox.prompt_files import Moment, PromptFiles, path_of
+from imagewatch.inbox.readiness import Readiness, every_name
 from imagewatch.inbox.tree import Folders, Visitor
 from imagewatch.protocol.names import SUFFIX, locks
 from imagewatch.system.errors import SpoolError
@@ -38,7 +38,7 @@ _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 """What is met where a folder was, if it was removed or replaced."""
 
 
-class Sweep:
+class InboxScan:
     """Scans an inbox, again and again.
 
     Args:
@@ -46,7 +46,7 @@ class Sweep:
         config: Settling, waits, recursion.
         keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
         is_local: Tells of an open folder whether its times are of our own clock.
-        window: How many prompts are kept in order, the oldest ones. None for all.
+        most_ordered: How many prompts are kept in order, the oldest ones. None for all.
         fewest: How many of each folder are kept in order at least.
         most_named: How many files are named in ``waiting`` and in ``ignored``; None for all.
         explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
@@ -57,7 +57,7 @@ class Sweep:
     Attributes:
         moment: The present; set before anything but ``look`` and ``more`` is called.
         dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since this was emptied.
-        is_taken: Tells whether a job of a stem is not over; a prompt of that name waits.
+        has_job: Tells whether a job of a stem is not over; a prompt of that name waits.
         folders: What is known of the folders.
         order: The settled prompts.
         opener: Opens a file of the inbox.
@@ -70,7 +70,7 @@ class Sweep:
         *,
         keeps_times: Callable[[str], bool] = lambda _: False,
         is_local: Callable[[int], bool] = is_local,
-        window: int | None = None,
+        most_ordered: int | None = None,
         fewest: int = 0,
         most_named: int | None = None,
         explain: bool = False,
@@ -92,11 +92,11 @@ class Sweep:
         )
         self.moment = Moment()
         self._files = PromptFiles(self.folders, config, self.moment, blocked)
-        self._judge = Judge(self.folders, config, self.moment, self._files)
-        self.opener, self.dues = self._files.opener, self._judge.dues
-        self.order = Order(self.folders, self._judge.judge, window, fewest)
-        self.is_taken: Callable[[Key], bool] = lambda _: False
-        self._seen = Seen()
+        self._readiness = Readiness(self.folders, config, self.moment, self._files)
+        self.opener, self.dues = self._files.opener, self._readiness.dues
+        self.order = Order(self.folders, self._readiness.check, most_ordered, fewest)
+        self.has_job: Callable[[Key], bool] = lambda _: False
+        self._result = ScanResult()
 
     # Events
 
@@ -117,27 +117,27 @@ class Sweep:
         self.touch(key, now)
         self.folders.add(key[0]).noted(self._config.settle_seconds).arrived.add(key[1])
 
-    def look_at(self, key: Key, now: float, wall: float) -> Candidate | None:
+    def check_arrival(self, key: Key, now: float, wall: float) -> Candidate | None:
         """Look at one prompt that came by rename; return it if it declares its images and all are there.
 
         Its siblings are not listed here, so about a prompt that declares nothing only a scan can decide.
         """
         self.moment.now, self.moment.wall = now, wall
         folder, (path, stem) = self.folders.add(key[0]), key
-        (look,), changed = self._files.looks(path, (stem + SUFFIX,))
-        if look[2] <= 0 or any(self._files.is_there(path, lock) for lock in locks(stem + SUFFIX)):
+        (state,), changed = self._files.states(path, (stem + SUFFIX,))
+        if state[2] <= 0 or any(self._files.is_there(path, lock) for lock in locks(stem + SUFFIX)):
             return None
-        if not self._files.names_images(folder, stem, look):
+        if not self._files.names_images(folder, stem, state):
             if folder.notes is not None:
                 folder.notes.discard(stem)
             return None
         folder.settle(stem, changed)
-        candidate = self._judge.judge(folder, stem)
+        candidate = self._readiness.check(folder, stem)
         if candidate:
             self.order.add(folder, candidate)
         return candidate
 
-    def taken(self, key: Key) -> None:
+    def claimed(self, key: Key) -> None:
         """Note that a prompt is being claimed; it is found again if it is still there when its job is over."""
         if folder := self.folders.get(key[0]):
             folder.forget(key[1])
@@ -152,7 +152,7 @@ class Sweep:
     def owner(self, folder: str, name: str) -> Key | None:
         """Return the stem to which a file belongs that is no prompt, or None."""
         known = self.folders.get(folder)
-        stem = known.beside.owner(name) if known else None
+        stem = known.siblings.owner(name) if known else None
         return None if stem is None else (folder, stem)
 
     def waits_for_inputs(self, folder: str = "") -> bool:
@@ -172,11 +172,11 @@ class Sweep:
 
     def unchanged(self, candidate: Candidate) -> bool:
         """Tell whether the files of a candidate still look as they did, and nobody has begun to write."""
-        return self._judge.is_unchanged(candidate)
+        return self._readiness.is_unchanged(candidate)
 
     # Scanning
 
-    def scan(self, path: str) -> Generator[None]:
+    def scan_folder(self, path: str) -> Generator[None]:
         """Scan one folder, a piece each time, and look ahead at the next prompts.
 
         Args:
@@ -202,11 +202,11 @@ class Sweep:
                 found.ignored.add(path, "a folder that cannot be listed", str(error))
         self._note(folder, found, began)
         yield from self.order.prepare(first_level(path))
-        folder.was_judged = None
+        folder.was_checked = None
 
     def _look_into(self, folder: Folder, found: Found) -> Iterator[None]:
         observe = functools.partial(self._observe, found)
-        visitor = Visitor(found, self._opened, observe, self.is_taken, self.moment.now)
+        visitor = Visitor(found, self._opened, observe, self.has_job, self.moment.now)
         yield from self.folders.look_into(folder, visitor)
         for name in folder.arriving:
             self._note_arriving(folder, name, found)
@@ -219,8 +219,8 @@ class Sweep:
         held = folder.notes is not None and bool(folder.notes.held)
         if folder.is_changed or folder.unsettled or held or folder.arriving or found or folder.found:
             self.order.withdraw(folder)
-            folder.was_judged = folder.was_judged or folder.judged
-            folder.judged, folder.is_changed = None, False
+            folder.was_checked = folder.was_checked or folder.checked
+            folder.checked, folder.is_changed = None, False
             self.folders.changed = True
         folder.found = found or None
         self.folders.count_names(folder)
@@ -266,17 +266,21 @@ class Sweep:
             found.waiting.add(path, Wait.EMPTY)
             return False
         changed = status.st_ctime
-        look = hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
-        if folder.beside.has(stem):
-            names = folder.beside.of(stem)
+        state = hash((status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+        if folder.siblings.has(stem):
+            names = folder.siblings.of(stem)
             if busy := self._files.busy(folder, names, found):
                 reason = f"{printable(busy, 120)} shows that it is still being written"
                 found.waiting.add(path, Wait.WRITING, reason)
                 return False
-            looks, changed = self._files.looks(folder.path, every_name(names))
-            look = hash(looks)
+            states, changed = self._files.states(folder.path, every_name(names))
+            state = hash(states)
         left = folder.noted(self._config.settle_seconds).settling.observe(
-            stem, look, changed_at=self._judge.by_our_clock(folder, changed), now=self.moment.now, wall=self.moment.wall
+            stem,
+            state,
+            changed_at=self._readiness.by_our_clock(folder, changed),
+            now=self.moment.now,
+            wall=self.moment.wall,
         )
         if left <= 0 or self._is_whole(folder, stem):
             self._settle(folder, stem, changed)
@@ -294,19 +298,21 @@ class Sweep:
         """Tell whether a prompt came by rename and names its images, so that it need not settle."""
         if folder.notes is None or stem not in folder.notes.arrived:
             return False
-        (look,), _ = self._files.looks(folder.path, (stem + SUFFIX,))
-        return self._files.names_images(folder, stem, look)
+        (state,), _ = self._files.states(folder.path, (stem + SUFFIX,))
+        return self._files.names_images(folder, stem, state)
 
     # Everything together
 
-    def look(self, now: float, wall: float, most: int | None = None, taken: Collection[Key | None] = ()) -> Seen:
+    def scan_all(
+        self, now: float, wall: float, most: int | None = None, job_keys: Collection[Key | None] = ()
+    ) -> ScanResult:
         """Look at everything.
 
         Args:
             now: Monotonic time, seconds.
             wall: Wall-clock time, seconds since the epoch.
             most: How many prompts are made ready together; ``more`` gives the others. None for all.
-            taken: Stems of which a job is not over; a prompt of that name waits.
+            job_keys: Stems of which a job is not over; a prompt of that name waits.
 
         Returns:
             What was seen; the same as the last time if nothing can be different.
@@ -314,22 +320,22 @@ class Sweep:
         Raises:
             SpoolError: The inbox itself cannot be listed.
         """
-        self.moment.now, self.moment.wall, self.is_taken = now, wall, taken.__contains__
+        self.moment.now, self.moment.wall, self.has_job = now, wall, job_keys.__contains__
         self.order.give_again()
         self.folders.begin()
         waiting = [""]
         while waiting:
             path = waiting.pop()
-            for _ in self.scan(path):
+            for _ in self.scan_folder(path):
                 pass
             folder = self.folders.get(path)
             waiting += reversed(folder.inner) if folder else ()
         self.order.restart()
         ready = self.order.collect(most)
         if self.folders.changed:
-            self._seen, self.folders.changed = self.seen(), False
-            self._seen.ready = ready
-        return self._seen
+            self._result, self.folders.changed = self.result(), False
+            self._result.ready = ready
+        return self._result
 
     def more(self, now: float, wall: float, most: int | None = None) -> list[Candidate]:
         """Return the next prompts that may be claimed, in the order in which they are.
@@ -344,18 +350,18 @@ class Sweep:
 
     # Counting
 
-    def seen(self) -> Seen:
+    def result(self) -> ScanResult:
         """Return what is known of all folders."""
-        found_ = ((folder.found, folder.was_judged or folder.judged) for folder in self.folders)
+        found_ = ((folder.found, folder.was_checked or folder.checked) for folder in self.folders)
         parts = [found for both in found_ for found in both if found]
         ignored = [folder.ignored for folder in self.folders if folder.ignored and folder.is_entered]
         dues = [found.due for found in parts if found.due is not None]
-        return Seen(
+        return ScanResult(
             joined((found.waiting for found in parts), self._most_named),
             joined((*ignored, *(found.ignored for found in parts)), self._most_named),  # the last one says most
             due=min(dues) - self.moment.now if dues else None,
             folders=self.entered(),
-            passed={(folder.path, stem) for folder in self.folders if folder.found for stem in folder.found.passed},
+            left_out={(folder.path, stem) for folder in self.folders if folder.found for stem in folder.found.left_out},
         )
 
     def entered(self) -> list[str]:

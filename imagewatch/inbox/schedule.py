@@ -11,7 +11,7 @@ import math
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import first_level
-from imagewatch.inbox.turns import Turns
+from imagewatch.inbox.fair_turns import FairTurns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -73,7 +73,7 @@ class Schedule:
 
     def __init__(self, owner: Callable[[str], int]) -> None:
         self._owner = owner
-        self._turns: Turns[str] = Turns()
+        self._turns: FairTurns[str] = FairTurns()
         self._seconds: dict[str, float] = {}  # how long turns of each first-level folder took last
         self._waiting: dict[str, dict[str, None]] = {}  # what is to be done now, by first-level folder
         self._later: list[tuple[float, str]] = []  # a heap; the dictionary has what is valid of it

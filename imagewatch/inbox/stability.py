@@ -60,18 +60,18 @@ class Settling:
             Seconds until it is settled if nothing else happens; 0 when it is. Then nothing more is noted of it: that it
             is settled is remembered by whoever asked.
         """
-        look = hash(fingerprint)
+        state = hash(fingerprint)
         since, known = self._now.get(key) or self._before.get(key) or (None, None)
         if since is None or known is None:
             # A ctime in the future (a clock that was set back) counts as now.
             quiet_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
             # What an earlier look did not see is not older than that look, whatever a server's clock says.
             since = max(now - quiet_before, self._looked, -math.inf if since is None else since)
-        elif known != look:
+        elif known != state:
             since = now
         left = max(0.0, since + self.settle_seconds - now)
         if left:
-            self._now[key] = since, look
+            self._now[key] = since, state
         return left
 
     def forget_others(self, looked: float = -math.inf) -> None:

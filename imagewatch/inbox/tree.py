@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import Found, Reasons, first_level
 from imagewatch.inbox.claimed import MARK, looks_like_claims
-from imagewatch.inbox.folder import NOTHING_BESIDE, Folder
+from imagewatch.inbox.folder import NO_SIBLINGS, Folder
 from imagewatch.inbox.listing import MANY, Others, pieces, why_near_miss, why_no_prompt
 from imagewatch.inbox.system_folders import why_not_entered
-from imagewatch.protocol.names import CLAIMS, Alike, Beside, in_flight, near_miss, stem_of
-from imagewatch.system.disk_errors import ours
+from imagewatch.protocol.names import CLAIMS, CaselessStems, SiblingIndex, final_name, near_miss, stem_of
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
 
@@ -57,7 +57,7 @@ class Visitor:
     found: Found
     opened: Callable[[Folder, int], None]
     observe: Callable[[Folder, str, int], bool]
-    taken: Callable[[Key], bool]
+    has_job: Callable[[Key], bool]
     now: float
 
 
@@ -149,7 +149,7 @@ class Folders:
 
     def count_names(self, folder: Folder) -> None:
         """Take note of how many files of a folder are named that are not taken."""
-        parts = (folder.found, folder.judged)
+        parts = (folder.found, folder.checked)
         reasons = [folder.ignored, *(one for part in parts if part for one in (part.waiting, part.ignored))]
         self._count_names(folder, sum(len(one) for one in reasons if one))
 
@@ -166,7 +166,7 @@ class Folders:
         """
         self._places.clear()  # something else may be mounted now
         if self._opens:
-            with ours(self._inbox, "list the folder"):
+            with disk_errors(self._inbox, "list the folder"):
                 if self.tops.is_replaced(self._inbox):
                     self.tops.open(self._inbox)
 
@@ -205,7 +205,7 @@ class Folders:
         """
         full = self.full(folder.path)
         with self._opened(folder.path) as descriptor:
-            with ours(full, "look at the folder"):
+            with disk_errors(full, "look at the folder"):
                 status = os.fstat(descriptor)
                 self._meet(folder, status, descriptor)
             folder.owner = status.st_uid
@@ -223,7 +223,7 @@ class Folders:
             try:
                 stems = list(folder.unsettled)
                 if differs:
-                    with ours(full, "list the folder"):
+                    with disk_errors(full, "list the folder"):
                         stems = yield from self._list(folder, descriptor, visitor)
                 for stem in pieces(stems):
                     if stem is None:
@@ -272,7 +272,7 @@ class Folders:
     def _opened(self, path: str) -> Iterator[int]:
         """Open a folder; one that was replaced by a link meanwhile is not followed."""
         full = self.full(path)
-        with ours(full, "list the folder"):
+        with disk_errors(full, "list the folder"):
             folder = self.tops.listable(full)
         yield folder.fileno()
 
@@ -300,15 +300,15 @@ class Folders:
             self.forget(gone)
         folder.inner = inner | {path: None for path in folder.inner if path not in before}  # found meanwhile
         folder.unsettled = dict.fromkeys(stems)
-        known, beside = Alike(), NOTHING_BESIDE
-        if folder.unsettled or folder.settled or visitor.found.passed:
-            beside = Beside(folder, known)
-            for each in pieces([*folder.settled, *folder.unsettled, *visitor.found.passed]) if others else ():
+        known, siblings = CaselessStems(), NO_SIBLINGS
+        if folder.unsettled or folder.settled or visitor.found.left_out:
+            siblings = SiblingIndex(folder, known)
+            for each in pieces([*folder.settled, *folder.unsettled, *visitor.found.left_out]) if others else ():
                 if each is None:
                     yield
                 else:
                     known.add(each)
-        yield from self._sort_out(folder, others, ignored, beside)
+        yield from self._sort_out(folder, others, ignored, siblings)
         folder.is_changed = True
         return stems
 
@@ -316,8 +316,8 @@ class Folders:
         """Tell whether nothing is to be found out about a stem that is there."""
         if folder.found_again(stem) is not None:
             return True
-        if visitor.taken((folder.path, stem)):
-            visitor.found.passed.add(stem)
+        if visitor.has_job((folder.path, stem)):
+            visitor.found.left_out.add(stem)
             folder.distrust()
             return True
         return False
@@ -361,26 +361,26 @@ class Folders:
         """Note that a folder was seen in this one, so that this one need not be listed to look into it."""
         self._enter(folder, name, folder.inner, Reasons(0))
 
-    def _sort_out(self, folder: Folder, others: Others, ignored: Reasons, beside: Beside) -> Iterator[None]:
+    def _sort_out(self, folder: Folder, others: Others, ignored: Reasons, siblings: SiblingIndex) -> Iterator[None]:
         """Find out to which stems the files belong that are no prompts."""
-        has_stems, arriving = beside is not NOTHING_BESIDE, list[str]()
+        has_stems, arriving = siblings is not NO_SIBLINGS, list[str]()
         for other in others:
             if other is None:
                 yield
                 continue
             name, is_link = other
-            is_own = has_stems and beside.add(name)
+            is_own = has_stems and siblings.add(name)
             path = _join(folder.path, name)
             if is_link and name[0] != ".":
                 ignored.add(path, "a link, which is not followed")
-            elif near_miss(name) and in_flight(name) and len(arriving) < MANY:
+            elif near_miss(name) and final_name(name) and len(arriving) < MANY:
                 arriving.append(name)
             elif near_miss(name):
                 ignored.add(path, why_near_miss(name))
             elif self._explain and not is_own:
                 ignored.add(path, why_no_prompt(name))
-        beside.complete()
-        folder.beside = beside
+        siblings.complete()
+        folder.siblings = siblings
         folder.arriving = arriving or ()
         folder.ignored = ignored if ignored.kinds else None
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.inbox.claimed import MARK, looks_like_claims, mark_in
 from imagewatch.protocol.names import CLAIMS
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Descriptor, NotAFolderError
 from imagewatch.system.text import printable
@@ -109,7 +109,7 @@ class Claims:
 
     def _named(self) -> os.stat_result | None:
         """Return what has its name now, or None."""
-        with ours(self.path, "check the folder"), contextlib.suppress(FileNotFoundError):
+        with disk_errors(self.path, "check the folder"), contextlib.suppress(FileNotFoundError):
             return self._tops.lstat(self.path)
         return None
 
@@ -139,7 +139,7 @@ class Claims:
     def _found(self) -> Descriptor | None:
         """Return the folder that an earlier start knew, whatever its name in the inbox is; None if it is not there."""
         inode, mark = self._remembered()
-        with ours(self._inbox, "list the folder"), self._tops.listable(self._inbox).entries() as entries:
+        with disk_errors(self._inbox, "list the folder"), self._tops.listable(self._inbox).entries() as entries:
             names = [entry.name for entry in entries if inode and entry.is_dir(follow_symlinks=False)]
         for name in names:
             with contextlib.suppress(OSError):
@@ -153,7 +153,7 @@ class Claims:
     def _take(self) -> None:
         """Use the folder that has its name from now on."""
         try:
-            with ours(self.path, "open the folder"):
+            with disk_errors(self.path, "open the folder"):
                 folder = self._tops.entered(self.path)
         except SpoolError as error:
             if isinstance(error.__cause__, NotAFolderError):
@@ -228,7 +228,7 @@ class Claims:
     def _rename_back(self, known: Descriptor) -> None:
         """Rename the folder back; its name is free."""
         name = self._name_of(known)
-        with ours(self.path, "rename"):
+        with disk_errors(self.path, "rename"):
             self._disk.rename(os.path.join(self._inbox, name), os.path.join(self._inbox, CLAIMS))
         self._disk.sync_folder(self._inbox)
         named = self._named()

@@ -14,7 +14,7 @@ from imagewatch.config.values import overlaps
 from imagewatch.job.claims import Claims, NotOursError
 from imagewatch.job.record import Record
 from imagewatch.protocol.names import PAID
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ConfigError, SpoolError
 from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
 from imagewatch.system.folders import has_file
@@ -48,7 +48,7 @@ def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
         SpoolError: There is too little space, or too few files (inodes) are left.
     """
     for folder in folders:
-        with ours(folder, "ask for the free space"):
+        with disk_errors(folder, "ask for the free space"):
             top = tops.opened(folder)
             status = os.statvfs(top.fileno() if top else folder)
         free, files = status.f_bavail * status.f_frsize, status.f_favail
@@ -172,7 +172,7 @@ class JobFolders:
     def _open(self, folders: list[str] | None = None) -> None:
         """Open our folders, and again those that the administrator has replaced."""
         for folder in folders or self._all():
-            with ours(folder, "open the folder"):
+            with disk_errors(folder, "open the folder"):
                 if self.tops.is_replaced(folder):
                     self._require_same_way(folder)
                     self._require_lock_in(folder)
@@ -255,7 +255,7 @@ class JobFolders:
             SpoolError: One was, or one of our folders is missing.
         """
         for folder in self._all():
-            with ours(folder, "check the folder"):
+            with disk_errors(folder, "check the folder"):
                 if not self.tops.is_replaced(folder):
                     continue
             self._mounts.require()
@@ -288,7 +288,7 @@ class JobFolders:
     def _remove_probes(self) -> None:
         """Remove the test files of a process that was killed."""
         for folder in (*self._all(), *([self.claims] if self._claims.is_open() else [])):
-            with ours(folder, "list the folder"):
+            with disk_errors(folder, "list the folder"):
                 names = [name for name in self.tops.names(folder) if name.startswith(_PROBE)]
             for name in names:
                 path = os.path.join(folder, name)
@@ -340,7 +340,7 @@ class JobFolders:
         source, target = os.path.join(self.inbox, name), os.path.join(self.claims, name)
         self.disk.create(source).close()
         try:
-            with ours(self.inbox, "rename a file inside the inbox, which claiming a prompt needs"):
+            with disk_errors(self.inbox, "rename a file inside the inbox, which claiming a prompt needs"):
                 self.disk.rename(source, target)
         finally:
             self.disk.unlink(source)
@@ -353,7 +353,10 @@ class JobFolders:
             os.path.join(self.outbox, self._probe_name() + ".d"),
         )
         try:
-            with closing(self.disk.create(path), path) as file, ours(self.outbox, "set [outbox] file_mode or group"):
+            with (
+                closing(self.disk.create(path), path) as file,
+                disk_errors(self.outbox, "set [outbox] file_mode or group"),
+            ):
                 self.permissions.apply(file.fileno())
         finally:
             self.disk.unlink(path)
@@ -377,7 +380,7 @@ class JobFolders:
             SpoolError: A link or a file is in its place, or a folder with another inode.
         """
         with contextlib.ExitStack() as stack:
-            with ours(folder, "enter the folder"):
+            with disk_errors(folder, "enter the folder"):
                 stack.enter_context(self.tops.held(folder, inode))
             yield
 

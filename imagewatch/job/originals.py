@@ -8,7 +8,7 @@ import pwd
 import stat
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import NotAFolderError
 from imagewatch.system.text import printable
@@ -82,14 +82,14 @@ class Originals:
         if not self.may_be_claimed(source):
             return False
         try:
-            with ours(source, "move the file out of the inbox"):
+            with disk_errors(source, "move the file out of the inbox"):
                 self._disk.rename(source, target)
         except SpoolError as error:
             if isinstance(error.__cause__, FileNotFoundError | FileExistsError):
                 return False
             raise
         if self._folders.tops.is_folder(target):  # it replaced the file in this moment
-            with ours(source, "put the folder back into the inbox"):
+            with disk_errors(source, "put the folder back into the inbox"):
                 self._disk.rename(target, source)
             return False
         return True
@@ -143,7 +143,7 @@ class Originals:
     def claimed(self, job: str) -> set[str]:
         """Return the names of all files in the folder of a claim."""
         path = self._folders.claim_folder(job)
-        with ours(path, "list the folder"), contextlib.suppress(FileNotFoundError):
+        with disk_errors(path, "list the folder"), contextlib.suppress(FileNotFoundError):
             return set(self._folders.tops.names(path, folders=False))
         return set()
 
@@ -187,7 +187,7 @@ class Originals:
 
     def _return(self, source: str, target: str) -> bool:
         try:
-            with ours(target, "give the file back to the inbox"):
+            with disk_errors(target, "give the file back to the inbox"):
                 self._disk.rename(source, target)
         except SpoolError as error:
             if isinstance(error.__cause__, FileExistsError | FileNotFoundError):

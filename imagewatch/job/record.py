@@ -28,7 +28,7 @@ import msgspec
 
 from imagewatch.endpoint.saved_answer import Answer, Sink, errno_of, has_tail
 from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class Record:
     def partial(self, attempt: int) -> Head | None:
         """Return how the response began that was arriving when the process died, or None."""
         path = self.path(f"answer.{attempt}.part")
-        with ours(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), self._read(path) as file:
+        with disk_errors(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), self._read(path) as file:
             line = file.readline(_LINE_BYTES)
             return load(line, Head) if line.endswith(b"\n") else None
         return None
@@ -155,7 +155,7 @@ class Record:
     def save_partial(self, attempt: int, tail: Tail) -> None:
         """Save the part of a response that arrived; if only its name was missing, it is complete."""
         part = self.path(f"answer.{attempt}.part")
-        with closing(self._disk.append(part), part) as file, ours(part, "save the response"):
+        with closing(self._disk.append(part), part) as file, disk_errors(part, "save the response"):
             if not has_tail(file):
                 file.write(b"\n" + dump(tail))
             self._disk.unreserve(file)
@@ -243,7 +243,7 @@ class Record:
 
     def names(self) -> list[str]:
         """Return the names of its files."""
-        with ours(self.folder, "read"), contextlib.suppress(FileNotFoundError):
+        with disk_errors(self.folder, "read"), contextlib.suppress(FileNotFoundError):
             return self._disk.tops.names(self.folder)
         return []
 

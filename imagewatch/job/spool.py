@@ -18,7 +18,7 @@ from imagewatch.job.originals import Originals
 from imagewatch.job.rules import State
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system import leftovers
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Spool(JobFolders):
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs of which anything is left, oldest record first."""
-        with ours(self.state, "list the jobs"):
+        with disk_errors(self.state, "list the jobs"):
             ids = set(self.tops.names(self.jobs, folders=True))
             if self.has_claims():
                 # Where a file system keeps no owners, others can create folders here.

@@ -23,7 +23,7 @@ from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
 from imagewatch.journal.budget import Budget
 from imagewatch.protocol.reasons import Reaction
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import Problem, SpoolError
 
 if TYPE_CHECKING:
@@ -215,5 +215,5 @@ def _local_disk() -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as error:
-        with ours(str(error.filename), "read"):
+        with disk_errors(str(error.filename), "read"):
             raise

@@ -21,7 +21,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.leftovers import remove_old
 from imagewatch.system.text import printable
@@ -135,7 +135,7 @@ class Control:
         self._disk.unlink(self._path(f"retry.{job}"))
 
     def _names(self) -> list[str]:
-        with ours(self.folder, "list the folder"), contextlib.suppress(FileNotFoundError):
+        with disk_errors(self.folder, "list the folder"), contextlib.suppress(FileNotFoundError):
             return sorted(self._disk.tops.names(self.folder))
         return []
 
@@ -145,7 +145,7 @@ class Control:
     def _read(self, name: str) -> str | None:
         path = self._path(name)
         try:
-            with ours(path, "read"), open(self._disk.tops.open_file(path, os.O_RDONLY), "rb") as file:
+            with disk_errors(path, "read"), open(self._disk.tops.open_file(path, os.O_RDONLY), "rb") as file:
                 return file.read(_MOST_BYTES).decode("utf-8", "surrogateescape")
         except SpoolError as error:
             if isinstance(error.__cause__, FileNotFoundError):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from imagewatch.protocol.image_kinds import IMAGE_ENDINGS, has_image_ending
-from imagewatch.protocol.meant import alike, base_names, is_called_copy, is_leftover
+from imagewatch.protocol.similar_names import base_names, caseless, is_called_copy, is_leftover
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable
@@ -27,7 +27,7 @@ CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 PAID = "paid"
 """Name of the folder inside the state folder for answers that were paid for and gave no picture."""
-MOST_MEANT = 40
+MOST_SIMILAR = 40
 """So many files that may be meant for a prompt are looked at: with more beside it, it is refused."""
 _START, _MOST_STARTS = 3, 1000
 """So many characters of the names of prompts are compared first, unless they begin in more different ways."""
@@ -116,12 +116,12 @@ def near_miss(name: str) -> bool:
     if name.startswith(".") != (name == SUFFIX) or name.endswith(_LEFT_BEHIND):
         return False
     if name[:1] in {"~", "#"}:
-        return name.endswith(SUFFIX) and in_flight(name) is None
+        return name.endswith(SUFFIX) and final_name(name) is None
     return bool(_TEXT.search(name))
 
 
 @functools.lru_cache(maxsize=16)  # of one name it is asked several times in a row, and some names take long
-def in_flight(name: str) -> str | None:
+def final_name(name: str) -> str | None:
     """Return the name that a temporary or lock file stands for, or None."""
     if not _MAY_BE_IN_FLIGHT.match(name):
         return None
@@ -144,7 +144,7 @@ def suffix_of(name: str) -> str:
     return name.rpartition(".")[2].lower() if "." in name else ""
 
 
-def is_picture(name: str) -> bool:
+def is_image_name(name: str) -> bool:
     """Tell whether a name is that of an image, of a kind the endpoint takes or not."""
     return suffix_of(name) in IMAGE_ENDINGS and name[0] not in ".~#"
 
@@ -156,10 +156,10 @@ def may_be_meant(name: str) -> bool:
     """
     if name[:1] in ".~#" or stem_of(name) is not None or is_leftover(name):
         return False
-    return has_image_ending(name) or in_flight(name) is None
+    return has_image_ending(name) or final_name(name) is None
 
 
-class Alike:
+class CaselessStems:
     """Which prompts a folder has, however their names are written in upper and lower case."""
 
     __slots__ = ("_has_dots", "_known", "_starts")
@@ -171,7 +171,7 @@ class Alike:
 
     def add(self, stem: str) -> None:
         """Note that there is a prompt."""
-        like = alike(stem)
+        like = caseless(stem)
         self._known.add(like)
         self._has_dots = self._has_dots or "." in like
         if self._starts is not None:
@@ -183,7 +183,7 @@ class Alike:
         """Tell whether there can be a prompt for which a file of this name is meant; most files are told apart here."""
         if self._starts is None or is_called_copy(name):
             return True
-        like = alike(name)
+        like = caseless(name)
         return any(like[:length] in self._starts for length in range(1, _START + 1))
 
     def __contains__(self, base: str) -> bool:
@@ -191,7 +191,7 @@ class Alike:
         return (self._has_dots or "." not in base) and base in self._known
 
 
-class Beside:
+class SiblingIndex:
     """What lies beside the prompts of one folder, and whose it is.
 
     Args:
@@ -199,7 +199,7 @@ class Beside:
         known: The same stems, however they are written. Without, nothing is noted that only may be meant for one.
     """
 
-    def __init__(self, stems: Container[str], known: Alike | None = None) -> None:
+    def __init__(self, stems: Container[str], known: CaselessStems | None = None) -> None:
         self._stems = stems
         self._known = known
         self._own: dict[str, list[str]] = {}
@@ -218,19 +218,19 @@ class Beside:
             self._add_meant(name, self._known)
         return stem is not None
 
-    def _add_meant(self, name: str, known: Alike) -> None:
+    def _add_meant(self, name: str, known: CaselessStems) -> None:
         """Note a file, or the mark of somebody at work on one, for the prompt for which it is meant most likely."""
         target = name
         if not may_be_meant(name):
-            target = in_flight(name) or ""
+            target = final_name(name) or ""
             if not has_image_ending(target):
                 return
         for base in base_names(target) if known.may_have(target) else ():
-            if (like := alike(base)) not in known:
+            if (like := caseless(base)) not in known:
                 continue
             stem = self._find(base)
             files = self._meant.setdefault(like, []) if stem is None else self._exactly.setdefault(stem, [])
-            if len(files) < MOST_MEANT:
+            if len(files) < MOST_SIMILAR:
                 files.append(name)
             return
 
@@ -244,15 +244,15 @@ class Beside:
 
     def owner(self, name: str) -> str | None:
         """Return the stem to which a file belongs, as its image or as the mark of somebody at work on it, or None."""
-        if is_picture(name):
-            found = self._picture(name)
+        if is_image_name(name):
+            found = self._image(name)
             return found[0] if found else None
-        target = in_flight(name)
+        target = final_name(name)
         if not target:
             return None
         if (stem := stem_of(target)) is not None:
             return self._find(stem)
-        found = self._picture(target) if suffix_of(target) in IMAGE_ENDINGS else None
+        found = self._image(target) if suffix_of(target) in IMAGE_ENDINGS else None
         return found[0] if found else None
 
     def _find(self, stem: str) -> str | None:
@@ -261,7 +261,7 @@ class Beside:
             return stem
         return None if stem.isascii() else next((way for way in spellings(stem) if way in self._stems), None)
 
-    def _picture(self, name: str) -> tuple[str, int] | None:
+    def _image(self, name: str) -> tuple[str, int] | None:
         """Return whose image a name is, and its number (-1 for the plain one, which comes before ``cat.0.png``)."""
         base = name.rpartition(".")[0]
         if (stem := self._find(base)) is not None:
@@ -275,23 +275,23 @@ class Beside:
         """Tell whether there may be an image of a prompt, a file meant for it, or somebody at work on it."""
         if stem in self._own or stem in self._exactly or self._headless:
             return True
-        return bool(self._meant) and alike(stem) in self._meant
+        return bool(self._meant) and caseless(stem) in self._meant
 
     def of(self, stem: str) -> Siblings:
         """Return what was siblings for one prompt."""
         siblings = Siblings(stem)
         names = self._own.get(stem, ())
-        numbered = sorted((found[1], name) for name in names if is_picture(name) and (found := self._picture(name)))
+        numbered = sorted((found[1], name) for name in names if is_image_name(name) and (found := self._image(name)))
         siblings.images = [name for _, name in numbered]
-        siblings.busy = [name for name in names if not is_picture(name)]
+        siblings.busy = [name for name in names if not is_image_name(name)]
         for cut in (1, 2) if self._headless else ():
             siblings.busy += self._headless.get(siblings.prompt[cut:], ())
         for mark in siblings.busy:
-            target = in_flight(mark) or ""
+            target = final_name(mark) or ""
             is_image = stem_of(target) is None and suffix_of(target) in IMAGE_ENDINGS
             if is_image and target not in (*siblings.names, *siblings.coming):
                 siblings.coming.append(target)
-        for name in sorted([*self._exactly.get(stem, ()), *self._meant.get(alike(stem), ())]):
+        for name in sorted([*self._exactly.get(stem, ()), *self._meant.get(caseless(stem), ())]):
             (siblings.doubtful if may_be_meant(name) else siblings.busy).append(name)
         return siblings
 
@@ -307,14 +307,14 @@ def group(names: Iterable[str]) -> dict[str, Siblings]:
     """
     listed = list(names)
     stems = dict.fromkeys(stem for name in listed if (stem := stem_of(name)) is not None)
-    known = Alike()
+    known = CaselessStems()
     for stem in stems:
         known.add(stem)
-    beside = Beside(stems, known)
+    siblings = SiblingIndex(stems, known)
     for name in listed if stems else ():
         if stem_of(name) is None:
-            beside.add(name)
-    return {stem: beside.of(stem) for stem in stems}
+            siblings.add(name)
+    return {stem: siblings.of(stem) for stem in stems}
 
 
 def tagged(name: str, stem: str, tag: str) -> str:

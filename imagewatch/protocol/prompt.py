@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from imagewatch.config.schema import Options
 from imagewatch.config.validate import check, shown
-from imagewatch.protocol.mistaken import FENCE, almost_front_matter, no_prompt
-from imagewatch.protocol.names import NAME_MAX, SUFFIX, fits, in_flight
+from imagewatch.protocol.names import NAME_MAX, SUFFIX, final_name, fits
+from imagewatch.protocol.not_a_prompt import FENCE, almost_front_matter, no_prompt
 from imagewatch.system.errors import BadRequest, Problem
 
 MAX_BYTES = 256 * 1024
@@ -183,6 +183,6 @@ def _name_problem(name: str) -> str:
         return f"is longer than {NAME_MAX} bytes, which no file's name can be"
     if name.endswith(SUFFIX):
         return "is a prompt"
-    if in_flight(name):
+    if final_name(name):
         return "is a temporary file of a transfer or an editor"
     return ""  # whether it is an image, and of which kind, its content says

@@ -12,7 +12,7 @@ import os
 import secrets
 from typing import IO, TYPE_CHECKING
 
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.disk_moves import Moves
 from imagewatch.system.errors import SpoolError
 
@@ -52,7 +52,7 @@ class Disk(Moves):
         self.make_folder(hidden)
         try:
             self.set_mode(hidden, mode)
-            with ours(path, "rename"):
+            with disk_errors(path, "rename"):
                 self.rename(hidden, path)
         finally:
             self.remove_folder(hidden)
@@ -71,7 +71,7 @@ class Disk(Moves):
         temporary = temporary or path + ".tmp"
         try:
             with closing(self.create_anew(temporary, mode), path) as file:
-                with ours(path, "write"):
+                with disk_errors(path, "write"):
                     yield file
                 self.sync(file, path)
         except BaseException:
@@ -89,7 +89,7 @@ class Disk(Moves):
     def jot(self, path: str, content: bytes) -> None:
         """Replace a small file that nobody needs after a crash. Whole for any reader, but not synced."""
         temporary = path + ".tmp"
-        with ours(path, "write"):
+        with disk_errors(path, "write"):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             with open(self.tops.open_file(temporary, flags, _MODE_OF_NOTES), "wb") as file:
                 file.write(content)
@@ -110,7 +110,7 @@ class Disk(Moves):
         """
         try:
             with closing(self.create_anew(temporary), target) as file:
-                with ours(target, "write"):
+                with disk_errors(target, "write"):
                     file.write(content)
                     finish(file.fileno())
                 self.sync(file, target)
@@ -130,7 +130,7 @@ class Disk(Moves):
                 raise
             self.unlink(temporary)
         except OSError:
-            with ours(target, "rename"):
+            with disk_errors(target, "rename"):
                 raise
 
     def probe(self, folder: str, name: str) -> None:
@@ -138,7 +138,7 @@ class Disk(Moves):
         path = os.path.join(folder, name)
         try:
             with closing(self.create_anew(path), folder) as file:
-                with ours(folder, "write"):
+                with disk_errors(folder, "write"):
                     file.write(b"imagewatch was here\n")
                 self.sync(file, folder)
         finally:

@@ -14,7 +14,7 @@ import os
 import stat
 from typing import IO
 
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.folders import Descriptor, Place, Tops
 from imagewatch.system.kernel import rename_new, reserve
 
@@ -49,7 +49,7 @@ class DiskCalls:
 
     def make_folder(self, path: str, mode: int = 0o700) -> None:
         """Create a folder; an existing one is fine. Outside our open folders also the folders above it are made."""
-        with ours(path, "create the folder"):
+        with disk_errors(path, "create the folder"):
             place = self.tops.at(path)
             try:
                 os.mkdir(place.name, mode, dir_fd=place.dir_fd)
@@ -63,12 +63,12 @@ class DiskCalls:
     def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
         """Create a file that must not exist, for writing and reading back; links are not followed."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
-        with ours(path, "create the file"):
+        with disk_errors(path, "create the file"):
             return _Whole(self.tops.open_file(path, flags, mode), "r+")
 
     def append(self, path: str) -> IO[bytes]:
         """Open a file of ours that is there already, to write on at its end; links are not followed."""
-        with ours(path, "open the file"):
+        with disk_errors(path, "open the file"):
             file = _Whole(self.tops.open_file(path, os.O_RDWR), "r+")
             file.seek(0, os.SEEK_END)
             return file
@@ -81,7 +81,7 @@ class DiskCalls:
             size: Bytes from its beginning.
             path: Its name.
         """
-        with ours(path, f"reserve {size:,} bytes"):
+        with disk_errors(path, f"reserve {size:,} bytes"):
             reserve(file.fileno(), size)
 
     def unreserve(self, file: IO[bytes]) -> None:
@@ -101,18 +101,18 @@ class DiskCalls:
         except FileExistsError:
             raise
         except OSError:
-            with ours(path, "make the link"):
+            with disk_errors(path, "make the link"):
                 raise
 
     def sync(self, file: IO[bytes], path: str) -> None:
         """Flush a file and its data to the disk itself."""
-        with ours(path, "write to disk"):
+        with disk_errors(path, "write to disk"):
             file.flush()
             os.fsync(file.fileno())
 
     def sync_folder(self, path: str) -> None:
         """Make the names in a folder durable."""
-        with ours(path, "write the folder to disk"):
+        with disk_errors(path, "write the folder to disk"):
             folder = self.tops.opened(path)
             try:
                 os.fsync(folder or self._opened(path))
@@ -128,7 +128,7 @@ class DiskCalls:
 
     def replace(self, source: str, target: str) -> None:
         """Rename within one file system; an existing target is replaced."""
-        with ours(target, "rename"):
+        with disk_errors(target, "rename"):
             here, there = self.tops.at(source), self.tops.at(target)
             os.replace(here.name, there.name, src_dir_fd=here.dir_fd, dst_dir_fd=there.dir_fd)
 
@@ -149,18 +149,18 @@ class DiskCalls:
                 return
             if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT}:
                 raise
-            with ours(target, "rename"):
+            with disk_errors(target, "rename"):
                 raise
 
     def unlink(self, path: str) -> None:
         """Remove a file; one that is gone is fine."""
-        with ours(path, "remove"), contextlib.suppress(FileNotFoundError):
+        with disk_errors(path, "remove"), contextlib.suppress(FileNotFoundError):
             place = self.tops.at(path)
             os.unlink(place.name, dir_fd=place.dir_fd)
 
     def remove_folder(self, path: str) -> bool:
         """Remove an empty folder; tell whether it is gone. One with strangers' files in it stays."""
-        with ours(path, "remove the folder"):
+        with disk_errors(path, "remove the folder"):
             try:
                 place = self.tops.at(path)
                 os.rmdir(place.name, dir_fd=place.dir_fd)
@@ -174,7 +174,7 @@ class DiskCalls:
 
     def set_mode(self, path: str, mode: int) -> None:
         """Set the mode of a folder; never that of what a link leads to."""
-        with ours(path, "set the mode"):
+        with disk_errors(path, "set the mode"):
             folder = self._opened(path)
             os.fchmod(folder.fileno(), mode)
 
@@ -183,7 +183,7 @@ class DiskCalls:
 
         A file with other names is left alone: they are its sender's, and so is the time they show.
         """
-        with ours(path, "set its time"), contextlib.suppress(FileNotFoundError):
+        with disk_errors(path, "set its time"), contextlib.suppress(FileNotFoundError):
             place = self.tops.at(path)
             status = place.lstat()
             if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:

@@ -18,7 +18,7 @@ FULL = {errno.ENOSPC, errno.EDQUOT}
 _RESTORE = "put back the folder that was there"
 
 
-class ours:  # noqa: N801  it reads like a statement
+class disk_errors:  # noqa: N801  it reads like a statement
     """Turn an ``OSError`` about our own folders into a ``SpoolError`` with the next action.
 
     A class and no generator: a job enters it two hundred times.
@@ -59,7 +59,7 @@ def closing(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             file.close()
         raise
-    with ours(path, "write"):
+    with disk_errors(path, "write"):
         file.close()
 
 

@@ -11,7 +11,7 @@ import stat
 from typing import IO, TYPE_CHECKING
 
 from imagewatch.system.disk_calls import DiskCalls
-from imagewatch.system.disk_errors import closing, ours
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import is_private
 from imagewatch.system.permissions import copy_permissions
@@ -65,7 +65,7 @@ class Moves(DiskCalls):
             self._carry_special(source, target)
             return
         with file:
-            with ours(target, "set mode or group"):
+            with disk_errors(target, "set mode or group"):
                 if finish:
                     finish(file.fileno())
             is_secret = self._is_private(file, source)
@@ -78,13 +78,13 @@ class Moves(DiskCalls):
                 self.unlink(source)
 
     def _is_private(self, file: IO[bytes], path: str) -> bool:
-        with ours(path, "look at the folder"):
+        with disk_errors(path, "look at the folder"):
             return is_private(os.fstat(file.fileno()), self.tops.folder(os.path.dirname(path)).status())
 
     def _require_public(self, path: str, *, is_secret: bool) -> None:
         """Refuse to copy a hard link to a private file: the copy has one name, and passes for a file like any other."""
         if is_secret:
-            with ours(path, "copy a hard link to a private file"):
+            with disk_errors(path, "copy a hard link to a private file"):
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
 
     def _moved(self, file: IO[bytes], source: str, target: str) -> bool:
@@ -98,7 +98,7 @@ class Moves(DiskCalls):
         except OSError as error:
             if error.errno == errno.EXDEV:
                 return False
-            with ours(target, "move"):
+            with disk_errors(target, "move"):
                 raise
         return True
 
@@ -116,7 +116,7 @@ class Moves(DiskCalls):
                 raise
         except OSError as error:
             if error.errno != errno.EXDEV or self._is_regular(source):
-                with ours(target, "move"):
+                with disk_errors(target, "move"):
                     raise
             text = self._link(source)
             if text is not None and text != self._link(target):
@@ -131,7 +131,7 @@ class Moves(DiskCalls):
     ) -> None:
         try:
             with closing(self.create_anew(temporary), target) as copy:
-                with ours(target, "write"):
+                with disk_errors(target, "write"):
                     file.seek(0)
                     shutil.copyfileobj(file, copy, _COPY_BYTES)
                     if copy.tell() != os.fstat(file.fileno()).st_size:
@@ -184,7 +184,7 @@ class Moves(DiskCalls):
     def _readable(self, path: str) -> IO[bytes] | None:
         """Open a regular file; None for anything else, and for what was dropped that we may not read."""
         try:
-            with ours(path, "read"):
+            with disk_errors(path, "read"):
                 return self._open(path) if self._is_regular(path) else None
         except SpoolError as error:
             if error.code == errno.EACCES:

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 
@@ -193,7 +193,7 @@ class Mounts:
             SpoolError: One is.
         """
         for folder, point in self._points.items():
-            with ours(folder, "look at the folder"):
+            with disk_errors(folder, "look at the folder"):
                 device = os.stat(folder).st_dev
             if device == self._devices[folder]:
                 continue

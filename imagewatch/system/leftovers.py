@@ -14,7 +14,7 @@ import stat
 import time
 from typing import TYPE_CHECKING
 
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def remove_old(disk: Disk, path: str, *, is_known: bool) -> None:
         path: The file.
         is_known: Whether nobody uses it, beyond doubt. Else it has to be a day old.
     """
-    with contextlib.suppress(SpoolError), ours(path, "look at the file"):
+    with contextlib.suppress(SpoolError), disk_errors(path, "look at the file"):
         status = disk.tops.lstat(path)
         is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         if is_ours and (is_known or time.time() - status.st_ctime >= STALE_SECONDS):

@@ -9,7 +9,7 @@ import os
 import threading
 from typing import IO, TYPE_CHECKING
 
-from imagewatch.system.disk_errors import ours
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.text import printable
 
@@ -36,7 +36,7 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
     Raises:
         AlreadyRunning: Somebody else has it.
     """
-    with ours(path, "open the lock"):
+    with disk_errors(path, "open the lock"):
         file = os.fdopen(tops.open_file(path, os.O_RDWR | os.O_CREAT), "r+b")
     for left in reversed(range(_LOCK_TRIES)):
         try:
@@ -63,7 +63,7 @@ def _translated_lock(path: str) -> Iterator[None]:
         raise AlreadyRunning(message, path=path, hint="stop it first, or give this one other folders") from None
     except OSError as error:
         if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
-            with ours(path, "lock"):
+            with disk_errors(path, "lock"):
                 raise
         message = f"{printable(path)}: this file system has no locks"
         hint = "put the state folder and the inbox on a local disk"
@@ -80,6 +80,6 @@ def locked(path: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        with ours(path, "look at the lock"):
+        with disk_errors(path, "look at the lock"):
             raise
     return False

@@ -32,7 +32,7 @@ def printable(text: str, limit: int = 2000) -> str:
     return _UNSAFE.sub(lambda match: match[0].encode("unicode_escape", "surrogatepass").decode(), cut)
 
 
-def complaint(message: str, problems: Sequence[object]) -> list[str]:
+def problem_lines(message: str, problems: Sequence[object]) -> list[str]:
     """Return what went wrong in lines: the message, and below it every problem where there are several.
 
     Args:

@@ -102,7 +102,7 @@ def _kind(status: os.stat_result) -> str:
     return "" if stat.S_ISREG(status.st_mode) else "is not a plain file"
 
 
-def own_way(path: str) -> str:
+def resolve_own_link(path: str) -> str:
     """Return where a path leads to if its last name is a link that this user or root has made.
 
     Args:

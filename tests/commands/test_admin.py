@@ -26,7 +26,7 @@ from commands.test_cli import HOSTILE, RAW
 from imagewatch.config.schema import Limits
 from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.status import Status
-from imagewatch.inbox.scan import Seen
+from imagewatch.inbox.scan import ScanResult
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import Sandbox
@@ -729,7 +729,7 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
         told.change()
         assert told.due is not None
         with pytest.raises(SpoolError):
-            told.write(Seen(), 0, {}, {})
+            told.write(ScanResult(), 0, {}, {})
         assert told.due is None
         told.change()
         assert told.due > time.monotonic()

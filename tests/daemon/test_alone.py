@@ -115,7 +115,7 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_read_again(
     for name in ("logo.png", "other.png"):
         station.drop(name, PICTURE)
     station.prompt("mug", before)
-    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
     station.prompt("mug", after)
     outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
     assert (outcome.end, sandbox.report()["requests"]) == (End.RETURNED, 0)
@@ -132,7 +132,7 @@ def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
 ) -> None:
     station.drop("logo.png", PICTURE)
     station.prompt("mug", NAMES_LOGO)
-    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
     path = station.inbox / victim
     before, content = path.stat(), path.read_bytes()
     if how == "the same file, changed":
@@ -159,7 +159,7 @@ def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
     station: Station, sandbox: Sandbox, text: str, destination: str
 ) -> None:
     station.prompt("mug", text)
-    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
     job = station.spool.new_job()
     beside = Path(station.spool.claim_folder(job), "evil.sh")
     sandbox.hold()

@@ -200,9 +200,9 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 
-look = Sweep.unchanged
+look = InboxScan.unchanged
 def unchanged(self, candidate):
     was = look(self, candidate)
     if was and not os.path.lexists({secret!r} + ".done"):
@@ -210,7 +210,7 @@ def unchanged(self, candidate):
         os.unlink({victim!r})
         {how}
     return was
-Sweep.unchanged = unchanged
+InboxScan.unchanged = unchanged
 log.configure("info", "json")
 sys.exit(Daemon(load(None, os.environ), os.environ).run())
 """
@@ -286,10 +286,10 @@ def test_a_folder_that_was_replaced_by_a_link_is_not_followed(
     station: Station, tmp_path: Path, sandbox: Sandbox
 ) -> None:
     station.prompt("sub/inner/cat", "A cat")
-    (candidate,) = station.sweep.look(0, 0).ready
+    (candidate,) = station.scan.scan_all(0, 0).ready
     (station.inbox / "sub").rename(tmp_path / "away")
     (station.inbox / "sub").symlink_to(tmp_path / "away")
-    assert not station.sweep.unchanged(candidate)
+    assert not station.scan.unchanged(candidate)
     assert station.work() == []
     assert (tmp_path / "away/inner/cat.prompt.txt").exists()
     assert sandbox.report()["requests"] == 0
@@ -306,7 +306,7 @@ def test_a_hard_link_to_a_file_that_only_the_daemon_may_read_stays_and_is_named(
     (tmp_path / "picture").write_bytes(PICTURE)
     (tmp_path / "picture").chmod(0o600)
     (station.inbox / "dog.png").hardlink_to(tmp_path / "picture")
-    seen = station.sweep.look(0, 0)
+    seen = station.scan.scan_all(0, 0)
     assert seen.ready == []
     assert set(seen.ignored) == {"cat.prompt.txt", "dog.prompt.txt"}
     assert all("hard link" in reason for reason in seen.ignored.values())

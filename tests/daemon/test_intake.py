@@ -111,7 +111,7 @@ def test_a_prompt_is_found_before_the_scan_of_a_folder_with_very_many_files_ends
         assert not box.intake.scanner.is_complete
     assert looks <= 3
     box.scan_all()
-    kinds = [*box.intake.seen.ignored.kinds.values(), *box.intake.seen.waiting.kinds.values()]
+    kinds = [*box.intake.result.ignored.kinds.values(), *box.intake.result.waiting.kinds.values()]
     assert kinds == ([] if ending == "gif" else [3000])
 
 
@@ -123,7 +123,7 @@ def test_a_prompt_is_found_before_the_scans_of_very_many_folders_end(box):
         box.scan()
         assert not box.intake.scanner.is_complete
     box.scan_all()
-    assert box.intake.seen.ignored.total == 500
+    assert box.intake.result.ignored.total == 500
 
 
 def test_a_folder_found_during_the_scan_of_the_one_above_is_scanned_immediately(box):
@@ -272,7 +272,7 @@ def test_prompts_that_cannot_be_claimed_delay_no_other_folder(box):
     assert looks <= 3
     box.scan_all()
     assert box.take().source == "colleague/cat.prompt.txt"
-    assert box.intake.seen.waiting.kinds == {"images": 1500}
+    assert box.intake.result.waiting.kinds == {"images": 1500}
 
 
 def test_a_prompt_whose_name_a_job_still_has_is_claimed_when_that_job_is_finished(box):
@@ -294,7 +294,7 @@ def test_after_a_reload_everything_is_scanned_again(box):
     box.intake.configure(box.folders.config().inbox, 0)
     box.scan_all()
     assert box.intake.count() == 100
-    assert box.intake.seen.ignored.total == 2500
+    assert box.intake.result.ignored.total == 2500
     assert box.claim_all() == [f"a/{name}" for name in names(100)]
 
 
@@ -360,7 +360,7 @@ def test_a_scan_continues_though_a_folder_is_removed_meanwhile(box):
         box.scan()
         assert box.clock.now < began + 4, "what was begun goes on only when everything is scanned again"
     box.scan()
-    assert box.intake.seen.waiting.total == 600
+    assert box.intake.result.waiting.total == 600
 
 
 def test_a_prompt_that_waits_for_images_is_not_forgotten_however_many_others_there_are(box):
@@ -386,7 +386,7 @@ def test_some_files_of_every_folder_are_named_however_many_another_has(box):
     for number in range(20):
         box.write(f"colleague{number}", "note.txt")
     box.scan_all()
-    ignored = box.intake.seen.ignored
+    ignored = box.intake.result.ignored
     assert (len(ignored), ignored.total) == (1000, 5020)
     named = {f"colleague{number}/note.txt" for number in range(20)}
     assert named <= ignored.keys()
@@ -397,5 +397,5 @@ def test_the_names_of_ignored_files_are_bounded_also_over_very_many_folders(box)
     for number in range(600):
         box.write(f"m{number}", *names(10, "txt"))
     box.scan_all()
-    assert sum(folder.names for folder in box.intake._sweep.folders) < 5500
-    assert box.intake.seen.ignored.total == 6000
+    assert sum(folder.names for folder in box.intake._scan.folders) < 5500
+    assert box.intake.result.ignored.total == 6000

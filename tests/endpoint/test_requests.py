@@ -615,7 +615,7 @@ def test_a_taken_name_in_the_archive_is_never_overwritten(station, sandbox, take
 
 def test_a_name_that_even_the_short_id_does_not_free_gets_the_whole_id(station, sandbox):
     drop(station, {"x.prompt.txt": "a cat"})
-    claim = station.sweep.look(0, 0).ready[0].claim("abcd000011112222", 0.0)
+    claim = station.scan.scan_all(0, 0).ready[0].claim("abcd000011112222", 0.0)
     check = existing(station.outbox, "x.jpg", "x.abcd.jpg")
     station.worker.start(claim)
     check()

@@ -28,7 +28,7 @@ from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, Ste
 from support.station import Distrustful
 
 from imagewatch.endpoint import pictures
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.completion import Completion
 from imagewatch.job.originals import Originals
 from imagewatch.job.outcome import End
@@ -244,8 +244,8 @@ class Stage:
         )
         for job in spool.unfinished():
             self._carry(worker, job)
-        sweep = Sweep(spool.inbox, self.config.inbox)
-        while ready := sweep.look(AT, AT).ready:
+        scan = InboxScan(spool.inbox, self.config.inbox)
+        while ready := scan.scan_all(AT, AT).ready:
             if {self._start(worker, spool.new_job(), candidate) for candidate in ready} == {End.RETURNED}:
                 break
 

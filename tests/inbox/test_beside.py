@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from support.daemon import Folders, command, until
 
-from imagewatch.protocol.names import MOST_MEANT
+from imagewatch.protocol.names import MOST_SIMILAR
 
 
 def status(folders: Folders) -> dict[str, Any]:
@@ -180,7 +180,7 @@ def test_a_folder_or_a_pipe_without_the_name_of_an_image_is_none(station, sandbo
 
 
 def test_beside_very_many_such_files_a_prompt_is_refused_and_none_is_opened(station, sandbox):
-    for number in range(MOST_MEANT + 5):
+    for number in range(MOST_SIMILAR + 5):
         station.drop(f"cat.{number}.log", "text")
     station.prompt("cat", "A cat")
     station.drop("dog.log", "text")
@@ -190,7 +190,7 @@ def test_beside_very_many_such_files_a_prompt_is_refused_and_none_is_opened(stat
     assert sandbox.report()["requests"] == 1
     *named, last = station.error("cat")["problems"]
     assert len([problem for problem in named if "may be meant as an image" in problem]) == 10
-    assert f"{MOST_MEANT - 10} more such files" in last
+    assert f"{MOST_SIMILAR - 10} more such files" in last
 
 
 # The daemon, and what people are told
@@ -231,7 +231,7 @@ def test_check_and_estimate_name_the_file_and_both_ways_out(station):
 def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, sandbox):
     station.drop("cat.MP.jpg", JPEG)
     station.prompt("cat", "A cat")
-    (candidate,) = station.sweep.look(time.monotonic(), time.time()).ready
+    (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
     assert station.spool.originals.claim(candidate.claim(station.spool.new_job(), time.time()))
     (station.inbox / "cat.MP.jpg").unlink()
     (outcome,) = station.recover()

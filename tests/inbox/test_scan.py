@@ -18,13 +18,13 @@ from PIL import Image
 from imagewatch.config.schema import Inbox
 from imagewatch.inbox.candidate import Wait
 from imagewatch.inbox.open_files import has_writer
-from imagewatch.inbox.scan import Sweep
-from imagewatch.protocol.names import Beside
+from imagewatch.inbox.scan import InboxScan
+from imagewatch.protocol.names import SiblingIndex
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.inbox.candidate import Candidate, Seen
+    from imagewatch.inbox.candidate import Candidate, ScanResult
 
 _png = io.BytesIO()
 Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
@@ -33,19 +33,19 @@ DECLARES = '+++\ninput_images = ["logo.png"]\n+++\nA lighthouse'
 
 
 class Looking:
-    """A sweep of one inbox whose monotonic clock stands still until it is moved."""
+    """A scan of one inbox whose monotonic clock stands still until it is moved."""
 
     def __init__(self, inbox: Path, **settings: object) -> None:
         self.inbox = inbox
         self.now = 1000.0
         self.config = Inbox(**{"settle_seconds": 5.0, **settings})
-        self.sweep = Sweep(str(inbox), self.config)
+        self.scan = InboxScan(str(inbox), self.config)
         self.wall = time.time()
 
-    def look(self, after: float = 0.0) -> Seen:
+    def look(self, after: float = 0.0) -> ScanResult:
         self.now += after
         self.wall += after
-        return self.sweep.look(self.now, self.wall)
+        return self.scan.scan_all(self.now, self.wall)
 
     def ready(self, after: float = 0.0) -> list[str]:
         return [candidate.source for candidate in self.look(after).ready]
@@ -138,7 +138,7 @@ def test_an_event_counts_even_if_the_file_looks_the_same(looking):
     looking.write("cat.prompt.txt")
     looking.look()
     looking.look(after=4)
-    looking.sweep.touch(("", "cat"), looking.now)
+    looking.scan.touch(("", "cat"), looking.now)
     assert looking.ready(after=1.1) == []
     assert looking.ready(after=4) == ["cat.prompt.txt"]
 
@@ -155,18 +155,18 @@ def test_a_prompt_that_goes_away_and_comes_back_settles_anew(looking):
 def test_a_sibling_image_beside_a_renamed_prompt_does_not_make_it_settle_twice(looking):
     looking.write("cat.png", PICTURE)
     looking.write("cat.prompt.txt")
-    looking.sweep.arrived_whole(("", "cat"), looking.now)
-    assert looking.sweep.look_at(("", "cat"), looking.now, looking.wall) is None
+    looking.scan.arrived_whole(("", "cat"), looking.now)
+    assert looking.scan.check_arrival(("", "cat"), looking.now, looking.wall) is None
     (candidate,) = looking.look(after=5.1).ready
     assert candidate.images == ("cat.png",)
 
 
-def test_a_renamed_prompt_is_never_taken_without_the_siblings_that_only_a_sweep_sees(tmp_path):
+def test_a_renamed_prompt_is_never_taken_without_the_siblings_that_only_a_scan_sees(tmp_path):
     looking = Looking(tmp_path, settle_seconds=0.0)
     looking.write("cat.png", PICTURE)
     looking.write("cat.prompt.txt")
-    looking.sweep.arrived_whole(("", "cat"), looking.now)
-    assert looking.sweep.look_at(("", "cat"), looking.now, looking.wall) is None
+    looking.scan.arrived_whole(("", "cat"), looking.now)
+    assert looking.scan.check_arrival(("", "cat"), looking.now, looking.wall) is None
     (candidate,) = looking.look().ready
     assert candidate.images == ("cat.png",)
 
@@ -176,8 +176,8 @@ def test_a_renamed_prompt_is_never_taken_without_the_siblings_that_only_a_sweep_
 
 def arrive(looking: Looking, text: str) -> object:
     looking.write("cat.prompt.txt", text)
-    looking.sweep.arrived_whole(("", "cat"), looking.now)
-    return looking.sweep.look_at(("", "cat"), looking.now, looking.wall)
+    looking.scan.arrived_whole(("", "cat"), looking.now)
+    return looking.scan.check_arrival(("", "cat"), looking.now, looking.wall)
 
 
 def test_a_renamed_prompt_whose_images_are_all_there_is_ready_at_once(looking):
@@ -195,7 +195,7 @@ def test_a_renamed_prompt_that_declares_no_images_is_ready_at_once_and_leaves_it
 @pytest.mark.parametrize("is_local", [True, False])
 def test_it_is_known_of_a_prompt_whether_it_had_to_be_quiet_and_whose_clock_its_dates_are_of(looking, is_local):
     """By that the burst guard knows when it came."""
-    looking.sweep = Sweep(str(looking.inbox), Inbox(), is_local=lambda _: is_local)
+    looking.scan = InboxScan(str(looking.inbox), Inbox(), is_local=lambda _: is_local)
     looking.look()
     candidate = arrive(looking, "+++\ninput_images = []\n+++\nA lighthouse")
     assert (candidate.was_quiet, candidate.is_local) == (False, is_local)
@@ -229,7 +229,7 @@ def test_a_declared_image_that_stays_broken_is_taken_after_it_was_quiet_so_that_
 
 def test_a_missing_declared_image_is_waited_for_and_taken_as_soon_as_it_is_there(looking):
     assert arrive(looking, DECLARES) is None
-    assert looking.sweep.waits_for_inputs()
+    assert looking.scan.waits_for_inputs()
     assert looking.look(after=20).waiting == {"cat.prompt.txt": "waits for logo.png"}
     looking.write("logo.png", PICTURE)
     assert looking.ready() == ["cat.prompt.txt"]
@@ -296,7 +296,7 @@ def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking,
     mark = looking.write(".cat.png.a1B2c3", PICTURE)
     looking.wall += 60
 
-    class Slowly(Beside):
+    class Slowly(SiblingIndex):
         def of(self, stem):
             if mark.exists():
                 mark.rename(looking.inbox / "cat.png")
@@ -317,7 +317,7 @@ def test_an_image_whose_transfer_died_is_asked_for_and_the_prompt_not_taken_with
     looking.look(after=3601)
     (candidate,) = looking.look(after=61).ready
     assert candidate.images == ("cat.1.png", "cat.png")
-    assert looking.sweep.unchanged(candidate)
+    assert looking.scan.unchanged(candidate)
 
 
 def test_a_prompt_that_comes_by_rename_while_an_editor_has_it_open_is_not_taken_at_once(looking):
@@ -341,12 +341,12 @@ def test_what_somebody_has_open_for_writing_is_not_taken_however_quiet_it_is(loo
         assert (seen.ready, seen.waiting) == ([], {"cat.prompt.txt": f"{name} is open for writing"})
     (candidate,) = looking.look().ready
     with (looking.inbox / name).open("ab"):
-        assert not looking.sweep.unchanged(candidate)
+        assert not looking.scan.unchanged(candidate)
         assert looking.ready(after=3600) == ["cat.prompt.txt"], "nobody can hold it for ever"
 
 
 def test_on_a_file_server_with_a_clock_of_its_own_a_new_file_settles_by_our_clock(looking):
-    looking.sweep = Sweep(str(looking.inbox), Inbox(), is_local=lambda _: False)
+    looking.scan = InboxScan(str(looking.inbox), Inbox(), is_local=lambda _: False)
     looking.write("cat.prompt.txt")
     looking.wall += 30  # what its ctime is behind
     looking.look()
@@ -486,7 +486,7 @@ def test_prompts_in_a_folder_that_becomes_one_of_the_system_are_forgotten(lookin
     ready = looking.look().ready
     assert len(ready) == 2
     (looking.inbox / "alice").rename(looking.inbox / name)
-    assert not any(looking.sweep.unchanged(candidate) for candidate in ready)
+    assert not any(looking.scan.unchanged(candidate) for candidate in ready)
     assert looking.ready(after=60) == []
     (looking.inbox / name).rename(looking.inbox / "bob")
     looking.look(after=60)
@@ -539,25 +539,25 @@ def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(looking):
 # A huge inbox
 
 
-def drained(sweep: Sweep, inbox: Path, look: Callable[[], Seen], ahead: int) -> list[Candidate]:
+def drained(scan: InboxScan, inbox: Path, look: Callable[[], ScanResult], ahead: int) -> list[Candidate]:
     """Take everything as the daemon does: the head of the queue, then more of it, then another look."""
     took = []
     while ready := look().ready:
         while ready:
             for candidate in ready:
-                assert sweep.unchanged(candidate)
-                sweep.taken(candidate.key)
+                assert scan.unchanged(candidate)
+                scan.claimed(candidate.key)
                 for name in candidate.names:
                     (inbox / candidate.key[0] / name).unlink()
             took += ready
-            ready = sweep.more(0.0, 0.0, ahead)
+            ready = scan.more(0.0, 0.0, ahead)
     return took
 
 
 def windowed(inbox: Path, **settings: object) -> Looking:
     """A look that knows only sixteen prompts by name, and lists a folder only if it must."""
     looking = Looking(inbox, **settings)
-    looking.sweep = Sweep(str(inbox), looking.config, keeps_times=lambda _: True, window=16, most_named=5)
+    looking.scan = InboxScan(str(inbox), looking.config, keeps_times=lambda _: True, most_ordered=16, most_named=5)
     return looking
 
 
@@ -571,7 +571,7 @@ def test_many_more_prompts_than_are_known_by_name_are_taken_oldest_first_each_on
         if beside:
             path = looking.write(f"{name}.png", PICTURE)
         written[name[0]].append((path.stat().st_ctime, name))
-    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    took = drained(looking.scan, tmp_path, lambda: looking.scan.scan_all(looking.now, looking.wall, 5), 5)
     for folder, names in written.items():
         mine = [candidate.source for candidate in took if candidate.key[0] == folder]
         assert mine == [f"{name}.prompt.txt" for _, name in sorted(names)]
@@ -586,13 +586,13 @@ def test_prompts_that_cannot_be_taken_hold_up_nobody_however_many_they_are(tmp_p
         looking.write(f"p{number:03}.prompt.txt")
     took = []
     for _ in range(20):
-        seen = looking.sweep.look(looking.now, looking.wall, 8)
+        seen = looking.scan.scan_all(looking.now, looking.wall, 8)
         for candidate in seen.ready:
-            looking.sweep.taken(candidate.key)
+            looking.scan.claimed(candidate.key)
             (tmp_path / candidate.source).unlink()
         took += [candidate.source for candidate in seen.ready]
     assert took == [f"p{number:03}.prompt.txt" for number in range(50)]
-    assert (seen.waiting.total, len(seen.waiting), looking.sweep.count()) == (100, 5, 0)
+    assert (seen.waiting.total, len(seen.waiting), looking.scan.count()) == (100, 5, 0)
 
 
 def test_a_folder_that_stays_as_it_is_is_not_listed_again_and_a_new_name_in_it_is_seen(tmp_path):
@@ -622,12 +622,12 @@ def test_a_new_prompt_does_not_overtake_those_that_are_not_known_by_name(tmp_pat
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(60):
         looking.write(f"a/old/p{number:02}.prompt.txt")
-    for candidate in looking.sweep.look(looking.now, looking.wall, 8).ready:
-        looking.sweep.taken(candidate.key)
+    for candidate in looking.scan.scan_all(looking.now, looking.wall, 8).ready:
+        looking.scan.claimed(candidate.key)
         (tmp_path / candidate.source).unlink()
     while looking.write("a/new.prompt.txt").stat().st_ctime <= (tmp_path / "a/old/p59.prompt.txt").stat().st_ctime:
         pass  # the kernel's clock ticks every few milliseconds
-    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    took = drained(looking.scan, tmp_path, lambda: looking.scan.scan_all(looking.now, looking.wall, 5), 5)
     assert (len(took), took[-1].source) == (53, "a/new.prompt.txt")
 
 
@@ -648,9 +648,9 @@ def test_a_prompt_rewritten_in_place_unnoticed_is_found_when_its_turn_comes_and_
     looking.look(after=6)
     looking.look(after=6)
     path.write_text("A lighthouse and half of")
-    assert not looking.sweep.unchanged(candidate)
+    assert not looking.scan.unchanged(candidate)
     looking.wall = path.stat().st_ctime
-    looking.sweep.touch(("", "dog"), looking.now)  # so that there is a reason to judge again
+    looking.scan.touch(("", "dog"), looking.now)  # so that there is a reason to judge again
     seen = looking.look()
     assert (seen.ready, seen.waiting["cat.prompt.txt"]) == ([], "was changed, so it has to be quiet again")
     assert looking.ready(after=4) == []
@@ -661,11 +661,11 @@ def test_a_prompt_of_a_job_at_work_is_passed_over_and_found_when_the_job_is_over
     looking = windowed(tmp_path, settle_seconds=0.0)
     looking.write("cat.prompt.txt")
     (candidate,) = looking.look().ready
-    looking.sweep.taken(candidate.key)
+    looking.scan.claimed(candidate.key)
     for _ in range(3):
         looking.now += 6
-        seen = looking.sweep.look(looking.now, looking.wall, None, {candidate.key})
-        assert (seen.ready, seen.passed) == ([], {candidate.key})
+        seen = looking.scan.scan_all(looking.now, looking.wall, None, {candidate.key})
+        assert (seen.ready, seen.left_out) == ([], {candidate.key})
     assert looking.ready() == ["cat.prompt.txt"]
 
 
@@ -694,7 +694,7 @@ def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_m
     looking.write(".p009.prompt.txt.swp")
     looking.write("~$10.prompt.txt")
     looking.wall += 60
-    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    took = drained(looking.scan, tmp_path, lambda: looking.scan.scan_all(looking.now, looking.wall, 5), 5)
     images = {candidate.key[1]: candidate.images for candidate in took}
     assert len(took) == len(images) == 48
     assert {stem: names for stem, names in images.items() if names} == {"p007": ("p007.png",), "p008": ("p008.1.png",)}
@@ -715,10 +715,10 @@ def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_t
     (tmp_path / "p007.png").write_bytes(PICTURE * 2)
     (tmp_path / "p041.prompt.txt").write_text("Another lighthouse")
     assert looking.look(after=1).waiting.kinds == {Wait.SETTLING: 50}
-    looking.sweep.touch(("", "p042"), looking.now)
+    looking.scan.touch(("", "p042"), looking.now)
     late = {"p007.prompt.txt", "p041.prompt.txt", "p042.prompt.txt"}
     assert looking.look(after=2).waiting.keys() == late
-    took = drained(looking.sweep, tmp_path, lambda: looking.sweep.look(looking.now, looking.wall, 5), 5)
+    took = drained(looking.scan, tmp_path, lambda: looking.scan.scan_all(looking.now, looking.wall, 5), 5)
     assert len(took) == 47
     assert [candidate.key[1] for candidate in took if candidate.images] == ["p040"]
     assert {candidate.source for candidate in looking.look(after=3.1).ready} == late
@@ -761,15 +761,15 @@ def test_a_candidate_whose_file_was_changed_or_removed_is_noticed(looking):
     image = looking.write("cat.png", PICTURE)
     looking.wall += 60
     (candidate,) = looking.look().ready
-    assert looking.sweep.unchanged(candidate)
+    assert looking.scan.unchanged(candidate)
     os.utime(image, (1, 1))
-    assert not looking.sweep.unchanged(candidate)
+    assert not looking.scan.unchanged(candidate)
     looking.look()
     (candidate,) = looking.look(after=60).ready
     path.write_text("another text of the same inode")
-    assert not looking.sweep.unchanged(candidate)
+    assert not looking.scan.unchanged(candidate)
     path.unlink()
-    assert not looking.sweep.unchanged(candidate)
+    assert not looking.scan.unchanged(candidate)
 
 
 def test_a_claim_knows_what_the_prompt_file_looked_like(looking):
@@ -925,9 +925,9 @@ def test_a_file_that_is_taken_away_before_the_claim_is_no_reason_to_refuse(looki
     looking.write("cat-2.jpg", PICTURE)
     (candidate,) = looking.look(after=60).ready
     assert candidate.unused == ("cat-2.jpg",)
-    assert looking.sweep.unchanged(candidate)
+    assert looking.scan.unchanged(candidate)
     (looking.inbox / "cat-2.jpg").unlink()
-    assert not looking.sweep.unchanged(candidate)
+    assert not looking.scan.unchanged(candidate)
     (candidate,) = looking.look(after=6).ready
     assert candidate.unused == ()
 
@@ -937,13 +937,13 @@ def test_nothing_of_a_folder_is_taken_before_its_first_scan_has_seen_all_of_it(l
     for number in range(3000):
         looking.write(f"sub/p{number:04}.prompt.txt")
     looking.wall += 60
-    sweep, first = looking.sweep, []
-    sweep.moment.now, sweep.moment.wall = looking.now, looking.wall
-    for _ in sweep.scan(""):
+    scan, first = looking.scan, []
+    scan.moment.now, scan.moment.wall = looking.now, looking.wall
+    for _ in scan.scan_folder(""):
         pass
-    for _ in sweep.scan("sub"):
-        for _ in sweep.order.prepare("sub"):
+    for _ in scan.scan_folder("sub"):
+        for _ in scan.order.prepare("sub"):
             pass
-        first += [candidate.source for candidate in [sweep.order.take("sub")] if candidate]
-    first += [candidate.source for candidate in [sweep.order.take("sub")] if candidate]
+        first += [candidate.source for candidate in [scan.order.take("sub")] if candidate]
+    first += [candidate.source for candidate in [scan.order.take("sub")] if candidate]
     assert first[0] == "sub/p0000.prompt.txt"

@@ -343,7 +343,7 @@ def test_when_the_attempts_are_spent_it_is_an_error(station, sandbox, tag, attem
 
 def test_the_wait_before_another_attempt_is_what_the_endpoint_asks_for(station, sandbox):
     ask(station, "once 429")
-    candidate = station.sweep.look(0, 0).ready[0]
+    candidate = station.scan.scan_all(0, 0).ready[0]
     outcome = station.worker.start(candidate.claim(station.spool.new_job(), 0.0))
     assert (outcome.end, outcome.reason.kind) == (End.DEFERRED, "busy")
     assert 1 <= outcome.delay <= 1.25
@@ -362,7 +362,7 @@ def test_a_retry_after_of_any_kind_is_bounded(tmp_path, said, least):
     reply = answering(b"{}", b"Retry-After: " + said, status=b"429 Too Many Requests")
     with served_by(tmp_path, reply) as station:
         ask(station)
-        candidate = station.sweep.look(0, 0).ready[0]
+        candidate = station.scan.scan_all(0, 0).ready[0]
         outcome = station.worker.start(candidate.claim(station.spool.new_job(), 0.0))
     assert outcome.end is End.DEFERRED
     assert least <= outcome.delay <= least * 1.25 + 0.1

@@ -51,7 +51,7 @@ def test_a_failed_prompt_is_put_into_errors_after_its_images_and_before_its_erro
 
 def claimed(station: Station) -> Any:
     """The only prompt that is ready, as a claim."""
-    (candidate,) = station.sweep.look(0.0, 1e12).ready
+    (candidate,) = station.scan.scan_all(0.0, 1e12).ready
     return candidate.claim(station.spool.new_job(), 1e9)
 
 

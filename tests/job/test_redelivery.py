@@ -301,7 +301,7 @@ def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Pat
     far.write("cat.prompt.txt", "blue")
     sandbox.balance = 0
     far.send()
-    claim = station.sweep.look(0, LONG_AGO).ready[0].claim(station.spool.new_job(), 1.0)
+    claim = station.scan.scan_all(0, LONG_AGO).ready[0].claim(station.spool.new_job(), 1.0)
     assert station.spool.originals.claim(claim)
     far.send()
     outcome = station.worker.process(claim.job)

@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 
 from imagewatch.protocol.image_kinds import IMAGE_ENDINGS
 from imagewatch.protocol.names import (
-    MOST_MEANT,
+    MOST_SIMILAR,
     NAME_MAX,
     SUFFIX,
     Siblings,
+    final_name,
     fits,
     fitted,
     group,
-    in_flight,
     near_miss,
     stem_of,
     suffix_of,
@@ -296,7 +296,7 @@ def test_a_transfer_of_a_file_that_may_be_meant_holds_the_prompt():
 
 def test_of_very_many_files_that_may_be_meant_for_one_prompt_some_are_remembered():
     dropped = alone("cat.prompt.txt", *(f"cat.{number}.log" for number in range(1000)))
-    assert len(dropped.doubtful) == MOST_MEANT
+    assert len(dropped.doubtful) == MOST_SIMILAR
 
 
 @pytest.mark.timeout(20)
@@ -378,7 +378,7 @@ TARGETS = ["cat.prompt.txt", "cat.png", "cat.2.jpg", "cat.webp", "cat.jpeg", "ca
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_program_at_work_on_any_file_of_a_stem_is_seen(form, target):
     mark = form.format(target)
-    assert in_flight(mark) == target
+    assert final_name(mark) == target
     dropped = alone("cat.prompt.txt", mark)
     assert dropped.busy == [mark]
     assert dropped.images == []

@@ -24,7 +24,7 @@ from support.endpoint import Books, PaidEndpoint, Reply, picture
 from support.station import Station
 
 from imagewatch.commands.retry import Retry
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
 from imagewatch.system.disk import Disk
@@ -253,8 +253,8 @@ class Scene:
         return []
 
     def _start(self) -> list[Outcome]:
-        sweep = Sweep(self.station.spool.inbox, self.station.config().inbox)
-        ready = sweep.look(time.monotonic(), time.time()).ready
+        scan = InboxScan(self.station.spool.inbox, self.station.config().inbox)
+        ready = scan.scan_all(time.monotonic(), time.time()).ready
         return [self.worker.start(one.claim(self.station.spool.new_job(), time.time())) for one in ready]
 
     def _again(self) -> list[Outcome]:

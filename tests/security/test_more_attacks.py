@@ -12,7 +12,7 @@ import pytest
 from support.daemon import until
 
 from imagewatch.commands.retry import Retry
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
 from imagewatch.system.disk import Disk
@@ -218,8 +218,8 @@ def test_an_honest_folder_that_takes_the_place_of_a_prompt_is_put_back(tmp_path:
     (station.inbox / "theirs" / "wish.prompt.txt").write_text("an honest prompt")
     (station.inbox / "x.prompt.txt").write_text("an x")
     station.spool.disk.__class__ = Swapping
-    sweep = Sweep(str(station.inbox), station.config().inbox)
-    ready = [c for c in sweep.look(1e6, 1e12).ready if c.key[1] == "x"]
+    scan = InboxScan(str(station.inbox), station.config().inbox)
+    ready = [c for c in scan.scan_all(1e6, 1e12).ready if c.key[1] == "x"]
     worker = Worker(station.spool, station.client, station.ledger, station.config())
     worker.start(ready[0].claim(station.spool.new_job(), 0.0))
     found = list((station.inbox / CLAIMS).rglob("wish.prompt.txt"))
@@ -258,7 +258,7 @@ def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     private.chmod(0o600)
     monkeypatch.setattr(station.spool, "_is_steady", lambda: False)
     path = station.prompt("cat", "x" * len(MARK))
-    (candidate,) = station.sweep.look(1e6, 1e12).ready
+    (candidate,) = station.scan.scan_all(1e6, 1e12).ready
     path.unlink()
     os.link(private, path)
     worker = Worker(station.spool, station.client, station.ledger, station.config())
@@ -293,11 +293,11 @@ def test_prompts_that_take_turns_with_folders_leave_no_descriptor_open(new_world
         world.attacker.write(world.inbox / f"x{n}.prompt.txt", '+++\ninput_images = ["never.png"]\n+++\nan x')
         world.attacker.mkdir(world.inbox / f"x{n}.d")
         world.attacker.race(str(world.inbox / f"x{n}.prompt.txt"), str(world.inbox / f"x{n}.d"))
-    sweeps = set()
+    scans = set()
 
     def looked() -> bool:
-        sweeps.add(world.status().get("last_scan"))
-        return len(sweeps) > 12 or descriptors(pid) > before + 20
+        scans.add(world.status().get("last_scan"))
+        return len(scans) > 12 or descriptors(pid) > before + 20
 
     until(looked, 60)
     world.attacker.stop_racing()

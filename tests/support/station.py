@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
-from imagewatch.inbox.scan import Sweep
+from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
@@ -41,7 +41,7 @@ class Station(Folders):
         self.ledger = Ledger(str(self.state / "ledger.sqlite3"))
         self.client = Client(loaded.endpoint, lambda: Key(KEY))
         self.worker = Distrustful(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
-        self.sweep = Sweep(self.spool.inbox, loaded.inbox)
+        self.scan = InboxScan(self.spool.inbox, loaded.inbox)
 
     def close(self) -> None:
         self.client.close()
@@ -50,7 +50,7 @@ class Station(Folders):
     def work(self) -> list[Outcome]:
         """Claim everything that is ready and carry it to its end; waits that a retry asks for are skipped."""
         outcomes = []
-        for candidate in self.sweep.look(time.monotonic(), time.time()).ready:
+        for candidate in self.scan.scan_all(time.monotonic(), time.time()).ready:
             outcome = self.worker.start(candidate.claim(self.spool.new_job(), time.time()))
             while outcome.end is End.DEFERRED:
                 outcome = self.worker.process(outcome.job, is_resumed=True)

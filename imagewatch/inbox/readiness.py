@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from imagewatch.inbox.candidate import Candidate, Found, Look, Wait
+from imagewatch.inbox.candidate import Candidate, FileState, Found, Wait
 from imagewatch.inbox.prompt_files import Moment, PromptFiles, path_of
-from imagewatch.protocol.names import MOST_MEANT, SUFFIX, Siblings
+from imagewatch.protocol.names import MOST_SIMILAR, SUFFIX, Siblings
 from imagewatch.system.errors import BadRequest
 from imagewatch.system.text import printable
 
@@ -25,7 +25,7 @@ _SKEW_SECONDS = 60.0
 """How far the clock of a file server may be behind ours."""
 
 
-class Judge:
+class Readiness:
     """Decides about settled prompts.
 
     Args:
@@ -45,19 +45,19 @@ class Judge:
         self._files = files
         self.dues: dict[str, float] = {}
 
-    def judge(self, folder: Folder, stem: str) -> Candidate | None:
+    def check(self, folder: Folder, stem: str) -> Candidate | None:
         """Look at a settled prompt whose turn has come.
 
         Returns:
             What may be claimed; None if it has to wait, or is not there. What it waits for is noted with the folder.
         """
-        names = folder.beside.of(stem)
-        looks, changed = self._files.looks(folder.path, every_name(names))
-        if not looks[0][1] or looks[0][2] < 0:  # gone, or no plain file any more
+        names = folder.siblings.of(stem)
+        states, changed = self._files.states(folder.path, every_name(names))
+        if not states[0][1] or states[0][2] < 0:  # gone, or no plain file any more
             folder.forget(stem)
             return None
         try:
-            declared = self._files.declared(folder, stem, looks[0])
+            declared = self._files.declared(folder, stem, states[0])
         except BadRequest as error:
             self._unread(folder, names, error)
             return None
@@ -65,12 +65,14 @@ class Judge:
         if not whole and self._is_disturbed(folder, names, changed):
             return None
         if declared is not None:
-            return self._judge_declared(folder, stem, declared)
-        if self._waits_for(folder, stem, _missing(looks)) or (unused := self._unused(folder, names)) is None:
+            return self._check_declared(folder, stem, declared)
+        if self._waits_for(folder, stem, _missing(states)) or (unused := self._unused(folder, names)) is None:
             return None
         # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
         images = (*names.images, *names.coming)
-        found = Candidate(folder=folder.path, stem=stem, images=images, unused=unused, looks=looks, changed_at=changed)
+        found = Candidate(
+            folder=folder.path, stem=stem, images=images, unused=unused, states=states, changed_at=changed
+        )
         return self._take(folder, found)
 
     def is_unchanged(self, candidate: Candidate) -> bool:
@@ -80,7 +82,7 @@ class Judge:
         folder = candidate.folder
         if not all(self._files.is_there(folder, name) for name in candidate.unused):
             return False  # it need not be refused any more
-        return self._files.looks(folder, candidate.names)[0] == candidate.looks
+        return self._files.states(folder, candidate.names)[0] == candidate.states
 
     def by_our_clock(self, folder: Folder, changed: float) -> float:
         """Return a date that a file shows as the latest that it can be by our clock."""
@@ -88,9 +90,9 @@ class Judge:
 
     def _found(self, folder: Folder) -> Found:
         self._folders.changed = True
-        if folder.judged is None:
-            folder.judged = Found(self._folders.named())
-        return folder.judged
+        if folder.checked is None:
+            folder.checked = Found(self._folders.named())
+        return folder.checked
 
     def _wait(self, folder: Folder, name: str, kind: str, reason: str, seconds: float) -> None:
         """Note that a prompt may be ready after some seconds."""
@@ -132,17 +134,17 @@ class Judge:
         self._wait(folder, names.prompt, kind, reason, self._config.settle_seconds)
         return True
 
-    def _judge_declared(self, folder: Folder, stem: str, declared: tuple[str, ...]) -> Candidate | None:
+    def _check_declared(self, folder: Folder, stem: str, declared: tuple[str, ...]) -> Candidate | None:
         """Decide about a prompt that is quiet itself, or whole by its rename, and names its images."""
         now, notes = self._moment.now, self._notes(folder)
         declared = tuple(self._files.spelled(folder.path, name) for name in declared)
-        looks, changed = self._files.looks(folder.path, (stem + SUFFIX, *declared))
-        if missing := _missing(looks):
+        states, changed = self._files.states(folder.path, (stem + SUFFIX, *declared))
+        if missing := _missing(states):
             if self._waits_for(folder, stem, missing):
                 return None
         elif stem not in notes.arrived or not self._files.all_whole(folder.path, declared):
             since = self.by_our_clock(folder, changed)
-            left = notes.inputs.observe(stem, hash(looks), changed_at=since, now=now, wall=self._moment.wall)
+            left = notes.inputs.observe(stem, hash(states), changed_at=since, now=now, wall=self._moment.wall)
             if left > 0:
                 self._hold_back(folder, stem)
                 notes.since.setdefault(stem, now)
@@ -150,7 +152,7 @@ class Judge:
                 self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
                 return None
         found = Candidate(
-            folder=folder.path, stem=stem, images=declared, declared=True, looks=looks, changed_at=changed
+            folder=folder.path, stem=stem, images=declared, declared=True, states=states, changed_at=changed
         )
         return self._take(folder, found)
 
@@ -173,17 +175,17 @@ class Judge:
             None if the prompt has to wait: one of them is empty or still changing. It does not wait for ever.
         """
         doubtful = names.doubtful
-        if len(doubtful) < MOST_MEANT:  # else it would take too long to open them
+        if len(doubtful) < MOST_SIMILAR:  # else it would take too long to open them
             doubtful = [name for name in doubtful if self._files.may_be_image(folder.path, name)]
         if doubtful:
             others = self._files.named_by_others(folder, names.stem)
             doubtful = [name for name in doubtful if name not in others]
         if not doubtful:
             return ()
-        looks, changed = self._files.looks(folder.path, doubtful)
-        if self._waits_for(folder, names.stem, [name for name, _, size, *_ in looks if size == 0]):
+        states, changed = self._files.states(folder.path, doubtful)
+        if self._waits_for(folder, names.stem, [name for name, _, size, *_ in states if size == 0]):
             return None
-        if self._waits_until_quiet(folder, names.stem, looks, changed):
+        if self._waits_until_quiet(folder, names.stem, states, changed):
             return None
         reason = f"may be meant as an image of {names.prompt}, which does not use it and is refused for it"
         for name in doubtful:
@@ -191,15 +193,15 @@ class Judge:
             self._found(folder).ignored.add(path, "may be meant as an image, and is not used", printable(reason, 600))
         return tuple(doubtful)
 
-    def _waits_until_quiet(self, folder: Folder, stem: str, looks: tuple[Look, ...], changed: float) -> bool:
+    def _waits_until_quiet(self, folder: Folder, stem: str, states: tuple[FileState, ...], changed: float) -> bool:
         """Wait until files that may be meant do not change any more: the last change may give one its right name."""
         now, notes = self._moment.now, self._notes(folder)
         since = self.by_our_clock(folder, changed)
-        left = notes.inputs.observe(stem, hash(looks), changed_at=since, now=now, wall=self._moment.wall)
+        left = notes.inputs.observe(stem, hash(states), changed_at=since, now=now, wall=self._moment.wall)
         left = min(left, notes.since.setdefault(stem, now) + self._config.input_wait_seconds - now)
         if left > 0:
             self._hold_back(folder, stem)
-            shown = printable(", ".join(name for name, *_ in looks), 200)
+            shown = printable(", ".join(name for name, *_ in states), 200)
             reason = f"{shown} may be meant as an image, and must not change for {left:.1f} more seconds"
             self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
         return left > 0
@@ -229,6 +231,6 @@ def every_name(names: Siblings) -> tuple[str, ...]:
     return (names.prompt, *names.images, *names.coming)
 
 
-def _missing(looks: tuple[Look, ...]) -> list[str]:
+def _missing(states: tuple[FileState, ...]) -> list[str]:
     """Return the images that are not there, or still empty: browsers and copies make the name first."""
-    return [name for name, _, size, *_ in looks[1:] if size == 0]
+    return [name for name, _, size, *_ in states[1:] if size == 0]

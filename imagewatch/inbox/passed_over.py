@@ -20,7 +20,7 @@ _MOST = 4000
 _MOST_EACH = 1000
 
 
-class Aside:
+class PassedOver:
     """Prompts that were set aside.
 
     Args:

@@ -12,7 +12,7 @@ Entry = tuple[float, str]
 """Date and stem of a prompt: newest ctime of its files, seconds since the epoch."""
 
 
-class Window:
+class OldestPrompts:
     """The oldest settled prompts of one folder. When it runs low, it is filled again from all of them."""
 
     __slots__ = ("_beyond", "_entries", "_is_heap")

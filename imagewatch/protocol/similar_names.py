@@ -43,7 +43,7 @@ _LEFTOVERS = re.compile(
 )
 
 
-def alike(name: str) -> str:
+def caseless(name: str) -> str:
     """Return what two names have in common that differ only in upper and lower case or in composed accents."""
     if name.isascii():
         lower = name.lower()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from imagewatch.inbox.aside import Aside
+from imagewatch.inbox.passed_over import PassedOver
 
 
 def test_what_was_set_aside_is_there_until_it_is_taken_out():
-    aside = Aside()
+    aside = PassedOver()
     for key in (("", "a"), ("x", "a"), ("x/y", "b"), ("x", "a")):
         aside.add(key, 1.0)
     assert (len(aside), ("x", "a") in aside, ("x", "b") in aside) == (3, True, False)
@@ -19,7 +19,7 @@ def test_what_was_set_aside_is_there_until_it_is_taken_out():
 
 
 def test_a_folder_is_full_by_its_own_prompts_and_not_by_those_of_others():
-    aside = Aside(most=10, most_each=2)
+    aside = PassedOver(most=10, most_each=2)
     aside.add(("x", "a"), 1.0)
     assert not aside.is_full("x")
     aside.add(("x/deep", "b"), 1.0)
@@ -29,7 +29,7 @@ def test_a_folder_is_full_by_its_own_prompts_and_not_by_those_of_others():
 
 
 def test_when_there_are_too_many_in_all_every_folder_that_has_one_is_full():
-    aside = Aside(most=3, most_each=3)
+    aside = PassedOver(most=3, most_each=3)
     for number, folder in enumerate("xyz"):
         aside.add((folder, str(number)), 1.0)
     assert [aside.is_full(folder) for folder in "wxyz"] == [False, True, True, True]

@@ -76,7 +76,7 @@ class _Line(Generic[_Name]):
         return waiting is not None and waiting[0] == entry[0]
 
 
-class Turns(Generic[_Name]):
+class FairTurns(Generic[_Name]):
     """Folders that wait for their turn.
 
     The folders of one owner share the turns of at most ``most`` folders. So it does not help to make more of them.

@@ -8,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from imagewatch.inbox.turns import Turns
+from imagewatch.inbox.fair_turns import FairTurns
 
 
-def served(turns: Turns[str], count: int, owners: dict[str, int], amounts: dict[str, float] | None = None) -> list[str]:
+def served(
+    turns: FairTurns[str], count: int, owners: dict[str, int], amounts: dict[str, float] | None = None
+) -> list[str]:
     """Give so many turns to folders that always want another one."""
     names = []
     for _ in range(count):
@@ -23,8 +25,8 @@ def served(turns: Turns[str], count: int, owners: dict[str, int], amounts: dict[
     return names
 
 
-def waiting(owners: dict[str, int], amounts: dict[str, float] | None = None) -> Turns[str]:
-    turns: Turns[str] = Turns()
+def waiting(owners: dict[str, int], amounts: dict[str, float] | None = None) -> FairTurns[str]:
+    turns: FairTurns[str] = FairTurns()
     for name, owner in owners.items():
         turns.join(name, owner, (amounts or {}).get(name, 0.0))
     return turns
@@ -86,25 +88,25 @@ def test_time_is_shared_whatever_one_turn_takes():
 
 
 def test_that_very_many_folders_had_their_turn_is_not_gone_through_at_each_turn():
-    class Seen(float):
+    class ScanResult(float):
         """An amount that counts how often it is compared."""
 
         compared = 0
 
-        def __add__(self, other: float) -> Seen:
-            return Seen(float(self) + other)
+        def __add__(self, other: float) -> ScanResult:
+            return ScanResult(float(self) + other)
 
         __radd__ = __add__
 
         def __gt__(self, other: float) -> bool:
-            Seen.compared += 1
+            ScanResult.compared += 1
             return float(self) > other
 
     count = 3000
     turns = waiting(dict.fromkeys(map(str, range(count)), 1))
     for _ in range(count):
-        turns.charge(turns.first(), Seen(1.0))
-    assert Seen.compared < 20 * count
+        turns.charge(turns.first(), ScanResult(1.0))
+    assert ScanResult.compared < 20 * count
 
 
 def test_folders_that_come_and_go_without_end_leave_nothing_behind():
@@ -128,7 +130,7 @@ STEPS = st.lists(
 @given(STEPS)
 @settings(max_examples=300, deadline=None)
 def test_whoever_waits_gets_a_turn_and_nobody_else_does(steps):
-    turns: Turns[str] = Turns(most=2)
+    turns: FairTurns[str] = FairTurns(most=2)
     wait: set[str] = set()
     for what, name, amount in steps:
         if what == "join":
@@ -160,7 +162,7 @@ def test_whoever_waits_gets_a_turn_and_nobody_else_does(steps):
 @settings(max_examples=200, deadline=None)
 def test_nobody_waits_longer_than_a_round_however_others_come_and_go(comings, owners):
     """``x`` waits; the others join again and again, also if they have just been served."""
-    turns: Turns[str] = Turns()
+    turns: FairTurns[str] = FairTurns()
     for name in "abcd":
         turns.join(name, ord(name) % owners)
     for name in comings[:-1]:
