@@ -1,1 +1,27 @@
-"""The inbox: events, scans, which prompts are complete, and in which order they are claimed."""
+"""The inbox: change events, scans, which prompts are complete, and in which order they are claimed. Read-only.
+
+It promises that a prompt is offered only if it is complete and unchanged for ``settle_seconds``, with the images that
+belong to it, and that no user's files delay the prompts of others. Events only make a scan come sooner: scans alone
+find everything.
+
+The modules, in reading order::
+
+    scan            scans one folder or all; what may be claimed next
+    tree            all folders of the inbox, and how one is listed
+    folder          what is known of one folder and of its prompts
+    listing         a folder in pieces, and why a file is no prompt
+    stability       since when each prompt is unchanged
+    readiness       whether a settled prompt may be claimed, and what it waits for
+    prompt_files    the files of a prompt on the disk
+    open_files      whether a program has a file open for writing
+    candidate       a prompt that may be claimed, and what a scan found
+    order           in which order prompts are claimed
+    oldest_prompts  the oldest of very many prompts of one folder
+    passed_over     prompts that wait at a cap while others are claimed
+    fair_turns      the first-level folders take turns
+    schedule        which folder is scanned next, and when
+    events          change events of the kernel
+    watching        which folders have change events, and which have to be polled
+    system_folders  folders that are never scanned: recycle bins, snapshots, metadata
+    claimed         how a folder of claimed files is recognized
+"""

@@ -19,7 +19,6 @@ The file of a response is one line of JSON (``Head``), the raw body, a line feed
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 from typing import IO, TYPE_CHECKING, TypeVar
@@ -268,8 +267,8 @@ def _decision(content: bytes) -> Decision:
     Raises:
         ValueError: It is not one.
     """
-    found = json.loads(content)
-    if isinstance(found, dict) and "door" in found:
+    found = load(content, dict)
+    if "door" in found:
         found = {_RENAMED.get(name, name): value for name, value in found.items()}
         found["destination"] = _RENAMED.get(found["destination"], found["destination"])
     return msgspec.convert(found, Decision)

@@ -12,6 +12,7 @@ import os
 import secrets
 from typing import IO, TYPE_CHECKING
 
+from imagewatch.system.disk_calls import DiskCalls
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.disk_moves import Moves
 from imagewatch.system.errors import SpoolError
@@ -93,8 +94,7 @@ class Disk(Moves):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
             with open(self.tops.open_file(temporary, flags, _MODE_OF_NOTES), "wb") as file:
                 file.write(content)
-            here, there = self.tops.at(temporary), self.tops.at(path)
-            os.replace(here.name, there.name, src_dir_fd=here.dir_fd, dst_dir_fd=there.dir_fd)
+            DiskCalls.replace(self, temporary, path)  # which is no step of a job
 
     def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None]) -> None:
         """Write a small file durably under a name that must be free; the same content there already is done.

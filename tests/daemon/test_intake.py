@@ -233,7 +233,7 @@ def test_a_prompt_that_comes_later_does_not_wait_for_the_thousands_of_another_fo
 
 
 def test_more_prompts_than_are_known_by_name_are_claimed_in_turns_each_once(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 100)
+    monkeypatch.setattr("imagewatch.daemon.intake._MOST_ORDERED", 100)
     box = Box(tmp_path)
     for folder in ("a", "b", "c/d", ""):
         box.write(folder, *names(300))
@@ -249,7 +249,7 @@ def test_more_prompts_than_are_known_by_name_are_claimed_in_turns_each_once(tmp_
 
 
 def test_prompts_in_many_folders_of_one_first_level_folder_are_claimed_oldest_first(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.daemon.intake._WINDOW", 50)
+    monkeypatch.setattr("imagewatch.daemon.intake._MOST_ORDERED", 50)
     box = Box(tmp_path)
     written = []
     for number in range(600):

@@ -302,7 +302,7 @@ def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking,
                 mark.rename(looking.inbox / "cat.png")
             return super().of(stem)
 
-    monkeypatch.setattr("imagewatch.inbox.tree.Beside", Slowly)
+    monkeypatch.setattr("imagewatch.inbox.tree.SiblingIndex", Slowly)
     seen = looking.look()
     assert (seen.ready, seen.due) == ([], 5)
     looking.look()
@@ -682,7 +682,7 @@ def test_of_very_many_files_that_are_not_taken_some_are_named_and_all_are_counte
 
 @pytest.mark.parametrize("others", [0, 50])
 def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_marks(tmp_path, monkeypatch, others):
-    monkeypatch.setattr("imagewatch.inbox.tree._MANY", 10)
+    monkeypatch.setattr("imagewatch.inbox.listing.MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
         looking.write(f"p{number:03}.prompt.txt")
@@ -704,7 +704,7 @@ def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_m
 def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_their_folder_stays_as_it_is(
     tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("imagewatch.inbox.tree._MANY", 10)
+    monkeypatch.setattr("imagewatch.inbox.listing.MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
         looking.write(f"p{number:03}.prompt.txt")
@@ -725,7 +725,7 @@ def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_t
 
 
 def test_among_more_other_files_than_are_held_by_name_each_is_judged_by_its_name(tmp_path, monkeypatch):
-    monkeypatch.setattr("imagewatch.inbox.tree._MANY", 10)
+    monkeypatch.setattr("imagewatch.inbox.listing.MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
         looking.write(f"holiday{number:03}.png", PICTURE)
