@@ -104,7 +104,7 @@ def _siblings(folder: str, name: str) -> Sequence[str]:
     if name not in names:
         raise BadRequest([Problem(name, "its folder lists no file of exactly this name", hint)])
     dropped = group(names)[stem]
-    if problems := unused_problems([name for name in dropped.doubtful if _may_be_image(os.path.join(folder, name))]):
+    if problems := unused_problems([name for name in dropped.uncertain if _may_be_image(os.path.join(folder, name))]):
         raise BadRequest(problems)
     return dropped.images
 

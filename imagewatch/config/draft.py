@@ -32,13 +32,13 @@ class Draft(Tables):
         environ: The environment.
 
     Attributes:
-        looked_for: Where a file was looked for, if there is none.
+        searched: Where a file was searched, if there is none.
     """
 
     def __init__(self, table: dict[str, Any], folder: str, environ: Mapping[str, str]) -> None:
         super().__init__(table, environ)
         self.folder = folder
-        self.looked_for: tuple[str, ...] = ()
+        self.searched: tuple[str, ...] = ()
 
     def config(self, source: str) -> Config:
         """Return the configuration; faulty parts are at their defaults."""
@@ -111,17 +111,17 @@ class Draft(Tables):
         names = [name for name in names if not self._is_faulty(f"folders.{name}")]
         if not names or self._is_faulty("folders.root") or not isinstance(self.table.get("folders", {}), dict):
             return
-        if self.looked_for and len(names) == len(PLACES):
-            places = ", ".join(map(printable, self.looked_for))
+        if self.searched and len(names) == len(PLACES):
+            places = ", ".join(map(printable, self.searched))
             hint = 'name one with --config, or write one: "imagewatch init"; or set IMAGEWATCH_FOLDERS__ROOT'
-            self._wrong("folders.root", f"is not set, and no configuration file was found; looked for: {places}", hint)
+            self._wrong("folders.root", f"is not set, and no configuration file was found; searched: {places}", hint)
             return
         what = "is not set" if len(names) == len(PLACES) else f"is not set, and neither is {', '.join(names)}"
         hint = 'set root = "/srv/imagewatch" below [folders] or IMAGEWATCH_FOLDERS__ROOT'
         self._wrong("folders.root", what, f'{hint}; "imagewatch init" writes a commented file')
 
     def _state(self, inbox: str) -> str:
-        """Return the default state folder: one for each inbox, so that no two daemons share evidence."""
+        """Return the default state folder: one for each inbox, so that no two daemons share job records."""
         given = self.environ.get("STATE_DIRECTORY", "").split(":")[0]
         if given:
             return os.path.abspath(given)
@@ -151,7 +151,7 @@ class Draft(Tables):
         return msgspec.structs.replace(raw, base_url=url, **paths)
 
     def _key_entries(self, table: dict[str, Any]) -> None:
-        """Check what leads to the key. Nothing is repeated: somebody may have put the key itself there."""
+        """Check where the key comes from. No value is repeated: it may be the key itself."""
         path = table.get("api_key_file", "/")
         if not isinstance(path, str) or "/" not in path:
             del table["api_key_file"]

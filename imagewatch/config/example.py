@@ -18,7 +18,7 @@ def initial(root: str | None) -> str:
     """Return the text of a new configuration: ``config.example.toml`` for a folder to watch.
 
     Args:
-        root: The folder; without one ``root`` is a comment, so that nothing starts with a folder that nobody named.
+        root: The folder; without one ``root`` is a comment, so that nothing starts with a folder that was not chosen.
 
     Raises:
         ConfigError: If the installation lost the file.

@@ -1,6 +1,6 @@
 """The API key: where it comes from, and a value that does not show itself.
 
-The key is read anew for each request, because tokens expire. No message of this module holds it.
+The key is read for each request, because tokens expire. No message of this module holds it.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ _MAX_BYTES: Final = 64 * 1024
 _MAX_ERROR_BYTES: Final = 1024 * 1024
 _MAX_ECHO: Final = 200
 _MIN_ECHO_SECRET: Final = 8
+_ALONE: Final = "write the key alone, on one line"
 _STEP_SECONDS: Final = 0.05
 _FOUR_WAYS: Final = (
     "set one of: api_key_command or api_key_file below [endpoint], the systemd credential letta_api_key "
@@ -78,7 +79,7 @@ class Key:
 
 
 class _Source(NamedTuple):
-    """One way to the key: the field to blame, the name to show, how to read it, and the file that holds it."""
+    """One way to the key: the field to report, the name to show, how to read it, and the file that holds it."""
 
     field: str
     label: str
@@ -105,10 +106,9 @@ def read_key(endpoint: Endpoint, environ: Mapping[str, str], *, command_timeout:
         raise ConfigError([Problem("endpoint", "no API key is set", _FOUR_WAYS)])
     value = source.read().strip()
     if not value:
-        raise _failure(source.field, "gave an empty key", "it must give the key alone, on one line")
+        raise _failure(source.field, "the key is empty", _ALONE)
     if not re.fullmatch(rb"[\x21-\x7e]+", value):
-        reason = "gave something that is not a key (white space or other than plain ASCII in it)"
-        raise _failure(source.field, reason, "it must give the key alone, on one line")
+        raise _failure(source.field, "the key contains spaces or non-ASCII characters", _ALONE)
     return Key(value.decode("ascii"))
 
 
@@ -163,7 +163,7 @@ def key_file_problem(path: str) -> str:
     """Return a warning when others than its owner can read a key file, else an empty string.
 
     Args:
-        path: The key file; one that cannot be looked at is not this function's business.
+        path: The key file; one that cannot be read is reported elsewhere.
     """
     try:
         mode = stat.S_IMODE(os.stat(path).st_mode)
@@ -216,18 +216,18 @@ def _read(path: str, field: str) -> bytes:
         finally:
             os.close(descriptor)
     except (OSError, ValueError) as error:
-        words = error.strerror if isinstance(error, OSError) else None
-        reason = f"cannot be read: {words or 'not a file name'}"
+        cause = error.strerror if isinstance(error, OSError) else None
+        reason = f"cannot be read: {cause or 'not a file name'}"
     if len(content) > _MAX_BYTES:
         reason = "is larger than 64 KiB"
     if reason:
-        raise _failure(field, f"{path!a} {reason}", "it must be a file, readable for the user of imagewatch")
+        raise _failure(field, f"{path!a} {reason}", "name a file that the user of imagewatch may read")
     return content
 
 
 def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -> bytes:
     """Return what a command prints; it has no shell, no input and little time."""
-    field, hint = "endpoint.api_key_command", "run it by hand as the user of imagewatch"
+    field, hint = "endpoint.api_key_command", "run it manually as the user of imagewatch"
     outcome: _Outcome | None = None
     reason = ""
     try:
@@ -242,8 +242,8 @@ def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -
         ) as process:
             outcome = _collect(process, time.monotonic() + timeout)
     except (OSError, ValueError) as error:
-        words = error.strerror if isinstance(error, OSError) else None
-        reason = f"cannot be started: {words or 'not a command'}"
+        cause = error.strerror if isinstance(error, OSError) else None
+        reason = f"cannot be started: {cause or 'not a command'}"
     if outcome is not None:
         reason = outcome.fault or _fault(outcome, math.inf) or _exit_reason(process.returncode, outcome)
     if outcome is None or reason:
@@ -289,7 +289,7 @@ def _fault(outcome: _Outcome, deadline: float) -> str:
 
 
 def _exit_reason(code: int, outcome: _Outcome) -> str:
-    """Return why a command failed, with the last line of its own words, or an empty string."""
+    """Return why a command failed, with its last error line, or an empty string."""
     if code == 0:
         return ""
     text = outcome.errors.decode("utf-8", "replace")

@@ -1,6 +1,6 @@
 """Reads a configuration: one file, the environment over it, and everything that is wrong reported together.
 
-What somebody wrote under an unknown key may be a key and is never printed.
+A value under an unknown key may be the API key and is never printed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
     """Read a configuration file and the environment over it.
 
     Args:
-        path: The file, or ``None`` when the environment says everything.
+        path: The file, or ``None`` when the environment has everything.
         environ: The environment: ``IMAGEWATCH_SECTION__KEY`` and the variables that defaults come from.
 
     Returns:
         The configuration, complete and checked.
 
     Raises:
-        ConfigError: With everything that is wrong at once.
+        ConfigError: With everything that is wrong immediately.
     """
     source = "" if path is None else os.path.abspath(path)
     table: dict[str, Any] = {}
@@ -45,8 +45,8 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
             raise ConfigError([problem], source=source)
     draft = Draft(table, os.path.dirname(source), environ)
     if path is None:
-        with contextlib.suppress(FileNotFoundError):  # the current folder is gone; there may be no need of it
-            draft.looked_for = usual(environ, os.getcwd())
+        with contextlib.suppress(FileNotFoundError):  # the current folder was removed; it may not be needed
+            draft.searched = usual(environ, os.getcwd())
     config = draft.config(source or "environment")
     if draft.problems:
         raise ConfigError(draft.named(), source=source)

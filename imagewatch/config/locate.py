@@ -1,4 +1,4 @@
-"""Where a configuration is looked for, and whose file is believed. Reads nothing of it."""
+"""Where a configuration is searched, and whose file is used. Nothing of it is read."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ def find(explicit: str | None, environ: Mapping[str, str], cwd: str) -> str | No
     Args:
         explicit: What the command line names, or ``None``.
         environ: The environment.
-        cwd: Absolute path of the current folder, or an empty string when it is gone.
+        cwd: Absolute path of the current folder, or an empty string when it was removed.
 
     Returns:
         A path: the one named (whether it exists or not), else the first of the usual places that is there;
         ``None`` when there is none.
 
     Raises:
-        ConfigError: The one in the current folder may be somebody else's, or the folder is gone.
+        ConfigError: The one in the current folder may be another user's, or the folder was removed.
     """
     named = explicit if explicit is not None else environ.get("IMAGEWATCH_CONFIG")
     if not cwd and not os.path.isabs(named or ""):
         hint = "go to another folder, or name the configuration by its whole path"
-        raise ConfigError([Problem(named or _HERE, "the current folder is gone", hint)])
+        raise ConfigError([Problem(named or _HERE, "the current folder was removed", hint)])
     if named or explicit is not None:
         return os.path.join(cwd, named or "")
-    # lexists: a link that leads nowhere is a mistake to be told, not a reason to use another file.
-    ours, *others = usual(environ, cwd)
-    if os.path.lexists(ours):
-        # It can name a command to be run for the key, and a folder may be anybody's.
-        if reason := _stranger(ours) or _stranger(os.path.realpath(ours)):
+    # lexists: a broken link is a mistake to report, not a reason to use another file.
+    here, *others = usual(environ, cwd)
+    if os.path.lexists(here):
+        # It can name a command to be run for the key, and a folder may be any user's.
+        if reason := _why_not_ours(here) or _why_not_ours(os.path.realpath(here)):
             hint = "name it with --config if you trust it"
-            raise ConfigError([Problem(_HERE, reason, hint)], source=ours)
-        return ours
+            raise ConfigError([Problem(_HERE, reason, hint)], source=here)
+        return here
     return next((place for place in others if os.path.lexists(place)), None)
 
 
-def _stranger(path: str) -> str:
-    """Return why somebody else may have written a file, or put it where it is; an empty string if nobody may."""
+def _why_not_ours(path: str) -> str:
+    """Return why another user may have written a file, or put it in its place; an empty string if none may."""
     folder = os.path.dirname(path)
     for place, what in ((path, "it"), (folder, f"its folder {folder}")):
         try:
             status = os.lstat(place)
         except OSError:
-            continue  # a link that leads nowhere: to be told when it is read
+            continue  # a broken link: reported when it is read
         if status.st_uid not in {0, os.geteuid()}:
             return f"is not used, as {what} belongs to another user (number {status.st_uid})"
         if stat.S_ISLNK(status.st_mode):
@@ -70,7 +70,7 @@ def others_above(path: str) -> str:
     """Return who beside the owner may put something else in the place of a file or folder; an empty string if none may.
 
     Raises:
-        OSError: The folder it is in cannot be looked at.
+        OSError: The folder it is in cannot be read.
     """
     return others_who_write(os.stat(os.path.dirname(path)))
 
@@ -89,7 +89,7 @@ def others_who_write(status: os.stat_result) -> str:
 
 
 def _is_private(status: os.stat_result) -> bool:
-    """Tell whether a file's group is its owner alone: one of the same name, which distributions give each user.
+    """Return whether a file's group is its owner alone: one of the same name, which distributions give each user.
 
     With such a group goes the umask 002, so that all of a user's files may be written by it. ``pam_umask`` goes by the
     same rule. Root has none: there are systems where many are in its group.
@@ -103,7 +103,7 @@ def _is_private(status: os.stat_result) -> bool:
 
 
 def is_hidden(path: str) -> bool:
-    """Tell whether a folder above a path keeps this user from seeing whether anything is there."""
+    """Return whether a folder above a path keeps this user from seeing whether anything is there."""
     try:
         os.lstat(path)
     except PermissionError:
@@ -137,7 +137,7 @@ def refusal(path: str, needed: int) -> str:
 
 
 def usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
-    """Return where a configuration is looked for that nobody names, in this order."""
+    """Return where a configuration is searched that is not named, in this order."""
     return (
         os.path.join(cwd, _HERE),
         os.path.join(xdg(environ, "XDG_CONFIG_HOME", "~/.config"), "imagewatch", "config.toml"),
@@ -146,7 +146,7 @@ def usual(environ: Mapping[str, str], cwd: str) -> tuple[str, ...]:
 
 
 def xdg(environ: Mapping[str, str], variable: str, default: str) -> str:
-    """Return an XDG base folder; a relative one is to be ignored, says the XDG specification."""
+    """Return an XDG base folder; a relative one is ignored, as the XDG specification demands."""
     value = environ.get(variable, "")
     return value if os.path.isabs(value) else expanded_home(default, environ)
 

@@ -12,7 +12,7 @@ from msgspec import Meta
 
 Provider = Literal["flux", "gemini", "openai"]
 
-# A day at most: longer waits overflow the timers below us, and nobody means them.
+# A day at most: longer waits overflow timers, and no one means them.
 _Seconds = Annotated[float, Meta(ge=0, le=86_400)]
 _Timeout = Annotated[float, Meta(gt=0, le=86_400)]
 _Amount = Annotated[float, Meta(ge=0)]
@@ -50,10 +50,10 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         root: The folder that the others are in unless set alone; empty when not set.
         inbox: Where prompts are dropped.
-        outbox: Where pictures and receipts appear.
+        outbox: Where images and receipts are published.
         errors: Where refused prompts go, each with an error file.
         archive: Where prompts go that were done, or the word ``delete``.
-        state: Evidence, ledger and lock; local and private.
+        state: Job records, ledger and lock; local and private.
     """
 
     root: _Text = ""
@@ -65,18 +65,18 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
-    """``[endpoint]``: whom to ask, with which key, and for how long.
+    """``[endpoint]``: the API, the key, and how long to wait.
 
     Attributes:
         base_url: Without ``/v1`` and without a slash at the end.
         api_key_file: Absolute path of a file that holds the key alone.
         api_key_command: Program and arguments that print the key; empty when not set.
         connect_timeout_seconds: For the connection alone.
-        timeout_seconds: For each single read of the answer.
+        timeout_seconds: For each single read of the response.
         deadline_seconds: For one request in total.
-        max_response_bytes: A longer answer is cut off.
+        max_response_bytes: A longer response is cut off.
         ca_file: Absolute path of a PEM bundle to trust instead of the usual ones.
-        allow_private_downloads: Whether a picture's url may lead to a private address.
+        allow_private_downloads: Whether an image's URL may point to a private address.
     """
 
     base_url: str = "https://api.letta.com"
@@ -95,11 +95,11 @@ class Inbox(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         watch: Change events of the kernel, polling, or whichever works.
-        settle_seconds: How long files must have been quiet.
+        settle_seconds: How long files must have been unchanged.
         input_wait_seconds: How long declared input images are waited for.
-        rescan_seconds: Interval of the complete look that needs no events.
+        rescan_seconds: Interval of the complete scan that needs no events.
         recursive: Whether sub-folders are watched.
-        redelivery: What to do with a finished prompt that a sync tool brings back.
+        redelivery: What to do with a finished prompt that a sync tool delivers again.
     """
 
     watch: Literal["auto", "native", "poll"] = "auto"
@@ -133,7 +133,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         credits_per_day: Credits in a day, by UTC; 0 is off.
         credits_per_month: Credits in a calendar month, by UTC; 0 is off.
         assumed_credits: Credits reserved for a request whose price is not known yet.
-        burst: More new prompts at once than this are held until released; 0 is off.
+        burst: More new prompts immediately than this are held until released; 0 is off.
         providers: Providers that may be asked.
         models: Models that may be asked.
         qualities: Qualities that may be asked.
@@ -173,7 +173,7 @@ class Retry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Log(msgspec.Struct, frozen=True, kw_only=True):
-    """``[log]``: how much is logged and how it looks.
+    """``[log]``: how much is logged, and in which form.
 
     Attributes:
         level: The least important level that is shown.

@@ -111,7 +111,7 @@ class Tables:
         return table
 
     def _top_level(self) -> None:
-        """Report what stands outside of the known sections."""
+        """Report what is outside of the known sections."""
         for name, value in self.table.items():
             if name in SECTION_NAMES:
                 continue
@@ -129,7 +129,7 @@ def parse(text: str, name: str = "") -> tuple[dict[str, Any], Problem | None]:
         return tomllib.loads(text), None
     except tomllib.TOMLDecodeError as error:
         reason = repr(str(error))[1:-1][-120:]  # its end is the position
-        return {}, Problem(name, reason, "text stands in double quotes; # begins a comment")
+        return {}, Problem(name, reason, "put text in double quotes; # begins a comment")
     except ValueError:  # not a TOMLDecodeError: a number of thousands of digits
         return {}, Problem(name, "a number is too long")
     except RecursionError:

@@ -1,4 +1,4 @@
-"""Checks a TOML table against a struct and reports every problem at once. Pure.
+"""Checks a TOML table against a struct and reports every problem immediately. Pure.
 
 ``msgspec`` alone stops at the first problem. Here each key is converted separately, so that a person who edits a file
 over a slow share sees all mistakes in one go.
@@ -55,7 +55,7 @@ def check(table: Mapping[str, Any], struct: type[S], where: str = "") -> tuple[S
         try:
             values[key] = msgspec.convert(value, types[key], strict=True)
         except msgspec.ValidationError as error:
-            problems.append(Problem(f"{where}{key}", _told(error, types[key], value)))
+            problems.append(Problem(f"{where}{key}", _message(error, types[key], value)))
     return struct(**values), problems
 
 
@@ -76,24 +76,24 @@ _KINDS = {
 _BOUNDS = {">=": "at least", "<=": "at most", ">": "more than", "<": "less than"}
 
 
-def _told(error: msgspec.ValidationError, kind: object, value: object) -> str:
-    """Return what msgspec says in words for somebody who never heard of types."""
+def _message(error: msgspec.ValidationError, kind: object, value: object) -> str:
+    """Return the message of msgspec for a person who does not know types."""
     words = _words(kind)
     if words:
         return f"must be {'some' if isinstance(value, list) else 'one'} of {', '.join(words)}, not {shown(value)}"
-    said = re.match(r"Expected `(\w+)(?: \| null)?`( of length)?(?: ([<>]=?) ([\d.]+))?", str(error))
-    if said is None:
+    match = re.match(r"Expected `(\w+)(?: \| null)?`( of length)?(?: ([<>]=?) ([\d.]+))?", str(error))
+    if match is None:
         return f"{error}, not {shown(value)}"
-    wanted = _KINDS.get(said[1], said[1])
-    if said[3]:
-        bound = f"{_BOUNDS[said[3]]} {said[4].removesuffix('.0')}"
-        wanted += f" of {bound} characters" if said[2] else f" of {bound}"
+    wanted = _KINDS.get(match[1], match[1])
+    if match[3]:
+        bound = f"{_BOUNDS[match[3]]} {match[4].removesuffix('.0')}"
+        wanted += f" of {bound} characters" if match[2] else f" of {bound}"
     within = " in the list" if "`$[" in str(error) else ""
     return f"must be {wanted}{within}, not {shown(value)}"
 
 
 def _words(kind: object) -> list[str]:
-    """Return the words that a type allows, wherever they stand in it."""
+    """Return the words that a type allows, at any depth."""
     if get_origin(kind) is Literal:
         return [str(word) for word in get_args(kind)]
     return [word for inner in get_args(kind) for word in _words(inner)]

@@ -92,6 +92,6 @@ def overlaps(folders: Folders) -> list[Problem]:
         if common not in (places[one], places[two]):
             continue
         outer, inner = (one, two) if common == places[one] else (two, one)
-        how = "is the same folder as" if places[one] == places[two] else "lies inside"
+        how = "is the same folder as" if places[one] == places[two] else "is inside"
         problems.append(Problem(f"folders.{inner}", f"{how} folders.{outer}", "choose separate folders"))
     return problems

@@ -67,7 +67,7 @@ class Arrivals:
     def claimed(self, candidate: Candidate) -> None:
         """Count a prompt that is claimed: others that came at the same time may follow."""
         # What was unchanged for long enough was counted together with all that had come until then.
-        may_count = candidate.is_local or not candidate.was_quiet
+        may_count = candidate.is_local or not candidate.was_unchanged
         if self._parts.config.limits.burst and may_count and not self.is_finished(candidate.source):
             came = max(candidate.changed_at, self._parts.intake.came(candidate.key[0]))
             self._parts.admission.burst.claimed(candidate.source, came, is_dated=candidate.is_local)

@@ -243,7 +243,7 @@ class Scanner:
             self._schedule.later(folder.path, min(dues))
         if folder.path and not folder.is_entered:
             self._watching.forget(self._scan.folders.full(folder.path))
-            if folder.is_gone:  # which the folder shows that it was in
+            if folder.is_missing:  # which the folder shows that it was in
                 above = folder.path.rpartition("/")[0]
                 self._schedule.soon(above)
                 if folder.path not in self._scan.folders.add(above).inner:
@@ -252,12 +252,12 @@ class Scanner:
     def follow(self) -> None:
         """Draw the consequences of what the scans have found."""
         folders, order = self._scan.folders, self._scan.order
-        for path in folders.gone:
+        for path in folders.removed:
             self._forget(path)
         fresh = [path for path in folders.fresh if folders.get(path)]
         self._asked.update(fresh)
         self._schedule.soon_all(fresh)
-        folders.gone, folders.fresh = [], []
+        folders.removed, folders.fresh = [], []
         for path, at in self._scan.dues.items():
             self._waits.add(path)
             self._schedule.later(path, at)
@@ -285,7 +285,7 @@ class Scanner:
         if not self.is_at_work():
             self._scan.folders.is_complete = True
             self._round_at = min(self._round_at, self._began + self._interval())
-            self._watching.tell_mode(self.kind, self._scan.entered())
+            self._watching.log_mode(self.kind, self._scan.entered())
             if self._spent > _LONG_SECONDS:
                 memory.give_back()
             self._spent = 0.0

@@ -220,7 +220,7 @@ class _Ours:
 
     def __init__(self, disk: Disk, path: str) -> None:
         self._disk = disk
-        self._file = disk.create_anew(path)
+        self._file = disk.replace_leftover(path)
         self._path = path
 
     def write(self, content: bytes) -> int:

@@ -124,7 +124,7 @@ class Sink:
         Args:
             room: Bytes.
         """
-        self._file = self._disk.create_anew(self._part)
+        self._file = self._disk.replace_leftover(self._part)
         if room:
             self._disk.reserve(self._file, room, self._part)
 
@@ -183,7 +183,7 @@ class Sink:
         """Write what the open file holds to a new one: it lost its name, or a failed sync may have lost its content."""
         assert self._file is not None
         self._restore()
-        copy = self._disk.create_anew(self._part)
+        copy = self._disk.replace_leftover(self._part)
         try:
             offset = 0
             while piece := os.pread(self._file.fileno(), _CHUNK_BYTES, offset):

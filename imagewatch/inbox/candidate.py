@@ -1,4 +1,4 @@
-"""What a look at the inbox saw: values only."""
+"""A prompt that may be claimed, and what a scan found. Values only."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = tuple[str, str]
 ANYWHERE = "?/"
 """In the place of a folder: which one it was is not known. No path has such a name."""
 FileState = tuple[str, int, int, int, int]
-"""What a file looks like: name, inode, size, mtime and ctime; zeros when it is not there."""
+"""The state of a file: name, inode, size, mtime and ctime; zeros when it does not exist."""
 
 
 class Wait(StrEnum):
@@ -53,18 +53,18 @@ class Candidate(Dropped, frozen=True, kw_only=True):
     """A prompt that may be claimed now.
 
     Attributes:
-        looks: What its files looked like, the prompt first.
+        states: The states of its files, the prompt first.
         changed_at: Newest ctime of its files, seconds since the epoch.
         folder_inode: Inode of its folder; 0 for the inbox itself.
         is_local: Whether its times are of our own clock.
-        was_quiet: Whether nothing had happened to it for ``settle_seconds``: it came longer ago than that.
+        was_unchanged: Whether nothing had happened to it for ``settle_seconds``: it came longer ago than that.
     """
 
     states: tuple[FileState, ...]
     changed_at: float
     folder_inode: int = 0
     is_local: bool = True
-    was_quiet: bool = True
+    was_unchanged: bool = True
 
     def claim(self, job: str, at: float) -> Claim:
         """Return the claim for it."""
@@ -81,7 +81,7 @@ class Candidate(Dropped, frozen=True, kw_only=True):
 
 
 class Reasons(dict[str, str]):
-    """Why files are not taken, by path below the inbox. Of very many not all are named, but all are counted.
+    """Why files are ignored or wait, by path below the inbox. Of very many not all are named, but all are counted.
 
     Args:
         most: How many are named; None for all.
@@ -99,7 +99,7 @@ class Reasons(dict[str, str]):
         self.kinds: dict[str, int] = {}
 
     def add(self, path: str, kind: str, reason: str = "") -> None:
-        """Note why a file is not taken; ``reason`` is the kind with what differs from file to file."""
+        """Note why a file is ignored or waits; ``reason`` is the kind with what differs from file to file."""
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
         if self.most is None or len(self) < self.most:
             self[path] = reason or (kind.text if isinstance(kind, Wait) else kind)
@@ -158,7 +158,7 @@ class JobKeys:
         self._anywhere = frozenset(key[1] for key in self._keys if key is not None and key[0] == ANYWHERE)
 
     def __contains__(self, key: object) -> bool:
-        """Tell whether a stem is one of them."""
+        """Return whether a stem is one of them."""
         return key in self._keys or (isinstance(key, tuple) and key[1] in self._anywhere)
 
 
@@ -168,14 +168,14 @@ def first_level(folder: str) -> str:
 
 
 class Found:
-    """What was found in one folder: why its files are not taken, and when to look again.
+    """What was found in one folder: why its files are ignored or wait, and when to scan again.
 
     Args:
         most: How many files are named, of each kind; None for all.
 
     Attributes:
         waiting: What may not yet be claimed, and why.
-        ignored: What will not be taken, and why.
+        ignored: What is ignored, and why.
         due: Monotonic time at which something may become ready, seconds, or None.
         left_out: Stems that were left out because a job of their name is not over.
     """
@@ -207,10 +207,10 @@ class ScanResult:
 
     Attributes:
         waiting: What may not yet be claimed, and why.
-        ignored: What will not be taken, and why.
+        ignored: What is ignored, and why.
         ready: What may be claimed, in the order in which it is: as many as were asked for.
         due: Seconds until something may become ready, or None.
-        folders: Every folder looked into, as paths.
+        folders: Every folder scanned, as paths.
         left_out: Stems that were left out because a job of their name is not over.
     """
 

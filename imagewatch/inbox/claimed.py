@@ -31,7 +31,7 @@ def mark_in(folder: Descriptor) -> str:
 
 
 def looks_like_claims(descriptor: int) -> bool:
-    """Tell whether a folder is, or was, one of claimed files, of whatever daemon and under whatever name.
+    """Return whether a folder is, or was, one of claimed files, of whatever daemon and under whatever name.
 
     What is in it may have been paid for, so it is not scanned.
     """

@@ -2,7 +2,7 @@
 
 It uses watchdog's inotify reader itself and not its ``Observer``: the observer pairs the two halves of a rename and
 for that holds every event back for up to half a second once files are moved out of a watched folder, which a
-daemon that claims by rename does all the time (``docs/decisions.md``). The reader's callback also tells when the
+daemon that claims by rename does all the time (``docs/decisions.md``). The reader's callback also reports when the
 kernel's queue overflowed, which no observer does.
 """
 
@@ -25,13 +25,13 @@ except (ImportError, OSError):  # not Linux: scans alone do the work
     InotifyFD = None  # type: ignore[assignment,misc]
 
 _FEW, _MANY, _MOST = 32, 256, 8192
-"""How many names of one folder are taken together; of all folders; how many may wait before each folder keeps few."""
+"""Names of one folder that are returned together; of all folders; how many may wait before each folder keeps few."""
 _MOST_OF_FOLDER = 1024
 _STORM = 64
 """After more events together it rests for a moment: to read hundreds of thousands a second would take the interpreter
-away from all other threads. The kernel keeps the next ones, or says that it lost some."""
+away from all other threads. The kernel keeps the next ones, or reports that it lost some."""
 _REST, _LONGEST_PAUSE_SECONDS = 4.0, 0.2
-"""For how many times as long as it took to take note of events; for how long at most."""
+"""For how many times as long as reading the events took; for how long at most."""
 _LIMIT = "the limit of watches is reached (fs.inotify.max_user_watches)"
 
 
@@ -53,7 +53,7 @@ class Change:
 
 
 class Hints:
-    """Changes that were not taken note of yet; only the last one of each name, and whether it is a new folder.
+    """Changes that were not read yet; only the last one of each name, and whether it is a new folder.
 
     The names of each folder are bounded, so that a storm of changes in one folder hides none in another.
 
@@ -71,7 +71,7 @@ class Hints:
         self._has_lost = False
 
     def add(self, change: Change) -> None:
-        """Take in a change."""
+        """Add a change."""
         with self._lock:
             names = self._folders.setdefault(change.folder, {})
             if change.name not in names:
@@ -89,7 +89,7 @@ class Hints:
         self._rings()
 
     def has_lost(self) -> bool:
-        """Tell whether changes were lost since this was asked before."""
+        """Return whether changes were lost since this was asked before."""
         if not self._has_lost:
             return False  # it is not set here: the watcher's thread may be just about to set it
         self._has_lost = False
@@ -121,11 +121,11 @@ class Hints:
 
 
 class Watcher:
-    """Tells of changes in a set of folders.
+    """Reports changes in a set of folders.
 
     Args:
-        on_change: Called with each change, in the watcher's thread; it must only take a note.
-        on_lost: Called when events were lost, or when no more will come: look at everything.
+        on_change: Called with each change, in the watcher's thread; it must return quickly.
+        on_lost: Called when events were lost, or when no more will come: scan everything.
     """
 
     def __init__(self, on_change: Callable[[Change], None], on_lost: Callable[[], None]) -> None:
@@ -153,7 +153,7 @@ class Watcher:
         self._reader.start()
 
     def alive(self) -> bool:
-        """Tell whether events can still arrive."""
+        """Return whether events can still arrive."""
         return self._reader is not None and self._reader.is_alive()
 
     @property
@@ -165,15 +165,15 @@ class Watcher:
         """Watch a folder. One that was replaced by another of the same name is watched again.
 
         Args:
-            path: The name by which its changes are told.
+            path: The name by which its changes are reported.
             identity: Its device and inode.
-            descriptor: The folder, if it is open; else it is looked up by its name.
+            descriptor: The folder, if it is open; else it is found by its name.
 
         Returns:
             Why it cannot be watched, or an empty string.
         """
         known = self._watched.get(path)
-        if known and known.identity == identity and not known.gone:
+        if known and known.identity == identity and not known.removed:
             return ""
         self.forget(path)
         open_one = f"/proc/self/fd/{descriptor}"
@@ -225,7 +225,7 @@ class Watcher:
 
 def _reader(on_end: Callable[[], None]) -> Any:  # noqa: ANN401  there is no watchdog's type where there are no events
     class Reader(InotifyFD):
-        """The thread that reads the events; whatever ends it is told at once."""
+        """The thread that reads the events; its end is always reported."""
 
         problem = ""
         _pause = False
@@ -254,7 +254,7 @@ def _reader(on_end: Callable[[], None]) -> Any:  # noqa: ANN401  there is no wat
 class _Folder:
     """The callback for one watched folder, as watchdog's reader wants it."""
 
-    __slots__ = ("_on_change", "_on_lost", "_path", "descriptor", "gone", "identity")
+    __slots__ = ("_on_change", "_on_lost", "_path", "descriptor", "identity", "removed")
 
     def __init__(
         self, path: str, identity: tuple[int, int], on_change: Callable[[Change], None], on_lost: Callable[[], None]
@@ -264,14 +264,14 @@ class _Folder:
         self._on_lost = on_lost
         self.identity = identity
         self.descriptor: Any = None
-        self.gone = False
+        self.removed = False
 
     def on_event(self, event: Any) -> None:  # noqa: ANN401  watchdog's own type is not public
         is_folder = event.is_directory and (event.is_create or event.is_moved_to)
         self._on_change(Change(self._path, os.fsdecode(event.name), event.is_moved_to, is_folder))
 
     def on_watch_deleted(self, _: Any) -> None:  # noqa: ANN401
-        self.gone = True
+        self.removed = True
         self._on_change(Change(self._path))
 
     def on_queue_overflow(self) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _Name = TypeVar("_Name")
 MOST = 8
-"""An owner with more waiting folders than this gets no more turns for them: anybody can make thousands."""
+"""An owner with more waiting folders than this gets no more turns for them: any user can create thousands."""
 
 
 class _Line(Generic[_Name]):
@@ -134,7 +134,7 @@ class FairTurns(Generic[_Name]):
 
         Args:
             name: The folder.
-            amount: How much it got: of a time, say.
+            amount: How much it got, for example seconds.
         """
         owner = self._owner.pop(name)
         line = self._lines[owner]

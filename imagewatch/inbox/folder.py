@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from imagewatch.inbox.oldest_prompts import OldestPrompts
 
 _STEADY_SECONDS = 2.5
-"""A folder that looked the same for so long before it was listed was listed whole: some file systems count in twos."""
+"""A listing is complete if the times of the folder had not changed for so long: some file systems count in twos."""
 NO_SIBLINGS = SiblingIndex(())
 """Of folders without prompts, of which there may be very many. Nothing is ever added to it."""
 
@@ -25,23 +25,23 @@ class Notes:
     """What is remembered of the stems of one folder until they are claimed.
 
     Args:
-        settle_seconds: How long a stem must be quiet.
-        looked: Monotonic time at which the last scan of the folder began, seconds.
+        settle_seconds: How long a prompt must be unchanged.
+        scanned_at: Monotonic time at which the last scan of the folder began, seconds.
 
     Attributes:
-        settling: Since when each is quiet that is not settled.
+        settling: Since when each is unchanged that is not settled.
         inputs: The same of the images that settled ones name.
         since: Monotonic time since which each waits for images, seconds.
         arrived: Those whose prompt came by rename.
-        held: Date of each that is settled and cannot be claimed yet: it is judged again at the next scan.
-        read: Which images each names, and what its prompt looked like when it was read.
+        held: Date of each that is settled and cannot be claimed yet: it is checked again at the next scan.
+        read: Which images each names, and the state of its prompt when it was read.
         marks: Monotonic time at which each sign of a program at work was first seen, seconds, by its name.
     """
 
     __slots__ = ("arrived", "held", "inputs", "marks", "read", "settling", "since")
 
-    def __init__(self, settle_seconds: float, looked: float) -> None:
-        self.settling = Settling(settle_seconds, looked)
+    def __init__(self, settle_seconds: float, scanned_at: float) -> None:
+        self.settling = Settling(settle_seconds, scanned_at)
         self.inputs = Settling(settle_seconds)
         self.since: dict[str, float] = {}
         self.arrived: set[str] = set()
@@ -61,11 +61,11 @@ class Notes:
 
 @dataclass(slots=True)
 class Folder:
-    """What is known of one folder. Of an empty one it is little: anybody can make very many.
+    """What is known of one folder. Of an empty one it is little: any user can create very many.
 
     Attributes:
         path: Its path below the inbox; empty for the inbox itself.
-        settled: Newest ctime of the files of each stem that is quiet, seconds since the epoch.
+        settled: Newest ctime of the files of each settled stem, seconds since the epoch.
         unsettled: The other stems.
         siblings: What belongs to a stem beside its prompt, as far as it is remembered.
         arriving: Names of what may become a prompt when its transfer gives it its name.
@@ -73,19 +73,19 @@ class Folder:
         is_local: Whether its times are of our own clock.
         is_scanned: Whether a scan of it is under way.
         is_changed: Whether anything in it may be different since this was set to False.
-        is_entered: Whether it could be looked into, and is on the file system of the inbox.
-        is_gone: Whether it was not there when it was to be scanned last.
-        was_claims: Whether it looked like a folder of claimed files when it was first seen.
+        is_entered: Whether it could be scanned, and is on the file system of the inbox.
+        is_missing: Whether it was not there when it was to be scanned last.
+        was_claims: Whether it was like a folder of claimed files when it was first opened.
         owner: Number of the user to whom it belongs.
-        ignored: Why files that are no prompts are not taken, by path below the inbox.
-        inner: The folders in it that are looked into, as paths below the inbox.
+        ignored: Why files that are no prompts are ignored, by path below the inbox.
+        inner: The folders in it that are scanned, as paths below the inbox.
         found: What the last scan found.
         checked: What was found since, when prompts were checked whose turn had come.
         was_checked: The same before the last scan, while not all was checked again.
         oldest: Those of the settled stems that are the next ones.
         notes: What else is remembered of its stems.
-        looked: Monotonic time at which the last scan began, seconds.
-        names: How many files are named here that are not taken.
+        scanned_at: Monotonic time at which the last scan began, seconds.
+        names: How many ignored files are named here.
         counted: As whose folder it is counted.
         came: When it was brought into the inbox with what is in it, seconds since the epoch; 0: it was there before.
     """
@@ -100,7 +100,7 @@ class Folder:
     is_scanned: bool = False
     is_changed: bool = True
     is_entered: bool = False
-    is_gone: bool = False
+    is_missing: bool = False
     was_claims: bool = False
     owner: int = -1
     ignored: Reasons | None = None
@@ -110,7 +110,7 @@ class Folder:
     was_checked: Found | None = None
     oldest: OldestPrompts | None = None
     notes: Notes | None = None
-    looked: float = float("-inf")
+    scanned_at: float = float("-inf")
     names: int = 0
     counted: int = -1
     came: float = 0.0
@@ -130,18 +130,18 @@ class Folder:
 
     @property
     def identity(self) -> tuple[int, int] | None:
-        """Device and inode when it was looked at last; None before."""
+        """Device and inode when it was opened last; None before."""
         return self._identity
 
     def settle(self, stem: str, changed: float) -> None:
-        """Note that a stem is quiet."""
+        """Note that a stem is settled."""
         self.unsettled.pop(stem, None)
         self.settled[stem] = changed
         if self._missing is not None:
             self._missing.discard(stem)
 
     def unsettle(self, stem: str) -> None:
-        """Note that a stem that was quiet is not any more."""
+        """Note that a stem is not settled any more."""
         if self.settled.pop(stem, None) is not None:
             self.unsettled[stem] = None
         if self.is_scanned:
@@ -163,7 +163,7 @@ class Folder:
         self.distrust()
 
     def distrust(self) -> None:
-        """See to it that it is listed at the next look, also if it is being listed now."""
+        """Make sure that it is listed at the next scan, also if it is being listed now."""
         self._stamp = None
 
     def begin_listing(self) -> None:
@@ -189,20 +189,20 @@ class Folder:
     def noted(self, settle_seconds: float) -> Notes:
         """Return what is remembered of its stems, to note something."""
         if self.notes is None:
-            self.notes = Notes(settle_seconds, self.looked)
+            self.notes = Notes(settle_seconds, self.scanned_at)
         return self.notes
 
     def may_need(self, name: str) -> bool:
-        """Tell whether a file that is not known as a prompt's may be meant for one that is settled or settling."""
+        """Return whether a file that is not known as a prompt's may be meant for one that is settled or settling."""
         return self.siblings.may_be_for(name)
 
     def is_other(self, status: os.stat_result) -> bool:
-        """Tell whether it is another folder of its name than it was."""
+        """Return whether it is another folder of its name than it was."""
         before, self._identity = self._identity, (status.st_dev, status.st_ino)
         return before != self._identity
 
     def may_differ(self, status: os.stat_result, now: float, *, keeps_times: bool) -> bool:
-        """Tell whether there may be other names in it than when it was listed."""
+        """Return whether there may be other names in it than when it was listed."""
         stamp = (status.st_mtime_ns, status.st_ctime_ns)
         if stamp != self._stamp:
             self._stamp, self._steady = stamp, now

@@ -64,7 +64,7 @@ def why_near_miss(name: str) -> str:
 
 
 def why_no_prompt(name: str) -> str:
-    """Return why nobody takes a file that is no prompt."""
+    """Return why a file that is no prompt is ignored."""
     if is_image_name(name):
         return "an image to which there is no prompt"
     if final_name(name):

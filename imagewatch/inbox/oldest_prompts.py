@@ -41,7 +41,7 @@ class OldestPrompts:
             self._cut(most, set(self._entries))
 
     def put_back(self, entry: Entry) -> None:
-        """Take in again an entry that was taken out."""
+        """Add an entry again that was removed."""
         self.offer(entry, len(self._entries) + 1)
 
     def refill(self, entries: Iterable[Entry], most: int) -> None:
@@ -67,9 +67,9 @@ class OldestPrompts:
         return self._entries[0] if self._entries else None
 
     def pop(self) -> None:
-        """Take out the oldest entry, which ``first`` returned."""
+        """Remove the oldest entry, which ``first`` returned."""
         heapq.heappop(self._entries)
 
     def is_low(self, most: int) -> bool:
-        """Tell whether it is to be filled again."""
+        """Return whether it is to be filled again."""
         return self._beyond is not None and len(self._entries) < most // 4 + 1

@@ -1,6 +1,6 @@
-"""What the kernel can tell about a folder's files: whose clock they show, and whether somebody still writes them.
+"""Whether a program has a file open for writing.
 
-A quiet file may be one whose sender has stalled. Linux grants a lease for reading only while nobody has the file
+A file may be unchanged because its sender has stalled. Linux grants a lease for reading only while no process has it
 open for writing, and only to the file's owner; where it cannot be asked, the answer is no.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def has_writer(path: str, opener: Callable[[str], io.FileIO] = open_file) -> bool:
-    """Tell whether a plain file is known to be open for writing.
+    """Return whether a plain file is known to be open for writing.
 
     Args:
         path: The file.
@@ -35,7 +35,7 @@ def has_writer(path: str, opener: Callable[[str], io.FileIO] = open_file) -> boo
 
 def _has_writer(descriptor: int) -> bool:
     try:
-        # Somebody who opens the file in this instant waits for us, and we are told by a signal; the usual one kills.
+        # A process that opens the file in this instant waits for us, and we get a signal; the usual one kills.
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)

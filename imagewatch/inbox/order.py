@@ -1,7 +1,7 @@
 """In which order prompts are claimed: first-level folders take turns, the oldest prompt of each comes first.
 
-Prompts directly in the inbox count as those of one folder. The next prompts of each folder are looked at ahead of their
-turn, so that people can be told early what their prompts wait for.
+Prompts directly in the inbox count as those of one folder. The next prompts of each folder are checked ahead of their
+turn, so that people can see early what their prompts wait for.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class _Group:
     """The settled prompts of one first-level folder and of those in it.
 
     Attributes:
-        ready: Those that were looked at and may be claimed, the oldest first.
+        ready: Those that were checked and may be claimed, the oldest first.
         keys: The same.
         folders: Those with others, by path.
     """
@@ -65,14 +65,14 @@ class Order:
 
     Args:
         folders: What is known of the inbox.
-        judge: Looks at a settled prompt; returns what may be claimed, or None.
+        check: Checks a settled prompt; returns what may be claimed, or None.
         size: How many prompts are kept in order, the folders sharing them; None for all.
         fewest: So many of each folder at least.
 
     Attributes:
         turns: The first-level folders of which something may be claimed; others may join.
-        wanting: First-level folders of which more prompts should be looked at ahead.
-        aside: Prompts that were taken and set aside, as they may not be claimed for now.
+        wanting: First-level folders of which more prompts should be checked ahead.
+        passed_over: Prompts that are passed over, as they may not be claimed for now.
     """
 
     def __init__(
@@ -122,12 +122,12 @@ class Order:
         return folder.oldest
 
     def put_back(self, folder: Folder, entries: Iterable[Entry]) -> None:
-        """Let prompts that were looked at wait to be looked at again."""
+        """Let prompts that were checked wait to be checked again."""
         for entry in entries:
             self._oldest_of(folder).put_back(entry)
 
     def withdraw(self, folder: Folder) -> None:
-        """Let all prompts of a folder that were looked at wait to be looked at again."""
+        """Let all prompts of a folder that were checked wait to be checked again."""
         if folder.notes is not None and folder.notes.held:
             self.put_back(folder, ((changed, stem) for stem, changed in folder.notes.held.items()))
             folder.notes.held.clear()
@@ -169,13 +169,13 @@ class Order:
             self._joins(name, group)
 
     def __len__(self) -> int:
-        """Return of how many first-level folders something may be claimed, or is still to be looked at for that."""
+        """Return of how many first-level folders something may be claimed, or is still to be checked for that."""
         return len(self._groups) - sum(
             name in self._groups for name in self.passed_over.names() if self.passed_over.is_full(name)
         )
 
     def is_ready(self, name: str) -> bool:
-        """Tell whether anything of a first-level folder may be claimed."""
+        """Return whether anything of a first-level folder may be claimed."""
         return name in self._groups and not self.passed_over.is_full(name) and bool(self._groups[name].ready)
 
     def take(self, name: str) -> Candidate | None:
@@ -189,16 +189,16 @@ class Order:
             self.wanting.add(name)
         return candidate
 
-    # What is set aside
+    # What is passed over
 
     def pass_over(self, candidate: Candidate) -> None:
-        """Pass over a prompt that ``take`` has returned, until ``give_aside`` gives it back."""
+        """Pass over a prompt that ``take`` has returned, until ``reconsider`` gives it back."""
         folder = self._folders.get(candidate.key[0])
         changed = folder.settled.get(candidate.key[1]) if folder else None
         self.passed_over.add(candidate.key, candidate.changed_at if changed is None else changed)
 
     def reconsider(self, keys: Iterable[Key]) -> None:
-        """Let prompts that were set aside be looked at again, if they are still settled."""
+        """Let prompts that were passed over be checked again, if they are still settled."""
         for key in keys:
             self.passed_over.discard(key)
             folder = self._folders.get(key[0])
@@ -209,7 +209,7 @@ class Order:
             self._joins(name, self._groups.get(name))
 
     def is_passed_over(self, key: Key) -> bool:
-        """Tell whether a prompt is set aside and still settled."""
+        """Return whether a prompt is passed over and still settled."""
         folder = self._folders.get(key[0])
         return key in self.passed_over and folder is not None and folder.settled.get(key[1]) is not None
 
@@ -234,10 +234,10 @@ class Order:
         folder = self._folders.get(name)
         return folder.owner if folder else -1
 
-    # Looking ahead
+    # Checking ahead
 
     def prepare(self, name: str) -> Generator[None]:
-        """Look at the next prompts of a first-level folder, a few each time."""
+        """Check the next prompts of a first-level folder, a few each time."""
         self.wanting.discard(name)
         checked = 0
         while (group := self._groups.get(name)) and (found := self._next(group)):
@@ -254,7 +254,7 @@ class Order:
             self._joins(name, group)
 
     def _next(self, group: _Group) -> tuple[Folder, Entry] | None:
-        """Return the next prompt to be looked at, and its folder; None if enough are ready, or none is left."""
+        """Return the next prompt to be checked, and its folder; None if enough are ready, or none is left."""
         found = self._oldest(group)
         if found is None or len(group.ready) < self._ahead():
             return found
@@ -269,7 +269,7 @@ class Order:
     def _oldest(self, group: _Group) -> tuple[Folder, Entry] | None:
         oldest: tuple[Entry, Folder] | None = None
         for path, folder in list(group.folders.items()):
-            if folder.is_scanned and folder.looked == -math.inf:
+            if folder.is_scanned and folder.scanned_at == -math.inf:
                 continue  # the first scan may find an older one; after it this is asked again
             entry = self._head(folder)
             if entry is None:
@@ -280,7 +280,7 @@ class Order:
         return (oldest[1], oldest[0]) if oldest else None
 
     def _head(self, folder: Folder) -> Entry | None:
-        """Return the oldest prompt of a folder that is still settled and was not looked at."""
+        """Return the oldest prompt of a folder that is still settled and was not checked."""
         if (oldest := folder.oldest) is None:
             return None
         while True:

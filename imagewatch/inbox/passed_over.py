@@ -21,7 +21,7 @@ _MOST_EACH = 1000
 
 
 class PassedOver:
-    """Prompts that were set aside.
+    """Prompts that are passed over.
 
     Args:
         most: How many there may be before every folder that has one is full.
@@ -45,7 +45,7 @@ class PassedOver:
         return key[1] in self._folders.get(key[0], ())
 
     def add(self, key: Key, changed: float) -> None:
-        """Set a prompt aside.
+        """Pass over a prompt.
 
         Args:
             key: The prompt.
@@ -57,7 +57,7 @@ class PassedOver:
         self._folders.setdefault(key[0], {})[key[1]] = changed
 
     def discard(self, key: Key) -> None:
-        """Take a prompt out, if it is there."""
+        """Remove a prompt, if it is there."""
         stems = self._folders.get(key[0], {})
         if stems.pop(key[1], None) is None:
             return
@@ -70,13 +70,13 @@ class PassedOver:
             del self._folders[key[0]]
 
     def stems(self, path: str) -> set[str]:
-        """Return the stems of a folder that are set aside."""
+        """Return the stems of a folder that are passed over."""
         return set(self._folders.get(path, ()))
 
     def names(self) -> list[str]:
-        """Return the first-level folders of which something is set aside."""
+        """Return the first-level folders of which something is passed over."""
         return list(self._counts)
 
     def is_full(self, name: str) -> bool:
-        """Tell whether no more of a first-level folder is to be looked at."""
+        """Return whether no more of a first-level folder is to be checked."""
         return self._counts[name] >= (self._most_each if self._total < self._most else 1)

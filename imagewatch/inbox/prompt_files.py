@@ -32,12 +32,12 @@ _BUSY_SECONDS = 3600.0
 _MOST_READ = 200
 """So many other prompts are read to find out whether a file is theirs."""
 _LARGE_BYTES = 64 << 20
-"""A larger image has to be quiet like others: to read it through here would hold up everybody."""
+"""A larger image has to settle like others: reading it here would delay everything else."""
 
 
 @dataclass(slots=True)
 class Moment:
-    """The present, as the caller has said it.
+    """The present, as the caller has set it.
 
     Attributes:
         now: Monotonic time, seconds.
@@ -49,7 +49,7 @@ class Moment:
 
 
 class PromptFiles:
-    """Looks at the files of prompts. Nothing is changed.
+    """Reads the files of prompts. Nothing is changed.
 
     Args:
         folders: What is known of the inbox.
@@ -70,7 +70,7 @@ class PromptFiles:
         self.opener = functools.partial(open_file, tops=self._tops)
 
     def states(self, folder: str, names: Iterable[str]) -> tuple[tuple[FileState, ...], float]:
-        """Return what files look like, and their newest ctime in seconds since the epoch."""
+        """Return the states of files, and their newest ctime in seconds since the epoch."""
         states: list[FileState] = []
         newest = 0.0
         try:
@@ -89,7 +89,7 @@ class PromptFiles:
         return tuple(states), newest
 
     def is_there(self, folder: str, name: str) -> bool:
-        """Tell whether anything has a name."""
+        """Return whether anything has a name."""
         return self._tops.exists(self._folders.full(path_of(folder, name)))
 
     def busy(self, folder: Folder, names: Siblings, found: Found) -> str:
@@ -102,7 +102,7 @@ class PromptFiles:
                 # It has just become what it stood for, which the list of names does not show yet.
                 found.comes_due(now + self._config.settle_seconds)
                 return name
-            # Both by its date and by our own observation: dates may lie in the future.
+            # Both by its date and by our own observation: dates may are in the future.
             if (
                 max(wall - changed, now - folder.noted(self._config.settle_seconds).marks.setdefault(name, now))
                 < _BUSY_SECONDS
@@ -111,14 +111,14 @@ class PromptFiles:
         return ""
 
     def is_arriving(self, folder: str, name: str) -> bool | None:
-        """Tell whether a transfer may still give a file its name; None if the file is not there."""
+        """Return whether a transfer may still give a file its name; None if the file is not there."""
         with contextlib.suppress(OSError):
             changed = self._tops.lstat(self._folders.full(path_of(folder, name))).st_ctime
             return self._moment.wall - changed < _BUSY_SECONDS
         return None
 
     def declared(self, folder: Folder, stem: str, state: FileState) -> tuple[str, ...] | None:
-        """Return which images a prompt names, or None; it is read again only if it looks different.
+        """Return which images a prompt names, or None; it is read again only if its state differs.
 
         Raises:
             BadRequest: It cannot be read, which may pass and is not remembered.
@@ -131,7 +131,7 @@ class PromptFiles:
         return known[1]
 
     def names_images(self, folder: Folder, stem: str, state: FileState) -> bool:
-        """Tell whether a prompt is known to name its images."""
+        """Return whether a prompt is known to name its images."""
         with contextlib.suppress(BadRequest):
             return self.declared(folder, stem, state) is not None
         return False
@@ -147,15 +147,15 @@ class PromptFiles:
         return {name for other, (_, names) in read.items() if other != stem for name in names or ()}
 
     def may_be_image(self, folder: str, name: str) -> bool:
-        """Tell whether a file may be meant as an image. It is opened if its name does not say so."""
+        """Return whether a file may be meant as an image. It is opened if its name does not show it."""
         path = self._folders.full(path_of(folder, name))
         try:
             return may_be_image(path, self._tops.lstat(path), self.opener)
         except OSError:
-            return False  # gone
+            return False  # removed
 
     def spelled(self, folder: str, name: str) -> str:
-        """Return a name as the folder has it: two ways to compose an accent look the same to the user who typed it."""
+        """Return a name as the folder has it: two ways to compose an accent are the same for the user who typed it."""
         ways = () if name.isascii() else spellings(name)
         return next((way for way in ways if self.is_there(folder, way)), name)
 
@@ -187,7 +187,7 @@ class PromptFiles:
         return next((name for name in candidate.names if has_writer(os.path.join(folder, name), self.opener)), "")
 
     def all_whole(self, folder: str, names: tuple[str, ...]) -> bool:
-        """Tell whether images are complete by their own structure, so that no program is still writing them."""
+        """Return whether images are complete by their own structure, so that no program is still writing them."""
         for name in names:
             try:
                 with self.opener(self._folders.full(path_of(folder, name))) as file:
@@ -200,7 +200,7 @@ class PromptFiles:
 
 
 def _is_kept(status: os.stat_result, folder: os.stat_result) -> bool:
-    """Tell whether a file may not be taken out of its folder because it is another user's, as in ``/tmp``."""
+    """Return whether a file may not be taken out of its folder because it is another user's, as in ``/tmp``."""
     user = os.geteuid()
     return bool(folder.st_mode & stat.S_ISVTX) and user not in {0, status.st_uid, folder.st_uid}
 

@@ -26,7 +26,7 @@ _SKEW_SECONDS = 60.0
 
 
 class Readiness:
-    """Decides about settled prompts.
+    """Checks settled prompts.
 
     Args:
         folders: What is known of the inbox.
@@ -35,7 +35,7 @@ class Readiness:
         files: The files of prompts.
 
     Attributes:
-        dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since this was emptied.
+        dues: Monotonic time at which prompts of a folder are to be checked again, seconds, since this was emptied.
     """
 
     def __init__(self, folders: Folders, config: Inbox, moment: Moment, files: PromptFiles) -> None:
@@ -46,14 +46,14 @@ class Readiness:
         self.dues: dict[str, float] = {}
 
     def check(self, folder: Folder, stem: str) -> Candidate | None:
-        """Look at a settled prompt whose turn has come.
+        """Check a settled prompt whose turn has come.
 
         Returns:
             What may be claimed; None if it has to wait, or is not there. What it waits for is noted with the folder.
         """
         names = folder.siblings.of(stem)
         states, changed = self._files.states(folder.path, every_name(names))
-        if not states[0][1] or states[0][2] < 0:  # gone, or no plain file any more
+        if not states[0][1] or states[0][2] < 0:  # removed, or no plain file any more
             folder.forget(stem)
             return None
         try:
@@ -76,7 +76,7 @@ class Readiness:
         return self._take(folder, found)
 
     def is_unchanged(self, candidate: Candidate) -> bool:
-        """Tell whether the files of a candidate still look as they did, and no program has begun to write."""
+        """Return whether the files of a candidate are unchanged, and no program has begun to write."""
         if not self._folders.is_real(candidate.folder) or self._files.writer(candidate):
             return False
         folder = candidate.folder
@@ -104,7 +104,7 @@ class Readiness:
         return folder.noted(self._config.settle_seconds)
 
     def _hold_back(self, folder: Folder, stem: str) -> None:
-        """Note that a settled prompt cannot be claimed yet: it is judged again at each scan."""
+        """Note that a settled prompt cannot be claimed yet: it is checked again at each scan."""
         if (changed := folder.settled.get(stem)) is not None:
             self._notes(folder).held[stem] = changed
 
@@ -118,15 +118,15 @@ class Readiness:
             found.ignored.add(path, problem, f"{problem} it")
         elif left > 0:
             self._wait(folder, names.prompt, Wait.UNREADABLE, reason, min(left, self._config.rescan_seconds))
-        else:  # the next look sees whether it can be read; no time is set for that
+        else:  # the next scan shows whether it can be read; no time is set for that
             found.waiting.add(path, Wait.UNREADABLE, reason)
 
     def _is_disturbed(self, folder: Folder, names: Siblings, changed: float) -> bool:
-        """Tell whether a prompt is not what it was when it was found to be quiet; then it has to be quiet again."""
+        """Return whether a prompt has changed since it was settled; then it has to settle again."""
         if self._files.busy(folder, names, Found(0)):
             kind, reason = Wait.WRITING, "is being written again"
         elif changed != folder.settled.get(names.stem) and self._config.settle_seconds:
-            kind, reason = Wait.SETTLING, "was changed, so it has to be quiet again"
+            kind, reason = Wait.SETTLING, "was changed, so it has to settle again"
         else:
             return False
         self._notes(folder).settling.touch(names.stem, self._moment.now)
@@ -135,7 +135,7 @@ class Readiness:
         return True
 
     def _check_declared(self, folder: Folder, stem: str, declared: tuple[str, ...]) -> Candidate | None:
-        """Decide about a prompt that is quiet itself, or whole by its rename, and names its images."""
+        """Check a prompt that is settled, or whole by its rename, and names its images."""
         now, notes = self._moment.now, self._notes(folder)
         declared = tuple(self._files.spelled(folder.path, name) for name in declared)
         states, changed = self._files.states(folder.path, (stem + SUFFIX, *declared))
@@ -148,7 +148,7 @@ class Readiness:
             if left > 0:
                 self._hold_back(folder, stem)
                 notes.since.setdefault(stem, now)
-                reason = f"its images are quiet for {left:.1f} more seconds"
+                reason = f"its images must not change for {left:.1f} more seconds"
                 self._wait(folder, stem + SUFFIX, Wait.SETTLING, reason, left)
                 return None
         found = Candidate(
@@ -157,7 +157,7 @@ class Readiness:
         return self._take(folder, found)
 
     def _waits_for(self, folder: Folder, stem: str, missing: list[str]) -> bool:
-        """Wait for images that are not there or still empty, but not for ever."""
+        """Wait for images that are not there or still empty, but not forever."""
         if not missing:
             return False
         now = self._moment.now
@@ -172,28 +172,28 @@ class Readiness:
         """Return the files for which a prompt that names no images is refused: they may be meant, and are not used.
 
         Returns:
-            None if the prompt has to wait: one of them is empty or still changing. It does not wait for ever.
+            None if the prompt has to wait: one of them is empty or still changing. It does not wait forever.
         """
-        doubtful = names.doubtful
-        if len(doubtful) < MOST_SIMILAR:  # else it would take too long to open them
-            doubtful = [name for name in doubtful if self._files.may_be_image(folder.path, name)]
-        if doubtful:
+        uncertain = names.uncertain
+        if len(uncertain) < MOST_SIMILAR:  # else it would take too long to open them
+            uncertain = [name for name in uncertain if self._files.may_be_image(folder.path, name)]
+        if uncertain:
             others = self._files.named_by_others(folder, names.stem)
-            doubtful = [name for name in doubtful if name not in others]
-        if not doubtful:
+            uncertain = [name for name in uncertain if name not in others]
+        if not uncertain:
             return ()
-        states, changed = self._files.states(folder.path, doubtful)
+        states, changed = self._files.states(folder.path, uncertain)
         if self._waits_for(folder, names.stem, [name for name, _, size, *_ in states if size == 0]):
             return None
-        if self._waits_until_quiet(folder, names.stem, states, changed):
+        if self._waits_until_unchanged(folder, names.stem, states, changed):
             return None
         reason = f"may be meant as an image of {names.prompt}, which does not use it and is refused for it"
-        for name in doubtful:
+        for name in uncertain:
             path = path_of(folder.path, name)
             self._found(folder).ignored.add(path, "may be meant as an image, and is not used", printable(reason, 600))
-        return tuple(doubtful)
+        return tuple(uncertain)
 
-    def _waits_until_quiet(self, folder: Folder, stem: str, states: tuple[FileState, ...], changed: float) -> bool:
+    def _waits_until_unchanged(self, folder: Folder, stem: str, states: tuple[FileState, ...], changed: float) -> bool:
         """Wait until files that may be meant do not change any more: the last change may give one its right name."""
         now, notes = self._moment.now, self._notes(folder)
         since = self.by_our_clock(folder, changed)
@@ -222,12 +222,12 @@ class Readiness:
             return None
         notes = self._notes(folder)
         notes.since.pop(stem, None)
-        was_quiet = not candidate.declared or stem not in notes.arrived
-        return replace(candidate, folder_inode=folder.inode, is_local=folder.is_local, was_quiet=was_quiet)
+        was_unchanged = not candidate.declared or stem not in notes.arrived
+        return replace(candidate, folder_inode=folder.inode, is_local=folder.is_local, was_unchanged=was_unchanged)
 
 
 def every_name(names: Siblings) -> tuple[str, ...]:
-    """Return everything that must be quiet with a prompt, itself first, and its images next."""
+    """Return everything that must be unchanged with a prompt, itself first, and its images next."""
     return (names.prompt, *names.images, *names.coming)
 
 

@@ -1,12 +1,11 @@
-"""Looking at the inbox: the only source of truth about what is there to do.
+"""Scans of the inbox: the only source of truth about what is to be done.
 
-A *scan* brings the names of a folder up to date, asks ``settling`` which stems are quiet, and puts the settled ones
-in order. Events of the watcher only make a scan come sooner. Nothing is changed here.
+A *scan* updates the names of a folder, asks ``stability`` which prompts are unchanged, and puts the settled ones in
+order. Events of the watcher only make a scan come sooner. Nothing is changed here.
 
 Each folder is scanned separately, and in pieces, so that the caller can see to it that a folder with very many files
-costs the others no time. Of a settled prompt only its name and the newest ctime of its files are kept; ``judging``
-looks at it when its turn comes. A rewrite in place that no event told of is found then, and the prompt has to be quiet
-again.
+costs the others no time. Of a settled prompt only its name and the newest ctime of its files are kept; ``readiness``
+checks it when its turn comes. A rewrite in place without an event is found then, and the prompt has to settle again.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
     from imagewatch.system.folders import Tops
 
 _GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
-"""What is met where a folder was, if it was removed or replaced."""
+"""The errors for a folder that was removed or replaced."""
 
 
 class InboxScan:
@@ -44,20 +43,20 @@ class InboxScan:
     Args:
         inbox: The folder.
         config: Settling, waits, recursion.
-        keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
-        is_local: Tells of an open folder whether its times are of our own clock.
+        keeps_times: Returns for a folder whether the same times mean the same names in it.
+        is_local: Returns for an open folder whether its times are of our own clock.
         most_ordered: How many prompts are kept in order, the oldest ones. None for all.
         fewest: How many of each folder are kept in order at least.
         most_named: How many files are named in ``waiting`` and in ``ignored``; None for all.
-        explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
-        blocked: Tells of a folder below the inbox why nothing can be put where its results go, or an empty string.
+        explain: Whether a reason is given for each file and folder, also for those that are clearly no prompts.
+        blocked: Returns for a folder below the inbox why nothing can be put where its results go, or an empty string.
         opened: Called with a folder and a descriptor of it before it is scanned.
         tops: The folders that were opened, the inbox among them; without, it is opened here.
 
     Attributes:
-        moment: The present; set before anything but ``look`` and ``more`` is called.
-        dues: Monotonic time at which prompts of a folder are to be judged again, seconds, since this was emptied.
-        has_job: Tells whether a job of a stem is not over; a prompt of that name waits.
+        moment: The present; set before anything but ``scan_all`` and ``more`` is called.
+        dues: Monotonic time at which prompts of a folder are to be checked again, seconds, since this was emptied.
+        has_job: Returns whether a job of a stem is not over; a prompt of that name waits.
         folders: What is known of the folders.
         order: The settled prompts.
         opener: Opens a file of the inbox.
@@ -101,7 +100,7 @@ class InboxScan:
     # Events
 
     def touch(self, key: Key, now: float) -> None:
-        """Note that something happened to a stem: it has to be quiet again from now on."""
+        """Note that something happened to a stem: it has to settle again from now on."""
         folder = self.folders.add(key[0])
         notes = folder.noted(self._config.settle_seconds)
         notes.settling.touch(key[1], now)
@@ -118,7 +117,7 @@ class InboxScan:
         self.folders.add(key[0]).noted(self._config.settle_seconds).arrived.add(key[1])
 
     def check_arrival(self, key: Key, now: float, wall: float) -> Candidate | None:
-        """Look at one prompt that came by rename; return it if it declares its images and all are there.
+        """Check one prompt that came by rename; return it if it declares its images and all are there.
 
         Its siblings are not listed here, so about a prompt that declares nothing only a scan can decide.
         """
@@ -156,7 +155,7 @@ class InboxScan:
         return None if stem is None else (folder, stem)
 
     def waits_for_inputs(self, folder: str = "") -> bool:
-        """Tell whether a prompt in a folder waits for images it names, or for the end of one."""
+        """Return whether a prompt in a folder waits for images it names, or for the end of one."""
         known = self.folders.get(folder)
         return bool(known and known.notes and known.notes.since)
 
@@ -171,13 +170,13 @@ class InboxScan:
         }
 
     def unchanged(self, candidate: Candidate) -> bool:
-        """Tell whether the files of a candidate still look as they did, and nobody has begun to write."""
+        """Return whether the files of a candidate are unchanged, and no program has begun to write."""
         return self._readiness.is_unchanged(candidate)
 
     # Scanning
 
     def scan_folder(self, path: str) -> Generator[None]:
-        """Scan one folder, a piece each time, and look ahead at the next prompts.
+        """Scan one folder, a piece each time, and check the next prompts.
 
         Args:
             path: The folder, below the inbox. One that is not there any more is forgotten when the folder it is in is
@@ -197,8 +196,8 @@ class InboxScan:
             found = Found(most)
             self.folders.leave(folder)
             self.order.forget(path)
-            folder.is_gone = error.code in _GONE
-            if not folder.is_gone:
+            folder.is_missing = error.code in _GONE
+            if not folder.is_missing:
                 found.ignored.add(path, "a folder that cannot be listed", str(error))
         self._note(folder, found, began)
         yield from self.order.prepare(first_level(path))
@@ -207,7 +206,7 @@ class InboxScan:
     def _look_into(self, folder: Folder, found: Found) -> Iterator[None]:
         observe = functools.partial(self._observe, found)
         visitor = Visitor(found, self._opened, observe, self.has_job, self.moment.now)
-        yield from self.folders.look_into(folder, visitor)
+        yield from self.folders.refresh(folder, visitor)
         for name in folder.arriving:
             self._note_arriving(folder, name, found)
             yield
@@ -224,7 +223,7 @@ class InboxScan:
             self.folders.changed = True
         folder.found = found or None
         self.folders.count_names(folder)
-        folder.looked = began
+        folder.scanned_at = began
         if (notes := folder.notes) is None:
             return
         notes.settling.forget_others(began)
@@ -242,7 +241,7 @@ class InboxScan:
         return folder.settled.get(stem) is not None or (folder.notes is not None and stem in folder.notes.arrived)
 
     def _note_arriving(self, folder: Folder, name: str, found: Found) -> None:
-        """Say what may become a prompt when its transfer gives it its name."""
+        """Note what may become a prompt when its transfer gives it its name."""
         is_arriving = self._files.is_arriving(folder.path, name)
         if is_arriving:
             found.waiting.add(path_of(folder.path, name), Wait.ARRIVING)
@@ -253,7 +252,7 @@ class InboxScan:
     # One stem that is not settled
 
     def _observe(self, found: Found, folder: Folder, stem: str, descriptor: int) -> bool:
-        """Look at a stem that is not settled; tell whether it is now."""
+        """Check a stem that is not settled; return whether it is now."""
         path = path_of(folder.path, stem + SUFFIX)
         try:
             status = os.lstat(stem + SUFFIX, dir_fd=descriptor)
@@ -285,7 +284,7 @@ class InboxScan:
         if left <= 0 or self._is_whole(folder, stem):
             self._settle(folder, stem, changed)
             return True
-        reason = f"will be taken after {left:.1f} more quiet seconds"
+        reason = f"will be claimed in {left:.1f} s if nothing changes"
         found.wait(path, Wait.SETTLING, reason, self.moment.now + left)
         return False
 
@@ -295,7 +294,7 @@ class InboxScan:
         folder.is_changed = True
 
     def _is_whole(self, folder: Folder, stem: str) -> bool:
-        """Tell whether a prompt came by rename and names its images, so that it need not settle."""
+        """Return whether a prompt came by rename and names its images, so that it need not settle."""
         if folder.notes is None or stem not in folder.notes.arrived:
             return False
         (state,), _ = self._files.states(folder.path, (stem + SUFFIX,))
@@ -306,7 +305,7 @@ class InboxScan:
     def scan_all(
         self, now: float, wall: float, most: int | None = None, job_keys: Collection[Key | None] = ()
     ) -> ScanResult:
-        """Look at everything.
+        """Scan everything.
 
         Args:
             now: Monotonic time, seconds.
@@ -315,7 +314,7 @@ class InboxScan:
             job_keys: Stems of which a job is not over; a prompt of that name waits.
 
         Returns:
-            What was seen; the same as the last time if nothing can be different.
+            What was found; the same value as the last time if nothing can be different.
 
         Raises:
             SpoolError: The inbox itself cannot be listed.
@@ -358,14 +357,14 @@ class InboxScan:
         dues = [found.due for found in parts if found.due is not None]
         return ScanResult(
             joined((found.waiting for found in parts), self._most_named),
-            joined((*ignored, *(found.ignored for found in parts)), self._most_named),  # the last one says most
+            joined((*ignored, *(found.ignored for found in parts)), self._most_named),  # the last one has most
             due=min(dues) - self.moment.now if dues else None,
             folders=self.entered(),
             left_out={(folder.path, stem) for folder in self.folders if folder.found for stem in folder.found.left_out},
         )
 
     def entered(self) -> list[str]:
-        """Return the whole path of each folder that is looked into."""
+        """Return the whole path of each folder that is scanned."""
         return [self.folders.full(folder.path) for folder in self.folders if folder.is_entered]
 
     def count(self) -> int:

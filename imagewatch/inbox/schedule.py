@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
 _SHARE = 0.1
-"""Which part of a core scanning may take, seen over some time."""
+"""Which part of a core scanning may take, averaged over some time."""
 _SAVED_SECONDS = 10.0
-"""For how long it may take a whole one after it took less: to scan a huge inbox for the first time, say."""
+"""For how long it may take a whole one after it took less: for example to scan a huge inbox for the first time."""
 _SLICE_SECONDS = 0.05
 """For how long nothing but scanning is done at most, by the time it takes."""
 _LONGEST_REST_SECONDS = 2.0
 """For how long nothing is scanned at most, though a file system may be so slow that one step takes seconds."""
 AHEAD = "//"
-"""In the place of a folder: the next prompts of a first-level folder are to be looked at. No path has such a name."""
+"""In the place of a folder: the next prompts of a first-level folder are to be checked. No path has such a name."""
 
 
 class Allowance:
@@ -53,7 +53,7 @@ class Allowance:
         self._left -= seconds
 
     def may_go_on(self, spent: float) -> bool:
-        """Tell whether scanning may go on now, after it has just taken so many seconds."""
+        """Return whether scanning may continue now, after it has just taken so many seconds."""
         return self._left > 0 and spent < _SLICE_SECONDS
 
     def rest(self) -> float:
@@ -94,7 +94,7 @@ class Schedule:
             self.soon(path)
 
     def ahead(self, name: str) -> None:
-        """Let the next prompts of a first-level folder be looked at."""
+        """Let the next prompts of a first-level folder be checked."""
         self._join(name, AHEAD)
 
     def _join(self, name: str, what: str) -> None:
@@ -116,7 +116,7 @@ class Schedule:
     def forget(self, path: str) -> None:
         """Forget a folder that is not there any more.
 
-        The first-level folder that it was in keeps its turn: something that was begun for it may have to go on.
+        The first-level folder that it was in keeps its turn: something that was begun for it may have to continue.
         """
         self._at.pop(path, None)
         name = first_level(path)
@@ -163,7 +163,7 @@ class Schedule:
         Args:
             name: The folder.
             seconds: How long it took.
-            more: Whether something that was begun for it goes on.
+            more: Whether something that was begun for it continues.
         """
         self._seconds[name] = max(seconds, self._seconds.get(name, 0.0) / 2)
         if name in self._turns:

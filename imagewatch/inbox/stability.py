@@ -1,8 +1,8 @@
-"""Which stems are quiet enough to be taken. Pure; every clock is an argument.
+"""Which prompts have been unchanged for long enough. Pure; every clock is an argument.
 
 A stem is settled when the prompt and all its candidate images have not changed for ``settle_seconds``, by our
 own observation on the monotonic clock. A file seen for the first time brings its own history: its *ctime*,
-which nobody can set, unlike mtime, which copies preserve and which is never looked at.
+which no one can set, unlike mtime, which copies preserve and which is ignored.
 """
 
 from __future__ import annotations
@@ -14,27 +14,27 @@ if TYPE_CHECKING:
     from collections.abc import Hashable
 
 _Quiet = tuple[float, int | None]
-"""Since when a stem is quiet, and what it looked like if nothing happened to it since."""
+"""Since when a prompt is unchanged, and its fingerprint if nothing happened to it since."""
 
 
 class Settling:
-    """Remembers since when each stem is quiet.
+    """Remembers since when each prompt is unchanged.
 
     Args:
-        settle_seconds: How long a stem must be quiet.
-        looked: Monotonic time at which the last look began that saw everything, seconds.
+        settle_seconds: How long a prompt must be unchanged.
+        scanned_at: Monotonic time at which the last complete scan began, seconds.
     """
 
-    __slots__ = ("_before", "_looked", "_now", "settle_seconds")
+    __slots__ = ("_before", "_now", "_scanned_at", "settle_seconds")
 
-    def __init__(self, settle_seconds: float, looked: float = -math.inf) -> None:
+    def __init__(self, settle_seconds: float, scanned_at: float = -math.inf) -> None:
         self.settle_seconds = settle_seconds
-        self._before: dict[Hashable, _Quiet] = {}  # as of the last look
+        self._before: dict[Hashable, _Quiet] = {}  # as of the last scan
         self._now: dict[Hashable, _Quiet] = {}  # what was noted since
-        self._looked = looked
+        self._scanned_at = scanned_at
 
     def __len__(self) -> int:
-        """Return of how many stems something was noted by the last look or since."""
+        """Return of how many stems something was noted by the last scan or since."""
         return len(self._before) + len(self._now)
 
     def touch(self, key: Hashable, now: float) -> None:
@@ -47,7 +47,7 @@ class Settling:
         self._now[key] = now, None
 
     def observe(self, key: Hashable, fingerprint: Hashable, *, changed_at: float, now: float, wall: float) -> float:
-        """Note what a stem looks like.
+        """Note the fingerprint of a prompt.
 
         Args:
             key: The stem, with its folder.
@@ -57,16 +57,16 @@ class Settling:
             wall: Wall-clock time, seconds since the epoch.
 
         Returns:
-            Seconds until it is settled if nothing else happens; 0 when it is. Then nothing more is noted of it: that it
-            is settled is remembered by whoever asked.
+            Seconds until it is settled if nothing else happens; 0 when it is. Then it is forgotten here: the caller
+            remembers it.
         """
         state = hash(fingerprint)
         since, known = self._now.get(key) or self._before.get(key) or (None, None)
         if since is None or known is None:
             # A ctime in the future (a clock that was set back) counts as now.
-            quiet_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
-            # What an earlier look did not see is not older than that look, whatever a server's clock says.
-            since = max(now - quiet_before, self._looked, -math.inf if since is None else since)
+            unchanged_before = min(max(wall - changed_at, 0.0), self.settle_seconds)
+            # What an earlier scan did not find is not older than that scan, whatever a server's clock shows.
+            since = max(now - unchanged_before, self._scanned_at, -math.inf if since is None else since)
         elif known != state:
             since = now
         left = max(0.0, since + self.settle_seconds - now)
@@ -74,11 +74,11 @@ class Settling:
             self._now[key] = since, state
         return left
 
-    def forget_others(self, looked: float = -math.inf) -> None:
-        """Forget the stems of which nothing was noted since this was called before: they are gone.
+    def forget_others(self, scanned_at: float = -math.inf) -> None:
+        """Forget the stems of which nothing was noted since this was called before: they were removed.
 
         Args:
-            looked: Monotonic time at which the look began that is over now, if it saw everything.
+            scanned_at: Monotonic time at which the scan began that ends now, if it was complete.
         """
-        self._looked = looked
+        self._scanned_at = scanned_at
         self._before, self._now = self._now, {}

@@ -1,7 +1,7 @@
 """Which folders of the inbox are never entered, because systems and tools keep them for themselves. Pure.
 
 A recycle bin holds prompts that a person has deleted, a snapshot holds prompts that were processed long ago, and a
-folder of metadata holds no prompt at all. If the daemon entered them, it would pay for what nobody has asked for.
+folder of metadata holds no prompt at all. If the daemon entered them, it would pay for what was not asked for.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def why_not_entered(name: str) -> str:
     """
     if name.startswith("."):
         return HIDDEN
-    plain = name.rstrip(" .")  # which Windows and Samba take for the same name
+    plain = name.rstrip(" .")  # the same name for Windows and Samba
     if _KNOWN.fullmatch(plain) or _KNOWN_MARKED.fullmatch(plain):
         return SYSTEM
     return MARKED if name[:1] in _MARKS and name else ""
 
 
 def is_path_entered(path: str) -> bool:
-    """Tell whether no folder of a path below the inbox is one that is never entered.
+    """Return whether no folder of a path below the inbox is one that is never entered.
 
     Args:
         path: The path, with ``/``; empty for the inbox itself.

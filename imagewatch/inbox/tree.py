@@ -1,8 +1,8 @@
 """The folders of the inbox and the names in them.
 
 A folder is listed again only if its names may have changed. On file systems that are known to keep the times of folders
-the folder itself tells: its ctime differs as soon as a name in it does. Elsewhere every look is a listing. No file is
-opened or even looked at here.
+the ctime of the folder differs as soon as a name in it does. Elsewhere it is listed at each scan. No file is opened
+here.
 
 A folder is listed in pieces, between which other folders can be listed: another user may have put a million files
 into it.
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 _ROOM = 4
 """So many times as many files as are named at last are named while each folder may name as many as that."""
 _MOST_FOLDERS = 50_000
-"""How many folders of one owner are looked into: each takes a kilobyte, and one more if the kernel tells of it."""
+"""How many folders of one owner are scanned: each takes a kilobyte, and one more if it is watched."""
 _LONGEST_PATH = 3800
 """Results of what is in a folder with a longer path below the inbox could not be published."""
 _OTHER_PLACE = "another file system, from which nothing can be claimed: it needs an inbox of its own"
@@ -48,9 +48,9 @@ class Visitor:
     Attributes:
         found: What cannot be listed, what is ignored and what is passed over is noted here.
         opened: Called with the folder and a descriptor of it before it is listed.
-        observe: Called with the folder, the stem and a descriptor for each stem that is not settled; tells whether it
-            is settled now.
-        taken: Tells whether a stem is to be passed over.
+        observe: Called with the folder, the stem and a descriptor for each stem that is not settled; returns whether
+            it is settled now.
+        has_job: Returns whether a job of a stem is not over; the stem is left out.
         now: Monotonic time, seconds.
     """
 
@@ -66,18 +66,18 @@ class Folders:
 
     Args:
         inbox: The inbox.
-        recursive: Whether folders in it are looked into.
-        keeps_times: Tells of a folder whether it is sure to have the same names in it as long as it looks the same.
-        is_local: Tells of an open folder whether its times are of our own clock.
-        most_named: How many files that are not taken are named; None for all.
-        explain: Whether a reason is given for each file and folder, also for those that nobody takes for a prompt.
+        recursive: Whether folders in it are scanned.
+        keeps_times: Returns for a folder whether the same times mean the same names in it.
+        is_local: Returns for an open folder whether its times are of our own clock.
+        most_named: How many ignored files are named; None for all.
+        explain: Whether a reason is given for each file and folder, also for those that are clearly no prompts.
         tops: The folders that were opened, the inbox among them; without, it is opened here.
 
     Attributes:
         tops: The same.
         changed: Whether anything may be different since this was set to False.
-        fresh: Folders that were found, and not looked into since this was emptied.
-        gone: Folders that are not there any more, since this was emptied.
+        fresh: Folders that were found, and not scanned since this was emptied.
+        removed: Folders that do not exist any more, since this was emptied.
         is_complete: Whether what is found from now on was not there at the start.
         came: When folders came that were found before: by device and inode, seconds since the epoch.
     """
@@ -104,12 +104,12 @@ class Folders:
         self._known: dict[str, Folder] = {}
         self._places: dict[tuple[int, int], tuple[tuple[int, int], bool]] = {}
         self._owned: Counter[int] = Counter()  # how many folders belong to each owner of a first-level folder
-        self._names = self._keepers = 0  # files that are not taken and named, and folders in which they are
+        self._names = self._keepers = 0  # ignored files that are named, and the folders with them
         self.changed = True
         self.is_complete = False
         self.came: dict[tuple[int, int] | None, float] = {}
         self.fresh: list[str] = []
-        self.gone: list[str] = []
+        self.removed: list[str] = []
 
     def __iter__(self) -> Iterator[Folder]:
         return iter(self._known.values())
@@ -133,7 +133,7 @@ class Folders:
         return os.path.join(self._inbox, path) if path else self._inbox
 
     def is_real(self, path: str) -> bool:
-        """Tell whether a folder below the inbox is the one that was listed, reached through no link."""
+        """Return whether a folder below the inbox is the one that was listed, reached through no link."""
         try:
             now = self.tops.folder(self.full(path)).status().st_ino
         except OSError:
@@ -142,13 +142,13 @@ class Folders:
         return known is None or known.inode in {0, now}
 
     def named(self) -> int | None:
-        """Return how many files of one folder are named that are not taken; None for all."""
+        """Return how many ignored files of one folder are named; None for all."""
         if self._most_named is None or self._names < _ROOM * self._most_named:
             return self._most_named
         return max(self._most_named // self._keepers, 1)
 
     def count_names(self, folder: Folder) -> None:
-        """Take note of how many files of a folder are named that are not taken."""
+        """Note how many ignored files of a folder are named."""
         parts = (folder.found, folder.checked)
         reasons = [folder.ignored, *(one for part in parts if part for one in (part.waiting, part.ignored))]
         self._count_names(folder, sum(len(one) for one in reasons if one))
@@ -159,7 +159,7 @@ class Folders:
         folder.names = names
 
     def begin(self) -> None:
-        """Begin to look at everything again.
+        """Begin to scan everything again.
 
         Raises:
             SpoolError: The inbox is not there.
@@ -177,7 +177,7 @@ class Folders:
             self._drop(folder)
 
     def leave(self, folder: Folder) -> None:
-        """Forget what is in a folder, which cannot be looked into."""
+        """Forget what is in a folder, which cannot be scanned."""
         inner = list(self._clear(folder))
         while inner:  # a user may have made a thousand folders, each in the one before
             if below := self._known.get(inner.pop()):
@@ -195,9 +195,9 @@ class Folders:
     def _drop(self, folder: Folder) -> None:
         del self._known[folder.path]
         self._owned[folder.counted] -= 1
-        self.gone.append(folder.path)
+        self.removed.append(folder.path)
 
-    def look_into(self, folder: Folder, visitor: Visitor) -> Iterator[None]:
+    def refresh(self, folder: Folder, visitor: Visitor) -> Iterator[None]:
         """Bring the names of a folder up to date, and observe its stems that are not settled; a piece each time.
 
         Raises:
@@ -205,11 +205,11 @@ class Folders:
         """
         full = self.full(folder.path)
         with self._opened(folder.path) as descriptor:
-            with disk_errors(full, "look at the folder"):
+            with disk_errors(full, "check the folder"):
                 status = os.fstat(descriptor)
                 self._meet(folder, status, descriptor)
             folder.owner = status.st_uid
-            folder.is_gone, is_here = False, folder.place == self.add("").place
+            folder.is_missing, is_here = False, folder.place == self.add("").place
             is_claims = self._is_claims(status)
             if not is_here or folder.was_claims or is_claims:
                 if not is_claims:
@@ -246,7 +246,7 @@ class Folders:
             if is_new or self._keeps_times(full):  # else it may be the same one with another number
                 folder.came = self._came(folder, status)
             folder.distrust()
-        if is_other or folder.was_claims:  # what makes it look so can be removed
+        if is_other or folder.was_claims:  # the reason may have been removed
             folder.was_claims = bool(folder.path) and looks_like_claims(descriptor)
 
     def _came(self, folder: Folder, status: os.stat_result) -> float:
@@ -257,7 +257,7 @@ class Folders:
         return max(status.st_ctime, above.came)
 
     def _is_claims(self, status: os.stat_result) -> bool:
-        """Tell whether it is the folder of claimed files, which others may have given another name."""
+        """Return whether it is the folder of claimed files, which others may have given another name."""
         claims = self.tops.opened(os.path.join(self._inbox, CLAIMS))
         return claims is not None and claims.is_same(status)
 
@@ -296,8 +296,8 @@ class Folders:
             folder.end_listing()
         finally:
             folder.stop_listing()
-        for gone in before.difference(inner):
-            self.forget(gone)
+        for removed in before.difference(inner):
+            self.forget(removed)
         folder.inner = inner | {path: None for path in folder.inner if path not in before}  # found meanwhile
         folder.unsettled = dict.fromkeys(stems)
         known, siblings = CaselessStems(), NO_SIBLINGS
@@ -313,7 +313,7 @@ class Folders:
         return stems
 
     def _is_known(self, folder: Folder, stem: str, visitor: Visitor) -> bool:
-        """Tell whether nothing is to be found out about a stem that is there."""
+        """Return whether nothing is to be found out about a stem that is there."""
         if folder.found_again(stem) is not None:
             return True
         if visitor.has_job((folder.path, stem)):
@@ -323,7 +323,7 @@ class Folders:
         return False
 
     def _enter(self, folder: Folder, name: str, inner: dict[str, None], ignored: Reasons) -> None:
-        """Note whether a folder is looked into."""
+        """Note whether a folder is scanned."""
         path = _join(folder.path, name)
         if why := why_not_entered(name):
             if name != CLAIMS:
@@ -333,13 +333,13 @@ class Folders:
         elif len(os.fsencode(path)) > _LONGEST_PATH:
             ignored.add(path, "a folder whose path is too long")
         elif not self._may_enter(path):
-            ignored.add(path, f"a folder beyond the {_MOST_FOLDERS:,} of one owner that are looked into")
+            ignored.add(path, f"a folder beyond the {_MOST_FOLDERS:,} of one owner that are scanned")
             folder.distrust()  # it may be one of them later
         else:
             inner[self._known[path].path] = None  # as it is kept
 
     def _may_enter(self, path: str) -> bool:
-        """Tell whether a folder is looked into; if it is new, note that it has to be."""
+        """Return whether a folder is scanned; if it is new, note that it has to be."""
         if path in self._known:
             return True
         above = self._known.get(first_level(path))
@@ -358,7 +358,7 @@ class Folders:
         return -1
 
     def found_inside(self, folder: Folder, name: str) -> None:
-        """Note that a folder was seen in this one, so that this one need not be listed to look into it."""
+        """Note that a folder was seen in this one, so that this one need not be listed to scan it."""
         self._enter(folder, name, folder.inner, Reasons(0))
 
     def _sort_out(self, folder: Folder, others: Others, ignored: Reasons, siblings: SiblingIndex) -> Iterator[None]:

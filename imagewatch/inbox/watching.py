@@ -1,4 +1,4 @@
-"""How the inbox is watched: which folders the kernel tells of, and which have to be looked at instead."""
+"""How the inbox is watched: which folders have change events, and which have to be polled."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Watching:
 
     Args:
         control: The folder for requests of commands.
-        ring: Called in the watcher's thread when there are changes to be taken note of.
+        ring: Called in the watcher's thread when there are changes to read.
 
     Attributes:
         control: The same folder.
-        hints: What the watcher has told.
+        hints: The changes that the watcher has reported.
     """
 
     def __init__(self, control: str, ring: Callable[[], None]) -> None:
@@ -55,7 +55,7 @@ class Watching:
         self._watcher.stop()
 
     def listen(self, now: float) -> bool:
-        """Begin to listen, or begin again if what listens died; tell whether everything has to be looked at for that.
+        """Begin to listen, also after the reader died; return whether everything has to be scanned for that.
 
         Args:
             now: Monotonic time, seconds.
@@ -111,10 +111,10 @@ class Watching:
         if self._watcher.alive():
             self._watcher.forget_others(self.control)
 
-    # What has to be looked at instead
+    # What has to be polled
 
     def _why_all(self, kind: str) -> str:
-        """Return why the kernel does not tell everything of any folder, or an empty string."""
+        """Return why no folder has reliable change events, or an empty string."""
         if self._watch == "poll":
             return "inbox.watch is poll"
         if not self._watcher.alive():
@@ -122,7 +122,7 @@ class Watching:
         return f"{kind}: others may change it unnoticed" if self._watch == "auto" and eventless(kind) else ""
 
     def is_polled(self, kind: str) -> bool:
-        """Tell whether any folder has to be looked at often.
+        """Return whether any folder has to be polled.
 
         Args:
             kind: The file system of the inbox.
@@ -130,7 +130,7 @@ class Watching:
         return bool(self._problems or self._why_all(kind))
 
     def polled(self, kind: str, folders: list[str]) -> Mapping[str, str]:
-        """Return of which folders the kernel tells nothing, or not everything, and why.
+        """Return the folders without reliable change events, and why.
 
         Args:
             kind: The file system of the inbox.
@@ -140,7 +140,7 @@ class Watching:
         return dict.fromkeys(folders, why) if why else self._problems
 
     def mode(self, kind: str, folders: int) -> str:
-        """Return ``native``, ``poll``, or ``mixed`` if the kernel tells of some folders only.
+        """Return ``native``, ``poll``, or ``mixed`` if only some folders have change events.
 
         Args:
             kind: The file system of the inbox.
@@ -151,7 +151,7 @@ class Watching:
         return "mixed" if self._problems else "native"
 
     def why_polled(self, kind: str, folders: list[str]) -> dict[str, str]:
-        """Return for each reason to look at folders one of them, and how many there are."""
+        """Return for each reason to poll one of the folders, and how many there are."""
         reasons: dict[str, list[str]] = {}
         for path, why in self.polled(kind, folders).items():
             reasons.setdefault(why, []).append(path)
@@ -160,8 +160,8 @@ class Watching:
             for why, paths in reasons.items()
         }
 
-    def tell_mode(self, kind: str, folders: list[str]) -> None:
-        """Say how the inbox is watched when that is different; at the start the caller says it."""
+    def log_mode(self, kind: str, folders: list[str]) -> None:
+        """Log how the inbox is watched when that changes; at the start the caller logs it."""
         mode = self.mode(kind, len(folders))
         now = (mode, self._why_all(kind), frozenset(self._problems.values()))
         bad = bool(self._problems) or (self._watch != "poll" and not self._watcher.alive())

@@ -30,7 +30,7 @@ FOREIGN_SUFFIXES = frozenset(
     for mark in "_-:"
     for size in ("large", "medium", "orig", "small", "thumb")
 }
-"""Other suffixes of image files. Whether such a file can be sent is for its content to say."""
+"""Other suffixes of image files. Its content decides whether such a file can be sent."""
 
 IMAGE_ENDINGS = IMAGE_SUFFIXES | FOREIGN_SUFFIXES
 """All suffixes by which a file is taken for an image."""
@@ -75,19 +75,19 @@ def sniff(head: bytes) -> Kind | None:
 
 
 def has_image_ending(name: str) -> bool:
-    """Tell whether a file name ends like that of an image, in upper or lower case."""
+    """Return whether a file name ends like that of an image, in upper or lower case."""
     head, dot, suffix = name.rstrip().rpartition(".")
     return bool(head and dot) and suffix.lower() in IMAGE_ENDINGS
 
 
 def could_be_image(head: bytes) -> bool:
-    """Tell whether a file may be meant as an image, whatever its name: True unless it is plain text.
+    """Return whether a file may be meant as an image, whatever its name: True unless it is plain text.
 
     Text is what has no control characters but white space, in UTF-8 or an older encoding, or in UTF-16 or UTF-32 with
     a byte order mark. An image that is written in characters (SVG, base64) is an image.
 
     Args:
-        head: The first bytes of the file: all of them, or at least `TEXT_SAMPLE`. Of an empty file nothing can be said;
+        head: The first bytes of the file: all of them, or at least `TEXT_SAMPLE`. An empty file may be anything;
             it is not called an image.
     """
     if sniff(head) is not None or head.startswith(_SHORTEST_MAGIC):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import IO
 
 Fault = Literal["", "damage", "size", "form"]
-"""What sort of problem a picture has: it is damaged, it has too many pixels, or few programs can read its form."""
+"""What sort of problem a image has: it is damaged, it has too many pixels, or few programs can read its form."""
 
 MAX_PIXELS = 100_000_000
 """More than this, by the header, is a problem: a few bytes may not claim gigabytes of pixels."""
@@ -64,7 +64,7 @@ class FormError(BrokenError):
 
 
 class Header:
-    """What the headers say as soon as they were read; it outlives a walk that fails later."""
+    """What the headers contain, as soon as they are read, also if the walk fails later."""
 
     def __init__(self) -> None:
         self.width = 0
@@ -84,7 +84,7 @@ class Header:
         self.width, self.height, self.known = width, height, True
         shown = f"{width}×{height} pixels"  # noqa: RUF001  read by people
         if not width or not height:
-            raise BrokenError(f"{shown} is no picture")
+            raise BrokenError(f"{shown} is no image")
         if width * height > MAX_PIXELS:
             raise SizeError(f"{shown} is more than {MAX_PIXELS:,}")
 
@@ -92,7 +92,7 @@ class Header:
 class Reader:
     """Reads a file forward through one buffer, each byte at most once.
 
-    What may be asked for at once is bounded by the callers (a few bytes); long stretches go through `crc`,
+    What may be asked for immediately is bounded by the callers (a few bytes); long stretches go through `crc`,
     `skip_to` and `to_scan_end`, which never hold more than a buffer.
     """
 
@@ -139,7 +139,7 @@ class Reader:
         """Count one chunk or segment.
 
         Raises:
-            FormError: There are more than any real picture has.
+            FormError: There are more than any real image has.
         """
         self._steps += 1
         if self._steps > _MAX_STEPS:
@@ -153,7 +153,7 @@ class Reader:
         return self._piece[self._at - count : self._at]
 
     def skip_to(self, position: int) -> None:
-        """Go forward to a place in the file; only its end is checked, nothing is read that nobody wants."""
+        """Go forward to a place in the file; only its end is checked, nothing is read that is not needed."""
         if position > self.size:
             raise CutError
         while self._update is not None and position > self._start + len(self._piece):
@@ -169,7 +169,7 @@ class Reader:
     def crc(self, count: int, value: int) -> int:
         """Consume this many bytes and return the CRC-32 that continues ``value`` over them."""
         if self.position + count > self.size:
-            raise CutError  # said at once: no need to read gigabytes up to the missing end
+            raise CutError  # raised here: no need to read gigabytes up to the missing end
         while count:
             if self._at == len(self._piece):
                 self._more()
@@ -180,7 +180,7 @@ class Reader:
         return value
 
     def rest(self) -> None:
-        """Read what is left of the file for somebody who wants all of it."""
+        """Read the rest of the file for a caller who hashes all of it."""
         with contextlib.suppress(CutError):  # it has become shorter
             while self._update is not None and self._start + len(self._piece) < self.size:
                 self._at = len(self._piece)
@@ -199,7 +199,7 @@ class Reader:
         while not (found := _MARKER.search(self._piece, self._at)):
             if not anywhere and self._piece[self._at :].strip(b"\xff"):
                 break
-            # An FF at the very end is judged together with the byte that follows it.
+            # An FF at the very end is checked together with the byte that follows it.
             self._at = max(self._at, len(self._piece) - self._piece.endswith(b"\xff"))
             self._more()
         if not anywhere and (not found or self._piece[self._at : found.start()].strip(b"\xff")):
@@ -215,7 +215,7 @@ class Reader:
             if found >= 0:
                 self._at = found
                 return
-            # An FF at the very end is judged together with the byte that follows it.
+            # An FF at the very end is checked together with the byte that follows it.
             self._at = max(self._at, len(self._piece) - self._piece.endswith(b"\xff"))
             self._more()
 

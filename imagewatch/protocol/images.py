@@ -34,7 +34,7 @@ _WALKS: dict[Kind, Callable[[Reader, Header], None]] = {"png": walk_png, "jpeg":
 
 @dataclass(frozen=True)
 class Image:
-    """What the bytes of a picture say about themselves.
+    """What the bytes of an image show.
 
     Attributes:
         kind: By content, never by name.
@@ -64,11 +64,11 @@ class Image:
 
 
 def inspect(file: IO[bytes], update: Callable[[bytes], object] | None = None) -> Image | None:
-    """Judge a file by its bytes.
+    """Check a file by its bytes.
 
     Args:
-        file: Open for reading in binary and seekable; it is read from its start wherever it stands, and
-            left anywhere.
+        file: Open for reading in binary and seekable; it is read from its start, and left
+            at any position.
         update: Called with all its bytes in order, to hash them in the same pass; that of a ``hashlib`` object.
 
     Returns:

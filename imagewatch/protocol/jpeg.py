@@ -42,7 +42,7 @@ def walk_jpeg(reader: Reader, header: Header) -> None:
             continue
         if code == _SOI:
             # Two files run together, the first cut short.
-            raise BrokenError("a second picture begins before this one ends")
+            raise BrokenError("a second image begins before this one ends")
         if code in _UNKNOWN:
             raise BrokenError(f"marker {code:02X}, which no decoder knows")
         length = int.from_bytes(reader.take(2), "big")
@@ -88,7 +88,7 @@ def _check_huffman(tables: bytes) -> None:
 
 
 def _are_codes(counts: bytes) -> bool:
-    """Tell whether there can be so many codes of each length; one of ones alone is not allowed."""
+    """Return whether there can be so many codes of each length; one of ones alone is not allowed."""
     code = 0
     for length, count in enumerate(counts, 1):
         code += count
@@ -114,7 +114,7 @@ def _next_marker(reader: Reader, *, in_head: bool) -> int:
     """Return the code of the next marker, over any fill bytes before it.
 
     Before the first scan cameras and Photoshop leave other bytes between segments, too. All decoders that descend from
-    libjpeg pass them over, so every viewer opens such files. After it nobody does, and they are a sign of damage.
+    libjpeg pass them over, so every viewer opens such files. After it no decoder does, and they are a sign of damage.
     """
     reader.step()
     reader.to_marker(anywhere=in_head)
@@ -124,7 +124,7 @@ def _next_marker(reader: Reader, *, in_head: bool) -> int:
 def _read_frame(reader: Reader, header: Header, code: int, length: int) -> None:
     """Read the dimensions from a frame header."""
     if header.known:
-        # Which one counts depends on the decoder, so the pixel count would be anybody's guess.
+        # Which one counts depends on the decoder, so the pixel count would be any user's guess.
         raise BrokenError("a second frame header")
     depth, height, width, components = struct.unpack(">BHHB", reader.take(6))
     if code in _RARE_FRAMES:

@@ -26,9 +26,9 @@ SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 PAID = "paid"
-"""Name of the folder inside the state folder for answers that were paid for and gave no picture."""
+"""Name of the folder inside the state folder for responses that were paid for and gave no image."""
 MOST_SIMILAR = 40
-"""So many files that may be meant for a prompt are looked at: with more beside it, it is refused."""
+"""So many files that may be meant for a prompt are opened: with more beside it, it is refused."""
 _START, _MOST_STARTS = 3, 1000
 """So many characters of the names of prompts are compared first, unless they begin in more different ways."""
 NAME_MAX = 255
@@ -39,7 +39,7 @@ _WIDEST = 4
 _NUMBERED = re.compile(r"(?P<stem>.+)\.(?P<number>[0-9]{1,9})", re.DOTALL)
 
 _ENDINGS = "|".join(sorted(map(re.escape, IMAGE_ENDINGS)))
-# What editors and transfer tools call a file while they are at work on it; the group is the name it will have.
+# How editors and transfer tools name a file while they write it; the group is its final name.
 _WAYS = (
     r"\.(.+)\.sw[a-z]",  # vim, nano: from opening to closing
     r"\.(.+)\.kate-swp",
@@ -71,22 +71,22 @@ _LEFT_BEHIND = ("~", ":Zone.Identifier")  # an editor's backup, a mark of Window
 
 @dataclass
 class Siblings:
-    """One prompt and what lies beside it for it.
+    """One prompt and the files beside it that belong to it.
 
     Attributes:
         stem: The prompt's name without ``.prompt.txt``.
         images: Its sibling images in the order in which they are sent.
-        busy: Names that show that an editor or a transfer is at work on this stem, or on what may be meant for it.
+        busy: Names that show that an editor or a transfer is writing this prompt, or on what may be meant for it.
         coming: Images that are not there, but on their way by one of the busy names.
-        doubtful: Other files that may be meant for it, by their names (``cat-2.png``, ``cat.final.jpg``, ``cat.log``).
-            Whether they can be images is for their content to say.
+        uncertain: Other files that may be meant for it, by their names (``cat-2.png``, ``cat.final.jpg``, ``cat.log``).
+            Their content decides whether they can be images.
     """
 
     stem: str
     images: list[str] = field(default_factory=list)
     busy: list[str] = field(default_factory=list)
     coming: list[str] = field(default_factory=list)
-    doubtful: list[str] = field(default_factory=list)
+    uncertain: list[str] = field(default_factory=list)
 
     @property
     def prompt(self) -> str:
@@ -95,7 +95,7 @@ class Siblings:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The prompt and everything that must be quiet with it."""
+        """The prompt and everything that must be unchanged with it."""
         return (self.prompt, *self.images)
 
 
@@ -107,9 +107,9 @@ def stem_of(name: str) -> str | None:
 
 
 def near_miss(name: str) -> bool:
-    """Tell whether somebody may have meant this name to be a prompt, though it is none.
+    """Return whether this name may have been meant as a prompt, although it is none.
 
-    Any visible ``.txt`` is one: nobody drops a text into a folder of prompts for nothing.
+    Any visible ``.txt`` is one: a text in a folder of prompts is there for a reason.
     """
     if stem_of(name) is not None or suffix_of(name) in IMAGE_ENDINGS:
         return False
@@ -122,7 +122,7 @@ def near_miss(name: str) -> bool:
 
 @functools.lru_cache(maxsize=16)  # of one name it is asked several times in a row, and some names take long
 def final_name(name: str) -> str | None:
-    """Return the name that a temporary or lock file stands for, or None."""
+    """Return the name to which a temporary or lock file belongs, or None."""
     if not _MAY_BE_IN_FLIGHT.match(name):
         return None
     match = _IN_FLIGHT.fullmatch(name)
@@ -145,12 +145,12 @@ def suffix_of(name: str) -> str:
 
 
 def is_image_name(name: str) -> bool:
-    """Tell whether a name is that of an image, of a kind the endpoint takes or not."""
+    """Return whether a name is that of an image, of a kind the endpoint takes or not."""
     return suffix_of(name) in IMAGE_ENDINGS and name[0] not in ".~#"
 
 
 def may_be_meant(name: str) -> bool:
-    """Tell whether a file may be meant as an image of some prompt, as far as its name says.
+    """Return whether a file may be meant as an image of some prompt, by its name.
 
     Prompts, hidden files, and what editors and transfers leave may not.
     """
@@ -180,19 +180,19 @@ class CaselessStems:
                 self._starts = None
 
     def may_have(self, name: str) -> bool:
-        """Tell whether there can be a prompt for which a file of this name is meant; most files are told apart here."""
+        """Return whether there can be a prompt for which a file of this name is meant; most files end here."""
         if self._starts is None or is_called_copy(name):
             return True
         like = caseless(name)
         return any(like[:length] in self._starts for length in range(1, _START + 1))
 
     def __contains__(self, base: str) -> bool:
-        """Tell whether there is a prompt of which ``alike`` says this."""
+        """Return whether there is a prompt of which ``caseless`` returns this."""
         return (self._has_dots or "." not in base) and base in self._known
 
 
 class SiblingIndex:
-    """What lies beside the prompts of one folder, and whose it is.
+    """The files beside the prompts of one folder, and to which prompt each belongs.
 
     Args:
         stems: All stems of the folder. It is only asked whether it has one.
@@ -208,7 +208,7 @@ class SiblingIndex:
         self._headless: dict[str, list[str]] = {}  # marks of Office, by what they have of the prompt's name
 
     def add(self, name: str) -> bool:
-        """Sort in a name that is no prompt's; tell whether it belongs to a prompt for sure."""
+        """Sort in a name that is no prompt's; return whether it belongs to a prompt for sure."""
         stem = self.owner(name)
         if stem is not None:
             self._own.setdefault(stem, []).append(name)
@@ -219,7 +219,7 @@ class SiblingIndex:
         return stem is not None
 
     def _add_meant(self, name: str, known: CaselessStems) -> None:
-        """Note a file, or the mark of somebody at work on one, for the prompt for which it is meant most likely."""
+        """Note a file, or the mark of a program that writes one, for the prompt for which it is meant most likely."""
         target = name
         if not may_be_meant(name):
             target = final_name(name) or ""
@@ -239,11 +239,11 @@ class SiblingIndex:
         self._known = None
 
     def may_be_for(self, name: str) -> bool:
-        """Tell whether a file may be meant for a prompt that is here, however that is written in its accents."""
+        """Return whether a file may be meant for a prompt that is here, however that is written in its accents."""
         return may_be_meant(name) and any(self._find(base) is not None for base in base_names(name))
 
     def owner(self, name: str) -> str | None:
-        """Return the stem to which a file belongs, as its image or as the mark of somebody at work on it, or None."""
+        """Return the stem to which a file belongs, as its image or as the mark of a program that writes it, or None."""
         if is_image_name(name):
             found = self._image(name)
             return found[0] if found else None
@@ -272,7 +272,7 @@ class SiblingIndex:
         return None
 
     def has(self, stem: str) -> bool:
-        """Tell whether there may be an image of a prompt, a file meant for it, or somebody at work on it."""
+        """Return whether there may be an image of a prompt, a file meant for it, or a program that writes it."""
         if stem in self._own or stem in self._exactly or self._headless:
             return True
         return bool(self._meant) and caseless(stem) in self._meant
@@ -292,7 +292,7 @@ class SiblingIndex:
             if is_image and target not in (*siblings.names, *siblings.coming):
                 siblings.coming.append(target)
         for name in sorted([*self._exactly.get(stem, ()), *self._meant.get(caseless(stem), ())]):
-            (siblings.doubtful if may_be_meant(name) else siblings.busy).append(name)
+            (siblings.uncertain if may_be_meant(name) else siblings.busy).append(name)
         return siblings
 
 
@@ -345,7 +345,7 @@ def fitted(head: str, tail: str) -> str:
 
 
 def fits(name: str) -> bool:
-    """Tell whether a name is short enough for a file."""
+    """Return whether a name is short enough for a file."""
     return len(_encoded(name)) <= NAME_MAX
 
 

@@ -29,7 +29,7 @@ _HTML = re.compile(
     r"(?=.{,4096}?<(?:/?(?:html|head|body|title)|meta|link|script|h1)[\s>])",
     re.IGNORECASE | re.DOTALL,
 )
-"""An HTML page has at least two of its tags; its parts are looked for in so many characters."""
+"""An HTML page has at least two of its tags; its parts are searched in so many characters."""
 _POINTER = re.compile(
     r"version https?://(?:git-lfs|hawser)\.github\.com/spec/\S+\n(?:.*\n)*?oid \w+:[0-9a-f]{8}|/annex/objects/\S+\Z"
 )
@@ -74,7 +74,7 @@ def almost_front_matter(text: str) -> str:
 
 
 def _closes(line: str, fence: str) -> bool:
-    """Tell whether a line consists of nothing but the signs of a fence, at least as many."""
+    """Return whether a line consists of nothing but the signs of a fence, at least as many."""
     return line.startswith(fence) and not line.strip(fence[0])
 
 

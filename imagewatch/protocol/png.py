@@ -15,7 +15,7 @@ _PNG_DEPTHS = {0: {1, 2, 4, 8, 16}, 2: {8, 16}, _PNG_PALETTE: {1, 2, 4, 8}, 4: {
 
 
 def walk_png(reader: Reader, header: Header) -> None:
-    """Walk the chunks of a PNG up to IEND; what follows it is nobody's business."""
+    """Walk the chunks of a PNG up to IEND; what follows it is ignored."""
     reader.take(len(PNG_MAGIC))
     seen: set[bytes] = set()
     name = b""
@@ -46,7 +46,7 @@ def walk_png(reader: Reader, header: Header) -> None:
 
 
 def _read_png_header(content: bytes, header: Header) -> bool:
-    """Take the dimensions; tell whether the colors come from a palette."""
+    """Take the dimensions; return whether the colors come from a palette."""
     width, height = struct.unpack_from(">II", content)
     depth, color, compression, filtering, interlacing = content[8:]
     if max(width, height) > _PNG_MAX_LENGTH:

@@ -1,6 +1,6 @@
 """The prompt file: its encodings, its ``+++`` front matter, its text. Pure.
 
-Everything that is wrong with a file is reported at once, and before any money is spent.
+Everything that is wrong with a file is reported immediately, and before any money is spent.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def parse(raw: bytes, *, max_characters: int = MAX_CHARACTERS) -> Prompt:
     if block is not None:
         front, problems = _front_matter(block)
     if not text:
-        problems.append(Problem("prompt", "there is no text", "write what the picture should show"))
+        problems.append(Problem("prompt", "there is no text", "write what the image should show"))
     elif len(text) > max_characters:
         reason = f"{len(text):,} characters are more than {max_characters:,}"
         if max_characters < MAX_CHARACTERS:
@@ -179,10 +179,10 @@ def _name_problem(name: str) -> str:
         return "is not the name of a file in the prompt's own folder"
     if name[0] in ".~#":
         return "is a hidden or temporary file"
-    if not fits(name):  # no file can have it: to look for it would be an error of our own disk
+    if not fits(name):  # no file can have it: to search it would be an error of our own disk
         return f"is longer than {NAME_MAX} bytes, which no file's name can be"
     if name.endswith(SUFFIX):
         return "is a prompt"
     if final_name(name):
         return "is a temporary file of a transfer or an editor"
-    return ""  # whether it is an image, and of which kind, its content says
+    return ""  # its content decides whether it is an image, and of which kind

@@ -1,7 +1,7 @@
-"""From dropped files to a valid request, before any money is spent.
+"""Dropped files become a valid request, before any money is spent.
 
-Whatever is wrong is reported at once. The files are hostile: each is opened without following links and without
-blocking, judged by its descriptor, and what is sent later must have the same hash.
+All problems are reported together. The files may be hostile: each is opened without following links and without
+blocking, checked by its descriptor, and what is sent later must have the same hash.
 """
 
 from __future__ import annotations
@@ -136,21 +136,27 @@ def fields_of(raw: bytes, folder: str, config: Config, *, has_inputs: bool) -> d
 
 
 def unknown_family(options: Options) -> Problem:
-    """Return what is wrong with a model of which nobody knows whose it is."""
+    """Return the problem with a model of no known provider."""
     reason = f'"{printable(options.model or "", 60)}" is of no known family, so the provider is not known'
     return Problem("model", reason, 'add a line like provider = "openai" (or "gemini", "flux")')
 
 
 def _require_as_seen(dropped: Dropped, names: tuple[str, ...] | None) -> None:
-    """Make sure that a prompt names what it named when its images were looked for.
+    """Make sure that a prompt names what it named when its images were found.
 
-    It may have been replaced since. The new words with the old images would be bought, and wrong.
+    It may have been replaced since. The new text with the old images would be charged, and wrong.
     """
     if dropped.declared is None:
         return
     seen = dropped.images if dropped.declared else None
     if _composed(names) != _composed(seen):
-        raise Outdated([Problem("input_images", "the prompt was changed while it was taken", "it is looked at again")])
+        raise Outdated(
+            [
+                Problem(
+                    "input_images", "the prompt changed while it was claimed", "no action needed; it is checked again"
+                )
+            ]
+        )
 
 
 def _composed(names: tuple[str, ...] | None) -> list[str] | None:
@@ -159,7 +165,7 @@ def _composed(names: tuple[str, ...] | None) -> list[str] | None:
 
 
 def contents(where: str, names: Iterable[str], most_bytes: int, opener: Opener = open_file) -> dict[str, str]:
-    """Return what tells whether files are the same again: a hash for each that is there, by name.
+    """Return a hash of each file that exists, by name, to recognize the same files later.
 
     Args:
         where: The folder they are in.
@@ -213,7 +219,7 @@ def read_prompt(path: str, opener: Opener = open_file) -> bytes:
             return file.read(prompts.MAX_BYTES + 1)
         except OSError as error:  # a share that went away, a lock of another system, a bad sector
             reason = f"cannot be read: {error.strerror or error}"
-            raise BadRequest([Problem("prompt", reason, "look at the disk or the share")]) from None
+            raise BadRequest([Problem("prompt", reason, "check the disk or the share")]) from None
 
 
 def open_plain(path: str, name: str, opener: Opener = open_file) -> IO[bytes]:
@@ -270,14 +276,14 @@ def unused_problems(names: Sequence[str]) -> list[Problem]:
 
 
 def may_be_image(path: str, status: os.stat_result, opener: Opener = open_file) -> bool:
-    """Tell whether a file may be meant as an image: by the ending of its name, else by its first bytes.
+    """Return whether a file may be meant as an image: by the ending of its name, else by its first bytes.
 
-    A link may lead to anything, and what cannot be read may be anything. A folder is no image, nor is a pipe or a
-    device without the name of one. An empty file may become one: whoever asks has waited for its content.
+    A link may point to anything, and what cannot be read may be anything. A folder is no image, nor is a pipe or a
+    device without the name of one. An empty file may become one: who asks has waited for its content.
 
     Args:
         path: The file.
-        status: What ``lstat`` says of it.
+        status: Its ``lstat``.
         opener: Opens it.
     """
     if stat.S_ISLNK(status.st_mode):
@@ -334,7 +340,7 @@ def read_image(path: str, name: str, most_bytes: int | None = None, opener: Open
 
 
 def _refused_by_limits(options: Options, provider: str | None, config: Config) -> list[Problem]:
-    """Return where the request passes the guard rails of a folder that anybody can write."""
+    """Return where the request passes the guard rails of a folder that any user can write."""
     limits = config.limits
     problems = []
     checks = (

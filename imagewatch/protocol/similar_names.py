@@ -1,8 +1,8 @@
-"""For which prompt a file may be meant as an image, though it does not have the exact name of one. Pure.
+"""For which prompt a file may be meant as an image, although its name is not exactly right. Pure.
 
 People and programs change names a little: a second copy becomes ``cat (1).png``, a camera writes ``cat.MP.jpg``, a file
 manager gives ``cat`` the ending of its kind. A prompt that is sent without such a file is paid for and wrong, so it is
-refused unless it says which images it means. Here only names are compared; what is in a file is looked at elsewhere.
+refused unless it says which images it means. Only names are compared here; ``request`` reads what is in a file.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _LAST = frozenset("0123456789)] _~-yeaiYEAI")
 _MOST_ADDED = 3
 """So many additions may follow one another: ``cat - Copy (2)`` has two."""
 _LONGEST_ADDED = 64
-"""Characters at the end of a name among which an addition is looked for."""
+"""Characters at the end of a name among which an addition is searched."""
 _MOST_PARTS = 8
-"""Additions are looked for before so many dots: a name may be nothing but dots."""
+"""Additions are searched before so many dots: a name may be nothing but dots."""
 _LEFTOVERS = re.compile(
     r"(?:~|:Zone\.Identifier|_original|\.(?:bak|backup|old|orig|save|lock|lck|sw[a-z]|tmp|temp))\Z", re.IGNORECASE
 )
@@ -52,12 +52,12 @@ def caseless(name: str) -> str:
 
 
 def is_leftover(name: str) -> bool:
-    """Tell whether a name is that of a backup or lock file, which nobody means as an image."""
+    """Return whether a name is that of a backup or lock file, which is never meant as an image."""
     return bool(_LEFTOVERS.search(name))
 
 
 def is_called_copy(name: str) -> bool:
-    """Tell whether a name begins like ``Copy of``, so that the name of a prompt may follow."""
+    """Return whether a name begins like ``Copy of``, so that the name of a prompt may follow."""
     return name[:1] in "cCkK" and _BEFORE.match(name) is not None
 
 

@@ -144,7 +144,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         status: HTTP status, or 0 when the request never left whole.
         headers: Headers worth keeping, lower-case names.
         at: Wall-clock time of the first byte, seconds since the epoch.
-        reason: Why the request never left whole, in words.
+        reason: Why the request never left whole, as text.
         counts: Whether that was an attempt of this request, of which there are so many and no more.
     """
 
@@ -160,7 +160,7 @@ class Tail(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         complete: Whether the body came whole.
-        reason: Why not, in words.
+        reason: Why not, as text.
         at: Wall-clock time of the end, seconds since the epoch.
     """
 
@@ -190,7 +190,7 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
         moves: What goes there, in this order.
         name: Name of the result file, which goes last.
         result_file: Its whole text.
-        facts: What the log says of it.
+        facts: What is logged of it.
         keep: Originals for the archive, when the destination is ``outbox``.
         mtime_ns: What the prompt gets as its mtime, nanoseconds since the epoch; 0: the present.
     """

@@ -14,7 +14,7 @@ _WEBP_HEADER = 16  # the longest chunk header that is read (ANMF); the others ne
 
 
 def walk_webp(reader: Reader, header: Header) -> None:
-    """Walk the chunks of a WebP as far as its RIFF header says; the file may be longer."""
+    """Walk the chunks of a WebP to the length in its RIFF header; the file may be longer."""
     end = 8 + int.from_bytes(reader.take(12)[4:8], "little")
     if end > reader.size:
         raise BrokenError(f"cut short: {reader.size:,} of {end:,} bytes")
@@ -26,7 +26,7 @@ def walk_webp(reader: Reader, header: Header) -> None:
         name, length = struct.unpack("<4sI", reader.take(8))
         after = reader.position + length
         if after > end:
-            raise BrokenError("a chunk is longer than the file says it is")
+            raise BrokenError("a chunk is longer than the length in the header")
         if not _PRINTABLE.fullmatch(name):
             raise BrokenError("a chunk has no proper name")
         if not header.known and name not in _WEBP_FIRST:
@@ -55,7 +55,7 @@ def _zeros_by_encoders(name: bytes, head: bytes) -> int:
     """Return how many zeros an encoder may write at the end of pixels: a plain area is nothing but zeros.
 
     Measured with the usual encoder: lossy 16, and one for each 360 pixels; lossless, in its fastest setting, one for
-    each 10. Its fastest lossy setting, which nobody has by default, may write more and is then refused.
+    each 10. Its fastest lossy setting, which is never the default, may write more and is then refused.
     """
     _, _, width, height = _webp_fields(name, head)
     return 16 + width * height // (256 if name == b"VP8 " else 8)  # the frames of an animation may be either
@@ -89,7 +89,7 @@ def _read_webp_header(name: bytes, head: bytes, header: Header) -> None:
         if x + width > header.width or y + height > header.height:
             raise BrokenError("a frame reaches out of the canvas")
     elif (width, height) != (header.width, header.height):
-        raise BrokenError("canvas and picture differ in size")
+        raise BrokenError("canvas and image differ in size")
 
 
 def _webp_fields(name: bytes, head: bytes) -> tuple[int, int, int, int]:

@@ -27,7 +27,7 @@ class Disk(Moves):
     """Durable writes, made of the calls of ``DiskCalls``. Paths are absolute; all methods raise ``SpoolError``."""
 
     def make_inner(self, top: str, folder: str, mode: int | None = None) -> None:
-        """Make a folder below one of ours, durably, if it is not there.
+        """Make a folder below one of ours, durably, if it is missing.
 
         Args:
             top: A folder that is there.
@@ -71,7 +71,7 @@ class Disk(Moves):
         """
         temporary = temporary or path + ".tmp"
         try:
-            with closing(self.create_anew(temporary, mode), path) as file:
+            with closing(self.replace_leftover(temporary, mode), path) as file:
                 with disk_errors(path, "write"):
                     yield file
                 self.sync(file, path)
@@ -88,7 +88,7 @@ class Disk(Moves):
         self.sync_folder(os.path.dirname(path))
 
     def jot(self, path: str, content: bytes) -> None:
-        """Replace a small file that nobody needs after a crash. Whole for any reader, but not synced."""
+        """Replace a small file that is not needed after a crash. Whole for any reader, but not synced."""
         temporary = path + ".tmp"
         with disk_errors(path, "write"):
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
@@ -109,7 +109,7 @@ class Disk(Moves):
             FileExistsError: The target is something else.
         """
         try:
-            with closing(self.create_anew(temporary), target) as file:
+            with closing(self.replace_leftover(temporary), target) as file:
                 with disk_errors(target, "write"):
                     file.write(content)
                     finish(file.fileno())
@@ -137,7 +137,7 @@ class Disk(Moves):
         """Prove that a file can be written, synced and removed in a folder."""
         path = os.path.join(folder, name)
         try:
-            with closing(self.create_anew(path), folder) as file:
+            with closing(self.replace_leftover(path), folder) as file:
                 with disk_errors(folder, "write"):
                     file.write(b"imagewatch was here\n")
                 self.sync(file, folder)

@@ -57,7 +57,7 @@ class DiskCalls:
                 if place.dir_fd is None:
                     os.makedirs(path, mode=mode, exist_ok=True)
                 elif not self.tops.is_folder(path):
-                    self.tops.folder(path)  # which says what is in its place
+                    self.tops.folder(path)  # whose error names what is in its place
                     raise
 
     def create(self, path: str, mode: int = 0o600) -> IO[bytes]:
@@ -67,7 +67,7 @@ class DiskCalls:
             return _Whole(self.tops.open_file(path, flags, mode), "r+")
 
     def append(self, path: str) -> IO[bytes]:
-        """Open a file of ours that is there already, to write on at its end; links are not followed."""
+        """Open an existing file to write on at its end; links are not followed."""
         with disk_errors(path, "open the file"):
             file = _Whole(self.tops.open_file(path, os.O_RDWR), "r+")
             file.seek(0, os.SEEK_END)
@@ -144,7 +144,7 @@ class DiskCalls:
         try:
             rename_new(here, there)
         except OSError as error:
-            # On NFS a request that was repeated finds what it did itself: then it says so, and it is done.
+            # On NFS a repeated request finds its own result and reports an error; the rename is done.
             if error.errno in {errno.EEXIST, errno.ENOENT} and _has_arrived(file, here, there):
                 return
             if error.errno in {errno.EEXIST, errno.EXDEV, errno.ENOENT}:
@@ -153,13 +153,13 @@ class DiskCalls:
                 raise
 
     def unlink(self, path: str) -> None:
-        """Remove a file; one that is gone is fine."""
+        """Remove a file; a missing one is fine."""
         with disk_errors(path, "remove"), contextlib.suppress(FileNotFoundError):
             place = self.tops.at(path)
             os.unlink(place.name, dir_fd=place.dir_fd)
 
     def remove_folder(self, path: str) -> bool:
-        """Remove an empty folder; tell whether it is gone. One with strangers' files in it stays."""
+        """Remove an empty folder; return whether it was removed. One with other users' files in it stays."""
         with disk_errors(path, "remove the folder"):
             try:
                 place = self.tops.at(path)
@@ -173,13 +173,13 @@ class DiskCalls:
         return True
 
     def set_mode(self, path: str, mode: int) -> None:
-        """Set the mode of a folder; never that of what a link leads to."""
+        """Set the mode of a folder; never that of the target of a link."""
         with disk_errors(path, "set the mode"):
             folder = self._opened(path)
             os.fchmod(folder.fileno(), mode)
 
     def touch(self, path: str, mtime_ns: int = 0) -> bool:
-        """Set a file's mtime, 0 for the present; tell whether we may. Links are not followed; none there is fine.
+        """Set a file's mtime, 0 for the present; return whether we may. Links are not followed; none there is fine.
 
         A file with other names is left alone: they are its sender's, and so is the time they show.
         """
@@ -204,7 +204,7 @@ def _status(place: Place) -> os.stat_result | None:
 
 
 def _has_arrived(file: os.stat_result | None, source: Place, target: Place) -> bool:
-    """Tell whether a file has its new name, though the call that renamed it failed; then it has no other."""
+    """Return whether a file has its new name, though the call that renamed it failed; then it has no other."""
     found = _status(target)
     if file is None or found is None or not os.path.samestat(file, found):
         return False

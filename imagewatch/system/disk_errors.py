@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 FULL = {errno.ENOSPC, errno.EDQUOT}
-_RESTORE = "put back the folder that was there"
+_RESTORE = "restore the folder that was there"
 
 
-class disk_errors:  # noqa: N801  it reads like a statement
+class disk_errors:  # noqa: N801  a context manager
     """Turn an ``OSError`` about our own folders into a ``SpoolError`` with the next action.
 
     A class and no generator: a job enters it two hundred times.
@@ -49,7 +49,7 @@ class disk_errors:  # noqa: N801  it reads like a statement
 
 @contextlib.contextmanager
 def closing(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
-    """Close a file of ours at the end of a block.
+    """Close a file at the end of a block.
 
     ``close`` writes what is buffered: after a failure it would fail once more, and hide what happened.
     """
@@ -65,7 +65,7 @@ def closing(file: IO[bytes], path: str) -> Iterator[IO[bytes]]:
 
 def _hint(code: int) -> str:
     if code in FULL:
-        return "make room; the work goes on by itself"
+        return "free some space; the daemon resumes automatically"
     if code in {errno.EMFILE, errno.ENFILE}:
         return MORE_FILES
     if code in {errno.EACCES, errno.EPERM}:
@@ -74,4 +74,4 @@ def _hint(code: int) -> str:
         return "mount it for writing; of a service, name it in BindPaths= of the unit"
     if code in {errno.ENOENT, errno.ENOTDIR}:
         return "restore the folder, or check that it is mounted"
-    return "look at the disk and the system log"
+    return "check the disk and the system log"

@@ -26,7 +26,7 @@ _COPY_BYTES = 1 << 20
 class Moves(DiskCalls):
     """Moves and comparisons of files."""
 
-    def create_anew(self, path: str, mode: int = 0o600) -> IO[bytes]:
+    def replace_leftover(self, path: str, mode: int = 0o600) -> IO[bytes]:
         """Create a file as ``create`` does, in the place of a leftover of an earlier crash."""
         try:
             return self.create(path, mode)
@@ -47,8 +47,8 @@ class Moves(DiskCalls):
     ) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
 
-        Run again after a crash it finishes what was begun: a source that is gone with a target that is there
-        is done; so is a source that is gone with the target taken away by its reader.
+        After a crash the same call finishes what was begun: a missing source with an existing target is done, and so is
+        a missing source whose target was removed by its reader.
 
         Args:
             source: What to move.
@@ -78,7 +78,7 @@ class Moves(DiskCalls):
                 self.unlink(source)
 
     def _is_private(self, file: IO[bytes], path: str) -> bool:
-        with disk_errors(path, "look at the folder"):
+        with disk_errors(path, "check the folder"):
             return is_private(os.fstat(file.fileno()), self.tops.folder(os.path.dirname(path)).status())
 
     def _require_public(self, path: str, *, is_secret: bool) -> None:
@@ -88,7 +88,7 @@ class Moves(DiskCalls):
                 raise OSError(errno.EPERM, os.strerror(errno.EPERM), path)
 
     def _moved(self, file: IO[bytes], source: str, target: str) -> bool:
-        """Rename an open file; tell whether that can be done, which it cannot between two file systems."""
+        """Rename an open file; return whether that can be done, which it cannot between two file systems."""
         try:
             self.rename(source, target)
         except FileExistsError:
@@ -105,7 +105,7 @@ class Moves(DiskCalls):
     def _carry_special(self, source: str, target: str) -> None:
         """Move a link, a FIFO, what we may not read, or nothing at all.
 
-        Across file systems a link is made anew, a FIFO is dropped, and what we may not read is a failure.
+        Across file systems a link is made again, a FIFO is dropped, and what we may not read is a failure.
         """
         try:
             self.rename(source, target)
@@ -130,7 +130,7 @@ class Moves(DiskCalls):
         self, file: IO[bytes], target: str, temporary: str, finish: Callable[[int], None] | None, mtime_ns: int
     ) -> None:
         try:
-            with closing(self.create_anew(temporary), target) as copy:
+            with closing(self.replace_leftover(temporary), target) as copy:
                 with disk_errors(target, "write"):
                     file.seek(0)
                     shutil.copyfileobj(file, copy, _COPY_BYTES)
@@ -150,7 +150,7 @@ class Moves(DiskCalls):
             self.unlink(temporary)
 
     def same(self, path: str, other: str) -> bool:
-        """Tell whether two files have the same mtime and bytes; the other one is then durable."""
+        """Return whether two files have the same mtime and bytes; the other one is then durable."""
         if not self.tops.exists(other):
             return False
         with contextlib.ExitStack() as stack:
@@ -165,7 +165,7 @@ class Moves(DiskCalls):
         return True
 
     def has_content(self, path: str, content: bytes) -> bool:
-        """Tell whether a path is a plain file of exactly these bytes. A pipe that was put there is not waited for."""
+        """Return whether a path is a plain file of exactly these bytes. A pipe that was put there is not waited for."""
         try:
             with self._open(path) as file:
                 return os.fstat(file.fileno()).st_size == len(content) and file.read() == content
@@ -192,7 +192,7 @@ class Moves(DiskCalls):
             raise
 
     def _same(self, file: IO[bytes], target: str) -> bool:
-        """Tell whether a file and a path hold the same bytes."""
+        """Return whether a file and a path hold the same bytes."""
         try:
             other = self._open(target)
         except OSError:

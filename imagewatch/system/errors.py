@@ -1,22 +1,22 @@
-"""The exceptions, split by whose fault decides who survives.
+"""The exceptions, by what each of them ends.
 
 ::
 
     ImagewatchError
-    ├─ UsageError         the command line asks for what cannot be       exit 64
+    ├─ UsageError         the command line asks for the impossible       exit 64
     ├─ ConfigError        the configuration: nothing starts              exit 78
-    ├─ SpoolError         our own disk: full, read-only, gone            exit 74 if it stays
+    ├─ SpoolError         our disk: full, read-only, missing              exit 74 if it stays
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
-       │  └─ Outdated     the prompt was changed meanwhile: it is looked at again
+       │  └─ Outdated     the prompt changed: it is checked again
        ├─ Unavailable     provably free: connect failed; may be tried again
        │  └─ Broken       a part of the request left, and provably not the whole
-       ├─ Withdrawn       something forbids it at the last moment; no byte of it left
+       ├─ Withdrawn       a hold or a stop at the last moment; no byte of it left
        └─ InDoubt         sent, outcome unknown
 
 Every message names the file, the cause and the next action. ``httpx`` errors are translated once, in
-``client``; ``OSError`` once, in ``durable``.
+``endpoint/client``; ``OSError`` once, in ``disk_errors``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Problem:
 
     Attributes:
         field: Dotted name of the key or a file name, e.g. ``inbox.settle_seconds``.
-        reason: What is wrong, in words.
+        reason: What is wrong, as text.
         hint: The next action, or an empty string.
     """
 
@@ -63,14 +63,14 @@ class ImagewatchError(Exception):
 
 
 class UsageError(ImagewatchError):
-    """The command line asks for what cannot be; nothing was done."""
+    """The command line asks for the impossible; nothing was done."""
 
 
 class ConfigError(ImagewatchError):
     """The configuration cannot be used; nothing was started.
 
     Attributes:
-        problems: Everything that is wrong, all at once.
+        problems: Everything that is wrong, all immediately.
         source: Name of the file that was read, or an empty string.
     """
 
@@ -82,7 +82,7 @@ class ConfigError(ImagewatchError):
 
 
 class SpoolError(ImagewatchError):
-    """Our own disk failed: full, read-only or gone.
+    """Our disk failed: full, read-only or missing.
 
     Attributes:
         path: The file or folder concerned.
@@ -100,14 +100,14 @@ class AlreadyRunning(SpoolError):  # noqa: N818  reads as the sentence it is
 
 
 class JobError(ImagewatchError):
-    """Something about one request; the daemon and the other jobs go on."""
+    """Something about one request; the daemon and the other jobs continue."""
 
 
 class BadRequest(JobError):  # noqa: N818
     """The prompt or one of its images cannot be used; no call was made.
 
     Attributes:
-        problems: Everything that is wrong, all at once.
+        problems: Everything that is wrong, all immediately.
     """
 
     def __init__(self, problems: list[Problem], *, hint: str = "") -> None:
@@ -116,7 +116,7 @@ class BadRequest(JobError):  # noqa: N818
 
 
 class Outdated(BadRequest):
-    """The prompt was changed between the look at it and its claim; no call was made, and it is looked at again."""
+    """The prompt changed between its check and its claim. No call was made; it is checked again."""
 
 
 class Unavailable(JobError):  # noqa: N818
@@ -127,7 +127,7 @@ class Broken(Unavailable):
     """The connection broke before the last byte of the request was sent; it was free.
 
     Attributes:
-        is_own: Whether that may be this request's own trouble: the network was there, and the request is large.
+        is_own: Whether the cause may be this request: the network worked, and the request is large.
     """
 
     def __init__(self, message: str, *, hint: str = "", is_own: bool = False) -> None:
@@ -140,4 +140,4 @@ class Withdrawn(JobError):  # noqa: N818
 
 
 class InDoubt(JobError):  # noqa: N818
-    """The whole request left, and no usable answer came: it may have been charged."""
+    """The whole request left, and no usable response came: it may have been charged."""

@@ -1,7 +1,7 @@
 """Which file system a folder is on, from the kernel's mount table.
 
 A folder whose file system was unmounted is still there, and empty: writing into it would hide what was paid for as soon
-as the file system is back, and an empty inbox would look as if everything had been cancelled.
+as the file system is mounted again, and an empty inbox would mean that everything was cancelled.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 POLL_SECONDS = 5.0
-"""How often folders are looked at of which the kernel tells nothing, at least."""
+"""Longest interval between two scans of a folder without change events."""
 _TABLE = "/proc/self/mountinfo"
 _ELSEWHERE = {
     *("nfs", "nfs4", "cifs", "smb3", "smbfs", "afs", "coda"),  # servers
@@ -33,7 +33,7 @@ _PRIVATE = {
     *("fuse.cryfs", "fuse.encfs", "fuse.gocryptfs", "fuse.securefs"),
     *("fuse.exfat", "fuse.ntfs-3g", "fuse.fuse-overlayfs"),
 }
-"""FUSE file systems that nobody can change but through their own mount."""
+"""FUSE file systems that can only be changed through their own mount."""
 _LOCAL = {
     *("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "overlay", "ramfs", "tmpfs", "ubifs", "xfs", "zfs")
 }
@@ -45,7 +45,7 @@ _KERNELS_OWN = {
     *("proc", "sysfs", "cgroup", "cgroup2", "devpts", "mqueue", "securityfs", "debugfs", "tracefs", "configfs"),
     *("pstore", "efivarfs", "bpf", "binfmt_misc", "fusectl", "selinuxfs", "nsfs", "rpc_pipefs"),
 }
-"""File systems whose files are the kernel's own; nobody else can put one there."""
+"""File systems whose files are the kernel's; no user can create one there."""
 _ESCAPE = re.compile(rb"\\([0-7]{3})")
 
 
@@ -94,7 +94,7 @@ def mount_of(folder: str, mounts: Iterable[Mount]) -> Mount | None:
 
 
 def eventless(kind: str) -> bool:
-    """Tell whether changes on a file system of this kind may be made where our kernel does not see them.
+    """Return whether changes on a file system of this kind may be made where our kernel does not see them.
 
     Args:
         kind: Its type, as in the mount table. An unknown one is taken for a local disk; FUSE is taken for a remote one.
@@ -103,22 +103,22 @@ def eventless(kind: str) -> bool:
 
 
 def keeps_times(kind: str) -> bool:
-    """Tell whether a folder that looks the same is sure to have the same names in it."""
+    """Return whether a folder with the same times is sure to have the same names in it."""
     return kind in _TIMED
 
 
 def keeps_owners(kind: str) -> bool:
-    """Tell whether files are known to keep the owner and the mode that they are given."""
+    """Return whether files are known to keep the owner and the mode that they are given."""
     return kind in _TIMED
 
 
 def keeps_files(kind: str) -> bool:
-    """Tell whether anybody can keep files on a file system of this kind."""
+    """Return whether any user can keep files on a file system of this kind."""
     return kind not in _KERNELS_OWN
 
 
 def is_local(descriptor: int) -> bool:
-    """Tell whether an open file or folder is known to be on a file system of this machine."""
+    """Return whether an open file or folder is known to be on a file system of this machine."""
     number = _mount_number(descriptor)
     return any(mount.kind in _LOCAL for mount in table() if mount.number == number)
 
@@ -159,7 +159,7 @@ class Kinds:
             self._known.clear()
 
     def of(self, folder: str) -> str:
-        """Return the type of the file system a folder is on; an empty string if nobody knows."""
+        """Return the type of the file system a folder is on; an empty string if that is unknown."""
         try:
             device = os.stat(folder).st_dev
         except OSError:
@@ -187,13 +187,13 @@ class Mounts:
         return mount.point if mount else ""
 
     def require(self) -> None:
-        """Make sure that no file system is gone from under a folder.
+        """Make sure that the file system of each folder is still mounted.
 
         Raises:
             SpoolError: One is.
         """
         for folder, point in self._points.items():
-            with disk_errors(folder, "look at the folder"):
+            with disk_errors(folder, "check the folder"):
                 device = os.stat(folder).st_dev
             if device == self._devices[folder]:
                 continue
@@ -201,7 +201,7 @@ class Mounts:
             if len(now) < len(point):
                 message = f"{printable(folder)}: the file system of {printable(point)} is not mounted any more"
                 raise SpoolError(
-                    message, path=folder, code=errno.ENODEV, hint="mount it again; the work goes on by itself"
+                    message, path=folder, code=errno.ENODEV, hint="mount it again; the daemon resumes automatically"
                 )
-            # Mounted anew, or something was mounted here since: that is what whoever did it wants to be used.
+            # Mounted again, or something else was mounted here since: it was put here to be used.
             self._points[folder], self._devices[folder] = now, device

@@ -5,7 +5,7 @@ name. A path that is resolved again would follow it. So each *top* (inbox, outbo
 opened once. What is below a top is reached from its descriptor, part by part; a link or a file in the place of a
 folder is an error. Paths stay the names by which the rest of the code refers to files.
 
-A path below no top is used as it is: it was given by the administrator or by whoever runs a command.
+A path below no top is used as it is: it was given by the administrator or by who runs a command.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class NotAFolderError(OSError):
     """A link or a file is where a folder should be.
 
     Attributes:
-        strerror: What it is, in words.
+        strerror: What it is, as text.
     """
 
 
@@ -47,11 +47,11 @@ class Descriptor:
         return self._number
 
     def status(self) -> os.stat_result:
-        """Return what ``fstat`` tells of it."""
+        """Return its ``fstat``."""
         return os.fstat(self._number)
 
     def is_same(self, status: os.stat_result) -> bool:
-        """Tell whether this is the folder that a path was found to lead to."""
+        """Return whether this is the folder that a path was found to point to."""
         if self._identity is None:
             mine = self.status()
             self._identity = mine.st_dev, mine.st_ino
@@ -89,7 +89,7 @@ class Place:
         return os.stat(self.name, dir_fd=self.dir_fd, follow_symlinks=False)
 
     def exists(self) -> bool:
-        """Tell whether anything has this name, be it a link that leads nowhere."""
+        """Return whether anything has this name, also if it is a broken link."""
         try:
             self.lstat()
         except OSError:
@@ -102,8 +102,8 @@ class _Top:
 
     Attributes:
         path: By which name it is known.
-        is_held: Whether it is held for a block only, by a descriptor that only leads to what is in it.
-        is_private: Whether only we can change what is in it, so that its parts need not be looked at one by one.
+        is_held: Whether it is held for a block only, by a descriptor that only reaches what is in it.
+        is_private: Whether only we can change what is in it, so that its parts need not be checked one by one.
     """
 
     __slots__ = ("_descriptor", "is_held", "is_private", "path", "prefix")
@@ -122,7 +122,7 @@ class _Top:
         """The open folder.
 
         Raises:
-            NotAFolderError: It is shut.
+            NotAFolderError: It is closed.
         """
         if self._descriptor is None:
             raise NotAFolderError(errno.EPERM, "another folder has the name of the daemon's own", self.path)
@@ -155,7 +155,7 @@ class Tops:
 
         Args:
             path: Absolute path.
-            is_private: Whether nobody else can change what is in it.
+            is_private: Whether no one else can change what is in it.
 
         Raises:
             OSError: It cannot be opened.
@@ -172,8 +172,8 @@ class Tops:
 
         Args:
             path: The path.
-            descriptor: The folder; without one the path is shut: whatever is there is not used.
-            is_private: Whether nobody else can change what is in it.
+            descriptor: The folder; without one the path is closed: nothing there is used.
+            is_private: Whether no one else can change what is in it.
         """
         with self._lock:
             others = [top for top in self._tops if top.path != path]
@@ -182,7 +182,7 @@ class Tops:
             self._tops = sorted(others, key=lambda top: -len(top.path))
 
     def drop(self, path: str) -> None:
-        """Know no folder by a path any more: what it leads to is reached as anything below the top above it."""
+        """Know no folder by a path any more: it is reached like anything else below the top above it."""
         with self._lock:
             self._tops = [top for top in self._tops if top.path != path]
 
@@ -194,14 +194,14 @@ class Tops:
         return None
 
     def is_below(self, path: str) -> bool:
-        """Tell whether a path is that of an open folder, or leads to something in one."""
+        """Return whether a path is that of an open folder, or below one."""
         return self._exact(path) is not None or self._covering(path) is not None
 
     def is_replaced(self, path: str) -> bool:
-        """Tell whether another folder has the path of a top now, or none has; a folder that was not opened is none.
+        """Return whether another folder has the path of a top now, or none has; a folder that was not opened is none.
 
         Raises:
-            OSError: The path cannot be looked at.
+            OSError: The path cannot be read.
         """
         descriptor = self.opened(path)
         return descriptor is None or not descriptor.is_same(os.stat(path))
@@ -292,7 +292,7 @@ class Tops:
         return _entered(self.at(path), _PASS, path)
 
     def listable(self, path: str) -> Descriptor:
-        """Open a folder anew, to list it: two that list it by one descriptor would share the names between them.
+        """Open a folder again, to list it: two that list it by one descriptor would share the names between them.
 
         Raises:
             NotAFolderError: A link or a file is in its place, or in that of one above it.
@@ -319,21 +319,21 @@ class Tops:
         return self.at(path).lstat()
 
     def exists(self, path: str) -> bool:
-        """Tell whether anything has a path."""
+        """Return whether anything has a path."""
         try:
             return self.at(path).exists()
         except OSError:
             return False
 
     def is_folder(self, path: str) -> bool:
-        """Tell whether a folder has a path, and no link."""
+        """Return whether a folder has a path, and no link."""
         try:
             return self.opened(path) is not None or stat.S_ISDIR(self.lstat(path).st_mode)
         except OSError:
             return False
 
     def is_link(self, path: str) -> bool:
-        """Tell whether a path is that of a symbolic link."""
+        """Return whether a path is that of a symbolic link."""
         try:
             return _is_link(self.at(path))
         except OSError:
@@ -369,7 +369,7 @@ class Tops:
 
 
 def has_file(folder: str, name: str, file: IO[bytes]) -> bool:
-    """Tell whether the folder that has a path now, be it another one than before, has an open file by a name."""
+    """Return whether the folder that has a path now, be it another one than before, has an open file by a name."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), os.lstat(os.path.join(folder, name)))
     except OSError:
@@ -377,9 +377,9 @@ def has_file(folder: str, name: str, file: IO[bytes]) -> bool:
 
 
 def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
-    """Tell whether a file is a hard link that may show what the user who made the link could not read.
+    """Return whether a file is a hard link that may show what the user who made the link could not read.
 
-    A hard link does not tell who made it: it has the owner, the group and the mode of the file it leads to.
+    A hard link does not show who made it: it has the owner, the group and the mode of the file.
 
     Args:
         status: The file's.

@@ -34,7 +34,7 @@ def rename_new(source: Place, target: Place) -> None:
     except OSError as error:
         if error.errno not in {errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK, errno.EACCES}:
             raise
-        # Neither call exists here (FAT, some FUSE): the gap between the look and the rename stays.
+        # Neither call exists here (FAT, some FUSE): the gap between the check and the rename stays.
         if target.exists():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target.name) from None
         os.rename(source.name, target.name, **folders)

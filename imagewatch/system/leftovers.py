@@ -1,6 +1,6 @@
-"""Temporary files that a daemon which was killed has left behind: removed at the next start, while nobody uses them.
+"""Temporary files of a daemon that was killed: removed at the next start, while nothing uses them.
 
-The name of one has the id of its job in it. Those of jobs that are not finished are ours beyond doubt, and no worker
+The name of one has the id of its job in it. Those of unfinished jobs are certainly ours, and no worker
 runs yet. Of a job without a record nothing is known: another daemon may publish into the same folder, so such a file
 stays for a day.
 """
@@ -27,16 +27,16 @@ STALE_SECONDS = 86_400.0
 """A temporary file of which nothing is known stays for so long."""
 
 
-def remove(disk: Disk, doors: Iterable[str], jobs: Mapping[str, str]) -> None:
+def remove(disk: Disk, destinations: Iterable[str], jobs: Mapping[str, str]) -> None:
     """Remove temporary files from the folders into which results are published.
 
     Args:
-        disk: Our disk; the doors are open.
-        doors: Absolute paths of outbox, errors and archive.
+        disk: Our disk; the destinations are open.
+        destinations: Absolute paths of outbox, errors and archive.
         jobs: The folder below the inbox of each job that is not finished, by the job's id.
     """
     inner = {"", *jobs.values()}
-    for folder in {os.path.join(door, name) if name else door for door in doors for name in inner}:
+    for folder in {os.path.join(top, name) if name else top for top in destinations for name in inner}:
         with contextlib.suppress(OSError, SpoolError):  # such a folder need not be there
             for name in disk.tops.names(folder):
                 if found := _TEMPORARY.fullmatch(name):
@@ -49,9 +49,9 @@ def remove_old(disk: Disk, path: str, *, is_known: bool) -> None:
     Args:
         disk: Our disk.
         path: The file.
-        is_known: Whether nobody uses it, beyond doubt. Else it has to be a day old.
+        is_known: Whether it is certainly unused. Else it has to be a day old.
     """
-    with contextlib.suppress(SpoolError), disk_errors(path, "look at the file"):
+    with contextlib.suppress(SpoolError), disk_errors(path, "check the file"):
         status = disk.tops.lstat(path)
         is_ours = stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid()
         if is_ours and (is_known or time.time() - status.st_ctime >= STALE_SECONDS):

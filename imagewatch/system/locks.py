@@ -28,13 +28,13 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
     Args:
         path: The lock file; made if it is not there.
         tops: The folders that were opened.
-        wait: Waits some seconds: ``locked`` has the lock for an instant, and is not somebody at work.
+        wait: Waits some seconds: ``locked`` has the lock for an instant, and no one then works.
 
     Returns:
         The open file; the lock lasts as long as it does.
 
     Raises:
-        AlreadyRunning: Somebody else has it.
+        AlreadyRunning: Another process has it.
     """
     with disk_errors(path, "open the lock"):
         file = os.fdopen(tops.open_file(path, os.O_RDWR | os.O_CREAT), "r+b")
@@ -59,8 +59,10 @@ def _translated_lock(path: str) -> Iterator[None]:
     try:
         yield
     except BlockingIOError:
-        message = f"{printable(path)}: another imagewatch is at work here"
-        raise AlreadyRunning(message, path=path, hint="stop it first, or give this one other folders") from None
+        message = f"{printable(path)}: another imagewatch process uses this folder"
+        raise AlreadyRunning(
+            message, path=path, hint="stop it first, or configure other folders for this one"
+        ) from None
     except OSError as error:
         if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
             with disk_errors(path, "lock"):
@@ -71,7 +73,7 @@ def _translated_lock(path: str) -> Iterator[None]:
 
 
 def locked(path: str) -> bool:
-    """Tell whether somebody has a lock, without taking it for longer than an instant."""
+    """Return whether a process has a lock, without taking it for longer than an instant."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -80,6 +82,6 @@ def locked(path: str) -> bool:
     except FileNotFoundError:
         return False
     except OSError:
-        with disk_errors(path, "look at the lock"):
+        with disk_errors(path, "test the lock"):
             raise
     return False

@@ -1,4 +1,4 @@
-"""Logging: one line per thing, for a terminal, for the journal or as JSON; never a raw control character."""
+"""Logging: one line for each event, for a terminal, for the journal or as JSON; never a raw control character."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ def configure(
 
     Args:
         level: What is worth a line.
-        form: ``console`` for people, ``json`` for programs, ``auto`` by where ``out`` leads: people at a terminal,
+        form: ``console`` for people, ``json`` for programs, ``auto`` by where ``out`` goes: people at a terminal,
             an entry with fields in systemd's journal, JSON anywhere else.
         out: Where to; standard error without.
-        environ: Where systemd says whether ``out`` leads to its journal, and people that they want no colours.
+        environ: Tells whether ``out`` goes to the journal of systemd, and whether colours are wanted (``NO_COLOR``).
         journal: The journal's socket.
     """
     out = out or sys.stderr
@@ -72,7 +72,7 @@ def _way(form: str, out: TextIO, journal: str | None, *, colours: bool) -> tuple
     Args:
         form: As above.
         out: As above.
-        journal: The journal's socket, if ``out`` leads there.
+        journal: The journal's socket, if ``out`` goes there.
         colours: Whether a console has them.
     """
     lines = _Lines(out)
@@ -86,7 +86,7 @@ def _way(form: str, out: TextIO, journal: str | None, *, colours: bool) -> tuple
 
 
 def _leads_to_journal(out: TextIO, environ: Mapping[str, str]) -> bool:
-    """Tell whether a stream is the one that systemd connected to its journal: it may be redirected."""
+    """Return whether a stream is the one that systemd connected to its journal: it may be redirected."""
     with contextlib.suppress(OSError, ValueError):  # not a stream of the system
         status = os.fstat(out.fileno())
         return environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
@@ -121,7 +121,7 @@ def _field(name: str) -> str:
 
 
 class _Lines:
-    """Lines on a stream. What it does not take is lost: a log is no reason to stop what was paid for."""
+    """Lines on a stream. What it does not take is lost: a log never stops a job."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -163,7 +163,7 @@ class _Journal:
         try:
             with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
                 channel.sendto(content, self._path)
-        except OSError:  # larger than a datagram may be, or nobody listens
+        except OSError:  # larger than a datagram may be, or nothing listens
             self._spare.info("\n".join(f"<{entry['PRIORITY']}>{line}" for line in entry["MESSAGE"].split("\n")))
 
     debug = warning = error = info
@@ -176,7 +176,7 @@ def _masked(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMappi
 
 
 def _escaped(_: object, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Escape whatever a stranger may have written: file names, the API's words, prompts."""
+    """Escape whatever another user may have written: file names, the API's messages, prompts."""
     first = {key: event[key] for key in ("timestamp", "level", "event") if key in event}
     return {key: _lines(value) if key == "exception" else _safe(value) for key, value in {**first, **event}.items()}
 

@@ -56,7 +56,7 @@ class Mask:
         self._spelled = _longest_first(spelled) if self.is_told_apart else []
         self._other = _longest_first(_transcribed(secret)) if self.is_ordinary else []
         word = re.escape(secret)
-        # A short one is looked for as a whole word only, or "any" would be taken out of "many".
+        # A short one is searched as a whole word only: "any" must not be removed from "many".
         self._pattern = word if self.is_told_apart else rf"(?<![A-Za-z0-9]){word}(?![A-Za-z0-9])"
 
     def __eq__(self, other: object) -> bool:
@@ -110,7 +110,7 @@ class Mask:
         return content[:-begun] + _MASKED.encode() if begun >= _LEAST_BEGINNING else content
 
     def _near_marks(self, content: bytes) -> bytes:
-        """Mask what is escaped; of a large response only the surroundings of escapes are looked at."""
+        """Mask what is escaped; of a large response only the surroundings of escapes are read."""
         parts, done = [], 0
         for begin, end in _around(content, _LONGEST_ESCAPE * len(self._secret)):
             near = content[begin:end]
@@ -181,7 +181,7 @@ class Secrets:
         self._lock = threading.Lock()
 
     def remember(self, mask: Mask) -> None:
-        """Mask this secret from now on. One that cannot be told apart from ordinary words is left out."""
+        """Mask this secret from now on. One that may be an ordinary word is left out."""
         with self._lock:
             if mask.is_told_apart and mask not in self._masks:
                 self._masks = (mask, *self._masks)[:_MOST_KNOWN]
@@ -235,7 +235,7 @@ def _transcribed(secret: str) -> set[str]:
 
 
 def _character(found: re.Match[str]) -> str:
-    """Return the character that an escape stands for."""
+    """Return the character of an escape."""
     four, braced, two, same, percent, decimal, hexadecimal, name = found.groups()
     if digits := four or braced or two or percent or hexadecimal:
         return chr(int(digits, 16))

@@ -1,4 +1,4 @@
-"""Text for terminals and logs: nothing a stranger wrote reaches a screen raw. Pure."""
+"""Text for terminals and logs: nothing another user wrote reaches a screen raw. Pure."""
 
 from __future__ import annotations
 

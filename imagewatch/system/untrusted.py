@@ -1,6 +1,6 @@
 """The one way to open a file that other people wrote, or may have put where it is.
 
-Such a file may be a link to a secret, a pipe that never ends, a second name of a private file, or a hole of a terabyte.
+Such a file may be a link to a secret, a pipe without end, a second name of a private file, or a terabyte of holes.
 The scan, the request, ``submit``, ``retry``, redelivery and the gallery all open files here.
 """
 
@@ -19,10 +19,10 @@ _MOST_LINKS = 40
 
 
 class RefusedError(OSError):
-    """A file is there and is not opened.
+    """A file exists and is not opened.
 
     Attributes:
-        strerror: Why, in words that follow "it".
+        strerror: Why; the text follows "it".
     """
 
     def __init__(self, reason: str, path: str) -> None:
@@ -83,7 +83,7 @@ def open_at(
 
 
 def refusal(status: os.stat_result, folder: os.stat_result) -> str:
-    """Return why a file is not opened, in words that follow "it", or an empty string.
+    """Return why a file is not opened, as text that follows "it", or an empty string.
 
     Args:
         status: The file's, by ``lstat`` or ``fstat``.
@@ -103,19 +103,19 @@ def _kind(status: os.stat_result) -> str:
 
 
 def resolve_own_link(path: str) -> str:
-    """Return where a path leads to if its last name is a link that this user or root has made.
+    """Return where a path points to if its last name is a link that this user or root has made.
 
     Args:
         path: A path that a person has named, or that belongs beside one.
 
     Raises:
-        RefusedError: Another user has made the link: it may lead to what only the caller can read.
+        RefusedError: Another user has made the link: it may point to what only the caller can read.
     """
     for _ in range(_MOST_LINKS):
         try:
             status = os.lstat(path)
         except OSError:
-            return path  # which is told when it is opened
+            return path  # the error follows when it is opened
         if not stat.S_ISLNK(status.st_mode):
             return path
         if status.st_uid not in {0, os.geteuid()}:

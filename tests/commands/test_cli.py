@@ -447,7 +447,7 @@ def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
     folders.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"
     folders.prompt("cat", "A cat")
     assert re.match(
-        "wait .*will be taken after 3[56].* more quiet seconds",
+        "wait .*will be claimed in 3[56].* s if nothing changes",
         row(imagewatch("check", environ=folders.environ).stdout, "cat.prompt.txt"),
     )
 

@@ -513,7 +513,7 @@ def test_sighup_in_a_working_folder_that_was_removed_keeps_the_old_configuration
     (here / "imagewatch.toml").unlink()
     here.rmdir()
     daemon.process.send_signal(signal.SIGHUP)
-    assert "current folder is gone" in daemon.wait_for("reload_failed")["reason"]
+    assert "current folder was removed" in daemon.wait_for("reload_failed")["reason"]
     folders.prompt("one", "One")
     over(folders, "one")
     assert daemon.stop() == 0

@@ -70,7 +70,7 @@ def test_a_prompt_is_ready_after_it_was_quiet_for_settle_seconds(looking):
     looking.write("cat.prompt.txt")
     first = looking.look()
     assert (first.ready, first.due) == ([], pytest.approx(5, abs=0.5))
-    assert "more quiet seconds" in first.waiting["cat.prompt.txt"]
+    assert "if nothing changes" in first.waiting["cat.prompt.txt"]
     assert looking.ready(after=4) == []
     assert looking.ready(after=1.1) == ["cat.prompt.txt"]
 
@@ -198,11 +198,11 @@ def test_it_is_known_of_a_prompt_whether_it_had_to_be_quiet_and_whose_clock_its_
     looking.scan = InboxScan(str(looking.inbox), Inbox(), is_local=lambda _: is_local)
     looking.look()
     candidate = arrive(looking, "+++\ninput_images = []\n+++\nA lighthouse")
-    assert (candidate.was_quiet, candidate.is_local) == (False, is_local)
+    assert (candidate.was_unchanged, candidate.is_local) == (False, is_local)
     looking.write("dog.prompt.txt")
     looking.look()
     found = {candidate.key[1]: candidate for candidate in looking.look(after=5.1).ready}
-    assert (found["dog"].was_quiet, found["dog"].is_local) == (True, is_local)
+    assert (found["dog"].was_unchanged, found["dog"].is_local) == (True, is_local)
 
 
 @pytest.mark.parametrize(("typed", "named"), [("caf\u00e9.png", "cafe\u0301.png"), ("cafe\u0301.png", "caf\u00e9.png")])
@@ -652,7 +652,7 @@ def test_a_prompt_rewritten_in_place_unnoticed_is_found_when_its_turn_comes_and_
     looking.wall = path.stat().st_ctime
     looking.scan.touch(("", "dog"), looking.now)  # so that there is a reason to judge again
     seen = looking.look()
-    assert (seen.ready, seen.waiting["cat.prompt.txt"]) == ([], "was changed, so it has to be quiet again")
+    assert (seen.ready, seen.waiting["cat.prompt.txt"]) == ([], "was changed, so it has to settle again")
     assert looking.ready(after=4) == []
     assert looking.ready(after=1.1) == ["cat.prompt.txt"]
 

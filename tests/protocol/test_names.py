@@ -248,7 +248,7 @@ MEANT = {
 )
 def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_taken(stem, name):
     dropped = alone(f"{stem}.prompt.txt", name)
-    assert (dropped.images, dropped.doubtful, dropped.busy) == ([], [name], [])
+    assert (dropped.images, dropped.uncertain, dropped.busy) == ([], [name], [])
 
 
 @pytest.mark.parametrize(
@@ -271,14 +271,14 @@ def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_taken(ste
     ],
 )
 def test_a_file_that_nobody_means_for_a_prompt_is_not_doubted(name):
-    assert alone("cat.prompt.txt", name).doubtful == []
+    assert alone("cat.prompt.txt", name).uncertain == []
 
 
 def test_a_file_may_be_meant_for_the_prompt_alone_whose_name_is_most_like_its_own():
     names = ["cat", "cat.1", "cat-2", "Cat", "photo", "photo.jpg"]
     files = ["cat.1.final.png", "cat-2.final.png", "Cat.final.png", "cat.final.png", "CAT.final.png", "photo.jpg"]
     stems = group([*(f"{name}.prompt.txt" for name in names), *files])
-    assert {stem: dropped.doubtful for stem, dropped in stems.items()} == {
+    assert {stem: dropped.uncertain for stem, dropped in stems.items()} == {
         "cat": ["CAT.final.png", "cat.final.png"],
         "cat.1": ["cat.1.final.png"],
         "cat-2": ["cat-2.final.png"],
@@ -291,12 +291,12 @@ def test_a_file_may_be_meant_for_the_prompt_alone_whose_name_is_most_like_its_ow
 def test_a_transfer_of_a_file_that_may_be_meant_holds_the_prompt():
     marks = [".cat-2.png.AbC123", "cat.final.jpg.part", "Cat.png.crdownload", "cat (1).png.tmp"]
     dropped = alone("cat.prompt.txt", *marks, "cat.log.part", "dog-2.png.part")
-    assert (sorted(dropped.busy), dropped.doubtful, dropped.coming) == (sorted(marks), [], [])
+    assert (sorted(dropped.busy), dropped.uncertain, dropped.coming) == (sorted(marks), [], [])
 
 
 def test_of_very_many_files_that_may_be_meant_for_one_prompt_some_are_remembered():
     dropped = alone("cat.prompt.txt", *(f"cat.{number}.log" for number in range(1000)))
-    assert len(dropped.doubtful) == MOST_SIMILAR
+    assert len(dropped.uncertain) == MOST_SIMILAR
 
 
 @pytest.mark.timeout(20)
@@ -538,13 +538,13 @@ def test_any_names_are_sorted_and_nothing_belongs_to_two(names, rng):
             assert plain.startswith(start)
             assert not dot or (between.isascii() and between.isdigit())
         assert {suffix_of(name) for name in dropped.images} <= IMAGE_ENDINGS
-        assert not {*dropped.doubtful} & {*owned, dropped.prompt}
+        assert not {*dropped.uncertain} & {*owned, dropped.prompt}
     for name in names:
         near_miss(name)
     again = names.copy()
     rng.shuffle(again)
     for stem, dropped in group(again).items():
-        assert (dropped.images, dropped.doubtful) == (stems[stem].images, stems[stem].doubtful)
+        assert (dropped.images, dropped.uncertain) == (stems[stem].images, stems[stem].uncertain)
         assert sorted(dropped.busy) == sorted(stems[stem].busy)
 
 
@@ -593,7 +593,7 @@ additions = st.sampled_from(
 def test_beside_any_prompt_a_file_with_an_addition_to_its_name_is_its_image_or_known_for_it(stem, addition, ending):
     name = f"{stem}{addition}.{ending}"
     dropped = alone(stem + SUFFIX, name)
-    assert name in dropped.images or name in dropped.doubtful
+    assert name in dropped.images or name in dropped.uncertain
 
 
 @given(st.text("catCAT éÉ", min_size=1, max_size=8), st.sampled_from(["NFC", "NFD"]))
@@ -601,4 +601,4 @@ def test_beside_any_prompt_a_file_with_an_addition_to_its_name_is_its_image_or_k
 def test_upper_and_lower_case_and_accents_do_not_hide_a_file(stem, form):
     name = unicodedata.normalize(form, stem).swapcase() + ".png"
     dropped = alone(stem + SUFFIX, name)
-    assert name in dropped.images or name in dropped.doubtful
+    assert name in dropped.images or name in dropped.uncertain
