@@ -1,4 +1,4 @@
-"""What an admin meets: files, variables, defaults, and every mistake at once."""
+"""What an admin meets: files, variables, defaults, and every mistake immediately."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def test_a_variable_in_a_path_is_a_problem_and_no_folder_of_that_name(write, pat
     assert load(write('[folders]\nroot = "./$box"\n'), {}).folders.inbox.endswith("/$box/inbox")
 
 
-def test_the_home_of_nobody_known_is_a_problem(write):
+def test_the_home_of_an_unknown_user_is_a_problem(write):
     assert "unknown user" in problems(write('[folders]\nroot = "~nobodyofthatname/box"\n'))["folders.root"]
 
 
@@ -222,7 +222,7 @@ def test_the_word_delete_is_no_folder(write):
     assert load(write(ROOT + 'archive = "/x/delete"\n'), {}).folders.archive == "/x/delete"
 
 
-def test_missing_folders_name_root_and_say_what_to_do(write):
+def test_missing_folders_name_root_and_the_next_step(write):
     assert "init" in problems(write(""))["folders.root"]
     assert "init" in problems(None)["folders.root"]
     named = problems(write('[folders]\ninbox = "/a"\narchive = "delete"\n'))["folders.root"]
@@ -310,7 +310,7 @@ def test_a_byte_order_mark_and_crlf_are_accepted(write):
     assert load(write(text), {}).folders.inbox == "/srv/iw/inbox"
 
 
-def test_all_problems_appear_at_once(write):
+def test_all_problems_appear_together(write):
     text = """
     stray = 1
     retry = 3
@@ -366,7 +366,7 @@ def test_all_problems_appear_at_once(write):
     assert "flux, gemini, openai" in found["limits.providers"]
 
 
-def test_a_key_outside_of_its_section_is_told_where_it_belongs(write):
+def test_a_key_outside_of_its_section_is_reported_with_its_place(write):
     assert "[folders]" in problems(write('root = "/srv"\n'))["root"]
 
 
@@ -416,7 +416,7 @@ def test_modes_become_numbers(write):
     assert (loaded.outbox.file_mode, loaded.outbox.folder_mode) == (0o640, 0o2750)
 
 
-def test_a_mode_without_quotes_is_told_to_have_some(write):
+def test_a_mode_without_quotes_is_reported(write):
     assert "quote" in problems(write(ROOT + "[outbox]\nfile_mode = 640\n"))["outbox.file_mode"]
 
 
@@ -494,7 +494,7 @@ def test_a_base_url_that_is_unsafe_or_unclear_is_refused(write, url, words):
     assert words in found["endpoint.base_url"]
 
 
-def test_letta_base_url_counts_unless_the_file_says_otherwise(write):
+def test_letta_base_url_counts_unless_the_file_sets_another(write):
     environ = {"LETTA_BASE_URL": "https://other.example/"}
     assert load(write(ROOT), environ).endpoint.base_url == "https://other.example"
     own = write(ROOT + '[endpoint]\nbase_url = "https://own.example"\n')
@@ -570,7 +570,7 @@ def test_the_environment_wins_over_the_file(write):
 
 
 @pytest.mark.parametrize(("section", "key"), [(s, k) for s, table in SAMPLES.items() for k in table])
-def test_a_variable_says_the_same_as_the_file(write, section, key):
+def test_a_variable_means_the_same_as_the_file(write, section, key):
     value = SAMPLES[section][key]
     plain = ROOT if section != "folders" else ROOT + tomli_w.dumps({key: value})
     text = plain if section == "folders" else ROOT + f"[{section}]\n" + tomli_w.dumps({key: value})
@@ -600,7 +600,7 @@ def test_the_samples_hold_every_key():
     ),
     model=st.text(st.characters(min_codepoint=32, exclude_categories=["Cs"]), min_size=1, max_size=50),
 )
-def test_any_value_says_the_same_in_a_variable(tmp_path_factory, limits, model):
+def test_any_value_means_the_same_in_a_variable(tmp_path_factory, limits, model):
     path = tmp_path_factory.mktemp("c") / "c.toml"
     tables = {"folders": {"root": "/srv/iw"}, "limits": limits, "defaults": {"model": model}}
     path.write_text(tomli_w.dumps(tables), encoding="utf-8")
@@ -667,7 +667,7 @@ def test_other_variables_are_left_alone(write):
 # --- finding the file
 
 
-def test_the_file_is_looked_for_in_order(tmp_path):
+def test_the_file_is_searched_in_order(tmp_path):
     here, home = tmp_path / "here", tmp_path / "home"
     (home / ".config/imagewatch").mkdir(parents=True)
     here.mkdir()
@@ -720,13 +720,13 @@ except ConfigError as error:
 
 
 def found_by(user: int, group: int, folder: Path) -> str:
-    """What a user finds in a folder, or is told."""
+    """What a user finds in a folder, or reads in a message."""
     command = [sys.executable, "-c", ASKED, str(user), str(group), str(folder)]
     return subprocess.run(command, capture_output=True, text=True, timeout=40, check=True).stdout.strip()
 
 
 @as_root
-def test_a_file_of_somebody_else_in_the_current_folder_is_not_used_unless_it_is_named(tmp_path):
+def test_a_file_of_another_user_in_the_current_folder_is_not_used_unless_it_is_named(tmp_path):
     file = tmp_path / "imagewatch.toml"
     file.touch()
     os.chown(file, 12345, 12345)
@@ -741,7 +741,7 @@ def test_a_file_of_somebody_else_in_the_current_folder_is_not_used_unless_it_is_
 
 
 @as_root
-def test_neither_a_strangers_folder_nor_a_strangers_link_leads_to_a_configuration(open_path):
+def test_neither_another_users_folder_nor_another_users_link_leads_to_a_configuration(open_path):
     theirs, mine = open_path / "theirs", open_path / "mine"
     for folder in (theirs, mine):
         folder.mkdir()
@@ -790,7 +790,7 @@ def test_a_file_that_others_may_write_or_replace_is_not_used(tmp_path, file_mode
 
 @as_root
 def test_a_group_may_write_the_file_only_if_it_is_the_users_own(open_path):
-    bin_ = pwd.getpwnam("bin")  # of those that every system has: its group has its name, and nobody else is in it
+    bin_ = pwd.getpwnam("bin")  # of those that every system has: its group has its name, and no one else is in it
     folder = open_path / "here"
     folder.mkdir()
     file = folder / "imagewatch.toml"

@@ -218,13 +218,13 @@ def test_a_command_has_the_environment_that_was_given():
         ("import sys\nwhile True: sys.stdout.write('y' * 4096)", "64 KiB"),
     ],
 )
-def test_a_command_that_fails_is_told_in_its_own_words(code, words):
+def test_a_command_that_fails_is_reported_with_its_own_message(code, words):
     shown = refused(python(code))
     assert words in shown
     assert shown.isprintable()
 
 
-def test_the_words_of_a_command_are_cut():
+def test_the_message_of_a_command_is_cut():
     shown = refused(python("import sys; sys.exit('x' * 100_000)"))
     assert "x" * 200 in shown
     assert "x" * 201 not in shown

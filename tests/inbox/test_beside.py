@@ -81,7 +81,7 @@ def test_both_ways_out_that_the_error_file_names_lead_out(station, sandbox):
     assert station.names("inbox") == ["without.MP.jpg"]
 
 
-def test_after_the_file_was_taken_away_the_same_prompt_is_sent(station, sandbox):
+def test_after_the_file_was_removed_the_same_prompt_is_sent(station, sandbox):
     station.drop("cat-2.png", JPEG)
     station.prompt("cat", "A cat")
     station.work()
@@ -144,7 +144,7 @@ def test_a_prompt_beside_a_plain_text_or_a_backup_is_sent(station, sandbox, name
 
 
 def test_a_file_of_another_prompt_is_not_meant_for_this_one(station, sandbox):
-    """By its name, or since the other one names it; in whatever order they are looked at."""
+    """By its name, or since the other one names it; in whatever order they are checked."""
     for name in ("cat.1.jpg", "dog-2.jpg", "cow-2.jpg"):
         station.drop(name, JPEG)
     declares = '+++\ninput_images = ["{}"]\n+++\nMake it night'
@@ -193,7 +193,7 @@ def test_beside_very_many_such_files_a_prompt_is_refused_and_none_is_opened(stat
     assert f"{MOST_SIMILAR - 10} more such files" in last
 
 
-# The daemon, and what people are told
+# The daemon, and what people read
 
 
 def test_a_file_that_comes_while_its_prompt_waits_for_its_turn_is_seen_in_time(tmp_path, sandbox, run):
@@ -239,7 +239,7 @@ def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, s
     assert "cat.MP.jpg" in station.error("cat")["message"]
 
 
-def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_bought_and_status_says_why(folders, sandbox, run):
+def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_bought_and_status_shows_why(folders, sandbox, run):
     daemon = run(folders)
     daemon.wait_for("started")
     assert command(folders, "hold", "later").returncode == 0

@@ -129,7 +129,7 @@ STEPS = st.lists(
 
 @given(STEPS)
 @settings(max_examples=300, deadline=None)
-def test_whoever_waits_gets_a_turn_and_nobody_else_does(steps):
+def test_only_who_waits_gets_a_turn(steps):
     turns: FairTurns[str] = FairTurns(most=2)
     wait: set[str] = set()
     for what, name, amount in steps:
@@ -160,7 +160,7 @@ def test_whoever_waits_gets_a_turn_and_nobody_else_does(steps):
 
 @given(st.lists(st.sampled_from("abcd"), min_size=1, max_size=200), st.integers(1, 4))
 @settings(max_examples=200, deadline=None)
-def test_nobody_waits_longer_than_a_round_however_others_come_and_go(comings, owners):
+def test_no_one_waits_longer_than_a_round_however_others_come_and_go(comings, owners):
     """``x`` waits; the others join again and again, also if they have just been served."""
     turns: FairTurns[str] = FairTurns()
     for name in "abcd":

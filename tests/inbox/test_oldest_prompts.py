@@ -42,7 +42,7 @@ def test_all_come_out_in_order_when_it_is_filled_again_whenever_it_runs_low(entr
     assert given_ == sorted(entries)
 
 
-def test_what_was_taken_out_can_be_put_back():
+def test_what_was_removed_can_be_put_back():
     oldest = OldestPrompts()
     for number in range(10):
         oldest.offer((float(number), f"p{number}"), 3)

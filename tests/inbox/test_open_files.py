@@ -1,4 +1,4 @@
-"""What the kernel tells about who writes a file, asked about real files."""
+"""Whether a program has a file open for writing, asked about real files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ while os.path.exists(sys.argv[2]):
 
 @pytest.fixture
 def path(tmp_path) -> Path:
-    """A file on a file system that tells."""
+    """A file on a file system that shows who writes."""
     made = tmp_path / "cat.prompt.txt"
     with made.open("w") as file:
         if not has_writer(file.name):
@@ -64,8 +64,8 @@ def test_what_cannot_be_asked_about_has_no_writer(tmp_path):
         assert not has_writer(str(tmp_path / name))
 
 
-def test_to_ask_while_others_open_the_file_disturbs_nobody(path, tmp_path):
-    """The kernel tells who asked by a signal that somebody wants to write; the usual one ends a process."""
+def test_to_ask_while_others_open_the_file_disturbs_no_one(path, tmp_path):
+    """The kernel sends who asked a signal when another process wants to write; the usual one ends a process."""
     going = tmp_path / "going"
     going.touch()
     with subprocess.Popen([sys.executable, "-c", ASK, path, going], stdout=subprocess.PIPE) as asking:

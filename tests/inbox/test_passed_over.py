@@ -5,7 +5,7 @@ from __future__ import annotations
 from imagewatch.inbox.passed_over import PassedOver
 
 
-def test_what_was_set_aside_is_there_until_it_is_taken_out():
+def test_what_was_passed_over_is_there_until_it_is_removed():
     aside = PassedOver()
     for key in (("", "a"), ("x", "a"), ("x/y", "b"), ("x", "a")):
         aside.add(key, 1.0)

@@ -1,4 +1,4 @@
-"""Looking at real folders, with clocks that only the test moves."""
+"""Scans of real folders, with clocks that only the test moves."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ DECLARES = '+++\ninput_images = ["logo.png"]\n+++\nA lighthouse'
 
 
 class Looking:
-    """A scan of one inbox whose monotonic clock stands still until it is moved."""
+    """A scan of one inbox whose monotonic clock moves only by hand."""
 
     def __init__(self, inbox: Path, **settings: object) -> None:
         self.inbox = inbox
@@ -66,7 +66,7 @@ def looking(tmp_path: Path) -> Looking:
 # Settling
 
 
-def test_a_prompt_is_ready_after_it_was_quiet_for_settle_seconds(looking):
+def test_a_prompt_is_ready_after_it_was_unchanged_for_settle_seconds(looking):
     looking.write("cat.prompt.txt")
     first = looking.look()
     assert (first.ready, first.due) == ([], pytest.approx(5, abs=0.5))
@@ -75,13 +75,13 @@ def test_a_prompt_is_ready_after_it_was_quiet_for_settle_seconds(looking):
     assert looking.ready(after=1.1) == ["cat.prompt.txt"]
 
 
-def test_a_prompt_that_was_quiet_before_the_first_look_is_ready_at_once(looking):
+def test_a_prompt_that_was_unchanged_before_the_first_scan_is_ready_immediately(looking):
     looking.write("cat.prompt.txt")
     looking.wall += 60
     assert looking.ready() == ["cat.prompt.txt"]
 
 
-def test_an_old_modification_time_says_nothing(looking):
+def test_an_old_modification_time_means_nothing(looking):
     path = looking.write("cat.prompt.txt")
     os.utime(path, (0, 0))
     assert looking.ready() == []
@@ -106,7 +106,7 @@ def test_a_change_of_the_prompt_or_of_one_of_its_images_starts_the_clock_again(l
     assert looking.ready(after=2) == ["cat.prompt.txt"]
 
 
-def test_an_image_that_appears_late_starts_the_clock_again_and_is_taken(looking):
+def test_an_image_that_appears_late_starts_the_clock_again_and_is_claimed(looking):
     looking.write("cat.prompt.txt")
     looking.look()
     looking.write("cat.png", PICTURE)
@@ -134,7 +134,7 @@ def test_stems_of_the_same_name_in_two_folders_settle_apart(looking):
     assert looking.ready(after=2.1) == ["a/cat.prompt.txt"]
 
 
-def test_an_event_counts_even_if_the_file_looks_the_same(looking):
+def test_an_event_counts_even_if_the_file_is_the_same(looking):
     looking.write("cat.prompt.txt")
     looking.look()
     looking.look(after=4)
@@ -143,7 +143,7 @@ def test_an_event_counts_even_if_the_file_looks_the_same(looking):
     assert looking.ready(after=4) == ["cat.prompt.txt"]
 
 
-def test_a_prompt_that_goes_away_and_comes_back_settles_anew(looking):
+def test_a_prompt_that_goes_away_and_comes_back_settles_again(looking):
     path = looking.write("cat.prompt.txt")
     looking.look()
     path.unlink()
@@ -161,7 +161,7 @@ def test_a_sibling_image_beside_a_renamed_prompt_does_not_make_it_settle_twice(l
     assert candidate.images == ("cat.png",)
 
 
-def test_a_renamed_prompt_is_never_taken_without_the_siblings_that_only_a_scan_sees(tmp_path):
+def test_a_renamed_prompt_is_never_claimed_without_the_siblings_that_only_a_scan_sees(tmp_path):
     looking = Looking(tmp_path, settle_seconds=0.0)
     looking.write("cat.png", PICTURE)
     looking.write("cat.prompt.txt")
@@ -180,20 +180,20 @@ def arrive(looking: Looking, text: str) -> object:
     return looking.scan.check_arrival(("", "cat"), looking.now, looking.wall)
 
 
-def test_a_renamed_prompt_whose_images_are_all_there_is_ready_at_once(looking):
+def test_a_renamed_prompt_whose_images_are_all_there_is_ready_immediately(looking):
     looking.write("logo.png", PICTURE)
     candidate = arrive(looking, DECLARES)
     assert (candidate.images, candidate.declared) == (("logo.png",), True)
 
 
-def test_a_renamed_prompt_that_declares_no_images_is_ready_at_once_and_leaves_its_sibling(looking):
+def test_a_renamed_prompt_that_declares_no_images_is_ready_immediately_and_leaves_its_sibling(looking):
     looking.write("cat.png", PICTURE)
     candidate = arrive(looking, "+++\ninput_images = []\n+++\nA lighthouse")
     assert (candidate.images, candidate.declared) == ((), True)
 
 
 @pytest.mark.parametrize("is_local", [True, False])
-def test_it_is_known_of_a_prompt_whether_it_had_to_be_quiet_and_whose_clock_its_dates_are_of(looking, is_local):
+def test_it_is_known_of_a_prompt_whether_it_had_to_settle_and_whose_clock_its_dates_are_of(looking, is_local):
     """By that the burst guard knows when it came."""
     looking.scan = InboxScan(str(looking.inbox), Inbox(), is_local=lambda _: is_local)
     looking.look()
@@ -220,14 +220,16 @@ def test_a_declared_image_that_is_still_being_written_is_waited_for(looking):
     assert looking.ready() == ["cat.prompt.txt"]
 
 
-def test_a_declared_image_that_stays_broken_is_taken_after_it_was_quiet_so_that_its_sender_is_told(looking):
+def test_a_declared_image_that_stays_broken_is_claimed_after_it_was_unchanged_so_that_its_sender_gets_an_error_file(
+    looking,
+):
     looking.write("logo.png", PICTURE[:-20])
     arrive(looking, DECLARES)
     looking.look()
     assert looking.ready(after=5.1) == ["cat.prompt.txt"]
 
 
-def test_a_missing_declared_image_is_waited_for_and_taken_as_soon_as_it_is_there(looking):
+def test_a_missing_declared_image_is_waited_for_and_claimed_as_soon_as_it_is_there(looking):
     assert arrive(looking, DECLARES) is None
     assert looking.scan.waits_for_inputs()
     assert looking.look(after=20).waiting == {"cat.prompt.txt": "waits for logo.png"}
@@ -244,7 +246,7 @@ def test_a_declared_image_that_never_comes_is_waited_for_no_longer_than_said(loo
     assert looking.ready(after=10.1) == ["cat.prompt.txt"]
 
 
-def test_a_prompt_that_is_written_anew_waits_for_its_images_anew(looking):
+def test_a_prompt_that_is_written_again_waits_for_its_images_again(looking):
     arrive(looking, DECLARES)
     looking.look(after=59)
     arrive(looking, DECLARES)
@@ -260,7 +262,7 @@ def test_a_prompt_written_in_place_settles_first_and_then_its_declared_images_do
     assert looking.ready(after=5.1) == ["cat.prompt.txt"]
 
 
-def test_a_prompt_with_mistakes_is_ready_so_that_its_sender_is_told(looking):
+def test_a_prompt_with_mistakes_is_ready_so_that_its_sender_gets_an_error_file(looking):
     looking.write("cat.prompt.txt", "+++\nqualtiy = 1\n+++\nx")
     looking.write("dog.prompt.txt", b"\xff\xfe\x00")
     looking.look()
@@ -283,15 +285,15 @@ def test_an_editor_or_a_transfer_at_work_on_the_stem_holds_it(looking, mark):
     assert looking.ready(after=5.1) == ["cat.prompt.txt"]
 
 
-def test_a_mark_that_nobody_removed_for_an_hour_holds_nothing_any_more(looking):
+def test_a_mark_that_no_one_removed_for_an_hour_holds_nothing_any_more(looking):
     looking.write("cat.prompt.txt")
     looking.write(".cat.prompt.txt.swp")
     looking.wall += 3601
     assert looking.ready() == ["cat.prompt.txt"]
 
 
-def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking, monkeypatch):
-    """A rename between the list of names and the look at the mark: the image is there, the list does not have it."""
+def test_a_mark_that_goes_away_while_it_is_checked_is_checked_again(looking, monkeypatch):
+    """A rename between the list of names and the check of the mark: the image is there, the list does not have it."""
     looking.write("cat.prompt.txt")
     mark = looking.write(".cat.png.a1B2c3", PICTURE)
     looking.wall += 60
@@ -310,7 +312,7 @@ def test_a_mark_that_goes_away_while_it_is_looked_at_is_looked_at_again(looking,
     assert candidate.images == ("cat.png",)
 
 
-def test_an_image_whose_transfer_died_is_asked_for_and_the_prompt_not_taken_without_it(looking):
+def test_an_image_whose_transfer_died_is_asked_for_and_the_prompt_not_claimed_without_it(looking):
     looking.write("cat.prompt.txt")
     looking.write("cat.1.png", PICTURE)
     looking.write(".syncthing.cat.png.tmp", PICTURE[:-20])
@@ -320,7 +322,7 @@ def test_an_image_whose_transfer_died_is_asked_for_and_the_prompt_not_taken_with
     assert looking.scan.unchanged(candidate)
 
 
-def test_a_prompt_that_comes_by_rename_while_an_editor_has_it_open_is_not_taken_at_once(looking):
+def test_a_prompt_that_comes_by_rename_while_an_editor_has_it_open_is_not_claimed_immediately(looking):
     lock = looking.write(".~lock.cat.prompt.txt#")
     looking.write("logo.png", PICTURE)
     assert arrive(looking, DECLARES) is None
@@ -330,7 +332,7 @@ def test_a_prompt_that_comes_by_rename_while_an_editor_has_it_open_is_not_taken_
 
 
 @pytest.mark.parametrize("name", ["cat.prompt.txt", "cat.png"])
-def test_what_somebody_has_open_for_writing_is_not_taken_however_quiet_it_is(looking, tmp_path, name):
+def test_what_a_program_has_open_for_writing_is_not_claimed_however_long_it_is_unchanged(looking, tmp_path, name):
     looking.write("cat.prompt.txt")
     looking.write("cat.png", PICTURE)
     with (looking.inbox / name).open("ab") as file:
@@ -373,7 +375,7 @@ def test_an_image_that_is_still_empty_is_waited_for_but_not_for_ever(looking):
     assert sorted(looking.ready(after=60)) == ["cat.prompt.txt", "dog.prompt.txt"]
 
 
-def test_an_empty_prompt_waits_and_is_taken_once_it_is_filled(looking):
+def test_an_empty_prompt_waits_and_is_claimed_once_it_is_filled(looking):
     path = looking.write("cat.prompt.txt", "")
     looking.wall += 60
     seen = looking.look()
@@ -540,7 +542,7 @@ def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(looking):
 
 
 def drained(scan: InboxScan, inbox: Path, look: Callable[[], ScanResult], ahead: int) -> list[Candidate]:
-    """Take everything as the daemon does: the head of the queue, then more of it, then another look."""
+    """Take everything as the daemon does: the head of the queue, then more of it, then another scan."""
     took = []
     while ready := look().ready:
         while ready:
@@ -555,14 +557,14 @@ def drained(scan: InboxScan, inbox: Path, look: Callable[[], ScanResult], ahead:
 
 
 def windowed(inbox: Path, **settings: object) -> Looking:
-    """A look that knows only sixteen prompts by name, and lists a folder only if it must."""
+    """A scan that keeps only sixteen prompts in order, and lists a folder only if it must."""
     looking = Looking(inbox, **settings)
     looking.scan = InboxScan(str(inbox), looking.config, keeps_times=lambda _: True, most_ordered=16, most_named=5)
     return looking
 
 
 @pytest.mark.parametrize("beside", [False, True])
-def test_many_more_prompts_than_are_known_by_name_are_taken_oldest_first_each_once_with_its_images(tmp_path, beside):
+def test_many_more_prompts_than_are_known_by_name_are_claimed_oldest_first_each_once_with_its_images(tmp_path, beside):
     looking = windowed(tmp_path, settle_seconds=0.0)
     written = {"0": [], "1": [], "2": []}
     for number in range(200):
@@ -578,7 +580,7 @@ def test_many_more_prompts_than_are_known_by_name_are_taken_oldest_first_each_on
     assert all(len(candidate.images) == beside for candidate in took)
 
 
-def test_prompts_that_cannot_be_taken_hold_up_nobody_however_many_they_are(tmp_path):
+def test_prompts_that_cannot_be_claimed_delay_no_others_however_many_they_are(tmp_path):
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(100):
         looking.write(f"waits{number:03}.prompt.txt", DECLARES)
@@ -650,7 +652,7 @@ def test_a_prompt_rewritten_in_place_unnoticed_is_found_when_its_turn_comes_and_
     path.write_text("A lighthouse and half of")
     assert not looking.scan.unchanged(candidate)
     looking.wall = path.stat().st_ctime
-    looking.scan.touch(("", "dog"), looking.now)  # so that there is a reason to judge again
+    looking.scan.touch(("", "dog"), looking.now)  # so that there is a reason to check again
     seen = looking.look()
     assert (seen.ready, seen.waiting["cat.prompt.txt"]) == ([], "was changed, so it has to settle again")
     assert looking.ready(after=4) == []
@@ -669,7 +671,7 @@ def test_a_prompt_of_a_job_at_work_is_passed_over_and_found_when_the_job_is_over
     assert looking.ready() == ["cat.prompt.txt"]
 
 
-def test_of_very_many_files_that_are_not_taken_some_are_named_and_all_are_counted(tmp_path):
+def test_of_very_many_files_that_are_ignored_some_are_named_and_all_are_counted(tmp_path):
     looking = windowed(tmp_path)
     for number in range(30):
         looking.write(f"note{number}.txt")
@@ -701,7 +703,7 @@ def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_m
     assert not {"p009", "p010"} & images.keys()
 
 
-def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_their_folder_stays_as_it_is(
+def test_more_new_prompts_than_are_held_by_name_settle_separately_although_their_folder_stays_as_it_is(
     tmp_path, monkeypatch
 ):
     monkeypatch.setattr("imagewatch.inbox.listing.MANY", 10)
@@ -724,7 +726,7 @@ def test_more_new_prompts_than_are_held_by_name_settle_each_by_itself_although_t
     assert {candidate.source for candidate in looking.look(after=3.1).ready} == late
 
 
-def test_among_more_other_files_than_are_held_by_name_each_is_judged_by_its_name(tmp_path, monkeypatch):
+def test_among_more_other_files_than_are_held_by_name_each_is_checked_by_its_name(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.inbox.listing.MANY", 10)
     looking = windowed(tmp_path)
     for number in range(50):
@@ -753,7 +755,7 @@ def test_a_mark_with_a_date_in_the_future_does_not_hold_a_prompt_for_ever(lookin
     assert looking.ready(after=6) == ["cat.prompt.txt"]
 
 
-# Between the look and the claim
+# Between the scan and the claim
 
 
 def test_a_candidate_whose_file_was_changed_or_removed_is_noticed(looking):
@@ -772,7 +774,7 @@ def test_a_candidate_whose_file_was_changed_or_removed_is_noticed(looking):
     assert not looking.scan.unchanged(candidate)
 
 
-def test_a_claim_knows_what_the_prompt_file_looked_like(looking):
+def test_a_claim_knows_what_the_prompt_file_was_like(looking):
     path = looking.write("a/cat.prompt.txt")
     looking.wall += 60
     (candidate,) = looking.look().ready
@@ -789,7 +791,7 @@ def test_names_that_are_no_text_are_seen(looking):
 
 
 @pytest.mark.slow
-def test_five_thousand_prompts_are_judged_alike_twice(looking):
+def test_five_thousand_prompts_are_checked_alike_twice(looking):
     for number in range(5000):
         looking.write(f"{number % 10}/p{number:04}.prompt.txt")
     first = looking.look()
@@ -826,7 +828,7 @@ def test_thousands_of_folders_each_in_the_one_before_come_and_go(deep):
     assert (seen.folders, [candidate.source for candidate in seen.ready]) == ([str(deep)], ["cat.prompt.txt"])
 
 
-def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(tmp_path, monkeypatch):
+def test_of_more_folders_of_one_owner_than_are_scanned_the_others_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.inbox.tree._MOST_FOLDERS", 10)
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(8):
@@ -844,7 +846,7 @@ def test_of_more_folders_of_one_owner_than_are_looked_into_the_others_are_named(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a folder to another user")
-def test_however_many_folders_one_owner_makes_those_of_another_are_looked_into(tmp_path, monkeypatch):
+def test_however_many_folders_one_owner_makes_those_of_another_are_scanned(tmp_path, monkeypatch):
     monkeypatch.setattr("imagewatch.inbox.tree._MOST_FOLDERS", 10)
     looking = windowed(tmp_path, settle_seconds=0.0)
     for number in range(30):
@@ -869,7 +871,7 @@ def test_while_such_a_file_is_empty_the_prompt_waits_and_then_it_is_refused(look
     assert candidate.unused == ("cat.upload",)
 
 
-def test_while_such_a_file_changes_the_prompt_waits_and_says_so(looking):
+def test_while_such_a_file_changes_the_prompt_waits_and_its_reason_is_shown(looking):
     looking.write("cat.prompt.txt", "A cat")
     looking.look()
     looking.look(after=60)
@@ -899,7 +901,7 @@ def test_a_file_that_changes_without_end_delays_its_prompt_no_longer_than_a_miss
     assert candidate.unused == ("cat.upload",)
 
 
-def test_a_plain_text_that_changes_without_end_delays_nobody(looking):
+def test_a_plain_text_that_changes_without_end_delays_nothing(looking):
     looking.write("cat.prompt.txt", "A cat")
     looking.write("cat.log", "one line")
     looking.look()
@@ -920,7 +922,7 @@ def test_a_transfer_under_way_of_such_a_file_holds_the_prompt_until_it_has_its_n
     assert candidate.unused == ("cat-2.jpg",)
 
 
-def test_a_file_that_is_taken_away_before_the_claim_is_no_reason_to_refuse(looking):
+def test_a_file_that_is_removed_before_the_claim_is_no_reason_to_refuse(looking):
     looking.write("cat.prompt.txt", "A cat")
     looking.write("cat-2.jpg", PICTURE)
     (candidate,) = looking.look(after=60).ready
@@ -932,7 +934,7 @@ def test_a_file_that_is_taken_away_before_the_claim_is_no_reason_to_refuse(looki
     assert candidate.unused == ()
 
 
-def test_nothing_of_a_folder_is_taken_before_its_first_scan_has_seen_all_of_it(looking):
+def test_nothing_of_a_folder_is_claimed_before_its_first_scan_has_seen_all_of_it(looking):
     """The names of a folder come in no order, and a scan is made in pieces: the oldest prompt may come last."""
     for number in range(3000):
         looking.write(f"sub/p{number:04}.prompt.txt")

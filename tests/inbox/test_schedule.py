@@ -76,7 +76,7 @@ def test_each_folder_is_scanned_when_its_time_has_come_and_once(schedule):
     assert (everything(schedule), schedule.due) == (["a"], math.inf)
 
 
-def test_who_is_scanned_anyway_is_not_scanned_again_for_an_earlier_wish(schedule):
+def test_who_is_scanned_anyway_is_not_scanned_again_for_an_earlier_request(schedule):
     schedule.later("a", 5.0)
     schedule.soon("a")
     schedule.soon("a")
@@ -84,7 +84,7 @@ def test_who_is_scanned_anyway_is_not_scanned_again_for_an_earlier_wish(schedule
     assert (everything(schedule), schedule.due) == (["a"], math.inf)
 
 
-def test_a_folder_that_is_gone_is_forgotten(schedule):
+def test_a_folder_that_is_missing_is_forgotten(schedule):
     schedule.soon_all(["a", "a/b"])
     schedule.later("a/c", 5.0)
     for path in ("a", "a/b", "a/c"):
@@ -93,7 +93,7 @@ def test_a_folder_that_is_gone_is_forgotten(schedule):
 
 
 @pytest.mark.parametrize("others", [[], ["mallory/gone"]])
-def test_what_is_begun_goes_on_though_a_folder_beside_it_is_gone(schedule, others):
+def test_what_is_begun_continues_although_a_folder_beside_it_is_missing(schedule, others):
     schedule.soon_all(["mallory", *others])
     schedule.take("mallory")
     schedule.charge("mallory", 0.01, more=True)
@@ -114,13 +114,13 @@ def test_folders_that_come_and_go_without_end_leave_nothing_behind_in_the_schedu
     assert len(schedule._seconds) <= 1
 
 
-def test_a_storm_of_wishes_takes_no_memory(schedule):
+def test_a_storm_of_requests_takes_no_memory(schedule):
     for number in range(10_000):
         schedule.later(f"m{number % 10}", 1e9 - number)
     assert len(schedule._later) < 200
 
 
-def test_looking_ahead_takes_turns_with_scanning(schedule):
+def test_checking_ahead_takes_turns_with_scanning(schedule):
     schedule.soon("a")
     schedule.ahead("a")
     schedule.ahead("b")

@@ -18,12 +18,12 @@ def look(settling, now, print_="a", *, age=0.0, wall=None, key=KEY):
     return settling.observe(key, print_, changed_at=wall - age, now=now, wall=wall)
 
 
-def test_a_stem_that_was_just_written_has_to_be_quiet_for_the_whole_time():
+def test_a_stem_that_was_just_written_has_to_be_unchanged_for_the_whole_time():
     settling = Settling(5)
     assert [look(settling, now) for now in (100, 101, 104.5, 105, 200)] == [5, 4, 0.5, 0, 0]
 
 
-def test_the_first_look_gives_credit_for_the_time_since_the_last_change():
+def test_the_first_scan_gives_credit_for_the_time_since_the_last_change():
     assert look(Settling(5), 100, age=3) == 2
     assert look(Settling(5), 100, age=5) == 0
     assert look(Settling(5), 100, age=10**6) == 0
@@ -65,7 +65,7 @@ def test_a_change_that_shows_an_old_date_gets_no_credit():
     assert look(settling, 101, "b", age=10**6) == 5
 
 
-def test_a_touch_starts_the_time_again_although_nothing_looks_different():
+def test_a_touch_starts_the_time_again_although_nothing_is_different():
     settling = Settling(5)
     look(settling, 100, age=100)
     settling.touch(KEY, 103)
@@ -73,7 +73,7 @@ def test_a_touch_starts_the_time_again_although_nothing_looks_different():
     assert look(settling, 108, age=100) == 0
 
 
-def test_a_touch_before_the_first_look_takes_the_credit_away():
+def test_a_touch_before_the_first_scan_takes_the_credit_away():
     settling = Settling(5)
     settling.touch(KEY, 99)
     assert look(settling, 100, age=100) == 4
@@ -93,7 +93,7 @@ def test_stems_do_not_disturb_each_other():
     assert look(settling, 105) == 0
 
 
-def test_who_is_gone_is_forgotten_and_begins_anew_when_it_comes_back():
+def test_who_is_missing_is_forgotten_and_begins_again_when_it_comes_back():
     settling = Settling(5)
     look(settling, 100)
     look(settling, 100, key=("", "dog"))
@@ -104,7 +104,7 @@ def test_who_is_gone_is_forgotten_and_begins_anew_when_it_comes_back():
     assert look(settling, 105, key=("", "dog")) == 0
 
 
-def test_a_touch_of_one_who_is_gone_is_forgotten_too():
+def test_a_touch_of_one_who_is_missing_is_forgotten_too():
     settling = Settling(5)
     settling.touch(KEY, 100)
     settling.forget_others()
@@ -112,7 +112,7 @@ def test_a_touch_of_one_who_is_gone_is_forgotten_too():
     assert look(settling, 101, age=10) == 0
 
 
-def test_a_touch_between_two_looks_outlives_the_next_one():
+def test_a_touch_between_two_scans_outlives_the_next_one():
     settling = Settling(5)
     look(settling, 100, age=10)
     settling.forget_others()
@@ -123,7 +123,7 @@ def test_a_touch_between_two_looks_outlives_the_next_one():
 
 
 @pytest.mark.parametrize("jump", [-(10.0**9), -3600.0, 3600.0, 10.0**9])
-def test_a_wall_clock_that_jumps_changes_nothing_after_the_first_look(jump):
+def test_a_wall_clock_that_jumps_changes_nothing_after_the_first_scan(jump):
     settling = Settling(5)
     look(settling, 100, age=1)
     changed = WALL + 99
@@ -140,7 +140,7 @@ def test_a_wall_clock_that_jumps_ahead_does_not_outvote_a_touch(jump):
     assert look(settling, 102, wall=WALL + jump, age=jump) == 4
 
 
-def test_without_a_settling_time_everything_is_ready_at_once():
+def test_without_a_settling_time_everything_is_ready_immediately():
     settling = Settling(0)
     assert look(settling, 100) == 0
     settling.touch(KEY, 101)
@@ -155,7 +155,7 @@ events = st.lists(
 
 @given(events, st.floats(-100, 100))
 @settings(max_examples=300, deadline=None)
-def test_a_stem_is_never_ready_before_it_was_quiet_long_enough_by_our_own_observation(history, age):
+def test_a_stem_is_never_ready_before_it_was_unchanged_long_enough_by_our_own_observation(history, age):
     settling, now = Settling(5), 1000.0
     seen, last_event = None, None
     for kind, print_, pause, wall in history:

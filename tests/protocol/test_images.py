@@ -83,7 +83,7 @@ def png(*chunks):
 
 
 def interlaced():
-    # Pillow reads Adam7 but does not write it: seven passes of one 8x8 grey picture, all filter 0.
+    # Pillow reads Adam7 but does not write it: seven passes of one 8x8 grey image, all filter 0.
     rows = b"".join(
         (b"\0" + bytes(width)) * height for width, height in [(1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (4, 4), (8, 4)]
     )
@@ -189,7 +189,7 @@ class Counting(io.BytesIO):
 
 
 @real
-def test_a_real_picture_is_whole_and_its_dimensions_are_right(kind, data):
+def test_a_real_image_is_whole_and_its_dimensions_are_right(kind, data):
     assert look(data) == Image(kind, 23, 17, "")
 
 
@@ -221,7 +221,7 @@ def test_bytes_after_the_end_are_tolerated(kind, data):
 
 
 @real
-def test_where_the_file_stands_makes_no_difference(kind, data):
+def test_the_position_of_the_file_makes_no_difference(kind, data):
     file = io.BytesIO(data)
     for position in (0, 5, len(data), len(data) + 99):
         file.seek(position)
@@ -229,7 +229,7 @@ def test_where_the_file_stands_makes_no_difference(kind, data):
 
 
 @real
-def test_a_file_that_hands_out_few_bytes_at_a_time_is_judged_the_same(kind, data):
+def test_a_file_that_hands_out_few_bytes_at_a_time_is_checked_the_same(kind, data):
     class Short(io.BytesIO):
         def read(self, size=-1):
             return super().read(min(size, 7))
@@ -339,7 +339,7 @@ def test_stray_bytes_in_the_head_of_a_jpeg_are_passed_over_as_decoders_do_and_a_
     assert problem(with_strays[:cut])
 
 
-def test_a_camera_jpeg_with_a_second_picture_behind_it_is_whole():
+def test_a_camera_jpeg_with_a_second_image_behind_it_is_whole():
     file = io.BytesIO()
     picture("RGB").save(file, "MPO", save_all=True, append_images=[picture("RGB").rotate(180)])
     assert file.getvalue().count(b"\xff\xd8\xff") == 2
@@ -347,7 +347,7 @@ def test_a_camera_jpeg_with_a_second_picture_behind_it_is_whole():
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
-def test_how_a_picture_is_to_be_turned_is_told(kind):
+def test_how_a_image_is_to_be_turned_is_reported(kind):
     assert look(with_exif(kind)).orientation == 6
     assert look(encoded(kind)).orientation == 1
 
@@ -367,7 +367,7 @@ def test_an_orientation_that_cannot_be_is_none(order, written, told):
 
 @settings(deadline=None)
 @given(st.binary(max_size=100))
-def test_odd_exif_data_never_harms_the_picture(exif):
+def test_odd_exif_data_never_harms_the_image(exif):
     assert problem(jpeg(segment(0xE1, b"Exif\0\0" + exif), FRAME, SCAN, b"abc")) == ""
     assert problem(png(HEAD, chunk(b"eXIf", exif), PIXELS, END)) == ""
     assert problem(riff(canvas(5, 7), lossy(5, 7), piece(b"EXIF", exif))) == ""
@@ -574,7 +574,7 @@ edits = st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 8), st.binary(ma
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from(list(REAL.values())), edits, st.integers(0, 3000))
-def test_damaged_pictures_never_raise_and_are_read_at_most_once(original, changes, length):
+def test_damaged_images_never_raise_and_are_read_at_most_once(original, changes, length):
     data = original[1]
     for at, removed, added in changes:
         start = at % len(data) if data else 0
@@ -588,7 +588,7 @@ def test_damaged_pictures_never_raise_and_are_read_at_most_once(original, change
 
 @settings(max_examples=400, deadline=None)
 @given(st.sampled_from([*REAL.values(), ("", b"GIF89a, or anything else")]), edits, st.sampled_from([17, 64, 1 << 18]))
-def test_who_wants_all_bytes_gets_them_once_in_order_and_the_same_judgement(original, changes, buffer):
+def test_who_wants_all_bytes_gets_them_once_in_order_and_the_same_result(original, changes, buffer):
     data = original[1]
     for at, removed, added in changes:
         start = at % len(data) if data else 0
@@ -602,12 +602,12 @@ def test_who_wants_all_bytes_gets_them_once_in_order_and_the_same_judgement(orig
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(list(REAL.values())), min_size=2, max_size=4))
-def test_of_pictures_run_together_the_first_one_counts(parts):
+def test_of_images_run_together_the_first_one_counts(parts):
     assert look(b"".join(data for _, data in parts)) == Image(parts[0][0], 23, 17, "")
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in REAL.items() if kind != "webp"])
-def test_a_picture_cut_short_and_begun_again_is_not_whole(name):
+def test_a_image_cut_short_and_begun_again_is_not_whole(name):
     # What a transfer leaves that was resumed from zero behind what was there. Where a stretch is skipped
     # by its length alone (the head of a JPEG, all of a WebP) such a seam cannot be seen.
     kind, data = REAL[name]
@@ -648,7 +648,7 @@ def test_the_bound_on_scans_is_far_above_what_an_encoder_writes():
 
 
 @pytest.mark.parametrize("scan", [b"\xff\x00", b"\xff\xd0", b"\xff\xff", b"ab"])
-def test_what_may_stand_in_a_scan_may_stand_there_millions_of_times(scan):
+def test_what_may_be_in_a_scan_may_be_there_millions_of_times(scan):
     assert problem(jpeg(FRAME, SCAN, scan * 2_000_000)) == ""
 
 
@@ -708,7 +708,7 @@ def test_images_of_other_kinds_are_not_supported_and_the_usual_ones_are_named(ki
         (b"<SVG xmlns='x'>", "SVG"),
     ],
 )
-def test_what_is_found_under_the_names_of_pictures_is_named(head, name):
+def test_what_is_found_under_the_names_of_images_is_named(head, name):
     assert foreign(head) == name
 
 
@@ -725,7 +725,7 @@ def test_what_is_not_recognised_has_no_name(head):
 
 
 @real
-def test_a_supported_picture_is_not_foreign(kind, data):
+def test_a_supported_image_is_not_foreign(kind, data):
     assert foreign(data) is None
     assert sniff(data[:12]) == kind
 
@@ -795,7 +795,7 @@ def test_plain_text_is_no_image_wherever_the_sample_of_it_ends(text):
 
 
 @real
-def test_a_picture_could_be_an_image_however_short_the_sample(kind, data):
+def test_a_image_could_be_an_image_however_short_the_sample(kind, data):
     for end in range({"png": 4, "jpeg": 2, "webp": 12}[kind], 40):
         assert could_be_image(data[:end])
 

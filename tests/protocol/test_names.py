@@ -130,7 +130,7 @@ def test_a_near_miss_is_recognised_as_one(name):
         "cat.prompt.txt:Zone.Identifier",
     ],
 )
-def test_a_prompt_a_stranger_a_hidden_file_and_a_backup_are_no_near_misses(name):
+def test_a_prompt_another_file_a_hidden_file_and_a_backup_are_no_near_misses(name):
     assert not near_miss(name)
 
 
@@ -208,7 +208,7 @@ def test_a_numbered_name_that_is_the_plain_image_of_another_prompt_is_that_promp
     assert stems["cat.1"].images == ["cat.1.png", "cat.1.1.png"]
 
 
-def test_a_file_with_any_ending_of_an_image_is_one_and_its_content_says_whether_it_can_be_sent():
+def test_a_file_with_any_ending_of_an_image_is_one_and_its_content_decides_whether_it_can_be_sent():
     names = ["cat.prompt.txt", "cat.gif", "cat.HEIC", "cat.3.tiff", "cat.mpo", "cat.png", "cat.doc", "dog.gif"]
     assert alone(*names).images == ["cat.HEIC", "cat.gif", "cat.mpo", "cat.png", "cat.3.tiff"]
     assert alone(*names, "cat.4.jpg_large", "cat.5.pjpeg", "cat.jfif").images[-2:] == ["cat.4.jpg_large", "cat.5.pjpeg"]
@@ -246,7 +246,7 @@ MEANT = {
     ("stem", "name"),
     [(("under" if name == "under_1.png" else stem), name) for stem, names in MEANT.items() for name in names],
 )
-def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_taken(stem, name):
+def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_used(stem, name):
     dropped = alone(f"{stem}.prompt.txt", name)
     assert (dropped.images, dropped.uncertain, dropped.busy) == ([], [name], [])
 
@@ -270,7 +270,7 @@ def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_taken(ste
         *("cat.prompt.txt~", "cat.png:Zone.Identifier", "cat.log.tmp", "cat.log.part", "cat.old", "cat.png.backup"),
     ],
 )
-def test_a_file_that_nobody_means_for_a_prompt_is_not_doubted(name):
+def test_a_file_that_no_one_means_for_a_prompt_is_not_doubted(name):
     assert alone("cat.prompt.txt", name).uncertain == []
 
 
@@ -331,7 +331,7 @@ def test_two_prompts_whose_names_differ_only_in_how_accents_are_composed_keep_th
     }
 
 
-def test_images_without_a_prompt_are_nobodys():
+def test_images_without_a_prompt_belong_to_none():
     assert group(["cat.png", "cat.1.png", "dog.gif", ".cat.png.swp"]) == {}
 
 
@@ -385,7 +385,7 @@ def test_a_program_at_work_on_any_file_of_a_stem_is_seen(form, target):
 
 
 @pytest.mark.parametrize("form", PROGRAMS.values(), ids=PROGRAMS.keys())
-def test_a_program_at_work_on_another_stem_holds_nobody_else(form):
+def test_a_program_at_work_on_another_stem_holds_no_other(form):
     names = [form.format(target) for target in ("dog.prompt.txt", "catalog.png", "cat.txt", "cat", "cat.doc")]
     stems = group(["cat.prompt.txt", "catfish.prompt.txt", *names])
     assert [dropped.busy for dropped in stems.values()] == [[], []]
@@ -433,18 +433,18 @@ def test_a_transfer_of_an_image_holds_only_the_prompt_that_owns_it():
         "cat.prompt.txt:Zone.Identifier",
     ],
 )
-def test_what_stays_behind_after_the_work_holds_nobody(name):
+def test_what_stays_behind_after_the_work_holds_nothing(name):
     assert alone("cat.prompt.txt", name).busy == []
 
 
-def test_what_is_on_its_way_to_a_hidden_name_holds_nobody():
+def test_what_is_on_its_way_to_a_hidden_name_holds_nothing():
     assert group([".cat.prompt.txt", ".syncthing..cat.prompt.txt.tmp", "dog.prompt.txt"])["dog"].busy == []
 
 
 # Names that are taken, names that are long
 
 
-def test_the_short_id_stands_before_the_ending():
+def test_the_short_id_is_before_the_ending():
     cases = {
         ("cat.prompt.txt", "cat"): "cat.7f3a.prompt.txt",
         ("cat.png", "cat"): "cat.7f3a.png",
@@ -528,7 +528,7 @@ def test_any_names_are_sorted_and_nothing_belongs_to_two(names, rng):
     stems = group(names)
     assert set(stems) == {stem for name in names if (stem := stem_of(name)) is not None}
     owned = [name for dropped in stems.values() for name in (*dropped.images, *dropped.busy)]
-    whole = [name for name in owned if not name.startswith("~$")]  # the lock of Office names several at once
+    whole = [name for name in owned if not name.startswith("~$")]  # the lock of Office names several immediately
     assert len(whole) == len(set(whole))
     assert set(owned) <= set(names) - {dropped.prompt for dropped in stems.values()}
     for dropped in stems.values():

@@ -1,4 +1,4 @@
-"""The prompt file: what people, editors and programs save, and what is said about their mistakes."""
+"""The prompt file: what people, editors and programs save, and how their mistakes are reported."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_a_file_that_is_too_large_is_refused_unread():
 # Front matter
 
 
-def test_every_key_of_the_front_matter_is_taken():
+def test_every_key_of_the_front_matter_is_used():
     block = """
 provider = "openai"
 model = "gpt-image-2"
@@ -178,7 +178,7 @@ def test_an_empty_front_matter_sets_nothing():
     assert parse(b"+++\n+++\na cat") == parse(front("# only a comment")) == Prompt("a cat", FrontMatter())
 
 
-def test_all_mistakes_are_reported_at_once_and_the_nearest_key_is_suggested():
+def test_all_mistakes_are_reported_together_and_the_nearest_key_is_suggested():
     found = problems(
         front(
             'qualty = "high"\nn = 9\nprovider = "midjourney"\ninput_image = []\ninput_images = ["~b"]\nzzz = 1',
@@ -439,7 +439,7 @@ def test_later_fences_belong_to_the_text():
     ("block", "line"),
     [("n = ", 2), ("n = 2\nquality = high", 3), ("n = 2\n\n\nn = 3", 5), ("a b", 2)],
 )
-def test_a_toml_mistake_is_told_with_the_line_of_the_file(block, line):
+def test_a_toml_mistake_is_reported_with_the_line_of_the_file(block, line):
     raw = f"+++\n{block}\n# end\n+++\na cat".encode()
     assert f"(at line {line}, column" in problem(raw).reason
 
@@ -552,14 +552,14 @@ def test_a_prompt_that_cannot_be_read_declares_nothing(raw):
 # Tables
 
 
-def test_options_that_are_not_set_are_taken_from_below():
+def test_options_that_are_not_set_come_from_below():
     upper = Options(n=2, quality="low")
     lower = Options(n=3, provider="openai", seed=0)
     assert upper.over(lower) == Options(n=2, quality="low", provider="openai", seed=0)
     assert Options(seed=0).over(Options(seed=5)).seed == 0
 
 
-def test_a_faulty_key_is_left_at_its_default_and_the_others_are_taken():
+def test_a_faulty_key_is_left_at_its_default_and_the_others_are_used():
     made, found = check({"n": 9, "seed": 3}, Options, "defaults.")
     assert made == Options(seed=3)
     assert [item.field for item in found] == ["defaults.n"]
@@ -681,6 +681,6 @@ def test_any_mixture_of_signs_is_a_prompt_or_a_problem_and_options_are_never_pro
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1, max_size=100), signs)
 @settings(max_examples=300, deadline=None)
 def test_signs_of_other_files_after_the_beginning_of_a_text_are_a_part_of_it(text, rest):
-    """Only the markers of a merge conflict are looked for in the whole text."""
+    """Only the markers of a merge conflict are searched in the whole text."""
     if "<<<<<<< a" not in rest:
         assert isinstance(outcome(f"A poster: {text}\n{rest}".encode()), Prompt)

@@ -1,4 +1,4 @@
-"""``docs/protocol.md`` and the schemas, held to real documents of every kind and to the code."""
+"""``docs/protocol.md`` and the schemas, held to real result files of every kind and to the code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ VALIDATORS = {kind: Draft202012Validator(schema) for kind, schema in SCHEMAS.ite
 
 
 def closed(schema: Any) -> Any:
-    """A schema that accepts no key but those it names: our own documents have no others."""
+    """A schema that accepts no key but those it names: our own result files have no others."""
     if isinstance(schema, list):
         return [closed(inner) for inner in schema]
     if not isinstance(schema, dict):
@@ -87,7 +87,7 @@ def plain(value: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """A real document of every kind, by the name of its prompt, with a second one of a name that was taken."""
+    """A real result file of every kind, by the name of its prompt, with a second one of a name that existed."""
     with Sandbox(key=KEY) as sandbox:
         station = Station(tmp_path_factory.mktemp("documents"), sandbox.base_url, retry__attempts="2")
         for name, content in (("edit.png", "a"), ("edit.1.png", "b"), ("refused.png", "c")):
@@ -114,7 +114,7 @@ def kind_of(name: str) -> str:
 
 
 @pytest.mark.parametrize("kind", SCHEMAS)
-def test_a_schema_is_one_and_has_the_version_of_the_documents(kind):
+def test_a_schema_is_one_and_has_the_version_of_the_result_files(kind):
     Draft202012Validator.check_schema(SCHEMAS[kind])
     assert SCHEMAS[kind]["properties"]["schema"] == {"const": SCHEMA}
     assert f"# The folder protocol, version {SCHEMA}\n" in PAGE
@@ -127,7 +127,7 @@ def test_what_both_schemas_define_is_the_same():
     assert {name: receipt[name] for name in shared} == {name: error[name] for name in shared}
 
 
-def test_real_documents_of_every_kind_satisfy_the_schemas(documents):
+def test_real_result_files_of_every_kind_satisfy_the_schemas(documents):
     for name, document in documents.items():
         faults = [
             f"{name}: {fault.json_path}: {fault.message}" for fault in CLOSED[kind_of(name)].iter_errors(document)
@@ -139,8 +139,8 @@ def test_real_documents_of_every_kind_satisfy_the_schemas(documents):
         assert documents[door]["source"] == f"{stem}.prompt.txt"
 
 
-def test_the_documents_together_have_every_key_that_the_schemas_know(documents):
-    """What never occurs would be described by nobody's word but ours. ``cf-ray`` and its like are the gateway's."""
+def test_the_result_files_together_have_every_key_that_the_schemas_know(documents):
+    """What never occurs would be described by no one's word but ours. ``cf-ray`` and its like are the gateway's."""
     for kind, schema in SCHEMAS.items():
         mine = [document for name, document in documents.items() if kind_of(name) == kind]
         assert set().union(*mine) == set(schema["properties"])
@@ -151,7 +151,7 @@ def test_the_documents_together_have_every_key_that_the_schemas_know(documents):
 
 
 def tables(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every table of a document; what is as received has no rules."""
+    """The path of every table of a result file; what is as received has no rules."""
     if isinstance(value, dict):
         yield path
         for name, inner in value.items():
@@ -177,7 +177,7 @@ def at(document: Any, path: tuple[Any, ...]) -> Any:
     return document
 
 
-def test_no_document_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(documents):
+def test_no_result_file_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(documents):
     tried = 0
     for name, document in documents.items():
         accepts = CLOSED[kind_of(name)].is_valid
@@ -212,11 +212,11 @@ def test_no_document_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(docu
         ("errors/refused.error.toml", {"message": ""}),
     ],
 )
-def test_a_document_that_contradicts_itself_or_the_protocol_does_not_satisfy_its_schema(documents, name, change):
+def test_a_result_file_that_contradicts_itself_or_the_protocol_does_not_satisfy_its_schema(documents, name, change):
     assert not VALIDATORS[kind_of(name)].is_valid({**documents[name], **change})
 
 
-def test_a_name_that_was_taken_gets_the_short_id_in_every_file_of_the_job(documents):
+def test_a_name_that_existed_gets_the_short_id_in_every_file_of_the_job(documents):
     (again,) = (name for name in documents if re.fullmatch(r"outbox/made\.\w{4}\.receipt\.toml", name))
     document = documents[again]
     assert again == f"outbox/made.{document['job'][:4]}.receipt.toml"
@@ -232,7 +232,7 @@ def rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()[2:]]
 
 
-def test_the_page_lists_exactly_the_keys_of_the_documents_and_where_they_are():
+def test_the_page_lists_exactly_the_keys_of_the_result_files_and_where_they_are():
     listed: dict[str, set[str]] = {}
     for names, where, _ in rows("## Keys of the result files"):
         for name in re.findall(r"`\[*(\w+)\]*`", names):
@@ -249,7 +249,7 @@ def test_the_page_lists_exactly_the_keys_of_front_matter():
     assert sorted(listed) == sorted(FrontMatter.__struct_fields__)
 
 
-def test_the_tables_of_pictures_and_inputs_name_all_their_keys():
+def test_the_tables_of_images_and_inputs_name_all_their_keys():
     for name, definition in (("images", "image"), ("inputs", "input")):
         (words,) = (words for names, _, words in rows("## Keys of the result files") if f"[[{name}]]" in names)
         assert set(re.findall(r"`(\w+)`", words)) == set(SCHEMAS["receipt"]["$defs"][definition]["properties"])

@@ -156,7 +156,7 @@ class TestRename:
         DISK.rename(in_a(tmp_path, "old"), str(tmp_path / "new"))
         assert names(tmp_path) == ["new"], renaming
 
-    def test_a_name_that_is_taken_is_never_replaced(self, tmp_path: Path, renaming: str) -> None:
+    def test_a_name_that_exists_is_never_replaced(self, tmp_path: Path, renaming: str) -> None:
         source, target = in_a(tmp_path, "old", b"mine"), in_a(tmp_path, "new", b"theirs")
         with pytest.raises(FileExistsError):
             DISK.rename(source, target)
@@ -170,7 +170,7 @@ class TestRename:
             DISK.rename(source, str(tmp_path / "new"))
         assert names(tmp_path) == ["new", "old"], renaming
 
-    def test_what_is_gone_is_an_answer(self, tmp_path: Path, renaming: str) -> None:
+    def test_what_is_missing_is_an_answer(self, tmp_path: Path, renaming: str) -> None:
         with pytest.raises(FileNotFoundError):
             DISK.rename(str(tmp_path / "gone"), str(tmp_path / "new"))
         assert names(tmp_path) == [], renaming
@@ -231,13 +231,13 @@ class TestCarry:
         carry(source, target)
         assert not os.path.exists(source)
         assert target.read_bytes() == b"content"
-        carry(source, target)  # once more: the source is gone
+        carry(source, target)  # again: the source is missing
         target.unlink()
         carry(source, target)  # and now a reader has it
         assert not target.exists()
 
     @pytest.mark.parametrize("theirs", [b"another", b"other content of another length", b""])
-    def test_somebody_elses_file_is_not_replaced(self, tmp_path: Path, target: Path, theirs: bytes) -> None:
+    def test_another_users_file_is_not_replaced(self, tmp_path: Path, target: Path, theirs: bytes) -> None:
         source = in_a(tmp_path, "old")
         target.write_bytes(theirs)
         with pytest.raises(FileExistsError):
@@ -257,7 +257,7 @@ class TestCarry:
             carry(source, target)
         assert Path(source).read_bytes() == b"content"
 
-    def test_an_empty_file_is_not_taken_for_a_pipe_of_its_name(self, tmp_path: Path, target: Path) -> None:
+    def test_an_empty_file_is_not_mistaken_for_a_pipe_of_its_name(self, tmp_path: Path, target: Path) -> None:
         source = in_a(tmp_path, "old", b"")
         os.mkfifo(target)
         with pytest.raises(FileExistsError):
@@ -292,7 +292,7 @@ class TestCarry:
         carry(tmp_path / "old", target)
         assert not (tmp_path / "old").exists()
 
-    def test_a_target_folder_that_is_gone_is_our_disks_fault(self, tmp_path: Path, target: Path) -> None:
+    def test_a_target_folder_that_is_missing_is_our_disks_fault(self, tmp_path: Path, target: Path) -> None:
         source = in_a(tmp_path, "old")
         with pytest.raises(SpoolError) as caught:
             carry(source, target.parent / "gone" / "new")
@@ -313,7 +313,7 @@ def publish(target: Path, content: bytes = b"receipt") -> None:
 
 
 class TestPublish:
-    def test_a_document_appears_whole(self, tmp_path: Path, renaming: str) -> None:
+    def test_a_result_file_appears_whole(self, tmp_path: Path, renaming: str) -> None:
         publish(tmp_path / "new")
         assert (tmp_path / "new").read_bytes() == b"receipt"
         assert names(tmp_path) == ["new"], renaming
@@ -324,7 +324,7 @@ class TestPublish:
             publish(tmp_path / "new")
         assert names(tmp_path) == ["new"], renaming
 
-    def test_another_document_is_not_replaced(self, tmp_path: Path, renaming: str) -> None:
+    def test_another_result_file_is_not_replaced(self, tmp_path: Path, renaming: str) -> None:
         theirs = in_a(tmp_path, "new", b"receipt of another")
         with pytest.raises(FileExistsError):
             publish(tmp_path / "new")
@@ -347,7 +347,7 @@ class TestProbe:
         DISK.probe(str(tmp_path), ".iw-probe")
         assert names(tmp_path) == []
 
-    def test_a_folder_that_is_gone_is_named(self, tmp_path: Path) -> None:
+    def test_a_folder_that_is_missing_is_named(self, tmp_path: Path) -> None:
         with pytest.raises(SpoolError) as caught:
             DISK.probe(str(tmp_path / "gone"), ".iw-probe")
         assert str(tmp_path / "gone") in str(caught.value)
@@ -375,10 +375,10 @@ class TestFolders:
         assert DISK.remove_folder(str(folder))
         assert names(tmp_path) == []
 
-    def test_removing_what_is_gone_is_fine(self, tmp_path: Path) -> None:
+    def test_removing_what_is_missing_is_fine(self, tmp_path: Path) -> None:
         DISK.unlink(str(tmp_path / "gone"))
 
-    def test_a_folder_that_is_gone_cannot_be_synced(self, tmp_path: Path) -> None:
+    def test_a_folder_that_is_missing_cannot_be_synced(self, tmp_path: Path) -> None:
         with pytest.raises(SpoolError):
             DISK.sync_folder(str(tmp_path / "gone"))
 
@@ -410,7 +410,7 @@ class TestAFullDisk:
         assert os.path.getsize(source) == 200_000
         assert names(small) == []
 
-    def test_a_document_that_does_not_fit_does_not_appear(self, small: Path) -> None:
+    def test_a_result_file_that_does_not_fit_does_not_appear(self, small: Path) -> None:
         with pytest.raises(SpoolError):
             publish(small / "new", b"x" * 200_000)
         assert names(small) == []
@@ -448,7 +448,7 @@ class TestAReadOnlyDisk:
             lambda folder: publish(folder / "new"),
         ],
     )
-    def test_every_change_says_so(self, locked: Path, work: Callable[[Path], object]) -> None:
+    def test_every_change_is_reported(self, locked: Path, work: Callable[[Path], object]) -> None:
         with pytest.raises(SpoolError) as caught:
             work(locked)
         assert caught.value.code == errno.EROFS
@@ -569,7 +569,7 @@ def test_a_disk_that_stays_full_is_waited_for_until_the_deadline_and_what_came_i
     assert names(place) == ["answer.1.part"]
 
 
-def test_the_room_of_an_answer_is_taken_before_it_comes_and_what_is_not_used_is_given_back(mount):
+def test_the_room_of_an_answer_is_reserved_before_it_comes_and_what_is_not_used_is_given_back(mount):
     place = mount("size=1m")
     answer = bytes(range(256)) * 2000
 
@@ -591,7 +591,7 @@ def test_the_room_of_an_answer_is_taken_before_it_comes_and_what_is_not_used_is_
     assert b"".join(Answer(str(place / "answer.1")).chunks()) == answer
 
 
-def test_more_room_than_there_is_cannot_be_reserved_and_is_an_error_that_says_how_much(mount):
+def test_more_room_than_there_is_cannot_be_reserved_and_is_an_error_that_names_how_much(mount):
     place = mount("size=1m")
     with (
         contextlib.closing(waiting_sink(place, pytest.fail)) as sink,
@@ -634,7 +634,7 @@ def test_an_answer_is_saved_though_its_folder_is_not_there_any_more_when_it_come
 
 
 class Unsynced(Disk):
-    """A disk on which the first fsync of each file fails, after which a second one would say that all is well."""
+    """A disk on which the first fsync of each file fails, after which a second one would succeed."""
 
     def __init__(self) -> None:
         self.synced: list[int] = []

@@ -86,7 +86,7 @@ def test_nothing_is_seen_through_a_link(top: Path, secret: Path, disk: Disk, act
     assert not getattr(disk.tops, act)(str(top / "a/b/more"))
 
 
-def test_a_file_in_the_place_of_a_folder_is_told_as_one(top: Path, disk: Disk) -> None:
+def test_a_file_in_the_place_of_a_folder_is_reported_as_one(top: Path, disk: Disk) -> None:
     (top / "a").rename(top / ".a")
     (top / "a").write_text("")
     with pytest.raises(SpoolError, match="a file is where a folder should be") as caught:
@@ -127,7 +127,7 @@ def test_no_path_leads_out_of_a_top(top: Path, secret: Path, disk: Disk, name: s
         disk.tops.lstat(f"{top}/{name}/cat.txt")
 
 
-def test_a_folder_that_is_shut_is_not_entered(top: Path, disk: Disk) -> None:
+def test_a_folder_that_is_closed_is_not_entered(top: Path, disk: Disk) -> None:
     disk.tops.know(str(top / "a"), None)
     with pytest.raises(SpoolError, match="another folder has the name"):
         disk.unlink(str(top / "a/b/cat.txt"))
@@ -157,7 +157,7 @@ def test_a_replaced_top_is_noticed(top: Path, disk: Disk) -> None:
     assert disk.tops.is_replaced(str(top))
 
 
-def test_without_a_top_paths_are_those_of_whoever_gave_them(top: Path, tmp_path: Path) -> None:
+def test_without_a_top_paths_are_those_of_the_caller(top: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(top)
     assert Tops().exists(str(tmp_path / "link/a/b/cat.txt"))
 
@@ -182,7 +182,7 @@ _RESOLVING_PATHS = {"exists", "lexists", "isdir", "isfile", "islink", "getsize",
         "protocol/request",
     ],
 )
-def test_what_handles_files_of_jobs_resolves_no_path_by_itself(module: str) -> None:
+def test_what_handles_files_of_jobs_resolves_no_path_itself(module: str) -> None:
     """Only ``folders``, ``durable`` and ``untrusted`` turn a path into a file."""
     found = []
     for node in ast.walk(ast.parse((PACKAGE / f"{module}.py").read_text())):

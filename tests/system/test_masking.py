@@ -86,7 +86,7 @@ def readings(text):
 
 
 def gives_away(content, secret=KEY):
-    """Tell whether somebody finds the key in what he can read."""
+    """Return whether another person finds the key in what they can read."""
     raw = content.encode() if isinstance(content, str) else content
     with contextlib.suppress(OSError, EOFError, zlib.error):
         raw += gzip.decompress(raw)
@@ -94,7 +94,7 @@ def gives_away(content, secret=KEY):
 
 
 def told(station):
-    """All that leaves the process for others: the folders, and what the ledger and the status say."""
+    """All that leaves the process for others: the folders, and what the ledger and the status contain."""
     files = [path for path in station.root.rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in files} | {"ledger": repr(station.ledger.rows())}
 
@@ -145,7 +145,7 @@ def test_a_paid_answer_that_repeats_the_key_everywhere_is_published_without_it(t
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_what_comes_in_place_of_a_picture_and_holds_the_key_is_not_published(tmp_path, capfd, form):
+def test_what_comes_in_place_of_a_image_and_holds_the_key_is_not_published(tmp_path, capfd, form):
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with served_by(tmp_path, answering(paid(IMAGE, b"not a picture, " + form.encode()))) as station:
         drop(station, originals)
@@ -187,8 +187,10 @@ def test_a_key_in_a_compressed_answer_is_in_nothing_that_others_read(tmp_path, c
 
 
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"200 OK"])
-def test_words_in_a_coding_that_we_cannot_read_are_not_repeated_and_the_answer_is_kept_apart(tmp_path, capfd, status):
-    # A Brotli stream of one block that is not compressed: whoever has the tool for it reads the key.
+def test_messages_in_a_coding_that_we_cannot_read_are_not_repeated_and_the_answer_is_kept_apart(
+    tmp_path, capfd, status
+):
+    # A Brotli stream of one block that is not compressed: who has the tool for it reads the key.
     words = f'{{"message": "{KEY}"}}'.encode()
     reply = answering(b"\x8b\x0d\x80" + words + b"\x03", b"Content-Encoding: br", status=status)
     with served_by(tmp_path, reply) as station:
@@ -264,7 +266,7 @@ def test_a_paid_answer_without_the_key_is_kept_byte_for_byte(tmp_path):
         assert (station.errors / "x.answer.json").read_bytes() == body
 
 
-def test_a_picture_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(tmp_path):
+def test_a_image_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(tmp_path):
     escaped = base64.b64encode(IMAGE).replace(b"/", b"\\/")
     assert b"\\/" in escaped
     with served_by(tmp_path, answering(b'{"images": [{"b64_json": "' + escaped + b'"}]}')) as station:
@@ -274,7 +276,7 @@ def test_a_picture_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(
         assert (station.outbox / "x.png").read_bytes() == IMAGE
 
 
-def test_what_came_of_an_answer_is_on_the_disk_to_its_last_byte_while_the_endpoint_says_nothing_more(tmp_path):
+def test_what_came_of_an_answer_is_on_the_disk_to_its_last_byte_while_the_endpoint_sends_nothing_more(tmp_path):
     body, seen = paid(IMAGE), []
 
     def script(exchange):
@@ -378,7 +380,7 @@ def test_a_short_key_is_masked_in_a_refusal_but_never_as_a_part_of_a_word(tmp_pa
         assert outcome.message == shown
 
 
-def test_a_key_of_eight_characters_is_masked_in_what_is_said_of_a_paid_answer_and_not_in_its_pictures(tmp_path):
+def test_a_key_of_eight_characters_is_masked_in_what_is_reported_of_a_paid_answer_and_not_in_its_images(tmp_path):
     key = base64.b64encode(IMAGE)[20:28].decode()
     with served_with(key, tmp_path, answering(paid(IMAGE, model=f"flux {key}"))) as station:
         drop(station, ASK)
