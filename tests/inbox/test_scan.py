@@ -215,7 +215,7 @@ def test_a_declared_image_is_found_however_its_accents_are_composed(looking, typ
 def test_a_declared_image_that_is_still_being_written_is_waited_for(looking):
     looking.write("logo.png", PICTURE[:-20])
     assert arrive(looking, DECLARES) is None
-    assert "its images are quiet" in looking.look(after=1).waiting["cat.prompt.txt"]
+    assert "its images must not change" in looking.look(after=1).waiting["cat.prompt.txt"]
     looking.write("logo.png", PICTURE)
     assert looking.ready() == ["cat.prompt.txt"]
 
@@ -836,7 +836,7 @@ def test_of_more_folders_of_one_owner_than_are_scanned_the_others_are_named(tmp_
         looking.write(f"b{number}/p.prompt.txt")
     seen = looking.look()
     assert len(seen.folders) == 11
-    assert set(seen.ignored.values()) == {"a folder beyond the 10 of one owner that are looked into"}
+    assert set(seen.ignored.values()) == {"a folder beyond the 10 of one owner that are scanned"}
     assert seen.ignored.total == 7
     for number in range(8):
         (tmp_path / f"b{number}/p.prompt.txt").unlink()
