@@ -833,7 +833,9 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
         told.stdout,
     )
     assert re.search(r"wrong\.prompt\.txt +none: the request will be refused \(n: ", told.stdout)
-    assert re.search(r"half\.prompt\.txt +none: the request will be refused \(logo\.png: the file is not there", told.stdout)
+    assert re.search(
+        r"half\.prompt\.txt +none: the request will be refused \(logo\.png: the file is not there", told.stdout
+    )
     assert "Total: 0 credits, and 1 of unknown cost." in told.stdout
     assert not folders.state.exists()
 

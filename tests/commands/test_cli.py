@@ -739,8 +739,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
         receipts = [tomllib.loads(path.read_text()) for path in (tmp_path / name / "outbox").glob("*.receipt.toml")]
         spent = sum(receipt["credits_charged"] for receipt in receipts)
         assert (
-            f"Receipts: {spent:g} credits. The endpoint counted {spent:g} for {len(receipts)} requests."
-            in done.stdout
+            f"Receipts: {spent:g} credits. The endpoint counted {spent:g} for {len(receipts)} requests." in done.stdout
         )
         for receipt in receipts:
             for image in receipt["images"]:
