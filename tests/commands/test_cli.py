@@ -206,7 +206,7 @@ def test_once_ends_with_69_when_the_endpoint_cannot_be_reached_and_all_prompts_s
         folders.prompt(f"p{number}", "A cat")
     done = imagewatch("once", environ=folders.environ)
     assert done.returncode == 69
-    assert "held (unreachable" in done.stderr
+    assert "on hold (unreachable" in done.stderr
     assert f"{count} prompt" in done.stderr.splitlines()[-2]
     assert "check the network" in done.stderr.splitlines()[-1]
     assert len(folders.names("inbox")) == count
@@ -290,7 +290,7 @@ def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_wo
     assert from_nowhere(folders, "submit", "A dog", "--root", str(folders.root)).returncode == 0
     for wrong in (["status"], ["check", "--config", "config.toml"], ["gallery"]):
         done = from_nowhere(folders, *wrong)
-        assert (done.returncode, "the current folder was removed" in done.stderr) == (78, True), done.stderr
+        assert (done.returncode, "the current folder is gone" in done.stderr) == (78, True), done.stderr
         assert "by its whole path" in done.stderr
     for wrong in (
         ["demo"],
@@ -484,7 +484,7 @@ REFUSED = {
     "a group that is not there": ("OUTBOX__GROUP", "nobody-knows-it", "outbox.group", 'no group "nobody-knows-it"', 78),
     "certificates that are not there": ("ENDPOINT__CA_FILE", "/nowhere.pem", "endpoint.ca_file", "/nowhere.pem", 78),
     "certificates that are none": ("ENDPOINT__CA_FILE", __file__, "endpoint.ca_file", "PEM certificates", 78),
-    "a root where no folder can be made": ("FOLDERS__OUTBOX", "/proc/x", "outbox", "name a folder on a disk", 74),
+    "a root where no folder can be made": ("FOLDERS__OUTBOX", "/proc/x", "outbox", "use a folder on a disk", 74),
     "too little room": ("LIMITS__MIN_FREE_BYTES", str(1 << 60), "disk", "or lower limits.min_free_bytes", 74),
 }
 
@@ -739,8 +739,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
         receipts = [tomllib.loads(path.read_text()) for path in (tmp_path / name / "outbox").glob("*.receipt.toml")]
         spent = sum(receipt["credits_charged"] for receipt in receipts)
         assert (
-            f"Receipts say {spent:g} credits; the endpoint counted {spent:g} for {len(receipts)} requests."
-            in done.stdout
+            f"Receipts: {spent:g} credits. The endpoint counted {spent:g} for {len(receipts)} requests." in done.stdout
         )
         for receipt in receipts:
             for image in receipt["images"]:

@@ -54,7 +54,7 @@ def test_a_check_by_root_says_how_to_check_the_key_of_the_services_user(folders:
     name = pwd.getpwuid(2).pw_name
     code, line = key_line(folders)
     assert (code, line["verdict"]) == (0, "wait")
-    assert f"the daemon is another user, {name}," in line["why"]
+    assert f"the daemon runs as {name} " in line["why"]
     assert f"runuser -u {name} -- env CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service" in line["why"]
 
 

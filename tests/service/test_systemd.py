@@ -969,7 +969,7 @@ def test_status_hold_and_reload(started, endpoint):
     until(lambda: started.events("completed"))
     result = follow(started.container, "look")
     assert "is running" in result
-    assert "In all: " in result
+    assert "Total: " in result
     assert "completed attempts=1" in result
     assert "Released." in follow(started.container, "pause")
     assert [entry["IMAGEWATCH_KIND"] for entry in started.events("held")] == ["manual"]
