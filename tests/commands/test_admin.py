@@ -531,16 +531,16 @@ import os, sys
 from imagewatch.system import log
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
-from imagewatch.job.spool import Spool
+from imagewatch.job.originals import Originals
 
-claim = Spool.claim
+claim = Originals.claim
 
 def slowly(self, what):
     open(f"{sys.argv[1]}/{what.stem}", "w").close()
     open(f"{sys.argv[1]}/go").close()  # a pipe: until the test opens it, too
     return claim(self, what)
 
-Spool.claim = slowly
+Originals.claim = slowly
 log.configure("info", "json")
 sys.exit(Daemon(load(None, os.environ), os.environ).run())
 """

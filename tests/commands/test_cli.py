@@ -290,7 +290,7 @@ def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_wo
     assert from_nowhere(folders, "submit", "A dog", "--root", str(folders.root)).returncode == 0
     for wrong in (["status"], ["check", "--config", "config.toml"], ["gallery"]):
         done = from_nowhere(folders, *wrong)
-        assert (done.returncode, "the current folder is gone" in done.stderr) == (78, True), done.stderr
+        assert (done.returncode, "the current folder was removed" in done.stderr) == (78, True), done.stderr
         assert "by its whole path" in done.stderr
     for wrong in (
         ["demo"],
