@@ -20,7 +20,7 @@ import msgspec
 from imagewatch.config.validate import shown
 from imagewatch.endpoint.coding import UndecodableError, is_coding, plain
 from imagewatch.protocol.reasons import ERROR_OBJECT, KINDS, NOT_ADMITTED, QUOTA, RESPONSES, Reaction, Reason
-from imagewatch.system.errors import InDoubt
+from imagewatch.system.errors import ChargeUnknown
 from imagewatch.system.masking import known
 
 if TYPE_CHECKING:
@@ -230,6 +230,6 @@ def balance(raw: bytes) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None and _BALANCE.fullmatch(str(name))}
 
 
-def charge_unknown(message: str) -> InDoubt:
+def charge_unknown(message: str) -> ChargeUnknown:
     """Return the error for a request whose charge is unknown."""
-    return InDoubt(message, hint="check the balance of the account before you try again")
+    return ChargeUnknown(message, hint="check the balance of the account before you try again")

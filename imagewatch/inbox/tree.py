@@ -238,7 +238,7 @@ class Folders:
                 folder.is_scanned = False
 
     def _meet(self, folder: Folder, status: os.stat_result, descriptor: int) -> None:
-        """Look at what a folder is, if another one has its name now."""
+        """Note what a folder is, if another one has its name now."""
         full, is_new = self.full(folder.path), folder.identity is None
         is_other = folder.is_other(status)
         if is_other:

@@ -17,7 +17,7 @@ from imagewatch.endpoint.api import largest_answer
 from imagewatch.endpoint.body import Body
 from imagewatch.protocol.reasons import Reason
 from imagewatch.protocol.values import Head, Sent, Tail
-from imagewatch.system.errors import Broken, ConfigError, InDoubt, JobError, SpoolError, Unavailable, Withdrawn
+from imagewatch.system.errors import Broken, ChargeUnknown, ConfigError, JobError, SpoolError, Unavailable, Withdrawn
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -214,7 +214,7 @@ def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) 
         sink: Where its response was to go.
     """
     is_unsent, message = fate.left is Left.NOTHING, str(error)
-    if isinstance(error, InDoubt):
+    if isinstance(error, ChargeUnknown):
         return replace(fate, left=Left.WHOLE, message=message)
     if isinstance(error, SpoolError):
         disk = Reason("disk", message, error=error)

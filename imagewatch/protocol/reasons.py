@@ -53,7 +53,7 @@ class Kind:
 
     Attributes:
         name: In the log, in ``status.json`` and in metrics.
-        cause: What happened, as the README says it.
+        cause: What happened, in the words of the README.
         charged: Whether the request may have been charged.
         reaction: What happens to the prompt.
         others: What happens to the other prompts. All but ``CONTINUE`` is a hold of this kind.
@@ -61,7 +61,7 @@ class Kind:
             that fits a response counts.
         next: Next step while the hold lasts, for the administrator.
         retry: Next step in the error file, for the sender.
-        seconds: How long the hold lasts if the reason does not say so; None: see ``journal.holds``.
+        seconds: How long the hold lasts if the reason sets no time; None: see ``journal.holds``.
         is_own: Whether it is a limit of ours that a request has passed once it was let through.
         is_short: Whether the job stays claimed while it waits.
     """
@@ -284,7 +284,7 @@ class Reason:
     Attributes:
         kind: Name of the row in ``KINDS``.
         message: What is wrong; the API's message where there is one.
-        seconds: How long to wait, if that was said.
+        seconds: How long to wait, if the API asked for a time.
         ends: For ``cap``: when its day or month ends, seconds since the epoch.
         error: For ``disk``: what failed.
     """

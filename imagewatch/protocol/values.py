@@ -100,7 +100,7 @@ class Input(msgspec.Struct, frozen=True, kw_only=True):
         width: In pixels, as stored.
         height: Likewise.
         sha256: Of its content.
-        orientation: How its EXIF data says that it is to be turned when it is shown, 1 to 8; 1 is not at all. It is
+        orientation: How it is to be turned when it is shown, by its EXIF data, 1 to 8; 1 is not at all. It is
             sent as stored.
     """
 

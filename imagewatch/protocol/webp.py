@@ -8,7 +8,7 @@ import struct
 from imagewatch.protocol.image_reader import EXIF, MOST_EXIF, PIECE, BrokenError, Header, Reader, orientation_of
 
 _WEBP_FIRST = frozenset({b"VP8 ", b"VP8L", b"VP8X"})
-_WEBP_PICTURES = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
+_WEBP_IMAGES = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
 _PRINTABLE = re.compile(rb"[ -~]{4}")
 _WEBP_HEADER = 16  # the longest chunk header that is read (ANMF); the others need 10 and 5 bytes
 
@@ -32,7 +32,7 @@ def walk_webp(reader: Reader, header: Header) -> None:
         if not header.known and name not in _WEBP_FIRST:
             raise BrokenError("does not begin with a VP8, VP8L or VP8X chunk")
         _read_webp_chunk(reader, header, name, length)
-        pixels = pixels or name in _WEBP_PICTURES
+        pixels = pixels or name in _WEBP_IMAGES
         # Chunks are padded to even lengths; some writers leave the last pad byte out.
         reader.skip_to(min(after + length % 2, end))
     if not pixels:
@@ -42,10 +42,10 @@ def walk_webp(reader: Reader, header: Header) -> None:
 def _read_webp_chunk(reader: Reader, header: Header, name: bytes, length: int) -> None:
     """Read what is of interest in a chunk; the rest of it is for the caller to skip."""
     end = reader.position + length
-    head = reader.take(min(length, _WEBP_HEADER)) if name in _WEBP_FIRST or name in _WEBP_PICTURES else b""
-    if name in _WEBP_FIRST or name in _WEBP_PICTURES:
+    head = reader.take(min(length, _WEBP_HEADER)) if name in _WEBP_FIRST or name in _WEBP_IMAGES else b""
+    if name in _WEBP_FIRST or name in _WEBP_IMAGES:
         _read_webp_header(name, head, header)
-    if name in _WEBP_PICTURES:
+    if name in _WEBP_IMAGES:
         _check_webp_end(reader, end, _zeros_by_encoders(name, head))
     elif name == b"EXIF" and length <= MOST_EXIF:
         header.orientation = orientation_of(reader.take(length).removeprefix(EXIF))

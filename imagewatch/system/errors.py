@@ -13,7 +13,7 @@
        ├─ Unavailable     provably free: connect failed; may be tried again
        │  └─ Broken       a part of the request left, and provably not the whole
        ├─ Withdrawn       a hold or a stop at the last moment; no byte of it left
-       └─ InDoubt         sent, outcome unknown
+       └─ ChargeUnknown   sent, no usable response
 
 Every message names the file, the cause and the next action. ``httpx`` errors are translated once, in
 ``endpoint/client``; ``OSError`` once, in ``disk_errors``.
@@ -139,5 +139,5 @@ class Withdrawn(JobError):  # noqa: N818
     """The queue was put on hold, or the daemon stops, before the first byte of the request left; it was free."""
 
 
-class InDoubt(JobError):  # noqa: N818
+class ChargeUnknown(JobError):  # noqa: N818
     """The whole request left, and no usable response came: it may have been charged."""

@@ -25,7 +25,7 @@ from imagewatch.protocol.options import body_fields, choose_provider
 from imagewatch.protocol.reasons import Reaction
 from imagewatch.protocol.request import Part
 from imagewatch.protocol.values import Head
-from imagewatch.system.errors import InDoubt, JobError
+from imagewatch.system.errors import ChargeUnknown, JobError
 
 LIMIT = 50 << 20
 
@@ -408,7 +408,7 @@ def test_no_refusal_is_nested_too_deeply(depth):
 
 def test_a_doubt_says_what_to_do():
     error = charge_unknown("the connection broke")
-    assert isinstance(error, InDoubt)
+    assert isinstance(error, ChargeUnknown)
     assert "balance" in error.hint
 
 

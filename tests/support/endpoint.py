@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.endpoint.download import FetchError
 from imagewatch.protocol.values import Head, Tail
-from imagewatch.system.errors import Broken, InDoubt, Unavailable
+from imagewatch.system.errors import Broken, ChargeUnknown, Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -129,7 +129,7 @@ class PaidEndpoint:
             self._count("paid", prompt)
         self._moment("received")
         if reply.end == "dropped":
-            raise InDoubt("the request was sent, but no response came")
+            raise ChargeUnknown("the request was sent, but no response came")
         self._answer(reply, _pictures(prompt, json.loads(whole)), sink)
         self._books.settled[prompt] = True
 
