@@ -7,7 +7,7 @@ what happened                                  what the caller gets
 =============================================  ==========================================================
 nothing of the request left                    ``Unavailable``
 the connection broke before its last byte      ``Broken``; incomplete by its Content-Length
-it was sent completely, no response began      ``InDoubt``
+it was sent completely, no response began      ``ChargeUnknown``
 the response began                             no exception: the sink has what arrived and how it ended
 =============================================  ==========================================================
 """
@@ -102,7 +102,7 @@ class Client:
             ConfigError: There is no usable key.
             Broken: A part of the request was sent, and provably not all of it.
             Unavailable: Nothing of it was sent.
-            InDoubt: It was sent completely, and no response came.
+            ChargeUnknown: It was sent completely, and no response came.
             SpoolError: The local disk failed; ``sink.status`` is the status that had arrived.
         """
         key = self._read_key()
