@@ -23,10 +23,8 @@ import os
 import re
 from typing import IO, TYPE_CHECKING, TypeVar
 
-import msgspec
-
 from imagewatch.endpoint.saved_answer import Answer, Sink, errno_of, has_tail
-from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
+from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load, load_decision
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import SpoolError
 
@@ -37,7 +35,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _LINE_BYTES = 64 * 1024
-_RENAMED = {"door": "destination", "document": "result_file", "away": "discarded"}
 _NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
 
 
@@ -171,7 +168,7 @@ class Record:
     def decision(self) -> Decision | None:
         """Return how the job ends, or None while that is open."""
         if self._decision is None:
-            self._decision = self._load("decision.json", _decision)
+            self._decision = self._load("decision.json", load_decision)
         return self._decision
 
     def keep(self, folder: str) -> None:
@@ -207,7 +204,7 @@ class Record:
 
     def reopened(self) -> Decision | None:
         """Return the decision that was withdrawn, while its files are still at its destination."""
-        return self._load("reopened.json", _decision)
+        return self._load("reopened.json", load_decision)
 
     def reclaimed(self) -> None:
         """Note that the originals are in the claim again."""
@@ -259,19 +256,6 @@ class Record:
                 code=errno_of(error),
                 hint="do not remove it before you have read it: it may be the only proof of a charge",
             ) from error
-
-
-def _decision(content: bytes) -> Decision:
-    """Return a decision, also one that version 0.1.0 wrote with other names.
-
-    Raises:
-        ValueError: It is not one.
-    """
-    found = load(content, dict)
-    if "door" in found:
-        found = {_RENAMED.get(name, name): value for name, value in found.items()}
-        found["destination"] = _RENAMED.get(found["destination"], found["destination"])
-    return msgspec.convert(found, Decision)
 
 
 def _content(descriptor: int) -> bytes:

@@ -16,6 +16,8 @@ from imagewatch.protocol.names import SUFFIX
 Charged = Literal["yes", "no", "unknown"]
 Destination = Literal["outbox", "errors", "discarded"]
 T = TypeVar("T")
+_RENAMED = {"door": "destination", "document": "result_file", "away": "discarded"}
+"""Keys and values of an earlier ``decision.json``."""
 
 
 class Dropped(msgspec.Struct, frozen=True, kw_only=True):
@@ -219,3 +221,16 @@ def load(raw: bytes, kind: type[T]) -> T:
         ValueError: It is not one (a file damaged from outside).
     """
     return msgspec.convert(json.loads(raw), kind)
+
+
+def load_decision(raw: bytes) -> Decision:
+    """Return a decision, also one that version 0.1.0 wrote with other names.
+
+    Raises:
+        ValueError: It is not one.
+    """
+    found = json.loads(raw)
+    if isinstance(found, dict) and "door" in found:
+        found = {_RENAMED.get(name, name): value for name, value in found.items()}
+        found["destination"] = _RENAMED.get(found["destination"], found["destination"])
+    return msgspec.convert(found, Decision)
