@@ -262,7 +262,7 @@ def test_status_and_check_name_the_cap_its_provider_and_its_end(tmp_path, sandbo
     assert set(page(folders)["waiting"]["files"]) == {f"dog{number}.prompt.txt" for number in range(3)}
     shown = json.loads(command(folders, "check", "--json").stdout)["files"]
     assert [(line["verdict"], "limits.credits_per_day is 200" in line["why"]) for line in shown] == [("wait", True)] * 3
-    assert "held       cap, gemini: " in command(folders, "status").stdout
+    assert "on hold    cap, gemini: " in command(folders, "status").stdout
     folders.prompt("cat", "a cat")
     until(lambda: folders.finished().get("cat") == "outbox")
     assert len(daemon.events("held")) == 1

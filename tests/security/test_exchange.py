@@ -94,8 +94,8 @@ def _reported(act: Callable[..., Any]) -> Callable[..., Any]:
     return acting
 
 
-for _name, _act in vars(Disk).items():
-    if callable(_act) and not _name.startswith("_"):
+for _name in dir(Disk):  # what it inherits, too
+    if callable(_act := getattr(Disk, _name)) and not _name.startswith("_"):
         setattr(AttackedDisk, _name, _reported(_act))
 
 
@@ -270,7 +270,7 @@ class Scene:
                 assert MARK.encode() not in path.read_bytes(), f"{path} holds what is private: {tried}"
         for body in self.endpoint.bodies:
             images = [base64.b64decode(url.partition(",")[2]) for url in body.get("input_images", [])]
-            assert not any(MARK.encode() in image for image in images), f"a private picture was sent: {tried}"
+            assert not any(MARK.encode() in image for image in images), f"a private image was sent: {tried}"
             assert MARK not in body["prompt"], f"a private text was sent: {tried}"
             assert images == [DROPPED["cat.png"], DROPPED["cat.1.png"]], f"sent without its images: {tried}"
         assert self.books.paid.get("a cat", 0) <= 1, f"paid twice: {tried}"
@@ -282,7 +282,7 @@ class Scene:
         assert not any("a bug" in path.read_text() for path in files), f"taken for a bug: {tried}"
 
     def is_over(self) -> bool:
-        """Return whether the job has its files file and left nothing behind."""
+        """Return whether the job has its result file and left nothing behind."""
         left = any((self.station.state / "jobs").iterdir())
         return not left and len(list(self.station.root.rglob("*.toml"))) == 1
 

@@ -772,7 +772,7 @@ def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gal
     gallery.run()
     [picture] = gallery.job("cat")["pictures"]
     assert picture["href"].startswith("../outbox/cats/cat.")
-    assert gallery.job("dog")["completed"] is False
+    assert gallery.job("dog")["made"] is False
     thumb = f"{gallery.folder}/gallery_files/{picture['thumb']}"
     for user, expected in (("colleague", 0), ("stranger", 2)):
         for path in (f"{gallery.folder}/gallery.html", thumb, f"{gallery.folder}/{picture['href']}"):
@@ -1143,7 +1143,7 @@ def test_the_unit_of_a_desktop_works_for_one_person(desktop, machine, endpoint):
     run("sh", "-c", f"cat > {inbox}/me.part; mv {inbox}/me.part {inbox}/me.prompt.txt", text="[sandbox: b64] Me")
     until(machine.path("/home/colleague/Pictures/imagewatch/outbox/me.receipt.toml").exists)
     assert run("systemctl", "--user", "is-active", "imagewatch") == "active\n"
-    assert "In all: 1 made" in run("imagewatch", "history")
+    assert "In all: 1 completed" in run("imagewatch", "history")
 
 
 # The end
