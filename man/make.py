@@ -1,4 +1,4 @@
-"""Write the manual page: ``python man/make.py > man/imagewatch.1``. The commands' own words."""
+"""Write the manual page from the help texts of the commands: ``python man/make.py > man/imagewatch.1``."""
 
 from __future__ import annotations
 
@@ -24,46 +24,45 @@ imagewatch \- a watched folder for paid image generation
 [\fIOPTIONS\fR]\ .\|.\|.
 """
 
-COMMON = "Every command that looks at the folders takes the first, every command the second."
+COMMON = "Every command that uses the folders has the first option; every command has the second."
 CONFIG = next(part for part in load_command("run").params if isinstance(part, click.Option))
-HELP = click.Option(["-h", "--help"], is_flag=True, help="Say what the command does and what it takes, and end.")
+HELP = click.Option(["-h", "--help"], is_flag=True, help="Print the help text of the command and exit.")
 
 FOOT = r"""
 .SH FILES
 .TP
 .I ./imagewatch.toml, ~/.config/imagewatch/config.toml, /etc/imagewatch/config.toml
-The configuration: the first that is there, unless
+The configuration: the first of these that exists, unless
 .B \-\-config
 or
 .B IMAGEWATCH_CONFIG
-names another. The one in the current folder is used only if it and the folder belong to you or root and nobody else may
-write them.
+names another. The one in the current folder is used only if it and the folder belong to you or root
+and no other user may write them.
 .B imagewatch init
-writes one with every key and its default.
+creates one with every key and its default.
 .TP
 .I ROOT/inbox/NAME.prompt.txt
-A prompt. Its images are beside it.
+A prompt. Its images are in the same folder.
 .TP
 .I ROOT/outbox/NAME.receipt.toml
-The receipt. It appears last, after the pictures of the same name.
+The receipt. It appears last, after the images of the same name.
 .TP
 .I ROOT/errors/NAME.error.toml
-What went wrong, whether it was charged, and what to do. It appears last, after the files that were dropped.
+What is wrong, whether it was charged, and what to do next. It appears last, after the files that were dropped.
 .TP
 .I ROOT/archive
-What was dropped for pictures that were made.
+Completed prompts and their images.
 .TP
 .I ~/.local/state/imagewatch
-Evidence of jobs under way, paid answers and the ledger; private.
-.B $STATE_DIRECTORY
-as a service.
+Job records, saved responses and the ledger; private. A service uses
+.BR $STATE_DIRECTORY .
 .SH ENVIRONMENT
 .TP
 .B LETTA_API_KEY
-The key, unless the configuration names a file or a command.
+The API key, unless the configuration names a file or a command.
 .TP
 .B LETTA_BASE_URL
-The endpoint, unless the configuration names one.
+The URL of the API, unless the configuration names one.
 .TP
 .B IMAGEWATCH_CONFIG
 The configuration file.
@@ -73,13 +72,13 @@ Any key of the configuration, such as
 .BR IMAGEWATCH_FOLDERS__ROOT .
 .SH EXAMPLES
 .TP
-See everything, without a key and without cost:
+Try everything, without a key and at no cost:
 .B imagewatch demo
 .TP
-Make a picture and print its path:
+Create an image and print its path:
 .B imagewatch submit \-\-wait \(dqA lighthouse at dusk\(dq
 .TP
-Change two images, with a daemon on another machine and the folder on a share:
+Edit two images, with a daemon on another machine and the folder on a share:
 .B imagewatch submit \-\-root /mnt/pictures \-\-image boat.png \-\-image harbour.jpg \(dqThe boat in the harbour\(dq
 .SH SEE ALSO
 .BR inotifywait (1),
@@ -89,7 +88,7 @@ Change two images, with a daemon on another machine and the folder on a share:
 
 
 def escaped(text: str) -> str:
-    """Return text that is no request of troff."""
+    """Return text in which troff finds no request."""
     text = text.replace("\\", "\\e").replace("-", "\\-").replace('"', "\\(dq")
     return re.sub(r"^([.'])", r"\\&\1", text, flags=re.MULTILINE)
 
@@ -103,7 +102,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def option(one: click.Option) -> Iterator[str]:
-    """Yield what is said of an option."""
+    """Yield the entry of an option."""
     names = ", ".join(f"\\fB{escaped(name)}\\fR" for name in (*one.opts, *one.secondary_opts))
     value = one.metavar or ("|".join(map(str, one.type.choices)) if isinstance(one.type, click.Choice) else "")
     yield ".TP"
