@@ -1,9 +1,9 @@
-"""Drop a prompt, wait for what becomes of it, print the pictures. The folder protocol with the standard library alone.
+"""Drop a prompt, wait for the result, print the paths of the images. Needs only the standard library.
 
 python submit.py ROOT "PROMPT" [IMAGE]…
 
-ROOT has inbox, outbox and errors in it. Ends with 0 when there is a picture, with 1 when there is an error file,
-with 69 when neither came in time; then the prompt goes on without us. With 64 nothing was dropped.
+ROOT contains inbox, outbox and errors. Exits with code 0 if there is an image, with 1 if there is an error file, and
+with 69 if neither appeared in time; the prompt is then still processed. With 64 nothing was dropped.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 def drop(root: Path, text: str, images: list[Path], **options: object) -> str:
     """Put a prompt and copies of its images into the inbox; return its name."""
-    inbox, name = root / "inbox", uuid.uuid4().hex[:12]  # nobody else's
+    inbox, name = root / "inbox", uuid.uuid4().hex[:12]  # a unique name
     hidden = inbox / f".{name}.tmp"
     names = [f"{name}.in{number}{image.suffix}" for number, image in enumerate(images, 1)]
     for image, final in zip(images, names, strict=True):
@@ -33,26 +33,26 @@ def drop(root: Path, text: str, images: list[Path], **options: object) -> str:
 
 
 def toml(value: object) -> str:
-    """Write a string, a number or a list of strings: in TOML as in JSON, but for surrogate pairs and DEL."""
+    """Write a string, a number or a list of strings. TOML is like JSON here, except for surrogate pairs and DEL."""
     return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def wait(root: Path, name: str, seconds: float = 900) -> tuple[Path, dict[str, Any]] | None:
-    """Return the receipt or error file and what it says; None when it takes longer. Then it goes on without us.
+    """Return the path of the receipt or error file and its content, or None if it takes longer.
 
-    Looking twice a second works on every file system; a share has no change events.
+    To check twice a second works on every file system; a share has no change events.
     """
     pause = threading.Event()
     for _ in range(int(seconds * 2)):
         for path in (root / "outbox" / f"{name}.receipt.toml", root / "errors" / f"{name}.error.toml"):
-            if path.exists():  # it appears whole, after everything else
+            if path.exists():  # it appears complete, after all other files
                 return path, tomllib.loads(path.read_text(encoding="utf-8"))
         pause.wait(0.5)
     return None
 
 
 def main(root: str, text: str, *images: str) -> int:
-    """Make one prompt; tell what came of it."""
+    """Drop one prompt and print its result."""
     if unnamed := [image for image in images if not Path(image).suffix]:
         print(f"{unnamed[0]}: its name must end in .png, .jpg, .jpeg or .webp", file=sys.stderr)
         return 64
@@ -61,13 +61,13 @@ def main(root: str, text: str, *images: str) -> int:
     if over is None:
         print(f"{name} is not done yet; do not drop it again", file=sys.stderr)
         return 69
-    path, said = over
+    path, result = over
     if path.name.endswith(".error.toml"):
-        print(f"{said['message']} (charged: {said['charged']})\n{said['next']}", file=sys.stderr)
+        print(f"{result['message']} (charged: {result['charged']})\n{result['next']}", file=sys.stderr)
         return 1
-    for image in said["images"]:
+    for image in result["images"]:
         print(path.parent / image["file"])
-    print(f"{said.get('credits_charged', 'an unknown number of')} credits", file=sys.stderr)
+    print(f"{result.get('credits_charged', 'an unknown number of')} credits", file=sys.stderr)
     return 0
 
 

@@ -36,8 +36,8 @@ The configuration: the first of these that exists, unless
 .B \-\-config
 or
 .B IMAGEWATCH_CONFIG
-names another. The one in the current folder is used only if it and the folder belong to you or root and no other user may
-write them.
+names another. The one in the current folder is used only if it and the folder belong to you or root
+and no other user may write them.
 .B imagewatch init
 creates one with every key and its default.
 .TP
