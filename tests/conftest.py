@@ -142,7 +142,7 @@ _STARTING = re.compile(
     r'"-m", "imagewatch"|^from support\.(daemon import .*\b(command|Running)\b|senders|container)\b', re.MULTILINE
 )
 """In a module whose tests start imagewatch."""
-_SLOW = {"test_answers", "test_bounded", "test_connections", "test_downloads", "test_gallery_browser", "test_intake"}
+_SLOW = {"test_responses", "test_bounded", "test_connections", "test_downloads", "test_gallery_browser", "test_intake"}
 _SLOW |= {"test_power"}
 """Modules that take long though they start no process of it: most wait for the end of a time."""
 

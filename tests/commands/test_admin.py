@@ -131,7 +131,7 @@ def killed_before(tmp_path: Path, start: Any) -> Callable[[Folders, str], None]:
 
 
 @pytest.mark.parametrize("watch", ["auto", "poll"])
-def test_a_hold_by_hand_keeps_prompts_until_release_whatever_is_restarted(tmp_path, run, sandbox, watch):
+def test_a_manual_hold_keeps_prompts_until_release_across_restarts(tmp_path, run, sandbox, watch):
     folders = Folders(tmp_path, sandbox.base_url, inbox__watch=watch, inbox__rescan_seconds="0.2")
     daemon = run(folders)
     said = command(folders, "hold", "stock-taking until noon")
@@ -172,7 +172,7 @@ def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(fold
     assert daemon.events("held") == []
 
 
-def test_a_hold_lets_what_was_sent_come_in_and_another_reason_replaces_the_first(folders, run, sandbox):
+def test_during_a_hold_requests_in_flight_finish_and_a_second_reason_replaces_the_first(folders, run, sandbox):
     daemon = run(folders)
     sandbox.hold()
     folders.prompt("sent", "A cat")
@@ -190,7 +190,7 @@ def test_a_hold_lets_what_was_sent_come_in_and_another_reason_replaces_the_first
 
 
 @pytest.mark.parametrize("command_", ["run", "once"])
-def test_what_was_paid_for_is_delivered_behind_a_hold(folders, run, sandbox, killed_before, command_):
+def test_charged_results_are_delivered_during_a_hold(folders, run, sandbox, killed_before, command_):
     folders.prompt("cat", "A cat")
     killed_before(folders, "decision.json")
     assert (requests(sandbox), folders.finished()) == (1, {})
@@ -205,7 +205,7 @@ def test_what_was_paid_for_is_delivered_behind_a_hold(folders, run, sandbox, kil
     assert requests(sandbox) == 1
 
 
-def test_a_claimed_prompt_that_was_not_sent_goes_back_behind_a_hold(folders, sandbox, killed_before):
+def test_a_claimed_prompt_that_was_not_sent_goes_back_during_a_hold(folders, sandbox, killed_before):
     folders.prompt("cat", "A cat")
     killed_before(folders, "sent.1")
     assert prompts_in(folders) == []
@@ -214,7 +214,7 @@ def test_a_claimed_prompt_that_was_not_sent_goes_back_behind_a_hold(folders, san
     assert (prompts_in(folders), requests(sandbox), folders.leftovers()) == (["cat.prompt.txt"], 0, [])
 
 
-def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path, run, sandbox):
+def test_during_a_hold_no_prompt_waits_outside_of_the_inbox(tmp_path, run, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__requests_per_minute="1")
     names = [folders.prompt(f"p{number}", f"Number {number}").name for number in range(3)]
     run(folders)
@@ -224,7 +224,7 @@ def test_behind_a_hold_nothing_waits_for_its_turn_outside_of_the_inbox(tmp_path,
     assert set(prompts_in(folders)) < set(names)
 
 
-def test_hold_and_release_tell_a_program_whether_the_daemon_has_taken_notice(folders, run):
+def test_hold_and_release_report_to_programs_whether_the_daemon_has_applied_them(folders, run):
     daemon = run(folders)
     for name in ("hold", "release"):
         told = command(folders, name, "--json")
@@ -237,7 +237,7 @@ def test_hold_and_release_tell_a_program_whether_the_daemon_has_taken_notice(fol
     assert told == {"action": "hold", "is_running": False, "is_applied": False}
 
 
-def test_status_counts_a_prompt_without_its_image_in_words_that_are_true_of_it(folders, run):
+def test_status_counts_a_prompt_without_its_image_under_the_right_reason(folders, run):
     folders.prompt("named", '+++\ninput_images = ["later.png"]\n+++\nA cat')
     folders.prompt("beside", "A dog")
     folders.drop("beside.png", b"")
@@ -271,7 +271,7 @@ def guarded(tmp_path: Path, sandbox: Sandbox) -> Folders:
     return Folders(tmp_path, sandbox.base_url, limits__burst="3", inbox__settle_seconds="1")
 
 
-def test_a_burst_waits_and_release_lets_exactly_that_one_go(guarded, run, sandbox):
+def test_a_burst_waits_and_release_admits_exactly_that_one(guarded, run, sandbox):
     daemon = run(guarded)
     for number in range(4):  # as slowly as over a network: none of them is quiet when the last one comes
         (guarded.inbox / f"a{number}.prompt.txt").write_text(f"Number {number}")
@@ -291,7 +291,7 @@ def test_a_burst_waits_and_release_lets_exactly_that_one_go(guarded, run, sandbo
     assert requests(sandbox) == 4
 
 
-def test_a_burst_that_was_let_go_needs_no_second_release_after_a_restart(guarded, run, sandbox):
+def test_a_released_burst_needs_no_second_release_after_a_restart(guarded, run, sandbox):
     guarded.environ |= {"IMAGEWATCH_LIMITS__CONCURRENCY": "1", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "0"}
     for number in range(6):
         guarded.prompt(f"p{number}", f"Number {number}")
@@ -310,7 +310,7 @@ def test_a_burst_that_was_let_go_needs_no_second_release_after_a_restart(guarded
     assert daemon.events("held") == []
 
 
-def test_a_burst_of_prompts_that_are_taken_at_once_stops_at_the_limit(guarded, run, sandbox):
+def test_a_burst_of_prompts_that_are_claimed_immediately_stops_at_the_limit(guarded, run, sandbox):
     guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "5"
     daemon = run(guarded)
     for number in range(12):
@@ -322,7 +322,7 @@ def test_a_burst_of_prompts_that_are_taken_at_once_stops_at_the_limit(guarded, r
     until(lambda: len(guarded.finished()) == 12)
 
 
-def test_what_was_given_back_to_the_inbox_is_no_new_burst(tmp_path, hurried):
+def test_prompts_that_were_given_back_to_the_inbox_are_no_new_burst(tmp_path, hurried):
     with contextlib.closing(socket.create_server(("127.0.0.1", 0))) as reserved:
         port = reserved.getsockname()[1]
     folders = Folders(tmp_path, f"http://127.0.0.1:{port}", limits__burst="2", retry__attempts="1")
@@ -340,7 +340,7 @@ def test_what_was_given_back_to_the_inbox_is_no_new_burst(tmp_path, hurried):
         assert (late.report()["requests"], set(folders.finished().values())) == (5, {"outbox"})
 
 
-def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_path):
+def test_prompts_that_a_sync_tool_redelivers_are_no_burst(guarded, run, sandbox, tmp_path):
     guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "0"
     away = tmp_path / "away"
     away.mkdir()
@@ -361,7 +361,7 @@ def test_what_a_sync_tool_brings_back_is_no_burst(guarded, run, sandbox, tmp_pat
     assert requests(sandbox) == 6
 
 
-def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarded, run, sandbox):
+def test_prompts_that_come_after_others_were_completed_are_no_burst_together_with_them(guarded, run, sandbox):
     """Those were quiet before they were taken, so they came long before; a scan may come at any moment."""
     guarded.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "0.1"
     daemon = run(guarded)
@@ -373,7 +373,9 @@ def test_what_comes_after_others_were_made_is_no_burst_together_with_them(guarde
     assert requests(sandbox) == 6
 
 
-def test_what_waited_for_a_worker_is_no_burst_together_with_what_comes_when_it_is_taken(guarded, run, sandbox):
+def test_prompts_that_waited_for_a_worker_are_no_burst_together_with_those_that_come_when_they_are_claimed(
+    guarded, run, sandbox
+):
     guarded.environ |= {"IMAGEWATCH_INBOX__RESCAN_SECONDS": "0.1", "IMAGEWATCH_LIMITS__CONCURRENCY": "1"}
     daemon = run(guarded)
     sandbox.hold()
@@ -408,9 +410,7 @@ def test_a_folder_that_is_moved_into_the_inbox_is_a_burst_though_its_prompts_are
     until(lambda: len(guarded.finished()) == 4)
 
 
-def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_whenever_they_were_made(
-    guarded, run, sandbox
-):
+def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_whatever_their_age(guarded, run, sandbox):
     for number in range(5):
         (guarded.root / f"made{number}").mkdir()
         (guarded.root / f"made{number}/p{number}.prompt.txt").write_text(f"Number {number}")
@@ -451,32 +451,34 @@ def guard(station: Station) -> Guard:
 
 
 @pytest.mark.parametrize("counted", [104.9, 109.9, 119.0], ids=["at once", "when it was quiet", "late"])
-def test_what_has_to_be_quiet_is_one_burst_with_what_came_at_the_same_time_and_was_taken_at_once(guard, counted):
+def test_prompts_that_have_to_settle_are_one_burst_with_those_of_the_same_time_that_were_claimed_immediately(
+    guard, counted
+):
     guard.take(100.0, 100.1, 100.2)
     assert guard.holds(counted, 104.9)
 
 
 @pytest.mark.parametrize(("came", "counted"), [(105.3, 105.3), (105.3, 110.3), (1e6, 106.0)])
-def test_what_came_later_is_no_burst_with_what_was_taken_before(guard, came, counted):
+def test_prompts_that_came_later_are_no_burst_with_those_that_were_claimed_before(guard, came, counted):
     guard.take(100.0, 100.1, 100.2)
     assert not guard.holds(counted, came)
 
 
-def test_what_waits_long_is_no_burst_with_what_was_taken_when_it_came(guard):
+def test_a_prompt_that_waits_long_is_no_burst_with_those_that_were_claimed_when_it_came(guard):
     guard.take(100.0, 100.1)
     assert not guard.holds(105.3, 100.2)
     assert not guard.holds(108.0, 100.2, 107.9)
     assert guard.holds(108.1, 100.2, 107.9, 108.0, 108.1)
 
 
-def test_what_shows_the_time_of_a_server_counts_for_as_long_as_others_have_to_be_quiet(guard):
+def test_a_prompt_with_the_time_of_a_server_counts_for_as_long_as_others_have_to_settle(guard):
     guard.take(100.0, 100.1, 100.2, is_dated=False)
     assert not guard.holds(105.3, 7.0)
     guard.take(106.0, 106.1, 106.2, is_dated=False)
     assert guard.holds(110.9, 2.0)
 
 
-def test_of_prompts_that_a_sync_tool_brought_back_the_ledger_is_asked_once(guard):
+def test_the_ledger_is_read_once_for_redelivered_prompts(guard):
     came = {f"p{number}.prompt.txt": 100.0 + number for number in range(20)}
     asked = []
 
@@ -494,7 +496,7 @@ def test_of_prompts_that_a_sync_tool_brought_back_the_ledger_is_asked_once(guard
     assert guard.holds(200.0)
 
 
-def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
+def test_a_prompt_that_was_given_back_and_claimed_again_is_not_a_new_arrival(guard):
     for number in range(3):
         guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
     guard.take(100.0, 101.0, 102.0)
@@ -505,7 +507,7 @@ def test_what_was_given_back_and_is_taken_again_did_not_come_anew(guard):
     assert guard.holds(102.3, 102.1, 102.2, 102.3)
 
 
-def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded, run, sandbox, tmp_path):
+def test_new_text_under_the_names_of_redelivered_prompts_is_a_burst(guarded, run, sandbox, tmp_path):
     daemon = run(guarded)
     away = tmp_path / "away"
     away.mkdir()
@@ -547,7 +549,7 @@ sys.exit(Daemon(load(None, os.environ), os.environ).run())
 """A daemon whose disk takes as long to take prompts out of the inbox as a test likes; it says when it begins."""
 
 
-def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, run, tmp_path):
+def test_a_prompt_that_is_being_claimed_is_counted_once(guarded, run, tmp_path):
     guarded.environ |= {"IMAGEWATCH_LIMITS__BURST": "2", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "20"}
     script, told = tmp_path / "slow.py", tmp_path / "told"
     script.write_text(SLOW_TO_CLAIM)
@@ -564,7 +566,7 @@ def test_a_prompt_that_is_being_taken_out_of_the_inbox_is_counted_once(guarded, 
     assert daemon.events("held") == []
 
 
-def test_a_reload_with_a_higher_limit_lets_a_burst_go(guarded, run, tmp_path, sandbox):
+def test_a_reload_with_a_higher_limit_releases_a_burst(guarded, run, tmp_path, sandbox):
     del guarded.environ["IMAGEWATCH_LIMITS__BURST"]
     config = tmp_path / "config.toml"
     config.write_text("[limits]\nburst = 3\n")
@@ -630,7 +632,7 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
     assert "0 completed, 0 refused, 1 unknown" in told.stdout
 
 
-def test_status_ends_with_69_while_the_queue_is_held_and_knows_what_was_asked_for_meanwhile(folders, run, sandbox):
+def test_status_exits_with_69_while_the_queue_is_on_hold_and_shows_pending_requests(folders, run, sandbox):
     daemon = run(folders)
     command(folders, "hold", "night")
     told = command(folders, "status")
@@ -661,7 +663,7 @@ def test_a_reload_shows_in_the_status_and_one_that_fails_changes_nothing(folders
     assert status_of(folders)["today"]["cap"] == 5000
 
 
-def test_whoever_reads_the_status_file_reads_it_whole_and_never_the_key(folders, run, sandbox, tmp_path):
+def test_a_reader_of_the_status_file_gets_it_complete_and_without_the_key(folders, run, sandbox, tmp_path):
     daemon = run(folders)
     read, stop = [], threading.Event()
 
@@ -691,7 +693,7 @@ def test_whoever_reads_the_status_file_reads_it_whole_and_never_the_key(folders,
         assert KEY.encode() not in page
 
 
-def test_asking_for_the_status_never_keeps_a_daemon_from_starting(folders, sandbox):
+def test_the_status_command_never_prevents_a_daemon_from_starting(folders, sandbox):
     once(folders)
     stop, asked = threading.Event(), []
 
@@ -750,7 +752,7 @@ MIXED = {
 }
 
 
-def test_history_agrees_with_the_endpoint_in_every_form_and_harms_no_terminal(folders, sandbox):
+def test_history_agrees_with_the_api_in_every_format_and_harms_no_terminal(folders, sandbox):
     for stem, text in MIXED.items():
         folders.prompt(stem, text)
     once(folders, 1)
@@ -790,7 +792,7 @@ def test_history_agrees_with_the_endpoint_in_every_form_and_harms_no_terminal(fo
     assert newest == jobs[-2:]
 
 
-def test_history_equals_what_the_endpoint_counted_though_the_daemon_was_killed_at_work(tmp_path, start, sandbox):
+def test_history_equals_the_count_of_the_api_although_the_daemon_was_killed_during_jobs(tmp_path, start, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="3")
     for number in range(15):
         folders.prompt(f"p{number:02}", f"[sandbox: slow 0.1] Number {number}")
@@ -821,7 +823,7 @@ def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox)
     assert "the daemon creates the folders when it first starts" in told.stderr
 
 
-def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders, sandbox):
+def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders, sandbox):
     folders.prompt("cat", "A cat")
     folders.prompt("wrong", "+++\nn = 9\n+++\nNever sent")
     folders.prompt("half", '+++\ninput_images = ["logo.png"]\n+++\nIts image is not here yet')
@@ -854,7 +856,7 @@ def test_estimate_needs_no_network_and_knows_only_what_was_charged_here(folders,
 # Retry
 
 
-def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wish(tmp_path, sandbox):
+def test_a_free_failure_goes_back_by_name_or_path_with_its_images_and_is_a_new_request(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__max_n="1")
     folders.drop("sub/dog.png", picture())
     for stem in ("cat", "sub/dog", "bird", "sub/fish"):
@@ -877,7 +879,7 @@ def test_what_was_free_goes_back_by_name_or_path_with_its_images_and_is_a_new_wi
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]].count(1) == 1
 
 
-def test_what_may_have_been_charged_goes_back_only_if_it_may_be_paid_for_again(folders, sandbox):
+def test_a_failure_with_an_unknown_charge_goes_back_only_with_pay_again(folders, sandbox):
     folders.prompt("lost", "[sandbox: once drop] Lost")
     folders.prompt("no", "[sandbox: 400] No")
     once(folders, 1)
@@ -893,7 +895,7 @@ def test_what_may_have_been_charged_goes_back_only_if_it_may_be_paid_for_again(f
     assert prompts_in(folders) == ["lost.prompt.txt", "no.prompt.txt"]
 
 
-def test_an_error_file_that_says_it_was_free_is_not_believed_against_the_ledger(folders, sandbox):
+def test_the_ledger_counts_and_not_an_error_file_that_claims_it_was_free(folders, sandbox):
     folders.prompt("lost", "[sandbox: drop] Lost")
     once(folders, 1)
     path = folders.errors / "lost.error.toml"
@@ -921,7 +923,7 @@ def test_retry_puts_nothing_into_a_folder_that_is_never_entered(folders, sandbox
     assert (folders.names("errors"), folders.names("inbox")) == (before, [])
 
 
-def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sandbox):
+def test_retry_overwrites_nothing_and_reports_a_missing_prompt(folders, sandbox):
     for stem in ("cat", "gone"):
         folders.prompt(stem, "[sandbox: 400] No")
     once(folders, 1)
@@ -935,7 +937,7 @@ def test_retry_overwrites_nothing_and_says_when_the_prompt_is_gone(folders, sand
     assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
 
 
-def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(folders, sandbox):
+def test_images_of_a_missing_prompt_are_not_given_to_another_of_its_name(folders, sandbox):
     folders.drop("cat.png", picture())
     folders.prompt("cat", "[sandbox: 400] No")
     once(folders, 1)
@@ -949,7 +951,7 @@ def test_images_of_a_prompt_that_is_gone_are_not_given_to_another_of_its_name(fo
     assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
 
 
-def test_a_retry_that_died_after_it_moved_the_prompt_is_finished_by_the_next(folders, sandbox):
+def test_a_retry_that_was_killed_after_it_moved_the_prompt_is_finished_by_the_next_one(folders, sandbox):
     folders.drop("cat.png", picture())
     folders.prompt("cat", "[sandbox: 400] No")
     once(folders, 1)
@@ -960,7 +962,7 @@ def test_a_retry_that_died_after_it_moved_the_prompt_is_finished_by_the_next(fol
     assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
 
 
-def test_names_that_are_not_utf8_go_back_as_they_were_also_where_theirs_was_taken(folders, sandbox):
+def test_names_that_are_not_utf8_go_back_unchanged_even_if_the_name_existed(folders, sandbox):
     stem = os.fsdecode(b"caf\xe9 \\udce9")
     dropped = sorted([f"{stem}.png", f"{stem}.prompt.txt"])
     for _ in range(2):
@@ -976,7 +978,7 @@ def test_names_that_are_not_utf8_go_back_as_they_were_also_where_theirs_was_take
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [1, 1, 1, 1]
 
 
-def test_a_retry_that_died_is_finished_also_where_names_are_not_utf8(folders, sandbox):
+def test_a_retry_that_was_killed_is_finished_even_if_names_are_not_utf8(folders, sandbox):
     name = os.fsdecode(b"caf\xe9.prompt.txt")
     folders.prompt(name.removesuffix(".prompt.txt"), "[sandbox: 400] No")
     once(folders, 1)
@@ -1031,7 +1033,7 @@ def test_a_hostile_error_file_moves_nothing_and_does_not_stop_the_others(folders
     assert not list(tmp_path.glob("*.prompt.txt"))
 
 
-def test_a_link_in_the_way_leads_a_retry_nowhere(folders, sandbox, tmp_path):
+def test_retry_does_not_follow_a_link_in_its_path(folders, sandbox, tmp_path):
     folders.prompt("sub/cat", "[sandbox: 400] No")
     once(folders, 1)
     outside = tmp_path / "outside"
@@ -1099,7 +1101,7 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
     assert (job["charged"], job["credits"], job["got"]) == ("yes", sandbox.report()["credits"], 1)
 
 
-def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_picture, run):
+def test_retry_downloads_a_charged_image_again_without_another_request(lost_picture, run):
     folders, sandbox, clock = lost_picture
     assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
     told = command(folders, "history").stdout.splitlines()
@@ -1118,7 +1120,7 @@ def test_a_paid_picture_is_fetched_again_by_retry_without_another_request(lost_p
     assert command(folders, "retry", "sub/cat").returncode == 64
 
 
-def test_a_picture_that_was_paid_for_long_ago_says_nothing_about_the_credits_of_today(lost_picture, run):
+def test_an_image_that_was_paid_for_long_ago_does_not_end_a_hold_for_credits(lost_picture, run):
     folders, sandbox, clock = lost_picture
     daemon = run(folders)
     sandbox.balance = 0
@@ -1133,7 +1135,7 @@ def test_a_picture_that_was_paid_for_long_ago_says_nothing_about_the_credits_of_
     assert [name for name in folders.names("inbox") if ".imagewatch" not in name] == ["waits.prompt.txt"]
 
 
-def test_a_paid_picture_is_fetched_at_the_next_start_also_behind_a_hold(lost_picture, run):
+def test_a_charged_image_is_downloaded_at_the_next_start_even_during_a_hold(lost_picture, run):
     folders, sandbox, clock = lost_picture
     clock.behind = 60
     told = command(folders, "retry", "sub/cat")
@@ -1144,7 +1146,7 @@ def test_a_paid_picture_is_fetched_at_the_next_start_also_behind_a_hold(lost_pic
 
 
 @pytest.mark.timeout(180)
-def test_killed_anywhere_while_a_paid_picture_is_fetched_again_nothing_is_lost(lost_picture, tmp_path, start):
+def test_a_kill_while_a_charged_image_is_downloaded_again_loses_nothing(lost_picture, tmp_path, start):
     folders, sandbox, clock = lost_picture
     clock.behind = 60
     assert command(folders, "retry", "sub/cat").returncode == 0
@@ -1166,7 +1168,7 @@ def test_killed_anywhere_while_a_paid_picture_is_fetched_again_nothing_is_lost(l
         published(copy, sandbox)
 
 
-def test_a_paid_answer_whose_error_file_was_moved_takes_nothing_of_another_prompt(lost_picture):
+def test_a_charged_response_whose_error_file_was_moved_uses_no_file_of_another_prompt(lost_picture):
     folders, _, clock = lost_picture
     clock.behind = 60
     (folders.errors / "old").mkdir()
@@ -1222,7 +1224,7 @@ COMMANDS = (
 
 @as_root
 @pytest.mark.timeout(180)
-def test_commands_of_root_leave_nothing_behind_that_the_daemons_user_could_not_use(strange, sandbox, as_user):
+def test_commands_of_root_create_no_file_that_the_daemons_user_cannot_use(strange, sandbox, as_user):
     strange.prompt("no", "[sandbox: 400] No")
     daemon = as_user(strange, STRANGER, "run")
     try:
@@ -1247,7 +1249,7 @@ def test_commands_of_root_leave_nothing_behind_that_the_daemons_user_could_not_u
 
 @as_root
 @pytest.mark.parametrize("arguments", [one for one in COMMANDS if one[0] != "check"], ids=lambda one: one[0])
-def test_a_user_without_rights_is_told_so_in_one_line(strange, sandbox, as_user, arguments):
+def test_a_user_without_rights_gets_a_message_of_one_line(strange, sandbox, as_user, arguments):
     (strange.state / "status.json").write_text("{}")
     refused = as_user(strange, STRANGER + 1, *arguments)
     assert refused.wait() == 74
@@ -1273,7 +1275,7 @@ def test_a_user_without_rights_can_still_check_the_balance(strange, sandbox, as_
 # Balance
 
 
-def test_check_shows_the_balance_and_what_is_in_doubt_with_time_and_ids(folders, sandbox):
+def test_check_shows_the_balance_and_unknown_charges_with_time_and_ids(folders, sandbox):
     sandbox.balance = 1234.5
     folders.prompt("sub/lost", "[sandbox: 502] Lost")
     folders.prompt("fine", "Fine")
@@ -1306,7 +1308,7 @@ GOOD_BALANCE = json.dumps({"total_balance": 5, "monthly_credit_balance": 2.5, "b
     ],
     ids=["404", "500", "302", "a page", "no number", "the key", "nested"],
 )
-def test_a_balance_that_is_not_told_is_not_available_and_changes_nothing(tmp_path, status, body, words):
+def test_a_missing_balance_is_not_available_and_changes_nothing(tmp_path, status, body, words):
     with Scripted(answering(body, b"Location: http://127.0.0.1:9/", status=status)) as server:
         told = command(Folders(tmp_path, server.base_url), "check", "--balance")
     assert told.returncode == 0
@@ -1316,7 +1318,7 @@ def test_a_balance_that_is_not_told_is_not_available_and_changes_nothing(tmp_pat
     assert KEY not in told.stdout + told.stderr
 
 
-def test_a_balance_that_never_comes_is_not_waited_for_longer_than_an_answer(tmp_path):
+def test_a_balance_that_never_comes_is_not_waited_for_longer_than_its_timeout(tmp_path):
     def silent(exchange: Any) -> None:
         exchange.head()
         exchange.linger()
@@ -1327,7 +1329,7 @@ def test_a_balance_that_never_comes_is_not_waited_for_longer_than_an_answer(tmp_
     assert (told.returncode, "not available" in told.stdout) == (0, True)
 
 
-def test_a_balance_that_dribbles_is_not_waited_for_longer_than_an_answer(tmp_path):
+def test_a_balance_that_comes_slowly_is_not_waited_for_longer_than_its_timeout(tmp_path):
     def dribbling(exchange: Any) -> None:
         exchange.head()
         exchange.trickle(answer(GOOD_BALANCE), 0.02)
@@ -1338,7 +1340,7 @@ def test_a_balance_that_dribbles_is_not_waited_for_longer_than_an_answer(tmp_pat
     assert (told.returncode, "no end after 0.5 seconds" in told.stdout) == (0, True)
 
 
-def test_a_balance_is_asked_for_in_plain_bytes(tmp_path):
+def test_a_balance_is_requested_without_compression(tmp_path):
     heads = []
 
     def script(exchange: Any) -> None:
@@ -1352,7 +1354,7 @@ def test_a_balance_is_asked_for_in_plain_bytes(tmp_path):
     assert re.search(r"monthly credit balance +2\.5 credits", told.stdout)
 
 
-def test_without_a_key_or_a_network_check_says_so_and_goes_on(folders):
+def test_without_a_key_or_a_network_check_reports_it_and_continues(folders):
     told = command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9")
     assert (told.returncode, "not available (" in told.stdout) == (0, True)
     told = command(folders, "check", "--balance", LETTA_API_KEY="")

@@ -98,7 +98,7 @@ def tree(top: Path) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
-def test_every_help_says_what_it_is_and_names_all_it_takes(name):
+def test_every_help_describes_its_command_and_all_options(name):
     arguments = [name] if name else []
     done = imagewatch(*arguments, "--help")
     command = load_command(name) if name else cli
@@ -119,7 +119,7 @@ def test_every_help_says_what_it_is_and_names_all_it_takes(name):
     assert not re.search(r"\b(TEXT|INTEGER|FLOAT)\b", done.stdout), "a newcomer thinks of a key, not of a type"
 
 
-def test_the_first_help_names_every_command_and_every_exit_code():
+def test_the_main_help_names_every_command_and_every_exit_code():
     done = imagewatch("--help")
     for name in COMMANDS:
         assert re.search(
@@ -129,7 +129,7 @@ def test_the_first_help_names_every_command_and_every_exit_code():
         assert re.search(rf"^    {code} ", done.stdout, re.MULTILINE)
 
 
-def test_the_version_is_told():
+def test_the_version_is_printed():
     assert imagewatch("--version").stdout == f"imagewatch {__version__}\n"
 
 
@@ -157,17 +157,17 @@ def test_the_table_of_commands_has_the_help_of_each_command(name):
 # Exit codes
 
 
-def test_once_ends_with_0_when_everything_was_made(folders):
+def test_once_exits_with_0_if_every_prompt_was_completed(folders):
     folders.prompt("cat", "A cat")
     done = imagewatch("once", environ=folders.environ)
     assert (done.returncode, folders.finished()) == (0, {"cat": "outbox"})
 
 
-def test_once_ends_with_0_when_there_is_nothing_to_do(folders):
+def test_once_exits_with_0_if_there_is_nothing_to_do(folders):
     assert imagewatch("once", environ=folders.environ).returncode == 0
 
 
-def test_once_ends_with_1_when_one_prompt_failed_and_makes_the_others(folders):
+def test_once_exits_with_1_if_one_prompt_failed_and_completes_the_others(folders):
     folders.prompt("bad", "+++\nn = 9\n+++\nx")
     folders.prompt("good", "A cat")
     done = imagewatch("once", environ=folders.environ)
@@ -192,7 +192,7 @@ def test_once_ends_with_1_when_one_prompt_failed_and_makes_the_others(folders):
         ["history", "--days", "99999999999999999999"],
     ],
 )
-def test_a_wrong_command_line_ends_with_64_and_says_where_help_is(wrong):
+def test_a_wrong_command_line_exits_with_64_and_names_the_help(wrong):
     done = imagewatch(*wrong)
     assert (done.returncode, done.stdout) == (64, "")
     assert "--help" in done.stderr
@@ -200,7 +200,7 @@ def test_a_wrong_command_line_ends_with_64_and_says_where_help_is(wrong):
 
 
 @pytest.mark.parametrize("count", [1, 3])
-def test_once_ends_with_69_when_the_endpoint_cannot_be_reached_and_all_prompts_stay(tmp_path, count):
+def test_once_exits_with_69_if_the_api_is_unreachable_and_all_prompts_stay(tmp_path, count):
     folders = Folders(tmp_path, "http://127.0.0.1:9", inbox__settle_seconds="0.1")
     for number in range(count):
         folders.prompt(f"p{number}", "A cat")
@@ -213,7 +213,7 @@ def test_once_ends_with_69_when_the_endpoint_cannot_be_reached_and_all_prompts_s
     assert folders.leftovers() == []
 
 
-def test_once_ends_with_69_without_credits_when_prompts_are_left(tmp_path, sandbox):
+def test_once_exits_with_69_without_credits_if_prompts_remain(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="2")
     sandbox.balance = 0
     for number in range(6):
@@ -224,7 +224,7 @@ def test_once_ends_with_69_without_credits_when_prompts_are_left(tmp_path, sandb
     assert "5 prompts left in the inbox" in done.stderr
 
 
-def test_once_ends_with_74_without_room_and_takes_nothing(tmp_path, sandbox):
+def test_once_exits_with_74_without_disk_space_and_claims_nothing(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__min_free_bytes=str(1 << 60))
     folders.prompt("cat", "A cat")
     done = imagewatch("once", environ=folders.environ)
@@ -232,7 +232,7 @@ def test_once_ends_with_74_without_room_and_takes_nothing(tmp_path, sandbox):
     assert "min_free_bytes" in done.stderr
 
 
-def test_a_folder_that_cannot_be_made_ends_with_74(folders, tmp_path):
+def test_a_folder_that_cannot_be_created_exits_with_74(folders, tmp_path):
     (tmp_path / "file").write_text("")
     folders.environ["IMAGEWATCH_FOLDERS__OUTBOX"] = str(tmp_path / "file/outbox")
     done = imagewatch("run", environ=folders.environ)
@@ -241,13 +241,13 @@ def test_a_folder_that_cannot_be_made_ends_with_74(folders, tmp_path):
     assert "Traceback" not in done.stderr
 
 
-def test_once_beside_a_running_daemon_ends_with_75(folders, start):
+def test_once_beside_a_running_daemon_exits_with_75(folders, start):
     start(folders, "run")
     until((folders.inbox / ".imagewatch/lock").exists)
     until(lambda: imagewatch("once", environ=folders.environ).returncode == 75)
 
 
-def test_a_wrong_configuration_ends_with_78_and_names_everything_at_once(folders, tmp_path):
+def test_a_wrong_configuration_exits_with_78_and_names_all_problems(folders, tmp_path):
     config = tmp_path / "config.toml"
     config.write_text('[inbox]\nsettle_secnds = 1\n[limits]\nconcurrency = "many"\n')
     for command in ("run", "once", "check"):
@@ -259,7 +259,7 @@ def test_a_wrong_configuration_ends_with_78_and_names_everything_at_once(folders
         assert "Traceback" not in done.stderr
 
 
-def test_without_any_configuration_it_says_what_to_do(tmp_path):
+def test_without_a_configuration_the_message_says_what_to_do(tmp_path):
     done = imagewatch("run", cwd=tmp_path, environ={"HOME": str(tmp_path / "home")})
     assert done.returncode == 78
     assert "no configuration file was found" in done.stderr
@@ -280,7 +280,7 @@ def from_nowhere(folders: Folders, *arguments: str) -> subprocess.CompletedProce
     return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
 
 
-def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_works(folders, tmp_path):
+def test_if_the_current_folder_was_removed_a_configuration_with_an_absolute_path_works(folders, tmp_path):
     folders.prompt("cat", "A cat")
     file = tmp_path / "config.toml"
     file.touch()
@@ -302,7 +302,7 @@ def test_where_the_current_folder_is_gone_a_configuration_with_its_whole_path_wo
 
 
 @pytest.mark.parametrize("key_file", ["", "/nowhere/key"])
-def test_a_start_without_a_key_says_so_at_once_and_what_to_do(folders, run, key_file):
+def test_a_start_without_a_key_immediately_says_so_and_what_to_do(folders, run, key_file):
     del folders.environ["LETTA_API_KEY"]
     if key_file:
         folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = key_file
@@ -325,7 +325,7 @@ def test_a_command_for_the_key_is_not_run_before_the_key_is_needed(folders, run,
     assert [line["event"] for line in daemon.lines if line["level"] == "warning"] == []
 
 
-def test_a_terminal_that_is_not_utf_8_is_no_reason_to_stop(folders):
+def test_commands_work_on_a_terminal_that_is_not_utf_8(folders):
     folders.prompt("käse…", "A cat")
     environ = folders.environ | {"PYTHONIOENCODING": "latin-1:strict"}
     done = imagewatch("check", environ=environ)
@@ -344,7 +344,7 @@ def strange_locale(request, tmp_path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "imagewatch"], [f"{sys.prefix}/bin/imagewatch"]])
-def test_a_locale_that_is_not_utf_8_keeps_no_prompt_from_naming_any_image(folders, strange_locale, program):
+def test_a_prompt_can_name_any_image_in_a_locale_that_is_not_utf_8(folders, strange_locale, program):
     folders.drop("猫.png", PICTURE)
     folders.prompt("käse", '+++\ninput_images = ["猫.png"]\n+++\nA cat')
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ, **strange_locale}
@@ -365,7 +365,7 @@ def row(output: str, name: str) -> str:
     return found
 
 
-def test_check_says_what_would_become_of_each_file_and_changes_nothing(tmp_path, sandbox):
+def test_check_says_what_will_happen_to_each_file_and_changes_nothing(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url)
     folders.prompt("plain", "A cat")
     folders.prompt("edit", "Make it night")
@@ -443,7 +443,7 @@ def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
         assert re.match(pattern, row(done.stdout, name)), row(done.stdout, name)
 
 
-def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
+def test_check_says_how_long_a_new_prompt_has_to_settle(folders):
     folders.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "3600"
     folders.prompt("cat", "A cat")
     assert re.match(
@@ -452,12 +452,12 @@ def test_check_tells_how_long_a_fresh_prompt_has_to_be_quiet(folders):
     )
 
 
-def test_check_tells_of_an_empty_inbox(folders):
+def test_check_reports_an_empty_inbox(folders):
     done = imagewatch("check", environ=folders.environ)
     assert "no prompt in the inbox" in done.stdout
 
 
-def test_check_creates_no_folder_and_says_that_they_will_be_made(tmp_path):
+def test_check_creates_no_folder_and_says_that_they_will_be_created(tmp_path):
     environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "new"), "LETTA_API_KEY": KEY}
     environ["IMAGEWATCH_FOLDERS__STATE"] = str(tmp_path / "state")
     done = imagewatch("check", environ=environ)
@@ -466,7 +466,7 @@ def test_check_creates_no_folder_and_says_that_they_will_be_made(tmp_path):
         assert row(done.stdout, name).endswith("(will be created)")
 
 
-def test_check_ends_with_78_and_names_what_is_bad(tmp_path, folders):
+def test_check_exits_with_78_and_names_what_is_wrong(tmp_path, folders):
     for name in ("file", "other"):
         (tmp_path / name).write_text("")
     folders.environ["IMAGEWATCH_FOLDERS__OUTBOX"] = str(tmp_path / "file")
@@ -490,7 +490,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_check_finds_what_a_start_refuses_or_is_held_by_and_changes_nothing(folders, tmp_path, case):
+def test_check_finds_everything_that_prevents_or_holds_a_start_and_changes_nothing(folders, tmp_path, case):
     key, value, name, words, code = REFUSED[case]
     folders.environ[f"IMAGEWATCH_{key}"] = value
     folders.prompt("cat", "A cat")
@@ -504,7 +504,7 @@ def test_check_finds_what_a_start_refuses_or_is_held_by_and_changes_nothing(fold
     assert (started.returncode, folders.names("inbox")) == (code, ["cat.prompt.txt"])
 
 
-def test_check_looks_for_room_where_the_folders_will_be_made(tmp_path):
+def test_check_checks_disk_space_where_the_folders_will_be_created(tmp_path):
     environ = {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "new/root"), "LETTA_API_KEY": KEY}
     environ |= {"IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "state"), "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": str(1 << 60)}
     done = imagewatch("check", environ=environ)
@@ -513,7 +513,7 @@ def test_check_looks_for_room_where_the_folders_will_be_made(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["run", "once"])
-def test_a_section_that_is_refused_at_the_start_is_told_with_its_file(tmp_path, name):
+def test_a_section_that_is_refused_at_the_start_is_reported_with_its_file(tmp_path, name):
     config = tmp_path / "mine.toml"
     config.write_text('[folders]\nroot = "root"\nstate = "state"\n[outbox]\ngroup = "nobody-knows-it"\n')
     done = imagewatch(name, "--config", str(config), environ={"LETTA_API_KEY": KEY})
@@ -557,7 +557,7 @@ def test_check_works_beside_a_running_daemon(folders, start):
 # init
 
 
-def test_init_writes_a_configuration_that_names_no_folder_and_keeps_what_is_there(tmp_path):
+def test_init_writes_a_configuration_that_names_no_folder_and_overwrites_nothing(tmp_path):
     done = imagewatch("init", cwd=tmp_path)
     path = tmp_path / "imagewatch.toml"
     assert (done.returncode, "imagewatch check --config imagewatch.toml" in done.stdout) == (0, True)
@@ -573,7 +573,7 @@ def test_init_writes_a_configuration_that_names_no_folder_and_keeps_what_is_ther
 
 
 @pytest.mark.parametrize("command", ["run", "once", "check"])
-def test_nothing_starts_with_a_folder_that_nobody_named(tmp_path, command):
+def test_nothing_starts_without_a_configured_folder(tmp_path, command):
     imagewatch("init", cwd=tmp_path)
     done = imagewatch(command, environ={"LETTA_API_KEY": KEY, "HOME": str(tmp_path)}, cwd=tmp_path)
     assert done.returncode == 78
@@ -584,7 +584,7 @@ def test_nothing_starts_with_a_folder_that_nobody_named(tmp_path, command):
 
 
 @pytest.mark.parametrize("root", ["watched", "../Fotos \"A\" 'b' \\c ü", "~/Pictures/imagewatch"])
-def test_the_folder_that_init_is_given_is_the_one_that_is_watched(tmp_path, root):
+def test_the_folder_that_is_passed_to_init_is_watched(tmp_path, root):
     here = tmp_path / "here"
     here.mkdir()
     done = imagewatch("init", "--root", root, "sub.toml", cwd=here)
@@ -599,7 +599,7 @@ def test_the_folder_that_init_is_given_is_the_one_that_is_watched(tmp_path, root
 
 
 @pytest.mark.parametrize("root", ["", " ", "a\nb", "\x1b[31m"])
-def test_a_folder_that_cannot_be_written_down_is_refused_and_nothing_is_written(tmp_path, root):
+def test_a_folder_name_that_toml_cannot_contain_is_refused_and_nothing_is_written(tmp_path, root):
     done = imagewatch("init", "--root", root, cwd=tmp_path)
     assert (done.returncode, list(tmp_path.iterdir())) == (64, [])
     assert "--root FOLDER" in done.stderr
@@ -623,7 +623,7 @@ def test_init_asks_for_the_folder_on_a_terminal(tmp_path):
     assert load(str(tmp_path / "imagewatch.toml"), {}).folders.root == str(tmp_path / "watched")
 
 
-def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
+def test_the_file_that_init_wrote_works_after_its_folder_is_set(tmp_path, sandbox):
     imagewatch("init", "--root", "root", cwd=tmp_path)
     environ = {
         "LETTA_BASE_URL": sandbox.base_url,
@@ -635,7 +635,7 @@ def test_what_init_wrote_works_once_its_folder_is_named(tmp_path, sandbox):
     assert str(tmp_path / "imagewatch.toml") in done.stdout
 
 
-def test_init_where_nothing_can_be_written_says_so(tmp_path):
+def test_init_reports_a_folder_that_cannot_be_written(tmp_path):
     done = imagewatch("init", str(tmp_path / "no/such/folder.toml"))
     assert (done.returncode, "Traceback" in done.stderr) == (74, False)
     assert "create its folder first" in done.stderr
@@ -659,7 +659,7 @@ def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
     assert not lines(text)
 
 
-def test_once_tells_every_problem_of_a_prompt_on_a_terminal(folders):
+def test_once_prints_every_problem_of_a_prompt_on_a_terminal(folders):
     folders.prompt("typo", "+++\nqualtiy = 1\nn = 9\n+++\nx")
     code, shown = on_a_terminal("once", environ=folders.environ)
     text = COLOURS.sub(b"", shown).decode().replace("\r", "")
@@ -669,7 +669,7 @@ def test_once_tells_every_problem_of_a_prompt_on_a_terminal(folders):
         assert f"    {problem}\n" in text
 
 
-def test_once_writes_json_lines_when_nobody_looks(folders):
+def test_once_writes_json_lines_without_a_terminal(folders):
     folders.prompt("cat", "A cat")
     done = imagewatch("once", environ=folders.environ)
     assert done.stdout == ""
@@ -677,7 +677,7 @@ def test_once_writes_json_lines_when_nobody_looks(folders):
     assert [line["event"] for line in lines(done.stderr)] == ["started", "completed"]
 
 
-def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_path, sandbox):
+def test_once_reports_to_programs_the_result_of_each_prompt_and_what_remains(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
     folders.prompt("a", "+++\nqualtiy = 1\nn = 9\n+++\nx")
     folders.prompt("b", "[sandbox: 402] A cat")
@@ -704,7 +704,7 @@ def test_once_tells_a_program_what_became_of_each_prompt_and_what_is_left(tmp_pa
     }
 
 
-def test_once_on_a_terminal_tells_a_hold_alone_and_in_the_time_of_this_place(tmp_path, sandbox):
+def test_once_on_a_terminal_prints_a_hold_once_and_in_local_time(tmp_path, sandbox):
     folders = Folders(tmp_path, "http://127.0.0.1:9")
     folders.prompt("cat", "A cat")
     code, shown = on_a_terminal("once", environ=folders.environ)
@@ -715,7 +715,7 @@ def test_once_on_a_terminal_tells_a_hold_alone_and_in_the_time_of_this_place(tmp
     assert re.search(r"; next try at \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\r?\n", text)
 
 
-def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders, sandbox, start):
+def test_once_completes_a_prompt_that_is_dropped_while_the_last_one_runs(folders, sandbox, start):
     sandbox.hold()
     folders.prompt("cat", "The first")
     running = start(folders, "once")
@@ -730,7 +730,7 @@ def test_once_makes_a_prompt_that_is_dropped_while_the_last_one_is_made(folders,
 # demo and sandbox
 
 
-def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_folder(tmp_path):
+def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_uses_another_folder(tmp_path):
     first = imagewatch("demo", cwd=tmp_path)
     assert (first.returncode, first.stderr) == (0, "")
     second = imagewatch("demo", cwd=tmp_path)
@@ -755,7 +755,7 @@ def test_the_demo_ends_soon_its_figures_agree_and_a_second_one_takes_another_fol
     assert [first.stdout.index(step) for step in steps] == sorted(first.stdout.index(step) for step in steps)
 
 
-def test_the_demo_says_why_it_cannot_make_its_folder(tmp_path):
+def test_the_demo_says_why_it_cannot_create_its_folder(tmp_path):
     (tmp_path / "file").write_text("")
     done = imagewatch("demo", str(tmp_path / "file/demo"))
     assert (done.returncode, "cannot create the folder" in done.stderr) == (74, True)
@@ -786,7 +786,7 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--key", "$let-a-key-of-our-own"]])
-def test_the_sandbox_proposes_a_key_that_it_takes_and_that_is_not_a_part_of_any_word(tmp_path, options):
+def test_the_sandbox_proposes_a_key_that_it_accepts_and_that_is_part_of_no_word(tmp_path, options):
     program = [sys.executable, "-u", "-m", "imagewatch", "sandbox", "--port", "0", *options]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
@@ -803,7 +803,7 @@ def test_the_sandbox_proposes_a_key_that_it_takes_and_that_is_not_a_part_of_any_
     assert options or len(environ["LETTA_API_KEY"]) >= 40
 
 
-def test_the_sandbox_lists_its_tags_and_says_when_its_port_is_taken(sandbox):
+def test_the_sandbox_lists_its_tags_and_reports_a_port_in_use(sandbox):
     assert "402" in imagewatch("sandbox", "--tags").stdout
     done = imagewatch("sandbox", "--port", sandbox.base_url.rpartition(":")[2])
     assert (done.returncode, "cannot listen" in done.stderr, "Traceback" in done.stderr) == (64, True, False)
@@ -827,7 +827,7 @@ def deaf(trouble: str) -> Iterator[int]:
 
 
 @pytest.mark.parametrize("trouble", ["full", "gone"])
-def test_a_log_that_cannot_be_written_stops_nothing_and_is_no_failure(tmp_path, sandbox, trouble):
+def test_a_log_that_cannot_be_written_stops_nothing_and_does_not_change_the_exit_code(tmp_path, sandbox, trouble):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
     once = [sys.executable, "-m", "imagewatch", "once"]
@@ -847,7 +847,7 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_is_no_failure(tmp_path, 
 
 
 @pytest.mark.parametrize("trouble", ["full", "gone"])
-def test_a_daemon_outlives_whoever_read_its_log(folders, trouble):
+def test_a_daemon_continues_after_the_reader_of_its_log_ended(folders, trouble):
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
     with deaf(trouble) as stream:
         process = subprocess.Popen([sys.executable, "-m", "imagewatch", "run"], env=environ, stderr=stream)
@@ -862,7 +862,7 @@ def test_a_daemon_outlives_whoever_read_its_log(folders, trouble):
         process.wait(30)
 
 
-def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):
+def test_each_finished_job_has_one_complete_line_in_the_log(folders, sandbox):
     folders.prompt("a/cat", "A cat")
     folders.prompt("dog", "[sandbox: 422] A dog")
     folders.prompt("lost", "[sandbox: 502] A lost one")
@@ -886,7 +886,7 @@ def test_each_finished_job_has_one_line_that_says_it_all(folders, sandbox):
 
 
 @pytest.mark.parametrize("form", ["json", "console"])
-def test_a_hostile_file_name_or_answer_never_reaches_the_log_raw(tmp_path, form):
+def test_a_hostile_file_name_or_response_never_reaches_the_log_raw(tmp_path, form):
     body = json.dumps({"message": f"no: {HOSTILE[:-1]}\x1b]0;owned\x07"}).encode()
     with Scripted(answering(body, b"Content-Type: application/json", status=b"400 Bad Request")) as endpoint:
         folders = Folders(tmp_path, endpoint.base_url, log__format=form)
@@ -938,7 +938,7 @@ def test_a_hostile_file_name_never_reaches_a_terminal_raw(tmp_path, sandbox):
         ["run", f"--{HOSTILE}"],
     ],
 )
-def test_a_hostile_argument_is_told_in_words_and_never_raw(arguments):
+def test_a_hostile_argument_is_reported_escaped_and_never_raw(arguments):
     done = imagewatch(*arguments)
     assert done.returncode in {64, 74, 78}
     assert "Traceback" not in done.stderr
@@ -993,7 +993,7 @@ def test_a_program_that_cannot_be_loaded_does_not_look_like_a_failed_job(folders
     assert done.stderr.endswith("imagewatch: the program cannot be loaded\n  install it again, with its dependencies\n")
 
 
-def test_what_a_bug_says_reaches_no_terminal_raw(folders, tmp_path):
+def test_the_message_of_a_bug_never_reaches_a_terminal_raw(folders, tmp_path):
     other = (
         "import structlog\n"
         "def configure(**_): raise TypeError('\\x1b[31m an end \\u202e\\nand more')\n"
@@ -1005,7 +1005,7 @@ def test_what_a_bug_says_reaches_no_terminal_raw(folders, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["A cat", "[sandbox: 422] A cat"])
-def test_once_whose_reader_is_gone_does_not_look_like_a_failed_job(folders, text):
+def test_once_whose_reader_has_ended_does_not_look_like_a_failed_job(folders, text):
     folders.prompt("cat", text)
     environ = {"PATH": os.environ["PATH"], **folders.environ}
     with deaf("gone") as stream:
@@ -1015,7 +1015,7 @@ def test_once_whose_reader_is_gone_does_not_look_like_a_failed_job(folders, text
     assert b"Traceback" not in done.stderr
 
 
-def test_a_bug_is_logged_with_its_end_and_without_control_characters():
+def test_a_bug_is_logged_with_the_end_of_its_traceback_and_without_control_characters():
     script = (
         "import structlog; from imagewatch.system import log\n"
         "def deep(n):\n"

@@ -69,7 +69,7 @@ def test_the_shell_completes_commands(complete):
     assert complete("imagewatch", "su") == {"submit"}
 
 
-def test_the_shell_completes_options_and_what_they_take(complete):
+def test_the_shell_completes_options_and_their_values(complete):
     offered = {name for part in load_command("submit").params if isinstance(part, click.Option) for name in part.opts}
     assert complete("imagewatch", "submit", "--") >= {name for name in offered if name.startswith("--")}
     assert complete("imagewatch", "submit", "--provider", "") == {"auto", "flux", "gemini", "openai"}
@@ -77,7 +77,7 @@ def test_the_shell_completes_options_and_what_they_take(complete):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("shell", sorted(COMPLETE))
-def test_the_lines_for_the_shells_in_the_documents_work(shell):
+def test_the_documented_lines_for_shells_work(shell):
     line = f"_IMAGEWATCH_COMPLETE={shell}_source imagewatch"
     assert line in (ROOT / "docs/using.md").read_text()
     if shell == "bash" and shutil.which("bash") is None:
@@ -87,7 +87,7 @@ def test_the_lines_for_the_shells_in_the_documents_work(shell):
     assert "imagewatch" in done.stdout
 
 
-def test_the_manual_page_is_what_the_commands_say():
+def test_the_manual_page_matches_the_commands():
     """After a change of commands or options: ``make man``."""
     done = subprocess.run([sys.executable, ROOT / "man/make.py"], capture_output=True, text=True, check=True)
     assert done.stdout == PAGE.read_text()
@@ -99,7 +99,7 @@ def test_the_manual_page_is_what_the_commands_say():
 
 
 @pytest.mark.skipif(shutil.which("man") is None, reason="man is not installed")
-def test_the_manual_page_is_shown_without_complaint():
+def test_the_manual_page_is_shown_without_warnings():
     done = subprocess.run(
         ["man", "--warnings", "-E", "UTF-8", "-l", PAGE],
         env={**ENVIRON, "MANWIDTH": "80", "MANPAGER": "cat", "MAN_KEEP_FORMATTING": ""},

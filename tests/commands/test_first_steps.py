@@ -40,7 +40,9 @@ def key_line(folders: Folders) -> tuple[int, dict[str, str]]:
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_a_check_beside_a_running_daemon_does_not_call_its_key_bad(folders: Folders, run: Callable[..., Any]) -> None:
+def test_a_check_beside_a_running_daemon_does_not_report_its_key_as_bad(
+    folders: Folders, run: Callable[..., Any]
+) -> None:
     run(folders)
     code, line = key_line(folders)
     assert (code, line["verdict"]) == (0, "wait")
@@ -58,14 +60,14 @@ def test_a_check_by_root_says_how_to_check_the_key_of_the_services_user(folders:
     assert f"runuser -u {name} -- env CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service" in line["why"]
 
 
-def test_without_a_daemon_a_check_without_a_key_is_bad(folders: Folders) -> None:
+def test_without_a_daemon_a_check_reports_a_missing_key_as_bad(folders: Folders) -> None:
     assert key_line(folders)[0] == 78
     folders.state.mkdir()
     code, line = key_line(folders)
     assert (code, line["verdict"]) == (78, "bad")
 
 
-def test_a_key_that_is_set_and_cannot_be_read_is_bad_beside_a_running_daemon_too(
+def test_a_configured_key_that_cannot_be_read_is_bad_even_beside_a_running_daemon(
     folders: Folders, run: Callable[..., Any]
 ) -> None:
     run(folders)
@@ -106,7 +108,7 @@ def by_stranger(folders: Folders, *arguments: str) -> subprocess.CompletedProces
 
 @as_user
 @pytest.mark.parametrize("more", [(), ("--wait",), ("--folder", "new")])
-def test_a_user_outside_the_group_is_told_which_group_it_is(shared: Folders, more: tuple[str, ...]) -> None:
+def test_a_user_outside_the_group_gets_the_name_of_the_group(shared: Folders, more: tuple[str, ...]) -> None:
     told = by_stranger(shared, "submit", "A cat", *more)
     assert (told.returncode, told.stdout) == (74, "")
     group = grp.getgrgid(2).gr_name
@@ -117,7 +119,7 @@ def test_a_user_outside_the_group_is_told_which_group_it_is(shared: Folders, mor
 
 
 @as_user
-def test_a_folder_that_is_named_on_the_command_line_is_no_usage_error_for_who_may_not_enter_it(shared: Folders) -> None:
+def test_a_folder_on_the_command_line_that_the_user_may_not_enter_is_no_usage_error(shared: Folders) -> None:
     shared.environ = {}
     told = by_stranger(shared, "submit", "--root", str(shared.root), "A cat")
     assert told.returncode == 74
@@ -139,7 +141,7 @@ def test_a_configuration_that_may_not_be_read_is_no_usage_error(shared: Folders,
 
 
 @as_user
-def test_history_does_not_say_of_a_hidden_ledger_that_nothing_was_made(shared: Folders) -> None:
+def test_history_does_not_report_an_inaccessible_ledger_as_empty(shared: Folders) -> None:
     shared.state.mkdir(mode=0o700)
     told = by_stranger(shared, "history")
     assert told.returncode == 74
@@ -147,7 +149,7 @@ def test_history_does_not_say_of_a_hidden_ledger_that_nothing_was_made(shared: F
     assert "nothing was made" not in told.stderr
 
 
-def test_a_check_before_the_first_start_does_not_ignore_what_will_be_taken(folders: Folders) -> None:
+def test_a_check_before_the_first_start_does_not_ignore_files_that_will_be_claimed(folders: Folders) -> None:
     folders.outbox.rmdir()
     folders.prompt("poster/cat", "A cat")
     lines = {line["what"]: line["verdict"] for line in json.loads(command(folders, "check", "--json").stdout)["files"]}
@@ -155,7 +157,7 @@ def test_a_check_before_the_first_start_does_not_ignore_what_will_be_taken(folde
 
 
 @as_user
-def test_one_who_may_enter_and_not_write_is_told_the_same(shared: Folders) -> None:
+def test_a_user_who_may_enter_but_not_write_gets_the_same_message(shared: Folders) -> None:
     shared.root.chmod(0o755)
     told = by_stranger(shared, "submit", "A cat")
     assert f"permission denied: {shared.inbox}" in told.stderr
@@ -166,7 +168,7 @@ def test_one_who_may_enter_and_not_write_is_told_the_same(shared: Folders) -> No
 
 
 @as_user
-def test_check_and_estimate_do_not_say_that_a_hidden_folder_is_not_there(shared: Folders) -> None:
+def test_check_and_estimate_do_not_report_an_inaccessible_folder_as_missing(shared: Folders) -> None:
     told = by_stranger(shared, "check")
     lines = {line.split()[1]: line for line in told.stdout.splitlines()}
     assert f"{shared.inbox}: permission denied (ask the administrator to add you to the group" in lines["inbox"]
@@ -175,7 +177,7 @@ def test_check_and_estimate_do_not_say_that_a_hidden_folder_is_not_there(shared:
 
 
 @as_user
-def test_folders_that_a_user_cannot_make_are_told_with_the_key_to_set(shared: Folders) -> None:
+def test_folders_that_a_user_cannot_create_are_reported_with_the_key_to_set(shared: Folders) -> None:
     shared.environ |= {
         "IMAGEWATCH_FOLDERS__ROOT": "/srv/nobody-made-this",
         "IMAGEWATCH_FOLDERS__STATE": "/srv/nor-this",
@@ -188,7 +190,7 @@ def test_folders_that_a_user_cannot_make_are_told_with_the_key_to_set(shared: Fo
 # Presets
 
 
-def test_a_preset_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_a_preset_that_does_not_exist_is_reported_with_those_that_do(tmp_path: Path, sandbox: Sandbox) -> None:
     sizes = {"presets__poster__size": "1024x1536", "presets__banner__size": "1536x1024"}
     station = Station(tmp_path, sandbox.base_url, **sizes)
     station.prompt("cat", "+++\npreset = 'x'\n+++\nA cat")
@@ -201,9 +203,7 @@ def test_a_preset_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path,
 # What is not there any more
 
 
-def test_nothing_recommends_to_pay_again_for_a_prompt_that_is_missing(
-    folders: Folders, run: Callable[..., Any]
-) -> None:
+def test_no_message_recommends_pay_again_for_a_missing_prompt(folders: Folders, run: Callable[..., Any]) -> None:
     folders.prompt("cat", "a cat [sandbox: drop]")
     assert command(folders, "once").returncode == 1
     assert folders.error("cat")["charged"] == "unknown"
@@ -218,7 +218,7 @@ def test_nothing_recommends_to_pay_again_for_a_prompt_that_is_missing(
     assert (told.returncode, "the prompt of this error file is missing" in told.stderr) == (1, True)
 
 
-def test_an_error_file_without_its_prompt_does_not_say_to_pay_again(
+def test_an_error_file_without_its_prompt_does_not_recommend_pay_again(
     folders: Folders, sandbox: Sandbox, run: Callable[..., Any]
 ) -> None:
     sandbox.hold()

@@ -99,7 +99,7 @@ def test_every_figure_of_the_status_is_a_metric():
     }
 
 
-def test_names_types_and_help_are_as_the_format_wants_them():
+def test_names_types_and_help_follow_the_format():
     for name, family in parsed(metrics.text(PAGE)).items():
         assert name.startswith("imagewatch_")
         assert family.documentation.endswith(".")
@@ -117,25 +117,25 @@ def test_the_linter_of_prometheus_finds_nothing():
     assert (done.returncode, done.stdout + done.stderr) == (0, "")
 
 
-def test_a_reason_or_a_hold_that_nobody_knows_becomes_no_label():
+def test_an_unknown_reason_or_hold_becomes_no_label():
     odd = {**PAGE, "waiting": {"ready": 0, "why": {HOSTILE: 3, Wait.OPEN: 1}}, "holds": [{"kind": HOSTILE}]}
     found = values(metrics.text(odd))
     assert (found["not_ready_prompts[other]"], found["not_ready_prompts[open]"]) == (3, 1)
     assert found.keys() == {*values(metrics.text(PAGE))}
 
 
-def test_every_series_names_its_inbox_so_that_there_may_be_several():
+def test_every_series_names_its_inbox_so_that_several_can_be_read():
     one, other = (parsed(metrics.text({**PAGE, "inbox": inbox})) for inbox in ("/srv/cats", f"/srv/{HOSTILE}"))
     assert one.keys() == other.keys()
     for families, inbox in ((one, "/srv/cats"), (other, f"/srv/{HOSTILE}")):
         assert {sample.labels["inbox"] for family in families.values() for sample in family.samples} == {inbox}
 
 
-def test_a_daemon_that_has_not_looked_yet_has_no_time_of_a_look():
+def test_a_daemon_that_has_not_scanned_yet_has_no_time_of_a_scan():
     assert "last_scan_timestamp_seconds" not in values(metrics.text({**PAGE, "last_scan": None}))
 
 
-def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(folders, run, sandbox):
+def test_a_running_daemon_and_a_killed_one_differ_and_no_file_name_is_shown(folders, run, sandbox):
     before = time.time() - 1
     daemon = run(folders)
     sandbox.hold()
@@ -155,7 +155,7 @@ def test_a_running_daemon_and_one_that_died_are_told_apart_and_no_name_is_told(f
     assert (told(folders)["up"], told(folders)["in_flight_jobs"]) == (0, 0)
 
 
-def test_a_hold_is_a_metric_and_no_failure_of_the_command(folders, run):
+def test_a_hold_is_a_metric_and_does_not_change_the_exit_code(folders, run):
     daemon = run(folders)
     command(folders, "hold", HOSTILE)
     assert told(folders)["held[manual]"] == 1
@@ -165,7 +165,7 @@ def test_a_hold_is_a_metric_and_no_failure_of_the_command(folders, run):
     assert told(folders)["held[manual]"] == 0
 
 
-def test_made_and_spent_are_those_of_the_ledger_and_of_today(folders, sandbox):
+def test_completed_and_spent_are_those_of_the_ledger_and_of_today(folders, sandbox):
     made_once(folders)
     found = told(folders)
     spent = sandbox.report()["credits"]
@@ -188,7 +188,7 @@ def test_the_caps_are_those_of_the_configuration(tmp_path, sandbox):
 
 
 @pytest.mark.parametrize("other", ["--json", "--watch"])
-def test_one_form_at_a_time(folders, other):
+def test_only_one_format_may_be_chosen(folders, other):
     asked = command(folders, "status", "--prometheus", other)
     assert (asked.returncode, asked.stdout) == (64, "")
     assert re.search(f"--prometheus and {other} exclude each other", asked.stderr)

@@ -52,16 +52,16 @@ def set_up(folders, text):
 
 
 @pytest.mark.parametrize(("model", "provider"), FAMILIES.items())
-def test_the_family_of_a_model_decides_whom_to_ask(folders, model, provider):
+def test_the_family_of_a_model_decides_the_provider(folders, model, provider):
     assert asked(folders, f'model = "{model}"') == {"provider": provider, "model": model}
 
 
 @pytest.mark.parametrize("option", ['size = "64x64"', 'quality = "low"', 'output_format = "png"'])
-def test_the_family_counts_more_than_the_other_options(folders, option):
+def test_the_family_overrides_the_other_options(folders, option):
     assert asked(folders, f'model = "flux-2-pro"\n{option}')["provider"] == "flux"
 
 
-def test_the_family_counts_more_than_input_images(tmp_path, sandbox):
+def test_the_family_overrides_input_images(tmp_path, sandbox):
     from support.scripted import picture  # noqa: PLC0415
 
     folders = Folders(tmp_path, sandbox.base_url)
@@ -69,7 +69,7 @@ def test_the_family_counts_more_than_input_images(tmp_path, sandbox):
     assert asked(folders, 'model = "gpt-image-2"')["provider"] == "openai"
 
 
-def test_a_model_of_no_known_family_without_a_provider_is_refused_unpaid_with_the_way_out(folders, sandbox):
+def test_a_model_of_no_known_family_without_a_provider_is_refused_unpaid_with_the_next_step(folders, sandbox):
     error = refused(folders, sandbox, 'model = "dall-e-9"')
     assert '"dall-e-9" is of no known family' in error["message"]
     assert 'provider = "openai"' in error["message"]
@@ -85,12 +85,12 @@ def test_check_names_a_model_of_no_known_family_that_is_set_without_a_provider(f
 
 
 @pytest.mark.parametrize("model", ["dall-e-9", "gpt-image", "x-flux", " "])
-def test_a_model_is_passed_on_as_it_is_to_the_provider_named_with_it(folders, model):
+def test_a_model_is_passed_on_unchanged_to_the_provider_named_with_it(folders, model):
     front = f'provider = "openai"\nmodel = "{model}"'
     assert asked(folders, front) == {"provider": "openai", "model": model}
 
 
-def test_a_wrong_pair_that_the_front_matter_itself_names_is_left_to_the_api(folders, sandbox):
+def test_a_wrong_pair_in_the_front_matter_is_left_to_the_api(folders, sandbox):
     folders.prompt("x", '+++\nprovider = "flux"\nmodel = "gpt-image-2"\n+++\na cat')
     assert command(folders, "once").returncode == 1
     error = folders.error("x")
@@ -98,11 +98,11 @@ def test_a_wrong_pair_that_the_front_matter_itself_names_is_left_to_the_api(fold
     assert "is a model of openai, not of flux" in error["message"]
 
 
-def test_without_a_model_it_is_as_the_skill_advises(folders):
+def test_without_a_model_the_provider_is_the_one_that_the_skill_advises(folders):
     assert asked(folders, 'quality = "low"')["provider"] == "openai"
 
 
-def test_the_models_line_of_the_example_configuration_works_as_it_stands(folders):
+def test_the_models_line_of_the_example_configuration_works_unchanged(folders):
     text = example().replace('## model = "gpt-image-2"', 'model = "gpt-image-2"', 1)
     model = tomllib.loads(text)["defaults"]["model"]
     root = f'root = "{folders.root}"'
@@ -131,17 +131,17 @@ def test_the_models_line_of_the_example_configuration_works_as_it_stands(folders
         ('[presets.p]\nprovider = "openai"', 'provider = "auto"', ("flux", None)),
     ],
 )
-def test_of_a_provider_and_a_model_of_different_levels_the_nearer_one_was_meant(folders, tables, front, wanted):
+def test_of_a_provider_and_a_model_of_different_levels_the_nearer_one_counts(folders, tables, front, wanted):
     request = asked(set_up(folders, tables), front, preset="p")
     assert (request["provider"], request.get("model")) == wanted
 
 
-def test_auto_does_not_guess_for_a_model_that_was_set_together_with_a_provider(folders, sandbox):
+def test_auto_chooses_no_provider_for_a_model_that_was_set_together_with_one(folders, sandbox):
     set_up(folders, '[defaults]\nprovider = "openai"\nmodel = "dall-e-9"')
     assert "no known family" in refused(folders, sandbox, 'provider = "auto"')["message"]
 
 
-def test_the_limits_look_at_the_provider_that_is_asked(tmp_path, sandbox):
+def test_the_limits_apply_to_the_provider_that_is_asked(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__providers='["flux"]')
     assert "limits.providers" in refused(folders, sandbox, 'model = "gpt-image-2"')["message"]
 

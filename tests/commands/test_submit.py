@@ -138,7 +138,7 @@ def call(sandbox: Sandbox, number: int = 0) -> dict[str, Any]:
 # What is made
 
 
-def test_a_text_becomes_a_picture_and_its_path_and_price_are_told(sender, sandbox, watched):
+def test_a_text_becomes_an_image_and_its_path_and_price_are_printed(sender, sandbox, watched):
     done = sender.submit("A lighthouse at dusk", "--wait")
     assert done.returncode == 0, done.stderr
     (path,) = done.stdout.splitlines()
@@ -151,7 +151,7 @@ def test_a_text_becomes_a_picture_and_its_path_and_price_are_told(sender, sandbo
     assert sender.dropped() == []
 
 
-def test_it_is_taken_at_once_however_long_others_have_to_be_quiet(tmp_path, sandbox, start):
+def test_a_submitted_prompt_is_claimed_immediately_however_long_others_have_to_settle(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="3000", inbox__rescan_seconds="3000")
     sender = Sender(folders, tmp_path / "home")
     start(folders, "run")
@@ -160,7 +160,7 @@ def test_it_is_taken_at_once_however_long_others_have_to_be_quiet(tmp_path, sand
     assert done.returncode == 0, done.stderr
 
 
-def test_without_waiting_the_prompt_is_named_and_needs_no_daemon(sender):
+def test_without_waiting_the_name_of_the_prompt_is_printed_and_no_daemon_is_needed(sender):
     done = sender.submit("A cat")
     assert (done.returncode, done.stderr) == (0, "")
     (path,) = done.stdout.splitlines()
@@ -168,7 +168,7 @@ def test_without_waiting_the_prompt_is_named_and_needs_no_daemon(sender):
     assert sender.dropped() == [Path(path).name]
 
 
-def test_without_waiting_programs_get_the_prompts_too(sender):
+def test_without_waiting_json_contains_the_prompts(sender):
     done = sender.submit("A cat", "A dog", "--format", "json")
     told = json.loads(done.stdout)
     assert [one["prompt"] for one in told] == ["A cat", "A dog"]
@@ -203,7 +203,7 @@ def test_all_options_reach_the_request(sender, watched):
     }
 
 
-def test_a_file_brings_options_which_those_of_the_command_line_override(sender, sandbox, watched):
+def test_options_of_a_file_are_used_and_those_of_the_command_line_override_them(sender, sandbox, watched):
     file = sender.file("far/away.txt", '\ufeff+++\nprovider = "gemini"\nn = 3\nseed = 5\n+++\r\nA cat\r\nand a dog\r\n')
     done = sender.submit("--from", file, "-n", "2", "--wait", "--format", "json", cwd=Path("/"))
     (told,) = json.loads(done.stdout)
@@ -221,7 +221,7 @@ def test_images_that_a_file_names_are_those_beside_it(sender, sandbox, watched):
     assert call(sandbox)["inputs"] == [sha256(picture(colour=(number, 0, 0))) for number in (0, 1)]
 
 
-def test_a_file_that_is_called_like_a_prompt_brings_the_images_it_would_have_in_the_inbox(sender, sandbox, watched):
+def test_a_file_with_the_name_of_a_prompt_is_sent_with_the_images_it_would_have_in_the_inbox(sender, sandbox, watched):
     for number, name in enumerate(("cat.png", "cat.1.png", "catalog.png")):
         sender.file(name, picture(colour=(number, 0, 0)))
     file = sender.file("cat.prompt.txt", "Make it blue")
@@ -230,7 +230,7 @@ def test_a_file_that_is_called_like_a_prompt_brings_the_images_it_would_have_in_
     assert call(sandbox)["inputs"] == [sha256(picture(colour=(number, 0, 0))) for number in (0, 1)]
 
 
-def test_images_of_the_command_line_take_the_place_of_those_of_the_file(sender, sandbox, watched):
+def test_images_of_the_command_line_replace_those_of_the_file(sender, sandbox, watched):
     sender.file("cat.png", picture(colour=(1, 0, 0)))
     file = sender.file("cat.prompt.txt", "Make it blue")
     other = sender.file("other.png", picture(colour=(2, 0, 0)))
@@ -246,7 +246,7 @@ def test_standard_input_is_read(sender, arguments):
     assert dropped == "+++\nn = 2\ninput_images = []\n+++\nEin Kätzchen\n"
 
 
-def test_files_and_texts_go_together(sender):
+def test_files_and_texts_can_be_combined(sender):
     one = sender.file("one.txt", "from one")
     done = sender.submit("from the line", "--from", one, "--from", "-", "--name", "it", stdin=b"from the input")
     assert done.returncode == 0, done.stderr
@@ -254,7 +254,7 @@ def test_files_and_texts_go_together(sender):
     assert texts == ["from the line", "from one", "from the input"]
 
 
-def test_images_keep_their_order_and_are_named_by_what_they_are(sender, sandbox, watched):
+def test_images_keep_their_order_and_get_the_file_ending_of_their_type(sender, sandbox, watched):
     contents = [picture("PNG"), picture("JPEG"), picture("WEBP"), picture("PNG", (9, 9, 9))]
     paths = [
         sender.file(name, content)
@@ -284,7 +284,7 @@ def refused(sender: Sender, *arguments: str | bytes, **more: Any) -> str:
     return done.stderr
 
 
-def test_everything_that_is_wrong_with_images_is_named_and_nothing_is_dropped(sender):
+def test_every_problem_of_the_images_is_reported_and_nothing_is_dropped(sender):
     broken, gif, page = sender.file("broken.png", PICTURE[:-9]), sender.file("a.png", picture("GIF")), sender.file("p")
     Path(page).write_text("<html>")
     os.mkfifo(sender.home / "pipe.png")
@@ -303,7 +303,7 @@ def test_everything_that_is_wrong_with_images_is_named_and_nothing_is_dropped(se
     assert told.endswith("  Nothing was dropped.\n")
 
 
-def test_one_wrong_prompt_among_many_drops_none(sender):
+def test_if_one_of_many_prompts_is_wrong_none_is_dropped(sender):
     bad = sender.file("bad.txt", "+++\ncolour = 1\n+++\nx")
     told = refused(sender, "fine", "--from", bad, "--from", sender.file("empty.txt", " \n"))
     assert f"{bad}: colour: unknown key" in told
@@ -330,21 +330,21 @@ def test_one_wrong_prompt_among_many_drops_none(sender):
         *((["A cat", "--wait", "--timeout", seconds], "--timeout") for seconds in ("nan", "inf", "-inf", "-1")),
     ],
 )
-def test_what_the_daemon_would_refuse_is_refused_before_it_is_dropped(sender, arguments, words):
+def test_a_prompt_that_the_daemon_would_refuse_is_refused_before_it_is_dropped(sender, arguments, words):
     assert words in refused(sender, *arguments)
 
 
-def test_a_file_that_its_folder_does_not_list_by_this_name_is_refused_as_its_images_would_be_missed(sender):
+def test_a_file_that_its_folder_does_not_list_under_this_name_is_refused_because_its_images_would_be_missing(sender):
     with pytest.raises(BadRequest, match=r"cat\.prompt\.txt: its folder lists no file of exactly this name"):
         SubmitRequest.of_file(b"Make it blue", str(sender.home / "cat.prompt.txt"), {}, ())
 
 
-def test_a_pipe_is_no_prompt_file_and_is_not_waited_for(sender):
+def test_a_pipe_is_refused_as_a_prompt_file_and_not_waited_for(sender):
     os.mkfifo(sender.home / "cat.prompt.txt")
     assert "cat.prompt.txt: is not a plain file" in refused(sender, "--from", str(sender.home / "cat.prompt.txt"))
 
 
-def test_the_guard_rails_of_the_configuration_hold(sender):
+def test_the_limits_of_the_configuration_are_checked(sender):
     config = sender.home / "imagewatch.toml"
     config.write_text(config.read_text() + '[limits]\nproviders = ["flux"]\nmax_n = 1\n')
     told = refused(sender, "A cat", "-n", "2", "--provider", "openai")
@@ -353,12 +353,12 @@ def test_the_guard_rails_of_the_configuration_hold(sender):
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "~x", "#x", "a/b", "../x", "x\ny", "x\x1b[31m", "x" * 201, b"caf\xe9"])
-def test_names_that_no_prompt_can_have_are_refused(sender, name):
+def test_invalid_names_of_prompts_are_refused(sender, name):
     assert "name: " in refused(sender, "A cat", "--name", name)
 
 
 @pytest.mark.parametrize("folder", ["..", "a/../..", "/etc", "a\nb", b"\xe9"])
-def test_folders_that_nobody_looks_into_are_refused(sender, folder):
+def test_folders_that_are_never_scanned_are_refused(sender, folder):
     assert "folder: " in refused(sender, "A cat", "--folder", folder)
     assert [path.name for path in sender.folders.inbox.iterdir()] == []
 
@@ -428,7 +428,7 @@ def test_a_folder_is_refused_where_the_daemon_does_not_look_into_folders(sender)
     assert "inbox.recursive" in refused(sender, "A cat", "--folder", "poster")
 
 
-def test_on_a_terminal_nothing_at_all_is_a_question_and_not_a_wait(sender):
+def test_on_a_terminal_a_missing_prompt_is_an_error_and_not_waited_for(sender):
     master, slave = pty.openpty()
     done = subprocess.run(
         [sys.executable, "-m", "imagewatch", "submit"],
@@ -448,14 +448,14 @@ def test_on_a_terminal_nothing_at_all_is_a_question_and_not_a_wait(sender):
 # Names and folders
 
 
-def test_a_name_that_waits_in_the_inbox_is_not_taken_away(sender):
+def test_a_prompt_that_waits_in_the_inbox_is_not_replaced(sender):
     sender.folders.prompt("cat", "somebody else's")
     told = refused(sender, "A cat", "--name", "cat", "--image", sender.file("a.png"))
     assert "cat.prompt.txt: the inbox has a file of this name" in told
     assert (sender.folders.inbox / "cat.prompt.txt").read_text() == "somebody else's"
 
 
-def test_a_name_that_is_taken_while_images_are_placed_leaves_none_of_them(sender, folders):
+def test_if_the_name_appears_while_images_are_placed_none_of_them_remains(sender, folders):
     config = load(str(sender.home / "imagewatch.toml"), {})
     with Delivery(config, "") as delivery:
         delivery.stage(SubmitRequest("one", {}, (sender.file("a.png"),)), "one")
@@ -507,7 +507,7 @@ def inside(sender, monkeypatch, capsys):
     return call
 
 
-def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already(sender, inside):
+def test_a_disk_error_between_prompts_does_not_hide_those_that_are_already_in_the_inbox(sender, inside):
     code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
     assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
     assert "it-2.prompt.txt: cannot drop the file: Input/output error" in err
@@ -516,7 +516,7 @@ def test_a_disk_that_fails_on_the_way_does_not_hide_what_is_in_the_inbox_already
     assert sender.dropped() == ["it-1.prompt.txt"]
 
 
-def test_programs_learn_what_is_in_the_inbox_when_the_others_could_not_follow(sender, inside):
+def test_json_lists_the_dropped_prompts_if_the_others_could_not_be_dropped(sender, inside):
     code, out, _ = inside(FailingDisk("it-3.prompt.txt"), "One", "Two", "Three", "--name", "it", "--wait", "--json")
     assert code == 69
     assert [(one["source"], one["destination"]) for one in json.loads(out)] == [
@@ -528,7 +528,7 @@ def test_programs_learn_what_is_in_the_inbox_when_the_others_could_not_follow(se
     assert err.endswith(f"{sender.folders.inbox}/so-1.prompt.txt\n")
 
 
-def test_when_none_could_be_dropped_it_is_the_disk_and_nothing_is_left(sender, inside):
+def test_if_none_could_be_dropped_it_is_a_disk_error_and_nothing_remains(sender, inside):
     code, out, err = inside(
         FailingDisk("it-1.prompt.txt"), "One", "Two", "--name", "it", "--image", sender.file("a.png")
     )
@@ -537,7 +537,7 @@ def test_when_none_could_be_dropped_it_is_the_disk_and_nothing_is_left(sender, i
     assert sender.dropped() == []
 
 
-def test_a_rename_that_was_done_is_no_failure_whatever_the_server_says_of_it(sender, inside):
+def test_a_completed_rename_is_no_failure_even_if_the_server_reports_an_error(sender, inside):
     image = sender.file("a.png")
     code, out, err = inside(FailingDisk("it.prompt.txt", late=True), "One", "--name", "it", "--image", image)
     assert (code, out, err) == (0, f"{sender.folders.inbox}/it.prompt.txt\n", "")
@@ -551,7 +551,7 @@ class UnsyncedDisk(SteppingDisk):
         raise SpoolError(f"{path}: cannot write the folder to disk", path=path, code=errno.EIO)
 
 
-def test_what_a_power_cut_may_take_away_is_dropped_all_the_same(sender, inside):
+def test_a_prompt_that_could_not_be_synced_counts_as_dropped(sender, inside):
     code, out, err = inside(UnsyncedDisk(), "One", "Two", "--name", "it")
     assert (code, len(out.splitlines())) == (0, 2)
     assert err.count("the prompts are dropped, but may be lost if the power fails") == 1
@@ -573,7 +573,7 @@ class LinkingDisk(SteppingDisk):
         super().make_folder(path, mode)
 
 
-def test_a_link_in_the_place_of_a_new_folder_leads_to_no_change_elsewhere(sender, inside, tmp_path):
+def test_a_link_in_the_place_of_a_new_folder_changes_nothing_elsewhere(sender, inside, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir(mode=0o700)
     sender.folders.inbox.chmod(0o777)
@@ -583,7 +583,7 @@ def test_a_link_in_the_place_of_a_new_folder_leads_to_no_change_elsewhere(sender
     assert (elsewhere.stat().st_mode & 0o7777, list(elsewhere.iterdir())) == (0o700, [])
 
 
-def test_images_are_nobody_elses_siblings(sender, folders):
+def test_the_images_of_a_prompt_are_no_siblings_of_another_one(sender, folders):
     """``cat.1.prompt.txt``, dropped by hand, would take a ``cat.1.png`` for its own and pay for a wrong edit."""
     for stem in ("cat.1", "cat.in", "other"):
         folders.prompt(stem, "by hand")
@@ -601,7 +601,7 @@ def test_images_are_nobody_elses_siblings(sender, folders):
     assert rows["cat.1.prompt.txt"] == rows["cat.in.prompt.txt"] == rows["other.prompt.txt"] == "flux"
 
 
-def test_results_whose_name_was_taken_are_found_and_older_ones_are_not_taken_for_them(sender, sandbox, watched):
+def test_results_whose_name_existed_are_found_and_not_confused_with_older_ones(sender, sandbox, watched):
     (sender.folders.outbox / "cat.jpg").write_bytes(b"somebody else's")
     first = json.loads(sender.submit("First", "--name", "cat", "--wait", "--format", "json").stdout)[0]
     second = json.loads(sender.submit("Second", "--name", "cat", "--wait", "--format", "json").stdout)[0]
@@ -631,7 +631,7 @@ def _copied_under_the_name_of_a_newer_one(document: Path) -> None:
 
 @pytest.mark.parametrize("text", ["Again", "Again [sandbox: 400]"])
 @pytest.mark.parametrize("disturb", [_touched_by_a_chmod, _linked_by_a_backup, _copied_under_the_name_of_a_newer_one])
-def test_an_older_result_that_somebody_touches_meanwhile_is_not_taken_for_ones_own(
+def test_an_older_result_that_is_touched_meanwhile_is_not_confused_with_the_new_one(
     sender, folders, start, text, disturb
 ):
     folders.prompt("cat", text)
@@ -646,7 +646,7 @@ def test_an_older_result_that_somebody_touches_meanwhile_is_not_taken_for_ones_o
     assert sender.dropped() == ["cat.prompt.txt"], "it waits to be paid for"
 
 
-def test_a_result_that_appears_under_the_name_of_one_that_was_taken_away_is_found(sender, sandbox, watched):
+def test_a_result_that_appears_under_the_name_of_a_removed_one_is_found(sender, sandbox, watched):
     first = json.loads(sender.submit("Again", "--name", "cat", "--wait", "--format", "json").stdout)[0]
     sandbox.hold()
     second = sender.start("Again", "--name", "cat", "--wait", "--format", "json")
@@ -661,7 +661,7 @@ def test_a_result_that_appears_under_the_name_of_one_that_was_taken_away_is_foun
     assert told["result_file"] == first["result_file"]
 
 
-def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_taken_for_ones_own(sender, sandbox, watched):
+def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_confused_with_the_new_one(sender, sandbox, watched):
     sandbox.hold()
     assert sender.submit("The earlier one", "--name", "cat").returncode == 0
     assert sandbox.wait_for_requests(1, timeout=20)
@@ -674,7 +674,7 @@ def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_taken_for_ones
     assert 'prompt = "The later one"' in Path(document).read_text()
 
 
-def test_a_folder_named_like_a_preset_is_made_and_applies_it(tmp_path, sandbox, start):
+def test_a_folder_named_like_a_preset_is_created_and_applies_it(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, presets__poster__size="1024x1536")
     sender = Sender(folders, tmp_path / "home")
     folders.inbox.chmod(0o2775)
@@ -695,7 +695,7 @@ def test_a_preset_can_be_asked_for(sender):
 # A share, without configuration
 
 
-def test_on_a_share_the_root_is_enough_and_the_daemons_presets_are_believed(tmp_path, sandbox, start):
+def test_on_a_share_the_root_is_enough_and_the_presets_are_checked_by_the_daemon(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, presets__poster__size="1024x1536")
     sender = Sender(folders, tmp_path / "home")
     start(folders, "run")
@@ -708,7 +708,7 @@ def test_on_a_share_the_root_is_enough_and_the_daemons_presets_are_believed(tmp_
     assert folders.receipt("cat")["request"]["size"] == "1024x1536"
 
 
-def test_a_share_that_is_not_mounted_gets_no_folders_of_its_own(sender, tmp_path):
+def test_on_a_share_that_is_not_mounted_no_folders_are_created(sender, tmp_path):
     done = sender.submit("A cat", "--root", str(tmp_path / "wrong"), environ=sender.environ)
     assert done.returncode == 74
     assert "no such inbox" in done.stderr
@@ -716,7 +716,7 @@ def test_a_share_that_is_not_mounted_gets_no_folders_of_its_own(sender, tmp_path
     assert not (tmp_path / "wrong").exists()
 
 
-def test_without_configuration_and_root_it_ends_with_78(sender):
+def test_without_configuration_and_root_it_exits_with_78(sender):
     (sender.home / "imagewatch.toml").unlink()
     done = sender.submit("A cat", environ=sender.environ)
     assert done.returncode == 78
@@ -726,7 +726,7 @@ def test_without_configuration_and_root_it_ends_with_78(sender):
 # What is printed
 
 
-def test_markdown_lines_have_relative_paths_wherever_one_stands(sender, watched, tmp_path):
+def test_markdown_lines_have_relative_paths_from_any_folder(sender, watched, tmp_path):
     here = tmp_path / "some where" / "else"
     here.mkdir(parents=True)
     name = "Ärger (1) [x] & 50%"
@@ -757,7 +757,7 @@ def test_paths_and_json_name_the_same_files_in_folders_with_spaces(sender, watch
     assert again.stdout.isascii()
 
 
-def test_fewer_pictures_than_asked_for_are_printed_and_the_rest_is_told(sender, watched):
+def test_fewer_images_than_asked_for_are_printed_and_the_rest_is_reported(sender, watched):
     done = sender.submit("Four [sandbox: fewer]", "-n", "4", "--name", "it", "--wait", "--format", "markdown")
     assert done.returncode == 0
     assert len(done.stdout.splitlines()) == 3
@@ -765,13 +765,13 @@ def test_fewer_pictures_than_asked_for_are_printed_and_the_rest_is_told(sender, 
     assert "3 images, " in done.stderr
 
 
-def test_what_is_no_picture_is_not_printed_as_one(sender, watched):
+def test_a_file_that_is_not_an_image_is_not_printed_as_one(sender, watched):
     done = sender.submit("Two [sandbox: not-picture]", "-n", "2", "--name", "it", "--wait", "--format", "markdown")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 1)
     assert "image 2: not an image" in done.stderr
 
 
-def test_a_refusal_is_told_in_the_endpoints_words_with_what_to_do(sender, watched):
+def test_a_refusal_is_reported_with_the_message_of_the_api_and_the_next_step(sender, watched):
     done = sender.submit("A cat [sandbox: 402]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines()[0].startswith("cat.prompt.txt: not charged: Not enough credits")
@@ -779,7 +779,7 @@ def test_a_refusal_is_told_in_the_endpoints_words_with_what_to_do(sender, watche
     assert done.stderr.splitlines()[2:] == [f"  {sender.folders.errors}/cat.error.toml", "0 images, 0 credits."]
 
 
-def test_json_is_the_same_as_format_json_and_no_other(sender, watched):
+def test_json_is_the_same_as_format_json_and_excludes_other_formats(sender, watched):
     done = sender.submit("A cat", "--name", "cat", "--wait", "--json")
     assert done.returncode == 0
     (told,) = json.loads(done.stdout)
@@ -788,7 +788,7 @@ def test_json_is_the_same_as_format_json_and_no_other(sender, watched):
     assert (refused.returncode, "exclude each other" in refused.stderr) == (64, True)
 
 
-def test_every_problem_is_told_and_where_its_error_file_is(sender, folders, start):
+def test_every_problem_is_reported_with_its_error_file(sender, folders, start):
     # Only the daemon's own configuration knows of these.
     folders.environ |= {"IMAGEWATCH_LIMITS__MAX_N": "1", "IMAGEWATCH_LIMITS__QUALITIES": '["low"]'}
     start(folders, "run")
@@ -801,12 +801,12 @@ def test_every_problem_is_told_and_where_its_error_file_is(sender, folders, star
     assert told[4:] == [f"  {folders.errors}/cat.error.toml", "0 images, 0 credits."]
 
 
-def test_a_name_that_a_shell_would_take_apart_is_not_put_into_a_command(sender, watched):
+def test_a_name_that_a_shell_would_split_is_not_put_into_a_command(sender, watched):
     done = sender.submit("A cat [sandbox: drop]", "--name", "two words", "--wait")
     assert "imagewatch retry --pay-again NAME, or" in done.stderr
 
 
-def test_a_lost_answer_may_have_been_charged(sender, sandbox, watched):
+def test_after_a_lost_response_the_charge_is_unknown(sender, sandbox, watched):
     done = sender.submit("A cat [sandbox: drop]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: may have been charged: " in done.stderr
@@ -815,7 +815,7 @@ def test_a_lost_answer_may_have_been_charged(sender, sandbox, watched):
     assert sandbox.report()["requests"] == 1
 
 
-def test_a_paid_answer_without_a_picture_is_told_with_its_price(sender, sandbox, watched):
+def test_a_charged_response_without_an_image_is_reported_with_its_price(sender, sandbox, watched):
     done = sender.submit("A cat [sandbox: no-images]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: charged: " in done.stderr
@@ -823,13 +823,13 @@ def test_a_paid_answer_without_a_picture_is_told_with_its_price(sender, sandbox,
     assert done.stderr.endswith(f"0 images, {call(sandbox)['credits']} credits.\n")
 
 
-def test_a_price_that_nobody_told_is_not_nothing(sender, watched):
+def test_an_unknown_price_is_not_zero(sender, watched):
     done = sender.submit("A cat [sandbox: no-billing]", "--wait")
     assert done.returncode == 0
     assert done.stderr.endswith("1 image, 0 credits, 1 charged, amount not reported.\n")
 
 
-def test_one_failure_among_many_ends_with_1_and_the_others_are_printed(sender, watched):
+def test_with_one_failure_among_many_it_exits_with_1_and_prints_the_others(sender, watched):
     done = sender.submit("One", "Two [sandbox: 400]", "Three", "--wait", "--name", "it")
     assert done.returncode == 1
     assert [Path(path).name for path in done.stdout.splitlines()] == ["it-1.jpg", "it-3.jpg"]
@@ -837,7 +837,7 @@ def test_one_failure_among_many_ends_with_1_and_the_others_are_printed(sender, w
 
 @pytest.mark.parametrize("price", ["9" * 400, "nan", "inf", "-1", "true", "1979-05-27", '"12"'])
 @pytest.mark.parametrize("form", ["paths", "json"])
-def test_a_receipt_with_a_price_that_cannot_be_is_told_as_one_without(sender, folders, price, form):
+def test_a_receipt_with_an_impossible_price_is_reported_as_one_without_a_price(sender, folders, price, form):
     waiting = sender.start("A cat", "--name", "cat", "--wait", "--format", form)
     until((folders.inbox / "cat.prompt.txt").exists)
     hidden = folders.outbox / ".tmp"
@@ -857,7 +857,7 @@ def test_a_receipt_with_a_price_that_cannot_be_is_told_as_one_without(sender, fo
 # Waiting
 
 
-def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watched):
+def test_after_the_timeout_it_exits_with_69_and_the_daemon_continues(sender, sandbox, watched):
     sandbox.hold()
     done = sender.submit("A cat", "--name", "cat", "--wait", "--timeout", "0.3", "--format", "json")
     assert done.returncode == 69
@@ -868,7 +868,7 @@ def test_what_is_not_done_in_time_ends_with_69_and_goes_on(sender, sandbox, watc
     until(lambda: sender.folders.finished() == {"cat": "outbox"})
 
 
-def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sender, sandbox, folders, start):
+def test_if_one_is_unfinished_it_exits_with_69_even_if_another_failed(sender, sandbox, folders, start):
     folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "1"  # only the daemon's own configuration knows of it
     start(folders, "run")
     until((folders.state / "status.json").exists)
@@ -882,7 +882,7 @@ def test_as_long_as_one_is_not_over_it_ends_with_69_also_if_another_failed(sende
     sandbox.release()
 
 
-def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monkeypatch, capsys):
+def test_without_a_daemon_the_prompt_stays_and_the_command_reports_it(sender, monkeypatch, capsys):
     monkeypatch.setattr(command, "_UNCLAIMED_SECONDS", 0.0)
     for name in ("IMAGEWATCH_CONFIG", "HOME"):
         monkeypatch.setenv(name, sender.known[name])
@@ -894,7 +894,7 @@ def test_without_a_daemon_the_prompt_stays_and_the_command_says_so(sender, monke
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_ctrl_c_while_waiting_leaves_the_prompt_where_it_is(sender, number):
+def test_ctrl_c_while_waiting_leaves_the_prompt_in_the_inbox(sender, number):
     waiting = sender.start("A cat", "--name", "cat", "--wait")
     until(lambda: sender.dropped() == ["cat.prompt.txt"])
     waiting.send_signal(number)
@@ -949,7 +949,7 @@ def test_a_signal_while_prompts_are_dropped_names_those_that_are_in_the_inbox(se
 
 
 @pytest.mark.parametrize("wait", [(), ("--wait",)])
-def test_programs_learn_as_json_what_was_dropped_before_a_signal(sender, wait):
+def test_json_lists_the_prompts_that_were_dropped_before_a_signal(sender, wait):
     done = interrupted(sender, signal.SIGTERM, "/it-2.prompt.txt", "--json", *wait)
     assert done.returncode == 69
     assert [(one["source"], one["destination"]) for one in json.loads(done.stdout)] == [(name, None) for name in TWO]
@@ -971,7 +971,7 @@ def test_a_signal_that_the_caller_ignores_ends_nothing(sender):
 
 
 @pytest.mark.skipif(shutil.which("setsid") is None, reason="setsid is not installed")
-def test_a_terminal_that_is_closed_leaves_the_names_in_the_output_and_in_the_exit_code(sender):
+def test_when_the_terminal_is_closed_the_names_are_in_the_output_and_the_exit_code_shows_it(sender):
     master, slave = pty.openpty()
     with open(sender.home / "out", "w+") as out:
         program = [sys.executable, "-m", "imagewatch", "submit", "A cat", "--name", "cat", "--wait", "--json"]
@@ -999,7 +999,7 @@ class BrokenDisk(SteppingDisk):
         super().rename(source, target)
 
 
-def test_even_a_bug_does_not_hide_what_was_dropped(sender, inside):
+def test_a_bug_does_not_hide_the_dropped_prompts(sender, inside):
     code, out, err = inside(BrokenDisk(), "One", "Two", "--name", "it")
     assert (code, out) == (70, f"{sender.folders.inbox}/it-1.prompt.txt\n")
     assert f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/it-1.prompt.txt\n" in err
@@ -1063,21 +1063,21 @@ class TestAnotherUser:
         assert shared.folders.inbox.joinpath("new/er").stat().st_uid == 12346
         assert shared.dropped() == []
 
-    def test_may_not_write_the_inbox_and_is_told_whom_to_ask(self, shared):
+    def test_a_user_who_may_not_write_to_the_inbox_is_referred_to_the_administrator(self, shared):
         shared.folders.inbox.chmod(0o755)
         done = shared.submit("A cat", before=self.AS_USER)
         assert done.returncode == 74
         assert "permission denied: " in done.stderr
         assert "ask the administrator to give you access to this folder" in done.stderr
 
-    def test_may_drop_into_an_inbox_that_only_the_daemon_can_look_into(self, shared):
+    def test_a_user_may_drop_into_an_inbox_that_only_the_daemon_can_list(self, shared):
         shared.folders.inbox.chmod(0o333)
         done = shared.submit("One", "Two", "--name", "it", "--folder", "new", before=self.AS_USER)
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.splitlines() == [f"{shared.folders.inbox}/new/it-{number}.prompt.txt" for number in (1, 2)]
         assert shared.dropped() == ["new/it-1.prompt.txt", "new/it-2.prompt.txt"]
 
-    def test_may_not_list_the_folder_of_a_prompt_and_is_told_how_to_name_its_images(self, shared):
+    def test_a_user_who_may_not_list_the_folder_of_a_prompt_is_told_how_to_name_its_images(self, shared):
         file = Path(shared.file("closed/cat.prompt.txt", "Make it blue"))
         file.parent.chmod(0o711)
         done = shared.submit("--from", str(file), before=self.AS_USER)
@@ -1085,21 +1085,21 @@ class TestAnotherUser:
         assert "cat.prompt.txt: its folder cannot be listed: Permission denied (name its images by" in done.stderr
         assert shared.dropped() == []
 
-    def test_may_not_look_into_the_outbox_and_learns_it_before_anything_is_dropped(self, shared):
+    def test_a_user_who_may_not_enter_the_outbox_gets_an_error_before_anything_is_dropped(self, shared):
         shared.folders.outbox.chmod(0o700)
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
         assert done.returncode == 74
         assert str(shared.folders.outbox) in done.stderr
         assert shared.dropped() == []
 
-    def test_may_not_read_the_receipt_and_is_told_why(self, shared, start):
+    def test_a_user_who_may_not_read_the_receipt_gets_the_reason(self, shared, start):
         shared.folders.environ["IMAGEWATCH_OUTBOX__FILE_MODE"] = "0600"
         start(shared.folders, "run")
         done = shared.submit("A cat", "--wait", before=self.AS_USER)
         assert done.returncode == 69
         assert "outbox.file_mode" in done.stderr
 
-    def test_learns_what_was_dropped_where_a_result_may_not_be_read(self, shared, start):
+    def test_a_user_who_may_not_read_a_result_gets_the_names_of_the_dropped_prompts(self, shared, start):
         shared.folders.environ["IMAGEWATCH_OUTBOX__FILE_MODE"] = "0600"
         start(shared.folders, "run")
         done = shared.submit("A cat", "--name", "cat", "--wait", "--json", before=self.AS_USER)
@@ -1109,7 +1109,7 @@ class TestAnotherUser:
 
 
 @pytest.mark.parametrize(("folder", "file"), [(0o755, 0o644), (0o750, 0o640), (0o2770, 0o640), (0o700, 0o600)])
-def test_whoever_may_look_into_the_inbox_may_read_what_is_dropped(sender, folder, file):
+def test_a_user_who_may_list_the_inbox_may_read_the_dropped_files(sender, folder, file):
     sender.folders.inbox.chmod(folder)
     private = ("sh", "-c", 'umask 077; exec "$@"', "-")
     assert sender.submit("A cat", "--image", sender.file("a.png"), before=private).returncode == 0
@@ -1158,14 +1158,14 @@ def test_every_name_appears_by_rename_and_the_prompt_after_its_images(sender):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
-def test_no_folder_is_made_in_the_inbox_which_would_cost_the_daemon_a_look_at_everything(sender):
+def test_no_folder_is_created_in_the_inbox_because_it_would_cause_a_scan_of_everything(sender):
     events = Events(sender.folders.inbox)
     assert sender.submit("One", "--image", sender.file("a.png")).returncode == 0
     assert not [name for mask, name in events.read() if mask & 0x40000000]
     events.close()
 
 
-def test_whoever_looks_at_any_moment_sees_whole_files_and_no_prompt_without_its_images(sender):
+def test_a_reader_at_any_moment_sees_complete_files_and_no_prompt_without_its_images(sender):
     content = picture()
     ended, faults, looks = threading.Event(), [], 0
 
@@ -1198,7 +1198,7 @@ def test_whoever_looks_at_any_moment_sees_whole_files_and_no_prompt_without_its_
     assert len(sender.dropped()) == 30
 
 
-def test_killed_anywhere_it_leaves_nothing_that_anybody_takes(sender, sandbox, folders):
+def test_a_killed_submit_leaves_nothing_that_is_claimed(sender, sandbox, folders):
     image = sender.file("a.png")
 
     def run(number: int) -> subprocess.CompletedProcess[str]:
@@ -1235,7 +1235,7 @@ def test_killed_anywhere_it_leaves_nothing_that_anybody_takes(sender, sandbox, f
     assert not [name for name in sender.dropped() if name.endswith("/cat.prompt.txt")]
 
 
-def test_what_a_killed_sender_left_is_removed_by_a_later_one_after_a_day(sender, monkeypatch):
+def test_files_of_a_killed_submit_are_removed_by_a_later_one_after_a_day(sender, monkeypatch):
     for name in (".submit-0011223344556677.1.png", ".submit-0011223344556677.prompt.txt", ".other"):
         (sender.folders.inbox / name).write_text("x")
     assert sender.submit("A cat", "--name", "one").returncode == 0

@@ -37,7 +37,7 @@ def mixed(folders: Folders) -> Folders:
 
 
 @pytest.mark.parametrize("arguments", [("check",), ("history",), ("history", "--by", "day"), ("estimate",), ("once",)])
-def test_colours_are_for_a_terminal_and_for_nobody_who_wants_none(mixed: Folders, arguments: tuple[str, ...]):
+def test_colors_are_used_only_on_a_terminal_and_can_be_turned_off(mixed: Folders, arguments: tuple[str, ...]):
     environ = {**mixed.environ, "NO_COLOR": ""}  # empty is as if it were not there
     if arguments != ("once",):  # its bar has none
         assert COLOUR.search(on_a_terminal(*arguments, environ=environ)[1])
@@ -55,14 +55,14 @@ class Screen(io.StringIO):
 
 
 @pytest.mark.parametrize(("wanted", "coloured"), [("", True), ("1", False)])
-def test_the_log_on_a_console_has_no_colours_for_who_wants_none(wanted: str, coloured: bool):
+def test_the_colors_of_the_log_on_a_console_can_be_turned_off(wanted: str, coloured: bool):
     out = Screen()
     log.configure("info", "auto", out, environ={"NO_COLOR": wanted})
     structlog.get_logger().info("watching")
     assert bool(COLOUR.search(out.getvalue().encode())) == coloured
 
 
-def test_columns_stand_below_each_other_whatever_script_a_name_is_written_in(folders: Folders):
+def test_columns_are_aligned_whatever_script_a_name_uses(folders: Folders):
     names = {"cat": 3, "灯台": 4, "cafe\u0301": 4, "кот": 3, "e\u0301t" + "e\u0301": 3}
     for name in names:
         folders.prompt(name, "A picture")
@@ -76,7 +76,7 @@ def test_columns_stand_below_each_other_whatever_script_a_name_is_written_in(fol
         assert len(begins) == 1, told
 
 
-def test_a_table_has_its_numbers_to_the_right():
+def test_a_table_aligns_numbers_to_the_right():
     assert list(terminal.lines(("name", "credits"), [("cat", "30"), ("elephant", "5"), ("owl", "")])) == [
         "name      credits",
         "cat            30",
@@ -86,14 +86,14 @@ def test_a_table_has_its_numbers_to_the_right():
     assert list(terminal.lines(("name", "credits"), [])) == ["name  credits"]
 
 
-def test_history_has_what_the_endpoint_said_below_the_job_it_said_it_of(mixed: Folders):
+def test_history_shows_the_message_of_the_api_below_its_job(mixed: Folders):
     told = command(mixed, "history").stdout.splitlines()
     (at,) = [number for number, line in enumerate(told) if line.endswith("  dog")]
     assert "refused" in told[at]
     assert told[at + 1] == "    Your request was rejected by the safety system"
 
 
-def test_check_says_the_same_to_programs(mixed: Folders):
+def test_check_reports_the_same_to_programs(mixed: Folders):
     told = command(mixed, "check", "--json")
     found = json.loads(told.stdout)
     assert (told.returncode, found["files"]) == (0, [{"verdict": "take", "what": "owl.prompt.txt", "why": "flux"}])
@@ -104,7 +104,7 @@ def test_check_says_the_same_to_programs(mixed: Folders):
     assert "bad" in {line["verdict"] for line in json.loads(told.stdout)["settings"]}
 
 
-def test_check_says_that_the_queue_is_held(mixed: Folders):
+def test_check_reports_a_hold(mixed: Folders):
     assert not re.search("^wait +queue", command(mixed, "check").stdout, re.MULTILINE)
     command(mixed, "hold", "lunch")
     assert re.search(
@@ -112,7 +112,7 @@ def test_check_says_that_the_queue_is_held(mixed: Folders):
     )
 
 
-def test_retry_says_the_same_to_programs(folders: Folders):
+def test_retry_reports_the_same_to_programs(folders: Folders):
     folders.prompt("free", "A cat [sandbox: 400]")
     folders.prompt("lost", "A cat [sandbox: drop]")
     once(folders, 1)
@@ -131,7 +131,7 @@ def test_retry_says_the_same_to_programs(folders: Folders):
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 @pytest.mark.parametrize("arguments", ["check", "history", "submit hello --name full"])
-def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, arguments: str):
+def test_output_that_cannot_be_written_is_reported_in_one_line(mixed: Folders, arguments: str):
     with open("/dev/full", "w") as full:
         done = subprocess.run(
             [sys.executable, "-m", "imagewatch", *arguments.split()],
@@ -153,7 +153,7 @@ def test_words_that_nobody_can_write_down_are_told_in_one_line(mixed: Folders, a
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
 @pytest.mark.parametrize("how", ["a full disk", "a reader that is gone"])
 @pytest.mark.parametrize("wait", [(), ("--wait", "--timeout", "0")])
-def test_what_submit_has_dropped_is_told_by_its_exit_code_where_nobody_reads_its_words(
+def test_the_exit_code_of_submit_shows_what_was_dropped_if_its_output_is_not_read(
     folders: Folders, how: str, wait: tuple[str, ...]
 ):
     read, write = os.pipe()

@@ -1,7 +1,7 @@
 """A folder that all users can write to: one clear line or error file for each attempt, and no other user is harmed.
 
-Hostile names are in ``test_cli.py``, hostile responses in ``test_answers.py``, and what is refused of a single request
-is in ``test_requests.py``. Here a whole daemon gets everything at the same time, or files that change while it works.
+Hostile names are in ``test_cli.py``, hostile responses in ``test_responses.py``, and refusals of a single request
+are in ``test_requests.py``. Here a whole daemon gets everything at the same time, or files that change while it works.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ def test_the_table_has_every_package_once():
 
 
 @pytest.mark.parametrize(("package", "imports"), PACKAGES)
-def test_a_package_imports_what_the_table_says_all_of_it_lower(package, imports):
+def test_a_package_imports_only_lower_packages_and_exactly_those_in_the_table(package, imports):
     assert used(package) == set(re.findall(r"`(\w+)`", imports))
     order = [name for name, _ in PACKAGES]
     assert all(order.index(other) > order.index(package) for other in used(package))

@@ -17,14 +17,14 @@ def test_the_readme_lists_every_command():
     assert set(re.findall(r"^\| `imagewatch (\w+)`", README, re.MULTILINE)) == set(COMMANDS)
 
 
-def test_exit_codes_read_the_same_everywhere():
+def test_exit_codes_are_the_same_in_the_readme_and_the_help():
     epilog = dict(re.findall(r"^  (\d+) +(.+)$", str(cli.epilog), re.MULTILINE))
     line = re.search(r"^Exit codes: (.+?)\. All", README, re.MULTILINE | re.DOTALL)
     assert line
     assert {item.split()[0] for item in line[1].replace("\n", " ").split(" · ")} == set(epilog)
 
 
-def test_every_link_in_the_documents_leads_somewhere():
+def test_every_link_in_the_documents_has_a_target():
     for document in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -62,7 +62,7 @@ def example(request, tmp_path):
     return call
 
 
-def test_a_text_becomes_pictures_whose_paths_are_printed(example, watched, sandbox):
+def test_a_text_becomes_images_whose_paths_are_printed(example, watched, sandbox):
     done = example(str(watched.root), 'A "cat" \\ it says: 100 % +++')
     assert done.returncode == 0, done.stderr
     (path,) = map(Path, done.stdout.splitlines())
@@ -103,7 +103,7 @@ def test_any_text_is_a_value_of_the_front_matter(folders):
 
 
 @pytest.mark.parametrize(("tag", "charged"), [("400", "no"), ("drop", "unknown"), ("no-images", "yes")])
-def test_an_error_is_told_with_what_it_cost_and_nothing_is_dropped_again(example, watched, sandbox, tag, charged):
+def test_an_error_is_reported_with_its_charge_and_nothing_is_dropped_again(example, watched, sandbox, tag, charged):
     done = example(str(watched.root), f"A cat [sandbox: {tag}]")
     assert (done.returncode, done.stdout) == (1, "")
     assert charged in done.stderr.splitlines()[0]
@@ -111,7 +111,7 @@ def test_an_error_is_told_with_what_it_cost_and_nothing_is_dropped_again(example
     assert sandbox.report()["requests"] == 1
 
 
-def test_what_is_not_done_in_time_is_no_failure_of_the_prompt_and_ends_with_69(folders):
+def test_an_unfinished_prompt_is_not_reported_as_failed_and_exits_with_69(folders):
     code = "import sys, submit; submit.wait.__defaults__ = (0,); sys.exit(submit.main(*sys.argv[1:]))"
     done = run(["env", f"PYTHONPATH={EXAMPLES}", sys.executable, "-B", "-c", code], str(folders.root), "A cat")
     assert (done.returncode, done.stdout) == (69, "")
@@ -120,7 +120,7 @@ def test_what_is_not_done_in_time_is_no_failure_of_the_prompt_and_ends_with_69(f
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
-def test_it_drops_images_first_and_everything_by_rename(example, watched, tmp_path):
+def test_images_are_dropped_first_and_everything_by_rename(example, watched, tmp_path):
     image = tmp_path / "a.png"
     image.write_bytes(picture("a"))
     events = Events(watched.inbox)
@@ -163,7 +163,7 @@ def elsewhere(tmp_path: Path, watched: Folders) -> Elsewhere:
     return Elsewhere(tmp_path / "elsewhere", watched)
 
 
-def test_cron_brings_prompts_and_fetches_pictures_and_however_often_it_runs_pays_once(
+def test_cron_delivers_prompts_and_fetches_images_and_pays_once_however_often_it_runs(
     elsewhere: Elsewhere, watched: Folders, sandbox: Sandbox
 ) -> None:
     elsewhere.write("trip/cat.prompt.txt", "make it blue")
@@ -184,7 +184,9 @@ def test_cron_brings_prompts_and_fetches_pictures_and_however_often_it_runs_pays
     ]
 
 
-def test_a_prompt_that_is_saved_again_is_made_again(elsewhere: Elsewhere, watched: Folders, sandbox: Sandbox) -> None:
+def test_a_prompt_that_is_saved_again_is_a_new_request(
+    elsewhere: Elsewhere, watched: Folders, sandbox: Sandbox
+) -> None:
     for count in (1, 2):
         elsewhere.write("cat.prompt.txt", "a cat")
         elsewhere.cron()
@@ -194,9 +196,7 @@ def test_a_prompt_that_is_saved_again_is_made_again(elsewhere: Elsewhere, watche
     assert len([name for name in elsewhere.names("outbox") if name.endswith(".toml")]) == 2
 
 
-def test_no_receipt_is_seen_elsewhere_before_its_pictures(
-    elsewhere: Elsewhere, watched: Folders, tmp_path: Path
-) -> None:
+def test_no_receipt_arrives_elsewhere_before_its_images(elsewhere: Elsewhere, watched: Folders, tmp_path: Path) -> None:
     """Between two steps of the script a job ends: its receipt may only come with the next run."""
     for number in range(2):
         (watched.outbox / f"cat{number}.webp").write_bytes(b"x")
@@ -221,7 +221,7 @@ def test_no_receipt_is_seen_elsewhere_before_its_pictures(
     assert elsewhere.names("outbox") == ["cat0.receipt.toml", "cat0.webp", "cat1.receipt.toml", "cat1.webp"]
 
 
-def test_the_examples_hold_neither_a_key_nor_a_network(watched):
+def test_the_examples_contain_neither_a_key_nor_a_network_address(watched):
     for path in EXAMPLES.iterdir():
         text = path.read_text()
         assert KEY not in text

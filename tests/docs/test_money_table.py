@@ -14,13 +14,13 @@ MONEY = README.partition("### Money\n")[2].partition("\n#")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MONEY.splitlines() if line.startswith("| ")]
 
 
-def test_the_readme_has_the_rows_of_the_code_in_their_order():
+def test_the_readme_has_the_rows_of_the_code_in_the_same_order():
     assert ROWS[0] == ["what happens", "charged", "this prompt", "other prompts"]
     assert ROWS[1:] == [[kind.cause, kind.charged, kind.reaction.value, kind.others.value] for kind in RESPONSES]
 
 
 @pytest.mark.parametrize("kind", RESPONSES, ids=lambda kind: kind.name)
-def test_a_status_that_a_row_names_leads_to_this_row(kind: Kind):
+def test_a_status_that_a_row_names_is_classified_as_this_row(kind: Kind):
     for status in map(int, re.findall(r"\b[1-5][0-9]{2}\b", kind.cause)):
         assert status in kind.statuses
 
@@ -30,7 +30,7 @@ def test_every_kind_that_stops_other_prompts_says_what_to_do():
     assert set(HOLDS) == stopping - {"lost"}  # of which the hold is that of the disk
 
 
-def test_what_is_charged_or_may_be_is_never_sent_again_automatically():
+def test_a_request_that_was_or_may_have_been_charged_is_never_sent_again_automatically():
     paid = {kind.reaction for kind in KINDS.values() if kind.charged != "no"}
     assert paid == {Reaction.SUCCESS, Reaction.UNKNOWN}
     assert {kind.charged for kind in KINDS.values() if kind.reaction is Reaction.UNKNOWN} == {"yes", "unknown"}

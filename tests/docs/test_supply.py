@@ -48,7 +48,7 @@ def test_every_dependency_has_one_lower_and_one_upper_bound(text):
     assert sorted(operators) == ["<", ">="]
 
 
-def test_what_builds_is_the_same_in_both_places():
+def test_the_build_requirements_are_the_same_in_both_places():
     assert GROUPS["build"] == BUILDING
 
 
@@ -64,7 +64,7 @@ def test_the_lowest_versions_are_those_of_the_project_and_allowed_by_it():
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_a_lock_file_has_all_that_the_project_asks_for_within_its_bounds_and_nothing_that_it_no_longer_asks_for(name):
+def test_a_lock_file_contains_exactly_the_required_dependencies_within_their_bounds(name):
     locked = entries(name)
     asked = {canonicalize_name(Requirement(one).name): Requirement(one) for one in DIRECT[name]}
     assert {one for one, (_, _, via) in locked.items() if "imagewatch" in via} == {*asked}
@@ -73,7 +73,7 @@ def test_a_lock_file_has_all_that_the_project_asks_for_within_its_bounds_and_not
 
 
 @pytest.mark.parametrize("name", DIRECT)
-def test_a_lock_file_pins_each_file_by_its_hash_and_names_no_place(name):
+def test_a_lock_file_pins_each_file_by_its_hash_and_names_no_host(name):
     pinned = re.findall(r"^[A-Za-z0-9].*$", content(name), re.MULTILINE)
     locked = entries(name)
     assert len(pinned) == len(locked) > 0

@@ -79,7 +79,7 @@ def test_every_command_on_the_page_for_people_works(shell, folders, sandbox):
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [0, 2, 1]
 
 
-def test_the_words_that_errors_are_said_to_have_are_those_they_have(folders, start):
+def test_the_documented_error_messages_are_the_real_ones(folders, start):
     folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "300"
     folders.prompt("cap", "+++\nn = 4\n+++\nx")
     folders.prompt("family", "+++\nmodel = 'best'\n+++\nx")
@@ -122,7 +122,7 @@ def front_matter() -> dict[str, str]:
     return dict(line.split(": ", 1) for line in lines)
 
 
-def test_the_skill_has_the_form_that_agents_look_for():
+def test_the_skill_has_the_format_that_agents_expect():
     front = front_matter()
     assert set(front) <= {"name", "description", "license", "compatibility", "metadata", "allowed-tools"}
     assert front["name"] == SKILL_FILE.parent.name
@@ -160,7 +160,7 @@ def test_every_command_of_the_skill_works_in_its_order(shell, folders, sandbox):
     assert sandbox.report()["requests"] == 3
 
 
-def test_what_the_skill_reads_of_a_receipt_is_not_what_its_prompt_says(shell, folders):
+def test_the_skill_reads_the_keys_of_a_receipt_and_not_the_text_of_its_prompt(shell, folders):
     credits = blocks(SKILL, "sh")[5]  # noqa: A001
     text = 'Write:\n[[images]]\nfile = "no.png"\ncharged = "no"\n""" [[images]]\nfile = "no.png"\nEnd'
     front = '+++\ninput_images = ["boat-9a41.in1.png"]\nn = 2\n+++\n'
@@ -176,7 +176,7 @@ def test_what_the_skill_reads_of_a_receipt_is_not_what_its_prompt_says(shell, fo
     ]
 
 
-def test_waiting_as_the_skill_says_goes_on_until_there_is_an_error_file(shell, folders):
+def test_waiting_as_in_the_skill_ends_when_there_is_an_error_file(shell, folders):
     _, _, wait, *_ = blocks(SKILL, "sh")
     folders.prompt("lighthouse-3f9c", "x [sandbox: 400]")
     assert shell(wait).stdout.endswith("errors/lighthouse-3f9c.error.toml\n")

@@ -100,7 +100,7 @@ NOT_PUBLIC = [
 
 
 @pytest.mark.parametrize("network", NOT_PUBLIC)
-def test_no_address_of_a_network_that_is_not_public_may_be_connected_to(network):
+def test_no_address_of_a_private_network_is_allowed(network):
     downloads, block = Downloads(REMOTE, Clients(REMOTE)), ipaddress.ip_network(network)
     first, last = int(block.network_address), int(block.broadcast_address)
     for number in {first, first + (last - first) // 2, max(first, last - 1), last}:
@@ -110,7 +110,7 @@ def test_no_address_of_a_network_that_is_not_public_may_be_connected_to(network)
 @pytest.mark.parametrize(
     "address", ["8.8.8.8", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1", "2606:4700::1"]
 )
-def test_a_public_address_may_be_connected_to(address):
+def test_a_public_address_is_allowed(address):
     assert Downloads(REMOTE, Clients(REMOTE))._may_connect(address)
 
 
@@ -136,7 +136,7 @@ NOTATIONS = [
 
 
 @pytest.mark.parametrize("host", NOTATIONS)
-def test_a_private_address_in_whatever_notation_is_not_connected_to(wire, host):
+def test_a_private_address_in_any_notation_is_not_connected_to(wire, host):
     with pytest.raises(FetchError):
         fetched(f"https://{host}/x.png")
     assert wire.tried == []
@@ -145,13 +145,13 @@ def test_a_private_address_in_whatever_notation_is_not_connected_to(wire, host):
 @pytest.mark.parametrize(
     "url", ["https://a.example:70000/", "https://a%20b/", "https://[::1/", "https://", "https://a:b/"]
 )
-def test_a_url_that_not_all_would_read_alike_is_not_fetched(wire, url):
+def test_an_ambiguous_url_is_not_downloaded(wire, url):
     assert "url" in refusal(url, resolver=Resolver([PUBLIC]))
     assert wire.tried == []
 
 
 @pytest.mark.parametrize("addresses", [["10.0.0.1"], ["127.0.0.1"], ["fd00::1"], ["::1"], [PUBLIC, "127.0.0.1"]])
-def test_a_name_that_leads_to_a_private_address_is_not_connected_to_though_others_of_it_are_public(wire, addresses):
+def test_a_name_with_a_private_address_is_not_connected_to_even_if_its_other_addresses_are_public(wire, addresses):
     assert "not public" in refusal("https://images.example/x.png", resolver=Resolver(addresses))
     assert wire.tried == []
 
@@ -167,7 +167,7 @@ def test_a_redirect_to_a_private_address_is_not_followed(wire):
     assert wire.tried == ["127.0.0.1"]
 
 
-def test_what_is_said_of_a_refused_address_does_not_tell_what_was_found_there():
+def test_the_message_about_a_refused_address_does_not_reveal_what_is_there():
     found = [["10.0.0.1"], ["127.0.0.1"], ["fe80::1%1"], ["::ffff:10.0.0.1"]]
     said = {refusal("https://images.example/x.png", resolver=Resolver(one)) for one in found}
     assert said == {"https://images.example/x.png: the address is not public"}
@@ -177,7 +177,7 @@ def test_what_is_said_of_a_refused_address_does_not_tell_what_was_found_there():
 # The judged address is the one that is connected to
 
 
-def test_a_name_is_resolved_once_and_a_name_server_that_changes_its_mind_gets_nowhere(wire):
+def test_a_name_is_resolved_once_so_a_name_server_with_changing_replies_reaches_nothing(wire):
     def script(exchange):
         heads.append(exchange.head())
         exchange.send(answer(IMAGE))
@@ -192,7 +192,7 @@ def test_a_name_is_resolved_once_and_a_name_server_that_changes_its_mind_gets_no
     assert b"\r\nhost: images.example:%d\r\n" % server.port in heads[0].lower() + b"\r\n"
 
 
-def test_the_next_address_of_a_name_is_tried_when_one_does_not_answer(wire):
+def test_if_one_address_of_a_name_does_not_respond_the_next_is_tried(wire):
     def script(exchange):
         exchange.head()
         exchange.send(answer(IMAGE))
@@ -204,7 +204,7 @@ def test_the_next_address_of_a_name_is_tried_when_one_does_not_answer(wire):
 
 
 @pytest.mark.parametrize(("name", "is_right"), [(REMOTE_NAME, True), ("another.invalid", False)])
-def test_a_certificate_has_to_be_that_of_the_name_whatever_its_address(wire, certificate, name, is_right):
+def test_a_certificate_must_match_the_name_whatever_the_address(wire, certificate, name, is_right):
     def script(exchange):
         exchange.head()
         exchange.send(answer(IMAGE))
@@ -224,7 +224,7 @@ def test_a_certificate_has_to_be_that_of_the_name_whatever_its_address(wire, cer
     assert wire.tried == ["127.0.0.1"]
 
 
-def test_nothing_is_sent_on_a_connection_that_the_http_library_has_made_by_itself(monkeypatch):
+def test_nothing_is_sent_on_a_connection_that_the_http_library_opened_itself(monkeypatch):
     monkeypatch.setattr(network, "install", lambda *_: None)
     received = []
     with Scripted(lambda exchange: received.append(exchange.drain())) as server:
@@ -238,7 +238,7 @@ def test_nothing_is_sent_on_a_connection_that_the_http_library_has_made_by_itsel
 
 
 @pytest.mark.parametrize("host", NOTATIONS)
-def test_a_proxy_is_not_asked_for_a_private_address_in_whatever_notation(wire, monkeypatch, host):
+def test_a_proxy_is_not_asked_for_a_private_address_in_any_notation(wire, monkeypatch, host):
     with Scripted() as proxy:
         through_proxy(monkeypatch, proxy)
         with pytest.raises(FetchError):
@@ -246,7 +246,7 @@ def test_a_proxy_is_not_asked_for_a_private_address_in_whatever_notation(wire, m
     assert wire.tried == []
 
 
-def test_a_proxy_resolves_names_for_itself(wire, monkeypatch):
+def test_a_proxy_resolves_names_itself(wire, monkeypatch):
     def script(exchange):
         heads.append(exchange.head())
         exchange.send(answer(b"", status=b"403 Forbidden"))

@@ -135,18 +135,18 @@ IMAGE = random.Random(1).randbytes(100_001)
     ids=["emptied", "1 byte", "1 less", "1 piece", "2 pieces", "zeros", "last byte", "first byte", "shifted"],
 )
 @pytest.mark.parametrize("after", [0, 2])
-def test_an_image_that_is_not_the_one_that_was_checked_leaves_the_request_incomplete(now, after):
+def test_a_request_whose_image_differs_from_the_checked_one_stays_incomplete(now, after):
     body = Body("a cat", {"provider": "gemini"}, [part(b"first"), part(IMAGE, now=now), *[part(b"last")] * after])
     assert len(sent_until_it_breaks(body)) < body.length
 
 
 @pytest.mark.parametrize("size", range(1, 10))
-def test_a_small_image_that_lost_a_byte_leaves_the_request_incomplete(size):
+def test_a_request_whose_small_image_lost_a_byte_stays_incomplete(size):
     body = Body("a cat", {"provider": "gemini"}, [part(b"x" * size, now=b"x" * (size - 1))])
     assert len(sent_until_it_breaks(body)) < body.length
 
 
-def test_of_an_image_that_grew_only_what_was_checked_is_sent():
+def test_of_an_image_that_grew_only_the_checked_part_is_sent():
     body = Body("a cat", {"provider": "gemini"}, [part(IMAGE, now=IMAGE + b"more")])
     sent = b"".join(body)
     assert len(sent) == body.length
@@ -226,12 +226,12 @@ def judge(status, body=b"", **headers):
         (999, b"", Reaction.UNKNOWN, "unknown"),
     ],
 )
-def test_every_answer_means_what_the_table_of_the_folder_protocol_says(status, body, reaction, kind):
+def test_every_response_means_what_the_table_of_the_folder_protocol_says(status, body, reaction, kind):
     verdict = judge(status, body)
     assert (verdict.reaction, verdict.reason.kind) == (reaction, kind)
 
 
-def test_only_a_success_is_ever_called_charged_and_only_what_is_free_for_certain_may_be_sent_again():
+def test_only_a_success_counts_as_charged_and_only_a_certainly_free_request_may_be_sent_again():
     bodies = [b"", b"{}", {"message": "x"}, {"admitted": False}, {"reasons": ["exceeded-quota"]}, b"<html>"]
     for status in range(1000):
         for body in bodies:
@@ -292,7 +292,7 @@ def test_only_a_success_is_ever_called_charged_and_only_what_is_free_for_certain
         (b'{"message": "cut sho', '{"message": "cut sho', ""),
     ],
 )
-def test_the_endpoints_own_words_are_found_in_every_shape_they_come_in(body, message, code):
+def test_the_message_of_the_api_is_found_in_every_shape(body, message, code):
     verdict = judge(400, body)
     assert (verdict.reason.message, verdict.code) == (message, code)
 
@@ -350,7 +350,7 @@ def test_without_retry_after_there_is_none():
     assert judge(429).reason.seconds is None
 
 
-def test_a_503_makes_nobody_wait_longer_than_half_a_minute():
+def test_a_503_puts_requests_on_hold_for_at_most_half_a_minute():
     typed = {"admitted": False}
     assert judge(503, typed, retry_after="3600").reason.seconds == 30
     assert judge(503, typed, retry_after="3").reason.seconds == 3
@@ -358,7 +358,7 @@ def test_a_503_makes_nobody_wait_longer_than_half_a_minute():
     assert judge(429, retry_after="3600").reason.seconds == 3600
 
 
-def test_a_quota_says_itself_when_it_is_reset():
+def test_a_used_up_quota_is_waited_for_until_its_own_reset_time():
     quota = {"reasons": ["exceeded-quota"], "timeToQuotaResetMs": 90_000}
     assert judge(429, quota, retry_after="5").reason.seconds == 90
     assert judge(429, {"error": quota}).reason.seconds == 90
@@ -389,7 +389,7 @@ json_like = st.recursive(
     st.text(max_size=30) | st.text("0123456789:+- ,GMTJanFri", max_size=30),
 )
 @settings(max_examples=500, deadline=None)
-def test_no_refusal_is_too_odd_to_be_understood(status, raw, retry_after):
+def test_any_refusal_is_understood_however_unusual(status, raw, retry_after):
     verdict = classify(Head(status=status, headers={"retry-after": retry_after}, at=1e9), lambda: raw)
     assert verdict.reason.seconds is None or verdict.reason.seconds >= 0 or verdict.reason.kind == "quota"
     assert verdict.reason.message or 200 <= status < 300
@@ -397,7 +397,7 @@ def test_no_refusal_is_too_odd_to_be_understood(status, raw, retry_after):
 
 
 @pytest.mark.parametrize("depth", [*range(100, 900, 100), *range(940, 1010), 2000, 100_000])
-def test_no_refusal_is_nested_too_deeply(depth):
+def test_any_refusal_is_understood_however_deeply_nested(depth):
     for inner in (b'"x"', b"1"):
         nested = b"[" * depth + inner + b"]" * depth
         errors = b'{"error":' * depth + inner + b"}" * depth
@@ -406,7 +406,7 @@ def test_no_refusal_is_nested_too_deeply(depth):
                 assert judge(status, body).reason.message
 
 
-def test_a_doubt_says_what_to_do():
+def test_an_unknown_charge_is_reported_with_the_next_step():
     error = charge_unknown("the connection broke")
     assert isinstance(error, ChargeUnknown)
     assert "balance" in error.hint
@@ -484,7 +484,7 @@ OPENAI = {
 }
 
 
-def test_an_answer_of_gemini_is_one_picture_in_base64():
+def test_a_response_of_gemini_is_one_image_in_base64():
     result, files = reading(json.dumps(GEMINI).encode())
     (got,) = result.images
     assert (got.decoded, got.url, got.mime, got.problem) == (0, "", "image/png", "")
@@ -493,7 +493,7 @@ def test_an_answer_of_gemini_is_one_picture_in_base64():
     assert (result.billing, result.credits) == (GEMINI["billing"], 12.0)
 
 
-def test_an_answer_of_flux_is_a_url():
+def test_a_response_of_flux_is_a_url():
     result, files = reading(json.dumps(FLUX).encode())
     (got,) = result.images
     assert (got.decoded, got.url, got.mime, got.problem) == (None, FLUX["images"][0]["url"], "image/png", "")
@@ -501,7 +501,7 @@ def test_an_answer_of_flux_is_a_url():
     assert result.credits == 4.5
 
 
-def test_an_answer_may_mix_pictures_and_urls():
+def test_a_response_may_mix_images_and_urls():
     result, files = reading(json.dumps(OPENAI).encode())
     assert [(got.decoded, got.url) for got in result.images] == [(0, ""), (None, "https://cdn.example/b.webp"), (1, "")]
     assert files == [JPEG, PNG[:-1]]
@@ -521,7 +521,7 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
 @pytest.mark.parametrize("answer", [GEMINI, FLUX, OPENAI], ids=["gemini", "flux", "openai"])
-def test_an_answer_cut_anywhere_is_the_same_answer(answer, spelling):
+def test_a_response_in_pieces_of_any_size_is_decoded_the_same(answer, spelling):
     raw = spelling(answer)
     expected = reading(raw)
     assert pictures(*expected) == [base64.b64decode(i["b64_json"]) for i in answer["images"] if i.get("b64_json")]
@@ -535,7 +535,7 @@ def test_an_answer_cut_anywhere_is_the_same_answer(answer, spelling):
 
 @pytest.mark.parametrize("size", range(7))
 @pytest.mark.parametrize("tail", [b"\xff\xd9", b"\xff\xff\xff", b"\xfb\xef\xbe", b""])
-def test_a_picture_that_ends_in_escaped_characters_is_whole(size, tail):
+def test_an_image_that_ends_with_escaped_characters_is_complete(size, tail):
     data = b"x" * size + tail
     for escape in (("/", "\\/"), ("/", "\\u002f"), ("+", "\\u002B"), ("=", "\\u003d")):
         raw = json.dumps({"images": [{"b64_json": b64(data)}]}).replace(*escape).encode()
@@ -576,7 +576,7 @@ def one(text: str, **more: object) -> bytes:
     ids="data-url data-url-escaped no-type bare-prefix unpadded lf crlf raw-lf spaces tab all-escaped url-safe "  # noqa: SIM905
     "url-safe-unpadded mixed-alphabets url-safe-data-url capitals percent one-pad four-pads form-feed joined".split(),
 )
-def test_base64_is_read_in_every_spelling_that_is_seen(text):
+def test_base64_is_decoded_in_every_usual_variant(text):
     raw = one(text)
     for chunks in (raw, [bytes([byte]) for byte in raw], [raw[k : k + 5] for k in range(0, len(raw), 5)]):
         result, files = reading(chunks)
@@ -607,7 +607,7 @@ def test_base64_is_read_in_every_spelling_that_is_seen(text):
         "\\",
     ],
 )
-def test_broken_base64_is_a_problem_of_this_picture_alone(text):
+def test_broken_base64_is_a_problem_of_this_image_alone(text):
     raw = one(text + "")[:-1] + b',"provider":"gemini"}'
     if text == "\\":
         raw = raw.replace(b'"b64_json":"\\"', b'"b64_json":"\\\\"')
@@ -619,7 +619,7 @@ def test_broken_base64_is_a_problem_of_this_picture_alone(text):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4, 100, 1000])
-def test_base64_that_was_made_piece_by_piece_is_read(size):
+def test_base64_that_was_encoded_in_pieces_is_decoded(size):
     for letters in (
         "".join(b64(PNG[k : k + size]) for k in range(0, len(PNG), size)),
         b64(b"") + b64(PNG[:4]) + "QQQ=QR==",
@@ -656,7 +656,7 @@ ENTRIES = ['{"url":"%s","mime_type":"image/png"}', '{"url": null, "url" : "%s"}'
         for entry in ENTRIES[: 2 if name in {"no type", "spaces"} else 3]  # alone nothing says that these are pictures
     ],
 )
-def test_a_picture_in_a_data_url_is_read_and_not_fetched(url, entry):
+def test_an_image_in_a_data_url_is_decoded_and_not_downloaded(url, entry):
     raw = ('{"images":[' + entry.replace("%s", url) + '],"billing":{"credits_charged":1}}').encode()
     for chunks in (raw, [bytes([byte]) for byte in raw], *[[raw[:cut], raw[cut:]] for cut in range(0, len(raw), 3)]):
         result, files = reading(chunks)
@@ -665,14 +665,14 @@ def test_a_picture_in_a_data_url_is_read_and_not_fetched(url, entry):
         assert (result.credits, result.problem) == (1, "")
 
 
-def test_a_large_picture_in_a_data_url_does_not_count_as_words_beside_the_pictures():
+def test_a_large_image_in_a_data_url_does_not_count_as_text_beside_the_images():
     large = random.Random(7).randbytes(6_000_000)
     raw = json.dumps({"images": [{"url": "data:image/png;base64," + b64(large)}]}).encode()
     result, files = reading([raw[k : k + 65536] for k in range(0, len(raw), 65536)])
     assert (pictures(result, files), result.problem) == ([large], "")
 
 
-def test_the_best_of_two_pictures_in_an_entry_is_the_one_of_the_contract():
+def test_of_two_images_in_an_entry_the_one_under_the_documented_key_is_used():
     small = "data:image/jpeg;base64," + b64(JPEG)
     entry = {"thumbnail": small, "b64_json": b64(PNG), "url": "https://cdn.example/a.png"}
     result, files = reading(json.dumps({"images": [entry]}).encode())
@@ -693,7 +693,7 @@ ENVELOPES = {
 
 
 @pytest.mark.parametrize("body", ENVELOPES.values(), ids=ENVELOPES.keys())
-def test_a_picture_is_found_in_the_envelopes_of_other_apis(body):
+def test_an_image_is_found_in_the_response_formats_of_other_apis(body):
     raw = json.dumps({"input_images": ["data:image/png;base64," + b64(JPEG)], **body}).encode()
     for chunks in (raw, [bytes([byte]) for byte in raw]):
         result, files = reading(chunks)
@@ -702,18 +702,18 @@ def test_a_picture_is_found_in_the_envelopes_of_other_apis(body):
 
 @pytest.mark.parametrize("entry", [{"url": "https://x.test/a.png"}, {"image_url": {"url": "https://x.test/a.png"}}])
 @pytest.mark.parametrize("name", ["images", "data", "output"])
-def test_an_address_is_found_in_the_envelopes_of_other_apis(name, entry):
+def test_a_url_is_found_in_the_response_formats_of_other_apis(name, entry):
     result, _ = reading(json.dumps({name: [entry]}).encode())
     assert [got.url for got in result.images] == ["https://x.test/a.png"]
 
 
-def test_an_input_that_is_repeated_in_the_answer_is_no_picture_of_it():
+def test_an_input_that_the_response_repeats_is_not_one_of_its_images():
     raw = json.dumps({"input_images": ["data:image/png;base64," + b64(PNG)], "message": "no"}).encode()
     for end in range(len(raw), 0, -1):
         assert reading(raw[:end])[0].images == []
 
 
-def test_addresses_that_came_whole_in_an_answer_that_breaks_off_are_kept():
+def test_complete_urls_in_an_incomplete_response_are_kept():
     entries = [
         {"url": "https://x.test/a.png?a=1&b=\u00e9", "mime_type": "image/png"},
         {"b64_json": b64(PNG), "url": "https://x.test/same.png"},
@@ -744,19 +744,19 @@ def test_addresses_that_came_whole_in_an_answer_that_breaks_off_are_kept():
         ({"images": []}, "", ""),
     ],
 )
-def test_an_answer_without_pictures_is_told_in_its_own_words(body, message, code):
+def test_a_response_without_images_is_reported_with_its_own_message(body, message, code):
     result, _ = reading(json.dumps(body).encode())
     assert (result.message, result.code) == (message, code)
 
 
-def test_an_entry_without_a_picture_is_told_in_its_own_words():
+def test_an_entry_without_an_image_is_reported_with_its_own_message():
     answer = {"images": [{"error": {"message": "blocked by safety"}}, GEMINI["images"][0]]}
     result, files = reading(json.dumps(answer).encode())
     assert "blocked by safety" in result.images[0].problem
     assert pictures(result, files) == [PNG]
 
 
-def test_a_good_picture_beside_a_broken_one_is_kept():
+def test_a_good_image_beside_a_broken_one_is_kept():
     result, files = reading(json.dumps({"images": [{"b64_json": "!"}, {"b64_json": b64(PNG)}]}).encode())
     assert pictures(result, files) == [PNG]
     assert [bool(got.problem) for got in result.images] == [True, False]
@@ -781,7 +781,7 @@ def test_space_around_the_colon_of_the_key_does_not_matter(space):
         '"b64_json":',
     ],
 )
-def test_a_string_that_talks_about_the_key_is_only_a_string(words):
+def test_the_name_of_the_key_inside_a_string_is_only_text(words):
     answer = {**GEMINI, "model": words, "note": [words, words], words + "!": 1}
     answer["billing"] = {"credits_charged": 12, "note": words}
     raw = json.dumps(answer).encode()
@@ -791,7 +791,7 @@ def test_a_string_that_talks_about_the_key_is_only_a_string(words):
         assert (result.model, result.billing) == (words, answer["billing"])
 
 
-def test_a_picture_beside_an_empty_base64_is_fetched_from_its_url():
+def test_an_image_with_an_empty_base64_is_downloaded_from_its_url():
     for text in ("", "!!!"):
         entry = {"b64_json": text, "url": "https://cdn.example/a.png", "mime_type": "image/png"}
         result, _ = reading(json.dumps({"images": [entry]}).encode())
@@ -799,7 +799,7 @@ def test_a_picture_beside_an_empty_base64_is_fetched_from_its_url():
         assert (got.decoded, got.url, got.problem) == (None, "https://cdn.example/a.png", "")
 
 
-def test_a_picture_that_came_in_base64_is_not_fetched_again():
+def test_an_image_that_came_in_base64_is_not_downloaded_again():
     result, files = reading(
         json.dumps({"images": [{"url": "https://cdn.example/a.png", "b64_json": b64(PNG)}]}).encode()
     )
@@ -808,7 +808,7 @@ def test_a_picture_that_came_in_base64_is_not_fetched_again():
 
 
 @pytest.mark.parametrize("held", ["@", "@x", "@-1", "@0", "@7", "@99999999999", "@\u0661", "QUJD"])
-def test_a_key_written_with_an_escape_does_not_reach_a_picture_that_is_not_its_own(held):
+def test_a_key_written_with_an_escape_does_not_get_the_image_of_another_key(held):
     raw = f'{{"images":[{{"b64\\u005fjson":{json.dumps(held)}}}],"billing":{{"credits_charged":3}}}}'.encode()
     result, files = reading(raw)
     assert files == []
@@ -839,33 +839,33 @@ def test_billing_is_kept_as_it_came(billing, charged):
 
 
 @pytest.mark.parametrize("billing", [None, [], "free", 12, True])
-def test_billing_that_is_no_table_is_none(billing):
+def test_billing_that_is_not_an_object_is_ignored(billing):
     result, _ = reading(json.dumps({**FLUX, "billing": billing}).encode())
     assert (result.billing, result.credits, result.problem) == ({}, None, "")
     assert len(result.images) == 1
 
 
-def test_an_answer_without_billing_is_still_an_answer():
+def test_a_response_without_billing_is_still_a_success():
     result, files = reading(json.dumps({"images": GEMINI["images"]}).encode())
     assert pictures(result, files) == [PNG]
     assert (result.billing, result.credits, result.provider, result.model, result.problem) == ({}, None, "", "", "")
 
 
 @pytest.mark.parametrize("images", [None, {}, "x", 5, {"b64_json": "QUJD"}])
-def test_what_was_charged_is_known_although_the_images_are_not_a_list(images):
+def test_the_charge_is_known_although_the_images_are_not_a_list(images):
     result, files = reading(json.dumps({**GEMINI, "images": images}).encode())
     assert result.problem
     assert (result.billing, result.credits, result.provider) == (GEMINI["billing"], 12.0, "gemini")
     assert pictures(result, files) == ([b"ABC"] if isinstance(images, dict) and images else [])
 
 
-def test_pictures_under_another_name_are_kept():
+def test_images_under_another_key_are_kept():
     result, files = reading(json.dumps({"data": [{"b64_json": b64(PNG)}, {"b64_json": "!"}]}).encode())
     assert pictures(result, files) == [PNG]
     assert result.problem
 
 
-def test_no_images_are_no_images():
+def test_an_empty_list_of_images_has_no_images():
     result, files = reading(json.dumps({**GEMINI, "images": []}).encode())
     assert (result.images, files, result.problem, result.credits) == ([], [], "", 12.0)
 
@@ -886,13 +886,13 @@ def test_no_images_are_no_images():
         {"b64_json": ["x"]},
     ],
 )
-def test_an_entry_without_a_picture_is_a_problem_of_its_own(entry):
+def test_an_entry_without_an_image_is_a_problem_of_its_own(entry):
     result, files = reading(json.dumps({"images": [entry, GEMINI["images"][0]]}).encode())
     assert result.images[0].problem
     assert pictures(result, files) == [PNG]
 
 
-def test_more_pictures_than_anybody_asked_for_are_left_out():
+def test_images_beyond_the_largest_possible_number_are_left_out():
     answer = {"images": [{"b64_json": b64(b"%d" % k)} for k in range(70)], "billing": {"credits_charged": 5}}
     result, files = reading(json.dumps(answer).encode())
     assert pictures(result, files) == [b"%d" % k for k in range(64)]
@@ -900,7 +900,7 @@ def test_more_pictures_than_anybody_asked_for_are_left_out():
     assert result.credits == 5
 
 
-def test_pictures_hidden_before_the_list_do_not_shift_the_list():
+def test_images_before_the_list_do_not_shift_the_list():
     answer = {"extra": [{"b64_json": b64(b"%d" % k)} for k in range(63)], "images": [{"b64_json": b64(PNG)}] * 2}
     result, files = reading(json.dumps(answer).encode())
     assert pictures(result, files) == [PNG]
@@ -937,7 +937,7 @@ def test_a_very_long_url_and_very_long_names_are_cut():
     ],
     ids=range(15),
 )
-def test_an_answer_that_is_no_json_object_is_told_as_such(raw):
+def test_a_response_that_is_not_a_json_object_is_reported_as_such(raw):
     result, files = reading(raw)
     assert (result.images, files) == ([], [])
     assert result.problem
@@ -945,7 +945,7 @@ def test_an_answer_that_is_no_json_object_is_told_as_such(raw):
 
 @pytest.mark.parametrize("garbage", [b"9" * 10_000, b"[" * 100_000, b"x"])
 @pytest.mark.parametrize("first", [True, False])
-def test_pictures_survive_garbage_beside_them(garbage, first):
+def test_images_survive_invalid_data_beside_them(garbage, first):
     images = json.dumps(GEMINI["images"]).encode()
     raw = b'{"note":%s,"images":%s}' % (garbage, images) if first else b'{"images":%s,"note":%s}' % (images, garbage)
     result, files = reading(raw)
@@ -954,13 +954,13 @@ def test_pictures_survive_garbage_beside_them(garbage, first):
 
 
 @pytest.mark.parametrize("odd", [b"NaN", b'"\xff"', b"1e999", b'"\\ud800"'])
-def test_an_answer_that_is_not_quite_json_is_read_all_the_same(odd):
+def test_a_response_that_is_not_quite_json_is_decoded_nevertheless(odd):
     raw = b'{"note":%s,"images":[{"url":"https://x.test/a.png"}],"billing":{"credits_charged":7}}' % odd
     result, _ = reading(raw)
     assert ([got.url for got in result.images], result.credits) == (["https://x.test/a.png"], 7)
 
 
-def test_of_an_answer_that_breaks_off_the_pictures_that_came_whole_are_kept():
+def test_complete_images_in_an_incomplete_response_are_kept():
     answer = {"images": [{"b64_json": b64(PNG)}, {"b64_json": b64(JPEG)}], "billing": {"credits_charged": 1}}
     raw = json.dumps(answer).encode()
     first = raw.index(b64(PNG).encode()) + len(b64(PNG))
@@ -971,7 +971,7 @@ def test_of_an_answer_that_breaks_off_the_pictures_that_came_whole_are_kept():
         assert result.problem
 
 
-def test_words_beside_the_pictures_have_a_limit_and_the_pictures_before_it_are_kept():
+def test_text_beside_the_images_has_a_limit_and_the_images_before_it_are_kept():
     images = json.dumps(GEMINI["images"]).encode()
     result, files = reading([b'{"images":%s,"note":"' % images, *[b"x" * 65536] * 65, b'"}'])
     assert pictures(result, files) == [PNG]
@@ -979,7 +979,7 @@ def test_words_beside_the_pictures_have_a_limit_and_the_pictures_before_it_are_k
 
 
 @pytest.mark.parametrize("depth", range(900, 1010))
-def test_nesting_at_the_edge_of_what_can_be_read_is_no_accident(depth):
+def test_nesting_at_the_limit_of_the_decoder_raises_no_exception(depth):
     raw = b'{"images":[],"billing":{"credits_charged":1,"deep":%s}}' % (b"[" * depth + b"]" * depth)
     result, _ = reading(raw)
     assert result.credits in {1, None}
@@ -999,7 +999,7 @@ ENCODERS = {
 
 
 @pytest.mark.parametrize("encoding", ENCODERS)
-def test_an_answer_in_an_encoding_that_nobody_asked_for_is_read_all_the_same(encoding):
+def test_a_response_in_an_encoding_that_was_not_requested_is_decoded_nevertheless(encoding):
     raw = json.dumps(OPENAI).encode()
     packed = ENCODERS[encoding](raw)
     expected = reading(raw)
@@ -1010,7 +1010,7 @@ def test_an_answer_in_an_encoding_that_nobody_asked_for_is_read_all_the_same(enc
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
-def test_an_answer_that_grows_much_is_read_to_its_end(encoding):
+def test_a_highly_compressed_response_is_decoded_to_its_end(encoding):
     packed = ENCODERS[encoding](LONG)
     assert len(packed) < len(LONG) // 50
     for step in (1, 7, 100, len(packed)):
@@ -1019,13 +1019,13 @@ def test_an_answer_that_grows_much_is_read_to_its_end(encoding):
         assert result.credits == 12
 
 
-def test_what_follows_the_end_of_a_compressed_answer_is_passed_over():
+def test_data_after_the_end_of_a_compressed_response_is_ignored():
     packed = gzip.compress(json.dumps(GEMINI).encode())
     result, files = reading([packed + b"\0\0", b"\0" * 100], "gzip")
     assert (pictures(result, files), result.problem) == ([PNG], "")
 
 
-def test_a_bomb_is_stopped_and_what_came_before_it_is_kept():
+def test_a_compression_bomb_is_stopped_and_the_images_before_it_are_kept():
     bomb = b'{"images":%s,"note":"' % json.dumps(GEMINI["images"]).encode() + b"x" * 3_000_000
     result, files = reading(gzip.compress(bomb), "gzip", limit=1_000_000)
     assert pictures(result, files) == [PNG]
@@ -1033,7 +1033,7 @@ def test_a_bomb_is_stopped_and_what_came_before_it_is_kept():
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress", "x" * 500])
-def test_an_unknown_encoding_is_told_unless_the_answer_is_plainly_not_in_it(encoding):
+def test_an_unknown_encoding_is_reported_unless_the_response_is_clearly_not_in_it(encoding):
     assert reading(json.dumps(GEMINI).encode(), encoding) == reading(json.dumps(GEMINI).encode())
     result, files = reading(b"\x28\xb5\x2f\xfd" + json.dumps(GEMINI).encode(), encoding)
     assert (result.images, files) == ([], [])
@@ -1041,7 +1041,7 @@ def test_an_unknown_encoding_is_told_unless_the_answer_is_plainly_not_in_it(enco
     assert len(result.problem) < 120
 
 
-def test_a_damaged_compressed_answer_keeps_the_pictures_before_the_damage():
+def test_in_a_damaged_compressed_response_the_images_before_the_damage_are_kept():
     raw = json.dumps({**GEMINI, "note": b64(random.Random(5).randbytes(3000))}).encode()
     packed = bytearray(gzip.compress(raw))
     packed[-1500:-1400] = bytes(100)
@@ -1051,7 +1051,7 @@ def test_a_damaged_compressed_answer_keeps_the_pictures_before_the_damage():
     assert reading(b"not gzip at all", "gzip")[0].problem
 
 
-def test_an_answer_whose_checksum_alone_is_wrong_is_read_whole_and_the_damage_is_told():
+def test_a_response_with_only_a_wrong_checksum_is_decoded_completely_and_the_damage_is_reported():
     packed = bytearray(gzip.compress(json.dumps(OPENAI).encode()))
     packed[-6] ^= 1
     result, files = reading([bytes([byte]) for byte in packed], "gzip")
@@ -1061,7 +1061,7 @@ def test_an_answer_whose_checksum_alone_is_wrong_is_read_whole_and_the_damage_is
 
 
 @pytest.mark.parametrize("end", [1, 10, 100, 300])
-def test_a_compressed_answer_that_breaks_off_is_no_accident(end):
+def test_an_incomplete_compressed_response_raises_no_exception(end):
     result, files = reading(gzip.compress(json.dumps(GEMINI).encode())[:end], "gzip")
     assert result.problem
     assert len(pictures(result, files)) <= 1
@@ -1072,7 +1072,7 @@ def test_a_compressed_answer_that_breaks_off_is_no_accident(end):
 
 @given(st.binary(max_size=200), st.sampled_from(["", "gzip", "deflate", "br"]))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes_are_read_without_an_accident(raw, encoding):
+def test_any_bytes_are_decoded_without_an_exception(raw, encoding):
     result, _ = reading(raw, encoding)
     assert result.problem or encoding == ""
 
@@ -1123,7 +1123,7 @@ def outcome(chunks):
 
 @given(st.sampled_from([GEMINI, FLUX, OPENAI]), mutations, cuts)
 @settings(max_examples=400, deadline=None)
-def test_a_good_answer_that_was_tampered_with_is_read_the_same_however_it_is_cut(answer, changes, places):
+def test_a_good_response_that_was_changed_is_decoded_the_same_in_pieces_of_any_size(answer, changes, places):
     raw = json.dumps(answer).encode()
     for place, length, insert in changes:
         at = int(place * len(raw))
@@ -1133,14 +1133,14 @@ def test_a_good_answer_that_was_tampered_with_is_read_the_same_however_it_is_cut
 
 @given(scraps, cuts)
 @settings(max_examples=300, deadline=None)
-def test_any_scraps_of_an_answer_are_read_the_same_however_they_are_cut(middle, places):
+def test_any_fragments_of_a_response_are_decoded_the_same_in_pieces_of_any_size(middle, places):
     raw = b'{"images":[{' + middle + b'}],"billing":{"credits_charged":1}}'
     assert outcome(pieces_of(raw, places)) == outcome(raw)
 
 
 @given(st.lists(st.binary(max_size=300), max_size=5), cuts, st.sampled_from(list(SPELLINGS)))
 @settings(max_examples=200, deadline=None)
-def test_every_picture_arrives_byte_for_byte(images, places, spelling):
+def test_every_image_arrives_byte_for_byte(images, places, spelling):
     answer = {"images": [{"b64_json": b64(image)} for image in images]}
     raw = SPELLINGS[spelling](answer)
     result, files = reading(pieces_of(raw, places))

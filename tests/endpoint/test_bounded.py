@@ -89,7 +89,7 @@ def served_by(tmp_path, script, **settings):
 
 
 @pytest.mark.parametrize(("first", "rest"), HEADS.values(), ids=HEADS)
-def test_a_head_that_does_not_end_is_given_up_long_before_the_deadline(tmp_path, first, rest):
+def test_a_response_with_endless_headers_is_abandoned_long_before_the_deadline(tmp_path, first, rest):
     with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="60") as station:
         with Effort() as effort:
             station.work()
@@ -99,7 +99,7 @@ def test_a_head_that_does_not_end_is_given_up_long_before_the_deadline(tmp_path,
 
 
 @pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
-def test_an_answer_that_is_hardly_more_than_its_framing_is_cut(tmp_path, monkeypatch, first, rest):
+def test_a_response_that_is_mostly_framing_is_cut(tmp_path, monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 1_000_000)
     with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="60") as station:
         with Effort() as effort:
@@ -112,7 +112,7 @@ def test_an_answer_that_is_hardly_more_than_its_framing_is_cut(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
-def test_an_answer_that_comes_as_fast_as_it_can_ends_at_the_deadline_and_not_later(tmp_path, monkeypatch, first, rest):
+def test_an_endless_fast_response_ends_at_the_deadline_and_not_later(tmp_path, monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
     with served_by(tmp_path, flood(first, rest), endpoint__deadline_seconds="1.5") as station:
         with Effort() as effort:
@@ -122,7 +122,7 @@ def test_an_answer_that_comes_as_fast_as_it_can_ends_at_the_deadline_and_not_lat
         assert effort.seconds < 4.5
 
 
-def test_an_answer_of_a_byte_in_each_read_keeps_no_core_busy_and_ends_at_the_deadline(
+def test_a_response_of_one_byte_per_read_keeps_no_core_busy_and_ends_at_the_deadline(
     tmp_path, byte_by_byte, certificate
 ):
     settings = {"endpoint__deadline_seconds": "5", "endpoint__connect_timeout_seconds": "4"}
@@ -135,7 +135,7 @@ def test_an_answer_of_a_byte_in_each_read_keeps_no_core_busy_and_ends_at_the_dea
     assert effort.work < 1
 
 
-def test_a_paid_answer_of_a_byte_in_each_chunk_is_read_to_its_end(tmp_path):
+def test_a_charged_response_of_one_byte_per_chunk_is_read_to_its_end(tmp_path):
     image = picture(size=(200, 200))
     body = paid(image)
 
@@ -156,7 +156,7 @@ class Late(call.Call):
         self.at = time.monotonic()
 
 
-def test_a_paid_answer_that_is_here_when_its_time_is_over_is_whole(tmp_path, monkeypatch):
+def test_a_charged_response_that_has_arrived_at_the_deadline_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "Call", Late)
     body = paid(picture())
 
@@ -171,7 +171,7 @@ def test_a_paid_answer_that_is_here_when_its_time_is_over_is_whole(tmp_path, mon
 
 
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"502 Bad Gateway"])
-def test_a_refusal_without_end_is_read_as_far_as_it_can_say_anything(tmp_path, status):
+def test_of_an_endless_refusal_only_the_useful_part_is_read(tmp_path, status):
     script = flood(b"HTTP/1.1 " + status + b"\r\n\r\n", b"no ")
     with served_by(tmp_path, script, endpoint__deadline_seconds="60") as station:
         with Effort() as effort:
@@ -192,7 +192,7 @@ def bomb(size):
 
 
 @pytest.mark.parametrize("status", [b"200 OK", b"400 Bad Request"])
-def test_a_compressed_answer_grows_no_larger_than_any_other(tmp_path, status):
+def test_a_compressed_response_has_the_same_limit_as_any_other(tmp_path, status):
     packed = bomb(64 << 20)
 
     def script(exchange):
@@ -216,7 +216,7 @@ def test_a_compressed_answer_grows_no_larger_than_any_other(tmp_path, status):
         assert peak < 20_000_000
 
 
-def test_a_compressed_answer_that_never_holds_anything_is_cut(tmp_path):
+def test_a_compressed_response_without_content_is_cut(tmp_path):
     start = gzip.compress(b"")[:10]
     script = flood(OK + b"Content-Encoding: gzip\r\n\r\n" + start, b"\0\0\0\xff\xff")  # blocks of no bytes
     settings = {"endpoint__deadline_seconds": "60", "endpoint__max_response_bytes": "1000000"}
@@ -228,7 +228,7 @@ def test_a_compressed_answer_that_never_holds_anything_is_cut(tmp_path):
         assert effort.work < 10
 
 
-def test_what_a_damaged_compressed_answer_still_holds_is_published(tmp_path):
+def test_the_images_of_a_damaged_compressed_response_are_published(tmp_path):
     image = picture()
     packed = gzip.compress(paid(image))[:-8] + b"\0" * 8  # its checksum and its length
 
@@ -244,7 +244,7 @@ def test_what_a_damaged_compressed_answer_still_holds_is_published(tmp_path):
 
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip", b"nonsense"])
 @pytest.mark.parametrize("body", [picture(), b"\x1f\x8b no", b"OK", b"\0" * 9])
-def test_a_paid_answer_that_is_not_what_it_is_said_to_be_is_kept_as_it_came(tmp_path, coding, body):
+def test_a_charged_response_in_another_encoding_than_its_header_says_is_kept_unchanged(tmp_path, coding, body):
     def script(exchange):
         exchange.request()
         exchange.send(OK + b"Content-Encoding: %s\r\nContent-Length: %d\r\n\r\n" % (coding, len(body)) + body)
@@ -273,21 +273,21 @@ def fetch(script, *, seconds=30.0, limit=1_000_000):
 
 
 @pytest.mark.parametrize(("first", "rest"), HEADS.values(), ids=HEADS)
-def test_a_picture_with_a_head_that_does_not_end_is_given_up(first, rest):
+def test_a_download_with_endless_headers_is_abandoned(first, rest):
     _, effort, _ = fetch(flood(first, rest))
     assert effort.seconds < 20
     assert effort.work < 5
 
 
 @pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
-def test_a_picture_that_comes_as_fast_as_it_can_ends_in_its_time_and_not_later(monkeypatch, first, rest):
+def test_an_endless_fast_download_ends_at_its_deadline_and_not_later(monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
     said, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
     assert "no end after 1.5 seconds" in said
     assert effort.seconds < 4.5
 
 
-def test_a_picture_of_a_byte_in_each_read_keeps_no_core_busy(byte_by_byte, certificate):
+def test_a_download_of_one_byte_per_read_keeps_no_core_busy(byte_by_byte, certificate):
     endpoint = Endpoint(base_url=byte_by_byte, ca_file=certificate.path)
     with (
         contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
@@ -298,7 +298,7 @@ def test_a_picture_of_a_byte_in_each_read_keeps_no_core_busy(byte_by_byte, certi
     assert effort.work < 1
 
 
-def test_a_name_server_that_never_answers_takes_no_more_than_the_time_of_the_picture():
+def test_a_name_server_that_never_responds_takes_no_longer_than_the_download_may():
     released, asked = threading.Event(), []
 
     def resolve(host, *_, **__):
@@ -318,7 +318,7 @@ def test_a_name_server_that_never_answers_takes_no_more_than_the_time_of_the_pic
     assert effort.seconds < 4.5
 
 
-def test_a_picture_without_end_is_larger_than_the_limit():
+def test_an_endless_download_exceeds_the_limit():
     said, effort, size = fetch(flood(OK + b"\r\n", b"x" * 1000), limit=1_000_000)
     assert "larger than 1,000,000 bytes" in said
     assert effort.seconds < 20
@@ -326,7 +326,7 @@ def test_a_picture_without_end_is_larger_than_the_limit():
 
 
 @pytest.mark.parametrize(("first", "rest"), [*HEADS.values(), *BODIES.values()], ids=[*HEADS, *BODIES])
-def test_a_balance_without_end_is_not_available(first, rest):
+def test_an_endless_balance_is_not_available(first, rest):
     with Scripted(flood(first, rest)) as server:
         asking = Client(Endpoint(base_url=server.base_url, timeout_seconds=2.0), lambda: Key(KEY))
         with contextlib.closing(asking), Effort() as effort, pytest.raises(Unavailable):

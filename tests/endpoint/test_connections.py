@@ -116,7 +116,7 @@ def test_a_name_that_does_not_resolve_leaves_the_prompt_in_the_inbox(tmp_path):
         unreachable(station, SMALL, "https://imagewatch-test.invalid cannot be reached")
 
 
-def test_tls_to_a_port_that_speaks_none_leaves_the_prompt_in_the_inbox(tmp_path):
+def test_tls_to_a_port_without_tls_leaves_the_prompt_in_the_inbox(tmp_path):
     def script(exchange):
         hello = exchange.connection.recv(65536)
         assert KEY.encode() not in hello
@@ -126,7 +126,7 @@ def test_tls_to_a_port_that_speaks_none_leaves_the_prompt_in_the_inbox(tmp_path)
         unreachable(station, SMALL, "cannot be reached", "SSL")
 
 
-def test_tls_that_never_gets_on_leaves_the_prompt_in_the_inbox(tmp_path):
+def test_a_tls_handshake_that_never_ends_leaves_the_prompt_in_the_inbox(tmp_path):
     settings = {"endpoint__connect_timeout_seconds": "0.2"}
     with (
         Scripted(lambda exchange: exchange.linger()) as server,
@@ -135,7 +135,7 @@ def test_tls_that_never_gets_on_leaves_the_prompt_in_the_inbox(tmp_path):
         unreachable(station, SMALL, "cannot be reached", "timed out")
 
 
-def test_a_connection_that_nobody_accepts_leaves_the_prompt_in_the_inbox(tmp_path):
+def test_a_connection_that_is_never_accepted_leaves_the_prompt_in_the_inbox(tmp_path):
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(socket.socket())
         listener.bind(("127.0.0.1", 0))
@@ -150,7 +150,7 @@ def test_a_connection_that_nobody_accepts_leaves_the_prompt_in_the_inbox(tmp_pat
             unreachable(station, SMALL, "cannot be reached", "timed out")
 
 
-def test_a_proxy_that_refuses_to_connect_leaves_the_prompt_in_the_inbox_and_never_sees_the_key(tmp_path, monkeypatch):
+def test_a_proxy_that_refuses_to_connect_leaves_the_prompt_in_the_inbox_and_never_gets_the_key(tmp_path, monkeypatch):
     heads = []
 
     def script(exchange):
@@ -200,14 +200,12 @@ def resetting(exchange):
 
 @pytest.mark.parametrize("script", [resetting, lambda exchange: exchange.head()], ids=["reset", "closed"])
 @pytest.mark.parametrize("attempts", [1, 3])
-def test_an_upload_that_is_cut_off_each_time_is_an_error_after_its_attempts_and_was_free(
-    tmp_path, large, script, attempts
-):
+def test_an_upload_that_is_cut_off_each_time_fails_after_its_attempts_and_was_free(tmp_path, large, script, attempts):
     with served_by(tmp_path, *[script] * attempts, retry__attempts=str(attempts)) as station:
         cut_off(station, large, attempts)
 
 
-def test_an_upload_that_is_cut_off_once_is_made_and_paid_once(tmp_path, large):
+def test_an_upload_that_is_cut_off_once_is_completed_and_paid_once(tmp_path, large):
     with served_by(tmp_path, lambda exchange: exchange.head(), answering(paid(IMAGE))) as station:
         drop(station, large)
         (outcome,) = station.work()
@@ -216,7 +214,7 @@ def test_an_upload_that_is_cut_off_once_is_made_and_paid_once(tmp_path, large):
         assert station.server.connections == 2
 
 
-def test_a_server_that_never_reads_the_body_was_sent_no_whole_request(tmp_path, large):
+def test_a_server_that_never_reads_the_body_was_sent_no_complete_request(tmp_path, large):
     def script(exchange):
         exchange.head()
         exchange.linger()
@@ -226,7 +224,7 @@ def test_a_server_that_never_reads_the_body_was_sent_no_whole_request(tmp_path, 
         cut_off(station, large, 1, "deadline_seconds")
 
 
-def test_a_server_that_answers_nothing_but_reads_slowly_past_the_deadline_was_sent_no_whole_request(tmp_path, large):
+def test_a_server_that_reads_slowly_past_the_deadline_was_sent_no_complete_request(tmp_path, large):
     received = []
 
     def script(exchange):
@@ -246,7 +244,7 @@ def test_a_server_that_answers_nothing_but_reads_slowly_past_the_deadline_was_se
 @pytest.mark.parametrize(
     ("status", "kind"), [(b"413 Payload Too Large", None), (b"401 Unauthorized", "key"), (b"400 Bad Request", None)]
 )
-def test_an_answer_before_the_body_was_read_counts_as_the_answer(tmp_path, large, drains, status, kind):
+def test_a_response_before_the_body_was_read_counts_as_the_response(tmp_path, large, drains, status, kind):
     def script(exchange):
         exchange.head()
         exchange.send(answer(b'{"message": "not that"}', b"Connection: close", status=status))
@@ -289,7 +287,7 @@ def test_an_input_that_changes_while_it_is_sent_stops_the_request(tmp_path, larg
 
 
 @pytest.mark.parametrize("change", ["shorter", "gone"])
-def test_an_input_that_is_cut_or_gone_stops_the_request(tmp_path, large, change):
+def test_an_input_that_is_cut_or_removed_stops_the_request(tmp_path, large, change):
     received = []
     originals = {**large, "x.2.png": IMAGE}
 
@@ -317,7 +315,7 @@ def test_an_input_that_is_cut_or_gone_stops_the_request(tmp_path, large, change)
 
 
 @pytest.mark.parametrize("rude", [False, True])
-def test_a_connection_that_ends_exactly_after_the_last_byte_is_in_doubt(tmp_path, large, rude):
+def test_the_charge_is_unknown_if_the_connection_ends_exactly_after_the_last_byte(tmp_path, large, rude):
     bodies = []
 
     def script(exchange):
@@ -331,7 +329,7 @@ def test_a_connection_that_ends_exactly_after_the_last_byte_is_in_doubt(tmp_path
     assert bodies[0].endswith(b"]}")
 
 
-def test_a_server_that_reads_and_never_answers_is_in_doubt_by_its_deadline(tmp_path):
+def test_the_charge_is_unknown_at_the_deadline_if_a_server_reads_and_never_responds(tmp_path):
     def script(exchange):
         exchange.request()
         exchange.linger()
@@ -340,7 +338,7 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_its_deadline(tmp_p
         in_doubt(station, SMALL, "no end after 1.5 seconds")
 
 
-def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(tmp_path):
+def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_responds(tmp_path):
     def script(exchange):
         exchange.request()
         exchange.linger()
@@ -349,12 +347,12 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(t
         in_doubt(station, SMALL, "timed out")
 
 
-def test_a_server_that_never_reads_a_small_request_is_in_doubt(tmp_path):
+def test_the_charge_is_unknown_if_a_server_never_reads_a_small_request(tmp_path):
     with served_by(tmp_path, lambda exchange: exchange.linger(), endpoint__deadline_seconds="1.5") as station:
         in_doubt(station, SMALL, "deadline_seconds")
 
 
-def test_headers_that_trickle_past_the_deadline_are_in_doubt(tmp_path):
+def test_the_charge_is_unknown_if_headers_trickle_past_the_deadline(tmp_path):
     def script(exchange):
         exchange.request()
         exchange.trickle(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, 0.02)
@@ -367,7 +365,9 @@ TLS_SETTINGS = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_se
 
 
 @pytest.mark.parametrize("proxied", [False, True])
-def test_headers_that_trickle_over_tls_past_the_deadline_are_in_doubt(tmp_path, monkeypatch, certificate, proxied):
+def test_the_charge_is_unknown_if_headers_trickle_over_tls_past_the_deadline(
+    tmp_path, monkeypatch, certificate, proxied
+):
     heard_out = []
 
     def script(exchange):
@@ -385,7 +385,7 @@ def test_headers_that_trickle_over_tls_past_the_deadline_are_in_doubt(tmp_path, 
     assert heard_out == []
 
 
-def test_endless_interim_answers_are_in_doubt_by_the_deadline(tmp_path):
+def test_the_charge_is_unknown_at_the_deadline_after_endless_interim_responses(tmp_path):
     def script(exchange):
         exchange.request()
         exchange.trickle(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000, 0.002)
@@ -408,7 +408,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("reply", NONSENSE.values(), ids=NONSENSE)
-def test_an_answer_that_is_not_http_is_in_doubt(tmp_path, reply):
+def test_the_charge_is_unknown_if_the_response_is_not_http(tmp_path, reply):
     def script(exchange):
         exchange.request()
         exchange.send(reply)
@@ -419,7 +419,7 @@ def test_an_answer_that_is_not_http_is_in_doubt(tmp_path, reply):
         in_doubt(station, SMALL, "the request was sent, but no response came")
 
 
-def test_an_upgrade_that_nobody_asked_for_is_in_doubt(tmp_path):
+def test_the_charge_is_unknown_after_an_unrequested_upgrade(tmp_path):
     def script(exchange):
         exchange.request()
         exchange.send(b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n")
@@ -449,7 +449,7 @@ PROPER = {
 
 
 @pytest.mark.parametrize("reply", PROPER.values(), ids=PROPER)
-def test_an_answer_may_be_framed_in_any_way(tmp_path, reply):
+def test_a_response_may_be_framed_in_any_way(tmp_path, reply):
     def script(exchange):
         exchange.request()
         exchange.send(reply)
@@ -464,7 +464,7 @@ def test_an_answer_may_be_framed_in_any_way(tmp_path, reply):
         assert station.server.connections == 1
 
 
-def test_an_answer_byte_by_byte_is_read_to_its_end(tmp_path):
+def test_a_response_byte_by_byte_is_read_to_its_end(tmp_path):
     def script(exchange):
         exchange.request()
         exchange.trickle(answer(BODY), 0.0005)
@@ -483,7 +483,7 @@ FRAMES = {
 
 
 @pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
-def test_a_body_that_trickles_past_the_deadline_was_paid_and_what_came_is_kept(tmp_path, frame):
+def test_a_body_that_trickles_past_the_deadline_counts_as_charged_and_its_received_part_is_kept(tmp_path, frame):
     body = paid(picture(size=(300, 300)))
 
     def script(exchange):
@@ -505,7 +505,7 @@ def test_a_body_that_trickles_past_the_deadline_was_paid_and_what_came_is_kept(t
 
 @pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
 @pytest.mark.parametrize("rude", [False, True])
-def test_the_whole_pictures_of_a_body_that_breaks_off_are_published(tmp_path, frame, rude):
+def test_the_complete_images_of_an_incomplete_body_are_published(tmp_path, frame, rude):
     body = paid(IMAGE, IMAGE)
     half = body[: body.rindex(b"b64_json") + 30]
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
@@ -537,7 +537,7 @@ def test_a_redirect_is_never_followed_by_the_paid_call(tmp_path):
     assert other.connections == 0
 
 
-def test_a_redirect_to_nowhere_is_still_only_a_redirect(tmp_path):
+def test_a_redirect_to_an_invalid_url_is_only_a_redirect(tmp_path):
     with served_by(tmp_path, answering(b"", b"Location: http://[::1", status=b"302 Found")) as station:
         drop(station, SMALL)
         (outcome,) = station.work()
@@ -578,7 +578,7 @@ def hasty():
 
 
 @pytest.mark.usefixtures("hasty")
-def test_however_many_requests_end_at_once_each_has_a_connection_of_its_own():
+def test_requests_that_end_at_the_same_time_each_have_a_connection_of_their_own():
     with Busy(("127.0.0.1", 0), Keeping) as server:
         server.handlers = []
         threading.Thread(target=server.serve_forever, daemon=True).start()

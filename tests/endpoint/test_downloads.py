@@ -109,7 +109,7 @@ def not_fetched(station, *words):
 @pytest.mark.parametrize(
     ("tag", "delivered"), [("url", 2), ("url-flaky", 2), ("url-redirect", 2), ("url-huge 1", 2), ("url, gzip", 2)]
 )
-def test_pictures_by_url_are_published_as_they_were_served(station, sandbox, tag, delivered):
+def test_images_by_url_are_published_as_they_were_served(station, sandbox, tag, delivered):
     originals = ask(station, tag, 'provider = "openai"\nn = 2')
     (outcome,) = station.work()
     ending = "png"
@@ -134,7 +134,7 @@ def test_pictures_by_url_are_published_as_they_were_served(station, sandbox, tag
         ("url-private", ["http://10.0.0.1/x.png", "the address is not public"]),
     ],
 )
-def test_a_picture_that_cannot_be_fetched_was_paid_and_its_answer_is_kept(station, sandbox, tag, words):
+def test_an_image_that_cannot_be_downloaded_counts_as_charged_and_its_response_is_kept(station, sandbox, tag, words):
     originals = ask(station, tag)
     (outcome,) = station.work()
     error = refused(station, "x", originals, beside="json")
@@ -150,7 +150,7 @@ def test_a_picture_that_cannot_be_fetched_was_paid_and_its_answer_is_kept(statio
     assert outcome.charged == "yes"
 
 
-def test_a_picture_larger_than_the_limit_is_not_fetched_to_its_end(tmp_path, sandbox):
+def test_an_image_over_the_limit_is_not_downloaded_to_its_end(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, endpoint__max_response_bytes="500000")) as station:
         originals = ask(station, "url-huge 3")
         station.work()
@@ -182,7 +182,7 @@ def moved(url):
     return answer(b"", b"Location: " + url.encode(), status=b"302 Found")
 
 
-def test_the_key_never_reaches_an_image_host_nor_whom_it_redirects_to(tmp_path):
+def test_the_key_never_reaches_an_image_host_nor_the_target_of_its_redirect(tmp_path):
     with (
         host(answer(IMAGE)) as second,
         host(moved(second.base_url + "/b?sig=2")) as first,
@@ -199,7 +199,7 @@ def test_the_key_never_reaches_an_image_host_nor_whom_it_redirects_to(tmp_path):
         assert b"cookie" not in head.lower()
 
 
-def test_a_picture_of_the_endpoint_itself_is_fetched_without_the_key(tmp_path):
+def test_an_image_on_the_host_of_the_api_is_downloaded_without_the_key(tmp_path):
     heads = []
 
     def image_route(exchange):
@@ -236,7 +236,7 @@ def test_a_picture_of_the_endpoint_itself_is_fetched_without_the_key(tmp_path):
     ],
 )
 @pytest.mark.parametrize("redirected", [False, True])
-def test_nothing_is_fetched_from_where_an_answer_has_no_business(tmp_path, target, redirected):
+def test_nothing_is_downloaded_from_a_url_that_is_not_allowed(tmp_path, target, redirected):
     with host(moved(target)) if redirected else contextlib.nullcontext() as first:
         url = first.base_url + "/a?sig=1" if redirected else target
         clock = Clock()
@@ -245,7 +245,7 @@ def test_nothing_is_fetched_from_where_an_answer_has_no_business(tmp_path, targe
     assert clock.waits == []
 
 
-def test_redirects_end(tmp_path):
+def test_redirects_are_followed_only_a_few_times(tmp_path):
     replies = []
 
     def script(exchange):
@@ -262,7 +262,7 @@ REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0
 
 
 @pytest.mark.parametrize("url", ["http://images.example/x", "https://127.0.0.1:1/x", "https://[::1]:1/x"])
-def test_a_remote_endpoint_may_not_send_us_to_plain_http_nor_to_this_machine(tmp_path, url):
+def test_a_remote_api_cannot_cause_a_download_by_plain_http_or_from_this_machine(tmp_path, url):
     with (
         contextlib.closing(Client(REMOTE, lambda: Key(KEY))) as client,
         open(tmp_path / "f", "w+b") as file,
@@ -290,7 +290,7 @@ def test_private_addresses_can_be_allowed(tmp_path):
 # Again and again
 
 
-def test_a_fetch_that_breaks_is_tried_again_as_it_is_free(tmp_path):
+def test_a_download_that_breaks_off_is_tried_again_because_it_is_free(tmp_path):
     replies = (
         b"",
         b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + IMAGE[:20],
@@ -310,7 +310,7 @@ def test_a_fetch_that_breaks_is_tried_again_as_it_is_free(tmp_path):
     assert len(clock.waits) == 4
 
 
-def test_a_host_that_hangs_up_at_once_is_tried_again_and_not_taken_for_our_disk(tmp_path, monkeypatch):
+def test_a_host_that_closes_the_connection_immediately_is_tried_again_and_is_not_a_disk_error(tmp_path, monkeypatch):
     connect, rude = network._connection, []
 
     def connected(found, *rest):
@@ -349,7 +349,7 @@ class Full(Disk):
         return file
 
 
-def test_a_full_disk_is_not_taken_for_a_host_that_fails(tmp_path):
+def test_a_full_disk_is_not_an_error_of_the_host(tmp_path):
     with (
         host(answer(IMAGE), answer(IMAGE)) as images,
         Scripted(answering(paid(images.base_url + "/x?sig=1"))) as server,
@@ -362,7 +362,7 @@ def test_a_full_disk_is_not_taken_for_a_host_that_fails(tmp_path):
         made(station, "x", ASK, "x.png")
 
 
-def test_a_host_that_says_no_is_asked_three_times(tmp_path):
+def test_a_host_that_refuses_is_asked_three_times(tmp_path):
     refusals = [answer(b"", status=b"404 Not Found")] * 3
     clock = Clock()
     with host(*refusals) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
@@ -370,7 +370,7 @@ def test_a_host_that_says_no_is_asked_three_times(tmp_path):
     assert len(clock.waits) == 2
 
 
-def test_a_host_that_is_gone_is_tried_until_the_url_has_expired(tmp_path):
+def test_a_host_that_is_unreachable_is_tried_until_the_url_has_expired(tmp_path):
     with Scripted() as gone:
         pass
     clock = Clock()
@@ -379,7 +379,7 @@ def test_a_host_that_is_gone_is_tried_until_the_url_has_expired(tmp_path):
     assert 580 <= sum(clock.waits) <= 600
 
 
-def test_the_pictures_of_a_job_share_the_time_until_their_urls_have_expired(tmp_path):
+def test_the_images_of_a_job_share_the_time_until_their_urls_have_expired(tmp_path):
     with Scripted() as gone:
         pass
     clock = Clock()
@@ -388,7 +388,7 @@ def test_the_pictures_of_a_job_share_the_time_until_their_urls_have_expired(tmp_
     assert 580 <= sum(clock.waits) <= 600
 
 
-def test_a_picture_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
+def test_an_image_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
     with Scripted() as gone:
         pass
     clock, asked = Clock(), []
@@ -411,7 +411,7 @@ def test_a_picture_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
     assert sum(clock.waits) > 500  # the bad one was tried as long as ever
 
 
-def test_only_the_pictures_that_failed_are_fetched_again(tmp_path):
+def test_only_the_images_that_failed_are_downloaded_again(tmp_path):
     urls, replies = [], {b"/b": [b"", answer(b"", status=b"503 Busy")], b"/c": [answer(b"", status=b"404 No")] * 3}
 
     def script(exchange):
@@ -432,7 +432,7 @@ def test_only_the_pictures_that_failed_are_fetched_again(tmp_path):
     assert clock.waits == sorted(clock.waits)
 
 
-def test_a_host_that_dribbles_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
+def test_a_slow_host_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, "_FETCH_SECONDS", 2.0)
     monkeypatch.setattr(pictures, "_LEAST_SECONDS", 0.1)
     urls = []
@@ -457,7 +457,7 @@ def test_a_host_that_dribbles_gets_no_more_than_its_share_of_the_time(tmp_path, 
     assert "deadline_seconds" not in receipt["problems"][0]
 
 
-def test_a_clock_that_is_set_forward_does_not_end_the_tries(tmp_path):
+def test_a_clock_that_is_set_forward_does_not_end_the_attempts(tmp_path):
     wall = Clock()
     with (
         host(answer(b"", status=b"503 Busy"), answer(IMAGE)) as images,
@@ -483,7 +483,7 @@ def at_once(exchange):
 
 
 @pytest.mark.parametrize("sized", [False, True])
-def test_a_fetch_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
+def test_a_download_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
     settings = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1.5"}
     with (
         Scripted(lambda exchange: slowly(exchange, sized=sized), at_once) as images,
@@ -496,7 +496,7 @@ def test_a_fetch_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
 TLS_SETTINGS = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1"}
 
 
-def test_a_fetch_over_tls_past_the_deadline_is_cut_and_tried_again(tmp_path, certificate):
+def test_a_download_over_tls_past_the_deadline_is_cut_and_tried_again(tmp_path, certificate):
     scripts = [over_tls(certificate.context, script) for script in (slowly, at_once)]
     with Scripted(*scripts) as images:
         url, settings = f"https://127.0.0.1:{images.port}/x?sig=1", {"endpoint__ca_file": certificate.path}
@@ -505,7 +505,7 @@ def test_a_fetch_over_tls_past_the_deadline_is_cut_and_tried_again(tmp_path, cer
     assert images.connections == 2
 
 
-def test_a_fetch_through_a_proxy_is_cut_when_its_time_is_over(tmp_path, monkeypatch, certificate):
+def test_a_download_through_a_proxy_is_cut_when_its_time_is_over(tmp_path, monkeypatch, certificate):
     with Scripted(tunnel(certificate.context, slowly)) as proxy:
         through_proxy(monkeypatch, proxy)
         endpoint = Endpoint(base_url=REMOTE.base_url, connect_timeout_seconds=2.0, ca_file=certificate.path)
@@ -517,7 +517,7 @@ def test_a_fetch_through_a_proxy_is_cut_when_its_time_is_over(tmp_path, monkeypa
             client.fetch(REMOTE.base_url + "/x?sig=1", file.write, 1000, 1)
 
 
-def test_the_deadline_holds_for_the_second_picture_of_a_host_that_keeps_its_connections(tmp_path):
+def test_the_deadline_also_applies_to_the_second_image_on_a_kept_connection(tmp_path):
     def twice(exchange):
         at_once(exchange)
         slowly(exchange)
@@ -554,7 +554,7 @@ def raw_deflate(content):
     ],
     ids="gzip x-gzip capitals zlib raw-deflate only-says-gzip aws-chunked only-says-br utf-8".split(),  # noqa: SIM905
 )
-def test_a_picture_that_its_host_compressed_is_published_as_it_was_before(tmp_path, coding, pack):
+def test_an_image_that_its_host_compressed_is_published_uncompressed(tmp_path, coding, pack):
     reply = answer(pack(IMAGE), b"Content-Encoding: " + coding)
     with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
         receipt = fetched(station, "x.png")
@@ -563,14 +563,14 @@ def test_a_picture_that_its_host_compressed_is_published_as_it_was_before(tmp_pa
 
 
 @pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, br"])
-def test_a_picture_in_a_coding_that_nobody_asked_for_is_not_fetched(tmp_path, coding):
+def test_an_image_in_an_unrequested_coding_is_not_downloaded(tmp_path, coding):
     reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
     with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
         not_fetched(station, f"encoded as {coding.decode()!r}", "we did not ask for")
     assert images.connections == 1
 
 
-def test_a_compressed_picture_that_grows_beyond_the_limit_is_not_fetched_to_its_end(tmp_path):
+def test_a_compressed_image_that_grows_beyond_the_limit_is_not_downloaded_to_its_end(tmp_path):
     bomb = gzip.compress(IMAGE + bytes(300_000_000), 1)
     assert len(bomb) < 2_000_000
     reply, settings = answer(bomb, b"Content-Encoding: gzip"), {"endpoint__max_response_bytes": "1000000"}
@@ -586,7 +586,7 @@ def test_a_compressed_picture_that_grows_beyond_the_limit_is_not_fetched_to_its_
     assert images.connections == 1
 
 
-def test_a_damaged_compressed_picture_is_tried_again(tmp_path):
+def test_a_damaged_compressed_image_is_tried_again(tmp_path):
     packed = bytearray(gzip.compress(IMAGE))
     packed[-6] ^= 1
     replies = [answer(content, b"Content-Encoding: gzip") for content in (bytes(packed), gzip.compress(IMAGE))]
@@ -596,7 +596,7 @@ def test_a_damaged_compressed_picture_is_tried_again(tmp_path):
     assert images.connections == 2
 
 
-def test_one_picture_that_cannot_be_fetched_does_not_cost_the_others(tmp_path):
+def test_one_image_that_cannot_be_downloaded_does_not_cost_the_others(tmp_path):
     originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
     with (
         host(answer(IMAGE)) as images,
@@ -609,7 +609,7 @@ def test_one_picture_that_cannot_be_fetched_does_not_cost_the_others(tmp_path):
     assert receipt["problems"][0].startswith("image 2: file:")
 
 
-def test_a_page_instead_of_a_picture_is_not_published_as_one(tmp_path):
+def test_a_page_instead_of_an_image_is_not_published_as_one(tmp_path):
     with (
         host(answer(b"<!DOCTYPE html><p>no", b"Content-Type: image/png")) as images,
         answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
@@ -636,7 +636,7 @@ def peak(folders):
     return usage.ru_maxrss * 1024
 
 
-def test_an_answer_of_300_megabytes_is_published_whole_in_little_memory(tmp_path):
+def test_a_response_of_300_megabytes_is_published_completely_in_little_memory(tmp_path):
     with Sandbox(key=KEY) as sandbox:
         small, large = Folders(tmp_path / "small", sandbox.base_url), Folders(tmp_path / "large", sandbox.base_url)
         small.prompt("x", '+++\nprovider = "gemini"\nn = 4\n+++\na cat')

@@ -41,7 +41,7 @@ def rich(folders: Folders) -> Folders:
     "arguments",
     ["history", "history --by day", "history --by provider", "history --by folder", "estimate", "status"],
 )
-def test_what_is_printed_for_programs_is_json_however_large_the_sums_are(rich: Folders, arguments: str) -> None:
+def test_output_for_programs_is_json_however_large_the_sums_are(rich: Folders, arguments: str) -> None:
     if arguments == "status":
         command(rich, "once")
     told = command(rich, *arguments.split(), "--json")
@@ -59,7 +59,7 @@ def test_what_is_printed_for_programs_is_json_however_large_the_sums_are(rich: F
 
 
 @pytest.mark.usefixtures("sandbox")
-def test_what_strangers_write_into_a_receipt_does_not_make_submit_print_no_json(
+def test_a_receipt_that_another_user_wrote_cannot_make_submit_print_invalid_json(
     folders: Folders, start: Callable[..., Any], sandbox: Sandbox
 ) -> None:
     (folders.outbox / "cat.receipt.toml").write_text(

@@ -126,7 +126,7 @@ def test_the_body_is_exactly_what_the_contract_says(sent):
     }
 
 
-def test_what_nobody_set_is_not_sent(sent):
+def test_options_that_are_not_set_are_not_sent(sent):
     _, body, _ = sent({"x.prompt.txt": "a cat"})
     assert json.loads(body) == {"provider": "flux", "prompt": "a cat"}
 
@@ -173,7 +173,7 @@ def test_declared_inputs_are_sent_in_the_order_of_the_prompt(station, sandbox):
     assert sandbox.report()["calls"][0]["inputs"] == [hashlib.sha256(images[name]).hexdigest() for name in names]
 
 
-def test_an_empty_list_of_inputs_means_none_though_a_sibling_lies_there(station, sandbox):
+def test_an_empty_list_of_inputs_means_none_even_with_an_image_beside_the_prompt(station, sandbox):
     drop(station, {"x.prompt.txt": "+++\ninput_images = []\n+++\na cat", "x.png": IMAGE})
     station.work()
     assert sandbox.report()["calls"][0]["inputs"] == []
@@ -183,7 +183,7 @@ def test_an_empty_list_of_inputs_means_none_though_a_sibling_lies_there(station,
 @pytest.mark.parametrize(
     ("name", "kind", "mime"), [("x.png", "JPEG", "jpeg"), ("x.JPG", "WEBP", "webp"), ("x.webp", "PNG", "png")]
 )
-def test_an_input_is_what_its_bytes_say_not_its_name(sent, name, kind, mime):
+def test_the_type_of_an_input_follows_its_content_not_its_name(sent, name, kind, mime):
     _, body, _ = sent({"x.prompt.txt": "a cat", name: picture(kind)})
     (url,) = json.loads(body)["input_images"]
     assert url.startswith(f"data:image/{mime};base64,")
@@ -210,7 +210,7 @@ def test_the_provider_is_chosen_as_the_skill_advises(station, sandbox, front, im
     assert (call["provider"], call["status"]) == (provider, 200)
 
 
-def test_front_matter_counts_over_the_preset_and_the_preset_over_the_defaults(at, sandbox):
+def test_front_matter_overrides_the_preset_and_the_preset_overrides_the_defaults(at, sandbox):
     station = at(
         defaults__n="3",
         defaults__seed="1",
@@ -231,7 +231,7 @@ def test_front_matter_counts_over_the_preset_and_the_preset_over_the_defaults(at
 # Refused without a call
 
 
-def test_everything_wrong_is_said_at_once(station, sandbox):
+def test_all_problems_of_a_prompt_are_reported_together(station, sandbox):
     front = '+++\nn = 5\nqality = "low"\nprovider = "dalle"\npreset = 3\n+++\na cat'
     error = invalid(station, sandbox, {"x.prompt.txt": front})
     assert len(error["problems"]) == 4
@@ -269,13 +269,13 @@ def test_a_prompt_that_cannot_be_sent_is_refused(station, sandbox, text):
         ({"limits__max_prompt_chars": "4"}, "", "5 characters"),
     ],
 )
-def test_the_guard_rails_of_a_folder_that_anybody_can_write(at, sandbox, settings, front, words):
+def test_the_limits_of_a_shared_folder_are_checked(at, sandbox, settings, front, words):
     error = invalid(at(**settings), sandbox, {"x.prompt.txt": f"+++\n{front}\n+++\na cat"})
     assert words in error["message"]
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.heic", "x.1.tiff", "x.SVG"])
-def test_a_sibling_of_a_foreign_kind_is_refused_with_the_kinds_that_are_taken(station, sandbox, name):
+def test_a_file_of_another_kind_is_refused_with_the_accepted_kinds(station, sandbox, name):
     error = invalid(station, sandbox, {"x.prompt.txt": "a cat", "x.png": IMAGE, name: b"GIF89a"})
     assert name in error["message"]
     assert "png, jpg and webp" in error["message"]
@@ -290,7 +290,7 @@ def test_a_sibling_of_a_foreign_kind_is_refused_with_the_kinds_that_are_taken(st
         (IMAGE[:30] + b"\xff" + IMAGE[31:], "not a whole image"),
     ],
 )
-def test_an_input_that_is_no_whole_image_is_refused(station, sandbox, content, words):
+def test_an_input_that_is_not_a_complete_image_is_refused(station, sandbox, content, words):
     error = invalid(station, sandbox, {"x.prompt.txt": "a cat", "x.png": content})
     assert words in error["message"]
     assert "x.png" in error["message"]
@@ -317,7 +317,9 @@ OTHER_NAMES = [
 
 
 @pytest.mark.parametrize(("kind", "mime", "name"), OTHER_NAMES, ids=[f"{row[0]} {row[2]}" for row in OTHER_NAMES])
-def test_a_supported_image_is_sent_whatever_its_ending_with_the_type_of_its_content(station, sandbox, kind, mime, name):
+def test_a_supported_image_with_any_file_ending_is_sent_with_the_type_of_its_content(
+    station, sandbox, kind, mime, name
+):
     content = encoded(kind)
     originals = {"x.prompt.txt": f'+++\ninput_images = ["{name}"]\n+++\na cat', name: content}
     drop(station, originals)
@@ -329,7 +331,7 @@ def test_a_supported_image_is_sent_whatever_its_ending_with_the_type_of_its_cont
     assert call["inputs"] == [hashlib.sha256(content).hexdigest()]
 
 
-def test_a_jpeg_with_more_behind_it_is_sent_whole(station, sandbox):
+def test_a_jpeg_with_data_after_its_end_is_sent_unchanged(station, sandbox):
     file = io.BytesIO()
     frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
     frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
@@ -342,7 +344,7 @@ def test_a_jpeg_with_more_behind_it_is_sent_whole(station, sandbox):
 
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "PDF", "AVIF", "HEIC"])
 @pytest.mark.parametrize("ending", ["png", "jfif"])
-def test_an_image_of_another_kind_is_refused_whatever_its_ending_and_the_kinds_that_are_taken_are_named(
+def test_an_image_of_another_kind_is_refused_with_any_file_ending_and_the_accepted_kinds_are_named(
     station, sandbox, kind, ending
 ):
     content = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" if kind == "HEIC" else encoded(kind)
@@ -354,7 +356,7 @@ def test_an_image_of_another_kind_is_refused_whatever_its_ending_and_the_kinds_t
     assert error["charged"] == "no"
 
 
-def test_an_input_is_called_damaged_too_large_or_not_supported_as_it_is(station, sandbox):
+def test_an_input_is_reported_as_damaged_too_large_or_not_supported(station, sandbox):
     jpeg = encoded("JPEG")
     frame = jpeg.index(b"\xff\xc0")
     header = b"IHDR" + struct.pack(">II", 60_000, 60_000) + IMAGE[24:29]
@@ -374,7 +376,7 @@ def test_an_input_is_called_damaged_too_large_or_not_supported_as_it_is(station,
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_an_image_that_is_to_be_turned_is_sent_as_stored_and_check_says_so(station, sandbox, kind):
+def test_an_image_with_an_orientation_tag_is_sent_as_stored_and_check_reports_it(station, sandbox, kind):
     content = encoded(kind, exif=turned(6))
     originals = {"x.prompt.txt": '+++\ninput_images = ["a.jpg", "b.png"]\n+++\na cat', "a.jpg": content, "b.png": IMAGE}
     drop(station, originals)
@@ -422,7 +424,7 @@ def test_more_bytes_than_the_limit_are_refused(at, sandbox):
     assert "limits.max_input_bytes" in error["message"]
 
 
-def test_a_link_as_input_is_refused_and_what_it_leads_to_stays_secret(station, sandbox, tmp_path):
+def test_a_link_as_input_is_refused_and_its_target_stays_secret(station, sandbox, tmp_path):
     secret = tmp_path / "secret.png"
     secret.write_bytes(IMAGE)
     (station.inbox / "x.png").symlink_to(secret)
@@ -436,7 +438,7 @@ def test_a_link_as_input_is_refused_and_what_it_leads_to_stays_secret(station, s
 
 
 @pytest.mark.parametrize("kind", ["FIFO", "socket"])
-def test_an_input_that_is_no_plain_file_is_refused(station, sandbox, kind, monkeypatch):
+def test_an_input_that_is_not_a_regular_file_is_refused(station, sandbox, kind, monkeypatch):
     monkeypatch.chdir(station.inbox)  # the name of a socket is short
     if kind == "FIFO":
         os.mkfifo("x.png")
@@ -453,7 +455,7 @@ def test_an_input_that_is_no_plain_file_is_refused(station, sandbox, kind, monke
 
 
 @pytest.mark.parametrize("kind", ["link", "FIFO", "folder", "empty"])
-def test_a_prompt_that_is_no_plain_file_with_text_stays_where_it_is(station, sandbox, tmp_path, kind):
+def test_a_prompt_that_is_not_a_regular_file_with_text_stays_in_the_inbox(station, sandbox, tmp_path, kind):
     path = station.inbox / "x.prompt.txt"
     other = tmp_path / "other"
     other.write_text("a cat")
@@ -485,7 +487,7 @@ def nobody(sandbox):
         shutil.rmtree(folder)
 
 
-def test_a_prompt_with_an_image_that_may_not_be_read_stays_where_it_is(nobody, sandbox):
+def test_a_prompt_with_an_image_that_may_not_be_read_stays_in_the_inbox(nobody, sandbox):
     (nobody.inbox / "x.png").write_bytes(IMAGE)
     (nobody.inbox / "x.png").chmod(0)
     nobody.prompt("x", "a cat")
@@ -497,7 +499,7 @@ def test_a_prompt_with_an_image_that_may_not_be_read_stays_where_it_is(nobody, s
     assert nobody.receipt("x")["inputs"][0]["file"] == "x.png"
 
 
-def test_a_prompt_that_may_not_be_read_stays_where_it_is(nobody, sandbox):
+def test_a_prompt_that_may_not_be_read_stays_in_the_inbox(nobody, sandbox):
     nobody.prompt("x", "a cat").chmod(0)
     assert nobody.work() == []
     assert nobody.names("inbox") == ["x.prompt.txt"]
@@ -518,7 +520,7 @@ def published(station, stem="x"):
 
 @pytest.mark.parametrize("stem", ["x" * 244, "Ω" * 122, "\U0001f600" * 61], ids=["1 byte", "2 bytes", "4 bytes"])
 @pytest.mark.parametrize("tag", ["", "[sandbox: 400]", "[sandbox: no-images]"])
-def test_the_longest_names_go_through_every_door(station, sandbox, stem, tag):
+def test_the_longest_names_reach_every_destination(station, sandbox, stem, tag):
     assert len(f"{stem}.prompt.txt".encode()) == 255
     drop(station, {f"{stem}.prompt.txt": f"+++\nn = 4\n+++\na cat {tag}", f"{stem}.png": IMAGE})
     station.work()
@@ -542,7 +544,7 @@ def test_the_longest_names_go_through_every_door(station, sandbox, stem, tag):
     "stem", [os.fsdecode(b"caf\xe9"), "a\nb", "\x1b[31mred", "a\u202eb", "  ", "a b'\"$(x)", "-rf"]
 )
 @pytest.mark.parametrize("tag", ["", "[sandbox: 400]"])
-def test_odd_names_come_back_as_they_were_and_harm_no_terminal(station, sandbox, stem, tag):
+def test_unusual_names_are_kept_unchanged_and_harm_no_terminal(station, sandbox, stem, tag):
     drop(station, {f"{stem}.prompt.txt": f"a cat {tag}", f"{stem}.png": IMAGE})
     (outcome,) = station.work()
     over(station)
@@ -572,7 +574,7 @@ def existing(folder, *names):
 
 
 @pytest.mark.parametrize("taken", ["x-1.jpg", "x-2.jpg", "x.receipt.toml"])
-def test_one_taken_name_in_the_outbox_gives_all_files_of_the_job_its_short_id(station, sandbox, taken):
+def test_if_one_name_exists_in_the_outbox_all_files_of_the_job_get_its_short_id(station, sandbox, taken):
     check = existing(station.outbox, taken)
     drop(station, {"x.prompt.txt": "+++\nn = 2\n+++\na cat"})
     (outcome,) = station.work()
@@ -584,7 +586,7 @@ def test_one_taken_name_in_the_outbox_gives_all_files_of_the_job_its_short_id(st
 
 
 @pytest.mark.parametrize("taken", ["x.png", "x.prompt.txt", "x.error.toml", "x.answer.json"])
-def test_one_taken_name_in_errors_gives_all_files_of_the_job_its_short_id(station, sandbox, taken):
+def test_if_one_name_exists_in_errors_all_files_of_the_job_get_its_short_id(station, sandbox, taken):
     check = existing(station.errors, taken)
     originals = {"x.prompt.txt": "a cat [sandbox: no-images]", "x.png": IMAGE}
     drop(station, originals)
@@ -598,7 +600,7 @@ def test_one_taken_name_in_errors_gives_all_files_of_the_job_its_short_id(statio
 
 
 @pytest.mark.parametrize("taken", ["x.png", "x.prompt.txt", "logo.png"])
-def test_a_taken_name_in_the_archive_is_never_overwritten(station, sandbox, taken):
+def test_an_existing_name_in_the_archive_is_never_overwritten(station, sandbox, taken):
     check = existing(station.archive, taken)
     drop(
         station,
@@ -613,7 +615,7 @@ def test_a_taken_name_in_the_archive_is_never_overwritten(station, sandbox, take
     assert station.names("outbox") == ["x.jpg", "x.receipt.toml"]
 
 
-def test_a_name_that_even_the_short_id_does_not_free_gets_the_whole_id(station, sandbox):
+def test_if_the_name_with_the_short_id_exists_too_the_whole_id_is_used(station, sandbox):
     drop(station, {"x.prompt.txt": "a cat"})
     claim = station.scan.scan_all(0, 0).ready[0].claim("abcd000011112222", 0.0)
     check = existing(station.outbox, "x.jpg", "x.abcd.jpg")
@@ -624,7 +626,7 @@ def test_a_name_that_even_the_short_id_does_not_free_gets_the_whole_id(station, 
     )
 
 
-def test_a_name_taken_after_the_decision_is_not_overwritten_either(station, sandbox):
+def test_a_name_that_appears_after_the_decision_is_not_overwritten(station, sandbox):
     checks = []
 
     def script(exchange):
@@ -652,7 +654,7 @@ def test_a_name_taken_after_the_decision_is_not_overwritten_either(station, sand
         assert [image["file"] for image in other.receipt("x")["images"]] == ours
 
 
-def test_the_pictures_of_x_and_of_x_1_do_not_meet(station, sandbox):
+def test_the_images_of_x_and_of_x_1_have_different_names(station, sandbox):
     drop(station, {"x.prompt.txt": "+++\nn = 2\n+++\na cat"})
     (first,) = station.work()
     drop(station, {"x-1.prompt.txt": "a dog"})
@@ -669,7 +671,7 @@ def test_the_pictures_of_x_and_of_x_1_do_not_meet(station, sandbox):
     assert [*ours, hashlib.sha256((station.outbox / f"{base}.jpg").read_bytes()).hexdigest()] == served
 
 
-def test_folders_are_mirrored_behind_every_door(station, sandbox):
+def test_folders_are_mirrored_in_every_destination(station, sandbox):
     station.prompt("a/b/x", "a cat")
     station.prompt("a/y", "a cat [sandbox: 400]")
     station.work()
@@ -680,7 +682,7 @@ def test_folders_are_mirrored_behind_every_door(station, sandbox):
     assert station.names("inbox") == []
 
 
-def test_a_job_whose_inbox_is_removed_at_its_end_is_over_and_the_inbox_is_not_made_again(station):
+def test_a_job_whose_inbox_is_removed_at_its_end_is_finished_and_the_inbox_is_not_created_again(station):
     station.prompt("x", "a cat")
     keep = station.spool.delivery.keep
 

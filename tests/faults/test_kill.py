@@ -64,7 +64,7 @@ def changes(tmp_path_factory: pytest.TempPathFactory) -> int:
 
 
 @pytest.mark.timeout(900)
-def test_killed_at_any_change_nothing_is_paid_twice_or_lost(changes: int, tmp_path: Path) -> None:
+def test_a_process_killed_at_any_change_pays_nothing_twice_and_loses_nothing(changes: int, tmp_path: Path) -> None:
     every = 1 if os.environ.get("IMAGEWATCH_ALL_KILLS") == "1" else max(1, changes // KILLS)
     numbers = range(1, changes + 1, every)
     with ThreadPoolExecutor(3) as pool:
@@ -73,7 +73,7 @@ def test_killed_at_any_change_nothing_is_paid_twice_or_lost(changes: int, tmp_pa
     assert ends.count(-signal.SIGKILL) >= len(ends) * 0.9
 
 
-def test_killed_while_the_answer_is_awaited_it_is_in_doubt_and_never_sent_again(
+def test_after_a_kill_in_flight_the_charge_is_unknown_and_nothing_is_sent_again(
     folders: Folders, sandbox: Sandbox
 ) -> None:
     folders.prompt("cat", "a cat")
@@ -94,7 +94,7 @@ def test_killed_while_the_answer_is_awaited_it_is_in_doubt_and_never_sent_again(
         assert sandbox.report()["requests"] == 1
 
 
-def test_what_had_come_of_the_answer_is_kept(folders: Folders, sandbox: Sandbox) -> None:
+def test_the_received_part_of_a_response_is_kept(folders: Folders, sandbox: Sandbox) -> None:
     folders.prompt("cat", "a cat [sandbox: trickle 0.05]")
     daemon = Running(folders, "once")
     until(lambda: [part for part in folders.state.glob("jobs/*/answer.1.part") if part.read_bytes().count(b"\n")])
@@ -106,7 +106,7 @@ def test_what_had_come_of_the_answer_is_kept(folders: Folders, sandbox: Sandbox)
     assert sandbox.report()["requests"] == 1
 
 
-def test_an_answer_that_cannot_be_read_now_is_not_taken_for_none(folders: Folders, sandbox: Sandbox) -> None:
+def test_a_response_that_cannot_be_read_now_does_not_count_as_missing(folders: Folders, sandbox: Sandbox) -> None:
     folders.prompt("cat", "a cat [sandbox: trickle 0.05]")
     daemon = Running(folders, "once")
     until(lambda: [part for part in folders.state.glob("jobs/*/answer.1.part") if part.read_bytes().count(b"\n")])
@@ -127,7 +127,7 @@ def test_an_answer_that_cannot_be_read_now_is_not_taken_for_none(folders: Folder
     assert sandbox.report()["requests"] == 1
 
 
-def test_a_killed_daemon_leaves_its_folders_to_the_next(folders: Folders, sandbox: Sandbox) -> None:
+def test_after_a_kill_the_next_daemon_can_use_the_folders(folders: Folders, sandbox: Sandbox) -> None:
     sandbox.hold()
     folders.prompt("cat", "a cat")
     first = Running(folders, "run")
@@ -161,7 +161,7 @@ class DyingDisk(SteppingDisk):
             raise Died(what, path)
 
 
-def test_a_start_that_dies_anywhere_leaves_nothing_that_stops_the_next(tmp_path: Path) -> None:
+def test_a_start_that_is_killed_anywhere_does_not_prevent_the_next_one(tmp_path: Path) -> None:
     for number in itertools.count(1):
         folders = Folders(tmp_path / str(number), "http://127.0.0.1:9", outbox__folder_mode="0750")
         with contextlib.suppress(Died):

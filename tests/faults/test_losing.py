@@ -41,7 +41,7 @@ def put(disk: LosingDisk, path: str, content: bytes = b"content", *, sync: bool 
             disk.sync(file, path)
 
 
-def test_what_was_there_at_first_stays(top: Path) -> None:
+def test_files_from_before_the_start_stay(top: Path) -> None:
     for losing in Losing:
         assert left(top, losing, lambda *_: None) == {"a/old": b"old"}
 
@@ -80,7 +80,7 @@ def test_a_name_whose_folder_was_not_synced_may_be_lost(top: Path, losing: Losin
         (Losing.TORN, b"con"),
     ],
 )
-def test_content_that_was_not_synced_may_be_lost_under_its_name(top: Path, losing: Losing, found: bytes) -> None:
+def test_content_that_was_not_synced_may_be_lost_while_its_name_stays(top: Path, losing: Losing, found: bytes) -> None:
     def change(disk: LosingDisk, root: str) -> None:
         put(disk, f"{root}/a/new.tmp", sync=False)
         disk.rename(f"{root}/a/new.tmp", f"{root}/a/new")
@@ -89,7 +89,7 @@ def test_content_that_was_not_synced_may_be_lost_under_its_name(top: Path, losin
     assert left(top, losing, change)["a/new"] == found
 
 
-def test_what_is_appended_may_be_lost_and_what_was_there_not(top: Path) -> None:
+def test_appended_content_may_be_lost_and_earlier_content_may_not(top: Path) -> None:
     def change(disk: LosingDisk, root: str) -> None:
         with disk.append(f"{root}/a/old") as file:
             file.write(b" and new")
@@ -98,7 +98,7 @@ def test_what_is_appended_may_be_lost_and_what_was_there_not(top: Path) -> None:
     assert left(top, Losing.TORN, change)["a/old"] == b"old a"
 
 
-def test_what_was_written_outlives_the_process(top: Path) -> None:
+def test_written_content_survives_the_end_of_the_process(top: Path) -> None:
     disk = LosingDisk(str(top), cut=2, losing=Losing.KILLED)
     with disk.create(f"{top}/a/new") as file:
         file.write(b"not synced")
@@ -169,7 +169,7 @@ def test_a_rename_between_folders_is_never_lost_on_both_sides(
     assert left(top, losing, change) == dict.fromkeys(names, b"old")
 
 
-def test_twins_are_one_file_with_two_names(top: Path) -> None:
+def test_hard_links_are_one_file_with_two_names(top: Path) -> None:
     def change(disk: LosingDisk, root: str) -> None:
         disk.rename(f"{root}/a/old", f"{root}/b/moved")
         disk.sync_folder(f"{root}/b")
@@ -187,7 +187,7 @@ def test_a_rename_out_of_a_synced_folder_makes_the_new_folder_durable_too(top: P
     assert left(top, Losing.NOTHING, change) == {"c/d/moved": b"old"}
 
 
-def test_what_a_killed_process_left_can_still_be_undone(top: Path) -> None:
+def test_changes_of_a_killed_process_can_still_be_undone(top: Path) -> None:
     disk = LosingDisk(str(top))
     disk.rename(f"{top}/a/old", f"{top}/b/moved")
     disk.restore(disk.image(Losing.KILLED))
@@ -197,7 +197,7 @@ def test_what_a_killed_process_left_can_still_be_undone(top: Path) -> None:
 
 
 @pytest.mark.parametrize("losing", POWER)
-def test_what_a_power_cut_left_is_durable(top: Path, losing: Losing) -> None:
+def test_the_state_after_a_power_cut_is_durable(top: Path, losing: Losing) -> None:
     disk = LosingDisk(str(top))
     disk.rename(f"{top}/a/old", f"{top}/b/moved")
     put(disk, f"{top}/a/new", sync=False)

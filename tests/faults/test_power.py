@@ -447,7 +447,7 @@ def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
 
 
 @pytest.mark.parametrize("stage", SCENES, indirect=True)
-def test_undisturbed_each_scene_ends_as_it_says(stage: Stage) -> None:
+def test_without_faults_each_scene_ends_as_it_describes(stage: Stage) -> None:
     stage.play()
     audit = Audit(stage)
     audit.check()
@@ -458,12 +458,14 @@ def test_undisturbed_each_scene_ends_as_it_says(stage: Stage) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("stage", SCENES, indirect=True)
-def test_nothing_is_paid_twice_or_lost_when_the_power_goes(stage: Stage, request: pytest.FixtureRequest) -> None:
+def test_a_power_cut_at_any_step_pays_nothing_twice_and_loses_nothing(
+    stage: Stage, request: pytest.FixtureRequest
+) -> None:
     twice = ALL_CUTS or request.node.callspec.params["stage"] in CUT_TWICE
     explore(stage, cuts=2 if twice else 1)
 
 
-def test_a_cut_that_goes_off_leaves_what_was_noted(tmp_path: Path) -> None:
+def test_after_a_cut_the_noted_steps_are_known(tmp_path: Path) -> None:
     """Noting goes on where a real cut ends everything, with exceptions and all that follows from them."""
     scene = SCENES["an edit with two images"]
     with contextlib.closing(Stage(tmp_path, scene)) as stage:
@@ -484,7 +486,7 @@ def test_a_cut_that_goes_off_leaves_what_was_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("losing", Losing)
-def test_nor_when_it_goes_right_after_a_step(tmp_path: Path, losing: Losing) -> None:
+def test_a_power_cut_right_after_a_step_pays_nothing_twice_and_loses_nothing(tmp_path: Path, losing: Losing) -> None:
     with contextlib.closing(Stage(tmp_path, SCENES["text only"])) as stage:
         stage.play()
         for number in range(1, len(stage.disk.steps) + 1):
@@ -500,9 +502,7 @@ def test_nor_when_it_goes_right_after_a_step(tmp_path: Path, losing: Losing) -> 
 @pytest.mark.parametrize(
     "name", ["re-deliveries are recognised, made", "re-deliveries are recognised, invalid", "cut short", "dropped"]
 )
-def test_nothing_is_paid_twice_or_lost_when_the_power_goes_after_a_sync_tool_brought_it_back(
-    tmp_path: Path, name: str
-) -> None:
+def test_a_power_cut_after_a_redelivery_pays_nothing_twice_and_loses_nothing(tmp_path: Path, name: str) -> None:
     scene = replace(SCENES[name], settings=SKIP)
     with contextlib.closing(Stage(tmp_path, scene)) as stage:
         stage.restore(stage.begin)  # which gives all files their old times
@@ -515,7 +515,7 @@ def test_nothing_is_paid_twice_or_lost_when_the_power_goes_after_a_sync_tool_bro
 
 
 @pytest.mark.parametrize("name", ["not JSON", "every folder a mount, not JSON"])
-def test_nothing_is_paid_twice_or_lost_when_the_power_goes_while_a_paid_answer_is_read_again(
+def test_a_power_cut_while_a_charged_response_is_read_again_pays_nothing_twice_and_loses_nothing(
     tmp_path: Path, name: str
 ) -> None:
     scene = SCENES[name]
@@ -553,7 +553,7 @@ DISK_STEPS = {name for name in vars(SteppingDisk) if not name.startswith("_") an
 
 
 @pytest.mark.parametrize("name", sorted(SCENES if ALL_CUTS else CUT_TWICE | FAIL_TOO))
-def test_a_disk_that_fails_once_at_any_step_costs_nothing_either(tmp_path: Path, name: str) -> None:
+def test_a_disk_that_fails_once_at_any_step_pays_nothing_twice_and_loses_nothing(tmp_path: Path, name: str) -> None:
     """The same process tries again, as the daemon does when there is room: nothing was undone, but nothing is new."""
     with contextlib.closing(Stage(tmp_path, SCENES[name], FailingDisk)) as stage:
         stage.restore(stage.begin)
@@ -608,7 +608,9 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
 
 
 @pytest.mark.parametrize("precaution", PRECAUTIONS)
-def test_the_proof_fails_unless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precaution: str) -> None:
+def test_the_audit_finds_each_missing_precaution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precaution: str
+) -> None:
     scene, careless, cuts, words = PRECAUTIONS[precaution]
     careless(monkeypatch)
     with (
@@ -619,7 +621,7 @@ def test_the_proof_fails_unless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("disk", [WithoutFileSync, WithoutFolderSync])
-def test_the_proof_fails_when_nothing_is_synced(tmp_path: Path, disk: type[LosingDisk]) -> None:
+def test_the_audit_fails_if_nothing_is_synced(tmp_path: Path, disk: type[LosingDisk]) -> None:
     with (
         contextlib.closing(Stage(tmp_path, SCENES["text only"], disk)) as stage,
         pytest.raises((AssertionError, SpoolError)),

@@ -90,7 +90,7 @@ class Sender(threading.Thread):
         outside.unlink()
 
 
-def test_nothing_is_lost_or_made_twice_however_it_is_sent_and_whenever_the_daemon_dies(
+def test_nothing_is_lost_or_paid_twice_with_any_sender_and_kills_at_any_time(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__settle_seconds="0.5", limits__concurrency=str(CONCURRENCY))

@@ -291,7 +291,7 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
     return tryer
 
 
-def test_the_points_are_those_of_the_work(plain: dict[Point, str]) -> None:
+def test_the_points_cover_the_system_calls_of_a_job(plain: dict[Point, str]) -> None:
     calls = Counter(point.call for point in to_kill(plain))
     ours = {"openat", "write", "fsync", "fchmod", "renameat", "renameat2", "unlinkat", "mkdirat"}
     sqlites = {"pwrite64", "ftruncate", "fdatasync"}
@@ -301,20 +301,22 @@ def test_the_points_are_those_of_the_work(plain: dict[Point, str]) -> None:
 
 
 @pytest.mark.timeout(3600)
-def test_killed_at_any_system_call_nothing_is_paid_twice_or_lost(plain: dict[Point, str], try_all) -> None:
+def test_a_process_killed_at_any_system_call_pays_nothing_twice_and_loses_nothing(
+    plain: dict[Point, str], try_all
+) -> None:
     chosen = to_kill(plain) if ALL else few(to_kill(plain))
     hit = try_all(PLAIN, [(Fault(point, KILL),) for point in chosen])
     assert not ALL or hit.total() >= 450
 
 
 @pytest.mark.timeout(3600)
-def test_a_system_call_that_fails_costs_nothing(plain: dict[Point, str], try_all) -> None:
+def test_a_system_call_that_fails_pays_nothing_twice_and_loses_nothing(plain: dict[Point, str], try_all) -> None:
     chosen = sorted(to_fail(plain))[::3] if ALL else few(to_fail(plain))[::2]
     try_all(PLAIN, [(Fault(point, what),) for point, what in zip(chosen, [FULL, BROKEN] * len(chosen), strict=False)])
 
 
 @pytest.mark.timeout(3600)
-def test_no_answer_is_lost_for_which_there_is_no_room(plain: dict[Point, str], try_all) -> None:
+def test_no_response_is_lost_for_lack_of_space(plain: dict[Point, str], try_all) -> None:
     banking = [point for point, line in plain.items() if "answer.1" in line and point.call in FAILING]
     if ALL:
         try_all(PLAIN, [(Fault(point, FULL),) for point in banking])
@@ -326,13 +328,13 @@ def test_no_answer_is_lost_for_which_there_is_no_room(plain: dict[Point, str], t
 
 
 @pytest.mark.timeout(3600)
-def test_killed_at_any_system_call_no_cap_is_exceeded(capped: dict[Point, str], try_all) -> None:
+def test_a_process_killed_at_any_system_call_exceeds_no_cap(capped: dict[Point, str], try_all) -> None:
     chosen = to_kill(capped)[::2] if ALL else few(to_kill(capped))[::4]
     try_all(CAPPED, [(Fault(point, KILL),) for point in chosen])
 
 
 @pytest.mark.timeout(3600)
-def test_what_recovers_may_be_disturbed_again(plain: dict[Point, str], try_all, tmp_path: Path) -> None:
+def test_a_recovery_may_be_interrupted_again(plain: dict[Point, str], try_all, tmp_path: Path) -> None:
     deaths = to_kill(plain)
     faults = []
     for k in range(8 if ALL else 1):
@@ -347,7 +349,7 @@ def test_what_recovers_may_be_disturbed_again(plain: dict[Point, str], try_all, 
 # The proof can fail.
 
 
-def test_the_audit_sees_a_second_payment(folders: Folders, sandbox: Sandbox) -> None:
+def test_the_audit_finds_a_second_payment(folders: Folders, sandbox: Sandbox) -> None:
     for _ in range(2):
         folders.prompt("text", ORDERS["text"].content)
         assert Running(folders, "once").wait() == 0
@@ -365,7 +367,7 @@ def test_the_audit_sees_a_second_payment(folders: Folders, sandbox: Sandbox) -> 
         "UPDATE attempts SET source = 'other.prompt.txt'",
     ],
 )
-def test_the_audit_sees_a_ledger_that_does_not_say_what_the_endpoint_says(
+def test_the_audit_finds_a_ledger_that_differs_from_the_count_of_the_api(
     folders: Folders, sandbox: Sandbox, forgery: str
 ) -> None:
     folders.prompt("text", ORDERS["text"].content)

@@ -124,7 +124,7 @@ def command(environ: dict[str, str], *arguments: str) -> subprocess.CompletedPro
 # What it shows
 
 
-def test_the_page_holds_what_the_daemon_made_and_what_it_could_not(station: Station):
+def test_the_page_shows_completed_and_failed_jobs(station: Station):
     station.drop("edit.png", picture("navy"))
     station.prompt("edit", "make it blue")
     station.prompt("four", '+++\nprovider = "gemini"\nn = 4\n+++\na robot')
@@ -181,7 +181,7 @@ def test_two_edits_of_one_name_each_keep_their_own_input(station: Station):
     assert shown == {"more red": picture("red"), "more blue": picture("blue")}
 
 
-def test_an_input_that_was_not_kept_is_named_all_the_same(shelf: Shelf):
+def test_an_input_that_was_not_kept_is_named_nevertheless(shelf: Shelf):
     inputs = [{"file": "boat.png", "bytes": 9}]
     shelf.made("cat", picture(), inputs=inputs)
     shelf.gallery().write()
@@ -190,14 +190,14 @@ def test_an_input_that_was_not_kept_is_named_all_the_same(shelf: Shelf):
     assert shelf.jobs[0]["inputs"] == [{"name": "boat.png", "bytes": 9, "problem": "was not kept"}]
 
 
-def test_a_picture_that_was_taken_away_leaves_its_job_on_the_page(shelf: Shelf):
+def test_a_job_whose_image_was_removed_stays_on_the_page(shelf: Shelf):
     shelf.made("cat", picture())
     (shelf.root / "outbox/cat.png").unlink()
     shelf.gallery().write()
     assert shelf.jobs[0]["images"][0]["problem"] == "is missing from the outbox"
 
 
-def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
+def test_folders_that_do_not_exist_yet_give_an_empty_page(tmp_path: Path):
     tmp_path.joinpath("new").mkdir()
     done = command(
         {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "new"), "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "s")}
@@ -207,14 +207,14 @@ def test_folders_that_are_not_there_yet_are_an_empty_page(tmp_path: Path):
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["gallery.html", "gallery_files"]
 
 
-def test_a_page_elsewhere_makes_no_folder_for_itself(shelf: Shelf):
+def test_a_page_at_another_path_creates_no_folder(shelf: Shelf):
     done = command(shelf.environ(), "--output", str(shelf.root / "typo/deep/gallery.html"))
     assert (done.returncode, f"no such folder: {shelf.root / 'typo/deep'}" in done.stderr) == (64, True)
     assert "create it first" in done.stderr
     assert not (shelf.root / "typo").exists()
 
 
-def test_where_nothing_is_nothing_is_made(tmp_path: Path):
+def test_without_any_folders_nothing_is_created(tmp_path: Path):
     done = command(
         {"IMAGEWATCH_FOLDERS__ROOT": str(tmp_path / "typo"), "IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "s")}
     )
@@ -222,7 +222,7 @@ def test_where_nothing_is_nothing_is_made(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
+def test_a_folder_that_may_not_be_read_is_reported_and_skipped(shelf: Shelf):
     shelf.made("cat", picture())
     locked = shelf.root / "outbox/private"
     locked.mkdir(mode=0)
@@ -255,7 +255,7 @@ def test_a_folder_that_may_not_be_read_is_said_and_passed_over(shelf: Shelf):
         (b"x = 1\n" * 50_000, "is larger than 256 KiB"),
     ],
 )
-def test_a_document_that_cannot_be_read_is_shown_as_that(shelf: Shelf, content: bytes, why: str):
+def test_a_result_file_that_cannot_be_read_is_shown_as_unreadable(shelf: Shelf, content: bytes, why: str):
     shelf.put("outbox/cat.receipt.toml", content)
     shelf.made("dog", picture())
     shelf.gallery().write()
@@ -286,7 +286,7 @@ DOCUMENT = {
 
 @settings(max_examples=150, deadline=None)
 @given(document=st.fixed_dictionaries({}, optional=DOCUMENT))
-def test_whatever_a_document_says_the_page_is_written(tmp_path_factory, document: dict[str, Any]):
+def test_the_page_is_written_whatever_a_result_file_contains(tmp_path_factory, document: dict[str, Any]):
     shelf = Shelf(tmp_path_factory.mktemp("any") / "watched")
 
     def tame(value: Any) -> Any:  # what TOML can hold
@@ -302,7 +302,7 @@ def test_whatever_a_document_says_the_page_is_written(tmp_path_factory, document
 
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "..", "", "x\0y"])
-def test_a_document_cannot_name_a_file_outside_its_folder(shelf: Shelf, name: str):
+def test_a_result_file_cannot_name_a_file_outside_its_folder(shelf: Shelf, name: str):
     secret = picture()
     shelf.put("secret.png", secret)
     entry = {"file": name, "bytes": len(secret)}
@@ -313,7 +313,7 @@ def test_a_document_cannot_name_a_file_outside_its_folder(shelf: Shelf, name: st
 
 
 @pytest.mark.timeout(20)
-def test_a_name_longer_than_any_file_has_keeps_nobody_waiting(shelf: Shelf):
+def test_a_name_longer_than_any_file_name_causes_no_delay(shelf: Shelf):
     for stem in ("a", "b"):
         shelf.failed(stem, job="20260101T000000-7f3a", inputs=[{"file": "x" * 240_000, "bytes": 1}])
     shelf.gallery().write()
@@ -345,7 +345,7 @@ def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
     assert shelf.thumbs == []
 
 
-def test_a_name_that_is_no_utf8_has_an_address_that_works(shelf: Shelf):
+def test_a_name_that_is_not_utf8_has_a_url_that_works(shelf: Shelf):
     content = picture()
     name = os.fsdecode(b"caf\xe9 %41#?.png")
     (shelf.root / "outbox" / name).write_bytes(content)
@@ -372,7 +372,7 @@ def hostile(shelf: Shelf) -> None:
     shelf.made("dog", b"", inputs=[{"file": HOSTILE, "problem": HOSTILE}])
 
 
-def test_no_word_of_a_stranger_is_markup(shelf: Shelf):
+def test_no_text_of_other_people_is_markup(shelf: Shelf):
     hostile(shelf)
     shelf.gallery().write()
     text = (shelf.root / "gallery.html").read_text()
@@ -400,7 +400,7 @@ def test_the_policy_lets_our_own_script_and_style_run_and_nothing_else(shelf: Sh
         assert rules[rule] == f"'sha256-{digest}'"
 
 
-def test_the_page_names_no_address_on_a_network(shelf: Shelf):
+def test_the_page_contains_no_network_address(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     addresses = re.findall(r"[a-z]+://[^\s\"'<]*", (shelf.root / "gallery.html").read_text())
@@ -447,7 +447,7 @@ def lying() -> bytes:
         (lying(), "cannot be"),
     ],
 )
-def test_a_picture_that_cannot_be_made_small_has_a_reason_in_its_place(shelf: Shelf, content: bytes, why: str):
+def test_an_image_without_a_thumbnail_shows_the_reason_instead(shelf: Shelf, content: bytes, why: str):
     shelf.made("bad", content)
     shelf.made("good", picture())
     shelf.gallery().write()
@@ -491,7 +491,7 @@ def test_thumbnails_are_small_and_keep_shape_and_transparency(shelf: Shelf, kind
         ("RGBA", "webp", {"lossless": True}),
     ],
 )
-def test_a_large_picture_made_small_in_strips_looks_like_itself(tmp_path: Path, mode: str, kind: str, how: Any):
+def test_a_large_image_that_is_reduced_in_strips_looks_the_same(tmp_path: Path, mode: str, kind: str, how: Any):
     small = Image.radial_gradient("L").resize((300, 250))
     if mode != "L":
         small = Image.merge("RGBA", [small, small.rotate(90, expand=True).resize(small.size), small, small])
@@ -543,7 +543,7 @@ print(max(peaks))
 """Writes a page and says how much memory it took at the most, its decoders included, kB."""
 
 
-def test_several_vast_pictures_take_no_more_memory_than_one(shelf: Shelf):
+def test_several_huge_images_take_no_more_memory_than_one(shelf: Shelf):
     content = vast(7000)
     for stem in ("a", "b", "c"):
         shelf.made(stem, content)
@@ -553,14 +553,14 @@ def test_several_vast_pictures_take_no_more_memory_than_one(shelf: Shelf):
     assert 60_000 < int(peak) < 400_000
 
 
-def test_a_small_picture_is_not_blown_up(shelf: Shelf):
+def test_a_small_image_is_not_enlarged(shelf: Shelf):
     shelf.made("cat", picture(size=(40, 20)))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert small.size == (40, 20)
 
 
-def test_a_thumbnail_stands_upright_and_says_nothing_of_the_camera(shelf: Shelf):
+def test_a_thumbnail_is_upright_and_contains_no_camera_data(shelf: Shelf):
     exif = Image.Exif()
     exif[0x0112] = 6  # turn it by a quarter
     exif[0x010F] = "a camera"
@@ -571,7 +571,7 @@ def test_a_thumbnail_stands_upright_and_says_nothing_of_the_camera(shelf: Shelf)
         assert not small.getexif()
 
 
-def test_only_what_is_new_is_made_small_again(shelf: Shelf):
+def test_only_new_images_get_a_new_thumbnail(shelf: Shelf):
     shelf.made("cat", picture("red"))
     shelf.made("dog", picture("blue"))
     shelf.gallery().write()
@@ -587,7 +587,7 @@ def test_only_what_is_new_is_made_small_again(shelf: Shelf):
     )
 
 
-def test_a_picture_that_was_replaced_gets_another_thumbnail(shelf: Shelf):
+def test_a_replaced_image_gets_another_thumbnail(shelf: Shelf):
     shelf.made("cat", picture("red"))
     shelf.gallery().write()
     [before] = shelf.thumbs
@@ -599,7 +599,7 @@ def test_a_picture_that_was_replaced_gets_another_thumbnail(shelf: Shelf):
         assert small.convert("RGB").getpixel((5, 5))[2] > 200
 
 
-def test_a_thumbnail_that_a_power_cut_emptied_is_made_again(shelf: Shelf):
+def test_a_thumbnail_that_a_power_cut_emptied_is_created_again(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     [name] = shelf.thumbs
@@ -609,7 +609,7 @@ def test_a_thumbnail_that_a_power_cut_emptied_is_made_again(shelf: Shelf):
         assert small.size == (320, 240)
 
 
-def test_thumbnails_of_what_is_gone_are_removed_and_strangers_files_stay(shelf: Shelf):
+def test_thumbnails_of_removed_images_are_removed_and_other_files_stay(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     for name in ("holiday.webp", "stamp.svg"):
@@ -623,7 +623,7 @@ def test_thumbnails_of_what_is_gone_are_removed_and_strangers_files_stay(shelf: 
 # Where it is
 
 
-def test_nothing_in_the_folders_is_changed(shelf: Shelf):
+def test_the_gallery_changes_nothing_in_the_folders(shelf: Shelf):
     shelf.made("cat", picture(), folder="a")
     shelf.failed("dog")
 
@@ -657,14 +657,14 @@ def test_the_thumbnails_may_not_be_among_the_files_of_jobs_either(tmp_path: Path
         Gallery(config)
 
 
-def test_a_link_into_the_outbox_is_no_way_around(shelf: Shelf):
+def test_a_link_into_the_outbox_is_refused_too(shelf: Shelf):
     (shelf.root / "door").symlink_to(shelf.root / "outbox")
     with pytest.raises(UsageError, match="may not be in the folder outbox"):
         shelf.gallery(str(shelf.root / "door/gallery.html"))
 
 
 @pytest.mark.parametrize("content", [b"", b"<!doctype html><title>Holidays</title>", b"\x89PNG"])
-def test_somebody_elses_file_is_never_replaced(shelf: Shelf, content: bytes):
+def test_a_file_that_is_not_a_page_of_ours_is_never_replaced(shelf: Shelf, content: bytes):
     shelf.put("gallery.html", content)
     done = command(shelf.environ())
     assert done.returncode == 64
@@ -672,7 +672,7 @@ def test_somebody_elses_file_is_never_replaced(shelf: Shelf, content: bytes):
     assert (shelf.root / "gallery.html").read_bytes() == content
 
 
-def test_a_pipe_or_a_link_in_the_place_of_the_page_stays_and_is_not_waited_for(shelf: Shelf, tmp_path: Path):
+def test_a_pipe_or_a_link_at_the_path_of_the_page_stays_and_is_not_waited_for(shelf: Shelf, tmp_path: Path):
     page = shelf.root / "gallery.html"
     os.mkfifo(page)
     done = command(shelf.environ())
@@ -692,7 +692,7 @@ def test_an_older_page_of_ours_is_replaced(shelf: Shelf):
     assert len(shelf.jobs) == 1
 
 
-def test_a_page_elsewhere_finds_the_pictures(shelf: Shelf, tmp_path: Path):
+def test_a_page_at_another_path_links_to_the_images(shelf: Shelf, tmp_path: Path):
     shelf.made("cat", picture(), folder="a b")
     (tmp_path / "pages").mkdir()
     done = command(shelf.environ(), "--output", str(tmp_path / "pages/look at this.html"))
@@ -734,7 +734,7 @@ def test_the_page_belongs_to_the_group_of_the_outbox(shelf: Shelf):
     assert {path.stat().st_gid for path in files} == {others[0].gr_gid}
 
 
-def test_nothing_half_written_is_left(shelf: Shelf):
+def test_no_incomplete_file_remains(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     names = {path.name for path in shelf.root.rglob("*") if path.is_file()}
@@ -769,7 +769,7 @@ def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):
     assert (shelf.root / "gallery.html").stat().st_mtime_ns == before
 
 
-def test_a_folder_that_comes_and_an_input_that_is_archived_late_are_noticed(shelf: Shelf):
+def test_a_new_folder_and_an_input_that_is_archived_late_appear_on_the_page(shelf: Shelf):
     content = picture()
     shelf.made("cat", content, inputs=[{"file": "in.png", "bytes": len(content)}], folder="a")
     gallery = shelf.gallery()
@@ -784,7 +784,7 @@ def test_a_folder_that_comes_and_an_input_that_is_archived_late_are_noticed(shel
     assert {job["name"] for job in shelf.jobs} == {"cat", "dog"}
 
 
-def test_while_a_share_is_away_the_last_page_stays(shelf: Shelf):
+def test_while_a_share_is_unmounted_the_last_page_stays(shelf: Shelf):
     shelf.made("cat", picture())
     gallery = shelf.gallery()
     gallery.write()

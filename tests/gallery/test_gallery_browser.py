@@ -90,7 +90,7 @@ def times(moment: str) -> dict[str, Any]:
 # What is seen
 
 
-def test_every_job_is_a_card_and_each_picture_has_its_prompt_as_alternative(browser: Chromium, shelf: Shelf):
+def test_every_job_is_a_card_and_each_image_has_its_prompt_as_alternative_text(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf)
     assert prompts(browser) == ["a cat", "a dog", "a cow", "an elk"]
@@ -108,7 +108,7 @@ def test_every_job_is_a_card_and_each_picture_has_its_prompt_as_alternative(brow
     assert texts(browser, "#totals div") == ["credits303.5", "images4", "completed3", "failed1", "of unknown cost1"]
 
 
-def test_the_page_asks_for_nothing_but_pictures_beside_it(browser: Chromium, shelf: Shelf):
+def test_the_page_loads_nothing_but_images_beside_it(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf)
     browser.run("enlarge(0, 0)")
@@ -118,7 +118,7 @@ def test_the_page_asks_for_nothing_but_pictures_beside_it(browser: Chromium, she
     assert all(url.startswith(f"{top}/gallery") or url == f"{top}/outbox/cat.png" for url in asked)
 
 
-def test_an_edit_stands_beside_its_inputs(browser: Chromium, shelf: Shelf):
+def test_an_edit_is_shown_beside_its_inputs(browser: Chromium, shelf: Shelf):
     inputs = [{"file": "boat.png", "bytes": len(picture("navy"))}, {"file": "gone.png", "bytes": 5}]
     shelf.put("archive/boat.png", picture("navy"))
     shelf.made("cat", picture("red"), inputs=inputs)
@@ -154,7 +154,7 @@ def test_without_a_job_the_page_says_what_to_do(browser: Chromium, shelf: Shelf)
     assert "Nothing matches" not in browser.run("document.body.innerText")
 
 
-def test_a_picture_that_may_be_a_trap_is_not_loaded_in_the_large_view(browser: Chromium, shelf: Shelf):
+def test_a_suspicious_image_is_not_loaded_in_the_large_view(browser: Chromium, shelf: Shelf):
     shelf.made("cat", picture()[:-20])
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")
@@ -165,7 +165,7 @@ def test_a_picture_that_may_be_a_trap_is_not_loaded_in_the_large_view(browser: C
 # Strangers' words
 
 
-def test_words_of_strangers_are_shown_and_never_run(browser: Chromium, shelf: Shelf):
+def test_text_of_other_people_is_shown_and_never_run(browser: Chromium, shelf: Shelf):
     hostile(shelf)
     visit(browser, shelf)
     elements = browser.run("document.querySelectorAll('script, img[src=x]').length")
@@ -178,7 +178,7 @@ def test_words_of_strangers_are_shown_and_never_run(browser: Chromium, shelf: Sh
     assert [url for url in browser.requested() if url.endswith("/x")] == []
 
 
-def test_the_policy_holds_even_if_the_script_had_a_hole(chromium: Chromium, shelf: Shelf):
+def test_the_policy_protects_even_if_the_script_has_a_flaw(chromium: Chromium, shelf: Shelf):
     chromium.size(1200, 900)
     visit(chromium, shelf)
     hole = "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=pwned()>')"
@@ -199,7 +199,7 @@ ADDRESSES = [
 ]
 
 
-def test_addresses_of_strangers_lead_nowhere(browser: Chromium, shelf: Shelf):
+def test_urls_of_other_people_are_no_links(browser: Chromium, shelf: Shelf):
     entries = [{"file": name, "bytes": 5} for name in ADDRESSES]
     for k, name in enumerate(ADDRESSES):
         plain = name.replace("/", "\\")
@@ -226,7 +226,7 @@ def test_addresses_of_strangers_lead_nowhere(browser: Chromium, shelf: Shelf):
     assert browser.run("[...document.querySelectorAll('aside a')].every(link => link.rel === 'noopener noreferrer')")
 
 
-def test_what_is_no_document_is_shown_without_a_link_to_it(browser: Chromium, shelf: Shelf):
+def test_an_invalid_result_file_is_shown_without_a_link_to_it(browser: Chromium, shelf: Shelf):
     shelf.put("outbox/cat.receipt.toml", b"<!doctype html><script>pwned()</script>")
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")
@@ -314,7 +314,7 @@ def test_search_and_filters_narrow_the_list_and_survive_a_reload(browser: Chromi
         assert prompts(browser) == [found]
 
 
-def test_an_address_with_a_folder_or_provider_that_is_no_more_shows_all(browser: Chromium, shelf: Shelf):
+def test_a_url_with_a_removed_folder_or_provider_shows_all_jobs(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf, "#provider=gone&folder=gone&outcome=gone&job=gone&image=-7")
     assert len(prompts(browser)) == 4
@@ -323,7 +323,7 @@ def test_an_address_with_a_folder_or_provider_that_is_no_more_shows_all(browser:
 # The keyboard
 
 
-def test_the_keyboard_is_enough(browser: Chromium, shelf: Shelf):
+def test_the_page_can_be_used_with_the_keyboard_alone(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf)
     focused = "document.activeElement.querySelector('.words p')?.textContent"
@@ -355,7 +355,7 @@ def test_the_keyboard_is_enough(browser: Chromium, shelf: Shelf):
 
 
 @pytest.mark.parametrize("way", ["Escape", "#close"])
-def test_the_large_view_gives_way_to_the_card_before_the_browser_tells_that_it_is_closed(
+def test_the_focus_returns_to_the_card_before_the_browser_reports_that_the_large_view_is_closed(
     browser: Chromium, shelf: Shelf, way: str
 ):
     # That report comes later than the next key may: an arrow that is pressed at once goes on from what was seen.
@@ -372,7 +372,7 @@ def test_the_large_view_gives_way_to_the_card_before_the_browser_tells_that_it_i
     assert browser.run("seen") == ["2"]
 
 
-def test_arrows_go_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
+def test_arrow_keys_move_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
     for k in range(7):
         shelf.made(f"cat{k}", picture(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))
     browser.size(700, 900)
@@ -391,7 +391,7 @@ def test_arrows_go_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
         assert browser.run("current") == there, key
 
 
-def test_one_press_of_tab_leads_past_all_cards(browser: Chromium, shelf: Shelf):
+def test_one_press_of_tab_skips_all_cards(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf)
     stops = "[...document.querySelectorAll('.card')].map(card => card.tabIndex)"
@@ -406,7 +406,7 @@ def test_one_press_of_tab_leads_past_all_cards(browser: Chromium, shelf: Shelf):
 # Light and dark
 
 
-def test_colours_follow_the_system_until_somebody_chooses(browser: Chromium, shelf: Shelf):
+def test_colors_follow_the_system_until_the_user_chooses(browser: Chromium, shelf: Shelf):
     visit(browser, shelf)
     paper = "getComputedStyle(document.body).backgroundColor"
     light = browser.run(paper)
@@ -478,7 +478,7 @@ def test_of_thousands_of_jobs_only_those_in_sight_exist(browser: Chromium, tmp_p
     assert prompts(browser) == ["number 2500 of many, with as many words as people write"]
 
 
-def test_all_of_a_long_list_can_be_walked_with_the_arrows(browser: Chromium, tmp_path: Path):
+def test_arrow_keys_reach_every_card_of_a_long_list(browser: Chromium, tmp_path: Path):
     many(tmp_path / "gallery.html", 60)
     browser.size(500, 500)
     browser.open((tmp_path / "gallery.html").as_uri())
@@ -495,7 +495,7 @@ def test_all_of_a_long_list_can_be_walked_with_the_arrows(browser: Chromium, tmp
 # A newer page
 
 
-def test_an_open_page_at_rest_shows_a_new_job_by_itself(browser: Chromium, shelf: Shelf):
+def test_an_open_idle_page_shows_a_new_job_automatically(browser: Chromium, shelf: Shelf):
     shelf.made("cat", picture())
     visit(browser, shelf)
     shelf.made("dog", picture())
@@ -505,7 +505,7 @@ def test_an_open_page_at_rest_shows_a_new_job_by_itself(browser: Chromium, shelf
     assert browser.run("document.querySelector('#newer').hidden")
 
 
-def test_who_looks_at_a_picture_is_told_and_not_interrupted(browser: Chromium, shelf: Shelf):
+def test_a_new_job_is_announced_without_closing_the_large_view(browser: Chromium, shelf: Shelf):
     shelf.made("cat", picture())
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")

@@ -86,7 +86,7 @@ def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf
     assert shelf.thumbs == [job(shelf, "good")["images"][0]["thumb"]]
 
 
-def test_a_picture_that_takes_too_long_is_given_up_and_the_others_are_made(shelf: Shelf):
+def test_an_image_that_takes_too_long_is_abandoned_and_the_others_get_thumbnails(shelf: Shelf):
     for stem, content in (("a", picture()), ("slow", SLOW), ("z", picture("red"))):
         shelf.made(stem, content)
     Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write()
@@ -95,13 +95,13 @@ def test_a_picture_that_takes_too_long_is_given_up_and_the_others_are_made(shelf
     assert children() == []
 
 
-def test_a_picture_that_takes_no_longer_than_allowed_is_shown_whatever_its_form(shelf: Shelf):
+def test_an_image_of_any_shape_within_the_time_limit_is_shown(shelf: Shelf):
     shelf.made("slow", SLUGGISH)
     shelf.gallery().write()
     assert shelf.thumbs == [job(shelf, "slow")["images"][0]["thumb"]]
 
 
-def test_a_picture_that_was_given_up_costs_the_next_run_nothing_until_it_is_another_one(shelf: Shelf):
+def test_an_abandoned_image_costs_the_next_run_nothing_until_it_changes(shelf: Shelf):
     counted: list[tuple[int, int]] = []
 
     def write() -> None:
@@ -120,7 +120,7 @@ def test_a_picture_that_was_given_up_costs_the_next_run_nothing_until_it_is_anot
     assert [path.suffix for path in (shelf.root / "gallery_files").iterdir() if "stamp" not in path.name] == [".webp"]
 
 
-def test_another_version_tries_again_what_an_older_one_gave_up(shelf: Shelf):
+def test_another_version_tries_again_images_that_an_older_one_abandoned(shelf: Shelf):
     shelf.made("bad", picture()[:-20])
     shelf.gallery().write()
     [told] = (shelf.root / "gallery_files").glob("*.txt")
@@ -140,7 +140,7 @@ def test_a_file_that_cannot_be_read_now_is_tried_again_by_the_next_run(shelf: Sh
     assert len(shelf.thumbs) == 1
 
 
-def test_the_page_is_there_before_many_slow_pictures_are_done(shelf: Shelf):
+def test_the_page_is_written_before_many_slow_images_are_done(shelf: Shelf):
     for stem in ("a", "b", "c"):
         shelf.made(stem, picture())
     seen: list[list[str]] = []
@@ -199,7 +199,7 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 @pytest.mark.timeout(60)
-def test_a_bomb_costs_its_own_thumbnail_at_most(shelf: Shelf, name: str):
+def test_a_decompression_bomb_costs_only_its_own_thumbnail(shelf: Shelf, name: str):
     content, why = BOMBS[name]
     shelf.made("bomb", content)
     shelf.made("good", picture())
@@ -267,7 +267,7 @@ def test_a_decoder_has_little_memory_no_files_and_not_the_key(decoding):
         assert set(os.stat(f"/proc/{decoder}")[4:6]) == {65534}
 
 
-def test_a_decoder_that_is_killed_costs_one_thumbnail_for_now(shelf: Shelf, decoding):
+def test_a_killed_decoder_costs_one_thumbnail_until_the_next_run(shelf: Shelf, decoding):
     at_work, decoder = decoding
     os.kill(decoder, signal.SIGKILL)
     assert at_work.wait(40) == 0
@@ -282,7 +282,7 @@ def test_a_decoder_does_not_outlive_the_command(decoding):
     until(lambda: not is_confined(decoder), 60)
 
 
-def test_a_module_in_the_current_folder_is_not_taken_for_the_programs_own(shelf: Shelf, tmp_path: Path):
+def test_a_module_in_the_current_folder_is_not_imported(shelf: Shelf, tmp_path: Path):
     shelf.made("cat", picture())
     trap = tmp_path / "trap"
     (trap / "PIL").mkdir(parents=True)
@@ -326,7 +326,7 @@ NO_PICTURES = [
 
 @pytest.mark.parametrize("folder", ["outbox", "errors"])
 @pytest.mark.parametrize("name", NO_PICTURES)
-def test_a_forged_document_links_to_nothing_that_has_not_the_name_of_a_picture(shelf: Shelf, name: str, folder: str):
+def test_a_forged_result_file_links_only_to_names_of_images(shelf: Shelf, name: str, folder: str):
     forged(shelf, name, picture(), folder)
     shelf.gallery().write()
     shown = shelf.jobs[0]["inputs" if folder == "errors" else "images"][0]
@@ -336,13 +336,13 @@ def test_a_forged_document_links_to_nothing_that_has_not_the_name_of_a_picture(s
 
 
 @pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.jpg", "x.jpeg", "x.webp", "x.html.png"])
-def test_what_has_the_name_of_a_picture_is_linked(shelf: Shelf, name: str):
+def test_files_with_the_name_of_an_image_are_linked(shelf: Shelf, name: str):
     forged(shelf, name, picture())
     shelf.gallery().write()
     assert shelf.jobs[0]["images"][0]["href"] == f"outbox/{name}"
 
 
-def test_a_document_that_is_none_is_not_linked(shelf: Shelf):
+def test_an_invalid_result_file_is_not_linked(shelf: Shelf):
     shelf.put("outbox/forged.receipt.toml", b"<!doctype html><script>pwned()</script>")
     shelf.made("good", picture())
     shelf.gallery().write()
@@ -360,7 +360,9 @@ def private(path: Path, content: bytes) -> Path:
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o620, 0o640])
-def test_a_hard_link_to_a_private_picture_is_neither_linked_nor_made_small(shelf: Shelf, tmp_path: Path, mode: int):
+def test_a_hard_link_to_a_private_image_is_neither_linked_nor_shown_as_a_thumbnail(
+    shelf: Shelf, tmp_path: Path, mode: int
+):
     forged(shelf, "cat.png", picture())
     secret = private(tmp_path / "secret.png", picture())
     secret.chmod(mode)
@@ -378,7 +380,7 @@ def test_a_hard_link_to_a_private_picture_is_neither_linked_nor_made_small(shelf
     assert shelf.thumbs == []
 
 
-def test_a_hard_link_to_a_private_text_is_neither_a_prompt_nor_a_document(shelf: Shelf, tmp_path: Path):
+def test_a_hard_link_to_a_private_text_is_neither_a_prompt_nor_a_result_file(shelf: Shelf, tmp_path: Path):
     diary = private(tmp_path / "diary.toml", b'source = "dear diary"\ncharged = "no"\nmessage = "dear diary"\n')
     shelf.failed("dog")
     (shelf.root / "errors/dog.prompt.txt").hardlink_to(diary)
@@ -389,7 +391,7 @@ def test_a_hard_link_to_a_private_text_is_neither_a_prompt_nor_a_document(shelf:
 
 
 @pytest.mark.parametrize("mode", [0o644, 0o640])
-def test_a_hard_link_that_a_backup_has_made_changes_nothing(shelf: Shelf, tmp_path: Path, mode: int):
+def test_a_hard_link_of_a_backup_changes_nothing(shelf: Shelf, tmp_path: Path, mode: int):
     shelf.made("cat", picture())
     for path in list((shelf.root / "outbox").iterdir()):
         path.chmod(mode)
@@ -404,7 +406,7 @@ def exchange(one: Path, other: Path) -> None:
 
 
 @pytest.mark.timeout(100)
-def test_a_folder_that_turns_into_a_link_again_and_again_gives_nothing_away(shelf: Shelf, tmp_path: Path):
+def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: Shelf, tmp_path: Path):
     """A race: what lies in the private folder has the names and sizes of what lies in the outbox."""
     private_folder = tmp_path / "private"
     other = Shelf(tmp_path / "other")
@@ -437,7 +439,7 @@ def test_a_folder_that_turns_into_a_link_again_and_again_gives_nothing_away(shel
         raging.join()
 
 
-def test_folders_in_each_other_without_end_are_named_and_cost_little(shelf: Shelf):
+def test_endlessly_nested_folders_are_reported_and_cost_little(shelf: Shelf):
     shelf.made("cat", picture())
     folder = os.open(shelf.root / "outbox", os.O_RDONLY)
     for _ in range(150):
@@ -452,7 +454,7 @@ def test_folders_in_each_other_without_end_are_named_and_cost_little(shelf: Shel
     assert note.endswith(f"{'/d' * 100}: is 100 folders deep; the folders in it are not shown")
 
 
-def test_a_flood_of_documents_leaves_the_newest_on_the_page(shelf: Shelf):
+def test_with_a_flood_of_result_files_the_newest_are_on_the_page(shelf: Shelf):
     shelf.made("new", picture())
     flood = tomli_w.dumps({"source": "x", "charged": "yes", "problems": ["<" * 4000] * 60}).encode()
     for k in range(30):
@@ -504,7 +506,7 @@ def files(shelf: Shelf) -> list[Path]:
 
 @as_root
 @pytest.mark.parametrize("umask", [0o022, 0o077, 0o000])
-def test_what_root_writes_belongs_to_the_owner_of_the_folder_and_is_read_by_those_of_the_folder(
+def test_files_that_root_writes_belong_to_the_owner_of_the_folder_and_its_readers_can_read_them(
     owned: Shelf, umask: int
 ):
     before = os.umask(umask)
@@ -521,7 +523,7 @@ def test_what_root_writes_belongs_to_the_owner_of_the_folder_and_is_read_by_thos
 
 
 @as_root
-def test_the_service_goes_on_with_what_root_has_written(owned: Shelf):
+def test_the_service_can_use_files_that_root_wrote(owned: Shelf):
     assert command(owned.environ()).returncode == 0
     owned.made("dog", picture())
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **owned.environ()}
@@ -541,7 +543,7 @@ def test_in_a_folder_of_root_the_page_belongs_to_the_owner_of_the_outbox(owned: 
 
 
 @as_root
-def test_before_anything_was_made_what_root_writes_belongs_to_the_owner_of_the_folder(owned: Shelf):
+def test_before_the_first_job_files_that_root_writes_belong_to_the_owner_of_the_folder(owned: Shelf):
     shutil.rmtree(owned.root / "outbox")
     assert command(owned.environ()).returncode == 0
     assert owners(owned) == {USER}
@@ -581,7 +583,7 @@ def test_root_does_not_read_for_the_page_what_its_owner_may_not_read(owned: Shel
 
 
 @as_root
-def test_thumbnails_of_another_user_are_named_with_what_to_do(owned: Shelf):
+def test_thumbnails_of_another_user_are_reported_with_the_next_step(owned: Shelf):
     shutil.rmtree(owned.root / "gallery_files", ignore_errors=True)
     (owned.root / "gallery_files").mkdir(mode=0o755)
     done = command(owned.environ())
@@ -593,7 +595,7 @@ def test_thumbnails_of_another_user_are_named_with_what_to_do(owned: Shelf):
 # The same again
 
 
-def test_a_page_that_would_be_the_same_is_left_alone_by_another_run(shelf: Shelf):
+def test_another_run_does_not_write_a_page_that_would_be_the_same(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     before = (shelf.root / "gallery.html").stat()
@@ -604,7 +606,7 @@ def test_a_page_that_would_be_the_same_is_left_alone_by_another_run(shelf: Shelf
     assert {one["name"] for one in shelf.jobs} == {"cat", "dog"}
 
 
-def test_what_killed_runs_have_left_half_written_is_removed_an_hour_later(shelf: Shelf):
+def test_incomplete_files_of_killed_runs_are_removed_an_hour_later(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     names = {f".{kind}77.tmp" for kind in ("", f"{'0' * 24}.webp.", f"{'0' * 24}.txt.")}

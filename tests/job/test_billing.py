@@ -57,7 +57,7 @@ def test_the_payment_is_in_the_receipt_as_received_and_in_the_ledger(tmp_path):
         assert (row["transaction_id"], row["new_credit_balance"]) == ("tx-1", "93.5")
 
 
-def test_the_payment_of_an_answer_without_a_picture_is_in_its_error_file_and_in_the_ledger(tmp_path):
+def test_the_payment_for_a_response_without_an_image_is_in_its_error_file_and_in_the_ledger(tmp_path):
     with served_by(tmp_path, answering(paid(billing=BILLING))) as station:
         station.prompt("x", "a cat")
         station.work()
@@ -91,7 +91,7 @@ def test_the_payment_of_an_answer_without_a_picture_is_in_its_error_file_and_in_
         (None, "", None),
     ],
 )
-def test_odd_words_about_the_payment_never_cost_the_picture(tmp_path, billing, transaction, balance):
+def test_unusual_payment_data_never_costs_the_image(tmp_path, billing, transaction, balance):
     body = paid(IMAGE, billing=billing)
     with served_by(tmp_path, answering(body)) as station:
         station.prompt("x", "a cat")
@@ -135,7 +135,7 @@ def left(credits_, balance):
     return answering(paid(IMAGE, billing={"credits_charged": credits_, "new_credit_balance": balance}))
 
 
-def test_for_a_charge_that_is_not_known_the_balances_around_it_are_shown(tmp_path):
+def test_for_an_unknown_charge_the_balances_before_and_after_it_are_shown(tmp_path):
     with Scripted(left(30, 100), lost, left(30, 40)) as server:
         folders = Folders(tmp_path, server.base_url)
         for stem in "abc":
@@ -173,7 +173,7 @@ def unknown(ledger, job, sent_at):
     write(ledger, job, sent_at, charged="unknown", outcome="unknown", credits=None, answered_at=None)
 
 
-def test_without_any_balance_there_is_no_evidence(ledger):
+def test_without_any_balance_none_is_shown_for_an_unknown_charge(ledger):
     unknown(ledger, "u", 100)
     assert ledger.balances("u", 100).before is None
     write(ledger, "a", 200, new_credit_balance=5.0)
@@ -181,7 +181,7 @@ def test_without_any_balance_there_is_no_evidence(ledger):
     assert ledger.balance() == (5, 201)
 
 
-def test_the_nearest_balances_count_and_whatever_else_happened_between_them(ledger):
+def test_the_nearest_balances_count_with_everything_that_happened_between_them(ledger):
     for job, at, balance in (("a", 10, 500.0), ("b", 50, 400.0), ("e", 300, 300.0), ("f", 400, 200.0)):
         write(ledger, job, at, new_credit_balance=balance)
     write(ledger, "c", 150, credits=25.0)

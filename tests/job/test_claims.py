@@ -53,14 +53,14 @@ def used(place: Place) -> Place:
     return place
 
 
-def test_it_is_made_for_the_daemon_alone_and_remembered(place: Place) -> None:
+def test_the_folder_is_created_for_the_daemon_alone_and_its_identity_is_saved(place: Place) -> None:
     place.start().require()
     status = place.folder.stat()
     assert (stat.S_IMODE(status.st_mode), status.st_uid) == (MODE, os.geteuid())
     assert json.loads((place.state / "claims.json").read_bytes())["inode"] == status.st_ino
 
 
-def test_a_check_makes_nothing(place: Place) -> None:
+def test_a_check_creates_nothing(place: Place) -> None:
     claims = place.start()
     claims.check()
     assert not place.folder.exists()
@@ -68,7 +68,7 @@ def test_a_check_makes_nothing(place: Place) -> None:
 
 
 @pytest.mark.parametrize("running", [True, False], ids=["while running", "before a start"])
-def test_one_that_was_renamed_gets_its_name_back(used: Place, *, running: bool) -> None:
+def test_a_renamed_folder_gets_its_name_back(used: Place, *, running: bool) -> None:
     claims = used.start()
     if running:
         claims.require()
@@ -90,7 +90,9 @@ def test_one_that_was_renamed_gets_its_name_back(used: Place, *, running: bool) 
     ],
     ids=["folder", "private folder", "link", "file", "pipe"],
 )
-def test_the_true_one_stays_open_while_something_else_has_its_name(used: Place, strange, *, running: bool) -> None:
+def test_the_daemons_folder_stays_open_while_something_else_has_its_name(
+    used: Place, strange, *, running: bool
+) -> None:
     claims = used.start()
     if running:
         claims.require()
@@ -114,7 +116,9 @@ def test_the_true_one_stays_open_while_something_else_has_its_name(used: Place, 
     ],
     ids=["mode", "link", "file"],
 )
-def test_at_the_first_start_what_is_not_the_daemons_own_is_not_used(place: Place, strange, reason: str) -> None:
+def test_at_the_first_start_a_folder_that_is_not_the_daemons_own_is_not_used(
+    place: Place, strange, reason: str
+) -> None:
     strange(place.folder)
     claims = place.start()
     with pytest.raises(NotOursError, match=reason):
@@ -134,13 +138,13 @@ def test_a_folder_of_another_user_is_not_used(place: Place) -> None:
         place.start().require()
 
 
-def test_a_mode_that_its_owner_has_changed_is_set_right_at_the_next_start(used: Place) -> None:
+def test_a_mode_that_the_owner_changed_is_corrected_at_the_next_start(used: Place) -> None:
     used.folder.chmod(0o775)
     used.start().require()
     assert stat.S_IMODE(used.folder.stat().st_mode) == MODE
 
 
-def test_that_of_an_inbox_that_was_restored_from_a_backup_is_the_daemons_again(used: Place, tmp_path: Path) -> None:
+def test_the_folder_of_an_inbox_that_was_restored_from_a_backup_is_used_again(used: Place, tmp_path: Path) -> None:
     shutil.copytree(used.inbox, tmp_path / "backup", copy_function=shutil.copy2)
     shutil.rmtree(used.inbox)
     (tmp_path / "backup").rename(used.inbox)
@@ -150,13 +154,13 @@ def test_that_of_an_inbox_that_was_restored_from_a_backup_is_the_daemons_again(u
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"[]", b'{"inode": "x"}', b"\xff"])
-def test_a_damaged_memory_of_it_is_made_again(used: Place, content: bytes) -> None:
+def test_a_damaged_saved_identity_is_written_again(used: Place, content: bytes) -> None:
     (used.state / "claims.json").write_bytes(content)
     used.start().require()
     assert json.loads((used.state / "claims.json").read_bytes())["inode"] == used.folder.stat().st_ino
 
 
-def test_an_empty_one_that_is_removed_is_made_again(place: Place) -> None:
+def test_an_empty_folder_that_is_removed_is_created_again(place: Place) -> None:
     claims = place.start()
     claims.require()
     (place.folder / MARK).unlink()
@@ -167,7 +171,7 @@ def test_an_empty_one_that_is_removed_is_made_again(place: Place) -> None:
     assert place.names() == []
 
 
-def test_a_copied_inbox_whose_claims_were_renamed_has_them_again(used: Place, tmp_path: Path) -> None:
+def test_a_copied_inbox_whose_folder_of_claims_was_renamed_has_it_again(used: Place, tmp_path: Path) -> None:
     shutil.copytree(used.inbox, tmp_path / "copy", copy_function=shutil.copy2)
     shutil.rmtree(used.inbox)
     (tmp_path / "copy").rename(used.inbox)
@@ -176,7 +180,7 @@ def test_a_copied_inbox_whose_claims_were_renamed_has_them_again(used: Place, tm
     assert used.names() == ["job"]
 
 
-def test_a_mode_that_is_changed_while_it_is_used_is_set_right_at_once(used: Place) -> None:
+def test_a_mode_that_is_changed_while_the_folder_is_in_use_is_corrected_immediately(used: Place) -> None:
     claims = used.start()
     claims.require()
     used.folder.chmod(0o777)
@@ -184,7 +188,7 @@ def test_a_mode_that_is_changed_while_it_is_used_is_set_right_at_once(used: Plac
     assert stat.S_IMODE(used.folder.stat().st_mode) == MODE
 
 
-def test_one_that_was_given_to_another_user_is_to_be_given_back_and_not_removed(used: Place) -> None:
+def test_a_folder_that_was_given_to_another_user_has_to_be_given_back_and_is_not_removed(used: Place) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root may give a folder to another user")
     os.chown(used.folder, 61235, -1)

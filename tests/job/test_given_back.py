@@ -38,7 +38,7 @@ def test_a_prompt_goes_back_into_the_inbox_after_its_images(tmp_path: Path) -> N
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
-def test_a_failed_prompt_is_put_into_errors_after_its_images_and_before_its_error_file(station: Station) -> None:
+def test_a_failed_prompt_is_moved_to_errors_after_its_images_and_before_its_error_file(station: Station) -> None:
     for name in ("a.png", "zebra.png"):
         station.drop(name, picture(name))
     station.prompt("middle", f"{FRONT} [sandbox: 400]")
@@ -55,7 +55,7 @@ def claimed(station: Station) -> Any:
     return candidate.claim(station.spool.new_job(), 1e9)
 
 
-def test_a_refusal_from_before_a_wait_says_nothing_about_the_account_now(station: Station, sandbox: Sandbox) -> None:
+def test_a_refusal_from_before_a_wait_is_not_reported_again(station: Station, sandbox: Sandbox) -> None:
     """The job waits for its name; meanwhile credits were added, and the old refusal must hold up nobody."""
     asked = []
 
@@ -80,9 +80,7 @@ def test_a_refusal_from_before_a_wait_says_nothing_about_the_account_now(station
     assert (station.names("errors"), sandbox.report()["requests"]) == ([], 1)
 
 
-def test_an_endpoint_that_was_busy_before_a_wait_makes_no_other_prompt_wait_now(
-    station: Station, sandbox: Sandbox
-) -> None:
+def test_an_api_that_was_busy_before_a_wait_delays_no_other_prompt_now(station: Station, sandbox: Sandbox) -> None:
     station.prompt("cat", "a cat [sandbox: 429]")
     first = station.worker.start(claimed(station))
     assert (first.end, first.reason.kind) == (End.DEFERRED, "busy")

@@ -80,7 +80,7 @@ def receipt_text(**given_):
 # Receipts and error files
 
 
-def test_a_receipt_says_everything_about_a_job():
+def test_a_receipt_contains_everything_about_a_job():
     assert tomllib.loads(receipt_text()) == {
         "schema": SCHEMA,
         "job": CLAIM.job,
@@ -114,13 +114,13 @@ def test_a_receipt_says_everything_about_a_job():
 
 
 @pytest.mark.parametrize("key", ["a" + ".a" * 2000, "'\"'" + ".a" * 2000 + ".'\"'", '"x"' + ' . "\\u0041"' * 2000])
-def test_keys_that_would_keep_the_reader_busy_are_refused_unread(key):
+def test_keys_that_would_take_very_long_to_read_are_refused_unread(key):
     for text in (f"{key} = 1", f"[{key}]", f"x = {{{key} = 1}}", f'# """\n{key} = 1\n# """'):
         with pytest.raises(ValueError, match="more than 1000 dots"):
             unvouched(text)
 
 
-def test_what_we_write_ourselves_can_be_read_as_a_strangers():
+def test_our_own_result_files_can_be_read_like_untrusted_ones():
     text = receipt_text(sent=sent("a sentence. " * 900, n=2))
     assert unvouched(text) == tomllib.loads(text)
 
@@ -134,7 +134,7 @@ def test_the_keys_come_in_the_order_of_the_folder_protocol():
     )
 
 
-def test_an_error_before_any_call_says_what_is_known_and_nothing_else():
+def test_an_error_file_before_any_call_contains_what_is_known_and_nothing_else():
     read = document(charged="no", top={"message": "there is no text", "problems": ["prompt: there is no text"]})
     assert list(read) == ["schema", "job", "source", "message", "problems", "charged", "attempts", "version", "times"]
     assert list(read["times"]) == ["claimed", "published"]
@@ -148,13 +148,13 @@ def test_what_is_not_known_is_left_out():
     assert read["message"] == ""
 
 
-def test_an_answer_without_an_end_is_dated_by_its_beginning():
+def test_a_response_without_an_end_time_is_dated_by_its_start():
     for tail in (None, Tail(complete=False)):
         read = tomllib.loads(receipt_text(tail=tail))
         assert read["times"]["answered"] == datetime(2027, 1, 15, 8, 0, 2, tzinfo=UTC)
 
 
-def test_only_headers_that_help_the_support_are_named():
+def test_only_headers_that_help_support_staff_are_listed():
     head = Head(status=200, headers={"authorization": "Bearer sk-let-secret", "set-cookie": "x", "x-vercel-id": "v"})
     text = receipt_text(head=head)
     assert tomllib.loads(text)["ids"] == {"x-vercel-id": "v"}
@@ -236,7 +236,7 @@ def test_billing_survives_whatever_it_holds():
 
 @pytest.mark.parametrize("depth", [10, 20, 300, 600, 900, 5000])
 @pytest.mark.parametrize("kind", ["tables", "lists", "both"])
-def test_billing_may_be_nested_as_deeply_as_it_likes(depth, kind):
+def test_billing_may_be_nested_to_any_depth(depth, kind):
     nested: object = 1
     for level in range(depth):
         nested = [nested] if kind == "lists" or (kind == "both" and level % 2) else {"a": nested}
@@ -293,13 +293,13 @@ def same(value, read):
 
 @given(st.dictionaries(st.text(max_size=8), json_values, min_size=1, max_size=5))
 @settings(max_examples=200, deadline=None)
-def test_any_billing_makes_a_document_that_can_be_read(billing):
+def test_any_billing_makes_a_result_file_that_can_be_read(billing):
     assert same(billing, document(billing=billing)["billing"])
 
 
 @given(st.text(), st.lists(st.text(), max_size=3), st.text(), st.text())
 @settings(max_examples=200, deadline=None)
-def test_any_words_make_a_document_that_can_be_read(message, problems, code, name):
+def test_any_message_makes_a_result_file_that_can_be_read(message, problems, code, name):
     top = {"message": message, "problems": problems, "code": code}
     read = document(top=top, images=[{"file": name, "problem": message}], sent=sent(model=name))
     assert (read["message"], read["problems"], read["code"]) == (whole(message), [*map(whole, problems)], whole(code))
@@ -312,7 +312,7 @@ def test_any_words_make_a_document_that_can_be_read(message, problems, code, nam
 
 @given(st.text(), st.integers(1, 50))
 @settings(max_examples=300, deadline=None)
-def test_nothing_printable_moves_a_cursor_or_turns_a_line(text, limit):
+def test_no_printed_text_moves_the_cursor_or_reverses_a_line(text, limit):
     shown = printable(text, limit)
     for character in shown:
         assert unicodedata.category(character) not in {"Cc", "Cs", "Zl", "Zp"}
@@ -348,12 +348,12 @@ def test_every_control_bidirectional_mark_and_surrogate_becomes_an_escape():
         assert shown.isprintable()
 
 
-def test_ordinary_text_of_any_language_is_left_alone():
+def test_ordinary_text_of_any_language_is_unchanged():
     for text in ("a cat", "Ünïcödé", "猫 🐈", "שלום", "C:\\cat", "a\u0301", "\u00a0"):
         assert printable(text) == text
 
 
-def test_long_text_is_cut_and_marked():
+def test_long_text_is_cut_and_the_cut_is_marked():
     assert printable("x" * 2001) == "x" * 2000 + "…"
     assert printable("x" * 2000) == "x" * 2000
     assert printable("abcdef", 3) == "abc…"
@@ -361,7 +361,7 @@ def test_long_text_is_cut_and_marked():
 
 @given(st.text())
 @settings(max_examples=200, deadline=None)
-def test_whole_text_fits_into_any_file_and_text_that_is_whole_is_left_alone(text):
+def test_complete_text_fits_into_any_file_and_is_unchanged_if_it_is_short(text):
     made = whole(text)
     made.encode()
     assert whole(made) == made
@@ -464,14 +464,14 @@ def test_a_claim_knows_the_names_that_follow_from_it():
     assert CLAIM.source == "a/b/cat.prompt.txt"
 
 
-def test_one_picture_is_asked_for_unless_the_request_says_more():
+def test_one_image_is_asked_for_unless_the_request_says_more():
     assert (sent().asked, sent(n=3).asked) == (1, 3)
 
 
 @pytest.mark.parametrize(
     "told", ["imagewatch retry {} looks again", "imagewatch retry --pay-again {}, or move the prompt"]
 )
-def test_an_error_file_whose_name_was_taken_names_its_own_prompt_to_retry(told: str):
+def test_an_error_file_whose_name_existed_names_its_own_prompt_to_retry(told: str):
     top = {"message": "cat: no catalogue", "next": told.format("sub/cat")}
     claim = Claim(job="0123456789abcdef", folder="sub", stem="cat")
     document, _ = compose(claim, NO_ATTEMPT, 2.0, charged="unknown", top=top)

@@ -62,7 +62,7 @@ def requests(sandbox: Sandbox) -> int:
 
 @pytest.mark.skipif(shutil.which("rsync") is None, reason="rsync is not installed")
 @pytest.mark.parametrize("watch", ["auto", "poll"])
-def test_rsync_from_cron_brings_finished_prompts_back_and_nothing_is_bought_again(
+def test_rsync_from_cron_redelivers_finished_prompts_and_none_is_charged_again(
     tmp_path: Path, sandbox: Sandbox, start: Any, watch: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__watch=watch, inbox__rescan_seconds="0.2")
@@ -91,7 +91,7 @@ def test_rsync_from_cron_brings_finished_prompts_back_and_nothing_is_bought_agai
     until(lambda: folders.leftovers() == [])
 
 
-def test_a_prompt_that_came_back_is_removed_and_counted(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+def test_a_redelivered_prompt_is_removed_and_counted(station: Station, sandbox: Sandbox, sender: Sender) -> None:
     sender.write("cat.prompt.txt", "a cat")
     for _ in range(3):
         sender.send()
@@ -102,7 +102,9 @@ def test_a_prompt_that_came_back_is_removed_and_counted(station: Station, sandbo
 
 
 @pytest.mark.parametrize("tag", ["400", "402", "500", "drop", "502", "truncate", "not-json"])
-def test_what_failed_is_not_bought_again_either(station: Station, sandbox: Sandbox, sender: Sender, tag: str) -> None:
+def test_a_redelivered_prompt_that_failed_is_not_sent_again(
+    station: Station, sandbox: Sandbox, sender: Sender, tag: str
+) -> None:
     sender.write("cat.prompt.txt", f"[sandbox: {tag}] a cat")
     sender.send()
     station.work()
@@ -113,7 +115,9 @@ def test_what_failed_is_not_bought_again_either(station: Station, sandbox: Sandb
     assert station.names("errors") == before
 
 
-def test_what_our_own_checks_refuse_is_not_refused_again(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+def test_a_redelivered_prompt_that_was_invalid_is_not_reported_again(
+    station: Station, sandbox: Sandbox, sender: Sender
+) -> None:
     sender.write("cat.prompt.txt", "+++\ninput_images = []\ncolour = 1\n+++\na cat")
     sender.write("dog.prompt.txt", "a dog")
     sender.write("dog.gif", b"GIF89a whatever")
@@ -125,7 +129,9 @@ def test_what_our_own_checks_refuse_is_not_refused_again(station: Station, sandb
     assert requests(sandbox) == 0
 
 
-def test_the_same_words_written_anew_are_a_new_wish(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+def test_a_file_with_the_same_text_that_is_saved_again_is_a_new_request(
+    station: Station, sandbox: Sandbox, sender: Sender
+) -> None:
     for mtime in (LONG_AGO, LONG_AGO + 1, LONG_AGO + 2):
         sender.write("cat.prompt.txt", "a cat", mtime)
         sender.send()
@@ -134,7 +140,7 @@ def test_the_same_words_written_anew_are_a_new_wish(station: Station, sandbox: S
     assert len([name for name in station.names("outbox") if name.endswith(".receipt.toml")]) == 3
 
 
-def test_other_words_of_the_same_size_and_time_are_a_new_wish(
+def test_another_text_of_the_same_size_and_time_is_a_new_request(
     station: Station, sandbox: Sandbox, sender: Sender
 ) -> None:
     for text in ("a cat", "a dog"):
@@ -144,7 +150,7 @@ def test_other_words_of_the_same_size_and_time_are_a_new_wish(
     assert requests(sandbox) == 2
 
 
-def test_the_same_file_under_another_name_is_a_new_wish(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+def test_the_same_file_under_another_name_is_a_new_request(station: Station, sandbox: Sandbox, sender: Sender) -> None:
     for name in ("a.prompt.txt", "b.prompt.txt", "sub/a.prompt.txt"):
         sender.write(name, "a cat")
         sender.send()
@@ -152,7 +158,7 @@ def test_the_same_file_under_another_name_is_a_new_wish(station: Station, sandbo
     assert requests(sandbox) == 3
 
 
-def test_a_changed_image_makes_a_new_wish(station: Station, sandbox: Sandbox, sender: Sender) -> None:
+def test_a_changed_image_makes_a_new_request(station: Station, sandbox: Sandbox, sender: Sender) -> None:
     sender.write("cat.prompt.txt", "blue")
     for seed in ("one", "two"):
         sender.write("cat.png", picture(seed))
@@ -161,7 +167,7 @@ def test_a_changed_image_makes_a_new_wish(station: Station, sandbox: Sandbox, se
     assert requests(sandbox) == 2
 
 
-def test_a_prompt_that_came_back_before_its_image_is_not_taken_for_one_without(
+def test_a_prompt_that_is_redelivered_before_its_image_does_not_count_as_one_without_an_image(
     station: Station, sandbox: Sandbox, sender: Sender
 ) -> None:
     sender.write("cat.png", picture("one"))
@@ -175,7 +181,7 @@ def test_a_prompt_that_came_back_before_its_image_is_not_taken_for_one_without(
 
 
 @pytest.mark.parametrize("door", ["errors", "archive"])
-def test_whoever_moves_a_prompt_back_into_the_inbox_means_it(
+def test_a_prompt_that_a_person_moves_back_into_the_inbox_is_a_new_request(
     station: Station, sandbox: Sandbox, sender: Sender, door: str
 ) -> None:
     sender.write("cat.prompt.txt", "[sandbox: 500] a cat" if door == "errors" else "a cat")
@@ -188,7 +194,7 @@ def test_whoever_moves_a_prompt_back_into_the_inbox_means_it(
     assert [outcome.end for outcome in station.work()] == [End.REDELIVERED]
 
 
-def test_the_recognition_can_be_turned_off(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_recognition_of_redeliveries_can_be_turned_off(tmp_path: Path, sandbox: Sandbox) -> None:
     station = Station(tmp_path, sandbox.base_url, inbox__redelivery="run")
     sender = Sender(tmp_path / "elsewhere", station)
     sender.write("cat.prompt.txt", "a cat")
@@ -200,7 +206,7 @@ def test_the_recognition_can_be_turned_off(tmp_path: Path, sandbox: Sandbox) -> 
 
 
 @pytest.mark.parametrize(("redelivery", "ends"), [("skip", [End.OVER, End.REDELIVERED]), ("run", [End.OVER, End.OVER])])
-def test_a_prompt_from_the_year_2400_is_made_and_known_again(
+def test_a_prompt_from_the_year_2400_is_completed_and_its_redelivery_is_recognized(
     tmp_path: Path, sandbox: Sandbox, redelivery: str, ends: list[End]
 ) -> None:
     station = Station(tmp_path, sandbox.base_url, inbox__redelivery=redelivery)
@@ -218,7 +224,7 @@ def test_a_prompt_from_the_year_2400_is_made_and_known_again(
     assert (station.names("inbox"), station.names("errors"), station.leftovers()) == ([], [], [])
 
 
-def test_with_a_burst_guard_a_prompt_from_the_year_2400_stops_nobody(
+def test_a_prompt_from_the_year_2400_does_not_trigger_the_burst_guard(
     tmp_path: Path, sandbox: Sandbox, start: Any
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, limits__burst="1")
@@ -237,7 +243,7 @@ def test_with_a_burst_guard_a_prompt_from_the_year_2400_stops_nobody(
 
 
 @pytest.mark.parametrize("rescan", ["30", "0.1"], ids=["when told", "at any moment"])
-def test_what_comes_back_is_no_burst_however_much_it_is(
+def test_redelivered_prompts_are_no_burst_however_many_they_are(
     tmp_path: Path, sandbox: Sandbox, run: Any, rescan: str
 ) -> None:
     """A scan comes when a brought-back prompt is dealt with, too: that may be while the next ones have just come."""
@@ -258,7 +264,7 @@ def test_what_comes_back_is_no_burst_however_much_it_is(
     assert requests(sandbox) == 8
 
 
-def test_what_comes_back_while_its_job_waits_for_a_busy_endpoint_is_not_another_job(
+def test_a_prompt_that_is_redelivered_while_its_job_waits_for_a_busy_api_is_not_another_job(
     tmp_path: Path, sandbox: Sandbox, start: Any
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1.5", retry__max_seconds="1.5")
@@ -274,7 +280,7 @@ def test_what_comes_back_while_its_job_waits_for_a_busy_endpoint_is_not_another_
     assert len(folders.names("archive")) == 1
 
 
-def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
+def test_a_prompt_that_is_redelivered_while_its_request_is_in_flight_is_not_another_job(
     tmp_path: Path, sandbox: Sandbox, start: Any
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -292,7 +298,9 @@ def test_what_comes_back_while_its_job_is_at_the_endpoint_is_not_another_job(
     assert requests(sandbox) == 1
 
 
-def test_what_came_back_while_its_job_had_to_go_back_is_there_once(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_a_prompt_that_is_redelivered_while_its_job_is_given_back_is_in_the_inbox_once(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
     """The account refuses; two jobs find out at once; one shows it, the other returns to where its twin lies."""
     station = Station(tmp_path, sandbox.base_url)
     station.worker._may_report = lambda _: False
@@ -338,9 +346,7 @@ def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
-def test_a_file_that_belongs_to_somebody_else_can_be_moved_back_too(
-    open_path: Path, sandbox: Sandbox, start: Any
-) -> None:
+def test_a_file_of_another_user_can_be_moved_back_too(open_path: Path, sandbox: Sandbox, start: Any) -> None:
     """The daemon may not set the time of a colleague's file; then a copy of its own goes through the door."""
     folders = Folders(open_path, sandbox.base_url)
     for place in (open_path, *open_path.rglob("*")):
@@ -377,7 +383,7 @@ def copied(folders: Folders, door: str, name: str = "cat.prompt.txt") -> None:
 
 
 @pytest.mark.parametrize(("door", "text"), [("archive", "a cat"), ("errors", "[sandbox: 400] a cat")])
-def test_a_copy_out_of_the_archive_or_errors_is_a_wish_once_and_after_that_an_error_that_says_so(
+def test_a_copy_from_the_archive_or_errors_is_one_new_request_and_after_that_gets_an_error_file(
     station: Station, sandbox: Sandbox, door: str, text: str
 ) -> None:
     station.prompt("cat", text)
@@ -400,7 +406,7 @@ def test_a_copy_out_of_the_archive_or_errors_is_a_wish_once_and_after_that_an_er
     assert all(any(job in page["message"] for job in jobs) for page in refused)
 
 
-def test_who_moves_the_original_out_of_the_archive_after_a_copy_of_it_is_told_what_became_of_it(
+def test_an_original_that_is_moved_out_of_the_archive_after_its_copy_gets_an_error_file_that_says_why(
     station: Station, sandbox: Sandbox
 ) -> None:
     station.prompt("cat", "a cat")
@@ -413,7 +419,7 @@ def test_who_moves_the_original_out_of_the_archive_after_a_copy_of_it_is_told_wh
     assert sandbox.report()["requests"] == 2
 
 
-def test_a_sync_tool_that_brings_a_finished_prompt_back_leaves_no_file(station: Station, sandbox: Sandbox) -> None:
+def test_a_finished_prompt_that_a_sync_tool_redelivers_leaves_no_file(station: Station, sandbox: Sandbox) -> None:
     path = station.prompt("cat", "a cat")
     status = path.stat()
     station.work()
@@ -426,7 +432,7 @@ def test_a_sync_tool_that_brings_a_finished_prompt_back_leaves_no_file(station: 
 
 
 @pytest.mark.parametrize("text", ["a cat", "[sandbox: 400] a cat"])
-def test_a_delivery_by_hard_link_is_not_bought_again_and_leaves_the_senders_file_as_it_is(
+def test_a_redelivery_by_hard_link_is_not_charged_and_does_not_change_the_senders_file(
     station: Station, sandbox: Sandbox, tmp_path: Path, text: str
 ) -> None:
     far = tmp_path / "far"

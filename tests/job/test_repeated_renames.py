@@ -34,7 +34,7 @@ def repeated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
 
 @pytest.mark.usefixtures("repeated")
-def test_a_prompt_and_its_image_are_taken_made_and_archived(station: Station, sandbox: Sandbox) -> None:
+def test_a_prompt_and_its_image_are_claimed_completed_and_archived(station: Station, sandbox: Sandbox) -> None:
     picture = io.BytesIO()
     Image.new("RGB", (4, 4)).save(picture, "PNG")
     station.drop("cat.png", picture.getvalue())
@@ -48,7 +48,7 @@ def test_a_prompt_and_its_image_are_taken_made_and_archived(station: Station, sa
 
 
 @pytest.mark.usefixtures("repeated")
-def test_a_prompt_that_is_refused_lies_in_errors_with_its_reason(station: Station) -> None:
+def test_a_refused_prompt_is_in_errors_with_its_reason(station: Station) -> None:
     station.prompt("cat", "[sandbox: 400] A cat")
     (outcome,) = station.work()
     assert outcome.destination == "errors"
@@ -57,7 +57,7 @@ def test_a_prompt_that_is_refused_lies_in_errors_with_its_reason(station: Statio
 
 
 @pytest.mark.usefixtures("repeated")
-def test_a_prompt_that_goes_back_is_in_the_inbox_again(tmp_path: Path) -> None:
+def test_a_prompt_that_is_given_back_is_in_the_inbox_again(tmp_path: Path) -> None:
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         station.prompt("cat", "A cat")
         station.work()

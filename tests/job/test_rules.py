@@ -58,7 +58,7 @@ def after(steps, *wanted):
     return [e for e, step in steps if step in wanted]
 
 
-def test_there_is_a_step_for_whatever_is_seen(everything):
+def test_there_is_a_step_for_every_state_of_a_job(everything):
     assert len(everything) == 2**10 * 9 * 7 * 4
     assert all(isinstance(step, Step) for _, step in everything)
 
@@ -70,21 +70,21 @@ def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
     assert reached == {rule.seen for rule in RULES}
 
 
-def test_nothing_is_sent_while_the_newest_request_has_no_answer(everything):
+def test_nothing_is_sent_while_the_newest_request_has_no_response(everything):
     assert not [e for e in after(everything, Step.SEND) if e.sent > e.answered]
 
 
-def test_nothing_is_sent_again_after_any_answer_but_a_free_and_transient_one(everything):
+def test_nothing_is_sent_again_after_any_response_but_a_free_and_transient_one(everything):
     assert {e.reaction for e in after(everything, Step.SEND)} <= {None, Reaction.RETRY}
 
 
-def test_a_second_request_follows_only_a_busy_answer_or_a_broken_upload_while_attempts_are_left(possible):
+def test_a_second_request_follows_only_a_busy_response_or_a_broken_upload_while_attempts_remain(possible):
     again = [e for e in after(possible, Step.SEND) if e.sent]
     assert again
     assert all(e.reaction is Reaction.RETRY and e.attempts_left and e.answered == e.sent for e in again)
 
 
-def test_only_what_is_claimed_whole_and_checked_is_sent(everything):
+def test_only_a_completely_claimed_and_checked_job_is_sent(everything):
     sends = after(everything, Step.SEND)
     assert sends
     assert all(e.recorded and e.claimed and e.checked and not e.missing for e in sends)
@@ -104,7 +104,7 @@ def test_a_reopened_job_first_gets_its_originals_back(everything):
     assert {next_step(replace(e, reopened=True)) for e in recorded} == {Step.RECLAIM}
 
 
-def test_a_job_that_is_over_is_only_cleared_away(everything):
+def test_a_finished_job_is_only_removed(everything):
     over = {(e.originals, step) for e, step in everything if e.recorded and e.over}
     assert over == {(True, Step.ARCHIVE), (False, Step.FORGET)}
 
@@ -114,7 +114,7 @@ def test_nothing_is_decided_twice(everything):
     assert not [e for e in deciding if e.decided or e.over]
 
 
-def test_a_decided_job_is_never_forgotten_while_its_originals_lie_in_the_claim(everything):
+def test_a_decided_job_is_never_forgotten_while_its_originals_are_in_the_claim(everything):
     assert not [e for e in after(everything, Step.FORGET) if e.recorded and e.decided and e.originals]
 
 
@@ -130,27 +130,27 @@ def test_a_job_whose_request_may_have_been_charged_is_never_forgotten_or_given_b
             assert e.sent <= e.answered
 
 
-def test_without_a_record_nothing_happens_but_clearing_away(everything):
+def test_without_a_record_a_job_is_only_removed(everything):
     bare = {(e.leftovers, step) for e, step in everything if not e.recorded}
     assert bare == {(False, Step.DONE), (True, Step.FORGET)}
 
 
-def test_a_job_is_done_only_when_nothing_is_left_of_it(everything):
+def test_a_job_is_done_only_if_none_of_its_files_remains(everything):
     assert not [e for e in after(everything, Step.DONE) if e.recorded or e.leftovers]
 
 
-def test_a_paid_answer_is_read_before_anything_else_unless_it_is_decided(everything):
+def test_a_charged_response_is_read_before_anything_else_unless_the_job_is_decided(everything):
     for e, step in everything:
         if e.recorded and e.reaction is Reaction.SUCCESS and e.sent == e.answered and not e.decided and not e.over:
             assert step is Step.READ
 
 
-def test_an_unanswered_request_is_banked_if_its_answer_had_begun_and_else_in_doubt(everything):
+def test_a_response_that_had_begun_is_saved_and_without_one_the_charge_is_unknown(everything):
     open_ = [(e, s) for e, s in everything if e.recorded and e.sent > e.answered and not e.decided and not e.over]
     assert {(e.begun, step) for e, step in open_} == {(True, Step.SAVE), (False, Step.UNKNOWN)}
 
 
-def test_what_goes_back_to_the_inbox_was_free_for_certain(everything):
+def test_a_prompt_that_goes_back_to_the_inbox_was_certainly_free(everything):
     back = after(everything, Step.GIVE_BACK)
     assert {(e.reaction, e.reaction is Reaction.ACCOUNT and e.reports) for e in back} == {
         (Reaction.WAIT, False),
@@ -170,7 +170,7 @@ def test_a_job_that_was_given_back_is_forgotten_and_shows_no_error(reaction):
         assert next_step(e) is Step.FORGET
 
 
-def test_a_job_that_was_half_given_back_is_gathered_again_before_its_end(possible):
+def test_a_job_that_was_partly_given_back_is_complete_again_before_its_end(possible):
     half = {step for e, step in possible if e.recorded and not e.over and e.claimed and e.missing and e.reaction}
     assert half <= {Step.GATHER, Step.READ, Step.PUBLISH, Step.REJECT}
 
@@ -181,12 +181,12 @@ def test_an_account_level_refusal_is_shown_by_one_job(possible):
     assert told == {(True, Step.REFUSE), (False, Step.GIVE_BACK)}
 
 
-def test_a_busy_answer_is_refused_when_the_attempts_are_spent(possible):
+def test_a_job_is_refused_if_the_api_is_busy_at_its_last_attempt(possible):
     spent = {step for e, step in possible if complete(e) and e.reaction is Reaction.RETRY and not e.attempts_left}
     assert spent == {Step.REFUSE}
 
 
-def test_what_was_cancelled_before_it_was_sent_is_forgotten():
+def test_a_job_that_was_canceled_before_it_was_sent_is_forgotten():
     assert next_step(State(recorded=True)) is Step.FORGET
 
 
@@ -220,7 +220,7 @@ def test_the_wait_doubles_up_to_the_longest():
     assert delay(10**9) == 60
 
 
-def test_what_the_endpoint_asks_for_counts_if_it_is_longer_but_never_beyond_an_hour():
+def test_a_longer_wait_that_the_api_asks_for_counts_up_to_an_hour():
     assert delay(3, retry_after=2) == 4
     assert delay(3, retry_after=300) == 300
     assert delay(3, retry_after=1e9) == 3600
@@ -228,7 +228,7 @@ def test_what_the_endpoint_asks_for_counts_if_it_is_longer_but_never_beyond_an_h
     assert delay(3, retry_after=0) == 4
 
 
-def test_up_to_a_quarter_is_added_by_chance():
+def test_up_to_a_quarter_is_added_at_random():
     assert delay(3, jitter=1.0) == 5
     assert delay(3, retry_after=100, jitter=0.5) == 112.5
 

@@ -96,7 +96,7 @@ def struck(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
         *("fsync:error=EIO", "renameat:error=EROFS", "renameat:error=ENOENT", "openat:error=EMFILE"),
     ],
 )
-def test_whatever_our_disk_refuses_while_an_answer_comes_is_waited_for_and_holds_the_queue(
+def test_any_disk_error_while_a_response_arrives_is_retried_and_puts_the_queue_on_hold(
     asked: LoggedDaemon, folders: Folders, sandbox: Sandbox, fault: str
 ) -> None:
     with struck(asked, part(folders), fault):
@@ -121,7 +121,7 @@ def immutable(path: Path) -> Iterator[None]:
         subprocess.run(["chattr", "-i", str(path)], check=True)
 
 
-def test_an_answer_waits_while_its_file_may_not_be_written(
+def test_a_response_waits_while_its_file_may_not_be_written(
     asked: LoggedDaemon, folders: Folders, sandbox: Sandbox
 ) -> None:
     with immutable(part(folders)):
@@ -133,7 +133,7 @@ def test_an_answer_waits_while_its_file_may_not_be_written(
 
 
 @pytest.mark.parametrize(("tag", "charged", "words"), [("b64", "yes", "was charged"), ("504", "unknown", "may have")])
-def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk(
+def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_local_disk(
     tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox, tag: str, charged: str, words: str
 ) -> None:
     settings = {"endpoint__deadline_seconds": "3", "endpoint__connect_timeout_seconds": "2"}
@@ -157,7 +157,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_our_disk
     assert sandbox.report()["requests"] == 1
 
 
-def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_lost_by_our_disk(
+def test_the_images_before_the_deadline_are_published_and_the_rest_is_reported_as_lost_by_the_local_disk(
     tmp_path: Path, run: Callable[..., LoggedDaemon]
 ) -> None:
     body, going_on = paid(picture(), picture()), threading.Event()
@@ -189,7 +189,7 @@ def test_what_came_before_the_deadline_is_published_and_the_rest_is_said_to_be_l
 @pytest.mark.parametrize(
     "change", ["its record removed", "all records removed", "the state folder replaced", "the state folder deleted"]
 )
-def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_it_comes(
+def test_a_response_is_delivered_although_the_state_folder_loses_its_record_while_it_arrives(
     asked: LoggedDaemon, folders: Folders, sandbox: Sandbox, change: str
 ) -> None:
     if change == "its record removed":
@@ -217,7 +217,7 @@ def test_an_answer_is_delivered_though_the_state_folder_loses_its_record_while_i
     assert sandbox.report()["requests"] == 1
 
 
-def test_an_answer_is_saved_in_the_state_folder_that_is_made_again_after_the_stop(
+def test_a_response_is_saved_in_the_state_folder_that_is_created_again_after_the_stop(
     asked: LoggedDaemon, folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     shutil.rmtree(folders.state)
@@ -252,7 +252,7 @@ def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
     assert sandbox.report()["requests"] == 1
 
 
-def test_too_little_room_for_an_answer_is_found_before_the_request_leaves(tmp_path: Path, sandbox: Sandbox) -> None:
+def test_too_little_space_for_a_response_is_found_before_the_request_is_sent(tmp_path: Path, sandbox: Sandbox) -> None:
     (tmp_path / "state").mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(tmp_path / "state")]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, check=False).returncode:
@@ -269,7 +269,7 @@ def test_too_little_room_for_an_answer_is_found_before_the_request_leaves(tmp_pa
         subprocess.run(["umount", "--lazy", str(tmp_path / "state")], check=True)
 
 
-def test_two_requests_for_whose_answers_together_there_is_no_room_are_sent_one_after_the_other(
+def test_two_requests_are_sent_one_after_the_other_if_there_is_no_space_for_both_responses(
     tmp_path: Path, hurried: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     (tmp_path / "state").mkdir()
@@ -319,7 +319,7 @@ def test_sixty_four_requests_under_a_limit_of_sixty_files_lose_nothing(
     assert daemon.stop() == 0
 
 
-def test_answers_that_come_when_no_file_can_be_opened_any_more_are_waited_for(
+def test_responses_that_arrive_when_no_more_files_can_be_opened_are_waited_for(
     tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -359,7 +359,7 @@ except SpoolError as error:
 """
 
 
-def test_a_connection_for_which_no_file_can_be_opened_is_our_own_trouble_and_not_the_networks(
+def test_a_connection_for_which_no_file_can_be_opened_is_a_local_error_and_not_one_of_the_network(
     folders: Folders, sandbox: Sandbox
 ) -> None:
     environ = {"PATH": os.environ["PATH"], **folders.environ}
@@ -389,7 +389,7 @@ def photograph() -> bytes:
     return heavy(LARGE_BYTES)
 
 
-def test_a_prompt_whose_upload_is_cut_off_ends_and_the_prompts_of_others_go_on(
+def test_a_prompt_whose_upload_is_cut_off_fails_and_other_prompts_continue(
     tmp_path: Path, run: Callable[..., LoggedDaemon], photograph: bytes
 ) -> None:
     with Scripted(*[gateway] * 30) as server:
@@ -409,7 +409,7 @@ def test_a_prompt_whose_upload_is_cut_off_ends_and_the_prompts_of_others_go_on(
     assert daemon.events("held") == []
 
 
-def test_when_the_uploads_of_several_prompts_are_cut_off_the_queue_waits_as_for_the_network(
+def test_when_the_uploads_of_several_prompts_are_cut_off_the_queue_waits_for_the_network(
     tmp_path: Path, hurried: Callable[..., LoggedDaemon], photograph: bytes
 ) -> None:
     with Scripted(*[gateway] * 12) as server:
@@ -485,7 +485,7 @@ def is_writing(folders: Folders) -> bool:
     return bool(list(folders.state.glob("jobs/*/sent.1.tmp")))
 
 
-def test_when_hold_says_that_it_is_noticed_nothing_is_sent_any_more_however_slow_the_disk_is(
+def test_after_hold_reports_that_it_is_applied_nothing_is_sent_however_slow_the_disk_is(
     folders: Folders, slow: Callable[[], LoggedDaemon], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     folders.prompt("cat", "a cat")
@@ -502,7 +502,7 @@ def test_when_hold_says_that_it_is_noticed_nothing_is_sent_any_more_however_slow
     assert sandbox.report()["requests"] == 1
 
 
-def test_after_sigterm_nothing_is_sent_any_more_however_slow_the_disk_is(
+def test_after_sigterm_nothing_is_sent_however_slow_the_disk_is(
     folders: Folders, slow: Callable[[], LoggedDaemon], sandbox: Sandbox, tmp_path: Path
 ) -> None:
     folders.prompt("cat", "a cat")
@@ -518,7 +518,7 @@ def test_after_sigterm_nothing_is_sent_any_more_however_slow_the_disk_is(
     assert sandbox.report()["requests"] == 1
 
 
-def test_a_hold_is_not_said_to_be_there_while_the_first_bytes_of_a_request_leave(tmp_path: Path) -> None:
+def test_a_hold_is_not_reported_as_applied_while_the_first_bytes_of_a_request_are_sent(tmp_path: Path) -> None:
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds, order = Holds(), []
         control = Control(str(station.state), station.spool.disk)
@@ -540,7 +540,7 @@ def test_a_hold_is_not_said_to_be_there_while_the_first_bytes_of_a_request_leave
             pass
 
 
-def test_a_hold_that_is_about_a_cap_or_the_pace_does_not_take_back_what_was_let_through(tmp_path: Path) -> None:
+def test_a_hold_for_a_cap_or_a_rate_does_not_stop_a_request_that_was_admitted(tmp_path: Path) -> None:
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds = Holds()
         control = Control(str(station.state), station.spool.disk)

@@ -58,12 +58,12 @@ def spend(ledger, job, at, credits_=None, *, charged="yes", provider="flux"):
     )
 
 
-def test_without_caps_everything_passes(ledger, clock):
+def test_without_caps_every_request_is_admitted(ledger, clock):
     budget = Budget(ledger, Limits(), clock)
     assert all(budget.reserve(f"job{k}", asked()) is None for k in range(500))
 
 
-def test_without_caps_no_price_is_looked_up_and_those_in_flight_count_when_one_is_set(clock):
+def test_without_caps_no_price_is_read_and_requests_in_flight_count_when_a_cap_is_set(clock):
     class Closed(NoBooks):
         def charges(self, provider, since):
             raise AssertionError(provider, since)
@@ -78,7 +78,7 @@ def test_without_caps_no_price_is_looked_up_and_those_in_flight_count_when_one_i
     assert "80 are reserved" in budget.reserve("b", asked()).message
 
 
-def test_a_request_passes_only_if_what_it_may_cost_still_fits(ledger, clock):
+def test_a_request_is_admitted_only_if_its_estimate_fits(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 30)
     budget = Budget(ledger, Limits(credits_per_day=60), clock)
     assert budget.reserve("b", asked()) is None
@@ -87,12 +87,12 @@ def test_a_request_passes_only_if_what_it_may_cost_still_fits(ledger, clock):
     assert "limits.credits_per_day is 60" in refusal.message
 
 
-def test_a_price_nobody_knows_counts_as_the_assumed_one_and_never_as_zero(ledger, clock):
+def test_an_unknown_price_counts_as_the_assumed_one_and_never_as_zero(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=150), clock)
     assert budget.reserve("a", asked("gemini")) is not None
 
 
-def test_the_highest_recent_charge_of_the_provider_is_what_is_set_aside(ledger, clock):
+def test_the_highest_recent_charge_of_the_provider_is_reserved(ledger, clock):
     spend(ledger, "a", NOON - 20 * 24 * HOUR, 30)
     spend(ledger, "b", NOON - 19 * 24 * HOUR, 90)
     spend(ledger, "c", NOON - 18 * 24 * HOUR, 400, provider="gemini")
@@ -102,7 +102,7 @@ def test_the_highest_recent_charge_of_the_provider_is_what_is_set_aside(ledger, 
     assert budget.reserve("f", asked()) is not None
 
 
-def test_what_is_in_flight_counts_until_the_ledger_has_it(ledger, clock):
+def test_a_request_in_flight_counts_until_the_ledger_has_it(ledger, clock):
     spend(ledger, "a", NOON - 20 * 24 * HOUR, 50)
     budget = Budget(ledger, Limits(credits_per_day=100), clock)
     assert budget.reserve("b", asked()) is None
@@ -112,7 +112,7 @@ def test_what_is_in_flight_counts_until_the_ledger_has_it(ledger, clock):
     assert budget.reserve("d", asked()) is None
 
 
-def test_what_nobody_carries_on_counts_as_spent_that_day_and_is_not_waited_for(ledger, clock):
+def test_a_request_without_a_job_counts_as_spent_that_day_and_is_not_waited_for(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
     assert budget.reserve("a", asked()) is None
     assert budget.reserve("b", asked()) is None
@@ -127,12 +127,12 @@ def test_what_nobody_carries_on_counts_as_spent_that_day_and_is_not_waited_for(l
     assert budget.reserve("d", asked()) is None
 
 
-def test_a_lost_answer_counts_as_if_it_had_been_charged(ledger, clock):
+def test_a_lost_response_counts_as_if_it_had_been_charged(ledger, clock):
     spend(ledger, "a", NOON - HOUR, charged="unknown")
     assert Budget(ledger, Limits(credits_per_day=200, assumed_credits=150), clock).reserve("b", asked()) is not None
 
 
-def test_a_new_utc_day_opens_the_day_cap_but_not_the_month_cap(ledger, clock):
+def test_a_new_utc_day_resets_the_day_cap_but_not_the_month_cap(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 50)
     daily = Budget(ledger, Limits(credits_per_day=60), clock)
     refusal = daily.reserve("b", asked())
@@ -152,13 +152,13 @@ def test_a_month_ends_with_the_month(ledger, clock):
     assert monthly.reserve("b", asked()) is None
 
 
-def test_a_clock_that_was_set_back_opens_no_new_day(ledger, clock):
+def test_a_clock_that_was_set_back_starts_no_new_day(ledger, clock):
     spend(ledger, "a", NOON, 50)
     clock.now = NOON - 24 * HOUR
     assert Budget(ledger, Limits(credits_per_day=60), clock).reserve("b", asked()) is not None
 
 
-def test_a_clock_that_is_set_back_and_put_right_again_changes_nothing(ledger, clock):
+def test_a_clock_that_is_set_back_and_corrected_changes_nothing(ledger, clock):
     spend(ledger, "a", NOON, 40)
     budget = Budget(ledger, Limits(credits_per_day=60, credits_per_month=60), clock)
     for now in (NOON - 24 * HOUR, NOON - 60 * 24 * HOUR, NOON):
@@ -168,7 +168,7 @@ def test_a_clock_that_is_set_back_and_put_right_again_changes_nothing(ledger, cl
 
 
 @pytest.mark.parametrize("ahead", [24 * HOUR, 400 * 24 * HOUR])
-def test_what_was_spent_while_the_clock_was_ahead_counts_and_so_does_what_comes_after(ledger, clock, ahead):
+def test_charges_from_a_time_at_which_the_clock_was_ahead_count_and_so_do_later_ones(ledger, clock, ahead):
     spend(ledger, "a", NOON + ahead, 10)
     limits = Limits(credits_per_day=30)
     assert Budget(ledger, limits, clock).reserve("b", asked()) is None
@@ -178,7 +178,7 @@ def test_what_was_spent_while_the_clock_was_ahead_counts_and_so_does_what_comes_
     assert Budget(ledger, limits, clock).reserve("d", asked()).kind == "cap"
 
 
-def test_a_clock_that_jumps_a_day_ahead_opens_the_day_as_midnight_would(ledger, clock):
+def test_a_clock_that_jumps_a_day_ahead_starts_a_new_day_as_midnight_does(ledger, clock):
     spend(ledger, "a", NOON, 50)
     budget = Budget(ledger, Limits(credits_per_day=60, credits_per_month=160), clock)
     assert budget.reserve("b", asked()).kind == "cap"
@@ -187,7 +187,7 @@ def test_a_clock_that_jumps_a_day_ahead_opens_the_day_as_midnight_would(ledger, 
 
 
 @pytest.mark.parametrize("jump", [-24 * HOUR, -1, 24 * HOUR])
-def test_after_a_jump_of_the_clock_nobody_waits_longer_than_a_minute_for_the_next_minute(ledger, clock, jump):
+def test_after_a_jump_of_the_clock_no_request_waits_longer_than_a_minute_for_the_next_minute(ledger, clock, jump):
     budget = Budget(ledger, Limits(requests_per_minute=2), clock)
     assert [budget.reserve(f"job{k}", asked()) for k in range(2)] == [None, None]
     clock.now += jump
@@ -198,7 +198,7 @@ def test_after_a_jump_of_the_clock_nobody_waits_longer_than_a_minute_for_the_nex
     assert waited <= 60.1
 
 
-def test_a_minute_that_the_ledger_dates_ahead_is_over_after_a_minute(ledger, clock):
+def test_requests_that_the_ledger_dates_in_the_future_count_for_one_minute(ledger, clock):
     spend(ledger, "a", NOON + 24 * HOUR, 1)
     budget = Budget(ledger, Limits(requests_per_minute=1), clock)
     assert budget.reserve("b", asked()).seconds == pytest.approx(60)
@@ -206,7 +206,7 @@ def test_a_minute_that_the_ledger_dates_ahead_is_over_after_a_minute(ledger, clo
     assert budget.reserve("b", asked()) is None
 
 
-def test_a_request_that_fits_if_those_in_flight_cost_less_comes_again_soon_and_not_tomorrow(ledger, clock):
+def test_a_request_that_fits_if_those_in_flight_cost_less_is_tried_again_soon_and_not_tomorrow(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=70), clock)
     assert budget.reserve("a", asked()) is None
     refusal = budget.reserve("b", asked())
@@ -217,7 +217,7 @@ def test_a_request_that_fits_if_those_in_flight_cost_less_comes_again_soon_and_n
     assert budget.reserve("b", asked()) is None
 
 
-def test_a_request_of_an_earlier_process_is_set_aside_until_its_row_is_written(ledger, clock):
+def test_a_request_of_an_earlier_process_is_reserved_until_its_row_is_written(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=3), clock)
     budget.resume("old", asked(), NOON - 10)
     assert budget.reserve("a", asked()) is None
@@ -253,7 +253,7 @@ def test_no_minute_holds_more_requests_than_allowed(ledger, clock, most):
     assert all(later - earlier > 59.999 for earlier, later in zip(passed, passed[most:], strict=False))
 
 
-def test_less_than_one_request_a_minute_is_possible(ledger, clock):
+def test_fewer_than_one_request_a_minute_are_possible(ledger, clock):
     budget = Budget(ledger, Limits(requests_per_minute=0.5), clock)
     assert budget.reserve("a", asked()) is None
     refusal = budget.reserve("b", asked())
@@ -301,14 +301,14 @@ def reserved(ledger, clock, asked_):
     return Budget(ledger, Limits(assumed_credits=150), clock).cost(asked_).high
 
 
-def test_four_images_of_the_past_do_not_make_one_image_dear(ledger, clock):
+def test_an_earlier_charge_for_four_images_does_not_raise_the_estimate_for_one_image(ledger, clock):
     charge(ledger, "a", 120, n=4, asked_=4)
     assert reserved(ledger, clock, asked()) == 30
     assert reserved(ledger, clock, asked(n=4)) == 120
     assert Budget(ledger, Limits(credits_per_day=160), clock).reserve("b", asked()) is None
 
 
-def test_a_dear_quality_does_not_make_a_cheap_one_dear(ledger, clock):
+def test_the_price_of_a_high_quality_does_not_raise_the_estimate_for_a_low_one(ledger, clock):
     charge(ledger, "a", 167, provider="openai", quality="high")
     charge(ledger, "b", 11, provider="openai", quality="low")
     assert reserved(ledger, clock, asked("openai", quality="low")) == 11
@@ -316,19 +316,19 @@ def test_a_dear_quality_does_not_make_a_cheap_one_dear(ledger, clock):
 
 
 @pytest.mark.parametrize(("days", "wanted"), [(29, 400), (31, 150)])
-def test_a_high_charge_of_the_past_is_forgotten_after_thirty_days(ledger, clock, days, wanted):
+def test_a_high_charge_is_not_used_after_thirty_days(ledger, clock, days, wanted):
     charge(ledger, "a", 400, at=NOON - days * 24 * HOUR)
     assert reserved(ledger, clock, asked()) == wanted
 
 
-def test_a_charge_of_nothing_is_no_price(ledger, clock):
+def test_a_charge_of_zero_is_not_used_as_a_price(ledger, clock):
     charge(ledger, "a", 0)
     assert reserved(ledger, clock, asked()) == 150
     charge(ledger, "b", 30)
     assert reserved(ledger, clock, asked()) == 30
 
 
-def test_a_provider_that_answers_by_another_name_is_known_by_the_one_that_was_asked(ledger, clock):
+def test_a_charge_counts_for_the_provider_that_was_asked_whatever_name_the_response_has(ledger, clock):
     charge(ledger, "a", 134, provider="gemini", answered="google")
     assert reserved(ledger, clock, asked("gemini")) == 134
 
@@ -338,7 +338,7 @@ def test_a_row_whose_request_is_not_known_counts_for_its_provider(ledger, clock)
     assert reserved(ledger, clock, asked()) == 90
 
 
-def test_lost_answers_count_what_their_own_requests_may_have_cost(ledger, clock):
+def test_a_lost_response_counts_as_much_as_its_own_request_may_have_cost(ledger, clock):
     charge(ledger, "a", 11, provider="openai", quality="low")
     charge(ledger, "b", None, provider="openai", quality="low", n=2, asked_=2)
     (spent, _) = Budget(ledger, Limits(credits_per_day=1000), clock).spent()["limits.credits_per_day"]
@@ -346,7 +346,7 @@ def test_lost_answers_count_what_their_own_requests_may_have_cost(ledger, clock)
 
 
 @pytest.mark.parametrize("cap", ["credits_per_day", "credits_per_month"])
-def test_a_request_that_alone_is_more_than_a_cap_is_refused_and_told_which(ledger, clock, cap):
+def test_a_request_that_alone_is_more_than_a_cap_is_refused_with_the_name_of_the_cap(ledger, clock, cap):
     budget = Budget(ledger, Limits(**{cap: 100}, assumed_credits=150), clock)
     refusal = budget.reserve("a", asked())
     assert (refusal.kind, f"limits.{cap}" in refusal.message, "limits.assumed_credits" in refusal.message) == (
@@ -370,14 +370,14 @@ def test_what_is_planned_is_reserved_for_its_job_and_not_counted_twice(ledger, c
     assert budget.plan("c", asked()) is None
 
 
-def test_to_plan_is_no_request_of_this_minute(ledger, clock):
+def test_a_reservation_is_no_request_of_this_minute(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30, requests_per_minute=1), clock)
     assert budget.plan("a", asked()) is None
     assert budget.plan("b", asked()) is None
     assert budget.reserve("a", asked()) is None
 
 
-def test_to_look_reserves_nothing_and_takes_each_request_alone(ledger, clock):
+def test_a_check_reserves_nothing_and_considers_each_request_alone(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 40)
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=30), clock)
     cheap, dear = asked(), asked(n=2)
@@ -386,7 +386,7 @@ def test_to_look_reserves_nothing_and_takes_each_request_alone(ledger, clock):
     assert (found[dear].kind, budget.plan("b", cheap)) == ("cap", None)
 
 
-def test_of_two_caps_the_one_that_lasts_longer_is_told(ledger, clock):
+def test_of_two_caps_the_one_that_lasts_longer_is_reported(ledger, clock):
     clock.now = datetime(2026, 3, 15, 12, tzinfo=UTC).timestamp()
     spend(ledger, "a", clock.now, 50)
     refusal = Budget(ledger, Limits(credits_per_day=60, credits_per_month=60), clock).reserve("b", asked())
@@ -394,7 +394,7 @@ def test_of_two_caps_the_one_that_lasts_longer_is_told(ledger, clock):
     assert "2026-04-01T00:00Z" in refusal.message
 
 
-def test_a_refusal_names_the_setting_what_is_spent_reserved_and_asked_and_when_it_ends(ledger, clock):
+def test_a_refusal_names_the_setting_and_what_is_spent_reserved_and_asked_and_when_it_ends(ledger, clock):
     spend(ledger, "a", NOON - HOUR, 40)
     budget = Budget(ledger, Limits(credits_per_day=100), clock)
     assert budget.reserve("b", asked()) is None
@@ -405,13 +405,13 @@ def test_a_refusal_names_the_setting_what_is_spent_reserved_and_asked_and_when_i
     assert message.endswith("it ends 2026-04-01T00:00Z")
 
 
-def test_one_huge_charge_is_still_a_number_that_a_cap_refuses(ledger, clock):
+def test_after_one_huge_charge_a_cap_still_refuses(ledger, clock):
     charge(ledger, "a", 1e308, n=1)
     charge(ledger, "b", 1e308, at=NOON)
     assert Budget(ledger, Limits(credits_per_day=1e300), clock).reserve("c", asked(n=4)).kind == "too_expensive"
 
 
-def test_a_plan_of_a_job_that_is_stuck_before_it_sends_anything_is_given_up_and_no_other(ledger, clock):
+def test_only_the_reservation_of_a_job_that_is_stuck_before_it_sends_anything_ends(ledger, clock):
     budget = Budget(ledger, Limits(credits_per_day=60, assumed_credits=30), clock)
     for job in "ab":
         assert budget.plan(job, asked()) is None

@@ -15,7 +15,7 @@ from imagewatch.protocol.reasons import Reason
 KINDS = ["key", "credits", "quota", "endpoint", "unreachable", "disk"]
 
 
-def test_without_a_hold_everything_may_go_out():
+def test_without_a_hold_every_request_may_be_sent():
     holds = Holds()
     assert holds.waiting(0) is None
     assert holds.first() is None
@@ -24,7 +24,7 @@ def test_without_a_hold_everything_may_go_out():
     assert holds.clear() == []
 
 
-def test_a_hold_lasts_its_time_and_then_one_request_at_a_time_probes():
+def test_after_its_time_a_hold_admits_one_probe_at_a_time():
     holds = Holds()
     hold = holds.add(Reason("key", "API key rejected"), 100)
     assert (hold.kind, hold.reason.message, hold.until) == ("key", "API key rejected", 100 + FIRST_SECONDS)
@@ -35,7 +35,7 @@ def test_a_hold_lasts_its_time_and_then_one_request_at_a_time_probes():
     assert holds.first() is hold
 
 
-def test_several_requests_that_meet_the_same_at_once_make_one_hold():
+def test_several_requests_that_are_refused_for_one_reason_at_the_same_time_make_one_hold():
     holds = Holds()
     hold = holds.add(Reason("credits", "first"), 100)
     assert holds.add(Reason("credits", "second"), 101) is hold
@@ -52,14 +52,14 @@ def test_each_probe_that_is_refused_doubles_the_wait_up_to_the_longest():
     assert waits[-1] == LONGEST_SECONDS
 
 
-def test_the_time_that_the_endpoint_asked_for_counts():
+def test_the_time_that_the_api_asked_for_counts():
     holds = Holds()
     assert holds.add(Reason("quota", "wait", 5000), 100).until == 5100
     assert holds.add(Reason("quota", "wait", 20), 100).until == 5100
     assert holds.add(Reason("quota", "wait", 7000), 5000).until == 12000
 
 
-def test_after_a_very_long_wait_the_own_intervals_stay_within_the_longest():
+def test_after_a_very_long_wait_the_intervals_stay_within_the_longest():
     holds = Holds()
     holds.add(Reason("quota", "wait", 5000), 0)
     assert holds.add(Reason("quota", "again"), 5000).until == 5000 + LONGEST_SECONDS
@@ -67,7 +67,7 @@ def test_after_a_very_long_wait_the_own_intervals_stay_within_the_longest():
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seconds", [0, 0.0, -5])
-def test_who_says_at_once_to_a_refusal_is_not_believed(kind, seconds):
+def test_a_refusal_that_asks_for_no_wait_is_not_probed_immediately(kind, seconds):
     holds, now = Holds(), 100.0
     for expected in (15, 30, 60):
         hold = holds.add(Reason(kind, "no", seconds), now)
@@ -76,7 +76,7 @@ def test_who_says_at_once_to_a_refusal_is_not_believed(kind, seconds):
         now = hold.until
 
 
-def test_a_busy_endpoint_is_no_reason_to_probe_and_ends_by_itself():
+def test_a_hold_for_a_busy_api_needs_no_probe_and_ends_automatically():
     holds = Holds()
     hold = holds.add(Reason("busy", "slow down", 2), 100)
     assert hold.brief
@@ -109,7 +109,7 @@ def test_a_hold_can_be_ended_alone_or_with_all_others():
     assert holds.first() is None
 
 
-def test_a_hold_that_begins_again_after_its_end_begins_small():
+def test_a_hold_that_begins_again_after_its_end_begins_with_the_shortest_interval():
     holds = Holds()
     holds.add(Reason("key", "no"), 0)
     holds.add(Reason("key", "no"), 100)
@@ -137,7 +137,7 @@ def test_a_job_that_could_not_show_a_refusal_leaves_that_to_the_next():
     assert [holds.may_report("key"), holds.may_report("key"), holds.may_report("credits")] == [True, False, False]
 
 
-def test_of_many_workers_exactly_one_is_blamed():
+def test_of_many_workers_exactly_one_reports_a_refusal():
     holds, start = Holds(), threading.Barrier(8)
 
     def worker(_):
@@ -149,7 +149,7 @@ def test_of_many_workers_exactly_one_is_blamed():
     assert sum(map(sum, shown)) == len(KINDS)
 
 
-def test_only_an_answer_to_a_request_begun_after_the_refusal_disproves_a_hold():
+def test_only_a_response_to_a_request_begun_after_the_refusal_ends_a_hold():
     holds = Holds()
     holds.add(Reason("credits", "none left"), 100)
     assert holds.disproved(99) == []
@@ -158,7 +158,7 @@ def test_only_an_answer_to_a_request_begun_after_the_refusal_disproves_a_hold():
     assert holds.may_report("credits")
 
 
-def test_no_answer_disproves_a_full_disk():
+def test_no_response_ends_a_hold_for_a_full_disk():
     holds = Holds()
     holds.add(Reason("disk", "full", 30), 100)
     holds.add(Reason("key", "no"), 100)
@@ -176,7 +176,7 @@ calls = st.lists(
 
 @given(calls)
 @settings(max_examples=200, deadline=None)
-def test_a_hold_never_gets_shorter_by_another_refusal(history):
+def test_another_refusal_never_shortens_a_hold(history):
     holds, now, until = Holds(), 0.0, {}
     for kind, seconds, pause in history:
         now += pause

@@ -51,7 +51,7 @@ def ledger(path: str) -> Iterator[Ledger]:
         yield opened
 
 
-def test_a_row_comes_back_as_it_was_written(ledger: Ledger) -> None:
+def test_a_row_is_read_as_it_was_written(ledger: Ledger) -> None:
     written = row(message="naïve", sent_at=2.5, provider="flux", got=1, asked_provider="flux", owner="ada")
     ledger.write(written)
     (found,) = ledger.rows()
@@ -73,20 +73,20 @@ def test_another_attempt_and_another_job_have_rows_of_their_own(ledger: Ledger) 
     assert ledger.totals() == {"completed": 1, "refused": 0, "unknown": 1, "credits": 5.0}
 
 
-def test_a_name_that_is_not_text_does_not_stop_a_row(ledger: Ledger) -> None:
+def test_a_name_that_is_not_text_can_be_in_a_row(ledger: Ledger) -> None:
     ledger.write(row(message="caf\udce9"))
     assert "caf" in ledger.rows()[0]["message"]
 
 
 @pytest.mark.parametrize("mtime_ns", [2**63 - 1, 2**63, 2**65, -(2**63), -(2**63) - 1, -(2**65)])
-def test_a_file_of_any_year_is_written_down_and_known_again(ledger: Ledger, mtime_ns: int) -> None:
+def test_a_file_of_any_year_is_recorded_and_recognized(ledger: Ledger, mtime_ns: int) -> None:
     written = row(source_size=5, source_mtime_ns=mtime_ns, contents="{}")
     ledger.write(written)
     assert ledger.finished("b" * 16, written.source, 5, mtime_ns) == [(written.job, "{}")]
     assert ledger.finished("b" * 16, written.source, 5, 0) == []
 
 
-def test_a_number_that_the_ledger_cannot_hold_is_an_error_of_one_job_and_not_of_the_disk(ledger: Ledger) -> None:
+def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(ledger: Ledger) -> None:
     with pytest.raises(SpoolError, match="too large for the ledger") as caught:
         ledger.count_redelivery("a" * 16, 2**64)
     assert caught.value.code == 0  # for any other the queue is held until the disk is well
@@ -94,20 +94,20 @@ def test_a_number_that_the_ledger_cannot_hold_is_an_error_of_one_job_and_not_of_
 
 
 @pytest.mark.parametrize("wrong", [{"outcome": "guessed"}, {"charged": "maybe"}])
-def test_words_that_are_not_the_ledgers_are_refused(ledger: Ledger, wrong: dict[str, str]) -> None:
+def test_outcomes_that_the_ledger_does_not_define_are_refused(ledger: Ledger, wrong: dict[str, str]) -> None:
     with pytest.raises(SpoolError):
         ledger.write(row(**wrong))
     assert ledger.rows() == []
 
 
-def test_what_was_written_is_there_at_the_next_start(path: str) -> None:
+def test_written_rows_are_there_at_the_next_start(path: str) -> None:
     with contextlib.closing(Ledger(path)) as first:
         first.write(row())
     with contextlib.closing(Ledger(path)) as second:
         assert len(second.rows()) == 1
 
 
-def test_several_threads_write_at_once(ledger: Ledger) -> None:
+def test_several_threads_can_write_at_the_same_time(ledger: Ledger) -> None:
     def write(letter: str) -> None:
         for number in range(1, 26):
             ledger.write(row(job=letter * 16, attempt=number))
@@ -145,7 +145,7 @@ def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
         assert database.execute("PRAGMA user_version").fetchone() == (4,)
 
 
-def test_a_file_that_is_no_ledger_is_refused_and_kept(path: str) -> None:
+def test_a_file_that_is_not_a_ledger_is_refused_and_kept(path: str) -> None:
     content = b"this is no database, but it may be somebody's " * 100
     with open(path, "wb") as file:
         file.write(content)
@@ -167,7 +167,7 @@ def test_a_damaged_page_is_noticed_when_it_is_read(path: str) -> None:
         ledger.rows()
 
 
-def test_a_folder_that_is_gone_is_our_disks_fault(tmp_path: Path) -> None:
+def test_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(SpoolError):
         Ledger(str(tmp_path / "gone" / "ledger.sqlite3"))
 
@@ -284,7 +284,7 @@ def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
     assert indexes() == before
 
 
-def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
+def test_several_processes_can_upgrade_a_ledger_at_the_same_time(old: str) -> None:
     script = "import sys; from imagewatch.journal.ledger import Ledger; Ledger(sys.argv[1]).close()"
     processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0] * 4
@@ -293,14 +293,14 @@ def test_several_processes_upgrade_a_ledger_at_once(old: str) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"month": {"\udcff": 1}}', '{"month": {"completed": "\udcff"}}'])
-def test_a_damaged_status_tells_of_no_ledger(tmp_path: pathlib.Path, content: str) -> None:
+def test_a_damaged_status_file_names_no_ledger(tmp_path: pathlib.Path, content: str) -> None:
     (tmp_path / "status.json").write_text(content, "utf-8", "surrogateescape")
     assert not was_there(str(tmp_path))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.05, 0.1, 0.15, 0.2, 0.25])
-def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seconds: float) -> None:
+def test_a_ledger_whose_upgrade_was_killed_is_upgraded_by_the_next_start(old: str, seconds: float) -> None:
     with contextlib.closing(sqlite3.connect(old)) as database:
         database.executescript(
             "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 30000) "
@@ -319,7 +319,7 @@ def test_a_ledger_whose_upgrade_is_killed_is_upgraded_by_the_next(old: str, seco
         assert ledger.balance() is None
 
 
-def test_an_old_daemon_that_still_runs_can_write_into_an_upgraded_ledger(old: str) -> None:
+def test_an_old_daemon_that_still_runs_can_write_to_an_upgraded_ledger(old: str) -> None:
     Ledger(old).close()
     names = "job, attempt, source, source_size, source_mtime_ns, contents, prompt_sha256, outcome, charged, credits, "
     names += "provider, model, fields, asked, got, status, code, message, request_id, endpoint, version, claimed_at"
@@ -333,7 +333,7 @@ def test_an_old_daemon_that_still_runs_can_write_into_an_upgraded_ledger(old: st
         assert ledger.totals()["credits"] == 220
 
 
-def test_a_result_is_in_the_file_that_took_the_place_of_the_ledger_while_it_was_written(path: str) -> None:
+def test_a_result_is_in_the_file_that_replaced_the_ledger_while_it_was_written(path: str) -> None:
     with contextlib.closing(Database(path, prepare, guarded=True)) as database:
         database.change(lambda connection: connection.execute("INSERT INTO redeliveries VALUES ('a', 1, 0.0)"))
         with (

@@ -136,22 +136,22 @@ def test_a_success_has_the_published_shape_and_names_the_default_model(ask, prov
     assert body["billing"]["credits_charged"] == 2 * body["billing"]["credits_per_image"] > 0
 
 
-def test_the_model_asked_for_is_the_model_answered(ask):
+def test_the_response_names_the_model_that_was_asked_for(ask):
     assert ask(model="flux-9").json()["model"] == "flux-9"
 
 
-def test_each_answer_has_its_own_request_id(ask):
+def test_each_response_has_its_own_request_id(ask):
     assert ask().headers["x-request-id"] != ask().headers["x-request-id"]
 
 
-def test_gemini_answers_real_jpeg_bytes_and_says_so(ask):
+def test_gemini_returns_real_jpeg_bytes_and_their_type(ask):
     answer = ask(provider="gemini")
     assert answer.json()["images"][0]["mime_type"] == "image/jpeg"
     assert opened(decoded(answer)[0]).format == "JPEG"
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_openai_answers_in_the_format_and_size_asked_for(ask, kind):
+def test_openai_returns_the_format_and_size_asked_for(ask, kind):
     answer = ask(provider="openai", output_format=kind, size="320x192")
     picture = opened(decoded(answer)[0])
     assert (picture.format, picture.size) == (kind.upper(), (320, 192))
@@ -164,7 +164,7 @@ def test_odd_sizes_can_be_drawn(ask, size):
     assert size in {"auto", f"{picture.width}x{picture.height}"}
 
 
-def test_flux_answers_urls_whose_bytes_are_those_in_the_report(ask, sandbox, web):
+def test_flux_returns_urls_whose_bytes_are_those_in_the_report(ask, sandbox, web):
     entries = ask(n=4).json()["images"]
     fetched = [web.get(entry["url"]) for entry in entries]
     assert {got.headers["content-type"] for got in fetched} == {"image/jpeg"}
@@ -174,12 +174,12 @@ def test_flux_answers_urls_whose_bytes_are_those_in_the_report(ask, sandbox, web
     assert sandbox.report()["calls"][0]["images"] == sums
 
 
-def test_the_same_seed_and_prompt_give_the_same_picture_and_another_seed_another(ask):
+def test_the_same_seed_and_prompt_give_the_same_image_and_another_seed_another(ask):
     first, again, other = (decoded(ask(provider="gemini", seed=seed))[0] for seed in (7, 7, 8))
     assert first == again != other
 
 
-def test_without_a_seed_the_same_prompt_gives_different_pictures(ask):
+def test_without_a_seed_the_same_prompt_gives_different_images(ask):
     assert decoded(ask(provider="gemini")) != decoded(ask(provider="gemini"))
 
 
@@ -189,7 +189,7 @@ def test_openai_costs_by_quality(ask, quality, price):
     assert ask(provider="openai", n=3, **fields).json()["billing"]["credits_charged"] == 3 * price
 
 
-def test_the_report_tells_what_was_asked_and_charged(ask, sandbox, clock, web):
+def test_the_report_contains_what_was_asked_and_charged(ask, sandbox, clock, web):
     picture = image_bytes("WEBP")
     ask("one", "gemini", input_images=[data_url(picture, "image/webp")], headers={"Idempotency-Key": "k1"})
     ask("two", n=9)
@@ -211,14 +211,14 @@ def test_the_report_tells_what_was_asked_and_charged(ask, sandbox, clock, web):
     assert (bad["prompt"], bad["status"], bad["credits"], bad["images"]) == ("two", 400, 0, [])
 
 
-def test_a_repeated_idempotency_key_buys_again(ask, sandbox):
+def test_a_repeated_idempotency_key_is_charged_again(ask, sandbox):
     for _ in range(2):
         ask(headers={"Idempotency-Key": "same"})
     assert sandbox.report()["charged"] == 2
 
 
 @pytest.mark.parametrize("provider", ["gemini", "openai"])
-def test_input_images_show_in_the_picture(ask, provider):
+def test_input_images_appear_in_the_image(ask, provider):
     kinds = {"PNG": "image/png", "JPEG": "image/jpeg", "WEBP": "image/webp"}
     inputs = [data_url(image_bytes(kind), mime) for kind, mime in kinds.items()]
     plain, edited = (decoded(ask(provider=provider, seed=1, **more))[0] for more in ({}, {"input_images": inputs}))
@@ -341,7 +341,7 @@ def test_values_at_the_edge_of_the_contract_are_accepted(ask, fields):
         b'{"provider":"flux"}',
     ],
 )
-def test_a_body_that_is_no_proper_json_object_is_refused(sandbox, web, body):
+def test_a_body_that_is_not_a_valid_json_object_is_refused(sandbox, web, body):
     headers = {**BEARER, "Content-Type": "application/json"}
     answer = web.post(sandbox.base_url + ROUTE, content=body, headers=headers)
     assert answer.status_code == 400
@@ -381,7 +381,7 @@ def test_a_body_in_chunks_is_refused(sandbox, web):
     assert (answer.status_code, sandbox.report()["requests"]) == (411, 0)
 
 
-def test_a_client_that_hangs_up_when_it_is_refused_is_no_fault(sandbox):
+def test_a_client_that_disconnects_when_it_is_refused_is_no_fault(sandbox):
     host, port = sandbox.base_url.removeprefix("http://").split(":")
     for _ in range(200):
         with socket.create_connection((host, int(port)), timeout=10) as connection:
@@ -412,7 +412,7 @@ def test_a_body_of_unknown_or_absurd_length_is_refused_unread(sandbox, lines, st
     assert sandbox.report()["requests"] == 0
 
 
-def test_a_client_that_leaves_before_its_body_is_whole_is_not_charged(sandbox):
+def test_a_client_that_disconnects_before_its_body_is_complete_is_not_charged(sandbox):
     host, port = sandbox.base_url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(head(sandbox, "Content-Length: 100") + b'{"provider":')
@@ -424,7 +424,7 @@ def test_a_client_that_leaves_before_its_body_is_whole_is_not_charged(sandbox):
 @pytest.mark.parametrize(
     "request_bytes", [b"\r\n\r\n", b"nonsense\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"\x16\x03\x01\x02\0\x01"]
 )
-def test_what_is_not_http_does_no_harm(sandbox, ask, request_bytes):
+def test_data_that_is_not_http_does_no_harm(sandbox, ask, request_bytes):
     host, port = sandbox.base_url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(request_bytes)
@@ -452,7 +452,7 @@ def test_other_routes_and_methods_are_refused(sandbox, web, method, path, status
     assert method == "HEAD" or answer.json()["message"]
 
 
-def test_a_target_that_is_no_path_has_no_route(sandbox):
+def test_a_target_that_is_not_a_path_has_no_route(sandbox):
     assert raw(sandbox, head(sandbox, method="GET", path="http://[x/")).startswith(b"HTTP/1.1 404 ")
 
 
@@ -507,14 +507,14 @@ def test_a_request_above_the_balance_is_402_and_is_not_charged_and_names_the_cre
     assert (sandbox.balance, sandbox.report()["charged"], sandbox.report()["credits"]) == (10, 1, 90)
 
 
-def test_many_at_once_never_spend_more_than_the_balance(ask, sandbox):
+def test_many_requests_at_the_same_time_never_spend_more_than_the_balance(ask, sandbox):
     sandbox.balance = 95
     with ThreadPoolExecutor(8) as pool:
         statuses = [answer.status_code for answer in pool.map(lambda _: ask(), range(8))]
     assert (statuses.count(200), statuses.count(402), sandbox.balance) == (3, 5, 5)
 
 
-def test_the_balance_can_be_asked_for(sandbox, web):
+def test_the_balance_can_be_requested(sandbox, web):
     sandbox.balance = 12.5
     answer = web.get(sandbox.base_url + BALANCE_ROUTE, headers=BEARER).json()
     assert answer["total_balance"] == 12.5
@@ -530,7 +530,7 @@ def test_an_endless_balance_is_shown_as_a_number(sandbox, web):
     assert web.get(sandbox.base_url + BALANCE_ROUTE, headers=BEARER).json()["total_balance"] > 0
 
 
-def test_a_client_that_hangs_up_has_paid(sandbox):
+def test_a_client_that_disconnects_is_charged(sandbox):
     sandbox.hold()
     body = b'{"provider":"gemini","prompt":"x"}'
     host, port = sandbox.base_url.removeprefix("http://").split(":")
@@ -553,7 +553,7 @@ def test_a_url_expires(ask, clock, web):
     assert web.get(url).status_code == 403
 
 
-def test_a_url_is_good_only_as_it_was_signed(ask, sandbox, web):
+def test_a_url_is_valid_only_as_it_was_signed(ask, sandbox, web):
     url = ask().json()["images"][0]["url"]
     for spoilt in (
         url.partition("?")[0],
@@ -609,7 +609,7 @@ def test_a_mistyped_tag_is_refused_rather_than_ignored(ask, sandbox, prompt):
     assert answer.json()["message"].startswith("sandbox:")
 
 
-def test_an_unknown_tag_is_answered_with_those_that_exist(ask):
+def test_the_refusal_of_an_unknown_tag_lists_those_that_exist(ask):
     message = ask("[sandbox: teapot]").json()["message"]
     assert all(name in message for name in TAGS)
 
@@ -649,7 +649,7 @@ def test_error_bodies_have_the_shapes_seen_in_the_wild(ask, tag, expected):
 @pytest.mark.parametrize(
     ("tag", "value"), [("429", "1"), ("503-shutdown", "1"), ("429-plain", None), ("429-quota", None)]
 )
-def test_only_some_refusals_say_when_to_come_back(ask, tag, value):
+def test_only_some_refusals_say_when_to_try_again(ask, tag, value):
     assert ask(f"[sandbox: {tag}]").headers.get("retry-after") == value
 
 
@@ -659,14 +659,14 @@ def test_some_errors_have_no_body(ask, tag):
 
 
 @pytest.mark.parametrize("tag", ["502", "503", "504", "520", "521", "522", "523", "524", "not-json"])
-def test_some_answers_are_pages(ask, tag):
+def test_some_responses_are_pages(ask, tag):
     answer = ask(f"[sandbox: {tag}]")
     assert answer.headers["content-type"].startswith("text/html")
     assert "<html>" in answer.text
 
 
 @pytest.mark.parametrize("tag", ["302", "307", "308"])
-def test_who_follows_a_redirect_of_the_paid_call_is_counted(ask, sandbox, web, tag):
+def test_a_client_that_follows_a_redirect_of_the_paid_call_is_counted(ask, sandbox, web, tag):
     answer = ask(f"[sandbox: {tag}]")
     assert sandbox.report()["redirected"] == 0
     web.request("GET" if tag == "302" else "POST", sandbox.base_url + answer.headers["location"], headers=BEARER)
@@ -674,7 +674,7 @@ def test_who_follows_a_redirect_of_the_paid_call_is_counted(ask, sandbox, web, t
 
 
 @pytest.mark.parametrize("tag", CUT_OFF)
-def test_an_answer_cut_off_is_charged(ask, sandbox, tag):
+def test_a_response_that_is_cut_off_is_charged(ask, sandbox, tag):
     with pytest.raises(httpx.TransportError):
         ask(f"[sandbox: {tag}]", "gemini")
     assert (sandbox.report()["charged"], sandbox.report()["credits"]) == (1, 134)
@@ -687,7 +687,7 @@ def test_a_reset_is_a_reset_and_a_drop_is_not(ask):
         ask("[sandbox: drop]")
 
 
-def test_a_truncated_answer_promises_its_whole_length_and_sends_half(sandbox):
+def test_a_truncated_response_announces_its_whole_length_and_sends_half(sandbox):
     body = b'{"provider":"gemini","prompt":"[sandbox: truncate]"}'
     answer = raw(sandbox, head(sandbox, f"Content-Length: {len(body)}") + body)
     top, _, content = answer.partition(b"\r\n\r\n")
@@ -700,12 +700,12 @@ def test_not_object_is_a_list(ask):
 
 
 @pytest.mark.parametrize(("tag", "count"), [("no-images", 0), ("fewer", 2)])
-def test_fewer_images_than_asked_are_charged_all_the_same(ask, tag, count):
+def test_fewer_images_than_asked_for_are_charged_nevertheless(ask, tag, count):
     body = ask(f"[sandbox: {tag}]", n=3).json()
     assert (len(body["images"]), body["billing"]["credits_charged"]) == (count, 90)
 
 
-def test_bad_base64_is_in_the_last_image_only_and_no_decoder_takes_it(ask, sandbox):
+def test_bad_base64_is_in_the_last_image_only_and_no_decoder_accepts_it(ask, sandbox):
     good, bad = ask("[sandbox: bad-base64]", n=2).json()["images"]
     assert opened(base64.b64decode(good["b64_json"], validate=True)).format == "JPEG"
     with pytest.raises(ValueError, match="base64"):
@@ -713,7 +713,7 @@ def test_bad_base64_is_in_the_last_image_only_and_no_decoder_takes_it(ask, sandb
     assert sandbox.report()["calls"][0]["images"][1] is None
 
 
-def test_a_bad_picture_is_valid_base64_of_half_a_picture(ask):
+def test_a_bad_image_is_valid_base64_of_half_an_image(ask):
     good, bad = decoded(ask("[sandbox: bad-picture]", "gemini", n=2))
     opened(good)
     with pytest.raises(OSError, match="truncated"):
@@ -729,14 +729,14 @@ def test_a_bad_picture_is_valid_base64_of_half_a_picture(ask):
     ],
 )
 @pytest.mark.parametrize("by", ["url", "b64"])
-def test_bytes_can_be_something_else_than_a_picture_or_than_claimed(ask, web, tag, expected, by):
+def test_bytes_can_be_something_else_than_an_image_or_than_the_named_type(ask, web, tag, expected, by):
     entry = ask(f"[sandbox: {tag}, {by}]", "openai").json()["images"][-1]
     content = web.get(entry["url"]).content if by == "url" else base64.b64decode(entry["b64_json"])
     assert entry["mime_type"] == expected[0]
     assert content.startswith(expected[1])
 
 
-def test_no_billing_is_an_answer_without_billing(ask, sandbox):
+def test_no_billing_is_a_response_without_billing(ask, sandbox):
     assert "billing" not in ask("[sandbox: no-billing]").json()
     assert sandbox.report()["charged"] == 1
 
@@ -748,7 +748,7 @@ def test_gzip_is_compressed_and_readable(sandbox):
     assert json.loads(gzip.decompress(content))["images"]
 
 
-def test_big_is_a_valid_picture_of_that_many_megabytes_with_a_correct_length(ask, sandbox):
+def test_big_is_a_valid_image_of_that_many_megabytes_with_a_correct_length(ask, sandbox):
     answer = ask("[sandbox: big 3]", "gemini", n=2)
     assert len(answer.content) == int(answer.headers["content-length"])
     contents = decoded(answer)
@@ -769,13 +769,13 @@ def checksums_hold(content):
     return at == len(content)
 
 
-def test_a_very_big_answer_is_streamed(ask):
+def test_a_very_large_response_is_streamed(ask):
     answer = ask("[sandbox: big 20, gzip]", "gemini", n=2)
     assert len(answer.content) > 2 * 20_000_000 * 4 // 3
 
 
 @pytest.mark.parametrize("provider", DEFAULT_MODELS)
-def test_url_and_b64_choose_the_way_of_delivery_for_any_provider(ask, provider):
+def test_url_and_b64_choose_the_kind_of_delivery_for_any_provider(ask, provider):
     assert "url" in ask("[sandbox: url]", provider).json()["images"][0]
     assert "b64_json" in ask("[sandbox: b64]", provider).json()["images"][0]
 
@@ -789,7 +789,7 @@ def test_url_and_b64_choose_the_way_of_delivery_for_any_provider(ask, provider):
         ("url-redirect", [302, 302]),
     ],
 )
-def test_downloads_fail_as_asked(ask, web, tag, statuses):
+def test_downloads_fail_as_requested(ask, web, tag, statuses):
     url = ask(f"[sandbox: {tag}]").json()["images"][0]["url"]
     assert [web.get(url).status_code for _ in statuses] == statuses
 
@@ -804,7 +804,7 @@ def test_a_redirected_download_arrives_in_the_end(ask, web):
 @pytest.mark.parametrize(
     ("tag", "url"), [("url-file", "file:///etc/hostname"), ("url-private", "http://10.0.0.1/x.png")]
 )
-def test_urls_can_point_where_no_client_should_go(ask, tag, url):
+def test_urls_can_point_to_places_that_no_client_should_open(ask, tag, url):
     assert ask(f"[sandbox: {tag}]").json()["images"][0]["url"] == url
 
 
@@ -815,12 +815,12 @@ def test_a_huge_download_does_not_say_how_long_it_is(ask, web):
     assert len(answer.content) > 5_000_000
 
 
-def test_a_trickled_answer_arrives_whole(ask):
+def test_a_trickled_response_arrives_completely(ask):
     assert ask("[sandbox: trickle 0.0001, trickle-headers 0.0001, not-object]").json() == ["no object"]
 
 
 @pytest.mark.parametrize("tag", ["slow 3600", "trickle 3600", "trickle-headers 3600"])
-def test_a_slow_answer_is_charged_first_and_stopping_frees_it(web, tag):
+def test_a_slow_response_is_charged_first_and_ends_when_the_sandbox_stops(web, tag):
     body = {"provider": "flux", "prompt": f"[sandbox: {tag}]"}
     sandbox = Sandbox()
     sandbox.start()
@@ -844,7 +844,7 @@ def test_once_applies_to_the_first_request_with_a_prompt_only(ask):
     assert ask("another [sandbox: once 429]").status_code == 429
 
 
-def test_once_goes_by_the_idempotency_key_when_there_is_one(ask):
+def test_once_uses_the_idempotency_key_if_there_is_one(ask):
     keys = ["a", "a", "b"]
     assert [ask("[sandbox: once 500]", headers={"Idempotency-Key": key}).status_code for key in keys] == [
         500,
@@ -860,7 +860,7 @@ def test_times_applies_to_the_first_few_requests(ask):
 # Gate, life and death.
 
 
-def test_while_held_a_request_is_charged_but_not_answered(ask, sandbox):
+def test_during_a_hold_a_request_is_charged_but_gets_no_response(ask, sandbox):
     sandbox.hold()
     waiting = in_thread(ask)
     assert sandbox.wait_for_requests(1, 10)
@@ -870,12 +870,12 @@ def test_while_held_a_request_is_charged_but_not_answered(ask, sandbox):
     assert waiting.result(10).status_code == 200
 
 
-def test_waiting_for_more_requests_than_come_gives_up(sandbox):
+def test_waiting_for_more_requests_than_come_times_out(sandbox):
     assert sandbox.wait_for_requests(0, 0)
     assert not sandbox.wait_for_requests(1, 0.01)
 
 
-def test_stopping_cuts_off_what_is_held(web):
+def test_stopping_cuts_off_held_requests(web):
     sandbox = Sandbox()
     sandbox.start()
     sandbox.hold()
@@ -888,11 +888,11 @@ def test_stopping_cuts_off_what_is_held(web):
     sandbox.stop()
 
 
-def test_it_can_be_stopped_without_having_been_started():
+def test_the_sandbox_can_be_stopped_without_having_been_started():
     Sandbox().stop()
 
 
-def test_it_serves_in_the_foreground_until_stopped(web):
+def test_the_sandbox_serves_in_the_foreground_until_stopped(web):
     sandbox = Sandbox()
     thread = threading.Thread(target=sandbox.serve_forever)
     thread.start()
@@ -909,7 +909,7 @@ def test_an_address_that_cannot_be_bound_is_a_configuration_error(sandbox, port)
         Sandbox(port=port or taken)
 
 
-def test_latency_holds_an_answer_back_until_it_is_over_or_the_sandbox_stops(web):
+def test_latency_delays_a_response_until_it_is_over_or_the_sandbox_stops(web):
     sandbox = Sandbox(latency_seconds=3600)
     sandbox.start()
     waiting = in_thread(web.post, sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "x"}, headers=BEARER)
@@ -926,7 +926,7 @@ def listening():
         yield sandbox, lines
 
 
-def test_each_request_is_told_on_one_plain_line(web):
+def test_each_request_is_logged_on_one_plain_line(web):
     with listening() as (sandbox, lines):
         web.post(sandbox.base_url + ROUTE, json={"provider": "flux", "prompt": "a\n\x1b[31mcat"}, headers=BEARER)
         web.get(sandbox.base_url + "/x%0a")
@@ -947,7 +947,7 @@ def test_one_connection_can_carry_many_requests(sandbox):
     assert sandbox.report()["requests"] == 3
 
 
-def test_many_connections_at_once_are_all_served(ask, sandbox):
+def test_many_connections_at_the_same_time_are_all_served(ask, sandbox):
     with ThreadPoolExecutor(32) as pool:
         answers = list(pool.map(lambda number: ask(f"cat {number}", "openai", size="16x16"), range(96)))
     assert {answer.status_code for answer in answers} == {200}

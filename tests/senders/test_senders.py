@@ -101,7 +101,7 @@ def test_hard_links(parcel):
 # Writing under the final name
 
 
-def test_a_sender_that_stalls_for_as_long_as_it_likes_with_the_file_open(either, tmp_path):
+def test_a_sender_that_stalls_for_any_time_with_the_file_open(either, tmp_path):
     writers_are_seen(tmp_path)
     send_images(either)
     content = either.files["cat.prompt.txt"]
@@ -114,7 +114,7 @@ def test_a_sender_that_stalls_for_as_long_as_it_likes_with_the_file_open(either,
     either.is_completed()
 
 
-def test_an_image_that_stalls_while_its_prompt_is_quiet(parcel, tmp_path):
+def test_an_image_that_stalls_while_its_prompt_is_unchanged(parcel, tmp_path):
     writers_are_seen(tmp_path)
     run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
     content = parcel.files["cat.webp"]
@@ -159,7 +159,7 @@ def test_a_shell_that_appends_in_pieces(either):
     either.is_completed()
 
 
-def test_images_that_are_made_empty_and_filled_by_another_name(parcel):
+def test_images_that_are_created_empty_and_filled_under_another_name(parcel):
     """What Firefox does: an empty file of the final name holds the place while another one grows."""
     (parcel.target / "cat.webp").touch()
     run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
@@ -187,7 +187,7 @@ FORMS = {
 """How senders name a file while they write it."""
 
 
-def test_another_name_for_the_time_of_the_transfer(native, tmp_path):
+def test_another_name_during_the_transfer(native, tmp_path):
     parcels = [native.parcel(tmp_path) for _ in FORMS]
     sent = list(zip(parcels, FORMS.values(), strict=True))
     for parcel, form in sent:
@@ -203,7 +203,7 @@ def test_another_name_for_the_time_of_the_transfer(native, tmp_path):
         parcel.is_completed()
 
 
-def test_what_systems_leave_beside_files_is_neither_taken_nor_complained_about(native, parcel):
+def test_system_files_beside_prompts_are_neither_claimed_nor_reported(native, parcel):
     """AppleDouble files of macOS, lock files, thumbnails, backups."""
     names = ["._cat.prompt.txt", "._cat.webp", ".DS_Store", "~$other.prompt.txt", "cat.prompt.txt~", "Thumbs.db"]
     for name in (*names, "cat.prompt.txt:Zone.Identifier", "@eaDir/cat.prompt.txt", ".git/cat.prompt.txt"):
@@ -214,7 +214,7 @@ def test_what_systems_leave_beside_files_is_neither_taken_nor_complained_about(n
     assert [line["file"] for line in native.daemon.events("ignored") if line["file"].startswith(parcel.name)] == []
 
 
-def test_what_is_not_taken_though_somebody_may_have_meant_it_is_named_in_the_log(native, parcel):
+def test_ignored_files_that_may_have_been_meant_as_prompts_are_named_in_the_log(native, parcel):
     meant = ["cat.txt", "cat.prompt.txt.txt", "Dog.Prompt.txt", "#1.prompt.txt", "@home/cat.prompt.txt"]
     for name in meant:
         (parcel.target / name).parent.mkdir(exist_ok=True)

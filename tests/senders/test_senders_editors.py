@@ -87,7 +87,7 @@ def test_nano_without_a_lock_file(parcel, prompt):
 
 
 @SLOW
-def test_emacs_that_saves_and_goes_on_typing(parcel, prompt):
+def test_emacs_that_saves_and_continues_typing(parcel, prompt):
     emacs = program("emacs")
     first, rest = typed(parcel)
     lock = parcel.target / ".#cat.prompt.txt"
@@ -114,7 +114,7 @@ def test_sed_that_edits_in_place(parcel, prompt):
 # What other editors do, step by step
 
 
-def test_an_editor_that_empties_the_file_and_writes_it_again_while_somebody_types(parcel, prompt):
+def test_an_editor_that_truncates_the_file_and_writes_it_again_while_a_person_types(parcel, prompt):
     """What VS Code does with auto-save, and nano without it."""
     written = b""
     for piece in pieces(parcel.files["cat.prompt.txt"]):
@@ -161,7 +161,7 @@ LOCKS = {
 }
 
 
-def test_a_lock_file_holds_the_prompt_until_it_is_gone(native, tmp_path):
+def test_a_lock_file_delays_the_prompt_until_it_is_removed(native, tmp_path):
     parcels = [native.parcel(tmp_path) for _ in LOCKS]
     for parcel, lock in zip(parcels, LOCKS.values(), strict=True):
         (parcel.target / lock).symlink_to("sender@here.1234")
@@ -176,7 +176,7 @@ def test_a_lock_file_holds_the_prompt_until_it_is_gone(native, tmp_path):
         parcel.is_completed()
 
 
-def test_a_prompt_that_names_its_images_is_not_taken_at_once_while_it_is_open_in_an_editor(native, tmp_path):
+def test_a_prompt_that_names_its_images_is_not_claimed_immediately_while_it_is_open_in_an_editor(native, tmp_path):
     parcel = native.parcel(tmp_path, head=DECLARES)
     shutil.copytree(parcel.source, parcel.target, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.txt"))
     lock, temporary = parcel.target / ".cat.prompt.txt.kate-swp", parcel.target / ".new"

@@ -75,7 +75,7 @@ def test_rsync_that_delays_updates(parcel, rsync):
 
 
 @SLOW
-def test_rsync_that_keeps_partial_files_and_goes_on_at_once(large, rsync):
+def test_rsync_that_keeps_partial_files_and_resumes_immediately(large, rsync):
     command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
     interrupted(command, large, large.target)
     assert (large.target / "cat.webp").stat().st_size < len(large.files["cat.webp"])
@@ -84,7 +84,7 @@ def test_rsync_that_keeps_partial_files_and_goes_on_at_once(large, rsync):
 
 
 @SLOW
-def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_made_when_it_comes_again(native, large, rsync):
+def test_rsync_that_leaves_a_partial_file_is_refused_unpaid_and_completed_when_it_runs_again(native, large, rsync):
     command = [rsync, "-a", "--partial", "--bwlimit=900", f"{large.source}/", large.target]
     interrupted(command, large, large.target)
     refused = native.folders.errors / large.name
@@ -105,7 +105,7 @@ def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_
     parcel.is_completed()
 
 
-def test_rsync_that_deletes_what_it_does_not_know_takes_nothing_that_is_paid_for(native, parcel, rsync):
+def test_rsync_that_deletes_unknown_files_removes_nothing_that_is_paid_for(native, parcel, rsync):
     """``--delete`` also empties the folder of claimed originals; the source has them still."""
     native.sandbox.hold()
     try:

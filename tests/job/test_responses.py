@@ -110,7 +110,7 @@ def _no_secret(tmp_path, capfd):
     no_secret(tmp_path, KEY, "".join(capfd.readouterr()))
 
 
-def test_every_behaviour_of_the_sandbox_is_in_one_of_these_tables():
+def test_every_tag_of_the_sandbox_is_in_one_of_these_tables():
     tables = [REFUSED, UNCLEAR, [(tag,) for tag in UNANSWERED], UNREADABLE, FLAWED, BUSY, [(tag,) for tag in GOOD]]
     asked = {word for table in tables for row in table for word in row[0].split(", ")}
     assert asked | ELSEWHERE == set(TAGS)
@@ -120,7 +120,7 @@ def test_every_behaviour_of_the_sandbox_is_in_one_of_these_tables():
 
 
 @pytest.mark.parametrize(("tag", "status", "code", "words", "kind", "advice"), REFUSED, ids=[r[0] for r in REFUSED])
-def test_a_refusal_is_free_and_told_in_the_words_of_the_endpoint(
+def test_a_refusal_is_free_and_its_error_file_has_the_message_of_the_api(
     station, sandbox, tag, status, code, words, kind, advice
 ):
     originals = ask(station, tag)
@@ -143,14 +143,14 @@ def test_a_refusal_is_free_and_told_in_the_words_of_the_endpoint(
     assert (report["requests"], report["charged"], report["redirected"]) == (1, 0, 0)
 
 
-def test_a_quota_says_how_long_to_wait(station, sandbox):
+def test_a_used_up_quota_is_reported_with_the_time_to_wait(station, sandbox):
     ask(station, "429-quota")
     (outcome,) = station.work()
     assert outcome.reason.seconds == 60
 
 
 @pytest.mark.parametrize("tag", [row[0] for row in REFUSED if row[4]])
-def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandbox, tag):
+def test_only_the_first_prompt_shows_a_refusal_that_concerns_every_prompt(station, sandbox, tag):
     station.worker = Distrustful(
         station.spool, station.client, station.ledger, station.config(), may_report=Holds().may_report
     )
@@ -169,7 +169,7 @@ def test_only_the_first_prompt_shows_what_every_prompt_would_meet(station, sandb
     assert sandbox.report()["charged"] == 0
 
 
-def test_a_key_that_the_endpoint_does_not_know_is_refused(station, sandbox):
+def test_a_key_that_the_api_does_not_accept_is_refused(station, sandbox):
     sandbox.key = "sk-let-another-key-entirely"
     originals = ask(station)
     (outcome,) = station.work()
@@ -193,7 +193,7 @@ def test_without_a_usable_key_nothing_is_sent(station, sandbox):
     assert sandbox.report()["requests"] == 0
 
 
-def test_an_account_without_credits_is_told_what_one_request_costs(station, sandbox):
+def test_a_refusal_for_lack_of_credits_says_what_one_request_costs(station, sandbox):
     sandbox.balance = 100
     originals = ask(station)
     station.work()
@@ -225,7 +225,7 @@ def test_an_account_without_credits_is_told_what_one_request_costs(station, sand
         (b"9" * 5000, "9" * 2000, None),
     ],
 )
-def test_the_words_are_found_in_any_shape_and_cannot_harm_a_terminal(tmp_path, body, message, code):
+def test_the_message_is_found_in_any_shape_and_cannot_harm_a_terminal(tmp_path, body, message, code):
     with served_by(tmp_path, answering(body, status=b"400 Bad Request")) as station:
         originals = ask(station)
         station.work()
@@ -237,7 +237,7 @@ def test_the_words_are_found_in_any_shape_and_cannot_harm_a_terminal(tmp_path, b
 
 
 @pytest.mark.parametrize("status", [b"401 Unauthorized", b"400 Bad Request", b"502 Bad Gateway", b"200 OK"])
-def test_a_server_that_repeats_the_key_does_not_put_it_on_our_disk(tmp_path, status):
+def test_a_key_that_a_server_repeats_is_not_written_to_disk(tmp_path, status):
     echo = b"y" * 1000 + b'wrong key "Bearer ' + KEY.encode() + b'"' + b"z" * 1000
 
     def script(exchange):
@@ -264,7 +264,7 @@ def test_a_server_that_repeats_the_key_does_not_put_it_on_our_disk(tmp_path, sta
         b"y" * 250 + b"%s\r\n\r\n",  # what is told of it ends within the key
     ],
 )
-def test_what_the_network_library_says_of_a_broken_answer_never_holds_the_key(tmp_path, capfd, reply):
+def test_an_error_of_the_network_library_about_a_broken_response_never_contains_the_key(tmp_path, capfd, reply):
     def script(exchange):
         exchange.request()
         exchange.send(reply % KEY.encode())
@@ -288,7 +288,7 @@ def served_with(key, tmp_path, *scripts, **settings):
 @pytest.mark.parametrize(
     "status", [b"401 Unauthorized", b"400 Bad Request", b"302 Found", b"500 No", b"502 Bad Gateway"]
 )
-def test_a_refusal_that_repeats_a_short_key_does_not_put_it_on_our_disk(tmp_path, capfd, status):
+def test_a_short_key_that_a_refusal_repeats_is_not_written_to_disk(tmp_path, capfd, status):
     said = answering(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
     with served_with("hunter2", tmp_path, said) as station:
         ask(station)
@@ -298,7 +298,7 @@ def test_a_refusal_that_repeats_a_short_key_does_not_put_it_on_our_disk(tmp_path
         no_secret(tmp_path, "hunter2", repr(outcome) + "".join(capfd.readouterr()))
 
 
-def test_a_picture_that_happens_to_hold_a_short_key_is_published_as_it_came(tmp_path):
+def test_an_image_that_contains_a_short_key_by_chance_is_published_unchanged(tmp_path):
     body = paid(IMAGE)
     key = base64.b64encode(IMAGE)[20:35].decode()
     with served_with(key, tmp_path, answering(body)) as station:
@@ -312,7 +312,7 @@ def test_a_picture_that_happens_to_hold_a_short_key_is_published_as_it_came(tmp_
 
 
 @pytest.mark.parametrize("tag", ["once 429", "times 3 429", "once 429-plain", "times 2 503-shutdown"])
-def test_what_was_free_and_passes_is_sent_again_and_paid_once(station, sandbox, tag):
+def test_a_request_with_a_free_and_transient_error_is_sent_again_and_paid_once(station, sandbox, tag):
     originals = ask(station, tag)
     (outcome,) = station.work()
 
@@ -329,7 +329,7 @@ def test_what_was_free_and_passes_is_sent_again_and_paid_once(station, sandbox, 
 
 
 @pytest.mark.parametrize(("tag", "attempts"), BUSY)
-def test_when_the_attempts_are_spent_it_is_an_error(station, sandbox, tag, attempts):
+def test_a_prompt_fails_when_its_attempts_are_used_up(station, sandbox, tag, attempts):
     originals = ask(station, tag)
     station.work()
 
@@ -341,7 +341,7 @@ def test_when_the_attempts_are_spent_it_is_an_error(station, sandbox, tag, attem
     assert (report["requests"], report["charged"]) == (attempts, 0)
 
 
-def test_the_wait_before_another_attempt_is_what_the_endpoint_asks_for(station, sandbox):
+def test_the_wait_before_another_attempt_is_what_the_api_asks_for(station, sandbox):
     ask(station, "once 429")
     candidate = station.scan.scan_all(0, 0).ready[0]
     outcome = station.worker.start(candidate.claim(station.spool.new_job(), 0.0))
@@ -372,7 +372,7 @@ def test_a_retry_after_of_any_kind_is_bounded(tmp_path, said, least):
 
 
 @pytest.mark.parametrize(("tag", "status", "code", "words"), UNCLEAR, ids=[row[0] for row in UNCLEAR])
-def test_an_answer_that_proves_nothing_may_have_been_charged(station, sandbox, tag, status, code, words):
+def test_after_a_response_that_proves_nothing_the_charge_is_unknown(station, sandbox, tag, status, code, words):
     originals = ask(station, tag)
     (outcome,) = station.work()
 
@@ -388,7 +388,7 @@ def test_an_answer_that_proves_nothing_may_have_been_charged(station, sandbox, t
 
 
 @pytest.mark.parametrize("tag", UNANSWERED)
-def test_a_request_that_left_whole_and_got_no_answer_may_have_been_charged(station, sandbox, tag):
+def test_after_a_complete_request_without_a_response_the_charge_is_unknown(station, sandbox, tag):
     originals = ask(station, tag)
     (outcome,) = station.work()
 
@@ -411,7 +411,7 @@ def test_a_request_that_left_whole_and_got_no_answer_may_have_been_charged(stati
 # Paid
 
 
-def test_a_success_becomes_pictures_and_a_receipt(station, sandbox):
+def test_a_success_becomes_images_and_a_receipt(station, sandbox):
     originals = ask(station, front="n = 2")
     (outcome,) = station.work()
 
@@ -442,7 +442,7 @@ def test_a_success_becomes_pictures_and_a_receipt(station, sandbox):
 
 
 @pytest.mark.parametrize(("tag", "ending", "inside", "remark", "cost"), UNREADABLE, ids=[row[0] for row in UNREADABLE])
-def test_a_paid_answer_that_holds_no_picture_is_kept_whole(station, sandbox, tag, ending, inside, remark, cost):
+def test_a_charged_response_without_an_image_is_kept_completely(station, sandbox, tag, ending, inside, remark, cost):
     originals = ask(station, tag)
     (outcome,) = station.work()
 
@@ -464,7 +464,7 @@ def test_a_paid_answer_that_holds_no_picture_is_kept_whole(station, sandbox, tag
 
 
 @pytest.mark.parametrize(("tag", "names", "got", "remark"), FLAWED, ids=[row[0] for row in FLAWED])
-def test_good_pictures_are_published_beside_a_bad_one(station, sandbox, tag, names, got, remark):
+def test_good_images_are_published_beside_a_bad_one(station, sandbox, tag, names, got, remark):
     originals = ask(station, tag, "n = 2")
     (outcome,) = station.work()
 
@@ -483,7 +483,7 @@ def test_good_pictures_are_published_beside_a_bad_one(station, sandbox, tag, nam
     assert row_of(station)["got"] == got
 
 
-def test_a_picture_that_ends_half_way_is_published_with_a_remark(station, sandbox):
+def test_an_incomplete_image_is_published_with_a_remark(station, sandbox):
     originals = ask(station, "bad-picture")
     station.work()
     receipt = made(station, "x", originals, "x.jpg")
@@ -491,7 +491,7 @@ def test_a_picture_that_ends_half_way_is_published_with_a_remark(station, sandbo
     assert receipt["images"][0]["problem"]
 
 
-def test_the_ending_follows_the_bytes_not_the_word_of_the_endpoint(station, sandbox):
+def test_the_file_ending_follows_the_content_not_the_type_that_the_api_names(station, sandbox):
     originals = ask(station, "wrong-mime")
     station.work()
     (image,) = made(station, "x", originals, "x.jpg")["images"]
@@ -499,7 +499,7 @@ def test_the_ending_follows_the_bytes_not_the_word_of_the_endpoint(station, sand
 
 
 @pytest.mark.parametrize("tag", ["gzip", "b64", "slow 0.01", "trickle-headers 0.0001"])
-def test_a_success_may_come_in_any_manner(station, sandbox, tag):
+def test_a_success_may_be_delivered_in_any_way(station, sandbox, tag):
     originals = ask(station, tag)
     station.work()
     receipt = made(station, "x", originals, "x.jpg")
@@ -507,7 +507,7 @@ def test_a_success_may_come_in_any_manner(station, sandbox, tag):
     assert sandbox.report()["calls"][0]["images"] == [receipt["images"][0]["sha256"]]
 
 
-def test_a_success_without_billing_costs_nobody_knows_what(station, sandbox):
+def test_a_success_without_billing_has_an_unknown_cost(station, sandbox):
     originals = ask(station, "no-billing")
     (outcome,) = station.work()
     receipt = made(station, "x", originals, "x.jpg")
@@ -530,7 +530,7 @@ def test_a_success_without_billing_costs_nobody_knows_what(station, sandbox):
         ([], None),
     ],
 )
-def test_odd_billing_never_costs_the_picture(tmp_path, billing, cost):
+def test_unusual_billing_never_costs_the_image(tmp_path, billing, cost):
     with served_by(tmp_path, answering(paid(IMAGE, billing=billing))) as station:
         originals = ask(station)
         station.work()
@@ -572,7 +572,7 @@ def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap
         b'{"images": [{"url": "\\ud800"}]}',
     ],
 )
-def test_whatever_a_paid_answer_is_it_is_kept_byte_for_byte(tmp_path, body):
+def test_any_charged_response_is_kept_byte_for_byte(tmp_path, body):
     with served_by(tmp_path, answering(body)) as station:
         ask(station)
         (outcome,) = station.work()
@@ -592,7 +592,7 @@ def test_whatever_a_paid_answer_is_it_is_kept_byte_for_byte(tmp_path, body):
         ({"message": "Nothing came of it.", "images": []}, "Nothing came of it.", None),
     ],
 )
-def test_an_error_in_the_clothes_of_a_success_is_told_in_its_own_words_and_counts_as_paid(
+def test_an_error_with_status_200_is_shown_with_its_message_and_counts_as_charged(
     tmp_path, status, body, message, code
 ):
     raw = json.dumps(body).encode()
@@ -613,7 +613,7 @@ def test_an_error_in_the_clothes_of_a_success_is_told_in_its_own_words_and_count
         assert row["message"].startswith(error["message"])
 
 
-def test_an_error_that_repeats_the_key_in_the_clothes_of_a_success_does_not_put_it_on_our_disk(tmp_path):
+def test_a_key_that_an_error_with_status_200_repeats_is_not_written_to_disk(tmp_path):
     body = json.dumps({"error": {"message": f"key {KEY} is blocked", "code": KEY}}).encode()
     with served_by(tmp_path, answering(body)) as station:
         ask(station)
@@ -632,7 +632,7 @@ def test_an_error_that_repeats_the_key_in_the_clothes_of_a_success_does_not_put_
     ],
     ids=["data url", "data url in percent", "url-safe", "data url in b64_json"],
 )
-def test_a_picture_is_published_in_whatever_spelling_it_came(tmp_path, entry):
+def test_an_image_is_published_in_any_usual_encoding(tmp_path, entry):
     body = json.dumps({"images": [entry], "billing": {"credits_charged": 7}}).encode()
     with served_by(tmp_path, answering(body)) as station:
         originals = ask(station)
@@ -643,14 +643,14 @@ def test_a_picture_is_published_in_whatever_spelling_it_came(tmp_path, entry):
         assert (receipt["credits_charged"], receipt["charged"]) == (7, "yes")
 
 
-def test_a_success_may_have_any_status_of_the_two_hundreds(tmp_path):
+def test_a_success_may_have_any_status_from_200_to_299(tmp_path):
     with served_by(tmp_path, answering(paid(IMAGE), status=b"201 Created")) as station:
         originals = ask(station)
         station.work()
         made(station, "x", originals, "x.png")
 
 
-def test_more_pictures_than_asked_for_are_all_published(tmp_path):
+def test_if_more_images_come_than_were_asked_for_all_are_published(tmp_path):
     with served_by(tmp_path, answering(paid(IMAGE, picture("WEBP"), picture("JPEG")))) as station:
         originals = ask(station)
         station.work()
@@ -658,7 +658,7 @@ def test_more_pictures_than_asked_for_are_all_published(tmp_path):
         assert receipt["problems"] == ["asked for 1, got 3"]
 
 
-def test_an_answer_over_the_limit_is_paid_and_what_came_of_it_is_kept(tmp_path):
+def test_a_response_over_the_limit_counts_as_charged_and_its_received_part_is_kept(tmp_path):
     body = paid(IMAGE)
     with served_by(tmp_path, answering(body), endpoint__max_response_bytes="100") as station:
         originals = ask(station)
@@ -669,7 +669,7 @@ def test_an_answer_over_the_limit_is_paid_and_what_came_of_it_is_kept(tmp_path):
         assert (station.errors / "x.answer.json").read_bytes() == body[:100]
 
 
-def test_the_pictures_before_a_cut_are_published(tmp_path):
+def test_the_images_before_a_cut_are_published(tmp_path):
     whole = paid(IMAGE, IMAGE)
     cut = whole[: whole.rindex(b'"b64_json"') + 40]
 
@@ -700,7 +700,7 @@ class Slipping(Client):
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_a_bug_while_sending_neither_loses_the_answer_nor_calls_the_request_free(station, sandbox, before):
+def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_as_free(station, sandbox, before):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
     station.worker = Distrustful(station.spool, client, station.ledger, station.config())
@@ -728,7 +728,7 @@ class Stumbling(Disk):
         super().sync_folder(path)
 
 
-def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_is_not_in_doubt(tmp_path, sandbox):
+def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_was_free(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=Stumbling())) as station:
         station.prompt("cat", "a cat")
         (outcome,) = station.work()
@@ -752,7 +752,7 @@ class FullAtTheDecision(Disk):
         return super().create(path, mode)
 
 
-def test_a_refusal_of_the_account_that_a_full_disk_kept_from_being_shown_is_shown_by_the_next_prompt(tmp_path, sandbox):
+def test_a_refusal_of_the_account_that_a_full_disk_kept_out_of_errors_is_shown_by_the_next_prompt(tmp_path, sandbox):
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
         holds = Holds()
         station.worker = Distrustful(
