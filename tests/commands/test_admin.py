@@ -1,4 +1,4 @@
-"""The commands of whoever looks after a daemon, from outside: a real daemon, a real endpoint, and people who err."""
+"""The administrator's commands from outside: a real daemon, a real endpoint, and mistakes of people."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
 STRANGER = 12345
-"""A user and a group that no passwd file knows."""
+"""A user and a group that are in no passwd file."""
 
 KILLED_BEFORE = """
 import os, signal, sys
@@ -77,7 +77,7 @@ as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become ano
 
 
 def status_of(folders: Folders) -> dict[str, Any]:
-    """What the daemon says of itself, as whoever watches the file reads it; empty before it has said anything."""
+    """The daemon's status as a reader of the file sees it; empty before the file exists."""
     try:
         return json.loads((folders.state / "status.json").read_bytes())
     except FileNotFoundError:
@@ -89,7 +89,7 @@ def held_for(folders: Folders) -> list[str]:
 
 
 def waiting(folders: Folders, count: int) -> None:
-    """Wait until the daemon has seen so many prompts, and that they may not go."""
+    """Wait until the daemon has found this number of prompts and may not claim them."""
     until(lambda: status_of(folders).get("waiting", {}).get("ready") == count)
 
 
@@ -108,7 +108,7 @@ def ledger_of(folders: Folders) -> list[dict[str, Any]]:
 
 
 def once(folders: Folders, *expected: int) -> str:
-    """Drain the inbox."""
+    """Process the inbox."""
     ended = command(folders, "once")
     assert ended.returncode in (expected or {0}), ended.stderr
     return ended.stderr
@@ -116,7 +116,7 @@ def once(folders: Folders, *expected: int) -> str:
 
 @pytest.fixture
 def killed_before(tmp_path: Path, start: Any) -> Callable[[Folders, str], None]:
-    """Drain an inbox and be killed on the way."""
+    """Process an inbox and be killed meanwhile."""
     script = tmp_path / "killed_before.py"
     script.write_text(KILLED_BEFORE)
 
@@ -267,13 +267,13 @@ def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox)
 
 @pytest.fixture
 def guarded(tmp_path: Path, sandbox: Sandbox) -> Folders:
-    """Folders of a daemon that wants to be asked about more than three prompts at once."""
+    """Folders of a daemon whose burst guard allows three prompts at the same time."""
     return Folders(tmp_path, sandbox.base_url, limits__burst="3", inbox__settle_seconds="1")
 
 
 def test_a_burst_waits_and_release_admits_exactly_that_one(guarded, run, sandbox):
     daemon = run(guarded)
-    for number in range(4):  # as slowly as over a network: none of them is quiet when the last one comes
+    for number in range(4):  # as slowly as over a network: none of them has settled when the last one comes
         (guarded.inbox / f"a{number}.prompt.txt").write_text(f"Number {number}")
         threading.Event().wait(0.15)
     held = daemon.wait_for("held")
@@ -335,7 +335,7 @@ def test_prompts_that_were_given_back_to_the_inbox_are_no_new_burst(tmp_path, hu
     assert [line["kind"] for line in daemon.events("held")].count("burst") == 1
     with Sandbox(port=port, key=KEY) as late:
         until(lambda: len(folders.finished()) == 5)
-        # A connection that was never made was no attempt, and nothing was sent twice.
+        # A connection that was never established was no attempt, and nothing was sent twice.
         assert [folders.receipt(f"p{number}")["attempts"] for number in range(5)] == [1] * 5
         assert (late.report()["requests"], set(folders.finished().values())) == (5, {"outbox"})
 
@@ -362,7 +362,7 @@ def test_prompts_that_a_sync_tool_redelivers_are_no_burst(guarded, run, sandbox,
 
 
 def test_prompts_that_come_after_others_were_completed_are_no_burst_together_with_them(guarded, run, sandbox):
-    """Those were quiet before they were taken, so they came long before; a scan may come at any moment."""
+    """These had settled before they were claimed, so they came long before. A scan may start at any moment."""
     guarded.environ["IMAGEWATCH_INBOX__RESCAN_SECONDS"] = "0.1"
     daemon = run(guarded)
     for made in (3, 6):
@@ -434,12 +434,12 @@ class Guard:
         self.gate.configure(Limits(burst=3), 5.0, lambda: None)
 
     def take(self, *times: float, is_dated: bool = True) -> None:
-        """Take a prompt at each time, as it comes. A server's clock shows something else."""
+        """Claim a prompt at each time, immediately. A server's clock shows another time."""
         for self.now in times:
             self.gate.burst.claimed(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
 
     def holds(self, at: float, *came: float) -> bool:
-        """Count at a time what came at others and lies in the inbox; tell whether it is held."""
+        """Count, at one time, prompts in the inbox that came at other times; return whether they are on hold."""
         self.now = at
         self.gate.count({f"b{time}.prompt.txt": time for time in came}, lambda _: False)
         return self._holds.has("burst")
@@ -546,7 +546,7 @@ Originals.claim = slowly
 log.configure("info", "json")
 sys.exit(Daemon(load(None, os.environ), os.environ).run())
 """
-"""A daemon whose disk takes as long to take prompts out of the inbox as a test likes; it says when it begins."""
+"""A daemon whose disk delays claims until the test continues it; it reports when a claim begins."""
 
 
 def test_a_prompt_that_is_being_claimed_is_counted_once(guarded, run, tmp_path):
@@ -584,7 +584,7 @@ def test_a_reload_with_a_higher_limit_releases_a_burst(guarded, run, tmp_path, s
 def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, kind):
     guarded.environ["IMAGEWATCH_INBOX__SETTLE_SECONDS"] = "0"
     if kind == "manual":
-        once(guarded)  # makes the state folder
+        once(guarded)  # creates the state folder
         command(guarded, "hold", "no money this month")
     count = 4 if kind == "burst" else 1
     for number in range(count):
@@ -698,7 +698,7 @@ def test_the_status_command_never_prevents_a_daemon_from_starting(folders, sandb
     stop, asked = threading.Event(), []
 
     def ask() -> None:
-        while not stop.wait(0.002):  # what each "status" asks, far more often than people do
+        while not stop.wait(0.002):  # what each "status" checks, far more often than people run it
             asked.append(locked(str(folders.state / "lock")))
 
     asking = threading.Thread(target=ask)
@@ -804,7 +804,7 @@ def test_history_equals_the_count_of_the_api_although_the_daemon_was_killed_duri
     jobs, report = ledger_of(folders), sandbox.report()
     outcomes = [job["charged"] for job in jobs if job["charged"] != "no"]
     assert len(outcomes) == len(folders.finished()) == 15
-    # What was on its way when it was killed may have come to the endpoint or not: that is what doubt means.
+    # A request in flight at the kill may have reached the API or not: its charge is unknown.
     sure, doubts = outcomes.count("yes"), outcomes.count("unknown")
     assert sure <= report["charged"] <= sure + doubts
     assert sum(job["credits"] for job in jobs if job["charged"] == "yes") == 30 * sure
@@ -1054,11 +1054,11 @@ def test_retry_does_not_follow_a_link_in_its_path(folders, sandbox, tmp_path):
     assert (tmp_path / "moved/cat.prompt.txt").exists()
 
 
-# Paid, but no picture
+# Charged, but no image
 
 
 class Clock:
-    """A clock for urls that can be put back, as if their host were there again."""
+    """A clock for urls that can be set back, as if their host were reachable again."""
 
     def __init__(self) -> None:
         self.behind = 0.0
@@ -1069,7 +1069,7 @@ class Clock:
 
 @pytest.fixture
 def lost_picture(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
-    """A prompt with an image that was paid for, and whose picture could not be fetched."""
+    """A prompt with an image; the result was paid for but could not be downloaded."""
     clock = Clock()
     with Sandbox(key=KEY, clock=clock) as sandbox:
         folders = Folders(tmp_path, sandbox.base_url)
@@ -1088,7 +1088,7 @@ def lost_picture(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
 
 
 def published(folders: Folders, sandbox: Sandbox) -> None:
-    """The picture is out, its originals are in the archive, it was paid for once and the ledger says so once."""
+    """The image is published, its originals are in the archive, and it was charged once, in one row of the ledger."""
     until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: folders.leftovers() == [] and not any((folders.state / "paid").iterdir()))
     receipt = folders.receipt("sub/cat")
@@ -1111,7 +1111,7 @@ def test_retry_downloads_a_charged_image_again_without_another_request(lost_pict
     daemon = run(folders)
     told = command(folders, "retry", "sub/cat")
     assert (told.returncode, "was charged" in told.stdout) == (0, True)
-    daemon.wait_for("failed")  # its host is not there yet: all is as before
+    daemon.wait_for("failed")  # its host is not reachable yet: nothing changes
     until(lambda: len(folders.names("errors")) == 4 and folders.leftovers() == [])
     assert len(ledger_of(folders)) == 1
     clock.behind = 60
@@ -1193,7 +1193,7 @@ def test_a_charged_response_whose_error_file_was_moved_uses_no_file_of_another_p
 
 @pytest.fixture
 def strange(sandbox: Sandbox) -> Iterator[Folders]:
-    """Folders of a daemon that is somebody else; nothing of it may come to belong to root."""
+    """Folders of a daemon with another user; none of its files may become root's."""
     with tempfile.TemporaryDirectory() as top:
         folders = Folders(Path(top), sandbox.base_url)
         folders.state.mkdir(mode=0o700)

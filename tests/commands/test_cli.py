@@ -1,4 +1,4 @@
-"""The commands from outside: what they print, what they leave alone, how they end."""
+"""The commands from outside: output, side effects and exit codes."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ _png = io.BytesIO()
 Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
 PICTURE = _png.getvalue()
 HOSTILE = os.fsdecode(b"x\x1b[31m\n\r\x07\xe2\x80\xae\xc2\x9b\xff")
-"""ESC, line ends, a bell, a bidirectional override, a C1 control and a byte that is no UTF-8."""
+"""ESC, line ends, a bell, a bidirectional override, a C1 control and a byte that is not UTF-8."""
 RAW = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xe2\x80\xae|\xc2\x9b|\xff")
-"""What of it must not reach a terminal; line ends and tabs of our own aside."""
+"""The characters that must not reach a terminal, except our own line ends and tabs."""
 COLOURS = re.compile(rb"\x1b\[[0-9;?]*[mKlhJ]")
 
 
 def imagewatch(
     *arguments: str, environ: dict[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end."""
+    """Run a command and wait for its end."""
     return subprocess.run(
         [sys.executable, "-m", "imagewatch", *arguments],
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", **(environ or {})},
@@ -59,7 +59,7 @@ def imagewatch(
 
 
 def on_a_terminal(*arguments: str, environ: dict[str, str]) -> tuple[int, bytes]:
-    """Run a command whose output is a terminal; return its exit code and what was shown."""
+    """Run a command whose output is a terminal; return its exit code and output."""
     master, slave = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "-m", "imagewatch", *arguments],
@@ -85,7 +85,7 @@ def lines(output: str) -> list[dict[str, object]]:
 
 
 def tree(top: Path) -> dict[str, object]:
-    """Everything below a folder: names, contents, times."""
+    """All files below a folder: names, contents, times."""
     found: dict[str, object] = {}
     for path in [top, *sorted(top.rglob("*"))]:
         status = path.lstat()
@@ -94,7 +94,7 @@ def tree(top: Path) -> dict[str, object]:
     return found
 
 
-# Words
+# Help and messages
 
 
 @pytest.mark.parametrize("name", ["", *COMMANDS])
@@ -334,7 +334,7 @@ def test_commands_work_on_a_terminal_that_is_not_utf_8(folders):
 
 @pytest.fixture(params=["ASCII", "ISO-8859-1"])
 def strange_locale(request, tmp_path) -> dict[str, str]:
-    """The environment of somebody whose names of files are not in UTF-8."""
+    """The environment of a user whose file names are not in UTF-8."""
     if request.param == "ASCII":
         return {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     made = ["localedef", "-i", "en_US", "-f", request.param, str(tmp_path / "en_US.latin1")]
@@ -811,12 +811,12 @@ def test_the_sandbox_lists_its_tags_and_reports_a_port_in_use(sandbox):
     assert "configuration" not in done.stderr
 
 
-# Log lines, and what strangers write
+# Log lines, and text from other people
 
 
 @contextlib.contextmanager
 def deaf(trouble: str) -> Iterator[int]:
-    """A stream that takes nothing: its disk is full, or whoever read it is gone."""
+    """A stream that accepts nothing: its disk is full, or its reader has ended."""
     if trouble == "full":
         stream = os.open("/dev/full", os.O_WRONLY)
     else:
@@ -920,7 +920,7 @@ def test_a_hostile_file_name_never_reaches_a_terminal_raw(tmp_path, sandbox):
     assert not RAW.search(raw), raw
     code, shown = on_a_terminal("once", environ=folders.environ)
     assert code == 1
-    # A progress bar goes back to the beginning of its line, and nothing else does.
+    # Only a progress bar returns to the beginning of its line.
     raw = COLOURS.sub(b"", shown).replace(b"\r", b"")
     assert not RAW.search(raw), raw
     for text in (b"\x1b[31m", b"\xe2\x80\xae"):
@@ -949,7 +949,7 @@ def test_a_hostile_argument_is_reported_escaped_and_never_raw(arguments):
 
 
 def disturbed(folder: Path, **modules: str) -> dict[str, str]:
-    """The environment in which Python finds these modules first."""
+    """An environment in which Python finds these modules first."""
     folder.mkdir(exist_ok=True)
     for name, text in modules.items():
         (folder / f"{name}.py").write_text(text)

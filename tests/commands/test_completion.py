@@ -1,4 +1,4 @@
-"""What shells know of the commands: completion and the manual page."""
+"""Completion in shells, and the manual page."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ COMPLETE = {
 
 @pytest.fixture(params=sorted(COMPLETE))
 def complete(request, tmp_path):
-    """What a shell offers for the last of the words."""
+    """The completions that a shell offers for the last word."""
     shell = request.param
     if shutil.which(shell) is None:
         pytest.skip(f"{shell} is not installed")
@@ -53,7 +53,7 @@ def complete(request, tmp_path):
         before = [] if shell == "fish" else ["-"]
         done = subprocess.run(
             [shell, *options, "-c", COMPLETE[shell], *before, *words],
-            env={**ENVIRON, "HOME": str(tmp_path)},  # fish makes its folders there
+            env={**ENVIRON, "HOME": str(tmp_path)},  # fish creates its folders there
             capture_output=True,
             text=True,
             timeout=40,

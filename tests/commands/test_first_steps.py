@@ -1,4 +1,4 @@
-"""What people meet first: a check by root, an inbox of a group, a preset that does not exist."""
+"""The first problems of new users: a check by root, an inbox of a group, a preset that does not exist."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ as_user = pytest.mark.skipif(
 
 
 def key_line(folders: Folders) -> tuple[int, dict[str, str]]:
-    """What ``check`` without a key of its own says of the key, and its exit code."""
+    """The key's line in ``check`` without a key of its own, and the exit code."""
     told = command(folders, "check", "--json", LETTA_API_KEY="")
     (line,) = (line for line in json.loads(told.stdout)["settings"] if line["what"] == "key")
     return told.returncode, line
@@ -81,7 +81,7 @@ def test_a_configured_key_that_cannot_be_read_is_bad_even_beside_a_running_daemo
 
 @pytest.fixture
 def shared(sandbox: Sandbox) -> Iterator[Folders]:
-    """Folders that only a group may enter, in a folder that everybody may enter."""
+    """Folders that only a group may enter, in a folder that all users may enter."""
     with tempfile.TemporaryDirectory() as top:
         os.chmod(top, 0o755)
         made = Folders(Path(top), sandbox.base_url)
@@ -200,7 +200,7 @@ def test_a_preset_that_does_not_exist_is_reported_with_those_that_do(tmp_path: P
     assert problem == 'preset: there is no preset "x" (known presets: banner, poster)'
 
 
-# What is not there any more
+# Missing files
 
 
 def test_no_message_recommends_pay_again_for_a_missing_prompt(folders: Folders, run: Callable[..., Any]) -> None:

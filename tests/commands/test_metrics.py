@@ -106,7 +106,7 @@ def test_names_types_and_help_follow_the_format():
         assert family.type in {"gauge", "counter"}
         for sample in family.samples:
             assert sample.name.endswith("_total") == (family.type == "counter")
-            assert sample.timestamp is None  # the textfile collector refuses them
+            assert sample.timestamp is None  # the textfile collector refuses timestamps
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed (apt install prometheus)")

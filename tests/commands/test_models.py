@@ -1,4 +1,4 @@
-"""Which provider is asked for which model, and that the two belong together."""
+"""Which provider is asked for which model; the two always match."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = {
 
 
 def asked(folders, front, *, preset="", **environ):
-    """Run a prompt with this front matter and return what the endpoint was asked for, as its receipt says."""
+    """Run a prompt with this front matter and return the request from its receipt."""
     name = f"{preset}/x" if preset else "x"
     folders.drop(f"{name}.prompt.txt", f"+++\n{front}\n+++\na cat" if front else "a cat")
     ended = command(folders, "once", **environ)
@@ -113,20 +113,20 @@ def test_the_models_line_of_the_example_configuration_works_unchanged(folders):
 @pytest.mark.parametrize(
     ("tables", "front", "wanted"),
     [
-        # A nearer model decides about the provider of what is farther.
+        # A model at a nearer level decides the provider of farther levels.
         ('[defaults]\nprovider = "openai"', 'model = "gemini-3-pro-image"', ("gemini", "gemini-3-pro-image")),
         ('[presets.p]\nprovider = "openai"', 'model = "flux-2-pro"', ("flux", "flux-2-pro")),
         ('[presets.p]\nmodel = "flux-2-pro"\n[defaults]\nprovider = "openai"', "", ("flux", "flux-2-pro")),
-        # One of no known family is for the provider that was set.
+        # A model of no known family goes to the configured provider.
         ('[presets.p]\nprovider = "openai"', 'model = "dall-e-9"', ("openai", "dall-e-9")),
-        # A farther model of another family than the nearer provider is left out.
+        # A model at a farther level is dropped if its family is not that of the nearer provider.
         ('[defaults]\nmodel = "gpt-image-2"', 'provider = "flux"', ("flux", None)),
         ('[presets.p]\nprovider = "gemini"\n[defaults]\nmodel = "gpt-image-2"', "", ("gemini", None)),
         ('[defaults]\nprovider = "openai"\nmodel = "dall-e-9"', 'provider = "flux"', ("flux", None)),
-        # One of the same family, or of none that is known, stays.
+        # A model of the same family, or of no known one, stays.
         ('[defaults]\nmodel = "gpt-image-2"', 'provider = "openai"', ("openai", "gpt-image-2")),
         ('[defaults]\nmodel = "dall-e-9"', 'provider = "openai"', ("openai", "dall-e-9")),
-        # "auto" is a provider like others: it replaces what is farther.
+        # "auto" replaces the provider of farther levels, as any other provider does.
         ('[defaults]\nprovider = "flux"\nmodel = "gpt-image-2"', 'provider = "auto"', ("openai", "gpt-image-2")),
         ('[presets.p]\nprovider = "openai"', 'provider = "auto"', ("flux", None)),
     ],

@@ -57,7 +57,7 @@ def sha256(content: bytes) -> str:
 
 
 class Sender:
-    """Somebody who knows where the folders are, and nothing else: no key, no address, no state folder."""
+    """A sender who knows only the folders: no key, no URL, no state folder."""
 
     def __init__(self, folders: Folders, home: Path) -> None:
         self.folders = folders
@@ -78,7 +78,7 @@ class Sender:
         environ: dict[str, str] | None = None,
         before: tuple[str, ...] = (),
     ) -> subprocess.CompletedProcess[str]:
-        """Run ``submit`` to its end."""
+        """Run ``submit`` and wait for its end."""
         done = subprocess.run(
             [*before, sys.executable, "-m", "imagewatch", "submit", *arguments],
             env=self.known if environ is None else environ,
@@ -94,7 +94,7 @@ class Sender:
         return subprocess.CompletedProcess(done.args, done.returncode, out, err)
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Run ``submit`` beside the test."""
+        """Run ``submit`` in the background."""
         return subprocess.Popen(
             [sys.executable, "-m", "imagewatch", "submit", *arguments],
             env=self.known,
@@ -111,7 +111,7 @@ class Sender:
         return str(path)
 
     def dropped(self) -> list[str]:
-        """What lies in the inbox, hidden files too."""
+        """The files in the inbox, including hidden ones."""
         return [name for name in self.folders.names("inbox") if not name.startswith(".imagewatch")]
 
 
@@ -122,7 +122,7 @@ def sender(folders: Folders, tmp_path: Path) -> Sender:
 
 @pytest.fixture
 def watched(folders: Folders, start: Any) -> Any:
-    """A daemon that has begun to watch."""
+    """A daemon that is watching."""
     running = start(folders, "run")
     until((folders.state / "status.json").exists)
     return running
@@ -135,7 +135,7 @@ def call(sandbox: Sandbox, number: int = 0) -> dict[str, Any]:
     return sandbox.report()["calls"][number]
 
 
-# What is made
+# Completed prompts
 
 
 def test_a_text_becomes_an_image_and_its_path_and_price_are_printed(sender, sandbox, watched):
@@ -270,11 +270,11 @@ def test_images_keep_their_order_and_get_the_file_ending_of_their_type(sender, s
     assert Path(paths[0]).read_bytes() == contents[0], "the sender keeps what is the sender's"
 
 
-# What is refused
+# Refused prompts
 
 
 def refused(sender: Sender, *arguments: str | bytes, **more: Any) -> str:
-    """Submit something wrong; return what was said. Nothing may be left in the inbox."""
+    """Submit something invalid; return the message. Nothing may remain in the inbox."""
     before = sender.dropped()
     done = sender.submit(*arguments, **more)
     assert done.returncode == 64, done.stderr
@@ -473,8 +473,8 @@ class FailingDisk(SteppingDisk):
     """A disk on which one file gets its final name only in part, or not at all.
 
     Args:
-        name: Whose.
-        late: Whether the rename is done and reported as failed all the same, as by a server that was slow to answer.
+        name: The file.
+        late: Whether the rename happens but is reported as failed, as by a server that responds late.
     """
 
     def __init__(self, name: str, *, late: bool = False) -> None:
@@ -545,7 +545,7 @@ def test_a_completed_rename_is_no_failure_even_if_the_server_reports_an_error(se
 
 
 class UnsyncedDisk(SteppingDisk):
-    """A disk that cannot make the names in a folder durable."""
+    """A disk that cannot sync a folder."""
 
     def sync_folder(self, path: str) -> None:
         raise SpoolError(f"{path}: cannot write the folder to disk", path=path, code=errno.EIO)
@@ -559,10 +559,10 @@ def test_a_prompt_that_could_not_be_synced_counts_as_dropped(sender, inside):
 
 
 class LinkingDisk(SteppingDisk):
-    """A disk on which somebody is quicker: where a folder is to be made there is a link by then.
+    """A disk on which another program creates a link first, in the place of a new folder.
 
     Args:
-        target: Where it leads.
+        target: The target of the link.
     """
 
     def __init__(self, target: Path) -> None:
@@ -584,7 +584,7 @@ def test_a_link_in_the_place_of_a_new_folder_changes_nothing_elsewhere(sender, i
 
 
 def test_the_images_of_a_prompt_are_no_siblings_of_another_one(sender, folders):
-    """``cat.1.prompt.txt``, dropped by hand, would take a ``cat.1.png`` for its own and pay for a wrong edit."""
+    """``cat.1.prompt.txt``, dropped manually, would use a ``cat.1.png`` as its image and pay for a wrong edit."""
     for stem in ("cat.1", "cat.in", "other"):
         folders.prompt(stem, "by hand")
     paths = [sender.file(f"{number}.png") for number in range(4)]
@@ -640,7 +640,7 @@ def test_an_older_result_that_is_touched_meanwhile_is_not_confused_with_the_new_
     waiting = sender.start(text, "--name", "cat", "--wait", "--timeout", "3", "--json")
     until((folders.inbox / "cat.prompt.txt").exists)
     disturb(old)
-    (old.parent / "something else").touch()  # the folder is looked at again
+    (old.parent / "something else").touch()  # the folder is scanned again
     out, _ = waiting.communicate(timeout=30)
     assert (waiting.returncode, json.loads(out)[0]["destination"]) == (69, None)
     assert sender.dropped() == ["cat.prompt.txt"], "it waits to be paid for"
@@ -723,7 +723,7 @@ def test_without_configuration_and_root_it_exits_with_78(sender):
     assert "folders.root" in done.stderr
 
 
-# What is printed
+# Output
 
 
 def test_markdown_lines_have_relative_paths_from_any_folder(sender, watched, tmp_path):
@@ -789,7 +789,7 @@ def test_json_is_the_same_as_format_json_and_excludes_other_formats(sender, watc
 
 
 def test_every_problem_is_reported_with_its_error_file(sender, folders, start):
-    # Only the daemon's own configuration knows of these.
+    # Only the daemon's own configuration contains these folders.
     folders.environ |= {"IMAGEWATCH_LIMITS__MAX_N": "1", "IMAGEWATCH_LIMITS__QUALITIES": '["low"]'}
     start(folders, "run")
     until((folders.state / "status.json").exists)
@@ -869,7 +869,7 @@ def test_after_the_timeout_it_exits_with_69_and_the_daemon_continues(sender, san
 
 
 def test_if_one_is_unfinished_it_exits_with_69_even_if_another_failed(sender, sandbox, folders, start):
-    folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "1"  # only the daemon's own configuration knows of it
+    folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "1"  # only the daemon's own configuration contains it
     start(folders, "run")
     until((folders.state / "status.json").exists)
     sandbox.hold()
@@ -906,13 +906,13 @@ def test_ctrl_c_while_waiting_leaves_the_prompt_in_the_inbox(sender, number):
     assert sender.dropped() == ["cat.prompt.txt"]
 
 
-# Ended before its time
+# Interrupted commands
 
 
 def interrupted(
     sender: Sender, number: int, ending: str, *arguments: str, ignoring: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Drop three prompts with an image each; from a step of the disk on every step sends a signal."""
+    """Drop three prompts with an image each; after one step of the disk every step sends a signal."""
     image = sender.file("a.png")
     texts = ("One", "Two", "Three", "--name", "it", "--image", image)
     shell = ("sh", "-c", f"trap '' {ignoring}; exec \"$@\"", "-") if ignoring else ()
@@ -1117,13 +1117,13 @@ def test_a_user_who_may_list_the_inbox_may_read_the_dropped_files(sender, folder
     assert modes == {"in1.png": file, "prompt.txt": file}
 
 
-# Whole or not at all
+# Complete files or none
 
 _MOVED_TO, _CREATE, _MODIFY, _CLOSE_WRITE = 0x80, 0x100, 0x2, 0x8
 
 
 class Events:
-    """What the kernel tells of a folder, in its order."""
+    """The events of the kernel for a folder, in their order."""
 
     def __init__(self, folder: Path) -> None:
         libc = ctypes.CDLL(None, use_errno=True)
@@ -1180,7 +1180,7 @@ def test_a_reader_at_any_moment_sees_complete_files_and_no_prompt_without_its_im
                     faults.append(f"{name} is not whole")
                 if name.endswith(".png") and raw != content:
                     faults.append(f"{name} is not whole")
-                # What it declares was there before: a listing is not one moment, so each name is asked for anew.
+                # Its images were there before: a listing is not atomic, so each name is checked again.
                 declared = re.findall(r'"([^"]+\.png)"', raw.decode("latin-1")) if name.endswith(".txt") else []
                 faults.extend(one for one in declared if not (sender.folders.inbox / one).exists())
 

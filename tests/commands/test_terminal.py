@@ -1,4 +1,4 @@
-"""What people see on a terminal: colours if they want them, columns below each other; and the same for programs."""
+"""Output on a terminal: colors if wanted, aligned columns; and the same content for programs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def once(folders: Folders, code: int) -> None:
 
 @pytest.fixture
 def mixed(folders: Folders) -> Folders:
-    """One job that was made, one that was refused, and a prompt that waits."""
+    """One completed job, one refused job, and a prompt that waits."""
     folders.prompt("cat", "A cat")
     folders.prompt("dog", "A dog [sandbox: 400]")
     once(folders, 1)
@@ -38,8 +38,8 @@ def mixed(folders: Folders) -> Folders:
 
 @pytest.mark.parametrize("arguments", [("check",), ("history",), ("history", "--by", "day"), ("estimate",), ("once",)])
 def test_colors_are_used_only_on_a_terminal_and_can_be_turned_off(mixed: Folders, arguments: tuple[str, ...]):
-    environ = {**mixed.environ, "NO_COLOR": ""}  # empty is as if it were not there
-    if arguments != ("once",):  # its bar has none
+    environ = {**mixed.environ, "NO_COLOR": ""}  # empty counts as unset
+    if arguments != ("once",):  # its progress bar has no colors
         assert COLOUR.search(on_a_terminal(*arguments, environ=environ)[1])
     code, shown = on_a_terminal(*arguments, environ={**environ, "NO_COLOR": "1"})
     assert code == 0
@@ -48,7 +48,7 @@ def test_colors_are_used_only_on_a_terminal_and_can_be_turned_off(mixed: Folders
 
 
 class Screen(io.StringIO):
-    """A stream that says that it is a terminal."""
+    """A stream that claims to be a terminal."""
 
     def isatty(self) -> bool:
         return True

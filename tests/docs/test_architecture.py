@@ -1,4 +1,4 @@
-"""``docs/ARCHITECTURE.md`` is held to the code: packages, imports, files, the trip of a prompt, the state table."""
+"""``docs/ARCHITECTURE.md`` matches the code: packages, imports, files, the path of a prompt, the state table."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "imagewatch"
 PAGE = (ROOT / "docs/ARCHITECTURE.md").read_text()
 PACKAGES = re.findall(r"^\| `(\w+)/` \| ?(.*?) ?\| .+ \|$", PAGE, re.MULTILINE)
-"""Name and what it imports, the highest first."""
+"""Each package with its imports, the highest first."""
 DISK = {"system/disk_calls", "system/kernel"}
-"""The modules that change names on our disk."""
+"""The modules that rename and remove files."""
 PLACES = re.findall(r"`(\w+/\w+\.py)` · `([\w.]+)`", PAGE)
 
 
 @functools.cache
 def imported(path: Path) -> frozenset[str]:
-    """The dotted names of all that a file imports, those for types alone included."""
+    """The dotted names of all imports of a file, including those for types alone."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -1,4 +1,4 @@
-"""The examples for other programs, run as they stand against a real daemon."""
+"""The examples for other programs, run unchanged against a real daemon."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WITHOUT_EVENTS = "without inotifywait"
 
 
 def run(program: list[str], *arguments: str, path: str = os.environ["PATH"]) -> subprocess.CompletedProcess[str]:
-    """Run an example as a stranger would: without this project."""
+    """Run an example as another program would: without this project."""
     return subprocess.run(
         [*program, *arguments],
         env={"PATH": path, "HOME": "/nonexistent"},
@@ -45,7 +45,7 @@ def watched(folders: Folders, start: Any) -> Folders:
 
 @pytest.fixture(params=["python", "shell", WITHOUT_EVENTS])
 def example(request, tmp_path):
-    """One of the two programs that drop a prompt and wait for it; the shell's with and without ``inotifywait``."""
+    """One of the two programs that drop a prompt and wait for it; the shell script with and without ``inotifywait``."""
     path = os.environ["PATH"]
     if request.param == "shell" and shutil.which("inotifywait") is None:
         pytest.skip("inotifywait is not installed (inotify-tools)")
@@ -197,7 +197,7 @@ def test_a_prompt_that_is_saved_again_is_a_new_request(
 
 
 def test_no_receipt_arrives_elsewhere_before_its_images(elsewhere: Elsewhere, watched: Folders, tmp_path: Path) -> None:
-    """Between two steps of the script a job ends: its receipt may only come with the next run."""
+    """Between two steps of the script a job ends: its receipt may arrive only with the next run."""
     for number in range(2):
         (watched.outbox / f"cat{number}.webp").write_bytes(b"x")
         (watched.outbox / f"cat{number}.receipt.toml").write_text("schema = 1\n")
@@ -205,7 +205,7 @@ def test_no_receipt_arrives_elsewhere_before_its_images(elsewhere: Elsewhere, wa
     (watched.outbox / "cat1.webp").rename(tmp_path / "picture")
     tools = tmp_path / "tools"
     tools.mkdir()
-    # What is called rsync here ends the second job after the first look at the outbox, else does what rsync does.
+    # This rsync finishes the second job after the outbox was read first; otherwise it does what rsync does.
     wrapper = tools / "rsync"
     wrapper.write_text(
         f'#!/bin/sh\n"{shutil.which("rsync")}" "$@" || exit\n'

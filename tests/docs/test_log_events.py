@@ -24,7 +24,7 @@ def documented() -> dict[str, tuple[set[str], set[str]]]:
 
 
 def strings(node: ast.AST) -> list[str]:
-    """The values that an expression can have, of which all are strings."""
+    """The possible values of an expression if all are strings."""
     if isinstance(node, ast.IfExp):
         return strings(node.body) + strings(node.orelse)
     assert isinstance(node, ast.Constant), f"line {node.lineno}: an event is a word of the list, not put together"
@@ -32,7 +32,7 @@ def strings(node: ast.AST) -> list[str]:
 
 
 def calls() -> list[tuple[str, set[str], set[str], bool]]:
-    """Each call that logs: event, levels, named fields, and whether it has others, too."""
+    """Each call that logs: event, levels, named fields, and whether it has other fields."""
     found: list[tuple[str, set[str], set[str], bool]] = []
     for path in (ROOT / "imagewatch").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

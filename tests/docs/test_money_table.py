@@ -1,4 +1,4 @@
-"""The table "Money" of the README is the table in the code that decides."""
+"""The table "Money" of the README matches the table in the code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_status_that_a_row_names_is_classified_as_this_row(kind: Kind):
 
 def test_every_kind_that_stops_other_prompts_says_what_to_do():
     stopping = {kind.name for kind in KINDS.values() if kind.others is not Others.CONTINUE}
-    assert set(HOLDS) == stopping - {"lost"}  # of which the hold is that of the disk
+    assert set(HOLDS) == stopping - {"lost"}  # its hold is that of the disk
 
 
 def test_a_request_that_was_or_may_have_been_charged_is_never_sent_again_automatically():

@@ -1,4 +1,4 @@
-"""What is installed beside imagewatch: the bounds, the lock files and the documents that speak of them."""
+"""Dependencies of imagewatch: the bounds, the lock files and the documents about them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DIRECT = {
     "build": BUILDING,
     "release": [*BUILDING, *(one for one in GROUPS["release"] if isinstance(one, str))],
 }
-"""The lock files, and what ``pyproject.toml`` asks for in each."""
+"""The lock files, and the requirements of ``pyproject.toml`` for each."""
 
 
 def content(name: str) -> str:
@@ -33,7 +33,7 @@ def content(name: str) -> str:
 
 
 def entries(name: str) -> dict[str, tuple[Version, int, str]]:
-    """What a lock file has: version, number of hashes, and what follows (because of whom it is there) by name."""
+    """The entries of a lock file by name: version, number of hashes, and the packages that need it."""
     found = re.findall(
         r"^([a-z0-9.-]+)==(\S+)( ; [^\n]+?)? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)((?:    #[^\n]*\n)+)",
         content(name),

@@ -1,4 +1,4 @@
-"""What the pages for people and agents tell them to do is done here, word by word."""
+"""The instructions on the pages for people and agents, run exactly as written."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def blocks(page: str, kind: str) -> list[str]:
 
 @pytest.fixture
 def shell(folders: Folders, start: Any, tmp_path: Path) -> Any:
-    """Runs commands as they stand on the page, in a folder with the pictures that they name."""
+    """Runs commands unchanged from the page, in a folder with the images that they name."""
     start(folders, "run")
     until((folders.state / "status.json").exists)
     here = tmp_path / "here"
@@ -116,7 +116,7 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
 
 
 def front_matter() -> dict[str, str]:
-    """The front matter, of which only plain ``key: value`` lines are used here, so that any reader reads the same."""
+    """The front matter. It has only plain ``key: value`` lines, so that every reader gets the same."""
     assert SKILL.startswith("---\n")
     lines = SKILL.split("---\n")[1].splitlines()
     return dict(line.split(": ", 1) for line in lines)

@@ -1,4 +1,4 @@
-"""Pictures come from public addresses only: judged before anybody connects, and no other is connected to."""
+"""Images are downloaded from public addresses only: each is checked before connecting, and no other is used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PUBLIC = "93.184.216.34"
 
 
 class Wire:
-    """Sees every address that this process connects to, and lets it reach none but this machine's."""
+    """Records every address that this process connects to, and allows only those of this machine."""
 
     def __init__(self):
         self.tried = []
@@ -38,7 +38,7 @@ class Wire:
                 raise ConnectionRefusedError("a test is not to leave this machine")
 
 
-_WIRE = Wire()  # a hook stays for ever
+_WIRE = Wire()  # an audit hook cannot be removed
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def wire():
 
 
 class Resolver:
-    """A name server that gives one answer after the other, and the last one for ever."""
+    """A name server that gives one reply after the other, and then repeats the last one."""
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -72,7 +72,7 @@ class Resolver:
 
 
 def fetched(url, endpoint=REMOTE, resolver=None):
-    """Fetch a picture; return what came."""
+    """Download an image; return its content."""
     came = []
     with contextlib.closing(Client(endpoint, lambda: Key(KEY), resolve=resolver)) as client:
         client.fetch(url, came.append, 1_000_000, 30)
@@ -86,7 +86,7 @@ def refusal(url, endpoint=REMOTE, resolver=None):
     return str(caught.value)
 
 
-# Which addresses are public: the special-purpose registries of IANA as of 2025, and what else is no host's
+# Which addresses are public: the special-purpose registries of IANA as of 2025, and others that no host has
 
 NOT_PUBLIC = [
     *("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24"),
@@ -114,7 +114,7 @@ def test_a_public_address_is_allowed(address):
     assert Downloads(REMOTE, Clients(REMOTE))._may_connect(address)
 
 
-# Judged before connecting
+# Checked before connecting
 
 NOTATIONS = [
     *("169.254.169.254", "2852039166", "0xa9fea9fe", "0251.0376.0251.0376", "0xa9.254.43518", "169.254.43518"),
@@ -174,7 +174,7 @@ def test_the_message_about_a_refused_address_does_not_reveal_what_is_there():
     assert refusal("https://127.1/x.png") == "https://127.1/x.png: the address is not public"
 
 
-# The judged address is the one that is connected to
+# The checked address is the one that is connected to
 
 
 def test_a_name_is_resolved_once_so_a_name_server_with_changing_replies_reaches_nothing(wire):

@@ -1,4 +1,4 @@
-"""The wire format: what is sent, what an answer means, and what is saved of an answer that was paid for."""
+"""The wire format: what is sent, what a response means, and what is kept of a charged response."""
 
 from __future__ import annotations
 
@@ -69,13 +69,13 @@ def test_only_what_is_set_is_sent():
 
 
 def part(data: bytes, mime: str = "image/png", *, now: bytes | None = None) -> Part:
-    """An input image; ``now`` is what the file holds by the time it is sent."""
+    """An input image; ``now`` is the content of the file when it is sent."""
     there = data if now is None else now
     return Part(lambda: io.BytesIO(there), mime, len(data), hashlib.sha256(data).hexdigest())
 
 
 def whole_body(prompt, fields, images, mime="image/png"):
-    """The same request by an ordinary encoder."""
+    """The same request from an ordinary encoder."""
     table = {**fields, "prompt": prompt}
     if images:
         table["input_images"] = [f"data:{mime};base64,{base64.b64encode(image).decode()}" for image in images]
@@ -153,7 +153,7 @@ def test_of_an_image_that_grew_only_the_checked_part_is_sent():
     assert json.loads(sent) == whole_body("a cat", {"provider": "gemini"}, [IMAGE])
 
 
-# What an answer means
+# What a response means
 
 
 def judge(status, body=b"", **headers):
@@ -412,11 +412,11 @@ def test_an_unknown_charge_is_reported_with_the_next_step():
     assert "balance" in error.hint
 
 
-# Reading a paid answer
+# Decoding a charged response
 
 
 class Kept(io.BytesIO):
-    """A file whose content can be looked at when it is closed."""
+    """A file whose content can be read after it was closed."""
 
     content = b""
 
@@ -441,7 +441,7 @@ def reading(chunks, encoding="", limit=LIMIT):
 
 
 def pictures(result, files):
-    """The good pictures, in order."""
+    """The good images, in order."""
     return [files[got.decoded] for got in result.images if got.decoded is not None and not got.problem]
 
 
@@ -544,7 +544,7 @@ def test_an_image_that_ends_with_escaped_characters_is_complete(size, tail):
 
 
 def one(text: str, **more: object) -> bytes:
-    """An answer whose picture is written as a given JSON string."""
+    """A response whose image is written as a given JSON string."""
     return f'{{"images":[{{"b64_json":"{text}","mime_type":"image/png"}}],"billing":{{"credits_charged":1}}}}'.encode()
 
 
@@ -653,7 +653,7 @@ ENTRIES = ['{"url":"%s","mime_type":"image/png"}', '{"url": null, "url" : "%s"}'
     [
         pytest.param(url, entry, id=f"{name} {entry}")
         for name, url in IN_URLS.items()
-        for entry in ENTRIES[: 2 if name in {"no type", "spaces"} else 3]  # alone nothing says that these are pictures
+        for entry in ENTRIES[: 2 if name in {"no type", "spaces"} else 3]  # alone nothing shows that these are images
     ],
 )
 def test_an_image_in_a_data_url_is_decoded_and_not_downloaded(url, entry):
@@ -913,7 +913,7 @@ def test_a_very_long_url_and_very_long_names_are_cut():
     assert (len(result.images[0].url), len(result.images[0].mime), len(result.model)) == (8192, 200, 200)
 
 
-# Answers that are not what they should be
+# Invalid responses
 
 
 @pytest.mark.parametrize(
@@ -1067,7 +1067,7 @@ def test_an_incomplete_compressed_response_raises_no_exception(end):
     assert len(pictures(result, files)) <= 1
 
 
-# Anything
+# Any bytes
 
 
 @given(st.binary(max_size=200), st.sampled_from(["", "gzip", "deflate", "br"]))
@@ -1115,7 +1115,7 @@ def pieces_of(raw, places):
 
 
 def outcome(chunks):
-    """What matters of a reading: the same however the bytes were cut."""
+    """The relevant parts of a result: the same in pieces of any size."""
     result, files = reading(chunks)
     entries = [(got.decoded, got.url, got.mime, bool(got.problem)) for got in result.images]
     return entries, pictures(result, files), result.billing, bool(result.problem)

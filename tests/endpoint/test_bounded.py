@@ -1,4 +1,4 @@
-"""An endpoint, or an image host, that sends without end: it is over in time, and no core is kept busy by it."""
+"""An API or an image host that sends endlessly: the request ends in time and keeps no core busy."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ HEADS = {
     "an interim answer of headers": (b"HTTP/1.1 103 Early Hints\r\n", b"X: y\r\n"),
     "blank lines": (b"", b"\r\n"),
 }
-"""What comes first, and what comes for ever after it."""
+"""A response: its beginning, and the data that follows endlessly."""
 BODIES = {
     "a byte in each chunk": (CHUNKED, b"1\r\nx\r\n"),
     "a byte in each chunk and much beside it": (CHUNKED, b"1;" + b"y" * 1000 + b"\r\nx\r\n"),
@@ -42,7 +42,7 @@ BODIES = {
 
 
 def flood(first, rest):
-    """Return a script that sends something for ever, as fast as it is taken."""
+    """Return a script that sends data endlessly, as fast as it is read."""
 
     def script(exchange):
         exchange.request()
@@ -58,7 +58,7 @@ def flood(first, rest):
 
 @pytest.fixture
 def byte_by_byte(certificate):
-    """The address of a server that needs a read for each byte, and is quick."""
+    """The address of a fast server that makes one read necessary for each byte."""
     keys = (certificate.path, certificate.path.replace("certificate.pem", "key.pem"))
     program = [sys.executable, str(TESTS / "support/hostile.py"), *keys]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
@@ -67,7 +67,7 @@ def byte_by_byte(certificate):
 
 
 class Effort:
-    """What something takes: seconds, and seconds of work by this thread; the server is another one."""
+    """The cost of a block: seconds, and CPU seconds of this thread; the server is another one."""
 
     def __enter__(self):
         self._began, self._worked = time.monotonic(), time.thread_time()
@@ -149,7 +149,7 @@ def test_a_charged_response_of_one_byte_per_chunk_is_read_to_its_end(tmp_path):
 
 
 class Late(call.Call):
-    """A call whose time is over when the first of the body is here."""
+    """A call whose deadline passes when the first part of the body has arrived."""
 
     def took(self, size):
         super().took(size)
@@ -178,7 +178,7 @@ def test_of_an_endless_refusal_only_the_useful_part_is_read(tmp_path, status):
             (outcome,) = station.work()
         assert outcome.message.startswith("no no no")
         assert effort.seconds < 20
-        assert sum(script.sent) < 50_000_000  # what both ends hold besides what was read
+        assert sum(script.sent) < 50_000_000  # the buffers of both ends besides what was read
         assert station.leftovers() == []
 
 
@@ -186,7 +186,7 @@ def test_of_an_endless_refusal_only_the_useful_part_is_read(tmp_path, status):
 
 
 def bomb(size):
-    """Return zeros that were compressed to a thousandth."""
+    """Return zeros, compressed to a thousandth."""
     packer, piece = zlib.compressobj(level=9, wbits=31), bytes(1 << 20)
     return b"".join([*(packer.compress(piece) for _ in range(size >> 20)), packer.flush()])
 
@@ -256,7 +256,7 @@ def test_a_charged_response_in_another_encoding_than_its_header_says_is_kept_unc
         assert b"\n" + body + b"\n" in kept.read_bytes()
 
 
-# Pictures by url, and the balance
+# Images by url, and the balance
 
 
 def fetch(script, *, seconds=30.0, limit=1_000_000):

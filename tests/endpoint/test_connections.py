@@ -1,4 +1,4 @@
-"""Connections that break: what provably never left whole is free and waits, what left whole is in doubt."""
+"""Broken connections: a request that was not sent completely is free and waits; otherwise its charge is unknown."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def served_by(tmp_path, *scripts, receive_bytes=None, **settings):
 
 
 def unreachable(station, originals, *words):
-    """Work, and look that nothing happened but a reason to wait."""
+    """Process the prompts; check that there was nothing but a reason to wait."""
     drop(station, originals)
     (outcome,) = station.work()
     returned(station, originals)
@@ -83,7 +83,7 @@ def unreachable(station, originals, *words):
 
 
 def in_doubt(station, originals, *words):
-    """Work, and look that the job ended as one that may have been charged."""
+    """Process the prompts; check that the job ended with an unknown charge."""
     drop(station, originals)
     (outcome,) = station.work()
     error = refused(station, "x", originals)
@@ -170,17 +170,17 @@ def test_a_proxy_of_the_environment_is_not_used_for_a_loopback_endpoint(tmp_path
     with Scripted() as proxy:
         monkeypatch.setenv(variable, proxy.base_url)
         with at(tmp_path, sandbox.base_url) as station:
-            drop(station, {"x.prompt.txt": "a cat"})  # flux: its picture is fetched by url
+            drop(station, {"x.prompt.txt": "a cat"})  # flux: its image is downloaded by url
             station.work()
             made(station, "x", {"x.prompt.txt": "a cat"}, "x.jpg")
     assert proxy.connections == 0
 
 
-# It never left whole
+# Not sent completely
 
 
 def cut_off(station, originals, attempts, *words):
-    """Work, and look that each attempt counted, that none was charged, and that its own end was no reason to wait."""
+    """Process the prompts; check that each attempt counted and was free, and the last one was no reason to wait."""
     drop(station, originals)
     (outcome,) = station.work()
     error = refused(station, "x", originals)
@@ -311,7 +311,7 @@ def test_an_input_that_is_cut_or_removed_stops_the_request(tmp_path, large, chan
     assert came < length
 
 
-# It left whole
+# Sent completely
 
 
 @pytest.mark.parametrize("rude", [False, True])
@@ -430,7 +430,7 @@ def test_the_charge_is_unknown_after_an_unrequested_upgrade(tmp_path):
         assert refused(station, "x", SMALL)["charged"] == "unknown"
 
 
-# It was answered
+# With a response
 
 
 BODY = paid(IMAGE)
@@ -549,7 +549,7 @@ def test_a_redirect_to_an_invalid_url_is_only_a_redirect(tmp_path):
 
 
 class Keeping(BaseHTTPRequestHandler):
-    """Answers each request, and would keep the connection."""
+    """Responds to each request and offers to keep the connection."""
 
     protocol_version = "HTTP/1.1"
 
@@ -561,7 +561,7 @@ class Keeping(BaseHTTPRequestHandler):
         self.wfile.write(b"hello")
 
     def log_message(self, *_):
-        """Say nothing."""
+        """Log nothing."""
 
 
 class Busy(ThreadingHTTPServer):
@@ -570,7 +570,7 @@ class Busy(ThreadingHTTPServer):
 
 @pytest.fixture
 def hasty():
-    """Let threads take turns much more often than usual."""
+    """Let threads switch much more often than usual."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(1e-5)
     yield

@@ -1,4 +1,4 @@
-"""Pictures by url: fetched at once, without the key, from nowhere private, and published as they were served."""
+"""Images by url: downloaded immediately, without the key, from public hosts only, and published as they were served."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def ask(station, tag, front=""):
 
 
 class Clock:
-    """A clock that only waiting moves."""
+    """A clock that only waits move forward."""
 
     def __init__(self):
         self.now = 1_800_000_000.0
@@ -73,7 +73,7 @@ class Clock:
 
 @contextlib.contextmanager
 def answered_with(tmp_path, *images, clock=None, **settings):
-    """A station whose endpoint answers one request with these pictures or urls."""
+    """A station whose API responds to one request with these images or urls."""
     with (
         Scripted(answering(paid(*images))) as server,
         contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,
@@ -92,7 +92,7 @@ def fetched(station, *names):
 
 
 def not_fetched(station, *words):
-    """Work, and look that the answer, which was paid for, lies beside the error file."""
+    """Process the prompts; check that the charged response is beside the error file."""
     drop(station, ASK)
     station.work()
     error = refused(station, "x", ASK, beside="json")
@@ -159,11 +159,11 @@ def test_an_image_over_the_limit_is_not_downloaded_to_its_end(tmp_path, sandbox)
         assert error["charged"] == "yes"
 
 
-# Whom we ask, and what we tell them
+# Which hosts are asked, and what is sent to them
 
 
 def host(*replies):
-    """An image host that gives these answers, one for each connection, and keeps the heads it got."""
+    """An image host that gives these responses, one for each connection, and keeps the headers of the requests."""
     heads = []
 
     def script_for(reply):
@@ -287,7 +287,7 @@ def test_private_addresses_can_be_allowed(tmp_path):
     assert hellos[0]
 
 
-# Again and again
+# Further attempts
 
 
 def test_a_download_that_breaks_off_is_tried_again_because_it_is_free(tmp_path):
@@ -314,10 +314,10 @@ def test_a_host_that_closes_the_connection_immediately_is_tried_again_and_is_not
     connect, rude = network._connection, []
 
     def connected(found, *rest):
-        """Look at the connection no earlier than its other end has reset it."""
+        """Check the connection only after its other end has reset it."""
         first = found[0][4][1] in rude
         if first:
-            rude.clear()  # whatever comes of it: it may be reset before it stands
+            rude.clear()  # ignore the result: the connection may be reset before it is established
         connection = connect(found, *rest)
         if first:
             poll = select.poll()
@@ -336,7 +336,7 @@ def test_a_host_that_closes_the_connection_immediately_is_tried_again_and_is_not
 
 
 class Full(Disk):
-    """A disk that is full at the first try to write a fetched picture."""
+    """A disk that is full at the first attempt to write a downloaded image."""
 
     full = True
 
@@ -408,7 +408,7 @@ def test_an_image_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
         receipt = made(station, "x", originals, "x-2.png")
     assert asked == [[]]
     assert "refused" in receipt["problems"][0]
-    assert sum(clock.waits) > 500  # the bad one was tried as long as ever
+    assert sum(clock.waits) > 500  # the bad one was tried for the full time
 
 
 def test_only_the_images_that_failed_are_downloaded_again(tmp_path):
@@ -464,20 +464,20 @@ def test_a_clock_that_is_set_forward_does_not_end_the_attempts(tmp_path):
         answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
     ):
         parts = station.spool, station.client, station.ledger, station.config()
-        # While the first try fails, whichever time it then is.
+        # While the first attempt fails, at any time of the clock.
         station.worker = Distrustful(*parts, clock=lambda: wall.wait(3600) or wall.now, wait=lambda _: None)
         assert "problems" not in fetched(station, "x.png")
 
 
 def slowly(exchange, *, sized=True):
-    """Serve a picture byte by byte, which takes longer than the deadlines here."""
+    """Serve an image byte by byte, which takes longer than the deadlines of these tests."""
     exchange.head()
     exchange.send(b"HTTP/1.1 200 OK\r\n" + (b"Content-Length: %d\r\n" % len(IMAGE) if sized else b"") + b"\r\n")
     exchange.trickle(IMAGE, 0.03)
 
 
 def at_once(exchange):
-    """Serve a picture."""
+    """Serve an image."""
     exchange.head()
     exchange.send(answer(IMAGE))
 
@@ -617,7 +617,7 @@ def test_a_page_instead_of_an_image_is_not_published_as_one(tmp_path):
         not_fetched(station, "HTML")
 
 
-# Large answers
+# Large responses
 
 
 MB = 1_000_000
@@ -625,7 +625,7 @@ MOST_GROWTH = 30 * MB
 
 
 def peak(folders):
-    """Drain the inbox in a process of its own; return its peak memory, bytes."""
+    """Process the inbox in a process of its own; return its peak memory, bytes."""
     program = [sys.executable, "-m", "imagewatch", "once"]
     environ = {"PATH": os.environ["PATH"], "HOME": str(folders.root), **folders.environ}
     with (folders.root / "log").open("wb") as log:

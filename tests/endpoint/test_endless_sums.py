@@ -1,4 +1,4 @@
-"""Sums that no number can hold: JSON does not know them, and every program must be able to read what is printed."""
+"""Sums that are too large for a number: JSON has no infinity, and every program must be able to read the output."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def strict(text: str) -> Any:
 
 @pytest.fixture
 def rich(folders: Folders) -> Folders:
-    """Two jobs that cost as much as a number can be, each; and a prompt like them that waits."""
+    """Two jobs that each cost the largest possible number, and a similar prompt that waits."""
     for number in range(2):
         folders.prompt(f"cat{number}", "a cat")
     assert command(folders, "once").returncode == 0

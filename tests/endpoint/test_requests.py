@@ -1,4 +1,4 @@
-"""What is sent, byte for byte, what is never sent, and under which names everything goes out."""
+"""What is sent, byte for byte; what is never sent; and the names under which results are published."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _no_secret(tmp_path, capfd):
 
 @pytest.fixture
 def at(tmp_path, sandbox):
-    """Make a station with settings of its own."""
+    """Create a station with its own settings."""
     with contextlib.ExitStack() as stack:
 
         def made(**settings):
@@ -75,7 +75,7 @@ def sent(tmp_path):
 
 
 def invalid(station, sandbox, originals, stem="x"):
-    """Work, and look that the prompt was refused without a call; return the error file."""
+    """Process the prompts; check that the prompt was refused without a call; return the error file."""
     drop(station, originals)
     (outcome,) = station.work()
     error = refused(station, stem, originals)
@@ -134,7 +134,7 @@ def test_options_that_are_not_set_are_not_sent(sent):
 @pytest.mark.parametrize("extra", range(4))
 def test_the_length_is_right_whatever_the_size_of_the_images(sent, extra):
     image = picture()
-    padded = image + b""  # the sizes come from the picture's own dimensions
+    padded = image + b""  # the sizes come from the image's own dimensions
     for width in range(40 + extra, 400):
         padded = picture(size=(width, 30))
         if len(padded) % 3 == extra % 3:
@@ -472,7 +472,7 @@ def test_a_prompt_that_is_not_a_regular_file_with_text_stays_in_the_inbox(statio
 
 @pytest.fixture
 def nobody(sandbox):
-    """A station of a user whom permissions bind, even where the tests run as root."""
+    """A station of a user without root rights, even if the tests run as root."""
     folder = Path(tempfile.mkdtemp())
     root = os.geteuid() == 0
     if root:
@@ -509,7 +509,7 @@ def test_a_prompt_that_may_not_be_read_stays_in_the_inbox(nobody, sandbox):
 
 
 def published(station, stem="x"):
-    """The names in the outbox, the receipt aside, and the receipt of the only job."""
+    """The names in the outbox except the receipt, and the receipt of the only job."""
     (receipt,) = [name for name in station.names("outbox") if name.endswith(".receipt.toml")]
     base = receipt.removesuffix(".receipt.toml")
     document = station.receipt(base)
@@ -562,7 +562,7 @@ def test_unusual_names_are_kept_unchanged_and_harm_no_terminal(station, sandbox,
 
 
 def existing(folder, *names):
-    """Lay files there that are not ours, and return a check that they still are as they were."""
+    """Create files that belong to no job, and return a check that they are unchanged."""
     for name in names:
         (folder / name).write_bytes(b"theirs " + name.encode())
 

@@ -1,4 +1,4 @@
-"""The real process is killed before each of its changes to the disk, and the real process is started again.
+"""The real process is killed before each of its changes to the disk, and started again.
 
 ``IMAGEWATCH_ALL_KILLS=1`` tries every change; otherwise some forty-five of them, evenly spread.
 """
@@ -35,7 +35,7 @@ def dropped(root: Path, sandbox: Sandbox) -> Folders:
 
 
 def kill_and_start_again(root: Path, number: int) -> int:
-    """Kill before a change, start again, look; return how the first process ended."""
+    """Kill before a change, start again, check; return how the first process ended."""
     root.mkdir()
     with Sandbox(key=KEY) as sandbox:
         folders = dropped(root, sandbox)
@@ -54,7 +54,7 @@ def kill_and_start_again(root: Path, number: int) -> int:
 
 @pytest.fixture(scope="module")
 def changes(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """How many changes to the disk the whole work takes."""
+    """The number of changes to the disk until all jobs are finished."""
     with Sandbox(key=KEY) as sandbox:
         folders = dropped(tmp_path_factory.mktemp("count"), sandbox)
         runner = Running(folders, "0", script=RUNNER)
@@ -69,7 +69,7 @@ def test_a_process_killed_at_any_change_pays_nothing_twice_and_loses_nothing(cha
     numbers = range(1, changes + 1, every)
     with ThreadPoolExecutor(3) as pool:
         ends = list(pool.map(lambda number: kill_and_start_again(tmp_path / str(number), number), numbers))
-    # Two workers take turns as they like, so the last few changes may not be reached.
+    # Two workers take turns in any order, so the last few changes may not be reached.
     assert ends.count(-signal.SIGKILL) >= len(ends) * 0.9
 
 
@@ -142,11 +142,11 @@ def test_after_a_kill_the_next_daemon_can_use_the_folders(folders: Folders, sand
 
 
 class Died(BaseException):
-    """The process is gone."""
+    """The process ended."""
 
 
 class DyingDisk(SteppingDisk):
-    """A disk of a process that dies before a change and then changes nothing any more.
+    """The disk of a process that is killed before a change and then changes nothing.
 
     Args:
         number: The change, from 1.

@@ -1,4 +1,4 @@
-"""The disk that loses power loses what it should, and nothing else."""
+"""The simulated disk loses at a power cut what a real one may lose, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POWER = [losing for losing in Losing if losing is not Losing.KILLED]
 
 @pytest.fixture
 def top(tmp_path: Path) -> Path:
-    """A root with two folders and a file in the first, all of it durable."""
+    """A root with two folders and a file in the first, all durable."""
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / "old").write_bytes(b"old")
@@ -26,7 +26,7 @@ def top(tmp_path: Path) -> Path:
 
 
 def left(top: Path, losing: Losing, change: Callable[[LosingDisk, str], object]) -> dict[str, bytes]:
-    """Return the files that are left when the power goes after a change."""
+    """Return the files that remain after a power cut that follows a change."""
     disk = LosingDisk(str(top))
     change(disk, str(top))
     disk.restore(disk.image(losing))

@@ -1,10 +1,9 @@
-"""The power goes, at every moment and again while the start after it tidies up: nothing is paid twice, or lost.
+"""The power fails at every moment, and again during the start after it: nothing is paid twice or lost.
 
-Each *scene* is played by the real parts on a ``LosingDisk``. Before each change of the disk, at each moment of a
-request and before each row of the ledger, what would be left of the disk if it ended there is noted, in each way in
-which that can be (``Losing``). From each state noted the parts start again, as a restart does, and what could be
-left of *their* work is noted as well: two cuts at any two moments, in any two ways. What the world outside knows
-(what was paid) and the ledger belong to the state.
+The real parts play each *scene* on a ``LosingDisk``. Before each change of the disk, at each moment of a request and
+before each row of the ledger, the test notes every state of the disk that a power cut there could leave (``Losing``).
+From each noted state the parts start again, as after a restart, and the states that they could leave are noted, too:
+two cuts at any two moments, in any two ways. A state includes what the API was paid and the ledger.
 """
 
 from __future__ import annotations
@@ -47,26 +46,26 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"
-"""Cuts while a start probes the folders are left to the tests with real cuts: no job has any part in that."""
+"""The tests with real cuts cover cuts while a start probes the folders, because no job takes part in that."""
 CUT_OFF = Reply(end="cut off", paid=False)
 BUSY = Reply(429, b'{"message": "slow down"}', (("retry-after", "0"),), paid=False)
 
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing that may happen to prompts.
+    """One case of prompts and what happens to them.
 
     Attributes:
-        files: What is dropped, by path below the inbox.
-        replies: What the endpoint does, by prompt.
-        ends: How each prompt ends when nobody disturbs it: by stem with its folder, the prompt's text, the door and
+        files: The dropped files, by path below the inbox.
+        replies: The behavior of the API, by prompt.
+        ends: How each prompt ends without a fault: by stem with its folder, the prompt's text, the destination and
             ``charged``.
-        count: Pictures served for a prompt.
+        count: Images returned for a prompt.
         settings: Of the configuration.
         mounts: Folders below the root that are file systems of their own.
-        there: What lies in the folders already, by path.
+        there: Files that are already in the folders, by path.
         may_report: Whether an account-level refusal may be shown.
-        withdrawn: Whether each request is forbidden when its mark is written and before its first byte leaves.
+        withdrawn: Whether each request is forbidden after its mark is written and before its first byte is sent.
     """
 
     files: dict[str, str | bytes]
@@ -81,7 +80,7 @@ class Scene:
 
 
 def _one(reply: Reply | list[Reply], door: str, charged: str, *, front: str = "", **more: Any) -> Scene:
-    """Return a scene of one prompt, ``cat``, with whatever images are given."""
+    """Return a scene of one prompt, ``cat``, with the given images."""
     images = {name: picture(name) for name in more.pop("images", ())}
     text = f"+++\n{front}\n+++\na cat" if front else "a cat"
     replies = {"a cat": reply if isinstance(reply, list) else [reply]}
@@ -160,7 +159,7 @@ ALL_CUTS = os.environ.get("IMAGEWATCH_ALL_CUTS") == "1"
 
 @dataclass(frozen=True)
 class State:
-    """Everything that outlives the process."""
+    """Everything that survives the end of the process."""
 
     disk: Image
     books: tuple[tuple[tuple[str, int], ...], ...]
@@ -168,7 +167,7 @@ class State:
 
 
 class NotingLedger(Ledger):
-    """A ledger that says before each row that it is about to be written."""
+    """A ledger that reports each row before it is written."""
 
     def __init__(self, path: str, stage: Stage) -> None:
         super().__init__(path, synchronous="OFF")
@@ -180,13 +179,13 @@ class NotingLedger(Ledger):
 
 
 class Stage:
-    """The real parts, on a disk that loses power, with an endpoint that counts."""
+    """The real parts, on a disk that loses power, with an API that counts."""
 
     def __init__(self, root: Path, scene: Scene, disk: type[LosingDisk] = LosingDisk) -> None:
         self.scene = scene
         self._disk_type = disk
         self.root = root / "disk"
-        # Without the recognition of re-deliveries, which would hide a prompt that comes back by our own fault.
+        # Without recognition of redeliveries, which would hide a prompt that returns because of a bug.
         self.folders = Folders(self.root, "https://endpoint.test", **{"inbox__redelivery": "run", **scene.settings})
         self.config = self.folders.config()
         for name, content in scene.files.items():
@@ -213,7 +212,7 @@ class Stage:
         return self.states((losing,))[0]
 
     def states(self, losings: Iterable[Losing] = Losing) -> list[State]:
-        """Return what would be left if it all ended now, in each of some ways."""
+        """Return the states that would remain after a cut now, for each of some kinds of loss."""
         rows = tuple(self._beside.execute("SELECT * FROM attempts ORDER BY job, attempt").fetchall())
         books = self.books.freeze()
         return [State(image, books, rows) for image in self.disk.images(losings)]
@@ -226,7 +225,7 @@ class Stage:
             self._beside.execute(f"INSERT INTO attempts VALUES ({', '.join('?' * len(row))})", row)
 
     def play(self) -> None:
-        """Do what a start does, then work until nothing is left that can be done."""
+        """Start, then process until nothing more can be done."""
         self.runs += 1
         spool = Spool(self.config, self.disk)
         spool.new_job = self._new_job  # type: ignore[method-assign]
@@ -269,7 +268,7 @@ class Stage:
         return outcome.end
 
     def _new_job(self) -> str:
-        """Return the next id that nothing knows: the same each time this state is played."""
+        """Return the next unused id: the same each time this state is played."""
         known = {row[0] for row in self._beside.execute("SELECT job FROM attempts")}
         for top in (self.folders.state / "jobs", self.folders.inbox / ".imagewatch"):
             known |= {path.name for path in top.iterdir()}
@@ -278,7 +277,7 @@ class Stage:
 
 
 def _again(work: Callable[[], T]) -> T:
-    """Do something, and once more if our disk fails, as the daemon does."""
+    """Do something, and repeat it once if the disk fails, as the daemon does."""
     try:
         return work()
     except SpoolError:
@@ -286,7 +285,7 @@ def _again(work: Callable[[], T]) -> T:
 
 
 class Audit:
-    """Looks at the folders from outside, after everything is over."""
+    """Checks the folders from outside, after all jobs are finished."""
 
     def __init__(self, stage: Stage) -> None:
         self._stage, self._scene, self._folders = stage, stage.scene, stage.folders
@@ -319,7 +318,7 @@ class Audit:
         return {name: d for name, d in self._documents.items() if d["source"] == f"{stem}.prompt.txt"}
 
     def _check_originals(self) -> None:
-        """Each file that was dropped is in one place, and in one only."""
+        """Each dropped file is in exactly one place."""
         self._accounted = set()
         for name, content in self._scene.files.items():
             raw = content.encode() if isinstance(content, str) else content
@@ -354,7 +353,7 @@ class Audit:
             self._check_refused(stem, name, document)
 
     def _check_pictures(self, name: str, document: dict[str, Any], prompt: str) -> None:
-        """A receipt names what is there, with its hash; and that is what was served."""
+        """A receipt names existing images with their hashes, and they are the served ones."""
         folder = name.rpartition("/")[0]
         pictures = served(prompt, self._scene.count)
         whole = self._stage.books.settled[prompt] and not any(r.end == "short" for r in self._scene.replies[prompt])
@@ -372,7 +371,7 @@ class Audit:
             assert found[0] == pictures[0]
 
     def _check_refused(self, stem: str, name: str, document: dict[str, Any]) -> None:
-        """The originals lie beside the error file, and what was paid for does, too."""
+        """The originals are beside the error file, and so is a charged response."""
         folder = name.rpartition("/")[0]
         for dropped, content in self._scene.files.items():
             if dropped.startswith((f"{stem}.", f"{stem}/")):
@@ -410,10 +409,10 @@ def stage(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Stage]:
 
 
 def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
-    """Play from every state that up to so many cuts can lead to, and look at what came of it.
+    """Play from every state that up to this number of cuts can produce, and check the results.
 
     Returns:
-        The states, and how each was come to.
+        The states, and how each was reached.
     """
     paths: dict[State, tuple[str, ...]] = {stage.begin: ()}
     waiting = deque([stage.begin])
@@ -427,7 +426,7 @@ def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
             stage.moments += 1
             for losing, left in zip(Losing, stage.states(), strict=True):
                 if len(path) + 1 == cuts:
-                    # Nothing can be undone any more: only what can be seen makes a difference.
+                    # No change can be undone any more: only visible content matters.
                     left = replace(left, disk=left.disk.visible())  # noqa: PLW2901
                 if left not in paths:
                     paths[left] = (*path, f"{losing.name} before {what}")
@@ -466,7 +465,7 @@ def test_a_power_cut_at_any_step_pays_nothing_twice_and_loses_nothing(
 
 
 def test_after_a_cut_the_noted_steps_are_known(tmp_path: Path) -> None:
-    """Noting goes on where a real cut ends everything, with exceptions and all that follows from them."""
+    """Noting continues where a real cut ends everything with exceptions and their consequences."""
     scene = SCENES["an edit with two images"]
     with contextlib.closing(Stage(tmp_path, scene)) as stage:
         noted: list[list[State]] = []
@@ -505,7 +504,7 @@ def test_a_power_cut_right_after_a_step_pays_nothing_twice_and_loses_nothing(tmp
 def test_a_power_cut_after_a_redelivery_pays_nothing_twice_and_loses_nothing(tmp_path: Path, name: str) -> None:
     scene = replace(SCENES[name], settings=SKIP)
     with contextlib.closing(Stage(tmp_path, scene)) as stage:
-        stage.restore(stage.begin)  # which gives all files their old times
+        stage.restore(stage.begin)  # sets the old times of all files
         stage.play()
         for file, content in scene.files.items():
             os.utime(stage.folders.drop(file, content), ns=(LONG_AGO_NS, LONG_AGO_NS))
@@ -529,13 +528,13 @@ def test_a_power_cut_while_a_charged_response_is_read_again_pays_nothing_twice_a
 
 
 def begin_again(stage: Stage) -> None:
-    """Make the disk as it is, all of it durable, the beginning."""
+    """Use the present state of the disk, made durable, as the beginning."""
     stage.disk = stage.new_disk()
     stage.begin = stage.state(Losing.KILLED)
 
 
 class FailingDisk(LosingDisk):
-    """A disk on which one step fails, as a full disk does, and all is well again.
+    """A disk on which one step fails, as on a full disk, and later steps work.
 
     Attributes:
         failing: Number of the step, from 1.
@@ -554,7 +553,7 @@ DISK_STEPS = {name for name in vars(SteppingDisk) if not name.startswith("_") an
 
 @pytest.mark.parametrize("name", sorted(SCENES if ALL_CUTS else CUT_TWICE | FAIL_TOO))
 def test_a_disk_that_fails_once_at_any_step_pays_nothing_twice_and_loses_nothing(tmp_path: Path, name: str) -> None:
-    """The same process tries again, as the daemon does when there is room: nothing was undone, but nothing is new."""
+    """The same process tries again, as the daemon does when there is space. Nothing was undone, and nothing is new."""
     with contextlib.closing(Stage(tmp_path, SCENES[name], FailingDisk)) as stage:
         stage.restore(stage.begin)
         stage.play()
@@ -563,11 +562,11 @@ def test_a_disk_that_fails_once_at_any_step_pays_nothing_twice_and_loses_nothing
             stage.disk.failing = number  # type: ignore[attr-defined]
             stage.restore(stage.begin)
             stage.play()
-            stage.play()  # what went back to the inbox, because nothing could be written down, is taken again
+            stage.play()  # prompts that went back to the inbox because nothing could be written are claimed again
             Audit(stage).check()
 
 
-# The proof can fail: each of these takes one precaution away.
+# The audit can fail: each of these removes one precaution.
 
 
 class WithoutFileSync(LosingDisk):

@@ -1,7 +1,7 @@
-"""Mixed senders and a daemon that is killed again and again: nothing is lost and nothing is made twice.
+"""Mixed senders and a daemon that is killed repeatedly: nothing is lost and nothing is paid twice.
 
-``IMAGEWATCH_SOAK=10000 python -m pytest -n 0 -s --timeout 0 tests/faults/test_soak.py`` is the long one, of ten
-thousand prompts. ``IMAGEWATCH_SOAK_SEED`` chooses another course of events.
+``IMAGEWATCH_SOAK=10000 python -m pytest -n 0 -s --timeout 0 tests/faults/test_soak.py`` is the long run, with
+ten thousand prompts. ``IMAGEWATCH_SOAK_SEED`` chooses another sequence of events.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ pause = threading.Event().wait
 
 
 class Sender(threading.Thread):
-    """Drops its share of the prompts, each in a way of its own."""
+    """Drops its share of the prompts, each in a different way."""
 
     def __init__(self, inbox: Path, outside: Path, numbers: range, seed: int) -> None:
         super().__init__(daemon=True)

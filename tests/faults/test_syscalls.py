@@ -1,17 +1,17 @@
 """The real command is killed at its system calls, from outside, and started again; or one of them fails.
 
-strace does that (``tracing.py``), so that nothing of ours decides where: SQLite's writes and the sockets are among
-the points. A point is a system call and the how manieth it is in its thread, counted from the moment at which the
-configuration is read. A run without a fault shows which there are; taken are those whose path or descriptor lies
-in our folders, and the sockets.
+strace does that (``tracing.py``), so the choice of points does not depend on our code: they include SQLite's writes
+and the sockets. A point is a system call and its number within its thread, counted from the time at which the
+configuration is read. A run without a fault shows the points; those are used whose path or descriptor is in our
+folders, and the sockets.
 
-The process is killed at every call that changes something, here or at the endpoint; it is killed before the call
-happens, so "before call N" for all N is also "after call N - 1". At a call that only reads the disk is as it is at the
-next one that changes it. Opening for reading is among the calls that fail, though.
+The process is killed at every call that changes something, here or at the API. It is killed before the call
+happens, so "before call N" for all N is also "after call N - 1". Calls that only read need no kill: the disk is the
+same at the next call that changes it. Opening for reading is among the calls that fail, however.
 
-``IMAGEWATCH_ALL_SYSCALLS=1 .venv/bin/python -m pytest -n 0 tests/faults/test_syscalls.py`` takes every point to be
-killed at and every third one to fail, in a quarter of an hour on two cores, and says how many of each call were hit.
-Without it one or none of each call is taken.
+``IMAGEWATCH_ALL_SYSCALLS=1 .venv/bin/python -m pytest -n 0 tests/faults/test_syscalls.py`` kills at every point
+and fails every third one, in a quarter of an hour on two cores, and reports how many of each call were hit.
+Without the variable one or none of each call is used.
 """
 
 from __future__ import annotations
@@ -66,8 +66,8 @@ class Scene:
 
     Attributes:
         orders: The prompts.
-        concurrency: Requests at once. One: every run comes to the same points.
-        cap: ``limits.credits_per_day``, 0 without; it is taken away before the last start.
+        concurrency: Requests at the same time. With one, every run reaches the same points.
+        cap: ``limits.credits_per_day``, 0 without; it is removed before the last start.
     """
 
     orders: dict[str, Order]
@@ -95,17 +95,17 @@ CAPPED = Scene(
     concurrency=3,
     cap=60,
 )
-"""Each picture costs 30 at the sandbox: two of five may be made before the cap is taken away."""
+"""Each image costs 30 at the sandbox: two of five may be completed before the cap is removed."""
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of one disturbance.
+    """The result of one fault.
 
     Attributes:
         fault: The fault, the last one if there were several.
-        hit: Whether a call of ours was struck; threads take turns as they like, so that sometimes none comes there.
-        violation: What was wrong, with the faults and what everybody said; empty if nothing was.
+        hit: Whether the fault hit one of our calls; threads take turns in any order, so sometimes none gets there.
+        violation: What was wrong, with the faults and all output; empty if nothing was.
     """
 
     fault: Fault
@@ -130,7 +130,7 @@ class Story:
         self._faults: list[Fault] = []
 
     def disturb(self, fault: Fault) -> bool:
-        """Start under strace with a fault; return whether it struck one of our calls, and only such."""
+        """Start under strace with a fault; return whether it hit our calls and no others."""
         self._faults.append(fault)
         traced = trace(self.folders, [fault.point.call], fault)
         struck = traced.struck(fault)
@@ -147,7 +147,7 @@ class Story:
         return trace(self.folders, KILLING)
 
     def end(self) -> None:
-        """Start without strace until everything has come to an end, and look at it."""
+        """Start without strace until all jobs are finished, and check the result."""
         if self._scene.cap:
             assert self._sandbox.report()["credits"] <= self._scene.cap
             self._start({0, 1, 69})
@@ -155,7 +155,7 @@ class Story:
             del self.folders.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"]
         self._start({0, 1})
         what = [fault.what for fault in self._faults]
-        # A full disk loses nothing; a death or a broken disk may lose the answers that were on their way.
+        # A full disk loses nothing; a kill or a broken disk may lose responses in flight.
         disturbed = self._scene.concurrency * (len(what) - what.count(FULL))
         refused = what.count(KILL) < len(what)
         Audit(self.folders, self._sandbox.report(), self._scene.orders, disturbed, refused=refused).check()
@@ -172,7 +172,7 @@ class Story:
 
 
 def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
-    """Disturb one start after the other, then look."""
+    """Inject faults into one start after the other, then check."""
     root.mkdir()
     story = None
     with Sandbox(key=KEY) as sandbox:
@@ -188,9 +188,9 @@ def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
 
 
 def tried_until_hit(root: Path, scene: Scene, *faults: Fault) -> Trial:
-    """Disturb from the beginning until the last fault strikes, three times at most.
+    """Repeat from the beginning until the last fault hits, three times at most.
 
-    The points are those of other starts, and to which ones a start comes is a matter of time (``reached_twice``).
+    The points are those of other starts. Which ones a start reaches depends on timing (``reached_twice``).
     """
     for number in range(3):
         trial = tried(root.with_name(f"{root.name}-{number}"), scene, *faults)
@@ -200,7 +200,7 @@ def tried_until_hit(root: Path, scene: Scene, *faults: Fault) -> Trial:
 
 
 def points(root: Path, scene: Scene, *before: Fault) -> dict[Point, str]:
-    """Return the points of a start that is not disturbed, after others that were.
+    """Return the points of a start without a fault, after others with faults.
 
     The folder is as deep as those of the trials: the daemon syncs each folder above its own.
     """
@@ -216,10 +216,10 @@ def points(root: Path, scene: Scene, *before: Fault) -> dict[Point, str]:
 
 
 def reached_twice(root: Path, scene: Scene) -> dict[Point, str]:
-    """Return the points to which two of three starts came.
+    """Return the points that two of three starts reached.
 
-    Of how many parts an answer is written is a matter of time, and so is how often the status is. And sometimes a
-    second thread takes a job, because the first one has not come to rest yet: each comes to half of the points only.
+    Timing decides in how many parts a response is written, and how often the status is. Sometimes a second thread
+    gets a job because the first one is not idle yet; then each thread reaches only half of the points.
     """
     starts = [points(root / name, scene) for name in "012"]
     times = Counter(point for start in starts for point in start)
@@ -236,9 +236,9 @@ def to_fail(found: dict[Point, str]) -> list[Point]:
 
 
 def few(chosen: Iterable[Point]) -> list[Point]:
-    """Choose one of each call, each time at another stage of the work; not of its end, which many starts do not reach.
+    """Choose one of each call, at different stages of the run; not at its end, which many starts do not reach.
 
-    A start that is traced more slowly writes an answer in more parts, and so comes to higher numbers.
+    A start that is traced more slowly writes a response in more parts and so reaches higher numbers.
     """
     by_call: dict[str, list[Point]] = {}
     for point in sorted(chosen):
@@ -265,7 +265,7 @@ def capped(can_trace: None, tmp_path_factory: pytest.TempPathFactory) -> dict[Po
 
 @pytest.fixture
 def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., Counter[str]]:
-    """Try a list of faults, several at a time; return how many were hit of each call, and say so."""
+    """Try a list of faults, several at a time; return and print how many of each call were hit."""
 
     def tryer(scene: Scene, faults: Iterable[tuple[Fault, ...]], least: int | None = None) -> Counter[str]:
         began = time.monotonic()
@@ -283,7 +283,7 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
                 f"not reached: {told}; {len(violations)} violations; {time.monotonic() - began:.0f} s\n"
             )
         assert not violations, f"{len(violations)} violations\n" + "\n\n".join(violations)
-        # Several workers take turns as they like, and then one of them alone does not always come that far.
+        # Several workers take turns in any order, so one of them alone does not always get that far.
         wanted = (0.9 if scene.concurrency == 1 else 0.6) * len(trials) if least is None else least
         assert hit.total() >= wanted, f"not reached: {told}"
         return hit
@@ -321,7 +321,7 @@ def test_no_response_is_lost_for_lack_of_space(plain: dict[Point, str], try_all)
     if ALL:
         try_all(PLAIN, [(Fault(point, FULL),) for point in banking])
         return
-    # A thread that took other jobs does not come as far as the later ones: any one of the first three is enough.
+    # A thread with other jobs does not reach the later ones: any one of the first three is enough.
     made = [point for point in banking if point.call == "openat" and "O_CREAT" in plain[point]]
     first = sorted(made, key=lambda point: point.number)[:3]
     try_all(PLAIN, [(Fault(point, FULL),) for point in first], least=1)
@@ -340,13 +340,13 @@ def test_a_recovery_may_be_interrupted_again(plain: dict[Point, str], try_all, t
     for k in range(8 if ALL else 1):
         death = Fault(deaths[len(deaths) * (2 * k + 1) // (16 if ALL else 2)], KILL)
         found = points(tmp_path / f"count-{k}", PLAIN, death)
-        recovery = [point for point in to_fail(found) if point.number <= 20]  # what comes later is like any other work
+        recovery = [point for point in to_fail(found) if point.number <= 20]  # later calls are ordinary jobs
         chosen = recovery[k::8] if ALL else few(recovery)[::4]
         faults += [(death, Fault(point, (KILL, FULL, BROKEN)[n % 3])) for n, point in enumerate(chosen)]
     try_all(PLAIN, faults)
 
 
-# The proof can fail.
+# The audit can fail.
 
 
 def test_the_audit_finds_a_second_payment(folders: Folders, sandbox: Sandbox) -> None:

@@ -1,4 +1,4 @@
-"""The gallery without a browser: which jobs the page holds, what lies beside it, and what it leaves alone."""
+"""The gallery without a browser: jobs on the page, files beside it, and files it does not touch."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def picture(colour: object = "teal", size: tuple[int, int] = (640, 480), kind: s
 
 
 class Shelf:
-    """The folders of finished jobs, filled by hand."""
+    """The folders of finished jobs, filled by the tests."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -69,7 +69,7 @@ class Shelf:
         target.write_bytes(content)
 
     def made(self, stem: str, *pictures: bytes, folder: str = "", **more: Any) -> None:
-        """Put a receipt and its pictures into the outbox."""
+        """Put a receipt and its images into the outbox."""
         place = f"outbox/{folder}/" if folder else "outbox/"
         names = [f"{stem}.png"] if len(pictures) == 1 else [f"{stem}-{k}.png" for k in range(1, len(pictures) + 1)]
         for name, content in zip(names, pictures, strict=True):
@@ -104,7 +104,7 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 def page_data(path: Path) -> dict[str, Any]:
-    """The data that stands in a page."""
+    """The data in a page."""
     found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
     assert found
     return json.loads(found[1])
@@ -121,7 +121,7 @@ def command(environ: dict[str, str], *arguments: str) -> subprocess.CompletedPro
     )
 
 
-# What it shows
+# Content of the page
 
 
 def test_the_page_shows_completed_and_failed_jobs(station: Station):
@@ -154,7 +154,7 @@ def test_the_page_shows_completed_and_failed_jobs(station: Station):
     assert len(jobs["four"]["images"]) == 4
     assert (jobs["broke"]["folder"], jobs["broke"]["charged"], jobs["broke"]["status"]) == ("a/b", "no", 402)
     assert "add credits" in jobs["broke"]["next"]
-    # It was never sent, so its error file has no prompt; the prompt lies beside it.
+    # It was never sent, so its error file has no prompt; the prompt is beside it.
     assert jobs["typo"]["prompt"].endswith("a cat")
     assert "qualtiy" in jobs["typo"]["message"]
     thumbs = {path.name for path in (station.root / "gallery_files").glob("*.webp")}
@@ -235,7 +235,7 @@ def test_a_folder_that_may_not_be_read_is_reported_and_skipped(shelf: Shelf):
     assert shelf.data["shown"]["notes"] == written.notes
 
 
-# Documents that nobody has vouched for
+# Untrusted result files
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ DOCUMENT = {
 def test_the_page_is_written_whatever_a_result_file_contains(tmp_path_factory, document: dict[str, Any]):
     shelf = Shelf(tmp_path_factory.mktemp("any") / "watched")
 
-    def tame(value: Any) -> Any:  # what TOML can hold
+    def tame(value: Any) -> Any:  # what TOML can represent
         if isinstance(value, dict):
             return {tame(name): tame(inner) for name, inner in value.items() if inner is not None}
         if isinstance(value, list):
@@ -357,11 +357,11 @@ def test_a_name_that_is_not_utf8_has_a_url_that_works(shelf: Shelf):
     assert shelf.thumbs == [shown["thumb"]]
 
 
-# Nothing of it becomes markup
+# No text becomes markup
 
 
 def hostile(shelf: Shelf) -> None:
-    """Fill the folders with names and words that want to be script."""
+    """Fill the folders with names and texts that try to be script."""
     name = HOSTILE.replace("/", "\\")
     shelf.made(
         "cat", picture(), folder=name, prompt=HOSTILE, provider=HOSTILE, model=HOSTILE, code=HOSTILE, job=HOSTILE
@@ -404,7 +404,7 @@ def test_the_page_contains_no_network_address(shelf: Shelf):
     shelf.made("cat", picture())
     shelf.gallery().write()
     addresses = re.findall(r"[a-z]+://[^\s\"'<]*", (shelf.root / "gallery.html").read_text())
-    assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace, which nobody fetches
+    assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace, which browsers do not load
 
 
 # Thumbnails
@@ -415,7 +415,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def vast(side: int) -> bytes:
-    """A small PNG of very many pixels in black, which is said to be transparent."""
+    """A small PNG of very many black pixels, which are declared transparent."""
     packed = zlib.compressobj()
     rows = [packed.compress(bytes(1 + 3 * side)) for _ in range(side)]
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)) + chunk(b"tRNS", bytes(6))
@@ -423,14 +423,14 @@ def vast(side: int) -> bytes:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A whole PNG of a few bytes that claims to be enormous."""
+    """A complete PNG of a few bytes that claims to be enormous."""
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
     pixels = zlib.compress(bytes(1000))
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
 def lying() -> bytes:
-    """A PNG whose structure is whole and whose pixels are none."""
+    """A PNG with a complete structure and invalid pixels."""
     return bomb(300, 300)
 
 
@@ -540,7 +540,7 @@ over.set()
 sampling.join()
 print(max(peaks))
 """
-"""Writes a page and says how much memory it took at the most, its decoders included, kB."""
+"""Writes a page and prints its peak memory, including its decoders, kB."""
 
 
 def test_several_huge_images_take_no_more_memory_than_one(shelf: Shelf):
@@ -562,7 +562,7 @@ def test_a_small_image_is_not_enlarged(shelf: Shelf):
 
 def test_a_thumbnail_is_upright_and_contains_no_camera_data(shelf: Shelf):
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn it by a quarter
+    exif[0x0112] = 6  # a rotation by 90 degrees
     exif[0x010F] = "a camera"
     shelf.made("cat", picture(size=(1600, 800), kind="jpeg", exif=exif))
     shelf.gallery().write()
@@ -620,7 +620,7 @@ def test_thumbnails_of_removed_images_are_removed_and_other_files_stay(shelf: Sh
     assert left == {"holiday.webp", "stamp.svg", shelf.data["stamp"]}
 
 
-# Where it is
+# Path of the page
 
 
 def test_the_gallery_changes_nothing_in_the_folders(shelf: Shelf):
@@ -741,7 +741,7 @@ def test_no_incomplete_file_remains(shelf: Shelf):
     assert names == {"gallery.html", "cat.png", "cat.receipt.toml", shelf.data["stamp"], *shelf.thumbs}
 
 
-# Kept fresh
+# Updates
 
 
 def test_watching_shows_a_new_job_and_ends_on_ctrl_c(station: Station, start: Callable[..., Running]):

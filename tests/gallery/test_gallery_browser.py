@@ -32,12 +32,12 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
 
 @pytest.fixture
 def browser(chromium: Chromium) -> Iterator[Chromium]:
-    """The browser with a window of its usual size; at the end it may have found nothing wrong with the page."""
+    """The browser with a window of its usual size; at the end it must have reported no error in the page."""
     chromium.events.clear()
     chromium.size(1200, 900)
     chromium.colours("light")
     yield chromium
-    # That a page looks for its stamp when that is gone is how it learns of a newer one.
+    # A page finds out about a newer one by requesting its stamp, also if that is missing.
     assert [one for one in chromium.complaints() if "/stamp-" not in one.get("url", "")] == []
 
 
@@ -87,7 +87,7 @@ def times(moment: str) -> dict[str, Any]:
     return {"published": datetime.fromisoformat(moment)}
 
 
-# What is seen
+# Visible content
 
 
 def test_every_job_is_a_card_and_each_image_has_its_prompt_as_alternative_text(browser: Chromium, shelf: Shelf):
@@ -162,7 +162,7 @@ def test_a_suspicious_image_is_not_loaded_in_the_large_view(browser: Chromium, s
     assert not [url for url in browser.requested() if url.endswith("cat.png")]
 
 
-# Strangers' words
+# Text of other people
 
 
 def test_text_of_other_people_is_shown_and_never_run(browser: Chromium, shelf: Shelf):
@@ -252,7 +252,7 @@ ATTEMPTS = {
 
 
 def said_to(server: socket.socket) -> list[bytes]:
-    """What was sent so far; before the policy is asked, Chromium may connect where a frame or form leads."""
+    """The requests so far. Before it checks the policy, Chromium may connect to the target of a frame or form."""
     said = []
     with contextlib.suppress(BlockingIOError):
         while True:
@@ -287,7 +287,7 @@ def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_els
         assert said_to(server) == []
 
 
-# Finding
+# Search and filters
 
 
 def test_search_and_filters_narrow_the_list_and_survive_a_reload(browser: Chromium, shelf: Shelf):
@@ -346,7 +346,7 @@ def test_the_page_can_be_used_with_the_keyboard_alone(browser: Chromium, shelf: 
     assert browser.run("document.querySelector('.stage img').src").endswith("/outbox/farm/big/cow-2.png")
     browser.key("ArrowRight")
     assert texts(browser, ".stage article *")[:2] == ["Failed, may have been charged", "no such animal"]
-    browser.key("ArrowRight")  # there is no more
+    browser.key("ArrowRight")  # the last card
     browser.key("Escape")
     assert not browser.run("view.open")
     assert browser.run(focused) == "an elk"
@@ -358,7 +358,7 @@ def test_the_page_can_be_used_with_the_keyboard_alone(browser: Chromium, shelf: 
 def test_the_focus_returns_to_the_card_before_the_browser_reports_that_the_large_view_is_closed(
     browser: Chromium, shelf: Shelf, way: str
 ):
-    # That report comes later than the next key may: an arrow that is pressed at once goes on from what was seen.
+    # The next key may come before that report: an arrow key pressed immediately continues from the shown image.
     zoo(shelf)
     visit(browser, shelf)
     browser.run("enlarge(2, 0)")
@@ -439,11 +439,11 @@ def test_no_window_is_too_narrow_or_too_wide(browser: Chromium, shelf: Shelf, wi
     assert browser.run("view.scrollWidth") <= width
 
 
-# Many
+# Many jobs
 
 
 def many(path: Path, count: int) -> None:
-    """Write a page of so many jobs, without their pictures."""
+    """Write a page of this many jobs, without their images."""
     jobs = [
         Job(
             completed=k % 30 > 0,
@@ -529,4 +529,4 @@ def test_a_page_that_was_copied_alone_does_not_wait_for_a_newer_one(browser: Chr
     stamp = page_data(copy)["stamp"]
     until(lambda: any(stamp in url for url in browser.requested()))
     assert browser.run("document.querySelector('#newer').hidden")
-    browser.events.clear()  # that two pictures were not found is what this is about
+    browser.events.clear()  # two missing images are part of this test

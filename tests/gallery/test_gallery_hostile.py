@@ -1,4 +1,4 @@
-"""The gallery over folders that strangers write: what it opens, what it links, and what a picture can cost it."""
+"""The gallery with folders that other users write to: what it opens and links, and the cost of an image."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 USER, OTHER = 54321, 54322
-"""Users that no passwd file knows, with a group each."""
+"""Users that are in no passwd file, with a group each."""
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 
 
@@ -41,12 +41,12 @@ def shelf(tmp_path: Path) -> Shelf:
 
 
 def job(shelf: Shelf, stem: str) -> dict[str, Any]:
-    """Return what the page shows of a job."""
+    """Return the page's data of a job."""
     [found] = [one for one in shelf.jobs if one["name"] == stem]
     return found
 
 
-# What a picture can cost
+# Cost of an image
 
 
 def segment(code: int, content: bytes) -> bytes:
@@ -54,9 +54,9 @@ def segment(code: int, content: bytes) -> bytes:
 
 
 def scans(width: int, height: int, count: int) -> bytes:
-    """A whole progressive JPEG in grey whose scans are tiny, and each of which makes a decoder visit all pixels."""
+    """A complete progressive JPEG in gray with tiny scans, each of which makes a decoder visit all pixels."""
     blocks = -(-width // 8) * -(-height // 8)
-    bits = ("0" + "1" * 14) * -(-blocks // 32767)  # "these 32767 blocks are as they were"
+    bits = ("0" + "1" * 14) * -(-blocks // 32767)  # "these 32767 blocks are unchanged"
     bits += "1" * (-len(bits) % 8)
     nothing = int(bits, 2).to_bytes(len(bits) // 8, "big").replace(b"\xff", b"\xff\x00")
     parts = [
@@ -71,7 +71,7 @@ def scans(width: int, height: int, count: int) -> bytes:
 
 
 SLOW = scans(7000, 7000, 100)
-"""As many scans and pixels as are allowed: three seconds for a decoder."""
+"""The largest allowed number of scans and pixels: three seconds for a decoder."""
 SLUGGISH = scans(3000, 3000, 100)
 """Half a second."""
 
@@ -176,7 +176,7 @@ def frames(kind: str, count: int) -> bytes:
 
 
 def with_chunk(name: bytes, content: bytes) -> bytes:
-    """A picture with one more chunk of text or colours before its pixels."""
+    """An image with one more chunk of text or colors before its pixels."""
     whole = picture()
     return whole[:33] + chunk(name, content) + whole[33:]
 
@@ -224,14 +224,14 @@ def test_a_file_of_more_bytes_than_pixels_can_need_is_not_read(shelf: Shelf):
 
 
 def children(parent: int | None = None) -> list[int]:
-    """The processes that a process has started."""
+    """The child processes of a process."""
     tasks = Path(f"/proc/{parent or os.getpid()}/task").iterdir()
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
 @pytest.fixture
 def decoding(shelf: Shelf) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """A command that is at work on a slow picture, and its decoder."""
+    """A command that processes a slow image, and its decoder."""
     shelf.made("slow", SLOW)
     environ = {
         "PATH": os.environ["PATH"],
@@ -262,7 +262,7 @@ def test_a_decoder_has_little_memory_no_files_and_not_the_key(decoding):
     assert limits(decoder)["Max address space"] == str(640 << 20)
     assert limits(decoder)["Max core file size"] == "0"
     assert b"LETTA_API_KEY" not in Path(f"/proc/{decoder}/environ").read_bytes()
-    assert len(list(Path(f"/proc/{decoder}/fd").iterdir())) <= 4  # its parent, nothing twice, the picture
+    assert len(list(Path(f"/proc/{decoder}/fd").iterdir())) <= 4  # its parent, nothing twice, the image
     if os.geteuid() == 0:
         assert set(os.stat(f"/proc/{decoder}")[4:6]) == {65534}
 
@@ -296,11 +296,11 @@ def test_a_module_in_the_current_folder_is_not_imported(shelf: Shelf, tmp_path: 
     assert not (tmp_path / "sprung").exists()
 
 
-# What a receipt links to
+# Links of a receipt
 
 
 def forged(shelf: Shelf, name: str, content: bytes, folder: str = "outbox") -> None:
-    """Put a file into a folder, and a document that says it is a picture of a job."""
+    """Put a file into a folder, and a result file that lists it as an image of a job."""
     shelf.put(f"{folder}/{name}", content)
     entry = {"file": name, "bytes": len(content)}
     document = {"source": "forged.prompt.txt", "charged": "yes", "images": [entry], "inputs": [entry]}
@@ -349,11 +349,11 @@ def test_an_invalid_result_file_is_not_linked(shelf: Shelf):
     assert [job(shelf, stem).get("unreadable", False) for stem in ("forged", "good")] == [True, False]
 
 
-# What it opens
+# Opened files
 
 
 def private(path: Path, content: bytes) -> Path:
-    """Make a file that only its owner may read."""
+    """Create a file that only its owner may read."""
     path.write_bytes(content)
     path.chmod(0o600)
     return path
@@ -407,7 +407,7 @@ def exchange(one: Path, other: Path) -> None:
 
 @pytest.mark.timeout(100)
 def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: Shelf, tmp_path: Path):
-    """A race: what lies in the private folder has the names and sizes of what lies in the outbox."""
+    """A race: the files of the private folder have the names and sizes of those in the outbox."""
     private_folder = tmp_path / "private"
     other = Shelf(tmp_path / "other")
     for where, colour, prompt in ((shelf, "teal", "an open cat"), (other, "tomato", "a quiet one")):
@@ -592,7 +592,7 @@ def test_thumbnails_of_another_user_are_reported_with_the_next_step(owned: Shelf
     assert f"rm -r {owned.root}/gallery_files" in done.stderr
 
 
-# The same again
+# Repeated runs
 
 
 def test_another_run_does_not_write_a_page_that_would_be_the_same(shelf: Shelf):

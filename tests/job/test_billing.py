@@ -1,4 +1,4 @@
-"""What an answer says of its payment: kept in receipt, error file and ledger, and shown as evidence."""
+"""The payment data of a response: saved in receipt, error file and ledger, and shown with an unknown charge."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def history(folders: Folders) -> list[dict[str, Any]]:
 
 
 def lost(exchange: Any) -> None:
-    """Take a request and close the connection without an answer."""
+    """Read a request and close the connection without a response."""
     exchange.request()
 
 

@@ -1,4 +1,4 @@
-"""The folder of claimed files is the daemon's own: known by owner, mode and inode, whatever its name is."""
+"""The folder of claimed files is the daemon's own, identified by owner, mode and inode under any name."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MODE = 0o700
 
 
 class Place:
-    """An inbox and a state folder, and what each start makes of them."""
+    """An inbox and a state folder, and starts that use them."""
 
     def __init__(self, root: Path) -> None:
         self.inbox, self.state = root / "inbox", root / "state"
@@ -47,7 +47,7 @@ def place(tmp_path: Path) -> Place:
 
 @pytest.fixture
 def used(place: Place) -> Place:
-    """One that has been used before."""
+    """A folder of claims that was used before."""
     place.start().require()
     (place.folder / "job").mkdir()
     return place

@@ -1,4 +1,4 @@
-"""A state folder of an earlier version is still finished."""
+"""Jobs in a state folder of an earlier version are finished."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def left_by_an_earlier_version(station: Station) -> str:
-    """Make a job whose decision is on the disk as version 0.1.0 wrote it, and nothing is published."""
+    """Create a job whose decision is on disk as version 0.1.0 wrote it, with nothing published."""
     deliver, discard = station.spool.delivery.deliver, station.spool.originals.discard
 
     def fail(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""A job that goes back into the inbox, and one that is looked at again after a wait."""
+"""Jobs that are given back to the inbox, and jobs that continue after a wait."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ FRONT = '+++\ninput_images = ["a.png", "zebra.png"]\n+++\nBoth'
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_a_prompt_goes_back_into_the_inbox_after_its_images(tmp_path: Path) -> None:
-    """Else whoever takes the prompt at that moment buys a picture from its text alone."""
-    with closing(Station(tmp_path, "http://127.0.0.1:9")) as station:  # nobody listens there: it was not sent
+    """Otherwise a scan at that moment could claim the prompt and pay for an image from its text alone."""
+    with closing(Station(tmp_path, "http://127.0.0.1:9")) as station:  # no server listens there, so nothing was sent
         for name in ("a.png", "zebra.png"):
             station.drop(name, picture(name))
         station.prompt("middle", FRONT)
@@ -56,12 +56,12 @@ def claimed(station: Station) -> Any:
 
 
 def test_a_refusal_from_before_a_wait_is_not_reported_again(station: Station, sandbox: Sandbox) -> None:
-    """The job waits for its name; meanwhile credits were added, and the old refusal must hold up nobody."""
+    """The job waits for its name. Credits were added meanwhile, so the old refusal must delay no other prompt."""
     asked = []
 
     def another_job_shows_it(kind: str) -> bool:
         asked.append(kind)
-        station.prompt("cat", "a newer prompt of this name")  # so this one cannot go back yet
+        station.prompt("cat", "a newer prompt of this name")  # so this prompt cannot go back yet
         return False
 
     worker = Distrustful(

@@ -1,4 +1,4 @@
-"""What is written about a job: receipts, error files, lines on a terminal, records."""
+"""Texts about a job: receipts, error files, lines on a terminal, job records."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def composed(what, claim=CLAIM):
 
 
 def document(**given_):
-    """Compose a document and read it back."""
+    """Compose a result file and read it."""
     what = {"charged": "yes", "finished": FINISHED, "top": {}, **given_}
     return tomllib.loads(composed(what))
 
@@ -274,7 +274,7 @@ json_values = st.recursive(
 
 
 def same(value, read):
-    """Whether a value came back, as far as TOML can hold it."""
+    """Whether two values are equal, as far as TOML can represent them."""
     if isinstance(value, dict):
         kept = {whole(key): inner for key, inner in value.items()}
         kept = {key: inner for key, inner in kept.items() if inner is not None}

@@ -1,4 +1,4 @@
-"""Sync tools bring back what was taken away: it is not bought again, and what people mean anew is."""
+"""Sync tools redeliver claimed prompts, which are not charged again; new requests of people are."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 LONG_AGO = 1_600_000_000
 YEAR_2400 = 13_569_465_600
-"""In nanoseconds it takes more than the 63 bits of SQLite's integers."""
+"""In nanoseconds this time needs more than the 63 bits of SQLite's integers."""
 
 
 class Sender:
-    """A folder somewhere else that is copied into the inbox again and again, as a cron job does."""
+    """A folder elsewhere that is copied into the inbox repeatedly, as a cron job does."""
 
     def __init__(self, place: Path, folders: Folders) -> None:
         self.place = place
@@ -41,7 +41,7 @@ class Sender:
         os.utime(path, (mtime, mtime))
 
     def send(self) -> None:
-        """What ``rsync -a`` leaves behind: each file by rename, with its old mtime."""
+        """Write files as ``rsync -a`` does: each by rename, with its old mtime."""
         for path in sorted(self.place.rglob("*")):
             if path.is_file():
                 target = self._folders.inbox / path.relative_to(self.place)
@@ -246,12 +246,12 @@ def test_a_prompt_from_the_year_2400_does_not_trigger_the_burst_guard(
 def test_redelivered_prompts_are_no_burst_however_many_they_are(
     tmp_path: Path, sandbox: Sandbox, run: Any, rescan: str
 ) -> None:
-    """A scan comes when a brought-back prompt is dealt with, too: that may be while the next ones have just come."""
+    """A handled redelivery also starts a scan. The next prompts may just have arrived at that time."""
     limits = {"limits__burst": "3", "limits__concurrency": "2"}
     seconds = {"inbox__settle_seconds": "1", "inbox__rescan_seconds": rescan}
     folders = Folders(tmp_path, sandbox.base_url, **limits, **seconds)
     far = Sender(tmp_path / "far", folders)
-    daemon = run(folders)  # it watches: a guard that has not seen the whole inbox yet waits for that, up to ten seconds
+    daemon = run(folders)  # it watches: until the guard knows the whole inbox, it waits up to ten seconds for that
     for number in range(8):
         far.write(f"p{number}.prompt.txt", f"cat {number}")
         if number % 3 == 2 or number == 7:
@@ -301,7 +301,7 @@ def test_a_prompt_that_is_redelivered_while_its_request_is_in_flight_is_not_anot
 def test_a_prompt_that_is_redelivered_while_its_job_is_given_back_is_in_the_inbox_once(
     tmp_path: Path, sandbox: Sandbox
 ) -> None:
-    """The account refuses; two jobs find out at once; one shows it, the other returns to where its twin lies."""
+    """The account refuses two jobs at the same time. One shows it, the other returns beside its redelivery."""
     station = Station(tmp_path, sandbox.base_url)
     station.worker._may_report = lambda _: False
     far = Sender(tmp_path / "far", station)
@@ -347,7 +347,7 @@ def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
 def test_a_file_of_another_user_can_be_moved_back_too(open_path: Path, sandbox: Sandbox, start: Any) -> None:
-    """The daemon may not set the time of a colleague's file; then a copy of its own goes through the door."""
+    """The daemon may not set the time of another user's file, so it moves a copy of its own to the destination."""
     folders = Folders(open_path, sandbox.base_url)
     for place in (open_path, *open_path.rglob("*")):
         os.chown(place, 12345, 12345)
@@ -372,11 +372,11 @@ def test_a_file_of_another_user_can_be_moved_back_too(open_path: Path, sandbox: 
     assert requests(sandbox) == 2
 
 
-# What a person copies out of the archive or out of errors
+# Copies that a person makes from the archive or from errors
 
 
 def copied(folders: Folders, door: str, name: str = "cat.prompt.txt") -> None:
-    """Copy a prompt into the inbox as file managers do: with its time."""
+    """Copy a prompt into the inbox as file managers do: with its mtime."""
     hidden = folders.inbox / ".copy"
     shutil.copy2(folders.root / door / name, hidden)
     hidden.rename(folders.inbox / "cat.prompt.txt")

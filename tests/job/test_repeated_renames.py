@@ -1,4 +1,4 @@
-"""A rename that has happened and reports an error, as on NFS when a request is repeated."""
+"""Renames that happened but reported an error, as on NFS when a request is repeated."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ RENAME = disk_calls.rename_new
 
 @pytest.fixture(params=[errno.ENOENT, errno.EEXIST])
 def repeated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    """Let each rename happen, and fail."""
+    """Let each rename happen, then report a failure."""
 
     def rename(source: disk_calls.Place, target: disk_calls.Place) -> None:
         RENAME(source, target)

@@ -1,4 +1,4 @@
-"""Every answer of the endpoint, through the real worker: which door, what is charged, whose words, never paid twice."""
+"""Every response of the API, through the real worker: destination, charge and message; never paid twice."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from imagewatch.system.errors import ConfigError, Problem, SpoolError
 
 IMAGE = picture()
 
-# tag, status, code, the endpoint's words, what every other request would meet, a word of the advice
+# tag, status, code, message of the API, the reason for a hold, a word of the next step
 REFUSED = [
     ("400", 400, "moderation_blocked", "Your request was rejected by the safety system", None, "fix the cause"),
     ("401", 401, None, "Unauthorized", "key", "key"),
@@ -42,7 +42,7 @@ REFUSED = [
     ("307", 307, None, "HTTP 307", "endpoint", "base_url"),
     ("308", 308, None, "HTTP 308", "endpoint", "base_url"),
 ]
-# tag, status, code, words: somebody between us and the endpoint answered, or nobody can tell what was done
+# tag, status, code, message: a proxy responded, or the effect of the request is unknown
 UNCLEAR = [
     ("408", 408, None, "Request timed out"),
     ("500-empty", 500, None, "HTTP 500 without a message"),
@@ -57,7 +57,7 @@ UNCLEAR = [
     ("524", 524, None, "A timeout occurred"),
 ]
 UNANSWERED = ["drop", "reset", "drop-headers"]
-# tag, ending of the raw answer, what is in it, the remark, credits in the document
+# tag, file ending of the raw response, content, remark, credits in the result file
 UNREADABLE = [
     ("b64, truncate", "json", b'"b64_json"', "cut short", None),
     ("not-json", "bin", b"<!DOCTYPE html>", "not the JSON object", None),
@@ -82,7 +82,7 @@ ELSEWHERE = {"once", "times"} | {name for name in TAGS if name.startswith("url")
 
 
 def ask(station, tag="", front="", stem="x"):
-    """Drop a prompt with an image that asks the endpoint for this."""
+    """Drop a prompt with an image; the tag in its text chooses the response."""
     fence = f"+++\n{front}\n+++\n" if front else ""
     text = f"{fence}a cat" + (f" [sandbox: {tag}]" if tag else "")
     originals = {f"{stem}.prompt.txt": text, f"{stem}.png": IMAGE}
@@ -261,7 +261,7 @@ def test_a_key_that_a_server_repeats_is_not_written_to_disk(tmp_path, status):
         b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%s\r\n",  # where a length should be
         b"HTTP/1.1 200 OK\r\nwrong key: %s\r\n\r\n",
         b"wrong key %s\r\n\r\n",
-        b"y" * 250 + b"%s\r\n\r\n",  # what is told of it ends within the key
+        b"y" * 250 + b"%s\r\n\r\n",  # the message ends within the key
     ],
 )
 def test_an_error_of_the_network_library_about_a_broken_response_never_contains_the_key(tmp_path, capfd, reply):
@@ -349,7 +349,7 @@ def test_the_wait_before_another_attempt_is_what_the_api_asks_for(station, sandb
     assert 1 <= outcome.delay <= 1.25
     assert outcome.reason.message == "Too many requests"
     again = station.worker.process(outcome.job)
-    assert again.end is End.DEFERRED  # nobody said that the wait is over
+    assert again.end is End.DEFERRED  # no response ended the wait
     assert sandbox.report()["requests"] == 1
     assert station.worker.process(outcome.job, is_resumed=True).end is End.OVER
     assert sandbox.report()["requests"] == 2
@@ -368,7 +368,7 @@ def test_a_retry_after_of_any_kind_is_bounded(tmp_path, said, least):
     assert least <= outcome.delay <= least * 1.25 + 0.1
 
 
-# Nobody knows
+# Charge unknown
 
 
 @pytest.mark.parametrize(("tag", "status", "code", "words"), UNCLEAR, ids=[row[0] for row in UNCLEAR])
@@ -408,7 +408,7 @@ def test_after_a_complete_request_without_a_response_the_charge_is_unknown(stati
     assert (report["requests"], report["charged"]) == (1, 1)
 
 
-# Paid
+# Charged
 
 
 def test_a_success_becomes_images_and_a_receipt(station, sandbox):
@@ -687,7 +687,7 @@ def test_the_images_before_a_cut_are_published(tmp_path):
 
 
 class Slipping(Client):
-    """A client with a bug: it fails where nobody expects it."""
+    """A client with a bug: it fails at an unexpected place."""
 
     before = False
 
@@ -717,7 +717,7 @@ def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_
 
 
 class Stumbling(Disk):
-    """A disk that is full for a moment, when the mark that a request is sent has its name already."""
+    """A disk that is full for a moment, when the mark of a sent request already has its name."""
 
     stumbled = False
 
@@ -741,7 +741,7 @@ def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_was_fre
 
 
 class FullAtTheDecision(Disk):
-    """A disk that is full for a moment, when a decision is to be written."""
+    """A disk that is full for a moment, when a decision is being written."""
 
     stumbled = False
 

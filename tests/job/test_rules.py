@@ -1,4 +1,4 @@
-"""The table that decides: every thing that can be seen on disk, and what may never follow from it."""
+"""The table of rules: every state that a job can have on disk, and the steps that must never follow from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FLAGS = (
 
 @pytest.fixture(scope="module")
 def everything():
-    """Each combination of what can be seen, possible or not, and the step that follows."""
+    """Each combination of facts about a job, possible or not, and the step that follows."""
     reactions = (None, *Reaction)
     seen = []
     for values in itertools.product((False, True), repeat=len(FLAGS)):
@@ -43,7 +43,7 @@ def everything():
 
 @pytest.fixture(scope="module")
 def possible(everything):
-    """Those that the worker can bring together: it looks at an answer only if it is the newest and none is decided."""
+    """The combinations that the worker can see: it reads only the newest response, and only before a decision."""
     return [
         (e, step)
         for e, step in everything
@@ -54,7 +54,7 @@ def possible(everything):
 
 
 def after(steps, *wanted):
-    """The evidence from which one of some steps follows."""
+    """The job records from which one of these steps follows."""
     return [e for e, step in steps if step in wanted]
 
 
@@ -159,7 +159,7 @@ def test_a_prompt_that_goes_back_to_the_inbox_was_certainly_free(everything):
 
 
 def complete(e):
-    """Whether all of a claim that is not over lies where it should."""
+    """Whether all files of an unfinished claim are in their places."""
     return e.recorded and not e.over and e.claimed and not e.missing
 
 

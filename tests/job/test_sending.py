@@ -1,4 +1,4 @@
-"""The last moment before a request leaves, and the answer to it when our own disk or the way to the endpoint fails.
+"""The last moment before a request is sent, and its response if the local disk or the connection fails.
 
 The daemon is the real one; its disk, its limits and its connections are made to fail from outside.
 """
@@ -38,7 +38,7 @@ LARGE_BYTES = 12_000_000  # more than the buffers of both ends hold
 
 
 def delivered(folders: Folders, sandbox: Sandbox) -> dict[str, Any]:
-    """Look that the one prompt was made, and paid once; return its receipt."""
+    """Check that the prompt was completed and paid once; return its receipt."""
     until(lambda: folders.finished() == {"cat": "outbox"})
     until(lambda: folders.leftovers() == [])
     report = sandbox.report()
@@ -48,14 +48,14 @@ def delivered(folders: Folders, sandbox: Sandbox) -> dict[str, Any]:
 
 
 def part(folders: Folders) -> Path:
-    """The file of the answer that is being waited for."""
+    """The file for the expected response."""
     (path,) = folders.state.glob("jobs/*/answer.1.part")
     return path
 
 
 @pytest.fixture
 def asked(folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox) -> LoggedDaemon:
-    """A daemon whose one request has arrived, and is not answered before the endpoint is released."""
+    """A daemon whose only request has arrived; its response comes after the endpoint is released."""
     sandbox.hold()
     folders.prompt("cat", "a cat [sandbox: b64]")
     daemon = run(folders)
@@ -63,12 +63,12 @@ def asked(folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox) 
     return daemon
 
 
-# The answer, and our disk
+# The response and the local disk
 
 
 @contextlib.contextmanager
 def struck(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
-    """Let system calls of a daemon fail that concern the file of an answer, for as long as the block lasts."""
+    """During the block, let system calls of a daemon fail that use the file of a response."""
     if reason := reason_not_to_trace():
         pytest.skip(reason)
     names = [str(path), path.name, "/".join(path.parts[-3:]), str(path.parent), "/".join(path.parts[-3:-1])]
@@ -112,7 +112,7 @@ def test_any_disk_error_while_a_response_arrives_is_retried_and_puts_the_queue_o
 
 @contextlib.contextmanager
 def immutable(path: Path) -> Iterator[None]:
-    """Let nobody write a file during the block, not even who has it open."""
+    """During the block, no process can write the file, even if it has the file open."""
     if subprocess.run(["chattr", "+i", str(path)], capture_output=True, check=False).returncode:
         pytest.skip("this file system, or this user, has no immutable files")
     try:
@@ -374,7 +374,7 @@ def test_a_connection_for_which_no_file_can_be_opened_is_a_local_error_and_not_o
 
 
 def gateway(exchange: Exchange) -> None:
-    """What takes no request of more than a megabyte, and says so by ending the connection."""
+    """A server that accepts no request over a megabyte and refuses it by closing the connection."""
     head = exchange.head()
     if int(head.lower().partition(b"content-length:")[2].split()[0]) > 1_000_000:
         exchange.body(head, most=200_000)
@@ -466,7 +466,7 @@ Disk.sync = slow
 
 @pytest.fixture
 def slow(folders: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path) -> Iterator[Callable[[], LoggedDaemon]]:
-    """Start a daemon whose disk takes until the file is removed to write down that a request leaves."""
+    """Start a daemon whose disk, until the file is removed, delays the mark that a request is sent."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     folders.environ["GATE"] = str(gate)
@@ -476,7 +476,7 @@ def slow(folders: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path) -> 
 
 
 def go_on(gate: Path) -> None:
-    """Let the disk get on, once somebody waits for it."""
+    """Let the disk continue when a thread waits for it."""
     with open(gate, "wb"):
         gate.unlink()
 

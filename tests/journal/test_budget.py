@@ -1,4 +1,4 @@
-"""What may be spent, counted from a real ledger with an invented clock."""
+"""What may be spent, counted from a real ledger with a test clock."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ def test_the_minute_is_counted_across_a_restart(ledger, clock):
 
 
 def charge(ledger, job, credits_, *, at=NOON - HOUR, asked_=1, answered="", **fields):
-    """Write what a request was charged, as the daemon does."""
+    """Write the charge of a request, as the daemon does."""
     fields = {"provider": "flux", **fields}
     ledger.write(
         Row(

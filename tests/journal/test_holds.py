@@ -1,4 +1,4 @@
-"""Why nothing is sent, and until when. The clock is invented."""
+"""Why nothing is sent, and until when. The clock is a test clock."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ledger: one row for each attempt, whatever dies."""
+"""The ledger: one row for each attempt, whenever a process is killed."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_file_of_any_year_is_recorded_and_recognized(ledger: Ledger, mtime_ns:
 def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(ledger: Ledger) -> None:
     with pytest.raises(SpoolError, match="too large for the ledger") as caught:
         ledger.count_redelivery("a" * 16, 2**64)
-    assert caught.value.code == 0  # for any other the queue is held until the disk is well
+    assert caught.value.code == 0  # for any other error the queue is on hold until the disk works
     assert ledger.redelivered() == 0
 
 
@@ -130,7 +130,7 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
     with contextlib.closing(Ledger(path)) as ledger:
         attempts = [found["attempt"] for found in ledger.rows()]
         assert attempts == list(range(1, len(attempts) + 1))
-        assert len(attempts) >= told - 1  # of the last number told perhaps only a digit was
+        assert len(attempts) >= told - 1  # of the last number perhaps only some digits were printed
         ledger.write(row(job="b" * 16))
 
 

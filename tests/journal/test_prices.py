@@ -1,4 +1,4 @@
-"""What a request may cost, from what was charged for others."""
+"""What a request may cost, estimated from charges for others."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sandbox, from outside: real HTTP over loopback, and what the report says afterwards."""
+"""The sandbox from outside: real HTTP over loopback, and its report afterwards."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def in_thread(call, *args, **fields):
 
 
 def raw(sandbox, request):
-    """Send bytes as they are and return everything that comes back until the server closes."""
+    """Send bytes unchanged and return everything that the server sends until it closes."""
     host, port = sandbox.base_url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(request)
@@ -857,7 +857,7 @@ def test_times_applies_to_the_first_few_requests(ask):
     assert [ask("[sandbox: times 2 429, once 502]").status_code for _ in range(3)] == [502, 429, 200]
 
 
-# Gate, life and death.
+# Hold, start and stop.
 
 
 def test_during_a_hold_a_request_is_charged_but_gets_no_response(ask, sandbox):

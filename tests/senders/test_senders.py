@@ -32,13 +32,13 @@ def polled(tmp_path_factory) -> Iterator[Service]:
 
 @pytest.fixture
 def parcel(native, tmp_path) -> Parcel:
-    """Something to send to a daemon that is told of changes."""
+    """Files to send to a daemon with change events."""
     return native.parcel(tmp_path)
 
 
 @pytest.fixture(params=["native", "poll"])
 def either(tmp_path, request) -> Parcel:
-    """Something to send to a daemon that is told of changes, and to one that is not."""
+    """Files to send to a daemon with change events, and to one without."""
     service = request.getfixturevalue("native" if request.param == "native" else "polled")
     return service.parcel(tmp_path)
 
@@ -126,7 +126,7 @@ def test_an_image_that_stalls_while_its_prompt_is_unchanged(parcel, tmp_path):
 
 
 def test_a_sender_that_first_gives_files_their_full_size(parcel, tmp_path):
-    """What Samba does for Windows: zeros of the right number, then the bytes, then the old time."""
+    """What Samba does for Windows: the full size in zeros, then the bytes, then the old time."""
     writers_are_seen(tmp_path)
     for path in prompt_first(parcel):
         content = parcel.files[path.name]
@@ -160,7 +160,7 @@ def test_a_shell_that_appends_in_pieces(either):
 
 
 def test_images_that_are_created_empty_and_filled_under_another_name(parcel):
-    """What Firefox does: an empty file of the final name holds the place while another one grows."""
+    """What Firefox does: an empty file reserves the final name while another one grows."""
     (parcel.target / "cat.webp").touch()
     run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
     growing = parcel.target / "Xy12Ab34.webp.part"
@@ -184,7 +184,7 @@ FORMS = {
     "rclone": "{}.1a2b3c4d.partial",
     "Syncthing": ".syncthing.{}.tmp",
 }
-"""How senders name a file while they write it."""
+"""Names that senders use for a file while they write it."""
 
 
 def test_another_name_during_the_transfer(native, tmp_path):
@@ -288,7 +288,7 @@ def test_unzip(parcel):
 
 @pytest.fixture
 def repository(nested) -> Path:
-    """A repository that has the parcel in it."""
+    """A repository that contains the parcel."""
     program("git")
     for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "Prompts"]):
         run([*GIT, "-C", nested.source, *command])

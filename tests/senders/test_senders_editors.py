@@ -23,7 +23,7 @@ def native(tmp_path_factory) -> Iterator[Service]:
 
 @pytest.fixture
 def parcel(native, tmp_path) -> Parcel:
-    """Images that lie in the inbox already, and the text of their prompt."""
+    """Images that are in the inbox already, and the text of their prompt."""
     made = native.parcel(tmp_path)
     for name in ("cat.webp", "cat.1.png", "cat.2.jpg"):
         shutil.copy(made.source / name, made.target)
@@ -36,7 +36,7 @@ def prompt(parcel) -> Path:
 
 
 def typed(parcel: Parcel) -> tuple[str, str]:
-    """The text in two parts, short enough to be typed, and known to the parcel."""
+    """The text in two parts, short enough to be typed, and recorded in the parcel."""
     parcel.text = parcel.text[:60] + " a house, and a garden"
     parcel.files["cat.prompt.txt"] = f"{parcel.text}\n".encode()
     return parcel.text[:65], parcel.text[65:]
@@ -95,7 +95,7 @@ def test_emacs_that_saves_and_continues_typing(parcel, prompt):
         editor.shows("cat.prompt.txt")
         editor.type(first)
         until(lambda: os.path.lexists(lock), PATIENCE)
-        editor.type("\r\x18\x13\x7f.")  # saved, and typed on: the file is locked again
+        editor.type("\r\x18\x13\x7f.")  # saved, and typing continues: the file is locked again
         saved(prompt, first + "\n")
         until(lambda: os.path.lexists(lock), PATIENCE)
         parcel.is_held()

@@ -85,7 +85,7 @@ def ssh(tmp_path) -> Iterator[Path]:
     (folder / "sshd.conf").write_text(SSHD.format(**words))
     (folder / "ssh.conf").write_text(SSH.format(**words))
     with contextlib.ExitStack() as undo:
-        chroot = Path("/run/sshd")  # a service manager makes it where sshd is a service
+        chroot = Path("/run/sshd")  # a service manager creates it if sshd is a service
         if os.geteuid() == 0 and not chroot.exists():
             chroot.mkdir()
             undo.callback(chroot.rmdir)
@@ -124,7 +124,7 @@ def test_rsync_over_ssh(parcel, ssh):
 
 @pytest.fixture
 def smb(native, tmp_path) -> Iterator[list[str]]:
-    """The beginning of a command that speaks to a real smbd on this machine, whose share is the inbox."""
+    """The beginning of a command that connects to a real smbd on this machine, whose share is the inbox."""
     smbd, client = program("smbd"), program("smbclient")
     if os.geteuid() != 0:
         pytest.skip("smbd runs as root only")

@@ -1,4 +1,4 @@
-"""The page about senders is held to the tests that it names."""
+"""The page about senders is compared with the tests that it names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ROWS = re.findall(r"^\| (?!sender \||---).+ \| `(\w+)` \|$", PAGE, re.MULTILINE)
 
 
 def senders() -> set[str]:
-    """The names of all tests in which something is sent."""
+    """The names of all tests of senders."""
     modules = [path for path in TESTS.glob("test_senders*.py") if path != Path(__file__)]
     return {
         node.name

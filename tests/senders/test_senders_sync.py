@@ -1,4 +1,4 @@
-"""Synchronisation tools put files into the inbox: rsync, rclone, Syncthing."""
+"""Synchronization tools put files into the inbox: rsync, rclone, Syncthing."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def parcel(native, tmp_path) -> Parcel:
 
 @pytest.fixture
 def large(native, tmp_path) -> Parcel:
-    """A parcel whose last image takes a while."""
+    """A parcel whose last image takes some time."""
     return native.parcel(tmp_path, side=700)
 
 
@@ -106,7 +106,7 @@ def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_
 
 
 def test_rsync_that_deletes_unknown_files_removes_nothing_that_is_paid_for(native, parcel, rsync):
-    """``--delete`` also empties the folder of claimed originals; the source has them still."""
+    """``--delete`` also empties the folder of claimed originals; the source still has them."""
     native.sandbox.hold()
     try:
         run([rsync, "-a", f"{parcel.source}/", parcel.target])
@@ -144,11 +144,11 @@ QUIET = {
     "urAccepted": "-1",
     "startBrowser": "false",
 }
-"""Everything that would speak to anybody but the other instance."""
+"""Settings that turn off connections to all but the other instance."""
 
 
 class Syncthing:
-    """One of two instances that know each other by their address on this machine."""
+    """One of two instances that are configured with each other's address on this machine."""
 
     def __init__(self, home: Path, folder: Path) -> None:
         self.home = home
@@ -164,7 +164,7 @@ class Syncthing:
             self.address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
 
     def knows(self, other: Syncthing, kind: str, most: int) -> None:
-        """Write the configuration: one folder, one other instance, so many KiB a second."""
+        """Write the configuration: one folder, one other instance, a rate in KiB a second."""
         path = self.home / "config.xml"
         tree = ET.parse(path)
         root = tree.getroot()
