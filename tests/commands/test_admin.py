@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
 DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
-STRANGER = 12345
+OTHER_USER = 12345
 """A user and a group that are in no passwd file."""
 
 KILLED_BEFORE = """
@@ -102,9 +102,9 @@ def requests(sandbox: Sandbox) -> int:
 
 
 def ledger_of(folders: Folders) -> list[dict[str, Any]]:
-    told = command(folders, "history", "--json", "--limit", "0")
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)
+    result = command(folders, "history", "--json", "--limit", "0")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def once(folders: Folders, *expected: int) -> str:
@@ -227,14 +227,14 @@ def test_during_a_hold_no_prompt_waits_outside_of_the_inbox(tmp_path, run, sandb
 def test_hold_and_release_report_to_programs_whether_the_daemon_has_applied_them(folders, run):
     daemon = run(folders)
     for name in ("hold", "release"):
-        told = command(folders, name, "--json")
-        assert (told.returncode, json.loads(told.stdout)) == (
+        result = command(folders, name, "--json")
+        assert (result.returncode, json.loads(result.stdout)) == (
             0,
             {"action": name, "is_running": True, "is_applied": True},
         )
     assert daemon.stop() == 0
-    told = json.loads(command(folders, "hold", "--json", "night").stdout)
-    assert told == {"action": "hold", "is_running": False, "is_applied": False}
+    result = json.loads(command(folders, "hold", "--json", "night").stdout)
+    assert result == {"action": "hold", "is_running": False, "is_applied": False}
 
 
 def test_status_counts_a_prompt_without_its_image_under_the_right_reason(folders, run):
@@ -243,8 +243,8 @@ def test_status_counts_a_prompt_without_its_image_under_the_right_reason(folders
     folders.drop("beside.png", b"")
     run(folders)
     until(lambda: status_of(folders).get("waiting", {}).get("not_ready") == 2)
-    told = command(folders, "status").stdout
-    assert "waiting    2 (2 waiting for images that are missing or empty)" in told
+    result = command(folders, "status").stdout
+    assert "waiting    2 (2 waiting for images that are missing or empty)" in result
 
 
 def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox):
@@ -433,7 +433,7 @@ class Guard:
         self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None)
 
-    def take(self, *times: float, is_dated: bool = True) -> None:
+    def claim(self, *times: float, is_dated: bool = True) -> None:
         """Claim a prompt at each time, immediately. A server's clock shows another time."""
         for self.now in times:
             self.gate.burst.claimed(f"a{self.now}.prompt.txt", self.now if is_dated else 7.0, is_dated=is_dated)
@@ -454,27 +454,27 @@ def guard(station: Station) -> Guard:
 def test_prompts_that_have_to_settle_are_one_burst_with_those_of_the_same_time_that_were_claimed_immediately(
     guard, counted
 ):
-    guard.take(100.0, 100.1, 100.2)
+    guard.claim(100.0, 100.1, 100.2)
     assert guard.holds(counted, 104.9)
 
 
 @pytest.mark.parametrize(("came", "counted"), [(105.3, 105.3), (105.3, 110.3), (1e6, 106.0)])
 def test_prompts_that_came_later_are_no_burst_with_those_that_were_claimed_before(guard, came, counted):
-    guard.take(100.0, 100.1, 100.2)
+    guard.claim(100.0, 100.1, 100.2)
     assert not guard.holds(counted, came)
 
 
 def test_a_prompt_that_waits_long_is_no_burst_with_those_that_were_claimed_when_it_came(guard):
-    guard.take(100.0, 100.1)
+    guard.claim(100.0, 100.1)
     assert not guard.holds(105.3, 100.2)
     assert not guard.holds(108.0, 100.2, 107.9)
     assert guard.holds(108.1, 100.2, 107.9, 108.0, 108.1)
 
 
 def test_a_prompt_with_the_time_of_a_server_counts_for_as_long_as_others_have_to_settle(guard):
-    guard.take(100.0, 100.1, 100.2, is_dated=False)
+    guard.claim(100.0, 100.1, 100.2, is_dated=False)
     assert not guard.holds(105.3, 7.0)
-    guard.take(106.0, 106.1, 106.2, is_dated=False)
+    guard.claim(106.0, 106.1, 106.2, is_dated=False)
     assert guard.holds(110.9, 2.0)
 
 
@@ -499,10 +499,10 @@ def test_the_ledger_is_read_once_for_redelivered_prompts(guard):
 def test_a_prompt_that_was_given_back_and_claimed_again_is_not_a_new_arrival(guard):
     for number in range(3):
         guard.gate.burst.returned(f"a10{number}.0.prompt.txt")
-    guard.take(100.0, 101.0, 102.0)
+    guard.claim(100.0, 101.0, 102.0)
     assert not guard.holds(102.1, 102.1)
     guard.gate.burst.finished("a100.0.prompt.txt")
-    guard.take(100.0)
+    guard.claim(100.0)
     assert not guard.holds(102.2, 102.1)
     assert guard.holds(102.3, 102.1, 102.2, 102.3)
 
@@ -551,17 +551,17 @@ sys.exit(Daemon(load(None, os.environ), os.environ).run())
 
 def test_a_prompt_that_is_being_claimed_is_counted_once(guarded, run, tmp_path):
     guarded.environ |= {"IMAGEWATCH_LIMITS__BURST": "2", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "20"}
-    script, told = tmp_path / "slow.py", tmp_path / "told"
+    script, result = tmp_path / "slow.py", tmp_path / "told"
     script.write_text(SLOW_TO_CLAIM)
-    told.mkdir()
-    os.mkfifo(told / "go")
+    result.mkdir()
+    os.mkfifo(result / "go")
     (guarded.inbox / "cat.prompt.txt").write_text("A cat")
-    daemon = run(guarded, str(told), script=str(script))
+    daemon = run(guarded, str(result), script=str(script))
     assert status_of(guarded)["waiting"]["not_ready"] == 1
     for stem in ("cat", "dog"):
         guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
-        until(lambda stem=stem: (told / stem).exists() or daemon.events("held"))
-    with open(os.open(told / "go", os.O_RDWR), "rb"):
+        until(lambda stem=stem: (result / stem).exists() or daemon.events("held"))
+    with open(os.open(result / "go", os.O_RDWR), "rb"):
         until_finished(guarded, daemon, 2)
     assert daemon.events("held") == []
 
@@ -589,11 +589,11 @@ def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, k
     count = 4 if kind == "burst" else 1
     for number in range(count):
         guarded.prompt(f"p{number}", f"Number {number}")
-    told = once(guarded, 69)
-    assert f"The queue is on hold ({kind}: " in told
-    assert ("limits.burst allows 3" if kind == "burst" else "no money this month") in told
-    assert f"{count} prompt" in told
-    assert "imagewatch release" in told
+    result = once(guarded, 69)
+    assert f"The queue is on hold ({kind}: " in result
+    assert ("limits.burst allows 3" if kind == "burst" else "no money this month") in result
+    assert f"{count} prompt" in result
+    assert "imagewatch release" in result
     assert (len(prompts_in(guarded)), requests(sandbox), held_for(guarded)) == (count, 0, [kind])
 
 
@@ -601,8 +601,8 @@ def test_once_does_not_wait_for_a_person_and_says_what_to_do(guarded, sandbox, k
 
 
 def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, run, sandbox):
-    told = command(folders, "status")
-    assert (told.returncode, "no daemon has run" in told.stderr) == (74, True)
+    result = command(folders, "status")
+    assert (result.returncode, "no daemon has run" in result.stderr) == (74, True)
 
     daemon = run(folders)
     sandbox.hold()
@@ -610,16 +610,16 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
     folders.drop("dog.prompt.txt.txt", "A near miss")
     assert sandbox.wait_for_requests(1, 20)
     until(lambda: len(status_of(folders)["in_flight"]) == 1 and status_of(folders)["ignored"]["count"] == 1)
-    told = command(folders, "status")
-    assert told.returncode == 0
+    result = command(folders, "status")
+    assert result.returncode == 0
     for words in (" is running", "in flight  1", "cat.prompt.txt", "dog.prompt.txt.txt: not a prompt"):
-        assert words in told.stdout
+        assert words in result.stdout
     page = json.loads(command(folders, "status", "--json").stdout)
     assert (page["state"], page["is_running"], page["pid"]) == ("running", True, daemon.process.pid)
 
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
-    told = command(folders, "status")
-    assert (told.returncode, "it was killed; the next start continues its jobs" in told.stdout) == (0, True)
+    result = command(folders, "status")
+    assert (result.returncode, "it was killed; the next start continues its jobs" in result.stdout) == (0, True)
     page = json.loads(command(folders, "status", "--json").stdout)
     assert (page["state"], page["is_running"], page["in_flight"]) == ("died", False, [])
 
@@ -627,23 +627,27 @@ def test_status_says_what_a_daemon_does_before_while_and_after_it_runs(folders, 
     daemon = run(folders)
     until(lambda: folders.finished() == {"cat": "errors"})
     assert daemon.stop() == 0
-    told = command(folders, "status")
-    assert (told.returncode, "it was stopped" in told.stdout) == (0, True)
-    assert "0 completed, 0 refused, 1 unknown" in told.stdout
+    result = command(folders, "status")
+    assert (result.returncode, "it was stopped" in result.stdout) == (0, True)
+    assert "0 completed, 0 refused, 1 unknown" in result.stdout
 
 
 def test_status_exits_with_69_while_the_queue_is_on_hold_and_shows_pending_requests(folders, run, sandbox):
     daemon = run(folders)
     command(folders, "hold", "night")
-    told = command(folders, "status")
-    assert (told.returncode, "manual: night" in told.stdout, "imagewatch release" in told.stdout) == (69, True, True)
+    result = command(folders, "status")
+    assert (result.returncode, "manual: night" in result.stdout, "imagewatch release" in result.stdout) == (
+        69,
+        True,
+        True,
+    )
     assert daemon.stop() == 0
     assert command(folders, "status").returncode == 69
     command(folders, "release")
     assert command(folders, "status").returncode == 0
     command(folders, "hold", "another night")
-    told = command(folders, "status")
-    assert (told.returncode, "another night" in told.stdout) == (69, True)
+    result = command(folders, "status")
+    assert (result.returncode, "another night" in result.stdout) == (69, True)
 
 
 def test_a_reload_shows_in_the_status_and_one_that_fails_changes_nothing(folders, run, sandbox, tmp_path):
@@ -726,15 +730,15 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
             time.time,
             time.monotonic,
         )
-        told = Status(station.config(), Disk(), station.ledger, gate, time.time, time.monotonic)
+        result = Status(station.config(), Disk(), station.ledger, gate, time.time, time.monotonic)
         (station.state / "status.json.tmp").mkdir()
-        told.change()
-        assert told.due is not None
+        result.change()
+        assert result.due is not None
         with pytest.raises(SpoolError):
-            told.write(ScanResult(), 0, {}, {})
-        assert told.due is None
-        told.change()
-        assert told.due > time.monotonic()
+            result.write(ScanResult(), 0, {}, {})
+        assert result.due is None
+        result.change()
+        assert result.due > time.monotonic()
 
 
 # History
@@ -778,16 +782,16 @@ def test_history_agrees_with_the_api_in_every_format_and_harms_no_terminal(folde
         sums = json.loads(command(folders, "history", "--by", by, "--json").stdout)
         assert [sum(group[name] for group in sums) for name in ("completed", "refused", "unknown")] == [len(paid), 2, 1]
         assert sum(group["credits"] for group in sums) + 30 == report["credits"]
-        told = command(folders, "history", "--by", by)
-        assert not RAW.search(told.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
+        result = command(folders, "history", "--by", by)
+        assert not RAW.search(result.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
     assert {group["folder"]: group["completed"] for group in sums}["sub"] == 2
 
-    told = command(folders, "history")
+    result = command(folders, "history")
     assert (
-        told.stdout.splitlines()[-1]
+        result.stdout.splitlines()[-1]
         == f"Total: {len(paid)} completed, 2 refused, 1 unknown, {report['credits'] - 30} credits."
     )
-    assert not RAW.search(told.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
+    assert not RAW.search(result.stdout.replace("\n", "").encode("utf-8", "surrogateescape"))
     newest = json.loads(command(folders, "history", "--json", "--limit", "2", "--days", "1").stdout)
     assert newest == jobs[-2:]
 
@@ -805,11 +809,11 @@ def test_history_equals_the_count_of_the_api_although_the_daemon_was_killed_duri
     outcomes = [job["charged"] for job in jobs if job["charged"] != "no"]
     assert len(outcomes) == len(folders.finished()) == 15
     # A request in flight at the kill may have reached the API or not: its charge is unknown.
-    sure, doubts = outcomes.count("yes"), outcomes.count("unknown")
-    assert sure <= report["charged"] <= sure + doubts
+    sure, unknown = outcomes.count("yes"), outcomes.count("unknown")
+    assert sure <= report["charged"] <= sure + unknown
     assert sum(job["credits"] for job in jobs if job["charged"] == "yes") == 30 * sure
     assert report["requests"] == report["charged"]
-    assert doubts <= 9
+    assert unknown <= 9
 
 
 # Estimate
@@ -818,9 +822,9 @@ def test_history_equals_the_count_of_the_api_although_the_daemon_was_killed_duri
 def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url)
     folders.inbox.rmdir()
-    told = command(folders, "estimate")
-    assert (told.returncode, f"no such inbox: {folders.inbox}" in told.stderr) == (74, True)
-    assert "the daemon creates the folders when it first starts" in told.stderr
+    result = command(folders, "estimate")
+    assert (result.returncode, f"no such inbox: {folders.inbox}" in result.stderr) == (74, True)
+    assert "the daemon creates the folders when it first starts" in result.stderr
 
 
 def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders, sandbox):
@@ -828,17 +832,17 @@ def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders,
     folders.prompt("wrong", "+++\nn = 9\n+++\nNever sent")
     folders.prompt("half", '+++\ninput_images = ["logo.png"]\n+++\nIts image is not here yet')
     offline = {"LETTA_BASE_URL": "http://127.0.0.1:9", "LETTA_API_KEY": ""}
-    told = command(folders, "estimate", **offline)
-    assert told.returncode == 0, told.stderr
+    result = command(folders, "estimate", **offline)
+    assert result.returncode == 0, result.stderr
     assert re.search(
         r"cat\.prompt\.txt +flux +unknown: no similar request was charged in the last 30 days; a cap reserves 150",
-        told.stdout,
+        result.stdout,
     )
-    assert re.search(r"wrong\.prompt\.txt +none: the request will be refused \(n: ", told.stdout)
+    assert re.search(r"wrong\.prompt\.txt +none: the request will be refused \(n: ", result.stdout)
     assert re.search(
-        r"half\.prompt\.txt +none: the request will be refused \(logo\.png: the file is not there", told.stdout
+        r"half\.prompt\.txt +none: the request will be refused \(logo\.png: the file is not there", result.stdout
     )
-    assert "Total: 0 credits, and 1 of unknown cost." in told.stdout
+    assert "Total: 0 credits, and 1 of unknown cost." in result.stdout
     assert not folders.state.exists()
 
     for stem in ("wrong", "half"):
@@ -846,9 +850,9 @@ def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders,
     once(folders)
     folders.prompt("two", "+++\nn = 2\n+++\nTwo dogs")
     folders.prompt("dear", '+++\nprovider = "openai"\nquality = "high"\n+++\nA house')
-    told = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json", **offline).stdout)}
-    assert (told["two.prompt.txt"]["usual"], told["two.prompt.txt"]["seen"]) == (60, 1)
-    assert told["dear.prompt.txt"]["usual"] is None
+    result = {one["source"]: one for one in json.loads(command(folders, "estimate", "--json", **offline).stdout)}
+    assert (result["two.prompt.txt"]["usual"], result["two.prompt.txt"]["seen"]) == (60, 1)
+    assert result["dear.prompt.txt"]["usual"] is None
     assert "Total: 60 credits, and 1 of unknown cost." in command(folders, "estimate", **offline).stdout
     assert requests(sandbox) == 1
 
@@ -863,14 +867,14 @@ def test_a_free_failure_goes_back_by_name_or_path_with_its_images_and_is_a_new_r
         folders.prompt(stem, f"+++\nn = 2\n+++\nTwo of {stem}")
     once(folders, 1)
     assert set(folders.finished().values()) == {"errors"}
-    told = command(folders, "retry", "cat", "../outbox/bird")
-    assert (told.returncode, "no error file of this name" in told.stderr) == (64, True)
-    told = command(folders, "retry", "cat", str(folders.errors / "sub/dog.error.toml"), "errors/bird.prompt.txt")
-    assert (told.returncode, told.stderr) == (0, "")
+    result = command(folders, "retry", "cat", "../outbox/bird")
+    assert (result.returncode, "no error file of this name" in result.stderr) == (64, True)
+    result = command(folders, "retry", "cat", str(folders.errors / "sub/dog.error.toml"), "errors/bird.prompt.txt")
+    assert (result.returncode, result.stderr) == (0, "")
     assert folders.names("inbox") == ["bird.prompt.txt", "cat.prompt.txt", "sub/dog.png", "sub/dog.prompt.txt"]
     assert folders.names("errors") == ["sub/fish.error.toml", "sub/fish.prompt.txt"]
-    told = command(folders, "retry", "--all")
-    assert (told.returncode, "sub/fish: back in the inbox" in told.stdout) == (0, True)
+    result = command(folders, "retry", "--all")
+    assert (result.returncode, "sub/fish: back in the inbox" in result.stdout) == (0, True)
     assert folders.names("errors") == []
     folders.environ["IMAGEWATCH_LIMITS__MAX_N"] = "4"
     once(folders)
@@ -883,15 +887,15 @@ def test_a_failure_with_an_unknown_charge_goes_back_only_with_pay_again(folders,
     folders.prompt("lost", "[sandbox: once drop] Lost")
     folders.prompt("no", "[sandbox: 400] No")
     once(folders, 1)
-    told = command(folders, "retry", "--all")
-    assert "no: back in the inbox" in told.stdout
-    assert "lost: may have been charged" in told.stderr
+    result = command(folders, "retry", "--all")
+    assert "no: back in the inbox" in result.stdout
+    assert "lost: may have been charged" in result.stderr
     assert prompts_in(folders) == ["no.prompt.txt"]
     assert command(folders, "retry", "lost").returncode == 1
     assert command(folders, "retry", "--all", "--pay-again").returncode == 64
     assert folders.finished() == {"lost": "errors"}
-    told = command(folders, "retry", "--pay-again", "lost")
-    assert (told.returncode, told.stdout) == (0, "lost: back in the inbox\n")
+    result = command(folders, "retry", "--pay-again", "lost")
+    assert (result.returncode, result.stdout) == (0, "lost: back in the inbox\n")
     assert prompts_in(folders) == ["lost.prompt.txt", "no.prompt.txt"]
 
 
@@ -916,10 +920,10 @@ def test_retry_puts_nothing_into_a_folder_that_is_never_entered(folders, sandbox
     (folders.errors / folder).parent.mkdir(exist_ok=True)
     (folders.errors / "in").rename(folders.errors / folder)
     before = folders.names("errors")
-    told = command(folders, "retry", f"{folder}/cat", "--pay-again")
-    assert told.returncode == 1
-    assert "never entered" in told.stderr
-    assert "move its files into another folder of the inbox, the prompt last" in told.stderr
+    result = command(folders, "retry", f"{folder}/cat", "--pay-again")
+    assert result.returncode == 1
+    assert "never entered" in result.stderr
+    assert "move its files into another folder of the inbox, the prompt last" in result.stderr
     assert (folders.names("errors"), folders.names("inbox")) == (before, [])
 
 
@@ -929,10 +933,10 @@ def test_retry_overwrites_nothing_and_reports_a_missing_prompt(folders, sandbox)
     once(folders, 1)
     folders.prompt("cat", "Another cat")
     (folders.errors / "gone.prompt.txt").unlink()
-    told = command(folders, "retry", "--all")
-    assert told.returncode == 1
-    assert "the inbox has a file of this name" in told.stderr
-    assert "the prompt of this error file is missing" in told.stderr
+    result = command(folders, "retry", "--all")
+    assert result.returncode == 1
+    assert "the inbox has a file of this name" in result.stderr
+    assert "the prompt of this error file is missing" in result.stderr
     assert (folders.inbox / "cat.prompt.txt").read_text() == "Another cat"
     assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
 
@@ -944,10 +948,10 @@ def test_images_of_a_missing_prompt_are_not_given_to_another_of_its_name(folders
     (folders.errors / "cat.prompt.txt").unlink()
     folders.prompt("cat", "Another cat, without a picture")
     before = folders.names("errors")
-    told = command(folders, "retry", "cat")
-    assert told.returncode == 1
-    assert "the inbox has another one of its name" in told.stderr
-    assert "nothing was moved" in told.stderr
+    result = command(folders, "retry", "cat")
+    assert result.returncode == 1
+    assert "the inbox has another one of its name" in result.stderr
+    assert "nothing was moved" in result.stderr
     assert (folders.names("errors"), folders.names("inbox")) == (before, ["cat.prompt.txt"])
 
 
@@ -957,8 +961,8 @@ def test_a_retry_that_was_killed_after_it_moved_the_prompt_is_finished_by_the_ne
     once(folders, 1)
     for name in ("cat.png", "cat.prompt.txt"):
         (folders.errors / name).rename(folders.inbox / name)
-    told = command(folders, "retry", "cat")
-    assert (told.returncode, told.stdout) == (0, "cat: back in the inbox\n")
+    result = command(folders, "retry", "cat")
+    assert (result.returncode, result.stdout) == (0, "cat: back in the inbox\n")
     assert (folders.names("errors"), folders.names("inbox")) == ([], ["cat.png", "cat.prompt.txt"])
 
 
@@ -971,8 +975,8 @@ def test_names_that_are_not_utf8_go_back_unchanged_even_if_the_name_existed(fold
         once(folders, 1)
     assert len(list(folders.errors.rglob("*.error.toml"))) == 2, "the second has its id in its names"
     for path in folders.errors.rglob("*.error.toml"):
-        told = command(folders, "retry", str(path))
-        assert (told.returncode, told.stderr) == (0, "")
+        result = command(folders, "retry", str(path))
+        assert (result.returncode, result.stderr) == (0, "")
         assert sorted(os.listdir(folders.inbox / "sub")) == dropped
         once(folders, 1)
     assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [1, 1, 1, 1]
@@ -983,8 +987,8 @@ def test_a_retry_that_was_killed_is_finished_even_if_names_are_not_utf8(folders,
     folders.prompt(name.removesuffix(".prompt.txt"), "[sandbox: 400] No")
     once(folders, 1)
     (folders.errors / name).rename(folders.inbox / name)
-    told = command(folders, "retry", "--all")
-    assert (told.returncode, told.stderr) == (0, "")
+    result = command(folders, "retry", "--all")
+    assert (result.returncode, result.stderr) == (0, "")
     assert (os.listdir(folders.errors), prompts_in(folders)) == ([], [name])
 
 
@@ -1021,12 +1025,12 @@ def test_a_hostile_error_file_moves_nothing_and_does_not_stop_the_others(folders
     (folders.errors / "folder.error.toml").mkdir()
     (folders.errors / "elsewhere").symlink_to(folders.root)
     before = folders.names("errors")
-    told = command(folders, "retry", "--all")
-    assert told.returncode == 1
-    refused = told.stderr.splitlines()
-    assert len(refused) == len(HOSTILE_FILES) + 2, told.stderr
+    result = command(folders, "retry", "--all")
+    assert result.returncode == 1
+    refused = result.stderr.splitlines()
+    assert len(refused) == len(HOSTILE_FILES) + 2, result.stderr
     assert all(len(line) < 1000 and line.isprintable() for line in refused)
-    assert told.stdout == "good: back in the inbox\n"
+    assert result.stdout == "good: back in the inbox\n"
     assert set(before) - set(folders.names("errors")) == {"good.error.toml", "good.prompt.txt"}
     assert folders.names("inbox") == ["good.prompt.txt"]
     assert (folders.root / "secret.txt").read_text() == "nobody's business"
@@ -1040,8 +1044,12 @@ def test_retry_does_not_follow_a_link_in_its_path(folders, sandbox, tmp_path):
     outside.mkdir()
     shutil.rmtree(folders.inbox / "sub")
     (folders.inbox / "sub").symlink_to(outside)
-    told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "a symbolic link is where a folder should be" in told.stderr, list(outside.iterdir())) == (
+    result = command(folders, "retry", "sub/cat")
+    assert (
+        result.returncode,
+        "a symbolic link is where a folder should be" in result.stderr,
+        list(outside.iterdir()),
+    ) == (
         1,
         True,
         [],
@@ -1049,8 +1057,8 @@ def test_retry_does_not_follow_a_link_in_its_path(folders, sandbox, tmp_path):
     shutil.move(folders.errors / "sub", tmp_path / "moved")
     (folders.errors / "sub").symlink_to(tmp_path / "moved")
     (folders.inbox / "sub").unlink()
-    told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "a symbolic link is where a folder should be" in told.stderr) == (1, True)
+    result = command(folders, "retry", "sub/cat")
+    assert (result.returncode, "a symbolic link is where a folder should be" in result.stderr) == (1, True)
     assert (tmp_path / "moved/cat.prompt.txt").exists()
 
 
@@ -1068,7 +1076,7 @@ class Clock:
 
 
 @pytest.fixture
-def lost_picture(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
+def lost_image(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
     """A prompt with an image; the result was paid for but could not be downloaded."""
     clock = Clock()
     with Sandbox(key=KEY, clock=clock) as sandbox:
@@ -1101,16 +1109,16 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
     assert (job["charged"], job["credits"], job["got"]) == ("yes", sandbox.report()["credits"], 1)
 
 
-def test_retry_downloads_a_charged_image_again_without_another_request(lost_picture, run):
-    folders, sandbox, clock = lost_picture
+def test_retry_downloads_a_charged_image_again_without_another_request(lost_image, run):
+    folders, sandbox, clock = lost_image
     assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
-    told = command(folders, "history").stdout.splitlines()
-    assert (told[1].split()[2], "HTTP 403" in told[2]) == ("unreadable", True), (
+    result = command(folders, "history").stdout.splitlines()
+    assert (result[1].split()[2], "HTTP 403" in result[2]) == ("unreadable", True), (
         "why there is no picture stands below its row"
     )
     daemon = run(folders)
-    told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "was charged" in told.stdout) == (0, True)
+    result = command(folders, "retry", "sub/cat")
+    assert (result.returncode, "was charged" in result.stdout) == (0, True)
     daemon.wait_for("failed")  # its host is not reachable yet: nothing changes
     until(lambda: len(folders.names("errors")) == 4 and folders.leftovers() == [])
     assert len(ledger_of(folders)) == 1
@@ -1120,8 +1128,8 @@ def test_retry_downloads_a_charged_image_again_without_another_request(lost_pict
     assert command(folders, "retry", "sub/cat").returncode == 64
 
 
-def test_an_image_that_was_paid_for_long_ago_does_not_end_a_hold_for_credits(lost_picture, run):
-    folders, sandbox, clock = lost_picture
+def test_an_image_that_was_paid_for_long_ago_does_not_end_a_hold_for_credits(lost_image, run):
+    folders, sandbox, clock = lost_image
     daemon = run(folders)
     sandbox.balance = 0
     folders.prompt("poor", "A dog")
@@ -1135,19 +1143,19 @@ def test_an_image_that_was_paid_for_long_ago_does_not_end_a_hold_for_credits(los
     assert [name for name in folders.names("inbox") if ".imagewatch" not in name] == ["waits.prompt.txt"]
 
 
-def test_a_charged_image_is_downloaded_at_the_next_start_even_during_a_hold(lost_picture, run):
-    folders, sandbox, clock = lost_picture
+def test_a_charged_image_is_downloaded_at_the_next_start_even_during_a_hold(lost_image, run):
+    folders, sandbox, clock = lost_image
     clock.behind = 60
-    told = command(folders, "retry", "sub/cat")
-    assert (told.returncode, "when it starts" in told.stdout) == (0, True)
+    result = command(folders, "retry", "sub/cat")
+    assert (result.returncode, "when it starts" in result.stdout) == (0, True)
     command(folders, "hold")
     run(folders)
     published(folders, sandbox)
 
 
 @pytest.mark.timeout(180)
-def test_a_kill_while_a_charged_image_is_downloaded_again_loses_nothing(lost_picture, tmp_path, start):
-    folders, sandbox, clock = lost_picture
+def test_a_kill_while_a_charged_image_is_downloaded_again_loses_nothing(lost_image, tmp_path, start):
+    folders, sandbox, clock = lost_image
     clock.behind = 60
     assert command(folders, "retry", "sub/cat").returncode == 0
 
@@ -1168,16 +1176,16 @@ def test_a_kill_while_a_charged_image_is_downloaded_again_loses_nothing(lost_pic
         published(copy, sandbox)
 
 
-def test_a_charged_response_whose_error_file_was_moved_uses_no_file_of_another_prompt(lost_picture):
-    folders, _, clock = lost_picture
+def test_a_charged_response_whose_error_file_was_moved_uses_no_file_of_another_prompt(lost_image):
+    folders, _, clock = lost_image
     clock.behind = 60
     (folders.errors / "old").mkdir()
     for name in ("cat.error.toml", "cat.prompt.txt", "cat.png", "cat.answer.json"):
         (folders.errors / "sub" / name).rename(folders.errors / "old" / name)
     folders.prompt("sub/cat", "[sandbox: 400] Another cat")
     once(folders, 1)
-    told = command(folders, "retry", "old/cat")
-    assert (told.returncode, "sub/cat.error.toml" in told.stderr) == (1, True)
+    result = command(folders, "retry", "old/cat")
+    assert (result.returncode, "sub/cat.error.toml" in result.stderr) == (1, True)
     once(folders)
     assert (folders.errors / "sub/cat.prompt.txt").read_text() == "[sandbox: 400] Another cat"
     assert folders.error("sub/cat")["charged"] == "no"
@@ -1199,7 +1207,7 @@ def strange(sandbox: Sandbox) -> Iterator[Folders]:
         folders.state.mkdir(mode=0o700)
         os.chmod(top, 0o755)
         for path in (folders.state, folders.root, *folders.root.iterdir()):
-            os.chown(path, STRANGER, STRANGER)
+            os.chown(path, OTHER_USER, OTHER_USER)
         yield folders
 
 
@@ -1226,23 +1234,23 @@ COMMANDS = (
 @pytest.mark.timeout(180)
 def test_commands_of_root_create_no_file_that_the_daemons_user_cannot_use(strange, sandbox, as_user):
     strange.prompt("no", "[sandbox: 400] No")
-    daemon = as_user(strange, STRANGER, "run")
+    daemon = as_user(strange, OTHER_USER, "run")
     try:
         until(lambda: strange.finished() == {"no": "errors"})
         for arguments in COMMANDS:
-            told = command(strange, *arguments)
-            assert told.returncode == 0, (arguments, told.stderr)
+            result = command(strange, *arguments)
+            assert result.returncode == 0, (arguments, result.stderr)
         until(lambda: strange.finished() == {"no": "errors"} and requests(sandbox) == 2)
     finally:
         assert daemon.stop() == 0
     for arguments in (("history",), ("hold",), ("retry", "--all"), ("release",)):
-        told = command(strange, *arguments)
-        assert told.returncode == 0, (arguments, told.stderr)
+        result = command(strange, *arguments)
+        assert result.returncode == 0, (arguments, result.stderr)
     state = [strange.state, *strange.state.rglob("*")]
-    assert {(path.stat().st_uid, path.stat().st_gid) for path in state} == {(STRANGER, STRANGER)}
+    assert {(path.stat().st_uid, path.stat().st_gid) for path in state} == {(OTHER_USER, OTHER_USER)}
     assert len(state) > 5
     assert (strange.inbox / "no.prompt.txt").exists()
-    once_more = as_user(strange, STRANGER, "once")
+    once_more = as_user(strange, OTHER_USER, "once")
     assert once_more.wait() == 1, once_more.output
     assert requests(sandbox) == 3
 
@@ -1251,7 +1259,7 @@ def test_commands_of_root_create_no_file_that_the_daemons_user_cannot_use(strang
 @pytest.mark.parametrize("arguments", [one for one in COMMANDS if one[0] != "check"], ids=lambda one: one[0])
 def test_a_user_without_rights_gets_a_message_of_one_line(strange, sandbox, as_user, arguments):
     (strange.state / "status.json").write_text("{}")
-    refused = as_user(strange, STRANGER + 1, *arguments)
+    refused = as_user(strange, OTHER_USER + 1, *arguments)
     assert refused.wait() == 74
     first, *more = refused.output.splitlines()
     assert first.startswith(f"imagewatch: permission denied: {strange.state}")
@@ -1265,7 +1273,7 @@ def test_a_user_without_rights_can_still_check_the_balance(strange, sandbox, as_
     (strange.state / "ledger.sqlite3").write_bytes(b"")
     os.chmod(strange.state, 0o755)
     os.chmod(strange.state / "ledger.sqlite3", 0o600)
-    checked = as_user(strange, STRANGER + 1, "check", "--balance")
+    checked = as_user(strange, OTHER_USER + 1, "check", "--balance")
     checked.wait()
     assert "total balance" in checked.output
     assert "ledger" in checked.output
@@ -1281,14 +1289,14 @@ def test_check_shows_the_balance_and_unknown_charges_with_time_and_ids(folders, 
     folders.prompt("fine", "Fine")
     once(folders, 1)
     job = folders.error("sub/lost")["job"]
-    told = command(folders, "check", "--balance")
-    assert told.returncode == 0
-    assert re.search(r"ok +total balance +1174\.5 credits", told.stdout)
-    (doubt,) = [line for line in told.stdout.splitlines() if "may have been charged" in line]
+    result = command(folders, "check", "--balance")
+    assert result.returncode == 0
+    assert re.search(r"ok +total balance +1174\.5 credits", result.stdout)
+    (line,) = [line for line in result.stdout.splitlines() if "may have been charged" in line]
     sent = folders.error("sub/lost")["times"]["sent"].astimezone().strftime("%Y-%m-%d %H:%M:%S")
-    assert "sub/lost.prompt.txt" in doubt
-    assert f"sent {sent}, job {job}, request id {folders.error('sub/lost')['ids']['x-request-id']}" in doubt
-    assert KEY not in told.stdout + told.stderr
+    assert "sub/lost.prompt.txt" in line
+    assert f"sent {sent}, job {job}, request id {folders.error('sub/lost')['ids']['x-request-id']}" in line
+    assert KEY not in result.stdout + result.stderr
     assert "credits" not in command(folders, "check").stdout
 
 
@@ -1310,12 +1318,12 @@ GOOD_BALANCE = json.dumps({"total_balance": 5, "monthly_credit_balance": 2.5, "b
 )
 def test_a_missing_balance_is_not_available_and_changes_nothing(tmp_path, status, body, words):
     with Scripted(answering(body, b"Location: http://127.0.0.1:9/", status=status)) as server:
-        told = command(Folders(tmp_path, server.base_url), "check", "--balance")
-    assert told.returncode == 0
-    (line,) = [line for line in told.stdout.splitlines() if re.match(r"\w+ +[a-z ]*balance ", line)]
+        result = command(Folders(tmp_path, server.base_url), "check", "--balance")
+    assert result.returncode == 0
+    (line,) = [line for line in result.stdout.splitlines() if re.match(r"\w+ +[a-z ]*balance ", line)]
     assert "not available" in line
     assert words in line
-    assert KEY not in told.stdout + told.stderr
+    assert KEY not in result.stdout + result.stderr
 
 
 def test_a_balance_that_never_comes_is_not_waited_for_longer_than_its_timeout(tmp_path):
@@ -1325,8 +1333,8 @@ def test_a_balance_that_never_comes_is_not_waited_for_longer_than_its_timeout(tm
 
     with Scripted(silent) as server:
         folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.3")
-        told = command(folders, "check", "--balance")
-    assert (told.returncode, "not available" in told.stdout) == (0, True)
+        result = command(folders, "check", "--balance")
+    assert (result.returncode, "not available" in result.stdout) == (0, True)
 
 
 def test_a_balance_that_comes_slowly_is_not_waited_for_longer_than_its_timeout(tmp_path):
@@ -1336,8 +1344,8 @@ def test_a_balance_that_comes_slowly_is_not_waited_for_longer_than_its_timeout(t
 
     with Scripted(dribbling) as server:
         folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.5")
-        told = command(folders, "check", "--balance")
-    assert (told.returncode, "no end after 0.5 seconds" in told.stdout) == (0, True)
+        result = command(folders, "check", "--balance")
+    assert (result.returncode, "no end after 0.5 seconds" in result.stdout) == (0, True)
 
 
 def test_a_balance_is_requested_without_compression(tmp_path):
@@ -1348,14 +1356,14 @@ def test_a_balance_is_requested_without_compression(tmp_path):
         exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(GOOD_BALANCE), GOOD_BALANCE))
 
     with Scripted(script) as server:
-        told = command(Folders(tmp_path, server.base_url), "check", "--balance")
+        result = command(Folders(tmp_path, server.base_url), "check", "--balance")
     assert b"accept-encoding: identity" in heads[0]
-    assert re.search(r"total balance +5 credits", told.stdout)
-    assert re.search(r"monthly credit balance +2\.5 credits", told.stdout)
+    assert re.search(r"total balance +5 credits", result.stdout)
+    assert re.search(r"monthly credit balance +2\.5 credits", result.stdout)
 
 
 def test_without_a_key_or_a_network_check_reports_it_and_continues(folders):
-    told = command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9")
-    assert (told.returncode, "not available (" in told.stdout) == (0, True)
-    told = command(folders, "check", "--balance", LETTA_API_KEY="")
-    assert (told.returncode, "no API key is set" in told.stdout.split("balance")[-1]) == (78, True)
+    result = command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9")
+    assert (result.returncode, "not available (" in result.stdout) == (0, True)
+    result = command(folders, "check", "--balance", LETTA_API_KEY="")
+    assert (result.returncode, "no API key is set" in result.stdout.split("balance")[-1]) == (78, True)

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 _png = io.BytesIO()
 Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
-PICTURE = _png.getvalue()
+IMAGE = _png.getvalue()
 HOSTILE = os.fsdecode(b"x\x1b[31m\n\r\x07\xe2\x80\xae\xc2\x9b\xff")
 """ESC, line ends, a bell, a bidirectional override, a C1 control and a byte that is not UTF-8."""
 RAW = re.compile(rb"[\x00-\x08\x0b-\x1f\x7f]|\xe2\x80\xae|\xc2\x9b|\xff")
 """The characters that must not reach a terminal, except our own line ends and tabs."""
-COLOURS = re.compile(rb"\x1b\[[0-9;?]*[mKlhJ]")
+COLORS = re.compile(rb"\x1b\[[0-9;?]*[mKlhJ]")
 
 
 def imagewatch(
@@ -345,7 +345,7 @@ def strange_locale(request, tmp_path) -> dict[str, str]:
 
 @pytest.mark.parametrize("program", [[sys.executable, "-m", "imagewatch"], [f"{sys.prefix}/bin/imagewatch"]])
 def test_a_prompt_can_name_any_image_in_a_locale_that_is_not_utf_8(folders, strange_locale, program):
-    folders.drop("猫.png", PICTURE)
+    folders.drop("猫.png", IMAGE)
     folders.prompt("käse", '+++\ninput_images = ["猫.png"]\n+++\nA cat')
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ, **strange_locale}
     done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
@@ -369,8 +369,8 @@ def test_check_says_what_will_happen_to_each_file_and_changes_nothing(tmp_path, 
     folders = Folders(tmp_path, sandbox.base_url)
     folders.prompt("plain", "A cat")
     folders.prompt("edit", "Make it night")
-    folders.drop("edit.png", PICTURE)
-    folders.drop("edit.1.png", PICTURE)
+    folders.drop("edit.png", IMAGE)
+    folders.drop("edit.1.png", IMAGE)
     folders.prompt("poster", '+++\nsize = "1024x1536"\nn = 2\n+++\nA poster')
     folders.prompt("typo", '+++\nqualtiy = "high"\nn = 9\n+++\nx')
     folders.prompt("yaml", "---\nn: 2\n---\nx")
@@ -378,7 +378,7 @@ def test_check_says_what_will_happen_to_each_file_and_changes_nothing(tmp_path, 
     folders.prompt("foreign", "x")
     folders.drop("foreign.gif", b"GIF89a")
     folders.prompt("broken", "x")
-    folders.drop("broken.png", PICTURE[:-20])
+    folders.drop("broken.png", IMAGE[:-20])
     folders.prompt("empty", "")
     folders.prompt("waiting", '+++\ninput_images = ["later.png"]\n+++\nx')
     folders.prompt("busy", "x")
@@ -391,7 +391,7 @@ def test_check_says_what_will_happen_to_each_file_and_changes_nothing(tmp_path, 
     assert tree(tmp_path) == before
     assert (done.returncode, done.stderr, sandbox.report()["requests"]) == (0, "", 0)
 
-    def told(name: str) -> str:
+    def result(name: str) -> str:
         return row(done.stdout, f"{name}.prompt.txt")
 
     expected = {
@@ -410,7 +410,7 @@ def test_check_says_what_will_happen_to_each_file_and_changes_nothing(tmp_path, 
         "sub/deep": "take .*flux",
     }
     for name, pattern in expected.items():
-        assert re.match(pattern, told(name)), told(name)
+        assert re.match(pattern, result(name)), result(name)
     assert row(done.stdout, "miss.prompt.txt.txt").startswith("ignore")
 
 
@@ -419,7 +419,7 @@ def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
     folders.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
     folders.prompt("dog", '+++\ninput_images = ["bone.png", "later.png"]\n+++\nMake it night')
     for name in ("logo.png", "bone.png", "sub/orphan.png", "sub/song.mp3", ".hidden", "cat.png", ".git/config"):
-        folders.drop(name, PICTURE)
+        folders.drop(name, IMAGE)
     (folders.inbox / "notes.md.part").write_text("x")
     (folders.inbox / "#1").mkdir()
     folders.prompt("@Recycle/deleted", "A cat")
@@ -649,7 +649,7 @@ def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
         folders.prompt(f"p{number}", "A cat")
     folders.prompt("typo", "+++\nqualtiy = 1\n+++\nx")
     code, shown = on_a_terminal("once", environ=folders.environ)
-    text = COLOURS.sub(b"", shown).decode()
+    text = COLORS.sub(b"", shown).decode()
     assert code == 1
     assert "[####" in text
     assert "5/5" in text
@@ -662,7 +662,7 @@ def test_once_shows_a_progress_bar_and_then_the_failures_on_a_terminal(folders):
 def test_once_prints_every_problem_of_a_prompt_on_a_terminal(folders):
     folders.prompt("typo", "+++\nqualtiy = 1\nn = 9\n+++\nx")
     code, shown = on_a_terminal("once", environ=folders.environ)
-    text = COLOURS.sub(b"", shown).decode().replace("\r", "")
+    text = COLORS.sub(b"", shown).decode().replace("\r", "")
     assert code == 1
     assert "  typo.prompt.txt: 2 problems\n" in text
     for problem in folders.error("typo")["problems"]:
@@ -683,13 +683,13 @@ def test_once_reports_to_programs_the_result_of_each_prompt_and_what_remains(tmp
     folders.prompt("b", "[sandbox: 402] A cat")
     folders.prompt("c", "A cat")
     done = imagewatch("once", "--json", environ=folders.environ)
-    told = json.loads(done.stdout)
-    by_source = {job["source"]: job for job in told["jobs"]}
+    result = json.loads(done.stdout)
+    by_source = {job["source"]: job for job in result["jobs"]}
     assert done.returncode == 69
     assert by_source["a.prompt.txt"]["problems"] == folders.error("a")["problems"]
     assert by_source["a.prompt.txt"]["result_file"] == str(folders.errors / "a.error.toml")
     assert (by_source["b.prompt.txt"]["destination"], by_source["b.prompt.txt"]["charged"]) == ("errors", "no")
-    assert (told["left"], told["hold"]["kind"]) == (1, "credits")
+    assert (result["left"], result["hold"]["kind"]) == (1, "credits")
     assert "The queue is held" not in done.stderr
     sandbox.balance = 1000
     done = imagewatch("once", "--json", environ=folders.environ)
@@ -708,7 +708,7 @@ def test_once_on_a_terminal_prints_a_hold_once_and_in_local_time(tmp_path, sandb
     folders = Folders(tmp_path, "http://127.0.0.1:9")
     folders.prompt("cat", "A cat")
     code, shown = on_a_terminal("once", environ=folders.environ)
-    text = COLOURS.sub(b"", shown).decode()
+    text = COLORS.sub(b"", shown).decode()
     assert code == 69
     assert "1 prompt left in the inbox." in text
     assert "was ready" not in text
@@ -768,11 +768,11 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     )
-    told = ""
+    result = ""
     assert process.stdout is not None
-    while "LETTA_BASE_URL=" not in told:
-        told += process.stdout.readline()
-    address = re.search(r"http://127\.0\.0\.1:\d+", told)[0]
+    while "LETTA_BASE_URL=" not in result:
+        result += process.stdout.readline()
+    address = re.search(r"http://127\.0\.0\.1:\d+", result)[0]
     with urllib.request.urlopen(f"{address}/sandbox/report", timeout=20) as answer:
         assert json.load(answer)["requests"] == 0
     folders = Folders(tmp_path, address)
@@ -790,10 +790,10 @@ def test_the_sandbox_proposes_a_key_that_it_accepts_and_that_is_part_of_no_word(
     program = [sys.executable, "-u", "-m", "imagewatch", "sandbox", "--port", "0", *options]
     with subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
         assert process.stdout is not None
-        told = ""
-        while "LETTA_API_KEY=" not in told:
-            told = process.stdout.readline()
-        words = [word.partition("=") for word in shlex.split(told)]
+        result = ""
+        while "LETTA_API_KEY=" not in result:
+            result = process.stdout.readline()
+        words = [word.partition("=") for word in shlex.split(result)]
         environ = {name: value for name, sign, value in words if sign}
         folders = Folders(tmp_path, environ["LETTA_BASE_URL"], retry__attempts="1")
         folders.prompt("cat", "A cat [sandbox: 429]")
@@ -815,9 +815,9 @@ def test_the_sandbox_lists_its_tags_and_reports_a_port_in_use(sandbox):
 
 
 @contextlib.contextmanager
-def deaf(trouble: str) -> Iterator[int]:
+def failing_stream(fault: str) -> Iterator[int]:
     """A stream that accepts nothing: its disk is full, or its reader has ended."""
-    if trouble == "full":
+    if fault == "full":
         stream = os.open("/dev/full", os.O_WRONLY)
     else:
         reader, stream = os.pipe()
@@ -826,14 +826,14 @@ def deaf(trouble: str) -> Iterator[int]:
     os.close(stream)
 
 
-@pytest.mark.parametrize("trouble", ["full", "gone"])
-def test_a_log_that_cannot_be_written_stops_nothing_and_does_not_change_the_exit_code(tmp_path, sandbox, trouble):
+@pytest.mark.parametrize("fault", ["full", "gone"])
+def test_a_log_that_cannot_be_written_stops_nothing_and_does_not_change_the_exit_code(tmp_path, sandbox, fault):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
     once = [sys.executable, "-m", "imagewatch", "once"]
 
     def code(*command: str) -> int:
-        with deaf(trouble) as stream:
+        with failing_stream(fault) as stream:
             return subprocess.run(command, env=environ, stderr=stream, timeout=40, check=False).returncode
 
     for stem in ("a", "b"):
@@ -846,10 +846,10 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_does_not_change_the_exit
     assert code("sh", "-c", f"exec {' '.join(once)} 2>&-") == 0, "it has no standard error at all"
 
 
-@pytest.mark.parametrize("trouble", ["full", "gone"])
-def test_a_daemon_continues_after_the_reader_of_its_log_ended(folders, trouble):
+@pytest.mark.parametrize("fault", ["full", "gone"])
+def test_a_daemon_continues_after_the_reader_of_its_log_ended(folders, fault):
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
-    with deaf(trouble) as stream:
+    with failing_stream(fault) as stream:
         process = subprocess.Popen([sys.executable, "-m", "imagewatch", "run"], env=environ, stderr=stream)
     try:
         for stem in ("a", "b"):
@@ -868,20 +868,20 @@ def test_each_finished_job_has_one_complete_line_in_the_log(folders, sandbox):
     folders.prompt("lost", "[sandbox: 502] A lost one")
     folders.prompt("paid", "[sandbox: not-json] A paid one")
     done = imagewatch("once", environ=folders.environ)
-    told = {str(line["source"]): line for line in lines(done.stderr) if "charged" in line}
+    result = {str(line["source"]): line for line in lines(done.stderr) if "charged" in line}
     assert len([line for line in lines(done.stderr) if "charged" in line]) == 4
-    assert {source: line["event"] for source, line in told.items()} == {
+    assert {source: line["event"] for source, line in result.items()} == {
         "a/cat.prompt.txt": "completed",
         "dog.prompt.txt": "failed",
         "lost.prompt.txt": "unknown",
         "paid.prompt.txt": "failed",
     }
-    made = told["a/cat.prompt.txt"]
+    made = result["a/cat.prompt.txt"]
     assert [*made][:3] == ["timestamp", "level", "event"]
     assert (made["charged"], made["credits"], made["provider"], made["attempts"]) == ("yes", 30, "flux", 1)
     assert made["images"] == ["cat.jpg"]
     assert re.fullmatch("[0-9a-f]{16}", str(made["job"]))
-    assert (told["dog.prompt.txt"]["status"], told["dog.prompt.txt"]["charged"]) == (422, "no")
+    assert (result["dog.prompt.txt"]["status"], result["dog.prompt.txt"]["charged"]) == (422, "no")
     assert KEY not in done.stderr
 
 
@@ -901,9 +901,9 @@ def test_a_hostile_file_name_or_response_never_reaches_the_log_raw(tmp_path, for
     assert not RAW.search(output), RAW.search(output)
     for name in ("good", "bad", "miss", "link"):
         assert name.encode() in output
-    documents = [*folders.errors.glob("*.error.toml")]
-    assert len(documents) == 2
-    for path in documents:
+    error_files = [*folders.errors.glob("*.error.toml")]
+    assert len(error_files) == 2
+    for path in error_files:
         message = tomllib.loads(path.read_text())["message"]
         assert not RAW.search(os.fsencode(message)), message
 
@@ -916,12 +916,12 @@ def test_a_hostile_file_name_never_reaches_a_terminal_raw(tmp_path, sandbox):
     folders.drop(f"miss{HOSTILE}.prompt.txt.txt", "x")
     code, shown = on_a_terminal("check", environ=folders.environ)
     assert code == 0
-    raw = COLOURS.sub(b"", shown).replace(b"\r\n", b"\n")
+    raw = COLORS.sub(b"", shown).replace(b"\r\n", b"\n")
     assert not RAW.search(raw), raw
     code, shown = on_a_terminal("once", environ=folders.environ)
     assert code == 1
     # Only a progress bar returns to the beginning of its line.
-    raw = COLOURS.sub(b"", shown).replace(b"\r", b"")
+    raw = COLORS.sub(b"", shown).replace(b"\r", b"")
     assert not RAW.search(raw), raw
     for text in (b"\x1b[31m", b"\xe2\x80\xae"):
         assert text not in shown.replace(b"\x1b[31m\xe2\x9c\x97", b"")
@@ -948,7 +948,7 @@ def test_a_hostile_argument_is_reported_escaped_and_never_raw(arguments):
 # Bugs, and dependencies that are not as expected
 
 
-def disturbed(folder: Path, **modules: str) -> dict[str, str]:
+def with_modules(folder: Path, **modules: str) -> dict[str, str]:
     """An environment in which Python finds these modules first."""
     folder.mkdir(exist_ok=True)
     for name, text in modules.items():
@@ -959,7 +959,7 @@ def disturbed(folder: Path, **modules: str) -> dict[str, str]:
 def test_a_bug_after_the_work_does_not_look_like_a_failed_job(folders, sandbox, tmp_path):
     folders.prompt("cat", "A cat")
     other = "import click.exceptions\ndel click.exceptions.NoArgsIsHelpError\n"
-    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
+    done = imagewatch("once", environ={**folders.environ, **with_modules(tmp_path / "other", sitecustomize=other)})
     assert (done.returncode, folders.finished()) == (70, {"cat": "outbox"})
     assert "Traceback" in done.stderr
     *_, what, then = done.stderr.splitlines()
@@ -972,7 +972,7 @@ def test_a_bug_in_a_paid_job_does_not_look_like_a_failed_job_and_the_next_start_
     folders.prompt("cat", "A cat")
     folders.prompt("dog", "[sandbox: 422] A dog")
     other = "def dumps():\n    pass\n"
-    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", tomli_w=other)})
+    done = imagewatch("once", environ={**folders.environ, **with_modules(tmp_path / "other", tomli_w=other)})
     assert (done.returncode, folders.finished()) == (70, {})
     assert "a bug in imagewatch" in done.stderr
     done = imagewatch("once", environ=folders.environ)
@@ -986,7 +986,7 @@ def test_a_bug_in_a_paid_job_does_not_look_like_a_failed_job_and_the_next_start_
 def test_a_program_that_cannot_be_loaded_does_not_look_like_a_failed_job(folders, tmp_path, program):
     folders.prompt("cat", "A cat")
     environ = {"PATH": os.environ["PATH"], **folders.environ}
-    environ |= disturbed(tmp_path / "other", click="raise ImportError('built for another Python')\n")
+    environ |= with_modules(tmp_path / "other", click="raise ImportError('built for another Python')\n")
     done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
     assert (done.returncode, folders.names("inbox")) == (70, ["cat.prompt.txt"])
     assert "built for another Python" in done.stderr
@@ -999,7 +999,7 @@ def test_the_message_of_a_bug_never_reaches_a_terminal_raw(folders, tmp_path):
         "def configure(**_): raise TypeError('\\x1b[31m an end \\u202e\\nand more')\n"
         "structlog.configure = configure\n"
     )
-    done = imagewatch("once", environ={**folders.environ, **disturbed(tmp_path / "other", sitecustomize=other)})
+    done = imagewatch("once", environ={**folders.environ, **with_modules(tmp_path / "other", sitecustomize=other)})
     assert (done.returncode, "an end" in done.stderr) == (70, True)
     assert not RAW.search(os.fsencode(done.stdout + done.stderr)), done.stderr
 
@@ -1008,7 +1008,7 @@ def test_the_message_of_a_bug_never_reaches_a_terminal_raw(folders, tmp_path):
 def test_once_whose_reader_has_ended_does_not_look_like_a_failed_job(folders, text):
     folders.prompt("cat", text)
     environ = {"PATH": os.environ["PATH"], **folders.environ}
-    with deaf("gone") as stream:
+    with failing_stream("gone") as stream:
         command = [sys.executable, "-m", "imagewatch", "once", "--json"]
         done = subprocess.run(command, env=environ, stdout=stream, stderr=subprocess.PIPE, timeout=40, check=False)
     assert (done.returncode, list(folders.finished())) == (74, ["cat"])

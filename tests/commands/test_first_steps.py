@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from imagewatch.sandbox import Sandbox
 
-STRANGER = 12346
+OTHER_USER = 12346
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
 as_user = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can be somebody else, by setpriv"
@@ -31,9 +31,9 @@ as_user = pytest.mark.skipif(
 
 def key_line(folders: Folders) -> tuple[int, dict[str, str]]:
     """The key's line in ``check`` without a key of its own, and the exit code."""
-    told = command(folders, "check", "--json", LETTA_API_KEY="")
-    (line,) = (line for line in json.loads(told.stdout)["settings"] if line["what"] == "key")
-    return told.returncode, line
+    result = command(folders, "check", "--json", LETTA_API_KEY="")
+    (line,) = (line for line in json.loads(result.stdout)["settings"] if line["what"] == "key")
+    return result.returncode, line
 
 
 # The key of the service
@@ -71,9 +71,9 @@ def test_a_configured_key_that_cannot_be_read_is_bad_even_beside_a_running_daemo
     folders: Folders, run: Callable[..., Any]
 ) -> None:
     run(folders)
-    told = command(folders, "check", LETTA_API_KEY="", IMAGEWATCH_ENDPOINT__API_KEY_FILE="/nonexistent/key")
-    assert told.returncode == 78
-    assert "/nonexistent/key" in told.stdout
+    result = command(folders, "check", LETTA_API_KEY="", IMAGEWATCH_ENDPOINT__API_KEY_FILE="/nonexistent/key")
+    assert result.returncode == 78
+    assert "/nonexistent/key" in result.stdout
 
 
 # A folder of a group
@@ -93,8 +93,8 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
         yield made
 
 
-def by_stranger(folders: Folders, *arguments: str) -> subprocess.CompletedProcess[str]:
-    program = ["setpriv", "--reuid", str(STRANGER), "--regid", str(STRANGER), "--clear-groups", sys.executable]
+def by_other_user(folders: Folders, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = ["setpriv", "--reuid", str(OTHER_USER), "--regid", str(OTHER_USER), "--clear-groups", sys.executable]
     return subprocess.run(
         [*program, "-m", "imagewatch", *arguments],
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "200", **folders.environ},
@@ -109,22 +109,24 @@ def by_stranger(folders: Folders, *arguments: str) -> subprocess.CompletedProces
 @as_user
 @pytest.mark.parametrize("more", [(), ("--wait",), ("--folder", "new")])
 def test_a_user_outside_the_group_gets_the_name_of_the_group(shared: Folders, more: tuple[str, ...]) -> None:
-    told = by_stranger(shared, "submit", "A cat", *more)
-    assert (told.returncode, told.stdout) == (74, "")
+    result = by_other_user(shared, "submit", "A cat", *more)
+    assert (result.returncode, result.stdout) == (74, "")
     group = grp.getgrgid(2).gr_name
-    assert told.stderr.splitlines()[1] == f"  ask the administrator to add you to the group {group}, then log in again"
-    assert "ermission denied" in told.stderr
-    assert "no such inbox" not in told.stderr
+    assert (
+        result.stderr.splitlines()[1] == f"  ask the administrator to add you to the group {group}, then log in again"
+    )
+    assert "ermission denied" in result.stderr
+    assert "no such inbox" not in result.stderr
     assert shared.names("inbox") == []
 
 
 @as_user
 def test_a_folder_on_the_command_line_that_the_user_may_not_enter_is_no_usage_error(shared: Folders) -> None:
     shared.environ = {}
-    told = by_stranger(shared, "submit", "--root", str(shared.root), "A cat")
-    assert told.returncode == 74
-    assert f"permission denied: {shared.inbox}" in told.stderr
-    assert f"to the group {grp.getgrgid(2).gr_name}, then log in again" in told.stderr
+    result = by_other_user(shared, "submit", "--root", str(shared.root), "A cat")
+    assert result.returncode == 74
+    assert f"permission denied: {shared.inbox}" in result.stderr
+    assert f"to the group {grp.getgrgid(2).gr_name}, then log in again" in result.stderr
 
 
 @as_user
@@ -133,20 +135,20 @@ def test_a_configuration_that_may_not_be_read_is_no_usage_error(shared: Folders,
     path = shared.root.parent / "imagewatch.toml"
     path.write_text("")
     path.chmod(0o600)
-    told = by_stranger(shared, name, "--config", str(path), *(["A cat"] if name == "submit" else []))
-    assert told.returncode == 78
-    assert f": {path}\n" in told.stderr
-    assert "ermission denied" in told.stderr
-    assert "--help" not in told.stderr
+    result = by_other_user(shared, name, "--config", str(path), *(["A cat"] if name == "submit" else []))
+    assert result.returncode == 78
+    assert f": {path}\n" in result.stderr
+    assert "ermission denied" in result.stderr
+    assert "--help" not in result.stderr
 
 
 @as_user
 def test_history_does_not_report_an_inaccessible_ledger_as_empty(shared: Folders) -> None:
     shared.state.mkdir(mode=0o700)
-    told = by_stranger(shared, "history")
-    assert told.returncode == 74
-    assert f"permission denied: {shared.state}" in told.stderr
-    assert "nothing was made" not in told.stderr
+    result = by_other_user(shared, "history")
+    assert result.returncode == 74
+    assert f"permission denied: {shared.state}" in result.stderr
+    assert "nothing was made" not in result.stderr
 
 
 def test_a_check_before_the_first_start_does_not_ignore_files_that_will_be_claimed(folders: Folders) -> None:
@@ -159,21 +161,21 @@ def test_a_check_before_the_first_start_does_not_ignore_files_that_will_be_claim
 @as_user
 def test_a_user_who_may_enter_but_not_write_gets_the_same_message(shared: Folders) -> None:
     shared.root.chmod(0o755)
-    told = by_stranger(shared, "submit", "A cat")
-    assert f"permission denied: {shared.inbox}" in told.stderr
-    assert f"to the group {grp.getgrgid(2).gr_name}," in told.stderr
+    result = by_other_user(shared, "submit", "A cat")
+    assert f"permission denied: {shared.inbox}" in result.stderr
+    assert f"to the group {grp.getgrgid(2).gr_name}," in result.stderr
     shared.inbox.chmod(0o755)  # not even the group may write
-    told = by_stranger(shared, "submit", "A cat")
-    assert "ask the administrator to give you access to this folder" in told.stderr
+    result = by_other_user(shared, "submit", "A cat")
+    assert "ask the administrator to give you access to this folder" in result.stderr
 
 
 @as_user
 def test_check_and_estimate_do_not_report_an_inaccessible_folder_as_missing(shared: Folders) -> None:
-    told = by_stranger(shared, "check")
-    lines = {line.split()[1]: line for line in told.stdout.splitlines()}
+    result = by_other_user(shared, "check")
+    lines = {line.split()[1]: line for line in result.stdout.splitlines()}
     assert f"{shared.inbox}: permission denied (ask the administrator to add you to the group" in lines["inbox"]
-    told = by_stranger(shared, "estimate")
-    assert (told.returncode, "permission denied" in told.stderr) == (74, True)
+    result = by_other_user(shared, "estimate")
+    assert (result.returncode, "permission denied" in result.stderr) == (74, True)
 
 
 @as_user
@@ -182,9 +184,9 @@ def test_folders_that_a_user_cannot_create_are_reported_with_the_key_to_set(shar
         "IMAGEWATCH_FOLDERS__ROOT": "/srv/nobody-made-this",
         "IMAGEWATCH_FOLDERS__STATE": "/srv/nor-this",
     }
-    told = by_stranger(shared, "check")
-    assert told.returncode == 78
-    assert "set root in the configuration to a folder of yours" in told.stdout
+    result = by_other_user(shared, "check")
+    assert result.returncode == 78
+    assert "set root in the configuration to a folder of yours" in result.stdout
 
 
 # Presets
@@ -207,15 +209,15 @@ def test_no_message_recommends_pay_again_for_a_missing_prompt(folders: Folders, 
     folders.prompt("cat", "a cat [sandbox: drop]")
     assert command(folders, "once").returncode == 1
     assert folders.error("cat")["charged"] == "unknown"
-    told = command(folders, "retry", "cat")
-    assert "then use --pay-again" in told.stderr
+    result = command(folders, "retry", "cat")
+    assert "then use --pay-again" in result.stderr
     (folders.errors / "cat.prompt.txt").unlink()
-    told = command(folders, "retry", "cat")
-    assert told.returncode == 1
-    assert "--pay-again" not in told.stderr
-    assert "its prompt is missing, so it cannot be sent again" in told.stderr
-    told = command(folders, "retry", "cat", "--pay-again")
-    assert (told.returncode, "the prompt of this error file is missing" in told.stderr) == (1, True)
+    result = command(folders, "retry", "cat")
+    assert result.returncode == 1
+    assert "--pay-again" not in result.stderr
+    assert "its prompt is missing, so it cannot be sent again" in result.stderr
+    result = command(folders, "retry", "cat", "--pay-again")
+    assert (result.returncode, "the prompt of this error file is missing" in result.stderr) == (1, True)
 
 
 def test_an_error_file_without_its_prompt_does_not_recommend_pay_again(
@@ -235,5 +237,5 @@ def test_an_error_file_without_its_prompt_does_not_recommend_pay_again(
     assert "pay-again" not in error["next"]
     assert "nothing can be sent again" in error["next"]
     for arguments in (("retry", "cat"), ("retry", "cat", "--pay-again")):
-        told = command(folders, *arguments)
-        assert (told.returncode, "not an error file of ours" in told.stderr) == (1, False)
+        result = command(folders, *arguments)
+        assert (result.returncode, "not an error file of ours" in result.stderr) == (1, False)

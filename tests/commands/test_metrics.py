@@ -57,13 +57,13 @@ def values(text: str) -> dict[str, float]:
     return found
 
 
-def told(folders: Folders) -> dict[str, float]:
+def measured(folders: Folders) -> dict[str, float]:
     asked = command(folders, "status", "--prometheus")
     assert (asked.returncode, asked.stderr) == (0, "")
     return values(asked.stdout)
 
 
-def made_once(folders: Folders) -> None:
+def completed_once(folders: Folders) -> None:
     folders.prompt("cat", "[sandbox: b64] A cat")
     assert command(folders, "once").returncode == 0
 
@@ -143,8 +143,8 @@ def test_a_running_daemon_and_a_killed_one_differ_and_no_file_name_is_shown(fold
     assert sandbox.wait_for_requests(1, 20)
     folders.drop(f"{HOSTILE}.prompt.txt", "")
     folders.drop(f"{HOSTILE}.prompt.txt.txt", "A near miss")
-    until(lambda: told(folders)["not_ready_prompts[empty]"] == 1 and told(folders)["in_flight_jobs"] == 1)
-    found = told(folders)
+    until(lambda: measured(folders)["not_ready_prompts[empty]"] == 1 and measured(folders)["in_flight_jobs"] == 1)
+    found = measured(folders)
     assert (found["up"], found["ignored_files"], found["ready_prompts"]) == (1, 1, 0)
     assert before <= found["last_scan_timestamp_seconds"] <= time.time()
     text = command(folders, "status", "--prometheus").stdout
@@ -152,37 +152,37 @@ def test_a_running_daemon_and_a_killed_one_differ_and_no_file_name_is_shown(fold
     assert "whiskers" not in text
 
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
-    assert (told(folders)["up"], told(folders)["in_flight_jobs"]) == (0, 0)
+    assert (measured(folders)["up"], measured(folders)["in_flight_jobs"]) == (0, 0)
 
 
 def test_a_hold_is_a_metric_and_does_not_change_the_exit_code(folders, run):
     daemon = run(folders)
     command(folders, "hold", HOSTILE)
-    assert told(folders)["held[manual]"] == 1
+    assert measured(folders)["held[manual]"] == 1
     assert daemon.stop() == 0
-    assert (told(folders)["up"], told(folders)["held[manual]"]) == (0, 1)
+    assert (measured(folders)["up"], measured(folders)["held[manual]"]) == (0, 1)
     command(folders, "release")
-    assert told(folders)["held[manual]"] == 0
+    assert measured(folders)["held[manual]"] == 0
 
 
 def test_completed_and_spent_are_those_of_the_ledger_and_of_today(folders, sandbox):
-    made_once(folders)
-    found = told(folders)
+    completed_once(folders)
+    found = measured(folders)
     spent = sandbox.report()["credits"]
     assert (found["period_jobs[day,completed]"], found["period_credits[month]"]) == (1, spent)
 
     file = folders.state / "status.json"
     page = json.loads(file.read_bytes())
     file.write_text(json.dumps({**page, "updated": "2020-02-29T23:59:59Z"}))  # it was stopped long ago
-    found = told(folders)
+    found = measured(folders)
     assert (found["period_jobs[day,completed]"], found["period_credits[month]"]) == (0, 0)
     assert "0 completed, 0 refused, 0 unknown" in command(folders, "status").stdout
 
 
 def test_the_caps_are_those_of_the_configuration(tmp_path, sandbox):
     capped = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="900")
-    made_once(capped)
-    found = told(capped)
+    completed_once(capped)
+    found = measured(capped)
     assert found["period_cap_credits[day]"] == 900
     assert "period_cap_credits[month]" not in found
 

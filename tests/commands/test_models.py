@@ -78,8 +78,8 @@ def test_a_model_of_no_known_family_without_a_provider_is_refused_unpaid_with_th
 @pytest.mark.parametrize("table", ["defaults", "presets.p"])
 def test_check_names_a_model_of_no_known_family_that_is_set_without_a_provider(folders, table):
     set_up(folders, f'[{table}]\nmodel = "dall-e-9"')
-    told = " ".join(command(folders, "check").stdout.split())
-    assert f'wait {table} model: "dall-e-9" is of no known family' in told
+    result = " ".join(command(folders, "check").stdout.split())
+    assert f'wait {table} model: "dall-e-9" is of no known family' in result
     set_up(folders, f'[{table}]\nmodel = "dall-e-9"\nprovider = "openai"')
     assert "known family" not in command(folders, "check").stdout
 
@@ -149,9 +149,9 @@ def test_the_limits_apply_to_the_provider_that_is_asked(tmp_path, sandbox):
 def test_check_names_the_provider_that_will_be_asked(folders):
     folders.prompt("x", '+++\nmodel = "gemini-3-pro-image"\n+++\na cat')
     folders.prompt("y", '+++\nmodel = "dall-e-9"\n+++\na cat')
-    told = {line["what"]: line for line in json.loads(command(folders, "check", "--json").stdout)["files"]}
-    assert told["x.prompt.txt"]["why"].startswith("gemini, model gemini-3-pro-image")
-    assert told["y.prompt.txt"]["verdict"] == "refuse"
+    result = {line["what"]: line for line in json.loads(command(folders, "check", "--json").stdout)["files"]}
+    assert result["x.prompt.txt"]["why"].startswith("gemini, model gemini-3-pro-image")
+    assert result["y.prompt.txt"]["verdict"] == "refuse"
 
 
 @pytest.mark.parametrize("provider", DEFAULT_MODELS)

@@ -43,13 +43,13 @@ INTERRUPTER = str(TESTS / "support/interrupt_runner.py")
 HOSTILE = '](x) ![a](b) <b>&lt; *_`\\ \x1b[31m\x07\r\n\n second\u202eline "quoted"'
 
 
-def picture(kind: str = "PNG", colour: tuple[int, int, int] = (58, 110, 150)) -> bytes:
+def picture(kind: str = "PNG", color: tuple[int, int, int] = (58, 110, 150)) -> bytes:
     file = io.BytesIO()
-    Image.new("RGB", (64, 48), colour).save(file, kind)
+    Image.new("RGB", (64, 48), color).save(file, kind)
     return file.getvalue()
 
 
-PICTURE = picture()
+IMAGE = picture()
 
 
 def sha256(content: bytes) -> str:
@@ -104,7 +104,7 @@ class Sender:
             text=True,
         )
 
-    def file(self, name: str, content: bytes | str = PICTURE) -> str:
+    def file(self, name: str, content: bytes | str = IMAGE) -> str:
         path = self.home / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -170,20 +170,20 @@ def test_without_waiting_the_name_of_the_prompt_is_printed_and_no_daemon_is_need
 
 def test_without_waiting_json_contains_the_prompts(sender):
     done = sender.submit("A cat", "A dog", "--format", "json")
-    told = json.loads(done.stdout)
-    assert [one["prompt"] for one in told] == ["A cat", "A dog"]
-    assert sorted(one["source"] for one in told) == sender.dropped()
-    assert {one["destination"] for one in told} == {None}
+    result = json.loads(done.stdout)
+    assert [one["prompt"] for one in result] == ["A cat", "A dog"]
+    assert sorted(one["source"] for one in result) == sender.dropped()
+    assert {one["destination"] for one in result} == {None}
 
 
 def test_many_prompts_in_one_call_are_printed_in_their_order(sender, sandbox, watched):
     prompts = [f"Number {number}" for number in range(7)]
     done = sender.submit(*prompts, "--wait", "--format", "json", "--name", "many")
-    told = json.loads(done.stdout)
-    assert [one["prompt"] for one in told] == prompts
-    assert [one["source"] for one in told] == [f"many-{number}.prompt.txt" for number in range(1, 8)]
-    assert [Path(one["images"][0]).name for one in told] == [f"many-{number}.jpg" for number in range(1, 8)]
-    assert sum(one["credits_charged"] for one in told) == sandbox.report()["credits"]
+    result = json.loads(done.stdout)
+    assert [one["prompt"] for one in result] == prompts
+    assert [one["source"] for one in result] == [f"many-{number}.prompt.txt" for number in range(1, 8)]
+    assert [Path(one["images"][0]).name for one in result] == [f"many-{number}.jpg" for number in range(1, 8)]
+    assert sum(one["credits_charged"] for one in result) == sandbox.report()["credits"]
     assert sandbox.report()["requests"] == 7
     assert done.stderr.startswith("7 images, ")
 
@@ -206,36 +206,36 @@ def test_all_options_reach_the_request(sender, watched):
 def test_options_of_a_file_are_used_and_those_of_the_command_line_override_them(sender, sandbox, watched):
     file = sender.file("far/away.txt", '\ufeff+++\nprovider = "gemini"\nn = 3\nseed = 5\n+++\r\nA cat\r\nand a dog\r\n')
     done = sender.submit("--from", file, "-n", "2", "--wait", "--format", "json", cwd=Path("/"))
-    (told,) = json.loads(done.stdout)
+    (result,) = json.loads(done.stdout)
     assert (call(sandbox)["provider"], call(sandbox)["prompt"]) == ("gemini", "A cat\nand a dog")
-    assert len(told["images"]) == 2
-    assert sender.folders.receipt(Path(told["source"]).name.removesuffix(".prompt.txt"))["request"]["seed"] == 5
+    assert len(result["images"]) == 2
+    assert sender.folders.receipt(Path(result["source"]).name.removesuffix(".prompt.txt"))["request"]["seed"] == 5
 
 
 def test_images_that_a_file_names_are_those_beside_it(sender, sandbox, watched):
     for number, name in enumerate(("far/logo.png", "far/cat.png", "logo.png")):
-        sender.file(name, picture(colour=(number, 0, 0)))
+        sender.file(name, picture(color=(number, 0, 0)))
     sender.file("far/it.txt", '+++\ninput_images = ["logo.png", "cat.png"]\n+++\nBoth')
     done = sender.submit("--from", "far/it.txt", "--wait")
     assert done.returncode == 0, done.stderr
-    assert call(sandbox)["inputs"] == [sha256(picture(colour=(number, 0, 0))) for number in (0, 1)]
+    assert call(sandbox)["inputs"] == [sha256(picture(color=(number, 0, 0))) for number in (0, 1)]
 
 
 def test_a_file_with_the_name_of_a_prompt_is_sent_with_the_images_it_would_have_in_the_inbox(sender, sandbox, watched):
     for number, name in enumerate(("cat.png", "cat.1.png", "catalog.png")):
-        sender.file(name, picture(colour=(number, 0, 0)))
+        sender.file(name, picture(color=(number, 0, 0)))
     file = sender.file("cat.prompt.txt", "Make it blue")
     done = sender.submit("--from", file, "--wait")
     assert done.returncode == 0, done.stderr
-    assert call(sandbox)["inputs"] == [sha256(picture(colour=(number, 0, 0))) for number in (0, 1)]
+    assert call(sandbox)["inputs"] == [sha256(picture(color=(number, 0, 0))) for number in (0, 1)]
 
 
 def test_images_of_the_command_line_replace_those_of_the_file(sender, sandbox, watched):
-    sender.file("cat.png", picture(colour=(1, 0, 0)))
+    sender.file("cat.png", picture(color=(1, 0, 0)))
     file = sender.file("cat.prompt.txt", "Make it blue")
-    other = sender.file("other.png", picture(colour=(2, 0, 0)))
+    other = sender.file("other.png", picture(color=(2, 0, 0)))
     assert sender.submit("--from", file, "--image", other, "--wait").returncode == 0
-    assert call(sandbox)["inputs"] == [sha256(picture(colour=(2, 0, 0)))]
+    assert call(sandbox)["inputs"] == [sha256(picture(color=(2, 0, 0)))]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--from", "-"]])
@@ -285,11 +285,11 @@ def refused(sender: Sender, *arguments: str | bytes, **more: Any) -> str:
 
 
 def test_every_problem_of_the_images_is_reported_and_nothing_is_dropped(sender):
-    broken, gif, page = sender.file("broken.png", PICTURE[:-9]), sender.file("a.png", picture("GIF")), sender.file("p")
+    broken, gif, page = sender.file("broken.png", IMAGE[:-9]), sender.file("a.png", picture("GIF")), sender.file("p")
     Path(page).write_text("<html>")
     os.mkfifo(sender.home / "pipe.png")
     given = ["missing.png", broken, gif, page, "pipe.png", str(sender.home), sender.file("good.png")]
-    told = refused(sender, "A cat", *(part for path in given for part in ("--image", path)), "--wait")
+    result = refused(sender, "A cat", *(part for path in given for part in ("--image", path)), "--wait")
     for path, words in (
         ("missing.png", "no such file"),
         (broken, "not a whole image"),
@@ -298,19 +298,19 @@ def test_every_problem_of_the_images_is_reported_and_nothing_is_dropped(sender):
         ("pipe.png", "not a plain file"),
         (str(sender.home), "cannot be read|not a plain file"),
     ):
-        assert re.search(f"^imagewatch: {re.escape(path)}: .*({words})", told, re.MULTILINE), path
-    assert "good.png" not in told
-    assert told.endswith("  Nothing was dropped.\n")
+        assert re.search(f"^imagewatch: {re.escape(path)}: .*({words})", result, re.MULTILINE), path
+    assert "good.png" not in result
+    assert result.endswith("  Nothing was dropped.\n")
 
 
 def test_if_one_of_many_prompts_is_wrong_none_is_dropped(sender):
     bad = sender.file("bad.txt", "+++\ncolour = 1\n+++\nx")
-    told = refused(sender, "fine", "--from", bad, "--from", sender.file("empty.txt", " \n"))
-    assert f"{bad}: colour: unknown key" in told
-    assert "empty.txt: prompt: there is no text" in told
-    told = refused(sender, "fine", "", "--size", "")
-    assert "prompt 2: prompt: there is no text" in told
-    assert "prompt 1: size:" in told
+    result = refused(sender, "fine", "--from", bad, "--from", sender.file("empty.txt", " \n"))
+    assert f"{bad}: colour: unknown key" in result
+    assert "empty.txt: prompt: there is no text" in result
+    result = refused(sender, "fine", "", "--size", "")
+    assert "prompt 2: prompt: there is no text" in result
+    assert "prompt 1: size:" in result
 
 
 @pytest.mark.parametrize(
@@ -347,9 +347,9 @@ def test_a_pipe_is_refused_as_a_prompt_file_and_not_waited_for(sender):
 def test_the_limits_of_the_configuration_are_checked(sender):
     config = sender.home / "imagewatch.toml"
     config.write_text(config.read_text() + '[limits]\nproviders = ["flux"]\nmax_n = 1\n')
-    told = refused(sender, "A cat", "-n", "2", "--provider", "openai")
-    assert "limits.providers" in told
-    assert "limits.max_n" in told
+    result = refused(sender, "A cat", "-n", "2", "--provider", "openai")
+    assert "limits.providers" in result
+    assert "limits.max_n" in result
 
 
 @pytest.mark.parametrize("name", ["", ".hidden", "~x", "#x", "a/b", "../x", "x\ny", "x\x1b[31m", "x" * 201, b"caf\xe9"])
@@ -381,10 +381,10 @@ def test_a_folder_that_is_never_entered_is_refused_with_the_reason(sender, folde
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("cat.MP.jpg", PICTURE),
-        ("Cat.png", PICTURE),
-        ("cat (1).png", PICTURE),
-        ("cat.unknown", PICTURE),
+        ("cat.MP.jpg", IMAGE),
+        ("Cat.png", IMAGE),
+        ("cat (1).png", IMAGE),
+        ("cat.unknown", IMAGE),
         ("cat.1.mp4", b"\0"),
     ],
 )
@@ -450,8 +450,8 @@ def test_on_a_terminal_a_missing_prompt_is_an_error_and_not_waited_for(sender):
 
 def test_a_prompt_that_waits_in_the_inbox_is_not_replaced(sender):
     sender.folders.prompt("cat", "somebody else's")
-    told = refused(sender, "A cat", "--name", "cat", "--image", sender.file("a.png"))
-    assert "cat.prompt.txt: the inbox has a file of this name" in told
+    result = refused(sender, "A cat", "--name", "cat", "--image", sender.file("a.png"))
+    assert "cat.prompt.txt: the inbox has a file of this name" in result
     assert (sender.folders.inbox / "cat.prompt.txt").read_text() == "somebody else's"
 
 
@@ -616,30 +616,30 @@ def test_results_whose_name_existed_are_found_and_not_confused_with_older_ones(s
     assert sandbox.report()["requests"] == 4
 
 
-def _touched_by_a_chmod(document: Path) -> None:
-    document.chmod(0o600)
+def _touched_by_a_chmod(result_file: Path) -> None:
+    result_file.chmod(0o600)
 
 
-def _linked_by_a_backup(document: Path) -> None:
-    os.link(document, document.parent.parent / "backup")
+def _linked_by_a_backup(result_file: Path) -> None:
+    os.link(result_file, result_file.parent.parent / "backup")
 
 
-def _copied_under_the_name_of_a_newer_one(document: Path) -> None:
-    stem, _, ending = document.name.partition(".")
-    shutil.copy2(document, document.with_name(f"{stem}.0123.{ending}"))
+def _copied_under_the_name_of_a_newer_one(result_file: Path) -> None:
+    stem, _, ending = result_file.name.partition(".")
+    shutil.copy2(result_file, result_file.with_name(f"{stem}.0123.{ending}"))
 
 
 @pytest.mark.parametrize("text", ["Again", "Again [sandbox: 400]"])
-@pytest.mark.parametrize("disturb", [_touched_by_a_chmod, _linked_by_a_backup, _copied_under_the_name_of_a_newer_one])
+@pytest.mark.parametrize("touch", [_touched_by_a_chmod, _linked_by_a_backup, _copied_under_the_name_of_a_newer_one])
 def test_an_older_result_that_is_touched_meanwhile_is_not_confused_with_the_new_one(
-    sender, folders, start, text, disturb
+    sender, folders, start, text, touch
 ):
     folders.prompt("cat", text)
     command_of(folders, "once")
     (old,) = [*folders.outbox.glob("*.toml"), *folders.errors.glob("*.toml")]
     waiting = sender.start(text, "--name", "cat", "--wait", "--timeout", "3", "--json")
     until((folders.inbox / "cat.prompt.txt").exists)
-    disturb(old)
+    touch(old)
     (old.parent / "something else").touch()  # the folder is scanned again
     out, _ = waiting.communicate(timeout=30)
     assert (waiting.returncode, json.loads(out)[0]["destination"]) == (69, None)
@@ -656,9 +656,9 @@ def test_a_result_that_appears_under_the_name_of_a_removed_one_is_found(sender, 
     sandbox.release()
     out, err = second.communicate(timeout=30)
     assert second.returncode == 0, err
-    (told,) = json.loads(out)
-    assert told["job"] != first["job"]
-    assert told["result_file"] == first["result_file"]
+    (result,) = json.loads(out)
+    assert result["job"] != first["job"]
+    assert result["result_file"] == first["result_file"]
 
 
 def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_confused_with_the_new_one(sender, sandbox, watched):
@@ -670,8 +670,8 @@ def test_the_receipt_of_an_earlier_prompt_of_the_same_name_is_not_confused_with_
     sandbox.release()
     out, err = other.communicate(timeout=30)
     assert other.returncode == 0, err
-    document = json.loads(out)[0]["result_file"]
-    assert 'prompt = "The later one"' in Path(document).read_text()
+    result_file = json.loads(out)[0]["result_file"]
+    assert 'prompt = "The later one"' in Path(result_file).read_text()
 
 
 def test_a_folder_named_like_a_preset_is_created_and_applies_it(tmp_path, sandbox, start):
@@ -749,11 +749,11 @@ def test_paths_and_json_name_the_same_files_in_folders_with_spaces(sender, watch
     assert [path.name for path in paths] == ["Kätzchen-1.jpg", "Kätzchen-2.jpg"]
     assert all(path.is_file() for path in paths)
     again = sender.submit(HOSTILE, "--folder", "mein Bild", "--wait", "--format", "json")
-    (told,) = json.loads(again.stdout)
-    assert Path(told["images"][0]).is_file()
-    assert Path(told["result_file"]).parent == sender.folders.outbox / "mein Bild"
-    assert told["prompt"] == HOSTILE.replace("\r\n", "\n")
-    assert (told["charged"], told["destination"], told["message"]) == ("yes", "outbox", None)
+    (result,) = json.loads(again.stdout)
+    assert Path(result["images"][0]).is_file()
+    assert Path(result["result_file"]).parent == sender.folders.outbox / "mein Bild"
+    assert result["prompt"] == HOSTILE.replace("\r\n", "\n")
+    assert (result["charged"], result["destination"], result["message"]) == ("yes", "outbox", None)
     assert again.stdout.isascii()
 
 
@@ -782,8 +782,8 @@ def test_a_refusal_is_reported_with_the_message_of_the_api_and_the_next_step(sen
 def test_json_is_the_same_as_format_json_and_excludes_other_formats(sender, watched):
     done = sender.submit("A cat", "--name", "cat", "--wait", "--json")
     assert done.returncode == 0
-    (told,) = json.loads(done.stdout)
-    assert (told["destination"], told["source"]) == ("outbox", "cat.prompt.txt")
+    (result,) = json.loads(done.stdout)
+    assert (result["destination"], result["source"]) == ("outbox", "cat.prompt.txt")
     refused = sender.submit("A cat", "--json", "--format", "markdown", "--wait")
     assert (refused.returncode, "exclude each other" in refused.stderr) == (64, True)
 
@@ -794,11 +794,11 @@ def test_every_problem_is_reported_with_its_error_file(sender, folders, start):
     start(folders, "run")
     until((folders.state / "status.json").exists)
     done = sender.submit("A cat", "-n", "2", "--quality", "high", "--name", "cat", "--wait")
-    told = done.stderr.splitlines()
+    result = done.stderr.splitlines()
     problems = folders.error("cat")["problems"]
     assert (done.returncode, len(problems)) == (1, 2)
-    assert told[:3] == ["cat.prompt.txt: not charged: 2 problems", *(f"  {problem}" for problem in problems)]
-    assert told[4:] == [f"  {folders.errors}/cat.error.toml", "0 images, 0 credits."]
+    assert result[:3] == ["cat.prompt.txt: not charged: 2 problems", *(f"  {problem}" for problem in problems)]
+    assert result[4:] == [f"  {folders.errors}/cat.error.toml", "0 images, 0 credits."]
 
 
 def test_a_name_that_a_shell_would_split_is_not_put_into_a_command(sender, watched):
@@ -1167,12 +1167,12 @@ def test_no_folder_is_created_in_the_inbox_because_it_would_cause_a_scan_of_ever
 
 def test_a_reader_at_any_moment_sees_complete_files_and_no_prompt_without_its_images(sender):
     content = picture()
-    ended, faults, looks = threading.Event(), [], 0
+    ended, faults, checks = threading.Event(), [], 0
 
-    def look() -> None:
-        nonlocal looks
+    def check() -> None:
+        nonlocal checks
         while not ended.is_set():
-            looks += 1
+            checks += 1
             names = {name for name in os.listdir(sender.folders.inbox) if not name.startswith(".")}
             for name in names:
                 raw = (sender.folders.inbox / name).read_bytes()
@@ -1184,7 +1184,7 @@ def test_a_reader_at_any_moment_sees_complete_files_and_no_prompt_without_its_im
                 declared = re.findall(r'"([^"]+\.png)"', raw.decode("latin-1")) if name.endswith(".txt") else []
                 faults.extend(one for one in declared if not (sender.folders.inbox / one).exists())
 
-    watcher = threading.Thread(target=look)
+    watcher = threading.Thread(target=check)
     watcher.start()
     try:
         image = sender.file("a.png", content)
@@ -1194,7 +1194,7 @@ def test_a_reader_at_any_moment_sees_complete_files_and_no_prompt_without_its_im
         watcher.join()
     assert done.returncode == 0, done.stderr
     assert faults == []
-    assert looks > 10
+    assert checks > 10
     assert len(sender.dropped()) == 30
 
 

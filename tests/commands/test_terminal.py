@@ -18,7 +18,7 @@ from commands.test_cli import on_a_terminal
 from imagewatch.commands import terminal
 from imagewatch.system import log
 
-COLOUR = re.compile(rb"\x1b\[[0-9;]*m")
+COLOR = re.compile(rb"\x1b\[[0-9;]*m")
 
 
 def once(folders: Folders, code: int) -> None:
@@ -40,10 +40,10 @@ def mixed(folders: Folders) -> Folders:
 def test_colors_are_used_only_on_a_terminal_and_can_be_turned_off(mixed: Folders, arguments: tuple[str, ...]):
     environ = {**mixed.environ, "NO_COLOR": ""}  # empty counts as unset
     if arguments != ("once",):  # its progress bar has no colors
-        assert COLOUR.search(on_a_terminal(*arguments, environ=environ)[1])
+        assert COLOR.search(on_a_terminal(*arguments, environ=environ)[1])
     code, shown = on_a_terminal(*arguments, environ={**environ, "NO_COLOR": "1"})
     assert code == 0
-    assert not COLOUR.search(shown)
+    assert not COLOR.search(shown)
     assert "\x1b" not in command(mixed, *arguments).stdout
 
 
@@ -54,12 +54,12 @@ class Screen(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("wanted", "coloured"), [("", True), ("1", False)])
-def test_the_colors_of_the_log_on_a_console_can_be_turned_off(wanted: str, coloured: bool):
+@pytest.mark.parametrize(("wanted", "colored"), [("", True), ("1", False)])
+def test_the_colors_of_the_log_on_a_console_can_be_turned_off(wanted: str, colored: bool):
     out = Screen()
     log.configure("info", "auto", out, environ={"NO_COLOR": wanted})
     structlog.get_logger().info("watching")
-    assert bool(COLOUR.search(out.getvalue().encode())) == coloured
+    assert bool(COLOR.search(out.getvalue().encode())) == colored
 
 
 def test_columns_are_aligned_whatever_script_a_name_uses(folders: Folders):
@@ -67,13 +67,13 @@ def test_columns_are_aligned_whatever_script_a_name_uses(folders: Folders):
     for name in names:
         folders.prompt(name, "A picture")
     for arguments in (("estimate",), ("check",)):
-        told = [line for line in command(folders, *arguments).stdout.splitlines() if ".prompt.txt" in line]
-        assert len(told) == len(names)
+        result = [line for line in command(folders, *arguments).stdout.splitlines() if ".prompt.txt" in line]
+        assert len(result) == len(names)
         begins = set()
-        for line in told:
+        for line in result:
             before = unicodedata.normalize("NFC", line[: line.index("flux")])
             begins.add(len(before) + sum("\u4e00" <= letter <= "\u9fff" for letter in before))
-        assert len(begins) == 1, told
+        assert len(begins) == 1, result
 
 
 def test_a_table_aligns_numbers_to_the_right():
@@ -87,21 +87,21 @@ def test_a_table_aligns_numbers_to_the_right():
 
 
 def test_history_shows_the_message_of_the_api_below_its_job(mixed: Folders):
-    told = command(mixed, "history").stdout.splitlines()
-    (at,) = [number for number, line in enumerate(told) if line.endswith("  dog")]
-    assert "refused" in told[at]
-    assert told[at + 1] == "    Your request was rejected by the safety system"
+    result = command(mixed, "history").stdout.splitlines()
+    (at,) = [number for number, line in enumerate(result) if line.endswith("  dog")]
+    assert "refused" in result[at]
+    assert result[at + 1] == "    Your request was rejected by the safety system"
 
 
 def test_check_reports_the_same_to_programs(mixed: Folders):
-    told = command(mixed, "check", "--json")
-    found = json.loads(told.stdout)
-    assert (told.returncode, found["files"]) == (0, [{"verdict": "take", "what": "owl.prompt.txt", "why": "flux"}])
+    result = command(mixed, "check", "--json")
+    found = json.loads(result.stdout)
+    assert (result.returncode, found["files"]) == (0, [{"verdict": "take", "what": "owl.prompt.txt", "why": "flux"}])
     assert {line["what"]: line["verdict"] for line in found["settings"]}["key"] == "ok"
-    assert KEY not in told.stdout
-    told = command(mixed, "check", "--json", LETTA_API_KEY="")
-    assert told.returncode == 78
-    assert "bad" in {line["verdict"] for line in json.loads(told.stdout)["settings"]}
+    assert KEY not in result.stdout
+    result = command(mixed, "check", "--json", LETTA_API_KEY="")
+    assert result.returncode == 78
+    assert "bad" in {line["verdict"] for line in json.loads(result.stdout)["settings"]}
 
 
 def test_check_reports_a_hold(mixed: Folders):
@@ -117,9 +117,9 @@ def test_retry_reports_the_same_to_programs(folders: Folders):
     folders.prompt("lost", "A cat [sandbox: drop]")
     once(folders, 1)
     (folders.errors / "foreign.error.toml").write_text("hello")
-    told = command(folders, "retry", "--all", "--json")
-    found = {os.path.basename(one["result_file"]).partition(".")[0]: one for one in json.loads(told.stdout)}
-    assert (told.returncode, told.stderr) == (1, "")
+    result = command(folders, "retry", "--all", "--json")
+    found = {os.path.basename(one["result_file"]).partition(".")[0]: one for one in json.loads(result.stdout)}
+    assert (result.returncode, result.stderr) == (1, "")
     assert {name: (one["name"], one["charged"], one["retried"]) for name, one in found.items()} == {
         "free": ("free", "no", True),
         "lost": ("lost", "unknown", False),

@@ -54,8 +54,8 @@ def test_the_build_requirements_are_the_same_in_both_places():
 
 def test_the_lowest_versions_are_those_of_the_project_and_allowed_by_it():
     command = [sys.executable, ".ci/lowest.py"]
-    told = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
-    pins = {Requirement(line).name: Requirement(line) for line in told}
+    lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    pins = {Requirement(line).name: Requirement(line) for line in lines}
     assert [*pins] == [Requirement(one).name for one in (*DEPENDENCIES, *TESTING)]
     for one in map(Requirement, (*DEPENDENCIES, *TESTING)):
         (pin,) = pins[one.name].specifier

@@ -99,17 +99,17 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     folders.prompt("credits", "x [sandbox: 402]")
     start(folders, "run")
     until(lambda: len(folders.finished()) == 13)
-    told = {stem: folders.error(stem)["message"] for stem in folders.finished()}
+    found = {stem: folders.error(stem)["message"] for stem in folders.finished()}
     table = USING.partition("| `message` says")[2].partition("\n\n")[0]
     cells = [row.split(" | ")[0] for row in table.splitlines()[2:]]
-    words = [word.removesuffix(" …") for cell in cells for word in re.findall(r"`(.+?)`", cell)]
+    texts = [text.removesuffix(" …") for cell in cells for text in re.findall(r"`(.+?)`", cell)]
     elsewhere = ["it is too large", "it is not supported"]  # test_requests.py has such images
-    said = [word for word in words if word not in elsewhere]
-    assert len(said) == len(words) - len(elsewhere)
+    documented_texts = [text for text in texts if text not in elsewhere]
+    assert len(documented_texts) == len(texts) - len(elsewhere)
     refused = ("key", "value", "kind", "beside", "fence", "yaml", "page", "rich", "whole")
     stems = (*refused, "safety", "credits", "cap", "family")
-    for stem, word in zip(stems, said, strict=True):
-        assert word in told[stem]
+    for stem, text in zip(stems, documented_texts, strict=True):
+        assert text in found[stem]
 
 
 # The page for agents
@@ -183,6 +183,6 @@ def test_waiting_as_in_the_skill_ends_when_there_is_an_error_file(shell, folders
 
 
 def test_the_exit_codes_of_the_skill_are_those_of_the_command():
-    told = set(re.findall(r"^\| (\d\d?) \|", SKILL, re.MULTILINE))
-    assert told == {"0", "1", "64", "69", "70", "74"}
+    found = set(re.findall(r"^\| (\d\d?) \|", SKILL, re.MULTILINE))
+    assert found == {"0", "1", "64", "69", "70", "74"}
     assert shutil.which("sh")

@@ -169,8 +169,8 @@ def test_a_redirect_to_a_private_address_is_not_followed(wire):
 
 def test_the_message_about_a_refused_address_does_not_reveal_what_is_there():
     found = [["10.0.0.1"], ["127.0.0.1"], ["fe80::1%1"], ["::ffff:10.0.0.1"]]
-    said = {refusal("https://images.example/x.png", resolver=Resolver(one)) for one in found}
-    assert said == {"https://images.example/x.png: the address is not public"}
+    messages = {refusal("https://images.example/x.png", resolver=Resolver(one)) for one in found}
+    assert messages == {"https://images.example/x.png: the address is not public"}
     assert refusal("https://127.1/x.png") == "https://127.1/x.png: the address is not public"
 
 
@@ -210,7 +210,7 @@ def test_a_certificate_must_match_the_name_whatever_the_address(wire, certificat
         exchange.send(answer(IMAGE))
 
     names = []
-    certificate.context.sni_callback = lambda _, said, __: names.append(said)
+    certificate.context.sni_callback = lambda _, messages, __: names.append(messages)
     endpoint = Endpoint(base_url=REMOTE.base_url, ca_file=certificate.path, allow_private_downloads=True)
     with Scripted(over_tls(certificate.context, script)) as server:
         url, resolver = f"https://{name}:{server.port}/x.png", Resolver(["127.0.0.1"])

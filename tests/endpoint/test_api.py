@@ -156,7 +156,7 @@ def test_of_an_image_that_grew_only_the_checked_part_is_sent():
 # What a response means
 
 
-def judge(status, body=b"", **headers):
+def verdict_of(status, body=b"", **headers):
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     at = 1_800_000_000.0
     return classify(
@@ -227,7 +227,7 @@ def judge(status, body=b"", **headers):
     ],
 )
 def test_every_response_means_what_the_table_of_the_folder_protocol_says(status, body, reaction, kind):
-    verdict = judge(status, body)
+    verdict = verdict_of(status, body)
     assert (verdict.reaction, verdict.reason.kind) == (reaction, kind)
 
 
@@ -235,7 +235,7 @@ def test_only_a_success_counts_as_charged_and_only_a_certainly_free_request_may_
     bodies = [b"", b"{}", {"message": "x"}, {"admitted": False}, {"reasons": ["exceeded-quota"]}, b"<html>"]
     for status in range(1000):
         for body in bodies:
-            reaction = judge(status, body).reaction
+            reaction = verdict_of(status, body).reaction
             assert (reaction is Reaction.SUCCESS) == (200 <= status < 300)
             if reaction is Reaction.RETRY:
                 assert status == 429 or (status == 503 and body == {"admitted": False})
@@ -293,12 +293,12 @@ def test_only_a_success_counts_as_charged_and_only_a_certainly_free_request_may_
     ],
 )
 def test_the_message_of_the_api_is_found_in_every_shape(body, message, code):
-    verdict = judge(400, body)
+    verdict = verdict_of(400, body)
     assert (verdict.reason.message, verdict.code) == (message, code)
 
 
 def test_raw_text_is_cut():
-    assert judge(502, b"x" * 5000).reason.message == "x" * 2000
+    assert verdict_of(502, b"x" * 5000).reason.message == "x" * 2000
 
 
 @pytest.mark.parametrize(
@@ -316,11 +316,11 @@ def test_raw_text_is_cut():
     ],
 )
 def test_the_credits_that_a_request_would_have_needed_are_kept(body, required):
-    assert judge(402, body).credits_required == required
+    assert verdict_of(402, body).credits_required == required
 
 
 @pytest.mark.parametrize(
-    ("said", "seconds"),
+    ("header", "seconds"),
     [
         ("7", 7),
         (" 7 ", 7),
@@ -342,28 +342,28 @@ def test_the_credits_that_a_request_would_have_needed_are_kept(body, required):
         ("Fri, 99 Foo 2027", None),
     ],
 )
-def test_retry_after_is_seconds_or_a_date(said, seconds):
-    assert judge(429, retry_after=said).reason.seconds == seconds
+def test_retry_after_is_seconds_or_a_date(header, seconds):
+    assert verdict_of(429, retry_after=header).reason.seconds == seconds
 
 
 def test_without_retry_after_there_is_none():
-    assert judge(429).reason.seconds is None
+    assert verdict_of(429).reason.seconds is None
 
 
 def test_a_503_puts_requests_on_hold_for_at_most_half_a_minute():
     typed = {"admitted": False}
-    assert judge(503, typed, retry_after="3600").reason.seconds == 30
-    assert judge(503, typed, retry_after="3").reason.seconds == 3
-    assert judge(503, typed, retry_after=email.utils.formatdate(1_800_009_000, usegmt=True)).reason.seconds == 30
-    assert judge(429, retry_after="3600").reason.seconds == 3600
+    assert verdict_of(503, typed, retry_after="3600").reason.seconds == 30
+    assert verdict_of(503, typed, retry_after="3").reason.seconds == 3
+    assert verdict_of(503, typed, retry_after=email.utils.formatdate(1_800_009_000, usegmt=True)).reason.seconds == 30
+    assert verdict_of(429, retry_after="3600").reason.seconds == 3600
 
 
 def test_a_used_up_quota_is_waited_for_until_its_own_reset_time():
     quota = {"reasons": ["exceeded-quota"], "timeToQuotaResetMs": 90_000}
-    assert judge(429, quota, retry_after="5").reason.seconds == 90
-    assert judge(429, {"error": quota}).reason.seconds == 90
-    assert judge(429, {**quota, "timeToQuotaResetMs": "x"}, retry_after="5").reason.seconds == 5
-    assert judge(429, {"reasons": ["exceeded-quota"]}).reason.seconds is None
+    assert verdict_of(429, quota, retry_after="5").reason.seconds == 90
+    assert verdict_of(429, {"error": quota}).reason.seconds == 90
+    assert verdict_of(429, {**quota, "timeToQuotaResetMs": "x"}, retry_after="5").reason.seconds == 5
+    assert verdict_of(429, {"reasons": ["exceeded-quota"]}).reason.seconds is None
 
 
 json_like = st.recursive(
@@ -403,7 +403,7 @@ def test_any_refusal_is_understood_however_deeply_nested(depth):
         errors = b'{"error":' * depth + inner + b"}" * depth
         for body in (nested, errors, b'{"reasons":%s}' % nested, b'{"issues":[%s,{"path":%s}]}' % (nested, nested)):
             for status in (400, 429, 500):
-                assert judge(status, body).reason.message
+                assert verdict_of(status, body).reason.message
 
 
 def test_an_unknown_charge_is_reported_with_the_next_step():
@@ -426,7 +426,7 @@ class Kept(io.BytesIO):
         super().close()
 
 
-def reading(chunks, encoding="", limit=LIMIT):
+def decoded(chunks, encoding="", limit=LIMIT):
     files = {}
 
     def create(number):
@@ -440,7 +440,7 @@ def reading(chunks, encoding="", limit=LIMIT):
     return result, [files[k].content for k in range(len(files))]
 
 
-def pictures(result, files):
+def good_images(result, files):
     """The good images, in order."""
     return [files[got.decoded] for got in result.images if got.decoded is not None and not got.problem]
 
@@ -485,7 +485,7 @@ OPENAI = {
 
 
 def test_a_response_of_gemini_is_one_image_in_base64():
-    result, files = reading(json.dumps(GEMINI).encode())
+    result, files = decoded(json.dumps(GEMINI).encode())
     (got,) = result.images
     assert (got.decoded, got.url, got.mime, got.problem) == (0, "", "image/png", "")
     assert files == [PNG]
@@ -494,7 +494,7 @@ def test_a_response_of_gemini_is_one_image_in_base64():
 
 
 def test_a_response_of_flux_is_a_url():
-    result, files = reading(json.dumps(FLUX).encode())
+    result, files = decoded(json.dumps(FLUX).encode())
     (got,) = result.images
     assert (got.decoded, got.url, got.mime, got.problem) == (None, FLUX["images"][0]["url"], "image/png", "")
     assert files == []
@@ -502,35 +502,35 @@ def test_a_response_of_flux_is_a_url():
 
 
 def test_a_response_may_mix_images_and_urls():
-    result, files = reading(json.dumps(OPENAI).encode())
+    result, files = decoded(json.dumps(OPENAI).encode())
     assert [(got.decoded, got.url) for got in result.images] == [(0, ""), (None, "https://cdn.example/b.webp"), (1, "")]
     assert files == [JPEG, PNG[:-1]]
     assert result.billing == OPENAI["billing"]
 
 
 SPELLINGS = {
-    "plain": lambda answer: json.dumps(answer).encode(),
-    "compact": lambda answer: json.dumps(answer, separators=(",", ":")).encode(),
-    "indented": lambda answer: json.dumps(answer, indent=4, separators=(" , ", " \n:\t")).encode(),
-    "utf-8": lambda answer: json.dumps(answer, ensure_ascii=False).encode(),
-    "escaped slashes": lambda answer: json.dumps(answer).replace("/", "\\/").encode(),
-    "escaped signs": lambda answer: json.dumps(answer).replace("+", "\\u002b").replace("=", "\\u003D").encode(),
-    "escaped padding": lambda answer: json.dumps(answer).replace("/", "\\u002F").replace("=", "\\u003d").encode(),
+    "plain": lambda response: json.dumps(response).encode(),
+    "compact": lambda response: json.dumps(response, separators=(",", ":")).encode(),
+    "indented": lambda response: json.dumps(response, indent=4, separators=(" , ", " \n:\t")).encode(),
+    "utf-8": lambda response: json.dumps(response, ensure_ascii=False).encode(),
+    "escaped slashes": lambda response: json.dumps(response).replace("/", "\\/").encode(),
+    "escaped signs": lambda response: json.dumps(response).replace("+", "\\u002b").replace("=", "\\u003D").encode(),
+    "escaped padding": lambda response: json.dumps(response).replace("/", "\\u002F").replace("=", "\\u003d").encode(),
 }
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS.keys())
-@pytest.mark.parametrize("answer", [GEMINI, FLUX, OPENAI], ids=["gemini", "flux", "openai"])
-def test_a_response_in_pieces_of_any_size_is_decoded_the_same(answer, spelling):
-    raw = spelling(answer)
-    expected = reading(raw)
-    assert pictures(*expected) == [base64.b64decode(i["b64_json"]) for i in answer["images"] if i.get("b64_json")]
-    assert expected[0].billing == answer["billing"]
+@pytest.mark.parametrize("response", [GEMINI, FLUX, OPENAI], ids=["gemini", "flux", "openai"])
+def test_a_response_in_pieces_of_any_size_is_decoded_the_same(response, spelling):
+    raw = spelling(response)
+    expected = decoded(raw)
+    assert good_images(*expected) == [base64.b64decode(i["b64_json"]) for i in response["images"] if i.get("b64_json")]
+    assert expected[0].billing == response["billing"]
     assert expected[0].problem == ""
     for cut in range(len(raw) + 1):
-        assert reading([raw[:cut], raw[cut:]]) == expected
+        assert decoded([raw[:cut], raw[cut:]]) == expected
     for step in (1, 2, 3, 5, 7, 191, 192, 193):
-        assert reading([raw[k : k + step] for k in range(0, len(raw), step)]) == expected
+        assert decoded([raw[k : k + step] for k in range(0, len(raw), step)]) == expected
 
 
 @pytest.mark.parametrize("size", range(7))
@@ -539,8 +539,8 @@ def test_an_image_that_ends_with_escaped_characters_is_complete(size, tail):
     data = b"x" * size + tail
     for escape in (("/", "\\/"), ("/", "\\u002f"), ("+", "\\u002B"), ("=", "\\u003d")):
         raw = json.dumps({"images": [{"b64_json": b64(data)}]}).replace(*escape).encode()
-        assert pictures(*reading(raw)) == [data]
-        assert pictures(*reading([bytes([byte]) for byte in raw])) == [data]
+        assert good_images(*decoded(raw)) == [data]
+        assert good_images(*decoded([bytes([byte]) for byte in raw])) == [data]
 
 
 def one(text: str, **more: object) -> bytes:
@@ -579,8 +579,8 @@ def one(text: str, **more: object) -> bytes:
 def test_base64_is_decoded_in_every_usual_variant(text):
     raw = one(text)
     for chunks in (raw, [bytes([byte]) for byte in raw], [raw[k : k + 5] for k in range(0, len(raw), 5)]):
-        result, files = reading(chunks)
-        assert pictures(result, files) == [PNG]
+        result, files = decoded(chunks)
+        assert good_images(result, files) == [PNG]
         assert result.credits == 1
 
 
@@ -612,8 +612,8 @@ def test_broken_base64_is_a_problem_of_this_image_alone(text):
     if text == "\\":
         raw = raw.replace(b'"b64_json":"\\"', b'"b64_json":"\\\\"')
     for chunks in (raw, [bytes([byte]) for byte in raw], *[[raw[:cut], raw[cut:]] for cut in range(len(raw))]):
-        result, files = reading(chunks)
-        assert pictures(result, files) == []
+        result, files = decoded(chunks)
+        assert good_images(result, files) == []
         assert "base64" in result.images[0].problem
         assert (result.credits, result.provider, result.images[0].mime) == (1, "gemini", "image/png")
 
@@ -625,10 +625,10 @@ def test_base64_that_was_encoded_in_pieces_is_decoded(size):
         b64(b"") + b64(PNG[:4]) + "QQQ=QR==",
     ):
         raw = one(letters)
-        expected = reading(raw)
-        assert pictures(*expected) in ([PNG], [PNG[:4] + b"A\x04A"])
+        expected = decoded(raw)
+        assert good_images(*expected) in ([PNG], [PNG[:4] + b"A\x04A"])
         for cut in range(len(raw)):
-            assert reading([raw[:cut], raw[cut:]]) == expected
+            assert decoded([raw[:cut], raw[cut:]]) == expected
 
 
 IN_URLS = {
@@ -659,8 +659,8 @@ ENTRIES = ['{"url":"%s","mime_type":"image/png"}', '{"url": null, "url" : "%s"}'
 def test_an_image_in_a_data_url_is_decoded_and_not_downloaded(url, entry):
     raw = ('{"images":[' + entry.replace("%s", url) + '],"billing":{"credits_charged":1}}').encode()
     for chunks in (raw, [bytes([byte]) for byte in raw], *[[raw[:cut], raw[cut:]] for cut in range(0, len(raw), 3)]):
-        result, files = reading(chunks)
-        assert pictures(result, files) == [PNG]
+        result, files = decoded(chunks)
+        assert good_images(result, files) == [PNG]
         assert [got.url for got in result.images] == [""]
         assert (result.credits, result.problem) == (1, "")
 
@@ -668,15 +668,15 @@ def test_an_image_in_a_data_url_is_decoded_and_not_downloaded(url, entry):
 def test_a_large_image_in_a_data_url_does_not_count_as_text_beside_the_images():
     large = random.Random(7).randbytes(6_000_000)
     raw = json.dumps({"images": [{"url": "data:image/png;base64," + b64(large)}]}).encode()
-    result, files = reading([raw[k : k + 65536] for k in range(0, len(raw), 65536)])
-    assert (pictures(result, files), result.problem) == ([large], "")
+    result, files = decoded([raw[k : k + 65536] for k in range(0, len(raw), 65536)])
+    assert (good_images(result, files), result.problem) == ([large], "")
 
 
 def test_of_two_images_in_an_entry_the_one_under_the_documented_key_is_used():
     small = "data:image/jpeg;base64," + b64(JPEG)
     entry = {"thumbnail": small, "b64_json": b64(PNG), "url": "https://cdn.example/a.png"}
-    result, files = reading(json.dumps({"images": [entry]}).encode())
-    assert pictures(result, files) == [PNG]
+    result, files = decoded(json.dumps({"images": [entry]}).encode())
+    assert good_images(result, files) == [PNG]
 
 
 ENVELOPES = {
@@ -696,21 +696,21 @@ ENVELOPES = {
 def test_an_image_is_found_in_the_response_formats_of_other_apis(body):
     raw = json.dumps({"input_images": ["data:image/png;base64," + b64(JPEG)], **body}).encode()
     for chunks in (raw, [bytes([byte]) for byte in raw]):
-        result, files = reading(chunks)
-        assert pictures(result, files) == [PNG]
+        result, files = decoded(chunks)
+        assert good_images(result, files) == [PNG]
 
 
 @pytest.mark.parametrize("entry", [{"url": "https://x.test/a.png"}, {"image_url": {"url": "https://x.test/a.png"}}])
 @pytest.mark.parametrize("name", ["images", "data", "output"])
 def test_a_url_is_found_in_the_response_formats_of_other_apis(name, entry):
-    result, _ = reading(json.dumps({name: [entry]}).encode())
+    result, _ = decoded(json.dumps({name: [entry]}).encode())
     assert [got.url for got in result.images] == ["https://x.test/a.png"]
 
 
 def test_an_input_that_the_response_repeats_is_not_one_of_its_images():
     raw = json.dumps({"input_images": ["data:image/png;base64," + b64(PNG)], "message": "no"}).encode()
     for end in range(len(raw), 0, -1):
-        assert reading(raw[:end])[0].images == []
+        assert decoded(raw[:end])[0].images == []
 
 
 def test_complete_urls_in_an_incomplete_response_are_kept():
@@ -724,7 +724,7 @@ def test_complete_urls_in_an_incomplete_response_are_kept():
     wanted = ["https://x.test/a.png?a=1&b=\u00e9", PNG, JPEG, "https://x.test/b.png"]
     most = []
     for end in range(len(raw)):
-        result, files = reading(raw[:end])
+        result, files = decoded(raw[:end])
         found = [got.url or files[got.decoded] for got in result.images]
         assert found == wanted[: len(found)]
         assert len(found) >= len(most), "what came whole stays"
@@ -745,20 +745,20 @@ def test_complete_urls_in_an_incomplete_response_are_kept():
     ],
 )
 def test_a_response_without_images_is_reported_with_its_own_message(body, message, code):
-    result, _ = reading(json.dumps(body).encode())
+    result, _ = decoded(json.dumps(body).encode())
     assert (result.message, result.code) == (message, code)
 
 
 def test_an_entry_without_an_image_is_reported_with_its_own_message():
-    answer = {"images": [{"error": {"message": "blocked by safety"}}, GEMINI["images"][0]]}
-    result, files = reading(json.dumps(answer).encode())
+    response = {"images": [{"error": {"message": "blocked by safety"}}, GEMINI["images"][0]]}
+    result, files = decoded(json.dumps(response).encode())
     assert "blocked by safety" in result.images[0].problem
-    assert pictures(result, files) == [PNG]
+    assert good_images(result, files) == [PNG]
 
 
 def test_a_good_image_beside_a_broken_one_is_kept():
-    result, files = reading(json.dumps({"images": [{"b64_json": "!"}, {"b64_json": b64(PNG)}]}).encode())
-    assert pictures(result, files) == [PNG]
+    result, files = decoded(json.dumps({"images": [{"b64_json": "!"}, {"b64_json": b64(PNG)}]}).encode())
+    assert good_images(result, files) == [PNG]
     assert [bool(got.problem) for got in result.images] == [True, False]
 
 
@@ -766,11 +766,11 @@ def test_a_good_image_beside_a_broken_one_is_kept():
 def test_space_around_the_colon_of_the_key_does_not_matter(space):
     raw = f'{{"images":[{{"b64_json"{space}:{space}"{b64(PNG)}"}}]}}'.encode()
     for cut in range(len(raw)):
-        assert pictures(*reading([raw[:cut], raw[cut:]])) == [PNG]
+        assert good_images(*decoded([raw[:cut], raw[cut:]])) == [PNG]
 
 
 @pytest.mark.parametrize(
-    "words",
+    "texts",
     [
         '"b64_json": "QUJD"',
         '{"b64_json":"QUJD"}',
@@ -781,36 +781,36 @@ def test_space_around_the_colon_of_the_key_does_not_matter(space):
         '"b64_json":',
     ],
 )
-def test_the_name_of_the_key_inside_a_string_is_only_text(words):
-    answer = {**GEMINI, "model": words, "note": [words, words], words + "!": 1}
-    answer["billing"] = {"credits_charged": 12, "note": words}
-    raw = json.dumps(answer).encode()
+def test_the_name_of_the_key_inside_a_string_is_only_text(texts):
+    response = {**GEMINI, "model": texts, "note": [texts, texts], texts + "!": 1}
+    response["billing"] = {"credits_charged": 12, "note": texts}
+    raw = json.dumps(response).encode()
     for chunks in (raw, [bytes([byte]) for byte in raw]):
-        result, files = reading(chunks)
+        result, files = decoded(chunks)
         assert files == [PNG]
-        assert (result.model, result.billing) == (words, answer["billing"])
+        assert (result.model, result.billing) == (texts, response["billing"])
 
 
 def test_an_image_with_an_empty_base64_is_downloaded_from_its_url():
     for text in ("", "!!!"):
         entry = {"b64_json": text, "url": "https://cdn.example/a.png", "mime_type": "image/png"}
-        result, _ = reading(json.dumps({"images": [entry]}).encode())
+        result, _ = decoded(json.dumps({"images": [entry]}).encode())
         (got,) = result.images
         assert (got.decoded, got.url, got.problem) == (None, "https://cdn.example/a.png", "")
 
 
 def test_an_image_that_came_in_base64_is_not_downloaded_again():
-    result, files = reading(
+    result, files = decoded(
         json.dumps({"images": [{"url": "https://cdn.example/a.png", "b64_json": b64(PNG)}]}).encode()
     )
-    assert pictures(result, files) == [PNG]
+    assert good_images(result, files) == [PNG]
     assert result.images[0].url == ""
 
 
 @pytest.mark.parametrize("held", ["@", "@x", "@-1", "@0", "@7", "@99999999999", "@\u0661", "QUJD"])
 def test_a_key_written_with_an_escape_does_not_get_the_image_of_another_key(held):
     raw = f'{{"images":[{{"b64\\u005fjson":{json.dumps(held)}}}],"billing":{{"credits_charged":3}}}}'.encode()
-    result, files = reading(raw)
+    result, files = decoded(raw)
     assert files == []
     assert result.images[0].problem
     assert result.credits == 3
@@ -833,40 +833,40 @@ def test_a_key_written_with_an_escape_does_not_get_the_image_of_another_key(held
     ],
 )
 def test_billing_is_kept_as_it_came(billing, charged):
-    result, _ = reading(json.dumps({**FLUX, "billing": billing}).encode())
+    result, _ = decoded(json.dumps({**FLUX, "billing": billing}).encode())
     assert result.billing == billing
     assert result.credits == charged
 
 
 @pytest.mark.parametrize("billing", [None, [], "free", 12, True])
 def test_billing_that_is_not_an_object_is_ignored(billing):
-    result, _ = reading(json.dumps({**FLUX, "billing": billing}).encode())
+    result, _ = decoded(json.dumps({**FLUX, "billing": billing}).encode())
     assert (result.billing, result.credits, result.problem) == ({}, None, "")
     assert len(result.images) == 1
 
 
 def test_a_response_without_billing_is_still_a_success():
-    result, files = reading(json.dumps({"images": GEMINI["images"]}).encode())
-    assert pictures(result, files) == [PNG]
+    result, files = decoded(json.dumps({"images": GEMINI["images"]}).encode())
+    assert good_images(result, files) == [PNG]
     assert (result.billing, result.credits, result.provider, result.model, result.problem) == ({}, None, "", "", "")
 
 
 @pytest.mark.parametrize("images", [None, {}, "x", 5, {"b64_json": "QUJD"}])
 def test_the_charge_is_known_although_the_images_are_not_a_list(images):
-    result, files = reading(json.dumps({**GEMINI, "images": images}).encode())
+    result, files = decoded(json.dumps({**GEMINI, "images": images}).encode())
     assert result.problem
     assert (result.billing, result.credits, result.provider) == (GEMINI["billing"], 12.0, "gemini")
-    assert pictures(result, files) == ([b"ABC"] if isinstance(images, dict) and images else [])
+    assert good_images(result, files) == ([b"ABC"] if isinstance(images, dict) and images else [])
 
 
 def test_images_under_another_key_are_kept():
-    result, files = reading(json.dumps({"data": [{"b64_json": b64(PNG)}, {"b64_json": "!"}]}).encode())
-    assert pictures(result, files) == [PNG]
+    result, files = decoded(json.dumps({"data": [{"b64_json": b64(PNG)}, {"b64_json": "!"}]}).encode())
+    assert good_images(result, files) == [PNG]
     assert result.problem
 
 
 def test_an_empty_list_of_images_has_no_images():
-    result, files = reading(json.dumps({**GEMINI, "images": []}).encode())
+    result, files = decoded(json.dumps({**GEMINI, "images": []}).encode())
     assert (result.images, files, result.problem, result.credits) == ([], [], "", 12.0)
 
 
@@ -887,29 +887,29 @@ def test_an_empty_list_of_images_has_no_images():
     ],
 )
 def test_an_entry_without_an_image_is_a_problem_of_its_own(entry):
-    result, files = reading(json.dumps({"images": [entry, GEMINI["images"][0]]}).encode())
+    result, files = decoded(json.dumps({"images": [entry, GEMINI["images"][0]]}).encode())
     assert result.images[0].problem
-    assert pictures(result, files) == [PNG]
+    assert good_images(result, files) == [PNG]
 
 
 def test_images_beyond_the_largest_possible_number_are_left_out():
-    answer = {"images": [{"b64_json": b64(b"%d" % k)} for k in range(70)], "billing": {"credits_charged": 5}}
-    result, files = reading(json.dumps(answer).encode())
-    assert pictures(result, files) == [b"%d" % k for k in range(64)]
+    response = {"images": [{"b64_json": b64(b"%d" % k)} for k in range(70)], "billing": {"credits_charged": 5}}
+    result, files = decoded(json.dumps(response).encode())
+    assert good_images(result, files) == [b"%d" % k for k in range(64)]
     assert len(result.images) == len(files) == 64
     assert result.credits == 5
 
 
 def test_images_before_the_list_do_not_shift_the_list():
-    answer = {"extra": [{"b64_json": b64(b"%d" % k)} for k in range(63)], "images": [{"b64_json": b64(PNG)}] * 2}
-    result, files = reading(json.dumps(answer).encode())
-    assert pictures(result, files) == [PNG]
+    response = {"extra": [{"b64_json": b64(b"%d" % k)} for k in range(63)], "images": [{"b64_json": b64(PNG)}] * 2}
+    result, files = decoded(json.dumps(response).encode())
+    assert good_images(result, files) == [PNG]
     assert "too many" in result.images[1].problem
 
 
 def test_a_very_long_url_and_very_long_names_are_cut():
-    answer = {"images": [{"url": "https://x/" + "y" * 9000, "mime_type": "z" * 300}], "model": "m" * 300}
-    result, _ = reading(json.dumps(answer).encode())
+    response = {"images": [{"url": "https://x/" + "y" * 9000, "mime_type": "z" * 300}], "model": "m" * 300}
+    result, _ = decoded(json.dumps(response).encode())
     assert (len(result.images[0].url), len(result.images[0].mime), len(result.model)) == (8192, 200, 200)
 
 
@@ -938,7 +938,7 @@ def test_a_very_long_url_and_very_long_names_are_cut():
     ids=range(15),
 )
 def test_a_response_that_is_not_a_json_object_is_reported_as_such(raw):
-    result, files = reading(raw)
+    result, files = decoded(raw)
     assert (result.images, files) == ([], [])
     assert result.problem
 
@@ -948,40 +948,40 @@ def test_a_response_that_is_not_a_json_object_is_reported_as_such(raw):
 def test_images_survive_invalid_data_beside_them(garbage, first):
     images = json.dumps(GEMINI["images"]).encode()
     raw = b'{"note":%s,"images":%s}' % (garbage, images) if first else b'{"images":%s,"note":%s}' % (images, garbage)
-    result, files = reading(raw)
-    assert pictures(result, files) == [PNG]
+    result, files = decoded(raw)
+    assert good_images(result, files) == [PNG]
     assert result.problem
 
 
 @pytest.mark.parametrize("odd", [b"NaN", b'"\xff"', b"1e999", b'"\\ud800"'])
 def test_a_response_that_is_not_quite_json_is_decoded_nevertheless(odd):
     raw = b'{"note":%s,"images":[{"url":"https://x.test/a.png"}],"billing":{"credits_charged":7}}' % odd
-    result, _ = reading(raw)
+    result, _ = decoded(raw)
     assert ([got.url for got in result.images], result.credits) == (["https://x.test/a.png"], 7)
 
 
 def test_complete_images_in_an_incomplete_response_are_kept():
-    answer = {"images": [{"b64_json": b64(PNG)}, {"b64_json": b64(JPEG)}], "billing": {"credits_charged": 1}}
-    raw = json.dumps(answer).encode()
+    response = {"images": [{"b64_json": b64(PNG)}, {"b64_json": b64(JPEG)}], "billing": {"credits_charged": 1}}
+    raw = json.dumps(response).encode()
     first = raw.index(b64(PNG).encode()) + len(b64(PNG))
     second = raw.index(b64(JPEG).encode()) + len(b64(JPEG))
     for end in range(len(raw)):
-        result, files = reading(raw[:end])
-        assert pictures(result, files) == [PNG, JPEG][: (end > first) + (end > second)]
+        result, files = decoded(raw[:end])
+        assert good_images(result, files) == [PNG, JPEG][: (end > first) + (end > second)]
         assert result.problem
 
 
 def test_text_beside_the_images_has_a_limit_and_the_images_before_it_are_kept():
     images = json.dumps(GEMINI["images"]).encode()
-    result, files = reading([b'{"images":%s,"note":"' % images, *[b"x" * 65536] * 65, b'"}'])
-    assert pictures(result, files) == [PNG]
+    result, files = decoded([b'{"images":%s,"note":"' % images, *[b"x" * 65536] * 65, b'"}'])
+    assert good_images(result, files) == [PNG]
     assert "4 MiB" in result.problem
 
 
 @pytest.mark.parametrize("depth", range(900, 1010))
 def test_nesting_at_the_limit_of_the_decoder_raises_no_exception(depth):
     raw = b'{"images":[],"billing":{"credits_charged":1,"deep":%s}}' % (b"[" * depth + b"]" * depth)
-    result, _ = reading(raw)
+    result, _ = decoded(raw)
     assert result.credits in {1, None}
 
 
@@ -1002,11 +1002,11 @@ ENCODERS = {
 def test_a_response_in_an_encoding_that_was_not_requested_is_decoded_nevertheless(encoding):
     raw = json.dumps(OPENAI).encode()
     packed = ENCODERS[encoding](raw)
-    expected = reading(raw)
-    assert reading(packed, encoding) == expected
-    assert reading([bytes([byte]) for byte in packed], encoding) == expected
+    expected = decoded(raw)
+    assert decoded(packed, encoding) == expected
+    assert decoded([bytes([byte]) for byte in packed], encoding) == expected
     for cut in range(0, len(packed), 7):
-        assert reading([packed[:cut], packed[cut:]], encoding) == expected
+        assert decoded([packed[:cut], packed[cut:]], encoding) == expected
 
 
 @pytest.mark.parametrize("encoding", ["gzip", "deflate"])
@@ -1014,28 +1014,28 @@ def test_a_highly_compressed_response_is_decoded_to_its_end(encoding):
     packed = ENCODERS[encoding](LONG)
     assert len(packed) < len(LONG) // 50
     for step in (1, 7, 100, len(packed)):
-        result, files = reading([packed[k : k + step] for k in range(0, len(packed), step)], encoding)
-        assert pictures(result, files) == [bytes(200_000)]
+        result, files = decoded([packed[k : k + step] for k in range(0, len(packed), step)], encoding)
+        assert good_images(result, files) == [bytes(200_000)]
         assert result.credits == 12
 
 
 def test_data_after_the_end_of_a_compressed_response_is_ignored():
     packed = gzip.compress(json.dumps(GEMINI).encode())
-    result, files = reading([packed + b"\0\0", b"\0" * 100], "gzip")
-    assert (pictures(result, files), result.problem) == ([PNG], "")
+    result, files = decoded([packed + b"\0\0", b"\0" * 100], "gzip")
+    assert (good_images(result, files), result.problem) == ([PNG], "")
 
 
 def test_a_compression_bomb_is_stopped_and_the_images_before_it_are_kept():
     bomb = b'{"images":%s,"note":"' % json.dumps(GEMINI["images"]).encode() + b"x" * 3_000_000
-    result, files = reading(gzip.compress(bomb), "gzip", limit=1_000_000)
-    assert pictures(result, files) == [PNG]
+    result, files = decoded(gzip.compress(bomb), "gzip", limit=1_000_000)
+    assert good_images(result, files) == [PNG]
     assert "beyond 1,000,000 bytes" in result.problem
 
 
 @pytest.mark.parametrize("encoding", ["br", "zstd", "gzip, gzip", "compress", "x" * 500])
 def test_an_unknown_encoding_is_reported_unless_the_response_is_clearly_not_in_it(encoding):
-    assert reading(json.dumps(GEMINI).encode(), encoding) == reading(json.dumps(GEMINI).encode())
-    result, files = reading(b"\x28\xb5\x2f\xfd" + json.dumps(GEMINI).encode(), encoding)
+    assert decoded(json.dumps(GEMINI).encode(), encoding) == decoded(json.dumps(GEMINI).encode())
+    result, files = decoded(b"\x28\xb5\x2f\xfd" + json.dumps(GEMINI).encode(), encoding)
     assert (result.images, files) == ([], [])
     assert encoding[:40] in result.problem
     assert len(result.problem) < 120
@@ -1045,26 +1045,26 @@ def test_in_a_damaged_compressed_response_the_images_before_the_damage_are_kept(
     raw = json.dumps({**GEMINI, "note": b64(random.Random(5).randbytes(3000))}).encode()
     packed = bytearray(gzip.compress(raw))
     packed[-1500:-1400] = bytes(100)
-    result, files = reading([bytes(packed[k : k + 64]) for k in range(0, len(packed), 64)], "gzip")
-    assert pictures(result, files) == [PNG]
+    result, files = decoded([bytes(packed[k : k + 64]) for k in range(0, len(packed), 64)], "gzip")
+    assert good_images(result, files) == [PNG]
     assert result.problem
-    assert reading(b"not gzip at all", "gzip")[0].problem
+    assert decoded(b"not gzip at all", "gzip")[0].problem
 
 
 def test_a_response_with_only_a_wrong_checksum_is_decoded_completely_and_the_damage_is_reported():
     packed = bytearray(gzip.compress(json.dumps(OPENAI).encode()))
     packed[-6] ^= 1
-    result, files = reading([bytes([byte]) for byte in packed], "gzip")
-    assert pictures(result, files) == [JPEG, PNG[:-1]]
+    result, files = decoded([bytes([byte]) for byte in packed], "gzip")
+    assert good_images(result, files) == [JPEG, PNG[:-1]]
     assert (result.billing, result.images[1].url) == (OPENAI["billing"], "https://cdn.example/b.webp")
     assert "damaged" in result.problem
 
 
 @pytest.mark.parametrize("end", [1, 10, 100, 300])
 def test_an_incomplete_compressed_response_raises_no_exception(end):
-    result, files = reading(gzip.compress(json.dumps(GEMINI).encode())[:end], "gzip")
+    result, files = decoded(gzip.compress(json.dumps(GEMINI).encode())[:end], "gzip")
     assert result.problem
-    assert len(pictures(result, files)) <= 1
+    assert len(good_images(result, files)) <= 1
 
 
 # Any bytes
@@ -1073,7 +1073,7 @@ def test_an_incomplete_compressed_response_raises_no_exception(end):
 @given(st.binary(max_size=200), st.sampled_from(["", "gzip", "deflate", "br"]))
 @settings(max_examples=200, deadline=None)
 def test_any_bytes_are_decoded_without_an_exception(raw, encoding):
-    result, _ = reading(raw, encoding)
+    result, _ = decoded(raw, encoding)
     assert result.problem or encoding == ""
 
 
@@ -1116,15 +1116,15 @@ def pieces_of(raw, places):
 
 def outcome(chunks):
     """The relevant parts of a result: the same in pieces of any size."""
-    result, files = reading(chunks)
+    result, files = decoded(chunks)
     entries = [(got.decoded, got.url, got.mime, bool(got.problem)) for got in result.images]
-    return entries, pictures(result, files), result.billing, bool(result.problem)
+    return entries, good_images(result, files), result.billing, bool(result.problem)
 
 
 @given(st.sampled_from([GEMINI, FLUX, OPENAI]), mutations, cuts)
 @settings(max_examples=400, deadline=None)
-def test_a_good_response_that_was_changed_is_decoded_the_same_in_pieces_of_any_size(answer, changes, places):
-    raw = json.dumps(answer).encode()
+def test_a_good_response_that_was_changed_is_decoded_the_same_in_pieces_of_any_size(response, changes, places):
+    raw = json.dumps(response).encode()
     for place, length, insert in changes:
         at = int(place * len(raw))
         raw = raw[:at] + insert + raw[at + length :]
@@ -1141,9 +1141,9 @@ def test_any_fragments_of_a_response_are_decoded_the_same_in_pieces_of_any_size(
 @given(st.lists(st.binary(max_size=300), max_size=5), cuts, st.sampled_from(list(SPELLINGS)))
 @settings(max_examples=200, deadline=None)
 def test_every_image_arrives_byte_for_byte(images, places, spelling):
-    answer = {"images": [{"b64_json": b64(image)} for image in images]}
-    raw = SPELLINGS[spelling](answer)
-    result, files = reading(pieces_of(raw, places))
+    response = {"images": [{"b64_json": b64(image)} for image in images]}
+    raw = SPELLINGS[spelling](response)
+    result, files = decoded(pieces_of(raw, places))
     assert files == images
     assert not result.problem
     assert not any(got.problem for got in result.images)

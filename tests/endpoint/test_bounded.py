@@ -282,8 +282,8 @@ def test_a_download_with_endless_headers_is_abandoned(first, rest):
 @pytest.mark.parametrize(("first", "rest"), BODIES.values(), ids=BODIES)
 def test_an_endless_fast_download_ends_at_its_deadline_and_not_later(monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
-    said, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
-    assert "no end after 1.5 seconds" in said
+    message, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
+    assert "no end after 1.5 seconds" in message
     assert effort.seconds < 4.5
 
 
@@ -319,8 +319,8 @@ def test_a_name_server_that_never_responds_takes_no_longer_than_the_download_may
 
 
 def test_an_endless_download_exceeds_the_limit():
-    said, effort, size = fetch(flood(OK + b"\r\n", b"x" * 1000), limit=1_000_000)
-    assert "larger than 1,000,000 bytes" in said
+    message, effort, size = fetch(flood(OK + b"\r\n", b"x" * 1000), limit=1_000_000)
+    assert "larger than 1,000,000 bytes" in message
     assert effort.seconds < 20
     assert size <= 1_000_000
 

@@ -69,28 +69,28 @@ def served_by(tmp_path, *scripts, receive_bytes=None, **settings):
         yield station
 
 
-def unreachable(station, originals, *words):
+def unreachable(station, originals, *texts):
     """Process the prompts; check that there was nothing but a reason to wait."""
     drop(station, originals)
     (outcome,) = station.work()
     returned(station, originals)
     assert outcome.end is End.RETURNED
     assert outcome.reason.kind == "unreachable"
-    for word in words:
-        assert word in outcome.reason.message
+    for text in texts:
+        assert text in outcome.reason.message
     assert station.ledger.rows() == [] or {row["charged"] for row in station.ledger.rows()} == {"no"}
     return outcome
 
 
-def in_doubt(station, originals, *words):
+def charge_unknown(station, originals, *texts):
     """Process the prompts; check that the job ended with an unknown charge."""
     drop(station, originals)
     (outcome,) = station.work()
     error = refused(station, "x", originals)
     assert error["charged"] == outcome.charged == "unknown"
     assert "may have been charged" in error["message"]
-    for word in words:
-        assert word in error["message"]
+    for text in texts:
+        assert text in error["message"]
     assert "balance" in error["next"]
     (row,) = station.ledger.rows()
     assert (row["outcome"], row["charged"]) == ("unknown", "unknown")
@@ -179,15 +179,15 @@ def test_a_proxy_of_the_environment_is_not_used_for_a_loopback_endpoint(tmp_path
 # Not sent completely
 
 
-def cut_off(station, originals, attempts, *words):
+def cut_off(station, originals, attempts, *texts):
     """Process the prompts; check that each attempt counted and was free, and the last one was no reason to wait."""
     drop(station, originals)
     (outcome,) = station.work()
     error = refused(station, "x", originals)
     assert (error["charged"], error["attempts"], "status" in error) == ("no", attempts, False)
     assert (outcome.reason.kind, outcome.answered) == ("broken", False)
-    for word in ("while the request was sent", "nothing was charged", *words):
-        assert word in error["message"]
+    for text in ("while the request was sent", "nothing was charged", *texts):
+        assert text in error["message"]
     assert "fewer or smaller images" in error["next"]
     assert [row["charged"] for row in station.ledger.rows()] == ["no"] * attempts
     assert station.server.connections == attempts
@@ -325,7 +325,7 @@ def test_the_charge_is_unknown_if_the_connection_ends_exactly_after_the_last_byt
             exchange.reset()
 
     with served_by(tmp_path, script) as station:
-        in_doubt(station, large, "no response came")
+        charge_unknown(station, large, "no response came")
     assert bodies[0].endswith(b"]}")
 
 
@@ -335,7 +335,7 @@ def test_the_charge_is_unknown_at_the_deadline_if_a_server_reads_and_never_respo
         exchange.linger()
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
-        in_doubt(station, SMALL, "no end after 1.5 seconds")
+        charge_unknown(station, SMALL, "no end after 1.5 seconds")
 
 
 def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_responds(tmp_path):
@@ -344,12 +344,12 @@ def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_r
         exchange.linger()
 
     with served_by(tmp_path, script, endpoint__timeout_seconds="1") as station:
-        in_doubt(station, SMALL, "timed out")
+        charge_unknown(station, SMALL, "timed out")
 
 
 def test_the_charge_is_unknown_if_a_server_never_reads_a_small_request(tmp_path):
     with served_by(tmp_path, lambda exchange: exchange.linger(), endpoint__deadline_seconds="1.5") as station:
-        in_doubt(station, SMALL, "deadline_seconds")
+        charge_unknown(station, SMALL, "deadline_seconds")
 
 
 def test_the_charge_is_unknown_if_headers_trickle_past_the_deadline(tmp_path):
@@ -358,7 +358,7 @@ def test_the_charge_is_unknown_if_headers_trickle_past_the_deadline(tmp_path):
         exchange.trickle(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 1000, 0.02)
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5", endpoint__timeout_seconds="5") as station:
-        in_doubt(station, SMALL, "deadline_seconds")
+        charge_unknown(station, SMALL, "deadline_seconds")
 
 
 TLS_SETTINGS = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1"}
@@ -380,7 +380,7 @@ def test_the_charge_is_unknown_if_headers_trickle_over_tls_past_the_deadline(
         host = REMOTE_NAME if proxied else f"127.0.0.1:{server.port}"
         with at(tmp_path, f"https://{host}", endpoint__ca_file=certificate.path, **TLS_SETTINGS) as station:
             station.server = server
-            in_doubt(station, SMALL, "deadline_seconds")
+            charge_unknown(station, SMALL, "deadline_seconds")
         server.wait_for(1)
     assert heard_out == []
 
@@ -391,7 +391,7 @@ def test_the_charge_is_unknown_at_the_deadline_after_endless_interim_responses(t
         exchange.trickle(b"HTTP/1.1 102 Processing\r\n\r\n" * 1000, 0.002)
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5", endpoint__timeout_seconds="5") as station:
-        in_doubt(station, SMALL, "deadline_seconds")
+        charge_unknown(station, SMALL, "deadline_seconds")
 
 
 NONSENSE = {
@@ -416,7 +416,7 @@ def test_the_charge_is_unknown_if_the_response_is_not_http(tmp_path, reply):
         exchange.drain()
 
     with served_by(tmp_path, script) as station:
-        in_doubt(station, SMALL, "the request was sent, but no response came")
+        charge_unknown(station, SMALL, "the request was sent, but no response came")
 
 
 def test_the_charge_is_unknown_after_an_unrequested_upgrade(tmp_path):

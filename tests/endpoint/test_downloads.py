@@ -72,7 +72,7 @@ class Clock:
 
 
 @contextlib.contextmanager
-def answered_with(tmp_path, *images, clock=None, **settings):
+def responding_with(tmp_path, *images, clock=None, **settings):
     """A station whose API responds to one request with these images or urls."""
     with (
         Scripted(answering(paid(*images))) as server,
@@ -91,15 +91,15 @@ def fetched(station, *names):
     return made(station, "x", ASK, *names)
 
 
-def not_fetched(station, *words):
+def not_fetched(station, *texts):
     """Process the prompts; check that the charged response is beside the error file."""
     drop(station, ASK)
     station.work()
     error = refused(station, "x", ASK, beside="json")
     assert error["charged"] == "yes"
     assert b'"url"' in (station.errors / "x.answer.json").read_bytes()
-    for word in words:
-        assert word in error["problems"][0]
+    for text in texts:
+        assert text in error["problems"][0]
     return error
 
 
@@ -126,7 +126,7 @@ def test_images_by_url_are_published_as_they_were_served(station, sandbox, tag, 
 
 
 @pytest.mark.parametrize(
-    ("tag", "words"),
+    ("tag", "texts"),
     [
         ("url-404", ["/delivery/", "HTTP 404"]),
         ("url-expired", ["/delivery/", "HTTP 403"]),
@@ -134,13 +134,13 @@ def test_images_by_url_are_published_as_they_were_served(station, sandbox, tag, 
         ("url-private", ["http://10.0.0.1/x.png", "the address is not public"]),
     ],
 )
-def test_an_image_that_cannot_be_downloaded_counts_as_charged_and_its_response_is_kept(station, sandbox, tag, words):
+def test_an_image_that_cannot_be_downloaded_counts_as_charged_and_its_response_is_kept(station, sandbox, tag, texts):
     originals = ask(station, tag)
     (outcome,) = station.work()
     error = refused(station, "x", originals, beside="json")
     assert (error["charged"], error["credits_charged"]) == ("yes", 30)
-    for word in words:
-        assert word in error["problems"][0]
+    for text in texts:
+        assert text in error["problems"][0]
     assert "do not send it again" in error["next"]
     assert b'"url"' in (station.errors / "x.answer.json").read_bytes()
     (row,) = station.ledger.rows()
@@ -186,7 +186,7 @@ def test_the_key_never_reaches_an_image_host_nor_the_target_of_its_redirect(tmp_
     with (
         host(answer(IMAGE)) as second,
         host(moved(second.base_url + "/b?sig=2")) as first,
-        answered_with(tmp_path, first.base_url + "/a?sig=1") as station,
+        responding_with(tmp_path, first.base_url + "/a?sig=1") as station,
     ):
         fetched(station, "x.png")
     heads = first.heads + second.heads
@@ -240,7 +240,7 @@ def test_nothing_is_downloaded_from_a_url_that_is_not_allowed(tmp_path, target, 
     with host(moved(target)) if redirected else contextlib.nullcontext() as first:
         url = first.base_url + "/a?sig=1" if redirected else target
         clock = Clock()
-        with answered_with(tmp_path, url, clock=clock) as station:
+        with responding_with(tmp_path, url, clock=clock) as station:
             not_fetched(station)
     assert clock.waits == []
 
@@ -253,7 +253,7 @@ def test_redirects_are_followed_only_a_few_times(tmp_path):
         replies.append(exchange)
         exchange.send(moved(f"/{len(replies)}?sig=1"))
 
-    with Scripted(*[script] * 4) as server, answered_with(tmp_path, server.base_url + "/0?sig=0") as station:
+    with Scripted(*[script] * 4) as server, responding_with(tmp_path, server.base_url + "/0?sig=0") as station:
         not_fetched(station, "too many redirects")
     assert len(replies) == 4
 
@@ -301,7 +301,7 @@ def test_a_download_that_breaks_off_is_tried_again_because_it_is_free(tmp_path):
     clock = Clock()
     with (
         host(*replies) as images,
-        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station,
+        responding_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station,
     ):
         receipt = fetched(station, "x.png")
     assert "problems" not in receipt
@@ -328,7 +328,7 @@ def test_a_host_that_closes_the_connection_immediately_is_tried_again_and_is_not
     monkeypatch.setattr(network, "_connection", connected)
     with (
         Scripted(lambda exchange: exchange.reset(), at_once) as images,
-        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock()) as station,
+        responding_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock()) as station,
     ):
         rude.append(images.port)
         assert "problems" not in fetched(station, "x.png")
@@ -365,31 +365,31 @@ def test_a_full_disk_is_not_an_error_of_the_host(tmp_path):
 def test_a_host_that_refuses_is_asked_three_times(tmp_path):
     refusals = [answer(b"", status=b"404 Not Found")] * 3
     clock = Clock()
-    with host(*refusals) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
+    with host(*refusals) as images, responding_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
         not_fetched(station, "HTTP 404")
     assert len(clock.waits) == 2
 
 
 def test_a_host_that_is_unreachable_is_tried_until_the_url_has_expired(tmp_path):
-    with Scripted() as gone:
+    with Scripted() as closed:
         pass
     clock = Clock()
-    with answered_with(tmp_path, gone.base_url + "/x?sig=1", clock=clock) as station:
+    with responding_with(tmp_path, closed.base_url + "/x?sig=1", clock=clock) as station:
         not_fetched(station, "refused")
     assert 580 <= sum(clock.waits) <= 600
 
 
 def test_the_images_of_a_job_share_the_time_until_their_urls_have_expired(tmp_path):
-    with Scripted() as gone:
+    with Scripted() as closed:
         pass
     clock = Clock()
-    with answered_with(tmp_path, *[gone.base_url + "/x?sig=1"] * 3, clock=clock) as station:
+    with responding_with(tmp_path, *[closed.base_url + "/x?sig=1"] * 3, clock=clock) as station:
         not_fetched(station, "refused")
     assert 580 <= sum(clock.waits) <= 600
 
 
 def test_an_image_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
-    with Scripted() as gone:
+    with Scripted() as closed:
         pass
     clock, asked = Clock(), []
 
@@ -401,7 +401,7 @@ def test_an_image_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
         Scripted(good) as images,
-        answered_with(tmp_path, gone.base_url + "/a?sig=1", images.base_url + "/b?sig=1", clock=clock) as station,
+        responding_with(tmp_path, closed.base_url + "/a?sig=1", images.base_url + "/b?sig=1", clock=clock) as station,
     ):
         drop(station, originals)
         station.work()
@@ -422,7 +422,7 @@ def test_only_the_images_that_failed_are_downloaded_again(tmp_path):
     clock = Clock()
     with (
         Scripted(*[script] * 7) as images,
-        answered_with(tmp_path, *(f"{images.base_url}/{name}" for name in "abc"), clock=clock) as station,
+        responding_with(tmp_path, *(f"{images.base_url}/{name}" for name in "abc"), clock=clock) as station,
     ):
         drop(station, originals)
         station.work()
@@ -447,7 +447,7 @@ def test_a_slow_host_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypat
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
         Scripted(*[script] * 4) as images,
-        answered_with(tmp_path, f"{images.base_url}/slow", f"{images.base_url}/good") as station,
+        responding_with(tmp_path, f"{images.base_url}/slow", f"{images.base_url}/good") as station,
     ):
         drop(station, originals)
         station.work()
@@ -461,7 +461,7 @@ def test_a_clock_that_is_set_forward_does_not_end_the_attempts(tmp_path):
     wall = Clock()
     with (
         host(answer(b"", status=b"503 Busy"), answer(IMAGE)) as images,
-        answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
+        responding_with(tmp_path, images.base_url + "/x?sig=1") as station,
     ):
         parts = station.spool, station.client, station.ledger, station.config()
         # While the first attempt fails, at any time of the clock.
@@ -487,7 +487,7 @@ def test_a_download_past_the_deadline_is_cut_and_tried_again(tmp_path, sized):
     settings = {"endpoint__connect_timeout_seconds": "1", "endpoint__deadline_seconds": "1.5"}
     with (
         Scripted(lambda exchange: slowly(exchange, sized=sized), at_once) as images,
-        answered_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock(), **settings) as station,
+        responding_with(tmp_path, images.base_url + "/x?sig=1", clock=Clock(), **settings) as station,
     ):
         assert "problems" not in fetched(station, "x.png")
     assert images.connections == 2
@@ -500,7 +500,7 @@ def test_a_download_over_tls_past_the_deadline_is_cut_and_tried_again(tmp_path, 
     scripts = [over_tls(certificate.context, script) for script in (slowly, at_once)]
     with Scripted(*scripts) as images:
         url, settings = f"https://127.0.0.1:{images.port}/x?sig=1", {"endpoint__ca_file": certificate.path}
-        with answered_with(tmp_path, url, clock=Clock(), **TLS_SETTINGS, **settings) as station:
+        with responding_with(tmp_path, url, clock=Clock(), **TLS_SETTINGS, **settings) as station:
             assert "problems" not in fetched(station, "x.png")
     assert images.connections == 2
 
@@ -526,7 +526,7 @@ def test_the_deadline_also_applies_to_the_second_image_on_a_kept_connection(tmp_
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
         Scripted(twice, slowly, at_once) as images,
-        answered_with(tmp_path, *[images.base_url + "/x?sig=1"] * 2, clock=Clock(), **settings) as station,
+        responding_with(tmp_path, *[images.base_url + "/x?sig=1"] * 2, clock=Clock(), **settings) as station,
     ):
         drop(station, originals)
         station.work()
@@ -556,7 +556,7 @@ def raw_deflate(content):
 )
 def test_an_image_that_its_host_compressed_is_published_uncompressed(tmp_path, coding, pack):
     reply = answer(pack(IMAGE), b"Content-Encoding: " + coding)
-    with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
+    with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1") as station:
         receipt = fetched(station, "x.png")
         assert "problems" not in receipt
         assert (station.outbox / "x.png").read_bytes() == IMAGE
@@ -565,7 +565,7 @@ def test_an_image_that_its_host_compressed_is_published_uncompressed(tmp_path, c
 @pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, br"])
 def test_an_image_in_an_unrequested_coding_is_not_downloaded(tmp_path, coding):
     reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
-    with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1") as station:
+    with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1") as station:
         not_fetched(station, f"encoded as {coding.decode()!r}", "we did not ask for")
     assert images.connections == 1
 
@@ -576,7 +576,7 @@ def test_a_compressed_image_that_grows_beyond_the_limit_is_not_downloaded_to_its
     reply, settings = answer(bomb, b"Content-Encoding: gzip"), {"endpoint__max_response_bytes": "1000000"}
     tracemalloc.start()
     try:
-        with host(reply) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", **settings) as station:
+        with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1", **settings) as station:
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             not_fetched(station, "larger than 1,000,000 bytes")
@@ -591,7 +591,7 @@ def test_a_damaged_compressed_image_is_tried_again(tmp_path):
     packed[-6] ^= 1
     replies = [answer(content, b"Content-Encoding: gzip") for content in (bytes(packed), gzip.compress(IMAGE))]
     clock = Clock()
-    with host(*replies) as images, answered_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
+    with host(*replies) as images, responding_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
         assert "problems" not in fetched(station, "x.png")
     assert images.connections == 2
 
@@ -600,7 +600,7 @@ def test_one_image_that_cannot_be_downloaded_does_not_cost_the_others(tmp_path):
     originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
     with (
         host(answer(IMAGE)) as images,
-        answered_with(tmp_path, images.base_url + "/a?sig=1", "file:///etc/passwd", IMAGE) as station,
+        responding_with(tmp_path, images.base_url + "/a?sig=1", "file:///etc/passwd", IMAGE) as station,
     ):
         drop(station, originals)
         station.work()
@@ -612,7 +612,7 @@ def test_one_image_that_cannot_be_downloaded_does_not_cost_the_others(tmp_path):
 def test_a_page_instead_of_an_image_is_not_published_as_one(tmp_path):
     with (
         host(answer(b"<!DOCTYPE html><p>no", b"Content-Type: image/png")) as images,
-        answered_with(tmp_path, images.base_url + "/x?sig=1") as station,
+        responding_with(tmp_path, images.base_url + "/x?sig=1") as station,
     ):
         not_fetched(station, "HTML")
 

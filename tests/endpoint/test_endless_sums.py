@@ -44,9 +44,9 @@ def rich(folders: Folders) -> Folders:
 def test_output_for_programs_is_json_however_large_the_sums_are(rich: Folders, arguments: str) -> None:
     if arguments == "status":
         command(rich, "once")
-    told = command(rich, *arguments.split(), "--json")
-    assert told.stderr == ""
-    found = strict(told.stdout)
+    result = command(rich, *arguments.split(), "--json")
+    assert result.stderr == ""
+    found = strict(result.stdout)
     if arguments == "status":
         assert (found["today"]["credits"], found["month"]["credits"]) == (None, None)
         assert strict((rich.state / "status.json").read_text())["today"]["credits"] is None
@@ -74,5 +74,5 @@ def test_a_receipt_that_another_user_wrote_cannot_make_submit_print_invalid_json
     hidden.rename(folders.outbox / "cat.7f3a.receipt.toml")
     out, err = waiting.process.communicate(timeout=30)
     sandbox.release()
-    (told,) = strict(out)
-    assert (waiting.process.returncode, told["model"], told["problems"]) == (0, None, [None, None]), err
+    (result,) = strict(out)
+    assert (waiting.process.returncode, result["model"], result["problems"]) == (0, None, [None, None]), err

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support.daemon import KEY
-from support.scripted import Scripted, answer, drop, made, no_secret, over, paid, picture, refused
+from support.scripted import Scripted, answer, drop, completed, no_secret, over, paid, picture, refused
 from support.station import Station
 
 from imagewatch import __version__
@@ -38,10 +38,10 @@ def at(tmp_path, sandbox):
     """Create a station with its own settings."""
     with contextlib.ExitStack() as stack:
 
-        def made(**settings):
+        def created(**settings):
             return stack.enter_context(contextlib.closing(Station(tmp_path, sandbox.base_url, **settings)))
 
-        yield made
+        yield created
 
 
 @pytest.fixture
@@ -155,7 +155,7 @@ def test_fourteen_inputs_arrive_as_they_were_dropped_and_in_their_order(station,
     originals = {"x.prompt.txt": "a cat", **images}
     drop(station, originals)
     station.work()
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     hashes = [hashlib.sha256(content).hexdigest() for content in images.values()]
     (call,) = sandbox.report()["calls"]
     assert call["inputs"] == hashes
@@ -168,7 +168,7 @@ def test_declared_inputs_are_sent_in_the_order_of_the_prompt(station, sandbox):
     originals = {"x.prompt.txt": '+++\ninput_images = ["b.png", "c.png", "a.png"]\n+++\na cat', **images}
     drop(station, originals)
     station.work()
-    made(station, "x", originals, "x.jpg")
+    completed(station, "x", originals, "x.jpg")
     names = ["b.png", "c.png", "a.png"]
     assert sandbox.report()["calls"][0]["inputs"] == [hashlib.sha256(images[name]).hexdigest() for name in names]
 
@@ -259,7 +259,7 @@ def test_a_prompt_that_cannot_be_sent_is_refused(station, sandbox, text):
 
 
 @pytest.mark.parametrize(
-    ("settings", "front", "words"),
+    ("settings", "front", "texts"),
     [
         ({"limits__providers": '["flux"]'}, 'provider = "openai"', "limits.providers"),
         ({"limits__providers": '["openai"]'}, "", "limits.providers"),
@@ -269,9 +269,9 @@ def test_a_prompt_that_cannot_be_sent_is_refused(station, sandbox, text):
         ({"limits__max_prompt_chars": "4"}, "", "5 characters"),
     ],
 )
-def test_the_limits_of_a_shared_folder_are_checked(at, sandbox, settings, front, words):
+def test_the_limits_of_a_shared_folder_are_checked(at, sandbox, settings, front, texts):
     error = invalid(at(**settings), sandbox, {"x.prompt.txt": f"+++\n{front}\n+++\na cat"})
-    assert words in error["message"]
+    assert texts in error["message"]
 
 
 @pytest.mark.parametrize("name", ["x.gif", "x.heic", "x.1.tiff", "x.SVG"])
@@ -282,7 +282,7 @@ def test_a_file_of_another_kind_is_refused_with_the_accepted_kinds(station, sand
 
 
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "texts"),
     [
         (b"GIF89a....", "GIF"),
         (b"<html>", "HTML"),
@@ -290,9 +290,9 @@ def test_a_file_of_another_kind_is_refused_with_the_accepted_kinds(station, sand
         (IMAGE[:30] + b"\xff" + IMAGE[31:], "not a whole image"),
     ],
 )
-def test_an_input_that_is_not_a_complete_image_is_refused(station, sandbox, content, words):
+def test_an_input_that_is_not_a_complete_image_is_refused(station, sandbox, content, texts):
     error = invalid(station, sandbox, {"x.prompt.txt": "a cat", "x.png": content})
-    assert words in error["message"]
+    assert texts in error["message"]
     assert "x.png" in error["message"]
 
 
@@ -324,7 +324,7 @@ def test_a_supported_image_with_any_file_ending_is_sent_with_the_type_of_its_con
     originals = {"x.prompt.txt": f'+++\ninput_images = ["{name}"]\n+++\na cat', name: content}
     drop(station, originals)
     station.work()
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     assert [(item["file"], item["mime"]) for item in receipt["inputs"]] == [(name, mime)]
     assert "orientation" not in receipt["inputs"][0]
     (call,) = sandbox.report()["calls"]
@@ -338,7 +338,7 @@ def test_a_jpeg_with_data_after_its_end_is_sent_unchanged(station, sandbox):
     originals = {"x.prompt.txt": '+++\ninput_images = ["a.mpo"]\n+++\na cat', "a.mpo": file.getvalue()}
     drop(station, originals)
     station.work()
-    (item,) = made(station, "x", originals, "x.jpg")["inputs"]
+    (item,) = completed(station, "x", originals, "x.jpg")["inputs"]
     assert (item["mime"], item["bytes"]) == ("image/jpeg", len(file.getvalue()))
 
 
@@ -380,10 +380,10 @@ def test_an_image_with_an_orientation_tag_is_sent_as_stored_and_check_reports_it
     content = encoded(kind, exif=turned(6))
     originals = {"x.prompt.txt": '+++\ninput_images = ["a.jpg", "b.png"]\n+++\na cat', "a.jpg": content, "b.png": IMAGE}
     drop(station, originals)
-    said = [line.why for line in explained(station.config()) if line.what == "x.prompt.txt"]
-    assert said == ["gemini, with a.jpg, b.png; sent as stored, not turned by the EXIF orientation: a.jpg (6)"]
+    reasons = [line.why for line in explained(station.config()) if line.what == "x.prompt.txt"]
+    assert reasons == ["gemini, with a.jpg, b.png; sent as stored, not turned by the EXIF orientation: a.jpg (6)"]
     station.work()
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     assert [item.get("orientation") for item in receipt["inputs"]] == [6, None]
     assert [item["width"] for item in receipt["inputs"]] == [24, Image.open(io.BytesIO(IMAGE)).width]
     (call,) = sandbox.report()["calls"]
@@ -471,7 +471,7 @@ def test_a_prompt_that_is_not_a_regular_file_with_text_stays_in_the_inbox(statio
 
 
 @pytest.fixture
-def nobody(sandbox):
+def plain_user(sandbox):
     """A station of a user without root rights, even if the tests run as root."""
     folder = Path(tempfile.mkdtemp())
     root = os.geteuid() == 0
@@ -487,22 +487,22 @@ def nobody(sandbox):
         shutil.rmtree(folder)
 
 
-def test_a_prompt_with_an_image_that_may_not_be_read_stays_in_the_inbox(nobody, sandbox):
-    (nobody.inbox / "x.png").write_bytes(IMAGE)
-    (nobody.inbox / "x.png").chmod(0)
-    nobody.prompt("x", "a cat")
-    assert nobody.work() == []
-    assert nobody.names("inbox") == ["x.png", "x.prompt.txt"]
+def test_a_prompt_with_an_image_that_may_not_be_read_stays_in_the_inbox(plain_user, sandbox):
+    (plain_user.inbox / "x.png").write_bytes(IMAGE)
+    (plain_user.inbox / "x.png").chmod(0)
+    plain_user.prompt("x", "a cat")
+    assert plain_user.work() == []
+    assert plain_user.names("inbox") == ["x.png", "x.prompt.txt"]
     assert sandbox.report()["requests"] == 0
-    (nobody.inbox / "x.png").chmod(0o600)
-    nobody.work()
-    assert nobody.receipt("x")["inputs"][0]["file"] == "x.png"
+    (plain_user.inbox / "x.png").chmod(0o600)
+    plain_user.work()
+    assert plain_user.receipt("x")["inputs"][0]["file"] == "x.png"
 
 
-def test_a_prompt_that_may_not_be_read_stays_in_the_inbox(nobody, sandbox):
-    nobody.prompt("x", "a cat").chmod(0)
-    assert nobody.work() == []
-    assert nobody.names("inbox") == ["x.prompt.txt"]
+def test_a_prompt_that_may_not_be_read_stays_in_the_inbox(plain_user, sandbox):
+    plain_user.prompt("x", "a cat").chmod(0)
+    assert plain_user.work() == []
+    assert plain_user.names("inbox") == ["x.prompt.txt"]
 
 
 # Names
@@ -510,12 +510,12 @@ def test_a_prompt_that_may_not_be_read_stays_in_the_inbox(nobody, sandbox):
 
 def published(station, stem="x"):
     """The names in the outbox except the receipt, and the receipt of the only job."""
-    (receipt,) = [name for name in station.names("outbox") if name.endswith(".receipt.toml")]
-    base = receipt.removesuffix(".receipt.toml")
-    document = station.receipt(base)
-    names = [image["file"] for image in document["images"]]
-    assert station.names("outbox") == sorted([*names, receipt])
-    return base, names, document
+    (file,) = [name for name in station.names("outbox") if name.endswith(".receipt.toml")]
+    base = file.removesuffix(".receipt.toml")
+    receipt = station.receipt(base)
+    names = [image["file"] for image in receipt["images"]]
+    assert station.names("outbox") == sorted([*names, file])
+    return base, names, receipt
 
 
 @pytest.mark.parametrize("stem", ["x" * 244, "Ω" * 122, "\U0001f600" * 61], ids=["1 byte", "2 bytes", "4 bytes"])
@@ -527,16 +527,16 @@ def test_the_longest_names_reach_every_destination(station, sandbox, stem, tag):
     over(station)
     names = [name for folder in ("outbox", "errors", "archive") for name in station.names(folder)]
     assert all(len(name.encode()) <= 255 for name in names)
-    documents = station.finished()
+    finished = station.finished()
     if tag:
-        ((base, door),) = documents.items()
-        assert door == "errors"
+        ((base, destination),) = finished.items()
+        assert destination == "errors"
         assert station.error(base)["source"] == f"{stem}.prompt.txt"
         assert len(names) == (4 if "no-images" in tag else 3)
     else:
-        base, pictures, document = published(station)
-        assert pictures == [f"{base}-{number}.jpg" for number in range(1, 5)]
-        assert document["source"] == f"{stem}.prompt.txt"
+        base, images, receipt = published(station)
+        assert images == [f"{base}-{number}.jpg" for number in range(1, 5)]
+        assert receipt["source"] == f"{stem}.prompt.txt"
         assert station.names("archive") == [f"{stem}.png", f"{stem}.prompt.txt"]
 
 
@@ -573,21 +573,21 @@ def existing(folder, *names):
     return check
 
 
-@pytest.mark.parametrize("taken", ["x-1.jpg", "x-2.jpg", "x.receipt.toml"])
-def test_if_one_name_exists_in_the_outbox_all_files_of_the_job_get_its_short_id(station, sandbox, taken):
-    check = existing(station.outbox, taken)
+@pytest.mark.parametrize("existing_name", ["x-1.jpg", "x-2.jpg", "x.receipt.toml"])
+def test_if_one_name_exists_in_the_outbox_all_files_of_the_job_get_its_short_id(station, sandbox, existing_name):
+    check = existing(station.outbox, existing_name)
     drop(station, {"x.prompt.txt": "+++\nn = 2\n+++\na cat"})
     (outcome,) = station.work()
     over(station)
     check()
     base = f"x.{outcome.job[:4]}"
-    assert station.names("outbox") == sorted([taken, f"{base}-1.jpg", f"{base}-2.jpg", f"{base}.receipt.toml"])
+    assert station.names("outbox") == sorted([existing_name, f"{base}-1.jpg", f"{base}-2.jpg", f"{base}.receipt.toml"])
     assert [image["file"] for image in station.receipt(base)["images"]] == [f"{base}-1.jpg", f"{base}-2.jpg"]
 
 
-@pytest.mark.parametrize("taken", ["x.png", "x.prompt.txt", "x.error.toml", "x.answer.json"])
-def test_if_one_name_exists_in_errors_all_files_of_the_job_get_its_short_id(station, sandbox, taken):
-    check = existing(station.errors, taken)
+@pytest.mark.parametrize("existing_name", ["x.png", "x.prompt.txt", "x.error.toml", "x.answer.json"])
+def test_if_one_name_exists_in_errors_all_files_of_the_job_get_its_short_id(station, sandbox, existing_name):
+    check = existing(station.errors, existing_name)
     originals = {"x.prompt.txt": "a cat [sandbox: no-images]", "x.png": IMAGE}
     drop(station, originals)
     (outcome,) = station.work()
@@ -595,13 +595,13 @@ def test_if_one_name_exists_in_errors_all_files_of_the_job_get_its_short_id(stat
     check()
     base = f"x.{outcome.job[:4]}"
     ours = [f"{base}.png", f"{base}.prompt.txt", f"{base}.error.toml", f"{base}.answer.json"]
-    assert station.names("errors") == sorted([taken, *ours])
+    assert station.names("errors") == sorted([existing_name, *ours])
     assert (station.errors / f"{base}.png").read_bytes() == IMAGE
 
 
-@pytest.mark.parametrize("taken", ["x.png", "x.prompt.txt", "logo.png"])
-def test_an_existing_name_in_the_archive_is_never_overwritten(station, sandbox, taken):
-    check = existing(station.archive, taken)
+@pytest.mark.parametrize("existing_name", ["x.png", "x.prompt.txt", "logo.png"])
+def test_an_existing_name_in_the_archive_is_never_overwritten(station, sandbox, existing_name):
+    check = existing(station.archive, existing_name)
     drop(
         station,
         {"x.prompt.txt": '+++\ninput_images = ["x.png", "logo.png"]\n+++\nc', "x.png": IMAGE, "logo.png": IMAGE},
@@ -611,7 +611,7 @@ def test_an_existing_name_in_the_archive_is_never_overwritten(station, sandbox, 
     check()
     tag = outcome.job[:4]
     ours = [f"x.{tag}.png", f"x.{tag}.prompt.txt", f"logo.{tag}.png"]
-    assert station.names("archive") == sorted([taken, *ours])
+    assert station.names("archive") == sorted([existing_name, *ours])
     assert station.names("outbox") == ["x.jpg", "x.receipt.toml"]
 
 

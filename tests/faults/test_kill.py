@@ -141,7 +141,7 @@ def test_after_a_kill_the_next_daemon_can_use_the_folders(folders: Folders, sand
     assert sandbox.report()["requests"] == 1
 
 
-class Died(BaseException):
+class Killed(BaseException):
     """The process ended."""
 
 
@@ -158,13 +158,13 @@ class DyingDisk(SteppingDisk):
     def step(self, what: str, path: str) -> None:
         self._left -= 1
         if self._left <= 0:
-            raise Died(what, path)
+            raise Killed(what, path)
 
 
 def test_a_start_that_is_killed_anywhere_does_not_prevent_the_next_one(tmp_path: Path) -> None:
     for number in itertools.count(1):
         folders = Folders(tmp_path / str(number), "http://127.0.0.1:9", outbox__folder_mode="0750")
-        with contextlib.suppress(Died):
+        with contextlib.suppress(Killed):
             Spool(folders.config(), DyingDisk(number)).prepare()
             break
         Spool(folders.config(), Disk()).prepare()

@@ -25,7 +25,7 @@ def top(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def left(top: Path, losing: Losing, change: Callable[[LosingDisk, str], object]) -> dict[str, bytes]:
+def remaining(top: Path, losing: Losing, change: Callable[[LosingDisk, str], object]) -> dict[str, bytes]:
     """Return the files that remain after a power cut that follows a change."""
     disk = LosingDisk(str(top))
     change(disk, str(top))
@@ -43,7 +43,7 @@ def put(disk: LosingDisk, path: str, content: bytes = b"content", *, sync: bool 
 
 def test_files_from_before_the_start_stay(top: Path) -> None:
     for losing in Losing:
-        assert left(top, losing, lambda *_: None) == {"a/old": b"old"}
+        assert remaining(top, losing, lambda *_: None) == {"a/old": b"old"}
 
 
 def test_a_synced_file_in_a_synced_folder_stays(top: Path) -> None:
@@ -52,7 +52,7 @@ def test_a_synced_file_in_a_synced_folder_stays(top: Path) -> None:
         disk.sync_folder(f"{root}/a")
 
     for losing in Losing:
-        assert left(top, losing, change)["a/new"] == b"content"
+        assert remaining(top, losing, change)["a/new"] == b"content"
         (top / "a" / "new").unlink()
 
 
@@ -67,7 +67,7 @@ def test_a_synced_file_in_a_synced_folder_stays(top: Path) -> None:
     ],
 )
 def test_a_name_whose_folder_was_not_synced_may_be_lost(top: Path, losing: Losing, found: bytes | None) -> None:
-    assert left(top, losing, lambda disk, root: put(disk, f"{root}/a/new")).get("a/new") == found
+    assert remaining(top, losing, lambda disk, root: put(disk, f"{root}/a/new")).get("a/new") == found
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,7 @@ def test_content_that_was_not_synced_may_be_lost_while_its_name_stays(top: Path,
         disk.rename(f"{root}/a/new.tmp", f"{root}/a/new")
         disk.sync_folder(f"{root}/a")
 
-    assert left(top, losing, change)["a/new"] == found
+    assert remaining(top, losing, change)["a/new"] == found
 
 
 def test_appended_content_may_be_lost_and_earlier_content_may_not(top: Path) -> None:
@@ -94,8 +94,8 @@ def test_appended_content_may_be_lost_and_earlier_content_may_not(top: Path) -> 
         with disk.append(f"{root}/a/old") as file:
             file.write(b" and new")
 
-    assert left(top, Losing.NAMES, change)["a/old"] == b"old"
-    assert left(top, Losing.TORN, change)["a/old"] == b"old a"
+    assert remaining(top, Losing.NAMES, change)["a/old"] == b"old"
+    assert remaining(top, Losing.TORN, change)["a/old"] == b"old a"
 
 
 def test_written_content_survives_the_end_of_the_process(top: Path) -> None:
@@ -111,8 +111,8 @@ def test_written_content_survives_the_end_of_the_process(top: Path) -> None:
 
 def test_a_removal_that_was_not_synced_may_be_undone(top: Path) -> None:
     for losing in (Losing.NOTHING, Losing.TWINS):
-        assert left(top, losing, lambda disk, root: disk.unlink(f"{root}/a/old")) == {"a/old": b"old"}
-    assert left(top, Losing.NAMES, lambda disk, root: disk.unlink(f"{root}/a/old")) == {}
+        assert remaining(top, losing, lambda disk, root: disk.unlink(f"{root}/a/old")) == {"a/old": b"old"}
+    assert remaining(top, Losing.NAMES, lambda disk, root: disk.unlink(f"{root}/a/old")) == {}
 
 
 def test_a_replacement_that_was_not_synced_may_be_undone(top: Path) -> None:
@@ -120,8 +120,8 @@ def test_a_replacement_that_was_not_synced_may_be_undone(top: Path) -> None:
         put(disk, f"{root}/a/new")
         disk.replace(f"{root}/a/new", f"{root}/a/old")
 
-    assert left(top, Losing.NOTHING, change) == {"a/old": b"old"}
-    assert left(top, Losing.NAMES, change) == {"a/old": b"content"}
+    assert remaining(top, Losing.NOTHING, change) == {"a/old": b"old"}
+    assert remaining(top, Losing.NAMES, change) == {"a/old": b"content"}
 
 
 def test_a_synced_file_in_a_folder_without_a_durable_name_is_lost(top: Path) -> None:
@@ -131,7 +131,7 @@ def test_a_synced_file_in_a_folder_without_a_durable_name_is_lost(top: Path) -> 
         disk.sync_folder(f"{root}/c/d")
         disk.sync_folder(f"{root}/c")
 
-    assert left(top, Losing.NOTHING, change) == {"a/old": b"old"}
+    assert remaining(top, Losing.NOTHING, change) == {"a/old": b"old"}
 
 
 def test_a_removed_folder_may_come_back_as_it_was_synced(top: Path) -> None:
@@ -139,8 +139,8 @@ def test_a_removed_folder_may_come_back_as_it_was_synced(top: Path) -> None:
         disk.unlink(f"{root}/a/old")
         assert disk.remove_folder(f"{root}/a")
 
-    assert left(top, Losing.NOTHING, change) == {"a/old": b"old"}
-    assert left(top, Losing.NAMES, change) == {}
+    assert remaining(top, Losing.NOTHING, change) == {"a/old": b"old"}
+    assert remaining(top, Losing.NAMES, change) == {}
     assert not (top / "a").exists()
 
 
@@ -166,7 +166,7 @@ def test_a_rename_between_folders_is_never_lost_on_both_sides(
         for folder in synced:
             disk.sync_folder(f"{root}/{folder}")
 
-    assert left(top, losing, change) == dict.fromkeys(names, b"old")
+    assert remaining(top, losing, change) == dict.fromkeys(names, b"old")
 
 
 def test_hard_links_are_one_file_with_two_names(top: Path) -> None:
@@ -174,7 +174,7 @@ def test_hard_links_are_one_file_with_two_names(top: Path) -> None:
         disk.rename(f"{root}/a/old", f"{root}/b/moved")
         disk.sync_folder(f"{root}/b")
 
-    left(top, Losing.TWINS, change)
+    remaining(top, Losing.TWINS, change)
     assert os.path.samefile(top / "a" / "old", top / "b" / "moved")
 
 
@@ -184,7 +184,7 @@ def test_a_rename_out_of_a_synced_folder_makes_the_new_folder_durable_too(top: P
         disk.rename(f"{root}/a/old", f"{root}/c/d/moved")
         disk.sync_folder(f"{root}/a")
 
-    assert left(top, Losing.NOTHING, change) == {"c/d/moved": b"old"}
+    assert remaining(top, Losing.NOTHING, change) == {"c/d/moved": b"old"}
 
 
 def test_changes_of_a_killed_process_can_still_be_undone(top: Path) -> None:
@@ -222,7 +222,7 @@ def test_the_durable_write_is_all_or_nothing_at_each_step(top: Path) -> None:
 @pytest.mark.parametrize("skipped", ["sync", "sync_folder"])
 def test_a_write_that_skips_a_sync_is_caught(top: Path, monkeypatch: pytest.MonkeyPatch, skipped: str) -> None:
     monkeypatch.setattr(LosingDisk, skipped, lambda *_: None)
-    found = left(top, Losing.NOTHING, lambda disk, root: disk.write(f"{root}/b/new", b"content"))
+    found = remaining(top, Losing.NOTHING, lambda disk, root: disk.write(f"{root}/b/new", b"content"))
     assert found.get("b/new") != b"content"
 
 

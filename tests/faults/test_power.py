@@ -26,7 +26,7 @@ from support.endpoint import AT, Books, PaidEndpoint, Reply, picture, served
 from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 from support.station import Distrustful
 
-from imagewatch.endpoint import pictures
+from imagewatch.endpoint import images
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.completion import Completion
 from imagewatch.job.originals import Originals
@@ -79,12 +79,12 @@ class Scene:
     withdrawn: bool = False
 
 
-def _one(reply: Reply | list[Reply], door: str, charged: str, *, front: str = "", **more: Any) -> Scene:
+def _one(reply: Reply | list[Reply], destination: str, charged: str, *, front: str = "", **more: Any) -> Scene:
     """Return a scene of one prompt, ``cat``, with the given images."""
     images = {name: picture(name) for name in more.pop("images", ())}
     text = f"+++\n{front}\n+++\na cat" if front else "a cat"
     replies = {"a cat": reply if isinstance(reply, list) else [reply]}
-    return Scene({"cat.prompt.txt": text, **images}, replies, {"cat": ("a cat", door, charged)}, **more)
+    return Scene({"cat.prompt.txt": text, **images}, replies, {"cat": ("a cat", destination, charged)}, **more)
 
 
 TWO = ("cat.png", "cat.1.png")
@@ -294,7 +294,7 @@ class Audit:
             for path in self._folders.root.rglob("*")
             if path.is_file() and path.name != ".imagewatch-claims"
         }
-        self._documents = {
+        self._result_files = {
             name: tomllib.loads(content.decode())
             for name, content in self._files.items()
             if name.endswith((".receipt.toml", ".error.toml"))
@@ -307,15 +307,15 @@ class Audit:
         for name, content in self._scene.there.items():
             assert self._files.pop(name) == content, f"{name} was somebody else's"
         self._check_originals()
-        for stem, (prompt, door, charged) in self._scene.ends.items():
-            self._check_prompt(stem, prompt, door, charged)
+        for stem, (prompt, destination, charged) in self._scene.ends.items():
+            self._check_prompt(stem, prompt, destination, charged)
         self._check_ledger()
-        strangers = set(self._files) - set(self._documents) - self._accounted
-        assert not strangers, f"nobody knows of {strangers}"
+        unexpected = set(self._files) - set(self._result_files) - self._accounted
+        assert not unexpected, f"nobody knows of {unexpected}"
 
-    def documents_of(self, stem: str) -> dict[str, dict[str, Any]]:
+    def result_files_of(self, stem: str) -> dict[str, dict[str, Any]]:
         """Return the receipts and error files of a prompt."""
-        return {name: d for name, d in self._documents.items() if d["source"] == f"{stem}.prompt.txt"}
+        return {name: d for name, d in self._result_files.items() if d["source"] == f"{stem}.prompt.txt"}
 
     def _check_originals(self) -> None:
         """Each dropped file is in exactly one place."""
@@ -327,57 +327,57 @@ class Audit:
             assert len(places) == 1 or (not kept and not places), f"{name} is in {places}"
             self._accounted |= set(places)
 
-    def _check_prompt(self, stem: str, prompt: str, door: str, charged: str) -> None:
+    def _check_prompt(self, stem: str, prompt: str, destination: str, charged: str) -> None:
         books = self._stage.books
         paid = books.paid.get(prompt, 0)
-        mine = self.documents_of(stem)
+        mine = self.result_files_of(stem)
         assert len(mine) <= 1, f"over more than once: {list(mine)}"
         if not mine:
             dropped = [n for n in self._scene.files if n.startswith((f"{stem}.", f"{stem}/"))]
             assert {f"inbox/{n}" for n in dropped} <= set(self._files), "it is nowhere"
             assert not paid
-            assert door == "inbox"
+            assert destination == "inbox"
             return
-        ((name, document),) = mine.items()
+        ((name, result_file),) = mine.items()
         assert f"inbox/{stem}.prompt.txt" not in self._files
-        found = (name.partition("/")[0], document["charged"])
+        found = (name.partition("/")[0], result_file["charged"])
         if books.settled.get(prompt, True):
-            assert found == (door, charged), "its answer was banked"
+            assert found == (destination, charged), "its answer was banked"
         elif paid:
-            assert found in {(door, charged), ("outbox", "yes"), ("errors", "yes"), ("errors", "unknown")}
+            assert found in {(destination, charged), ("outbox", "yes"), ("errors", "yes"), ("errors", "unknown")}
         else:
-            assert found in {(door, charged), ("errors", "unknown")}
+            assert found in {(destination, charged), ("errors", "unknown")}
         if found[0] == "outbox":
-            self._check_pictures(name, document, prompt)
+            self._check_images(name, result_file, prompt)
         else:
-            self._check_refused(stem, name, document)
+            self._check_refused(stem, name, result_file)
 
-    def _check_pictures(self, name: str, document: dict[str, Any], prompt: str) -> None:
+    def _check_images(self, name: str, result_file: dict[str, Any], prompt: str) -> None:
         """A receipt names existing images with their hashes, and they are the served ones."""
         folder = name.rpartition("/")[0]
-        pictures = served(prompt, self._scene.count)
+        images = served(prompt, self._scene.count)
         whole = self._stage.books.settled[prompt] and not any(r.end == "short" for r in self._scene.replies[prompt])
         found = []
-        for image in document["images"]:
+        for image in result_file["images"]:
             content = self._files[f"{folder}/{image['file']}"]
             assert hashlib.sha256(content).hexdigest() == image["sha256"], "it is not what its receipt says"
             self._accounted.add(f"{folder}/{image['file']}")
             found.append(content)
         if whole:
-            assert found == pictures
-            assert "problems" not in document
+            assert found == images
+            assert "problems" not in result_file
         else:
             assert found
-            assert found[0] == pictures[0]
+            assert found[0] == images[0]
 
-    def _check_refused(self, stem: str, name: str, document: dict[str, Any]) -> None:
+    def _check_refused(self, stem: str, name: str, result_file: dict[str, Any]) -> None:
         """The originals are beside the error file, and so is a charged response."""
         folder = name.rpartition("/")[0]
         for dropped, content in self._scene.files.items():
             if dropped.startswith((f"{stem}.", f"{stem}/")):
                 raw = content.encode() if isinstance(content, str) else content
                 assert raw in [there for place, there in self._files.items() if place.startswith(folder)]
-        if document["charged"] == "yes":
+        if result_file["charged"] == "yes":
             raws = [n for n in self._files if n.startswith(name.removesuffix("error.toml") + "answer.")]
             assert len(raws) == 1
             self._accounted |= set(raws)
@@ -388,11 +388,11 @@ class Audit:
         assert len(calls) >= sum(books.begun.values()), "an attempt has no row"
         charged = [row for row in calls if row["charged"] != "no"]
         assert len(charged) >= sum(books.paid.values()), "a payment has no row"
-        for document in self._documents.values():
-            attempts = [row["attempt"] for row in rows if row["job"] == document["job"]]
-            assert attempts == (list(range(1, document["attempts"] + 1)) or [0])
-            row = next(row for row in rows if (row["job"], row["attempt"]) == (document["job"], attempts[-1]))
-            assert row["charged"] == document["charged"]
+        for result_file in self._result_files.values():
+            attempts = [row["attempt"] for row in rows if row["job"] == result_file["job"]]
+            assert attempts == (list(range(1, result_file["attempts"] + 1)) or [0])
+            row = next(row for row in rows if (row["job"], row["attempt"]) == (result_file["job"], attempts[-1]))
+            assert row["charged"] == result_file["charged"]
 
 
 @pytest.fixture(autouse=True)
@@ -424,13 +424,13 @@ def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
             if len(path) == cuts or _PROBING in what:
                 return
             stage.moments += 1
-            for losing, left in zip(Losing, stage.states(), strict=True):
+            for losing, state_left in zip(Losing, stage.states(), strict=True):
                 if len(path) + 1 == cuts:
                     # No change can be undone any more: only visible content matters.
-                    left = replace(left, disk=left.disk.visible())  # noqa: PLW2901
-                if left not in paths:
-                    paths[left] = (*path, f"{losing.name} before {what}")
-                    waiting.append(left)
+                    state_left = replace(state_left, disk=state_left.disk.visible())  # noqa: PLW2901
+                if state_left not in paths:
+                    paths[state_left] = (*path, f"{losing.name} before {what}")
+                    waiting.append(state_left)
 
         stage.restore(state)
         stage.disk.watch = note
@@ -450,9 +450,9 @@ def test_without_faults_each_scene_ends_as_it_describes(stage: Stage) -> None:
     stage.play()
     audit = Audit(stage)
     audit.check()
-    for stem, (_, door, charged) in stage.scene.ends.items():
-        ends = [(n.partition("/")[0], d["charged"]) for n, d in audit.documents_of(stem).items()]
-        assert ends == ([] if door == "inbox" else [(door, charged)])
+    for stem, (_, destination, charged) in stage.scene.ends.items():
+        ends = [(n.partition("/")[0], d["charged"]) for n, d in audit.result_files_of(stem).items()]
+        assert ends == ([] if destination == "inbox" else [(destination, charged)])
 
 
 @pytest.mark.timeout(300)
@@ -592,15 +592,15 @@ def _sent_is_not_synced(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(Record, "write_sent", careless)
 
 
-def _pictures_are_not_synced(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(pictures._Ours, "close", lambda self: self._file.close())
+def _images_are_not_synced(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(images._Ours, "close", lambda self: self._file.close())
 
 
 PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
     "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
     "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
     "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|nobody knows"),
-    "pictures are synced before the decision": ("text only", _pictures_are_not_synced, 1, "its receipt says"),
+    "pictures are synced before the decision": ("text only", _images_are_not_synced, 1, "its receipt says"),
     "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "its record is missing"),
     "attempts have rows before the next": ("busy, then made", _without(Completion, "busy"), 1, "has no row"),
 }
@@ -610,11 +610,11 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
 def test_the_audit_finds_each_missing_precaution(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precaution: str
 ) -> None:
-    scene, careless, cuts, words = PRECAUTIONS[precaution]
+    scene, careless, cuts, text = PRECAUTIONS[precaution]
     careless(monkeypatch)
     with (
         contextlib.closing(Stage(tmp_path, SCENES[scene])) as stage,
-        pytest.raises((AssertionError, SpoolError), match=words),
+        pytest.raises((AssertionError, SpoolError), match=text),
     ):
         explore(stage, cuts)
 

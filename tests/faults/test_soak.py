@@ -27,7 +27,7 @@ SEED = int(os.environ.get("IMAGEWATCH_SOAK_SEED", "1"))
 SENDERS, CONCURRENCY = 4, 4
 _png = io.BytesIO()
 Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
-PICTURE = _png.getvalue()
+IMAGE = _png.getvalue()
 pause = threading.Event().wait
 
 
@@ -71,7 +71,7 @@ class Sender(threading.Thread):
                 pause(self._random.random() * 0.1)
 
     def with_image(self, folder: Path, stem: str) -> None:
-        (folder / f"{stem}.png").write_bytes(PICTURE)
+        (folder / f"{stem}.png").write_bytes(IMAGE)
         if self._random.random() < 0.5:
             self.copy(folder, stem)
         else:
@@ -117,11 +117,11 @@ def test_nothing_is_lost_or_paid_twice_with_any_sender_and_kills_at_any_time(
     assert daemon.stop() == 0
 
     stems = {f"s{number:05}" for number in range(PROMPTS)}
-    documents = folders.finished()
+    finished = folders.finished()
     asked = Counter(call["prompt"] for call in sandbox.report()["calls"])
-    unknown = {stem for stem, door in documents.items() if door == "errors"}
+    unknown = {stem for stem, destination in finished.items() if destination == "errors"}
     print(f"{PROMPTS} prompts, {kills} kills, {len(unknown)} in flight at a kill")  # noqa: T201
-    assert documents.keys() == stems, "each is over, under its own name"
+    assert finished.keys() == stems, "each is over, under its own name"
     assert set(asked) <= stems, "none was sent in part"
     assert max(asked.values()) == 1, "none was sent twice"
     charged = {charge(folders, stem) for stem in unknown}

@@ -113,7 +113,7 @@ class Trial:
     violation: str = ""
 
 
-class Story:
+class InboxRun:
     """One inbox full of prompts, from its first start to its audit.
 
     Args:
@@ -124,23 +124,23 @@ class Story:
 
     def __init__(self, root: Path, scene: Scene, sandbox: Sandbox) -> None:
         self.folders = scene.folders(root, sandbox)
-        self.said: list[str] = []
+        self.output: list[str] = []
         self._scene = scene
         self._sandbox = sandbox
         self._faults: list[Fault] = []
 
-    def disturb(self, fault: Fault) -> bool:
+    def inject(self, fault: Fault) -> bool:
         """Start under strace with a fault; return whether it hit our calls and no others."""
         self._faults.append(fault)
         traced = trace(self.folders, [fault.point.call], fault)
-        struck = traced.struck(fault)
-        self.said += [f"{fault}: ended with {traced.code}: {traced.output}", traced.log[-2000:]]
-        if fault.what == KILL and struck:
-            return all(struck)
-        if all(struck):
+        hits = traced.struck(fault)
+        self.output += [f"{fault}: ended with {traced.code}: {traced.output}", traced.log[-2000:]]
+        if fault.what == KILL and hits:
+            return all(hits)
+        if all(hits):
             assert traced.code in {0, 1, 69, 74}
             assert "Traceback" not in traced.output
-        return bool(struck) and all(struck)
+        return bool(hits) and all(hits)
 
     def watch(self) -> Traced:
         """Start under strace without a fault."""
@@ -156,9 +156,9 @@ class Story:
         self._start({0, 1})
         what = [fault.what for fault in self._faults]
         # A full disk loses nothing; a kill or a broken disk may lose responses in flight.
-        disturbed = self._scene.concurrency * (len(what) - what.count(FULL))
+        kills_and_failures = self._scene.concurrency * (len(what) - what.count(FULL))
         refused = what.count(KILL) < len(what)
-        Audit(self.folders, self._sandbox.report(), self._scene.orders, disturbed, refused=refused).check()
+        Audit(self.folders, self._sandbox.report(), self._scene.orders, kills_and_failures, refused=refused).check()
 
     def _start(self, expected: set[int]) -> None:
         daemon = Running(self.folders, "once")
@@ -167,22 +167,22 @@ class Story:
                 code = daemon.wait(60)
             finally:
                 daemon.process.kill()
-        self.said.append(f"then ended with {code}: {daemon.output}")
+        self.output.append(f"then ended with {code}: {daemon.output}")
         assert code in expected
 
 
 def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
     """Inject faults into one start after the other, then check."""
     root.mkdir()
-    story = None
+    inbox_run = None
     with Sandbox(key=KEY) as sandbox:
         try:
-            story = Story(root, scene, sandbox)
-            hit = [story.disturb(fault) for fault in faults][-1]
-            story.end()
+            inbox_run = InboxRun(root, scene, sandbox)
+            hit = [inbox_run.inject(fault) for fault in faults][-1]
+            inbox_run.end()
         except Exception:  # noqa: BLE001  all that is wrong is told at the end
-            told = [", then ".join(map(str, faults)), traceback.format_exc(), *(story.said if story else ())]
-            return Trial(faults[-1], hit=True, violation="\n".join(told))
+            texts = [", then ".join(map(str, faults)), traceback.format_exc(), *(inbox_run.output if inbox_run else ())]
+            return Trial(faults[-1], hit=True, violation="\n".join(texts))
     shutil.rmtree(root)
     return Trial(faults[-1], hit)
 
@@ -206,12 +206,12 @@ def points(root: Path, scene: Scene, *before: Fault) -> dict[Point, str]:
     """
     root.mkdir()
     with Sandbox(key=KEY) as sandbox:
-        story = Story(root, scene, sandbox)
+        inbox_run = InboxRun(root, scene, sandbox)
         for fault in before:
-            story.disturb(fault)
-        traced = story.watch()
+            inbox_run.inject(fault)
+        traced = inbox_run.watch()
         assert traced.code in {0, 1, 69}, traced.output
-        story.end()
+        inbox_run.end()
         return traced.points()
 
 
@@ -275,17 +275,17 @@ def try_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[...,
             )
         hit = Counter(trial.fault.point.call for trial in trials if trial.hit)
         missed = [str(trial.fault) for trial in trials if not trial.hit]
-        told = ", ".join(missed) or "none"
+        texts = ", ".join(missed) or "none"
         violations = [trial.violation for trial in trials if trial.violation]
         with capsys.disabled():
             sys.stdout.write(
                 f"\n{hit.total()} points hit ({', '.join(f'{call} {n}' for call, n in hit.most_common())}), "
-                f"not reached: {told}; {len(violations)} violations; {time.monotonic() - began:.0f} s\n"
+                f"not reached: {texts}; {len(violations)} violations; {time.monotonic() - began:.0f} s\n"
             )
         assert not violations, f"{len(violations)} violations\n" + "\n\n".join(violations)
         # Several workers take turns in any order, so one of them alone does not always get that far.
         wanted = (0.9 if scene.concurrency == 1 else 0.6) * len(trials) if least is None else least
-        assert hit.total() >= wanted, f"not reached: {told}"
+        assert hit.total() >= wanted, f"not reached: {texts}"
         return hit
 
     return tryer
@@ -317,13 +317,13 @@ def test_a_system_call_that_fails_pays_nothing_twice_and_loses_nothing(plain: di
 
 @pytest.mark.timeout(3600)
 def test_no_response_is_lost_for_lack_of_space(plain: dict[Point, str], try_all) -> None:
-    banking = [point for point, line in plain.items() if "answer.1" in line and point.call in FAILING]
+    saving = [point for point, line in plain.items() if "answer.1" in line and point.call in FAILING]
     if ALL:
-        try_all(PLAIN, [(Fault(point, FULL),) for point in banking])
+        try_all(PLAIN, [(Fault(point, FULL),) for point in saving])
         return
     # A thread with other jobs does not reach the later ones: any one of the first three is enough.
-    made = [point for point in banking if point.call == "openat" and "O_CREAT" in plain[point]]
-    first = sorted(made, key=lambda point: point.number)[:3]
+    creating = [point for point in saving if point.call == "openat" and "O_CREAT" in plain[point]]
+    first = sorted(creating, key=lambda point: point.number)[:3]
     try_all(PLAIN, [(Fault(point, FULL),) for point in first], least=1)
 
 

@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 HOSTILE = "</script><script>pwned()</script><img src=x onerror=pwned()>\"'&amp;<!--"
 
 
-def picture(colour: object = "teal", size: tuple[int, int] = (640, 480), kind: str = "png", **how: Any) -> bytes:
+def picture(color: object = "teal", size: tuple[int, int] = (640, 480), kind: str = "png", **how: Any) -> bytes:
     out = io.BytesIO()
-    Image.new(how.pop("mode", "RGB"), size, colour).save(out, kind, **how)
+    Image.new(how.pop("mode", "RGB"), size, color).save(out, kind, **how)
     return out.getvalue()
 
 
@@ -68,7 +68,7 @@ class Shelf:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
-    def made(self, stem: str, *pictures: bytes, folder: str = "", **more: Any) -> None:
+    def completed(self, stem: str, *pictures: bytes, folder: str = "", **more: Any) -> None:
         """Put a receipt and its images into the outbox."""
         place = f"outbox/{folder}/" if folder else "outbox/"
         names = [f"{stem}.png"] if len(pictures) == 1 else [f"{stem}-{k}.png" for k in range(1, len(pictures) + 1)]
@@ -78,12 +78,18 @@ class Shelf:
             {"file": name, "mime": "image/png", "bytes": len(content), "width": 640, "height": 480, "sha256": ""}
             for name, content in zip(names, pictures, strict=True)
         ]
-        document = {"source": f"{stem}.prompt.txt", "charged": "yes", "prompt": f"a {stem}", "images": images, **more}
-        self.put(f"{place}{stem}.receipt.toml", tomli_w.dumps(document).encode())
+        result_file = {
+            "source": f"{stem}.prompt.txt",
+            "charged": "yes",
+            "prompt": f"a {stem}",
+            "images": images,
+            **more,
+        }
+        self.put(f"{place}{stem}.receipt.toml", tomli_w.dumps(result_file).encode())
 
     def failed(self, stem: str, **more: Any) -> None:
-        document = {"source": f"{stem}.prompt.txt", "charged": "no", "message": "no", **more}
-        self.put(f"errors/{stem}.error.toml", tomli_w.dumps(document).encode())
+        result_file = {"source": f"{stem}.prompt.txt", "charged": "no", "message": "no", **more}
+        self.put(f"errors/{stem}.error.toml", tomli_w.dumps(result_file).encode())
 
     @property
     def data(self) -> dict[str, Any]:
@@ -171,9 +177,9 @@ def test_the_newest_job_comes_first(shelf: Shelf):
 
 
 def test_two_edits_of_one_name_each_keep_their_own_input(station: Station):
-    for colour in ("red", "blue"):
-        station.drop("cat.png", picture(colour))
-        station.prompt("cat", f'+++\nprovider = "gemini"\n+++\nmore {colour}')
+    for color in ("red", "blue"):
+        station.drop("cat.png", picture(color))
+        station.prompt("cat", f'+++\nprovider = "gemini"\n+++\nmore {color}')
         station.work()
     Gallery(station.config()).write()
     jobs = page_data(station.root / "gallery.html")["shown"]["jobs"]
@@ -183,7 +189,7 @@ def test_two_edits_of_one_name_each_keep_their_own_input(station: Station):
 
 def test_an_input_that_was_not_kept_is_named_nevertheless(shelf: Shelf):
     inputs = [{"file": "boat.png", "bytes": 9}]
-    shelf.made("cat", picture(), inputs=inputs)
+    shelf.completed("cat", picture(), inputs=inputs)
     shelf.gallery().write()
     assert shelf.jobs[0]["inputs"] == [{"name": "boat.png", "bytes": 9, "problem": "is missing from the archive"}]
     shelf.gallery(folders__archive="delete").write()
@@ -191,7 +197,7 @@ def test_an_input_that_was_not_kept_is_named_nevertheless(shelf: Shelf):
 
 
 def test_a_job_whose_image_was_removed_stays_on_the_page(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     (shelf.root / "outbox/cat.png").unlink()
     shelf.gallery().write()
     assert shelf.jobs[0]["images"][0]["problem"] == "is missing from the outbox"
@@ -223,7 +229,7 @@ def test_without_any_folders_nothing_is_created(tmp_path: Path):
 
 
 def test_a_folder_that_may_not_be_read_is_reported_and_skipped(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     locked = shelf.root / "outbox/private"
     locked.mkdir(mode=0)
     if os.access(locked, os.R_OK):
@@ -257,7 +263,7 @@ def test_a_folder_that_may_not_be_read_is_reported_and_skipped(shelf: Shelf):
 )
 def test_a_result_file_that_cannot_be_read_is_shown_as_unreadable(shelf: Shelf, content: bytes, why: str):
     shelf.put("outbox/cat.receipt.toml", content)
-    shelf.made("dog", picture())
+    shelf.completed("dog", picture())
     shelf.gallery().write()
     cat, dog = sorted(shelf.jobs, key=lambda job: job["name"])
     assert (cat["name"], dog["name"]) == ("cat", "dog")
@@ -270,7 +276,7 @@ anything = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
     max_leaves=5,
 )
-DOCUMENT = {
+RESULT_FILE = {
     "source": st.text(),
     "charged": st.sampled_from(["yes", "no", "unknown"]),
     "job": st.text(),
@@ -285,8 +291,8 @@ DOCUMENT = {
 
 
 @settings(max_examples=150, deadline=None)
-@given(document=st.fixed_dictionaries({}, optional=DOCUMENT))
-def test_the_page_is_written_whatever_a_result_file_contains(tmp_path_factory, document: dict[str, Any]):
+@given(result_file=st.fixed_dictionaries({}, optional=RESULT_FILE))
+def test_the_page_is_written_whatever_a_result_file_contains(tmp_path_factory, result_file: dict[str, Any]):
     shelf = Shelf(tmp_path_factory.mktemp("any") / "watched")
 
     def tame(value: Any) -> Any:  # what TOML can represent
@@ -296,7 +302,7 @@ def test_the_page_is_written_whatever_a_result_file_contains(tmp_path_factory, d
             return [tame(inner) for inner in value if inner is not None]
         return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
 
-    shelf.put("outbox/cat.receipt.toml", tomli_w.dumps(tame(document)).encode())
+    shelf.put("outbox/cat.receipt.toml", tomli_w.dumps(tame(result_file)).encode())
     assert shelf.gallery().write().completed == 1
     assert len(shelf.jobs) == 1
 
@@ -324,7 +330,7 @@ def test_a_name_longer_than_any_file_name_causes_no_delay(shelf: Shelf):
 def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
     secret = picture()
     (tmp_path / "private.png").write_bytes(secret)
-    shelf.made("cat", secret)
+    shelf.completed("cat", secret)
     (shelf.root / "outbox/cat.png").unlink()
     (shelf.root / "outbox/cat.png").symlink_to(tmp_path / "private.png")
     (tmp_path / "elsewhere").mkdir()
@@ -363,13 +369,15 @@ def test_a_name_that_is_not_utf8_has_a_url_that_works(shelf: Shelf):
 def hostile(shelf: Shelf) -> None:
     """Fill the folders with names and texts that try to be script."""
     name = HOSTILE.replace("/", "\\")
-    shelf.made(
+    shelf.completed(
         "cat", picture(), folder=name, prompt=HOSTILE, provider=HOSTILE, model=HOSTILE, code=HOSTILE, job=HOSTILE
     )
-    shelf.made(name, picture(), billing={HOSTILE: HOSTILE}, request={HOSTILE: HOSTILE}, problems=[HOSTILE, HOSTILE])
+    shelf.completed(
+        name, picture(), billing={HOSTILE: HOSTILE}, request={HOSTILE: HOSTILE}, problems=[HOSTILE, HOSTILE]
+    )
     shelf.failed(name, message=HOSTILE, next=HOSTILE, problems=[HOSTILE, HOSTILE], code=HOSTILE, source=HOSTILE)
     shelf.put(f"errors/{name}2.error.toml", HOSTILE.encode())
-    shelf.made("dog", b"", inputs=[{"file": HOSTILE, "problem": HOSTILE}])
+    shelf.completed("dog", b"", inputs=[{"file": HOSTILE, "problem": HOSTILE}])
 
 
 def test_no_text_of_other_people_is_markup(shelf: Shelf):
@@ -401,7 +409,7 @@ def test_the_policy_lets_our_own_script_and_style_run_and_nothing_else(shelf: Sh
 
 
 def test_the_page_contains_no_network_address(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     addresses = re.findall(r"[a-z]+://[^\s\"'<]*", (shelf.root / "gallery.html").read_text())
     assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace, which browsers do not load
@@ -448,8 +456,8 @@ def lying() -> bytes:
     ],
 )
 def test_an_image_without_a_thumbnail_shows_the_reason_instead(shelf: Shelf, content: bytes, why: str):
-    shelf.made("bad", content)
-    shelf.made("good", picture())
+    shelf.completed("bad", content)
+    shelf.completed("good", picture())
     shelf.gallery().write()
     bad, good = sorted(shelf.jobs, key=lambda job: job["name"])
     assert why in bad["images"][0]["problem"]
@@ -459,7 +467,7 @@ def test_an_image_without_a_thumbnail_shows_the_reason_instead(shelf: Shelf, con
 
 
 @pytest.mark.parametrize(
-    ("kind", "mode", "colour"),
+    ("kind", "mode", "color"),
     [
         *((kind, "RGB", "teal") for kind in ("png", "jpeg", "webp")),
         *((kind, "L", 90) for kind in ("png", "jpeg", "webp")),
@@ -471,8 +479,8 @@ def test_an_image_without_a_thumbnail_shows_the_reason_instead(shelf: Shelf, con
         ("jpeg", "CMYK", (9, 9, 9, 9)),
     ],
 )
-def test_thumbnails_are_small_and_keep_shape_and_transparency(shelf: Shelf, kind: str, mode: str, colour: object):
-    shelf.made("cat", picture(colour, (1600, 800), kind, mode=mode))
+def test_thumbnails_are_small_and_keep_shape_and_transparency(shelf: Shelf, kind: str, mode: str, color: object):
+    shelf.completed("cat", picture(color, (1600, 800), kind, mode=mode))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert (small.format, small.size) == ("WEBP", (320, 160))
@@ -495,8 +503,8 @@ def test_a_large_image_that_is_reduced_in_strips_looks_the_same(tmp_path: Path, 
     small = Image.radial_gradient("L").resize((300, 250))
     if mode != "L":
         small = Image.merge("RGBA", [small, small.rotate(90, expand=True).resize(small.size), small, small])
-    colours = small.convert("RGB")
-    converted = {"P": lambda: colours.quantize(64), "CMYK": lambda: colours.convert("CMYK")}
+    converted_image = small.convert("RGB")
+    converted = {"P": lambda: converted_image.quantize(64), "CMYK": lambda: converted_image.convert("CMYK")}
     large = converted.get(mode, lambda: small.convert(mode))().resize((3003, 2501), Image.Resampling.NEAREST)
     path = tmp_path / "large"
     exif = Image.Exif()
@@ -546,7 +554,7 @@ print(max(peaks))
 def test_several_huge_images_take_no_more_memory_than_one(shelf: Shelf):
     content = vast(7000)
     for stem in ("a", "b", "c"):
-        shelf.made(stem, content)
+        shelf.completed(stem, content)
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **shelf.environ()}
     peak = subprocess.run([sys.executable, "-c", PEAK], env=environ, capture_output=True, timeout=60, check=True).stdout
     assert len(shelf.thumbs) == 3
@@ -554,7 +562,7 @@ def test_several_huge_images_take_no_more_memory_than_one(shelf: Shelf):
 
 
 def test_a_small_image_is_not_enlarged(shelf: Shelf):
-    shelf.made("cat", picture(size=(40, 20)))
+    shelf.completed("cat", picture(size=(40, 20)))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert small.size == (40, 20)
@@ -564,7 +572,7 @@ def test_a_thumbnail_is_upright_and_contains_no_camera_data(shelf: Shelf):
     exif = Image.Exif()
     exif[0x0112] = 6  # a rotation by 90 degrees
     exif[0x010F] = "a camera"
-    shelf.made("cat", picture(size=(1600, 800), kind="jpeg", exif=exif))
+    shelf.completed("cat", picture(size=(1600, 800), kind="jpeg", exif=exif))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert small.size == (160, 320)
@@ -572,11 +580,11 @@ def test_a_thumbnail_is_upright_and_contains_no_camera_data(shelf: Shelf):
 
 
 def test_only_new_images_get_a_new_thumbnail(shelf: Shelf):
-    shelf.made("cat", picture("red"))
-    shelf.made("dog", picture("blue"))
+    shelf.completed("cat", picture("red"))
+    shelf.completed("dog", picture("blue"))
     shelf.gallery().write()
     before = {name: (shelf.root / "gallery_files" / name).stat().st_mtime_ns for name in shelf.thumbs}
-    shelf.made("cow", picture("green"))
+    shelf.completed("cow", picture("green"))
     counted: list[tuple[int, int]] = []
     shelf.gallery().write(lambda done, total: counted.append((done, total)))
     assert counted == [(1, 1)]
@@ -588,10 +596,10 @@ def test_only_new_images_get_a_new_thumbnail(shelf: Shelf):
 
 
 def test_a_replaced_image_gets_another_thumbnail(shelf: Shelf):
-    shelf.made("cat", picture("red"))
+    shelf.completed("cat", picture("red"))
     shelf.gallery().write()
     [before] = shelf.thumbs
-    shelf.made("cat", picture("blue", size=(641, 480)))
+    shelf.completed("cat", picture("blue", size=(641, 480)))
     shelf.gallery().write()
     [after] = shelf.thumbs
     assert after != before
@@ -600,7 +608,7 @@ def test_a_replaced_image_gets_another_thumbnail(shelf: Shelf):
 
 
 def test_a_thumbnail_that_a_power_cut_emptied_is_created_again(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     [name] = shelf.thumbs
     (shelf.root / "gallery_files" / name).write_bytes(b"")
@@ -610,7 +618,7 @@ def test_a_thumbnail_that_a_power_cut_emptied_is_created_again(shelf: Shelf):
 
 
 def test_thumbnails_of_removed_images_are_removed_and_other_files_stay(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     for name in ("holiday.webp", "stamp.svg"):
         shelf.put(f"gallery_files/{name}", b"mine")
@@ -624,7 +632,7 @@ def test_thumbnails_of_removed_images_are_removed_and_other_files_stay(shelf: Sh
 
 
 def test_the_gallery_changes_nothing_in_the_folders(shelf: Shelf):
-    shelf.made("cat", picture(), folder="a")
+    shelf.completed("cat", picture(), folder="a")
     shelf.failed("dog")
 
     def everything() -> dict[str, tuple[int, int]]:
@@ -687,13 +695,13 @@ def test_a_pipe_or_a_link_at_the_path_of_the_page_stays_and_is_not_waited_for(sh
 
 def test_an_older_page_of_ours_is_replaced(shelf: Shelf):
     shelf.gallery().write()
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     assert len(shelf.jobs) == 1
 
 
 def test_a_page_at_another_path_links_to_the_images(shelf: Shelf, tmp_path: Path):
-    shelf.made("cat", picture(), folder="a b")
+    shelf.completed("cat", picture(), folder="a b")
     (tmp_path / "pages").mkdir()
     done = command(shelf.environ(), "--output", str(tmp_path / "pages/look at this.html"))
     assert done.returncode == 0
@@ -707,14 +715,14 @@ def test_a_page_at_another_path_links_to_the_images(shelf: Shelf, tmp_path: Path
 def test_a_link_in_the_place_of_the_thumbnails_is_not_followed(shelf: Shelf, tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (shelf.root / "gallery_files").symlink_to(tmp_path / "elsewhere")
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     with pytest.raises(SpoolError, match="a link is where a folder should be"):
         shelf.gallery().write()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_the_page_can_be_read_by_those_who_may_read_the_outbox(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery(outbox__file_mode="0640", outbox__folder_mode="2750").write()
     files = shelf.root / "gallery_files"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (shelf.root / "gallery.html", *files.iterdir())}
@@ -728,14 +736,14 @@ def test_the_page_belongs_to_the_group_of_the_outbox(shelf: Shelf):
     others = [one for one in grp.getgrall() if one.gr_gid != os.getegid() and (root or one.gr_gid in os.getgroups())]
     if not others:
         pytest.skip("this user has only one group")
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery(outbox__group=others[0].gr_name).write()
     files = [shelf.root / "gallery.html", *(shelf.root / "gallery_files").iterdir()]
     assert {path.stat().st_gid for path in files} == {others[0].gr_gid}
 
 
 def test_no_incomplete_file_remains(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     names = {path.name for path in shelf.root.rglob("*") if path.is_file()}
     assert names == {"gallery.html", "cat.png", "cat.receipt.toml", shelf.data["stamp"], *shelf.thumbs}
@@ -758,7 +766,7 @@ def test_watching_shows_a_new_job_and_ends_on_ctrl_c(station: Station, start: Ca
 
 
 def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     gallery = shelf.gallery()
     gallery.write()
     before = (shelf.root / "gallery.html").stat().st_mtime_ns
@@ -771,21 +779,21 @@ def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):
 
 def test_a_new_folder_and_an_input_that_is_archived_late_appear_on_the_page(shelf: Shelf):
     content = picture()
-    shelf.made("cat", content, inputs=[{"file": "in.png", "bytes": len(content)}], folder="a")
+    shelf.completed("cat", content, inputs=[{"file": "in.png", "bytes": len(content)}], folder="a")
     gallery = shelf.gallery()
     gallery.write()
     shelf.put("archive/a/in.png", content)
     assert gallery.outdated()
     assert gallery.refresh()
     assert shelf.jobs[0]["inputs"][0]["href"] == "archive/a/in.png"
-    shelf.made("dog", content, folder="b/c")
+    shelf.completed("dog", content, folder="b/c")
     assert gallery.outdated()
     assert gallery.refresh()
     assert {job["name"] for job in shelf.jobs} == {"cat", "dog"}
 
 
 def test_while_a_share_is_unmounted_the_last_page_stays(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     gallery = shelf.gallery()
     gallery.write()
     (shelf.root / "outbox").rename(shelf.root / "away")
@@ -794,6 +802,6 @@ def test_while_a_share_is_unmounted_the_last_page_stays(shelf: Shelf):
     assert [job["name"] for job in shelf.jobs] == ["cat"]
     assert shelf.thumbs
     (shelf.root / "away").rename(shelf.root / "outbox")
-    shelf.made("dog", picture())
+    shelf.completed("dog", picture())
     assert gallery.refresh()
     assert {job["name"] for job in shelf.jobs} == {"cat", "dog"}

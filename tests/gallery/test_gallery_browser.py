@@ -67,12 +67,14 @@ def write_in(browser: Chromium, text: str) -> None:
 def zoo(shelf: Shelf) -> None:
     """Five jobs; the newest first: cat, dog, two cows, and an elk that failed."""
     when = "2027-03-0{}T12:00:00+00:00"
-    shelf.made("cat", picture("red"), provider="flux", credits_charged=30, times=times(when.format(4)))
-    shelf.made(
+    shelf.completed("cat", picture("red"), provider="flux", credits_charged=30, times=times(when.format(4)))
+    shelf.completed(
         "dog", picture("blue"), provider="openai", credits_charged=5.5, times=times(when.format(3)), folder="pets"
     )
     cows = [picture("green"), picture("lime")]
-    shelf.made("cow", *cows, provider="gemini", credits_charged=268, times=times(when.format(2)), folder="farm/big")
+    shelf.completed(
+        "cow", *cows, provider="gemini", credits_charged=268, times=times(when.format(2)), folder="farm/big"
+    )
     shelf.failed(
         "elk",
         message="no such animal",
@@ -121,7 +123,7 @@ def test_the_page_loads_nothing_but_images_beside_it(browser: Chromium, shelf: S
 def test_an_edit_is_shown_beside_its_inputs(browser: Chromium, shelf: Shelf):
     inputs = [{"file": "boat.png", "bytes": len(picture("navy"))}, {"file": "gone.png", "bytes": 5}]
     shelf.put("archive/boat.png", picture("navy"))
-    shelf.made("cat", picture("red"), inputs=inputs)
+    shelf.completed("cat", picture("red"), inputs=inputs)
     visit(browser, shelf)
     assert browser.run("document.querySelector('.from img').alt") == "input: boat.png"
     assert texts(browser, ".from .blank") == ["is missing from the archive"]
@@ -134,9 +136,9 @@ def test_an_edit_is_shown_beside_its_inputs(browser: Chromium, shelf: Shelf):
 def test_credits_are_charted_by_day(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     visit(browser, shelf)
-    told = texts(browser, "#chart title")
-    assert len(told) == 30
-    assert [line for line in told if not line.endswith(": 0 credits")] == [
+    titles = texts(browser, "#chart title")
+    assert len(titles) == 30
+    assert [line for line in titles if not line.endswith(": 0 credits")] == [
         "Mar 2, 2027: 268 credits",
         "Mar 3, 2027: 5.5 credits",
         "Mar 4, 2027: 30 credits",
@@ -155,7 +157,7 @@ def test_without_a_job_the_page_says_what_to_do(browser: Chromium, shelf: Shelf)
 
 
 def test_a_suspicious_image_is_not_loaded_in_the_large_view(browser: Chromium, shelf: Shelf):
-    shelf.made("cat", picture()[:-20])
+    shelf.completed("cat", picture()[:-20])
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")
     assert browser.run("document.querySelector('.stage').innerText").startswith("cat.png: cut short")
@@ -206,8 +208,10 @@ def test_urls_of_other_people_are_no_links(browser: Chromium, shelf: Shelf):
         content = picture()
         shelf.put(f"outbox/{plain}.png", content)
         there = [{"file": f"{plain}.png", "bytes": len(content)}]
-        shelf.made(f"cat{k}", images=there + entries, inputs=entries, prompt=name, message=name, next=name, job=name)
-        shelf.made(plain, picture(), folder=plain, source=name, provider=name, model=name, problems=[name, name])
+        shelf.completed(
+            f"cat{k}", images=there + entries, inputs=entries, prompt=name, message=name, next=name, job=name
+        )
+        shelf.completed(plain, picture(), folder=plain, source=name, provider=name, model=name, problems=[name, name])
         shelf.failed(plain, message=name, next=name, code=name, inputs=entries)
     visit(browser, shelf)
     leading = (
@@ -251,16 +255,16 @@ ATTEMPTS = {
 }
 
 
-def said_to(server: socket.socket) -> list[bytes]:
+def sent_to(server: socket.socket) -> list[bytes]:
     """The requests so far. Before it checks the policy, Chromium may connect to the target of a frame or form."""
-    said = []
+    received = []
     with contextlib.suppress(BlockingIOError):
         while True:
             connection, _ = server.accept()
             with connection, contextlib.suppress(BlockingIOError):
                 connection.settimeout(0)
-                said.append(connection.recv(1000))
-    return [content for content in said if content]
+                received.append(connection.recv(1000))
+    return [content for content in received if content]
 
 
 def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_else(chromium: Chromium, shelf: Shelf):
@@ -284,7 +288,7 @@ def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_els
         assert chromium.run("typeof pwned") == "undefined"
         assert chromium.run("document.baseURI").startswith("file:")
         chromium.open("about:blank")
-        assert said_to(server) == []
+        assert sent_to(server) == []
 
 
 # Search and filters
@@ -374,7 +378,7 @@ def test_the_focus_returns_to_the_card_before_the_browser_reports_that_the_large
 
 def test_arrow_keys_move_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
     for k in range(7):
-        shelf.made(f"cat{k}", picture(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))
+        shelf.completed(f"cat{k}", picture(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))
     browser.size(700, 900)
     visit(browser, shelf)
     columns = browser.run("columns")
@@ -425,7 +429,7 @@ def test_colors_follow_the_system_until_the_user_chooses(browser: Chromium, shel
 @pytest.mark.parametrize("width", [360, 700, 1400, 2560])
 def test_no_window_is_too_narrow_or_too_wide(browser: Chromium, shelf: Shelf, width: int):
     zoo(shelf)
-    shelf.made("word" * 60, picture(), prompt="unbreakable" * 40, model="model" * 30, provider="provider" * 9)
+    shelf.completed("word" * 60, picture(), prompt="unbreakable" * 40, model="model" * 30, provider="provider" * 9)
     shelf.failed("more", message="unbreakable" * 40, next="unbreakable" * 40)
     browser.size(width, 800)
     visit(browser, shelf)
@@ -496,9 +500,9 @@ def test_arrow_keys_reach_every_card_of_a_long_list(browser: Chromium, tmp_path:
 
 
 def test_an_open_idle_page_shows_a_new_job_automatically(browser: Chromium, shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     visit(browser, shelf)
-    shelf.made("dog", picture())
+    shelf.completed("dog", picture())
     shelf.gallery().write()
     browser.loaded()
     assert sorted(prompts(browser)) == ["a cat", "a dog"]
@@ -506,10 +510,10 @@ def test_an_open_idle_page_shows_a_new_job_automatically(browser: Chromium, shel
 
 
 def test_a_new_job_is_announced_without_closing_the_large_view(browser: Chromium, shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")
-    shelf.made("dog", picture())
+    shelf.completed("dog", picture())
     shelf.gallery().write()
     until(lambda: not browser.run("document.querySelector('#newer').hidden"))
     assert browser.run("view.open")
@@ -520,7 +524,7 @@ def test_a_new_job_is_announced_without_closing_the_large_view(browser: Chromium
 
 
 def test_a_page_that_was_copied_alone_does_not_wait_for_a_newer_one(browser: Chromium, shelf: Shelf, tmp_path: Path):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     copy = tmp_path / "copy.html"
     copy.write_bytes((shelf.root / "gallery.html").read_bytes())

@@ -78,8 +78,8 @@ SLUGGISH = scans(3000, 3000, 100)
 
 @pytest.mark.timeout(60)
 def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf):
-    shelf.made("bomb", scans(4000, 3000, 20_000))
-    shelf.made("good", picture())
+    shelf.completed("bomb", scans(4000, 3000, 20_000))
+    shelf.completed("good", picture())
     done = command(shelf.environ())
     assert (done.returncode, done.stderr) == (0, "")
     assert "more than 100 scans" in job(shelf, "bomb")["images"][0]["problem"]
@@ -88,7 +88,7 @@ def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf
 
 def test_an_image_that_takes_too_long_is_abandoned_and_the_others_get_thumbnails(shelf: Shelf):
     for stem, content in (("a", picture()), ("slow", SLOW), ("z", picture("red"))):
-        shelf.made(stem, content)
+        shelf.completed(stem, content)
     Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write()
     assert job(shelf, "slow")["images"][0]["problem"] == "takes more than 0.2 s to decode"
     assert len(shelf.thumbs) == 2
@@ -96,7 +96,7 @@ def test_an_image_that_takes_too_long_is_abandoned_and_the_others_get_thumbnails
 
 
 def test_an_image_of_any_shape_within_the_time_limit_is_shown(shelf: Shelf):
-    shelf.made("slow", SLUGGISH)
+    shelf.completed("slow", SLUGGISH)
     shelf.gallery().write()
     assert shelf.thumbs == [job(shelf, "slow")["images"][0]["thumb"]]
 
@@ -108,31 +108,31 @@ def test_an_abandoned_image_costs_the_next_run_nothing_until_it_changes(shelf: S
         counted.clear()
         Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write(lambda *one: counted.append(one))
 
-    shelf.made("slow", SLOW)
+    shelf.completed("slow", SLOW)
     write()
     assert counted == [(1, 1)]
     write()
     assert counted == []
     assert job(shelf, "slow")["images"][0]["problem"] == "takes more than 0.2 s to decode"
-    shelf.made("slow", picture())
+    shelf.completed("slow", picture())
     write()
     assert counted == [(1, 1)]
     assert [path.suffix for path in (shelf.root / "gallery_files").iterdir() if "stamp" not in path.name] == [".webp"]
 
 
 def test_another_version_tries_again_images_that_an_older_one_abandoned(shelf: Shelf):
-    shelf.made("bad", picture()[:-20])
+    shelf.completed("bad", picture()[:-20])
     shelf.gallery().write()
-    [told] = (shelf.root / "gallery_files").glob("*.txt")
-    first, _, reason = told.read_text().partition("\n")
+    [note] = (shelf.root / "gallery_files").glob("*.txt")
+    first, _, reason = note.read_text().partition("\n")
     assert (first.split()[0], reason) == ("imagewatch", "cut short: no IEND chunk")
-    told.write_text("imagewatch 0, Pillow 0\nwas not understood then")
+    note.write_text("imagewatch 0, Pillow 0\nwas not understood then")
     shelf.gallery().write()
     assert job(shelf, "bad")["images"][0]["problem"] == "cut short: no IEND chunk"
 
 
 def test_a_file_that_cannot_be_read_now_is_tried_again_by_the_next_run(shelf: Shelf):
-    shelf.made("slow", SLUGGISH)
+    shelf.completed("slow", SLUGGISH)
     Gallery(load(None, shelf.environ()), patience=Patience(clock=0.1)).write()
     assert job(shelf, "slow")["images"][0]["problem"] == "was not decoded within 0.1 s"
     assert list((shelf.root / "gallery_files").glob("*.txt")) == []
@@ -142,14 +142,14 @@ def test_a_file_that_cannot_be_read_now_is_tried_again_by_the_next_run(shelf: Sh
 
 def test_the_page_is_written_before_many_slow_images_are_done(shelf: Shelf):
     for stem in ("a", "b", "c"):
-        shelf.made(stem, picture())
+        shelf.completed(stem, picture())
     seen: list[list[str]] = []
 
-    def look(done: int, total: int) -> None:
+    def check_page(done: int, total: int) -> None:
         if (shelf.root / "gallery.html").exists():
             seen.append(sorted(one["images"][0].get("problem", "") for one in shelf.jobs))
 
-    Gallery(load(None, shelf.environ()), seconds=0).write(look)
+    Gallery(load(None, shelf.environ()), seconds=0).write(check_page)
     waiting = "its thumbnail is not made yet"
     assert seen == [["", waiting, waiting], ["", "", waiting]]
     assert len(shelf.thumbs) == 3
@@ -201,8 +201,8 @@ BOMBS = {
 @pytest.mark.timeout(60)
 def test_a_decompression_bomb_costs_only_its_own_thumbnail(shelf: Shelf, name: str):
     content, why = BOMBS[name]
-    shelf.made("bomb", content)
-    shelf.made("good", picture())
+    shelf.completed("bomb", content)
+    shelf.completed("good", picture())
     done = command(shelf.environ())
     assert (done.returncode, done.stderr) == (0, "")
     assert why in job(shelf, "bomb")["images"][0].get("problem", "")
@@ -211,11 +211,11 @@ def test_a_decompression_bomb_costs_only_its_own_thumbnail(shelf: Shelf, name: s
 
 
 def test_a_file_of_more_bytes_than_pixels_can_need_is_not_read(shelf: Shelf):
-    shelf.made("hole", picture())
+    shelf.completed("hole", picture())
     size = 200_000_001
     os.truncate(shelf.root / "outbox/hole.png", size)
-    document = tomli_w.dumps({"source": "h", "charged": "yes", "images": [{"file": "hole.png", "bytes": size}]})
-    shelf.put("outbox/hole.receipt.toml", document.encode())
+    result_file = tomli_w.dumps({"source": "h", "charged": "yes", "images": [{"file": "hole.png", "bytes": size}]})
+    shelf.put("outbox/hole.receipt.toml", result_file.encode())
     shelf.gallery().write()
     assert shelf.jobs[0]["images"][0]["problem"] == "too large for a thumbnail: 200 MB"
 
@@ -232,7 +232,7 @@ def children(parent: int | None = None) -> list[int]:
 @pytest.fixture
 def decoding(shelf: Shelf) -> Iterator[tuple[subprocess.Popen[str], int]]:
     """A command that processes a slow image, and its decoder."""
-    shelf.made("slow", SLOW)
+    shelf.completed("slow", SLOW)
     environ = {
         "PATH": os.environ["PATH"],
         "HOME": "/nonexistent",
@@ -283,7 +283,7 @@ def test_a_decoder_does_not_outlive_the_command(decoding):
 
 
 def test_a_module_in_the_current_folder_is_not_imported(shelf: Shelf, tmp_path: Path):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     trap = tmp_path / "trap"
     (trap / "PIL").mkdir(parents=True)
     for name in ("PIL/__init__.py", "struct.py", "imagewatch.py", "sitecustomize.py"):
@@ -303,12 +303,12 @@ def forged(shelf: Shelf, name: str, content: bytes, folder: str = "outbox") -> N
     """Put a file into a folder, and a result file that lists it as an image of a job."""
     shelf.put(f"{folder}/{name}", content)
     entry = {"file": name, "bytes": len(content)}
-    document = {"source": "forged.prompt.txt", "charged": "yes", "images": [entry], "inputs": [entry]}
+    result_file = {"source": "forged.prompt.txt", "charged": "yes", "images": [entry], "inputs": [entry]}
     ending = "receipt" if folder == "outbox" else "error"
-    shelf.put(f"{folder}/forged.{ending}.toml", tomli_w.dumps(document).encode())
+    shelf.put(f"{folder}/forged.{ending}.toml", tomli_w.dumps(result_file).encode())
 
 
-NO_PICTURES = [
+NO_IMAGES = [
     "x.html",
     "x.HTM",
     "x.xhtml",
@@ -325,7 +325,7 @@ NO_PICTURES = [
 
 
 @pytest.mark.parametrize("folder", ["outbox", "errors"])
-@pytest.mark.parametrize("name", NO_PICTURES)
+@pytest.mark.parametrize("name", NO_IMAGES)
 def test_a_forged_result_file_links_only_to_names_of_images(shelf: Shelf, name: str, folder: str):
     forged(shelf, name, picture(), folder)
     shelf.gallery().write()
@@ -344,7 +344,7 @@ def test_files_with_the_name_of_an_image_are_linked(shelf: Shelf, name: str):
 
 def test_an_invalid_result_file_is_not_linked(shelf: Shelf):
     shelf.put("outbox/forged.receipt.toml", b"<!doctype html><script>pwned()</script>")
-    shelf.made("good", picture())
+    shelf.completed("good", picture())
     shelf.gallery().write()
     assert [job(shelf, stem).get("unreadable", False) for stem in ("forged", "good")] == [True, False]
 
@@ -392,7 +392,7 @@ def test_a_hard_link_to_a_private_text_is_neither_a_prompt_nor_a_result_file(she
 
 @pytest.mark.parametrize("mode", [0o644, 0o640])
 def test_a_hard_link_of_a_backup_changes_nothing(shelf: Shelf, tmp_path: Path, mode: int):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     for path in list((shelf.root / "outbox").iterdir()):
         path.chmod(mode)
         (tmp_path / path.name).hardlink_to(path)
@@ -412,7 +412,7 @@ def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: S
     other = Shelf(tmp_path / "other")
     for where, colour, prompt in ((shelf, "teal", "an open cat"), (other, "tomato", "a quiet one")):
         for stem in "abcdefgh":
-            where.made(stem, picture(colour).ljust(4096, b"\0"), folder="sub", prompt=prompt)
+            where.completed(stem, picture(colour).ljust(4096, b"\0"), folder="sub", prompt=prompt)
     (other.root / "outbox/sub").rename(private_folder)
     link = shelf.root / "outbox/.link"
     link.symlink_to(private_folder)
@@ -440,7 +440,7 @@ def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: S
 
 
 def test_endlessly_nested_folders_are_reported_and_cost_little(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     folder = os.open(shelf.root / "outbox", os.O_RDONLY)
     for _ in range(150):
         os.mkdir("d", dir_fd=folder)
@@ -455,7 +455,7 @@ def test_endlessly_nested_folders_are_reported_and_cost_little(shelf: Shelf):
 
 
 def test_with_a_flood_of_result_files_the_newest_are_on_the_page(shelf: Shelf):
-    shelf.made("new", picture())
+    shelf.completed("new", picture())
     flood = tomli_w.dumps({"source": "x", "charged": "yes", "problems": ["<" * 4000] * 60}).encode()
     for k in range(30):
         shelf.put(f"outbox/flood-{k}.receipt.toml", flood)
@@ -474,7 +474,7 @@ def test_with_a_flood_of_result_files_the_newest_are_on_the_page(shelf: Shelf):
 def owned(open_path: Path) -> Shelf:
     """Folders of another user."""
     shelf = Shelf(open_path / "watched")
-    shelf.made("cat", picture(), folder="sub")
+    shelf.completed("cat", picture(), folder="sub")
     for path in (shelf.root, *shelf.root.rglob("*")):
         os.chown(path, USER, USER)
     shelf.root.chmod(0o2750)
@@ -525,7 +525,7 @@ def test_files_that_root_writes_belong_to_the_owner_of_the_folder_and_its_reader
 @as_root
 def test_the_service_can_use_files_that_root_wrote(owned: Shelf):
     assert command(owned.environ()).returncode == 0
-    owned.made("dog", picture())
+    owned.completed("dog", picture())
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **owned.environ()}
     service = [sys.executable, "-c", AS_USER, str(USER), "gallery"]
     done = subprocess.run(service, env=environ, capture_output=True, text=True, timeout=40, check=False)
@@ -574,7 +574,7 @@ def test_root_writes_nothing_in_the_folder_of_a_user_who_may_not_read_the_outbox
 
 @as_root
 def test_root_does_not_read_for_the_page_what_its_owner_may_not_read(owned: Shelf):
-    owned.made("secret", picture(), folder="sub")
+    owned.completed("secret", picture(), folder="sub")
     for name in ("secret.png", "secret.receipt.toml"):
         (owned.root / "outbox/sub" / name).chmod(0o600)
     assert command(owned.environ()).returncode == 0
@@ -596,34 +596,34 @@ def test_thumbnails_of_another_user_are_reported_with_the_next_step(owned: Shelf
 
 
 def test_another_run_does_not_write_a_page_that_would_be_the_same(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     before = (shelf.root / "gallery.html").stat()
     shelf.gallery().write()
     assert (shelf.root / "gallery.html").stat().st_mtime_ns == before.st_mtime_ns
-    shelf.made("dog", picture())
+    shelf.completed("dog", picture())
     shelf.gallery().write()
     assert {one["name"] for one in shelf.jobs} == {"cat", "dog"}
 
 
 def test_incomplete_files_of_killed_runs_are_removed_an_hour_later(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     names = {f".{kind}77.tmp" for kind in ("", f"{'0' * 24}.webp.", f"{'0' * 24}.txt.")}
     for name in names:
         shelf.put(f"gallery_files/{name}", b"half")
-    shelf.made("dog", picture())
+    shelf.completed("dog", picture())
     shelf.gallery().write()
     assert names <= {path.name for path in (shelf.root / "gallery_files").iterdir()}
     for name in names:
         os.utime(shelf.root / "gallery_files" / name, (1, 1))
-    shelf.made("elk", picture())
+    shelf.completed("elk", picture())
     shelf.gallery().write()
     assert not names & {path.name for path in (shelf.root / "gallery_files").iterdir()}
 
 
 def test_a_page_that_was_removed_or_damaged_is_written_again(shelf: Shelf):
-    shelf.made("cat", picture())
+    shelf.completed("cat", picture())
     shelf.gallery().write()
     page = shelf.root / "gallery.html"
     whole = page.read_bytes()

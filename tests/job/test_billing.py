@@ -35,9 +35,9 @@ def served_by(tmp_path: Path, *scripts: Callable[..., Any], **settings: str) -> 
 
 
 def history(folders: Folders) -> list[dict[str, Any]]:
-    told = command(folders, "history", "--json")
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)
+    result = command(folders, "history", "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
 
 
 def lost(exchange: Any) -> None:
@@ -52,8 +52,8 @@ def test_the_payment_is_in_the_receipt_as_received_and_in_the_ledger(tmp_path):
         assert station.receipt("x")["billing"] == BILLING
         (job,) = history(station)
         assert (job["credits"], job["transaction_id"], job["new_credit_balance"]) == (7, "tx-1", 93.5)
-        told = command(station, "history", "--csv")
-        (row,) = csv.DictReader(io.StringIO(told.stdout))
+        result = command(station, "history", "--csv")
+        (row,) = csv.DictReader(io.StringIO(result.stdout))
         assert (row["transaction_id"], row["new_credit_balance"]) == ("tx-1", "93.5")
 
 
@@ -112,7 +112,10 @@ def test_a_refusal_has_no_payment(tmp_path):
 
 
 def test_the_balance_is_in_status_and_a_metric_with_its_time(tmp_path):
-    scripts = [answering(paid(IMAGE, billing={"credits_charged": 7, "new_credit_balance": left})) for left in (93, 86)]
+    scripts = [
+        answering(paid(IMAGE, billing={"credits_charged": 7, "new_credit_balance": balance_after}))
+        for balance_after in (93, 86)
+    ]
     with Scripted(*scripts, answering(paid(IMAGE))) as server:
         folders = Folders(tmp_path, server.base_url)
         assert command(folders, "once").returncode == 0
@@ -122,38 +125,38 @@ def test_the_balance_is_in_status_and_a_metric_with_its_time(tmp_path):
         for stem in "abc":
             folders.prompt(stem, "a cat")
             assert command(folders, "once").returncode == 0
-        told = json.loads(command(folders, "status", "--json").stdout)["balance"]
-        assert told["credits"] == 86
-        assert told["at"] == [job["answered_at"] for job in history(folders)][1]
+        result = json.loads(command(folders, "status", "--json").stdout)["balance"]
+        assert result["credits"] == 86
+        assert result["at"] == [job["answered_at"] for job in history(folders)][1]
         assert re.search(r"balance +86 credits, as of 20\d\d-", command(folders, "status").stdout)
         metrics = command(folders, "status", "--prometheus").stdout
         assert re.search(r"^imagewatch_balance_credits\{.*\} 86$", metrics, re.MULTILINE)
         assert re.search(r"^imagewatch_balance_timestamp_seconds\{.*\} 1\d+", metrics, re.MULTILINE)
 
 
-def left(credits_, balance):
+def balance_after(credits_, balance):
     return answering(paid(IMAGE, billing={"credits_charged": credits_, "new_credit_balance": balance}))
 
 
 def test_for_an_unknown_charge_the_balances_before_and_after_it_are_shown(tmp_path):
-    with Scripted(left(30, 100), lost, left(30, 40)) as server:
+    with Scripted(balance_after(30, 100), lost, balance_after(30, 40)) as server:
         folders = Folders(tmp_path, server.base_url)
         for stem in "abc":
             folders.prompt(stem, "a cat")
             command(folders, "once")
             if stem == "b":
-                told = command(folders, "history").stdout
-                assert "balance 100 before it" in told
-                assert "none is known from after it yet" in told
+                result = command(folders, "history").stdout
+                assert "balance 100 before it" in result
+                assert "none is known from after it yet" in result
         jobs = {job["source"][0]: job for job in history(folders)}
         assert [(jobs[stem]["balance_before"], jobs[stem]["balance_after"]) for stem in "abc"] == [
             (None, None),
             (100, 40),
             (None, None),
         ]
-        words = "other requests in between: 1, charged 30; difference not explained by them: 30"
-        assert words in command(folders, "history").stdout
-        assert words in command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9").stdout
+        text = "other requests in between: 1, charged 30; difference not explained by them: 30"
+        assert text in command(folders, "history").stdout
+        assert text in command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9").stdout
 
 
 @pytest.fixture
@@ -205,8 +208,8 @@ def test_the_owner_of_a_prompt_is_in_its_receipt_its_error_file_and_the_ledger(f
     me = getpass.getuser()
     assert {folders.receipt("good")["owner"], folders.error("bad")["owner"], folders.error("invalid")["owner"]} == {me}
     assert {job["owner"] for job in history(folders)} == {me}
-    (told,) = json.loads(command(folders, "history", "--by", "owner", "--json").stdout)
-    assert (told["owner"], told["completed"], told["refused"]) == (me, 1, 2)
+    (result,) = json.loads(command(folders, "history", "--by", "owner", "--json").stdout)
+    assert (result["owner"], result["completed"], result["refused"]) == (me, 1, 2)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")

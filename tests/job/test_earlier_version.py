@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 
-def left_by_an_earlier_version(station: Station) -> str:
+def job_of_an_earlier_version(station: Station) -> str:
     """Create a job whose decision is on disk as version 0.1.0 wrote it, with nothing published."""
     deliver, discard = station.spool.delivery.deliver, station.spool.originals.discard
 
@@ -31,8 +31,8 @@ def left_by_an_earlier_version(station: Station) -> str:
     (job,) = station.spool.unfinished()
     path = station.state / "jobs" / job / "decision.json"
     now = json.loads(path.read_text())
-    door = "away" if now["destination"] == "discarded" else now["destination"]
-    then = {"door": door, "document": now["result_file"]}
+    destination = "away" if now["destination"] == "discarded" else now["destination"]
+    then = {"door": destination, "document": now["result_file"]}
     then |= {name: value for name, value in now.items() if name not in {"destination", "result_file"}}
     path.write_text(json.dumps(then))
     return job
@@ -43,7 +43,7 @@ def test_a_decision_of_an_earlier_version_is_carried_out(
     station: Station, sandbox: Sandbox, text: str, folder: str
 ) -> None:
     station.prompt("cat", text)
-    left_by_an_earlier_version(station)
+    job_of_an_earlier_version(station)
     (outcome,) = station.recover()
     assert (outcome.end, outcome.destination) == (End.OVER, folder)
     assert station.finished() == {"cat": folder}
@@ -57,7 +57,7 @@ def test_a_redelivery_that_an_earlier_version_found_is_removed(station: Station,
     station.work()
     path.write_text("a cat")
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    left_by_an_earlier_version(station)
+    job_of_an_earlier_version(station)
     (outcome,) = station.recover()
     assert outcome.end is End.REDELIVERED
     assert sandbox.report()["requests"] == 1

@@ -44,7 +44,7 @@ def composed(what, claim=CLAIM):
     return compose(claim, attempt, what.pop("finished", 0.0), **what)[0]
 
 
-def document(**given_):
+def result_file(**given_):
     """Compose a result file and read it."""
     what = {"charged": "yes", "finished": FINISHED, "top": {}, **given_}
     return tomllib.loads(composed(what))
@@ -135,14 +135,14 @@ def test_the_keys_come_in_the_order_of_the_folder_protocol():
 
 
 def test_an_error_file_before_any_call_contains_what_is_known_and_nothing_else():
-    read = document(charged="no", top={"message": "there is no text", "problems": ["prompt: there is no text"]})
+    read = result_file(charged="no", top={"message": "there is no text", "problems": ["prompt: there is no text"]})
     assert list(read) == ["schema", "job", "source", "message", "problems", "charged", "attempts", "version", "times"]
     assert list(read["times"]) == ["claimed", "published"]
     assert read["attempts"] == 0
 
 
 def test_what_is_not_known_is_left_out():
-    read = document(top={"code": None, "credits_required": None, "message": ""})
+    read = result_file(top={"code": None, "credits_required": None, "message": ""})
     assert "None" not in receipt_text()
     assert not {"code", "credits_required", "billing", "ids", "images", "inputs"} & set(read)
     assert read["message"] == ""
@@ -211,7 +211,7 @@ def test_billing_survives_whatever_it_holds():
         "empty": {},
         "none": [],
     }
-    read = document(billing=billing)["billing"]
+    read = result_file(billing=billing)["billing"]
     assert math.isnan(read.pop("nan"))
     assert read == {
         "credits_charged": 12,
@@ -240,7 +240,7 @@ def test_billing_may_be_nested_to_any_depth(depth, kind):
     nested: object = 1
     for level in range(depth):
         nested = [nested] if kind == "lists" or (kind == "both" and level % 2) else {"a": nested}
-    read = document(billing={"credits_charged": 12, "deep": nested})
+    read = result_file(billing={"credits_charged": 12, "deep": nested})
     assert read["billing"]["credits_charged"] == 12
     assert "deep" in read["billing"]
 
@@ -294,14 +294,14 @@ def same(value, read):
 @given(st.dictionaries(st.text(max_size=8), json_values, min_size=1, max_size=5))
 @settings(max_examples=200, deadline=None)
 def test_any_billing_makes_a_result_file_that_can_be_read(billing):
-    assert same(billing, document(billing=billing)["billing"])
+    assert same(billing, result_file(billing=billing)["billing"])
 
 
 @given(st.text(), st.lists(st.text(), max_size=3), st.text(), st.text())
 @settings(max_examples=200, deadline=None)
 def test_any_message_makes_a_result_file_that_can_be_read(message, problems, code, name):
     top = {"message": message, "problems": problems, "code": code}
-    read = document(top=top, images=[{"file": name, "problem": message}], sent=sent(model=name))
+    read = result_file(top=top, images=[{"file": name, "problem": message}], sent=sent(model=name))
     assert (read["message"], read["problems"], read["code"]) == (whole(message), [*map(whole, problems)], whole(code))
     assert read["images"][0]["file"] == read["request"]["model"] == whole(name)
     assert (read["charged"], read["job"], read["attempts"]) == ("yes", CLAIM.job, 0)
@@ -362,11 +362,11 @@ def test_long_text_is_cut_and_the_cut_is_marked():
 @given(st.text())
 @settings(max_examples=200, deadline=None)
 def test_complete_text_fits_into_any_file_and_is_unchanged_if_it_is_short(text):
-    made = whole(text)
-    made.encode()
-    assert whole(made) == made
+    printed = whole(text)
+    printed.encode()
+    assert whole(printed) == printed
     if not any("\ud800" <= character <= "\udfff" for character in text):
-        assert made == text
+        assert printed == text
 
 
 def test_a_time_is_written_in_utc_to_the_millisecond():
@@ -469,11 +469,11 @@ def test_one_image_is_asked_for_unless_the_request_says_more():
 
 
 @pytest.mark.parametrize(
-    "told", ["imagewatch retry {} looks again", "imagewatch retry --pay-again {}, or move the prompt"]
+    "advice", ["imagewatch retry {} looks again", "imagewatch retry --pay-again {}, or move the prompt"]
 )
-def test_an_error_file_whose_name_existed_names_its_own_prompt_to_retry(told: str):
-    top = {"message": "cat: no catalogue", "next": told.format("sub/cat")}
+def test_an_error_file_whose_name_existed_names_its_own_prompt_to_retry(advice: str):
+    top = {"message": "cat: no catalogue", "next": advice.format("sub/cat")}
     claim = Claim(job="0123456789abcdef", folder="sub", stem="cat")
-    document, _ = compose(claim, NO_ATTEMPT, 2.0, charged="unknown", top=top)
-    read = tomllib.loads(with_files(document, {}, "sub/cat", "sub/cat.0123"))
-    assert (read["next"], read["message"]) == (told.format("sub/cat.0123"), top["message"])
+    result_file, _ = compose(claim, NO_ATTEMPT, 2.0, charged="unknown", top=top)
+    read = tomllib.loads(with_files(result_file, {}, "sub/cat", "sub/cat.0123"))
+    assert (read["next"], read["message"]) == (advice.format("sub/cat.0123"), top["message"])

@@ -180,14 +180,14 @@ def test_a_prompt_that_is_redelivered_before_its_image_does_not_count_as_one_wit
     assert requests(sandbox) == 1
 
 
-@pytest.mark.parametrize("door", ["errors", "archive"])
+@pytest.mark.parametrize("destination", ["errors", "archive"])
 def test_a_prompt_that_a_person_moves_back_into_the_inbox_is_a_new_request(
-    station: Station, sandbox: Sandbox, sender: Sender, door: str
+    station: Station, sandbox: Sandbox, sender: Sender, destination: str
 ) -> None:
-    sender.write("cat.prompt.txt", "[sandbox: 500] a cat" if door == "errors" else "a cat")
+    sender.write("cat.prompt.txt", "[sandbox: 500] a cat" if destination == "errors" else "a cat")
     sender.send()
     station.work()
-    (station.root / door / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
+    (station.root / destination / "cat.prompt.txt").rename(station.inbox / "cat.prompt.txt")
     assert [outcome.end for outcome in station.work()] == [End.OVER]
     assert requests(sandbox) == 2
     sender.send()
@@ -340,9 +340,9 @@ def test_a_newer_file_of_the_same_name_goes_first_and_the_older_one_is_not_lost(
     until(lambda: len(folders.finished()) == 1)
     key_file.write_text(KEY)
     until(lambda: len([n for n in folders.names("outbox") if n.endswith(".receipt.toml")]) == 2)
-    made = {call["prompt"] for call in sandbox.report()["calls"] if call["credits"]}
+    paid = {call["prompt"] for call in sandbox.report()["calls"] if call["credits"]}
     (refused,) = (path.read_text() for path in folders.errors.glob("*.prompt.txt"))
-    assert {*made, refused} == {"shows the refusal", "the older one", "the newer one"}
+    assert {*paid, refused} == {"shows the refusal", "the older one", "the newer one"}
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root may give a file to another user")
@@ -375,21 +375,21 @@ def test_a_file_of_another_user_can_be_moved_back_too(open_path: Path, sandbox: 
 # Copies that a person makes from the archive or from errors
 
 
-def copied(folders: Folders, door: str, name: str = "cat.prompt.txt") -> None:
+def copied(folders: Folders, destination: str, name: str = "cat.prompt.txt") -> None:
     """Copy a prompt into the inbox as file managers do: with its mtime."""
     hidden = folders.inbox / ".copy"
-    shutil.copy2(folders.root / door / name, hidden)
+    shutil.copy2(folders.root / destination / name, hidden)
     hidden.rename(folders.inbox / "cat.prompt.txt")
 
 
-@pytest.mark.parametrize(("door", "text"), [("archive", "a cat"), ("errors", "[sandbox: 400] a cat")])
+@pytest.mark.parametrize(("destination", "text"), [("archive", "a cat"), ("errors", "[sandbox: 400] a cat")])
 def test_a_copy_from_the_archive_or_errors_is_one_new_request_and_after_that_gets_an_error_file(
-    station: Station, sandbox: Sandbox, door: str, text: str
+    station: Station, sandbox: Sandbox, destination: str, text: str
 ) -> None:
     station.prompt("cat", text)
     station.work()
     for _ in range(3):
-        copied(station, door)
+        copied(station, destination)
         station.work()
     assert sandbox.report()["requests"] == 2
     assert station.names("inbox") == []

@@ -56,7 +56,7 @@ UNCLEAR = [
     ("523", 523, None, "Origin is unreachable"),
     ("524", 524, None, "A timeout occurred"),
 ]
-UNANSWERED = ["drop", "reset", "drop-headers"]
+WITHOUT_RESPONSE = ["drop", "reset", "drop-headers"]
 # tag, file ending of the raw response, content, remark, credits in the result file
 UNREADABLE = [
     ("b64, truncate", "json", b'"b64_json"', "cut short", None),
@@ -111,7 +111,15 @@ def _no_secret(tmp_path, capfd):
 
 
 def test_every_tag_of_the_sandbox_is_in_one_of_these_tables():
-    tables = [REFUSED, UNCLEAR, [(tag,) for tag in UNANSWERED], UNREADABLE, FLAWED, BUSY, [(tag,) for tag in GOOD]]
+    tables = [
+        REFUSED,
+        UNCLEAR,
+        [(tag,) for tag in WITHOUT_RESPONSE],
+        UNREADABLE,
+        FLAWED,
+        BUSY,
+        [(tag,) for tag in GOOD],
+    ]
     asked = {word for table in tables for row in table for word in row[0].split(", ")}
     assert asked | ELSEWHERE == set(TAGS)
 
@@ -119,16 +127,16 @@ def test_every_tag_of_the_sandbox_is_in_one_of_these_tables():
 # Free
 
 
-@pytest.mark.parametrize(("tag", "status", "code", "words", "kind", "advice"), REFUSED, ids=[r[0] for r in REFUSED])
+@pytest.mark.parametrize(("tag", "status", "code", "message", "kind", "advice"), REFUSED, ids=[r[0] for r in REFUSED])
 def test_a_refusal_is_free_and_its_error_file_has_the_message_of_the_api(
-    station, sandbox, tag, status, code, words, kind, advice
+    station, sandbox, tag, status, code, message, kind, advice
 ):
     originals = ask(station, tag)
     (outcome,) = station.work()
 
     error = refused(station, "x", originals)
     assert error["charged"] == "no"
-    assert error["message"].startswith(words)
+    assert error["message"].startswith(message)
     assert (error["status"], error.get("code")) == (status, code)
     assert error.get("credits_required") == (134 if tag == "402" else None)
     assert advice in error["next"]
@@ -289,8 +297,8 @@ def served_with(key, tmp_path, *scripts, **settings):
     "status", [b"401 Unauthorized", b"400 Bad Request", b"302 Found", b"500 No", b"502 Bad Gateway"]
 )
 def test_a_short_key_that_a_refusal_repeats_is_not_written_to_disk(tmp_path, capfd, status):
-    said = answering(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
-    with served_with("hunter2", tmp_path, said) as station:
+    header = answering(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
+    with served_with("hunter2", tmp_path, header) as station:
         ask(station)
         (outcome,) = station.work()
         assert outcome.message.startswith("*** is no key")
@@ -356,10 +364,10 @@ def test_the_wait_before_another_attempt_is_what_the_api_asks_for(station, sandb
 
 
 @pytest.mark.parametrize(
-    ("said", "least"), [(b"7", 7), (b"99999", 3600), (b"-1", 0), (b"soon", 0), (b"Thu, 01 Jan 1970 00:00:00 GMT", 0)]
+    ("header", "least"), [(b"7", 7), (b"99999", 3600), (b"-1", 0), (b"soon", 0), (b"Thu, 01 Jan 1970 00:00:00 GMT", 0)]
 )
-def test_a_retry_after_of_any_kind_is_bounded(tmp_path, said, least):
-    reply = answering(b"{}", b"Retry-After: " + said, status=b"429 Too Many Requests")
+def test_a_retry_after_of_any_kind_is_bounded(tmp_path, header, least):
+    reply = answering(b"{}", b"Retry-After: " + header, status=b"429 Too Many Requests")
     with served_by(tmp_path, reply) as station:
         ask(station)
         candidate = station.scan.scan_all(0, 0).ready[0]
@@ -371,14 +379,14 @@ def test_a_retry_after_of_any_kind_is_bounded(tmp_path, said, least):
 # Charge unknown
 
 
-@pytest.mark.parametrize(("tag", "status", "code", "words"), UNCLEAR, ids=[row[0] for row in UNCLEAR])
-def test_after_a_response_that_proves_nothing_the_charge_is_unknown(station, sandbox, tag, status, code, words):
+@pytest.mark.parametrize(("tag", "status", "code", "message"), UNCLEAR, ids=[row[0] for row in UNCLEAR])
+def test_after_a_response_that_proves_nothing_the_charge_is_unknown(station, sandbox, tag, status, code, message):
     originals = ask(station, tag)
     (outcome,) = station.work()
 
     error = refused(station, "x", originals)
     assert error["charged"] == "unknown"
-    assert error["message"].startswith(words)
+    assert error["message"].startswith(message)
     assert (error["status"], error.get("code")) == (status, code)
     assert "balance" in error["next"]
     assert (outcome.charged, outcome.reason) == ("unknown", None)
@@ -387,7 +395,7 @@ def test_after_a_response_that_proves_nothing_the_charge_is_unknown(station, san
     assert sandbox.report()["requests"] == 1
 
 
-@pytest.mark.parametrize("tag", UNANSWERED)
+@pytest.mark.parametrize("tag", WITHOUT_RESPONSE)
 def test_after_a_complete_request_without_a_response_the_charge_is_unknown(station, sandbox, tag):
     originals = ask(station, tag)
     (outcome,) = station.work()
@@ -539,9 +547,9 @@ def test_unusual_billing_never_costs_the_image(tmp_path, billing, cost):
         assert row_of(station)["credits"] == cost
 
 
-@pytest.mark.parametrize("said", ["-5", "-0.001", "-1e308", "-Infinity", "Infinity", "1e999", "NaN"])
-def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap(tmp_path, said):
-    body = paid(IMAGE, billing={"credits_charged": "?"}).replace(b'"?"', said.encode())
+@pytest.mark.parametrize("header", ["-5", "-0.001", "-1e308", "-Infinity", "Infinity", "1e999", "NaN"])
+def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap(tmp_path, header):
+    body = paid(IMAGE, billing={"credits_charged": "?"}).replace(b'"?"', header.encode())
     limits = {"limits__credits_per_day": "60", "limits__assumed_credits": "30"}
     with served_by(tmp_path, answering(body), answering(body), **limits) as station:
         for stem in "xyz":
@@ -551,7 +559,7 @@ def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap
         assert [row["credits"] for row in station.ledger.rows()] == [None, None]
         receipt = station.receipt("x")
     assert (receipt["charged"], "credits_charged" in receipt) == ("yes", False)
-    assert str(float(receipt["billing"]["credits_charged"])) == str(float(said))
+    assert str(float(receipt["billing"]["credits_charged"])) == str(float(header))
 
 
 @pytest.mark.parametrize(

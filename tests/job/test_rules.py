@@ -36,8 +36,8 @@ def everything():
         for sent, answered, reaction, decided in itertools.product(
             range(3), range(3), reactions, (None, "outbox", "errors", "discarded")
         ):
-            evidence = State(**flags, sent=sent, answered=answered, reaction=reaction, decided=decided)
-            seen.append((evidence, next_step(evidence)))
+            state = State(**flags, sent=sent, answered=answered, reaction=reaction, decided=decided)
+            seen.append((state, next_step(state)))
     return seen
 
 
@@ -177,8 +177,8 @@ def test_a_job_that_was_partly_given_back_is_complete_again_before_its_end(possi
 
 def test_an_account_level_refusal_is_shown_by_one_job(possible):
     refused = [(e, step) for e, step in possible if complete(e) and e.reaction is Reaction.ACCOUNT]
-    told = {(e.reports, step) for e, step in refused}
-    assert told == {(True, Step.REFUSE), (False, Step.GIVE_BACK)}
+    reported = {(e.reports, step) for e, step in refused}
+    assert reported == {(True, Step.REFUSE), (False, Step.GIVE_BACK)}
 
 
 def test_a_job_is_refused_if_the_api_is_busy_at_its_last_attempt(possible):

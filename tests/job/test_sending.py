@@ -67,7 +67,7 @@ def asked(folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox) 
 
 
 @contextlib.contextmanager
-def struck(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
+def failing(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
     """During the block, let system calls of a daemon fail that use the file of a response."""
     if reason := reason_not_to_trace():
         pytest.skip(reason)
@@ -85,8 +85,8 @@ def struck(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
         yield
     finally:
         strace.send_signal(signal.SIGINT)
-        told = strace.communicate(timeout=20)[1]
-    assert "(INJECTED)" in told
+        event = strace.communicate(timeout=20)[1]
+    assert "(INJECTED)" in event
 
 
 @pytest.mark.parametrize(
@@ -99,11 +99,11 @@ def struck(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
 def test_any_disk_error_while_a_response_arrives_is_retried_and_puts_the_queue_on_hold(
     asked: LoggedDaemon, folders: Folders, sandbox: Sandbox, fault: str
 ) -> None:
-    with struck(asked, part(folders), fault):
+    with failing(asked, part(folders), fault):
         sandbox.release()
-        told = asked.wait_for("held")
+        event = asked.wait_for("held")
         folders.prompt("later", "not while our disk fails")
-    assert (told["kind"], "answer.1" in told["reason"] or "jobs/" in told["reason"]) == ("disk", True)
+    assert (event["kind"], "answer.1" in event["reason"] or "jobs/" in event["reason"]) == ("disk", True)
     until(lambda: folders.finished() == {"cat": "outbox", "later": "outbox"})
     assert "problems" not in folders.receipt("cat")
     assert sandbox.report()["charged"] == 2
@@ -132,9 +132,9 @@ def test_a_response_waits_while_its_file_may_not_be_written(
     assert asked.stop() == 0
 
 
-@pytest.mark.parametrize(("tag", "charged", "words"), [("b64", "yes", "was charged"), ("504", "unknown", "may have")])
+@pytest.mark.parametrize(("tag", "charged", "text"), [("b64", "yes", "was charged"), ("504", "unknown", "may have")])
 def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_local_disk(
-    tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox, tag: str, charged: str, words: str
+    tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox, tag: str, charged: str, text: str
 ) -> None:
     settings = {"endpoint__deadline_seconds": "3", "endpoint__connect_timeout_seconds": "2"}
     folders = Folders(tmp_path, sandbox.base_url, **settings)
@@ -147,7 +147,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_loca
         daemon.wait_for("stuck")
     until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
-    assert (error["charged"], words in error["message"]) == (charged, True)
+    assert (error["charged"], text in error["message"]) == (charged, True)
     assert "answer.1: cannot save the response: Operation not permitted" in error["message"]
     assert "imagewatch ended" not in error["message"]
     assert ("the response could not be saved and is lost" in error["next"]) == (charged == "yes")
@@ -313,9 +313,9 @@ def test_sixty_four_requests_under_a_limit_of_sixty_files_lose_nothing(
     report = sandbox.report()
     assert (report["requests"], report["charged"]) == (64, 64)
     assert daemon.events("held") == []
-    (told,) = daemon.events("limited")
-    assert "only 60 open files are allowed: limits.concurrency is 64, and 4 is used" in told["reason"]
-    assert "LimitNOFILE=" in told["next"]
+    (event,) = daemon.events("limited")
+    assert "only 60 open files are allowed: limits.concurrency is 64, and 4 is used" in event["reason"]
+    assert "LimitNOFILE=" in event["next"]
     assert daemon.stop() == 0
 
 
@@ -331,9 +331,9 @@ def test_responses_that_arrive_when_no_more_files_can_be_opened_are_waited_for(
     before = resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, (5, before[1]))
     sandbox.release()
-    told = daemon.wait_for("held")
-    assert (told["kind"], "Too many open files" in told["reason"]) == ("disk", True)
-    assert "LimitNOFILE=" in told["next"]
+    event = daemon.wait_for("held")
+    assert (event["kind"], "Too many open files" in event["reason"]) == ("disk", True)
+    assert "LimitNOFILE=" in event["next"]
     assert folders.finished() == {}
     resource.prlimit(daemon.process.pid, resource.RLIMIT_NOFILE, before)
     until(lambda: folders.finished() == {f"p{number}": "outbox" for number in range(4)})
@@ -418,8 +418,8 @@ def test_when_the_uploads_of_several_prompts_are_cut_off_the_queue_waits_for_the
             folders.drop(f"{name}.png", photograph)
             folders.prompt(name, "too large for the way")
         daemon = hurried(folders)
-        told = daemon.wait_for("held")
-        assert (told["kind"], "while the request was sent" in told["reason"]) == ("unreachable", True)
+        event = daemon.wait_for("held")
+        assert (event["kind"], "while the request was sent" in event["reason"]) == ("unreachable", True)
         until(lambda: folders.finished() == dict.fromkeys("abc", "errors"))
         assert daemon.stop() == 0
         assert server.connections == 6
@@ -529,12 +529,12 @@ def test_a_hold_is_not_reported_as_applied_while_the_first_bytes_of_a_request_ar
             gate.failed(SpoolError("full"))
             order.append("held")
 
-        telling = threading.Thread(target=hold)
+        holding = threading.Thread(target=hold)
         with gate.leaving():
-            telling.start()
+            holding.start()
             until(lambda: holds.has("disk"))
             order.append("left")
-        telling.join()
+        holding.join()
         assert order == ["left", "held"]
         with pytest.raises(Withdrawn, match="full"), gate.leaving():
             pass

@@ -126,11 +126,11 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
         for _ in range(50):
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
-        told = 50 + len(process.stdout.read().split())
+        printed = 50 + len(process.stdout.read().split())
     with contextlib.closing(Ledger(path)) as ledger:
         attempts = [found["attempt"] for found in ledger.rows()]
         assert attempts == list(range(1, len(attempts) + 1))
-        assert len(attempts) >= told - 1  # of the last number perhaps only some digits were printed
+        assert len(attempts) >= printed - 1  # of the last number perhaps only some digits were printed
         ledger.write(row(job="b" * 16))
 
 

@@ -91,8 +91,8 @@ def data_url(content, mime="image/png"):
     return f"data:{mime};base64,{base64.b64encode(content).decode()}"
 
 
-def decoded(answer):
-    return [base64.b64decode(entry["b64_json"], validate=True) for entry in answer.json()["images"]]
+def decoded(response):
+    return [base64.b64decode(entry["b64_json"], validate=True) for entry in response.json()["images"]]
 
 
 def opened(content):
@@ -127,10 +127,10 @@ def head(sandbox, *lines, method="POST", path=ROUTE):
 
 @pytest.mark.parametrize("provider", DEFAULT_MODELS)
 def test_a_success_has_the_published_shape_and_names_the_default_model(ask, provider):
-    answer = ask(provider=provider, n=2)
-    body = answer.json()
-    assert answer.status_code == 200
-    assert answer.headers["content-type"] == "application/json"
+    response = ask(provider=provider, n=2)
+    body = response.json()
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
     assert (body["provider"], body["model"], len(body["images"])) == (provider, DEFAULT_MODELS[provider], 2)
     assert all(("url" in entry) != ("b64_json" in entry) and entry["mime_type"] for entry in body["images"])
     assert body["billing"]["credits_charged"] == 2 * body["billing"]["credits_per_image"] > 0
@@ -145,17 +145,17 @@ def test_each_response_has_its_own_request_id(ask):
 
 
 def test_gemini_returns_real_jpeg_bytes_and_their_type(ask):
-    answer = ask(provider="gemini")
-    assert answer.json()["images"][0]["mime_type"] == "image/jpeg"
-    assert opened(decoded(answer)[0]).format == "JPEG"
+    response = ask(provider="gemini")
+    assert response.json()["images"][0]["mime_type"] == "image/jpeg"
+    assert opened(decoded(response)[0]).format == "JPEG"
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_openai_returns_the_format_and_size_asked_for(ask, kind):
-    answer = ask(provider="openai", output_format=kind, size="320x192")
-    picture = opened(decoded(answer)[0])
+    response = ask(provider="openai", output_format=kind, size="320x192")
+    picture = opened(decoded(response)[0])
     assert (picture.format, picture.size) == (kind.upper(), (320, 192))
-    assert answer.json()["images"][0]["mime_type"] == f"image/{kind}"
+    assert response.json()["images"][0]["mime_type"] == f"image/{kind}"
 
 
 @pytest.mark.parametrize("size", ["1x1", "16x900", "900x16", "auto"])
@@ -223,14 +223,14 @@ def test_input_images_appear_in_the_image(ask, provider):
     inputs = [data_url(image_bytes(kind), mime) for kind, mime in kinds.items()]
     plain, edited = (decoded(ask(provider=provider, seed=1, **more))[0] for more in ({}, {"input_images": inputs}))
     near = [
-        sum(count for count, colour in opened(content).convert("RGB").getcolors(512**2) if is_input(colour))
+        sum(count for count, color in opened(content).convert("RGB").getcolors(512**2) if is_input(color))
         for content in (plain, edited)
     ]
     assert near[1] - near[0] > 3000
 
 
-def is_input(colour):
-    return all(abs(part - other) < 12 for part, other in zip(colour, (200, 80, 40), strict=True))
+def is_input(color):
+    return all(abs(part - other) < 12 for part, other in zip(color, (200, 80, 40), strict=True))
 
 
 def bomb():
@@ -269,7 +269,7 @@ def test_fourteen_large_inputs_are_received_whole(ask, sandbox):
 
 
 @pytest.mark.parametrize(
-    ("fields", "word"),
+    ("fields", "text"),
     [
         ({"provider": "dalle"}, "provider"),
         ({"provider": None}, "provider"),
@@ -306,10 +306,10 @@ def test_fourteen_large_inputs_are_received_whole(ask, sandbox):
         ({"negative_prompt": "dogs"}, "unknown field"),
     ],
 )
-def test_a_body_that_breaks_the_contract_is_refused_with_a_message(ask, sandbox, fields, word):
-    answer = ask(**fields)
-    assert answer.status_code == 400
-    assert word in answer.json()["message"]
+def test_a_body_that_breaks_the_contract_is_refused_with_a_message(ask, sandbox, fields, text):
+    response = ask(**fields)
+    assert response.status_code == 400
+    assert text in response.json()["message"]
     assert (sandbox.report()["requests"], sandbox.report()["charged"]) == (1, 0)
 
 
@@ -343,21 +343,21 @@ def test_values_at_the_edge_of_the_contract_are_accepted(ask, fields):
 )
 def test_a_body_that_is_not_a_valid_json_object_is_refused(sandbox, web, body):
     headers = {**BEARER, "Content-Type": "application/json"}
-    answer = web.post(sandbox.base_url + ROUTE, content=body, headers=headers)
-    assert answer.status_code == 400
-    assert answer.json()["message"]
+    response = web.post(sandbox.base_url + ROUTE, content=body, headers=headers)
+    assert response.status_code == 400
+    assert response.json()["message"]
 
 
 @pytest.mark.parametrize("value", [None, "", "Bearer", "Basic eDp5", "bearer secret", "Bearer other"])
 def test_without_the_right_key_nothing_is_read_or_charged(web, value):
     headers = {} if value is None else {"Authorization": value}
     with Sandbox(key="secret") as locked:
-        for answer in (
+        for response in (
             web.post(locked.base_url + ROUTE, json={"provider": "flux", "prompt": "x"}, headers=headers),
             web.get(locked.base_url + BALANCE_ROUTE, headers=headers),
         ):
-            assert answer.status_code == 401
-            assert answer.json()["message"]
+            assert response.status_code == 401
+            assert response.json()["message"]
         assert (locked.report()["requests"], locked.report()["charged"]) == (1, 0)
 
 
@@ -371,14 +371,14 @@ def test_with_the_right_key_it_works(web):
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
 def test_another_content_type_is_refused(sandbox, web, kind):
     headers = {**BEARER, **({"Content-Type": kind} if kind else {})}
-    answer = web.post(sandbox.base_url + ROUTE, content=b'{"provider":"flux","prompt":"x"}', headers=headers)
-    assert (answer.status_code, sandbox.report()["charged"]) == (400, 0)
+    response = web.post(sandbox.base_url + ROUTE, content=b'{"provider":"flux","prompt":"x"}', headers=headers)
+    assert (response.status_code, sandbox.report()["charged"]) == (400, 0)
 
 
 def test_a_body_in_chunks_is_refused(sandbox, web):
     headers = {**BEARER, "Content-Type": "application/json"}
-    answer = web.post(sandbox.base_url + ROUTE, content=iter([b"{}"]), headers=headers)
-    assert (answer.status_code, sandbox.report()["requests"]) == (411, 0)
+    response = web.post(sandbox.base_url + ROUTE, content=iter([b"{}"]), headers=headers)
+    assert (response.status_code, sandbox.report()["requests"]) == (411, 0)
 
 
 def test_a_client_that_disconnects_when_it_is_refused_is_no_fault(sandbox):
@@ -407,8 +407,8 @@ def test_a_body_of_unknown_or_absurd_length_is_refused_unread(sandbox, lines, st
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         connection.sendall(head(sandbox, *lines))
         connection.shutdown(socket.SHUT_WR)
-        answer = b"".join(iter(lambda: connection.recv(65536), b""))
-    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+        response = b"".join(iter(lambda: connection.recv(65536), b""))
+    assert response.startswith(f"HTTP/1.1 {status} ".encode())
     assert sandbox.report()["requests"] == 0
 
 
@@ -447,9 +447,9 @@ def test_data_that_is_not_http_does_no_harm(sandbox, ask, request_bytes):
     ],
 )
 def test_other_routes_and_methods_are_refused(sandbox, web, method, path, status):
-    answer = web.request(method, sandbox.base_url + path)
-    assert answer.status_code == status
-    assert method == "HEAD" or answer.json()["message"]
+    response = web.request(method, sandbox.base_url + path)
+    assert response.status_code == status
+    assert method == "HEAD" or response.json()["message"]
 
 
 def test_a_target_that_is_not_a_path_has_no_route(sandbox):
@@ -473,8 +473,8 @@ fuzzed = settings(max_examples=60, deadline=None, suppress_health_check=[HealthC
 def test_random_json_is_answered_200_or_refused(sandbox, web, value):
     headers = {**BEARER, "Content-Type": "application/json"}
     content = json.dumps(value).encode()
-    answer = web.post(sandbox.base_url + ROUTE, content=content, headers=headers)
-    assert answer.status_code in {200, 400, 402}
+    response = web.post(sandbox.base_url + ROUTE, content=content, headers=headers)
+    assert response.status_code in {200, 400, 402}
     assert sandbox.report()["faults"] == []
 
 
@@ -489,8 +489,8 @@ def test_random_bytes_are_refused(sandbox, web, content):
 @given(st.text(st.sampled_from("[]:, sandbox402onceslowtimes3.[[]]\u00e9\U0001f98a"), max_size=60))
 def test_random_tags_never_break_anything(sandbox, web, text):
     body = {"provider": "openai", "size": "8x8", "prompt": f"[sandbox{text}"}
-    answer = web.post(sandbox.base_url + ROUTE, json=body, headers=BEARER)
-    assert answer.status_code in {200, 400, 402}
+    response = web.post(sandbox.base_url + ROUTE, json=body, headers=BEARER)
+    assert response.status_code in {200, 400, 402}
     assert sandbox.report()["faults"] == []
 
 
@@ -510,15 +510,15 @@ def test_a_request_above_the_balance_is_402_and_is_not_charged_and_names_the_cre
 def test_many_requests_at_the_same_time_never_spend_more_than_the_balance(ask, sandbox):
     sandbox.balance = 95
     with ThreadPoolExecutor(8) as pool:
-        statuses = [answer.status_code for answer in pool.map(lambda _: ask(), range(8))]
+        statuses = [response.status_code for response in pool.map(lambda _: ask(), range(8))]
     assert (statuses.count(200), statuses.count(402), sandbox.balance) == (3, 5, 5)
 
 
 def test_the_balance_can_be_requested(sandbox, web):
     sandbox.balance = 12.5
-    answer = web.get(sandbox.base_url + BALANCE_ROUTE, headers=BEARER).json()
-    assert answer["total_balance"] == 12.5
-    assert set(answer) == {
+    response = web.get(sandbox.base_url + BALANCE_ROUTE, headers=BEARER).json()
+    assert response["total_balance"] == 12.5
+    assert set(response) == {
         "total_balance",
         "monthly_credit_balance",
         "purchased_credit_balance",
@@ -604,9 +604,9 @@ def test_every_tag_is_explained_on_a_line_of_its_own():
     ],
 )
 def test_a_mistyped_tag_is_refused_rather_than_ignored(ask, sandbox, prompt):
-    answer = ask(f"a cat {prompt}")
-    assert (answer.status_code, sandbox.report()["charged"]) == (400, 0)
-    assert answer.json()["message"].startswith("sandbox:")
+    response = ask(f"a cat {prompt}")
+    assert (response.status_code, sandbox.report()["charged"]) == (400, 0)
+    assert response.json()["message"].startswith("sandbox:")
 
 
 def test_the_refusal_of_an_unknown_tag_lists_those_that_exist(ask):
@@ -660,16 +660,16 @@ def test_some_errors_have_no_body(ask, tag):
 
 @pytest.mark.parametrize("tag", ["502", "503", "504", "520", "521", "522", "523", "524", "not-json"])
 def test_some_responses_are_pages(ask, tag):
-    answer = ask(f"[sandbox: {tag}]")
-    assert answer.headers["content-type"].startswith("text/html")
-    assert "<html>" in answer.text
+    response = ask(f"[sandbox: {tag}]")
+    assert response.headers["content-type"].startswith("text/html")
+    assert "<html>" in response.text
 
 
 @pytest.mark.parametrize("tag", ["302", "307", "308"])
 def test_a_client_that_follows_a_redirect_of_the_paid_call_is_counted(ask, sandbox, web, tag):
-    answer = ask(f"[sandbox: {tag}]")
+    response = ask(f"[sandbox: {tag}]")
     assert sandbox.report()["redirected"] == 0
-    web.request("GET" if tag == "302" else "POST", sandbox.base_url + answer.headers["location"], headers=BEARER)
+    web.request("GET" if tag == "302" else "POST", sandbox.base_url + response.headers["location"], headers=BEARER)
     assert sandbox.report()["redirected"] == 1
 
 
@@ -689,8 +689,8 @@ def test_a_reset_is_a_reset_and_a_drop_is_not(ask):
 
 def test_a_truncated_response_announces_its_whole_length_and_sends_half(sandbox):
     body = b'{"provider":"gemini","prompt":"[sandbox: truncate]"}'
-    answer = raw(sandbox, head(sandbox, f"Content-Length: {len(body)}") + body)
-    top, _, content = answer.partition(b"\r\n\r\n")
+    response = raw(sandbox, head(sandbox, f"Content-Length: {len(body)}") + body)
+    top, _, content = response.partition(b"\r\n\r\n")
     length = int(top.lower().split(b"content-length: ")[1].split(b"\r\n")[0])
     assert len(content) == length // 2
 
@@ -749,9 +749,9 @@ def test_gzip_is_compressed_and_readable(sandbox):
 
 
 def test_big_is_a_valid_image_of_that_many_megabytes_with_a_correct_length(ask, sandbox):
-    answer = ask("[sandbox: big 3]", "gemini", n=2)
-    assert len(answer.content) == int(answer.headers["content-length"])
-    contents = decoded(answer)
+    response = ask("[sandbox: big 3]", "gemini", n=2)
+    assert len(response.content) == int(response.headers["content-length"])
+    contents = decoded(response)
     assert all(3_000_000 < len(content) < 3_400_000 for content in contents)
     assert opened(contents[0]).format == "PNG"
     assert [hashlib.sha256(content).hexdigest() for content in contents] == sandbox.report()["calls"][0]["images"]
@@ -770,8 +770,8 @@ def checksums_hold(content):
 
 
 def test_a_very_large_response_is_streamed(ask):
-    answer = ask("[sandbox: big 20, gzip]", "gemini", n=2)
-    assert len(answer.content) > 2 * 20_000_000 * 4 // 3
+    response = ask("[sandbox: big 20, gzip]", "gemini", n=2)
+    assert len(response.content) > 2 * 20_000_000 * 4 // 3
 
 
 @pytest.mark.parametrize("provider", DEFAULT_MODELS)
@@ -796,9 +796,9 @@ def test_downloads_fail_as_requested(ask, web, tag, statuses):
 
 def test_a_redirected_download_arrives_in_the_end(ask, web):
     url = ask("[sandbox: url-redirect]", "gemini").json()["images"][0]["url"]
-    answer = web.get(url, follow_redirects=True)
-    assert opened(answer.content).format == "JPEG"
-    assert answer.url.path.startswith("/delivery/")
+    response = web.get(url, follow_redirects=True)
+    assert opened(response.content).format == "JPEG"
+    assert response.url.path.startswith("/delivery/")
 
 
 @pytest.mark.parametrize(
@@ -809,10 +809,10 @@ def test_urls_can_point_to_places_that_no_client_should_open(ask, tag, url):
 
 
 def test_a_huge_download_does_not_say_how_long_it_is(ask, web):
-    answer = web.get(ask("[sandbox: url-huge 5]").json()["images"][0]["url"])
-    assert "content-length" not in answer.headers
-    assert opened(answer.content).format == "PNG"
-    assert len(answer.content) > 5_000_000
+    response = web.get(ask("[sandbox: url-huge 5]").json()["images"][0]["url"])
+    assert "content-length" not in response.headers
+    assert opened(response.content).format == "PNG"
+    assert len(response.content) > 5_000_000
 
 
 def test_a_trickled_response_arrives_completely(ask):
@@ -834,9 +834,9 @@ def test_a_slow_response_is_charged_first_and_ends_when_the_sandbox_stops(web, t
 
 
 def test_several_tags_work_together(ask, web):
-    answer = ask("a cat [sandbox: url, no-billing] on a mat [Sandbox: FEWER]", "openai", n=3)
-    assert "billing" not in answer.json()
-    assert [web.get(entry["url"]).status_code for entry in answer.json()["images"]] == [200, 200]
+    response = ask("a cat [sandbox: url, no-billing] on a mat [Sandbox: FEWER]", "openai", n=3)
+    assert "billing" not in response.json()
+    assert [web.get(entry["url"]).status_code for entry in response.json()["images"]] == [200, 200]
 
 
 def test_once_applies_to_the_first_request_with_a_prompt_only(ask):
@@ -904,9 +904,9 @@ def test_the_sandbox_serves_in_the_foreground_until_stopped(web):
 
 @pytest.mark.parametrize("port", [None, 99999])
 def test_an_address_that_cannot_be_bound_is_a_configuration_error(sandbox, port):
-    taken = int(sandbox.base_url.rpartition(":")[2])
+    used_port = int(sandbox.base_url.rpartition(":")[2])
     with pytest.raises(ConfigError, match="cannot listen on"):
-        Sandbox(port=port or taken)
+        Sandbox(port=port or used_port)
 
 
 def test_latency_delays_a_response_until_it_is_over_or_the_sandbox_stops(web):
@@ -941,14 +941,14 @@ def test_one_connection_can_carry_many_requests(sandbox):
     for _ in range(3):
         body = '{"provider":"flux","prompt":"x"}'
         connection.request("POST", ROUTE, body, {**BEARER, "Content-Type": "application/json"})
-        answer = connection.getresponse()
-        assert (answer.status, bool(json.loads(answer.read()))) == (200, True)
+        response = connection.getresponse()
+        assert (response.status, bool(json.loads(response.read()))) == (200, True)
     connection.close()
     assert sandbox.report()["requests"] == 3
 
 
 def test_many_connections_at_the_same_time_are_all_served(ask, sandbox):
     with ThreadPoolExecutor(32) as pool:
-        answers = list(pool.map(lambda number: ask(f"cat {number}", "openai", size="16x16"), range(96)))
-    assert {answer.status_code for answer in answers} == {200}
+        responses = list(pool.map(lambda number: ask(f"cat {number}", "openai", size="16x16"), range(96)))
+    assert {response.status_code for response in responses} == {200}
     assert sorted(call["prompt"] for call in sandbox.report()["calls"]) == sorted(f"cat {n}" for n in range(96))

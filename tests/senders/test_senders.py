@@ -223,8 +223,8 @@ def test_ignored_files_that_may_have_been_meant_as_prompts_are_named_in_the_log(
     (parcel.target / "#folder").mkdir()
     run(["cp", *prompt_first(parcel), parcel.target])
     parcel.is_completed()
-    told = {line["file"] for line in native.daemon.events("ignored")}
-    assert told >= {f"{parcel.name}/{name}" for name in (*meant[:-1], "@home", "link.png", "#folder")}
+    reported = {line["file"] for line in native.daemon.events("ignored")}
+    assert reported >= {f"{parcel.name}/{name}" for name in (*meant[:-1], "@home", "link.png", "#folder")}
 
 
 # Folders, archives, version control

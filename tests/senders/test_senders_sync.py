@@ -133,7 +133,7 @@ def test_rclone(parcel):
 
 # Syncthing
 
-QUIET = {
+WITHOUT_NETWORK = {
     "globalAnnounceEnabled": "false",
     "localAnnounceEnabled": "false",
     "relaysEnabled": "false",
@@ -190,7 +190,12 @@ class Syncthing:
         assert options is not None
         assert gui is not None
         gui.set("enabled", "false")
-        wanted = {**QUIET, "listenAddress": self.address, "maxSendKbps": str(most), "limitBandwidthInLan": "true"}
+        wanted = {
+            **WITHOUT_NETWORK,
+            "listenAddress": self.address,
+            "maxSendKbps": str(most),
+            "limitBandwidthInLan": "true",
+        }
         for name, value in wanted.items():
             for old in options.findall(name):
                 options.remove(old)
