@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY, TESTS, Folders, Running, command, until, until_finished
-from support.scripted import Scripted, answer, answering, picture
+from support.scripted import Scripted, responding, response, small_image
 from support.station import Station
 
 from commands.test_cli import HOSTILE, RAW
@@ -862,7 +862,7 @@ def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders,
 
 def test_a_free_failure_goes_back_by_name_or_path_with_its_images_and_is_a_new_request(tmp_path, sandbox):
     folders = Folders(tmp_path, sandbox.base_url, limits__max_n="1")
-    folders.drop("sub/dog.png", picture())
+    folders.drop("sub/dog.png", small_image())
     for stem in ("cat", "sub/dog", "bird", "sub/fish"):
         folders.prompt(stem, f"+++\nn = 2\n+++\nTwo of {stem}")
     once(folders, 1)
@@ -942,7 +942,7 @@ def test_retry_overwrites_nothing_and_reports_a_missing_prompt(folders, sandbox)
 
 
 def test_images_of_a_missing_prompt_are_not_given_to_another_of_its_name(folders, sandbox):
-    folders.drop("cat.png", picture())
+    folders.drop("cat.png", small_image())
     folders.prompt("cat", "[sandbox: 400] No")
     once(folders, 1)
     (folders.errors / "cat.prompt.txt").unlink()
@@ -956,7 +956,7 @@ def test_images_of_a_missing_prompt_are_not_given_to_another_of_its_name(folders
 
 
 def test_a_retry_that_was_killed_after_it_moved_the_prompt_is_finished_by_the_next_one(folders, sandbox):
-    folders.drop("cat.png", picture())
+    folders.drop("cat.png", small_image())
     folders.prompt("cat", "[sandbox: 400] No")
     once(folders, 1)
     for name in ("cat.png", "cat.prompt.txt"):
@@ -970,7 +970,7 @@ def test_names_that_are_not_utf8_go_back_unchanged_even_if_the_name_existed(fold
     stem = os.fsdecode(b"caf\xe9 \\udce9")
     dropped = sorted([f"{stem}.png", f"{stem}.prompt.txt"])
     for _ in range(2):
-        folders.drop(f"sub/{stem}.png", picture())
+        folders.drop(f"sub/{stem}.png", small_image())
         folders.prompt(f"sub/{stem}", "[sandbox: 400] No")
         once(folders, 1)
     assert len(list(folders.errors.rglob("*.error.toml"))) == 2, "the second has its id in its names"
@@ -1081,7 +1081,7 @@ def lost_image(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
     clock = Clock()
     with Sandbox(key=KEY, clock=clock) as sandbox:
         folders = Folders(tmp_path, sandbox.base_url)
-        folders.drop("sub/cat.png", picture())
+        folders.drop("sub/cat.png", small_image())
         folders.prompt("sub/cat", "[sandbox: url-expired] A cat")
         once(folders, 1)
         assert folders.error("sub/cat")["charged"] == "yes"
@@ -1317,7 +1317,7 @@ GOOD_BALANCE = json.dumps({"total_balance": 5, "monthly_credit_balance": 2.5, "b
     ids=["404", "500", "302", "a page", "no number", "the key", "nested"],
 )
 def test_a_missing_balance_is_not_available_and_changes_nothing(tmp_path, status, body, words):
-    with Scripted(answering(body, b"Location: http://127.0.0.1:9/", status=status)) as server:
+    with Scripted(responding(body, b"Location: http://127.0.0.1:9/", status=status)) as server:
         result = command(Folders(tmp_path, server.base_url), "check", "--balance")
     assert result.returncode == 0
     (line,) = [line for line in result.stdout.splitlines() if re.match(r"\w+ +[a-z ]*balance ", line)]
@@ -1340,7 +1340,7 @@ def test_a_balance_that_never_comes_is_not_waited_for_longer_than_its_timeout(tm
 def test_a_balance_that_comes_slowly_is_not_waited_for_longer_than_its_timeout(tmp_path):
     def dribbling(exchange: Any) -> None:
         exchange.head()
-        exchange.trickle(answer(GOOD_BALANCE), 0.02)
+        exchange.trickle(response(GOOD_BALANCE), 0.02)
 
     with Scripted(dribbling) as server:
         folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.5")

@@ -21,7 +21,7 @@ import click
 import pytest
 from PIL import Image
 from support.daemon import KEY, Folders, until
-from support.scripted import Scripted, answering
+from support.scripted import Scripted, responding
 
 from imagewatch import __version__
 from imagewatch.commands.main import COMMANDS, cli, load_command
@@ -888,7 +888,7 @@ def test_each_finished_job_has_one_complete_line_in_the_log(folders, sandbox):
 @pytest.mark.parametrize("form", ["json", "console"])
 def test_a_hostile_file_name_or_response_never_reaches_the_log_raw(tmp_path, form):
     body = json.dumps({"message": f"no: {HOSTILE[:-1]}\x1b]0;owned\x07"}).encode()
-    with Scripted(answering(body, b"Content-Type: application/json", status=b"400 Bad Request")) as endpoint:
+    with Scripted(responding(body, b"Content-Type: application/json", status=b"400 Bad Request")) as endpoint:
         folders = Folders(tmp_path, endpoint.base_url, log__format=form)
         folders.prompt(f"good{HOSTILE}", "A cat")
         folders.prompt(f"bad{HOSTILE}", '+++\nprovider = "\\u001b[31m\\u202e"\n+++\nx')

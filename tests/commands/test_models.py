@@ -62,10 +62,10 @@ def test_the_family_overrides_the_other_options(folders, option):
 
 
 def test_the_family_overrides_input_images(tmp_path, sandbox):
-    from support.scripted import picture  # noqa: PLC0415
+    from support.scripted import small_image  # noqa: PLC0415
 
     folders = Folders(tmp_path, sandbox.base_url)
-    folders.drop("x.png", picture())
+    folders.drop("x.png", small_image())
     assert asked(folders, 'model = "gpt-image-2"')["provider"] == "openai"
 
 

@@ -43,13 +43,13 @@ INTERRUPTER = str(TESTS / "support/interrupt_runner.py")
 HOSTILE = '](x) ![a](b) <b>&lt; *_`\\ \x1b[31m\x07\r\n\n second\u202eline "quoted"'
 
 
-def picture(kind: str = "PNG", color: tuple[int, int, int] = (58, 110, 150)) -> bytes:
+def plain_image(kind: str = "PNG", color: tuple[int, int, int] = (58, 110, 150)) -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (64, 48), color).save(file, kind)
     return file.getvalue()
 
 
-IMAGE = picture()
+IMAGE = plain_image()
 
 
 def sha256(content: bytes) -> str:
@@ -214,28 +214,28 @@ def test_options_of_a_file_are_used_and_those_of_the_command_line_override_them(
 
 def test_images_that_a_file_names_are_those_beside_it(sender, sandbox, watched):
     for number, name in enumerate(("far/logo.png", "far/cat.png", "logo.png")):
-        sender.file(name, picture(color=(number, 0, 0)))
+        sender.file(name, plain_image(color=(number, 0, 0)))
     sender.file("far/it.txt", '+++\ninput_images = ["logo.png", "cat.png"]\n+++\nBoth')
     done = sender.submit("--from", "far/it.txt", "--wait")
     assert done.returncode == 0, done.stderr
-    assert call(sandbox)["inputs"] == [sha256(picture(color=(number, 0, 0))) for number in (0, 1)]
+    assert call(sandbox)["inputs"] == [sha256(plain_image(color=(number, 0, 0))) for number in (0, 1)]
 
 
 def test_a_file_with_the_name_of_a_prompt_is_sent_with_the_images_it_would_have_in_the_inbox(sender, sandbox, watched):
     for number, name in enumerate(("cat.png", "cat.1.png", "catalog.png")):
-        sender.file(name, picture(color=(number, 0, 0)))
+        sender.file(name, plain_image(color=(number, 0, 0)))
     file = sender.file("cat.prompt.txt", "Make it blue")
     done = sender.submit("--from", file, "--wait")
     assert done.returncode == 0, done.stderr
-    assert call(sandbox)["inputs"] == [sha256(picture(color=(number, 0, 0))) for number in (0, 1)]
+    assert call(sandbox)["inputs"] == [sha256(plain_image(color=(number, 0, 0))) for number in (0, 1)]
 
 
 def test_images_of_the_command_line_replace_those_of_the_file(sender, sandbox, watched):
-    sender.file("cat.png", picture(color=(1, 0, 0)))
+    sender.file("cat.png", plain_image(color=(1, 0, 0)))
     file = sender.file("cat.prompt.txt", "Make it blue")
-    other = sender.file("other.png", picture(color=(2, 0, 0)))
+    other = sender.file("other.png", plain_image(color=(2, 0, 0)))
     assert sender.submit("--from", file, "--image", other, "--wait").returncode == 0
-    assert call(sandbox)["inputs"] == [sha256(picture(color=(2, 0, 0)))]
+    assert call(sandbox)["inputs"] == [sha256(plain_image(color=(2, 0, 0)))]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--from", "-"]])
@@ -255,7 +255,7 @@ def test_files_and_texts_can_be_combined(sender):
 
 
 def test_images_keep_their_order_and_get_the_file_ending_of_their_type(sender, sandbox, watched):
-    contents = [picture("PNG"), picture("JPEG"), picture("WEBP"), picture("PNG", (9, 9, 9))]
+    contents = [plain_image("PNG"), plain_image("JPEG"), plain_image("WEBP"), plain_image("PNG", (9, 9, 9))]
     paths = [
         sender.file(name, content)
         for name, content in zip(("png.jpg", "none", "pictures/a b.Webp", "zzz.png"), contents, strict=True)
@@ -285,7 +285,8 @@ def refused(sender: Sender, *arguments: str | bytes, **more: Any) -> str:
 
 
 def test_every_problem_of_the_images_is_reported_and_nothing_is_dropped(sender):
-    broken, gif, page = sender.file("broken.png", IMAGE[:-9]), sender.file("a.png", picture("GIF")), sender.file("p")
+    broken, gif = sender.file("broken.png", IMAGE[:-9]), sender.file("a.png", plain_image("GIF"))
+    page = sender.file("p")
     Path(page).write_text("<html>")
     os.mkfifo(sender.home / "pipe.png")
     given = ["missing.png", broken, gif, page, "pipe.png", str(sender.home), sender.file("good.png")]
@@ -1166,7 +1167,7 @@ def test_no_folder_is_created_in_the_inbox_because_it_would_cause_a_scan_of_ever
 
 
 def test_a_reader_at_any_moment_sees_complete_files_and_no_prompt_without_its_images(sender):
-    content = picture()
+    content = plain_image()
     ended, faults, checks = threading.Event(), [], 0
 
     def check() -> None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY, Folders, command, until
-from support.scripted import Scripted, answer, answering, paid, picture
+from support.scripted import Scripted, paid, responding, response, small_image
 from support.station import Station
 
 if TYPE_CHECKING:
@@ -203,7 +203,7 @@ def test_a_reason_for_every_request_is_reported_by_one_job_and_the_rest_waits(
 
 
 def test_a_method_that_is_not_allowed_is_a_wrong_endpoint(tmp_path, hurried):
-    with Scripted(answering(b"{}", status=b"405 Method Not Allowed")) as server:
+    with Scripted(responding(b"{}", status=b"405 Method Not Allowed")) as server:
         folders = Folders(tmp_path, server.base_url, limits__concurrency="1")
         for stem in "ab":
             folders.prompt(stem, "A cat")
@@ -215,7 +215,7 @@ def test_a_method_that_is_not_allowed_is_a_wrong_endpoint(tmp_path, hurried):
 def test_a_refused_probe_returns_to_the_inbox_unchanged(narrow, hurried, sandbox):
     sandbox.balance = 0
     for number in range(3):
-        narrow.drop(f"p{number}.png", picture())
+        narrow.drop(f"p{number}.png", small_image())
         narrow.prompt(f"p{number}", f"Number {number}")
     before = content_of(narrow)
     daemon = hurried(narrow, 0.1)
@@ -391,12 +391,12 @@ class Busy:
     def busy(self, exchange: Any) -> None:
         exchange.request()
         self.asked.append(time.time())
-        exchange.send(answer(self._body, self._headers(), status=self._status))
+        exchange.send(response(self._body, self._headers(), status=self._status))
 
     def good(self, exchange: Any) -> None:
         exchange.request()
         self.asked.append(time.time())
-        exchange.send(answer(paid(picture())))
+        exchange.send(response(paid(small_image())))
 
 
 def at_a_date(seconds: int) -> bytes:

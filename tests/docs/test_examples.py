@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from commands.test_submit import Events, sha256
 from support.daemon import KEY, Folders, until
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 from imagewatch.protocol.prompt import parse
 
@@ -76,17 +76,17 @@ def test_a_text_becomes_images_whose_paths_are_printed(example, watched, sandbox
 def test_images_are_sent_in_their_order(example, watched, sandbox, tmp_path):
     paths = [tmp_path / "b b.png", tmp_path / "a.png"]
     for path in paths:
-        path.write_bytes(picture(path.name))
+        path.write_bytes(unique_png(path.name))
     done = example(str(watched.root), "Both", *map(str, paths))
     assert done.returncode == 0, done.stderr
-    assert sandbox.report()["calls"][0]["inputs"] == [sha256(picture(path.name)) for path in paths]
+    assert sandbox.report()["calls"][0]["inputs"] == [sha256(unique_png(path.name)) for path in paths]
 
 
 def test_an_image_without_an_ending_is_named_before_anything_is_dropped(example, folders, tmp_path):
     (tmp_path / "with.dot").mkdir()
     paths = [tmp_path / "a.png", tmp_path / "with.dot" / "cat"]
     for path in paths:
-        path.write_bytes(picture(path.name))
+        path.write_bytes(unique_png(path.name))
     done = example(str(folders.root), "Both", *map(str, paths))
     assert (done.returncode, done.stdout) == (64, "")
     assert done.stderr == f"{paths[1]}: its name must end in .png, .jpg, .jpeg or .webp\n"
@@ -122,7 +122,7 @@ def test_an_unfinished_prompt_is_not_reported_as_failed_and_exits_with_69(folder
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_images_are_dropped_first_and_everything_by_rename(example, watched, tmp_path):
     image = tmp_path / "a.png"
-    image.write_bytes(picture("a"))
+    image.write_bytes(unique_png("a"))
     events = Events(watched.inbox)
     assert example(str(watched.root), "Both", str(image), str(image)).returncode == 0
     seen = [(mask, name) for mask, name in events.read() if not name.startswith(".")]
@@ -167,7 +167,7 @@ def test_cron_delivers_prompts_and_fetches_images_and_pays_once_however_often_it
     elsewhere: Elsewhere, watched: Folders, sandbox: Sandbox
 ) -> None:
     elsewhere.write("trip/cat.prompt.txt", "make it blue")
-    elsewhere.write("trip/cat.png", picture("cat"))
+    elsewhere.write("trip/cat.png", unique_png("cat"))
     elsewhere.write("dog.prompt.txt", "a dog")
     elsewhere.write("bad.prompt.txt", "a cat [sandbox: 400]")
     elsewhere.write(".unfinished.prompt.txt", "never sent")
@@ -180,7 +180,7 @@ def test_cron_delivers_prompts_and_fetches_images_and_pays_once_however_often_it
     assert elsewhere.names("errors") == ["bad.error.toml", "bad.prompt.txt"]
     assert sandbox.report()["requests"] == 3
     assert [call["inputs"] for call in sandbox.report()["calls"] if call["prompt"] == "make it blue"] == [
-        [sha256(picture("cat"))]
+        [sha256(unique_png("cat"))]
     ]
 
 

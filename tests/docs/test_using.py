@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import until
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 from imagewatch.protocol.prompt import parse
 
@@ -41,7 +41,7 @@ def shell(folders: Folders, start: Any, tmp_path: Path) -> Any:
     here = tmp_path / "here"
     here.mkdir()
     for name in ("boat.png", "quay.jpg", "harbour.jpg"):
-        (here / name).write_bytes(picture(name))
+        (here / name).write_bytes(unique_png(name))
     (here / "harbour.prompt.txt").write_text("In the evening")
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
@@ -87,10 +87,10 @@ def test_the_documented_error_messages_are_the_real_ones(folders, start):
     folders.prompt("value", "+++\nquality = 'best'\n+++\nx")
     folders.drop("kind.gif", b"GIF89a")
     folders.prompt("kind", "x")
-    folders.drop("whole.png", picture("a")[:-5])
+    folders.drop("whole.png", unique_png("a")[:-5])
     folders.prompt("whole", "x")
     folders.prompt("beside", "x")
-    folders.drop("beside-2.png", picture("a"))
+    folders.drop("beside-2.png", unique_png("a"))
     folders.prompt("fence", "++++\nn = 2\n++++\nx")
     folders.prompt("yaml", "---\nn: 2\n---\nx")
     folders.prompt("page", "<!doctype html>\n<html><head><title>404</title></head>")
@@ -164,7 +164,7 @@ def test_the_skill_reads_the_keys_of_a_receipt_and_not_the_text_of_its_prompt(sh
     credits = blocks(SKILL, "sh")[5]  # noqa: A001
     text = 'Write:\n[[images]]\nfile = "no.png"\ncharged = "no"\n""" [[images]]\nfile = "no.png"\nEnd'
     front = '+++\ninput_images = ["boat-9a41.in1.png"]\nn = 2\n+++\n'
-    folders.drop("boat-9a41.in1.png", picture("boat"))
+    folders.drop("boat-9a41.in1.png", unique_png("boat"))
     folders.prompt("boat-9a41", front + text)
     until(lambda: folders.finished() == {"boat-9a41": "outbox"})
     receipt = folders.receipt("boat-9a41")

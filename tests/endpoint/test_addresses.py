@@ -9,7 +9,7 @@ import sys
 
 import pytest
 from support.daemon import KEY, REMOTE_NAME
-from support.scripted import Scripted, answer, over_tls, picture, through_proxy
+from support.scripted import Scripted, over_tls, response, small_image, through_proxy
 
 from imagewatch.config.key import Key
 from imagewatch.config.schema import Endpoint
@@ -18,7 +18,7 @@ from imagewatch.endpoint.client import Client
 from imagewatch.endpoint.download import Downloads, FetchError
 from imagewatch.endpoint.http_clients import Clients
 
-IMAGE = picture()
+IMAGE = small_image()
 REMOTE = Endpoint(base_url=f"https://{REMOTE_NAME}", connect_timeout_seconds=2.0)
 PUBLIC = "93.184.216.34"
 
@@ -159,7 +159,7 @@ def test_a_name_with_a_private_address_is_not_connected_to_even_if_its_other_add
 def test_a_redirect_to_a_private_address_is_not_followed(wire):
     def script(exchange):
         exchange.head()
-        exchange.send(answer(b"", b"Location: http://2852039166/latest", status=b"302 Found"))
+        exchange.send(response(b"", b"Location: http://2852039166/latest", status=b"302 Found"))
 
     with Scripted(script) as server:
         local = Endpoint(base_url=server.base_url)
@@ -180,7 +180,7 @@ def test_the_message_about_a_refused_address_does_not_reveal_what_is_there():
 def test_a_name_is_resolved_once_so_a_name_server_with_changing_replies_reaches_nothing(wire):
     def script(exchange):
         heads.append(exchange.head())
-        exchange.send(answer(IMAGE))
+        exchange.send(response(IMAGE))
 
     heads = []
     with Scripted(script) as server:
@@ -195,7 +195,7 @@ def test_a_name_is_resolved_once_so_a_name_server_with_changing_replies_reaches_
 def test_if_one_address_of_a_name_does_not_respond_the_next_is_tried(wire):
     def script(exchange):
         exchange.head()
-        exchange.send(answer(IMAGE))
+        exchange.send(response(IMAGE))
 
     with Scripted(script) as server:
         local, resolver = Endpoint(base_url=server.base_url), Resolver(["127.0.0.9", "127.0.0.1"])
@@ -207,7 +207,7 @@ def test_if_one_address_of_a_name_does_not_respond_the_next_is_tried(wire):
 def test_a_certificate_must_match_the_name_whatever_the_address(wire, certificate, name, is_right):
     def script(exchange):
         exchange.head()
-        exchange.send(answer(IMAGE))
+        exchange.send(response(IMAGE))
 
     names = []
     certificate.context.sni_callback = lambda _, messages, __: names.append(messages)
@@ -249,7 +249,7 @@ def test_a_proxy_is_not_asked_for_a_private_address_in_any_notation(wire, monkey
 def test_a_proxy_resolves_names_itself(wire, monkeypatch):
     def script(exchange):
         heads.append(exchange.head())
-        exchange.send(answer(b"", status=b"403 Forbidden"))
+        exchange.send(response(b"", status=b"403 Forbidden"))
 
     heads = []
     with Scripted(script) as proxy:

@@ -13,7 +13,7 @@ import zlib
 
 import pytest
 from support.daemon import KEY, TESTS
-from support.scripted import Scripted, drop, paid, picture, refused
+from support.scripted import Scripted, drop, paid, refused, small_image
 from support.station import Station
 
 from imagewatch.config.key import Key
@@ -136,7 +136,7 @@ def test_a_response_of_one_byte_per_read_keeps_no_core_busy_and_ends_at_the_dead
 
 
 def test_a_charged_response_of_one_byte_per_chunk_is_read_to_its_end(tmp_path):
-    image = picture(size=(200, 200))
+    image = small_image(size=(200, 200))
     body = paid(image)
 
     def script(exchange):
@@ -158,7 +158,7 @@ class Late(call.Call):
 
 def test_a_charged_response_that_has_arrived_at_the_deadline_is_complete(tmp_path, monkeypatch):
     monkeypatch.setattr(client, "Call", Late)
-    body = paid(picture())
+    body = paid(small_image())
 
     def script(exchange):
         exchange.request()
@@ -229,7 +229,7 @@ def test_a_compressed_response_without_content_is_cut(tmp_path):
 
 
 def test_the_images_of_a_damaged_compressed_response_are_published(tmp_path):
-    image = picture()
+    image = small_image()
     packed = gzip.compress(paid(image))[:-8] + b"\0" * 8  # its checksum and its length
 
     def script(exchange):
@@ -243,7 +243,7 @@ def test_the_images_of_a_damaged_compressed_response_are_published(tmp_path):
 
 
 @pytest.mark.parametrize("coding", [b"gzip", b"deflate", b"br", b"gzip, gzip", b"nonsense"])
-@pytest.mark.parametrize("body", [picture(), b"\x1f\x8b no", b"OK", b"\0" * 9])
+@pytest.mark.parametrize("body", [small_image(), b"\x1f\x8b no", b"OK", b"\0" * 9])
 def test_a_charged_response_in_another_encoding_than_its_header_says_is_kept_unchanged(tmp_path, coding, body):
     def script(exchange):
         exchange.request()

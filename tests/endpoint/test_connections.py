@@ -14,17 +14,17 @@ import pytest
 from support.daemon import KEY, REMOTE_NAME
 from support.scripted import (
     Scripted,
-    answer,
-    answering,
+    completed,
     drop,
     heavy,
-    made,
     no_secret,
     over_tls,
     paid,
-    picture,
     refused,
+    responding,
+    response,
     returned,
+    small_image,
     through_proxy,
     tunnel,
 )
@@ -35,7 +35,7 @@ from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint.client import Client
 from imagewatch.job.outcome import End
 
-IMAGE = picture()
+IMAGE = small_image()
 SMALL = {"x.prompt.txt": "a cat", "x.png": IMAGE}
 LARGE_BYTES = 12_000_000  # more than the buffers of both ends hold
 
@@ -155,7 +155,7 @@ def test_a_proxy_that_refuses_to_connect_leaves_the_prompt_in_the_inbox_and_neve
 
     def script(exchange):
         heads.append(exchange.head())
-        exchange.send(answer(b"", status=b"502 Bad Gateway"))
+        exchange.send(response(b"", status=b"502 Bad Gateway"))
 
     with Scripted(script) as proxy:
         through_proxy(monkeypatch, proxy)
@@ -172,7 +172,7 @@ def test_a_proxy_of_the_environment_is_not_used_for_a_loopback_endpoint(tmp_path
         with at(tmp_path, sandbox.base_url) as station:
             drop(station, {"x.prompt.txt": "a cat"})  # flux: its image is downloaded by url
             station.work()
-            made(station, "x", {"x.prompt.txt": "a cat"}, "x.jpg")
+            completed(station, "x", {"x.prompt.txt": "a cat"}, "x.jpg")
     assert proxy.connections == 0
 
 
@@ -206,11 +206,11 @@ def test_an_upload_that_is_cut_off_each_time_fails_after_its_attempts_and_was_fr
 
 
 def test_an_upload_that_is_cut_off_once_is_completed_and_paid_once(tmp_path, large):
-    with served_by(tmp_path, lambda exchange: exchange.head(), answering(paid(IMAGE))) as station:
+    with served_by(tmp_path, lambda exchange: exchange.head(), responding(paid(IMAGE))) as station:
         drop(station, large)
         (outcome,) = station.work()
         assert (outcome.destination, outcome.charged) == ("outbox", "yes")
-        assert made(station, "x", large, "x.png")["attempts"] == 2
+        assert completed(station, "x", large, "x.png")["attempts"] == 2
         assert station.server.connections == 2
 
 
@@ -247,7 +247,7 @@ def test_a_server_that_reads_slowly_past_the_deadline_was_sent_no_complete_reque
 def test_a_response_before_the_body_was_read_counts_as_the_response(tmp_path, large, drains, status, kind):
     def script(exchange):
         exchange.head()
-        exchange.send(answer(b'{"message": "not that"}', b"Connection: close", status=status))
+        exchange.send(response(b'{"message": "not that"}', b"Connection: close", status=status))
         exchange.connection.shutdown(socket.SHUT_WR)
         if drains:
             exchange.drain()
@@ -436,7 +436,7 @@ def test_the_charge_is_unknown_after_an_unrequested_upgrade(tmp_path):
 BODY = paid(IMAGE)
 HEAD = b"HTTP/1.1 200 OK\r\n"
 PROPER = {
-    "after interim answers": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + answer(BODY),
+    "interim responses": b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + response(BODY),
     "without a length": HEAD + b"\r\n" + BODY,
     "by HTTP/1.0": b"HTTP/1.0 200 OK\r\n\r\n" + BODY,
     "in chunks": HEAD
@@ -444,7 +444,7 @@ PROPER = {
     + b"".join(b"%x;a=b\r\n%s\r\n" % (len(BODY[k : k + 7]), BODY[k : k + 7]) for k in range(0, len(BODY), 7))
     + b"0\r\nTrailer: x\r\n\r\n",
     "with long headers": HEAD + b"X-Long: " + b"y" * 60_000 + b"\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY,
-    "with more after it": answer(BODY) + b"HTTP/1.1 500 Oops\r\n\r\n",
+    "with more after it": response(BODY) + b"HTTP/1.1 500 Oops\r\n\r\n",
 }
 
 
@@ -457,7 +457,7 @@ def test_a_response_may_be_framed_in_any_way(tmp_path, reply):
     with served_by(tmp_path, script) as station:
         drop(station, SMALL)
         (outcome,) = station.work()
-        receipt = made(station, "x", SMALL, "x.png")
+        receipt = completed(station, "x", SMALL, "x.png")
         assert "problems" not in receipt
         assert (station.outbox / "x.png").read_bytes() == IMAGE
         assert (outcome.charged, outcome.credits) == ("yes", 7)
@@ -467,12 +467,12 @@ def test_a_response_may_be_framed_in_any_way(tmp_path, reply):
 def test_a_response_byte_by_byte_is_read_to_its_end(tmp_path):
     def script(exchange):
         exchange.request()
-        exchange.trickle(answer(BODY), 0.0005)
+        exchange.trickle(response(BODY), 0.0005)
 
     with served_by(tmp_path, script, endpoint__timeout_seconds="5") as station:
         drop(station, SMALL)
         station.work()
-        assert "problems" not in made(station, "x", SMALL, "x.png")
+        assert "problems" not in completed(station, "x", SMALL, "x.png")
 
 
 FRAMES = {
@@ -484,7 +484,7 @@ FRAMES = {
 
 @pytest.mark.parametrize("frame", FRAMES.values(), ids=FRAMES)
 def test_a_body_that_trickles_past_the_deadline_counts_as_charged_and_its_received_part_is_kept(tmp_path, frame):
-    body = paid(picture(size=(300, 300)))
+    body = paid(small_image(size=(300, 300)))
 
     def script(exchange):
         exchange.request()
@@ -519,7 +519,7 @@ def test_the_complete_images_of_an_incomplete_body_are_published(tmp_path, frame
     with served_by(tmp_path, script) as station:
         drop(station, originals)
         (outcome,) = station.work()
-        receipt = made(station, "x", originals, "x-1.png")
+        receipt = completed(station, "x", originals, "x-1.png")
         assert (receipt["asked"], receipt["got"], outcome.charged) == (2, 1, "yes")
         assert receipt["problems"]
         assert (station.outbox / "x-1.png").read_bytes() == IMAGE
@@ -528,7 +528,7 @@ def test_the_complete_images_of_an_incomplete_body_are_published(tmp_path, frame
 def test_a_redirect_is_never_followed_by_the_paid_call(tmp_path):
     with Scripted() as other:
         for number, status in enumerate((b"301 a", b"302 b", b"303 c", b"307 d", b"308 e")):
-            reply = answering(b"", b"Location: " + other.base_url.encode() + b"/v1", status=status)
+            reply = responding(b"", b"Location: " + other.base_url.encode() + b"/v1", status=status)
             with served_by(tmp_path / str(number), reply) as station:
                 drop(station, SMALL)
                 (outcome,) = station.work()
@@ -538,7 +538,7 @@ def test_a_redirect_is_never_followed_by_the_paid_call(tmp_path):
 
 
 def test_a_redirect_to_an_invalid_url_is_only_a_redirect(tmp_path):
-    with served_by(tmp_path, answering(b"", b"Location: http://[::1", status=b"302 Found")) as station:
+    with served_by(tmp_path, responding(b"", b"Location: http://[::1", status=b"302 Found")) as station:
         drop(station, SMALL)
         (outcome,) = station.work()
         error = refused(station, "x", SMALL)

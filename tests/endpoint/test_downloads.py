@@ -16,15 +16,15 @@ import pytest
 from support.daemon import KEY, REMOTE_NAME, Folders
 from support.scripted import (
     Scripted,
-    answer,
-    answering,
+    completed,
     drop,
-    made,
     no_secret,
     over_tls,
     paid,
-    picture,
     refused,
+    responding,
+    response,
+    small_image,
     through_proxy,
     tunnel,
 )
@@ -40,7 +40,7 @@ from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 
-IMAGE = picture()
+IMAGE = small_image()
 ASK = {"x.prompt.txt": "a cat"}
 
 
@@ -75,7 +75,7 @@ class Clock:
 def responding_with(tmp_path, *images, clock=None, **settings):
     """A station whose API responds to one request with these images or urls."""
     with (
-        Scripted(answering(paid(*images))) as server,
+        Scripted(responding(paid(*images))) as server,
         contextlib.closing(Station(tmp_path, server.base_url, **settings)) as station,
     ):
         if clock is not None:
@@ -88,7 +88,7 @@ def responding_with(tmp_path, *images, clock=None, **settings):
 def fetched(station, *names):
     drop(station, ASK)
     station.work()
-    return made(station, "x", ASK, *names)
+    return completed(station, "x", ASK, *names)
 
 
 def not_fetched(station, *texts):
@@ -113,7 +113,7 @@ def test_images_by_url_are_published_as_they_were_served(station, sandbox, tag, 
     originals = ask(station, tag, 'provider = "openai"\nn = 2')
     (outcome,) = station.work()
     ending = "png"
-    receipt = made(station, "x", originals, f"x-1.{ending}", f"x-2.{ending}")
+    receipt = completed(station, "x", originals, f"x-1.{ending}", f"x-2.{ending}")
     assert "problems" not in receipt
     (call,) = sandbox.report()["calls"]
     assert [image["sha256"] for image in receipt["images"]] == call["images"]
@@ -179,12 +179,12 @@ def host(*replies):
 
 
 def moved(url):
-    return answer(b"", b"Location: " + url.encode(), status=b"302 Found")
+    return response(b"", b"Location: " + url.encode(), status=b"302 Found")
 
 
 def test_the_key_never_reaches_an_image_host_nor_the_target_of_its_redirect(tmp_path):
     with (
-        host(answer(IMAGE)) as second,
+        host(response(IMAGE)) as second,
         host(moved(second.base_url + "/b?sig=2")) as first,
         responding_with(tmp_path, first.base_url + "/a?sig=1") as station,
     ):
@@ -204,12 +204,12 @@ def test_an_image_on_the_host_of_the_api_is_downloaded_without_the_key(tmp_path)
 
     def image_route(exchange):
         heads.append(exchange.head())
-        exchange.send(answer(IMAGE))
+        exchange.send(response(IMAGE))
 
     def paid_route(exchange):
         exchange.request()
         url = f"http://127.0.0.1:{exchange.connection.getsockname()[1]}/x.png?sig=1"
-        exchange.send(answer(paid(url), b"Set-Cookie: session=1"))
+        exchange.send(response(paid(url), b"Set-Cookie: session=1"))
 
     with (
         Scripted(paid_route, image_route) as server,
@@ -294,9 +294,9 @@ def test_a_download_that_breaks_off_is_tried_again_because_it_is_free(tmp_path):
     replies = (
         b"",
         b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + IMAGE[:20],
-        answer(b"", status=b"500 Oops"),
+        response(b"", status=b"500 Oops"),
         b"nonsense\r\n\r\n",
-        answer(IMAGE),
+        response(IMAGE),
     )
     clock = Clock()
     with (
@@ -351,19 +351,19 @@ class Full(Disk):
 
 def test_a_full_disk_is_not_an_error_of_the_host(tmp_path):
     with (
-        host(answer(IMAGE), answer(IMAGE)) as images,
-        Scripted(answering(paid(images.base_url + "/x?sig=1"))) as server,
+        host(response(IMAGE), response(IMAGE)) as images,
+        Scripted(responding(paid(images.base_url + "/x?sig=1"))) as server,
         contextlib.closing(Station(tmp_path, server.base_url, disk=Full())) as station,
     ):
         drop(station, ASK)
         with pytest.raises(SpoolError, match="No space left"):
             station.work()
         station.recover()
-        made(station, "x", ASK, "x.png")
+        completed(station, "x", ASK, "x.png")
 
 
 def test_a_host_that_refuses_is_asked_three_times(tmp_path):
-    refusals = [answer(b"", status=b"404 Not Found")] * 3
+    refusals = [response(b"", status=b"404 Not Found")] * 3
     clock = Clock()
     with host(*refusals) as images, responding_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
         not_fetched(station, "HTTP 404")
@@ -396,7 +396,7 @@ def test_an_image_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
     def good(exchange):
         asked.append(list(clock.waits))
         exchange.head()
-        exchange.send(answer(IMAGE))
+        exchange.send(response(IMAGE))
 
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
@@ -405,18 +405,18 @@ def test_an_image_of_a_good_host_does_not_wait_for_one_of_a_bad_host(tmp_path):
     ):
         drop(station, originals)
         station.work()
-        receipt = made(station, "x", originals, "x-2.png")
+        receipt = completed(station, "x", originals, "x-2.png")
     assert asked == [[]]
     assert "refused" in receipt["problems"][0]
     assert sum(clock.waits) > 500  # the bad one was tried for the full time
 
 
 def test_only_the_images_that_failed_are_downloaded_again(tmp_path):
-    urls, replies = [], {b"/b": [b"", answer(b"", status=b"503 Busy")], b"/c": [answer(b"", status=b"404 No")] * 3}
+    urls, replies = [], {b"/b": [b"", response(b"", status=b"503 Busy")], b"/c": [response(b"", status=b"404 No")] * 3}
 
     def script(exchange):
         urls.append(exchange.head().split(b" ")[1])
-        exchange.send(replies[urls[-1]].pop(0) if replies.get(urls[-1]) else answer(IMAGE))
+        exchange.send(replies[urls[-1]].pop(0) if replies.get(urls[-1]) else response(IMAGE))
 
     originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
     clock = Clock()
@@ -426,7 +426,7 @@ def test_only_the_images_that_failed_are_downloaded_again(tmp_path):
     ):
         drop(station, originals)
         station.work()
-        receipt = made(station, "x", originals, "x-1.png", "x-2.png")
+        receipt = completed(station, "x", originals, "x-1.png", "x-2.png")
     assert urls == [b"/a", b"/b", b"/c", b"/b", b"/c", b"/b", b"/c"]
     assert "HTTP 404" in receipt["problems"][0]
     assert clock.waits == sorted(clock.waits)
@@ -442,7 +442,7 @@ def test_a_slow_host_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypat
         if urls[-1] == b"/slow":
             exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(IMAGE))
             exchange.trickle(IMAGE, 0.05)
-        exchange.send(answer(IMAGE))
+        exchange.send(response(IMAGE))
 
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
     with (
@@ -451,7 +451,7 @@ def test_a_slow_host_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypat
     ):
         drop(station, originals)
         station.work()
-        receipt = made(station, "x", originals, "x-2.png")
+        receipt = completed(station, "x", originals, "x-2.png")
     assert urls[:2] == [b"/slow", b"/good"]
     assert "no end after" in receipt["problems"][0]
     assert "deadline_seconds" not in receipt["problems"][0]
@@ -460,7 +460,7 @@ def test_a_slow_host_gets_no_more_than_its_share_of_the_time(tmp_path, monkeypat
 def test_a_clock_that_is_set_forward_does_not_end_the_attempts(tmp_path):
     wall = Clock()
     with (
-        host(answer(b"", status=b"503 Busy"), answer(IMAGE)) as images,
+        host(response(b"", status=b"503 Busy"), response(IMAGE)) as images,
         responding_with(tmp_path, images.base_url + "/x?sig=1") as station,
     ):
         parts = station.spool, station.client, station.ledger, station.config()
@@ -479,7 +479,7 @@ def slowly(exchange, *, sized=True):
 def at_once(exchange):
     """Serve an image."""
     exchange.head()
-    exchange.send(answer(IMAGE))
+    exchange.send(response(IMAGE))
 
 
 @pytest.mark.parametrize("sized", [False, True])
@@ -530,7 +530,7 @@ def test_the_deadline_also_applies_to_the_second_image_on_a_kept_connection(tmp_
     ):
         drop(station, originals)
         station.work()
-        assert "problems" not in made(station, "x", originals, "x-1.png", "x-2.png")
+        assert "problems" not in completed(station, "x", originals, "x-1.png", "x-2.png")
     assert images.connections == 3
 
 
@@ -555,7 +555,7 @@ def raw_deflate(content):
     ids="gzip x-gzip capitals zlib raw-deflate only-says-gzip aws-chunked only-says-br utf-8".split(),  # noqa: SIM905
 )
 def test_an_image_that_its_host_compressed_is_published_uncompressed(tmp_path, coding, pack):
-    reply = answer(pack(IMAGE), b"Content-Encoding: " + coding)
+    reply = response(pack(IMAGE), b"Content-Encoding: " + coding)
     with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1") as station:
         receipt = fetched(station, "x.png")
         assert "problems" not in receipt
@@ -564,7 +564,7 @@ def test_an_image_that_its_host_compressed_is_published_uncompressed(tmp_path, c
 
 @pytest.mark.parametrize("coding", [b"br", b"zstd", b"gzip, br"])
 def test_an_image_in_an_unrequested_coding_is_not_downloaded(tmp_path, coding):
-    reply = answer(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
+    reply = response(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
     with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1") as station:
         not_fetched(station, f"encoded as {coding.decode()!r}", "we did not ask for")
     assert images.connections == 1
@@ -573,7 +573,7 @@ def test_an_image_in_an_unrequested_coding_is_not_downloaded(tmp_path, coding):
 def test_a_compressed_image_that_grows_beyond_the_limit_is_not_downloaded_to_its_end(tmp_path):
     bomb = gzip.compress(IMAGE + bytes(300_000_000), 1)
     assert len(bomb) < 2_000_000
-    reply, settings = answer(bomb, b"Content-Encoding: gzip"), {"endpoint__max_response_bytes": "1000000"}
+    reply, settings = response(bomb, b"Content-Encoding: gzip"), {"endpoint__max_response_bytes": "1000000"}
     tracemalloc.start()
     try:
         with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1", **settings) as station:
@@ -589,7 +589,7 @@ def test_a_compressed_image_that_grows_beyond_the_limit_is_not_downloaded_to_its
 def test_a_damaged_compressed_image_is_tried_again(tmp_path):
     packed = bytearray(gzip.compress(IMAGE))
     packed[-6] ^= 1
-    replies = [answer(content, b"Content-Encoding: gzip") for content in (bytes(packed), gzip.compress(IMAGE))]
+    replies = [response(content, b"Content-Encoding: gzip") for content in (bytes(packed), gzip.compress(IMAGE))]
     clock = Clock()
     with host(*replies) as images, responding_with(tmp_path, images.base_url + "/x?sig=1", clock=clock) as station:
         assert "problems" not in fetched(station, "x.png")
@@ -599,19 +599,19 @@ def test_a_damaged_compressed_image_is_tried_again(tmp_path):
 def test_one_image_that_cannot_be_downloaded_does_not_cost_the_others(tmp_path):
     originals = {"x.prompt.txt": "+++\nn = 3\n+++\na cat"}
     with (
-        host(answer(IMAGE)) as images,
+        host(response(IMAGE)) as images,
         responding_with(tmp_path, images.base_url + "/a?sig=1", "file:///etc/passwd", IMAGE) as station,
     ):
         drop(station, originals)
         station.work()
-        receipt = made(station, "x", originals, "x-1.png", "x-3.png")
+        receipt = completed(station, "x", originals, "x-1.png", "x-3.png")
     assert (receipt["asked"], receipt["got"]) == (3, 2)
     assert receipt["problems"][0].startswith("image 2: file:")
 
 
 def test_a_page_instead_of_an_image_is_not_published_as_one(tmp_path):
     with (
-        host(answer(b"<!DOCTYPE html><p>no", b"Content-Type: image/png")) as images,
+        host(response(b"<!DOCTYPE html><p>no", b"Content-Type: image/png")) as images,
         responding_with(tmp_path, images.base_url + "/x?sig=1") as station,
     ):
         not_fetched(station, "HTML")

@@ -18,13 +18,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 from support.daemon import KEY
-from support.scripted import Scripted, answer, drop, completed, no_secret, over, paid, picture, refused
+from support.scripted import Scripted, completed, drop, no_secret, over, paid, refused, response, small_image
 from support.station import Station
 
 from imagewatch import __version__
 from imagewatch.commands.check import files as explained
 
-IMAGE = picture()
+IMAGE = small_image()
 
 
 @pytest.fixture(autouse=True)
@@ -38,10 +38,10 @@ def at(tmp_path, sandbox):
     """Create a station with its own settings."""
     with contextlib.ExitStack() as stack:
 
-        def created(**settings):
+        def new_station(**settings):
             return stack.enter_context(contextlib.closing(Station(tmp_path, sandbox.base_url, **settings)))
 
-        yield created
+        yield new_station
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def sent(tmp_path):
 
         def script(exchange):
             received.append(exchange.request())
-            exchange.send(answer(paid(IMAGE)))
+            exchange.send(response(paid(IMAGE)))
 
         with (
             Scripted(script) as server,
@@ -133,10 +133,10 @@ def test_options_that_are_not_set_are_not_sent(sent):
 
 @pytest.mark.parametrize("extra", range(4))
 def test_the_length_is_right_whatever_the_size_of_the_images(sent, extra):
-    image = picture()
+    image = small_image()
     padded = image + b""  # the sizes come from the image's own dimensions
     for width in range(40 + extra, 400):
-        padded = picture(size=(width, 30))
+        padded = small_image(size=(width, 30))
         if len(padded) % 3 == extra % 3:
             break
     headers, body, _ = sent({"x.prompt.txt": "Ω", "x.png": padded, "x.1.png": image})
@@ -147,11 +147,11 @@ def test_the_length_is_right_whatever_the_size_of_the_images(sent, extra):
 
 
 def test_fourteen_inputs_arrive_as_they_were_dropped_and_in_their_order(station, sandbox):
-    images = {"x.png": picture(colour=(0, 0, 0))}
+    images = {"x.png": small_image(color=(0, 0, 0))}
     for number in range(1, 14):
         kind = ("PNG", "JPEG", "WEBP")[number % 3]
         ending = ("png", "jpg", "webp")[number % 3]
-        images[f"x.{number}.{ending}"] = picture(kind, colour=(number, 0, 0))
+        images[f"x.{number}.{ending}"] = small_image(kind, color=(number, 0, 0))
     originals = {"x.prompt.txt": "a cat", **images}
     drop(station, originals)
     station.work()
@@ -164,7 +164,7 @@ def test_fourteen_inputs_arrive_as_they_were_dropped_and_in_their_order(station,
 
 
 def test_declared_inputs_are_sent_in_the_order_of_the_prompt(station, sandbox):
-    images = {f"{name}.png": picture(colour=(number, 0, 0)) for number, name in enumerate("cab")}
+    images = {f"{name}.png": small_image(color=(number, 0, 0)) for number, name in enumerate("cab")}
     originals = {"x.prompt.txt": '+++\ninput_images = ["b.png", "c.png", "a.png"]\n+++\na cat', **images}
     drop(station, originals)
     station.work()
@@ -184,7 +184,7 @@ def test_an_empty_list_of_inputs_means_none_even_with_an_image_beside_the_prompt
     ("name", "kind", "mime"), [("x.png", "JPEG", "jpeg"), ("x.JPG", "WEBP", "webp"), ("x.webp", "PNG", "png")]
 )
 def test_the_type_of_an_input_follows_its_content_not_its_name(sent, name, kind, mime):
-    _, body, _ = sent({"x.prompt.txt": "a cat", name: picture(kind)})
+    _, body, _ = sent({"x.prompt.txt": "a cat", name: small_image(kind)})
     (url,) = json.loads(body)["input_images"]
     assert url.startswith(f"data:image/{mime};base64,")
 
@@ -333,7 +333,7 @@ def test_a_supported_image_with_any_file_ending_is_sent_with_the_type_of_its_con
 
 def test_a_jpeg_with_data_after_its_end_is_sent_unchanged(station, sandbox):
     file = io.BytesIO()
-    frames = [Image.new("RGB", (24, 16), colour) for colour in ("red", "blue")]
+    frames = [Image.new("RGB", (24, 16), color) for color in ("red", "blue")]
     frames[0].save(file, "MPO", save_all=True, append_images=frames[1:])
     originals = {"x.prompt.txt": '+++\ninput_images = ["a.mpo"]\n+++\na cat', "a.mpo": file.getvalue()}
     drop(station, originals)
@@ -631,7 +631,7 @@ def test_a_name_that_appears_after_the_decision_is_not_overwritten(station, sand
 
     def script(exchange):
         exchange.request()
-        exchange.send(answer(paid(IMAGE, picture(colour=(1, 1, 1)))))
+        exchange.send(response(paid(IMAGE, small_image(color=(1, 1, 1)))))
 
     with (
         Scripted(script) as server,

@@ -22,7 +22,7 @@ import msgspec
 import pytest
 import structlog
 from support.daemon import Folders
-from support.endpoint import AT, Books, PaidEndpoint, Reply, picture, served
+from support.endpoint import AT, Books, PaidEndpoint, Reply, served, unique_png
 from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 from support.station import Distrustful
 
@@ -81,7 +81,7 @@ class Scene:
 
 def _one(reply: Reply | list[Reply], destination: str, charged: str, *, front: str = "", **more: Any) -> Scene:
     """Return a scene of one prompt, ``cat``, with the given images."""
-    images = {name: picture(name) for name in more.pop("images", ())}
+    images = {name: unique_png(name) for name in more.pop("images", ())}
     text = f"+++\n{front}\n+++\na cat" if front else "a cat"
     replies = {"a cat": reply if isinstance(reply, list) else [reply]}
     return Scene({"cat.prompt.txt": text, **images}, replies, {"cat": ("a cat", destination, charged)}, **more)
@@ -115,7 +115,7 @@ SCENES = {
     "cut off each time": _one(CUT_OFF, "errors", "no", images=TWO, settings={"retry__attempts": "2"}),
     "withdrawn": _one(Reply(), "inbox", "no", images=TWO, withdrawn=True),
     "in a sub-folder": Scene(
-        {"a/b/cat.prompt.txt": "a cat", "a/b/cat.png": picture("in")},
+        {"a/b/cat.prompt.txt": "a cat", "a/b/cat.png": unique_png("in")},
         {"a cat": [Reply()]},
         {"a/b/cat": ("a cat", "outbox", "yes")},
     ),

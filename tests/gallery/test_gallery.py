@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 HOSTILE = "</script><script>pwned()</script><img src=x onerror=pwned()>\"'&amp;<!--"
 
 
-def picture(color: object = "teal", size: tuple[int, int] = (640, 480), kind: str = "png", **how: Any) -> bytes:
+def plain_image(color: object = "teal", size: tuple[int, int] = (640, 480), kind: str = "png", **how: Any) -> bytes:
     out = io.BytesIO()
     Image.new(how.pop("mode", "RGB"), size, color).save(out, kind, **how)
     return out.getvalue()
@@ -131,7 +131,7 @@ def command(environ: dict[str, str], *arguments: str) -> subprocess.CompletedPro
 
 
 def test_the_page_shows_completed_and_failed_jobs(station: Station):
-    station.drop("edit.png", picture("navy"))
+    station.drop("edit.png", plain_image("navy"))
     station.prompt("edit", "make it blue")
     station.prompt("four", '+++\nprovider = "gemini"\nn = 4\n+++\na robot')
     station.work()
@@ -178,18 +178,18 @@ def test_the_newest_job_comes_first(shelf: Shelf):
 
 def test_two_edits_of_one_name_each_keep_their_own_input(station: Station):
     for color in ("red", "blue"):
-        station.drop("cat.png", picture(color))
+        station.drop("cat.png", plain_image(color))
         station.prompt("cat", f'+++\nprovider = "gemini"\n+++\nmore {color}')
         station.work()
     Gallery(station.config()).write()
     jobs = page_data(station.root / "gallery.html")["shown"]["jobs"]
     shown = {job["prompt"]: (station.root / unquote(job["inputs"][0]["href"])).read_bytes() for job in jobs}
-    assert shown == {"more red": picture("red"), "more blue": picture("blue")}
+    assert shown == {"more red": plain_image("red"), "more blue": plain_image("blue")}
 
 
 def test_an_input_that_was_not_kept_is_named_nevertheless(shelf: Shelf):
     inputs = [{"file": "boat.png", "bytes": 9}]
-    shelf.completed("cat", picture(), inputs=inputs)
+    shelf.completed("cat", plain_image(), inputs=inputs)
     shelf.gallery().write()
     assert shelf.jobs[0]["inputs"] == [{"name": "boat.png", "bytes": 9, "problem": "is missing from the archive"}]
     shelf.gallery(folders__archive="delete").write()
@@ -197,7 +197,7 @@ def test_an_input_that_was_not_kept_is_named_nevertheless(shelf: Shelf):
 
 
 def test_a_job_whose_image_was_removed_stays_on_the_page(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     (shelf.root / "outbox/cat.png").unlink()
     shelf.gallery().write()
     assert shelf.jobs[0]["images"][0]["problem"] == "is missing from the outbox"
@@ -229,7 +229,7 @@ def test_without_any_folders_nothing_is_created(tmp_path: Path):
 
 
 def test_a_folder_that_may_not_be_read_is_reported_and_skipped(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     locked = shelf.root / "outbox/private"
     locked.mkdir(mode=0)
     if os.access(locked, os.R_OK):
@@ -263,7 +263,7 @@ def test_a_folder_that_may_not_be_read_is_reported_and_skipped(shelf: Shelf):
 )
 def test_a_result_file_that_cannot_be_read_is_shown_as_unreadable(shelf: Shelf, content: bytes, why: str):
     shelf.put("outbox/cat.receipt.toml", content)
-    shelf.completed("dog", picture())
+    shelf.completed("dog", plain_image())
     shelf.gallery().write()
     cat, dog = sorted(shelf.jobs, key=lambda job: job["name"])
     assert (cat["name"], dog["name"]) == ("cat", "dog")
@@ -309,7 +309,7 @@ def test_the_page_is_written_whatever_a_result_file_contains(tmp_path_factory, r
 
 @pytest.mark.parametrize("name", ["../secret.png", "/etc/passwd", "a/../../secret.png", "..", "", "x\0y"])
 def test_a_result_file_cannot_name_a_file_outside_its_folder(shelf: Shelf, name: str):
-    secret = picture()
+    secret = plain_image()
     shelf.put("secret.png", secret)
     entry = {"file": name, "bytes": len(secret)}
     shelf.put("outbox/cat.receipt.toml", tomli_w.dumps({"source": "c", "charged": "yes", "images": [entry]}).encode())
@@ -328,7 +328,7 @@ def test_a_name_longer_than_any_file_name_causes_no_delay(shelf: Shelf):
 
 
 def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
-    secret = picture()
+    secret = plain_image()
     (tmp_path / "private.png").write_bytes(secret)
     shelf.completed("cat", secret)
     (shelf.root / "outbox/cat.png").unlink()
@@ -352,7 +352,7 @@ def test_neither_links_nor_pipes_are_opened(shelf: Shelf, tmp_path: Path):
 
 
 def test_a_name_that_is_not_utf8_has_a_url_that_works(shelf: Shelf):
-    content = picture()
+    content = plain_image()
     name = os.fsdecode(b"caf\xe9 %41#?.png")
     (shelf.root / "outbox" / name).write_bytes(content)
     entry = {"file": whole(name), "bytes": len(content)}  # as receipts write it
@@ -370,10 +370,10 @@ def hostile(shelf: Shelf) -> None:
     """Fill the folders with names and texts that try to be script."""
     name = HOSTILE.replace("/", "\\")
     shelf.completed(
-        "cat", picture(), folder=name, prompt=HOSTILE, provider=HOSTILE, model=HOSTILE, code=HOSTILE, job=HOSTILE
+        "cat", plain_image(), folder=name, prompt=HOSTILE, provider=HOSTILE, model=HOSTILE, code=HOSTILE, job=HOSTILE
     )
     shelf.completed(
-        name, picture(), billing={HOSTILE: HOSTILE}, request={HOSTILE: HOSTILE}, problems=[HOSTILE, HOSTILE]
+        name, plain_image(), billing={HOSTILE: HOSTILE}, request={HOSTILE: HOSTILE}, problems=[HOSTILE, HOSTILE]
     )
     shelf.failed(name, message=HOSTILE, next=HOSTILE, problems=[HOSTILE, HOSTILE], code=HOSTILE, source=HOSTILE)
     shelf.put(f"errors/{name}2.error.toml", HOSTILE.encode())
@@ -409,7 +409,7 @@ def test_the_policy_lets_our_own_script_and_style_run_and_nothing_else(shelf: Sh
 
 
 def test_the_page_contains_no_network_address(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     addresses = re.findall(r"[a-z]+://[^\s\"'<]*", (shelf.root / "gallery.html").read_text())
     assert addresses == ["http://www.w3.org/2000/svg"]  # a namespace, which browsers do not load
@@ -447,8 +447,8 @@ def lying() -> bytes:
     [
         (bomb(8000, 8000), "too large for a thumbnail: 8000 x 8000"),
         (bomb(60000, 60000), "too large for a thumbnail: 60000 x 60000"),
-        (picture(size=(5000, 4001), kind="webp"), "too large for a thumbnail: 5000 x 4001"),
-        (picture()[:-20], "cut short"),
+        (plain_image(size=(5000, 4001), kind="webp"), "too large for a thumbnail: 5000 x 4001"),
+        (plain_image()[:-20], "cut short"),
         (b"GIF89a", "not a PNG, JPEG or WebP"),
         (b"<svg onload='pwned()'/>", "not a PNG, JPEG or WebP"),
         (b"", "not a PNG, JPEG or WebP"),
@@ -457,7 +457,7 @@ def lying() -> bytes:
 )
 def test_an_image_without_a_thumbnail_shows_the_reason_instead(shelf: Shelf, content: bytes, why: str):
     shelf.completed("bad", content)
-    shelf.completed("good", picture())
+    shelf.completed("good", plain_image())
     shelf.gallery().write()
     bad, good = sorted(shelf.jobs, key=lambda job: job["name"])
     assert why in bad["images"][0]["problem"]
@@ -480,7 +480,7 @@ def test_an_image_without_a_thumbnail_shows_the_reason_instead(shelf: Shelf, con
     ],
 )
 def test_thumbnails_are_small_and_keep_shape_and_transparency(shelf: Shelf, kind: str, mode: str, color: object):
-    shelf.completed("cat", picture(color, (1600, 800), kind, mode=mode))
+    shelf.completed("cat", plain_image(color, (1600, 800), kind, mode=mode))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert (small.format, small.size) == ("WEBP", (320, 160))
@@ -562,7 +562,7 @@ def test_several_huge_images_take_no_more_memory_than_one(shelf: Shelf):
 
 
 def test_a_small_image_is_not_enlarged(shelf: Shelf):
-    shelf.completed("cat", picture(size=(40, 20)))
+    shelf.completed("cat", plain_image(size=(40, 20)))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert small.size == (40, 20)
@@ -572,7 +572,7 @@ def test_a_thumbnail_is_upright_and_contains_no_camera_data(shelf: Shelf):
     exif = Image.Exif()
     exif[0x0112] = 6  # a rotation by 90 degrees
     exif[0x010F] = "a camera"
-    shelf.completed("cat", picture(size=(1600, 800), kind="jpeg", exif=exif))
+    shelf.completed("cat", plain_image(size=(1600, 800), kind="jpeg", exif=exif))
     shelf.gallery().write()
     with Image.open(shelf.root / "gallery_files" / shelf.thumbs[0]) as small:
         assert small.size == (160, 320)
@@ -580,11 +580,11 @@ def test_a_thumbnail_is_upright_and_contains_no_camera_data(shelf: Shelf):
 
 
 def test_only_new_images_get_a_new_thumbnail(shelf: Shelf):
-    shelf.completed("cat", picture("red"))
-    shelf.completed("dog", picture("blue"))
+    shelf.completed("cat", plain_image("red"))
+    shelf.completed("dog", plain_image("blue"))
     shelf.gallery().write()
     before = {name: (shelf.root / "gallery_files" / name).stat().st_mtime_ns for name in shelf.thumbs}
-    shelf.completed("cow", picture("green"))
+    shelf.completed("cow", plain_image("green"))
     counted: list[tuple[int, int]] = []
     shelf.gallery().write(lambda done, total: counted.append((done, total)))
     assert counted == [(1, 1)]
@@ -596,10 +596,10 @@ def test_only_new_images_get_a_new_thumbnail(shelf: Shelf):
 
 
 def test_a_replaced_image_gets_another_thumbnail(shelf: Shelf):
-    shelf.completed("cat", picture("red"))
+    shelf.completed("cat", plain_image("red"))
     shelf.gallery().write()
     [before] = shelf.thumbs
-    shelf.completed("cat", picture("blue", size=(641, 480)))
+    shelf.completed("cat", plain_image("blue", size=(641, 480)))
     shelf.gallery().write()
     [after] = shelf.thumbs
     assert after != before
@@ -608,7 +608,7 @@ def test_a_replaced_image_gets_another_thumbnail(shelf: Shelf):
 
 
 def test_a_thumbnail_that_a_power_cut_emptied_is_created_again(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     [name] = shelf.thumbs
     (shelf.root / "gallery_files" / name).write_bytes(b"")
@@ -618,7 +618,7 @@ def test_a_thumbnail_that_a_power_cut_emptied_is_created_again(shelf: Shelf):
 
 
 def test_thumbnails_of_removed_images_are_removed_and_other_files_stay(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     for name in ("holiday.webp", "stamp.svg"):
         shelf.put(f"gallery_files/{name}", b"mine")
@@ -632,7 +632,7 @@ def test_thumbnails_of_removed_images_are_removed_and_other_files_stay(shelf: Sh
 
 
 def test_the_gallery_changes_nothing_in_the_folders(shelf: Shelf):
-    shelf.completed("cat", picture(), folder="a")
+    shelf.completed("cat", plain_image(), folder="a")
     shelf.failed("dog")
 
     def everything() -> dict[str, tuple[int, int]]:
@@ -695,13 +695,13 @@ def test_a_pipe_or_a_link_at_the_path_of_the_page_stays_and_is_not_waited_for(sh
 
 def test_an_older_page_of_ours_is_replaced(shelf: Shelf):
     shelf.gallery().write()
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     assert len(shelf.jobs) == 1
 
 
 def test_a_page_at_another_path_links_to_the_images(shelf: Shelf, tmp_path: Path):
-    shelf.completed("cat", picture(), folder="a b")
+    shelf.completed("cat", plain_image(), folder="a b")
     (tmp_path / "pages").mkdir()
     done = command(shelf.environ(), "--output", str(tmp_path / "pages/look at this.html"))
     assert done.returncode == 0
@@ -715,14 +715,14 @@ def test_a_page_at_another_path_links_to_the_images(shelf: Shelf, tmp_path: Path
 def test_a_link_in_the_place_of_the_thumbnails_is_not_followed(shelf: Shelf, tmp_path: Path):
     (tmp_path / "elsewhere").mkdir()
     (shelf.root / "gallery_files").symlink_to(tmp_path / "elsewhere")
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     with pytest.raises(SpoolError, match="a link is where a folder should be"):
         shelf.gallery().write()
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
 def test_the_page_can_be_read_by_those_who_may_read_the_outbox(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery(outbox__file_mode="0640", outbox__folder_mode="2750").write()
     files = shelf.root / "gallery_files"
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (shelf.root / "gallery.html", *files.iterdir())}
@@ -736,14 +736,14 @@ def test_the_page_belongs_to_the_group_of_the_outbox(shelf: Shelf):
     others = [one for one in grp.getgrall() if one.gr_gid != os.getegid() and (root or one.gr_gid in os.getgroups())]
     if not others:
         pytest.skip("this user has only one group")
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery(outbox__group=others[0].gr_name).write()
     files = [shelf.root / "gallery.html", *(shelf.root / "gallery_files").iterdir()]
     assert {path.stat().st_gid for path in files} == {others[0].gr_gid}
 
 
 def test_no_incomplete_file_remains(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     names = {path.name for path in shelf.root.rglob("*") if path.is_file()}
     assert names == {"gallery.html", "cat.png", "cat.receipt.toml", shelf.data["stamp"], *shelf.thumbs}
@@ -766,7 +766,7 @@ def test_watching_shows_a_new_job_and_ends_on_ctrl_c(station: Station, start: Ca
 
 
 def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     gallery = shelf.gallery()
     gallery.write()
     before = (shelf.root / "gallery.html").stat().st_mtime_ns
@@ -778,7 +778,7 @@ def test_a_page_that_would_be_the_same_is_not_written_again(shelf: Shelf):
 
 
 def test_a_new_folder_and_an_input_that_is_archived_late_appear_on_the_page(shelf: Shelf):
-    content = picture()
+    content = plain_image()
     shelf.completed("cat", content, inputs=[{"file": "in.png", "bytes": len(content)}], folder="a")
     gallery = shelf.gallery()
     gallery.write()
@@ -793,7 +793,7 @@ def test_a_new_folder_and_an_input_that_is_archived_late_appear_on_the_page(shel
 
 
 def test_while_a_share_is_unmounted_the_last_page_stays(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     gallery = shelf.gallery()
     gallery.write()
     (shelf.root / "outbox").rename(shelf.root / "away")
@@ -802,6 +802,6 @@ def test_while_a_share_is_unmounted_the_last_page_stays(shelf: Shelf):
     assert [job["name"] for job in shelf.jobs] == ["cat"]
     assert shelf.thumbs
     (shelf.root / "away").rename(shelf.root / "outbox")
-    shelf.completed("dog", picture())
+    shelf.completed("dog", plain_image())
     assert gallery.refresh()
     assert {job["name"] for job in shelf.jobs} == {"cat", "dog"}

@@ -12,7 +12,7 @@ import pytest
 from support.chromium import PROGRAM, Chromium
 from support.daemon import until
 
-from gallery.test_gallery import HOSTILE, Shelf, hostile, page_data, picture
+from gallery.test_gallery import HOSTILE, Shelf, hostile, page_data, plain_image
 from imagewatch.gallery.page import page
 from imagewatch.gallery.values import Job, JobImage
 
@@ -67,11 +67,11 @@ def write_in(browser: Chromium, text: str) -> None:
 def zoo(shelf: Shelf) -> None:
     """Five jobs; the newest first: cat, dog, two cows, and an elk that failed."""
     when = "2027-03-0{}T12:00:00+00:00"
-    shelf.completed("cat", picture("red"), provider="flux", credits_charged=30, times=times(when.format(4)))
+    shelf.completed("cat", plain_image("red"), provider="flux", credits_charged=30, times=times(when.format(4)))
     shelf.completed(
-        "dog", picture("blue"), provider="openai", credits_charged=5.5, times=times(when.format(3)), folder="pets"
+        "dog", plain_image("blue"), provider="openai", credits_charged=5.5, times=times(when.format(3)), folder="pets"
     )
-    cows = [picture("green"), picture("lime")]
+    cows = [plain_image("green"), plain_image("lime")]
     shelf.completed(
         "cow", *cows, provider="gemini", credits_charged=268, times=times(when.format(2)), folder="farm/big"
     )
@@ -121,9 +121,9 @@ def test_the_page_loads_nothing_but_images_beside_it(browser: Chromium, shelf: S
 
 
 def test_an_edit_is_shown_beside_its_inputs(browser: Chromium, shelf: Shelf):
-    inputs = [{"file": "boat.png", "bytes": len(picture("navy"))}, {"file": "gone.png", "bytes": 5}]
-    shelf.put("archive/boat.png", picture("navy"))
-    shelf.completed("cat", picture("red"), inputs=inputs)
+    inputs = [{"file": "boat.png", "bytes": len(plain_image("navy"))}, {"file": "gone.png", "bytes": 5}]
+    shelf.put("archive/boat.png", plain_image("navy"))
+    shelf.completed("cat", plain_image("red"), inputs=inputs)
     visit(browser, shelf)
     assert browser.run("document.querySelector('.from img').alt") == "input: boat.png"
     assert texts(browser, ".from .blank") == ["is missing from the archive"]
@@ -157,7 +157,7 @@ def test_without_a_job_the_page_says_what_to_do(browser: Chromium, shelf: Shelf)
 
 
 def test_a_suspicious_image_is_not_loaded_in_the_large_view(browser: Chromium, shelf: Shelf):
-    shelf.completed("cat", picture()[:-20])
+    shelf.completed("cat", plain_image()[:-20])
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")
     assert browser.run("document.querySelector('.stage').innerText").startswith("cat.png: cut short")
@@ -205,13 +205,15 @@ def test_urls_of_other_people_are_no_links(browser: Chromium, shelf: Shelf):
     entries = [{"file": name, "bytes": 5} for name in ADDRESSES]
     for k, name in enumerate(ADDRESSES):
         plain = name.replace("/", "\\")
-        content = picture()
+        content = plain_image()
         shelf.put(f"outbox/{plain}.png", content)
         there = [{"file": f"{plain}.png", "bytes": len(content)}]
         shelf.completed(
             f"cat{k}", images=there + entries, inputs=entries, prompt=name, message=name, next=name, job=name
         )
-        shelf.completed(plain, picture(), folder=plain, source=name, provider=name, model=name, problems=[name, name])
+        shelf.completed(
+            plain, plain_image(), folder=plain, source=name, provider=name, model=name, problems=[name, name]
+        )
         shelf.failed(plain, message=name, next=name, code=name, inputs=entries)
     visit(browser, shelf)
     leading = (
@@ -378,7 +380,7 @@ def test_the_focus_returns_to_the_card_before_the_browser_reports_that_the_large
 
 def test_arrow_keys_move_up_and_down_between_rows(browser: Chromium, shelf: Shelf):
     for k in range(7):
-        shelf.completed(f"cat{k}", picture(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))
+        shelf.completed(f"cat{k}", plain_image(), times=times(f"2027-03-04T0{9 - k}:00:00+00:00"))
     browser.size(700, 900)
     visit(browser, shelf)
     columns = browser.run("columns")
@@ -429,7 +431,7 @@ def test_colors_follow_the_system_until_the_user_chooses(browser: Chromium, shel
 @pytest.mark.parametrize("width", [360, 700, 1400, 2560])
 def test_no_window_is_too_narrow_or_too_wide(browser: Chromium, shelf: Shelf, width: int):
     zoo(shelf)
-    shelf.completed("word" * 60, picture(), prompt="unbreakable" * 40, model="model" * 30, provider="provider" * 9)
+    shelf.completed("word" * 60, plain_image(), prompt="unbreakable" * 40, model="model" * 30, provider="provider" * 9)
     shelf.failed("more", message="unbreakable" * 40, next="unbreakable" * 40)
     browser.size(width, 800)
     visit(browser, shelf)
@@ -500,9 +502,9 @@ def test_arrow_keys_reach_every_card_of_a_long_list(browser: Chromium, tmp_path:
 
 
 def test_an_open_idle_page_shows_a_new_job_automatically(browser: Chromium, shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     visit(browser, shelf)
-    shelf.completed("dog", picture())
+    shelf.completed("dog", plain_image())
     shelf.gallery().write()
     browser.loaded()
     assert sorted(prompts(browser)) == ["a cat", "a dog"]
@@ -510,10 +512,10 @@ def test_an_open_idle_page_shows_a_new_job_automatically(browser: Chromium, shel
 
 
 def test_a_new_job_is_announced_without_closing_the_large_view(browser: Chromium, shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     visit(browser, shelf)
     browser.run("document.querySelector('.card').click()")
-    shelf.completed("dog", picture())
+    shelf.completed("dog", plain_image())
     shelf.gallery().write()
     until(lambda: not browser.run("document.querySelector('#newer').hidden"))
     assert browser.run("view.open")
@@ -524,7 +526,7 @@ def test_a_new_job_is_announced_without_closing_the_large_view(browser: Chromium
 
 
 def test_a_page_that_was_copied_alone_does_not_wait_for_a_newer_one(browser: Chromium, shelf: Shelf, tmp_path: Path):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     copy = tmp_path / "copy.html"
     copy.write_bytes((shelf.root / "gallery.html").read_bytes())

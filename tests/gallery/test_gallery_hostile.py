@@ -22,7 +22,7 @@ import tomli_w
 from PIL import Image
 from support.daemon import until
 
-from gallery.test_gallery import Shelf, chunk, command, page_data, picture
+from gallery.test_gallery import Shelf, chunk, command, page_data, plain_image
 from imagewatch.config.load import load
 from imagewatch.gallery import Gallery
 from imagewatch.gallery.decoder import Patience
@@ -79,7 +79,7 @@ SLUGGISH = scans(3000, 3000, 100)
 @pytest.mark.timeout(60)
 def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf):
     shelf.completed("bomb", scans(4000, 3000, 20_000))
-    shelf.completed("good", picture())
+    shelf.completed("good", plain_image())
     done = command(shelf.environ())
     assert (done.returncode, done.stderr) == (0, "")
     assert "more than 100 scans" in job(shelf, "bomb")["images"][0]["problem"]
@@ -87,7 +87,7 @@ def test_thousands_of_scans_do_not_keep_the_page_from_being_written(shelf: Shelf
 
 
 def test_an_image_that_takes_too_long_is_abandoned_and_the_others_get_thumbnails(shelf: Shelf):
-    for stem, content in (("a", picture()), ("slow", SLOW), ("z", picture("red"))):
+    for stem, content in (("a", plain_image()), ("slow", SLOW), ("z", plain_image("red"))):
         shelf.completed(stem, content)
     Gallery(load(None, shelf.environ()), patience=Patience(processor=0.2)).write()
     assert job(shelf, "slow")["images"][0]["problem"] == "takes more than 0.2 s to decode"
@@ -114,14 +114,14 @@ def test_an_abandoned_image_costs_the_next_run_nothing_until_it_changes(shelf: S
     write()
     assert counted == []
     assert job(shelf, "slow")["images"][0]["problem"] == "takes more than 0.2 s to decode"
-    shelf.completed("slow", picture())
+    shelf.completed("slow", plain_image())
     write()
     assert counted == [(1, 1)]
     assert [path.suffix for path in (shelf.root / "gallery_files").iterdir() if "stamp" not in path.name] == [".webp"]
 
 
 def test_another_version_tries_again_images_that_an_older_one_abandoned(shelf: Shelf):
-    shelf.completed("bad", picture()[:-20])
+    shelf.completed("bad", plain_image()[:-20])
     shelf.gallery().write()
     [note] = (shelf.root / "gallery_files").glob("*.txt")
     first, _, reason = note.read_text().partition("\n")
@@ -142,7 +142,7 @@ def test_a_file_that_cannot_be_read_now_is_tried_again_by_the_next_run(shelf: Sh
 
 def test_the_page_is_written_before_many_slow_images_are_done(shelf: Shelf):
     for stem in ("a", "b", "c"):
-        shelf.completed(stem, picture())
+        shelf.completed(stem, plain_image())
     seen: list[list[str]] = []
 
     def check_page(done: int, total: int) -> None:
@@ -167,7 +167,7 @@ def frames(kind: str, count: int) -> bytes:
         header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
         start = chunk(b"acTL", struct.pack(">II", count + 1, 0)) + chunk(b"fcTL", bytes(4) + size)
         return b"\x89PNG\r\n\x1a\n" + header + start + chunk(b"IDAT", pixel) + later + chunk(b"IEND", b"")
-    still = picture(size=(1, 1), kind="webp", lossless=True)[12:]
+    still = plain_image(size=(1, 1), kind="webp", lossless=True)[12:]
     frame = bytes(6) + bytes(6) + b"\x0a\0\0\0" + still
     one = b"ANMF" + struct.pack("<I", len(frame)) + frame + bytes(len(frame) % 2)
     body = b"WEBP" + b"VP8X" + struct.pack("<I", 10) + b"\x02" + bytes(9) + b"ANIM" + struct.pack("<I", 6) + bytes(6)
@@ -177,7 +177,7 @@ def frames(kind: str, count: int) -> bytes:
 
 def with_chunk(name: bytes, content: bytes) -> bytes:
     """An image with one more chunk of text or colors before its pixels."""
-    whole = picture()
+    whole = plain_image()
     return whole[:33] + chunk(name, content) + whole[33:]
 
 
@@ -188,12 +188,15 @@ BOMBS = {
     "WebP of 100,000 frames": (frames("webp", 100_000), ""),
     "PNG with a text of 100 MB": (with_chunk(b"zTXt", b"comment\0\0" + BOMB), "Decompressed"),
     "PNG with a text of 100 MB in Unicode": (with_chunk(b"iTXt", b"comment\0\1\0\0\0" + BOMB), "Decompressed"),
-    "PNG with colours of 100 MB": (with_chunk(b"iCCP", b"colours\0\0" + BOMB), "Decompressed"),
+    "PNG with colors of 100 MB": (with_chunk(b"iCCP", b"colours\0\0" + BOMB), "Decompressed"),
     "PNG with pixels of 100 MB": (with_chunk(b"IDAT", BOMB), ""),
-    "JPEG with a camera's words 300 times": (picture(kind="jpeg")[:2] + EXIF * 300 + picture(kind="jpeg")[2:], ""),
-    "JPEG cut short": (picture(kind="jpeg")[:-2], "cut short"),
-    "WebP cut short": (picture(kind="webp")[:-2], "cut short"),
-    "GIF": (picture(kind="gif"), "not a PNG, JPEG or WebP"),
+    "JPEG with camera data 300 times": (
+        plain_image(kind="jpeg")[:2] + EXIF * 300 + plain_image(kind="jpeg")[2:],
+        "",
+    ),
+    "JPEG cut short": (plain_image(kind="jpeg")[:-2], "cut short"),
+    "WebP cut short": (plain_image(kind="webp")[:-2], "cut short"),
+    "GIF": (plain_image(kind="gif"), "not a PNG, JPEG or WebP"),
 }
 
 
@@ -202,7 +205,7 @@ BOMBS = {
 def test_a_decompression_bomb_costs_only_its_own_thumbnail(shelf: Shelf, name: str):
     content, why = BOMBS[name]
     shelf.completed("bomb", content)
-    shelf.completed("good", picture())
+    shelf.completed("good", plain_image())
     done = command(shelf.environ())
     assert (done.returncode, done.stderr) == (0, "")
     assert why in job(shelf, "bomb")["images"][0].get("problem", "")
@@ -211,7 +214,7 @@ def test_a_decompression_bomb_costs_only_its_own_thumbnail(shelf: Shelf, name: s
 
 
 def test_a_file_of_more_bytes_than_pixels_can_need_is_not_read(shelf: Shelf):
-    shelf.completed("hole", picture())
+    shelf.completed("hole", plain_image())
     size = 200_000_001
     os.truncate(shelf.root / "outbox/hole.png", size)
     result_file = tomli_w.dumps({"source": "h", "charged": "yes", "images": [{"file": "hole.png", "bytes": size}]})
@@ -283,7 +286,7 @@ def test_a_decoder_does_not_outlive_the_command(decoding):
 
 
 def test_a_module_in_the_current_folder_is_not_imported(shelf: Shelf, tmp_path: Path):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     trap = tmp_path / "trap"
     (trap / "PIL").mkdir(parents=True)
     for name in ("PIL/__init__.py", "struct.py", "imagewatch.py", "sitecustomize.py"):
@@ -327,7 +330,7 @@ NO_IMAGES = [
 @pytest.mark.parametrize("folder", ["outbox", "errors"])
 @pytest.mark.parametrize("name", NO_IMAGES)
 def test_a_forged_result_file_links_only_to_names_of_images(shelf: Shelf, name: str, folder: str):
-    forged(shelf, name, picture(), folder)
+    forged(shelf, name, plain_image(), folder)
     shelf.gallery().write()
     shown = shelf.jobs[0]["inputs" if folder == "errors" else "images"][0]
     assert shown["problem"] == "has not the name of a PNG, JPEG or WebP file"
@@ -337,14 +340,14 @@ def test_a_forged_result_file_links_only_to_names_of_images(shelf: Shelf, name: 
 
 @pytest.mark.parametrize("name", ["x.png", "x.PNG", "x.jpg", "x.jpeg", "x.webp", "x.html.png"])
 def test_files_with_the_name_of_an_image_are_linked(shelf: Shelf, name: str):
-    forged(shelf, name, picture())
+    forged(shelf, name, plain_image())
     shelf.gallery().write()
     assert shelf.jobs[0]["images"][0]["href"] == f"outbox/{name}"
 
 
 def test_an_invalid_result_file_is_not_linked(shelf: Shelf):
     shelf.put("outbox/forged.receipt.toml", b"<!doctype html><script>pwned()</script>")
-    shelf.completed("good", picture())
+    shelf.completed("good", plain_image())
     shelf.gallery().write()
     assert [job(shelf, stem).get("unreadable", False) for stem in ("forged", "good")] == [True, False]
 
@@ -363,8 +366,8 @@ def private(path: Path, content: bytes) -> Path:
 def test_a_hard_link_to_a_private_image_is_neither_linked_nor_shown_as_a_thumbnail(
     shelf: Shelf, tmp_path: Path, mode: int
 ):
-    forged(shelf, "cat.png", picture())
-    secret = private(tmp_path / "secret.png", picture())
+    forged(shelf, "cat.png", plain_image())
+    secret = private(tmp_path / "secret.png", plain_image())
     secret.chmod(mode)
     group = shelf.root.stat().st_gid + 1
     if mode == 0o640 and os.geteuid() != 0:
@@ -392,7 +395,7 @@ def test_a_hard_link_to_a_private_text_is_neither_a_prompt_nor_a_result_file(she
 
 @pytest.mark.parametrize("mode", [0o644, 0o640])
 def test_a_hard_link_of_a_backup_changes_nothing(shelf: Shelf, tmp_path: Path, mode: int):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     for path in list((shelf.root / "outbox").iterdir()):
         path.chmod(mode)
         (tmp_path / path.name).hardlink_to(path)
@@ -412,7 +415,7 @@ def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: S
     other = Shelf(tmp_path / "other")
     for where, colour, prompt in ((shelf, "teal", "an open cat"), (other, "tomato", "a quiet one")):
         for stem in "abcdefgh":
-            where.completed(stem, picture(colour).ljust(4096, b"\0"), folder="sub", prompt=prompt)
+            where.completed(stem, plain_image(colour).ljust(4096, b"\0"), folder="sub", prompt=prompt)
     (other.root / "outbox/sub").rename(private_folder)
     link = shelf.root / "outbox/.link"
     link.symlink_to(private_folder)
@@ -440,7 +443,7 @@ def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: S
 
 
 def test_endlessly_nested_folders_are_reported_and_cost_little(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     folder = os.open(shelf.root / "outbox", os.O_RDONLY)
     for _ in range(150):
         os.mkdir("d", dir_fd=folder)
@@ -455,7 +458,7 @@ def test_endlessly_nested_folders_are_reported_and_cost_little(shelf: Shelf):
 
 
 def test_with_a_flood_of_result_files_the_newest_are_on_the_page(shelf: Shelf):
-    shelf.completed("new", picture())
+    shelf.completed("new", plain_image())
     flood = tomli_w.dumps({"source": "x", "charged": "yes", "problems": ["<" * 4000] * 60}).encode()
     for k in range(30):
         shelf.put(f"outbox/flood-{k}.receipt.toml", flood)
@@ -474,7 +477,7 @@ def test_with_a_flood_of_result_files_the_newest_are_on_the_page(shelf: Shelf):
 def owned(open_path: Path) -> Shelf:
     """Folders of another user."""
     shelf = Shelf(open_path / "watched")
-    shelf.completed("cat", picture(), folder="sub")
+    shelf.completed("cat", plain_image(), folder="sub")
     for path in (shelf.root, *shelf.root.rglob("*")):
         os.chown(path, USER, USER)
     shelf.root.chmod(0o2750)
@@ -525,7 +528,7 @@ def test_files_that_root_writes_belong_to_the_owner_of_the_folder_and_its_reader
 @as_root
 def test_the_service_can_use_files_that_root_wrote(owned: Shelf):
     assert command(owned.environ()).returncode == 0
-    owned.completed("dog", picture())
+    owned.completed("dog", plain_image())
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **owned.environ()}
     service = [sys.executable, "-c", AS_USER, str(USER), "gallery"]
     done = subprocess.run(service, env=environ, capture_output=True, text=True, timeout=40, check=False)
@@ -574,7 +577,7 @@ def test_root_writes_nothing_in_the_folder_of_a_user_who_may_not_read_the_outbox
 
 @as_root
 def test_root_does_not_read_for_the_page_what_its_owner_may_not_read(owned: Shelf):
-    owned.completed("secret", picture(), folder="sub")
+    owned.completed("secret", plain_image(), folder="sub")
     for name in ("secret.png", "secret.receipt.toml"):
         (owned.root / "outbox/sub" / name).chmod(0o600)
     assert command(owned.environ()).returncode == 0
@@ -596,34 +599,34 @@ def test_thumbnails_of_another_user_are_reported_with_the_next_step(owned: Shelf
 
 
 def test_another_run_does_not_write_a_page_that_would_be_the_same(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     before = (shelf.root / "gallery.html").stat()
     shelf.gallery().write()
     assert (shelf.root / "gallery.html").stat().st_mtime_ns == before.st_mtime_ns
-    shelf.completed("dog", picture())
+    shelf.completed("dog", plain_image())
     shelf.gallery().write()
     assert {one["name"] for one in shelf.jobs} == {"cat", "dog"}
 
 
 def test_incomplete_files_of_killed_runs_are_removed_an_hour_later(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     names = {f".{kind}77.tmp" for kind in ("", f"{'0' * 24}.webp.", f"{'0' * 24}.txt.")}
     for name in names:
         shelf.put(f"gallery_files/{name}", b"half")
-    shelf.completed("dog", picture())
+    shelf.completed("dog", plain_image())
     shelf.gallery().write()
     assert names <= {path.name for path in (shelf.root / "gallery_files").iterdir()}
     for name in names:
         os.utime(shelf.root / "gallery_files" / name, (1, 1))
-    shelf.completed("elk", picture())
+    shelf.completed("elk", plain_image())
     shelf.gallery().write()
     assert not names & {path.name for path in (shelf.root / "gallery_files").iterdir()}
 
 
 def test_a_page_that_was_removed_or_damaged_is_written_again(shelf: Shelf):
-    shelf.completed("cat", picture())
+    shelf.completed("cat", plain_image())
     shelf.gallery().write()
     page = shelf.root / "gallery.html"
     whole = page.read_bytes()

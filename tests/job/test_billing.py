@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import Folders, command
-from support.scripted import Scripted, answering, paid, picture
+from support.scripted import Scripted, paid, responding, small_image
 from support.station import Station
 
 from imagewatch.journal.ledger import Ledger
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
-IMAGE = picture()
+IMAGE = small_image()
 BILLING = {"credits_charged": 7, "transaction_id": "tx-1", "new_credit_balance": 93.5, "more": [1, "x"]}
 
 
@@ -46,7 +46,7 @@ def lost(exchange: Any) -> None:
 
 
 def test_the_payment_is_in_the_receipt_as_received_and_in_the_ledger(tmp_path):
-    with served_by(tmp_path, answering(paid(IMAGE, billing=BILLING))) as station:
+    with served_by(tmp_path, responding(paid(IMAGE, billing=BILLING))) as station:
         station.prompt("x", "a cat")
         station.work()
         assert station.receipt("x")["billing"] == BILLING
@@ -58,7 +58,7 @@ def test_the_payment_is_in_the_receipt_as_received_and_in_the_ledger(tmp_path):
 
 
 def test_the_payment_for_a_response_without_an_image_is_in_its_error_file_and_in_the_ledger(tmp_path):
-    with served_by(tmp_path, answering(paid(billing=BILLING))) as station:
+    with served_by(tmp_path, responding(paid(billing=BILLING))) as station:
         station.prompt("x", "a cat")
         station.work()
         error = station.error("x")
@@ -93,7 +93,7 @@ def test_the_payment_for_a_response_without_an_image_is_in_its_error_file_and_in
 )
 def test_unusual_payment_data_never_costs_the_image(tmp_path, billing, transaction, balance):
     body = paid(IMAGE, billing=billing)
-    with served_by(tmp_path, answering(body)) as station:
+    with served_by(tmp_path, responding(body)) as station:
         station.prompt("x", "a cat")
         station.work()
         assert station.finished() == {"x": "outbox"}
@@ -104,7 +104,7 @@ def test_unusual_payment_data_never_costs_the_image(tmp_path, billing, transacti
 
 
 def test_a_refusal_has_no_payment(tmp_path):
-    with served_by(tmp_path, answering(b'{"message": "no"}', status=b"400 Bad Request")) as station:
+    with served_by(tmp_path, responding(b'{"message": "no"}', status=b"400 Bad Request")) as station:
         station.prompt("x", "a cat")
         station.work()
         (job,) = history(station)
@@ -113,10 +113,10 @@ def test_a_refusal_has_no_payment(tmp_path):
 
 def test_the_balance_is_in_status_and_a_metric_with_its_time(tmp_path):
     scripts = [
-        answering(paid(IMAGE, billing={"credits_charged": 7, "new_credit_balance": balance_after}))
+        responding(paid(IMAGE, billing={"credits_charged": 7, "new_credit_balance": balance_after}))
         for balance_after in (93, 86)
     ]
-    with Scripted(*scripts, answering(paid(IMAGE))) as server:
+    with Scripted(*scripts, responding(paid(IMAGE))) as server:
         folders = Folders(tmp_path, server.base_url)
         assert command(folders, "once").returncode == 0
         assert json.loads(command(folders, "status", "--json").stdout)["balance"] is None
@@ -135,7 +135,7 @@ def test_the_balance_is_in_status_and_a_metric_with_its_time(tmp_path):
 
 
 def balance_after(credits_, balance):
-    return answering(paid(IMAGE, billing={"credits_charged": credits_, "new_credit_balance": balance}))
+    return responding(paid(IMAGE, billing={"credits_charged": credits_, "new_credit_balance": balance}))
 
 
 def test_for_an_unknown_charge_the_balances_before_and_after_it_are_shown(tmp_path):

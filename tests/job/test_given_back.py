@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from commands.test_submit import Events
-from support.endpoint import picture
+from support.endpoint import unique_png
 from support.station import Distrustful, Station
 
 from imagewatch.job.outcome import End
@@ -26,7 +26,7 @@ def test_a_prompt_goes_back_into_the_inbox_after_its_images(tmp_path: Path) -> N
     """Otherwise a scan at that moment could claim the prompt and pay for an image from its text alone."""
     with closing(Station(tmp_path, "http://127.0.0.1:9")) as station:  # no server listens there, so nothing was sent
         for name in ("a.png", "zebra.png"):
-            station.drop(name, picture(name))
+            station.drop(name, unique_png(name))
         station.prompt("middle", FRONT)
         events = Events(station.inbox)
         (outcome,) = station.work()
@@ -40,7 +40,7 @@ def test_a_prompt_goes_back_into_the_inbox_after_its_images(tmp_path: Path) -> N
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_a_failed_prompt_is_moved_to_errors_after_its_images_and_before_its_error_file(station: Station) -> None:
     for name in ("a.png", "zebra.png"):
-        station.drop(name, picture(name))
+        station.drop(name, unique_png(name))
     station.prompt("middle", f"{FRONT} [sandbox: 400]")
     events = Events(station.errors)
     station.work()

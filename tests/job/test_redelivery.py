@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY, Folders, until, until_finished
-from support.endpoint import picture
+from support.endpoint import unique_png
 from support.station import Station
 
 from imagewatch.job.outcome import End
@@ -69,7 +69,7 @@ def test_rsync_from_cron_redelivers_finished_prompts_and_none_is_charged_again(
     far = Sender(tmp_path / "far", folders)
     far.write("cat.prompt.txt", "a cat")
     far.write("sub/edit.prompt.txt", "blue")
-    far.write("sub/edit.png", picture("edit"))
+    far.write("sub/edit.png", unique_png("edit"))
     far.write("wrong.prompt.txt", "+++\nn = 9\n+++\nnever sent")
     far.write("no.prompt.txt", "[sandbox: 400] no")
     far.write("lost.prompt.txt", "[sandbox: drop] lost")
@@ -161,7 +161,7 @@ def test_the_same_file_under_another_name_is_a_new_request(station: Station, san
 def test_a_changed_image_makes_a_new_request(station: Station, sandbox: Sandbox, sender: Sender) -> None:
     sender.write("cat.prompt.txt", "blue")
     for seed in ("one", "two"):
-        sender.write("cat.png", picture(seed))
+        sender.write("cat.png", unique_png(seed))
         sender.send()
         station.work()
     assert requests(sandbox) == 2
@@ -170,7 +170,7 @@ def test_a_changed_image_makes_a_new_request(station: Station, sandbox: Sandbox,
 def test_a_prompt_that_is_redelivered_before_its_image_does_not_count_as_one_without_an_image(
     station: Station, sandbox: Sandbox, sender: Sender
 ) -> None:
-    sender.write("cat.png", picture("one"))
+    sender.write("cat.png", unique_png("one"))
     sender.write("cat.prompt.txt", "blue")
     sender.send()
     station.work()
@@ -305,7 +305,7 @@ def test_a_prompt_that_is_redelivered_while_its_job_is_given_back_is_in_the_inbo
     station = Station(tmp_path, sandbox.base_url)
     station.worker._may_report = lambda _: False
     far = Sender(tmp_path / "far", station)
-    far.write("cat.png", picture("one"))
+    far.write("cat.png", unique_png("one"))
     far.write("cat.prompt.txt", "blue")
     sandbox.balance = 0
     far.send()

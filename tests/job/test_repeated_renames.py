@@ -35,9 +35,9 @@ def repeated(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 
 @pytest.mark.usefixtures("repeated")
 def test_a_prompt_and_its_image_are_claimed_completed_and_archived(station: Station, sandbox: Sandbox) -> None:
-    picture = io.BytesIO()
-    Image.new("RGB", (4, 4)).save(picture, "PNG")
-    station.drop("cat.png", picture.getvalue())
+    image = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(image, "PNG")
+    station.drop("cat.png", image.getvalue())
     station.prompt("cat", "A cat")
     (outcome,) = station.work()
     assert outcome.destination == "outbox", outcome.message

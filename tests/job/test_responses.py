@@ -13,7 +13,19 @@ from urllib.parse import quote
 
 import pytest
 from support.daemon import KEY
-from support.scripted import Scripted, answer, answering, drop, made, no_secret, over, paid, picture, refused, returned
+from support.scripted import (
+    Scripted,
+    completed,
+    drop,
+    no_secret,
+    over,
+    paid,
+    refused,
+    responding,
+    response,
+    returned,
+    small_image,
+)
 from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
@@ -24,7 +36,7 @@ from imagewatch.sandbox import TAGS
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import ConfigError, Problem, SpoolError
 
-IMAGE = picture()
+IMAGE = small_image()
 
 # tag, status, code, message of the API, the reason for a hold, a word of the next step
 REFUSED = [
@@ -234,7 +246,7 @@ def test_a_refusal_for_lack_of_credits_says_what_one_request_costs(station, sand
     ],
 )
 def test_the_message_is_found_in_any_shape_and_cannot_harm_a_terminal(tmp_path, body, message, code):
-    with served_by(tmp_path, answering(body, status=b"400 Bad Request")) as station:
+    with served_by(tmp_path, responding(body, status=b"400 Bad Request")) as station:
         originals = ask(station)
         station.work()
         error = refused(station, "x", originals)
@@ -297,7 +309,7 @@ def served_with(key, tmp_path, *scripts, **settings):
     "status", [b"401 Unauthorized", b"400 Bad Request", b"302 Found", b"500 No", b"502 Bad Gateway"]
 )
 def test_a_short_key_that_a_refusal_repeats_is_not_written_to_disk(tmp_path, capfd, status):
-    header = answering(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
+    header = responding(b'{"message": "hunter2 is no key", "code": "not-hunter2"}', b"cf-ray: hunter2", status=status)
     with served_with("hunter2", tmp_path, header) as station:
         ask(station)
         (outcome,) = station.work()
@@ -309,10 +321,10 @@ def test_a_short_key_that_a_refusal_repeats_is_not_written_to_disk(tmp_path, cap
 def test_an_image_that_contains_a_short_key_by_chance_is_published_unchanged(tmp_path):
     body = paid(IMAGE)
     key = base64.b64encode(IMAGE)[20:35].decode()
-    with served_with(key, tmp_path, answering(body)) as station:
+    with served_with(key, tmp_path, responding(body)) as station:
         originals = ask(station)
         station.work()
-        made(station, "x", originals, "x.png")
+        completed(station, "x", originals, "x.png")
         assert (station.outbox / "x.png").read_bytes() == IMAGE
 
 
@@ -324,7 +336,7 @@ def test_a_request_with_a_free_and_transient_error_is_sent_again_and_paid_once(s
     originals = ask(station, tag)
     (outcome,) = station.work()
 
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     refusals = int(tag.split()[1]) if tag.startswith("times") else 1
     assert receipt["attempts"] == refusals + 1
     assert (outcome.end, outcome.charged, outcome.credits) == (End.OVER, "yes", 134)
@@ -367,7 +379,7 @@ def test_the_wait_before_another_attempt_is_what_the_api_asks_for(station, sandb
     ("header", "least"), [(b"7", 7), (b"99999", 3600), (b"-1", 0), (b"soon", 0), (b"Thu, 01 Jan 1970 00:00:00 GMT", 0)]
 )
 def test_a_retry_after_of_any_kind_is_bounded(tmp_path, header, least):
-    reply = answering(b"{}", b"Retry-After: " + header, status=b"429 Too Many Requests")
+    reply = responding(b"{}", b"Retry-After: " + header, status=b"429 Too Many Requests")
     with served_by(tmp_path, reply) as station:
         ask(station)
         candidate = station.scan.scan_all(0, 0).ready[0]
@@ -423,7 +435,7 @@ def test_a_success_becomes_images_and_a_receipt(station, sandbox):
     originals = ask(station, front="n = 2")
     (outcome,) = station.work()
 
-    receipt = made(station, "x", originals, "x-1.jpg", "x-2.jpg")
+    receipt = completed(station, "x", originals, "x-1.jpg", "x-2.jpg")
     (call,) = sandbox.report()["calls"]
     for image, served in zip(receipt["images"], call["images"], strict=True):
         content = (station.outbox / image["file"]).read_bytes()
@@ -476,7 +488,7 @@ def test_good_images_are_published_beside_a_bad_one(station, sandbox, tag, names
     originals = ask(station, tag, "n = 2")
     (outcome,) = station.work()
 
-    receipt = made(station, "x", originals, *names)
+    receipt = completed(station, "x", originals, *names)
     assert (receipt["asked"], receipt["got"]) == (2, got)
     assert any(problem.startswith(remark) for problem in receipt["problems"])
     assert ("asked for 2, got 1" in receipt["problems"]) == (got == 1)
@@ -494,7 +506,7 @@ def test_good_images_are_published_beside_a_bad_one(station, sandbox, tag, names
 def test_an_incomplete_image_is_published_with_a_remark(station, sandbox):
     originals = ask(station, "bad-picture")
     station.work()
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     assert receipt["problems"] == ["image 1: cut short: no EOI marker"]
     assert receipt["images"][0]["problem"]
 
@@ -502,7 +514,7 @@ def test_an_incomplete_image_is_published_with_a_remark(station, sandbox):
 def test_the_file_ending_follows_the_content_not_the_type_that_the_api_names(station, sandbox):
     originals = ask(station, "wrong-mime")
     station.work()
-    (image,) = made(station, "x", originals, "x.jpg")["images"]
+    (image,) = completed(station, "x", originals, "x.jpg")["images"]
     assert (image["mime"], image["declared_mime"]) == ("image/jpeg", "image/png")
 
 
@@ -510,7 +522,7 @@ def test_the_file_ending_follows_the_content_not_the_type_that_the_api_names(sta
 def test_a_success_may_be_delivered_in_any_way(station, sandbox, tag):
     originals = ask(station, tag)
     station.work()
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     assert "problems" not in receipt
     assert sandbox.report()["calls"][0]["images"] == [receipt["images"][0]["sha256"]]
 
@@ -518,7 +530,7 @@ def test_a_success_may_be_delivered_in_any_way(station, sandbox, tag):
 def test_a_success_without_billing_has_an_unknown_cost(station, sandbox):
     originals = ask(station, "no-billing")
     (outcome,) = station.work()
-    receipt = made(station, "x", originals, "x.jpg")
+    receipt = completed(station, "x", originals, "x.jpg")
     assert "billing" not in receipt
     assert "credits_charged" not in receipt
     assert outcome.credits is None
@@ -539,10 +551,10 @@ def test_a_success_without_billing_has_an_unknown_cost(station, sandbox):
     ],
 )
 def test_unusual_billing_never_costs_the_image(tmp_path, billing, cost):
-    with served_by(tmp_path, answering(paid(IMAGE, billing=billing))) as station:
+    with served_by(tmp_path, responding(paid(IMAGE, billing=billing))) as station:
         originals = ask(station)
         station.work()
-        receipt = made(station, "x", originals, "x.png")
+        receipt = completed(station, "x", originals, "x.png")
         assert receipt.get("credits_charged") == cost
         assert row_of(station)["credits"] == cost
 
@@ -551,7 +563,7 @@ def test_unusual_billing_never_costs_the_image(tmp_path, billing, cost):
 def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap(tmp_path, header):
     body = paid(IMAGE, billing={"credits_charged": "?"}).replace(b'"?"', header.encode())
     limits = {"limits__credits_per_day": "60", "limits__assumed_credits": "30"}
-    with served_by(tmp_path, answering(body), answering(body), **limits) as station:
+    with served_by(tmp_path, responding(body), responding(body), **limits) as station:
         for stem in "xyz":
             ask(station, stem=stem)
             outcomes = station.work()
@@ -581,7 +593,7 @@ def test_a_charge_that_cannot_be_counts_as_unknown_and_makes_no_room_under_a_cap
     ],
 )
 def test_any_charged_response_is_kept_byte_for_byte(tmp_path, body):
-    with served_by(tmp_path, answering(body)) as station:
+    with served_by(tmp_path, responding(body)) as station:
         ask(station)
         (outcome,) = station.work()
         over(station)
@@ -604,7 +616,7 @@ def test_an_error_with_status_200_is_shown_with_its_message_and_counts_as_charge
     tmp_path, status, body, message, code
 ):
     raw = json.dumps(body).encode()
-    with served_by(tmp_path, answering(raw, status=status)) as station:
+    with served_by(tmp_path, responding(raw, status=status)) as station:
         originals = ask(station)
         (outcome,) = station.work()
         error = refused(station, "x", originals, beside="json")
@@ -623,7 +635,7 @@ def test_an_error_with_status_200_is_shown_with_its_message_and_counts_as_charge
 
 def test_a_key_that_an_error_with_status_200_repeats_is_not_written_to_disk(tmp_path):
     body = json.dumps({"error": {"message": f"key {KEY} is blocked", "code": KEY}}).encode()
-    with served_by(tmp_path, answering(body)) as station:
+    with served_by(tmp_path, responding(body)) as station:
         ask(station)
         station.work()
         assert "is blocked" in station.error("x")["message"]
@@ -642,33 +654,33 @@ def test_a_key_that_an_error_with_status_200_repeats_is_not_written_to_disk(tmp_
 )
 def test_an_image_is_published_in_any_usual_encoding(tmp_path, entry):
     body = json.dumps({"images": [entry], "billing": {"credits_charged": 7}}).encode()
-    with served_by(tmp_path, answering(body)) as station:
+    with served_by(tmp_path, responding(body)) as station:
         originals = ask(station)
         station.work()
-        receipt = made(station, "x", originals, "x.png")
+        receipt = completed(station, "x", originals, "x.png")
         assert "problems" not in receipt
         assert (station.outbox / "x.png").read_bytes() == IMAGE
         assert (receipt["credits_charged"], receipt["charged"]) == (7, "yes")
 
 
 def test_a_success_may_have_any_status_from_200_to_299(tmp_path):
-    with served_by(tmp_path, answering(paid(IMAGE), status=b"201 Created")) as station:
+    with served_by(tmp_path, responding(paid(IMAGE), status=b"201 Created")) as station:
         originals = ask(station)
         station.work()
-        made(station, "x", originals, "x.png")
+        completed(station, "x", originals, "x.png")
 
 
 def test_if_more_images_come_than_were_asked_for_all_are_published(tmp_path):
-    with served_by(tmp_path, answering(paid(IMAGE, picture("WEBP"), picture("JPEG")))) as station:
+    with served_by(tmp_path, responding(paid(IMAGE, small_image("WEBP"), small_image("JPEG")))) as station:
         originals = ask(station)
         station.work()
-        receipt = made(station, "x", originals, "x-1.png", "x-2.webp", "x-3.jpg")
+        receipt = completed(station, "x", originals, "x-1.png", "x-2.webp", "x-3.jpg")
         assert receipt["problems"] == ["asked for 1, got 3"]
 
 
 def test_a_response_over_the_limit_counts_as_charged_and_its_received_part_is_kept(tmp_path):
     body = paid(IMAGE)
-    with served_by(tmp_path, answering(body), endpoint__max_response_bytes="100") as station:
+    with served_by(tmp_path, responding(body), endpoint__max_response_bytes="100") as station:
         originals = ask(station)
         station.work()
         error = refused(station, "x", originals, beside="json")
@@ -683,12 +695,12 @@ def test_the_images_before_a_cut_are_published(tmp_path):
 
     def script(exchange):
         exchange.request()
-        exchange.send(answer(whole)[: -len(whole) + len(cut)])
+        exchange.send(response(whole)[: -len(whole) + len(cut)])
 
     with served_by(tmp_path, script) as station:
         originals = ask(station, front="n = 2")
         station.work()
-        receipt = made(station, "x", originals, "x-1.png")
+        receipt = completed(station, "x", originals, "x-1.png")
         assert (receipt["asked"], receipt["got"]) == (2, 1)
         assert re.search("cut short after", receipt["problems"][0])
         assert (station.outbox / "x-1.png").read_bytes() == IMAGE
@@ -720,7 +732,7 @@ def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_
         assert error["charged"] == "unknown"
         assert "a slip" in error["message"]
     else:
-        made(station, "x", originals, "x.jpg")
+        completed(station, "x", originals, "x.jpg")
         assert sandbox.report()["requests"] == 1
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
-from support.scripted import Exchange, Scripted, answer, heavy, paid, picture, returned
+from support.scripted import Exchange, Scripted, heavy, paid, response, returned, small_image
 from support.station import Station
 from support.tracing import reason_not_to_trace
 
@@ -160,12 +160,12 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_loca
 def test_the_images_before_the_deadline_are_published_and_the_rest_is_reported_as_lost_by_the_local_disk(
     tmp_path: Path, run: Callable[..., LoggedDaemon]
 ) -> None:
-    body, going_on = paid(picture(), picture()), threading.Event()
+    body, going_on = paid(small_image(), small_image()), threading.Event()
     first = body[: body.rindex(b"b64_json")]
 
     def script(exchange: Exchange) -> None:
         exchange.request()
-        exchange.send(answer(body)[: -len(body)] + first)
+        exchange.send(response(body)[: -len(body)] + first)
         going_on.wait(20)
         exchange.send(body[len(first) :])
         exchange.drain()
@@ -381,7 +381,7 @@ def gateway(exchange: Exchange) -> None:
         exchange.reset()
         return
     exchange.body(head)
-    exchange.send(answer(paid(picture())))
+    exchange.send(response(paid(small_image())))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from jsonschema import Draft202012Validator
 from support.daemon import KEY
-from support.endpoint import picture
+from support.endpoint import unique_png
 from support.station import Station
 
 from imagewatch.job.receipts import SCHEMA
@@ -91,7 +91,7 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     with Sandbox(key=KEY) as sandbox:
         station = Station(tmp_path_factory.mktemp("documents"), sandbox.base_url, retry__attempts="2")
         for name, content in (("edit.png", "a"), ("edit.1.png", "b"), ("refused.png", "c")):
-            station.drop(name, picture(content))
+            station.drop(name, unique_png(content))
         station.drop("foreign.gif", b"GIF89a")
         for stem, text in PROMPTS.items():
             station.prompt(stem, text)

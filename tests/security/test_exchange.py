@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-from support.endpoint import Books, PaidEndpoint, Reply, picture
+from support.endpoint import Books, PaidEndpoint, Reply, unique_png
 from support.station import Station
 
 from imagewatch.commands.retry import Retry
@@ -46,8 +46,8 @@ MOMENTS = 24
 """So many moments of each job are tried ordinarily."""
 DROPPED = {
     "cat.prompt.txt": b"a cat",
-    "cat.png": picture("cat"),
-    "cat.1.png": picture("another cat"),
+    "cat.png": unique_png("cat"),
+    "cat.1.png": unique_png("another cat"),
 }
 TARGETS = {
     "completed": ("inbox/sub", "outbox/sub free", "archive/sub free", f"inbox/{CLAIMS}", "the claim", "the claim free"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import tomli_w
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 from security.people import DAEMON, HONEST, walk
 from security.world import MARK, PRIVATE_PICTURE, World, give
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 OWNERS = {"the daemon": (DAEMON, DAEMON, 0o600), "another user": (HONEST, DAEMON, 0o640)}
 """Rights of the private file: owner, group and mode, so that the daemon can read it."""
-GOOD = picture("good").decode("latin-1")
+GOOD = unique_png("good").decode("latin-1")
 owners = pytest.mark.parametrize("owner", OWNERS)
 
 

@@ -8,7 +8,7 @@ import tomllib
 from typing import TYPE_CHECKING
 
 import pytest
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 from security.people import DAEMON, HONEST, walk
 from security.puppet import exchange
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 HONEST_PROMPTS = 20
 ROUNDS, ACTS = 10, 150
 """Rounds of the storm, and things that are done in each."""
-EVIL = picture("evil").decode("latin-1")
+EVIL = unique_png("evil").decode("latin-1")
 
 
 def storm(world: World, number: int, seed: int, tops: list[Path], spared: tuple[str, ...]) -> int:

@@ -6,7 +6,7 @@ import hashlib
 from typing import TYPE_CHECKING
 
 import pytest
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 from security.world import PRIVATE_PICTURE, World, give
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 FREE = 1_000.0
 """Credits enough for every test."""
-EVIL = picture("evil").decode("latin-1")
+EVIL = unique_png("evil").decode("latin-1")
 
 
 def target_of(world: World, name: str) -> Path:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 from support.daemon import KEY, Folders, LoggedDaemon, until
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, look, walk
 
@@ -29,7 +29,7 @@ _MOST_NAMES = 80
 """How many names the message of a failure shows."""
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
-PRIVATE_PICTURE = picture("private").decode("latin-1") + MARK
+PRIVATE_PICTURE = unique_png("private").decode("latin-1") + MARK
 """A whole image, with a mark behind its end."""
 
 

@@ -10,7 +10,7 @@ import sqlite3
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from support.endpoint import picture
+from support.endpoint import unique_png
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -55,7 +55,7 @@ def drop(folders: Folders, orders: dict[str, Order]) -> Folders:
     """Drop prompts with their images."""
     for stem, order in orders.items():
         for name in order.images:
-            folders.drop(name, picture(name))
+            folders.drop(name, unique_png(name))
         folders.prompt(stem, order.content)
     return folders
 
@@ -131,7 +131,7 @@ class Audit:
     def _check_originals(self) -> None:
         """Everything that was dropped is kept once; everything in the outbox is named by a receipt."""
         contents = {f"{stem}.prompt.txt": order.content.encode() for stem, order in self.orders.items()}
-        contents |= {name: picture(name) for order in self.orders.values() for name in order.images}
+        contents |= {name: unique_png(name) for order in self.orders.values() for name in order.images}
         for name, content in contents.items():
             door = "archive" if self.doors[name.split(".")[0]] == "outbox" else "errors"
             assert (self.folders.root / door / name).read_bytes() == content

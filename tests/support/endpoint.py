@@ -26,7 +26,7 @@ AT = 1_700_000_000.0
 """What every clock shows: the same files come of the same steps."""
 
 
-def picture(seed: str) -> bytes:
+def unique_png(seed: str) -> bytes:
     """Return a small whole PNG that no other seed has."""
     pixel = hashlib.sha256(seed.encode()).digest()[:3]
     chunks = [
@@ -166,7 +166,7 @@ def _pictures(prompt: str, fields: dict[str, object]) -> list[bytes]:
 
 def served(prompt: str, count: int) -> list[bytes]:
     """Return the images that are served for a prompt."""
-    return [picture(f"{prompt} {number}") for number in range(count)]
+    return [unique_png(f"{prompt} {number}") for number in range(count)]
 
 
 def _answer_body(pictures: Iterable[bytes], *, by_url: bool) -> bytes:

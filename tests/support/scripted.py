@@ -215,17 +215,17 @@ def through_proxy(patch: pytest.MonkeyPatch, proxy: Scripted) -> None:
     patch.delenv("no_proxy", raising=False)
 
 
-def answering(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callable[[Exchange], None]:
+def responding(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> Callable[[Exchange], None]:
     """Return a script that reads a request and gives a proper response."""
 
     def script(exchange: Exchange) -> None:
         exchange.request()
-        exchange.send(answer(body, *headers, status=status))
+        exchange.send(response(body, *headers, status=status))
 
     return script
 
 
-def answer(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> bytes:
+def response(body: bytes, *headers: bytes, status: bytes = b"200 OK") -> bytes:
     """Return a response with its length."""
     lines = (b"HTTP/1.1 " + status, b"Content-Length: %d" % len(body), *headers)
     return b"\r\n".join(lines) + b"\r\n\r\n" + body
@@ -241,16 +241,18 @@ def paid(*images: bytes | str, **more: object) -> bytes:
     return json.dumps({"provider": "flux", "model": "m", "images": entries, "billing": billing, **more}).encode()
 
 
-def picture(kind: str = "PNG", colour: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (40, 30)) -> bytes:
+def small_image(
+    kind: str = "PNG", color: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (40, 30)
+) -> bytes:
     """Return a small image."""
     file = io.BytesIO()
-    Image.new("RGB", size, colour).save(file, kind)
+    Image.new("RGB", size, color).save(file, kind)
     return file.getvalue()
 
 
 def heavy(length: int) -> bytes:
     """Return a whole PNG of about that many bytes."""
-    return b"".join(Picture(picture(), "image/png", padding=length).chunks())
+    return b"".join(Picture(small_image(), "image/png", padding=length).chunks())
 
 
 # What is seen from outside
@@ -273,16 +275,16 @@ def refused(station: Station, stem: str, originals: dict[str, str | bytes], *, b
     assert station.names("errors") == sorted([*originals, f"{stem}.error.toml", *raw])
     for name, content in originals.items():
         assert (station.errors / name).read_bytes() == _bytes(content)
-    document = station.error(stem)
-    assert document["schema"] == 1
-    assert document["source"] == f"{stem}.prompt.txt"
-    assert document["message"]
-    assert document["next"]
-    assert "billing" not in document or document["charged"] == "yes"
-    return document
+    result_file = station.error(stem)
+    assert result_file["schema"] == 1
+    assert result_file["source"] == f"{stem}.prompt.txt"
+    assert result_file["message"]
+    assert result_file["next"]
+    assert "billing" not in result_file or result_file["charged"] == "yes"
+    return result_file
 
 
-def made(station: Station, stem: str, originals: dict[str, str | bytes], *names: str) -> dict[str, Any]:
+def completed(station: Station, stem: str, originals: dict[str, str | bytes], *names: str) -> dict[str, Any]:
     """Check a prompt that became images of these names; return its receipt."""
     over(station)
     assert station.names("errors") == []
@@ -290,10 +292,10 @@ def made(station: Station, stem: str, originals: dict[str, str | bytes], *names:
     assert station.names("archive") == sorted(originals)
     for name, content in originals.items():
         assert (station.archive / name).read_bytes() == _bytes(content)
-    document = station.receipt(stem)
-    assert document["charged"] == "yes"
-    assert [image["file"] for image in document["images"]] == list(names)
-    return document
+    result_file = station.receipt(stem)
+    assert result_file["charged"] == "yes"
+    assert [image["file"] for image in result_file["images"]] == list(names)
+    return result_file
 
 
 def returned(station: Station, originals: dict[str, str | bytes]) -> None:

@@ -24,7 +24,7 @@ import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from support.daemon import KEY, Folders, command, until
-from support.scripted import Scripted, answer, answering, drop, made, paid, picture, refused
+from support.scripted import Scripted, completed, drop, paid, refused, responding, response, small_image
 from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
@@ -32,7 +32,7 @@ from imagewatch.config.schema import Endpoint
 from imagewatch.endpoint.client import Client
 from imagewatch.system import log
 
-IMAGE = picture()
+IMAGE = small_image()
 ASK = {"x.prompt.txt": "a cat"}
 
 
@@ -118,7 +118,7 @@ def found_in(station, outcome, capfd):
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"402 Payment Required", b"502 Bad Gateway", b"200 OK"])
 def test_a_key_that_comes_back_in_any_form_is_in_nothing_that_others_read(tmp_path, capfd, form, status):
     body = b'{"message": "%s is no key", "errorCode": "not-%s", "billing": {"transaction_id": "%s"}}'
-    reply = answering(body % ((form.encode(),) * 3), b"x-request-id: " + form.encode(), status=status)
+    reply = responding(body % ((form.encode(),) * 3), b"x-request-id: " + form.encode(), status=status)
     with served_by(tmp_path, reply) as station:
         drop(station, ASK)
         (outcome,) = station.work()
@@ -134,10 +134,10 @@ def test_a_paid_answer_that_repeats_the_key_everywhere_is_published_without_it(t
     images = [entry, {"url": "https://10.0.0.1/KEY.png"}]
     body = json.dumps({"provider": "KEY", "model": "m KEY", "images": images, "billing": billing}).replace("KEY", form)
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
-    with served_by(tmp_path, answering(body.encode())) as station:
+    with served_by(tmp_path, responding(body.encode())) as station:
         drop(station, originals)
         (outcome,) = station.work()
-        receipt = made(station, "x", originals, "x-1.png")
+        receipt = completed(station, "x", originals, "x-1.png")
         assert (station.outbox / "x-1.png").read_bytes() == IMAGE
         assert "***" in receipt["model"]
         assert receipt["credits_charged"] == 7
@@ -147,10 +147,10 @@ def test_a_paid_answer_that_repeats_the_key_everywhere_is_published_without_it(t
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 def test_what_comes_in_place_of_a_image_and_holds_the_key_is_not_published(tmp_path, capfd, form):
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
-    with served_by(tmp_path, answering(paid(IMAGE, b"not a picture, " + form.encode()))) as station:
+    with served_by(tmp_path, responding(paid(IMAGE, b"not a picture, " + form.encode()))) as station:
         drop(station, originals)
         (outcome,) = station.work()
-        receipt = made(station, "x", originals, "x-1.png")
+        receipt = completed(station, "x", originals, "x-1.png")
         assert "it holds the API key and is not published" in receipt["problems"][0]
         assert found_in(station, outcome, capfd) == []
 
@@ -174,7 +174,7 @@ CODINGS = {
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"200 OK"])
 def test_a_key_in_a_compressed_answer_is_in_nothing_that_others_read(tmp_path, capfd, form, name, pack, status):
     body = b'{"message": "Too many requests for %s", "model": "%s"}' % (form.encode(), form.encode())
-    reply = answering(pack(body), b"Content-Encoding: " + name, status=status)
+    reply = responding(pack(body), b"Content-Encoding: " + name, status=status)
     with served_by(tmp_path, reply) as station:
         drop(station, ASK)
         (outcome,) = station.work()
@@ -192,7 +192,7 @@ def test_messages_in_a_coding_that_we_cannot_read_are_not_repeated_and_the_answe
 ):
     # A Brotli stream of one block that is not compressed: who has the tool for it reads the key.
     words = f'{{"message": "{KEY}"}}'.encode()
-    reply = answering(b"\x8b\x0d\x80" + words + b"\x03", b"Content-Encoding: br", status=status)
+    reply = responding(b"\x8b\x0d\x80" + words + b"\x03", b"Content-Encoding: br", status=status)
     with served_by(tmp_path, reply) as station:
         drop(station, ASK)
         (outcome,) = station.work()
@@ -214,7 +214,7 @@ PACKED = {
 
 @pytest.mark.parametrize("pack", PACKED.values(), ids=PACKED)
 def test_a_compressed_file_in_place_of_an_answer_is_kept_apart(tmp_path, capfd, pack):
-    with served_by(tmp_path, answering(pack(f'{{"message": "{KEY}"}}'.encode()))) as station:
+    with served_by(tmp_path, responding(pack(f'{{"message": "{KEY}"}}'.encode()))) as station:
         drop(station, ASK)
         (outcome,) = station.work()
         refused(station, "x", ASK, beside="bin")
@@ -259,7 +259,7 @@ def test_a_key_in_the_middle_of_which_an_answer_breaks_off_is_masked_as_far_as_i
 def test_a_paid_answer_without_the_key_is_kept_byte_for_byte(tmp_path):
     odd = '\\u0073\\/%73&#45;&amp;\\\\u002d\\"' + KEY[:-1] + "\\u0000" + KEY[1:]
     body = ('{"images": [], "a": "' + odd * 200 + base64.b64encode(os.urandom(600_000)).decode() + '"}').encode()
-    with served_by(tmp_path, answering(body)) as station:
+    with served_by(tmp_path, responding(body)) as station:
         drop(station, ASK)
         station.work()
         refused(station, "x", ASK, beside="json")
@@ -269,10 +269,10 @@ def test_a_paid_answer_without_the_key_is_kept_byte_for_byte(tmp_path):
 def test_a_image_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(tmp_path):
     escaped = base64.b64encode(IMAGE).replace(b"/", b"\\/")
     assert b"\\/" in escaped
-    with served_by(tmp_path, answering(b'{"images": [{"b64_json": "' + escaped + b'"}]}')) as station:
+    with served_by(tmp_path, responding(b'{"images": [{"b64_json": "' + escaped + b'"}]}')) as station:
         drop(station, ASK)
         station.work()
-        made(station, "x", ASK, "x.png")
+        completed(station, "x", ASK, "x.png")
         assert (station.outbox / "x.png").read_bytes() == IMAGE
 
 
@@ -289,7 +289,7 @@ def test_what_came_of_an_answer_is_on_the_disk_to_its_last_byte_while_the_endpoi
         drop(station, ASK)
         station.work()
         assert seen == [True]
-        made(station, "x", ASK, "x.png")
+        completed(station, "x", ASK, "x.png")
 
 
 # The commands
@@ -299,7 +299,7 @@ def test_what_came_of_an_answer_is_on_the_disk_to_its_last_byte_while_the_endpoi
 def test_once_and_its_status_do_not_repeat_the_key(tmp_path, form):
     def script(exchange):
         exchange.request()
-        exchange.send(answer(b'{"message": "no credits for %s"}' % form.encode(), status=b"402 Payment Required"))
+        exchange.send(response(b'{"message": "no credits for %s"}' % form.encode(), status=b"402 Payment Required"))
 
     with Scripted(script) as server:
         folders = Folders(tmp_path, server.base_url)
@@ -318,7 +318,7 @@ def test_a_balance_whose_names_hold_the_key_is_not_shown_with_it():
     key = "sk_let_test_abcdefghi"
     names = ("total_balance", f"{key}_balance", key.replace("k", "\\u006b") + "_balance")
     body = ", ".join(f'"{name}": 3' for name in names)
-    with Scripted(answering(f"{{{body}}}".encode())) as server:
+    with Scripted(responding(f"{{{body}}}".encode())) as server:
         client = Client(Endpoint(base_url=server.base_url), lambda: Key(key))
         with contextlib.closing(client):
             assert client.balance() == {"total_balance": 3}
@@ -382,10 +382,10 @@ def test_a_short_key_is_masked_in_a_refusal_but_never_as_a_part_of_a_word(tmp_pa
 
 def test_a_key_of_eight_characters_is_masked_in_what_is_reported_of_a_paid_answer_and_not_in_its_images(tmp_path):
     key = base64.b64encode(IMAGE)[20:28].decode()
-    with served_with(key, tmp_path, answering(paid(IMAGE, model=f"flux {key}"))) as station:
+    with served_with(key, tmp_path, responding(paid(IMAGE, model=f"flux {key}"))) as station:
         drop(station, ASK)
         station.work()
-        assert made(station, "x", ASK, "x.png")["model"] == "flux ***"
+        assert completed(station, "x", ASK, "x.png")["model"] == "flux ***"
         assert (station.outbox / "x.png").read_bytes() == IMAGE
 
 
