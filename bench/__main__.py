@@ -1,12 +1,12 @@
-"""How fast and how small imagewatch is, next to the floor and to the peers: ratios within one run, with their spread.
+"""Speed and memory of imagewatch compared with a baseline and with others: ratios within one run, with their spread.
 
     python bench                          # everything, half an hour
     python bench --quick                  # a few minutes; the figures are rough
     python bench --only latency memory    # of: latency, throughput, slots, start, job, memory, scale, burst, gallery
     python bench --write-docs             # into docs/performance.md
 
-It starts endpoints of its own on loopback, warms everybody up, lets the contenders take turns, and repeats. It prints
-a table, writes it to a JSON file, and ends with 1 when a bound is passed. Linux only.
+It starts endpoints of its own on loopback, warms up all contenders, lets them take turns, and repeats. It prints a
+table, writes it to a JSON file, and exits with 1 if a bound is not reached. Linux only.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
 
 
 def arguments() -> argparse.Namespace:
-    """Return what was asked for."""
+    """Return the arguments of the command line."""
     parser = argparse.ArgumentParser(prog="python bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
     parser.add_argument("--quick", action="store_true", help="few repetitions, small amounts")
@@ -59,12 +59,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--write-docs", action="store_true", help="write docs/performance.md, too")
     asked = parser.parse_args()
     if asked.quick and asked.write_docs:
-        parser.error("rough figures do not belong into the docs: leave out --quick or --write-docs")
+        parser.error("rough figures do not belong in the docs: omit --quick or --write-docs")
     return asked
 
 
 def main() -> int:
-    """Measure, print, return 1 when a bound is passed."""
+    """Measure, print, return 1 if a bound is not reached."""
     asked = arguments()
     found: dict[str, list[Row]] = {}
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:

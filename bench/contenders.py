@@ -1,4 +1,4 @@
-"""Who is measured: the daemon, the floor, the peers. Each runs in processes of its own on folders of its own."""
+"""The measured programs: the daemon, the baseline and others. Each has its own processes and folders."""
 
 from __future__ import annotations
 
@@ -36,29 +36,29 @@ def missing(name: str) -> str:
 
 
 def without_syncs(folder: Path) -> tuple[dict[str, str], str]:
-    """Return an environment in which nothing waits for the disk, and how that was done."""
+    """Return an environment in which no sync waits for the disk, and the means used."""
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler:
         (folder / "no_sync.c").write_text(NO_SYNC)
         command = [compiler, "-shared", "-fPIC", "-o", str(folder / "no_sync.so"), str(folder / "no_sync.c")]
         subprocess.run(command, check=True)
-        return {"LD_PRELOAD": str(folder / "no_sync.so")}, "a preloaded library, SQLite included"
+        return {"LD_PRELOAD": str(folder / "no_sync.so")}, "a preloaded library, including SQLite"
     (folder / "sitecustomize.py").write_text(NO_SYNC_PYTHON)
-    return {"PYTHONPATH": str(folder)}, "a sitecustomize.py: no compiler here, so SQLite still waits"
+    return {"PYTHONPATH": str(folder)}, "a sitecustomize.py: no compiler here, so SQLite still syncs"
 
 
 @dataclass
 class Contender:
-    """One of them; ``with`` starts it, warms it up and ends it.
+    """A measured program; ``with`` starts it, warms it up and ends it.
 
     Attributes:
-        name: Which one.
+        name: Its name.
         root: Its folders.
-        endpoint: Whom it asks.
-        slots: Requests at once.
-        environ: More environment.
+        endpoint: The API that it uses.
+        slots: Requests at the same time.
+        environ: Further environment variables.
         under: A command that runs it, such as a tracer.
-        instead: A command in the place of its own.
+        instead: A command that replaces its own.
     """
 
     name: str
@@ -97,7 +97,7 @@ class Contender:
         return [sys.executable, str(HERE / "loop.py"), str(self.root), self.endpoint.base_url, str(self.slots), *mode]
 
     def _warm_up(self) -> None:
-        """Drop prompts until some are done: most see nothing that was there before they began to watch."""
+        """Drop prompts until some are done: most programs do not find files from before they began to watch."""
         began = time.monotonic()
         while time.monotonic() < began + 60:
             if self.finish([self.drop()[0] for _ in range(3)], 1.0):
@@ -109,13 +109,13 @@ class Contender:
 
     def __exit__(self, *_: object) -> None:
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # the session is ours: what is left in it is of no interest
+            os.killpg(self._process.pid, signal.SIGKILL)  # the session is ours: end everything in it
         self._process.wait()
         self._watch.close()
         shutil.rmtree(self.root, ignore_errors=True)
 
     def stop(self) -> None:
-        """Ask it to end, and wait until it has."""
+        """Tell it to end, and wait for the end."""
         os.killpg(self._process.pid, signal.SIGTERM)
         self._process.wait(30)
 
@@ -133,8 +133,8 @@ class Contender:
         """Wait until prompts are in the archive.
 
         Returns:
-            When each receipt was there, and its folder synced if that was seen before anything else; nothing at all
-            if the prompts were not done in time.
+            When each receipt existed, with its folder synced if that event came next. Empty if the prompts were not
+            done in time.
         """
         left, receipts, last = set(names), {}, ""
         for event in self._watch.read(seconds):
@@ -156,5 +156,5 @@ class Contender:
             with contextlib.suppress(OSError):
                 fields = path.read_text().rpartition(")")[2].split()
                 if int(fields[3]) == self._process.pid:
-                    total += sum(int(field) for field in fields[11:15])  # its own, and of the children that ended
+                    total += sum(int(field) for field in fields[11:15])  # its own, and that of ended children
         return total / TICKS

@@ -1,4 +1,4 @@
-"""The real daemon on folders of its own, and what the kernel knows of it."""
+"""The real daemon on folders of its own, and figures of the kernel about it."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ MB = 1_000_000
 TICKS = os.sysconf("SC_CLK_TCK")
 PAUSE = threading.Event().wait
 SLOTS = 4
-"""Requests at once, where the number does not matter: the default."""
+"""Requests at the same time if the number does not matter: the default."""
 COMMAND = (sys.executable, "-m", "imagewatch")
 
 
 def environment(root: Path, base_url: str, **settings: object) -> dict[str, str]:
-    """Return the environment that tells imagewatch what to do.
+    """Return the environment that configures imagewatch.
 
     Args:
         root: Where its folders are.
-        base_url: Whom it asks.
+        base_url: The API.
         settings: Keys of the configuration as ``section__key``.
     """
     return {
@@ -71,7 +71,7 @@ class Daemon:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.send_signal(signal.SIGKILL)  # what is left in the inbox is of no interest
+        self.process.send_signal(signal.SIGKILL)  # the rest of the inbox does not matter
         self.process.wait()
 
     def memory(self, name: str = "VmRSS") -> float:
@@ -80,7 +80,7 @@ class Daemon:
         return next(int(line.split()[1]) * 1024 / MB for line in text.splitlines() if line.startswith(name + ":"))
 
     def forget_peak(self) -> None:
-        """Let the kernel's high-water mark begin anew."""
+        """Reset the kernel's high-water mark."""
         Path(f"/proc/{self.process.pid}/clear_refs").write_text("5")
 
     def ticks(self) -> int:
@@ -89,7 +89,7 @@ class Daemon:
         return int(fields[11]) + int(fields[12])
 
     def wake_ups(self) -> int:
-        """Return how often its threads began to run because what they waited for was there."""
+        """Return how often its threads woke up after waiting."""
         total = 0
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             text = (task / "status").read_text()
@@ -103,31 +103,31 @@ class Daemon:
         except (OSError, ValueError):
             return {}
 
-    def has_looked(self) -> bool:
-        """Tell whether it has looked at the inbox."""
+    def has_scanned(self) -> bool:
+        """Return whether it has scanned the inbox."""
         return bool(self.page().get("last_scan"))
 
     def waiting(self) -> int:
-        """Return how many prompts wait for a worker by its own count."""
+        """Return how many prompts wait for a worker according to its status."""
         return self.page().get("waiting", {}).get("ready", -1)
 
     def is_done(self) -> bool:
-        """Tell whether nothing lies in the inbox any more, and nothing is claimed."""
+        """Return whether the inbox has no prompts and no claims."""
         prompts, claims = self.inbox.glob("*.prompt.txt"), (self.inbox / ".imagewatch").iterdir()
         return not any(prompts) and not any(path.is_dir() for path in claims)
 
     def until(self, condition: Callable[[], bool], every: float = 0.005) -> float:
-        """Wait for something; return how long after the start it was, in seconds."""
+        """Wait for a condition; return the seconds since the start."""
         end = time.monotonic() + 600
         while not condition():
             if time.monotonic() > end or self.process.poll() is not None:
-                sys.exit("it did not happen")
+                sys.exit("the condition did not become true")
             PAUSE(every)
         return time.monotonic() - self.began
 
 
 def jobs(count: int) -> list[str]:
-    """Return the names of so many prompts."""
+    """Return the names of this number of prompts."""
     return [f"job-{number:06}" for number in range(count)]
 
 

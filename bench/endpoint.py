@@ -1,6 +1,6 @@
-"""A fast endpoint for measurements: it throws requests away and answers with bytes made beforehand.
+"""A fast endpoint for measurements: it discards requests and returns prepared bytes.
 
-It is not the sandbox, which is strict and keeps what it gets: here only the daemon's own cost should show.
+It is not the sandbox, which checks and keeps each request: only the daemon's own cost is to be measured here.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 KEY = "sk-let-" + "0123456789abcdef" * 4
-"""As long as a real one: each answer is searched for it, which a short one is spared."""
+"""As long as a real one, because responses are not searched for a short one."""
 
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
@@ -23,7 +23,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png(size: int) -> bytes:
-    """Return a whole PNG of about ``size`` bytes: one pixel, and padding in a chunk of our own."""
+    """Return a complete PNG of about ``size`` bytes: one pixel, and padding in a private chunk."""
     head = b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0))
     body = _chunk(b"IDAT", zlib.compress(b"\0\0\0\0")) + _chunk(b"IEND", b"")
     padding = max(0, size - len(head) - len(body) - 12)
@@ -35,7 +35,7 @@ class Endpoint:
     """The endpoint; ``with Endpoint(images, size) as endpoint`` serves on a free port of loopback.
 
     With ``keep`` the prompts are kept in the order in which they came; requests must be small then.
-    A request without input images gets one small picture, so that a daemon can be warmed up.
+    A request without input images gets one small image, so that a daemon can be warmed up.
     """
 
     images: int
@@ -45,12 +45,12 @@ class Endpoint:
     received: int = 0
     prompts: list[str] = field(default_factory=list)
     base_url: str = ""
-    _answer: bytes = b""
+    _response: bytes = b""
     _small: bytes = b""
     _listener: socket.socket = field(default_factory=socket.socket)
 
     def __enter__(self) -> Self:
-        self._small, self._answer = self.made(1, 2000), self.made(self.images, self.size)
+        self._small, self._response = self.response(1, 2000), self.response(self.images, self.size)
         self._listener.bind(("127.0.0.1", 0))
         self._listener.listen(256)
         self.base_url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
@@ -58,8 +58,8 @@ class Endpoint:
         return self
 
     @staticmethod
-    def made(images: int, size: int) -> bytes:
-        """Return a whole answer with so many pictures of so many bytes each."""
+    def response(images: int, size: int) -> bytes:
+        """Return a complete response with this number of images of this size."""
         entry = b'{"mime_type": "image/png", "b64_json": "' + base64.b64encode(png(size)) + b'"}'
         body = b'{"provider": "gemini", "model": "bench", "images": [%s], "billing": {"credits_charged": 1}}' % (
             b", ".join([entry] * images)
@@ -68,7 +68,7 @@ class Endpoint:
         return head % len(body) + body
 
     def forget(self) -> None:
-        """Forget what was asked for."""
+        """Forget the requests so far."""
         self.requests = self.received = 0
         self.prompts.clear()
 
@@ -101,4 +101,4 @@ class Endpoint:
             if self.keep:
                 self.prompts.append(json.loads(rest + scratch[: length - len(rest)])["prompt"])
             self.requests += 1
-            connection.sendall(self._answer if length > 10_000 else self._small)
+            connection.sendall(self._response if length > 10_000 else self._small)

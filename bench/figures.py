@@ -1,4 +1,4 @@
-"""Figures of several runs: medians with their spread, ratios within one run, and the bounds they are held to."""
+"""Figures of several runs: medians with their spread, ratios within one run, and their bounds."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Figure:
 
 @dataclass
 class Check:
-    """What a figure is held to.
+    """A bound of a figure.
 
     Attributes:
-        always: Whether every run has to keep to the bound: what must never happen has no median.
+        always: Whether every run has to keep to the bound, for events that must never happen.
     """
 
     what: str
@@ -50,18 +50,18 @@ class Check:
 
     @property
     def verdict(self) -> str:
-        """What is to be said of it."""
+        """The verdict as text."""
         return "reached" if self.reached else "not reached"
 
     @property
     def asked(self) -> str:
-        """The bound in words."""
+        """The bound as text."""
         return f"{'≤' if self.at_most else '≥'} {plain(self.bound)}"
 
 
 @dataclass
 class Row:
-    """One line of the table: what was measured, of whom, what it is held to, and lines to add."""
+    """One row of the table: the metric, the figures of all contenders, the bounds, and a note."""
 
     metric: str
     figures: list[Figure]
@@ -70,7 +70,7 @@ class Row:
 
 
 def plain(value: float) -> str:
-    """Return a number with three digits that count, without an exponent."""
+    """Return a number with three significant digits, without an exponent."""
     if value == int(value):
         return f"{value:.0f}"
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
@@ -82,12 +82,12 @@ def ratio(above: Figure, below: Figure) -> Figure:
 
 
 def percentile(values: list[float], part: float) -> float:
-    """Return the value below which a part of all lies."""
+    """Return the value below which this part of all values is."""
     return sorted(values)[min(len(values) - 1, int(len(values) * part))]
 
 
 def machine(folder: Path) -> dict[str, str]:
-    """Return what the figures were measured on."""
+    """Return a description of this machine."""
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     memory = next(int(line.split()[1]) // 1_000_000 for line in _lines("/proc/meminfo") if line.startswith("MemTotal"))
     mounts = [line.split()[1:3] for line in _lines("/proc/mounts")]

@@ -1,6 +1,6 @@
-"""How long ``imagewatch gallery`` takes over many jobs: with no thumbnail yet, with all of them, and to see a change.
+"""How long ``imagewatch gallery`` takes for many jobs: without thumbnails, with all of them, and to detect a change.
 
-Real receipts' text, pictures of 1024 x 1024 under one name each (hard links of a few).
+The receipts have realistic text. The images of 1024 x 1024 are hard links to a few files.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def fill(root: Path, jobs: int) -> None:
-    """Write the folders of so many finished jobs."""
+    """Write the folders of this number of finished jobs."""
     outbox = root / "watched/outbox"
     outbox.mkdir(parents=True)
     pool = []
@@ -38,7 +38,7 @@ def fill(root: Path, jobs: int) -> None:
         source = pool[number % len(pool)]
         name = f"job-{number}{source.suffix}"
         os.link(source, outbox / name)
-        document = {
+        receipt = {
             "schema": 1,
             "job": f"{number:016x}",
             "source": f"job-{number}.prompt.txt",
@@ -51,14 +51,14 @@ def fill(root: Path, jobs: int) -> None:
             "prompt": f"A lighthouse on a cliff at dusk, long exposure, calm sea, as seen on day {number}",
             "images": [{"file": name, "bytes": source.stat().st_size, "width": 1024, "height": 1024}],
         }
-        (outbox / f"job-{number}.receipt.toml").write_text(tomli_w.dumps(document))
+        (outbox / f"job-{number}.receipt.toml").write_text(tomli_w.dumps(receipt))
 
 
 def gallery(bench: Bench) -> list[Row]:
     """Measure how long the page takes to be written, and in a browser."""
-    jobs = bench.amount.pictures // 10
-    cold, warm = Figure("with no thumbnail yet", "ms for each job"), Figure("with all of them", "ms for each job")
-    same, look = Figure("to see that nothing is new", "ms"), Figure("to see that no folder changed", "ms")
+    jobs = bench.amount.gallery // 10
+    cold, warm = Figure("without thumbnails", "ms for each job"), Figure("with all of them", "ms for each job")
+    same, check = Figure("to detect that nothing is new", "ms"), Figure("to detect that no folder changed", "ms")
     size = Figure("size", "bytes for each job")
     for run in range(bench.amount.few):
         say(f"gallery, run {run + 1}")
@@ -70,14 +70,14 @@ def gallery(bench: Bench) -> list[Row]:
         cold.values.append(milliseconds(kept.write) / jobs)
         warm.values.append(milliseconds(Gallery(config).write) / jobs)
         same.values.append(milliseconds(kept.refresh))
-        look.values.append(milliseconds(kept.outdated))
+        check.values.append(milliseconds(kept.outdated))
         size.values.append((root / "watched/gallery.html").stat().st_size / jobs)
     checks = [Check("warm / cold", ratio(warm, cold), 0.1), Check("bytes for each job", size, 1000)]
-    return [Row(f"the gallery of {jobs:,} jobs", [cold, warm, same, look], checks), *in_browser(bench)]
+    return [Row(f"the gallery of {jobs:,} jobs", [cold, warm, same, check], checks), *in_browser(bench)]
 
 
 def milliseconds(act: Callable[[], object]) -> float:
-    """Return how long something takes."""
+    """Return how long a call takes."""
     began = time.perf_counter()
     act()
     return (time.perf_counter() - began) * 1000

@@ -1,4 +1,4 @@
-"""Change events straight from the kernel: what the floor is made of, and how the bench sees what comes out."""
+"""Change events directly from the kernel, for the baseline and for measuring when results appear."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Event:
 
     Attributes:
         watch: The folder's number.
-        mask: What happened.
-        name: To which name in it; empty for the folder itself.
+        mask: The kind of change.
+        name: The changed name in it; empty for the folder itself.
         at: When it was read, ``CLOCK_MONOTONIC`` in nanoseconds.
     """
 
@@ -51,9 +51,9 @@ class Inotify:
         return self._libc.inotify_add_watch(self._descriptor, os.fsencode(folder), mask)
 
     def read(self, seconds: float | None = None) -> Iterator[Event]:
-        """Yield what happens, for ever or until nothing did for so many seconds."""
+        """Yield events, without end or until none came for this number of seconds."""
         while True:
-            while self._held:  # what a caller that has enough leaves is there for the next
+            while self._held:  # kept for the next caller if one stops early
                 yield self._held.pop(0)
             if seconds is not None and not select.select([self._descriptor], [], [], seconds)[0]:
                 return

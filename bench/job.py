@@ -1,4 +1,4 @@
-"""What one job waits for, and where its time goes."""
+"""The syncs of one job, and how its time is spent."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 def job(bench: Bench) -> list[Row]:
-    """Look into one job."""
+    """Measure one job."""
     return [*sync_rows(bench), phase_row(bench)]
 
 
 def sync_rows(bench: Bench) -> list[Row]:
-    """Count what a job waits for."""
+    """Count the syncs of a job."""
     if not shutil.which("strace"):
         say("no strace here: the syncs of one job are not counted")
         return []
@@ -34,7 +34,7 @@ def sync_rows(bench: Bench) -> list[Row]:
     known = syncs(bench)
     note = "\n".join(f"{number}. `{path}`" for number, path in enumerate(known, 1))
     mine, floor = Figure("imagewatch", "", [len(known)]), Figure("loop", "", [len(SYNCS)])
-    # The loop is a floor for the same durable steps only as long as it takes them.
+    # The loop is a valid baseline only if it syncs as often.
     fewer = Check("loop / imagewatch", ratio(floor, mine), 1.0, at_most=False)
     return [
         Row(
@@ -47,7 +47,7 @@ def sync_rows(bench: Bench) -> list[Row]:
 
 
 def syncs(bench: Bench) -> list[str]:
-    """Return what one job of the daemon waits for, in order, by its file's name."""
+    """Return the names of the files that one job of the daemon syncs, in order."""
     trace = bench.root / "trace"
     under = ("strace", "-f", "-y", "-e", "trace=fsync,fdatasync", "-o", str(trace))
     with Stamping() as endpoint, Contender(DAEMON, bench.root / "work", endpoint, under=under) as contender:
@@ -61,7 +61,7 @@ def syncs(bench: Bench) -> list[str]:
 
 
 def phase_row(bench: Bench) -> Row:
-    """Measure where the time of a job goes. A clock around each part adds to it, so nothing is held to a bound."""
+    """Measure how the time of a job is spent. The measurement itself takes time, so there is no bound."""
     spent: dict[str, Figure] = {}
     for run in range(bench.amount.few):
         say(f"job, run {run + 1}: its parts")
@@ -71,7 +71,7 @@ def phase_row(bench: Bench) -> Row:
     whole = Figure("all", "ms", [sum(values) for values in zip(*(one.values for one in spent.values()), strict=True)])
     for figure in spent.values():
         figure.unit = f"ms, {figure.median / whole.median:.0%}"
-    return Row("where the time of one job of 1.5 MB goes", [*spent.values(), whole])
+    return Row("how the time of one job of 1.5 MB is spent", [*spent.values(), whole])
 
 
 def phases(bench: Bench) -> list[tuple[str, float, float]]:
@@ -83,5 +83,5 @@ def phases(bench: Bench) -> list[tuple[str, float, float]]:
             contender.finish([contender.drop()[0]])
         contender.stop()
     found = json.loads(out.read_text())
-    done = found["worker: all else"][1]  # and those of the warming up
+    done = found["worker: everything else"][1]  # including warm-up
     return [(part, spent / done, calls / done) for part, (spent, calls) in found.items()]

@@ -12,7 +12,7 @@ from stamping import SIZE, Stamping
 if TYPE_CHECKING:
     from plan import Bench
 
-GAP = 0.6  # seconds of quiet before a prompt that finds everybody idle: longer than watchdog's half a second
+GAP = 0.6  # seconds before a prompt, so that all threads are idle: longer than watchdog's half a second
 EVERY = 0.1  # seconds between prompts while finished ones leave the inbox
 
 
@@ -64,7 +64,7 @@ def leaving(contender: Contender, drops: int) -> list[float]:
 
 
 def latency_rows(found: dict[str, dict[str, Figure]]) -> list[Row]:
-    """Return what the latencies are held to."""
+    """Return the rows and bounds of the latencies."""
     mine, floor, shell = found[DAEMON], found[FLOOR], found.get(SHELL)
     tails = [Figure(f"{name}, p99", "ms", [percentile(one["all"].values, 0.99)]) for name, one in found.items()]
     first = [Check("/ loop", ratio(mine["first"], floor["first"]), 2.0), Check("p99, ms", tails[0], 50.0)]

@@ -1,11 +1,10 @@
-"""The floor: the least that carries a prompt to its receipt with the durable steps of one job of imagewatch.
+"""The baseline: the least work from a prompt to its receipt with the durable steps of one job of imagewatch.
 
     python bench/loop.py ROOT URL [THREADS] [--observer]
 
-Raw inotify, one ``httpx`` client, an answer decoded while it comes in. It waits for the disk as often as imagewatch
-does, for the same kinds of things in the same order (``SYNCS``), and does nothing else: no settling, no checks of the
-prompt, of the answer or of the picture, no recovery, no caps, no log. ``--observer`` takes its events from watchdog's
-default ``Observer`` instead.
+Raw inotify, one ``httpx`` client, a response decoded while it arrives. It syncs as often as imagewatch does, the same
+kinds of files in the same order (``SYNCS``), and does nothing else: no settling, no checks, no recovery,
+no caps, no log. ``--observer`` uses the events of watchdog's default ``Observer`` instead.
 """
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ SYNCS = (
     "its folder",
     "answer.1",
     "its folder",
-    "the picture",
+    "the image",
     "the ledger's row",
     "decision.json",
     "its folder",
-    "the picture, on its way out",
+    "the image, before it is published",
     "the outbox",
     "the receipt",
     "the outbox",
@@ -55,20 +54,20 @@ SYNCS = (
     "the job's folder",
     "the folder of jobs",
 )
-"""What one job waits for. The request leaves after the eighth, the receipt is durable after the eighteenth."""
+"""The syncs of one job. The request is sent after the eighth, the receipt is durable after the eighteenth."""
 SUFFIX = ".prompt.txt"
 READ_BYTES = 1 << 20
 
 
 def sync(folder: str) -> None:
-    """Make the names in a folder durable."""
+    """Sync a folder."""
     descriptor = os.open(folder, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
 
 
 def write(path: str, content: bytes) -> None:
-    """Write a file durably, name and all."""
+    """Write a file durably, including its name."""
     with open(path + ".tmp", "wb") as file:
         file.write(content)
         file.flush()
@@ -78,7 +77,7 @@ def write(path: str, content: bytes) -> None:
 
 
 class Decoder:
-    """Base64 out of the answer into a file, piece by piece."""
+    """Decodes base64 of a response into a file, piece by piece."""
 
     _KEY = b'"b64_json": "'
 
@@ -88,7 +87,7 @@ class Decoder:
         self._inside = False
 
     def feed(self, chunk: bytes) -> None:
-        """Take the next piece of the answer."""
+        """Decode the next piece of the response."""
         data = self._held + chunk
         if not self._inside:
             head, found, data = data.partition(self._KEY)
@@ -103,7 +102,7 @@ class Decoder:
 
 
 class Loop:
-    """Carries prompts on a few threads."""
+    """Processes prompts on a few threads."""
 
     def __init__(self, root: str, url: str) -> None:
         folders = ("inbox", "inbox/.claims", "outbox", "archive", "jobs")
@@ -119,12 +118,12 @@ class Loop:
         self.names: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def work(self) -> None:
-        """Carry one prompt after the other."""
+        """Process one prompt after the other."""
         while True:
-            self.carry(self.names.get())
+            self.process(self.names.get())
 
-    def carry(self, name: str) -> None:
-        """Carry a prompt to the archive."""
+    def process(self, name: str) -> None:
+        """Process a prompt until it is in the archive."""
         job, stem = secrets.token_hex(8), name.removesuffix(SUFFIX)
         record, claim = os.path.join(self.jobs, job), os.path.join(self.claims, job)
         prompt, out = os.path.join(claim, name), os.path.join(self.outbox, stem)
@@ -137,8 +136,8 @@ class Loop:
         sync(claim)
         sync(self.inbox)
         self.ask(record, prompt)
-        with open(f"{record}/image.0", "rb") as picture:
-            os.fsync(picture.fileno())  # it is clean, but imagewatch asks, too
+        with open(f"{record}/image.0", "rb") as image:
+            os.fsync(image.fileno())  # it is synced already, but imagewatch does it, too
         os.rename(f"{record}/image.0", f"{out}.png")
         sync(self.outbox)
         write(f"{out}.receipt.toml", f'job = "{job}"\nsource = "{name}"\n'.encode() + b"# " + b"x" * 600 + b"\n")
@@ -150,50 +149,50 @@ class Loop:
         sync(self.claims)
         os.unlink(f"{record}/claim.json")
         sync(record)
-        for left in os.listdir(record):
-            os.unlink(f"{record}/{left}")
+        for rest in os.listdir(record):
+            os.unlink(f"{record}/{rest}")
         os.rmdir(record)
         sync(self.jobs)
 
     def ask(self, record: str, prompt: str) -> None:
-        """Send the request; keep the answer, the picture, the rows and the decision."""
+        """Send the request; write the response, the image, the row and the decision."""
         with open(prompt, "rb") as file:
             text = file.read().rpartition(b"+++\n")[2].decode().strip()
         body = json.dumps({"provider": "flux", "prompt": text}).encode()
         write(f"{record}/sent.1", body)
         headers = {"content-type": "application/json", "authorization": "Bearer bench", "accept-encoding": "identity"}
-        with open(f"{record}/image.0", "wb") as picture:
-            decoder = Decoder(picture)
+        with open(f"{record}/image.0", "wb") as image:
+            decoder = Decoder(image)
             with (
-                open(f"{record}/answer.1.part", "wb") as answer,
+                open(f"{record}/answer.1.part", "wb") as saved,
                 self._client.stream("POST", self._url, content=body, headers=headers) as response,
             ):
                 for chunk in response.iter_raw():
-                    answer.write(chunk)
+                    saved.write(chunk)
                     decoder.feed(chunk)
-                answer.flush()
-                os.fsync(answer.fileno())
+                saved.flush()
+                os.fsync(saved.fileno())
             os.rename(f"{record}/answer.1.part", f"{record}/answer.1")
             sync(record)
-            picture.flush()
-            os.fsync(picture.fileno())
+            image.flush()
+            os.fsync(image.fileno())
         with self._lock:
             self._ledger.execute("INSERT INTO rows VALUES (?, ?)", (record, "x" * 400))
         write(f"{record}/decision.json", b"x" * 900)
 
 
 class Handler(FileSystemEventHandler):
-    """What a script with watchdog's default observer has."""
+    """The events of watchdog's default observer."""
 
     def __init__(self, names: queue.SimpleQueue[str]) -> None:
         self._names = names
 
     def on_created(self, event: FileSystemEvent) -> None:
-        """Take a file that was moved in; in this bench nothing else ends so."""
+        """Add a file that was moved in; this bench creates none in another way."""
         self._take(str(event.src_path))
 
     def on_moved(self, event: FileSystemEvent) -> None:
-        """Take a file that was renamed inside."""
+        """Add a file that was renamed inside."""
         self._take(str(event.dest_path))
 
     def _take(self, path: str) -> None:

@@ -1,6 +1,6 @@
-"""Peak memory of the real daemon while it carries huge jobs, above its own memory at rest.
+"""Peak memory of the real daemon during huge jobs, above its own memory at rest.
 
-The kernel keeps the high-water mark, and lets it begin anew. Each case is warmed up with a small prompt first.
+The kernel records the high-water mark and can reset it. Each case is warmed up with a small prompt first.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 INPUTS, OUTPUTS, SIZE = 14, 4, 20 * MB
 CASES = (
-    # what, jobs, input images of each, pictures in the answer, most MB
+    # what, jobs, input images of each, images in the response, most MB
     ("14 x 20 MB in", 1, INPUTS, 0, 8.0),
     ("4 x 20 MB out", 1, 1, OUTPUTS, 8.0),
-    ("8 jobs at once, 14 in and 4 out", 8, INPUTS, OUTPUTS, 40.0),
+    ("8 jobs at the same time, 14 in and 4 out", 8, INPUTS, OUTPUTS, 40.0),
 )
 
 
@@ -41,20 +41,20 @@ def memory(bench: Bench) -> list[Row]:
 
 
 def huge(root: Path, jobs: int, inputs: int, outputs: int) -> tuple[float, float]:
-    """Return the memory at rest, and at its peak over some huge jobs, MB."""
+    """Return the memory at rest, and its peak during some huge jobs, MB."""
     # A request of more than 10 kB gets the large answer.
     with Endpoint(outputs or 1, SIZE if outputs else 2000) as endpoint:
         environ = environment(root, endpoint.base_url, inbox__settle_seconds=0.5, limits__concurrency=jobs)
         with Daemon(root, environ) as daemon:
-            daemon.until(daemon.has_looked)
+            daemon.until(daemon.has_scanned)
             drop(daemon.inbox, ["warm"])
             daemon.until((daemon.outbox / "warm.receipt.toml").exists)
             rest = daemon.memory()
             daemon.forget_peak()
-            names, picture = [f"huge-{number}" for number in range(jobs)], png(SIZE if inputs > 1 else 20_000)
+            names, image = [f"huge-{number}" for number in range(jobs)], png(SIZE if inputs > 1 else 20_000)
             for name in names:
                 for number in range(inputs):
-                    (daemon.inbox / f"{name}.{number + 1}.png").write_bytes(picture)
+                    (daemon.inbox / f"{name}.{number + 1}.png").write_bytes(image)
             drop(daemon.inbox, names)
             daemon.until(lambda: all((daemon.outbox / f"{name}.receipt.toml").exists() for name in names), every=0.05)
             return rest, daemon.memory("VmHWM")

@@ -1,4 +1,4 @@
-"""What the bench found, as text and in ``docs/performance.md``."""
+"""The results, as text and in ``docs/performance.md``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from figures import Row
 
-DOCUMENT = Path(__file__).parent.parent / "docs/performance.md"
+PAGE = Path(__file__).parent.parent / "docs/performance.md"
 _BEGIN, _END = "<!-- {}: written by the bench -->\n", "<!-- end of {} -->\n"
 
 
@@ -24,25 +24,25 @@ def text(rows: list[Row]) -> str:
 
 
 def put(name: str, machine: dict[str, str], rows: list[Row]) -> None:
-    """Replace a section of the document, between its marks; the others stay as they are.
+    """Replace a section of the page, between its marks; the others do not change.
 
     Args:
         name: The measurement, which is the section's name in the marks.
-        machine: On what it was measured.
-        rows: What was measured.
+        machine: The machine of the measurement.
+        rows: The results.
     """
     begin, end = _BEGIN.format(name), _END.format(name)
-    before, found, rest = DOCUMENT.read_text(encoding="utf-8").partition(begin)
+    before, found, rest = PAGE.read_text(encoding="utf-8").partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"{DOCUMENT} has no place for {name}: it takes the lines {begin!r} and {end!r}")
+        raise ValueError(f"{PAGE} has no section for {name}: it needs the lines {begin!r} and {end!r}")
     on = "; ".join(f"{what}: {value}" for what, value in machine.items())
     head = f"`python bench --only {name}`, {dt.datetime.now(tz=dt.UTC).date()}. {on}."
-    DOCUMENT.write_text(f"{before}{begin}\n{head}\n\n{_table(rows)}\n{end}{after}", encoding="utf-8")
+    PAGE.write_text(f"{before}{begin}\n{head}\n\n{_table(rows)}\n{end}{after}", encoding="utf-8")
 
 
 def _table(rows: list[Row]) -> str:
-    lines = ["| metric | median (lowest-highest) | held to | today | |", "|---|---|---|---|---|"]
+    lines = ["| metric | median (lowest-highest) | bound | value | |", "|---|---|---|---|---|"]
     for row in rows:
         figures = [f"{figure.name}: {figure}" for figure in row.figures] + row.note.splitlines()
         verdicts = [check.verdict if check.reached else f"**{check.verdict}**" for check in row.checks]

@@ -2,8 +2,8 @@
 
     python bench/phases.py OUT
 
-Started in the place of ``python -m imagewatch``; when it ends it writes the milliseconds of each part as JSON. A
-part's time is its own: what another part took inside it counts there.
+Run it instead of ``python -m imagewatch``. When it ends it writes the milliseconds of each part as JSON. Time that one
+part spends inside another counts for the inner one only.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
         (spool.Spool, ("forget", "settle")),
         (record.Record, ("begin", "decide", "write_sent", "remove", "mark_over")),
     ],
-    "evidence: what the disk shows": [(spool.Spool, ("job_state",)), (record.Record, ("decision", "attempts"))],
+    "job record: state on disk": [(spool.Spool, ("job_state",)), (record.Record, ("decision", "attempts"))],
     "http: connect, send, receive": [(client.Client, ("send",))],
-    "bank: the answer to disk": [(record.Sink, ("start", "write", "finish"))],
-    "decode: answer to picture": [(pictures.Pictures, ("read",)), (record.Answer, ("__init__", "sample"))],
-    "judge: checksums of the picture": [(pictures.Pictures, ("collect",))],
+    "save: the response to disk": [(record.Sink, ("start", "write", "finish"))],
+    "decode: response to image": [(pictures.Pictures, ("read",)), (record.Answer, ("__init__", "sample"))],
+    "check: checksums of the image": [(pictures.Pictures, ("collect",))],
     "ledger: SQLite, with its syncs": [(ledger.Ledger, ("write", "_all")), (budget.Budget, ("reserve", "settle"))],
-    "document and decision": [(completion.Completion, ("read", "outcome"))],
+    "result file and decision": [(completion.Completion, ("read", "outcome"))],
     "checks of the prompt": [(steps.Steps, ("_check",))],
     "log": [(completion.Completion, ("_report",)), (worker.Worker, ("_end_by_bug",))],
-    "look: from the event to the worker": [
-        (scan.InboxScan, ("look", "look_at", "unchanged")),
+    "scan: from the event to the worker": [
+        (scan.InboxScan, ("check_arrival", "more", "unchanged")),
         (dispatch.Dispatch, ("run",)),
         (results.Results, ("take",)),
         (report.Report, ("write_if_due",)),
     ],
-    "worker: all else": [(worker.Worker, ("start", "process"))],
+    "worker: everything else": [(worker.Worker, ("start", "process"))],
 }
 
 
@@ -64,7 +64,7 @@ class Clock:
         self._here = threading.local()
 
     def around(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return the function with the clock around it."""
+        """Return the function with its time measured."""
 
         @functools.wraps(function)
         def timed(*arguments: Any, **named: Any) -> Any:
@@ -83,7 +83,7 @@ class Clock:
 
 
 def main() -> None:
-    """Run the daemon, then write down what took how long."""
+    """Run the daemon, then write the times."""
     out, clock = sys.argv[1], Clock()
     for part, owners in PARTS.items():
         for owner, names in owners:

@@ -1,4 +1,4 @@
-"""What all measurements share: how much is done, where, and a word about what goes on."""
+"""Shared by all measurements: amounts, folders, and messages about the progress."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Amount:
-    """How much is done.
+    """The amounts of a run.
 
     Attributes:
-        runs: Repetitions of what takes seconds.
-        few: Repetitions of what takes minutes.
+        runs: Repetitions of measurements that take seconds.
+        few: Repetitions of measurements that take minutes.
         starts: Repetitions of a start.
         drops: Prompts dropped one at a time.
-        jobs: Prompts dropped at once.
-        rounds: Times that all slots are filled.
+        jobs: Prompts dropped at the same time.
+        rounds: How often all slots are filled.
         waiting: Prompts of a huge inbox.
-        flood: Prompts dropped at once while the daemon is stopped.
+        flood: Prompts dropped at the same time while the daemon is stopped.
         rest: Seconds at rest.
-        pictures: Jobs in the gallery.
+        gallery: Jobs in the gallery.
     """
 
     runs: int
@@ -36,7 +36,7 @@ class Amount:
     waiting: int
     flood: int
     rest: float
-    pictures: int
+    gallery: int
 
 
 FULL = Amount(4, 3, 7, 20, 300, 10, 100_000, 20_000, 60.0, 5000)
@@ -45,12 +45,12 @@ QUICK = Amount(1, 1, 3, 6, 30, 2, 5000, 2000, 5.0, 500)
 
 @dataclass(frozen=True)
 class Bench:
-    """What a measurement is given: a folder of its own, and how much to do."""
+    """The arguments of a measurement: a folder of its own, and the amounts."""
 
     root: Path
     amount: Amount
 
 
 def say(text: str) -> None:
-    """Tell on standard error what goes on."""
+    """Print the progress on standard error."""
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How the real daemon stands a huge inbox: time to the first request, memory, CPU for each job, cost at rest."""
+"""The real daemon with a huge inbox: time to the first request, memory, CPU for each job, cost at rest."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 SMALL, WARM, JOBS = 1000, 50, 400
 EMPTY, HELD, JUNK, POLLED = "empty", "held", "junk", "polled"
-SECOND_LOOK = 35.0
-"""Seconds until the look that learns that nothing changes is over: ``rescan_seconds``, and some."""
+SECOND_SCAN = 35.0
+"""Seconds until the daemon has scanned once more and found no change: ``rescan_seconds`` and a margin."""
 JUNK_NAMES = ("{}.png", "{}.txt", "{}.tmp", "{}.prompt.txt.bak")
 
 
 def scale(bench: Bench) -> list[Row]:
-    """Measure a full inbox while it is worked off, and at rest."""
+    """Measure a full inbox while its prompts are processed, and at rest."""
     count = bench.amount.waiting
     found: dict[str, dict[str, Figure]] = {}
     with Endpoint(1, 2000, keep=True) as endpoint:
@@ -47,7 +47,7 @@ def backlog(root: Path, endpoint: Endpoint, count: int) -> dict[str, tuple[float
     """Start on a full inbox; measure until some jobs are done."""
     daemon = Daemon(root, environment(root, endpoint.base_url, inbox__settle_seconds=1, limits__concurrency=SLOTS))
     drop(daemon.inbox, jobs(count))
-    PAUSE(1.5)  # quiet for long enough
+    PAUSE(1.5)  # until they have settled
     endpoint.forget()
     with daemon:
         first = daemon.until(lambda: endpoint.requests >= 1)
@@ -62,13 +62,13 @@ def backlog(root: Path, endpoint: Endpoint, count: int) -> dict[str, tuple[float
         "cpu": (ticks / TICKS / done * 1000, "ms"),
         "peak": (peak, "MB"),
         "twice": (len(numbers) - len(set(numbers)), ""),
-        # Some are under way at once, so neighbours may change places.
-        "displaced": (max(abs(number - place) for place, number in enumerate(numbers)), ""),
+        # Some are in flight at the same time, so neighbors may change places.
+        "out_of_order": (max(abs(number - place) for place, number in enumerate(numbers)), ""),
     }
 
 
 def backlog_rows(found: dict[str, dict[str, Figure]], count: int) -> list[Row]:
-    """Return what a full inbox is held to."""
+    """Return the rows and bounds of a full inbox."""
     small, large, empty = found[f"{SMALL:,} waiting"], found[f"{count:,} waiting"], found[EMPTY]
     above = Figure("", "MB", [a - b for a, b in zip(large["peak"].values, empty["rss"].values, strict=True)])
     twice = Figure("", "", [a + b for a, b in zip(small["twice"].values, large["twice"].values, strict=True)])
@@ -86,13 +86,13 @@ def backlog_rows(found: dict[str, dict[str, Figure]], count: int) -> list[Row]:
         Row(
             f"{name}: oldest first, each once",
             [],
-            [Check("places off", large["displaced"], SLOTS, always=True), Check("twice", twice, 0, always=True)],
+            [Check("places off", large["out_of_order"], SLOTS, always=True), Check("twice", twice, 0, always=True)],
         ),
     ]
 
 
 def rest(root: Path, endpoint: Endpoint, count: int, seconds: float) -> dict[str, dict[str, tuple[float, str]]]:
-    """Leave daemons alone, all of them at the same time: each costs what it costs."""
+    """Measure idle daemons, all at the same time."""
     daemons = {}
     with contextlib.ExitStack() as stack:
         for name in (EMPTY, HELD, JUNK, POLLED):
@@ -105,12 +105,12 @@ def rest(root: Path, endpoint: Endpoint, count: int, seconds: float) -> dict[str
             elif name == JUNK:
                 for number in range(count):
                     (daemon.inbox / JUNK_NAMES[number % len(JUNK_NAMES)].format(number)).touch()
-            stack.enter_context(daemon)  # at once: the last ones are not quiet yet
+            stack.enter_context(daemon)  # immediately: the last prompts have not settled yet
         for name, daemon in daemons.items():
-            daemon.until(daemon.has_looked)
+            daemon.until(daemon.has_scanned)
             if name in {HELD, POLLED}:
                 daemon.until(lambda daemon=daemon: daemon.waiting() == count)
-        PAUSE(SECOND_LOOK)
+        PAUSE(SECOND_SCAN)
         before = {name: (daemon.ticks(), daemon.wake_ups()) for name, daemon in daemons.items()}
         PAUSE(seconds)
         return {
@@ -125,14 +125,18 @@ def rest(root: Path, endpoint: Endpoint, count: int, seconds: float) -> dict[str
 
 
 def rest_rows(found: dict[str, dict[str, Figure]], count: int) -> list[Row]:
-    """Return what the cost at rest is held to."""
+    """Return the rows and bounds of the cost at rest."""
     rows = []
     for what, name, most in (("ticks", "CPU", 2.0), ("wake-ups", "wake-ups", 0.5), ("rss", "memory", 45.0)):
-        bounds = {EMPTY: most, HELD: 60.0 if what == "rss" else most, JUNK: most}  # each held prompt is known by name
+        bounds = {
+            EMPTY: most,
+            HELD: 60.0 if what == "rss" else most,
+            JUNK: most,
+        }  # the daemon remembers the name of each held prompt
         checks = [Check(kind, found[kind][what], bound) for kind, bound in bounds.items()]
         rows.append(Row(f"at rest, empty and with {count:,} files: {name}", [], checks))
     polled = found[POLLED]
-    # A look every five seconds, for which a tenth of a core is the most.
+    # A scan every five seconds, which may take a tenth of a core.
     checks = [Check("CPU", polled["ticks"], 6 * TICKS), Check("memory", polled["rss"], 60.0)]
     wakes = Figure("wake-ups", "/s", polled["wake-ups"].values)
     return [*rows, Row(f"at rest, {count:,} held and polled", [wakes], checks)]

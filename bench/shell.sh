@@ -1,9 +1,9 @@
 #!/bin/sh
-# The peer made of what every distribution has: inotifywait, xargs -P8, curl, a python decode.
+# A script of standard tools for comparison: inotifywait, xargs -P8, curl, a Python decoder.
 #
 #     bench/shell.sh ROOT URL
 #
-# Nothing here is synced, and a job that dies is lost or paid for twice.
+# It syncs nothing. After a crash a job is lost or paid for twice.
 set -eu
 case $1 in
 job)
@@ -16,8 +16,8 @@ print(json.dumps({"provider": "flux", "prompt": sys.stdin.read().strip()}))' |
             "$url/v1/images/generations" |
         python3 -c '
 import base64, json, sys
-answer = json.load(sys.stdin)
-open(sys.argv[1], "wb").write(base64.b64decode(answer["images"][0]["b64_json"]))' "$root/outbox/.$stem"
+response = json.load(sys.stdin)
+open(sys.argv[1], "wb").write(base64.b64decode(response["images"][0]["b64_json"]))' "$root/outbox/.$stem"
     mv "$root/outbox/.$stem" "$root/outbox/$stem.png"
     echo "source = \"$name\"" >"$root/outbox/.$stem"
     mv "$root/outbox/.$stem" "$root/outbox/$stem.receipt.toml"

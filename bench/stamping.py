@@ -1,11 +1,11 @@
-"""A fast endpoint in a process of its own, which writes down when each request came.
+"""A fast endpoint in a process of its own, which records when each request came.
 
     python bench/stamping.py
 
-It prints its port and serves until its standard input ends. Answers are bytes made beforehand, bodies are thrown away
-but for the name of the job in them. ``GET /take?seconds=S&size=B`` answers with what was written down since the last
-one, and from then on waits so long before each answer of one picture of so many bytes. All times are those of
-``CLOCK_MONOTONIC`` in nanoseconds, which all processes of a machine share.
+It prints its port and serves until its standard input ends. Responses are prepared bytes; of each body only the name
+of the job is kept. ``GET /take?seconds=S&size=B`` returns the records since the last one. After it, each response of
+one image of B bytes comes after S seconds. All times are those of ``CLOCK_MONOTONIC`` in nanoseconds, which all
+processes of a machine share.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ from typing import Any, Self
 from endpoint import Endpoint
 
 SIZE = 1_500_000
-"""Bytes of the picture of an ordinary answer."""
+"""Bytes of the image of an ordinary response."""
 _JOB = re.compile(rb"job-[0-9]+")
 
 
 @dataclass
 class _State:
-    """What the connections share."""
+    """State shared by the connections."""
 
     seconds: float = 0.0
-    answer: bytes = b""
+    response: bytes = b""
     stamps: list[tuple[str, int, int]] = field(default_factory=list)
     in_flight: int = 0
     most: int = 0
 
-    def answer_with(self, size: int) -> None:
-        self.answer = Endpoint.made(1, size).replace(b"Connection: close\r\n", b"")
+    def respond_with(self, size: int) -> None:
+        self.response = Endpoint.response(1, size).replace(b"Connection: close\r\n", b"")
 
     def take(self, path: bytes) -> bytes:
-        """Set what is asked for; return what was written down, and begin anew."""
+        """Set delay and size; return the records, and start new ones."""
         seconds, size = re.findall(rb"[0-9.]+", path)
         self.seconds = float(seconds)
-        self.answer_with(int(size))
+        self.respond_with(int(size))
         page = json.dumps({"stamps": self.stamps, "most": self.most}).encode()
         self.stamps, self.most = [], self.in_flight
         return b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(page) + page
@@ -88,9 +88,9 @@ class _Connection(asyncio.Protocol):
             self._reply(name, self._began)
 
     def _reply(self, name: str, began: int) -> None:
-        self._state.in_flight -= 1  # before the client can have read the answer and have sent another request
+        self._state.in_flight -= 1  # before the client can read the response and send another request
         self._state.stamps.append((name, began, time.monotonic_ns()))
-        self._transport.write(self._state.answer)
+        self._transport.write(self._state.response)
 
 
 class Stamping:
@@ -110,19 +110,19 @@ class Stamping:
         self._process.wait()
 
     def take(self, seconds: float = 0.0, size: int = 2000) -> dict[str, Any]:
-        """Return ``stamps`` (job, first byte, answered) and ``most`` (in flight at once) since the last call.
+        """Return ``stamps`` (job, first byte, response) and ``most`` (in flight at the same time) since the last call.
 
         Args:
-            seconds: How long each answer takes from now on.
-            size: Bytes of its picture.
+            seconds: How long each response takes from now on.
+            size: Bytes of its image.
         """
-        with urllib.request.urlopen(f"{self.base_url}/take?seconds={seconds}&size={size}", timeout=30) as answer:
-            return json.load(answer)
+        with urllib.request.urlopen(f"{self.base_url}/take?seconds={seconds}&size={size}", timeout=30) as response:
+            return json.load(response)
 
 
 async def _serve() -> None:
     state = _State()
-    state.answer_with(2000)
+    state.respond_with(2000)
     loop = asyncio.get_running_loop()
     server = await loop.create_server(lambda: _Connection(state), "127.0.0.1", 0, backlog=512)
     print(server.sockets[0].getsockname()[1], flush=True)

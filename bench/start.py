@@ -1,4 +1,4 @@
-"""How long it takes to be ready, and to say a word."""
+"""Times until the daemon is ready, and until a command has printed something."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ARGPARSE = "import argparse, json, logging, pathlib; argparse.ArgumentParser().p
 
 
 def start(bench: Bench) -> list[Row]:
-    """Measure how long it takes to be ready, and to say a word."""
-    # With bytecode, as pip leaves it: whoever has just edited it would measure compiling.
+    """Measure the time until the daemon is ready, and the time of two commands."""
+    # With bytecode, as after an installation by pip. Otherwise an edited file would be compiled during the measurement.
     package = Path(__file__).parent.parent / "imagewatch"
     subprocess.run([sys.executable, "-m", "compileall", "-q", str(package)], check=True)
     environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1"}
@@ -37,7 +37,7 @@ def start(bench: Bench) -> list[Row]:
     for run in range(bench.amount.starts + 1):
         values = {name: timed(command, environ) for name, command in others.items()}
         ready = to_ready(bench.root / f"start-{run}", environ)
-        if run:  # the first only warms the cache
+        if run:  # the first run only warms the cache
             daemon.values.append(ready)
             for name, value in values.items():
                 times[name].values.append(value)
@@ -59,13 +59,13 @@ def timed(command: list[str], environ: dict[str, str]) -> float:
 
 
 def to_ready(root: Path, environ: dict[str, str]) -> float:
-    """Return how long the daemon takes until it tells the service manager that it is ready, seconds."""
+    """Return how long the daemon takes until it notifies the service manager that it is ready, seconds."""
     root.mkdir()
     path = root / "notify"
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as channel:
         channel.bind(str(path))
         channel.settimeout(30)
-        # Nobody is asked anything in the time that is measured.
+        # No request is sent during the measurement.
         environ = {**environ, **environment(root, "http://127.0.0.1:9"), "NOTIFY_SOCKET": str(path)}
         began = time.monotonic()
         process = subprocess.Popen([*COMMAND, "run"], env=environ, stderr=subprocess.DEVNULL)

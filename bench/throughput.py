@@ -1,4 +1,4 @@
-"""How much is done in a second, what a job costs, and how well the slots are used."""
+"""Jobs in a second, the cost of a job, and the use of the slots."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def throughput(bench: Bench) -> list[Row]:
                     continue
                 say(f"throughput, run {run + 1}: {label}")
                 with Contender(name, bench.root / "work", endpoint, environ=environ) as contender:
-                    jobs, seconds = at_once(contender, bench.amount.jobs // (3 if name == SHELL else 1))
+                    jobs, seconds = together(contender, bench.amount.jobs // (3 if name == SHELL else 1))
                 speed[label].values.append(jobs)
                 cpu[label].values.append(seconds * 1000)
     rate = [Check("/ loop", ratio(speed[DAEMON], speed[FLOOR]), 0.7, at_most=False)]
@@ -39,7 +39,7 @@ def throughput(bench: Bench) -> list[Row]:
     price = Check("with / without", ratio(speed[DAEMON], speed["without fsync"]), 0.8, at_most=False)
     kept = [figure for label, figure in speed.items() if label != "without fsync"]
     return [
-        Row(f"jobs/s, {bench.amount.jobs} prompts of 1.5 MB at once, latency 0", kept, rate, missing(SHELL)),
+        Row(f"jobs/s, {bench.amount.jobs} prompts of 1.5 MB at the same time, latency 0", kept, rate, missing(SHELL)),
         Row(
             "CPU per job, same work",
             [figure for label, figure in cpu.items() if label != "without fsync"],
@@ -47,29 +47,29 @@ def throughput(bench: Bench) -> list[Row]:
             missing(SHELL),
         ),
         Row(
-            "price of durability: the same run with fsync made a no-op",
+            "price of durability: the same run with fsync disabled",
             [speed[DAEMON], speed["without fsync"]],
             [price],
-            f"made a no-op by {way}",
+            f"disabled by {way}",
         ),
     ]
 
 
-def at_once(contender: Contender, jobs: int) -> tuple[float, float]:
-    """Drop many at once; return jobs in a second, and seconds of CPU for one."""
+def together(contender: Contender, jobs: int) -> tuple[float, float]:
+    """Drop many at the same time; return jobs in a second, and seconds of CPU for one."""
     before, began = contender.cpu(), time.monotonic()
     names = [contender.drop()[0] for _ in range(jobs)]
     if not contender.finish(names):
         sys.exit(f"{contender.name}: not all were done")
     took = time.monotonic() - began
-    made = [name for name, *_ in contender.endpoint.take(0, SIZE)["stamps"] if name in names]
-    if sorted(made) != sorted(names):
-        sys.exit(f"{contender.name}: {len(made)} requests for {len(names)} prompts")
+    requested = [name for name, *_ in contender.endpoint.take(0, SIZE)["stamps"] if name in names]
+    if sorted(requested) != sorted(names):
+        sys.exit(f"{contender.name}: {len(requested)} requests for {len(names)} prompts")
     return jobs / took, (contender.cpu() - before) / jobs
 
 
 def slots(bench: Bench) -> list[Row]:
-    """Measure how much of the time the slots are at work for somebody."""
+    """Measure the part of the time in which the slots are busy."""
     rows = []
     for count, seconds, bound in ((32, 2.0, 0.95), (8, 0.2, 0.65)):
         use = {name: Figure(name, "") for name in (DAEMON, FLOOR)}
@@ -85,15 +85,15 @@ def slots(bench: Bench) -> list[Row]:
                 figure.values.append(used)
                 if name == DAEMON:
                     most.values.append(peak)
-        checks = [Check("use", use[DAEMON], bound, at_most=False), Check("in flight at once", most, count, always=True)]
+        checks = [Check("use", use[DAEMON], bound, at_most=False), Check("in flight", most, count, always=True)]
         rows.append(Row(f"use of {count} slots, the endpoint takes {seconds:g} s", list(use.values()), checks))
     return rows
 
 
 def busy_slots(contender: Contender, rounds: int, seconds: float) -> tuple[float, float]:
-    """Return the part of all slots' time in which the endpoint was at work, and the most requests at once.
+    """Return the part of all slots' time in which the endpoint was busy, and the most requests at the same time.
 
-    It counts as long as prompts wait: from the first request's beginning to the last one's.
+    It counts while prompts wait: from the start of the first request to the start of the last one.
     """
     count = contender.slots
     contender.endpoint.take(seconds, SIZE)
