@@ -381,7 +381,7 @@ def test_check_does_not_ask_again_for_what_was_accepted_while_no_daemon_runs(use
     assert command(used, "check").returncode == 78
     assert command(used, "release", "--accept-new-ledger").returncode == 0
     result = command(used, "check")
-    assert (result.returncode, "the daemon accepts what is there when it starts" in result.stdout) == (0, True)
+    assert (result.returncode, "the daemon accepts it when it starts" in result.stdout) == (0, True)
 
 
 def test_once_reports_why_it_did_nothing_if_the_ledger_cannot_be_used(used: Folders, sandbox: Sandbox) -> None:

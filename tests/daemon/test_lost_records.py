@@ -63,7 +63,7 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
     if what == "record":
         assert "sub/cat.prompt.txt: sent " in event["reason"]
-        assert "a second time" in event["next"]
+        assert "a possible second charge" in event["next"]
 
 
 @pytest.mark.parametrize("what", ["record", "damaged"])

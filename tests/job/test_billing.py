@@ -146,15 +146,15 @@ def test_for_an_unknown_charge_the_balances_before_and_after_it_are_shown(tmp_pa
             command(folders, "once")
             if stem == "b":
                 result = command(folders, "history").stdout
-                assert "balance 100 before it" in result
-                assert "none is known from after it yet" in result
+                assert "balance before it: 100" in result
+                assert "the balance after it is not known yet" in result
         jobs = {job["source"][0]: job for job in history(folders)}
         assert [(jobs[stem]["balance_before"], jobs[stem]["balance_after"]) for stem in "abc"] == [
             (None, None),
             (100, 40),
             (None, None),
         ]
-        text = "other requests in between: 1, charged 30; difference not explained by them: 30"
+        text = "other requests in between: 1, charged 30; unexplained difference: 30"
         assert text in command(folders, "history").stdout
         assert text in command(folders, "check", "--balance", LETTA_BASE_URL="http://127.0.0.1:9").stdout
 

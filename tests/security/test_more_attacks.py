@@ -256,7 +256,7 @@ def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     private = tmp_path / "private"
     private.write_text(MARK)
     private.chmod(0o600)
-    monkeypatch.setattr(station.spool, "_is_steady", lambda: False)
+    monkeypatch.setattr(station.spool, "keeps_times", lambda: False)
     path = station.prompt("cat", "x" * len(MARK))
     (candidate,) = station.scan.scan_all(1e6, 1e12).ready
     path.unlink()

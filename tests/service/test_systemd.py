@@ -772,7 +772,7 @@ def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gal
     gallery.run()
     [picture] = gallery.job("cat")["images"]
     assert picture["href"].startswith("../outbox/cats/cat.")
-    assert gallery.job("dog")["made"] is False
+    assert gallery.job("dog")["completed"] is False
     thumb = f"{gallery.folder}/gallery_files/{picture['thumb']}"
     for user, expected in (("colleague", 0), ("stranger", 2)):
         for path in (f"{gallery.folder}/gallery.html", thumb, f"{gallery.folder}/{picture['href']}"):
@@ -959,7 +959,7 @@ def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started)
     assert "bad " not in result
     (key,) = (line for line in result.splitlines() if line.split()[1] == "key")
     assert key.startswith("wait")
-    command = key.partition("to check it as root: ")[2].rstrip(")")
+    command = key.partition("to check it, run as root: ")[2].rstrip(")")
     assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
 
 
@@ -1099,7 +1099,7 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
         service.prompt("home", "[sandbox: b64] At home")
         assert service.receipt("home")["charged"] == "yes"
         seen = service.container.run("nsenter", f"--target={service.pid}", "--mount", "ls", "/home", "/home/colleague")
-        assert seen.stdout.split() == ["/home:", "colleague", "/home/colleague:", "images"]
+        assert seen.stdout.split() == ["/home:", "colleague", "/home/colleague:", "pictures"]
         follow(service.container, "gallery_elsewhere")
         elsewhere = Gallery(service.container, root=service.root)
         assert elsewhere.job("home")["images"][0]["href"].startswith("../outbox/home.")
