@@ -1,13 +1,12 @@
 """The commands of ``imagewatch``: one file per command, imported when that command is called.
 
 ``main`` turns an error that a command raises into a message, a next step and an exit code. A command that ends without
-an error may exit with a code of its own (``status`` with 69 while the queue is on hold); ``exits`` lists all codes.
+an error may exit with a code of its own (``status`` with 69 while the queue is on hold); see ``system/exits``.
 Nothing that other people wrote reaches a terminal unescaped.
 
 The modules, in reading order::
 
     main            the group: table of commands, errors to exit codes
-    exits           the exit codes
     run             the daemon
     once            the daemon on what is in the inbox now
     foreground      what run and once share

@@ -18,7 +18,6 @@ import click
 from imagewatch.commands import afford
 from imagewatch.commands.check_settings import Line, account, settings
 from imagewatch.commands.common import config_option, json_option, load_config
-from imagewatch.commands.exits import EXIT_CONFIG
 from imagewatch.commands.ledger import open_budget
 from imagewatch.commands.state import holds
 from imagewatch.commands.terminal import padded
@@ -27,6 +26,7 @@ from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.delivery import blocked
 from imagewatch.protocol.request import Request, build
 from imagewatch.system.errors import BadRequest, SpoolError
+from imagewatch.system.exits import EXIT_CONFIG
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import printable, to_json
 

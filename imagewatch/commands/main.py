@@ -18,7 +18,9 @@ import click
 from click.shell_completion import CompletionItem
 
 from imagewatch import __version__
-from imagewatch.commands.exits import (
+from imagewatch.commands.terminal import current_folder, say, silence
+from imagewatch.system.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
+from imagewatch.system.exits import (
     EXIT_CONFIG,
     EXIT_FAILED,
     EXIT_INTERNAL,
@@ -27,8 +29,6 @@ from imagewatch.commands.exits import (
     EXIT_SPOOL,
     EXIT_USAGE,
 )
-from imagewatch.commands.terminal import current_folder, say, silence
-from imagewatch.system.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagewatch.commands.common import config_option, json_option
-from imagewatch.commands.exits import EXIT_FAILED
 from imagewatch.commands.ledger import open_ledger
 from imagewatch.commands.state import control_of, is_running, load_as_owner
 from imagewatch.inbox.system_folders import why_not_entered
@@ -31,6 +30,7 @@ from imagewatch.protocol.request import contents
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError, UsageError
+from imagewatch.system.exits import EXIT_FAILED
 from imagewatch.system.folders import is_private
 from imagewatch.system.text import printable, to_json, whole
 from imagewatch.system.untrusted import RefusedError, open_file

@@ -10,10 +10,10 @@ import click
 
 from imagewatch.commands import metrics
 from imagewatch.commands.common import config_option, json_option, load_config
-from imagewatch.commands.exits import EXIT_HELD
 from imagewatch.commands.state import local_time, status_page
 from imagewatch.daemon.status import kind
 from imagewatch.inbox.candidate import Wait
+from imagewatch.system.exits import EXIT_HELD
 from imagewatch.system.text import amount, to_json
 
 if TYPE_CHECKING:

@@ -18,7 +18,6 @@ import click
 
 from imagewatch.commands.common import Seconds, config_option, load_config
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
-from imagewatch.commands.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
 from imagewatch.commands.interrupts import Interrupted, Interrupts
 from imagewatch.commands.results import name_dropped, print_results, report
 from imagewatch.commands.terminal import say, silence
@@ -26,6 +25,7 @@ from imagewatch.commands.wait import Waiting
 from imagewatch.config.load import load
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
+from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file, resolve_own_link
 

@@ -33,7 +33,7 @@ def load(path: str | None, environ: Mapping[str, str]) -> Config:
         The configuration, complete and checked.
 
     Raises:
-        ConfigError: With everything that is wrong immediately.
+        ConfigError: With all problems together.
     """
     source = "" if path is None else os.path.abspath(path)
     table: dict[str, Any] = {}

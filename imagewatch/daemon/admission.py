@@ -1,8 +1,8 @@
 """Whether another request may be sent now: every reason to wait in one place.
 
-It belongs to the main thread. Workers only ask whether their job reports an account-level refusal
-(``Holds.may_report``), or say that it could not (``Holds.not_reported``). The log names each hold when it begins, with
-the next step, and when it ends.
+It belongs to the main thread. Workers enter ``leaving`` at the first byte of a request, ask whether their job reports
+an account-level refusal (``Holds.may_report``), or say that it could not (``Holds.not_reported``). The log names each
+hold when it begins, with the next step, and when it ends.
 """
 
 from __future__ import annotations

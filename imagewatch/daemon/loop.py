@@ -27,6 +27,7 @@ from imagewatch.protocol.reasons import DISK_SECONDS
 from imagewatch.system import memory
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import ConfigError, SpoolError
+from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_INTERNAL, EXIT_SPOOL
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -212,12 +213,12 @@ class Daemon:
         if not self._once:
             return 0
         if self._jobs.left:
-            return 70  # not 1: it is not over, and may be paid for
+            return EXIT_INTERNAL  # not 1: it is not over, and may be paid for
         if self._admission.disk_failed or self._jobs.any_fails:
-            return 74
+            return EXIT_SPOOL
         if self.hold is not None and (self.left or self._jobs.any_deferred):
-            return 69
-        return 1 if self._results.failed or self._jobs.any_deferred else 0
+            return EXIT_HELD
+        return EXIT_FAILED if self._results.failed or self._jobs.any_deferred else 0
 
     @property
     def hold(self) -> Hold | None:

@@ -1,7 +1,7 @@
 """The inbox: change events, scans, which prompts are complete, and in which order they are claimed. Read-only.
 
 It promises that a prompt is offered only if it is complete and unchanged for ``settle_seconds``, with the images that
-belong to it, and that no user's files delay the prompts of others. Events only make a scan come sooner: scans alone
+belong to it, and that no user's files delay the prompts of others. Events make it faster: scans alone
 find everything.
 
 The modules, in reading order::

@@ -102,7 +102,7 @@ class PromptFiles:
                 # It has just become what it stood for, which the list of names does not show yet.
                 found.comes_due(now + self._config.settle_seconds)
                 return name
-            # Both by its date and by our own observation: dates may are in the future.
+            # Both by its date and by our own observation: dates may be in the future.
             if (
                 max(wall - changed, now - folder.noted(self._config.settle_seconds).marks.setdefault(name, now))
                 < _BUSY_SECONDS

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from imagewatch.inbox.candidate import Key
 
 _ROOM = 4
-"""So many times as many files as are named at last are named while each folder may name as many as that."""
+"""While folders are scanned, so many times more files are kept by name than are named at the end."""
 _MOST_FOLDERS = 50_000
 """How many folders of one owner are scanned: each takes a kilobyte, and one more if it is watched."""
 _LONGEST_PATH = 3800
@@ -243,7 +243,7 @@ class Folders:
         is_other = folder.is_other(status)
         if is_other:
             folder.place, folder.is_local = self._place(descriptor)
-            if is_new or self._keeps_times(full):  # else it may be the same one with another number
+            if is_new or self._keeps_times(full):  # else it may be the same folder with another inode number
                 folder.came = self._came(folder, status)
             folder.distrust()
         if is_other or folder.was_claims:  # the reason may have been removed

@@ -1,8 +1,8 @@
 """The next step of a job, from what is on the disk. Pure: no clock, no disk, no network.
 
-The rules are tried from the top; the first that holds names the step. Nothing else decides, and nothing is remembered:
-after a crash the same files lead to the same step. Each step can be run twice without harm. ``docs/ARCHITECTURE.md``
-shows this table; a test keeps the two equal.
+The rules are tried from the top; the first that holds names the step. What the process and the configuration add
+(attempts left, what was checked) is in ``State``, too. After a crash the same files lead to the same step. Each step
+can be run twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the two equal.
 """
 
 from __future__ import annotations

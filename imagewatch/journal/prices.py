@@ -76,9 +76,9 @@ def expected(asked: Asked, charges: Mapping[str, Sequence[float]], assumed: floa
         charges: What requests to its provider were charged lately, for an image; charges of 0 are not among them.
         assumed: What an image costs if nothing was charged for any of that provider, credits.
     """
-    if caseless := charges.get(asked.kind):
-        low, usual, high = (_times(one, asked.n) for one in (min(caseless), median(caseless), max(caseless)))
-        return Expected(high, "the highest charge of the last 30 days for one like it", low, usual, len(caseless))
+    if of_kind := charges.get(asked.kind):
+        low, usual, high = (_times(one, asked.n) for one in (min(of_kind), median(of_kind), max(of_kind)))
+        return Expected(high, "the highest charge of the last 30 days for one like it", low, usual, len(of_kind))
     if others := [max(some) for some in charges.values() if some]:
         return Expected(_times(max(others), asked.n), f"the highest charge of the last 30 days of {asked.provider}")
     return Expected(_times(assumed, asked.n), f"limits.assumed_credits, as nothing is known of {asked.provider}")

@@ -92,7 +92,7 @@ class Header:
 class Reader:
     """Reads a file forward through one buffer, each byte at most once.
 
-    What may be asked for immediately is bounded by the callers (a few bytes); long stretches go through `crc`,
+    Callers ask for a few bytes at a time; long stretches go through `crc`,
     `skip_to` and `to_scan_end`, which never hold more than a buffer.
     """
 

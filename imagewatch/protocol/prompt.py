@@ -1,6 +1,6 @@
 """The prompt file: its encodings, its ``+++`` front matter, its text. Pure.
 
-Everything that is wrong with a file is reported immediately, and before any money is spent.
+All problems of a file are reported together, before any money is spent.
 """
 
 from __future__ import annotations

@@ -191,7 +191,7 @@ def contents(where: str, names: Iterable[str], most_bytes: int, opener: Opener =
 
 
 def effective(front: prompts.FrontMatter, folder: str, config: Config) -> tuple[Options, list[Problem]]:
-    """Return the options that count: front matter over preset over defaults, as ``fields.layered`` has it."""
+    """Return the options that count: front matter over preset over defaults, as ``options.layered`` has it."""
     problems = []
     preset = config.presets.get(folder.partition("/")[0], Options())
     if front.preset is not None:
@@ -279,7 +279,7 @@ def may_be_image(path: str, status: os.stat_result, opener: Opener = open_file) 
     """Return whether a file may be meant as an image: by the ending of its name, else by its first bytes.
 
     A link may point to anything, and what cannot be read may be anything. A folder is no image, nor is a pipe or a
-    device without the name of one. An empty file may become one: who asks has waited for its content.
+    device without the name of one. An empty file may become one: callers wait for content first.
 
     Args:
         path: The file.

@@ -140,7 +140,7 @@ class Sent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):
-    """How an answer began; the first line of its file.
+    """How a response began; the first line of its file.
 
     Attributes:
         status: HTTP status, or 0 when the request never left whole.
@@ -158,7 +158,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tail(msgspec.Struct, frozen=True, kw_only=True):
-    """How an answer ended; the last line of its file.
+    """How a response ended; the last line of its file.
 
     Attributes:
         complete: Whether the body came whole.

@@ -6,6 +6,7 @@ leads elsewhere, whatever others put there. Nothing that others wrote reaches a 
 The modules, in reading order::
 
     errors        the exceptions, and what each ends
+    exits         the exit codes of all commands
     text          text that is safe to show; numbers and times as people read them
     folders       our folders as open descriptors, and the way to what is below them
     untrusted     opens files that other people wrote

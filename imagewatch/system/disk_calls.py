@@ -1,4 +1,4 @@
-"""The only module that writes, renames, links, removes and fsyncs: each method makes one kind of system call.
+"""The system calls that change a disk: each method makes one kind of call. See also ``kernel``.
 
 Paths are absolute and are used relative to an open folder (``folders``). Tests give the daemon a disk that loses power
 between any two of these calls.
@@ -204,7 +204,7 @@ def _status(place: Place) -> os.stat_result | None:
 
 
 def _has_arrived(file: os.stat_result | None, source: Place, target: Place) -> bool:
-    """Return whether a file has its new name, though the call that renamed it failed; then it has no other."""
+    """Return whether a file has its new name, though the call that renamed it failed; then it has only that one."""
     found = _status(target)
     if file is None or found is None or not os.path.samestat(file, found):
         return False

@@ -28,7 +28,7 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
     Args:
         path: The lock file; made if it is not there.
         tops: The folders that were opened.
-        wait: Waits some seconds: ``locked`` has the lock for an instant, and no one then works.
+        wait: Waits some seconds: ``locked`` takes the lock for a moment itself.
 
     Returns:
         The open file; the lock lasts as long as it does.

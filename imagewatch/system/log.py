@@ -100,7 +100,7 @@ def _console(*, colours: bool) -> structlog.dev.ConsoleRenderer:
 
 
 def _prioritised(_: object, name: str, text: str) -> str:
-    """Put the level before each line in the way of ``sd-daemon(3)``; without it the journal takes all for alike."""
+    """Put the level before each line in the way of ``sd-daemon(3)``; without it the journal has one level for all."""
     return "\n".join(f"<{_PRIORITIES[name]}>{line}" for line in text.split("\n"))
 
 
@@ -116,7 +116,7 @@ def _entry(logger: object, name: str, event: MutableMapping[str, Any]) -> dict[s
 
 
 def _field(name: str) -> str:
-    """Return a name that the journal takes: a strange one would cost the whole entry."""
+    """Return a name that the journal takes: it drops an entry with any other."""
     return "IMAGEWATCH_" + re.sub("[^A-Z0-9_]", "_", name.upper())[: _LONGEST_NAME - len("IMAGEWATCH_")]
 
 
