@@ -36,6 +36,7 @@ SYNCS = (
     "the folder of claims",
     "the claim",
     "the inbox",
+    "the ledger's row",
     "sent.1",
     "its folder",
     "answer.1",
@@ -54,7 +55,7 @@ SYNCS = (
     "the job's folder",
     "the folder of jobs",
 )
-"""The syncs of one job. The request is sent after the eighth, the receipt is durable after the eighteenth."""
+"""The syncs of one job. The request is sent after the ninth, the receipt is durable after the nineteenth."""
 SUFFIX = ".prompt.txt"
 READ_BYTES = 1 << 20
 
@@ -155,10 +156,11 @@ class Loop:
         sync(self.jobs)
 
     def ask(self, record: str, prompt: str) -> None:
-        """Send the request; write the response, the image, the row and the decision."""
+        """Send the request; write the response, the image, the rows and the decision."""
         with open(prompt, "rb") as file:
             text = file.read().rpartition(b"+++\n")[2].decode().strip()
         body = json.dumps({"provider": "flux", "prompt": text}).encode()
+        self._record(record)
         write(f"{record}/sent.1", body)
         headers = {"content-type": "application/json", "authorization": "Bearer bench", "accept-encoding": "identity"}
         with open(f"{record}/image.0", "wb") as image:
@@ -176,9 +178,13 @@ class Loop:
             sync(record)
             image.flush()
             os.fsync(image.fileno())
+        self._record(record)
+        write(f"{record}/decision.json", b"x" * 900)
+
+    def _record(self, record: str) -> None:
+        """Write a row of the ledger, as imagewatch does before and after a request."""
         with self._lock:
             self._ledger.execute("INSERT INTO rows VALUES (?, ?)", (record, "x" * 400))
-        write(f"{record}/decision.json", b"x" * 900)
 
 
 class Handler(FileSystemEventHandler):
