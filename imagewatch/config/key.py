@@ -31,14 +31,15 @@ _MAX_ECHO: Final = 200
 _MIN_ECHO_SECRET: Final = 8
 _ALONE: Final = "write the key alone, on one line"
 _STEP_SECONDS: Final = 0.05
-_FOUR_WAYS: Final = (
-    "set one of: api_key_command or api_key_file below [endpoint], the systemd credential letta_api_key "
-    "(LoadCredential=letta_api_key:/path), or the environment variable LETTA_API_KEY"
+_NO_KEY: Final = (
+    "set api_key_file or api_key_command below [endpoint], the systemd credential letta_api_key "
+    "(LoadCredential=letta_api_key:/path), or the environment variable LETTA_API_KEY; "
+    "if the daemon is running, restart it"
 )
 
 
 class Key:
-    """A key that can be used and compared, but is not shown by accident. From now on this process masks it everywhere.
+    """A key that can be used and compared, but is not shown by accident. This process masks it wherever it writes.
 
     Attributes:
         secret: Replaces the key in what is written down.
@@ -63,7 +64,7 @@ class Key:
         return hash(self._value)
 
     def __reduce__(self) -> str:
-        raise TypeError("a key is not to be written down")
+        raise TypeError("a key is never serialized")
 
     def reveal(self) -> str:
         """Return the key itself; for the request header and nothing else."""
@@ -79,16 +80,25 @@ class Key:
 
 
 class _Source(NamedTuple):
-    """One way to the key: the field to report, the name to show, how to read it, and the file that holds it."""
+    """One way to the key.
+
+    Attributes:
+        field: The field to report.
+        label: The name to show.
+        step: What to do if the API does not accept the key.
+        read: Returns the key.
+        path: The file that holds it, or an empty string.
+    """
 
     field: str
     label: str
+    step: str
     read: Callable[[], bytes]
     path: str = ""
 
 
 def read_key(endpoint: Endpoint, environ: Mapping[str, str], *, command_timeout: float = 30.0) -> Key:
-    """Return the key from the first source that is set, even if a later one would do better.
+    """Return the key from the first source that is set. If that one gives no key, the others are not tried.
 
     Args:
         endpoint: The configuration's ``[endpoint]``.
@@ -103,7 +113,7 @@ def read_key(endpoint: Endpoint, environ: Mapping[str, str], *, command_timeout:
     """
     source = _source(endpoint, environ, command_timeout)
     if source is None:
-        raise ConfigError([Problem("endpoint", "no API key is set", _FOUR_WAYS)])
+        raise ConfigError([Problem("endpoint", "no API key is set", _NO_KEY)])
     value = source.read().strip()
     if not value:
         raise _failure(source.field, "the key is empty", _ALONE)
@@ -126,8 +136,19 @@ def key_source(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
     return source.label if source else ""
 
 
+def key_step(endpoint: Endpoint, environ: Mapping[str, str]) -> str:
+    """Return what to do if the API does not accept the key.
+
+    Args:
+        endpoint: The configuration's ``[endpoint]``.
+        environ: The environment.
+    """
+    source = _source(endpoint, environ, 0)
+    return source.step if source else _NO_KEY
+
+
 def key_problem(endpoint: Endpoint, environ: Mapping[str, str]) -> Problem | None:
-    """Return why there is no key to be read, or None. A command is not run for that: it may ask a person.
+    """Return why no key can be read, or None. A command is not run for that: it may ask a person.
 
     Args:
         endpoint: The configuration's ``[endpoint]``.
@@ -185,18 +206,23 @@ def _source(endpoint: Endpoint, environ: Mapping[str, str], timeout: float) -> _
     credential = os.path.join(folder, _CREDENTIAL)
     if command:
         field = "endpoint.api_key_command"
-        # Arguments may be secret, and what is no program may be the key in the wrong place: not named.
+        # Neither arguments, which may be secret, nor a word that is no program, which may be the key, are named.
         program = command[0] if shutil.which(command[0], path=environ.get("PATH")) else ""
-        return _Source(field, f"api_key_command {program}".strip(), lambda: _run(command, environ, timeout))
+        label = f"api_key_command {program}".strip()
+        step = "make api_key_command print a valid key; the daemon runs it again automatically"
+        return _Source(field, label, step, lambda: _run(command, environ, timeout))
     if path is not None:
         field = "endpoint.api_key_file"
-        return _Source(field, f"api_key_file {path}", lambda: _read(path, field), path)
+        step = f"replace the key in {path}; the daemon notices the change automatically"
+        return _Source(field, f"api_key_file {path}", step, lambda: _read(path, field), path)
     if folder and os.path.lexists(credential):
         field = f"credential {_CREDENTIAL}"
-        return _Source(field, f"systemd credential {_CREDENTIAL}", lambda: _read(credential, field), credential)
+        step = f"replace the file of the systemd credential {_CREDENTIAL}, then restart the service"
+        return _Source(field, f"systemd {field}", step, lambda: _read(credential, field), credential)
     if value := environ.get(_VARIABLE):
         field = f"environment variable {_VARIABLE}"
-        return _Source(_VARIABLE, field, lambda: value.encode("utf-8", "surrogatepass"))
+        step = f"set {_VARIABLE} to a valid key and restart the daemon"
+        return _Source(_VARIABLE, field, step, lambda: value.encode("utf-8", "surrogatepass"))
     return None
 
 
@@ -221,17 +247,17 @@ def _read(path: str, field: str) -> bytes:
     if len(content) > _MAX_BYTES:
         reason = "is larger than 64 KiB"
     if reason:
-        raise _failure(field, f"{path!a} {reason}", "name a file that the user of imagewatch may read")
+        raise _failure(field, f"{path!a} {reason}", "name a file that the daemon's user can read")
     return content
 
 
 def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -> bytes:
-    """Return what a command prints; it has no shell, no input and little time."""
-    field, hint = "endpoint.api_key_command", "run it manually as the user of imagewatch"
+    """Return what a command prints; it has no shell, no input and a time limit."""
+    field, hint = "endpoint.api_key_command", "run the command as the daemon's user to see why"
     outcome: _Outcome | None = None
     reason = ""
     try:
-        # Its own session: a Ctrl-C for imagewatch is not for it, and its children can be ended with it.
+        # A session of its own: a Ctrl-C does not reach it, and its children can be ended with it.
         with subprocess.Popen(  # noqa: S603  the admin's own command, no shell
             command,
             stdin=subprocess.DEVNULL,
@@ -252,7 +278,7 @@ def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -
 
 
 class _Outcome(NamedTuple):
-    """What a command wrote, and why it was ended by us, if it was."""
+    """What a command wrote, and why this process ended it, if it did."""
 
     output: bytes
     errors: bytes
@@ -285,7 +311,7 @@ def _fault(outcome: _Outcome, deadline: float) -> str:
         return "printed more than 64 KiB"
     if len(outcome.errors) > _MAX_ERROR_BYTES:
         return "printed more than 1 MiB to standard error"
-    return "took too long" if time.monotonic() >= deadline else ""
+    return "did not end in time" if time.monotonic() >= deadline else ""
 
 
 def _exit_reason(code: int, outcome: _Outcome) -> str:

@@ -79,6 +79,7 @@ class Admission:
         self._clock = clock
         self._now = monotonic
         self._key_stamp: Callable[[], object] = lambda: None
+        self._key_step: Callable[[], str] = str
         self._stamp: object = None
         self._stamp_at = 0.0
         self._reason: str | None = None
@@ -94,18 +95,21 @@ class Admission:
         self._first_bytes = threading.Lock()
         self._is_draining = False
 
-    def configure(self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object]) -> None:
+    def configure(
+        self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object], key_step: Callable[[], str]
+    ) -> None:
         """Take a configuration. Holds for the account, the network or a limit end: the next request tries again.
 
         Args:
             limits: Concurrency, burst, free space.
             settle_seconds: Prompts that come within this time come at the same time.
             key_stamp: Returns a value that differs when the key's file was changed.
+            key_step: Returns what to do if the API does not accept the key.
         """
         self._since = self._now()
         self._limits = limits
         self.burst.configure(limits.burst, settle_seconds)
-        self._key_stamp = key_stamp
+        self._key_stamp, self._key_step = key_stamp, key_step
         self._stamp = key_stamp()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
 
@@ -266,7 +270,7 @@ class Admission:
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)
-                self._holds.resume(Reason(kind, message), self._now())
+                self._holds.resume(self._with_step(Reason(kind, message)), self._now())
         self.follow()
 
     def patience(self) -> float:
@@ -334,6 +338,7 @@ class Admission:
         kind = reason.kind
         if reason.seconds is None:
             reason = replace(reason, seconds=reason.row.seconds)
+        reason = self._with_step(reason)
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
@@ -348,6 +353,10 @@ class Admission:
         if math.isfinite(hold.until):
             fields |= {"seconds": round(hold.until - now, 1), "next_try_at": self.ends(hold)}
         (_log.error if kind == "disk" else _log.warning)("held", **fields)
+
+    def _with_step(self, reason: Reason) -> Reason:
+        """Return a reason with its next step, which for the key depends on where the key comes from."""
+        return replace(reason, step=self._key_step()) if reason.kind == "key" and not reason.step else reason
 
     def _is_logged(self, cause: tuple[str, int, str]) -> bool:
         """Return whether the log has the hold for our disk with this cause; from now on it has."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
-from imagewatch.config.key import key_stamp, read_key
+from imagewatch.config.key import key_stamp, key_step, read_key
 from imagewatch.daemon.admission import Admission
 from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
@@ -104,7 +104,10 @@ class Parts:
         self.worker = self._new_worker(config)
         self.intake.configure(config.inbox, config.limits.burst)
         self.admission.configure(
-            config.limits, config.inbox.settle_seconds, lambda: key_stamp(config.endpoint, self._environ)
+            config.limits,
+            config.inbox.settle_seconds,
+            lambda: key_stamp(config.endpoint, self._environ),
+            lambda: key_step(config.endpoint, self._environ),
         )
 
     def _new_worker(self, config: Config) -> Worker:

@@ -67,7 +67,7 @@ function choose() {
 function remember() {
   const address = new URLSearchParams();
   for (const [name, field] of Object.entries(fields)) if (field.value) address.set(name, field.value);
-  if (view.open) address.set("job", shown[at].document);
+  if (view.open) address.set("job", shown[at].result_file);
   if (view.open && part) address.set("image", part);
   history.replaceState(null, "", `#${address}`);
 }

@@ -36,6 +36,7 @@ _WITHOUT_PROMPT = {
     "no": "the prompt is missing, so nothing can be sent again; drop it again",
 }
 """Next step by charge, where the prompt is not among the files in the errors folder."""
+_RAW = "state/raw"
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 """Names that can be typed after a command as they are."""
 _log = structlog.get_logger()
@@ -250,7 +251,7 @@ class Completion:
         message = f"the response was charged, but holds no readable image: {first}"
         message, code = printable(reading.message) or message, printable(reading.code, 200) or None
         status = answer.head.status
-        beside = Move(source="state/raw", name=f"answer.{ending}")
+        beside = Move(source=_RAW, name=f"answer.{ending}")
         top = {**top, "message": message, "status": status, "code": code, "next": KINDS["unreadable"].retry}
         self._reject(job, attempt, top, "yes", beside=beside, billing=reading.billing)
 
@@ -283,7 +284,8 @@ class Completion:
     def outcome(self, claim: Claim, decision: Decision, seconds: float) -> Outcome:
         """Return the outcome of a decided job, and log it."""
         facts = decision.facts
-        self._report(decision.destination, facts, seconds)
+        has_response = any(move.source == _RAW for move in decision.moves)
+        self._report(decision.destination, facts, seconds, has_response=has_response)
         return Outcome(
             claim.job,
             End.OVER,
@@ -299,7 +301,7 @@ class Completion:
             ),
         )
 
-    def _report(self, destination: str, facts: Mapping[str, Any], seconds: float) -> None:
+    def _report(self, destination: str, facts: Mapping[str, Any], seconds: float, *, has_response: bool) -> None:
         found: dict[str, object] = {
             "charged": facts["charged"],
             "credits": facts.get("credits_charged"),
@@ -317,5 +319,5 @@ class Completion:
             _log.info("completed", **fields)
         else:
             if facts["charged"] == "yes":
-                fields["reason"] = "the response holds no readable image"
+                fields["reason"] = "the response holds no readable image" if has_response else KINDS["lost"].cause
             _log.warning("unknown" if facts["charged"] == "unknown" else "failed", **fields)

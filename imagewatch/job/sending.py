@@ -219,10 +219,15 @@ def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) 
     if isinstance(error, SpoolError):
         disk = Reason("disk", message, error=error)
         return replace(fate, message=message, status=sink.status, reason=disk if is_unsent else None)
+    if isinstance(error, ConfigError):
+        problem = error.problems[0]
+        message, step = f"{problem.field}: {problem.reason}", problem.hint
+    else:
+        step = ""
     kind = _KINDS.get(type(error), "")
     if isinstance(error, Broken) and error.is_own:
         kind = "broken"
     is_unsent = is_unsent or isinstance(error, Withdrawn)
     left = Left.NOTHING if is_unsent else Left.PART
-    reason = Reason(kind, message) if kind else None
+    reason = Reason(kind, message, step=step) if kind else None
     return replace(fate, left=left, message=message, counts=kind == "broken", reason=reason)

@@ -97,8 +97,8 @@ RESPONSES = (
         "it returns a damaged response, or no readable image",
         "yes",
         Reaction.UNKNOWN,
-        retry="do not send it again; the response is kept (a copy is beside this file), and imagewatch retry NAME "
-        "reads it again, free of charge",
+        retry="do not send it again; imagewatch retry NAME reads the saved response again, free of charge; a copy of "
+        "it is beside this file",
     ),
     Kind(
         "invalid",
@@ -121,9 +121,8 @@ RESPONSES = (
         Reaction.ACCOUNT,
         Others.PROBE,
         statuses=dict.fromkeys((401, 403), ""),
-        next="replace the API key; a changed key file is noticed automatically; else reload the daemon, or restart it "
-        "if the key comes from the environment or a systemd credential",
-        retry="the administrator replaces the API key; then move the prompt back into the inbox",
+        next="replace the API key",
+        retry="ask the administrator to replace the API key; then move the prompt back into the inbox",
     ),
     Kind(
         "credits",
@@ -153,7 +152,7 @@ RESPONSES = (
         Others.PROBE,
         statuses=dict.fromkeys((404, 405, *range(300, 400)), ""),
         next="correct base_url in the configuration, then reload the daemon",
-        retry="the administrator corrects base_url in the configuration; then move the prompt back into the inbox",
+        retry="ask the administrator to correct base_url; then move the prompt back into the inbox",
     ),
     Kind(
         "busy",
@@ -178,8 +177,8 @@ RESPONSES = (
         "the connection breaks during a large upload",
         "no",
         Reaction.RETRY,
-        retry="send fewer or smaller images, or ask the administrator of the proxy or gateway on the way for the "
-        "largest request that it accepts; then move the prompt back into the inbox",
+        retry="use fewer or smaller images, then move the prompt back into the inbox; a proxy or gateway may limit the "
+        "size of a request",
     ),
     Kind(
         "unknown",
@@ -201,12 +200,12 @@ RESPONSES = (
     ),
     Kind(
         "lost",
-        "the local disk fails while a response arrives, for as long as the call may last",
+        "the local disk fails while a response arrives and does not recover before the call times out",
         "yes",
         Reaction.UNKNOWN,
         Others.DISK,
-        retry="check the disk first; the response could not be saved and is lost; only if you accept a second charge: "
-        "move the prompt back into the inbox",
+        retry="check the disk; the response is lost, so imagewatch retry cannot read it; only if you accept a second "
+        "charge, move the prompt back into the inbox",
     ),
 )
 LIMITS = (
@@ -219,17 +218,17 @@ LIMITS = (
     ),
     Kind(
         "cap",
-        "the request does not fit below a cap beside what was spent",
+        "the request does not fit below a cap with what was spent",
         "no",
         Reaction.WAIT,
         Others.FITTING,
-        next="wait until the period of the cap ends, or raise the cap in the configuration and reload the daemon; "
-        "prompts that fit are still sent",
+        next="wait until the day or month of the cap ends, or raise the cap and reload the daemon; prompts that fit "
+        "are still sent",
         is_own=True,
     ),
     Kind(
         "reserved",
-        "it does not fit below a cap beside what is reserved for requests in flight",
+        "the request does not fit below a cap with what is reserved for requests in flight",
         "no",
         Reaction.WAIT,
         is_own=True,
@@ -269,7 +268,7 @@ LIMITS = (
         "the same file was requested before",
         "no",
         Reaction.REFUSED,
-        retry="no action needed; for another image save the prompt again, and move it into the inbox",
+        retry="no action needed; for another image, save the prompt again and move it into the inbox",
     ),
 )
 KINDS = {kind.name: kind for kind in (*RESPONSES, *LIMITS)}
@@ -287,6 +286,7 @@ class Reason:
         seconds: How long to wait, if the API asked for a time.
         ends: For ``cap``: when its day or month ends, seconds since the epoch.
         error: For ``disk``: what failed.
+        step: Next step for the administrator, where it is not the one of the row.
     """
 
     kind: str
@@ -294,6 +294,7 @@ class Reason:
     seconds: float | None = None
     ends: float = 0.0
     error: SpoolError | None = None
+    step: str = ""
 
     @property
     def row(self) -> Kind:
@@ -303,4 +304,4 @@ class Reason:
     @property
     def next(self) -> str:
         """Next step for the administrator."""
-        return (self.error.hint if self.error else "") or self.row.next
+        return (self.error.hint if self.error else "") or self.step or self.row.next

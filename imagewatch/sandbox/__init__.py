@@ -1,23 +1,23 @@
 """A strict local endpoint with the wire format of the real one, which counts what it "charged".
 
-It is a second, independent reading of the published contract: nothing is shared with the client's side, so
-that a misunderstanding on either side shows. Pictures are placeholders, and say so. Prices are made up.
+It is a second, independent implementation of the published contract. It shares no code with ``endpoint/``, so that
+a mistake on one side makes a test fail. Images are placeholders and are marked as such. Prices are made up.
 
 The modules, from the top; each imports only from those below it::
 
-    endpoint     Sandbox: its address and its life
-    server       HTTP: framing, the routes, writing an answer well or badly
-    service      what each route answers
-    tags         misbehaviour on request: "[sandbox: 402]" in a prompt edits the Plan
-    plan         what is done with one request, and the answer that comes of it
-    books        what was asked and charged, before a byte of the answer is written
-    delivery     the image host: signed urls and what they deliver
-    replies      answers as values
-    contract     a body becomes an Asked, or is refused
-    placeholder  draws the pictures
-    picture      their bytes
+    endpoint     Sandbox: binds an address, serves it and stops
+    server       HTTP: framing, the routes, writing a response correctly or not
+    service      the response of each route
+    tags         faults on request: "[sandbox: 402]" in a prompt edits the Plan
+    plan         what is done with one request, and its response
+    books        what was requested and charged, recorded before a byte of the response is written
+    delivery     the image host: signed URLs and what they return
+    replies      responses as values
+    contract     checks a body and returns an Asked
+    placeholder  draws the images
+    picture      the bytes of an image
 
-The real endpoint promises nothing for ``Idempotency-Key``, so a repeated key buys again here, too.
+The real endpoint promises nothing for ``Idempotency-Key``. So a request with a repeated key is charged here, too.
 """
 
 from imagewatch.sandbox.contract import (

@@ -1,4 +1,4 @@
-"""The books: what was asked and charged, before a byte of the answer is written."""
+"""What was requested and charged. It is recorded before a byte of the response is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _MAX_CALLS: Final = 10_000
 
 
 class Books:
-    """What was asked and charged. Thread safe; an entry is complete once it can be seen."""
+    """What was requested and charged. Safe to use from several threads; only complete entries are visible."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.balance: float | None = None
@@ -29,7 +29,7 @@ class Books:
         )
 
     def enter(self, seen: dict[str, Any], status: int, cost: int) -> None:
-        """Record a request and take its cost, or refuse it when the balance is too low."""
+        """Record a request and subtract its cost, or refuse it if the balance is too low."""
         with self._changed:
             if self.balance is not None and cost:
                 if cost > self.balance:
@@ -47,12 +47,12 @@ class Books:
             self._counts[name] += 1
 
     def fault(self, text: str) -> None:
-        """Keep an error of the sandbox itself: nothing goes to stderr, and nothing is hidden either."""
+        """Record an error of the sandbox itself for the report; nothing is written to stderr."""
         with self._changed:
             self._faults.append(text)
 
     def first(self, limit: int, who: str, what: str) -> bool:
-        """Count a use of a limited tag and return whether it still applies."""
+        """Count a use of a limited tag; return whether it still applies."""
         with self._changed:
             used = self._used.pop((who, what), 0) + 1
             self._used[who, what] = used
@@ -66,7 +66,7 @@ class Books:
             return self._changed.wait_for(lambda: self._counts["requests"] >= count, timeout)
 
     def report(self) -> dict[str, Any]:
-        """Return everything."""
+        """Return all of it, for the report."""
         with self._changed:
             calls = [{**call, "inputs": [*call["inputs"]], "images": [*call["images"]]} for call in self._calls]
             return {**self._counts, "faults": list(self._faults), "calls": calls}

@@ -1,6 +1,6 @@
-"""The contract: a body becomes an `Asked`, or is refused.
+"""The contract: checks a body and returns an `Asked`, or refuses it.
 
-Owns the routes, the models, the made-up prices and the limits, and every rule a request must keep to.
+Has the routes, models, made-up prices and limits, and every rule for a request.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REPORT_ROUTE: Final = "/sandbox/report"
 REDIRECTED_ROUTE: Final = "/sandbox/redirected"
 DELIVERY: Final = "/delivery/"
 PROPOSED_KEY: Final = "sk-let-sandbox-takes-any-key-0123456789abcdef"
-"""Of the length of a real one, so that nothing else is taken for it where it is masked. No secret."""
+"""As long as a real key, so that masking it changes nothing else. Not a secret."""
 
 DEFAULT_MODELS: Final = {"flux": "flux-2-pro", "gemini": "gemini-3-pro-image", "openai": "gpt-image-2"}
 _MODELS: Final = {
@@ -35,7 +35,7 @@ _MODELS: Final = {
     "gemini": re.compile(r"gemini|nano-banana", re.IGNORECASE),
     "openai": re.compile(r"(chat)?gpt-image", re.IGNORECASE),
 }
-"""How the names of their models begin, of those that are published."""
+"""How the names of the published models begin."""
 CREDITS_PER_IMAGE: Final = {"flux": 30, "gemini": 134}  # made up; no price list is public
 OPENAI_CREDITS: Final = {"low": 11, "medium": 42, "high": 167, "auto": 42}  # made up as well
 
@@ -44,7 +44,7 @@ _MAX_PROMPT: Final = 32_000
 _MAX_SIDE: Final = 4096
 _MAX_INPUTS: Final = 14
 _MAX_FLUX_INPUTS: Final = 8
-_DEFAULT_SIZE: Final = (512, 512)  # a larger one takes longer to draw and shows no more
+_DEFAULT_SIZE: Final = (512, 512)  # a larger one only takes longer to draw
 
 _MAGIC: Final = {
     "image/png": re.compile(rb"\x89PNG\r\n\x1a\n"),
@@ -70,7 +70,7 @@ def not_enough(needed: int, left: float) -> Refusal:
 
 @dataclass(frozen=True)
 class Input:
-    """One input image: its checksum, and a small picture of it when it can be read."""
+    """One input image: its checksum, and a small copy of it if it can be decoded."""
 
     sha256: str
     small: Image.Image | None
@@ -78,7 +78,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Asked:
-    """A request that keeps to the contract, with the defaults filled in."""
+    """A valid request, with the defaults filled in."""
 
     provider: str
     prompt: str
@@ -92,7 +92,7 @@ class Asked:
 
     @property
     def credits_per_image(self) -> int:
-        """What one picture costs here."""
+        """What one image costs here."""
         return CREDITS_PER_IMAGE.get(self.provider) or OPENAI_CREDITS[self.quality]
 
     @property
@@ -126,7 +126,7 @@ def _text(longest: int) -> Callable[[object], str]:
 
 
 def _integer(lowest: float, highest: float) -> Callable[[object], str]:
-    """Return a rule for a whole number; ``true`` is none, and neither is ``1.0``."""
+    """Return a rule for a whole number, which neither ``true`` nor ``1.0`` is."""
     span = f" from {lowest} to {highest}" if highest < float("inf") else ""
 
     def rule(value: object) -> str:
@@ -146,7 +146,7 @@ def _size(value: object) -> str:
 
 
 def _inputs(value: object) -> str:
-    """Rule for ``input_images``; what is in them is looked at later, one by one."""
+    """Rule for ``input_images``; the content of each is checked later."""
     good = isinstance(value, list) and len(value) <= _MAX_INPUTS and all(isinstance(item, str) for item in value)
     return "" if good else f"must be a list of at most {_MAX_INPUTS} strings"
 
@@ -170,13 +170,13 @@ def read_request(body: bytearray, seen: dict[str, Any]) -> Asked:
 
     Args:
         body: The bytes received; emptied, so that only one form of a large body is kept at a time.
-        seen: What the report says of this request; filled in as far as it could be read.
+        seen: Entry of this request in the report; filled in as far as the body can be read.
 
     Returns:
         The request.
 
     Raises:
-        Refusal: The body breaks the contract.
+        Refusal: The body is not valid.
     """
     value = _parsed(body)
     for name in _REQUIRED:
@@ -208,7 +208,7 @@ def _parsed(body: bytearray) -> dict[str, Any]:
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse an object that has a key twice: which one counts would be anybody's guess."""
+    """Refuse an object that has a key twice: it is not defined which one counts."""
     value = dict(pairs)
     if len(value) != len(pairs):
         raise ValueError("a key appears twice in an object")
@@ -238,7 +238,7 @@ def _problems(value: dict[str, Any]) -> Iterator[str]:
 
 
 def _wrong_pair(provider: object, model: object) -> Iterator[str]:
-    """Yield what is wrong with a model that is known to be another provider's; other names change too often."""
+    """Yield a problem if a model is known to be another provider's. Unknown names are accepted: they change often."""
     if not isinstance(model, str) or not isinstance(provider, str) or provider not in DEFAULT_MODELS:
         return
     others = [other for other, names in _MODELS.items() if other != provider and names.match(model)]
@@ -247,7 +247,7 @@ def _wrong_pair(provider: object, model: object) -> Iterator[str]:
 
 
 def _input(url: str, index: int) -> Input:
-    """Decode one data URL and check that it is what it says."""
+    """Decode one data URL and check that its content has its type."""
     head, comma, text = url.partition(",")
     mime = head.removeprefix("data:").removesuffix(";base64")
     if not comma or head != f"data:{mime};base64" or mime not in _MAGIC:
@@ -258,12 +258,12 @@ def _input(url: str, index: int) -> Input:
     except ValueError as error:
         raise Refusal(400, f"input_images[{index}] is not valid base64: {error}") from None
     if not _MAGIC[mime].match(content):
-        raise Refusal(400, f"input_images[{index}] says {mime}, but its bytes are something else")
+        raise Refusal(400, f"input_images[{index}] is declared as {mime}, but its content is something else")
     return Input(hashlib.sha256(content).hexdigest(), thumbnail(content, mime))
 
 
 def _asked(value: dict[str, Any], inputs: tuple[Input, ...]) -> Asked:
-    """Fill in the defaults. ``size`` and ``output_format`` are openai's; the others do not heed them."""
+    """Fill in the defaults. ``size`` and ``output_format`` are openai's; the others ignore them."""
     provider = value["provider"]
     own = value if provider == "openai" else {}
     width, _, height = own.get("size", "auto").partition("x")

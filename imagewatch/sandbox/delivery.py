@@ -1,4 +1,4 @@
-"""The image host: signed urls that expire, and what they deliver."""
+"""The image host: signed URLs that expire, and what they return."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
     from imagewatch.sandbox.picture import Picture
 
-_MAX_HELD_BYTES: Final = 256 << 20  # kept for download; the oldest go first
+_MAX_HELD_BYTES: Final = 256 << 20  # kept for download; the oldest are removed first
 _ODD_URLS: Final = {"file": "file:///etc/hostname", "private": "http://10.0.0.1/x.png"}
 
 
 @dataclass
 class _Parcel:
-    """A picture waiting to be fetched."""
+    """An image that can be downloaded."""
 
     picture: Picture
     kind: str
@@ -31,16 +31,16 @@ class _Parcel:
 
 
 class Deliveries:
-    """The image host. Thread safe.
+    """The image host. Safe to use from several threads.
 
-    A url can misbehave in one of these ways: ``404``, ``expired``, ``flaky`` (the first fetch fails),
-    ``redirect`` (to the same picture), ``huge`` (sent without a length), ``file`` or ``private`` (points to
-    what must not be fetched). An empty text is none of them.
+    A URL can have one of these faults: ``404``, ``expired``, ``flaky`` (the first download fails), ``redirect``
+    (to the same image), ``huge`` (sent without a length), ``file`` or ``private`` (points to what must not be
+    downloaded). An empty text means no fault.
 
     Args:
-        base_url: What urls begin with.
-        lifetime: Seconds for which a url is good.
-        clock: Seconds that only grow.
+        base_url: What URLs begin with.
+        lifetime: How long a URL is valid, seconds.
+        clock: Monotonic clock, seconds.
     """
 
     def __init__(self, base_url: str, lifetime: float, clock: Callable[[], float]) -> None:
@@ -53,7 +53,7 @@ class Deliveries:
         self._lock = threading.Lock()
 
     def offer(self, picture: Picture, kind: str) -> str:
-        """Keep a picture for download and return its url."""
+        """Keep an image for download and return its URL."""
         if kind in _ODD_URLS:
             return _ODD_URLS[kind]
         name = secrets.token_hex(12)
@@ -73,18 +73,18 @@ class Deliveries:
         if not hmac.compare_digest(self._signature(target.path, expiry).encode(), signature.encode("utf-8", "replace")):
             return json_reply(403, {"message": "the signature is missing or wrong"})
         if self._clock() >= float(expiry):
-            return json_reply(403, {"message": "the url has expired"})
+            return json_reply(403, {"message": "the URL has expired"})
         with self._lock:
             parcel = self._parcels.get(target.path.split("/")[2])
             if parcel is None:
-                return json_reply(404, {"message": "no such picture"})
+                return json_reply(404, {"message": "no such image"})
             parcel.fetches += 1
         return self._delivered(parcel)
 
     def _delivered(self, parcel: _Parcel) -> Reply:
-        """Hand a picture over, or not."""
+        """Return the response to a download with a valid signature."""
         if parcel.kind == "404":
-            return json_reply(404, {"message": "no such picture"})
+            return json_reply(404, {"message": "no such image"})
         if parcel.kind == "flaky" and parcel.fetches == 1:
             return canned(503, page("Try again"))
         if parcel.kind == "redirect":
@@ -93,9 +93,9 @@ class Deliveries:
         return Reply(200, tuple(parcel.picture.chunks()), headers, sized=parcel.kind != "huge")
 
     def _signature(self, path: str, expiry: str) -> str:
-        """Return the signature of a path and the time it ends."""
+        """Return the signature of a path and the time at which it expires."""
         return hmac.new(self._secret, f"{path}\n{expiry}".encode("utf-8", "replace"), "sha256").hexdigest()
 
     def _signed(self, path: str, expiry: str) -> str:
-        """Return a url that can be fetched until then."""
+        """Return a URL that is valid until then."""
         return f"{self._base_url}{path}?se={expiry}&sig={self._signature(path, expiry)}"

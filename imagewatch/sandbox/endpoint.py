@@ -1,4 +1,4 @@
-"""The sandbox as its users see it: an address that is bound, served and stopped."""
+"""The sandbox for its callers: binds an address, serves it and stops."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
 class Sandbox:
     """A strict local endpoint that speaks the wire format of the real one and counts what it charged.
 
-    The address is bound on construction, so ``base_url`` is valid at once. Use as a context manager, or
-    with ``start`` and ``stop``, or in the foreground with ``serve_forever``.
+    The address is bound on construction, so ``base_url`` is valid immediately. Use it as a context manager, with
+    ``start`` and ``stop``, or in the foreground with ``serve_forever``.
 
     Args:
         host: Address to listen on.
         port: Port to listen on; 0 takes any free one.
         key: The key that must be sent; ``None`` accepts any.
-        latency_seconds: Waited before each answer to a request for pictures.
-        url_lifetime_seconds: How long a signed url can be fetched.
-        clock: Seconds that only grow; decides about urls, and stamps the report.
+        latency_seconds: Delay before each response to a request for images.
+        url_lifetime_seconds: How long a signed URL is valid.
+        clock: Monotonic clock, seconds; for the expiry of URLs and the times in the report.
         on_request: Called with one line per HTTP request, from any thread.
 
     Attributes:
@@ -78,7 +78,7 @@ class Sandbox:
 
     @property
     def balance(self) -> float | None:
-        """Credits left; ``None`` is endless. A request that costs more is answered 402."""
+        """Credits left; ``None`` is unlimited. A request that costs more gets a 402."""
         return self._books.balance
 
     @balance.setter
@@ -106,7 +106,7 @@ class Sandbox:
             self._close()
 
     def stop(self) -> None:
-        """Stop serving. Requests still waiting are cut off without an answer, as when a server dies."""
+        """Stop serving. Requests that wait are cut off without a response, as if the server crashed."""
         self._service.stopping.set()
         if self._served:
             self._server.wake()
@@ -114,31 +114,31 @@ class Sandbox:
         self._close()
 
     def hold(self) -> None:
-        """Make requests wait after they were recorded and charged, before they are answered."""
+        """Delay the response of each request after it was recorded and charged, until ``release``."""
         self._service.gate.clear()
 
     def release(self) -> None:
-        """Answer what waits."""
+        """Send the responses that wait."""
         self._service.gate.set()
 
     def wait_for_requests(self, count: int, timeout: float) -> bool:
-        """Wait until requests were wholly received and recorded.
+        """Wait until requests were received completely and recorded.
 
         Args:
             count: How many, since construction.
             timeout: Seconds to wait at most.
 
         Returns:
-            Whether so many came.
+            Whether there were so many in time.
         """
         return self._books.wait_for(count, timeout)
 
     def report(self) -> dict[str, Any]:
-        """Return what was asked and charged so far; the same as ``GET /sandbox/report``."""
+        """Return what was requested and charged so far; the same as ``GET /sandbox/report``."""
         return self._books.report()
 
     def _close(self) -> None:
-        """Free what waits and close everything."""
+        """End what waits and close everything."""
         self._service.stopping.set()
         self._service.gate.set()
         self._server.server_close()

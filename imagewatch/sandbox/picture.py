@@ -1,4 +1,4 @@
-"""The bytes of a picture as they are sent: whole or in base64, padded to any size without taking memory."""
+"""The bytes of an image as they are sent, in base64 or not. Padding to any size takes no memory."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _IEND_BYTES: Final = 12
 
 @dataclass(frozen=True)
 class Picture:
-    """The bytes of one picture, and the type the answer claims for them.
+    """The bytes of one image, and the type that the response gives for them.
 
     Attributes:
-        data: The file; with ``padding`` it must be a whole PNG.
-        mime: The claimed type, e.g. ``image/png``.
-        padding: Size of a private ancillary chunk put before the end of the PNG. It is made while being
-            sent: a picture of 75 MB takes no memory.
+        data: The file; with ``padding`` it must be a complete PNG.
+        mime: The type that the response gives, e.g. ``image/png``.
+        padding: Size of a private ancillary chunk put before the end of the PNG. It is created
+            while it is sent, so that an image of 75 MB takes no memory.
     """
 
     data: bytes
@@ -55,7 +55,7 @@ class Picture:
         if not self.padding:
             yield self.data
             return
-        # "paDd" is by the rules of PNG: ancillary, private, safe to copy.
+        # By the rules of PNG, the letter cases in "paDd" mean: ancillary, private, safe to copy.
         yield self.data[:-_IEND_BYTES] + struct.pack(">I4s", self.padding, b"paDd")
         yield from _zeros(self.padding)
         yield struct.pack(">I", _padding_crc(self.padding)) + self.data[-_IEND_BYTES:]

@@ -1,4 +1,4 @@
-"""Draws the images of the sandbox, plainly marked as placeholders."""
+"""Draws the images of the sandbox, which are clearly marked as placeholders."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from imagewatch.sandbox.picture import Picture
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-_MAX_INPUT_PIXELS: Final = 50_000_000  # below Pillow's own alarm, above any phone camera of today
+_MAX_INPUT_PIXELS: Final = 50_000_000  # below Pillow's own limit, above the images of phone cameras
 _THUMBNAIL_SIDE: Final = 160
 _THUMBNAILS_PER_ROW: Final = 7
 _SMALLEST_WITH_TEXT: Final = 96
 _EXCERPT_CHARACTERS: Final = 400
 _WHITE: Final = (255, 255, 255, 255)
 _FAINT: Final = (255, 255, 255, 190)
-_HUES: Final = (0.99, 0.04, 0.36, 0.44, 0.50, 0.56, 0.61, 0.67, 0.75, 0.82, 0.90)  # dark yellows look muddy
+_HUES: Final = (0.99, 0.04, 0.36, 0.44, 0.50, 0.56, 0.61, 0.67, 0.75, 0.82, 0.90)  # without dark yellows
 _PLAIN: Final = str.maketrans("\u2018\u2019\u201c\u201d\u2013\u2014\u00df", "''\"\"--s")
 
 _ENCODERS: Final[dict[str, dict[str, object]]] = {
@@ -38,15 +38,15 @@ _ENCODERS: Final[dict[str, dict[str, object]]] = {
 
 @dataclass(frozen=True)
 class Caption:
-    """What is written on a placeholder, and what it is drawn from.
+    """What a placeholder shows.
 
     Attributes:
         provider: Name of the provider.
         model: Name of the model.
         prompt: The whole prompt; an excerpt is drawn.
-        index: Number of this picture, from 1.
-        count: Number of pictures asked for.
-        serial: Any text; the same serial and prompt give the same picture.
+        index: Number of this image, from 1.
+        count: Number of images in the request.
+        serial: Any text; the same serial and prompt give the same image.
     """
 
     provider: str
@@ -69,10 +69,10 @@ def draw(
         caption: What to write on it.
         size: Width and height in pixels.
         output_format: ``png``, ``jpeg`` or ``webp``.
-        thumbnails: The input images made small; ``None`` for one that could not be read.
+        thumbnails: Small copies of the input images; ``None`` for one that could not be decoded.
 
     Returns:
-        The encoded picture.
+        The encoded image.
     """
     picture = _background(caption, size)
     pen = ImageDraw.Draw(picture, "RGBA")
@@ -84,14 +84,14 @@ def draw(
 
 
 def thumbnail(data: bytes, mime: str) -> Image.Image | None:
-    """Make an input image small.
+    """Return a small copy of an input image.
 
     Args:
-        data: The file; anything may be in it.
+        data: The file, with any content.
         mime: ``image/png``, ``image/jpeg`` or ``image/webp``.
 
     Returns:
-        A small square picture, or ``None`` when it is too large or not readable.
+        A small square image, or ``None`` if the file is too large or cannot be decoded.
     """
     side = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
     try:
@@ -100,14 +100,14 @@ def thumbnail(data: bytes, mime: str) -> Image.Image | None:
             return None
         picture.draft("RGB", side)
         return ImageOps.fit(picture.convert("RGBA"), side)
-    except Exception:  # noqa: BLE001  decoders raise whatever they like on hostile files
+    except Exception:  # noqa: BLE001  on hostile files decoders raise any exception
         return None
 
 
 def _opened(data: bytes, mime: str) -> Image.Image | None:
     """Open an input image unless it is too large; the size is read before anything is decoded."""
     if mime == "image/jpeg":
-        # Not by Image.open, which would warn on stderr about sizes that are refused here anyway.
+        # Not with Image.open, which would print a warning about sizes that are refused here.
         jpeg = JpegImagePlugin.JpegImageFile(io.BytesIO(data))
         return jpeg if jpeg.width * jpeg.height <= _MAX_INPUT_PIXELS else None
     width, height = struct.unpack_from(">II", data, 16) if mime == "image/png" else _webp_size(data)
@@ -117,7 +117,7 @@ def _opened(data: bytes, mime: str) -> Image.Image | None:
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:
-    """Return the size a WebP claims; Pillow would set memory aside for it on opening."""
+    """Return the size in the header of a WebP; Pillow would allocate memory for it when it opens the file."""
     kind = data[12:16]
     if kind == b"VP8X":
         return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
@@ -129,7 +129,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _background(caption: Caption, size: tuple[int, int]) -> Image.Image:
-    """Return a soft gradient: the hue comes from the prompt, its play from the serial and the index."""
+    """Return a gradient: its hue depends on the prompt, its shades on the serial and the index."""
     hue = _HUES[hashlib.sha256(caption.prompt.encode("utf-8", "replace")).digest()[0] % len(_HUES)]
     chance = random.Random(f"{caption.prompt}|{caption.serial}|{caption.index}")  # noqa: S311  colours
     mesh = Image.new("RGB", (3, 3))
@@ -143,9 +143,9 @@ def _background(caption: Caption, size: tuple[int, int]) -> Image.Image:
 
 
 def _drawable(text: str) -> str:
-    """Return text as the built-in font can draw it, which knows ASCII only.
+    """Return text that the built-in font, which has only ASCII, can draw.
 
-    Accents are dropped, quotes and dashes become plain, and other scripts an ellipsis.
+    Accents are removed. Quotes and dashes become ASCII. Other scripts become an ellipsis.
     """
     plain = unicodedata.normalize("NFKD", text).translate(_PLAIN)
     marks = (mark for mark in plain if not unicodedata.combining(mark))
@@ -154,7 +154,7 @@ def _drawable(text: str) -> str:
 
 
 class _Sheet:
-    """Lays out one placeholder, from the top and from the bottom towards the middle."""
+    """Draws one placeholder, from the top and from the bottom toward the middle."""
 
     def __init__(self, picture: Image.Image, pen: ImageDraw.ImageDraw, unit: float) -> None:
         self.picture = picture
@@ -166,11 +166,11 @@ class _Sheet:
         self.bottom = picture.height - self.px(36)
 
     def px(self, figure: float) -> int:
-        """Scale a length drawn for 512 pixels; never nothing."""
+        """Scale a length of an image with 512 pixels; the result is at least 1."""
         return max(1, round(figure * self.unit))
 
     def font(self, size: float) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        """Return the built-in font in a size drawn for 512 pixels."""
+        """Return the built-in font in a size of an image with 512 pixels."""
         return ImageFont.load_default(size=max(6, self.px(size)))
 
     def fill(self, caption: Caption, thumbnails: Sequence[Image.Image | None]) -> None:
@@ -184,7 +184,7 @@ class _Sheet:
         self.excerpt(caption.prompt)
 
     def heading(self, caption: Caption) -> None:
-        """Draw the word that matters, and the provider."""
+        """Draw the title, and the provider."""
         self.pen.text(
             (self.left, self.top),
             "PLACEHOLDER",
@@ -199,7 +199,7 @@ class _Sheet:
         self.top += self.px(42)
 
     def footer(self, caption: Caption) -> None:
-        """Draw who made it, and which one of how many it is."""
+        """Draw the serial, and the number of the image."""
         count = f"{caption.index} of {caption.count}"
         font = self.font(22)
         height = self.px(36)

@@ -1,4 +1,4 @@
-"""The plan: what is done with one request, and the answer that comes of it."""
+"""What is done with one request, and its response."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ if TYPE_CHECKING:
 
 @dataclass
 class Plan:
-    """What will be done with a request; tags edit it.
+    """What is done with a request; tags edit it.
 
     Attributes:
         asked: The request.
-        output_format: What to draw.
-        by_url: Whether pictures go out as urls.
-        delivery: How a url misbehaves; see `Deliveries`.
-        reply: An answer instead of pictures.
-        charged: Whether it costs.
-        padding: Bytes to blow each PNG up by.
-        edits: What is done to the pictures once they are drawn.
-        break_base64: Whether the last picture's base64 is broken.
-        billing: Whether the answer has it.
-        gzip: Whether the answer is compressed.
-        sending: What to change in the reply.
+        output_format: Format of the images.
+        by_url: Whether images are returned as URLs.
+        delivery: The fault of a URL; see `Deliveries`.
+        reply: A response without images.
+        charged: Whether the request is charged.
+        padding: Bytes to add to each PNG.
+        edits: Changes to the images after they are drawn.
+        break_base64: Whether the last image's base64 is broken.
+        billing: Whether the response has ``billing``.
+        gzip: Whether the response is compressed.
+        sending: Changes to how the response is sent.
     """
 
     asked: Asked
@@ -53,24 +53,24 @@ class Plan:
 
     @property
     def cost(self) -> int:
-        """What the request is charged."""
+        """Credits that are charged."""
         return self.asked.credits if self.charged else 0
 
     def carry_out(self, deliveries: Deliveries, seen: dict[str, Any]) -> Reply:
-        """Do all of it.
+        """Draw the images and return the response.
 
         Args:
-            deliveries: Where pictures that go out as urls are left.
-            seen: What the report says of this request; the checksums of its pictures are filled in.
+            deliveries: Keeps images that are returned as URLs.
+            seen: Entry of this request in the report; the checksums of its images are filled in.
 
         Returns:
-            The answer.
+            The response.
         """
         reply = replace(self.reply or self._success(deliveries, seen), **self.sending)
         return reply.compressed() if self.gzip else reply
 
     def _success(self, deliveries: Deliveries, seen: dict[str, Any]) -> Reply:
-        """Draw what was asked and return the answer with it."""
+        """Draw the requested images and return a response with them."""
         asked, pictures = self.asked, self._pictures()
         seen["images"] = [picture.sha256 for picture in pictures]
         if self.break_base64:
@@ -86,7 +86,7 @@ class Plan:
         return Reply(200, tuple(parts), {"Content-Type": "application/json"})
 
     def _pictures(self) -> list[Picture]:
-        """Draw the pictures and edit them."""
+        """Draw the images and edit them."""
         asked = self.asked
         serial = f"no. {secrets.token_hex(4)}" if asked.seed is None else f"seed {asked.seed}"
         small = [item.small for item in asked.inputs]
@@ -99,7 +99,7 @@ class Plan:
         return pictures
 
     def _entry(self, picture: Picture, deliveries: Deliveries) -> list[bytes | Picture]:
-        """Return one entry of ``images``, by url or in base64."""
+        """Return one entry of ``images``, as a URL or in base64."""
         mime = json.dumps(picture.mime)
         if self.by_url:
             url = json.dumps(deliveries.offer(picture, self.delivery))
@@ -108,7 +108,7 @@ class Plan:
 
 
 def _broken(picture: Picture) -> bytes:
-    """Return an entry whose base64 even lenient decoders refuse: one character too many."""
+    """Return an entry whose base64 has one character too many, so that lenient decoders refuse it, too."""
     text = binascii.b2a_base64(picture.data, newline=False).decode()
     value = {"b64_json": text[: len(text) // 8 * 4 + 1] + "*", "mime_type": picture.mime}
     return json.dumps(value).encode()

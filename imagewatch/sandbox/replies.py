@@ -1,4 +1,4 @@
-"""Answers as values: what is sent, and how its sending is spoilt."""
+"""Responses as values: what is sent, and with which faults."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ Ending = Literal["whole", "drop", "reset", "drop-headers", "truncate"]
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer, and how to spoil its sending.
+    """A response, and the faults with which it is sent.
 
     Attributes:
         status: The HTTP status.
-        parts: The body; pictures in it are written in base64.
-        headers: Further headers.
+        parts: The body; images in it are written in base64.
+        headers: More headers.
         wait: Seconds before the first byte.
         head_pace: Seconds before each byte of the head.
         body_pace: Seconds before each byte of the body.
-        ending: How far the answer gets.
-        sized: Whether the length is said; otherwise closing the connection ends the body.
+        ending: Where sending it ends.
+        sized: Whether it has a ``Content-Length``; otherwise closing the connection ends the body.
     """
 
     status: int
@@ -53,24 +53,24 @@ class Reply:
                 yield part
 
     def compressed(self) -> Reply:
-        """Return the same answer in gzip."""
+        """Return the same response in gzip."""
         packer = zlib.compressobj(level=1, wbits=31)
         packed = b"".join([*map(packer.compress, self.chunks()), packer.flush()])
         return replace(self, parts=(packed,), headers={**self.headers, "Content-Encoding": "gzip"})
 
 
 def json_reply(status: int, value: object, **headers: str) -> Reply:
-    """Return an answer in JSON."""
+    """Return a response in JSON."""
     return Reply(status, (json.dumps(value).encode(),), {"Content-Type": "application/json", **headers})
 
 
 def page(title: str) -> str:
-    """Return a page such as a proxy in front of the endpoint makes."""
+    """Return a page such as a proxy before the endpoint sends."""
     return f"<!DOCTYPE html>\n<html><head><title>{title}</title></head><body><h1>{title}</h1></body></html>\n"
 
 
 def canned(status: int, body: object, **headers: str) -> Reply:
-    """Return an answer with a page (text), JSON (anything else) or nothing (``None``)."""
+    """Return a response with a page (text), JSON (anything else) or no body (``None``)."""
     if body is None:
         return Reply(status, (), headers)
     if isinstance(body, str):

@@ -1,4 +1,4 @@
-"""HTTP: framing, the routes, and writing an answer well or badly."""
+"""HTTP: framing, the routes, and writing a response correctly or not."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 
 class Server(ThreadingHTTPServer):
-    """One daemon thread per connection; knows its open connections, so that it can cut them.
+    """One daemon thread per connection; keeps the open connections, so that it can cut them.
 
-    The address is bound on construction. What listens there is said afterwards, as it depends on the port.
+    The address is bound on construction. The service is set afterwards, as it needs the port.
 
     Attributes:
-        service: Answers the requests; set before the first one is served.
+        service: Returns the responses; set before the first request is served.
     """
 
     service: Service
@@ -52,7 +52,7 @@ class Server(ThreadingHTTPServer):
         super().__init__(address, _Handler)
 
     def server_bind(self) -> None:
-        """Bind without the look-up of the own host name that the standard library does here."""
+        """Bind the address. Unlike the standard library, this resolves no host name."""
         TCPServer.server_bind(self)
         self.server_name, self.server_port = str(self.server_address[0]), int(self.server_address[1])
 
@@ -70,7 +70,7 @@ class Server(ThreadingHTTPServer):
             self._closed.notify_all()
 
     def wake(self) -> None:
-        """Let the accepting thread see at once that it is to end, not at its next look."""
+        """Wake the accepting thread, so that it ends immediately and not at its next check."""
         with contextlib.suppress(OSError):
             self.socket.shutdown(socket.SHUT_RDWR)
 
@@ -83,9 +83,9 @@ class Server(ThreadingHTTPServer):
             self._closed.wait_for(lambda: not self._open, timeout)
 
     def handle_error(self, request: object, client_address: object) -> None:  # noqa: ARG002  as inherited
-        """Keep an error for the report, unless it is only a client that hung up."""
+        """Record an error for the report, unless only the client closed the connection."""
         error = sys.exception()
-        gone = isinstance(error, OSError) and error.errno == errno.ENOTCONN  # it knows its answer and has hung up
+        gone = isinstance(error, OSError) and error.errno == errno.ENOTCONN  # the client closed the connection
         if not gone and not isinstance(error, ConnectionError | TimeoutError):
             self.service.books.fault(repr(error)[:500])
 
@@ -95,13 +95,13 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: Server
     protocol_version = "HTTP/1.1"
-    timeout = 600  # an abandoned connection does not keep its thread for ever
+    timeout = 600  # an abandoned connection must not keep its thread forever
     disable_nagle_algorithm = True
 
     def do_GET(self) -> None:
         """Answer a GET."""
         if "Content-Length" in self.headers or "Transfer-Encoding" in self.headers:
-            self.close_connection = True  # the body is not read, so nothing after it could be, either
+            self.close_connection = True  # the body is not read, so no request after it can be read
         target = self._target()
         service = self.server.service
         if target.path.startswith(DELIVERY):
@@ -118,7 +118,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(reply)
 
     def do_POST(self) -> None:
-        """Answer a POST, after its body was read whole."""
+        """Answer a POST after reading its whole body."""
         target = self._target()
         body = self._body()
         if body is None:
@@ -138,22 +138,22 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_PUT = do_DELETE = do_PATCH = do_OPTIONS = do_other  # noqa: N815  inherited
 
     def log_message(self, format: str, *args: object) -> None:  # noqa: A002  as inherited
-        """Say nothing on stderr."""
+        """Write nothing to stderr."""
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:  # noqa: ARG002
-        """Answer a request that is not even HTTP."""
+        """Answer a request that is not valid HTTP."""
         self.close_connection = True
         self._send(json_reply(code, {"message": message or "not a request"}))
 
     def _target(self) -> urllib.parse.SplitResult:
-        """Return the parsed target; nonsense has no route."""
+        """Return the parsed target; one that cannot be parsed gets a 404."""
         try:
             return urllib.parse.urlsplit(self.path)
         except ValueError:
-            return urllib.parse.urlsplit("/nonsense")
+            return urllib.parse.urlsplit("/invalid")
 
     def _body(self) -> bytearray | None:
-        """Read the body, or refuse to and return ``None``."""
+        """Read the body, or refuse the request and return ``None``."""
         lengths = self.headers.get_all("Content-Length", [])
         if "Transfer-Encoding" in self.headers or not lengths:
             refused = (411, "send Content-Length, not chunks")
@@ -167,20 +167,20 @@ class _Handler(BaseHTTPRequestHandler):
         return None
 
     def _whole(self, length: int) -> bytearray:
-        """Read that many bytes."""
+        """Read a body of this length."""
         body = bytearray()
         while len(body) < length:
             piece = self.rfile.read(min(1 << 20, length - len(body)))
             if not piece:
-                raise ConnectionAbortedError("the client left before its body was whole")
+                raise ConnectionAbortedError("the client closed the connection before its body was complete")
             body += piece
         return body
 
     def _refuse_unread(self, status: int, message: str) -> None:
         """Refuse a request whose body is not read.
 
-        What the client still sends is thrown away for a moment: closing at once would reset the connection,
-        and the client would never see the answer.
+        What the client still sends is read and dropped for a short time. Closing immediately would reset the
+        connection, and the client would not get the response.
         """
         self.close_connection = True
         self._send(json_reply(status, {"message": message}))
@@ -191,10 +191,10 @@ class _Handler(BaseHTTPRequestHandler):
                 break
 
     def _send(self, reply: Reply) -> None:
-        """Write an answer, as well or as badly as it asks for."""
+        """Write a response with its faults."""
         if reply.ending == "reset":
-            # With linger 0 closing sends RST. The descriptor is closed here, as a shutdown before it (done by
-            # the server otherwise) would send a polite FIN first.
+            # With linger 0, closing sends RST. The descriptor is closed here, because the server would call
+            # shutdown first, which sends FIN.
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             os.close(self.connection.detach())
         if reply.ending != "whole" or not reply.sized:
@@ -231,7 +231,7 @@ class _Handler(BaseHTTPRequestHandler):
         return "\r\n".join(lines).encode("latin-1")
 
     def _write(self, content: bytes, pace: float) -> None:
-        """Write bytes, at once or one by one."""
+        """Write bytes, all at the same time or one by one."""
         if not pace:
             self.wfile.write(content)
             return
@@ -241,7 +241,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _no_route(target: urllib.parse.SplitResult) -> Reply:
-    """Return the answer where there is nothing, or nothing for this method."""
+    """Return the response for an unknown route, or for a method that the route does not have."""
     if target.path == ROUTE:
         return json_reply(405, {"message": "Method not allowed"}, Allow="POST")
     return json_reply(404, {"message": "Not found"})

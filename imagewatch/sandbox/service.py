@@ -1,4 +1,4 @@
-"""What each route answers. It knows no sockets: requests come in already read, replies go out as values."""
+"""The response of each route. No sockets: requests are already read, responses are values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Service:
         books: Where requests are recorded.
         deliveries: The image host.
         key: The key that must be sent; ``None`` accepts any.
-        latency_seconds: Waited before each answer to a request for pictures.
+        latency_seconds: Delay before each response to a request for images.
         on_request: Called with one line per HTTP request.
 
     Attributes:
@@ -65,12 +65,12 @@ class Service:
             raise ConnectionAbortedError("the sandbox is being stopped")
 
     def say(self, line: str) -> None:
-        """Tell whoever listens about a request."""
+        """Report a request to ``on_request``."""
         if self._on_request is not None:
             self._on_request(line)
 
     def generate(self, headers: Message, body: bytearray) -> Reply:
-        """Answer a request for pictures; it is recorded before this returns."""
+        """Return the response to a request for images, which is recorded before."""
         key = headers.get("Idempotency-Key")
         seen: dict[str, Any] = {
             "prompt": None,
@@ -92,7 +92,7 @@ class Service:
         return reply
 
     def fetch(self, headers: Message, target: urllib.parse.SplitResult) -> Reply:
-        """Answer a download; a key has no business there, so it is counted and refused."""
+        """Return the response to a download. One with an API key is counted and refused."""
         if "Authorization" in headers:
             self.books.count("bearer_at_image_host")
             return json_reply(400, {"message": "never send the key to an image host"})
@@ -102,7 +102,7 @@ class Service:
         return reply
 
     def show_balance(self, headers: Message) -> Reply:
-        """Answer what is left."""
+        """Return the balance."""
         try:
             self._authorise(headers)
         except Refusal as refusal:
@@ -112,20 +112,20 @@ class Service:
         return json_reply(200, {**shown, "billing_tier": "sandbox"})
 
     def show_report(self) -> Reply:
-        """Answer what was asked and charged."""
+        """Return what was requested and charged."""
         return json_reply(200, self.books.report())
 
     def count_redirected(self) -> Reply:
-        """Count somebody who followed a redirect of the paid call."""
+        """Count a client that followed a redirect of the paid call."""
         self.books.count("redirected")
         return json_reply(200, {"message": "the redirect was followed"})
 
     def _decide(self, headers: Message, body: bytearray, seen: dict[str, Any]) -> tuple[Reply, int]:
-        """Return the answer to a request and its cost."""
+        """Return the response to a request and its cost."""
         self._authorise(headers)
         if headers.get_content_type() != "application/json":
             raise Refusal(400, "Content-Type must be application/json")
-        with self._one_body:  # large bodies are taken apart one at a time, or memory would be theirs
+        with self._one_body:  # large bodies are decoded one at a time, to save memory
             asked = read_request(body, seen)
         plan = Plan(asked, asked.output_format, by_url=asked.provider == "flux")
         who = seen["idempotency_key"] or asked.prompt

@@ -1,6 +1,6 @@
-"""Misbehaviour on request: ``[sandbox: 402]`` in a prompt edits the plan of what is done with it.
+"""Faults on request: ``[sandbox: 402]`` in a prompt edits the plan of its response.
 
-Owns the table of tags and the reading of them.
+Has the table of tags, and reads them from prompts.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _TAG_GROUP: Final = re.compile(r"\[\s*sandbox\b([^\]]*)(\]?)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Tag:
-    """One thing the sandbox does when a prompt asks for it.
+    """One fault that a prompt can ask for.
 
     Attributes:
         name: The word in the prompt.
         argument: What follows it: nothing, ``S`` (seconds), ``N`` (megabytes), ``TAG`` or ``K TAG``.
-        help: What happens, in half a line.
+        help: What happens, in a few words.
         apply: Edits the plan; gets the argument.
     """
 
@@ -46,7 +46,7 @@ def _answers(
     charged: bool = False,
     headers: Mapping[str, str] | None = None,
 ) -> Tag:
-    """Return a tag that answers something else; its name begins with the status, or that is 200."""
+    """Return a tag for another response. Its status is the number at the beginning of the name, else 200."""
     reply = canned(int(name[:3]) if name[0].isdigit() else 200, body, **(headers or {}))
 
     def apply(plan: Plan, _: float) -> None:
@@ -63,19 +63,19 @@ def _credits(plan: Plan, _: float) -> None:
 
 
 def _edge(status: int, title: str) -> Tag:
-    """Return a tag that answers as the proxy in front does; the work behind it may have been done."""
+    """Return a tag for a page of the proxy before the endpoint; the request may have been charged."""
     headers = {"Server": "cloudflare", "CF-RAY": "8f0000000000sand-BOX"}
     return _answers(str(status), f"page of the proxy: {title}", page(title), charged=True, headers=headers)
 
 
 def _redirect(status: int) -> Tag:
-    """Return a tag that points elsewhere; the report counts who follows."""
+    """Return a tag for a redirect; the report counts the clients that follow it."""
     headers = {"Location": REDIRECTED_ROUTE}
-    return _answers(str(status), 'redirect; following it counts in "redirected"', None, headers=headers)
+    return _answers(str(status), "redirect; the report counts clients that follow it", None, headers=headers)
 
 
 def _sends(name: str, argument: str, summary: str, **changes: object) -> Tag:
-    """Return a tag about the sending; ``None`` in the changes stands for the argument."""
+    """Return a tag that changes how the response is sent; ``None`` in the changes stands for the argument."""
 
     def apply(plan: Plan, value: float) -> None:
         plan.sending.update({key: value if change is None else change for key, change in changes.items()})
@@ -84,7 +84,7 @@ def _sends(name: str, argument: str, summary: str, **changes: object) -> Tag:
 
 
 def _sets(name: str, argument: str, summary: str, **changes: object) -> Tag:
-    """Return a tag about the plan; ``None`` in the changes stands for the argument in bytes."""
+    """Return a tag that changes the plan; ``None`` in the changes stands for the argument in bytes."""
 
     def apply(plan: Plan, value: float) -> None:
         for key, change in changes.items():
@@ -94,7 +94,7 @@ def _sets(name: str, argument: str, summary: str, **changes: object) -> Tag:
 
 
 def _spoils(name: str, summary: str, edit: Callable[[list[Picture]], list[Picture]], **changes: object) -> Tag:
-    """Return a tag that edits the pictures."""
+    """Return a tag that edits the images."""
     setting = _sets(name, "", summary, **changes)
 
     def apply(plan: Plan, value: float) -> None:
@@ -105,7 +105,7 @@ def _spoils(name: str, summary: str, edit: Callable[[list[Picture]], list[Pictur
 
 
 def _last(spoil: Callable[[Picture], Picture]) -> Callable[[list[Picture]], list[Picture]]:
-    """Return an edit of the last picture only, so that good ones before it can be told from it."""
+    """Return an edit of the last image only, so that a response has good and bad ones."""
     return lambda pictures: [*pictures[:-1], *map(spoil, pictures[-1:])]
 
 
@@ -113,7 +113,7 @@ def _only_counts(plan: Plan, value: float) -> None:
     """Do nothing: ``once`` and ``times`` are read before the tag that follows them."""
 
 
-_HTML: Final = page("This is no picture").encode()
+_HTML: Final = page("This is not an image").encode()
 _SVG: Final = b'<svg xmlns="http://www.w3.org/2000/svg" width="8" height="8"><rect width="8" height="8"/></svg>'
 _SOON: Final = {"Retry-After": "1"}
 _ZOD: Final = {"name": "ZodError", "issues": [{"path": ["n"], "message": "Number must be at most 4"}]}
@@ -145,12 +145,12 @@ _FORBIDDEN: Final = {
 }
 
 _ALL_TAGS: Final = (
-    _answers("400", "the prompt is refused by moderation", _BLOCKED),
-    _answers("401", "the key is refused", {"message": "Unauthorized"}),
+    _answers("400", "moderation refuses the prompt", _BLOCKED),
+    _answers("401", "the key is not accepted", {"message": "Unauthorized"}),
     Tag("402", "", "too few credits, with credits_required; not charged", _credits),
     _answers("403", "forbidden, with a nested error object", _FORBIDDEN),
     _answers("404", "no such route", {"detail": "Not Found"}),
-    _answers("408", "the endpoint gave up waiting", {"message": "Request timed out"}, charged=True),
+    _answers("408", "the endpoint timed out", {"message": "Request timed out"}, charged=True),
     _answers("409", "conflict", {"error": "Conflict", "errorCode": "conflict"}),
     _answers("413", "too large", {"errorCode": "payload_too_large", "message": "Payload too large"}),
     _answers("422", "validation error without a message of its own", _ZOD),
@@ -161,8 +161,8 @@ _ALL_TAGS: Final = (
     _answers("500-empty", "500 without a body", None),
     _edge(502, "Bad gateway"),
     _answers("503", "page: service unavailable", page("Service Unavailable"), charged=True),
-    _answers("503-shutdown", "the typed proof of non-admission, Retry-After: 1", _SHUTDOWN, headers=_SOON),
-    _answers("503-interrupted", "a deployment interrupted accepted work", _INTERRUPTED, charged=True),
+    _answers("503-shutdown", "the request was not admitted, Retry-After: 1", _SHUTDOWN, headers=_SOON),
+    _answers("503-interrupted", "a deployment interrupted an admitted request", _INTERRUPTED, charged=True),
     _edge(504, "Gateway time-out"),
     _edge(520, "Web server returned an unknown error"),
     _edge(521, "Web server is down"),
@@ -170,55 +170,55 @@ _ALL_TAGS: Final = (
     _edge(523, "Origin is unreachable"),
     _edge(524, "A timeout occurred"),
     *map(_redirect, (302, 307, 308)),
-    _sends("drop", "", "the connection is closed without an answer; charged", ending="drop"),
-    _sends("reset", "", "the connection is reset without an answer; charged", ending="reset"),
-    _sends("drop-headers", "", "closed in the middle of the headers; charged", ending="drop-headers"),
-    _sends("truncate", "", "closed in the middle of the body; charged", ending="truncate"),
-    _sends("slow", "S", "waits S seconds before answering", wait=None),
-    _sends("trickle", "S", "sends one byte of the body every S seconds", body_pace=None),
-    _sends("trickle-headers", "S", "sends one byte of the headers every S seconds", head_pace=None),
+    _sends("drop", "", "the connection is closed without a response; charged", ending="drop"),
+    _sends("reset", "", "the connection is reset without a response; charged", ending="reset"),
+    _sends("drop-headers", "", "the connection is closed in the middle of the headers; charged", ending="drop-headers"),
+    _sends("truncate", "", "the connection is closed in the middle of the body; charged", ending="truncate"),
+    _sends("slow", "S", "the response is delayed by S seconds", wait=None),
+    _sends("trickle", "S", "one byte of the body every S seconds", body_pace=None),
+    _sends("trickle-headers", "S", "one byte of the headers every S seconds", head_pace=None),
     _answers("not-json", "200 with a page", page("Welcome"), charged=True),
     _answers("not-object", "200 with a JSON list", ["no object"], charged=True),
-    _spoils("no-images", "no images in the answer; all are charged", lambda _: []),
-    _spoils("fewer", "one image less than asked; all are charged", lambda pictures: pictures[:-1]),
+    _spoils("no-images", "no images in the response; all are charged", lambda _: []),
+    _spoils("fewer", "one image fewer than requested; all are charged", lambda pictures: pictures[:-1]),
     _sets("bad-base64", "", "the last image has broken base64", break_base64=True, by_url=False),
     _spoils(
         "bad-picture",
-        "the last image ends half way",
+        "the last image is cut off in the middle",
         _last(lambda picture: replace(picture, data=picture.data[: len(picture.data) // 2], padding=0)),
     ),
     _spoils(
         "not-picture",
-        "the last image is a page that says image/png",
+        "the last image is an HTML page, sent as image/png",
         _last(lambda _: Picture(_HTML, "image/png")),
     ),
     _spoils(
         "wrong-mime",
-        "every image says image/png and is a JPEG",
+        "every image is a JPEG, sent as image/png",
         lambda pictures: [replace(picture, mime="image/png") for picture in pictures],
         output_format="jpeg",
     ),
     _spoils("svg", "the last image is an SVG", _last(lambda _: Picture(_SVG, "image/svg+xml"))),
     _sets("big", "N", "every image is a valid PNG of N megabytes", padding=None, output_format="png"),
-    _sets("url", "", "images as urls, whatever the provider", by_url=True),
-    _sets("b64", "", "images as base64, whatever the provider", by_url=False),
-    _sets("url-404", "", "urls that answer 404", by_url=True, delivery="404"),
-    _sets("url-expired", "", "urls that have expired already", by_url=True, delivery="expired"),
-    _sets("url-flaky", "", "urls that answer 503 the first time", by_url=True, delivery="flaky"),
-    _sets("url-file", "", "urls like file:///etc/hostname", by_url=True, delivery="file"),
-    _sets("url-private", "", "urls on a private address", by_url=True, delivery="private"),
-    _sets("url-redirect", "", "urls that redirect to another one", by_url=True, delivery="redirect"),
+    _sets("url", "", "images as URLs, for every provider", by_url=True),
+    _sets("b64", "", "images as base64, for every provider", by_url=False),
+    _sets("url-404", "", "URLs that return 404", by_url=True, delivery="404"),
+    _sets("url-expired", "", "URLs that have expired", by_url=True, delivery="expired"),
+    _sets("url-flaky", "", "URLs that return 503 the first time", by_url=True, delivery="flaky"),
+    _sets("url-file", "", "URLs such as file:///etc/hostname", by_url=True, delivery="file"),
+    _sets("url-private", "", "URLs with a private address", by_url=True, delivery="private"),
+    _sets("url-redirect", "", "URLs that redirect to another one", by_url=True, delivery="redirect"),
     _sets(
         "url-huge",
         "N",
-        "urls that stream N megabytes without a length",
+        "URLs that send N megabytes without a length",
         by_url=True,
         delivery="huge",
         padding=None,
         output_format="png",
     ),
-    _sets("no-billing", "", "the answer has no billing", billing=False),
-    _sets("gzip", "", "the answer is compressed", gzip=True),
+    _sets("no-billing", "", "the response has no billing", billing=False),
+    _sets("gzip", "", "the response is compressed", gzip=True),
     Tag("once", "TAG", "TAG for the first request with this Idempotency-Key (or prompt) only", _only_counts),
     Tag("times", "K TAG", "TAG for the first K requests with this Idempotency-Key (or prompt)", _only_counts),
 )
@@ -229,13 +229,13 @@ _ARGUMENTS: Final = {"S": ("seconds", 3600), "N": ("megabytes", 512)}
 
 
 def tags_help() -> str:
-    """Return one line per tag, for ``imagewatch sandbox --help``."""
+    """Return one line per tag, for ``imagewatch sandbox --tags``."""
     return "\n".join(f"  {f'{tag.name} {tag.argument}':<18} {tag.help}" for tag in TAGS.values())
 
 
 @dataclass(frozen=True)
 class Use:
-    """A tag as a prompt uses it; ``limit`` is how often it applies, ``None`` for always."""
+    """A tag in a prompt; ``limit`` is how often it applies, ``None`` for always."""
 
     tag: Tag
     value: float
@@ -243,7 +243,7 @@ class Use:
 
 
 def read_tags(prompt: str) -> list[Use]:
-    """Read the tags of a prompt; a mistyped one is refused, as it would silently test nothing."""
+    """Read the tags of a prompt. A mistyped one is refused, because it would test nothing."""
     uses = []
     for group in _TAG_GROUP.finditer(prompt):
         rest, closed = group[1].lstrip(), group[2]

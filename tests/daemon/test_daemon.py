@@ -593,7 +593,8 @@ def test_without_a_key_every_prompt_stays_in_the_inbox(folders, hurried, sandbox
     folders.environ["IMAGEWATCH_ENDPOINT__API_KEY_FILE"] = str(tmp_path / "key")
     folders.prompt("cat", "A cat")
     daemon = hurried(folders)
-    assert daemon.wait_for("held")["kind"] == "key"
+    event = daemon.wait_for("held")
+    assert (event["kind"], event["next"]) == ("key", "name a file that the daemon's user can read")
     (tmp_path / "key").write_text(KEY)
     (tmp_path / "key").chmod(0o600)
     over(folders, "cat")

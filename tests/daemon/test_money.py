@@ -75,7 +75,8 @@ def test_with_an_expired_key_many_prompts_wait_and_are_completed_when_its_file_i
     before = content_of(folders)
     daemon = hurried(folders, NEVER)
     event = daemon.wait_for("held")
-    assert (event["kind"], "replace the API key" in event["next"]) == ("key", True)
+    assert event["kind"] == "key"
+    assert event["next"] == f"replace the key in {key}; the daemon notices the change automatically"
     waiting(folders, MANY - 1)
     error = one_error(folders)
     assert (error["status"], error["charged"]) == (401, "no")

@@ -25,7 +25,7 @@ from imagewatch.daemon.admission import Admission
 from imagewatch.job.outcome import End
 from imagewatch.journal.control import Control
 from imagewatch.journal.holds import Holds
-from imagewatch.protocol.reasons import Reason
+from imagewatch.protocol.reasons import KINDS, Reason
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
@@ -150,7 +150,9 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_loca
     assert (error["charged"], text in error["message"]) == (charged, True)
     assert "answer.1: cannot save the response: Operation not permitted" in error["message"]
     assert "imagewatch ended" not in error["message"]
-    assert ("the response could not be saved and is lost" in error["next"]) == (charged == "yes")
+    assert ("the response is lost" in error["next"]) == (charged == "yes")
+    lost = KINDS["lost"].cause if charged == "yes" else None
+    assert daemon.wait_for("failed" if lost else "unknown").get("reason") == lost
     until(lambda: folders.leftovers() == [])
     assert not list((folders.state / "paid").glob("*"))
     assert daemon.stop() == 0
@@ -523,7 +525,7 @@ def test_a_hold_is_not_reported_as_applied_while_the_first_bytes_of_a_request_ar
         holds, order = Holds(), []
         control = Control(str(station.state), station.spool.disk)
         gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
-        gate.configure(station.config().limits, 0.0, lambda: None)
+        gate.configure(station.config().limits, 0.0, lambda: None, str)
 
         def hold() -> None:
             gate.failed(SpoolError("full"))
