@@ -396,12 +396,12 @@ def test_a_folder_that_is_moved_into_the_inbox_is_a_burst_though_its_prompts_are
     guarded, run, sandbox
 ):
     """A rename of their folder does not change their ctime."""
-    (guarded.root / "made/before").mkdir(parents=True)
+    (guarded.root / "older/before").mkdir(parents=True)
     for number in range(4):
-        (guarded.root / f"made/before/p{number}.prompt.txt").write_text(f"Number {number}")
+        (guarded.root / f"older/before/p{number}.prompt.txt").write_text(f"Number {number}")
     daemon = run(guarded)
     assert command(guarded, "release").returncode == 0
-    (guarded.root / "made").rename(guarded.inbox / "made")
+    (guarded.root / "older").rename(guarded.inbox / "older")
     until(lambda: held_for(guarded) == ["burst"])
     daemon.process.send_signal(signal.SIGHUP)
     daemon.wait_for("held", 2)
@@ -412,12 +412,12 @@ def test_a_folder_that_is_moved_into_the_inbox_is_a_burst_though_its_prompts_are
 
 def test_folders_that_are_moved_into_the_inbox_one_after_another_are_a_burst_whatever_their_age(guarded, run, sandbox):
     for number in range(5):
-        (guarded.root / f"made{number}").mkdir()
-        (guarded.root / f"made{number}/p{number}.prompt.txt").write_text(f"Number {number}")
+        (guarded.root / f"older{number}").mkdir()
+        (guarded.root / f"older{number}/p{number}.prompt.txt").write_text(f"Number {number}")
         threading.Event().wait(1.1)
     daemon = run(guarded)
     for number in range(5):
-        (guarded.root / f"made{number}").rename(guarded.inbox / f"made{number}")
+        (guarded.root / f"older{number}").rename(guarded.inbox / f"older{number}")
         threading.Event().wait(0.15)
     assert daemon.wait_for("held")["kind"] == "burst"
     assert requests(sandbox) <= 3
@@ -450,7 +450,7 @@ def guard(station: Station) -> Guard:
     return Guard(station)
 
 
-@pytest.mark.parametrize("counted", [104.9, 109.9, 119.0], ids=["at once", "when it was quiet", "late"])
+@pytest.mark.parametrize("counted", [104.9, 109.9, 119.0], ids=["immediately", "when it had settled", "late"])
 def test_prompts_that_have_to_settle_are_one_burst_with_those_of_the_same_time_that_were_claimed_immediately(
     guard, counted
 ):
@@ -551,17 +551,17 @@ sys.exit(Daemon(load(None, os.environ), os.environ).run())
 
 def test_a_prompt_that_is_being_claimed_is_counted_once(guarded, run, tmp_path):
     guarded.environ |= {"IMAGEWATCH_LIMITS__BURST": "2", "IMAGEWATCH_INBOX__SETTLE_SECONDS": "20"}
-    script, result = tmp_path / "slow.py", tmp_path / "told"
+    script, signals = tmp_path / "slow.py", tmp_path / "signals"
     script.write_text(SLOW_TO_CLAIM)
-    result.mkdir()
-    os.mkfifo(result / "go")
+    signals.mkdir()
+    os.mkfifo(signals / "go")
     (guarded.inbox / "cat.prompt.txt").write_text("A cat")
-    daemon = run(guarded, str(result), script=str(script))
+    daemon = run(guarded, str(signals), script=str(script))
     assert status_of(guarded)["waiting"]["not_ready"] == 1
     for stem in ("cat", "dog"):
         guarded.prompt(stem, f"{DECLARES_NOTHING}A {stem}")
-        until(lambda stem=stem: (result / stem).exists() or daemon.events("held"))
-    with open(os.open(result / "go", os.O_RDWR), "rb"):
+        until(lambda stem=stem: (signals / stem).exists() or daemon.events("held"))
+    with open(os.open(signals / "go", os.O_RDWR), "rb"):
         until_finished(guarded, daemon, 2)
     assert daemon.events("held") == []
 
@@ -928,17 +928,17 @@ def test_retry_puts_nothing_into_a_folder_that_is_never_entered(folders, sandbox
 
 
 def test_retry_overwrites_nothing_and_reports_a_missing_prompt(folders, sandbox):
-    for stem in ("cat", "gone"):
+    for stem in ("cat", "missing"):
         folders.prompt(stem, "[sandbox: 400] No")
     once(folders, 1)
     folders.prompt("cat", "Another cat")
-    (folders.errors / "gone.prompt.txt").unlink()
+    (folders.errors / "missing.prompt.txt").unlink()
     result = command(folders, "retry", "--all")
     assert result.returncode == 1
     assert "the inbox has a file of this name" in result.stderr
     assert "the prompt of this error file is missing" in result.stderr
     assert (folders.inbox / "cat.prompt.txt").read_text() == "Another cat"
-    assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "gone.error.toml"]
+    assert folders.names("errors") == ["cat.error.toml", "cat.prompt.txt", "missing.error.toml"]
 
 
 def test_images_of_a_missing_prompt_are_not_given_to_another_of_its_name(folders, sandbox):
@@ -946,7 +946,7 @@ def test_images_of_a_missing_prompt_are_not_given_to_another_of_its_name(folders
     folders.prompt("cat", "[sandbox: 400] No")
     once(folders, 1)
     (folders.errors / "cat.prompt.txt").unlink()
-    folders.prompt("cat", "Another cat, without a picture")
+    folders.prompt("cat", "Another cat, without an image")
     before = folders.names("errors")
     result = command(folders, "retry", "cat")
     assert result.returncode == 1
@@ -1012,7 +1012,7 @@ HOSTILE_FILES: dict[str, Callable[[str], str | bytes]] = {
 
 
 def test_a_hostile_error_file_moves_nothing_and_does_not_stop_the_others(folders, sandbox, tmp_path):
-    (folders.root / "secret.txt").write_text("nobody's business")
+    (folders.root / "secret.txt").write_text("private text")
     folders.prompt("good", "[sandbox: 400] No")
     once(folders, 1)
     good = (folders.errors / "good.error.toml").read_text()
@@ -1033,7 +1033,7 @@ def test_a_hostile_error_file_moves_nothing_and_does_not_stop_the_others(folders
     assert result.stdout == "good: back in the inbox\n"
     assert set(before) - set(folders.names("errors")) == {"good.error.toml", "good.prompt.txt"}
     assert folders.names("inbox") == ["good.prompt.txt"]
-    assert (folders.root / "secret.txt").read_text() == "nobody's business"
+    assert (folders.root / "secret.txt").read_text() == "private text"
     assert not list(tmp_path.glob("*.prompt.txt"))
 
 
@@ -1114,7 +1114,7 @@ def test_retry_downloads_a_charged_image_again_without_another_request(lost_imag
     assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
     result = command(folders, "history").stdout.splitlines()
     assert (result[1].split()[2], "HTTP 403" in result[2]) == ("unreadable", True), (
-        "why there is no picture stands below its row"
+        "the reason for the missing image is below its row"
     )
     daemon = run(folders)
     result = command(folders, "retry", "sub/cat")

@@ -113,9 +113,7 @@ def test_every_help_describes_its_command_and_all_options(name):
             assert parameter.help[0].isupper()
             assert not parameter.help.endswith(".")
         else:
-            assert parameter.human_readable_name.strip("[]….") in command.help, (
-                "an argument has no other place for its words"
-            )
+            assert parameter.human_readable_name.strip("[]….") in command.help, "arguments are described only here"
     assert not re.search(r"\b(TEXT|INTEGER|FLOAT)\b", done.stdout), "a newcomer thinks of a key, not of a type"
 
 
@@ -267,12 +265,12 @@ def test_without_a_configuration_the_message_says_what_to_do(tmp_path):
         assert str(place) in done.stderr, "where it was looked for"
     for way in ("imagewatch init", "--config", "IMAGEWATCH_FOLDERS__ROOT"):
         assert way in done.stderr
-    assert len(done.stderr.splitlines()) == 2, "what follows from it is not told as well"
+    assert len(done.stderr.splitlines()) == 2, "its consequences are not reported, too"
 
 
 def from_nowhere(folders: Folders, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run a command whose current folder was removed."""
-    folder = folders.root / "gone"
+    folder = folders.root / "ended"
     folder.mkdir()
     script = f'cd {folder} && rmdir {folder} && exec {sys.executable} -m imagewatch "$@"'
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
@@ -339,7 +337,7 @@ def strange_locale(request, tmp_path) -> dict[str, str]:
         return {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
     made = ["localedef", "-i", "en_US", "-f", request.param, str(tmp_path / "en_US.latin1")]
     if not shutil.which("localedef") or subprocess.run(made, capture_output=True, check=False).returncode:
-        pytest.skip("no such locale can be made here")
+        pytest.skip("no such locale can be created here")
     return {"LC_ALL": "en_US.latin1", "LOCPATH": str(tmp_path)}
 
 
@@ -826,7 +824,7 @@ def failing_stream(fault: str) -> Iterator[int]:
     os.close(stream)
 
 
-@pytest.mark.parametrize("fault", ["full", "gone"])
+@pytest.mark.parametrize("fault", ["full", "ended"])
 def test_a_log_that_cannot_be_written_stops_nothing_and_does_not_change_the_exit_code(tmp_path, sandbox, fault):
     folders = Folders(tmp_path, sandbox.base_url, limits__concurrency="1")
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
@@ -846,7 +844,7 @@ def test_a_log_that_cannot_be_written_stops_nothing_and_does_not_change_the_exit
     assert code("sh", "-c", f"exec {' '.join(once)} 2>&-") == 0, "it has no standard error at all"
 
 
-@pytest.mark.parametrize("fault", ["full", "gone"])
+@pytest.mark.parametrize("fault", ["full", "ended"])
 def test_a_daemon_continues_after_the_reader_of_its_log_ended(folders, fault):
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
     with failing_stream(fault) as stream:
@@ -1008,7 +1006,7 @@ def test_the_message_of_a_bug_never_reaches_a_terminal_raw(folders, tmp_path):
 def test_once_whose_reader_has_ended_does_not_look_like_a_failed_job(folders, text):
     folders.prompt("cat", text)
     environ = {"PATH": os.environ["PATH"], **folders.environ}
-    with failing_stream("gone") as stream:
+    with failing_stream("ended") as stream:
         command = [sys.executable, "-m", "imagewatch", "once", "--json"]
         done = subprocess.run(command, env=environ, stdout=stream, stderr=subprocess.PIPE, timeout=40, check=False)
     assert (done.returncode, list(folders.finished())) == (74, ["cat"])

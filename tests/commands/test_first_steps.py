@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from imagewatch.sandbox import Sandbox
 
 OTHER_USER = 12346
-as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be somebody else")
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 as_user = pytest.mark.skipif(
-    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can be somebody else, by setpriv"
+    os.geteuid() != 0 or shutil.which("setpriv") is None, reason="only root can become another user, by setpriv"
 )
 
 
@@ -181,7 +181,7 @@ def test_check_and_estimate_do_not_report_an_inaccessible_folder_as_missing(shar
 @as_user
 def test_folders_that_a_user_cannot_create_are_reported_with_the_key_to_set(shared: Folders) -> None:
     shared.environ |= {
-        "IMAGEWATCH_FOLDERS__ROOT": "/srv/nobody-made-this",
+        "IMAGEWATCH_FOLDERS__ROOT": "/srv/not-created",
         "IMAGEWATCH_FOLDERS__STATE": "/srv/nor-this",
     }
     result = by_other_user(shared, "check")

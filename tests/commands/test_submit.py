@@ -258,7 +258,7 @@ def test_images_keep_their_order_and_get_the_file_ending_of_their_type(sender, s
     contents = [plain_image("PNG"), plain_image("JPEG"), plain_image("WEBP"), plain_image("PNG", (9, 9, 9))]
     paths = [
         sender.file(name, content)
-        for name, content in zip(("png.jpg", "none", "pictures/a b.Webp", "zzz.png"), contents, strict=True)
+        for name, content in zip(("png.jpg", "none", "images/a b.Webp", "zzz.png"), contents, strict=True)
     ]
     (sender.home / "link.png").symlink_to(paths[3])
     given = [*paths[:3], "link.png"]
@@ -450,10 +450,10 @@ def test_on_a_terminal_a_missing_prompt_is_an_error_and_not_waited_for(sender):
 
 
 def test_a_prompt_that_waits_in_the_inbox_is_not_replaced(sender):
-    sender.folders.prompt("cat", "somebody else's")
+    sender.folders.prompt("cat", "another user's")
     result = refused(sender, "A cat", "--name", "cat", "--image", sender.file("a.png"))
     assert "cat.prompt.txt: the inbox has a file of this name" in result
-    assert (sender.folders.inbox / "cat.prompt.txt").read_text() == "somebody else's"
+    assert (sender.folders.inbox / "cat.prompt.txt").read_text() == "another user's"
 
 
 def test_if_the_name_appears_while_images_are_placed_none_of_them_remains(sender, folders):
@@ -461,13 +461,13 @@ def test_if_the_name_appears_while_images_are_placed_none_of_them_remains(sender
     with Delivery(config, "") as delivery:
         delivery.stage(SubmitRequest("one", {}, (sender.file("a.png"),)), "one")
         delivery.stage(SubmitRequest("two", {}, (sender.file("a.png"), sender.file("b.png"))), "two")
-        folders.prompt("two", "somebody else's")
+        folders.prompt("two", "another user's")
         placed = delivery.place()
         assert next(placed).source == "one.prompt.txt"
         with pytest.raises(BadRequest, match=r"two\.prompt\.txt"):
             next(placed)
     assert sender.dropped() == ["one.in1.png", "one.prompt.txt", "two.prompt.txt"]
-    assert (folders.inbox / "two.prompt.txt").read_text() == "somebody else's"
+    assert (folders.inbox / "two.prompt.txt").read_text() == "another user's"
 
 
 class FailingDisk(SteppingDisk):
@@ -525,7 +525,7 @@ def test_json_lists_the_dropped_prompts_if_the_others_could_not_be_dropped(sende
         ("it-2.prompt.txt", None),
     ]
     code, out, err = inside(FailingDisk("so-2.prompt.txt"), "One", "Two", "--name", "so", "--wait")
-    assert (code, out) == (69, ""), "where pictures are waited for, only pictures are printed"
+    assert (code, out) == (69, ""), "with --wait only images are printed"
     assert err.endswith(f"{sender.folders.inbox}/so-1.prompt.txt\n")
 
 
@@ -603,7 +603,7 @@ def test_the_images_of_a_prompt_are_no_siblings_of_another_one(sender, folders):
 
 
 def test_results_whose_name_existed_are_found_and_not_confused_with_older_ones(sender, sandbox, watched):
-    (sender.folders.outbox / "cat.jpg").write_bytes(b"somebody else's")
+    (sender.folders.outbox / "cat.jpg").write_bytes(b"another user's")
     first = json.loads(sender.submit("First", "--name", "cat", "--wait", "--format", "json").stdout)[0]
     second = json.loads(sender.submit("Second", "--name", "cat", "--wait", "--format", "json").stdout)[0]
     third = json.loads(sender.submit("[sandbox: 400]", "--name", "cat", "--wait", "--format", "json").stdout)[0]

@@ -151,7 +151,7 @@ def test_output_that_cannot_be_written_is_reported_in_one_line(mixed: Folders, a
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full here")
-@pytest.mark.parametrize("how", ["a full disk", "a reader that is gone"])
+@pytest.mark.parametrize("how", ["a full disk", "a reader that has ended"])
 @pytest.mark.parametrize("wait", [(), ("--wait", "--timeout", "0")])
 def test_the_exit_code_of_submit_shows_what_was_dropped_if_its_output_is_not_read(
     folders: Folders, how: str, wait: tuple[str, ...]

@@ -286,7 +286,7 @@ def test_an_input_that_changes_while_it_is_sent_stops_the_request(tmp_path, larg
     assert came < length
 
 
-@pytest.mark.parametrize("change", ["shorter", "gone"])
+@pytest.mark.parametrize("change", ["shorter", "removed"])
 def test_an_input_that_is_cut_or_removed_stops_the_request(tmp_path, large, change):
     received = []
     originals = {**large, "x.2.png": IMAGE}
@@ -295,7 +295,7 @@ def test_an_input_that_is_cut_or_removed_stops_the_request(tmp_path, large, chan
         head = exchange.head()
         length = int(head.lower().partition(b"content-length:")[2].split()[0])
         (claim,) = (tmp_path / "watched/inbox/.imagewatch").glob("*/")
-        if change == "gone":
+        if change == "removed":
             (claim / "x.2.png").unlink()
         else:
             os.truncate(claim / "x.png", LARGE_BYTES - 1000)

@@ -26,7 +26,7 @@ from support.endpoint import AT, Books, PaidEndpoint, Reply, served, unique_png
 from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, SteppingDisk
 from support.station import Distrustful
 
-from imagewatch.endpoint import images
+from imagewatch.endpoint import pictures
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.completion import Completion
 from imagewatch.job.originals import Originals
@@ -95,9 +95,9 @@ REFUSED = Reply(400, b'{"message": "no cats"}', paid=False)
 SCENES = {
     "text only": _one(Reply(), "outbox", "yes"),
     "an edit with two images": _one(Reply(), "outbox", "yes", images=TWO),
-    "three pictures": _one(Reply(), "outbox", "yes", front="n = 3", count=3),
-    "pictures by url": _one(Reply(by_url=True), "outbox", "yes", front="n = 2", count=2),
-    "busy, then made": _one([BUSY, Reply()], "outbox", "yes"),
+    "three images": _one(Reply(), "outbox", "yes", front="n = 3", count=3),
+    "images by url": _one(Reply(by_url=True), "outbox", "yes", front="n = 2", count=2),
+    "busy, then completed": _one([BUSY, Reply()], "outbox", "yes"),
     "busy for too long": _one(BUSY, "errors", "no", settings={"retry__attempts": "2"}),
     "refused": _one(REFUSED, "errors", "no"),
     "refused with images": _one(REFUSED, "errors", "no", images=TWO),
@@ -111,7 +111,7 @@ SCENES = {
     "dropped": _one(Reply(end="dropped"), "errors", "unknown", images=("cat.png",)),
     "unreachable": _one(Reply(end="unreachable", paid=False), "inbox", "no", images=TWO),
     "broken while sending": _one(Reply(end="broken", paid=False), "inbox", "no", images=TWO),
-    "cut off, then made": _one([CUT_OFF, Reply()], "outbox", "yes", images=TWO),
+    "cut off, then completed": _one([CUT_OFF, Reply()], "outbox", "yes", images=TWO),
     "cut off each time": _one(CUT_OFF, "errors", "no", images=TWO, settings={"retry__attempts": "2"}),
     "withdrawn": _one(Reply(), "inbox", "no", images=TWO, withdrawn=True),
     "in a sub-folder": Scene(
@@ -119,7 +119,7 @@ SCENES = {
         {"a cat": [Reply()]},
         {"a/b/cat": ("a cat", "outbox", "yes")},
     ),
-    "every folder a mount, made": _one(Reply(), "outbox", "yes", images=("cat.png",), mounts=PLACES),
+    "every folder a mount, completed": _one(Reply(), "outbox", "yes", images=("cat.png",), mounts=PLACES),
     "every folder a mount, refused": _one(REFUSED, "errors", "no", images=("cat.png",), mounts=PLACES),
     "every folder a mount, not JSON": _one(
         Reply(body=b"<html>thank you"), "errors", "yes", images=("cat.png",), mounts=PLACES
@@ -134,8 +134,8 @@ SCENES = {
         images=("cat.png",),
         there={"outbox/cat.png": b"mine", "archive/cat.prompt.txt": b"old"},
     ),
-    "re-deliveries are recognised, made": _one(Reply(), "outbox", "yes", images=("cat.png",), settings=SKIP),
-    "re-deliveries are recognised, invalid": _one(Reply(), "errors", "no", front="colour = 1", settings=SKIP),
+    "redeliveries are recognized, completed": _one(Reply(), "outbox", "yes", images=("cat.png",), settings=SKIP),
+    "redeliveries are recognized, invalid": _one(Reply(), "errors", "no", front="colour = 1", settings=SKIP),
     "two prompts": Scene(
         {"cat.prompt.txt": "a cat", "dog.prompt.txt": "a dog"},
         {"a cat": [Reply()], "a dog": [REFUSED]},
@@ -143,15 +143,15 @@ SCENES = {
     ),
 }
 
-CUT_TWICE = {"text only", "an edit with two images", "busy, then made", "refused"}
+CUT_TWICE = {"text only", "an edit with two images", "busy, then completed", "refused"}
 """Scenes in which each pair of cuts is tried; in the others too with ``IMAGEWATCH_ALL_CUTS=1`` (some minutes)."""
 FAIL_TOO = {
-    "pictures by url",
+    "images by url",
     "not JSON",
     "broken while sending",
     "cut off each time",
     "withdrawn",
-    "every folder a mount, made",
+    "every folder a mount, completed",
 }
 """More scenes in which a step fails; the others too with ``IMAGEWATCH_ALL_CUTS=1``."""
 ALL_CUTS = os.environ.get("IMAGEWATCH_ALL_CUTS") == "1"
@@ -305,13 +305,13 @@ class Audit:
             assert times <= 1, f"{prompt} was paid twice"
         assert self._folders.leftovers() == []
         for name, content in self._scene.there.items():
-            assert self._files.pop(name) == content, f"{name} was somebody else's"
+            assert self._files.pop(name) == content, f"{name} belongs to another prompt"
         self._check_originals()
         for stem, (prompt, destination, charged) in self._scene.ends.items():
             self._check_prompt(stem, prompt, destination, charged)
         self._check_ledger()
         unexpected = set(self._files) - set(self._result_files) - self._accounted
-        assert not unexpected, f"nobody knows of {unexpected}"
+        assert not unexpected, f"unexpected files: {unexpected}"
 
     def result_files_of(self, stem: str) -> dict[str, dict[str, Any]]:
         """Return the receipts and error files of a prompt."""
@@ -342,7 +342,7 @@ class Audit:
         assert f"inbox/{stem}.prompt.txt" not in self._files
         found = (name.partition("/")[0], result_file["charged"])
         if books.settled.get(prompt, True):
-            assert found == (destination, charged), "its answer was banked"
+            assert found == (destination, charged), "its response was saved"
         elif paid:
             assert found in {(destination, charged), ("outbox", "yes"), ("errors", "yes"), ("errors", "unknown")}
         else:
@@ -499,7 +499,7 @@ def test_a_power_cut_right_after_a_step_pays_nothing_twice_and_loses_nothing(tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["re-deliveries are recognised, made", "re-deliveries are recognised, invalid", "cut short", "dropped"]
+    "name", ["redeliveries are recognized, completed", "redeliveries are recognized, invalid", "cut short", "dropped"]
 )
 def test_a_power_cut_after_a_redelivery_pays_nothing_twice_and_loses_nothing(tmp_path: Path, name: str) -> None:
     scene = replace(SCENES[name], settings=SKIP)
@@ -593,16 +593,16 @@ def _sent_is_not_synced(patch: pytest.MonkeyPatch) -> None:
 
 
 def _images_are_not_synced(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(images._Ours, "close", lambda self: self._file.close())
+    patch.setattr(pictures._Ours, "close", lambda self: self._file.close())
 
 
 PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
     "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
     "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
-    "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|nobody knows"),
-    "pictures are synced before the decision": ("text only", _images_are_not_synced, 1, "its receipt says"),
+    "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|unexpected files"),
+    "images are synced before the decision": ("text only", _images_are_not_synced, 1, "its receipt says"),
     "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "its record is missing"),
-    "attempts have rows before the next": ("busy, then made", _without(Completion, "busy"), 1, "has no row"),
+    "attempts have rows before the next": ("busy, then completed", _without(Completion, "busy"), 1, "has no row"),
 }
 
 

@@ -121,7 +121,7 @@ def test_the_page_loads_nothing_but_images_beside_it(browser: Chromium, shelf: S
 
 
 def test_an_edit_is_shown_beside_its_inputs(browser: Chromium, shelf: Shelf):
-    inputs = [{"file": "boat.png", "bytes": len(plain_image("navy"))}, {"file": "gone.png", "bytes": 5}]
+    inputs = [{"file": "boat.png", "bytes": len(plain_image("navy"))}, {"file": "missing.png", "bytes": 5}]
     shelf.put("archive/boat.png", plain_image("navy"))
     shelf.completed("cat", plain_image("red"), inputs=inputs)
     visit(browser, shelf)
@@ -322,7 +322,7 @@ def test_search_and_filters_narrow_the_list_and_survive_a_reload(browser: Chromi
 
 def test_a_url_with_a_removed_folder_or_provider_shows_all_jobs(browser: Chromium, shelf: Shelf):
     zoo(shelf)
-    visit(browser, shelf, "#provider=gone&folder=gone&outcome=gone&job=gone&image=-7")
+    visit(browser, shelf, "#provider=removed&folder=removed&outcome=removed&job=removed&image=-7")
     assert len(prompts(browser)) == 4
 
 

@@ -436,7 +436,7 @@ def test_a_folder_that_is_repeatedly_replaced_by_a_link_reveals_nothing(shelf: S
             for name in shelf.thumbs:
                 with Image.open(shelf.root / "gallery_files" / name) as small:
                     red, _, blue = small.convert("RGB").getpixel((9, 9))
-                    assert red < blue, "a private picture was published"
+                    assert red < blue, "a private image was published"
     finally:
         over.set()
         raging.join()

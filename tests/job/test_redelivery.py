@@ -242,7 +242,7 @@ def test_a_prompt_from_the_year_2400_does_not_trigger_the_burst_guard(
     assert requests(sandbox) == 2
 
 
-@pytest.mark.parametrize("rescan", ["30", "0.1"], ids=["when told", "at any moment"])
+@pytest.mark.parametrize("rescan", ["30", "0.1"], ids=["with events", "at any moment"])
 def test_redelivered_prompts_are_no_burst_however_many_they_are(
     tmp_path: Path, sandbox: Sandbox, run: Any, rescan: str
 ) -> None:

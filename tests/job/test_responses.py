@@ -623,7 +623,7 @@ def test_an_error_with_status_200_is_shown_with_its_message_and_counts_as_charge
         assert error["charged"] == outcome.charged == "yes"
         assert message in error["message"]
         assert "\x1b" not in error["message"]
-        assert "charged for it" not in error["message"], "the words are the endpoint's alone"
+        assert "charged for it" not in error["message"], "the message is only the one of the API"
         assert ("code" in error) == (code is not None)
         assert error.get("code", "").startswith(code or "")
         assert "do not send it again" in error["next"]

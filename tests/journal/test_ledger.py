@@ -146,7 +146,7 @@ def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
 
 
 def test_a_file_that_is_not_a_ledger_is_refused_and_kept(path: str) -> None:
-    content = b"this is no database, but it may be somebody's " * 100
+    content = b"this is not a database, but a person may need it " * 100
     with open(path, "wb") as file:
         file.write(content)
     with pytest.raises(SpoolError, match="it is damaged") as caught:
@@ -169,7 +169,7 @@ def test_a_damaged_page_is_noticed_when_it_is_read(path: str) -> None:
 
 def test_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(SpoolError):
-        Ledger(str(tmp_path / "gone" / "ledger.sqlite3"))
+        Ledger(str(tmp_path / "missing" / "ledger.sqlite3"))
 
 
 # Ledgers of older versions
