@@ -311,7 +311,7 @@ class Audit:
             self._check_prompt(stem, prompt, destination, charged)
         self._check_ledger()
         unexpected = set(self._files) - set(self._result_files) - self._accounted
-        assert not unexpected, f"nobody knows of {unexpected}"
+        assert not unexpected, f"no prompt was dropped for {unexpected}"
 
     def result_files_of(self, stem: str) -> dict[str, dict[str, Any]]:
         """Return the receipts and error files of a prompt."""
@@ -342,7 +342,7 @@ class Audit:
         assert f"inbox/{stem}.prompt.txt" not in self._files
         found = (name.partition("/")[0], result_file["charged"])
         if books.settled.get(prompt, True):
-            assert found == (destination, charged), "its answer was banked"
+            assert found == (destination, charged), "its response was saved"
         elif paid:
             assert found in {(destination, charged), ("outbox", "yes"), ("errors", "yes"), ("errors", "unknown")}
         else:
