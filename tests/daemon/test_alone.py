@@ -204,7 +204,7 @@ def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
     tmp_path: Path, sandbox: Sandbox, run: Callable, destination: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
-    (folders.root / destination / "sub").write_text("a file of somebody")
+    (folders.root / destination / "sub").write_text("a file of another user")
     folders.prompt("sub/deep/cat", "A cat")
     folders.prompt("dog", "A dog")
     daemon = run(folders)
@@ -226,7 +226,7 @@ def blocked(folders: Folders, run: Callable, sandbox: Sandbox) -> LoggedDaemon:
     daemon = run(folders)
     folders.prompt("sub/cat", "[sandbox: slow 1] A cat")
     assert sandbox.wait_for_requests(1, 20)
-    (folders.outbox / "sub").write_text("a file of somebody")
+    (folders.outbox / "sub").write_text("a file of another user")
     return daemon
 
 
