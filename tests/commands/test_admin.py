@@ -431,7 +431,7 @@ class Guard:
         control = Control(str(station.state), Disk())
         clock = lambda: self.now  # noqa: E731
         self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
-        self.gate.configure(Limits(burst=3), 5.0, lambda: None)
+        self.gate.configure(Limits(burst=3), 5.0, lambda: None, str)
 
     def claim(self, *times: float, is_dated: bool = True) -> None:
         """Claim a prompt at each time, immediately. A server's clock shows another time."""
