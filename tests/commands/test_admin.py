@@ -1111,7 +1111,7 @@ def published(folders: Folders, sandbox: Sandbox) -> None:
 
 def test_retry_downloads_a_charged_image_again_without_another_request(lost_image, run):
     folders, sandbox, clock = lost_image
-    assert "imagewatch retry sub/cat reads it again" in folders.error("sub/cat")["next"]
+    assert "imagewatch retry sub/cat reads the saved response again" in folders.error("sub/cat")["next"]
     result = command(folders, "history").stdout.splitlines()
     assert (result[1].split()[2], "HTTP 403" in result[2]) == ("unreadable", True), (
         "the reason for the missing image is below its row"
