@@ -21,7 +21,7 @@ _Text = Annotated[str, Meta(min_length=1)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be asked of the endpoint beside the prompt; ``None`` means not set.
+    """What a request may ask for besides its text; ``None`` means not set.
 
     Names, types and bounds are the published request body's (image-generation skill, "Request body");
     ``provider = "auto"`` is ours. ``model`` is not checked: model names change too often.
@@ -52,7 +52,7 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
         inbox: Where prompts are dropped.
         outbox: Where images and receipts are published.
         errors: Where refused prompts go, each with an error file.
-        archive: Where prompts go that were done, or the word ``delete``.
+        archive: Where completed prompts go, or the word ``delete``.
         state: Job records, ledger and lock; local and private.
     """
 
@@ -133,7 +133,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         credits_per_day: Credits in a day, by UTC; 0 is off.
         credits_per_month: Credits in a calendar month, by UTC; 0 is off.
         assumed_credits: Credits reserved for a request whose price is not known yet.
-        burst: More new prompts immediately than this are held until released; 0 is off.
+        burst: If more new prompts arrive at the same time, they wait until released; 0 is off.
         providers: Providers that may be asked.
         models: Models that may be asked.
         qualities: Qualities that may be asked.

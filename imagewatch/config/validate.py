@@ -1,4 +1,4 @@
-"""Checks a TOML table against a struct and reports every problem immediately. Pure.
+"""Checks a TOML table against a struct and reports every problem. Pure.
 
 ``msgspec`` alone stops at the first problem. Here each key is converted separately, so that a person who edits a file
 over a slow share sees all mistakes in one go.

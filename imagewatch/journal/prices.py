@@ -78,10 +78,10 @@ def expected(asked: Asked, charges: Mapping[str, Sequence[float]], assumed: floa
     """
     if caseless := charges.get(asked.kind):
         low, usual, high = (_times(one, asked.n) for one in (min(caseless), median(caseless), max(caseless)))
-        return Expected(high, "the highest charge of the last 30 days for one like it", low, usual, len(caseless))
+        return Expected(high, "the highest charge of the last 30 days for a similar request", low, usual, len(caseless))
     if others := [max(some) for some in charges.values() if some]:
         return Expected(_times(max(others), asked.n), f"the highest charge of the last 30 days of {asked.provider}")
-    return Expected(_times(assumed, asked.n), f"limits.assumed_credits, as nothing is known of {asked.provider}")
+    return Expected(_times(assumed, asked.n), f"limits.assumed_credits, because no charge of {asked.provider} is known")
 
 
 def for_an_image(credits_: float, asked: int) -> float:

@@ -1,6 +1,6 @@
 """The prompt file: its encodings, its ``+++`` front matter, its text. Pure.
 
-Everything that is wrong with a file is reported immediately, and before any money is spent.
+Everything that is wrong with a file is reported together, and before a request is sent.
 """
 
 from __future__ import annotations

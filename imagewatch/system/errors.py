@@ -70,7 +70,7 @@ class ConfigError(ImagewatchError):
     """The configuration cannot be used; nothing was started.
 
     Attributes:
-        problems: Everything that is wrong, all immediately.
+        problems: Everything that is wrong, not only the first problem.
         source: Name of the file that was read, or an empty string.
     """
 
@@ -107,7 +107,7 @@ class BadRequest(JobError):  # noqa: N818
     """The prompt or one of its images cannot be used; no call was made.
 
     Attributes:
-        problems: Everything that is wrong, all immediately.
+        problems: Everything that is wrong, not only the first problem.
     """
 
     def __init__(self, problems: list[Problem], *, hint: str = "") -> None:

@@ -278,7 +278,7 @@ def test_a_burst_waits_and_release_lets_exactly_that_one_go(guarded, run, sandbo
         threading.Event().wait(0.15)
     held = daemon.wait_for("held")
     assert held["kind"] == "burst"
-    assert "4 prompts came at the same time, limits.burst allows 3" in held["reason"]
+    assert "4 prompts arrived at the same time; limits.burst allows 3" in held["reason"]
     assert "imagewatch release" in held["next"]
     waiting(guarded, 4)
     assert requests(sandbox) == 0
@@ -522,7 +522,7 @@ def test_new_words_under_the_names_of_what_was_brought_back_are_a_burst(guarded,
     for path in away.iterdir():
         (guarded.inbox / path.name).write_text("Something else")
     until(lambda: daemon.events("held") or requests(sandbox) > 4)
-    assert "4 prompts came at the same time, limits.burst allows 3" in daemon.wait_for("held")["reason"]
+    assert "4 prompts arrived at the same time; limits.burst allows 3" in daemon.wait_for("held")["reason"]
     assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
 
 
@@ -1335,7 +1335,7 @@ def test_a_balance_that_dribbles_is_not_waited_for_longer_than_an_answer(tmp_pat
     with Scripted(dribbling) as server:
         folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.5")
         told = command(folders, "check", "--balance")
-    assert (told.returncode, "no end after 0.5 seconds" in told.stdout) == (0, True)
+    assert (told.returncode, "not finished after 0.5 seconds" in told.stdout) == (0, True)
 
 
 def test_a_balance_is_asked_for_in_plain_bytes(tmp_path):

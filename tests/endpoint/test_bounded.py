@@ -118,7 +118,7 @@ def test_an_answer_that_comes_as_fast_as_it_can_ends_at_the_deadline_and_not_lat
         with Effort() as effort:
             station.work()
         error = refused(station, "x", ASK, beside="bin")
-        assert "no end after 1.5 seconds (deadline_seconds)" in error["problems"][0]
+        assert "not finished after 1.5 seconds (deadline_seconds)" in error["problems"][0]
         assert effort.seconds < 4.5
 
 
@@ -283,7 +283,7 @@ def test_a_picture_with_a_head_that_does_not_end_is_given_up(first, rest):
 def test_a_picture_that_comes_as_fast_as_it_can_ends_in_its_time_and_not_later(monkeypatch, first, rest):
     monkeypatch.setattr(call, "_MOST_FRAMING_BYTES", 10**12)
     said, effort, _ = fetch(flood(first, rest), seconds=1.5, limit=100_000_000)
-    assert "no end after 1.5 seconds" in said
+    assert "not finished after 1.5 seconds" in said
     assert effort.seconds < 4.5
 
 
@@ -292,7 +292,7 @@ def test_a_picture_of_a_byte_in_each_read_keeps_no_core_busy(byte_by_byte, certi
     with (
         contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
         Effort() as effort,
-        pytest.raises(FetchError, match="no end after 5 seconds"),
+        pytest.raises(FetchError, match="not finished after 5 seconds"),
     ):
         fetching.fetch(f"{byte_by_byte}/x.png", lambda _: None, 100_000_000, 5)
     assert effort.work < 1
@@ -310,7 +310,7 @@ def test_a_name_server_that_never_answers_takes_no_more_than_the_time_of_the_pic
     with (
         contextlib.closing(fetching),
         Effort() as effort,
-        pytest.raises(FetchError, match=r"no end after 1\.5 seconds"),
+        pytest.raises(FetchError, match=r"not finished after 1\.5 seconds"),
     ):
         fetching.fetch("https://images.example/x.png", lambda _: None, 1000, 1.5)
     released.set()

@@ -337,7 +337,7 @@ def test_a_server_that_reads_and_never_answers_is_in_doubt_by_its_deadline(tmp_p
         exchange.linger()
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
-        in_doubt(station, SMALL, "no end after 1.5 seconds")
+        in_doubt(station, SMALL, "not finished after 1.5 seconds")
 
 
 def test_a_server_that_reads_and_never_answers_is_in_doubt_by_the_read_timeout(tmp_path):

@@ -379,7 +379,7 @@ def test_an_image_that_is_to_be_turned_is_sent_as_stored_and_check_says_so(stati
     originals = {"x.prompt.txt": '+++\ninput_images = ["a.jpg", "b.png"]\n+++\na cat', "a.jpg": content, "b.png": IMAGE}
     drop(station, originals)
     said = [line.why for line in explained(station.config()) if line.what == "x.prompt.txt"]
-    assert said == ["gemini, with a.jpg, b.png; sent as stored, not turned by the EXIF orientation: a.jpg (6)"]
+    assert said == ["gemini, with a.jpg, b.png; sent as stored, without applying the EXIF orientation: a.jpg (6)"]
     station.work()
     receipt = made(station, "x", originals, "x.jpg")
     assert [item.get("orientation") for item in receipt["inputs"]] == [6, None]

@@ -150,7 +150,7 @@ def test_the_page_is_there_before_many_slow_pictures_are_done(shelf: Shelf):
             seen.append(sorted(one["images"][0].get("problem", "") for one in shelf.jobs))
 
     Gallery(load(None, shelf.environ()), seconds=0).write(look)
-    waiting = "its thumbnail is not made yet"
+    waiting = "its thumbnail is not created yet"
     assert seen == [["", waiting, waiting], ["", "", waiting]]
     assert len(shelf.thumbs) == 3
 
@@ -330,7 +330,7 @@ def test_a_forged_document_links_to_nothing_that_has_not_the_name_of_a_picture(s
     forged(shelf, name, picture(), folder)
     shelf.gallery().write()
     shown = shelf.jobs[0]["inputs" if folder == "errors" else "images"][0]
-    assert shown["problem"] == "has not the name of a PNG, JPEG or WebP file"
+    assert shown["problem"] == "does not have the name of a PNG, JPEG or WebP file"
     assert not {"href", "thumb"} & shown.keys()
     assert shelf.thumbs == []
 
