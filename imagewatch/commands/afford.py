@@ -49,7 +49,7 @@ def caps(config: Config) -> Iterator[tuple[str, str, str]]:
         return
     for rule, cap in set_:
         used, end = spent[rule]
-        text = f"{amount(cap)} credits; {amount(used)} are spent; it ends {end}"
+        text = f"{amount(cap)} credits; {amount(used)} are spent; the period ends {end}"
         if cap >= limits.assumed_credits:
             yield "ok", rule, text
             continue

@@ -81,7 +81,7 @@ def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
         yield "settings", Line("wait", "queue", f"on hold ({status.kind(hold)}): {hold['reason']}; {hold['next']}")
     for job, source in stuck(config).items():
         why = f"{source} is stuck, and no prompt of its name is sent; the log has the reason and the next step"
-        yield "settings", Line("wait", f"job {job}", why)
+        yield "settings", Line("warn", f"job {job}", why)
     for line in files(config):
         yield "files", line
 
@@ -146,5 +146,5 @@ def _summary(request: Request) -> str:
     images = f", with {', '.join(item.file for item in request.inputs)}" if request.inputs else ""
     turned = [f"{item.file} ({item.orientation})" for item in request.inputs if item.orientation != 1]
     if turned:
-        images += f"; sent as stored, not turned by the EXIF orientation: {', '.join(turned)}"
+        images += f"; sent as stored, without applying the EXIF orientation: {', '.join(turned)}"
     return printable(f"{request.fields['provider']}{', ' + fields if fields else ''}{images}")

@@ -92,7 +92,7 @@ def _models(config: Config) -> Iterator[Line]:
         options = layered((own, config.defaults))
         if choose_provider(options, has_inputs=False) is None:
             problem = unknown_family(options)
-            yield Line("wait", table, printable(f"{problem}; until then, prompts that name no provider are refused"))
+            yield Line("warn", table, printable(f"{problem}; without it, prompts that name no provider are refused"))
 
 
 def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
@@ -102,7 +102,7 @@ def _key(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         why = f"not visible to this command: {whose} and may have its own systemd credential or environment variable"
         environ_of = "CREDENTIALS_DIRECTORY=/run/credentials/imagewatch.service"
         hint = f"to check it, run as root: runuser -u {_owner(config)} -- env {environ_of} imagewatch check"
-        yield Line("wait", "key", printable(f"{why} ({hint})"))
+        yield Line("warn", "key", printable(f"{why} ({hint})"))
         return
     try:
         read_key(config.endpoint, environ)
@@ -172,8 +172,8 @@ def _claims(config: Config, kinds: Kinds) -> Iterator[Line]:
     """Report problems of the folder of claimed files."""
     kind = kinds.of(config.folders.inbox)
     if not keeps_owners(kind):
-        why = "it may not keep owners, so other users of this share could change claimed files"
-        yield Line("wait", "claims", f"{kind or 'unknown file system'}: {why}; key and state folder are not at risk")
+        why = "it may not store file owners, so other users of this share could change claimed files"
+        yield Line("warn", "claims", f"{kind or 'unknown file system'}: {why}; key and state folder are not at risk")
         return
     path = os.path.join(config.folders.inbox, CLAIMS)
     if not os.path.lexists(path):
@@ -210,7 +210,7 @@ def account(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
                     _unknown_charge(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown"
                 )
         except SpoolError as error:
-            yield Line("wait", "ledger", printable(str(error)))
+            yield Line("warn", "ledger", printable(str(error)))
 
 
 def _unknown_charge(job: Mapping[str, Any]) -> Line:
@@ -232,7 +232,7 @@ def _folder(name: str, path: str, kinds: Kinds) -> Line:
     if is_hidden(path):
         return Line("bad", name, f"{shown}: permission denied ({refusal(path, _ALL)})")
     if os.path.lexists(path):
-        return Line("bad", name, f"{shown}: is not a folder")
+        return Line("bad", name, f"{shown}: not a folder")
     if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
         return Line("ok", name, f"{shown} (will be created)")
     hint = "create it, or set root in the configuration to a folder of yours"
@@ -245,7 +245,7 @@ def _existing_folder(name: str, path: str) -> Line:
         return Line("bad", name, f"{shown}: permission denied ({refusal(path, _ALL)})")
     if who := others_who_write(os.stat(above)):
         why = f"{who} may write to {printable(above)}, so others can replace this folder"
-        return Line("wait", name, f"{shown}: {why} (chmod go-w {printable(above)})")
+        return Line("warn", name, f"{shown}: {why} (chmod go-w {printable(above)})")
     return Line("ok", name, shown)
 
 

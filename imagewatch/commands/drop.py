@@ -95,7 +95,7 @@ def _siblings(folder: str, name: str) -> Sequence[str]:
     stem = stem_of(name)
     if stem is None:
         return ()
-    hint = "name its images by --image, or in its input_images"
+    hint = "name its images with --image, or in its input_images"
     try:
         names = os.listdir(folder)
     except OSError as error:
@@ -301,7 +301,7 @@ class Delivery:
         if not os.path.isdir(current):
             if is_hidden(current):
                 raise _denied(current)
-            hint = "check the path, and that it is mounted; the daemon creates the folders when it first starts"
+            hint = "check the path and that it is mounted; the daemon creates the folders at its first start"
             raise SpoolError(f"no such inbox: {printable(current)}", path=current, hint=hint)
         with disk_errors(current, "open the folder"):
             self._tops.open(current)

@@ -34,13 +34,19 @@ _COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unk
 
 @click.command()
 @click.option(
-    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Sums instead of single jobs"
+    "--by", type=click.Choice(["day", "month", "provider", "folder", "owner"]), help="Show sums instead of single jobs"
 )
 @click.option(
-    "--days", type=click.IntRange(1, 36_500), metavar="NUMBER", help="Only the last days, including today (UTC)"
+    "--days",
+    type=click.IntRange(1, 36_500),
+    metavar="NUMBER",
+    help="Show only this number of days, including today (UTC)",
 )
 @click.option(
-    "--limit", type=click.IntRange(0, 10**9), metavar="NUMBER", help="Only the newest jobs; 0 is all; without it: 20"
+    "--limit",
+    type=click.IntRange(0, 10**9),
+    metavar="NUMBER",
+    help="Show this number of newest jobs; 0 shows all; without it: 20",
 )
 @json_option
 @click.option("--csv", "as_csv", is_flag=True, help="Print CSV for spreadsheets")
@@ -53,7 +59,7 @@ def history(
     The ledger has every job that ended. Days are UTC, as for the caps.
     """
     if as_json and as_csv:
-        raise click.UsageError("--json and --csv exclude each other")
+        raise click.UsageError("--json and --csv cannot be used together")
     config = load_config(path)
     today = day_and_month(time.time())[0][0].timestamp()
     since = today - (days - 1) * 86_400 if days else 0.0

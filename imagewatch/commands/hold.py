@@ -36,9 +36,9 @@ def hold(reason: str, path: str | None, *, as_json: bool) -> None:
         _print_json("hold", running=running, applied=applied)
         return
     if not running:
-        click.echo("Held. The daemon is not running; when it starts, it sends nothing.")
+        click.echo("On hold. The daemon is not running. When it starts, it sends nothing.")
     elif applied:
-        click.echo("Held. Requests in flight are finished; prompts wait in the inbox.")
+        click.echo("On hold. Requests in flight are finished; prompts wait in the inbox.")
     else:
         click.echo("Hold requested; the daemon has not applied it yet.")
     click.echo("To resume, run: imagewatch release")
@@ -67,7 +67,7 @@ def release(path: str | None, *, as_json: bool, accept: bool) -> None:
     if as_json:
         _print_json("release", running=running, applied=applied)
     elif not running:
-        click.echo("Released. The daemon is not running; when it starts, it sends prompts again.")
+        click.echo("Released. The daemon is not running. When it starts, it sends prompts again.")
     elif applied:
         click.echo("Released.")
     else:

@@ -39,7 +39,7 @@ def open_ledger(config: Config) -> Iterator[Ledger]:
     if not os.path.exists(path):
         if error := ledger_problem(config.folders.state):  # there was one
             raise error
-        hint = "no job has ended with this configuration yet; or name another one with --config"
+        hint = "no job has ended with this configuration yet; for another configuration use --config"
         raise SpoolError(f"there is no ledger: {printable(path)}", path=path, hint=hint)
     with contextlib.closing(Ledger(path)) as ledger:
         yield ledger

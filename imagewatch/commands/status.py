@@ -42,7 +42,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
     Also works while the daemon is not running. Exits with code 69 while the queue is on hold.
     """
     if prometheus and (as_json or watch):
-        raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} exclude each other")
+        raise click.UsageError(f"--prometheus and {'--json' if as_json else '--watch'} cannot be used together")
     config = load_config(path)
     if prometheus:
         click.echo(metrics.text(status_page(config)), nl=False)

@@ -72,14 +72,17 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     "--root",
     type=click.Path(readable=False),
     metavar="FOLDER",
-    help="The watched folder, if there is no configuration here (on a share)",
+    help="Watched folder, if this machine has no configuration (a share)",
 )
 @click.option("--wait", is_flag=True, help="Wait for the results and print them")
 @click.option(
-    "--timeout", type=Seconds(0), metavar="SECONDS", help="Stop waiting after this time; the prompts stay in the inbox"
+    "--timeout",
+    type=Seconds(0),
+    metavar="SECONDS",
+    help="Stop waiting after this time; the daemon still processes the prompts",
 )
 @click.option(
-    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What is printed"
+    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What to print"
 )
 @click.option("--json", "as_json", is_flag=True, help="The same as --format json")
 @config_option
@@ -91,7 +94,7 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
     """
     if options["as_json"]:
         if options["form"] == "markdown":
-            raise click.UsageError("--json and --format markdown exclude each other")
+            raise click.UsageError("--json and --format markdown cannot be used together")
         options["form"] = "json"
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
         raise click.UsageError("--timeout and --format markdown need --wait")

@@ -82,7 +82,7 @@ class Draft(Tables):
         """Return a path absolute: relative ones begin at the configuration's folder."""
         expanded = expanded_home(path, self.environ)
         if path.startswith("$"):
-            hint = "write the path, or ~ for your home; a folder of such a name is ./$NAME"
+            hint = "write the path itself; for a folder whose name begins with $, write ./$NAME"
             self._wrong(field, "begins with $, but variables are not expanded", hint)
         if expanded.startswith("~"):
             self._wrong(field, "names the home of an unknown user", "write ~/ or an absolute path")
@@ -113,12 +113,12 @@ class Draft(Tables):
             return
         if self.searched and len(names) == len(PLACES):
             places = ", ".join(map(printable, self.searched))
-            hint = 'name one with --config, or write one: "imagewatch init"; or set IMAGEWATCH_FOLDERS__ROOT'
+            hint = "to write one, run: imagewatch init; or name one with --config, or set IMAGEWATCH_FOLDERS__ROOT"
             self._wrong("folders.root", f"is not set, and no configuration file was found; searched: {places}", hint)
             return
         what = "is not set" if len(names) == len(PLACES) else f"is not set, and neither is {', '.join(names)}"
         hint = 'set root = "/srv/imagewatch" below [folders] or IMAGEWATCH_FOLDERS__ROOT'
-        self._wrong("folders.root", what, f'{hint}; "imagewatch init" writes a commented file')
+        self._wrong("folders.root", what, f"{hint}; to get a file with comments, run: imagewatch init")
 
     def _state(self, inbox: str) -> str:
         """Return the default state folder: one for each inbox, so that no two daemons share job records."""
@@ -181,9 +181,11 @@ class Draft(Tables):
         if not 0 <= mode <= _MAX_MODE:
             self._wrong(f"outbox.{key}", "is not an octal mode", f'write it like {key} = "0640"')
         elif key == "folder_mode" and mode & 0o700 != 0o700:  # noqa: PLR2004
-            self._wrong(f"outbox.{key}", "would lock imagewatch out of its own folders", 'begin with 7: "0750"')
+            self._wrong(
+                f"outbox.{key}", "would take away the daemon's access to its own folders", 'begin with 7: "0750"'
+            )
         elif key == "file_mode" and mode & 0o600 != 0o600:  # noqa: PLR2004
-            self._wrong(f"outbox.{key}", "would lock imagewatch out of its own files", 'begin with 6: "0640"')
+            self._wrong(f"outbox.{key}", "would take away the daemon's access to its own files", 'begin with 6: "0640"')
         else:
             return mode
         return None
@@ -196,8 +198,8 @@ class Draft(Tables):
             return {}
         for name in presets:
             if not name or name.startswith(".") or "/" in name or not name.isprintable():
-                hint = "no slash and no dot at the beginning"
-                self._wrong(f"presets.{name}", "is not a name that a folder can have", hint)
+                hint = "use a name without a slash or a leading dot"
+                self._wrong(f"presets.{name}", "is not a valid folder name", hint)
         return {name: self._checked(table, Options, f"presets.{name}") for name, table in presets.items()}
 
     def _retry(self) -> Retry:

@@ -192,7 +192,7 @@ def key_file_problem(path: str) -> str:
         return ""
     if not mode & (stat.S_IRGRP | stat.S_IROTH):
         return ""
-    return f"{path} can be read by others than its owner (mode {mode:04o}): chmod 600 it"
+    return f"other users can read {path} (mode {mode:04o}); run: chmod 600 {path}"
 
 
 def _failure(field: str, reason: str, hint: str) -> ConfigError:

@@ -63,7 +63,7 @@ def read_text(path: str) -> tuple[str, Problem | None]:
         reason = (error.strerror if isinstance(error, OSError) else None) or "is not a file name"
         return "", Problem(name, f"cannot be read: {reason}", "check the path and the permissions")
     if len(content) > _MAX_FILE_BYTES:
-        return "", Problem(name, "is larger than 1 MiB", "is this the right file?")
+        return "", Problem(name, "is larger than 1 MiB", "check that it is the right file")
     try:
         return content.decode("utf-8-sig"), None  # some editors write a BOM
     except UnicodeDecodeError as error:

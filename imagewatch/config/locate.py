@@ -58,11 +58,11 @@ def _why_not_ours(path: str) -> str:
         except OSError:
             continue  # a broken link: reported when it is read
         if status.st_uid not in {0, os.geteuid()}:
-            return f"is not used, as {what} belongs to another user (number {status.st_uid})"
+            return f"is not used, because {what} belongs to another user (number {status.st_uid})"
         if stat.S_ISLNK(status.st_mode):
             continue
         if who := others_who_write(status):
-            return f"is not used, as {what} may be written by {who}"
+            return f"is not used, because {what} may be written by {who}"
     return ""
 
 

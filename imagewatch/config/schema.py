@@ -21,7 +21,7 @@ _Text = Annotated[str, Meta(min_length=1)]
 
 
 class Options(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be asked of the endpoint beside the prompt; ``None`` means not set.
+    """What a request may ask for besides its text; ``None`` means not set.
 
     Names, types and bounds are the published request body's (image-generation skill, "Request body");
     ``provider = "auto"`` is ours. ``model`` is not checked: model names change too often.
@@ -52,7 +52,7 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
         inbox: Where prompts are dropped.
         outbox: Where images and receipts are published.
         errors: Where refused prompts go, each with an error file.
-        archive: Where prompts go that were done, or the word ``delete``.
+        archive: Where completed prompts go, or the word ``delete``.
         state: Job records, ledger and lock; local and private.
     """
 

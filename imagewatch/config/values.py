@@ -51,7 +51,7 @@ def url_flaw(url: str) -> tuple[str, str]:
     rules = (
         (not has_scheme or not host, "must begin with https:// and a host", write),
         ("@" in parts.netloc, "must not hold a user name or password", KEY_HINT),
-        (not re.fullmatch(r"[\x21-\x7e]+", url), "must be plain ASCII without white space", write),
+        (not re.fullmatch(r"[\x21-\x7e]+", url), "must be ASCII without spaces", write),
         (bool(re.search(r"[?#\\]", url)), "must have no query and no fragment", write),
         # Compared whole, so that what we call the host is what everybody else calls the host.
         (parts.netloc.lower() != netloc, "must begin with https:// and a host", write),
@@ -59,7 +59,7 @@ def url_flaw(url: str) -> tuple[str, str]:
         (parts.path.lower().endswith("/v1"), "must not end in /v1", "remove /v1"),
         (
             parts.scheme == "http" and not _is_loopback(host),
-            "the key would travel unencrypted",
+            "the key would be sent unencrypted",
             "use https://; http:// is for this machine only",
         ),
     )

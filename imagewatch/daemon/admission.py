@@ -132,10 +132,12 @@ class Admission:
             if self._is_draining:
                 raise Withdrawn("the daemon stopped before the request was sent")
             for error in list(self._held_by.values()):
-                raise Withdrawn(f"the queue was held (disk) before the request was sent: {error}")
+                raise Withdrawn(f"the queue was put on hold (disk) before the request was sent: {error}")
             hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
-                raise Withdrawn(f"the queue was held ({hold.kind}) before the request was sent: {hold.reason.message}")
+                raise Withdrawn(
+                    f"the queue was put on hold ({hold.kind}) before the request was sent: {hold.reason.message}"
+                )
             yield
 
     def drain(self) -> None:
@@ -217,7 +219,7 @@ class Admission:
         """
         most = self._limits.burst
         if most and not self._holds.has("burst") and (new := self.burst.count(changed, is_finished)) > most:
-            self._begin(Reason("burst", f"{new} prompts came at the same time, limits.burst allows {most}"))
+            self._begin(Reason("burst", f"{new} prompts arrived at the same time; limits.burst allows {most}"))
 
     def follow(self, newest: float = 0.0) -> None:
         """Do what commands have asked for, and check the key file.

@@ -120,7 +120,7 @@ class Intake:
     def _blocked(self, folder: str) -> str:
         """Return why nothing is claimed out of a folder below the inbox, or an empty string."""
         if folder in self.closed:
-            return "until a stuck job continues (the log has the reason), nothing is claimed out of"
+            return "until a stuck job continues (the log has the reason), nothing is claimed from"
         return blocked(self._folders, folder, self._tops)
 
     def stop(self) -> None:

@@ -289,7 +289,7 @@ class Daemon:
         try:
             config = self._reload()
             if fixed := [name for name in _FIXED if getattr(config, name) != getattr(before, name)]:
-                _log.error("reload_failed", reason=f"a changed [{fixed[0]}] needs a restart")
+                _log.error("reload_failed", reason=f"a change of [{fixed[0]}] needs a restart")
                 return
             self._parts.configure(config)
             self._arrivals.count()

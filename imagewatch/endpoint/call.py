@@ -49,7 +49,7 @@ class Call:
     def __init__(
         self, seconds: float, key: str = "deadline_seconds", *, may_connect: Callable[[str], bool] = lambda _: True
     ) -> None:
-        self._why = f"no end after {seconds:g} seconds" + (f" ({key})" if key else "")
+        self._why = f"not finished after {seconds:g} seconds" + (f" ({key})" if key else "")
         self.at = time.monotonic() + seconds
         self.may_connect = may_connect
         self.before_read: Callable[[], object] = lambda: None
@@ -108,7 +108,7 @@ class Call:
         self._received += size
         self._small = self._small + 1 if size < _SMALL_BYTES else 0
         if self._is_head and self._received > _MOST_HEAD_BYTES:
-            raise OverrunError("the head of the answer does not end")
+            raise OverrunError("the headers of the response are too long")
 
     # Called by the HTTP library
 
@@ -118,7 +118,7 @@ class Call:
             self._is_head = False
         if event == "http11.send_request_headers.started" and not self._is_connected:
             # Also with a later version of the library: addresses are checked only where we connect.
-            raise RuntimeError("the HTTP library has made a connection by itself")
+            raise RuntimeError("the HTTP library opened an unexpected connection")
 
     def bears(self, size: int) -> bool:
         """Return whether a body is worth its framing: with one byte in each chunk it is not.

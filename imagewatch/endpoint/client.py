@@ -49,7 +49,9 @@ _KEPT_HEADERS = (
     "date",
 )
 _HINT_REACH = "check base_url, the network and the proxy; nothing was sent and nothing was charged"
-_HINT_BROKEN = "if it breaks again and again, something on the way takes no request of this size; nothing was charged"
+_HINT_BROKEN = (
+    "if this happens repeatedly, a proxy or gateway may not accept requests of this size; nothing was charged"
+)
 _SMALL_BYTES = 64 * 1024
 """A request up to this size breaks because of the network, not because of its size."""
 _BALANCE_SECONDS = 20.0

@@ -128,7 +128,7 @@ def bounded(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[byte
         begun = iter(chunks)
         first = next(begun, b"")
         if first.lstrip()[:1] not in {b"{", b"["}:
-            raise UnreadableError(f"the response is encoded as {coding[:40]!r}, which we did not ask for")
+            raise UnreadableError(f"the response has the encoding {coding[:40]!r}, which was not requested")
         yield first  # its header is wrong
         yield from begun
         return
@@ -137,7 +137,7 @@ def bounded(chunks: Iterable[bytes], encoding: str, limit: int) -> Iterator[byte
         for piece in plain(chunks, coding):
             total += len(piece)
             if total > limit:
-                raise UnreadableError(f"the compressed response grows beyond {limit:,} bytes")
+                raise UnreadableError(f"the decompressed response is larger than {limit:,} bytes")
             yield piece
     except UndecodableError as error:
         raise UnreadableError(str(error)) from None

@@ -83,7 +83,7 @@ class Network(httpcore.NetworkBackend):
         try:
             found = answer.get(timeout=call.left())
         except queue.Empty:
-            raise TimeoutError("its name server does not answer") from None
+            raise TimeoutError("its name server does not respond") from None
         if isinstance(found, Exception):
             raise found
         return found
@@ -156,7 +156,7 @@ def install(client: Any, network: Network, proxied: Network) -> None:  # noqa: A
         if transport is None:  # not by a proxy
             continue
         if "_network_backend" not in vars(transport._pool):  # no connection is better than an unchecked one
-            raise RuntimeError("this version of httpcore makes its connections in another way")
+            raise RuntimeError("this version of httpcore is not supported")
         transport._pool._network_backend = one
 
 

@@ -125,8 +125,8 @@ def _images(body: dict[str, Any], splitter: Splitter) -> tuple[list[Got], str]:
         entries = found if isinstance(found, list) else [found]
         images = [_entry(entry, splitter) for entry in entries[:MOST_IMAGES]]
         if any(got.url or got.decoded is not None for got in images):
-            return images, f'the response has its images under "{name}", and not as the list "images"'
-    return _scattered(splitter), "the response is not the JSON object it should be"
+            return images, f'the response has its images in "{name}" instead of the list "images"'
+    return _scattered(splitter), "the response is not a JSON object"
 
 
 def _scattered(splitter: Splitter) -> list[Got]:

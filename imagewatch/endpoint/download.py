@@ -109,13 +109,15 @@ class Downloads:
         try:
             parts = httpx.URL(url)
         except (httpx.InvalidURL, UnicodeError, ValueError):
-            raise FetchError("the url cannot be read", final=True) from None
+            raise FetchError("the URL is not valid", final=True) from None
         allowed = {"https", "http"} if self._clients.is_local else {"https"}
         if parts.scheme not in allowed or not parts.host or parts.userinfo:
-            raise FetchError(f"{bare(url)}: only a plain {' or '.join(sorted(allowed))} url is fetched", final=True)
+            raise FetchError(
+                f"{bare(url)}: only {' or '.join(sorted(allowed))} URLs without a user name are downloaded", final=True
+            )
         host = parts.raw_host.decode("ascii")
         if not _HOST.fullmatch(host) or not 0 < (parts.port or 443) < 1 << 16:
-            raise FetchError("the url cannot be read", final=True)  # URL readers differ on it
+            raise FetchError("the URL is not valid", final=True)  # URL readers differ on it
         address = address_in(host)
         if address is not None and not self._may_connect(str(address)):
             raise _not_public(url)
@@ -150,7 +152,7 @@ def _image(response: httpx.Response, named: str, call: Call, limit: int) -> Iter
         elif len(head) >= SNIFF_BYTES:
             break
     if not is_known:
-        raise FetchError(f"{named}: encoded as {printable(coding, 40)!r}, which we did not ask for", final=True)
+        raise FetchError(f"{named}: has the encoding {printable(coding, 40)!r}, which was not requested", final=True)
     yield body.end()
 
 
@@ -175,7 +177,7 @@ def bare(url: str) -> str:
         host = parts.hostname or ""
         port = f":{parts.port}" if parts.port else ""
     except ValueError:
-        return "an unreadable url"
+        return "an invalid URL"
     return printable(f"{parts.scheme}://{host}{port}{parts.path}", 300)
 
 

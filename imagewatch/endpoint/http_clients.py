@@ -141,7 +141,7 @@ def reason_of(error: Exception, secret: Mask | None = None) -> str:
         secret: What it must not hold; masked before the text is cut, which might leave half.
     """
     if isinstance(error, httpx.LocalProtocolError):
-        return "the request cannot be put on the wire"
+        return "the request cannot be sent"
     text = known.text(str(error) or type(error).__name__)
     return printable(secret.text(text) if secret else text, 300)
 

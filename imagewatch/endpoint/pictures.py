@@ -242,7 +242,7 @@ def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
         problem = got.problem
         if image is None:
             file.seek(0)
-            kind = foreign(file.read(512)) or "nothing that we know"
+            kind = foreign(file.read(512)) or "unknown"
             problem = problem or f"not an image: its content is {kind}"
             file.seek(0)
             if holds_key(file):

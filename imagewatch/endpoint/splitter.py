@@ -117,7 +117,7 @@ class Splitter:
     def _keep(self, data: bytes) -> None:
         self._skeleton += data
         if len(self._skeleton) > _SKELETON_BYTES:
-            raise UnreadableError(f"the response holds more than {_SKELETON_BYTES >> 20} MiB beside its images")
+            raise UnreadableError(f"the response holds more than {_SKELETON_BYTES >> 20} MiB besides its images")
 
 
 class _Base64:
@@ -180,7 +180,7 @@ class _Base64:
             try:
                 data = json.loads(b'"' + data + b'"', strict=False).encode("ascii")
             except (ValueError, UnicodeError):
-                self.problem = "the base64 holds something else"
+                self.problem = "the base64 has invalid characters"
                 return b""
         # Searching for five bytes is many times faster than copying all others, and hardly any base64 has them.
         return data.translate(None, b"".join(_BLANKS)) if any(blank in data for blank in _BLANKS) else data
@@ -194,7 +194,7 @@ class _Base64:
             return data
         prefix, comma, rest = data.partition(b",")
         if len(prefix) > _LONGEST_PREFIX or (final and not comma):
-            self.problem = "the base64 holds something else"
+            self.problem = "the base64 has invalid characters"
         if not comma or (len(rest) < _MAGIC_BYTES and not final):
             return data
         self._begun = True

@@ -196,7 +196,7 @@ class Tree:
             found.problem = (
                 refusal(status, self._enter(folder).status())
                 if is_usual
-                else "has not the name of a PNG, JPEG or WebP file"
+                else "does not have the name of a PNG, JPEG or WebP file"
             )
             if not found.problem:
                 found.href = self.href(folder, real)

@@ -115,7 +115,7 @@ class Gallery:
         """
         root = os.path.dirname(self._folders.outbox)
         if not os.path.isdir(root):
-            hint = "check the path, and that it is mounted; the daemon creates its folders when it first starts"
+            hint = "check the path and that it is mounted; the daemon creates the folders at its first start"
             raise SpoolError(f"no such folder: {printable(root)}", path=root, hint=hint)
         self._stamp = ""  # compare with the page on disk, not with the last one of this process
         written = self._refreshed(on_thumbnail)
@@ -142,7 +142,7 @@ class Gallery:
         self._unfinished = "" in problems.values()
         for image in (image for job in scan.jobs for image in (*job.images, *job.inputs)):
             if image.thumb in problems:
-                problem = problems[image.thumb] or "its thumbnail is not made yet"
+                problem = problems[image.thumb] or "its thumbnail is not created yet"
                 image.problem, image.thumb = image.problem or problem, ""
         self._scan = scan
         self._update(scan)
@@ -214,7 +214,7 @@ class Gallery:
                 error.hint = _ELSEWHERE
             raise
         if not os.access(self._files, os.W_OK | os.X_OK, effective_ids=True):
-            hint = f"remove the folder; it is created again: rm -r {shlex.quote(printable(self._files))}"
+            hint = f"remove the folder, which is created again: rm -r {shlex.quote(printable(self._files))}"
             message = f"permission denied: {printable(self._files)}"
             raise SpoolError(message, path=self._files, code=errno.EACCES, hint=hint)
         if new and self._permissions.folder_mode is not None:

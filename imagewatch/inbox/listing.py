@@ -66,7 +66,7 @@ def why_near_miss(name: str) -> str:
 def why_no_prompt(name: str) -> str:
     """Return why a file that is no prompt is ignored."""
     if is_image_name(name):
-        return "an image to which there is no prompt"
+        return "an image without a matching prompt"
     if final_name(name):
         return "a temporary file of an editor or a transfer"
     return "hidden" if name[0] == "." else "not a prompt"

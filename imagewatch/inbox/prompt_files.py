@@ -168,7 +168,7 @@ class PromptFiles:
             place = self._tops.at(full)
             if not name:
                 usable = os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd)
-                return self._blocked(folder) if usable else "the daemon may not take files out of"
+                return self._blocked(folder) if usable else "the daemon may not move files out of"
             status = place.lstat()
             if stat.S_ISREG(status.st_mode) and not os.access(place.name, os.R_OK, dir_fd=place.dir_fd):
                 return "the daemon may not read"
@@ -176,7 +176,7 @@ class PromptFiles:
             if is_private(status, above):
                 return "a hard link to a private file:"
             if _is_kept(status, above):
-                return "the sticky bit of its folder keeps the daemon from taking"
+                return "because of the sticky bit of the folder, the daemon may not move"
         return ""
 
     def writer(self, candidate: Candidate) -> str:

@@ -187,7 +187,7 @@ class Readiness:
             return None
         if self._waits_until_unchanged(folder, names.stem, states, changed):
             return None
-        reason = f"may be meant as an image of {names.prompt}, which does not use it and is refused for it"
+        reason = f"may be meant as an image of {names.prompt}, which does not name it and is therefore refused"
         for name in uncertain:
             path = path_of(folder.path, name)
             self._found(folder).ignored.add(path, "may be meant as an image, and is not used", printable(reason, 600))

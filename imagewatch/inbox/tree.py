@@ -329,11 +329,13 @@ class Folders:
             if name != CLAIMS:
                 ignored.add(path, why)
         elif not self._recursive:
-            ignored.add(path, "a folder, and inbox.recursive is off")
+            ignored.add(path, "a folder; inbox.recursive is off")
         elif len(os.fsencode(path)) > _LONGEST_PATH:
             ignored.add(path, "a folder whose path is too long")
         elif not self._may_enter(path):
-            ignored.add(path, f"a folder beyond the {_MOST_FOLDERS:,} of one owner that are scanned")
+            ignored.add(
+                path, f"a folder that is not scanned, because its owner has more than {_MOST_FOLDERS:,} folders"
+            )
             folder.distrust()  # it may be one of them later
         else:
             inner[self._known[path].path] = None  # as it is kept

@@ -64,7 +64,7 @@ class Watching:
             return False
         self._listen_at = now + POLL_SECONDS
         if self._watcher.problem:
-            self._deaf = "the reader of change events died"
+            self._deaf = "the thread that reads change events failed"
             _log.error("watcher_restarted", reason=self._watcher.problem)
         try:
             self._watcher.start()
@@ -119,7 +119,11 @@ class Watching:
             return "inbox.watch is poll"
         if not self._watcher.alive():
             return self._deaf
-        return f"{kind}: others may change it unnoticed" if self._watch == "auto" and eventless(kind) else ""
+        return (
+            f"{kind}: changes by other computers may cause no events"
+            if self._watch == "auto" and eventless(kind)
+            else ""
+        )
 
     def is_polled(self, kind: str) -> bool:
         """Return whether any folder has to be polled.

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _WITHOUT_PROMPT = {
     "unknown": "check the balance (imagewatch check --balance); the prompt is missing, so nothing can be sent again",
-    "no": "the prompt is missing, so nothing can be sent again; drop it again",
+    "no": "the prompt is missing; drop it again",
 }
 """Next step by charge, where the prompt is not among the files in the errors folder."""
 _RAW = "state/raw"

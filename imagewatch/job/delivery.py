@@ -36,15 +36,15 @@ def blocked(folders: Folders, folder: str, tops: Tops) -> str:
             continue
         path = os.path.join(top, folder)
         if len(os.fsencode(path)) > _LONGEST_PATH - _LONGEST_NAME - 1:
-            return "what it makes would have too long a path, so nothing is taken out of"
+            return "the paths of its results would be too long, so nothing is claimed from"
         if tops.opened(top) is None and not tops.exists(top):
             continue  # the daemon makes it when it starts, and does not start if it cannot
         path = _deepest(tops, top, folder)
         if path != top and not tops.is_folder(path):
-            return f"{printable(path, 255)} is in the way of what it makes, so nothing is taken out of"
+            return f"{printable(path, 255)} is not a folder, so results cannot be published and nothing is claimed from"
         place = tops.at(path)
         if not os.access(place.name, os.W_OK | os.X_OK, dir_fd=place.dir_fd):
-            return f"what it makes cannot be put into {printable(path, 255)}, so nothing is taken out of"
+            return f"the daemon may not write to {printable(path, 255)}, so nothing is claimed from"
     return ""
 
 

@@ -55,7 +55,7 @@ def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
         hint = "free some space"
         if free < least:
             hint += ", or lower limits.min_free_bytes"
-            message = f"{free:,} bytes are free, limits.min_free_bytes asks for {least:,}"
+            message = f"{free:,} bytes are free, limits.min_free_bytes requires {least:,}"
         elif status.f_files and files < _LEAST_FILES:  # some file systems do not count
             message = f"there is room for only {files} more files (inodes)"
         else:

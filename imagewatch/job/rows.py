@@ -101,10 +101,10 @@ class Rows:
 def _outdated(job: RunningJob, row: Mapping[str, Any]) -> SpoolError:
     folder = printable(job.record.folder)
     return SpoolError(
-        f"job {job.id}: its record is an older copy: the result is not in it, and the ledger has: "
+        f"job {job.id}: the job record is an older copy without the result; the ledger has: "
         f"{row['outcome']}, charged: {row['charged']}",
         path=folder,
-        hint=f"restore the state folder as a whole, or remove {folder}; the job is over",
+        hint=f"restore the state folder as a whole, or remove {folder}; the job has ended",
     )
 
 

@@ -109,7 +109,7 @@ class Steps:
         if orphans:
             folder = printable(self._spool.claim_folder(job_id))
             raise SpoolError(
-                f"job {job_id}: {', '.join(orphans)}: claimed, but its record is missing{self._known(job_id)}",
+                f"job {job_id}: {', '.join(orphans)}: claimed, but the job record is missing{self._known(job_id)}",
                 path=folder,
                 hint="restore the state folder from a backup; or, only if you accept a possible second charge, touch "
                 f"the files in {folder} and move them back into the inbox",
@@ -124,7 +124,7 @@ class Steps:
         if row is None or not row["sent_at"]:
             return ""
         sent = utc(row["sent_at"]).isoformat(timespec="seconds")
-        return f"; the ledger has of {printable(row['source'])}: sent {sent}, charged: {row['charged']}"
+        return f"; in the ledger: {printable(row['source'])}, sent {sent}, charged: {row['charged']}"
 
     # Delivering and forgetting
 

@@ -295,11 +295,11 @@ class Budget:
             spent = self._spent(begin.timestamp(), now, memo)
             if spent + reserved + cost.high <= cap:
                 continue
-            known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for what is in flight"
+            known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for requests in flight"
             message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
             if spent + cost.high > cap:
                 ends = end.timestamp()
-                found.append(Reason("cap", f"{message}; it ends {_shown(end)}", max(ends - now, 1.0), ends))
+                found.append(Reason("cap", f"{message}; the period ends {_shown(end)}", max(ends - now, 1.0), ends))
             else:
                 found.append(Reason("reserved", message, KINDS["reserved"].seconds))
         return max(found, key=lambda reason: reason.seconds or 0.0, default=None)

@@ -97,7 +97,7 @@ def code_of(error: sqlite3.Error) -> int:
 def missing(path: str) -> SpoolError:
     """Return the error for a ledger that is not there, though there was one."""
     saved = newest_saved(path)
-    hint = f"rename {printable(saved)} to {FILE}, it is what was deleted; or {RESTORE}" if saved else RESTORE
+    hint = f"rename {printable(saved)} to {FILE}, it is the deleted ledger; or {RESTORE}" if saved else RESTORE
     message = f"{path}: the ledger is missing, though there was one"
     return SpoolError(message, path=path, code=errno.ENOENT, hint=hint)
 
@@ -105,7 +105,7 @@ def missing(path: str) -> SpoolError:
 def incomplete(path: str) -> SpoolError:
     """Return the error for a ledger that took the place of the opened one and is not that one as it was last."""
     saved = newest_saved(path)
-    restore = f"rename {printable(saved)} to {FILE}, it is what was there" if saved else "put the newer one back"
+    restore = f"rename {printable(saved)} to {FILE}, it is the previous ledger" if saved else "put the newer one back"
     return SpoolError(
         f"{path}: the ledger was replaced by one that lacks the newest requests",
         path=path,

@@ -81,7 +81,7 @@ def expected(asked: Asked, charges: Mapping[str, Sequence[float]], assumed: floa
         return Expected(high, "the highest charge of the last 30 days for one like it", low, usual, len(of_kind))
     if others := [max(some) for some in charges.values() if some]:
         return Expected(_times(max(others), asked.n), f"the highest charge of the last 30 days of {asked.provider}")
-    return Expected(_times(assumed, asked.n), f"limits.assumed_credits, as nothing is known of {asked.provider}")
+    return Expected(_times(assumed, asked.n), f"limits.assumed_credits, because no charge of {asked.provider} is known")
 
 
 def for_an_image(credits_: float, asked: int) -> float:

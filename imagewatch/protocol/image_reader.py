@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from typing import IO
 
 Fault = Literal["", "damage", "size", "form"]
-"""What sort of problem a image has: it is damaged, it has too many pixels, or few programs can read its form."""
+"""What sort of problem an image has: it is damaged, it has too many pixels, or few programs can read its form."""
 
 MAX_PIXELS = 100_000_000
 """More than this, by the header, is a problem: a few bytes may not claim gigabytes of pixels."""
@@ -84,7 +84,7 @@ class Header:
         self.width, self.height, self.known = width, height, True
         shown = f"{width}×{height} pixels"  # noqa: RUF001  read by people
         if not width or not height:
-            raise BrokenError(f"{shown} is no image")
+            raise BrokenError(f"{shown} is not an image")
         if width * height > MAX_PIXELS:
             raise SizeError(f"{shown} is more than {MAX_PIXELS:,}")
 

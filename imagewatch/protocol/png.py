@@ -23,7 +23,7 @@ def walk_png(reader: Reader, header: Header) -> None:
         reader.step()
         length, name = struct.unpack(">I4s", reader.take(8))
         if not name.isalpha():  # ASCII letters only, for bytes: safe to show from here on
-            raise BrokenError("a chunk has no proper name")
+            raise BrokenError("a chunk has an invalid name")
         shown = name.decode("ascii")
         if name == b"CgBI" and not seen:
             raise FormError("a PNG that was made for iOS only (CgBI)")

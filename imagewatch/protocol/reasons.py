@@ -122,7 +122,7 @@ RESPONSES = (
         Others.PROBE,
         statuses=dict.fromkeys((401, 403), ""),
         next="replace the API key",
-        retry="ask the administrator to replace the API key; then move the prompt back into the inbox",
+        retry="ask the administrator to replace the API key, then move the prompt back into the inbox",
     ),
     Kind(
         "credits",
@@ -132,7 +132,7 @@ RESPONSES = (
         Others.PROBE,
         statuses={402: ""},
         next="add credits to the account; the daemon resumes automatically; to try now: imagewatch release",
-        retry="add credits to the account; then move the prompt back into the inbox",
+        retry="add credits to the account, then move the prompt back into the inbox",
     ),
     Kind(
         "quota",
@@ -142,7 +142,7 @@ RESPONSES = (
         Others.PROBE,
         statuses={429: QUOTA},
         next="wait until the quota is renewed; the daemon resumes automatically",
-        retry="wait until the quota is renewed; then move the prompt back into the inbox",
+        retry="wait until the quota is renewed, then move the prompt back into the inbox",
     ),
     Kind(
         "endpoint",
@@ -151,8 +151,8 @@ RESPONSES = (
         Reaction.ACCOUNT,
         Others.PROBE,
         statuses=dict.fromkeys((404, 405, *range(300, 400)), ""),
-        next="correct base_url in the configuration, then reload the daemon",
-        retry="ask the administrator to correct base_url; then move the prompt back into the inbox",
+        next="correct base_url in the configuration, then reload the daemon (systemctl reload imagewatch, or SIGHUP)",
+        retry="ask the administrator to correct base_url, then move the prompt back into the inbox",
     ),
     Kind(
         "busy",

@@ -137,7 +137,9 @@ def fields_of(raw: bytes, folder: str, config: Config, *, has_inputs: bool) -> d
 
 def unknown_family(options: Options) -> Problem:
     """Return the problem with a model of no known provider."""
-    reason = f'"{printable(options.model or "", 60)}" is of no known family, so the provider is not known'
+    reason = (
+        f'"{printable(options.model or "", 60)}" belongs to no known family of models, so the provider is not known'
+    )
     return Problem("model", reason, 'add a line like provider = "openai" (or "gemini", "flux")')
 
 
@@ -186,7 +188,7 @@ def contents(where: str, names: Iterable[str], most_bytes: int, opener: Opener =
         except FileNotFoundError:
             continue
         except OSError:
-            found[name] = "no plain file that can be read"
+            found[name] = "not a plain file that can be read"
     return found
 
 

@@ -22,13 +22,13 @@ def walk_webp(reader: Reader, header: Header) -> None:
     while reader.position < end:
         reader.step()
         if end - reader.position < 8:  # noqa: PLR2004  name and length
-            raise BrokenError("loose bytes after the last chunk")
+            raise BrokenError("extra bytes after the last chunk")
         name, length = struct.unpack("<4sI", reader.take(8))
         after = reader.position + length
         if after > end:
             raise BrokenError("a chunk is longer than the length in the header")
         if not _PRINTABLE.fullmatch(name):
-            raise BrokenError("a chunk has no proper name")
+            raise BrokenError("a chunk has an invalid name")
         if not header.known and name not in _WEBP_FIRST:
             raise BrokenError("does not begin with a VP8, VP8L or VP8X chunk")
         _read_webp_chunk(reader, header, name, length)

@@ -71,7 +71,7 @@ def _hint(code: int) -> str:
     if code in {errno.EACCES, errno.EPERM}:
         return "let the daemon's user write there"
     if code == errno.EROFS:
-        return "mount it for writing; of a service, name it in BindPaths= of the unit"
+        return "mount it for writing; for a service, name it in BindPaths= of the unit"
     if code in {errno.ENOENT, errno.ENOTDIR}:
         return "restore the folder, or check that it is mounted"
     return "check the disk and the system log"

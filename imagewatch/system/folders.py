@@ -125,7 +125,7 @@ class _Top:
             NotAFolderError: It is closed.
         """
         if self._descriptor is None:
-            raise NotAFolderError(errno.EPERM, "another folder has the name of the daemon's own", self.path)
+            raise NotAFolderError(errno.EPERM, "another folder has the name of the daemon's folder", self.path)
         return self._descriptor
 
 
@@ -396,7 +396,9 @@ def _walked(top: _Top, parts: list[str]) -> Descriptor:
     folder, path = top.descriptor, top.path
     for part in parts:
         if part in {"", ".", ".."}:
-            raise NotAFolderError(errno.EINVAL, "is no path below our folders", os.path.join(top.path, *parts))
+            raise NotAFolderError(
+                errno.EINVAL, "is not a path below the daemon's folders", os.path.join(top.path, *parts)
+            )
         path = os.path.join(path, part)
         folder = _entered(Place(folder, part), _PASS, path)
     return folder

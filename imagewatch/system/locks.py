@@ -67,7 +67,7 @@ def _translated_lock(path: str) -> Iterator[None]:
         if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
             with disk_errors(path, "lock"):
                 raise
-        message = f"{printable(path)}: this file system has no locks"
+        message = f"{printable(path)}: this file system does not support locks"
         hint = "put the state folder and the inbox on a local disk"
         raise SpoolError(message, path=path, code=error.errno or 0, hint=hint) from error
 

@@ -119,6 +119,6 @@ def resolve_own_link(path: str) -> str:
         if not stat.S_ISLNK(status.st_mode):
             return path
         if status.st_uid not in {0, os.geteuid()}:
-            raise RefusedError("is a link that another user has made", path)
+            raise RefusedError("is a link that another user created", path)
         path = os.path.join(os.path.dirname(path), os.readlink(path))
     return path

@@ -278,7 +278,7 @@ def test_a_burst_waits_and_release_admits_exactly_that_one(guarded, run, sandbox
         threading.Event().wait(0.15)
     held = daemon.wait_for("held")
     assert held["kind"] == "burst"
-    assert "4 prompts came at the same time, limits.burst allows 3" in held["reason"]
+    assert "4 prompts arrived at the same time; limits.burst allows 3" in held["reason"]
     assert "imagewatch release" in held["next"]
     waiting(guarded, 4)
     assert requests(sandbox) == 0
@@ -524,7 +524,7 @@ def test_new_text_under_the_names_of_redelivered_prompts_is_a_burst(guarded, run
     for path in away.iterdir():
         (guarded.inbox / path.name).write_text("Something else")
     until(lambda: daemon.events("held") or requests(sandbox) > 4)
-    assert "4 prompts came at the same time, limits.burst allows 3" in daemon.wait_for("held")["reason"]
+    assert "4 prompts arrived at the same time; limits.burst allows 3" in daemon.wait_for("held")["reason"]
     assert (requests(sandbox), len(prompts_in(guarded))) == (4, 4)
 
 

@@ -427,7 +427,7 @@ def test_check_explains_every_other_file_and_folder_too(tmp_path, sandbox):
         "cat.prompt.txt": r"take .*gemini.*logo\.png",
         "dog.prompt.txt": r"wait .*waits for later\.png",
         "bone.png": "wait .*an image that a prompt names",
-        "sub/orphan.png": "ignore .*an image to which there is no prompt",
+        "sub/orphan.png": "ignore .*an image without a matching prompt",
         "sub/song.mp3": "ignore .*not a prompt",
         ".hidden": "ignore .*hidden",
         ".git": "ignore .*a hidden folder, which is never entered",

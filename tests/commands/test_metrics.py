@@ -191,7 +191,7 @@ def test_the_caps_are_those_of_the_configuration(tmp_path, sandbox):
 def test_only_one_format_may_be_chosen(folders, other):
     asked = command(folders, "status", "--prometheus", other)
     assert (asked.returncode, asked.stdout) == (64, "")
-    assert re.search(f"--prometheus and {other} exclude each other", asked.stderr)
+    assert re.search(f"--prometheus and {other} cannot be used together", asked.stderr)
 
 
 def test_before_the_first_start_there_is_an_error_and_no_metric(folders):

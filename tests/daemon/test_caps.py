@@ -197,7 +197,7 @@ def test_with_a_cap_below_the_assumed_credits_nothing_is_held_and_check_finds_it
     assert start(folders, "once").wait() == 0
     del folders.environ["IMAGEWATCH_LIMITS__ASSUMED_CREDITS"]
     result = command(folders, "check")
-    assert (result.returncode, "30 are spent; it ends" in result.stdout) == (0, True)
+    assert (result.returncode, "30 are spent; the period ends" in result.stdout) == (0, True)
     assert "a provider that was not charged in the last 30 days" in result.stdout
 
 

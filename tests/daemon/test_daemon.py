@@ -352,7 +352,7 @@ def test_a_prompt_in_a_folder_closed_to_the_daemon_stays_is_named_and_delays_no_
     path.parent.chmod(0o555)
     daemon = run(unprivileged, script=str(script))
     event = daemon.wait_for("ignored")
-    assert (event["file"], event["reason"]) == ("mine/cat.prompt.txt", "the daemon may not take files out of mine")
+    assert (event["file"], event["reason"]) == ("mine/cat.prompt.txt", "the daemon may not move files out of mine")
     unprivileged.prompt("dog", "A dog").chmod(0o644)
     over(unprivileged, "dog")
     assert not daemon.events("held")

@@ -132,7 +132,7 @@ def test_an_older_copy_of_a_record_changes_nothing_in_the_ledger(
     before = command(folders, "history", "--json").stdout
     shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
-    assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
+    assert "the job record is an older copy" in daemon.wait_for("stuck")["reason"]
     assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
     for path in (folders.state / "jobs").iterdir():
         shutil.rmtree(path)
@@ -171,7 +171,7 @@ def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_chang
         shutil.copytree(prompts, folders.inbox / ".imagewatch", dirs_exist_ok=True)
     daemon = run(folders)
     if back != "the record" or age == "first sent":
-        assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
+        assert "the job record is an older copy" in daemon.wait_for("stuck")["reason"]
     else:
         until(lambda: folders.leftovers() == [])
     assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
@@ -186,7 +186,7 @@ def test_an_older_copy_does_not_report_a_saved_response_as_lost(
     backup = finished_with_a_copy(folders, sandbox, run, "A cat [sandbox: no-images]", "errors")
     shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
     daemon = run(folders)
-    assert "its record is an older copy" in daemon.wait_for("stuck")["reason"]
+    assert "the job record is an older copy" in daemon.wait_for("stuck")["reason"]
     assert folders.finished() == {"cat": "errors"}
     assert "do not send it again" in folders.error("cat")["next"]
     assert daemon.stop() == 0

@@ -118,7 +118,7 @@ def test_an_endless_fast_response_ends_at_the_deadline_and_not_later(tmp_path, m
         with Effort() as effort:
             station.work()
         error = refused(station, "x", ASK, beside="bin")
-        assert "no end after 1.5 seconds (deadline_seconds)" in error["problems"][0]
+        assert "not finished after 1.5 seconds (deadline_seconds)" in error["problems"][0]
         assert effort.seconds < 4.5
 
 
@@ -292,7 +292,7 @@ def test_a_download_of_one_byte_per_read_keeps_no_core_busy(byte_by_byte, certif
     with (
         contextlib.closing(Client(endpoint, lambda: Key(KEY))) as fetching,
         Effort() as effort,
-        pytest.raises(FetchError, match="no end after 5 seconds"),
+        pytest.raises(FetchError, match="not finished after 5 seconds"),
     ):
         fetching.fetch(f"{byte_by_byte}/x.png", lambda _: None, 100_000_000, 5)
     assert effort.work < 1
@@ -310,7 +310,7 @@ def test_a_name_server_that_never_responds_takes_no_longer_than_the_download_may
     with (
         contextlib.closing(fetching),
         Effort() as effort,
-        pytest.raises(FetchError, match=r"no end after 1\.5 seconds"),
+        pytest.raises(FetchError, match=r"not finished after 1\.5 seconds"),
     ):
         fetching.fetch("https://images.example/x.png", lambda _: None, 1000, 1.5)
     released.set()

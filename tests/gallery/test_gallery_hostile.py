@@ -333,7 +333,7 @@ def test_a_forged_result_file_links_only_to_names_of_images(shelf: Shelf, name: 
     forged(shelf, name, plain_image(), folder)
     shelf.gallery().write()
     shown = shelf.jobs[0]["inputs" if folder == "errors" else "images"][0]
-    assert shown["problem"] == "has not the name of a PNG, JPEG or WebP file"
+    assert shown["problem"] == "does not have the name of a PNG, JPEG or WebP file"
     assert not {"href", "thumb"} & shown.keys()
     assert shelf.thumbs == []
 

@@ -225,7 +225,7 @@ def test_check_and_estimate_name_the_file_and_both_ways_out(station):
         "ignore",
         "ignore",
     ]
-    assert any("which does not use it and is refused for it" in line for line in lines)
+    assert any("which does not name it and is therefore refused" in line for line in lines)
 
 
 def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, sandbox):

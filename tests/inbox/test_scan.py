@@ -431,7 +431,7 @@ def test_a_prompt_is_refused_beside_an_image_that_may_be_meant_and_both_are_name
     looking.wall += 60
     seen = looking.look()
     assert [(candidate.images, candidate.unused) for candidate in seen.ready] == [((), ("cat-2.png",))]
-    reason = "may be meant as an image of cat.prompt.txt, which does not use it and is refused for it"
+    reason = "may be meant as an image of cat.prompt.txt, which does not name it and is therefore refused"
     assert seen.ignored == {"cat-2.png": reason}
 
 
@@ -523,7 +523,7 @@ def test_sub_folders_are_left_alone_if_that_is_asked_for(tmp_path):
     looking.wall += 60
     seen = looking.look()
     assert [candidate.source for candidate in seen.ready] == ["dog.prompt.txt"]
-    assert seen.ignored == {"a": "a folder, and inbox.recursive is off"}
+    assert seen.ignored == {"a": "a folder; inbox.recursive is off"}
 
 
 def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(looking):
@@ -836,7 +836,7 @@ def test_of_more_folders_of_one_owner_than_are_scanned_the_others_are_named(tmp_
         looking.write(f"b{number}/p.prompt.txt")
     seen = looking.look()
     assert len(seen.folders) == 11
-    assert set(seen.ignored.values()) == {"a folder beyond the 10 of one owner that are scanned"}
+    assert set(seen.ignored.values()) == {"a folder that is not scanned, because its owner has more than 10 folders"}
     assert seen.ignored.total == 7
     for number in range(8):
         (tmp_path / f"b{number}/p.prompt.txt").unlink()

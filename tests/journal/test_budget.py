@@ -400,9 +400,9 @@ def test_a_refusal_names_the_setting_and_what_is_spent_reserved_and_asked_and_wh
     assert budget.reserve("b", asked()) is None
     spend(ledger, "c", NOON, 25)
     message = budget.reserve("d", asked()).message
-    assert message.startswith("limits.credits_per_day is 100: 65 are spent, 40 are reserved for what is in flight,")
+    assert message.startswith("limits.credits_per_day is 100: 65 are spent, 40 are reserved for requests in flight,")
     assert "this request may cost 40" in message
-    assert message.endswith("it ends 2026-04-01T00:00Z")
+    assert message.endswith("the period ends 2026-04-01T00:00Z")
 
 
 def test_after_one_huge_charge_a_cap_still_refuses(ledger, clock):
