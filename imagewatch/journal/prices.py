@@ -49,7 +49,7 @@ class Expected:
     """What a request may cost, credits for all its images.
 
     Attributes:
-        high: The most that was charged for one like it; this is reserved for it.
+        high: The most that was charged for a similar request; this is reserved for it.
         why: Where ``high`` comes from, as the end of a sentence.
         low: The least; None if nothing like it was charged.
         usual: The median.
@@ -78,7 +78,7 @@ def expected(asked: Asked, charges: Mapping[str, Sequence[float]], assumed: floa
     """
     if of_kind := charges.get(asked.kind):
         low, usual, high = (_times(one, asked.n) for one in (min(of_kind), median(of_kind), max(of_kind)))
-        return Expected(high, "the highest charge of the last 30 days for one like it", low, usual, len(of_kind))
+        return Expected(high, "the highest charge of the last 30 days for a similar request", low, usual, len(of_kind))
     if others := [max(some) for some in charges.values() if some]:
         return Expected(_times(max(others), asked.n), f"the highest charge of the last 30 days of {asked.provider}")
     return Expected(_times(assumed, asked.n), f"limits.assumed_credits, because no charge of {asked.provider} is known")

@@ -1345,7 +1345,7 @@ def test_a_balance_that_comes_slowly_is_not_waited_for_longer_than_its_timeout(t
     with Scripted(dribbling) as server:
         folders = Folders(tmp_path, server.base_url, endpoint__timeout_seconds="0.5")
         result = command(folders, "check", "--balance")
-    assert (result.returncode, "no end after 0.5 seconds" in result.stdout) == (0, True)
+    assert (result.returncode, "not finished after 0.5 seconds" in result.stdout) == (0, True)
 
 
 def test_a_balance_is_requested_without_compression(tmp_path):

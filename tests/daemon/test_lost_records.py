@@ -100,7 +100,7 @@ def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
         shutil.rmtree(path.parent)
     until(lambda: killed.finished() == {"cat": "errors"}, timeout=40)
     assert "requested before" in killed.error("sub/cat")["message"]
-    assert "for another image save the prompt again" in killed.error("sub/cat")["next"]
+    assert "for another image, save the prompt again" in killed.error("sub/cat")["next"]
     if comes == "brought by a sync tool":
         (killed.root / "copy").rename(killed.inbox / "sub/cat.prompt.txt")
         daemon.wait_for("redelivered")  # once, however often it comes

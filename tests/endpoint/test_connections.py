@@ -335,7 +335,7 @@ def test_the_charge_is_unknown_at_the_deadline_if_a_server_reads_and_never_respo
         exchange.linger()
 
     with served_by(tmp_path, script, endpoint__deadline_seconds="1.5") as station:
-        charge_unknown(station, SMALL, "no end after 1.5 seconds")
+        charge_unknown(station, SMALL, "not finished after 1.5 seconds")
 
 
 def test_the_charge_is_unknown_at_the_read_timeout_if_a_server_reads_and_never_responds(tmp_path):

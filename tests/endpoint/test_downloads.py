@@ -566,7 +566,7 @@ def test_an_image_that_its_host_compressed_is_published_uncompressed(tmp_path, c
 def test_an_image_in_an_unrequested_coding_is_not_downloaded(tmp_path, coding):
     reply = response(b"\x28\xb5\x2f\xfd" + IMAGE, b"Content-Encoding: " + coding)
     with host(reply) as images, responding_with(tmp_path, images.base_url + "/x?sig=1") as station:
-        not_fetched(station, f"encoded as {coding.decode()!r}", "we did not ask for")
+        not_fetched(station, f"has the encoding {coding.decode()!r}", "was not requested")
     assert images.connections == 1
 
 

@@ -381,7 +381,7 @@ def test_an_image_with_an_orientation_tag_is_sent_as_stored_and_check_reports_it
     originals = {"x.prompt.txt": '+++\ninput_images = ["a.jpg", "b.png"]\n+++\na cat', "a.jpg": content, "b.png": IMAGE}
     drop(station, originals)
     reasons = [line.why for line in explained(station.config()) if line.what == "x.prompt.txt"]
-    assert reasons == ["gemini, with a.jpg, b.png; sent as stored, not turned by the EXIF orientation: a.jpg (6)"]
+    assert reasons == ["gemini, with a.jpg, b.png; sent as stored, without applying the EXIF orientation: a.jpg (6)"]
     station.work()
     receipt = completed(station, "x", originals, "x.jpg")
     assert [item.get("orientation") for item in receipt["inputs"]] == [6, None]

@@ -601,7 +601,7 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
     "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
     "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|unexpected files"),
     "images are synced before the decision": ("text only", _images_are_not_synced, 1, "its receipt says"),
-    "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "its record is missing"),
+    "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "the job record is missing"),
     "attempts have rows before the next": ("busy, then completed", _without(Completion, "busy"), 1, "has no row"),
 }
 

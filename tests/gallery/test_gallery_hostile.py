@@ -150,7 +150,7 @@ def test_the_page_is_written_before_many_slow_images_are_done(shelf: Shelf):
             seen.append(sorted(one["images"][0].get("problem", "") for one in shelf.jobs))
 
     Gallery(load(None, shelf.environ()), seconds=0).write(check_page)
-    waiting = "its thumbnail is not made yet"
+    waiting = "its thumbnail is not created yet"
     assert seen == [["", waiting, waiting], ["", "", waiting]]
     assert len(shelf.thumbs) == 3
 
