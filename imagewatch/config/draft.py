@@ -82,7 +82,7 @@ class Draft(Tables):
         """Return a path absolute: relative ones begin at the configuration's folder."""
         expanded = expanded_home(path, self.environ)
         if path.startswith("$"):
-            hint = "write the path itself; for a folder whose name begins with $, write ./$NAME"
+            hint = "write the path, or ~ for your home folder; for a folder whose name begins with $, write ./$NAME"
             self._wrong(field, "begins with $, but variables are not expanded", hint)
         if expanded.startswith("~"):
             self._wrong(field, "names the home of an unknown user", "write ~/ or an absolute path")

@@ -71,7 +71,7 @@ def test_the_family_overrides_input_images(tmp_path, sandbox):
 
 def test_a_model_of_no_known_family_without_a_provider_is_refused_unpaid_with_the_next_step(folders, sandbox):
     error = refused(folders, sandbox, 'model = "dall-e-9"')
-    assert '"dall-e-9" is of no known family' in error["message"]
+    assert '"dall-e-9" belongs to no known family' in error["message"]
     assert 'provider = "openai"' in error["message"]
 
 
@@ -79,7 +79,7 @@ def test_a_model_of_no_known_family_without_a_provider_is_refused_unpaid_with_th
 def test_check_names_a_model_of_no_known_family_that_is_set_without_a_provider(folders, table):
     set_up(folders, f'[{table}]\nmodel = "dall-e-9"')
     result = " ".join(command(folders, "check").stdout.split())
-    assert f'wait {table} model: "dall-e-9" is of no known family' in result
+    assert f'warn {table} model: "dall-e-9" belongs to no known family' in result
     set_up(folders, f'[{table}]\nmodel = "dall-e-9"\nprovider = "openai"')
     assert "known family" not in command(folders, "check").stdout
 

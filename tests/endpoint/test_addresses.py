@@ -146,7 +146,7 @@ def test_a_private_address_in_any_notation_is_not_connected_to(wire, host):
     "url", ["https://a.example:70000/", "https://a%20b/", "https://[::1/", "https://", "https://a:b/"]
 )
 def test_an_ambiguous_url_is_not_downloaded(wire, url):
-    assert "url" in refusal(url, resolver=Resolver([PUBLIC]))
+    assert "URL" in refusal(url, resolver=Resolver([PUBLIC]))
     assert wire.tried == []
 
 
