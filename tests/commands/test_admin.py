@@ -135,7 +135,7 @@ def test_a_manual_hold_keeps_prompts_until_release_across_restarts(tmp_path, run
     folders = Folders(tmp_path, sandbox.base_url, inbox__watch=watch, inbox__rescan_seconds="0.2")
     daemon = run(folders)
     said = command(folders, "hold", "stock-taking until noon")
-    assert (said.returncode, said.stdout.splitlines()[0].split(".")[0]) == (0, "Held")
+    assert (said.returncode, said.stdout.splitlines()[0].split(".")[0]) == (0, "On hold")
     held = daemon.wait_for("held")
     assert (held["kind"], held["reason"], "imagewatch release" in held["next"]) == (
         "manual",
@@ -159,14 +159,14 @@ def test_a_manual_hold_keeps_prompts_until_release_across_restarts(tmp_path, run
 def test_hold_and_release_reach_a_daemon_that_is_not_running_when_it_starts(folders, run, sandbox):
     assert run(folders).stop() == 0
     said = command(folders, "hold")
-    assert (said.returncode, "not running; when it starts, it sends nothing" in said.stdout) == (0, True)
+    assert (said.returncode, "not running. When it starts, it sends nothing" in said.stdout) == (0, True)
     folders.prompt("cat", "A cat")
     daemon = run(folders)
     waiting(folders, 1)
     assert (held_for(folders), requests(sandbox)) == (["manual"], 0)
     assert daemon.stop() == 0
     said = command(folders, "release")
-    assert (said.returncode, "when it starts, it sends prompts again" in said.stdout) == (0, True)
+    assert (said.returncode, "When it starts, it sends prompts again" in said.stdout) == (0, True)
     daemon = run(folders)
     until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.events("held") == []
@@ -824,7 +824,7 @@ def test_estimate_before_the_first_start_says_what_is_missing(tmp_path, sandbox)
     folders.inbox.rmdir()
     result = command(folders, "estimate")
     assert (result.returncode, f"no such inbox: {folders.inbox}" in result.stderr) == (74, True)
-    assert "the daemon creates the folders when it first starts" in result.stderr
+    assert "the daemon creates the folders at its first start" in result.stderr
 
 
 def test_estimate_needs_no_network_and_uses_only_charges_in_this_ledger(folders, sandbox):

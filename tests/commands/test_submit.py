@@ -786,7 +786,7 @@ def test_json_is_the_same_as_format_json_and_excludes_other_formats(sender, watc
     (result,) = json.loads(done.stdout)
     assert (result["destination"], result["source"]) == ("outbox", "cat.prompt.txt")
     refused = sender.submit("A cat", "--json", "--format", "markdown", "--wait")
-    assert (refused.returncode, "exclude each other" in refused.stderr) == (64, True)
+    assert (refused.returncode, "cannot be used together" in refused.stderr) == (64, True)
 
 
 def test_every_problem_is_reported_with_its_error_file(sender, folders, start):
@@ -820,7 +820,7 @@ def test_a_charged_response_without_an_image_is_reported_with_its_price(sender, 
     done = sender.submit("A cat [sandbox: no-images]", "--name", "cat", "--wait")
     assert (done.returncode, done.stdout) == (1, "")
     assert "cat.prompt.txt: charged: " in done.stderr
-    assert "imagewatch retry cat reads it again, free of charge" in done.stderr
+    assert "imagewatch retry cat reads the saved response again, free of charge" in done.stderr
     assert done.stderr.endswith(f"0 images, {call(sandbox)['credits']} credits.\n")
 
 
@@ -1083,7 +1083,7 @@ class TestAnotherUser:
         file.parent.chmod(0o711)
         done = shared.submit("--from", str(file), before=self.AS_USER)
         assert done.returncode == 64
-        assert "cat.prompt.txt: its folder cannot be listed: Permission denied (name its images by" in done.stderr
+        assert "cat.prompt.txt: its folder cannot be listed: Permission denied (name its images with" in done.stderr
         assert shared.dropped() == []
 
     def test_a_user_who_may_not_enter_the_outbox_gets_an_error_before_anything_is_dropped(self, shared):

@@ -211,9 +211,9 @@ def test_a_file_in_the_way_of_results_is_reported_before_anything_is_paid_for(
     until(lambda: folders.finished() == {"dog": "outbox"})
     event = daemon.wait_for("ignored")
     assert event["file"] == "sub/deep/cat.prompt.txt"
-    assert f"{destination}/sub is in the way" in event["reason"]
+    assert f"{destination}/sub is not a folder" in event["reason"]
     checked = command(folders, "check")
-    assert f"{destination}/sub is in the way" in checked.stdout
+    assert f"{destination}/sub is not a folder" in checked.stdout
     assert sandbox.report()["requests"] == 1
     (folders.root / destination / "sub").unlink()
     until(lambda: len(list(folders.outbox.rglob("cat.receipt.toml"))) == 1)

@@ -56,13 +56,13 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     lines = [line.split(maxsplit=2) for line in command(killed, "check").stdout.splitlines()]
     assert [line for line in lines if line[0] == "take"] == []
     assert ["wait", "sub/cat.prompt.txt"] in [line[:2] for line in lines]
-    assert any(line[:2] == ["wait", "job"] and "cat.prompt.txt is stuck" in line[2] for line in lines)
+    assert any(line[:2] == ["warn", "job"] and "cat.prompt.txt is stuck" in line[2] for line in lines)
     until(lambda: "cat" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
     if what == "record":
-        assert "sub/cat.prompt.txt: sent " in event["reason"]
+        assert "sub/cat.prompt.txt, sent " in event["reason"]
         assert "a possible second charge" in event["next"]
 
 

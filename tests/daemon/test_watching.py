@@ -256,7 +256,7 @@ def test_if_results_cannot_be_written_nothing_is_paid_for(
     over(shared, "three")
     until(lambda: len(daemon.events("ignored")) == 2)
     for line in daemon.events("ignored"):
-        assert f"cannot be put into {shared.outbox / 'sub'}" in line["reason"]
+        assert f"may not write to {shared.outbox / 'sub'}" in line["reason"]
     (shared.outbox / "sub").chmod(0o777)
     over(shared, "one", "two", "three")
     assert daemon.stop() == 0

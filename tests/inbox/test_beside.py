@@ -216,7 +216,7 @@ def test_check_and_estimate_name_the_file_and_both_ways_out(station):
     station.prompt("cat", "A cat")
     for name in ("check", "estimate"):
         lines = command(station, name).stdout.splitlines()
-        (line,) = [line for line in lines if "cat.prompt.txt" in line and "is refused for it" not in line]
+        (line,) = [line for line in lines if "cat.prompt.txt" in line and "therefore refused" not in line]
         assert "cat.MP.jpg: may be meant as an image, and is not used" in line
         assert name == "estimate" or "input_images = []" in line
     lines = command(station, "check").stdout.splitlines()

@@ -72,8 +72,8 @@ WITHOUT_RESPONSE = ["drop", "reset", "drop-headers"]
 # tag, file ending of the raw response, content, remark, credits in the result file
 UNREADABLE = [
     ("b64, truncate", "json", b'"b64_json"', "cut short", None),
-    ("not-json", "bin", b"<!DOCTYPE html>", "not the JSON object", None),
-    ("not-object", "json", b'["no object"]', "not the JSON object", None),
+    ("not-json", "bin", b"<!DOCTYPE html>", "not a JSON object", None),
+    ("not-object", "json", b'["no object"]', "not a JSON object", None),
     ("no-images", "json", b'"images": []', "asked for 1, got 0", 134),
     ("fewer", "json", b'"images": []', "asked for 1, got 0", 134),
     ("bad-base64", "json", b"*", "base64 is broken", 134),
@@ -473,7 +473,7 @@ def test_a_charged_response_without_an_image_is_kept_completely(station, sandbox
     assert error["status"] == 200
     assert error.get("credits_charged") == cost
     assert "do not send it again" in error["next"]
-    assert "imagewatch retry x reads it again" in error["next"]
+    assert "imagewatch retry x reads the saved response again" in error["next"]
     assert inside in (station.errors / f"x.answer.{ending}").read_bytes()
     assert (outcome.destination, outcome.charged) == ("errors", "yes")
     row = row_of(station)

@@ -494,7 +494,7 @@ def test_after_hold_reports_that_it_is_applied_nothing_is_sent_however_slow_the_
     daemon = slow()
     until(lambda: is_writing(folders))
     held = command(folders, "hold")
-    assert (held.returncode, held.stdout.partition(".")[0]) == (0, "Held")
+    assert (held.returncode, held.stdout.partition(".")[0]) == (0, "On hold")
     go_on(tmp_path / "gate")
     until(lambda: folders.names("inbox") == ["cat.prompt.txt"] and folders.leftovers() == [])
     assert (sandbox.report()["requests"], folders.finished()) == (0, {})

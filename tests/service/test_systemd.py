@@ -958,7 +958,7 @@ def test_a_check_by_root_does_not_call_the_key_of_a_healthy_service_bad(started)
     result = started.container.run("imagewatch", "check").stdout
     assert "bad " not in result
     (key,) = (line for line in result.splitlines() if line.split()[1] == "key")
-    assert key.startswith("wait")
+    assert key.startswith("warn")
     command = key.partition("to check it, run as root: ")[2].rstrip(")")
     assert "from systemd credential letta_api_key" in started.container.run("sh", "-c", command).stdout
 
