@@ -1,8 +1,10 @@
-"""Whether another request may be sent now: every reason to wait in one place.
+"""Whether the queue is on hold: it begins holds and ends them, and lets the first byte of a request leave.
 
-It belongs to the main thread. Workers enter ``leaving`` at the first byte of a request, ask whether their job reports
-an account-level refusal (``Holds.may_report``), or say that it could not (``Holds.not_reported``). The log names each
-hold when it begins, with the next step, and when it ends.
+Caps (``caps``), free slots (``jobs``) and folders with a stuck job (``intake``) are other reasons to wait. ``dispatch``
+combines all of them.
+
+It belongs to the main thread. Workers call only ``leaving``, ``may_report`` and ``not_reported``. The log names each
+hold when it begins, with the next step. It also names the end of each hold, except of ``busy`` and ``rate``.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config.schema import Limits
+    from imagewatch.daemon.jobs import Job
     from imagewatch.job.spool import Spool
     from imagewatch.journal.control import Control
     from imagewatch.journal.holds import Hold, Holds
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 _KEY_SECONDS = 2.0
 """How often the key file is checked while the account refuses requests, seconds."""
 _MOST_BROKEN = 2
-"""So many prompts in a row may have their upload cut off; after more, the cause is taken to be the network."""
+"""After more cut-off uploads in a row than this, the network is taken to be the cause."""
 _MOST_CAUSES = 10
 """The log names at most so many causes of one hold; the status has the newest one."""
 _NONE = ("", 0, "")
@@ -88,7 +91,7 @@ class Admission:
         self.burst = BurstGuard(monotonic)
         self._held_by: dict[str, SpoolError] = {}
         self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were logged
-        self._is_proved = False  # whether the ledger was written once, so that the first prompt does not find out
+        self._is_proved = False  # whether the ledger was written once, before the first prompt
         self.may_report, self.not_reported = holds.may_report, holds.not_reported
         self.disk_failed = False
         self._broken: set[str] = set()
@@ -168,7 +171,7 @@ class Admission:
         if self._holds.has("disk") and not self._holds.waits("disk", self._now()) and not self._held_by:
             self.has_room()
 
-    def failed_alone(self, job: str, error: SpoolError) -> bool:
+    def works_for_others(self, job: Job, error: SpoolError) -> bool:
         """Return whether our disks work although a job cannot continue; if not, hold the queue.
 
         If they work, the cause is in this job's own files, which another user may have put there; the others continue.
@@ -179,7 +182,9 @@ class Admission:
                 self._spool.require_folders()
             except SpoolError as cause:  # another state folder has its name: nothing in that one is ours
                 error = cause
-            self.hold_for(job, error)
+            if job.id not in self._held_by and error.code:  # others were logged already
+                _log.error("stuck", **job.names, reason=str(error), next=error.hint, retried="automatically")
+            self.hold_for(job.id, error)
             return False
         if error.code in FULL:  # a small probe may succeed where images do not
             self.failed(error)
@@ -188,8 +193,6 @@ class Admission:
 
     def hold_for(self, job: str, error: SpoolError) -> None:
         """Hold the queue until a job continues, also if a write probe succeeds meanwhile."""
-        if job not in self._held_by and error.code:  # others were logged already
-            _log.error("stuck", job=job, reason=str(error), next=error.hint, retried="automatically")
         self._held_by[job] = error
         self.failed(error)
 

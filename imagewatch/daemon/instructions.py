@@ -63,8 +63,9 @@ class Instructions:
         parts = self._parts
         is_read = job in parts.jobs  # asked for twice, or before a crash
         if not is_read and parts.spool.reopen(job):
-            _log.info("response_reread", job=job)
-            parts.jobs.defer(Job(job, parts.spool.key(job)), 0.0)
+            reopened = Job(job, parts.spool.key(job))
+            _log.info("response_reread", **reopened.names)
+            parts.jobs.defer(reopened, 0.0)
             self._results.count_left()
             parts.status.change()
         elif not is_read:

@@ -58,7 +58,7 @@ class Intake:
     Args:
         folders: The inbox, and the folders of its results.
         control: The folder for requests of commands; it is watched, too.
-        ring: Called in the watcher's thread when there are change events.
+        wake: Called in the watcher's thread when there are change events.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.
         tops: The folders that were opened.
@@ -73,7 +73,7 @@ class Intake:
         self,
         folders: Folders,
         control: str,
-        ring: Callable[[], None],
+        wake: Callable[[], None],
         clock: Callable[[], float],
         monotonic: Callable[[], float],
         tops: Tops,
@@ -83,7 +83,7 @@ class Intake:
         self._folders = folders
         self._clock = clock
         self._now = monotonic
-        self._watching = Watching(control, ring)
+        self._watching = Watching(control, wake)
         self._left_out: set[Key] = set()
         self._result_at = 0.0
         self._scan: InboxScan

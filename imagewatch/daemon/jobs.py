@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from imagewatch.inbox.candidate import ANYWHERE, JobKeys, first_level
+from imagewatch.protocol.names import SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -19,9 +20,9 @@ if TYPE_CHECKING:
     from imagewatch.inbox.candidate import Key
 
 _FIRST_RETRY, _LONGEST_RETRY = 5.0, 300.0
-"""How long a job that fails alone waits before the first retry, and at most before any, seconds."""
-_MOST_ALONE = 2
-"""So many jobs from the inbox itself fail alone before it is closed; for another folder one is enough."""
+"""How long a job that is stuck waits before the first automatic retry, and at most before any, seconds."""
+_MOST_STUCK = 2
+"""So many jobs from the inbox itself are stuck before it is closed; for another folder one is enough."""
 
 
 class State(enum.Enum):
@@ -52,7 +53,7 @@ class Job:
         state: Where it is.
         at: Monotonic time at which it is carried on if it is deferred, seconds.
         need: What else it needs if it is deferred.
-        retry_seconds: How long it waits for its next retry if it fails alone; 0: it does not fail.
+        retry_seconds: How long it waits for its next automatic retry if it is stuck; 0: it is not, or needs a person.
     """
 
     id: str
@@ -69,8 +70,15 @@ class Job:
 
     @property
     def fails(self) -> bool:
-        """Whether it fails alone, for a reason that does not concern other jobs; it is retried automatically."""
+        """Whether it is stuck because of its own files, and retried automatically."""
         return self.retry_seconds > 0
+
+    @property
+    def names(self) -> dict[str, str]:
+        """The fields of a log event about it: its id and, if its record can be read, the path of its prompt."""
+        if self.key is None or self.key[0] == ANYWHERE:
+            return {"job": self.id}
+        return {"job": self.id, "source": "/".join(part for part in self.key if part) + SUFFIX}
 
 
 class Jobs:
@@ -110,8 +118,8 @@ class Jobs:
         job.at, job.need = at, need
         self._put(job, State.DEFERRED)
 
-    def retry_alone(self, job: Job, now: float) -> None:
-        """Let a job wait that fails alone, each time for twice as long."""
+    def retry_stuck(self, job: Job, now: float) -> None:
+        """Let a job wait that is stuck, each time for twice as long."""
         job.retry_seconds = min(2 * job.retry_seconds, _LONGEST_RETRY) if job.fails else _FIRST_RETRY
         self.defer(job, now + job.retry_seconds)
 
@@ -124,9 +132,9 @@ class Jobs:
         """Leave a job to a person. Its stem stays taken: it may be paid for, and be delivered again."""
         self._put(job, State.LEFT)
 
-    def forget(self, job: str) -> None:
-        """Forget a job of which nothing is left."""
-        del self._jobs[job]
+    def forget(self, job: str) -> Job:
+        """Forget a job of which nothing is left, and return it."""
+        return self._jobs.pop(job)
 
     def free_name(self, key: Key | None, now: float) -> None:
         """Carry on the jobs that wait for this name: it may be free now."""
@@ -180,7 +188,7 @@ class Jobs:
 
     @property
     def any_fails(self) -> bool:
-        """Whether a job fails alone."""
+        """Whether a job is stuck and retried automatically."""
         return any(job.fails for job in self._jobs.values())
 
     # What may be done
@@ -190,10 +198,10 @@ class Jobs:
         return JobKeys({job.key for job in self._jobs.values() if not _waits_for_name(job)})
 
     def closed_folders(self) -> frozenset[str]:
-        """Return the folders out of which nothing may be claimed, as a job from there fails alone."""
+        """Return the folders out of which nothing may be claimed, because a job from there is stuck."""
         folders = [job.key[0] for job in self._jobs.values() if job.fails and job.key]
         # One prompt in the inbox itself may have a fault of its own; if there are more, the others may have it, too.
-        return frozenset(folder for folder in folders if folder or folders.count("") >= _MOST_ALONE)
+        return frozenset(folder for folder in folders if folder or folders.count("") >= _MOST_STUCK)
 
     def may_send(self, slots: int) -> bool:
         """Return whether a worker may have a job that sends a request. A job that is only delivered uses no slot.

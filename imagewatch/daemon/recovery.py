@@ -31,8 +31,9 @@ class Recovery:
     def begin(self) -> None:
         """Take up every job that left something; for the start, before anything is sent."""
         for job in self._parts.spool.unfinished():
-            _log.info("recovered", job=job)
-            self._parts.jobs.defer(Job(job, self._parts.spool.key(job)), 0.0)
+            recovered = Job(job, self._parts.spool.key(job))
+            _log.info("recovered", **recovered.names)
+            self._parts.jobs.defer(recovered, 0.0)
             self._reserve(job)
         self.close_lost()  # before anything is sent: what they may have cost counts
 

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from imagewatch.daemon.recovery import Recovery
 
 _MOST_LEFT = 3
-"""So many jobs may be left to a person before nothing is sent any more: the next ones may be paid for in vain, too."""
+"""If so many jobs need a person, nothing is sent any more: the next ones might also be charged without a result."""
 _LEFT = "left"
-"""In the place of a job: those that are left to a person hold the queue."""
+"""In the place of a job id: all jobs that need a person hold the queue together."""
 _LEFT_HINT = "the log has the reason and the next step for each; to continue without them, run: imagewatch release"
 _log = structlog.get_logger()
 
@@ -47,7 +47,7 @@ class Results:
         self.failed = 0
 
     def take(self, message: Finished) -> None:
-        """Take what a worker has come to."""
+        """Handle the result of a worker."""
         job = self._jobs.take(message.job)
         self._parts.caps.soon()
         self._parts.status.change()
@@ -59,7 +59,7 @@ class Results:
             self._failed(job, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
-            _log.exception("internal_error", job=job.id, next="report this as a bug")
+            _log.exception("internal_error", **job.names, next="report this as a bug")
             self._parts.budget.unplan(job.id)
             self._leave(job)
             return
@@ -70,44 +70,45 @@ class Results:
     # A job that failed at our own disk
 
     def _failed(self, job: Job, error: SpoolError) -> None:
-        """Let a job wait that failed at our own disk. Unless it fails alone, nothing is sent until it is retried.
+        """Let a job wait that failed at our own disk.
 
-        It fails alone where a write probe succeeds immediately: a file in its way, a permission. Other prompts of its
-        folder may fail for the same reason after they were paid for, so none of them is claimed.
+        If a test file can be written, only this job is affected: a file is in its way, or a permission is missing. The
+        queue continues, but nothing is claimed from the job's folder: the same may happen to other prompts of that
+        folder after they were paid for. If no test file can be written, the queue is on hold.
         """
         if error.code == 0:
-            _log.error("stuck", job=job.id, reason=str(error), next=error.hint)
+            _log.error("stuck", **job.names, reason=str(error), next=error.hint)
             self._leave(job)
-        elif self._parts.admission.failed_alone(job.id, error):
+        elif self._parts.admission.works_for_others(job, error):
             if not job.fails:
-                _log.error("stuck", job=job.id, reason=str(error), next=error.hint, retried="automatically")
-            self._jobs.retry_alone(job, self._parts.now())
+                _log.error("stuck", **job.names, reason=str(error), next=error.hint, retried="automatically")
+            self._jobs.retry_stuck(job, self._parts.now())
             self._close_folders()
         else:
             self._jobs.defer(job, self._parts.now() + DISK_SECONDS)
 
     def _continues(self, job: Job) -> None:
-        """Note that a job fails no more, if it did."""
+        """Note that a job is not stuck any more, if it was."""
         self._parts.admission.continues(job.id)
         if self._jobs.clear_failure(job):
             self._close_folders()
             self._parts.intake.scanner.soon(job.key)
 
     def _close_folders(self) -> None:
-        """Let nothing be claimed out of the folders of which a job fails alone."""
+        """Let nothing be claimed out of the folders that have a stuck job."""
         self._parts.status.change()
         self._parts.intake.closed = self._jobs.closed_folders()
 
-    # A job that is left to a person
+    # A job that needs a person
 
     def _leave(self, job: Job) -> None:
         self._continues(job)
         self._jobs.leave(job)
-        self._parts.budget.strand(job.id)
+        self._parts.budget.count_as_spent(job.id)
         self.count_left()
 
     def count_left(self) -> None:
-        """Hold the queue while there are many jobs that only a person can carry on."""
+        """Hold the queue while many jobs need a person."""
         left = self._jobs.left
         if len(left) >= _MOST_LEFT:
             jobs = ", ".join(sorted(left)[:_MOST_LEFT])
@@ -122,8 +123,7 @@ class Results:
         for job in self._jobs.left:
             if self._parts.spool.is_left(job):
                 continue
-            _log.info("unstuck", job=job, reason="none of its files are left")
-            self._jobs.forget(job)
+            _log.info("unstuck", **self._jobs.forget(job).names, reason="none of its files are left")
             self._recovery.record_removed()
             self.count_left()
             self._parts.intake.scanner.soon()

@@ -120,7 +120,7 @@ class Call:
             # Also with a later version of the library: addresses are checked only where we connect.
             raise RuntimeError("the HTTP library opened an unexpected connection")
 
-    def bears(self, size: int) -> bool:
+    def is_worth_reading(self, size: int) -> bool:
         """Return whether a body is worth its framing: with one byte in each chunk it is not.
 
         Args:

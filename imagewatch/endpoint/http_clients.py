@@ -127,7 +127,7 @@ def pieces(response: httpx.Response, call: Call, most: int) -> Iterator[bytes]:
         late += bool(call.reason)
         if late > _MOST_LATE_PIECES:
             raise httpx.ReadTimeout(call.reason)
-        if not call.bears(size):
+        if not call.is_worth_reading(size):
             raise httpx.RemoteProtocolError("its pieces are too small")
         if size > most:
             raise httpx.ReadError(f"it is larger than {most:,} bytes")

@@ -58,16 +58,16 @@ class Hints:
     The names of each folder are bounded, so that a storm of changes in one folder hides none in another.
 
     Args:
-        ring: Called in the watcher's thread when there is something, and not again until ``take`` has returned
+        wake: Called in the watcher's thread when there is something, and not again until ``take`` has returned
             everything.
     """
 
-    def __init__(self, ring: Callable[[], None]) -> None:
-        self._ring = ring
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
         self._lock = threading.Lock()
         self._folders: dict[str, dict[str, Change]] = {}
         self._count = 0
-        self._has_rung = False
+        self._has_woken = False
         self._has_lost = False
 
     def add(self, change: Change) -> None:
@@ -97,9 +97,9 @@ class Hints:
 
     def _rings(self) -> None:
         with self._lock:
-            rings, self._has_rung = not self._has_rung, True
+            rings, self._has_woken = not self._has_woken, True
         if rings:
-            self._ring()
+            self._wake()
 
     def take(self) -> list[Change]:
         """Return some changes, a few of each folder; rings again if there are more."""
@@ -114,9 +114,9 @@ class Hints:
                 if len(taken) >= _MANY:
                     break
             self._count -= len(taken)
-            rings = self._has_rung = bool(self._folders) or self._has_lost
+            rings = self._has_woken = bool(self._folders) or self._has_lost
         if rings:
-            self._ring()
+            self._wake()
         return taken
 
 

@@ -22,22 +22,22 @@ class Watching:
 
     Args:
         control: The folder for requests of commands.
-        ring: Called in the watcher's thread when there are changes to read.
+        wake: Called in the watcher's thread when there are changes to read.
 
     Attributes:
         control: The same folder.
         hints: The changes that the watcher has reported.
     """
 
-    def __init__(self, control: str, ring: Callable[[], None]) -> None:
+    def __init__(self, control: str, wake: Callable[[], None]) -> None:
         self._watch = "auto"
         self.control = control
-        self.hints = Hints(ring)
+        self.hints = Hints(wake)
         self._watcher = Watcher(self.hints.add, self.hints.lose)
         self._listen_at = 0.0
-        self._deaf = "there are no change events on this system"
+        self._why_no_events = "there are no change events on this system"
         self._problems: dict[str, str] = {}  # why folders cannot be watched, by whole path
-        self._told: object = None
+        self._logged: object = None
 
     def configure(self, watch: str) -> None:
         """Take a configuration.
@@ -64,12 +64,12 @@ class Watching:
             return False
         self._listen_at = now + POLL_SECONDS
         if self._watcher.problem:
-            self._deaf = "the thread that reads change events failed"
+            self._why_no_events = "the thread that reads change events failed"
             _log.error("watcher_restarted", reason=self._watcher.problem)
         try:
             self._watcher.start()
         except OSError as error:
-            self._deaf = f"no change events: {error.strerror or error}"
+            self._why_no_events = f"no change events: {error.strerror or error}"
             return False
         self._problems.clear()
         self.watch_control()
@@ -118,7 +118,7 @@ class Watching:
         if self._watch == "poll":
             return "inbox.watch is poll"
         if not self._watcher.alive():
-            return self._deaf
+            return self._why_no_events
         return (
             f"{kind}: changes by other computers may cause no events"
             if self._watch == "auto" and eventless(kind)
@@ -169,6 +169,6 @@ class Watching:
         mode = self.mode(kind, len(folders))
         now = (mode, self._why_all(kind), frozenset(self._problems.values()))
         bad = bool(self._problems) or (self._watch != "poll" and not self._watcher.alive())
-        if now != self._told and (self._told or bad):
+        if now != self._logged and (self._logged or bad):
             (_log.warning if bad else _log.info)("watch_mode", mode=mode, polled=self.why_polled(kind, folders))
-        self._told = now
+        self._logged = now

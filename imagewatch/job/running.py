@@ -57,7 +57,7 @@ class RunningJob:
         may_send: Whether a request may be sent.
         earlier: Number of the newest response that was there before: what it says of the account may be outdated.
         reason: What stopped it.
-        doubt: Why the result of a request is not known.
+        unknown_reason: Why the result of a request is not known.
         began: When it was started or resumed, seconds since the epoch.
         mtime_ns: The mtime that the prompt gets where it goes, nanoseconds; 0: it goes nowhere.
     """
@@ -72,7 +72,7 @@ class RunningJob:
     may_send: bool = True
     earlier: int = 0
     reason: Reason | None = None
-    doubt: str = ""
+    unknown_reason: str = ""
     began: float = 0.0
     mtime_ns: int = 0
 

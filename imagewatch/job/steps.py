@@ -281,7 +281,7 @@ class Steps:
         fate = self._sending.known(job.id, job.state.sent)
         if fate and fate.left is not Left.WHOLE:  # the disk did not accept it at first
             return self._after(job, fate)
-        known = job.doubt or (fate.message if fate else "")
+        known = job.unknown_reason or (fate.message if fate else "")
         message = known or "imagewatch ended after the request was sent and before the response was complete"
         self._completion.unknown(job, message, is_charged=fate is not None and fate.is_charged)
         return None

@@ -196,7 +196,7 @@ class Worker:
         bug = f"{type(error).__name__}: {error}"
         if job.record.attempts()[0] > job.state.sent:
             # While it was sent: what is on the disk now decides how the job continues.
-            job.doubt = f"a bug in imagewatch occurred while the request was in flight: {bug}"
+            job.unknown_reason = f"a bug in imagewatch occurred while the request was in flight: {bug}"
             return
         if job.state.sent or job.state.decided:
             raise SpoolError(

@@ -116,7 +116,7 @@ class Budget:
         self._in_flight: dict[str, float] = {}
         self._planned: set[str] = set()  # of these, jobs that have not asked to send anything yet
         self._resumed: dict[str, tuple[Asked, float]] = {}  # request and time of those whose cost is not known yet
-        self._stranded: list[tuple[float, float]] = []
+        self._assumed_spent: list[tuple[float, float]] = []
         self._recent: list[float] = []
         self._has_recent = False
 
@@ -231,14 +231,14 @@ class Budget:
             self._resumed.pop(job, None)
             self._planned.discard(job)
 
-    def strand(self, job: str) -> None:
+    def count_as_spent(self, job: str) -> None:
         """Count a reservation as spent now: its job does not continue in this process, so nothing may wait for it."""
         with self._lock:
             with contextlib.suppress(SpoolError):
                 self._catch_up()
             is_resumed = self._resumed.pop(job, None) is not None
             cost = self._in_flight.pop(job, self._limits.assumed_credits if is_resumed else 0.0)
-            self._stranded.append((self._clock(), cost))
+            self._assumed_spent.append((self._clock(), cost))
 
     def _catch_up(self) -> None:
         """Ask the ledger what was not needed before the first request."""
@@ -314,5 +314,5 @@ class Budget:
         if since not in memo.spent:
             known, unknown = self._books.spending(since)
             guessed = sum(self._cost(Asked(*one), now, memo).high for one in unknown)
-            memo.spent[since] = known + guessed + sum(cost for at, cost in self._stranded if at >= since)
+            memo.spent[since] = known + guessed + sum(cost for at, cost in self._assumed_spent if at >= since)
         return memo.spent[since]

@@ -235,6 +235,7 @@ def test_a_job_whose_results_cannot_be_written_waits_alone(tmp_path: Path, sandb
     daemon = blocked(folders, run, sandbox)
     stuck = daemon.wait_for("stuck")
     assert str(folders.outbox / "sub") in stuck["reason"]
+    assert stuck["source"] == "sub/cat.prompt.txt"
     for number in range(5):
         folders.prompt(f"dog{number}", "A dog")
     until(lambda: len(folders.finished()) == 5)
@@ -391,7 +392,7 @@ sys.exit(Daemon(load(None, os.environ), os.environ, disk=Bad()).run())
 """A daemon whose disk cannot read claimed files of some names, until a file is there."""
 
 
-def test_if_two_prompts_from_the_inbox_itself_fail_alone_no_more_is_claimed_out_of_it(
+def test_if_two_jobs_from_the_inbox_itself_are_stuck_no_more_is_claimed_out_of_it(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     script, repaired = tmp_path / "bad.py", tmp_path / "repaired"

@@ -143,9 +143,9 @@ def test_once_waits_behind_a_hold_only_for_jobs_that_need_no_request(need, may_c
     assert table.any_may_continue() == may_continue
 
 
-def test_once_does_not_wait_for_a_job_that_fails_alone_or_whose_name_is_not_free():
+def test_once_does_not_wait_for_a_stuck_job_or_one_whose_name_is_not_free():
     table = jobs()
-    table.retry_alone(Job("fails"), 0.0)
+    table.retry_stuck(Job("fails"), 0.0)
     table.defer(Job("name", ("", "cat")), 7.0, Need.NAME)
     assert not table.any_is_awaited(0.0)
     table.free_name(("", "dog"), 0.0)
@@ -154,14 +154,27 @@ def test_once_does_not_wait_for_a_job_that_fails_alone_or_whose_name_is_not_free
     assert table.any_is_awaited(0.0)
 
 
-# Jobs that fail alone
+# Stuck jobs that are retried automatically
 
 
-def test_a_job_that_fails_alone_waits_for_twice_as_long_each_time_and_at_most_five_minutes():
+@pytest.mark.parametrize(
+    ("key", "names"),
+    [
+        (("", "cat"), {"job": "a", "source": "cat.prompt.txt"}),
+        (("sub/deep", "cat"), {"job": "a", "source": "sub/deep/cat.prompt.txt"}),
+        ((ANYWHERE, "cat"), {"job": "a"}),
+        (None, {"job": "a"}),
+    ],
+)
+def test_a_log_event_about_a_job_has_its_path_if_that_is_known(key, names):
+    assert Job("a", key).names == names
+
+
+def test_a_stuck_job_waits_for_twice_as_long_each_time_and_at_most_five_minutes():
     table, job = jobs(), Job("a", ("sub", "a"))
     waits = []
     for _ in range(8):
-        table.retry_alone(table.take("a") if "a" in table else job, 100.0)
+        table.retry_stuck(table.take("a") if "a" in table else job, 100.0)
         waits.append(job.at - 100.0)
     assert waits == [5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 300.0, 300.0]
     assert table.stuck == {"a": ("sub", "a")}
@@ -172,18 +185,18 @@ def test_a_job_that_fails_alone_waits_for_twice_as_long_each_time_and_at_most_fi
 
 def test_a_folder_is_closed_while_a_job_from_it_fails_and_the_inbox_itself_only_for_two():
     table = jobs()
-    table.retry_alone(Job("a", ("sub/deep", "a")), 0.0)
-    table.retry_alone(Job("b", ("", "b")), 0.0)
-    table.retry_alone(Job("unknown"), 0.0)
+    table.retry_stuck(Job("a", ("sub/deep", "a")), 0.0)
+    table.retry_stuck(Job("b", ("", "b")), 0.0)
+    table.retry_stuck(Job("unknown"), 0.0)
     assert table.closed_folders() == {"sub/deep"}
-    table.retry_alone(Job("c", ("", "c")), 0.0)
+    table.retry_stuck(Job("c", ("", "c")), 0.0)
     assert table.closed_folders() == {"sub/deep", ""}
 
 
 def test_a_job_that_fails_again_and_again_is_shown_as_stuck_while_it_is_retried():
     table = jobs()
     job = Job("a", ("", "a"))
-    table.retry_alone(job, 0.0)
+    table.retry_stuck(job, 0.0)
     table.start(job)
     assert (table.stuck, table.at_work, table.any_fails) == ({"a": ("", "a")}, {"a": ("", "a")}, True)
 

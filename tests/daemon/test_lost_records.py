@@ -199,7 +199,8 @@ def test_a_request_whose_record_is_damaged_counts_below_the_caps(
     sent.write_bytes(b"{")
     killed.environ |= {"IMAGEWATCH_LIMITS__CREDITS_PER_DAY": "40", "IMAGEWATCH_LIMITS__ASSUMED_CREDITS": "30"}
     daemon = run(killed)
-    daemon.wait_for("stuck")
+    assert daemon.wait_for("recovered")["source"] == "sub/cat.prompt.txt"
+    assert daemon.wait_for("stuck")["source"] == "sub/cat.prompt.txt"
     killed.prompt("dog", "A dog")
     until(lambda: "credits_per_day is 40: 30 are spent" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 1

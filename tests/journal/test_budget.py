@@ -117,11 +117,11 @@ def test_a_request_without_a_job_counts_as_spent_that_day_and_is_not_waited_for(
     assert budget.reserve("a", asked()) is None
     assert budget.reserve("b", asked()) is None
     assert budget.reserve("c", asked()).kind == "reserved"
-    budget.strand("a")
+    budget.count_as_spent("a")
     budget.settle("b")
     assert budget.reserve("c", asked()) is None
     assert budget.reserve("d", asked()).kind == "reserved"
-    budget.strand("c")
+    budget.count_as_spent("c")
     assert budget.reserve("d", asked()).kind == "cap"
     clock.now += 12 * HOUR
     assert budget.reserve("d", asked()) is None
