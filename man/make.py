@@ -70,6 +70,8 @@ The configuration file.
 .B IMAGEWATCH_SECTION__KEY
 Any key of the configuration, such as
 .BR IMAGEWATCH_FOLDERS__ROOT .
+Those of a preset are
+.BR IMAGEWATCH_PRESETS__NAME__KEY .
 .SH EXAMPLES
 .TP
 Try everything, without a key and at no cost:

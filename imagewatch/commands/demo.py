@@ -53,8 +53,8 @@ _IMAGES = {"postcard.png": ("harbour", (58, 110, 150)), "postcard.1.png": ("boat
 def demo(folder: str) -> None:
     """Show everything on a local endpoint: no key, no cost.
 
-    Creates FOLDER (default: imagewatch-demo; if it exists, a number is added), drops six prompts into its inbox and
-    runs the daemon on them. No data leaves this machine.
+    Creates FOLDER (default: imagewatch-demo; if it exists, a number is added to the name), drops six prompts into its
+    inbox and runs the daemon on them. No data leaves this machine.
     """
     with progress(shown=sys.stderr.isatty()) as bar:
         lines = _play(folder, on_outcome=bar.finished, on_seen=bar.found)
@@ -66,7 +66,7 @@ def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callab
     """Create the folders, drop the prompts and run the daemon; return what to print.
 
     Args:
-        folder: The folder to create; if it exists, a number is added.
+        folder: The folder to create; if it exists, a number is added to its name.
         on_outcome: Called for each job that has ended.
         on_seen: Called with the number of prompts that wait.
 

@@ -22,8 +22,9 @@ from imagewatch.system.text import printable
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
     """Write a web page of all images, costs and failures.
 
-    The page is one HTML file for any browser, and needs no network. It is beside the outbox, its thumbnails are in
-    gallery_files. If root runs the command, it works with the rights of the owner of the page's folder.
+    The page is one HTML file for any browser, and needs no network. It is beside the outbox. Its thumbnails are in a
+    folder beside the page: gallery_files, or with --output NAME.html NAME_files. If root runs the command, it works
+    with the rights of the owner of the page's folder.
     """
 
     def report(written: Written) -> None:

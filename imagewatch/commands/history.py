@@ -56,7 +56,7 @@ def history(
 ) -> None:
     """Show completed, refused and unknown jobs and their cost.
 
-    The ledger has every job that ended. Days are UTC, as for the caps.
+    The ledger has every finished job. Days are UTC, as for the caps.
     """
     if as_json and as_csv:
         raise click.UsageError("--json and --csv cannot be used together")

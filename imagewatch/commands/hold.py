@@ -49,13 +49,14 @@ def hold(reason: str, path: str | None, *, as_json: bool) -> None:
 @json_option
 @config_option
 def release(path: str | None, *, as_json: bool, accept: bool) -> None:
-    """End all holds, also manual ones and those of the burst guard.
+    """End all holds except those of caps.
 
-    If the cause remains, the next request is refused again and the queue is on hold again. This costs nothing.
+    This includes manual holds and those of the burst guard. A cap is only checked again. If the cause of a hold
+    remains, the next request is refused again and the queue is on hold again. This costs nothing.
 
-    With --accept-new-ledger the daemon replaces a ledger that was deleted or is damaged by an empty one, or uses the
-    one that was put in its place. Caps and history then know only what is in it, and a prompt that a sync tool delivers
-    again may be charged again.
+    With --accept-new-ledger: if the ledger was deleted or is damaged, the daemon starts an empty one. If another one
+    was put in its place, the daemon uses that. Caps and history then use only what it contains. A prompt that a sync
+    tool delivers again may be charged again.
     """
     config = load_as_owner(path)
     control = control_of(config)

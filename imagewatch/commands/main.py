@@ -43,7 +43,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "hold": ("hold", "Put the queue on hold: nothing more is sent."),
     "init": ("init", "Write a configuration file with comments."),
     "once": ("once", "Process all prompts in the inbox, then exit."),
-    "release": ("hold", "End all holds, also manual ones and those of the burst guard."),
+    "release": ("hold", "End all holds except those of caps."),
     "retry": ("retry", "Put failed prompts back into the inbox."),
     "run": ("run", "Run the daemon: watch the inbox until stopped."),
     "sandbox": ("sandbox", "Run a local test endpoint that charges nothing."),
@@ -62,12 +62,15 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _EXIT_CODES = """\b
 Exit codes:
   0   success
-  1   a job failed (once, submit --wait), or a prompt was not put back (retry)
+  1   a job failed (once, submit --wait); a prompt was not put back (retry); a
+      claimed prompt cannot go back because a newer file has its name (once)
   64  the command line is wrong
   69  on hold (once, status); submit: dropped, but not known to be finished;
       do not run it again
-  70  internal error, or a job is stuck (once); check the folders first
-  74  a local disk is full, read-only or missing
+  70  internal error, or a job is stuck and needs a person (once);
+      check the folders first
+  74  a local disk is full, read-only or missing, or a job is stuck and is
+      retried automatically (once)
   75  another imagewatch uses this inbox
   78  the configuration is wrong"""
 
@@ -122,9 +125,9 @@ def load_command(name: str) -> click.Command:
 def cli() -> None:
     """A watched folder for paid image generation.
 
-    Drop NAME.prompt.txt into the inbox. The images and a receipt appear in the outbox. If the API refuses the prompt,
-    it appears in the errors folder with the API's message. imagewatch pays at most once per prompt and keeps every
-    response it receives.
+    Drop NAME.prompt.txt into the inbox. The images and a receipt appear in the outbox. A prompt that fails appears in
+    the errors folder, with the reason and whether it was charged. imagewatch pays at most once per prompt and keeps
+    every response it receives.
 
     New here? "imagewatch demo" shows everything in ten seconds, without a key.
     """

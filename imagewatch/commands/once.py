@@ -28,8 +28,10 @@ if TYPE_CHECKING:
 def once(path: str | None, *, as_json: bool) -> None:
     """Process all prompts in the inbox, then exit.
 
-    The command does not wait for the end of a hold (too few credits, key not accepted, …): it prints the reason and
-    exits with code 69. The prompts stay in the inbox.
+    If the API is busy, or requests_per_minute is reached, the command waits and then continues. At any other hold (too
+    few credits, key not accepted, …) it prints the reason and exits with code 69, or 74 if a local disk is the cause.
+    If the API refuses the account or the URL, the first refused prompt goes to the errors folder. The other prompts
+    stay in the inbox.
     """
     config = load_config(path)
     terminal = sys.stderr.isatty()

@@ -1,4 +1,4 @@
-"""The API key: where it comes from, and a value that does not show itself.
+"""The API key: where it comes from, and a type that hides it when printed.
 
 The key is read for each request, because tokens expire. No message of this module holds it.
 """
@@ -206,7 +206,7 @@ def _source(endpoint: Endpoint, environ: Mapping[str, str], timeout: float) -> _
     credential = os.path.join(folder, _CREDENTIAL)
     if command:
         field = "endpoint.api_key_command"
-        # Neither arguments, which may be secret, nor a word that is no program, which may be the key, are named.
+        # Arguments may be secret. If the first word is not a program, it may be the key. Neither is shown.
         program = command[0] if shutil.which(command[0], path=environ.get("PATH")) else ""
         label = f"api_key_command {program}".strip()
         step = "make api_key_command print a valid key; the daemon runs it again automatically"

@@ -11,10 +11,10 @@ The modules, in the order in which they are read::
     mailbox       messages of other threads and of signals to the loop
     signals       signals as messages
     jobs          the jobs of this process in one table: what may be sent, delivered, claimed
-    dispatch      what workers are given next
+    dispatch      what workers are given next: combines holds, caps, free slots and closed folders
     results       what follows from the result of a job
     recovery      what an earlier process left behind
-    admission     whether another request may be sent: every reason to wait, in one place
+    admission     holds: when they begin and end, and whether the first byte of a request may leave
     burst         whether too many prompts came at the same time
     arrivals      when prompts came, for that
     caps          which prompts wait at a cap, and why

@@ -19,7 +19,7 @@ import msgspec
 
 from imagewatch.config.validate import shown
 from imagewatch.endpoint.coding import UndecodableError, is_coding, plain
-from imagewatch.protocol.reasons import ERROR_OBJECT, KINDS, NOT_ADMITTED, QUOTA, RESPONSES, Reaction, Reason
+from imagewatch.protocol.reasons import JSON_OBJECT, KINDS, NOT_ADMITTED, QUOTA, RESPONSES, Reaction, Reason
 from imagewatch.system.errors import ChargeUnknown
 from imagewatch.system.masking import known
 
@@ -121,7 +121,7 @@ def _beginning(head: Head, sample: bytes) -> bytes:
 
 def _kind(status: int, body: object) -> str:
     """Return the first row of the table of reasons that fits a response."""
-    fitting = (kind.name for kind in RESPONSES if status in kind.statuses and _HOLDS[kind.statuses[status]](body))
+    fitting = (kind.name for kind in RESPONSES if status in kind.statuses and _CONTAINS[kind.statuses[status]](body))
     return next(fitting, "unknown")
 
 
@@ -132,13 +132,13 @@ def _names_quota(body: object) -> bool:
     return is_named or _find(body, "timeToQuotaResetMs", object) is not None
 
 
-_HOLDS: Final[dict[str, Callable[[object], bool]]] = {
+_CONTAINS: Final[dict[str, Callable[[object], bool]]] = {
     "": lambda _: True,
     QUOTA: _names_quota,
     NOT_ADMITTED: lambda body: _find(body, "admitted", bool) is False,
-    ERROR_OBJECT: lambda body: isinstance(body, dict) and bool(body),
+    JSON_OBJECT: lambda body: isinstance(body, dict) and bool(body),
 }
-"""Whether a body holds what a row of the table asks for."""
+"""Whether a body contains what a row of the table asks for."""
 
 
 def parse(raw: bytes) -> object:

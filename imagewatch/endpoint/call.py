@@ -121,7 +121,7 @@ class Call:
             raise RuntimeError("the HTTP library opened an unexpected connection")
 
     def is_worth_reading(self, size: int) -> bool:
-        """Return whether a body is worth its framing: with one byte in each chunk it is not.
+        """Return whether a body is worth reading: with one byte in each chunk it is mostly framing.
 
         Args:
             size: Bytes of the body so far.

@@ -181,7 +181,7 @@ class Pictures:
             for position, one in enumerate(waiting):
                 left = until - self._now()
                 if not rounds or left > 0:
-                    # A share, or one host that dribbles uses up the time of all.
+                    # Each gets a share of the time: a slow host must not use up the time of all.
                     self._try(one, round(max(left / (len(waiting) - position), _LEAST_SECONDS), 1))
             rounds += 1
             pause = min(0.25 * 2 ** min(rounds, 30), _LONGEST_PAUSE)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from imagewatch.system.folders import Descriptor
 
 _DEEPEST = 100
-"""Folders in each other; those further down are not shown."""
+"""Nesting depth of folders; those further down are not shown."""
 _MOST_NOTES = 50
 MOST_BYTES = 256 << 10
 """Of a result file, or of a prompt whose result file does not have its text."""

@@ -1,8 +1,9 @@
 """The inbox: change events, scans, which prompts are complete, and in which order they are claimed. Read-only.
 
-It promises that a prompt is offered only if it is complete and unchanged for ``settle_seconds``, with the images that
-belong to it, and that no user's files delay the prompts of others. Events make it faster: scans alone
-find everything.
+It promises that a prompt is offered only if it is complete, with the images that belong to it, and that no user's files
+delay the prompts of others. Complete means unchanged for ``settle_seconds``. A prompt that names its images and comes
+by a rename need not settle; its images need not either, if each is at most 64 MiB large and complete by its own
+structure. That needs change events. For all else they only make it faster: scans alone find everything.
 
 The modules, in reading order::
 

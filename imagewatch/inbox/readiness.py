@@ -68,7 +68,8 @@ class Readiness:
             return self._check_declared(folder, stem, declared)
         if self._waits_for(folder, stem, _missing(states)) or (unused := self._unused(folder, names)) is None:
             return None
-        # A transfer that died left an image unfinished: without it the prompt is refused, not bought without it.
+        # If a transfer ended early, an image is incomplete. The prompt is refused; otherwise it would be paid for
+        # without the image.
         images = (*names.images, *names.coming)
         found = Candidate(
             folder=folder.path, stem=stem, images=images, unused=unused, states=states, changed_at=changed
@@ -85,7 +86,7 @@ class Readiness:
         return self._files.states(folder, candidate.names)[0] == candidate.states
 
     def by_our_clock(self, folder: Folder, changed: float) -> float:
-        """Return a date that a file shows as the latest that it can be by our clock."""
+        """Convert a file's ctime to the latest possible time on our clock."""
         return changed if folder.is_local else changed + _SKEW_SECONDS
 
     def _found(self, folder: Folder) -> Found:
@@ -135,7 +136,7 @@ class Readiness:
         return True
 
     def _check_declared(self, folder: Folder, stem: str, declared: tuple[str, ...]) -> Candidate | None:
-        """Check a prompt that is settled, or whole by its rename, and names its images."""
+        """Check a prompt that names its images, and is settled or complete because it was renamed."""
         now, notes = self._moment.now, self._notes(folder)
         declared = tuple(self._files.spelled(folder.path, name) for name in declared)
         states, changed = self._files.states(folder.path, (stem + SUFFIX, *declared))
@@ -194,7 +195,7 @@ class Readiness:
         return tuple(uncertain)
 
     def _waits_until_unchanged(self, folder: Folder, stem: str, states: tuple[FileState, ...], changed: float) -> bool:
-        """Wait until files that may be meant do not change any more: the last change may give one its right name."""
+        """Wait until files that may be meant do not change any more: a rename may still be coming."""
         now, notes = self._moment.now, self._notes(folder)
         since = self.by_our_clock(folder, changed)
         left = notes.inputs.observe(stem, hash(states), changed_at=since, now=now, wall=self._moment.wall)

@@ -1,8 +1,8 @@
 """Which prompts have been unchanged for long enough. Pure; every clock is an argument.
 
 A stem is settled when the prompt and all its candidate images have not changed for ``settle_seconds``, by our
-own observation on the monotonic clock. A file seen for the first time brings its own history: its *ctime*,
-which no one can set, unlike mtime, which copies preserve and which is ignored.
+own observation on the monotonic clock. For a file seen for the first time, its *ctime* counts, which no program can
+set. Its mtime is ignored: copies preserve it.
 """
 
 from __future__ import annotations

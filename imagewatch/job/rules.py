@@ -1,6 +1,6 @@
 """The next step of a job, from what is on the disk. Pure: no clock, no disk, no network.
 
-The rules are tried from the top; the first that holds names the step. What the process and the configuration add
+The rules are tried from the top; the first rule that is true gives the step. What the process and the configuration add
 (attempts left, what was checked) is in ``State``, too. After a crash the same files lead to the same step. Each step
 can be run twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the two equal.
 """
@@ -90,7 +90,7 @@ _MAY_GO_BACK = {Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY}
 
 RULES = (
     Rule("no record, nothing left", lambda s: not s.recorded and not s.leftovers, Step.DONE),
-    Rule("no record, but files of the job", lambda s: not s.recorded, Step.FORGET),
+    Rule("no record, but files of the job (if originals are claimed: stuck)", lambda s: not s.recorded, Step.FORGET),
     Rule("reopened: to be read again, nothing else", lambda s: s.reopened, Step.RECLAIM),
     Rule("the result file is published, originals in the claim", lambda s: s.over and s.originals, Step.ARCHIVE),
     Rule("the result file is published", lambda s: s.over, Step.FORGET),
@@ -110,7 +110,11 @@ RULES = (
         Step.FORGET,
     ),
     Rule("claim, inputs still in the inbox", lambda s: s.claimed and s.missing, Step.GATHER),
-    Rule("`answer.N`: the request was not sent completely", lambda s: s.reaction is Reaction.WAIT, Step.GIVE_BACK),
+    Rule(
+        "`answer.N`: not sent completely, except a large upload that broke",
+        lambda s: s.reaction is Reaction.WAIT,
+        Step.GIVE_BACK,
+    ),
     Rule(
         "`answer.N`: account-level refusal, already reported by another job",
         lambda s: s.reaction is Reaction.ACCOUNT and not s.reports,

@@ -39,11 +39,11 @@ _KINDS = {ConfigError: "key", Unavailable: "unreachable", Broken: "unreachable"}
 
 
 class Left(enum.Enum):
-    """How much of a request has left."""
+    """How much of a request has been sent."""
 
     NOTHING = "nothing: the attempt is removed"
     PART = "provably not all of it: that is recorded in the place of the response"
-    WHOLE = "it may have left completely"
+    WHOLE = "possibly all of it"
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Fate:
         claim: Its job.
         attempt: Its number.
         sent: Its record.
-        left: How much of it has left.
+        left: How much of it has been sent.
         message: What happened; empty if the response is saved.
-        counts: Whether it counts as an attempt although it did not leave completely.
+        counts: Whether it counts towards ``retry.attempts`` although it was not sent completely.
         status: HTTP status that had arrived when the disk failed, 0 without.
         reason: Why it failed, where that may concern other requests.
-        is_saved: Whether that, or the response, is on the disk.
+        is_saved: Whether the disk has the response, or the record that the request was not sent completely.
     """
 
     claim: Claim

@@ -202,9 +202,10 @@ class Steps:
         return None
 
     def _end_as_twin(self, job: RunningJob, twin: str, read: Callable[[], dict[str, str]]) -> None:
-        """End a job whose files are those of a finished one: without a trace, or with an error file.
+        """End a job whose files are those of a finished job, its twin: without a result file, or with an error file.
 
-        An error file is for a person: the prompt has an mtime that we gave it, or the other job has no result file.
+        It gets an error file if the twin has no result file, or if imagewatch itself has set the mtime of the prompt: a
+        person has probably put that one there.
         """
         claim, is_lost = job.claim, self._ledger.is_lost(twin)
         if not (is_lost or self._ledger.was_placed(claim.mtime_ns)):
@@ -212,7 +213,8 @@ class Steps:
             return
         reason = f"this file was requested before, as job {twin}; nothing was sent"
         problem = Problem(printable(claim.prompt), reason, "save the prompt again to request another image")
-        # A person's without contents: another one like it is one of the twin, too.
+        # If the twin has no result file, the hashes are stored: the next copy is a redelivery of this job, and skipped.
+        # Otherwise none are stored: the next copy is again compared with the twin, and gets an error file, too.
         self._completion.invalid(job, [problem], read() if is_lost else {}, "repeated")
 
     def _require_payable(self, job: RunningJob) -> None:

@@ -3,7 +3,7 @@
 Counted from the ledger, so that a restart changes nothing, plus what is in flight. A request is let through only
 if what was spent, what is in flight and what it may cost itself stay within the cap. What it may cost is what the most
 expensive request like it cost lately (``prices``), or ``assumed_credits`` where there is none: an unknown cost is
-never zero. So a cap is exceeded by no more than the error of that guess on the requests in flight at that moment.
+never zero. So a cap is exceeded at most by what the requests in flight cost above their estimate.
 
 A request is refused for one of four reasons (``protocol.reasons``). ``too_expensive``: it may cost more than a whole
 cap, so that no waiting helps. ``cap``: it does not fit beside what was spent, and waits until the day or the month is
@@ -11,7 +11,7 @@ over. ``reserved``: it does not fit beside what is reserved for requests in flig
 done. A cheaper request may still fit. ``rate``: too many requests in a minute, which concerns every request.
 
 A day and a month are those of UTC, by this machine's clock; what the ledger dates later than now counts, too. So a
-clock that is set back opens no new day, and what was spent while it was wrong ahead counts until that time has come.
+clock that is set back opens no new day, and spending recorded with a future date counts until that date has passed.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ folder can ask for anything; the inbox is open to other users and can ask for no
 ::
 
     held       a person holds the queue, for the reason inside; it stays until ``release``
-    release    end all holds; the daemon removes it
+    release    end all holds except caps; the daemon removes it
     passed     until which time prompts were let through past the burst guard; written by the daemon
     refused    holds that the account or the address caused, as JSON; written by the daemon for its next start
     accept-ledger  use the ledger that is there now, or an empty one; the daemon removes it
@@ -75,7 +75,7 @@ class Control:
         self._write("held", reason)
 
     def release(self) -> None:
-        """Ask for the end of all holds."""
+        """Ask for the end of all holds except caps."""
         self._disk.unlink(self._path("held"))
         self._write("release", "")
 
@@ -84,7 +84,7 @@ class Control:
         return self._disk.tops.exists(self._path("release"))
 
     def released(self) -> None:
-        """Note that all holds were ended."""
+        """Note that all holds except caps were ended."""
         self._disk.unlink(self._path("release"))
 
     def accept_ledger(self) -> None:

@@ -2,8 +2,10 @@
 
 A *hold* stops the whole queue for a reason that every request would meet: a rejected key, no credits, an endpoint
 that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one job is
-sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval. A manual hold
-and one of the burst guard have no time: only a person ends them. ``protocol.reasons`` has all kinds.
+sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval. Three sorts
+differ. ``busy`` and ``rate`` are brief: they end without a probe, and a job that waits for them may stay claimed.
+``disk`` ends when a test file can be written. A manual hold and one of the burst guard have no time: a person ends
+them. ``protocol.reasons`` has all kinds.
 
 A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. It stops nothing else,
 is not probed, and ends when none of them has to wait any more (``set_caps``).
@@ -59,7 +61,7 @@ class Hold:
 
     @property
     def is_local(self) -> bool:
-        """Whether no response and no change of the configuration disproves it."""
+        """Whether no response ends it. A change of the configuration does not end it either, except for ``burst``."""
         return self.reason.row.others in {Others.DISK, Others.PERSON}
 
 
@@ -144,7 +146,7 @@ class Holds:
         )
 
     def clear(self, kind: str | None = None) -> list[Hold]:
-        """End a hold, or all of them; return what was ended."""
+        """End a hold, or all except caps; return what was ended."""
         return self._end([hold for hold in self._holds.values() if kind in {None, hold.kind}])
 
     def clear_outer(self) -> list[Hold]:

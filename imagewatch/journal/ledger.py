@@ -82,7 +82,7 @@ class Ledger:
                 pass
 
     def require(self, *, prove: bool = False) -> None:
-        """Make sure that the ledger is there, and the one of before.
+        """Make sure that the ledger exists and is the same as before.
 
         Args:
             prove: Whether to write something, too.

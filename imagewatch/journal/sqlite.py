@@ -1,9 +1,9 @@
-"""The SQLite file of the ledger: opened when it is used, and compared with the one of before.
+"""The SQLite file of the ledger: opened when it is used, and compared with the file that was used before.
 
 SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
 compared with the opened one before each use, and so is the one beside it that has the newest rows. The database has a
-random id, and the file ``identity`` beside it has the same: by that a deleted ledger differs from one that was never
-there, and a foreign one from a restored backup.
+random id, and the file ``identity`` beside it has the same. The id shows whether a ledger was deleted or never existed,
+and whether a file is a backup of this ledger or another ledger.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class Database:
         self._file, self._wal = os.stat(self.path), _stat(self.path + _WAL)
 
     def _require_same(self, connection: sqlite3.Connection) -> None:
-        """Make sure that a database is the one of before; of the first one, write down the id."""
+        """Make sure that the database is the same as before; if there was none before, write down its id."""
         found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
         known = read_mark(self._mark)
         if found is None and not known:

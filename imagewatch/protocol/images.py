@@ -4,7 +4,7 @@ Both the images that people drop and those that the API returns come from outsid
 container is walked from end to end. That finds what happens to files in practice: a file cut short, a flipped byte, an
 HTML page under the name ``cat.png``. The header bounds the number of pixels. What is inside the compressed data is not
 checked. One buffer of 256 KiB serves any file, each byte is read once, and the number of steps in Python is bounded:
-a hostile file costs no more than an honest one.
+a hostile file costs no more than a normal file.
 """
 
 from __future__ import annotations

@@ -31,10 +31,12 @@ def family(model: str) -> Provider | None:
 def layered(levels: Sequence[Options]) -> Options:
     """Return the options that count of several levels, the nearest to the prompt first.
 
-    Each option is that of the nearest level that sets it. Provider and model have to belong together, though: of two
-    that come from different levels the nearer one was meant. So a nearer ``model`` of a known family decides about the
-    provider, and a model that is of another family than a nearer ``provider``, or was set together with another one, is
-    left out.
+    Each option is that of the nearest level that sets it. If provider and model come from different levels and do not
+    fit each other, the nearer one counts. Three examples, the nearer level first:
+
+    - ``model = "gpt-image-2"``, then ``provider = "flux"``: the provider is openai, because the model is of its family.
+    - ``provider = "flux"``, then ``model = "gpt-image-2"``: the model is left out.
+    - ``provider = "flux"``, then ``model = "new"`` with ``provider = "openai"``: the model is left out.
     """
     merged = functools.reduce(lambda upper, lower: upper.over(lower), levels)
     whose = next((level for level in levels if level.model is not None), None)

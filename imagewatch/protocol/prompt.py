@@ -16,9 +16,9 @@ from imagewatch.protocol.not_a_prompt import FENCE, almost_front_matter, no_prom
 from imagewatch.system.errors import BadRequest, Problem
 
 MAX_BYTES = 256 * 1024
-"""Largest prompt file: 32,000 characters of four bytes, twice over."""
+"""Largest prompt file: twice the size of 32,000 four-byte characters."""
 MAX_FRONT = 16 * 1024
-"""Longest front matter, in characters: the TOML reader is slow for what is made to be slow."""
+"""Longest front matter, in characters: a hostile file can make the TOML reader very slow."""
 MAX_CHARACTERS = 32_000
 """Longest prompt (image-generation skill, "Request body": 1 to 32000 chars)."""
 MAX_INPUTS = 14
@@ -34,12 +34,12 @@ _BOMS = (
 _QUOTED = re.compile(r'"(?:\\.|[^"\\\n])*"|\'[^\'\n]*\'')
 _NESTING = re.compile(r"[.\[{]")
 _MAX_NESTING = 100
-"""Dots and brackets outside of strings: the TOML reader takes seconds for thousands, and we need one or two."""
+"""Dots and brackets outside of strings: thousands cost the TOML reader seconds; one or two are normal."""
 _HINT_TEXT = "save it as plain text in UTF-8"
 _HINT_TOML = "front matter is TOML between two lines that are exactly +++"
 _HINT_ALMOST = (
-    f"{_HINT_TOML}, the first line of the file being one of them; "
-    "if the text has no options, put two lines +++ before it"
+    "line 1 must be exactly +++, and another line that is exactly +++ must end the options; "
+    "for a text without options, begin the file with two lines +++"
 )
 
 
@@ -98,7 +98,7 @@ def parse(raw: bytes, *, max_characters: int = MAX_CHARACTERS) -> Prompt:
 
 
 def declared(raw: bytes) -> tuple[str, ...] | None:
-    """Return the ``input_images`` a prompt names, or None when it names none or cannot be read."""
+    """Return the ``input_images`` of a prompt, also an empty list; None if it does not set them or cannot be read."""
     try:
         return parse(raw).front.input_images
     except BadRequest:

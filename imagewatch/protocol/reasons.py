@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from imagewatch.protocol.values import Charged
     from imagewatch.system.errors import SpoolError
 
-QUOTA, NOT_ADMITTED, ERROR_OBJECT = "it names a quota", '"admitted": false', "an error object"
-"""What the body of a response must hold, where its status alone is not enough."""
+QUOTA, NOT_ADMITTED, JSON_OBJECT = "it names a quota", '"admitted": false', "a JSON object that is not empty"
+"""What the body of a response must contain, where its status alone is not enough."""
 DISK_SECONDS = 5.0
 """How long after the local disk failed the next test file is written."""
 
@@ -29,7 +29,7 @@ class Reaction(enum.Enum):
 
     SUCCESS = "images and receipt in `outbox/`"
     REFUSED = "`errors/`"
-    ACCOUNT = "the first goes to `errors/`, the others wait in the inbox"
+    ACCOUNT = "the first refused prompt goes to `errors/`, the others wait in the inbox"
     RETRY = "retried automatically a few times, then `errors/`"
     WAIT = "waits in the inbox"
     UNKNOWN = "`errors/`; never sent again automatically"
@@ -40,7 +40,7 @@ class Others(enum.Enum):
 
     CONTINUE = "continue"
     FITTING = "continue if they fit below the cap"
-    PAUSE = "wait as long as the API asks"
+    PAUSE = "wait as the API asks, for about an hour at most (503: 30 seconds)"
     SLOW = "wait for the next minute"
     PROBE = "wait; from time to time one is sent as a test"
     DISK = "wait until a test file can be written"
@@ -56,14 +56,15 @@ class Kind:
         cause: What happened, in the words of the README.
         charged: Whether the request may have been charged.
         reaction: What happens to the prompt.
-        others: What happens to the other prompts. All but ``CONTINUE`` is a hold of this kind.
-        statuses: HTTP statuses that mean this, each with what the body must hold, or an empty string. The first row
+        others: What happens to the other prompts. If they do not just ``CONTINUE``, a hold begins. It has the name of
+            this row; only ``lost`` begins a hold ``disk``.
+        statuses: HTTP statuses that mean this, each with what the body must contain, or an empty string. The first row
             that fits a response counts.
         next: Next step while the hold lasts, for the administrator.
         retry: Next step in the error file, for the sender.
         seconds: How long the hold lasts if the reason sets no time; None: see ``journal.holds``.
-        is_own: Whether it is a limit of ours that a request has passed once it was let through.
-        is_short: Whether the job stays claimed while it waits.
+        is_own: Whether it is our own limit; it is not checked again after the request was admitted.
+        is_short: Whether it is our own limit for a short time: a job that waits for it stays claimed.
     """
 
     name: str
@@ -80,7 +81,7 @@ class Kind:
 
     @property
     def is_account(self) -> bool:
-        """Whether the account or the URL is refused: a person has to change something, and one prompt shows it."""
+        """Whether the API refuses the account or the URL: one prompt shows that, the others wait."""
         return self.reaction is Reaction.ACCOUNT
 
 
@@ -109,10 +110,10 @@ RESPONSES = (
     ),
     Kind(
         "refused",
-        "the API refuses the request (400, 422, 500 with a message, …)",
+        "the API refuses the request (400, 422, 500 with a JSON object, …)",
         "no",
         Reaction.REFUSED,
-        statuses=dict.fromkeys({*range(400, 500)} - {401, 402, 403, 404, 405, 408, 429}, "") | {500: ERROR_OBJECT},
+        statuses=dict.fromkeys({*range(400, 500)} - {401, 402, 403, 404, 405, 408, 429}, "") | {500: JSON_OBJECT},
     ),
     Kind(
         "key",

@@ -126,7 +126,7 @@ def fields_of(raw: bytes, folder: str, config: Config, *, has_inputs: bool) -> d
         has_inputs: Whether it has input images.
 
     Raises:
-        BadRequest: It cannot be read, or ``build`` would refuse its options.
+        BadRequest: It cannot be read, or its options are wrong. Unlike ``build``, this does not check ``[limits]``.
     """
     options, problems = effective(prompts.parse(raw).front, folder, config)
     provider = choose_provider(options, has_inputs=has_inputs)

@@ -143,11 +143,11 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     """How a response began; the first line of its file.
 
     Attributes:
-        status: HTTP status, or 0 when the request never left whole.
+        status: HTTP status, or 0 when the request was not sent completely.
         headers: Headers worth keeping, lower-case names.
         at: Wall-clock time of the first byte, seconds since the epoch.
-        reason: Why the request never left whole, as text.
-        counts: Whether that was an attempt of this request, of which there are so many and no more.
+        reason: Why the request was not sent completely, as text.
+        counts: Whether it counts towards ``retry.attempts`` although it was not sent completely.
     """
 
     status: int

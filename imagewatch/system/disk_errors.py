@@ -1,4 +1,7 @@
-"""Errors of our own disk: ``OSError`` becomes ``SpoolError`` here and nowhere else."""
+"""Errors of our own disk: ``OSError`` becomes ``SpoolError``.
+
+Two modules have texts of their own: ``journal/sqlite`` for the ledger, ``job/record`` for a damaged job record.
+"""
 
 from __future__ import annotations
 

@@ -15,8 +15,8 @@
        ├─ Withdrawn       a hold or a stop at the last moment; no byte of it left
        └─ ChargeUnknown   sent, no usable response
 
-Every message names the file, the cause and the next action. ``httpx`` errors are translated once, in
-``endpoint/client``; ``OSError`` once, in ``disk_errors``.
+Every message names the file, the cause and the next action. ``OSError`` becomes ``SpoolError`` in ``disk_errors``, and
+also in ``journal/sqlite`` and ``job/record``.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""The exit codes. ``main`` chooses the one of an error; a command that ends without an error chooses its own."""
+"""The exit codes except 0, which is success.
+
+``commands/main`` chooses the code of an error. A command that ends without an error chooses its own, and so does
+``submit`` if an error comes after it has dropped prompts. ``__main__`` repeats 70: it must not depend on an import.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The only place that sets mode and group of files that other people read."""
+"""Mode and group of the files that imagewatch publishes, and of copies of what was dropped.
+
+``commands/drop`` sets the mode of what ``submit`` drops, ``disk_calls`` that of folders.
+"""
 
 from __future__ import annotations
 

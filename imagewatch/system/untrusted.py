@@ -1,6 +1,6 @@
 """The one way to open a file that other people wrote, or may have put where it is.
 
-Such a file may be a link to a secret, a pipe without end, a second name of a private file, or a terabyte of holes.
+Such a file may be a symbolic link to a secret, an endless pipe, a hard link to a private file, or a huge sparse file.
 The scan, the request, ``submit``, ``retry``, redelivery and the gallery all open files here.
 """
 

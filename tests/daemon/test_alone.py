@@ -369,7 +369,7 @@ def test_a_stuck_job_keeps_its_name_so_that_a_redelivery_is_not_paid_again(
     assert sandbox.report()["requests"] == 2
 
 
-# Several that fail alone
+# Several stuck jobs
 
 
 BAD_SECTORS = """

@@ -134,7 +134,7 @@ def test_the_possible_cost_of_a_damaged_record_counts_and_delays_nothing(tmp_pat
     (kept / "claim.json").write_text("{")
     kept.rename(record)
     folders.prompt("b", "a dog")
-    assert start(folders, "once").wait() == 70  # a job is left to a person
+    assert start(folders, "once").wait() == 70  # a job needs a person
     assert sandbox.report()["credits"] == 30
     assert [name for name in folders.names("inbox") if name.endswith(".prompt.txt")] == ["b.prompt.txt"]
 
