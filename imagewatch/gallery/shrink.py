@@ -20,7 +20,6 @@ from PIL import Image, ImageOps, MpoImagePlugin, TiffImagePlugin, WebPImagePlugi
 from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, NOBODY, REPLY, REQUEST, SIDE, UNREAD
 from imagewatch.system import memory
 
-
 MOST_MEMORY = 640 << 20
 """Of the process, bytes of address space. With the largest image that may be decoded it has 430 MB."""
 _STRIP = 2_000_000
