@@ -110,7 +110,7 @@ class JobFolders:
         """
         for folder in self._all():
             self.disk.make_folder(folder, mode=0o700 if folder == self.state else 0o777)
-        if problems := overlaps(self._folders):  # a link may have been made since the configuration was read
+        if problems := overlaps(self._folders):  # a link may have been created since the configuration was read
             raise ConfigError(problems)
         self._open()
         self.disk.make_folder(self.jobs)
@@ -231,7 +231,7 @@ class JobFolders:
             self.disk.sync_folder(path)
 
     def _sync_above(self, folders: list[str]) -> None:
-        """Make the names of our folders durable, and of those that were made above them."""
+        """Make the names of our folders durable, and of those that were created above them."""
         above = {folder for inner in folders for folder in _above(os.path.realpath(inner))}
         own = {os.path.realpath(self.inbox), os.path.realpath(self.state)}
         for folder in sorted(above - own):
@@ -389,7 +389,7 @@ class JobFolders:
         return secrets.token_hex(8)
 
     def record(self, job: str) -> Record:
-        """Return the record of a job."""
+        """Return the record of a job; its files may be missing."""
         return Record(self.disk, self.jobs, job)
 
     def claim_folder(self, job: str) -> str:

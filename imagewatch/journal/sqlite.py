@@ -137,7 +137,7 @@ class Database:
             self._is_damaged = False
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the next use opens it again."""
         with self._lock:
             self._forget()
 
@@ -312,13 +312,13 @@ def keep_private(path: str) -> None:
     """Make the file of a ledger if there is none, readable by its owner only: SQLite gives its other files that mode.
 
     A file that is there is not opened here: to close it again would end the locks that this process has on it. Those
-    that were made beside a read-only ledger would keep one that is writable again from being written.
+    that were created beside a read-only ledger would keep one that is writable again from being written.
     """
     with contextlib.suppress(OSError):  # SQLite reports why it cannot be used
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
     least = 0
     for name in (path, path + "-wal", path + "-shm"):
-        with contextlib.suppress(OSError):  # one of another user is as it was made
+        with contextlib.suppress(OSError):  # one of another user is as it was created
             mode = os.stat(name, follow_symlinks=False).st_mode
             if mode & 0o777 & ~_MODE or least & ~mode:
                 os.chmod(name, _MODE)

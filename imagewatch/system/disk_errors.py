@@ -1,4 +1,4 @@
-"""Errors of our own disk: ``OSError`` becomes ``SpoolError``.
+"""Errors of the local disk: ``OSError`` becomes ``SpoolError``.
 
 Two modules have texts of their own: ``journal/sqlite`` for the ledger, ``job/record`` for a damaged job record.
 """

@@ -1,7 +1,7 @@
 """Which file system a folder is on, from the kernel's mount table.
 
 A folder whose file system was unmounted is still there, and empty: writing into it would hide what was paid for as soon
-as the file system is mounted again, and an empty inbox would mean that everything was cancelled.
+as the file system is mounted again, and an empty inbox would mean that everything was canceled.
 """
 
 from __future__ import annotations

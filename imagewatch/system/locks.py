@@ -26,7 +26,7 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
     """Take an exclusive lock that ends with the process.
 
     Args:
-        path: The lock file; made if it is not there.
+        path: The lock file; created if it is missing.
         tops: The folders that were opened.
         wait: Waits some seconds: ``locked`` takes the lock for a moment itself.
 
