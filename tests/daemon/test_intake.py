@@ -104,12 +104,12 @@ def test_a_prompt_is_found_before_the_scan_of_a_folder_with_very_many_files_ends
     box.clock.step = 0.003
     box.write(where, *names(3000, ending), text="" if ending == "prompt.txt" else "x")
     box.write("colleague", "cat.prompt.txt")
-    looks = 0
+    scans = 0
     while not box.intake.is_ready("colleague"):
         box.scan()
-        looks += 1
+        scans += 1
         assert not box.intake.scanner.is_complete
-    assert looks <= 3
+    assert scans <= 3
     box.scan_all()
     kinds = [*box.intake.result.ignored.kinds.values(), *box.intake.result.waiting.kinds.values()]
     assert kinds == ([] if ending == "gif" else [3000])
@@ -147,11 +147,11 @@ def test_many_long_scans_do_not_delay_the_folder_of_another_owner(box):
     for number in range(9):
         box.write(f"m{number}", "one-more.txt")
         box.intake.scanner.soon((f"m{number}", ""))
-    looks = 0
+    scans = 0
     while len(box.intake.scanner._running) < 8:
         box.scan()
-        looks += 1
-        assert looks < 100
+        scans += 1
+        assert scans < 100
     box.write("colleague", "cat.prompt.txt")
     box.intake.scanner.soon(("colleague", ""))
     box.scan()
@@ -265,11 +265,11 @@ def test_prompts_that_cannot_be_claimed_delay_no_other_folder(box):
     declares = '+++\ninput_images = ["missing.png"]\n+++\nA lighthouse'
     box.write("mallory", *names(1500), text=declares)
     box.write("colleague", "cat.prompt.txt")
-    looks = 0
+    scans = 0
     while not box.intake.is_ready("colleague"):
         box.scan()
-        looks += 1
-    assert looks <= 3
+        scans += 1
+    assert scans <= 3
     box.scan_all()
     assert box.take().source == "colleague/cat.prompt.txt"
     assert box.intake.result.waiting.kinds == {"images": 1500}

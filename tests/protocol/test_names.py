@@ -270,7 +270,7 @@ def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_used(stem
         *("cat.prompt.txt~", "cat.png:Zone.Identifier", "cat.log.tmp", "cat.log.part", "cat.old", "cat.png.backup"),
     ],
 )
-def test_a_file_that_no_one_means_for_a_prompt_is_not_doubted(name):
+def test_a_file_that_is_not_meant_for_a_prompt_is_not_uncertain(name):
     assert alone("cat.prompt.txt", name).uncertain == []
 
 
