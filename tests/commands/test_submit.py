@@ -21,7 +21,7 @@ from urllib.parse import unquote
 
 import pytest
 from PIL import Image
-from support.daemon import KEY, TESTS, Folders, until
+from support.daemon import KEY, TESTS, Folders, run_reported, until
 from support.daemon import command as command_of
 from support.inotify import MOVED_TO, Events
 from support.losing import SteppingDisk
@@ -78,14 +78,11 @@ class Sender:
         before: tuple[str, ...] = (),
     ) -> subprocess.CompletedProcess[str]:
         """Run ``submit`` and wait for its end."""
-        done = subprocess.run(
+        done = run_reported(
             [*before, sys.executable, "-m", "imagewatch", "submit", *arguments],
             env=self.known if environ is None else environ,
             input=stdin,
             cwd=cwd or self.home,
-            capture_output=True,
-            timeout=40,
-            check=False,
         )
         out, err = done.stdout.decode(), done.stderr.decode()
         assert "Traceback" not in err
