@@ -17,7 +17,6 @@ from imagewatch.commands.balances import with_balances
 from imagewatch.commands.ledger import ledger_path
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
-from imagewatch.endpoint.client import Client
 from imagewatch.job.claims import HINT
 from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from imagewatch.config.schema import Config
+    from imagewatch.endpoint.client import Client
 
 _ALL = os.R_OK | os.W_OK | os.X_OK
 
@@ -134,10 +134,16 @@ def _owner(config: Config) -> str:
         return str(number)
 
 
+def _client(config: Config, environ: Mapping[str, str]) -> Client:
+    from imagewatch.endpoint.client import Client  # noqa: PLC0415  loads the HTTP library, which --help does not need
+
+    return Client(config.endpoint, lambda: read_key(config.endpoint, environ))
+
+
 def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """Report what parts of the daemon refuse in the configuration, by creating them as the daemon does."""
     parts: tuple[Callable[[], object], ...] = (
-        lambda: Client(config.endpoint, lambda: read_key(config.endpoint, environ)).close(),
+        lambda: _client(config, environ).close(),
         lambda: Spool(config, Disk()),
     )
     for make in parts:
@@ -194,7 +200,7 @@ def account(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     If nothing else uses the account, the balance shows the administrator whether a lost response was charged.
     """
     try:
-        with contextlib.closing(Client(config.endpoint, lambda: read_key(config.endpoint, environ))) as client:
+        with contextlib.closing(_client(config, environ)) as client:
             for name, credits_ in client.balance().items():
                 yield Line("ok", name.replace("_", " "), f"{amount(credits_)} credits")
     except Unavailable as error:

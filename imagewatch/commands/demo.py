@@ -13,7 +13,6 @@ from PIL import Image, ImageDraw, ImageFont
 
 from imagewatch.commands.progress import progress
 from imagewatch.config.load import load
-from imagewatch.daemon.loop import Daemon
 from imagewatch.gallery import Gallery
 from imagewatch.sandbox import PROPOSED_KEY, Sandbox
 from imagewatch.system import log
@@ -73,6 +72,8 @@ def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callab
     Raises:
         SpoolError: The folder cannot be created.
     """
+    from imagewatch.daemon.loop import Daemon  # noqa: PLC0415  loads the HTTP library, which --help does not need
+
     folder = _fresh(folder)
     with Sandbox(latency_seconds=0.8) as sandbox:
         environ = {

@@ -13,12 +13,12 @@ from imagewatch.commands.foreground import configure_log, naming_source
 from imagewatch.commands.progress import progress
 from imagewatch.commands.state import local_time
 from imagewatch.commands.terminal import say
-from imagewatch.daemon.loop import Daemon
 from imagewatch.system.text import printable, to_json, whole
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from imagewatch.daemon.loop import Daemon
     from imagewatch.job.outcome import Outcome
 
 
@@ -33,6 +33,8 @@ def once(path: str | None, *, as_json: bool) -> None:
     If the API refuses the account or the URL, the first refused prompt goes to the errors folder. The other prompts
     stay in the inbox.
     """
+    from imagewatch.daemon.loop import Daemon  # noqa: PLC0415  loads the HTTP library, which --help does not need
+
     config = load_config(path)
     terminal = sys.stderr.isatty()
     configure_log(config, level="error" if terminal else None)

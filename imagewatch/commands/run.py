@@ -12,7 +12,6 @@ import structlog
 from imagewatch.commands.common import config_option, load_config
 from imagewatch.commands.foreground import configure_log, naming_source
 from imagewatch.config.key import key_problem
-from imagewatch.daemon.loop import Daemon
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -31,6 +30,8 @@ def run(path: str | None) -> None:
     def configured(config: Config) -> None:
         configure_log(config)
         _warn_without_key(config)
+
+    from imagewatch.daemon.loop import Daemon  # noqa: PLC0415  loads the HTTP library, which --help does not need
 
     config = load_config(path)
     configured(config)
