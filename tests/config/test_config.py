@@ -1,4 +1,4 @@
-"""What an admin meets: files, variables, defaults, and every mistake immediately."""
+"""Configuration as an administrator sees it: files, variables, defaults, and every mistake in one report."""
 
 from __future__ import annotations
 

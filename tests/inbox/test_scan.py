@@ -542,8 +542,8 @@ def test_the_oldest_prompt_comes_first_whatever_its_name_or_folder(scanning):
 
 
 def drained(scan: InboxScan, inbox: Path, scan_all: Callable[[], ScanResult], ahead: int) -> list[Candidate]:
-    """Take everything as the daemon does: the head of the queue, then more of it, then another scan."""
-    took = []
+    """Claim everything as the daemon does: the head of the queue, then more of it, then another scan."""
+    claimed = []
     while ready := scan_all().ready:
         while ready:
             for candidate in ready:
@@ -551,9 +551,9 @@ def drained(scan: InboxScan, inbox: Path, scan_all: Callable[[], ScanResult], ah
                 scan.claimed(candidate.key)
                 for name in candidate.names:
                     (inbox / candidate.key[0] / name).unlink()
-            took += ready
+            claimed += ready
             ready = scan.more(0.0, 0.0, ahead)
-    return took
+    return claimed
 
 
 def windowed(inbox: Path, **settings: object) -> Scanning:
@@ -573,11 +573,11 @@ def test_many_more_prompts_than_are_known_by_name_are_claimed_oldest_first_each_
         if beside:
             path = scanning.write(f"{name}.png", IMAGE)
         written[name[0]].append((path.stat().st_ctime, name))
-    took = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
+    claimed = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
     for folder, names in written.items():
-        mine = [candidate.source for candidate in took if candidate.key[0] == folder]
+        mine = [candidate.source for candidate in claimed if candidate.key[0] == folder]
         assert mine == [f"{name}.prompt.txt" for _, name in sorted(names)]
-    assert all(len(candidate.images) == beside for candidate in took)
+    assert all(len(candidate.images) == beside for candidate in claimed)
 
 
 def test_prompts_that_cannot_be_claimed_delay_no_others_however_many_they_are(tmp_path):
@@ -586,14 +586,14 @@ def test_prompts_that_cannot_be_claimed_delay_no_others_however_many_they_are(tm
         scanning.write(f"waits{number:03}.prompt.txt", DECLARES)
     for number in range(50):
         scanning.write(f"p{number:03}.prompt.txt")
-    took = []
+    claimed = []
     for _ in range(20):
         seen = scanning.scan.scan_all(scanning.now, scanning.wall, 8)
         for candidate in seen.ready:
             scanning.scan.claimed(candidate.key)
             (tmp_path / candidate.source).unlink()
-        took += [candidate.source for candidate in seen.ready]
-    assert took == [f"p{number:03}.prompt.txt" for number in range(50)]
+        claimed += [candidate.source for candidate in seen.ready]
+    assert claimed == [f"p{number:03}.prompt.txt" for number in range(50)]
     assert (seen.waiting.total, len(seen.waiting), scanning.scan.count()) == (100, 5, 0)
 
 
@@ -629,8 +629,8 @@ def test_a_new_prompt_does_not_overtake_those_that_are_not_known_by_name(tmp_pat
         (tmp_path / candidate.source).unlink()
     while scanning.write("a/new.prompt.txt").stat().st_ctime <= (tmp_path / "a/old/p59.prompt.txt").stat().st_ctime:
         pass  # the kernel's clock ticks every few milliseconds
-    took = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
-    assert (len(took), took[-1].source) == (53, "a/new.prompt.txt")
+    claimed = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
+    assert (len(claimed), claimed[-1].source) == (53, "a/new.prompt.txt")
 
 
 def test_waiting_for_images_ends_although_nothing_changes_any_more(tmp_path):
@@ -696,9 +696,9 @@ def test_more_new_prompts_than_are_held_by_name_are_seen_with_their_images_and_m
     scanning.write(".p009.prompt.txt.swp")
     scanning.write("~$10.prompt.txt")
     scanning.wall += 60
-    took = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
-    images = {candidate.key[1]: candidate.images for candidate in took}
-    assert len(took) == len(images) == 48
+    claimed = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
+    images = {candidate.key[1]: candidate.images for candidate in claimed}
+    assert len(claimed) == len(images) == 48
     assert {stem: names for stem, names in images.items() if names} == {"p007": ("p007.png",), "p008": ("p008.1.png",)}
     assert not {"p009", "p010"} & images.keys()
 
@@ -720,9 +720,9 @@ def test_more_new_prompts_than_are_held_by_name_settle_separately_although_their
     scanning.scan.touch(("", "p042"), scanning.now)
     late = {"p007.prompt.txt", "p041.prompt.txt", "p042.prompt.txt"}
     assert scanning.scan_all(after=2).waiting.keys() == late
-    took = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
-    assert len(took) == 47
-    assert [candidate.key[1] for candidate in took if candidate.images] == ["p040"]
+    claimed = drained(scanning.scan, tmp_path, lambda: scanning.scan.scan_all(scanning.now, scanning.wall, 5), 5)
+    assert len(claimed) == 47
+    assert [candidate.key[1] for candidate in claimed if candidate.images] == ["p040"]
     assert {candidate.source for candidate in scanning.scan_all(after=3.1).ready} == late
 
 

@@ -441,7 +441,7 @@ def test_what_is_on_its_way_to_a_hidden_name_holds_nothing():
     assert group([".cat.prompt.txt", ".syncthing..cat.prompt.txt.tmp", "dog.prompt.txt"])["dog"].busy == []
 
 
-# Names that are taken, names that are long
+# Names that exist, names that are long
 
 
 def test_the_short_id_is_before_the_ending():

@@ -279,7 +279,7 @@ class Scene:
             assert found.count(content) == 1, f"{name} is there {found.count(content)} times: {tried}"
         files = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
         assert len(files) <= 1, f"{files}: {tried}"
-        assert not any("a bug" in path.read_text() for path in files), f"taken for a bug: {tried}"
+        assert not any("a bug" in path.read_text() for path in files), f"reported as a bug: {tried}"
 
     def is_over(self) -> bool:
         """Return whether the job has its result file and left nothing behind."""

@@ -50,9 +50,7 @@ def test_a_prompt_on_a_share_that_grows_after_its_claim_does_not_disappear(share
     world.is_idle()
     world.status()
     lost = world.attacker.listdir(world.inbox / CLAIMS)
-    assert [n for n in lost if len(n) == 16] == [], (
-        "the prompt lies in the folder of claimed files, and no job knows of it"
-    )
+    assert [n for n in lost if len(n) == 16] == [], "the prompt is in the folder of claimed files, and no job has it"
     assert world.destination("cat.prompt.txt")
 
 
@@ -181,7 +179,7 @@ def test_a_prompt_on_a_share_that_grows_between_two_tries_gets_a_receipt_or_an_e
         late.write(" with a hat")
     world.is_idle()
     there = world.destination("cat.prompt.txt") or (world.inbox / "cat.prompt.txt").exists()
-    assert there, "the prompt is gone without a receipt and without an error file"
+    assert there, "the prompt was removed without a receipt and without an error file"
 
 
 def test_submit_reads_no_prompt_that_is_a_hard_link_to_a_private_file(world: World) -> None:

@@ -150,11 +150,11 @@ class World(Folders):
         return page if page.get("pid") == pid else {}
 
     def holds(self) -> str:
-        """Return why the queue is held, in words; nothing when it is not."""
+        """Return why the queue is on hold, in words; nothing when it is not."""
         return "; ".join(hold["reason"] for hold in self.status().get("holds", []))
 
     def held_for(self, *words: str) -> None:
-        """Wait until the queue is held for a reason that has all of these words in it."""
+        """Wait until the queue is on hold for a reason that has all of these words in it."""
         self.wait(lambda: all(word in self.holds() for word in words), f"a hold with {words}")
 
     def wait(self, condition: Callable[[], object], what: str = "") -> None:

@@ -77,7 +77,7 @@ class Service:
         self.config = "/etc/imagewatch/config.toml"
         self._drop_ins = f"/etc/systemd/system/{unit}.service.d"
 
-    # As an admin
+    # As an administrator
 
     def systemctl(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.container.run("systemctl", *command, self.unit, check=check)
@@ -828,7 +828,7 @@ print(json.dumps({
 SECRETS = {
     "the ledger": "/var/lib/imagewatch/ledger.sqlite3",
     "the key of the service": "/run/credentials/imagewatch.service/letta_api_key",
-    "what lies in the inbox": "/srv/imagewatch/inbox/notes.txt",
+    "what is in the inbox": "/srv/imagewatch/inbox/notes.txt",
     **STRANGE,
 }
 

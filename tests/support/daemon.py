@@ -319,4 +319,4 @@ def until_finished(folders: Folders, daemon: LoggedDaemon, count: int, *, emptie
     what = f"{count} finished prompts" + (" and an empty inbox" if emptied else "")
     until(lambda: is_so() or daemon.events("held"), saw=saw, what=what)
     if daemon.events("held"):
-        raise AssertionError(f"waited for {what}, but the queue is held\n{saw()}")
+        raise AssertionError(f"waited for {what}, but the queue is on hold\n{saw()}")

@@ -74,7 +74,7 @@ def elsewhere(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture(params=["renameat2", "link", "neither"])
 def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the ways in which a name is taken without replacing another."""
+    """Each of the ways in which a file gets a name without replacing another."""
 
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "no hard links here")
