@@ -458,7 +458,7 @@ _sync = Disk.sync
 def slow(self, file, path):
     _sync(self, file, path)
     if path.endswith("/sent.1") and os.path.exists(os.environ["GATE"]):
-        open(os.environ["GATE"]).close()  # a pipe: until somebody opens it, too
+        open(os.environ["GATE"]).close()  # a pipe: waits until its other end is opened
 
 Disk.sync = slow
 """
