@@ -250,7 +250,7 @@ class Admission:
         if reason is None:
             self._end(self._holds.clear("manual"))
         elif reason != before or not self._holds.has("manual"):
-            self._begin(Reason("manual", reason or "held manually"))
+            self._begin(Reason("manual", reason or "put on hold manually"))
 
     def check_key(self) -> None:
         """Check whether the key file was changed, if that is due."""

@@ -60,7 +60,7 @@ def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
             message = f"there is room for only {files} more files (inodes)"
         else:
             continue
-        raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
+        raise SpoolError(f"{message}: {printable(folder)}", path=folder, code=errno.ENOSPC, hint=hint)
 
 
 class JobFolders:
@@ -190,7 +190,7 @@ class JobFolders:
         real = os.path.realpath(folder)
         if self._ways.get(folder, real) != real and others_above(folder):
             message = (
-                f"{printable(folder)}: points to {printable(real)} now, and pointed to {printable(self._ways[folder])}"
+                f"{printable(folder)} points to {printable(real)} now, and pointed to {printable(self._ways[folder])}"
             )
             hint = "put the folder back, or restart the daemon if this is intended"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
@@ -209,7 +209,7 @@ class JobFolders:
             return
         if has_file(folder, _LOCK, self._lock) or not os.fstat(self._lock.fileno()).st_nlink:
             return
-        message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
+        message = f"the state folder was replaced by another one while imagewatch was running: {printable(folder)}"
         hint = "put the previous one back, it records what was paid; or restart imagewatch to use this one"
         raise SpoolError(message, path=folder, code=errno.ESTALE, hint=hint)
 

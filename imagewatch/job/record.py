@@ -251,7 +251,7 @@ class Record:
             return None
         except (OSError, ValueError) as error:
             raise SpoolError(
-                f"{path}: the record cannot be read: {error}",
+                f"the job record cannot be read: {error}: {path}",
                 path=path,
                 code=errno_of(error),
                 hint="do not remove it before you have read it: it may be the only proof of a charge",

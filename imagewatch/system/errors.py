@@ -28,6 +28,8 @@ MORE_FILES: Final = (
     "allow the daemon more open files (LimitNOFILE= of the unit, or ulimit -n), or lower limits.concurrency"
 )
 """The next action where this process may not open another file."""
+MISSING = "check the path and that it is mounted; the daemon creates the folders at its first start"
+"""The next action where one of the folders does not exist."""
 
 
 @dataclass(frozen=True)

@@ -199,7 +199,7 @@ class Mounts:
                 continue
             now = self._point(folder, table())
             if len(now) < len(point):
-                message = f"{printable(folder)}: the file system of {printable(point)} is not mounted any more"
+                message = f"the file system of {printable(point)} is not mounted any more: {printable(folder)}"
                 raise SpoolError(
                     message, path=folder, code=errno.ENODEV, hint="mount it again; the daemon resumes automatically"
                 )

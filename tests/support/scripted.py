@@ -165,7 +165,7 @@ class Scripted:
                 return
             self.connections += 1
             if not self._scripts:
-                self.faults.append("nobody expected another connection")
+                self.faults.append("another connection was not expected")
                 connection.close()
                 continue
             exchange = Exchange(connection, self._stopping)
