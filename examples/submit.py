@@ -59,7 +59,7 @@ def main(root: str, text: str, *images: str) -> int:
     name = drop(Path(root), text, [Path(image) for image in images])
     over = wait(Path(root), name)
     if over is None:
-        print(f"{name} is not done yet; do not drop it again", file=sys.stderr)
+        print(f"{name} is not finished yet; do not drop it again", file=sys.stderr)
         return 69
     path, result = over
     if path.name.endswith(".error.toml"):

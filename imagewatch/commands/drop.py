@@ -31,7 +31,7 @@ from imagewatch.protocol.request import build, may_be_image, open_plain, read_im
 from imagewatch.protocol.values import Dropped
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import closing, disk_errors
-from imagewatch.system.errors import BadRequest, Problem, SpoolError
+from imagewatch.system.errors import MISSING, BadRequest, Problem, SpoolError
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import RefusedError, open_file, resolve_own_link
 
@@ -301,8 +301,7 @@ class Delivery:
         if not os.path.isdir(current):
             if is_hidden(current):
                 raise _denied(current)
-            hint = "check the path and that it is mounted; the daemon creates the folders at its first start"
-            raise SpoolError(f"no such inbox: {printable(current)}", path=current, hint=hint)
+            raise SpoolError(f"no such inbox: {printable(current)}", path=current, hint=MISSING)
         with disk_errors(current, "open the folder"):
             self._tops.open(current)
         for part in self._folder.split("/") if self._folder else ():

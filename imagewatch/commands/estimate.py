@@ -19,7 +19,7 @@ from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.journal.prices import PRICED, Asked
 from imagewatch.protocol.request import build
-from imagewatch.system.errors import BadRequest, SpoolError
+from imagewatch.system.errors import MISSING, BadRequest, SpoolError
 from imagewatch.system.text import amount, printable, to_json
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
         if is_hidden(top):
             hint = refusal(top, os.R_OK | os.X_OK)
             raise SpoolError(f"permission denied: {printable(top)}", path=top, hint=hint)
-        hint = "check the path and that it is mounted; the daemon creates the folders at its first start"
-        raise SpoolError(f"no such inbox: {printable(top)}", path=top, hint=hint)
+        raise SpoolError(f"no such inbox: {printable(top)}", path=top, hint=MISSING)
     # A prompt that has not settled costs as much, so this does not wait for it.
     eager = config.inbox.__class__(settle_seconds=0, input_wait_seconds=0, recursive=config.inbox.recursive)
     scan = InboxScan(config.folders.inbox, eager)

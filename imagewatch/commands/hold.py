@@ -55,7 +55,7 @@ def release(path: str | None, *, as_json: bool, accept: bool) -> None:
     remains, the next request is refused again and the queue is on hold again. This costs nothing.
 
     With --accept-new-ledger: if the ledger was deleted or is damaged, the daemon starts an empty one. If another one
-    was put in its place, the daemon uses that. Caps and history then use only what it contains. A prompt that a sync
+    was put in its place, the daemon uses that. Caps and history then count only what is in it. A prompt that a sync
     tool delivers again may be charged again.
     """
     config = load_as_owner(path)

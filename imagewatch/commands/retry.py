@@ -63,8 +63,9 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     """Put failed prompts back into the inbox.
 
     NAME is a prompt in the errors folder: its base name, or the path of its prompt or error file. A prompt that may
-    have been charged is put back only with --pay-again. A prompt that was charged, but gave no image, is never sent
-    again: the daemon reads its saved response again, and downloads images that could not be downloaded before.
+    have been charged is put back only with --pay-again. A prompt that was charged, but whose response held no
+    readable image, is never sent again: the daemon reads the saved response again, and downloads images that could not
+    be downloaded before.
     """
     if everything == bool(names):
         raise click.UsageError("name the prompts to retry, or use --all")

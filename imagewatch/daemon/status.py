@@ -68,7 +68,7 @@ def lasting(page: Mapping[str, Any], control: Control) -> list[dict[str, Any]]:
     if reason is None:
         return [one for one in holds if one["kind"] != "manual"]
     if all(one["kind"] != "manual" for one in holds):
-        reason = reason or "held manually"
+        reason = reason or "put on hold manually"
         manual = {"kind": "manual", "reason": reason, "next": HOLDS["manual"].next}
         holds.append({**manual, "since": None, "next_try_at": None})
     return holds
@@ -92,7 +92,7 @@ class Status:
 
     Args:
         config: Where the file is, and which settings are shown.
-        disk: Our disk.
+        disk: The local disk.
         ledger: What was completed and spent.
         admission: The holds.
         clock: Wall clock, seconds since the epoch.

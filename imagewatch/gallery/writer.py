@@ -18,7 +18,7 @@ from imagewatch.gallery.page import MARK, Page, page
 from imagewatch.gallery.thumbnails import Thumbnails
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import SpoolError, UsageError
+from imagewatch.system.errors import MISSING, SpoolError, UsageError
 from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import open_file
@@ -61,7 +61,7 @@ class Gallery:
     Args:
         config: The folders, and mode and group of published files.
         output: The page; without it ``gallery.html`` beside the outbox.
-        disk: Our disk.
+        disk: The local disk.
         patience: How long one thumbnail may take.
         seconds: For new thumbnails; after that the page is written with those that are finished.
 
@@ -115,8 +115,7 @@ class Gallery:
         """
         root = os.path.dirname(self._folders.outbox)
         if not os.path.isdir(root):
-            hint = "check the path and that it is mounted; the daemon creates the folders at its first start"
-            raise SpoolError(f"no such folder: {printable(root)}", path=root, hint=hint)
+            raise SpoolError(f"no such folder: {printable(root)}", path=root, hint=MISSING)
         self._stamp = ""  # compare with the page on disk, not with the last one of this process
         written = self._refreshed(on_thumbnail)
         while self._unfinished:

@@ -125,7 +125,7 @@ RULES = (
         lambda s: s.reaction is not None and not (s.reaction is Reaction.RETRY and s.attempts_left),
         Step.REFUSE,
     ),
-    Rule("the prompt is not in the claim (cancelled, or given back)", lambda s: not s.claimed, Step.FORGET),
+    Rule("the prompt is not in the claim (canceled, or given back)", lambda s: not s.claimed, Step.FORGET),
     Rule("claim complete, not yet validated", lambda s: not s.checked, Step.CHECK),
     Rule("valid, nothing sent, or the newest response was free and transient", lambda _: True, Step.SEND),
 )

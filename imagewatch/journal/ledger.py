@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import astuple, replace
 
 from imagewatch.journal.prices import Asked, for_an_image
-from imagewatch.journal.schema import COLUMNS, Row, prepare, price_of
+from imagewatch.journal.schema import COLUMNS, LOST, Row, prepare, price_of
 from imagewatch.journal.sqlite import Database
 from imagewatch.system.masking import known
 from imagewatch.system.text import whole
@@ -23,13 +23,12 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable
 
 
-_LOST = "nothing but the ledger knows of this request; it may have been charged"
 _LONGEST_CLAIMED = 7 * 86_400.0
 """How long before it is sent a job may have been claimed, seconds; it lets an index be used."""
 _CLOCKS = (1_000_000_000, 1_000_000, 100)
 """Nanoseconds that the times of files are multiples of, on some file systems and after some copies."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
-"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: any user can set it to the year 2400."""
+"""The integers of SQLite. An mtime may be beyond them, in nanoseconds: any user can set it to the year 2400."""
 NO_TOTALS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0.0}
 """What ``Ledger.totals`` returns of an empty ledger."""
 
@@ -105,7 +104,7 @@ class Ledger:
         self._file.accept()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the next use opens it again."""
         self._file.close()
 
     def withdraw(self, job: str) -> None:
@@ -128,7 +127,7 @@ class Ledger:
             How many there were.
         """
         found = self._all("SELECT job, attempt FROM attempts WHERE outcome = 'sent'")
-        lost = [(_LOST, row["job"], row["attempt"]) for row in found if row["job"] not in known]
+        lost = [(LOST, row["job"], row["attempt"]) for row in found if row["job"] not in known]
         close = "UPDATE attempts SET outcome = 'unknown', message = ? WHERE job = ? AND attempt = ?"
         if lost:
             self._file.change(lambda connection: connection.executemany(close, lost))
@@ -163,7 +162,7 @@ class Ledger:
 
     def is_lost(self, job: str) -> bool:
         """Return whether a job was ended by ``close_lost``: it has no result file."""
-        return bool(self._all("SELECT 1 FROM attempts WHERE job = ? AND message = ?", job, _LOST))
+        return bool(self._all("SELECT 1 FROM attempts WHERE job = ? AND message = ?", job, LOST))
 
     def was_placed(self, mtime_ns: int) -> bool:
         """Return whether a prompt got this mtime in ``errors`` or ``archive``, or one that a coarser clock shows so.

@@ -109,8 +109,14 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
 
 
 COLUMNS = Row.__struct_fields__
-_RENAMED = "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END"
-"""The outcome of a row of format 1 or 2."""
+LOST = "only the ledger has a record of this request; it may have been charged"
+"""Message of an attempt of which only its row is left."""
+_RENAMED = {
+    "outcome": "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END",
+    "message": "CASE message WHEN 'nothing but the ledger knows of this request; it may have been charged' "
+    f"THEN '{LOST}' ELSE message END",
+}
+"""Values of a row of format 1 or 2 that have another name now."""
 
 
 def prepare(connection: sqlite3.Connection) -> None:
@@ -123,7 +129,7 @@ def prepare(connection: sqlite3.Connection) -> None:
     if found > _VERSION:
         path = connection.execute("PRAGMA database_list").fetchone()["file"]
         raise SpoolError(
-            f"{path}: the ledger was written by a newer imagewatch (format {found})",
+            f"the ledger was written by a newer imagewatch (format {found}): {path}",
             path=path,
             code=errno.EPROTO,
             hint="run the newer version",
@@ -156,7 +162,7 @@ def _update(connection: sqlite3.Connection) -> None:
         connection.execute(statement)
     if columns:
         common = [name for name in COLUMNS if name in columns]
-        values = [_RENAMED if name == "outcome" else name for name in common]
+        values = [_RENAMED.get(name, name) for name in common]
         connection.execute(f"INSERT INTO attempts ({', '.join(common)}) SELECT {', '.join(values)} FROM earlier")  # noqa: S608
         connection.execute("DROP TABLE earlier")
         _fill(connection)

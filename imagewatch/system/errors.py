@@ -5,7 +5,7 @@
     ImagewatchError
     ├─ UsageError         the command line asks for the impossible       exit 64
     ├─ ConfigError        the configuration: nothing starts              exit 78
-    ├─ SpoolError         our disk: full, read-only, missing              exit 74 if it stays
+    ├─ SpoolError         local disk: full, read-only, missing            exit 74 if it stays
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
@@ -28,6 +28,8 @@ MORE_FILES: Final = (
     "allow the daemon more open files (LimitNOFILE= of the unit, or ulimit -n), or lower limits.concurrency"
 )
 """The next action where this process may not open another file."""
+MISSING = "check the path and that it is mounted; the daemon creates the folders at its first start"
+"""The next action where one of the folders does not exist."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class ConfigError(ImagewatchError):
 
 
 class SpoolError(ImagewatchError):
-    """Our disk failed: full, read-only or missing.
+    """The local disk failed: full, read-only or missing.
 
     Attributes:
         path: The file or folder concerned.

@@ -769,8 +769,8 @@ def test_neither_another_users_folder_nor_another_users_link_leads_to_a_configur
         (0o600, 0o700, ""),
         (0o644, 0o755, ""),
         (0o644, 0o1777, ""),
-        (0o646, 0o755, "it may be written by everybody"),
-        (0o666, 0o1777, "it may be written by everybody"),
+        (0o646, 0o755, "it may be written by all users"),
+        (0o666, 0o1777, "it may be written by all users"),
         (0o644, 0o757, "its folder"),
     ],
 )

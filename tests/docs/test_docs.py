@@ -19,9 +19,8 @@ def test_the_readme_lists_every_command():
 
 def test_exit_codes_are_the_same_in_the_readme_and_the_help():
     epilog = dict(re.findall(r"^  (\d+) +(.+)$", str(cli.epilog), re.MULTILINE))
-    line = re.search(r"^Exit codes: (.+?)\. All", README, re.MULTILINE | re.DOTALL)
-    assert line
-    assert {item.split()[0] for item in line[1].replace("\n", " ").split(" · ")} == set(epilog)
+    assert len(epilog) > 5
+    assert set(re.findall(r"^\| (\d+) \|", README, re.MULTILINE)) == set(epilog)
 
 
 def test_every_link_in_the_documents_has_a_target():

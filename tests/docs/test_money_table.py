@@ -1,4 +1,4 @@
-"""The table "Money" of the README matches the table in the code."""
+"""The tables of responses and of reasons to wait match those in the code."""
 
 from __future__ import annotations
 
@@ -7,10 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from imagewatch.inbox.candidate import Wait
 from imagewatch.protocol.reasons import HOLDS, KINDS, LIMITS, RESPONSES, Kind, Others, Reaction
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 MONEY = README.partition("### Money\n")[2].partition("\n#")[0]
+OPERATIONS = (ROOT / "docs/operations.md").read_text()
+ON_HOLD = OPERATIONS.partition("### When the queue is on hold\n")[2].partition("\n#")[0]
 ROWS = [[cell.strip() for cell in line.strip("|").split("|")] for line in MONEY.splitlines() if line.startswith("| ")]
 
 
@@ -28,6 +32,19 @@ def test_a_status_that_a_row_names_is_classified_as_this_row(kind: Kind):
 def test_every_kind_that_stops_other_prompts_says_what_to_do():
     stopping = {kind.name for kind in KINDS.values() if kind.others is not Others.CONTINUE}
     assert set(HOLDS) == stopping - {"lost"}  # its hold is that of the disk
+
+
+def test_the_table_of_holds_has_each_kind_once_with_its_statuses():
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \|", ON_HOLD, re.MULTILINE)
+    names = [(name, cause) for kinds, cause in rows for name in re.findall(r"`(\w+)`", kinds)]
+    assert sorted(name for name, _ in names) == sorted(HOLDS)
+    for name, cause in names:
+        assert set(map(int, re.findall(r"\b[1-5][0-9]{2}\b", cause))) <= set(HOLDS[name].statuses)
+
+
+def test_the_protocol_has_each_reason_why_a_prompt_is_not_ready():
+    table = (ROOT / "docs/protocol.md").read_text().partition("| key of `waiting.why` |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `(\w+)`", table, re.MULTILINE) == [wait.value for wait in Wait]
 
 
 def test_a_request_that_was_or_may_have_been_charged_is_never_sent_again_automatically():

@@ -284,6 +284,19 @@ def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
     assert indexes() == before
 
 
+def test_an_attempt_that_only_a_ledger_of_format_2_recorded_is_still_known_as_lost(path: str) -> None:
+    with contextlib.closing(Ledger(path)) as ledger:
+        ledger.write(row(outcome="unknown"))
+        assert not ledger.is_lost(row().job)
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        message = "nothing but the ledger knows of this request; it may have been charged"
+        database.execute("UPDATE attempts SET message = ?", [message])
+        database.execute("PRAGMA user_version = 2")
+        database.commit()
+    with contextlib.closing(Ledger(path)) as ledger:
+        assert ledger.is_lost(row().job)
+
+
 def test_several_processes_can_upgrade_a_ledger_at_the_same_time(old: str) -> None:
     script = "import sys; from imagewatch.journal.ledger import Ledger; Ledger(sys.argv[1]).close()"
     processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]

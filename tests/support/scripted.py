@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from imagewatch.sandbox.picture import Picture
+from imagewatch.sandbox.image import Picture
 
 if TYPE_CHECKING:
     import ssl
