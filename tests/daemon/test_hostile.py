@@ -202,7 +202,7 @@ from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
 from imagewatch.inbox.scan import InboxScan
 
-look = InboxScan.unchanged
+original = InboxScan.unchanged
 def unchanged(self, candidate):
     was = original(self, candidate)
     if was and not os.path.lexists({secret!r} + ".done"):
