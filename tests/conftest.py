@@ -154,16 +154,16 @@ def _is_slow(path: Path) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup() -> None:
-    """Forget the daemons of the test before."""
+    """Forget the processes of the test before."""
     STARTED.clear()
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Iterator[Any]:
-    """Show the logs of all daemons that a test has started if it fails."""
+    """Show what all processes that a test has started have written if it fails."""
     report = yield
     if report.failed:
-        logs = ((f"log of {name}", log()) for name, log in STARTED.items())
+        logs = ((f"output of {name}", log()) for name, log in STARTED.items())
         report.sections += [section for section in logs if section not in report.sections]
     return report
 

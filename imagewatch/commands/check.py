@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from imagewatch.journal.budget import Budget
     from imagewatch.protocol.request import Opener
 
-_COLOURS = {
+_COLORS = {
     "ok": "green",
     "take": "green",
     "bad": "red",
@@ -87,7 +87,7 @@ def _checked(config: Config, *, balance: bool) -> Iterator[tuple[str, Line]]:
 
 
 def _row(line: Line) -> None:
-    verdict = click.style(f"{line.verdict:<7}", fg=_COLOURS[line.verdict])
+    verdict = click.style(f"{line.verdict:<7}", fg=_COLORS[line.verdict])
     click.echo(f"{verdict} {padded(printable(line.what), 32)} {printable(line.why)}")
 
 

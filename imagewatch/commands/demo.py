@@ -56,18 +56,18 @@ def demo(folder: str) -> None:
     inbox and runs the daemon on them. No data leaves this machine.
     """
     with progress(shown=sys.stderr.isatty()) as bar:
-        lines = _play(folder, on_outcome=bar.finished, on_seen=bar.found)
+        lines = _play(folder, on_outcome=bar.finished, on_found=bar.found)
     for line in lines:
         click.echo(line)
 
 
-def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callable[[int], None]) -> list[str]:
+def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_found: Callable[[int], None]) -> list[str]:
     """Create the folders, drop the prompts and run the daemon; return what to print.
 
     Args:
         folder: The folder to create; if it exists, a number is added to its name.
         on_outcome: Called for each job that has ended.
-        on_seen: Called with the number of prompts that wait.
+        on_found: Called with the number of prompts that wait.
 
     Raises:
         SpoolError: The folder cannot be created.
@@ -89,7 +89,7 @@ def _play(folder: str, *, on_outcome: Callable[[Outcome], None], on_seen: Callab
         config = load(None, environ)
         _drop(config.folders.inbox)
         log.configure("error", "auto")
-        daemon = Daemon(config, environ, once=True, on_outcome=on_outcome, on_seen=on_seen)
+        daemon = Daemon(config, environ, once=True, on_outcome=on_outcome, on_found=on_found)
         daemon.run()
         report = sandbox.report()
     return _summary(folder, Gallery(config).write().path, report, daemon.hold)
@@ -113,10 +113,10 @@ def _fresh(folder: str) -> str:
 def _drop(inbox: str) -> None:
     """Drop the prompts, images first, as a careful sender does."""
     os.makedirs(inbox)
-    for name, (word, colour) in _IMAGES.items():
-        picture = Image.new("RGB", (320, 240), colour)
-        ImageDraw.Draw(picture).text((160, 120), word, anchor="mm", font=ImageFont.load_default(40), fill="white")
-        picture.save(os.path.join(inbox, name))
+    for name, (word, color) in _IMAGES.items():
+        image = Image.new("RGB", (320, 240), color)
+        ImageDraw.Draw(image).text((160, 120), word, anchor="mm", font=ImageFont.load_default(40), fill="white")
+        image.save(os.path.join(inbox, name))
     for stem, text in _PROMPTS.items():
         with open(os.path.join(inbox, f"{stem}.prompt.txt"), "w", encoding="utf-8") as file:
             file.write(text)

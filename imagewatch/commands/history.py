@@ -29,7 +29,7 @@ _COLUMNS = (
     *("transaction_id", "new_credit_balance", "owner", "balance_before", "balance_after"),
 )
 _TIMES = {"claimed_at", "sent_at", "answered_at"}
-_COLOURS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "unreadable": "red"}
+_COLORS = {"completed": "green", "refused": "yellow", "invalid": "yellow", "unknown": "red", "unreadable": "red"}
 
 
 @click.command()
@@ -107,7 +107,7 @@ def _show_jobs(jobs: Sequence[dict[str, Any]], totals: dict[str, float]) -> None
     print_table(
         ("time", "outcome", "credits", "provider", "images", "prompt"),
         rows,
-        colours=[_COLOURS.get(outcome) for outcome in outcomes],
+        colors=[_COLORS.get(outcome) for outcome in outcomes],
         notes=[printable("; ".join(filter(None, (job["message"], job["balances"]))), 400) for job in jobs],
     )
     completed, refused, unknown = (int(totals[name]) for name in ("completed", "refused", "unknown"))

@@ -79,11 +79,11 @@ class _Commands(click.Group):
     """Commands that are imported by name."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  click's own
-        """Return the names of all commands."""
+        """Return the names of all commands in alphabetical order."""
         return sorted(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002  click's own
-        """Import a command."""
+        """Import a command; return None if there is none with this name."""
         return load_command(cmd_name) if cmd_name in COMMANDS else None
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -110,7 +110,7 @@ class _Commands(click.Group):
 
 
 def load_command(name: str) -> click.Command:
-    """Import a command and return it."""
+    """Import the module of a command and return the command."""
     found = getattr(importlib.import_module(f"{__package__}.{COMMANDS[name][0]}"), name)
     assert isinstance(found, click.Command)
     return found
@@ -177,9 +177,9 @@ def _main() -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # the terminal may not be UTF-8
-    colours = False if os.environ.get("NO_COLOR") else None  # None: if it is a terminal
+    colors = False if os.environ.get("NO_COLOR") else None  # None: if it is a terminal
     try:
-        code = cli.main(standalone_mode=False, color=colours)
+        code = cli.main(standalone_mode=False, color=colors)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         sys.exit(EXIT_USAGE)

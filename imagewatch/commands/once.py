@@ -46,7 +46,7 @@ def once(path: str | None, *, as_json: bool) -> None:
             ended.append(outcome)
 
     with naming_source(config), progress(shown=terminal) as bar:
-        daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_seen=bar.found)
+        daemon = Daemon(config, os.environ, once=True, on_outcome=finished, on_found=bar.found)
         code = daemon.run()
     if as_json:
         click.echo(to_json(_results(ended, daemon), indent=1))

@@ -56,7 +56,7 @@ def print_table(
     head: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,
-    colours: Sequence[str | None] = (),
+    colors: Sequence[str | None] = (),
     notes: Sequence[str] = (),
 ) -> None:
     """Print a table.
@@ -64,16 +64,16 @@ def print_table(
     Args:
         head: What each column is called.
         rows: Text for each of them.
-        colours: One for each row, or none.
+        colors: One for each row, or none.
         notes: A line below each row, unless it is empty.
     """
     first, *others = lines(head, rows)
     click.echo(click.style(first, bold=True))
     for at, line in enumerate(others):
-        colour = colours[at] if colours else None
+        color = colors[at] if colors else None
         for part in (line, f"    {notes[at]}" if notes and notes[at] else ""):
             if part:
-                click.echo(click.style(part, fg=colour) if colour else part)
+                click.echo(click.style(part, fg=color) if color else part)
 
 
 def cells(text: str) -> int:

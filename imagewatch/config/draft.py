@@ -203,7 +203,7 @@ class Draft(Tables):
         return {name: self._checked(table, Options, f"presets.{name}") for name, table in presets.items()}
 
     def _retry(self) -> Retry:
-        """Return ``[retry]``."""
+        """Return ``[retry]``; its longest wait is not less than the first."""
         retry = self._section("retry", Retry)
         if retry.max_seconds < retry.initial_seconds and not self._is_faulty("retry."):
             self._wrong("retry.max_seconds", "is less than initial_seconds", "raise it")

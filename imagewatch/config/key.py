@@ -74,10 +74,6 @@ class Key:
         """Return a text with the key replaced by ``***``, in whatever form it is there."""
         return self.secret.text(text)
 
-    def mask_bytes(self, content: bytes) -> bytes:
-        """Return bytes with the key replaced by ``***``, also where it is escaped."""
-        return self.secret.content(content)
-
 
 class _Source(NamedTuple):
     """One way to the key.
@@ -258,7 +254,7 @@ def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -
     reason = ""
     try:
         # A session of its own: a Ctrl-C does not reach it, and its children can be ended with it.
-        with subprocess.Popen(  # noqa: S603  the admin's own command, no shell
+        with subprocess.Popen(  # noqa: S603  the administrator's own command, no shell
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -78,13 +78,13 @@ def others_above(path: str) -> str:
 def others_who_write(status: os.stat_result) -> str:
     """Return who beside the owner may change a file, or rename what is in a folder; an empty string if none may.
 
-    In a folder like ``/tmp`` everybody may make files, but may not rename those of others.
+    In a folder like ``/tmp`` all users may create files, but may not rename those of others.
     """
     mode = status.st_mode
     if stat.S_ISDIR(mode) and mode & stat.S_ISVTX:
         return ""
     if mode & stat.S_IWOTH:
-        return "everybody"
+        return "all users"
     return "its group" if mode & stat.S_IWGRP and not _is_private(status) else ""
 
 

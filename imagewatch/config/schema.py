@@ -115,7 +115,7 @@ class Outbox(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         file_mode: Permission bits of published files; ``None`` leaves it to the umask.
-        folder_mode: Permission bits of folders made; ``None`` leaves it to the umask.
+        folder_mode: Permission bits of created folders; ``None`` leaves it to the umask.
         group: Name of the group that owns both; ``None`` leaves it to the system.
     """
 
@@ -133,7 +133,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
         credits_per_day: Credits in a day, by UTC; 0 is off.
         credits_per_month: Credits in a calendar month, by UTC; 0 is off.
         assumed_credits: Credits reserved for each image of a request whose price is not known yet.
-        burst: So many new prompts may come at the same time; if more come, they are held until released; 0 is off.
+        burst: So many new prompts may come at the same time; more put the queue on hold until a release; 0 is off.
         providers: Providers that may be asked.
         models: Models that may be asked.
         qualities: Qualities that may be asked.

@@ -101,7 +101,7 @@ class Tables:
             self.origins[field] = variable
 
     def _table(self, where: tuple[str, ...]) -> dict[str, Any] | None:
-        """Return the table at a place, made if need be; ``None`` where the file has something else."""
+        """Return the table at a place, created if need be; ``None`` where the file has something else."""
         table = self.table
         for name in where:
             inner = table.setdefault(name, {})

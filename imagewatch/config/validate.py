@@ -100,7 +100,7 @@ def _words(kind: object) -> list[str]:
 
 
 def shown(value: object) -> str:
-    """Return a value as a person would recognise it in their own file, cut to 60 characters."""
+    """Return a value as a person would recognize it in their own file, cut to 60 characters."""
     try:
         text = ascii(value)
     except (RecursionError, ValueError):  # nested without end; an integer of more digits than Python converts

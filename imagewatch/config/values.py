@@ -53,7 +53,7 @@ def url_flaw(url: str) -> tuple[str, str]:
         ("@" in parts.netloc, "must not hold a user name or password", KEY_HINT),
         (not re.fullmatch(r"[\x21-\x7e]+", url), "must be ASCII without spaces", write),
         (bool(re.search(r"[?#\\]", url)), "must have no query and no fragment", write),
-        # Compared whole, so that what we call the host is what everybody else calls the host.
+        # Compared whole, so that what we call the host is what all other programs call the host.
         (parts.netloc.lower() != netloc, "must begin with https:// and a host", write),
         (not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host), "must begin with https:// and a host", write),
         (parts.path.lower().endswith("/v1"), "must not end in /v1", "remove /v1"),

@@ -52,7 +52,7 @@ class OnChange(Protocol):
 
 
 class Admission:
-    """Lets requests be sent, or holds the queue.
+    """Lets requests be sent, or puts the queue on hold.
 
     Args:
         spool: The folders.
@@ -90,7 +90,7 @@ class Admission:
         self._ended: dict[str, float] = {}
         self.burst = BurstGuard(monotonic)
         self._held_by: dict[str, SpoolError] = {}
-        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for our disk that were logged
+        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for the local disk that were logged
         self._is_proved = False  # whether the ledger was written once, before the first prompt
         self.may_report, self.not_reported = holds.may_report, holds.not_reported
         self.disk_failed = False
@@ -153,11 +153,11 @@ class Admission:
             pass
 
     def disk_works(self) -> bool:
-        """Return whether no hold for our own disk forbids what needs no request any more."""
+        """Return whether no hold for the local disk forbids what needs no request any more."""
         return not self._holds.waits("disk", self._now())
 
     def has_room(self) -> bool:
-        """Return whether our disks can take another paid response; if not, hold the queue."""
+        """Return whether the local disks can take another paid response; if not, put the queue on hold."""
         for error in self._held_by.values():
             self.failed(error)
             return False
@@ -172,10 +172,10 @@ class Admission:
             self.has_room()
 
     def works_for_others(self, job: Job, error: SpoolError) -> bool:
-        """Return whether our disks work although a job cannot continue; if not, hold the queue.
+        """Return whether the local disks work although a job cannot continue; if not, put the queue on hold.
 
         If they work, the cause is in this job's own files, which another user may have put there; the others continue.
-        For what all jobs share (ledger, state folder), the queue is held until this job continues.
+        For what all jobs share (ledger, state folder), the queue is on hold until this job continues.
         """
         if error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
             try:
@@ -192,12 +192,12 @@ class Admission:
         return self._works(probe=True)
 
     def hold_for(self, job: str, error: SpoolError) -> None:
-        """Hold the queue until a job continues, also if a write probe succeeds meanwhile."""
+        """Put the queue on hold until a job continues, also if a write probe succeeds meanwhile."""
         self._held_by[job] = error
         self.failed(error)
 
     def continues(self, job: str) -> None:
-        """Note that a job continues: the queue is not held for it any more."""
+        """Note that a job continues: the queue is not on hold for it any more."""
         self._held_by.pop(job, None)
 
     def _works(self, *, probe: bool) -> bool:
@@ -214,7 +214,7 @@ class Admission:
         return True
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:
-        """Hold until a person releases it if too many prompts came at the same time.
+        """Put the queue on hold until a person releases it if too many prompts came at the same time.
 
         Args:
             changed: As for ``BurstGuard.count``.
@@ -241,7 +241,7 @@ class Admission:
             self._since = self._now()
             passed = max(self._clock(), newest)
             self.burst.let_pass(passed)
-            self._held_by.clear()  # a job that still fails holds the queue again
+            self._held_by.clear()  # a job that still fails puts the queue on hold again
             self._control.let_pass(passed)
             self._control.released()
             self._end(self._holds.clear())
@@ -288,7 +288,7 @@ class Admission:
     # What has happened
 
     def refused(self, reason: Reason, began: float) -> None:
-        """Hold the queue for a reason that concerns every request, unless it is already out of date.
+        """Put the queue on hold for a reason that concerns every request, unless it is already out of date.
 
         Args:
             reason: Why a request was refused.
@@ -320,7 +320,7 @@ class Admission:
         self._end(self._holds.disproved(began))
 
     def failed(self, error: SpoolError) -> None:
-        """Note that our own disk failed: nothing is sent until a write probe succeeds."""
+        """Note that the local disk failed: nothing is sent until a write probe succeeds."""
         self.disk_failed = True
         hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
         self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
@@ -364,7 +364,7 @@ class Admission:
         return replace(reason, step=self._key_step()) if reason.kind == "key" and not reason.step else reason
 
     def _is_logged(self, cause: tuple[str, int, str]) -> bool:
-        """Return whether the log has the hold for our disk with this cause; from now on it has."""
+        """Return whether the log has the hold for the local disk with this cause; from now on it has."""
         if not self._holds.has("disk"):
             self._causes.clear()
         elif cause in self._causes or len(self._causes) >= _MOST_CAUSES:
@@ -396,7 +396,7 @@ class Admission:
         return utc(self._clock() + hold.until - self._now()).isoformat().replace("+00:00", "Z")
 
     def holds(self) -> list[Hold]:
-        """Return all holds."""
+        """Return all holds, also brief ones and those of single providers."""
         return self._holds.all()
 
     def first(self) -> Hold | None:

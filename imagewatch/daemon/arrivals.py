@@ -35,7 +35,7 @@ class Arrivals:
             self.count()
 
     def count(self) -> None:
-        """Count how many prompts came at the same time; the queue is held if they are too many."""
+        """Count how many prompts came at the same time; if they are too many, the queue is put on hold."""
         self._are_counted = True
         self._parts.admission.count(self.times(), self.is_finished)
 

@@ -109,7 +109,7 @@ class Caps:
         """
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
-        found = self._budget.look({asked for _, asked in self._waiting.values()})
+        found = self._budget.check({asked for _, asked in self._waiting.values()})
         self._refused = {asked: refusal for asked, refusal in found.items() if refusal.row.is_own}
         return {key for key, (_, asked) in self._waiting.items() if asked not in self._refused}
 

@@ -124,7 +124,7 @@ class Intake:
         return blocked(self._folders, folder, self._tops)
 
     def stop(self) -> None:
-        """Stop watching."""
+        """End the thread that reads change events; scans stay possible."""
         self._watching.stop()
 
     # Scanning
@@ -156,7 +156,7 @@ class Intake:
         return True
 
     def _opened(self, folder: Folder, descriptor: int) -> None:
-        """Watch a folder that is about to be scanned: what happens later leads to an event."""
+        """Watch a folder that is about to be scanned: what happens later causes an event."""
         if folder.identity:
             self._watching.watch(self._scan.folders.full(folder.path), folder.identity, descriptor)
 

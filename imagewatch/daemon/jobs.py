@@ -213,7 +213,7 @@ class Jobs:
         return sum(1 for _ in self._in(State.AT_WORK)) < slots and workers < self._most_workers
 
     def may_deliver(self, *, disk_works: bool) -> bool:
-        """Return whether a worker may have a job that needs no request: only our own disk can forbid that."""
+        """Return whether a worker may have a job that needs no request: only the local disk can forbid that."""
         return disk_works and self.may_send(self._concurrency)
 
     def due(self, now: float, *, is_held: bool) -> list[Job]:

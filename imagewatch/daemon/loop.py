@@ -50,10 +50,10 @@ class Daemon:
     Args:
         config: The configuration.
         environ: Environment: key, systemd's socket.
-        disk: Our disk.
-        once: Whether to end when the inbox is drained or the queue is held.
+        disk: The local disk.
+        once: Whether to end when the inbox is empty or the queue is on hold.
         on_outcome: Called for each finished job.
-        on_seen: Called after each scan that found something new.
+        on_found: Called after each scan that found something new.
         reload: Returns a new configuration on SIGHUP.
         on_reloaded: Called with the new configuration when it is used.
         holds: Reasons to wait; given by a caller that cannot wait for the usual interval between two probes.
@@ -69,7 +69,7 @@ class Daemon:
         disk: Disk | None = None,
         once: bool = False,
         on_outcome: Callable[[Outcome], None] = lambda _: None,
-        on_seen: Callable[[int], None] = lambda _: None,
+        on_found: Callable[[int], None] = lambda _: None,
         reload: Callable[[], Config] | None = None,
         on_reloaded: Callable[[Config], None] = lambda _: None,
         holds: Holds | None = None,
@@ -77,7 +77,7 @@ class Daemon:
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         self._once = once
-        self._on_seen, self._on_reloaded, self._reload = on_seen, on_reloaded, reload
+        self._on_found, self._on_reloaded, self._reload = on_found, on_reloaded, reload
         self._now = monotonic
         self._parts = Parts(config, environ, disk or Disk(), holds or Holds(), clock, monotonic)
         self._jobs, self._admission, self._intake = self._parts.jobs, self._parts.admission, self._parts.intake
@@ -95,8 +95,8 @@ class Daemon:
         """Run until a signal comes or, with ``once``, until there is nothing left to do.
 
         Returns:
-            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: held), 70 (``once``: a
-            job met a bug, or its record is damaged), 74 (``once``: own disk).
+            The exit code: 0, 1 (``once``: a job failed, or waits for its name), 69 (``once``: on hold), 70 (``once``:
+            a job hit a bug, or its record is damaged), 74 (``once``: local disk).
 
         Raises:
             ImagewatchError: It cannot start.
@@ -222,7 +222,7 @@ class Daemon:
 
     @property
     def hold(self) -> Hold | None:
-        """Why the queue is held, if it is, or prompts wait at a cap."""
+        """Why the queue is on hold, if it is, or prompts wait at a cap."""
         return self._admission.shown()
 
     @property
@@ -264,7 +264,7 @@ class Daemon:
             return
         self._instructions.follow()
         if is_new:
-            self._on_seen(self._intake.count() + len(self._jobs.at_work))
+            self._on_found(self._intake.count() + len(self._jobs.at_work))
         self._report.scanned(is_new=is_new)
         self._prepare()
 

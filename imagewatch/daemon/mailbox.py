@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from imagewatch.system.errors import SpoolError
 
 _MOST_AT_ONCE = 1000
-"""How many messages are taken before anything else is done: a user who renames files all the time sends many."""
+"""How many messages are processed before anything else is done: a user who renames files all the time sends many."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Signalled:
 
 @dataclass(frozen=True)
 class Saved:
-    """The response to a request is on our disk: its job needs no request any more."""
+    """The response to a request is on the local disk: its job needs no request any more."""
 
     job: str
 
@@ -48,7 +48,7 @@ class Finished:
 
 @dataclass(frozen=True)
 class DiskFailed:
-    """Our disk refuses a part of a response, for which a worker waits."""
+    """The local disk refuses a part of a response, for which a worker waits."""
 
     error: SpoolError
 

@@ -44,7 +44,7 @@ class Parts:
     Args:
         config: The configuration at the start.
         environ: Environment: key, systemd's socket.
-        disk: Our disk.
+        disk: The local disk.
         holds: Reasons to wait.
         clock: Wall clock, seconds since the epoch.
         monotonic: Monotonic clock, seconds.

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 _MOST_LEFT = 3
 """If so many jobs need a person, nothing is sent any more: the next ones might also be charged without a result."""
 _LEFT = "left"
-"""In the place of a job id: all jobs that need a person hold the queue together."""
+"""In the place of a job id: all jobs that need a person put the queue on hold together."""
 _LEFT_HINT = "the log has the reason and the next step for each; to continue without them, run: imagewatch release"
 _log = structlog.get_logger()
 
@@ -67,10 +67,10 @@ class Results:
         self._hold_or_release(outcome, message.began)
         self._place(job, outcome)
 
-    # A job that failed at our own disk
+    # A job that failed at the local disk
 
     def _failed(self, job: Job, error: SpoolError) -> None:
-        """Let a job wait that failed at our own disk.
+        """Let a job wait that failed at the local disk.
 
         If a test file can be written, only this job is affected: a file is in its way, or a permission is missing. The
         queue continues, but nothing is claimed from the job's folder: the same may happen to other prompts of that
@@ -108,7 +108,7 @@ class Results:
         self.count_left()
 
     def count_left(self) -> None:
-        """Hold the queue while many jobs need a person."""
+        """Put the queue on hold while many jobs need a person."""
         left = self._jobs.left
         if len(left) >= _MOST_LEFT:
             jobs = ", ".join(sorted(left)[:_MOST_LEFT])

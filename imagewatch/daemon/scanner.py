@@ -1,6 +1,6 @@
 """Which folder of the inbox is scanned now, and when the next one is.
 
-An event leads to a scan of the folder in which it happened; every folder is scanned regularly.
+An event causes a scan of the folder in which it happened; every folder is scanned regularly.
 
 A user who may put files into one folder cannot delay the others: the first-level folders take turns, a scan is done in
 pieces, and scanning as a whole may take a tenth of a core.

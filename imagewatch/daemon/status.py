@@ -92,7 +92,7 @@ class Status:
 
     Args:
         config: Where the file is, and which settings are shown.
-        disk: Our disk.
+        disk: The local disk.
         ledger: What was completed and spent.
         admission: The holds.
         clock: Wall clock, seconds since the epoch.

@@ -33,8 +33,6 @@ T = TypeVar("T")
 PATH = "/v1/images/generations"
 BALANCE_PATH = "/v1/metadata/balance"
 """Not documented; Letta Code's ``/usage`` asks it, and takes a failure as "not available"."""
-_READ_BYTES = 48 * 1024
-"""Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
 _SIZE = re.compile("([0-9]{1,5})x([0-9]{1,5})")
 _PIXEL_BYTES = 4
 """Of a PNG that could not be compressed at all."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from imagewatch.protocol.request import Part
 
 _READ_BYTES = 48 * 1024
+"""Bytes of an image per piece of the request: a multiple of three, so that base64 needs no padding inside."""
 
 
 class Body:

@@ -128,7 +128,7 @@ class Stream(httpcore.NetworkStream):
             self._inner.write(buffer, seconds)
 
     def close(self) -> None:
-        """Close the connection."""
+        """Close the inner stream, with TLS or without."""
         self._inner.close()
 
     def start_tls(

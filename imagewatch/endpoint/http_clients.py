@@ -79,7 +79,7 @@ class Clients:
         endpoint, context = self._endpoint, _trust(self._endpoint.ca_file)
         networks = Network(self._resolve, checked=False), Network(self._resolve, checked=True)
         # A connection for each request: a kept one that the server closes meanwhile looks like a lost response. The
-        # limit alone is not enough: between the end of a request and the look at the limit another one may take it.
+        # limit alone is not enough: between the end of a request and the check of the limit another one may take it.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         timeouts = (
             httpx.Timeout(endpoint.timeout_seconds, connect=endpoint.connect_timeout_seconds, write=_WRITE_SECONDS),

@@ -53,7 +53,7 @@ class Answer:
             self.head, self.tail = load(first, Head), load(last, Tail)
         except (OSError, ValueError) as error:
             raise SpoolError(
-                f"{path}: the saved response cannot be read: {error}", path=path, code=errno_of(error), hint=_HINT
+                f"the saved response cannot be read: {error}: {path}", path=path, code=errno_of(error), hint=_HINT
             ) from error
         self._start = len(first) + 1
         self.length = end - len(last) - 1 - self._start

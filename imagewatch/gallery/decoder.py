@@ -28,9 +28,10 @@ REQUEST = struct.Struct("!Qd")
 REPLY = struct.Struct("!BI")
 """Sent before a reply: its kind (``MADE``, ``BROKEN`` or ``UNREAD``) and its length, bytes."""
 MADE, BROKEN, UNREAD = range(3)
+NOBODY = 65534
+"""Number of a user and group without rights; root's decoder changes to it."""
 
 _PROGRAM = "import sys; _, user, *sys.path = sys.argv; from imagewatch.gallery.shrink import main; main(int(user))"
-_NOBODY = 65534
 _MOST_BYTES = 1 << 20
 """Of a reply. A thumbnail without compression is 400 kB."""
 _CRASHES = frozenset(
@@ -69,7 +70,7 @@ class Decoder:
     """One such process. Not for several threads at the same time.
 
     Args:
-        patience: How long a picture may take.
+        patience: How long an image may take.
     """
 
     def __init__(self, patience: Patience) -> None:
@@ -131,7 +132,7 @@ class Decoder:
             mine, its = socket.socketpair()
             with its:
                 # It gets our module path. It gets little of the environment, which may have the key.
-                user = os.geteuid() or _NOBODY
+                user = os.geteuid() or NOBODY
                 command = [sys.executable, "-P", "-c", _PROGRAM, str(user), *sys.path]
                 root = (
                     0 if os.getuid() == 0 else None

@@ -60,7 +60,7 @@ function choose() {
     (!outcome || job.completed === (outcome === "completed")) && (!provider || job.provider === provider) &&
     (!folder || `${job.folder}/`.startsWith(`${folder}/`)) && words.every((word) => job.text.includes(word)));
   current = 0;
-  summarise();
+  summarize();
   arrange();
 }
 
@@ -84,7 +84,7 @@ function recall() {
   else if (view.open) leave();
 }
 
-function summarise() {
+function summarize() {
   const completed = shown.filter((job) => job.completed).length, failed = shown.length - completed;
   const open = shown.filter((job) => job.credits == null && /yes|unknown/.test(job.charged)).length;
   const totals = [[sum(shown, credits), "credits"], [sum(shown, imageCount), "images"], [completed, "completed"], [failed, "failed", failed]];

@@ -13,15 +13,12 @@ import os
 import resource
 import signal
 import socket
-from typing import IO, TYPE_CHECKING
+from typing import IO
 
 from PIL import Image, ImageOps, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  no imports later on
 
-from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, REPLY, REQUEST, SIDE, UNREAD
+from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, NOBODY, REPLY, REQUEST, SIDE, UNREAD
 from imagewatch.system import memory
-
-if TYPE_CHECKING:
-    from PIL.Image import Image as Picture
 
 MOST_MEMORY = 640 << 20
 """Of the process, bytes of address space. With the largest image that may be decoded it has 430 MB."""
@@ -29,7 +26,6 @@ _STRIP = 2_000_000
 """Pixels of a large image that are converted at a time: each conversion copies four bytes per pixel."""
 _GAP = 1.25
 """A quick method first makes the image this much larger than needed: a third less time, no visible difference."""
-_NOBODY = 65534
 
 
 def main(user: int) -> None:
@@ -61,7 +57,7 @@ def _confine(user: int) -> None:
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a namespace that has no such user
             os.setgroups([])
-            os.setresgid(_NOBODY, _NOBODY, _NOBODY)
+            os.setresgid(NOBODY, NOBODY, NOBODY)
             os.setresuid(user, user, user)
 
 
@@ -113,12 +109,12 @@ def shrunk(file: IO[bytes], most_pixels: int) -> bytes:
             memory.give_back()
 
 
-def _times(image: Picture) -> int:
+def _times(image: Image.Image) -> int:
     """Return by what factor the quick method may reduce an image."""
     return max(int(max(image.size) / (SIDE * _GAP)), 1)
 
 
-def _smaller(image: Picture, mode: str) -> Picture:
+def _smaller(image: Image.Image, mode: str) -> Image.Image:
     """Return an image in a mode; a large one strip by strip and reduced, because transparency is a copy, too."""
     width, height = image.size
     if width * height <= LARGE:

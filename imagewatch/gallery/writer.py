@@ -61,7 +61,7 @@ class Gallery:
     Args:
         config: The folders, and mode and group of published files.
         output: The page; without it ``gallery.html`` beside the outbox.
-        disk: Our disk.
+        disk: The local disk.
         patience: How long one thumbnail may take.
         seconds: For new thumbnails; after that the page is written with those that are finished.
 

@@ -71,7 +71,7 @@ class Hints:
         self._has_lost = False
 
     def add(self, change: Change) -> None:
-        """Add a change."""
+        """Note a change; if there are too many, only that something in the folder changed."""
         with self._lock:
             names = self._folders.setdefault(change.folder, {})
             if change.name not in names:
@@ -216,7 +216,7 @@ class Watcher:
             self._reader.remove_callbacks([(folder.descriptor, CallbackId(id(folder)))])
 
     def stop(self) -> None:
-        """Stop listening."""
+        """End the thread that reads the events, if it runs."""
         if self._reader is not None:
             self._reader.stop()
             self._reader.join(timeout=5)
@@ -252,7 +252,7 @@ def _reader(on_end: Callable[[], None]) -> Any:  # noqa: ANN401  there is no wat
 
 
 class _Folder:
-    """The callback for one watched folder, as watchdog's reader wants it."""
+    """The callback for one watched folder, in the form that watchdog's reader calls."""
 
     __slots__ = ("_on_change", "_on_lost", "_path", "descriptor", "identity", "removed")
 

@@ -37,13 +37,13 @@ class _Line(Generic[_Name]):
     def __contains__(self, name: _Name) -> bool:
         return name in self._waiting
 
-    def join(self, name: _Name, wants: float = 0.0) -> None:
+    def join(self, name: _Name, expected: float = 0.0) -> None:
         """Let a name wait, unless it does."""
         if name not in self._waiting:
             had = max(self._now, self._had.get(name, 0.0))
-            self._waiting[name] = had + wants, had
+            self._waiting[name] = had + expected, had
             self._count += 1
-            heapq.heappush(self._heap, (had + wants, self._count, name))
+            heapq.heappush(self._heap, (had + expected, self._count, name))
 
     def leave(self, name: _Name) -> None:
         """Let a name wait no longer."""
@@ -100,17 +100,17 @@ class FairTurns(Generic[_Name]):
     def __contains__(self, name: _Name) -> bool:
         return name in self._owner
 
-    def join(self, name: _Name, owner: Hashable, wants: float = 0.0) -> None:
+    def join(self, name: _Name, owner: Hashable, expected: float = 0.0) -> None:
         """Let a folder wait, unless it does.
 
         Args:
             name: The folder.
             owner: Whose it is.
-            wants: How much it is likely to get when it is its turn, if that is not the same for all.
+            expected: How much it is likely to get when it is its turn, if that is not the same for all.
         """
         if name not in self._owner:
             self._owner[name] = owner
-            self._lines.setdefault(owner, _Line()).join(name, wants)
+            self._lines.setdefault(owner, _Line()).join(name, expected)
             self._owners.join(owner)
 
     def leave(self, name: _Name) -> None:
@@ -130,7 +130,7 @@ class FairTurns(Generic[_Name]):
         return None if owner is None else self._lines[owner].first()
 
     def charge(self, name: _Name, amount: float = 1.0) -> None:
-        """Note that a folder that waits has had its turn; it has to join again if it wants another.
+        """Note that a folder that waits has had its turn; it has to join again to get another.
 
         Args:
             name: The folder.

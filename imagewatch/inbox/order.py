@@ -99,11 +99,11 @@ class Order:
 
     def offer(self, folder: Folder, changed: float, stem: str) -> None:
         """Note that a prompt is settled; it may be known already."""
-        if not self._was_looked_at(folder, stem):
+        if not self._was_checked(folder, stem):
             self._oldest_of(folder).offer((changed, stem), self.most())
             self.wanting.add(first_level(folder.path))
 
-    def _was_looked_at(self, folder: Folder, stem: str) -> bool:
+    def _was_checked(self, folder: Folder, stem: str) -> bool:
         group, key = self._groups.get(first_level(folder.path)), (folder.path, stem)
         return (
             (group is not None and key in group.keys)
@@ -285,7 +285,7 @@ class Order:
             return None
         while True:
             if oldest.is_low(self.most()):
-                left = ((at, stem) for stem, at in folder.settled.items() if not self._was_looked_at(folder, stem))
+                left = ((at, stem) for stem, at in folder.settled.items() if not self._was_checked(folder, stem))
                 oldest.refill(left, self.most())
             entry = oldest.first()
             if entry is None or folder.settled.get(entry[1]) == entry[0]:

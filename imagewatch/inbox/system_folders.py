@@ -50,12 +50,3 @@ def why_not_entered(name: str) -> str:
     if _KNOWN.fullmatch(plain) or _KNOWN_MARKED.fullmatch(plain):
         return SYSTEM
     return MARKED if name[:1] in _MARKS and name else ""
-
-
-def is_path_entered(path: str) -> bool:
-    """Return whether no folder of a path below the inbox is one that is never entered.
-
-    Args:
-        path: The path, with ``/``; empty for the inbox itself.
-    """
-    return not any(why_not_entered(part) for part in path.split("/") if part)

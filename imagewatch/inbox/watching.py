@@ -51,7 +51,7 @@ class Watching:
             self._problems.clear()
 
     def stop(self) -> None:
-        """Stop listening."""
+        """End the thread that reads change events; ``listen`` starts it again."""
         self._watcher.stop()
 
     def listen(self, now: float) -> bool:

@@ -241,9 +241,9 @@ class Claims:
 
     def _not_ours(self, reason: str) -> NotOursError:
         what = "is not the folder in which the daemon keeps claimed files"
-        message = f"{printable(self.path)}: {what} ({reason}), so nothing is claimed"
+        message = f"{printable(self.path)} {what} ({reason}), so nothing is claimed"
         hint = HINT
         if reason.startswith(_ITS_OWN):
-            message = f"{printable(self.path)}: {reason}, so nothing is claimed"
+            message = f"{printable(self.path)} {reason}, so nothing is claimed"
             hint = "do not remove or rename it: give it back to the daemon's user (chown -R) and set its mode to 0700"
         return NotOursError(message, path=self.path, code=errno.EPERM, hint=hint)

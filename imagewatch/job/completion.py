@@ -258,7 +258,7 @@ class Completion:
     # The decision, afterwards
 
     def renamed(self, claim: Claim, decision: Decision) -> Decision:
-        """Return a decision whose remaining names are free, after one of them was taken.
+        """Return a decision whose remaining names are free, after a file with one of them was found.
 
         The base was free when it was chosen; only what is not out yet is renamed.
         """

@@ -203,7 +203,7 @@ class Delivery:
         return self._folders.original(claim, name) if place == "claim" else self._folders.record(claim.job).path(name)
 
     def _carry_all(self, claim: Claim, moves: tuple[Move, ...], folder: str, mtime_ns: int) -> None:
-        """Move files to a destination. Files that we made get our permissions, originals keep their own.
+        """Move files to a destination. Files that we created get our permissions, originals keep their own.
 
         The prompt gets a new mtime, so that moving it back into the inbox makes a new job: with its old one it would
         be a redelivery.

@@ -60,7 +60,7 @@ def require_space(folders: Iterable[str], least: int, tops: Tops) -> None:
             message = f"there is room for only {files} more files (inodes)"
         else:
             continue
-        raise SpoolError(f"{printable(folder)}: {message}", path=folder, code=errno.ENOSPC, hint=hint)
+        raise SpoolError(f"{message}: {printable(folder)}", path=folder, code=errno.ENOSPC, hint=hint)
 
 
 class JobFolders:
@@ -110,7 +110,7 @@ class JobFolders:
         """
         for folder in self._all():
             self.disk.make_folder(folder, mode=0o700 if folder == self.state else 0o777)
-        if problems := overlaps(self._folders):  # a link may have been made since the configuration was read
+        if problems := overlaps(self._folders):  # a link may have been created since the configuration was read
             raise ConfigError(problems)
         self._open()
         self.disk.make_folder(self.jobs)
@@ -190,7 +190,7 @@ class JobFolders:
         real = os.path.realpath(folder)
         if self._ways.get(folder, real) != real and others_above(folder):
             message = (
-                f"{printable(folder)}: points to {printable(real)} now, and pointed to {printable(self._ways[folder])}"
+                f"{printable(folder)} points to {printable(real)} now, and pointed to {printable(self._ways[folder])}"
             )
             hint = "put the folder back, or restart the daemon if this is intended"
             raise SpoolError(message, path=folder, code=errno.ENOTDIR, hint=hint)
@@ -209,7 +209,7 @@ class JobFolders:
             return
         if has_file(folder, _LOCK, self._lock) or not os.fstat(self._lock.fileno()).st_nlink:
             return
-        message = f"{printable(folder)}: the state folder was replaced by another one while imagewatch was running"
+        message = f"the state folder was replaced by another one while imagewatch was running: {printable(folder)}"
         hint = "put the previous one back, it records what was paid; or restart imagewatch to use this one"
         raise SpoolError(message, path=folder, code=errno.ESTALE, hint=hint)
 
@@ -231,7 +231,7 @@ class JobFolders:
             self.disk.sync_folder(path)
 
     def _sync_above(self, folders: list[str]) -> None:
-        """Make the names of our folders durable, and of those that were made above them."""
+        """Make the names of our folders durable, and of those that were created above them."""
         above = {folder for inner in folders for folder in _above(os.path.realpath(inner))}
         own = {os.path.realpath(self.inbox), os.path.realpath(self.state)}
         for folder in sorted(above - own):
@@ -389,7 +389,7 @@ class JobFolders:
         return secrets.token_hex(8)
 
     def record(self, job: str) -> Record:
-        """Return the record of a job."""
+        """Return the record of a job; its files may be missing."""
         return Record(self.disk, self.jobs, job)
 
     def claim_folder(self, job: str) -> str:

@@ -44,7 +44,7 @@ class Originals:
         """Move a prompt from the inbox into its claim: this rename is the lock.
 
         Returns:
-            False if the prompt was missing: it was cancelled, or another folder has the name of its folder now.
+            False if the prompt was missing: it was canceled, or another folder has the name of its folder now.
         """
         self._folders.require_claims()
         self._folders.record(claim.job).begin(claim)
@@ -53,14 +53,14 @@ class Originals:
         self._disk.sync_folder(self._folders.claims)
         try:
             with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
-                taken = self._take(claim, claim.prompt)
-                if taken:
+                claimed = self._claim_file(claim, claim.prompt)
+                if claimed:
                     self.gather(claim)
         except SpoolError as error:
             if isinstance(error.__cause__, FileNotFoundError | NotAFolderError) and not self.claimed(claim.job):
                 return False
             raise
-        return taken
+        return claimed
 
     def _inode(self, claim: Claim) -> int:
         """Return the inode that the folder of a prompt must have; 0 where inodes change."""
@@ -70,11 +70,11 @@ class Originals:
         """Move the other originals of a job into the claim, then make all its names durable."""
         with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
             for name in claim.images:
-                self._take(claim, name)
+                self._claim_file(claim, name)
             self._disk.sync_folder(self._folders.claim_folder(claim.job))
             self._disk.sync_folder(self._folders.inbox_folder(claim))
 
-    def _take(self, claim: Claim, name: str) -> bool:
+    def _claim_file(self, claim: Claim, name: str) -> bool:
         source = os.path.join(self._folders.inbox_folder(claim), name)
         target = self._folders.original(claim, name)
         if self._drop_twin(source, target):
@@ -101,7 +101,7 @@ class Originals:
         except OSError:
             return False
 
-    def is_as_seen(self, claim: Claim) -> bool:
+    def matches_scan(self, claim: Claim) -> bool:
         """Return whether the claimed files are those that the scan accepted, unchanged.
 
         Where inodes and times change, the sizes are compared.

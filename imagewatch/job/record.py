@@ -42,7 +42,7 @@ class Record:
     """The folder of one job in the state folder.
 
     Args:
-        disk: Our disk.
+        disk: The local disk.
         jobs: The folder of all records.
         job: Its id.
     """
@@ -160,7 +160,7 @@ class Record:
         self._disk.sync_folder(self.folder)
 
     def decide(self, decision: Decision) -> None:
-        """Write down how the job ends. A later decision replaces an earlier one whose names were taken."""
+        """Write down how the job ends. A later decision replaces an earlier one of which names exist already."""
         self._decision = None  # if this fails, the disk has to be asked
         self._disk.write(self.path("decision.json"), dump(decision))
         self._decision = decision
@@ -238,7 +238,7 @@ class Record:
         return [*answers, "decision.json", "over", *([f"sent.{self._sent[0]}"] if self._sent else [])]
 
     def names(self) -> list[str]:
-        """Return the names of its files."""
+        """Return the names of its files; none if its folder is missing."""
         with disk_errors(self.folder, "read"), contextlib.suppress(FileNotFoundError):
             return self._disk.tops.names(self.folder)
         return []
@@ -251,7 +251,7 @@ class Record:
             return None
         except (OSError, ValueError) as error:
             raise SpoolError(
-                f"{path}: the record cannot be read: {error}",
+                f"the job record cannot be read: {error}: {path}",
                 path=path,
                 code=errno_of(error),
                 hint="do not remove it before you have read it: it may be the only proof of a charge",

@@ -78,7 +78,7 @@ class RunningJob:
 
     @property
     def id(self) -> str:
-        """Its id."""
+        """The id that names its claim folder and its record."""
         return self.claim.job
 
     @property
@@ -91,7 +91,7 @@ class RunningJob:
         self.shown, self.is_foreseen = replace(self.shown, **changes), True
 
     def attempt(self) -> Attempt:
-        """Return the newest attempt."""
+        """Return the newest attempt, with its response if there is one."""
         number = self.state.sent
         answer = self.record.answer(number) if self.state.answered >= number > 0 else None
         sent = self.record.sent(number)

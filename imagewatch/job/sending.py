@@ -151,7 +151,7 @@ class Sending:
             except (JobError, ConfigError, SpoolError) as error:
                 fate = _failed(self._fates[claim.job], error, sink)
             except BaseException:  # a bug, or the end of the process: the disk decides
-                self.settle(claim.job)
+                self.forget(claim.job)
                 raise
             else:
                 fate = replace(fate, left=Left.WHOLE, is_saved=True)
@@ -186,7 +186,7 @@ class Sending:
         fate = self._fates.get(job)
         return fate if fate and attempt in {0, fate.attempt} else None
 
-    def settle(self, job: str) -> None:
+    def forget(self, job: str) -> None:
         """Forget what is known about a job: the disk shows it, or the job is over."""
         self._fates.pop(job, None)
 

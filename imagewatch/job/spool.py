@@ -108,7 +108,7 @@ class Spool(JobFolders):
                 stack.enter_context(self.tops.held(self.claim_folder(job)))
             yield
 
-    def settle(self, claim: Claim) -> None:
+    def make_durable(self, claim: Claim) -> None:
         """Make durable what a process that died, or a call that failed, has left of a job.
 
         What can be seen may not be durable yet, and what comes next is decided by what is seen.

@@ -115,7 +115,7 @@ class Steps:
                 f"the files in {folder} and move them back into the inbox",
             )
         self._spool.forget(job_id)
-        self._budget.settle(job_id)  # its row is older than the removal of its record
+        self._budget.end_reservation(job_id)  # its row is older than the removal of its record
         return Outcome(job_id, End.NOTHING)
 
     def _known(self, job_id: str) -> str:
@@ -182,7 +182,7 @@ class Steps:
     def _check(self, job: RunningJob) -> Outcome | None:
         claim = job.claim
         # One that has a row was valid before; it only continues.
-        if not self._spool.originals.is_as_seen(claim) and not self._ledger.job(claim.job):
+        if not self._spool.originals.matches_scan(claim) and not self._ledger.job(claim.job):
             return self._give_back(job)
         folder, most = self._spool.claim_folder(claim.job), self._config.limits.max_input_bytes
         where = functools.partial(open_file, tops=self._spool.tops)
@@ -268,7 +268,7 @@ class Steps:
                 _log.info("withdrawn", reason=fate.message)
             job.record.take_back(fate.attempt)
             self._ledger.withdraw(job.id)
-            self._sending.settle(job.id)
+            self._sending.forget(job.id)
             if job.state.answered and fate.reason is None:  # behind a hold it stays claimed: its attempts count
                 return self._defer(job)
             return self._give_back(job)

@@ -99,7 +99,7 @@ class Worker:
         claim = replace(claim, owner=self._spool.originals.owner(claim))
         if not self._spool.originals.claim(claim):
             self._spool.forget(claim.job)
-            self._budget.settle(claim.job)
+            self._budget.end_reservation(claim.job)
             return Outcome(claim.job, End.NOTHING, claim.source)
         job = RunningJob(self._spool.record(claim.job), claim, began=self._clock())
         if not claim.images:  # some of them may have been missing
@@ -123,7 +123,7 @@ class Worker:
             claim = fate.claim  # its record was removed while its request was in flight
         if claim is None:
             return self._steps.without_record(job_id)
-        self._spool.settle(claim)
+        self._spool.make_durable(claim)
         earlier = record.attempts()[1]
         job = RunningJob(record, claim, is_resumed=is_resumed, may_send=may_send, earlier=earlier, began=self._clock())
         return self._carry(job)
@@ -133,15 +133,15 @@ class Worker:
         with names, self._spool.working_on(job.id):
             outcome = self._take_steps(job)
         # Not if the disk failed: then the ledger may not have the row yet.
-        self._budget.settle(job.id)
+        self._budget.end_reservation(job.id)
         if outcome.end is not End.DEFERRED:
-            self._sending.settle(job.id)
+            self._sending.forget(job.id)
         return outcome
 
     def _take_steps(self, job: RunningJob) -> Outcome:
         for _ in range(_MOST_STEPS):
             with _local_disk():
-                self._look(job)
+                self._read_state(job)
             step = next_step(job.state)
             _log.debug("step", step=step.name.lower())
             if step is Step.DONE:
@@ -159,7 +159,7 @@ class Worker:
                 return outcome
         raise SpoolError(f"job {job.id}: no progress", hint="check its folder in the state folder")
 
-    def _look(self, job: RunningJob) -> None:
+    def _read_state(self, job: RunningJob) -> None:
         """Find out what the disk shows; it is asked unless the last step has just set it."""
         fate = self._sending.known(job.id)
         if not job.is_foreseen:
@@ -168,8 +168,8 @@ class Worker:
                 self._sending.restore(job.record, fate)
                 job.shown = self._spool.job_state(job.claim, job.record)
         if job.shown.decided:  # the ledger has the row: a job whose delivery has to wait must not be counted twice
-            self._sending.settle(job.id)
-            self._budget.settle(job.id)
+            self._sending.forget(job.id)
+            self._budget.end_reservation(job.id)
         job.is_foreseen = False
         job.state = self._state(job, job.shown)
 

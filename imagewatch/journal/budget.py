@@ -153,7 +153,7 @@ class Budget:
         since = self._clock() - SECONDS
         return any(self._books.charges(provider, since) for provider in get_args(Provider))
 
-    def look(self, many: Iterable[Asked]) -> dict[Asked, Reason]:
+    def check(self, many: Iterable[Asked]) -> dict[Asked, Reason]:
         """Return which requests do not fit now, and why; nothing is reserved.
 
         Args:
@@ -166,7 +166,7 @@ class Budget:
             return {asked: refusal for asked, refusal in refusals if refusal is not None}
 
     def plan(self, job: str, asked: Asked) -> Reason | None:
-        """Reserve what a request may cost that is going to be claimed; ``settle`` ends that.
+        """Reserve what a request may cost that is going to be claimed; ``end_reservation`` ends that.
 
         Before it is sent ``reserve`` checks again: this only avoids claiming more prompts than fit.
 
@@ -194,7 +194,7 @@ class Budget:
                 self._in_flight.pop(job, None)
 
     def reserve(self, job: str, asked: Asked) -> Reason | None:
-        """Reserve what a request may cost that is about to be sent; ``settle`` ends that.
+        """Reserve what a request may cost that is about to be sent; ``end_reservation`` ends that.
 
         Args:
             job: Its job id.
@@ -224,7 +224,7 @@ class Budget:
         with self._lock:
             self._resumed[job] = asked, sent_at
 
-    def settle(self, job: str) -> None:
+    def end_reservation(self, job: str) -> None:
         """End a reservation: the ledger has the row, or nothing was sent."""
         with self._lock:
             self._in_flight.pop(job, None)

@@ -5,10 +5,10 @@ folder can ask for anything; the inbox is open to other users and can ask for no
 
 ::
 
-    held       a person holds the queue, for the reason inside; it stays until ``release``
+    held       a person put the queue on hold, for the reason inside; it stays until ``release``
     release    end all holds except caps; the daemon removes it
     passed     until which time prompts were let through past the burst guard; written by the daemon
-    refused    holds that the account or the address caused, as JSON; written by the daemon for its next start
+    refused    holds that the account or the endpoint caused, as JSON; written by the daemon for its next start
     accept-ledger  use the ledger that is there now, or an empty one; the daemon removes it
     retry.ID   read the paid response of this job again; the daemon removes it
 """
@@ -63,7 +63,7 @@ class Control:
                 remove_old(self._disk, self._path(name), is_known=found[1] in _DAEMONS)
 
     def held(self) -> str | None:
-        """Return why a person holds the queue, or None when it is not."""
+        """Return why a person put the queue on hold, or None if it is not."""
         try:
             found = self._read("held")
         except SpoolError as error:
@@ -71,7 +71,7 @@ class Control:
         return None if found is None else printable(found.strip(), 500)
 
     def hold(self, reason: str) -> None:
-        """Hold the queue, until ``release``."""
+        """Put the queue on hold, until ``release``."""
         self._write("held", reason)
 
     def release(self) -> None:
@@ -110,7 +110,7 @@ class Control:
         self._write("passed", repr(until))
 
     def refused(self) -> dict[str, str]:
-        """Return what the account or the address refused when a daemon last ran: messages by kind of hold."""
+        """Return what the account or the endpoint refused when a daemon last ran: messages by kind of hold."""
         with contextlib.suppress(SpoolError, ValueError):  # unreadable: one more prompt shows it
             found = json.loads(self._read("refused") or "{}")
             if isinstance(found, dict):

@@ -81,7 +81,7 @@ def translated(path: str, error: sqlite3.Error) -> SpoolError:
                 f"cannot be used, it is damaged: {error}",
                 f"do not delete it, it records what was paid; {RESTORE}",
             )
-    return SpoolError(f"{path}: the ledger {why}", path=path, code=code, hint=hint)
+    return SpoolError(f"the ledger {why}: {path}", path=path, code=code, hint=hint)
 
 
 def is_damage(error: sqlite3.Error) -> bool:
@@ -98,7 +98,7 @@ def missing(path: str) -> SpoolError:
     """Return the error for a ledger that is not there, though there was one."""
     saved = newest_saved(path)
     hint = f"rename {printable(saved)} to {FILE}, it is the deleted ledger; or {RESTORE}" if saved else RESTORE
-    message = f"{path}: the ledger is missing, though there was one"
+    message = f"the ledger is missing, though there was one: {path}"
     return SpoolError(message, path=path, code=errno.ENOENT, hint=hint)
 
 
@@ -107,7 +107,7 @@ def incomplete(path: str) -> SpoolError:
     saved = newest_saved(path)
     restore = f"rename {printable(saved)} to {FILE}, it is the previous ledger" if saved else "put the newer one back"
     return SpoolError(
-        f"{path}: the ledger was replaced by one that lacks the newest requests",
+        f"the ledger was replaced by one that lacks the newest requests: {path}",
         path=path,
         code=errno.ESTALE,
         hint=f"{restore}; or accept this one: imagewatch release --accept-new-ledger",
@@ -117,7 +117,7 @@ def incomplete(path: str) -> SpoolError:
 def foreign(path: str) -> SpoolError:
     """Return the error for a ledger that is another one than the daemon's."""
     return SpoolError(
-        f"{path}: this is not the ledger that was here before",
+        f"this is not the ledger that was here before: {path}",
         path=path,
         code=errno.ESTALE,
         hint="put the right one back; or accept this one: imagewatch release --accept-new-ledger",

@@ -54,7 +54,7 @@ def _not_writable(state: str, path: str) -> SpoolError | None:
                     continue
                 why = "its mode is read-only" if is_own else f"it belongs to user number {status.st_uid}"
                 hint = f"chmod u+w {name}" if is_own else f"chown {daemon} {name}"
-                message = f"{name}: the ledger cannot be written: {why}"
+                message = f"the ledger cannot be written: {why}: {name}"
                 return SpoolError(message, path=name, code=errno.EACCES, hint=hint)
     return None
 

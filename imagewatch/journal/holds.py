@@ -1,6 +1,6 @@
 """Why nothing is sent at the moment, and until when.
 
-A *hold* stops the whole queue for a reason that every request would meet: a rejected key, no credits, an endpoint
+A *hold* stops the whole queue for a reason that every request would hit: a rejected key, no credits, an endpoint
 that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one job is
 sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval. Three sorts
 differ. ``busy`` and ``rate`` are brief: they end without a probe, and a job that waits for them may stay claimed.
@@ -51,7 +51,7 @@ class Hold:
 
     @property
     def kind(self) -> str:
-        """Its kind."""
+        """The kind of its reason: a key of ``HOLDS``."""
         return self.reason.kind
 
     @property

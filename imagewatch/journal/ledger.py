@@ -28,7 +28,7 @@ _LONGEST_CLAIMED = 7 * 86_400.0
 _CLOCKS = (1_000_000_000, 1_000_000, 100)
 """Nanoseconds that the times of files are multiples of, on some file systems and after some copies."""
 _LEAST, _MOST = -(2**63), 2**63 - 1
-"""The integers of SQLite. An mtime may lie beyond them, in nanoseconds: any user can set it to the year 2400."""
+"""The integers of SQLite. An mtime may be beyond them, in nanoseconds: any user can set it to the year 2400."""
 NO_TOTALS = {"completed": 0, "refused": 0, "unknown": 0, "credits": 0.0}
 """What ``Ledger.totals`` returns of an empty ledger."""
 
@@ -104,7 +104,7 @@ class Ledger:
         self._file.accept()
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the next use opens it again."""
         self._file.close()
 
     def withdraw(self, job: str) -> None:

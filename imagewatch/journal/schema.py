@@ -129,7 +129,7 @@ def prepare(connection: sqlite3.Connection) -> None:
     if found > _VERSION:
         path = connection.execute("PRAGMA database_list").fetchone()["file"]
         raise SpoolError(
-            f"{path}: the ledger was written by a newer imagewatch (format {found})",
+            f"the ledger was written by a newer imagewatch (format {found}): {path}",
             path=path,
             code=errno.EPROTO,
             hint="run the newer version",

@@ -137,7 +137,7 @@ class Database:
             self._is_damaged = False
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file; the next use opens it again."""
         with self._lock:
             self._forget()
 
@@ -225,7 +225,9 @@ class Database:
         """Write to the file what only the one beside it has, which was deleted."""
         assert self._connection is not None
         if self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-            message = f"{self.path}{_WAL}: was deleted, and another program reads the ledger"
+            message = (
+                f"the newest part of the ledger was deleted, and another program reads the ledger: {self.path}{_WAL}"
+            )
             raise SpoolError(
                 message, path=self.path, code=errno.EBUSY, hint="end that program; fuser shows which it is"
             )
@@ -287,17 +289,17 @@ class Database:
             yield
         except OverflowError as error:  # no matter of the disk: it would be the same whenever it is tried again
             raise SpoolError(
-                f"{self.path}: a number is too large for the ledger", path=self.path, hint="please report it"
+                f"a number is too large for the ledger: {self.path}", path=self.path, hint="please report it"
             ) from error
         except sqlite3.IntegrityError as error:
-            raise SpoolError(f"{self.path}: {error}", path=self.path, hint="please report it") from error
+            raise SpoolError(f"{error}: {self.path}", path=self.path, hint="please report it") from error
         except sqlite3.Error as error:
             self._is_damaged = self._is_damaged or is_damage(error)
             if code_of(error) != sqlite3.SQLITE_BUSY:  # opened again, it may work
                 self._forget()
             raise translated(self.path, error) from error
         except OSError as error:
-            message = f"{self.path}: the ledger cannot be used: {error.strerror}"
+            message = f"the ledger cannot be used: {error.strerror}: {self.path}"
             raise SpoolError(message, path=self.path, code=error.errno or errno.EIO, hint=RESTORE) from error
 
 
@@ -310,13 +312,13 @@ def keep_private(path: str) -> None:
     """Make the file of a ledger if there is none, readable by its owner only: SQLite gives its other files that mode.
 
     A file that is there is not opened here: to close it again would end the locks that this process has on it. Those
-    that were made beside a read-only ledger would keep one that is writable again from being written.
+    that were created beside a read-only ledger would keep one that is writable again from being written.
     """
     with contextlib.suppress(OSError):  # SQLite reports why it cannot be used
         os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE))
     least = 0
     for name in (path, path + "-wal", path + "-shm"):
-        with contextlib.suppress(OSError):  # one of another user is as it was made
+        with contextlib.suppress(OSError):  # one of another user is as it was created
             mode = os.stat(name, follow_symlinks=False).st_mode
             if mode & 0o777 & ~_MODE or least & ~mode:
                 os.chmod(name, _MODE)

@@ -29,7 +29,7 @@ _RARE_FRAMES = {
     0xF7: "a JPEG-LS image",
 }
 _DEPTH = 8  # bits of a sample in all JPEGs that are in use
-_COMPONENTS = frozenset({1, 3, 4})  # grey; YCbCr or RGB; CMYK or YCCK
+_COMPONENTS = frozenset({1, 3, 4})  # gray; YCbCr or RGB; CMYK or YCCK
 _SAMPLING = frozenset({1, 2, 3, 4})
 
 

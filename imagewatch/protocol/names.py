@@ -318,7 +318,7 @@ def group(names: Iterable[str]) -> dict[str, Siblings]:
 
 
 def tagged(name: str, stem: str, tag: str) -> str:
-    """Return a file name with a job's short id in it, for when the plain name is taken.
+    """Return a file name with a job's short id in it, for when the plain name exists.
 
     ``cat.prompt.txt`` → ``cat.7f3a.prompt.txt``; ``logo.png`` of the same job → ``logo.7f3a.png``. The result
     fits into ``NAME_MAX`` bytes; the readable part is cut for it, the endings are kept.

@@ -1,6 +1,6 @@
 """Text that is clearly not what should be sent: options that are not read as such, and files of other kinds. Pure.
 
-Each rule wants more than one sign, since a prompt may be about anything: one that mentions HTML, begins with a rule of
+Each rule needs more than one sign, since a prompt may be about anything: one that mentions HTML, begins with a rule of
 dashes or quotes a merge marker is sent. ``docs/protocol.md`` has the rules for senders.
 """
 

@@ -44,7 +44,7 @@ _HINT_ALMOST = (
 
 
 class FrontMatter(Options, frozen=True, kw_only=True):
-    """The keys that may stand between the two ``+++`` lines."""
+    """The keys that may be between the two ``+++`` lines."""
 
     input_images: tuple[str, ...] | None = None
     preset: str | None = None
@@ -179,7 +179,7 @@ def _name_problem(name: str) -> str:
         return "is not the name of a file in the prompt's own folder"
     if name[0] in ".~#":
         return "is a hidden or temporary file"
-    if not fits(name):  # no file can have it: to search it would be an error of our own disk
+    if not fits(name):  # no file can have it: to search it would be an error of the local disk
         return f"is longer than {NAME_MAX} bytes, which no file's name can be"
     if name.endswith(SUFFIX):
         return "is a prompt"

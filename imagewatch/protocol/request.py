@@ -97,12 +97,12 @@ def build(dropped: Dropped, where: str, config: Config, opener: Opener = open_fi
         opener: Opens them.
 
     Raises:
-        Outdated: The prompt does not name the images that were taken with it.
+        Outdated: The prompt does not name the images that were claimed with it.
         BadRequest: Everything that is wrong.
     """
     raw = read_prompt(os.path.join(where, dropped.prompt), opener)
     parsed = prompts.parse(raw, max_characters=config.limits.max_prompt_chars)
-    _require_as_seen(dropped, parsed.front.input_images)
+    _require_as_scanned(dropped, parsed.front.input_images)
     options, problems = effective(parsed.front, dropped.folder, config)
     inputs, parts, wrong = _inputs(dropped, where, config.limits.max_input_bytes, opener)
     provider = choose_provider(options, has_inputs=bool(dropped.images))
@@ -143,15 +143,15 @@ def unknown_family(options: Options) -> Problem:
     return Problem("model", reason, 'add a line like provider = "openai" (or "gemini", "flux")')
 
 
-def _require_as_seen(dropped: Dropped, names: tuple[str, ...] | None) -> None:
+def _require_as_scanned(dropped: Dropped, names: tuple[str, ...] | None) -> None:
     """Make sure that a prompt names what it named when its images were found.
 
     It may have been replaced since. The new text with the old images would be charged, and wrong.
     """
     if dropped.declared is None:
         return
-    seen = dropped.images if dropped.declared else None
-    if _composed(names) != _composed(seen):
+    scanned = dropped.images if dropped.declared else None
+    if _composed(names) != _composed(scanned):
         raise Outdated(
             [
                 Problem(

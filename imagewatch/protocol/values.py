@@ -88,7 +88,7 @@ class Claim(Dropped, frozen=True, kw_only=True):
 
     @property
     def tag(self) -> str:
-        """The short id that goes into a name that is taken."""
+        """The short id that goes into a name if the plain name exists."""
         return self.job[:4]
 
 

@@ -15,7 +15,7 @@ The modules, from the top; each imports only from those below it::
     replies      responses as values
     contract     checks a body and returns an Asked
     placeholder  draws the images
-    picture      the bytes of an image
+    image        the bytes of an image
 
 The real endpoint promises nothing for ``Idempotency-Key``. So a request with a repeated key is charged here, too.
 """

@@ -15,7 +15,7 @@ from imagewatch.sandbox.replies import Reply, canned, json_reply, page
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from imagewatch.sandbox.picture import Picture
+    from imagewatch.sandbox.image import EncodedImage
 
 _MAX_HELD_BYTES: Final = 256 << 20  # kept for download; the oldest are removed first
 _ODD_URLS: Final = {"file": "file:///etc/hostname", "private": "http://10.0.0.1/x.png"}
@@ -25,7 +25,7 @@ _ODD_URLS: Final = {"file": "file:///etc/hostname", "private": "http://10.0.0.1/
 class _Parcel:
     """An image that can be downloaded."""
 
-    picture: Picture
+    image: EncodedImage
     kind: str
     fetches: int = 0
 
@@ -52,18 +52,18 @@ class Deliveries:
         self._held = 0
         self._lock = threading.Lock()
 
-    def offer(self, picture: Picture, kind: str) -> str:
+    def offer(self, image: EncodedImage, kind: str) -> str:
         """Keep an image for download and return its URL."""
         if kind in _ODD_URLS:
             return _ODD_URLS[kind]
         name = secrets.token_hex(12)
         with self._lock:
-            self._parcels[name] = _Parcel(picture, kind)
-            self._held += len(picture.data)
+            self._parcels[name] = _Parcel(image, kind)
+            self._held += len(image.data)
             while self._held > _MAX_HELD_BYTES:
-                self._held -= len(self._parcels.pop(next(iter(self._parcels))).picture.data)
+                self._held -= len(self._parcels.pop(next(iter(self._parcels))).image.data)
         lifetime = -1.0 if kind == "expired" else self._lifetime
-        suffix = "png" if picture.mime == "image/png" else "jpeg"
+        suffix = "png" if image.mime == "image/png" else "jpeg"
         return self._signed(f"{DELIVERY}{name}/sample.{suffix}", f"{self._clock() + lifetime:.6f}")
 
     def fetch(self, target: urllib.parse.SplitResult) -> Reply:
@@ -88,9 +88,9 @@ class Deliveries:
         if parcel.kind == "flaky" and parcel.fetches == 1:
             return canned(503, page("Try again"))
         if parcel.kind == "redirect":
-            return Reply(302, (), {"Location": self.offer(parcel.picture, "")})
-        headers = {"Content-Type": parcel.picture.mime}
-        return Reply(200, tuple(parcel.picture.chunks()), headers, sized=parcel.kind != "huge")
+            return Reply(302, (), {"Location": self.offer(parcel.image, "")})
+        headers = {"Content-Type": parcel.image.mime}
+        return Reply(200, tuple(parcel.image.chunks()), headers, sized=parcel.kind != "huge")
 
     def _signature(self, path: str, expiry: str) -> str:
         """Return the signature of a path and the time at which it expires."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps, JpegImagePlugin
 
-from imagewatch.sandbox.picture import Picture
+from imagewatch.sandbox.image import EncodedImage
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +62,7 @@ def draw(
     size: tuple[int, int],
     output_format: str,
     thumbnails: Sequence[Image.Image | None] = (),
-) -> Picture:
+) -> EncodedImage:
     """Draw one placeholder.
 
     Args:
@@ -74,13 +74,13 @@ def draw(
     Returns:
         The encoded image.
     """
-    picture = _background(caption, size)
-    pen = ImageDraw.Draw(picture, "RGBA")
+    image = _background(caption, size)
+    pen = ImageDraw.Draw(image, "RGBA")
     if min(size) >= _SMALLEST_WITH_TEXT:
-        _Sheet(picture, pen, min(size) / 512).fill(caption, thumbnails)
+        _Sheet(image, pen, min(size) / 512).fill(caption, thumbnails)
     file = io.BytesIO()
-    picture.save(file, output_format.upper(), **_ENCODERS[output_format])
-    return Picture(file.getvalue(), f"image/{output_format}")
+    image.save(file, output_format.upper(), **_ENCODERS[output_format])
+    return EncodedImage(file.getvalue(), f"image/{output_format}")
 
 
 def thumbnail(data: bytes, mime: str) -> Image.Image | None:
@@ -95,11 +95,11 @@ def thumbnail(data: bytes, mime: str) -> Image.Image | None:
     """
     side = (_THUMBNAIL_SIDE, _THUMBNAIL_SIDE)
     try:
-        picture = _opened(data, mime)
-        if picture is None:
+        image = _opened(data, mime)
+        if image is None:
             return None
-        picture.draft("RGB", side)
-        return ImageOps.fit(picture.convert("RGBA"), side)
+        image.draft("RGB", side)
+        return ImageOps.fit(image.convert("RGBA"), side)
     except Exception:  # noqa: BLE001  on hostile files decoders raise any exception
         return None
 
@@ -131,14 +131,14 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 def _background(caption: Caption, size: tuple[int, int]) -> Image.Image:
     """Return a gradient: its hue depends on the prompt, its shades on the serial and the index."""
     hue = _HUES[hashlib.sha256(caption.prompt.encode("utf-8", "replace")).digest()[0] % len(_HUES)]
-    chance = random.Random(f"{caption.prompt}|{caption.serial}|{caption.index}")  # noqa: S311  colours
+    chance = random.Random(f"{caption.prompt}|{caption.serial}|{caption.index}")  # noqa: S311  colors
     mesh = Image.new("RGB", (3, 3))
     for place in range(9):
         x, y = place % 3, place // 3
         shade = hue + 0.05 * (x - y) + chance.uniform(-0.03, 0.03)
         light = 0.72 - 0.10 * y + chance.uniform(-0.06, 0.06)
-        colour = colorsys.hsv_to_rgb(shade % 1, chance.uniform(0.42, 0.58), light)
-        mesh.putpixel((x, y), tuple(round(255 * part) for part in colour))
+        color = colorsys.hsv_to_rgb(shade % 1, chance.uniform(0.42, 0.58), light)
+        mesh.putpixel((x, y), tuple(round(255 * part) for part in color))
     return mesh.resize(size, Image.Resampling.BICUBIC)
 
 
@@ -156,14 +156,14 @@ def _drawable(text: str) -> str:
 class _Sheet:
     """Draws one placeholder, from the top and from the bottom toward the middle."""
 
-    def __init__(self, picture: Image.Image, pen: ImageDraw.ImageDraw, unit: float) -> None:
-        self.picture = picture
+    def __init__(self, image: Image.Image, pen: ImageDraw.ImageDraw, unit: float) -> None:
+        self.image = image
         self.pen = pen
         self.unit = unit
         self.left = self.px(36)
-        self.right = picture.width - self.px(36)
+        self.right = image.width - self.px(36)
         self.top = self.px(36)
-        self.bottom = picture.height - self.px(36)
+        self.bottom = image.height - self.px(36)
 
     def px(self, figure: float) -> int:
         """Scale a length of an image with 512 pixels; the result is at least 1."""
@@ -176,7 +176,7 @@ class _Sheet:
     def fill(self, caption: Caption, thumbnails: Sequence[Image.Image | None]) -> None:
         """Draw everything."""
         inset = self.px(14)
-        frame = (inset, inset, self.picture.width - inset, self.picture.height - inset)
+        frame = (inset, inset, self.image.width - inset, self.image.height - inset)
         self.pen.rounded_rectangle(frame, self.px(18), outline=(255, 255, 255, 110), width=self.px(2))
         self.heading(caption)
         self.footer(caption)
@@ -237,7 +237,7 @@ class _Sheet:
             self.pen.text((x + side // 2, y + side // 2), f"input {number}", _WHITE, self.font(14), anchor="mm")
         else:
             scaled = small.resize((side, side))
-            self.picture.paste(scaled, corner, scaled)
+            self.image.paste(scaled, corner, scaled)
         self.pen.rectangle(box, outline=(255, 255, 255, 200), width=self.px(1))
 
     def excerpt(self, prompt: str) -> None:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from imagewatch.sandbox.contract import Asked
     from imagewatch.sandbox.delivery import Deliveries
-    from imagewatch.sandbox.picture import Picture
+    from imagewatch.sandbox.image import EncodedImage
 
 
 @dataclass
@@ -45,7 +45,7 @@ class Plan:
     reply: Reply | None = None
     charged: bool = True
     padding: int = 0
-    edits: list[Callable[[list[Picture]], list[Picture]]] = field(default_factory=list)
+    edits: list[Callable[[list[EncodedImage]], list[EncodedImage]]] = field(default_factory=list)
     break_base64: bool = False
     billing: bool = True
     gzip: bool = False
@@ -71,44 +71,46 @@ class Plan:
 
     def _success(self, deliveries: Deliveries, seen: dict[str, Any]) -> Reply:
         """Draw the requested images and return a response with them."""
-        asked, pictures = self.asked, self._pictures()
-        seen["images"] = [picture.sha256 for picture in pictures]
+        asked, images = self.asked, self._images()
+        seen["images"] = [image.sha256 for image in images]
         if self.break_base64:
             seen["images"][-1:] = [None]
-        parts: list[bytes | Picture] = [json.dumps({"provider": asked.provider, "model": asked.model})[:-1].encode()]
+        parts: list[bytes | EncodedImage] = [
+            json.dumps({"provider": asked.provider, "model": asked.model})[:-1].encode()
+        ]
         parts.append(b', "images": [')
-        for index, picture in enumerate(pictures):
+        for index, image in enumerate(images):
             parts.append(b", " if index else b"")
-            broken = self.break_base64 and picture is pictures[-1]
-            parts += [_broken(picture)] if broken else self._entry(picture, deliveries)
+            broken = self.break_base64 and image is images[-1]
+            parts += [_broken(image)] if broken else self._entry(image, deliveries)
         billing = {"credits_charged": asked.credits, "credits_per_image": asked.credits_per_image}
         parts.append(b"]" + (b', "billing": ' + json.dumps(billing).encode() if self.billing else b"") + b"}")
         return Reply(200, tuple(parts), {"Content-Type": "application/json"})
 
-    def _pictures(self) -> list[Picture]:
+    def _images(self) -> list[EncodedImage]:
         """Draw the images and edit them."""
         asked = self.asked
         serial = f"no. {secrets.token_hex(4)}" if asked.seed is None else f"seed {asked.seed}"
         small = [item.small for item in asked.inputs]
-        pictures = []
+        images = []
         for index in range(1, asked.n + 1):
             caption = Caption(asked.provider, asked.model, asked.prompt, index, asked.n, serial)
-            pictures.append(replace(draw(caption, asked.size, self.output_format, small), padding=self.padding))
+            images.append(replace(draw(caption, asked.size, self.output_format, small), padding=self.padding))
         for edit in self.edits:
-            pictures = edit(pictures)
-        return pictures
+            images = edit(images)
+        return images
 
-    def _entry(self, picture: Picture, deliveries: Deliveries) -> list[bytes | Picture]:
+    def _entry(self, image: EncodedImage, deliveries: Deliveries) -> list[bytes | EncodedImage]:
         """Return one entry of ``images``, as a URL or in base64."""
-        mime = json.dumps(picture.mime)
+        mime = json.dumps(image.mime)
         if self.by_url:
-            url = json.dumps(deliveries.offer(picture, self.delivery))
+            url = json.dumps(deliveries.offer(image, self.delivery))
             return [f'{{"url": {url}, "mime_type": {mime}}}'.encode()]
-        return [b'{"b64_json": "', picture, f'", "mime_type": {mime}}}'.encode()]
+        return [b'{"b64_json": "', image, f'", "mime_type": {mime}}}'.encode()]
 
 
-def _broken(picture: Picture) -> bytes:
+def _broken(image: EncodedImage) -> bytes:
     """Return an entry whose base64 has one character too many, so that lenient decoders refuse it, too."""
-    text = binascii.b2a_base64(picture.data, newline=False).decode()
-    value = {"b64_json": text[: len(text) // 8 * 4 + 1] + "*", "mime_type": picture.mime}
+    text = binascii.b2a_base64(image.data, newline=False).decode()
+    value = {"b64_json": text[: len(text) // 8 * 4 + 1] + "*", "mime_type": image.mime}
     return json.dumps(value).encode()

@@ -7,7 +7,7 @@ import zlib
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
-from imagewatch.sandbox.picture import Picture
+from imagewatch.sandbox.image import EncodedImage
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -31,7 +31,7 @@ class Reply:
     """
 
     status: int
-    parts: tuple[bytes | Picture, ...] = ()
+    parts: tuple[bytes | EncodedImage, ...] = ()
     headers: Mapping[str, str] = field(default_factory=dict)
     wait: float = 0.0
     head_pace: float = 0.0
@@ -42,12 +42,12 @@ class Reply:
     @property
     def length(self) -> int:
         """Number of bytes of the body."""
-        return sum(part.base64_length if isinstance(part, Picture) else len(part) for part in self.parts)
+        return sum(part.base64_length if isinstance(part, EncodedImage) else len(part) for part in self.parts)
 
     def chunks(self) -> Iterator[bytes]:
         """Yield the body in pieces."""
         for part in self.parts:
-            if isinstance(part, Picture):
+            if isinstance(part, EncodedImage):
                 yield from part.base64()
             else:
                 yield part

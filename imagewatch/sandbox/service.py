@@ -102,9 +102,9 @@ class Service:
         return reply
 
     def show_balance(self, headers: Message) -> Reply:
-        """Return the balance."""
+        """Return the balance as the real API does, to a client with the right key."""
         try:
-            self._authorise(headers)
+            self._authorize(headers)
         except Refusal as refusal:
             return json_reply(refusal.status, refusal.body)
         left = _ENDLESS if self.books.balance is None else self.books.balance
@@ -122,7 +122,7 @@ class Service:
 
     def _decide(self, headers: Message, body: bytearray, seen: dict[str, Any]) -> tuple[Reply, int]:
         """Return the response to a request and its cost."""
-        self._authorise(headers)
+        self._authorize(headers)
         if headers.get_content_type() != "application/json":
             raise Refusal(400, "Content-Type must be application/json")
         with self._one_body:  # large bodies are decoded one at a time, to save memory
@@ -134,7 +134,7 @@ class Service:
                 use.tag.apply(plan, use.value)
         return plan.carry_out(self._deliveries, seen), plan.cost
 
-    def _authorise(self, headers: Message) -> None:
+    def _authorize(self, headers: Message) -> None:
         """Refuse a request without the right key."""
         scheme, _, key = headers.get("Authorization", "").partition(" ")
         right = self.key is None or hmac.compare_digest(key.encode(), self.key.encode())

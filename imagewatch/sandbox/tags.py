@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from imagewatch.sandbox.contract import REDIRECTED_ROUTE, Refusal, not_enough
-from imagewatch.sandbox.picture import Picture
+from imagewatch.sandbox.image import EncodedImage
 from imagewatch.sandbox.replies import canned, json_reply, page
 
 if TYPE_CHECKING:
@@ -93,7 +93,9 @@ def _sets(name: str, argument: str, summary: str, **changes: object) -> Tag:
     return Tag(name, argument, summary, apply)
 
 
-def _spoils(name: str, summary: str, edit: Callable[[list[Picture]], list[Picture]], **changes: object) -> Tag:
+def _spoils(
+    name: str, summary: str, edit: Callable[[list[EncodedImage]], list[EncodedImage]], **changes: object
+) -> Tag:
     """Return a tag that edits the images."""
     setting = _sets(name, "", summary, **changes)
 
@@ -104,9 +106,9 @@ def _spoils(name: str, summary: str, edit: Callable[[list[Picture]], list[Pictur
     return replace(setting, apply=apply)
 
 
-def _last(spoil: Callable[[Picture], Picture]) -> Callable[[list[Picture]], list[Picture]]:
+def _last(spoil: Callable[[EncodedImage], EncodedImage]) -> Callable[[list[EncodedImage]], list[EncodedImage]]:
     """Return an edit of the last image only, so that a response has good and bad ones."""
-    return lambda pictures: [*pictures[:-1], *map(spoil, pictures[-1:])]
+    return lambda images: [*images[:-1], *map(spoil, images[-1:])]
 
 
 def _only_counts(plan: Plan, value: float) -> None:
@@ -180,25 +182,25 @@ _ALL_TAGS: Final = (
     _answers("not-json", "200 with a page", page("Welcome"), charged=True),
     _answers("not-object", "200 with a JSON list", ["no object"], charged=True),
     _spoils("no-images", "no images in the response; all are charged", lambda _: []),
-    _spoils("fewer", "one image fewer than requested; all are charged", lambda pictures: pictures[:-1]),
+    _spoils("fewer", "one image fewer than requested; all are charged", lambda images: images[:-1]),
     _sets("bad-base64", "", "the last image has broken base64", break_base64=True, by_url=False),
     _spoils(
         "bad-picture",
         "the last image is cut off in the middle",
-        _last(lambda picture: replace(picture, data=picture.data[: len(picture.data) // 2], padding=0)),
+        _last(lambda image: replace(image, data=image.data[: len(image.data) // 2], padding=0)),
     ),
     _spoils(
         "not-picture",
         "the last image is an HTML page, sent as image/png",
-        _last(lambda _: Picture(_HTML, "image/png")),
+        _last(lambda _: EncodedImage(_HTML, "image/png")),
     ),
     _spoils(
         "wrong-mime",
         "every image is a JPEG, sent as image/png",
-        lambda pictures: [replace(picture, mime="image/png") for picture in pictures],
+        lambda images: [replace(image, mime="image/png") for image in images],
         output_format="jpeg",
     ),
-    _spoils("svg", "the last image is an SVG", _last(lambda _: Picture(_SVG, "image/svg+xml"))),
+    _spoils("svg", "the last image is an SVG", _last(lambda _: EncodedImage(_SVG, "image/svg+xml"))),
     _sets("big", "N", "every image is a valid PNG of N megabytes", padding=None, output_format="png"),
     _sets("url", "", "images as URLs, for every provider", by_url=True),
     _sets("b64", "", "images as base64, for every provider", by_url=False),

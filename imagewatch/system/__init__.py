@@ -1,7 +1,7 @@
 """The machine: files, folders, file systems, log, terminal text and errors. Nothing here knows of prompts.
 
 It promises three things. A file that was written is durable before a name shows it. No path below one of our folders
-leads elsewhere, whatever others put there. Nothing that others wrote reaches a terminal or a log unescaped.
+reaches a place outside it, whatever others put there. Nothing that others wrote reaches a terminal or a log unescaped.
 
 The modules, in reading order::
 
@@ -14,7 +14,7 @@ The modules, in reading order::
     disk          durable writes
     disk_moves    moves, also to another file system
     disk_calls    the system calls that change a disk, one for each method
-    disk_errors   an OSError about our disk becomes a SpoolError with the next action
+    disk_errors   an OSError about the local disk becomes a SpoolError with the next action
     kernel        rename without replacing, and reserving room: what Python does not have
     locks         one process for each inbox and each state folder
     leftovers     temporary files of a daemon that was killed

@@ -1,4 +1,4 @@
-"""Our disk: every change to it goes through a method of ``Disk``.
+"""The local disk: every change to it goes through a method of ``Disk``.
 
 The durable write is always the same sequence: a temporary file in the folder of its final name, write, length
 check, fsync, close, rename, fsync of the folder. An fsync that failed is never tried again on the same file:
@@ -32,7 +32,7 @@ class Disk(Moves):
         Args:
             top: A folder that is there.
             folder: Path below it, with ``/``.
-            mode: Permission bits of a folder that is made; None leaves them to the umask.
+            mode: Permission bits of a folder that is created; None leaves them to the umask.
         """
         for part in folder.split("/") if folder else ():
             inner = os.path.join(top, part)

@@ -34,7 +34,7 @@ class _Whole(io.FileIO):
 
 
 class DiskCalls:
-    """The system calls that change our disk. All methods raise ``SpoolError``.
+    """The system calls that change the local disk. All methods raise ``SpoolError``.
 
     ``FileExistsError`` passes where "the name exists" is an answer and not a failure.
 
@@ -48,7 +48,7 @@ class DiskCalls:
         return Tops()
 
     def make_folder(self, path: str, mode: int = 0o700) -> None:
-        """Create a folder; an existing one is fine. Outside our open folders also the folders above it are made."""
+        """Create a folder, unless it exists. Outside our open folders the folders above it are created, too."""
         with disk_errors(path, "create the folder"):
             place = self.tops.at(path)
             try:
@@ -93,7 +93,7 @@ class DiskCalls:
         """Make a symbolic link.
 
         Raises:
-            FileExistsError: The name is taken.
+            FileExistsError: The name exists.
         """
         try:
             place = self.tops.at(path)
@@ -136,7 +136,7 @@ class DiskCalls:
         """Rename within one file system, never over an existing name.
 
         Raises:
-            FileExistsError: The name is taken.
+            FileExistsError: The name exists.
             OSError: ``EXDEV`` or ``ENOENT``, which are answers to the caller's question.
         """
         here, there = self.tops.at(source), self.tops.at(target)

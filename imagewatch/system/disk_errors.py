@@ -1,4 +1,4 @@
-"""Errors of our own disk: ``OSError`` becomes ``SpoolError``.
+"""Errors of the local disk: ``OSError`` becomes ``SpoolError``.
 
 Two modules have texts of their own: ``journal/sqlite`` for the ledger, ``job/record`` for a damaged job record.
 """
@@ -44,9 +44,9 @@ class disk_errors:  # noqa: N801  a context manager
         if isinstance(error, OSError):
             code = error.errno or 0
             if isinstance(error, NotAFolderError):
-                message = f"{printable(str(error.filename))}: {error.strerror}"
+                message = f"{error.strerror}: {printable(str(error.filename))}"
                 raise SpoolError(message, path=self._path, code=code, hint=_RESTORE) from error
-            message = f"{printable(self._path)}: cannot {self._doing}: {os.strerror(code) if code else error}"
+            message = f"cannot {self._doing}: {os.strerror(code) if code else error}: {printable(self._path)}"
             raise SpoolError(message, path=self._path, code=code, hint=_hint(code)) from error
 
 

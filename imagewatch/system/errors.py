@@ -5,7 +5,7 @@
     ImagewatchError
     ├─ UsageError         the command line asks for the impossible       exit 64
     ├─ ConfigError        the configuration: nothing starts              exit 78
-    ├─ SpoolError         our disk: full, read-only, missing              exit 74 if it stays
+    ├─ SpoolError         local disk: full, read-only, missing            exit 74 if it stays
     │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
@@ -84,7 +84,7 @@ class ConfigError(ImagewatchError):
 
 
 class SpoolError(ImagewatchError):
-    """Our disk failed: full, read-only or missing.
+    """The local disk failed: full, read-only or missing.
 
     Attributes:
         path: The file or folder concerned.

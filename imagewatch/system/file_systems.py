@@ -1,7 +1,7 @@
 """Which file system a folder is on, from the kernel's mount table.
 
 A folder whose file system was unmounted is still there, and empty: writing into it would hide what was paid for as soon
-as the file system is mounted again, and an empty inbox would mean that everything was cancelled.
+as the file system is mounted again, and an empty inbox would mean that everything was canceled.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ class Mounts:
                 continue
             now = self._point(folder, table())
             if len(now) < len(point):
-                message = f"{printable(folder)}: the file system of {printable(point)} is not mounted any more"
+                message = f"the file system of {printable(point)} is not mounted any more: {printable(folder)}"
                 raise SpoolError(
                     message, path=folder, code=errno.ENODEV, hint="mount it again; the daemon resumes automatically"
                 )

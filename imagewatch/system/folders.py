@@ -102,17 +102,13 @@ class _Top:
 
     Attributes:
         path: By which name it is known.
-        is_held: Whether it is held for a block only, by a descriptor that only reaches what is in it.
         is_private: Whether only we can change what is in it, so that its parts need not be checked one by one.
     """
 
-    __slots__ = ("_descriptor", "is_held", "is_private", "path", "prefix")
+    __slots__ = ("_descriptor", "is_private", "path", "prefix")
 
-    def __init__(
-        self, path: str, descriptor: Descriptor | None, *, is_private: bool = False, is_held: bool = False
-    ) -> None:
+    def __init__(self, path: str, descriptor: Descriptor | None, *, is_private: bool = False) -> None:
         self.path = path
-        self.is_held = is_held
         self.prefix = path.rstrip("/") + "/"
         self._descriptor = descriptor
         self.is_private = is_private
@@ -231,7 +227,7 @@ class Tops:
         if inode and descriptor.status().st_ino != inode:
             raise FileNotFoundError(errno.ENOENT, "another folder has this name now", path)
         mine = self._held()
-        mine.insert(0, _Top(path, descriptor, is_held=True))
+        mine.insert(0, _Top(path, descriptor))
         try:
             yield
         finally:
@@ -377,9 +373,9 @@ def has_file(folder: str, name: str, file: IO[bytes]) -> bool:
 
 
 def is_private(status: os.stat_result, folder: os.stat_result) -> bool:
-    """Return whether a file is a hard link that may show what the user who made the link could not read.
+    """Return whether a file is a hard link that may show what the user who created the link could not read.
 
-    A hard link does not show who made it: it has the owner, the group and the mode of the file.
+    A hard link does not show who created it: it has the owner, the group and the mode of the file.
 
     Args:
         status: The file's.

@@ -31,7 +31,7 @@ def remove(disk: Disk, destinations: Iterable[str], jobs: Mapping[str, str]) -> 
     """Remove temporary files from the folders into which results are published.
 
     Args:
-        disk: Our disk; the destinations are open.
+        disk: The local disk; the destinations are open.
         destinations: Absolute paths of outbox, errors and archive.
         jobs: The folder below the inbox of each job that is not finished, by the job's id.
     """
@@ -47,7 +47,7 @@ def remove_old(disk: Disk, path: str, *, is_known: bool) -> None:
     """Remove a file of our own; what fails is left for another start.
 
     Args:
-        disk: Our disk.
+        disk: The local disk.
         path: The file.
         is_known: Whether it is certainly unused. Else it has to be a day old.
     """

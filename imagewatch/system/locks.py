@@ -26,7 +26,7 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
     """Take an exclusive lock that ends with the process.
 
     Args:
-        path: The lock file; made if it is not there.
+        path: The lock file; created if it is missing.
         tops: The folders that were opened.
         wait: Waits some seconds: ``locked`` takes the lock for a moment itself.
 
@@ -59,7 +59,7 @@ def _translated_lock(path: str) -> Iterator[None]:
     try:
         yield
     except BlockingIOError:
-        message = f"{printable(path)}: another imagewatch process uses this folder"
+        message = f"another imagewatch process uses this folder: {printable(path)}"
         raise AlreadyRunning(
             message, path=path, hint="stop it first, or configure other folders for this one"
         ) from None
@@ -67,7 +67,7 @@ def _translated_lock(path: str) -> Iterator[None]:
         if error.errno not in {errno.ENOLCK, errno.EOPNOTSUPP}:
             with disk_errors(path, "lock"):
                 raise
-        message = f"{printable(path)}: this file system does not support locks"
+        message = f"this file system does not support locks: {printable(path)}"
         hint = "put the state folder and the inbox on a local disk"
         raise SpoolError(message, path=path, code=error.errno or 0, hint=hint) from error
 

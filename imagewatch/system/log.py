@@ -43,15 +43,15 @@ def configure(
         form: ``console`` for people, ``json`` for programs, ``auto`` by where ``out`` goes: people at a terminal,
             an entry with fields in systemd's journal, JSON anywhere else.
         out: Where to; standard error without.
-        environ: Tells whether ``out`` goes to the journal of systemd, and whether colours are wanted (``NO_COLOR``).
+        environ: Shows whether ``out`` goes to the journal of systemd, and whether colors are wanted (``NO_COLOR``).
         journal: The journal's socket.
     """
     out = out or sys.stderr
     # httpx logs whole urls, and what signs a url is a secret.
     for name in ("httpx", "httpcore", "watchdog"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    colours = out.isatty() and not environ.get("NO_COLOR")
-    render, factory = _way(form, out, journal if _leads_to_journal(out, environ) else None, colours=colours)
+    colors = out.isatty() and not environ.get("NO_COLOR")
+    render, factory = _way(form, out, journal if _is_journal(out, environ) else None, colors=colors)
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
@@ -66,26 +66,26 @@ def configure(
     )
 
 
-def _way(form: str, out: TextIO, journal: str | None, *, colours: bool) -> tuple[list[Any], Callable[..., Any]]:
+def _way(form: str, out: TextIO, journal: str | None, *, colors: bool) -> tuple[list[Any], Callable[..., Any]]:
     """Return how an event becomes text, and what writes it.
 
     Args:
         form: As above.
         out: As above.
         journal: The journal's socket, if ``out`` goes there.
-        colours: Whether a console has them.
+        colors: Whether a console has them.
     """
     lines = _Lines(out)
     if journal is not None and form == "auto":
         return [_escaped, _entry], functools.partial(_Journal, journal, lines)
     console = form == "console" or (form == "auto" and out.isatty())
     stamp = structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console)
-    text = _console(colours=colours) if console else structlog.processors.JSONRenderer(ensure_ascii=True)
-    level = [] if journal is None else [_prioritised]
+    text = _console(colors=colors) if console else structlog.processors.JSONRenderer(ensure_ascii=True)
+    level = [] if journal is None else [_prioritized]
     return [stamp, _escaped, text, *level], lambda *_: lines
 
 
-def _leads_to_journal(out: TextIO, environ: Mapping[str, str]) -> bool:
+def _is_journal(out: TextIO, environ: Mapping[str, str]) -> bool:
     """Return whether a stream is the one that systemd connected to its journal: it may be redirected."""
     with contextlib.suppress(OSError, ValueError):  # not a stream of the system
         status = os.fstat(out.fileno())
@@ -93,13 +93,13 @@ def _leads_to_journal(out: TextIO, environ: Mapping[str, str]) -> bool:
     return False
 
 
-def _console(*, colours: bool) -> structlog.dev.ConsoleRenderer:
+def _console(*, colors: bool) -> structlog.dev.ConsoleRenderer:
     return structlog.dev.ConsoleRenderer(
-        colors=colours, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
+        colors=colors, pad_event_to=0, exception_formatter=structlog.dev.plain_traceback
     )
 
 
-def _prioritised(_: object, name: str, text: str) -> str:
+def _prioritized(_: object, name: str, text: str) -> str:
     """Put the level before each line in the way of ``sd-daemon(3)``; without it the journal has one level for all."""
     return "\n".join(f"<{_PRIORITIES[name]}>{line}" for line in text.split("\n"))
 
@@ -112,7 +112,7 @@ def _entry(logger: object, name: str, event: MutableMapping[str, Any]) -> dict[s
         "SYSLOG_IDENTIFIER": "imagewatch",
         **{_field(key): value if isinstance(value, str) else json.dumps(value) for key, value in event.items()},
     }
-    return {**fields, "MESSAGE": _console(colours=False)(logger, name, event)}
+    return {**fields, "MESSAGE": _console(colors=False)(logger, name, event)}
 
 
 def _field(name: str) -> str:

@@ -187,7 +187,7 @@ class Secrets:
                 self._masks = (mask, *self._masks)[:_MOST_KNOWN]
 
     def forget(self) -> None:
-        """Forget all secrets."""
+        """Forget all secrets; nothing is masked any more."""
         self._masks = ()
 
     def text(self, text: str) -> str:

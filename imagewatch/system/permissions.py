@@ -67,7 +67,7 @@ class Permissions:
 def copy_permissions(source: int, copy: int) -> None:
     """Give a copy the group and the mode of its source, and never a wider mode.
 
-    If the group cannot be set, the copy's group may only do what everybody may.
+    If the group cannot be set, the copy's group may only do what all users may.
 
     Args:
         source: Descriptor of the file that was copied.

@@ -103,13 +103,13 @@ def _kind(status: os.stat_result) -> str:
 
 
 def resolve_own_link(path: str) -> str:
-    """Return where a path points to if its last name is a link that this user or root has made.
+    """Return where a path points to if its last name is a link that this user or root has created.
 
     Args:
         path: A path that a person has named, or that belongs beside one.
 
     Raises:
-        RefusedError: Another user has made the link: it may point to what only the caller can read.
+        RefusedError: Another user has created the link: it may point to what only the caller can read.
     """
     for _ in range(_MOST_LINKS):
         try:

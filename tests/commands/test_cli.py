@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import click
 import pytest
 from PIL import Image
-from support.daemon import KEY, Folders, until
+from support.daemon import KEY, Folders, report_output, run_reported, until
 from support.scripted import Scripted, responding
 
 from imagewatch import __version__
@@ -45,16 +45,13 @@ def imagewatch(
     *arguments: str, environ: dict[str, str] | None = None, cwd: Path | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run a command and wait for its end."""
-    return subprocess.run(
+    return run_reported(
         [sys.executable, "-m", "imagewatch", *arguments],
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent", "COLUMNS": "80", **(environ or {})},
         cwd=cwd,
         stdin=subprocess.DEVNULL,
-        capture_output=True,
         text=True,
         errors="surrogateescape",
-        timeout=40,
-        check=False,
     )
 
 
@@ -69,15 +66,17 @@ def on_a_terminal(*arguments: str, environ: dict[str, str]) -> tuple[int, bytes]
         stderr=slave,
     )
     os.close(slave)
-    shown = b""
+    written = b""
     try:
         while piece := os.read(master, 65536):
-            shown += piece
+            written += piece
     except OSError:  # the other end is closed
         pass
     finally:
         os.close(master)
-    return process.wait(30), shown
+    code = process.wait(30)
+    report_output(process.args, code, written)
+    return code, written
 
 
 def lines(output: str) -> list[dict[str, object]]:
@@ -275,7 +274,7 @@ def from_nowhere(folders: Folders, *arguments: str) -> subprocess.CompletedProce
     script = f'cd {folder} && rmdir {folder} && exec {sys.executable} -m imagewatch "$@"'
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ}
     command = ["sh", "-c", script, "sh", *arguments]
-    return subprocess.run(command, env=environ, capture_output=True, text=True, timeout=40, check=False)
+    return run_reported(command, env=environ, text=True)
 
 
 def test_if_the_current_folder_was_removed_a_configuration_with_an_absolute_path_works(folders, tmp_path):
@@ -346,11 +345,11 @@ def test_a_prompt_can_name_any_image_in_a_locale_that_is_not_utf_8(folders, stra
     folders.drop("猫.png", IMAGE)
     folders.prompt("käse", '+++\ninput_images = ["猫.png"]\n+++\nA cat')
     environ = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", **folders.environ, **strange_locale}
-    done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
+    done = run_reported([*program, "once"], env=environ, text=True)
     assert (done.returncode, folders.finished()) == (0, {"käse": "outbox"}), done.stderr
     assert "猫.png" in folders.names("archive")
     folders.prompt("späte", "A cat")
-    check = subprocess.run([*program, "check"], env=environ, capture_output=True, timeout=40, check=False)
+    check = run_reported([*program, "check"], env=environ)
     spelt = "späte".encode("latin-1" if "latin1" in strange_locale["LC_ALL"] else "utf-8")  # click writes no ASCII
     assert spelt in check.stdout, "the terminal is what it was"
 
@@ -616,6 +615,7 @@ def test_init_asks_for_the_folder_on_a_terminal(tmp_path):
     os.close(slave)
     os.write(master, b"watched\n")
     out, err = process.communicate(timeout=30)
+    report_output(process.args, process.returncode, out, err)
     os.close(master)
     assert (process.returncode, "Folder to watch" in err, "Set root" in out) == (0, True, False)
     assert load(str(tmp_path / "imagewatch.toml"), {}).folders.root == str(tmp_path / "watched")
@@ -777,7 +777,8 @@ def test_the_sandbox_serves_until_ctrl_c(tmp_path):
     folders.prompt("cat", "A cat")
     assert imagewatch("once", environ=folders.environ).returncode == 0
     process.send_signal(signal.SIGINT)
-    _, requests = process.communicate(timeout=20)
+    out, requests = process.communicate(timeout=20)
+    report_output(process.args, process.returncode, result, out, requests)
     assert process.returncode == 0
     assert "POST /v1/images/generations 200 30 credits 'A cat'" in requests
     assert "Traceback" not in requests
@@ -985,7 +986,7 @@ def test_a_program_that_cannot_be_loaded_does_not_look_like_a_failed_job(folders
     folders.prompt("cat", "A cat")
     environ = {"PATH": os.environ["PATH"], **folders.environ}
     environ |= with_modules(tmp_path / "other", click="raise ImportError('built for another Python')\n")
-    done = subprocess.run([*program, "once"], env=environ, capture_output=True, text=True, timeout=40, check=False)
+    done = run_reported([*program, "once"], env=environ, text=True)
     assert (done.returncode, folders.names("inbox")) == (70, ["cat.prompt.txt"])
     assert "built for another Python" in done.stderr
     assert done.stderr.endswith("imagewatch: the program cannot be loaded\n  install it again, with its dependencies\n")
@@ -1009,6 +1010,7 @@ def test_once_whose_reader_has_ended_does_not_look_like_a_failed_job(folders, te
     with failing_stream("ended") as stream:
         command = [sys.executable, "-m", "imagewatch", "once", "--json"]
         done = subprocess.run(command, env=environ, stdout=stream, stderr=subprocess.PIPE, timeout=40, check=False)
+        report_output(command, done.returncode, done.stderr)
     assert (done.returncode, list(folders.finished())) == (74, ["cat"])
     assert b"Traceback" not in done.stderr
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import hashlib
 import io
@@ -13,7 +12,6 @@ import pty
 import re
 import shutil
 import signal
-import struct
 import subprocess
 import sys
 import threading
@@ -23,8 +21,9 @@ from urllib.parse import unquote
 
 import pytest
 from PIL import Image
-from support.daemon import KEY, TESTS, Folders, until
+from support.daemon import KEY, TESTS, Folders, run_reported, until
 from support.daemon import command as command_of
+from support.inotify import MOVED_TO, Events
 from support.losing import SteppingDisk
 
 from imagewatch.commands import submit as command
@@ -79,14 +78,11 @@ class Sender:
         before: tuple[str, ...] = (),
     ) -> subprocess.CompletedProcess[str]:
         """Run ``submit`` and wait for its end."""
-        done = subprocess.run(
+        done = run_reported(
             [*before, sys.executable, "-m", "imagewatch", "submit", *arguments],
             env=self.known if environ is None else environ,
             input=stdin,
             cwd=cwd or self.home,
-            capture_output=True,
-            timeout=40,
-            check=False,
         )
         out, err = done.stdout.decode(), done.stderr.decode()
         assert "Traceback" not in err
@@ -423,7 +419,7 @@ def test_a_folder_that_is_a_link_is_refused(sender, tmp_path):
     assert list((tmp_path / "elsewhere").iterdir()) == []
 
 
-def test_a_folder_is_refused_where_the_daemon_does_not_look_into_folders(sender):
+def test_a_folder_is_refused_where_the_daemon_does_not_scan_folders(sender):
     config = sender.home / "imagewatch.toml"
     config.write_text(config.read_text() + "[inbox]\nrecursive = false\n")
     assert "inbox.recursive" in refused(sender, "A cat", "--folder", "poster")
@@ -587,7 +583,7 @@ def test_a_link_in_the_place_of_a_new_folder_changes_nothing_elsewhere(sender, i
 def test_the_images_of_a_prompt_are_no_siblings_of_another_one(sender, folders):
     """``cat.1.prompt.txt``, dropped manually, would use a ``cat.1.png`` as its image and pay for a wrong edit."""
     for stem in ("cat.1", "cat.in", "other"):
-        folders.prompt(stem, "by hand")
+        folders.prompt(stem, "not from submit")
     paths = [sender.file(f"{number}.png") for number in range(4)]
     sender.submit("A cat", "--name", "cat", *(part for path in paths for part in ("--image", path)))
     done = subprocess.run(
@@ -1078,7 +1074,7 @@ class TestAnotherUser:
         assert done.stdout.splitlines() == [f"{shared.folders.inbox}/new/it-{number}.prompt.txt" for number in (1, 2)]
         assert shared.dropped() == ["new/it-1.prompt.txt", "new/it-2.prompt.txt"]
 
-    def test_a_user_who_may_not_list_the_folder_of_a_prompt_is_told_how_to_name_its_images(self, shared):
+    def test_a_user_who_may_not_list_the_folder_of_a_prompt_is_shown_how_to_name_its_images(self, shared):
         file = Path(shared.file("closed/cat.prompt.txt", "Make it blue"))
         file.parent.chmod(0o711)
         done = shared.submit("--from", str(file), before=self.AS_USER)
@@ -1120,31 +1116,6 @@ def test_a_user_who_may_list_the_inbox_may_read_the_dropped_files(sender, folder
 
 # Complete files or none
 
-_MOVED_TO, _CREATE, _MODIFY, _CLOSE_WRITE = 0x80, 0x100, 0x2, 0x8
-
-
-class Events:
-    """The events of the kernel for a folder, in their order."""
-
-    def __init__(self, folder: Path) -> None:
-        libc = ctypes.CDLL(None, use_errno=True)
-        self._descriptor = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
-        mask = _MOVED_TO | _CREATE | _MODIFY | _CLOSE_WRITE
-        assert libc.inotify_add_watch(self._descriptor, os.fsencode(folder), mask) > 0
-
-    def read(self) -> list[tuple[int, str]]:
-        found = []
-        with contextlib.suppress(BlockingIOError):
-            while piece := os.read(self._descriptor, 1 << 20):
-                while piece:
-                    _, mask, _, length = struct.unpack_from("iIII", piece)
-                    found.append((mask, piece[16 : 16 + length].rstrip(b"\0").decode()))
-                    piece = piece[16 + length :]
-        return found
-
-    def close(self) -> None:
-        os.close(self._descriptor)
-
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_every_name_appears_by_rename_and_the_prompt_after_its_images(sender):
@@ -1155,7 +1126,7 @@ def test_every_name_appears_by_rename_and_the_prompt_after_its_images(sender):
     seen = [(mask, name) for mask, name in events.read() if not name.startswith(".")]
     events.close()
     names = [f"it-{k}{rest}" for k in (1, 2) for rest in (".in1.png", ".in2.png", ".in3.png", ".prompt.txt")]
-    assert seen == [(_MOVED_TO, name) for name in names]
+    assert seen == [(MOVED_TO, name) for name in names]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")

@@ -65,7 +65,7 @@ def test_the_colors_of_the_log_on_a_console_can_be_turned_off(wanted: str, color
 def test_columns_are_aligned_whatever_script_a_name_uses(folders: Folders):
     names = {"cat": 3, "灯台": 4, "cafe\u0301": 4, "кот": 3, "e\u0301t" + "e\u0301": 3}
     for name in names:
-        folders.prompt(name, "A picture")
+        folders.prompt(name, "An image")
     for arguments in (("estimate",), ("check",)):
         result = [line for line in command(folders, *arguments).stdout.splitlines() if ".prompt.txt" in line]
         assert len(result) == len(names)

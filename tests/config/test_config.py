@@ -1,4 +1,4 @@
-"""What an admin meets: files, variables, defaults, and every mistake immediately."""
+"""Configuration as an administrator sees it: files, variables, defaults, and every mistake in one report."""
 
 from __future__ import annotations
 
@@ -764,25 +764,25 @@ def test_neither_another_users_folder_nor_another_users_link_leads_to_a_configur
 
 
 @pytest.mark.parametrize(
-    ("file_mode", "folder_mode", "told"),
+    ("file_mode", "folder_mode", "problem"),
     [
         (0o600, 0o700, ""),
         (0o644, 0o755, ""),
         (0o644, 0o1777, ""),
-        (0o646, 0o755, "it may be written by everybody"),
-        (0o666, 0o1777, "it may be written by everybody"),
+        (0o646, 0o755, "it may be written by all users"),
+        (0o666, 0o1777, "it may be written by all users"),
         (0o644, 0o757, "its folder"),
     ],
 )
-def test_a_file_that_others_may_write_or_replace_is_not_used(tmp_path, file_mode, folder_mode, told):
+def test_a_file_that_others_may_write_or_replace_is_not_used(tmp_path, file_mode, folder_mode, problem):
     folder = tmp_path / "here"
     folder.mkdir()
     file = folder / "imagewatch.toml"
     file.touch()
     file.chmod(file_mode)
     folder.chmod(folder_mode)
-    if told:
-        with pytest.raises(ConfigError, match=told):
+    if problem:
+        with pytest.raises(ConfigError, match=problem):
             find(None, {}, str(folder))
     else:
         assert find(None, {}, str(folder)) == str(file)

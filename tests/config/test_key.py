@@ -74,7 +74,7 @@ def test_a_masked_text_does_not_hold_the_key(value, before, after):
     masked = Key(value).mask(f"{before}{value}{after}")
     assert value not in masked or value in f"{before}***{after}"
     assert "***" in masked
-    assert Key(value).mask_bytes(f"{before}{value}{after}".encode()) == masked.encode()
+    assert Key(value).secret.content(f"{before}{value}{after}".encode()) == masked.encode()
 
 
 def test_the_rest_of_a_masked_text_stays():

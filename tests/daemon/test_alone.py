@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 _png = io.BytesIO()
 Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
-PICTURE = _png.getvalue()
+IMAGE = _png.getvalue()
 NAMES_LOGO = '+++\ninput_images = ["logo.png"]\n+++\nPut this logo on a mug'
 
 
@@ -50,7 +50,7 @@ def test_a_prompt_that_cannot_be_read_for_a_moment_is_not_sent_without_the_image
     if reason := reason_not_to_trace():
         pytest.skip(reason)
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2")
-    folders.drop("logo.png", PICTURE)
+    folders.drop("logo.png", IMAGE)
     path, log = folders.prompt("mug", NAMES_LOGO), tmp_path / "strace.log"
     strace = [  # without -f: of the main thread, which scans; in a claim the file has the same name
         "strace",
@@ -113,7 +113,7 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_read_again(
     station: Station, sandbox: Sandbox, before: str, after: str
 ) -> None:
     for name in ("logo.png", "other.png"):
-        station.drop(name, PICTURE)
+        station.drop(name, IMAGE)
     station.prompt("mug", before)
     (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
     station.prompt("mug", after)
@@ -130,7 +130,7 @@ def test_a_prompt_that_is_replaced_just_before_its_claim_is_read_again(
 def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
     station: Station, sandbox: Sandbox, victim: str, how: str
 ) -> None:
-    station.drop("logo.png", PICTURE)
+    station.drop("logo.png", IMAGE)
     station.prompt("mug", NAMES_LOGO)
     (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
     path = station.inbox / victim
@@ -175,7 +175,7 @@ def test_a_foreign_file_in_a_claim_is_neither_moved_nor_removed(
 
 
 def test_accents_composed_in_another_way_are_the_same_image(station: Station, sandbox: Sandbox) -> None:
-    station.drop("cafe\u0301.png", PICTURE)
+    station.drop("cafe\u0301.png", IMAGE)
     station.prompt("mug", '+++\ninput_images = ["caf\u00e9.png"]\n+++\nPut this on a mug')
     (outcome,) = station.work()
     assert (outcome.destination, inputs(sandbox)) == ("outbox", [1])

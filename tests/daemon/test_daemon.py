@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 _png = io.BytesIO()
 Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
-PICTURE = _png.getvalue()
+IMAGE = _png.getvalue()
 DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
 NOBODY = 65534
 UNPRIVILEGED = """
@@ -135,7 +135,7 @@ def test_an_image_that_follows_its_prompt_within_settle_seconds_belongs_to_it(se
     daemon = run(settling)
     settling.prompt("cat", "Make it night")
     pause(0.4)
-    settling.drop("cat.png", PICTURE)
+    settling.drop("cat.png", IMAGE)
     over(settling, "cat")
     (call,) = sandbox.report()["calls"]
     assert (call["provider"], len(call["inputs"])) == ("gemini", 1)
@@ -147,8 +147,8 @@ def test_images_that_are_there_belong_to_a_prompt_that_comes_by_rename_however_s
     folders, run, sandbox
 ):
     run(folders)
-    folders.drop("cat.png", PICTURE)
-    folders.drop("cat.1.png", PICTURE)
+    folders.drop("cat.png", IMAGE)
+    folders.drop("cat.1.png", IMAGE)
     folders.prompt("cat", "Make it night")
     over(folders, "cat")
     assert len(sandbox.report()["calls"][0]["inputs"]) == 2
@@ -203,8 +203,8 @@ def test_an_inbox_without_change_events_is_scanned_regularly(tmp_path, run, sand
 
 def test_a_renamed_prompt_with_its_declared_images_is_claimed_immediately(patient, run, sandbox):
     run(patient)
-    patient.drop("logo.png", PICTURE)
-    patient.drop("other.png", PICTURE)
+    patient.drop("logo.png", IMAGE)
+    patient.drop("other.png", IMAGE)
     patient.prompt("cat", '+++\ninput_images = ["other.png", "logo.png"]\n+++\nMake it night')
     over(patient, "cat")
     assert len(sandbox.report()["calls"][0]["inputs"]) == 2
@@ -212,7 +212,7 @@ def test_a_renamed_prompt_with_its_declared_images_is_claimed_immediately(patien
 
 def test_a_renamed_prompt_that_declares_no_images_is_claimed_immediately_without_its_sibling(patient, run, sandbox):
     daemon = run(patient)
-    patient.drop("cat.png", PICTURE)
+    patient.drop("cat.png", IMAGE)
     patient.prompt("cat", DECLARES_NOTHING + "A cat")
     over(patient, "cat")
     assert sandbox.report()["calls"][0]["inputs"] == []
@@ -224,11 +224,11 @@ def test_a_prompt_waits_for_a_declared_image_until_it_is_whole(patient, run, san
     daemon = run(patient)
     patient.prompt("cat", '+++\ninput_images = ["logo.png"]\n+++\nMake it night')
     with (patient.inbox / "logo.png").open("wb") as file:
-        file.write(PICTURE[:-20])
+        file.write(IMAGE[:-20])
         file.flush()
         patient.prompt("dog", DECLARES_NOTHING + "A dog")  # is finished only after another scan
         over(patient, "dog")
-        file.write(PICTURE[-20:])
+        file.write(IMAGE[-20:])
     over(patient, "cat", "dog")
     assert daemon.events("failed") == []
     assert len(sandbox.report()["calls"][1]["inputs"]) == 1

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _png = io.BytesIO()
 Image.new("RGB", (16, 16), (58, 110, 150)).save(_png, "png")
-PICTURE = _png.getvalue()
+IMAGE = _png.getvalue()
 MB = 1_000_000
 
 
@@ -70,7 +70,7 @@ def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.2", inbox__input_wait_seconds="0.1")
     inbox = folders.inbox
     secret = tmp_path / "secret"
-    secret.write_bytes(PICTURE)
+    secret.write_bytes(IMAGE)
     folders.prompt("good", "A good one")
     daemon = run(folders)
     until(lambda: "good" in folders.finished())
@@ -122,7 +122,7 @@ def test_whatever_is_in_the_inbox_good_prompts_are_completed_and_each_bad_one_is
     assert sorted(named) == sorted({*ignored, "wide.1.png"})
     assert sandbox.report()["requests"] == 21
     assert peak - before < 30
-    assert secret.read_bytes() == PICTURE
+    assert secret.read_bytes() == IMAGE
     assert KEY not in str(daemon.lines)
 
 
@@ -204,7 +204,7 @@ from imagewatch.inbox.scan import InboxScan
 
 look = InboxScan.unchanged
 def unchanged(self, candidate):
-    was = look(self, candidate)
+    was = original(self, candidate)
     if was and not os.path.lexists({secret!r} + ".done"):
         os.close(os.open({secret!r} + ".done", os.O_CREAT))
         os.unlink({victim!r})
@@ -226,12 +226,12 @@ def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
     secret = tmp_path / "secret"
-    secret.write_bytes(PICTURE if victim.endswith("png") else b"The password is 12345")
+    secret.write_bytes(IMAGE if victim.endswith("png") else b"The password is 12345")
     secret.chmod(0o600)
     names = {"secret": str(secret), "victim": str(folders.inbox / victim)}
     script = tmp_path / "changed.py"
     script.write_text(CHANGED.format(**names, how=how.format(**names)))
-    folders.drop("cat.png", PICTURE)
+    folders.drop("cat.png", IMAGE)
     folders.prompt("cat", "Make it night")
     daemon = run(folders, script=str(script))
     ignored = lambda: "cat.prompt.txt" in {one["file"] for one in daemon.events("ignored")}  # noqa: E731
@@ -276,8 +276,8 @@ def test_a_pipe_in_the_place_of_a_result_file_delays_nothing_and_the_file_goes_b
         (outcome,) = station.work()
         assert (outcome.end, outcome.destination) == (End.OVER, destination)
         assert station.leftovers() == []
-    documents = [path for path in place.parent.glob("*.toml") if path.name != name]
-    assert [tomllib.loads(path.read_text())["job"] for path in documents] == [outcome.job]
+    result_files = [path for path in place.parent.glob("*.toml") if path.name != name]
+    assert [tomllib.loads(path.read_text())["job"] for path in result_files] == [outcome.job]
     assert place.is_symlink() if linked else place.is_fifo()
     assert sandbox.report()["requests"] == 1
 
@@ -303,9 +303,9 @@ def test_a_hard_link_to_a_file_that_only_the_daemon_may_read_stays_and_is_named(
     key.chmod(0o600)
     (station.inbox / "cat.prompt.txt").hardlink_to(key)
     station.prompt("dog", "Make it night")
-    (tmp_path / "picture").write_bytes(PICTURE)
-    (tmp_path / "picture").chmod(0o600)
-    (station.inbox / "dog.png").hardlink_to(tmp_path / "picture")
+    (tmp_path / "private").write_bytes(IMAGE)
+    (tmp_path / "private").chmod(0o600)
+    (station.inbox / "dog.png").hardlink_to(tmp_path / "private")
     seen = station.scan.scan_all(0, 0)
     assert seen.ready == []
     assert set(seen.ignored) == {"cat.prompt.txt", "dog.prompt.txt"}

@@ -75,14 +75,14 @@ class Box:
 
     def claim_all(self) -> list[str]:
         """Take everything; return the paths in order."""
-        taken = []
+        claimed = []
         for _ in range(20_000):
             if candidate := self.take():
-                taken.append(candidate.source)
+                claimed.append(candidate.source)
             elif self.intake.any() or self.intake.scanner.pending:
                 self.scan()
             else:
-                return taken
+                return claimed
         raise AssertionError("it does not end")
 
 
@@ -104,12 +104,12 @@ def test_a_prompt_is_found_before_the_scan_of_a_folder_with_very_many_files_ends
     box.clock.step = 0.003
     box.write(where, *names(3000, ending), text="" if ending == "prompt.txt" else "x")
     box.write("colleague", "cat.prompt.txt")
-    looks = 0
+    scans = 0
     while not box.intake.is_ready("colleague"):
         box.scan()
-        looks += 1
+        scans += 1
         assert not box.intake.scanner.is_complete
-    assert looks <= 3
+    assert scans <= 3
     box.scan_all()
     kinds = [*box.intake.result.ignored.kinds.values(), *box.intake.result.waiting.kinds.values()]
     assert kinds == ([] if ending == "gif" else [3000])
@@ -147,11 +147,11 @@ def test_many_long_scans_do_not_delay_the_folder_of_another_owner(box):
     for number in range(9):
         box.write(f"m{number}", "one-more.txt")
         box.intake.scanner.soon((f"m{number}", ""))
-    looks = 0
+    scans = 0
     while len(box.intake.scanner._running) < 8:
         box.scan()
-        looks += 1
-        assert looks < 100
+        scans += 1
+        assert scans < 100
     box.write("colleague", "cat.prompt.txt")
     box.intake.scanner.soon(("colleague", ""))
     box.scan()
@@ -167,20 +167,23 @@ def test_what_happens_while_a_folder_is_being_scanned_is_not_missed(box):
     for number in range(0, 1800, 3):
         (box.inbox / f"a/p{number:05}.prompt.txt").unlink()
         box.write("a", f"q{number:05}.prompt.txt")
-    taken = []
+    claimed = []
     while not box.intake.scanner.is_complete or box.intake.scanner.pending:
         box.scan()
         if candidate := box.take():
-            taken.append(candidate.key[1])
+            claimed.append(candidate.key[1])
     box.intake.scanner.soon()
     box.scan_all()
-    taken += [path.rpartition("/")[2].removesuffix(".prompt.txt") for path in box.claim_all()]
+    claimed += [path.rpartition("/")[2].removesuffix(".prompt.txt") for path in box.claim_all()]
     left = [f"p{number:05}" for number in range(1800) if number % 3]
-    assert sorted(taken) == sorted([*left, *(f"q{number:05}" for number in range(0, 1800, 3))])
+    assert sorted(claimed) == sorted([*left, *(f"q{number:05}" for number in range(0, 1800, 3))])
 
 
 def test_scans_take_a_tenth_of_a_core_at_most_and_delay_no_prompt(box):
-    """By real clocks: whatever is asked for, scanning rests, and a prompt is found all the same."""
+    """By real clocks: whatever is asked for, scanning rests, and a prompt is found all the same.
+
+    The share is CPU time of this thread, so other load on the machine can only make it smaller.
+    """
     box.intake._now = box.intake.scanner._now = time.monotonic
     box.write("mallory", *names(3000, "txt"))
     box.intake.configure(box.folders.config().inbox, 0)
@@ -212,10 +215,10 @@ def test_first_level_folders_take_turns_and_in_each_the_oldest_comes_first(box):
     box.write("colleague", "cat.prompt.txt", "dog.prompt.txt")
     box.write("", "top.prompt.txt")
     box.scan_all()
-    taken = box.claim_all()
-    assert set(taken[:3]) == {"mallory/p00000.prompt.txt", "colleague/cat.prompt.txt", "top.prompt.txt"}
-    assert taken.index("colleague/dog.prompt.txt") in {3, 4}
-    mallory = [path for path in taken if path.startswith("mallory")]
+    claimed = box.claim_all()
+    assert set(claimed[:3]) == {"mallory/p00000.prompt.txt", "colleague/cat.prompt.txt", "top.prompt.txt"}
+    assert claimed.index("colleague/dog.prompt.txt") in {3, 4}
+    mallory = [path for path in claimed if path.startswith("mallory")]
     assert mallory == [f"mallory/{n}" for n in names(20)] + [f"mallory/sub/{n}" for n in names(20, stem="s")]
 
 
@@ -238,13 +241,15 @@ def test_more_prompts_than_are_known_by_name_are_claimed_in_turns_each_once(tmp_
     for folder in ("a", "b", "c/d", ""):
         box.write(folder, *names(300))
     box.scan_all()
-    taken = box.claim_all()
-    assert len(taken) == len(set(taken)) == 1200
+    claimed = box.claim_all()
+    assert len(claimed) == len(set(claimed)) == 1200
     for folder in ("a/", "b/", "c/d/", ""):
-        mine = [path for path in taken if path.rpartition("p")[0].removesuffix(".prompt.txt")[: len(folder)] == folder]
+        mine = [
+            path for path in claimed if path.rpartition("p")[0].removesuffix(".prompt.txt")[: len(folder)] == folder
+        ]
         expected = [f"{folder}{name}" for name in names(300)]
         assert [path for path in mine if path in set(expected)] == expected
-    ends = [max(place for place, path in enumerate(taken) if path.startswith(start)) for start in ("a/", "b/", "c/")]
+    ends = [max(place for place, path in enumerate(claimed) if path.startswith(start)) for start in ("a/", "b/", "c/")]
     assert min(ends) > 1150, "all of them were served until the end"
 
 
@@ -265,11 +270,11 @@ def test_prompts_that_cannot_be_claimed_delay_no_other_folder(box):
     declares = '+++\ninput_images = ["missing.png"]\n+++\nA lighthouse'
     box.write("mallory", *names(1500), text=declares)
     box.write("colleague", "cat.prompt.txt")
-    looks = 0
+    scans = 0
     while not box.intake.is_ready("colleague"):
         box.scan()
-        looks += 1
-    assert looks <= 3
+        scans += 1
+    assert scans <= 3
     box.scan_all()
     assert box.take().source == "colleague/cat.prompt.txt"
     assert box.intake.result.waiting.kinds == {"images": 1500}

@@ -109,14 +109,14 @@ from imagewatch.inbox import events as watcher
 handle = watcher._Folder.on_event
 def on_event(self, event):
     if event.name == b"poison.md":
-        raise RuntimeError("an event nobody understands")
+        raise RuntimeError("an event of an unknown kind")
     handle(self, event)
 watcher._Folder.on_event = on_event
 """,
     )
     (folders.inbox / "poison.md").write_text("x")
     died = daemon.wait_for("watcher_restarted")
-    assert "an event nobody understands" in died["reason"]
+    assert "an event of an unknown kind" in died["reason"]
     folders.prompt("cat", "A cat")
     over(folders, "cat")
     until(lambda: status(folders)["mode"] == "native")
@@ -165,7 +165,7 @@ except (OSError, AssertionError):
 
 
 @contextlib.contextmanager
-def nobody_else_has(lock: Path) -> Iterator[None]:
+def locking(lock: Path) -> Iterator[None]:
     with lock.open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
@@ -191,13 +191,13 @@ def test_an_inbox_that_was_replaced_is_watched_and_locked_like_the_first(
         other.rename(folders.inbox)
     folders.prompt("two", "Two")
     over(folders, "one", "two", *(["three"] if "replaced" in how else []))
-    with pytest.raises(BlockingIOError), nobody_else_has(folders.inbox / ".imagewatch/lock"):
+    with pytest.raises(BlockingIOError), locking(folders.inbox / ".imagewatch/lock"):
         pass
     second = Folders(tmp_path / "second", sandbox.base_url)
     second.environ["IMAGEWATCH_FOLDERS__INBOX"] = str(folders.inbox)
     assert run(second, watching=False).end() == 75
     assert daemon.stop() == 0
-    with nobody_else_has(folders.inbox / ".imagewatch/lock"):
+    with locking(folders.inbox / ".imagewatch/lock"):
         pass
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from commands.test_submit import Events, sha256
 from support.daemon import KEY, Folders, until
 from support.endpoint import unique_png
+from support.inotify import Events
 
 from imagewatch.protocol.prompt import parse
 
@@ -79,7 +80,9 @@ def test_images_are_sent_in_their_order(example, watched, sandbox, tmp_path):
         path.write_bytes(unique_png(path.name))
     done = example(str(watched.root), "Both", *map(str, paths))
     assert done.returncode == 0, done.stderr
-    assert sandbox.report()["calls"][0]["inputs"] == [sha256(unique_png(path.name)) for path in paths]
+    assert sandbox.report()["calls"][0]["inputs"] == [
+        hashlib.sha256(unique_png(path.name)).hexdigest() for path in paths
+    ]
 
 
 def test_an_image_without_an_ending_is_named_before_anything_is_dropped(example, folders, tmp_path):
@@ -180,7 +183,7 @@ def test_cron_delivers_prompts_and_fetches_images_and_pays_once_however_often_it
     assert elsewhere.names("errors") == ["bad.error.toml", "bad.prompt.txt"]
     assert sandbox.report()["requests"] == 3
     assert [call["inputs"] for call in sandbox.report()["calls"] if call["prompt"] == "make it blue"] == [
-        [sha256(unique_png("cat"))]
+        [hashlib.sha256(unique_png("cat")).hexdigest()]
     ]
 
 
@@ -202,14 +205,14 @@ def test_no_receipt_arrives_elsewhere_before_its_images(elsewhere: Elsewhere, wa
         (watched.outbox / f"cat{number}.webp").write_bytes(b"x")
         (watched.outbox / f"cat{number}.receipt.toml").write_text("schema = 1\n")
     (watched.outbox / "cat1.receipt.toml").rename(tmp_path / "later")
-    (watched.outbox / "cat1.webp").rename(tmp_path / "picture")
+    (watched.outbox / "cat1.webp").rename(tmp_path / "image")
     tools = tmp_path / "tools"
     tools.mkdir()
     # This rsync finishes the second job after the outbox was read first; otherwise it does what rsync does.
     wrapper = tools / "rsync"
     wrapper.write_text(
         f'#!/bin/sh\n"{shutil.which("rsync")}" "$@" || exit\n'
-        f'case "$*" in */watched/outbox/*) mv {tmp_path}/picture {watched.outbox}/cat1.webp;'
+        f'case "$*" in */watched/outbox/*) mv {tmp_path}/image {watched.outbox}/cat1.webp;'
         f" mv {tmp_path}/later {watched.outbox}/cat1.receipt.toml;; esac\nexit 0\n"
     )
     wrapper.chmod(0o755)

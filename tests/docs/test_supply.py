@@ -1,4 +1,4 @@
-"""Dependencies of imagewatch: the bounds, the lock files and the documents about them."""
+"""Dependencies of imagewatch: the bounds, the lock files and the documentation of them."""
 
 from __future__ import annotations
 

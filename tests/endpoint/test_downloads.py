@@ -13,7 +13,7 @@ import tracemalloc
 import zlib
 
 import pytest
-from support.daemon import KEY, REMOTE_NAME, Folders
+from support.daemon import KEY, REMOTE_NAME, Folders, report_output
 from support.scripted import (
     Scripted,
     completed,
@@ -632,7 +632,8 @@ def peak(folders):
         process = subprocess.Popen(program, env=environ, stdout=log, stderr=log)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, (folders.root / "log").read_text()
+    report_output(program, process.returncode, (folders.root / "log").read_text())
+    assert process.returncode == 0
     return usage.ru_maxrss * 1024
 
 

@@ -127,7 +127,7 @@ SCENES = {
     "originals are not kept": _one(
         Reply(), "outbox", "yes", images=("cat.png",), settings={"folders__archive": "delete"}
     ),
-    "all names are taken": _one(
+    "all names exist": _one(
         Reply(),
         "outbox",
         "yes",

@@ -86,10 +86,10 @@ CAPPED = Scene(
     {
         "cat": Order("a cat"),
         "dog": Order("a dog [sandbox: b64]"),
-        "bad": Order("nothing nice [sandbox: 400]", door="errors", charged="no"),
+        "bad": Order("nothing nice [sandbox: 400]", destination="errors", charged="no"),
         "busy": Order("a busy day [sandbox: once 429-plain]"),
         "owl": Order("an owl"),
-        "wrong": Order("+++\ncolour = 1\n+++\nnever sent", door="errors", charged="no"),
+        "wrong": Order("+++\ncolour = 1\n+++\nnever sent", destination="errors", charged="no"),
         "fox": Order("a fox"),
     },
     concurrency=3,
@@ -180,7 +180,7 @@ def tried(root: Path, scene: Scene, *faults: Fault) -> Trial:
             inbox_run = InboxRun(root, scene, sandbox)
             hit = [inbox_run.inject(fault) for fault in faults][-1]
             inbox_run.end()
-        except Exception:  # noqa: BLE001  all that is wrong is told at the end
+        except Exception:  # noqa: BLE001  every violation is reported at the end
             texts = [", then ".join(map(str, faults)), traceback.format_exc(), *(inbox_run.output if inbox_run else ())]
             return Trial(faults[-1], hit=True, violation="\n".join(texts))
     shutil.rmtree(root)

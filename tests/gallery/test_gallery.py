@@ -68,21 +68,21 @@ class Shelf:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
-    def completed(self, stem: str, *pictures: bytes, folder: str = "", **more: Any) -> None:
+    def completed(self, stem: str, *images: bytes, folder: str = "", **more: Any) -> None:
         """Put a receipt and its images into the outbox."""
         place = f"outbox/{folder}/" if folder else "outbox/"
-        names = [f"{stem}.png"] if len(pictures) == 1 else [f"{stem}-{k}.png" for k in range(1, len(pictures) + 1)]
-        for name, content in zip(names, pictures, strict=True):
+        names = [f"{stem}.png"] if len(images) == 1 else [f"{stem}-{k}.png" for k in range(1, len(images) + 1)]
+        for name, content in zip(names, images, strict=True):
             self.put(place + name, content)
-        images = [
+        tables = [
             {"file": name, "mime": "image/png", "bytes": len(content), "width": 640, "height": 480, "sha256": ""}
-            for name, content in zip(names, pictures, strict=True)
+            for name, content in zip(names, images, strict=True)
         ]
         result_file = {
             "source": f"{stem}.prompt.txt",
             "charged": "yes",
             "prompt": f"a {stem}",
-            "images": images,
+            "images": tables,
             **more,
         }
         self.put(f"{place}{stem}.receipt.toml", tomli_w.dumps(result_file).encode())

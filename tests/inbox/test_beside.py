@@ -1,4 +1,4 @@
-"""Files beside a prompt that may be meant as its images: it is not bought without them, and they stay."""
+"""Files beside a prompt that may be meant as its images: it is not paid for without them, and they stay."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def status(folders: Folders) -> dict[str, Any]:
     return json.loads((folders.state / "status.json").read_text())
 
 
-def picture(kind: str = "JPEG") -> bytes:
+def encoded(kind: str = "JPEG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (16, 16), (58, 110, 150)).save(file, kind)
     return file.getvalue()
 
 
-JPEG = picture()
+JPEG = encoded()
 MP4 = b"\0\0\0\x18ftypmp42\0\0\0\0mp42isom"
 UTF16 = "Notes\n".encode("utf-16")
 
@@ -43,7 +43,7 @@ NOT_USED = {
     "a number after another sign": ("under", "under_1.png", JPEG),
     "the file that the prompt is named after": ("photo.jpg", "photo.jpg", JPEG),
     "a copy of the file that the prompt is named after": ("photo.jpg", "photo (1).jpg", JPEG),
-    "an ending that nobody knows": ("cat", "cat.unknown", JPEG),
+    "an unknown ending": ("cat", "cat.unknown", JPEG),
     "no ending": ("cat", "cat", JPEG),
     "a video": ("cat", "cat.mp4", MP4),
     "a document": ("cat", "cat.docx", b"PK\x03\x04" + bytes(range(256))),
@@ -239,7 +239,7 @@ def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, s
     assert "cat.MP.jpg" in station.error("cat")["message"]
 
 
-def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_bought_and_status_shows_why(folders, sandbox, run):
+def test_a_prompt_that_is_deleted_into_the_bin_of_its_share_is_not_paid_for_and_status_shows_why(folders, sandbox, run):
     daemon = run(folders)
     daemon.wait_for("started")
     assert command(folders, "hold", "later").returncode == 0

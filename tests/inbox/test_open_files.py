@@ -30,7 +30,7 @@ def path(tmp_path) -> Path:
     made = tmp_path / "cat.prompt.txt"
     with made.open("w") as file:
         if not has_writer(file.name):
-            pytest.skip("this file system does not tell who writes")
+            pytest.skip("this file system does not report writers")
     return made
 
 

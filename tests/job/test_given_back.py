@@ -7,8 +7,8 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from commands.test_submit import Events
 from support.endpoint import unique_png
+from support.inotify import Events
 from support.station import Distrustful, Station
 
 from imagewatch.job.outcome import End

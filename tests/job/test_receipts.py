@@ -469,7 +469,7 @@ def test_one_image_is_asked_for_unless_the_request_says_more():
 
 
 @pytest.mark.parametrize(
-    "advice", ["imagewatch retry {} looks again", "imagewatch retry --pay-again {}, or move the prompt"]
+    "advice", ["imagewatch retry {} reads it again", "imagewatch retry --pay-again {}, or move the prompt"]
 )
 def test_an_error_file_whose_name_existed_names_its_own_prompt_to_retry(advice: str):
     top = {"message": "cat: no catalogue", "next": advice.format("sub/cat")}

@@ -85,9 +85,9 @@ def test_rsync_from_cron_redelivers_finished_prompts_and_none_is_charged_again(
         "no": "errors",
         "lost": "errors",
     }
-    pictures = [folders.receipt(stem)["images"][0]["file"] for stem in ("cat", "sub/edit")]
+    images = [folders.receipt(stem)["images"][0]["file"] for stem in ("cat", "sub/edit")]
     found = [name.rpartition("/")[2] for name in folders.names("outbox")]
-    assert sorted(found) == sorted(["cat.receipt.toml", "edit.receipt.toml", *pictures])
+    assert sorted(found) == sorted(["cat.receipt.toml", "edit.receipt.toml", *images])
     until(lambda: folders.leftovers() == [])
 
 
@@ -217,10 +217,10 @@ def test_a_prompt_from_the_year_2400_is_completed_and_its_redelivery_is_recogniz
         sender.send()
         outcomes += station.work()
     station.close()
-    bought = ends.count(End.OVER)
+    paid = ends.count(End.OVER)
     assert [outcome.end for outcome in outcomes] == ends
-    assert (requests(sandbox), sandbox.report()["charged"]) == (bought, bought)
-    assert len([name for name in station.names("outbox") if name.endswith(".receipt.toml")]) == bought
+    assert (requests(sandbox), sandbox.report()["charged"]) == (paid, paid)
+    assert len([name for name in station.names("outbox") if name.endswith(".receipt.toml")]) == paid
     assert (station.names("inbox"), station.names("errors"), station.leftovers()) == ([], [], [])
 
 

@@ -148,7 +148,7 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_loca
     until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], text in error["message"]) == (charged, True)
-    assert "answer.1: cannot save the response: Operation not permitted" in error["message"]
+    assert "cannot save the response: Operation not permitted: " in error["message"]
     assert "imagewatch ended" not in error["message"]
     assert ("the response is lost" in error["next"]) == (charged == "yes")
     lost = KINDS["lost"].cause if charged == "yes" else None
@@ -458,7 +458,7 @@ _sync = Disk.sync
 def slow(self, file, path):
     _sync(self, file, path)
     if path.endswith("/sent.1") and os.path.exists(os.environ["GATE"]):
-        open(os.environ["GATE"]).close()  # a pipe: until somebody opens it, too
+        open(os.environ["GATE"]).close()  # a pipe: waits until its other end is opened
 
 Disk.sync = slow
 """

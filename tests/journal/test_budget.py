@@ -108,7 +108,7 @@ def test_a_request_in_flight_counts_until_the_ledger_has_it(ledger, clock):
     assert budget.reserve("b", asked()) is None
     assert budget.reserve("c", asked()) is None
     assert budget.reserve("d", asked()) is not None
-    budget.settle("b")
+    budget.end_reservation("b")
     assert budget.reserve("d", asked()) is None
 
 
@@ -118,7 +118,7 @@ def test_a_request_without_a_job_counts_as_spent_that_day_and_is_not_waited_for(
     assert budget.reserve("b", asked()) is None
     assert budget.reserve("c", asked()).kind == "reserved"
     budget.count_as_spent("a")
-    budget.settle("b")
+    budget.end_reservation("b")
     assert budget.reserve("c", asked()) is None
     assert budget.reserve("d", asked()).kind == "reserved"
     budget.count_as_spent("c")
@@ -213,7 +213,7 @@ def test_a_request_that_fits_if_those_in_flight_cost_less_is_tried_again_soon_an
     assert (refusal.kind, refusal.seconds < 5) == ("reserved", True)
     assert "limits.credits_per_day is 100" in refusal.message
     spend(ledger, "a", NOON, 30)
-    budget.settle("a")
+    budget.end_reservation("a")
     assert budget.reserve("b", asked()) is None
 
 
@@ -223,7 +223,7 @@ def test_a_request_of_an_earlier_process_is_reserved_until_its_row_is_written(le
     assert budget.reserve("a", asked()) is None
     assert budget.reserve("b", asked()).kind == "reserved"
     spend(ledger, "old", NOON - 10, 60)
-    budget.settle("old")
+    budget.end_reservation("old")
     assert budget.reserve("b", asked()).kind == "cap"
 
 
@@ -366,7 +366,7 @@ def test_what_is_planned_is_reserved_for_its_job_and_not_counted_twice(ledger, c
     assert budget.plan("c", asked()).kind == "reserved"
     assert [budget.reserve(job, asked()) for job in "ab"] == [None, None]
     assert budget.reserve("c", asked()).kind == "reserved"
-    budget.settle("a")
+    budget.end_reservation("a")
     assert budget.plan("c", asked()) is None
 
 
@@ -381,7 +381,7 @@ def test_a_check_reserves_nothing_and_considers_each_request_alone(ledger, clock
     spend(ledger, "a", NOON - HOUR, 40)
     budget = Budget(ledger, Limits(credits_per_day=100, assumed_credits=30), clock)
     cheap, dear = asked(), asked(n=2)
-    found = budget.look([cheap, dear] * 3)
+    found = budget.check([cheap, dear] * 3)
     assert set(found) == {dear}
     assert (found[dear].kind, budget.plan("b", cheap)) == ("cap", None)
 

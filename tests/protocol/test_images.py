@@ -32,7 +32,7 @@ from imagewatch.protocol.jpeg import MAX_SCANS
 PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 
 
-def picture(mode, size=(23, 17)):
+def sample(mode, size=(23, 17)):
     """A gradient: compresses to little, yet has no two equal rows."""
     width, height = size
     grey = Pillow.frombytes("L", size, bytes((7 * x + 13 * y) % 256 for y in range(height) for x in range(width)))
@@ -45,7 +45,7 @@ def picture(mode, size=(23, 17)):
 
 def encoded(kind, mode="RGB", **options):
     file = io.BytesIO()
-    picture(mode).save(file, kind, **options)
+    sample(mode).save(file, kind, **options)
     return file.getvalue()
 
 
@@ -65,7 +65,7 @@ def with_text():
 
 def animated(kind):
     file = io.BytesIO()
-    frames = [picture("RGB").rotate(90 * turn) for turn in range(3)]
+    frames = [sample("RGB").rotate(90 * turn) for turn in range(3)]
     frames[0].save(file, kind, save_all=True, append_images=frames[1:], duration=50)
     return file.getvalue()
 
@@ -167,12 +167,12 @@ REAL = {
 real = pytest.mark.parametrize(("kind", "data"), REAL.values(), ids=REAL)
 
 
-def look(data):
+def inspected(data):
     return inspect(io.BytesIO(data))
 
 
 def problem(data):
-    found = look(data)
+    found = inspected(data)
     assert found is not None
     return found.problem
 
@@ -190,19 +190,19 @@ class Counting(io.BytesIO):
 
 @real
 def test_a_real_image_is_whole_and_its_dimensions_are_right(kind, data):
-    assert look(data) == Image(kind, 23, 17, "")
+    assert inspected(data) == Image(kind, 23, 17, "")
 
 
 def test_an_interlaced_png_is_whole():
     Pillow.open(io.BytesIO(interlaced())).load()
-    assert look(interlaced()) == Image("png", 8, 8, "")
+    assert inspected(interlaced()) == Image("png", 8, 8, "")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 700), (300, 2), (16383, 1), (255, 257)])
 @pytest.mark.parametrize(("kind", "options"), [("PNG", {}), ("JPEG", {}), ("WEBP", {}), ("WEBP", {"lossless": True})])
 def test_width_and_height_are_not_confused_and_not_off_by_one(size, kind, options):
     file = io.BytesIO()
-    picture("RGB", size).save(file, kind, **options)
+    sample("RGB", size).save(file, kind, **options)
     found = inspect(file)
     assert (found.width, found.height, found.problem) == (*size, "")
 
@@ -210,14 +210,14 @@ def test_width_and_height_are_not_confused_and_not_off_by_one(size, kind, option
 @real
 def test_no_proper_prefix_is_whole(kind, data):
     for length in range(len(data)):
-        found = look(data[:length])
+        found = inspected(data[:length])
         assert found is None or (found.kind == kind and found.problem), length
 
 
 @real
 def test_bytes_after_the_end_are_tolerated(kind, data):
     for more in (b"\0", b"\r\n", b"\xff", data, b"MotionPhoto" * 9000):
-        assert look(data + more) == Image(kind, 23, 17, "")
+        assert inspected(data + more) == Image(kind, 23, 17, "")
 
 
 @real
@@ -251,7 +251,7 @@ def test_nothing_changes_where_one_buffer_ends_and_the_next_begins(monkeypatch, 
     [("png", "image/png", "png"), ("jpeg", "image/jpeg", "jpg"), ("webp", "image/webp", "webp")],
 )
 def test_each_kind_has_its_media_type_and_its_suffix(kind, mime, extension):
-    found = look(encoded(kind))
+    found = inspected(encoded(kind))
     assert (found.mime, found.extension) == (mime, extension)
     assert found.extension in IMAGE_SUFFIXES
 
@@ -260,20 +260,20 @@ def test_any_flipped_bit_in_a_png_is_noticed():
     data = REAL["png palette"][1]
     for at in range(len(data)):
         for bit in range(8):
-            found = look(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
+            found = inspected(data[:at] + bytes([data[at] ^ 1 << bit]) + data[at + 1 :])
             assert found is None or found.problem, (at, bit)
 
 
 def test_a_flipped_byte_is_named_with_its_chunk():
     data = bytearray(encoded("PNG"))
     data[data.index(b"IDAT") + 20] ^= 1
-    assert look(bytes(data)) == Image("png", 23, 17, "chunk IDAT has a wrong checksum")
+    assert inspected(bytes(data)) == Image("png", 23, 17, "chunk IDAT has a wrong checksum")
 
 
 def test_dimensions_are_not_believed_when_the_checksum_of_the_header_is_wrong():
     data = bytearray(encoded("PNG"))
     data[19] ^= 1
-    assert look(bytes(data)) == Image("png", 0, 0, "chunk IHDR has a wrong checksum")
+    assert inspected(bytes(data)) == Image("png", 0, 0, "chunk IHDR has a wrong checksum")
 
 
 HEAD, PIXELS, END = ihdr(2, 2), chunk(b"IDAT", b"pixels"), chunk(b"IEND")
@@ -334,35 +334,35 @@ def test_stray_bytes_in_the_head_of_a_jpeg_are_passed_over_as_decoders_do_and_a_
     segments, rest = head_of(data)
     assert len(segments) < len(between)
     with_strays = b"\xff\xd8" + b"".join(part + stray for part, stray in zip(segments, between, strict=False)) + rest
-    assert look(with_strays) == Image("jpeg", 23, 17, "")
+    assert inspected(with_strays) == Image("jpeg", 23, 17, "")
     cut = draw.draw(st.integers(3, len(with_strays) - 1))
     assert problem(with_strays[:cut])
 
 
 def test_a_camera_jpeg_with_a_second_image_behind_it_is_whole():
     file = io.BytesIO()
-    picture("RGB").save(file, "MPO", save_all=True, append_images=[picture("RGB").rotate(180)])
+    sample("RGB").save(file, "MPO", save_all=True, append_images=[sample("RGB").rotate(180)])
     assert file.getvalue().count(b"\xff\xd8\xff") == 2
-    assert look(file.getvalue()) == Image("jpeg", 23, 17, "")
+    assert inspected(file.getvalue()) == Image("jpeg", 23, 17, "")
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
 def test_how_a_image_is_to_be_turned_is_reported(kind):
-    assert look(with_exif(kind)).orientation == 6
-    assert look(encoded(kind)).orientation == 1
+    assert inspected(with_exif(kind)).orientation == 6
+    assert inspected(encoded(kind)).orientation == 1
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
-@pytest.mark.parametrize(("written", "told"), [(1, 1), (3, 3), (8, 8), (0, 1), (9, 1), (700, 1)])
-def test_an_orientation_that_cannot_be_is_none(order, written, told):
+@pytest.mark.parametrize(("written", "expected"), [(1, 1), (3, 3), (8, 8), (0, 1), (9, 1), (700, 1)])
+def test_an_orientation_that_cannot_be_is_none(order, written, expected):
     mark = b"II*\0\x08\0\0\0" if order == "<" else b"MM\0*\0\0\0\x08"
     entries = struct.pack(order + "HHHIHH", 1, 0x0112, 3, 1, written, 0)
     for end in range(len(mark + entries) + 1):
         data = jpeg(segment(0xE1, b"Exif\0\0" + (mark + entries)[:end]), FRAME, SCAN, b"abc")
-        found = look(data)
+        found = inspected(data)
         assert found.problem == ""
-        assert found.orientation in {1, told}
-    assert found.orientation == told
+        assert found.orientation in {1, expected}
+    assert found.orientation == expected
 
 
 @settings(deadline=None)
@@ -439,7 +439,7 @@ FRAME = frame(2, 3)
     ],
 )
 def test_a_jpeg_may_have_all_that_the_format_allows(data):
-    assert look(data) == Image("jpeg", 2, 3, "")
+    assert inspected(data) == Image("jpeg", 2, 3, "")
 
 
 @pytest.mark.parametrize(
@@ -503,7 +503,7 @@ def test_what_is_wrong_with_a_jpeg_is_said(data, words):
     ids=["lossy", "scaled", "lossless", "extended", "animated", "without the last pad byte", "longer file"],
 )
 def test_a_webp_may_have_all_that_the_format_allows(data):
-    assert look(data) == Image("webp", 5, 7, "")
+    assert inspected(data) == Image("webp", 5, 7, "")
 
 
 @pytest.mark.parametrize(
@@ -540,20 +540,20 @@ def test_the_bound_on_pixels_is_a_bound_on_the_product():
 
 
 def test_too_many_pixels_are_refused_with_the_dimensions_kept_for_the_message():
-    found = look(png(ihdr(65535, 65535), PIXELS, END))
+    found = inspected(png(ihdr(65535, 65535), PIXELS, END))
     assert (found.width, found.height) == (65535, 65535)
 
 
 @pytest.mark.parametrize("data", [b"", b"\x89PNG", b"\xff\xd8", b"RIFF\x04\0\0\0WAVE", b"GIF89a", b"<html>"])
 def test_what_is_none_of_the_three_kinds_is_none(data):
-    assert look(data) is None
+    assert inspected(data) is None
     assert sniff(data) is None
 
 
 @settings(deadline=None)
 @given(st.binary(max_size=300))
 def test_arbitrary_bytes_never_raise(data):
-    look(data)
+    inspected(data)
     sniff(data)
     foreign(data)
 
@@ -564,7 +564,7 @@ def test_arbitrary_bytes_never_raise(data):
 )
 @example(b"\0\0\0\x40ftyp", b"")
 def test_arbitrary_bytes_behind_a_right_beginning_never_raise(magic, data):
-    found = look(magic + data)
+    found = inspected(magic + data)
     assert found is None or found.problem or found.width * found.height in range(1, MAX_PIXELS + 1)
     foreign(magic + data)
 
@@ -603,7 +603,7 @@ def test_who_wants_all_bytes_gets_them_once_in_order_and_the_same_result(origina
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.sampled_from(list(REAL.values())), min_size=2, max_size=4))
 def test_of_images_run_together_the_first_one_counts(parts):
-    assert look(b"".join(data for _, data in parts)) == Image(parts[0][0], 23, 17, "")
+    assert inspected(b"".join(data for _, data in parts)) == Image(parts[0][0], 23, 17, "")
 
 
 @pytest.mark.parametrize("name", [name for name, (kind, _) in REAL.items() if kind != "webp"])
@@ -689,7 +689,7 @@ def test_an_error_of_the_disk_is_passed_on():
 def test_images_of_other_kinds_are_not_supported_and_the_usual_ones_are_named(kind):
     file = io.BytesIO()
     try:
-        picture("RGB", (32, 32)).save(file, kind)
+        sample("RGB", (32, 32)).save(file, kind)
     except (KeyError, OSError):
         pytest.skip(f"this build of Pillow does not write {kind}")
     assert foreign(file.getvalue()[:64]) == (kind if kind in {"GIF", "PDF"} else None)

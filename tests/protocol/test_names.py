@@ -270,7 +270,7 @@ def test_a_file_that_may_be_meant_for_a_prompt_is_known_for_it_and_not_used(stem
         *("cat.prompt.txt~", "cat.png:Zone.Identifier", "cat.log.tmp", "cat.log.part", "cat.old", "cat.png.backup"),
     ],
 )
-def test_a_file_that_no_one_means_for_a_prompt_is_not_doubted(name):
+def test_a_file_that_is_not_meant_for_a_prompt_is_not_uncertain(name):
     assert alone("cat.prompt.txt", name).uncertain == []
 
 
@@ -441,7 +441,7 @@ def test_what_is_on_its_way_to_a_hidden_name_holds_nothing():
     assert group([".cat.prompt.txt", ".syncthing..cat.prompt.txt.tmp", "dog.prompt.txt"])["dog"].busy == []
 
 
-# Names that are taken, names that are long
+# Names that exist, names that are long
 
 
 def test_the_short_id_is_before_the_ending():

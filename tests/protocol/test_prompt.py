@@ -271,7 +271,7 @@ def test_front_matter_that_is_never_closed_is_refused(raw):
 
 
 @pytest.mark.parametrize("raw", [b"---\nn: 2\n---\na cat", b"---\r\nn: 2\r\n---\r\na cat", b"---\n---"])
-def test_a_yaml_block_is_refused_and_not_bought_as_prose(raw):
+def test_a_yaml_block_is_refused_and_not_paid_for_as_prose(raw):
     found = problem(raw)
     assert "YAML" in found.reason
     assert "+++" in found.hint
@@ -315,7 +315,7 @@ def test_dashes_that_do_not_fence_a_block_are_prose(text):
     ],
 )
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_what_is_almost_front_matter_is_refused_and_not_bought_as_prose(text, end):
+def test_what_is_almost_front_matter_is_refused_and_not_paid_for_as_prose(text, end):
     found = problem(text.replace("\n", end).encode())
     assert found.field == "front matter"
     assert "exactly +++" in found.hint

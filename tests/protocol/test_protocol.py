@@ -42,12 +42,12 @@ def closed(schema: Any) -> Any:
 CLOSED = {kind: Draft202012Validator(closed(schema)) for kind, schema in SCHEMAS.items()}
 
 PROMPTS = {
-    "made": "a cat",
+    "completed": "a cat",
     "edit": "+++\nn = 2\nseed = 3\n+++\nmake it blue [sandbox: wrong-mime]",
     "options": '+++\nprovider = "openai"\nmodel = "gpt-image-2"\nsize = "1024x1024"\nquality = "low"\n'
     'output_format = "webp"\n+++\na poster',
     "by/url": "a cat [sandbox: url]",
-    "unpriced": "a cat [sandbox: no-billing]",
+    "unknown_cost": "a cat [sandbox: no-billing]",
     "partial": "+++\nn = 3\n+++\ncats [sandbox: fewer]",
     "page": "+++\nn = 3\n+++\ncats [sandbox: not-picture]",
     "torn": "+++\nn = 2\n+++\ncats [sandbox: bad-picture]",
@@ -86,24 +86,24 @@ def plain(value: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+def result_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     """A real result file of every kind, by the name of its prompt, with a second one of a name that existed."""
     with Sandbox(key=KEY) as sandbox:
-        station = Station(tmp_path_factory.mktemp("documents"), sandbox.base_url, retry__attempts="2")
+        station = Station(tmp_path_factory.mktemp("result_files"), sandbox.base_url, retry__attempts="2")
         for name, content in (("edit.png", "a"), ("edit.1.png", "b"), ("refused.png", "c")):
             station.drop(name, unique_png(content))
         station.drop("foreign.gif", b"GIF89a")
         for stem, text in PROMPTS.items():
             station.prompt(stem, text)
         station.work()
-        station.prompt("made", "another cat")
+        station.prompt("completed", "another cat")
         station.prompt("lost", "another cat [sandbox: drop]")
         station.work()
         station.close()
     found = {
         path.relative_to(station.root).as_posix(): plain(tomllib.loads(path.read_text()))
-        for door in (station.outbox, station.errors)
-        for path in door.rglob("*.toml")
+        for folder in (station.outbox, station.errors)
+        for path in folder.rglob("*.toml")
     }
     assert len(found) == len(PROMPTS) + 2
     return found
@@ -127,27 +127,27 @@ def test_what_both_schemas_define_is_the_same():
     assert {name: receipt[name] for name in shared} == {name: error[name] for name in shared}
 
 
-def test_real_result_files_of_every_kind_satisfy_the_schemas(documents):
-    for name, document in documents.items():
+def test_real_result_files_of_every_kind_satisfy_the_schemas(result_files):
+    for name, result_file in result_files.items():
         faults = [
-            f"{name}: {fault.json_path}: {fault.message}" for fault in CLOSED[kind_of(name)].iter_errors(document)
+            f"{name}: {fault.json_path}: {fault.message}" for fault in CLOSED[kind_of(name)].iter_errors(result_file)
         ]
         assert faults == []
     for stem in PROMPTS:
-        door = f"errors/{stem}.error.toml" if stem in ERRORS else f"outbox/{stem}.receipt.toml"
-        assert documents[door]["charged"] == ERRORS.get(stem, "yes"), stem
-        assert documents[door]["source"] == f"{stem}.prompt.txt"
+        path = f"errors/{stem}.error.toml" if stem in ERRORS else f"outbox/{stem}.receipt.toml"
+        assert result_files[path]["charged"] == ERRORS.get(stem, "yes"), stem
+        assert result_files[path]["source"] == f"{stem}.prompt.txt"
 
 
-def test_the_result_files_together_have_every_key_that_the_schemas_know(documents):
+def test_the_result_files_together_have_every_key_that_the_schemas_know(result_files):
     """What never occurs would be described by no one's word but ours. ``cf-ray`` and its like are the gateway's."""
     for kind, schema in SCHEMAS.items():
-        mine = [document for name, document in documents.items() if kind_of(name) == kind]
+        mine = [result_file for name, result_file in result_files.items() if kind_of(name) == kind]
         assert set().union(*mine) == set(schema["properties"])
         assert set().union(*(one["times"] for one in mine)) == set(schema["$defs"]["times"]["properties"])
         assert set().union(*(one.get("request", {}) for one in mine)) <= set(schema["$defs"]["request"]["properties"])
-    pictures = [table for name in documents for table in documents[name].get("images", [])]
-    assert set().union(*pictures) == set(SCHEMAS["receipt"]["$defs"]["image"]["properties"])
+    images = [table for name in result_files for table in result_files[name].get("images", [])]
+    assert set().union(*images) == set(SCHEMAS["receipt"]["$defs"]["image"]["properties"])
 
 
 def tables(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -162,31 +162,31 @@ def tables(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from tables(inner, (*path, number))
 
 
-def test_a_key_that_a_later_release_adds_anywhere_is_accepted(documents):
-    for name, document in documents.items():
-        for path in tables(document):
-            changed = copy.deepcopy(document)
+def test_a_key_that_a_later_release_adds_anywhere_is_accepted(result_files):
+    for name, result_file in result_files.items():
+        for path in tables(result_file):
+            changed = copy.deepcopy(result_file)
             at(changed, path)["of_a_later_release"] = 1
             assert VALIDATORS[kind_of(name)].is_valid(changed), (name, *path)
-            assert VALIDATORS[kind_of(name)].is_valid(document)
+            assert VALIDATORS[kind_of(name)].is_valid(result_file)
 
 
-def at(document: Any, path: tuple[Any, ...]) -> Any:
+def at(result_file: Any, path: tuple[Any, ...]) -> Any:
     for step in path:
-        document = document[step]
-    return document
+        result_file = result_file[step]
+    return result_file
 
 
-def test_no_result_file_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(documents):
+def test_no_result_file_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(result_files):
     tried = 0
-    for name, document in documents.items():
+    for name, result_file in result_files.items():
         accepts = CLOSED[kind_of(name)].is_valid
-        for path in tables(document):
-            for key in at(document, path):
-                for wrong in ({f"{key}s": at(document, path)[key]}, {key: {"a": [None]}}):
+        for path in tables(result_file):
+            for key in at(result_file, path):
+                for wrong in ({f"{key}s": at(result_file, path)[key]}, {key: {"a": [None]}}):
                     if (*path, key) == ("billing",) and key in wrong:
                         continue
-                    changed = copy.deepcopy(document)
+                    changed = copy.deepcopy(result_file)
                     table = at(changed, path)
                     del table[key]
                     table |= wrong
@@ -198,12 +198,12 @@ def test_no_result_file_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(d
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("outbox/made.receipt.toml", {"charged": "no"}),
-        ("outbox/made.receipt.toml", {"schema": 2}),
-        ("outbox/made.receipt.toml", {"got": 0}),
-        ("outbox/made.receipt.toml", {"images": []}),
-        ("outbox/made.receipt.toml", {"source": "made.txt"}),
-        ("outbox/made.receipt.toml", {"times": {"claimed": "yesterday", "published": "today"}}),
+        ("outbox/completed.receipt.toml", {"charged": "no"}),
+        ("outbox/completed.receipt.toml", {"schema": 2}),
+        ("outbox/completed.receipt.toml", {"got": 0}),
+        ("outbox/completed.receipt.toml", {"images": []}),
+        ("outbox/completed.receipt.toml", {"source": "completed.txt"}),
+        ("outbox/completed.receipt.toml", {"times": {"claimed": "yesterday", "published": "today"}}),
         ("errors/lost.error.toml", {"attempts": 0}),
         ("errors/invalid.error.toml", {"charged": "unknown"}),
         ("errors/invalid.error.toml", {"charged": "maybe"}),
@@ -212,18 +212,18 @@ def test_no_result_file_with_a_wrong_name_or_a_wrong_type_satisfies_its_schema(d
         ("errors/refused.error.toml", {"message": ""}),
     ],
 )
-def test_a_result_file_that_contradicts_itself_or_the_protocol_does_not_satisfy_its_schema(documents, name, change):
-    assert not VALIDATORS[kind_of(name)].is_valid({**documents[name], **change})
+def test_a_result_file_that_contradicts_itself_or_the_protocol_does_not_satisfy_its_schema(result_files, name, change):
+    assert not VALIDATORS[kind_of(name)].is_valid({**result_files[name], **change})
 
 
-def test_a_name_that_existed_gets_the_short_id_in_every_file_of_the_job(documents):
-    (again,) = (name for name in documents if re.fullmatch(r"outbox/made\.\w{4}\.receipt\.toml", name))
-    document = documents[again]
-    assert again == f"outbox/made.{document['job'][:4]}.receipt.toml"
-    assert document["images"][0]["file"] == f"made.{document['job'][:4]}.jpg"
-    (lost,) = (name for name in documents if re.fullmatch(r"errors/lost\.\w{4}\.error\.toml", name))
-    tag = documents[lost]["job"][:4]
-    assert documents[lost]["originals"] == [{"file": f"lost.{tag}.prompt.txt", "dropped_as": "lost.prompt.txt"}]
+def test_a_name_that_existed_gets_the_short_id_in_every_file_of_the_job(result_files):
+    (again,) = (name for name in result_files if re.fullmatch(r"outbox/completed\.\w{4}\.receipt\.toml", name))
+    result_file = result_files[again]
+    assert again == f"outbox/completed.{result_file['job'][:4]}.receipt.toml"
+    assert result_file["images"][0]["file"] == f"completed.{result_file['job'][:4]}.jpg"
+    (lost,) = (name for name in result_files if re.fullmatch(r"errors/lost\.\w{4}\.error\.toml", name))
+    tag = result_files[lost]["job"][:4]
+    assert result_files[lost]["originals"] == [{"file": f"lost.{tag}.prompt.txt", "dropped_as": "lost.prompt.txt"}]
 
 
 def rows(heading: str) -> list[list[str]]:

@@ -96,9 +96,9 @@ def decoded(response):
 
 
 def opened(content):
-    picture = Image.open(io.BytesIO(content))
-    picture.load()
-    return picture
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
 
 
 def in_thread(call, *args, **fields):
@@ -153,15 +153,15 @@ def test_gemini_returns_real_jpeg_bytes_and_their_type(ask):
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
 def test_openai_returns_the_format_and_size_asked_for(ask, kind):
     response = ask(provider="openai", output_format=kind, size="320x192")
-    picture = opened(decoded(response)[0])
-    assert (picture.format, picture.size) == (kind.upper(), (320, 192))
+    image = opened(decoded(response)[0])
+    assert (image.format, image.size) == (kind.upper(), (320, 192))
     assert response.json()["images"][0]["mime_type"] == f"image/{kind}"
 
 
 @pytest.mark.parametrize("size", ["1x1", "16x900", "900x16", "auto"])
 def test_odd_sizes_can_be_drawn(ask, size):
-    picture = opened(decoded(ask(provider="openai", size=size, input_images=[data_url(image_bytes())]))[0])
-    assert size in {"auto", f"{picture.width}x{picture.height}"}
+    image = opened(decoded(ask(provider="openai", size=size, input_images=[data_url(image_bytes())]))[0])
+    assert size in {"auto", f"{image.width}x{image.height}"}
 
 
 def test_flux_returns_urls_whose_bytes_are_those_in_the_report(ask, sandbox, web):
@@ -190,8 +190,8 @@ def test_openai_costs_by_quality(ask, quality, price):
 
 
 def test_the_report_contains_what_was_asked_and_charged(ask, sandbox, clock, web):
-    picture = image_bytes("WEBP")
-    ask("one", "gemini", input_images=[data_url(picture, "image/webp")], headers={"Idempotency-Key": "k1"})
+    image = image_bytes("WEBP")
+    ask("one", "gemini", input_images=[data_url(image, "image/webp")], headers={"Idempotency-Key": "k1"})
     ask("two", n=9)
     report = sandbox.report()
     assert (report["requests"], report["charged"], report["credits"]) == (2, 1, 134)
@@ -204,7 +204,7 @@ def test_the_report_contains_what_was_asked_and_charged(ask, sandbox, clock, web
         "status": 200,
         "credits": 134,
         "idempotency_key": "k1",
-        "inputs": [hashlib.sha256(picture).hexdigest()],
+        "inputs": [hashlib.sha256(image).hexdigest()],
         "at": clock.now,
     }
     assert len(images) == 1

@@ -142,7 +142,7 @@ def walk(top: Path) -> Iterator[Path]:
             yield Path(folder, name)
 
 
-def look(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
+def snapshot(folder: Path) -> dict[str, tuple[int, int, int, int, bytes]]:
     """Return what a folder is, and everything in it. By its time a folder shows also what was in it for a moment."""
     found = {}
     for path in (folder, *walk(folder)):

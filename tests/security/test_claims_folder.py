@@ -36,7 +36,7 @@ def replace_claim_by_link(world: World, target: Path) -> None:
 
 
 def is_held_until_it_is_put_back(world: World, text: str) -> None:
-    """The queue is held for the claims folder; when that is put back, everything is completed, once."""
+    """The queue is on hold because of the claims folder; when that is put back, everything is completed, once."""
     held_back = world.honest_prompt("held back", "waits for the end of the hold")
     world.held_for(CLAIMS)
     put_back_claims(world)

@@ -29,9 +29,9 @@ from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
-from security.people import look, walk
+from security.people import snapshot, walk
 from security.puppet import exchange
-from security.world import CLAIMS, MARK, PRIVATE_PICTURE
+from security.world import CLAIMS, MARK, PRIVATE_IMAGE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -157,13 +157,13 @@ class Scene:
     """
 
     def __init__(self, top: Path, name: str, attack: Attack) -> None:
-        replies, blame = SCENES[name]
+        replies, may_report = SCENES[name]
         self._name = name
         self.attack, self.over = attack, False
         self.private = top / "private"
         self.private.mkdir(mode=0o700)
         for file in ("other.png", "other.txt") if attack.target.endswith(" free") else DROPPED:
-            text = PRIVATE_PICTURE.encode("latin-1") if file.endswith("png") else MARK.encode()
+            text = PRIVATE_IMAGE.encode("latin-1") if file.endswith("png") else MARK.encode()
             (self.private / file).write_bytes(text)
             (self.private / file).chmod(0o600)
         self.disk = AttackedDisk(lambda: None)
@@ -176,7 +176,7 @@ class Scene:
             self.endpoint,  # type: ignore[arg-type]
             station.ledger,
             station.config(),
-            may_report=lambda _: blame,
+            may_report=lambda _: may_report,
             wait=lambda _: None,
         )
         if attack.lasts:
@@ -184,7 +184,7 @@ class Scene:
                 (station.root / destination / "sub").mkdir()
         for file, content in sorted(DROPPED.items(), reverse=True):
             station.drop(f"sub/{file}", content)
-        self.before = look(self.private)
+        self.before = snapshot(self.private)
 
     def _moment(self) -> None:
         attack = self.attack
@@ -264,7 +264,7 @@ class Scene:
     def check(self) -> None:
         """Check everything from outside."""
         station, tried = self.station, f"{self.attack}"
-        assert look(self.private) == self.before, f"the private folder was changed: {tried}"
+        assert snapshot(self.private) == self.before, f"the private folder was changed: {tried}"
         for path in walk(station.root.parent):
             if self.private not in path.parents and path.is_file() and not path.is_symlink():
                 assert MARK.encode() not in path.read_bytes(), f"{path} holds what is private: {tried}"
@@ -279,7 +279,7 @@ class Scene:
             assert found.count(content) == 1, f"{name} is there {found.count(content)} times: {tried}"
         files = [path for path in station.root.rglob("*.toml") if not path.is_symlink()]
         assert len(files) <= 1, f"{files}: {tried}"
-        assert not any("a bug" in path.read_text() for path in files), f"taken for a bug: {tried}"
+        assert not any("a bug" in path.read_text() for path in files), f"reported as a bug: {tried}"
 
     def is_over(self) -> bool:
         """Return whether the job has its result file and left nothing behind."""

@@ -13,7 +13,7 @@ import tomli_w
 from support.endpoint import unique_png
 
 from security.people import DAEMON, HONEST, walk
-from security.world import MARK, PRIVATE_PICTURE, World, give
+from security.world import MARK, PRIVATE_IMAGE, World, give
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -74,10 +74,10 @@ def drop_everywhere(world: World, secrets: Secrets) -> list[str]:
     for folder in ("text", "image", "sibling", "named"):
         world.attacker.mkdir(world.inbox / folder)
     secrets.link(world.inbox / "text/cat.prompt.txt", f"a cat, {MARK}")
-    secrets.link(world.inbox / "image/cat.png", PRIVATE_PICTURE)
+    secrets.link(world.inbox / "image/cat.png", PRIVATE_IMAGE)
     world.attacker.write(world.inbox / "sibling/cat.png", GOOD)
-    secrets.link(world.inbox / "sibling/cat.1.png", PRIVATE_PICTURE)
-    secrets.link(world.inbox / "named/other.png", PRIVATE_PICTURE)
+    secrets.link(world.inbox / "sibling/cat.1.png", PRIVATE_IMAGE)
+    secrets.link(world.inbox / "named/other.png", PRIVATE_IMAGE)
     world.attacker.drop(world.inbox / "image/cat.prompt.txt", "make it night")
     world.attacker.drop(world.inbox / "sibling/cat.prompt.txt", "make it day")
     world.attacker.drop(world.inbox / "named/cat.prompt.txt", '+++\ninput_images = ["other.png"]\n+++\nmake it blue')
@@ -157,7 +157,7 @@ def test_submit_does_not_copy_a_private_file_into_the_inbox(world: World, how: s
     secrets = Secrets(world, owner)
     place = world.top / "shared"
     place.mkdir(mode=0o755)
-    secrets.link(place / "cat.png", PRIVATE_PICTURE)
+    secrets.link(place / "cat.png", PRIVATE_IMAGE)
     (place / "cat.prompt.txt").write_text("make it night")
     chosen = ["make it night", "--image", "cat.png"] if how == "image" else ["--from", "cat.prompt.txt"]
     done = world.command("submit", *chosen, cwd=str(place))
@@ -175,10 +175,10 @@ def test_the_gallery_shows_nothing_of_a_private_file(new_world: Callable[..., Wo
     page = world.top / "page"
     page.mkdir()
     give(page, 0o755)
-    secrets.link(world.outbox / "cat.png", PRIVATE_PICTURE)
-    secrets.link(world.archive / "cat.in.png", PRIVATE_PICTURE)
+    secrets.link(world.outbox / "cat.png", PRIVATE_IMAGE)
+    secrets.link(world.archive / "cat.in.png", PRIVATE_IMAGE)
     secrets.link(world.errors / "dog.prompt.txt", f"a dog, {MARK}")
-    size = len(PRIVATE_PICTURE.encode("latin-1"))
+    size = len(PRIVATE_IMAGE.encode("latin-1"))
     receipt = {"source": "cat.prompt.txt", "charged": "yes", "prompt": "a cat"}
     receipt |= {"images": [{"file": "cat.png", "bytes": size}], "inputs": [{"file": "cat.in.png", "bytes": size}]}
     world.attacker.write(world.outbox / "cat.receipt.toml", tomli_w.dumps(receipt))
@@ -192,7 +192,7 @@ def test_the_gallery_shows_nothing_of_a_private_file(new_world: Callable[..., Wo
     shown = (page / "gallery.html").read_text()
     assert (MARK in shown, "outbox/good.png" in shown, "outbox/cat.png" in shown) == (False, True, False)
     # That of the good image, where this user can start the program that makes it.
-    assert len(list(page.glob("gallery_files/*.webp"))) <= 1, "thumbnails beside that of the good picture"
+    assert len(list(page.glob("gallery_files/*.webp"))) <= 1, "thumbnails beside that of the good image"
 
 
 @owners

@@ -13,7 +13,7 @@ from support.losing import SteppingDisk
 from support.station import Station
 
 from security.people import DAEMON, walk
-from security.world import MARK, PRIVATE_PICTURE, World, give
+from security.world import MARK, PRIVATE_IMAGE, World, give
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -51,7 +51,7 @@ def test_nothing_in_the_state_folder_is_open_to_others(world: World, umask: int)
     assert world.asked(4)
     assert world.command("hold", umask=umask).returncode == 0
     assert world.command("retry", "theirs/paid", umask=umask).returncode == 0
-    world.wait(lambda: "by hand" in world.holds() or world.holds(), "the hold")
+    world.held_for("manually")
     assert open_to_others(world.state) == {}
     names = {path.name for path in world.state.iterdir()}
     assert {"ledger.sqlite3", "ledger.sqlite3-wal", "ledger.sqlite3-shm"} <= names
@@ -114,7 +114,7 @@ def test_a_copy_on_another_file_system_is_open_to_no_user_to_whom_the_file_was_n
     world = new_world(settings={"folders": {destination: str(elsewhere)}})
     text = "a cat [sandbox: 400]" if destination == "errors" else "a cat"
     for number, bits in enumerate(MODES):
-        for name, content in ((f"cat{number}.png", PRIVATE_PICTURE), (f"cat{number}.prompt.txt", text)):
+        for name, content in ((f"cat{number}.png", PRIVATE_IMAGE), (f"cat{number}.prompt.txt", text)):
             path = world.inbox / f".{name}"
             path.write_bytes(content.encode("latin-1"))
             give(path, bits)
@@ -162,7 +162,7 @@ def test_a_copy_is_open_to_no_other_user_while_it_is_written(
     (elsewhere / "errors").mkdir()
     settings = {"folders__archive": str(elsewhere / "archive"), "folders__errors": str(elsewhere / "errors")}
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=disk, **settings)) as station:
-        for name, content in (("cat.png", PRIVATE_PICTURE.encode("latin-1")), ("cat.prompt.txt", text.encode())):
+        for name, content in (("cat.png", PRIVATE_IMAGE.encode("latin-1")), ("cat.prompt.txt", text.encode())):
             station.drop(name, content).chmod(0o600)
         station.work()
     assert [path.name for path in walk(elsewhere) if path.name == "cat.png"] == ["cat.png"]

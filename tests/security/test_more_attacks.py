@@ -50,9 +50,7 @@ def test_a_prompt_on_a_share_that_grows_after_its_claim_does_not_disappear(share
     world.is_idle()
     world.status()
     lost = world.attacker.listdir(world.inbox / CLAIMS)
-    assert [n for n in lost if len(n) == 16] == [], (
-        "the prompt lies in the folder of claimed files, and no job knows of it"
-    )
+    assert [n for n in lost if len(n) == 16] == [], "the prompt is in the folder of claimed files, and no job has it"
     assert world.destination("cat.prompt.txt")
 
 
@@ -181,7 +179,7 @@ def test_a_prompt_on_a_share_that_grows_between_two_tries_gets_a_receipt_or_an_e
         late.write(" with a hat")
     world.is_idle()
     there = world.destination("cat.prompt.txt") or (world.inbox / "cat.prompt.txt").exists()
-    assert there, "the prompt is gone without a receipt and without an error file"
+    assert there, "the prompt was removed without a receipt and without an error file"
 
 
 def test_submit_reads_no_prompt_that_is_a_hard_link_to_a_private_file(world: World) -> None:
@@ -215,15 +213,15 @@ def test_an_honest_folder_that_takes_the_place_of_a_prompt_is_put_back(tmp_path:
 
     station.inbox.mkdir(exist_ok=True)
     (station.inbox / "theirs").mkdir()
-    (station.inbox / "theirs" / "wish.prompt.txt").write_text("an honest prompt")
+    (station.inbox / "theirs" / "honest.prompt.txt").write_text("an honest prompt")
     (station.inbox / "x.prompt.txt").write_text("an x")
     station.spool.disk.__class__ = Swapping
     scan = InboxScan(str(station.inbox), station.config().inbox)
     ready = [c for c in scan.scan_all(1e6, 1e12).ready if c.key[1] == "x"]
     worker = Worker(station.spool, station.client, station.ledger, station.config())
     worker.start(ready[0].claim(station.spool.new_job(), 0.0))
-    found = list((station.inbox / CLAIMS).rglob("wish.prompt.txt"))
-    assert found == [], "the folder of somebody else is in the folder of claimed files, and no job knows of it"
+    found = list((station.inbox / CLAIMS).rglob("honest.prompt.txt"))
+    assert found == [], "the folder of another user is in the folder of claimed files, and no job has it"
 
 
 def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(station: Station, tmp_path: Path) -> None:
@@ -246,7 +244,7 @@ def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(st
     with contextlib.suppress(SpoolError):
         retry.put_back(retry.read(retry.find("cat")))
     copies = [p for p in station.inbox.rglob("*") if p.is_file() and MARK in p.read_text() and p.stat().st_nlink == 1]
-    assert copies == [], "a copy of a private file, which nobody can tell from an honest prompt any more"
+    assert copies == [], "a copy of a private file that cannot be distinguished from an honest prompt"
 
 
 def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
@@ -295,11 +293,11 @@ def test_prompts_that_take_turns_with_folders_leave_no_descriptor_open(new_world
         world.attacker.race(str(world.inbox / f"x{n}.prompt.txt"), str(world.inbox / f"x{n}.d"))
     scans = set()
 
-    def looked() -> bool:
+    def scanned() -> bool:
         scans.add(world.status().get("last_scan"))
         return len(scans) > 12 or descriptors(pid) > before + 20
 
-    until(looked, 60)
+    until(scanned, 60)
     world.attacker.stop_racing()
     world.honest_prompt_is_completed("last")
     assert descriptors(pid) < before + 20

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.endpoint import unique_png
 
-from security.world import PRIVATE_PICTURE, World, give
+from security.world import PRIVATE_IMAGE, World, give
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -49,7 +49,7 @@ def test_files_that_return_to_a_sub_folder_that_became_a_link_go_nowhere_else(wo
     world.sandbox.release()
     ends = sorted(world.end(f"sub/{name}.prompt.txt") for name in ("dog", "elk"))
     mine = {f"{name}.{ending}" for name in ("dog", "elk") for ending in ("png", "prompt.txt")}
-    assert {path.name for path in place.iterdir()} & mine <= before, "files of the attacker's are where nobody put them"
+    assert {path.name for path in place.iterdir()} & mine <= before, "the attacker's files are in a folder of others"
     world.nothing_leaked()
     world.state_is_whole(jobs=True)
     assert "gone" not in ends
@@ -75,7 +75,7 @@ def test_an_image_is_not_read_through_a_link_that_takes_turns_with_its_folder(wo
     world.attacker.mkdir(world.inbox / ".sub")
     for name in names:
         secret = world.outbox / f"{name}.png"
-        secret.write_bytes(PRIVATE_PICTURE.encode("latin-1"))
+        secret.write_bytes(PRIVATE_IMAGE.encode("latin-1"))
         give(secret, 0o600)
         world.attacker.write(world.inbox / f".sub/{name}.png", EVIL)
         world.attacker.write(world.inbox / f".sub/{name}.prompt.txt", f"a {name}")
@@ -92,7 +92,7 @@ def test_an_image_is_not_read_through_a_link_that_takes_turns_with_its_folder(wo
         world.wait(lambda source=f"sub/{name}.prompt.txt": world.destination(source), "all prompts of the sub-folder")
     world.is_idle()
     found = {path.name: path.stat().st_ino for path in world.outbox.glob("*.png") if path.name in secrets}
-    assert found == secrets, "private pictures were taken out of their folder"
+    assert found == secrets, "private images were moved out of their folder"
     world.nothing_private_was_sent()
     only = [hashlib.sha256(EVIL.encode("latin-1")).hexdigest()]
     calls = {call["prompt"]: call["inputs"] for call in world.sandbox.report()["calls"]}

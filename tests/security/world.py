@@ -16,7 +16,7 @@ import tomli_w
 from support.daemon import KEY, Folders, LoggedDaemon, until
 from support.endpoint import unique_png
 
-from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, look, walk
+from security.people import ATTACKER, DAEMON, HONEST, Interpreter, Person, snapshot, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,7 +29,7 @@ _MOST_NAMES = 80
 """How many names the message of a failure shows."""
 MARK = "only-the-daemon-may-read-this"
 """Is in every private file, that of the key aside."""
-PRIVATE_PICTURE = unique_png("private").decode("latin-1") + MARK
+PRIVATE_IMAGE = unique_png("private").decode("latin-1") + MARK
 """A whole image, with a mark behind its end."""
 
 
@@ -71,13 +71,13 @@ class World(Folders):
         private = {
             self.key_folder / "letta_api_key": KEY,
             self.home / ".profile": f"# {MARK}\n",
-            self.home / "cat.png": PRIVATE_PICTURE,
+            self.home / "cat.png": PRIVATE_IMAGE,
         }
         for path, text in private.items():
             path.write_bytes(text.encode("latin-1"))
             give(path, 0o600)
         self._configure(settings or {})
-        self._before = {folder: look(folder) for folder in (self.home, self.key_folder)}
+        self._before = {folder: snapshot(folder) for folder in (self.home, self.key_folder)}
         self.attacker = Person(interpreter, ATTACKER, str(self.inbox))
         self.honest = Person(interpreter, HONEST, str(self.inbox))
         self.daemons: list[LoggedDaemon] = []
@@ -150,11 +150,11 @@ class World(Folders):
         return page if page.get("pid") == pid else {}
 
     def holds(self) -> str:
-        """Return why the queue is held, in words; nothing when it is not."""
+        """Return why the queue is on hold, in words; nothing when it is not."""
         return "; ".join(hold["reason"] for hold in self.status().get("holds", []))
 
     def held_for(self, *words: str) -> None:
-        """Wait until the queue is held for a reason that has all of these words in it."""
+        """Wait until the queue is on hold for a reason that has all of these words in it."""
         self.wait(lambda: all(word in self.holds() for word in words), f"a hold with {words}")
 
     def wait(self, condition: Callable[[], object], what: str = "") -> None:
@@ -237,7 +237,7 @@ class World(Folders):
     def nothing_leaked(self, *, places: tuple[Path, ...] = ()) -> None:
         """The key and what is private are where they were and nowhere else; nothing was put beside them."""
         for folder, before in self._before.items():
-            assert look(folder) == before, f"{folder} was changed"
+            assert snapshot(folder) == before, f"{folder} was changed"
         tops = (self.root, self.state, *places)
         holding = [path for top in tops for path in walk(top) if _holds(path, (KEY, MARK))]
         assert holding == [], "what is private is where it does not belong"
@@ -248,7 +248,7 @@ class World(Folders):
 
     def nothing_private_was_sent(self) -> None:
         """The endpoint has received no private text and no private image."""
-        hidden = hashlib.sha256(PRIVATE_PICTURE.encode("latin-1")).hexdigest()
+        hidden = hashlib.sha256(PRIVATE_IMAGE.encode("latin-1")).hexdigest()
         for call in self.sandbox.report()["calls"]:
             assert hidden not in call["inputs"], "a private image was sent"
             assert MARK not in str(call["prompt"]), "a private text was sent"

@@ -109,7 +109,7 @@ def test_a_sender_that_stalls_for_any_time_with_the_file_open(either, tmp_path):
     with subprocess.Popen(script, stdin=subprocess.PIPE, bufsize=0) as writing:
         assert writing.stdin
         writing.stdin.write(content[:9000])
-        either.is_held()
+        either.is_not_claimed()
         writing.stdin.write(content[9000:])
     either.is_completed()
 
@@ -120,7 +120,7 @@ def test_an_image_that_stalls_while_its_prompt_is_unchanged(parcel, tmp_path):
     content = parcel.files["cat.webp"]
     with (parcel.target / "cat.webp").open("wb", buffering=0) as file:
         file.write(content[:9000])
-        parcel.is_held()
+        parcel.is_not_claimed()
         file.write(content[9000:])
     parcel.is_completed()
 
@@ -133,7 +133,7 @@ def test_a_sender_that_first_gives_files_their_full_size(parcel, tmp_path):
         with (parcel.target / path.name).open("wb", buffering=0) as file:
             file.truncate(len(content))
             if path.name == "cat.webp":
-                parcel.is_held()
+                parcel.is_not_claimed()
             for piece in pieces(content):
                 file.write(piece)
         os.utime(parcel.target / path.name, (1_000_000_000, 1_000_000_000))
@@ -165,7 +165,7 @@ def test_images_that_are_created_empty_and_filled_under_another_name(parcel):
     run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
     growing = parcel.target / "Xy12Ab34.webp.part"
     growing.write_bytes(parcel.files["cat.webp"][:9000])
-    parcel.is_held()
+    parcel.is_not_claimed()
     growing.write_bytes(parcel.files["cat.webp"])
     growing.rename(parcel.target / "cat.webp")
     parcel.is_completed()
@@ -193,7 +193,7 @@ def test_another_name_during_the_transfer(native, tmp_path):
     for parcel, form in sent:
         run(["cp", *(parcel.source / name for name in ("cat.prompt.txt", "cat.1.png", "cat.2.jpg")), parcel.target])
         (parcel.target / form.format("cat.webp")).write_bytes(parcel.files["cat.webp"][:9000])
-    parcels[0].is_held()
+    parcels[0].is_not_claimed()
     assert [parcel.calls for parcel in parcels] == [[] for _ in FORMS]
     for parcel, form in sent:
         growing = parcel.target / form.format("cat.webp")

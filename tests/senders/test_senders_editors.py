@@ -56,7 +56,7 @@ def test_vim_that_saves_twice_and_stays_open(parcel, prompt):
         until((parcel.target / ".cat.prompt.txt.swp").exists, PATIENCE)
         editor.type(f"i{first}\x1b:w\r")
         saved(prompt, first + "\n")
-        parcel.is_held()
+        parcel.is_not_claimed()
         editor.type(f"A{rest}\x1b:set backupcopy=no\r:w\r")  # a new file under the name, the old one beside it
         saved(prompt, first + rest + "\n")
         editor.type(":q\r")
@@ -70,7 +70,7 @@ def test_nano_that_saves_and_stays_open_with_its_lock_file(parcel, prompt):
         until((parcel.target / ".cat.prompt.txt.swp").exists, PATIENCE)
         editor.type(first + "\x0f\r")
         saved(prompt, first + "\n")
-        parcel.is_held()
+        parcel.is_not_claimed()
         editor.type(f"{rest}\x0f\r")
         saved(prompt, first + rest + "\n")
         editor.type("\x18")
@@ -98,7 +98,7 @@ def test_emacs_that_saves_and_continues_typing(parcel, prompt):
         editor.type("\r\x18\x13\x7f.")  # saved, and typing continues: the file is locked again
         saved(prompt, first + "\n")
         until(lambda: os.path.lexists(lock), PATIENCE)
-        parcel.is_held()
+        parcel.is_not_claimed()
         editor.type(f"\x7f{rest}\r\x18\x13")
         saved(prompt, first + rest + "\n")
         editor.type("\x18\x03")
@@ -144,7 +144,7 @@ def test_an_editor_that_moves_the_old_file_away_first(parcel, prompt):
     prompt.write_bytes(parcel.files["cat.prompt.txt"][:500])
     new, old = (prompt.with_name(f"{prompt.name}___jb_{word}___") for word in ("tmp", "old"))
     new.write_bytes(parcel.files["cat.prompt.txt"][:1000])
-    parcel.is_held()
+    parcel.is_not_claimed()
     new.write_bytes(parcel.files["cat.prompt.txt"])
     prompt.rename(old)
     new.rename(prompt)
@@ -167,7 +167,7 @@ def test_a_lock_file_delays_the_prompt_until_it_is_removed(native, tmp_path):
         (parcel.target / lock).symlink_to("sender@here.1234")
         shutil.copytree(parcel.source, parcel.target, dirs_exist_ok=True)
         (parcel.target / "cat.prompt.txt").write_bytes(parcel.files["cat.prompt.txt"][:500])
-    parcels[0].is_held()
+    parcels[0].is_not_claimed()
     assert [parcel.calls for parcel in parcels] == [[] for _ in LOCKS]
     for parcel, lock in zip(parcels, LOCKS.values(), strict=True):
         (parcel.target / "cat.prompt.txt").write_bytes(parcel.files["cat.prompt.txt"])
@@ -183,7 +183,7 @@ def test_a_prompt_that_names_its_images_is_not_claimed_immediately_while_it_is_o
     lock.touch()
     temporary.write_bytes(parcel.files["cat.prompt.txt"][:500])
     temporary.rename(parcel.target / "cat.prompt.txt")
-    parcel.is_held()
+    parcel.is_not_claimed()
     temporary.write_bytes(parcel.files["cat.prompt.txt"])
     temporary.rename(parcel.target / "cat.prompt.txt")
     lock.unlink()

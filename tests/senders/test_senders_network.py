@@ -171,7 +171,7 @@ def test_smb_from_a_client_that_stalls(parcel, smb, tmp_path):
         assert sending.stdin
         sending.stdin.write(content[:100_000])
         until((parcel.target / "cat.webp").exists, PATIENCE)
-        parcel.is_held()
+        parcel.is_not_claimed()
         for piece in pieces(content[100_000:]):
             sending.stdin.write(piece)
             pause()

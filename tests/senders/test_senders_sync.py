@@ -100,7 +100,7 @@ def test_rsync_that_is_interrupted_before_the_images_a_prompt_names(native, tmp_
     parcel = native.parcel(tmp_path, head=DECLARES, side=700)
     command = [rsync, "-a", "--bwlimit=900", f"{parcel.source}/", parcel.target]
     interrupted(command, parcel, parcel.target)
-    parcel.is_held()
+    parcel.is_not_claimed()
     run([rsync, "-a", f"{parcel.source}/", parcel.target])
     parcel.is_completed()
 

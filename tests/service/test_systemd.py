@@ -77,7 +77,7 @@ class Service:
         self.config = "/etc/imagewatch/config.toml"
         self._drop_ins = f"/etc/systemd/system/{unit}.service.d"
 
-    # As an admin
+    # As an administrator
 
     def systemctl(self, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         return self.container.run("systemctl", *command, self.unit, check=check)
@@ -312,12 +312,12 @@ def test_a_colleague_drops_and_collects_and_a_stranger_does_not(started, endpoin
     started.prompt("cats/cat", "A cat on a mat")  # a folder of her own, by her umask
     assert started.receipt("cats/cat")["charged"] == "yes"
     assert endpoint.calls("A cat on a mat") == 1
-    picture = next(started.path("outbox/cats").glob("cat.*g")).name
-    inside = f"{started.root}/outbox/cats/{picture}"
+    image = next(started.path("outbox/cats").glob("cat.*g")).name
+    inside = f"{started.root}/outbox/cats/{image}"
     for user, expected in (("stranger", 1), ("colleague", 0)):
         assert started.container.run("cp", inside, f"/home/{user}/", user=user, check=False).returncode == expected
     started.container.run("rm", inside, user="colleague")
-    assert not started.path(f"outbox/cats/{picture}").exists()
+    assert not started.path(f"outbox/cats/{image}").exists()
 
 
 def test_the_key_comes_from_the_manager_and_cannot_be_read_by_others(started, endpoint):
@@ -673,8 +673,8 @@ def test_several_inboxes_do_not_see_each_other(started, cats, endpoint):
     started.prompt("rex", "[sandbox: b64] Rex")
     assert (cats.receipt("tom")["charged"], started.receipt("rex")["charged"]) == ("yes", "yes")
     for own in (cats, started):
-        look = "ls /srv; ls /var/lib; ls /run/credentials"
-        seen = own.container.run("nsenter", f"--target={own.pid}", "--mount", "sh", "-c", look).stdout.split()
+        script = "ls /srv; ls /var/lib; ls /run/credentials"
+        seen = own.container.run("nsenter", f"--target={own.pid}", "--mount", "sh", "-c", script).stdout.split()
         name = own.root.removeprefix("/srv/")
         assert seen == [name, name, f"{own.unit}.service"]
 
@@ -770,12 +770,12 @@ def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gal
     started.prompt("dog", "[sandbox: 400] A dog")
     started.error("dog")
     gallery.run()
-    [picture] = gallery.job("cat")["images"]
-    assert picture["href"].startswith("../outbox/cats/cat.")
+    [image] = gallery.job("cat")["images"]
+    assert image["href"].startswith("../outbox/cats/cat.")
     assert gallery.job("dog")["completed"] is False
-    thumb = f"{gallery.folder}/gallery_files/{picture['thumb']}"
+    thumb = f"{gallery.folder}/gallery_files/{image['thumb']}"
     for user, expected in (("colleague", 0), ("stranger", 2)):
-        for path in (f"{gallery.folder}/gallery.html", thumb, f"{gallery.folder}/{picture['href']}"):
+        for path in (f"{gallery.folder}/gallery.html", thumb, f"{gallery.folder}/{image['href']}"):
             assert started.container.run("cmp", path, path, user=user, check=False).returncode == expected
     owners = started.container.run("stat", "--format=%U:%G", f"{gallery.folder}/gallery.html", thumb).stdout.split()
     assert set(owners) == {"imagewatch-gallery:imagewatch"}
@@ -828,7 +828,7 @@ print(json.dumps({
 SECRETS = {
     "the ledger": "/var/lib/imagewatch/ledger.sqlite3",
     "the key of the service": "/run/credentials/imagewatch.service/letta_api_key",
-    "what lies in the inbox": "/srv/imagewatch/inbox/notes.txt",
+    "what is in the inbox": "/srv/imagewatch/inbox/notes.txt",
     **STRANGE,
 }
 
@@ -923,7 +923,7 @@ def test_a_failure_of_the_gallery_is_in_the_journal_with_its_reason_and_a_run_is
     gallery.run()
     assert log() == ""
     page = gallery.page.read_text()
-    gallery.page.write_text("somebody's own page")
+    gallery.page.write_text("a page that another program wrote")
     try:
         assert gallery.run(check=False).returncode != 0
         until(lambda: "the file already exists and is not a gallery" in log() and "status=64" in log())
@@ -1157,7 +1157,7 @@ def test_an_uninstall_leaves_the_images_and_what_was_paid_for(started, endpoint)
     machine.run("systemctl", "stop", "endpoint")
     machine.run("umount", "--lazy", machine.packages)  # what the tests have put into /opt is not there to be written
     follow(machine, "uninstall")
-    look = "find /etc /opt /usr/local -name 'imagewatch*' ! -path '*.wants/*'"  # other tests' instances were enabled
-    assert "imagewatch" not in machine.run("sh", "-c", look, check=False).stdout
+    script = "find /etc /opt /usr/local -name 'imagewatch*' ! -path '*.wants/*'"  # other tests' instances were enabled
+    assert "imagewatch" not in machine.run("sh", "-c", script, check=False).stdout
     assert started.path("outbox/kept.receipt.toml").exists()
     assert machine.path("/var/lib/imagewatch/ledger.sqlite3").exists()

@@ -25,13 +25,13 @@ class Order:
     Attributes:
         content: Of the prompt file.
         images: Names of the images beside it.
-        door: Where it ends.
+        destination: Where it ends.
         charged: The charge in its result file.
     """
 
     content: str
     images: tuple[str, ...] = ()
-    door: str = "outbox"
+    destination: str = "outbox"
     charged: str = "yes"
 
     @property
@@ -44,8 +44,8 @@ ORDERS = {
     "text": Order("a lighthouse at dusk"),
     "edit": Order("make it blue", ("edit.png", "edit.1.png")),
     "two": Order("+++\nn = 2\n+++\ntwo boats [sandbox: b64]"),
-    "wrong": Order("+++\ncolour = 1\n+++\nnever sent", door="errors", charged="no"),
-    "bad": Order("nothing nice [sandbox: 400]", door="errors", charged="no"),
+    "wrong": Order("+++\ncolour = 1\n+++\nnever sent", destination="errors", charged="no"),
+    "bad": Order("nothing nice [sandbox: 400]", destination="errors", charged="no"),
     "busy": Order("a busy day [sandbox: once 429-plain]"),
 }
 """Responses by url and with the image inside, one image and two, inputs, mistakes on both sides, a second attempt."""
@@ -86,7 +86,7 @@ class Audit:
         self._most_disturbed = disturbed
         self._may_be_refused = refused
         self._calls = {stem: [c for c in report["calls"] if c["prompt"] == o.text] for stem, o in orders.items()}
-        self.doors = folders.finished()
+        self.destinations = folders.finished()
 
     def check(self) -> None:
         assert self._report["faults"] == []
@@ -94,7 +94,7 @@ class Audit:
         for stem in self.orders:
             assert len(self._paid(stem)) <= 1, f"{stem} was paid twice"
         assert self.folders.leftovers() == []
-        assert set(self.doors) == set(self.orders)
+        assert set(self.destinations) == set(self.orders)
         assert [name for name in self.folders.names("inbox") if not name.startswith(".")] == []
         assert sum(self._check(stem) for stem in self.orders) <= self._most_disturbed
         self._check_originals()
@@ -103,25 +103,25 @@ class Audit:
     def _paid(self, stem: str) -> list[int]:
         return [call["credits"] for call in self._calls[stem] if call["credits"]]
 
-    def _document(self, stem: str) -> dict[str, Any]:
-        return self.folders.receipt(stem) if self.doors[stem] == "outbox" else self.folders.error(stem)
+    def _result_file(self, stem: str) -> dict[str, Any]:
+        return self.folders.receipt(stem) if self.destinations[stem] == "outbox" else self.folders.error(stem)
 
     def _check(self, stem: str) -> bool:
         """Check one prompt; return whether its request was disturbed."""
-        document = self._document(stem)
-        if self.doors[stem] == "outbox":
-            self._check_pictures(stem, document)
+        result_file = self._result_file(stem)
+        if self.destinations[stem] == "outbox":
+            self._check_images(stem, result_file)
         elif self._paid(stem):
-            assert document["charged"] in {"yes", "unknown"}
+            assert result_file["charged"] in {"yes", "unknown"}
         order = self.orders[stem]
-        disturbed = (self.doors[stem], document["charged"]) != (order.door, order.charged)
-        if disturbed and self._may_be_refused and document["charged"] == "no" and not self._paid(stem):
-            assert "cannot be read" in str(document["problems"])
+        disturbed = (self.destinations[stem], result_file["charged"]) != (order.destination, order.charged)
+        if disturbed and self._may_be_refused and result_file["charged"] == "no" and not self._paid(stem):
+            assert "cannot be read" in str(result_file["problems"])
             return False
-        assert not disturbed or (stem != "wrong" and document["charged"] in {"yes", "unknown"})
+        assert not disturbed or (stem != "wrong" and result_file["charged"] in {"yes", "unknown"})
         return disturbed
 
-    def _check_pictures(self, stem: str, receipt: dict[str, Any]) -> None:
+    def _check_images(self, stem: str, receipt: dict[str, Any]) -> None:
         served = [call["images"] for call in self._calls[stem] if call["images"]]
         assert len(served) == 1
         found = [_sha256(self.folders.outbox / image["file"]) for image in receipt["images"]]
@@ -133,16 +133,16 @@ class Audit:
         contents = {f"{stem}.prompt.txt": order.content.encode() for stem, order in self.orders.items()}
         contents |= {name: unique_png(name) for order in self.orders.values() for name in order.images}
         for name, content in contents.items():
-            door = "archive" if self.doors[name.split(".")[0]] == "outbox" else "errors"
-            assert (self.folders.root / door / name).read_bytes() == content
+            destination = "archive" if self.destinations[name.split(".")[0]] == "outbox" else "errors"
+            assert (self.folders.root / destination / name).read_bytes() == content
         assert len(self.folders.names("archive")) + len(self.folders.names("errors")) == len(contents) + sum(
             1 + bool(list(self.folders.errors.glob(f"{stem}.answer.*")))
-            for stem, door in self.doors.items()
-            if door == "errors"
+            for stem, destination in self.destinations.items()
+            if destination == "errors"
         )
-        made = [stem for stem, door in self.doors.items() if door == "outbox"]
-        images = [image["file"] for stem in made for image in self.folders.receipt(stem)["images"]]
-        assert sorted([*images, *(f"{stem}.receipt.toml" for stem in made)]) == self.folders.names("outbox")
+        completed = [stem for stem, destination in self.destinations.items() if destination == "outbox"]
+        images = [image["file"] for stem in completed for image in self.folders.receipt(stem)["images"]]
+        assert sorted([*images, *(f"{stem}.receipt.toml" for stem in completed)]) == self.folders.names("outbox")
 
     def _check_ledger(self) -> None:
         """The ledger has what the endpoint counted: each request, and each credit of a response."""
@@ -156,22 +156,24 @@ class Audit:
 
     def _check_rows(self, stem: str, rows: list[sqlite3.Row]) -> float:
         """Check the rows of one prompt; return what the endpoint charged for it and could not report."""
-        document, paid = self._document(stem), self._paid(stem)
+        result_file, paid = self._result_file(stem), self._paid(stem)
         attempts = [row for row in rows if row["attempt"]]
         unanswered = [row for row in rows if row["attempt"] and not row["status"]]
         assert len(self._calls[stem]) <= len(attempts) <= len(self._calls[stem]) + len(unanswered), stem
         charged = [row for row in rows if row["charged"] != "no"]
-        assert [row["charged"] for row in charged] == [document["charged"]] * (document["charged"] != "no"), stem
+        assert [row["charged"] for row in charged] == [result_file["charged"]] * (result_file["charged"] != "no"), stem
         charges = [row["credits"] for row in charged if row["credits"] is not None]
         if not paid:
             assert not charges, f"{stem}: the ledger has {charges}, the endpoint charged nothing"
             return 0.0
-        assert charged, f"{stem} was paid for, and the ledger does not know"
+        assert charged, f"{stem} was paid for, and the ledger has no charge"
         if charges:
             assert charges == paid, f"{stem}: the ledger has {charges}, the endpoint {paid}"
             return 0.0
         # Only a response that was cut short can be charged for without a price.
-        assert document["charged"] == "unknown" or document.get("problems") or self.doors[stem] == "errors", stem
+        assert (
+            result_file["charged"] == "unknown" or result_file.get("problems") or self.destinations[stem] == "errors"
+        ), stem
         return float(paid[0])
 
     def _rows(self) -> list[sqlite3.Row]:

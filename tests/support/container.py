@@ -64,7 +64,7 @@ def unavailable() -> str:
     if missing := [program for program in _PROGRAMS if shutil.which(program) is None]:
         return f"needs {', '.join(missing)} (apt install systemd-container)"
     if _python() is None:
-        return f"{sys.base_prefix}: this Python lies where a service does not look, and there is no other one like it"
+        return f"{sys.base_prefix}: this Python is not below /usr, and /usr has none of its version"
     if not _hierarchies():
         return "there is no cgroup that can be written"
     return ""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.load import load
+from imagewatch.system.text import printable
 from support import explaining
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ KEY = "sk-let-test-0123456789"
 REMOTE_NAME = "imagewatch-test.invalid"
 """A name that no resolver knows: to find it takes a proxy."""
 STARTED: dict[str, Callable[[], str]] = {}
-"""The logs of the daemons that the current test has started: if it fails, they are in the report."""
+"""What the processes that the current test has started have written: if it fails, that is in the report."""
 
 
 def below(top: Path) -> list[Path]:
@@ -244,17 +245,33 @@ class LoggedDaemon:
                 pipe.close()
 
 
+def report_output(command: list[str], code: object, *output: str | bytes | None) -> None:
+    """Put the whole output of a process that has ended into the report, if the test fails."""
+    parts = [part.decode(errors="surrogateescape") if isinstance(part, bytes) else part for part in output if part]
+    name = printable(f"process {len(STARTED) + 1}, exit code {code}: {' '.join(map(str, command))}", 200)
+    text = "\n".join(printable(line, 1_000_000) for line in "".join(parts).split("\n"))
+    STARTED[name] = lambda: text
+
+
+def run_reported(command: list[str], **options: Any) -> subprocess.CompletedProcess[Any]:
+    """Run a process to its end, with its output in the report of a failed test."""
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=40, check=False, **options)
+    except subprocess.TimeoutExpired as error:
+        report_output(command, "none, it took too long", error.stdout, error.stderr)
+        raise
+    report_output(command, done.returncode, done.stdout, done.stderr)
+    return done
+
+
 def command(folders: Folders, *arguments: str, **environ: str) -> subprocess.CompletedProcess[str]:
     """Run a command for these folders to its end."""
-    return subprocess.run(
+    return run_reported(
         [sys.executable, "-m", "imagewatch", *arguments],
         env={"PATH": os.environ["PATH"], "HOME": str(folders.root), "COLUMNS": "200", **folders.environ, **environ},
         cwd=folders.root,
-        capture_output=True,
         text=True,
         errors="surrogateescape",
-        timeout=40,
-        check=False,
     )
 
 
@@ -302,4 +319,4 @@ def until_finished(folders: Folders, daemon: LoggedDaemon, count: int, *, emptie
     what = f"{count} finished prompts" + (" and an empty inbox" if emptied else "")
     until(lambda: is_so() or daemon.events("held"), saw=saw, what=what)
     if daemon.events("held"):
-        raise AssertionError(f"waited for {what}, but the queue is held\n{saw()}")
+        raise AssertionError(f"waited for {what}, but the queue is on hold\n{saw()}")

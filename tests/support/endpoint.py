@@ -130,12 +130,12 @@ class PaidEndpoint:
         self._moment("received")
         if reply.end == "dropped":
             raise ChargeUnknown("the request was sent, but no response came")
-        self._answer(reply, _pictures(prompt, json.loads(whole)), sink)
+        self._respond(reply, _images_of(prompt, json.loads(whole)), sink)
         self._books.settled[prompt] = True
 
-    def _answer(self, reply: Reply, pictures: list[bytes], sink: Sink) -> None:
+    def _respond(self, reply: Reply, images: list[bytes], sink: Sink) -> None:
         sink.start(Head(status=reply.status, headers=dict(reply.headers), at=AT))
-        body = reply.body or _answer_body(pictures, by_url=reply.by_url)
+        body = reply.body or _response_body(images, by_url=reply.by_url)
         third = len(body) // 3 + 1
         for start in (0, third, 2 * third):
             self._moment("answering")
@@ -160,7 +160,7 @@ class PaidEndpoint:
         counts[prompt] = counts.get(prompt, 0) + 1
 
 
-def _pictures(prompt: str, fields: dict[str, object]) -> list[bytes]:
+def _images_of(prompt: str, fields: dict[str, object]) -> list[bytes]:
     return served(prompt, int(fields.get("n", 1)))  # type: ignore[call-overload]
 
 
@@ -169,10 +169,10 @@ def served(prompt: str, count: int) -> list[bytes]:
     return [unique_png(f"{prompt} {number}") for number in range(count)]
 
 
-def _answer_body(pictures: Iterable[bytes], *, by_url: bool) -> bytes:
+def _response_body(images: Iterable[bytes], *, by_url: bool) -> bytes:
     if by_url:
-        images = [{"url": f"https://pictures.test/{base64.urlsafe_b64encode(p).decode()}"} for p in pictures]
+        entries = [{"url": f"https://images.test/{base64.urlsafe_b64encode(p).decode()}"} for p in images]
     else:
-        images = [{"b64_json": base64.b64encode(p).decode(), "mime_type": "image/png"} for p in pictures]
-    answer = {"images": images, "provider": "flux", "model": "flux-pro", "billing": {"credits_charged": 5}}
+        entries = [{"b64_json": base64.b64encode(p).decode(), "mime_type": "image/png"} for p in images]
+    answer = {"images": entries, "provider": "flux", "model": "flux-pro", "billing": {"credits_charged": 5}}
     return json.dumps(answer).encode()

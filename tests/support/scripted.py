@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from imagewatch.sandbox.picture import Picture
+from imagewatch.sandbox.image import Picture
 
 if TYPE_CHECKING:
     import ssl
@@ -165,7 +165,7 @@ class Scripted:
                 return
             self.connections += 1
             if not self._scripts:
-                self.faults.append("nobody expected another connection")
+                self.faults.append("another connection was not expected")
                 connection.close()
                 continue
             exchange = Exchange(connection, self._stopping)

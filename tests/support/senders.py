@@ -43,7 +43,7 @@ def writers_are_seen(folder: Path) -> None:
     path = folder / "open"
     with path.open("w"):
         if not has_writer(str(path)):
-            pytest.skip("this file system does not tell who writes")
+            pytest.skip("this file system does not report writers")
 
 
 def program(*names: str) -> str:
@@ -99,8 +99,8 @@ class Parcel:
     @property
     def over(self) -> bool:
         """Whether a receipt or an error file is there."""
-        doors = (self.service.folders.outbox, self.service.folders.errors)
-        return any(list((door / self.name).rglob("*.toml")) for door in doors)
+        destinations = (self.service.folders.outbox, self.service.folders.errors)
+        return any(list((destination / self.name).rglob("*.toml")) for destination in destinations)
 
     def is_completed(self, folder: str = "") -> None:
         """Wait for its receipt; then it must have been sent once, whole, with its images in their order."""
@@ -120,7 +120,7 @@ class Parcel:
         until(lambda: {path.name for path in archive.glob("*")} == set(self.files), PATIENCE)
         assert {path.name: path.read_bytes() for path in archive.glob("*")} == self.files
 
-    def is_held(self) -> None:
+    def is_not_claimed(self) -> None:
         """It must not be claimed though all of it is unchanged: a parcel that was dropped later is finished first."""
         later = self.service.parcel(self.source.parent)
         shutil.copytree(later.source, later.target, dirs_exist_ok=True)

@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 class Distrustful(Worker):
     """A worker that trusts no step: where one reports what the disk shows now, the disk is read as well."""
 
-    def _look(self, job: RunningJob) -> None:
+    def _read_state(self, job: RunningJob) -> None:
         if job.is_foreseen:
             assert job.shown == self._spool.job_state(job.claim, self._spool.record(job.id))
-        super()._look(job)
+        super()._read_state(job)
 
 
 class Station(Folders):

@@ -74,7 +74,7 @@ def elsewhere(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
 
 @pytest.fixture(params=["renameat2", "link", "neither"])
 def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the ways in which a name is taken without replacing another."""
+    """Each of the ways in which a file gets a name without replacing another."""
 
     def refused(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "no hard links here")
@@ -170,12 +170,12 @@ class TestRename:
             DISK.rename(source, str(tmp_path / "new"))
         assert names(tmp_path) == ["new", "old"], renaming
 
-    def test_what_is_missing_is_an_answer(self, tmp_path: Path, renaming: str) -> None:
+    def test_what_is_missing_raises_file_not_found(self, tmp_path: Path, renaming: str) -> None:
         with pytest.raises(FileNotFoundError):
             DISK.rename(str(tmp_path / "gone"), str(tmp_path / "new"))
         assert names(tmp_path) == [], renaming
 
-    def test_another_file_system_is_an_answer(self, tmp_path: Path, elsewhere: Path) -> None:
+    def test_another_file_system_raises_exdev(self, tmp_path: Path, elsewhere: Path) -> None:
         with pytest.raises(OSError, match=os.strerror(errno.EXDEV)) as caught:
             DISK.rename(in_a(tmp_path, "old"), str(elsewhere / "new"))
         assert caught.value.errno == errno.EXDEV
@@ -520,7 +520,7 @@ def waiting_sink(place: Path, wait: Callable[[float], object], seconds: float = 
     return sink
 
 
-def test_a_paid_answer_that_finds_the_disk_full_waits_for_room_and_comes_whole(mount):
+def test_a_paid_response_that_finds_the_disk_full_waits_for_room_and_comes_whole(mount):
     place = mount("size=256k")
     filler = place / "filler"
     filler.write_bytes(b"x" * 200_000)
@@ -569,7 +569,7 @@ def test_a_disk_that_stays_full_is_waited_for_until_the_deadline_and_what_came_i
     assert names(place) == ["answer.1.part"]
 
 
-def test_the_room_of_an_answer_is_reserved_before_it_comes_and_what_is_not_used_is_given_back(mount):
+def test_the_room_of_a_response_is_reserved_before_it_comes_and_what_is_not_used_is_given_back(mount):
     place = mount("size=1m")
     answer = bytes(range(256)) * 2000
 
@@ -611,7 +611,7 @@ def test_a_file_system_that_cannot_reserve_room_is_used_all_the_same(mount):
 
 
 @pytest.mark.parametrize("change", ["removed", "replaced", "moved away"])
-def test_an_answer_is_saved_though_its_folder_is_not_there_any_more_when_it_comes(tmp_path, change):
+def test_a_response_is_saved_though_its_folder_is_not_there_any_more_when_it_comes(tmp_path, change):
     place = tmp_path / "jobs"
     place.mkdir()
 
@@ -647,7 +647,7 @@ class Unsynced(Disk):
         super().sync(file, path)
 
 
-def test_an_answer_whose_sync_failed_is_written_to_another_file_and_never_synced_again(tmp_path):
+def test_a_response_whose_sync_failed_is_written_to_another_file_and_never_synced_again(tmp_path):
     disk = Unsynced()
     waits: list[float] = []
     sink = Sink(disk, str(tmp_path / "answer.1"), wait=waits.append, now=lambda: 0.0)

@@ -129,10 +129,10 @@ def test_a_traceback_is_part_of_its_entry(journal):
     assert "\x1b" not in entry["MESSAGE"] + entry["IMAGEWATCH_EXCEPTION"]
 
 
-@pytest.mark.parametrize("trouble", ["nobody listens", "it is too large"])
-def test_what_the_journal_does_not_take_is_a_line_with_its_level(journal, tmp_path, trouble):
-    logger = configure(journal, path=str(tmp_path / "nobody") if trouble == "nobody listens" else None)
-    logger.warning("refused", reason="no", problems=["x" * 2000] * (500 if trouble == "it is too large" else 1))
+@pytest.mark.parametrize("cause", ["nothing listens", "it is too large"])
+def test_what_the_journal_does_not_take_is_a_line_with_its_level(journal, tmp_path, cause):
+    logger = configure(journal, path=str(tmp_path / "nothing") if cause == "nothing listens" else None)
+    logger.warning("refused", reason="no", problems=["x" * 2000] * (500 if cause == "it is too large" else 1))
     (line,) = journal.lines()
     assert line.startswith("<4>refused ")
 

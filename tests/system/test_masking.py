@@ -93,7 +93,7 @@ def gives_away(content, secret=KEY):
     return any(secret in reading for reading in readings(raw.decode("latin-1")))
 
 
-def told(station):
+def outputs(station):
     """All that leaves the process for others: the folders, and what the ledger and the status contain."""
     files = [path for path in station.root.rglob("*") if path.is_file()]
     return {str(path): path.read_bytes() for path in files} | {"ledger": repr(station.ledger.rows())}
@@ -110,7 +110,7 @@ def served_by(tmp_path, *scripts, **settings):
 
 def found_in(station, outcome, capfd):
     """Everything in which the key is."""
-    everything = told(station) | {"outcome": repr(outcome), "log": "".join(capfd.readouterr())}
+    everything = outputs(station) | {"outcome": repr(outcome), "log": "".join(capfd.readouterr())}
     return [name for name, content in everything.items() if gives_away(content)]
 
 
@@ -128,7 +128,7 @@ def test_a_key_that_comes_back_in_any_form_is_in_nothing_that_others_read(tmp_pa
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_a_paid_answer_that_repeats_the_key_everywhere_is_published_without_it(tmp_path, capfd, form):
+def test_a_paid_response_that_repeats_the_key_everywhere_is_published_without_it(tmp_path, capfd, form):
     entry = {"b64_json": base64.b64encode(IMAGE).decode(), "mime_type": "image/KEY"}
     billing = {"credits_charged": 7, "transaction_id": "KEY", "a": [{"KEY": ["KEY"]}]}
     images = [entry, {"url": "https://10.0.0.1/KEY.png"}]
@@ -145,9 +145,9 @@ def test_a_paid_answer_that_repeats_the_key_everywhere_is_published_without_it(t
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-def test_what_comes_in_place_of_a_image_and_holds_the_key_is_not_published(tmp_path, capfd, form):
+def test_what_comes_in_place_of_an_image_and_holds_the_key_is_not_published(tmp_path, capfd, form):
     originals = {"x.prompt.txt": "+++\nn = 2\n+++\na cat"}
-    with served_by(tmp_path, responding(paid(IMAGE, b"not a picture, " + form.encode()))) as station:
+    with served_by(tmp_path, responding(paid(IMAGE, b"not an image, " + form.encode()))) as station:
         drop(station, originals)
         (outcome,) = station.work()
         receipt = completed(station, "x", originals, "x-1.png")
@@ -172,7 +172,7 @@ CODINGS = {
 @pytest.mark.parametrize("form", [KEY, *JSON_FORMS.values()], ids=["as it is", *JSON_FORMS])
 @pytest.mark.parametrize(("name", "pack"), CODINGS.values(), ids=CODINGS)
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"200 OK"])
-def test_a_key_in_a_compressed_answer_is_in_nothing_that_others_read(tmp_path, capfd, form, name, pack, status):
+def test_a_key_in_a_compressed_response_is_in_nothing_that_others_read(tmp_path, capfd, form, name, pack, status):
     body = b'{"message": "Too many requests for %s", "model": "%s"}' % (form.encode(), form.encode())
     reply = responding(pack(body), b"Content-Encoding: " + name, status=status)
     with served_by(tmp_path, reply) as station:
@@ -182,17 +182,17 @@ def test_a_key_in_a_compressed_answer_is_in_nothing_that_others_read(tmp_path, c
         assert error["model" if status == b"200 OK" else "message"].endswith("***")
         assert found_in(station, outcome, capfd) == []
         if status == b"200 OK":
-            told_of = json.loads((station.errors / "x.answer.json").read_bytes())
-            assert told_of["message"] == "Too many requests for ***"
+            copy = json.loads((station.errors / "x.answer.json").read_bytes())
+            assert copy["message"] == "Too many requests for ***"
 
 
 @pytest.mark.parametrize("status", [b"400 Bad Request", b"200 OK"])
-def test_messages_in_a_coding_that_we_cannot_read_are_not_repeated_and_the_answer_is_kept_apart(
+def test_messages_in_a_coding_that_we_cannot_read_are_not_repeated_and_the_response_is_kept_apart(
     tmp_path, capfd, status
 ):
     # A Brotli stream of one block that is not compressed: who has the tool for it reads the key.
-    words = f'{{"message": "{KEY}"}}'.encode()
-    reply = responding(b"\x8b\x0d\x80" + words + b"\x03", b"Content-Encoding: br", status=status)
+    body = f'{{"message": "{KEY}"}}'.encode()
+    reply = responding(b"\x8b\x0d\x80" + body + b"\x03", b"Content-Encoding: br", status=status)
     with served_by(tmp_path, reply) as station:
         drop(station, ASK)
         (outcome,) = station.work()
@@ -213,7 +213,7 @@ PACKED = {
 
 
 @pytest.mark.parametrize("pack", PACKED.values(), ids=PACKED)
-def test_a_compressed_file_in_place_of_an_answer_is_kept_apart(tmp_path, capfd, pack):
+def test_a_compressed_file_in_place_of_a_response_is_kept_apart(tmp_path, capfd, pack):
     with served_by(tmp_path, responding(pack(f'{{"message": "{KEY}"}}'.encode()))) as station:
         drop(station, ASK)
         (outcome,) = station.work()
@@ -245,7 +245,7 @@ def test_a_key_that_comes_in_pieces_is_in_no_file_at_all(tmp_path, form, size):
 
 
 @pytest.mark.parametrize("length", [8, len(KEY) // 2, len(KEY) - 1])
-def test_a_key_in_the_middle_of_which_an_answer_breaks_off_is_masked_as_far_as_it_came(tmp_path, length):
+def test_a_key_in_the_middle_of_which_a_response_breaks_off_is_masked_as_far_as_it_came(tmp_path, length):
     def script(exchange):
         exchange.request()
         exchange.send(b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n" + b'{"a": "' + KEY[:length].encode())
@@ -256,7 +256,7 @@ def test_a_key_in_the_middle_of_which_an_answer_breaks_off_is_masked_as_far_as_i
         assert (station.errors / "x.answer.json").read_bytes() == b'{"a": "***'
 
 
-def test_a_paid_answer_without_the_key_is_kept_byte_for_byte(tmp_path):
+def test_a_paid_response_without_the_key_is_kept_byte_for_byte(tmp_path):
     odd = '\\u0073\\/%73&#45;&amp;\\\\u002d\\"' + KEY[:-1] + "\\u0000" + KEY[1:]
     body = ('{"images": [], "a": "' + odd * 200 + base64.b64encode(os.urandom(600_000)).decode() + '"}').encode()
     with served_by(tmp_path, responding(body)) as station:
@@ -266,7 +266,7 @@ def test_a_paid_answer_without_the_key_is_kept_byte_for_byte(tmp_path):
         assert (station.errors / "x.answer.json").read_bytes() == body
 
 
-def test_a_image_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(tmp_path):
+def test_an_image_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(tmp_path):
     escaped = base64.b64encode(IMAGE).replace(b"/", b"\\/")
     assert b"\\/" in escaped
     with served_by(tmp_path, responding(b'{"images": [{"b64_json": "' + escaped + b'"}]}')) as station:
@@ -276,7 +276,7 @@ def test_a_image_whose_base64_is_escaped_as_php_does_it_is_published_as_it_is(tm
         assert (station.outbox / "x.png").read_bytes() == IMAGE
 
 
-def test_what_came_of_an_answer_is_on_the_disk_to_its_last_byte_while_the_endpoint_sends_nothing_more(tmp_path):
+def test_what_came_of_a_response_is_on_the_disk_to_its_last_byte_while_the_endpoint_sends_nothing_more(tmp_path):
     body, seen = paid(IMAGE), []
 
     def script(exchange):
@@ -380,7 +380,7 @@ def test_a_short_key_is_masked_in_a_refusal_but_never_as_a_part_of_a_word(tmp_pa
         assert outcome.message == shown
 
 
-def test_a_key_of_eight_characters_is_masked_in_what_is_reported_of_a_paid_answer_and_not_in_its_images(tmp_path):
+def test_a_key_of_eight_characters_is_masked_in_what_is_reported_of_a_paid_response_and_not_in_its_images(tmp_path):
     key = base64.b64encode(IMAGE)[20:28].decode()
     with served_with(key, tmp_path, responding(paid(IMAGE, model=f"flux {key}"))) as station:
         drop(station, ASK)
@@ -418,7 +418,7 @@ def test_whatever_is_escaped_the_secret_goes_and_the_rest_stays(secret, before, 
     if f"{before}{secret}{after}".find(secret) == len(before) and secret not in after:
         assert masked == f"{before}***{after}"
     assert secret not in masked or secret in f"{before}***{after}"
-    assert Key(secret).mask_bytes(f"{before}{form}{after}".encode()) == masked.encode()
+    assert Key(secret).secret.content(f"{before}{form}{after}".encode()) == masked.encode()
 
 
 def test_nothing_that_can_be_sent_makes_masking_slow():
@@ -436,7 +436,7 @@ def test_nothing_that_can_be_sent_makes_masking_slow():
         b"\\u006b\\u",
     ):
         content = piece * (200_000 // len(piece))
-        assert key.mask_bytes(content) == content
+        assert key.secret.content(content) == content
         assert key.mask(content.decode()) == content.decode()
     assert time.process_time() - began < 20
 
@@ -458,7 +458,7 @@ def test_a_key_is_found_wherever_it_is_in_a_long_text(before):
     assert Key(KEY).mask("x" * before + form + "y" * 200_000) == "x" * before + "***" + "y" * 200_000
 
 
-def test_the_package_has_one_place_where_text_of_an_answer_is_decoded():
+def test_the_package_has_one_place_where_text_of_a_response_is_decoded():
     """What is decoded elsewhere would not be masked."""
     package = Path(__file__).parents[2] / "imagewatch"
     places = [*(package / "job").glob("*.py"), *(package / "daemon").glob("*.py"), package / "endpoint/pictures.py"]

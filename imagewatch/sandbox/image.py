@@ -18,7 +18,7 @@ _IEND_BYTES: Final = 12
 
 
 @dataclass(frozen=True)
-class Picture:
+class EncodedImage:
     """The bytes of one image, and the type that the response gives for them.
 
     Attributes:
