@@ -506,7 +506,7 @@ def test_check_checks_disk_space_where_the_folders_will_be_created(tmp_path):
     environ |= {"IMAGEWATCH_FOLDERS__STATE": str(tmp_path / "state"), "IMAGEWATCH_LIMITS__MIN_FREE_BYTES": str(1 << 60)}
     done = imagewatch("check", environ=environ)
     assert (done.returncode, list(tmp_path.iterdir())) == (78, [])
-    assert f"{tmp_path}: " in row(done.stdout, "disk")
+    assert f": {tmp_path}" in row(done.stdout, "disk")
 
 
 @pytest.mark.parametrize("name", ["run", "once"])
