@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from imagewatch.sandbox.image import Picture
+from imagewatch.sandbox.image import EncodedImage
 
 if TYPE_CHECKING:
     import ssl
@@ -252,7 +252,7 @@ def small_image(
 
 def heavy(length: int) -> bytes:
     """Return a whole PNG of about that many bytes."""
-    return b"".join(Picture(small_image(), "image/png", padding=length).chunks())
+    return b"".join(EncodedImage(small_image(), "image/png", padding=length).chunks())
 
 
 # What is seen from outside
