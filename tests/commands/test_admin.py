@@ -59,7 +59,7 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 
 AS_USER = """
 import os, sys
-import encodings.idna, httpcore, sqlite3  # the interpreter itself may lie where only root may read
+import encodings.idna, httpcore, sqlite3, imagewatch.daemon.loop  # the interpreter itself may be where only root may read
 from imagewatch.commands.main import COMMANDS, load_command, main
 
 for name in COMMANDS:
