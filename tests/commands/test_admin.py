@@ -59,7 +59,8 @@ Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
 
 AS_USER = """
 import os, sys
-import encodings.idna, httpcore, sqlite3, imagewatch.daemon.loop  # the interpreter itself may be where only root may read
+# Now: the interpreter itself may be where only root may read.
+import encodings.idna, httpcore, sqlite3, imagewatch.daemon.loop
 from imagewatch.commands.main import COMMANDS, load_command, main
 
 for name in COMMANDS:
