@@ -16,16 +16,18 @@ PAGE = (ROOT / "docs/log-events.md").read_text()
 ROWS = re.findall(r"^\| `(\w+)` \| ([\w, ]+) \| ?(.*?) ?\| .+ \|$", PAGE, re.MULTILINE)
 LEVELS = {"debug": "debug", "info": "info", "warning": "warning", "error": "error", "exception": "error"}
 OF_EACH_JOB = {"job", "source"}
-NOT_WRITTEN = {"completed": {"status", "error", "reason"}}
-"""Fields of events that share their fields with others, where a receipt has no such value."""
+NOT_WRITTEN = {"completed": {"status", "error", "reason"}, "unknown": {"reason"}}
+"""Fields of events that share their fields with others, which these never have."""
 
 
 def documented() -> dict[str, tuple[set[str], set[str]]]:
     """The levels and fields of each event on the page."""
     found: dict[str, tuple[set[str], set[str]]] = {}
     for event, levels, fields in ROWS:
-        same = re.fullmatch(r"the same as `(\w+)`", fields)
-        found[event] = (set(levels.split(", ")), found[same[1]][1] if same else set(re.findall(r"`([\w-]+)`", fields)))
+        names = set(re.findall(r"`([\w-]+)`", fields))
+        if same := re.fullmatch(r"the same as `(\w+)`, except .*", fields):
+            names = found[same[1]][1] - names
+        found[event] = (set(levels.split(", ")), names)
     return found
 
 
