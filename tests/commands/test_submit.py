@@ -507,7 +507,7 @@ def inside(sender, monkeypatch, capsys):
 def test_a_disk_error_between_prompts_does_not_hide_those_that_are_already_in_the_inbox(sender, inside):
     code, out, err = inside(FailingDisk("it-2.prompt.txt"), "One", "Two", "Three", "--name", "it")
     assert (code, out) == (69, f"{sender.folders.inbox}/it-1.prompt.txt\n")
-    assert "it-2.prompt.txt: cannot drop the file: Input/output error" in err
+    assert f"cannot drop the file: Input/output error: {sender.folders.inbox}/it-2.prompt.txt\n" in err
     assert "1 of 3 prompts was dropped. The daemon will process it. The others were not dropped.\n" in err
     assert err.endswith(f"{AGAIN.format('this prompt')}  {sender.folders.inbox}/it-1.prompt.txt\n")
     assert sender.dropped() == ["it-1.prompt.txt"]

@@ -599,7 +599,7 @@ def _images_are_not_synced(patch: pytest.MonkeyPatch) -> None:
 PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
     "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
     "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
-    "what was killed is settled": ("text only", _without(Spool, "settle"), 2, "paid twice|unexpected files"),
+    "what was killed is settled": ("text only", _without(Spool, "make_durable"), 2, "paid twice|unexpected files"),
     "images are synced before the decision": ("text only", _images_are_not_synced, 1, "its receipt says"),
     "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "the job record is missing"),
     "attempts have rows before the next": ("busy, then completed", _without(Completion, "busy"), 1, "has no row"),
