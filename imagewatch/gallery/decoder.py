@@ -28,7 +28,7 @@ REQUEST = struct.Struct("!Qd")
 REPLY = struct.Struct("!BI")
 """Sent before a reply: its kind (``MADE``, ``BROKEN`` or ``UNREAD``) and its length, bytes."""
 MADE, BROKEN, UNREAD = range(3)
-NOBODY = 65534
+UNPRIVILEGED_ID = 65534
 """Number of a user and group without rights; root's decoder changes to it."""
 
 _PROGRAM = "import sys; _, user, *sys.path = sys.argv; from imagewatch.gallery.shrink import main; main(int(user))"
@@ -132,7 +132,7 @@ class Decoder:
             mine, its = socket.socketpair()
             with its:
                 # It gets our module path. It gets little of the environment, which may have the key.
-                user = os.geteuid() or NOBODY
+                user = os.geteuid() or UNPRIVILEGED_ID
                 command = [sys.executable, "-P", "-c", _PROGRAM, str(user), *sys.path]
                 root = (
                     0 if os.getuid() == 0 else None

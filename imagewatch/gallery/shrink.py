@@ -17,7 +17,7 @@ from typing import IO
 
 from PIL import Image, ImageOps, MpoImagePlugin, TiffImagePlugin, WebPImagePlugin  # noqa: F401  no imports later on
 
-from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, NOBODY, REPLY, REQUEST, SIDE, UNREAD
+from imagewatch.gallery.decoder import BROKEN, LARGE, MADE, REPLY, REQUEST, SIDE, UNPRIVILEGED_ID, UNREAD
 from imagewatch.system import memory
 
 MOST_MEMORY = 640 << 20
@@ -57,7 +57,7 @@ def _confine(user: int) -> None:
     if os.geteuid() == 0:
         with contextlib.suppress(OSError):  # a namespace that has no such user
             os.setgroups([])
-            os.setresgid(NOBODY, NOBODY, NOBODY)
+            os.setresgid(UNPRIVILEGED_ID, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
             os.setresuid(user, user, user)
 
 

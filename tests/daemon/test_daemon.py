@@ -29,7 +29,7 @@ _png = io.BytesIO()
 Image.new("RGB", (64, 64), (58, 110, 150)).save(_png, "png")
 IMAGE = _png.getvalue()
 DECLARES_NOTHING = "+++\ninput_images = []\n+++\n"
-NOBODY = 65534
+UNPRIVILEGED_ID = 65534
 UNPRIVILEGED = """
 import os, sys
 from imagewatch.system import log
@@ -308,7 +308,7 @@ def unprivileged(open_path, sandbox) -> Folders:
     folders.state.mkdir()
     if os.geteuid() == 0:
         for path in (folders.state, folders.root, *folders.root.iterdir()):
-            os.chown(path, NOBODY, NOBODY)
+            os.chown(path, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
     return folders
 
 

@@ -221,13 +221,13 @@ def test_nothing_is_claimed_out_of_an_inbox_that_another_daemon_has_meanwhile(
     first.wait_for("released")
 
 
-NOBODY = 65534
+UNPRIVILEGED_ID = 65534
 UNPRIVILEGED = f"""
 import encodings.idna, httpcore, imagewatch.endpoint.client  # the interpreter itself may be where only root may read
 if os.geteuid() == 0:
     os.setgroups([])
-    os.setgid({NOBODY})
-    os.setuid({NOBODY})
+    os.setgid({UNPRIVILEGED_ID})
+    os.setuid({UNPRIVILEGED_ID})
 """
 
 
@@ -241,7 +241,7 @@ def shared(sandbox: Sandbox) -> Iterator[Folders]:
         if os.geteuid() == 0:
             Path(top).chmod(0o755)
             for path in (folders.state, folders.root, *folders.root.rglob("*")):
-                os.chown(path, NOBODY, NOBODY)
+                os.chown(path, UNPRIVILEGED_ID, UNPRIVILEGED_ID)
         yield folders
 
 
