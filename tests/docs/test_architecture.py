@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from imagewatch.commands.main import COMMANDS
 from imagewatch.job.rules import RULES
 
 ROOT = Path(__file__).parents[2]
@@ -51,6 +52,16 @@ def test_a_package_imports_only_lower_packages_and_exactly_those_in_the_table(pa
     assert used(package) == set(re.findall(r"`(\w+)`", imports))
     order = [name for name, _ in PACKAGES]
     assert all(order.index(other) > order.index(package) for other in used(package))
+
+
+def test_no_module_imports_from_the_module_of_a_command():
+    commands = {f"imagewatch.commands.{module}" for module, _ in COMMANDS.values()}
+    users = {
+        path.name
+        for path in PACKAGE.rglob("*.py")
+        if any(name in commands or name.rpartition(".")[0] in commands for name in imported(path))
+    }
+    assert users == set()
 
 
 def test_the_three_packages_of_folders_network_and_money_do_not_know_each_other():
