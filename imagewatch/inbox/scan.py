@@ -1,8 +1,8 @@
 """Scans of the inbox: which prompts are ready.
 
 A *scan* updates the names of a folder, asks ``stability`` which prompts are unchanged, and puts the settled ones in
-order. Events of the watcher make a scan come sooner, or check one
-prompt that was renamed into the inbox. Nothing is changed here.
+order. Events of the watcher make a scan come sooner, or check one prompt that was renamed into the inbox. Nothing is
+changed here.
 
 Each folder is scanned separately, and in pieces, so that the caller can see to it that a folder with very many files
 costs the others no time. Of a settled prompt only its name and the newest ctime of its files are kept; ``readiness``
