@@ -2,7 +2,10 @@
 
 It reads the outbox, the errors folder and the archive, and changes nothing in them. Everything that it reads may have
 been written by others: nothing of it becomes markup, no link is followed, and only a separate process decodes images.
-The page is beside the outbox and never in it, as other tools move, sync and count what is in there. Its thumbnails are
+Who keeps that promise: ``page`` (``inert``, ``_policy``: texts are data, and the page may load nothing from elsewhere),
+``result_files`` (types and lengths of what a receipt says), ``jobs`` (how much is read), ``folders`` (``Tree.image``:
+an image counts only if it is a plain file of the same folder with the size that the receipt gives), ``decoder`` and
+``shrink`` (the process without rights, with little memory and time). The page is beside the outbox and never in it, as other tools move, sync and count what is in there. Its thumbnails are
 in a folder beside the page that has its name and ``_files`` at the end, as browsers do when they save a page.
 
 The modules, in reading order::

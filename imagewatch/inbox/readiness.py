@@ -61,6 +61,7 @@ class Readiness:
         except BadRequest as error:
             self._unread(folder, names, error)
             return None
+        # It came by rename and names its images: it need not settle (``InboxScan.check_arrival``).
         whole = declared is not None and folder.notes is not None and stem in folder.notes.arrived
         if not whole and self._is_disturbed(folder, names, changed):
             return None

@@ -225,17 +225,25 @@ class Folders:
                 if differs:
                     with disk_errors(full, "list the folder"):
                         stems = yield from self._list(folder, descriptor, visitor)
-                for stem in pieces(stems):
-                    if stem is None:
-                        yield
-                    else:
-                        visitor.observe(folder, stem, descriptor)
-                folder.unsettled = dict(folder.unsettled)  # which gives back the room of those that are settled now
+                yield from self._observe(folder, stems, descriptor, visitor)
             except BaseException:
                 folder.distrust()
                 raise
             finally:
                 folder.is_scanned = False
+
+    @staticmethod
+    def _observe(folder: Folder, stems: list[str], descriptor: int, visitor: Visitor) -> Iterator[None]:
+        room = len(folder.unsettled)
+        for stem in pieces(stems):
+            if stem is None:
+                yield
+                continue
+            visitor.observe(folder, stem, descriptor)
+            if len(folder.unsettled) < room // 2:  # a dictionary keeps the room of what it had; a copy does not
+                folder.unsettled = dict(folder.unsettled)
+                room = len(folder.unsettled)
+        folder.unsettled = dict(folder.unsettled)
 
     def _meet(self, folder: Folder, status: os.stat_result, descriptor: int) -> None:
         """Note what a folder is, if another one has its name now."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from imagewatch import __version__
-from imagewatch.journal.schema import Row
+from imagewatch.journal.row import Row
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 

@@ -6,7 +6,8 @@ and that a ledger which was deleted, replaced or damaged is noticed before the n
 The modules, in the order in which they are read::
 
     ledger   Ledger: one row for each attempt
-    schema   its tables, and how those of an earlier version are updated
+    row      Row: what is known of one attempt
+    schema   its tables in SQLite, and how those of an earlier version are updated
     sqlite   its file: opened when it is used, known again
     files    its files in the state folder; the errors about them
     health   whether the ledger of a daemon can be used, for other processes

@@ -2,10 +2,20 @@
 
 A *hold* stops the whole queue for a reason that every request would hit: a rejected key, no credits, an endpoint
 that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one job is
-sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval. Three sorts
-differ. ``busy`` and ``rate`` are brief: they end without a probe, and a job that waits for them may stay claimed.
-``disk`` ends when a test file can be written. A manual hold and one of the burst guard have no time: a person ends
-them. ``protocol.reasons`` has all kinds.
+sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval.
+
+What ends a hold (``protocol.reasons`` has all kinds, and to which of these sorts each belongs):
+
+=============================  =========================================================================================
+about the account, the         a response to a request that was begun after the refusal (``disproved``), a reload, or
+endpoint or the network        ``imagewatch release``. Those about the account and the endpoint's URL also end when the
+                               key file has changed (``Admission.check_key``). If the endpoint says how long to wait,
+                               the probe is sent then, after six hours at the latest
+``busy``, ``rate`` (brief)     their time, without a probe; a job that waits for them may stay claimed. The time that the
+                               endpoint names counts up to an hour (``job.rules.retry_delay``; with a 503 30 seconds)
+``disk``                       a test file that can be written
+``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
+=============================  =========================================================================================
 
 A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. It stops nothing else,
 is not probed, and ends when none of them has to wait any more (``set_caps``).

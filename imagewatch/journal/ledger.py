@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from msgspec.structs import astuple, replace
 
 from imagewatch.journal.prices import Asked, for_an_image
-from imagewatch.journal.schema import COLUMNS, LOST, Row, prepare, price_of
+from imagewatch.journal.row import COLUMNS, LOST, Row, price_of
+from imagewatch.journal.schema import prepare
 from imagewatch.journal.sqlite import Database
 from imagewatch.system.masking import known
 from imagewatch.system.text import whole

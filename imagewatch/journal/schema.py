@@ -1,22 +1,16 @@
-"""The tables of the ledger, and how those of an earlier version are updated."""
+"""The tables of the ledger in SQLite, and how those of an earlier version are updated."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import json
 import re
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from imagewatch.journal.prices import kind_of
+from imagewatch.journal.row import COLUMNS, LOST, price_of
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     import sqlite3
-
-    from imagewatch.protocol.values import Charged
 
 _VERSION = 3
 SCHEMA = """
@@ -72,45 +66,6 @@ CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_a
 CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
 """
 
-
-class Row(msgspec.Struct, frozen=True, kw_only=True):
-    """One attempt; the columns are explained in the schema above."""
-
-    job: str
-    attempt: int
-    source: str
-    outcome: str
-    charged: Charged
-    claimed_at: float
-    source_size: int = 0
-    source_mtime_ns: int = 0
-    contents: str = ""
-    prompt_sha256: str = ""
-    credits: float | None = None
-    provider: str = ""
-    model: str = ""
-    fields: str = ""
-    asked: int = 0
-    got: int = 0
-    status: int = 0
-    code: str = ""
-    message: str = ""
-    request_id: str = ""
-    endpoint: str = ""
-    version: str = ""
-    sent_at: float | None = None
-    answered_at: float | None = None
-    asked_provider: str = ""
-    price_kind: str = ""
-    transaction_id: str = ""
-    new_credit_balance: float | None = None
-    owner: str = ""
-    placed_mtime_ns: int = 0
-
-
-COLUMNS = Row.__struct_fields__
-LOST = "only the ledger has a record of this request; it may have been charged"
-"""Message of an attempt of which only its row is left."""
 _RENAMED = {
     "outcome": "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END",
     "message": "CASE message WHEN 'nothing but the ledger knows of this request; it may have been charged' "
@@ -175,17 +130,3 @@ def _fill(connection: sqlite3.Connection) -> None:
     update = "UPDATE attempts SET asked_provider = ?, price_kind = ? WHERE job = ? AND attempt = ?"
     for row in connection.execute(question).fetchall():
         connection.execute(update, (*price_of(row["fields"], row["provider"]), row["job"], row["attempt"]))
-
-
-def price_of(fields: str, provider: str) -> tuple[str, str]:
-    """Return the provider that a request asked, and the kind of its price.
-
-    Args:
-        fields: Its JSON body; empty where it is not known.
-        provider: The provider of the response, used if the body names none.
-    """
-    with contextlib.suppress(ValueError, RecursionError):
-        found = json.loads(fields)
-        if isinstance(found, dict) and isinstance(found.get("provider"), str):
-            return found["provider"], kind_of(found)
-    return provider, ""

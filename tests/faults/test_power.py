@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imagewatch.inbox.candidate import Candidate
-    from imagewatch.journal.schema import Row
+    from imagewatch.journal.row import Row
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"

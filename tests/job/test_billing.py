@@ -17,7 +17,7 @@ from support.scripted import Scripted, paid, responding, small_image
 from support.station import Station
 
 from imagewatch.journal.ledger import Ledger
-from imagewatch.journal.schema import Row
+from imagewatch.journal.row import Row
 from imagewatch.protocol.values import Claim, dump, load
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from imagewatch.config.schema import Limits
 from imagewatch.journal.budget import Budget, NoBooks
 from imagewatch.journal.ledger import Ledger
 from imagewatch.journal.prices import Asked
-from imagewatch.journal.schema import Row
+from imagewatch.journal.row import Row
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
 HOUR = 3600.0

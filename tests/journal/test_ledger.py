@@ -16,7 +16,8 @@ import pytest
 
 from imagewatch.journal.files import was_there
 from imagewatch.journal.ledger import Ledger
-from imagewatch.journal.schema import INDEXES, SCHEMA, Row, prepare
+from imagewatch.journal.row import Row
+from imagewatch.journal.schema import INDEXES, SCHEMA, prepare
 from imagewatch.journal.sqlite import Database
 from imagewatch.system.errors import SpoolError
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 WRITER = """
 import sys
 from imagewatch.journal.ledger import Ledger
-from imagewatch.journal.schema import Row
+from imagewatch.journal.row import Row
 ledger = Ledger(sys.argv[1])
 for number in range(1, 100_000):
     ledger.write(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
