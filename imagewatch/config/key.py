@@ -1,7 +1,8 @@
 """The API key: where it comes from, and a type that hides it when printed.
 
 The first of these that is set is used: ``api_key_command``, ``api_key_file``, the systemd credential
-``letta_api_key``, the environment variable ``LETTA_API_KEY``. The key is read for each request, because tokens expire. No message of this module holds it.
+``letta_api_key``, the environment variable ``LETTA_API_KEY``. The key is read for each request, because tokens expire.
+No message of this module holds it.
 """
 
 from __future__ import annotations

@@ -2,11 +2,16 @@
 
 It reads the outbox, the errors folder and the archive, and changes nothing in them. Everything that it reads may have
 been written by others: nothing of it becomes markup, no link is followed, and only a separate process decodes images.
-Who keeps that promise: ``page`` (``inert``, ``_policy``: texts are data, and the page may load nothing from elsewhere),
-``result_files`` (types and lengths of what a receipt says), ``jobs`` (how much is read), ``folders`` (``Tree.image``:
-an image counts only if it is a plain file of the same folder with the size that the receipt gives), ``decoder`` and
-``shrink`` (the process without rights, with little memory and time). The page is beside the outbox and never in it, as other tools move, sync and count what is in there. Its thumbnails are
+The page is beside the outbox and never in it, as other tools move, sync and count what is in there. Its thumbnails are
 in a folder beside the page that has its name and ``_files`` at the end, as browsers do when they save a page.
+
+Who keeps the promise about what others wrote::
+
+    page             texts are data, and the page may load nothing from elsewhere (inert, _policy)
+    result_files     types and lengths of what a receipt says
+    jobs             how much is read
+    folders          an image is a plain file of the receipt's folder, with the size in it (Tree.image)
+    decoder, shrink  a process without rights, with little memory and time
 
 The modules, in reading order::
 

@@ -11,8 +11,8 @@ about the account, the         a response to a request that was begun after the 
 endpoint or the network        ``imagewatch release``. Those about the account and the endpoint's URL also end when the
                                key file has changed (``Admission.check_key``). If the endpoint says how long to wait,
                                the probe is sent then, after six hours at the latest
-``busy``, ``rate`` (brief)     their time, without a probe; a job that waits for them may stay claimed. The time that the
-                               endpoint names counts up to an hour (``job.rules.retry_delay``; with a 503 30 seconds)
+``busy``, ``rate`` (brief)     their time, without a probe; a job that waits for them may stay claimed. The time that
+                               the endpoint names counts up to an hour (``job.rules.retry_delay``; with a 503 30 seconds)
 ``disk``                       a test file that can be written
 ``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
 =============================  =========================================================================================
