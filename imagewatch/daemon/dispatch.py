@@ -7,7 +7,8 @@ Whether a request may be sent is asked at three moments:
 =====================  =================================================================================================
 before the claim       ``_may_claim``: no hold, or one probe (``Admission.slots``); a free slot (``Jobs.may_send``);
                        room on the disk (``Admission.has_room``); no folder closed for a stuck job
-                       (``Intake.may_claim``). Then ``_admits``: the cost fits below the caps, and is reserved (``Budget.plan``)
+                       (``Intake.may_claim``). Then ``_admits``: the cost fits below the caps
+                       (``Budget.plan`` reserves it)
 before it is recorded  the worker asks ``Budget.reserve``: requests in this minute, and the caps once more
 at the first byte      ``Admission.leaving``: no hold has begun since, and the daemon is not ending
 =====================  =================================================================================================

@@ -12,7 +12,7 @@ endpoint or the network        ``imagewatch release``. Those about the account a
                                key file has changed (``Admission.check_key``). If the endpoint says how long to wait,
                                the probe is sent then, after six hours at the latest
 ``busy``, ``rate`` (brief)     their time, without a probe; a job that waits for them may stay claimed. The time that
-                               the endpoint names counts up to an hour (``job.rules.retry_delay``), with a 503 up to 30 s
+                               the endpoint names counts up to an hour (``job.rules.retry_delay``), after a 503 30 s
 ``disk``                       a test file that can be written
 ``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
 =============================  =========================================================================================
