@@ -38,7 +38,7 @@ class Recovery:
         self.close_lost()  # before anything is sent: what they may have cost counts
 
     def _reserve(self, job: str) -> None:
-        """Reserve what a recovered job has sent: the ledger may not have it yet."""
+        """Reserve what a recovered job has sent, until its row in the ledger has the result."""
         record, budget = self._parts.spool.record(job), self._parts.budget
         with contextlib.suppress(SpoolError):
             if sent := record.sent(record.attempts()[0]):

@@ -8,10 +8,10 @@ in a folder beside the page that has its name and ``_files`` at the end, as brow
 Who keeps the promise about what others wrote::
 
     page             texts are data, and the page may load nothing from elsewhere (inert, _policy)
-    result_files     types and lengths of what a receipt says
-    jobs             how much is read
+    result_files     types and lengths of what a receipt says (ResultFile, cut)
+    jobs             how much is read (Reader)
     folders          an image is a plain file of the receipt's folder, with the size in it (Tree.image)
-    decoder, shrink  a process without rights, with little memory and time
+    decoder, shrink  a process without rights, with little memory and time (Decoder.shrink, _confine)
 
 The modules, in reading order::
 

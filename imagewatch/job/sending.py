@@ -1,6 +1,9 @@
 """One attempt: what is recorded before its first byte leaves, and what this process knows about it afterwards.
 
-What the disk does not accept, because it fails, is kept in memory: the job continues from it.
+Before the first byte leaves, this is on the disk, written in this order: the ledger row ``sent`` (``Steps._send``), the
+open file ``answer.N.part``, ``sent.N`` (``Sending._begin``). The table of ``rules`` says what ``sent.N`` without
+``answer.N`` means after a kill. What the disk does not accept, because it fails, is kept in memory: the job continues
+from it.
 """
 
 from __future__ import annotations

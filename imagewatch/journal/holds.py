@@ -76,7 +76,7 @@ class Hold:
 
 
 class Holds:
-    """All reasons to wait. Workers call ``may_report``, ``not_reported`` and ``waiting``; the main thread the rest.
+    """All reasons to wait. Workers call ``may_report``, ``not_reported`` and, through ``Admission``, ``waiting``.
 
     Args:
         first_seconds: How long a hold lasts before its first probe, if its reason does not say.
