@@ -15,7 +15,7 @@ import secrets
 import sqlite3
 import stat
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from imagewatch.journal.files import (
     MARK,
@@ -47,6 +47,29 @@ _TRIES, _PAUSE_SECONDS = 10, 0.05
 _NEWEST = "SELECT job, attempt, outcome FROM attempts ORDER BY claimed_at DESC, job, attempt DESC LIMIT 1"
 _ENDED = "SELECT count(*) FROM attempts WHERE outcome <> 'sent'"
 
+T = TypeVar("T")
+
+
+class _Change:
+    """Something that a thread wants to write.
+
+    Attributes:
+        act: Writes it.
+        synced: Whether it must be durable.
+        value: What ``act`` returned.
+        error: Why it was not written.
+        is_over: Whether it was written, or failed.
+    """
+
+    __slots__ = ("act", "error", "is_over", "synced", "value")
+
+    def __init__(self, act: Callable[[sqlite3.Connection], Any], *, synced: bool) -> None:
+        self.act = act
+        self.synced = synced
+        self.value: Any = None
+        self.error: Exception | None = None
+        self.is_over = False
+
 
 class Database:
     """A ledger's file. Safe to use from several threads.
@@ -72,6 +95,9 @@ class Database:
         self._wal: os.stat_result | None = None
         self._is_damaged = self._is_saved = False
         self._pause = threading.Event()
+        self._waiting: list[_Change] = []
+        self._waiting_lock, self._commit_lock = threading.Lock(), threading.Lock()
+        self._set = ""
 
     @contextlib.contextmanager
     def using(self) -> Iterator[sqlite3.Connection]:
@@ -85,29 +111,82 @@ class Database:
             assert self._connection is not None
             yield self._connection
 
-    def change(self, act: Callable[[sqlite3.Connection], object]) -> None:
-        """Write something. While another program writes, it waits for a moment, and other threads may read.
+    def change(self, act: Callable[[sqlite3.Connection], T], *, synced: bool = True) -> T:
+        """Write something in a transaction, which it shares with what other threads write at the same moment.
+
+        While another program writes, it waits for a moment, and other threads may read.
 
         Args:
-            act: Writes in one statement, or in a transaction of its own.
+            act: Writes. It may be called twice: the file may be replaced meanwhile. Its error undoes its changes alone.
+            synced: Whether it survives a power cut when this returns. What is not synced becomes durable together with
+                the next change that is, never after it.
+
+        Returns:
+            What ``act`` returned.
 
         Raises:
             SpoolError: It was not written; the message says why.
         """
+        change = _Change(act, synced=synced)
+        with self._waiting_lock:
+            self._waiting.append(change)
+        with self._commit_lock:  # the first that comes commits for all that wait
+            if not change.is_over:
+                with self._waiting_lock:
+                    changes, self._waiting = self._waiting, []
+                self._commit_all(changes)
+        if change.error is not None:
+            raise change.error
+        return cast("T", change.value)
+
+    def _commit_all(self, changes: list[_Change]) -> None:
         for last in (*[False] * _TRIES, True):
             try:
                 with self.using() as connection:
-                    act(connection)
+                    self._commit(connection, changes)
                     self._ensure()  # meanwhile another file may have replaced it
                     if connection is not self._connection:
                         assert self._connection is not None
-                        act(self._connection)
+                        self._commit(self._connection, changes)
             except SpoolError as error:
-                if last or error.code != errno.EBUSY:
-                    raise
-            else:
-                return
-            self._pause.wait(_PAUSE_SECONDS)
+                if error.code == errno.EBUSY and not last:
+                    self._pause.wait(_PAUSE_SECONDS)
+                    continue
+                for change in changes:
+                    change.error = error
+            break
+        for change in changes:
+            change.is_over = True
+
+    def _commit(self, connection: sqlite3.Connection, changes: list[_Change]) -> None:
+        """Write all changes in one transaction; one that fails is undone alone."""
+        synchronous = "FULL" if self._synchronous == "FULL" and any(change.synced for change in changes) else "NORMAL"
+        if self._synchronous == "OFF":
+            synchronous = "OFF"
+        if synchronous != self._set:
+            connection.execute(f"PRAGMA synchronous = {synchronous}")
+            self._set = synchronous
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            for change in changes:
+                self._apply(connection, change)
+            connection.execute("COMMIT")
+        except BaseException:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            raise
+
+    def _apply(self, connection: sqlite3.Connection, change: _Change) -> None:
+        connection.execute("SAVEPOINT change")
+        try:
+            with self._translated():
+                change.value, change.error = change.act(connection), None
+        except Exception as error:  # it is that of the thread that wrote this
+            if not connection.in_transaction:  # SQLite has undone all of it
+                raise
+            connection.execute("ROLLBACK TO change")
+            change.error = error
+        connection.execute("RELEASE change")
 
     def prove(self) -> None:
         """Make sure that rows can be written.
@@ -173,6 +252,7 @@ class Database:
             connection.text_factory = _decoded
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
+            self._set = self._synchronous
             self._prepare(connection)
             if self._guarded:
                 self._require_same(connection)

@@ -452,6 +452,7 @@ def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
 SLOW = (
     """
 import os
+import re
 from imagewatch.system.disk import Disk
 
 _sync = Disk.sync
