@@ -1,8 +1,8 @@
-"""Speed and memory of imagewatch compared with a baseline and with others: ratios within one run, with their spread.
+"""Speed and memory of imagewatch compared with a floor and with others: ratios within one run, with their spread.
 
     python bench                          # everything, half an hour
     python bench --quick                  # a few minutes; the figures are rough
-    python bench --only latency memory    # of: latency, throughput, slots, start, job, memory, scale, burst, gallery
+    python bench --only latency disk      # only some of the measurements; --help lists them
     python bench --write-docs             # into docs/performance.md
 
 It starts endpoints of its own on loopback, warms up all contenders, lets them take turns, and repeats. It prints a
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import page
 from burst import burst
+from disk import disk
 from figures import machine
 from gallery import gallery
 from job import job
@@ -42,6 +43,7 @@ MEASUREMENTS: dict[str, Callable[[Bench], list[Row]]] = {
     "throughput": throughput,
     "slots": slots,
     "start": start,
+    "disk": disk,
     "job": job,
     "memory": memory,
     "scale": scale,

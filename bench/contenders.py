@@ -1,4 +1,4 @@
-"""The measured programs: the daemon, the baseline and others. Each has its own processes and folders."""
+"""The measured programs: the daemon, the floor and others. Each has its own processes and folders."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from daemon import COMMAND, PAUSE, TICKS, environment
-from inotify import CLOSE_NOWRITE, MOVED_TO, Inotify
+from inotify import MOVED_TO, Inotify
 from stamping import SIZE
 
 if TYPE_CHECKING:
@@ -24,27 +24,13 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 TEXT = "+++\ninput_images = []\n+++\n{} a lighthouse on a cliff at dusk, long exposure, calm sea\n"
-NO_SYNC = "int fsync(int d) { return 0; }\nint fdatasync(int d) { return 0; }\n"
-NO_SYNC_PYTHON = "import os\nos.fsync = os.fdatasync = lambda descriptor: None\n"
-DAEMON, FLOOR, SHELL, OBSERVER = "imagewatch", "loop", "shell", "observer"
+DAEMON, FLOOR, SHELL, OBSERVER = "imagewatch", "floor", "shell", "observer"
 
 
 def missing(name: str) -> str:
     """Return why a contender cannot take part, or an empty string."""
     tools = [tool for tool in ("inotifywait", "xargs", "curl", "sed") if name == SHELL and not shutil.which(tool)]
     return f"{name} is skipped: no {', no '.join(tools)} here (Debian: inotify-tools, curl)" if tools else ""
-
-
-def without_syncs(folder: Path) -> tuple[dict[str, str], str]:
-    """Return an environment in which no sync waits for the disk, and the means used."""
-    compiler = shutil.which("cc") or shutil.which("gcc")
-    if compiler:
-        (folder / "no_sync.c").write_text(NO_SYNC)
-        command = [compiler, "-shared", "-fPIC", "-o", str(folder / "no_sync.so"), str(folder / "no_sync.c")]
-        subprocess.run(command, check=True)
-        return {"LD_PRELOAD": str(folder / "no_sync.so")}, "a preloaded library, including SQLite"
-    (folder / "sitecustomize.py").write_text(NO_SYNC_PYTHON)
-    return {"PYTHONPATH": str(folder)}, "a sitecustomize.py: no compiler here, so SQLite still syncs"
 
 
 @dataclass
@@ -76,7 +62,7 @@ class Contender:
             folder.mkdir(parents=True)
         self._next = 0
         self._watch = Inotify()
-        self._receipts = self._watch.add(str(self.outbox), MOVED_TO | CLOSE_NOWRITE)
+        self._receipts = self._watch.add(str(self.outbox), MOVED_TO)
         self._archive = self._watch.add(str(self.archive), MOVED_TO)
         self.endpoint.take(0, SIZE)
         environ = environment(self.root, self.endpoint.base_url, limits__concurrency=self.slots) | self.environ
@@ -94,13 +80,13 @@ class Contender:
         if self.name == SHELL:
             return [str(HERE / "shell.sh"), str(self.root), self.endpoint.base_url]
         mode = ["--observer"] if self.name == OBSERVER else []
-        return [sys.executable, str(HERE / "loop.py"), str(self.root), self.endpoint.base_url, str(self.slots), *mode]
+        return [sys.executable, str(HERE / "floor.py"), str(self.root), self.endpoint.base_url, str(self.slots), *mode]
 
     def _warm_up(self) -> None:
         """Drop prompts until some are done: most programs do not find files from before they began to watch."""
         began = time.monotonic()
         while time.monotonic() < began + 60:
-            if self.finish([self.drop()[0] for _ in range(3)], 1.0):
+            if self.finish([self.drop()[0] for _ in range(3)], 1.0) is not None:
                 PAUSE(0.7)
                 for _ in self._watch.read(0):
                     pass
@@ -129,25 +115,21 @@ class Contender:
         part.rename(target)
         return name, now
 
-    def finish(self, names: Iterable[str], seconds: float = 300.0) -> dict[str, int]:
+    def finish(self, names: Iterable[str], seconds: float = 300.0) -> dict[str, int] | None:
         """Wait until prompts are in the archive.
 
         Returns:
-            When each receipt existed, with its folder synced if that event came next. Empty if the prompts were not
-            done in time.
+            When each receipt came. None if the prompts were not done in time.
         """
-        left, receipts, last = set(names), {}, ""
+        left, receipts = set(names), {}
         for event in self._watch.read(seconds):
             if event.watch == self._archive:
                 left.discard(event.name.removesuffix(".prompt.txt"))
                 if not left:
                     return receipts
             elif event.name.endswith(".receipt.toml"):
-                last = event.name.removesuffix(".receipt.toml")
-                receipts[last] = event.at
-            elif event.mask & CLOSE_NOWRITE and not event.name and last:
-                receipts[last], last = event.at, ""
-        return {}
+                receipts[event.name.removesuffix(".receipt.toml")] = event.at
+        return None
 
     def cpu(self) -> float:
         """Return the CPU time used so far by all of its processes, seconds."""

@@ -1,4 +1,4 @@
-"""Change events directly from the kernel, for the baseline and for measuring when results appear."""
+"""Change events directly from the kernel, for the floor and for measuring when results appear."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-CLOSE_WRITE, CLOSE_NOWRITE, MOVED_TO = 0x8, 0x10, 0x80
+CLOSE_WRITE, MOVED_TO = 0x8, 0x80
 _HEAD = struct.Struct("iIII")
 
 
@@ -23,13 +23,11 @@ class Event:
 
     Attributes:
         watch: The folder's number.
-        mask: The kind of change.
         name: The changed name in it; empty for the folder itself.
         at: When it was read, ``CLOCK_MONOTONIC`` in nanoseconds.
     """
 
     watch: int
-    mask: int
     name: str
     at: int
 
@@ -59,7 +57,7 @@ class Inotify:
                 return
             data, now, place = os.read(self._descriptor, 1 << 16), time.monotonic_ns(), 0
             while place < len(data):
-                watch, mask, _, length = _HEAD.unpack_from(data, place)
+                watch, _, _, length = _HEAD.unpack_from(data, place)
                 place += _HEAD.size + length
                 name = data[place - length : place].rstrip(b"\0")
-                self._held.append(Event(watch, mask, os.fsdecode(name), now))
+                self._held.append(Event(watch, os.fsdecode(name), now))

@@ -1,18 +1,13 @@
-"""The syncs of one job, and how its time is spent."""
+"""How the time of one job is spent."""
 
 from __future__ import annotations
 
 import json
-import os
-import re
-import shutil
 import sys
 from typing import TYPE_CHECKING
 
 from contenders import DAEMON, HERE, Contender
-from daemon import PAUSE
-from figures import Check, Figure, Row, ratio
-from loop import SYNCS
+from figures import Figure, Row
 from plan import say
 from stamping import Stamping
 
@@ -21,46 +16,6 @@ if TYPE_CHECKING:
 
 
 def job(bench: Bench) -> list[Row]:
-    """Measure one job."""
-    return [*sync_rows(bench), phase_row(bench)]
-
-
-def sync_rows(bench: Bench) -> list[Row]:
-    """Count the syncs of a job."""
-    if not shutil.which("strace"):
-        say("no strace here: the syncs of one job are not counted")
-        return []
-    say("job: its syncs")
-    known = syncs(bench)
-    note = "\n".join(f"{number}. `{path}`" for number, path in enumerate(known, 1))
-    mine, floor = Figure("imagewatch", "", [len(known)]), Figure("loop", "", [len(SYNCS)])
-    # The loop is a valid baseline only if it syncs as often.
-    fewer = Check("loop / imagewatch", ratio(floor, mine), 1.0, at_most=False)
-    return [
-        Row(
-            "how often one job waits for the disk",
-            [mine, floor],
-            [Check("/ loop", ratio(mine, floor), 1.0), fewer],
-            note,
-        )
-    ]
-
-
-def syncs(bench: Bench) -> list[str]:
-    """Return the names of the files that one job of the daemon syncs, in order."""
-    trace = bench.root / "trace"
-    under = ("strace", "-f", "-y", "-e", "trace=fsync,fdatasync", "-o", str(trace))
-    with Stamping() as endpoint, Contender(DAEMON, bench.root / "work", endpoint, under=under) as contender:
-        before = len(trace.read_text().splitlines())
-        name, _ = contender.drop()
-        contender.finish([name])
-        PAUSE(1)
-        lines = trace.read_text().splitlines()[before:]
-    paths = [match[1] for line in lines if (match := re.search(r"sync\(\d+<([^>]*)>", line))]
-    return [re.sub(r"\b[0-9a-f]{16}\b", "ID", os.path.relpath(path, bench.root / "work")) for path in paths]
-
-
-def phase_row(bench: Bench) -> Row:
     """Measure how the time of a job is spent. The measurement itself takes time, so there is no bound."""
     spent: dict[str, Figure] = {}
     for run in range(bench.amount.few):
@@ -71,7 +26,7 @@ def phase_row(bench: Bench) -> Row:
     whole = Figure("all", "ms", [sum(values) for values in zip(*(one.values for one in spent.values()), strict=True)])
     for figure in spent.values():
         figure.unit = f"ms, {figure.median / whole.median:.0%}"
-    return Row("how the time of one job of 1.5 MB is spent", [*spent.values(), whole])
+    return [Row("how the time of one job of 1.5 MB is spent", [*spent.values(), whole])]
 
 
 def phases(bench: Bench) -> list[tuple[str, float, float]]:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 INPUTS, OUTPUTS, SIZE = 14, 4, 20 * MB
 CASES = (
     # what, jobs, input images of each, images in the response, most MB
-    ("14 x 20 MB in", 1, INPUTS, 0, 8.0),
-    ("4 x 20 MB out", 1, 1, OUTPUTS, 8.0),
+    ("14 x 20 MB in", 1, INPUTS, 0, 2.4),
+    ("4 x 20 MB out", 1, 1, OUTPUTS, 6.0),
     ("8 jobs at the same time, 14 in and 4 out", 8, INPUTS, OUTPUTS, 40.0),
 )
 

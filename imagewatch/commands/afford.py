@@ -26,7 +26,7 @@ def refusal(budget: Budget, request: Request) -> tuple[str, str]:
     asked = Asked.of(request.fields)
     if problem := budget.never(asked):
         return "refuse", printable(str(problem))
-    found = budget.check([asked]).get(asked)
+    found = budget.over_cap(asked)
     return ("wait", found.message) if found else ("", "")
 
 

@@ -9,12 +9,13 @@ import contextlib
 import os
 import pwd
 import stat
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands import afford
 from imagewatch.commands.balances import with_balances
-from imagewatch.commands.ledger import ledger_path
+from imagewatch.commands.ledger import ledger_path, open_ledger
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.job.claims import HINT
@@ -22,7 +23,7 @@ from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
 from imagewatch.journal.control import Control
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.journal import Journal
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider, layered
 from imagewatch.protocol.request import unknown_family
@@ -144,7 +145,7 @@ def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """Report what parts of the daemon refuse in the configuration, by creating them as the daemon does."""
     parts: tuple[Callable[[], object], ...] = (
         lambda: _client(config, environ).close(),
-        lambda: Spool(config, Disk()),
+        lambda: Spool(config, Disk(), Journal(ledger_path(config), config.limits, time.time)),
     )
     for make in parts:
         try:
@@ -211,7 +212,7 @@ def account(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     path = ledger_path(config)
     if os.path.exists(path):
         try:
-            with contextlib.closing(Ledger(path)) as ledger:
+            with open_ledger(config) as ledger:
                 yield from (
                     _unknown_charge(with_balances(job, ledger)) for job in ledger.jobs() if job["charged"] == "unknown"
                 )

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 
 from imagewatch.commands.state import unreadable
 from imagewatch.config.locate import is_hidden
-from imagewatch.journal.budget import Budget, NoBooks
+from imagewatch.journal.books import NoBooks
+from imagewatch.journal.budget import Budget
+from imagewatch.journal.files import FILE
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.journal import Journal
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 
@@ -19,16 +21,24 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.config.schema import Config
+    from imagewatch.journal.ledger import Ledger
 
 
 def ledger_path(config: Config) -> str:
     """Return the path of the ledger's file."""
-    return os.path.join(config.folders.state, "ledger.sqlite3")
+    return os.path.join(config.folders.state, FILE)
 
 
 @contextlib.contextmanager
 def open_ledger(config: Config) -> Iterator[Ledger]:
-    """Open the ledger for the block.
+    """Open the journal for the block, to read in the ledger; errors as of ``open_journal``."""
+    with open_journal(config) as journal:
+        yield journal.ledger
+
+
+@contextlib.contextmanager
+def open_journal(config: Config) -> Iterator[Journal]:
+    """Open the journal for the block.
 
     Raises:
         SpoolError: There is none, or it cannot be read.
@@ -41,8 +51,9 @@ def open_ledger(config: Config) -> Iterator[Ledger]:
             raise error
         hint = "no job has ended with this configuration yet; for another configuration use --config"
         raise SpoolError(f"there is no ledger: {printable(path)}", path=path, hint=hint)
-    with contextlib.closing(Ledger(path)) as ledger:
-        yield ledger
+    with contextlib.closing(Journal(path, config.limits, time.time)) as journal:
+        journal.require()
+        yield journal
 
 
 @contextlib.contextmanager
@@ -57,9 +68,11 @@ def open_budget(config: Config) -> Iterator[Budget]:
     """
     state, path = config.folders.state, ledger_path(config)
     with contextlib.ExitStack() as stack:
-        books: Ledger | NoBooks = NoBooks()
         if os.path.exists(path):
-            books = stack.enter_context(contextlib.closing(Ledger(path)))
-        elif os.path.exists(state) and not os.access(state, os.X_OK):
+            journal = stack.enter_context(contextlib.closing(Journal(path, config.limits, time.time)))
+            journal.require()
+            yield journal.budget()
+            return
+        if os.path.exists(state) and not os.access(state, os.X_OK):
             raise unreadable(state)
-        yield Budget(books, config.limits, time.time)
+        yield Budget(NoBooks(), config.limits, time.time())

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from imagewatch.commands.common import config_option, json_option
-from imagewatch.commands.ledger import open_ledger
+from imagewatch.commands.ledger import open_journal
 from imagewatch.commands.state import control_of, is_running, load_as_owner
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.job.receipts import unvouched
-from imagewatch.job.record import Record
-from imagewatch.protocol.names import PAID, SUFFIX
+from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
 from imagewatch.system.disk import Disk
@@ -40,7 +39,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Config, Folders
     from imagewatch.journal.control import Control
-    from imagewatch.journal.ledger import Ledger
+    from imagewatch.journal.journal import Journal
 
 _ENDING = ".error.toml"
 _ENDINGS = (_ENDING, SUFFIX, "")
@@ -72,8 +71,8 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
     if everything and pay_again:
         raise click.UsageError("--pay-again needs the prompts by name")
     config = load_as_owner(path)
-    with open_ledger(config) as ledger:
-        again = Retry(config.folders, Disk(), ledger, control_of(config))
+    with open_journal(config) as journal:
+        again = Retry(config.folders, Disk(), journal, control_of(config))
         paths = list(again.all()) if everything else [again.find(name) for name in names]
         results = []
         for file in paths:
@@ -147,20 +146,20 @@ class Retry:
     Args:
         folders: Inbox, errors and state.
         disk: The disk.
-        ledger: It decides whether a job was charged.
+        journal: It decides whether a job was charged.
         control: Where the daemon is asked to read a saved response again.
     """
 
-    def __init__(self, folders: Folders, disk: Disk, ledger: Ledger, control: Control) -> None:
+    def __init__(self, folders: Folders, disk: Disk, journal: Journal, control: Control) -> None:
         self._inbox = folders.inbox
         self._errors = folders.errors
-        self._paid = os.path.join(folders.state, PAID)
         self._disk = disk
         self._tops = disk.tops
         with contextlib.suppress(OSError):  # the error is reported when the folder is needed
             self._tops.open(self._errors)
         self._opener = functools.partial(open_file, tops=self._tops)
-        self._ledger = ledger
+        self._journal = journal
+        self._ledger = journal.ledger
         self._control = control
 
     def all(self) -> Iterator[str]:
@@ -331,12 +330,12 @@ class Retry:
         Raises:
             SpoolError: It is not in the state folder, or the error file is not where the daemon put it.
         """
-        shown, record = printable(failed.path), Record(self._disk, self._paid, failed.job)
-        claim, decision = record.claim(), record.decision() or record.reopened()
-        if claim is None or decision is None:
+        shown, kept = printable(failed.path), self._journal.kept(failed.job)
+        decision = (kept.decision or kept.withdrawn) if kept else None
+        if kept is None or decision is None:
             hint = "nothing is sent; what the API returned may be beside the error file"
             raise SpoolError(f"there is no saved response: {shown}", path=failed.path, hint=hint)
-        place = os.path.join(self._errors, claim.folder, decision.name)
+        place = os.path.join(self._errors, kept.claim.folder, decision.name)
         if place != failed.path:  # other files may be there now
             hint = f"move it back with its other files: {printable(place)}"
             raise SpoolError(f"the error file was moved: {shown}", path=failed.path, hint=hint)

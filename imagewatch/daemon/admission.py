@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from imagewatch.job.spool import Spool
     from imagewatch.journal.control import Control
     from imagewatch.journal.holds import Hold, Holds
-    from imagewatch.journal.ledger import Ledger
+    from imagewatch.journal.journal import Journal
 
 _KEY_SECONDS = 2.0
 """How often the key file is checked while the account refuses requests, seconds."""
@@ -56,7 +56,7 @@ class Admission:
 
     Args:
         spool: The folders.
-        ledger: Records everything that is sent.
+        journal: Records everything that is sent.
         control: What commands asked for.
         holds: Reasons to wait.
         on_change: Called when a hold begins, changes or ends.
@@ -67,7 +67,7 @@ class Admission:
     def __init__(
         self,
         spool: Spool,
-        ledger: Ledger,
+        journal: Journal,
         control: Control,
         holds: Holds,
         on_change: OnChange,
@@ -76,7 +76,7 @@ class Admission:
     ) -> None:
         self._on_change = on_change
         self._spool = spool
-        self._ledger = ledger
+        self._journal = journal
         self._control = control
         self._holds = holds
         self._clock = clock
@@ -206,7 +206,7 @@ class Admission:
             if probe:
                 self._spool.probe()
             self._spool.require_room(self._limits.min_free_bytes)
-            self._ledger.require(prove=probe or not self._is_proved)
+            self._journal.require(prove=probe or not self._is_proved)
             self._is_proved = True
         except SpoolError as error:
             self.failed(error)

@@ -23,16 +23,17 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Config
     from imagewatch.inbox.candidate import Candidate, FileState, Key
-    from imagewatch.journal.budget import Budget
+    from imagewatch.journal.journal import Journal
     from imagewatch.protocol.reasons import Reason
     from imagewatch.protocol.request import Opener
+    from imagewatch.protocol.values import Claim
 
 
 class Caps:
     """The prompts that wait at a cap.
 
     Args:
-        budget: What may be spent.
+        journal: What may be spent.
         inbox: The inbox.
         opener: Opens a file of the inbox.
         monotonic: Monotonic clock, seconds.
@@ -41,8 +42,8 @@ class Caps:
         due: Monotonic time at which the prompts that wait are checked again, seconds.
     """
 
-    def __init__(self, budget: Budget, inbox: str, opener: Opener, monotonic: Callable[[], float]) -> None:
-        self._budget = budget
+    def __init__(self, journal: Journal, inbox: str, opener: Opener, monotonic: Callable[[], float]) -> None:
+        self._journal = journal
         self._inbox = inbox
         self._opener = opener
         self._now = monotonic
@@ -58,17 +59,21 @@ class Caps:
         self._refused.clear()
         self._held = None
 
-    def admits(self, job: str, candidate: Candidate) -> bool:
-        """Return whether a prompt may be claimed; if so, reserve what its request may cost for the job.
+    def admits(self, candidate: Candidate, claim: Claim) -> bool:
+        """Return whether a prompt may be claimed; if so, its job is open, and what it may cost is reserved.
 
         A prompt that may cost more than a whole cap may be claimed: its job refuses it, with an error file.
+
+        Raises:
+            SpoolError: The journal cannot be used, or a job of that name is not over.
         """
         asked = self._asked(candidate)
         if asked is None:
+            self._journal.open(claim)
             return True
         self._held = None
-        refusal = self._refused.get(asked) or self._budget.plan(job, asked)
-        if refusal is None or not refusal.row.is_own:
+        refusal = self._refused.get(asked) or self._journal.open(claim, asked)
+        if refusal is None:
             self._waiting.pop(candidate.key, None)
             return True
         self._refused[asked] = refusal
@@ -109,8 +114,9 @@ class Caps:
         """
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
-        found = self._budget.check({asked for _, asked in self._waiting.values()})
-        self._refused = {asked: refusal for asked, refusal in found.items() if refusal.row.is_own}
+        budget = self._journal.budget()
+        found = {asked: budget.over_cap(asked) for _, asked in self._waiting.values()}
+        self._refused = {asked: refusal for asked, refusal in found.items() if refusal and refusal.row.is_own}
         return {key for key, (_, asked) in self._waiting.items() if asked not in self._refused}
 
     def __len__(self) -> int:

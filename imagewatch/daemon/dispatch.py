@@ -7,9 +7,9 @@ Whether a request may be sent is asked at three moments:
 =====================  =================================================================================================
 before the claim       ``_may_claim``: no hold, or one probe (``Admission.slots``); a free slot (``Jobs.may_send``);
                        room on the disk (``Admission.has_room``); no folder closed for a stuck job
-                       (``Intake.may_claim``). Then ``_admits``: the cost fits below the caps
-                       (``Budget.plan`` reserves it)
-before it is recorded  the worker asks ``Budget.reserve``: requests in this minute, and the caps once more
+                       (``Intake.may_claim``). Then ``_admits``: the cost fits below the caps (``Journal.open``
+                       reserves it)
+when it is recorded    ``Journal.spend``: requests in this minute, a manual hold, and the caps once more
 at the first byte      ``Admission.leaving``: no hold has begun since, and the daemon is not ending
 =====================  =================================================================================================
 """
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from imagewatch.daemon.recovery import Recovery
     from imagewatch.inbox.candidate import Candidate
     from imagewatch.job.outcome import Outcome
+    from imagewatch.protocol.values import Claim
 
 _WORKERS = 96
 """As many as there may be jobs at work: half as many as the most slots may be delivering."""
@@ -130,24 +131,24 @@ class Dispatch:
         self._arrivals.count_new()
         if not (self._intake.any() and self._intake.may_claim() and self._may_send() and self._admission.has_room()):
             return False
-        return self._recovery.close_lost()
+        return self._recovery.complete()
 
     def _claim_next(self, name: str) -> None:
-        job = self._parts.spool.new_job()
-        candidate = self._intake.next(name, self._jobs.taken(), functools.partial(self._admits, job))
+        job, at = self._parts.spool.new_job(), self._parts.clock()
+        candidate = self._intake.next(name, self._jobs.taken(), lambda one: self._admits(one, one.claim(job, at)))
         if candidate is None:
             return
-        claim = candidate.claim(job, self._parts.clock())
         self._arrivals.claimed(candidate)
-        self._submit(Job(job, candidate.key), functools.partial(self._parts.worker.start, claim))
+        start = functools.partial(self._parts.worker.start, candidate.claim(job, at))
+        self._submit(Job(job, candidate.key), start)
 
-    def _admits(self, job: str, candidate: Candidate) -> bool:
-        """Return whether the caps let a prompt be claimed; if the ledger cannot be read, its job fails for that."""
+    def _admits(self, candidate: Candidate, claim: Claim) -> bool | None:
+        """Return whether the caps let a prompt be claimed; None if the journal cannot be used."""
         try:
-            return self._parts.caps.admits(job, candidate)
+            return self._parts.caps.admits(candidate, claim)
         except SpoolError as error:
             self._admission.failed(error)
-            return True
+            return None
 
     # Prompts that wait at a cap
 

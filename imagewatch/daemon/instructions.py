@@ -53,7 +53,7 @@ class Instructions:
         parts = self._parts
         if not parts.control.accepts_ledger():
             return
-        parts.ledger.accept()
+        parts.journal.accept()
         parts.admission.burst.forget()
         parts.control.accepted_ledger()
         _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, FILE))
@@ -62,7 +62,7 @@ class Instructions:
         """Read the saved response of a job again, as ``retry`` asked for."""
         parts = self._parts
         is_read = job in parts.jobs  # asked for twice, or before a crash
-        if not is_read and parts.spool.reopen(job):
+        if not is_read and parts.journal.reopen(job):
             reopened = Job(job, parts.spool.key(job))
             _log.info("response_reread", **reopened.names)
             parts.jobs.defer(reopened, 0.0)

@@ -250,14 +250,15 @@ class Intake:
         return self._scan.order.owner(name)
 
     def next(
-        self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool] = lambda _: True
+        self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool | None] = lambda _: True
     ) -> Candidate | None:
         """Return the oldest prompt of a first-level folder that may be claimed; it will not be returned again.
 
         Args:
             name: The folder; empty for prompts directly in the inbox.
             taken: Stems of which a job is not over.
-            admits: Returns whether a prompt fits below the caps; one that does not waits until ``reconsider``.
+            admits: Returns whether a prompt fits below the caps; one that does not waits until ``reconsider``. None if
+                that cannot be found out; then nothing is returned.
         """
         now = self.scanner.moment()
         candidate = self._take(name, taken, admits, now) if self.may_claim() else None
@@ -280,7 +281,7 @@ class Intake:
             self.scanner.follow()
 
     def _take(
-        self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool], now: float
+        self, name: str, taken: Container[Key | None], admits: Callable[[Candidate], bool | None], now: float
     ) -> Candidate | None:
         while self._scan.order.is_ready(name) and (candidate := self._scan.order.take(name)):
             if candidate.key in taken:
@@ -288,7 +289,10 @@ class Intake:
             elif candidate.key[0] in self.closed or not self._scan.unchanged(candidate):
                 self._scan.touch(candidate.key, now)
                 self.scanner.when_settled(candidate.key[0], now)
-            elif not admits(candidate):
+            elif (is_admitted := admits(candidate)) is None:
+                self._scan.give_back(candidate.key)
+                return None
+            elif not is_admitted:
                 self._scan.order.pass_over(candidate)
             else:
                 self._scan.claimed(candidate.key)

@@ -84,7 +84,7 @@ class Daemon:
         self._arrivals = Arrivals(self._parts)
         self._recovery = Recovery(self._parts)
         self._dispatch = Dispatch(self._parts, self._arrivals, self._recovery)
-        self._results = Results(self._parts, self._recovery, on_outcome)
+        self._results = Results(self._parts, on_outcome)
         self._instructions = Instructions(self._parts, self._arrivals, self._results)
         self._report = Report(self._parts)
         self._is_draining = False

@@ -21,10 +21,9 @@ from imagewatch.daemon.systemd import Notify
 from imagewatch.endpoint.client import Client
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
-from imagewatch.journal.budget import Budget
 from imagewatch.journal.control import Control
 from imagewatch.journal.files import FILE
-from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.journal import Journal
 from imagewatch.system.errors import MORE_FILES
 
 if TYPE_CHECKING:
@@ -74,15 +73,15 @@ class Parts:
         self.jobs = Jobs()
         self.fates: dict[str, Fate] = {}
         self.notify = Notify(environ)
-        self.spool = Spool(config, disk)
+        self.journal = Journal(os.path.join(config.folders.state, FILE), config.limits, clock, guarded=True)
+        self.ledger = self.journal.ledger
+        self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk)
-        self.ledger = Ledger(os.path.join(config.folders.state, FILE), guarded=True)
-        self.budget = Budget(self.ledger, config.limits, clock)
-        self.admission = Admission(self.spool, self.ledger, self.control, holds, self._changed_hold, clock, monotonic)
+        self.admission = Admission(self.spool, self.journal, self.control, holds, self._changed_hold, clock, monotonic)
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         tops = self.spool.tops
         self.intake = Intake(config.folders, self.control.folder, self.mailbox.hint, clock, monotonic, tops)
-        self.caps = Caps(self.budget, self.spool.inbox, self.intake.opener, monotonic)
+        self.caps = Caps(self.journal, self.spool.inbox, self.intake.opener, monotonic)
 
     def _changed_hold(self, *, at_once: bool) -> None:
         self.status.change(at_once=at_once)
@@ -98,7 +97,7 @@ class Parts:
         self.config = config
         self.client = client
         self.status.configure(config)
-        self.budget.change(config.limits)
+        self.journal.configure(config.limits)
         self.caps.configure(config)
         self.jobs.configure(config.limits.concurrency)
         self.worker = self._new_worker(config)
@@ -114,12 +113,11 @@ class Parts:
         return Worker(
             self.spool,
             self.client,
-            self.ledger,
+            self.journal,
             config,
             may_report=self.admission.may_report,
             not_reported=self.admission.not_reported,
             on_paid=lambda job: self.mailbox.put(Saved(job)),
-            budget=self.budget,
             fates=self.fates,
             leaving=self.admission.leaving,
             on_disk_error=lambda error: self.mailbox.put(DiskFailed(error)),
@@ -132,7 +130,7 @@ class Parts:
         """Stop watching and close what is open."""
         self.intake.stop()
         self.client.close()
-        self.ledger.close()
+        self.journal.close()
 
 
 def _within_open_files(config: Config) -> Config:

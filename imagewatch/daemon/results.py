@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING
 
 import structlog
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from imagewatch.daemon.jobs import Job
     from imagewatch.daemon.mailbox import Finished
     from imagewatch.daemon.parts import Parts
-    from imagewatch.daemon.recovery import Recovery
 
 _MOST_LEFT = 3
 """If so many jobs need a person, nothing is sent any more: the next ones might also be charged without a result."""
@@ -32,17 +32,15 @@ class Results:
 
     Args:
         parts: The daemon's parts.
-        recovery: What is left of earlier jobs.
         on_outcome: Called for each job that is over.
 
     Attributes:
         failed: How many jobs ended in ``errors``.
     """
 
-    def __init__(self, parts: Parts, recovery: Recovery, on_outcome: Callable[[Outcome], None]) -> None:
+    def __init__(self, parts: Parts, on_outcome: Callable[[Outcome], None]) -> None:
         self._parts = parts
         self._jobs = parts.jobs
-        self._recovery = recovery
         self._on_outcome = on_outcome
         self.failed = 0
 
@@ -55,17 +53,22 @@ class Results:
         try:
             outcome = message.future.result()
         except SpoolError as error:
-            self._parts.budget.unplan(job.id)
+            self._unreserve(job)
             self._failed(job, error)
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("internal_error", **job.names, next="report this as a bug")
-            self._parts.budget.unplan(job.id)
+            self._unreserve(job)
             self._leave(job)
             return
         self._continues(job)
         self._hold_or_release(outcome, message.began)
         self._place(job, outcome)
+
+    def _unreserve(self, job: Job) -> None:
+        """End what a job that failed has reserved, if it has not sent anything yet."""
+        with contextlib.suppress(SpoolError):
+            self._parts.journal.unreserve(job.id)
 
     # A job that failed at the local disk
 
@@ -104,7 +107,8 @@ class Results:
     def _leave(self, job: Job) -> None:
         self._continues(job)
         self._jobs.leave(job)
-        self._parts.budget.count_as_spent(job.id)
+        with contextlib.suppress(SpoolError):  # then it stays reserved
+            self._parts.journal.set_stuck(job.id)
         self.count_left()
 
     def count_left(self) -> None:
@@ -124,7 +128,6 @@ class Results:
             if self._parts.spool.is_left(job):
                 continue
             _log.info("unstuck", **self._jobs.forget(job).names, reason="none of its files are left")
-            self._recovery.record_removed()
             self.count_left()
             self._parts.intake.scanner.soon()
             self._parts.status.change()

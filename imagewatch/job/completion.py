@@ -1,4 +1,4 @@
-"""How a job ends: the ledger row, then the decision with its result file."""
+"""How a job ends: the result of its last attempt and the decision, in one transaction."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import structlog
 
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.receipts import compose, with_files
-from imagewatch.job.rows import Rows
+from imagewatch.job.rows import row_of
 from imagewatch.job.running import NO_ATTEMPT
 from imagewatch.journal.budget import CAPS
 from imagewatch.protocol.names import tagged
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from imagewatch.endpoint.pictures import Picture, Pictures
     from imagewatch.job.running import Attempt, RunningJob
     from imagewatch.job.spool import Spool
-    from imagewatch.journal.ledger import Ledger
-    from imagewatch.protocol.values import Charged, Claim
+    from imagewatch.journal.row import Row
+    from imagewatch.protocol.values import Claim
     from imagewatch.system.errors import Problem
 
 _WITHOUT_PROMPT = {
@@ -48,28 +48,23 @@ class Completion:
     Args:
         spool: The folders.
         pictures: Gets the images out of responses.
-        ledger: The ledger.
         clock: Wall clock, seconds since the epoch.
     """
 
-    def __init__(self, spool: Spool, pictures: Pictures, ledger: Ledger, clock: Callable[[], float]) -> None:
+    def __init__(self, spool: Spool, pictures: Pictures, clock: Callable[[], float]) -> None:
         self._spool = spool
         self._pictures = pictures
-        self._ledger = ledger
-        self._rows = Rows(ledger)
         self._clock = clock
-        self.begin = self._rows.begin
 
     def _date(self, job: RunningJob) -> None:
-        """Choose a new mtime for the prompt: the ledger has it before the file gets it."""
+        """Choose a new mtime for the prompt: the journal has it before the file gets it."""
         job.mtime_ns = int(self._clock() * 1e9)
 
     # Without an image
 
     def redelivered(self, job: RunningJob, twin: str) -> None:
         """End a job whose files are those of a finished job: nothing is sent, nothing is published."""
-        self._ledger.count_redelivery(twin, self._clock())
-        job.record.decide(Decision(destination="discarded"))
+        job.record.decide(Decision(destination="discarded"), repeated=twin)
         reason = "a sync tool delivered a finished prompt again; skipped, not charged"
         _log.info("redelivered", finished=twin, reason=reason)
 
@@ -87,35 +82,40 @@ class Completion:
         self._date(job)
         texts = [printable(str(problem)) for problem in problems]
         message = texts[0] if len(texts) == 1 else f"{len(texts)} problems: {texts[0]} …"
-        self._rows.write(job, NO_ATTEMPT, "invalid", "no", message="; ".join(texts), contents=contents)
+        row = row_of(job, NO_ATTEMPT, "invalid", "no", message="; ".join(texts), contents=contents)
         if all(problem.field in CAPS for problem in problems):
             kind = "too_expensive"
         top = {"message": message, "problems": texts, "next": KINDS[kind].retry}
-        self._reject(job, NO_ATTEMPT, top, "no")
+        self._reject(job, NO_ATTEMPT, row, top)
 
     def busy(self, job: RunningJob) -> None:
         """Record an attempt that was free and will be made again."""
+        attempt = job.attempt()
+        known = job.record.attempt(attempt.number)
+        if known is None or known.outcome == "busy":
+            return
         verdict = job.verdict()
-        self._rows.write(job, job.attempt(), "busy", "no", message=verdict.reason.message, code=verdict.code)
+        row = row_of(job, attempt, "busy", "no", message=verdict.reason.message, code=verdict.code)
+        job.record.write(row, synced=False)  # the saved response says the same
 
     def refuse(self, job: RunningJob, verdict: Verdict) -> None:
         """End a job that the API refused, or whose response does not say whether it was charged."""
         self._date(job)
-        attempt, row = job.attempt(), verdict.reason.row
-        is_unknown = row.charged == "unknown"
+        attempt, kind = job.attempt(), verdict.reason.row
+        is_unknown = kind.charged == "unknown"
         message = printable(verdict.reason.message) + ("; it may have been charged" if is_unknown else "")
-        if row.name == "broken":
-            message = f"{message}; tried {attempt.number} times; nothing was charged"
+        if kind.name == "broken":
+            message = f"{message}; tried {attempt.made} times; nothing was charged"
         outcome = "unknown" if is_unknown else "refused"
-        self._rows.write(job, attempt, outcome, row.charged, message=message, code=verdict.code)
+        row = row_of(job, attempt, outcome, kind.charged, message=message, code=verdict.code)
         top = {
             "message": message,
             "status": (attempt.head.status if attempt.head else 0) or None,
             "code": printable(verdict.code, 200) or None,
             "credits_required": verdict.credits_required,
-            "next": row.retry,
+            "next": kind.retry,
         }
-        self._reject(job, attempt, top, row.charged)
+        self._reject(job, attempt, row, top)
 
     def unknown(self, job: RunningJob, message: str, *, is_charged: bool = False) -> None:
         """End a job whose request was sent and has no response.
@@ -124,33 +124,27 @@ class Completion:
             job: The job.
             message: Why not.
             is_charged: Whether a response had come that is charged, and was lost on our side.
-
-        Raises:
-            SpoolError: The ledger has the result; what is on the disk is an older copy.
         """
         attempt = job.attempt()
-        if row := self._rows.result(job, attempt.number):
-            is_charged, message, job.mtime_ns = True, row["message"], row["placed_mtime_ns"]
-        else:
-            self._date(job)
-            message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
-            outcome = "completed" if is_charged else "unknown"
-            self._rows.write(job, attempt, outcome, "yes" if is_charged else "unknown", message=message)
+        self._date(job)
+        message = printable(f"{message}; it {'was' if is_charged else 'may have been'} charged")
+        outcome = "completed" if is_charged else "unknown"
+        row = row_of(job, attempt, outcome, "yes" if is_charged else "unknown", message=message)
         kind = KINDS["lost" if is_charged else "unknown"]
-        self._reject(job, attempt, {"message": message, "next": kind.retry}, kind.charged)
+        self._reject(job, attempt, row, {"message": message, "next": kind.retry})
 
     def _reject(
         self,
         job: RunningJob,
         attempt: Attempt,
+        row: Row,
         top: Mapping[str, object],
-        charged: Charged,
         *,
         beside: Move | None = None,
         billing: dict[str, Any] | None = None,
     ) -> None:
         """Decide for the errors folder: the originals, the raw response if it was paid for, the error file last."""
-        claim = job.claim
+        claim, charged = job.claim, row.charged
         ending = f".{beside.name}" if beside else ""
         base = self._spool.delivery.base(claim, "errors", [".error.toml", *([ending] if beside else [])])
         originals = self._spool.delivery.free_originals(claim, "errors", self._spool.originals.present(claim), base)
@@ -173,7 +167,7 @@ class Completion:
         )
         name = f"{base}.error.toml"
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
-        job.record.decide(Decision(destination="errors", moves=moves, **result))
+        job.record.decide(Decision(destination="errors", moves=moves, **result), row)
 
     # With images
 
@@ -183,8 +177,8 @@ class Completion:
         attempt, answer = job.attempt(), job.answer()
         reading = self._pictures.read(job.record.path, answer)
         if any(got.url for got in reading.images):
-            # The ledger first: it was paid for, and to fetch an image may take long.
-            self._rows.write(job, attempt, "completed", "yes", reading=reading)
+            # The journal first: it was paid for, and to fetch an image may take long.
+            job.record.write(row_of(job, attempt, "completed", "yes", reading=reading), synced=True)
         pictures = self._pictures.collect(job.record.path, reading)
         good = sum(picture.good for picture in pictures)
         asked = attempt.sent.asked if attempt.sent else 1
@@ -193,9 +187,7 @@ class Completion:
         if good != asked:
             problems.append(f"asked for {asked}, got {good}")
         message = "" if good else "; ".join([reading.message, *problems] if reading.message else problems)
-        self._rows.write(
-            job, attempt, "completed", "yes", reading=reading, got=good, message=message, code=reading.code
-        )
+        row = row_of(job, attempt, "completed", "yes", reading=reading, got=good, message=message, code=reading.code)
         top = {
             "provider": reading.provider or attempt.fields.get("provider"),
             "model": reading.model or attempt.fields.get("model"),
@@ -205,14 +197,15 @@ class Completion:
             "problems": [printable(text) for text in problems] or None,
         }
         if good:
-            self._publish(job, attempt, top, pictures, reading.billing)
+            self._publish(job, attempt, row, top, pictures, reading.billing)
         else:
-            self._keep_raw(job, attempt, top, reading)
+            self._keep_raw(job, attempt, row, top, reading)
 
     def _publish(
         self,
         job: RunningJob,
         attempt: Attempt,
+        row: Row,
         top: Mapping[str, object],
         pictures: list[Picture],
         billing: dict[str, Any],
@@ -237,9 +230,11 @@ class Completion:
         keep = self._spool.delivery.free_originals(claim, "archive", claimed) if self._spool.archive else ()
         name = f"{base}.receipt.toml"
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
-        job.record.decide(Decision(destination="outbox", moves=moves, keep=keep, **result))
+        job.record.decide(Decision(destination="outbox", moves=moves, keep=keep, **result), row)
 
-    def _keep_raw(self, job: RunningJob, attempt: Attempt, top: Mapping[str, object], reading: Reading) -> None:
+    def _keep_raw(
+        self, job: RunningJob, attempt: Attempt, row: Row, top: Mapping[str, object], reading: Reading
+    ) -> None:
         """Decide for the errors folder with the raw response: it was paid for and holds no readable image."""
         answer = job.answer()
         ending = "json" if answer.sample(64).lstrip()[:1] in {b"{", b"["} else "bin"
@@ -253,7 +248,7 @@ class Completion:
         status = answer.head.status
         beside = Move(source=_RAW, name=f"answer.{ending}")
         top = {**top, "message": message, "status": status, "code": code, "next": KINDS["unreadable"].retry}
-        self._reject(job, attempt, top, "yes", beside=beside, billing=reading.billing)
+        self._reject(job, attempt, row, top, beside=beside, billing=reading.billing)
 
     # The decision, afterwards
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Folders
     from imagewatch.job.folders import JobFolders
     from imagewatch.job.originals import Originals
+    from imagewatch.job.record import Record
     from imagewatch.system.folders import Tops
 
 _LONGEST_ENDING = ".receipt.toml"
@@ -148,7 +149,6 @@ class Delivery:
             self._disk.publish(
                 target, _temporary(folder, claim, "d"), decision.result_file.encode(), self._folders.permissions.apply
             )
-        self._folders.record(claim.job).mark_over()
 
     def keep(self, claim: Claim, decision: Decision) -> None:
         """Empty the claim folder of a finished job: its originals go to the archive, or are removed if none is kept."""
@@ -170,10 +170,10 @@ class Delivery:
                 self._carry_all(claim, self.free_originals(claim, destination, left), folder, decision.mtime_ns)
             self._disk.sync_folder(folder)
 
-    def reclaim(self, claim: Claim) -> None:
+    def reclaim(self, claim: Claim, record: Record) -> None:
         """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file."""
-        record = self._folders.record(claim.job)
-        decision = record.reopened()
+        assert record.row is not None
+        decision = record.row.withdrawn
         assert decision is not None
         self._folders.ensure_claims()
         self._disk.make_folder(self._folders.claim_folder(claim.job))

@@ -13,7 +13,7 @@ from imagewatch.config.locate import others_above
 from imagewatch.config.values import overlaps
 from imagewatch.job.claims import Claims, NotOursError
 from imagewatch.job.record import Record
-from imagewatch.protocol.names import PAID
+from imagewatch.protocol.names import ANSWERS
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import ConfigError, SpoolError
 from imagewatch.system.file_systems import Kinds, Mounts, keeps_times
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
     from imagewatch.config.schema import Config
+    from imagewatch.journal.journal import Journal
     from imagewatch.protocol.values import Claim
     from imagewatch.system.disk import Disk
     from imagewatch.system.folders import Tops
@@ -69,10 +70,12 @@ class JobFolders:
     Args:
         config: Where they are, and the modes for what is published.
         disk: The local disk.
+        journal: What is recorded of jobs.
     """
 
-    def __init__(self, config: Config, disk: Disk) -> None:
+    def __init__(self, config: Config, disk: Disk, journal: Journal) -> None:
         folders = config.folders
+        self.journal = journal
         self._folders = folders
         self.disk = disk
         self.inbox = folders.inbox
@@ -80,8 +83,7 @@ class JobFolders:
         self.errors = folders.errors
         self.archive = None if folders.archive == "delete" else folders.archive
         self.state = folders.state
-        self.jobs = os.path.join(folders.state, "jobs")
-        self.paid = os.path.join(folders.state, PAID)
+        self.answers = os.path.join(folders.state, ANSWERS)
         self._claims = Claims(folders.inbox, folders.state, disk)
         self.claims = self._claims.path
         self.permissions = Permissions(config.outbox.file_mode, config.outbox.folder_mode, config.outbox.group)
@@ -113,19 +115,15 @@ class JobFolders:
         if problems := overlaps(self._folders):  # a link may have been created since the configuration was read
             raise ConfigError(problems)
         self._open()
-        self.disk.make_folder(self.jobs)
+        self.disk.make_folder(self.answers)
         with contextlib.suppress(NotOursError):
             self._claims.require()
-        self._sync_above([*self._all(), self.jobs, self.claims])
+        self._sync_above([*self._all(), self.answers, self.claims])
         self._remove_probes()
-        self._tidy()
         with contextlib.suppress(NotOursError):
             self.probe()
         self._prove_outbox()
         self._mounts = Mounts(self._all())
-
-    def _tidy(self) -> None:
-        """Remove what jobs of an earlier process have left, before the folders are tested."""
 
     def lock(self) -> None:
         """Lock this inbox and this state folder, until the process ends.
@@ -389,8 +387,8 @@ class JobFolders:
         return secrets.token_hex(8)
 
     def record(self, job: str) -> Record:
-        """Return the record of a job; its files may be missing."""
-        return Record(self.disk, self.jobs, job)
+        """Return the record of a job; there need not be one."""
+        return Record(self.journal, self.disk, self.answers, job)
 
     def claim_folder(self, job: str) -> str:
         """Return the folder of a job's originals."""

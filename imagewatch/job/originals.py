@@ -15,6 +15,7 @@ from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from imagewatch.job.folders import JobFolders
+    from imagewatch.job.record import Record
     from imagewatch.protocol.values import Claim
 
 
@@ -40,14 +41,18 @@ class Originals:
         except (KeyError, OSError):  # of another machine, or a directory service that does not respond
             return str(user)
 
-    def claim(self, claim: Claim) -> bool:
+    def claim(self, claim: Claim, record: Record) -> bool:
         """Move a prompt from the inbox into its claim: this rename is the lock.
+
+        Args:
+            claim: What is claimed; it is recorded before.
+            record: Where.
 
         Returns:
             False if the prompt was missing: it was canceled, or another folder has the name of its folder now.
         """
         self._folders.require_claims()
-        self._folders.record(claim.job).begin(claim)
+        record.begin(claim)
         folder = self._folders.claim_folder(claim.job)
         self._disk.make_folder(folder)
         self._disk.sync_folder(self._folders.claims)

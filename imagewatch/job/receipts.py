@@ -54,7 +54,7 @@ def compose(
     """
     sent, headers = attempt.sent, attempt.head.headers if attempt.head and attempt.head.status else {}
     values: dict[str, object] = {"schema": SCHEMA, "job": claim.job, "source": claim.source, **top}
-    values |= {"owner": claim.owner or None, "charged": charged, "attempts": attempt.number, "version": __version__}
+    values |= {"owner": claim.owner or None, "charged": charged, "attempts": attempt.made, "version": __version__}
     if sent:
         values |= {"prompt": sent.prompt, "prompt_sha256": sent.prompt_sha256, "endpoint": sent.endpoint}
         values["request"] = sent.fields

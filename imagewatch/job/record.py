@@ -1,17 +1,11 @@
-"""The record of one job: its folder in the state folder, with the saved responses.
+"""The record of one job: its row in the journal, and the files of its responses in the state folder.
 
 ::
 
-    state/jobs/ID/claim.json      what was claimed                    written before the prompt leaves the inbox
-                  sent.N          attempt N                           written before the first byte leaves
-                  answer.N.part   the response while it arrives
-                  answer.N        the response                        renamed before it is read
-                  image.K         image K of the response, decoded or fetched
-                  decision.json   destination, files and result file
-                  over            the result file is published
-                  reopened.json   the decision that was withdrawn, until the originals are here again
-
-A job that was paid for and gave no image is not forgotten: its folder moves to ``paid/ID`` as it is.
+    state/answers/ID.answer.N.part   a response while it arrives
+                  ID.answer.N        the response                        renamed before it is read
+                  ID.image.K         image K of the response, decoded or fetched
+                  ID.raw             a paid response without a readable image, as it is published
 
 The file of a response is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
 """
@@ -20,107 +14,195 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
-from typing import IO, TYPE_CHECKING, TypeVar
+import secrets
+from typing import IO, TYPE_CHECKING
 
-from imagewatch.endpoint.saved_answer import Answer, Sink, errno_of, has_tail
-from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load, load_decision
+from msgspec.structs import replace
+
+from imagewatch.endpoint.saved_answer import Answer, Sink, has_tail
+from imagewatch.journal.row import AttemptRow, JobRow, Row
+from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
 from imagewatch.system.disk_errors import closing, disk_errors
-from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
 
+    from imagewatch.journal.journal import Journal
+    from imagewatch.journal.prices import Asked
+    from imagewatch.protocol.reasons import Reason
     from imagewatch.system.disk import Disk
+    from imagewatch.system.errors import SpoolError
 
-T = TypeVar("T")
 _LINE_BYTES = 64 * 1024
-_NUMBERED = re.compile(r"(sent|answer)\.([0-9]{1,4})(\.part)?")
 
 
 class Record:
-    """The folder of one job in the state folder.
+    """What is recorded of one job. One worker at a time uses it.
 
     Args:
+        journal: The journal.
         disk: The local disk.
-        jobs: The folder of all records.
-        job: Its id.
+        folder: The folder of all saved responses.
+        job: The id of the job.
     """
 
-    def __init__(self, disk: Disk, jobs: str, job: str) -> None:
+    def __init__(self, journal: Journal, disk: Disk, folder: str, job: str) -> None:
+        self._journal = journal
         self._disk = disk
-        self._jobs = jobs
-        self._decision: Decision | None = None
+        self._folder = folder
+        self._row: JobRow | None = None
+        self._is_read = False
         self._answers: dict[int, Answer] = {}
-        self._sent: tuple[int, Sent] | None = None
         self.job = job
-        self.folder = os.path.join(jobs, job)
 
     def path(self, name: str) -> str:
-        """Return the path of a file of this record."""
-        return os.path.join(self.folder, name)
+        """Return the path of a file of this job."""
+        return os.path.join(self._folder, f"{self.job}.{name}")
+
+    # The row
+
+    @property
+    def row(self) -> JobRow | None:
+        """What the journal holds of the job; None if it is over, or not known.
+
+        Raises:
+            SpoolError: The journal cannot be read.
+        """
+        if not self._is_read:
+            self._row, self._is_read = self._journal.job(self.job), True
+        return self._row
+
+    def read_again(self) -> None:
+        """Ask the journal when the row is needed next."""
+        self._is_read = False
+
+    def _changed(self, **changes: object) -> None:
+        if self._row is not None:
+            self._row = replace(self._row, **changes)
 
     def begin(self, claim: Claim) -> None:
-        """Write down what is about to be claimed."""
-        self._disk.make_folder(self.folder)
-        self._disk.write(self.path("claim.json"), dump(claim))
-        self._disk.sync_folder(self._jobs)
+        """Write down what is about to be claimed; it survives a power cut when this returns."""
+        self._journal.claim(claim)
+        self._row, self._is_read = JobRow(claim=claim, state="open"), True
 
     def claim(self) -> Claim | None:
-        """Return what was claimed, or None if there is no such record."""
-        return self._load("claim.json", lambda content: load(content, Claim))
+        """Return what was claimed, or None if the job is over or not known."""
+        return self.row.claim if self.row else None
 
-    def exists(self) -> bool:
-        """Return whether anything of the record is there."""
-        return self._disk.tops.exists(self.folder)
+    def attempts(self) -> tuple[int, int]:
+        """Return the number of the newest attempt that may have left, and of the newest with a response; 0 without."""
+        attempts = self.row.attempts if self.row else ()
+        for known in reversed(attempts):
+            if known.outcome == "busy" or self.has_answer(known.number):
+                return attempts[-1].number, known.number
+        return (attempts[-1].number if attempts else 0), 0
 
-    def attempts(self, names: Iterable[str] | None = None) -> tuple[int, int]:
-        """Return the highest N of ``sent.N`` and of ``answer.N``, 0 without.
+    def made(self) -> int:
+        """Return how many attempts were made."""
+        return len(self.row.attempts) if self.row else 0
 
-        Args:
-            names: What ``names`` returned, if that is known.
-        """
-        highest = {"sent": 0, "answer": 0}
-        for name in self.names() if names is None else names:
-            if (match := _NUMBERED.fullmatch(name)) and not match[3]:
-                highest[match[1]] = max(highest[match[1]], int(match[2]))
-        return highest["sent"], highest["answer"]
-
-    def write_sent(self, attempt: int, sent: Sent) -> None:
-        """Write down an attempt; it may leave when this returns, and does not leave when this fails."""
-        path = self.path(f"sent.{attempt}")
-        try:
-            self._disk.write(path, dump(sent))
-        except SpoolError:
-            # Its name may be there already, and would mean that its charge is unknown.
-            with contextlib.suppress(SpoolError):
-                self._disk.unlink(path)
-            raise
-        self._sent = attempt, sent
+    def attempt(self, number: int) -> AttemptRow | None:
+        """Return an attempt that may have left, or None."""
+        return next((one for one in (self.row.attempts if self.row else ()) if one.number == number), None)
 
     def sent(self, attempt: int) -> Sent | None:
         """Return what was sent, or None."""
-        if self._sent and self._sent[0] == attempt:
-            return self._sent[1]
-        return self._load(f"sent.{attempt}", lambda content: load(content, Sent)) if attempt else None
+        known = self.attempt(attempt)
+        return known.sent if known else None
+
+    def next_attempt(self) -> tuple[int, str]:
+        """Return number and nonce of the next attempt."""
+        return (self.row.highest if self.row else 0) + 1, secrets.token_hex(8)
+
+    def spend(self, row: Row, sent: Sent, asked: Asked, *, skip_repeated: bool) -> Reason | None:
+        """Spend the right to send an attempt; see ``Journal.spend``."""
+        refusal = self._journal.spend(row, asked, skip_repeated=skip_repeated)
+        if refusal is None and self._row is not None:
+            known = AttemptRow(number=row.attempt, outcome="sent", nonce=row.nonce, sent=sent)
+            self._changed(attempts=(*self._row.attempts, known), highest=row.attempt)
+        return refusal
 
     def take_back(self, attempt: int) -> None:
-        """Remove the mark of an attempt of which no byte left, durably: as if it had never been sent."""
-        if not self.exists():
-            return
-        for name in (f"answer.{attempt}.part", f"sent.{attempt}"):
-            self._disk.unlink(self.path(name))
-        self._disk.sync_folder(self.folder)
-        self._sent = None
+        """Note that no byte of an attempt left; it never will."""
+        self._journal.unsent(self.job, attempt)
+        self._disk.unlink(self.path(f"answer.{attempt}.part"))
+        if self._row is not None:
+            self._changed(attempts=tuple(one for one in self._row.attempts if one.number != attempt))
 
-    def restore(self, claim: Claim, attempt: int, sent: Sent) -> None:
-        """Write again what was removed while a request was in flight; what is there stays."""
-        if not self._disk.tops.exists(self.path("claim.json")):
-            self._disk.make_folder(self._jobs)
-            self._disk.sync_folder(os.path.dirname(self._jobs))
-            self.begin(claim)
-        if not self._disk.tops.exists(self.path(f"sent.{attempt}")):
-            self.write_sent(attempt, sent)
+    def write(self, row: Row, *, synced: bool) -> None:
+        """Write the result of an attempt; see ``Journal.record``."""
+        self._journal.record(row, synced=synced)
+        self._note(row)
+
+    def _note(self, row: Row) -> None:
+        if self._row is not None:
+            attempts = self._row.attempts
+            known = tuple(replace(one, outcome=row.outcome) if one.number == row.attempt else one for one in attempts)
+            self._changed(attempts=known)
+
+    def decide(self, decision: Decision, row: Row | None = None, *, repeated: str = "") -> None:
+        """Write how the job ends, with the result of its last attempt; see ``Journal.decide``."""
+        assert self.row is not None
+        self._journal.decide(self.row.claim, decision, row, repeated=repeated)
+        if row is not None:
+            self._note(row)
+        self._changed(state="decided", decision=decision)
+
+    def decision(self) -> Decision | None:
+        """Return how the job ends, or None while that is open."""
+        return self.row.decision if self.row else None
+
+    def restore(self, claim: Claim, row: Row) -> None:
+        """Write again what is not in the journal any more, because another one is used since the request was sent."""
+        self._journal.restore(claim, row)
+        self.read_again()
+
+    def mark_over(self) -> None:
+        """Note that the result file is published: if a reader removes it immediately, it is not published again."""
+        self._journal.set_state(self.job, "published")
+        self._changed(state="published")
+
+    def await_name(self) -> None:
+        """Note that the job goes back as soon as a newer file of the same name has left the inbox."""
+        if self.row is not None and self.row.state == "open":
+            self._journal.set_state(self.job, "returning")
+            self._changed(state="returning")
+
+    def reclaimed(self) -> None:
+        """Note that the originals of a reopened job are in its claim again."""
+        self._journal.reclaimed(self.job)
+        self.read_again()
+
+    def keep(self) -> None:
+        """Keep the record and the responses of a job that gave no image, for ``imagewatch retry``."""
+        for name in self.names():
+            if not name.startswith("answer."):
+                self._disk.unlink(self.path(name))
+        self._journal.keep(self.job)
+        self.read_again()
+
+    def remove(self) -> None:
+        """Note that nothing is left of the job, then remove its responses."""
+        if self.row is None or self.row.attempts or self.row.decision is not None:
+            self._journal.finish(self.job)
+        else:
+            self._journal.drop(self.job)
+        self._row, self._is_read = None, True
+        for name in self.names():
+            self._disk.unlink(self.path(name))
+
+    # The files
+
+    def names(self) -> list[str]:
+        """Return the names of its files, without the id."""
+        prefix = f"{self.job}."
+        with disk_errors(self._folder, "read"), contextlib.suppress(FileNotFoundError):
+            return [name[len(prefix) :] for name in self._disk.tops.names(self._folder) if name.startswith(prefix)]
+        return []
+
+    def has_answer(self, attempt: int) -> bool:
+        """Return whether the response of an attempt is saved."""
+        return attempt in self._answers or self._disk.tops.exists(self.path(f"answer.{attempt}"))
 
     def sink(
         self,
@@ -131,6 +213,11 @@ class Record:
         """Return where the response of an attempt goes; the arguments are those of a ``Sink``."""
         return Sink(self._disk, self.path(f"answer.{attempt}"), restore, on_error)
 
+    def make_folder(self) -> None:
+        """Make the folder of responses again, if it was removed."""
+        self._disk.make_folder(self._folder)
+        self._disk.sync_folder(os.path.dirname(self._folder))
+
     def answer(self, attempt: int) -> Answer:
         """Return the saved response of an attempt. A file of this name never changes."""
         if attempt not in self._answers:
@@ -140,12 +227,12 @@ class Record:
     def partial(self, attempt: int) -> Head | None:
         """Return how the response began that was arriving when the process died, or None."""
         path = self.path(f"answer.{attempt}.part")
-        with disk_errors(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), self._read(path) as file:
+        with disk_errors(path, "read"), contextlib.suppress(FileNotFoundError, ValueError), self._open(path) as file:
             line = file.readline(_LINE_BYTES)
             return load(line, Head) if line.endswith(b"\n") else None
         return None
 
-    def _read(self, path: str) -> IO[bytes]:
+    def _open(self, path: str) -> IO[bytes]:
         return open(self._disk.tops.open_file(path, os.O_RDONLY), "rb")
 
     def save_partial(self, attempt: int, tail: Tail) -> None:
@@ -157,117 +244,4 @@ class Record:
             self._disk.unreserve(file)
             self._disk.sync(file, part)
         self._disk.replace(part, self.path(f"answer.{attempt}"))
-        self._disk.sync_folder(self.folder)
-
-    def decide(self, decision: Decision) -> None:
-        """Write down how the job ends. A later decision replaces an earlier one of which names exist already."""
-        self._decision = None  # if this fails, the disk has to be asked
-        self._disk.write(self.path("decision.json"), dump(decision))
-        self._decision = decision
-
-    def decision(self) -> Decision | None:
-        """Return how the job ends, or None while that is open."""
-        if self._decision is None:
-            self._decision = self._load("decision.json", load_decision)
-        return self._decision
-
-    def keep(self, folder: str) -> None:
-        """Keep the whole record in another folder, for ``imagewatch retry``.
-
-        Args:
-            folder: Where to; on the same file system.
-        """
-        self._disk.make_folder(folder)
-        self._disk.replace(self.folder, os.path.join(folder, self.job))
-        self._disk.sync_folder(folder)
-        self._disk.sync_folder(self._jobs)
-
-    def reopen(self, folder: str) -> bool:
-        """Move the record out of the folder in which it was kept; its response is to be read again.
-
-        Returns:
-            False if there is none.
-        """
-        kept = Record(self._disk, folder, self.job)
-        if kept.claim() is None or self.exists():
-            return False
-        if kept.decision() is not None:
-            self._disk.replace(kept.path("decision.json"), kept.path("reopened.json"))
-        for name in kept.names():
-            if not name.startswith(("claim.", "sent.", "answer.", "reopened.")):
-                self._disk.unlink(kept.path(name))
-        self._disk.sync_folder(kept.folder)
-        self._disk.replace(kept.folder, self.folder)
-        self._disk.sync_folder(self._jobs)
-        self._disk.sync_folder(folder)
-        return True
-
-    def reopened(self) -> Decision | None:
-        """Return the decision that was withdrawn, while its files are still at its destination."""
-        return self._load("reopened.json", load_decision)
-
-    def reclaimed(self) -> None:
-        """Note that the originals are in the claim again."""
-        self._disk.unlink(self.path("reopened.json"))
-        self._disk.sync_folder(self.folder)
-
-    def mark_over(self) -> None:
-        """Note that the result file is published, by a file ``over``. Not synced: the result file is the durable mark.
-
-        If a reader removes the result file immediately, it is not published again.
-        """
-        path = self.path("over")
-        if not self._disk.tops.exists(path):
-            self._disk.create(path).close()
-
-    def remove(self) -> None:
-        """Remove the record, then the responses: what was paid for goes last."""
-        self._disk.unlink(self.path("claim.json"))
-        self._disk.sync_folder(self.folder)
-        for name in self._known():
-            self._disk.unlink(self.path(name))
-        if not self._disk.remove_folder(self.folder):
-            for name in sorted(self.names()):
-                self._disk.unlink(self.path(name))
-            self._disk.remove_folder(self.folder)
-        self._disk.sync_folder(self._jobs)
-
-    def _known(self) -> list[str]:
-        """Return what is nearly always all that is left, without asking the disk for each name."""
-        answers = [f"answer.{attempt}" for attempt in self._answers]
-        return [*answers, "decision.json", "over", *([f"sent.{self._sent[0]}"] if self._sent else [])]
-
-    def names(self) -> list[str]:
-        """Return the names of its files; none if its folder is missing."""
-        with disk_errors(self.folder, "read"), contextlib.suppress(FileNotFoundError):
-            return self._disk.tops.names(self.folder)
-        return []
-
-    def _load(self, name: str, read: Callable[[bytes], T]) -> T | None:
-        path = self.path(name)
-        try:
-            return read(_content(self._disk.tops.open_file(path, os.O_RDONLY)))
-        except FileNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise SpoolError(
-                f"the job record cannot be read: {error}: {path}",
-                path=path,
-                code=errno_of(error),
-                hint="do not remove it before you have read it: it may be the only proof of a charge",
-            ) from error
-
-
-def _content(descriptor: int) -> bytes:
-    """Return the bytes of a small file. ``open`` would ask for its size, its position and whether it is a terminal.
-
-    Args:
-        descriptor: The open file; it is closed.
-    """
-    try:
-        content = b""
-        while piece := os.read(descriptor, _LINE_BYTES):
-            content += piece
-        return content
-    finally:
-        os.close(descriptor)
+        self._disk.sync_folder(self._folder)

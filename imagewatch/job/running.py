@@ -26,12 +26,16 @@ class Attempt(NamedTuple):
         sent: What was sent.
         head: How its response began, if there is one.
         tail: How its response ended.
+        nonce: Of the process that may send it.
+        made: How many were made with it: one of which no byte left has a number, too.
     """
 
     number: int = 0
     sent: Sent | None = None
     head: Head | None = None
     tail: Tail | None = None
+    nonce: str = ""
+    made: int = 0
 
     @property
     def fields(self) -> dict[str, Any]:
@@ -94,8 +98,12 @@ class RunningJob:
         """Return the newest attempt, with its response if there is one."""
         number = self.state.sent
         answer = self.record.answer(number) if self.state.answered >= number > 0 else None
-        sent = self.record.sent(number)
-        return Attempt(number, sent, answer.head, answer.tail) if answer else Attempt(number, sent)
+        if (known := self.record.attempt(number)) is None:
+            return NO_ATTEMPT
+        made = self.record.made()
+        if answer is None:
+            return Attempt(number, known.sent, nonce=known.nonce, made=made)
+        return Attempt(number, known.sent, answer.head, answer.tail, known.nonce, made)
 
     def answer(self) -> Answer:
         """Return the saved response of the newest attempt that has one."""

@@ -1,9 +1,9 @@
 """One attempt: what is recorded before its first byte leaves, and what this process knows about it afterwards.
 
-Before the first byte leaves, this is on the disk, written in this order: the ledger row ``sent`` (``Steps._send``), the
-open file ``answer.N.part``, ``sent.N`` (``Sending._begin``). The table of ``rules`` says what ``sent.N`` without
-``answer.N`` means after a kill. What the disk does not accept, because it fails, is kept in memory: the job continues
-from it.
+Before the first byte leaves, this is on the disk, in this order: the open file of the response, and the row of the
+attempt in the journal (``Sending._begin``), which is synced. The table of ``rules`` says what such a row without a
+response means after a kill. What the disk does not accept, because it fails, is kept in memory: the job continues from
+it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from msgspec.structs import replace as changed
 
 from imagewatch.endpoint.api import largest_answer
 from imagewatch.endpoint.body import Body
+from imagewatch.journal.prices import Asked
 from imagewatch.protocol.reasons import Reason
-from imagewatch.protocol.values import Head, Sent, Tail
+from imagewatch.protocol.values import Head, Sent, Tail, dump
 from imagewatch.system.errors import Broken, ChargeUnknown, ConfigError, JobError, SpoolError, Unavailable, Withdrawn
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from imagewatch.endpoint.client import Client
     from imagewatch.endpoint.saved_answer import Sink
     from imagewatch.job.record import Record
+    from imagewatch.journal.row import Row
     from imagewatch.protocol.request import Request
     from imagewatch.protocol.values import Claim
 
@@ -39,6 +41,18 @@ _LINES_BYTES = 64 * 1024
 
 _KINDS = {ConfigError: "key", Unavailable: "unreachable", Broken: "unreachable"}
 """What an error before the response means for other requests."""
+
+
+class NotAdmittedError(JobError):
+    """The journal did not let a request be sent.
+
+    Args:
+        reason: Why not.
+    """
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.message)
+        self.reason = reason
 
 
 class Left(enum.Enum):
@@ -55,8 +69,8 @@ class Fate:
 
     Attributes:
         claim: Its job.
-        attempt: Its number.
-        sent: Its record.
+        row: Its row in the journal.
+        sent: What is sent.
         left: How much of it has been sent.
         message: What happened; empty if the response is saved.
         counts: Whether it counts towards ``retry.attempts`` although it was not sent completely.
@@ -66,7 +80,7 @@ class Fate:
     """
 
     claim: Claim
-    attempt: int
+    row: Row
     sent: Sent
     left: Left = Left.NOTHING
     message: str = ""
@@ -74,6 +88,11 @@ class Fate:
     status: int = 0
     reason: Reason | None = None
     is_saved: bool = False
+
+    @property
+    def attempt(self) -> int:
+        """Its number."""
+        return self.row.attempt
 
     @property
     def is_charged(self) -> bool:
@@ -130,21 +149,21 @@ class Sending:
             at=0.0,
         )
 
-    def send(self, record: Record, claim: Claim, request: Request, sent: Sent, attempt: int) -> Fate:
+    def send(self, record: Record, claim: Claim, request: Request, sent: Sent, row: Row) -> Fate:
         """Make an attempt, and save its response.
 
         Args:
             record: The job record.
             claim: Its job.
             request: The valid request.
-            sent: Its record.
-            attempt: Its number, from 1.
+            sent: What is sent.
+            row: Its row in the journal.
 
         Returns:
             What happened to it; it is in ``fates``, too, until ``settle``.
         """
-        fate = self._fates[claim.job] = Fate(claim, attempt, sent)
-        sink = record.sink(attempt, lambda: self.restore(record, self._fates[claim.job]), self._on_disk_error)
+        fate = self._fates[claim.job] = Fate(claim, row, sent)
+        sink = record.sink(row.attempt, record.make_folder, self._on_disk_error)
         with contextlib.closing(sink):
             try:
                 with self._leaving():
@@ -164,8 +183,15 @@ class Sending:
     def _begin(self, record: Record, sink: Sink, fate: Fate, request: Request) -> AbstractContextManager[object]:
         """Write what must be on the disk before the first byte leaves; return the context in which that leaves."""
         sink.open(self._room(request))
-        fate = self._fates[fate.claim.job] = replace(fate, sent=changed(fate.sent, at=self._clock()))
-        record.write_sent(fate.attempt, fate.sent)
+        with self._leaving():
+            pass  # if none may leave, nothing is recorded
+        now = self._clock()
+        sent = changed(fate.sent, at=now)
+        row = changed(fate.row, sent_at=now, request=dump(sent).decode())
+        fate = self._fates[fate.claim.job] = replace(fate, sent=sent, row=row)
+        skip = self._config.inbox.redelivery == "skip"
+        if refusal := record.spend(row, sent, Asked.of(sent.fields), skip_repeated=skip):
+            raise NotAdmittedError(refusal)
         return self._first_bytes(fate)
 
     @contextlib.contextmanager
@@ -192,10 +218,6 @@ class Sending:
     def forget(self, job: str) -> None:
         """Forget what is known about a job: the disk shows it, or the job is over."""
         self._fates.pop(job, None)
-
-    def restore(self, record: Record, fate: Fate) -> None:
-        """Write again what was removed while a request was in flight."""
-        record.restore(fate.claim, fate.attempt, fate.sent)
 
     def prove(self, record: Record, fate: Fate) -> None:
         """Record, in the place of the response, that a request was not sent completely."""
@@ -230,6 +252,8 @@ def _failed(fate: Fate, error: JobError | ConfigError | SpoolError, sink: Sink) 
     kind = _KINDS.get(type(error), "")
     if isinstance(error, Broken) and error.is_own:
         kind = "broken"
+    if isinstance(error, NotAdmittedError):
+        return replace(fate, left=Left.NOTHING, message=message, reason=error.reason)
     is_unsent = is_unsent or isinstance(error, Withdrawn)
     left = Left.NOTHING if is_unsent else Left.PART
     reason = Reason(kind, message, step=step) if kind else None

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from imagewatch.inbox.candidate import ANYWHERE
 from imagewatch.inbox.claimed import JOB
 from imagewatch.job.delivery import Delivery
+from imagewatch.job.earlier import Earlier, unreadable
 from imagewatch.job.folders import JobFolders
 from imagewatch.job.originals import Originals
 from imagewatch.job.rules import State
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Config
     from imagewatch.job.record import Record
+    from imagewatch.journal.journal import Journal
     from imagewatch.protocol.values import Claim
     from imagewatch.system.disk import Disk
 
@@ -36,52 +38,59 @@ class Spool(JobFolders):
     Args:
         config: Where the folders are, and the permissions of what is published.
         disk: The local disk.
+        journal: What is recorded of jobs.
     """
 
-    def __init__(self, config: Config, disk: Disk) -> None:
-        super().__init__(config, disk)
+    def __init__(self, config: Config, disk: Disk, journal: Journal) -> None:
+        super().__init__(config, disk, journal)
         self.originals = Originals(self)
         self.delivery = Delivery(self, self.originals)
+        self._earlier = Earlier(self)
 
-    def _tidy(self) -> None:
-        self._remove_temporaries()
-        self._drop_twins()
+    def take_over(self) -> list[str]:
+        """Import what an earlier version has left, and tidy up; before the first prompt is claimed.
 
-    def _remove_temporaries(self) -> None:
+        Returns:
+            The ids of all jobs that are not over, as of ``unfinished``.
+
+        Raises:
+            SpoolError: The journal cannot be used, or the disk failed.
+        """
+        self._earlier.adopt()
+        unfinished = self.unfinished()
+        self._remove_temporaries(unfinished)
+        self._drop_twins(unfinished)
+        return unfinished
+
+    def _remove_temporaries(self, unfinished: list[str]) -> None:
         """Remove what was about to be published when the daemon was killed."""
-        keys = {job: key for job in self.unfinished() if (key := self.key(job))}
+        keys = {job: key for job in unfinished if (key := self.key(job))}
         leftovers.remove(self.disk, self.destinations(), {job: folder for job, (folder, _) in keys.items()})
 
-    def _drop_twins(self) -> None:
+    def _drop_twins(self, unfinished: list[str]) -> None:
         """Remove from the inbox what is claimed already, before the first scan.
 
         After a power cut a file that was renamed into a claim may have its old name, too (btrfs, when only the claim
         folder was synced); so may one that was given back. A second claim of it would be paid for again.
         """
-        for job in self.unfinished():
-            with contextlib.suppress(SpoolError):  # a damaged record: its job reports it when it continues
+        for job in unfinished:
+            with contextlib.suppress(SpoolError):
                 if claim := self.record(job).claim():
                     self.originals.drop_twins(claim)
 
     def unfinished(self) -> list[str]:
-        """Return the ids of all jobs of which anything is left, oldest record first."""
-        with disk_errors(self.state, "list the jobs"):
-            ids = set(self.tops.names(self.jobs, folders=True))
+        """Return the ids of all jobs that are not over, the oldest first, then those of which only files are left."""
+        known, claimed = self.journal.unfinished(), set(self._earlier.left())
+        with disk_errors(self.claims, "list the folder"):
             if self.has_claims():
                 # Where a file system keeps no owners, others can create folders here.
-                ids.update(filter(JOB.fullmatch, self.tops.names(self.claims, folders=True)))
-        return sorted(ids, key=lambda job: (self._age(self.record(job).path("claim.json")), job))
-
-    def _age(self, path: str) -> int:
-        try:
-            return self.tops.lstat(path).st_mtime_ns
-        except OSError:
-            return 0
+                claimed.update(filter(JOB.fullmatch, self.tops.names(self.claims, folders=True)))
+        return [*known, *sorted(claimed.difference(known))]
 
     def key(self, job: str) -> tuple[str, str] | None:
         """Return folder and stem of a job; None if they are not known.
 
-        If its record is missing or damaged, the claimed prompt has the stem; the folder is not known.
+        If the journal does not know it, the claimed prompt has the stem; the folder is not known.
         """
         with contextlib.suppress(SpoolError):
             if claim := self.record(job).claim():
@@ -93,11 +102,11 @@ class Spool(JobFolders):
         return None
 
     def is_left(self, job: str) -> bool:
-        """Return whether there is a record of a job, or a claimed file."""
-        return self.tops.is_folder(os.path.join(self.jobs, job)) or bool(self.originals.claimed(job))
+        """Return whether a job is not over, or a file of it is left."""
+        return bool(self.record(job).row or self.originals.claimed(job) or unreadable(self, job))
 
     def orphans(self, job: str) -> list[str]:
-        """Return the originals of a claim without a record: only a lost state folder leaves them behind."""
+        """Return the originals of a claim that the journal does not know: only a lost one leaves them behind."""
         return sorted(self.originals.claimed(job))
 
     @contextlib.contextmanager
@@ -114,7 +123,7 @@ class Spool(JobFolders):
         What can be seen may not be durable yet, and what comes next is decided by what is seen.
         """
         self.originals.drop_twins(claim)
-        for folder in (self.jobs, self.record(claim.job).folder, self.claims, self.claim_folder(claim.job)):
+        for folder in (self.answers, self.claims, self.claim_folder(claim.job)):
             if self.tops.is_folder(folder):
                 self.disk.sync_folder(folder)
         if self.tops.is_folder(self.inbox_folder(claim)):
@@ -131,13 +140,11 @@ class Spool(JobFolders):
             claim: What was claimed.
             record: The job's record.
         """
-        job = claim.job
-        names = record.names()
-        if "claim.json" not in names:
-            return State(leftovers=record.exists() or self.tops.exists(self.claim_folder(job)))
+        row = record.row
+        if row is None:
+            return State(leftovers=self.tops.exists(self.claim_folder(claim.job)))
         originals = set(self.originals.present(claim))
-        sent, answered = record.attempts(names)
-        decision = record.decision() if "decision.json" in names else None
+        (sent, answered), decision = record.attempts(), row.decision
         return State(
             recorded=True,
             claimed=claim.prompt in originals,
@@ -150,28 +157,23 @@ class Spool(JobFolders):
             answered=answered,
             begun=sent > answered and record.partial(sent) is not None,
             decided=decision.destination if decision else None,
-            reopened="reopened.json" in names,
-            over="over" in names or (decision is not None and self.delivery.is_published(claim, decision)),
+            reopened=row.state == "reopened",
+            over=row.state == "published" or (decision is not None and self.delivery.is_published(claim, decision)),
         )
 
-    def forget(self, job: str, *, keep: bool = False) -> None:
-        """Remove the claim folder, then the record, then the responses: this order only.
+    def forget(self, record: Record, *, keep: bool = False) -> None:
+        """Remove the claim folder, then end the record, then remove the responses: this order only.
 
         The originals were moved before; what other users put beside them stays.
 
         Args:
-            job: Its id.
+            record: Of the job.
             keep: Keep the record: its response was paid for, and an image may still be read from it.
         """
         self.ensure_claims()
-        self.disk.remove_folder(self.claim_folder(job))
+        self.disk.remove_folder(self.claim_folder(record.job))
         self.disk.sync_folder(self.claims)
-        record = self.record(job)
         if keep:
-            record.keep(self.paid)
-        elif record.exists():
+            record.keep()
+        else:
             record.remove()
-
-    def reopen(self, job: str) -> bool:
-        """Make a paid job unfinished again that gave no image; return whether its response is still there."""
-        return self.record(job).reopen(self.paid)

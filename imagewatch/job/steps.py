@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 import structlog
 from msgspec.structs import replace
 
+from imagewatch.job.earlier import unreadable
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.redelivery import finished_twin
+from imagewatch.job.rows import row_of
 from imagewatch.job.rules import Step, retry_delay
 from imagewatch.job.running import Attempt
 from imagewatch.job.sending import Left
@@ -19,7 +21,7 @@ from imagewatch.protocol.reasons import Others, Reaction, Reason
 from imagewatch.protocol.request import build, contents
 from imagewatch.protocol.values import Tail
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
-from imagewatch.system.text import printable, utc
+from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
@@ -31,8 +33,7 @@ if TYPE_CHECKING:
     from imagewatch.job.running import RunningJob
     from imagewatch.job.sending import Fate, Sending
     from imagewatch.job.spool import Spool
-    from imagewatch.journal.budget import Budget
-    from imagewatch.journal.ledger import Ledger
+    from imagewatch.journal.journal import Journal
 
 _RETURN_SECONDS = 5.0
 _log = structlog.get_logger()
@@ -43,9 +44,8 @@ class Steps:
 
     Args:
         spool: The folders.
-        ledger: The ledger.
+        journal: What was recorded, and what may be spent.
         config: Limits, defaults, retries.
-        budget: What may be spent.
         completion: Ends jobs.
         sending: Sends requests.
         not_reported: As of ``Worker``.
@@ -57,9 +57,8 @@ class Steps:
     def __init__(  # noqa: PLR0913  the parts of a worker
         self,
         spool: Spool,
-        ledger: Ledger,
+        journal: Journal,
         config: Config,
-        budget: Budget,
         completion: Completion,
         sending: Sending,
         *,
@@ -69,9 +68,8 @@ class Steps:
         jitter: Callable[[], float],
     ) -> None:
         self._spool = spool
-        self._ledger = ledger
+        self._journal = journal
         self._config = config
-        self._budget = budget
         self._completion = completion
         self._sending = sending
         self._not_reported = not_reported
@@ -100,36 +98,30 @@ class Steps:
         return self._effects[step](job)
 
     def without_record(self, job_id: str) -> Outcome:
-        """End a job without a record: its end was interrupted, or its state folder was lost.
+        """End a job that is over, or that the journal does not know: the journal was lost.
 
         Raises:
             SpoolError: Its originals are still claimed.
         """
+        if error := unreadable(self._spool, job_id):
+            raise error
         orphans = self._spool.orphans(job_id)
-        if orphans:
+        if orphans and not self._journal.is_over(job_id):
             folder = printable(self._spool.claim_folder(job_id))
             raise SpoolError(
-                f"job {job_id}: {', '.join(orphans)}: claimed, but the job record is missing{self._known(job_id)}",
+                f"job {job_id}: {', '.join(orphans)}: claimed, but the ledger does not know this job; it may have been "
+                "charged",
                 path=folder,
-                hint="restore the state folder from a backup; or, only if you accept a possible second charge, touch "
-                f"the files in {folder} and move them back into the inbox",
+                hint="restore the ledger from a backup; or, only if you accept a possible second charge, touch the "
+                f"files in {folder} and move them back into the inbox",
             )
-        self._spool.forget(job_id)
-        self._budget.end_reservation(job_id)  # its row is older than the removal of its record
+        self._spool.forget(self._spool.record(job_id))
         return Outcome(job_id, End.NOTHING)
-
-    def _known(self, job_id: str) -> str:
-        """Return what the ledger holds of a job without a record, for its error."""
-        row = self._ledger.job(job_id)
-        if row is None or not row["sent_at"]:
-            return ""
-        sent = utc(row["sent_at"]).isoformat(timespec="seconds")
-        return f"; in the ledger: {printable(row['source'])}, sent {sent}, charged: {row['charged']}"
 
     # Delivering and forgetting
 
     def _reclaim(self, job: RunningJob) -> None:
-        self._spool.delivery.reclaim(job.claim)
+        self._spool.delivery.reclaim(job.claim, job.record)
 
     def _archive(self, job: RunningJob) -> None:
         decision = job.record.decision()
@@ -145,12 +137,12 @@ class Steps:
             # A response from before this call says nothing about now: it ends no hold.
             answered = outcome.answered and job.has_new_response
             outcome = replace(outcome, answered=answered, reason=job.reason)
-        elif not job.state.recorded:  # removed meanwhile, and with it what it held about a payment
+        elif not job.state.recorded:  # another journal is used meanwhile
             return self.without_record(job.id)
         elif not self._spool.originals.give_back(job.claim):  # only the images: its prompt was taken away
             return self._await_name(job)
         is_kept = outcome.destination == "errors" and outcome.charged == "yes" and job.state.answered > 0
-        self._let_go(job.id, keep=is_kept)
+        self._spool.forget(job.record, keep=is_kept)
         return outcome
 
     def _deliver(self, job: RunningJob) -> None:
@@ -158,6 +150,7 @@ class Steps:
         assert decision is not None
         try:
             self._spool.delivery.deliver(job.claim, decision)
+            job.record.mark_over()
         except FileExistsError:
             job.record.decide(self._completion.renamed(job.claim, decision))
         else:
@@ -166,13 +159,8 @@ class Steps:
 
     def _discard(self, job: RunningJob) -> Outcome:
         self._spool.originals.discard(job.claim)
-        self._let_go(job.id)
+        self._spool.forget(job.record)
         return Outcome(job.id, End.REDELIVERED, job.claim.source)
-
-    def _let_go(self, job_id: str, *, keep: bool = False) -> None:
-        """Forget a job that is over or was given back; its row of a request that was not sent is removed."""
-        self._ledger.withdraw(job_id)
-        self._spool.forget(job_id, keep=keep)
 
     # Before the request
 
@@ -181,13 +169,13 @@ class Steps:
 
     def _check(self, job: RunningJob) -> Outcome | None:
         claim = job.claim
-        # One that has a row was valid before; it only continues.
-        if not self._spool.originals.matches_scan(claim) and not self._ledger.job(claim.job):
+        # One that was sent was valid before; it only continues.
+        if not job.state.sent and not self._spool.originals.matches_scan(claim):
             return self._give_back(job)
         folder, most = self._spool.claim_folder(claim.job), self._config.limits.max_input_bytes
         where = functools.partial(open_file, tops=self._spool.tops)
         skip = self._config.inbox.redelivery == "skip"
-        if skip and (twin := finished_twin(self._ledger, claim, folder, most, where)):
+        if skip and (twin := finished_twin(self._journal.ledger, claim, folder, most, where)):
             self._end_as_twin(job, twin, lambda: contents(folder, claim.originals, most, where))
             return None
         try:
@@ -207,8 +195,8 @@ class Steps:
         It gets an error file if the twin has no result file, or if imagewatch itself has set the mtime of the prompt: a
         person has probably put that one there.
         """
-        claim, is_lost = job.claim, self._ledger.is_lost(twin)
-        if not (is_lost or self._ledger.was_placed(claim.mtime_ns)):
+        claim, is_lost = job.claim, self._journal.ledger.is_lost(twin)
+        if not (is_lost or self._journal.ledger.was_placed(claim.mtime_ns)):
             self._completion.redelivered(job, twin)
             return
         reason = f"this file was requested before, as job {twin}; nothing was sent"
@@ -226,7 +214,7 @@ class Steps:
             BadRequest: One is.
         """
         assert job.request is not None
-        if not job.state.sent and (problem := self._budget.never(Asked.of(job.request.fields))):
+        if not job.state.sent and (problem := self._journal.budget().never(Asked.of(job.request.fields))):
             raise BadRequest([problem])
 
     def _send(self, job: RunningJob) -> Outcome | None:
@@ -237,17 +225,17 @@ class Steps:
         if not job.may_send:
             return self._defer(job) if job.state.sent else self._give_back(job)
         assert job.request is not None
-        reason = self._budget.reserve(job.id, Asked.of(job.request.fields))
-        if reason is not None:
-            return self._unaffordable(job, reason)
+        number, nonce = job.record.next_attempt()
+        sent = self._sending.mark(job.request)
+        row = row_of(job, Attempt(number, sent, nonce=nonce), "sent", "unknown")
+        # The journal is asked again when the row is written; this saves a connection.
+        if reason := self._journal.refusal(row, Asked.of(job.request.fields), skip_repeated=False):
+            return self._not_admitted(job, reason)
         job.is_resumed = False
-        number, sent = job.state.sent + 1, self._sending.mark(job.request)
-        # What cannot be recorded must not be paid; this touches the same pages as the row with the result will.
-        self._completion.begin(job, Attempt(number, replace(sent, at=self._clock())))
-        return self._after(job, self._sending.send(job.record, job.claim, job.request, sent, number))
+        return self._after(job, self._sending.send(job.record, job.claim, job.request, sent, row))
 
-    def _unaffordable(self, job: RunningJob, reason: Reason) -> Outcome:
-        """End or defer a job that a limit forbids: for a short wait it stays claimed, else it goes back."""
+    def _not_admitted(self, job: RunningJob, reason: Reason) -> Outcome:
+        """End or defer a job that may not be sent: for a short wait it stays claimed, else it goes back."""
         job.reason = reason
         if not reason.row.is_short:
             return self._give_back(job)
@@ -267,8 +255,9 @@ class Steps:
             if fate.reason is None:
                 _log.info("withdrawn", reason=fate.message)
             job.record.take_back(fate.attempt)
-            self._ledger.withdraw(job.id)
             self._sending.forget(job.id)
+            if fate.reason is not None and fate.reason.row.is_own:
+                return self._not_admitted(job, fate.reason)
             if job.state.answered and fate.reason is None:  # behind a hold it stays claimed: its attempts count
                 return self._defer(job)
             return self._give_back(job)
@@ -283,9 +272,11 @@ class Steps:
         fate = self._sending.known(job.id, job.state.sent)
         if fate and fate.left is not Left.WHOLE:  # the disk did not accept it at first
             return self._after(job, fate)
+        attempt = job.record.attempt(job.state.sent)
+        was_charged = attempt is not None and attempt.outcome == "completed"  # and its response was removed
         known = job.unknown_reason or (fate.message if fate else "")
         message = known or "imagewatch ended after the request was sent and before the response was complete"
-        self._completion.unknown(job, message, is_charged=fate is not None and fate.is_charged)
+        self._completion.unknown(job, message, is_charged=was_charged or (fate is not None and fate.is_charged))
         return None
 
     def _read(self, job: RunningJob) -> None:
@@ -317,7 +308,7 @@ class Steps:
     def _delay(self, job: RunningJob, verdict: Verdict) -> float:
         retry = self._config.retry
         return retry_delay(
-            job.state.answered,
+            job.record.made(),
             initial=retry.initial_seconds,
             longest=retry.max_seconds,
             retry_after=verdict.reason.seconds,
@@ -329,11 +320,12 @@ class Steps:
             self._completion.busy(job)
         if not self._spool.originals.give_back(job.claim):
             return self._await_name(job)
-        self._let_go(job.id)
+        self._spool.forget(job.record)
         return Outcome(job.id, End.RETURNED, job.claim.source, reason=job.reason)
 
     def _await_name(self, job: RunningJob) -> Outcome:
         """Wait until a newer file of the same name has left the inbox."""
+        job.record.await_name()
         return Outcome(
             job.id, End.DEFERRED, job.claim.source, delay=_RETURN_SECONDS, reason=job.reason, awaits_name=True
         )

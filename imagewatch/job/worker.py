@@ -21,7 +21,6 @@ from imagewatch.job.rules import State, Step, next_step
 from imagewatch.job.running import RunningJob
 from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
-from imagewatch.journal.budget import Budget
 from imagewatch.protocol.reasons import Reaction
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import Problem, SpoolError
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
     from imagewatch.endpoint.client import Client
     from imagewatch.job.sending import Fate
     from imagewatch.job.spool import Spool
-    from imagewatch.journal.ledger import Ledger
+    from imagewatch.journal.journal import Journal
     from imagewatch.protocol.values import Claim
 
 _MOST_STEPS = 60
@@ -47,7 +46,7 @@ class Worker:
     Args:
         spool: The folders.
         client: The endpoint.
-        ledger: The ledger.
+        journal: What was recorded, and what may be spent.
         config: Limits, defaults, retries.
         may_report: Called with the kind of an account-level refusal: may this job report it in ``errors``? The first
             one may, the others go back to the inbox.
@@ -57,8 +56,8 @@ class Worker:
         monotonic: Monotonic clock, seconds.
         jitter: Random numbers from 0 to 1.
         wait: Waits some seconds between two tries to fetch an image.
-        budget: What may be spent; the caller keeps it across a change of the configuration.
-        fates: What is known of requests beside what the disk shows; kept in the same way.
+        fates: What is known of requests beside what the disk shows; the caller keeps it across a change of the
+            configuration.
         leaving: In it the first bytes of a request leave; raises ``Withdrawn`` when it is entered if none may.
         on_disk_error: Called when the disk refuses a part of a response, which then waits.
     """
@@ -67,7 +66,7 @@ class Worker:
         self,
         spool: Spool,
         client: Client,
-        ledger: Ledger,
+        journal: Journal,
         config: Config,
         *,
         may_report: Callable[[str], bool] = lambda _: True,
@@ -77,7 +76,6 @@ class Worker:
         monotonic: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = lambda: 0.5,
         wait: Callable[[float], object] | None = None,
-        budget: Budget | None = None,
         fates: dict[str, Fate] | None = None,
         leaving: Callable[[], AbstractContextManager[object]] = contextlib.nullcontext,
         on_disk_error: Callable[[SpoolError], object] = lambda _: None,
@@ -86,22 +84,21 @@ class Worker:
         self._config = config
         self._may_report = may_report
         self._clock = clock
-        self._budget = budget or Budget(ledger, config.limits, clock)
         wait = wait or threading.Event().wait
         pictures = Pictures(spool.disk, client, config.endpoint.max_response_bytes, monotonic=monotonic, wait=wait)
-        self._completion = Completion(spool, pictures, ledger, clock)
+        self._completion = Completion(spool, pictures, clock)
         self._sending = Sending(client, config, {} if fates is None else fates, leaving, on_disk_error, clock)
-        parts = spool, ledger, config, self._budget, self._completion, self._sending
+        parts = spool, journal, config, self._completion, self._sending
         self._steps = Steps(*parts, not_reported=not_reported, on_paid=on_paid, clock=clock, jitter=jitter)
 
     def start(self, claim: Claim) -> Outcome:
         """Claim a prompt and carry it to its end."""
         claim = replace(claim, owner=self._spool.originals.owner(claim))
-        if not self._spool.originals.claim(claim):
-            self._spool.forget(claim.job)
-            self._budget.end_reservation(claim.job)
+        record = self._spool.record(claim.job)
+        if not self._spool.originals.claim(claim, record):
+            self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)
-        job = RunningJob(self._spool.record(claim.job), claim, began=self._clock())
+        job = RunningJob(record, claim, began=self._clock())
         if not claim.images:  # some of them may have been missing
             job.foresee(recorded=True, claimed=True, originals=True)
         return self._carry(job)
@@ -120,7 +117,7 @@ class Worker:
         record = self._spool.record(job_id)
         claim = record.claim()
         if claim is None and (fate := self._sending.known(job_id)) and fate.is_missing(0):
-            claim = fate.claim  # its record was removed while its request was in flight
+            claim = fate.claim  # another journal is used since its request was sent
         if claim is None:
             return self._steps.without_record(job_id)
         self._spool.make_durable(claim)
@@ -132,8 +129,6 @@ class Worker:
         names = structlog.contextvars.bound_contextvars(job=job.id, source=job.claim.source)
         with names, self._spool.working_on(job.id):
             outcome = self._take_steps(job)
-        # Not if the disk failed: then the ledger may not have the row yet.
-        self._budget.end_reservation(job.id)
         if outcome.end is not End.DEFERRED:
             self._sending.forget(job.id)
         return outcome
@@ -165,11 +160,10 @@ class Worker:
         if not job.is_foreseen:
             job.shown = self._spool.job_state(job.claim, job.record)
             if fate and not job.shown.decided and fate.is_missing(job.shown.sent):
-                self._sending.restore(job.record, fate)
+                job.record.restore(fate.claim, fate.row)
                 job.shown = self._spool.job_state(job.claim, job.record)
-        if job.shown.decided:  # the ledger has the row: a job whose delivery has to wait must not be counted twice
+        if job.shown.decided:
             self._sending.forget(job.id)
-            self._budget.end_reservation(job.id)
         job.is_foreseen = False
         job.state = self._state(job, job.shown)
 
@@ -188,7 +182,7 @@ class Worker:
             shown,
             reaction=reaction,
             checked=job.request is not None,
-            attempts_left=shown.sent < self._config.retry.attempts,
+            attempts_left=job.record.made() < self._config.retry.attempts,
         )
 
     def _end_by_bug(self, job: RunningJob, error: Exception) -> None:

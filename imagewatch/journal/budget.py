@@ -16,60 +16,25 @@ clock that is set back opens no new day, and spending recorded with a future dat
 
 from __future__ import annotations
 
-import bisect
-import contextlib
-import threading
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Protocol, get_args
+from typing import TYPE_CHECKING, get_args
 
 from imagewatch.config.schema import Provider
 from imagewatch.journal.prices import SECONDS, Asked, Expected, expected
 from imagewatch.protocol.reasons import KINDS, Reason
-from imagewatch.system.errors import Problem, SpoolError
+from imagewatch.system.errors import Problem
 from imagewatch.system.text import amount
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from imagewatch.config.schema import Limits
+    from imagewatch.journal.books import Books
 
 CAPS = ("limits.credits_per_day", "limits.credits_per_month")
 """The settings that are caps on credits."""
 _MINUTE = 60.0
-
-
-class Books(Protocol):
-    """What is asked of the ledger."""
-
-    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
-        """Return what was spent since a time, seconds since the epoch.
-
-        Returns:
-            Known credits; and of requests with an unknown amount provider, kind of price and number of images.
-        """
-
-    def charges(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
-        """Return what requests to a provider were charged for an image since a time, by the kind of their price."""
-
-    def sent_since(self, since: float) -> list[float]:
-        """Return the times of the attempts since a time, oldest first."""
-
-
-class NoBooks:
-    """The ledger of a daemon that has never run."""
-
-    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:  # noqa: ARG002
-        """Return that nothing was spent."""
-        return 0.0, []
-
-    def charges(self, provider: str, since: float) -> dict[str, list[float]]:  # noqa: ARG002
-        """Return that nothing was charged."""
-        return {}
-
-    def sent_since(self, since: float) -> list[float]:  # noqa: ARG002
-        """Return that nothing was sent."""
-        return []
 
 
 @dataclass
@@ -77,6 +42,7 @@ class _Memo:
     """What was read for several questions, so that the ledger is asked only once."""
 
     spent: dict[float, float] = field(default_factory=dict)
+    reserved: dict[str, tuple[float, list[tuple[float, float]]]] = field(default_factory=dict)
     charges: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
 
 
@@ -100,219 +66,115 @@ def _too_expensive(rule: str, cap: float, cost: Expected) -> Problem:
 
 
 class Budget:
-    """Lets requests through, or returns why not. Safe to use from several threads.
+    """Says which requests fit, and why others do not. It reserves nothing: the journal does (``journal.Journal``).
 
     Args:
-        books: The ledger.
+        books: What was spent and is reserved.
         limits: The caps; 0 is off.
-        clock: Wall clock, seconds since the epoch.
+        now: Wall-clock time, seconds since the epoch.
     """
 
-    def __init__(self, books: Books, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(self, books: Books, limits: Limits, now: float) -> None:
         self._books = books
         self._limits = limits
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._in_flight: dict[str, float] = {}
-        self._planned: set[str] = set()  # of these, jobs that have not asked to send anything yet
-        self._resumed: dict[str, tuple[Asked, float]] = {}  # request and time of those whose cost is not known yet
-        self._assumed_spent: list[tuple[float, float]] = []
-        self._recent: list[float] = []
-        self._has_recent = False
-
-    def change(self, limits: Limits) -> None:
-        """Take other caps; what is in flight stays counted."""
-        with self._lock:
-            self._limits = limits
+        self._now = now
+        self._memo = _Memo()
 
     def cost(self, asked: Asked) -> Expected:
         """Return what a request may cost; ``high`` is what is reserved for it."""
-        with self._lock:
-            return self._cost(asked, self._clock(), _Memo())
+        charges = self._books.charges(asked.provider, self._now - SECONDS)
+        return expected(asked, charges, self._limits.assumed_credits)
 
     def never(self, asked: Asked) -> Problem | None:
         """Return why a request can never be sent with these caps, as it may cost more than a whole one, or None."""
-        caps = self._caps()
-        if not caps:
+        if not (caps := self._caps()):
             return None
-        with self._lock:
-            cost = self._cost(asked, self._clock(), _Memo())
+        cost = self._cost(asked)
         return next((_too_expensive(rule, cap, cost) for rule, cap in caps if cost.high > cap), None)
 
     def spent(self) -> dict[str, tuple[float, str]]:
         """Return what counts as spent below each cap that is set, credits, and when it ends, by the name of the cap."""
-        with self._lock:
-            now, memo = self._clock(), _Memo()
-            return {
-                rule: (self._spent(begin.timestamp(), now, memo), _shown(end))
-                for (rule, _), (begin, end) in zip(self._caps(), self._windows(now), strict=True)
-            }
+        return {
+            rule: (self._spent(begin.timestamp(), ""), _shown(end))
+            for (rule, _), (begin, end) in zip(self._caps(), self._windows(), strict=True)
+        }
 
     def knows_prices(self) -> bool:
         """Return whether a request to any provider was charged lately."""
-        since = self._clock() - SECONDS
-        return any(self._books.charges(provider, since) for provider in get_args(Provider))
+        return any(self._books.highest(provider, self._now - SECONDS) for provider in get_args(Provider))
 
-    def check(self, many: Iterable[Asked]) -> dict[Asked, Reason]:
-        """Return which requests do not fit now, and why; nothing is reserved.
-
-        Args:
-            many: Requests; each is checked as if it were the only one.
-        """
-        with self._lock:
-            self._catch_up()
-            now, memo = self._clock(), _Memo()
-            refusals = ((asked, self._over_cap(now, asked, "", memo)) for asked in many)
-            return {asked: refusal for asked, refusal in refusals if refusal is not None}
-
-    def plan(self, job: str, asked: Asked) -> Reason | None:
-        """Reserve what a request may cost that is going to be claimed; ``end_reservation`` ends that.
-
-        Before it is sent ``reserve`` checks again: this only avoids claiming more prompts than fit.
-
-        Args:
-            job: Its job id.
-            asked: The request.
-
-        Returns:
-            Why it may not be sent, or None.
-        """
-        with self._lock:
-            self._catch_up()
-            now, memo = self._clock(), _Memo()
-            refusal = self._over_cap(now, asked, job, memo)
-            if refusal is None:
-                self._in_flight[job] = self._reservation(asked, now, memo)
-                self._planned.add(job)
-            return refusal
-
-    def unplan(self, job: str) -> None:
-        """End a reservation of ``plan`` if its job has not come to ``reserve``: it may be stuck for long."""
-        with self._lock:
-            if job in self._planned:
-                self._planned.discard(job)
-                self._in_flight.pop(job, None)
-
-    def reserve(self, job: str, asked: Asked) -> Reason | None:
-        """Reserve what a request may cost that is about to be sent; ``end_reservation`` ends that.
-
-        Args:
-            job: Its job id.
-            asked: The request.
-
-        Returns:
-            Why it may not be sent, or None: it may.
-        """
-        with self._lock:
-            self._catch_up()
-            now, memo = self._clock(), _Memo()
-            refusal = self._over_rate(now) or self._over_cap(now, asked, job, memo)
-            if refusal is None:
-                self._in_flight[job] = self._reservation(asked, now, memo)
-                self._planned.discard(job)
-                self._recent.append(now)
-            return refusal
-
-    def resume(self, job: str, asked: Asked, sent_at: float) -> None:
-        """Count a request of an earlier process, whose row the ledger may not have yet, until ``settle``.
-
-        Args:
-            job: Its job id.
-            asked: The request.
-            sent_at: When, seconds since the epoch.
-        """
-        with self._lock:
-            self._resumed[job] = asked, sent_at
-
-    def end_reservation(self, job: str) -> None:
-        """End a reservation: the ledger has the row, or nothing was sent."""
-        with self._lock:
-            self._in_flight.pop(job, None)
-            self._resumed.pop(job, None)
-            self._planned.discard(job)
-
-    def count_as_spent(self, job: str) -> None:
-        """Count a reservation as spent now: its job does not continue in this process, so nothing may wait for it."""
-        with self._lock:
-            with contextlib.suppress(SpoolError):
-                self._catch_up()
-            is_resumed = self._resumed.pop(job, None) is not None
-            cost = self._in_flight.pop(job, self._limits.assumed_credits if is_resumed else 0.0)
-            self._assumed_spent.append((self._clock(), cost))
-
-    def _catch_up(self) -> None:
-        """Ask the ledger what was not needed before the first request."""
-        if not self._has_recent:
-            window = _MINUTE / min(self._limits.requests_per_minute or 1, 1)
-            self._recent = self._books.sent_since(self._clock() - window)
-            self._has_recent = True
-        now, memo = self._clock(), _Memo()
-        for job, (asked, sent_at) in list(self._resumed.items()):
-            self._in_flight[job] = self._reservation(asked, now, memo)
-            if sent_at not in self._recent:
-                bisect.insort(self._recent, sent_at)
-            del self._resumed[job]
-
-    def _reservation(self, asked: Asked, now: float, memo: _Memo) -> float:
-        """Return what is reserved for a request, credits; the ledger is not asked while there is no cap."""
+    def reservation(self, asked: Asked) -> float:
+        """Return what is reserved for a request, credits; the journal is not asked while there is no cap."""
         if not self._caps():
             return expected(asked, {}, self._limits.assumed_credits).high
-        return self._cost(asked, now, memo).high
+        return self._cost(asked).high
 
-    def _cost(self, asked: Asked, now: float, memo: _Memo) -> Expected:
-        if asked.provider not in memo.charges:
-            memo.charges[asked.provider] = self._books.charges(asked.provider, now - SECONDS)
-        return expected(asked, memo.charges[asked.provider], self._limits.assumed_credits)
-
-    def _over_rate(self, now: float) -> Reason | None:
+    def over_rate(self) -> Reason | None:
+        """Return that too many requests were sent in this minute, or None."""
         most = self._limits.requests_per_minute
         if not most:
             return None
         window, count = (_MINUTE, int(most)) if most >= 1 else (_MINUTE / most, 1)
-        # What is dated later than now was sent before the clock was set back; its true time is unknown.
-        self._recent = [min(sent, now) for sent in self._recent if sent > now - window]
-        if len(self._recent) < count:
+        recent = self._books.newest(self._now - window, count)
+        if len(recent) < count:
             return None
-        wait = self._recent[-count] + window - now
+        wait = min(recent[-1], self._now) + window - self._now
         return Reason("rate", f"limits.requests_per_minute is {most:g}", max(wait, 0.01))
 
-    def _caps(self) -> list[tuple[str, float]]:
-        caps = zip(CAPS, (self._limits.credits_per_day, self._limits.credits_per_month), strict=True)
-        return [(rule, cap) for rule, cap in caps if cap]
+    def over_cap(self, asked: Asked, job: str = "") -> Reason | None:
+        """Return which cap forbids a request beside the other ones, or None.
 
-    def _over_cap(self, now: float, asked: Asked, job: str, memo: _Memo) -> Reason | None:
-        """Return which cap forbids a request beside the other ones, or None."""
+        Args:
+            asked: The request.
+            job: Its job: what that has reserved does not count.
+        """
         caps = self._caps()
         if not caps:
             return None
-        cost = self._cost(asked, now, memo)
+        cost = self._cost(asked)
         for rule, cap in caps:
             if cost.high > cap:
                 return Reason("too_expensive", str(_too_expensive(rule, cap, cost)), 0.0)
-        reserved = sum(credits_ for other, credits_ in self._in_flight.items() if other != job)
+        reserved, _ = self._reserved(job)
         found: list[Reason] = []
-        for (rule, cap), (begin, end) in zip(caps, self._windows(now), strict=True):
-            spent = self._spent(begin.timestamp(), now, memo)
+        for (rule, cap), (begin, end) in zip(caps, self._windows(), strict=True):
+            spent = self._spent(begin.timestamp(), job)
             if spent + reserved + cost.high <= cap:
                 continue
             known = f"{amount(spent)} are spent, {amount(reserved)} are reserved for requests in flight"
             message = f"{rule} is {amount(cap)}: {known}, and this request may cost {amount(cost.high)} ({cost.why})"
             if spent + cost.high > cap:
                 ends = end.timestamp()
-                found.append(Reason("cap", f"{message}; the period ends {_shown(end)}", max(ends - now, 1.0), ends))
+                reason = Reason("cap", f"{message}; the period ends {_shown(end)}", max(ends - self._now, 1.0), ends)
+                found.append(reason)
             else:
                 found.append(Reason("reserved", message, KINDS["reserved"].seconds))
         return max(found, key=lambda reason: reason.seconds or 0.0, default=None)
 
-    def _windows(self, now: float) -> list[tuple[datetime, datetime]]:
+    def _cost(self, asked: Asked) -> Expected:
+        charges = self._memo.charges
+        if asked.provider not in charges:
+            charges[asked.provider] = self._books.highest(asked.provider, self._now - SECONDS)
+        return expected(asked, charges[asked.provider], self._limits.assumed_credits)
+
+    def _caps(self) -> list[tuple[str, float]]:
+        caps = zip(CAPS, (self._limits.credits_per_day, self._limits.credits_per_month), strict=True)
+        return [(rule, cap) for rule, cap in caps if cap]
+
+    def _windows(self) -> list[tuple[datetime, datetime]]:
         """Return begin and end of the time of each cap that is set."""
-        day, month = day_and_month(now)
+        day, month = day_and_month(self._now)
         set_ = ((self._limits.credits_per_day, day), (self._limits.credits_per_month, month))
         return [window for cap, window in set_ if cap]
 
-    def _spent(self, since: float, now: float, memo: _Memo) -> float:
-        if since not in memo.spent:
+    def _reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:
+        if job not in self._memo.reserved:
+            self._memo.reserved[job] = self._books.reserved(job)
+        return self._memo.reserved[job]
+
+    def _spent(self, since: float, job: str) -> float:
+        """Return what counts as spent since a time, with what stuck jobs have reserved: nothing may wait for it."""
+        if since not in self._memo.spent:
             known, unknown = self._books.spending(since)
-            guessed = sum(self._cost(Asked(*one), now, memo).high for one in unknown)
-            memo.spent[since] = known + guessed + sum(cost for at, cost in self._assumed_spent if at >= since)
-        return memo.spent[since]
+            self._memo.spent[since] = known + sum(self._cost(Asked(*one)).high for one in unknown)
+        return self._memo.spent[since] + sum(credits_ for at, credits_ in self._reserved(job)[1] if at >= since)

@@ -11,7 +11,7 @@ import sqlite3
 
 import msgspec
 
-from imagewatch.protocol.names import PAID
+from imagewatch.protocol.names import ANSWERS
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 
@@ -35,7 +35,7 @@ def was_there(state: str) -> bool:
     """Return whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
     if os.path.lexists(os.path.join(state, MARK)) or newest_saved(os.path.join(state, FILE)):
         return True
-    for folder in ("jobs", PAID):
+    for folder in (ANSWERS, "jobs", "paid"):
         with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:
             if any(entries):
                 return True

@@ -1,17 +1,23 @@
-"""One row of the ledger, whatever it is stored in."""
+"""What the journal holds of a job, whatever it is stored in."""
 
 from __future__ import annotations
 
 import contextlib
 import json
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from imagewatch.journal.prices import kind_of
+from imagewatch.protocol.values import Claim, Decision, Sent  # noqa: TC001  msgspec reads them
 
 if TYPE_CHECKING:
     from imagewatch.protocol.values import Charged
+
+JobState = Literal["open", "returning", "decided", "published", "kept", "reopened", "done"]
+"""``returning``: it waits until its name in the inbox is free; ``kept``: paid, without a readable image."""
+FREE = ("busy", "unsent")
+"""Results after which a request may be sent again."""
 
 
 class Row(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,9 +53,48 @@ class Row(msgspec.Struct, frozen=True, kw_only=True):
     new_credit_balance: float | None = None
     owner: str = ""
     placed_mtime_ns: int = 0
+    nonce: str = ""
+    reserved: float = 0.0
+    request: str = ""
+    counted_at: float | None = None
 
 
-COLUMNS = Row.__struct_fields__
+class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What a job has to know of one of its attempts.
+
+    Attributes:
+        number: From 1.
+        outcome: Its result, or ``sent`` while that is not known.
+        nonce: Of the process that may send it.
+        sent: What was sent; None if an earlier version's record of that was damaged.
+    """
+
+    number: int
+    outcome: str
+    nonce: str
+    sent: Sent | None
+
+
+class JobRow(msgspec.Struct, frozen=True, kw_only=True):
+    """What the journal holds of a job that is not over.
+
+    Attributes:
+        claim: What was claimed.
+        state: Where it is.
+        decision: How it ends; None while that is open, or while it is read again.
+        withdrawn: The decision that was withdrawn, while its files are still at its destination.
+        attempts: Those of which the first byte left or may have left, in order.
+        highest: Number of the newest attempt, also of one that was not sent; 0 without.
+    """
+
+    claim: Claim
+    state: JobState
+    decision: Decision | None = None
+    withdrawn: Decision | None = None
+    attempts: tuple[AttemptRow, ...] = ()
+    highest: int = 0
+
+
 LOST = "only the ledger has a record of this request; it may have been charged"
 """Message of an attempt of which only its row is left."""
 

@@ -1,4 +1,4 @@
-"""The tables of the ledger in SQLite, and how those of an earlier version are updated."""
+"""The tables of the journal in SQLite, and how those of an earlier version are updated."""
 
 from __future__ import annotations
 
@@ -6,18 +6,36 @@ import errno
 import re
 from typing import TYPE_CHECKING
 
-from imagewatch.journal.row import COLUMNS, LOST, price_of
+from imagewatch.journal.row import LOST, Row, price_of
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     import sqlite3
 
-_VERSION = 3
-SCHEMA = """
+VERSION = 4
+COLUMNS = Row.__struct_fields__
+TABLES = """
 CREATE TABLE IF NOT EXISTS meta (
-    name  TEXT PRIMARY KEY,             -- id: of this ledger; proved: written to see whether rows can be
+    name  TEXT PRIMARY KEY,             -- id: of this journal; proved: written to see whether rows can be
+                                        -- passed: until which ctime the burst guard lets prompts through
     value TEXT NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS jobs (
+    id        TEXT PRIMARY KEY,
+    folder    BLOB NOT NULL,            -- of the prompt, below the inbox; a name need not be UTF-8
+    stem      BLOB NOT NULL,
+    claim     TEXT NOT NULL,            -- JSON: what was claimed
+    state     TEXT NOT NULL CHECK (
+        state IN ('open', 'returning', 'decided', 'published', 'kept', 'reopened', 'done')
+    ),
+    decision  TEXT NOT NULL DEFAULT '', -- JSON: how it ends; empty while that is open
+    reserved  REAL NOT NULL DEFAULT 0,  -- credits, before an attempt is sent; then the attempt has it
+    is_stuck  INTEGER NOT NULL DEFAULT 0, -- only a person can carry it on: what it reserved counts as spent
+    opened_at REAL NOT NULL,            -- seconds since the epoch, UTC
+    ended_at  REAL
+) WITHOUT ROWID;
+CREATE UNIQUE INDEX IF NOT EXISTS jobs_by_name ON jobs (folder, stem) WHERE state IN ('open', 'decided', 'published');
+CREATE INDEX IF NOT EXISTS jobs_that_are_open ON jobs (opened_at) WHERE state <> 'done';
 CREATE TABLE IF NOT EXISTS attempts (
     job             TEXT NOT NULL,
     attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
@@ -26,8 +44,10 @@ CREATE TABLE IF NOT EXISTS attempts (
     source_mtime_ns INTEGER NOT NULL,
     contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where it is not needed
     prompt_sha256   TEXT NOT NULL,      -- of the text sent
-    -- sent: its result is not known yet
-    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'completed', 'refused', 'busy', 'unknown', 'invalid')),
+    -- sent: its result is not known yet; unsent: its first byte never left
+    outcome         TEXT NOT NULL CHECK (
+        outcome IN ('sent', 'unsent', 'completed', 'refused', 'busy', 'unknown', 'invalid')
+    ),
     charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
     credits         REAL,               -- NULL: not reported
     provider        TEXT NOT NULL,
@@ -50,22 +70,68 @@ CREATE TABLE IF NOT EXISTS attempts (
     new_credit_balance REAL,                   -- the same: balance of the account; NULL: not reported
     owner           TEXT NOT NULL DEFAULT '',  -- user to whom the prompt file belonged
     placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
+    nonce           TEXT NOT NULL DEFAULT '',  -- of the process that inserted the row: only that one may send it
+    reserved        REAL NOT NULL DEFAULT 0,   -- credits, until the result is known
+    request         TEXT NOT NULL DEFAULT '',  -- JSON: what was sent, until the job is over
+    counted_at      REAL,  -- when it counts for the rate: sent_at, or when a clock that was set back was noticed
     PRIMARY KEY (job, attempt)
 ) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
+CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (counted_at);
 CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
 CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
+CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
+CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
+CREATE INDEX IF NOT EXISTS attempts_without_result ON attempts (job) WHERE outcome = 'sent';
 CREATE TABLE IF NOT EXISTS redeliveries (
     job     TEXT PRIMARY KEY,           -- the finished job whose files were delivered again
     times   INTEGER NOT NULL,
     last_at REAL NOT NULL               -- seconds since the epoch, UTC
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS holds (
+    kind    TEXT PRIMARY KEY,           -- that a restart does not end: of the account, and a manual one
+    message TEXT NOT NULL,
+    since   REAL NOT NULL               -- seconds since the epoch, UTC
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS requests (
+    id       INTEGER PRIMARY KEY AUTOINCREMENT,
+    kind     TEXT NOT NULL CHECK (kind IN ('release', 'retry')),
+    job      TEXT NOT NULL DEFAULT '',
+    asked_at REAL NOT NULL              -- seconds since the epoch, UTC
+);
+CREATE TABLE IF NOT EXISTS sums (
+    day        TEXT NOT NULL,           -- in which the requests were sent, UTC
+    provider   TEXT NOT NULL,           -- whom they asked
+    price_kind TEXT NOT NULL,
+    credits    REAL NOT NULL,           -- that they are known to have been charged
+    unknown    INTEGER NOT NULL,        -- images asked for by those whose charge or whose amount is not known
+    PRIMARY KEY (day, provider, price_kind)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS prices (
+    provider   TEXT NOT NULL,
+    price_kind TEXT NOT NULL,
+    price      REAL NOT NULL,           -- credits for an image
+    last_at    REAL NOT NULL,           -- when the last request was sent that cost so much
+    PRIMARY KEY (provider, price_kind, price)
+) WITHOUT ROWID;
 """
-INDEXES = """
-CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
-CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
-"""
-
+_DAY = "coalesce(date({0}.sent_at, 'unixepoch'), '9999-12-31')"
+_COUNTS = (
+    "{0}.sent_at IS NOT NULL AND {0}.charged IN ('yes', 'unknown') AND {0}.outcome IN ('completed', 'unknown', "
+    "'refused')"
+)
+_ADD = f"""
+    INSERT INTO sums SELECT {_DAY}, {{0}}.asked_provider, {{0}}.price_kind, {{1}} * coalesce({{0}}.credits, 0.0),
+        {{1}} * (CASE WHEN {{0}}.credits IS NULL THEN max({{0}}.asked, 1) ELSE 0 END) WHERE {_COUNTS}
+    ON CONFLICT DO UPDATE SET credits = credits + excluded.credits, unknown = unknown + excluded.unknown;
+    INSERT INTO prices SELECT {{0}}.asked_provider, {{0}}.price_kind, {{0}}.credits / max({{0}}.asked, 1), {{0}}.sent_at
+        WHERE {{1}} > 0 AND {{0}}.credits > 0 AND {{0}}.sent_at IS NOT NULL
+    ON CONFLICT DO UPDATE SET last_at = max(last_at, excluded.last_at);
+"""  # noqa: S608  our own names
+# The sums follow from the rows: whoever writes a row keeps them right.
+TRIGGERS = {
+    "attempts_inserted": f"AFTER INSERT ON attempts BEGIN {_ADD.format('new', 1)} END",
+    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
+}
 _RENAMED = {
     "outcome": "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END",
     "message": "CASE message WHEN 'nothing but the ledger knows of this request; it may have been charged' "
@@ -81,7 +147,7 @@ def prepare(connection: sqlite3.Connection) -> None:
         SpoolError: They are those of a newer version.
     """
     found = _format(connection)
-    if found > _VERSION:
+    if found > VERSION:
         path = connection.execute("PRAGMA database_list").fetchone()["file"]
         raise SpoolError(
             f"the ledger was written by a newer imagewatch (format {found}): {path}",
@@ -89,11 +155,11 @@ def prepare(connection: sqlite3.Connection) -> None:
             code=errno.EPROTO,
             hint="run the newer version",
         )
-    if found == _VERSION:  # reading must write nothing
+    if found == VERSION:  # reading must write nothing
         return
     connection.execute("BEGIN IMMEDIATE")
     try:
-        if _format(connection) < _VERSION:  # else another process was faster
+        if _format(connection) < VERSION:  # else another process was faster
             _update(connection)
         connection.execute("COMMIT")
     except BaseException:
@@ -111,17 +177,20 @@ def _update(connection: sqlite3.Connection) -> None:
     columns = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
     if columns:
         connection.execute("ALTER TABLE attempts RENAME TO earlier")
-        for index in re.findall(r"INDEX IF NOT EXISTS (\w+)", SCHEMA + INDEXES):
+        for index in re.findall(r"INDEX IF NOT EXISTS (\w+)", TABLES):
             connection.execute(f"DROP INDEX IF EXISTS {index}")
-    for statement in (SCHEMA + INDEXES).split(";\n"):
+    for statement in TABLES.split(";\n"):
         connection.execute(statement)
+    for name, body in TRIGGERS.items():
+        connection.execute(f"CREATE TRIGGER IF NOT EXISTS {name} {body}")
     if columns:
         common = [name for name in COLUMNS if name in columns]
         values = [_RENAMED.get(name, name) for name in common]
         connection.execute(f"INSERT INTO attempts ({', '.join(common)}) SELECT {', '.join(values)} FROM earlier")  # noqa: S608
+        connection.execute("UPDATE attempts SET counted_at = sent_at")
         connection.execute("DROP TABLE earlier")
         _fill(connection)
-    connection.execute(f"PRAGMA user_version = {_VERSION}")
+    connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _fill(connection: sqlite3.Connection) -> None:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
-PAID = "paid"
+ANSWERS = "answers"
 """Name of the folder inside the state folder for responses that were paid for and gave no image."""
 MOST_SIMILAR = 40
 """So many files that may be meant for a prompt are opened: with more beside it, it is refused."""

@@ -252,7 +252,7 @@ def test_a_charged_response_in_another_encoding_than_its_header_says_is_kept_unc
     with served_by(tmp_path, script) as station:
         station.work()
         assert refused(station, "x", ASK, beside="bin")["charged"] == "yes"
-        (kept,) = (station.state / "paid").glob("*/answer.1")
+        (kept,) = (station.state / "answers").glob("*.answer.1")
         assert b"\n" + body + b"\n" in kept.read_bytes()
 
 

@@ -80,7 +80,7 @@ def responding_with(tmp_path, *images, clock=None, **settings):
     ):
         if clock is not None:
             station.worker = Distrustful(
-                station.spool, station.client, station.ledger, station.config(), monotonic=clock, wait=clock.wait
+                station.spool, station.client, station.journal, station.config(), monotonic=clock, wait=clock.wait
             )
         yield station
 
@@ -463,7 +463,7 @@ def test_a_clock_that_is_set_forward_does_not_end_the_attempts(tmp_path):
         host(response(b"", status=b"503 Busy"), response(IMAGE)) as images,
         responding_with(tmp_path, images.base_url + "/x?sig=1") as station,
     ):
-        parts = station.spool, station.client, station.ledger, station.config()
+        parts = station.spool, station.client, station.journal, station.config()
         # While the first attempt fails, at any time of the clock.
         station.worker = Distrustful(*parts, clock=lambda: wall.wait(3600) or wall.now, wait=lambda _: None)
         assert "problems" not in fetched(station, "x.png")

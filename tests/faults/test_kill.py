@@ -97,7 +97,7 @@ def test_after_a_kill_in_flight_the_charge_is_unknown_and_nothing_is_sent_again(
 def test_the_received_part_of_a_response_is_kept(folders: Folders, sandbox: Sandbox) -> None:
     folders.prompt("cat", "a cat [sandbox: trickle 0.05]")
     daemon = Running(folders, "once")
-    until(lambda: [part for part in folders.state.glob("jobs/*/answer.1.part") if part.read_bytes().count(b"\n")])
+    until(lambda: [part for part in folders.state.glob("answers/*.answer.1.part") if part.read_bytes().count(b"\n")])
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
     again = Running(folders, "once")
     assert again.wait() == 1, again.output
@@ -109,9 +109,9 @@ def test_the_received_part_of_a_response_is_kept(folders: Folders, sandbox: Sand
 def test_a_response_that_cannot_be_read_now_does_not_count_as_missing(folders: Folders, sandbox: Sandbox) -> None:
     folders.prompt("cat", "a cat [sandbox: trickle 0.05]")
     daemon = Running(folders, "once")
-    until(lambda: [part for part in folders.state.glob("jobs/*/answer.1.part") if part.read_bytes().count(b"\n")])
+    until(lambda: [part for part in folders.state.glob("answers/*.answer.1.part") if part.read_bytes().count(b"\n")])
     assert daemon.stop(signal.SIGKILL) == -signal.SIGKILL
-    (path,) = folders.state.glob("jobs/*/answer.1.part")
+    (path,) = folders.state.glob("answers/*.answer.1.part")
     aside = path.rename(folders.state / "aside")
     path.symlink_to(path)
     failing = Running(folders, "once")

@@ -16,7 +16,8 @@ from support.daemon import Folders, command
 from support.scripted import Scripted, paid, responding, small_image
 from support.station import Station
 
-from imagewatch.journal.ledger import Ledger
+from imagewatch.config.schema import Limits
+from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
 from imagewatch.protocol.values import Claim, dump, load
 
@@ -160,39 +161,39 @@ def test_for_an_unknown_charge_the_balances_before_and_after_it_are_shown(tmp_pa
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    with contextlib.closing(Ledger(str(tmp_path / "ledger.sqlite3"))) as opened:
+def journal(tmp_path):
+    with contextlib.closing(Journal(str(tmp_path / "ledger.sqlite3"), Limits(), float)) as opened:
         yield opened
 
 
-def write(ledger, job, sent_at, **fields):
+def write(journal, job, sent_at, **fields):
     given = {"charged": "yes", "outcome": "completed", "credits": 10.0, "answered_at": sent_at + 1, **fields}
-    ledger.write(
+    journal.record(
         Row(job=job, attempt=1, source="x.prompt.txt", claimed_at=sent_at, sent_at=sent_at, provider="flux", **given)
     )
 
 
-def unknown(ledger, job, sent_at):
-    write(ledger, job, sent_at, charged="unknown", outcome="unknown", credits=None, answered_at=None)
+def unknown(journal, job, sent_at):
+    write(journal, job, sent_at, charged="unknown", outcome="unknown", credits=None, answered_at=None)
 
 
-def test_without_any_balance_none_is_shown_for_an_unknown_charge(ledger):
-    unknown(ledger, "u", 100)
-    assert ledger.balances("u", 100).before is None
-    write(ledger, "a", 200, new_credit_balance=5.0)
-    assert (ledger.balances("u", 100).before, ledger.balances("u", 100).after) == (None, 5)
-    assert ledger.balance() == (5, 201)
+def test_without_any_balance_none_is_shown_for_an_unknown_charge(journal):
+    unknown(journal, "u", 100)
+    assert journal.ledger.balances("u", 100).before is None
+    write(journal, "a", 200, new_credit_balance=5.0)
+    assert (journal.ledger.balances("u", 100).before, journal.ledger.balances("u", 100).after) == (None, 5)
+    assert journal.ledger.balance() == (5, 201)
 
 
-def test_the_nearest_balances_count_with_everything_that_happened_between_them(ledger):
+def test_the_nearest_balances_count_with_everything_that_happened_between_them(journal):
     for job, at, balance in (("a", 10, 500.0), ("b", 50, 400.0), ("e", 300, 300.0), ("f", 400, 200.0)):
-        write(ledger, job, at, new_credit_balance=balance)
-    write(ledger, "c", 150, credits=25.0)
-    write(ledger, "d", 160, credits=None)
-    write(ledger, "r", 170, charged="no", outcome="refused", credits=None)
-    unknown(ledger, "u", 100)
-    unknown(ledger, "v", 120)
-    found = ledger.balances("u", 100)
+        write(journal, job, at, new_credit_balance=balance)
+    write(journal, "c", 150, credits=25.0)
+    write(journal, "d", 160, credits=None)
+    write(journal, "r", 170, charged="no", outcome="refused", credits=None)
+    unknown(journal, "u", 100)
+    unknown(journal, "v", 120)
+    found = journal.ledger.balances("u", 100)
     assert (found.before, found.before_at, found.after, found.after_at) == (400, 51, 300, 301)
     assert (found.others, found.credits, found.unknown_cost) == (4, 35, 2)
 

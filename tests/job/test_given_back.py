@@ -65,7 +65,7 @@ def test_a_refusal_from_before_a_wait_is_not_reported_again(station: Station, sa
         return False
 
     worker = Distrustful(
-        station.spool, station.client, station.ledger, station.config(), may_report=another_job_shows_it
+        station.spool, station.client, station.journal, station.config(), may_report=another_job_shows_it
     )
     station.prompt("cat", "a cat [sandbox: 402]")
     first = worker.start(claimed(station))
@@ -85,7 +85,7 @@ def test_an_api_that_was_busy_before_a_wait_delays_no_other_prompt_now(station: 
     first = station.worker.start(claimed(station))
     assert (first.end, first.reason.kind) == (End.DEFERRED, "busy")
     station.environ["IMAGEWATCH_RETRY__ATTEMPTS"] = "1"
-    worker = Distrustful(station.spool, station.client, station.ledger, station.config())
+    worker = Distrustful(station.spool, station.client, station.journal, station.config())
     second = worker.process(first.job, is_resumed=True)
     assert (second.end, second.reason, second.answered) == (End.OVER, None, False)
     assert station.error("cat")["charged"] == "no"

@@ -40,7 +40,8 @@ def sent(prompt="a cat", **fields):
 
 
 def composed(what, claim=CLAIM):
-    attempt = Attempt(what.pop("attempts", 0), *(what.pop(name, None) for name in ("sent", "head", "tail")))
+    made = what.pop("attempts", 0)
+    attempt = Attempt(made, *(what.pop(name, None) for name in ("sent", "head", "tail")), made=made)
     return compose(claim, attempt, what.pop("finished", 0.0), **what)[0]
 
 

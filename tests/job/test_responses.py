@@ -7,7 +7,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import os
 import re
 from urllib.parse import quote
 
@@ -33,7 +32,6 @@ from imagewatch.endpoint.client import Client
 from imagewatch.job.outcome import End
 from imagewatch.journal.holds import Holds
 from imagewatch.sandbox import TAGS
-from imagewatch.system.disk import Disk
 from imagewatch.system.errors import ConfigError, Problem, SpoolError
 
 IMAGE = small_image()
@@ -172,7 +170,7 @@ def test_a_used_up_quota_is_reported_with_the_time_to_wait(station, sandbox):
 @pytest.mark.parametrize("tag", [row[0] for row in REFUSED if row[4]])
 def test_only_the_first_prompt_shows_a_refusal_that_concerns_every_prompt(station, sandbox, tag):
     station.worker = Distrustful(
-        station.spool, station.client, station.ledger, station.config(), may_report=Holds().may_report
+        station.spool, station.client, station.journal, station.config(), may_report=Holds().may_report
     )
     ask(station, tag, stem="a")
     (first,) = station.work()
@@ -203,7 +201,7 @@ def test_without_a_usable_key_nothing_is_sent(station, sandbox):
         raise ConfigError([Problem("endpoint.api_key_file", "is not there", "make it")])
 
     client = Client(station.config().endpoint, no_key)
-    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.journal, station.config())
     originals = ask(station)
     (outcome,) = station.work()
     client.close()
@@ -301,7 +299,7 @@ def served_with(key, tmp_path, *scripts, **settings):
     with served_by(tmp_path, *scripts, **settings) as station:
         client = Client(station.config().endpoint, lambda: Key(key))
         with contextlib.closing(client):
-            station.worker = Distrustful(station.spool, client, station.ledger, station.config())
+            station.worker = Distrustful(station.spool, client, station.journal, station.config())
             yield station
 
 
@@ -723,7 +721,7 @@ class Slipping(Client):
 def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_as_free(station, sandbox, before):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
-    station.worker = Distrustful(station.spool, client, station.ledger, station.config())
+    station.worker = Distrustful(station.spool, client, station.journal, station.config())
     originals = ask(station)
     station.work()
     client.close()
@@ -736,20 +734,22 @@ def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_
         assert sandbox.report()["requests"] == 1
 
 
-class Stumbling(Disk):
-    """A disk that is full for a moment, when the mark of a sent request already has its name."""
+def full_once(call):
+    """Let a disk that is full be found the first time that something is written."""
+    calls = []
 
-    stumbled = False
+    def stumble(*values, **named):
+        calls.append(values)
+        if len(calls) == 1:
+            raise SpoolError("the ledger: full", path="ledger", code=errno.ENOSPC)
+        return call(*values, **named)
 
-    def sync_folder(self, path):
-        if not self.stumbled and "sent.1" in os.listdir(path):
-            self.stumbled = True
-            raise SpoolError(f"{path}: full", path=path, code=errno.ENOSPC)
-        super().sync_folder(path)
+    return stumble
 
 
-def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_was_free(tmp_path, sandbox):
-    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=Stumbling())) as station:
+def test_a_request_that_could_not_be_recorded_was_not_sent_and_was_free(tmp_path, sandbox):
+    with contextlib.closing(Station(tmp_path, sandbox.base_url)) as station:
+        station.journal.spend = full_once(station.journal.spend)
         station.prompt("cat", "a cat")
         (outcome,) = station.work()
         assert (outcome.end, outcome.reason.kind, "full" in outcome.reason.message) == (End.RETURNED, "disk", True)
@@ -760,25 +760,14 @@ def test_a_request_whose_mark_could_not_be_made_durable_was_not_sent_and_was_fre
         assert sandbox.report()["requests"] == 1
 
 
-class FullAtTheDecision(Disk):
-    """A disk that is full for a moment, when a decision is being written."""
-
-    stumbled = False
-
-    def create(self, path, mode=0o600):
-        if not self.stumbled and "decision.json" in path:
-            self.stumbled = True
-            raise SpoolError(f"{path}: full", path=path, code=errno.ENOSPC)
-        return super().create(path, mode)
-
-
 def test_a_refusal_of_the_account_that_a_full_disk_kept_out_of_errors_is_shown_by_the_next_prompt(tmp_path, sandbox):
-    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=FullAtTheDecision())) as station:
+    with contextlib.closing(Station(tmp_path, sandbox.base_url)) as station:
         holds = Holds()
+        station.journal.decide = full_once(station.journal.decide)
         station.worker = Distrustful(
             station.spool,
             station.client,
-            station.ledger,
+            station.journal,
             station.config(),
             may_report=holds.may_report,
             not_reported=holds.not_reported,

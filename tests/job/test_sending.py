@@ -11,6 +11,7 @@ import re
 import resource
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -50,7 +51,7 @@ def delivered(folders: Folders, sandbox: Sandbox) -> dict[str, Any]:
 
 def part(folders: Folders) -> Path:
     """The file for the expected response."""
-    (path,) = folders.state.glob("jobs/*/answer.1.part")
+    (path,) = folders.state.glob("answers/*.answer.1.part")
     return path
 
 
@@ -72,7 +73,7 @@ def failing(daemon: LoggedDaemon, path: Path, fault: str) -> Iterator[None]:
     """During the block, let system calls of a daemon fail that use the file of a response."""
     if reason := reason_not_to_trace():
         pytest.skip(reason)
-    names = [str(path), path.name, "/".join(path.parts[-3:]), str(path.parent), "/".join(path.parts[-3:-1])]
+    names = [str(path), path.name, "/".join(path.parts[-2:]), str(path.parent), path.parent.name]
     call = fault.partition(":")[0]
     options = [option for name in names for option in ("-P", name)]
     strace = subprocess.Popen(
@@ -104,7 +105,7 @@ def test_any_disk_error_while_a_response_arrives_is_retried_and_puts_the_queue_o
         sandbox.release()
         event = asked.wait_for("held")
         folders.prompt("later", "not while our disk fails")
-    assert (event["kind"], "answer.1" in event["reason"] or "jobs/" in event["reason"]) == ("disk", True)
+    assert (event["kind"], "/answers" in event["reason"]) == ("disk", True)
     until(lambda: folders.finished() == {"cat": "outbox", "later": "outbox"})
     assert "problems" not in folders.receipt("cat")
     assert sandbox.report()["charged"] == 2
@@ -149,13 +150,13 @@ def test_after_the_deadline_the_error_file_says_what_is_known_and_names_the_loca
     until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
     assert (error["charged"], text in error["message"]) == (charged, True)
-    assert re.search(r"cannot save the response: Operation not permitted: /\S+/answer\.1\b", error["message"])
+    assert re.search(r"cannot save the response: Operation not permitted: /\S+\.answer\.1\b", error["message"])
     assert "imagewatch ended" not in error["message"]
     assert ("the response is lost" in error["next"]) == (charged == "yes")
     lost = KINDS["lost"].cause if charged == "yes" else None
     assert daemon.wait_for("failed" if lost else "unknown").get("reason") == lost
     until(lambda: folders.leftovers() == [])
-    assert not list((folders.state / "paid").glob("*"))
+    assert "kept" not in folders.job_states().values()
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 1
 
@@ -178,7 +179,7 @@ def test_the_images_before_the_deadline_are_published_and_the_rest_is_reported_a
         folders = Folders(tmp_path, server.base_url, **settings)
         folders.prompt("cat", "+++\nn = 2\n+++\na cat")
         daemon = run(folders)
-        until(lambda: any(path.stat().st_size > len(first) for path in folders.state.glob("jobs/*/answer.1.part")))
+        until(lambda: any(path.stat().st_size > len(first) for path in folders.state.glob("answers/*.answer.1.part")))
         with immutable(part(folders)):
             going_on.set()
             daemon.wait_for("stuck")
@@ -190,15 +191,15 @@ def test_the_images_before_the_deadline_are_published_and_the_rest_is_reported_a
 
 
 @pytest.mark.parametrize(
-    "change", ["its record removed", "all records removed", "the state folder replaced", "the state folder deleted"]
+    "change", ["its file removed", "all responses removed", "the state folder replaced", "the state folder deleted"]
 )
-def test_a_response_is_delivered_although_the_state_folder_loses_its_record_while_it_arrives(
+def test_a_response_is_delivered_although_the_state_folder_loses_its_file_while_it_arrives(
     asked: LoggedDaemon, folders: Folders, sandbox: Sandbox, change: str
 ) -> None:
-    if change == "its record removed":
-        shutil.rmtree(part(folders).parent)
-    elif change == "all records removed":
-        shutil.rmtree(folders.state / "jobs")
+    if change == "its file removed":
+        part(folders).unlink()
+    elif change == "all responses removed":
+        shutil.rmtree(folders.state / "answers")
     else:
         folders.state.rename(folders.state.with_name("aside"))
         folders.state.mkdir()
@@ -237,7 +238,7 @@ def test_a_response_is_saved_in_the_state_folder_that_is_created_again_after_the
     assert sandbox.report()["requests"] == 1
 
 
-def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
+def test_a_request_that_is_lost_with_its_file_is_not_sent_again(
     tmp_path: Path, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url)
@@ -245,7 +246,7 @@ def test_a_request_that_is_lost_with_its_record_is_not_sent_again(
     folders.prompt("cat", "a cat [sandbox: drop]")
     daemon = run(folders)
     assert sandbox.wait_for_requests(1, 20)
-    shutil.rmtree(folders.state / "jobs")
+    shutil.rmtree(folders.state / "answers")
     sandbox.release()
     until(lambda: folders.finished() == {"cat": "errors"})
     error = folders.error("cat")
@@ -438,7 +439,7 @@ def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
         folders.prompt("a", "too large for the way")
         for attempt in (1, 2):
             daemon = run(folders)
-            until(lambda attempt=attempt: list(folders.state.glob(f"jobs/*/answer.{attempt}")))
+            until(lambda attempt=attempt: list(folders.state.glob(f"answers/*.answer.{attempt}")))
             assert daemon.stop() == 0
         daemon = run(folders)
         until(lambda: folders.finished() == {"a": "errors"})
@@ -453,16 +454,17 @@ SLOW = (
     """
 import os
 import re
-from imagewatch.system.disk import Disk
+from imagewatch.journal.journal import Journal
 
-_sync = Disk.sync
+_spend = Journal.spend
 
-def slow(self, file, path):
-    _sync(self, file, path)
-    if path.endswith("/sent.1") and os.path.exists(os.environ["GATE"]):
+def slow(self, *values, **named):
+    refusal = _spend(self, *values, **named)
+    if os.path.exists(os.environ["GATE"]):
         open(os.environ["GATE"]).close()  # a pipe: waits until its other end is opened
+    return refusal
 
-Disk.sync = slow
+Journal.spend = slow
 """
     + HURRIED
 )
@@ -470,7 +472,7 @@ Disk.sync = slow
 
 @pytest.fixture
 def slow(folders: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path) -> Iterator[Callable[[], LoggedDaemon]]:
-    """Start a daemon whose disk, until the file is removed, delays the mark that a request is sent."""
+    """Start a daemon whose journal, until the file is removed, is slow when it records that a request is sent."""
     gate = tmp_path / "gate"
     os.mkfifo(gate)
     folders.environ["GATE"] = str(gate)
@@ -486,7 +488,8 @@ def go_on(gate: Path) -> None:
 
 
 def is_writing(folders: Folders) -> bool:
-    return bool(list(folders.state.glob("jobs/*/sent.1.tmp")))
+    with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as database:
+        return bool(database.execute("SELECT 1 FROM attempts WHERE outcome = 'sent'").fetchall())
 
 
 def test_after_hold_reports_that_it_is_applied_nothing_is_sent_however_slow_the_disk_is(

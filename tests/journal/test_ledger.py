@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 import pytest
 
+from imagewatch.config.schema import Limits
+from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.files import was_there
-from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
-from imagewatch.journal.schema import INDEXES, SCHEMA, prepare
+from imagewatch.journal.schema import prepare
 from imagewatch.journal.sqlite import Database
 from imagewatch.system.errors import SpoolError
 
@@ -27,12 +29,21 @@ if TYPE_CHECKING:
 
 WRITER = """
 import sys
-from imagewatch.journal.ledger import Ledger
+from imagewatch.config.schema import Limits
+from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
-ledger = Ledger(sys.argv[1])
+journal = Journal(sys.argv[1], Limits(), lambda: 1.0)
 for number in range(1, 100_000):
-    ledger.write(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
+    journal.record(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
     print(number, flush=True)
+"""
+
+UPGRADE = """
+import sys
+from imagewatch.config.schema import Limits
+from imagewatch.journal.journal import Journal
+print("go", flush=True)
+Journal(sys.argv[1], Limits(), float).require()
 """
 
 
@@ -46,79 +57,87 @@ def path(tmp_path: Path) -> str:
     return str(tmp_path / "ledger.sqlite3")
 
 
+def opened(path: str) -> Journal:
+    journal = Journal(path, Limits(), lambda: 1.0)
+    journal.require()
+    return journal
+
+
 @pytest.fixture
-def ledger(path: str) -> Iterator[Ledger]:
-    with contextlib.closing(Ledger(path)) as opened:
-        yield opened
+def journal(path: str) -> Iterator[Journal]:
+    with contextlib.closing(opened(path)) as found:
+        yield found
 
 
-def test_a_row_is_read_as_it_was_written(ledger: Ledger) -> None:
+def test_a_row_is_read_as_it_was_written(journal: Journal) -> None:
     written = row(message="naïve", sent_at=2.5, provider="flux", got=1, asked_provider="flux", owner="ada")
-    ledger.write(written)
-    (found,) = ledger.rows()
-    assert found == {name: getattr(written, name) for name in Row.__struct_fields__}
+    journal.record(written)
+    (found,) = journal.ledger.rows()
+    fields = [name for name in Row.__struct_fields__ if name != "counted_at"]
+    assert {name: found[name] for name in fields} == {name: getattr(written, name) for name in fields}
 
 
-def test_the_same_attempt_again_replaces_its_row(ledger: Ledger) -> None:
-    ledger.write(row(got=0))
-    ledger.write(row(got=1))
-    assert [found["got"] for found in ledger.rows()] == [1]
-    assert ledger.totals() == {"completed": 1, "refused": 0, "unknown": 0, "credits": 5.0}
+def test_the_same_attempt_again_replaces_its_row(journal: Journal) -> None:
+    journal.record(row(got=0))
+    journal.record(row(got=1))
+    assert [found["got"] for found in journal.ledger.rows()] == [1]
+    assert journal.ledger.totals() == {"completed": 1, "refused": 0, "unknown": 0, "credits": 5.0}
 
 
-def test_another_attempt_and_another_job_have_rows_of_their_own(ledger: Ledger) -> None:
-    ledger.write(row(attempt=1, outcome="busy", charged="no", credits=None))
-    ledger.write(row(attempt=2))
-    ledger.write(row(job="b" * 16, outcome="unknown", charged="unknown", credits=None))
-    assert [(found["job"][0], found["attempt"]) for found in ledger.rows()] == [("a", 1), ("a", 2), ("b", 1)]
-    assert ledger.totals() == {"completed": 1, "refused": 0, "unknown": 1, "credits": 5.0}
+def test_another_attempt_and_another_job_have_rows_of_their_own(journal: Journal) -> None:
+    journal.record(row(attempt=1, outcome="busy", charged="no", credits=None))
+    journal.record(row(attempt=2))
+    journal.record(row(job="b" * 16, outcome="unknown", charged="unknown", credits=None))
+    assert [(found["job"][0], found["attempt"]) for found in journal.ledger.rows()] == [("a", 1), ("a", 2), ("b", 1)]
+    assert journal.ledger.totals() == {"completed": 1, "refused": 0, "unknown": 1, "credits": 5.0}
 
 
-def test_a_name_that_is_not_text_can_be_in_a_row(ledger: Ledger) -> None:
-    ledger.write(row(message="caf\udce9"))
-    assert "caf" in ledger.rows()[0]["message"]
+def test_a_name_that_is_not_text_can_be_in_a_row(journal: Journal) -> None:
+    journal.record(row(message="caf\udce9"))
+    assert "caf" in journal.ledger.rows()[0]["message"]
 
 
 @pytest.mark.parametrize("mtime_ns", [2**63 - 1, 2**63, 2**65, -(2**63), -(2**63) - 1, -(2**65)])
-def test_a_file_of_any_year_is_recorded_and_recognized(ledger: Ledger, mtime_ns: int) -> None:
+def test_a_file_of_any_year_is_recorded_and_recognized(journal: Journal, mtime_ns: int) -> None:
     written = row(source_size=5, source_mtime_ns=mtime_ns, contents="{}")
-    ledger.write(written)
-    assert ledger.finished("b" * 16, written.source, 5, mtime_ns) == [(written.job, "{}")]
-    assert ledger.finished("b" * 16, written.source, 5, 0) == []
+    journal.record(written)
+    assert journal.ledger.finished("b" * 16, written.source, 5, mtime_ns) == [(written.job, "{}")]
+    assert journal.ledger.finished("b" * 16, written.source, 5, 0) == []
 
 
-def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(ledger: Ledger) -> None:
-    with pytest.raises(SpoolError, match="too large for the ledger") as caught:
-        ledger.count_redelivery("a" * 16, 2**64)
+def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(journal: Journal) -> None:
+    far = Journal(journal._file.path, Limits(), lambda: 2**64)
+    with contextlib.closing(far), pytest.raises(SpoolError, match="too large for the ledger") as caught:
+        far.finish("a" * 16)
     assert caught.value.code == 0  # for any other error the queue is on hold until the disk works
-    assert ledger.redelivered() == 0
+    assert journal.ledger.redelivered() == 0
 
 
 @pytest.mark.parametrize("wrong", [{"outcome": "guessed"}, {"charged": "maybe"}])
-def test_outcomes_that_the_ledger_does_not_define_are_refused(ledger: Ledger, wrong: dict[str, str]) -> None:
+def test_outcomes_that_the_ledger_does_not_define_are_refused(journal: Journal, wrong: dict[str, str]) -> None:
     with pytest.raises(SpoolError):
-        ledger.write(row(**wrong))
-    assert ledger.rows() == []
+        journal.record(row(**wrong))
+    assert journal.ledger.rows() == []
 
 
 def test_written_rows_are_there_at_the_next_start(path: str) -> None:
-    with contextlib.closing(Ledger(path)) as first:
-        first.write(row())
-    with contextlib.closing(Ledger(path)) as second:
-        assert len(second.rows()) == 1
+    with contextlib.closing(opened(path)) as first:
+        first.record(row())
+    with contextlib.closing(opened(path)) as second:
+        assert len(second.ledger.rows()) == 1
 
 
-def test_several_threads_can_write_at_the_same_time(ledger: Ledger) -> None:
+def test_several_threads_can_write_at_the_same_time(journal: Journal) -> None:
     def write(letter: str) -> None:
         for number in range(1, 26):
-            ledger.write(row(job=letter * 16, attempt=number))
+            journal.record(row(job=letter * 16, attempt=number))
 
     threads = [threading.Thread(target=write, args=(letter,)) for letter in "abcd"]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(ledger.rows()) == 100
+    assert len(journal.ledger.rows()) == 100
 
 
 def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
@@ -128,22 +147,22 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
             process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         printed = 50 + len(process.stdout.read().split())
-    with contextlib.closing(Ledger(path)) as ledger:
-        attempts = [found["attempt"] for found in ledger.rows()]
+    with contextlib.closing(opened(path)) as journal:
+        attempts = [found["attempt"] for found in journal.ledger.rows()]
         assert attempts == list(range(1, len(attempts) + 1))
         assert len(attempts) >= printed - 1  # of the last number perhaps only some digits were printed
-        ledger.write(row(job="b" * 16))
+        journal.record(row(job="b" * 16))
 
 
 def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
-    Ledger(path).close()
+    opened(path).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 4")
+        database.execute("PRAGMA user_version = 5")
     with pytest.raises(SpoolError, match="newer imagewatch") as caught:
-        Ledger(path)
+        opened(path)
     assert caught.value.hint == "run the newer version"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (4,)
+        assert database.execute("PRAGMA user_version").fetchone() == (5,)
 
 
 def test_a_file_that_is_not_a_ledger_is_refused_and_kept(path: str) -> None:
@@ -151,26 +170,26 @@ def test_a_file_that_is_not_a_ledger_is_refused_and_kept(path: str) -> None:
     with open(path, "wb") as file:
         file.write(content)
     with pytest.raises(SpoolError, match="it is damaged") as caught:
-        Ledger(path)
+        opened(path)
     assert "do not delete it" in caught.value.hint
     with open(path, "rb") as file:
         assert file.read() == content
 
 
 def test_a_damaged_page_is_noticed_when_it_is_read(path: str) -> None:
-    with contextlib.closing(Ledger(path)) as ledger:
+    with contextlib.closing(opened(path)) as journal:
         for number in range(1, 400):
-            ledger.write(row(attempt=number, message="x" * 100))
+            journal.record(row(attempt=number, message="x" * 100))
     with open(path, "r+b") as file:
         file.seek(4096)
         file.write(b"\xff" * 4096 * 8)
-    with pytest.raises(SpoolError), contextlib.closing(Ledger(path)) as ledger:
-        ledger.rows()
+    with pytest.raises(SpoolError), contextlib.closing(opened(path)) as journal:
+        journal.ledger.rows()
 
 
 def test_a_missing_folder_is_a_disk_error(tmp_path: Path) -> None:
     with pytest.raises(SpoolError):
-        Ledger(str(tmp_path / "missing" / "ledger.sqlite3"))
+        opened(str(tmp_path / "missing" / "ledger.sqlite3"))
 
 
 # Ledgers of older versions
@@ -214,6 +233,58 @@ CREATE TABLE IF NOT EXISTS redeliveries (
 """
 
 
+FORMAT_3 = """
+CREATE TABLE IF NOT EXISTS meta (
+    name  TEXT PRIMARY KEY,             -- id: of this ledger; proved: written to see whether rows can be
+    value TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS attempts (
+    job             TEXT NOT NULL,
+    attempt         INTEGER NOT NULL,   -- 0: refused by our own checks, no call was made
+    source          TEXT NOT NULL,      -- path of the prompt below the inbox
+    source_size     INTEGER NOT NULL,   -- bytes
+    source_mtime_ns INTEGER NOT NULL,
+    contents        TEXT NOT NULL,      -- JSON: hash of each file as dropped, by name; empty where it is not needed
+    prompt_sha256   TEXT NOT NULL,      -- of the text sent
+    -- sent: its result is not known yet
+    outcome         TEXT NOT NULL CHECK (outcome IN ('sent', 'completed', 'refused', 'busy', 'unknown', 'invalid')),
+    charged         TEXT NOT NULL CHECK (charged IN ('yes', 'no', 'unknown')),
+    credits         REAL,               -- NULL: not reported
+    provider        TEXT NOT NULL,
+    model           TEXT NOT NULL,
+    fields          TEXT NOT NULL,      -- JSON: what was asked for, prompt and images aside
+    asked           INTEGER NOT NULL,
+    got             INTEGER NOT NULL,
+    status          INTEGER NOT NULL,   -- HTTP, 0: no response
+    code            TEXT NOT NULL,
+    message         TEXT NOT NULL,
+    request_id      TEXT NOT NULL,
+    endpoint        TEXT NOT NULL,
+    version         TEXT NOT NULL,
+    claimed_at      REAL NOT NULL,      -- seconds since the epoch, UTC
+    sent_at         REAL,
+    answered_at     REAL,
+    asked_provider  TEXT NOT NULL DEFAULT '',  -- of the request; the response may name another
+    price_kind      TEXT NOT NULL DEFAULT '',  -- equal for requests whose images cost the same; empty: not known
+    transaction_id  TEXT NOT NULL DEFAULT '',  -- of the response's billing
+    new_credit_balance REAL,                   -- the same: balance of the account; NULL: not reported
+    owner           TEXT NOT NULL DEFAULT '',  -- user to whom the prompt file belonged
+    placed_mtime_ns INTEGER NOT NULL DEFAULT 0,  -- mtime that the prompt got in errors or archive; 0: none
+    PRIMARY KEY (job, attempt)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS attempts_by_time ON attempts (sent_at);
+CREATE INDEX IF NOT EXISTS attempts_by_claim ON attempts (claimed_at);
+CREATE INDEX IF NOT EXISTS attempts_by_source ON attempts (source);
+CREATE TABLE IF NOT EXISTS redeliveries (
+    job     TEXT PRIMARY KEY,           -- the finished job whose files were delivered again
+    times   INTEGER NOT NULL,
+    last_at REAL NOT NULL               -- seconds since the epoch, UTC
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS attempts_by_price ON attempts (asked_provider, sent_at, price_kind, credits, asked);
+CREATE INDEX IF NOT EXISTS attempts_by_balance ON attempts (answered_at) WHERE new_credit_balance IS NOT NULL;
+"""
+
+
 @pytest.fixture
 def old(path: str) -> str:
     """A ledger of format 1, with rows of all kinds."""
@@ -240,27 +311,27 @@ def old(path: str) -> str:
 
 
 def test_a_ledger_of_format_1_is_upgraded_and_keeps_every_row(old: str) -> None:
-    with contextlib.closing(Ledger(old)) as ledger:
-        rows = ledger.rows()
+    with contextlib.closing(opened(old)) as journal:
+        rows = journal.ledger.rows()
         assert [found["job"][0] for found in rows] == ["a", "b", "c", "d", "e"]
         assert {name for found in rows for name in found} == set(Row.__struct_fields__)
         assert {(found["transaction_id"], found["new_credit_balance"], found["owner"]) for found in rows} == {
             ("", None, "")
         }
-        assert ledger.totals()["credits"] == 219
-        assert sorted(ledger.charges("flux", 0.0)[""]) == [15, 15.5]
-        assert [*ledger.charges("openai", 0.0).values()] == [[12]]
-        assert [*ledger.charges("gemini", 0.0).values()] == [[67]]
-        ledger.write(row(job="f" * 16, new_credit_balance=5.0, answered_at=9.0))
-        assert ledger.balance() == (5, 9)
-    with contextlib.closing(Ledger(old)) as again:
-        assert len(again.rows()) == 6
+        assert journal.ledger.totals()["credits"] == 219
+        assert sorted(SqlBooks(journal.ledger.ask).charges("flux", 0.0)[""]) == [15, 15.5]
+        assert [*SqlBooks(journal.ledger.ask).charges("openai", 0.0).values()] == [[12]]
+        assert [*SqlBooks(journal.ledger.ask).charges("gemini", 0.0).values()] == [[67]]
+        journal.record(row(job="f" * 16, new_credit_balance=5.0, answered_at=9.0))
+        assert journal.ledger.balance() == (5, 9)
+    with contextlib.closing(opened(old)) as again:
+        assert len(again.ledger.rows()) == 6
 
 
 def test_an_upgrade_renames_the_outcome_of_earlier_formats(old: str) -> None:
-    with contextlib.closing(Ledger(old)) as ledger:
-        assert [found["outcome"] for found in ledger.rows()] == ["completed"] * 4 + ["invalid"]
-        assert ledger.totals()["completed"] == 4
+    with contextlib.closing(opened(old)) as journal:
+        assert [found["outcome"] for found in journal.ledger.rows()] == ["completed"] * 4 + ["invalid"]
+        assert journal.ledger.totals()["completed"] == 4
 
 
 def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
@@ -269,41 +340,43 @@ def test_a_ledger_of_format_2_is_upgraded_with_its_indexes(path: str) -> None:
             return {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'index'")}
 
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.executescript((SCHEMA + INDEXES).replace("'completed'", "'made'"))
+        database.executescript(FORMAT_3.replace("'completed'", "'made'"))
         database.execute("PRAGMA user_version = 2")
-        names = ", ".join(Row.__struct_fields__)
-        values = {**msgspec.structs.asdict(row()), "outcome": "made"}
+        known = {name for _, name, *_ in database.execute("PRAGMA table_info(attempts)")}
+        values = {name: value for name, value in msgspec.structs.asdict(row()).items() if name in known}
+        values["outcome"], names = "made", ", ".join(values)
         marks = ", ".join("?" * len(values))
         database.execute(f"INSERT INTO attempts ({names}) VALUES ({marks})", [*values.values()])
         database.commit()
-    before = indexes()
-    with contextlib.closing(Ledger(path)) as ledger:
-        assert [(found["job"], found["outcome"], found["credits"]) for found in ledger.rows()] == [
+    with contextlib.closing(opened(path)) as journal:
+        assert [(found["job"], found["outcome"], found["credits"]) for found in journal.ledger.rows()] == [
             (row().job, "completed", row().credits)
         ]
-        ledger.write(row(job="b" * 16))
-    assert indexes() == before
+        journal.record(row(job="b" * 16))
+    found = indexes()
+    path += ".new"
+    opened(path).close()
+    assert found == indexes()
 
 
 def test_an_attempt_that_only_a_ledger_of_format_2_recorded_is_still_known_as_lost(path: str) -> None:
-    with contextlib.closing(Ledger(path)) as ledger:
-        ledger.write(row(outcome="unknown"))
-        assert not ledger.is_lost(row().job)
+    with contextlib.closing(opened(path)) as journal:
+        journal.record(row(outcome="unknown"))
+        assert not journal.ledger.is_lost(row().job)
     with contextlib.closing(sqlite3.connect(path)) as database:
         message = "nothing but the ledger knows of this request; it may have been charged"
         database.execute("UPDATE attempts SET message = ?", [message])
         database.execute("PRAGMA user_version = 2")
         database.commit()
-    with contextlib.closing(Ledger(path)) as ledger:
-        assert ledger.is_lost(row().job)
+    with contextlib.closing(opened(path)) as journal:
+        assert journal.ledger.is_lost(row().job)
 
 
 def test_several_processes_can_upgrade_a_ledger_at_the_same_time(old: str) -> None:
-    script = "import sys; from imagewatch.journal.ledger import Ledger; Ledger(sys.argv[1]).close()"
-    processes = [subprocess.Popen([sys.executable, "-c", script, old]) for _ in range(4)]
+    processes = [subprocess.Popen([sys.executable, "-c", UPGRADE, old]) for _ in range(4)]
     assert [process.wait(60) for process in processes] == [0] * 4
-    with contextlib.closing(Ledger(old)) as ledger:
-        assert len(ledger.rows()) == 5
+    with contextlib.closing(opened(old)) as journal:
+        assert len(journal.ledger.rows()) == 5
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"month": {"\udcff": 1}}', '{"month": {"completed": "\udcff"}}'])
@@ -321,20 +394,19 @@ def test_a_ledger_whose_upgrade_was_killed_is_upgraded_by_the_next_start(old: st
             "INSERT INTO attempts SELECT 'x' || i, 1, 's', 1, 1, '', '', 'made', 'yes', 1.0, 'flux', 'm', "
             "'', 1, 1, 200, '', '', '', '', '', 1.0, 2.0, 3.0 FROM n"
         )
-    script = "import sys; from imagewatch.journal.ledger import Ledger; print('go', flush=True); Ledger(sys.argv[1])"
-    with subprocess.Popen([sys.executable, "-c", script, old], stdout=subprocess.PIPE) as process:
+    with subprocess.Popen([sys.executable, "-c", UPGRADE, old], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.readline()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(seconds)
         process.kill()
-    with contextlib.closing(Ledger(old)) as ledger:
-        assert len(ledger.charges("flux", 0.0)[""]) == 30_002
-        assert ledger.balance() is None
+    with contextlib.closing(opened(old)) as journal:
+        assert len(SqlBooks(journal.ledger.ask).charges("flux", 0.0)[""]) == 30_002
+        assert journal.ledger.balance() is None
 
 
 def test_an_old_daemon_that_still_runs_can_write_to_an_upgraded_ledger(old: str) -> None:
-    Ledger(old).close()
+    opened(old).close()
     names = "job, attempt, source, source_size, source_mtime_ns, contents, prompt_sha256, outcome, charged, credits, "
     names += "provider, model, fields, asked, got, status, code, message, request_id, endpoint, version, claimed_at"
     with contextlib.closing(sqlite3.connect(old)) as database:
@@ -343,8 +415,8 @@ def test_an_old_daemon_that_still_runs_can_write_to_an_upgraded_ledger(old: str)
             "('z', 1, 's', 1, 1, '', '', 'completed', 'yes', 1.0, 'flux', 'm', '', 1, 1, 200, '', '', '', '', '', 1.0)"
         )
         database.commit()
-    with contextlib.closing(Ledger(old)) as ledger:
-        assert ledger.totals()["credits"] == 220
+    with contextlib.closing(opened(old)) as journal:
+        assert journal.ledger.totals()["credits"] == 220
 
 
 def test_a_result_is_in_the_file_that_replaced_the_ledger_while_it_was_written(path: str) -> None:

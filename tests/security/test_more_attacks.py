@@ -218,7 +218,7 @@ def test_an_honest_folder_that_takes_the_place_of_a_prompt_is_put_back(tmp_path:
     station.spool.disk.__class__ = Swapping
     scan = InboxScan(str(station.inbox), station.config().inbox)
     ready = [c for c in scan.scan_all(1e6, 1e12).ready if c.key[1] == "x"]
-    worker = Worker(station.spool, station.client, station.ledger, station.config())
+    worker = Worker(station.spool, station.client, station.journal, station.config())
     worker.start(ready[0].claim(station.spool.new_job(), 0.0))
     found = list((station.inbox / CLAIMS).rglob("honest.prompt.txt"))
     assert found == [], "the folder of another user is in the folder of claimed files, and no job has it"
@@ -259,7 +259,7 @@ def test_a_job_copies_no_private_file_that_was_claimed_in_the_place_of_a_prompt(
     (candidate,) = station.scan.scan_all(1e6, 1e12).ready
     path.unlink()
     os.link(private, path)
-    worker = Worker(station.spool, station.client, station.ledger, station.config())
+    worker = Worker(station.spool, station.client, station.journal, station.config())
     worker.start(candidate.claim(station.spool.new_job(), 0.0))
     copies = [p for p in station.errors.rglob("*") if p.is_file() and MARK in p.read_text() and p.stat().st_nlink == 1]
     assert copies == [], "retry would have it sent"

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -103,7 +104,9 @@ class Folders:
 
     def leftovers(self) -> list[str]:
         """What no finished job may leave behind: claims, records, temporary files."""
-        left = [str(path) for path in (self.state / "jobs").glob("*")]
+        states = self.job_states()
+        left = [f"job {job}: {state}" for job, state in states.items() if state not in {"kept", "done"}]
+        left += [str(path) for path in self.answers() if states.get(path.name[:16]) != "kept"]
         left += [
             str(path)
             for path in (self.inbox / ".imagewatch").glob("*")
@@ -111,6 +114,18 @@ class Folders:
         ]
         left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
         return left
+
+    def answers(self) -> list[Path]:
+        """The saved responses and images of all jobs, with what is being written."""
+        return sorted((self.state / "answers").glob("*"))
+
+    def job_states(self) -> dict[str, str]:
+        """The state of each job in the journal, by id, the oldest first."""
+        path = self.state / "ledger.sqlite3"
+        if not path.exists():
+            return {}
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return dict(database.execute("SELECT id, state FROM jobs ORDER BY opened_at, id").fetchall())
 
     def finished(self) -> dict[str, str]:
         """Each prompt that has a result file, by stem, and its destination."""

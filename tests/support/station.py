@@ -11,7 +11,7 @@ from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
-from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.journal import Journal
 from imagewatch.system.disk import Disk
 from support.daemon import KEY, Folders
 
@@ -36,16 +36,19 @@ class Station(Folders):
     def __init__(self, root: Path, base_url: str, disk: Disk | None = None, **settings: str) -> None:
         super().__init__(root, base_url, **settings)
         loaded = self.config()
-        self.spool = Spool(loaded, disk or Disk())
+        self.state.mkdir(parents=True, exist_ok=True)
+        self.journal = Journal(str(self.state / "ledger.sqlite3"), loaded.limits, time.time)
+        self.ledger = self.journal.ledger
+        self.spool = Spool(loaded, disk or Disk(), self.journal)
         self.spool.prepare()
-        self.ledger = Ledger(str(self.state / "ledger.sqlite3"))
+        self.spool.take_over()
         self.client = Client(loaded.endpoint, lambda: Key(KEY))
-        self.worker = Distrustful(self.spool, self.client, self.ledger, loaded, wait=lambda _: None)
+        self.worker = Distrustful(self.spool, self.client, self.journal, loaded, wait=lambda _: None)
         self.scan = InboxScan(self.spool.inbox, loaded.inbox)
 
     def close(self) -> None:
         self.client.close()
-        self.ledger.close()
+        self.journal.close()
 
     def work(self) -> list[Outcome]:
         """Claim everything that is ready and carry it to its end; waits that a retry asks for are skipped."""

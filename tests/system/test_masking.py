@@ -201,7 +201,7 @@ def test_messages_in_a_coding_that_we_cannot_read_are_not_repeated_and_the_respo
         assert found_in(station, outcome, capfd) == []
         if status == b"200 OK":
             assert b"kept in the state folder" in (station.errors / "x.answer.bin").read_bytes()
-            (kept,) = (station.state / "paid").glob("*/answer.1")
+            (kept,) = (station.state / "answers").glob("*.answer.1")
             assert b"message" in kept.read_bytes()
 
 
@@ -282,7 +282,7 @@ def test_what_came_of_a_response_is_on_the_disk_to_its_last_byte_while_the_endpo
     def script(exchange):
         exchange.request()
         exchange.send(b"HTTP/1.1 200 OK\r\n\r\n" + body)
-        until(lambda: any(path.read_bytes().endswith(body) for path in tmp_path.glob("state/jobs/*/answer.1.part")))
+        until(lambda: any(path.read_bytes().endswith(body) for path in tmp_path.glob("state/answers/*.answer.1.part")))
         seen.append(True)
 
     with served_by(tmp_path, script) as station:
@@ -355,7 +355,7 @@ def served_with(key, tmp_path, *scripts):
     with served_by(tmp_path, *scripts) as station:
         client = Client(station.config().endpoint, lambda: Key(key))
         with contextlib.closing(client):
-            station.worker = Distrustful(station.spool, client, station.ledger, station.config())
+            station.worker = Distrustful(station.spool, client, station.journal, station.config())
             yield station
 
 

@@ -1,0 +1,126 @@
+"""What caps and the rate ask of the journal: what was spent, what is reserved, what requests cost."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Protocol
+
+from imagewatch.journal.prices import for_an_image
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Mapping, Sequence
+
+
+class Books(Protocol):
+    """What is asked of a journal."""
+
+    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
+        """Return what was spent since the beginning of the day of a time, seconds since the epoch.
+
+        Returns:
+            Credits that are known to have been charged; and for requests that were or may have been charged an amount
+            that is not known: provider, kind of price, and how many images they asked for in all.
+        """
+
+    def reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:
+        """Return what other jobs have reserved, credits; of those that are stuck each with its time."""
+
+    def highest(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
+        """Return the highest charge for an image since a time, by the kind of the price."""
+
+    def charges(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
+        """Return all charges for an image since a time, by the kind of the price. A charge of 0 is left out."""
+
+    def newest(self, since: float, most: int) -> list[float]:
+        """Return when the newest attempts after a time count, seconds since the epoch, the newest first."""
+
+
+class NoBooks:
+    """The journal of a daemon that has never run."""
+
+    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:  # noqa: ARG002
+        """Return that nothing was spent."""
+        return 0.0, []
+
+    def reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:  # noqa: ARG002
+        """Return that nothing is reserved."""
+        return 0.0, []
+
+    def highest(self, provider: str, since: float) -> dict[str, list[float]]:  # noqa: ARG002
+        """Return that nothing was charged."""
+        return {}
+
+    def charges(self, provider: str, since: float) -> dict[str, list[float]]:  # noqa: ARG002
+        """Return that nothing was charged."""
+        return {}
+
+    def newest(self, since: float, most: int) -> list[float]:  # noqa: ARG002
+        """Return that nothing was sent."""
+        return []
+
+
+class SqlBooks:
+    """The same of a journal in SQLite, in the middle of a transaction or outside of any.
+
+    Args:
+        ask: Returns the rows that answer a question.
+    """
+
+    def __init__(self, ask: Callable[..., list[sqlite3.Row]]) -> None:
+        self._ask = ask
+
+    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
+        """Return what was spent; see ``Books``."""
+        day = datetime.fromtimestamp(since, tz=UTC).date().isoformat()
+        rows = self._ask(
+            "SELECT provider, price_kind, sum(credits) AS credits, sum(unknown) AS unknown FROM sums "
+            "WHERE day >= ? GROUP BY provider, price_kind",
+            day,
+        )
+        unknown = [(row["provider"], row["price_kind"], row["unknown"]) for row in rows if row["unknown"] > 0]
+        return sum(row["credits"] for row in rows), unknown
+
+    def reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:
+        """Return what is reserved; see ``Books``."""
+        rows = self._ask(
+            "SELECT a.reserved AS credits, a.sent_at AS at, coalesce(j.is_stuck, 1) AS is_stuck FROM attempts AS a "
+            "LEFT JOIN jobs AS j ON j.id = a.job WHERE a.outcome = 'sent' AND a.job <> ?1 "
+            "UNION ALL SELECT reserved, opened_at, is_stuck FROM jobs "
+            "WHERE state <> 'done' AND reserved > 0 AND id <> ?1",
+            job,
+        )
+        stuck = [(row["at"], row["credits"]) for row in rows if row["is_stuck"]]
+        return sum(row["credits"] for row in rows if not row["is_stuck"]), stuck
+
+    def highest(self, provider: str, since: float) -> dict[str, list[float]]:
+        """Return the highest charges; see ``Books``."""
+        rows = self._ask(
+            "SELECT price_kind, max(price) AS price FROM prices "
+            "WHERE provider = ? AND last_at >= ? GROUP BY price_kind",
+            provider,
+            since,
+        )
+        return {row["price_kind"]: [row["price"]] for row in rows}
+
+    def charges(self, provider: str, since: float) -> dict[str, list[float]]:
+        """Return all charges; see ``Books``."""
+        rows = self._ask(
+            "SELECT price_kind, credits, asked FROM attempts WHERE asked_provider = ? AND sent_at >= ? AND credits > 0",
+            provider,
+            since,
+        )
+        found: dict[str, list[float]] = {}
+        for row in rows:
+            found.setdefault(row["price_kind"], []).append(for_an_image(row["credits"], row["asked"]))
+        return found
+
+    def newest(self, since: float, most: int) -> list[float]:
+        """Return when the newest attempts count; see ``Books``."""
+        rows = self._ask(
+            "SELECT counted_at FROM attempts WHERE counted_at > ? AND outcome <> 'unsent' "
+            "ORDER BY counted_at DESC LIMIT ?",
+            since,
+            most,
+        )
+        return [row["counted_at"] for row in rows]

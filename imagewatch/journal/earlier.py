@@ -1,0 +1,110 @@
+"""Jobs that an earlier version has left in files of their own become rows of the journal."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from msgspec.structs import astuple
+
+from imagewatch.journal.ledger import storable
+from imagewatch.journal.prices import Asked
+from imagewatch.journal.row import LOST, Row
+from imagewatch.journal.schema import COLUMNS
+from imagewatch.protocol.values import dump
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Collection, Mapping
+
+    from imagewatch.journal.budget import Budget
+    from imagewatch.protocol.values import Claim, Decision, Sent
+
+
+def adopt(
+    connection: sqlite3.Connection,
+    budget: Budget,
+    claim: Claim,
+    state: str,
+    decision: Decision | None,
+    sent: Mapping[int, Sent],
+) -> None:
+    """Write the rows of a job, unless there are some.
+
+    Args:
+        connection: In a transaction.
+        budget: What is reserved for a request without a result.
+        claim: What was claimed.
+        state: Where the job is.
+        decision: How it ends, if that is decided.
+        sent: Each attempt of which the first byte may have left, by number.
+    """
+    if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone():
+        return
+    names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+    taken = "SELECT 1 FROM jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+    if state == "open" and connection.execute(taken, names).fetchone():
+        state = "returning"
+    connection.execute(
+        "INSERT INTO jobs (id, folder, stem, claim, state, decision, opened_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (claim.job, *names, dump(claim).decode(), state, dump(decision).decode() if decision else "", claim.at),
+    )
+    for number, one in sent.items():
+        _attempt(connection, budget, claim, number, one)
+    # The mark of an attempt was durable before its first byte left.
+    connection.execute(
+        "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
+        "WHERE job = ? AND outcome = 'sent' AND attempt > ?",
+        (claim.job, max(sent, default=0)),
+    )
+
+
+def _attempt(connection: sqlite3.Connection, budget: Budget, claim: Claim, number: int, sent: Sent) -> None:
+    asked, request = Asked.of(sent.fields), dump(sent).decode()
+    reserved = budget.reservation(asked)
+    known = "UPDATE attempts SET request = ?, reserved = CASE outcome WHEN 'sent' THEN ? ELSE 0 END "
+    known += "WHERE job = ? AND attempt = ?"
+    if connection.execute(known, (request, reserved, claim.job, number)).rowcount:
+        return
+    row = Row(
+        job=claim.job,
+        attempt=number,
+        source=claim.source,
+        source_size=claim.size,
+        source_mtime_ns=claim.mtime_ns,
+        outcome="sent",
+        charged="unknown",
+        owner=claim.owner,
+        claimed_at=claim.at,
+        sent_at=sent.at,
+        counted_at=sent.at,
+        endpoint=sent.endpoint,
+        asked=sent.asked,
+        provider=asked.provider,
+        asked_provider=asked.provider,
+        price_kind=asked.kind,
+        reserved=reserved,
+        request=request,
+    )
+    marks = ", ".join("?" * len(COLUMNS))
+    connection.execute(
+        f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({marks})",  # noqa: S608  our own names
+        storable(astuple(row)),
+    )
+
+
+def close_lost(connection: sqlite3.Connection, known: Collection[str]) -> int:
+    """Give attempts of which only their row is left their result: whether they were charged is unknown.
+
+    Args:
+        connection: In a transaction.
+        known: Jobs of which more may be found out.
+
+    Returns:
+        How many there were.
+    """
+    question = "SELECT job, attempt FROM attempts WHERE outcome = 'sent' AND job NOT IN (SELECT id FROM jobs)"
+    lost = [(LOST, *row) for row in connection.execute(question).fetchall() if row["job"] not in known]
+    close = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE job = ? AND attempt = ?"
+    connection.executemany(close, lost)
+    return len(lost)

@@ -1,0 +1,428 @@
+"""The journal: the one record of what was claimed, sent, paid and decided.
+
+**The right to send is spent.** Attempt N of a job may be sent only by the process whose transaction inserted the row
+(job, N). ``spend`` does that: it checks the caps, the rate, a manual hold and whether the same files were requested
+before, and returns when the row survives a power cut. Row N+1 needs row N to have a result that says it was free. A row
+without a result is an unknown charge.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import TYPE_CHECKING
+
+from msgspec.structs import astuple, replace
+
+from imagewatch.journal.books import SqlBooks
+from imagewatch.journal.budget import Budget
+from imagewatch.journal.earlier import adopt, close_lost
+from imagewatch.journal.ledger import Ledger, storable
+from imagewatch.journal.row import FREE, AttemptRow, JobRow, Row, price_of
+from imagewatch.journal.schema import COLUMNS, prepare
+from imagewatch.journal.sqlite import Database
+from imagewatch.protocol.reasons import Reason
+from imagewatch.protocol.values import Claim, Decision, Sent, dump, load, load_decision
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.masking import known
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Collection, Mapping
+
+    from imagewatch.config.schema import Limits
+    from imagewatch.journal.prices import Asked
+
+_RECEIVED = ("provider", "model", "code", "message", "request_id", "transaction_id")
+_UPSERT = (
+    f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
+    "ON CONFLICT (job, attempt) DO UPDATE SET "
+    + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in {"job", "attempt", "counted_at"})
+    + " WHERE nonce = excluded.nonce"
+)
+
+
+class Journal:
+    """The journal in SQLite. Safe to use from several threads.
+
+    Args:
+        path: The database; created if it is not there. On a local disk: SQLite's locks need one.
+        limits: Caps and rate.
+        clock: Wall clock, seconds since the epoch.
+        guarded: Whether the file has to be the one that was used before. The daemon's has to.
+        synchronous: SQLite's setting for what must be durable.
+
+    Attributes:
+        ledger: What was requested, completed and spent.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        limits: Limits,
+        clock: Callable[[], float],
+        *,
+        guarded: bool = False,
+        synchronous: str = "FULL",
+    ) -> None:
+        self._file = Database(path, prepare, guarded=guarded, synchronous=synchronous)
+        self._limits = limits
+        self._clock = clock
+        self.ledger = Ledger(self._file)
+
+    def configure(self, limits: Limits) -> None:
+        """Take other caps and another rate."""
+        self._limits = limits
+
+    def require(self, *, prove: bool = False) -> None:
+        """Make sure that the journal exists and is the same as before.
+
+        Args:
+            prove: Whether to write something, too.
+
+        Raises:
+            SpoolError: It cannot be used; the message says why.
+        """
+        if prove:
+            self._file.prove()
+        else:
+            with self._file.using():
+                pass
+
+    def accept(self) -> None:
+        """Use what is there from now on; an empty journal if there is none, or a damaged one.
+
+        Raises:
+            SpoolError: It cannot be used either.
+        """
+        self._file.accept()
+
+    def close(self) -> None:
+        """Close the file; the next use opens it again."""
+        self._file.close()
+
+    def budget(self, connection: sqlite3.Connection | None = None) -> Budget:
+        """Return what may be spent now.
+
+        Args:
+            connection: The one of a transaction; without, each question is asked alone.
+        """
+        if connection is None:
+            return Budget(SqlBooks(self.ledger.ask), self._limits, self._clock())
+
+        def ask(question: str, *values: object) -> list[sqlite3.Row]:
+            return connection.execute(question, values).fetchall()
+
+        return Budget(SqlBooks(ask), self._limits, self._clock())
+
+    # Jobs
+
+    def open(self, claim: Claim, asked: Asked | None = None) -> Reason | None:
+        """Note what is about to be claimed, and reserve what its request may cost.
+
+        It need not be synced: without an attempt nothing is paid, and an attempt makes it durable, too.
+
+        Args:
+            claim: The prompt.
+            asked: Its request; None without a cap.
+
+        Returns:
+            Why it may not be sent for now, or None. Then its name is taken until its job is over.
+
+        Raises:
+            SpoolError: The journal cannot be used, or a job with this name is not over.
+        """
+
+        def act(connection: sqlite3.Connection) -> Reason | None:
+            budget, cost = self.budget(connection), 0.0
+            if asked is not None:
+                refusal = budget.over_cap(asked, claim.job)
+                if refusal is not None and refusal.row.is_own:
+                    return refusal
+                cost = budget.reservation(asked) if refusal is None else 0.0  # its job will refuse it
+            if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
+                _insert(connection, claim, reserved=cost)
+            return None
+
+        return self._file.change(act, synced=False)
+
+    def claim(self, claim: Claim) -> None:
+        """Note what is claimed as soon as this returns: it survives a power cut."""
+
+        def act(connection: sqlite3.Connection) -> None:
+            if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
+                _insert(connection, claim)
+
+        self._file.change(act)
+
+    def restore(self, claim: Claim, row: Row) -> None:
+        """Write a job and its attempt again, if this journal has taken the place of the one that had them."""
+
+        def act(connection: sqlite3.Connection) -> None:
+            if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone() is None:
+                _insert(connection, claim)
+            question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
+            if connection.execute(question, (row.job, row.attempt)).fetchone() is None:
+                self._write(connection, row)
+
+        self._file.change(act)
+
+    def adopt(self, claim: Claim, state: str, decision: Decision | None, sent: Mapping[int, Sent]) -> None:
+        """Write the rows of a job of an earlier version; see ``earlier.adopt``."""
+        self._file.change(lambda connection: adopt(connection, self.budget(connection), claim, state, decision, sent))
+
+    def close_lost(self, known: Collection[str]) -> int:
+        """Close the attempts of jobs of an earlier version that left nothing else; see ``earlier.close_lost``."""
+        return self._file.change(lambda connection: close_lost(connection, known))
+
+    def job(self, job: str) -> JobRow | None:
+        """Return what is known of a job; None if there is none, or it is over."""
+        with self._file.using() as connection:
+            row = connection.execute("SELECT * FROM jobs WHERE id = ? AND state <> 'done'", (job,)).fetchone()
+            if row is None:
+                return None
+            attempts = connection.execute(_ATTEMPTS, (job,)).fetchall()
+        return _job(row, attempts)
+
+    def unfinished(self) -> list[str]:
+        """Return the ids of all jobs that are not over, the oldest first."""
+        question = "SELECT id FROM jobs WHERE state NOT IN ('done', 'kept') ORDER BY opened_at, id"
+        return [row["id"] for row in self.ledger.ask(question)]
+
+    def is_over(self, job: str) -> bool:
+        """Return whether a job is known and over."""
+        return bool(self.ledger.ask("SELECT 1 FROM jobs WHERE id = ? AND state = 'done'", job))
+
+    def drop(self, job: str) -> None:
+        """Forget a job of which nothing was sent: its prompt was not claimed, or is back in the inbox."""
+        self._file.change(lambda connection: connection.execute(_DROP, (job,)), synced=False)
+
+    def set_state(self, job: str, state: str) -> None:
+        """Note where a job is. It need not be synced: the folders show it, too."""
+        self._file.change(
+            lambda connection: connection.execute("UPDATE jobs SET state = ? WHERE id = ?", (state, job)), synced=False
+        )
+
+    def set_stuck(self, job: str) -> None:
+        """Note that only a person can carry on a job: what it has reserved counts as spent."""
+        self._file.change(lambda connection: connection.execute(_STUCK, (job,)), synced=False)
+
+    def unreserve(self, job: str) -> None:
+        """End what was reserved for a job that has not sent anything: it may be stuck for long."""
+        self._file.change(
+            lambda connection: connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (job,)), synced=False
+        )
+
+    # Money
+
+    def spend(self, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
+        """Spend the right to send an attempt. Only who gets None may send it.
+
+        Args:
+            row: The attempt.
+            asked: Its request.
+            skip_repeated: Whether files that were requested before are not requested again.
+
+        Returns:
+            Why it may not be sent for now, or None: it is recorded, and survives a power cut.
+
+        Raises:
+            SpoolError: It cannot be recorded; or the attempt before may have been charged.
+        """
+
+        def act(connection: sqlite3.Connection) -> Reason | None:
+            if self._is_spent(connection, row):
+                return None
+            self._require_free(connection, row)
+            if (reason := self._refusal(connection, row, asked, skip_repeated=skip_repeated)) is not None:
+                return reason
+            cost = self.budget(connection).reservation(asked)
+            self._write(connection, replace(row, outcome="sent", charged="unknown", reserved=cost))
+            connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (row.job,))
+            return None
+
+        return self._file.change(act)
+
+    def refusal(self, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
+        """Return why ``spend`` would refuse an attempt now, or None; before a connection is made for it."""
+        if self._limits.requests_per_minute:  # to ask for the rate may correct the time of a request
+            return self._file.change(
+                lambda connection: self._refusal(connection, row, asked, skip_repeated=skip_repeated), synced=False
+            )
+        with self._file.using() as connection:
+            return self._refusal(connection, row, asked, skip_repeated=skip_repeated)
+
+    @staticmethod
+    def _is_spent(connection: sqlite3.Connection, row: Row) -> bool:
+        """Return whether this very call has inserted the row already: the file may have been replaced meanwhile."""
+        question = "SELECT nonce, outcome FROM attempts WHERE job = ? AND attempt = ?"
+        found = connection.execute(question, (row.job, row.attempt)).fetchone()
+        if found is None:
+            return False
+        if found["nonce"] == row.nonce and found["outcome"] == "sent":
+            return True
+        raise _spent(row, f"it has the result {found['outcome']}")
+
+    @staticmethod
+    def _require_free(connection: sqlite3.Connection, row: Row) -> None:
+        """Make sure that the job is open, and that the attempt before was free."""
+        job = connection.execute("SELECT state FROM jobs WHERE id = ?", (row.job,)).fetchone()
+        if job is None or job["state"] != "open":
+            raise _spent(row, f"its job is {job['state'] if job else 'not known'}")
+        question = "SELECT attempt, outcome FROM attempts WHERE job = ? ORDER BY attempt DESC LIMIT 1"
+        newest = connection.execute(question, (row.job,)).fetchone()
+        number, outcome = (newest["attempt"], newest["outcome"]) if newest else (0, FREE[0])
+        if number != row.attempt - 1 or outcome not in FREE:
+            raise _spent(row, f"attempt {number} has the result {outcome}" if number else "it is not the first one")
+
+    def _refusal(self, connection: sqlite3.Connection, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
+        manual = connection.execute("SELECT message FROM holds WHERE kind = 'manual'").fetchone()
+        if manual is not None:
+            return Reason("manual", manual["message"] or "put on hold manually")
+        repeated = "SELECT job FROM attempts WHERE source = ? AND contents = ? AND source_mtime_ns = ? AND job <> ? "
+        repeated += "AND outcome IN ('sent', 'completed', 'refused', 'unknown', 'invalid') LIMIT 1"
+        values = storable((row.source, row.contents, row.source_mtime_ns, row.job))
+        if skip_repeated and row.contents and (twin := connection.execute(repeated, values).fetchone()):
+            return Reason("repeated", f"these files were requested before, as job {twin['job']}")
+        if self._limits.requests_per_minute:
+            # What is dated later than now was sent before the clock was set back; its true time is unknown.
+            connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
+        budget = self.budget(connection)
+        return budget.over_rate() or budget.over_cap(asked, row.job)
+
+    def record(self, row: Row, *, synced: bool = True) -> None:
+        """Write the result of an attempt.
+
+        Args:
+            row: The attempt.
+            synced: Whether it survives a power cut when this returns.
+
+        Raises:
+            SpoolError: The disk failed; or another process has sent this attempt.
+        """
+        self._file.change(lambda connection: self._write(connection, row), synced=synced)
+
+    def unsent(self, job: str, attempt: int) -> None:
+        """Note that the first byte of an attempt did not leave; it never will."""
+        change = (
+            "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
+            "WHERE job = ? AND attempt = ? AND outcome = 'sent'"
+        )
+        self._file.change(lambda connection: connection.execute(change, (job, attempt)))
+
+    def decide(self, claim: Claim, decision: Decision, row: Row | None, *, repeated: str = "") -> None:
+        """Write how a job ends, with the result of its last attempt, in one transaction that survives a power cut.
+
+        A later decision replaces an earlier one of which names exist already.
+
+        Args:
+            claim: The job.
+            decision: How it ends.
+            row: The last attempt, or the row of a job without one; None if it is written already.
+            repeated: The finished job whose files were delivered again, if this is why.
+        """
+
+        def act(connection: sqlite3.Connection) -> None:
+            if row is not None:
+                self._write(connection, row)
+            if repeated:
+                connection.execute(_REDELIVERED, (repeated, self._clock()))
+            if not connection.execute(_DECIDE, (dump(decision).decode(), claim.job)).rowcount:
+                _insert(connection, claim, state="decided", decision=dump(decision).decode())
+
+        self._file.change(act)
+
+    def _write(self, connection: sqlite3.Connection, row: Row) -> None:
+        received = {name: known.text(getattr(row, name)) for name in _RECEIVED}  # a server may repeat the key
+        asked = dict(zip(("asked_provider", "price_kind"), price_of(row.fields, row.provider), strict=True))
+        row = replace(row, **received, **asked, counted_at=row.sent_at)
+        if not connection.execute(_UPSERT, storable(astuple(row))).rowcount:
+            raise _spent(row, "another process has sent it")
+
+    # The end of a job
+
+    def finish(self, job: str) -> None:
+        """Note that nothing is left of a job. It need not be synced: it is found out again."""
+
+        def act(connection: sqlite3.Connection) -> None:
+            connection.execute(_FINISH, (self._clock(), job))
+            connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
+
+        self._file.change(act, synced=False)
+
+    def keep(self, job: str) -> None:
+        """Keep a job that was paid for and gave no image, for ``imagewatch retry``."""
+        self._file.change(
+            lambda connection: connection.execute("UPDATE jobs SET state = 'kept' WHERE id = ?", (job,)), synced=True
+        )
+
+    def kept(self, job: str) -> JobRow | None:
+        """Return a job that was kept, or is being read again; None if there is no such job."""
+        found = self.job(job)
+        return found if found is not None and found.state in {"kept", "reopened"} else None
+
+    def reopen(self, job: str) -> bool:
+        """Let the response of a job be read again that was kept; return whether it was."""
+        change = "UPDATE jobs SET state = 'reopened' WHERE id = ? AND state = 'kept'"
+        return self._file.change(lambda connection: bool(connection.execute(change, (job,)).rowcount))
+
+    def reclaimed(self, job: str) -> None:
+        """Note that the originals of a reopened job are in its claim again."""
+        change = "UPDATE jobs SET state = 'returning', decision = '' WHERE id = ? AND state = 'reopened'"
+        self._file.change(lambda connection: connection.execute(change, (job,)))
+
+
+_ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
+_CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
+_TAKEN = "SELECT id FROM jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+_DROP = "DELETE FROM jobs WHERE id = ?"
+_STUCK = "UPDATE jobs SET is_stuck = 1 WHERE id = ?"
+_DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
+_FINISH = (
+    "UPDATE jobs SET state = 'done', claim = '', decision = '', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
+)
+_REDELIVERED = (
+    "INSERT INTO redeliveries VALUES (?, 1, ?) "
+    "ON CONFLICT (job) DO UPDATE SET times = times + 1, last_at = excluded.last_at"
+)
+
+
+def _insert(
+    connection: sqlite3.Connection, claim: Claim, *, reserved: float = 0.0, state: str = "open", decision: str = ""
+) -> None:
+    names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+    taken = connection.execute(_TAKEN, names).fetchone()
+    if taken is not None:
+        message = f"job {claim.job}: {printable(claim.prompt)} is still being processed, as job {taken['id']}"
+        raise SpoolError(message, path=claim.source, code=errno.EEXIST, hint="it is tried again when that job is over")
+    connection.execute(
+        "INSERT INTO jobs (id, folder, stem, claim, state, decision, reserved, opened_at) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (claim.job, *names, dump(claim).decode(), state, decision, reserved, claim.at),
+    )
+
+
+def _job(row: sqlite3.Row, attempts: list[sqlite3.Row]) -> JobRow:
+    decision = load_decision(row["decision"].encode()) if row["decision"] else None
+    is_reopened = row["state"] == "reopened"
+    return JobRow(
+        claim=load(row["claim"].encode(), Claim),
+        state=row["state"],
+        decision=None if is_reopened else decision,
+        withdrawn=decision if is_reopened else None,
+        attempts=tuple(_attempt(one) for one in attempts if one["outcome"] != "unsent"),
+        highest=max((one["attempt"] for one in attempts), default=0),
+    )
+
+
+def _attempt(row: sqlite3.Row) -> AttemptRow:
+    sent = load(row["request"].encode(), Sent) if row["request"] else None
+    return AttemptRow(number=row["attempt"], outcome=row["outcome"], nonce=row["nonce"], sent=sent)
+
+
+def _spent(row: Row, why: str) -> SpoolError:
+    return SpoolError(
+        f"job {row.job}: attempt {row.attempt} must not be sent: {why}",
+        hint="check the balance (imagewatch check --balance); its files stay where they are",
+    )
