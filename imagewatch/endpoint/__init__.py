@@ -14,6 +14,8 @@ The modules, in the order in which they are read::
     addresses     which IP addresses are public
     receive       a response to the disk while it arrives
     saved_answer  the file of a response: written, read in pieces
+    frames        its body, with the images in files of their own
+    divider       the images in a body that arrives
     coding        the content coding of a response
     decode        a paid response into images
     splitter      the images in a response, apart from the rest of its JSON

@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from imagewatch.endpoint.api import message_of, number, parse
 from imagewatch.endpoint.coding import UnreadableError, bounded
+from imagewatch.endpoint.frames import Decoded, texts
 from imagewatch.endpoint.splitter import LONGEST_URL, MOST_IMAGES, Splitter
 from imagewatch.system.masking import known
 
@@ -32,12 +33,14 @@ class Got:
 
     Attributes:
         decoded: Number of the file its base64 was decoded into, or None.
+        saved: Number of that file among those of the response if it was decoded while that arrived, or None.
         url: Where to fetch it, or an empty string.
         mime: Its type according to the endpoint.
         problem: Why there is no image, or an empty string.
     """
 
     decoded: int | None = None
+    saved: int | None = field(default=None, compare=False)
     url: str = ""
     mime: str = ""
     problem: str = ""
@@ -72,14 +75,17 @@ class Reading:
     code: str = ""
 
 
-def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable[[int], IO[bytes]]) -> Reading:
+def read(
+    pieces: Iterable[bytes | Decoded], *, encoding: str, limit: int, create: Callable[[int], IO[bytes]]
+) -> Reading:
     """Read a paid response in constant memory; images go into files as they arrive.
 
     Args:
-        chunks: The raw body.
+        pieces: The raw body. An image in a file of its own stays there, unless the body has a content coding.
         encoding: Its ``Content-Encoding``, or an empty string. We ask for none.
         limit: Most bytes a compressed body may grow to.
-        create: Called with 0, 1, … for each base64 image; returns the file it goes to.
+        create: Called with the number, from 0, of each base64 image that is not in a file yet; returns the file it
+            goes to.
 
     Returns:
         What could be read. This never raises for what a response holds: it is paid for.
@@ -87,8 +93,8 @@ def read(chunks: Iterable[bytes], *, encoding: str, limit: int, create: Callable
     splitter = Splitter(create)
     problem = ""
     try:
-        for chunk in bounded(chunks, encoding, limit):
-            splitter.feed(chunk)
+        for piece in bounded(texts(pieces), encoding, limit) if encoding else pieces:
+            splitter.feed(piece)
     except UnreadableError as error:
         problem = str(error)
     finally:
@@ -135,8 +141,8 @@ def _scattered(splitter: Splitter) -> list[Got]:
     skeleton, end = splitter.skeleton(), 0
     for match in splitter.traces().finditer(skeleton):
         if match["url"] is None:
-            if splitter.is_whole(int(match["mark"])):
-                found.append(Got(decoded=int(match["mark"])))
+            if splitter.is_whole(number := int(match["mark"])):
+                found.append(Got(decoded=number, saved=splitter.files[number].saved))
                 end = match.end()
         elif not end or b"}" in skeleton[end : match.start()]:  # else it is another URL of the image before it
             url = parse(match["url"])
@@ -180,8 +186,10 @@ def _entry(entry: object, splitter: Splitter) -> Got:
     url = _address(fields, splitter)
     number = next((number for value in _values(fields) if (number := splitter.number(value)) is not None), None)
     file = splitter.files[number] if number is not None and number < len(splitter.files) else None
+    if file and file.is_missing and not url:
+        return Got(mime=mime, problem=file.problem)
     if file and (not url or (file.size and not file.problem)):
-        return Got(decoded=number, mime=mime, problem=file.problem)
+        return Got(decoded=number, saved=file.saved, mime=mime, problem=file.problem)
     if url:
         return Got(url=url, mime=mime)
     problem = "the entry holds neither b64_json nor url" if number is None else "the response holds too many images"

@@ -5,6 +5,7 @@ Nothing here sends a request; fetching is free and tried again until a url has e
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ import structlog
 
 from imagewatch.endpoint.decode import Got, Reading, read
 from imagewatch.endpoint.download import FetchError, bare
+from imagewatch.endpoint.frames import image_name
 from imagewatch.endpoint.without_key import holds_key, shown
 from imagewatch.protocol.image_kinds import foreign
 from imagewatch.protocol.images import Image, inspect
 from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +45,7 @@ class Picture:
     """One image of a paid response, on the disk.
 
     Attributes:
-        source: Its file in the record.
+        source: Name of its file in the record.
         image: What its bytes are, or None if they are not an image that we know.
         mime: Its type according to the endpoint.
         size: Bytes.
@@ -132,18 +135,19 @@ class Pictures:
         self._wait = wait
 
     def read(self, path: Callable[[str], str], answer: Answer) -> Reading:
-        """Read a paid response; its base64 images go into files of the job.
+        """Read a paid response; its base64 images go into files of the job, unless they are in files of the response.
 
         Args:
             path: Returns the path of a file of the job.
-            answer: The response.
+            answer: The response; its images are files of the job, too.
         """
-        return read(
-            answer.chunks(),
-            encoding=_coding(answer),
-            limit=2 * self._limit,
-            create=lambda number: self._create(path(f"image.{number}")),
-        )
+        with contextlib.closing(answer.pieces()) as pieces:
+            return read(
+                pieces,
+                encoding=_coding(answer),
+                limit=2 * self._limit,
+                create=lambda number: self._create(path(f"image.{number}")),
+            )
 
     def shown(self, answer: Answer) -> Iterator[bytes]:
         """Yield what other users may see of a paid response: without the key, and without its content coding."""
@@ -165,6 +169,8 @@ class Pictures:
             name, problem = f"fetched.{number}", wanted.problem
         else:
             name, problem = f"image.{got.decoded}", got.problem if got.decoded is None else ""
+        if got.saved is not None:
+            name = image_name(got.saved)
         if problem:
             return Picture("", None, got.mime, 0, "", problem)
         return _inspected(path(name), self._disk.tops, name, got)
@@ -236,7 +242,7 @@ class _Ours:
 def _inspected(path: str, tops: Tops, name: str, got: Got) -> Picture:
     """Check an image by its bytes."""
     digest = hashlib.sha256()
-    with open(tops.open_file(path, os.O_RDONLY), "rb", buffering=0) as file:
+    with open_file(path, tops) as file:
         size = os.fstat(file.fileno()).st_size
         image = inspect(file, digest.update)
         problem = got.problem

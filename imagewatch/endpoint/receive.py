@@ -68,14 +68,14 @@ class Receiver:
         if self._secret.is_told_apart:
             held = self._secret.content(held)
             over = len(held) - self._secret.reach(held)
-            self._write(memoryview(held)[:over])
+            self._write(held[:over])
             self._held = held[over:]
         elif len(held) > self._limit:  # only the end shows of which word it is a part
             raise FullError
         else:
             self._held = held
 
-    def _write(self, content: bytes | memoryview) -> None:
+    def _write(self, content: bytes) -> None:
         room = self._limit - self._sink.written
         self._sink.write(content[:room])
         if len(content) > room:

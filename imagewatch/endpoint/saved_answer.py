@@ -1,6 +1,7 @@
 """The file of a response: written while it arrives, read in pieces afterwards.
 
-Its file is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
+Its file is one line of JSON (``Head``), the body, a line feed and one line of JSON (``Tail``). The body is raw, or in
+frames with its images in files of their own (``frames``); a paid response has its images decoded while it arrives.
 """
 
 from __future__ import annotations
@@ -14,65 +15,108 @@ import threading
 import time
 from typing import IO, TYPE_CHECKING, TypeVar
 
+from msgspec.structs import replace
+
+from imagewatch.endpoint.frames import CHUNK_BYTES, Decoded, Frames, body, has_name, plain, texts
 from imagewatch.protocol.values import Head, Tail, dump, load
-from imagewatch.system.disk_errors import disk_errors
+from imagewatch.system.disk_errors import closing, disk_errors
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.folders import Tops
+from imagewatch.system.untrusted import RefusedError, open_file
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
+    from imagewatch.endpoint.frames import Read
     from imagewatch.system.disk import Disk
 
 T = TypeVar("T")
 _TAIL_BYTES = 64 * 1024
 _LINE_BYTES = 1024
-_CHUNK_BYTES = 512 * 1024
 _PATIENCE = 1.0
 """Between two tries of a write that the disk refuses while the response waits on the connection, seconds."""
+_CUT = "the end of the response was not saved before the computer stopped"
 _HINT = "check the disk and the system log; do not remove the response, it was paid for"
 
 
 class Answer:
     """A saved response, read from the disk in pieces.
 
+    Args:
+        path: Its file.
+        tops: The folders that were opened.
+        image_path: Returns the path of the file of an image; needed if the body is in frames.
+
     Attributes:
         head: Status and headers.
         tail: Whether it is complete.
-        length: Size of the body, bytes.
     """
 
-    def __init__(self, path: str, tops: Tops | None = None) -> None:
+    def __init__(self, path: str, tops: Tops | None = None, image_path: Callable[[int], str] | None = None) -> None:
         self.path = path
         self._tops = tops or Tops()
+        self._image_path = image_path
+        self._is_suspect = False
         try:
             with self._opened() as file:
-                first = _line(lambda size: os.pread(file.fileno(), size, 0).partition(b"\n"))
-                end = file.seek(0, os.SEEK_END)
-                last = _line(lambda size: os.pread(file.fileno(), size, max(0, end - size)).rpartition(b"\n")[::-1])
-            self.head, self.tail = load(first, Head), load(last, Tail)
+                read = functools.partial(os.pread, file.fileno())
+                self.head, self._start, self.tail, self._end = _ends(read, file.seek(0, os.SEEK_END))
         except (OSError, ValueError) as error:
             raise SpoolError(
                 f"the saved response cannot be read: {error}: {path}", path=path, code=errno_of(error), hint=_HINT
             ) from error
-        self._start = len(first) + 1
-        self.length = end - len(last) - 1 - self._start
 
     def _opened(self) -> io.FileIO:
         return io.FileIO(self._tops.open_file(self.path, os.O_RDONLY))
 
-    def chunks(self, size: int = _CHUNK_BYTES) -> Iterator[bytes]:
-        """Yield the body in pieces of at most ``size`` bytes."""
-        left = self.length
+    def pieces(self, size: int = CHUNK_BYTES) -> Generator[bytes | Decoded]:
+        """Yield the body in pieces of at most ``size`` bytes, and what is in files of its images."""
         with self._opened() as file:
-            file.seek(self._start)
-            while left > 0 and (chunk := file.read(min(size, left))):
-                left -= len(chunk)
-                yield chunk
+            read, image = functools.partial(os.pread, file.fileno()), self._decoded
+            yield from body(read, self._start, self._end, size, image if self.head.framed else None)
+
+    def chunks(self, size: int = CHUNK_BYTES) -> Iterator[bytes]:
+        """Yield the body in pieces of at most ``size`` bytes, at least 4."""
+        yield from texts(self.pieces(size), size)
 
     def sample(self, size: int = _TAIL_BYTES) -> bytes:
         """Return the beginning of the body, enough for any error message."""
-        return next(self.chunks(size), b"")
+        found = b""
+        for chunk in self.chunks(size):
+            found += chunk
+            if len(found) >= size:
+                break
+        return found[:size]
+
+    def _decoded(self, number: int, size: int | None) -> Decoded:
+        assert self._image_path is not None
+        path, found = self._image_path(number), -1
+        # It may be in a folder that other users write.
+        with contextlib.suppress(FileNotFoundError, RefusedError), open_file(path, self._tops) as file:
+            found = os.fstat(file.fileno()).st_size
+        size = max(0, found) // 3 * 3 if size is None else size
+        return Decoded(number, size, found, path, lambda: open_file(path, self._tops))
+
+    def sync_images(self, disk: Disk) -> None:
+        """Make the files of its images durable, and their names."""
+        found = [piece.path for piece in self.pieces() if isinstance(piece, Decoded) and piece.found >= 0]
+        for path in found:
+            with closing(disk.append(path), path) as file:
+                disk.sync(file, path)
+        for folder in sorted({os.path.dirname(path) for path in found}):
+            disk.sync_folder(folder)
+
+    def make_durable(self, disk: Disk) -> None:
+        """Make the file of the response durable, which ``Sink`` left to the reader; its images are."""
+        if self._is_suspect:  # a failed sync may have lost its content, and a second one would not report that
+            with self._opened() as file, disk.writing(self.path) as copy:
+                while piece := file.read(CHUNK_BYTES):
+                    copy.write(piece)
+        self._is_suspect = True
+        with closing(disk.append(self.path), self.path) as written:
+            disk.sync(written, self.path)
+        self._is_suspect = False
+        disk.sync_folder(os.path.dirname(self.path))
 
 
 class Sink:
@@ -88,6 +132,9 @@ class Sink:
         on_disk_error: Called with what the disk refuses, once before that is waited for.
         wait: Waits some seconds.
         now: Monotonic clock, seconds.
+        image_path: Returns the path of the file of an image. Without, images are not decoded.
+        defers_sync: Whether a complete response whose images are all decoded is left without a sync: its reader makes
+            the result durable, or the response (``Answer.make_durable``).
 
     Attributes:
         written: Bytes of the body so far.
@@ -104,6 +151,9 @@ class Sink:
         on_disk_error: Callable[[SpoolError], object] = lambda _: None,
         wait: Callable[[float], object] = threading.Event().wait,  # noqa: B008
         now: Callable[[], float] = time.monotonic,
+        *,
+        image_path: Callable[[int], str] | None = None,
+        defers_sync: bool = False,
     ) -> None:
         self._disk = disk
         self._path = path
@@ -112,6 +162,9 @@ class Sink:
         self._on_disk_error = on_disk_error
         self._wait = wait
         self._now = now
+        self._image_path = image_path
+        self._defers_sync = defers_sync
+        self._frames: Frames | None = None
         self._file: IO[bytes] | None = None
         self._is_suspect = False
         self.written = self.status = 0
@@ -133,66 +186,88 @@ class Sink:
         if self._file is None:
             self.open()
         self.status = head.status
+        if self._image_path and 200 <= head.status < 300:  # noqa: PLR2004
+            head = replace(head, framed=True)
+            self._frames = Frames(self._disk, self._put, self._image_path)
         self._put(dump(head) + b"\n")
 
-    def write(self, chunk: bytes | memoryview) -> None:
+    def write(self, chunk: bytes) -> None:
         """Append a piece of the body."""
-        self._put(chunk)
+        if self._frames:
+            self._frames.write(chunk)
+        else:
+            self._put(chunk)
         self.written += len(chunk)
 
     def finish(self, tail: Tail) -> None:
-        """Make the response durable under its final name. It is not read before."""
+        """Make the response durable under its final name, images first. It is not read before."""
+        if self._frames:
+            self._frames.end()
         self._put(b"\n" + dump(tail))
-        self._insist(self._settle)
+        self._insist(functools.partial(self._settle, is_complete=tail.complete))
         self.close()
 
     def close(self) -> None:
-        """Close the file; what was written stays as ``answer.N.part``."""
+        """Close the files; what was written stays, the response as ``answer.N.part``."""
+        if self._frames:
+            self._frames.close()
         if self._file is not None:
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
 
-    def _put(self, content: bytes | memoryview) -> None:
+    def _put(self, content: bytes) -> None:
         assert self._file is not None
         rest = memoryview(content)
         while rest:
             rest = rest[self._insist(functools.partial(os.write, self._file.fileno(), rest)) :]
 
-    def _settle(self) -> None:
+    def _settle(self, *, is_complete: bool) -> None:
         """Give the complete response its name; if that fails half way, it may be done again."""
-        if self._is_suspect or not self._has_name():
-            self._write_again()
         assert self._file is not None
+        has_names = has_name(self._disk, self._file, self._part) and (not self._frames or self._frames.is_there())
+        if self._is_suspect or not has_names:
+            self._write_again()
         self._disk.unreserve(self._file)
         self._is_suspect = True
-        self._disk.sync(self._file, self._part)
+        if self._frames:
+            self._frames.sync()
+        is_synced = not (self._defers_sync and is_complete and self._frames and self._frames.is_decoded)
+        if is_synced:
+            self._disk.sync(self._file, self._part)
         self._is_suspect = False
         self._disk.replace(self._part, self._path)
-        self._disk.sync_folder(os.path.dirname(self._path))
-
-    def _has_name(self) -> bool:
-        """Return whether the open file has its name: the folder may have been removed, or replaced."""
-        assert self._file is not None
-        try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self._disk.tops.lstat(self._part))
-        except OSError:
-            return False
+        if is_synced:
+            self._disk.sync_folder(os.path.dirname(self._path))
 
     def _write_again(self) -> None:
-        """Write what the open file holds to a new one: it lost its name, or a failed sync may have lost its content."""
+        """Write what the open files hold to a new one: one lost its name, or a failed sync may have lost its content.
+
+        Without frames: where an image was, no other may be possible.
+        """
         assert self._file is not None
         self._restore()
+        read = functools.partial(os.pread, self._file.fileno())
+        end = os.fstat(self._file.fileno()).st_size
         copy = self._disk.replace_leftover(self._part)
         try:
-            offset = 0
-            while piece := os.pread(self._file.fileno(), _CHUNK_BYTES, offset):
-                offset += copy.write(piece)
+            for piece in self._unframed(read, end) if self._frames else plain(read, 0, end, CHUNK_BYTES):
+                copy.write(piece)
         except BaseException:
             copy.close()
             raise
         self._file.close()
         self._file = copy
+        if self._frames:
+            self._frames.remove()
+            self._frames = None
+
+    def _unframed(self, read: Read, end: int) -> Iterator[bytes]:
+        assert self._frames is not None
+        head, start, tail, end = _ends(read, end)
+        yield dump(replace(head, framed=False)) + b"\n"
+        yield from texts(body(read, start, end, CHUNK_BYTES, self._frames.decoded))
+        yield b"\n" + dump(tail)
 
     def _insist(self, act: Callable[[], T]) -> T:
         """Do what the disk may refuse, again and again while there is time."""
@@ -210,6 +285,47 @@ class Sink:
                     self._on_disk_error(error)
                 is_reported = True
                 self._wait(min(_PATIENCE, left))
+
+
+def save_part(disk: Disk, path: str, tail: Tail, image_path: Callable[[int], str]) -> None:
+    """Save the part of a response that arrived; if only its name was missing, it is complete.
+
+    Args:
+        disk: The local disk.
+        path: The final name of the response.
+        tail: Its last line, if it has none.
+        image_path: Returns the path of the file of an image.
+    """
+    part = path + ".part"
+    with closing(disk.append(part), part) as file, disk_errors(part, "save the response"):
+        if not _has_tail(file):
+            file.write(b"\n" + dump(tail))
+        disk.unreserve(file)
+        Answer(part, disk.tops, image_path).sync_images(disk)
+        disk.sync(file, part)
+    disk.replace(part, path)
+    disk.sync_folder(os.path.dirname(path))
+
+
+def _ends(read: Read, size: int) -> tuple[Head, int, Tail, int]:
+    """Return the first line of a file, the offset of the body, the last line, and where the body ends.
+
+    Args:
+        read: Returns so many bytes from an offset.
+        size: Of the file.
+
+    Raises:
+        ValueError: One of them is missing, or is not what it should be.
+    """
+    first = _line(lambda most: read(most, 0).partition(b"\n"))
+    head, start = load(first, Head), len(first) + 1
+    try:
+        last = _line(lambda most: read(most, max(start - 1, size - most)).rpartition(b"\n")[::-1])
+        return head, start, load(last, Tail), size - len(last) - 1
+    except (ValueError, RecursionError):  # a piece of the body
+        if not head.framed:
+            raise
+        return head, start, Tail(complete=False, reason=_CUT), size  # it was not synced before the computer stopped
 
 
 def _line(read: Callable[[int], tuple[bytes, bytes, bytes]]) -> bytes:
@@ -233,7 +349,7 @@ def errno_of(error: Exception) -> int:
     return (isinstance(error, OSError) and error.errno) or 0
 
 
-def has_tail(file: IO[bytes]) -> bool:
+def _has_tail(file: IO[bytes]) -> bool:
     """Return whether a response was written to its end; the file's position is its end then."""
     end = file.seek(0, os.SEEK_END)
     file.seek(max(0, end - _TAIL_BYTES))

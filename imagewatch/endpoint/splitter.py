@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import secrets
@@ -11,6 +12,8 @@ from urllib.parse import unquote_to_bytes
 import pybase64
 
 from imagewatch.endpoint.coding import UnreadableError
+from imagewatch.endpoint.divider import KEY, OVERLAP
+from imagewatch.endpoint.frames import Decoded
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -35,13 +38,6 @@ class Splitter:
     can only be a string with that image. Everything but those strings is the *skeleton*; in it a mark that no response
     can predict stands for each.
     """
-
-    _KEY = re.compile(
-        rb'"(?P<key>b64_json)"\s{0,64}:\s{0,64}"'
-        rb'|"(?P<address>url)"\s{0,64}:\s{0,64}"(?=\s{0,64}(?i:data):)'
-        rb'|[:\[,]\s{0,64}"(?=\s{0,64}(?i:data:image)\\?/|iVBORw0KGg|\\?/9j\\?/|UklGR)'
-    )
-    _OVERLAP = 256
 
     def __init__(self, create: Callable[[int], IO[bytes]]) -> None:
         self._create = create
@@ -71,8 +67,13 @@ class Splitter:
             % (self._mark.encode(), LONGEST_URL)
         )
 
-    def feed(self, chunk: bytes) -> None:
-        """Take the next piece."""
+    def feed(self, chunk: bytes | Decoded) -> None:
+        """Take the next piece; an image that is in a file already stays there, if it is all of its string."""
+        if isinstance(chunk, Decoded):
+            if not (self._open and self._open.adopt(chunk)):
+                for text in chunk.text():
+                    self.feed(text)
+            return
         data = self._held + chunk
         self._held = b""
         while data:
@@ -88,15 +89,15 @@ class Splitter:
             file.close()
 
     def _outside(self, data: bytes) -> bytes:
-        match = self._KEY.search(data)
+        match = KEY.search(data)
         if not match:
-            self._keep(data[: -self._OVERLAP])
-            self._held = data[-self._OVERLAP :]
+            self._keep(data[:-OVERLAP])
+            self._held = data[-OVERLAP:]
             return b""
         self._keep(data[: match.end() - 1] + b'"%s%d"' % (self._mark.encode(), self._seen))
         is_url = match["key"] is None
         if self._seen < MOST_IMAGES:
-            self._open = _Base64(self._create(self._seen), is_url=is_url)
+            self._open = _Base64(functools.partial(self._create, self._seen), is_url=is_url)
             self.files.append(self._open)
         else:
             self._open = _Base64(None)
@@ -127,17 +128,20 @@ class _Base64:
     space, and pieces that were encoded one by one and joined.
 
     Args:
-        file: Where the image goes; nowhere without.
+        create: Makes the file to which the image goes; it goes nowhere without.
         is_url: Whether a ``data:`` URL is base64 only if it names that.
 
     Attributes:
         problem: What is wrong with it, or an empty string.
         ended: Whether its closing quote arrived.
         size: Bytes decoded.
+        saved: Number of the file in which it has been since it arrived, or None.
+        is_missing: Whether that file was removed.
     """
 
-    def __init__(self, file: IO[bytes] | None, *, is_url: bool = False) -> None:
-        self._file = file
+    def __init__(self, create: Callable[[], IO[bytes]] | None, *, is_url: bool = False) -> None:
+        self._create = create
+        self._file: IO[bytes] | None = None
         self._is_url = is_url
         self._rest = b""
         self._begun = False
@@ -145,10 +149,30 @@ class _Base64:
         self.problem = ""
         self.ended = False
         self.size = 0
+        self._saved: Decoded | None = None
+
+    @property
+    def saved(self) -> int | None:
+        return self._saved.number if self._saved else None
+
+    @property
+    def is_missing(self) -> bool:
+        return self._saved is not None and self._saved.found < 0
+
+    def adopt(self, saved: Decoded) -> bool:
+        """Take all of it from a file in which it is already; return False if that is not its beginning."""
+        if self._create is None or self._is_url or self._saved or self._rest or self._begun:
+            return False
+        self._saved = saved
+        return True
 
     def feed(self, piece: bytes) -> None:
-        if self.problem or self._file is None:
+        if not piece or self.problem or self._create is None:
             return
+        if self._saved:  # more follows than what is in that file: it is decoded once more, with that
+            saved, self._saved = self._saved, None
+            for text in saved.text():
+                self.feed(text)
         data = self._unescape(self._rest + piece)
         if not self._begun:
             data = self._without_prefix(data)
@@ -156,7 +180,9 @@ class _Base64:
 
     def end(self) -> None:
         self.ended = True
-        if self._file is not None and not self.problem:
+        if self._saved:
+            self.size, self.problem = max(0, self._saved.found), self._saved.problem
+        elif self._create is not None and not self.problem:
             data = self._unescape(self._rest, final=True)
             if not self._begun and not self.problem:
                 data = self._without_prefix(data, final=True)
@@ -165,8 +191,12 @@ class _Base64:
         self.close()
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
+        if self._create is not None and not self._saved:
+            self._opened(self._create).close()
+
+    def _opened(self, create: Callable[[], IO[bytes]]) -> IO[bytes]:
+        self._file = self._file or create()
+        return self._file
 
     _escape = b""
 
@@ -229,8 +259,8 @@ class _Base64:
             self.problem = f"the base64 is broken: {error}"
 
     def _write(self, content: bytes) -> None:
-        assert self._file is not None
-        self._file.write(content)
+        assert self._create is not None
+        self._opened(self._create).write(content)
         self.size += len(content)
 
 

@@ -177,6 +177,7 @@ class Completion:
         attempt, answer = job.attempt(), job.answer()
         reading = self._pictures.read(job.record.path, answer)
         if any(got.url for got in reading.images):
+            answer.make_durable(self._spool.disk)
             # The journal first: it was paid for, and to fetch an image may take long.
             job.record.write(row_of(job, attempt, "completed", "yes", reading=reading), synced=True)
         pictures = self._pictures.collect(job.record.path, reading)
@@ -199,6 +200,7 @@ class Completion:
         if good:
             self._publish(job, attempt, row, top, pictures, reading.billing)
         else:
+            answer.make_durable(self._spool.disk)  # nothing else holds what was paid for
             self._keep_raw(job, attempt, row, top, reading)
 
     def _publish(

@@ -4,10 +4,12 @@
 
     state/answers/ID.answer.N.part   a response while it arrives
                   ID.answer.N        the response                        renamed before it is read
-                  ID.image.K         image K of the response, decoded or fetched
+                  ID.answer.image.K  image K of a paid response          decoded while it arrives
+                  ID.image.K         image K of it, decoded afterwards
+                  ID.fetched.K       image K of it, downloaded
                   ID.raw             a paid response without a readable image, as it is published
 
-The file of a response is one line of JSON (``Head``), the raw body, a line feed and one line of JSON (``Tail``).
+``endpoint/saved_answer`` describes the file of a response.
 """
 
 from __future__ import annotations
@@ -19,10 +21,11 @@ from typing import IO, TYPE_CHECKING
 
 from msgspec.structs import replace
 
-from imagewatch.endpoint.saved_answer import Answer, Sink, has_tail
+from imagewatch.endpoint.frames import image_name
+from imagewatch.endpoint.saved_answer import Answer, Sink, save_part
 from imagewatch.journal.row import AttemptRow, JobRow, Row
-from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, dump, load
-from imagewatch.system.disk_errors import closing, disk_errors
+from imagewatch.protocol.values import Claim, Decision, Head, Sent, Tail, load
+from imagewatch.system.disk_errors import disk_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -201,8 +204,17 @@ class Record:
         return []
 
     def has_answer(self, attempt: int) -> bool:
-        """Return whether the response of an attempt is saved."""
-        return attempt in self._answers or self._disk.tops.exists(self.path(f"answer.{attempt}"))
+        """Return whether the response of an attempt is saved.
+
+        A power cut can leave its name without its content, as that is synced only if the result is not.
+        """
+        path = self.path(f"answer.{attempt}")
+        if attempt in self._answers:
+            return True
+        if not self._disk.tops.exists(path):
+            return False
+        with disk_errors(path, "read"), self._open(path) as file:
+            return bool(file.read(_LINE_BYTES).strip(b"\0"))
 
     def sink(
         self,
@@ -211,7 +223,8 @@ class Record:
         on_error: Callable[[SpoolError], object] = lambda _: None,
     ) -> Sink:
         """Return where the response of an attempt goes; the arguments are those of a ``Sink``."""
-        return Sink(self._disk, self.path(f"answer.{attempt}"), restore, on_error)
+        path = self.path(f"answer.{attempt}")
+        return Sink(self._disk, path, restore, on_error, image_path=self._image_path, defers_sync=True)
 
     def make_folder(self) -> None:
         """Make the folder of responses again, if it was removed."""
@@ -221,7 +234,7 @@ class Record:
     def answer(self, attempt: int) -> Answer:
         """Return the saved response of an attempt. A file of this name never changes."""
         if attempt not in self._answers:
-            self._answers[attempt] = Answer(self.path(f"answer.{attempt}"), self._disk.tops)
+            self._answers[attempt] = Answer(self.path(f"answer.{attempt}"), self._disk.tops, self._image_path)
         return self._answers[attempt]
 
     def partial(self, attempt: int) -> Head | None:
@@ -237,11 +250,7 @@ class Record:
 
     def save_partial(self, attempt: int, tail: Tail) -> None:
         """Save the part of a response that arrived; if only its name was missing, it is complete."""
-        part = self.path(f"answer.{attempt}.part")
-        with closing(self._disk.append(part), part) as file, disk_errors(part, "save the response"):
-            if not has_tail(file):
-                file.write(b"\n" + dump(tail))
-            self._disk.unreserve(file)
-            self._disk.sync(file, part)
-        self._disk.replace(part, self.path(f"answer.{attempt}"))
-        self._disk.sync_folder(self._folder)
+        save_part(self._disk, self.path(f"answer.{attempt}"), tail, self._image_path)
+
+    def _image_path(self, number: int) -> str:
+        return self.path(image_name(number))

@@ -148,6 +148,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
         at: Wall-clock time of the first byte, seconds since the epoch.
         reason: Why the request was not sent completely, as text.
         counts: Whether it counts towards ``retry.attempts`` although it was not sent completely.
+        framed: Whether the body is in frames, with its images in files of their own.
     """
 
     status: int
@@ -155,6 +156,7 @@ class Head(msgspec.Struct, frozen=True, kw_only=True):
     at: float = 0.0
     reason: str = ""
     counts: bool = False
+    framed: bool = False
 
 
 class Tail(msgspec.Struct, frozen=True, kw_only=True):

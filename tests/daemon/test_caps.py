@@ -97,7 +97,7 @@ def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="30", limits__assumed_credits="30")
     folders.prompt("a", "[sandbox: big 60, b64] a cat")
     killed = start(folders, "once")
-    until(lambda: [part for part in folders.state.glob("answers/*.answer.1.part") if part.stat().st_size > 1_000_000])
+    until(lambda: [part for part in folders.state.glob("answers/*.answer.*") if part.stat().st_size > 1_000_000])
     killed.stop(signal.SIGKILL)
     folders.prompt("b", "a dog")
     assert start(folders, "once").wait() == 69

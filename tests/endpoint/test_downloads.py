@@ -342,7 +342,7 @@ class Full(Disk):
 
     def create(self, path, mode=0o600):
         file = super().create(path, mode)
-        if self.full and "/fetched." in path:
+        if self.full and ".fetched." in path:
             self.full = False
             file.close()
             return open("/dev/full", "wb", buffering=0)

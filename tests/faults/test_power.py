@@ -27,6 +27,7 @@ from support.losing import LONG_AGO_NS, Image, Losing, LosingDisk, PowerCut, Ste
 from support.station import Distrustful
 
 from imagewatch.endpoint import pictures
+from imagewatch.endpoint.frames import Frames
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.completion import Completion
 from imagewatch.job.originals import Originals
@@ -107,6 +108,7 @@ SCENES = {
     ),
     "invalid": _one(Reply(), "errors", "no", front="colour = 1", images=("cat.png",)),
     "not JSON": _one(Reply(body=b"<html>thank you"), "errors", "yes"),
+    "wrapped base64": _one(Reply(wrapped=True), "outbox", "yes"),
     "cut short": _one(Reply(end="short"), "outbox", "yes", front="n = 3", count=3),
     "dropped": _one(Reply(end="dropped"), "errors", "unknown", images=("cat.png",)),
     "unreachable": _one(Reply(end="unreachable", paid=False), "inbox", "no", images=TWO),
@@ -600,7 +602,8 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
     "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
     "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
     "what was killed is settled": ("text only", _without(Spool, "make_durable"), 2, "paid twice|unexpected files"),
-    "images are synced before the decision": ("text only", _images_are_not_synced, 1, "its receipt says"),
+    "images are synced before the response": ("text only", _without(Frames, "sync"), 1, "its response was saved"),
+    "images are synced before the decision": ("wrapped base64", _images_are_not_synced, 1, "its receipt says"),
     "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "the job record is missing"),
     "attempts have rows before the next": ("busy, then completed", _without(Completion, "busy"), 1, "has no row"),
 }

@@ -1,64 +1,46 @@
-"""Jobs in a state folder of an earlier version are finished."""
+"""A decision in the words of version 0.1.0 is carried out."""
 
 from __future__ import annotations
 
 import json
-import os
 from typing import TYPE_CHECKING
 
 import pytest
 
 from imagewatch.job.outcome import End
-from imagewatch.system.errors import SpoolError
+from imagewatch.protocol.values import Claim, dump
 
 if TYPE_CHECKING:
     from support.station import Station
 
-    from imagewatch.sandbox import Sandbox
+JOB = "0123456789abcdef"
 
 
-def job_of_an_earlier_version(station: Station) -> str:
-    """Create a job whose decision is on disk as version 0.1.0 wrote it, with nothing published."""
-    deliver, discard = station.spool.delivery.deliver, station.spool.originals.discard
-
-    def fail(*_: object) -> None:
-        raise SpoolError("no space left on device")
-
-    station.spool.delivery.deliver = station.spool.originals.discard = fail
-    with pytest.raises(SpoolError):
-        station.work()
-    station.spool.delivery.deliver, station.spool.originals.discard = deliver, discard
-    (job,) = station.spool.unfinished()
-    path = station.state / "jobs" / job / "decision.json"
-    now = json.loads(path.read_text())
-    destination = "away" if now["destination"] == "discarded" else now["destination"]
-    then = {"door": destination, "document": now["result_file"]}
-    then |= {name: value for name, value in now.items() if name not in {"destination", "result_file"}}
-    path.write_text(json.dumps(then))
-    return job
+def job_of_an_earlier_version(station: Station, decision: dict[str, object]) -> None:
+    """Leave a claimed prompt with its record, as version 0.1.0 did."""
+    record, claimed = station.state / "jobs" / JOB, station.inbox / ".imagewatch" / JOB
+    for folder in (record, claimed):
+        folder.mkdir(parents=True)
+    (claimed / "cat.prompt.txt").write_text("a cat")
+    (record / "claim.json").write_bytes(dump(Claim(job=JOB, folder="", stem="cat", at=1.0)))
+    (record / "decision.json").write_text(json.dumps(decision))
+    station.spool.take_over()
 
 
-@pytest.mark.parametrize(("text", "folder"), [("a cat", "outbox"), ("[sandbox: 400] a cat", "errors")])
-def test_a_decision_of_an_earlier_version_is_carried_out(
-    station: Station, sandbox: Sandbox, text: str, folder: str
-) -> None:
-    station.prompt("cat", text)
-    job_of_an_earlier_version(station)
+@pytest.mark.parametrize(("destination", "name"), [("outbox", "cat.receipt.toml"), ("errors", "cat.error.toml")])
+def test_a_decision_of_an_earlier_version_is_carried_out(station: Station, destination: str, name: str) -> None:
+    facts = {"charged": "no", "answered": True, "images": [], "attempts": 1}
+    moves = [{"source": "claim/cat.prompt.txt", "name": "cat.prompt.txt"}]
+    decision = {"door": destination, "document": 'charged = "no"\n', "name": name, "facts": facts}
+    job_of_an_earlier_version(station, decision | {"keep" if destination == "outbox" else "moves": moves})
     (outcome,) = station.recover()
-    assert (outcome.end, outcome.destination) == (End.OVER, folder)
-    assert station.finished() == {"cat": folder}
-    assert sandbox.report()["requests"] == 1
+    assert (outcome.end, outcome.destination) == (End.OVER, destination)
+    assert (station.root / destination / name).read_text() == 'charged = "no"\n'
     assert station.leftovers() == []
 
 
-def test_a_redelivery_that_an_earlier_version_found_is_removed(station: Station, sandbox: Sandbox) -> None:
-    path = station.prompt("cat", "a cat")
-    status = path.stat()
-    station.work()
-    path.write_text("a cat")
-    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
-    job_of_an_earlier_version(station)
+def test_a_redelivery_that_an_earlier_version_found_is_removed(station: Station) -> None:
+    job_of_an_earlier_version(station, {"door": "away"})
     (outcome,) = station.recover()
     assert outcome.end is End.REDELIVERED
-    assert sandbox.report()["requests"] == 1
     assert station.leftovers() == []

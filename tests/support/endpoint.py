@@ -48,6 +48,7 @@ class Reply:
         headers: Of the response.
         paid: Whether it charges.
         by_url: Images are named, not sent.
+        wrapped: The base64 of images is in lines, so that it is not canonical.
         end: How it ends: ``whole``, ``unreachable`` (nothing left), ``broken`` (the request left in part),
             ``cut off`` (so did a large one), ``dropped`` (it was sent completely, nothing came) or ``short`` (the
             response broke off).
@@ -58,6 +59,7 @@ class Reply:
     headers: tuple[tuple[str, str], ...] = (("content-type", "application/json"),)
     paid: bool = True
     by_url: bool = False
+    wrapped: bool = False
     end: str = "whole"
 
 
@@ -135,7 +137,7 @@ class PaidEndpoint:
 
     def _respond(self, reply: Reply, images: list[bytes], sink: Sink) -> None:
         sink.start(Head(status=reply.status, headers=dict(reply.headers), at=AT))
-        body = reply.body or _response_body(images, by_url=reply.by_url)
+        body = reply.body or _response_body(images, by_url=reply.by_url, wrapped=reply.wrapped)
         third = len(body) // 3 + 1
         for start in (0, third, 2 * third):
             self._moment("answering")
@@ -169,10 +171,11 @@ def served(prompt: str, count: int) -> list[bytes]:
     return [unique_png(f"{prompt} {number}") for number in range(count)]
 
 
-def _response_body(images: Iterable[bytes], *, by_url: bool) -> bytes:
+def _response_body(images: Iterable[bytes], *, by_url: bool, wrapped: bool) -> bytes:
+    encode = base64.encodebytes if wrapped else base64.b64encode
     if by_url:
         entries = [{"url": f"https://images.test/{base64.urlsafe_b64encode(p).decode()}"} for p in images]
     else:
-        entries = [{"b64_json": base64.b64encode(p).decode(), "mime_type": "image/png"} for p in images]
+        entries = [{"b64_json": encode(p).decode(), "mime_type": "image/png"} for p in images]
     answer = {"images": entries, "provider": "flux", "model": "flux-pro", "billing": {"credits_charged": 5}}
     return json.dumps(answer).encode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import errno
 import math
@@ -658,3 +659,100 @@ def test_a_response_whose_sync_failed_is_written_to_another_file_and_never_synce
     first, second = disk.synced
     assert (first != second, len(waits)) == (True, 1)
     assert b"".join(Answer(str(tmp_path / "answer.1")).chunks()) == b"paid for"
+
+
+# Images that are decoded while their response arrives
+
+PICTURE = bytes(range(256)) * 300
+ITS_RESPONSE = b'{"images":[{"b64_json":"' + base64.b64encode(PICTURE) + b'"}],"cost":1}'
+
+
+def save_with_images(place: Path, images: Path, half_way: Callable[[], object], disk: Disk | None = None) -> Answer:
+    """Save a response with an image whose file is in another folder; something happens half way."""
+
+    def image_path(number: int) -> str:
+        return str(images / f"image.{number}")
+
+    waits: list[float] = []
+    sink = Sink(
+        disk or Disk(),
+        str(place / "answer.1"),
+        lambda: place.mkdir(exist_ok=True),
+        wait=waits.append,
+        now=lambda: 0.0,
+        image_path=image_path,
+        defers_sync=True,
+    )
+    sink.until = 1.0
+    with contextlib.closing(sink):
+        sink.open(1000)
+        sink.start(Head(status=200))
+        sink.write(ITS_RESPONSE[:50_001])
+        half_way()
+        sink.write(ITS_RESPONSE[50_001:])
+        sink.finish(Tail(complete=True))
+    assert len(waits) == (disk is not None)
+    return Answer(str(place / "answer.1"), image_path=image_path)
+
+
+def test_what_an_image_file_cannot_take_goes_into_the_file_of_the_response(mount, tmp_path):
+    images = mount("size=64k")
+    answer = save_with_images(tmp_path, images, lambda: None)
+    assert b"".join(answer.chunks()) == ITS_RESPONSE
+    assert 0 < (images / "image.0").stat().st_size <= 65_536
+    assert (tmp_path / "answer.1").stat().st_size < len(ITS_RESPONSE)
+
+
+def test_nothing_is_written_to_an_image_before_the_response_says_where_it_belongs(mount, tmp_path):
+    place = mount("size=64k")
+    sink = Sink(Disk(), str(place / "answer.1"), image_path=lambda number: str(tmp_path / f"image.{number}"))
+    with contextlib.closing(sink):
+        sink.start(Head(status=200))
+        with pytest.raises(SpoolError, match="No space left"):
+            sink.write(b" " * 70_000 + ITS_RESPONSE)
+    assert (tmp_path / "image.0").read_bytes() == b""
+
+
+def test_images_whose_files_cannot_be_made_are_saved_as_they_came(tmp_path):
+    answer = save_with_images(tmp_path, tmp_path / "missing", lambda: None)
+    assert b"".join(answer.chunks()) == ITS_RESPONSE
+    assert ITS_RESPONSE[60_000:] in (tmp_path / "answer.1").read_bytes()
+
+
+@pytest.mark.parametrize("change", ["removed", "replaced", "its folder removed", "its folder moved away"])
+def test_an_image_that_loses_its_name_while_the_response_arrives_is_saved_in_the_response(tmp_path, change):
+    images = tmp_path / "images"
+    images.mkdir()
+
+    def lose() -> None:
+        if change == "its folder removed":
+            shutil.rmtree(images)
+        elif change == "its folder moved away":
+            images.rename(tmp_path / "aside")
+        else:
+            (images / "image.0").unlink()
+        if change == "replaced":
+            (images / "image.0").write_bytes(b"of another program")
+
+    answer = save_with_images(tmp_path, images, lose)
+    assert b"".join(answer.chunks()) == ITS_RESPONSE
+    assert not answer.head.framed
+    if change == "replaced":
+        assert (images / "image.0").read_bytes() == b"of another program"
+
+
+def test_a_response_and_its_images_are_saved_though_their_folder_is_removed(tmp_path):
+    place = tmp_path / "jobs"
+    place.mkdir()
+    answer = save_with_images(place, place, lambda: shutil.rmtree(place))
+    assert b"".join(answer.chunks()) == ITS_RESPONSE
+    assert names(place) == ["answer.1"]
+
+
+def test_an_image_whose_sync_failed_is_saved_in_the_response_and_never_synced_again(tmp_path):
+    disk = Unsynced()
+    answer = save_with_images(tmp_path, tmp_path, lambda: None, disk)
+    image, response = disk.synced
+    assert image != response
+    assert b"".join(answer.chunks()) == ITS_RESPONSE
+    assert names(tmp_path) == ["answer.1"]
