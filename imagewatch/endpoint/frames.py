@@ -184,12 +184,20 @@ class Frames:
         disk: The local disk.
         put: Appends to the file of the response.
         path: Returns the path of the file of an image.
+        prepare: Called with the descriptor of the file of an image before anything is written to it.
     """
 
-    def __init__(self, disk: Disk, put: Callable[[bytes], object], path: Callable[[int], str]) -> None:
+    def __init__(
+        self,
+        disk: Disk,
+        put: Callable[[bytes], object],
+        path: Callable[[int], str],
+        prepare: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self._disk = disk
         self._put = put
         self._path = path
+        self._prepare = prepare
         self._divider = Divider()
         self._images: dict[int, _Image] = {}
         self._open: _Image | None = None
@@ -246,9 +254,11 @@ class Frames:
     def _made(self, number: int) -> _Image | None:
         path = self._path(number)
         try:
-            return _Image(number, path, self._disk.replace_leftover(path))
+            file = self._disk.replace_leftover(path)
         except SpoolError:
             return None
+        self._prepare(file.fileno())
+        return _Image(number, path, file)
 
     def is_there(self) -> bool:
         """Return whether each image has its name, which another program may have removed."""

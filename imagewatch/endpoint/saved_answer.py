@@ -133,6 +133,7 @@ class Sink:
         wait: Waits some seconds.
         now: Monotonic clock, seconds.
         image_path: Returns the path of the file of an image. Without, images are not decoded.
+        prepare: Called with the descriptor of the file of an image before anything is written to it.
         defers_sync: Whether a complete response whose images are all decoded is left without a sync: its reader makes
             the result durable, or the response (``Answer.make_durable``).
 
@@ -143,7 +144,7 @@ class Sink:
         error: The last error of the disk; empty if there was none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  what a job gives and what a test replaces
         self,
         disk: Disk,
         path: str,
@@ -153,6 +154,7 @@ class Sink:
         now: Callable[[], float] = time.monotonic,
         *,
         image_path: Callable[[int], str] | None = None,
+        prepare: Callable[[int], object] = lambda _: None,
         defers_sync: bool = False,
     ) -> None:
         self._disk = disk
@@ -163,6 +165,7 @@ class Sink:
         self._wait = wait
         self._now = now
         self._image_path = image_path
+        self._prepare = prepare
         self._defers_sync = defers_sync
         self._frames: Frames | None = None
         self._file: IO[bytes] | None = None
@@ -188,7 +191,7 @@ class Sink:
         self.status = head.status
         if self._image_path and 200 <= head.status < 300:  # noqa: PLR2004
             head = replace(head, framed=True)
-            self._frames = Frames(self._disk, self._put, self._image_path)
+            self._frames = Frames(self._disk, self._put, self._image_path, self._prepare)
         self._put(dump(head) + b"\n")
 
     def write(self, chunk: bytes) -> None:

@@ -37,6 +37,8 @@ _WITHOUT_PROMPT = {
 }
 """Next step by charge, where the prompt is not among the files in the errors folder."""
 _RAW = "state/raw"
+DECODED_AFTERWARDS = "image."
+"""How the names of images begin that were not decoded while their response arrived."""
 _PLAIN = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._/-]*")
 """Names that can be typed after a command as they are."""
 _log = structlog.get_logger()
@@ -232,6 +234,8 @@ class Completion:
         keep = self._spool.delivery.free_originals(claim, "archive", claimed) if self._spool.archive else ()
         name = f"{base}.receipt.toml"
         result: dict[str, Any] = {"name": name, "result_file": text, "facts": facts, "mtime_ns": job.mtime_ns}
+        if any(picture.source.startswith(DECODED_AFTERWARDS) for _, picture in there):
+            job.record.sync_names()
         job.record.decide(Decision(destination="outbox", moves=moves, keep=keep, **result), row)
 
     def _keep_raw(
@@ -243,6 +247,7 @@ class Completion:
         with self._spool.disk.writing(job.record.path("raw")) as file:
             for chunk in self._pictures.shown(answer):
                 file.write(chunk)
+        job.record.sync_names()
         problems = top["problems"]
         first = problems[0] if isinstance(problems, list) else "it is empty"
         message = f"the response was charged, but holds no readable image: {first}"

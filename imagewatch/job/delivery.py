@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from imagewatch.job.record import Record
     from imagewatch.system.folders import Tops
 
+_DURABLE = "state/answer.image."
+"""Images that were decoded while their response arrived: they were synced with it."""
 _LONGEST_ENDING = ".receipt.toml"
 _LONGEST_NAME, _LONGEST_PATH = 255, 4095
 """In bytes; what Linux takes."""
@@ -142,9 +144,9 @@ class Delivery:
         folder = self.destination_folder(decision.destination, claim)
         self._mirror(decision.destination, claim)
         with self._folders.reached(folder):
+            if any(move.source.startswith("claim/") for move in decision.moves):
+                self._originals.leave_inbox(claim)
             self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
-            if decision.moves:
-                self._disk.sync_folder(folder)
             target = os.path.join(folder, decision.name)
             self._disk.publish(
                 target, _temporary(folder, claim, "d"), decision.result_file.encode(), self._folders.permissions.apply
@@ -163,6 +165,7 @@ class Delivery:
             if destination == "archive"
             else tuple(m for m in decision.moves if m.source.startswith("claim/"))
         )
+        self._originals.leave_inbox(claim)
         with self._folders.reached(folder):
             with contextlib.suppress(FileExistsError):  # a file that got the name meanwhile keeps it; ours go beside it
                 self._carry_all(claim, moves, folder, decision.mtime_ns)
@@ -216,6 +219,7 @@ class Delivery:
                 _temporary(folder, claim, str(number)),
                 None if dropped else self._folders.permissions.apply,
                 mtime_ns=mtime_ns if dropped and move.source == f"claim/{claim.prompt}" else None,
+                is_durable=move.source.startswith(_DURABLE),
             )
 
     def _mirror(self, destination: str, claim: Claim) -> None:

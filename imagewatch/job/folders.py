@@ -388,7 +388,12 @@ class JobFolders:
 
     def record(self, job: str) -> Record:
         """Return the record of a job; there need not be one."""
-        return Record(self.journal, self.disk, self.answers, job)
+        return Record(self.journal, self.disk, self.answers, job, self._prepare_image)
+
+    def _prepare_image(self, descriptor: int) -> None:
+        """Give an image its mode and group before it is synced; what cannot be set is tried again when it is moved."""
+        with contextlib.suppress(OSError):
+            self.permissions.apply(descriptor)
 
     def claim_folder(self, job: str) -> str:
         """Return the folder of a job's originals."""

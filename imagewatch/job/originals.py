@@ -54,8 +54,7 @@ class Originals:
         self._folders.require_claims()
         record.begin(claim)
         folder = self._folders.claim_folder(claim.job)
-        self._disk.make_folder(folder)
-        self._disk.sync_folder(self._folders.claims)
+        self._disk.make_folder(folder)  # not synced, nor are the renames: see take_again
         try:
             with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
                 claimed = self._claim_file(claim, claim.prompt)
@@ -72,12 +71,47 @@ class Originals:
         return claim.folder_inode if self._folders.keeps_times() else 0
 
     def gather(self, claim: Claim) -> None:
-        """Move the other originals of a job into the claim, then make all its names durable."""
+        """Move the other originals of a job into the claim."""
         with self._folders.reached(self._folders.inbox_folder(claim), self._inode(claim)):
             for name in claim.images:
                 self._claim_file(claim, name)
-            self._disk.sync_folder(self._folders.claim_folder(claim.job))
-            self._disk.sync_folder(self._folders.inbox_folder(claim))
+
+    def take_again(self, claim: Claim) -> None:
+        """Move originals of a job that was sent into its claim again, if a power cut has put them back into the inbox.
+
+        The journal knows them: what is in the inbox with the same inode, or with the same size and times, is not
+        another prompt.
+        """
+        folder = self._folders.inbox_folder(claim)
+        there = self.claimed(claim.job)
+        lost = [name for name in claim.names if name not in there and self._is_original(claim, name)]
+        if not lost:
+            return
+        self._folders.ensure_claims()
+        self._disk.make_folder(self._folders.claim_folder(claim.job))
+        with self._folders.reached(folder):
+            for name in lost:
+                self._claim_file(claim, name)
+
+    def _is_original(self, claim: Claim, name: str) -> bool:
+        """Return whether what has the name of an original in the inbox is that original."""
+        try:
+            status = self._folders.tops.lstat(os.path.join(self._folders.inbox_folder(claim), name))
+        except OSError:
+            return False
+        if stat.S_ISDIR(status.st_mode):
+            return False
+        if (known := claim.files.get(name)) is None:
+            return True
+        inode, size, mtime_ns = known
+        is_same = self._folders.keeps_times() and status.st_ino == inode
+        return is_same or (status.st_size, status.st_mtime_ns) == (size, mtime_ns)
+
+    def leave_inbox(self, claim: Claim) -> None:
+        """Make durable that the originals are not in the inbox any more, before they leave the claim."""
+        folder = self._folders.inbox_folder(claim)
+        if self._folders.tops.is_folder(folder):
+            self._disk.sync_folder(folder)
 
     def _claim_file(self, claim: Claim, name: str) -> bool:
         source = os.path.join(self._folders.inbox_folder(claim), name)

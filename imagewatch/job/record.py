@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
+from secrets import token_hex
 from typing import IO, TYPE_CHECKING
 
 from msgspec.structs import replace
@@ -47,15 +47,24 @@ class Record:
         disk: The local disk.
         folder: The folder of all saved responses.
         job: The id of the job.
+        prepare: Sets mode and group of the file of an image, by its descriptor, before anything is written to it.
     """
 
-    def __init__(self, journal: Journal, disk: Disk, folder: str, job: str) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        disk: Disk,
+        folder: str,
+        job: str,
+        prepare: Callable[[int], object] = lambda _: None,
+    ) -> None:
         self._journal = journal
         self._disk = disk
         self._folder = folder
         self._row: JobRow | None = None
         self._is_read = False
         self._answers: dict[int, Answer] = {}
+        self._prepare = prepare
         self.job = job
 
     def path(self, name: str) -> str:
@@ -115,7 +124,7 @@ class Record:
 
     def next_attempt(self) -> tuple[int, str]:
         """Return number and nonce of the next attempt."""
-        return (self.row.highest if self.row else 0) + 1, secrets.token_hex(8)
+        return (self.row.highest if self.row else 0) + 1, token_hex(8)
 
     def spend(self, row: Row, sent: Sent, asked: Asked, *, skip_repeated: bool) -> Reason | None:
         """Spend the right to send an attempt; see ``Journal.spend``."""
@@ -185,11 +194,12 @@ class Record:
         self.read_again()
 
     def remove(self) -> None:
-        """Note that nothing is left of the job, then remove its responses."""
-        if self.row is None or self.row.attempts or self.row.decision is not None:
-            self._journal.finish(self.job)
-        else:
-            self._journal.drop(self.job)
+        """Note that nothing is left of the job, then remove its responses.
+
+        If it is not decided how the job ended, only they show that its requests were free.
+        """
+        synced = self.row is not None and self.row.decision is None and bool(self.row.attempts)
+        self._journal.finish(self.job, synced=synced)
         self._row, self._is_read = None, True
         for name in self.names():
             self._disk.unlink(self.path(name))
@@ -224,7 +234,19 @@ class Record:
     ) -> Sink:
         """Return where the response of an attempt goes; the arguments are those of a ``Sink``."""
         path = self.path(f"answer.{attempt}")
-        return Sink(self._disk, path, restore, on_error, image_path=self._image_path, defers_sync=True)
+        return Sink(
+            self._disk,
+            path,
+            restore,
+            on_error,
+            image_path=self._image_path,
+            prepare=self._prepare,
+            defers_sync=True,
+        )
+
+    def sync_names(self) -> None:
+        """Make the names of the files durable that were made of a response."""
+        self._disk.sync_folder(self._folder)
 
     def make_folder(self) -> None:
         """Make the folder of responses again, if it was removed."""

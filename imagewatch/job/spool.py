@@ -58,9 +58,31 @@ class Spool(JobFolders):
         """
         self._earlier.adopt()
         unfinished = self.unfinished()
+        self._remove_responses()
         self._remove_temporaries(unfinished)
         self._drop_twins(unfinished)
+        self._take_again(unfinished)
         return unfinished
+
+    def _take_again(self, unfinished: list[str]) -> None:
+        """Move originals that a power cut has put back to where they belong, and remove those of jobs that are over."""
+        for job in unfinished:
+            row = self.record(job).row
+            if row is not None and (row.attempts or row.decision is not None):
+                self.originals.take_again(row.claim)
+            elif row is None and self.journal.is_over(job):
+                for name in self.orphans(job):  # it is where it was moved, too
+                    self.disk.unlink(os.path.join(self.claim_folder(job), name))
+
+    def _remove_responses(self) -> None:
+        """Remove the responses of jobs that are over. One of a job that is not known stays: it may be paid for."""
+        with disk_errors(self.answers, "list the folder"):
+            names = self.tops.names(self.answers)
+        for job in {name.partition(".")[0] for name in names}:
+            if self.journal.is_over(job):
+                for name in (name for name in names if name.startswith(f"{job}.")):
+                    self.disk.unlink(os.path.join(self.answers, name))
+        self.journal.forget_old()
 
     def _remove_temporaries(self, unfinished: list[str]) -> None:
         """Remove what was about to be published when the daemon was killed."""
@@ -171,8 +193,7 @@ class Spool(JobFolders):
             keep: Keep the record: its response was paid for, and an image may still be read from it.
         """
         self.ensure_claims()
-        self.disk.remove_folder(self.claim_folder(record.job))
-        self.disk.sync_folder(self.claims)
+        self.disk.remove_folder(self.claim_folder(record.job))  # not synced: see take_over
         if keep:
             record.keep()
         else:

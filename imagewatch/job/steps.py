@@ -254,6 +254,8 @@ class Steps:
         elif fate.left is Left.NOTHING:
             if fate.reason is None:
                 _log.info("withdrawn", reason=fate.message)
+            if fate.reason and fate.reason.error and not fate.reason.error.code:
+                raise fate.reason.error  # the journal says that it must not be sent, whoever tries
             job.record.take_back(fate.attempt)
             self._sending.forget(job.id)
             if fate.reason is not None and fate.reason.row.is_own:

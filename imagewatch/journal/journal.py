@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Limits
     from imagewatch.journal.prices import Asked
 
+_OVER_SECONDS = 7 * 86_400.0
+"""How long a job is known after it is over, seconds: files of it may turn up again after a power cut."""
 _RECEIVED = ("provider", "model", "code", "message", "request_id", "transaction_id")
 _UPSERT = (
     f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
@@ -190,13 +192,14 @@ class Journal:
         question = "SELECT id FROM jobs WHERE state NOT IN ('done', 'kept') ORDER BY opened_at, id"
         return [row["id"] for row in self.ledger.ask(question)]
 
+    def forget_old(self) -> None:
+        """Forget jobs that are over for long."""
+        old = "DELETE FROM jobs WHERE state = 'done' AND ended_at < ?"
+        self._file.change(lambda one: one.execute(old, (self._clock() - _OVER_SECONDS,)), synced=False)
+
     def is_over(self, job: str) -> bool:
         """Return whether a job is known and over."""
         return bool(self.ledger.ask("SELECT 1 FROM jobs WHERE id = ? AND state = 'done'", job))
-
-    def drop(self, job: str) -> None:
-        """Forget a job of which nothing was sent: its prompt was not claimed, or is back in the inbox."""
-        self._file.change(lambda connection: connection.execute(_DROP, (job,)), synced=False)
 
     def set_state(self, job: str, state: str) -> None:
         """Note where a job is. It need not be synced: the folders show it, too."""
@@ -342,14 +345,19 @@ class Journal:
 
     # The end of a job
 
-    def finish(self, job: str) -> None:
-        """Note that nothing is left of a job. It need not be synced: it is found out again."""
+    def finish(self, job: str, *, synced: bool = False) -> None:
+        """Note that nothing is left of a job.
+
+        Args:
+            job: Its id.
+            synced: Whether that survives a power cut; else it has to be found out again.
+        """
 
         def act(connection: sqlite3.Connection) -> None:
             connection.execute(_FINISH, (self._clock(), job))
             connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
 
-        self._file.change(act, synced=False)
+        self._file.change(act, synced=synced)
 
     def keep(self, job: str) -> None:
         """Keep a job that was paid for and gave no image, for ``imagewatch retry``."""
@@ -376,7 +384,6 @@ class Journal:
 _ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
 _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
 _TAKEN = "SELECT id FROM jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
-_DROP = "DELETE FROM jobs WHERE id = ?"
 _STUCK = "UPDATE jobs SET is_stuck = 1 WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
 _FINISH = (

@@ -17,6 +17,7 @@ from typing import IO
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.folders import Descriptor, Place, Tops
 from imagewatch.system.kernel import rename_new, reserve
+from imagewatch.system.shared import Shared
 
 
 class _Whole(io.FileIO):
@@ -111,7 +112,14 @@ class DiskCalls:
             os.fsync(file.fileno())
 
     def sync_folder(self, path: str) -> None:
-        """Make the names in a folder durable."""
+        """Make the names in a folder durable; threads that ask for it while it is being done share the next time."""
+        self._syncs.share(path, functools.partial(self._sync_folder, path))
+
+    @functools.cached_property
+    def _syncs(self) -> Shared:
+        return Shared()
+
+    def _sync_folder(self, path: str) -> None:
         with disk_errors(path, "write the folder to disk"):
             folder = self.tops.opened(path)
             try:

@@ -44,6 +44,7 @@ class Moves(DiskCalls):
         finish: Callable[[int], None] | None = None,
         *,
         mtime_ns: int | None = None,
+        is_durable: bool = False,
     ) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
 
@@ -56,6 +57,7 @@ class Moves(DiskCalls):
             temporary: A name of our own in the target's folder, for a copy.
             finish: Called with the descriptor before the name appears, to set mode and group.
             mtime_ns: The mtime that it gets, 0 for the present. A file of which we may not set it is copied.
+            is_durable: Whether its content is durable already, so that it is synced only if mode or group change.
 
         Raises:
             FileExistsError: The target is something else.
@@ -65,12 +67,16 @@ class Moves(DiskCalls):
             self._carry_special(source, target)
             return
         with file:
+            before = os.fstat(file.fileno())
             with disk_errors(target, "set mode or group"):
                 if finish:
                     finish(file.fileno())
+            after = os.fstat(file.fileno())
+            is_synced = is_durable and (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
             is_secret = self._is_private(file, source)
             is_movable = mtime_ns is None or is_secret or self.touch(source, mtime_ns)
-            self.sync(file, source)
+            if not is_synced:
+                self.sync(file, source)
             if not (is_movable and self._moved(file, source, target)):
                 self._require_public(source, is_secret=is_secret)
                 self._copy(file, target, temporary, finish, mtime_ns or 0)

@@ -1,9 +1,10 @@
 """The power fails at every moment, and again during the start after it: nothing is paid twice or lost.
 
 The real parts play each *scene* on a ``LosingDisk``. Before each change of the disk, at each moment of a request and
-before each row of the ledger, the test notes every state of the disk that a power cut there could leave (``Losing``).
-From each noted state the parts start again, as after a restart, and the states that they could leave are noted, too:
-two cuts at any two moments, in any two ways. A state includes what the API was paid and the ledger.
+before each commit of the journal, the test notes every state that a power cut there could leave (``Losing``): of the
+journal, what was synced, with any number of the commits after that. From each noted state the parts start again, as
+after a restart, and the states that they could leave are noted, too: two cuts at any two moments, in any two ways. A
+state includes what the API was paid.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ from support.station import Distrustful
 from imagewatch.endpoint import pictures
 from imagewatch.endpoint.frames import Frames
 from imagewatch.inbox.scan import InboxScan
+from imagewatch.job import record
 from imagewatch.job.completion import Completion
 from imagewatch.job.originals import Originals
 from imagewatch.job.outcome import End
 from imagewatch.job.record import Record
+from imagewatch.job.sending import Sending
 from imagewatch.job.spool import Spool
-from imagewatch.journal.ledger import Ledger
-from imagewatch.protocol.values import Sent, dump
+from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import Database
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from imagewatch.inbox.candidate import Candidate
-    from imagewatch.journal.row import Row
 
 T = TypeVar("T")
 _PROBING = ".iw-probe"
@@ -65,8 +67,9 @@ class Scene:
         settings: Of the configuration.
         mounts: Folders below the root that are file systems of their own.
         there: Files that are already in the folders, by path.
+        missing: Folders that the daemon has to make, by path.
         may_report: Whether an account-level refusal may be shown.
-        withdrawn: Whether each request is forbidden after its mark is written and before its first byte is sent.
+        withdrawn: Whether each request is forbidden after it is recorded and before its first byte is sent.
     """
 
     files: dict[str, str | bytes]
@@ -76,6 +79,7 @@ class Scene:
     settings: dict[str, str] = field(default_factory=dict)
     mounts: tuple[str, ...] = ()
     there: dict[str, bytes] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
     may_report: bool = True
     withdrawn: bool = False
 
@@ -95,6 +99,7 @@ REFUSED = Reply(400, b'{"message": "no cats"}', paid=False)
 
 SCENES = {
     "text only": _one(Reply(), "outbox", "yes"),
+    "the daemon makes the outbox": _one(Reply(), "outbox", "yes", missing=("watched/outbox",)),
     "an edit with two images": _one(Reply(), "outbox", "yes", images=TWO),
     "three images": _one(Reply(), "outbox", "yes", front="n = 3", count=3),
     "images by url": _one(Reply(by_url=True), "outbox", "yes", front="n = 2", count=2),
@@ -159,25 +164,43 @@ FAIL_TOO = {
 ALL_CUTS = os.environ.get("IMAGEWATCH_ALL_CUTS") == "1"
 
 
+TABLES = ("meta", "jobs", "attempts", "redeliveries", "holds", "requests", "sums", "prices")
+Content = tuple[tuple[tuple[object, ...], ...], ...]
+"""The rows of each table of the journal."""
+
+
 @dataclass(frozen=True)
 class State:
-    """Everything that survives the end of the process."""
+    """Everything that survives the end of the process.
+
+    Attributes:
+        disk: The folders.
+        books: What the endpoint knows.
+        journal: The journal when it was last synced, then after each commit since; the last one is what is read.
+    """
 
     disk: Image
     books: tuple[tuple[tuple[str, int], ...], ...]
-    rows: tuple[tuple[object, ...], ...]
+    journal: tuple[Content, ...]
+
+    def visible(self) -> State:
+        """Return the same as if all of it were durable."""
+        return replace(self, disk=self.disk.visible(), journal=self.journal[-1:])
 
 
-class NotingLedger(Ledger):
-    """A ledger that reports each row before it is written."""
+class NotingJournal(Journal):
+    """A journal that reports each commit before it is made, and what it is after it."""
 
     def __init__(self, path: str, stage: Stage) -> None:
-        super().__init__(path, synchronous="OFF")
-        self._stage = stage
+        super().__init__(path, stage.config.limits, lambda: AT, synchronous="OFF")
+        commit = self._file._commit
 
-    def write(self, row: Row) -> None:
-        self._stage.disk.tick("ledger")
-        super().write(row)
+        def noted(connection: Any, changes: Any) -> None:
+            stage.disk.tick("journal")
+            commit(connection, changes)
+            stage.committed(synced=any(change.synced for change in changes))
+
+        self._file._commit = noted  # type: ignore[method-assign]
 
 
 class Stage:
@@ -194,56 +217,89 @@ class Stage:
             self.folders.drop(name, content)
         for name, there in scene.there.items():
             (self.folders.root / name).write_bytes(there)
+        for name in scene.missing:
+            (self.root / name).rmdir()
         self.books = Books()
         self.disk = self.new_disk()
-        self.ledger = NotingLedger(str(root / "ledger.sqlite3"), self)
+        self.journal = NotingJournal(str(root / "ledger.sqlite3"), self)
+        self.ledger, self.folders.ledger_path = self.journal.ledger, root / "ledger.sqlite3"
+        self.journal.require()
         self._beside = sqlite3.connect(root / "ledger.sqlite3", isolation_level=None)
         self._beside.execute("PRAGMA synchronous = OFF")
+        self._journals = [self._content()]
         self.runs = self.moments = 0
         self.begin = self.state(Losing.KILLED)
 
     def close(self) -> None:
-        self.ledger.close()
+        self.journal.close()
         self._beside.close()
 
     def new_disk(self, **cut: Any) -> LosingDisk:
         mounts = tuple(str(self.root / name) for name in self.scene.mounts)
         return self._disk_type(str(self.root), mounts=mounts, **cut)
 
-    def state(self, losing: Losing) -> State:
-        return self.states((losing,))[0]
+    def committed(self, *, synced: bool) -> None:
+        """Note that the journal was changed."""
+        if synced:
+            self._journals.clear()
+            self.books.settled.update(dict.fromkeys(self.books.arrived, True))
+        self._journals.append(self._content())
 
-    def states(self, losings: Iterable[Losing] = Losing) -> list[State]:
+    def _content(self) -> Content:
+        return tuple(tuple(self._beside.execute(f"SELECT * FROM {name} ORDER BY 1, 2").fetchall()) for name in TABLES)
+
+    def state(self, losing: Losing) -> State:
+        """Return the state that would remain after a cut now; of the journal only what is durable."""
+        return self.states((losing,))[0][1]
+
+    def states(self, losings: Iterable[Losing] = Losing) -> list[tuple[Losing, State]]:
         """Return the states that would remain after a cut now, for each of some kinds of loss."""
-        rows = tuple(self._beside.execute("SELECT * FROM attempts ORDER BY job, attempt").fetchall())
-        books = self.books.freeze()
-        return [State(image, books, rows) for image in self.disk.images(losings)]
+        books, found = self.books.freeze(), []
+        for losing, image in zip(losings, self.disk.images(losings), strict=True):
+            if losing is Losing.KILLED:
+                found.append((losing, State(image, books, tuple(self._journals))))
+            else:
+                found += [(losing, State(image, books, (content,))) for content in self._journals]
+        return found
 
     def restore(self, state: State) -> None:
         self.disk.restore(state.disk)
         self.books.thaw(state.books)
-        self._beside.execute("DELETE FROM attempts")
-        for row in state.rows:
-            self._beside.execute(f"INSERT INTO attempts VALUES ({', '.join('?' * len(row))})", row)
+        self._use(state.journal)
+
+    def lose_unsynced(self) -> None:
+        """Let the journal lose what is not durable."""
+        self.books.arrived.clear()
+        self._use(self._journals[:1])
+
+    def _use(self, journals: Iterable[Content]) -> None:
+        self._journals = list(journals)
+        self._beside.execute("BEGIN")
+        for name, rows in zip(TABLES, self._journals[-1], strict=True):  # sums after attempts, whose trigger fills them
+            self._beside.execute(f"DELETE FROM {name}")
+            for row in rows:
+                self._beside.execute(f"INSERT INTO {name} VALUES ({', '.join('?' * len(row))})", row)
+        self._beside.execute("COMMIT")
 
     def play(self) -> None:
         """Start, then process until nothing more can be done."""
         self.runs += 1
-        spool = Spool(self.config, self.disk)
+        spool = Spool(self.config, self.disk, self.journal)
         spool.new_job = self._new_job  # type: ignore[method-assign]
         _again(spool.prepare)
+        unfinished = _again(spool.take_over)
         endpoint = PaidEndpoint(self.scene.replies, self.books, self.disk.tick)
         worker = Distrustful(
             spool,
             endpoint,  # type: ignore[arg-type]
-            self.ledger,
+            self.journal,
             self.config,
             may_report=lambda _: self.scene.may_report,
             clock=lambda: AT,
             wait=lambda _: None,
             leaving=self._leaving if self.scene.withdrawn else contextlib.nullcontext,
         )
-        for job in spool.unfinished():
+        for job in unfinished:
             self._carry(worker, job)
         scan = InboxScan(spool.inbox, self.config.inbox)
         while ready := scan.scan_all(AT, AT).ready:
@@ -252,7 +308,7 @@ class Stage:
 
     @contextlib.contextmanager
     def _leaving(self) -> Iterator[None]:
-        if next((self.folders.state / "jobs").glob("*/sent.*"), None):
+        if self._beside.execute("SELECT 1 FROM attempts WHERE outcome = 'sent'").fetchone():
             raise Withdrawn("held")
         yield
 
@@ -271,9 +327,8 @@ class Stage:
 
     def _new_job(self) -> str:
         """Return the next unused id: the same each time this state is played."""
-        known = {row[0] for row in self._beside.execute("SELECT job FROM attempts")}
-        for top in (self.folders.state / "jobs", self.folders.inbox / ".imagewatch"):
-            known |= {path.name for path in top.iterdir()}
+        known = {row[0] for row in self._beside.execute("SELECT job FROM attempts UNION SELECT id FROM jobs")}
+        known |= {path.name for path in (self.folders.inbox / ".imagewatch").iterdir()}
         ids = (hashlib.sha256(str(number).encode()).hexdigest()[:16] for number in range(1000))
         return next(job for job in ids if job not in known)
 
@@ -361,6 +416,7 @@ class Audit:
         whole = self._stage.books.settled[prompt] and not any(r.end == "short" for r in self._scene.replies[prompt])
         found = []
         for image in result_file["images"]:
+            assert f"{folder}/{image['file']}" in self._files, "an image is missing"
             content = self._files[f"{folder}/{image['file']}"]
             assert hashlib.sha256(content).hexdigest() == image["sha256"], "it is not what its receipt says"
             self._accounted.add(f"{folder}/{image['file']}")
@@ -398,6 +454,12 @@ class Audit:
 
 
 @pytest.fixture(autouse=True)
+def _same_nonces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each attempt has the nonce that it had when the scene was played before, so that states can be compared."""
+    monkeypatch.setattr(record, "token_hex", lambda _: "0" * 16)
+
+
+@pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(50))
     yield
@@ -426,10 +488,10 @@ def explore(stage: Stage, cuts: int) -> dict[State, tuple[str, ...]]:
             if len(path) == cuts or _PROBING in what:
                 return
             stage.moments += 1
-            for losing, state_left in zip(Losing, stage.states(), strict=True):
+            for losing, state_left in stage.states():
                 if len(path) + 1 == cuts:
                     # No change can be undone any more: only visible content matters.
-                    state_left = replace(state_left, disk=state_left.disk.visible())  # noqa: PLW2901
+                    state_left = state_left.visible()  # noqa: PLW2901
                 if state_left not in paths:
                     paths[state_left] = (*path, f"{losing.name} before {what}")
                     waiting.append(state_left)
@@ -470,17 +532,20 @@ def test_after_a_cut_the_noted_steps_are_known(tmp_path: Path) -> None:
     """Noting continues where a real cut ends everything with exceptions and their consequences."""
     scene = SCENES["an edit with two images"]
     with contextlib.closing(Stage(tmp_path, scene)) as stage:
-        noted: list[list[State]] = []
+        noted: list[list[tuple[Losing, State]]] = []
         stage.restore(stage.begin)
         stage.disk.watch = lambda _: noted.append(stage.states())
         stage.play()
         for number, states in enumerate(noted, 1):
-            losing, expected = list(zip(Losing, states, strict=True))[number % len(Losing)]
+            losing = list(Losing)[number % len(Losing)]
+            expected = next(state for lost, state in states if lost is losing)
             stage.disk = stage.new_disk(cut=number, losing=losing)
             stage.restore(stage.begin)
             with pytest.raises(PowerCut):
                 stage.play()
             stage.disk.come_back()
+            if losing is not Losing.KILLED:
+                stage.lose_unsynced()
             assert stage.state(Losing.KILLED) == expected
             stage.play()
             Audit(stage).check()
@@ -496,6 +561,8 @@ def test_a_power_cut_right_after_a_step_pays_nothing_twice_and_loses_nothing(tmp
             with pytest.raises(PowerCut):
                 stage.play()
             stage.disk.come_back()
+            if losing is not Losing.KILLED:
+                stage.lose_unsynced()
             stage.play()
             Audit(stage).check()
 
@@ -524,7 +591,7 @@ def test_a_power_cut_while_a_charged_response_is_read_again_pays_nothing_twice_a
         stage.play()
         (job,) = {row["job"] for row in stage.ledger.rows()}
         begin_again(stage)
-        assert Spool(stage.config, stage.disk).reopen(job)
+        assert stage.journal.reopen(job)
         begin_again(stage)
         explore(stage, cuts=1)
 
@@ -532,6 +599,7 @@ def test_a_power_cut_while_a_charged_response_is_read_again_pays_nothing_twice_a
 def begin_again(stage: Stage) -> None:
     """Use the present state of the disk, made durable, as the beginning."""
     stage.disk = stage.new_disk()
+    stage.committed(synced=True)
     stage.begin = stage.state(Losing.KILLED)
 
 
@@ -586,12 +654,26 @@ def _without(where: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
     return lambda patch: patch.setattr(where, name, lambda *_: None)
 
 
-def _sent_is_not_synced(patch: pytest.MonkeyPatch) -> None:
-    def careless(record: Record, attempt: int, sent: Sent) -> None:
-        with record._disk.writing(record.path(f"sent.{attempt}")) as file:
-            file.write(dump(sent))
+def _unsynced(name: str) -> Callable[[pytest.MonkeyPatch], None]:
+    """Let what a method of the journal writes be not synced."""
+    change = Database.change
 
-    patch.setattr(Record, "write_sent", careless)
+    def careless(self: Database, act: Any, *, synced: bool = True) -> Any:
+        return change(self, act, synced=synced and f".{name}." not in act.__qualname__)
+
+    return lambda patch: patch.setattr(Database, "change", careless)
+
+
+def _spent_after_the_first_byte(patch: pytest.MonkeyPatch) -> None:
+    begin = Sending._begin
+
+    @contextlib.contextmanager
+    def late(*values: Any) -> Iterator[None]:
+        yield
+        with begin(*values):
+            pass
+
+    patch.setattr(Sending, "_begin", late)
 
 
 def _images_are_not_synced(patch: pytest.MonkeyPatch) -> None:
@@ -599,13 +681,48 @@ def _images_are_not_synced(patch: pytest.MonkeyPatch) -> None:
 
 
 PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str]] = {
-    "the mark before sending is synced": ("text only", _sent_is_not_synced, 1, "paid twice|has no row"),
+    "the attempt is synced before the first byte": ("text only", _unsynced("spend"), 1, "paid twice|has no row"),
+    "the attempt is recorded before the first byte": (
+        "text only",
+        _spent_after_the_first_byte,
+        1,
+        "paid twice|has no row",
+    ),
+    "the claim is synced before the rename": ("text only", _unsynced("claim"), 1, "the ledger does not know this job"),
+    "the decision is synced": ("text only", _unsynced("decide"), 1, "its response was saved|unexpected files"),
     "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
     "what was killed is settled": ("text only", _without(Spool, "make_durable"), 2, "paid twice|unexpected files"),
-    "images are synced before the response": ("text only", _without(Frames, "sync"), 1, "its response was saved"),
-    "images are synced before the decision": ("wrapped base64", _images_are_not_synced, 1, "its receipt says"),
-    "our own folders are synced": ("text only", _without(Spool, "_sync_above"), 1, "the job record is missing"),
-    "attempts have rows before the next": ("busy, then completed", _without(Completion, "busy"), 1, "has no row"),
+    "images are synced before the decision": (
+        "text only",
+        _without(Frames, "sync"),
+        1,
+        "its receipt says|an image is missing",
+    ),
+    "images that are decoded afterwards are synced before the decision": (
+        "wrapped base64",
+        _images_are_not_synced,
+        1,
+        "its receipt says|an image is missing",
+    ),
+    "their names are synced before the decision": (
+        "wrapped base64",
+        _without(Record, "sync_names"),
+        1,
+        "an image is missing",
+    ),
+    "what a request cost nothing is known by is kept until that is durable": (
+        "broken while sending",
+        _unsynced("finish"),
+        1,
+        "not in",
+    ),
+    "our own folders are synced": (
+        "the daemon makes the outbox",
+        _without(Spool, "_sync_above"),
+        1,
+        "is nowhere|an image is missing",
+    ),
+    "attempts have results before the next": ("busy, then completed", _without(Completion, "busy"), 1, "must not be"),
 }
 
 

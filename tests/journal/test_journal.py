@@ -107,13 +107,6 @@ def test_a_job_that_waits_for_its_name_does_not_take_it(make: Callable[..., Jour
     assert journal.unfinished() == ["a", "b"]
 
 
-def test_a_dropped_job_leaves_nothing(make: Callable[..., Journal]) -> None:
-    journal = make()
-    journal.open(claim())
-    journal.drop("a")
-    assert (journal.unfinished(), journal.is_over("a")) == ([], False)
-
-
 def test_a_kept_job_is_not_carried_on_until_it_is_opened_again(make: Callable[..., Journal]) -> None:
     journal = make()
     journal.open(claim())

@@ -42,6 +42,9 @@ def below(top: Path) -> list[Path]:
 class Folders:
     """The folders of one daemon, seen from outside."""
 
+    ledger_path: Path | None = None
+    """Where the journal is, if it is not in the state folder."""
+
     def __init__(self, root: Path, base_url: str, **settings: str) -> None:
         self.root = root / "watched"
         self.environ = {
@@ -121,7 +124,7 @@ class Folders:
 
     def job_states(self) -> dict[str, str]:
         """The state of each job in the journal, by id, the oldest first."""
-        path = self.state / "ledger.sqlite3"
+        path = self.ledger_path or self.state / "ledger.sqlite3"
         if not path.exists():
             return {}
         with contextlib.closing(sqlite3.connect(path)) as database:

@@ -71,13 +71,15 @@ class Books:
         requests: How often each prompt was received whole.
         begun: How often ``on_send`` reported that a request may be sent.
         paid: How often each prompt was charged.
-        settled: Of each prompt, whether the response to its newest request is saved.
+        settled: Of each prompt, whether the response to its newest request, or its result, is durable.
+        arrived: Prompts whose response is complete, and durable with the next synced commit.
     """
 
     requests: dict[str, int] = field(default_factory=dict)
     begun: dict[str, int] = field(default_factory=dict)
     paid: dict[str, int] = field(default_factory=dict)
     settled: dict[str, bool] = field(default_factory=dict)
+    arrived: set[str] = field(default_factory=set)
 
     def freeze(self) -> tuple[tuple[tuple[str, int], ...], ...]:
         return tuple(tuple(sorted(vars(self)[name].items())) for name in ("requests", "begun", "paid", "settled"))
@@ -85,6 +87,7 @@ class Books:
     def thaw(self, frozen: tuple[tuple[tuple[str, int], ...], ...]) -> None:
         for name, items in zip(("requests", "begun", "paid", "settled"), frozen, strict=True):
             vars(self)[name] = dict(items)
+        self.arrived = set()
 
 
 class PaidEndpoint:
@@ -133,7 +136,10 @@ class PaidEndpoint:
         if reply.end == "dropped":
             raise ChargeUnknown("the request was sent, but no response came")
         self._respond(reply, _images_of(prompt, json.loads(whole)), sink)
-        self._books.settled[prompt] = True
+        if reply.status == 200 and reply.end == "whole":
+            self._books.arrived.add(prompt)
+        else:
+            self._books.settled[prompt] = True
 
     def _respond(self, reply: Reply, images: list[bytes], sink: Sink) -> None:
         sink.start(Head(status=reply.status, headers=dict(reply.headers), at=AT))
