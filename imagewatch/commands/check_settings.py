@@ -21,7 +21,7 @@ from imagewatch.config.locate import is_hidden, others_who_write, refusal
 from imagewatch.job.claims import HINT
 from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
-from imagewatch.journal.control import Control
+from imagewatch.journal.control import accepts_ledger
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
 from imagewatch.protocol.names import CLAIMS
@@ -74,7 +74,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
             yield _folder(name, path, kinds)
     yield from _room(config, kinds)
     if error := ledger_problem(config.folders.state):
-        if Control(config.folders.state, Disk()).accepts_ledger():
+        if accepts_ledger(config.folders.state):
             yield Line("wait", "ledger", printable(f"{error} (the daemon accepts it when it starts)", 1000))
         else:
             yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))

@@ -9,13 +9,14 @@ import click
 
 from imagewatch.commands.common import config_option, json_option
 from imagewatch.commands.state import control_of, hold_kinds, is_applied, is_running, load_as_owner
+from imagewatch.journal.control import accept_ledger, accepts_ledger
 from imagewatch.journal.health import ledger_problem
+from imagewatch.system.disk import Disk
 from imagewatch.system.errors import UsageError
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
     from imagewatch.config.schema import Config
-    from imagewatch.journal.control import Control
 
 
 @click.command()
@@ -29,7 +30,8 @@ def hold(reason: str, path: str | None, *, as_json: bool) -> None:
     restart. REASON is shown by "imagewatch status".
     """
     config = load_as_owner(path)
-    control_of(config).hold(reason)
+    with control_of(config) as control:
+        control.hold(reason)
     running = is_running(config)
     applied = running and is_applied(lambda: "manual" in hold_kinds(config))
     if as_json:
@@ -59,12 +61,8 @@ def release(path: str | None, *, as_json: bool, accept: bool) -> None:
     tool delivers again may be charged again.
     """
     config = load_as_owner(path)
-    control = control_of(config)
-    if accept:
-        _accept_ledger(config, control)
-    control.release()
     running = is_running(config)
-    applied = running and is_applied(lambda: not control.release_pending())
+    applied = _accepted(config, running=running) if accept else _released(config, running=running)
     if as_json:
         _print_json("release", running=running, applied=applied)
     elif not running:
@@ -79,11 +77,27 @@ def _print_json(action: str, *, running: bool, applied: bool) -> None:
     click.echo(to_json({"action": action, "is_running": running, "is_applied": applied}))
 
 
-def _accept_ledger(config: Config, control: Control) -> None:
+def _released(config: Config, *, running: bool) -> bool:
+    """Ask for the end of all holds; return whether the daemon has applied that."""
+    with control_of(config) as control:
+        control.release()
+        return running and is_applied(lambda: not control.release_pending())
+
+
+def _accepted(config: Config, *, running: bool) -> bool:
+    """Ask to use another ledger, and then for the end of all holds; return whether the daemon has applied both.
+
+    What is asked for is in the ledger, too, so that has to be there first: the daemon releases when it accepts.
+    """
+    _accept_ledger(config)
+    return running and is_applied(lambda: not accepts_ledger(config.folders.state))
+
+
+def _accept_ledger(config: Config) -> None:
     error = ledger_problem(config.folders.state)
     if error is None:
         raise UsageError("the ledger has no problem; nothing was changed")
     if error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:
         raise UsageError(f"{printable(str(error))}; an empty ledger would not help", hint=error.hint)
     click.echo("Caps, history and the check for redelivered prompts now use only the new ledger.", err=True)
-    control.accept_ledger()
+    accept_ledger(config.folders.state, Disk())

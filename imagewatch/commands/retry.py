@@ -20,9 +20,10 @@ import click
 
 from imagewatch.commands.common import config_option, json_option
 from imagewatch.commands.ledger import open_journal
-from imagewatch.commands.state import control_of, is_running, load_as_owner
+from imagewatch.commands.state import is_running, load_as_owner
 from imagewatch.inbox.system_folders import why_not_entered
 from imagewatch.job.receipts import unvouched
+from imagewatch.journal.control import Control
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import contents
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from imagewatch.config.schema import Config, Folders
-    from imagewatch.journal.control import Control
     from imagewatch.journal.journal import Journal
 
 _ENDING = ".error.toml"
@@ -72,7 +72,8 @@ def retry(names: Sequence[str], path: str | None, *, everything: bool, pay_again
         raise click.UsageError("--pay-again needs the prompts by name")
     config = load_as_owner(path)
     with open_journal(config) as journal:
-        again = Retry(config.folders, Disk(), journal, control_of(config))
+        disk = Disk()
+        again = Retry(config.folders, disk, journal, Control(config.folders.state, disk, journal.requests))
         paths = list(again.all()) if everything else [again.find(name) for name in names]
         results = []
         for file in paths:

@@ -15,13 +15,16 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
 from imagewatch.journal.control import Control
+from imagewatch.journal.files import FILE
+from imagewatch.journal.health import ledger_problem
+from imagewatch.journal.journal import Journal
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.locks import locked
 from imagewatch.system.text import local, printable
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from imagewatch.config.schema import Config
 
@@ -71,9 +74,18 @@ def unreadable(state: str) -> SpoolError:
     return SpoolError(f"permission denied: {printable(state)}", path=state, hint=_AS_DAEMON)
 
 
-def control_of(config: Config) -> Control:
-    """Return the folder in which commands leave requests for the daemon."""
-    return Control(config.folders.state, Disk())
+@contextlib.contextmanager
+def control_of(config: Config) -> Iterator[Control]:
+    """Open the journal for the block, to ask the daemon for something.
+
+    Raises:
+        SpoolError: The journal cannot be used.
+    """
+    if error := ledger_problem(config.folders.state):
+        raise error
+    path = os.path.join(config.folders.state, FILE)
+    with contextlib.closing(Journal(path, config.limits, time.time)) as journal:
+        yield Control(config.folders.state, Disk(), journal.requests)
 
 
 def is_running(config: Config) -> bool:
@@ -107,8 +119,16 @@ def status_page(config: Config) -> dict[str, Any]:
         page["state"] = "starting" if page["state"] == "stopped" else page["state"]
     else:
         page["state"] = "stopped" if page["state"] == "stopped" else "died"
-        page |= {"in_flight": [], "holds": status.lasting(page, control_of(config))}
+        page |= {"in_flight": [], "holds": _lasting(config, page)}
     return {**status.as_of(page, time.time()), "is_running": running}
+
+
+def _lasting(config: Config, page: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the holds of the next start; those that a daemon wrote last if the journal cannot be read."""
+    with contextlib.suppress(SpoolError), control_of(config) as control:
+        return status.lasting(page, control)
+    found: list[dict[str, Any]] = page["holds"]
+    return found
 
 
 def holds(config: Config) -> list[dict[str, Any]]:

@@ -96,7 +96,7 @@ class Admission:
         self.disk_failed = False
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
-        self._is_draining = False
+        self._is_draining = self._knows_holds = False
 
     def configure(
         self, limits: Limits, settle_seconds: float, key_stamp: Callable[[], object], key_step: Callable[[], str]
@@ -237,13 +237,13 @@ class Admission:
         self.check_key()
 
     def _read_control(self, newest: float) -> None:
+        self._remember_holds()
         if self._control.release_pending():
             self._since = self._now()
             passed = max(self._clock(), newest)
             self.burst.let_pass(passed)
             self._held_by.clear()  # a job that still fails puts the queue on hold again
-            self._control.let_pass(passed)
-            self._control.released()
+            self._control.released(passed)
             self._end(self._holds.clear())
         reason, before = self._control.held(), self._reason
         self._reason = reason
@@ -271,12 +271,19 @@ class Admission:
         """Do what commands have asked for while no daemon was running."""
         self._control.prepare()
         self._control.tidy()
+        self.follow()
+
+    def _remember_holds(self) -> None:
+        """Resume the holds of an earlier process, as soon as the journal can be read."""
+        if self._knows_holds:
+            return
+        self._control.adopt()
         self.burst.let_pass(self._control.passed())
         for kind, message in self._control.refused().items():
             if kind in _ACCOUNT:
                 _log.info("hold_resumed", kind=kind, reason=message)
                 self._holds.resume(self._with_step(Reason(kind, message)), self._now())
-        self.follow()
+        self._knows_holds = True
 
     def patience(self) -> float:
         """Return after how many seconds a hold is due to be tried again; infinite without one."""
@@ -383,6 +390,8 @@ class Admission:
 
     def _remember(self) -> None:
         """Write the refusals for the next start, so that not every start makes a prompt fail with the same one."""
+        if not self._knows_holds:
+            return
         with contextlib.suppress(SpoolError):  # the disk has a hold of its own
             refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
             self._control.refuse({hold.kind: hold.reason.message for hold in refusals})

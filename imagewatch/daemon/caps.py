@@ -60,7 +60,7 @@ class Caps:
         self._held = None
 
     def admits(self, candidate: Candidate, claim: Claim) -> bool:
-        """Return whether a prompt may be claimed; if so, its job is open, and what it may cost is reserved.
+        """Return whether a prompt may be claimed; if so, what it may cost is reserved.
 
         A prompt that may cost more than a whole cap may be claimed: its job refuses it, with an error file.
 
@@ -68,8 +68,7 @@ class Caps:
             SpoolError: The journal cannot be used, or a job of that name is not over.
         """
         asked = self._asked(candidate)
-        if asked is None:
-            self._journal.open(claim)
+        if asked is None:  # its worker opens its job
             return True
         self._held = None
         refusal = self._refused.get(asked) or self._journal.open(claim, asked)

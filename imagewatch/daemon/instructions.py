@@ -37,12 +37,15 @@ class Instructions:
         """Do what commands have asked for, and count how many prompts came at the same time."""
         parts = self._parts
         times = self._arrivals.times()
-        if parts.control.release_pending():
-            parts.caps.soon()
+        try:
+            self.accept_ledger()
+            if parts.control.release_pending():
+                parts.caps.soon()
+        except SpoolError as error:
+            parts.admission.failed(error)
         parts.admission.follow(max(times.values(), default=0.0))
         parts.admission.count(times, self._arrivals.is_finished)
         try:
-            self.accept_ledger()
             for job in parts.control.retries():
                 self._reopen(job)
         except SpoolError as error:
@@ -56,6 +59,7 @@ class Instructions:
         parts.journal.accept()
         parts.admission.burst.forget()
         parts.control.accepted_ledger()
+        parts.journal.requests.release()  # the hold was for the other ledger
         _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, FILE))
 
     def _reopen(self, job: str) -> None:

@@ -76,7 +76,7 @@ class Parts:
         self.journal = Journal(os.path.join(config.folders.state, FILE), config.limits, clock, guarded=True)
         self.ledger = self.journal.ledger
         self.spool = Spool(config, disk, self.journal)
-        self.control = Control(config.folders.state, disk)
+        self.control = Control(config.folders.state, disk, self.journal.requests)
         self.admission = Admission(self.spool, self.journal, self.control, holds, self._changed_hold, clock, monotonic)
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
         tops = self.spool.tops

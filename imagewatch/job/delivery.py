@@ -155,6 +155,7 @@ class Delivery:
     def keep(self, claim: Claim, decision: Decision) -> None:
         """Empty the claim folder of a finished job: its originals go to the archive, or are removed if none is kept."""
         destination = "archive" if decision.destination == "outbox" else "errors"
+        self._originals.leave_inbox(claim)
         if destination == "archive" and self._folders.archive is None:
             self._originals.discard(claim)
             return
@@ -165,7 +166,6 @@ class Delivery:
             if destination == "archive"
             else tuple(m for m in decision.moves if m.source.startswith("claim/"))
         )
-        self._originals.leave_inbox(claim)
         with self._folders.reached(folder):
             with contextlib.suppress(FileExistsError):  # a file that got the name meanwhile keeps it; ours go beside it
                 self._carry_all(claim, moves, folder, decision.mtime_ns)

@@ -1,16 +1,13 @@
-"""What commands ask of a daemon: small files in ``control``, a folder inside the state folder.
+"""What commands ask of a daemon: rows of the journal, and a folder by which the daemon is woken.
 
-Files, because a daemon that is not running must find the request when it starts. Only who may write into the state
+Rows, because a daemon that is not running must find the request when it starts. Only who may write into the state
 folder can ask for anything; the inbox is open to other users and can ask for nothing.
 
 ::
 
-    held       a person put the queue on hold, for the reason inside; it stays until ``release``
-    release    end all holds except caps; the daemon removes it
-    passed     until which time prompts were let through past the burst guard; written by the daemon
-    refused    holds that the account or the endpoint caused, as JSON; written by the daemon for its next start
-    accept-ledger  use the ledger that is there now, or an empty one; the daemon removes it
-    retry.ID   read the paid response of this job again; the daemon removes it
+    state/control/wake           written after each request: a change event
+                  accept-ledger  use the ledger that is there now, or an empty one; a file, because a journal that is
+                                 missing has no rows
 """
 
 from __future__ import annotations
@@ -27,27 +24,35 @@ from imagewatch.system.leftovers import remove_old
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
+    from imagewatch.journal.requests import Requests
     from imagewatch.system.disk import Disk
 
-_RETRY = re.compile(r"retry\.([0-9a-f]{16})")
-_DAEMONS = {"passed", "refused"}
+_WAKE, _ACCEPT = "wake", "accept-ledger"
 _TEMPORARY = re.compile(r"([a-z][a-z.0-9-]*)\.tmp")
 _MOST_BYTES = 4096
+_FOLDER = "control"
+_RETRY = re.compile(r"retry\.([0-9a-f]{16})")
 _RENAMED = {"address": "endpoint"}
 """Kinds of hold that an earlier version wrote."""
 
 
 class Control:
-    """The folder for requests to a daemon.
+    """Requests to a daemon.
 
     Args:
         state: The state folder.
         disk: The local disk.
+        requests: Their rows.
     """
 
-    def __init__(self, state: str, disk: Disk) -> None:
-        self.folder = os.path.join(state, "control")
+    def __init__(self, state: str, disk: Disk, requests: Requests) -> None:
+        self.folder = os.path.join(state, _FOLDER)
         self._disk = disk
+        self._requests = requests
+        self.held, self.refused, self.refuse = requests.held, requests.refused, requests.refuse
+        self.release_pending, self.released = requests.release_pending, requests.released
+        self.passed, self.let_pass = requests.passed, requests.let_pass
+        self.retries, self.retried = requests.retries, requests.retried
 
     def prepare(self) -> None:
         """Make the folder."""
@@ -56,83 +61,59 @@ class Control:
     def tidy(self) -> None:
         """Remove what was being written when a process was killed; for the daemon, at its start.
 
-        What only the daemon writes is not in use then. What a command writes may be, so it stays for a day.
+        What a command writes may be in use, so it stays for a day.
         """
         for name in self._names():
-            if found := _TEMPORARY.fullmatch(name):
-                remove_old(self._disk, self._path(name), is_known=found[1] in _DAEMONS)
-
-    def held(self) -> str | None:
-        """Return why a person put the queue on hold, or None if it is not."""
-        try:
-            found = self._read("held")
-        except SpoolError as error:
-            return str(error)  # it is there, so a hold was asked for
-        return None if found is None else printable(found.strip(), 500)
+            if _TEMPORARY.fullmatch(name):
+                remove_old(self._disk, self._path(name), is_known=False)
 
     def hold(self, reason: str) -> None:
         """Put the queue on hold, until ``release``."""
-        self._write("held", reason)
+        self._requests.hold(reason)
+        self._wake()
 
     def release(self) -> None:
         """Ask for the end of all holds except caps."""
-        self._disk.unlink(self._path("held"))
-        self._write("release", "")
-
-    def release_pending(self) -> bool:
-        """Return whether ``release`` was called and no daemon has applied it yet."""
-        return self._disk.tops.exists(self._path("release"))
-
-    def released(self) -> None:
-        """Note that all holds except caps were ended."""
-        self._disk.unlink(self._path("release"))
-
-    def accept_ledger(self) -> None:
-        """Ask to use the ledger that is there now, or an empty one."""
-        self._write("accept-ledger", "")
-
-    def accepts_ledger(self) -> bool:
-        """Return whether ``accept_ledger`` was called and no daemon has applied it yet."""
-        return self._disk.tops.exists(self._path("accept-ledger"))
-
-    def accepted_ledger(self) -> None:
-        """Note that the ledger that is there now is used."""
-        self._disk.unlink(self._path("accept-ledger"))
-
-    def passed(self) -> float:
-        """Return until which ctime, seconds since the epoch, the burst guard lets prompts through."""
-        with contextlib.suppress(SpoolError, ValueError):  # unreadable: the guard asks once more
-            return float(self._read("passed") or 0)
-        return 0.0
-
-    def let_pass(self, until: float) -> None:
-        """Let prompts through that were last changed at this time or before, seconds since the epoch."""
-        self._write("passed", repr(until))
-
-    def refused(self) -> dict[str, str]:
-        """Return what the account or the endpoint refused when a daemon last ran: messages by kind of hold."""
-        with contextlib.suppress(SpoolError, ValueError):  # unreadable: one more prompt shows it
-            found = json.loads(self._read("refused") or "{}")
-            if isinstance(found, dict):
-                return {_RENAMED.get(kind, str(kind)): printable(str(message), 500) for kind, message in found.items()}
-        return {}
-
-    def refuse(self, messages: dict[str, str]) -> None:
-        """Remember these for the next start."""
-        if messages != self.refused():
-            self._write("refused", json.dumps(messages))
+        self._disk.unlink(self._path("held"))  # of an earlier version, that was not imported yet
+        self._requests.release()
+        self._wake()
 
     def retry(self, job: str) -> None:
         """Ask to read the paid response of a job again."""
-        self._write(f"retry.{job}", "")
+        self._requests.retry(job)
+        self._wake()
 
-    def retries(self) -> list[str]:
-        """Return the jobs that ``retry`` was called for."""
-        return [match[1] for name in self._names() if (match := _RETRY.fullmatch(name))]
+    def accepts_ledger(self) -> bool:
+        """Return whether ``accept_ledger`` was called and no daemon has applied it yet."""
+        return self._disk.tops.exists(self._path(_ACCEPT))
 
-    def retried(self, job: str) -> None:
-        """Forget a request of ``retry``."""
-        self._disk.unlink(self._path(f"retry.{job}"))
+    def accepted_ledger(self) -> None:
+        """Note that the ledger that is there now is used."""
+        self._disk.unlink(self._path(_ACCEPT))
+
+    def _wake(self) -> None:
+        self.prepare()
+        self._disk.jot(self._path(_WAKE), b"")
+
+    # Files of an earlier version
+
+    def adopt(self) -> None:
+        """Make rows of what commands asked an earlier version for, and of the holds that it remembered."""
+        for name in self._names():
+            if name == "held":
+                self._requests.hold(self._read(name))
+            elif name == "release":
+                self._requests.release_again()
+            elif name == "passed":
+                with contextlib.suppress(ValueError):
+                    self._requests.let_pass(float(self._read(name)))
+            elif name == "refused":
+                self._requests.refuse(_refused(self._read(name)))
+            elif found := _RETRY.fullmatch(name):
+                self._requests.retry(found[1])
+            else:
+                continue
+            self._disk.unlink(self._path(name))
 
     def _names(self) -> list[str]:
         with disk_errors(self.folder, "list the folder"), contextlib.suppress(FileNotFoundError):
@@ -142,16 +123,35 @@ class Control:
     def _path(self, name: str) -> str:
         return os.path.join(self.folder, name)
 
-    def _read(self, name: str) -> str | None:
+    def _read(self, name: str) -> str:
         path = self._path(name)
         try:
             with disk_errors(path, "read"), open(self._disk.tops.open_file(path, os.O_RDONLY), "rb") as file:
                 return file.read(_MOST_BYTES).decode("utf-8", "surrogateescape")
         except SpoolError as error:
-            if isinstance(error.__cause__, FileNotFoundError):
-                return None
-            raise
+            return str(error)  # it is there, so it was asked for
 
-    def _write(self, name: str, text: str) -> None:
-        self.prepare()
-        self._disk.write(self._path(name), text.encode("utf-8", "surrogateescape"))
+
+def accept_ledger(state: str, disk: Disk) -> None:
+    """Ask a daemon to use the ledger that is there now, or an empty one.
+
+    Args:
+        state: The state folder.
+        disk: The local disk.
+    """
+    folder = os.path.join(state, _FOLDER)
+    disk.make_folder(folder)
+    disk.write(os.path.join(folder, _ACCEPT), b"")
+
+
+def accepts_ledger(state: str) -> bool:
+    """Return whether ``accept_ledger`` was called and no daemon has applied it yet."""
+    return os.path.lexists(os.path.join(state, _FOLDER, _ACCEPT))
+
+
+def _refused(text: str) -> dict[str, str]:
+    with contextlib.suppress(ValueError):  # unreadable: one more prompt shows it
+        found = json.loads(text or "{}")
+        if isinstance(found, dict):
+            return {_RENAMED.get(kind, str(kind)): printable(str(message), 500) for kind, message in found.items()}
+    return {}

@@ -18,6 +18,7 @@ from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.budget import Budget
 from imagewatch.journal.earlier import adopt, close_lost
 from imagewatch.journal.ledger import Ledger, storable
+from imagewatch.journal.requests import Requests
 from imagewatch.journal.row import FREE, AttemptRow, JobRow, Row, price_of
 from imagewatch.journal.schema import COLUMNS, prepare
 from imagewatch.journal.sqlite import Database
@@ -57,6 +58,7 @@ class Journal:
 
     Attributes:
         ledger: What was requested, completed and spent.
+        requests: What commands ask for, and the holds that last.
     """
 
     def __init__(
@@ -72,6 +74,7 @@ class Journal:
         self._limits = limits
         self._clock = clock
         self.ledger = Ledger(self._file)
+        self.requests = Requests(self._file, clock)
 
     def configure(self, limits: Limits) -> None:
         """Take other caps and another rate."""

@@ -154,6 +154,10 @@ class Database:
                     continue
                 for change in changes:
                     change.error = error
+            except Exception as error:
+                if len(changes) > 1:
+                    raise
+                changes[0].error = error
             break
         for change in changes:
             change.is_over = True
@@ -168,8 +172,12 @@ class Database:
             self._set = synchronous
         connection.execute("BEGIN IMMEDIATE")
         try:
-            for change in changes:
-                self._apply(connection, change)
+            if len(changes) == 1:
+                with self._translated():
+                    changes[0].value = changes[0].act(connection)
+            else:
+                for change in changes:
+                    self._apply(connection, change)
             connection.execute("COMMIT")
         except BaseException:
             if connection.in_transaction:

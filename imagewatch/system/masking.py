@@ -77,6 +77,8 @@ class Mask:
 
     def text(self, text: str) -> str:
         """Return a text with the secret replaced by ``***``: as it is, escaped, in base64, in hexadecimal digits."""
+        if len(text) < len(self._secret):  # no form of it is shorter
+            return text
         text = self._rest(text) if self._secret else text
         for form in (*self._spelled, *self._other):
             text = text.replace(form, _MASKED)

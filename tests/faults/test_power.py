@@ -690,8 +690,25 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
     ),
     "the claim is synced before the rename": ("text only", _unsynced("claim"), 1, "the ledger does not know this job"),
     "the decision is synced": ("text only", _unsynced("decide"), 1, "its response was saved|unexpected files"),
-    "old names of claimed files are removed": ("text only", _without(Originals, "drop_twins"), 1, "paid twice"),
-    "what was killed is settled": ("text only", _without(Spool, "make_durable"), 2, "paid twice|unexpected files"),
+    "originals are not in the inbox any more before they are archived": (
+        "text only",
+        _without(Originals, "leave_inbox"),
+        1,
+        "paid twice",
+    ),
+    "originals that came back into the inbox are taken again": (
+        "text only",
+        _without(Originals, "take_again"),
+        1,
+        "paid twice|over more than once",
+    ),
+    "old names of claimed files are removed": (
+        "text only",
+        _without(Originals, "drop_twins"),
+        2,
+        r"paid twice|is in \[",
+    ),
+    "what was killed is settled": ("text only", _without(Spool, "make_durable"), 2, "paid twice|is nowhere"),
     "images are synced before the decision": (
         "text only",
         _without(Frames, "sync"),
@@ -714,7 +731,7 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
         "broken while sending",
         _unsynced("finish"),
         1,
-        "not in",
+        "not in|cannot be read",
     ),
     "our own folders are synced": (
         "the daemon makes the outbox",

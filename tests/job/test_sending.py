@@ -528,8 +528,8 @@ def test_after_sigterm_nothing_is_sent_however_slow_the_disk_is(
 def test_a_hold_is_not_reported_as_applied_while_the_first_bytes_of_a_request_are_sent(tmp_path: Path) -> None:
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds, order = Holds(), []
-        control = Control(str(station.state), station.spool.disk)
-        gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
+        control = Control(str(station.state), station.spool.disk, station.journal.requests)
+        gate = Admission(station.spool, station.journal, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         gate.configure(station.config().limits, 0.0, lambda: None, str)
 
         def hold() -> None:
@@ -550,8 +550,8 @@ def test_a_hold_is_not_reported_as_applied_while_the_first_bytes_of_a_request_ar
 def test_a_hold_for_a_cap_or_a_rate_does_not_stop_a_request_that_was_admitted(tmp_path: Path) -> None:
     with contextlib.closing(Station(tmp_path, "http://127.0.0.1:9")) as station:
         holds = Holds()
-        control = Control(str(station.state), station.spool.disk)
-        gate = Admission(station.spool, station.ledger, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
+        control = Control(str(station.state), station.spool.disk, station.journal.requests)
+        gate = Admission(station.spool, station.journal, control, holds, lambda **_: None, lambda: 0.0, lambda: 0.0)
         for kind in ("cap", "rate"):
             holds.add(Reason(kind, "its own reservation counts", 10.0), 0.0)
         with gate.leaving():

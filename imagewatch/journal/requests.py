@@ -1,0 +1,123 @@
+"""What commands ask of a daemon, and the holds that last over a restart, as rows of the journal."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from imagewatch.system.text import printable, whole
+
+if TYPE_CHECKING:
+    import sqlite3
+    from collections.abc import Callable, Mapping
+
+    from imagewatch.journal.sqlite import Database
+
+_MANUAL = "manual"
+_LONGEST = 500
+_HOLD = (
+    "INSERT INTO holds (kind, message, since) VALUES (?, ?, ?) "
+    "ON CONFLICT (kind) DO UPDATE SET message = excluded.message"
+)
+
+
+class Requests:
+    """Requests of commands, and lasting holds. Safe to use from several threads.
+
+    Args:
+        file: The database.
+        clock: Wall clock, seconds since the epoch.
+    """
+
+    def __init__(self, file: Database, clock: Callable[[], float]) -> None:
+        self._file = file
+        self._clock = clock
+
+    def _ask(self, question: str, *values: object) -> list[sqlite3.Row]:
+        with self._file.using() as connection:
+            return connection.execute(question, values).fetchall()
+
+    def _do(self, statement: str, *values: object, synced: bool = True) -> None:
+        self._file.change(lambda connection: connection.execute(statement, values), synced=synced)
+
+    # Holds
+
+    def held(self) -> str | None:
+        """Return why a person put the queue on hold, or None if it is not."""
+        rows = self._ask("SELECT message FROM holds WHERE kind = ?", _MANUAL)
+        return printable(rows[0]["message"].strip(), _LONGEST) if rows else None
+
+    def hold(self, reason: str) -> None:
+        """Put the queue on hold, until ``release``. When this returns, no more attempt is recorded, so none is sent."""
+        self._do(_HOLD, _MANUAL, whole(reason), self._clock())
+
+    def refused(self) -> dict[str, str]:
+        """Return what the account or the endpoint refused when a daemon last ran: messages by kind of hold."""
+        rows = self._ask("SELECT kind, message FROM holds WHERE kind <> ? ORDER BY since", _MANUAL)
+        return {row["kind"]: printable(row["message"], _LONGEST) for row in rows}
+
+    def refuse(self, messages: Mapping[str, str]) -> None:
+        """Remember these for the next start; not synced: one more prompt would show them."""
+        if messages == self.refused():
+            return
+
+        def act(connection: sqlite3.Connection) -> None:
+            marks = ", ".join("?" * (len(messages) + 1))
+            connection.execute(f"DELETE FROM holds WHERE kind NOT IN ({marks})", (_MANUAL, *messages))  # noqa: S608
+            for kind, message in messages.items():
+                connection.execute(_HOLD, (kind, whole(message), self._clock()))
+
+        self._file.change(act, synced=False)
+
+    # Requests
+
+    def release(self) -> None:
+        """Ask for the end of all holds except caps."""
+
+        def act(connection: sqlite3.Connection) -> None:
+            connection.execute("DELETE FROM holds WHERE kind = ?", (_MANUAL,))
+            connection.execute("INSERT INTO requests (kind, asked_at) VALUES ('release', ?)", (self._clock(),))
+
+        self._file.change(act)
+
+    def release_again(self) -> None:
+        """Ask for the end of all holds as an earlier version did: a manual hold that came later stays."""
+        self._do("INSERT INTO requests (kind, asked_at) VALUES ('release', ?)", self._clock())
+
+    def release_pending(self) -> bool:
+        """Return whether ``release`` was called and no daemon has applied it yet."""
+        return bool(self._ask("SELECT 1 FROM requests WHERE kind = 'release' LIMIT 1"))
+
+    def released(self, passed: float) -> None:
+        """Note that all holds except caps were ended.
+
+        Args:
+            passed: As of ``let_pass``.
+        """
+
+        def act(connection: sqlite3.Connection) -> None:
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('passed', ?)", (repr(passed),))
+            connection.execute("DELETE FROM requests WHERE kind = 'release'")
+
+        self._file.change(act)
+
+    def passed(self) -> float:
+        """Return until which ctime, seconds since the epoch, the burst guard lets prompts through."""
+        rows = self._ask("SELECT value FROM meta WHERE name = 'passed'")
+        return float(rows[0]["value"]) if rows else 0.0
+
+    def let_pass(self, until: float) -> None:
+        """Let prompts through that were last changed at this time or before, seconds since the epoch."""
+        self._do("INSERT OR REPLACE INTO meta VALUES ('passed', ?)", repr(until))
+
+    def retry(self, job: str) -> None:
+        """Ask to read the paid response of a job again."""
+        self._do("INSERT INTO requests (kind, job, asked_at) VALUES ('retry', ?, ?)", job, self._clock())
+
+    def retries(self) -> list[str]:
+        """Return the jobs that ``retry`` was called for, each once."""
+        rows = self._ask("SELECT job FROM requests WHERE kind = 'retry' GROUP BY job ORDER BY min(id)")
+        return [row["job"] for row in rows]
+
+    def retried(self, job: str) -> None:
+        """Forget a request of ``retry``."""
+        self._do("DELETE FROM requests WHERE kind = 'retry' AND job = ?", job)
