@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands import main as cli
 from imagewatch.daemon import dispatch, report, results
-from imagewatch.endpoint import client, pictures
+from imagewatch.endpoint import client, pictures, saved_answer
 from imagewatch.inbox import scan
 from imagewatch.job import completion, delivery, folders, originals, record, spool, steps, worker
-from imagewatch.journal import budget, ledger
+from imagewatch.journal import journal, ledger, sqlite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,16 +34,17 @@ PARTS: dict[str, list[tuple[Any, tuple[str, ...]]]] = {
         (originals.Originals, ("claim", "gather")),
         (delivery.Delivery, ("deliver", "keep")),
         (spool.Spool, ("forget", "make_durable")),
-        (record.Record, ("begin", "decide", "write_sent", "remove", "mark_over")),
+        (record.Record, ("begin", "spend", "decide", "remove", "mark_over")),
     ],
-    "job record: state on disk": [(spool.Spool, ("job_state",)), (record.Record, ("decision", "attempts"))],
+    "state of the job": [(spool.Spool, ("job_state",)), (record.Record, ("decision", "attempts"))],
     "http: connect, send, receive": [(client.Client, ("send",))],
-    "save: the response to disk": [(record.Sink, ("start", "write", "finish"))],
-    "decode: response to image": [(pictures.Pictures, ("read",)), (record.Answer, ("__init__", "sample"))],
+    "save: the response to disk, its images decoded": [(saved_answer.Sink, ("open", "start", "write", "finish"))],
+    "read: what was not decoded": [(pictures.Pictures, ("read",)), (saved_answer.Answer, ("__init__", "sample"))],
     "check: checksums of the image": [(pictures.Pictures, ("collect",))],
-    "ledger: SQLite, with its syncs": [
-        (ledger.Ledger, ("write", "_all")),
-        (budget.Budget, ("reserve", "end_reservation")),
+    "journal: SQLite, with its syncs": [
+        (sqlite.Database, ("change",)),
+        (ledger.Ledger, ("ask",)),
+        (journal.Journal, ("job", "refusal")),
     ],
     "result file and decision": [(completion.Completion, ("read", "outcome"))],
     "checks of the prompt": [(steps.Steps, ("_check",))],

@@ -14,6 +14,7 @@ from imagewatch.system.errors import SpoolError
 if TYPE_CHECKING:
     from imagewatch.daemon.arrivals import Arrivals
     from imagewatch.daemon.parts import Parts
+    from imagewatch.daemon.recovery import Recovery
     from imagewatch.daemon.results import Results
 
 _log = structlog.get_logger()
@@ -26,12 +27,14 @@ class Instructions:
         parts: The daemon's parts.
         arrivals: When prompts came: a release lets those through that are there.
         results: What follows from the results of jobs.
+        recovery: Takes up the jobs of another ledger.
     """
 
-    def __init__(self, parts: Parts, arrivals: Arrivals, results: Results) -> None:
+    def __init__(self, parts: Parts, arrivals: Arrivals, results: Results, recovery: Recovery) -> None:
         self._parts = parts
         self._arrivals = arrivals
         self._results = results
+        self._recovery = recovery
 
     def follow(self) -> None:
         """Do what commands have asked for, and count how many prompts came at the same time."""
@@ -61,6 +64,7 @@ class Instructions:
         parts.control.accepted_ledger()
         parts.journal.requests.release()  # the hold was for the other ledger
         _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, FILE))
+        self._recovery.take_up_others()
 
     def _reopen(self, job: str) -> None:
         """Read the saved response of a job again, as ``retry`` asked for."""

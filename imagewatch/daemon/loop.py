@@ -85,7 +85,7 @@ class Daemon:
         self._recovery = Recovery(self._parts)
         self._dispatch = Dispatch(self._parts, self._arrivals, self._recovery)
         self._results = Results(self._parts, on_outcome)
-        self._instructions = Instructions(self._parts, self._arrivals, self._results)
+        self._instructions = Instructions(self._parts, self._arrivals, self._results, self._recovery)
         self._report = Report(self._parts)
         self._is_draining = False
 
@@ -120,9 +120,9 @@ class Daemon:
     def _begin(self) -> None:
         if seconds := self._parts.notify.watchdog_seconds:
             self._intake.scanner.most_seconds = seconds / 2
-        self._admission.start()
-        with contextlib.suppress(SpoolError):  # the next line reports why
+        with contextlib.suppress(SpoolError):  # what comes next reports why
             self._instructions.accept_ledger()  # before anything is held for the one that is not used any more
+        self._admission.start()
         self._admission.has_room()  # also where nothing waits: it is to be known at the start
         self._recovery.begin()
         self._report.begin("once" if self._once else "running")

@@ -30,21 +30,30 @@ class Recovery:
         """Take up every job that left something; for the start, before anything is sent."""
         self.complete()
 
+    def take_up_others(self) -> None:
+        """Take up the jobs that only the ledger knows which is used from now on.
+
+        Raises:
+            SpoolError: It cannot be used.
+        """
+        if self._is_complete:  # else all of them are still to be taken up
+            self._take_up_all(self._parts.spool.unfinished())
+
     def complete(self) -> bool:
         """Take up what could not be taken up before, as the journal could not be read; return whether that is done."""
         if self._is_complete:
             return True
         try:
-            for job in self._parts.spool.take_over():
-                if job not in self._parts.jobs:
-                    self._take_up(job)
+            self._take_up_all(self._parts.spool.take_over())
         except SpoolError as error:
             self._parts.admission.failed(error)
             return False
         self._is_complete = True
         return True
 
-    def _take_up(self, job: str) -> None:
-        recovered = Job(job, self._parts.spool.key(job))
-        _log.info("recovered", **recovered.names)
-        self._parts.jobs.defer(recovered, 0.0)
+    def _take_up_all(self, unfinished: list[str]) -> None:
+        for job in unfinished:
+            if job not in self._parts.jobs:
+                recovered = Job(job, self._parts.spool.key(job))
+                _log.info("recovered", **recovered.names)
+                self._parts.jobs.defer(recovered, 0.0)

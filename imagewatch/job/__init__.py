@@ -10,15 +10,16 @@ The modules, in the order in which they are read::
     running      RunningJob: what this process knows of a job
     steps        what is done in each step
     sending      one attempt: recorded, sent, and what is known of it afterwards
-    completion   how a job ends: ledger row, decision and result file
-    rows         the ledger rows of a job
+    completion   how a job ends: its result, its decision and its result file
+    rows         the rows of a job's attempts
     receipts     the text of receipt and error file
     redelivery   prompts that a sync tool delivers again
     outcome      the result of running a job, for the daemon
-    record       the job record: the files of a job in the state folder
+    record       the job record: the row of a job in the journal, and the files of its responses
     spool        Spool: the files of all jobs; which jobs are unfinished
     folders      all folders of one daemon: opened, locked, tested
     claims       the folder of claimed files, known by its inode
     originals    dropped files: out of the inbox into a claim, and back
     delivery     results and originals into outbox, errors and archive
+    earlier      jobs that an earlier version has left in the state folder
 """

@@ -21,6 +21,8 @@ import os
 import re
 from typing import TYPE_CHECKING, TypeVar
 
+import structlog
+
 from imagewatch.protocol.values import Claim, Decision, Sent, load, load_decision
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
@@ -34,6 +36,7 @@ T = TypeVar("T")
 JOBS, PAID = "jobs", "paid"
 _FILES = re.compile(r"answer\.[0-9]{1,4}(\.part)?|image\.[0-9]{1,4}|fetched\.[0-9]{1,4}|raw")
 _SENT = re.compile(r"sent\.([0-9]{1,4})")
+_log = structlog.get_logger()
 
 
 class Earlier:
@@ -58,13 +61,16 @@ class Earlier:
         Raises:
             SpoolError: The disk failed.
         """
-        if not any(self._folders.tops.exists(top) for top in self._tops):
-            return
+        if any(self._folders.tops.exists(top) for top in self._tops):
+            self._adopt_all()
+        if lost := self._folders.journal.close_lost(self.left()):
+            _log.warning("results_lost", requests=lost, reason="the requests may have been charged")
+
+    def _adopt_all(self) -> None:
         for top in self._tops:
             for job in self._names(top):
                 with contextlib.suppress(_UnreadableError):
                     self._adopt(top, job)
-        self._folders.journal.close_lost(self.left())
         for top in self._tops:
             if not self._names(top):
                 self._disk.remove_folder(top)

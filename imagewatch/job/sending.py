@@ -100,12 +100,12 @@ class Fate:
         return 200 <= self.status < 300  # noqa: PLR2004
 
     def is_missing(self, sent: int) -> bool:
-        """Return whether the disk does not show that a request may have left, although it may have.
+        """Return whether the journal does not show that a request may have left, although it may have.
 
         Args:
-            sent: Highest attempt that the disk shows.
+            sent: Highest attempt that the journal shows.
         """
-        return self.left is not Left.NOTHING and not self.is_saved and sent < self.attempt
+        return self.left is not Left.NOTHING and sent < self.attempt
 
 
 class Sending:

@@ -20,7 +20,7 @@ from imagewatch.job.rules import State
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system import leftovers
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import DamagedJobError, SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -67,7 +67,10 @@ class Spool(JobFolders):
     def _take_again(self, unfinished: list[str]) -> None:
         """Move originals that a power cut has put back to where they belong, and remove those of jobs that are over."""
         for job in unfinished:
-            row = self.record(job).row
+            try:
+                row = self.record(job).row
+            except DamagedJobError:
+                continue  # a person decides about it
             if row is not None and (row.attempts or row.decision is not None):
                 self.originals.take_again(row.claim)
             elif row is None and self.journal.is_over(job):
@@ -125,7 +128,15 @@ class Spool(JobFolders):
 
     def is_left(self, job: str) -> bool:
         """Return whether a job is not over, or a file of it is left."""
-        return bool(self.record(job).row or self.originals.claimed(job) or unreadable(self, job))
+        if self.originals.claimed(job) or unreadable(self, job):
+            return True
+        with contextlib.suppress(SpoolError):  # while the journal cannot be used, it is not known
+            try:
+                return self.record(job).row is not None
+            except DamagedJobError:
+                self.journal.abandon(job)
+                return False
+        return True
 
     def orphans(self, job: str) -> list[str]:
         """Return the originals of a claim that the journal does not know: only a lost one leaves them behind."""

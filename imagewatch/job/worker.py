@@ -81,6 +81,7 @@ class Worker:
         on_disk_error: Callable[[SpoolError], object] = lambda _: None,
     ) -> None:
         self._spool = spool
+        self._journal = journal
         self._config = config
         self._may_report = may_report
         self._clock = clock
@@ -118,6 +119,8 @@ class Worker:
         claim = record.claim()
         if claim is None and (fate := self._sending.known(job_id)) and fate.is_missing(0):
             claim = fate.claim  # another journal is used since its request was sent
+        if claim is None and (claim := self._journal.unspent(job_id)):
+            record.begin(claim)  # another journal is used since it was claimed
         if claim is None:
             return self._steps.without_record(job_id)
         self._spool.make_durable(claim)

@@ -5,14 +5,17 @@ and that a ledger which was deleted, replaced or damaged is noticed before the n
 
 The modules, in the order in which they are read::
 
-    ledger   Ledger: one row for each attempt
-    row      Row: what is known of one attempt
+    journal  Journal: what was claimed, sent, paid and decided; the right to send
+    ledger   Ledger: questions about attempts and charges
+    row      rows of jobs and attempts
     schema   its tables in SQLite, and how those of an earlier version are updated
     sqlite   its file: opened when it is used, known again
     files    its files in the state folder; the errors about them
     health   whether the ledger of a daemon can be used, for other processes
     budget   Budget: caps on credits, requests in a minute
+    books    what the budget asks of the journal
     prices   what a request may cost, from earlier charges
     holds    Holds: why nothing is sent, and until when
     control  what commands ask of a daemon
+    earlier  jobs that an earlier version has left in files
 """

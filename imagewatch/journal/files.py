@@ -17,7 +17,7 @@ from imagewatch.system.text import printable
 
 FILE = "ledger.sqlite3"
 MARK = "identity"
-"""Name of the file with the id of the ledger, in the state folder."""
+"""Name of the file with the id of the ledger, in the state folder, and how much it had recorded."""
 SAVED = ".saved"
 """Added to the name of the file: where a ledger is saved that was deleted or replaced while it was open."""
 RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
@@ -48,12 +48,18 @@ def was_there(state: str) -> bool:
     return False
 
 
-def read_mark(path: str) -> str:
-    """Return the id in such a file, or an empty string if there is none that can be read."""
+def read_mark(path: str) -> tuple[str, int]:
+    """Return the id in such a file, or an empty string if none can be read, and how much that ledger recorded."""
     with contextlib.suppress(OSError, ValueError), open(path, "rb") as file:
-        text = file.read(64).strip().decode("latin-1")  # a codec that need not be loaded
-        return text if _ID.fullmatch(text) else ""
-    return ""
+        name, _, recorded = file.read(64).strip().decode("latin-1").partition(" ")  # a codec that need not be loaded
+        if _ID.fullmatch(name):
+            return name, int(recorded or 0)
+    return "", 0
+
+
+def recorded(connection: sqlite3.Connection) -> int:
+    """Return how much a ledger has recorded: attempts and results. It never becomes less."""
+    return int(connection.execute("SELECT count(*) + count(nullif(outcome, 'sent')) FROM attempts").fetchone()[0])
 
 
 def newest_saved(path: str) -> str:
@@ -82,6 +88,12 @@ def translated(path: str, error: sqlite3.Error) -> SpoolError:
                 f"do not delete it, it records what was paid; {RESTORE}",
             )
     return SpoolError(f"the ledger {why}: {path}", path=path, code=code, hint=hint)
+
+
+def refused(path: str, error: OverflowError | sqlite3.IntegrityError) -> SpoolError:
+    """Return the error for what cannot be stored, which is no matter of the disk: it would be the same again."""
+    what = "a number is too large for the ledger" if isinstance(error, OverflowError) else str(error)
+    return SpoolError(f"{what}: {path}", path=path, hint="please report it")
 
 
 def is_damage(error: sqlite3.Error) -> bool:
@@ -114,6 +126,24 @@ def incomplete(path: str) -> SpoolError:
     )
 
 
+def older(path: str) -> SpoolError:
+    """Return the error for an older copy of the daemon's ledger."""
+    return SpoolError(
+        f"this is an older copy of the ledger, which lacks the newest requests: {path}",
+        path=path,
+        code=errno.ESTALE,
+        hint="put the newer one back; or accept this one: imagewatch release --accept-new-ledger",
+    )
+
+
+def spoilt(path: str) -> SpoolError:
+    """Return the error for a ledger into which another program has written while it was open."""
+    saved = newest_saved(path)
+    hint = f"rename {printable(saved)} to {FILE}, it is the previous ledger; or {RESTORE}" if saved else RESTORE
+    message = f"another program has written into the ledger, and it is damaged or older now: {path}"
+    return SpoolError(message, path=path, code=errno.EIO, hint=hint)
+
+
 def foreign(path: str) -> SpoolError:
     """Return the error for a ledger that is another one than the daemon's."""
     return SpoolError(
@@ -122,6 +152,12 @@ def foreign(path: str) -> SpoolError:
         code=errno.ESTALE,
         hint="put the right one back; or accept this one: imagewatch release --accept-new-ledger",
     )
+
+
+def newer(path: str, found: int) -> SpoolError:
+    """Return the error for a ledger whose tables are those of a newer version."""
+    message = f"the ledger was written by a newer imagewatch (format {found}): {path}"
+    return SpoolError(message, path=path, code=errno.EPROTO, hint="run the newer version")
 
 
 def require_sound(connection: sqlite3.Connection) -> None:

@@ -8,7 +8,20 @@ import os
 import sqlite3
 import stat
 
-from imagewatch.journal.files import FILE, MARK, foreign, missing, read_mark, require_sound, translated, was_there
+from imagewatch.journal.files import (
+    FILE,
+    MARK,
+    foreign,
+    missing,
+    newer,
+    older,
+    read_mark,
+    recorded,
+    require_sound,
+    translated,
+    was_there,
+)
+from imagewatch.journal.schema import VERSION
 from imagewatch.system.errors import SpoolError
 
 _BUSY_SECONDS = 1.0
@@ -28,15 +41,19 @@ def ledger_problem(state: str) -> SpoolError | None:
     try:
         with contextlib.closing(sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None)) as connection:
             connection.execute("BEGIN IMMEDIATE")  # succeeds in a read-only file, too
-            version = connection.execute("PRAGMA user_version").fetchone()[0]
-            connection.execute(f"PRAGMA user_version = {int(version)}")  # fails there
+            version = int(connection.execute("PRAGMA user_version").fetchone()[0])
+            connection.execute(f"PRAGMA user_version = {version}")  # fails there
             connection.execute("ROLLBACK")
+            if version > VERSION:
+                return newer(path, version)
             require_sound(connection)
-            found = _id(connection)
+            found, count = _id(connection)
     except sqlite3.Error as error:
         return translated(path, error)
-    known = read_mark(mark)
-    return foreign(path) if known and found != known else None
+    known, least = read_mark(mark)
+    if known and found != known:
+        return foreign(path)
+    return older(path) if count < least else None
 
 
 def _not_writable(state: str, path: str) -> SpoolError | None:
@@ -59,8 +76,8 @@ def _not_writable(state: str, path: str) -> SpoolError | None:
     return None
 
 
-def _id(connection: sqlite3.Connection) -> str:
+def _id(connection: sqlite3.Connection) -> tuple[str, int]:
     with contextlib.suppress(sqlite3.OperationalError):  # of an older version
         found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
-        return str(found[0]) if found else ""
-    return ""
+        return str(found[0]) if found else "", recorded(connection)
+    return "", 0

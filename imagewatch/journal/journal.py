@@ -8,6 +8,7 @@ without a result is an unknown charge.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from typing import TYPE_CHECKING
@@ -19,12 +20,13 @@ from imagewatch.journal.budget import Budget
 from imagewatch.journal.earlier import adopt, close_lost
 from imagewatch.journal.ledger import Ledger, storable
 from imagewatch.journal.requests import Requests
-from imagewatch.journal.row import FREE, AttemptRow, JobRow, Row, price_of
+from imagewatch.journal.row import FREE, LOST, AttemptRow, JobRow, Row, price_of
 from imagewatch.journal.schema import COLUMNS, prepare
 from imagewatch.journal.sqlite import Database
+from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.reasons import Reason
 from imagewatch.protocol.values import Claim, Decision, Sent, dump, load, load_decision
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import DamagedJobError, SpoolError
 from imagewatch.system.masking import known
 from imagewatch.system.text import printable
 
@@ -73,6 +75,7 @@ class Journal:
         self._file = Database(path, prepare, guarded=guarded, synchronous=synchronous)
         self._limits = limits
         self._clock = clock
+        self._unspent: dict[str, Claim] = {}
         self.ledger = Ledger(self._file)
         self.requests = Requests(self._file, clock)
 
@@ -160,6 +163,14 @@ class Journal:
                 _insert(connection, claim)
 
         self._file.change(act)
+        self._unspent[claim.job] = claim
+
+    def unspent(self, job: str) -> Claim | None:
+        """Return what this process has claimed for a job of which it has sent nothing yet, or None.
+
+        Another journal, which does not know the job, may have taken the place of the one that did.
+        """
+        return self._unspent.get(job)
 
     def restore(self, claim: Claim, row: Row) -> None:
         """Write a job and its attempt again, if this journal has taken the place of the one that had them."""
@@ -182,13 +193,34 @@ class Journal:
         return self._file.change(lambda connection: close_lost(connection, known))
 
     def job(self, job: str) -> JobRow | None:
-        """Return what is known of a job; None if there is none, or it is over."""
+        """Return what is known of a job; None if there is none, or it is over.
+
+        Raises:
+            SpoolError: The journal cannot be used.
+            DamagedJobError: What it holds of the job cannot be read.
+        """
         with self._file.using() as connection:
             row = connection.execute("SELECT * FROM jobs WHERE id = ? AND state <> 'done'", (job,)).fetchone()
             if row is None:
                 return None
             attempts = connection.execute(_ATTEMPTS, (job,)).fetchall()
-        return _job(row, attempts)
+        try:
+            return _job(row, attempts)
+        except ValueError as error:
+            raise DamagedJobError(
+                f"job {job}: the ledger's record of it is damaged, and it may have been charged: {error}",
+                hint="restore the ledger from a backup; or, only if you accept a possible second charge, touch the "
+                f"files in {CLAIMS}/{job} in the inbox and move them back into the inbox",
+            ) from error
+
+    def abandon(self, job: str) -> None:
+        """End a job whose record is damaged and whose originals a person has taken away."""
+
+        def act(connection: sqlite3.Connection) -> None:
+            connection.execute(_LOSE, (LOST, job))
+            connection.execute(_FINISH, (self._clock(), job))
+
+        self._file.change(act)
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that are not over, the oldest first."""
@@ -248,7 +280,10 @@ class Journal:
             connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (row.job,))
             return None
 
-        return self._file.change(act)
+        refusal = self._file.change(act)
+        if refusal is None:
+            self._unspent.pop(row.job, None)
+        return refusal
 
     def refusal(self, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
         """Return why ``spend`` would refuse an attempt now, or None; before a connection is made for it."""
@@ -338,6 +373,7 @@ class Journal:
                 _insert(connection, claim, state="decided", decision=dump(decision).decode())
 
         self._file.change(act)
+        self._unspent.pop(claim.job, None)
 
     def _write(self, connection: sqlite3.Connection, row: Row) -> None:
         received = {name: known.text(getattr(row, name)) for name in _RECEIVED}  # a server may repeat the key
@@ -361,6 +397,7 @@ class Journal:
             connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
 
         self._file.change(act, synced=synced)
+        self._unspent.pop(job, None)
 
     def keep(self, job: str) -> None:
         """Keep a job that was paid for and gave no image, for ``imagewatch retry``."""
@@ -389,6 +426,7 @@ _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
 _TAKEN = "SELECT id FROM jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
 _STUCK = "UPDATE jobs SET is_stuck = 1 WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
+_LOSE = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE job = ? AND outcome = 'sent'"
 _FINISH = (
     "UPDATE jobs SET state = 'done', claim = '', decision = '', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
 )
@@ -427,7 +465,9 @@ def _job(row: sqlite3.Row, attempts: list[sqlite3.Row]) -> JobRow:
 
 
 def _attempt(row: sqlite3.Row) -> AttemptRow:
-    sent = load(row["request"].encode(), Sent) if row["request"] else None
+    sent = None
+    with contextlib.suppress(ValueError):  # damaged
+        sent = load(row["request"].encode(), Sent) if row["request"] else None
     return AttemptRow(number=row["attempt"], outcome=row["outcome"], nonce=row["nonce"], sent=sent)
 
 

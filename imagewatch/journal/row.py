@@ -66,7 +66,7 @@ class AttemptRow(msgspec.Struct, frozen=True, kw_only=True):
         number: From 1.
         outcome: Its result, or ``sent`` while that is not known.
         nonce: Of the process that may send it.
-        sent: What was sent; None if an earlier version's record of that was damaged.
+        sent: What was sent; None if the record of that is damaged.
     """
 
     number: int

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import re
 from typing import TYPE_CHECKING
 
+from imagewatch.journal.files import newer
 from imagewatch.journal.row import LOST, Row, price_of
-from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     import sqlite3
@@ -148,13 +147,7 @@ def prepare(connection: sqlite3.Connection) -> None:
     """
     found = _format(connection)
     if found > VERSION:
-        path = connection.execute("PRAGMA database_list").fetchone()["file"]
-        raise SpoolError(
-            f"the ledger was written by a newer imagewatch (format {found}): {path}",
-            path=path,
-            code=errno.EPROTO,
-            hint="run the newer version",
-        )
+        raise newer(connection.execute("PRAGMA database_list").fetchone()["file"], found)
     if found == VERSION:  # reading must write nothing
         return
     connection.execute("BEGIN IMMEDIATE")

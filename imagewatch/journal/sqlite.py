@@ -3,7 +3,8 @@
 SQLite does not notice that its file was deleted or replaced: what is written afterwards is lost. So the file is
 compared with the opened one before each use, and so is the one beside it that has the newest rows. The database has a
 random id, and the file ``identity`` beside it has the same. The id shows whether a ledger was deleted or never existed,
-and whether a file is a backup of this ledger or another ledger.
+and whether a file is another ledger. How much was recorded when the daemon started or ended last is in that file, too:
+it shows whether the ledger is an older copy.
 """
 
 from __future__ import annotations
@@ -26,8 +27,12 @@ from imagewatch.journal.files import (
     incomplete,
     is_damage,
     missing,
+    older,
     read_mark,
+    recorded,
+    refused,
     require_sound,
+    spoilt,
     translated,
     was_there,
 )
@@ -67,7 +72,7 @@ class _Change:
         self.act = act
         self.synced = synced
         self.value: Any = None
-        self.error: Exception | None = None
+        self.error: BaseException | None = None
         self.is_over = False
 
 
@@ -140,6 +145,17 @@ class Database:
         return cast("T", change.value)
 
     def _commit_all(self, changes: list[_Change]) -> None:
+        try:
+            self._try_to_commit(changes)
+        except BaseException as error:  # noqa: BLE001  else other threads would take theirs for written
+            for change in changes:
+                change.error = error
+        finally:
+            for change in changes:
+                change.is_over = True
+
+    def _try_to_commit(self, changes: list[_Change]) -> None:
+        """Write all changes, as soon as no other program writes."""
         for last in (*[False] * _TRIES, True):
             try:
                 with self.using() as connection:
@@ -149,18 +165,11 @@ class Database:
                         assert self._connection is not None
                         self._commit(self._connection, changes)
             except SpoolError as error:
-                if error.code == errno.EBUSY and not last:
-                    self._pause.wait(_PAUSE_SECONDS)
-                    continue
-                for change in changes:
-                    change.error = error
-            except Exception as error:
-                if len(changes) > 1:
+                if error.code != errno.EBUSY or last:
                     raise
-                changes[0].error = error
-            break
-        for change in changes:
-            change.is_over = True
+                self._pause.wait(_PAUSE_SECONDS)
+            else:
+                return
 
     def _commit(self, connection: sqlite3.Connection, changes: list[_Change]) -> None:
         """Write all changes in one transaction; one that fails is undone alone."""
@@ -172,26 +181,30 @@ class Database:
             self._set = synchronous
         connection.execute("BEGIN IMMEDIATE")
         try:
+            self._prepare(connection)  # a newer version may have been started meanwhile
             if len(changes) == 1:
-                with self._translated():
-                    changes[0].value = changes[0].act(connection)
+                changes[0].value = changes[0].act(connection)
             else:
                 for change in changes:
                     self._apply(connection, change)
             connection.execute("COMMIT")
+            self._note_write()
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             raise
 
     def _apply(self, connection: sqlite3.Connection, change: _Change) -> None:
+        """Let a change write. Its own error undoes it alone; what is wrong with the file concerns all of them."""
         connection.execute("SAVEPOINT change")
         try:
-            with self._translated():
+            try:
                 change.value, change.error = change.act(connection), None
-        except Exception as error:  # it is that of the thread that wrote this
-            if not connection.in_transaction:  # SQLite has undone all of it
-                raise
+            except (OverflowError, sqlite3.IntegrityError) as error:
+                raise refused(self.path, error) from error
+        except sqlite3.Error:
+            raise
+        except Exception as error:  # noqa: BLE001  it is that of the thread that wrote this
             connection.execute("ROLLBACK TO change")
             change.error = error
         connection.execute("RELEASE change")
@@ -206,6 +219,7 @@ class Database:
             if self._is_damaged:
                 require_sound(connection)
                 self._is_damaged = False
+            self._prepare(connection)
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('proved', ?)", (secrets.token_hex(4),))
 
     def accept(self) -> None:
@@ -226,6 +240,8 @@ class Database:
     def close(self) -> None:
         """Close the file; the next use opens it again."""
         with self._lock:
+            if self._guarded:
+                self._note()
             self._forget()
 
     # Opening
@@ -240,6 +256,9 @@ class Database:
             raise missing(self.path)
         elif self._file is None or not os.path.samestat(status, self._file):
             self._replace()
+        elif self._guarded and _is_written(status, self._file) and not self._connection.in_transaction:
+            self._require_whole(self._connection)
+            self._file = status
         elif self._guarded and not _is_same(_stat(self.path + _WAL), self._wal):
             self._write_back()
             self._forget()
@@ -273,14 +292,23 @@ class Database:
     def _require_same(self, connection: sqlite3.Connection) -> None:
         """Make sure that the database is the same as before; if there was none before, write down its id."""
         found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
-        known = read_mark(self._mark)
+        known, least = read_mark(self._mark)
         if found is None and not known:
             connection.execute("INSERT INTO meta VALUES ('id', ?)", (secrets.token_hex(16),))
             found = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
-        if not known:
-            _write(self._mark, found[0])
-        elif found is None or found[0] != known:
+        if known and (found is None or found[0] != known):
             raise foreign(self.path)
+        if (count := recorded(connection)) < least:
+            raise older(self.path)
+        if not known or count > least:
+            _write(self._mark, f"{found[0]} {count}")
+
+    def _note(self) -> None:
+        """Write down how much is recorded, so that an older copy is known again."""
+        with contextlib.suppress(SpoolError, OSError), self._translated():
+            known, least = read_mark(self._mark)
+            if known and self._connection is not None and (count := recorded(self._connection)) > least:
+                _write(self._mark, f"{known} {count}")
 
     def _replace(self) -> None:
         """Use the file that has replaced the opened one, if no row is missing in it."""
@@ -308,6 +336,25 @@ class Database:
             is_there = other.execute(question, tuple(newest)).fetchone() is not None
             return is_there and other.execute(_ENDED).fetchone()[0] >= ended
         return False
+
+    def _note_write(self) -> None:
+        """Take the file as it is after what this process has written."""
+        status = _stat(self.path)
+        if status is not None and self._file is not None and os.path.samestat(status, self._file):
+            self._file = status
+
+    def _require_whole(self, connection: sqlite3.Connection) -> None:
+        """Make sure that what another program has written into the file has left it whole.
+
+        SQLite reads a page once; so what it answers may not be in the file any more.
+        """
+        known = recorded(connection)
+        with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(self.path)) as other:
+            require_sound(other)
+            if recorded(other) >= known:
+                return
+        self._save()
+        raise spoilt(self.path)
 
     def _write_back(self) -> None:
         """Write to the file what only the one beside it has, which was deleted."""
@@ -346,12 +393,14 @@ class Database:
         """Save a ledger whose file was deleted or replaced, as long as it is open."""
         if self._is_saved:
             return
+        self._note()
         assert self._connection is not None
         target = _unused(self.path + SAVED)
         with contextlib.suppress(sqlite3.Error, OSError):
             keep_private(target)
             with contextlib.closing(sqlite3.connect(target)) as copy:
                 self._connection.backup(copy)
+                require_sound(copy)
             self._is_saved = True
         if not self._is_saved:  # it must not be used as if it were complete
             with contextlib.suppress(OSError):
@@ -375,12 +424,8 @@ class Database:
     def _translated(self) -> Iterator[None]:
         try:
             yield
-        except OverflowError as error:  # no matter of the disk: it would be the same whenever it is tried again
-            raise SpoolError(
-                f"a number is too large for the ledger: {self.path}", path=self.path, hint="please report it"
-            ) from error
-        except sqlite3.IntegrityError as error:
-            raise SpoolError(f"{error}: {self.path}", path=self.path, hint="please report it") from error
+        except (OverflowError, sqlite3.IntegrityError) as error:
+            raise refused(self.path, error) from error
         except sqlite3.Error as error:
             self._is_damaged = self._is_damaged or is_damage(error)
             if code_of(error) != sqlite3.SQLITE_BUSY:  # opened again, it may work
@@ -443,6 +488,10 @@ def _stat(path: str) -> os.stat_result | None:
 def _is_same(status: os.stat_result | None, other: os.stat_result | None) -> bool:
     """Return whether two files are the same; two missing ones are."""
     return status == other if status is None or other is None else os.path.samestat(status, other)
+
+
+def _is_written(status: os.stat_result, before: os.stat_result) -> bool:
+    return (status.st_size, status.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
 
 
 def _quoted(path: str) -> str:

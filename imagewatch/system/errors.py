@@ -101,6 +101,10 @@ class AlreadyRunning(SpoolError):  # noqa: N818  reads as the sentence it is
     """Another process holds the lock of this inbox or this state folder."""
 
 
+class DamagedJobError(SpoolError):
+    """What is recorded of a job cannot be read; a person has to decide about it."""
+
+
 class JobError(ImagewatchError):
     """Something about one request; the daemon and the other jobs continue."""
 

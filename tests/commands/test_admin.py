@@ -43,19 +43,14 @@ OTHER_USER = 12345
 
 KILLED_BEFORE = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-from support.losing import SteppingDisk
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
+from imagewatch.journal.journal import Journal
 
-class KillingDisk(SteppingDisk):
-    def step(self, what, path):
-        if path.endswith(sys.argv[2]):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-Daemon(load(None, os.environ), os.environ, disk=KillingDisk(), once=True).run()
+setattr(Journal, sys.argv[1], lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+Daemon(load(None, os.environ), os.environ, once=True).run()
 """
-"""A daemon that is killed when it is about to write a file of this name."""
+"""A daemon that is killed when it is about to write this to its journal."""
 
 AS_USER = """
 import os, sys
@@ -122,7 +117,7 @@ def killed_before(tmp_path: Path, start: Any) -> Callable[[Folders, str], None]:
     script.write_text(KILLED_BEFORE)
 
     def killer(folders: Folders, name: str) -> None:
-        running = start(folders, str(TESTS), name, script=str(script))
+        running = start(folders, name, script=str(script))
         assert running.wait() == -signal.SIGKILL, running.output
 
     return killer
@@ -193,7 +188,7 @@ def test_during_a_hold_requests_in_flight_finish_and_a_second_reason_replaces_th
 @pytest.mark.parametrize("command_", ["run", "once"])
 def test_charged_results_are_delivered_during_a_hold(folders, run, sandbox, killed_before, command_):
     folders.prompt("cat", "A cat")
-    killed_before(folders, "decision.json")
+    killed_before(folders, "decide")
     assert (requests(sandbox), folders.finished()) == (1, {})
     command(folders, "hold", "night")
     folders.prompt("dog", "A dog")
@@ -208,7 +203,7 @@ def test_charged_results_are_delivered_during_a_hold(folders, run, sandbox, kill
 
 def test_a_claimed_prompt_that_was_not_sent_goes_back_during_a_hold(folders, sandbox, killed_before):
     folders.prompt("cat", "A cat")
-    killed_before(folders, "sent.1")
+    killed_before(folders, "spend")
     assert prompts_in(folders) == []
     command(folders, "hold")
     once(folders, 69)
@@ -429,7 +424,7 @@ class Guard:
 
     def __init__(self, station: Station) -> None:
         self.now, self._holds = 0.0, Holds()
-        control = Control(str(station.state), Disk())
+        control = Control(str(station.state), Disk(), station.journal.requests)
         clock = lambda: self.now  # noqa: E731
         self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None, str)
@@ -538,10 +533,10 @@ from imagewatch.job.originals import Originals
 
 claim = Originals.claim
 
-def slowly(self, what):
+def slowly(self, what, *more):
     open(f"{sys.argv[1]}/{what.stem}", "w").close()
     open(f"{sys.argv[1]}/go").close()  # a pipe: until the test opens it, too
-    return claim(self, what)
+    return claim(self, what, *more)
 
 Originals.claim = slowly
 log.configure("info", "json")
@@ -725,7 +720,7 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
         gate = Admission(
             station.spool,
             station.ledger,
-            Control(str(station.state), Disk()),
+            Control(str(station.state), Disk(), station.journal.requests),
             Holds(),
             lambda **_: None,
             time.time,
@@ -1099,7 +1094,7 @@ def lost_image(tmp_path: Path) -> Iterator[tuple[Folders, Sandbox, Clock]]:
 def published(folders: Folders, sandbox: Sandbox) -> None:
     """The image is published, its originals are in the archive, and it was charged once, in one row of the ledger."""
     until(lambda: folders.finished() == {"cat": "outbox"})
-    until(lambda: folders.leftovers() == [] and not any((folders.state / "paid").iterdir()))
+    until(lambda: folders.leftovers() == [] and "kept" not in folders.job_states().values())
     receipt = folders.receipt("sub/cat")
     (call,) = sandbox.report()["calls"]
     assert [image["sha256"] for image in receipt["images"]] == call["images"]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -105,38 +105,22 @@ def test_a_saved_response_of_a_killed_daemon_counts_against_the_cap_before_it_is
     assert folders.names("inbox") == ["b.prompt.txt"]
 
 
-def paid_once(folders, sandbox, start):
-    """Pay for one prompt; return the record of its job as it was during the request."""
-    folders.prompt("a", "a cat")
-    sandbox.hold()
-    daemon = start(folders, "once")
-    assert sandbox.wait_for_requests(1, timeout=20)
-    (record,) = folders.state.glob("jobs/*")
-    kept = shutil.copytree(record, folders.state / "kept")
-    sandbox.release()
-    assert daemon.wait() == 0
-    return kept, record
-
-
-def test_the_rest_of_a_job_that_was_being_forgotten_is_not_reserved_for_ever(tmp_path, sandbox, start):
-    folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
-    kept, record = paid_once(folders, sandbox, start)
-    (kept / "claim.json").unlink()  # it is removed first, and the mark of what was sent last
-    kept.rename(record)
-    folders.prompt("b", "a dog")
-    assert start(folders, "once").wait() == 0
-    assert folders.finished() == {"a": "outbox", "b": "outbox"}
-
-
 def test_the_possible_cost_of_a_damaged_record_counts_and_delays_nothing(tmp_path, sandbox, start):
     folders = Folders(tmp_path, sandbox.base_url, limits__credits_per_day="60", limits__assumed_credits="30")
-    kept, record = paid_once(folders, sandbox, start)
-    (kept / "claim.json").write_text("{")
-    kept.rename(record)
-    folders.prompt("b", "a dog")
+    folders.prompt("a", "a cat")
+    sandbox.hold()
+    killed = start(folders, "once")
+    assert sandbox.wait_for_requests(1, timeout=20)
+    killed.stop(signal.SIGKILL)
+    sandbox.release()
+    with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as database:
+        database.execute("UPDATE jobs SET claim = '{'")
+        database.commit()
+    for stem in "bc":
+        folders.prompt(stem, "a dog")
     assert start(folders, "once").wait() == 70  # a job needs a person
-    assert sandbox.report()["credits"] == 30
-    assert [name for name in folders.names("inbox") if name.endswith(".prompt.txt")] == ["b.prompt.txt"]
+    assert sandbox.report()["requests"] == 2
+    assert len([name for name in folders.names("inbox") if name in {"b.prompt.txt", "c.prompt.txt"}]) == 1
 
 
 # Only what does not fit waits

@@ -194,6 +194,26 @@ def test_an_outbox_that_was_removed_is_not_created_again(tight: Folders, sandbox
     delivered(tight, sandbox)
 
 
+def test_a_full_disk_below_the_ledger_holds_the_queue_before_anything_is_sent(
+    tight: Folders, sandbox: Sandbox, mount: Any, run: Callable[..., LoggedDaemon]
+) -> None:
+    tight.state.mkdir(exist_ok=True)
+    mount(tight.state, "size=4m")
+    tight.environ["IMAGEWATCH_LIMITS__MIN_FREE_BYTES"] = "0"
+    daemon = run(tight)
+    tight.prompt("first", "a first one")
+    delivered(tight, sandbox, "first")
+    filler = fill(tight.state, 0)
+    tight.prompt("cat", "a cat")
+    assert "the ledger cannot be written: database or disk is full" in daemon.wait_for("held")["reason"]
+    assert daemon.events("held")[0]["next"].startswith("free some space")
+    assert sandbox.report()["requests"] == 1
+    filler.unlink()
+    delivered(tight, sandbox)
+    assert sandbox.report()["requests"] == 2
+    assert daemon.stop() == 0
+
+
 @pytest.mark.parametrize("destination", ["outbox", "archive"])
 def test_a_permission_that_is_lost_and_regained_delays_and_loses_nothing(
     open_path: Path, sandbox: Sandbox, destination: str

@@ -19,7 +19,7 @@ import tomllib
 import zlib
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -250,16 +250,22 @@ def test_a_file_that_is_replaced_between_the_scan_and_the_claim_is_never_sent(
 
 
 class InTheWay(Disk):
-    """A disk on which something is put in the place of a result file as soon as its name is decided."""
+    """A disk on which something is put in the place of a result file after its name was decided."""
 
     def __init__(self, plant: Callable[[], None]) -> None:
         self._plant = plant
 
-    def replace(self, source: str, target: str) -> None:
-        super().replace(source, target)
-        if target.endswith("decision.json"):
-            self._plant()
-            self._plant = lambda: None
+    def carry(self, *args: Any, **more: Any) -> None:
+        self._put()
+        super().carry(*args, **more)
+
+    def publish(self, *args: Any, **more: Any) -> None:
+        self._put()
+        super().publish(*args, **more)
+
+    def _put(self) -> None:
+        self._plant()
+        self._plant = lambda: None
 
 
 @pytest.mark.timeout(20)  # a process that opens it waits for a writer

@@ -49,7 +49,7 @@ def waits(folders: Folders, daemon: LoggedDaemon, sandbox: Sandbox, *words: str,
     """Wait for the hold: all prompts are there, nothing was sent, and ``check`` reports the same."""
     until(lambda: all(word in str(holds(folders)) for word in words))
     assert [hold["kind"] for hold in holds(folders)] == ["disk"]
-    assert len([name for name in folders.names("inbox") if name.endswith(".prompt.txt")]) == MANY
+    until(lambda: len([name for name in folders.names("inbox") if name.endswith(".prompt.txt")]) == MANY)
     assert sandbox.report()["requests"] == requests
     result = command(folders, "check")
     assert result.returncode != 0
@@ -81,7 +81,7 @@ def lose_a_request(folders: Folders, sandbox: Sandbox, run: Callable[..., Logged
     daemon.process.kill()
     daemon.process.wait()
     sandbox.release()
-    shutil.rmtree(folders.state / "jobs")
+    shutil.rmtree(folders.state / "answers")
     shutil.rmtree(folders.inbox / ".imagewatch")
 
 
@@ -400,9 +400,11 @@ def test_a_request_of_which_only_the_ledger_is_left_may_have_been_charged(
     lose_a_request(used, sandbox, run)
     used.prompt("dog", "A dog")
     run(used)
-    until(lambda: "dog" in used.finished())
+    until(lambda: used.finished() == {"before": "outbox", "cat": "errors", "dog": "outbox"})
     (found,) = [line for line in command(used, "history").stdout.splitlines() if line.endswith(" cat")]
     assert " unknown " in found
+    assert used.error("cat")["charged"] == "unknown"
+    assert sandbox.report()["requests"] == 3
 
 
 def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: Sandbox) -> None:
@@ -410,7 +412,7 @@ def test_nothing_is_kept_of_a_request_that_was_not_sent(used: Folders, sandbox: 
     used.prompt("cat", "A cat")
     assert command(used, "once").returncode == 69
     assert rows(ledger(used)) == [("before.prompt.txt", "completed")]
-    assert os.listdir(used.state / "jobs") == []
+    assert (used.leftovers(), used.names("inbox")) == ([], ["cat.prompt.txt"])
 
 
 def test_a_damaged_text_in_the_ledger_does_not_end_the_daemon(
@@ -440,23 +442,6 @@ def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
     daemon.process.kill()
     daemon.process.wait()
     assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
-
-
-def test_for_a_claim_without_a_record_the_ledger_shows_that_it_may_have_been_charged(
-    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
-) -> None:
-    daemon = run(used)
-    sandbox.hold()
-    used.prompt("cat", "A cat")
-    assert sandbox.wait_for_requests(2, 20)
-    daemon.process.kill()
-    daemon.process.wait()
-    sandbox.release()
-    shutil.rmtree(used.state / "jobs")
-    used.prompt("dog", "A dog")
-    run(used)
-    until(lambda: "dog" in used.finished())
-    assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
 
 
 @pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
@@ -503,7 +488,7 @@ def test_a_lost_request_is_closed_in_the_ledger_also_where_no_prompt_waits(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
     lose_a_request(used, sandbox, run)
-    assert command(used, "once").returncode == 0
+    assert command(used, "once").returncode == 1
     assert ("cat.prompt.txt", "unknown") in rows(ledger(used))
 
 
@@ -536,11 +521,64 @@ def test_a_prompt_that_comes_again_after_its_request_was_lost_gets_an_error_file
     daemon.process.kill()
     daemon.process.wait()
     sandbox.release()
-    shutil.rmtree(used.state / "jobs")
     shutil.rmtree(used.inbox / ".imagewatch")
     os.utime(used.prompt("../cat", "A cat"), (1e9, 1e9))
     (used.root / "cat.prompt.txt").rename(used.inbox / "cat.prompt.txt")
-    command(used, "once")
+    assert command(used, "once").returncode == 1
     assert used.finished()["cat"] == "errors"
-    assert "was requested before" in used.error("cat")["message"]
+    assert used.error("cat")["charged"] == "unknown"
+    assert used.names("inbox") == []
     assert sandbox.report()["requests"] == 2
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_a_ledger_of_a_newer_version_holds_the_queue_and_is_not_changed(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, running: bool
+) -> None:
+    newer = tmp_path / "newer"
+    shutil.copyfile(ledger(used), newer)
+    with contextlib.closing(sqlite3.connect(newer)) as database:
+        database.execute("PRAGMA user_version = 99")
+    content = newer.read_bytes()
+    daemon = run(used) if running else None
+    own = ledger(used).rename(tmp_path / "own")
+    shutil.copyfile(newer, ledger(used))
+    daemon = daemon or run(used)
+    drop(used)
+    waits(used, daemon, sandbox, "written by a newer imagewatch (format 99)", "run the newer version")
+    assert ledger(used).read_bytes() == content
+    own.rename(ledger(used))
+    continues(used, sandbox)
+    assert daemon.stop() == 0
+    assert len(rows(ledger(used))) == MANY + 1
+
+
+@pytest.mark.parametrize("remedy", ["a backup", "an empty ledger"])
+@pytest.mark.parametrize("fault", ["damaged", "deleted"])
+def test_a_ledger_that_is_lost_while_requests_are_in_flight_costs_no_image_and_no_second_charge(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, fault: str, remedy: str
+) -> None:
+    shutil.copyfile(ledger(used), tmp_path / "backup")
+    used.environ["IMAGEWATCH_LIMITS__CONCURRENCY"] = "4"
+    daemon = run(used)
+    sandbox.hold()
+    drop(used)
+    assert sandbox.wait_for_requests(5, 20)
+    if fault == "damaged":
+        damage(ledger(used), "attempts")
+    else:
+        ledger(used).unlink()
+    sandbox.release()
+    waits(used, daemon, sandbox, "damaged" if fault == "damaged" else "missing", requests=5)
+    assert used.finished() == {"before": "outbox"}
+    if remedy == "a backup":
+        (tmp_path / "backup").rename(ledger(used))
+    if (remedy, fault) == ("a backup", "deleted"):
+        until(lambda: "lacks the newest requests" in str(holds(used)))
+    if (remedy, fault) != ("a backup", "damaged"):
+        assert command(used, "release", "--accept-new-ledger").returncode == 0
+    continues(used, sandbox)
+    until(lambda: used.leftovers() == [])
+    assert daemon.stop() == 0
+    before = ["before.prompt.txt"] if remedy == "a backup" else []
+    assert [source for source, _ in rows(ledger(used))] == sorted([*before, *(f"p{n}.prompt.txt" for n in range(MANY))])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,8 @@ from support.daemon import command as command_of
 
 from imagewatch.job.spool import Spool
 from imagewatch.journal.control import Control
+from imagewatch.journal.files import FILE
+from imagewatch.journal.journal import Journal
 from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk
 
@@ -61,6 +65,16 @@ def temporaries(folders: Folders) -> list[str]:
     return sorted(path.name for top in tops for path in top.rglob("*") if path.name.endswith(".tmp"))
 
 
+def take_over(folders: Folders) -> None:
+    """Do what a start does before the first prompt is claimed."""
+    folders.state.mkdir(exist_ok=True)
+    config = folders.config()
+    with contextlib.closing(Journal(str(folders.state / FILE), config.limits, time.time)) as journal:
+        spool = Spool(config, Disk(), journal)
+        spool.prepare()
+        spool.take_over()
+
+
 @pytest.mark.parametrize("folder", ["", "sub/folder/"])
 def test_temporary_files_of_a_killed_daemon_are_removed_at_the_next_start(
     folders: Folders, sandbox: Sandbox, killed, folder: str
@@ -90,9 +104,8 @@ def test_temporary_files_that_another_process_may_be_writing_stay(folders: Folde
     writing = [control / name for name in ("held.tmp", "release.tmp", "retry.0123456789abcdef.tmp")]
     for path in (*others, *writing):
         path.write_text("half")
-    disk = Disk()
-    Spool(folders.config(), disk).prepare()
-    Control(str(folders.state), disk).tidy()
+    take_over(folders)
+    Control(str(folders.state), Disk()).tidy()
     assert all(path.exists() for path in (*others, *writing))
 
 
@@ -109,7 +122,7 @@ def test_temporary_files_of_ours_are_removed_after_a_day(folders: Folders, monke
         foreign.write_text("half")
         os.chown(foreign, 12345, 12345)
         others.append(foreign)
-    Spool(folders.config(), Disk()).prepare()
+    take_over(folders)
     assert not ours.exists()
     assert link.is_symlink()
     assert all(path.exists() for path in others)

@@ -1,9 +1,14 @@
-"""Claimed prompts whose record is missing or damaged: their names stay taken until a person decides otherwise."""
+"""Claimed prompts of which the ledger has no record, or a damaged one: their names stay taken until a person decides.
+
+A ledger lacks a record if an older copy of it was put back, or an empty one was accepted.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
@@ -15,34 +20,71 @@ if TYPE_CHECKING:
 
     from imagewatch.sandbox import Sandbox
 
+BROKEN = {"damaged": b"\xff{", "empty": b"", "zeros": bytes(300)}
+
 
 @pytest.fixture
 def killed(tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]) -> Folders:
-    """Folders of a daemon that was killed after it had sent a prompt."""
-    folders = Folders(tmp_path, sandbox.base_url)
+    """Folders of a daemon that was killed after it had sent a prompt, and a copy of its ledger from before."""
+    folders = Folders(tmp_path, sandbox.base_url, limits__assumed_credits="30")
     daemon = run(folders)
+    until((folders.state / "identity").exists)
+    back_up(folders)
     sandbox.hold()
     folders.prompt("sub/cat", "A cat")
     assert sandbox.wait_for_requests(1, 20)
+    kill(daemon, sandbox)
+    return folders
+
+
+def kill(daemon: LoggedDaemon, sandbox: Sandbox) -> None:
     daemon.process.kill()
     daemon.process.wait()
     sandbox.release()
-    return folders
+
+
+def back_up(folders: Folders) -> None:
+    """Copy the ledger of a running daemon."""
+    with (
+        contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as source,
+        contextlib.closing(sqlite3.connect(folders.root.parent / "backup.sqlite3")) as copy,
+    ):
+        source.backup(copy)
+
+
+def remove_ledger(folders: Folders) -> None:
+    for path in folders.state.glob("ledger.sqlite3*"):
+        path.unlink()
+
+
+def restore(folders: Folders) -> None:
+    """Put the copy in the place of the ledger, while no daemon runs."""
+    remove_ledger(folders)
+    shutil.copyfile(folders.root.parent / "backup.sqlite3", folders.state / "ledger.sqlite3")
 
 
 def claims(folders: Folders) -> list[Path]:
     return list((folders.inbox / ".imagewatch").glob("*/*"))
 
 
+def damage(folders: Folders, column: str, value: bytes, table: str = "jobs") -> None:
+    with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as database:
+        database.execute(f"UPDATE {table} SET {column} = CAST(? AS TEXT)", (value,))
+        database.commit()
+
+
 def lose(folders: Folders, what: str) -> None:
-    for path in (folders.state / "jobs").iterdir():
-        if what == "record":
-            shutil.rmtree(path)
-        else:
-            (path / "claim.json").write_bytes({"damaged": b"\xff{", "empty": b"", "zeros": bytes(300)}[what])
+    match what:
+        case "an older copy":
+            restore(folders)
+        case "an empty ledger":
+            remove_ledger(folders)
+            assert command(folders, "release", "--accept-new-ledger").returncode == 0
+        case _:
+            damage(folders, "claim", BROKEN[what])
 
 
-@pytest.mark.parametrize("what", ["record", "damaged", "empty", "zeros"])
+@pytest.mark.parametrize("what", ["an older copy", "an empty ledger", *BROKEN])
 def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_sent(
     killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
@@ -61,12 +103,12 @@ def test_a_prompt_that_comes_again_while_the_record_of_the_first_is_lost_is_not_
     assert sandbox.report()["requests"] == 2
     assert (killed.inbox / "sub/cat.prompt.txt").read_text() == "A cat"
     assert [path.name for path in claims(killed)] == ["cat.prompt.txt"]
-    if what == "record":
-        assert "sub/cat.prompt.txt, sent " in event["reason"]
-        assert "a possible second charge" in event["next"]
+    assert "may have been charged" in event["reason"]
+    assert "a possible second charge" in event["next"]
+    assert claims(killed)[0].parent.name in event["next"]
 
 
-@pytest.mark.parametrize("what", ["record", "damaged"])
+@pytest.mark.parametrize("what", ["an older copy", "damaged"])
 def test_moving_the_files_back_and_accepting_a_second_charge_completes_the_prompt(
     killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str
 ) -> None:
@@ -74,24 +116,22 @@ def test_moving_the_files_back_and_accepting_a_second_charge_completes_the_promp
     daemon = run(killed)
     daemon.wait_for("stuck")
     (path,) = claims(killed)
-    if what == "damaged":
-        shutil.rmtree(killed.state / "jobs" / path.parent.name)
     os.utime(path)
     path.rename(killed.inbox / "sub/cat.prompt.txt")
     until(lambda: killed.finished() == {"cat": "outbox"}, timeout=40)
-    assert sandbox.report()["requests"] == 2
+    assert daemon.stop() == 0
+    assert command(killed, "once").returncode == 0
+    assert (sandbox.report()["requests"], killed.leftovers()) == (2, [])
 
 
-@pytest.mark.parametrize("what", ["record", "damaged"])
 @pytest.mark.parametrize("comes", ["moved back", "brought by a sync tool"])
-def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
-    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], what: str, comes: str
+def test_the_same_file_is_not_paid_again_after_its_claim_was_removed(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], comes: str
 ) -> None:
-    lose(killed, what)
+    lose(killed, "damaged")
     daemon = run(killed)
     daemon.wait_for("stuck")
     (path,) = claims(killed)
-    shutil.rmtree(killed.state / "jobs" / path.parent.name, ignore_errors=True)
     if comes == "moved back":
         path.rename(killed.inbox / "sub/cat.prompt.txt")
     else:
@@ -108,118 +148,93 @@ def test_the_same_file_is_not_paid_again_after_the_rest_of_its_job_was_removed(
     assert sandbox.report()["requests"] == 1
 
 
-def finished_with_a_copy(
-    folders: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], text: str, destination: str
-) -> Path:
-    """Let a prompt come to its end; return a copy of its record from while it was at the endpoint."""
-    daemon = run(folders)
-    sandbox.hold()
-    folders.prompt("cat", text)
-    assert sandbox.wait_for_requests(1, 20)
-    backup = folders.root.parent / "backup"
-    shutil.copytree(folders.state / "jobs", backup)
-    sandbox.release()
-    until(lambda: folders.finished() == {"cat": destination})
-    assert daemon.stop() == 0
-    return backup
-
-
-def test_an_older_copy_of_a_record_changes_nothing_in_the_ledger(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+def test_a_damaged_record_of_what_was_sent_delays_nothing_and_nothing_is_sent_again(
+    killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    folders = Folders(tmp_path, sandbox.base_url)
-    backup = finished_with_a_copy(folders, sandbox, run, "A cat", "outbox")
-    before = command(folders, "history", "--json").stdout
-    shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
-    daemon = run(folders)
-    assert "the job record is an older copy" in daemon.wait_for("stuck")["reason"]
-    assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
-    for path in (folders.state / "jobs").iterdir():
-        shutil.rmtree(path)
-    folders.prompt("cat", "Another cat")
-    until(lambda: sandbox.report()["requests"] == 2)
+    damage(killed, "request", b"\xff{", "attempts")
+    daemon = run(killed)
+    until(lambda: killed.finished() == {"cat": "errors"})
+    assert killed.error("sub/cat")["charged"] == "unknown"
     assert daemon.stop() == 0
+    assert (sandbox.report()["requests"], killed.leftovers()) == (1, [])
 
 
-@pytest.mark.parametrize("back", ["the record", "the record and the prompt"])
-@pytest.mark.parametrize("age", ["claimed", "first sent", "first answered"])
-def test_a_copy_of_a_record_from_before_the_last_attempt_sends_nothing_and_changes_no_report(
+@pytest.mark.parametrize("back", ["the ledger", "the ledger and the prompt"])
+@pytest.mark.parametrize("age", ["before", "claimed", "first sent", "first answered"])
+def test_an_older_copy_of_the_ledger_that_is_put_back_while_no_daemon_runs_is_named_and_nothing_is_sent(
     tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], age: str, back: str
 ) -> None:
-    """As a backup that is copied file by file has it: the folder of the jobs before the ledger."""
     folders = Folders(tmp_path, sandbox.base_url, retry__initial_seconds="1", retry__max_seconds="1")
     daemon = run(folders)
+    until((folders.state / "identity").exists)
+    prompts = tmp_path / "prompts"
+    if age == "before":
+        back_up(folders)
     sandbox.hold()
     folders.prompt("cat", "A cat [sandbox: once 429]")
     assert sandbox.wait_for_requests(1, 20)
-    jobs, kept, prompts = folders.state / "jobs", tmp_path / "kept", tmp_path / "prompts"
-    if age != "first answered":
-        shutil.copytree(jobs, kept)
+    if age in {"claimed", "first sent"}:
+        back_up(folders)
     sandbox.release()
-    until(lambda: list(jobs.glob("*/answer.1")))
     if age == "first answered":
-        shutil.copytree(jobs, kept)
+        until(lambda: "busy" in outcomes(folders))
+        back_up(folders)
     shutil.copytree(folders.inbox / ".imagewatch", prompts)
-    if age == "claimed":
-        for path in (path for path in kept.glob("*/*") if path.name != "claim.json"):
-            path.unlink()
     until(lambda: folders.finished() == {"cat": "outbox"})
     assert daemon.stop() == 0
-    before = command(folders, "history", "--json").stdout
-    shutil.copytree(kept, jobs, dirs_exist_ok=True)
-    if back != "the record":
+    if age == "claimed":
+        with contextlib.closing(sqlite3.connect(tmp_path / "backup.sqlite3")) as copy:
+            copy.execute("DELETE FROM attempts")
+            copy.commit()
+    newer = shutil.copyfile(folders.state / "ledger.sqlite3", tmp_path / "newer")
+    restore(folders)
+    if back != "the ledger":
         shutil.copytree(prompts, folders.inbox / ".imagewatch", dirs_exist_ok=True)
+    folders.prompt("dog", "A dog")
     daemon = run(folders)
-    if back != "the record" or age == "first sent":
-        assert "the job record is an older copy" in daemon.wait_for("stuck")["reason"]
-    else:
-        until(lambda: folders.leftovers() == [])
-    assert (folders.finished(), command(folders, "history", "--json").stdout) == ({"cat": "outbox"}, before)
+    assert "an older copy of the ledger" in daemon.wait_for("held")["reason"]
+    checked = command(folders, "check")
+    assert (checked.returncode, "an older copy of the ledger" in checked.stdout) == (78, True), checked.stdout
+    assert (folders.finished(), sandbox.report()["requests"]) == ({"cat": "outbox"}, 2)
+    newer.rename(folders.state / "ledger.sqlite3")
+    until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"}, timeout=40)
     assert daemon.stop() == 0
-    assert sandbox.report()["requests"] == 2
+    assert sandbox.report()["requests"] == 3
+    assert sorted(outcomes(folders)) == ["busy", "completed", "completed"]
 
 
-def test_an_older_copy_does_not_report_a_saved_response_as_lost(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
-) -> None:
-    folders = Folders(tmp_path, sandbox.base_url)
-    backup = finished_with_a_copy(folders, sandbox, run, "A cat [sandbox: no-images]", "errors")
-    shutil.copytree(backup, folders.state / "jobs", dirs_exist_ok=True)
-    daemon = run(folders)
-    assert "the job record is an older copy" in daemon.wait_for("stuck")["reason"]
-    assert folders.finished() == {"cat": "errors"}
-    assert "do not send it again" in folders.error("cat")["next"]
-    assert daemon.stop() == 0
+def outcomes(folders: Folders) -> list[str]:
+    with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as database:
+        return [row[0] for row in database.execute("SELECT outcome FROM attempts")]
 
 
-def test_a_request_whose_record_is_damaged_counts_below_the_caps(
+def test_a_request_of_a_job_whose_record_is_damaged_counts_below_the_caps(
     killed: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
 ) -> None:
-    (sent,) = (killed.state / "jobs").glob("*/sent.1")
-    sent.write_bytes(b"{")
-    killed.environ |= {"IMAGEWATCH_LIMITS__CREDITS_PER_DAY": "40", "IMAGEWATCH_LIMITS__ASSUMED_CREDITS": "30"}
+    damage(killed, "claim", b"{")
+    killed.environ["IMAGEWATCH_LIMITS__CREDITS_PER_DAY"] = "40"
     daemon = run(killed)
-    assert daemon.wait_for("recovered")["source"] == "sub/cat.prompt.txt"
-    assert daemon.wait_for("stuck")["source"] == "sub/cat.prompt.txt"
+    assert daemon.wait_for("stuck")["job"] == claims(killed)[0].parent.name
     killed.prompt("dog", "A dog")
     until(lambda: "credits_per_day is 40: 30 are spent" in command(killed, "status").stdout)
     assert sandbox.report()["requests"] == 1
 
 
+@pytest.mark.parametrize("what", ["damaged", "an older copy"])
 @pytest.mark.parametrize("decision", ["one is settled", "release"])
 def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
-    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], decision: str
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon], decision: str, what: str
 ) -> None:
     folders = Folders(tmp_path, sandbox.base_url, inbox__rescan_seconds="0.5")
     daemon = run(folders)
+    until((folders.state / "identity").exists)
+    back_up(folders)
     sandbox.hold()
     for number in range(3):
         folders.prompt(f"p{number}", f"Number {number}")
     assert sandbox.wait_for_requests(3, 20)
-    daemon.process.kill()
-    daemon.process.wait()
-    sandbox.release()
-    lose(folders, "damaged")
+    kill(daemon, sandbox)
+    lose(folders, what)
     daemon = run(folders)
     until(lambda: len(daemon.events("stuck")) == 3)
     folders.prompt("dog", "A dog")
@@ -229,8 +244,6 @@ def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
     if decision == "release":
         assert command(folders, "release").returncode == 0
     else:
-        path = claims(folders)[0]
-        shutil.rmtree(folders.state / "jobs" / path.parent.name)
-        path.unlink()
+        claims(folders)[0].unlink()
     until(lambda: folders.finished() == {"dog": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 4

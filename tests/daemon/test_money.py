@@ -36,7 +36,7 @@ def content_of(folders: Folders) -> dict[str, tuple[int, bytes]]:
 
 def waiting(folders: Folders, count: int) -> None:
     """Wait until nothing is in flight and so many files are in the inbox."""
-    until(lambda: len(content_of(folders)) == count and not list((folders.state / "jobs").iterdir()))
+    until(lambda: len(content_of(folders)) == count and not folders.leftovers())
 
 
 def holds(folders: Folders) -> list[dict[str, Any]]:

@@ -18,6 +18,7 @@ from support.daemon import KEY, TESTS, Folders, Running, until
 from support.losing import SteppingDisk
 
 from imagewatch.job.spool import Spool
+from imagewatch.journal.journal import Journal
 from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 
@@ -164,9 +165,16 @@ class DyingDisk(SteppingDisk):
 def test_a_start_that_is_killed_anywhere_does_not_prevent_the_next_one(tmp_path: Path) -> None:
     for number in itertools.count(1):
         folders = Folders(tmp_path / str(number), "http://127.0.0.1:9", outbox__folder_mode="0750")
-        with contextlib.suppress(Killed):
-            Spool(folders.config(), DyingDisk(number)).prepare()
+        config = folders.config()
+        journal = Journal(str(tmp_path / f"{number}.sqlite3"), config.limits, float)
+        with contextlib.suppress(Killed), contextlib.closing(journal):
+            spool = Spool(config, DyingDisk(number), journal)
+            spool.prepare()
+            spool.take_over()
             break
-        Spool(folders.config(), Disk()).prepare()
+        with contextlib.closing(journal):
+            spool = Spool(config, Disk(), journal)
+            spool.prepare()
+            spool.take_over()
         assert folders.leftovers() == []
     assert number > 25

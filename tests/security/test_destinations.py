@@ -17,7 +17,7 @@ TEXTS = {"outbox": "a cat", "errors": "a cat [sandbox: 400]", "archive": "a cat"
 
 
 def target_of(world: World, name: str) -> Path:
-    return {"state": world.state, "jobs": world.state / "jobs", "home": world.home, "key": world.key_folder}[name]
+    return {"state": world.state, "answers": world.state / "answers", "home": world.home, "key": world.key_folder}[name]
 
 
 def nothing_came_of_it(world: World, place: Path, before: set[str]) -> None:
@@ -61,7 +61,7 @@ def test_a_link_that_waits_for_results_is_not_followed(
         is_completed_when_the_link_is_removed(world, destination, "sub/cat.prompt.txt")
 
 
-@pytest.mark.parametrize(("inner", "target"), [(False, "jobs"), (True, "key")], ids=["sub-folder", "inner folder"])
+@pytest.mark.parametrize(("inner", "target"), [(False, "answers"), (True, "key")], ids=["sub-folder", "inner folder"])
 @pytest.mark.parametrize("destination", DESTINATIONS)
 def test_a_folder_of_results_that_becomes_a_link_during_a_request_is_not_followed(
     new_world: Callable[..., World], destination: str, target: str, *, inner: bool

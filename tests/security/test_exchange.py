@@ -174,7 +174,7 @@ class Scene:
         self.worker = Worker(
             station.spool,
             self.endpoint,  # type: ignore[arg-type]
-            station.ledger,
+            station.journal,
             station.config(),
             may_report=lambda _: may_report,
             wait=lambda _: None,
@@ -223,8 +223,8 @@ class Scene:
             act = self._put_back
         elif self._name == "read again for retry":
             self._start()
-            (job,) = os.listdir(self.station.spool.paid)
-            assert self.station.spool.reopen(job)
+            (job,) = (job for job, state in self.station.job_states().items() if state == "kept")
+            assert self.station.journal.reopen(job)
             act = self._again
         self.disk.moment = self._moment
         for _ in range(4):
@@ -247,7 +247,12 @@ class Scene:
     def _put_back(self) -> list[Outcome]:
         station = self.station
         config = station.config()
-        again = Retry(config.folders, self.disk, station.ledger, Control(config.folders.state, self.disk))
+        again = Retry(
+            config.folders,
+            self.disk,
+            station.journal,
+            Control(config.folders.state, self.disk, station.journal.requests),
+        )
         for path in self._failed():
             again.put_back(again.read(str(path)))
         return []
@@ -283,8 +288,7 @@ class Scene:
 
     def is_over(self) -> bool:
         """Return whether the job has its result file and left nothing behind."""
-        left = any((self.station.state / "jobs").iterdir())
-        return not left and len(list(self.station.root.rglob("*.toml"))) == 1
+        return self.station.leftovers() == [] and len(list(self.station.root.rglob("*.toml"))) == 1
 
 
 @pytest.fixture(autouse=True)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
 
+from imagewatch.config.schema import Limits
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.ledger import Ledger
+from imagewatch.journal.journal import Journal
 from security.people import DAEMON
 
 if TYPE_CHECKING:
@@ -93,7 +95,9 @@ def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says
 
 def test_check_names_a_ledger_that_may_not_be_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
-    Ledger(str(path)).close()
+    journal = Journal(str(path), Limits(), time.time)
+    journal.require(prove=True)
+    journal.close()
     assert ledger_problem(str(tmp_path)) is None
     if subprocess.run(["chattr", "+i", path], capture_output=True, check=False).returncode:
         pytest.skip("files cannot be made immutable here")

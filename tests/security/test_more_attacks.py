@@ -240,7 +240,9 @@ def test_retry_copies_no_private_file_that_takes_the_place_of_a_failed_prompt(st
             super().carry(source, *more, **named)
 
     disk = Swapping()
-    retry = Retry(station.config().folders, disk, station.ledger, Control(str(station.state), disk))
+    retry = Retry(
+        station.config().folders, disk, station.journal, Control(str(station.state), disk, station.journal.requests)
+    )
     with contextlib.suppress(SpoolError):
         retry.put_back(retry.read(retry.find("cat")))
     copies = [p for p in station.inbox.rglob("*") if p.is_file() and MARK in p.read_text() and p.stat().st_nlink == 1]

@@ -35,7 +35,7 @@ def storm(world: World, number: int, seed: int, tops: list[Path], spared: tuple[
     for name in ("cat", "dog", "elk"):
         world.attacker.may("drop", world.inbox / f"wild{number}/{name}.png", EVIL)
         world.attacker.may("drop", world.inbox / f"wild{number}/{name}.prompt.txt", f"a wild {name} {number}")
-    targets = [world.home, world.key_folder, world.state, world.state / "jobs", world.inbox / "theirs"]
+    targets = [world.home, world.key_folder, world.state, world.state / "answers", world.inbox / "theirs"]
     places = [str(place) for place in (*tops, *wild)]
     return int(world.attacker.storm(1000 * seed + number, ACTS, places, [str(one) for one in targets], spared))
 

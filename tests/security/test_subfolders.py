@@ -23,10 +23,10 @@ def target_of(world: World, name: str) -> Path:
     if name == "their":  # of another sender
         world.honest_prompt("first", "the first prompt")
         return world.inbox / "theirs"
-    return {"outbox": world.outbox, "home": world.home, "state": world.state, "jobs": world.state / "jobs"}[name]
+    return {"outbox": world.outbox, "home": world.home, "state": world.state, "answers": world.state / "answers"}[name]
 
 
-@pytest.mark.parametrize("target", ["outbox", "home", "state", "jobs", "their"])
+@pytest.mark.parametrize("target", ["outbox", "home", "state", "answers", "their"])
 def test_files_that_return_to_a_sub_folder_that_became_a_link_go_nowhere_else(world: World, target: str) -> None:
     first_daemon = world.start()
     give(world.outbox, 0o700)

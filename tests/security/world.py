@@ -202,7 +202,7 @@ class World(Folders):
         if source in [job["source"] for job in page.get("stuck", [])]:
             return "stuck"
         here = any(path.name == os.path.basename(source) for path in walk(self.inbox))
-        if any(path.is_dir() for path in (self.state / "jobs").iterdir()):
+        if self.open_jobs():
             return ""
         if destination:
             return destination
@@ -218,10 +218,16 @@ class World(Folders):
 
     def rows(self, source: str | None = None) -> list[sqlite3.Row]:
         """Return the rows of the ledger for a prompt, or for all."""
+        return [row for row in self._ask("SELECT * FROM attempts") if source in {None, row["source"]}]
+
+    def open_jobs(self) -> list[str]:
+        """Return the jobs that are not over."""
+        return [row["id"] for row in self._ask("SELECT id FROM jobs WHERE state NOT IN ('done', 'kept')")]
+
+    def _ask(self, question: str) -> list[sqlite3.Row]:
         with contextlib.closing(sqlite3.connect(self.state / "ledger.sqlite3")) as database:
             database.row_factory = sqlite3.Row
-            rows = database.execute("SELECT * FROM attempts").fetchall()
-        return [row for row in rows if source in {None, row["source"]}]
+            return database.execute(question).fetchall()
 
     def asked(self, count: int = 1) -> bool:
         """Wait until so many requests were sent, or the queue is held; return whether they were sent."""
@@ -230,7 +236,7 @@ class World(Folders):
 
     def is_idle(self) -> None:
         """Wait until no job is left."""
-        self.wait(lambda: not any((self.state / "jobs").iterdir()), "the end of all jobs")
+        self.wait(lambda: not self.open_jobs(), "the end of all jobs")
 
     # What must be true
 
@@ -260,14 +266,15 @@ class World(Folders):
             jobs: Whether jobs may be under way.
         """
         names = {path.name for path in self.state.iterdir()}
-        assert {"ledger.sqlite3", "lock", "status.json", "jobs", "control"} <= names, (
+        assert {"ledger.sqlite3", "lock", "status.json", "answers", "control"} <= names, (
             f"missing in the state folder; there is {names}"
         )
         strange = [path for path in walk(self.state) if path.name.endswith((".prompt.txt", ".toml", ".answer.json"))]
         strange += [path for path in self.state.glob("*") if path.is_symlink() or path.suffix in {".png", ".jpg"}]
         assert strange == [], "files of a job are in the state folder"
         if not jobs:
-            assert list((self.state / "jobs").iterdir()) == []
+            assert self.open_jobs() == []
+            assert list((self.state / "answers").iterdir()) == []
         assert [path for path in self.state.rglob("*") if path.lstat().st_uid != DAEMON] == []
 
     def honest_prompt(self, name: str = "honest", text: str = "an honest prompt") -> str:
