@@ -54,7 +54,7 @@ What is wrong, whether it was charged, and what to do next. It appears last, aft
 Completed prompts and their images.
 .TP
 .I ~/.local/state/imagewatch
-Job records, saved responses and the ledger; private. A service uses
+The ledger with the records of all jobs, and saved responses; private. A service uses
 .BR $STATE_DIRECTORY .
 .SH ENVIRONMENT
 .TP

@@ -53,7 +53,7 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
         outbox: Where images and receipts are published.
         errors: Where refused prompts go, each with an error file.
         archive: Where completed prompts go, or the word ``delete``.
-        state: Job records, ledger and lock; local and private.
+        state: Ledger with the job records, responses and lock; local and private.
     """
 
     root: _Text = ""

@@ -2,7 +2,7 @@
 
 It promises that no request is sent while there is a reason to wait, that what was paid for is delivered also during a
 hold, and that a stop sends nothing more and loses nothing that was sent. What it keeps in memory it can lose at any
-moment: at the next start the folders, the job records and the ledger show how every job continues.
+moment: at the next start the journal and the folders show how every job continues.
 
 The modules, in the order in which they are read::
 

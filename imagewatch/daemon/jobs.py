@@ -156,6 +156,10 @@ class Jobs:
         """Return whether a job is carried on by this process without a person."""
         return isinstance(job, str) and job in self._jobs and self._jobs[job].state is not State.LEFT
 
+    def knows(self, job: str) -> bool:
+        """Return whether a job is in the table, also one that needs a person."""
+        return job in self._jobs
+
     def __iter__(self) -> Iterator[str]:
         """Return the ids of the jobs that this process carries on without a person."""
         return (job.id for job in self._in(State.AT_WORK, State.DELIVERING, State.DEFERRED))

@@ -70,6 +70,7 @@ class Parts:
         self.config, self._environ = config, environ
         self.clock, self.now = clock, monotonic
         self.mailbox = Mailbox()
+        self.is_recovered = False  # whether all jobs that are not over are in the table of jobs
         self.jobs = Jobs()
         self.fates: dict[str, Fate] = {}
         self.notify = Notify(environ)

@@ -24,7 +24,6 @@ class Recovery:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._is_complete = False
 
     def begin(self) -> None:
         """Take up every job that left something; for the start, before anything is sent."""
@@ -36,24 +35,24 @@ class Recovery:
         Raises:
             SpoolError: It cannot be used.
         """
-        if self._is_complete:  # else all of them are still to be taken up
+        if self._parts.is_recovered:  # else all of them are still to be taken up
             self._take_up_all(self._parts.spool.unfinished())
 
     def complete(self) -> bool:
         """Take up what could not be taken up before, as the journal could not be read; return whether that is done."""
-        if self._is_complete:
+        if self._parts.is_recovered:
             return True
         try:
             self._take_up_all(self._parts.spool.take_over())
         except SpoolError as error:
             self._parts.admission.failed(error)
             return False
-        self._is_complete = True
+        self._parts.is_recovered = True
         return True
 
     def _take_up_all(self, unfinished: list[str]) -> None:
         for job in unfinished:
-            if job not in self._parts.jobs:
+            if not self._parts.jobs.knows(job):
                 recovered = Job(job, self._parts.spool.key(job))
                 _log.info("recovered", **recovered.names)
                 self._parts.jobs.defer(recovered, 0.0)

@@ -149,7 +149,10 @@ class Results:
         burst, intake, now = self._parts.admission.burst, self._parts.intake, self._parts.now()
         if outcome.end not in {End.DEFERRED, End.RETURNED}:
             self._jobs.free_name(job.key, now)
-        if outcome.end is End.DEFERRED:
+        if outcome.end is End.NOTHING and outcome.reason is not None and outcome.reason.error is not None:
+            self._parts.is_recovered = False  # whether it was recorded is not known
+            intake.scanner.soon(job.key)
+        elif outcome.end is End.DEFERRED:
             self._jobs.defer(job, now + outcome.delay, _need(outcome))
         elif outcome.end is End.RETURNED:
             burst.returned(outcome.source)  # it is the same prompt

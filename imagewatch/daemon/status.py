@@ -1,6 +1,6 @@
 """The content of ``status.json`` in the state folder: what the daemon does now.
 
-The file is replaced whole. It is information only; the facts are in the folders, the job records and the ledger.
+The file is replaced whole. It is information only; the facts are in the journal and the folders.
 """
 
 from __future__ import annotations

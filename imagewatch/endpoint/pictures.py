@@ -1,4 +1,4 @@
-"""The images of a paid response: decoded or downloaded into the job record, and checked by their bytes.
+"""The images of a paid response: decoded or downloaded into files of the job, and checked by their bytes.
 
 Nothing here sends a request; fetching is free and tried again until a url has expired.
 """

@@ -15,7 +15,6 @@ from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from imagewatch.job.folders import JobFolders
-    from imagewatch.job.record import Record
     from imagewatch.protocol.values import Claim
 
 
@@ -41,18 +40,12 @@ class Originals:
         except (KeyError, OSError):  # of another machine, or a directory service that does not respond
             return str(user)
 
-    def claim(self, claim: Claim, record: Record) -> bool:
-        """Move a prompt from the inbox into its claim: this rename is the lock.
-
-        Args:
-            claim: What is claimed; it is recorded before.
-            record: Where.
+    def claim(self, claim: Claim) -> bool:
+        """Move a prompt from the inbox into its claim: this rename is the lock. The journal knows it already.
 
         Returns:
             False if the prompt was missing: it was canceled, or another folder has the name of its folder now.
         """
-        self._folders.require_claims()
-        record.begin(claim)
         folder = self._folders.claim_folder(claim.job)
         self._disk.make_folder(folder)  # not synced, nor are the renames: see take_again
         try:

@@ -6,6 +6,7 @@ query of a signed url.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import tomllib
@@ -86,15 +87,7 @@ def _facts(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _written(values: dict[str, Any]) -> str:
     # A multi-line string cannot hold CRLF as it is; nearly always there is none, and lines are easier to read.
-    return tomli_w.dumps(values, multiline_strings=not _has_crlf(values))
-
-
-def _has_crlf(value: object) -> bool:
-    if isinstance(value, str):
-        return "\r\n" in value
-    if isinstance(value, dict):
-        return any(_has_crlf(inner) for inner in (*value.keys(), *value.values()))
-    return isinstance(value, list | tuple) and any(map(_has_crlf, value))
+    return tomli_w.dumps(values, multiline_strings=r"\r\n" not in json.dumps(values, default=str))
 
 
 def unvouched(text: str) -> dict[str, Any]:

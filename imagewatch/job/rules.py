@@ -1,8 +1,8 @@
-"""The next step of a job, from what is on the disk. Pure: no clock, no disk, no network.
+"""The next step of a job, from its rows in the journal and what is in the folders. Pure: no clock, no disk, no network.
 
 The rules are tried from the top; the first rule that is true gives the step. What the process and the configuration add
-(attempts left, what was checked) is in ``State``, too. After a crash the same files lead to the same step. Each step
-can be run twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the two equal.
+(attempts left, what was checked) is in ``State``, too. After a crash the same rows and files lead to the same step.
+Each step can be run twice without harm. ``docs/ARCHITECTURE.md`` shows this table; a test keeps the two equal.
 """
 
 from __future__ import annotations
@@ -25,35 +25,41 @@ class Step(enum.Enum):
 
     RECLAIM = "originals from errors back into the claim, then the error file removed"
     ARCHIVE = "originals moved to the archive"
-    FORGET = "claim folder, job record and then the responses removed, in this order"
+    FORGET = "claim folder removed, then the job noted as over, then the responses removed"
     PUBLISH = "images in the outbox, then the receipt"
     REJECT = "originals in errors, then the error file"
     DISCARD = "originals removed, then as FORGET"
-    SAVE = "the part of the response that arrived, closed and renamed to answer.N"
-    UNKNOWN = "ledger row, then the decision: errors, charged = unknown"
-    READ = "images decoded or fetched, ledger row (also before a fetch), decision: outbox (or errors, charged = yes)"
-    GIVE_BACK = "ledger row, then originals back in the inbox, the prompt last"
-    REFUSE = "ledger row, then the decision: errors, with the API's message"
+    SAVE = "the part of the response that arrived gets its name"
+    UNKNOWN = "result and decision in one transaction: errors, charged = unknown"
+    READ = (
+        "images decoded or fetched (before a fetch: the result), then result and decision in one transaction: outbox "
+        "(or errors, charged = yes)"
+    )
+    GIVE_BACK = "result, then originals back in the inbox, the prompt last"
+    REFUSE = "result and decision in one transaction: errors, with the API's message"
     GATHER = "each input renamed into the claim"
-    CHECK = "nothing on disk if the request is valid, else the decision: errors, charged = no"
-    SEND = "sent.N before the first byte leaves; answer.N before it is read"
+    CHECK = (
+        "nothing if the request is valid, else result and decision in one transaction: errors, charged = no "
+        "(or discarded: a redelivery)"
+    )
+    SEND = "row of the attempt before the first byte leaves; its response saved before it is read"
     DONE = "nothing is left of the job"
 
 
 class State(msgspec.Struct, frozen=True, kw_only=True):
-    """What is on the disk about one job, and what the process knows.
+    """What journal and folders show of one job, and what the process knows.
 
     Attributes:
-        recorded: Its record is in the state folder.
-        leftovers: A claim folder or other files of it are there.
+        recorded: The journal knows it, and it is not over.
+        leftovers: Its claim folder is there.
         claimed: The prompt is in the claim folder.
         originals: One of its files is in the claim folder.
         missing: An input of it is still in the inbox.
         checked: This process has validated the request.
-        sent: Highest N of ``sent.N``, 0 without.
-        answered: Highest N of ``answer.N``, 0 without.
+        sent: Number of the newest attempt that may have left, 0 without.
+        answered: Number of the newest attempt of which the response is saved, or recorded as free; 0 without.
         begun: The response to the newest attempt had begun to arrive.
-        reaction: What ``answer.N`` means, if N is the newest attempt.
+        reaction: What the response to the newest attempt means, if there is one.
         attempts_left: Whether the retry limit allows another attempt.
         reports: This job is the one that shows an account-level refusal in ``errors``; the others go back.
         decided: The destination of the decision, if there is one.
@@ -89,39 +95,47 @@ class Rule(NamedTuple):
 _MAY_GO_BACK = {Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY}
 
 RULES = (
-    Rule("no record, nothing left", lambda s: not s.recorded and not s.leftovers, Step.DONE),
-    Rule("no record, but files of the job (if originals are claimed: stuck)", lambda s: not s.recorded, Step.FORGET),
+    Rule("over or not known, nothing left", lambda s: not s.recorded and not s.leftovers, Step.DONE),
+    Rule(
+        "over or not known, with a claim folder (not known, with originals in it: stuck)",
+        lambda s: not s.recorded,
+        Step.FORGET,
+    ),
     Rule("reopened: to be read again, nothing else", lambda s: s.reopened, Step.RECLAIM),
     Rule("the result file is published, originals in the claim", lambda s: s.over and s.originals, Step.ARCHIVE),
     Rule("the result file is published", lambda s: s.over, Step.FORGET),
     Rule("decision: outbox", lambda s: s.decided == "outbox", Step.PUBLISH),
     Rule("decision: errors", lambda s: s.decided == "errors", Step.REJECT),
     Rule("decision: discarded, the job was a redelivery", lambda s: s.decided == "discarded", Step.DISCARD),
-    Rule("newest `sent.N` with the beginning of a response", lambda s: s.sent > s.answered and s.begun, Step.SAVE),
     Rule(
-        "newest `sent.N` without `answer.N`",
+        "newest attempt without a response, but with the beginning of one",
+        lambda s: s.sent > s.answered and s.begun,
+        Step.SAVE,
+    ),
+    Rule(
+        "newest attempt without a response",
         lambda s: s.sent != s.answered or (s.sent > 0 and s.reaction is None),
         Step.UNKNOWN,
     ),
-    Rule("`answer.N`: success", lambda s: s.reaction is Reaction.SUCCESS, Step.READ),
+    Rule("response: success", lambda s: s.reaction is Reaction.SUCCESS, Step.READ),
     Rule(
-        "`answer.N`: free, and the prompt is back in the inbox",
+        "response: free, and the prompt is back in the inbox",
         lambda s: s.reaction in _MAY_GO_BACK and not s.claimed,
         Step.FORGET,
     ),
     Rule("claim, inputs still in the inbox", lambda s: s.claimed and s.missing, Step.GATHER),
     Rule(
-        "`answer.N`: not sent completely, except a large upload that broke",
+        "response: not sent completely, except a large upload that broke",
         lambda s: s.reaction is Reaction.WAIT,
         Step.GIVE_BACK,
     ),
     Rule(
-        "`answer.N`: account-level refusal, already reported by another job",
+        "response: account-level refusal, already reported by another job",
         lambda s: s.reaction is Reaction.ACCOUNT and not s.reports,
         Step.GIVE_BACK,
     ),
     Rule(
-        "`answer.N`: any other refusal, or no attempts left",
+        "response: any other refusal, or no attempts left",
         lambda s: s.reaction is not None and not (s.reaction is Reaction.RETRY and s.attempts_left),
         Step.REFUSE,
     ),

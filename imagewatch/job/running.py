@@ -51,7 +51,7 @@ class RunningJob:
     """A running job.
 
     Attributes:
-        record: Its files in the state folder.
+        record: What the journal has of it, and its files in the state folder.
         claim: What was claimed.
         shown: What the disk shows.
         is_foreseen: Whether the last step set ``shown``, so that the disk need not be asked.

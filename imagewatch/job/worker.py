@@ -21,7 +21,7 @@ from imagewatch.job.rules import State, Step, next_step
 from imagewatch.job.running import RunningJob
 from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
-from imagewatch.protocol.reasons import Reaction
+from imagewatch.protocol.reasons import Reaction, Reason
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import Problem, SpoolError
 
@@ -96,7 +96,13 @@ class Worker:
         """Claim a prompt and carry it to its end."""
         claim = replace(claim, owner=self._spool.originals.owner(claim))
         record = self._spool.record(claim.job)
-        if not self._spool.originals.claim(claim, record):
+        self._spool.require_claims()
+        try:
+            record.begin(claim)
+        except SpoolError as error:  # its prompt is where it was
+            reason = Reason("disk", str(error), error=error)
+            return Outcome(claim.job, End.NOTHING, claim.source, reason=reason)
+        if not self._spool.originals.claim(claim):
             self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)
         job = RunningJob(record, claim, began=self._clock())
@@ -117,6 +123,8 @@ class Worker:
         """
         record = self._spool.record(job_id)
         claim = record.claim()
+        if claim is None and self._journal.is_over(job_id):
+            return self._steps.without_record(job_id)
         if claim is None and (fate := self._sending.known(job_id)) and fate.is_missing(0):
             claim = fate.claim  # another journal is used since its request was sent
         if claim is None and (claim := self._journal.unspent(job_id)):

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
+from imagewatch.system.folders import Tops
 from imagewatch.system.leftovers import remove_old
 from imagewatch.system.text import printable
 
@@ -146,7 +147,7 @@ def accept_ledger(state: str, disk: Disk) -> None:
 
 def accepts_ledger(state: str) -> bool:
     """Return whether ``accept_ledger`` was called and no daemon has applied it yet."""
-    return os.path.lexists(os.path.join(state, _FOLDER, _ACCEPT))
+    return Tops().exists(os.path.join(state, _FOLDER, _ACCEPT))
 
 
 def _refused(text: str) -> dict[str, str]:

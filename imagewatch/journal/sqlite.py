@@ -98,7 +98,7 @@ class Database:
         self._connection: sqlite3.Connection | None = None
         self._file: os.stat_result | None = None
         self._wal: os.stat_result | None = None
-        self._is_damaged = self._is_saved = False
+        self._is_damaged = self._is_saved = self._was_busy = False
         self._pause = threading.Event()
         self._waiting: list[_Change] = []
         self._waiting_lock, self._commit_lock = threading.Lock(), threading.Lock()
@@ -156,7 +156,7 @@ class Database:
 
     def _try_to_commit(self, changes: list[_Change]) -> None:
         """Write all changes, as soon as no other program writes."""
-        for last in (*[False] * _TRIES, True):
+        for last in (*[False] * (0 if self._was_busy else _TRIES), True):  # others have waited already
             try:
                 with self.using() as connection:
                     self._commit(connection, changes)
@@ -165,10 +165,12 @@ class Database:
                         assert self._connection is not None
                         self._commit(self._connection, changes)
             except SpoolError as error:
+                self._was_busy = error.code == errno.EBUSY and last
                 if error.code != errno.EBUSY or last:
                     raise
                 self._pause.wait(_PAUSE_SECONDS)
             else:
+                self._was_busy = False
                 return
 
     def _commit(self, connection: sqlite3.Connection, changes: list[_Change]) -> None:

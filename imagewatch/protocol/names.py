@@ -26,7 +26,7 @@ SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 ANSWERS = "answers"
-"""Name of the folder inside the state folder for responses that were paid for and gave no image."""
+"""Name of the folder inside the state folder for responses and their images."""
 MOST_SIMILAR = 40
 """So many files that may be meant for a prompt are opened: with more beside it, it is refused."""
 _START, _MOST_STARTS = 3, 1000

@@ -1,7 +1,7 @@
 """The frozen values that a job is made of, and how they are written to disk. Pure.
 
 A *job* is a claimed prompt with its images; an *attempt* is one call for it. ``Claim``, ``Sent`` and
-``Decision`` are the records in the state folder; their field names are its format.
+``Decision`` are what the journal has of a job; their field names are its format.
 """
 
 from __future__ import annotations

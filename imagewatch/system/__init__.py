@@ -17,6 +17,7 @@ The modules, in reading order::
     disk_errors   an OSError about the local disk becomes a SpoolError with the next action
     kernel        rename without replacing, and reserving room: what Python does not have
     locks         one process for each inbox and each state folder
+    shared        one call for several threads that want the same
     leftovers     temporary files of a daemon that was killed
     file_systems  which file system a folder is on, what it can do, and whether it is still mounted
     memory        gives free memory back to the system

@@ -1,6 +1,6 @@
 """Errors of the local disk: ``OSError`` becomes ``SpoolError``.
 
-Two modules have texts of their own: ``journal/sqlite`` for the ledger, ``job/record`` for a damaged job record.
+Two modules have texts of their own: ``journal/files`` for the ledger, ``journal/journal`` for a damaged job record.
 """
 
 from __future__ import annotations

@@ -48,8 +48,7 @@ class Moves(DiskCalls):
     ) -> None:
         """Move a file to a name that is free, also to another file system. The folders are not synced.
 
-        After a crash the same call finishes what was begun: a missing source with an existing target is done, and so is
-        a missing source whose target was removed by its reader.
+        After a crash the same call finishes what was begun. A missing source is done, also if a reader has the target.
 
         Args:
             source: What to move.
@@ -67,12 +66,7 @@ class Moves(DiskCalls):
             self._carry_special(source, target)
             return
         with file:
-            before = os.fstat(file.fileno())
-            with disk_errors(target, "set mode or group"):
-                if finish:
-                    finish(file.fileno())
-            after = os.fstat(file.fileno())
-            is_synced = is_durable and (after.st_mode, after.st_gid) == (before.st_mode, before.st_gid)
+            is_synced = not self._finish(file, target, finish) and is_durable
             is_secret = self._is_private(file, source)
             is_movable = mtime_ns is None or is_secret or self.touch(source, mtime_ns)
             if not is_synced:
@@ -82,6 +76,16 @@ class Moves(DiskCalls):
                 self._copy(file, target, temporary, finish, mtime_ns or 0)
                 self.sync_folder(os.path.dirname(target))
                 self.unlink(source)
+
+    @staticmethod
+    def _finish(file: IO[bytes], target: str, finish: Callable[[int], None] | None) -> bool:
+        """Set mode and group; return whether one of them changed."""
+        before = os.fstat(file.fileno())
+        with disk_errors(target, "set mode or group"):
+            if finish:
+                finish(file.fileno())
+        after = os.fstat(file.fileno())
+        return (after.st_mode, after.st_gid) != (before.st_mode, before.st_gid)
 
     def _is_private(self, file: IO[bytes], path: str) -> bool:
         with disk_errors(path, "check the folder"):

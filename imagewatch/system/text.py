@@ -74,7 +74,7 @@ def _finite(value: object) -> object:
 
 def whole(text: str) -> str:
     """Return text that any UTF-8 file can hold: bytes that were never text become backslash escapes."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()
 
 
 def local(seconds: float) -> str:

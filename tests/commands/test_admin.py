@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import sqlite3
 import tempfile
 import threading
 import time
@@ -243,19 +244,40 @@ def test_status_counts_a_prompt_without_its_image_under_the_right_reason(folders
     assert "waiting    2 (2 waiting for images that are missing or empty)" in result
 
 
-def test_a_release_that_the_disk_refuses_is_not_forgotten(folders, run, sandbox):
-    daemon = run(folders)
-    (folders.state / "control/passed.tmp").mkdir()
-    releasing = threading.Thread(target=command, args=(folders, "release"))
-    releasing.start()
-    until(lambda: [line for line in daemon.events("held") if line["kind"] == "disk"])
-    assert (folders.state / "control/release").exists()
-    (folders.state / "control/passed.tmp").rmdir()
-    until(lambda: not (folders.state / "control/release").exists())
-    releasing.join()
+def test_a_release_that_cannot_be_applied_yet_is_not_forgotten(folders, run, sandbox):
+    once(folders)
+    command(folders, "hold", "night")
     folders.prompt("cat", "A cat")
-    until(lambda: folders.finished() == {"cat": "outbox"})
+    assert command(folders, "release").returncode == 0
+    with locked_journal(folders):
+        daemon = run(folders)
+        until(lambda: held_for(folders) == ["disk"])
+        assert requests(sandbox) == 0
+    until(lambda: folders.finished() == {"cat": "outbox"}, timeout=60)
+    until(lambda: held_for(folders) == [])
+    assert [line["kind"] for line in daemon.events("held")] == ["disk"]
     assert daemon.stop() == 0
+
+
+@pytest.mark.parametrize("name", ["hold", "release"])
+def test_a_command_that_the_journal_cannot_record_says_so_and_changes_nothing(folders, sandbox, name):
+    once(folders)
+    if name == "release":
+        command(folders, "hold", "night")
+    with locked_journal(folders):
+        result = command(folders, name)
+    assert (result.returncode, "the ledger is locked by another program" in result.stderr) == (74, True)
+    folders.prompt("cat", "A cat")
+    once(folders, 69 if name == "release" else 0)
+    assert requests(sandbox) == (0 if name == "release" else 1)
+
+
+@contextlib.contextmanager
+def locked_journal(folders: Folders) -> Iterator[None]:
+    """Another program writes into the journal meanwhile."""
+    with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3", isolation_level=None)) as other:
+        other.execute("BEGIN IMMEDIATE")
+        yield
 
 
 # The burst guard

@@ -250,7 +250,8 @@ def test_only_a_person_accepts_an_empty_ledger(
     drop(used)
     if daemon:
         waits(used, daemon, sandbox, "the ledger is missing")
-    assert command(used, "release").returncode == 0
+    result = command(used, "release")
+    assert (result.returncode, "--accept-new-ledger" in result.stderr) == (74, True)
     result = command(used, "release", "--accept-new-ledger")
     assert (result.returncode, "Caps, history" in result.stderr) == (0, True)
     daemon = daemon or run(used)

@@ -29,7 +29,18 @@ def test_every_link_in_the_documents_has_a_target():
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
-@pytest.mark.parametrize("page", ["guarantees", "security", "watching"])
+def test_each_guarantee_names_single_tests_that_exist():
+    page = (ROOT / "docs/guarantees.md").read_text()
+    rows = re.findall(r"^\| (?!promise|---)(.+) \|$", page, re.MULTILINE)
+    assert len(rows) > 50
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", row.rpartition(" | ")[2])
+        assert named, row
+        for path, name in named:
+            assert f"def {name}(" in (ROOT / "tests" / path).read_text(), f"{path}: {name}"
+
+
+@pytest.mark.parametrize("page", ["security", "watching"])
 def test_every_test_that_a_page_names_exists(page):
     named = set(re.findall(r"`(test_\w+)(?:\.py)?`", (ROOT / f"docs/{page}.md").read_text()))
     paths = list((ROOT / "tests").rglob("test_*.py"))

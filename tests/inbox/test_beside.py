@@ -232,7 +232,9 @@ def test_a_claim_remembers_the_files_and_is_refused_after_a_crash_too(station, s
     station.drop("cat.MP.jpg", JPEG)
     station.prompt("cat", "A cat")
     (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
-    assert station.spool.originals.claim(candidate.claim(station.spool.new_job(), time.time()))
+    claim = candidate.claim(station.spool.new_job(), time.time())
+    station.spool.record(claim.job).begin(claim)
+    assert station.spool.originals.claim(claim)
     (station.inbox / "cat.MP.jpg").unlink()
     (outcome,) = station.recover()
     assert (outcome.charged, sandbox.report()["requests"]) == ("no", 0)

@@ -310,7 +310,8 @@ def test_a_prompt_that_is_redelivered_while_its_job_is_given_back_is_in_the_inbo
     sandbox.balance = 0
     far.send()
     claim = station.scan.scan_all(0, LONG_AGO).ready[0].claim(station.spool.new_job(), 1.0)
-    assert station.spool.originals.claim(claim, station.spool.record(claim.job))
+    station.spool.record(claim.job).begin(claim)
+    assert station.spool.originals.claim(claim)
     far.send()
     outcome = station.worker.process(claim.job)
     assert outcome.end is End.RETURNED

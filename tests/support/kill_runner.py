@@ -1,4 +1,7 @@
-"""Run the real daemon once; its disk kills the process before the change with the number given. 0: never, and count."""
+"""Run the real daemon once, and kill it before the change with the number given. 0: never, and count.
+
+A change is one of the disk, or a commit of the journal; there is a kill after each commit, too.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,11 @@ import os
 import signal
 import sys
 import threading
+from typing import Any
 
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
+from imagewatch.journal.sqlite import Database
 from imagewatch.system import log
 from support.losing import SteppingDisk
 
@@ -34,9 +39,22 @@ class KillingDisk(SteppingDisk):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
+def watch_commits(disk: KillingDisk) -> None:
+    """Let each commit of the journal count as a change, and what comes right after it as another."""
+    commit = Database._commit
+
+    def counted(self: Database, *values: Any) -> None:
+        disk.step("commit", self.path)
+        commit(self, *values)
+        disk.step("what follows a commit", self.path)
+
+    Database._commit = counted  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     faulthandler.enable()
     log.configure("error", "json")
     disk = KillingDisk(int(sys.argv[1]))
+    watch_commits(disk)
     Daemon(load(None, os.environ), os.environ, disk=disk, once=True).run()
     sys.stdout.write(f"{disk.steps}\n")
