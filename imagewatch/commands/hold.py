@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from imagewatch.commands.common import config_option, json_option
-from imagewatch.commands.state import control_of, hold_kinds, holds, is_applied, is_running, load_as_owner
+from imagewatch.commands.state import control_of, hold_kinds, is_applied, is_running, load_as_owner
 from imagewatch.journal.control import accept_ledger, accepts_ledger
 from imagewatch.journal.health import ledger_problem
 from imagewatch.system.disk import Disk
@@ -95,14 +95,9 @@ def _accepted(config: Config, *, running: bool) -> bool:
 
 def _accept_ledger(config: Config) -> None:
     error = ledger_problem(config.folders.state)
-    if error is None and not _is_asked_for(config):
+    if error is None:
         raise UsageError("the ledger has no problem; nothing was changed")
-    if error is not None and error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:
+    if error.code not in {errno.ENOENT, errno.ESTALE, errno.EIO}:
         raise UsageError(f"{printable(str(error))}; an empty ledger would not help", hint=error.hint)
     click.echo("Caps, history and the check for redelivered prompts now use only the new ledger.", err=True)
     accept_ledger(config.folders.state, Disk())
-
-
-def _is_asked_for(config: Config) -> bool:
-    """Return whether the daemon names this command: only that one knows what the ledger has to contain."""
-    return is_running(config) and any("--accept-new-ledger" in one["next"] for one in holds(config))

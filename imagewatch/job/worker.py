@@ -163,7 +163,7 @@ class Worker:
                 outcome = None
             if outcome is not None:
                 return outcome
-        raise SpoolError(f"job {job.id}: no progress", hint="check its folder in the state folder")
+        raise SpoolError(f"job {job.id}: no progress", hint="please report it; it is tried again at the next start")
 
     def _read_state(self, job: RunningJob) -> None:
         """Find out what the disk shows; it is asked unless the last step has just set it."""

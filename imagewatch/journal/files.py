@@ -21,6 +21,8 @@ MARK = "identity"
 SAVED = ".saved"
 """Added to the name of the file: where a ledger is saved that was deleted or replaced while it was open."""
 RESTORE = "restore it from a backup; or accept an empty one: imagewatch release --accept-new-ledger"
+MARK_BYTES = 32 + 1 + 20 + 1
+"""Of that file: id, blank, count, line feed; so the count can be written in its place."""
 _ID = re.compile(r"[0-9a-f]{32}")
 
 
@@ -58,8 +60,9 @@ def read_mark(path: str) -> tuple[str, int]:
 
 
 def recorded(connection: sqlite3.Connection) -> int:
-    """Return how much a ledger has recorded: attempts and results. It never becomes less."""
-    return int(connection.execute("SELECT count(*) + count(nullif(outcome, 'sent')) FROM attempts").fetchone()[0])
+    """Return how often attempts and results were recorded in a ledger. It never becomes less."""
+    found = connection.execute("SELECT value FROM meta WHERE name = 'recorded'").fetchone()
+    return int(found[0]) if found else 0
 
 
 def newest_saved(path: str) -> str:

@@ -16,6 +16,7 @@ COLUMNS = Row.__struct_fields__
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (
     name  TEXT PRIMARY KEY,             -- id: of this journal; proved: written to see whether rows can be
+                                        -- recorded: how often attempts were inserted or changed
                                         -- passed: until which ctime the burst guard lets prompts through
     value TEXT NOT NULL
 ) WITHOUT ROWID;
@@ -126,10 +127,11 @@ _ADD = f"""
         WHERE {{1}} > 0 AND {{0}}.credits > 0 AND {{0}}.sent_at IS NOT NULL
     ON CONFLICT DO UPDATE SET last_at = max(last_at, excluded.last_at);
 """  # noqa: S608  our own names
+_COUNT = "INSERT INTO meta VALUES ('recorded', 1) ON CONFLICT DO UPDATE SET value = value + 1;"
 # The sums follow from the rows: whoever writes a row keeps them right.
 TRIGGERS = {
-    "attempts_inserted": f"AFTER INSERT ON attempts BEGIN {_ADD.format('new', 1)} END",
-    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
+    "attempts_inserted": f"AFTER INSERT ON attempts BEGIN {_COUNT} {_ADD.format('new', 1)} END",
+    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_COUNT} {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
 }
 _RENAMED = {
     "outcome": "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END",

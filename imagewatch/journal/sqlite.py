@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from imagewatch.journal.files import (
     MARK,
+    MARK_BYTES,
     RESTORE,
     SAVED,
     code_of,
@@ -191,6 +192,8 @@ class Database:
                     self._apply(connection, change)
             connection.execute("COMMIT")
             self._note_write()
+            if synchronous == "FULL" and self._guarded:
+                self._note_count(connection)
         except BaseException:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
@@ -303,14 +306,14 @@ class Database:
         if (count := recorded(connection)) < least:
             raise older(self.path)
         if not known or count > least:
-            _write(self._mark, f"{found[0]} {count}")
+            _write(self._mark, f"{found[0]} {count:020d}")
 
     def _note(self) -> None:
         """Write down how much is recorded, so that an older copy is known again."""
         with contextlib.suppress(SpoolError, OSError), self._translated():
             known, least = read_mark(self._mark)
             if known and self._connection is not None and (count := recorded(self._connection)) > least:
-                _write(self._mark, f"{known} {count}")
+                _write(self._mark, f"{known} {count:020d}")
 
     def _replace(self) -> None:
         """Use the file that has replaced the opened one, if no row is missing in it."""
@@ -338,6 +341,16 @@ class Database:
             is_there = other.execute(question, tuple(newest)).fetchone() is not None
             return is_there and other.execute(_ENDED).fetchone()[0] >= ended
         return False
+
+    def _note_count(self, connection: sqlite3.Connection) -> None:
+        """Write down how much is durable now, so that an older copy is known also after a kill. It is not synced."""
+        with contextlib.suppress(OSError):
+            file = os.open(self._mark, os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if os.fstat(file).st_size == MARK_BYTES:  # else it is written when the ledger is opened
+                    os.pwrite(file, b"%020d" % recorded(connection), MARK_BYTES - 21)
+            finally:
+                os.close(file)
 
     def _note_write(self) -> None:
         """Take the file as it is after what this process has written."""
@@ -382,8 +395,13 @@ class Database:
             with contextlib.suppress(sqlite3.Error):
                 connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         connection.close()
-        beside = _stat(self.path + _WAL)
-        if is_gone and beside is not None and wal is not None and os.path.samestat(beside, wal):
+        if is_gone and wal is not None:
+            self._remove_own_beside(wal)
+
+    def _remove_own_beside(self, wal: os.stat_result | None = None) -> None:
+        """Remove what belongs to the opened file, which has no name any more: any program would add it to the next."""
+        beside, own = _stat(self.path + _WAL), wal or self._wal
+        if beside is not None and own is not None and os.path.samestat(beside, own):
             self._remove_beside()
 
     def _remove_beside(self) -> None:
@@ -404,6 +422,8 @@ class Database:
                 self._connection.backup(copy)
                 require_sound(copy)
             self._is_saved = True
+            if not _is_same(_stat(self.path), self._file):
+                self._remove_own_beside()
         if not self._is_saved:  # it must not be used as if it were complete
             with contextlib.suppress(OSError):
                 os.unlink(target)

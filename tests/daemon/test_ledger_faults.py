@@ -583,3 +583,59 @@ def test_a_ledger_that_is_lost_while_requests_are_in_flight_costs_no_image_and_n
     assert daemon.stop() == 0
     before = ["before.prompt.txt"] if remedy == "a backup" else []
     assert [source for source, _ in rows(ledger(used))] == sorted([*before, *(f"p{n}.prompt.txt" for n in range(MANY))])
+
+
+def copied(folders: Folders, copy: Path) -> None:
+    """Copy the ledger as a backup does."""
+    with (
+        contextlib.closing(sqlite3.connect(ledger(folders))) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+
+
+def test_an_older_copy_is_known_also_after_a_daemon_that_lost_its_ledger_was_killed(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    copied(used, tmp_path / "backup")
+    used.prompt("second", "Second")
+    until(lambda: "second" in used.finished() and used.leftovers() == [])
+    for path in used.state.glob("ledger.sqlite3*"):
+        path.unlink()
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", requests=2)
+    daemon.process.kill()
+    daemon.process.wait()
+    for path in used.state.glob("ledger.sqlite3-*"):
+        path.unlink()
+    (tmp_path / "backup").rename(ledger(used))
+    daemon = run(used)
+    waits(used, daemon, sandbox, "an older copy of the ledger", "release --accept-new-ledger", requests=2)
+    (used.state / "ledger.sqlite3.saved-1").rename(ledger(used))
+    continues(used, sandbox, before=2)
+    assert daemon.stop() == 0
+
+
+def test_a_job_that_only_an_accepted_older_copy_has_open_is_ended_and_its_name_is_free(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path
+) -> None:
+    daemon = run(used)
+    sandbox.hold()
+    used.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    copied(used, tmp_path / "backup")
+    sandbox.release()
+    until(lambda: "cat" in used.finished() and used.leftovers() == [])
+    ledger(used).unlink()
+    drop(used)
+    waits(used, daemon, sandbox, "the ledger is missing", requests=2)
+    (tmp_path / "backup").rename(ledger(used))
+    until(lambda: "lacks the newest requests" in str(holds(used)))
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
+    used.prompt("cat", "Another cat")
+    until(lambda: len(list(used.outbox.glob("cat*.receipt.toml"))) == 2)
+    until(lambda: len(list(used.outbox.glob("*.receipt.toml"))) == MANY + 3 and holds(used) == [])
+    assert used.error("cat")["charged"] == "unknown"
+    assert sandbox.report()["requests"] == MANY + 3
+    assert daemon.stop() == 0

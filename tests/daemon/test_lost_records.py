@@ -13,6 +13,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.daemon import Folders, LoggedDaemon, command, until
+from support.station import Station
+
+from imagewatch.job.outcome import End
+from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +82,7 @@ def lose(folders: Folders, what: str) -> None:
     match what:
         case "an older copy":
             restore(folders)
+            assert command(folders, "release", "--accept-new-ledger").returncode == 0
         case "an empty ledger":
             remove_ledger(folders)
             assert command(folders, "release", "--accept-new-ledger").returncode == 0
@@ -247,3 +253,57 @@ def test_nothing_is_sent_while_three_jobs_wait_for_a_person(
         claims(folders)[0].unlink()
     until(lambda: folders.finished() == {"dog": "outbox"}, timeout=40)
     assert sandbox.report()["requests"] == 4
+
+
+def test_an_older_copy_that_was_made_since_the_start_is_not_used_after_a_kill(
+    tmp_path: Path, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
+    folders = Folders(tmp_path, sandbox.base_url)
+    daemon = run(folders)
+    folders.prompt("dog", "A dog")
+    until(lambda: folders.finished() == {"dog": "outbox"})
+    sandbox.hold()
+    folders.prompt("cat", "A cat")
+    assert sandbox.wait_for_requests(2, 20)
+    back_up(folders)
+    with contextlib.closing(sqlite3.connect(folders.root.parent / "backup.sqlite3")) as copy:
+        # As it was right before the attempt was recorded.
+        copy.execute("DELETE FROM attempts WHERE outcome = 'sent'")
+        copy.execute("UPDATE meta SET value = value - 1 WHERE name = 'recorded'")
+        copy.commit()
+    kill(daemon, sandbox)
+    restore(folders)
+    again = run(folders)
+    assert "older copy of the ledger" in again.wait_for("held")["reason"]
+    assert again.stop() == 0
+    assert sandbox.report()["requests"] == 2
+
+
+class LosingLedger(Disk):
+    """A disk on which the ledger is lost as soon as a prompt is claimed."""
+
+    def __init__(self, state: Path) -> None:
+        self._ledger = state / "ledger.sqlite3"
+
+    def rename(self, source: str, target: str) -> None:
+        super().rename(source, target)
+        if "/.imagewatch/" in target and target.endswith(".prompt.txt"):
+            self._ledger.unlink()
+
+
+def test_what_this_process_has_claimed_and_not_sent_is_sent_once_with_the_ledger_that_is_accepted(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    disk = LosingLedger(tmp_path / "state")
+    with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=disk)) as station:
+        station.prompt("cat", "A cat")
+        (candidate,) = station.scan.scan_all(0, 0).ready
+        claim = candidate.claim(station.spool.new_job(), 1.0)
+        with pytest.raises(SpoolError, match="the ledger is missing"):
+            station.worker.start(claim)
+        assert sandbox.report()["requests"] == 0
+        station.journal.accept()
+        outcome = station.worker.process(claim.job)
+        assert (outcome.destination, station.leftovers()) == ("outbox", [])
+        assert station.worker.process(claim.job).end is End.NOTHING
+    assert sandbox.report()["requests"] == 1
