@@ -92,9 +92,9 @@ class Record:
         if self._row is not None:
             self._row = replace(self._row, **changes)
 
-    def begin(self, claim: Claim) -> None:
-        """Write down what is about to be claimed; it survives a power cut when this returns."""
-        self._journal.claim(claim)
+    def begin(self, claim: Claim, *, synced: bool = True) -> None:
+        """Write down what is about to be claimed; see ``Journal.claim``."""
+        self._journal.claim(claim, synced=synced)
         self._row, self._is_read = JobRow(claim=claim, state="open"), True
 
     def claim(self) -> Claim | None:

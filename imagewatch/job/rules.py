@@ -56,6 +56,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         originals: One of its files is in the claim folder.
         missing: An input of it is still in the inbox.
         checked: This process has validated the request.
+        fresh: The prompt is still in the inbox, and this process has validated its request there.
         sent: Number of the newest attempt that may have left, 0 without.
         answered: Number of the newest attempt of which the response is saved, or recorded as free; 0 without.
         begun: The response to the newest attempt had begun to arrive.
@@ -73,6 +74,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     originals: bool = False
     missing: bool = False
     checked: bool = False
+    fresh: bool = False
     sent: int = 0
     answered: int = 0
     begun: bool = False
@@ -139,6 +141,7 @@ RULES = (
         lambda s: s.reaction is not None and not (s.reaction is Reaction.RETRY and s.attempts_left),
         Step.REFUSE,
     ),
+    Rule("a new prompt, valid, still in the inbox", lambda s: s.fresh and not s.claimed, Step.SEND),
     Rule("the prompt is not in the claim (canceled, or given back)", lambda s: not s.claimed, Step.FORGET),
     Rule("claim complete, not yet validated", lambda s: not s.checked, Step.CHECK),
     Rule("valid, nothing sent, or the newest response was free and transient", lambda _: True, Step.SEND),

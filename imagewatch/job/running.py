@@ -57,6 +57,7 @@ class RunningJob:
         is_foreseen: Whether the last step set ``shown``, so that the disk need not be asked.
         state: ``shown``, and what this process adds to it; the rules are applied to it.
         request: The valid request, once checked.
+        is_fresh: Whether its prompt is still in the inbox: it is valid, and claimed when its attempt is recorded.
         is_resumed: Whether the wait before another attempt is over.
         may_send: Whether a request may be sent.
         earlier: Number of the newest response that was there before: what it says of the account may be outdated.
@@ -72,6 +73,7 @@ class RunningJob:
     is_foreseen: bool = False
     state: State = field(default_factory=State)
     request: Request | None = None
+    is_fresh: bool = False
     is_resumed: bool = False
     may_send: bool = True
     earlier: int = 0

@@ -149,7 +149,15 @@ class Sending:
             at=0.0,
         )
 
-    def send(self, record: Record, claim: Claim, request: Request, sent: Sent, row: Row) -> Fate:
+    def send(
+        self,
+        record: Record,
+        claim: Claim,
+        request: Request,
+        sent: Sent,
+        row: Row,
+        on_spent: Callable[[], object] = lambda: None,
+    ) -> Fate:
         """Make an attempt, and save its response.
 
         Args:
@@ -158,6 +166,7 @@ class Sending:
             request: The valid request.
             sent: What is sent.
             row: Its row in the journal.
+            on_spent: Called when the attempt is recorded, before its first byte leaves.
 
         Returns:
             What happened to it; it is in ``fates``, too, until ``settle``.
@@ -169,7 +178,8 @@ class Sending:
                 with self._leaving():
                     pass  # if none may leave, nothing is started
                 body = Body(request.prompt, request.fields, request.parts)
-                self._client.send(claim.job, body, functools.partial(self._begin, record, sink, fate, request), sink)
+                begin = functools.partial(self._begin, record, sink, fate, request, on_spent)
+                self._client.send(claim.job, body, begin, sink)
             except (JobError, ConfigError, SpoolError) as error:
                 fate = _failed(self._fates[claim.job], error, sink)
             except BaseException:  # a bug, or the end of the process: the disk decides
@@ -180,7 +190,9 @@ class Sending:
         self._fates[claim.job] = fate
         return fate
 
-    def _begin(self, record: Record, sink: Sink, fate: Fate, request: Request) -> AbstractContextManager[object]:
+    def _begin(
+        self, record: Record, sink: Sink, fate: Fate, request: Request, on_spent: Callable[[], object]
+    ) -> AbstractContextManager[object]:
         """Write what must be on the disk before the first byte leaves; return the context in which that leaves."""
         sink.open(self._room(request))
         with self._leaving():
@@ -192,6 +204,7 @@ class Sending:
         skip = self._config.inbox.redelivery == "skip"
         if refusal := record.spend(row, sent, Asked.of(sent.fields), skip_repeated=skip):
             raise NotAdmittedError(refusal)
+        on_spent()
         return self._first_bytes(fate)
 
     @contextlib.contextmanager

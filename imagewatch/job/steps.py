@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from dataclasses import replace as replaced
 from typing import TYPE_CHECKING
@@ -17,10 +18,11 @@ from imagewatch.job.rules import Step, retry_delay
 from imagewatch.job.running import Attempt
 from imagewatch.job.sending import Left
 from imagewatch.journal.prices import Asked
+from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.reasons import Others, Reaction, Reason
 from imagewatch.protocol.request import build, contents
 from imagewatch.protocol.values import Tail
-from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError
+from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError, Withdrawn
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from imagewatch.job.sending import Fate, Sending
     from imagewatch.job.spool import Spool
     from imagewatch.journal.journal import Journal
+    from imagewatch.protocol.request import Request
+    from imagewatch.protocol.values import Claim
 
 _RETURN_SECONDS = 5.0
 _log = structlog.get_logger()
@@ -164,6 +168,43 @@ class Steps:
 
     # Before the request
 
+    def valid_request(self, claim: Claim) -> Request | None:
+        """Return the request of a prompt without images that is still in the inbox; None if it has to be claimed first.
+
+        It has to be if it is not valid, or if its files were requested before.
+        """
+        folder, most = self._spool.inbox_folder(claim), self._config.limits.max_input_bytes
+        where = functools.partial(open_file, tops=self._spool.tops)
+        with contextlib.suppress(BadRequest, SpoolError), self._spool.reached(folder):
+            if self._config.inbox.redelivery == "skip" and finished_twin(
+                self._journal.ledger, claim, folder, most, where
+            ):
+                return None
+            request = build(claim, folder, self._config, where)
+            return None if self._journal.budget().never(Asked.of(request.fields)) else request
+        return None
+
+    def claim(self, job: RunningJob) -> bool:
+        """Claim a fresh job after all, as it cannot be sent now; return False if its prompt is not there any more."""
+        job.record.begin(job.claim)
+        job.is_fresh, job.is_foreseen = False, False
+        return self._spool.originals.claim(job.claim)
+
+    def _claim_spent(self, job: RunningJob) -> None:
+        """Claim a fresh job whose attempt is recorded.
+
+        Raises:
+            Withdrawn: It is not the prompt any more that was read.
+        """
+        claim, request = job.claim, job.request
+        assert request is not None
+        if not self._spool.originals.claim(claim):
+            raise Withdrawn("the prompt was removed before it was sent")
+        where = functools.partial(open_file, tops=self._spool.tops)
+        found = contents(self._spool.claim_folder(claim.job), (claim.prompt,), MAX_BYTES, where)
+        if found != request.contents or not self._spool.originals.matches_scan(claim):
+            raise Withdrawn("the prompt was changed before it was sent")
+
     def _gather(self, job: RunningJob) -> None:
         self._spool.originals.gather(job.claim)
 
@@ -232,12 +273,15 @@ class Steps:
         if reason := self._journal.refusal(row, Asked.of(job.request.fields), skip_repeated=False):
             return self._not_admitted(job, reason)
         job.is_resumed = False
-        return self._after(job, self._sending.send(job.record, job.claim, job.request, sent, row))
+        on_spent = functools.partial(self._claim_spent, job) if job.is_fresh else lambda: None
+        fate = self._sending.send(job.record, job.claim, job.request, sent, row, on_spent)
+        job.is_fresh = False
+        return self._after(job, fate)
 
     def _not_admitted(self, job: RunningJob, reason: Reason) -> Outcome:
         """End or defer a job that may not be sent: for a short wait it stays claimed, else it goes back."""
         job.reason = reason
-        if not reason.row.is_short:
+        if not reason.row.is_short or (job.is_fresh and not self.claim(job)):
             return self._give_back(job)
         return Outcome(job.id, End.DEFERRED, job.claim.source, delay=reason.seconds or 0.0, reason=reason)
 
@@ -247,7 +291,7 @@ class Steps:
         """Continue from what happened to a request, as far as the disk accepts it."""
         job.reason = fate.reason or job.reason
         if fate.is_saved:
-            job.foresee(sent=fate.attempt, answered=fate.attempt)
+            job.foresee(sent=fate.attempt, answered=fate.attempt, claimed=True, originals=True)
         elif fate.left is Left.PART:
             _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
             self._sending.prove(job.record, fate)

@@ -97,15 +97,20 @@ class Worker:
         claim = replace(claim, owner=self._spool.originals.owner(claim))
         record = self._spool.record(claim.job)
         self._spool.require_claims()
+        # With images it is claimed first: its request is read while it is sent, and nobody else may change it then.
+        request = None if claim.images else self._steps.valid_request(claim)
         try:
-            record.begin(claim)
+            record.begin(claim, synced=request is None)
         except SpoolError as error:  # its prompt is where it was
             reason = Reason("disk", str(error), error=error)
             return Outcome(claim.job, End.NOTHING, claim.source, reason=reason)
+        job = RunningJob(record, claim, request=request, is_fresh=request is not None, began=self._clock())
+        if job.is_fresh:
+            job.foresee(recorded=True)
+            return self._carry(job)
         if not self._spool.originals.claim(claim):
             self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)
-        job = RunningJob(record, claim, began=self._clock())
         if not claim.images:  # some of them may have been missing
             job.foresee(recorded=True, claimed=True, originals=True)
         return self._carry(job)
@@ -193,6 +198,7 @@ class Worker:
             shown,
             reaction=reaction,
             checked=job.request is not None,
+            fresh=job.is_fresh,
             attempts_left=job.record.made() < self._config.retry.attempts,
         )
 
@@ -208,6 +214,8 @@ class Worker:
                 f"job {job.id}: stopped by a bug in imagewatch: {bug}",
                 hint="its record is kept in the state folder; it is retried at the next start",
             ) from error
+        if job.is_fresh and not self._steps.claim(job):
+            return
         problem = Problem("imagewatch", f"a bug: {bug}", "please report it")
         self._completion.invalid(job, [problem], {})
 

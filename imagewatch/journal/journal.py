@@ -155,14 +155,19 @@ class Journal:
 
         return self._file.change(act, synced=False)
 
-    def claim(self, claim: Claim) -> None:
-        """Note what is claimed as soon as this returns: it survives a power cut."""
+    def claim(self, claim: Claim, *, synced: bool = True) -> None:
+        """Note what is about to be claimed.
+
+        Args:
+            claim: The prompt.
+            synced: Whether it survives a power cut when this returns; else ``spend`` makes it durable, too.
+        """
 
         def act(connection: sqlite3.Connection) -> None:
             if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
                 _insert(connection, claim)
 
-        self._file.change(act)
+        self._file.change(act, synced=synced)
         self._unspent[claim.job] = claim
 
     def unspent(self, job: str) -> Claim | None:

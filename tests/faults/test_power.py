@@ -688,7 +688,12 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
         1,
         "paid twice|has no row",
     ),
-    "the claim is synced before the rename": ("text only", _unsynced("claim"), 1, "the ledger does not know this job"),
+    "a claim with images is synced before the rename": (
+        "an edit with two images",
+        _unsynced("claim"),
+        1,
+        "the ledger does not know this job",
+    ),
     "the decision is synced": ("text only", _unsynced("decide"), 1, "its response was saved|unexpected files"),
     "originals are not in the inbox any more before they are archived": (
         "text only",

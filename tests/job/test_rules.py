@@ -64,7 +64,8 @@ def test_there_is_a_step_for_every_state_of_a_job(everything):
 
 
 def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
-    seen = [*(e for e, _ in possible), State(recorded=True, sent=1, answered=1, reopened=True)]
+    others = State(recorded=True, sent=1, answered=1, reopened=True), State(recorded=True, checked=True, fresh=True)
+    seen = [*(e for e, _ in possible), *others]
     assert {next_step(e) for e in seen} == set(Step)
     reached = {next(rule.seen for rule in RULES if rule.holds(e)) for e in seen}
     assert reached == {rule.seen for rule in RULES}
