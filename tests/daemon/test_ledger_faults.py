@@ -574,10 +574,8 @@ def test_a_ledger_that_is_lost_while_requests_are_in_flight_costs_no_image_and_n
     assert used.finished() == {"before": "outbox"}
     if remedy == "a backup":
         (tmp_path / "backup").rename(ledger(used))
-    if (remedy, fault) == ("a backup", "deleted"):
         until(lambda: "lacks the newest requests" in str(holds(used)))
-    if (remedy, fault) != ("a backup", "damaged"):
-        assert command(used, "release", "--accept-new-ledger").returncode == 0
+    assert command(used, "release", "--accept-new-ledger").returncode == 0
     continues(used, sandbox)
     until(lambda: used.leftovers() == [])
     assert daemon.stop() == 0

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from support.daemon import Folders, LoggedDaemon, command, until
+from support.endpoint import unique_png
 from support.station import Station
 
 from imagewatch.job.outcome import End
@@ -296,6 +297,7 @@ def test_what_this_process_has_claimed_and_not_sent_is_sent_once_with_the_ledger
 ) -> None:
     disk = LosingLedger(tmp_path / "state")
     with contextlib.closing(Station(tmp_path, sandbox.base_url, disk=disk)) as station:
+        station.drop("cat.png", unique_png("it is claimed before its attempt is recorded"))
         station.prompt("cat", "A cat")
         (candidate,) = station.scan.scan_all(0, 0).ready
         claim = candidate.claim(station.spool.new_job(), 1.0)
