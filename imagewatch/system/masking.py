@@ -103,8 +103,12 @@ class Mask:
         return min(longest, len(tail)) if _has_marks(tail[-longest:]) else self._begun(tail)
 
     def _begun(self, tail: bytes) -> int:
-        lengths = range(len(self._secret) - 1, 0, -1)
-        return next((length for length in lengths if tail.endswith(self._secret[:length].encode())), 0)
+        secret = self._secret.encode()
+        near = tail[-(len(secret) - 1) :] if len(secret) > 1 else b""
+        place = near.find(secret[:1])
+        while place >= 0 and not secret.startswith(near[place:]):
+            place = near.find(secret[:1], place + 1)
+        return len(near) - place if place >= 0 else 0
 
     def ending(self, content: bytes) -> bytes:
         """Return the end of a response without the beginning of a secret in the middle of which it was cut off."""
