@@ -96,7 +96,7 @@ class Jobs:
                 a slow disk must not let saved responses pile up.
         """
         self._concurrency = concurrency
-        self._most_workers = concurrency + concurrency // 2
+        self._most_workers = concurrency + max(1, concurrency // 2)
 
     # What becomes of a job
 

@@ -20,7 +20,7 @@ import httpcore
 from httpcore._backends.sync import SyncStream
 
 from imagewatch.endpoint.addresses import NotPublicError, address_in
-from imagewatch.endpoint.call import OverrunError, current
+from imagewatch.endpoint.call import READ_BYTES, OverrunError, current
 from imagewatch.system.errors import MORE_FILES, SpoolError
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ if TYPE_CHECKING:
 
     from imagewatch.endpoint.call import Call
 
-# It takes 64 KiB at a time, and each piece is two calls that give the interpreter away and queue for it again.
-httpcore.HTTP11Connection.READ_NUM_BYTES = 512 * 1024
+httpcore.HTTP11Connection.READ_NUM_BYTES = READ_BYTES  # not 64 KiB
 
 
 class Network(httpcore.NetworkBackend):

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import defaultdict
 from typing import TYPE_CHECKING
 
 from imagewatch.protocol.names import fits, fitted, tagged
 from imagewatch.protocol.values import Claim, Decision, Destination, Move
+from imagewatch.system.errors import SpoolError
+from imagewatch.system.shared import Together
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from imagewatch.config.schema import Folders
     from imagewatch.job.folders import JobFolders
     from imagewatch.job.originals import Originals
@@ -79,6 +84,8 @@ class Delivery:
         self._folders = folders
         self._originals = originals
         self._disk = folders.disk
+        self._keeping = Together(self._keep_all)
+        self._expected: set[str] = set()
 
     def is_published(self, claim: Claim, decision: Decision) -> bool:
         """Return whether the result file of a decision is at its destination."""
@@ -145,33 +152,83 @@ class Delivery:
         self._mirror(decision.destination, claim)
         with self._folders.reached(folder):
             if any(move.source.startswith("claim/") for move in decision.moves):
-                self._originals.leave_inbox(claim)
+                self._originals.leave(self._folders.inbox_folder(claim))
             self._carry_all(claim, decision.moves, folder, decision.mtime_ns)
             target = os.path.join(folder, decision.name)
             self._disk.publish(
                 target, _temporary(folder, claim, "d"), decision.result_file.encode(), self._folders.permissions.apply
             )
 
+    def expect(self, job: str) -> None:
+        """Note that the originals of a job will have to be kept soon."""
+        self._expected.add(job)
+
+    def expect_no_more(self, job: str) -> None:
+        """Note that they will not, or are."""
+        self._expected.discard(job)
+
     def keep(self, claim: Claim, decision: Decision) -> None:
-        """Empty the claim folder of a finished job: its originals go to the archive, or are removed if none is kept."""
-        destination = "archive" if decision.destination == "outbox" else "errors"
-        self._originals.leave_inbox(claim)
-        if destination == "archive" and self._folders.archive is None:
+        """Empty the claim folder of a finished job: its originals go to the archive, or are removed if none is kept.
+
+        Jobs that end at about the same time share what is waited for: the result files are there, so there is time.
+        """
+        self._expected.add(claim.job)
+        try:
+            self._keeping.do((claim, decision), lambda: len(self._expected))
+        finally:
+            self._expected.discard(claim.job)
+
+    def _keep_all(self, jobs: list[tuple[Claim, Decision]]) -> dict[int, Exception]:
+        """Do it for several jobs, and return the error of each that failed, by its number."""
+        errors: dict[int, Exception] = {}
+        self._share(jobs, errors, lambda claim, _: self._folders.inbox_folder(claim), self._originals.leave)
+        for number, (claim, decision) in enumerate(jobs):
+            if number not in errors:
+                try:
+                    self._keep(claim, decision)
+                except (SpoolError, OSError) as error:
+                    errors[number] = error
+        self._share(jobs, errors, self._kept_in, self._disk.sync_folder)
+        return errors
+
+    @staticmethod
+    def _share(
+        jobs: list[tuple[Claim, Decision]],
+        errors: dict[int, Exception],
+        folder_of: Callable[[Claim, Decision], str],
+        act: Callable[[str], object],
+    ) -> None:
+        """Do something with the folder of each job that has not failed, once for each folder."""
+        folders: defaultdict[str, list[int]] = defaultdict(list)
+        for number, job in enumerate(jobs):
+            if number not in errors and (folder := folder_of(*job)):
+                folders[folder].append(number)
+        for folder, numbers in folders.items():
+            try:
+                act(folder)
+            except (SpoolError, OSError) as error:
+                errors.update(dict.fromkeys(numbers, error))
+
+    def _kept_in(self, claim: Claim, decision: Decision) -> str:
+        """Return the folder into which the originals of a job go; an empty string if they are removed."""
+        if decision.destination == "outbox" and self._folders.archive is None:
+            return ""
+        return self.destination_folder("archive" if decision.destination == "outbox" else "errors", claim)
+
+    def _keep(self, claim: Claim, decision: Decision) -> None:
+        """Move the originals of a job to where they are kept, or remove them."""
+        if not (folder := self._kept_in(claim, decision)):
             self._originals.discard(claim)
             return
-        folder = self.destination_folder(destination, claim)
+        destination, moves = "archive", decision.keep
+        if decision.destination != "outbox":
+            destination, moves = "errors", tuple(m for m in decision.moves if m.source.startswith("claim/"))
         self._mirror(destination, claim)
-        moves = (
-            decision.keep
-            if destination == "archive"
-            else tuple(m for m in decision.moves if m.source.startswith("claim/"))
-        )
         with self._folders.reached(folder):
             with contextlib.suppress(FileExistsError):  # a file that got the name meanwhile keeps it; ours go beside it
                 self._carry_all(claim, moves, folder, decision.mtime_ns)
             if left := self._originals.present(claim):
                 self._carry_all(claim, self.free_originals(claim, destination, left), folder, decision.mtime_ns)
-            self._disk.sync_folder(folder)
 
     def reclaim(self, claim: Claim, record: Record) -> None:
         """Move the originals of a reopened job out of ``errors``, then remove its raw response and its error file."""
@@ -224,8 +281,8 @@ class Delivery:
 
     def _mirror(self, destination: str, claim: Claim) -> None:
         """Make the folder of a destination that mirrors the folder of the inbox, durably."""
-        self._folders.require_mounts()
         top = self.destination_folder(destination, Claim(job="", folder="", stem=""))
+        self._folders.require_mounts(top)
         self._disk.make_inner(
             top, claim.folder, self._folders.permissions.folder_mode if destination == "outbox" else None
         )

@@ -246,13 +246,16 @@ class JobFolders:
                 held.close()
         self._claims_lock = self._lock = None
 
-    def require_mounts(self) -> None:
+    def require_mounts(self, *folders: str) -> None:
         """Make sure that no file system below one of our folders was unmounted since the start.
+
+        Args:
+            folders: Those that are compared; without, all.
 
         Raises:
             SpoolError: One was, or one of our folders is missing.
         """
-        for folder in self._all():
+        for folder in folders or self._all():
             with disk_errors(folder, "check the folder"):
                 if not self.tops.is_replaced(folder):
                     continue

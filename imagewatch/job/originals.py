@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pwd
 import stat
@@ -35,10 +36,7 @@ class Originals:
             user = self._folders.tops.lstat(os.path.join(self._folders.inbox_folder(claim), claim.prompt)).st_uid
         except OSError:
             return ""
-        try:
-            return printable(pwd.getpwuid(user).pw_name, 100)
-        except (KeyError, OSError):  # of another machine, or a directory service that does not respond
-            return str(user)
+        return _name(user)
 
     def claim(self, claim: Claim) -> bool:
         """Move a prompt from the inbox into its claim: this rename is the lock. The journal knows it already.
@@ -100,9 +98,8 @@ class Originals:
         is_same = self._folders.keeps_times() and status.st_ino == inode
         return is_same or (status.st_size, status.st_mtime_ns) == (size, mtime_ns)
 
-    def leave_inbox(self, claim: Claim) -> None:
-        """Make durable that the originals are not in the inbox any more, before they leave the claim."""
-        folder = self._folders.inbox_folder(claim)
+    def leave(self, folder: str) -> None:
+        """Make durable that claimed originals are not in their folder of the inbox any more, before they leave the claim."""
         if self._folders.tops.is_folder(folder):
             self._disk.sync_folder(folder)
 
@@ -231,3 +228,12 @@ class Originals:
         """Remove the originals of a redelivery."""
         for name in self.present(claim):
             self._disk.unlink(self._folders.original(claim, name))
+
+
+@functools.lru_cache(maxsize=256)
+def _name(user: int) -> str:
+    """Return the name of a user, else the number. To look it up takes long with a directory service."""
+    try:
+        return printable(pwd.getpwuid(user).pw_name, 100)
+    except (KeyError, OSError):  # of another machine, or the service does not respond
+        return str(user)

@@ -63,6 +63,7 @@ class Record:
         self._folder = folder
         self._row: JobRow | None = None
         self._is_read = False
+        self._unwritten: Claim | None = None
         self._answers: dict[int, Answer] = {}
         self._prepare = prepare
         self.job = job
@@ -92,10 +93,15 @@ class Record:
         if self._row is not None:
             self._row = replace(self._row, **changes)
 
-    def begin(self, claim: Claim, *, synced: bool = True) -> None:
+    def begin(self, claim: Claim) -> None:
         """Write down what is about to be claimed; see ``Journal.claim``."""
-        self._journal.claim(claim, synced=synced)
-        self._row, self._is_read = JobRow(claim=claim, state="open"), True
+        self._journal.claim(claim)
+        self.expect(claim)
+        self._unwritten = None
+
+    def expect(self, claim: Claim) -> None:
+        """Have what is about to be claimed written down together with its first attempt."""
+        self._row, self._is_read, self._unwritten = JobRow(claim=claim, state="open"), True, claim
 
     def claim(self) -> Claim | None:
         """Return what was claimed, or None if the job is over or not known."""
@@ -128,7 +134,8 @@ class Record:
 
     def spend(self, row: Row, sent: Sent, asked: Asked, *, skip_repeated: bool) -> Reason | None:
         """Spend the right to send an attempt; see ``Journal.spend``."""
-        refusal = self._journal.spend(row, asked, skip_repeated=skip_repeated)
+        refusal = self._journal.spend(row, asked, skip_repeated=skip_repeated, claim=self._unwritten)
+        self._unwritten = None
         if refusal is None and self._row is not None:
             known = AttemptRow(number=row.attempt, outcome="sent", nonce=row.nonce, sent=sent)
             self._changed(attempts=(*self._row.attempts, known), highest=row.attempt)

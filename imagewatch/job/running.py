@@ -11,6 +11,8 @@ from imagewatch.endpoint.api import Verdict, classify
 from imagewatch.job.rules import State
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from imagewatch.endpoint.saved_answer import Answer
     from imagewatch.job.record import Record
     from imagewatch.protocol.reasons import Reason
@@ -65,6 +67,7 @@ class RunningJob:
         unknown_reason: Why the result of a request is not known.
         began: When it was started or resumed, seconds since the epoch.
         mtime_ns: The mtime that the prompt gets where it goes, nanoseconds; 0: it goes nowhere.
+        hold_claim: Called when its claim folder is made: reaches that by one descriptor from then on.
     """
 
     record: Record
@@ -81,6 +84,7 @@ class RunningJob:
     unknown_reason: str = ""
     began: float = 0.0
     mtime_ns: int = 0
+    hold_claim: Callable[[], object] = lambda: None
 
     @property
     def id(self) -> str:

@@ -23,7 +23,7 @@ from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import DamagedJobError, SpoolError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from imagewatch.config.schema import Config
     from imagewatch.job.record import Record
@@ -143,12 +143,16 @@ class Spool(JobFolders):
         return sorted(self.originals.claimed(job))
 
     @contextlib.contextmanager
-    def working_on(self, job: str) -> Iterator[None]:
-        """Reach the claim of a job by one descriptor during the block, if it is there."""
+    def working_on(self, job: str) -> Iterator[Callable[[], None]]:
+        """Reach the claim of a job by one descriptor during the block, if it is there; else call what is returned."""
         with contextlib.ExitStack() as stack:
-            with contextlib.suppress(OSError):  # each step reports what is in its place
-                stack.enter_context(self.tops.held(self.claim_folder(job)))
-            yield
+
+            def hold() -> None:
+                with contextlib.suppress(OSError):  # each step reports what is in its place
+                    stack.enter_context(self.tops.held(self.claim_folder(job)))
+
+            hold()
+            yield hold
 
     def make_durable(self, claim: Claim) -> None:
         """Make durable what a process that died, or a call that failed, has left of a job.

@@ -200,6 +200,7 @@ class Steps:
         assert request is not None
         if not self._spool.originals.claim(claim):
             raise Withdrawn("the prompt was removed before it was sent")
+        job.hold_claim()
         where = functools.partial(open_file, tops=self._spool.tops)
         found = contents(self._spool.claim_folder(claim.job), (claim.prompt,), MAX_BYTES, where)
         if found != request.contents or not self._spool.originals.matches_scan(claim):
@@ -327,6 +328,7 @@ class Steps:
 
     def _read(self, job: RunningJob) -> None:
         self._on_paid(job.id)
+        self._spool.delivery.expect(job.id)
         self._completion.read(job)
         if decision := job.record.decision():
             job.foresee(decided=decision.destination)

@@ -99,15 +99,16 @@ class Worker:
         self._spool.require_claims()
         # With images it is claimed first: its request is read while it is sent, and nobody else may change it then.
         request = None if claim.images else self._steps.valid_request(claim)
+        job = RunningJob(record, claim, request=request, is_fresh=request is not None, began=self._clock())
+        if job.is_fresh:
+            record.expect(claim)
+            job.foresee(recorded=True)
+            return self._carry(job)
         try:
-            record.begin(claim, synced=request is None)
+            record.begin(claim)
         except SpoolError as error:  # its prompt is where it was
             reason = Reason("disk", str(error), error=error)
             return Outcome(claim.job, End.NOTHING, claim.source, reason=reason)
-        job = RunningJob(record, claim, request=request, is_fresh=request is not None, began=self._clock())
-        if job.is_fresh:
-            job.foresee(recorded=True)
-            return self._carry(job)
         if not self._spool.originals.claim(claim):
             self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)
@@ -143,8 +144,11 @@ class Worker:
 
     def _carry(self, job: RunningJob) -> Outcome:
         names = structlog.contextvars.bound_contextvars(job=job.id, source=job.claim.source)
-        with names, self._spool.working_on(job.id):
-            outcome = self._take_steps(job)
+        with names, self._spool.working_on(job.id) as job.hold_claim:
+            try:
+                outcome = self._take_steps(job)
+            finally:
+                self._spool.delivery.expect_no_more(job.id)
         if outcome.end is not End.DEFERRED:
             self._sending.forget(job.id)
         return outcome

@@ -149,25 +149,14 @@ class Journal:
                 if refusal is not None and refusal.row.is_own:
                     return refusal
                 cost = budget.reservation(asked) if refusal is None else 0.0  # its job will refuse it
-            if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
-                _insert(connection, claim, reserved=cost)
+            _put(connection, claim, reserved=cost)
             return None
 
         return self._file.change(act, synced=False)
 
-    def claim(self, claim: Claim, *, synced: bool = True) -> None:
-        """Note what is about to be claimed.
-
-        Args:
-            claim: The prompt.
-            synced: Whether it survives a power cut when this returns; else ``spend`` makes it durable, too.
-        """
-
-        def act(connection: sqlite3.Connection) -> None:
-            if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
-                _insert(connection, claim)
-
-        self._file.change(act, synced=synced)
+    def claim(self, claim: Claim) -> None:
+        """Note what is about to be claimed; it survives a power cut when this returns."""
+        self._file.change(lambda connection: _put(connection, claim))
         self._unspent[claim.job] = claim
 
     def unspent(self, job: str) -> Claim | None:
@@ -259,13 +248,14 @@ class Journal:
 
     # Money
 
-    def spend(self, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
+    def spend(self, row: Row, asked: Asked, *, skip_repeated: bool, claim: Claim | None = None) -> Reason | None:
         """Spend the right to send an attempt. Only who gets None may send it.
 
         Args:
             row: The attempt.
             asked: Its request.
             skip_repeated: Whether files that were requested before are not requested again.
+            claim: Its prompt, if that is not noted yet.
 
         Returns:
             Why it may not be sent for now, or None: it is recorded, and survives a power cut.
@@ -277,6 +267,8 @@ class Journal:
         def act(connection: sqlite3.Connection) -> Reason | None:
             if self._is_spent(connection, row):
                 return None
+            if claim is not None:
+                _put(connection, claim)
             self._require_free(connection, row)
             if (reason := self._refusal(connection, row, asked, skip_repeated=skip_repeated)) is not None:
                 return reason
@@ -439,6 +431,12 @@ _REDELIVERED = (
     "INSERT INTO redeliveries VALUES (?, 1, ?) "
     "ON CONFLICT (job) DO UPDATE SET times = times + 1, last_at = excluded.last_at"
 )
+
+
+def _put(connection: sqlite3.Connection, claim: Claim, *, reserved: float = 0.0) -> None:
+    """Note a claim; what is reserved for it already stays."""
+    if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
+        _insert(connection, claim, reserved=reserved)
 
 
 def _insert(

@@ -161,7 +161,7 @@ class Database:
             try:
                 with self.using() as connection:
                     self._commit(connection, changes)
-                    self._ensure()  # meanwhile another file may have replaced it
+                    self._ensure(is_ours=True)  # meanwhile another file may have replaced it
                     if connection is not self._connection:
                         assert self._connection is not None
                         self._commit(self._connection, changes)
@@ -191,7 +191,6 @@ class Database:
                 for change in changes:
                     self._apply(connection, change)
             connection.execute("COMMIT")
-            self._note_write()
             if synchronous == "FULL" and self._guarded:
                 self._note_count(connection)
         except BaseException:
@@ -251,8 +250,12 @@ class Database:
 
     # Opening
 
-    def _ensure(self) -> None:
-        """Make sure that the connection is one to the file that has the name now."""
+    def _ensure(self, *, is_ours: bool = False) -> None:
+        """Make sure that the connection is one to the file that has the name now.
+
+        Args:
+            is_ours: Whether this process has just written into it.
+        """
         status = _stat(self.path)
         if self._connection is None:
             self._open(is_new=status is None)
@@ -262,7 +265,8 @@ class Database:
         elif self._file is None or not os.path.samestat(status, self._file):
             self._replace()
         elif self._guarded and _is_written(status, self._file) and not self._connection.in_transaction:
-            self._require_whole(self._connection)
+            if not is_ours:
+                self._require_whole(self._connection)
             self._file = status
         elif self._guarded and not _is_same(_stat(self.path + _WAL), self._wal):
             self._write_back()
@@ -351,12 +355,6 @@ class Database:
                     os.pwrite(file, b"%020d" % recorded(connection), MARK_BYTES - 21)
             finally:
                 os.close(file)
-
-    def _note_write(self) -> None:
-        """Take the file as it is after what this process has written."""
-        status = _stat(self.path)
-        if status is not None and self._file is not None and os.path.samestat(status, self._file):
-            self._file = status
 
     def _require_whole(self, connection: sqlite3.Connection) -> None:
         """Make sure that what another program has written into the file has left it whole.

@@ -1,13 +1,18 @@
-"""One call for several threads that want the same."""
+"""One call for several threads that want the same, or that want the same done with different things."""
 
 from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+T = TypeVar("T")
+_MOST_TOGETHER = 8
+_PATIENCE = 0.1
+"""How long others are waited for, seconds."""
 
 
 class _Turns:
@@ -53,3 +58,63 @@ class Shared:
         with self._changed:
             turns.is_running, turns.done = False, done
             self._changed.notify_all()
+
+
+class _Batch(Generic[T]):
+    """What is done together."""
+
+    def __init__(self) -> None:
+        self.items: list[T] = []
+        self.errors: Mapping[int, Exception] = {}
+        self.is_done = False
+
+
+class Together(Generic[T]):
+    """Does what several threads want at about the same time for all of them at once, in one of them.
+
+    Args:
+        act: Does it for several; returns the error of each that failed, by its number.
+    """
+
+    def __init__(self, act: Callable[[list[T]], Mapping[int, Exception]]) -> None:
+        self._act = act
+        self._open: _Batch[T] | None = None
+        self._changed = threading.Condition()
+
+    def do(self, item: T, expected: Callable[[], int]) -> None:
+        """Return when it is done for an item.
+
+        Args:
+            item: The item.
+            expected: Returns how many threads will want it soon, this one included; they are waited for a moment.
+
+        Raises:
+            Exception: That of this item.
+        """
+        with self._changed:
+            is_first = self._open is None
+            batch = self._open = self._open or _Batch()
+            number = len(batch.items)
+            batch.items.append(item)
+            self._changed.notify_all()
+            if is_first:
+                self._changed.wait_for(lambda: len(batch.items) >= min(expected(), _MOST_TOGETHER), _PATIENCE)
+                self._open = None
+            else:
+                self._changed.wait_for(lambda: batch.is_done)
+        if is_first:
+            self._end(batch)
+        if (error := batch.errors.get(number)) is not None:
+            raise error
+
+    def _end(self, batch: _Batch[T]) -> None:
+        try:
+            batch.errors = self._act(batch.items)
+        except BaseException as error:
+            failed = error if isinstance(error, Exception) else RuntimeError("another thread was ended")
+            batch.errors = dict.fromkeys(range(len(batch.items)), failed)
+            raise
+        finally:
+            with self._changed:
+                batch.is_done = True
+                self._changed.notify_all()

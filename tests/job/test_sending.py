@@ -453,7 +453,6 @@ def test_the_attempts_of_an_upload_that_is_cut_off_are_counted_across_a_restart(
 SLOW = (
     """
 import os
-import re
 from imagewatch.journal.journal import Journal
 
 _spend = Journal.spend
