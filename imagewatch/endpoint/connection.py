@@ -159,6 +159,19 @@ def install(client: Any, network: Network, proxied: Network) -> None:  # noqa: A
         transport._pool._network_backend = one
 
 
+@contextlib.contextmanager
+def broken_as(late: type[Exception], broken: type[Exception], overrun: type[Exception]) -> Iterator[None]:
+    """Turn errors of httpcore into those of who reads a connection: timeout, network, protocol."""
+    try:
+        yield
+    except httpcore.TimeoutException as error:
+        raise late(str(error)) from error
+    except httpcore.NetworkError as error:
+        raise broken(str(error)) from error
+    except httpcore.ProtocolError as error:
+        raise overrun(str(error)) from error
+
+
 def _connection(found: list[tuple[Any, ...]], call: Call, timeout: float | None) -> socket.socket:
     """Return a connection to the first address that takes one."""
     problem: OSError | None = None

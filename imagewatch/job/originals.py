@@ -99,7 +99,7 @@ class Originals:
         return is_same or (status.st_size, status.st_mtime_ns) == (size, mtime_ns)
 
     def leave(self, folder: str) -> None:
-        """Make durable that claimed originals are not in their folder of the inbox any more, before they leave the claim."""
+        """Make durable that claimed originals are not in this folder any more, before they leave the claim."""
         if self._folders.tops.is_folder(folder):
             self._disk.sync_folder(folder)
 

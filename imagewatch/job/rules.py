@@ -97,6 +97,7 @@ class Rule(NamedTuple):
 _MAY_GO_BACK = {Reaction.WAIT, Reaction.ACCOUNT, Reaction.RETRY}
 
 RULES = (
+    Rule("a new prompt, valid, still in the inbox", lambda s: s.fresh, Step.SEND),
     Rule("over or not known, nothing left", lambda s: not s.recorded and not s.leftovers, Step.DONE),
     Rule(
         "over or not known, with a claim folder (not known, with originals in it: stuck)",
@@ -141,7 +142,6 @@ RULES = (
         lambda s: s.reaction is not None and not (s.reaction is Reaction.RETRY and s.attempts_left),
         Step.REFUSE,
     ),
-    Rule("a new prompt, valid, still in the inbox", lambda s: s.fresh and not s.claimed, Step.SEND),
     Rule("the prompt is not in the claim (canceled, or given back)", lambda s: not s.claimed, Step.FORGET),
     Rule("claim complete, not yet validated", lambda s: not s.checked, Step.CHECK),
     Rule("valid, nothing sent, or the newest response was free and transient", lambda _: True, Step.SEND),

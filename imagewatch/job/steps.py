@@ -292,7 +292,7 @@ class Steps:
         """Continue from what happened to a request, as far as the disk accepts it."""
         job.reason = fate.reason or job.reason
         if fate.is_saved:
-            job.foresee(sent=fate.attempt, answered=fate.attempt, claimed=True, originals=True)
+            job.foresee(recorded=True, sent=fate.attempt, answered=fate.attempt, claimed=True, originals=True)
         elif fate.left is Left.PART:
             _log.warning("not_sent", reason=fate.message, attempt=fate.attempt)
             self._sending.prove(job.record, fate)

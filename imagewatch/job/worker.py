@@ -102,7 +102,7 @@ class Worker:
         job = RunningJob(record, claim, request=request, is_fresh=request is not None, began=self._clock())
         if job.is_fresh:
             record.expect(claim)
-            job.foresee(recorded=True)
+            job.foresee()
             return self._carry(job)
         try:
             record.begin(claim)

@@ -445,6 +445,9 @@ PROPER = {
     + b"0\r\nTrailer: x\r\n\r\n",
     "with long headers": HEAD + b"X-Long: " + b"y" * 60_000 + b"\r\nContent-Length: %d\r\n\r\n" % len(BODY) + BODY,
     "with more after it": response(BODY) + b"HTTP/1.1 500 Oops\r\n\r\n",
+    "with its length twice": HEAD + b"Content-Length: %d\r\n" % len(BODY) * 2 + b"\r\n" + BODY,
+    "with a length that does not count": HEAD
+    + b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(BODY), BODY),
 }
 
 
@@ -462,6 +465,25 @@ def test_a_response_may_be_framed_in_any_way(tmp_path, reply):
         assert (station.outbox / "x.png").read_bytes() == IMAGE
         assert (outcome.charged, outcome.credits) == ("yes", 7)
         assert station.server.connections == 1
+
+
+def test_a_long_response_in_pieces_is_read_to_its_end_and_no_further(tmp_path):
+    image = heavy(2_000_000)
+    body = paid(image)
+
+    def script(exchange):
+        exchange.request()
+        exchange.send(HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
+        exchange.trickle(body[:3], 0.02)
+        exchange.send(body[3:700_000])
+        exchange.trickle(body[700_000:700_003], 0.02)
+        exchange.send(body[700_003:] + b"more")
+
+    with served_by(tmp_path, script) as station:
+        drop(station, SMALL)
+        station.work()
+        assert "problems" not in completed(station, "x", SMALL, "x.png")
+        assert (station.outbox / "x.png").read_bytes() == image
 
 
 def test_a_response_byte_by_byte_is_read_to_its_end(tmp_path):

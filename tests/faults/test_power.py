@@ -697,7 +697,7 @@ PRECAUTIONS: dict[str, tuple[str, Callable[[pytest.MonkeyPatch], None], int, str
     "the decision is synced": ("text only", _unsynced("decide"), 1, "its response was saved|unexpected files"),
     "originals are not in the inbox any more before they are archived": (
         "text only",
-        _without(Originals, "leave_inbox"),
+        _without(Originals, "leave"),
         1,
         "paid twice",
     ),
