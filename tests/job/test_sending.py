@@ -224,10 +224,10 @@ def test_a_response_is_delivered_although_the_state_folder_loses_its_file_while_
 def test_a_response_is_saved_in_the_state_folder_that_is_created_again_after_the_stop(
     asked: LoggedDaemon, folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox
 ) -> None:
-    folders.state.rename(folders.state.with_name("aside"))  # the daemon may write into it while it is removed
-    until(lambda: asked.events("held"))
-    shutil.rmtree(folders.state.with_name("aside"), ignore_errors=True)
+    while folders.state.exists():  # the daemon may write into it while it is removed
+        shutil.rmtree(folders.state, ignore_errors=True)
     sandbox.release()
+    until(lambda: asked.events("held"))
     asked.process.send_signal(signal.SIGTERM)
     asked.wait_for("shutdown")
     folders.state.mkdir(0o700)
