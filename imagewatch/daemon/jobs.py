@@ -92,11 +92,11 @@ class Jobs:
         """Take a configuration.
 
         Args:
-            concurrency: How many requests there may be at the same time. Half as many jobs more, at least one, may be
-                delivered: a slow disk must not let saved responses pile up.
+            concurrency: How many requests there may be at the same time. Half as many jobs more may be delivered:
+                a slow disk must not let saved responses pile up.
         """
         self._concurrency = concurrency
-        self._most_workers = concurrency + max(1, concurrency // 2)
+        self._most_workers = concurrency + concurrency // 2
 
     # What becomes of a job
 

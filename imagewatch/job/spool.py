@@ -82,10 +82,23 @@ class Spool(JobFolders):
         with disk_errors(self.answers, "list the folder"):
             names = self.tops.names(self.answers)
         for job in {name.partition(".")[0] for name in names}:
-            if self.journal.is_over(job):
-                for name in (name for name in names if name.startswith(f"{job}.")):
-                    self.disk.unlink(os.path.join(self.answers, name))
+            mine = [os.path.join(self.answers, name) for name in names if name.startswith(f"{job}.")]
+            is_over = self.journal.is_over(job)
+            for path in mine:
+                if is_over or (self._is_empty(path) and not self._is_known(job)):
+                    self.disk.unlink(path)
         self.journal.forget_old()
+
+    def _is_empty(self, path: str) -> bool:
+        """Return whether nothing was written into a file: it was made for a request that was not recorded, nor sent."""
+        with disk_errors(path, "read"):
+            return self.tops.lstat(path).st_size == 0
+
+    def _is_known(self, job: str) -> bool:
+        try:
+            return self.record(job).row is not None
+        except DamagedJobError:
+            return True
 
     def _remove_temporaries(self, unfinished: list[str]) -> None:
         """Remove what was about to be published when the daemon was killed."""

@@ -245,7 +245,7 @@ class Database:
         """Close the file; the next use opens it again."""
         with self._lock:
             if self._guarded:
-                self._note()
+                self._note(self._connection)
             self._forget()
 
     # Opening
@@ -309,14 +309,16 @@ class Database:
             raise foreign(self.path)
         if (count := recorded(connection)) < least:
             raise older(self.path)
-        if not known or count > least:
+        if not known:
             _write(self._mark, f"{found[0]} {count:020d}")
+        else:
+            self._note(connection)
 
-    def _note(self) -> None:
-        """Write down how much is recorded, so that an older copy is known again."""
+    def _note(self, connection: sqlite3.Connection | None) -> None:
+        """Write down how much is recorded, so that an older copy is known again; on a full disk it is not needed."""
         with contextlib.suppress(SpoolError, OSError), self._translated():
             known, least = read_mark(self._mark)
-            if known and self._connection is not None and (count := recorded(self._connection)) > least:
+            if known and connection is not None and (count := recorded(connection)) > least:
                 _write(self._mark, f"{known} {count:020d}")
 
     def _replace(self) -> None:
@@ -411,7 +413,7 @@ class Database:
         """Save a ledger whose file was deleted or replaced, as long as it is open."""
         if self._is_saved:
             return
-        self._note()
+        self._note(self._connection)
         assert self._connection is not None
         target = _unused(self.path + SAVED)
         with contextlib.suppress(sqlite3.Error, OSError):

@@ -203,12 +203,13 @@ def test_charged_results_are_delivered_during_a_hold(folders, run, sandbox, kill
 
 
 def test_a_claimed_prompt_that_was_not_sent_goes_back_during_a_hold(folders, sandbox, killed_before):
+    folders.drop("cat.png", small_image())  # with an image it is claimed before its attempt is recorded
     folders.prompt("cat", "A cat")
     killed_before(folders, "spend")
     assert prompts_in(folders) == []
     command(folders, "hold")
     once(folders, 69)
-    assert (prompts_in(folders), requests(sandbox), folders.leftovers()) == (["cat.prompt.txt"], 0, [])
+    assert (prompts_in(folders), requests(sandbox), folders.leftovers()) == (["cat.png", "cat.prompt.txt"], 0, [])
 
 
 def test_during_a_hold_no_prompt_waits_outside_of_the_inbox(tmp_path, run, sandbox):

@@ -73,7 +73,7 @@ def test_neither_the_slots_nor_the_workers_are_ever_exceeded(concurrency, slots,
         started(table, f"{number}")
     for number in range(delivering):
         table.deliver(f"{number}")
-    most_workers = concurrency + max(1, concurrency // 2)
+    most_workers = concurrency + concurrency // 2
     assert table.may_send(slots) == (sending < slots and sending + delivering < most_workers)
     assert table.may_deliver(disk_works=True) == table.may_send(concurrency)
 

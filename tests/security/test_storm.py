@@ -74,7 +74,7 @@ def sent(world: World) -> list[str]:
 
 
 def attempts(world: World) -> list[sqlite3.Row]:
-    return [row for row in world.rows() if row["attempt"]]
+    return [row for row in world.rows() if row["attempt"] and row["outcome"] != "unsent"]
 
 
 def their_folder(world: World) -> None:
@@ -128,9 +128,10 @@ def put_in_order(world: World, own: dict[str, int]) -> None:
 
 def _put_back(inbox: Path, name: str, number: int) -> bool:
     """Try to give a folder its name again; return whether it has it."""
-    (found,) = (path for path in inbox.iterdir() if path.lstat().st_ino == number)
     place = inbox / name
-    with contextlib.suppress(OSError):  # the daemon may have created something there in this moment
+    with contextlib.suppress(OSError):  # the daemon may have created or renamed something there in this moment
+        (found,) = (path for path in inbox.iterdir() if path.lstat().st_ino == number)
         if found != place:
             (exchange if os.path.lexists(place) else os.rename)(str(found), str(place))
-    return place.lstat().st_ino == number
+        return place.lstat().st_ino == number
+    return False
