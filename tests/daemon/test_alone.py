@@ -154,6 +154,31 @@ def test_a_file_that_was_replaced_before_its_claim_goes_back_unsent(
     assert (outcome.destination, inputs(sandbox)) == ("outbox", [1])
 
 
+@pytest.mark.parametrize("when", ["before it is read", "between reading and claim"])
+@pytest.mark.parametrize("becomes", ["another text", "nothing"])
+def test_a_prompt_without_images_that_changes_before_its_claim_is_not_sent(
+    station: Station, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, when: str, becomes: str
+) -> None:
+    station.prompt("cat", "A cat")
+    (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
+    path, claim = station.inbox / "cat.prompt.txt", station.spool.originals.claim
+
+    def change() -> None:
+        path.write_text("A dog") if becomes == "another text" else path.unlink()
+
+    if when == "before it is read":
+        change()
+    else:
+        monkeypatch.setattr(station.spool.originals, "claim", lambda one: (change(), claim(one))[1])
+    outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
+    assert outcome.end in {End.RETURNED, End.NOTHING}
+    assert (sandbox.report()["requests"], station.leftovers()) == (0, [])
+    monkeypatch.undo()
+    outcomes = station.work()
+    assert [one.destination for one in outcomes] == (["outbox"] if becomes == "another text" else [])
+    assert [call["prompt"] for call in sandbox.report()["calls"]] == ["A dog"][: len(outcomes)]
+
+
 @pytest.mark.parametrize(
     ("text", "destination"), [("Put this on a mug", "outbox"), ("Put this on a mug [sandbox: 400]", "errors")]
 )

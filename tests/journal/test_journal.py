@@ -227,6 +227,45 @@ def test_files_that_were_requested_before_are_not_requested_again(make: Callable
     assert spend(journal, again, skip_repeated=False) is None
 
 
+def test_a_prompt_is_noted_together_with_its_first_attempt(make: Callable[..., Journal]) -> None:
+    journal, other = make(), make()
+    assert spend(journal, row(), claim=claim()) is None
+    known = other.job("a")
+    assert (known.claim, [one.outcome for one in known.attempts]) == (claim(), ["sent"])
+    with pytest.raises(SpoolError, match="still being processed"):
+        spend(other, row("b"), claim=claim("b"))
+    assert (other.job("b"), other.ledger.job("b")) == (None, None)
+
+
+# What commands ask for
+
+
+def test_during_a_manual_hold_no_process_records_an_attempt(make: Callable[..., Journal]) -> None:
+    journal, other = make(), make()
+    journal.open(claim())
+    other.requests.hold("out of office")
+    refusal = spend(journal, row())
+    assert (refusal.kind, refusal.message) == ("manual", "out of office")
+    assert journal.job("a").attempts == ()
+    other.requests.release()
+    assert spend(journal, row()) is None
+
+
+def test_what_a_command_asks_for_is_known_to_other_processes_until_it_is_done(make: Callable[..., Journal]) -> None:
+    journal, other = make(), make()
+    journal.requests.hold("out of office")
+    journal.requests.refuse({"credits": "too few"})
+    assert (other.requests.held(), other.requests.refused()) == ("out of office", {"credits": "too few"})
+    journal.requests.release()
+    journal.requests.retry("a")
+    journal.requests.retry("a")
+    assert (other.requests.held(), other.requests.release_pending(), other.requests.retries()) == (None, True, ["a"])
+    other.requests.released(NOW)
+    other.requests.retried("a")
+    assert (journal.requests.release_pending(), journal.requests.retries()) == (False, [])
+    assert journal.requests.passed() == NOW
+
+
 # Limits
 
 
