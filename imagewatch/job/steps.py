@@ -175,7 +175,8 @@ class Steps:
         """
         folder, most = self._spool.inbox_folder(claim), self._config.limits.max_input_bytes
         where = functools.partial(open_file, tops=self._spool.tops)
-        with contextlib.suppress(BadRequest, SpoolError), self._spool.reached(folder):
+        # Whatever is wrong, a bug included, is found again when it is claimed, and reported then.
+        with contextlib.suppress(Exception), self._spool.reached(folder):
             if self._config.inbox.redelivery == "skip" and finished_twin(
                 self._journal.ledger, claim, folder, most, where
             ):
@@ -196,7 +197,7 @@ class Steps:
         Raises:
             Withdrawn: It is not the prompt any more that was read.
         """
-        claim, request = job.claim, job.request
+        claim, request, job.is_fresh = job.claim, job.request, False
         assert request is not None
         if not self._spool.originals.claim(claim):
             raise Withdrawn("the prompt was removed before it was sent")
@@ -276,7 +277,6 @@ class Steps:
         job.is_resumed = False
         on_spent = functools.partial(self._claim_spent, job) if job.is_fresh else lambda: None
         fate = self._sending.send(job.record, job.claim, job.request, sent, row, on_spent)
-        job.is_fresh = False
         return self._after(job, fate)
 
     def _not_admitted(self, job: RunningJob, reason: Reason) -> Outcome:

@@ -212,6 +212,8 @@ class Worker:
         if job.record.attempts()[0] > job.state.sent:
             # While it was sent: what is on the disk now decides how the job continues.
             job.unknown_reason = f"a bug in imagewatch occurred while the request was in flight: {bug}"
+            job.is_fresh = False
+            self._spool.originals.take_again(job.claim)
             return
         if job.state.sent or job.state.decided:
             raise SpoolError(

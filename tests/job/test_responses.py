@@ -717,12 +717,17 @@ class Slipping(Client):
         raise RuntimeError("a slip")
 
 
+@pytest.mark.parametrize("image", [True, False])
 @pytest.mark.parametrize("before", [False, True])
-def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_as_free(station, sandbox, before):
+def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_as_free(
+    station, sandbox, before, image
+):
     client = Slipping(station.config().endpoint, lambda: Key(KEY))
     client.before = before
     station.worker = Distrustful(station.spool, client, station.journal, station.config())
-    originals = ask(station)
+    originals = ask(station) if image else {"x.prompt.txt": "a cat"}
+    if not image:
+        drop(station, originals)
     station.work()
     client.close()
     if before:
@@ -732,6 +737,20 @@ def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_
     else:
         completed(station, "x", originals, "x.jpg")
         assert sandbox.report()["requests"] == 1
+
+
+@pytest.mark.parametrize("place", ["imagewatch.job.steps.build", "imagewatch.job.originals.Originals.claim"])
+def test_a_bug_before_a_request_is_sent_ends_in_an_error_file(station, sandbox, monkeypatch, place):
+    def slip(*_, **__):
+        raise RuntimeError("a slip")
+
+    monkeypatch.setattr(place, slip)
+    originals = {"x.prompt.txt": "a cat"}
+    drop(station, originals)
+    station.work()
+    assert "a slip" in station.error("x")["message"]
+    assert (station.errors / "x.prompt.txt").read_text() == "a cat"
+    assert (station.names("inbox"), station.leftovers(), sandbox.report()["requests"]) == ([], [], 0)
 
 
 def full_once(call):
