@@ -11,7 +11,7 @@ from imagewatch.commands.state import unreadable
 from imagewatch.config.locate import is_hidden
 from imagewatch.journal.books import NoBooks
 from imagewatch.journal.budget import Budget
-from imagewatch.journal.files import FILE
+from imagewatch.journal.files import path_in
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
 from imagewatch.system.errors import SpoolError
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 def ledger_path(config: Config) -> str:
     """Return the path of the ledger's file."""
-    return os.path.join(config.folders.state, FILE)
+    return path_in(config.folders.state)
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
 from imagewatch.journal.control import Control
-from imagewatch.journal.files import FILE
+from imagewatch.journal.files import path_in
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
 from imagewatch.system.disk import Disk
@@ -83,7 +83,7 @@ def control_of(config: Config) -> Iterator[Control]:
     """
     if error := ledger_problem(config.folders.state):
         raise error
-    path = os.path.join(config.folders.state, FILE)
+    path = path_in(config.folders.state)
     with contextlib.closing(Journal(path, config.limits, time.time)) as journal:
         yield Control(config.folders.state, Disk(), journal.requests)
 

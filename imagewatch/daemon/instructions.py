@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import structlog
 
 from imagewatch.daemon.jobs import Job
-from imagewatch.journal.files import FILE
+from imagewatch.journal.files import path_in
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ class Instructions:
         parts.admission.burst.forget()
         parts.control.accepted_ledger()
         parts.journal.requests.release()  # the hold was for the other ledger
-        _log.warning("ledger_accepted", ledger=os.path.join(parts.spool.state, FILE))
+        _log.warning("ledger_accepted", ledger=path_in(parts.spool.state))
         self._recovery.take_up_others()
 
     def _reopen(self, job: str) -> None:

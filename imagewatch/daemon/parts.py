@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from random import random
 from typing import TYPE_CHECKING
 
@@ -22,7 +21,7 @@ from imagewatch.endpoint.client import Client
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
-from imagewatch.journal.files import FILE
+from imagewatch.journal.files import path_in
 from imagewatch.journal.journal import Journal
 from imagewatch.system.errors import MORE_FILES
 
@@ -74,7 +73,7 @@ class Parts:
         self.jobs = Jobs()
         self.fates: dict[str, Fate] = {}
         self.notify = Notify(environ)
-        self.journal = Journal(os.path.join(config.folders.state, FILE), config.limits, clock, guarded=True)
+        self.journal = Journal(path_in(config.folders.state), config.limits, clock, guarded=True)
         self.ledger = self.journal.ledger
         self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk, self.journal.requests)

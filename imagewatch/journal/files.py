@@ -33,9 +33,14 @@ class _Sums(msgspec.Struct):
     redelivered: int = 0
 
 
+def path_in(state: str) -> str:
+    """Return the path of the journal in a state folder."""
+    return os.path.join(state, FILE)
+
+
 def was_there(state: str) -> bool:
     """Return whether a state folder had a ledger: it has the id of one, a saved one, a job, or a status of one."""
-    if os.path.lexists(os.path.join(state, MARK)) or newest_saved(os.path.join(state, FILE)):
+    if os.path.lexists(os.path.join(state, MARK)) or newest_saved(path_in(state)):
         return True
     for folder in (ANSWERS, "jobs", "paid"):
         with contextlib.suppress(OSError), os.scandir(os.path.join(state, folder)) as entries:

@@ -9,12 +9,12 @@ import sqlite3
 import stat
 
 from imagewatch.journal.files import (
-    FILE,
     MARK,
     foreign,
     missing,
     newer,
     older,
+    path_in,
     read_mark,
     recorded,
     require_sound,
@@ -33,7 +33,7 @@ def ledger_problem(state: str) -> SpoolError | None:
     Args:
         state: The state folder.
     """
-    path, mark = os.path.join(state, FILE), os.path.join(state, MARK)
+    path, mark = path_in(state), os.path.join(state, MARK)
     if not os.path.lexists(path):
         return missing(path) if was_there(state) else None
     if refused := _not_writable(state, path):
