@@ -186,7 +186,7 @@ class Delivery:
             if number not in errors:
                 try:
                     self._keep(claim, decision)
-                except (SpoolError, OSError) as error:
+                except Exception as error:  # noqa: BLE001  a bug in one job must not stop the others
                     errors[number] = error
         self._share(jobs, errors, self._kept_in, self._disk.sync_folder)
         return errors

@@ -66,6 +66,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
         decided: The destination of the decision, if there is one.
         over: The result file is published.
         reopened: Its paid response is to be read again, and its originals are still in ``errors``.
+        returning: It goes back into the inbox as soon as a newer file has given up its name.
     """
 
     recorded: bool = False
@@ -84,6 +85,7 @@ class State(msgspec.Struct, frozen=True, kw_only=True):
     decided: Destination | None = None
     over: bool = False
     reopened: bool = False
+    returning: bool = False
 
 
 class Rule(NamedTuple):
@@ -126,6 +128,7 @@ RULES = (
         lambda s: s.reaction in _MAY_GO_BACK and not s.claimed,
         Step.FORGET,
     ),
+    Rule("returning: a newer file had its name", lambda s: s.returning and s.claimed, Step.GIVE_BACK),
     Rule("claim, inputs still in the inbox", lambda s: s.claimed and s.missing, Step.GATHER),
     Rule(
         "response: not sent completely, except a large upload that broke",

@@ -78,27 +78,23 @@ class Spool(JobFolders):
                     self.disk.unlink(os.path.join(self.claim_folder(job), name))
 
     def _remove_responses(self) -> None:
-        """Remove the responses of jobs that are over. One of a job that is not known stays: it may be paid for."""
+        """Remove the responses of jobs that are over. One of a job that is not known stays: it may be paid for.
+
+        If nothing is in its file, there is none: the process ended before, perhaps before it recorded the attempt.
+        """
         with disk_errors(self.answers, "list the folder"):
             names = self.tops.names(self.answers)
         for job in {name.partition(".")[0] for name in names}:
-            mine = [os.path.join(self.answers, name) for name in names if name.startswith(f"{job}.")]
             is_over = self.journal.is_over(job)
-            for path in mine:
-                if is_over or (self._is_empty(path) and not self._is_known(job)):
+            for name in (name for name in names if name.startswith(f"{job}.")):
+                path = os.path.join(self.answers, name)
+                if is_over or (name.endswith(".part") and self._is_empty(path)):
                     self.disk.unlink(path)
         self.journal.forget_old()
 
     def _is_empty(self, path: str) -> bool:
-        """Return whether nothing was written into a file: it was made for a request that was not recorded, nor sent."""
-        with disk_errors(path, "read"):
+        with disk_errors(path, "check the file"):
             return self.tops.lstat(path).st_size == 0
-
-    def _is_known(self, job: str) -> bool:
-        try:
-            return self.record(job).row is not None
-        except DamagedJobError:
-            return True
 
     def _remove_temporaries(self, unfinished: list[str]) -> None:
         """Remove what was about to be published when the daemon was killed."""
@@ -208,6 +204,7 @@ class Spool(JobFolders):
             begun=sent > answered and record.partial(sent) is not None,
             decided=decision.destination if decision else None,
             reopened=row.state == "reopened",
+            returning=row.state == "returning",
             over=row.state == "published" or (decision is not None and self.delivery.is_published(claim, decision)),
         )
 

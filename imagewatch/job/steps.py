@@ -22,6 +22,7 @@ from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.reasons import Others, Reaction, Reason
 from imagewatch.protocol.request import build, contents
 from imagewatch.protocol.values import Tail
+from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import BadRequest, Outdated, Problem, SpoolError, Withdrawn
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
@@ -171,12 +172,11 @@ class Steps:
     def valid_request(self, claim: Claim) -> Request | None:
         """Return the request of a prompt without images that is still in the inbox; None if it has to be claimed first.
 
-        It has to be if it is not valid, or if its files were requested before.
+        It has to be if it is not valid, if its files were requested before, or if a bug occurs: then it is over soon.
         """
         folder, most = self._spool.inbox_folder(claim), self._config.limits.max_input_bytes
         where = functools.partial(open_file, tops=self._spool.tops)
-        # Whatever is wrong, a bug included, is found again when it is claimed, and reported then.
-        with contextlib.suppress(Exception), self._spool.reached(folder):
+        with contextlib.suppress(Exception), self._spool.reached(folder):  # whatever it is, it is found again
             if self._config.inbox.redelivery == "skip" and finished_twin(
                 self._journal.ledger, claim, folder, most, where
             ):
@@ -197,14 +197,17 @@ class Steps:
         Raises:
             Withdrawn: It is not the prompt any more that was read.
         """
-        claim, request, job.is_fresh = job.claim, job.request, False
+        claim, request = job.claim, job.request
         assert request is not None
+        job.is_fresh = False  # whatever happens now: it is not sent a second time
         if not self._spool.originals.claim(claim):
             raise Withdrawn("the prompt was removed before it was sent")
         job.hold_claim()
-        where = functools.partial(open_file, tops=self._spool.tops)
-        found = contents(self._spool.claim_folder(claim.job), (claim.prompt,), MAX_BYTES, where)
-        if found != request.contents or not self._spool.originals.matches_scan(claim):
+        folder, where = self._spool.claim_folder(claim.job), functools.partial(open_file, tops=self._spool.tops)
+        with disk_errors(folder, "read"):  # else it would be an error of the network
+            found = contents(folder, (claim.prompt,), MAX_BYTES, where)
+            is_same = found == request.contents and self._spool.originals.matches_scan(claim)
+        if not is_same:
             raise Withdrawn("the prompt was changed before it was sent")
 
     def _gather(self, job: RunningJob) -> None:
@@ -276,8 +279,7 @@ class Steps:
             return self._not_admitted(job, reason)
         job.is_resumed = False
         on_spent = functools.partial(self._claim_spent, job) if job.is_fresh else lambda: None
-        fate = self._sending.send(job.record, job.claim, job.request, sent, row, on_spent)
-        return self._after(job, fate)
+        return self._after(job, self._sending.send(job.record, job.claim, job.request, sent, row, on_spent))
 
     def _not_admitted(self, job: RunningJob, reason: Reason) -> Outcome:
         """End or defer a job that may not be sent: for a short wait it stays claimed, else it goes back."""

@@ -268,11 +268,21 @@ class Database:
             if not is_ours:
                 self._require_whole(self._connection)
             self._file = status
-        elif self._guarded and not _is_same(_stat(self.path + _WAL), self._wal):
+        elif self._guarded:
+            self._ensure_beside(self._connection)
+        self._is_saved = False  # there will be more rows than were saved
+
+    def _ensure_beside(self, connection: sqlite3.Connection) -> None:
+        """Make sure that the newest rows are still in the file that has them. By itself, that never becomes shorter."""
+        beside, known = _stat(self.path + _WAL), self._wal
+        if not _is_same(beside, known):
             self._write_back()
             self._forget()
             self._open(is_new=False)
-        self._is_saved = False  # there will be more rows than were saved
+        elif beside is not None and known is not None and not connection.in_transaction:
+            if beside.st_size < known.st_size:
+                self._require_whole(connection)
+            self._wal = beside
 
     def _open(self, *, is_new: bool, is_accepted: bool = False) -> None:
         if is_new and self._guarded and not is_accepted and was_there(os.path.dirname(self.path)):

@@ -19,16 +19,17 @@ from typing import TYPE_CHECKING
 import pytest
 from PIL import Image
 from support.daemon import HURRIED, Folders, LoggedDaemon, command, until
+from support.station import Station
 from support.tracing import reason_not_to_trace
 
 from imagewatch.job.outcome import End
 from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from support.station import Station
-
+    from imagewatch.protocol.values import Claim, Move
     from imagewatch.sandbox import Sandbox
 
 _png = io.BytesIO()
@@ -469,3 +470,40 @@ def test_too_many_stuck_jobs_hold_the_queue_only_until_there_are_fewer(
     until(lambda: folders.finished() == {"dog": "outbox"})
     assert daemon.stop() == 0
     assert sandbox.report()["requests"] == 4
+
+
+def test_a_bug_while_the_originals_of_one_job_are_kept_leaves_those_of_the_others_alone(
+    tmp_path: Path, sandbox: Sandbox
+) -> None:
+    with contextlib.closing(Station(tmp_path, sandbox.base_url)) as station:
+        delivery, stems = station.spool.delivery, ("cat", "dog")
+        carry_all = delivery._carry_all
+
+        def slip(claim: Claim, moves: tuple[Move, ...], folder: str, mtime_ns: int) -> None:
+            if folder == str(station.archive) and claim.stem == "cat":
+                raise RuntimeError("a slip")
+            carry_all(claim, moves, folder, mtime_ns)
+
+        delivery._carry_all = slip  # type: ignore[method-assign]
+        delivery.expect("another")  # so that the two wait for each other
+        for stem in stems:
+            station.prompt(stem, f"a {stem}")
+        ready = station.scan.scan_all(time.monotonic(), time.time()).ready
+        claims = [candidate.claim(station.spool.new_job(), time.time()) for candidate in ready]
+        with ThreadPoolExecutor(len(claims)) as pool:
+            ends = dict(zip([claim.stem for claim in claims], pool.map(end_of(station), claims), strict=True))
+        assert (ends["dog"], "a slip" in ends["cat"]) == ("outbox", True)
+        assert station.finished() == dict.fromkeys(stems, "outbox")
+        assert station.names("archive") == ["dog.prompt.txt"]
+
+
+def end_of(station: Station) -> Callable[[Claim], str]:
+    """Return what carries a prompt to its end; it returns the destination, or why there is none."""
+
+    def end(claim: Claim) -> str:
+        try:
+            return station.worker.start(claim).destination
+        except SpoolError as error:
+            return str(error)
+
+    return end

@@ -445,6 +445,23 @@ def test_the_newest_rows_outlive_the_file_beside_the_ledger_that_has_them(
     assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
 
 
+def test_nothing_is_sent_when_the_file_beside_the_ledger_was_cut_off_while_it_is_used(
+    used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon]
+) -> None:
+    daemon = run(used)
+    used.prompt("cat", "A cat")
+    until(lambda: "cat" in used.finished() and used.leftovers() == [])
+    os.truncate(ledger(used).with_name("ledger.sqlite3-wal"), 0)
+    used.prompt("dog", "A dog")
+    until(lambda: "it is damaged or older now" in str(holds(used)))
+    assert sandbox.report()["requests"] == 2
+    assert "saved-1" in str(holds(used))
+    ledger(used).with_name("ledger.sqlite3.saved-1").rename(ledger(used))
+    until(lambda: "dog" in used.finished() and used.leftovers() == [])
+    assert daemon.stop() == 0
+    assert [source.partition(".")[0] for source, _ in rows(ledger(used))] == ["before", "cat", "dog"]
+
+
 @pytest.mark.parametrize("content", [b"", b"no database " * 1000, None])
 def test_a_ledger_that_is_replaced_by_something_else_is_saved_beside_its_place(
     used: Folders, sandbox: Sandbox, run: Callable[..., LoggedDaemon], tmp_path: Path, content: bytes | None

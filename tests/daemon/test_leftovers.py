@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 from support.daemon import TESTS, Folders
 from support.daemon import command as command_of
+from support.scripted import small_image
 
 from imagewatch.job.spool import Spool
 from imagewatch.journal.files import FILE
@@ -116,3 +117,34 @@ def test_temporary_files_of_ours_are_removed_after_a_day(folders: Folders, monke
     assert not ours.exists()
     assert link.is_symlink()
     assert all(path.exists() for path in others)
+
+
+KILLED_BEFORE_THE_ATTEMPT = """
+import os, signal
+from imagewatch.config.load import load
+from imagewatch.daemon.loop import Daemon
+from imagewatch.journal.journal import Journal
+
+Journal.spend = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
+Daemon(load(None, os.environ), os.environ, once=True).run()
+"""
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_the_file_for_a_response_to_a_request_that_was_not_recorded_is_removed_at_the_next_start(
+    folders: Folders, sandbox: Sandbox, tmp_path: Path, start, image: bool
+) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED_BEFORE_THE_ATTEMPT)
+    if image:
+        folders.drop("cat.png", small_image())
+    folders.prompt("cat", "a cat")
+    daemon = start(folders, script=str(script))
+    assert daemon.wait() == -signal.SIGKILL, daemon.output
+    assert [path.name[16:] for path in folders.answers()] == [".answer.1.part"]
+    folders.prompt("dog", "a dog")  # and the cat is canceled
+    for path in folders.inbox.glob("cat.*"):
+        path.unlink()
+    assert command_of(folders, "once").returncode == 0
+    assert folders.leftovers() == []
+    assert sandbox.report()["requests"] == (2 if image else 1)

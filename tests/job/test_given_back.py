@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,8 +12,10 @@ from support.inotify import Events
 from support.station import Distrustful, Station
 
 from imagewatch.job.outcome import End
+from imagewatch.system.errors import Withdrawn
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     from imagewatch.sandbox import Sandbox
@@ -78,6 +80,38 @@ def test_a_refusal_from_before_a_wait_is_not_reported_again(station: Station, sa
     assert asked == ["credits"], "it is shown, or not shown, once"
     assert (station.inbox / "cat.prompt.txt").read_text() == "a cat [sandbox: 402]"
     assert (station.names("errors"), sandbox.report()["requests"]) == ([], 1)
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_prompt_that_was_withdrawn_while_a_newer_one_came_goes_back_when_its_name_is_free(
+    station: Station, sandbox: Sandbox, image: bool
+) -> None:
+    asked = []
+
+    @contextmanager
+    def leaving() -> Iterator[None]:
+        asked.append(station.names("inbox"))
+        if any(name.startswith(".imagewatch/") for name in asked[-1]):  # it is claimed
+            station.prompt("cat", "a newer prompt of this name")
+            raise Withdrawn("the queue was put on hold")
+        yield
+
+    worker = Distrustful(station.spool, station.client, station.journal, station.config(), leaving=leaving)
+    if image:
+        station.drop("cat.png", unique_png("cat"))
+    station.prompt("cat", "a cat")
+    first = worker.start(claimed(station))
+    assert (first.end, first.awaits_name) == (End.DEFERRED, True)
+    second = station.worker.process(first.job, is_resumed=True)
+    assert (second.end, second.awaits_name) == (End.DEFERRED, True)
+    (station.inbox / "cat.prompt.txt").unlink()
+    third = station.worker.process(first.job, is_resumed=True)
+    assert third.end is End.RETURNED
+    assert sandbox.report()["requests"] == 0
+    station.work()
+    assert station.finished() == {"cat": "outbox"}
+    assert [call["prompt"] for call in sandbox.report()["calls"]] == ["a cat"]
+    assert station.leftovers() == []
 
 
 def test_an_api_that_was_busy_before_a_wait_delays_no_other_prompt_now(station: Station, sandbox: Sandbox) -> None:

@@ -7,7 +7,9 @@ import contextlib
 import errno
 import hashlib
 import json
+import os
 import re
+import time
 from urllib.parse import quote
 
 import pytest
@@ -29,8 +31,10 @@ from support.station import Distrustful, Station
 
 from imagewatch.config.key import Key
 from imagewatch.endpoint.client import Client
+from imagewatch.job import steps
 from imagewatch.job.outcome import End
 from imagewatch.journal.holds import Holds
+from imagewatch.protocol.reasons import Reason
 from imagewatch.sandbox import TAGS
 from imagewatch.system.errors import ConfigError, Problem, SpoolError
 
@@ -717,7 +721,7 @@ class Slipping(Client):
         raise RuntimeError("a slip")
 
 
-@pytest.mark.parametrize("image", [True, False])
+@pytest.mark.parametrize("image", [False, True])
 @pytest.mark.parametrize("before", [False, True])
 def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_as_free(
     station, sandbox, before, image
@@ -726,8 +730,7 @@ def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_
     client.before = before
     station.worker = Distrustful(station.spool, client, station.journal, station.config())
     originals = ask(station) if image else {"x.prompt.txt": "a cat"}
-    if not image:
-        drop(station, originals)
+    drop(station, originals)
     station.work()
     client.close()
     if before:
@@ -739,18 +742,75 @@ def test_a_bug_while_sending_neither_loses_the_response_nor_reports_the_request_
         assert sandbox.report()["requests"] == 1
 
 
-@pytest.mark.parametrize("place", ["imagewatch.job.steps.build", "imagewatch.job.originals.Originals.claim"])
-def test_a_bug_before_a_request_is_sent_ends_in_an_error_file(station, sandbox, monkeypatch, place):
+def test_a_bug_in_the_claim_of_a_recorded_prompt_ends_in_an_error_file(station, sandbox, monkeypatch):
     def slip(*_, **__):
         raise RuntimeError("a slip")
 
-    monkeypatch.setattr(place, slip)
+    monkeypatch.setattr(station.spool.originals, "claim", slip)
     originals = {"x.prompt.txt": "a cat"}
     drop(station, originals)
     station.work()
     assert "a slip" in station.error("x")["message"]
     assert (station.errors / "x.prompt.txt").read_text() == "a cat"
     assert (station.names("inbox"), station.leftovers(), sandbox.report()["requests"]) == ([], [], 0)
+
+
+def test_a_prompt_that_the_rate_keeps_back_when_it_is_recorded_stays_claimed(tmp_path, sandbox):
+    with contextlib.closing(Station(tmp_path, sandbox.base_url)) as station:
+        spend, refusals = station.journal.spend, [Reason("rate", "limits.requests_per_minute is 1", seconds=0.0)]
+
+        def refuse_once(row, asked, *, skip_repeated, claim=None):
+            if refusals:
+                station.journal.open(claim)
+                return refusals.pop()
+            return spend(row, asked, skip_repeated=skip_repeated, claim=claim)
+
+        station.journal.spend = refuse_once
+        station.prompt("cat", "a cat")
+        (candidate,) = station.scan.scan_all(time.monotonic(), time.time()).ready
+        outcome = station.worker.start(candidate.claim(station.spool.new_job(), time.time()))
+        assert (outcome.end, outcome.reason.kind) == (End.DEFERRED, "rate")
+        assert station.names("inbox") == [f".imagewatch/{outcome.job}/cat.prompt.txt"]
+        assert station.worker.process(outcome.job, is_resumed=True).destination == "outbox"
+        assert station.leftovers() == []
+
+
+@pytest.mark.parametrize("image", [False, True])
+def test_a_bug_while_a_prompt_is_read_ends_in_an_error_file(station, sandbox, monkeypatch, image):
+    def slip(*_):
+        raise RuntimeError("a slip")
+
+    monkeypatch.setattr(steps, "build", slip)
+    originals = ask(station) if image else {"x.prompt.txt": "a cat"}
+    drop(station, originals)
+    station.work()
+    error = refused(station, "x", originals)
+    assert (error["charged"], "a slip" in str(error["problems"])) == ("no", True)
+    assert sandbox.report()["requests"] == 0
+
+
+def test_a_claimed_prompt_that_cannot_be_checked_is_an_error_of_the_disk_and_not_of_the_network(tmp_path, sandbox):
+    with contextlib.closing(Station(tmp_path, sandbox.base_url)) as station:
+        station.spool.originals.matches_scan = broken_once(station.spool.originals.matches_scan)
+        station.prompt("cat", "a cat")
+        (outcome,) = station.work()
+        assert (outcome.end, outcome.reason.kind) == (End.RETURNED, "disk")
+        assert sandbox.report()["requests"] == 0
+        station.work()
+        assert station.finished() == {"cat": "outbox"}
+
+
+def broken_once(call):
+    """Let a disk fail the first time that something is asked."""
+    calls = []
+
+    def stumble(*values):
+        calls.append(values)
+        if len(calls) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), "cat.prompt.txt")
+        return call(*values)
+
+    return stumble
 
 
 def full_once(call):

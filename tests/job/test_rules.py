@@ -64,7 +64,11 @@ def test_there_is_a_step_for_every_state_of_a_job(everything):
 
 
 def test_every_step_and_every_row_of_the_table_can_be_reached(possible):
-    others = State(recorded=True, sent=1, answered=1, reopened=True), State(recorded=True, checked=True, fresh=True)
+    others = (
+        State(recorded=True, sent=1, answered=1, reopened=True),
+        State(recorded=True, checked=True, fresh=True),
+        State(recorded=True, claimed=True, originals=True, returning=True),
+    )
     seen = [*(e for e, _ in possible), *others]
     assert {next_step(e) for e in seen} == set(Step)
     reached = {next(rule.seen for rule in RULES if rule.holds(e)) for e in seen}
@@ -98,6 +102,13 @@ def test_a_decision_is_always_carried_out(everything):
         ("errors", Step.REJECT),
         ("discarded", Step.DISCARD),
     }
+
+
+def test_a_job_that_waits_for_its_name_is_not_sent(possible):
+    """The journal would refuse it: another job may have its name."""
+    returning = {next_step(replace(e, returning=True)) for e, _ in possible if e.recorded and e.claimed}
+    assert not returning & {Step.GATHER, Step.CHECK, Step.SEND}
+    assert Step.READ in returning, "a paid response is read all the same"
 
 
 def test_a_reopened_job_first_gets_its_originals_back(everything):
