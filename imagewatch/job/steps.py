@@ -333,7 +333,7 @@ class Steps:
         self._spool.delivery.expect(job.id)
         self._completion.read(job)
         if decision := job.record.decision():
-            job.foresee(decided=decision.destination)
+            job.foresee(decided=decision.destination, returning=False)
 
     def _refuse(self, job: RunningJob) -> None:
         verdict = job.verdict()
