@@ -170,6 +170,7 @@ class Sink:
         self._frames: Frames | None = None
         self._file: IO[bytes] | None = None
         self._is_suspect = False
+        self._size = 0  # without the last line
         self.written = self.status = 0
         self.until = -math.inf
         self.error = ""
@@ -206,8 +207,7 @@ class Sink:
         """Make the response durable under its final name, images first. It is not read before."""
         if self._frames:
             self._frames.end()
-        self._put(b"\n" + dump(tail))
-        self._insist(functools.partial(self._settle, is_complete=tail.complete))
+        self._insist(functools.partial(self._settle, tail))
         self.close()
 
     def close(self) -> None:
@@ -224,18 +224,25 @@ class Sink:
         rest = memoryview(content)
         while rest:
             rest = rest[self._insist(functools.partial(os.write, self._file.fileno(), rest)) :]
+        self._size += len(content)
 
-    def _settle(self, *, is_complete: bool) -> None:
-        """Give the complete response its name; if that fails half way, it may be done again."""
+    def _settle(self, tail: Tail) -> None:
+        """Give the complete response its name; if that fails half way, it may be done again.
+
+        A file with a last line has all its images on the disk, whatever ends the process or the computer.
+        """
         assert self._file is not None
         has_names = has_name(self._disk, self._file, self._part) and (not self._frames or self._frames.is_there())
         if self._is_suspect or not has_names:
             self._write_again()
-        self._disk.unreserve(self._file)
         self._is_suspect = True
         if self._frames:
             self._frames.sync()
-        is_synced = not (self._defers_sync and is_complete and self._frames and self._frames.is_decoded)
+        os.ftruncate(self._file.fileno(), self._size)
+        self._file.seek(self._size)
+        self._file.write(b"\n" + dump(tail))
+        self._disk.unreserve(self._file)
+        is_synced = not (self._defers_sync and tail.complete and self._frames and self._frames.is_decoded)
         if is_synced:
             self._disk.sync(self._file, self._part)
         self._is_suspect = False
@@ -251,11 +258,11 @@ class Sink:
         assert self._file is not None
         self._restore()
         read = functools.partial(os.pread, self._file.fileno())
-        end = os.fstat(self._file.fileno()).st_size
         copy = self._disk.replace_leftover(self._part)
         try:
-            for piece in self._unframed(read, end) if self._frames else plain(read, 0, end, CHUNK_BYTES):
+            for piece in self._unframed(read) if self._frames else plain(read, 0, self._size, CHUNK_BYTES):
                 copy.write(piece)
+            self._size = copy.tell()
         except BaseException:
             copy.close()
             raise
@@ -265,12 +272,11 @@ class Sink:
             self._frames.remove()
             self._frames = None
 
-    def _unframed(self, read: Read, end: int) -> Iterator[bytes]:
+    def _unframed(self, read: Read) -> Iterator[bytes]:
         assert self._frames is not None
-        head, start, tail, end = _ends(read, end)
+        head, start = _beginning(read)
         yield dump(replace(head, framed=False)) + b"\n"
-        yield from texts(body(read, start, end, CHUNK_BYTES, self._frames.decoded))
-        yield b"\n" + dump(tail)
+        yield from texts(body(read, start, self._size, CHUNK_BYTES, self._frames.decoded))
 
     def _insist(self, act: Callable[[], T]) -> T:
         """Do what the disk may refuse, again and again while there is time."""
@@ -320,8 +326,7 @@ def _ends(read: Read, size: int) -> tuple[Head, int, Tail, int]:
     Raises:
         ValueError: One of them is missing, or is not what it should be.
     """
-    first = _line(lambda most: read(most, 0).partition(b"\n"))
-    head, start = load(first, Head), len(first) + 1
+    head, start = _beginning(read)
     try:
         last = _line(lambda most: read(most, max(start - 1, size - most)).rpartition(b"\n")[::-1])
         return head, start, load(last, Tail), size - len(last) - 1
@@ -329,6 +334,12 @@ def _ends(read: Read, size: int) -> tuple[Head, int, Tail, int]:
         if not head.framed:
             raise
         return head, start, Tail(complete=False, reason=_CUT), size  # it was not synced before the computer stopped
+
+
+def _beginning(read: Read) -> tuple[Head, int]:
+    """Return the first line of a file, and the offset of the body."""
+    first = _line(lambda most: read(most, 0).partition(b"\n"))
+    return load(first, Head), len(first) + 1
 
 
 def _line(read: Callable[[int], tuple[bytes, bytes, bytes]]) -> bytes:
