@@ -293,6 +293,8 @@ class World(Folders):
         self.wait(lambda: self.destination(source), f"the honest prompt {name}")
         assert self.destination(source) == "outbox"
         assert self.requests(text) == 1
+        jobs = {row["job"] for row in self.rows(source)}
+        self.wait(lambda: not jobs.intersection(self.open_jobs()), f"the end of the honest job {name}")  # it is archived
 
 
 def give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> None:
