@@ -294,7 +294,7 @@ class World(Folders):
         assert self.destination(source) == "outbox"
         assert self.requests(text) == 1
         jobs = {row["job"] for row in self.rows(source)}
-        self.wait(lambda: not jobs.intersection(self.open_jobs()), f"the end of the honest job {name}")  # it is archived
+        self.wait(lambda: not jobs.intersection(self.open_jobs()), f"the end of the job {name}")  # it is archived
 
 
 def give(path: Path, mode: int, uid: int = DAEMON, gid: int | None = None) -> None:
