@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
 READ_BYTES: Final = 512 * 1024
-"""Most bytes that are read at once: each piece is two calls that give the interpreter away and queue for it again."""
+"""Most bytes of one read: each read is two system calls, and a thread may lose the interpreter at each of them."""
 _HEAD_READ_BYTES: Final = 64 * 1024
 _MOST_HEAD_BYTES: Final = 256 * 1024
 """For all heads of a response, the interim ones included. One head may have 100 KB (httpcore)."""

@@ -302,7 +302,7 @@ class Steps:
             if fate.reason is None:
                 _log.info("withdrawn", reason=fate.message)
             if fate.reason and fate.reason.error and not fate.reason.error.code:
-                raise fate.reason.error  # the journal says that it must not be sent, whoever tries
+                raise fate.reason.error  # the journal refuses this attempt in any case
             job.record.take_back(fate.attempt)
             self._sending.forget(job.id)
             if fate.reason is not None and fate.reason.row.is_own:

@@ -97,7 +97,7 @@ class Worker:
         claim = replace(claim, owner=self._spool.originals.owner(claim))
         record = self._spool.record(claim.job)
         self._spool.require_claims()
-        # With images it is claimed first: its request is read while it is sent, and nobody else may change it then.
+        # With images it is claimed first: its request is read while it is sent, and no other user may change it then.
         request = None if claim.images else self._steps.valid_request(claim)
         job = RunningJob(record, claim, request=request, is_fresh=request is not None, began=self._clock())
         if job.is_fresh:

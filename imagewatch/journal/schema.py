@@ -128,7 +128,7 @@ _ADD = f"""
     ON CONFLICT DO UPDATE SET last_at = max(last_at, excluded.last_at);
 """  # noqa: S608  our own names
 _COUNT = "INSERT INTO meta VALUES ('recorded', 1) ON CONFLICT DO UPDATE SET value = value + 1;"
-# The sums follow from the rows: whoever writes a row keeps them right.
+# The sums follow from the rows: each change of a row changes them, whatever program makes it.
 TRIGGERS = {
     "attempts_inserted": f"AFTER INSERT ON attempts BEGIN {_COUNT} {_ADD.format('new', 1)} END",
     "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_COUNT} {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",

@@ -273,7 +273,7 @@ class Database:
         self._is_saved = False  # there will be more rows than were saved
 
     def _ensure_beside(self, connection: sqlite3.Connection) -> None:
-        """Make sure that the newest rows are still in the file that has them. By itself, that never becomes shorter."""
+        """Make sure that the newest rows are still in the file that has them. SQLite makes that no shorter in use."""
         beside, known = _stat(self.path + _WAL), self._wal
         if not _is_same(beside, known):
             self._write_back()

@@ -1,4 +1,4 @@
-"""One call for several threads that want the same, or that want the same done with different things."""
+"""One call for several threads: the same call for all of them, or one call with the things of all of them."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class _Batch(Generic[T]):
 
 
 class Together(Generic[T]):
-    """Does what several threads want at about the same time for all of them at once, in one of them.
+    """Does together, in one thread, what several threads ask for at about the same time.
 
     Args:
         act: Does it for several; returns the error of each that failed, by its number.
@@ -86,7 +86,7 @@ class Together(Generic[T]):
 
         Args:
             item: The item.
-            expected: Returns how many threads will want it soon, this one included; they are waited for a moment.
+            expected: Returns how many threads will ask for it soon, this one included; it waits for them, but not for long.
 
         Raises:
             Exception: That of this item.

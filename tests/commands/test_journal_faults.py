@@ -1,4 +1,4 @@
-"""While the journal cannot record, nothing is sent, and people are told why: a real daemon, commands, and the endpoint.
+"""While the journal cannot record, nothing is sent, and people see why: a real daemon, commands, and the endpoint.
 
 Each fault comes while the daemon waits for a response, with other prompts in the inbox. When it ends, all of them are
 completed, each is paid once, and the ledger has the same requests as the endpoint.
@@ -132,17 +132,17 @@ def holds(folders: Folders) -> list[dict[str, Any]]:
     return []
 
 
-def told(folders: Folders, words: str) -> None:
+def reported(folders: Folders, text: str) -> None:
     """``check`` and ``status`` report the fault."""
-    until(lambda: words in str(holds(folders)))
+    until(lambda: text in str(holds(folders)))
     assert {hold["kind"] for hold in holds(folders)} == {"disk"}
     done = command(folders, "status")
-    assert (done.returncode, words in done.stdout) == (69, True), done.stdout
-    if words == OLDER:
+    assert (done.returncode, text in done.stdout) == (69, True), done.stdout
+    if text == OLDER:
         return  # any program that opens the copy adds to it what SQLite keeps beside the file
     done = command(folders, "check")
-    assert words in " ".join(done.stdout.split()), done.stdout
-    assert done.returncode == (0 if words == FULL else 78), "only the daemon's journal is full: check repeats the hold"
+    assert text in " ".join(done.stdout.split()), done.stdout
+    assert done.returncode == (0 if text == FULL else 78), "only the daemon's journal is full: check repeats the hold"
 
 
 def recovered(folders: Folders, sandbox: Sandbox, stems: list[str]) -> None:
@@ -171,7 +171,7 @@ def limited(tmp_path: Path, run: Callable[..., LoggedDaemon]) -> Callable[[Folde
 def test_a_journal_that_cannot_record_holds_the_queue_and_loses_no_response(
     folders: Folders, sandbox: Sandbox, limited: Callable[[Folders], LoggedDaemon], fault: str
 ) -> None:
-    begin, words = FAULTS[fault]
+    begin, text = FAULTS[fault]
     folders.prompt("before", "Before")
     assert command(folders, "once").returncode == 0
     copied(folders, "backup")
@@ -183,10 +183,10 @@ def test_a_journal_that_cannot_record_holds_the_queue_and_loses_no_response(
         stems = [f"p{number}" for number in range(MANY)]
         for stem in stems:
             folders.prompt(stem, f"{LONG}{stem}")
-        told(folders, words)
+        reported(folders, text)
         sandbox.release()
         until(lambda: any(path.name.endswith(".answer.1") for path in folders.answers()))
-        told(folders, words)
+        reported(folders, text)
         assert (sandbox.report()["requests"], list(folders.finished())) == (2, ["before"])
     recovered(folders, sandbox, ["before", "sent", *stems])
     assert daemon.stop() == 0
@@ -197,7 +197,7 @@ def test_a_journal_that_cannot_record_holds_the_queue_and_loses_no_response(
 def test_a_daemon_that_starts_while_the_journal_cannot_record_sends_nothing_until_it_can(
     folders: Folders, sandbox: Sandbox, limited: Callable[[Folders], LoggedDaemon], fault: str
 ) -> None:
-    begin, words = FAULTS[fault]
+    begin, text = FAULTS[fault]
     folders.prompt("before", "Before")
     assert command(folders, "once").returncode == 0
     with begin(folders):
@@ -205,7 +205,7 @@ def test_a_daemon_that_starts_while_the_journal_cannot_record_sends_nothing_unti
         stems = [f"p{number}" for number in range(MANY)]
         for stem in stems:
             folders.prompt(stem, f"{LONG}{stem}")
-        told(folders, words)
+        reported(folders, text)
         assert (sandbox.report()["requests"], list(folders.finished())) == (1, ["before"])
     recovered(folders, sandbox, ["before", *stems])
     assert daemon.stop() == 0
@@ -216,7 +216,7 @@ def test_a_daemon_that_starts_while_the_journal_cannot_record_sends_nothing_unti
 def test_what_was_sent_before_a_kill_is_not_sent_again_though_the_journal_cannot_record_at_the_next_start(
     folders: Folders, sandbox: Sandbox, limited: Callable[[Folders], LoggedDaemon], fault: str
 ) -> None:
-    begin, words = FAULTS[fault]
+    begin, text = FAULTS[fault]
     sandbox.hold()
     folders.prompt("sent", "Sent")
     daemon = limited(folders)
@@ -226,7 +226,7 @@ def test_what_was_sent_before_a_kill_is_not_sent_again_though_the_journal_cannot
     with begin(folders):
         daemon = limited(folders)
         folders.prompt("waits", LONG)
-        told(folders, words)
+        reported(folders, text)
         assert (sandbox.report()["requests"], folders.finished().get("waits")) == (1, None)
     until(lambda: folders.finished() == {"sent": "errors", "waits": "outbox"}, timeout=60)
     assert folders.error("sent")["charged"] == "unknown"

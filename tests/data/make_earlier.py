@@ -6,7 +6,7 @@ Run it in a checkout of the version whose folders are wanted; it takes about thr
 process of its own and stops before each change of the disk, each write to the ledger and each piece of a response,
 until its folders are copied (``stopping_daemon``). Then this version is started on each copy, with a new endpoint
 (``support.earlier``). How that ends is the reference for later versions. It is compared with what the endpoint has
-seen: no prompt is charged twice, and ``balanced`` tells whether the ledger has every charge.
+seen: no prompt is charged twice, and ``balanced`` says whether the ledger has every charge.
 """
 
 from __future__ import annotations

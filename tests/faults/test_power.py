@@ -427,8 +427,10 @@ class Audit:
         else:
             assert found
             # What was arriving when the process died, and was not durable when the power went, may be damaged.
-            is_told = not self._stage.books.settled[prompt] and "ended while the response arrived" in str(result_file)
-            assert found[0] == images[0] or is_told
+            is_reported = not self._stage.books.settled[prompt] and "ended while the response arrived" in str(
+                result_file
+            )
+            assert found[0] == images[0] or is_reported
 
     def _check_refused(self, stem: str, name: str, result_file: dict[str, Any]) -> None:
         """The originals are beside the error file, and so is a charged response."""

@@ -1,4 +1,4 @@
-"""A decision in the words of version 0.1.0 is carried out."""
+"""A decision with the names of version 0.1.0 is carried out."""
 
 from __future__ import annotations
 
