@@ -123,11 +123,6 @@ class Record:
         """Return an attempt that may have left, or None."""
         return next((one for one in (self.row.attempts if self.row else ()) if one.number == number), None)
 
-    def sent(self, attempt: int) -> Sent | None:
-        """Return what was sent, or None."""
-        known = self.attempt(attempt)
-        return known.sent if known else None
-
     def next_attempt(self) -> tuple[int, str]:
         """Return number and nonce of the next attempt."""
         return (self.row.highest if self.row else 0) + 1, token_hex(8)

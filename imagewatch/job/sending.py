@@ -169,7 +169,7 @@ class Sending:
             on_spent: Called when the attempt is recorded, before its first byte leaves.
 
         Returns:
-            What happened to it; it is in ``fates``, too, until ``settle``.
+            What happened to it; it is in ``fates``, too, until ``forget``.
         """
         fate = self._fates[claim.job] = Fate(claim, row, sent)
         sink = record.sink(row.attempt, record.make_folder, self._on_disk_error)

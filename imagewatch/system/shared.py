@@ -86,7 +86,7 @@ class Together(Generic[T]):
 
         Args:
             item: The item.
-            expected: Returns how many threads will ask for it soon, this one included; it waits for them, but not for long.
+            expected: Returns how many threads will ask for it soon, this one included; they are waited for a moment.
 
         Raises:
             Exception: That of this item.
