@@ -238,14 +238,16 @@ class Sink:
         self._is_suspect = True
         if self._frames:
             self._frames.sync()
+        self._is_suspect = False  # what fails now is done again, without a copy of all
         os.ftruncate(self._file.fileno(), self._size)
         self._file.seek(self._size)
         self._file.write(b"\n" + dump(tail))
         self._disk.unreserve(self._file)
         is_synced = not (self._defers_sync and tail.complete and self._frames and self._frames.is_decoded)
         if is_synced:
+            self._is_suspect = True
             self._disk.sync(self._file, self._part)
-        self._is_suspect = False
+            self._is_suspect = False
         self._disk.replace(self._part, self._path)
         if is_synced:
             self._disk.sync_folder(os.path.dirname(self._path))

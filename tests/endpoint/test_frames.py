@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import io
 import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -369,6 +371,42 @@ def test_a_response_is_durable_after_its_images(place):
     disk = Noted()
     place.save([json.dumps(GEMINI).encode()], disk=disk)
     assert disk.synced == ["answer.image.0", "folder", "answer.1.part", "folder"]
+
+
+def test_a_response_has_its_last_line_only_when_its_images_are_durable(place):
+    class Looking(Disk):
+        """A disk that notes whether the response has its last line when an image is synced."""
+
+        def sync(self, file, path):
+            if "image" in path:
+                found.append(b"complete" in Path(f"{place.path}.part").read_bytes())
+            super().sync(file, path)
+
+    found = []
+    answer = place.save([json.dumps(GEMINI).encode()], disk=Looking())
+    assert (found, answer.tail.complete) == ([False], True)
+
+
+def test_a_last_line_that_the_disk_refuses_at_first_is_written_to_the_same_file(place):
+    class Full(Disk):
+        """A disk that is full once, when the last line is written."""
+
+        def unreserve(self, file):
+            inodes.append(os.fstat(file.fileno()).st_ino)
+            if len(inodes) == 1:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            super().unreserve(file)
+
+    inodes = []
+    with contextlib.closing(place.sink(Full(), wait=lambda _: None)) as sink:
+        sink.until = math.inf
+        sink.start(Head(status=200))
+        sink.write(MIXED)
+        sink.finish(Tail(complete=True))
+    assert len(inodes) == 2
+    assert len(set(inodes)) == 1
+    answer = place.answer()
+    assert (body_of(answer), answer.tail.complete) == (MIXED, True)
 
 
 def test_the_part_of_a_response_that_came_before_a_kill_gets_its_name_after_its_images_are_durable(place):
