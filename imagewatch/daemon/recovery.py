@@ -24,6 +24,7 @@ class Recovery:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
+        self._has_taken_over = False
 
     def begin(self) -> None:
         """Take up every job that left something; for the start, before anything is sent."""
@@ -42,12 +43,14 @@ class Recovery:
         """Take up what could not be taken up before, as the journal could not be read; return whether that is done."""
         if self._parts.is_recovered:
             return True
+        spool = self._parts.spool
         try:
-            self._take_up_all(self._parts.spool.take_over())
+            # What is tidied up there may belong to a job that a worker has now.
+            self._take_up_all(spool.unfinished() if self._has_taken_over else spool.take_over())
         except SpoolError as error:
             self._parts.admission.failed(error)
             return False
-        self._parts.is_recovered = True
+        self._parts.is_recovered = self._has_taken_over = True
         return True
 
     def _take_up_all(self, unfinished: list[str]) -> None:

@@ -559,3 +559,49 @@ def test_a_hold_for_a_cap_or_a_rate_does_not_stop_a_request_that_was_admitted(tm
         gate.drain()
         with pytest.raises(Withdrawn, match="daemon stopped"), gate.leaving():
             pass
+
+
+# Beside a request in flight
+
+
+REFUSING = (
+    """
+import os
+from imagewatch.journal.journal import Journal
+from imagewatch.system.errors import SpoolError
+
+_claim = Journal.claim
+
+def refuse_once(self, claim):
+    if os.path.exists(os.environ["GATE"]):
+        os.unlink(os.environ["GATE"])
+        raise SpoolError("the ledger cannot be written: full", path="ledger", code=28)
+    return _claim(self, claim)
+
+Journal.claim = refuse_once
+"""
+    + HURRIED
+)
+
+
+def test_a_claim_that_could_not_be_recorded_leaves_the_file_of_a_request_in_flight_alone(
+    tmp_path: Path, folders: Folders, run: Callable[..., LoggedDaemon], sandbox: Sandbox
+) -> None:
+    gate, script = tmp_path / "gate", tmp_path / "refusing.py"
+    folders.environ["GATE"] = str(gate)
+    script.write_text(REFUSING)
+    sandbox.hold()
+    folders.prompt("cat", "a cat")
+    daemon = run(folders, "0.3", script=str(script))
+    assert sandbox.wait_for_requests(1, 20)
+    gate.touch()
+    folders.drop("dog.png", small_image())
+    folders.prompt("dog", "a dog")
+    until(lambda: not gate.exists())
+    assert sandbox.wait_for_requests(2, 20)
+    assert len(list(folders.state.glob("answers/*.answer.1.part"))) == 2
+    sandbox.release()
+    until(lambda: folders.finished() == {"cat": "outbox", "dog": "outbox"})
+    until(lambda: folders.leftovers() == [])
+    assert daemon.stop() == 0
+    assert sandbox.report()["requests"] == 2
