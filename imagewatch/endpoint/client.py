@@ -82,6 +82,7 @@ class Client:
         self._clock = clock
         self._clients = Clients(endpoint, resolve)
         self.url = endpoint.base_url + PATH
+        self._url = httpx.URL(self.url)
         self.prepare, self.close = self._clients.prepare, self._clients.close
         self.fetch = Downloads(endpoint, self._clients).fetch
 
@@ -119,9 +120,7 @@ class Client:
         with Call(self._endpoint.deadline_seconds) as call:
             attempt, sink.until = _Attempt(call, on_send, body.length), call.at
             try:
-                with self.prepare()[0].stream(
-                    "POST", self.url, headers=headers, content=iter(body), extensions={"trace": attempt.trace}
-                ) as response:
+                with self._clients.post(self._url, headers, iter(body), attempt.trace) as response:
                     self._save(response, sink, call, key.secret)
             except ERRORS as error:
                 raise self._translated(error, attempt, call, key.secret) from None

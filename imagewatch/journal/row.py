@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 from typing import TYPE_CHECKING, Literal
 
@@ -99,6 +100,7 @@ LOST = "only the ledger has a record of this request; it may have been charged"
 """Message of an attempt of which only its row is left."""
 
 
+@functools.lru_cache(maxsize=128)
 def price_of(fields: str, provider: str) -> tuple[str, str]:
     """Return the provider that a request asked, and the kind of its price.
 

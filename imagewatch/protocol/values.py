@@ -209,11 +209,11 @@ class Decision(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def dump(value: msgspec.Struct) -> bytes:
-    """Return a record as one line of JSON.
-
-    Not by ``msgspec``: it refuses the lone surrogates by which Python carries file names that are not UTF-8.
-    """
-    return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode()
+    """Return a record as one line of JSON."""
+    try:
+        return msgspec.json.encode(value)
+    except UnicodeEncodeError:  # a lone surrogate, by which Python carries the bytes of a file name that is not UTF-8
+        return json.dumps(msgspec.to_builtins(value), separators=(",", ":")).encode()
 
 
 def load(raw: bytes, kind: type[T]) -> T:
