@@ -101,7 +101,7 @@ class Clients:
             )
         for client, network in zip((post, get), networks, strict=True):
             install(client, network, networks[0])
-        self._transport = post._transport_for_url(httpx.URL(endpoint.base_url))  # its own, or that of a proxy
+        self._transport = post._transport_for_url(httpx.URL(endpoint.base_url))  # noqa: SLF001  its own, or that of a proxy
         return post, get
 
     @contextlib.contextmanager
