@@ -87,7 +87,11 @@ def translated(path: str, error: sqlite3.Error) -> SpoolError:
                 "give the state folder and its files to the daemon's user, and check that it is not mounted read-only"
             )
         case sqlite3.SQLITE_BUSY | sqlite3.SQLITE_LOCKED:
-            code, why, hint = errno.EBUSY, "is locked by another program", "end that program; fuser shows which it is"
+            code, why, hint = (
+                errno.EBUSY,
+                "is locked by another program",
+                "end that program; fuser -v lists it beside the daemon",
+            )
         case sqlite3.SQLITE_FULL:
             code, why, hint = errno.ENOSPC, f"cannot be written: {error}", "free some space"
         case sqlite3.SQLITE_CORRUPT | sqlite3.SQLITE_NOTADB:

@@ -389,7 +389,7 @@ class Database:
                 f"the newest part of the ledger was deleted, and another program reads the ledger: {self.path}{_WAL}"
             )
             raise SpoolError(
-                message, path=self.path, code=errno.EBUSY, hint="end that program; fuser shows which it is"
+                message, path=self.path, code=errno.EBUSY, hint="end that program; fuser -v lists it beside the daemon"
             )
 
     # Saving and renaming
