@@ -54,7 +54,7 @@ class Content:
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
-        self._walls: dict[float, datetime] = {}
+        self._walls: dict[tuple[str, float], datetime] = {}
         self._changed: dict[str, datetime | None] = {}
         self._redelivered = notice.Redelivered()
 
@@ -87,18 +87,29 @@ class Content:
         now = self._parts.now()
         shown = [hold for hold in self._parts.admission.holds() if not hold.brief or _is_long(hold, now)]
         before, self._walls = self._walls, {}
-        for moment in (moment for hold in shown for moment in (hold.began, hold.until) if math.isfinite(moment)):
-            # Computed once: the two clocks do not run exactly alike.
-            self._walls[moment] = before.get(moment) or notice.at(self._parts.clock() + moment - now)
+        for hold in shown:
+            for moment in filter(math.isfinite, (hold.began, hold.until)):
+                # Computed once: the two clocks do not run exactly alike.
+                known_time = before.get((hold.kind, moment))
+                self._walls[hold.kind, moment] = known_time or self._wall(hold, moment)
         return tuple(map(self._hold, shown))
+
+    def _wall(self, hold: Hold, moment: float) -> datetime:
+        """Return a monotonic time of a hold as a date; it may have begun before the start of this process."""
+        if moment == hold.began:
+            with contextlib.suppress(SpoolError):
+                since = self._parts.journal.requests.since()
+                if hold.kind in since:
+                    return notice.at(since[hold.kind])
+        return notice.at(self._parts.clock() + moment - self._parts.now())
 
     def _hold(self, hold: Hold) -> notice.HoldNotice:
         return notice.HoldNotice(
             kind=hold.kind,
             provider=hold.provider or None,
             message=_text(_WITHOUT_CREDITS.get(hold.kind, hold.reason.message)),
-            since=self._walls.get(hold.began),
-            next_try_at=self._walls.get(hold.until),
+            since=self._walls.get((hold.kind, hold.began)),
+            next_try_at=self._walls.get((hold.kind, hold.until)),
             next=_text(hold.reason.next),
         )
 

@@ -100,7 +100,7 @@ class _Text:
             yield f"  Next try at {self._at(hold.next_try_at)}."
         else:
             yield "  It lasts until the administrator ends it."
-        yield f"  What to do (administrator): {printable(hold.next)}"
+        yield f"  For the administrator: {printable(hold.next)}"
 
     # What needs a person
 
