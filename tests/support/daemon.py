@@ -116,6 +116,7 @@ class Folders:
             if path.name not in {"lock", ".imagewatch-claims"}
         ]
         left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
+        left = [one for one in left if "/.iw-status." not in one]  # a status file that is being written
         return left
 
     def answers(self) -> list[Path]:
