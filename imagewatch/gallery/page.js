@@ -301,7 +301,10 @@ function enlarge(index, image) {
   $("aside").replaceChildren(...details(job, parts[part]).filter(Boolean));
   $("#before").disabled = at === 0 && part === 0;
   $("#after").disabled = at === shown.length - 1 && part >= own(job) - 1;
-  if (!view.open) view.showModal();
+  if (!view.open) {
+    view.showModal(); // it may have scrolled to the first link
+    $("#close").focus({ preventScroll: true });
+  }
   view.scrollTop = 0; // on a phone the image is above its details
   remember();
 }
