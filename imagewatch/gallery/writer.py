@@ -98,7 +98,7 @@ class Gallery:
         self._thumbnails = Thumbnails(self._disk, self._files, self._permissions.apply, patience or Patience())
         self._seconds = seconds
         self._clock = clock
-        self._status_folder = config.folders.root
+        self._status_folder = config.folders.notice
         self._unfinished = False
         self._scan = Scan()
         self._stamp = ""
