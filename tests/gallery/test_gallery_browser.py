@@ -477,8 +477,8 @@ def test_text_of_other_people_in_the_status_is_shown_and_never_run(browser: Chro
     hold = HoldNotice(kind=HOSTILE, provider=HOSTILE, folder=HOSTILE, message=HOSTILE, next=HOSTILE)
     files = tuple(WaitingFile(name=text, why=HOSTILE, message=text, next=text) for text in (HOSTILE, EVIL, "x" * 3000))
     stuck = Stuck(count=2**53, files=(StuckFile(name=HOSTILE, message=HOSTILE),))
-    times = {"written_at": datetime(1, 1, 1, tzinfo=UTC), "next_writing_at": datetime.max.replace(tzinfo=UTC)}
-    there = Waiting(count=3, oldest_since=datetime.max.replace(tzinfo=UTC), files=files)
+    times = {"written_at": datetime(1970, 1, 1, tzinfo=UTC), "next_writing_at": datetime(9000, 1, 1, tzinfo=UTC)}
+    there = Waiting(count=3, oldest_since=datetime(9000, 1, 1, tzinfo=UTC), files=files)
     report(shelf, notice("on_hold", holds=(hold,) * 20, waiting=there, stuck=stuck, **times))
     browser.size(360, 800)
     visit(browser, shelf)
