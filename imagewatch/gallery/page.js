@@ -244,7 +244,7 @@ function report(status) {
   const heading = (text) => make("strong", {}, text);
   const next = (text) => text && make("small", {}, sentence(`Next step: ${text}`));
   const stop = (title, ...more) => make("div", { class: "stop" }, heading(title), ...more);
-  const items = [];
+  const items = [], runs = state === "running" || state === "on_hold";
   if (state === "overdue") {
     items.push(stop("The daemon is not running.", make("p", {}, "Its next report was due ", time(status.due_at || status.reported_at),
       ". Prompts wait in the inbox until it runs again."), next("ask your administrator to start it")));
@@ -255,19 +255,22 @@ function report(status) {
   }
   for (const hold of holds) {
     const whose = present(hold.provider && `provider ${hold.provider}`, hold.folder && `folder ${hold.folder}`).join(", ");
-    const times = present(hold.since && "since ", hold.since && time(hold.since), hold.since && hold.next_try_at && " · ",
-      hold.next_try_at && "next try at ", hold.next_try_at && time(hold.next_try_at));
-    items.push(stop(`On hold: ${whose || "all prompts"}`, make("p", {}, sentence(hold.message)), next(hold.next), times.length && make("small", {}, ...times)));
+    const since = hold.since && make("span", {}, "since ", time(hold.since));
+    const until = !runs ? null : hold.next_try_at ? make("span", {}, "next try at ", time(hold.next_try_at)) : "until the administrator ends it";
+    items.push(stop(`On hold (${hold.kind}): ${whose || "all prompts"}`, make("p", {}, sentence(hold.message)),
+      hold.next && make("small", {}, sentence(hold.next.startsWith("no action needed") ? `N${hold.next.slice(1)}` : `For the administrator: ${hold.next}`)),
+      (since || until) && make("small", {}, since, since && until && " · ", until)));
   }
   if (state === "on_hold" && !holds.length) items.push(stop("On hold: all prompts"));
-  if (items.length) items.push(make("div", { class: "turn" })); // what follows begins a line
   const since = status.oldest_since && make("span", {}, ", the oldest since ", time(status.oldest_since));
-  items.push(group(waiting, waiting.count === 1 ? "prompt waits" : "prompts wait", since));
-  if (status.in_flight) items.push(make("p", {}, `${plural(status.in_flight, "request")} in flight`));
-  items.push(group(ignored, ignored.count === 1 ? "file in the inbox is ignored" : "files in the inbox are ignored"));
-  items.push(group(stuck, stuck.count === 1 ? "job cannot finish" : "jobs cannot finish"));
-  const asOf = status.reported_at || data.written;
-  return present(...items, make("small", {}, status.reported_at ? "Last report: " : "State at ", time(asOf)));
+  const lines = present(
+    group(waiting, waiting.count === 1 ? "prompt waits" : "prompts wait", since),
+    status.in_flight && make("p", {}, `${plural(status.in_flight, "request")} in flight`),
+    group(ignored, ignored.count === 1 ? "file in the inbox is ignored" : "files in the inbox are ignored"),
+    group(stuck, stuck.count === 1 ? "job cannot finish" : "jobs cannot finish"),
+    state === "overdue" && make("small", {}, "Last report: ", time(status.reported_at)),
+    runs && make("small", {}, "State at ", time(data.written)));
+  return present(...items, items.length && lines.length && make("div", { class: "turn" }), ...lines); // the lines begin below the boxes
 }
 
 /** Return a line with a count, which opens to a list of files with their reasons. */

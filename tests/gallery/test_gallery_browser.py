@@ -359,8 +359,10 @@ def test_the_button_copies_the_prompt_as_it_was_sent(browser: Chromium, shelf: S
         other = "undefined" if clipboard.startswith("no ") else "{ writeText: () => Promise.reject(new Error('no')) }"
         browser.run(f"Object.defineProperty(navigator, 'clipboard', {{ value: {other} }})")
     browser.run("enlarge(0, 0)")
+    browser.run("var button = document.querySelector('aside .copy'), said = []")
+    browser.run("new MutationObserver(() => said.push(button.textContent)).observe(button, { childList: true })")
     press(browser, "aside .copy")
-    until(lambda: texts(browser, "aside .copy") == ["Copied"])
+    until(lambda: browser.run("said[0]") == "Copied")
     assert browser.run("document.activeElement.className") == "copy"
     assert browser.run("document.querySelectorAll('textarea').length") == 0
     until(lambda: texts(browser, "aside .copy") == ["Copy prompt"])
@@ -410,19 +412,26 @@ def test_a_mark_shows_content_credentials_and_says_that_they_are_not_checked(bro
 def test_holds_and_what_waits_are_at_the_top(browser: Chromium, shelf: Shelf):
     zoo(shelf)
     hold = HoldNotice(kind="credits", message="Not enough credits", next="add credits", since=at(NOW - 60))
-    folder = HoldNotice(kind="cap", folder="anna", message="a cap", next="wait", next_try_at=at(NOW))
+    folder = HoldNotice(
+        kind="cap", folder="anna", message="a cap", next="no action needed; it ends", next_try_at=at(NOW)
+    )
     names = tuple(WaitingFile(name=f"anna/{k}.prompt.txt", why="ready", message="is ready") for k in range(60))
     ignored = Ignored(count=1, files=(IgnoredFile(name="x.txt.txt", message="its ending", next="rename it"),))
     there = Waiting(count=1234, oldest_since=at(NOW), files=names)
     report(shelf, notice("on_hold", holds=(hold, folder), waiting=there, ignored=ignored, in_flight=InFlight(count=1)))
     visit(browser, shelf, clock=NOW)
-    assert texts(browser, "#status .stop strong") == ["On hold: all prompts", "On hold: folder anna"]
+    assert texts(browser, "#status .stop strong") == ["On hold (credits): all prompts", "On hold (cap): folder anna"]
     assert texts(browser, "#status .stop p") == ["Not enough credits.", "a cap."]
-    assert texts(browser, "#status .stop")[0].startswith(
-        "On hold: all promptsNot enough credits.Next step: add credits.since"
-    )
+    local = "new Intl.DateTimeFormat(undefined, { day: 'numeric', month: 'short', hour: 'numeric', minute: '2-digit' })"
+    hour, earlier = (browser.run(f"{local}.format({moment} * 1000)") for moment in (NOW, NOW - 60))
+    assert texts(browser, "#status .stop small") == [
+        "For the administrator: add credits.",
+        f"since {earlier} · until the administrator ends it",
+        "No action needed; it ends.",
+        f"next try at {hour}",
+    ]
     waits, ignores = texts(browser, "#status summary")
-    assert waits.startswith("1,234 prompts wait, the oldest since Jan 15, ")
+    assert waits == f"1,234 prompts wait, the oldest since {hour}"
     assert ignores == "1 file in the inbox is ignored"
     assert "1 request in flight" in texts(browser, "#status > p")
     assert texts(browser, "#status li")[49:52] == [
@@ -483,7 +492,7 @@ def test_text_of_other_people_in_the_status_is_shown_and_never_run(browser: Chro
     browser.size(360, 800)
     visit(browser, shelf)
     browser.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    assert f"On hold: provider {HOSTILE}, folder {HOSTILE}" in texts(browser, "#status strong")
+    assert f"On hold ({HOSTILE}): provider {HOSTILE}, folder {HOSTILE}" in texts(browser, "#status strong")
     assert HOSTILE in texts(browser, "#status li b")
     assert browser.run("document.querySelectorAll('script, img, #status [href], #status [src]').length") == 2
     assert browser.run("typeof pwned") == "undefined"
