@@ -84,12 +84,14 @@ def without_options(text: str) -> str:
         text: The whole file, with ``\n`` line ends.
     """
     lines = text.split("\n")
-    if lines[0] != FENCE and not almost_front_matter(text):
-        return text.strip()
+    if lines[0] != FENCE:
+        if not almost_front_matter(text):
+            return text.strip()
+        lines = text.splitlines()
     signs = [line.translate(_WIDE).strip().strip(_INVISIBLE).strip() for line in lines]
     first = next(number for number, line in enumerate(signs) if line)
     code = _CODE.fullmatch(signs[first])
-    fence = (code[1] or code[2]) if code else "---" if _DASH.fullmatch(signs[first]) else FENCE
+    fence = (code[1] or code[2]) if code else "---" if _DASH.fullmatch(signs[first]) else "++"
     end = next((number for number in range(first + 1, len(lines)) if _closes(signs[number], fence)), None)
     if end is None:  # the options end where the lines do not look like options any more
         end = first

@@ -205,12 +205,16 @@ def test_a_status_that_is_damaged_or_too_large_is_not_shown_and_the_page_is_writ
     assert [job["name"] for job in shelf.jobs] == ["cat"]
 
 
-@pytest.mark.parametrize("kind", ["link", "pipe", "folder", "hole"])
+@pytest.mark.parametrize("kind", ["link", "hard link", "pipe", "folder", "hole"])
 def test_what_is_not_a_plain_small_file_is_not_read_as_the_status(shelf: Shelf, tmp_path: Path, kind: str):
     path = shelf.root / JSON
     if kind == "link":
         (tmp_path / "private.json").write_bytes(encode(notice("stopped")))
         path.symlink_to(tmp_path / "private.json")
+    elif kind == "hard link":
+        (tmp_path / "private.json").write_bytes(encode(notice("stopped")))
+        (tmp_path / "private.json").chmod(0o600)
+        path.hardlink_to(tmp_path / "private.json")
     elif kind == "pipe":
         os.mkfifo(path)
     elif kind == "folder":
