@@ -120,7 +120,7 @@ class FolderStatus:
             page = replace(content, written_at=notice.at(wall), next_writing_at=notice.at(wall + seconds))
         self._last = content
         problems = []
-        for name, text in ((notice.TEXT, as_text(page).encode()), (notice.JSON, notice.encode(page))):
+        for name, text in ((notice.JSON, notice.encode(page)), (notice.TEXT, as_text(page).encode())):
             try:
                 self._replace(os.path.join(self._folder, name), text)
             except SpoolError as error:

@@ -124,7 +124,10 @@ class Report:
     def _write_in_folders(self) -> None:
         """Write the status files in the folders, if they differ or are due."""
         at_work, stuck = map(_sources, (self._parts.jobs.at_work, self._parts.jobs.stuck))
+        before = self._in_folders.problem
         self._in_folders.update(self._parts.status.state, at_work, stuck)
+        if self._in_folders.problem != before:
+            self._parts.status.change()
 
 
 def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:
