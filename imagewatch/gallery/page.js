@@ -344,7 +344,7 @@ function details(job, image) {
   return [make("p", { class: "prompt" }, job.title), button, make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank", rel: "noopener noreferrer" }, name))];
 }
 
-/** Copy a prompt without control characters, which a terminal would obey when it is pasted. */
+/** Copy a prompt without control characters: pasted into a terminal, they could run a command. */
 async function copy(prompt, button) {
   const text = prompt.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g, "");
   const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false) || copySelected(text);

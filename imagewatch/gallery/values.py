@@ -102,7 +102,7 @@ class Hold(msgspec.Struct, omit_defaults=True, kw_only=True):
 
 
 class NamedProblem(msgspec.Struct, omit_defaults=True):
-    """A file in the inbox: its path there, what is the matter with it, and what to do."""
+    """A file in the inbox: its path there, what is wrong with it, and what to do."""
 
     name: str
     message: str = ""
