@@ -1,4 +1,4 @@
-"""``imagewatch gallery``: writes the page, once or whenever files were added or removed."""
+"""``imagewatch gallery``: writes the page, once or whenever files or the status change."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from imagewatch.system.text import printable
 @click.option(
     "--output", type=click.Path(), metavar="FILE", help="Path of the page; without it: gallery.html beside the outbox"
 )
-@click.option("--watch", is_flag=True, help="Write the page again when files were added or removed, until stopped")
+@click.option("--watch", is_flag=True, help="Write the page again when files or the status change, until stopped")
 def gallery(path: str | None, output: str | None, *, watch: bool) -> None:
     """Write a web page of all images, costs and failures.
 
-    The page is one HTML file for any browser, and needs no network. It is beside the outbox. Its thumbnails are in a
-    folder beside the page: gallery_files, or with --output NAME.html NAME_files. If root runs the command, it works
-    with the rights of the owner of the page's folder.
+    At its top are holds and what waits in the inbox. The page is one HTML file for any browser, and needs no network.
+    It is beside the outbox. Its thumbnails are in a folder beside the page: gallery_files, or with --output NAME.html
+    NAME_files. If root runs the command, it works with the rights of the owner of the page's folder.
     """
 
     def report(written: Written) -> None:

@@ -84,6 +84,8 @@ class Picture:
         }
         if self.mime and self.mime != table["mime"]:
             table["declared_mime"] = printable(self.mime, 100)
+        if self.image and self.image.has_credentials:
+            table["content_credentials"] = True
         if self.problem:
             table["problem"] = printable(self.problem)
         return table

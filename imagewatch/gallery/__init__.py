@@ -10,6 +10,7 @@ Who keeps the promise about what others wrote::
     page             texts are data, and the page may load nothing from elsewhere (inert, _policy)
     result_files     types and lengths of what a receipt says (ResultFile, cut)
     jobs             how much is read (Reader)
+    status           how much of the daemon's status is shown; its size and types: protocol.notice
     folders          an image is a plain file of the receipt's folder, with the size in it (Tree.image)
     decoder, shrink  a process without rights, with little memory and time (Decoder.shrink, _confine)
 
@@ -19,7 +20,8 @@ The modules, in reading order::
     jobs          the folders become jobs
     result_files  what a receipt or error file says
     folders       one folder with all below it, during one scan
-    values        a job and its images, as the page gets them
+    status        what the daemon reports at the top of the page
+    values        a job and its images, and the status, as the page gets them
     page          page.html, page.css, page.js and the jobs become one file
     thumbnails    small copies of images, a cache
     decoder       the process that decodes images, as its parent sees it

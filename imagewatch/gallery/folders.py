@@ -15,6 +15,7 @@ from urllib.parse import quote
 from msgspec.structs import replace
 
 from imagewatch.protocol.image_kinds import IMAGE_SUFFIXES
+from imagewatch.protocol.prompt import text_for_people
 from imagewatch.system.folders import Tops
 from imagewatch.system.text import whole
 from imagewatch.system.untrusted import open_at, open_file, refusal
@@ -22,7 +23,7 @@ from imagewatch.system.untrusted import open_at, open_file, refusal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from imagewatch.gallery.values import Job, JobImage
+    from imagewatch.gallery.values import Job, JobImage, Status
     from imagewatch.system.folders import Descriptor
 
 _DEEPEST = 100
@@ -75,12 +76,14 @@ class Scan:
         jobs: The newest first.
         sources: For each thumbnail that is wanted, by its name, its image.
         notes: What could not be read, in words.
-        folders: Modification time of each folder that was read, taken before; in nanoseconds.
+        status: What the daemon reports; None if there is nothing to report.
+        folders: Modification time of each folder that was read, and of the status file; taken before, in nanoseconds.
     """
 
     jobs: list[Job] = field(default_factory=list)
     sources: dict[str, Source] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    status: Status | None = None
     folders: dict[str, int] = field(default_factory=dict)
 
     def note(self, text: str) -> None:
@@ -88,8 +91,12 @@ class Scan:
         if len(self.notes) < _MOST_NOTES:
             self.notes.append(text)
 
+    def keep_time(self, path: str) -> None:
+        """Keep the modification time that a file or folder has now; ``is_outdated`` compares it."""
+        self.folders[path] = _changed(path)
+
     def is_outdated(self) -> bool:
-        """Return whether files were added to one of the folders, or removed, since it was read."""
+        """Return whether files were added to one of the folders, or removed, or the status changed, since then."""
         return any(_changed(folder) != then for folder, then in self.folders.items())
 
 
@@ -125,7 +132,7 @@ class Tree:
         while waiting:
             folder = waiting.pop()
             path = self._path(folder)
-            self._scan.folders[path] = _changed(path)
+            self._scan.keep_time(path)
             try:
                 with self._enter(folder).entries() as entries:
                     listed = sorted(entries, key=lambda entry: entry.name)
@@ -166,10 +173,10 @@ class Tree:
             raise ValueError("is larger than 256 KiB")
         return content
 
-    def text(self, folder: str, name: str) -> str:
-        """Return a text file; nothing if it cannot be read."""
+    def prompt(self, folder: str, name: str) -> str:
+        """Return the text of a prompt file without its options; nothing if it cannot be read."""
         try:
-            return self.content(folder, name).decode("utf-8-sig", "replace").strip()
+            return text_for_people(self.content(folder, name))
         except (OSError, ValueError):
             return ""
 

@@ -15,7 +15,7 @@ import msgspec
 
 from imagewatch.gallery.folders import MOST_BYTES, Scan, Tree, identity
 from imagewatch.gallery.page import inert
-from imagewatch.gallery.result_files import ResultFile, cut, image_of, job_of, parsed
+from imagewatch.gallery.result_files import ResultFile, cut, image_of, job_of, parsed, set_prompt
 from imagewatch.gallery.values import Job
 from imagewatch.protocol.names import NAME_MAX, SUFFIX, tagged
 from imagewatch.system.text import whole
@@ -148,7 +148,7 @@ def _job(trees: dict[str, Tree], one: _Found, read: _Read) -> Job:
     job = job_of(content)
     job.completed, job.name, job.folder, job.result_file = is_completed, cut(stem) or whole(base), folder, href
     job.at = job.at or read.changed // 10**6
-    job.prompt = job.prompt or cut(tree.text(one.folder, base + SUFFIX))
+    set_prompt(job, content.prompt or tree.prompt(one.folder, base + SUFFIX))
     job.images = [tree.image(one.folder, image_of(file), [file.file]) for file in content.images[:_MOST_FILES]]
     job.inputs = [
         origin.image(one.folder, image_of(file), [*_kept(file.file, stem, job.job), file.file])

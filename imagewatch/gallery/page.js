@@ -16,7 +16,7 @@ const days = new Intl.DateTimeFormat(undefined, { weekday: "short", day: "numeri
 const months = new Intl.DateTimeFormat(undefined, { month: "long", year: "numeric", timeZone: "UTC" });
 const short = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", hour: "numeric", minute: "2-digit" });
 const shortDays = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeZone: "UTC" });
-const moments = new Intl.DateTimeFormat(undefined, { dateStyle: "long", timeStyle: "short" });
+const moments = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 const number = new Intl.NumberFormat(undefined, { maximumFractionDigits: 2 }).format;
 const plural = (count, word) => `${number(count)} ${word}${count === 1 ? "" : "s"}`;
 const size = (bytes) => (bytes < 1e6 ? `${number(Math.ceil(bytes / 1e3))} kB` : `${number(Math.round(bytes / 1e5) / 10)} MB`);
@@ -25,6 +25,7 @@ const present = (...parts) => parts.filter(Boolean);
 const sum = (list, value) => list.reduce((total, job) => total + value(job), 0);
 const credits = (job) => job.credits ?? 0;
 const imageCount = (job) => (job.completed ? job.images.length : 0);
+const credentials = "content credentials (C2PA) in the file; not checked";
 const charged = { yes: "charged", unknown: "may have been charged", no: "not charged" };
 const cost = (job) => (job.credits == null ? charged[job.charged] ?? "" : plural(job.credits, "credit"));
 const opens = (job) => (job.unreadable ? "" : job.result_file); // an unreadable result file may be anything
@@ -38,6 +39,7 @@ for (const job of jobs) {
   job.month = Date.UTC(date.getFullYear(), date.getMonth()) / 864e5;
   job.path = present(job.folder, job.name).join("/");
   job.title = job.prompt || job.name;
+  job.short = job.title.slice(0, 500); // for a card, which shows two lines
   job.text = [job.prompt, job.path, job.model, job.message, ...job.images.map((image) => image.name)].join("\n").toLowerCase();
 }
 
@@ -195,17 +197,19 @@ function thumb(image, alt) {
 }
 
 function card(job, index) {
-  const line = (...parts) => make("small", {}, ...parts.map((part) => make("span", {}, part)));
+  const line = (...parts) => make("small", {}, ...parts.map(([part, whole]) => make("span", { class: whole }, part)));
   const what = job.images.length > 1 ? plural(job.images.length, "image") : pixels(job.images[0]);
-  const spoken = present(job.title, !job.completed && `${verdict(job)}: ${job.message}`, job.provider, job.completed && cost(job), moments.format(job.at));
+  const spoken = present(job.short, !job.completed && `${verdict(job)}: ${job.message}`, job.provider, job.completed && cost(job), moments.format(job.at),
+    job.images.some((image) => image.has_credentials) && credentials);
   return make("a", { class: job.completed ? "card" : "card failed", href: job.images[0]?.href || opens(job), "data-index": index, "aria-label": spoken.join(", ") },
-    make("div", { class: "mat" }, ...(job.completed ? result(job) : [make("b", {}, verdict(job)), make("p", {}, job.message), make("small", {}, job.next)])),
-    make("div", { class: "words" }, make("p", {}, job.title),
-      line(present(job.provider, job.model).join(" · ") || job.path, job.completed && cost(job)), line(short.format(job.at), what)));
+    make("div", { class: "mat" }, ...(job.completed ? result(job) : [make("b", {}, verdict(job)), make("p", {}, job.message), make("small", {}, job.next)]),
+      job.images.some((image) => image.has_credentials) && make("abbr", { title: credentials }, "CR")),
+    make("div", { class: "words" }, make("p", {}, job.short),
+      line([present(job.provider, job.model).join(" · ") || (job.path === job.title ? "" : job.path)], [job.completed && cost(job), "whole"]), line([short.format(job.at), "whole"], [what])));
 }
 
 function result(job) {
-  const set = job.images.slice(0, 4).map((image, index) => thumb(image, index ? "" : job.title));
+  const set = job.images.slice(0, 4).map((image, index) => thumb(image, index ? "" : job.short));
   const images = make("div", { class: `set n${set.length}` }, ...(set.length ? set : [make("span", { class: "blank" }, job.message)]));
   if (!job.inputs.length) return [images];
   const more = job.inputs.length > 3 && make("b", {}, `+ ${job.inputs.length - 3}`);
@@ -230,6 +234,55 @@ function beside(direction) {
   return there ? Math.min(there.from + current - all[here].from, there.to - 1) : current;
 }
 
+// What the daemon reports: why nothing is sent, and what waits. Other people may have written it, as all else here.
+
+const sentence = (text) => (/[.!?…]$/.test(text) ? text : `${text}.`);
+const time = (moment) => make("time", {}, short.format(moment));
+
+function report(status) {
+  const { state, holds = [], waiting, ignored, stuck } = status;
+  const heading = (text) => make("strong", {}, text);
+  const next = (text) => text && make("small", {}, sentence(`Next step: ${text}`));
+  const stop = (title, ...more) => make("div", { class: "stop" }, heading(title), ...more);
+  const items = [], runs = state === "running" || state === "on_hold";
+  if (state === "overdue") {
+    items.push(stop("The daemon is not running.", make("p", {}, "Its next report was due ", time(status.due_at || status.reported_at),
+      ". Prompts wait in the inbox until it runs again."), next("ask your administrator to start it")));
+  }
+  if (state === "stopped") {
+    items.push(stop("The daemon is stopped.", make("p", {}, "Prompts wait in the inbox until it is started again."),
+      next("ask your administrator to start it"), status.stopped_at && make("small", {}, "since ", time(status.stopped_at))));
+  }
+  for (const hold of holds) {
+    const whose = present(hold.provider && `provider ${hold.provider}`, hold.folder && `folder ${hold.folder}`).join(", ");
+    const since = hold.since && make("span", {}, "since ", time(hold.since));
+    const until = !runs ? null : hold.next_try_at ? make("span", {}, "next try at ", time(hold.next_try_at)) : "until the administrator ends it";
+    items.push(stop(`On hold (${hold.kind}): ${whose || "all prompts"}`, make("p", {}, sentence(hold.message)),
+      hold.next && make("small", {}, sentence(hold.next.startsWith("no action needed") ? `N${hold.next.slice(1)}` : `For the administrator: ${hold.next}`)),
+      (since || until) && make("small", {}, since, since && until && " · ", until)));
+  }
+  if (state === "on_hold" && !holds.length) items.push(stop("On hold: all prompts"));
+  const since = status.oldest_since && make("span", {}, ", the oldest since ", time(status.oldest_since));
+  const lines = present(
+    group(waiting, waiting.count === 1 ? "prompt waits" : "prompts wait", since),
+    status.in_flight && make("p", {}, `${plural(status.in_flight, "request")} in flight`),
+    group(ignored, ignored.count === 1 ? "file in the inbox is ignored" : "files in the inbox are ignored"),
+    group(stuck, stuck.count === 1 ? "job cannot finish" : "jobs cannot finish"),
+    state === "overdue" && make("small", {}, "Last report: ", time(status.reported_at)),
+    runs && make("small", {}, "State at ", time(data.written)));
+  return present(...items, items.length && lines.length && make("div", { class: "turn" }), ...lines); // the lines begin below the boxes
+}
+
+/** Return a line with a count, which opens to a list of files with their reasons. */
+function group({ count = 0, files = [] }, what, more) {
+  if (!count) return null;
+  const title = [`${number(count)} ${what}`, more].filter(Boolean);
+  if (!files.length) return make("p", {}, ...title);
+  const lines = files.map((file) => make("li", {}, make("b", {}, file.name), " ", file.message, file.next && make("small", {}, sentence(`Next step: ${file.next}`))));
+  const rest = count > files.length && make("li", {}, `and ${number(count - files.length)} more`);
+  return make("details", {}, make("summary", {}, ...title), make("ul", {}, ...lines, rest));
+}
+
 // The large view: the parts of a job are its images (or its message, if it failed), then its inputs.
 
 const view = $("#view");
@@ -248,10 +301,14 @@ function enlarge(index, image) {
   const inputs = buttons.splice(own(job));
   $(".strip").replaceChildren(...(parts.length > 1 ? present(...inputs, inputs.length && make("i", {}, "→"), ...buttons) : []));
   $(".stage").replaceChildren(stage(job, parts[part]));
-  $("aside").replaceChildren(...details(job, parts[part]));
+  $("aside").replaceChildren(...details(job, parts[part]).filter(Boolean));
   $("#before").disabled = at === 0 && part === 0;
   $("#after").disabled = at === shown.length - 1 && part >= own(job) - 1;
-  if (!view.open) view.showModal();
+  if (!view.open) {
+    view.showModal(); // it may have scrolled to the first link
+    $("#close").focus({ preventScroll: true });
+  }
+  view.scrollTop = 0; // on a phone the image is above its details
   remember();
 }
 
@@ -276,11 +333,35 @@ function details(job, image) {
     Size: present(pixels(image), image?.bytes && size(image.bytes)).join(", "), Took: job.seconds ? `${number(job.seconds)} s` : "",
     "Asked for": present(job.asked > 1 && plural(job.asked, "image"), job.options).join(", "),
     Problem: present(image?.thumb && image.problem, ...(job.completed ? job.problems : [])).join("; "),
-    File: image?.name, Name: job.path, Job: job.job,
+    Credentials: image?.has_credentials && credentials, File: image?.name, Name: job.path, Job: job.job,
   };
   const table = Object.entries(facts).filter(([, value]) => value).flatMap(([name, value]) => [make("dt", {}, name), make("dd", {}, value)]);
   const links = [[image?.href, "Open the image"], [opens(job), job.completed ? "Receipt" : "Error file"]].filter(([href]) => href);
-  return [make("p", { class: "prompt" }, job.title), make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank", rel: "noopener noreferrer" }, name))];
+  const button = job.prompt && !job.is_cut && make("button", { type: "button", class: "copy", "aria-live": "polite" }, "Copy prompt");
+  if (button) button.addEventListener("click", () => copy(job.prompt, button));
+  const dates = table.filter((one, k) => table[k - 1]?.textContent === "Date");
+  for (const date of dates) date.className = "date";
+  return [make("p", { class: "prompt" }, job.title), button, make("dl", {}, ...table), ...links.map(([href, name]) => make("a", { href, target: "_blank", rel: "noopener noreferrer" }, name))];
+}
+
+/** Copy a prompt without control characters: pasted into a terminal, they could run a command. */
+async function copy(prompt, button) {
+  const text = prompt.replace(/[\0-\x08\x0b-\x1f\x7f-\x9f]/g, "");
+  const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false) || copySelected(text);
+  button.textContent = copied ? "Copied" : "Not copied. Select the text above";
+  setTimeout(() => { button.textContent = "Copy prompt"; }, 2500);
+  button.focus({ preventScroll: true });
+}
+
+/** Copy where a browser offers its clipboard to no script: on a web server without TLS. */
+function copySelected(text) {
+  const field = make("textarea", { class: "offstage", readonly: "readonly" });
+  field.value = text;
+  view.append(field);
+  field.select();
+  const copied = document.execCommand("copy");
+  field.remove();
+  return copied;
 }
 
 function turn(direction) {
@@ -298,6 +379,15 @@ function leave() {
 
 // Input.
 
+/** Clear the search and stay at the same job. */
+function clearSearch() {
+  const job = list.contains(document.activeElement) && shown[current];
+  fields.q.value = "";
+  choose();
+  remember();
+  if (job) reveal(shown.indexOf(job));
+}
+
 const typing = () => /INPUT|SELECT/.test(document.activeElement.tagName);
 const moves = { ArrowRight: () => current + 1, ArrowLeft: () => current - 1, ArrowDown: () => beside(1), ArrowUp: () => beside(-1), Home: () => 0, End: () => shown.length - 1 };
 
@@ -306,8 +396,17 @@ addEventListener("keydown", (event) => {
   const sideways = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
   if (view.open) {
     if (sideways) turn(sideways);
+  } else if (event.isComposing) {
+    return; // the key belongs to an input method
+  } else if (event.key === "Escape" && fields.q.value && (document.activeElement === fields.q || !typing())) {
+    event.preventDefault();
+    clearSearch();
   } else if (typing()) {
     if (event.key === "Escape") document.activeElement.blur();
+    if (event.key === "Enter" && document.activeElement === fields.q && shown.length) {
+      event.preventDefault();
+      reveal(current);
+    }
   } else if (event.key === "/") {
     event.preventDefault();
     fields.q.select();
@@ -335,15 +434,21 @@ addEventListener("scroll", () => { frame ||= requestAnimationFrame(draw); }, { p
 addEventListener("resize", arrange);
 addEventListener("hashchange", recall);
 
-const themes = { "": "Auto", light: "Light", dark: "Dark" };
+// The button is named after what it does. From the system's colors it goes to the others first, which is a visible change.
+const themes = { "": "Use the system's colors", light: "Use light colors", dark: "Use dark colors" };
+const darkness = matchMedia("(prefers-color-scheme: dark)");
+function following() {
+  const theme = document.documentElement.dataset.theme, [system, other] = darkness.matches ? ["dark", "light"] : ["light", "dark"];
+  return { "": other, [other]: system, [system]: "" }[theme];
+}
 function dress(theme) {
   document.documentElement.dataset.theme = theme;
-  $("#theme").textContent = themes[theme];
-  $("#theme").setAttribute("aria-label", `Colors: ${themes[theme]}`);
+  $("#theme").textContent = themes[following()];
 }
+darkness.addEventListener("change", () => dress(document.documentElement.dataset.theme));
 const keep = (call) => { try { return call(localStorage); } catch { return null; } }; // some browsers store nothing for a local file
 $("#theme").addEventListener("click", () => {
-  const names = Object.keys(themes), theme = names[(names.indexOf(document.documentElement.dataset.theme) + 1) % names.length];
+  const theme = following();
   dress(theme);
   keep((storage) => storage.setItem("imagewatch-theme", theme));
 });
@@ -356,7 +461,8 @@ function ask(then) {
   stamp.src = `${data.files}/${data.stamp}?${Date.now()}`;
 }
 function outdated() {
-  if (scrollY < 200 && !view.open && !typing() && !document.hidden) location.reload();
+  const busy = view.open || typing() || document.querySelector("details[open]");
+  if (scrollY < 200 && !busy && !document.hidden) location.reload();
   $("#newer").hidden = false;
   setTimeout(ask, 4000, outdated);
 }
@@ -365,7 +471,9 @@ $("#newer").addEventListener("click", () => location.reload());
 $("h1").textContent = data.shown.title;
 $("#notes").append(...data.shown.notes.map((note) => make("li", {}, note)));
 $("#notes").hidden = !data.shown.notes.length;
-$("#foot").textContent = `Written ${moments.format(data.written)} by imagewatch ${data.version}. Credits are those of the receipts shown.`;
+$("#foot").append("Written ", make("time", {}, moments.format(data.written)), ` by imagewatch ${data.version}. Credits are those of the receipts shown.`);
+$("#status").append(...(data.shown.status ? report(data.shown.status) : []));
+$("#status").hidden = !data.shown.status;
 $(jobs.length ? "#none" : "#nothing").hidden = false;
 $("#all").addEventListener("click", () => { history.replaceState(null, "", "#"); recall(); });
 const theme = keep((storage) => storage.getItem("imagewatch-theme"));

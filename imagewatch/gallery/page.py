@@ -24,7 +24,7 @@ from imagewatch import __version__
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from imagewatch.gallery.values import Job
+    from imagewatch.gallery.values import Job, Status
 
 MARK = b"<!doctype html><!-- imagewatch gallery -->"
 """The beginning of every gallery page."""
@@ -49,7 +49,15 @@ class Page:
     stamp: str
 
 
-def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, written: float) -> Page:
+def page(
+    jobs: Sequence[Job],
+    notes: Sequence[str],
+    *,
+    title: str,
+    files: str,
+    written: float,
+    status: Status | None = None,
+) -> Page:
     """Return the page.
 
     Args:
@@ -58,8 +66,9 @@ def page(jobs: Sequence[Job], notes: Sequence[str], *, title: str, files: str, w
         title: Its title.
         files: Name of the folder beside it with the thumbnails.
         written: Wall-clock time, seconds since the epoch; the stamp does not depend on it.
+        status: What the daemon reports; None if there is nothing to report.
     """
-    shown = msgspec.json.encode({"jobs": jobs, "notes": notes, "title": title})
+    shown = msgspec.json.encode({"jobs": jobs, "notes": notes, "title": title, "status": status})
     parts = shown + "".join(PARTS.values()).encode()
     stamp = f"stamp-{hashlib.blake2b(parts, digest_size=8).hexdigest()}.svg"
     data: dict[str, Any] = {

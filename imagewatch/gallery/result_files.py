@@ -14,6 +14,7 @@ import msgspec
 from imagewatch.config.validate import shown
 from imagewatch.gallery.values import Job, JobImage
 from imagewatch.job.receipts import unvouched
+from imagewatch.protocol.prompt import MAX_CHARACTERS
 
 _MOST_CHARACTERS = 4000
 """Of one text on the page, so that a few long ones do not make it slow; the result files have all of it."""
@@ -29,6 +30,7 @@ class NamedFile(msgspec.Struct):
     width: _Whole = 0
     height: _Whole = 0
     bytes: _Whole = 0
+    content_credentials: bool = False
     problem: str = ""
 
 
@@ -72,11 +74,18 @@ def parsed(content: bytes) -> ResultFile | str:
 def image_of(file: NamedFile) -> JobImage:
     """Return an image as the result file describes it; whether it exists is not known here."""
     width, height = max(file.width, 0), max(file.height, 0)
-    return JobImage(cut(file.file), width=width, height=height, bytes=file.bytes, problem=cut(file.problem))
+    return JobImage(
+        cut(file.file),
+        width=width,
+        height=height,
+        bytes=file.bytes,
+        has_credentials=file.content_credentials,
+        problem=cut(file.problem),
+    )
 
 
 def job_of(facts: ResultFile) -> Job:
-    """Return a job without its folder and its images."""
+    """Return a job without its folder, its prompt and its images."""
     times = {name: _seconds(moment) for name, moment in facts.times.items()}
     known = [value for name in ("published", "answered", "sent", "claimed") if (value := times.get(name))]
     asked = {name: value for name, value in facts.request.items() if name not in {"provider", "model", "n"}}
@@ -91,7 +100,6 @@ def job_of(facts: ResultFile) -> Job:
         credits=facts.credits_charged,
         provider=cut(facts.provider or _plain(facts.request.get("provider", ""))),
         model=cut(facts.model or _plain(facts.request.get("model", ""))),
-        prompt=cut(facts.prompt),
         asked=facts.asked,
         options=cut(", ".join(f"{name} {_plain(value)}" for name, value in asked.items())),
         message=cut(facts.message),
@@ -101,6 +109,11 @@ def job_of(facts: ResultFile) -> Job:
         needs=facts.credits_required,
         next=cut(facts.next),
     )
+
+
+def set_prompt(job: Job, text: str) -> None:
+    """Give a job its prompt: all of it, as people copy it, unless it is longer than any prompt may be."""
+    job.prompt, job.is_cut = text[:MAX_CHARACTERS], len(text) > MAX_CHARACTERS
 
 
 def _seconds(moment: datetime) -> float:

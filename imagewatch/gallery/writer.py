@@ -15,7 +15,9 @@ from imagewatch.gallery.decoder import Patience
 from imagewatch.gallery.folders import Scan
 from imagewatch.gallery.jobs import Reader
 from imagewatch.gallery.page import MARK, Page, page
+from imagewatch.gallery.status import status_of
 from imagewatch.gallery.thumbnails import Thumbnails
+from imagewatch.protocol import notice
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import MISSING, SpoolError, UsageError
@@ -64,6 +66,7 @@ class Gallery:
         disk: The local disk.
         patience: How long one thumbnail may take.
         seconds: For new thumbnails; after that the page is written with those that are finished.
+        clock: Wall-clock time, seconds since the epoch.
 
     Raises:
         UsageError: The page cannot be written at this place.
@@ -77,6 +80,7 @@ class Gallery:
         disk: Disk | None = None,
         patience: Patience | None = None,
         seconds: float = _SECONDS,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._disk = disk or Disk()
         outbox = config.outbox
@@ -93,6 +97,8 @@ class Gallery:
         self._reader = Reader(config.folders, above)
         self._thumbnails = Thumbnails(self._disk, self._files, self._permissions.apply, patience or Patience())
         self._seconds = seconds
+        self._clock = clock
+        self._status_folder = config.folders.notice
         self._unfinished = False
         self._scan = Scan()
         self._stamp = ""
@@ -136,6 +142,7 @@ class Gallery:
     def _refreshed(self, on_thumbnail: Callable[[int, int], None]) -> Written:
         """Update the page, with the thumbnails that can be made in time."""
         scan = self._reader.scan()
+        self._read_status(scan)
         self._prepare()
         problems = self._thumbnails.make(scan.sources, self._seconds, on_thumbnail)
         self._unfinished = "" in problems.values()
@@ -148,13 +155,20 @@ class Gallery:
         count = sum(job.completed for job in scan.jobs)
         return Written(self.path, count, len(scan.jobs) - count, scan.notes)
 
+    def _read_status(self, scan: Scan) -> None:
+        """Read what the daemon reports, if it has a folder for that."""
+        if self._status_folder:
+            scan.keep_time(os.path.join(self._status_folder, notice.JSON))
+            scan.status = status_of(notice.read(self._status_folder), self._clock())
+
     def _update(self, scan: Scan) -> None:
         """Write the page unless it is the one on disk: other programs may copy each new file."""
 
         def page_of(written: float) -> Page:
-            return page(scan.jobs, scan.notes, title=self._title, files=os.path.basename(self._files), written=written)
+            files = os.path.basename(self._files)
+            return page(scan.jobs, scan.notes, title=self._title, files=files, written=written, status=scan.status)
 
-        new = page_of(time.time())
+        new = page_of(self._clock())
         if new.stamp == self._stamp:
             return
         there = b"" if self._stamp else self._there()
@@ -176,7 +190,7 @@ class Gallery:
         return os.path.isfile(os.path.join(self._files, stamp))
 
     def outdated(self) -> bool:
-        """Return whether files were added or removed since the page was written, or thumbnails are still missing."""
+        """Return whether files or the status changed since the page was written, or thumbnails are still missing."""
         return self._unfinished or self._scan.is_outdated()
 
     def _check(self, config: Config) -> None:
@@ -239,10 +253,10 @@ class Gallery:
 def keep_fresh(
     gallery: Gallery, wait: Callable[[float], object], on_written: Callable[[Written], None], *, seconds: float = 2.0
 ) -> None:
-    """Write the page again whenever files were added or removed; does not return.
+    """Write the page again whenever files were added or removed, or the daemon's status changed; does not return.
 
-    It checks only the folders' own times, which costs nothing. As some network shares do not update them, it reads
-    everything after every 30 checks.
+    It checks only the times of the folders and of the status, which costs nothing. As some network shares do not update
+    them, and a daemon that has died writes no status, it reads everything after every 30 checks.
 
     Args:
         gallery: The page.

@@ -71,6 +71,7 @@ class Header:
         self.height = 0
         self.known = False
         self.orientation = 1
+        self.has_credentials = False  # content credentials (C2PA); whether they are valid is not checked
         self.components: dict[int, int] = {}  # of a JPEG: the number of the quantization table of each color channel
         self.tables: set[int] = set()  # of a JPEG: the quantization tables that were there
 

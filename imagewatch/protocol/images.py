@@ -43,6 +43,7 @@ class Image:
         problem: Empty when structurally whole, else what is wrong.
         fault: What sort of problem that is.
         orientation: How it is to be turned when it is shown, 1 to 8, by its EXIF data; 1 is not at all.
+        has_credentials: Whether there are content credentials (C2PA) in the file. They are not checked.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Image:
     problem: str
     fault: Fault = field(default="", compare=False)
     orientation: int = field(default=1, compare=False)
+    has_credentials: bool = field(default=False, compare=False)
 
     @property
     def mime(self) -> str:
@@ -92,4 +94,4 @@ def _judged(reader: Reader, kind: Kind) -> Image:
         _WALKS[kind](reader, header)
     except BrokenError as broken:
         problem, fault = str(broken) or _CUT[kind], broken.fault
-    return Image(kind, header.width, header.height, problem, fault, header.orientation)
+    return Image(kind, header.width, header.height, problem, fault, header.orientation, header.has_credentials)

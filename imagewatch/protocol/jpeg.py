@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,7 @@ scripts written by hand stay far below 100. With 10,000 scans, half a megabyte o
 """
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
-_DHT, _DQT, _APP1 = 0xC4, 0xDB, 0xE1
+_DHT, _DQT, _APP1, _APP11 = 0xC4, 0xDB, 0xE1, 0xEB
 # C4, C8 and CC are tables and extensions that sit among the numbers of the frame headers.
 _FRAMES = frozenset({*range(0xC0, 0xD0), 0xF7}) - {0xC4, 0xC8, 0xCC}
 # No decoder can pass these over: whether a length follows is not known.
@@ -28,6 +29,13 @@ _RARE_FRAMES = {
     **dict.fromkeys((0xC5, 0xC6, 0xCD, 0xCE), "a hierarchical JPEG"),
     0xF7: "a JPEG-LS image",
 }
+_CREDENTIALS = re.compile(rb"JP.{2}\0\0\0\x01.{4}jumb(?:.{8})?.{4}jumdc2pa", re.DOTALL)
+"""How the first segment of content credentials begins: APP11 may have other boxes (JUMBF), too.
+
+What follows "JP" is the number of the box, that of the segment, and the box itself: its length, its type, a length of
+eight bytes in a large box, and its description, whose type begins with the letters c2pa.
+"""
+_MOST_BOX_HEAD = 40  # bytes that this can have
 _DEPTH = 8  # bits of a sample in all JPEGs that are in use
 _COMPONENTS = frozenset({1, 3, 4})  # gray; YCbCr or RGB; CMYK or YCCK
 _SAMPLING = frozenset({1, 2, 3, 4})
@@ -72,6 +80,8 @@ def _read_segment(reader: Reader, header: Header, code: int, length: int) -> Non
         header.tables.update(_quantization(reader.take(length - 2)))
     elif code == _APP1 and length > 2 + len(EXIF) and reader.take(len(EXIF)) == EXIF:
         header.orientation = orientation_of(reader.take(length - 2 - len(EXIF)))
+    elif code == _APP11 and _CREDENTIALS.match(reader.take(min(length - 2, _MOST_BOX_HEAD))):
+        header.has_credentials = True
 
 
 def _check_huffman(tables: bytes) -> None:

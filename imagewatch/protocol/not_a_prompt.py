@@ -23,6 +23,8 @@ _CODE = re.compile(r"(`{3,})[^`]*|(~{3,}).*")
 _KEYS = "|".join(sorted((*Options.__struct_fields__, "input_images", "preset")))
 _SETS = re.compile(rf"[\"']?(?:{_KEYS})[\"']?\s*[=:]")
 
+_OPTION = re.compile(r"[\"']?[\w.-]+[\"']?\s*[=:]|#|\[")
+
 _RTF = re.compile(r"\{\\rtf[0-9\\}]")
 _HTML = re.compile(
     r"(?>(?:<\?xml[^>]*>\s*|<!--(?:(?!-->).)*-->\s*)*)(?:<!doctype\s+html[^>]*>|<(?:html|head|body)(?:\s[^>]*)?>)"
@@ -71,6 +73,34 @@ def almost_front_matter(text: str) -> str:
     if end is not None and all(map(_SETS.match, [first, *later[:end]])):
         return "it has options before a line +++, but no line +++ before them"
     return ""
+
+
+def without_options(text: str) -> str:
+    r"""Return a text without the options at its beginning, also if they are not valid or only almost front matter.
+
+    It is shown to people and never sent.
+
+    Args:
+        text: The whole file, with ``\n`` line ends.
+    """
+    lines = text.split("\n")
+    if lines[0] != FENCE:
+        if not almost_front_matter(text):
+            return text.strip()
+        lines = text.splitlines()
+    signs = [line.translate(_WIDE).strip().strip(_INVISIBLE).strip() for line in lines]
+    first = next(number for number, line in enumerate(signs) if line)
+    code = _CODE.fullmatch(signs[first])
+    fence = (code[1] or code[2]) if code else "---" if _DASH.fullmatch(signs[first]) else "++"
+    end = next((number for number in range(first + 1, len(lines)) if _closes(signs[number], fence)), None)
+    if end is None:  # the options end where the lines do not look like options any more
+        end = first
+        while end + 1 < len(lines) and (not signs[end + 1] or _OPTION.match(signs[end + 1])):
+            end += 1
+        return "\n".join(lines[end + 1 :]).strip()
+    rest, inner = "\n".join(lines[end + 1 :]).strip(), lines[first + 1 : end]
+    # The whole text may be between two fences.
+    return rest or ("" if any(map(_OPTION.match, signs[first + 1 : end])) else "\n".join(inner).strip())
 
 
 def _closes(line: str, fence: str) -> bool:

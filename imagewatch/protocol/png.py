@@ -9,6 +9,7 @@ from imagewatch.protocol.image_kinds import PNG_MAGIC
 from imagewatch.protocol.image_reader import MOST_EXIF, BrokenError, FormError, Header, Reader, orientation_of
 
 _PNG_MAX_LENGTH = 2**31 - 1
+_CREDENTIALS = b"caBX"
 _PNG_PALETTE = 3
 _PNG_DEPTHS = {0: {1, 2, 4, 8, 16}, 2: {8, 16}, _PNG_PALETTE: {1, 2, 4, 8}, 4: {8, 16}, 6: {8, 16}}
 """Bits of a sample, by color type."""
@@ -40,6 +41,7 @@ def walk_png(reader: Reader, header: Header) -> None:
             header.orientation = orientation_of(head)
         elif name == b"IDAT" and needs_palette and b"PLTE" not in seen:
             raise BrokenError("no palette: no PLTE chunk before IDAT")
+        header.has_credentials |= name == _CREDENTIALS and length > 0
         seen.add(name)
     if b"IDAT" not in seen:
         raise BrokenError("no pixels: no IDAT chunk")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from imagewatch.config.schema import Options
 from imagewatch.config.validate import check, shown
 from imagewatch.protocol.names import NAME_MAX, SUFFIX, final_name, fits
-from imagewatch.protocol.not_a_prompt import FENCE, almost_front_matter, no_prompt
+from imagewatch.protocol.not_a_prompt import FENCE, almost_front_matter, no_prompt, without_options
 from imagewatch.system.errors import BadRequest, Problem
 
 MAX_BYTES = 256 * 1024
@@ -103,6 +103,18 @@ def declared(raw: bytes) -> tuple[str, ...] | None:
         return parse(raw).front.input_images
     except BadRequest:
         return None
+
+
+def text_for_people(raw: bytes) -> str:
+    """Return the text of a prompt file without its options, also of a file that is refused.
+
+    It is shown and never sent: what cannot be read is replaced, and options that are not valid are left out, too.
+    """
+    try:
+        text = _decode(raw)
+    except BadRequest:
+        text = raw[:MAX_BYTES].decode("utf-8", "replace").replace("\0", "\ufffd").replace("\r\n", "\n")
+    return without_options(text)
 
 
 def _decode(raw: bytes) -> str:

@@ -9,6 +9,7 @@ from imagewatch.protocol.image_reader import EXIF, MOST_EXIF, PIECE, BrokenError
 
 _WEBP_FIRST = frozenset({b"VP8 ", b"VP8L", b"VP8X"})
 _WEBP_IMAGES = frozenset({b"VP8 ", b"VP8L", b"ANMF"})
+_CREDENTIALS = b"C2PA"
 _PRINTABLE = re.compile(rb"[ -~]{4}")
 _WEBP_HEADER = 16  # the longest chunk header that is read (ANMF); the others need 10 and 5 bytes
 
@@ -49,6 +50,8 @@ def _read_webp_chunk(reader: Reader, header: Header, name: bytes, length: int) -
         _check_webp_end(reader, end, _zeros_by_encoders(name, head))
     elif name == b"EXIF" and length <= MOST_EXIF:
         header.orientation = orientation_of(reader.take(length).removeprefix(EXIF))
+    elif name == _CREDENTIALS and length:
+        header.has_credentials = True
 
 
 def _zeros_by_encoders(name: bytes, head: bytes) -> int:

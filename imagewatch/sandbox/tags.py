@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from imagewatch.sandbox.contract import REDIRECTED_ROUTE, Refusal, not_enough
-from imagewatch.sandbox.image import EncodedImage
+from imagewatch.sandbox.image import EncodedImage, with_credentials
 from imagewatch.sandbox.replies import canned, json_reply, page
 
 if TYPE_CHECKING:
@@ -199,6 +199,12 @@ _ALL_TAGS: Final = (
         "every image is a JPEG, sent as image/png",
         lambda images: [replace(image, mime="image/png") for image in images],
         output_format="jpeg",
+    ),
+    _spoils(
+        "credentials",
+        "every image is a PNG with content credentials, which are not valid",
+        lambda images: [with_credentials(image) for image in images],
+        output_format="png",
     ),
     _spoils("svg", "the last image is an SVG", _last(lambda _: EncodedImage(_SVG, "image/svg+xml"))),
     _sets("big", "N", "every image is a valid PNG of N megabytes", padding=None, output_format="png"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -13,8 +13,22 @@ from support.chromium import PROGRAM, Chromium
 from support.daemon import until
 
 from gallery.test_gallery import HOSTILE, Shelf, hostile, page_data, plain_image
+from gallery.test_gallery_status import NOW, notice, report, waiting
+from imagewatch.config.load import load
+from imagewatch.gallery import Gallery
 from imagewatch.gallery.page import page
 from imagewatch.gallery.values import Job, JobImage
+from imagewatch.protocol.notice import (
+    HoldNotice,
+    Ignored,
+    IgnoredFile,
+    InFlight,
+    Stuck,
+    StuckFile,
+    Waiting,
+    WaitingFile,
+    at,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -46,8 +60,13 @@ def shelf(tmp_path: Path) -> Shelf:
     return Shelf(tmp_path / "watched")
 
 
-def visit(browser: Chromium, shelf: Shelf, fragment: str = "") -> None:
-    shelf.gallery().write()
+def write(shelf: Shelf, clock: float | None = None) -> None:
+    """Write the page, as at some time."""
+    Gallery(load(None, shelf.environ()), clock=time.time if clock is None else lambda: clock).write()
+
+
+def visit(browser: Chromium, shelf: Shelf, fragment: str = "", clock: float | None = None) -> None:
+    write(shelf, clock)
     browser.open((shelf.root / "gallery.html").as_uri() + fragment)
 
 
@@ -293,6 +312,238 @@ def test_the_policy_keeps_the_page_from_loading_sending_and_running_anything_els
         assert sent_to(server) == []
 
 
+# Titles and prompts
+
+
+def test_the_title_of_a_failed_job_has_no_options(browser: Chromium, shelf: Shelf):
+    for stem, text in (
+        ("typo", '+++\nqualtiy = "high"\n+++\nA cat with options'),
+        ("yaml", "---\nquality: high\n---\nA cat after YAML"),
+        ("open", "+++\nn = 9\nA cat after a fence"),
+        ("bare", "+++\nn = 9\n+++\n"),
+    ):
+        shelf.failed(stem)
+        shelf.put(f"errors/{stem}.prompt.txt", text.encode())
+    visit(browser, shelf)
+    titles = ["A cat after YAML", "A cat after a fence", "A cat with options", "bare"]
+    assert sorted(prompts(browser)) == titles
+    browser.run("enlarge(shown.findIndex((job) => job.name === 'typo'), 0)")
+    assert texts(browser, "aside .prompt") == ["A cat with options"]
+
+
+def pasted(browser: Chromium) -> str:
+    """What the clipboard has: pasted into a field of another page."""
+    browser.open("data:text/html,<textarea></textarea>")
+    browser.run("document.querySelector('textarea').focus()")
+    browser.call("Input.dispatchKeyEvent", type="keyDown", key="v", code="KeyV", modifiers=2, commands=["paste"])
+    browser.call("Input.dispatchKeyEvent", type="keyUp", key="v", code="KeyV", modifiers=2)
+    return browser.run("document.querySelector('textarea').value")
+
+
+def press(browser: Chromium, selector: str) -> None:
+    """Click with a mouse, as a script may not copy by itself."""
+    box = "const { x, y, width, height } = element.getBoundingClientRect(); return [x + width / 2, y + height / 2]"
+    x, y = browser.run(f"((element) => {{ {box} }})(document.querySelector({selector!r}))")
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
+@pytest.mark.parametrize(
+    "clipboard", ["a clipboard for scripts", "no clipboard for scripts", "a clipboard that refuses"]
+)
+def test_the_button_copies_the_prompt_as_it_was_sent(browser: Chromium, shelf: Shelf, clipboard: str):
+    prompt = f"Two lines, {HOSTILE}\n\n  and an indented one\twith ü and 🐈"
+    shelf.completed("cat", plain_image(), prompt=f"{prompt}\x1b[201~\x00\x9b")
+    visit(browser, shelf)
+    if clipboard != "a clipboard for scripts":
+        other = "undefined" if clipboard.startswith("no ") else "{ writeText: () => Promise.reject(new Error('no')) }"
+        browser.run(f"Object.defineProperty(navigator, 'clipboard', {{ value: {other} }})")
+    browser.run("enlarge(0, 0)")
+    browser.run("var button = document.querySelector('aside .copy'), said = []")
+    browser.run("new MutationObserver(() => said.push(button.textContent)).observe(button, { childList: true })")
+    press(browser, "aside .copy")
+    until(lambda: browser.run("said[0]") == "Copied")
+    assert browser.run("document.activeElement.className") == "copy"
+    assert browser.run("document.querySelectorAll('textarea').length") == 0
+    until(lambda: texts(browser, "aside .copy") == ["Copy prompt"])
+    assert pasted(browser) == f"{prompt}[201~"
+
+
+def test_a_long_prompt_can_be_read_found_and_copied_completely(browser: Chromium, shelf: Shelf):
+    shelf.completed("cat", plain_image(), prompt="word " * 6000 + "the end")
+    shelf.completed("dog", plain_image(), prompt="x" * 32_001)
+    visit(browser, shelf)
+    write_in(browser, "the end")
+    assert browser.run("shown.length") == 1
+    assert len(prompts(browser)[0]) == 500
+    browser.run("enlarge(0, 0)")
+    assert texts(browser, "aside .prompt")[0].endswith(" the end")
+    assert texts(browser, "aside .copy") == ["Copy prompt"]
+    browser.run("view.close()")
+    write_in(browser, "dog")
+    browser.run("enlarge(0, 0)")
+    assert texts(browser, "aside .copy") == []  # it would copy a part
+
+
+def test_a_mark_shows_content_credentials_and_says_that_they_are_not_checked(browser: Chromium, shelf: Shelf):
+    contents = [plain_image("red"), plain_image("blue")]
+    entries = [{"file": f"cat-{k}.png", "bytes": len(one)} for k, one in enumerate(contents, 1)]
+    shelf.completed("cat", *contents, images=[entries[0], {**entries[1], "content_credentials": True}])
+    shelf.completed("dog", plain_image())
+    visit(browser, shelf)
+    said = "content credentials (C2PA) in the file; not checked"
+    assert browser.run("[...document.querySelectorAll('.mat abbr')].map((mark) => [mark.textContent, mark.title])") == [
+        ["CR", said]
+    ]
+    assert (
+        browser.run("[...document.querySelectorAll('.card')].filter((card) => card.ariaLabel.includes('C2PA')).length")
+        == 1
+    )
+    cat = browser.run("shown.findIndex((job) => job.name === 'cat')")
+    for image, expected in ((0, []), (1, [said])):
+        browser.run(f"enlarge({cat}, {image})")
+        found = [one for one in texts(browser, "aside dd") if "C2PA" in one]
+        assert found == expected
+
+
+# The daemon's status
+
+
+def test_holds_and_what_waits_are_at_the_top(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    hold = HoldNotice(kind="credits", message="Not enough credits", next="add credits", since=at(NOW - 60))
+    folder = HoldNotice(
+        kind="cap", folder="anna", message="a cap", next="no action needed; it ends", next_try_at=at(NOW)
+    )
+    names = tuple(WaitingFile(name=f"anna/{k}.prompt.txt", why="ready", message="is ready") for k in range(60))
+    ignored = Ignored(count=1, files=(IgnoredFile(name="x.txt.txt", message="its ending", next="rename it"),))
+    there = Waiting(count=1234, oldest_since=at(NOW), files=names)
+    report(shelf, notice("on_hold", holds=(hold, folder), waiting=there, ignored=ignored, in_flight=InFlight(count=1)))
+    visit(browser, shelf, clock=NOW)
+    assert texts(browser, "#status .stop strong") == ["On hold (credits): all prompts", "On hold (cap): folder anna"]
+    assert texts(browser, "#status .stop p") == ["Not enough credits.", "a cap."]
+    local = "new Intl.DateTimeFormat(undefined, { day: 'numeric', month: 'short', hour: 'numeric', minute: '2-digit' })"
+    hour, earlier = (browser.run(f"{local}.format({moment} * 1000)") for moment in (NOW, NOW - 60))
+    assert texts(browser, "#status .stop small") == [
+        "For the administrator: add credits.",
+        f"since {earlier} · until the administrator ends it",
+        "No action needed; it ends.",
+        f"next try at {hour}",
+    ]
+    waits, ignores = texts(browser, "#status summary")
+    assert waits == f"1,234 prompts wait, the oldest since {hour}"
+    assert ignores == "1 file in the inbox is ignored"
+    assert "1 request in flight" in texts(browser, "#status > p")
+    assert texts(browser, "#status li")[49:52] == [
+        "anna/49.prompt.txt is ready",
+        "and 1,184 more",
+        "x.txt.txt its endingNext step: rename it.",
+    ]
+    assert not browser.run("document.querySelector('#status li').checkVisibility()")
+    press(browser, "#status summary")
+    assert browser.run("document.querySelector('#status li').checkVisibility()")
+    top = "document.querySelector('{}').getBoundingClientRect().top"
+    assert browser.run(top.format("#status")) < browser.run(top.format("form"))
+
+
+@pytest.mark.parametrize(
+    ("state", "later", "heading"),
+    [
+        ("stopped", 0, ["The daemon is stopped."]),
+        ("running", 3600, ["The daemon is not running."]),
+        ("on_hold", 3600, ["The daemon is not running."]),
+        ("on_hold", 0, ["On hold: all prompts"]),
+        ("running", 0, []),
+    ],
+)
+def test_the_page_says_whether_the_daemon_runs(
+    browser: Chromium, shelf: Shelf, state: str, later: int, heading: list[str]
+):
+    report(shelf, notice(state))
+    visit(browser, shelf, clock=NOW + later)
+    assert texts(browser, "#status strong") == heading
+    assert browser.run("document.querySelector('#status').hidden") == (not heading)
+
+
+def test_an_open_page_shows_a_hold_automatically_but_not_while_a_list_is_open(browser: Chromium, shelf: Shelf):
+    shelf.completed("cat", plain_image())
+    visit(browser, shelf, clock=NOW)
+    report(shelf, notice(waiting=waiting("x.prompt.txt")))
+    write(shelf, NOW)
+    browser.loaded()
+    assert texts(browser, "#status summary")[0].startswith("1 prompt waits")
+    press(browser, "#status summary")
+    report(shelf, notice("stopped"))
+    write(shelf, NOW)
+    until(lambda: not browser.run("document.querySelector('#newer').hidden"))
+    assert texts(browser, "#status strong") == []
+    press(browser, "#newer")
+    browser.loaded()
+    assert texts(browser, "#status strong") == ["The daemon is stopped."]
+
+
+def test_text_of_other_people_in_the_status_is_shown_and_never_run(browser: Chromium, shelf: Shelf):
+    hold = HoldNotice(kind=HOSTILE, provider=HOSTILE, folder=HOSTILE, message=HOSTILE, next=HOSTILE)
+    files = tuple(WaitingFile(name=text, why=HOSTILE, message=text, next=text) for text in (HOSTILE, EVIL, "x" * 3000))
+    stuck = Stuck(count=2**53, files=(StuckFile(name=HOSTILE, message=HOSTILE),))
+    times = {"written_at": datetime(1970, 1, 1, tzinfo=UTC), "next_writing_at": datetime(9000, 1, 1, tzinfo=UTC)}
+    there = Waiting(count=3, oldest_since=datetime(9000, 1, 1, tzinfo=UTC), files=files)
+    report(shelf, notice("on_hold", holds=(hold,) * 20, waiting=there, stuck=stuck, **times))
+    browser.size(360, 800)
+    visit(browser, shelf)
+    browser.run("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert f"On hold ({HOSTILE}): provider {HOSTILE}, folder {HOSTILE}" in texts(browser, "#status strong")
+    assert HOSTILE in texts(browser, "#status li b")
+    assert browser.run("document.querySelectorAll('script, img, #status [href], #status [src]').length") == 2
+    assert browser.run("typeof pwned") == "undefined"
+    assert browser.run("document.documentElement.scrollWidth") == 360
+
+
+# Phone
+
+
+def phone(browser: Chromium, width: int = 390) -> None:
+    browser.size(width, 844, 2)
+
+
+@pytest.mark.parametrize("width", [320, 360, 390, 430])
+def test_on_a_phone_no_date_wraps_or_is_cut(browser: Chromium, shelf: Shelf, width: int):
+    zoo(shelf)
+    shelf.completed("yak", *[plain_image()] * 4, credits_charged=12_345, times=times("2027-12-30T22:58:00+00:00"))
+    report(
+        shelf,
+        notice("on_hold", holds=(HoldNotice(kind="x", message="x", next="x", since=at(NOW), next_try_at=at(NOW)),)),
+    )
+    phone(browser, width)
+    visit(browser, shelf, clock=NOW)
+    browser.run("enlarge(0, 0)")
+    dates = "time, figcaption span, .words small:last-child .whole, aside .date"
+    lines = "one.getClientRects().length === 1 && one.offsetHeight < 1.6 * parseFloat(getComputedStyle(one).fontSize)"
+    whole = "one.scrollWidth <= one.clientWidth + 1 || getComputedStyle(one).display === 'inline'"
+    found = browser.run(f"[...document.querySelectorAll({dates!r})].map((one) => [one.textContent, {lines}, {whole}])")
+    assert len(found) >= 10
+    assert [one for one in found if one[1:] != [True, True]] == []
+    first, _, last = browser.run("[...document.querySelectorAll('figcaption span')].map((one) => one.offsetTop)")
+    assert first == last
+
+
+def test_on_a_phone_the_large_view_opens_at_its_top(browser: Chromium, shelf: Shelf):
+    high = plain_image(size=(600, 1800))
+    entries = [{"file": f"cat-{k}.png", "bytes": len(high)} for k in (1, 2)]
+    shelf.completed("cat", high, high, images=entries, prompt="many words " * 300)
+    shelf.completed("dog", plain_image())
+    phone(browser)
+    visit(browser, shelf)
+    cat = browser.run("shown.findIndex((job) => job.name === 'cat')")
+    browser.run(f"document.querySelectorAll('.card')[{cat}].click()")
+    until(lambda: browser.run("document.querySelector('.stage img').naturalWidth") == 600)
+    assert browser.run("[view.scrollTop, document.activeElement.id]") == [0, "close"]
+    browser.run("view.scrollTo(0, 800)")
+    assert browser.run("view.scrollTop") == 800
+    browser.key("ArrowRight")
+    assert browser.run("[part, view.scrollTop]") == [1, 0]
+
+
 # Search and filters
 
 
@@ -326,6 +577,29 @@ def test_a_url_with_a_removed_folder_or_provider_shows_all_jobs(browser: Chromiu
     assert len(prompts(browser)) == 4
 
 
+def test_escape_clears_the_search_and_stays_at_the_same_job(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf)
+    browser.key("/", "/")
+    browser.type("a cow")
+    assert prompts(browser) == ["a cow"]
+    browser.key("Enter")
+    assert browser.run("document.activeElement.dataset.index") == "0"
+    browser.key("Escape")
+    assert len(prompts(browser)) == 4
+    assert browser.run("[fields.q.value, location.hash, document.activeElement.dataset.index]") == ["", "", "2"]
+    browser.key("Escape")  # nothing to clear
+    assert browser.run("document.activeElement.dataset.index") == "2"
+
+
+def test_escape_belongs_to_the_large_view_while_it_is_open(browser: Chromium, shelf: Shelf):
+    zoo(shelf)
+    visit(browser, shelf, "#q=a+cow")
+    browser.run("document.querySelector('.card').click()")
+    browser.key("Escape")
+    assert browser.run("[view.open, fields.q.value]") == [False, "a cow"]
+
+
 # The keyboard
 
 
@@ -336,6 +610,8 @@ def test_the_page_can_be_used_with_the_keyboard_alone(browser: Chromium, shelf: 
     browser.key("/", "/")
     assert browser.run("document.activeElement.id") == "words"
     browser.type("a")
+    browser.key("Escape")
+    assert browser.run("[fields.q.value, document.activeElement.id]") == ["", "words"]
     browser.key("Escape")
     assert browser.run("document.activeElement.tagName") == "BODY"
     browser.key("ArrowRight")
@@ -419,13 +695,39 @@ def test_colors_follow_the_system_until_the_user_chooses(browser: Chromium, shel
     browser.colours("dark")
     dark = browser.run(paper)
     assert dark != light
-    press = "document.querySelector('#theme').click(); document.querySelector('#theme').textContent"
-    assert (browser.run(press), browser.run(paper)) == ("Light", light)
-    assert (browser.run(press), browser.run(paper)) == ("Dark", dark)
+    press = "document.querySelector('#theme').click()"
+    browser.run(press)
+    assert browser.run(paper) == light
+    browser.run(press)
+    assert browser.run(paper) == dark
     browser.colours("light")
     browser.reload()
     assert browser.run(paper) == dark
-    assert (browser.run(press), browser.run(paper)) == ("Auto", light)
+    browser.run(press)
+    browser.run(press)
+    assert browser.run(paper) == light
+    browser.colours("dark")
+    assert browser.run(paper) == dark
+
+
+@pytest.mark.parametrize(("system", "other"), [("light", "dark"), ("dark", "light")])
+def test_the_color_button_says_what_it_does(browser: Chromium, shelf: Shelf, system: str, other: str):
+    browser.colours(system)
+    visit(browser, shelf)
+    scheme = "getComputedStyle(document.documentElement).colorScheme"
+    assert browser.run(scheme) == "light dark"
+    for name, expected in (
+        (f"Use {other} colors", other),
+        (f"Use {system} colors", system),
+        ("Use the system's colors", "light dark"),
+        (f"Use {other} colors", other),
+    ):
+        assert texts(browser, "#theme") == [name]
+        browser.run("document.querySelector('#theme').click()")
+        assert browser.run(scheme) == expected
+    browser.colours(other)  # the system's colors are now those that were chosen
+    until(lambda: texts(browser, "#theme") == ["Use the system's colors"])
+    browser.run("document.querySelector('#theme').click()")  # the browser keeps the choice for the next page
 
 
 @pytest.mark.parametrize("width", [360, 700, 1400, 2560])

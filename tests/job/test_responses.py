@@ -92,6 +92,7 @@ FLAWED = [
 ]
 BUSY = [("429", 4), ("429-plain", 4), ("503-shutdown", 4)]
 GOOD = ["no-billing", "gzip", "wrong-mime", "b64", "slow", "trickle", "trickle-headers", "bad-picture", "url", "big"]
+GOOD.append("credentials")
 ELSEWHERE = {"once", "times"} | {name for name in TAGS if name.startswith("url")}  # and test_downloads
 
 
@@ -518,6 +519,17 @@ def test_the_file_ending_follows_the_content_not_the_type_that_the_api_names(sta
     station.work()
     (image,) = completed(station, "x", originals, "x.jpg")["images"]
     assert (image["mime"], image["declared_mime"]) == ("image/jpeg", "image/png")
+
+
+def test_a_receipt_reports_the_content_credentials_of_an_image_and_the_image_is_published_unchanged(station, sandbox):
+    originals = ask(station, "credentials")
+    station.work()
+    (image,) = completed(station, "x", originals, "x.png")["images"]
+    assert image["content_credentials"] is True
+    assert [image["sha256"]] == sandbox.report()["calls"][0]["images"]
+    ask(station, stem="plain")
+    station.work()
+    assert "content_credentials" not in station.receipt("plain")["images"][0]
 
 
 @pytest.mark.parametrize("tag", ["gzip", "b64", "slow 0.01", "trickle-headers 0.0001"])

@@ -365,6 +365,77 @@ def test_an_orientation_that_cannot_be_is_none(order, written, expected):
     assert found.orientation == expected
 
 
+C2PA = bytes.fromhex("63327061 00110010 800000AA 00389B71")
+
+
+def superbox(kind=C2PA, label=b"c2pa", *, is_large=False):
+    """A JUMBF box with its description and nothing else, as content credentials have it."""
+    described = b"jumd" + kind + b"\3" + label + b"\0"
+    content = struct.pack(">I", 4 + len(described)) + described
+    if is_large:  # its length has eight bytes
+        return struct.pack(">I4sQ", 1, b"jumb", 16 + len(content)) + content
+    return struct.pack(">I4s", 8 + len(content), b"jumb") + content
+
+
+def app11(box, number=1, mark=b"JP"):
+    return segment(0xEB, mark + struct.pack(">HI", 7, number) + box)
+
+
+WITH_CREDENTIALS = {
+    "png": png(HEAD, chunk(b"caBX", superbox()), PIXELS, END),
+    "png, after the pixels": png(HEAD, PIXELS, chunk(b"caBX", superbox()), END),
+    "jpeg": jpeg(app11(superbox()), frame(2, 3), SCAN, b"abc"),
+    "jpeg, large box": jpeg(app11(superbox(is_large=True)), frame(2, 3), SCAN, b"abc"),
+    "jpeg, two segments": jpeg(app11(superbox()), app11(superbox()[:8] + b"more", 2), frame(2, 3), SCAN, b"abc"),
+    "jpeg, after another box": jpeg(app11(superbox(b"jpeg 360 images!")), app11(superbox()), frame(2, 3), SCAN, b"abc"),
+    "jpeg, before the end": jpeg(frame(2, 3), SCAN, b"abc", app11(superbox())),
+    "webp": riff(canvas(5, 7), lossy(5, 7), piece(b"C2PA", superbox())),
+}
+WITHOUT_CREDENTIALS = {
+    "png, empty": png(HEAD, chunk(b"caBX"), PIXELS, END),
+    "png, in a text": png(HEAD, chunk(b"tEXt", b"caBX\0" + superbox()), PIXELS, END),
+    "png, behind the image": png(HEAD, PIXELS, END, chunk(b"caBX", superbox())),
+    "jpeg, another box": jpeg(app11(superbox(b"jpeg 360 images!")), frame(2, 3), SCAN, b"abc"),
+    "jpeg, not a box": jpeg(app11(superbox(), mark=b"XX"), frame(2, 3), SCAN, b"abc"),
+    "jpeg, only its later part": jpeg(app11(superbox(), 2), frame(2, 3), SCAN, b"abc"),
+    "jpeg, another segment": jpeg(segment(0xE2, b"JP\0\1\0\0\0\1" + superbox()), frame(2, 3), SCAN, b"abc"),
+    "jpeg, empty": jpeg(segment(0xEB), frame(2, 3), SCAN, b"abc"),
+    "webp, empty": riff(canvas(5, 7), lossy(5, 7), piece(b"C2PA")),
+    "webp, another name": riff(canvas(5, 7), lossy(5, 7), piece(b"c2pa", superbox())),
+    **{name: data for name, (_, data) in REAL.items()},
+}
+
+
+@pytest.mark.parametrize("data", WITH_CREDENTIALS.values(), ids=WITH_CREDENTIALS)
+def test_content_credentials_in_an_image_are_found(data):
+    assert inspected(data).problem == ""
+    assert inspected(data).has_credentials
+
+
+@pytest.mark.parametrize("data", WITHOUT_CREDENTIALS.values(), ids=WITHOUT_CREDENTIALS)
+def test_what_is_no_content_credentials_is_not_taken_for_them(data):
+    assert inspected(data).problem == ""
+    assert not inspected(data).has_credentials
+
+
+def test_to_find_content_credentials_no_byte_is_read_twice():
+    for data in WITH_CREDENTIALS.values():
+        file = Counting(data)
+        inspect(file)
+        assert file.total <= len(data)
+        for end in range(len(data)):
+            assert problem(data[:end]) if inspected(data[:end]) else True
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=100))
+def test_odd_content_credentials_never_harm_the_image(content):
+    for data in (content, b"JP\0\1\0\0\0\1" + content, superbox()[:20] + content):
+        assert problem(jpeg(segment(0xEB, data), FRAME, SCAN, b"abc")) == ""
+        assert problem(png(HEAD, chunk(b"caBX", data), PIXELS, END)) == ""
+        assert problem(riff(canvas(5, 7), lossy(5, 7), piece(b"C2PA", data))) == ""
+
+
 @settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_odd_exif_data_never_harms_the_image(exif):

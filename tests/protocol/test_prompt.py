@@ -20,6 +20,7 @@ from imagewatch.protocol.prompt import (
     Prompt,
     declared,
     parse,
+    text_for_people,
 )
 from imagewatch.system.errors import BadRequest, Problem
 
@@ -350,6 +351,59 @@ def test_after_an_empty_front_matter_a_text_may_begin_like_one():
         assert parse(f"+++\n+++\n{text}".encode()) == Prompt(text, FrontMatter())
 
 
+# What people are shown of a file that is refused
+
+
+@pytest.mark.parametrize(
+    ("text", "shown_text"),
+    [
+        ("a cat", "a cat"),
+        (" \r\na cat,\r\n\r\nasleep\r\n", "a cat,\n\nasleep"),
+        ('+++\nqualtiy = "high"\nn = 9\n+++\n\na cat\n', "a cat"),
+        ("+++\nnot TOML at all\n+++\na cat", "a cat"),
+        ("+++\nn = 2\n+++\n", ""),
+        ("+++\n+++", ""),
+        ("+++", ""),
+        ("", ""),
+        ("+++\nn = 9\n# a comment\n\n[billing]\na cat\nn = 2", "a cat\nn = 2"),
+        ("+++\na cat", "a cat"),
+        ("+++\na cat\n+++", "a cat"),
+        ("+++ \nn = 2\n+++\na cat", "a cat"),
+        ("\n \t\n+++\nn = 2\n+++\na cat", "a cat"),
+        ("++\nn = 2\n++\na cat", "a cat"),
+        ("++++\nn = 2\n++++\na cat", "a cat"),
+        ("+++n = 2\n+++\na cat", "a cat"),
+        ("+++ TOML\nn = 2\na cat", "a cat"),
+        ("n = 2\n+++\na cat", "a cat"),
+        ("+++\u2028n = 2\u2028+++\u2028a cat", "a cat"),
+        ("\uff0b\uff0b\uff0b\nn = 2\n\uff0b\uff0b\uff0b\na cat", "a cat"),
+        ("---\nn: 2\n---\na cat", "a cat"),
+        ("--- yaml\nn: 2\n---\na cat", "a cat"),
+        ("---\nprovider: openai\na cat", "a cat"),
+        ("```toml\nn = 2\n```\na cat", "a cat"),
+        ("```\na cat\n```", "a cat"),
+        ("~~~\nn = 2\n~~~\na cat", "a cat"),
+        ("--- a cat", "--- a cat"),
+        ("A cat\n+++\na dog", "A cat\n+++\na dog"),
+        ("model: a woman in red", "model: a woman in red"),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
+def test_people_are_shown_a_prompt_without_its_options_also_if_they_are_not_valid(text, shown_text, encoding):
+    assert text_for_people(text.encode(encoding)) == shown_text
+
+
+@given(st.binary(max_size=100) | st.text(max_size=100).map(lambda text: text.encode("utf-8", "surrogatepass")))
+@settings(max_examples=300, deadline=None)
+def test_people_are_shown_something_of_any_file(raw):
+    text = text_for_people(raw)
+    assert "\0" not in text
+    assert text == text.encode("utf-8", "strict").decode()
+    read = outcome(raw)
+    if isinstance(read, Prompt):
+        assert text == read.text
+
+
 # Files of other kinds
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935c943f9e0ff69d22e\nsize 12345\n"
@@ -676,6 +730,14 @@ def test_any_mixture_of_signs_is_a_prompt_or_a_problem_and_options_are_never_pro
         assert not read.text.startswith(("+++\nn = 2\n", "++++\n", "n = 2\n+++", "---\nn: 2")) or text.startswith(
             "+++\n"
         )
+
+
+@given(signs)
+@settings(max_examples=500, deadline=None)
+def test_of_any_mixture_of_signs_that_is_sent_people_are_shown_what_was_sent(text):
+    read = outcome(text.encode())
+    shown_text = text_for_people(text.encode())
+    assert not isinstance(read, Prompt) or shown_text == read.text
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r"), min_size=1, max_size=100), signs)

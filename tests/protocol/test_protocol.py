@@ -51,6 +51,7 @@ PROMPTS = {
     "partial": "+++\nn = 3\n+++\ncats [sandbox: fewer]",
     "page": "+++\nn = 3\n+++\ncats [sandbox: not-picture]",
     "torn": "+++\nn = 2\n+++\ncats [sandbox: bad-picture]",
+    "credentials": "a cat [sandbox: credentials]",
     "refused": "a cat [sandbox: 400]",
     "poor": "a cat [sandbox: 402]",
     "busy": "a cat [sandbox: 429]",

@@ -736,6 +736,15 @@ def test_bytes_can_be_something_else_than_an_image_or_than_the_named_type(ask, w
     assert content.startswith(expected[1])
 
 
+def test_an_image_with_content_credentials_is_a_png_that_has_them_and_opens(ask):
+    images = decoded(ask("[sandbox: credentials]", "gemini", n=2))
+    for content in images:
+        assert opened(content).format == "PNG"
+        assert content.count(b"caBX") == content.count(b"jumdc2pa") == 1
+    (page,) = decoded(ask("[sandbox: not-picture, credentials]", "gemini"))
+    assert page.startswith(b"<!DOCTYPE html>")
+
+
 def test_no_billing_is_a_response_without_billing(ask, sandbox):
     assert "billing" not in ask("[sandbox: no-billing]").json()
     assert sandbox.report()["charged"] == 1

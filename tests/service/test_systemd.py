@@ -782,6 +782,20 @@ def test_the_gallery_is_for_the_group_and_of_its_own_user(started, endpoint, gal
     assert started.container.show("imagewatch-gallery", "Result") == "success"
 
 
+def test_the_gallery_shows_a_hold_and_its_end(started, endpoint, gallery):
+    def holds() -> list[str]:
+        gallery.run()
+        status = page_data(gallery.page)["shown"]["status"]
+        return [hold["message"] for hold in status["holds"]] if status and "holds" in status else []
+
+    started.container.run("imagewatch", "hold", "a hold for the page")
+    try:
+        until(lambda: any("a hold for the page" in message for message in holds()))
+    finally:
+        started.container.run("imagewatch", "release")
+    until(lambda: holds() == [])
+
+
 GALLERY_PROBE = """\
 import errno, json, os, socket, subprocess, sys
 
