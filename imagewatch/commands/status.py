@@ -26,6 +26,9 @@ _STATES = {
     "stopping": "is stopping; it waits for the requests in flight",
 }
 
+_MOST_FOLDERS = 10
+"""At most so many of the folders in which prompts wait are named."""
+
 
 @click.command()
 @json_option
@@ -67,6 +70,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         yield f"             {path}: scanned regularly ({reason})"
     waiting = page["waiting"]
     yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
+    yield from _folders(page.get("folders", []))  # an older daemon does not write it
     yield f"  in flight  {len(page['in_flight'])}"
     for job in page["in_flight"]:
         yield f"             {job['source']}"
@@ -80,6 +84,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
             f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
+    yield from _budgets(page["budgets"])
     if balance := page.get("balance"):  # an older daemon does not write it
         yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
     if page["ignored"]["count"]:
@@ -90,6 +95,31 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
         yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
         yield f"             {one['next']}"
+
+
+def _folders(folders: list[dict[str, Any]]) -> Iterator[str]:
+    """Name the first-level folders that take turns, unless all prompts are directly in the inbox."""
+    if all(not one["folder"] for one in folders):
+        return
+    for one in folders[:_MOST_FOLDERS]:
+        yield f"             {one['folder'] + '/' if one['folder'] else 'the inbox itself'}: {one['waiting']}"
+    if len(folders) > _MOST_FOLDERS:
+        yield "             and other folders, which status --json names"
+
+
+def _budgets(budgets: list[dict[str, Any]]) -> Iterator[str]:
+    """Show what of each budget is spent; caps that are not set are left out."""
+    for one in budgets:
+        parts = [
+            f"{amount(one[name]['credits'])} of {amount(one[name]['cap'])} credits {label}"
+            for name, label in (("today", "today"), ("month", "this month"))
+            if one[name]["cap"]
+        ]
+        if one["reserved"]:
+            parts.append(f"{amount(one['reserved'])} reserved")
+        if one["requests_per_minute"]:
+            parts.append(f"{amount(one['requests_per_minute'])} requests per minute")
+        yield f"  budget     {one['folder']}/: {', '.join(parts) or 'no cap is set'}"
 
 
 def _why(reasons: dict[str, int]) -> str:

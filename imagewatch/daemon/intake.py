@@ -233,6 +233,10 @@ class Intake:
         """Return how many prompts wait for nothing but a worker."""
         return self._scan.count()
 
+    def waiting(self) -> dict[str, int]:
+        """Return how many prompts wait in each first-level folder and below it; empty: directly in the inbox."""
+        return self._scan.waiting()
+
     def arrived(self) -> dict[str, float]:
         """Return when each prompt that is kept in order came, by path below the inbox, in seconds since the epoch."""
         found = self._scan.order.arrived()

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import __version__
+from imagewatch.daemon.by_folder import ByFolder
 from imagewatch.daemon.ignored import Ignored
 from imagewatch.daemon.status import line
 from imagewatch.inbox.candidate import ANYWHERE
@@ -36,6 +37,7 @@ class Report:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._ignored = Ignored(parts.now)
+        self._by_folder = ByFolder(parts.journal)
         self._is_ready = self._has_worked = False
         self._ready_at = 0.0
 
@@ -103,7 +105,8 @@ class Report:
         status.polled = intake.polled()
         try:
             ready = max(intake.count() - len(caps), 0)
-            page = status.write(intake.result, ready, at_work, stuck, caps.reasons())
+            more = self._by_folder.page(intake.waiting(), self._parts.config.budgets)
+            page = status.write(intake.result, ready, at_work, stuck, caps.reasons(), more)
         except SpoolError as error:
             _log.debug("status_failed", reason=str(error))
         else:
