@@ -149,15 +149,18 @@ _ADD_IN_FOLDER = f"""
     ON CONFLICT DO UPDATE SET credits = credits + excluded.credits, unknown = unknown + excluded.unknown;
 """
 _SUMMED = "source, sent_at, charged, outcome, credits, asked, asked_provider, price_kind"
-"""What the sums of a folder follow from: the end of a job changes none of it."""
+"""What the sums follow from: the end of a job changes none of it."""
 _COUNT = "INSERT INTO meta VALUES ('recorded', 1) ON CONFLICT DO UPDATE SET value = value + 1;"
 # The sums follow from the rows: each change of a row changes them, whatever program makes it.
 TRIGGERS = {
     "attempts_inserted": f"AFTER INSERT ON attempts BEGIN {_COUNT} {_ADD.format('new', 1)} END",
-    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_COUNT} {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
-    "folder_sums_inserted": f"AFTER INSERT ON attempts BEGIN {_ADD_IN_FOLDER.format('new', 1)} END",
-    "folder_sums_updated": f"AFTER UPDATE OF {_SUMMED} ON attempts BEGIN {_ADD_IN_FOLDER.format('old', -1)} "
-    f"{_ADD_IN_FOLDER.format('new', 1)} END",
+    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_COUNT} END",
+    "sums_updated": f"AFTER UPDATE OF {_SUMMED} ON attempts BEGIN {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
+    "folder_sums_inserted": f"AFTER INSERT ON attempts WHEN {_COUNTS.format('new')} AND {_IS_IN_FOLDER.format('new')} "
+    f"BEGIN {_ADD_IN_FOLDER.format('new', 1)} END",
+    "folder_sums_updated": f"AFTER UPDATE OF {_SUMMED} ON attempts "
+    f"WHEN {_IS_IN_FOLDER.format('old')} OR {_IS_IN_FOLDER.format('new')} "
+    f"BEGIN {_ADD_IN_FOLDER.format('old', -1)} {_ADD_IN_FOLDER.format('new', 1)} END",
 }
 _SUM_FOLDERS = (
     f"INSERT INTO folder_sums SELECT {_FOLDER}, {_DAY}, {{0}}.asked_provider, {{0}}.price_kind, sum({_CREDITS}), "  # noqa: S608
@@ -210,7 +213,8 @@ def _update(connection: sqlite3.Connection) -> None:
     for statement in TABLES.split(";\n"):
         connection.execute(statement)
     for name, body in TRIGGERS.items():
-        connection.execute(f"CREATE TRIGGER IF NOT EXISTS {name} {body}")
+        connection.execute(f"DROP TRIGGER IF EXISTS {name}")
+        connection.execute(f"CREATE TRIGGER {name} {body}")
     if columns:
         common = [name for name in COLUMNS if name in columns]
         values = [_RENAMED.get(name, name) for name in common]
