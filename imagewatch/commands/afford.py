@@ -84,7 +84,8 @@ def budgets(config: Config) -> Iterator[tuple[str, str, str]]:
                 verdict, _, text = _cap(rule, cap, spent[name][rule], config.limits.assumed_credits, is_known=is_known)
                 yield "warn" if verdict == "bad" else verdict, printable(rule), printable(text)
         if own.requests_per_minute:
-            yield "ok", printable(setting(name, "requests_per_minute")), f"{amount(own.requests_per_minute)} requests"
+            text = f"{amount(own.requests_per_minute)} requests in a minute"
+            yield "ok", printable(setting(name, "requests_per_minute")), text
 
 
 def _first_level_folders(inbox: str) -> list[str]:
