@@ -340,13 +340,15 @@ class Admission:
         if begun or ended:
             self._on_change(at_once=not all(hold.brief for hold in (*begun, *ended)))
         for hold in begun:
+            whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
             end = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
             reason, next_step = hold.reason.message, hold.reason.next
             if not hold.brief:
-                _log.warning("held", kind=hold.kind, **_whose(hold), reason=reason, next=next_step, **end)
+                _log.warning("held", kind=hold.kind, **whose, reason=reason, next=next_step, **end)
         for hold in ended:
+            whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
             if not hold.brief:
-                _log.info("released", kind=hold.kind, **_whose(hold))
+                _log.info("released", kind=hold.kind, **whose)
 
     def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
         kind = reason.kind
@@ -422,8 +424,3 @@ class Admission:
         """Return whether a hold, brief ones aside, forbids any request now."""
         hold = self.first()
         return hold is not None and self._now() < hold.until
-
-
-def _whose(hold: Hold) -> dict[str, str]:
-    """Return the field of a log event that names whose prompts wait at a cap."""
-    return {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
