@@ -121,6 +121,8 @@ class Caps:
         """
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
+        if any(refusal.kind == "rate" for refusal in self._refused.values()):
+            self._journal.correct_times()  # else a clock that was set back would hold them until it has caught up
         budget = self._journal.budget()
         kinds = {kind for _, kind in self._waiting.values()}
         found = {

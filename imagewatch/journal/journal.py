@@ -148,6 +148,8 @@ class Journal:
         def act(connection: sqlite3.Connection) -> Reason | None:
             budget, cost, folder = self.budget(connection), 0.0, folder_of(claim.source)
             if asked is not None:
+                if budget.has_rate(folder):
+                    self._correct_times(connection)
                 refusal = budget.over_cap(asked, claim.job, folder) or budget.over_budget_rate(folder)
                 if refusal is not None and refusal.row.is_own:
                     return refusal
@@ -294,6 +296,14 @@ class Journal:
         with self._file.using() as connection:
             return self._refusal(connection, row, asked, skip_repeated=skip_repeated)
 
+    def correct_times(self) -> None:
+        """Let what is dated later than now count for the rate as if it had been sent now."""
+        self._file.change(self._correct_times, synced=False)
+
+    def _correct_times(self, connection: sqlite3.Connection) -> None:
+        # What is dated later than now was sent before the clock was set back; its true time is unknown.
+        connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
+
     @staticmethod
     def _is_spent(connection: sqlite3.Connection, row: Row) -> bool:
         """Return whether this very call has inserted the row already: the file may have been replaced meanwhile."""
@@ -328,8 +338,7 @@ class Journal:
             return Reason("repeated", f"these files were requested before, as job {twin['job']}")
         budget, folder = self.budget(connection), folder_of(row.source)
         if budget.has_rate(folder):
-            # What is dated later than now was sent before the clock was set back; its true time is unknown.
-            connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
+            self._correct_times(connection)
         return budget.over_rate() or budget.over_budget_rate(folder) or budget.over_cap(asked, row.job, folder)
 
     def record(self, row: Row, *, synced: bool = True) -> None:

@@ -187,6 +187,12 @@ def test_a_folder_with_a_rate_waits_in_the_inbox_for_its_next_minute_and_others_
     set_clock(offset, 61)
     until(lambda: done(folders, "anna") == 4, timeout=70)
     until(lambda: (waiting(folders, "anna"), folders.leftovers()) == (3, []))
+    set_clock(offset, -4000)  # what was sent before counts as sent now
+    command(folders, "release")
+    assert not sandbox.wait_for_requests(9, timeout=0.5)
+    set_clock(offset, -4000 + 61)
+    command(folders, "release")
+    until(lambda: done(folders, "anna") == 6)
     assert (daemon.stop(), daemon.events("held")) == (0, [])
 
 

@@ -144,8 +144,9 @@ def test_the_rate_of_a_folder_is_counted_alone_and_in_a_minute_of_its_own(
     clock.now += 40.1
     assert spend(journal, "c", "anna", clock.now) is None
     clock.now -= 3600  # set back: what was sent before counts as sent now
-    assert spend(journal, "d", "anna", clock.now) is not None
+    assert journal.open(claim("d", "anna"), FLUX) is not None
     clock.now += 60.1
+    assert journal.open(claim("d", "anna"), FLUX) is None
     assert spend(journal, "d", "anna", clock.now) is None
 
 
