@@ -233,16 +233,16 @@ class Intake:
         """Return how many prompts wait for nothing but a worker."""
         return self._scan.count()
 
-    def waiting(self) -> dict[str, int]:
-        """Return how many prompts wait in each first-level folder and below it; empty: directly in the inbox."""
-        return self._scan.waiting()
-
     def arrived(self) -> dict[str, float]:
         """Return when each prompt that is kept in order came, by path below the inbox, in seconds since the epoch."""
         found = self._scan.order.arrived()
         if came := {folder.path: folder.came for folder in self._scan.folders if folder.came}:
             found = {path: max(at, came.get(os.path.dirname(path), 0.0)) for path, at in found.items()}
         return found
+
+    def counts(self) -> dict[str, int]:
+        """Return how many prompts wait in each first-level folder in which some do; empty: the inbox itself."""
+        return self._scan.counts()
 
     def came(self, path: str) -> float:
         """Return when a folder was brought into the inbox, in seconds since the epoch; 0: it was there at the start."""

@@ -105,7 +105,7 @@ class Report:
         status.polled = intake.polled()
         try:
             ready = max(intake.count() - len(caps), 0)
-            more = self._by_folder.page(intake.waiting(), self._parts.config.budgets)
+            more = self._by_folder.page(intake.counts(), self._parts.config.budgets)
             page = status.write(intake.result, ready, at_work, stuck, caps.reasons(), more)
         except SpoolError as error:
             _log.debug("status_failed", reason=str(error))
