@@ -99,7 +99,7 @@ def test_a_budget_counts_its_folder_and_all_below_it_and_no_other(make: Callable
 def test_a_budget_counts_what_other_processes_reserve(make: Callable[..., Journal]) -> None:
     budget = FolderBudget(credits_per_month=60)
     journal, other = make(anna=budget), make(anna=budget)
-    assert journal.open(claim("a", "anna"), FLUX) is None
+    assert journal.open(claim("a", "anna/deep"), FLUX) is None
     assert spend(other, "b", "anna/x") is None
     refusal = journal.open(claim("c", "anna/y/z"), FLUX)
     assert refusal is not None
