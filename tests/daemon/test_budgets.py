@@ -11,7 +11,7 @@ import pytest
 from support.daemon import Folders, command, until
 from support.endpoint import unique_png
 
-from daemon.test_caps import set_clock, shifted, to_midnight
+from daemon.test_caps import SHIFTED, set_clock, shifted, to_midnight
 from imagewatch.config.load import load
 from imagewatch.system.errors import ConfigError
 
@@ -194,6 +194,34 @@ def test_a_folder_with_a_rate_waits_in_the_inbox_for_its_next_minute_and_others_
     command(folders, "release")
     until(lambda: done(folders, "anna") == 6)
     assert (daemon.stop(), daemon.events("held")) == (0, [])
+
+
+def test_once_waits_for_the_next_minute_of_a_budget(budgeted, tmp_path, sandbox, start):
+    folders = budgeted({}, budgets__anna__requests_per_minute="1")
+    for stem in ("anna/a", "anna/b", "bob/a"):
+        folders.prompt(stem, "a cat")
+    offset, script = tmp_path / "offset", tmp_path / "once.py"
+    set_clock(offset, 0)
+    folders.environ["OFFSET"] = str(offset)
+    script.write_text(SHIFTED.replace("clock=clock)", "clock=clock, once=True)"))
+    daemon = start(folders, script=str(script))
+    assert sandbox.wait_for_requests(2, timeout=20)
+    until(lambda: [one["kind"] for one in page(folders)["holds"]] == ["rate"])
+    set_clock(offset, 61)
+    command(folders, "release")
+    assert daemon.wait(80) == 0
+    assert (done(folders, "anna"), done(folders, "bob")) == (2, 1)
+
+
+def test_what_a_stopped_daemon_wrote_earlier_is_not_shown_as_spent_today(budgeted, start):
+    folders = budgeted({"anna": "credits_per_day = 90\ncredits_per_month = 900"})
+    folders.prompt("anna/a", "a cat")
+    assert start(folders, "once").wait() == 0
+    assert page(folders)["budgets"][0]["month"] == {"credits": 30.0, "cap": 900.0}
+    written = json.loads((folders.state / "status.json").read_text())
+    (folders.state / "status.json").write_text(json.dumps({**written, "updated": "2025-01-31T23:59:59Z"}))
+    (budget,) = page(folders)["budgets"]
+    assert (budget["today"], budget["month"]) == ({"credits": 0, "cap": 90.0}, {"credits": 0, "cap": 900.0})
 
 
 def test_a_raised_budget_and_a_new_one_apply_after_a_reload(budgeted, sandbox, run):
