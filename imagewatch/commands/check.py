@@ -24,6 +24,7 @@ from imagewatch.commands.terminal import padded
 from imagewatch.daemon import status
 from imagewatch.inbox.scan import InboxScan
 from imagewatch.job.delivery import blocked
+from imagewatch.journal.budget import folder_of
 from imagewatch.protocol.request import Request, build
 from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.exits import EXIT_CONFIG
@@ -137,7 +138,7 @@ def _ready(candidate: Candidate, config: Config, opener: Opener, budget: Budget 
         request = build(candidate, where, config, opener)
     except BadRequest as error:
         return Line("refuse", path, printable("; ".join(str(problem) for problem in error.problems)))
-    verdict, why = afford.refusal(budget, request) if budget else ("", "")
+    verdict, why = afford.refusal(budget, request, folder_of(candidate.source)) if budget else ("", "")
     return Line(verdict or "take", path, why or _summary(request))
 
 

@@ -78,7 +78,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
             yield Line("wait", "ledger", printable(f"{error} (the daemon accepts it when it starts)", 1000))
         else:
             yield Line("bad", "ledger", printable(f"{error} ({error.hint})", 1000))
-    yield from (Line(*line) for line in afford.caps(config))
+    yield from (Line(*line) for line in (*afford.caps(config), *afford.budgets(config)))
     yield from _models(config)
     if os.path.isdir(config.folders.inbox):
         yield _watched(config, kinds)

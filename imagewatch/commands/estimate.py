@@ -17,6 +17,7 @@ from imagewatch.commands.ledger import open_budget
 from imagewatch.commands.terminal import print_table, shown
 from imagewatch.config.locate import is_hidden, refusal
 from imagewatch.inbox.scan import InboxScan
+from imagewatch.journal.budget import folder_of
 from imagewatch.journal.prices import PRICED, Asked
 from imagewatch.protocol.request import build
 from imagewatch.system.errors import MISSING, BadRequest, SpoolError
@@ -128,7 +129,7 @@ def _inbox(config: Config, budget: Budget) -> Iterator[Estimate]:
 def _estimated(source: str, request: Request, budget: Budget) -> Estimate:
     """Estimate one request by the charges of similar ones, as the caps do."""
     asked = Asked.of(request.fields)
-    if problem := budget.never(asked):
+    if problem := budget.never(asked, folder_of(source)):
         return Estimate(source, problem=str(problem))
     cost = budget.cost(asked)
     text = ", ".join(str(request.fields[name]) for name in (*PRICED, "n") if name in request.fields)

@@ -51,7 +51,7 @@ def open_journal(config: Config) -> Iterator[Journal]:
             raise error
         hint = "no job has ended with this configuration yet; for another configuration use --config"
         raise SpoolError(f"there is no ledger: {printable(path)}", path=path, hint=hint)
-    with contextlib.closing(Journal(path, config.limits, time.time)) as journal:
+    with contextlib.closing(Journal(path, config.limits, time.time, budgets=config.budgets)) as journal:
         journal.require()
         yield journal
 
@@ -69,10 +69,11 @@ def open_budget(config: Config) -> Iterator[Budget]:
     state, path = config.folders.state, ledger_path(config)
     with contextlib.ExitStack() as stack:
         if os.path.exists(path):
-            journal = stack.enter_context(contextlib.closing(Journal(path, config.limits, time.time)))
+            made = Journal(path, config.limits, time.time, budgets=config.budgets)
+            journal = stack.enter_context(contextlib.closing(made))
             journal.require()
             yield journal.budget()
             return
         if os.path.exists(state) and not os.access(state, os.X_OK):
             raise unreadable(state)
-        yield Budget(NoBooks(), config.limits, time.time())
+        yield Budget(NoBooks(), config.limits, time.time(), config.budgets)

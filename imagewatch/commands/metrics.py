@@ -2,7 +2,8 @@
 
 https://prometheus.io/docs/instrumenting/exposition_formats/; names follow
 https://prometheus.io/docs/practices/naming/. No sample has a time of its own: the textfile collector of node_exporter
-takes none. No label has text that others wrote: each has a fixed set of values. Each series has its inbox as a label,
+takes none. No label has text that others wrote: each has a fixed set of values, except ``folder``,
+which has the folders that have a budget in the configuration. Each series has its inbox as a label,
 so that one machine may have several.
 """
 
@@ -52,7 +53,7 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     yield "in_flight_jobs", "gauge", "Jobs in progress.", [({}, len(page["in_flight"]))]
     stuck = page.get("stuck", [])  # an older daemon does not write it
     yield "stuck_jobs", "gauge", "Jobs that cannot finish for a reason of their own.", [({}, len(stuck))]
-    held = {one["kind"] for one in page["holds"]}
+    held = {one["kind"] for one in page["holds"] if not one.get("folder")}
     holds = [({"reason": kind}, float(kind in held)) for kind in HOLDS]
     yield "held", "gauge", "Whether nothing is sent for this reason.", holds
     jobs = [
@@ -65,11 +66,26 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     yield "period_credits", "gauge", "Credits charged this day and this month (UTC).", spent
     caps = [({"period": period}, page[key]["cap"]) for period, key in _PERIODS.items() if page[key]["cap"]]
     yield "period_cap_credits", "gauge", "Most credits for a day and a month; absent without a cap.", caps
+    yield from _budgets(page)
     if balance := page.get("balance"):  # an older daemon does not write it
         yield "balance_credits", "gauge", "Balance of the account in the last response.", [({}, balance["credits"])]
         yield "balance_timestamp_seconds", "gauge", "Time of that response.", _time(balance["at"])
     again: list[Sample] = [({}, page["redelivered"])]
     yield "redelivered_prompts_total", "counter", "Prompts that a sync tool delivered again; skipped.", again
+
+
+def _budgets(page: Mapping[str, Any]) -> Iterator[Family]:
+    budgets = page.get("budgets", [])  # an older daemon does not write them
+    held = {one.get("folder") for one in page["holds"]}
+    waits = [({"folder": one["folder"]}, float(one["folder"] in held)) for one in budgets]
+    yield "budget_held", "gauge", "Whether prompts of this folder wait at its budget.", waits
+    both = [
+        ({"folder": one["folder"], "period": period}, one[key]) for one in budgets for period, key in _PERIODS.items()
+    ]
+    spent = [(labels, sums["credits"]) for labels, sums in both]
+    yield "budget_credits", "gauge", "Credits that count as spent in this folder this day and this month (UTC).", spent
+    caps = [(labels, sums["cap"]) for labels, sums in both if sums["cap"]]
+    yield "budget_cap_credits", "gauge", "Most credits for a day and a month; absent without a cap.", caps
 
 
 def _time(when: str | None) -> list[Sample]:

@@ -61,6 +61,7 @@ def _say_hold(daemon: Daemon) -> None:
     if hold := daemon.hold:
         left = f"{daemon.left} {'prompt' if daemon.left == 1 else 'prompts'} left in the inbox"
         what = f"Prompts for {hold.provider} are on hold" if hold.provider else "The queue is on hold"
+        what = f"Prompts in {printable(hold.folder)}/ are on hold" if hold.folder else what
         say(f"{what} ({hold.kind}: {printable(hold.reason.message)}): {left}.")
         end = f"; next try at {local_time(daemon.hold_ends)}" if daemon.hold_ends else ""
         say(f"  {printable(hold.reason.next)}{end}")
@@ -71,8 +72,8 @@ def _results(ended: Sequence[Outcome], daemon: Daemon) -> dict[str, object]:
     hold = daemon.hold
     held = None
     if hold:
-        held = {"kind": hold.kind, "provider": hold.provider or None, "reason": hold.reason.message}
-        held |= {"next_try_at": daemon.hold_ends, "next": hold.reason.next}
+        held = {"kind": hold.kind, "provider": hold.provider or None, "folder": hold.folder or None}
+        held |= {"reason": hold.reason.message, "next_try_at": daemon.hold_ends, "next": hold.reason.next}
     jobs = [
         {
             "source": whole(one.source),

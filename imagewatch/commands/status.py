@@ -29,6 +29,9 @@ _STATES = {
     "stopping": "is stopping; it waits for the requests in flight",
 }
 
+_MOST_FOLDERS = 10
+"""At most so many of the folders in which prompts wait are named."""
+
 
 @click.command()
 @json_option
@@ -68,6 +71,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     yield from _places(page)
     waiting = page["waiting"]
     yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
+    yield from _folders(page.get("folders", []))  # an older daemon does not write it
     yield f"  in flight  {len(page['in_flight'])}"
     for job in page["in_flight"]:
         yield f"             {job['source']}"
@@ -81,6 +85,7 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
             f"  {label:<10} {one['completed']} completed, {one['refused']} refused, {one['unknown']} unknown, "
             f"{amount(one['credits'])}{cap} credits (UTC)"
         )
+    yield from _budgets(page.get("budgets", []))  # the same
     if balance := page.get("balance"):  # an older daemon does not write it
         yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
     if page["ignored"]["count"]:
@@ -107,6 +112,31 @@ def _step(name: str, reason: str) -> str:
     """Return what to do about an ignored file if its name is almost a prompt's."""
     file = name.rpartition("/")[2]
     return f"; {for_name(file)}" if reason == why_near_miss(file) else ""
+
+
+def _folders(folders: list[dict[str, Any]]) -> Iterator[str]:
+    """Name the first-level folders that take turns, unless all prompts are directly in the inbox."""
+    if all(not one["folder"] for one in folders):
+        return
+    for one in folders[:_MOST_FOLDERS]:
+        yield f"             {one['folder'] + '/' if one['folder'] else 'the inbox itself'}: {one['waiting']}"
+    if len(folders) > _MOST_FOLDERS:
+        yield "             and other folders, which status --json names"
+
+
+def _budgets(budgets: list[dict[str, Any]]) -> Iterator[str]:
+    """Show what of each budget is spent; caps that are not set are left out."""
+    for one in budgets:
+        parts = [
+            f"{amount(one[name]['credits'])} of {amount(one[name]['cap'])} credits {label}"
+            for name, label in (("today", "today"), ("month", "this month"))
+            if one[name]["cap"]
+        ]
+        if one["reserved"]:
+            parts.append(f"{amount(one['reserved'])} reserved")
+        if one["requests_per_minute"]:
+            parts.append(f"{amount(one['requests_per_minute'])} requests per minute")
+        yield f"  budget     {one['folder']}/: {', '.join(parts) or 'no cap is set'}"
 
 
 def _why(reasons: dict[str, int]) -> str:

@@ -15,6 +15,7 @@ from imagewatch.config.schema import (
     OFF,
     Config,
     Endpoint,
+    FolderBudget,
     Folders,
     Inbox,
     Limits,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
 S = TypeVar("S", bound=msgspec.Struct)
 _MAX_MODE: Final = 0o7777
+_FIRST_LEVEL: Final = "name a folder directly in the inbox; its budget counts for everything below it"
 
 
 class Draft(Tables):
@@ -63,8 +65,9 @@ class Draft(Tables):
             inbox=self._section("inbox", Inbox),
             outbox=self._outbox(),
             defaults=defaults.over(Options(provider="auto")),
-            presets=self._presets(),
+            presets=self._named_tables("presets", Options),
             limits=self._section("limits", Limits),
+            budgets=self._named_tables("budgets", FolderBudget),
             retry=self._retry(),
             log=self._section("log", Log),
             source=source,
@@ -215,17 +218,20 @@ class Draft(Tables):
             return mode
         return None
 
-    def _presets(self) -> dict[str, Options]:
-        """Return ``[presets.NAME]``; a name must be one that a folder can have."""
-        presets = self.table.get("presets", {})
-        if not isinstance(presets, dict):
-            self._wrong("presets", "must be a section", "write [presets.NAME] on a line of its own")
+    def _named_tables(self, section: str, struct: type[S]) -> dict[str, S]:
+        """Return the tables of a section such as ``[presets.NAME]``; a name must be one that a folder can have."""
+        tables = self.table.get(section, {})
+        if not isinstance(tables, dict):
+            self._wrong(section, "must be a section", f"write [{section}.NAME] on a line of its own")
             return {}
-        for name in presets:
+        for name in tables:
             if not name or name.startswith(".") or "/" in name or not name.isprintable():
-                hint = "use a name without a slash or a leading dot"
-                self._wrong(f"presets.{name}", "is not a valid folder name", hint)
-        return {name: self._checked(table, Options, f"presets.{name}") for name, table in presets.items()}
+                hint = _FIRST_LEVEL if section == "budgets" else "use a name without a slash or a leading dot"
+                self._wrong(f"{section}.{name}", "is not a valid folder name", hint)
+            elif section == "budgets" and name[0] in "@#~$":
+                reason = "is a folder that is never entered: its name begins with @, #, ~ or $"
+                self._wrong(f"{section}.{name}", reason, _FIRST_LEVEL)
+        return {name: self._checked(table, struct, f"{section}.{name}") for name, table in tables.items()}
 
     def _retry(self) -> Retry:
         """Return ``[retry]``; its longest wait is not less than the first."""

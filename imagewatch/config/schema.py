@@ -160,6 +160,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     min_free_bytes: _Bytes = 500_000_000
 
 
+class FolderBudget(msgspec.Struct, frozen=True, kw_only=True):
+    """``[budgets."FOLDER"]``: caps for a first-level folder of the inbox and all below it, besides ``[limits]``.
+
+    Attributes:
+        credits_per_day: Credits in a day, by UTC; 0 is off.
+        credits_per_month: Credits in a calendar month, by UTC; 0 is off.
+        requests_per_minute: Requests begun in a minute; 0 is off.
+    """
+
+    credits_per_day: _Amount = 0.0
+    credits_per_month: _Amount = 0.0
+    requests_per_minute: _Amount = 0.0
+
+
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
     """``[retry]``: for what is provably free only.
 
@@ -197,6 +211,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         defaults: ``[defaults]``; ``provider`` is always set.
         presets: ``[presets.NAME]`` by name.
         limits: ``[limits]``.
+        budgets: ``[budgets."FOLDER"]`` by the name of the folder.
         retry: ``[retry]``.
         log: ``[log]``.
         source: Absolute name of the file, or ``environment``.
@@ -209,6 +224,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     defaults: Options = Options(provider="auto")
     presets: dict[str, Options] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
+    budgets: dict[str, FolderBudget] = msgspec.field(default_factory=dict)
     retry: Retry = Retry()
     log: Log = Log()
     source: str = "environment"
@@ -224,7 +240,9 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "retry": Retry,
     "log": Log,
 }
-"""All but ``[presets.NAME]``, of which there are any number."""
+"""All but those in ``NAMED``."""
+NAMED: Final[dict[str, type[msgspec.Struct]]] = {"presets": Options, "budgets": FolderBudget}
+"""Sections such as ``[presets.NAME]``, of which there are any number, by the name before the dot."""
 DELETE: Final = "delete"
 """In the place of the archive: originals are removed."""
 OFF: Final = "off"

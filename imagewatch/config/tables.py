@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
-from imagewatch.config.schema import SECTIONS
+from imagewatch.config.schema import NAMED, SECTIONS
 from imagewatch.config.validate import nearest
 from imagewatch.system.errors import Problem
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 KEY_HINT: Final = "put the key in a file and name it in api_key_file"
-SECTION_NAMES: Final = (*SECTIONS, "presets")
+SECTION_NAMES: Final = (*SECTIONS, *NAMED)
 _PREFIX: Final = "IMAGEWATCH_"
 _KEY_NAMES: Final = frozenset(
     {"apikey", "key", "lettaapikey", "token", "apitoken", "bearer", "authorization", "secret", "password"}
@@ -66,27 +66,32 @@ class Tables:
             if not variable.startswith(_PREFIX) or not separator:
                 continue
             section = section.lower()
-            if section == "presets":
-                self._override_preset(variable, key)
+            if section in NAMED:
+                self._override_named(variable, section, key)
             elif section in SECTIONS:
-                self._set(variable, section, key.lower(), (section,))
+                self._set(variable, SECTIONS[section], key.lower(), (section,))
             else:
                 self._wrong(variable, "unknown section", nearest(section, SECTION_NAMES))
 
-    def _override_preset(self, variable: str, rest: str) -> None:
+    def _override_named(self, variable: str, section: str, rest: str) -> None:
         name, separator, key = rest.rpartition("__")
         if not separator:
-            self._wrong(variable, "names no key", "write IMAGEWATCH_PRESETS__NAME__KEY")
+            self._wrong(variable, "names no key", f"write IMAGEWATCH_{section.upper()}__NAME__KEY")
             return
-        presets = self.table.get("presets", {})
-        known = presets if isinstance(presets, dict) else {}
-        # Variables are upper case by custom; a preset of the file keeps its own spelling.
-        spelt = next((one for one in known if one.lower() == name.lower()), name.lower())
-        self._set(variable, "defaults", key.lower(), ("presets", spelt))
+        tables = self.table.get(section, {})
+        known = tables if isinstance(tables, dict) else {}
+        # Variables are upper case by custom; what is in the file keeps its own spelling.
+        spelt = [one for one in known if one.lower() == name.lower()]
+        if name in spelt:
+            spelt = [name]
+        if len(spelt) > 1:
+            self._wrong(variable, f"may mean {' or '.join(map(_printable, spelt))}", "write the name as in the file")
+            return
+        self._set(variable, NAMED[section], key.lower(), (section, *(spelt or [name.lower()])))
 
-    def _set(self, variable: str, section: str, key: str, where: tuple[str, ...]) -> None:
+    def _set(self, variable: str, struct: type[msgspec.Struct], key: str, where: tuple[str, ...]) -> None:
         """Set one key of the table at ``where`` from a variable, if it is known and text."""
-        struct, field, text = SECTIONS[section], ".".join((*where, key)), self.environ[variable]
+        field, text = ".".join((*where, key)), self.environ[variable]
         if key not in struct.__struct_fields__:
             prefix = _printable(variable.rpartition("__")[0])
             known = [f"{prefix}__{one.upper()}" for one in struct.__struct_fields__]
@@ -97,7 +102,7 @@ class Tables:
             self._wrong(variable, "is not UTF-8")
         elif (table := self._table(where)) is not None:
             is_command = key == "api_key_command" and not text.lstrip().startswith("[")
-            table[key] = text if is_command or _is_text(section, struct, key) else _value(text)
+            table[key] = text if is_command or _is_text(where[0], struct, key) else _value(text)
             self.origins[field] = variable
 
     def _table(self, where: tuple[str, ...]) -> dict[str, Any] | None:

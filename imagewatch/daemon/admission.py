@@ -304,7 +304,7 @@ class Admission:
         others = reason.row.others
         if reason.error is not None:
             self.failed(reason.error)
-        elif others in {Others.CONTINUE, Others.FITTING}:
+        elif others in {Others.CONTINUE, Others.FITTING} or reason.folder:
             pass
         elif others is Others.PAUSE or began >= max(self._since, self._ended.get(reason.kind, self._since)):
             self._begin(reason)
@@ -332,19 +332,23 @@ class Admission:
         hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
         self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
 
-    def set_caps(self, refused: Mapping[str, Reason]) -> None:
-        """Note the providers whose prompts wait at a cap, and why."""
+    def set_caps(self, refused: Mapping[tuple[str, str], Reason]) -> None:
+        """Note whose prompts wait at a cap or a budget, by provider and folder, and why."""
         now = self._clock()
-        reasons = {name: replace(reason, seconds=max(reason.ends - now, 0.0)) for name, reason in refused.items()}
+        reasons = {whose: replace(reason, seconds=max(reason.ends - now, 0.0)) for whose, reason in refused.items()}
         begun, ended = self._holds.set_caps(reasons, self._now())
         if begun or ended:
-            self._on_change(at_once=True)
+            self._on_change(at_once=not all(hold.brief for hold in (*begun, *ended)))
         for hold in begun:
+            whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
             end = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
             reason, next_step = hold.reason.message, hold.reason.next
-            _log.warning("held", kind=hold.kind, provider=hold.provider, reason=reason, next=next_step, **end)
+            if not hold.brief:
+                _log.warning("held", kind=hold.kind, **whose, reason=reason, next=next_step, **end)
         for hold in ended:
-            _log.info("released", kind=hold.kind, provider=hold.provider)
+            whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
+            if not hold.brief:
+                _log.info("released", kind=hold.kind, **whose)
 
     def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
         kind = reason.kind

@@ -4,6 +4,8 @@ If a prompt does not fit below a cap when its turn comes, it is not claimed, and
 is. For this, a prompt is read before it is claimed, and what its request may cost is reserved. Prompts that cost the
 same are treated the same until something changes.
 
+A first-level folder with a budget is treated on its own: at its budget only its prompts wait.
+
 Belongs to the main thread.
 """
 
@@ -13,8 +15,10 @@ import math
 import os
 from typing import TYPE_CHECKING
 
+from imagewatch.inbox.candidate import first_level
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.reasons import HOLDS
 from imagewatch.protocol.request import fields_of, read_prompt
 from imagewatch.system.errors import BadRequest
 
@@ -27,6 +31,9 @@ if TYPE_CHECKING:
     from imagewatch.protocol.reasons import Reason
     from imagewatch.protocol.request import Opener
     from imagewatch.protocol.values import Claim
+
+_Kind = tuple[str, Asked]
+"""What prompts have in common that are treated the same: the folder whose budget counts, or "", and the request."""
 
 
 class Caps:
@@ -48,9 +55,9 @@ class Caps:
         self._opener = opener
         self._now = monotonic
         self.due = math.inf
-        self._waiting: dict[Key, tuple[FileState, Asked]] = {}
-        self._refused: dict[Asked, Reason] = {}
-        self._held: dict[str, Reason] | None = None
+        self._waiting: dict[Key, tuple[FileState, _Kind]] = {}
+        self._refused: dict[_Kind, Reason] = {}
+        self._held: dict[tuple[str, str], Reason] | None = None
 
     def configure(self, config: Config) -> None:
         """Take a configuration; every prompt is checked again."""
@@ -67,22 +74,23 @@ class Caps:
         Raises:
             SpoolError: The journal cannot be used, or a job of that name is not over.
         """
-        asked = self._asked(candidate)
-        if asked is None:  # its worker opens its job
+        kind = self._kind(candidate)
+        if kind is None:  # its worker opens its job
             return True
         self._held = None
-        refusal = self._refused.get(asked) or self._journal.open(claim, asked)
+        refusal = self._refused.get(kind) or self._journal.open(claim, kind[1])
         if refusal is None:
             self._waiting.pop(candidate.key, None)
             return True
-        self._refused[asked] = refusal
-        self._waiting[candidate.key] = candidate.states[0], asked
+        self._refused[kind] = refusal
+        self._waiting[candidate.key] = candidate.states[0], kind
         return False
 
-    def _asked(self, candidate: Candidate) -> Asked | None:
-        """Return the request of a prompt; None if there is no cap, or its job will refuse it anyway."""
-        limits = self._config.limits
-        if not (limits.credits_per_day or limits.credits_per_month):
+    def _kind(self, candidate: Candidate) -> _Kind | None:
+        """Return the kind of a prompt; None if there is no cap for it, or its job will refuse it anyway."""
+        limits, name = self._config.limits, first_level(candidate.key[0])
+        name = name if name in self._config.budgets else ""
+        if not (name or limits.credits_per_day or limits.credits_per_month):
             return None
         known = self._waiting.get(candidate.key)
         if known and known[0] == candidate.states[0]:
@@ -90,7 +98,7 @@ class Caps:
         folder, stem = candidate.key
         try:
             raw = read_prompt(os.path.join(self._inbox, folder, stem + SUFFIX), self._opener)
-            return Asked.of(fields_of(raw, folder, self._config, has_inputs=bool(candidate.images)))
+            return name, Asked.of(fields_of(raw, folder, self._config, has_inputs=bool(candidate.images)))
         except BadRequest:
             return None
 
@@ -113,10 +121,15 @@ class Caps:
         """
         self._held = None
         self._waiting = {key: known for key, known in self._waiting.items() if is_there(key)}
+        if any(refusal.kind == "rate" for refusal in self._refused.values()):
+            self._journal.correct_times()  # else a clock that was set back would hold them until it has caught up
         budget = self._journal.budget()
-        found = {asked: budget.over_cap(asked) for _, asked in self._waiting.values()}
-        self._refused = {asked: refusal for asked, refusal in found.items() if refusal and refusal.row.is_own}
-        return {key for key, (_, asked) in self._waiting.items() if asked not in self._refused}
+        kinds = {kind for _, kind in self._waiting.values()}
+        found = {
+            (name, asked): budget.over_cap(asked, folder=name) or budget.over_budget_rate(name) for name, asked in kinds
+        }
+        self._refused = {kind: refusal for kind, refusal in found.items() if refusal and refusal.row.is_own}
+        return {key for key, (_, kind) in self._waiting.items() if kind not in self._refused}
 
     def __len__(self) -> int:
         """Return how many prompts wait at a cap."""
@@ -125,23 +138,32 @@ class Caps:
     def reasons(self) -> dict[str, str]:
         """Return why each of them waits, by its path below the inbox."""
         return {
-            os.path.join(folder, stem + SUFFIX): self._refused[asked].message
-            for (folder, stem), (_, asked) in self._waiting.items()
-            if asked in self._refused
+            os.path.join(folder, stem + SUFFIX): self._refused[kind].message
+            for (folder, stem), (_, kind) in self._waiting.items()
+            if kind in self._refused
         }
 
-    def held(self) -> dict[str, Reason]:
-        """Return for each provider whose prompts wait for the end of a day or a month why the first one does."""
+    def held(self) -> dict[tuple[str, str], Reason]:
+        """Return why prompts wait for a time, by provider and folder; one of the two is empty.
+
+        For each provider whose prompts wait at a cap for the end of a day or a month, and for each folder whose prompts
+        wait at its budget, it is the reason that ends first.
+        """
         if self._held is None:
             self._held = self._find_held()
         return self._held
 
-    def _find_held(self) -> dict[str, Reason]:
-        found: dict[str, Reason] = {}
-        for _, asked in self._waiting.values():
-            refusal = self._refused.get(asked)
-            if refusal is None or refusal.row.is_short:
+    def any_waits_briefly(self) -> bool:
+        """Return whether a prompt waits for the next minute of a budget."""
+        return any(reason.kind == "rate" for reason in self.held().values())
+
+    def _find_held(self) -> dict[tuple[str, str], Reason]:
+        found: dict[tuple[str, str], Reason] = {}
+        for _, kind in self._waiting.values():
+            refusal = self._refused.get(kind)
+            if refusal is None or refusal.kind not in HOLDS:
                 continue
-            if asked.provider not in found or refusal.ends < found[asked.provider].ends:
-                found[asked.provider] = refusal
+            whose = ("", refusal.folder) if refusal.folder else (kind[1].provider, "")
+            if whose not in found or refusal.ends < found[whose].ends:
+                found[whose] = refusal
         return found

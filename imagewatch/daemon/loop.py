@@ -149,7 +149,8 @@ class Daemon:
             return True
         if self._admission.waits():
             return self._intake.scanner.is_complete and not self._jobs.any_may_continue()
-        is_waiting = self._intake.any() or self._intake.scanner.pending or self._parts.caps.may_fit()
+        caps = self._parts.caps
+        is_waiting = self._intake.any() or self._intake.scanner.pending or caps.may_fit() or caps.any_waits_briefly()
         return not (is_waiting or self._jobs.any_is_awaited(self._now()))
 
     def _take_messages(self) -> None:

@@ -107,7 +107,8 @@ class Content:
         return notice.HoldNotice(
             kind=hold.kind,
             provider=hold.provider or None,
-            message=_text(_WITHOUT_CREDITS.get(hold.kind, hold.reason.message)),
+            folder=_name(hold.folder) if hold.folder else None,
+            message=_text(_without_credits(hold)),
             since=self._walls.get((hold.kind, hold.began)),
             next_try_at=self._walls.get((hold.kind, hold.until)),
             next=_text(hold.reason.next),
@@ -200,6 +201,12 @@ def _message(path: str, kind: str, reasons: Reasons, *, is_held: bool) -> str:
     if kind == READY:
         return "waits for the end of the hold" if is_held else "waits for its turn"
     return Wait(kind).text if kind in _FIXED else reasons[path]
+
+
+def _without_credits(hold: Hold) -> str:
+    if hold.kind == "cap" and hold.folder:
+        return "the budget of the folder for this day or month is used up"
+    return _WITHOUT_CREDITS.get(hold.kind, hold.reason.message)
 
 
 def _is_long(hold: Hold, now: float) -> bool:

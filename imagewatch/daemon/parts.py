@@ -73,7 +73,8 @@ class Parts:
         self.jobs = Jobs()
         self.fates: dict[str, Fate] = {}
         self.notify = Notify(environ)
-        self.journal = Journal(path_in(config.folders.state), config.limits, clock, guarded=True)
+        path = path_in(config.folders.state)
+        self.journal = Journal(path, config.limits, clock, guarded=True, budgets=config.budgets)
         self.ledger = self.journal.ledger
         self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk, self.journal.requests)
@@ -97,7 +98,7 @@ class Parts:
         self.config = config
         self.client = client
         self.status.configure(config)
-        self.journal.configure(config.limits)
+        self.journal.configure(config.limits, config.budgets)
         self.caps.configure(config)
         self.jobs.configure(config.limits.concurrency)
         self.worker = self._new_worker(config)

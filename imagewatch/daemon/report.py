@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import __version__
+from imagewatch.daemon.by_folder import ByFolder
 from imagewatch.daemon.folder_status import FolderStatus
 from imagewatch.daemon.ignored import Ignored
 from imagewatch.daemon.status import line
@@ -38,6 +39,7 @@ class Report:
         self._parts = parts
         self._ignored = Ignored(parts.now)
         self._in_folders = FolderStatus(parts)
+        self._by_folder = ByFolder(parts.journal)
         self._is_ready = self._has_worked = False
         self._ready_at = 0.0
 
@@ -112,7 +114,8 @@ class Report:
         status.polled, status.notice = intake.polled(), self._in_folders.as_shown()
         try:
             ready = max(intake.count() - len(caps), 0)
-            page = status.write(intake.result, ready, at_work, stuck, caps.reasons())
+            more = self._by_folder.page(intake.counts(), self._parts.config.budgets)
+            page = status.write(intake.result, ready, at_work, stuck, caps.reasons(), more)
         except SpoolError as error:
             _log.debug("status_failed", reason=str(error))
         else:

@@ -24,7 +24,7 @@ from imagewatch.system.masking import known
 from imagewatch.system.text import amount, printable, to_json, utc
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from imagewatch.config.schema import Config
     from imagewatch.daemon.admission import Admission
@@ -49,9 +49,10 @@ def read(state: str) -> dict[str, Any] | None:
         return None
     if not isinstance(found, dict) or found.get("schema") != SCHEMA:
         return None
-    for name in ("today", "month"):
-        if found[name]["credits"] is None:  # JSON has no number for it
-            found[name]["credits"] = math.inf
+    for one in (found, *found.get("budgets", ())):  # an older daemon does not write them
+        for name in ("today", "month"):
+            if one[name]["credits"] is None:  # JSON has no number for it
+                one[name]["credits"] = math.inf
     return found
 
 
@@ -84,7 +85,13 @@ def as_of(page: Mapping[str, Any], now: float) -> dict[str, Any]:
     written = moment(page["updated"])
     day, month = day_and_month(now)
     over = [name for name, (begin, _) in (("today", day), ("month", month)) if written < begin]
-    return {**page, **{name: dict.fromkeys(page[name], 0) | {"cap": page[name]["cap"]} for name in over}}
+    budgets = [{**one, **_begun(one, over)} for one in page.get("budgets", ())]
+    return {**page, **_begun(page, over), "budgets": budgets}
+
+
+def _begun(sums: Mapping[str, Any], over: Collection[str]) -> dict[str, Any]:
+    """Return the sums of days and months that have begun since, of which nothing is known to be spent."""
+    return {name: dict.fromkeys(sums[name], 0) | {"cap": sums[name]["cap"]} for name in over}
 
 
 class Status:
@@ -161,6 +168,7 @@ class Status:
         in_flight: Mapping[str, str],
         stuck: Mapping[str, str],
         capped: Mapping[str, str] = _NONE,
+        more: Mapping[str, Any] = _NONE,
     ) -> dict[str, Any]:
         """Write the file now.
 
@@ -170,6 +178,7 @@ class Status:
             in_flight: Path of the prompt of each job at work, by job id.
             stuck: The same of each job that cannot finish for a reason of its own.
             capped: Why prompts wait at a cap, by their path.
+            more: Further keys of the page.
 
         Raises:
             SpoolError: The disk failed.
@@ -177,7 +186,7 @@ class Status:
         began = self._processor()
         self._due = None  # also if it fails: a full disk is tried at the next change, not all the time
         try:
-            page = self._page(result, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck)}
+            page = self._page(result, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck), **more}
             self._disk.jot(self._path, to_json(page, indent=1).encode())
         finally:
             # Writing takes a hundredth of our time at most, however long the sums of the ledger take. A wait for a
@@ -235,6 +244,7 @@ class Status:
             {
                 "kind": hold.kind,
                 "provider": hold.provider or None,
+                "folder": hold.folder or None,
                 "reason": printable(known.text(hold.reason.message)),
                 "since": iso(self._clock() - (self._now() - hold.began)),
                 "next_try_at": self._admission.ends(hold),
@@ -277,8 +287,10 @@ def line(page: Mapping[str, Any]) -> str:
 
 
 def kind(hold: Mapping[str, Any]) -> str:
-    """Return the kind of a hold, and the provider whose prompts it concerns if not all."""
-    provider = hold.get("provider")  # an older daemon did not write it
+    """Return the kind of a hold, and the provider or folder whose prompts it concerns if not all."""
+    provider, folder = hold.get("provider"), hold.get("folder")  # an older daemon did not write them
+    if folder:
+        return f"{hold['kind']}, folder {folder}"
     return f"{hold['kind']}, {provider}" if provider else str(hold["kind"])
 
 

@@ -17,6 +17,7 @@ from imagewatch.job.rows import row_of
 from imagewatch.job.rules import Step, retry_delay
 from imagewatch.job.running import Attempt
 from imagewatch.job.sending import Left
+from imagewatch.journal.budget import folder_of
 from imagewatch.journal.prices import Asked
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.reasons import Others, Reaction, Reason
@@ -182,7 +183,7 @@ class Steps:
             ):
                 return None
             request = build(claim, folder, self._config, where)
-            return None if self._journal.budget().never(Asked.of(request.fields)) else request
+            return None if self._never_fits(claim, request) else request
         return None
 
     def claim(self, job: RunningJob) -> bool:
@@ -260,8 +261,12 @@ class Steps:
             BadRequest: One is.
         """
         assert job.request is not None
-        if not job.state.sent and (problem := self._journal.budget().never(Asked.of(job.request.fields))):
+        if not job.state.sent and (problem := self._never_fits(job.claim, job.request)):
             raise BadRequest([problem])
+
+    def _never_fits(self, claim: Claim, request: Request) -> Problem | None:
+        """Return the cap or budget that is so low that a request could never be sent, or None."""
+        return self._journal.budget().never(Asked.of(request.fields), folder_of(claim.source))
 
     def _send(self, job: RunningJob) -> Outcome | None:
         if job.state.answered:
@@ -284,7 +289,7 @@ class Steps:
     def _not_admitted(self, job: RunningJob, reason: Reason) -> Outcome:
         """End or defer a job that may not be sent: for a short wait it stays claimed, else it goes back."""
         job.reason = reason
-        if not reason.row.is_short or (job.is_fresh and not self.claim(job)):
+        if not reason.is_short or (job.is_fresh and not self.claim(job)):
             return self._give_back(job)
         return Outcome(job.id, End.DEFERRED, job.claim.source, delay=reason.seconds or 0.0, reason=reason)
 

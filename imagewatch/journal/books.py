@@ -1,7 +1,11 @@
-"""What caps and the rate ask of the journal: what was spent, what is reserved, what requests cost."""
+"""What caps and the rate ask of the journal: what was spent, what is reserved, what requests cost.
+
+If a first-level folder is named, only what was requested in it and below it counts.
+"""
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,7 +19,7 @@ if TYPE_CHECKING:
 class Books(Protocol):
     """What is asked of a journal."""
 
-    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
+    def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:
         """Return what was spent since the beginning of the day of a time, seconds since the epoch.
 
         Returns:
@@ -23,7 +27,7 @@ class Books(Protocol):
             that is not known: provider, kind of price, and how many images they asked for in all.
         """
 
-    def reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:
+    def reserved(self, job: str, folder: str = "") -> tuple[float, list[tuple[float, float]]]:
         """Return what other jobs have reserved, credits; of those that are stuck each with its time."""
 
     def highest(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
@@ -32,18 +36,18 @@ class Books(Protocol):
     def charges(self, provider: str, since: float) -> Mapping[str, Sequence[float]]:
         """Return all charges for an image since a time, by the kind of the price. A charge of 0 is left out."""
 
-    def newest(self, since: float, most: int) -> list[float]:
+    def newest(self, since: float, most: int, folder: str = "") -> list[float]:
         """Return when the newest attempts after a time count, seconds since the epoch, the newest first."""
 
 
 class NoBooks:
     """The journal of a daemon that has never run."""
 
-    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:  # noqa: ARG002
+    def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:  # noqa: ARG002
         """Return that nothing was spent."""
         return 0.0, []
 
-    def reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:  # noqa: ARG002
+    def reserved(self, job: str, folder: str = "") -> tuple[float, list[tuple[float, float]]]:  # noqa: ARG002
         """Return that nothing is reserved."""
         return 0.0, []
 
@@ -55,7 +59,7 @@ class NoBooks:
         """Return that nothing was charged."""
         return {}
 
-    def newest(self, since: float, most: int) -> list[float]:  # noqa: ARG002
+    def newest(self, since: float, most: int, folder: str = "") -> list[float]:  # noqa: ARG002
         """Return that nothing was sent."""
         return []
 
@@ -70,26 +74,32 @@ class SqlBooks:
     def __init__(self, ask: Callable[..., list[sqlite3.Row]]) -> None:
         self._ask = ask
 
-    def spending(self, since: float) -> tuple[float, list[tuple[str, str, int]]]:
+    def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:
         """Return what was spent; see ``Books``."""
         day = datetime.fromtimestamp(since, tz=UTC).date().isoformat()
-        rows = self._ask(
-            "SELECT provider, price_kind, sum(credits) AS credits, sum(unknown) AS unknown FROM sums "
-            "WHERE day >= ? GROUP BY provider, price_kind",
-            day,
-        )
+        question = "SELECT provider, price_kind, sum(credits) AS credits, sum(unknown) AS unknown FROM "
+        if folder:
+            question += "folder_sums WHERE day >= ? AND folder = ? GROUP BY provider, price_kind"
+            rows = self._ask(question, day, folder)
+        else:
+            rows = self._ask(question + "sums WHERE day >= ? GROUP BY provider, price_kind", day)
         unknown = [(row["provider"], row["price_kind"], row["unknown"]) for row in rows if row["unknown"] > 0]
         return sum(row["credits"] for row in rows), unknown
 
-    def reserved(self, job: str) -> tuple[float, list[tuple[float, float]]]:
+    def reserved(self, job: str, folder: str = "") -> tuple[float, list[tuple[float, float]]]:
         """Return what is reserved; see ``Books``."""
-        rows = self._ask(
+        sent = (
             "SELECT a.reserved AS credits, a.sent_at AS at, coalesce(j.is_stuck, 1) AS is_stuck FROM attempts AS a "
             "LEFT JOIN jobs AS j ON j.id = a.job WHERE a.outcome = 'sent' AND a.job <> ?1 "
-            "UNION ALL SELECT reserved, opened_at, is_stuck FROM jobs "
-            "WHERE state <> 'done' AND reserved > 0 AND id <> ?1",
-            job,
         )
+        claimed = "SELECT reserved, opened_at, is_stuck FROM jobs WHERE state <> 'done' AND reserved > 0 AND id <> ?1 "
+        if folder:
+            below, name = folder + "/", os.fsencode(folder)
+            sent += f"AND substr(a.source, 1, {len(below)}) = ?2 "
+            claimed += f"AND (folder = ?3 OR substr(folder, 1, {len(name) + 1}) = ?4) "
+            rows = self._ask(f"{sent}UNION ALL {claimed}", job, below, name, name + b"/")
+        else:
+            rows = self._ask(f"{sent}UNION ALL {claimed}", job)
         stuck = [(row["at"], row["credits"]) for row in rows if row["is_stuck"]]
         return sum(row["credits"] for row in rows if not row["is_stuck"]), stuck
 
@@ -115,12 +125,11 @@ class SqlBooks:
             found.setdefault(row["price_kind"], []).append(for_an_image(row["credits"], row["asked"]))
         return found
 
-    def newest(self, since: float, most: int) -> list[float]:
+    def newest(self, since: float, most: int, folder: str = "") -> list[float]:
         """Return when the newest attempts count; see ``Books``."""
-        rows = self._ask(
-            "SELECT counted_at FROM attempts WHERE counted_at > ? AND outcome <> 'unsent' "
-            "ORDER BY counted_at DESC LIMIT ?",
-            since,
-            most,
-        )
+        question = "SELECT counted_at FROM attempts WHERE counted_at > ?1 AND outcome <> 'unsent' "
+        below = [folder + "/"] if folder else []
+        if folder:
+            question += f"AND substr(source, 1, {len(folder) + 1}) = ?3 "
+        rows = self._ask(question + "ORDER BY counted_at DESC LIMIT ?2", since, most, *below)
         return [row["counted_at"] for row in rows]

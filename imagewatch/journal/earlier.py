@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from msgspec.structs import astuple
 
+from imagewatch.journal.budget import folder_of
 from imagewatch.journal.ledger import storable
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import LOST, Row
@@ -61,7 +62,7 @@ def adopt(
 
 def _attempt(connection: sqlite3.Connection, budget: Budget, claim: Claim, number: int, sent: Sent) -> None:
     asked, request = Asked.of(sent.fields), dump(sent).decode()
-    reserved = budget.reservation(asked)
+    reserved = budget.reservation(asked, folder_of(claim.source))
     known = "UPDATE attempts SET request = ?, reserved = CASE outcome WHEN 'sent' THEN ? ELSE 0 END "
     known += "WHERE job = ? AND attempt = ?"
     if connection.execute(known, (request, reserved, claim.job, number)).rowcount:

@@ -17,8 +17,9 @@ endpoint or the network        ``imagewatch release``. Those about the account a
 ``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
 =============================  =========================================================================================
 
-A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. It stops nothing else,
-is not probed, and ends when none of them has to wait any more (``set_caps``).
+A cap holds only prompts that do not fit below it: one hold for each provider of which some wait. A budget holds only
+prompts of its folder: one hold for each folder. They stop nothing else, are not probed, and end when none of these
+prompts has to wait any more (``set_caps``).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Hold:
         since: Monotonic time of the last refusal, seconds.
         until: Monotonic time of the next probe, seconds; infinite if only a person ends it.
         interval: Seconds between the last two probes.
-        provider: The provider whose prompts it concerns; empty: every request.
+        provider: The provider whose prompts it concerns; empty: those of each.
+        folder: The first-level folder whose prompts it concerns; empty: those of each.
     """
 
     reason: Reason
@@ -58,6 +60,7 @@ class Hold:
     until: float
     interval: float
     provider: str = ""
+    folder: str = ""
 
     @property
     def kind(self) -> str:
@@ -87,7 +90,7 @@ class Holds:
         self._lock = threading.Lock()
         self._reported: set[str] = set()
         self._holds: dict[str, Hold] = {}
-        self._caps: dict[str, Hold] = {}
+        self._caps: dict[tuple[str, str], Hold] = {}
 
     def may_report(self, kind: str) -> bool:
         """Return whether this job may report a refusal in ``errors``: the first of its kind may."""
@@ -134,11 +137,11 @@ class Holds:
         with self._lock:
             self._holds[reason.kind] = Hold(reason, now, now, now, self._first_seconds / 2)
 
-    def set_caps(self, refused: Mapping[str, Reason], now: float) -> tuple[list[Hold], list[Hold]]:
+    def set_caps(self, refused: Mapping[tuple[str, str], Reason], now: float) -> tuple[list[Hold], list[Hold]]:
         """Note at which caps prompts wait.
 
         Args:
-            refused: Why, and for how many seconds, by provider.
+            refused: Why, and for how many seconds, by provider and folder.
             now: Monotonic time, seconds.
 
         Returns:
@@ -146,13 +149,13 @@ class Holds:
         """
         before = self._caps
         self._caps = {
-            provider: Hold(reason, known.began if known else now, now, now + seconds, seconds, provider)
-            for provider, reason in refused.items()
-            for known, seconds in ((before.get(provider), reason.seconds or 0.0),)
+            whose: Hold(reason, known.began if known else now, now, now + seconds, seconds, *whose)
+            for whose, reason in refused.items()
+            for known, seconds in ((before.get(whose), reason.seconds or 0.0),)
         }
         return (
-            [hold for provider, hold in self._caps.items() if provider not in before],
-            [hold for provider, hold in before.items() if provider not in self._caps],
+            [hold for whose, hold in self._caps.items() if whose not in before],
+            [hold for whose, hold in before.items() if whose not in self._caps],
         )
 
     def clear(self, kind: str | None = None) -> list[Hold]:

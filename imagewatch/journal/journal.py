@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from msgspec.structs import astuple, replace
 
 from imagewatch.journal.books import SqlBooks
-from imagewatch.journal.budget import Budget
+from imagewatch.journal.budget import NO_BUDGETS, Budget, folder_of
 from imagewatch.journal.earlier import adopt, close_lost
 from imagewatch.journal.ledger import Ledger, storable
 from imagewatch.journal.requests import Requests
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     import sqlite3
     from collections.abc import Callable, Collection, Mapping
 
-    from imagewatch.config.schema import Limits
+    from imagewatch.config.schema import FolderBudget, Limits
     from imagewatch.journal.prices import Asked
 
 _OVER_SECONDS = 7 * 86_400.0
@@ -57,6 +57,7 @@ class Journal:
         clock: Wall clock, seconds since the epoch.
         guarded: Whether the file has to be the one that was used before. The daemon's has to.
         synchronous: SQLite's setting for what must be durable.
+        budgets: Caps and rate of single first-level folders.
 
     Attributes:
         ledger: What was requested, completed and spent.
@@ -71,17 +72,19 @@ class Journal:
         *,
         guarded: bool = False,
         synchronous: str = "FULL",
+        budgets: Mapping[str, FolderBudget] = NO_BUDGETS,
     ) -> None:
         self._file = Database(path, prepare, guarded=guarded, synchronous=synchronous)
         self._limits = limits
+        self._budgets = budgets
         self._clock = clock
         self._unspent: dict[str, Claim] = {}
         self.ledger = Ledger(self._file)
         self.requests = Requests(self._file, clock)
 
-    def configure(self, limits: Limits) -> None:
-        """Take other caps and another rate."""
-        self._limits = limits
+    def configure(self, limits: Limits, budgets: Mapping[str, FolderBudget] = NO_BUDGETS) -> None:
+        """Take other caps and another rate, for all and for single first-level folders."""
+        self._limits, self._budgets = limits, budgets
 
     def require(self, *, prove: bool = False) -> None:
         """Make sure that the journal exists and is the same as before.
@@ -117,12 +120,12 @@ class Journal:
             connection: The one of a transaction; without, each question is asked alone.
         """
         if connection is None:
-            return Budget(SqlBooks(self.ledger.ask), self._limits, self._clock())
+            return Budget(SqlBooks(self.ledger.ask), self._limits, self._clock(), self._budgets)
 
         def ask(question: str, *values: object) -> list[sqlite3.Row]:
             return connection.execute(question, values).fetchall()
 
-        return Budget(SqlBooks(ask), self._limits, self._clock())
+        return Budget(SqlBooks(ask), self._limits, self._clock(), self._budgets)
 
     # Jobs
 
@@ -143,12 +146,14 @@ class Journal:
         """
 
         def act(connection: sqlite3.Connection) -> Reason | None:
-            budget, cost = self.budget(connection), 0.0
+            budget, cost, folder = self.budget(connection), 0.0, folder_of(claim.source)
             if asked is not None:
-                refusal = budget.over_cap(asked, claim.job)
+                if budget.has_rate(folder):
+                    self._correct_times(connection)
+                refusal = budget.over_cap(asked, claim.job, folder) or budget.over_budget_rate(folder)
                 if refusal is not None and refusal.row.is_own:
                     return refusal
-                cost = budget.reservation(asked) if refusal is None else 0.0  # its job will refuse it
+                cost = budget.reservation(asked, folder) if refusal is None else 0.0  # its job will refuse it
             _put(connection, claim, reserved=cost)
             return None
 
@@ -272,7 +277,7 @@ class Journal:
             self._require_free(connection, row)
             if (reason := self._refusal(connection, row, asked, skip_repeated=skip_repeated)) is not None:
                 return reason
-            cost = self.budget(connection).reservation(asked)
+            cost = self.budget(connection).reservation(asked, folder_of(row.source))
             self._write(connection, replace(row, outcome="sent", charged="unknown", reserved=cost))
             connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (row.job,))
             return None
@@ -284,12 +289,20 @@ class Journal:
 
     def refusal(self, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
         """Return why ``spend`` would refuse an attempt now, or None; before a connection is made for it."""
-        if self._limits.requests_per_minute:  # to ask for the rate may correct the time of a request
+        if self.budget().has_rate(folder_of(row.source)):  # to ask for the rate may correct the time of a request
             return self._file.change(
                 lambda connection: self._refusal(connection, row, asked, skip_repeated=skip_repeated), synced=False
             )
         with self._file.using() as connection:
             return self._refusal(connection, row, asked, skip_repeated=skip_repeated)
+
+    def correct_times(self) -> None:
+        """Let what is dated later than now count for the rate as if it had been sent now."""
+        self._file.change(self._correct_times, synced=False)
+
+    def _correct_times(self, connection: sqlite3.Connection) -> None:
+        # What is dated later than now was sent before the clock was set back; its true time is unknown.
+        connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
 
     @staticmethod
     def _is_spent(connection: sqlite3.Connection, row: Row) -> bool:
@@ -323,11 +336,10 @@ class Journal:
         values = storable((row.source, row.contents, row.source_mtime_ns, row.job))
         if skip_repeated and row.contents and (twin := connection.execute(repeated, values).fetchone()):
             return Reason("repeated", f"these files were requested before, as job {twin['job']}")
-        if self._limits.requests_per_minute:
-            # What is dated later than now was sent before the clock was set back; its true time is unknown.
-            connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
-        budget = self.budget(connection)
-        return budget.over_rate() or budget.over_cap(asked, row.job)
+        budget, folder = self.budget(connection), folder_of(row.source)
+        if budget.has_rate(folder):
+            self._correct_times(connection)
+        return budget.over_rate() or budget.over_budget_rate(folder) or budget.over_cap(asked, row.job, folder)
 
     def record(self, row: Row, *, synced: bool = True) -> None:
         """Write the result of an attempt.

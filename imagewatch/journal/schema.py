@@ -11,7 +11,9 @@ from imagewatch.journal.row import LOST, Row, price_of
 if TYPE_CHECKING:
     import sqlite3
 
-VERSION = 4
+VERSION = 5
+_WITH_SUMS = 4
+"""Since this format the tables are updated where they are."""
 COLUMNS = Row.__struct_fields__
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (
@@ -106,6 +108,15 @@ CREATE TABLE IF NOT EXISTS sums (
     unknown    INTEGER NOT NULL,        -- images asked for by those whose charge or whose amount is not known
     PRIMARY KEY (day, provider, price_kind)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS folder_sums (
+    folder     TEXT NOT NULL,           -- the first-level one of the prompts; those directly in the inbox have none
+    day        TEXT NOT NULL,           -- this and the others: as in sums
+    provider   TEXT NOT NULL,
+    price_kind TEXT NOT NULL,
+    credits    REAL NOT NULL,
+    unknown    INTEGER NOT NULL,
+    PRIMARY KEY (folder, day, provider, price_kind)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS prices (
     provider   TEXT NOT NULL,
     price_kind TEXT NOT NULL,
@@ -119,20 +130,43 @@ _COUNTS = (
     "{0}.sent_at IS NOT NULL AND {0}.charged IN ('yes', 'unknown') AND {0}.outcome IN ('completed', 'unknown', "
     "'refused')"
 )
+_CREDITS = "coalesce({0}.credits, 0.0)"
+_UNKNOWN = "(CASE WHEN {0}.credits IS NULL THEN max({0}.asked, 1) ELSE 0 END)"
+_FOLDER = "substr({0}.source, 1, instr({0}.source, '/') - 1)"
+_IS_IN_FOLDER = "instr({0}.source, '/') > 0"
 _ADD = f"""
-    INSERT INTO sums SELECT {_DAY}, {{0}}.asked_provider, {{0}}.price_kind, {{1}} * coalesce({{0}}.credits, 0.0),
-        {{1}} * (CASE WHEN {{0}}.credits IS NULL THEN max({{0}}.asked, 1) ELSE 0 END) WHERE {_COUNTS}
+    INSERT INTO sums SELECT {_DAY}, {{0}}.asked_provider, {{0}}.price_kind, {{1}} * {_CREDITS}, {{1}} * {_UNKNOWN}
+        WHERE {_COUNTS}
     ON CONFLICT DO UPDATE SET credits = credits + excluded.credits, unknown = unknown + excluded.unknown;
     INSERT INTO prices SELECT {{0}}.asked_provider, {{0}}.price_kind, {{0}}.credits / max({{0}}.asked, 1), {{0}}.sent_at
         WHERE {{1}} > 0 AND {{0}}.credits > 0 AND {{0}}.sent_at IS NOT NULL
     ON CONFLICT DO UPDATE SET last_at = max(last_at, excluded.last_at);
 """  # noqa: S608  our own names
+_ADD_IN_FOLDER = f"""
+    INSERT INTO folder_sums SELECT {_FOLDER}, {_DAY}, {{0}}.asked_provider, {{0}}.price_kind,
+        {{1}} * {_CREDITS}, {{1}} * {_UNKNOWN}
+        WHERE {_COUNTS} AND {_IS_IN_FOLDER}
+    ON CONFLICT DO UPDATE SET credits = credits + excluded.credits, unknown = unknown + excluded.unknown;
+"""
+_SUMMED = "source, sent_at, charged, outcome, credits, asked, asked_provider, price_kind"
+"""What the sums follow from: the end of a job changes none of it."""
 _COUNT = "INSERT INTO meta VALUES ('recorded', 1) ON CONFLICT DO UPDATE SET value = value + 1;"
 # The sums follow from the rows: each change of a row changes them, whatever program makes it.
 TRIGGERS = {
     "attempts_inserted": f"AFTER INSERT ON attempts BEGIN {_COUNT} {_ADD.format('new', 1)} END",
-    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_COUNT} {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
+    "attempts_updated": f"AFTER UPDATE ON attempts BEGIN {_COUNT} END",
+    "sums_updated": f"AFTER UPDATE OF {_SUMMED} ON attempts BEGIN {_ADD.format('old', -1)} {_ADD.format('new', 1)} END",
+    "folder_sums_inserted": f"AFTER INSERT ON attempts WHEN {_COUNTS.format('new')} AND {_IS_IN_FOLDER.format('new')} "
+    f"BEGIN {_ADD_IN_FOLDER.format('new', 1)} END",
+    "folder_sums_updated": f"AFTER UPDATE OF {_SUMMED} ON attempts "
+    f"WHEN {_IS_IN_FOLDER.format('old')} OR {_IS_IN_FOLDER.format('new')} "
+    f"BEGIN {_ADD_IN_FOLDER.format('old', -1)} {_ADD_IN_FOLDER.format('new', 1)} END",
 }
+_SUM_FOLDERS = (
+    f"INSERT INTO folder_sums SELECT {_FOLDER}, {_DAY}, {{0}}.asked_provider, {{0}}.price_kind, sum({_CREDITS}), "  # noqa: S608
+    f"sum({_UNKNOWN}) FROM attempts AS {{0}} WHERE {_COUNTS} AND {_IS_IN_FOLDER} GROUP BY 1, 2, 3, 4"
+).format("a")
+"""Fills the sums of a ledger of format 4."""
 _RENAMED = {
     "outcome": "CASE outcome WHEN 'made' THEN 'completed' ELSE outcome END",
     "message": "CASE message WHEN 'nothing but the ledger knows of this request; it may have been charged' "
@@ -168,8 +202,10 @@ def _format(connection: sqlite3.Connection) -> int:
 
 
 def _update(connection: sqlite3.Connection) -> None:
-    """Make the tables again, with the rows that were there."""
+    """Make the tables that are missing; before the format with sums, make all again with the rows that were there."""
+    has_sums = _format(connection) >= _WITH_SUMS
     columns = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
+    columns = set() if has_sums else columns
     if columns:
         connection.execute("ALTER TABLE attempts RENAME TO earlier")
         for index in re.findall(r"INDEX IF NOT EXISTS (\w+)", TABLES):
@@ -177,7 +213,8 @@ def _update(connection: sqlite3.Connection) -> None:
     for statement in TABLES.split(";\n"):
         connection.execute(statement)
     for name, body in TRIGGERS.items():
-        connection.execute(f"CREATE TRIGGER IF NOT EXISTS {name} {body}")
+        connection.execute(f"DROP TRIGGER IF EXISTS {name}")
+        connection.execute(f"CREATE TRIGGER {name} {body}")
     if columns:
         common = [name for name in COLUMNS if name in columns]
         values = [_RENAMED.get(name, name) for name in common]
@@ -185,6 +222,8 @@ def _update(connection: sqlite3.Connection) -> None:
         connection.execute("UPDATE attempts SET counted_at = sent_at")
         connection.execute("DROP TABLE earlier")
         _fill(connection)
+    elif has_sums:
+        connection.execute(_SUM_FOLDERS)
     connection.execute(f"PRAGMA user_version = {VERSION}")
 
 

@@ -285,9 +285,12 @@ class Reason:
         kind: Name of the row in ``KINDS``.
         message: What is wrong; the API's message where there is one.
         seconds: How long to wait, if the API asked for a time.
-        ends: For ``cap``: when its day or month ends, seconds since the epoch.
+        ends: For ``cap``: when its day or month ends, and for ``rate`` when one more may be sent; seconds since the
+            epoch.
         error: For ``disk``: what failed.
         step: Next step for the administrator, where it is not the one of the row.
+        folder: The first-level folder whose budget it is about; empty: it is not about one. It does not concern the
+            prompts of other folders.
     """
 
     kind: str
@@ -296,11 +299,17 @@ class Reason:
     ends: float = 0.0
     error: SpoolError | None = None
     step: str = ""
+    folder: str = ""
 
     @property
     def row(self) -> Kind:
         """What happens."""
         return KINDS[self.kind]
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a job that waits for it stays claimed; at a budget each prompt waits in the inbox."""
+        return self.row.is_short and not self.folder
 
     @property
     def next(self) -> str:

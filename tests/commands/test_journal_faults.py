@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import Folders, LoggedDaemon, command, until
 
+from imagewatch.journal.schema import VERSION
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
@@ -67,7 +69,7 @@ def locked(folders: Folders) -> Iterator[None]:
 def newer(folders: Folders) -> Iterator[None]:
     changed(folders, "PRAGMA user_version = 99").close()
     yield
-    changed(folders, "PRAGMA user_version = 4").close()
+    changed(folders, f"PRAGMA user_version = {VERSION}").close()
 
 
 @contextlib.contextmanager

@@ -863,7 +863,8 @@ def test_the_example_has_every_key_once_and_nothing_unknown(write):
     full = uncommented("##?")
     for section, struct in STRUCTS.items():
         assert set(full.pop(section)) == set(struct.__struct_fields__), section
-    assert set(full) == {"presets"}
+    assert set(full) == {"presets", "budgets"}
+    assert set(full["budgets"]["anna"]) == set(schema.FolderBudget.__struct_fields__)
     load(write(tomli_w.dumps(uncommented("##?"))), {})
 
 
@@ -884,7 +885,7 @@ def test_each_key_of_the_example_has_a_line_on_it():
     lines = example().splitlines()
     for before, line in itertools.pairwise(lines):
         if re.match(r"(# |## )?[a-z_]+ = ", line) and not before.startswith("## ["):
-            assert re.match(r"# [^=]*$", before) or before.startswith("## provider"), line
+            assert re.match(r"# [^=]*$", before) or before.startswith(("## provider", "## credits")), line
         assert len(line) <= 120
 
 

@@ -1,0 +1,315 @@
+"""Budgets of first-level folders in the ledger: counted in the transaction that spends, by the bytes of the name."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec.structs import replace
+
+from imagewatch.config.schema import FolderBudget, Limits
+from imagewatch.journal.budget import folder_of, setting
+from imagewatch.journal.journal import Journal
+from imagewatch.journal.prices import Asked
+from imagewatch.journal.row import Row
+from imagewatch.journal.schema import TRIGGERS, VERSION
+from imagewatch.protocol.values import Claim
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+    from imagewatch.protocol.reasons import Reason
+
+NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
+DAY = 86_400.0
+FLUX = Asked("flux", '["flux",null,null,null]', 1)
+ODD = os.fsdecode(b"ann\xe9")
+
+
+class Clock:
+    now = NOON
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def make(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Journal]]:
+    """Return a function that opens the same ledger once more, as another process would."""
+    with contextlib.ExitStack() as stack:
+
+        def opened(limits: Limits | None = None, **budgets: FolderBudget) -> Journal:
+            journal = Journal(
+                str(tmp_path / "ledger.sqlite3"), limits or Limits(assumed_credits=30), clock, budgets=budgets
+            )
+            return stack.enter_context(contextlib.closing(journal))
+
+        yield opened
+
+
+def claim(job: str, folder: str) -> Claim:
+    return Claim(job=job, folder=folder, stem=job, at=NOON)
+
+
+def row(job: str, folder: str, at: float = NOON, **more: Any) -> Row:
+    given = {"outcome": "sent", "charged": "unknown", "sent_at": at, "fields": '{"provider":"flux"}', **more}
+    return Row(job=job, attempt=1, nonce="mine", source=claim(job, folder).source, claimed_at=at, asked=1, **given)
+
+
+def spend(journal: Journal, job: str, folder: str, at: float = NOON) -> Reason | None:
+    return journal.spend(row(job, folder, at), FLUX, skip_repeated=False, claim=claim(job, folder))
+
+
+def pay(journal: Journal, job: str, folder: str, at: float = NOON, credits_: float | None = 30.0) -> None:
+    journal.record(row(job, folder, at, outcome="completed", charged="yes", credits=credits_))
+
+
+def test_a_budget_counts_its_folder_and_all_below_it_and_no_other(make: Callable[..., Journal]) -> None:
+    journal = make(anna=FolderBudget(credits_per_day=100))
+    for number, folder in enumerate(("", "anna2", "bob/anna", "Anna", ODD, "ann", "annb/anna")):
+        pay(journal, f"other{number}", folder)
+    pay(journal, "one", "anna")
+    pay(journal, "two", "anna/deep/er", credits_=None)  # its amount is not known: 30, as was charged before
+    assert journal.budget().spent("anna")["budgets.anna.credits_per_day"][0] == 60
+    assert spend(journal, "three", "anna") is None
+    refusal = spend(journal, "four", "anna/x")
+    assert refusal is not None
+    assert (refusal.kind, refusal.folder) == ("reserved", "anna")
+    pay(journal, "three", "anna")
+    refusal = spend(journal, "four", "anna/x")
+    assert refusal is not None
+    assert (refusal.kind, refusal.folder, refusal.ends) == ("cap", "anna", NOON + DAY / 2)
+    assert journal.job("four").attempts == ()
+    assert spend(journal, "five", "Anna") is None
+
+
+def test_a_budget_counts_what_other_processes_reserve(make: Callable[..., Journal]) -> None:
+    budget = FolderBudget(credits_per_month=60)
+    journal, other = make(anna=budget), make(anna=budget)
+    assert journal.open(claim("a", "anna/deep"), FLUX) is None
+    assert spend(other, "b", "anna/x") is None
+    refusal = journal.open(claim("c", "anna/y/z"), FLUX)
+    assert refusal is not None
+    assert (refusal.kind, refusal.folder, refusal.is_short) == ("reserved", "anna", False)
+    assert journal.open(claim("d", "bob"), FLUX) is None
+    other.unsent("b", 1)
+    assert journal.open(claim("c", "anna/y/z"), FLUX) is None
+
+
+def test_many_threads_and_processes_together_never_exceed_a_budget(make: Callable[..., Journal]) -> None:
+    budget = FolderBudget(credits_per_day=100)
+    journals = [make(anna=budget) for _ in range(2)]
+    admitted: list[str] = []
+
+    def send(number: int) -> None:
+        name = f"job{number}"
+        if spend(journals[number % 2], name, "anna") is None:
+            admitted.append(name)
+
+    threads = [threading.Thread(target=send, args=(number,)) for number in range(16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(admitted) == 3
+
+
+def test_the_rate_of_a_folder_is_counted_alone_and_in_a_minute_of_its_own(
+    make: Callable[..., Journal], clock: Clock
+) -> None:
+    journal = make(anna=FolderBudget(requests_per_minute=2))
+    for number in range(5):
+        assert spend(journal, f"bob{number}", "bob") is None
+    assert spend(journal, "a", "anna") is None
+    clock.now += 20
+    assert spend(journal, "b", "anna/x", clock.now) is None
+    refusal = spend(journal, "c", "anna", clock.now)
+    assert refusal is not None
+    assert (refusal.kind, refusal.folder, refusal.message) == ("rate", "anna", "budgets.anna.requests_per_minute is 2")
+    assert (refusal.seconds, refusal.ends) == (40, NOON + 60)
+    assert journal.open(claim("c", "anna"), FLUX) == refusal
+    clock.now += 40.1
+    assert spend(journal, "c", "anna", clock.now) is None
+    clock.now -= 3600  # set back: what was sent before counts as sent now
+    assert journal.open(claim("d", "anna"), FLUX) is not None
+    clock.now += 60.1
+    assert journal.open(claim("d", "anna"), FLUX) is None
+    assert spend(journal, "d", "anna", clock.now) is None
+
+
+def test_the_caps_for_all_and_the_budget_of_the_folder_both_count(make: Callable[..., Journal]) -> None:
+    journal = make(Limits(assumed_credits=30, credits_per_day=60), anna=FolderBudget(credits_per_day=30))
+    assert spend(journal, "a", "anna") is None
+    pay(journal, "a", "anna")
+    refusal = spend(journal, "b", "anna")
+    assert refusal is not None
+    assert refusal.folder == "anna"
+    assert spend(journal, "c", "bob") is None
+    pay(journal, "c", "bob")
+    refusal = spend(journal, "d", "bob")
+    assert refusal is not None
+    assert (refusal.folder, refusal.message.split()[0]) == ("", "limits.credits_per_day")
+
+
+def test_what_a_stuck_job_has_reserved_counts_as_spent_in_its_folder(make: Callable[..., Journal]) -> None:
+    journal = make(anna=FolderBudget(credits_per_day=59))
+    assert journal.open(claim("a", "anna"), FLUX) is None
+    journal.set_stuck("a")
+    refusal = journal.open(claim("b", "anna"), FLUX)
+    assert refusal is not None
+    assert (refusal.kind, refusal.folder) == ("cap", "anna")
+    assert journal.open(claim("c", "bob"), FLUX) is None
+
+
+def test_a_new_day_and_a_new_month_begin_for_a_folder_as_for_all(make: Callable[..., Journal], clock: Clock) -> None:
+    journal = make(anna=FolderBudget(credits_per_day=30, credits_per_month=60))
+    pay(journal, "a", "anna")
+    refusal = spend(journal, "b", "anna")
+    assert refusal is not None
+    assert refusal.message.startswith("budgets.anna.credits_per_day is 30")
+    clock.now += DAY  # the first of April
+    for job in ("b", "c"):
+        assert spend(journal, job, "anna", clock.now) is None
+        pay(journal, job, "anna", clock.now)
+        clock.now += DAY
+    refusal = spend(journal, "d", "anna", clock.now)
+    assert refusal is not None
+    assert refusal.message.startswith("budgets.anna.credits_per_month is 60: 60 are spent")
+
+
+def test_only_a_request_that_may_cost_more_than_the_whole_budget_never_fits(make: Callable[..., Journal]) -> None:
+    journal = make(anna=FolderBudget(credits_per_day=30), bob=FolderBudget(requests_per_minute=1))
+    four = Asked("flux", FLUX.kind, 4)
+    problem = journal.budget().never(four, "anna")
+    assert problem is not None
+    assert (problem.field, "raise budgets.anna.credits_per_day" in problem.hint) == (
+        "budgets.anna.credits_per_day",
+        True,
+    )
+    assert [journal.budget().never(four, name) for name in ("", "bob", "carol")] == [None] * 3
+    assert journal.budget().never(FLUX, "anna") is None
+
+
+def test_the_name_of_a_setting_is_written_as_in_toml() -> None:
+    assert setting("anna-2_x", "credits_per_day") == "budgets.anna-2_x.credits_per_day"
+    assert setting('An "x" \u00e9\\') == 'budgets."An \\"x\\" \u00e9\\\\"'
+
+
+# The sums
+
+FOLDERS = ["", "anna", "anna/deep", "anna b", "bob", "\u00e9", "e\u0301", ODD, "a%_/x"]
+CHANGES = st.lists(
+    st.tuples(
+        st.integers(0, 4),
+        st.sampled_from(FOLDERS),
+        st.sampled_from([("sent", "unknown"), ("completed", "yes"), ("unknown", "unknown"), ("refused", "no")]),
+        st.sampled_from([None, 0.0, 12.5, 30.0]),
+        st.sampled_from([NOON, NOON - DAY, None]),
+    ),
+    max_size=12,
+)
+
+
+@given(changes=CHANGES)
+def test_the_sums_of_a_folder_are_those_of_its_rows_whatever_happened(
+    tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, str, tuple[str, str], float | None, float]]
+) -> None:
+    path = str(tmp_path_factory.mktemp("ledger") / "ledger.sqlite3")
+    rows: dict[str, Row] = {}
+    with contextlib.closing(Journal(path, Limits(), Clock(), synchronous="OFF")) as journal:
+        for number, folder, (outcome, charged), credits_, at in changes:
+            job = f"{number}-{FOLDERS.index(folder)}"
+            made = row(job, folder, outcome=outcome, charged=charged, credits=credits_)
+            rows[job] = replace(made, sent_at=at)
+            journal.record(rows[job])
+        found = journal.ledger.ask(
+            "SELECT folder, day, sum(credits) AS credits, sum(unknown) AS n FROM folder_sums GROUP BY 1, 2"
+        )
+    expected: dict[tuple[str, str], list[float]] = {}
+    for one in rows.values():
+        counts = one.sent_at is not None and one.charged in {"yes", "unknown"} and one.outcome != "sent"
+        if counts and folder_of(one.source):
+            name = folder_of(one.source).encode("utf-8", "backslashreplace").decode()
+            day = datetime.fromtimestamp(one.sent_at or 0, tz=UTC).date().isoformat()
+            sums = expected.setdefault((name, day), [0.0, 0])
+            sums[0] += one.credits or 0.0
+            sums[1] += one.credits is None
+    assert {(one["folder"], one["day"]): [one["credits"], one["n"]] for one in found if one["credits"] or one["n"]} == {
+        key: sums for key, sums in expected.items() if any(sums)
+    }
+
+
+def as_format_4(path: str) -> None:
+    """Make a ledger what an earlier version wrote: without sums of folders."""
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        for name in ("sums_updated", "folder_sums_inserted", "folder_sums_updated", "attempts_updated"):
+            database.execute(f"DROP TRIGGER {name}")
+        added = TRIGGERS["sums_updated"].partition("BEGIN")[2]
+        counted = TRIGGERS["attempts_updated"].rpartition("END")[0]
+        database.execute(f"CREATE TRIGGER attempts_updated {counted} {added}")
+        database.execute("DROP TABLE folder_sums")
+        database.execute("PRAGMA user_version = 4")
+        database.commit()
+
+
+def contents(path: str) -> dict[str, Any]:
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        tables = ("attempts", "jobs", "sums", "folder_sums", "prices")
+        found: dict[str, Any] = {
+            name: database.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3").fetchall() for name in tables
+        }
+        found["schema"] = database.execute("SELECT type, name, sql FROM sqlite_master ORDER BY 1, 2").fetchall()
+        found["version"] = database.execute("PRAGMA user_version").fetchone()
+    return found
+
+
+def test_a_ledger_of_format_4_is_updated_where_it_is_and_gets_the_sums_of_its_folders(
+    make: Callable[..., Journal], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "ledger.sqlite3")
+    journal = make()
+    for number, folder in enumerate(("", "anna", "anna/deep", "bob", ODD)):
+        pay(journal, f"paid{number}", folder, NOON - number * DAY, 10.0 + number)
+    pay(journal, "unpriced", "anna", credits_=None)
+    journal.record(row("free", "anna", outcome="refused", charged="no"))
+    assert spend(journal, "in flight", "anna") is None
+    journal.close()
+    before = contents(path)
+    as_format_4(path)
+    updated = make(anna=FolderBudget(credits_per_month=100))
+    assert updated.budget().spent("anna")["budgets.anna.credits_per_month"][0] == 11 + 12 + 14
+    assert contents(path) == before
+    assert before["version"] == (VERSION,)
+    pay(updated, "later", "anna")
+    assert updated.budget().spent("anna")["budgets.anna.credits_per_month"][0] > 37
+
+
+def test_an_update_from_format_4_that_is_killed_is_done_by_the_next_start(
+    make: Callable[..., Journal], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "ledger.sqlite3")
+    journal = make()
+    pay(journal, "a", "anna")
+    journal.close()
+    as_format_4(path)
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        database.execute("CREATE TABLE folder_sums (x)")  # what the update would make: it fails at it
+    with pytest.raises(Exception, match="folder_sums"):
+        make().ledger.rows()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as database:
+        assert database.execute("PRAGMA user_version").fetchone() == (4,)
+        database.execute("DROP TABLE folder_sums")
+    assert make().ledger.ask("SELECT folder, credits FROM folder_sums")[0]["credits"] == 30
