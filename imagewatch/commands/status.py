@@ -82,6 +82,8 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         )
     if balance := page.get("balance"):  # an older daemon does not write it
         yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
+    if sent := page.get("notifications"):  # an older daemon does not write it
+        yield _notified(sent)
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"
         for name, reason in page["ignored"]["files"].items():
@@ -90,6 +92,15 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
         next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
         yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
         yield f"             {one['next']}"
+
+
+def _notified(sent: dict[str, Any]) -> str:
+    """Return how far notifications are, in red if they fail."""
+    since = f" since {local_time(sent['oldest_since'])}" if sent["pending"] else ""
+    failed = f", {sent['failed']} given up" if sent["failed"] else ""
+    last = f"; last failure: {sent['last_failure']}" if sent["last_failure"] else ""
+    line = f"  notify     {sent['pending']} pending{since}{failed}{last}"
+    return click.style(line, fg="red") if last or failed else line
 
 
 def _why(reasons: dict[str, int]) -> str:

@@ -158,6 +158,20 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     min_free_bytes: _Bytes = 500_000_000
 
 
+class Notify(msgspec.Struct, frozen=True, kw_only=True):
+    """``[notify]``: who is notified of how jobs end and of holds. Without a command or a URL there are no events.
+
+    Attributes:
+        command: Program and arguments that get each event on standard input; empty when not set.
+        url: Address to which each event is posted. It may hold a secret, so it is never shown whole.
+        secret_file: Absolute path of a file with the secret that signs what is posted.
+    """
+
+    command: tuple[str, ...] = ()
+    url: _Text | None = None
+    secret_file: _Text | None = None
+
+
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
     """``[retry]``: for what is provably free only.
 
@@ -195,6 +209,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         defaults: ``[defaults]``; ``provider`` is always set.
         presets: ``[presets.NAME]`` by name.
         limits: ``[limits]``.
+        notify: ``[notify]``.
         retry: ``[retry]``.
         log: ``[log]``.
         source: Absolute name of the file, or ``environment``.
@@ -207,6 +222,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     defaults: Options = Options(provider="auto")
     presets: dict[str, Options] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
+    notify: Notify = Notify()
     retry: Retry = Retry()
     log: Log = Log()
     source: str = "environment"
@@ -219,6 +235,7 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "outbox": Outbox,
     "defaults": Options,
     "limits": Limits,
+    "notify": Notify,
     "retry": Retry,
     "log": Log,
 }

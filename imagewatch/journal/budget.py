@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 CAPS = ("limits.credits_per_day", "limits.credits_per_month")
 """The settings that are caps on credits."""
 _MINUTE = 60.0
+_NEARLY = 0.8
+"""The part of a cap that is spent when an event reports it."""
 
 
 @dataclass
@@ -44,6 +46,23 @@ class _Memo:
     spent: dict[float, float] = field(default_factory=dict)
     reserved: dict[str, tuple[float, list[tuple[float, float]]]] = field(default_factory=dict)
     charges: dict[str, Mapping[str, Sequence[float]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Nearly:
+    """A cap that is nearly spent.
+
+    Attributes:
+        setting: Its name.
+        cap: Credits.
+        spent: Credits that count as spent.
+        ends: When its day or month ends, seconds since the epoch.
+    """
+
+    setting: str
+    cap: float
+    spent: float
+    ends: float
 
 
 def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime, datetime]]:
@@ -98,6 +117,14 @@ class Budget:
             rule: (self._spent(begin.timestamp(), ""), _shown(end))
             for (rule, _), (begin, end) in zip(self._caps(), self._windows(), strict=True)
         }
+
+    def nearly_spent(self) -> list[Nearly]:
+        """Return the caps of which 80 % or more are spent."""
+        found = [
+            Nearly(rule, cap, self._spent(begin.timestamp(), ""), end.timestamp())
+            for (rule, cap), (begin, end) in zip(self._caps(), self._windows(), strict=True)
+        ]
+        return [one for one in found if one.spent >= _NEARLY * one.cap]
 
     def knows_prices(self) -> bool:
         """Return whether a request to any provider was charged lately."""

@@ -19,7 +19,7 @@ from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.files import was_there
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
-from imagewatch.journal.schema import prepare
+from imagewatch.journal.schema import VERSION, prepare
 from imagewatch.journal.sqlite import Database
 from imagewatch.system.errors import SpoolError
 
@@ -157,12 +157,12 @@ def test_a_killed_process_loses_no_row_it_had_written(path: str) -> None:
 def test_a_ledger_of_a_newer_version_is_refused(path: str) -> None:
     opened(path).close()
     with contextlib.closing(sqlite3.connect(path)) as database:
-        database.execute("PRAGMA user_version = 5")
+        database.execute(f"PRAGMA user_version = {VERSION + 1}")
     with pytest.raises(SpoolError, match="newer imagewatch") as caught:
         opened(path)
     assert caught.value.hint == "run the newer version"
     with contextlib.closing(sqlite3.connect(path)) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (5,)
+        assert database.execute("PRAGMA user_version").fetchone() == (VERSION + 1,)
 
 
 def test_a_file_that_is_not_a_ledger_is_refused_and_kept(path: str) -> None:
