@@ -187,9 +187,9 @@ class Notifier:
             _log.info("notified", **names, **fields, tries=event.tries + 1)
             return
         known = self._events.failed(event, reason)
-        fields["reason"], fields["tries"] = reason, known.tries
-        next_try = {} if known.is_over else {"next_try_at": iso(known.next_at)}
-        (_log.error if known.is_over else _log.warning)("notify_failed", **names, **fields, **next_try)
+        more = {"reason": reason, "tries": known.tries, "next_try_at": None if known.is_over else iso(known.next_at)}
+        given = {name: value for name, value in more.items() if value is not None}
+        (_log.error if known.is_over else _log.warning)("notify_failed", **names, **fields, **given)
 
     def _note(self, act: Callable[[], object]) -> None:
         """Write what became of an event, as soon as that is possible; until then no other one of the journal is tried.

@@ -38,8 +38,8 @@ def page(event: Event) -> dict[str, Any]:
 
 
 def body(found: dict[str, Any]) -> bytes:
-    """Return a page as JSON; all of it is ASCII."""
-    return to_json(found).encode("ascii")
+    """Return a page as JSON in UTF-8; half of a character becomes an escape."""
+    return to_json(found, ensure_ascii=False).encode("utf-8", "backslashreplace")
 
 
 def source(found: dict[str, Any]) -> str:

@@ -12,13 +12,11 @@ import signal
 import sqlite3
 import stat
 import sys
-import tomllib
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY, Folders, command, until
-
-from imagewatch.system.text import to_json
+from support.receiver import as_json
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -34,11 +32,6 @@ WRONG = "+++\ncolour = 1\n+++\nnever sent"
 def rows(folders: Folders, table: str) -> list[tuple[Any, ...]]:
     with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as database:
         return database.execute(f"SELECT * FROM {table}").fetchall()
-
-
-def as_json(text: str) -> Any:
-    """A result file as JSON."""
-    return json.loads(to_json(tomllib.loads(text), default=lambda time: time.isoformat().replace("+00:00", "Z")))
 
 
 # Jobs
@@ -109,9 +102,8 @@ def test_without_a_receiver_nothing_is_written(folders: Folders) -> None:
 def test_no_payload_has_the_key_though_a_prompt_has_it(notified: Folders, receiver: Receiver) -> None:
     notified.prompt("cat", f"a cat with a sign that says {KEY}")
     notified.prompt("wrong", f'+++\nmodel = "{KEY}"\n+++\nnever sent')
-    notified.prompt("echo", "a dog [sandbox: echo-key]")
     command(notified, "once")
-    assert len(receiver.posts) == 3
+    assert len(receiver.posts) == 2
     for post in receiver.posts:
         assert KEY.encode() not in post.body
         assert KEY not in str(post.headers)

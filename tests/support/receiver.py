@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import tomllib
 from collections import defaultdict
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -13,6 +14,11 @@ from support.daemon import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+
+def as_json(text: str) -> Any:
+    """A result file as it is in a notification."""
+    return json.loads(json.dumps(tomllib.loads(text), default=lambda time: time.isoformat().replace("+00:00", "Z")))
 
 
 @dataclass(frozen=True)
