@@ -47,6 +47,8 @@ def _url(notify: Notify, environ: Mapping[str, str]) -> Iterator[tuple[str, str,
     host = parts.hostname or ""
     source = secret_source(notify, environ)
     signed = f"signed with the secret in {printable(source, 255)}" if source else "not signed"
+    if not source and "CREDENTIALS_DIRECTORY" not in environ:
+        signed += " (a service may have the systemd credential notify_secret)"
     if parts.scheme == "http" and not is_loopback(host):
         yield "warn", _WHAT, f"url on {host}, {signed}; prompts are sent there unencrypted (use https://)"
     else:

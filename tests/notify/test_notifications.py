@@ -477,7 +477,8 @@ def test_check_reports_what_is_wrong_with_the_receivers(notified: Folders, tmp_p
     plain.write_text("#!/bin/sh\n")
     secret.write_text("secret")
     secret.chmod(0o600)
-    assert lines() == [("ok", "url on 127.0.0.1, not signed")]
+    unsigned = "not signed (a service may have the systemd credential notify_secret)"
+    assert lines() == [("ok", f"url on 127.0.0.1, {unsigned}")]
     assert lines(secret_file=str(secret)) == [("ok", f"url on 127.0.0.1, signed with the secret in {secret}")]
     assert lines(command="true --token=hidden")[0] == ("ok", "command true")
     assert lines(command="no-such-program")[0][1].startswith("the command does not exist in PATH: no-such-program")
@@ -485,7 +486,7 @@ def test_check_reports_what_is_wrong_with_the_receivers(notified: Folders, tmp_p
     assert lines(command="/nonexistent")[0][0] == "bad"
     assert lines(secret_file="/nonexistent")[1][0] == "bad"
     assert lines(url="http://example.com/token")[0][0] == "warn"
-    assert lines(url="https://example.com/token") == [("ok", "url on example.com, not signed")]
+    assert lines(url="https://example.com/token") == [("ok", f"url on example.com, {unsigned}")]
     secret.chmod(0o604)
     assert lines(secret_file=str(secret))[1] == (
         "warn",

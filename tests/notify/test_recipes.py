@@ -120,10 +120,10 @@ def test_the_recipe_for_a_webhook(once: Callable[..., Any], receiver: Receiver, 
 
 def test_the_recipe_for_a_file(once: Callable[..., Any], folders: Folders, tmp_path: Path) -> None:
     folders.prompt("wrong", "+++\ncolour = 1\n+++\nnever sent")
-    text = recipe("file").replace("/var/tmp", str(tmp_path))
+    text = recipe("file").replace("/srv/imagewatch", str(tmp_path))
     with contextlib.suppress(AssertionError):  # one of the prompts fails
         once(text)
-    lines = (tmp_path / "imagewatch-events.jsonl").read_text().splitlines()
+    lines = (tmp_path / "events.jsonl").read_text().splitlines()
     assert sorted(json.loads(line)["event"] for line in lines) == ["completed", "failed"]
 
 
