@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     import sqlite3
 
 VERSION = 5
+_WITH_SUMS = 4
+"""Since this format the tables are updated where they are."""
 COLUMNS = Row.__struct_fields__
 TABLES = """
 CREATE TABLE IF NOT EXISTS meta (
@@ -186,8 +188,10 @@ def _format(connection: sqlite3.Connection) -> int:
 
 
 def _update(connection: sqlite3.Connection) -> None:
-    """Make the tables again, with the rows that were there."""
+    """Make the tables that are missing; before the format with sums, make all again with the rows that were there."""
+    has_sums = _format(connection) >= _WITH_SUMS
     columns = {row["name"] for row in connection.execute("SELECT name FROM pragma_table_info('attempts')")}
+    columns = set() if has_sums else columns
     if columns:
         connection.execute("ALTER TABLE attempts RENAME TO earlier")
         for index in re.findall(r"INDEX IF NOT EXISTS (\w+)", TABLES):
@@ -195,7 +199,8 @@ def _update(connection: sqlite3.Connection) -> None:
     for statement in TABLES.split(";\n"):
         connection.execute(statement)
     for name, body in TRIGGERS.items():
-        connection.execute(f"CREATE TRIGGER IF NOT EXISTS {name} {body}")
+        connection.execute(f"DROP TRIGGER IF EXISTS {name}")
+        connection.execute(f"CREATE TRIGGER {name} {body}")
     if columns:
         common = [name for name in COLUMNS if name in columns]
         values = [_RENAMED.get(name, name) for name in common]

@@ -12,6 +12,7 @@ import signal
 import sqlite3
 import stat
 import sys
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -529,3 +530,11 @@ def test_no_line_of_the_log_has_the_url(notified: Folders, receiver: Receiver) -
     for text in (done.stderr, dead.stderr, (notified.state / "status.json").read_text()):
         assert "/hook" not in text
         assert "/hidden" not in text
+
+
+def test_once_ends_when_what_is_due_is_delivered(notified: Folders, receiver: Receiver) -> None:
+    receiver.answer = lambda _: threading.Event().wait(1.5) or None
+    for number in range(3):
+        notified.prompt(f"cat{number}", f"a cat {number}")
+    assert command(notified, "once").returncode == 0
+    assert len(receiver.accepted) == 3
