@@ -143,7 +143,7 @@ _STARTING = re.compile(
 )
 """In a module whose tests start imagewatch."""
 _SLOW = {"test_responses", "test_bounded", "test_connections", "test_downloads", "test_gallery_browser", "test_intake"}
-_SLOW |= {"test_power"}
+_SLOW |= {"test_power", "test_event_power"}
 """Modules that take long though they start no process of it: most wait for the end of a time."""
 
 

@@ -19,6 +19,7 @@ The modules, in reading order::
     interrupts      signals, obeyed where submit can report what it has done
     check           what the daemon would do with each file of the inbox
     check_settings  what check prints of configuration, folders, caps, key and account
+    check_notify    what check prints of notifications
     status          what the daemon is doing
     metrics         the same for Prometheus
     history         what was completed, refused and spent

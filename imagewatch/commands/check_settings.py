@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands import afford
 from imagewatch.commands.balances import with_balances
+from imagewatch.commands.check_notify import receivers
 from imagewatch.commands.ledger import ledger_path, open_ledger
 from imagewatch.config.key import key_file_problem, key_source, read_key
 from imagewatch.config.locate import is_hidden, others_who_write, refusal
@@ -84,6 +85,7 @@ def settings(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
         yield _watched(config, kinds)
         yield from _claims(config, kinds)
     yield from _key(config, environ)
+    yield from (Line(*line) for line in receivers(config.notify, environ))
 
 
 def _models(config: Config) -> Iterator[Line]:

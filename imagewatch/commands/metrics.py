@@ -70,6 +70,9 @@ def _families(page: Mapping[str, Any]) -> Iterator[Family]:
     if balance := page.get("balance"):  # an older daemon does not write it
         yield "balance_credits", "gauge", "Balance of the account in the last response.", [({}, balance["credits"])]
         yield "balance_timestamp_seconds", "gauge", "Time of that response.", _time(balance["at"])
+    if sent := page.get("notifications"):  # an older daemon does not write it
+        yield "pending_notifications", "gauge", "Notifications that wait to be delivered.", [({}, sent["pending"])]
+        yield "failed_notifications", "gauge", "Notifications given up in the last 30 days.", [({}, sent["failed"])]
     again: list[Sample] = [({}, page["redelivered"])]
     yield "redelivered_prompts_total", "counter", "Prompts that a sync tool delivered again; skipped.", again
 

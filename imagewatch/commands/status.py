@@ -88,6 +88,8 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     yield from _budgets(page.get("budgets", []))  # the same
     if balance := page.get("balance"):  # an older daemon does not write it
         yield f"  balance    {amount(balance['credits'])} credits, as of {local_time(balance['at'])}"
+    if sent := page.get("notifications"):  # an older daemon does not write it
+        yield _notified(sent)
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"
         for name, reason in page["ignored"]["files"].items():
@@ -137,6 +139,15 @@ def _budgets(budgets: list[dict[str, Any]]) -> Iterator[str]:
         if one["requests_per_minute"]:
             parts.append(f"{amount(one['requests_per_minute'])} requests per minute")
         yield f"  budget     {one['folder']}/: {', '.join(parts) or 'no cap is set'}"
+
+
+def _notified(sent: dict[str, Any]) -> str:
+    """Return how far notifications are, in red if they fail."""
+    since = f" since {local_time(sent['oldest_since'])}" if sent["pending"] else ""
+    failed = f", {sent['failed']} given up" if sent["failed"] else ""
+    last = f"; last failure: {sent['last_failure']}" if sent["last_failure"] else ""
+    line = f"  notify     {sent['pending']} pending{since}{failed}{last}"
+    return click.style(line, fg="red") if last or failed else line
 
 
 def _why(reasons: dict[str, int]) -> str:

@@ -20,13 +20,14 @@ from imagewatch.config.schema import (
     Inbox,
     Limits,
     Log,
+    Notify,
     Options,
     Outbox,
     Retry,
 )
 from imagewatch.config.tables import Tables
 from imagewatch.config.validate import check
-from imagewatch.config.values import PLACES, above_status, flaw_of, overlaps, split_command, url_flaw
+from imagewatch.config.values import PLACES, above_status, flaw_of, overlaps, split_command, url_flaw, webhook_flaw
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class Draft(Tables):
             presets=self._named_tables("presets", Options),
             limits=self._section("limits", Limits),
             budgets=self._named_tables("budgets", FolderBudget),
+            notify=self._notify(),
             retry=self._retry(),
             log=self._section("log", Log),
             source=source,
@@ -191,6 +193,25 @@ class Draft(Tables):
             del table["api_key_command"]
             hint = 'write it like ["pass", "show", "letta"]'
             self._wrong("endpoint.api_key_command", "is not a command with its arguments", hint)
+
+    def _notify(self) -> Notify:
+        """Return ``[notify]``. Neither command nor URL is repeated in a problem: they may hold a secret."""
+        table = self._table(("notify",)) or {}
+        command = table.get("command", ["-"])
+        if isinstance(command, str):
+            command = table["command"] = split_command(command)
+        if not isinstance(command, list) or not command or not all(isinstance(arg, str) for arg in command):
+            del table["command"]
+            hint = 'write it like ["/usr/local/bin/notify", "--quiet"]'
+            self._wrong("notify.command", "is not a command with its arguments", hint)
+        raw = self._section("notify", Notify)
+        if raw.url is not None and (flaw := webhook_flaw(raw.url)):
+            self._wrong("notify.url", flaw, 'write it like "https://ntfy.example.com/images"')
+        path = self._path(raw.secret_file, "notify.secret_file") if raw.secret_file else None
+        words = raw.command
+        if words and "/" in words[0]:
+            words = (self._path(words[0], "notify.command"), *words[1:])
+        return msgspec.structs.replace(raw, command=words, secret_file=path)
 
     def _outbox(self) -> Outbox:
         """Return ``[outbox]`` with its modes read as octal numbers."""

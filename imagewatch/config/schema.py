@@ -174,6 +174,20 @@ class FolderBudget(msgspec.Struct, frozen=True, kw_only=True):
     requests_per_minute: _Amount = 0.0
 
 
+class Notify(msgspec.Struct, frozen=True, kw_only=True):
+    """``[notify]``: who is notified of how jobs end and of holds. Without a command or a URL there are no events.
+
+    Attributes:
+        command: Program and arguments that get each event on standard input; empty when not set.
+        url: Address to which each event is posted. It may hold a secret, so it is never shown whole.
+        secret_file: Absolute path of a file with the secret that signs what is posted.
+    """
+
+    command: tuple[str, ...] = ()
+    url: _Text | None = None
+    secret_file: _Text | None = None
+
+
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
     """``[retry]``: for what is provably free only.
 
@@ -212,6 +226,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         presets: ``[presets.NAME]`` by name.
         limits: ``[limits]``.
         budgets: ``[budgets."FOLDER"]`` by the name of the folder.
+        notify: ``[notify]``.
         retry: ``[retry]``.
         log: ``[log]``.
         source: Absolute name of the file, or ``environment``.
@@ -225,6 +240,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     presets: dict[str, Options] = msgspec.field(default_factory=dict)
     limits: Limits = Limits()
     budgets: dict[str, FolderBudget] = msgspec.field(default_factory=dict)
+    notify: Notify = Notify()
     retry: Retry = Retry()
     log: Log = Log()
     source: str = "environment"
@@ -237,6 +253,7 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "outbox": Outbox,
     "defaults": Options,
     "limits": Limits,
+    "notify": Notify,
     "retry": Retry,
     "log": Log,
 }

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 KEY_HINT: Final = "put the key in a file and name it in api_key_file"
 SECTION_NAMES: Final = (*SECTIONS, *NAMED)
+_NOTIFY_HINT: Final = "put the secret in a file and name it in secret_file"
 _PREFIX: Final = "IMAGEWATCH_"
 _KEY_NAMES: Final = frozenset(
     {"apikey", "key", "lettaapikey", "token", "apitoken", "bearer", "authorization", "secret", "password"}
@@ -51,7 +52,8 @@ class Tables:
         key = re.sub(r"[-_]", "", problem.field.rpartition(".")[2].rpartition("__")[2]).lower()
         secret = problem.reason == "unknown key" and key in _KEY_NAMES
         name = self.origins.get(problem.field, problem.field)
-        return Problem(_printable(name), problem.reason, KEY_HINT if secret else problem.hint)
+        hint = _NOTIFY_HINT if problem.field.lower().startswith(("notify.", "imagewatch_notify__")) else KEY_HINT
+        return Problem(_printable(name), problem.reason, hint if secret else problem.hint)
 
     def _wrong(self, field: str, reason: str, hint: str = "") -> None:
         self.problems.append(Problem(field, reason, hint))
@@ -101,7 +103,7 @@ class Tables:
         elif not _is_unicode(text):
             self._wrong(variable, "is not UTF-8")
         elif (table := self._table(where)) is not None:
-            is_command = key == "api_key_command" and not text.lstrip().startswith("[")
+            is_command = key in {"api_key_command", "command"} and not text.lstrip().startswith("[")
             table[key] = text if is_command or _is_text(where[0], struct, key) else _value(text)
             self.origins[field] = variable
 

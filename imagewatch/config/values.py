@@ -58,7 +58,7 @@ def url_flaw(url: str) -> tuple[str, str]:
         (not re.fullmatch(r"[a-z0-9._-]+|[0-9a-f:.]+", host), "must begin with https:// and a host", write),
         (parts.path.lower().endswith("/v1"), "must not end in /v1", "remove /v1"),
         (
-            parts.scheme == "http" and not _is_loopback(host),
+            parts.scheme == "http" and not is_loopback(host),
             "the key would be sent unencrypted",
             "use https://; http:// is for this machine only",
         ),
@@ -66,7 +66,23 @@ def url_flaw(url: str) -> tuple[str, str]:
     return next(((reason, hint) for broken, reason, hint in rules if broken), ("", ""))
 
 
-def _is_loopback(host: str) -> bool:
+def webhook_flaw(url: str) -> str:
+    """Return what is wrong with the URL of a receiver of notifications, or an empty string; it is not repeated."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname or "", parts.port
+    except ValueError:
+        return "is not a URL"
+    rules = (
+        (parts.scheme not in {"http", "https"} or not host, "must begin with https:// or http:// and a host"),
+        (not re.fullmatch(r"[\x21-\x7e]+", url), "must be ASCII without spaces"),
+        (bool(re.search(r"[#\\]", url)), "must have no fragment and no backslash"),
+        (not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host), "must begin with https:// or http:// and a host"),
+    )
+    return next((reason for broken, reason in rules if broken), "")
+
+
+def is_loopback(host: str) -> bool:
     """Return whether a host is this machine by its very name."""
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback

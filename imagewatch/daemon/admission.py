@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import structlog
 
+from imagewatch.daemon.announcements import Announcements
 from imagewatch.daemon.burst import BurstGuard
 from imagewatch.protocol.reasons import KINDS, Others, Reason
 from imagewatch.system.disk_errors import FULL
@@ -89,6 +90,7 @@ class Admission:
         self._since = -math.inf
         self._ended: dict[str, float] = {}
         self.burst = BurstGuard(monotonic)
+        self.announcements = Announcements(journal.events, clock, monotonic)
         self._held_by: dict[str, SpoolError] = {}
         self._causes: set[tuple[str, int, str]] = set()  # those of the hold for the local disk that were logged
         self._is_proved = False  # whether the ledger was written once, before the first prompt
@@ -114,6 +116,7 @@ class Admission:
         self.burst.configure(limits.burst, settle_seconds)
         self._key_stamp, self._key_step = key_stamp, key_step
         self._stamp = key_stamp()
+        self.announcements.configure()
         self._end([*self._holds.clear_outer(), *self._holds.clear("burst")])
 
     # What may be done
@@ -339,6 +342,8 @@ class Admission:
         begun, ended = self._holds.set_caps(reasons, self._now())
         if begun or ended:
             self._on_change(at_once=not all(hold.brief for hold in (*begun, *ended)))
+        if begun or ended or self.announcements.is_due():
+            self._remember()
         for hold in begun:
             whose = {"folder": hold.folder} if hold.folder else {"provider": hold.provider}
             end = {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
@@ -393,12 +398,21 @@ class Admission:
                 _log.info("released", kind=hold.kind)
 
     def _remember(self) -> None:
-        """Write the refusals for the next start, so that not every start makes a prompt fail with the same one."""
+        """Write the refusals for the next start, so that not every start makes a prompt fail with the same one.
+
+        The events of all holds that have begun or ended are written in the same transaction.
+        """
+        self.announcements.note(self._holds.all())
         if not self._knows_holds:
+            self.announcements.unwritable()
             return
-        with contextlib.suppress(SpoolError):  # the disk has a hold of its own
-            refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
-            self._control.refuse({hold.kind: hold.reason.message for hold in refusals})
+        events = self.announcements.to_write()
+        refusals = [hold for hold in self._holds.all() if hold.kind in _ACCOUNT]
+        try:
+            self._control.refuse({hold.kind: hold.reason.message for hold in refusals}, events)
+            self.announcements.written(events)
+        except SpoolError:  # the disk has a hold of its own
+            self.announcements.unwritable()
 
     # What holds there are
 

@@ -16,7 +16,7 @@ import structlog
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
-from imagewatch.daemon.mailbox import DiskFailed, Finished, Hinted, Saved, Signalled
+from imagewatch.daemon.mailbox import DiskFailed, Finished, Hinted, Notified, Saved, Signalled
 from imagewatch.daemon.parts import Parts
 from imagewatch.daemon.recovery import Recovery
 from imagewatch.daemon.report import Report
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 _LONGEST_WAIT = 3600.0
 _LONGEST_SCAN = 5.0
 """How long ``once`` scans at most at its end, seconds."""
+_NOTIFY_SECONDS = 10.0
+"""How long notifications that are due are delivered at the end, seconds; the others wait for the next start."""
 _FIXED = ("folders", "outbox")
 """Sections that are read at start only: folders are proved before anything is paid for."""
 _log = structlog.get_logger()
@@ -183,6 +185,8 @@ class Daemon:
                 self._results.take(message)
             case DiskFailed():
                 self._admission.failed(message.error)
+            case Notified():
+                self._parts.status.change()
 
     def _note_events(self) -> None:
         noted = self._intake.note_events(self._jobs.taken())
@@ -205,6 +209,7 @@ class Daemon:
             self._take_messages()
         if self._once:
             self._scan_all()  # what was given back is in the inbox again
+        self._parts.notifier.close(_NOTIFY_SECONDS)
         self._report.stopped()
         self._parts.close()
 

@@ -53,7 +53,12 @@ class DiskFailed:
     error: SpoolError
 
 
-Message = Hinted | Signalled | Saved | Finished | DiskFailed
+@dataclass(frozen=True)
+class Notified:
+    """Notifications were delivered, or failed."""
+
+
+Message = Hinted | Signalled | Saved | Finished | DiskFailed | Notified
 
 
 class Mailbox:

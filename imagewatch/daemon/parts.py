@@ -14,7 +14,7 @@ from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.intake import Intake
 from imagewatch.daemon.jobs import Jobs
-from imagewatch.daemon.mailbox import DiskFailed, Mailbox, Saved
+from imagewatch.daemon.mailbox import DiskFailed, Mailbox, Notified, Saved
 from imagewatch.daemon.status import Status
 from imagewatch.daemon.systemd import Notify
 from imagewatch.endpoint.client import Client
@@ -23,6 +23,7 @@ from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
 from imagewatch.journal.files import path_in
 from imagewatch.journal.journal import Journal
+from imagewatch.notify.notifier import Notifier
 from imagewatch.system.errors import MORE_FILES
 
 if TYPE_CHECKING:
@@ -79,7 +80,10 @@ class Parts:
         self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk, self.journal.requests)
         self.admission = Admission(self.spool, self.journal, self.control, holds, self._changed_hold, clock, monotonic)
+        self.notifier = Notifier(self.journal.events, environ, lambda: self.mailbox.put(Notified()), monotonic)
+        self.admission.announcements.on_written = self.notifier.wake
         self.status = Status(config, disk, self.ledger, self.admission, clock, monotonic)
+        self.status.events = self.journal.events
         tops = self.spool.tops
         self.intake = Intake(config.folders, self.control.folder, self.mailbox.hint, clock, monotonic, tops)
         self.caps = Caps(self.journal, self.spool.inbox, self.intake.opener, monotonic)
@@ -99,6 +103,7 @@ class Parts:
         self.client = client
         self.status.configure(config)
         self.journal.configure(config.limits, config.budgets)
+        self.notifier.configure(config.notify, lambda: read_key(config.endpoint, self._environ))
         self.caps.configure(config)
         self.jobs.configure(config.limits.concurrency)
         self.worker = self._new_worker(config)

@@ -50,6 +50,7 @@ class Results:
         self._parts.caps.soon()
         self._parts.status.change()
         self._parts.intake.over(job.key)
+        self._parts.notifier.wake()
         try:
             outcome = message.future.result()
         except SpoolError as error:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from imagewatch import __version__
 from imagewatch.inbox.candidate import Reasons, Wait, joined
 from imagewatch.journal.budget import day_and_month
+from imagewatch.journal.events import Counts
 from imagewatch.journal.ledger import NO_TOTALS
 from imagewatch.protocol.reasons import HOLDS, Others
 from imagewatch.system.errors import SpoolError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from imagewatch.daemon.admission import Admission
     from imagewatch.inbox.candidate import ScanResult
     from imagewatch.journal.control import Control
+    from imagewatch.journal.events import Events
     from imagewatch.journal.ledger import Ledger
     from imagewatch.system.disk import Disk
 
@@ -130,6 +132,8 @@ class Status:
         self._last = dict(NO_TOTALS), dict(NO_TOTALS), 0, None
         self._due: float | None = None
         self._not_before = 0.0
+        self._counts = Counts()
+        self.events: Events | None = None
         self.state = "starting"
         self.mode = ""
         self.polled: Mapping[str, str] = {}
@@ -222,6 +226,7 @@ class Status:
             },
             "ignored": {"count": result.ignored.total, "files": _named(result.ignored)},
             "holds": self._holds(),
+            "notifications": self._notifications(),
             **self._sums(day[0].timestamp(), month[0].timestamp()),
         }
 
@@ -236,6 +241,20 @@ class Status:
             "month": {**this_month, "cap": limits.credits_per_month or None},
             "redelivered": redelivered,
             "balance": {"credits": balance[0], "at": iso(balance[1])} if balance else None,
+        }
+
+    def _notifications(self) -> dict[str, Any] | None:
+        """Return how far notifications are; None if there is no receiver."""
+        if self.events is None or not self.events.is_on:
+            return None
+        with contextlib.suppress(SpoolError):
+            self._counts = self.events.counts()
+        counts = self._counts
+        return {
+            "pending": counts.pending,
+            "failed": counts.failed,
+            "oldest_since": iso(counts.since),
+            "last_failure": counts.message or None,
         }
 
     def _holds(self) -> list[dict[str, Any]]:

@@ -66,6 +66,10 @@ class _Cap:
     folder: str = ""
 
 
+_NEARLY = 0.8
+"""The part of a cap that is spent when an event reports it."""
+
+
 @dataclass
 class _Memo:
     """What was read for several questions, so that the ledger is asked only once; by folder, and then as is asked."""
@@ -86,6 +90,23 @@ def setting(folder: str, key: str = "") -> str:
     is_bare = re.fullmatch(r"[A-Za-z0-9_-]+", folder)
     name = f"budgets.{folder if is_bare else json.dumps(folder, ensure_ascii=False)}"
     return f"{name}.{key}" if key else name
+
+
+@dataclass(frozen=True)
+class Nearly:
+    """A cap that is nearly spent.
+
+    Attributes:
+        setting: Its name.
+        cap: Credits.
+        spent: Credits that count as spent.
+        ends: When its day or month ends, seconds since the epoch.
+    """
+
+    setting: str
+    cap: float
+    spent: float
+    ends: float
 
 
 def day_and_month(now: float) -> tuple[tuple[datetime, datetime], tuple[datetime, datetime]]:
@@ -151,6 +172,12 @@ class Budget:
         """Return the credits that count as spent in a first-level folder, this day and this month; and the reserved."""
         spent = [self._spent(_Cap("", 0.0, *window, folder), "") for window in day_and_month(self._now)]
         return spent[0], spent[1], self._reserved("", folder)[0]
+
+    def nearly_spent(self) -> list[Nearly]:
+        """Return the caps, those of budgets included, of which 80 % or more are spent."""
+        caps = [cap for folder in ("", *self._budgets) for cap in self._own_caps(folder)]
+        found = [Nearly(cap.setting, cap.credits, self._spent(cap, ""), cap.end.timestamp()) for cap in caps]
+        return [one for one in found if one.spent >= _NEARLY * one.cap]
 
     def knows_prices(self) -> bool:
         """Return whether a request to any provider was charged lately."""

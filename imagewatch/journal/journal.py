@@ -18,6 +18,7 @@ from msgspec.structs import astuple, replace
 from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.budget import NO_BUDGETS, Budget, folder_of
 from imagewatch.journal.earlier import adopt, close_lost
+from imagewatch.journal.events import Events
 from imagewatch.journal.ledger import Ledger, storable
 from imagewatch.journal.requests import Requests
 from imagewatch.journal.row import FREE, LOST, AttemptRow, JobRow, Row, price_of
@@ -62,6 +63,7 @@ class Journal:
     Attributes:
         ledger: What was requested, completed and spent.
         requests: What commands ask for, and the holds that last.
+        events: What is to be notified.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Journal:
         self._unspent: dict[str, Claim] = {}
         self.ledger = Ledger(self._file)
         self.requests = Requests(self._file, clock)
+        self.events = Events(self._file, clock)
 
     def configure(self, limits: Limits, budgets: Mapping[str, FolderBudget] = NO_BUDGETS) -> None:
         """Take other caps and another rate, for all and for single first-level folders."""
@@ -351,7 +354,13 @@ class Journal:
         Raises:
             SpoolError: The disk failed; or another process has sent this attempt.
         """
-        self._file.change(lambda connection: self._write(connection, row), synced=synced)
+
+        def act(connection: sqlite3.Connection) -> None:
+            self._write(connection, row)
+            if row.charged != "no":
+                self.events.spent(connection, self.budget(connection))
+
+        self._file.change(act, synced=synced)
 
     def unsent(self, job: str, attempt: int) -> None:
         """Note that the first byte of an attempt did not leave; it never will."""
@@ -364,6 +373,8 @@ class Journal:
     def decide(self, claim: Claim, decision: Decision, row: Row | None, *, repeated: str = "") -> None:
         """Write how a job ends, with the result of its last attempt, in one transaction that survives a power cut.
 
+        If there is a receiver of notifications, their events are part of it.
+
         A later decision replaces an earlier one of which names exist already.
 
         Args:
@@ -374,8 +385,10 @@ class Journal:
         """
 
         def act(connection: sqlite3.Connection) -> None:
+            self.events.decided(connection, claim, decision)
             if row is not None:
                 self._write(connection, row)
+                self.events.spent(connection, self.budget(connection))
             if repeated:
                 connection.execute(_REDELIVERED, (repeated, self._clock()))
             if not connection.execute(_DECIDE, (dump(decision).decode(), claim.job)).rowcount:

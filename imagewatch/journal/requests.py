@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from imagewatch.journal.events import Events
 from imagewatch.system.text import printable, whole
 
 if TYPE_CHECKING:
     import sqlite3
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
+    from imagewatch.journal.events import Event
     from imagewatch.journal.sqlite import Database
 
 _MANUAL = "manual"
@@ -59,9 +61,14 @@ class Requests:
         rows = self._ask("SELECT kind, message FROM holds WHERE kind <> ? ORDER BY since", _MANUAL)
         return {row["kind"]: printable(row["message"], _LONGEST) for row in rows}
 
-    def refuse(self, messages: Mapping[str, str]) -> None:
-        """Remember these for the next start; not synced: one more prompt would show them."""
-        if messages == self.refused():
+    def refuse(self, messages: Mapping[str, str], events: Sequence[Event] = ()) -> None:
+        """Remember these for the next start; not synced: one more prompt would show them.
+
+        Args:
+            messages: What the account or the endpoint refused, by kind of hold.
+            events: Events of the holds, which are written in the same transaction; then it is synced.
+        """
+        if messages == self.refused() and not events:
             return
 
         def act(connection: sqlite3.Connection) -> None:
@@ -69,8 +76,9 @@ class Requests:
             connection.execute(f"DELETE FROM holds WHERE kind NOT IN ({marks})", (_MANUAL, *messages))  # noqa: S608
             for kind, message in messages.items():
                 connection.execute(_HOLD, (kind, whole(message), self._clock()))
+            Events.write(connection, events)
 
-        self._file.change(act, synced=False)
+        self._file.change(act, synced=bool(events))
 
     # Requests
 

@@ -124,6 +124,24 @@ CREATE TABLE IF NOT EXISTS prices (
     last_at    REAL NOT NULL,           -- when the last request was sent that cost so much
     PRIMARY KEY (provider, price_kind, price)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS events (
+    number    INTEGER PRIMARY KEY,      -- they are delivered in this order
+    id        TEXT NOT NULL,            -- the same however often it is delivered
+    target    TEXT NOT NULL CHECK (target IN ('command', 'url')),
+    name      TEXT NOT NULL CHECK (name IN ('completed', 'failed', 'unknown', 'held', 'released', 'cap')),
+    job       TEXT NOT NULL DEFAULT '', -- whose end it reports
+    content   TEXT NOT NULL,            -- of a job its result file, else JSON; empty once it was given up
+    at        REAL NOT NULL,            -- seconds since the epoch, UTC
+    tries     INTEGER NOT NULL DEFAULT 0,
+    next_at   REAL NOT NULL DEFAULT 0,  -- of the next try
+    message   TEXT NOT NULL DEFAULT '', -- why the last try failed
+    failed_at REAL,                     -- when it was given up
+    UNIQUE (id, target)
+);
+CREATE TABLE IF NOT EXISTS announced (
+    subject TEXT PRIMARY KEY,           -- a hold that an event has reported and that lasts; or a cap and its period
+    at      REAL NOT NULL               -- of a hold since when, of a cap the end of its period
+) WITHOUT ROWID;
 """
 _DAY = "coalesce(date({0}.sent_at, 'unixepoch'), '9999-12-31')"
 _COUNTS = (

@@ -38,11 +38,13 @@ STRUCTS = {
     "outbox": schema.Outbox,
     "defaults": Options,
     "limits": schema.Limits,
+    "notify": schema.Notify,
     "retry": schema.Retry,
     "log": schema.Log,
 }
 SAMPLES = {
     "folders": {"archive": "delete", "state": "/var/lib/x", "errors": "/elsewhere/5", "notice": "/x"},
+    "notify": {"command": ["notify", "--now"], "url": "https://ntfy.example/x?y=z", "secret_file": "/etc/secret"},
     "endpoint": {
         "base_url": "https://gateway.example:8443/letta",
         "api_key_file": "/etc/key",
@@ -874,7 +876,7 @@ def test_keys_without_a_default_are_the_ones_marked_twice():
         empty = {
             field.name
             for field in msgspec.structs.fields(struct)
-            if field.default is None or field.name in ("api_key_command", "state")
+            if field.default is None or field.name in ("api_key_command", "command", "state")
         }
         if section == "defaults":
             empty.remove("provider")

@@ -102,7 +102,7 @@ def test_the_state_table_is_the_one_in_the_code():
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("httpx", {"endpoint/client", "endpoint/download", "endpoint/http_clients"}),
+        ("httpx", {"endpoint/client", "endpoint/download", "endpoint/http_clients", "notify/post"}),
         ("httpcore", {"endpoint/connection"}),
         ("watchdog", {"inbox/events"}),
         ("tomli_w", {"commands/drop", "job/receipts"}),

@@ -164,7 +164,7 @@ FAIL_TOO = {
 ALL_CUTS = os.environ.get("IMAGEWATCH_ALL_CUTS") == "1"
 
 
-TABLES = ("meta", "jobs", "attempts", "redeliveries", "holds", "requests", "sums", "prices")
+TABLES = ("meta", "jobs", "attempts", "redeliveries", "holds", "requests", "events", "announced", "sums", "prices")
 Content = tuple[tuple[tuple[object, ...], ...], ...]
 """The rows of each table of the journal."""
 

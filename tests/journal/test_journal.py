@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from imagewatch.config.schema import Limits
+from imagewatch.journal.events import page_of
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
@@ -357,3 +359,263 @@ def test_an_error_of_one_thread_undoes_nothing_of_another(make: Callable[..., Jo
         thread.join()
     assert sorted(failed) == [0, 3, 6, 9]
     assert set(journal.unfinished()) == {"a", *(f"job{number}" for number in range(12) if number % 3)}
+
+
+# Events
+
+
+def notifying(make: Callable[..., Journal], *targets: str, **limits: Any) -> Journal:
+    journal = make(**limits)
+    journal.events.configure(targets or ("url",))
+    return journal
+
+
+def decision(destination: str = "outbox", text: str = "job = 'a'\n", charged: str = "yes") -> Decision:
+    return Decision(destination=destination, name="cat.receipt.toml", result_file=text, facts={"charged": charged})
+
+
+def ended(journal: Journal, job: str = "a", how: Decision | None = None, **more: Any) -> None:
+    """A job is sent, decided and published."""
+    journal.claim(claim(job, stem=job))
+    spend(journal, row(job))
+    given = {"outcome": "completed", "charged": "yes", "credits": 30.0, **more}
+    journal.decide(claim(job, stem=job), how or decision(), row(job, **given))
+    journal.set_state(job, "published")
+
+
+def test_an_event_is_written_with_its_decision_and_due_when_that_is_published(make: Callable[..., Journal]) -> None:
+    journal = notifying(make)
+    journal.claim(claim())
+    journal.decide(claim(), decision(), row(attempt=0, outcome="invalid", charged="no"))
+    assert journal.events.due("url") is None
+    assert make().events.counts().pending == 1
+    journal.set_state("a", "published")
+    event = journal.events.due("url")
+    assert event is not None
+    assert (event.name, event.job, event.content, event.at, event.tries) == ("completed", "a", "job = 'a'\n", NOW, 0)
+
+
+def test_a_decision_that_is_not_written_has_no_event(make: Callable[..., Journal]) -> None:
+    journal, other = notifying(make), make()
+    ended(journal)
+    journal.claim(claim("b", stem="b"))
+    spend(journal, row("b"))
+    other.record(row("b", outcome="unknown", message="by hand"))
+    foreign = row("b", nonce="another", outcome="completed", charged="yes")
+    with pytest.raises(SpoolError, match="another process has sent it"):
+        journal.decide(claim("b", stem="b"), decision(), foreign)
+    assert journal.events.counts().pending == 1
+
+
+@pytest.mark.parametrize(
+    ("destination", "charged", "name"),
+    [
+        ("outbox", "yes", "completed"),
+        ("errors", "no", "failed"),
+        ("errors", "yes", "failed"),
+        ("errors", "unknown", "unknown"),
+    ],
+)
+def test_the_name_of_an_event_is_how_its_job_ended(
+    make: Callable[..., Journal], destination: str, charged: str, name: str
+) -> None:
+    journal = notifying(make)
+    ended(journal, how=decision(destination, charged=charged), charged=charged)
+    event = journal.events.due("url")
+    assert event is not None
+    assert event.name == name
+
+
+def test_a_redelivery_has_no_event(make: Callable[..., Journal]) -> None:
+    journal = notifying(make)
+    journal.claim(claim())
+    journal.decide(claim(), Decision(destination="discarded"), None, repeated="b")
+    assert journal.events.counts().pending == 0
+
+
+def test_a_decision_that_replaces_another_has_the_same_event(make: Callable[..., Journal]) -> None:
+    journal = notifying(make, "command", "url")
+    journal.claim(claim())
+    journal.decide(claim(), decision(text="name = 1\n"), None)
+    journal.decide(claim(), decision(text="name = 2\n"), None)
+    journal.set_state("a", "published")
+    found = [journal.events.due(target) for target in ("command", "url")]
+    assert [event.content for event in found if event] == ["name = 2\n"] * 2
+    assert len({event.id for event in found if event}) == 1
+    assert journal.events.counts().pending == 2
+
+
+def test_a_job_that_is_read_again_has_another_event(make: Callable[..., Journal]) -> None:
+    journal = notifying(make)
+    ended(journal, how=decision("errors", text="name = 1\n"))
+    journal.keep("a")
+    journal.reopen("a")
+    journal.reclaimed("a")
+    journal.decide(claim(stem="a"), decision(text="name = 2\n"), None)
+    journal.set_state("a", "published")
+    first = journal.events.due("url")
+    assert first is not None
+    journal.events.delivered(first)
+    second = journal.events.due("url")
+    assert second is not None
+    assert (first.name, second.name) == ("failed", "completed")
+    assert first.id != second.id
+
+
+def test_events_are_due_in_their_order_until_they_are_delivered(make: Callable[..., Journal]) -> None:
+    journal = notifying(make, "command", "url")
+    for job in ("a", "b", "c"):
+        ended(journal, job)
+    jobs = []
+    while event := journal.events.due("url"):
+        jobs.append(event.job)
+        journal.events.delivered(event)
+    assert jobs == ["a", "b", "c"]
+    other = make().events
+    assert [other.due("url"), (found := other.due("command")) and found.job] == [None, "a"]
+
+
+def test_an_event_that_failed_waits_longer_each_time_and_others_are_due_meanwhile(
+    make: Callable[..., Journal],
+) -> None:
+    journal = notifying(make)
+    ended(journal, "a")
+    ended(journal, "b")
+    event = journal.events.due("url")
+    waits = []
+    for _ in range(12):
+        assert event is not None
+        event = journal.events.failed(event, "no\nway")
+        waits.append(event.next_at - NOW)
+    assert waits == [5, 10, 20, 40, 80, 160, 320, 640, 900, 900, 900, 900]
+    other = journal.events.due("url")
+    assert other is not None
+    assert other.job == "b"
+    journal.events.delivered(other)
+    assert journal.events.due("url") is None
+    assert journal.events.next_due("url") == 900
+    counts = make().events.counts()
+    assert (counts.pending, counts.failed, counts.since, counts.message) == (1, 0, NOW, "no\\nway")
+
+
+def test_a_clock_that_is_set_back_does_not_make_an_event_wait_for_long(make: Callable[..., Journal]) -> None:
+    journal = notifying(make)
+    ended(journal)
+    event = journal.events.due("url")
+    assert event is not None
+    journal.events.failed(event, "no")
+    journal.events._clock = lambda: NOW - 86_400
+    assert journal.events.due("url") is not None
+
+
+def test_an_event_is_given_up_after_seven_days_and_counted_for_thirty(make: Callable[..., Journal]) -> None:
+    journal = notifying(make)
+    ended(journal)
+    event = journal.events.due("url")
+    assert event is not None
+    journal.events._clock = lambda: NOW + 7 * 86_400 - 1
+    assert not journal.events.failed(event, "no").is_over
+    journal.events._clock = lambda: NOW + 7 * 86_400
+    assert journal.events.failed(event, "still no").is_over
+    assert journal.events.due("url") is None
+    counts = journal.events.counts()
+    assert (counts.pending, counts.failed, counts.message) == (0, 1, "still no")
+    journal.events._clock = lambda: NOW + 38 * 86_400
+    journal.events.take_over()
+    assert journal.events.counts().failed == 0
+
+
+def test_what_waits_for_a_receiver_that_is_gone_goes_to_the_other_one_once(make: Callable[..., Journal]) -> None:
+    journal = notifying(make, "command", "url")
+    ended(journal, "a")
+    journal.events.configure(["command"])
+    ended(journal, "b")
+    journal.events.configure(["url"])
+    journal.events.take_over()
+    jobs = []
+    while event := journal.events.due("url"):
+        jobs.append(event.job)
+        journal.events.delivered(event)
+    assert jobs == ["a", "b"]
+    assert journal.events.counts().pending == 0
+
+
+def test_without_a_receiver_there_are_no_events(make: Callable[..., Journal]) -> None:
+    journal = make(credits_per_day=31)
+    ended(journal)
+    assert journal.events.counts().pending == 0
+    assert not journal.events.is_on
+
+
+def test_a_cap_that_is_nearly_spent_has_one_event_in_its_period(make: Callable[..., Journal]) -> None:
+    journal = notifying(make, credits_per_day=100, credits_per_month=1000)
+    ended(journal, "a", credits=79.0)
+    assert caps(journal) == []
+    ended(journal, "b", credits=1.0)
+    ended(journal, "c", credits=1.0)
+    (page,) = caps(journal)
+    assert page == {
+        "setting": "limits.credits_per_day",
+        "credits": 100.0,
+        "spent": 80.0,
+        "ends": "2023-11-15T00:00:00Z",
+    }
+    journal._clock = journal.events._clock = lambda: NOW + 86_400
+    ended(journal, "d", credits=90.0, sent_at=NOW + 86_400)
+    assert [page["ends"] for page in caps(journal)] == ["2023-11-15T00:00:00Z", "2023-11-16T00:00:00Z"]
+
+
+def caps(journal: Journal) -> list[dict[str, object]]:
+    rows = journal.ledger.ask("SELECT id, content FROM events WHERE name = 'cap' ORDER BY number")
+    return [json.loads(row["content"]) for row in rows]
+
+
+def test_a_charge_that_is_recorded_before_the_decision_counts_for_the_cap(make: Callable[..., Journal]) -> None:
+    journal = notifying(make, credits_per_day=100)
+    journal.claim(claim())
+    spend(journal, row())
+    journal.record(row(outcome="completed", charged="yes", credits=80.0))
+    assert len(caps(journal)) == 1
+
+
+def test_the_begin_and_the_end_of_a_hold_are_written_once_with_the_hold(make: Callable[..., Journal]) -> None:
+    journal = notifying(make)
+    for _ in range(2):
+        journal.events.stage("held", "hold:credits:", {"kind": "credits"})
+        staged = journal.events.staged()
+        journal.requests.refuse({"credits": "none left"}, staged)
+        journal.events.written(staged)
+    assert journal.events.staged() == []
+    assert (make().requests.refused(), make().events.announced()) == ({"credits": "none left"}, {"hold:credits:": NOW})
+    for _ in range(2):
+        journal.events.stage("released", "hold:credits:", {"kind": "credits"})
+        staged = journal.events.staged()
+        journal.requests.refuse({}, staged)
+        journal.events.written(staged)
+    assert (make().requests.refused(), make().events.announced()) == ({}, {})
+    names = []
+    while event := journal.events.due("url"):
+        names.append((event.name, page_of(event)))
+        journal.events.delivered(event)
+    assert names == [("held", {"kind": "credits"}), ("released", {"kind": "credits"})]
+
+
+def test_an_event_of_a_hold_that_cannot_be_written_is_due_from_memory_and_not_again_from_the_journal(
+    make: Callable[..., Journal],
+) -> None:
+    journal = notifying(make, "command", "url")
+    journal.events.stage("held", "hold:disk:", {"kind": "disk"})
+    assert journal.events.due_unwritten("url") is None  # it may still be written
+    journal.events.unwritable()
+    event = journal.events.due_unwritten("url")
+    assert event is not None
+    journal.events.delivered(event)
+    assert journal.events.due_unwritten("url") is None
+    staged = journal.events.staged()
+    journal.requests.refuse({}, staged)
+    journal.events.written(staged)
+    assert journal.events.due("url") is None
+    other = journal.events.due("command")
+    assert other is not None
+    assert other.id == event.id
+    assert set(journal.events.announced()) == {"hold:disk:"}

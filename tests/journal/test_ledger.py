@@ -436,3 +436,21 @@ def test_a_result_is_in_the_file_that_replaced_the_ledger_while_it_was_written(p
         database.change(count)
     with contextlib.closing(sqlite3.connect(path)) as found:
         assert found.execute("SELECT times FROM redeliveries").fetchall() == [(2,)]
+
+
+def test_a_ledger_of_format_4_is_upgraded_and_counts_nothing_twice(path: str) -> None:
+    def sums() -> list[tuple[object, ...]]:
+        with contextlib.closing(sqlite3.connect(path)) as database:
+            return database.execute("SELECT * FROM sums").fetchall()
+
+    with contextlib.closing(opened(path)) as journal:
+        journal.record(row(outcome="completed", charged="yes", credits=30.0, sent_at=1.0))
+    before = sums()
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript("DROP TABLE events; DROP TABLE announced; PRAGMA user_version = 4;")
+    with contextlib.closing(opened(path)) as journal:
+        assert sums() == before != []
+        journal.events.configure(["url"])
+        assert journal.events.counts().pending == 0
+        journal.record(row(job="c" * 16, outcome="completed", charged="yes", credits=12.0, sent_at=1.0))
+    assert sum(float(str(one[3])) for one in sums()) == 42
