@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "again": ("submit", "Drop a finished prompt once more; it is charged again."),
     "check": ("check", "List what the daemon would do with each file, and every problem."),
     "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),

@@ -25,14 +25,15 @@ def print_results(jobs: Sequence[Result], form: str) -> None:
     """Print results as ``paths``, ``markdown`` or ``json``."""
     if form == "json":
         # Others may have written the result file, with dates where text is expected.
-        click.echo(to_json([_plain(job) for job in jobs], indent=1, default=str))
+        click.echo(to_json([plain(job) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
             click.echo(_markdown(job, image) if form == "markdown" else printable(image))
 
 
-def _plain(job: Result) -> dict[str, Any]:
+def plain(job: Result) -> dict[str, Any]:
+    """Return a dropped prompt and its result as JSON has them."""
     facts = ("provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,
