@@ -37,7 +37,7 @@ _CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been cha
 _SKIPPED = {
     "waiting": "waiting in the inbox",
     "completed": "completed before",
-    "dropped": "dropped before, and without a result here: in flight, or its files were moved",
+    "recorded": "dropped before, and without a result here: in flight, or its files were moved",
 }
 
 
@@ -185,12 +185,10 @@ class Batch:
         if form == "json":
             self.print_json()
             return
-        names = [printable(one.row.stem, 60) for one in self.planned]
         cells = [
-            [str(one.row.line), name, "new" if one.state.known == "new" else "skipped", _price(one)]
-            for one, name in zip(self.planned, names, strict=True)
+            [str(one.row.line), printable(one.row.stem, 60), _word(one.state), _price(one)] for one in self.planned
         ]
-        print_table(("line", "prompt", "row", "credits"), cells)
+        print_table(("line", "prompt", "state", "credits"), cells)
 
     def print_json(self) -> None:
         """Print one JSON object for each row."""
@@ -207,7 +205,7 @@ class Batch:
         expected = {"low": cost.low, "usual": cost.usual, "high": cost.high} if cost else None
         return {
             "line": one.row.line,
-            "state": "new" if known == "new" and one.job is None else known if one.job is None else "submitted",
+            "state": known if one.job is None else "dropped",
             "is_changed": one.state.is_changed,
             "expected_credits": expected,
             **plain(job),
@@ -263,9 +261,15 @@ def _reason(state: State) -> str:
     return text
 
 
+def _word(state: State) -> str:
+    if state.known == "new":
+        return "new"
+    return f"skipped: {state.known}" + (", changed" if state.is_changed else "")
+
+
 def _price(one: Planned) -> str:
     if one.state.known != "new":
-        return _reason(one.state)
+        return ""
     if one.cost is None or one.cost.low is None or one.cost.usual is None:
         return "unknown"
     return f"{span(one.cost.low, one.cost.high)}, usually {amount(one.cost.usual)}"

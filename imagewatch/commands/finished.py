@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 from imagewatch.commands.drop import SubmitRequest
 from imagewatch.commands.expected_cost import charge, total
+from imagewatch.commands.ledger import open_journal
 from imagewatch.commands.row_states import ERROR, RECEIPT, Found, by_stem, read_result
 from imagewatch.config.schema import DELETE, Options
 from imagewatch.config.validate import check
-from imagewatch.daemon import status
 from imagewatch.protocol import notice
 from imagewatch.protocol.names import SUFFIX, stem_of, tagged
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.protocol.request import read_image
-from imagewatch.system.errors import BadRequest, UsageError
+from imagewatch.system.errors import BadRequest, SpoolError, UsageError
 from imagewatch.system.text import amount, printable, whole
 from imagewatch.system.untrusted import open_file
 
@@ -79,7 +79,7 @@ class FinishedPrompts:
     """
 
     def __init__(self, config: Config, *, blind: bool) -> None:
-        self._blind = blind
+        self._config = None if blind else config
         self._folders = config.folders
         self._archive = "" if config.folders.archive == DELETE else config.folders.archive
 
@@ -156,12 +156,14 @@ class FinishedPrompts:
             raise UsageError(f"the prompt is in flight and not finished: {printable(source)}", hint=hint)
 
     def _is_in_flight(self, folder: str, stem: str) -> bool:
-        """Return whether the status says so: that in the folders, or that of the daemon if this user may read it."""
+        """Return whether the status in the folders says so, or the journal if this user may read it."""
         source, names = os.path.join(folder, stem + SUFFIX), set()
         if self._folders.root and (found := notice.read(self._folders.root)):
             names |= {one.name for one in found.in_flight.files}
-        if not self._blind and (page := status.read(self._folders.state)):
-            names |= {str(one["source"]) for one in page["in_flight"]}
+        if self._config:
+            with contextlib.suppress(SpoolError), open_journal(self._config) as journal:
+                jobs = [job for one in journal.unfinished() if (job := journal.job(one))]
+                names |= {job.claim.source for job in jobs}
         return not names.isdisjoint({source, whole(source), printable(source)})
 
     def _not_finished(self, name: str, folder: str, stem: str) -> UsageError:

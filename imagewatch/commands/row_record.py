@@ -11,6 +11,7 @@ One run at a time may use the file: it is locked. Everyone who may write the fol
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import stat
@@ -18,6 +19,7 @@ import time
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any
 
+from imagewatch.config.locate import refusal as access_hint
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.locks import lock
@@ -155,6 +157,12 @@ class RowRecord:
         except AlreadyRunning:
             message = f"another imagewatch submit --table is dropping rows into {printable(self._folder)}"
             raise AlreadyRunning(message, path=self._path, hint=_BUSY) from None
+        except SpoolError as error:
+            if error.code in {errno.EACCES, errno.EPERM}:
+                error.hint = access_hint(self._path, os.R_OK | os.W_OK)
+            elif error.code in {errno.ENOLCK, errno.EOPNOTSUPP}:
+                error.hint = "run the command on the machine that has the folder"
+            raise
         with contextlib.ExitStack() as stack:
             stack.callback(file.close)
             with disk_errors(self._path, "open the record of dropped rows"):
@@ -198,14 +206,18 @@ class RowRecord:
         tops = self._disk.tops
         for one in [one for one in self._entries if tops.exists(self._in(one.prompt))]:
             for hidden, final in zip(one.staged[:-1], one.images, strict=True):
-                is_renamed = not tops.exists(self._in(hidden))
-                self._disk.unlink(self._in(final if is_renamed else hidden))
+                self._remove(hidden if tops.exists(self._in(hidden)) else final)
             self.withdraw([one.prompt])
-            self._disk.unlink(self._in(one.prompt))
+            self._remove(one.prompt)
         with contextlib.suppress(OSError):  # a folder that this user may not list
             for name in tops.names(self._folder):
                 if name.startswith(STAGED):
-                    self._disk.unlink(self._in(name))
+                    self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        """Remove a file of a killed run; one of another user stays where the folder has the sticky bit."""
+        with contextlib.suppress(SpoolError):
+            self._disk.unlink(self._in(name))
 
     def _in(self, name: str) -> str:
         return os.path.join(self._folder, name)

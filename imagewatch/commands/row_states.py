@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from imagewatch.commands.table_rows import Row
     from imagewatch.config.schema import Folders
 
-Known = Literal["new", "waiting", "completed", "failed", "dropped"]
-"""``dropped``: recorded as dropped, and nothing shows what has become of it: in flight, or its files were moved."""
+Known = Literal["new", "waiting", "completed", "failed", "recorded"]
+"""``recorded``: recorded as dropped, and nothing shows what has become of it: in flight, or its files were moved."""
 
 RECEIPT, ERROR = ".receipt.toml", ".error.toml"
 _MOST_BYTES = 4 << 20
@@ -103,7 +103,7 @@ class RowStates:
                 return State("new")
             is_other = not entries and errors[-1].facts.get("prompt_sha256", _hash(row.text)) != _hash(row.text)
             return State("failed", is_changed or is_other, errors[-1])
-        return State("dropped" if entries else "new", is_changed)
+        return State("recorded" if entries else "new", is_changed)
 
 
 def by_stem(folder: str, ending: str) -> dict[str, list[str]]:

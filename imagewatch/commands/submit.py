@@ -135,10 +135,10 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
 @_json_option
 @config_option
 def again(name: str, path: str | None, n: int | None, seed: int | None, **options: Any) -> None:  # noqa: ANN401
-    """Drop a finished prompt once more, under a new name; it is charged again.
+    """Drop a finished prompt once more; it is charged again.
 
-    NAME is its base name, with its folder below the inbox, or the path of its receipt. The text, the options and the
-    images are the same, except for -n and --seed. The command prints what it may cost.
+    NAME is its base name, with its folder below the inbox, or the path of its receipt. The new prompt has a new name,
+    and the same text, options and images, except for -n and --seed. The command prints what it may cost.
     """
     call = _Call(_config(path, options["root"]), _checked_form(options))
     with Interrupts() as interrupts:
