@@ -152,7 +152,8 @@ class Batch:
             hint = "nothing was dropped; if you mean it, add --yes"
             raise UsageError(f"{count} new prompts are more than {limit}", hint=hint)
         if burst and not self._blind:
-            say(f"{count} new prompts are more than {limit}: the daemon holds them until: imagewatch release")
+            say(f"{count} new prompts are more than {limit}. The daemon puts the queue on hold for that.")
+            say("  to continue, run: imagewatch release")
 
     def place(self, delivery: Delivery, record: RowRecord) -> Generator[Result, None, None]:
         """Drop the new rows; yield each one that is in the inbox.

@@ -180,7 +180,8 @@ class RowRecord:
         if reason := refusal(status, folder):
             message = f"the record of dropped rows {reason}: {printable(self._path)}"
             raise SpoolError(message, path=self._path, hint="remove it; then check which rows were dropped")
-        mode = stat.S_IMODE(folder.st_mode) & 0o666 | 0o600
+        # Who may write the folder must also read the record, even if they may not list the folder.
+        mode = folder.st_mode & 0o666 | (folder.st_mode & 0o222) << 1 | 0o600
         if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
             os.fchmod(file.fileno(), mode)
 

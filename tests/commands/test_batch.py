@@ -185,7 +185,7 @@ def test_many_new_prompts_need_yes(sender):
     assert "3 new prompts are more than limits.burst (2)\n" in done.stderr
     done = sender.submit(*arguments(sender, "--yes"), environ=environ)
     assert (done.returncode, len(prompts(sender))) == (0, 3)
-    assert "the daemon holds them until: imagewatch release\n" in done.stderr
+    assert "The daemon puts the queue on hold for that.\n  to continue, run: imagewatch release\n" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,9 @@ def shared(open_path: Path, interpreter: Interpreter) -> Shared:
     return Shared(open_path, interpreter)
 
 
-def test_the_rows_of_one_user_are_not_dropped_again_by_another(shared: Shared) -> None:
+@pytest.mark.parametrize("mode", [0o3770, 0o3730])
+def test_the_rows_of_one_user_are_not_dropped_again_by_another(shared: Shared, mode: int) -> None:
+    shared.inbox.chmod(mode)
     done = shared.submit(HONEST)
     assert done.returncode == 0, done.stderr
     for path in shared.inbox.glob("*.prompt.txt"):
