@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 _MOST_RECEIPTS = 300
 """So many of the newest are read."""
+_MOST_BYTES = 200_000
+"""Of one of them: the text of a prompt may be as long as that."""
 
 
 class Costs:
@@ -66,7 +68,7 @@ def _from_receipts(outbox: str, folder: str) -> dict[str, dict[str, list[float]]
     """Return what was charged for an image, by provider and kind of request."""
     charges: dict[str, dict[str, list[float]]] = {}
     for path in _newest({outbox, os.path.join(outbox, folder)}):
-        facts = read_result(path)
+        facts = read_result(path, _MOST_BYTES)
         credits_, fields = charge(facts), facts.get("request")
         if credits_ and isinstance(fields, dict):
             asked = Asked.of(fields)

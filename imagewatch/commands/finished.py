@@ -14,7 +14,7 @@ import secrets
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from imagewatch.commands.drop import SubmitRequest
+from imagewatch.commands.drop import SubmitRequest, require_stem, stem_for
 from imagewatch.commands.expected_cost import charge, total
 from imagewatch.commands.ledger import open_journal
 from imagewatch.commands.row_states import ERROR, RECEIPT, Found, by_stem, read_result
@@ -67,7 +67,12 @@ class Finished:
         base = _DIGITS.sub("", self.name) if _DIGITS.fullmatch(self.name[-7:]) else self.name
         while len(base.encode()) > _LONGEST:
             base = base[:-1]
-        return f"{base}-{secrets.token_hex(3)}"
+        name = f"{base}-{secrets.token_hex(3)}"
+        try:
+            require_stem(name)
+        except BadRequest:  # a name with characters that submit does not write
+            return stem_for(self.request.text)
+        return name
 
 
 class FinishedPrompts:

@@ -145,11 +145,11 @@ def results(paths: Sequence[str], source: str) -> list[Found]:
     return [one for _, one in sorted(found, key=lambda pair: pair[0])]
 
 
-def read_result(path: str) -> dict[str, Any]:
-    """Return the keys of a result file, or nothing if it cannot be read or is none."""
+def read_result(path: str, most_bytes: int = _MOST_BYTES) -> dict[str, Any]:
+    """Return the keys of a result file, or nothing if it cannot be read, is larger than a limit, or is none."""
     try:
-        with open_file(path, most_bytes=_MOST_BYTES) as file:
-            return unvouched(file.read(_MOST_BYTES).decode())
+        with open_file(path, most_bytes=most_bytes) as file:
+            return unvouched(file.read(most_bytes).decode())
     except (OSError, ValueError, RecursionError):
         return {}
 

@@ -248,7 +248,8 @@ def _dropped_again(name: str, n: int | None, seed: int | None, call: _Call, inte
     found = changed(FinishedPrompts(config, blind=is_blind).find(name), n, seed)
     for line in describe(found, Costs(config, found.folder, blind=is_blind), keeps_seed=seed is None):
         say(line)
-    return _drop([("", found.request)], [found.new_name()], found.folder, call, interrupts)
+    folder = folder_of(found.folder, recursive=config.inbox.recursive)
+    return _drop([("", found.request)], [found.new_name()], folder, call, interrupts)
 
 
 def _drop(

@@ -223,5 +223,19 @@ def test_a_receipt_that_another_user_has_changed_is_refused(person, change):
     assert refused(person, "cat")
 
 
+@pytest.mark.parametrize(
+    "source", ["a\nb.prompt.txt", "../../x.prompt.txt", ".hidden.prompt.txt", "é" * 120 + ".prompt.txt"]
+)
+def test_the_new_name_is_one_that_submit_writes_whatever_the_receipt_says(person, source):
+    person.folders.prompt("cat", "A cat")
+    person.once()
+    path = person.folders.outbox / "cat.receipt.toml"
+    path.write_text(tomli_w.dumps(person.folders.receipt("cat") | {"source": source}))
+    assert person.again(str(path)).returncode == 0
+    name = person.new()["name"]
+    assert re.fullmatch(r"[\wé]+(-cat)?-[0-9a-f]{6}\.prompt\.txt", name)
+    assert len(name.encode()) < 220
+
+
 def test_names_of_other_senders_reach_no_terminal_unescaped(person):
     assert "\x1b" not in refused(person, "cat\x1b[31m")
