@@ -23,6 +23,7 @@ from imagewatch.config.locate import refusal as access_hint
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import AlreadyRunning, SpoolError
 from imagewatch.system.locks import lock
+from imagewatch.system.permissions import Permissions
 from imagewatch.system.text import printable, utc
 from imagewatch.system.untrusted import open_file, refusal
 
@@ -183,7 +184,8 @@ class RowRecord:
         # Who may write the folder must also read the record, even if they may not list the folder.
         mode = folder.st_mode & 0o666 | (folder.st_mode & 0o222) << 1 | 0o600
         if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
-            os.fchmod(file.fileno(), mode)
+            with contextlib.suppress(PermissionError):  # a file system without modes
+                Permissions(mode, None, None).apply(file.fileno())
 
     def _append(self, lines: Iterable[bytes]) -> None:
         content = b"".join(lines)
