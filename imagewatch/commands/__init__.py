@@ -23,6 +23,7 @@ The modules, in reading order::
     drop            images and prompt into the inbox, in the right order
     wait            which receipts and error files belong to dropped prompts
     results         what submit prints
+    queue_state     what submit prints while the queue is on hold or the daemon is not running
     interrupts      signals, obeyed where submit can report what it has done
     check           what the daemon would do with each file of the inbox
     check_settings  what check prints of configuration, folders, caps, key and account

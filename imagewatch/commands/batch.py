@@ -106,6 +106,11 @@ class Batch:
         """The rows that are not dropped yet, or were dropped by this run."""
         return [one for one in self.planned if one.state.known == "new"]
 
+    @property
+    def waiting(self) -> int:
+        """How many rows were dropped before and wait in the inbox."""
+        return sum(one.state.known == "waiting" for one in self.planned)
+
     def compare(self, dropped: dict[str, list[Entry]] | None = None) -> None:
         """Find out which rows are new, and what they may cost.
 
@@ -181,26 +186,26 @@ class Batch:
             finally:
                 _withdraw(delivery, record, [names[-1] for names in staged])
 
-    def print_plan(self, form: str) -> None:
-        """Print all rows without dropping one: a table, or JSON."""
+    def print_plan(self, form: str, queue: dict[str, Any] | None) -> None:
+        """Print all rows without dropping one: a table, or JSON; ``queue`` as of ``print_results``."""
         if form == "json":
-            self.print_json()
+            self.print_json(queue)
             return
         cells = [
             [str(one.row.line), printable(one.row.stem, 60), _word(one.state), _price(one)] for one in self.planned
         ]
         print_table(("line", "prompt", "state", "credits"), cells)
 
-    def print_json(self) -> None:
-        """Print one JSON object for each row."""
-        click.echo(to_json([self._plain(one) for one in self.planned], indent=1, default=str))
+    def print_json(self, queue: dict[str, Any] | None) -> None:
+        """Print one JSON object for each row; ``queue`` as of ``print_results``."""
+        click.echo(to_json([self._plain(one, queue) for one in self.planned], indent=1, default=str))
 
-    def _plain(self, one: Planned) -> dict[str, Any]:
+    def _plain(self, one: Planned, queue: dict[str, Any] | None) -> dict[str, Any]:
         job, known = one.job, one.state.known
         if job is None:
             job = Result(source_of(self.folder, one.row.stem), one.row.text)
+            job.destination = {"failed": "errors", "completed": "outbox"}.get(known, "")
             if (result := one.state.result) is not None:
-                job.destination = "errors" if known == "failed" else "outbox"
                 job.result_file, job.facts = result.path, result.facts
         cost = one.cost
         expected = {"low": cost.low, "usual": cost.usual, "high": cost.high} if cost else None
@@ -209,7 +214,7 @@ class Batch:
             "state": known if one.job is None else "dropped",
             "is_changed": one.state.is_changed,
             "expected_credits": expected,
-            **plain(job),
+            **plain(job, queue),
         }
 
 

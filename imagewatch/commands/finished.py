@@ -163,7 +163,7 @@ class FinishedPrompts:
     def _is_in_flight(self, folder: str, stem: str) -> bool:
         """Return whether the status in the folders says so, or the journal if this user may read it."""
         source, names = os.path.join(folder, stem + SUFFIX), set()
-        if self._folders.root and (found := notice.read(self._folders.root)):
+        if self._folders.notice and (found := notice.read(self._folders.notice)):
             names |= {one.name for one in found.in_flight.files}
         if self._config:
             with contextlib.suppress(SpoolError), open_journal(self._config) as journal:

@@ -21,19 +21,25 @@ if TYPE_CHECKING:
 _CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 
 
-def print_results(jobs: Sequence[Result], form: str) -> None:
-    """Print results as ``paths``, ``markdown`` or ``json``."""
+def print_results(jobs: Sequence[Result], form: str, queue: dict[str, Any] | None = None) -> None:
+    """Print results.
+
+    Args:
+        jobs: The prompts.
+        form: ``paths``, ``markdown`` or ``json``.
+        queue: Why prompts are not processed soon, for those that are not finished; None if they are.
+    """
     if form == "json":
         # Others may have written the result file, with dates where text is expected.
-        click.echo(to_json([plain(job) for job in jobs], indent=1, default=str))
+        click.echo(to_json([plain(job, queue) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
             click.echo(_markdown(job, image) if form == "markdown" else printable(image))
 
 
-def plain(job: Result) -> dict[str, Any]:
-    """Return a dropped prompt and its result as JSON has them."""
+def plain(job: Result, queue: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a dropped prompt and its result as JSON has them; ``queue`` as of ``print_results``."""
     facts = ("provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,
@@ -41,6 +47,7 @@ def plain(job: Result) -> dict[str, Any]:
         "destination": job.destination or None,
         "result_file": job.result_file or None,
         "images": job.images,
+        "queue": None if job.destination else queue,
         "charged": job.facts.get("charged"),
         "credits_charged": _credits(job),
         **{name: job.facts.get(name) for name in facts},

@@ -23,6 +23,7 @@ from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require
 from imagewatch.commands.expected_cost import Costs
 from imagewatch.commands.finished import FinishedPrompts, changed, describe
 from imagewatch.commands.interrupts import Interrupted, Interrupts
+from imagewatch.commands.queue_state import QueueReport
 from imagewatch.commands.results import name_dropped, print_results, report
 from imagewatch.commands.row_record import STAGED, RowRecord
 from imagewatch.commands.terminal import say, silence
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 _REFRESH_SECONDS = 0.2
 _UNCLAIMED_SECONDS = 20.0
+_QUEUE_SECONDS = 2.0
+"""How often the status file is read while results are waited for."""
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
 
 _root_option = click.option(
@@ -140,7 +143,7 @@ def again(name: str, path: str | None, n: int | None, seed: int | None, **option
     NAME is its base name, with its folder below the inbox, or the path of its receipt. The new prompt has a new name,
     and the same text, options and images, except for -n and --seed. The command prints what it may cost.
     """
-    call = _Call(_config(path, options["root"]), _checked_form(options))
+    call = _Call(_config(path, options["root"]), {"folder": "", "provider": None, **_checked_form(options)})
     with Interrupts() as interrupts:
         try:
             _run(functools.partial(_dropped_again, name, n, seed), call, interrupts)
@@ -184,6 +187,8 @@ def _require_fitting(prompts: Sequence[str], options: dict[str, Any]) -> None:
 def _run(drop: Callable[[_Call, Interrupts], Waiting | None], call: _Call, interrupts: Interrupts) -> None:
     try:
         waiting = drop(call, interrupts)
+        if call.left:
+            call.queue.report(call.left)
         if waiting and call.jobs:
             _wait_and_report(call, waiting)
         call.is_printed = True
@@ -205,6 +210,7 @@ class _Call:
         batch: The rows, if the prompts come from a table.
         is_printed: Whether it has begun to print results: JSON must not be printed twice.
         is_named: Whether every prompt that was dropped has been named.
+        queue: What the status file in the folders says about the queue.
     """
 
     config: Config
@@ -214,6 +220,16 @@ class _Call:
     batch: Batch | None = None
     is_printed: bool = False
     is_named: bool = False
+    queue: QueueReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.queue = QueueReport(self.config, options["folder"], options["provider"], time.time, say)
+
+    @property
+    def left(self) -> int:
+        """How many prompts wait for the daemon: those dropped now, and rows of the table that were dropped before."""
+        return len(self.jobs) + (self.batch.waiting if self.batch else 0)
 
     @property
     def form(self) -> str:
@@ -246,6 +262,7 @@ def _dropped_again(name: str, n: int | None, seed: int | None, call: _Call, inte
     """Drop a finished prompt once more."""
     config, is_blind = call.config, call.options["root"] is not None
     found = changed(FinishedPrompts(config, blind=is_blind).find(name), n, seed)
+    call.queue = QueueReport(config, found.folder, found.fields.get("provider"), time.time, say)
     for line in describe(found, Costs(config, found.folder, blind=is_blind), keeps_seed=seed is None):
         say(line)
     folder = folder_of(found.folder, recursive=config.inbox.recursive)
@@ -466,12 +483,15 @@ def _waited(call: _Call, waiting: Waiting) -> list[Result]:
     """Wait for all results; return the prompts that have none yet."""
     jobs, timeout = call.jobs, call.options["timeout"]
     began, wait = time.monotonic(), threading.Event().wait
-    warned = False
+    warned, checked = False, 0.0
     while left := waiting.refresh():
         passed = time.monotonic() - began
         if timeout is not None and passed >= timeout:
             break
         _live(len(jobs) - len(left), len(jobs), passed)
+        if passed - checked >= _QUEUE_SECONDS:
+            checked = passed
+            call.queue.report(len(left))
         if not warned and passed >= _UNCLAIMED_SECONDS and waiting.unclaimed() == len(jobs):
             warned = True
             _clear()
@@ -497,14 +517,14 @@ def _clear() -> None:
 
 def _print_results(call: _Call) -> None:
     if call.batch and call.form == "json":
-        call.batch.print_json()
+        call.batch.print_json(call.queue.as_json())
     else:
-        print_results(call.jobs, call.form)
+        print_results(call.jobs, call.form, call.queue.as_json())
 
 
 def _print_dropped(call: _Call) -> None:
     if call.batch and call.options["dry_run"]:
-        call.batch.print_plan(call.form)
+        call.batch.print_plan(call.form, call.queue.as_json())
         return
     if call.form == "json":
         _print_results(call)

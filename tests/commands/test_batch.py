@@ -314,6 +314,18 @@ def test_each_folder_of_the_inbox_has_its_own_rows(sender):
     assert len(prompts(sender)) == 3
 
 
+def test_a_stopped_daemon_is_reported_also_when_all_rows_wait_already(sender, folders):
+    status = {"schema": 1, "version": "1", "state": "stopped", "written_at": "2026-11-29T12:00:00Z"}
+    status |= {"next_writing_at": None, "stopped_at": "2026-11-29T12:00:00Z", "holds": []}
+    (folders.root / "imagewatch-status.json").write_text(json.dumps(status))
+    table(sender, ["product"], ["Chair"])
+    for state in ("dropped", "waiting"):
+        done = sender.submit(*arguments(sender, "--json"))
+        assert "imagewatch: the daemon is not running: it was stopped" in done.stderr
+        (row,) = json.loads(done.stdout)
+        assert (row["state"], row["queue"]["state"]) == (state, "not_running")
+
+
 # Interrupted runs
 
 
