@@ -79,7 +79,8 @@ class Batch:
         self.folder = folder_of(options["folder"], recursive=config.inbox.recursive)
         path, template = options["table"], options["template"]
         images = tuple(options["images"])
-        found = table.read(read(path, table.MAX_BYTES), printable(os.path.basename(path), 100))
+        name = "standard input" if path == "-" else printable(os.path.basename(path), 100)
+        found = table.read(read(path, table.MAX_BYTES), name)
         request = None
         if template is not None:
             request = _template(read(template, MAX_BYTES), template, images)

@@ -139,6 +139,7 @@ def test_the_text_may_be_in_a_column_and_the_table_on_standard_input(sender):
     (path,) = done.stdout.splitlines()
     with open(path, encoding="utf-8") as file:
         assert file.read() == "+++\nn = 2\ninput_images = []\n+++\nA cat,\na dog\n"
+    assert "imagewatch: standard input line 2: n: " in sender.submit("--table", "-", stdin=b"prompt,n\na,9\n").stderr
 
 
 def test_images_of_the_command_line_are_for_each_row_that_names_none(sender, sandbox, watched):
