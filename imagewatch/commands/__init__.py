@@ -11,7 +11,15 @@ The modules, in reading order::
     once            the daemon on what is in the inbox now
     foreground      what run and once share
     progress        the progress bar of once and demo
-    submit          drop prompts and wait for their results
+    submit          drop prompts and wait for their results; again
+    batch           submit --table: which rows are dropped, and what is printed about them
+    table           a CSV file as columns and rows
+    template        a text with fields
+    table_rows      rows become prompts with names
+    row_record      which rows were dropped into a folder
+    row_states      what has become of them
+    expected_cost   what prompts may cost before they are dropped
+    finished        a finished prompt, for again
     drop            images and prompt into the inbox, in the right order
     wait            which receipts and error files belong to dropped prompts
     results         what submit prints

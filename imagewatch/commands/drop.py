@@ -116,11 +116,11 @@ def _may_be_image(path: str) -> bool:
         return False  # removed meanwhile
 
 
-def stem_for(text: str) -> str:
-    """Return a base name for a prompt: its first words, and some random digits that make it unique."""
+def stem_for(text: str, digits: str = "") -> str:
+    """Return a base name for a prompt: its first words, and digits that make it unique; without any, random ones."""
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain)[:_MOST_WORDS].strip("-")
-    return f"{words or 'prompt'}-{secrets.token_hex(3)}"
+    return f"{words or 'prompt'}-{digits or secrets.token_hex(3)}"
 
 
 def require_stem(stem: str) -> None:
@@ -185,23 +185,27 @@ class Delivery:
         config: Folders, presets and limits.
         folder: Folder below the inbox, or an empty string.
         blind: Only the folders are known, so that presets cannot be checked.
+        staged: How hidden names begin. Files of other beginnings than the usual one are never removed as leftovers.
 
     Attributes:
+        disk: The disk.
+        target: The folder, absolute.
         unsynced: Why dropped prompts may be lost if the power fails; None if they are safe, or if that is not known.
 
     Raises:
         SpoolError: The inbox does not exist or cannot be written.
     """
 
-    def __init__(self, config: Config, folder: str, *, blind: bool = False) -> None:
+    def __init__(self, config: Config, folder: str, *, blind: bool = False, staged: str = _STAGED) -> None:
         self._config = config
         self._folder = folder
         self._blind = blind
-        self._disk = Disk()
+        self._prefix = staged
+        self._disk = self.disk = Disk()
         self._tops = self._disk.tops
         self._held = contextlib.ExitStack()
         self.unsynced: SpoolError | None = None
-        self._target = self._entered()
+        self._target = self.target = self._entered()
         self._mode = self._readable_mode()
         self._staged: list[_Staged] = []
         self._remove_stale()
@@ -229,7 +233,7 @@ class Delivery:
         """
         staged = _Staged(os.path.join(self._folder, stem + SUFFIX))
         self._staged.append(staged)
-        hidden = _STAGED + secrets.token_hex(8)
+        hidden = self._prefix + secrets.token_hex(8)
         names: list[str] = []
         problems = self._problems_of_name(stem + SUFFIX)
         for number, path in enumerate(request.images, 1):
@@ -239,7 +243,7 @@ class Delivery:
                 problems += error.problems
         if problems:
             raise BadRequest(problems)
-        content = _composed(request, names)
+        content = composed(request, names)
         staged.text = prompts.parse(content).text
         with self._writing(staged, hidden + SUFFIX, stem + SUFFIX) as file:
             file.write(content)
@@ -267,6 +271,25 @@ class Delivery:
                 yield Result(staged.source, staged.text)
             finally:  # also after the last one, if the caller is interrupted
                 self._sync(self._target)
+
+    def staged(self) -> list[list[str]]:
+        """Return the hidden names of each prompt that is staged; that of the prompt itself is the last."""
+        return [[os.path.basename(path) for path, _ in one.files] for one in self._staged]
+
+    def sync(self) -> None:
+        """Make the names in the folder durable, if this user may."""
+        self._sync(self._target)
+
+    def remove_images(self) -> None:
+        """Remove the images of prompts that were not dropped, also those that have their final names already."""
+        for staged in self._staged:
+            for path, _ in staged.files[:-1]:
+                with contextlib.suppress(SpoolError):
+                    self._disk.unlink(path)
+
+    def keep_staged(self) -> None:
+        """Leave the hidden files of prompts that were not dropped."""
+        self._staged.clear()
 
     def _sync(self, folder: str) -> None:
         """Make names durable, if this user may: a user who can only write into a folder cannot open it."""
@@ -385,7 +408,12 @@ def _denied(path: str) -> SpoolError:
     return SpoolError(f"{why}: {printable(path)}", path=path, code=code, hint=hint)
 
 
-def _composed(request: SubmitRequest, names: Sequence[str]) -> bytes:
+def composed(request: SubmitRequest, names: Sequence[str]) -> bytes:
+    """Return the prompt file of a request whose images have these names in the inbox.
+
+    Raises:
+        BadRequest: The text is not UTF-8 text.
+    """
     options = {name: value for name, value in request.options.items() if value is not None}
     front = tomli_w.dumps({**options, "input_images": list(names)})
     try:

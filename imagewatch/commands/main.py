@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 COMMANDS: Mapping[str, tuple[str, str]] = {
+    "again": ("submit", "Drop a finished prompt once more; it is charged again."),
     "check": ("check", "List what the daemon would do with each file, and every problem."),
     "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
@@ -65,8 +66,8 @@ Exit codes:
   1   a job failed (once, submit --wait); a prompt was not put back (retry); a
       claimed prompt cannot go back because a newer file has its name (once)
   64  the command line is wrong
-  69  on hold (once, status); submit: dropped, but not known to be finished;
-      do not run it again
+  69  on hold (once, status); submit, again: dropped, but not known to be
+      finished; do not run it again (except submit --table)
   70  internal error, or a job is stuck and needs a person (once);
       check the folders first
   74  a local disk is full, read-only or missing, or a job is stuck and is

@@ -31,14 +31,15 @@ def print_results(jobs: Sequence[Result], form: str, queue: dict[str, Any] | Non
     """
     if form == "json":
         # Others may have written the result file, with dates where text is expected.
-        click.echo(to_json([_plain(job, queue) for job in jobs], indent=1, default=str))
+        click.echo(to_json([plain(job, queue) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
             click.echo(_markdown(job, image) if form == "markdown" else printable(image))
 
 
-def _plain(job: Result, queue: dict[str, Any] | None) -> dict[str, Any]:
+def plain(job: Result, queue: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a dropped prompt and its result as JSON has them; ``queue`` as of ``print_results``."""
     facts = ("provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,

@@ -1,4 +1,4 @@
-"""``imagewatch submit``: drops prompts, for people at a terminal and for programs and agents.
+"""``imagewatch submit`` and ``again``: drop prompts, for people at a terminal and for programs and agents.
 
 A dropped prompt will be charged. So whatever ends the command early, a signal or an error, it names the prompts that it
 has dropped.
@@ -7,6 +7,7 @@ has dropped.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -16,11 +17,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
+from imagewatch.commands.batch import Batch
 from imagewatch.commands.common import Seconds, config_option, load_config
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
+from imagewatch.commands.expected_cost import Costs
+from imagewatch.commands.finished import FinishedPrompts, changed, describe
 from imagewatch.commands.interrupts import Interrupted, Interrupts
 from imagewatch.commands.queue_state import QueueReport
 from imagewatch.commands.results import name_dropped, print_results, report
+from imagewatch.commands.row_record import STAGED, RowRecord
 from imagewatch.commands.terminal import say, silence
 from imagewatch.commands.wait import Waiting
 from imagewatch.config.load import load
@@ -31,7 +36,7 @@ from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file, resolve_own_link
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Generator, Sequence
 
     from imagewatch.commands.wait import Result
     from imagewatch.config.schema import Config
@@ -41,6 +46,24 @@ _UNCLAIMED_SECONDS = 20.0
 _QUEUE_SECONDS = 2.0
 """How often the status file is read while results are waited for."""
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
+
+_root_option = click.option(
+    "--root",
+    type=click.Path(readable=False),
+    metavar="FOLDER",
+    help="Watched folder, if this machine has no configuration (a share)",
+)
+_wait_option = click.option("--wait", is_flag=True, help="Wait for the results and print them")
+_timeout_option = click.option(
+    "--timeout",
+    type=Seconds(0),
+    metavar="SECONDS",
+    help="Stop waiting after this time; the daemon still processes the prompts",
+)
+_format_option = click.option(
+    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What to print"
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="The same as --format json")
 
 
 @click.command()
@@ -61,6 +84,15 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
     metavar="FILE",
     help="File with a prompt; - is standard input",
 )
+@click.option("--table", type=click.Path(), metavar="FILE", help="CSV file: one prompt per row; - is standard input")
+@click.option(
+    "--template",
+    type=click.Path(),
+    metavar="FILE",
+    help="Prompt file for --table, with columns in braces: A poster for {product}",
+)
+@click.option("--dry-run", is_flag=True, help="With --table: print what would be dropped and its expected cost")
+@click.option("--yes", is_flag=True, help="With --table: drop more prompts than the burst limit")
 @click.option("--provider", type=click.Choice(["auto", "flux", "gemini", "openai"]), help="Provider")
 @click.option("--model", metavar="NAME", help="Model; passed on unchanged")
 @click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Number of images, 1 to 4")
@@ -71,49 +103,93 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
 @click.option("--preset", metavar="NAME", help="Preset of the configuration")
 @click.option("--folder", default="", metavar="NAME", help="Sub-folder of the inbox")
 @click.option("--name", metavar="NAME", help="Base name of the results; without it: the first words and some digits")
-@click.option(
-    "--root",
-    type=click.Path(readable=False),
-    metavar="FOLDER",
-    help="Watched folder, if this machine has no configuration (a share)",
-)
-@click.option("--wait", is_flag=True, help="Wait for the results and print them")
-@click.option(
-    "--timeout",
-    type=Seconds(0),
-    metavar="SECONDS",
-    help="Stop waiting after this time; the daemon still processes the prompts",
-)
-@click.option(
-    "--format", "form", type=click.Choice(["paths", "markdown", "json"]), default="paths", help="What to print"
-)
-@click.option("--json", "as_json", is_flag=True, help="The same as --format json")
+@_root_option
+@_wait_option
+@_timeout_option
+@_format_option
+@_json_option
 @config_option
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
     """Drop prompts into the inbox; with --wait, print their results.
 
     PROMPT is the text. The command checks prompts and images, and drops them in the right order. It does not need the
     key. With --wait it prints the images, as paths, Markdown image lines or JSON, and what they cost.
+
+    With --table, each row of a CSV file is a prompt. Columns have the names of options or of fields of the template. A
+    second run drops only the rows that were not dropped yet.
     """
-    if options["as_json"]:
-        if options["form"] == "markdown":
-            raise click.UsageError("--json and --format markdown cannot be used together")
-        options["form"] = "json"
-    if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
-        raise click.UsageError("--timeout and --format markdown need --wait")
-    call = _Call(_config(path, options["root"]), options)
+    _require_fitting(prompts, options)
+    call = _Call(_config(path, options["root"]), _checked_form(options))
     with Interrupts() as interrupts:
         try:
-            _run(prompts, call, interrupts)
+            _run(functools.partial(_dropped, prompts), call, interrupts)
         except Interrupted as error:
             _end_early(error, call)
 
 
-def _run(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> None:
+@click.command()
+@click.argument("name")
+@click.option("-n", "n", type=click.IntRange(1, 4), metavar="NUMBER", help="Number of images, 1 to 4; else as before")
+@click.option("--seed", type=int, metavar="NUMBER", help="Seed; else as before")
+@_root_option
+@_wait_option
+@_timeout_option
+@_format_option
+@_json_option
+@config_option
+def again(name: str, path: str | None, n: int | None, seed: int | None, **options: Any) -> None:  # noqa: ANN401
+    """Drop a finished prompt once more; it is charged again.
+
+    NAME is its base name, with its folder below the inbox, or the path of its receipt. The new prompt has a new name,
+    and the same text, options and images, except for -n and --seed. The command prints what it may cost.
+    """
+    call = _Call(_config(path, options["root"]), {"folder": "", "provider": None, **_checked_form(options)})
+    with Interrupts() as interrupts:
+        try:
+            _run(functools.partial(_dropped_again, name, n, seed), call, interrupts)
+        except Interrupted as error:
+            _end_early(error, call)
+
+
+def _checked_form(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the form of the output that they ask for.
+
+    Raises:
+        click.UsageError: They do not go together.
+    """
+    form = options["form"]
+    if options["as_json"] and form == "markdown":
+        raise click.UsageError("--json and --format markdown cannot be used together")
+    if not options["wait"] and (options["timeout"] is not None or form == "markdown"):
+        raise click.UsageError("--timeout and --format markdown need --wait")
+    return {**options, "form": "json" if options["as_json"] else form}
+
+
+def _require_fitting(prompts: Sequence[str], options: dict[str, Any]) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        click.UsageError: There are some.
+    """
+    if options["table"] is None:
+        for name in ("template", "dry_run", "yes"):
+            if options[name]:
+                raise click.UsageError(f"--{name.replace('_', '-')} needs --table")
+        return
+    if prompts or options["files"]:
+        raise click.UsageError("--table cannot be used together with PROMPT or --from")
+    if options["name"] is not None:
+        raise click.UsageError("--table cannot be used together with --name; add a column name to the table")
+    if options["dry_run"] and options["wait"]:
+        raise click.UsageError("--dry-run and --wait cannot be used together")
+
+
+def _run(drop: Callable[[_Call, Interrupts], Waiting | None], call: _Call, interrupts: Interrupts) -> None:
     try:
-        waiting = _dropped(prompts, call, interrupts)
-        call.queue.report(len(call.jobs))
-        if waiting:
+        waiting = drop(call, interrupts)
+        if call.left:
+            call.queue.report(call.left)
+        if waiting and call.jobs:
             _wait_and_report(call, waiting)
         call.is_printed = True
         _print_dropped(call)
@@ -131,6 +207,7 @@ class _Call:
         options: The command line's options.
         wanted: How many prompts are to be dropped.
         jobs: The prompts that were dropped.
+        batch: The rows, if the prompts come from a table.
         is_printed: Whether it has begun to print results: JSON must not be printed twice.
         is_named: Whether every prompt that was dropped has been named.
         queue: What the status file in the folders says about the queue.
@@ -140,6 +217,7 @@ class _Call:
     options: dict[str, Any]
     wanted: int = 0
     jobs: list[Result] = field(default_factory=list)
+    batch: Batch | None = None
     is_printed: bool = False
     is_named: bool = False
     queue: QueueReport = field(init=False)
@@ -147,6 +225,11 @@ class _Call:
     def __post_init__(self) -> None:
         options = self.options
         self.queue = QueueReport(self.config, options["folder"], options["provider"], time.time, say)
+
+    @property
+    def left(self) -> int:
+        """How many prompts wait for the daemon: those dropped now, and rows of the table that were dropped before."""
+        return len(self.jobs) + (self.batch.waiting if self.batch else 0)
 
     @property
     def form(self) -> str:
@@ -167,26 +250,84 @@ def _config(path: str | None, root: str | None) -> Config:
 def _dropped(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> Waiting | None:
     """Drop all prompts, or none if one has a problem; return what waits for their results."""
     config, options = call.config, call.options
+    if options["table"] is not None:
+        return _dropped_rows(call, interrupts)
     requests = _requests(prompts, options)
     folder = folder_of(options["folder"], recursive=config.inbox.recursive)
     stems = _stems([request for _, request in requests], options["name"])
+    return _drop(requests, stems, folder, call, interrupts)
+
+
+def _dropped_again(name: str, n: int | None, seed: int | None, call: _Call, interrupts: Interrupts) -> Waiting | None:
+    """Drop a finished prompt once more."""
+    config, is_blind = call.config, call.options["root"] is not None
+    found = changed(FinishedPrompts(config, blind=is_blind).find(name), n, seed)
+    call.queue = QueueReport(config, found.folder, found.fields.get("provider"), time.time, say)
+    for line in describe(found, Costs(config, found.folder, blind=is_blind), keeps_seed=seed is None):
+        say(line)
+    folder = folder_of(found.folder, recursive=config.inbox.recursive)
+    return _drop([("", found.request)], [found.new_name()], folder, call, interrupts)
+
+
+def _drop(
+    requests: Sequence[tuple[str, SubmitRequest]],
+    stems: Sequence[str],
+    folder: str,
+    call: _Call,
+    interrupts: Interrupts,
+) -> Waiting | None:
+    config, options = call.config, call.options
     waiting = Waiting(config.folders, folder, stems) if options["wait"] else None
     call.wanted = len(requests)
     with Delivery(config, folder, blind=options["root"] is not None) as delivery:
         _stage(delivery, requests, stems)
-        # No signal may end this between a prompt and its images, or before the prompt is in the list.
-        interrupts.keep()
-        with contextlib.closing(delivery.place()) as placed:
-            for job in placed:
-                call.jobs.append(job)
-                if waiting:
-                    waiting.expect(job)
-                interrupts.check()
+        _place(delivery.place(), call, waiting, interrupts)
     interrupts.obey()
+    _warn_unsynced(delivery)
+    return waiting
+
+
+def _dropped_rows(call: _Call, interrupts: Interrupts) -> Waiting | None:
+    """Drop the rows of a table that were not dropped yet, or none if one has a problem."""
+    config, options, is_blind = call.config, call.options, call.options["root"] is not None
+    batch = Batch(config, options, {name: options[name] for name in _OPTIONS}, _content)
+    if options["dry_run"]:
+        call.batch = batch
+        batch.compare()
+        batch.announce()
+        return None
+    # Before the results are compared: what comes after that is of this run.
+    waiting = Waiting(config.folders, batch.folder, batch.stems) if options["wait"] else None
+    delivery = Delivery(config, batch.folder, blind=is_blind, staged=STAGED)
+    with RowRecord(delivery.disk, delivery.target) as record, delivery:
+        batch.compare(record.dropped())
+        batch.announce()
+        batch.require_few(yes=options["yes"])
+        call.wanted, call.batch = len(batch.new), batch
+        _place(batch.place(delivery, record), call, waiting, interrupts)
+    interrupts.obey()
+    _warn_unsynced(delivery)
+    return waiting
+
+
+def _place(
+    placing: Generator[Result, None, None], call: _Call, waiting: Waiting | None, interrupts: Interrupts
+) -> None:
+    """Drop prompts, and note each of them."""
+    # No signal may end this between a prompt and its images, or before the prompt is in the list.
+    interrupts.keep()
+    with contextlib.closing(placing) as placed:
+        for job in placed:
+            call.jobs.append(job)
+            if waiting:
+                waiting.expect(job)
+            interrupts.check()
+
+
+def _warn_unsynced(delivery: Delivery) -> None:
     if delivery.unsynced:
         warning = f"{delivery.unsynced}; the prompts are dropped, but may be lost if the power fails"
         click.echo(f"imagewatch: {printable(warning)}", err=True)
-    return waiting
 
 
 def _stems(requests: Sequence[SubmitRequest], name: str | None) -> list[str]:
@@ -267,7 +408,10 @@ def _name_dropped(call: _Call) -> None:
     it, verb = ("it", "was") if count == 1 else ("them", "were")
     rest = "" if count == call.wanted else " The others were not dropped."
     say(f"{count} of {call.wanted} prompts {verb} dropped. The daemon will process {it}.{rest}")
-    name_dropped(call.jobs, call.config)
+    if call.batch is None:
+        name_dropped(call.jobs, call.config)
+    elif rest:
+        say("To drop the others, run the same command again: it skips the rows that were dropped.")
 
 
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, SubmitRequest]]:
@@ -289,12 +433,12 @@ def _requests(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str
     return requests
 
 
-def _content(file: str) -> bytes:
+def _content(file: str, most_bytes: int = MAX_BYTES) -> bytes:
     try:
         # The caller's shell has opened these; any other file may be from another user.
         is_own = file == "-" or file.startswith(("/dev/", "/proc/self/fd/"))
         with click.open_file(file, "rb") if is_own else open_file(resolve_own_link(file)) as stream:
-            content: bytes = stream.read(MAX_BYTES + 1)
+            content: bytes = stream.read(most_bytes + 1)
     except OSError as error:
         raise click.UsageError(f"{file}: {error.strerror}") from None
     return content
@@ -316,7 +460,7 @@ def _wait_and_report(call: _Call, waiting: Waiting) -> NoReturn:
         raise
     _clear()
     call.is_printed = True
-    print_results(call.jobs, call.form, call.queue.as_json())
+    _print_results(call)
     report(call.jobs, left, call.config)
     if left:  # before a failure: a script takes 1 for the end, and drops prompts again that may yet be charged
         sys.exit(EXIT_HELD)
@@ -327,7 +471,7 @@ def _report_before_failing(call: _Call) -> None:
     """Print the results that are known when one cannot be read: all prompts are dropped, and will be processed."""
     _clear()
     call.is_printed = True
-    print_results(call.jobs, call.form, call.queue.as_json())
+    _print_results(call)
     report(call.jobs, (), call.config)
     for job in call.jobs:
         if not job.destination:
@@ -371,9 +515,19 @@ def _clear() -> None:
 # Printing
 
 
-def _print_dropped(call: _Call) -> None:
-    if call.form == "json":
+def _print_results(call: _Call) -> None:
+    if call.batch and call.form == "json":
+        call.batch.print_json(call.queue.as_json())
+    else:
         print_results(call.jobs, call.form, call.queue.as_json())
+
+
+def _print_dropped(call: _Call) -> None:
+    if call.batch and call.options["dry_run"]:
+        call.batch.print_plan(call.form, call.queue.as_json())
+        return
+    if call.form == "json":
+        _print_results(call)
         return
     for job in call.jobs:
         click.echo(printable(os.path.join(call.config.folders.inbox, job.source)))

@@ -108,6 +108,7 @@ class Announcements:
         return {
             "kind": hold.kind,
             "provider": hold.provider or None,
+            "folder": printable(hold.folder) or None,
             "reason": printable(known.text(hold.reason.message)),
             "since": iso(since),
             "next_try_at": None if is_endless else iso(self._clock() + hold.until - self._now()),
@@ -116,9 +117,9 @@ class Announcements:
 
 
 def _subject(hold: Hold) -> str:
-    return f"hold:{hold.kind}:{hold.provider}"
+    return f"hold:{hold.kind}:{hold.provider}:{hold.folder}"
 
 
 def _named(subject: str) -> dict[str, object]:
-    _, kind, provider = subject.split(":", 2)
-    return {"kind": kind, "provider": provider or None}
+    _, kind, provider, folder = subject.split(":", 3)
+    return {"kind": kind, "provider": provider or None, "folder": printable(folder) or None}

@@ -79,7 +79,7 @@ def _text(name: str, content: dict[str, Any]) -> str:
     if name == "cap":
         spent, cap = (amount(float(content.get(key, 0))) for key in ("spent", "credits"))
         return f"{content.get('setting')}: {spent} of {cap} credits are spent; the period ends {content.get('ends')}"
-    kind = ", ".join(str(content[key]) for key in ("kind", "provider") if content.get(key))
+    kind = ", ".join(str(content[key]) for key in ("kind", "provider", "folder") if content.get(key))
     if name == "released":
         return f"no longer on hold ({kind})"
     return _joined(f"on hold ({kind}): {content.get('reason', '')}", content.get("next"))

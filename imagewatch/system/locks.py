@@ -37,7 +37,12 @@ def lock(path: str, tops: Tops, wait: Callable[[float], object] = threading.Even
         AlreadyRunning: Another process has it.
     """
     with disk_errors(path, "open the lock"):
-        file = os.fdopen(tops.open_file(path, os.O_RDWR | os.O_CREAT), "r+b")
+        try:
+            # Linux refuses to open another user's file with O_CREAT in a folder with the sticky bit.
+            descriptor = tops.open_file(path, os.O_RDWR)
+        except FileNotFoundError:
+            descriptor = tops.open_file(path, os.O_RDWR | os.O_CREAT)
+        file = os.fdopen(descriptor, "r+b")
     for left in reversed(range(_LOCK_TRIES)):
         try:
             with _translated_lock(path):

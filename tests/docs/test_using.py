@@ -43,6 +43,8 @@ def shell(folders: Folders, start: Any, tmp_path: Path) -> Any:
     for name in ("boat.png", "quay.jpg", "harbour.jpg"):
         (here / name).write_bytes(unique_png(name))
     (here / "harbour.prompt.txt").write_text("In the evening")
+    (here / "products.csv").write_text("".join(blocks(USING, "csv")))
+    (here / "poster.txt").write_text("A poster for {product} in {color}")
 
     def run(command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -70,13 +72,15 @@ def test_every_prompt_on_the_page_for_people_can_be_read():
 
 def test_every_command_on_the_page_for_people_works(shell, folders, sandbox):
     lines = [line for block in blocks(USING, "sh") for line in block.splitlines() if line.startswith("imagewatch")]
-    assert len(lines) == 3
+    assert len(lines) == 6
     for line in lines:
         done = shell(line)
         assert done.returncode == 0, done.stderr
-        assert all(Path(path).exists() or "/inbox/" in path for path in done.stdout.splitlines())
-    until(lambda: len(folders.finished()) == 3)
-    assert [len(call["inputs"]) for call in sandbox.report()["calls"]] == [0, 2, 1]
+        paths = [] if "--dry-run" in line else done.stdout.splitlines()
+        assert all(Path(path).exists() or "/inbox/" in path for path in paths)
+    until(lambda: len(folders.finished()) == 6)
+    assert sorted(len(call["inputs"]) for call in sandbox.report()["calls"]) == [0, 0, 0, 0, 1, 2]
+    assert sum(call["prompt"].startswith("A poster for Chair") for call in sandbox.report()["calls"]) == 2
 
 
 def test_the_documented_error_messages_are_the_real_ones(folders, start):
