@@ -18,5 +18,6 @@ The modules, in reading order::
     jpeg           the walk through a JPEG
     webp           the walk through a WebP
     values         what was dropped, the claim, the attempt, the decision: the records of a job
+    notice         the status files in the folders, and how a program reads them
     reasons        what an API response means, and every reason for which the queue is on hold
 """
