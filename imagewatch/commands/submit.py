@@ -16,13 +16,12 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from imagewatch.commands.common import Seconds, config_option, load_config
+from imagewatch.commands.common import Seconds, config_option, load_folders
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
 from imagewatch.commands.interrupts import Interrupted, Interrupts
 from imagewatch.commands.results import name_dropped, print_results, report
 from imagewatch.commands.terminal import say, silence
 from imagewatch.commands.wait import Waiting
-from imagewatch.config.load import load
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
@@ -98,7 +97,7 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
         options["form"] = "json"
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
         raise click.UsageError("--timeout and --format markdown need --wait")
-    call = _Call(_config(path, options["root"]), options)
+    call = _Call(load_folders(path, options["root"]), options)
     with Interrupts() as interrupts:
         try:
             _run(prompts, call, interrupts)
@@ -142,13 +141,6 @@ class _Call:
     def form(self) -> str:
         """What is printed: ``paths``, ``markdown`` or ``json``."""
         return str(self.options["form"])
-
-
-def _config(path: str | None, root: str | None) -> Config:
-    if root is None:
-        return load_config(path)
-    # Only the folders: other variables of this environment are for a daemon of this user.
-    return load(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
 
 
 # Dropping
