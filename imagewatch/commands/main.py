@@ -48,6 +48,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "retry": ("retry", "Put failed prompts back into the inbox."),
     "run": ("run", "Run the daemon: watch the inbox until stopped."),
     "sandbox": ("sandbox", "Run a local test endpoint that charges nothing."),
+    "skill": ("skill", "Print or install instructions for agents (an Agent Skill)."),
     "status": ("status", "Show what the daemon is doing: prompts, requests, holds, credits."),
     "submit": ("submit", "Drop prompts into the inbox; with --wait, print their results."),
 }

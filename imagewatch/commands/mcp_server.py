@@ -138,7 +138,9 @@ def tools() -> list[types.Tool]:
 def _schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
     (_, components) = msgspec.json.schema_components([kind])
     schema = dict(components[kind.__name__])
-    return {key: value for key, value in schema.items() if key != "title"} | {"additionalProperties": False}
+    return {key: value for key, value in schema.items() if key not in {"title", "description"}} | {
+        "additionalProperties": False
+    }
 
 
 class Tools:

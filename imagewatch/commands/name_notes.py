@@ -17,11 +17,11 @@ import os
 import re
 import secrets
 import stat
-from typing import TYPE_CHECKING, Annotated, Final, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import msgspec
 
-from imagewatch.protocol.names import SUFFIX
+from imagewatch.protocol.names import NOTES, SUFFIX
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
@@ -31,8 +31,6 @@ from imagewatch.system.untrusted import open_file
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NOTES: Final = ".imagewatch-mcp"
-"""Name of the folder for notes, inside the folder into which the prompts are dropped."""
 _HIDDEN = ".submit-"
 """How hidden names of prompts begin; such a file that stays is removed after a day by the next sender."""
 _STAGED = r"\.submit-[0-9a-f]{16}\.prompt\.txt"

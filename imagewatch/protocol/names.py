@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 SUFFIX = ".prompt.txt"
 CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
+NOTES = ".imagewatch-mcp"
+"""Name of the folder, inside a folder of the inbox, in which ``imagewatch mcp`` notes the names that it has used."""
 ANSWERS = "answers"
 """Name of the folder inside the state folder for responses and their images."""
 MOST_SIMILAR = 40
