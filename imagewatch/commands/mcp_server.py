@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import os
+import signal
 import time
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,9 +20,11 @@ from mcp.server.stdio import stdio_server
 
 from imagewatch import __version__
 from imagewatch.commands.mcp_answers import Answers
+from imagewatch.commands.named_jobs import NAME
 from imagewatch.config.schema import Options
 from imagewatch.protocol.prompt import MAX_INPUTS
 from imagewatch.system.errors import BadRequest, ImagewatchError
+from imagewatch.system.exits import EXIT_SIGNAL
 from imagewatch.system.text import printable, to_json
 
 if TYPE_CHECKING:
@@ -46,7 +50,7 @@ _CREATE = (
 _Name = Annotated[
     str,
     msgspec.Meta(
-        pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$",
+        pattern=NAME,
         description="Name of the request and of its files: letters, digits, - and _. New for each image, such as "
         "lighthouse-3f9c. The same name again is the same request and is not charged again",
     ),
@@ -150,6 +154,9 @@ class Tools:
         jobs: The jobs.
         seconds: A call is answered after this time at the latest.
         clock: Monotonic clock, seconds.
+
+    Attributes:
+        drops: What is being dropped now.
     """
 
     def __init__(self, jobs: NamedJobs, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -157,6 +164,7 @@ class Tools:
         self._seconds = seconds
         self._clock = clock
         self._answers = Answers(jobs)
+        self.drops: set[asyncio.Task[Job]] = set()
 
     async def call(self, name: str, arguments: dict[str, Any]) -> types.CallToolResult:
         """Return what a tool answers; what is wrong with the call is an answer, too."""
@@ -183,7 +191,7 @@ class Tools:
         began = self._clock()
         if isinstance(asked, CreateImage):
             options = {name: getattr(asked, name) for name in (*Options.__struct_fields__, "preset")}
-            job = await _finished(self._jobs.create, asked.name, asked.prompt, options, asked.images)
+            job = await self._dropped(self._jobs.create, asked.name, asked.prompt, options, asked.images)
         else:
             job = await asyncio.to_thread(self._jobs.find, asked.name)
         while not job.is_over and self._clock() - began < self._seconds:
@@ -192,15 +200,16 @@ class Tools:
         previews = await asyncio.to_thread(self._answers.previews, job) if asked.preview else []
         return _structured(await asyncio.to_thread(self._answers.job, job, cost=asked.cost), previews)
 
-
-async def _finished(work: Callable[..., Job], *arguments: object) -> Job:
-    """Run what must not be left halfway in a thread; if the client hangs up meanwhile, it is completed first."""
-    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait({task})
-        raise
+    async def _dropped(self, work: Callable[..., Job], *arguments: object) -> Job:
+        """Drop a prompt in a thread; if the client hangs up meanwhile, this is completed first."""
+        task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        self.drops.add(task)
+        task.add_done_callback(self.drops.discard)
+        try:
+            return await asyncio.shield(task)
+        except asyncio.CancelledError:
+            await asyncio.wait({task})
+            raise
 
 
 def _structured(answer: dict[str, Any], previews: list[bytes] | None = None) -> types.CallToolResult:
@@ -228,7 +237,24 @@ def serve(jobs: NamedJobs, seconds: float) -> None:
     asyncio.run(_serve(Tools(jobs, seconds)))
 
 
+async def _leave(offered: Tools, number: int) -> None:
+    """End the process after a signal. The thread that reads standard input cannot be interrupted."""
+    if offered.drops:
+        await asyncio.wait(offered.drops)
+    os._exit(EXIT_SIGNAL + number)
+
+
 async def _serve(offered: Tools) -> None:
+    loop = asyncio.get_running_loop()
+    leaving: set[asyncio.Task[None]] = set()
+
+    def on_signal(number: int) -> None:
+        leaving.add(asyncio.ensure_future(_leave(offered, number)))
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, on_signal, number)
+
     async def on_list_tools(
         _context: ServerRequestContext[Any], _params: types.PaginatedRequestParams | None
     ) -> types.ListToolsResult:

@@ -55,7 +55,7 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
     schema: Literal[1] = 1
     request: str
     prompt_sha256: str
-    staged: Annotated[str, msgspec.Meta(pattern=f"^{_STAGED}$")]
+    staged: Annotated[str, msgspec.Meta(pattern=rf"\A{_STAGED}\Z")]
     images: tuple[str, ...] = ()
     at: float
     is_canceled: bool = False

@@ -12,9 +12,10 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of
 from imagewatch.commands.name_notes import Note, Notes
@@ -23,7 +24,7 @@ from imagewatch.protocol import notice
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system.errors import BadRequest, ImagewatchError, Problem, SpoolError
 from imagewatch.system.folders import Tops
-from imagewatch.system.text import whole
+from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 State = Literal[
     "waiting", "in_progress", "completed", "failed", "canceled", "not_dropped", "results_moved", "missing", "unknown"
 ]
+NAME: Final = "^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
+"""What a name is. It is a part of file names, and of none of them an ending or the number of an image."""
 _INTERRUPTED_SECONDS = 60.0
 """A prompt that has had its hidden name for this long is dropped by no process any more."""
 _MISSING_SECONDS = 7200.0
@@ -107,7 +110,7 @@ class NamedJobs:
         """Drop a prompt, unless its name was used; return what is known of it then.
 
         Args:
-            name: The name, checked by the caller.
+            name: The name.
             text: The prompt.
             options: Front matter; options that are None are not written.
             images: Paths of input images as the client names them.
@@ -116,6 +119,7 @@ class NamedJobs:
             BadRequest: The daemon would refuse it, or the name was used for something else. Nothing was dropped.
             SpoolError: The folders cannot be read or written.
         """
+        _require_name(name)
         digest = _digest(text, options, images)
         request = SubmitRequest(text.strip(), options, tuple(images))
         for _ in range(_ATTEMPTS):
@@ -134,8 +138,10 @@ class NamedJobs:
         """Return what is known of a name.
 
         Raises:
+            BadRequest: It is not a name.
             SpoolError: A folder or a result cannot be read.
         """
+        _require_name(name)
         note = self._notes.read(name)
         if note and note.is_canceled:
             return Job(name, "canceled")
@@ -166,6 +172,7 @@ class NamedJobs:
             BadRequest: No request of this name was dropped here: the prompts of others are not touched.
             SpoolError: It cannot be taken out.
         """
+        _require_name(name)
         note = self._notes.read(name)
         if note is None:
             raise BadRequest([Problem("name", "no request of this name was made with this tool", "check the name")])
@@ -280,6 +287,12 @@ class NamedJobs:
                 continue
             if note is None or facts.get("prompt_sha256", note.prompt_sha256) == note.prompt_sha256:
                 yield path, facts
+
+
+def _require_name(name: str) -> None:
+    if not re.match(NAME, name) or name.endswith("\n"):  # a pattern's $ allows one line end
+        hint = "use 1 to 80 letters, digits, - and _; the first one is a letter or a digit"
+        raise BadRequest([Problem("name", f'"{printable(name, 100)}" is not a name for a request', hint)])
 
 
 def _published(facts: Mapping[str, Any]) -> str:
