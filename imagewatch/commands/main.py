@@ -42,7 +42,7 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "history": ("history", "Show completed, refused and unknown jobs and their cost."),
     "hold": ("hold", "Put the queue on hold: nothing more is sent."),
     "init": ("init", "Write a configuration file with comments."),
-    "mcp": ("mcp", "Offer the folder to agents without a shell (Model Context Protocol)."),
+    "mcp": ("mcp", "Offer the folder to agents without a shell (MCP)."),
     "once": ("once", "Process all prompts in the inbox, then exit."),
     "release": ("hold", "End all holds except those of caps."),
     "retry": ("retry", "Put failed prompts back into the inbox."),

@@ -55,11 +55,12 @@ _EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
 )
 @config_option
 def mcp(path: str | None, root: str | None, folder: str, allowed: Sequence[str], seconds: float) -> None:
-    """Offer the folder to agents without a shell (Model Context Protocol).
+    """Offer the folder to agents without a shell (MCP).
 
-    An agent's program starts this command and speaks with it on standard input and output. It offers four tools: create
-    an image, get a result, list what waits, cancel. The server only reads and writes the folders; it has no key. The
-    same name is always the same job: a call that is repeated is not charged again. Needs the extra imagewatch[mcp].
+    An agent's program starts this command and speaks the Model Context Protocol with it on standard input and output.
+    It offers four tools: create an image, get a result, list what waits, cancel. The server only reads and writes the
+    folders; it has no key. The same name is always the same job: a call that is repeated is not charged again. Needs
+    the extra imagewatch[mcp].
     """
     if importlib.util.find_spec("mcp") is None:
         raise UsageError("the library for the Model Context Protocol is not installed", hint=f"install it: {_EXTRA}")
