@@ -22,6 +22,7 @@ The modules, in reading order::
     name_notes      which names were used, in the folder
     allowed_images  which images may be sent
     skill           instructions for agents with a shell
+    queue_state     what submit prints while the queue is on hold or the daemon is not running
     interrupts      signals, obeyed where submit can report what it has done
     check           what the daemon would do with each file of the inbox
     check_settings  what check prints of configuration, folders, caps, key and account

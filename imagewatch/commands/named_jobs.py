@@ -187,8 +187,8 @@ class NamedJobs:
 
     def last_status(self) -> notice.Notice | None:
         """Return what the status file in the folders says, or None if there is none that can be read."""
-        folder = getattr(self._config.folders, "notice", self._config.folders.root)
-        return notice.read(folder) if folder and folder != "off" else None
+        folder = self._config.folders.notice
+        return notice.read(folder) if folder else None
 
     def open_image(self, path: str) -> FileIO:
         """Open an image of a finished job for reading.

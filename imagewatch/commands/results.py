@@ -21,18 +21,24 @@ if TYPE_CHECKING:
 _CHARGED = {"no": "not charged", "yes": "charged", "unknown": "may have been charged"}
 
 
-def print_results(jobs: Sequence[Result], form: str) -> None:
-    """Print results as ``paths``, ``markdown`` or ``json``."""
+def print_results(jobs: Sequence[Result], form: str, queue: dict[str, Any] | None = None) -> None:
+    """Print results.
+
+    Args:
+        jobs: The prompts.
+        form: ``paths``, ``markdown`` or ``json``.
+        queue: Why prompts are not processed soon, for those that are not finished; None if they are.
+    """
     if form == "json":
         # Others may have written the result file, with dates where text is expected.
-        click.echo(to_json([_plain(job) for job in jobs], indent=1, default=str))
+        click.echo(to_json([_plain(job, queue) for job in jobs], indent=1, default=str))
         return
     for job in jobs:
         for image in job.images:
             click.echo(_markdown(job, image) if form == "markdown" else printable(image))
 
 
-def _plain(job: Result) -> dict[str, Any]:
+def _plain(job: Result, queue: dict[str, Any] | None) -> dict[str, Any]:
     facts = ("provider", "model", "problems", "message", "next", "job")
     return {
         "source": job.source,
@@ -40,6 +46,7 @@ def _plain(job: Result) -> dict[str, Any]:
         "destination": job.destination or None,
         "result_file": job.result_file or None,
         "images": job.images,
+        "queue": None if job.destination else queue,
         "charged": job.facts.get("charged"),
         "credits_charged": _credits(job),
         **{name: job.facts.get(name) for name in facts},

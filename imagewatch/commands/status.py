@@ -12,7 +12,10 @@ from imagewatch.commands import metrics
 from imagewatch.commands.common import config_option, json_option, load_config
 from imagewatch.commands.state import local_time, status_page
 from imagewatch.daemon.status import kind
+from imagewatch.inbox.advice import for_name
 from imagewatch.inbox.candidate import Wait
+from imagewatch.inbox.listing import why_near_miss
+from imagewatch.protocol.names import STATUS_TEXT
 from imagewatch.system.exits import EXIT_HELD
 from imagewatch.system.text import amount, to_json
 
@@ -62,9 +65,7 @@ def status(path: str | None, *, as_json: bool, prometheus: bool, watch: bool) ->
 def _lines(page: dict[str, Any]) -> Iterator[str]:
     state = _STATES.get(page["state"], "is running")
     yield f"imagewatch {page['version']} {state}, as of {local_time(page['updated'])}"
-    yield f"  inbox      {page['inbox']} ({page['mode']}, last scan {local_time(page['last_scan'])})"
-    for path, reason in page["polled"]["folders"].items():
-        yield f"             {path}: scanned regularly ({reason})"
+    yield from _places(page)
     waiting = page["waiting"]
     yield f"  waiting    {waiting['ready'] + waiting['not_ready']}" + _why(waiting["why"])
     yield f"  in flight  {len(page['in_flight'])}"
@@ -85,11 +86,27 @@ def _lines(page: dict[str, Any]) -> Iterator[str]:
     if page["ignored"]["count"]:
         yield f"  ignored    {page['ignored']['count']}"
         for name, reason in page["ignored"]["files"].items():
-            yield f"             {name}: {reason}"
+            yield f"             {name}: {reason}{_step(name, reason)}"
     for one in page["holds"]:
         next_try = f"; next try at {local_time(one['next_try_at'])}" if one["next_try_at"] else ""
         yield click.style(f"  on hold    {kind(one)}: {one['reason']}{next_try}", fg="red")
         yield f"             {one['next']}"
+
+
+def _places(page: dict[str, Any]) -> Iterator[str]:
+    yield f"  inbox      {page['inbox']} ({page['mode']}, last scan {local_time(page['last_scan'])})"
+    for path, reason in page["polled"]["folders"].items():
+        yield f"             {path}: scanned regularly ({reason})"
+    if place := page.get("notice"):  # an older daemon does not write it
+        yield f"  notice     {place['folder']}/{STATUS_TEXT}"
+        if place["problem"]:
+            yield click.style(f"             not written: {place['problem']}", fg="red")
+
+
+def _step(name: str, reason: str) -> str:
+    """Return what to do about an ignored file if its name is almost a prompt's."""
+    file = name.rpartition("/")[2]
+    return f"; {for_name(file)}" if reason == why_near_miss(file) else ""
 
 
 def _why(reasons: dict[str, int]) -> str:

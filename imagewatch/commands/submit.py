@@ -19,6 +19,7 @@ import click
 from imagewatch.commands.common import Seconds, config_option, load_folders
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
 from imagewatch.commands.interrupts import Interrupted, Interrupts
+from imagewatch.commands.queue_state import QueueReport
 from imagewatch.commands.results import name_dropped, print_results, report
 from imagewatch.commands.terminal import say, silence
 from imagewatch.commands.wait import Waiting
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
 
 _REFRESH_SECONDS = 0.2
 _UNCLAIMED_SECONDS = 20.0
+_QUEUE_SECONDS = 2.0
+"""How often the status file is read while results are waited for."""
 _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed", "preset")
 
 
@@ -108,6 +111,7 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
 def _run(prompts: Sequence[str], call: _Call, interrupts: Interrupts) -> None:
     try:
         waiting = _dropped(prompts, call, interrupts)
+        call.queue.report(len(call.jobs))
         if waiting:
             _wait_and_report(call, waiting)
         call.is_printed = True
@@ -128,6 +132,7 @@ class _Call:
         jobs: The prompts that were dropped.
         is_printed: Whether it has begun to print results: JSON must not be printed twice.
         is_named: Whether every prompt that was dropped has been named.
+        queue: What the status file in the folders says about the queue.
     """
 
     config: Config
@@ -136,6 +141,11 @@ class _Call:
     jobs: list[Result] = field(default_factory=list)
     is_printed: bool = False
     is_named: bool = False
+    queue: QueueReport = field(init=False)
+
+    def __post_init__(self) -> None:
+        options = self.options
+        self.queue = QueueReport(self.config, options["folder"], options["provider"], time.time, say)
 
     @property
     def form(self) -> str:
@@ -298,7 +308,7 @@ def _wait_and_report(call: _Call, waiting: Waiting) -> NoReturn:
         raise
     _clear()
     call.is_printed = True
-    print_results(call.jobs, call.form)
+    print_results(call.jobs, call.form, call.queue.as_json())
     report(call.jobs, left, call.config)
     if left:  # before a failure: a script takes 1 for the end, and drops prompts again that may yet be charged
         sys.exit(EXIT_HELD)
@@ -309,7 +319,7 @@ def _report_before_failing(call: _Call) -> None:
     """Print the results that are known when one cannot be read: all prompts are dropped, and will be processed."""
     _clear()
     call.is_printed = True
-    print_results(call.jobs, call.form)
+    print_results(call.jobs, call.form, call.queue.as_json())
     report(call.jobs, (), call.config)
     for job in call.jobs:
         if not job.destination:
@@ -321,12 +331,15 @@ def _waited(call: _Call, waiting: Waiting) -> list[Result]:
     """Wait for all results; return the prompts that have none yet."""
     jobs, timeout = call.jobs, call.options["timeout"]
     began, wait = time.monotonic(), threading.Event().wait
-    warned = False
+    warned, checked = False, 0.0
     while left := waiting.refresh():
         passed = time.monotonic() - began
         if timeout is not None and passed >= timeout:
             break
         _live(len(jobs) - len(left), len(jobs), passed)
+        if passed - checked >= _QUEUE_SECONDS:
+            checked = passed
+            call.queue.report(len(left))
         if not warned and passed >= _UNCLAIMED_SECONDS and waiting.unclaimed() == len(jobs):
             warned = True
             _clear()
@@ -352,7 +365,7 @@ def _clear() -> None:
 
 def _print_dropped(call: _Call) -> None:
     if call.form == "json":
-        print_results(call.jobs, call.form)
+        print_results(call.jobs, call.form, call.queue.as_json())
         return
     for job in call.jobs:
         click.echo(printable(os.path.join(call.config.folders.inbox, job.source)))

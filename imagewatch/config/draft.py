@@ -10,10 +10,22 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import msgspec
 
 from imagewatch.config.locate import expanded_home, xdg
-from imagewatch.config.schema import DELETE, Config, Endpoint, Folders, Inbox, Limits, Log, Options, Outbox, Retry
+from imagewatch.config.schema import (
+    DELETE,
+    OFF,
+    Config,
+    Endpoint,
+    Folders,
+    Inbox,
+    Limits,
+    Log,
+    Options,
+    Outbox,
+    Retry,
+)
 from imagewatch.config.tables import Tables
 from imagewatch.config.validate import check
-from imagewatch.config.values import PLACES, flaw_of, overlaps, split_command, url_flaw
+from imagewatch.config.values import PLACES, above_status, flaw_of, overlaps, split_command, url_flaw
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -104,7 +116,20 @@ class Draft(Tables):
         folders = Folders(root=root, state=state, **places)
         if not self._is_faulty("folders"):
             self.problems.extend(overlaps(folders))
-        return folders
+        return msgspec.structs.replace(folders, notice=self._notice(raw.notice, folders))
+
+    def _notice(self, own: str, folders: Folders) -> str:
+        """Return the folder for the status files, or an empty string if there are none."""
+        if own == OFF or not (own or folders.root):
+            return ""
+        path = self._path(own, "folders.notice") if own else folders.root
+        above = "" if self._is_faulty("folders") else above_status(path, folders)
+        if not above:
+            return path
+        if own:
+            hint = "choose a folder that users can read, such as the one that contains inbox"
+            self._wrong("folders.notice", f"is inside folders.{above}", hint)
+        return ""
 
     def _missing(self, names: list[str]) -> None:
         """Report folders that are not set, unless a fault already reported is the cause."""

@@ -54,6 +54,7 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
         errors: Where refused prompts go, each with an error file.
         archive: Where completed prompts go, or the word ``delete``.
         state: Ledger with the job records, responses and lock; local and private.
+        notice: Where the status files for users are; loaded, it is empty if there are none.
     """
 
     root: _Text = ""
@@ -62,6 +63,7 @@ class Folders(msgspec.Struct, frozen=True, kw_only=True):
     errors: _Text = ""
     archive: _Text = ""
     state: _Text = ""
+    notice: _Text = ""
 
 
 class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,3 +227,5 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
 """All but ``[presets.NAME]``, of which there are any number."""
 DELETE: Final = "delete"
 """In the place of the archive: originals are removed."""
+OFF: Final = "off"
+"""In the place of the folder for the status files: there are none."""

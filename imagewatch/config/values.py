@@ -82,6 +82,22 @@ def split_command(command: str) -> list[str]:
         return []
 
 
+def above_status(path: str, folders: Folders) -> str:
+    """Return the name of the folder for which a folder for the status files is unsuitable, or an empty string.
+
+    In the inbox and the outbox themselves the files do no harm. A folder in them may be replaced by other users. In the
+    others there might be a prompt's file of the same name, which would be replaced.
+    """
+    real = os.path.realpath(path)
+    for name in (*PLACES, "state"):
+        place = os.path.realpath(getattr(folders, name))
+        if getattr(folders, name) == DELETE or os.path.commonpath((place, real)) != place:
+            continue
+        if real != place or name not in {"inbox", "outbox"}:
+            return name
+    return ""
+
+
 def overlaps(folders: Folders) -> list[Problem]:
     """Return a problem for each pair of folders that are equal or nested, also by way of links."""
     names = [name for name in (*PLACES, "state") if getattr(folders, name) != DELETE]

@@ -23,6 +23,8 @@ The modules, in the order in which they are read::
     scanner       which folder of the inbox is scanned now
     report        what the daemon reports while it runs
     status        the content of ``status.json``; also for the commands that read it
+    folder_status   writes the status files for the users of the folders
+    notice_content  what they say
     ignored       which ignored files the log names
     systemd       the notification protocol of the service manager
     descriptors   how many requests the limit of open files allows

@@ -240,6 +240,17 @@ class Intake:
             found = {path: max(at, came.get(os.path.dirname(path), 0.0)) for path, at in found.items()}
         return found
 
+    def in_turn(self) -> dict[str, float]:
+        """Return since when the prompts wait that are the next ones, by path below the inbox, seconds since the epoch.
+
+        Of very many in a folder these are the oldest.
+        """
+        return self._scan.order.in_turn()
+
+    def counts(self) -> dict[str, int]:
+        """Return how many prompts wait in each first-level folder in which some do; empty: the inbox itself."""
+        return self._scan.counts()
+
     def came(self, path: str) -> float:
         """Return when a folder was brought into the inbox, in seconds since the epoch; 0: it was there at the start."""
         folder = self._scan.folders.get(path)

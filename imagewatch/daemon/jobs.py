@@ -54,6 +54,7 @@ class Job:
         at: Monotonic time at which it is carried on if it is deferred, seconds.
         need: What else it needs if it is deferred.
         retry_seconds: How long it waits for its next automatic retry if it is stuck; 0: it is not, or needs a person.
+        problem: Why it is stuck, if it is.
     """
 
     id: str
@@ -62,6 +63,7 @@ class Job:
     at: float = 0.0
     need: Need = Need.NOTHING
     retry_seconds: float = 0.0
+    problem: str = ""
 
     @property
     def folder(self) -> str:
@@ -179,6 +181,11 @@ class Jobs:
         """The jobs that cannot finish for a reason of their own, and their stems."""
         failing = {job.id: job.key for job in self._jobs.values() if job.fails}
         return failing | {job.id: job.key for job in self._in(State.LEFT)}
+
+    @property
+    def problems(self) -> dict[str, str]:
+        """Why each of the stuck jobs is stuck."""
+        return {job: self._jobs[job].problem for job in self.stuck}
 
     @property
     def any_at_work(self) -> bool:

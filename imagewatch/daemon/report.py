@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import structlog
 
 from imagewatch import __version__
+from imagewatch.daemon.folder_status import FolderStatus
 from imagewatch.daemon.ignored import Ignored
 from imagewatch.daemon.status import line
 from imagewatch.inbox.candidate import ANYWHERE
@@ -36,6 +37,7 @@ class Report:
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
         self._ignored = Ignored(parts.now)
+        self._in_folders = FolderStatus(parts)
         self._is_ready = self._has_worked = False
         self._ready_at = 0.0
 
@@ -86,10 +88,17 @@ class Report:
         self._parts.status.state = "stopped"
         self.write()
 
+    @property
+    def due(self) -> float | None:
+        """Monotonic time at which a status file is to be written, or None."""
+        return min((due for due in (self._parts.status.due, self._in_folders.due) if due is not None), default=None)
+
     def write_if_due(self) -> None:
-        """Write the status file if something has changed, but not too often."""
+        """Write the status files if something has changed, but not too often."""
         due = self._parts.status.due
         if due is None or self._parts.now() < due:
+            if self._in_folders.is_due():
+                self._write_in_folders()
             return
         self.write()
         if self._has_worked and not self._parts.jobs.any_at_work:
@@ -100,7 +109,7 @@ class Report:
         """Write the status file, and send the same in one line and some more fields to the service manager."""
         status, intake, caps = self._parts.status, self._parts.intake, self._parts.caps
         at_work, stuck = map(_sources, (self._parts.jobs.at_work, self._parts.jobs.stuck))
-        status.polled = intake.polled()
+        status.polled, status.notice = intake.polled(), self._in_folders.as_shown()
         try:
             ready = max(intake.count() - len(caps), 0)
             page = status.write(intake.result, ready, at_work, stuck, caps.reasons())
@@ -110,6 +119,15 @@ class Report:
             fields["STATUS"] = line(page)
         if fields:
             self._parts.notify.send(**fields)
+        self._write_in_folders()
+
+    def _write_in_folders(self) -> None:
+        """Write the status files in the folders, if they differ or are due."""
+        at_work, stuck = map(_sources, (self._parts.jobs.at_work, self._parts.jobs.stuck))
+        before = self._in_folders.problem
+        self._in_folders.update(self._parts.status.state, at_work, stuck)
+        if self._in_folders.problem != before:
+            self._parts.status.change()
 
 
 def _sources(jobs: Mapping[str, Key | None]) -> dict[str, str]:

@@ -58,6 +58,7 @@ class Results:
             return
         except Exception:  # noqa: BLE001  a bug in one job must not stop the others
             _log.exception("internal_error", **job.names, next="report this as a bug")
+            job.problem = "internal error; the log has the details"
             self._unreserve(job)
             self._leave(job)
             return
@@ -79,6 +80,7 @@ class Results:
         queue continues, but nothing is claimed from the job's folder: the same may happen to other prompts of that
         folder after they were paid for. If no test file can be written, the queue is on hold.
         """
+        job.problem = "; ".join(filter(None, (str(error), error.hint)))
         if error.code == 0:
             _log.error("stuck", **job.names, reason=str(error), next=error.hint)
             self._leave(job)

@@ -126,6 +126,7 @@ class Status:
         self.state = "starting"
         self.mode = ""
         self.polled: Mapping[str, str] = {}
+        self.notice: dict[str, str | None] | None = None
         self.last_scan: float | None = None
 
     def configure(self, config: Config) -> None:
@@ -142,6 +143,11 @@ class Status:
             self._due = self._now()
         elif self._due is None:
             self._due = self._not_before
+
+    @property
+    def redelivered(self) -> int:
+        """How often files of finished jobs came again, as far as the file shows it."""
+        return self._last[2]
 
     @property
     def due(self) -> float | None:
@@ -197,6 +203,7 @@ class Status:
                 "folders": {printable(path): self.polled[path] for path in sorted(self.polled)[:_MOST_NAMES]},
             },
             "inbox": printable(self._config.folders.inbox),
+            "notice": self.notice,
             "endpoint": self._config.endpoint.base_url,
             "waiting": {
                 "ready": ready,

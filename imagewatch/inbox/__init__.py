@@ -16,6 +16,7 @@ The modules, in reading order::
     prompt_files    the files of a prompt on the disk
     open_files      whether a program has a file open for writing
     candidate       a prompt that may be claimed, and what a scan found
+    advice          what to do about a file that waits or is ignored
     order           in which order prompts are claimed
     oldest_prompts  the oldest of very many prompts of one folder
     passed_over     prompts that wait at a cap while others are claimed

@@ -89,20 +89,23 @@ class Reasons(dict[str, str]):
     Attributes:
         most: The same.
         kinds: How many there are of each kind of reason.
+        kind_of: Of which kind the reason of each named file is.
     """
 
-    __slots__ = ("kinds", "most")
+    __slots__ = ("kind_of", "kinds", "most")
 
     def __init__(self, most: int | None = None) -> None:
         super().__init__()
         self.most = most
         self.kinds: dict[str, int] = {}
+        self.kind_of: dict[str, str] = {}
 
     def add(self, path: str, kind: str, reason: str = "") -> None:
         """Note why a file is ignored or waits; ``reason`` is the kind with what differs from file to file."""
         self.kinds[kind] = self.kinds.get(kind, 0) + 1
         if self.most is None or len(self) < self.most:
             self[path] = reason or (kind.text if isinstance(kind, Wait) else kind)
+            self.kind_of[path] = kind
 
     @property
     def total(self) -> int:
@@ -116,7 +119,7 @@ class Reasons(dict[str, str]):
         """
         if len(self) <= most:
             return dict(sorted(self.items()))
-        return dict(sorted(_shared(sorted(self.items()), most)))
+        return dict(sorted(shared(sorted(self.items()), most)))
 
 
 def joined(parts: Iterable[Reasons], most: int | None) -> Reasons:
@@ -126,17 +129,19 @@ def joined(parts: Iterable[Reasons], most: int | None) -> Reasons:
         parts: Theirs.
         most: How many files are named, the first-level folders sharing the places; None for all.
     """
-    whole, named = Reasons(most), list[tuple[str, str]]()
+    whole, named, kind_of = Reasons(most), list[tuple[str, str]](), dict[str, str]()
     for part in parts:
         for kind, count in part.kinds.items():
             whole.kinds[kind] = whole.kinds.get(kind, 0) + count
         named += part.items()
-    whole.update(named if most is None or len(named) <= most else _shared(named, most))
+        kind_of |= part.kind_of
+    whole.update(named if most is None or len(named) <= most else shared(named, most))
+    whole.kind_of = {path: kind_of[path] for path in whole}
     return whole
 
 
-def _shared(named: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
-    """Return so many of these; each first-level folder has as many as the others, if it has as many at all."""
+def shared(named: list[tuple[str, str]], most: int) -> list[tuple[str, str]]:
+    """Return so many of these, by path; each first-level folder has as many as the others, if it has as many at all."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for path, reason in named:
         groups.setdefault(first_level(path.rpartition("/")[0]), []).append((path, reason))

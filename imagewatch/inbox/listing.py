@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, TypeVar
 
-from imagewatch.protocol.names import SUFFIX, final_name, is_image_name, stem_of
+from imagewatch.protocol.names import STATUS_JSON, STATUS_TEXT, SUFFIX, final_name, is_image_name, stem_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -67,6 +67,8 @@ def why_no_prompt(name: str) -> str:
     """Return why a file that is no prompt is ignored."""
     if is_image_name(name):
         return "an image without a matching prompt"
+    if name in {STATUS_TEXT, STATUS_JSON}:
+        return "the status of imagewatch"
     if final_name(name):
         return "a temporary file of an editor or a transfer"
     return "hidden" if name[0] == "." else "not a prompt"

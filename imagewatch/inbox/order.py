@@ -329,16 +329,30 @@ class Order:
                     pass
         return found
 
-    def arrived(self) -> dict[str, float]:
-        """Return the newest ctime of each prompt that is kept in order, seconds since the epoch, by its path."""
+    def in_turn(self) -> dict[str, float]:
+        """Return the newest ctime of each prompt that waits for its turn, seconds since the epoch, by its path.
+
+        Of very many in a folder these are the oldest.
+        """
         found: dict[str, float] = {}
         for group in self._groups.values():
             for changed, (path, stem), _ in group.ready:
                 found[_path(path, stem)] = changed
-            for path, folder in group.folders.items():
-                known = [*(folder.oldest or ()), *_held(folder)]
-                found |= {_path(path, stem): at for at, stem in known if folder.settled.get(stem) == at}
+            for folder in group.folders.values():
+                found |= _dates(folder, folder.oldest or ())
+        return found
+
+    def arrived(self) -> dict[str, float]:
+        """Return the newest ctime of each prompt that is kept in order, seconds since the epoch, by its path."""
+        found = self.in_turn()
+        for group in self._groups.values():
+            for folder in group.folders.values():
+                found |= _dates(folder, _held(folder))
         return found | {_path(*key): at for key, at in self.passed_over if self.is_passed_over(key)}
+
+
+def _dates(folder: Folder, entries: Iterable[Entry]) -> dict[str, float]:
+    return {_path(folder.path, stem): at for at, stem in entries if folder.settled.get(stem) == at}
 
 
 def _held(folder: Folder) -> list[Entry]:

@@ -368,6 +368,17 @@ class InboxScan:
         """Return the whole path of each folder that is scanned."""
         return [self.folders.full(folder.path) for folder in self.folders if folder.is_entered]
 
+    def counts(self) -> dict[str, int]:
+        """Return how many prompts wait in each first-level folder in which some do; empty: the inbox itself."""
+        found: dict[str, int] = {}
+        for folder in self.folders:
+            parts = (folder.found, folder.was_checked or folder.checked)
+            waiting = sum(part.waiting.total for part in parts if part)
+            if count := len(folder.settled) - len(folder.notes.held if folder.notes is not None else ()) + waiting:
+                name = first_level(folder.path)
+                found[name] = found.get(name, 0) + count
+        return found
+
     def count(self) -> int:
         """Return how many prompts are settled and wait for nothing else, as far as is known."""
         return sum(

@@ -94,6 +94,20 @@ class Ledger:
         """Return how often files of finished jobs came again."""
         return int(self.ask("SELECT coalesce(sum(times), 0) AS times FROM redeliveries")[0]["times"])
 
+    def last_redelivered(self, most: int) -> list[tuple[str, float]]:
+        """Return the prompts that were delivered again last, the newest first, and when.
+
+        Args:
+            most: How many at most.
+
+        Returns:
+            The path below the inbox, and seconds since the epoch.
+        """
+        question = """
+            SELECT (SELECT source FROM attempts AS a WHERE a.job = r.job LIMIT 1) AS source, last_at
+            FROM redeliveries AS r ORDER BY last_at DESC, job LIMIT ?"""
+        return [(row["source"], row["last_at"]) for row in self.ask(question, most) if row["source"] is not None]
+
     def rows(self) -> list[dict[str, Any]]:
         """Return all attempts, oldest first."""
         return [

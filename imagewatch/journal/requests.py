@@ -46,6 +46,10 @@ class Requests:
         rows = self._ask("SELECT message FROM holds WHERE kind = ?", _MANUAL)
         return printable(rows[0]["message"].strip(), _LONGEST) if rows else None
 
+    def since(self) -> dict[str, float]:
+        """Return when each hold began that lasts over a restart, seconds since the epoch, by kind."""
+        return {row["kind"]: row["since"] for row in self._ask("SELECT kind, since FROM holds")}
+
     def hold(self, reason: str) -> None:
         """Put the queue on hold, until ``release``. When this returns, no more attempt is recorded, so none is sent."""
         self._do(_HOLD, _MANUAL, whole(reason), self._clock())

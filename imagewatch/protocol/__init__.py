@@ -18,6 +18,8 @@ The modules, in reading order::
     jpeg           the walk through a JPEG
     webp           the walk through a WebP
     values         what was dropped, the claim, the attempt, the decision: the records of a job
+    right_name     which name a file would need to be a prompt
     notice         the status files in the folders, and how a program reads them
+    notice_text    the same as text for people
     reasons        what an API response means, and every reason for which the queue is on hold
 """

@@ -27,6 +27,8 @@ CLAIMS = ".imagewatch"
 """Name of the folder inside the inbox that holds the originals of claimed jobs."""
 NOTES = ".imagewatch-mcp"
 """Name of the folder, inside a folder of the inbox, in which ``imagewatch mcp`` notes the names that it has used."""
+STATUS_TEXT, STATUS_JSON = "imagewatch-status.txt", "imagewatch-status.json"
+"""Names of the status files for users: never a prompt, and never meant for one, if they are in the inbox."""
 ANSWERS = "answers"
 """Name of the folder inside the state folder for responses and their images."""
 MOST_SIMILAR = 40
@@ -113,7 +115,7 @@ def near_miss(name: str) -> bool:
 
     Any visible ``.txt`` is one: a text in a folder of prompts is there for a reason.
     """
-    if stem_of(name) is not None or suffix_of(name) in IMAGE_ENDINGS:
+    if stem_of(name) is not None or suffix_of(name) in IMAGE_ENDINGS or name == STATUS_TEXT:
         return False
     if name.startswith(".") != (name == SUFFIX) or name.endswith(_LEFT_BEHIND):
         return False
@@ -156,7 +158,7 @@ def may_be_meant(name: str) -> bool:
 
     Prompts, hidden files, and what editors and transfers leave may not.
     """
-    if name[:1] in ".~#" or stem_of(name) is not None or is_leftover(name):
+    if name[:1] in ".~#" or stem_of(name) is not None or is_leftover(name) or name in {STATUS_TEXT, STATUS_JSON}:
         return False
     return has_image_ending(name) or final_name(name) is None
 

@@ -14,11 +14,12 @@ from typing import Annotated, Any, Final, Literal
 import msgspec
 from msgspec import Meta
 
+from imagewatch.protocol.names import STATUS_JSON, STATUS_TEXT
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
-TEXT: Final = "imagewatch-status.txt"
-JSON: Final = "imagewatch-status.json"
+TEXT: Final = STATUS_TEXT
+JSON: Final = STATUS_JSON
 SCHEMA: Final = 1
 MOST_FILES: Final = 100
 """How many files of each kind are named; all are counted."""
@@ -26,6 +27,7 @@ MOST_BYTES: Final = 4_000_000
 GRACE_SECONDS: Final = 60.0
 """How long after the announced time the next writing may come."""
 
+_FIRST_YEAR, _LAST_YEAR = 1970, 9000
 _Time = Annotated[datetime, Meta(tz=True)]
 _Count = Annotated[int, Meta(ge=0, le=2**53)]
 
@@ -217,8 +219,8 @@ def decode(raw: bytes) -> Notice | None:
         return None
     try:
         found = msgspec.json.decode(raw, type=Notice)
-        return msgspec.convert(_safe(msgspec.to_builtins(found)), Notice)
-    except (msgspec.MsgspecError, RecursionError, UnicodeError, OverflowError):
+        return msgspec.convert(_safe(msgspec.to_builtins(found, builtin_types=(datetime,))), Notice)
+    except (msgspec.MsgspecError, RecursionError, ValueError, OverflowError):
         return None
 
 
@@ -236,9 +238,15 @@ def at(seconds: float) -> datetime:
 
 
 def _safe(value: Any) -> Any:  # noqa: ANN401  what JSON can hold
-    """Return a value whose texts have no characters that change how a screen shows them."""
+    """Return a value whose texts have no characters that change how a screen shows them.
+
+    Raises:
+        ValueError: A time cannot be meant.
+    """
     if isinstance(value, str):
         return printable(value)
+    if isinstance(value, datetime) and not _FIRST_YEAR <= value.year <= _LAST_YEAR:
+        raise ValueError(value)  # not every calculation with it is possible
     if isinstance(value, list | tuple):
         return [_safe(one) for one in value]
     return {name: _safe(one) for name, one in value.items()} if isinstance(value, dict) else value

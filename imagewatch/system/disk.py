@@ -96,6 +96,27 @@ class Disk(Moves):
                 file.write(content)
             DiskCalls.replace(self, temporary, path)  # which is no step of a job
 
+    def show(self, path: str, temporary: str, content: bytes, finish: Callable[[int], None]) -> None:
+        """Replace a small file in a folder that other users may write. Whole for any reader, but not synced.
+
+        What has the name is replaced, also a link, which is not followed. A folder is not.
+
+        Args:
+            path: Its name.
+            temporary: A name in the same folder that no other user can predict.
+            content: What is in it.
+            finish: Called with the descriptor before the name appears, to set mode and group.
+        """
+        try:
+            with closing(self.create(temporary), path) as file, disk_errors(path, "write"):
+                finish(file.fileno())
+                file.write(content)
+            DiskCalls.replace(self, temporary, path)  # which is no step of a job
+        except BaseException:
+            with contextlib.suppress(SpoolError):
+                self.unlink(temporary)
+            raise
+
     def publish(self, target: str, temporary: str, content: bytes, finish: Callable[[int], None]) -> None:
         """Write a small file durably under a name that must be free; the same content there already is done.
 

@@ -64,6 +64,30 @@ class Permissions:
                 os.fchown(descriptor, -1, self._group_id)
 
 
+def readable_mode(folder: os.stat_result) -> int:
+    """Return the mode of a file that those may read who may list a folder, and that only its owner may write."""
+    return stat.S_IRUSR | stat.S_IWUSR | (folder.st_mode & (stat.S_IRGRP | stat.S_IROTH))
+
+
+def set_mode_and_group(descriptor: int, mode: int, group: int) -> None:
+    """Give an open file a mode and a group, as far as this user may and the file system has them.
+
+    If the group cannot be set, the file's group may only do what all users may.
+
+    Args:
+        descriptor: The file.
+        mode: Permission bits.
+        group: Number of the group.
+    """
+    try:
+        if os.fstat(descriptor).st_gid != group:
+            os.fchown(descriptor, -1, group)
+    except OSError:
+        mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
+    with contextlib.suppress(PermissionError):  # a file system without modes
+        os.fchmod(descriptor, mode)
+
+
 def copy_permissions(source: int, copy: int) -> None:
     """Give a copy the group and the mode of its source, and never a wider mode.
 
@@ -74,14 +98,7 @@ def copy_permissions(source: int, copy: int) -> None:
         copy: Descriptor of the copy.
     """
     status = os.fstat(source)
-    mode = stat.S_IMODE(status.st_mode) & _ALL_BITS
-    try:
-        if os.fstat(copy).st_gid != status.st_gid:
-            os.fchown(copy, -1, status.st_gid)
-    except OSError:
-        mode &= ~stat.S_IRWXG | (mode & stat.S_IRWXO) << 3
-    with contextlib.suppress(PermissionError):  # a file system without modes
-        os.fchmod(copy, mode)
+    set_mode_and_group(copy, stat.S_IMODE(status.st_mode) & _ALL_BITS, status.st_gid)
 
 
 def _umask() -> int:

@@ -42,7 +42,7 @@ STRUCTS = {
     "log": schema.Log,
 }
 SAMPLES = {
-    "folders": {"archive": "delete", "state": "/var/lib/x", "errors": "/elsewhere/5"},
+    "folders": {"archive": "delete", "state": "/var/lib/x", "errors": "/elsewhere/5", "notice": "/x"},
     "endpoint": {
         "base_url": "https://gateway.example:8443/letta",
         "api_key_file": "/etc/key",
@@ -257,6 +257,39 @@ def test_folders_that_are_equal_by_a_link_are_refused(write, tmp_path):
     (tmp_path / "out").symlink_to("inbox")
     found = problems(write('[folders]\nroot = "."\noutbox = "out"\n'))
     assert "same folder as folders.inbox" in found["folders.outbox"]
+
+
+@pytest.mark.parametrize(
+    ("extra", "place"),
+    [
+        ("", "/srv/iw"),
+        ('notice = "off"', ""),
+        ('notice = "/srv/share"', "/srv/share"),
+        ('notice = "/srv/iw/inbox"', "/srv/iw/inbox"),
+        ('notice = "/srv/iw/outbox"', "/srv/iw/outbox"),
+    ],
+)
+def test_the_status_files_are_in_the_root_or_where_it_is_said(write, extra, place):
+    assert load(write(f"{ROOT}{extra}\n"), {}).folders.notice == place
+
+
+def test_without_a_root_there_are_no_status_files_unless_a_folder_is_named(write):
+    places = "".join(f'{name} = "/srv/{name}"\n' for name in ("inbox", "outbox", "errors", "archive"))
+    assert load(write(f"[folders]\n{places}"), {}).folders.notice == ""
+    assert load(write(f'[folders]\n{places}notice = "n"\n'), {}).folders.notice.endswith("/n")
+
+
+@pytest.mark.parametrize("place", ["state", "iw/archive", "iw/errors", "iw/errors/x", "iw/inbox/x", "iw/outbox/x"])
+def test_the_status_files_may_not_be_where_others_or_a_prompts_files_are(write, place):
+    found = problems(write(f'{ROOT}state = "/srv/state"\nnotice = "/srv/{place}"\n'))
+    assert "is inside folders." in found["folders.notice"]
+
+
+def test_a_root_that_is_one_of_the_folders_has_no_status_files_and_is_no_problem(write):
+    places = 'inbox = "/a"\noutbox = "/b"\nerrors = "/c"\narchive = "/srv/iw"\n'
+    assert load(write(ROOT + places), {}).folders.notice == ""
+    places = 'inbox = "/srv/iw"\noutbox = "/b"\nerrors = "/c"\narchive = "/d"\n'
+    assert load(write(ROOT + places), {}).folders.notice == "/srv/iw"
 
 
 def test_folders_with_a_common_beginning_of_name_are_separate(write):

@@ -1,0 +1,134 @@
+"""What the status file in the folders says about the queue, for the sender of a prompt.
+
+The sender may have only the folders: no state folder, no log, no shell on the daemon's machine. The file is from a
+folder that others may write, so it is information only: what was dropped stays dropped.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime  # noqa: TC003  msgspec needs the type
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from imagewatch.protocol import notice
+from imagewatch.system.text import local, printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
+    from imagewatch.config.schema import Config
+    from imagewatch.protocol.notice import HoldNotice, Notice
+
+_NOT_RUNNING = "ask the administrator to start it"
+
+
+class QueueState(msgspec.Struct, frozen=True, kw_only=True):
+    """Why a prompt is not processed soon; for programs, the key ``queue`` of a result.
+
+    Attributes:
+        state: ``on_hold`` or ``not_running``.
+        message: Why.
+        next: What to do.
+        since: Since when, if that is known.
+        next_try_at: When the daemon tries again automatically, if it does.
+    """
+
+    state: str
+    message: str
+    next: str
+    since: datetime | None = None
+    next_try_at: datetime | None = None
+
+
+class QueueReport:
+    """Reports once that the queue is on hold or that the daemon is not running, and again if that changes.
+
+    Args:
+        config: Where the status is.
+        folder: The folder below the inbox into which prompts are dropped.
+        provider: The provider that they name, if they name one.
+        clock: Wall clock, seconds since the epoch.
+        print_line: Prints a line for people.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: str,
+        provider: str | None,
+        clock: Callable[[], float],
+        print_line: Callable[[str], None],
+    ) -> None:
+        self._place = config.folders.notice
+        self._folder = folder.partition("/")[0]
+        self._provider = None if provider == "auto" else provider
+        self._clock = clock
+        self._print = print_line
+        self._reported: tuple[str, str] | None = None
+
+    def read(self) -> QueueState | None:
+        """Return why prompts are not processed soon; None if they are, or if that is not known."""
+        page = notice.read(self._place) if self._place else None
+        if page is None:
+            return None
+        if not page.is_running(self._clock()):
+            return _not_running(page)
+        holds = [hold for hold in page.holds if self._concerns(hold)]
+        return _on_hold(holds[0]) if holds else None
+
+    def _concerns(self, hold: HoldNotice) -> bool:
+        if hold.folder is not None and hold.folder != self._folder:
+            return False
+        return hold.provider is None or self._provider in {None, hold.provider}
+
+    def report(self, count: int) -> None:
+        """Print it, if that differs from what was printed last.
+
+        Args:
+            count: How many prompts were dropped.
+        """
+        state = self.read()
+        now = (state.state, state.message) if state else None
+        if now == self._reported:
+            return
+        self._reported = now
+        if state is None:
+            self._print("The queue is not on hold any more.")
+            return
+        next_try = f"; next try at {local(state.next_try_at.timestamp())}" if state.next_try_at else ""
+        since = f" (since {local(state.since.timestamp())})" if state.since else ""
+        it = "The prompt stays" if count == 1 else f"The {count:,} prompts stay"
+        self._print(f"imagewatch: {printable(state.message)}{since}{next_try}")
+        self._print(f"  {it} in the inbox. What to do: {printable(state.next)}")
+
+    def as_json(self) -> dict[str, Any] | None:
+        """Return the same for programs."""
+        state = self.read()
+        return msgspec.to_builtins(state) if state else None
+
+
+def _not_running(page: Notice) -> QueueState:
+    if page.state == "stopped":
+        since = page.stopped_at or page.written_at
+        message = "the daemon is not running: it was stopped"
+    else:
+        since = page.next_writing_at or page.written_at
+        message = "the daemon is not running: its status is overdue"
+    return QueueState(state="not_running", message=message, next=_NOT_RUNNING, since=since)
+
+
+def _on_hold(hold: HoldNotice) -> QueueState:
+    whose = ""
+    if hold.folder is not None:
+        whose = f" for the folder {hold.folder or 'inbox'}"
+    elif hold.provider is not None:
+        whose = f" for {hold.provider}"
+    return QueueState(
+        state="on_hold",
+        message=f"the queue is on hold{whose} ({hold.kind}): {hold.message}",
+        next=hold.next,
+        since=hold.since,
+        next_try_at=hold.next_try_at,
+    )
