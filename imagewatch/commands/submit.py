@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from imagewatch.commands.common import Seconds, config_option, load_folders
+from imagewatch.commands.common import Seconds, config_option, load_config
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
 from imagewatch.commands.interrupts import Interrupted, Interrupts
 from imagewatch.commands.queue_state import QueueReport
 from imagewatch.commands.results import name_dropped, print_results, report
 from imagewatch.commands.terminal import say, silence
 from imagewatch.commands.wait import Waiting
+from imagewatch.config.load import load
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
@@ -91,8 +92,9 @@ _OPTIONS = ("provider", "model", "n", "size", "quality", "output_format", "seed"
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
     """Drop prompts into the inbox; with --wait, print their results.
 
-    PROMPT is the text. The command checks prompts and images, and drops them in the right order. It does not need the
-    key. With --wait it prints the images, as paths, Markdown image lines or JSON, and what they cost.
+    PROMPT is the text; - reads it from standard input. The command checks prompts and images, and drops them in the
+    right order. It does not need the key. With --wait it prints the images, as paths, Markdown image lines or JSON, and
+    what they cost.
     """
     if options["as_json"]:
         if options["form"] == "markdown":
@@ -100,7 +102,7 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
         options["form"] = "json"
     if not options["wait"] and (options["timeout"] is not None or options["form"] == "markdown"):
         raise click.UsageError("--timeout and --format markdown need --wait")
-    call = _Call(load_folders(path, options["root"]), options)
+    call = _Call(_config(path, options["root"]), options)
     with Interrupts() as interrupts:
         try:
             _run(prompts, call, interrupts)
@@ -151,6 +153,13 @@ class _Call:
     def form(self) -> str:
         """What is printed: ``paths``, ``markdown`` or ``json``."""
         return str(self.options["form"])
+
+
+def _config(path: str | None, root: str | None) -> Config:
+    if root is None:
+        return load_config(path)
+    # Only the folders: other variables of this environment are for a daemon of this user.
+    return load(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
 
 
 # Dropping
@@ -265,12 +274,14 @@ def _name_dropped(call: _Call) -> None:
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, SubmitRequest]]:
     """Return each prompt with a label for messages about it."""
     asked, images = {name: options[name] for name in _OPTIONS}, tuple(options["images"])
+    texts = [text for text in prompts if text != "-"]
+    files = (*options["files"], "-") if len(texts) < len(prompts) else options["files"]
     requests = [
-        (f"prompt {number}", SubmitRequest(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)
+        (f"prompt {number}", SubmitRequest(text.strip(), asked, images)) for number, text in enumerate(texts, 1)
     ]
     problems: list[Problem] = []
-    for file in options["files"] or (() if prompts else ("-",)):
-        if not options["files"] and (sys.stdin is None or sys.stdin.isatty()):
+    for file in files or (() if prompts else ("-",)):
+        if not files and (sys.stdin is None or sys.stdin.isatty()):
             raise click.UsageError("no prompt: give its text, or a file with --from")
         try:
             requests.append((file, SubmitRequest.of_file(_content(file), file, asked, images)))

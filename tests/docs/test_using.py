@@ -136,28 +136,31 @@ def test_the_skill_has_the_format_that_agents_expect():
     assert [path.name for path in SKILL_FILE.parent.iterdir()] == ["SKILL.md"], "text only"
 
 
-def status_file(folders: Folders, **more: Any) -> None:
+def status_file(root: Path, **more: Any) -> None:
     """Write what the daemon writes while the queue is on hold."""
     now = time.time()
     held = notice.HoldNotice(kind="credits", message="Not enough credits", next="add credits")
     values = {"state": "on_hold", "holds": (held,), "waiting": notice.Waiting(count=7), **more}
     times = {"written_at": notice.at(now), "next_writing_at": notice.at(now + 60)}
     content = notice.encode(notice.Notice(**{"version": "1", **times, **values}))
-    (folders.root / notice.JSON).write_bytes(content)
+    (root / notice.JSON).write_bytes(content)
 
 
-def test_the_skill_reads_the_status_file(shell, folders):
+def test_the_skill_reads_the_status_file(shell, folders, tmp_path):
     status = blocks(SKILL, "sh")[0]
-    status_file(folders)
-    assert shell(status).stdout.splitlines() == [
+    until((folders.root / notice.JSON).exists)
+    assert shell(status).stdout.splitlines() == ["state: running", "waiting: 0 - in flight: 0"]
+    held = status.replace(PLACE, shlex.quote(str(tmp_path)))  # where no daemon writes
+    status_file(tmp_path)
+    assert shell(held).stdout.splitlines() == [
         "state: on_hold",
         "on hold: Not enough credits - next: add credits",
         "waiting: 7 - in flight: 0",
     ]
-    status_file(folders, next_writing_at=notice.at(time.time() - 61))
-    assert shell(status).stdout.startswith("state: not running (the status is overdue)\n")
-    status_file(folders, state="stopped", next_writing_at=None, holds=())
-    assert shell(status).stdout.splitlines()[0] == "state: stopped"
+    status_file(tmp_path, next_writing_at=notice.at(time.time() - 61))
+    assert shell(held).stdout.startswith("state: not running (the status is overdue)\n")
+    status_file(tmp_path, state="stopped", next_writing_at=None, holds=())
+    assert shell(held).stdout.splitlines()[0] == "state: stopped"
 
 
 def test_every_command_of_the_skill_works_in_its_order(shell, folders, sandbox):
