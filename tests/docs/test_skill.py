@@ -50,11 +50,13 @@ def test_the_description_has_the_words_of_people_and_says_what_it_is_not_for():
 
 
 def test_the_skill_reports_credits_only_if_the_user_asks():
-    for line in TEXT.splitlines():
-        if re.search("credits", line) and "API" not in line:
-            assert re.search(r"only if the user asks|stderr has the credits|If the user asks|^  credits, key", line), (
-                line
-            )
+    assert "- Mention credits or costs only if the user asks for them.\n" in TEXT
+    assert "If the user asks what it cost: the key is `credits_charged`." in TEXT
+    assert TEXT.count("credits_charged") == 1
+    assert not re.search(r"[Rr]eport (how many|the) credits", TEXT)
+    assert not [
+        block for block in re.findall(r"^```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL) if "credit" in block
+    ]
 
 
 def test_the_skill_names_only_commands_and_options_that_exist():
