@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     from imagewatch.config.schema import Config
 
-MOST_SECONDS = 45.0
-"""A call is answered within this time, in whatever state the job is."""
+_MOST_SECONDS = 30.0
+"""With the time for previews (``mcp_answers``) a call is answered within 45 s, in whatever state the job is."""
 _EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
 
 
@@ -47,7 +47,7 @@ _EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
 @click.option(
     "--wait",
     "seconds",
-    type=Seconds(1, MOST_SECONDS - 5),
+    type=Seconds(1, _MOST_SECONDS),
     default=25.0,
     show_default=True,
     metavar="SECONDS",

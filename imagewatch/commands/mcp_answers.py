@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 _MOST_FILES = 20
 _MOST_TEXT = 500
 _MOST_PIXELS = 20_000_000
-_PATIENCE = Patience(processor=2.0, clock=3.0)
-"""For one preview; there are at most four."""
+_PATIENCE = Patience(processor=5.0, clock=7.0)
+"""For one preview."""
+_PREVIEWS_SECONDS = 7.0
+"""After this time no further preview is begun."""
+_MOST_PREVIEWS = 4
 _MESSAGES = {
     "waiting": "The request waits in the queue. It continues without you: ask again with get_image and the same name.",
     "in_progress": "The request is in progress. It continues without you: ask again with get_image and the same name.",
@@ -92,9 +95,12 @@ class Answers:
     def previews(self, job: Job) -> list[bytes]:
         """Return a small WebP of each image that can be decoded in a short time."""
         made: list[bytes] = []
+        began = time.monotonic()
         decoder = Decoder(_PATIENCE)
         try:
-            for path in job.images[:4]:
+            for path in job.images[:_MOST_PREVIEWS]:
+                if time.monotonic() - began > _PREVIEWS_SECONDS:
+                    break
                 try:
                     with self._jobs.open_image(path) as file:
                         made.append(decoder.shrink(file, _MOST_PIXELS))

@@ -201,6 +201,13 @@ def test_a_result_of_another_text_is_not_that_of_this_request(watched):
     assert watched.jobs.find("cat").images == (f"{watched.root}/outbox/cat.7f3a.png",)
 
 
+def test_a_result_of_another_prompt_with_a_similar_name_is_not_that_of_this_request(watched):
+    watched.create()
+    watched.claim()
+    watched.finish("cat.7f3a")
+    assert watched.jobs.find("cat").state == "in_progress"
+
+
 def test_a_failed_prompt_that_a_person_puts_back_is_in_progress_again(watched):
     watched.create()
     watched.claim()
