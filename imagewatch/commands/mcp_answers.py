@@ -36,11 +36,15 @@ _MESSAGES = {
     "user before you create it again.",
     "unknown": "There is no request of this name.",
 }
+_STOPPED = (
+    "The request is kept, and nothing is sent at the moment: report the reason in queue to the user. It continues "
+    "automatically later. Do not create it again; ask with get_image and the same name when the user wants to know."
+)
 _FAILED = {
     "no": "The request failed and nothing was charged. If the cause is in the prompt or its images, fix it and create "
     "it under a new name, once. Else report the error to the user.",
     "unknown": "The request failed and may have been charged. Do not create it again: ask the user first.",
-    "yes": "The request was charged, but the response holds no readable image. Do not create it again: tell the user.",
+    "yes": "The request was charged, but the response holds no readable image. Report it. Do not create it again.",
 }
 
 
@@ -81,6 +85,8 @@ class Answers:
             answer["credits_charged"] = _number(job.facts.get("credits_charged"))
         if not job.is_over:
             answer["queue"] = self.queue()
+            if answer["queue"]["state"] in {"on_hold", "not_running"}:
+                answer["message"] = _STOPPED
         return answer
 
     def queue(self) -> dict[str, Any]:

@@ -300,6 +300,7 @@ def test_an_image_that_waits_comes_with_the_reason_for_the_hold(agent, folders):
     answer = agent.call("create_image", wait="1", name="cat", prompt="A cat").structured_content
     assert answer["state"] == "waiting"
     assert answer["queue"]["state"] == "on_hold"
+    assert "report the reason" in answer["message"]
     assert answer["queue"]["holds"][0]["message"] == "Not enough credits"
     assert agent.call("list_waiting").structured_content == answer["queue"]
     assert agent.call("cancel_image", name="cat").structured_content["state"] == "canceled"
