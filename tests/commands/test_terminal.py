@@ -144,7 +144,7 @@ def test_output_that_cannot_be_written_is_reported_in_one_line(mixed: Folders, a
         )
     dropped = arguments.startswith("submit")
     assert done.returncode == (69 if dropped else 74)
-    assert done.stderr.startswith("imagewatch: cannot write the output: No space left on device\n")
+    assert "imagewatch: cannot write the output: No space left on device\n" in done.stderr
     assert "Traceback" not in done.stderr
     assert ("full.prompt.txt" in mixed.names("inbox")) == dropped
     assert (f"  {mixed.inbox}/full.prompt.txt\n" in done.stderr) == dropped

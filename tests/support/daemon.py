@@ -116,7 +116,7 @@ class Folders:
             if path.name not in {"lock", ".imagewatch-claims"}
         ]
         left += [str(path) for path in below(self.root) if path.name.startswith(".iw-")]
-        return left
+        return [one for one in left if "/.iw-status." not in one]  # a status file that is being written
 
     def answers(self) -> list[Path]:
         """The saved responses and images of all jobs, with what is being written."""

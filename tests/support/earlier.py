@@ -212,7 +212,7 @@ def _published(folders: Folders) -> dict[str, str]:
     found = {}
     for path in sorted(folders.root.rglob("*")):
         name = path.relative_to(folders.root).as_posix()
-        if path.is_file() and not name.startswith("inbox/.imagewatch/"):
+        if path.is_file() and not name.startswith(("inbox/.imagewatch/", "imagewatch-status.")):
             content = path.read_bytes()
             charged = re.search(rb'^charged = "(\w+)"$', content, re.MULTILINE)
             is_result = name.endswith((".receipt.toml", ".error.toml"))
