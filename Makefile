@@ -36,7 +36,7 @@ lowest: .venv/.installed
 	$(PYTHON) .ci/lowest.py > .build/lowest.txt
 	python3 -m venv --without-pip --clear .build/lowest
 	python3 -m pip --python .build/lowest install -q -e '.[test]' -c .build/lowest.txt
-	.build/lowest/bin/python -m pytest -q $(addprefix tests/,$(addsuffix .py,commands/test_cli commands/test_completion commands/test_terminal docs/test_supply job/test_receipts system/test_log))
+	.build/lowest/bin/python -m pytest -q $(addprefix tests/,$(addsuffix .py,commands/test_cli commands/test_completion commands/test_mcp commands/test_terminal docs/test_supply job/test_receipts system/test_log))
 
 HASHED = --require-hashes --only-binary :all:
 TOOLS = .build/tools

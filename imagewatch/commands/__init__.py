@@ -23,6 +23,13 @@ The modules, in reading order::
     drop            images and prompt into the inbox, in the right order
     wait            which receipts and error files belong to dropped prompts
     results         what submit prints
+    mcp             the folder for agents without a shell
+    mcp_server      its tools, and the library of the protocol
+    mcp_answers     what the tools answer
+    named_jobs      the same name is the same job
+    name_notes      which names were used, in the folder
+    allowed_images  which images may be sent
+    skill           instructions for agents with a shell
     queue_state     what submit prints while the queue is on hold or the daemon is not running
     interrupts      signals, obeyed where submit can report what it has done
     check           what the daemon would do with each file of the inbox

@@ -44,3 +44,16 @@ def load_config(path: str | None) -> Config:
         path: The file named by ``--config``, or None for the first one that is found.
     """
     return load.load(locate.find(path, os.environ, current_folder()), os.environ)
+
+
+def load_folders(path: str | None, root: str | None) -> Config:
+    """Return the configuration for a command that needs only the folders.
+
+    Args:
+        path: The file named by ``--config``, or None.
+        root: The watched folder if this machine has no configuration for it, or None.
+    """
+    if root is None:
+        return load_config(path)
+    # Only the folders: other variables of this environment are for a daemon of this user.
+    return load.load(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})

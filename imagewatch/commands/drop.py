@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from typing import Self
 
     from imagewatch.config.schema import Config
+    from imagewatch.protocol.request import Opener
 
 _STAGED = ".submit-"
 _STALE_SECONDS = 86_400.0
@@ -176,6 +177,21 @@ class _Staged:
     files: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class Staged:
+    """A prompt that was written and checked, and is not dropped yet.
+
+    Attributes:
+        hidden: Its name in the folder until it is dropped.
+        text: Its text.
+        images: The names that its images get.
+    """
+
+    hidden: str
+    text: str
+    images: tuple[str, ...]
+
+
 class Delivery:
     """Prompts for one folder of the inbox: the first is dropped when all of them are valid.
 
@@ -186,6 +202,7 @@ class Delivery:
         folder: Folder below the inbox, or an empty string.
         blind: Only the folders are known, so that presets cannot be checked.
         staged: How hidden names begin. Files of other beginnings than the usual one are never removed as leftovers.
+        opener: Opens the images of the caller.
 
     Attributes:
         disk: The disk.
@@ -196,8 +213,17 @@ class Delivery:
         SpoolError: The inbox does not exist or cannot be written.
     """
 
-    def __init__(self, config: Config, folder: str, *, blind: bool = False, staged: str = _STAGED) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: str,
+        *,
+        blind: bool = False,
+        opener: Opener = open_file,
+        staged: str = _STAGED,
+    ) -> None:
         self._config = config
+        self._opener = opener
         self._folder = folder
         self._blind = blind
         self._prefix = staged
@@ -249,6 +275,16 @@ class Delivery:
             file.write(content)
         images = tuple(os.path.basename(path) for path, _ in staged.files[:-1])
         self._check(Dropped(folder=self._folder, stem=hidden, images=images, declared=None))
+
+    @property
+    def staged(self) -> list[Staged]:
+        """The prompts that were staged and are not dropped yet."""
+        return [
+            Staged(
+                os.path.basename(one.files[-1][0]), one.text, tuple(os.path.basename(to) for _, to in one.files[:-1])
+            )
+            for one in self._staged
+        ]
 
     def place(self) -> Generator[Result, None, None]:
         """Drop everything that was staged; yield each prompt that is in the inbox.
@@ -364,8 +400,11 @@ class Delivery:
             raise BadRequest([Problem(path, f"it {error.strerror}", "use a copy of the image")]) from None
         if not os.path.exists(real):
             raise BadRequest([Problem(path, "no such file", "check the path of the image")])
-        ending = "." + read_image(real, path).mime.rpartition("/")[2]
-        with open_plain(real, path) as image, self._writing(staged, hidden + ending, name + ending) as copy:
+        ending = "." + read_image(real, path, opener=self._opener).mime.rpartition("/")[2]
+        with (
+            open_plain(real, path, self._opener) as image,
+            self._writing(staged, hidden + ending, name + ending) as copy,
+        ):
             shutil.copyfileobj(image, copy, _COPY_BYTES)
         return name + ending
 

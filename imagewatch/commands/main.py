@@ -43,11 +43,13 @@ COMMANDS: Mapping[str, tuple[str, str]] = {
     "history": ("history", "Show completed, refused and unknown jobs and their cost."),
     "hold": ("hold", "Put the queue on hold: nothing more is sent."),
     "init": ("init", "Write a configuration file with comments."),
+    "mcp": ("mcp", "Offer the folder to agents without a shell (MCP)."),
     "once": ("once", "Process all prompts in the inbox, then exit."),
     "release": ("hold", "End all holds except those of caps."),
     "retry": ("retry", "Put failed prompts back into the inbox."),
     "run": ("run", "Run the daemon: watch the inbox until stopped."),
     "sandbox": ("sandbox", "Run a local test endpoint that charges nothing."),
+    "skill": ("skill", "Print or install instructions for agents (an Agent Skill)."),
     "status": ("status", "Show what the daemon is doing: prompts, requests, holds, credits."),
     "submit": ("submit", "Drop prompts into the inbox; with --wait, print their results."),
 }

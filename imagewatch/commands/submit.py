@@ -112,8 +112,9 @@ _json_option = click.option("--json", "as_json", is_flag=True, help="The same as
 def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  # noqa: ANN401  click's own
     """Drop prompts into the inbox; with --wait, print their results.
 
-    PROMPT is the text. The command checks prompts and images, and drops them in the right order. It does not need the
-    key. With --wait it prints the images, as paths, Markdown image lines or JSON, and what they cost.
+    PROMPT is the text; - reads it from standard input. The command checks prompts and images, and drops them in the
+    right order. It does not need the key. With --wait it prints the images, as paths, Markdown image lines or JSON, and
+    what they cost.
 
     With --table, each row of a CSV file is a prompt. Columns have the names of options or of fields of the template. A
     second run drops only the rows that were not dropped yet.
@@ -417,12 +418,14 @@ def _name_dropped(call: _Call) -> None:
 def _requests(prompts: Sequence[str], options: dict[str, Any]) -> list[tuple[str, SubmitRequest]]:
     """Return each prompt with a label for messages about it."""
     asked, images = {name: options[name] for name in _OPTIONS}, tuple(options["images"])
+    texts = [text for text in prompts if text != "-"]
+    files = (*options["files"], "-") if len(texts) < len(prompts) else options["files"]
     requests = [
-        (f"prompt {number}", SubmitRequest(text.strip(), asked, images)) for number, text in enumerate(prompts, 1)
+        (f"prompt {number}", SubmitRequest(text.strip(), asked, images)) for number, text in enumerate(texts, 1)
     ]
     problems: list[Problem] = []
-    for file in options["files"] or (() if prompts else ("-",)):
-        if not options["files"] and (sys.stdin is None or sys.stdin.isatty()):
+    for file in files or (() if prompts else ("-",)):
+        if not files and (sys.stdin is None or sys.stdin.isatty()):
             raise click.UsageError("no prompt: give its text, or a file with --from")
         try:
             requests.append((file, SubmitRequest.of_file(_content(file), file, asked, images)))

@@ -156,7 +156,7 @@ class Waiting:
         return sum(os.path.lexists(os.path.join(self._inbox, job.source)) for job in self._jobs.values())
 
     def _read(self, place: _Place, path: str, identity: _Identity, left: dict[str, Result]) -> None:
-        facts = _facts(path)
+        facts = read_facts(path)
         if facts is None:
             place.stamp = 0  # list the folder again
             return
@@ -166,20 +166,20 @@ class Waiting:
         for job in left.values():
             if job.is_from(facts):
                 job.destination, job.result_file, job.facts = place.destination, path, facts
-                job.images = [os.path.join(place.path, name) for name in _images(facts)]
+                job.images = [os.path.join(place.path, name) for name in image_names(facts)]
 
 
 def _result_files(place: _Place, stems: Collection[str]) -> Iterator[tuple[str, _Identity]]:
     """Yield path and identity of what may be the result file of one of these prompts, if the folder has changed."""
     for name in place.names():
-        if _may_be_of(name[: -len(place.ending)], stems):
+        if may_be_of(name[: -len(place.ending)], stems):
             path = os.path.join(place.path, name)
             with contextlib.suppress(FileNotFoundError):
                 status = os.lstat(path)
                 yield path, (path, status.st_ino, status.st_ctime_ns)
 
 
-def _may_be_of(base: str, stems: Collection[str]) -> bool:
+def may_be_of(base: str, stems: Collection[str]) -> bool:
     """Return whether a result file may belong to one of these prompts. If its name existed, the job's id is in it."""
     for _ in range(_MOST_TAGS + 1):
         if base in stems:
@@ -190,7 +190,7 @@ def _may_be_of(base: str, stems: Collection[str]) -> bool:
     return False
 
 
-def _facts(path: str) -> dict[str, Any] | None:
+def read_facts(path: str) -> dict[str, Any] | None:
     """Return the keys of a result file: none if it is not one of ours, None if it cannot be read at the moment."""
     try:
         with open_file(path) as file:
@@ -212,12 +212,12 @@ def _job_in(path: str) -> set[str]:
     A backup, a ``chmod`` or a copy makes that file look new, and its job must not be taken for a later one.
     """
     with contextlib.suppress(SpoolError):  # another sender's, which this user may not read
-        job = (_facts(path) or {}).get("job")
+        job = (read_facts(path) or {}).get("job")
         return {job} if isinstance(job, str) else set()
     return set()
 
 
-def _images(facts: dict[str, Any]) -> list[str]:
+def image_names(facts: dict[str, Any]) -> list[str]:
     """Return the file names of the images; what else the response had is in the result file only."""
     tables = facts.get("images")
     found = [table for table in tables if isinstance(table, dict)] if isinstance(tables, list) else []

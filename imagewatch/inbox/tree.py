@@ -21,7 +21,7 @@ from imagewatch.inbox.claimed import MARK, looks_like_claims
 from imagewatch.inbox.folder import NO_SIBLINGS, Folder
 from imagewatch.inbox.listing import MANY, Others, pieces, why_near_miss, why_no_prompt
 from imagewatch.inbox.system_folders import why_not_entered
-from imagewatch.protocol.names import CLAIMS, CaselessStems, SiblingIndex, final_name, near_miss, stem_of
+from imagewatch.protocol.names import CLAIMS, NOTES, CaselessStems, SiblingIndex, final_name, near_miss, stem_of
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.file_systems import place_of
 from imagewatch.system.folders import Tops
@@ -334,7 +334,7 @@ class Folders:
         """Note whether a folder is scanned."""
         path = _join(folder.path, name)
         if why := why_not_entered(name):
-            if name != CLAIMS:
+            if name not in {CLAIMS, NOTES}:
                 ignored.add(path, why)
         elif not self._recursive:
             ignored.add(path, "a folder; inbox.recursive is off")

@@ -234,7 +234,7 @@ def test_images_of_the_command_line_replace_those_of_the_file(sender, sandbox, w
     assert call(sandbox)["inputs"] == [sha256(plain_image(color=(2, 0, 0)))]
 
 
-@pytest.mark.parametrize("arguments", [[], ["--from", "-"]])
+@pytest.mark.parametrize("arguments", [[], ["--from", "-"], ["-"]])
 def test_standard_input_is_read(sender, arguments):
     done = sender.submit(*arguments, "--name", "cat", stdin="+++\nn = 2\n+++\nEin Kätzchen\n".encode())
     assert done.returncode == 0, done.stderr

@@ -105,6 +105,7 @@ def test_the_state_table_is_the_one_in_the_code():
         ("httpx", {"endpoint/client", "endpoint/download", "endpoint/http_clients", "notify/post"}),
         ("httpcore", {"endpoint/connection"}),
         ("watchdog", {"inbox/events"}),
+        ("mcp", {"commands/mcp_server"}),
         ("tomli_w", {"commands/drop", "job/receipts"}),
         ("fcntl", {"inbox/open_files", "system/locks"}),
     ],

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ import pytest
 from support.daemon import until
 from support.endpoint import unique_png
 
+from imagewatch.protocol import notice
 from imagewatch.protocol.prompt import parse
 
 if TYPE_CHECKING:
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 USING = (ROOT / "docs/using.md").read_text()
-SKILL_FILE = ROOT / "skills/imagewatch/SKILL.md"
+SKILL_FILE = ROOT / "imagewatch/skills/imagewatch/SKILL.md"
 SKILL = SKILL_FILE.read_text()
 PLACE = "/srv/imagewatch"
 PROGRAMS = Path(sys.executable).parent
@@ -138,34 +140,63 @@ def test_the_skill_has_the_format_that_agents_expect():
     assert [path.name for path in SKILL_FILE.parent.iterdir()] == ["SKILL.md"], "text only"
 
 
+def status_file(root: Path, **more: Any) -> None:
+    """Write what the daemon writes while the queue is on hold."""
+    now = time.time()
+    held = notice.HoldNotice(kind="credits", message="Not enough credits", next="add credits")
+    values = {"state": "on_hold", "holds": (held,), "waiting": notice.Waiting(count=7), **more}
+    times = {"written_at": notice.at(now), "next_writing_at": notice.at(now + 60)}
+    content = notice.encode(notice.Notice(**{"version": "1", **times, **values}))
+    (root / notice.JSON).write_bytes(content)
+
+
+def test_the_skill_reads_the_status_file(shell, folders, tmp_path):
+    status = blocks(SKILL, "sh")[0]
+    until((folders.root / notice.JSON).exists)
+    assert shell(status).stdout.splitlines() == ["state: running", "waiting: 0 - in flight: 0"]
+    held = status.replace(PLACE, shlex.quote(str(tmp_path)))  # where no daemon writes
+    status_file(tmp_path)
+    assert shell(held).stdout.splitlines() == [
+        "state: on_hold",
+        "on hold: Not enough credits - next: add credits",
+        "waiting: 7 - in flight: 0",
+    ]
+    status_file(tmp_path, next_writing_at=notice.at(time.time() - 61))
+    assert shell(held).stdout.startswith("state: not running (the status is overdue)\n")
+    status_file(tmp_path, state="stopped", next_writing_at=None, holds=())
+    assert shell(held).stdout.splitlines()[0] == "state: stopped"
+
+
 def test_every_command_of_the_skill_works_in_its_order(shell, folders, sandbox):
     commands = blocks(SKILL, "sh")
-    assert len(commands) == 6
-    text, edit, wait, image, prompt, credits = commands  # noqa: A001
+    assert len(commands) == 7
+    _, text, edit, wait, image, prompt, read = commands
     done = shell(text)
     assert done.returncode == 0, done.stderr
-    assert re.fullmatch(r"!\[A lighthouse at dusk\]\(\.\./watched/outbox/lighthouse-3f9c\.\w+\)\n", done.stdout)
+    alt = r'A lighthouse at dusk, "Last Light" in \$5 letters on its wall'
+    assert re.fullmatch(rf"!\[{alt}\]\(\.\./watched/outbox/lighthouse-3f9c\.\w+\)\n", done.stdout)
     assert re.fullmatch(r"1 image, \d+ credits\.\n", done.stderr)
+    assert folders.receipt("lighthouse-3f9c")["prompt"].startswith('A lighthouse at dusk, "Last Light" in $5')
     done = shell(edit)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("![Put the boat into the harbour](../watched/outbox/harbour-71d0-") == 2
+    assert done.stdout.count("![Put the boat into the harbor](../watched/outbox/harbor-71d0-") == 2
     assert shell(wait).stdout.endswith("outbox/lighthouse-3f9c.receipt.toml\n")
     for command in (image, prompt, wait.replace("lighthouse-3f9c", "boat-9a41")):
         done = shell(command)
         assert done.returncode == 0, done.stderr
     receipt = tomllib.loads((folders.outbox / "boat-9a41.receipt.toml").read_text())
     assert (receipt["prompt"], len(receipt["inputs"])) == ("The boat at night", 1)
-    assert f"credits_charged = {receipt['credits_charged']}" in shell(credits).stdout
-    assert shell(credits).stdout.splitlines() == [
-        'charged = "yes"',
-        f"credits_charged = {receipt['credits_charged']}",
-        f'file = "{receipt["images"][0]["file"]}"',
-    ], "nothing of the input"
+    assert shell(read).stdout.splitlines() == [
+        "message = None",
+        "next = None",
+        "charged = yes",
+        f"image = {receipt['images'][0]['file']}",
+    ], "nothing of the input, and no credits"
     assert sandbox.report()["requests"] == 3
 
 
 def test_the_skill_reads_the_keys_of_a_receipt_and_not_the_text_of_its_prompt(shell, folders):
-    credits = blocks(SKILL, "sh")[5]  # noqa: A001
+    read = blocks(SKILL, "sh")[6]
     text = 'Write:\n[[images]]\nfile = "no.png"\ncharged = "no"\n""" [[images]]\nfile = "no.png"\nEnd'
     front = '+++\ninput_images = ["boat-9a41.in1.png"]\nn = 2\n+++\n'
     folders.drop("boat-9a41.in1.png", unique_png("boat"))
@@ -173,17 +204,39 @@ def test_the_skill_reads_the_keys_of_a_receipt_and_not_the_text_of_its_prompt(sh
     until(lambda: folders.finished() == {"boat-9a41": "outbox"})
     receipt = folders.receipt("boat-9a41")
     assert receipt["prompt"] == text
-    assert shell(credits).stdout.splitlines() == [
-        'charged = "yes"',
-        f"credits_charged = {receipt['credits_charged']}",
-        *(f'file = "{image["file"]}"' for image in receipt["images"]),
+    found = shell(read).stdout.splitlines()
+    assert found[3:] == [f"image = {image['file']}" for image in receipt["images"]]
+
+
+def test_the_skill_reads_an_error_file(shell, folders):
+    read = blocks(SKILL, "sh")[6].replace("outbox/boat-9a41.receipt.toml", "errors/boat-9a41.error.toml")
+    folders.prompt("boat-9a41", "+++\nn = 9\nqualty = 'high'\n+++\nx")
+    until(lambda: folders.finished() == {"boat-9a41": "errors"})
+    error = folders.error("boat-9a41")
+    assert shell(read).stdout.splitlines() == [
+        f"message = {error['message']}",
+        f"next = {error['next']}",
+        "charged = no",
+        *(f"problem = {problem}" for problem in error["problems"]),
     ]
 
 
 def test_waiting_as_in_the_skill_ends_when_there_is_an_error_file(shell, folders):
-    _, _, wait, *_ = blocks(SKILL, "sh")
+    wait = blocks(SKILL, "sh")[3]
     folders.prompt("lighthouse-3f9c", "x [sandbox: 400]")
     assert shell(wait).stdout.endswith("errors/lighthouse-3f9c.error.toml\n")
+
+
+def test_no_prompt_in_the_skill_is_an_argument_of_a_command():
+    for command in blocks(SKILL, "sh"):
+        for line in command.splitlines():
+            if line.startswith("imagewatch submit"):
+                words = shlex.split(line.partition(" <<")[0])[2:]
+                values = {"--root", "--name", "--timeout", "--format", "--image", "-n"}
+                free = [
+                    w for before, w in zip(["", *words], words, strict=False) if w[0] != "-" and before not in values
+                ]
+                assert (free, line.endswith(" <<'END'")) == ([], True)
 
 
 def test_the_exit_codes_of_the_skill_are_those_of_the_command():
