@@ -177,7 +177,7 @@ class Batch:
             for one in group:
                 delivery.stage(one.row.request, one.row.stem)
             delivery.sync()
-            staged = delivery.staged()
+            staged = delivery.staged_names()
             record.add([one.row for one in group], staged)
             try:
                 with contextlib.closing(delivery.place()) as placed:
@@ -229,7 +229,7 @@ def _template(raw: bytes, path: str, images: tuple[str, ...]) -> SubmitRequest:
 
 def _withdraw(delivery: Delivery, record: RowRecord, prompts: Sequence[str]) -> None:
     """Record which rows of a group were not dropped, before their hidden files are removed."""
-    left = {names[-1] for names in delivery.staged()}
+    left = {names[-1] for names in delivery.staged_names()}
     if not left:
         return
     delivery.remove_images()

@@ -308,7 +308,7 @@ class Delivery:
             finally:  # also after the last one, if the caller is interrupted
                 self._sync(self._target)
 
-    def staged(self) -> list[list[str]]:
+    def staged_names(self) -> list[list[str]]:
         """Return the hidden names of each prompt that is staged; that of the prompt itself is the last."""
         return [[os.path.basename(path) for path, _ in one.files] for one in self._staged]
 
