@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from imagewatch.commands.batch import Batch
-from imagewatch.commands.common import Seconds, config_option, load_config
+from imagewatch.commands.common import Seconds, config_option, load_folders
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of, require_stem, stem_for
 from imagewatch.commands.expected_cost import Costs
 from imagewatch.commands.finished import FinishedPrompts, changed, describe
@@ -28,7 +28,6 @@ from imagewatch.commands.results import name_dropped, print_results, report
 from imagewatch.commands.row_record import STAGED, RowRecord
 from imagewatch.commands.terminal import say, silence
 from imagewatch.commands.wait import Waiting
-from imagewatch.config.load import load
 from imagewatch.protocol.prompt import MAX_BYTES
 from imagewatch.system.errors import BadRequest, Problem, SpoolError
 from imagewatch.system.exits import EXIT_FAILED, EXIT_HELD, EXIT_SIGNAL, EXIT_USAGE
@@ -120,7 +119,7 @@ def submit(prompts: Sequence[str], path: str | None, **options: Any) -> None:  #
     second run drops only the rows that were not dropped yet.
     """
     _require_fitting(prompts, options)
-    call = _Call(_config(path, options["root"]), _checked_form(options))
+    call = _Call(load_folders(path, options["root"]), _checked_form(options))
     with Interrupts() as interrupts:
         try:
             _run(functools.partial(_dropped, prompts), call, interrupts)
@@ -144,7 +143,7 @@ def again(name: str, path: str | None, n: int | None, seed: int | None, **option
     NAME is its base name, with its folder below the inbox, or the path of its receipt. The new prompt has a new name,
     and the same text, options and images, except for -n and --seed. The command prints what it may cost.
     """
-    call = _Call(_config(path, options["root"]), {"folder": "", "provider": None, **_checked_form(options)})
+    call = _Call(load_folders(path, options["root"]), {"folder": "", "provider": None, **_checked_form(options)})
     with Interrupts() as interrupts:
         try:
             _run(functools.partial(_dropped_again, name, n, seed), call, interrupts)
@@ -236,13 +235,6 @@ class _Call:
     def form(self) -> str:
         """What is printed: ``paths``, ``markdown`` or ``json``."""
         return str(self.options["form"])
-
-
-def _config(path: str | None, root: str | None) -> Config:
-    if root is None:
-        return load_config(path)
-    # Only the folders: other variables of this environment are for a daemon of this user.
-    return load(None, {"HOME": os.environ.get("HOME", ""), "IMAGEWATCH_FOLDERS__ROOT": os.path.abspath(root)})
 
 
 # Dropping
