@@ -16,6 +16,7 @@ from imagewatch.daemon.folder_status import FolderStatus
 from imagewatch.daemon.parts import Parts
 from imagewatch.journal.holds import Holds
 from imagewatch.protocol import notice
+from imagewatch.protocol.reasons import Reason
 from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
@@ -150,8 +151,9 @@ def test_a_machine_that_slept_is_late_by_the_wall_clock(kept: Kept) -> None:
 
 
 def test_the_same_hold_is_not_a_change_however_the_clocks_differ(kept: Kept) -> None:
-    kept.hold()
+    kept.parts.admission.refused(Reason("unreachable", "no route"), kept.now)
     kept.update()
+    assert kept.page.holds[0].next_try_at is not None
     before = kept.page
     kept.now += 5
     kept.wall += 5.9
