@@ -16,6 +16,7 @@ from imagewatch.daemon.folder_status import FolderStatus
 from imagewatch.daemon.parts import Parts
 from imagewatch.journal.holds import Holds
 from imagewatch.protocol import notice
+from imagewatch.protocol.reasons import Reason
 from imagewatch.system.disk import Disk
 
 if TYPE_CHECKING:
@@ -150,11 +151,12 @@ def test_a_machine_that_slept_is_late_by_the_wall_clock(kept: Kept) -> None:
 
 
 def test_the_same_hold_is_not_a_change_however_the_clocks_differ(kept: Kept) -> None:
-    kept.hold()
+    kept.parts.admission.refused(Reason("unreachable", "no route"), kept.now)
     kept.update()
+    assert kept.page.holds[0].next_try_at is not None
     before = kept.page
     kept.now += 5
-    kept.wall += 5.9
+    kept.wall += 6.5
     kept.update()
     assert kept.page == before
 
@@ -429,8 +431,11 @@ def test_in_the_inbox_or_the_outbox_it_is_no_prompt_and_not_shown(
 def test_a_root_that_is_the_inbox_is_watched_and_has_its_status(tmp_path: Path, sandbox: Sandbox, run: Run) -> None:
     others: dict[str, Any] = {f"folders__{name}": str(tmp_path / name) for name in ("outbox", "errors", "archive")}
     folders = Folders(tmp_path, sandbox.base_url, folders__inbox=str(tmp_path / "watched"), **others)
-    run(folders)
+    daemon = run(folders)
+    until((folders.root / notice.TEXT).exists)
     (folders.root / "cat.prompt.txt").write_text("a cat")
     until((tmp_path / "outbox/cat.receipt.toml").exists)
+    daemon.stop()
     page = page_in(folders.root)
-    assert (page.state, page.ignored.count) == ("running", 0)
+    assert (page.state, page.ignored.count) == ("stopped", 0)
+    assert not daemon.events("ignored")
