@@ -107,7 +107,7 @@ class FinishedPrompts:
             raise _none(name, f"see the names in {printable(self._folders.outbox)}")
         receipts = self._receipts(folder, stem)
         archived = self._archived(folder, stem) if not receipts else []
-        self._require_at_rest(folder, stem)
+        self._require_at_rest(folder, stem, {str(one.facts.get("job")) for one in receipts})
         if not receipts and not archived:
             raise self._not_finished(name, folder, stem)
         if len({_key(one) for one in receipts} or archived) > 1:
@@ -148,8 +148,13 @@ class FinishedPrompts:
                 found.append(path)
         return found
 
-    def _require_at_rest(self, folder: str, stem: str) -> None:
+    def _require_at_rest(self, folder: str, stem: str, done: set[str]) -> None:
         """Refuse a name whose newest prompt is not finished: it is not clear which one is meant.
+
+        Args:
+            folder: The folder below the inbox.
+            stem: The name.
+            done: The ids of its jobs that have a receipt.
 
         Raises:
             UsageError: It waits or is in flight.
@@ -157,17 +162,21 @@ class FinishedPrompts:
         source, hint = os.path.join(folder, stem + SUFFIX), "wait for its result, or name the receipt of another one"
         if os.path.lexists(os.path.join(self._folders.inbox, source)):
             raise UsageError(f"the prompt waits in the inbox and is not finished: {printable(source)}", hint=hint)
-        if self._is_in_flight(folder, stem):
+        if self._is_in_flight(folder, stem, done):
             raise UsageError(f"the prompt is in flight and not finished: {printable(source)}", hint=hint)
 
-    def _is_in_flight(self, folder: str, stem: str) -> bool:
-        """Return whether the status in the folders says so, or the journal if this user may read it."""
+    def _is_in_flight(self, folder: str, stem: str, done: set[str]) -> bool:
+        """Return whether the journal says so, if this user may read it, or the status in the folders.
+
+        For a moment, a job that has its receipt is in both. The journal has its id; the status has only names, so it
+        counts only if there is no receipt.
+        """
         source, names = os.path.join(folder, stem + SUFFIX), set()
-        if self._folders.notice and (found := notice.read(self._folders.notice)):
+        if not done and self._folders.notice and (found := notice.read(self._folders.notice)):
             names |= {one.name for one in found.in_flight.files}
         if self._config:
             with contextlib.suppress(SpoolError), open_journal(self._config) as journal:
-                jobs = [job for one in journal.unfinished() if (job := journal.job(one))]
+                jobs = [job for one in journal.unfinished() if one not in done and (job := journal.job(one))]
                 names |= {job.claim.source for job in jobs}
         return not names.isdisjoint({source, whole(source), printable(source)})
 
@@ -219,6 +228,8 @@ class FinishedPrompts:
                 shown = printable(name, 255)
                 kept = "is not in the archive, or was changed" if self._archive else "was removed (archive = delete)"
                 hint = "if you have the image: imagewatch submit --image FILE, with the text of the receipt"
+                if self._archive:
+                    hint = f"if the prompt was completed just now, run the command again in a second; {hint}"
                 raise UsageError(f"the image {shown} of this prompt {kept}", hint=hint)
             paths.append(path)
         return tuple(paths)

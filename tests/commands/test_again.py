@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import tomllib
@@ -175,12 +177,12 @@ def test_what_is_not_finished_is_refused_with_the_reason(person, sandbox, start)
     assert "waits in the inbox and is not finished: waits.prompt.txt" in refused(person, "waits")
 
 
-def in_flight(person: Person, sandbox: Sandbox, start: Any, environ: dict[str, str]) -> str:
+def in_flight(person: Person, sandbox: Sandbox, start: Any, environ: dict[str, str], count: int = 1) -> str:
     sandbox.hold()
     try:
         person.folders.prompt("flies", "A cat")
         start(person.folders, "run")
-        assert sandbox.wait_for_requests(1, 20)
+        assert sandbox.wait_for_requests(count, 20)
         person.known = environ
         return refused(person, "flies")
     finally:
@@ -189,6 +191,26 @@ def in_flight(person: Person, sandbox: Sandbox, start: Any, environ: dict[str, s
 
 def test_a_prompt_in_flight_is_refused(person, sandbox, start):
     text = in_flight(person, sandbox, start, {**person.environ, **person.folders.environ})
+    assert "the prompt is in flight and not finished: flies.prompt.txt" in text
+
+
+def test_a_job_that_has_its_receipt_is_finished_although_the_status_still_names_it(person):
+    person.folders.prompt("cat", "A cat")
+    person.once()
+    path = person.folders.root / "imagewatch-status.json"
+    status = json.loads(path.read_text())
+    status["in_flight"] = {"count": 1, "files": [{"name": "cat.prompt.txt"}]}
+    path.write_text(json.dumps(status))
+    with contextlib.closing(sqlite3.connect(person.folders.state / "ledger.sqlite3")) as database, database:
+        assert database.execute("UPDATE jobs SET state = 'published'").rowcount == 1
+    person.known = {**person.environ, **person.folders.environ}
+    assert person.again("cat").returncode == 0
+
+
+def test_a_newer_prompt_of_the_name_in_flight_is_refused_if_the_journal_can_be_read(person, sandbox, start):
+    person.folders.prompt("flies", "An older one")
+    person.once()
+    text = in_flight(person, sandbox, start, {**person.environ, **person.folders.environ}, count=2)
     assert "the prompt is in flight and not finished: flies.prompt.txt" in text
 
 
