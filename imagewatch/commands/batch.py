@@ -177,7 +177,7 @@ class Batch:
             for one in group:
                 delivery.stage(one.row.request, one.row.stem)
             delivery.sync()
-            staged = delivery.staged_names()
+            staged = delivery.staged
             record.add([one.row for one in group], staged)
             try:
                 with contextlib.closing(delivery.place()) as placed:
@@ -185,7 +185,7 @@ class Batch:
                         one.job = job
                         yield job
             finally:
-                _withdraw(delivery, record, [names[-1] for names in staged])
+                _withdraw(delivery, record, [one.prompt for one in staged])
 
     def print_plan(self, form: str, queue: dict[str, Any] | None) -> None:
         """Print all rows without dropping one: a table, or JSON; ``queue`` as of ``print_results``."""
@@ -229,7 +229,7 @@ def _template(raw: bytes, path: str, images: tuple[str, ...]) -> SubmitRequest:
 
 def _withdraw(delivery: Delivery, record: RowRecord, prompts: Sequence[str]) -> None:
     """Record which rows of a group were not dropped, before their hidden files are removed."""
-    left = {names[-1] for names in delivery.staged_names()}
+    left = {one.prompt for one in delivery.staged}
     if not left:
         return
     delivery.remove_images()

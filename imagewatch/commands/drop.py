@@ -182,14 +182,19 @@ class Staged:
     """A prompt that was written and checked, and is not dropped yet.
 
     Attributes:
-        hidden: Its name in the folder until it is dropped.
+        names: The names of its files in the folder until it is dropped, that of the prompt last.
         text: Its text.
         images: The names that its images get.
     """
 
-    hidden: str
+    names: tuple[str, ...]
     text: str
     images: tuple[str, ...]
+
+    @property
+    def prompt(self) -> str:
+        """The name of the prompt itself until it is dropped."""
+        return self.names[-1]
 
 
 class Delivery:
@@ -279,12 +284,11 @@ class Delivery:
     @property
     def staged(self) -> list[Staged]:
         """The prompts that were staged and are not dropped yet."""
-        return [
-            Staged(
-                os.path.basename(one.files[-1][0]), one.text, tuple(os.path.basename(to) for _, to in one.files[:-1])
-            )
-            for one in self._staged
-        ]
+        found = []
+        for one in self._staged:
+            names, finals = ([os.path.basename(path) for path in paths] for paths in zip(*one.files, strict=True))
+            found.append(Staged(tuple(names), one.text, tuple(finals[:-1])))
+        return found
 
     def place(self) -> Generator[Result, None, None]:
         """Drop everything that was staged; yield each prompt that is in the inbox.
@@ -307,10 +311,6 @@ class Delivery:
                 yield Result(staged.source, staged.text)
             finally:  # also after the last one, if the caller is interrupted
                 self._sync(self._target)
-
-    def staged_names(self) -> list[list[str]]:
-        """Return the hidden names of each prompt that is staged; that of the prompt itself is the last."""
-        return [[os.path.basename(path) for path, _ in one.files] for one in self._staged]
 
     def sync(self) -> None:
         """Make the names in the folder durable, if this user may."""

@@ -222,7 +222,7 @@ class NamedJobs:
             (staged,) = delivery.staged
             text = hashlib.sha256(staged.text.encode()).hexdigest()
             note = Note(
-                request=digest, prompt_sha256=text, staged=staged.hidden, images=staged.images, at=self._clock()
+                request=digest, prompt_sha256=text, staged=staged.prompt, images=staged.images, at=self._clock()
             )
             self._notes.create(name, note)
             try:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
     from typing import Self
 
+    from imagewatch.commands.drop import Staged
     from imagewatch.commands.table_rows import Row
     from imagewatch.system.disk import Disk
 
@@ -122,18 +123,14 @@ class RowRecord:
         """Return the rows that were dropped, by name; a name may have been dropped more than once."""
         return _by_name(self._entries)
 
-    def add(self, rows: Sequence[Row], staged: Sequence[Sequence[str]]) -> None:
+    def add(self, rows: Sequence[Row], staged: Sequence[Staged]) -> None:
         """Record rows durably before they are dropped.
 
         Args:
             rows: The rows.
-            staged: The hidden names of the files of each.
+            staged: The prompt of each, under its hidden name.
         """
-        entries = []
-        for row, names in zip(rows, staged, strict=True):
-            # The final name of an image is known by its number, and has the ending of the hidden one.
-            images = [f"{row.stem}.in{n}{os.path.splitext(name)[1]}" for n, name in enumerate(names[:-1], 1)]
-            entries.append(Entry(row.stem, row.digest, tuple(names), tuple(images)))
+        entries = [Entry(row.stem, row.digest, one.names, one.images) for row, one in zip(rows, staged, strict=True)]
         at = utc(time.time()).isoformat()
         self._append(
             _line({"name": e.name, "content": e.digest, "staged": e.staged, "images": e.images, "at": at})
@@ -147,9 +144,9 @@ class RowRecord:
         Args:
             prompts: The hidden names of their prompts.
         """
-        gone = set(prompts)
-        self._append(_line({"withdrawn": name}) for name in sorted(gone))
-        self._entries = [one for one in self._entries if one.prompt not in gone]
+        withdrawn = set(prompts)
+        self._append(_line({"withdrawn": name}) for name in sorted(withdrawn))
+        self._entries = [one for one in self._entries if one.prompt not in withdrawn]
 
     def _opened(self) -> IO[bytes]:
         tops = self._disk.tops
