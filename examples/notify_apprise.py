@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Pass a notification of imagewatch to Apprise's command line; its exit code is that of apprise.
 
-Usage, as the command below [notify]: notify_apprise.py URL… (addresses as Apprise knows them)
+Usage, as the command below [notify]: notify_apprise.py URL… (in the form of Apprise)
 """
 
 from __future__ import annotations

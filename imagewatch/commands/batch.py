@@ -155,7 +155,7 @@ class Batch:
             return
         limit = f"limits.burst ({most})" if most == burst and not self._blind else str(most)
         if not yes:
-            hint = "nothing was dropped; if you mean it, add --yes"
+            hint = "nothing was dropped; to drop all of them, add --yes"
             raise UsageError(f"{count} new prompts are more than {limit}", hint=hint)
         if burst and not self._blind:
             say(f"{count} new prompts are more than {limit}. The daemon puts the queue on hold for that.")

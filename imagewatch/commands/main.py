@@ -74,7 +74,8 @@ Exit codes:
       check the folders first
   74  a local disk is full, read-only or missing, or a job is stuck and is
       retried automatically (once)
-  75  another imagewatch uses this inbox
+  75  another imagewatch uses this inbox; another submit --table drops rows
+      into this folder
   78  the configuration is wrong"""
 
 

@@ -38,7 +38,7 @@ _MESSAGES = {
 }
 _STOPPED = (
     "The request is kept, and nothing is sent at the moment: report the reason in queue to the user. It continues "
-    "automatically later. Do not create it again; ask with get_image and the same name when the user wants to know."
+    "automatically later. Do not create it again; ask with get_image and the same name if the user asks for it."
 )
 _FAILED = {
     "no": "The request failed and nothing was charged. If the cause is in the prompt or its images, fix it and create "
@@ -59,7 +59,7 @@ class Answers:
         self._jobs = jobs
 
     def job(self, job: Job, *, cost: bool = False) -> dict[str, Any]:
-        """Return name, state, what to do next, and what the result file says.
+        """Return name, state, what to do next, and what is in the result file.
 
         Args:
             job: The job.

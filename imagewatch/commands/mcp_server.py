@@ -1,7 +1,7 @@
 """The server of ``imagewatch mcp``: tools, their arguments, and what they answer. The only module that imports ``mcp``.
 
 A job takes longer than most clients wait for a call. So each call is answered after a bounded time, with the name and
-the state. If a client hangs up, nothing is lost: what was dropped continues, and the same name asks for it again.
+the state. If a client disconnects, nothing is lost: what was dropped continues, and the same name asks for it again.
 """
 
 from __future__ import annotations
@@ -201,7 +201,7 @@ class Tools:
         return _structured(await asyncio.to_thread(self._answers.job, job, cost=asked.cost), previews)
 
     async def _dropped(self, work: Callable[..., Job], *arguments: object) -> Job:
-        """Drop a prompt in a thread; if the client hangs up meanwhile, this is completed first."""
+        """Drop a prompt in a thread; if the client disconnects meanwhile, this is completed first."""
         task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
         self.drops.add(task)
         task.add_done_callback(self.drops.discard)
@@ -228,7 +228,7 @@ def _failed(message: str, problems: list[str]) -> types.CallToolResult:
 
 
 def serve(jobs: NamedJobs, seconds: float) -> None:
-    """Answer the calls of one client on standard input and output until it hangs up.
+    """Answer the calls of one client on standard input and output until it disconnects.
 
     Args:
         jobs: The jobs.

@@ -5,8 +5,8 @@ noted before its prompt is dropped, in a hidden folder of the inbox that the dae
 only if there is none of its name: of two processes that drop the same name at the same time, one drops it.
 
 The note has the hidden name under which the prompt was written. A rename gives the prompt its own name, and a file can
-be renamed only once. If the file still has its hidden name, the prompt was not dropped; who renames it away makes sure
-that it never will be.
+be renamed only once. If the file still has its hidden name, the prompt was not dropped; a process that
+renames it away makes sure that it never will be.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Notes:
         self._disk.publish(self._path(name), self._temporary(), _encoded(note), lambda number: os.fchmod(number, _MODE))
 
     def is_staged(self, note: Note) -> float | None:
-        """Return since when a prompt has its hidden name, by the clock of the disk; None if it has it no more."""
+        """Return since when a prompt has its hidden name, by the clock of the disk; None if it was renamed."""
         try:
             return self._disk.tops.lstat(os.path.join(self._target, note.staged)).st_ctime
         except OSError:

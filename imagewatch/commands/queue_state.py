@@ -1,4 +1,4 @@
-"""What the status file in the folders says about the queue, for the sender of a prompt.
+"""What the status file in the folders has about the queue, for the sender of a prompt.
 
 The sender may have only the folders: no state folder, no log, no shell on the daemon's machine. The file is from a
 folder that others may write, so it is information only: what was dropped stays dropped.

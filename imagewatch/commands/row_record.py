@@ -169,7 +169,7 @@ class RowRecord:
         return file
 
     def _share(self, file: IO[bytes], folder: os.stat_result) -> None:
-        """Let everyone who may write the folder use the record, if it is one.
+        """Give access to the record, if it is one, to all who may write the folder.
 
         Raises:
             SpoolError: It is no file of its own.
@@ -178,7 +178,7 @@ class RowRecord:
         if reason := refusal(status, folder):
             message = f"the record of dropped rows {reason}: {printable(self._path)}"
             raise SpoolError(message, path=self._path, hint="remove it; then check which rows were dropped")
-        # Who may write the folder must also read the record, even if they may not list the folder.
+        # Users who may write the folder must also read the record, even if they may not list the folder.
         mode = folder.st_mode & 0o666 | (folder.st_mode & 0o222) << 1 | 0o600
         if status.st_uid == os.geteuid() and stat.S_IMODE(status.st_mode) != mode:
             with contextlib.suppress(PermissionError):  # a file system without modes

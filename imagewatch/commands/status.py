@@ -105,7 +105,7 @@ def _places(page: dict[str, Any]) -> Iterator[str]:
     for path, reason in page["polled"]["folders"].items():
         yield f"             {path}: scanned regularly ({reason})"
     if place := page.get("notice"):  # an older daemon does not write it
-        yield f"  notice     {place['folder']}/{STATUS_TEXT}"
+        yield f"  status     {place['folder']}/{STATUS_TEXT}"
         if place["problem"]:
             yield click.style(f"             not written: {place['problem']}", fg="red")
 

@@ -210,7 +210,7 @@ class _Call:
         batch: The rows, if the prompts come from a table.
         is_printed: Whether it has begun to print results: JSON must not be printed twice.
         is_named: Whether every prompt that was dropped has been named.
-        queue: What the status file in the folders says about the queue.
+        queue: What the status file in the folders has about the queue.
     """
 
     config: Config

@@ -150,7 +150,7 @@ class FolderStatus:
         self._disk.show(path, temporary, content, self._permit)
 
     def _permit(self, descriptor: int) -> None:
-        """Let those read it who can read what is published, or else those who can list the inbox."""
+        """Make it readable for those who can read what is published, or else for those who can list the inbox."""
         outbox = self._parts.config.outbox
         if outbox.file_mode is not None or outbox.group is not None:
             self._parts.spool.permissions.apply(descriptor)

@@ -1,6 +1,6 @@
-"""What the status files in the folders say: taken from the parts of the daemon, for people who only have the folders.
+"""The content of the status files, taken from the parts of the daemon, for people who only have the folders.
 
-Whoever may read the folders may read them. So they have no text of a prompt, no credits and no key; file names and
+All who may read the folders may read them. So they have no text of a prompt, no credits and no key; file names and
 messages may be from other users and are made printable.
 """
 

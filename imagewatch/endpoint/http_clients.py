@@ -110,7 +110,7 @@ class Clients:
     ) -> Iterator[httpx.Response]:
         """Send a request to the endpoint; its response is not read yet.
 
-        By the transport of the client: the client itself would look for redirects and remember cookies. Neither may be
+        By the transport of the client: the client itself would follow redirects and keep cookies. Neither may be
         used here, and both together take a thirtieth of the CPU of a job.
 
         Args:

@@ -1,4 +1,4 @@
-"""What to do about a file in the inbox that is ignored or waits: one sentence for the one who dropped it. Pure."""
+"""What to do about a file in the inbox that is ignored or waits: one sentence for its sender. Pure."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _BY_KIND = (
 
 
 def why_ignored(path: str, reason: str) -> str:
-    """Return why a file is ignored, with what the one who dropped it may not see.
+    """Return why a file is ignored, with what its sender may not see.
 
     Args:
         path: Its path below the inbox.

@@ -219,13 +219,13 @@ class Events:
         with self._file.using() as connection:
             rows = connection.execute("SELECT DISTINCT target FROM events WHERE failed_at IS NULL").fetchall()
             is_old = connection.execute("SELECT 1 FROM events WHERE failed_at < ?", (old,)).fetchone() is not None
-        gone = [row["target"] for row in rows if row["target"] not in self._targets]
-        if not ((gone and self._targets) or is_old):
+        removed = [row["target"] for row in rows if row["target"] not in self._targets]
+        if not ((removed and self._targets) or is_old):
             return
 
         def act(connection: sqlite3.Connection) -> None:
             connection.execute("DELETE FROM events WHERE failed_at < ?", (old,))
-            for target in gone:
+            for target in removed:
                 change = "UPDATE OR IGNORE events SET target = ?, tries = 0, next_at = 0 WHERE target = ?"
                 connection.execute(change, (self._targets[0], target))
                 connection.execute("DELETE FROM events WHERE target = ? AND failed_at IS NULL", (target,))

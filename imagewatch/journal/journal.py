@@ -300,7 +300,7 @@ class Journal:
             return self._refusal(connection, row, asked, skip_repeated=skip_repeated)
 
     def correct_times(self) -> None:
-        """Let what is dated later than now count for the rate as if it had been sent now."""
+        """Count what is dated later than now for the rate as if it had been sent now."""
         self._file.change(self._correct_times, synced=False)
 
     def _correct_times(self, connection: sqlite3.Connection) -> None:

@@ -93,7 +93,7 @@ class Notifier:
         self.wake()
 
     def wake(self) -> None:
-        """Let the thread look for events."""
+        """Wake the thread: there may be an event to deliver."""
         self._woken.set()
 
     def close(self, seconds: float) -> None:

@@ -67,7 +67,7 @@ def _plain(value: Any) -> Any:  # noqa: ANN401  any TOML in, any JSON out
 
 
 def _text(name: str, content: dict[str, Any]) -> str:
-    """Return an event in one line, for a telephone."""
+    """Return an event in one line, for a phone."""
     if name == "completed":
         images = content.get("images")
         count = len(images) if isinstance(images, list) else 0

@@ -73,7 +73,7 @@ class WaitingFile(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IgnoredFile(msgspec.Struct, frozen=True, kw_only=True):
-    """A file in the inbox that is not used: its path below the inbox, why, and what to do (may be empty)."""
+    """A file in the inbox that is ignored: its path below the inbox, why, and what to do (may be empty)."""
 
     name: str
     message: str
@@ -116,7 +116,7 @@ class InFlight(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Ignored(msgspec.Struct, frozen=True, kw_only=True):
-    """The files in the inbox that are not used: how many, and some of them."""
+    """The files in the inbox that are ignored: how many, and some of them."""
 
     count: _Count = 0
     files: tuple[IgnoredFile, ...] = ()
@@ -156,7 +156,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
         holds: Why prompts are not sent; also those of a single provider or folder.
         waiting: The prompts that wait.
         in_flight: The jobs at work.
-        ignored: The files that are not used.
+        ignored: The files that are ignored.
         redelivered: The redeliveries that were skipped.
         stuck: The jobs that cannot finish.
         folders: The first-level folders that take turns.

@@ -108,7 +108,7 @@ class _Text:
         ignored = self._page.ignored
         if not ignored.count:
             return
-        yield f"Not used: {_count(ignored.count, 'file or folder', 'files or folders')} in the inbox."
+        yield f"Ignored: {_count(ignored.count, 'file or folder', 'files or folders')} in the inbox."
         for one in ignored.files[:_MOST]:
             yield from _entry(one.name, one.message, one.next)
         yield from _more(ignored.count, len(ignored.files[:_MOST]))

@@ -1,7 +1,7 @@
 """Which name a file would need to be a prompt. Pure.
 
 People see names without their endings, programs add endings, and copies get numbers: ``cat.prompt.txt.txt``,
-``cat.Prompt.TXT``, ``cat.prompt (1).txt``. Such a file is not claimed. The one who dropped it needs the right name.
+``cat.Prompt.TXT``, ``cat.prompt (1).txt``. Such a file is not claimed. Its sender needs the right name.
 """
 
 from __future__ import annotations

@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 class Person(Sender):
-    """A sender who wants some prompts once more."""
+    """A sender who needs some prompts once more."""
 
     def again(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         done = run_reported([sys.executable, "-m", "imagewatch", "again", *arguments], env=self.known, cwd=self.home)
         return subprocess.CompletedProcess(done.args, done.returncode, done.stdout.decode(), done.stderr.decode())
 
     def once(self, **settings: str) -> None:
-        """Let the daemon process what is in the inbox."""
+        """Have the daemon process what is in the inbox."""
         command_of(self.folders, "once", **settings)
 
     def new(self) -> dict[str, Any]:

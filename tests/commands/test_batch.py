@@ -176,7 +176,7 @@ def test_many_new_prompts_need_yes(sender):
         "101 rows: 101 new prompts for 101 images.",
         "The cost is not known: no similar request was charged lately.",
         "imagewatch: 101 new prompts are more than 100",
-        "  nothing was dropped; if you mean it, add --yes",
+        "  nothing was dropped; to drop all of them, add --yes",
     ]
     assert prompts(sender) == []
     environ = {**sender.known, "IMAGEWATCH_LIMITS__BURST": "2"}

@@ -37,7 +37,7 @@ SECRET = "sk-let-of-the-agents-environment"
 
 
 class Agent:
-    """An agent's program: it starts the server for one conversation and knows nothing but the watched folder."""
+    """An agent's program: it starts the server for one conversation and has nothing but the watched folder."""
 
     def __init__(self, folders: Folders, home: Path) -> None:
         self.root = folders.root
@@ -48,7 +48,7 @@ class Agent:
     def talk(
         self, conversation: Callable[[Client], Coroutine[Any, Any, Any]], *arguments: str, wait: str = "20"
     ) -> Any:
-        """Start a server, hold a conversation, hang up; return what it returned."""
+        """Start a server, hold a conversation, disconnect; return what it returned."""
         server = StdioServerParameters(
             command=sys.executable,
             args=["-m", "imagewatch", "mcp", "--root", str(self.root), "--wait", wait, *arguments],
@@ -146,14 +146,14 @@ def test_an_image_that_is_not_an_image_has_no_preview(agent, watched):
     assert len(agent.call("get_image", name="cat", preview=True).content) == 1
 
 
-def test_a_client_that_hangs_up_after_one_second_leads_to_one_charge(agent, watched, sandbox):
-    async def hang_up(client: Client) -> None:
+def test_a_client_that_disconnects_after_one_second_causes_one_charge(agent, watched, sandbox):
+    async def disconnect(client: Client) -> None:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(1):
                 await client.call_tool("create_image", {"name": "cat", "prompt": "A cat" + SLOW})
 
     for _ in range(3):
-        agent.talk(hang_up)
+        agent.talk(disconnect)
     finished(watched)
     assert agent.create(prompt="A cat" + SLOW)["state"] == "completed"
     assert sandbox.report()["charged"] == 1

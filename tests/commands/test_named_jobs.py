@@ -1,4 +1,4 @@
-"""Jobs by name: the same name is one job, whatever became of it, whoever asks again, and wherever a process ended."""
+"""Jobs by name: the same name is one job, whatever became of it, and wherever a process ended."""
 
 from __future__ import annotations
 
@@ -348,7 +348,7 @@ def prompts(watched: Watched) -> int:
 
 
 @pytest.mark.slow
-def test_a_server_that_is_killed_at_any_step_has_dropped_its_prompt_or_lets_the_same_call_drop_it(tmp_path):
+def test_a_server_that_is_killed_at_any_step_has_dropped_its_prompt_or_the_same_call_drops_it(tmp_path):
     steps = int(run_killed(Watched(tmp_path / "whole"), 0)[1].splitlines()[-1])
     assert steps > 8
     sums = []
@@ -426,7 +426,7 @@ def test_the_prompt_of_another_sender_is_not_canceled(watched):
     assert watched.dropped() == [f"cat{SUFFIX}"]
 
 
-def test_a_note_that_another_user_changed_lets_no_other_file_be_removed(watched):
+def test_with_a_note_that_another_user_changed_no_other_file_is_removed(watched):
     (watched.root / "cat.png").write_bytes(unique_png("a"))
     watched.create(images=("cat.png",))
     (watched.inbox / "dog.in1.png").write_bytes(b"of a person")

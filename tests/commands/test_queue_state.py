@@ -39,7 +39,7 @@ def overdue() -> dict[str, Any]:
 
 
 def queue(folders: Folders, *arguments: str) -> Any:
-    """What ``submit --json`` says about the queue."""
+    """What ``submit --json`` prints about the queue."""
     done = command(folders, "submit", "--json", "a cat", *arguments)
     assert done.returncode == 0
     (job,) = json.loads(done.stdout)

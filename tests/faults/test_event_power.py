@@ -30,33 +30,33 @@ NAMES = ("text only", "refused", "invalid", "dropped", "not JSON", "busy, then c
 
 
 @dataclass
-class ToldBooks(Books):
+class EventBooks(Books):
     """What is outside of our disks, with what the receiver has.
 
     Attributes:
-        told: How often each event came: job, name and id.
+        delivered: How often each event came: job, name and id.
         ids: How many ids were made: no two events have the same.
     """
 
-    told: dict[str, int] = field(default_factory=dict)
+    delivered: dict[str, int] = field(default_factory=dict)
     ids: int = 0
 
     def freeze(self) -> tuple[tuple[tuple[str, int], ...], ...]:
-        return (*super().freeze(), tuple(sorted(self.told.items())), (("ids", self.ids),))
+        return (*super().freeze(), tuple(sorted(self.delivered.items())), (("ids", self.ids),))
 
     def thaw(self, frozen: tuple[tuple[tuple[str, int], ...], ...]) -> None:
         super().thaw(frozen[:-2])
-        self.told, self.ids = dict(frozen[-2]), dict(frozen[-1])["ids"]
+        self.delivered, self.ids = dict(frozen[-2]), dict(frozen[-1])["ids"]
 
 
 class NotifyingStage(Stage):
     """The real parts, with a receiver."""
 
-    books: ToldBooks
+    books: EventBooks
 
     def __init__(self, root: Path, name: str, patch: pytest.MonkeyPatch) -> None:
         super().__init__(root, SCENES[name])
-        self.books = ToldBooks()
+        self.books = EventBooks()
         self.journal.events.configure(["url"])
         self.begin = self.state(Losing.KILLED)
         patch.setattr(events, "token_hex", self._new_id)
@@ -76,7 +76,7 @@ class NotifyingStage(Stage):
         while (event := self.journal.events.due("url")) is not None:
             self.disk.tick("deliver")
             key = f"{event.job} {event.name} {event.id}"
-            self.books.told[key] = self.books.told.get(key, 0) + 1
+            self.books.delivered[key] = self.books.delivered.get(key, 0) + 1
             self.disk.tick("delivered")
             self.journal.events.delivered(event)
 
@@ -93,8 +93,8 @@ class NotifiedAudit(Audit):
     def check(self) -> None:
         super().check()
         expected = sorted(f"{one['job']} {_name(name, one)}" for name, one in self._result_files.items())
-        told = [key.rpartition(" ")[0] for key in self._stage.books.told]
-        assert sorted(told) == expected, "an event is missing, or has several ids"
+        delivered = [key.rpartition(" ")[0] for key in self._stage.books.delivered]
+        assert sorted(delivered) == expected, "an event is missing, or has several ids"
         assert self._stage.journal.events.counts().pending == 0
 
 

@@ -31,7 +31,7 @@ def submit(root: Path, here: Path, monkeypatch: pytest.MonkeyPatch, disk: Disk) 
 
 
 def prepared(top: Path) -> Path:
-    """The folders, with a record: the model knows only files that a disk has created, or that were there."""
+    """The folders, with a record: the model has only files that a disk has created, or that were there."""
     for name in ("inbox", "outbox", "errors", "archive"):
         (top / name).mkdir(parents=True)
     (top / "inbox" / FILE).touch()

@@ -49,7 +49,7 @@ def browser(chromium: Chromium) -> Iterator[Chromium]:
     """The browser with a window of its usual size; at the end it must have reported no error in the page."""
     chromium.events.clear()
     chromium.size(1200, 900)
-    chromium.colours("light")
+    chromium.colors("light")
     yield chromium
     # A page finds out about a newer one by requesting its stamp, also if that is missing.
     assert [one for one in chromium.complaints() if "/stamp-" not in one.get("url", "")] == []
@@ -341,7 +341,7 @@ def pasted(browser: Chromium) -> str:
 
 
 def press(browser: Chromium, selector: str) -> None:
-    """Click with a mouse, as a script may not copy by itself."""
+    """Click with a mouse, as a script alone may not copy."""
     box = "const { x, y, width, height } = element.getBoundingClientRect(); return [x + width / 2, y + height / 2]"
     x, y = browser.run(f"((element) => {{ {box} }})(document.querySelector({selector!r}))")
     for kind in ("mousePressed", "mouseReleased"):
@@ -692,7 +692,7 @@ def test_colors_follow_the_system_until_the_user_chooses(browser: Chromium, shel
     visit(browser, shelf)
     paper = "getComputedStyle(document.body).backgroundColor"
     light = browser.run(paper)
-    browser.colours("dark")
+    browser.colors("dark")
     dark = browser.run(paper)
     assert dark != light
     press = "document.querySelector('#theme').click()"
@@ -700,19 +700,19 @@ def test_colors_follow_the_system_until_the_user_chooses(browser: Chromium, shel
     assert browser.run(paper) == light
     browser.run(press)
     assert browser.run(paper) == dark
-    browser.colours("light")
+    browser.colors("light")
     browser.reload()
     assert browser.run(paper) == dark
     browser.run(press)
     browser.run(press)
     assert browser.run(paper) == light
-    browser.colours("dark")
+    browser.colors("dark")
     assert browser.run(paper) == dark
 
 
 @pytest.mark.parametrize(("system", "other"), [("light", "dark"), ("dark", "light")])
 def test_the_color_button_says_what_it_does(browser: Chromium, shelf: Shelf, system: str, other: str):
-    browser.colours(system)
+    browser.colors(system)
     visit(browser, shelf)
     scheme = "getComputedStyle(document.documentElement).colorScheme"
     assert browser.run(scheme) == "light dark"
@@ -725,7 +725,7 @@ def test_the_color_button_says_what_it_does(browser: Chromium, shelf: Shelf, sys
         assert texts(browser, "#theme") == [name]
         browser.run("document.querySelector('#theme').click()")
         assert browser.run(scheme) == expected
-    browser.colours(other)  # the system's colors are now those that were chosen
+    browser.colors(other)  # the system's colors are now those that were chosen
     until(lambda: texts(browser, "#theme") == ["Use the system's colors"])
     browser.run("document.querySelector('#theme').click()")  # the browser keeps the choice for the next page
 

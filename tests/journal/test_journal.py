@@ -525,7 +525,7 @@ def test_an_event_is_given_up_after_seven_days_and_counted_for_thirty(make: Call
     assert journal.events.counts().failed == 0
 
 
-def test_what_waits_for_a_receiver_that_is_gone_goes_to_the_other_one_once(make: Callable[..., Journal]) -> None:
+def test_what_waits_for_a_receiver_that_was_removed_goes_to_the_other_one_once(make: Callable[..., Journal]) -> None:
     journal = notifying(make, "command", "url")
     ended(journal, "a")
     journal.events.configure(["command"])

@@ -73,7 +73,7 @@ def test_an_event_is_sent_only_when_its_result_file_can_be_read(notified: Folder
     assert there == [True] * 8
 
 
-def test_the_text_of_an_event_is_one_line_for_a_telephone(notified: Folders, receiver: Receiver) -> None:
+def test_the_text_of_an_event_is_one_line_for_a_phone(notified: Folders, receiver: Receiver) -> None:
     notified.prompt("cat", "+++\nn = 2\n+++\na cat")
     notified.prompt("dog\u202e\n", "a dog [sandbox: 400]")
     command(notified, "once")
@@ -123,7 +123,7 @@ def test_no_payload_has_the_key_though_it_is_sent_after_a_restart(notified: Fold
 
 
 def forget_waits(folders: Folders) -> None:
-    """Let every event be due."""
+    """Make every event due."""
     with contextlib.closing(sqlite3.connect(folders.state / "ledger.sqlite3")) as database:
         database.execute("UPDATE events SET next_at = 0")
         database.commit()

@@ -57,7 +57,7 @@ def test_it_says_everything_with_the_times_of_the_zone() -> None:
         "  It lasts until the administrator ends it.",
         "On hold (cap, only prompts for cat):",
         "On hold (cap, only prompts in the folder cat):",
-        "Not used: 1 file or folder in the inbox.",
+        "Ignored: 1 file or folder in the inbox.",
         "Cannot finish: 1 job. Ask the administrator.",
         "Waiting: 9 prompts, the oldest since 2026-11-29 13:00:00.",
         "  directly in the inbox: 1",
@@ -74,7 +74,7 @@ def test_what_needs_no_action_has_no_step() -> None:
 def test_a_long_list_ends_with_how_many_more_there_are() -> None:
     files = tuple(notice.IgnoredFile(name=f"{n}.txt", message="x") for n in range(100))
     text = as_text(page(ignored=notice.Ignored(count=1234, files=files)), BERLIN)
-    assert "Not used: 1,234 files or folders in the inbox." in text
+    assert "Ignored: 1,234 files or folders in the inbox." in text
     assert "  … and 1,214 more\n" in text
 
 

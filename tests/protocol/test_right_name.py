@@ -60,7 +60,7 @@ def test_the_next_step_says_how_it_becomes_a_prompt(name: str, step: str) -> Non
     assert for_name(name) == step
 
 
-def test_who_does_not_see_the_last_ending_is_told_that_there_is_one() -> None:
+def test_a_sender_who_does_not_see_the_last_ending_reads_that_there_is_one() -> None:
     assert why_ignored("a/x.prompt.txt.txt", "not a prompt") == "not a prompt (Windows may not show the last .txt)"
     assert why_ignored("a/x.prompt", "not a prompt") == "not a prompt"
 

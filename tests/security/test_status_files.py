@@ -17,7 +17,7 @@ NAMES = (notice.TEXT, notice.JSON)
 
 
 def opened(world: World, mode: int) -> None:
-    """Let all users write the folder of the status files."""
+    """Allow all users to write the folder of the status files."""
     give(world.root, mode)
 
 
