@@ -65,8 +65,9 @@ _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _EXIT_CODES = """\b
 Exit codes:
   0   success
-  1   a job failed (once, submit --wait); a prompt was not put back (retry); a
-      claimed prompt cannot go back because a newer file has its name (once)
+  1   a job failed (once, submit --wait, again --wait); a prompt was not put
+      back (retry); a claimed prompt cannot go back because a newer file has
+      its name (once)
   64  the command line is wrong
   69  on hold (once, status); submit, again: dropped, but not known to be
       finished; do not run it again (except submit --table)

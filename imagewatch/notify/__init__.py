@@ -1,7 +1,7 @@
 """Notifications: events of the journal, delivered to a command or a URL.
 
-It promises that an event is delivered at least once or reported as failed after seven days, that no job waits for it,
-and that no receiver gets the API key or a header of the API's client.
+It promises that an event is delivered at least once or reported as failed after seven days. No job waits for it, and no
+receiver gets the API key or a header of the API's client.
 
 The modules, in the order in which they are read::
 

@@ -96,10 +96,10 @@ class _Text:
             whose = f", only prompts for {printable(hold.provider)}"
         yield f"On hold{since} ({printable(hold.kind)}{whose}):"
         yield f"  {printable(hold.message)}"
-        if hold.next_try_at is not None:
-            yield f"  Next try at {self._at(hold.next_try_at)}."
-        else:
+        if hold.next_try_at is None:
             yield "  It lasts until the administrator ends it."
+        elif self._page.state != "stopped":
+            yield f"  Next try at {self._at(hold.next_try_at)}."
         yield f"  For the administrator: {printable(hold.next)}"
 
     # What needs a person

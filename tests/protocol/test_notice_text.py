@@ -84,6 +84,12 @@ def test_the_first_line_says_the_state(state: str) -> None:
     assert as_text(page(state=state), BERLIN).startswith(f"imagewatch is {words[state]}")
 
 
+def test_a_stopped_daemon_promises_no_next_try() -> None:
+    text = as_text(page(state="stopped", next_writing_at=None, stopped_at=WRITTEN), BERLIN)
+    assert "On hold since 2026-11-29 13:00:00 (key):\n" in text
+    assert "Next try" not in text
+
+
 @given(st.text())
 def test_no_text_adds_a_line_or_changes_a_screen(text: str) -> None:
     plain, hostile = as_text(page("cat"), BERLIN), as_text(page(text), BERLIN)
