@@ -70,9 +70,13 @@ class QueueReport:
 
     def read(self) -> QueueState | None:
         """Return why prompts are not processed soon; None if they are, or if that is not known."""
-        page = notice.read(self._place) if self._place else None
-        if page is None:
-            return None
+        page = self._page()
+        return self._state(page) if page else None
+
+    def _page(self) -> Notice | None:
+        return notice.read(self._place) if self._place else None
+
+    def _state(self, page: Notice) -> QueueState | None:
         if not page.is_running(self._clock()):
             return _not_running(page)
         holds = [hold for hold in page.holds if self._concerns(hold)]
@@ -89,13 +93,16 @@ class QueueReport:
         Args:
             count: How many prompts were dropped.
         """
-        state = self.read()
-        now = (state.state, state.message) if state else None
-        if now == self._reported:
+        page = self._page()
+        if page is None:  # nothing is known, so nothing has ended
             return
-        self._reported = now
+        state = self._state(page)
+        before, self._reported = self._reported, (state.state, state.message) if state else None
+        if self._reported == before:
+            return
         if state is None:
-            self._print("The queue is not on hold any more.")
+            was_on_hold = before is not None and before[0] == "on_hold"
+            self._print("The queue is not on hold any more." if was_on_hold else "The daemon is running.")
             return
         next_try = f"; next try at {local(state.next_try_at.timestamp())}" if state.next_try_at else ""
         since = f" (since {local(state.since.timestamp())})" if state.since else ""

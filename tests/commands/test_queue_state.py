@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from support.daemon import Folders, LoggedDaemon, command, until
 
+from imagewatch.commands.common import load_folders
+from imagewatch.commands.queue_state import QueueReport
 from imagewatch.protocol import notice
 from imagewatch.protocol.notice import HoldNotice, Notice
 
@@ -80,6 +82,26 @@ def test_a_daemon_that_was_stopped_is_not_running(folders: Folders, run: Run) ->
     assert "imagewatch: the daemon is not running: it was stopped (since " in done.stderr
     assert "The 2 prompts stay in the inbox." in done.stderr
     assert queue(folders)["state"] == "not_running"
+
+
+def test_what_has_ended_is_reported_and_a_status_that_was_removed_ends_nothing(folders: Folders) -> None:
+    lines: list[str] = []
+    report = QueueReport(load_folders(None, str(folders.root)), "", None, time.time, lines.append)
+    for values, expected in (
+        (overdue(), "imagewatch: the daemon is not running: "),
+        ({}, "The daemon is running."),
+        ({"state": "on_hold", "holds": (HOLD,)}, "imagewatch: the queue is on hold (credits): "),
+        ({}, "The queue is not on hold any more."),
+        (overdue(), "imagewatch: the daemon is not running: "),
+    ):
+        write(folders, **values)
+        lines.clear()
+        report.report(1)
+        assert lines[0].startswith(expected)
+    (folders.root / notice.JSON).unlink()
+    lines.clear()
+    report.report(1)
+    assert lines == []
 
 
 def test_while_the_daemon_runs_submit_says_nothing(folders: Folders, run: Run) -> None:
