@@ -21,7 +21,7 @@ from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
 from imagewatch.journal.schema import TRIGGERS, VERSION
-from imagewatch.protocol.values import Claim
+from imagewatch.protocol.values import Claim, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -178,6 +178,32 @@ def test_a_budget_that_is_nearly_spent_has_one_event_in_its_period(make: Callabl
     spend(journal, "d", "anna", clock.now)
     pay(journal, "d", "anna", clock.now, credits_=1)
     assert caps()[3:] == [("budgets.anna.credits_per_day", 91.0, "2026-04-02")], "another cap"
+
+
+def test_a_job_without_a_budget_or_a_receiver_asks_the_journal_nothing_about_them(
+    make: Callable[..., Journal], clock: Clock
+) -> None:
+    said: list[str] = []
+
+    def statements(journal: Journal, job: str) -> list[str]:
+        """What one paid job makes SQLite do, without what its triggers do."""
+        with journal._file.using() as connection:
+            connection.set_trace_callback(said.append)
+        said.clear()
+        spend(journal, job, "anna")
+        pay(journal, job, "anna")
+        journal.decide(claim(job, "anna"), Decision(destination="outbox", facts={"charged": "yes"}), None)
+        journal.finish(job)
+        return [text for text in said if not text.startswith("--")]
+
+    plain = statements(make(), "a")
+    assert not [text for text in plain if "events" in text or "announced" in text or "folder_sums" in text]
+    other = make(bob=FolderBudget(credits_per_day=100, requests_per_minute=1))
+    assert len(statements(other, "b")) == len(plain), "a budget of another folder"
+    assert len(statements(make(anna=FolderBudget(credits_per_day=100)), "c")) > len(plain)
+    notified = make()
+    notified.events.configure(["url"])
+    assert any("INTO events" in text for text in statements(notified, "d"))
 
 
 def test_the_caps_for_all_and_the_budget_of_the_folder_both_count(make: Callable[..., Journal]) -> None:
