@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Config
 
 _MOST_SECONDS = 30.0
-"""With the time for previews (``mcp_answers``) a call is answered within 45 s, in whatever state the job is."""
+"""With the time for previews a call is answered within 45 s (``mcp_server``), also if the folders do not respond."""
 _EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
 
 

@@ -2,16 +2,19 @@
 
 A job takes longer than most clients wait for a call. So each call is answered after a bounded time, with the name and
 the state. If a client disconnects, nothing is lost: what was dropped continues, and the same name asks for it again.
+Also a folder that does not respond (a share whose server is down) delays no answer: its calls run in threads.
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
+import functools
 import os
 import signal
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import msgspec
 from mcp import types
@@ -34,7 +37,22 @@ if TYPE_CHECKING:
 
     from imagewatch.commands.named_jobs import Job, NamedJobs
 
+_T = TypeVar("_T")
 _POLL_SECONDS = 0.4
+_FOLDER_SECONDS = 15.0
+"""The folders have at least this time to respond, however short the wait is."""
+_MORE_SECONDS = 3.0
+"""How much longer than the wait they have."""
+_PREVIEW_SECONDS = 41.0
+"""The latest end of previews. All else is known after 33 s: the longest wait is 30 s (``mcp``)."""
+_ANSWER_SECONDS = 2.0
+"""How long it may take to read what else an answer has."""
+_LEAVE_SECONDS = 10.0
+"""How long a signal lets the server complete what is being dropped."""
+_SLOW = (
+    "The watched folder does not respond in time, so the state is not known. The request may have been dropped. Repeat "
+    "the same call later, with the same name and arguments: it is not charged twice. Do not use another name."
+)
 _INSTRUCTIONS = (
     "Creates and edits images through a folder that a daemon watches. Each new name is one paid request. "
     "Call create_image once for each image that the user asks for, with a new name each time. If the answer says that "
@@ -147,6 +165,10 @@ def _schema(kind: type[msgspec.Struct]) -> dict[str, Any]:
     }
 
 
+class _SlowError(Exception):
+    """The folders did not respond in time."""
+
+
 class Tools:
     """Carries out the calls.
 
@@ -182,31 +204,62 @@ class Tools:
             return _failed(printable(str(error)), [printable(error.hint)] if error.hint else [])
 
     async def _answer(self, asked: msgspec.Struct) -> types.CallToolResult:
-        if isinstance(asked, ListWaiting):
-            return _structured(await asyncio.to_thread(self._answers.queue))
-        if isinstance(asked, CancelImage):
-            job = await asyncio.to_thread(self._jobs.cancel, asked.name)
-            return _structured(await asyncio.to_thread(self._answers.job, job))
-        assert isinstance(asked, CreateImage | GetImage)
         began = self._clock()
+        latest = began + max(self._seconds + _MORE_SECONDS, _FOLDER_SECONDS)
+        try:
+            if isinstance(asked, ListWaiting):
+                return _structured(await self._within(latest, self._answers.queue))
+            if isinstance(asked, CancelImage):
+                job = await self._within(latest, self._jobs.cancel, asked.name)
+                return _structured(await self._within(latest + _ANSWER_SECONDS, self._answers.job, job))
+            assert isinstance(asked, CreateImage | GetImage)
+            return await self._awaited(asked, began, latest)
+        except _SlowError:
+            name = getattr(asked, "name", None)
+            return _structured(({"name": name} if name else {}) | {"state": "slow", "message": _SLOW})
+
+    async def _awaited(self, asked: CreateImage | GetImage, began: float, latest: float) -> types.CallToolResult:
+        """Return what a job has become, after waiting for it."""
         if isinstance(asked, CreateImage):
             options = {name: getattr(asked, name) for name in (*Options.__struct_fields__, "preset")}
-            job = await self._dropped(self._jobs.create, asked.name, asked.prompt, options, asked.images)
+            job = await self._dropped(latest, self._jobs.create, asked.name, asked.prompt, options, asked.images)
         else:
-            job = await asyncio.to_thread(self._jobs.find, asked.name)
+            job = await self._within(latest, self._jobs.find, asked.name)
         while not job.is_over and self._clock() - began < self._seconds:
             await asyncio.sleep(_POLL_SECONDS)
-            job = await asyncio.to_thread(self._jobs.find, asked.name)
-        previews = await asyncio.to_thread(self._answers.previews, job) if asked.preview else []
-        return _structured(await asyncio.to_thread(self._answers.job, job, cost=asked.cost), previews)
+            job = await self._within(latest, self._jobs.find, asked.name)
+        previews: list[bytes] = []
+        if asked.preview:
+            with contextlib.suppress(_SlowError):
+                previews = await self._within(began + _PREVIEW_SECONDS, self._answers.previews, job)
+        latest = max(latest, self._clock()) + _ANSWER_SECONDS
+        return _structured(
+            await self._within(latest, functools.partial(self._answers.job, job, cost=asked.cost)), previews
+        )
 
-    async def _dropped(self, work: Callable[..., Job], *arguments: object) -> Job:
+    async def _within(self, latest: float, work: Callable[..., _T], *arguments: object) -> _T:
+        """Return what a function returns that uses the folders. It runs in a thread, and continues there if it is slow.
+
+        Raises:
+            _SlowError: It has not returned in time.
+        """
+        task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+        return await self._ended(latest, task)
+
+    async def _ended(self, latest: float, task: asyncio.Task[_T]) -> _T:
+        done, _ = await asyncio.wait({task}, timeout=max(latest - self._clock(), 0.0))
+        if not done:
+            task.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # else asyncio reports it
+            raise _SlowError
+        return task.result()
+
+    async def _dropped(self, latest: float, work: Callable[..., Job], *arguments: object) -> Job:
         """Drop a prompt in a thread; if the client disconnects meanwhile, this is completed first."""
         task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
         self.drops.add(task)
         task.add_done_callback(self.drops.discard)
         try:
-            return await asyncio.shield(task)
+            return await self._ended(latest, task)
         except asyncio.CancelledError:
             await asyncio.wait({task})
             raise
@@ -240,7 +293,7 @@ def serve(jobs: NamedJobs, seconds: float) -> None:
 async def _leave(offered: Tools, number: int) -> None:
     """End the process after a signal. The thread that reads standard input cannot be interrupted."""
     if offered.drops:
-        await asyncio.wait(offered.drops)
+        await asyncio.wait(offered.drops, timeout=_LEAVE_SECONDS)
     os._exit(EXIT_SIGNAL + number)
 
 

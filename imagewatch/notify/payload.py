@@ -79,7 +79,9 @@ def _text(name: str, content: dict[str, Any]) -> str:
     if name == "cap":
         spent, cap = (amount(float(content.get(key, 0))) for key in ("spent", "credits"))
         return f"{content.get('setting')}: {spent} of {cap} credits are spent; the period ends {content.get('ends')}"
-    kind = ", ".join(str(content[key]) for key in ("kind", "provider", "folder") if content.get(key))
+    folder = content.get("folder")
+    parts = (content.get("kind"), content.get("provider"), f"folder {folder}" if folder else "")
+    kind = ", ".join(str(part) for part in parts if part)
     if name == "released":
         return f"no longer on hold ({kind})"
     return _joined(f"on hold ({kind}): {content.get('reason', '')}", content.get("next"))

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,13 @@ from mcp.client.stdio import StdioServerParameters, stdio_client
 from support.daemon import KEY, Folders, until
 from support.endpoint import unique_png
 
+from imagewatch.commands import mcp_server
+from imagewatch.commands.allowed_images import AllowedImages
+from imagewatch.commands.drop import Delivery
+from imagewatch.commands.mcp import _MOST_SECONDS
+from imagewatch.commands.mcp_answers import Answers
+from imagewatch.commands.name_notes import Notes
+from imagewatch.commands.named_jobs import NamedJobs
 from imagewatch.protocol import notice
 from imagewatch.protocol.images import inspect
 from imagewatch.protocol.names import SUFFIX
@@ -194,6 +202,94 @@ def test_a_call_is_answered_in_time_with_name_and_state(agent, watched, sandbox)
     assert "get_image" in answer["message"]
     assert agent.call("get_image", name="cat").structured_content["state"] == "completed"
     assert sandbox.report()["charged"] == 1
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """A folder does not respond until this is set; the server waits a tenth of a second for it."""
+    opened = threading.Event()
+    for name, seconds in {"_FOLDER_SECONDS": 0.1, "_MORE_SECONDS": 0.0, "_PREVIEW_SECONDS": 0.1}.items():
+        monkeypatch.setattr(mcp_server, name, seconds)
+    yield opened
+    opened.set()
+
+
+def offered(folders: Folders, seconds: float = 0.1) -> mcp_server.Tools:
+    images = AllowedImages([str(folders.root)], 1 << 20)
+    return mcp_server.Tools(NamedJobs(folders.config(), "", images, blind=True), seconds)
+
+
+def behind(gate: threading.Event, owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let one function wait as it does for a share whose server is down."""
+    function = getattr(owner, name)
+
+    def waits(*arguments: Any, **more: Any) -> Any:
+        gate.wait(20)
+        return function(*arguments, **more)
+
+    monkeypatch.setattr(owner, name, waits)
+
+
+@pytest.mark.parametrize("place", [(Delivery, "stage"), (Delivery, "place"), (Notes, "read"), (Notes, "create")])
+def test_a_folder_that_does_not_respond_delays_no_answer_and_the_same_call_is_the_same_job(
+    folders: Folders, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, place: tuple[Any, str]
+) -> None:
+    behind(gate, *place, monkeypatch)
+    tools = offered(folders)
+
+    async def calls() -> tuple[Any, Any]:
+        asked = {"name": "cat", "prompt": "A cat"}
+        first = await tools.call("create_image", asked)
+        assert [path for path in folders.names("inbox") if path.endswith(SUFFIX) and path[0] != "."] == []
+        gate.set()
+        await asyncio.wait(tools.drops)
+        monkeypatch.setattr(mcp_server, "_FOLDER_SECONDS", 15.0)
+        return first, await tools.call("create_image", asked)
+
+    first, second = asyncio.run(asyncio.wait_for(calls(), 25))
+    assert (first.structured_content["name"], first.structured_content["state"]) == ("cat", "slow")
+    assert "with the same name and arguments: it is not charged twice" in first.structured_content["message"]
+    assert second.structured_content["state"] == "waiting"
+    assert [path for path in folders.names("inbox") if path[0] != "."] == [f"cat{SUFFIX}"]
+
+
+@pytest.mark.parametrize(
+    ("tool", "place"),
+    [("get_image", (Notes, "read")), ("cancel_image", (Notes, "read")), ("list_waiting", (notice, "read"))],
+)
+def test_each_tool_answers_although_a_folder_does_not_respond(
+    folders: Folders, gate: threading.Event, monkeypatch: pytest.MonkeyPatch, tool: str, place: tuple[Any, str]
+) -> None:
+    behind(gate, *place, monkeypatch)
+
+    async def call() -> Any:
+        asked = {} if tool == "list_waiting" else {"name": "cat"}
+        result = await asyncio.wait_for(offered(folders).call(tool, asked), 10)
+        gate.set()  # else the end of the loop waits for the thread
+        return result.structured_content
+
+    assert asyncio.run(call())["state"] == "slow"
+
+
+def test_a_preview_that_takes_too_long_is_left_out(
+    agent: Agent, watched: Folders, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent.create()
+    monkeypatch.setattr(mcp_server, "_FOLDER_SECONDS", 15.0)
+    behind(gate, Answers, "previews", monkeypatch)
+
+    async def call() -> Any:
+        result = await asyncio.wait_for(offered(watched).call("get_image", {"name": "cat", "preview": True}), 10)
+        gate.set()
+        return result
+
+    result = asyncio.run(call())
+    assert (result.structured_content["state"], len(result.content)) == ("completed", 1)
+
+
+def test_a_call_whose_folder_does_not_respond_is_answered_within_45_seconds() -> None:
+    longest = max(_MOST_SECONDS + mcp_server._MORE_SECONDS, mcp_server._FOLDER_SECONDS, mcp_server._PREVIEW_SECONDS)
+    assert longest + mcp_server._ANSWER_SECONDS <= 45
 
 
 def test_no_longer_wait_than_that_of_clients_can_be_asked_for(agent):

@@ -119,6 +119,19 @@ def test_while_a_prompt_is_in_flight_it_is_written_every_five_minutes(kept: Kept
     assert [one.name for one in kept.page.in_flight.files] == ["cat.prompt.txt"]
 
 
+def test_while_a_prompt_waits_it_is_written_every_five_minutes_and_afterwards_every_hour(
+    folders: Folders, run: Run
+) -> None:
+    path = folders.drop("cat.prompt.txt", "")
+    run(folders)
+    for text, seconds in (("Not ready yet:", 300), ("Waiting: no prompts.", 3600)):
+        says(folders, text)
+        page = page_in(folders.root)
+        assert page.next_writing_at is not None
+        assert (page.next_writing_at - page.written_at).total_seconds() == seconds
+        path.unlink(missing_ok=True)
+
+
 def test_a_change_is_written_at_most_a_second_later_and_not_earlier(kept: Kept) -> None:
     kept.update()
     kept.passes(0.4)

@@ -218,6 +218,10 @@ def test_an_owner_without_a_name_is_a_number(folders):
     os.chown(folders.prompt("x", "a cat"), 54321, -1)
     assert command(folders, "once").returncode == 0
     assert folders.receipt("x")["owner"] == "54321"
+    folders.prompt("y", "a cat")
+    assert command(folders, "once").returncode == 0
+    owners = json.loads(command(folders, "history", "--by", "owner", "--json").stdout)
+    assert {one["owner"]: one["completed"] for one in owners} == {"54321": 1, getpass.getuser(): 1}
 
 
 def test_a_job_that_an_older_version_claimed_has_no_owner(folders):

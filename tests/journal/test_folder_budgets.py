@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sqlite3
 import threading
@@ -20,7 +21,7 @@ from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
 from imagewatch.journal.schema import TRIGGERS, VERSION
-from imagewatch.protocol.values import Claim
+from imagewatch.protocol.values import Claim, Decision
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -148,6 +149,61 @@ def test_the_rate_of_a_folder_is_counted_alone_and_in_a_minute_of_its_own(
     clock.now += 60.1
     assert journal.open(claim("d", "anna"), FLUX) is None
     assert spend(journal, "d", "anna", clock.now) is None
+
+
+def test_a_budget_that_is_nearly_spent_has_one_event_in_its_period(make: Callable[..., Journal], clock: Clock) -> None:
+    limits = Limits(assumed_credits=30, credits_per_day=1000)
+    tight = FolderBudget(credits_per_day=100, credits_per_month=10_000)
+    journal = make(limits, anna=tight, bob=tight, **{"no caps": FolderBudget(requests_per_minute=1)})
+    journal.events.configure(["url"])
+
+    def caps() -> list[tuple[str, float, str]]:
+        rows = journal.ledger.ask("SELECT content FROM events WHERE name = 'cap' ORDER BY number")
+        pages = [json.loads(row["content"]) for row in rows]
+        return [(page["setting"], page["spent"], page["ends"][:10]) for page in pages]
+
+    day = DAY / 2
+    for number, (folder, credits_) in enumerate([("anna", 79), ("bob", 10), ("anna/x", 1), ("anna", 5), ("", 70)]):
+        spend(journal, f"a{number}", folder)
+        pay(journal, f"a{number}", folder, credits_=credits_)
+    assert caps() == [("budgets.anna.credits_per_day", 80.0, "2026-04-01")]
+    spend(journal, "b", "bob")
+    pay(journal, "b", "bob", credits_=75)
+    assert caps()[1:] == [("budgets.bob.credits_per_day", 85.0, "2026-04-01")]
+    clock.now += day
+    spend(journal, "c", "anna", clock.now)
+    pay(journal, "c", "anna", clock.now, credits_=90)
+    assert caps()[2:] == [("budgets.anna.credits_per_day", 90.0, "2026-04-02")]
+    journal.configure(limits, {"anna": replace(tight, credits_per_day=110)})
+    spend(journal, "d", "anna", clock.now)
+    pay(journal, "d", "anna", clock.now, credits_=1)
+    assert caps()[3:] == [("budgets.anna.credits_per_day", 91.0, "2026-04-02")], "another cap"
+
+
+def test_a_job_without_a_budget_or_a_receiver_asks_the_journal_nothing_about_them(
+    make: Callable[..., Journal], clock: Clock
+) -> None:
+    said: list[str] = []
+
+    def statements(journal: Journal, job: str) -> list[str]:
+        """What one paid job makes SQLite do, without what its triggers do."""
+        with journal._file.using() as connection:
+            connection.set_trace_callback(said.append)
+        said.clear()
+        spend(journal, job, "anna")
+        pay(journal, job, "anna")
+        journal.decide(claim(job, "anna"), Decision(destination="outbox", facts={"charged": "yes"}), None)
+        journal.finish(job)
+        return [text for text in said if not text.startswith("--")]
+
+    plain = statements(make(), "a")
+    assert not [text for text in plain if "events" in text or "announced" in text or "folder_sums" in text]
+    other = make(bob=FolderBudget(credits_per_day=100, requests_per_minute=1))
+    assert len(statements(other, "b")) == len(plain), "a budget of another folder"
+    assert len(statements(make(anna=FolderBudget(credits_per_day=100)), "c")) > len(plain)
+    notified = make()
+    notified.events.configure(["url"])
+    assert any("INTO events" in text for text in statements(notified, "d"))
 
 
 def test_the_caps_for_all_and_the_budget_of_the_folder_both_count(make: Callable[..., Journal]) -> None:

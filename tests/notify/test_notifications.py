@@ -150,6 +150,46 @@ def test_a_cap_that_is_nearly_spent_sends_one_event_in_its_period(notified: Fold
     assert receiver.names().count("cap") == 1
 
 
+def budgets(folders: Folders, **credits_: int) -> None:
+    """Write the daily budgets of folders into the configuration file."""
+    path = folders.root.parent / "imagewatch.toml"
+    path.write_text("".join(f"[budgets.{name}]\ncredits_per_day = {most}\n" for name, most in credits_.items()))
+    folders.environ |= {"IMAGEWATCH_CONFIG": str(path), "IMAGEWATCH_LIMITS__ASSUMED_CREDITS": "30"}
+
+
+def test_each_budget_that_is_nearly_spent_and_the_hold_of_each_folder_have_events_of_their_own(
+    notified: Folders, receiver: Receiver, run: Callable[..., LoggedDaemon]
+) -> None:
+    budgets(notified, anna=60, bob=30, carol=1000)
+    for stem in ("anna/1", "bob/1", "carol/1"):
+        notified.prompt(stem, "a cat")
+    daemon = run(notified)
+    receiver.wait_for(4)  # three images, and all of bob's credits
+    for stem in ("anna/2", "anna/3", "bob/2", "carol/2"):
+        notified.prompt(stem, "a dog")
+    receiver.wait_for(9)  # two images more, all of anna's credits, and both folders wait
+    caps = [page["cap"] | {"ends": ""} for page in receiver.pages() if page["event"] == "cap"]
+    assert caps == [
+        {"setting": "budgets.bob.credits_per_day", "credits": 30, "spent": 30, "ends": ""},
+        {"setting": "budgets.anna.credits_per_day", "credits": 60, "spent": 60, "ends": ""},
+    ]
+    held = {page["hold"]["folder"]: page for page in receiver.pages() if page["event"] == "held"}
+    assert {name: (page["hold"]["kind"], page["hold"]["provider"]) for name, page in held.items()} == {
+        "anna": ("cap", None),
+        "bob": ("cap", None),
+    }
+    assert held["anna"]["event_id"] != held["bob"]["event_id"]
+    assert held["anna"]["text"].startswith("on hold (cap, folder anna): budgets.anna.credits_per_day is 60")
+    budgets(notified, anna=60, bob=1000, carol=1000)
+    daemon.process.send_signal(signal.SIGHUP)
+    receiver.wait_for(11)
+    released = [page for page in receiver.pages() if page["event"] == "released"]
+    assert [page["hold"]["folder"] for page in released] == ["bob"]
+    assert released[0]["text"] == "no longer on hold (cap, folder bob)"
+    assert daemon.stop() == 0
+    assert sorted(receiver.names()) == ["cap"] * 2 + ["completed"] * 6 + ["held"] * 2 + ["released"]
+
+
 # Holds
 
 

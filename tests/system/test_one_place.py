@@ -12,17 +12,19 @@ import imagewatch
 PACKAGE = Path(imagewatch.__file__).parent
 ONE_PLACE = {
     # To open a file without following a link and without waiting: only a file that other people wrote needs both. The
-    # administrator's key file is opened through links.
-    r"\bO_NONBLOCK\b": {"system/untrusted.py", "config/key.py"},
+    # administrator's files of the key and of the secret of notifications are opened through links.
+    r"\bO_NONBLOCK\b": {"system/untrusted.py", "config/key.py", "notify/secret.py"},
     # A hard link to a private file.
     r"\bst_nlink\b.*\bS_IROTH\b": {"system/folders.py"},
     # The table of mounts, and on which of them a file is.
     r"/proc/[^/]+/mount|/proc/mounts|mountinfo\"|fdinfo": {"system/file_systems.py"},
     # Names of file systems.
     r"\"(?:ext4|nfs4|cifs|btrfs)\"": {"system/file_systems.py"},
-    # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` makes files for the inbox.
+    # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` and ``name_notes`` make files for the
+    # inbox.
     r"\bos\.(?:l?chmod|fchmod|l?chown|fchown)\(": {
         *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py", "journal/sqlite.py"),
+        "commands/name_notes.py",
     },
     r"\bos\.f?chown\(|\bos\.lchown\(|getgrnam\(": {"system/permissions.py"},
 }
