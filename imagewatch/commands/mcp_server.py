@@ -47,6 +47,12 @@ _CREATE = (
     "then, the answer has the state, and get_image with the same name has the result later."
 )
 
+_BAD_NAME = "name must be 1 to 80 letters, digits, - and _, and begin with a letter or a digit"
+_TOO_LATE = (
+    "It is too late to cancel the request: it is in progress, and continues. Ask for the result with get_image and the "
+    "same name."
+)
+
 _Name = Annotated[
     str,
     msgspec.Meta(
@@ -175,7 +181,7 @@ class Tools:
             asked = msgspec.convert(arguments, kind, str_keys=False)
             return await self._answer(asked)
         except msgspec.ValidationError as error:
-            return _failed(printable(str(error)), [])
+            return _failed(printable(_BAD_NAME if "regex" in str(error) else str(error)), [])
         except BadRequest as error:
             return _failed("nothing was dropped", [printable(str(problem)) for problem in error.problems])
         except ImagewatchError as error:
@@ -186,7 +192,8 @@ class Tools:
             return _structured(await asyncio.to_thread(self._answers.queue))
         if isinstance(asked, CancelImage):
             job = await asyncio.to_thread(self._jobs.cancel, asked.name)
-            return _structured(await asyncio.to_thread(self._answers.job, job))
+            answer = await asyncio.to_thread(self._answers.job, job)
+            return _structured(answer | ({"message": _TOO_LATE} if job.state == "in_progress" else {}))
         assert isinstance(asked, CreateImage | GetImage)
         began = self._clock()
         if isinstance(asked, CreateImage):
