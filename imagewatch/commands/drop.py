@@ -119,7 +119,7 @@ def _may_be_image(path: str) -> bool:
 
 def stem_for(text: str, digits: str = "") -> str:
     """Return a base name for a prompt: its first words, and digits that make it unique; without any, random ones."""
-    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode().lower()
+    plain = unicodedata.normalize("NFKD", text.casefold()).encode("ascii", "ignore").decode().lower()
     words = re.sub(r"[^a-z0-9]+", "-", plain)[:_MOST_WORDS].strip("-")
     return f"{words or 'prompt'}-{digits or secrets.token_hex(3)}"
 

@@ -65,6 +65,12 @@ _CREATE = (
     "then, the answer has the state, and get_image with the same name has the result later."
 )
 
+_BAD_NAME = "name must be 1 to 80 letters, digits, - and _, and begin with a letter or a digit"
+_TOO_LATE = (
+    "It is too late to cancel the request: it is in progress, and continues. Ask for the result with get_image and the "
+    "same name."
+)
+
 _Name = Annotated[
     str,
     msgspec.Meta(
@@ -197,7 +203,7 @@ class Tools:
             asked = msgspec.convert(arguments, kind, str_keys=False)
             return await self._answer(asked)
         except msgspec.ValidationError as error:
-            return _failed(printable(str(error)), [])
+            return _failed(printable(_BAD_NAME if "regex" in str(error) else str(error)), [])
         except BadRequest as error:
             return _failed("nothing was dropped", [printable(str(problem)) for problem in error.problems])
         except ImagewatchError as error:
@@ -211,7 +217,8 @@ class Tools:
                 return _structured(await self._within(latest, self._answers.queue))
             if isinstance(asked, CancelImage):
                 job = await self._within(latest, self._jobs.cancel, asked.name)
-                return _structured(await self._within(latest + _ANSWER_SECONDS, self._answers.job, job))
+                answer = await self._within(latest + _ANSWER_SECONDS, self._answers.job, job)
+                return _structured(answer | ({"message": _TOO_LATE} if job.state == "in_progress" else {}))
             assert isinstance(asked, CreateImage | GetImage)
             return await self._awaited(asked, began, latest)
         except _SlowError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from imagewatch import __version__
 from imagewatch.inbox.advice import READY, for_ignored, for_waiting, why_ignored
@@ -33,6 +33,7 @@ _LONGEST_NAME, _LONGEST_TEXT = 1000, 500
 _LONG_PAUSE = 60.0
 """A pause that the API asks for, or our own rate, is shown if it is longer than this, seconds."""
 _MOST_REDELIVERED = 20
+_State = Literal["running", "on_hold", "stopped"]
 _NOT_SHOWN = (HIDDEN, SYSTEM)
 """Such folders belong there."""
 _WITHOUT_CREDITS = {
@@ -41,6 +42,8 @@ _WITHOUT_CREDITS = {
     "cap": "the cap on credits for this day or month is reached",
 }
 """The messages of these holds name amounts."""
+_READY_IN = {"on_hold": "waits for the end of the hold", "stopped": "waits until imagewatch is started"}
+"""Why a prompt waits that is ready, by state."""
 _FIXED = {Wait.EMPTY, Wait.SETTLING, Wait.ARRIVING, Wait.CAP}
 """Here the reason has nothing more for people, or changes with each scan."""
 
@@ -68,12 +71,13 @@ class Content:
         """
         holds = self._holds()
         is_held = any(one.provider is None and one.folder is None for one in holds)
+        shown: _State = "stopped" if state == "stopped" else "on_hold" if is_held else "running"
         return Notice(
             version=__version__,
-            state="stopped" if state == "stopped" else "on_hold" if is_held else "running",
+            state=shown,
             written_at=notice.at(0),
             holds=holds,
-            waiting=self._waiting(is_held=is_held),
+            waiting=self._waiting(shown),
             in_flight=_in_flight(in_flight),
             ignored=self._ignored(),
             redelivered=self._redeliveries(),
@@ -116,7 +120,7 @@ class Content:
 
     # Files
 
-    def _waiting(self, *, is_held: bool) -> notice.Waiting:
+    def _waiting(self, state: str) -> notice.Waiting:
         intake, caps = self._parts.intake, self._parts.caps
         result, dates = intake.result.waiting, intake.in_turn()
         kinds: dict[str, str] = {**result.kind_of, **dict.fromkeys(caps.reasons(), Wait.CAP)}
@@ -129,7 +133,7 @@ class Content:
                 name=_name(path),
                 since=since[path],
                 why=kind,
-                message=_text(_message(path, kind, result, is_held=is_held)),
+                message=_text(_message(path, kind, result, state)),
                 next=for_waiting(kind),
             )
             for path, kind in sorted(chosen, key=lambda one: (_stamp(since[one[0]]), one[0]))
@@ -196,10 +200,10 @@ class Content:
         return tuple(notice.FolderNotice(folder=_name(name), waiting=counts[name]) for name in sorted(most))
 
 
-def _message(path: str, kind: str, reasons: Reasons, *, is_held: bool) -> str:
+def _message(path: str, kind: str, reasons: Reasons, state: str) -> str:
     """Return why a prompt waits, for people."""
     if kind == READY:
-        return "waits for the end of the hold" if is_held else "waits for its turn"
+        return _READY_IN.get(state, "waits for its turn")
     return Wait(kind).text if kind in _FIXED else reasons[path]
 
 

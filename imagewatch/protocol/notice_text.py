@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 NO_ACTION = "no action needed"
 _MOST = 20
 """How many files of each kind are named; the other file names more."""
-_READY = "ready"
+_READY, _AT_A_LIMIT = "ready", "cap"
 _WIDTH = 255
 
 
@@ -114,14 +114,14 @@ class _Text:
         yield from _more(ignored.count, len(ignored.files[:_MOST]))
 
     def _blocked(self) -> Iterator[str]:
-        files = [one for one in self._page.waiting.files if one.why != _READY]
+        files = [one for one in self._page.waiting.files if one.why not in {_READY, _AT_A_LIMIT}]
         if not files:
             return
         yield "Not ready yet:"
         for one in files[:_MOST]:
             since = f" (since {self._at(one.since)})" if one.since else ""
             yield from _entry(one.name, one.message + since, one.next)
-        yield from _more(len(files), len(files[:_MOST]))
+        yield from self._others(files)
 
     def _stuck(self) -> Iterator[str]:
         stuck = self._page.stuck
@@ -146,10 +146,24 @@ class _Text:
             yield "The folders take turns:"
             yield from (f"  {_name(one.folder) or 'directly in the inbox'}: {one.waiting:,}" for one in folders[:_MOST])
             yield from _more(len(folders), len(folders[:_MOST]))
-        ready: Sequence[WaitingFile] = [one for one in waiting.files if one.why == _READY]
-        if ready:
+        if ready := [one for one in waiting.files if one.why == _READY]:
             yield f"Ready ({ready[0].message}):" if len(ready) == 1 else f"Ready, the oldest first ({_waits(ready)}):"
-            yield from (f"  {_name(one.name)}" for one in ready[:_MOST])
+            yield from self._names(ready)
+        if limited := [one for one in waiting.files if one.why == _AT_A_LIMIT]:
+            yield "At a limit, the oldest first (sent when the limit allows it):"
+            yield from self._names(limited)
+
+    def _names(self, files: Sequence[WaitingFile]) -> Iterator[str]:
+        yield from (f"  {_name(one.name)}" for one in files[:_MOST])
+        yield from self._others(files)
+
+    def _others(self, files: Sequence[WaitingFile]) -> Iterator[str]:
+        """Of very many prompts only some are in the status, so how many there are of one kind is not known."""
+        waiting = self._page.waiting
+        if waiting.count <= len(waiting.files):
+            yield from _more(len(files), len(files[:_MOST]))
+        elif len(files) > _MOST:
+            yield "  … and more"
 
     def _in_flight(self) -> Iterator[str]:
         in_flight = self._page.in_flight

@@ -200,6 +200,8 @@ def test_a_call_is_answered_in_time_with_name_and_state(agent, watched, sandbox)
     assert seconds < 10, "on a busy machine"
     assert (answer["name"], answer["state"]) == ("cat", "in_progress")
     assert "get_image" in answer["message"]
+    too_late = agent.call("cancel_image", name="cat").structured_content
+    assert (too_late["state"], "too late" in too_late["message"]) == ("in_progress", True)
     assert agent.call("get_image", name="cat").structured_content["state"] == "completed"
     assert sandbox.report()["charged"] == 1
 
@@ -290,6 +292,12 @@ def test_a_preview_that_takes_too_long_is_left_out(
 def test_a_call_whose_folder_does_not_respond_is_answered_within_45_seconds() -> None:
     longest = max(_MOST_SECONDS + mcp_server._MORE_SECONDS, mcp_server._FOLDER_SECONDS, mcp_server._PREVIEW_SECONDS)
     assert longest + mcp_server._ANSWER_SECONDS <= 45
+
+
+def test_what_a_name_may_be_is_said_in_words(agent):
+    result = agent.call("create_image", name="a cat!", prompt="A cat")
+    assert result.is_error
+    assert "1 to 80 letters, digits, - and _" in result.content[0].text
 
 
 def test_no_longer_wait_than_that_of_clients_can_be_asked_for(agent):

@@ -194,10 +194,11 @@ def test_a_value_with_fences_and_braces_is_only_text():
 
 
 def test_the_name_of_a_row_is_that_of_the_column_or_is_made_from_its_values():
-    raw = "name,product\nhero,Chair\n,Tall Lämp/#1\n".encode()
-    first, second = rows(raw, "A {product}")
+    raw = "name,product\nhero,Chair\n,Tall Lämp/#1\n,Weiße Größe\n".encode()
+    first, second, third = rows(raw, "A {product}")
     assert first.stem == "hero"
     assert second.stem.rpartition("-")[0] == "tall-lamp-1"
+    assert third.stem.rpartition("-")[0] == "weisse-grosse"
 
 
 @pytest.mark.parametrize(

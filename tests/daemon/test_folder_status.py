@@ -230,7 +230,7 @@ def test_a_cap_of_one_provider_is_named_and_the_queue_runs(tmp_path: Path, sandb
     folders.prompt("a", "a cat")
     folders.prompt("b", "a cat")
     run(folders)
-    says(folders, "imagewatch is running", "only prompts for flux", "waiting at a cap")
+    says(folders, "imagewatch is running", "only prompts for flux", "At a limit, the oldest first")
     page = page_in(folders.root)
     assert (page.state, page.holds[0].provider, page.waiting.count) == ("running", "flux", 1)
     assert not any(number in shown(folders) for number in (" 30", " 40", "credits_per_day"))
@@ -239,8 +239,11 @@ def test_a_cap_of_one_provider_is_named_and_the_queue_runs(tmp_path: Path, sandb
 def test_at_its_end_the_daemon_writes_that_it_is_stopped(folders: Folders, run: Run) -> None:
     daemon = run(folders)
     says(folders, "imagewatch is running", "is NOT running: ask the administrator to start it")
+    command(folders, "hold", "out of office")
+    folders.prompt("cat", "a secret cat")
+    says(folders, "Ready (waits for the end of the hold):\n  cat.prompt.txt\n")
     daemon.stop()
-    says(folders, "imagewatch is STOPPED since ")
+    says(folders, "imagewatch is STOPPED since ", "Ready (waits until imagewatch is started):\n  cat.prompt.txt\n")
     page = page_in(folders.root)
     assert (page.state, page.next_writing_at) == ("stopped", None)
 

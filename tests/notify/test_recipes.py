@@ -51,7 +51,7 @@ def once(folders: Folders, tmp_path: Path) -> Callable[..., Any]:
 
 
 def test_each_recipe_is_tried_here():
-    names = re.findall(r"^# tested: (\w+)$", PAGE, re.MULTILINE)
+    names = re.findall(r"^```toml\n# tested: (\w+)$", PAGE, re.MULTILINE)
     text = Path(__file__).read_text()
     assert len(names) == 4
     assert all(f'recipe("{name}")' in text for name in names)

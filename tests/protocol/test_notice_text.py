@@ -78,6 +78,28 @@ def test_a_long_list_ends_with_how_many_more_there_are() -> None:
     assert "  … and 1,214 more\n" in text
 
 
+def waiting(why: str, count: int, named: int) -> notice.Waiting:
+    files = (notice.WaitingFile(name=f"anna/{n}", why=why, message="waits for its turn") for n in range(named))
+    return notice.Waiting(count=count, files=tuple(files))
+
+
+@pytest.mark.parametrize("why", ["ready", "cap", "empty"])
+def test_a_list_of_waiting_prompts_that_is_cut_off_says_so(why: str) -> None:
+    assert "  anna/19\n  … and more\n" in as_text(page(waiting=waiting(why, 5000, 100)), BERLIN).replace(
+        "    waits for its turn\n", ""
+    )
+    assert "  … and 3 more\n" in as_text(page(waiting=waiting(why, 23, 23)), BERLIN)
+    assert "more" not in as_text(page(waiting=waiting(why, 20, 20)), BERLIN)
+
+
+def test_prompts_at_a_limit_do_not_hide_a_file_that_is_not_ready() -> None:
+    empty = notice.WaitingFile(name="bert/mine.prompt.txt", why="empty", message="empty", next="write the prompt")
+    made = waiting("cap", 5000, 99)
+    text = as_text(page(waiting=notice.Waiting(count=5000, files=(*made.files, empty))), BERLIN)
+    assert "Not ready yet:\n  bert/mine.prompt.txt\n    empty\n    What to do: write the prompt\n\n" in text
+    assert "At a limit, the oldest first (sent when the limit allows it):\n  anna/0\n" in text
+
+
 @pytest.mark.parametrize("state", ["running", "on_hold", "stopped"])
 def test_the_first_line_says_the_state(state: str) -> None:
     words = {"running": "running", "on_hold": "ON HOLD", "stopped": "STOPPED"}

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(120)
 UNITS = ROOT / "systemd"
 OPERATIONS = (ROOT / "docs/operations.md").read_text()
+NOTIFICATIONS = (ROOT / "docs/notifications.md").read_text()
 EXPOSURE = {"imagewatch": 11, "imagewatch-gallery": 2}  # tenths
 WATCHDOG_SECONDS = 4
 """For a daemon that must not be killed: half of it is left to a busy machine."""
@@ -59,9 +60,9 @@ Sandbox(port=8283, key=sys.argv[1], on_request=hold).serve_forever()
 REPORT = "import urllib.request as u; print(u.urlopen('http://127.0.0.1:8283/sandbox/report').read().decode())"
 
 
-def follow(container: Container, name: str, text: str = "", **settings: Any) -> str:
-    """Run the commands of one block of the page, as they stand there; return what they print."""
-    found = re.findall(rf"^```sh\n# tested: {name}\n(.+?)^```$", OPERATIONS, re.MULTILINE | re.DOTALL)
+def follow(container: Container, name: str, text: str = "", page: str = OPERATIONS, **settings: Any) -> str:
+    """Run the commands of one block of a page, as they stand there; return what they print."""
+    found = re.findall(rf"^```sh\n# tested: {name}\n(.+?)^```$", page, re.MULTILINE | re.DOTALL)
     assert len(found) == 1, name
     done = container.run("bash", "-euc", found[0], text=text, **{"cwd": "/root/imagewatch", **settings})
     return done.stdout
@@ -1121,6 +1122,77 @@ def test_a_folder_in_a_home_is_opened_by_one_line_and_nothing_else_of_that_home(
         drop_ins = [f"/etc/systemd/system/{unit}.service.d/folders.conf" for unit in ("imagewatch", gallery.unit)]
         service.container.run("rm", "-f", *drop_ins)
         service.container.run("systemctl", "daemon-reload")
+
+
+# Notifications
+
+
+COMMAND = """\
+#!/bin/sh
+cat >> /srv/imagewatch/events.jsonl
+env > /srv/imagewatch/environment
+cat /home/colleague/private.txt > /srv/imagewatch/stolen 2> /dev/null
+exit 0
+"""
+
+
+def test_a_command_of_the_service_gets_events_and_no_way_to_the_key(service, endpoint, restored):
+    machine, events = service.container, service.path("events.jsonl")
+    machine.put("/usr/local/bin/notify", COMMAND, 0o755)
+    machine.put("/home/colleague/private.txt", "not yours\n")
+    add(machine, '[notify]\ncommand = ["/usr/local/bin/notify"]')
+    service.systemctl("start")
+    service.prompt("poor", "[sandbox: times 1 402] Poor")
+    until(lambda: events.exists() and '"held"' in events.read_text())
+    service.prompt("rich", "[sandbox: b64] Rich")
+    machine.run("imagewatch", "release")
+    until(lambda: '"released"' in events.read_text() and '"completed"' in events.read_text())
+    held = next(one for one in map(json.loads, events.read_text().splitlines()) if one["event"] == "held")
+    assert held["text"].startswith("on hold (credits): Not enough credits")
+    environment = service.path("environment").read_text()
+    assert "CREDENTIALS_DIRECTORY" not in environment
+    assert KEY not in environment
+    assert service.path("stolen").read_text() == ""
+
+
+def test_the_secret_of_notifications_comes_from_the_manager(service, endpoint, restored):
+    machine = service.container
+    machine.put("/opt/receiver.py", (ROOT / "examples/notify_receiver.py").read_text())
+    add(machine, '[notify]\nurl = "http://127.0.0.1:8484/hook"')
+    try:
+        follow(machine, "credential", page=NOTIFICATIONS)
+        secret = "/etc/imagewatch/notify_secret"
+        assert machine.run("stat", "--format=%U %a", secret).stdout == "root 600\n"
+        machine.run(
+            "systemd-run",
+            "--quiet",
+            "--unit=receiver",
+            "/opt/imagewatch/bin/python",
+            "/opt/receiver.py",
+            secret,
+            "8484",
+        )
+        service.prompt("signed", "[sandbox: b64] Signed")
+        service.receipt("signed")
+        until(lambda: "completed signed.prompt.txt: 1 image" in machine.run("journalctl", "--unit=receiver").stdout)
+        result = machine.run(
+            "imagewatch",
+            "check",
+            user="imagewatch",
+            variables={"CREDENTIALS_DIRECTORY": "/run/credentials/imagewatch.service"},
+        )
+        assert "signed with the secret in /run/credentials/imagewatch.service/notify_secret" in result.stdout
+    finally:
+        machine.run("systemctl", "stop", "receiver", check=False)
+        machine.run("rm", "-f", "/etc/systemd/system/imagewatch.service.d/notify.conf")
+        machine.run("systemctl", "daemon-reload")
+
+
+def add(machine: Container, text: str) -> None:
+    """Add a table to the configuration in the place of an empty one of its name."""
+    path = machine.path("/etc/imagewatch/config.toml")
+    name = text.partition("\n")[0]
+    path.write_text(path.read_text().replace(f"\n{name}\n", f"\n{text}\n"))
 
 
 # A desktop

@@ -20,7 +20,7 @@ ONE_PLACE = {
     r"/proc/[^/]+/mount|/proc/mounts|mountinfo\"|fdinfo": {"system/file_systems.py"},
     # Names of file systems.
     r"\"(?:ext4|nfs4|cifs|btrfs)\"": {"system/file_systems.py"},
-    # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` and ``name_notes`` make files for the
+    # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` and ``name_notes`` make files in the
     # inbox.
     r"\bos\.(?:l?chmod|fchmod|l?chown|fchown)\(": {
         *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py", "journal/sqlite.py"),
