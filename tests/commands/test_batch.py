@@ -479,7 +479,8 @@ def test_a_record_that_is_no_plain_file_is_refused(sender, kind):
 
 
 def test_a_hostile_record_removes_no_file_outside_of_what_a_run_stages(sender):
-    for name in ("victim.prompt.txt", "chair.in1.png"):
+    kept = {"victim.prompt.txt", "chair.in1.png", "day.indoors.prompt.txt", "day.in1.png"}
+    for name in kept:
         (sender.folders.inbox / name).write_bytes(IMAGE)
     (sender.folders.inbox / ".row-1.prompt.txt").write_text("x")
     lines = [
@@ -490,8 +491,14 @@ def test_a_hostile_record_removes_no_file_outside_of_what_a_run_stages(sender):
             "images": ["../victim.prompt.txt"],
         },
         {"name": "v", "content": "0", "staged": ["victim.prompt.txt"], "images": []},
+        {
+            "name": "day",
+            "content": "0",
+            "staged": [".row-2.png", ".row-1.prompt.txt"],
+            "images": ["day.indoors.prompt.txt"],
+        },
     ]
     (sender.folders.inbox / RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines))
     table(sender, ["product"], ["Chair"])
     assert sender.submit(*arguments(sender)).returncode == 0
-    assert {"victim.prompt.txt", "chair.in1.png"} <= set(sender.dropped())
+    assert kept <= set(sender.dropped())
