@@ -256,6 +256,23 @@ def test_a_row_in_flight_is_not_dropped_again(sender, sandbox, watched):
     assert sandbox.report()["requests"] == 1
 
 
+def test_a_row_whose_name_another_sender_has_in_flight_is_not_dropped(sender, sandbox, watched):
+    sandbox.hold()
+    status = sender.folders.root / "imagewatch-status.json"
+    try:
+        assert sender.submit("a chair", "--name", "chair").returncode == 0
+        until(lambda: [one["name"] for one in json.loads(status.read_bytes())["in_flight"]["files"]])
+        table(sender, ["name", "prompt"], ["chair", "a chair"])
+        done = sender.submit("--table", "x.csv")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[0] == "1 row: no new prompt."
+        assert "in flight, or its files were moved): line 2\n" in done.stderr
+    finally:
+        sandbox.release()
+    until(lambda: len(sender.folders.finished()) == 1)
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_row_whose_files_were_all_moved_away_is_not_dropped_again(sender, sandbox, watched):
     table(sender, ["product"], ["Chair"])
     assert sender.submit(*arguments(sender, "--wait")).returncode == 0
