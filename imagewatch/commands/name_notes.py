@@ -12,6 +12,7 @@ renames it away makes sure that it never will be.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -22,9 +23,10 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import msgspec
 
 from imagewatch.protocol.names import NOTES, SUFFIX
+from imagewatch.protocol.prompt import MAX_BYTES, parse
 from imagewatch.system.disk import Disk
 from imagewatch.system.disk_errors import disk_errors
-from imagewatch.system.errors import SpoolError
+from imagewatch.system.errors import BadRequest, SpoolError
 from imagewatch.system.text import printable
 from imagewatch.system.untrusted import open_file
 
@@ -128,10 +130,16 @@ class Notes:
     def cancel(self, name: str, note: Note) -> bool:
         """Take a prompt out of the inbox, if the daemon has not claimed it; its name stays used.
 
+        A prompt of the same name with another text stays: another sender has dropped it later.
+
         Returns:
             Whether it was taken out.
         """
+        with disk_errors(self._target, "open the folder"):
+            self._open()
         for file in (name + SUFFIX, note.staged):
+            if not self._is_noted(file, note):
+                continue
             with self._aside(file) as is_mine:
                 if is_mine:
                     with self._disk.writing(self._path(name), self._temporary(), _MODE) as out:
@@ -145,6 +153,15 @@ class Notes:
     def is_waiting(self, name: str) -> bool:
         """Return whether a prompt is in the inbox."""
         return self._disk.tops.exists(os.path.join(self._target, name + SUFFIX))
+
+    def _is_noted(self, file: str, note: Note) -> bool:
+        """Return whether a file is a prompt with the text that was noted."""
+        try:
+            with open_file(os.path.join(self._target, file), self._disk.tops, most_bytes=MAX_BYTES) as prompt:
+                text = parse(prompt.read(MAX_BYTES)).text
+        except (OSError, BadRequest):
+            return False
+        return hashlib.sha256(text.encode()).hexdigest() == note.prompt_sha256
 
     @contextlib.contextmanager
     def _aside(self, file: str) -> Iterator[bool]:

@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import stat
 import time
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ FILE = ".table-rows.jsonl"
 STAGED = ".row-"
 """How the hidden names of staged rows begin."""
 _MOST_BYTES = 64 << 20
+_IMAGE = re.compile(r"\.in[0-9]{1,2}\.(?:png|jpeg|webp)")
 _BUSY = "wait until it has ended; a second run drops only the rows that are missing then"
 
 
@@ -206,13 +208,24 @@ class RowRecord:
         tops = self._disk.tops
         for one in [one for one in self._entries if tops.exists(self._in(one.prompt))]:
             for hidden, final in zip(one.staged[:-1], one.images, strict=True):
-                self._remove(hidden if tops.exists(self._in(hidden)) else final)
+                if tops.exists(self._in(hidden)):
+                    self._remove(hidden)
+                elif self._have_one_owner(one.prompt, final):
+                    self._remove(final)
             self.withdraw([one.prompt])
             self._remove(one.prompt)
         with contextlib.suppress(OSError):  # a folder that this user may not list
             for name in tops.names(self._folder):
                 if name.startswith(STAGED):
                     self._remove(name)
+
+    def _have_one_owner(self, prompt: str, image: str) -> bool:
+        """Return whether an image is of the user who staged the prompt: others may have written the record."""
+        tops = self._disk.tops
+        try:
+            return tops.lstat(self._in(prompt)).st_uid == tops.lstat(self._in(image)).st_uid
+        except OSError:
+            return False
 
     def _remove(self, name: str) -> None:
         """Remove a file of a killed run; one of another user stays where the folder has the sticky bit."""
@@ -244,7 +257,7 @@ def _entry(values: dict[str, Any]) -> Entry | None:
     staged, images = tuple(map(str, values["staged"])), tuple(map(str, values["images"]))
     name, digest = str(values["name"]), str(values["content"])
     is_ours = all(one.startswith(STAGED) and "/" not in one for one in staged)
-    is_ours = is_ours and all(one.startswith(f"{name}.in") and "/" not in one for one in images)
+    is_ours = is_ours and all(one.startswith(name) and _IMAGE.fullmatch(one[len(name) :]) for one in images)
     return Entry(name, digest, staged, images) if is_ours and len(staged) == len(images) + 1 else None
 
 

@@ -1,7 +1,8 @@
 """What has become of the rows of a table that an earlier run, or another sender, has dropped.
 
 A row is not dropped again while anything shows that its name was: the prompt in the inbox, a result file, the archive,
-or the record of dropped rows. There is one exception: it failed, it certainly cost nothing, and it was changed since.
+the record of dropped rows, or the daemon's status file. There is one exception: it failed, it certainly cost nothing,
+and it was changed since.
 """
 
 from __future__ import annotations
@@ -15,10 +16,11 @@ from imagewatch.commands.table_rows import source_of
 from imagewatch.config.locate import refusal
 from imagewatch.config.schema import DELETE
 from imagewatch.job.receipts import unvouched
+from imagewatch.protocol import notice
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import SpoolError
-from imagewatch.system.text import whole
+from imagewatch.system.text import printable, whole
 from imagewatch.system.untrusted import open_file
 
 if TYPE_CHECKING:
@@ -29,7 +31,8 @@ if TYPE_CHECKING:
     from imagewatch.config.schema import Folders
 
 Known = Literal["new", "waiting", "completed", "failed", "recorded"]
-"""``recorded``: recorded as dropped, and nothing shows what has become of it: in flight, or its files were moved."""
+"""``recorded``: recorded as dropped, or named in the daemon's status, and nothing shows what has become of it: in
+flight, or its files were moved."""
 
 RECEIPT, ERROR = ".receipt.toml", ".error.toml"
 _MOST_BYTES = 4 << 20
@@ -81,6 +84,9 @@ class RowStates:
         self._inbox = os.path.join(folders.inbox, folder)
         self._folder = folder
         self._dropped = dropped
+        # Before the results are listed: what ends meanwhile has one.
+        status = notice.read(folders.notice) if folders.notice else None
+        self._in_flight = {one.name for one in status.in_flight.files} if status else set()
         self._receipts = by_stem(os.path.join(folders.outbox, folder), RECEIPT)
         self._errors = by_stem(os.path.join(folders.errors, folder), ERROR)
         self._archive = "" if folders.archive == DELETE else os.path.join(folders.archive, folder)
@@ -103,7 +109,9 @@ class RowStates:
                 return State("new")
             is_other = not entries and errors[-1].facts.get("prompt_sha256", _hash(row.text)) != _hash(row.text)
             return State("failed", is_changed or is_other, errors[-1])
-        return State("recorded" if entries else "new", is_changed)
+        # Asked last: for up to a second the status names also what has a result.
+        is_known = bool(entries) or printable(source) in self._in_flight
+        return State("recorded" if is_known else "new", is_changed)
 
 
 def by_stem(folder: str, ending: str) -> dict[str, list[str]]:

@@ -12,10 +12,12 @@ import click
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError, UsageError
 from imagewatch.system.text import printable
+from imagewatch.system.untrusted import open_file, resolve_own_link
 
 _NAME: Final = "imagewatch"
 _FILE: Final = "SKILL.md"
 _EXAMPLE_ROOT: Final = "/srv/imagewatch"
+_MOST_BYTES: Final = 1 << 20
 _PLAIN = re.compile(r"/[A-Za-z0-9_./-]+")
 
 
@@ -64,9 +66,9 @@ def _text(root: str | None) -> str:
 
 def _require_same(path: str, text: str) -> None:
     try:
-        with open(path, encoding="utf-8") as file:
-            is_same = file.read() == text
-    except (OSError, ValueError):
+        with open_file(resolve_own_link(path), most_bytes=_MOST_BYTES) as file:
+            is_same = file.read() == text.encode()
+    except OSError:
         is_same = False
     if not is_same:
         hint = "compare it with the output of imagewatch skill; remove the file to install the new one"

@@ -12,9 +12,11 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 # Controls (C0, DEL, C1), line and paragraph separators, bidirectional overrides, surrogates (undecodable bytes of
-# file names) and the byte order mark. Tab and newline are controls too: one value is one line.
+# file names), the byte order mark, and tags: letters that people do not see and models read. Tab and newline are
+# controls too: one value is one line.
 _UNSAFE = re.compile(
-    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb]"
+    "[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff9-\ufffb"
+    "\U000e0000-\U000e007f]"
 )
 
 

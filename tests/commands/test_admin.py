@@ -449,7 +449,7 @@ class Guard:
         self.now, self._holds = 0.0, Holds()
         control = Control(str(station.state), Disk(), station.journal.requests)
         clock = lambda: self.now  # noqa: E731
-        self.gate = Admission(station.spool, station.ledger, control, self._holds, lambda **_: None, clock, clock)
+        self.gate = Admission(station.spool, station.journal, control, self._holds, lambda **_: None, clock, clock)
         self.gate.configure(Limits(burst=3), 5.0, lambda: None, str)
 
     def claim(self, *times: float, is_dated: bool = True) -> None:
@@ -742,7 +742,7 @@ def test_a_status_that_cannot_be_written_is_not_tried_again_before_something_cha
     with contextlib.closing(station):
         gate = Admission(
             station.spool,
-            station.ledger,
+            station.journal,
             Control(str(station.state), Disk(), station.journal.requests),
             Holds(),
             lambda **_: None,

@@ -256,6 +256,23 @@ def test_a_row_in_flight_is_not_dropped_again(sender, sandbox, watched):
     assert sandbox.report()["requests"] == 1
 
 
+def test_a_row_whose_name_another_sender_has_in_flight_is_not_dropped(sender, sandbox, watched):
+    sandbox.hold()
+    status = sender.folders.root / "imagewatch-status.json"
+    try:
+        assert sender.submit("a chair", "--name", "chair").returncode == 0
+        until(lambda: [one["name"] for one in json.loads(status.read_bytes())["in_flight"]["files"]])
+        table(sender, ["name", "prompt"], ["chair", "a chair"])
+        done = sender.submit("--table", "x.csv")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines()[0] == "1 row: no new prompt."
+        assert "in flight, or its files were moved): line 2\n" in done.stderr
+    finally:
+        sandbox.release()
+    until(lambda: len(sender.folders.finished()) == 1)
+    assert sandbox.report()["requests"] == 1
+
+
 def test_a_row_whose_files_were_all_moved_away_is_not_dropped_again(sender, sandbox, watched):
     table(sender, ["product"], ["Chair"])
     assert sender.submit(*arguments(sender, "--wait")).returncode == 0
@@ -479,7 +496,8 @@ def test_a_record_that_is_no_plain_file_is_refused(sender, kind):
 
 
 def test_a_hostile_record_removes_no_file_outside_of_what_a_run_stages(sender):
-    for name in ("victim.prompt.txt", "chair.in1.png"):
+    kept = {"victim.prompt.txt", "chair.in1.png", "day.indoors.prompt.txt", "day.in1.png"}
+    for name in kept:
         (sender.folders.inbox / name).write_bytes(IMAGE)
     (sender.folders.inbox / ".row-1.prompt.txt").write_text("x")
     lines = [
@@ -490,8 +508,14 @@ def test_a_hostile_record_removes_no_file_outside_of_what_a_run_stages(sender):
             "images": ["../victim.prompt.txt"],
         },
         {"name": "v", "content": "0", "staged": ["victim.prompt.txt"], "images": []},
+        {
+            "name": "day",
+            "content": "0",
+            "staged": [".row-2.png", ".row-1.prompt.txt"],
+            "images": ["day.indoors.prompt.txt"],
+        },
     ]
     (sender.folders.inbox / RECORD).write_text("".join(json.dumps(line) + "\n" for line in lines))
     table(sender, ["product"], ["Chair"])
     assert sender.submit(*arguments(sender)).returncode == 0
-    assert {"victim.prompt.txt", "chair.in1.png"} <= set(sender.dropped())
+    assert kept <= set(sender.dropped())

@@ -426,6 +426,17 @@ def test_the_prompt_of_another_sender_is_not_canceled(watched):
     assert watched.dropped() == [f"cat{SUFFIX}"]
 
 
+@pytest.mark.parametrize("event", [claimed, completed, failed, archived])
+def test_the_prompt_of_another_sender_that_has_the_name_later_is_not_canceled(watched, event):
+    watched.create()
+    event(watched)
+    later = watched.inbox / f"cat{SUFFIX}"
+    later.write_text("of a person")
+    assert watched.jobs.cancel("cat").state == "waiting"
+    assert later.read_text() == "of a person"
+    assert not watched.note()["is_canceled"]
+
+
 def test_with_a_note_that_another_user_changed_no_other_file_is_removed(watched):
     (watched.root / "cat.png").write_bytes(unique_png("a"))
     watched.create(images=("cat.png",))

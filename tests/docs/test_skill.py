@@ -126,6 +126,14 @@ def test_the_command_replaces_no_other_file(tmp_path, content):
     assert not (tmp_path / "elsewhere").exists()
 
 
+def test_a_pipe_in_the_place_of_the_file_is_not_waited_for(tmp_path):
+    file = tmp_path / "imagewatch/SKILL.md"
+    file.parent.mkdir()
+    os.mkfifo(file)
+    done = skill("--install", str(tmp_path))
+    assert (done.returncode, str(file) in done.stderr) == (64, True)
+
+
 def test_the_skill_is_printed_for_another_folder(tmp_path):
     done = skill("--root", str(tmp_path))
     assert "/srv/imagewatch" not in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,3 +99,18 @@ def test_a_hard_link_of_another_user_to_a_private_file_is_never_written_as_the_r
     assert done.returncode == 74, done.stderr
     assert "the record of dropped rows is a hard link to a private file" in done.stderr
     assert private.read_text() == "secret\n"
+
+
+def test_a_record_of_another_user_has_no_run_remove_images_that_are_not_that_users(shared: Shared) -> None:
+    image = shared.inbox / "cat.in1.png"
+    image.write_bytes(b"of an honest prompt that waits")
+    staged = shared.inbox / ".row-1.prompt.txt"
+    staged.write_text("x")
+    line = {"name": "cat", "content": "0", "staged": [".row-1.png", staged.name], "images": [image.name]}
+    (shared.inbox / RECORD).write_text(json.dumps(line) + "\n")
+    for path, uid in ((image, HONEST), (staged, ATTACKER), (shared.inbox / RECORD, ATTACKER)):
+        subprocess.run(["chown", f"{uid}:{DAEMON}", path], check=True)
+        path.chmod(0o664)
+    done = shared.submit(HONEST)
+    assert done.returncode == 0, done.stderr
+    assert shared.prompts() == ["a.prompt.txt", "b.prompt.txt", "cat.in1.png"]
