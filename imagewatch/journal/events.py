@@ -42,11 +42,11 @@ _AGAIN = "UPDATE events SET name = ?, content = ? WHERE id = (SELECT id FROM eve
 _READY = (
     "failed_at IS NULL AND target = ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = events.job AND state = 'decided')"
 )
-_DUE = f"SELECT * FROM events WHERE {_READY} AND (next_at <= ? OR next_at > ?) ORDER BY number LIMIT 1"  # noqa: S608
-_NEXT = f"SELECT min(next_at) AS next_at FROM events WHERE {_READY} AND next_at > ?"  # noqa: S608  our own text
-_COUNTS = """
-    SELECT count(CASE WHEN failed_at IS NULL THEN 1 END) AS pending, count(failed_at) AS failed,
-           min(CASE WHEN failed_at IS NULL THEN at END) AS since FROM events"""
+# "NOT INDEXED": in the order of their numbers the first one is found after a few rows, however many wait.
+_DUE = f"SELECT * FROM events NOT INDEXED WHERE {_READY} AND (next_at <= ? OR next_at > ?) ORDER BY number LIMIT 1"  # noqa: S608
+_NEXT = f"SELECT next_at FROM events WHERE {_READY} AND next_at > ? ORDER BY next_at LIMIT 1"  # noqa: S608  our own text
+_PENDING = "SELECT count(*) AS pending, min(at) AS since FROM events WHERE failed_at IS NULL"
+_GIVEN_UP = "SELECT count(failed_at) AS failed FROM events WHERE message <> ''"
 _LAST = "SELECT message FROM events WHERE message <> '' ORDER BY coalesce(failed_at, next_at) DESC LIMIT 1"
 
 
@@ -119,6 +119,13 @@ class Events:
         """Take the receivers: ``command``, ``url``, or both."""
         self._targets = tuple(targets)
         self.is_on = bool(targets)
+        with self._lock:
+            for (number, target), event in list(self._staged.items()) if targets else ():
+                if target not in targets:  # as ``take_over`` does with those that are written
+                    del self._staged[number, target]
+                    self._staged.setdefault(
+                        (number, targets[0]), replace(event, target=targets[0], tries=0, next_at=0.0)
+                    )
 
     def _rows(self, event: Event) -> list[Event]:
         return [replace(event, target=target) for target in self._targets]
@@ -260,8 +267,8 @@ class Events:
         """
         now = self._clock()
         with self._file.using() as connection:
-            next_at = connection.execute(_NEXT, (target, now)).fetchone()["next_at"]
-        return None if next_at is None else max(next_at - now, 0.0)
+            row = connection.execute(_NEXT, (target, now)).fetchone()
+        return None if row is None else max(row["next_at"] - now, 0.0)
 
     def delivered(self, event: Event) -> None:
         """Note that a receiver has an event.
@@ -311,9 +318,10 @@ class Events:
             SpoolError: The journal cannot be read.
         """
         with self._file.using() as connection:
-            row = connection.execute(_COUNTS).fetchone()
+            waiting = connection.execute(_PENDING).fetchone()
+            failed = connection.execute(_GIVEN_UP).fetchone()["failed"]
             last = connection.execute(_LAST).fetchone()
-        return Counts(row["pending"], row["failed"], row["since"], last["message"] if last else "")
+        return Counts(waiting["pending"], failed, waiting["since"], last["message"] if last else "")
 
 
 _BEGIN = "INSERT OR IGNORE INTO announced VALUES (?, ?)"

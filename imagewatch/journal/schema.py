@@ -130,14 +130,16 @@ CREATE TABLE IF NOT EXISTS events (
     target    TEXT NOT NULL CHECK (target IN ('command', 'url')),
     name      TEXT NOT NULL CHECK (name IN ('completed', 'failed', 'unknown', 'held', 'released', 'cap')),
     job       TEXT NOT NULL DEFAULT '', -- whose end it reports
-    content   TEXT NOT NULL,            -- of a job its result file, else JSON; empty once it was given up
     at        REAL NOT NULL,            -- seconds since the epoch, UTC
     tries     INTEGER NOT NULL DEFAULT 0,
     next_at   REAL NOT NULL DEFAULT 0,  -- of the next try
     message   TEXT NOT NULL DEFAULT '', -- why the last try failed
     failed_at REAL,                     -- when it was given up
+    content   TEXT NOT NULL,            -- of a job its result file, else JSON; empty once it was given up
     UNIQUE (id, target)
 );
+CREATE INDEX IF NOT EXISTS events_by_next_try ON events (target, next_at, at) WHERE failed_at IS NULL;
+CREATE INDEX IF NOT EXISTS events_by_failure ON events (coalesce(failed_at, next_at), failed_at) WHERE message <> '';
 CREATE TABLE IF NOT EXISTS announced (
     subject TEXT PRIMARY KEY,           -- a hold that an event has reported and that lasts; or a cap and its period
     at      REAL NOT NULL               -- of a hold since when, of a cap the end of its period

@@ -125,9 +125,11 @@ class Notifier:
     def _work(self) -> float:
         """Deliver what is due; return in how many seconds more may be due."""
         if self._is_new and self._receivers:
-            with contextlib.suppress(SpoolError):
-                self._is_new = False
+            self._is_new = False
+            try:
                 self._events.take_over()
+            except SpoolError:
+                self._is_new = True  # it is tried again; what is only in memory can be delivered
         has_changed = False
         try:
             while self._deliver_next():

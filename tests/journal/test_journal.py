@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sqlite3
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from msgspec.structs import replace
 
 from imagewatch.config.schema import Limits
 from imagewatch.journal.events import page_of
@@ -538,6 +541,43 @@ def test_what_waits_for_a_receiver_that_was_removed_goes_to_the_other_one_once(m
         journal.events.delivered(event)
     assert jobs == ["a", "b"]
     assert journal.events.counts().pending == 0
+
+
+def test_an_event_of_a_hold_that_is_not_written_yet_goes_to_the_new_receiver(make: Callable[..., Journal]) -> None:
+    journal = notifying(make, "command")
+    journal.events.stage("held", "hold:disk::", {"kind": "disk"})
+    journal.events.configure(["url"])
+    journal.events.unwritable()
+    event = journal.events.due_unwritten("url")
+    staged = journal.events.staged()
+    journal.requests.refuse({}, staged)
+    journal.events.written(staged)
+    assert event is not None
+    assert event == replace(journal.events.due("url"), subject=event.subject)
+    assert journal.events.counts().pending == 1
+
+
+def test_thousands_of_events_that_wait_do_not_slow_down_what_is_asked_for_each_job(
+    make: Callable[..., Journal], tmp_path: Path
+) -> None:
+    journal = notifying(make)
+    journal.events.counts()
+    insert = (
+        "INSERT INTO events (id, target, name, content, at, tries, next_at, message) "
+        "VALUES (?, 'url', 'failed', ?, ?, 3, ?, 'refused')"
+    )
+
+    def seconds(count: int) -> float:
+        with contextlib.closing(sqlite3.connect(tmp_path / "ledger.sqlite3")) as other, other:
+            rows = ((f"{count}-{number}", "x" * 6000, NOW, NOW + 500) for number in range(count))
+            other.executemany(insert, rows)
+        began = time.thread_time()
+        for _ in range(100):
+            assert journal.events.next_due("url") == 500
+        return time.thread_time() - began
+
+    few = seconds(5)
+    assert seconds(5000) < 20 * few
 
 
 def test_without_a_receiver_there_are_no_events(make: Callable[..., Journal]) -> None:

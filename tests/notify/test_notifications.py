@@ -13,11 +13,16 @@ import sqlite3
 import stat
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from support.daemon import KEY, Folders, command, until
 from support.receiver import as_json
+
+from imagewatch.config.schema import Limits, Notify
+from imagewatch.journal.journal import Journal
+from imagewatch.notify.notifier import Notifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -578,3 +583,32 @@ def test_once_ends_when_what_is_due_is_delivered(notified: Folders, receiver: Re
         notified.prompt(f"cat{number}", f"a cat {number}")
     assert command(notified, "once").returncode == 0
     assert len(receiver.accepted) == 3
+
+
+def test_a_ledger_that_is_locked_when_receivers_are_replaced_keeps_no_event_from_the_new_one(
+    tmp_path: Path, receiver: Receiver
+) -> None:
+    path = str(tmp_path / "ledger.sqlite3")
+    with contextlib.closing(Journal(path, Limits(), lambda: 1000.0)) as journal:
+        journal.events.configure(["command"])
+        journal.events.stage("held", "hold:disk::", {"kind": "disk"})
+        journal.requests.refuse({}, staged := journal.events.staged())
+        journal.events.written(staged)
+        tried = threading.Event()
+        notifier = Notifier(journal.events, {}, lambda: None, time.monotonic)
+        with contextlib.closing(sqlite3.connect(path)) as other, other:
+            other.execute("BEGIN IMMEDIATE")
+            take_over = journal.events.take_over
+
+            def noted() -> None:
+                try:
+                    take_over()
+                finally:
+                    tried.set()
+
+            journal.events.take_over = noted  # type: ignore[method-assign]
+            notifier.configure(Notify(url=receiver.url), lambda: None)
+            assert tried.wait(20)
+        notifier.wake()
+        assert receiver.wait_for(1)[0]["hold"] == {"kind": "disk"}
+        notifier.close(5)
