@@ -20,11 +20,11 @@ ONE_PLACE = {
     r"/proc/[^/]+/mount|/proc/mounts|mountinfo\"|fdinfo": {"system/file_systems.py"},
     # Names of file systems.
     r"\"(?:ext4|nfs4|cifs|btrfs)\"": {"system/file_systems.py"},
-    # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` and ``name_notes`` make files in the
-    # inbox.
+    # Mode and group of files. ``claims`` closes its own folder to others; ``drop`` and ``name_notes`` make files in
+    # the inbox.
     r"\bos\.(?:l?chmod|fchmod|l?chown|fchown)\(": {
-        *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py", "journal/sqlite.py"),
-        "commands/name_notes.py",
+        *("system/permissions.py", "system/disk_calls.py", "job/claims.py", "commands/drop.py"),
+        *("commands/name_notes.py", "journal/sqlite.py"),
     },
     r"\bos\.f?chown\(|\bos\.lchown\(|getgrnam\(": {"system/permissions.py"},
 }
