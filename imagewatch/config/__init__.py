@@ -13,5 +13,6 @@ The modules, in reading order::
     validate  checks a table against a struct; also for the front matter of prompts
     locate    where a configuration is searched, and whose file is used
     example   config.example.toml as the text of a new configuration
+    secret_file  reads a small file that has a secret
     key       where the API key comes from, and a value that does not show itself
 """

@@ -17,6 +17,7 @@ import subprocess
 import time
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from imagewatch.config.secret_file import SecretFileError, read_secret_file
 from imagewatch.system.errors import ConfigError, Problem
 from imagewatch.system.masking import Mask, known
 
@@ -226,27 +227,10 @@ def _source(endpoint: Endpoint, environ: Mapping[str, str], timeout: float) -> _
 
 def _read(path: str, field: str) -> bytes:
     """Return the content of a small regular file."""
-    reason = ""
-    content = b""
     try:
-        # Non-blocking: opening a FIFO must not stop the daemon before we can see that it is one.
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        try:
-            if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                with open(descriptor, "rb", closefd=False) as file:
-                    content = file.read(_MAX_BYTES + 1)
-            else:
-                reason = "is not a regular file"
-        finally:
-            os.close(descriptor)
-    except (OSError, ValueError) as error:
-        cause = error.strerror if isinstance(error, OSError) else None
-        reason = f"cannot be read: {cause or 'not a file name'}"
-    if len(content) > _MAX_BYTES:
-        reason = "is larger than 64 KiB"
-    if reason:
-        raise _failure(field, f"{path!a} {reason}", "name a file that the daemon's user can read")
-    return content
+        return read_secret_file(path, _MAX_BYTES)
+    except SecretFileError as error:
+        raise _failure(field, f"{path!a} {error}", "name a file that the daemon's user can read") from None
 
 
 def _run(command: tuple[str, ...], environ: Mapping[str, str], timeout: float) -> bytes:

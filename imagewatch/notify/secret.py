@@ -8,8 +8,9 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
-import stat
 from typing import TYPE_CHECKING, Final
+
+from imagewatch.config.secret_file import SecretFileError, read_secret_file
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -39,18 +40,10 @@ def read_secret(path: str) -> bytes:
     Raises:
         SecretError: It cannot be read, or is empty.
     """
-    content = b""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        with open(descriptor, "rb") as file:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise SecretError("the secret cannot be read: it is not a regular file")
-            content = file.read(_MOST_BYTES + 1)
-    except (OSError, ValueError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or "it is not a file name"
-        raise SecretError(f"the secret cannot be read: {reason}") from None
-    if len(content) > _MOST_BYTES:
-        raise SecretError(f"the secret cannot be read: it is larger than {_MOST_BYTES} bytes")
+        content = read_secret_file(path, _MOST_BYTES)
+    except SecretFileError as error:
+        raise SecretError(f"the file of the secret {error}") from None
     if not (secret := content.strip()):
         raise SecretError("the secret is empty")
     return secret

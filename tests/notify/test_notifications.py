@@ -325,7 +325,7 @@ def test_nothing_is_posted_unsigned_if_the_secret_cannot_be_read(notified: Folde
     assert receiver.posts == []
     page = json.loads((notified.state / "status.json").read_text())["notifications"]
     assert (page["pending"], page["failed"]) == (1, 0)
-    assert page["last_failure"] == "the secret cannot be read: No such file or directory"
+    assert page["last_failure"] == "the file of the secret cannot be read: No such file or directory"
 
 
 def test_a_redirect_is_not_followed(notified: Folders, receiver: Receiver) -> None:

@@ -13,7 +13,7 @@ PACKAGE = Path(imagewatch.__file__).parent
 ONE_PLACE = {
     # To open a file without following a link and without waiting: only a file that other people wrote needs both. The
     # administrator's files of the key and of the secret of notifications are opened through links.
-    r"\bO_NONBLOCK\b": {"system/untrusted.py", "config/key.py", "notify/secret.py"},
+    r"\bO_NONBLOCK\b": {"system/untrusted.py", "config/secret_file.py"},
     # A hard link to a private file.
     r"\bst_nlink\b.*\bS_IROTH\b": {"system/folders.py"},
     # The table of mounts, and on which of them a file is.
