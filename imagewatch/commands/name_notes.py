@@ -203,8 +203,9 @@ class Notes:
         tops = self._disk.tops
         if tops.is_folder(self._top):
             return
-        # Other users of the inbox note their names there, too.
-        mode = stat.S_IMODE(tops.folder(self._target).status().st_mode) & ~stat.S_ISVTX
+        # Other users note their names there, too. With the sticky bit of the inbox they remove only their own notes:
+        # without its note, a name would be used again.
+        mode = stat.S_IMODE(tops.folder(self._target).status().st_mode)
         try:
             self._disk.make_with_mode(self._top, mode)
         except SpoolError:

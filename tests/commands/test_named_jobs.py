@@ -263,6 +263,13 @@ def test_a_note_that_cannot_be_read_counts_as_a_used_name(watched, content):
     assert watched.dropped() == [f"other{SUFFIX}"]
 
 
+@pytest.mark.parametrize("mode", [0o1777, 0o3770, 0o2770])
+def test_who_may_not_remove_the_prompts_of_others_may_not_remove_their_notes(watched, mode):
+    watched.inbox.chmod(mode)
+    watched.create()
+    assert (watched.inbox / NOTES).stat().st_mode & 0o7777 == mode
+
+
 def test_a_link_in_the_place_of_the_notes_is_not_followed(watched, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (watched.inbox / NOTES).symlink_to(tmp_path / "elsewhere")
