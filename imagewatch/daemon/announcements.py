@@ -53,6 +53,13 @@ class Announcements:
         """Compare again soon: there may be a receiver now, and there was none before."""
         self._is_read, self._due = False, -math.inf
 
+    def accepted(self) -> None:
+        """Let another ledger know which holds were reported: else their ends would not be."""
+        if self._events.is_on:
+            for subject, since in self._known.items():
+                self._events.stage_reported(subject, since)
+        self.configure()
+
     def is_due(self) -> bool:
         """Return whether there is something to do though no hold has begun or ended."""
         return self._events.is_on and self._now() >= self._due

@@ -60,6 +60,7 @@ class Instructions:
             return
         parts.journal.accept()
         parts.admission.burst.forget()
+        parts.admission.announcements.accepted()
         parts.control.accepted_ledger()
         parts.journal.requests.release()  # the hold was for the other ledger
         _log.warning("ledger_accepted", ledger=path_in(parts.spool.state))

@@ -175,6 +175,12 @@ class Events:
         with self._lock:
             self._staged |= {(one.id, one.target): one for one in self._rows(event)}
 
+    def stage_reported(self, subject: str, since: float) -> None:
+        """Let the journal know of a hold that was reported: it may be another one than the one that knew it."""
+        event = replace(self._new("held", "", subject=subject), at=since, is_over=True)
+        with self._lock:
+            self._staged |= {(one.id, one.target): one for one in self._rows(event)}
+
     def staged(self) -> list[Event]:
         """Return the events that are not written yet."""
         with self._lock:

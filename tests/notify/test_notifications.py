@@ -612,3 +612,24 @@ def test_a_ledger_that_is_locked_when_receivers_are_replaced_keeps_no_event_from
         notifier.wake()
         assert receiver.wait_for(1)[0]["hold"] == {"kind": "disk"}
         notifier.close(5)
+
+
+def test_the_end_of_a_hold_is_sent_though_another_ledger_was_accepted_meanwhile(
+    notified: Folders, receiver: Receiver, run: Callable[..., LoggedDaemon]
+) -> None:
+    daemon = run(notified)
+    notified.prompt("broke", "no credits [sandbox: 402]")
+    receiver.wait_for(2)
+    (notified.state / "ledger.sqlite3").unlink()
+    notified.prompt("cat", "a cat")
+    until(lambda: any(line["kind"] == "disk" for line in daemon.events("held")))
+    command(notified, "release", "--accept-new-ledger")
+    daemon.wait_for("ledger_accepted")
+    command(notified, "release")
+    until(lambda: "cat" in notified.finished())
+    until(lambda: ("released", "credits") in holds(receiver), saw=lambda: str(holds(receiver)))
+    assert len(holds(receiver)) == len(set(holds(receiver)))
+
+
+def holds(receiver: Receiver) -> list[tuple[str, str]]:
+    return [(page["event"], page["hold"]["kind"]) for page in receiver.pages() if "hold" in page]
