@@ -23,10 +23,13 @@ def read_secret_file(path: str, most_bytes: int) -> bytes:
     try:
         # Non-blocking: opening a FIFO must not stop the daemon before we can see that it is one.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        with open(descriptor, "rb") as file:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise SecretFileError("is not a regular file")
-            content = file.read(most_bytes + 1)
+            with open(descriptor, "rb", closefd=False) as file:
+                content = file.read(most_bytes + 1)
+        finally:
+            os.close(descriptor)
     except (OSError, ValueError) as error:
         cause = error.strerror if isinstance(error, OSError) else None
         raise SecretFileError(f"cannot be read: {cause or 'not a file name'}") from None
