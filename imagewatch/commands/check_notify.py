@@ -49,16 +49,22 @@ def _url(notify: Notify, environ: Mapping[str, str]) -> Iterator[tuple[str, str,
     signed = f"signed with the secret in {printable(source, 255)}" if source else "not signed"
     if not source and "CREDENTIALS_DIRECTORY" not in environ:
         signed += " (a service may have the systemd credential notify_secret)"
+    if source and (error := _unreadable(source)):
+        hint = "write the secret into it, readable for the daemon"
+        yield "bad", _WHAT, f"nothing is posted to the url on {host}: {error}: {printable(source, 255)} ({hint})"
+        return
     if parts.scheme == "http" and not is_loopback(host):
         yield "warn", _WHAT, f"url on {host}, {signed}; prompts are sent there unencrypted (use https://)"
     else:
         yield "ok", _WHAT, f"url on {host}, {signed}"
-    if not source:
-        return
+    if source and (warning := key_file_problem(source)):
+        yield "warn", _WHAT, printable(warning)
+
+
+def _unreadable(source: str) -> str:
+    """Return why the secret cannot be read, or an empty string."""
     try:
         read_secret(source)
     except SecretError as error:
-        yield "bad", _WHAT, f"{error}: {printable(source, 255)} (write the secret into it, readable for the daemon)"
-    else:
-        if warning := key_file_problem(source):
-            yield "warn", _WHAT, printable(warning)
+        return str(error)
+    return ""

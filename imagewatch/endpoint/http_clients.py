@@ -201,7 +201,7 @@ def reason_of(error: Exception, secret: Mask | None = None) -> str:
     """
     if isinstance(error, httpx.LocalProtocolError):
         return "the request cannot be sent"
-    text = known.text(str(error) or type(error).__name__)
+    text = known.text(str(error).rstrip(".") or type(error).__name__)
     return printable(secret.text(text) if secret else text, 300)
 
 

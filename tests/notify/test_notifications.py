@@ -530,7 +530,11 @@ def test_check_reports_what_is_wrong_with_the_receivers(notified: Folders, tmp_p
     assert lines(command="no-such-program")[0][1].startswith("the command does not exist in PATH: no-such-program")
     assert lines(command=str(plain))[0] == ("bad", f"the command may not be executed: {plain} (run: chmod a+x {plain})")
     assert lines(command="/nonexistent")[0][0] == "bad"
-    assert lines(secret_file="/nonexistent")[1][0] == "bad"
+    ((verdict, why),) = lines(secret_file="/nonexistent")
+    assert (verdict, why.partition(": /nonexistent")[0]) == (
+        "bad",
+        "nothing is posted to the url on 127.0.0.1: the file of the secret cannot be read: No such file or directory",
+    )
     assert lines(url="http://example.com/token")[0][0] == "warn"
     assert lines(url="https://example.com/token") == [("ok", f"url on example.com, {unsigned}")]
     secret.chmod(0o604)
