@@ -62,7 +62,11 @@ class Receiver:
             def do_POST(self) -> None:
                 length = int(self.headers["content-length"])
                 headers = {name.lower(): value for name, value in self.headers.items()}
-                post = Post(self.path, headers, self.rfile.read(length))
+                body = self.rfile.read(length)
+                if len(body) < length:  # the daemon was killed in the middle of it
+                    self.close_connection = True
+                    return
+                post = Post(self.path, headers, body)
                 status = receiver._take(post)
                 self.send_response(status)
                 for name, value in receiver.headers.items():
