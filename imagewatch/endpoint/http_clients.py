@@ -110,8 +110,8 @@ class Clients:
     ) -> Iterator[httpx.Response]:
         """Send a request to the endpoint; its response is not read yet.
 
-        By the transport of the client: the client itself would follow redirects and keep cookies. Neither may be
-        used here, and both together take a thirtieth of the CPU of a job.
+        By the transport of the client: the client itself would read the target of a redirect, and send cookies of
+        earlier responses. Neither may be used here.
 
         Args:
             url: The address.

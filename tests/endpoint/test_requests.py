@@ -108,6 +108,21 @@ def test_the_headers_are_exactly_these(sent):
     }
 
 
+def test_a_cookie_of_a_response_is_not_sent_with_the_next_request(tmp_path):
+    heads = []
+
+    def script(exchange):
+        heads.append(exchange.request()[0])
+        exchange.send(response(paid(IMAGE), b"Set-Cookie: session=1"))
+
+    with Scripted(script, script) as server, contextlib.closing(Station(tmp_path, server.base_url)) as station:
+        for name in ("x", "y"):
+            drop(station, {f"{name}.prompt.txt": f"a cat {name}"})
+            station.work()
+    assert len(heads) == 2
+    assert b"cookie" not in heads[1].lower()
+
+
 def test_the_body_is_exactly_what_the_contract_says(sent):
     front = '+++\nprovider = "gemini"\nmodel = "m\\"1"\nn = 2\n'
     front += 'size = "1024x1024"\nquality = "low"\noutput_format = "png"\nseed = -5\n+++\n'
