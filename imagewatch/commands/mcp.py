@@ -51,7 +51,7 @@ _EXTRA = "python3 -m pip install 'imagewatch[mcp]'"
     default=25.0,
     show_default=True,
     metavar="SECONDS",
-    help="Answer after this time at the latest, also if the image is not ready",
+    help="Wait this long for the image; a call is answered within 45 seconds in any case",
 )
 @config_option
 def mcp(path: str | None, root: str | None, folder: str, allowed: Sequence[str], seconds: float) -> None:

@@ -86,7 +86,7 @@ _Images = Annotated[
     tuple[str, ...],
     msgspec.Meta(
         max_length=MAX_INPUTS,
-        description="Paths of images to edit, in order (PNG, JPEG, WebP), below the watched folder or an allowed one",
+        description="Paths of images to edit, in order (PNG, JPEG, WebP), below the folders that are allowed",
     ),
 ]
 _Preview = Annotated[bool, msgspec.Meta(description="Also return a small preview of each image")]

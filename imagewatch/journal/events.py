@@ -46,8 +46,11 @@ _READY = (
 _DUE = f"SELECT * FROM events NOT INDEXED WHERE {_READY} AND (next_at <= ? OR next_at > ?) ORDER BY number LIMIT 1"  # noqa: S608
 _NEXT = f"SELECT next_at FROM events WHERE {_READY} AND next_at > ? ORDER BY next_at LIMIT 1"  # noqa: S608  our own text
 _PENDING = "SELECT count(*) AS pending, min(at) AS since FROM events WHERE failed_at IS NULL"
-_GIVEN_UP = "SELECT count(failed_at) AS failed FROM events WHERE message <> ''"
-_LAST = "SELECT message FROM events WHERE message <> '' ORDER BY coalesce(failed_at, next_at) DESC LIMIT 1"
+_GIVEN_UP = "SELECT count(*) AS failed FROM events WHERE message <> '' AND failed_at >= ?"
+_LAST = (
+    "SELECT message FROM events WHERE message <> '' AND coalesce(failed_at, ?1) >= ?1 "
+    "ORDER BY coalesce(failed_at, next_at) DESC LIMIT 1"
+)
 
 
 class Event(msgspec.Struct, frozen=True, kw_only=True):
@@ -323,10 +326,11 @@ class Events:
         Raises:
             SpoolError: The journal cannot be read.
         """
+        old = self._clock() - _FAILED_SECONDS
         with self._file.using() as connection:
             waiting = connection.execute(_PENDING).fetchone()
-            failed = connection.execute(_GIVEN_UP).fetchone()["failed"]
-            last = connection.execute(_LAST).fetchone()
+            failed = connection.execute(_GIVEN_UP, (old,)).fetchone()["failed"]
+            last = connection.execute(_LAST, (old,)).fetchone()
         return Counts(waiting["pending"], failed, waiting["since"], last["message"] if last else "")
 
 
