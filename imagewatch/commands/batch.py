@@ -178,8 +178,8 @@ class Batch:
                 delivery.stage(one.row.request, one.row.stem)
             delivery.sync()
             staged = delivery.staged
-            record.add([one.row for one in group], staged)
             try:
+                record.add([one.row for one in group], staged)
                 with contextlib.closing(delivery.place()) as placed:
                     for one, job in zip(group, placed, strict=True):
                         one.job = job

@@ -317,11 +317,15 @@ class Delivery:
         self._sync(self._target)
 
     def remove_images(self) -> None:
-        """Remove the images of prompts that were not dropped, also those that have their final names already."""
+        """Remove the images of prompts that were not dropped that have their final names already.
+
+        The others stay: as long as the hidden one is there, what has the final name is another sender's.
+        """
         for staged in self._staged:
-            for path, _ in staged.files[:-1]:
-                with contextlib.suppress(SpoolError):
-                    self._disk.unlink(path)
+            for path, final in staged.files[:-1]:
+                if path == final:
+                    with contextlib.suppress(SpoolError):
+                        self._disk.unlink(path)
 
     def keep_staged(self) -> None:
         """Leave the hidden files of prompts that were not dropped."""

@@ -253,9 +253,26 @@ class FinishedPrompts:
                 request = SubmitRequest.of_file(file.read(MAX_BYTES + 1), path, {}, ())
         except OSError as error:
             raise UsageError(f"cannot read {printable(path)}: {error.strerror}", hint="use imagewatch submit") from None
+        request = _with_own_images(request, os.path.basename(path).removesuffix(SUFFIX))
         fields = {name: value for name, value in request.options.items() if value is not None}
         asked = fields.get("n") or 1
         return Finished(os.path.basename(path).removesuffix(SUFFIX), folder, path, request, {}, None, asked)
+
+
+def _with_own_images(request: SubmitRequest, base: str) -> SubmitRequest:
+    """Return a request with the images of its job: if their names existed in the archive, all of its files have its id.
+
+    Without that, an image that the prompt names would be the one of another job.
+    """
+    stem, _, tag = base.rpartition(".")
+    if not stem or not _TAG.fullmatch(f".{tag}"):
+        return request
+
+    def own(path: str) -> str:
+        folder, name = os.path.split(path)
+        return path if name.startswith(base) else os.path.join(folder, tagged(name, stem, tag))
+
+    return replace(request, images=tuple(map(own, request.images)))
 
 
 def changed(found: Finished, n: int | None, seed: int | None) -> Finished:

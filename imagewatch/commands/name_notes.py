@@ -175,7 +175,12 @@ class Notes:
         with disk_errors(path, "take the prompt out of the inbox"):
             self._open()
             is_mine = self._renamed(path, aside)
-        yield is_mine
+        try:
+            yield is_mine
+        except BaseException:
+            if is_mine:  # it is where it was: nothing was noted of it
+                self._disk.rename(aside, path)
+            raise
         if is_mine:
             self._disk.unlink(aside)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from imagewatch.commands.drop import Delivery, SubmitRequest, folder_of
 from imagewatch.commands.name_notes import Note, Notes
 from imagewatch.commands.wait import image_names, may_be_of, read_facts
+from imagewatch.config.locate import refusal
 from imagewatch.protocol import notice
 from imagewatch.protocol.names import SUFFIX
 from imagewatch.system.errors import BadRequest, ImagewatchError, Problem, SpoolError
@@ -42,6 +43,8 @@ NAME: Final = "^[A-Za-z0-9][A-Za-z0-9_-]{0,79}$"
 _INTERRUPTED_SECONDS = 60.0
 """A prompt that has had its hidden name for this long is dropped by no process any more."""
 _MISSING_SECONDS = 7200.0
+_WRITTEN_SECONDS = 1.0
+"""How much later than a claim a status is written that names it."""
 """A job takes less: the largest deadline of one request, and its attempts."""
 _ATTEMPTS = 3
 _MOST_PREVIEW_BYTES = 64 << 20
@@ -161,9 +164,21 @@ class NamedJobs:
             return self._result(name, note) or Job(name, "results_moved")  # it may be published since
         if note is None and not is_busy:
             return Job(name, "unknown")
-        is_listed = status is None or status.in_flight.count <= len(status.in_flight.files)
         is_old = note is not None and self._clock() - note.at > _MISSING_SECONDS
-        return Job(name, "missing" if is_old and is_listed and not is_busy else "in_progress")
+        return Job(name, "missing" if is_old and not is_busy and self._shows_all(status) else "in_progress")
+
+    def _shows_all(self, status: notice.Notice | None) -> bool:
+        """Return whether a status names all that is in flight, also what was claimed last.
+
+        A note has the time at which its prompt was dropped; that may have waited in the inbox for days.
+        """
+        if status is None or status.in_flight.count > len(status.in_flight.files):
+            return False
+        try:
+            changed = os.stat(os.path.join(self._config.folders.inbox, self._folder)).st_mtime
+        except OSError:
+            return False
+        return status.written_at.timestamp() > changed + _WRITTEN_SECONDS
 
     def cancel(self, name: str) -> Job:
         """Take a prompt out of the inbox, if the daemon has not claimed it; return what is known of it then.
@@ -229,8 +244,10 @@ class NamedJobs:
                 with contextlib.closing(delivery.place()) as placed:
                     list(placed)
             except ImagewatchError:
-                with contextlib.suppress(SpoolError):
+                try:
                     self._notes.withdraw(name, note)
+                except SpoolError:
+                    delivery.keep_staged()  # the hidden file shows that it was not dropped
                 raise
 
     def _is_interrupted(self, note: Note) -> bool:
@@ -276,7 +293,8 @@ class NamedJobs:
         except FileNotFoundError:
             return  # not created yet
         except OSError as error:
-            raise SpoolError(f"cannot list the folder: {error.strerror}: {folder}", path=folder) from None
+            message = f"cannot list the folder: {error.strerror}: {printable(folder)}"
+            raise SpoolError(message, path=folder, hint=refusal(folder, os.R_OK | os.X_OK)) from None
         source = whole(self._source(name))
         for file in sorted(files):
             if not may_be_of(file[: -len(ending)], {name}):

@@ -91,7 +91,7 @@ class QueueReport:
         """Print it, if that differs from what was printed last.
 
         Args:
-            count: How many prompts were dropped.
+            count: How many prompts are in the inbox.
         """
         page = self._page()
         if page is None:  # nothing is known, so nothing has ended

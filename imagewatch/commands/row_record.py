@@ -105,6 +105,7 @@ class RowRecord:
         self._path = os.path.join(folder, FILE)
         self._file = self._opened()
         self._entries: list[Entry] = []
+        self._is_cut = True
 
     def __enter__(self) -> Self:
         with disk_errors(self._path, "read"):
@@ -134,19 +135,25 @@ class RowRecord:
         """
         entries = [Entry(row.stem, row.digest, one.names, one.images) for row, one in zip(rows, staged, strict=True)]
         at = utc(time.time()).isoformat()
-        self._append(
-            _line({"name": e.name, "content": e.digest, "staged": e.staged, "images": e.images, "at": at})
-            for e in entries
-        )
-        self._entries += entries
+        before = len(self._entries)
+        self._entries += entries  # now: if writing fails, some of their lines may be in the file
+        try:
+            self._append(
+                _line({"name": e.name, "content": e.digest, "staged": e.staged, "images": e.images, "at": at})
+                for e in entries
+            )
+        except SpoolError:
+            if self._is_cut:
+                del self._entries[before:]
+            raise
 
     def withdraw(self, prompts: Iterable[str]) -> None:
-        """Record durably that rows were not dropped.
+        """Record durably that rows were not dropped; those that are not recorded are left out.
 
         Args:
             prompts: The hidden names of their prompts.
         """
-        withdrawn = set(prompts)
+        withdrawn = {one.prompt for one in self._entries} & set(prompts)
         self._append(_line({"withdrawn": name}) for name in sorted(withdrawn))
         self._entries = [one for one in self._entries if one.prompt not in withdrawn]
 
@@ -199,8 +206,10 @@ class RowRecord:
                     content = content[os.write(file, content) :]
             self._disk.sync(self._file, self._path)
         except SpoolError:
+            self._is_cut = False
             with contextlib.suppress(OSError):  # a full disk: a part of a line would spoil the next one
                 os.ftruncate(file, end)
+                self._is_cut = True
             raise
 
     def _recover(self) -> None:

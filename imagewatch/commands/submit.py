@@ -486,7 +486,9 @@ def _waited(call: _Call, waiting: Waiting) -> list[Result]:
         _live(len(jobs) - len(left), len(jobs), passed)
         if passed - checked >= _QUEUE_SECONDS:
             checked = passed
-            call.queue.report(len(left))
+            _clear()
+            if waits := waiting.unclaimed():
+                call.queue.report(waits)
         if not warned and passed >= _UNCLAIMED_SECONDS and waiting.unclaimed() == len(jobs):
             warned = True
             _clear()

@@ -130,10 +130,27 @@ def removed(watched: Watched) -> None:
 def long_gone(watched: Watched) -> None:
     watched.claim().unlink()
     watched.seconds = 10 * 86_400
+    watched.status()
 
 
 def canceled(watched: Watched) -> None:
     watched.jobs.cancel("cat")
+
+
+@pytest.mark.parametrize("status", ["none", "stopped", "earlier"])
+def test_a_prompt_that_waited_for_days_and_was_claimed_just_now_is_not_missing(watched, status):
+    watched.create()
+    if status == "earlier":
+        watched.status()
+    watched.claim()
+    watched.seconds = 10 * 86_400
+    if status == "earlier":  # the clocks go on: it was written before the claim
+        folder = watched.inbox.stat()
+        os.utime(watched.inbox, (folder.st_atime, time.time() + watched.seconds))
+        watched.status()
+    if status == "stopped":
+        watched.status(state="stopped")
+    assert watched.jobs.find("cat").state == "in_progress"
 
 
 @pytest.mark.parametrize(
