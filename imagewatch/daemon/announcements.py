@@ -60,9 +60,14 @@ class Announcements:
                 self._events.stage_reported(subject, since)
         self.configure()
 
+    @property
+    def due(self) -> float:
+        """Monotonic time at which there is something to do though no hold has begun or ended; maybe infinite."""
+        return self._due if self._events.is_on else math.inf
+
     def is_due(self) -> bool:
         """Return whether there is something to do though no hold has begun or ended."""
-        return self._events.is_on and self._now() >= self._due
+        return self._now() >= self.due
 
     def note(self, holds: Iterable[Hold]) -> None:
         """Keep an event for each hold that has begun or ended since the last time; in memory until it is written."""

@@ -99,8 +99,8 @@ class FolderStatus:
         if self._parts.now() < self._not_before and not is_last:
             self._is_pending = True
             return
-        is_due, began = self.is_due(), self._processor()
         self._is_pending = False
+        is_due, began = self.is_due(), self._processor()
         content = self._content.make("stopped" if is_last else state, in_flight, stuck)
         if is_due or content != self._last:
             self._write(content)
@@ -147,7 +147,11 @@ class FolderStatus:
             hint = "remove the folder that has the name of the status file"
             raise SpoolError(f"a folder is in the place of {path}", path=path, hint=hint)
         temporary = os.path.join(self._folder, _TEMPORARY + secrets.token_hex(8))
-        self._disk.show(path, temporary, content, self._permit)
+        try:
+            self._disk.show(path, temporary, content, self._permit)
+        except SpoolError as error:  # without the temporary name: a problem that lasts must have the same text
+            message = str(error).replace(printable(temporary), printable(path))
+            raise SpoolError(message, path=path, code=error.code, hint=error.hint) from error
 
     def _permit(self, descriptor: int) -> None:
         """Make it readable for those who can read what is published, or else for those who can list the inbox."""

@@ -166,6 +166,7 @@ class Daemon:
             return DISK_SECONDS if self._admission.disk_failed else _LONGEST_WAIT
         now = self._now()
         times = [self._intake.scanner.due, self._dispatch.next_due(), now + self._admission.patience()]
+        times.append(self._admission.announcements.due)
         if (due := self._report.due) is not None:
             times.append(due)
         return min(max(min(times) - now, 0.001), _LONGEST_WAIT)

@@ -201,12 +201,18 @@ class Events:
             if new[event.id] and not event.is_over:
                 _insert(connection, event)
 
-    def written(self, events: Iterable[Event]) -> None:
-        """Forget events that are written now."""
+    def written(self, events: Sequence[Event]) -> None:
+        """Forget events that are written now.
+
+        Raises:
+            SpoolError: One was delivered from memory meanwhile, and that cannot be written.
+        """
         with self._lock:
             self._is_unwritable = False
-            for event in events:
-                self._staged.pop((event.id, event.target), None)
+            known = [self._staged.pop((event.id, event.target), event) for event in events]
+        for before, now in zip(events, known, strict=True):
+            if now.is_over and not before.is_over:
+                self.delivered(now)
 
     def unwritable(self) -> None:
         """Note that the journal cannot be written: what is in memory is delivered from there."""

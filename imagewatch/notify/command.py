@@ -7,6 +7,7 @@ from a mistake, not from a hostile program.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -44,6 +45,14 @@ class Command:
     def __init__(self, command: Sequence[str], environ: Mapping[str, str]) -> None:
         self._command = tuple(command)
         self._environ = environ
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def stop(self) -> None:
+        """End the program, if it runs: nothing waits for it any more."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
 
     def deliver(self, body: bytes, seconds: float = SECONDS) -> str:
         """Run it once.
@@ -66,6 +75,7 @@ class Command:
                 env=environment(self._environ),
                 start_new_session=True,
             ) as process:
+                self._process = process
                 ended = _wait(process, body + b"\n", time.monotonic() + limit)
         except (OSError, ValueError) as error:
             cause = (error.strerror if isinstance(error, OSError) else None) or "it is not a command"

@@ -29,6 +29,8 @@ _LONGEST_DELIVERY = 3600.0
 """More than any receiver takes: each has a limit of its own."""
 _JOURNAL_SECONDS = 5.0
 """How long the journal is not asked again after it failed."""
+_LATER = "no action needed unless it lasts; then run: imagewatch check"
+_GIVEN_UP = "the event was given up; to test the receivers, run: imagewatch check"
 _log = structlog.get_logger()
 
 
@@ -42,6 +44,9 @@ class Receiver(Protocol):
     @property
     def name(self) -> str:
         """Return the name."""
+
+    def stop(self) -> None:
+        """End what would outlive the daemon."""
 
     def deliver(self, body: bytes, seconds: float) -> str:
         """Deliver an event once, within a time; return why it failed, or an empty string."""
@@ -103,6 +108,10 @@ class Notifier:
         self._ends = self._now() + seconds
         self.wake()
         self._thread.join(seconds + 1.0)
+        if self._thread.is_alive():
+            for receiver in self._receivers:
+                receiver.stop()
+            self._thread.join(1.0)
         self._thread = None
 
     # The thread
@@ -191,6 +200,7 @@ class Notifier:
         known = self._events.failed(event, reason)
         more = {"reason": reason, "tries": known.tries, "next_try_at": None if known.is_over else iso(known.next_at)}
         given = {name: value for name, value in more.items() if value is not None}
+        given["next"] = _GIVEN_UP if known.is_over else _LATER
         (_log.error if known.is_over else _log.warning)("notify_failed", **names, **fields, **given)
 
     def _note(self, act: Callable[[], object]) -> None:

@@ -52,6 +52,9 @@ class Post:
         self._environ = environ
         self._trusts_environ = not is_loopback((urlsplit(notify.url).hostname or "").lower())
 
+    def stop(self) -> None:
+        """Leave a request alone: it ends with the process."""
+
     def deliver(self, body: bytes, seconds: float = SECONDS) -> str:
         """Post an event once.
 

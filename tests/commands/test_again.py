@@ -114,6 +114,21 @@ def test_without_the_receipt_the_archive_has_the_prompt_and_its_images(person):
     assert "The cost is not known" in done.stderr
 
 
+def test_without_the_receipt_the_images_are_those_of_the_same_job(person):
+    colors = (1, 2, 3), (4, 5, 6)
+    for color in colors:
+        person.folders.drop("cat.png", plain_image(color=color))
+        person.folders.drop("cat.prompt.txt", f"+++\ninput_images = ['cat.png']\n+++\nA cat {color}")
+        person.once()
+    for receipt in person.folders.outbox.glob("*.receipt.toml"):
+        receipt.unlink()
+    (second,) = person.folders.archive.glob("cat.????.prompt.txt")
+    done = person.again(str(second))
+    assert done.returncode == 0, done.stderr
+    (name,) = person.new()["input_images"]
+    assert (person.folders.inbox / name).read_bytes() == plain_image(color=colors[1])
+
+
 def test_when_the_archive_deletes_the_receipt_is_enough_for_a_prompt_without_images(person):
     person.folders.prompt("cat", "A cat")
     person.folders.drop("dog.png", plain_image())

@@ -6,7 +6,7 @@ import json
 import os
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jsonschema
 import pytest
@@ -18,6 +18,7 @@ from imagewatch.journal.holds import Holds
 from imagewatch.protocol import notice
 from imagewatch.protocol.reasons import Reason
 from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -455,3 +456,31 @@ def test_a_root_that_is_the_inbox_is_watched_and_has_its_status(tmp_path: Path, 
     page = page_in(folders.root)
     assert (page.state, page.ignored.count) == ("stopped", 0)
     assert not daemon.events("ignored")
+
+
+def test_what_has_not_changed_is_not_written_again_after_an_update_that_came_too_early(kept: Kept) -> None:
+    kept.update()
+    written = kept.written_at
+    kept.passes(0.5)
+    kept.update()
+    kept.passes(0.6)
+    kept.update()
+    assert kept.written_at == written
+
+
+def test_a_problem_that_lasts_has_the_same_text_each_time_and_no_temporary_name(kept: Kept) -> None:
+    kept.update()
+    disk, texts = kept.status._disk, set()
+    disk.create = _refused  # type: ignore[method-assign, assignment]
+    for stem in ("a", "b", "c"):
+        (kept.folders.inbox / f"{stem}.prompt.txt.txt").write_text("a cat")
+        kept.passes(4000)
+        kept.update()
+        texts.add(kept.status.problem)
+    (text,) = texts
+    assert text.startswith("cannot create the file: Permission denied: ")
+    assert ".iw-status." not in text
+
+
+def _refused(path: str) -> IO[bytes]:
+    raise SpoolError(f"cannot create the file: Permission denied: {path}", path=path, code=13)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
-from typing import TYPE_CHECKING
+import os
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
@@ -15,6 +16,7 @@ from imagewatch.commands import drop
 from imagewatch.commands.main import cli
 from imagewatch.commands.row_record import FILE, STAGED
 from imagewatch.system.disk import Disk
+from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -78,3 +80,45 @@ def test_a_row_is_durable_in_the_record_before_it_has_its_name(here, monkeypatch
     assert recorded < min(renames)
     assert disk.steps[recorded - 1] == "sync_folder inbox", "the hidden names are durable before the record"
     assert all(f"/{STAGED}" not in disk.steps[at] for at in renames)
+
+
+def test_rows_whose_record_can_neither_be_made_durable_nor_cut_off_are_dropped_by_the_next_run(here, monkeypatch):
+    root = prepared(here / "root")
+
+    class Failing(Disk):
+        def sync(self, file: Any, path: str) -> None:
+            if path.endswith(FILE):
+                raise SpoolError(f"cannot write: Input/output error: {path}", path=path, code=5)
+            super().sync(file, path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "ftruncate", refuse)
+        with contextlib.suppress(SpoolError):
+            submit(root, here, monkeypatch, Failing())
+    assert not [name for name in contents(root / "inbox") if not name.startswith(".")]
+    submit(root, here, monkeypatch, Disk())
+    assert {f"{name}.prompt.txt" for name in NAMES} <= set(contents(root / "inbox"))
+
+
+def test_an_image_of_another_sender_stays_if_a_row_cannot_be_dropped_because_of_it_and_that_cannot_be_recorded(
+    here, monkeypatch
+):
+    root = prepared(here / "root")
+    theirs = root / "inbox/a.in1.png"
+    theirs.write_bytes(b"another sender's")
+
+    class Failing(Disk):
+        syncs = 0
+
+        def sync(self, file: Any, path: str) -> None:
+            self.syncs += path.endswith(FILE)
+            if path.endswith(FILE) and self.syncs > 1:
+                raise SpoolError(f"cannot write: No space left on device: {path}", path=path, code=28)
+            super().sync(file, path)
+
+    submit(root, here, monkeypatch, Failing())
+    submit(root, here, monkeypatch, Disk())
+    assert theirs.read_bytes() == b"another sender's"

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from msgspec.structs import replace
 
@@ -279,6 +279,7 @@ CHANGES = st.lists(
 )
 
 
+@settings(deadline=None)  # it writes a ledger
 @given(changes=CHANGES)
 def test_the_sums_of_a_folder_are_those_of_its_rows_whatever_happened(
     tmp_path_factory: pytest.TempPathFactory, changes: list[tuple[int, str, tuple[str, str], float | None, float]]

@@ -511,6 +511,22 @@ def test_a_clock_that_is_set_back_does_not_make_an_event_wait_for_long(make: Cal
     assert journal.events.due("url") is not None
 
 
+def test_an_event_that_is_delivered_from_memory_while_it_is_written_is_not_delivered_again(
+    make: Callable[..., Journal],
+) -> None:
+    journal = notifying(make)
+    journal.events.stage("held", "hold:disk::", {"kind": "disk"})
+    journal.events.unwritable()
+    event = journal.events.due_unwritten("url")
+    assert event is not None
+    staged = journal.events.staged()
+    journal.events.delivered(event)
+    journal.requests.refuse({}, staged)
+    journal.events.written(staged)
+    assert journal.events.due("url") is None
+    assert "hold:disk::" in journal.events.announced()
+
+
 def test_an_event_is_given_up_after_seven_days_and_counted_for_thirty(make: Callable[..., Journal]) -> None:
     journal = notifying(make)
     ended(journal)

@@ -14,6 +14,7 @@ import stat
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -26,7 +27,6 @@ from imagewatch.notify.notifier import Notifier
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from support.daemon import LoggedDaemon
     from support.receiver import Receiver
@@ -225,7 +225,7 @@ def test_a_busy_api_sends_no_event_of_a_hold(notified: Folders, receiver: Receiv
 
 
 def test_a_hold_that_lasts_over_a_restart_is_reported_once_and_its_end_too(
-    notified: Folders, receiver: Receiver, run: Callable[..., LoggedDaemon]
+    notified: Folders, receiver: Receiver, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
     first = run(notified)
     assert command(notified, "hold", "cleaning").returncode == 0
@@ -237,10 +237,12 @@ def test_a_hold_that_lasts_over_a_restart_is_reported_once_and_its_end_too(
     notified.prompt("wrong", WRONG)  # something is done again
     second.kill()
     assert command(notified, "release").returncode == 0
-    third = run(notified)
-    receiver.wait_for(2)
+    script = tmp_path / "without_grace.py"
+    script.write_text(WITHOUT_GRACE)
+    third = run(notified, script=str(script))
+    receiver.wait_for(3)
     third.stop()
-    assert receiver.names().count("held") == 1
+    assert sorted(receiver.names()) == ["failed", "held", "released"]
 
 
 def test_a_hold_that_ended_while_no_daemon_ran_is_reported_later(
@@ -421,7 +423,7 @@ def test_a_receiver_that_never_responds_delays_no_job(
     until(lambda: receiver.posts)
     for number in range(5):
         notified.prompt(f"more{number}", f"a dog {number}")
-    until(lambda: len(notified.finished()) == 6, timeout=8)
+    until(lambda: len(notified.finished()) == 6)
     assert not daemon.events("held")
     stop.append(True)
     receiver.wait_for(6)
@@ -429,15 +431,17 @@ def test_a_receiver_that_never_responds_delays_no_job(
 
 
 def test_a_command_that_hangs_delays_no_job_and_the_end_only_for_a_few_seconds(
-    folders: Folders, run: Callable[..., LoggedDaemon]
+    folders: Folders, run: Callable[..., LoggedDaemon], tmp_path: Path
 ) -> None:
-    folders.environ["IMAGEWATCH_NOTIFY__COMMAND"] = '["sleep", "1000"]'
+    number_of = tmp_path / "pid"
+    folders.environ["IMAGEWATCH_NOTIFY__COMMAND"] = json.dumps(["sh", "-c", f"echo $$ > {number_of}; sleep 1000"])
     daemon = run(folders)
     for number in range(3):
         folders.prompt(f"cat{number}", f"a cat {number}")
     until(lambda: len(folders.finished()) == 3)
     assert daemon.stop() == 0
     assert len(rows(folders, "events")) == 3
+    until(lambda: not Path(f"/proc/{int(number_of.read_text())}").exists(), what="the end of the command")
 
 
 def test_the_command_gets_json_and_neither_key_nor_credentials(folders: Folders, tmp_path: Path) -> None:
@@ -582,7 +586,7 @@ def test_no_line_of_the_log_has_the_url(notified: Folders, receiver: Receiver) -
 
 
 def test_once_ends_when_what_is_due_is_delivered(notified: Folders, receiver: Receiver) -> None:
-    receiver.answer = lambda _: threading.Event().wait(1.5) or None
+    receiver.answer = lambda _: threading.Event().wait(0.5) or None
     for number in range(3):
         notified.prompt(f"cat{number}", f"a cat {number}")
     assert command(notified, "once").returncode == 0
