@@ -34,7 +34,7 @@ _MESSAGES = {
     "unless the user asks for another image.",
     "missing": "The request was dropped earlier, and is in none of the folders now. It may have been charged: ask the "
     "user before you create it again.",
-    "unknown": "There is no request of this name.",
+    "unknown": "There is no request of this name. Check the name; create_image makes a new request.",
 }
 _STOPPED = (
     "The request is kept, and nothing is sent at the moment: report the reason in queue to the user. It continues "
