@@ -235,8 +235,13 @@ class World(Folders):
         return self.requests() >= count
 
     def is_idle(self) -> None:
-        """Wait until no job is left."""
-        self.wait(lambda: not self.open_jobs(), "the end of all jobs")
+        """Wait until no job is left, and no response of one that is over."""
+        self.wait(lambda: not self.open_jobs() and not self._responses_of_done(), "the end of all jobs")
+
+    def _responses_of_done(self) -> list[str]:
+        """Return what the daemon is about to remove: a job is over before its responses are removed."""
+        done = {row["id"] for row in self._ask("SELECT id FROM jobs WHERE state = 'done'")}
+        return [path.name for path in (self.state / "answers").glob("*") if path.name.partition(".")[0] in done]
 
     # What must be true
 
