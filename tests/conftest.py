@@ -20,6 +20,7 @@ pytest.register_assert_rewrite("support", "security.people", "security.world")
 from support.daemon import HURRIED, KEY, REMOTE_NAME, STARTED, Folders, LoggedDaemon, Running
 from support.postgres import Server
 from support.postgres import missing as missing_postgres
+from support.proxy import Proxy
 from support.station import Station
 
 from imagewatch.sandbox import Sandbox
@@ -159,6 +160,13 @@ def database(postgres: Server) -> Iterator[str]:
     uri = postgres.database()
     yield uri
     postgres.drop(uri.rpartition("/")[2])
+
+
+@pytest.fixture
+def proxy(postgres: Server) -> Iterator[Proxy]:
+    """Between clients and ``postgres``: what a test makes fail concerns only the connections through it."""
+    with Proxy(postgres.port) as made:
+        yield made
 
 
 @pytest.fixture
