@@ -19,10 +19,11 @@ from click.shell_completion import CompletionItem
 
 from imagewatch import __version__
 from imagewatch.commands.terminal import current_folder, say, silence
-from imagewatch.system.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
+from imagewatch.system.errors import AlreadyRunning, ConfigError, DatabaseError, ImagewatchError, SpoolError, UsageError
 from imagewatch.system.exits import (
     EXIT_CONFIG,
     EXIT_FAILED,
+    EXIT_HELD,
     EXIT_INTERNAL,
     EXIT_RUNNING,
     EXIT_SIGNAL,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 COMMANDS: Mapping[str, tuple[str, str]] = {
     "again": ("submit", "Drop a finished prompt once more; it is charged again."),
     "check": ("check", "List what the daemon would do with each file, and every problem."),
+    "db": ("db", "Make and check the tables of a shared database."),
     "demo": ("demo", "Show everything on a local endpoint: no key, no cost."),
     "estimate": ("estimate", "Estimate what the prompts in the inbox will cost."),
     "gallery": ("gallery", "Write a web page of all images, costs and failures."),
@@ -58,6 +60,7 @@ _CODES = (
     (UsageError, EXIT_USAGE),
     (ConfigError, EXIT_CONFIG),
     (AlreadyRunning, EXIT_RUNNING),
+    (DatabaseError, EXIT_HELD),
     (SpoolError, EXIT_SPOOL),
 )
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}

@@ -60,6 +60,8 @@ class Journal:
         budgets: Caps and rate of single first-level folders.
 
     Attributes:
+        file: The database.
+        clock: Wall clock, seconds since the epoch: that of the shared database, or this host's.
         ledger: What was requested, completed and spent.
         requests: What commands ask for, and the holds that last.
         events: What is to be notified.
@@ -73,10 +75,10 @@ class Journal:
         *,
         budgets: Mapping[str, FolderBudget] = NO_BUDGETS,
     ) -> None:
-        self._file = file
+        self.file = self._file = file
         self._limits = limits
         self._budgets = budgets
-        self._clock = clock
+        self.clock = self._clock = clock
         self._unspent: dict[str, Claim] = {}
         self._uncertain: dict[str, Row] = {}  # attempts of which it is not known whether they were written: not sent
         self.ledger = Ledger(self._file)

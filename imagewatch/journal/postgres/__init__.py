@@ -9,6 +9,7 @@ The modules, in the order in which they are read::
     session   one connection: its settings, queries in our spelling, rows
     checks    whether a server can be used: durability, version of the tables, no pooler
     faults    the errors
+    presence  that a daemon is seen, and hears of what concerns its account
     tables    makes and updates the tables
     database  PostgresDatabase: one thread commits what all threads write
 """

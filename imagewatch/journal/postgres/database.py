@@ -14,15 +14,18 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import psycopg
 
+from imagewatch import __version__
 from imagewatch.journal.postgres.checks import require_usable
 from imagewatch.journal.postgres.faults import AGAIN, not_answering, replaced, text_of, translated, uncertain
+from imagewatch.journal.postgres.presence import Presence
 from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
-from imagewatch.system.errors import DatabaseError, SpoolError
+from imagewatch.system.errors import AlreadyRunning, DatabaseError, SpoolError
+from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from imagewatch.journal.database import Connection
+    from imagewatch.journal.database import Connection, Row
     from imagewatch.journal.postgres.place import Place
 
 _PATIENCE = ANSWER_SECONDS + 5.0
@@ -37,6 +40,23 @@ _LOCK = """
 _ACCOUNT = (
     "INSERT INTO imagewatch.accounts (name) VALUES (current_setting('imagewatch.account')) ON CONFLICT DO NOTHING"
 )
+
+_KNOWN = """
+    SELECT host, folder, place, CASE WHEN ended_at IS NULL
+        THEN extract(epoch FROM clock_timestamp())::float8 - seen_at ELSE 1e9 END AS seconds
+    FROM imagewatch.instances WHERE name = ? AND account = ?"""
+_REGISTER = """
+    INSERT INTO imagewatch.instances AS i
+        (name, inbox, host, folder, place, version, incarnation, started_at, seen_at)
+    VALUES (?, ?, ?, ?, ?, ?, 1, extract(epoch FROM clock_timestamp()), extract(epoch FROM clock_timestamp()))
+    ON CONFLICT (account, name) DO UPDATE SET inbox = excluded.inbox, host = excluded.host, folder = excluded.folder,
+        place = excluded.place, version = excluded.version, incarnation = i.incarnation + 1,
+        started_at = excluded.started_at, seen_at = excluded.seen_at, ended_at = NULL
+    RETURNING incarnation"""
+_ENDED = """
+    UPDATE imagewatch.instances SET ended_at = extract(epoch FROM clock_timestamp())
+    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
+    AND incarnation = ?"""
 
 T = TypeVar("T")
 
@@ -89,6 +109,8 @@ class PostgresDatabase:
         self._busy_since: float | None = None
         self._is_closed = False
         self._offset: float | None = None
+        self._lease = 60.0
+        self._presence: Presence | None = None
 
     def clock(self) -> float:
         """Return the time of the database's clock, seconds since the epoch; this host's before it was asked."""
@@ -244,6 +266,49 @@ class PostgresDatabase:
         if writer is not None:
             writer.close()
 
+    # The daemon
+
+    def register(self, host: str, folder: str, place: str, alive_seconds: float) -> None:
+        """Note that a daemon starts; from now on an earlier one with this name sends nothing any more.
+
+        Args:
+            host: Name of its host.
+            folder: Its inbox on that host.
+            place: Random, of its state folder.
+            alive_seconds: How long after it was seen last another daemon counts as running.
+
+        Raises:
+            AlreadyRunning: A daemon with another state folder has this name.
+            DatabaseError: The database cannot be used.
+        """
+
+        def act(connection: Connection) -> int:
+            values = self.place.instance, self.place.account
+            known = connection.execute(_KNOWN, values).fetchone()
+            if known is not None and known["place"] != place:
+                raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
+            given = self.place.instance, self.place.inbox, host, folder, place, __version__
+            return int(connection.execute(_REGISTER, given).fetchone()["incarnation"])
+
+        self.incarnation = 0
+        self.incarnation = self.change(act, locked=True)
+        self._lease = alive_seconds
+
+    def watch(self, page: Callable[[], str], on_change: Callable[[], object]) -> None:
+        """Let others see that the daemon runs, and report when something of the account may have changed.
+
+        Args:
+            page: Returns what others may know of its state, as JSON.
+            on_change: Called in another thread.
+        """
+        self._presence = Presence(self.place, self.incarnation, self._lease / 4, page, on_change)
+
+    def unregister(self) -> None:
+        """Note that the daemon ends."""
+        if self.incarnation:
+            with contextlib.suppress(SpoolError):
+                self.change(lambda connection: connection.execute(_ENDED, (self.incarnation,)), synced=False)
+
     def prove(self) -> None:
         """Make sure that rows can be written.
 
@@ -269,6 +334,8 @@ class PostgresDatabase:
 
     def close(self) -> None:
         """Close the connections; what waits to be written is written first."""
+        if self._presence is not None:
+            self._presence.close()
         with self._state:
             self._is_closed = True
             thread = self._thread
@@ -291,3 +358,16 @@ def _apply(writer: Session, change: _Change) -> None:
     except Exception as error:  # noqa: BLE001  it is that of the thread that wrote this
         change.error = translated(error) if isinstance(error, psycopg.Error) else error
     writer.execute("RELEASE change" if change.error is None else "ROLLBACK TO change")
+
+
+def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:
+    """Return the error for a name that a daemon with another state folder has."""
+    whose = f"the daemon on {printable(known['host'])} for {printable(known['folder'])}"
+    if is_running:
+        hint = "set shared.instance, different for each daemon of the account"
+        return AlreadyRunning(f"{whose} is running with the instance name {printable(name)}", hint=hint)
+    hint = (
+        "set another shared.instance; or, if this is that daemon and its state folder is lost, accept that what it had "
+        "in flight may have been charged: imagewatch release --accept-new-ledger"
+    )
+    return SpoolError(f"the instance name {printable(name)} belongs to {whose}, with another state folder", hint=hint)

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 VERSION: Final = 1
 SCHEMA: Final = "imagewatch"
 VIEWS: Final = "imagewatch_view"
+CHANNEL: Final = "imagewatch"
+"""PostgreSQL's channel for notifications; their text is the account."""
 _ACCOUNT, _INBOX, _INSTANCE = (f"current_setting('imagewatch.{name}')" for name in ("account", "inbox", "instance"))
 _OWNED: Final = f"""
     account  TEXT NOT NULL DEFAULT {_ACCOUNT},
@@ -46,6 +48,7 @@ CREATE TABLE instances (
     inbox       TEXT NOT NULL,
     host        TEXT NOT NULL,
     folder      TEXT NOT NULL,          -- the inbox on that host
+    place       TEXT NOT NULL,          -- random, of its state folder
     version     TEXT NOT NULL,
     incarnation BIGINT NOT NULL,        -- how often a daemon was started with this name
     started_at  DOUBLE PRECISION NOT NULL,
@@ -260,6 +263,12 @@ CREATE TRIGGER sums_inserted AFTER INSERT ON attempts FOR EACH ROW EXECUTE FUNCT
 CREATE TRIGGER sums_updated
     AFTER UPDATE OF source, sent_at, charged, outcome, credits, asked, asked_provider, price_kind ON attempts
     FOR EACH ROW EXECUTE FUNCTION attempts_changed();
+CREATE FUNCTION notify_account() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+    PERFORM pg_notify('{CHANNEL}', coalesce(NEW.account, OLD.account));
+    RETURN NULL;
+END $$;
+CREATE TRIGGER notified AFTER INSERT OR UPDATE OR DELETE ON holds FOR EACH ROW EXECUTE FUNCTION notify_account();
+CREATE TRIGGER notified AFTER INSERT ON requests FOR EACH ROW EXECUTE FUNCTION notify_account();
 CREATE FUNCTION keep_attempts() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
     RAISE EXCEPTION 'an attempt is never deleted: it is what keeps a request from being sent again';
 END $$;
