@@ -10,6 +10,8 @@ The modules, in reading order::
     draft     checks each section and makes its paths absolute
     tables    the tables of the file with the environment over them, and the origin of each value
     values    what makes a single value unusable; folders that overlap
+    dsn       the connection to a shared database, in which no password may be
+    shared    names of this daemon and its inbox in a shared database
     validate  checks a table against a struct; also for the front matter of prompts
     locate    where a configuration is searched, and whose file is used
     example   config.example.toml as the text of a new configuration

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import msgspec
 
+from imagewatch.config.dsn import WRITE_DATABASE, database_flaw
 from imagewatch.config.locate import expanded_home, xdg
 from imagewatch.config.schema import (
     DELETE,
@@ -24,10 +25,20 @@ from imagewatch.config.schema import (
     Options,
     Outbox,
     Retry,
+    Shared,
 )
 from imagewatch.config.tables import Tables
 from imagewatch.config.validate import check
-from imagewatch.config.values import PLACES, above_status, flaw_of, overlaps, split_command, url_flaw, webhook_flaw
+from imagewatch.config.values import (
+    PLACES,
+    above_status,
+    flaw_of,
+    name_flaw,
+    overlaps,
+    split_command,
+    url_flaw,
+    webhook_flaw,
+)
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
@@ -70,6 +81,7 @@ class Draft(Tables):
             limits=self._section("limits", Limits),
             budgets=self._named_tables("budgets", FolderBudget),
             notify=self._notify(),
+            shared=self._shared(),
             retry=self._retry(),
             log=self._section("log", Log),
             source=source,
@@ -212,6 +224,21 @@ class Draft(Tables):
         if words and "/" in words[0]:
             words = (self._path(words[0], "notify.command"), *words[1:])
         return msgspec.structs.replace(raw, command=words, secret_file=path)
+
+    def _shared(self) -> Shared:
+        """Return ``[shared]``. The value of ``database`` is never repeated: it may hold a password."""
+        table = self._table(("shared",)) or {}
+        database = table.get("database", "")
+        reason, hint = database_flaw(database) if isinstance(database, str) else ("must be text", WRITE_DATABASE)
+        if reason:
+            del table["database"]
+            self._wrong("shared.database", reason, hint)
+        for key in ("account", "instance"):
+            name = table.get(key)
+            if isinstance(name, str) and (flaw := name_flaw(name, may_be_empty=key == "instance")):
+                del table[key]
+                self._wrong(f"shared.{key}", flaw)
+        return self._section("shared", Shared)
 
     def _outbox(self) -> Outbox:
         """Return ``[outbox]`` with its modes read as octal numbers."""

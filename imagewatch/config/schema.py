@@ -188,6 +188,25 @@ class Notify(msgspec.Struct, frozen=True, kw_only=True):
     secret_file: _Text | None = None
 
 
+class Shared(msgspec.Struct, frozen=True, kw_only=True):
+    """``[shared]``: one database for several daemons that use the same account. Without a database it is off.
+
+    Attributes:
+        database: Service, connection string or URI of PostgreSQL, without a password; empty: the journal is in the
+            state folder.
+        account: Daemons that name the same account share its caps, rates and holds.
+        instance: Name of this daemon, unique in the database; empty: see ``config.shared``.
+        lease_seconds: After this time without a sign of a daemon, the others take it to be stopped.
+        durability: Whether a standby server must have each payment before its request is sent.
+    """
+
+    database: str = ""
+    account: str = "main"
+    instance: str = ""
+    lease_seconds: Annotated[float, Meta(ge=10, le=3600)] = 60.0
+    durability: Literal["replicated", "single"] = "replicated"
+
+
 class Retry(msgspec.Struct, frozen=True, kw_only=True):
     """``[retry]``: for what is provably free only.
 
@@ -227,6 +246,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
         limits: ``[limits]``.
         budgets: ``[budgets."FOLDER"]`` by the name of the folder.
         notify: ``[notify]``.
+        shared: ``[shared]``.
         retry: ``[retry]``.
         log: ``[log]``.
         source: Absolute name of the file, or ``environment``.
@@ -241,6 +261,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True):
     limits: Limits = Limits()
     budgets: dict[str, FolderBudget] = msgspec.field(default_factory=dict)
     notify: Notify = Notify()
+    shared: Shared = Shared()
     retry: Retry = Retry()
     log: Log = Log()
     source: str = "environment"
@@ -254,6 +275,7 @@ SECTIONS: Final[dict[str, type[msgspec.Struct]]] = {
     "defaults": Options,
     "limits": Limits,
     "notify": Notify,
+    "shared": Shared,
     "retry": Retry,
     "log": Log,
 }

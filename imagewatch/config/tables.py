@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import msgspec
 
+from imagewatch.config.dsn import PASSWORD_HINT
 from imagewatch.config.schema import NAMED, SECTIONS
 from imagewatch.config.validate import nearest
 from imagewatch.system.errors import Problem
@@ -17,10 +18,13 @@ if TYPE_CHECKING:
 
 KEY_HINT: Final = "put the key in a file and name it in api_key_file"
 SECTION_NAMES: Final = (*SECTIONS, *NAMED)
-_NOTIFY_HINT: Final = "put the secret in a file and name it in secret_file"
+_SECRET_HINTS: Final = {
+    "notify": "put the secret in a file and name it in secret_file",
+    "shared": PASSWORD_HINT,
+}
 _PREFIX: Final = "IMAGEWATCH_"
 _KEY_NAMES: Final = frozenset(
-    {"apikey", "key", "lettaapikey", "token", "apitoken", "bearer", "authorization", "secret", "password"}
+    {"apikey", "key", "lettaapikey", "token", "apitoken", "bearer", "authorization", "secret", "password", "pgpassword"}
 )
 
 
@@ -52,7 +56,8 @@ class Tables:
         key = re.sub(r"[-_]", "", problem.field.rpartition(".")[2].rpartition("__")[2]).lower()
         secret = problem.reason == "unknown key" and key in _KEY_NAMES
         name = self.origins.get(problem.field, problem.field)
-        hint = _NOTIFY_HINT if problem.field.lower().startswith(("notify.", "imagewatch_notify__")) else KEY_HINT
+        section = problem.field.lower().removeprefix("imagewatch_").replace("__", ".").partition(".")[0]
+        hint = _SECRET_HINTS.get(section, KEY_HINT)
         return Problem(_printable(name), problem.reason, hint if secret else problem.hint)
 
     def _wrong(self, field: str, reason: str, hint: str = "") -> None:

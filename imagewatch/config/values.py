@@ -18,6 +18,8 @@ from imagewatch.system.errors import Problem
 if TYPE_CHECKING:
     from imagewatch.config.schema import Folders
 
+MOST_NAME_CHARS = 100
+"""Longest name of an account or an instance."""
 PLACES = ("inbox", "outbox", "errors", "archive")
 """The folders that are in ``root`` unless they are set."""
 
@@ -80,6 +82,15 @@ def webhook_flaw(url: str) -> str:
         (not re.fullmatch(r"[A-Za-z0-9._-]+|[0-9A-Fa-f:.]+", host), "must begin with https:// or http:// and a host"),
     )
     return next((reason for broken, reason in rules if broken), "")
+
+
+def name_flaw(name: str, *, may_be_empty: bool) -> str:
+    """Return what is wrong with the name of an account or instance, or an empty string."""
+    if not name.isprintable() or name != name.strip():
+        return "must be printable, without spaces at its ends"
+    if len(name) > MOST_NAME_CHARS:
+        return f"must be at most {MOST_NAME_CHARS} characters long"
+    return "" if name or may_be_empty else "must not be empty"
 
 
 def is_loopback(host: str) -> bool:

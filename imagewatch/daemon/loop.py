@@ -41,8 +41,8 @@ _LONGEST_SCAN = 5.0
 """How long ``once`` scans at most at its end, seconds."""
 _NOTIFY_SECONDS = 10.0
 """How long notifications that are due are delivered at the end, seconds; the others wait for the next start."""
-_FIXED = ("folders", "outbox")
-"""Sections that are read at start only: folders are proved before anything is paid for."""
+_FIXED = ("folders", "outbox", "shared")
+"""Sections that are read at start only: folders and the journal are proved before anything is paid for."""
 _log = structlog.get_logger()
 
 

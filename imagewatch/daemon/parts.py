@@ -21,8 +21,7 @@ from imagewatch.endpoint.client import Client
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
 from imagewatch.journal.control import Control
-from imagewatch.journal.files import path_in
-from imagewatch.journal.journal import Journal
+from imagewatch.journal.opening import open_journal
 from imagewatch.notify.notifier import Notifier
 from imagewatch.system.errors import MORE_FILES
 
@@ -74,8 +73,7 @@ class Parts:
         self.jobs = Jobs()
         self.fates: dict[str, Fate] = {}
         self.notify = Notify(environ)
-        path = path_in(config.folders.state)
-        self.journal = Journal(path, config.limits, clock, guarded=True, budgets=config.budgets)
+        self.journal = open_journal(config, clock, guarded=True)
         self.ledger = self.journal.ledger
         self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk, self.journal.requests)

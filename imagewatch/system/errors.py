@@ -6,7 +6,9 @@
     ├─ UsageError         the command line asks for the impossible       exit 64
     ├─ ConfigError        the configuration: nothing starts              exit 78
     ├─ SpoolError         local disk: full, read-only, missing            exit 74 if it stays
-    │  └─ AlreadyRunning  another daemon has this inbox or state         exit 75
+    │  ├─ AlreadyRunning  another daemon has this inbox or state         exit 75
+    │  └─ DatabaseError   the shared database cannot be used             exit 69 if it stays
+    │     └─ UncertainError  it is not known whether a change was written
     └─ JobError           about one request; the daemon lives
        ├─ BadRequest      unreadable prompt, bad image: no call was made
        │  └─ Outdated     the prompt changed: it is checked again
@@ -103,6 +105,14 @@ class AlreadyRunning(SpoolError):  # noqa: N818  reads as the sentence it is
 
 class DamagedJobError(SpoolError):
     """What is recorded of a job cannot be read; a person has to decide about it."""
+
+
+class DatabaseError(SpoolError):
+    """The shared database cannot be used: out of reach, read-only or refusing the connection."""
+
+
+class UncertainError(DatabaseError):
+    """It is not known whether a change was written: the connection failed during its COMMIT."""
 
 
 class JobError(ImagewatchError):

@@ -39,6 +39,7 @@ STRUCTS = {
     "defaults": Options,
     "limits": schema.Limits,
     "notify": schema.Notify,
+    "shared": schema.Shared,
     "retry": schema.Retry,
     "log": schema.Log,
 }
@@ -89,6 +90,13 @@ SAMPLES = {
         "max_prompt_chars": 10,
         "max_input_bytes": 0,
         "min_free_bytes": 1,
+    },
+    "shared": {
+        "database": "service=imagewatch",
+        "account": "5",
+        "instance": "left",
+        "lease_seconds": 10,
+        "durability": "single",
     },
     "retry": {"attempts": 20, "initial_seconds": 2, "max_seconds": 2},
     "log": {"level": "debug", "format": "json"},
@@ -876,7 +884,7 @@ def test_keys_without_a_default_are_the_ones_marked_twice():
         empty = {
             field.name
             for field in msgspec.structs.fields(struct)
-            if field.default is None or field.name in ("api_key_command", "command", "state")
+            if field.default is None or field.name in ("api_key_command", "command", "state", "database", "instance")
         }
         if section == "defaults":
             empty.remove("provider")

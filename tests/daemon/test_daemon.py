@@ -504,6 +504,17 @@ def test_sighup_uses_a_changed_configuration_and_keeps_the_old_one_if_it_is_wron
     assert folders.names("archive") == ["one.prompt.txt", "two.prompt.txt"]
 
 
+def test_a_reload_that_changes_the_shared_database_is_refused(folders, run, tmp_path):
+    config = tmp_path / "config.toml"
+    config.write_text("")
+    daemon = run(folders, "--config", str(config))
+    config.write_text('[shared]\ndatabase = "service=imagewatch"\n')
+    daemon.process.send_signal(signal.SIGHUP)
+    assert "a change of [shared] needs a restart" in daemon.wait_for("reload_failed")["reason"]
+    folders.prompt("one", "One")
+    over(folders, "one")
+
+
 def test_sighup_in_a_working_folder_that_was_removed_keeps_the_old_configuration(folders, run, tmp_path):
     here, script = tmp_path / "here", tmp_path / "here.py"
     here.mkdir()
