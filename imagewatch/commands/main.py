@@ -19,10 +19,11 @@ from click.shell_completion import CompletionItem
 
 from imagewatch import __version__
 from imagewatch.commands.terminal import current_folder, say, silence
-from imagewatch.system.errors import AlreadyRunning, ConfigError, ImagewatchError, SpoolError, UsageError
+from imagewatch.system.errors import AlreadyRunning, ConfigError, DatabaseError, ImagewatchError, SpoolError, UsageError
 from imagewatch.system.exits import (
     EXIT_CONFIG,
     EXIT_FAILED,
+    EXIT_HELD,
     EXIT_INTERNAL,
     EXIT_RUNNING,
     EXIT_SIGNAL,
@@ -58,6 +59,7 @@ _CODES = (
     (UsageError, EXIT_USAGE),
     (ConfigError, EXIT_CONFIG),
     (AlreadyRunning, EXIT_RUNNING),
+    (DatabaseError, EXIT_HELD),
     (SpoolError, EXIT_SPOOL),
 )
 _UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -69,8 +71,9 @@ Exit codes:
       back (retry); a claimed prompt cannot go back because a newer file has
       its name (once)
   64  the command line is wrong
-  69  on hold (once, status); submit, again: dropped, but not known to be
-      finished; do not run it again (except submit --table)
+  69  on hold (once, status); the shared database cannot be used; submit,
+      again: dropped, but not known to be finished; do not run it again
+      (except submit --table)
   70  internal error, or a job is stuck and needs a person (once);
       check the folders first
   74  a local disk is full, read-only or missing, or a job is stuck and is
