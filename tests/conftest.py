@@ -18,6 +18,9 @@ import pytest
 # Before the first import of them: their asserts are shown with values, as those in tests are.
 pytest.register_assert_rewrite("support", "security.people", "security.world")
 from support.daemon import HURRIED, KEY, REMOTE_NAME, STARTED, Folders, LoggedDaemon, Running
+from support.postgres import Server
+from support.postgres import missing as missing_postgres
+from support.proxy import Proxy
 from support.station import Station
 
 from imagewatch.sandbox import Sandbox
@@ -131,13 +134,48 @@ def open_path() -> Iterator[Path]:
         yield path
 
 
+def _new_postgres() -> Server:
+    if reason := missing_postgres():
+        pytest.skip(reason)
+    return Server()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Server]:
+    """A PostgreSQL for all tests of a worker. None of them stops it or changes its settings."""
+    with _new_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Server]:
+    """A PostgreSQL for one test, which may stop it, kill it, change its settings and add standbys."""
+    with _new_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def database(postgres: Server) -> Iterator[str]:
+    """How to connect to an empty database."""
+    uri = postgres.database()
+    yield uri
+    postgres.drop(uri.rpartition("/")[2])
+
+
+@pytest.fixture
+def proxy(postgres: Server) -> Iterator[Proxy]:
+    """Between clients and ``postgres``: what a test makes fail concerns only the connections through it."""
+    with Proxy(postgres.port) as made:
+        yield made
+
+
 @pytest.fixture
 def folders(tmp_path: Path, sandbox: Sandbox) -> Folders:
     return Folders(tmp_path, sandbox.base_url)
 
 
-_PROCESSES = {"start", "run", "hurried", "complete"}
-"""Fixtures that start imagewatch."""
+_PROCESSES = {"start", "run", "hurried", "complete", "postgres", "own_postgres"}
+"""Fixtures that start imagewatch or PostgreSQL."""
 _STARTING = re.compile(
     r'"-m", "imagewatch"|^from support\.(daemon import .*\b(command|Running)\b|senders|container)\b', re.MULTILINE
 )

@@ -24,7 +24,7 @@ from imagewatch.job.folders import require_space
 from imagewatch.job.spool import Spool
 from imagewatch.journal.control import accepts_ledger
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.journal import Journal
+from imagewatch.journal.opening import open_journal
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.options import choose_provider, layered
 from imagewatch.protocol.request import unknown_family
@@ -147,7 +147,7 @@ def _refused(config: Config, environ: Mapping[str, str]) -> Iterator[Line]:
     """Report what parts of the daemon refuse in the configuration, by creating them as the daemon does."""
     parts: tuple[Callable[[], object], ...] = (
         lambda: _client(config, environ).close(),
-        lambda: Spool(config, Disk(), Journal(ledger_path(config), config.limits, time.time)),
+        lambda: Spool(config, Disk(), open_journal(config, time.time)),
     )
     for make in parts:
         try:

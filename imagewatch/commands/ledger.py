@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from imagewatch.commands.state import unreadable
 from imagewatch.config.locate import is_hidden
+from imagewatch.journal import opening
 from imagewatch.journal.books import NoBooks
 from imagewatch.journal.budget import Budget
 from imagewatch.journal.files import path_in
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.journal import Journal
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.text import printable
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from imagewatch.config.schema import Config
+    from imagewatch.journal.journal import Journal
     from imagewatch.journal.ledger import Ledger
 
 
@@ -51,7 +52,7 @@ def open_journal(config: Config) -> Iterator[Journal]:
             raise error
         hint = "no job has ended with this configuration yet; for another configuration use --config"
         raise SpoolError(f"there is no ledger: {printable(path)}", path=path, hint=hint)
-    with contextlib.closing(Journal(path, config.limits, time.time, budgets=config.budgets)) as journal:
+    with contextlib.closing(opening.open_journal(config, time.time)) as journal:
         journal.require()
         yield journal
 
@@ -69,8 +70,7 @@ def open_budget(config: Config) -> Iterator[Budget]:
     state, path = config.folders.state, ledger_path(config)
     with contextlib.ExitStack() as stack:
         if os.path.exists(path):
-            made = Journal(path, config.limits, time.time, budgets=config.budgets)
-            journal = stack.enter_context(contextlib.closing(made))
+            journal = stack.enter_context(contextlib.closing(opening.open_journal(config, time.time)))
             journal.require()
             yield journal.budget()
             return

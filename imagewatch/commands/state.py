@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 from imagewatch.commands.common import load_config
 from imagewatch.daemon import status
 from imagewatch.journal.control import Control
-from imagewatch.journal.files import path_in
 from imagewatch.journal.health import ledger_problem
-from imagewatch.journal.journal import Journal
+from imagewatch.journal.opening import open_journal
 from imagewatch.system.disk import Disk
 from imagewatch.system.errors import SpoolError
 from imagewatch.system.locks import locked
@@ -83,8 +82,7 @@ def control_of(config: Config) -> Iterator[Control]:
     """
     if error := ledger_problem(config.folders.state):
         raise error
-    path = path_in(config.folders.state)
-    with contextlib.closing(Journal(path, config.limits, time.time)) as journal:
+    with contextlib.closing(open_journal(config, time.time)) as journal:
         yield Control(config.folders.state, Disk(), journal.requests)
 
 

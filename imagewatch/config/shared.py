@@ -42,11 +42,6 @@ def instance_of(config: Config) -> str:
     return f"{name[: MOST_NAME_CHARS - _DIGITS - 1]}~{digest}"
 
 
-def inbox_of(config: Config) -> str:
-    """Return the name of this daemon's inbox in the shared database; each inbox has one daemon."""
-    return instance_of(config)
-
-
 def conninfo(shared: Shared, environ: Mapping[str, str]) -> dict[str, str]:
     """Return connection parameters besides those in ``shared.database``: the password file that systemd passes.
 

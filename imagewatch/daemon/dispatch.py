@@ -134,7 +134,7 @@ class Dispatch:
         return self._recovery.complete()
 
     def _claim_next(self, name: str) -> None:
-        job, at = self._parts.spool.new_job(), self._parts.clock()
+        job, at = self._parts.spool.new_job(), self._parts.journal.clock()
         candidate = self._intake.next(name, self._jobs.taken(), lambda one: self._admits(one, one.claim(job, at)))
         if candidate is None:
             return

@@ -16,7 +16,7 @@ import structlog
 from imagewatch.daemon.arrivals import Arrivals
 from imagewatch.daemon.dispatch import Dispatch
 from imagewatch.daemon.instructions import Instructions
-from imagewatch.daemon.mailbox import DiskFailed, Finished, Hinted, Notified, Saved, Signalled
+from imagewatch.daemon.mailbox import Asked, DiskFailed, Finished, Hinted, Notified, Saved, Signalled
 from imagewatch.daemon.parts import Parts
 from imagewatch.daemon.recovery import Recovery
 from imagewatch.daemon.report import Report
@@ -107,7 +107,7 @@ class Daemon:
         with as_messages(parts.mailbox, self._admission.drain):
             parts.spool.lock()
             try:
-                parts.spool.prepare()
+                parts.begin()
                 parts.configure(parts.config)
                 with self._dispatch.pool:
                     try:
@@ -128,6 +128,7 @@ class Daemon:
         self._admission.has_room()  # also where nothing waits: it is to be known at the start
         self._recovery.begin()
         self._report.begin("once" if self._once else "running")
+        self._parts.watch_account()
         self._scan()
 
     def _loop(self) -> None:
@@ -175,6 +176,8 @@ class Daemon:
         match message:
             case Hinted():
                 self._note_events()
+            case Asked():
+                self._instructions.follow()
             case Signalled(signal.SIGHUP):
                 self._reconfigure()
             case Signalled():

@@ -58,7 +58,12 @@ class Notified:
     """Notifications were delivered, or failed."""
 
 
-Message = Hinted | Signalled | Saved | Finished | DiskFailed | Notified
+@dataclass(frozen=True)
+class Asked:
+    """A command, or another daemon of a shared account, may have asked for something."""
+
+
+Message = Hinted | Asked | Signalled | Saved | Finished | DiskFailed | Notified
 
 
 class Mailbox:

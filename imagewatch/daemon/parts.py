@@ -14,15 +14,15 @@ from imagewatch.daemon.caps import Caps
 from imagewatch.daemon.descriptors import most_requests
 from imagewatch.daemon.intake import Intake
 from imagewatch.daemon.jobs import Jobs
-from imagewatch.daemon.mailbox import DiskFailed, Mailbox, Notified, Saved
+from imagewatch.daemon.mailbox import Asked, DiskFailed, Mailbox, Notified, Saved
 from imagewatch.daemon.status import Status
 from imagewatch.daemon.systemd import Notify
 from imagewatch.endpoint.client import Client
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
+from imagewatch.journal import opening
 from imagewatch.journal.control import Control
-from imagewatch.journal.files import path_in
-from imagewatch.journal.journal import Journal
+from imagewatch.journal.opening import open_journal
 from imagewatch.notify.notifier import Notifier
 from imagewatch.system.errors import MORE_FILES
 
@@ -67,15 +67,14 @@ class Parts:
         clock: Callable[[], float],
         monotonic: Callable[[], float],
     ) -> None:
-        self.config, self._environ = config, environ
+        self.config, self._environ, self.disk = config, environ, disk
         self.clock, self.now = clock, monotonic
         self.mailbox = Mailbox()
         self.is_recovered = False  # whether all jobs that are not over are in the table of jobs
         self.jobs = Jobs()
         self.fates: dict[str, Fate] = {}
         self.notify = Notify(environ)
-        path = path_in(config.folders.state)
-        self.journal = Journal(path, config.limits, clock, guarded=True, budgets=config.budgets)
+        self.journal = open_journal(config, clock, guarded=True, environ=environ)
         self.ledger = self.journal.ledger
         self.spool = Spool(config, disk, self.journal)
         self.control = Control(config.folders.state, disk, self.journal.requests)
@@ -87,6 +86,19 @@ class Parts:
         tops = self.spool.tops
         self.intake = Intake(config.folders, self.control.folder, self.mailbox.hint, clock, monotonic, tops)
         self.caps = Caps(self.journal, self.spool.inbox, self.intake.opener, monotonic)
+
+    def begin(self) -> None:
+        """Make sure that folders and journal can be used, and that no other daemon uses them.
+
+        Raises:
+            ImagewatchError: They cannot.
+        """
+        self.spool.prepare()
+        opening.begin(self.config, self.journal, self.disk)
+
+    def watch_account(self) -> None:
+        """Let other daemons of a shared account see this one, and hear of what concerns the account."""
+        opening.watch(self.journal, lambda: self.status.summary, lambda: self.mailbox.put(Asked()))
 
     def _changed_hold(self, *, at_once: bool) -> None:
         self.status.change(at_once=at_once)
@@ -127,7 +139,7 @@ class Parts:
             fates=self.fates,
             leaving=self.admission.leaving,
             on_disk_error=lambda error: self.mailbox.put(DiskFailed(error)),
-            clock=self.clock,
+            clock=self.journal.clock,
             monotonic=self.now,
             jitter=random,
         )
@@ -136,6 +148,7 @@ class Parts:
         """Stop watching and close what is open."""
         self.intake.stop()
         self.client.close()
+        opening.end(self.journal)
         self.journal.close()
 
 

@@ -135,6 +135,7 @@ class Status:
         self._counts = Counts()
         self.events: Events | None = None
         self.state = "starting"
+        self.summary = ""
         self.mode = ""
         self.polled: Mapping[str, str] = {}
         self.notice: dict[str, str | None] | None = None
@@ -192,6 +193,7 @@ class Status:
         try:
             page = self._page(result, ready, capped) | {"in_flight": _jobs(in_flight), "stuck": _jobs(stuck), **more}
             self._disk.jot(self._path, to_json(page, indent=1).encode())
+            self.summary = _summary(page)
         finally:
             # Writing takes a hundredth of our time at most, however long the sums of the ledger take. A wait for a
             # locked ledger does not count: the status is needed most then.
@@ -282,6 +284,22 @@ def _with(waiting: Reasons, capped: Mapping[str, str]) -> Reasons:
     for path, reason in capped.items():
         more.add(path, Wait.CAP, reason)
     return joined((waiting, more), waiting.most)
+
+
+def _summary(page: Mapping[str, Any]) -> str:
+    """Return what ``status --all`` shows of a daemon, as JSON."""
+    holds = [{"kind": hold["kind"], "reason": hold["reason"], "next": hold["next"]} for hold in page["holds"]]
+    waiting = page["waiting"]["ready"] + page["waiting"]["not_ready"]
+    return to_json(
+        {
+            "state": page["state"],
+            "updated": page["updated"],
+            "waiting": waiting,
+            "in_flight": len(page["in_flight"]),
+            "stuck": len(page["stuck"]),
+            "holds": holds,
+        }
+    )
 
 
 def _jobs(sources: Mapping[str, str]) -> list[dict[str, str]]:

@@ -7,6 +7,8 @@ The modules, in the order in which they are read::
 
     journal  Journal: what was claimed, sent, paid and decided; the right to send
     ledger   Ledger: questions about attempts and charges
+    opening  the journal that a configuration names
+    database what it needs of a database
     row      rows of jobs and attempts
     schema   its tables in SQLite, and how those of an earlier version are updated
     sqlite   its file: opened when it is used, known again
@@ -19,5 +21,6 @@ The modules, in the order in which they are read::
     events   what is to be notified, each event in the transaction of what it reports
     requests what commands ask of a daemon, and the holds that last over a restart
     control  the file that wakes the daemon for them
+    postgres the shared database, in the place of SQLite's file
     earlier  jobs that an earlier version has left in files
 """

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Protocol
 from imagewatch.journal.prices import for_an_image
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Mapping, Sequence
+
+    from imagewatch.journal.database import Row
 
 
 class Books(Protocol):
@@ -71,7 +72,7 @@ class SqlBooks:
         ask: Returns the rows that answer a question.
     """
 
-    def __init__(self, ask: Callable[..., list[sqlite3.Row]]) -> None:
+    def __init__(self, ask: Callable[..., list[Row]]) -> None:
         self._ask = ask
 
     def spending(self, since: float, folder: str = "") -> tuple[float, list[tuple[str, str, int]]]:

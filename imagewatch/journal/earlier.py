@@ -15,15 +15,15 @@ from imagewatch.journal.schema import COLUMNS
 from imagewatch.protocol.values import dump
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Collection, Mapping
 
     from imagewatch.journal.budget import Budget
+    from imagewatch.journal.database import Connection
     from imagewatch.protocol.values import Claim, Decision, Sent
 
 
 def adopt(
-    connection: sqlite3.Connection,
+    connection: Connection,
     budget: Budget,
     claim: Claim,
     state: str,
@@ -60,7 +60,7 @@ def adopt(
     )
 
 
-def _attempt(connection: sqlite3.Connection, budget: Budget, claim: Claim, number: int, sent: Sent) -> None:
+def _attempt(connection: Connection, budget: Budget, claim: Claim, number: int, sent: Sent) -> None:
     asked, request = Asked.of(sent.fields), dump(sent).decode()
     reserved = budget.reservation(asked, folder_of(claim.source))
     known = "UPDATE attempts SET request = ?, reserved = CASE outcome WHEN 'sent' THEN ? ELSE 0 END "
@@ -94,7 +94,7 @@ def _attempt(connection: sqlite3.Connection, budget: Budget, claim: Claim, numbe
     )
 
 
-def close_lost(connection: sqlite3.Connection, known: Collection[str]) -> int:
+def close_lost(connection: Connection, known: Collection[str]) -> int:
     """Give attempts of which only their row is left their result: whether they were charged is unknown.
 
     Args:
@@ -107,5 +107,6 @@ def close_lost(connection: sqlite3.Connection, known: Collection[str]) -> int:
     question = "SELECT job, attempt FROM attempts WHERE outcome = 'sent' AND job NOT IN (SELECT id FROM jobs)"
     lost = [(LOST, *row) for row in connection.execute(question).fetchall() if row["job"] not in known]
     close = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE job = ? AND attempt = ?"
-    connection.executemany(close, lost)
+    for values in lost:
+        connection.execute(close, values)
     return len(lost)

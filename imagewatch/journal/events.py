@@ -22,11 +22,10 @@ from msgspec.structs import replace
 from imagewatch.system.text import amount, printable, to_json, utc, whole
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Iterable, Sequence
 
     from imagewatch.journal.budget import Budget
-    from imagewatch.journal.sqlite import Database
+    from imagewatch.journal.database import Connection, Database, Row
     from imagewatch.protocol.values import Claim, Decision
 
 LONGEST_AGE_SECONDS = 7 * 86_400.0
@@ -36,15 +35,22 @@ LONGEST_WAIT_SECONDS = 900.0
 _FIRST_WAIT_SECONDS = 5.0
 _FAILED_SECONDS = 30 * 86_400.0
 """How long an event that was given up is counted."""
-_INSERT = "INSERT OR IGNORE INTO events (id, target, name, job, content, at, tries) VALUES (?, ?, ?, ?, ?, ?, ?)"
-_IS_DECIDED = "SELECT 1 FROM jobs WHERE id = ? AND state = 'decided'"
-_AGAIN = "UPDATE events SET name = ?, content = ? WHERE id = (SELECT id FROM events WHERE job = ? ORDER BY number DESC)"
-_READY = (
-    "failed_at IS NULL AND target = ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = events.job AND state = 'decided')"
+_INSERT = (
+    "INSERT INTO events (id, target, name, job, content, at, tries) VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"
 )
-# "NOT INDEXED": in the order of their numbers the first one is found after a few rows, however many wait.
-_DUE = f"SELECT * FROM events NOT INDEXED WHERE {_READY} AND (next_at <= ? OR next_at > ?) ORDER BY number LIMIT 1"  # noqa: S608
-_NEXT = f"SELECT next_at FROM events WHERE {_READY} AND next_at > ? ORDER BY next_at LIMIT 1"  # noqa: S608  our own text
+_IS_DECIDED = "SELECT 1 FROM jobs WHERE id = ? AND state = 'decided'"
+_AGAIN = (
+    "UPDATE events SET name = ?, content = ? "
+    "WHERE id = (SELECT id FROM events WHERE job = ? ORDER BY number DESC LIMIT 1)"
+)
+_READY = "failed_at IS NULL AND {} = ? AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = events.job AND state = 'decided')"
+_NOT_INDEXED = "target || ''"
+# No index has the expression: in the order of their numbers the first one is found after a few rows, however many wait.
+_DUE = (
+    f"SELECT * FROM events WHERE {_READY.format(_NOT_INDEXED)} AND (next_at <= ? OR next_at > ?) "  # noqa: S608
+    "ORDER BY number LIMIT 1"
+)
+_NEXT = f"SELECT next_at FROM events WHERE {_READY.format('target')} AND next_at > ? ORDER BY next_at LIMIT 1"  # noqa: S608  our own text
 _PENDING = "SELECT count(*) AS pending, min(at) AS since FROM events WHERE failed_at IS NULL"
 _GIVEN_UP = "SELECT count(*) AS failed FROM events WHERE message <> '' AND failed_at >= ?"
 _LAST = (
@@ -138,7 +144,7 @@ class Events:
 
     # In the transaction of what they report
 
-    def decided(self, connection: sqlite3.Connection, claim: Claim, decision: Decision) -> None:
+    def decided(self, connection: Connection, claim: Claim, decision: Decision) -> None:
         """Write the event of a decision, before that is written.
 
         A decision that replaces one of which nothing was delivered yet has the same event.
@@ -153,11 +159,11 @@ class Events:
             for event in self._rows(self._new(name, content, job=claim.job)):
                 _insert(connection, event)
 
-    def spent(self, connection: sqlite3.Connection, budget: Budget) -> None:
+    def spent(self, connection: Connection, budget: Budget) -> None:
         """Write an event for each cap that is nearly spent, once for the cap and its period."""
         for near in budget.nearly_spent() if self.is_on else ():
             subject = f"cap:{near.setting}:{amount(near.cap)}:{near.ends:.0f}"
-            if not connection.execute("INSERT OR IGNORE INTO announced VALUES (?, ?)", (subject, near.ends)).rowcount:
+            if not connection.execute(_BEGIN, (subject, near.ends)).rowcount:
                 continue
             connection.execute("DELETE FROM announced WHERE subject LIKE 'cap:%' AND at < ?", (self._clock(),))
             page = {"setting": near.setting, "credits": near.cap, "spent": near.spent, "ends": iso(near.ends)}
@@ -190,7 +196,7 @@ class Events:
             return list(self._staged.values())
 
     @staticmethod
-    def write(connection: sqlite3.Connection, events: Iterable[Event]) -> None:
+    def write(connection: Connection, events: Iterable[Event]) -> None:
         """Write events of holds; those of a hold whose begin was, or was not, reported before are left out."""
         new: dict[str, bool] = {}
         for event in events:
@@ -245,11 +251,10 @@ class Events:
         if not ((removed and self._targets) or is_old):
             return
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             connection.execute("DELETE FROM events WHERE failed_at < ?", (old,))
             for target in removed:
-                change = "UPDATE OR IGNORE events SET target = ?, tries = 0, next_at = 0 WHERE target = ?"
-                connection.execute(change, (self._targets[0], target))
+                connection.execute(_RETARGET, (self._targets[0], target))
                 connection.execute("DELETE FROM events WHERE target = ? AND failed_at IS NULL", (target,))
 
         self._file.change(act, synced=False)
@@ -311,7 +316,7 @@ class Events:
             change = "UPDATE events SET tries = ?, next_at = ?, message = ?, failed_at = ? WHERE id = ? AND target = ?"
             lighten = "UPDATE events SET content = '' WHERE id = ? AND target = ? AND failed_at IS NOT NULL"
 
-            def act(connection: sqlite3.Connection) -> None:
+            def act(connection: Connection) -> None:
                 connection.execute(change, (*values, event.id, event.target))
                 connection.execute(lighten, (event.id, event.target))
 
@@ -340,16 +345,20 @@ class Events:
         return Counts(waiting["pending"], failed, waiting["since"], last["message"] if last else "")
 
 
-_BEGIN = "INSERT OR IGNORE INTO announced VALUES (?, ?)"
+_RETARGET = (
+    "UPDATE events SET target = ?1, tries = 0, next_at = 0 WHERE target = ?2 "
+    "AND NOT EXISTS (SELECT 1 FROM events AS other WHERE other.id = events.id AND other.target = ?1)"
+)
+_BEGIN = "INSERT INTO announced (subject, at) VALUES (?, ?) ON CONFLICT DO NOTHING"
 _END = "DELETE FROM announced WHERE subject = ?"
 
 
-def _insert(connection: sqlite3.Connection, event: Event) -> None:
+def _insert(connection: Connection, event: Event) -> None:
     values = (event.id, event.target, event.name, event.job, event.content, event.at, event.tries)
     connection.execute(_INSERT, values)
 
 
-def _event(row: sqlite3.Row) -> Event:
+def _event(row: Row) -> Event:
     known = {name: row[name] for name in ("id", "name", "content", "at", "target", "job", "tries", "next_at")}
     return Event(**known)
 

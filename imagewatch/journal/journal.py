@@ -22,45 +22,46 @@ from imagewatch.journal.events import Events
 from imagewatch.journal.ledger import Ledger, storable
 from imagewatch.journal.requests import Requests
 from imagewatch.journal.row import FREE, LOST, AttemptRow, JobRow, Row, price_of
-from imagewatch.journal.schema import COLUMNS, prepare
-from imagewatch.journal.sqlite import Database
+from imagewatch.journal.schema import COLUMNS
 from imagewatch.protocol.names import CLAIMS
 from imagewatch.protocol.reasons import Reason
 from imagewatch.protocol.values import Claim, Decision, Sent, dump, load, load_decision
-from imagewatch.system.errors import DamagedJobError, SpoolError
+from imagewatch.system.errors import DamagedJobError, SpoolError, UncertainError
 from imagewatch.system.masking import known
 from imagewatch.system.text import printable
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Collection, Mapping
 
     from imagewatch.config.schema import FolderBudget, Limits
+    from imagewatch.journal.database import Connection, Database
+    from imagewatch.journal.database import Row as Found
     from imagewatch.journal.prices import Asked
 
 _OVER_SECONDS = 7 * 86_400.0
 """How long a job is known after it is over, seconds: files of it may turn up again after a power cut."""
 _RECEIVED = ("provider", "model", "code", "message", "request_id", "transaction_id")
+_INSERT_ATTEMPT = f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
 _UPSERT = (
-    f"INSERT INTO attempts ({', '.join(COLUMNS)}) VALUES ({', '.join('?' * len(COLUMNS))}) "  # noqa: S608
+    f"{_INSERT_ATTEMPT}"
     "ON CONFLICT (job, attempt) DO UPDATE SET "
     + ", ".join(f"{name} = excluded.{name}" for name in COLUMNS if name not in {"job", "attempt", "counted_at"})
-    + " WHERE nonce = excluded.nonce"
+    + " WHERE attempts.nonce = excluded.nonce"
 )
 
 
 class Journal:
-    """The journal in SQLite. Safe to use from several threads.
+    """The journal. Safe to use from several threads.
 
     Args:
-        path: The database; created if it is not there. On a local disk: SQLite's locks need one.
+        file: The database.
         limits: Caps and rate.
         clock: Wall clock, seconds since the epoch.
-        guarded: Whether the file has to be the one that was used before. The daemon's has to.
-        synchronous: SQLite's setting for what must be durable.
         budgets: Caps and rate of single first-level folders.
 
     Attributes:
+        file: The database.
+        clock: Wall clock, seconds since the epoch: that of the shared database, or this host's.
         ledger: What was requested, completed and spent.
         requests: What commands ask for, and the holds that last.
         events: What is to be notified.
@@ -68,19 +69,18 @@ class Journal:
 
     def __init__(
         self,
-        path: str,
+        file: Database,
         limits: Limits,
         clock: Callable[[], float],
         *,
-        guarded: bool = False,
-        synchronous: str = "FULL",
         budgets: Mapping[str, FolderBudget] = NO_BUDGETS,
     ) -> None:
-        self._file = Database(path, prepare, guarded=guarded, synchronous=synchronous)
+        self.file = self._file = file
         self._limits = limits
         self._budgets = budgets
-        self._clock = clock
+        self.clock = self._clock = clock
         self._unspent: dict[str, Claim] = {}
+        self._uncertain: dict[str, Row] = {}  # attempts of which it is not known whether they were written: not sent
         self.ledger = Ledger(self._file)
         self.requests = Requests(self._file, clock)
         self.events = Events(self._file, clock)
@@ -116,7 +116,7 @@ class Journal:
         """Close the file; the next use opens it again."""
         self._file.close()
 
-    def budget(self, connection: sqlite3.Connection | None = None) -> Budget:
+    def budget(self, connection: Connection | None = None) -> Budget:
         """Return what may be spent now.
 
         Args:
@@ -125,7 +125,7 @@ class Journal:
         if connection is None:
             return Budget(SqlBooks(self.ledger.ask), self._limits, self._clock(), self._budgets)
 
-        def ask(question: str, *values: object) -> list[sqlite3.Row]:
+        def ask(question: str, *values: object) -> list[Found]:
             return connection.execute(question, values).fetchall()
 
         return Budget(SqlBooks(ask), self._limits, self._clock(), self._budgets)
@@ -148,7 +148,7 @@ class Journal:
             SpoolError: The journal cannot be used, or a job with this name is not over.
         """
 
-        def act(connection: sqlite3.Connection) -> Reason | None:
+        def act(connection: Connection) -> Reason | None:
             budget, cost, folder = self.budget(connection), 0.0, folder_of(claim.source)
             if asked is not None:
                 if budget.has_rate(folder):
@@ -157,15 +157,35 @@ class Journal:
                 if refusal is not None and refusal.row.is_own:
                     return refusal
                 cost = budget.reservation(asked, folder) if refusal is None else 0.0  # its job will refuse it
-            _put(connection, claim, reserved=cost)
+            self._put(connection, claim, reserved=cost)
             return None
 
-        return self._file.change(act, synced=False)
+        return self._file.change(act, synced=False, locked=True)
 
     def claim(self, claim: Claim) -> None:
         """Note what is about to be claimed; it survives a power cut when this returns."""
-        self._file.change(lambda connection: _put(connection, claim))
+        self._file.change(lambda connection: self._put(connection, claim))
         self._unspent[claim.job] = claim
+
+    def _put(self, connection: Connection, claim: Claim, *, reserved: float = 0.0) -> None:
+        """Note a claim; what is reserved for it already stays."""
+        if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
+            self._insert(connection, claim, reserved=reserved)
+
+    def _insert(
+        self, connection: Connection, claim: Claim, *, reserved: float = 0.0, state: str = "open", decision: str = ""
+    ) -> None:
+        names = os.fsencode(claim.folder), os.fsencode(claim.stem)
+        taken = connection.execute(_TAKEN.format(self._file.own_jobs), names).fetchone()
+        if taken is not None:
+            message = f"job {claim.job}: {printable(claim.prompt)} is still being processed, as job {taken['id']}"
+            hint = "it is tried again when that job is over"
+            raise SpoolError(message, path=claim.source, code=errno.EEXIST, hint=hint)
+        connection.execute(
+            "INSERT INTO jobs (id, folder, stem, claim, state, decision, reserved, opened_at) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (claim.job, *names, dump(claim).decode(), state, decision, reserved, claim.at),
+        )
 
     def unspent(self, job: str) -> Claim | None:
         """Return what this process has claimed for a job of which it has sent nothing yet, or None.
@@ -177,9 +197,9 @@ class Journal:
     def restore(self, claim: Claim, row: Row) -> None:
         """Write a job and its attempt again, if this journal has taken the place of the one that had them."""
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             if connection.execute("SELECT 1 FROM jobs WHERE id = ?", (claim.job,)).fetchone() is None:
-                _insert(connection, claim)
+                self._insert(connection, claim)
             question = "SELECT 1 FROM attempts WHERE job = ? AND attempt = ?"
             if connection.execute(question, (row.job, row.attempt)).fetchone() is None:
                 self._write(connection, row)
@@ -192,7 +212,7 @@ class Journal:
 
     def close_lost(self, known: Collection[str]) -> int:
         """Close the attempts of jobs of an earlier version that left nothing else; see ``earlier.close_lost``."""
-        return self._file.change(lambda connection: close_lost(connection, known))
+        return 0 if self._file.is_shared else self._file.change(lambda connection: close_lost(connection, known))
 
     def job(self, job: str) -> JobRow | None:
         """Return what is known of a job; None if there is none, or it is over.
@@ -201,6 +221,8 @@ class Journal:
             SpoolError: The journal cannot be used.
             DamagedJobError: What it holds of the job cannot be read.
         """
+        if (uncertain := self._uncertain.get(job)) is not None:
+            self.unsent(job, uncertain.attempt)
         with self._file.using() as connection:
             row = connection.execute("SELECT * FROM jobs WHERE id = ? AND state <> 'done'", (job,)).fetchone()
             if row is None:
@@ -218,7 +240,7 @@ class Journal:
     def abandon(self, job: str) -> None:
         """End a job whose record is damaged and whose originals a person has taken away."""
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             connection.execute(_LOSE, (LOST, job))
             connection.execute(_FINISH, (self._clock(), job))
 
@@ -226,7 +248,7 @@ class Journal:
 
     def unfinished(self) -> list[str]:
         """Return the ids of all jobs that are not over, the oldest first."""
-        question = "SELECT id FROM jobs WHERE state NOT IN ('done', 'kept') ORDER BY opened_at, id"
+        question = f"SELECT id FROM {self._file.own_jobs} WHERE state NOT IN ('done', 'kept') ORDER BY opened_at, id"  # noqa: S608
         return [row["id"] for row in self.ledger.ask(question)]
 
     def forget_old(self) -> None:
@@ -270,13 +292,14 @@ class Journal:
 
         Raises:
             SpoolError: It cannot be recorded; or the attempt before may have been charged.
+            UncertainError: It is not known whether it is recorded; then it is never sent.
         """
 
-        def act(connection: sqlite3.Connection) -> Reason | None:
+        def act(connection: Connection) -> Reason | None:
             if self._is_spent(connection, row):
                 return None
             if claim is not None:
-                _put(connection, claim)
+                self._put(connection, claim)
             self._require_free(connection, row)
             if (reason := self._refusal(connection, row, asked, skip_repeated=skip_repeated)) is not None:
                 return reason
@@ -285,7 +308,11 @@ class Journal:
             connection.execute("UPDATE jobs SET reserved = 0 WHERE id = ?", (row.job,))
             return None
 
-        refusal = self._file.change(act)
+        try:
+            refusal = self._file.change(act, locked=True)
+        except UncertainError:
+            self._uncertain[row.job] = row
+            raise
         if refusal is None:
             self._unspent.pop(row.job, None)
         return refusal
@@ -303,12 +330,12 @@ class Journal:
         """Count what is dated later than now for the rate as if it had been sent now."""
         self._file.change(self._correct_times, synced=False)
 
-    def _correct_times(self, connection: sqlite3.Connection) -> None:
+    def _correct_times(self, connection: Connection) -> None:
         # What is dated later than now was sent before the clock was set back; its true time is unknown.
         connection.execute("UPDATE attempts SET counted_at = ?1 WHERE counted_at > ?1", (self._clock(),))
 
     @staticmethod
-    def _is_spent(connection: sqlite3.Connection, row: Row) -> bool:
+    def _is_spent(connection: Connection, row: Row) -> bool:
         """Return whether this very call has inserted the row already: the file may have been replaced meanwhile."""
         question = "SELECT nonce, outcome FROM attempts WHERE job = ? AND attempt = ?"
         found = connection.execute(question, (row.job, row.attempt)).fetchone()
@@ -319,7 +346,7 @@ class Journal:
         raise _spent(row, f"it has the result {found['outcome']}")
 
     @staticmethod
-    def _require_free(connection: sqlite3.Connection, row: Row) -> None:
+    def _require_free(connection: Connection, row: Row) -> None:
         """Make sure that the job is open, and that the attempt before was free."""
         job = connection.execute("SELECT state FROM jobs WHERE id = ?", (row.job,)).fetchone()
         if job is None or job["state"] != "open":
@@ -330,7 +357,7 @@ class Journal:
         if number != row.attempt - 1 or outcome not in FREE:
             raise _spent(row, f"attempt {number} has the result {outcome}" if number else "it is not the first one")
 
-    def _refusal(self, connection: sqlite3.Connection, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
+    def _refusal(self, connection: Connection, row: Row, asked: Asked, *, skip_repeated: bool) -> Reason | None:
         manual = connection.execute("SELECT message FROM holds WHERE kind = 'manual'").fetchone()
         if manual is not None:
             return Reason("manual", manual["message"] or "put on hold manually")
@@ -355,7 +382,7 @@ class Journal:
             SpoolError: The disk failed; or another process has sent this attempt.
         """
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             self._write(connection, row)
             if row.charged != "no":
                 self.events.spent(connection, self.budget(connection))
@@ -364,11 +391,16 @@ class Journal:
 
     def unsent(self, job: str, attempt: int) -> None:
         """Note that the first byte of an attempt did not leave; it never will."""
-        change = (
-            "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
-            "WHERE job = ? AND attempt = ? AND outcome = 'sent'"
-        )
-        self._file.change(lambda connection: connection.execute(change, (job, attempt)))
+        uncertain = self._uncertain.get(job)
+
+        def act(connection: Connection) -> None:
+            if not connection.execute(_UNSENT, (job, attempt)).rowcount and uncertain is not None:
+                # Its transaction may still be committed: with this row it cannot.
+                row = replace(uncertain, outcome="unsent", charged="no", reserved=0.0, request="")
+                connection.execute(_INSERT_ATTEMPT, storable(astuple(row)))
+
+        self._file.change(act)
+        self._uncertain.pop(job, None)
 
     def decide(self, claim: Claim, decision: Decision, row: Row | None, *, repeated: str = "") -> None:
         """Write how a job ends, with the result of its last attempt, in one transaction that survives a power cut.
@@ -384,7 +416,7 @@ class Journal:
             repeated: The finished job whose files were delivered again, if this is why.
         """
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             self.events.decided(connection, claim, decision)
             if row is not None:
                 self._write(connection, row)
@@ -392,12 +424,12 @@ class Journal:
             if repeated:
                 connection.execute(_REDELIVERED, (repeated, self._clock()))
             if not connection.execute(_DECIDE, (dump(decision).decode(), claim.job)).rowcount:
-                _insert(connection, claim, state="decided", decision=dump(decision).decode())
+                self._insert(connection, claim, state="decided", decision=dump(decision).decode())
 
         self._file.change(act)
         self._unspent.pop(claim.job, None)
 
-    def _write(self, connection: sqlite3.Connection, row: Row) -> None:
+    def _write(self, connection: Connection, row: Row) -> None:
         received = {name: known.text(getattr(row, name)) for name in _RECEIVED}  # a server may repeat the key
         asked = dict(zip(("asked_provider", "price_kind"), price_of(row.fields, row.provider), strict=True))
         row = replace(row, **received, **asked, counted_at=row.sent_at)
@@ -414,7 +446,7 @@ class Journal:
             synced: Whether that survives a power cut; else it has to be found out again.
         """
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             connection.execute(_FINISH, (self._clock(), job))
             connection.execute("UPDATE attempts SET request = '', reserved = 0 WHERE job = ?", (job,))
 
@@ -445,7 +477,11 @@ class Journal:
 
 _ATTEMPTS = "SELECT attempt, outcome, nonce, request FROM attempts WHERE job = ? AND attempt > 0 ORDER BY attempt"
 _CLAIM = "UPDATE jobs SET claim = ? WHERE id = ? AND state = 'open'"
-_TAKEN = "SELECT id FROM jobs WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+_TAKEN = "SELECT id FROM {} WHERE folder = ? AND stem = ? AND state IN ('open', 'decided', 'published')"
+_UNSENT = (
+    "UPDATE attempts SET outcome = 'unsent', charged = 'no', reserved = 0 "
+    "WHERE job = ? AND attempt = ? AND outcome = 'sent'"
+)
 _STUCK = "UPDATE jobs SET is_stuck = 1 WHERE id = ?"
 _DECIDE = "UPDATE jobs SET decision = ?, state = 'decided', reserved = 0, is_stuck = 0 WHERE id = ?"
 _LOSE = "UPDATE attempts SET outcome = 'unknown', message = ?, reserved = 0 WHERE job = ? AND outcome = 'sent'"
@@ -453,33 +489,12 @@ _FINISH = (
     "UPDATE jobs SET state = 'done', claim = '', decision = '', reserved = 0, is_stuck = 0, ended_at = ? WHERE id = ?"
 )
 _REDELIVERED = (
-    "INSERT INTO redeliveries VALUES (?, 1, ?) "
-    "ON CONFLICT (job) DO UPDATE SET times = times + 1, last_at = excluded.last_at"
+    "INSERT INTO redeliveries (job, times, last_at) VALUES (?, 1, ?) "
+    "ON CONFLICT (job) DO UPDATE SET times = redeliveries.times + 1, last_at = excluded.last_at"
 )
 
 
-def _put(connection: sqlite3.Connection, claim: Claim, *, reserved: float = 0.0) -> None:
-    """Note a claim; what is reserved for it already stays."""
-    if not connection.execute(_CLAIM, (dump(claim).decode(), claim.job)).rowcount:
-        _insert(connection, claim, reserved=reserved)
-
-
-def _insert(
-    connection: sqlite3.Connection, claim: Claim, *, reserved: float = 0.0, state: str = "open", decision: str = ""
-) -> None:
-    names = os.fsencode(claim.folder), os.fsencode(claim.stem)
-    taken = connection.execute(_TAKEN, names).fetchone()
-    if taken is not None:
-        message = f"job {claim.job}: {printable(claim.prompt)} is still being processed, as job {taken['id']}"
-        raise SpoolError(message, path=claim.source, code=errno.EEXIST, hint="it is tried again when that job is over")
-    connection.execute(
-        "INSERT INTO jobs (id, folder, stem, claim, state, decision, reserved, opened_at) "
-        "VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (claim.job, *names, dump(claim).decode(), state, decision, reserved, claim.at),
-    )
-
-
-def _job(row: sqlite3.Row, attempts: list[sqlite3.Row]) -> JobRow:
+def _job(row: Found, attempts: list[Found]) -> JobRow:
     decision = load_decision(row["decision"].encode()) if row["decision"] else None
     is_reopened = row["state"] == "reopened"
     return JobRow(
@@ -492,7 +507,7 @@ def _job(row: sqlite3.Row, attempts: list[sqlite3.Row]) -> JobRow:
     )
 
 
-def _attempt(row: sqlite3.Row) -> AttemptRow:
+def _attempt(row: Found) -> AttemptRow:
     sent = None
     with contextlib.suppress(ValueError):  # damaged
         sent = load(row["request"].encode(), Sent) if row["request"] else None

@@ -10,10 +10,9 @@ from imagewatch.journal.schema import COLUMNS
 from imagewatch.system.text import whole
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Iterable
 
-    from imagewatch.journal.sqlite import Database
+    from imagewatch.journal.database import Database, Row
 
 
 _LONGEST_CLAIMED = 7 * 86_400.0
@@ -128,12 +127,16 @@ class Ledger:
         question = f"""
             SELECT * FROM (
                 SELECT {", ".join(f"a.{name}" for name in COLUMNS if name not in {"attempt", "credits"})},
-                       max(a.attempt) AS attempts, sum(a.credits) AS credits, coalesce(r.times, 0) AS redelivered
-                FROM attempts AS a LEFT JOIN redeliveries AS r ON r.job = a.job
-                WHERE a.claimed_at >= ? AND coalesce(a.sent_at, a.claimed_at) >= ? AND a.outcome <> 'unsent'
-                GROUP BY a.job ORDER BY a.claimed_at DESC, a.job LIMIT ?
-            ) ORDER BY claimed_at, job"""  # noqa: S608  our own names; the bare columns are those of max(attempt)
-        limit = -1 if newest is None else newest
+                       s.attempts, s.credits, coalesce(r.times, 0) AS redelivered
+                FROM (
+                    SELECT job, max(attempt) AS attempts, sum(credits) AS credits FROM attempts
+                    WHERE claimed_at >= ? AND coalesce(sent_at, claimed_at) >= ? AND outcome <> 'unsent' GROUP BY job
+                ) AS s
+                JOIN attempts AS a ON a.job = s.job AND a.attempt = s.attempts
+                LEFT JOIN redeliveries AS r ON r.job = a.job
+                ORDER BY a.claimed_at DESC, a.job LIMIT ?
+            ) AS found ORDER BY claimed_at, job"""  # noqa: S608  our own names
+        limit = _MOST if newest is None else newest
         return [dict(row) for row in self.ask(question, since - _LONGEST_CLAIMED, since, limit)]
 
     def job(self, job: str) -> dict[str, Any] | None:
@@ -187,7 +190,7 @@ class Ledger:
             FROM attempts WHERE claimed_at >= ? AND coalesce(sent_at, claimed_at) >= ?"""
         return dict(self.ask(question, since - _LONGEST_CLAIMED, since)[0])
 
-    def ask(self, question: str, *values: object) -> list[sqlite3.Row]:
+    def ask(self, question: str, *values: object) -> list[Row]:
         """Return the rows that answer a question.
 
         Raises:

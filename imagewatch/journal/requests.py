@@ -8,18 +8,13 @@ from imagewatch.journal.events import Events
 from imagewatch.system.text import printable, whole
 
 if TYPE_CHECKING:
-    import sqlite3
     from collections.abc import Callable, Mapping, Sequence
 
+    from imagewatch.journal.database import Connection, Database, Row
     from imagewatch.journal.events import Event
-    from imagewatch.journal.sqlite import Database
 
 _MANUAL = "manual"
 _LONGEST = 500
-_HOLD = (
-    "INSERT INTO holds (kind, message, since) VALUES (?, ?, ?) "
-    "ON CONFLICT (kind) DO UPDATE SET message = excluded.message"
-)
 
 
 class Requests:
@@ -34,7 +29,7 @@ class Requests:
         self._file = file
         self._clock = clock
 
-    def _ask(self, question: str, *values: object) -> list[sqlite3.Row]:
+    def _ask(self, question: str, *values: object) -> list[Row]:
         with self._file.using() as connection:
             return connection.execute(question, values).fetchall()
 
@@ -54,7 +49,13 @@ class Requests:
 
     def hold(self, reason: str) -> None:
         """Put the queue on hold, until ``release``. When this returns, no more attempt is recorded, so none is sent."""
-        self._do(_HOLD, _MANUAL, whole(reason), self._clock())
+        self._file.change(lambda connection: self._begin(connection, _MANUAL, reason), locked=True)
+
+    def _begin(self, connection: Connection, kind: str, message: str) -> None:
+        """Write a hold, or another message of one that lasts."""
+        if not connection.execute("UPDATE holds SET message = ? WHERE kind = ?", (whole(message), kind)).rowcount:
+            values = kind, whole(message), self._clock()
+            connection.execute("INSERT INTO holds (kind, message, since) VALUES (?, ?, ?)", values)
 
     def refused(self) -> dict[str, str]:
         """Return what the account or the endpoint refused when a daemon last ran: messages by kind of hold."""
@@ -71,21 +72,21 @@ class Requests:
         if messages == self.refused() and not events:
             return
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             marks = ", ".join("?" * (len(messages) + 1))
             connection.execute(f"DELETE FROM holds WHERE kind NOT IN ({marks})", (_MANUAL, *messages))  # noqa: S608
             for kind, message in messages.items():
-                connection.execute(_HOLD, (kind, whole(message), self._clock()))
+                self._begin(connection, kind, message)
             Events.write(connection, events)
 
-        self._file.change(act, synced=bool(events))
+        self._file.change(act, synced=bool(events), locked=True)
 
     # Requests
 
     def release(self) -> None:
         """Ask for the end of all holds except caps."""
 
-        def act(connection: sqlite3.Connection) -> None:
+        def act(connection: Connection) -> None:
             connection.execute("DELETE FROM holds WHERE kind = ?", (_MANUAL,))
             connection.execute("INSERT INTO requests (kind, asked_at) VALUES ('release', ?)", (self._clock(),))
 
@@ -106,8 +107,8 @@ class Requests:
             passed: As of ``let_pass``.
         """
 
-        def act(connection: sqlite3.Connection) -> None:
-            connection.execute("INSERT OR REPLACE INTO meta VALUES ('passed', ?)", (repr(passed),))
+        def act(connection: Connection) -> None:
+            _set_passed(connection, passed)
             connection.execute("DELETE FROM requests WHERE kind = 'release'")
 
         self._file.change(act)
@@ -119,7 +120,7 @@ class Requests:
 
     def let_pass(self, until: float) -> None:
         """Let prompts through that were last changed at this time or before, seconds since the epoch."""
-        self._do("INSERT OR REPLACE INTO meta VALUES ('passed', ?)", repr(until))
+        self._file.change(lambda connection: _set_passed(connection, until))
 
     def retry(self, job: str) -> None:
         """Ask to read the paid response of a job again."""
@@ -133,3 +134,8 @@ class Requests:
     def retried(self, job: str) -> None:
         """Forget a request of ``retry``."""
         self._do("DELETE FROM requests WHERE kind = 'retry' AND job = ?", job)
+
+
+def _set_passed(connection: Connection, until: float) -> None:
+    if not connection.execute("UPDATE meta SET value = ? WHERE name = 'passed'", (repr(until),)).rowcount:
+        connection.execute("INSERT INTO meta (name, value) VALUES ('passed', ?)", (repr(until),))

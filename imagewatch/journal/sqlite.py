@@ -37,10 +37,13 @@ from imagewatch.journal.files import (
     translated,
     was_there,
 )
+from imagewatch.journal.schema import prepare
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from imagewatch.journal.database import Connection
 
 _WAL = "-wal"
 """Added to the name of the file: where SQLite keeps the newest rows."""
@@ -69,7 +72,7 @@ class _Change:
 
     __slots__ = ("act", "error", "is_over", "synced", "value")
 
-    def __init__(self, act: Callable[[sqlite3.Connection], Any], *, synced: bool) -> None:
+    def __init__(self, act: Callable[[Connection], Any], *, synced: bool) -> None:
         self.act = act
         self.synced = synced
         self.value: Any = None
@@ -77,22 +80,21 @@ class _Change:
         self.is_over = False
 
 
-class Database:
+class SqliteDatabase:
     """A ledger's file. Safe to use from several threads.
 
     Args:
-        path: The file.
-        prepare: Makes or updates the tables of a connection; raises ``SpoolError`` if they are of a newer version.
+        path: The file; created if it is not there. On a local disk: SQLite's locks need one.
         guarded: Whether the file has to be the one that was used before. The daemon's has to; commands only read.
-        synchronous: SQLite's setting.
+        synchronous: SQLite's setting for what must be durable.
     """
 
-    def __init__(
-        self, path: str, prepare: Callable[[sqlite3.Connection], None], *, guarded: bool, synchronous: str = "FULL"
-    ) -> None:
+    own_jobs = "jobs"
+    is_shared = False
+
+    def __init__(self, path: str, *, guarded: bool = False, synchronous: str = "FULL") -> None:
         self.path = path
         self._mark = os.path.join(os.path.dirname(path), MARK)
-        self._prepare = prepare
         self._guarded = guarded
         self._synchronous = synchronous
         self._lock = threading.RLock()
@@ -117,7 +119,7 @@ class Database:
             assert self._connection is not None
             yield self._connection
 
-    def change(self, act: Callable[[sqlite3.Connection], T], *, synced: bool = True) -> T:
+    def change(self, act: Callable[[Connection], T], *, synced: bool = True, locked: bool = False) -> T:  # noqa: ARG002
         """Write something in a transaction, which it shares with what other threads write at the same moment.
 
         While another program writes, it waits for a moment, and other threads may read.
@@ -126,6 +128,7 @@ class Database:
             act: Writes. It may be called twice: the file may be replaced meanwhile. Its error undoes its changes alone.
             synced: Whether it survives a power cut when this returns. What is not synced becomes durable together with
                 the next change that is, never after it.
+            locked: No other program writes at the same time anyway.
 
         Returns:
             What ``act`` returned.
@@ -184,7 +187,7 @@ class Database:
             self._set = synchronous
         connection.execute("BEGIN IMMEDIATE")
         try:
-            self._prepare(connection)  # a newer version may have been started meanwhile
+            prepare(connection)  # a newer version may have been started meanwhile
             if len(changes) == 1:
                 changes[0].value = changes[0].act(connection)
             else:
@@ -223,7 +226,7 @@ class Database:
             if self._is_damaged:
                 require_sound(connection)
                 self._is_damaged = False
-            self._prepare(connection)
+            prepare(connection)
             connection.execute("INSERT OR REPLACE INTO meta VALUES ('proved', ?)", (secrets.token_hex(4),))
 
     def accept(self) -> None:
@@ -299,7 +302,7 @@ class Database:
             connection.execute("PRAGMA journal_mode = WAL")
             connection.execute(f"PRAGMA synchronous = {self._synchronous}")
             self._set = self._synchronous
-            self._prepare(connection)
+            prepare(connection)
             if self._guarded:
                 self._require_same(connection)
         except BaseException:

@@ -82,6 +82,11 @@ class Kind:
     is_short: bool = False
 
     @property
+    def is_shared(self) -> bool:
+        """Whether it concerns all daemons of a shared account."""
+        return self.is_account or self.name == "manual_account"
+
+    @property
     def is_account(self) -> bool:
         """Whether the API refuses the account or the URL: one prompt shows that, the others wait."""
         return self.reaction is Reaction.ACCOUNT
@@ -273,6 +278,15 @@ LIMITS = (
         Reaction.WAIT,
         Others.PERSON,
         next="to resume: imagewatch release",
+        seconds=math.inf,
+    ),
+    Kind(
+        "manual_account",
+        "a person ran `imagewatch hold --account`",
+        "no",
+        Reaction.WAIT,
+        Others.PERSON,
+        next="to resume all daemons of the account: imagewatch release --account",
         seconds=math.inf,
     ),
     Kind(

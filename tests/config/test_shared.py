@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from imagewatch.config.dsn import database_flaw
 from imagewatch.config.load import load
 from imagewatch.config.schema import Config, Folders, Shared
-from imagewatch.config.shared import conninfo, inbox_of, instance_of, require_psycopg
+from imagewatch.config.shared import conninfo, instance_of, require_psycopg
 from imagewatch.system.errors import ConfigError
 
 SECRET = "Zq7Xw9Kv3"
@@ -236,7 +236,6 @@ def test_where_no_password_is_found_libpq_finds_none_either_in_what_looks_right(
 def test_an_instance_has_its_own_name_or_that_of_host_and_inbox():
     assert instance_of(shared(instance="left")) == "left"
     assert instance_of(shared()) == f"{socket.gethostname()}:/srv/iw/inbox"
-    assert inbox_of(shared()) == instance_of(shared())
 
 
 @given(

@@ -16,6 +16,7 @@ from support.scripted import small_image
 from imagewatch.job.spool import Spool
 from imagewatch.journal.files import FILE
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system import leftovers
 from imagewatch.system.disk import Disk
 
@@ -69,7 +70,7 @@ def take_over(folders: Folders) -> None:
     """Do what a start does before the first prompt is claimed."""
     folders.state.mkdir(exist_ok=True)
     config = folders.config()
-    with contextlib.closing(Journal(str(folders.state / FILE), config.limits, time.time)) as journal:
+    with contextlib.closing(Journal(SqliteDatabase(str(folders.state / FILE)), config.limits, time.time)) as journal:
         spool = Spool(config, Disk(), journal)
         spool.prepare()
         spool.take_over()
@@ -124,6 +125,8 @@ import os, signal
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
+from imagewatch.journal.sqlite import SqliteDatabase
 
 Journal.spend = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
 Daemon(load(None, os.environ), os.environ, once=True).run()

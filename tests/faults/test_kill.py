@@ -19,6 +19,7 @@ from support.losing import SteppingDisk
 
 from imagewatch.job.spool import Spool
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.sandbox import Sandbox
 from imagewatch.system.disk import Disk
 
@@ -166,7 +167,7 @@ def test_a_start_that_is_killed_anywhere_does_not_prevent_the_next_one(tmp_path:
     for number in itertools.count(1):
         folders = Folders(tmp_path / str(number), "http://127.0.0.1:9", outbox__folder_mode="0750")
         config = folders.config()
-        journal = Journal(str(tmp_path / f"{number}.sqlite3"), config.limits, float)
+        journal = Journal(SqliteDatabase(str(tmp_path / f"{number}.sqlite3")), config.limits, float)
         with contextlib.suppress(Killed), contextlib.closing(journal):
             spool = Spool(config, DyingDisk(number), journal)
             spool.prepare()

@@ -38,7 +38,7 @@ from imagewatch.job.record import Record
 from imagewatch.job.sending import Sending
 from imagewatch.job.spool import Spool
 from imagewatch.journal.journal import Journal
-from imagewatch.journal.sqlite import Database
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.errors import SpoolError, Withdrawn
 
 if TYPE_CHECKING:
@@ -192,15 +192,16 @@ class NotingJournal(Journal):
     """A journal that reports each commit before it is made, and what it is after it."""
 
     def __init__(self, path: str, stage: Stage) -> None:
-        super().__init__(path, stage.config.limits, lambda: AT, synchronous="OFF")
-        commit = self._file._commit
+        file = SqliteDatabase(path, synchronous="OFF")
+        super().__init__(file, stage.config.limits, lambda: AT)
+        commit = file._commit
 
         def noted(connection: Any, changes: Any) -> None:
             stage.disk.tick("journal")
             commit(connection, changes)
             stage.committed(synced=any(change.synced for change in changes))
 
-        self._file._commit = noted  # type: ignore[method-assign]
+        file._commit = noted  # type: ignore[method-assign]
 
 
 class Stage:
@@ -660,12 +661,12 @@ def _without(where: object, name: str) -> Callable[[pytest.MonkeyPatch], None]:
 
 def _unsynced(name: str) -> Callable[[pytest.MonkeyPatch], None]:
     """Let what a method of the journal writes be not synced."""
-    change = Database.change
+    change = SqliteDatabase.change
 
-    def careless(self: Database, act: Any, *, synced: bool = True) -> Any:
+    def careless(self: SqliteDatabase, act: Any, *, synced: bool = True, locked: bool = False) -> Any:
         return change(self, act, synced=synced and f".{name}." not in act.__qualname__)
 
-    return lambda patch: patch.setattr(Database, "change", careless)
+    return lambda patch: patch.setattr(SqliteDatabase, "change", careless)
 
 
 def _spent_after_the_first_byte(patch: pytest.MonkeyPatch) -> None:

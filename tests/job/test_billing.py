@@ -19,6 +19,7 @@ from support.station import Station
 from imagewatch.config.schema import Limits
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.protocol.values import Claim, dump, load
 
 if TYPE_CHECKING:
@@ -162,7 +163,7 @@ def test_for_an_unknown_charge_the_balances_before_and_after_it_are_shown(tmp_pa
 
 @pytest.fixture
 def journal(tmp_path):
-    with contextlib.closing(Journal(str(tmp_path / "ledger.sqlite3"), Limits(), float)) as opened:
+    with contextlib.closing(Journal(SqliteDatabase(str(tmp_path / "ledger.sqlite3")), Limits(), float)) as opened:
         yield opened
 
 

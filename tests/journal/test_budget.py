@@ -14,6 +14,7 @@ from imagewatch.journal.budget import Budget
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.protocol.values import Claim
 
 NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
@@ -35,7 +36,7 @@ def clock():
 
 @pytest.fixture
 def journal(tmp_path, clock):
-    with contextlib.closing(Journal(str(tmp_path / "ledger.sqlite3"), Limits(), clock)) as made:
+    with contextlib.closing(Journal(SqliteDatabase(str(tmp_path / "ledger.sqlite3")), Limits(), clock)) as made:
         yield made
 
 

@@ -21,6 +21,7 @@ from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
 from imagewatch.journal.schema import TRIGGERS, VERSION
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.protocol.values import Claim, Decision
 
 if TYPE_CHECKING:
@@ -53,9 +54,8 @@ def make(tmp_path: Path, clock: Clock) -> Iterator[Callable[..., Journal]]:
     with contextlib.ExitStack() as stack:
 
         def opened(limits: Limits | None = None, **budgets: FolderBudget) -> Journal:
-            journal = Journal(
-                str(tmp_path / "ledger.sqlite3"), limits or Limits(assumed_credits=30), clock, budgets=budgets
-            )
+            file = SqliteDatabase(str(tmp_path / "ledger.sqlite3"))
+            journal = Journal(file, limits or Limits(assumed_credits=30), clock, budgets=budgets)
             return stack.enter_context(contextlib.closing(journal))
 
         yield opened
@@ -286,7 +286,7 @@ def test_the_sums_of_a_folder_are_those_of_its_rows_whatever_happened(
 ) -> None:
     path = str(tmp_path_factory.mktemp("ledger") / "ledger.sqlite3")
     rows: dict[str, Row] = {}
-    with contextlib.closing(Journal(path, Limits(), Clock(), synchronous="OFF")) as journal:
+    with contextlib.closing(Journal(SqliteDatabase(path, synchronous="OFF"), Limits(), Clock())) as journal:
         for number, folder, (outcome, charged), credits_, at in changes:
             job = f"{number}-{FOLDERS.index(folder)}"
             made = row(job, folder, outcome=outcome, charged=charged, credits=credits_)

@@ -14,15 +14,17 @@ from msgspec.structs import replace
 
 from imagewatch.config.schema import Limits
 from imagewatch.journal.events import page_of
-from imagewatch.journal.journal import Journal
 from imagewatch.journal.prices import Asked
 from imagewatch.journal.row import Row
 from imagewatch.protocol.values import Claim, Decision, Sent, dump
 from imagewatch.system.errors import SpoolError
+from journal.makers import STORES, Maker, postgres, sqlite
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from imagewatch.journal.journal import Journal
 
 NOW = 1_700_000_000.0
 FLUX = Asked("flux", "kind", 1)
@@ -31,26 +33,11 @@ SENT = Sent(
 )
 
 
-class Sqlite:
-    """Makes a journal in SQLite, and another one to the same file, as another process would."""
-
-    def __init__(self, folder: Path) -> None:
-        self._path = str(folder / "ledger.sqlite3")
-        self._made: list[Journal] = []
-
-    def __call__(self, **limits: Any) -> Journal:
-        self._made.append(Journal(self._path, Limits(assumed_credits=30, **limits), lambda: NOW))
-        return self._made[-1]
-
-    def close(self) -> None:
-        for journal in self._made:
-            journal.close()
-
-
-@pytest.fixture(params=[Sqlite])
+@pytest.fixture(params=STORES)
 def make(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Callable[..., Journal]]:
-    with contextlib.closing(request.param(tmp_path)) as made:
-        yield made
+    new = sqlite(tmp_path) if request.param == "sqlite" else postgres(request.getfixturevalue("database"))
+    with contextlib.closing(Maker(new, lambda: NOW)) as made:
+        yield lambda **limits: made(Limits(assumed_credits=30, **limits))
 
 
 def claim(job: str = "a", stem: str = "cat", folder: str = "") -> Claim:
@@ -575,6 +562,7 @@ def test_an_event_of_a_hold_that_is_not_written_yet_goes_to_the_new_receiver(mak
     assert journal.events.counts().pending == 1
 
 
+@pytest.mark.parametrize("make", ["sqlite"], indirect=True)  # the time of a server is not that of this thread
 def test_thousands_of_events_that_wait_do_not_slow_down_what_is_asked_for_each_job(
     make: Callable[..., Journal], tmp_path: Path
 ) -> None:

@@ -19,8 +19,8 @@ from imagewatch.journal.books import SqlBooks
 from imagewatch.journal.files import was_there
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
-from imagewatch.journal.schema import VERSION, prepare
-from imagewatch.journal.sqlite import Database
+from imagewatch.journal.schema import VERSION
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ import sys
 from imagewatch.config.schema import Limits
 from imagewatch.journal.journal import Journal
 from imagewatch.journal.row import Row
-journal = Journal(sys.argv[1], Limits(), lambda: 1.0)
+from imagewatch.journal.sqlite import SqliteDatabase
+journal = Journal(SqliteDatabase(sys.argv[1]), Limits(), lambda: 1.0)
 for number in range(1, 100_000):
     journal.record(Row(job="a", attempt=number, source="cat.prompt.txt", outcome="busy", charged="no", claimed_at=1.0))
     print(number, flush=True)
@@ -42,8 +43,9 @@ UPGRADE = """
 import sys
 from imagewatch.config.schema import Limits
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
 print("go", flush=True)
-Journal(sys.argv[1], Limits(), float).require()
+Journal(SqliteDatabase(sys.argv[1]), Limits(), float).require()
 """
 
 
@@ -58,7 +60,7 @@ def path(tmp_path: Path) -> str:
 
 
 def opened(path: str) -> Journal:
-    journal = Journal(path, Limits(), lambda: 1.0)
+    journal = Journal(SqliteDatabase(path), Limits(), lambda: 1.0)
     journal.require()
     return journal
 
@@ -106,7 +108,7 @@ def test_a_file_of_any_year_is_recorded_and_recognized(journal: Journal, mtime_n
 
 
 def test_a_number_that_the_ledger_cannot_store_is_an_error_of_one_job_and_not_of_the_disk(journal: Journal) -> None:
-    far = Journal(journal._file.path, Limits(), lambda: 2**64)
+    far = Journal(SqliteDatabase(journal._file.path), Limits(), lambda: 2**64)
     with contextlib.closing(far), pytest.raises(SpoolError, match="too large for the ledger") as caught:
         far.finish("a" * 16)
     assert caught.value.code == 0  # for any other error the queue is on hold until the disk works
@@ -420,7 +422,7 @@ def test_an_old_daemon_that_still_runs_can_write_to_an_upgraded_ledger(old: str)
 
 
 def test_a_result_is_in_the_file_that_replaced_the_ledger_while_it_was_written(path: str) -> None:
-    with contextlib.closing(Database(path, prepare, guarded=True)) as database:
+    with contextlib.closing(SqliteDatabase(path, guarded=True)) as database:
         database.change(lambda connection: connection.execute("INSERT INTO redeliveries VALUES ('a', 1, 0.0)"))
         with (
             contextlib.closing(sqlite3.connect(path)) as one,

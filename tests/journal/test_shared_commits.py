@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from imagewatch.journal.schema import prepare
-from imagewatch.journal.sqlite import Database
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.errors import SpoolError
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ def test_what_a_thread_was_told_is_written_is_there_whatever_ends_another_thread
             database.change(act)
             written.append(name)
 
-    with contextlib.closing(Database(path, prepare, guarded=False, synchronous="OFF")) as database:
+    with contextlib.closing(SqliteDatabase(path, synchronous="OFF")) as database:
         with ThreadPoolExecutor(THREADS) as pool:
             for number in range(ROUNDS):
                 list(pool.map(change, range(THREADS), [number] * THREADS))
@@ -49,7 +48,7 @@ def test_what_a_thread_was_told_is_written_is_there_whatever_ends_another_thread
 
 def test_a_damaged_page_that_is_met_while_writing_is_named_as_damage(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
-    with contextlib.closing(Database(str(path), prepare, guarded=False)) as database:
+    with contextlib.closing(SqliteDatabase(str(path))) as database:
         with database.using() as connection:
             page = connection.execute("SELECT rootpage FROM sqlite_master WHERE name = 'attempts'").fetchone()[0]
             size = connection.execute("PRAGMA page_size").fetchone()[0]

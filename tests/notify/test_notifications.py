@@ -23,6 +23,7 @@ from support.receiver import as_json
 
 from imagewatch.config.schema import Limits, Notify
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.notify.notifier import Notifier
 
 if TYPE_CHECKING:
@@ -597,7 +598,7 @@ def test_a_ledger_that_is_locked_when_receivers_are_replaced_keeps_no_event_from
     tmp_path: Path, receiver: Receiver
 ) -> None:
     path = str(tmp_path / "ledger.sqlite3")
-    with contextlib.closing(Journal(path, Limits(), lambda: 1000.0)) as journal:
+    with contextlib.closing(Journal(SqliteDatabase(path), Limits(), lambda: 1000.0)) as journal:
         journal.events.configure(["command"])
         journal.events.stage("held", "hold:disk::", {"kind": "disk"})
         journal.requests.refuse({}, staged := journal.events.staged())

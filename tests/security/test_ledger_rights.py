@@ -13,6 +13,7 @@ import pytest
 from imagewatch.config.schema import Limits
 from imagewatch.journal.health import ledger_problem
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
 from security.people import DAEMON
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def test_a_ledger_that_its_own_user_may_not_write_holds_the_queue_and_check_says
 
 def test_check_names_a_ledger_that_may_not_be_written(tmp_path: Path) -> None:
     path = tmp_path / "ledger.sqlite3"
-    journal = Journal(str(path), Limits(), time.time)
+    journal = Journal(SqliteDatabase(str(path)), Limits(), time.time)
     journal.require(prove=True)
     journal.close()
     assert ledger_problem(str(tmp_path)) is None

@@ -14,7 +14,7 @@ from typing import Any
 
 from imagewatch.config.load import load
 from imagewatch.daemon.loop import Daemon
-from imagewatch.journal.sqlite import Database
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system import log
 from support.losing import SteppingDisk
 
@@ -41,14 +41,14 @@ class KillingDisk(SteppingDisk):
 
 def watch_commits(disk: KillingDisk) -> None:
     """Let each commit of the journal count as a change, and what comes right after it as another."""
-    commit = Database._commit
+    commit = SqliteDatabase._commit
 
-    def counted(self: Database, *values: Any) -> None:
+    def counted(self: SqliteDatabase, *values: Any) -> None:
         disk.step("commit", self.path)
         commit(self, *values)
         disk.step("what follows a commit", self.path)
 
-    Database._commit = counted  # type: ignore[method-assign]
+    SqliteDatabase._commit = counted  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

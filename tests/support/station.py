@@ -12,6 +12,7 @@ from imagewatch.job.outcome import End, Outcome
 from imagewatch.job.spool import Spool
 from imagewatch.job.worker import Worker
 from imagewatch.journal.journal import Journal
+from imagewatch.journal.sqlite import SqliteDatabase
 from imagewatch.system.disk import Disk
 from support.daemon import KEY, Folders
 
@@ -37,7 +38,7 @@ class Station(Folders):
         super().__init__(root, base_url, **settings)
         loaded = self.config()
         self.state.mkdir(parents=True, exist_ok=True)
-        self.journal = Journal(str(self.state / "ledger.sqlite3"), loaded.limits, time.time)
+        self.journal = Journal(SqliteDatabase(str(self.state / "ledger.sqlite3")), loaded.limits, time.time)
         self.ledger = self.journal.ledger
         self.spool = Spool(loaded, disk or Disk(), self.journal)
         self.spool.prepare()

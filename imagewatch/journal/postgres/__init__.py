@@ -1,0 +1,15 @@
+"""The journal in PostgreSQL, which several daemons share.
+
+It makes the same promises over all daemons of an account as SQLite does for one. psycopg is imported only here.
+
+The modules, in the order in which they are read::
+
+    schema    its tables, and the views that show a daemon the rows that concern it
+    place     which database, account, inbox and instance
+    session   one connection: its settings, queries in our spelling, rows
+    checks    whether a server can be used: durability, version of the tables, no pooler
+    faults    the errors
+    presence  that a daemon is seen, and hears of what concerns its account
+    tables    makes and updates the tables
+    database  PostgresDatabase: one thread commits what all threads write
+"""

@@ -1,0 +1,373 @@
+"""The shared database: one thread commits what all threads of a daemon write.
+
+A COMMIT can wait for long: for the network, or for a standby. Its outcome decides whether a request may be sent, so it
+is not canceled. Only who waits for it gives up after a time: then it counts as not known (``UncertainError``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import threading
+import time
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import psycopg
+
+from imagewatch import __version__
+from imagewatch.journal.postgres.checks import require_usable
+from imagewatch.journal.postgres.faults import AGAIN, not_answering, replaced, text_of, translated, uncertain
+from imagewatch.journal.postgres.presence import Presence
+from imagewatch.journal.postgres.session import ANSWER_SECONDS, Session
+from imagewatch.system.errors import AlreadyRunning, DatabaseError, SpoolError
+from imagewatch.system.text import printable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from imagewatch.journal.database import Connection, Row
+    from imagewatch.journal.postgres.place import Place
+
+_PATIENCE = ANSWER_SECONDS + 5.0
+"""How long a thread waits for what it wants to be written, seconds."""
+_TRIES = 5
+"""How often a transaction is run again that the server has undone because of another one."""
+_READ_TIMEOUT = {"statement_timeout": f"{ANSWER_SECONDS}s"}
+_LOCK = """
+    SELECT i.incarnation FROM imagewatch.accounts AS a
+    LEFT JOIN imagewatch.instances AS i ON i.account = a.name AND i.name = current_setting('imagewatch.instance')
+    WHERE a.name = current_setting('imagewatch.account') FOR UPDATE OF a"""
+_ACCOUNT = (
+    "INSERT INTO imagewatch.accounts (name) VALUES (current_setting('imagewatch.account')) ON CONFLICT DO NOTHING"
+)
+
+_KNOWN = """
+    SELECT host, folder, place, CASE WHEN ended_at IS NULL
+        THEN extract(epoch FROM clock_timestamp())::float8 - seen_at ELSE 1e9 END AS seconds
+    FROM imagewatch.instances WHERE name = ? AND account = ?"""
+_REGISTER = """
+    INSERT INTO imagewatch.instances AS i
+        (name, inbox, host, folder, place, version, incarnation, started_at, seen_at)
+    VALUES (?, ?, ?, ?, ?, ?, 1, extract(epoch FROM clock_timestamp()), extract(epoch FROM clock_timestamp()))
+    ON CONFLICT (account, name) DO UPDATE SET inbox = excluded.inbox, host = excluded.host, folder = excluded.folder,
+        place = excluded.place, version = excluded.version, incarnation = i.incarnation + 1,
+        started_at = excluded.started_at, seen_at = excluded.seen_at, ended_at = NULL
+    RETURNING incarnation"""
+_ENDED = """
+    UPDATE imagewatch.instances SET ended_at = extract(epoch FROM clock_timestamp())
+    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
+    AND incarnation = ?"""
+
+T = TypeVar("T")
+
+
+class _Change:
+    """Something that a thread wants to write.
+
+    Attributes:
+        value: What ``act`` returned.
+        error: Why it was not written.
+        is_over: Set when it was written, or failed.
+    """
+
+    __slots__ = ("act", "error", "is_over", "locked", "synced", "value")
+
+    def __init__(self, act: Callable[[Connection], Any], *, synced: bool, locked: bool) -> None:
+        self.act = act
+        self.synced = synced
+        self.locked = locked
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.is_over = threading.Event()
+
+
+class PostgresDatabase:
+    """A database that several daemons share. Safe to use from several threads.
+
+    Args:
+        place: Which database, account, inbox and instance.
+        patience: How long a thread waits for what it wants to be written, seconds.
+
+    Attributes:
+        incarnation: Which start of the daemon this is; 0: of a command, which is not compared.
+    """
+
+    own_jobs = "own_jobs"
+    is_shared = True
+
+    def __init__(self, place: Place, *, patience: float = _PATIENCE) -> None:
+        self.path = ""
+        self.place = place
+        self.incarnation = 0
+        self._patience = patience
+        self._read_lock = threading.RLock()
+        self._reader: Session | None = None
+        self._writer: Session | None = None
+        self._state = threading.Condition()
+        self._waiting: list[_Change] = []
+        self._thread: threading.Thread | None = None
+        self._busy_since: float | None = None
+        self._is_closed = False
+        self._offset: float | None = None
+        self._lease = 60.0
+        self._presence: Presence | None = None
+
+    def clock(self) -> float:
+        """Return the time of the database's clock, seconds since the epoch; this host's before it was asked."""
+        return time.time() if self._offset is None else time.clock_gettime(time.CLOCK_BOOTTIME) + self._offset
+
+    # Reading
+
+    @contextlib.contextmanager
+    def using(self) -> Iterator[Connection]:
+        """Lend the connection for questions; no other thread has it meanwhile.
+
+        Raises:
+            DatabaseError: The database cannot be used; the message says why.
+        """
+        with self._read_lock:
+            try:
+                if self._reader is None:
+                    self._reader = self._connect("reader", _READ_TIMEOUT)
+                yield self._reader
+            except psycopg.Error as error:
+                self._close_reader()
+                raise translated(error) from error
+
+    def _connect(self, name: str, settings: dict[str, str]) -> Session:
+        session = Session(self.place, name, settings)
+        try:
+            require_usable(session, is_replicated=self.place.is_replicated)
+            session.execute(_ACCOUNT)
+            at = session.execute("SELECT extract(epoch FROM clock_timestamp())::float8 AS at").fetchone()
+            assert at is not None
+            self._offset = at["at"] - time.clock_gettime(time.CLOCK_BOOTTIME)
+        except BaseException:
+            session.close()
+            raise
+        return session
+
+    def _close_reader(self) -> None:
+        reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.close()
+
+    # Writing
+
+    def change(self, act: Callable[[Connection], T], *, synced: bool = True, locked: bool = False) -> T:
+        """Write something; see ``Database.change``."""
+        change = _Change(act, synced=synced, locked=locked)
+        with self._state:
+            self._require_answering()
+            self._waiting.append(change)
+            if self._thread is None:
+                self._is_closed = False
+                self._thread = threading.Thread(target=self._run, name="database", daemon=True)
+                self._thread.start()
+            self._state.notify_all()
+        if not change.is_over.wait(self._patience):
+            self._give_up(change)
+        if change.error is not None:
+            raise change.error
+        return cast("T", change.value)
+
+    def _require_answering(self) -> None:
+        if self._busy_since is not None and (seconds := time.monotonic() - self._busy_since) > self._patience:
+            raise not_answering(seconds)
+
+    def _give_up(self, change: _Change) -> None:
+        """Wait no longer for a change.
+
+        Raises:
+            UncertainError: It may still be written.
+            DatabaseError: It will not be written.
+        """
+        with self._state:
+            if change in self._waiting:
+                self._waiting.remove(change)
+                raise not_answering(self._patience)
+            if not change.is_over.is_set():
+                raise uncertain(f"it has not answered for {self._patience:.0f} seconds")
+
+    def _run(self) -> None:
+        """Write what threads want to write, until it is closed."""
+        while True:
+            with self._state:
+                self._busy_since = None
+                self._state.wait_for(lambda: self._waiting or self._is_closed)
+                changes, self._waiting = self._waiting, []
+                if not changes:
+                    self._thread = None
+                    break
+                self._busy_since = time.monotonic()
+            try:
+                self._write(changes)
+            except BaseException as error:  # noqa: BLE001  else threads would take theirs for written
+                for change in changes:
+                    change.error = error
+            for change in changes:
+                change.is_over.set()
+        self._close_writer()
+
+    def _write(self, changes: list[_Change]) -> None:
+        for last in (*[False] * _TRIES, True):
+            try:
+                self._try_to_write(changes)
+            except AGAIN as error:
+                if last:
+                    raise translated(error) from error
+            except psycopg.Error as error:
+                self._close_writer()
+                raise translated(error) from error
+            except SpoolError:
+                self._close_writer()
+                raise
+            else:
+                return
+
+    def _try_to_write(self, changes: list[_Change]) -> None:
+        if self._writer is None or self._writer.raw.closed:
+            self._writer = self._connect("writer", {})
+        writer = self._writer
+        with writer.transaction(commit=lambda: self._commit(writer)):
+            if not any(change.synced for change in changes):
+                writer.execute("SET LOCAL synchronous_commit = off")
+            if any(change.locked for change in changes):
+                self._lock(writer)
+            for change in changes:
+                _apply(writer, change)
+
+    def _lock(self, writer: Session) -> None:
+        """Let no other daemon of the account spend meanwhile, and make sure that this one still has its name."""
+        found = writer.execute(_LOCK).fetchone()
+        if self.incarnation and (found is None or found["incarnation"] != self.incarnation):
+            raise replaced()
+
+    @staticmethod
+    def _commit(writer: Session) -> None:
+        """Commit.
+
+        Raises:
+            UncertainError: It is not known whether it was committed, or whether it is durable.
+            psycopg.Error: It was undone.
+        """
+        writer.warnings.clear()
+        try:
+            writer.commit()
+        except (*AGAIN, psycopg.IntegrityError, psycopg.errors.InFailedSqlTransaction):
+            raise
+        except psycopg.Error as error:
+            raise uncertain(text_of(error)) from error
+        if writer.warnings:  # a canceled wait for the standby is reported as a success with a warning
+            raise uncertain(writer.warnings[-1])
+
+    def _close_writer(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+
+    # The daemon
+
+    def register(self, host: str, folder: str, place: str, alive_seconds: float) -> None:
+        """Note that a daemon starts; from now on an earlier one with this name sends nothing any more.
+
+        Args:
+            host: Name of its host.
+            folder: Its inbox on that host.
+            place: Random, of its state folder.
+            alive_seconds: How long after it was seen last another daemon counts as running.
+
+        Raises:
+            AlreadyRunning: A daemon with another state folder has this name.
+            DatabaseError: The database cannot be used.
+        """
+
+        def act(connection: Connection) -> int:
+            values = self.place.instance, self.place.account
+            known = connection.execute(_KNOWN, values).fetchone()
+            if known is not None and known["place"] != place:
+                raise _taken(known, self.place.instance, is_running=known["seconds"] < alive_seconds)
+            given = self.place.instance, self.place.inbox, host, folder, place, __version__
+            return int(connection.execute(_REGISTER, given).fetchone()["incarnation"])
+
+        self.incarnation = 0
+        self.incarnation = self.change(act, locked=True)
+        self._lease = alive_seconds
+
+    def watch(self, page: Callable[[], str], on_change: Callable[[], object]) -> None:
+        """Let others see that the daemon runs, and report when something of the account may have changed.
+
+        Args:
+            page: Returns what others may know of its state, as JSON.
+            on_change: Called in another thread.
+        """
+        self._presence = Presence(self.place, self.incarnation, self._lease / 4, page, on_change)
+
+    def unregister(self) -> None:
+        """Note that the daemon ends."""
+        if self.incarnation:
+            with contextlib.suppress(SpoolError):
+                self.change(lambda connection: connection.execute(_ENDED, (self.incarnation,)), synced=False)
+
+    def prove(self) -> None:
+        """Make sure that rows can be written.
+
+        Raises:
+            DatabaseError: They cannot; the message says why.
+        """
+        self.change(self._prove, locked=True)
+
+    @staticmethod
+    def _prove(connection: Connection) -> None:
+        change = "UPDATE meta SET value = ? WHERE name = 'proved'"
+        if not connection.execute(change, (f"{time.time():.0f}",)).rowcount:
+            connection.execute("INSERT INTO meta (name, value) VALUES ('proved', '')")
+
+    def accept(self) -> None:
+        """Refuse: there is nothing in the place of a shared database.
+
+        Raises:
+            DatabaseError: Always.
+        """
+        hint = "restore the database from its backup; imagewatch db check"
+        raise DatabaseError("a shared database cannot be replaced by an empty one", code=errno.EINVAL, hint=hint)
+
+    def close(self) -> None:
+        """Close the connections; what waits to be written is written first."""
+        if self._presence is not None:
+            self._presence.close()
+        with self._state:
+            self._is_closed = True
+            thread = self._thread
+            self._state.notify_all()
+        if thread is not None:
+            thread.join(self._patience)
+        with self._read_lock:
+            self._close_reader()
+
+
+def _apply(writer: Session, change: _Change) -> None:
+    """Let a change write. Its own error undoes it alone; what is wrong with the database concerns all of them."""
+    writer.execute("SAVEPOINT change")
+    try:
+        change.value, change.error = change.act(writer), None
+    except (*AGAIN, psycopg.OperationalError):
+        raise
+    except (psycopg.IntegrityError, psycopg.DataError) as error:
+        change.error = SpoolError(text_of(error), hint="please report it")
+    except Exception as error:  # noqa: BLE001  it is that of the thread that wrote this
+        change.error = translated(error) if isinstance(error, psycopg.Error) else error
+    writer.execute("RELEASE change" if change.error is None else "ROLLBACK TO change")
+
+
+def _taken(known: Row, name: str, *, is_running: bool) -> SpoolError:
+    """Return the error for a name that a daemon with another state folder has."""
+    whose = f"the daemon on {printable(known['host'])} for {printable(known['folder'])}"
+    if is_running:
+        hint = "set shared.instance, different for each daemon of the account"
+        return AlreadyRunning(f"{whose} is running with the instance name {printable(name)}", hint=hint)
+    hint = (
+        "set another shared.instance; or, if this is that daemon and its state folder is lost, accept that what it had "
+        "in flight may have been charged: imagewatch release --accept-new-ledger"
+    )
+    return SpoolError(f"the instance name {printable(name)} belongs to {whose}, with another state folder", hint=hint)

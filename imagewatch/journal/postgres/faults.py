@@ -1,0 +1,77 @@
+"""What is wrong with the shared database, as errors with a next action."""
+
+from __future__ import annotations
+
+import errno
+
+import psycopg
+
+from imagewatch.system.errors import DatabaseError, UncertainError
+from imagewatch.system.text import printable
+
+_CHECK = "check the server and the network (imagewatch db check); the daemon resumes automatically"
+_CAUSES: dict[type[psycopg.Error], tuple[str, str]] = {
+    psycopg.errors.UndefinedTable: ("has no tables of imagewatch", "make them: imagewatch db init"),
+    psycopg.errors.InvalidSchemaName: ("has no tables of imagewatch", "make them: imagewatch db init"),
+    psycopg.errors.UndefinedFunction: ("has tables of another version", "imagewatch db check"),
+    psycopg.errors.UndefinedColumn: ("has tables of another version", "imagewatch db check"),
+    psycopg.errors.InsufficientPrivilege: (
+        "does not let its user do that",
+        "run imagewatch db init as the same database user, or grant it the rights on the schemas of imagewatch",
+    ),
+    psycopg.errors.ReadOnlySqlTransaction: ("is read-only", "connect to the primary server"),
+    psycopg.errors.DiskFull: ("has a full disk", "free some space on its server"),
+    psycopg.errors.LockNotAvailable: (
+        "is locked by another program",
+        "end that program; pg_stat_activity lists it",
+    ),
+    psycopg.errors.QueryCanceled: ("took too long, or an administrator canceled the query", _CHECK),
+    psycopg.errors.InvalidPassword: ("refuses the password", "check the password file or the service file"),
+    psycopg.errors.InvalidAuthorizationSpecification: (
+        "refuses the user",
+        "check pg_hba.conf and the name of the user",
+    ),
+    psycopg.errors.InvalidCatalogName: ("does not exist", "create it, then: imagewatch db init"),
+    psycopg.errors.TooManyConnections: ("has too many connections", "raise max_connections of the server"),
+}
+AGAIN = (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected)
+"""The transaction was undone and may succeed now."""
+
+
+def translated(error: psycopg.Error) -> DatabaseError:
+    """Return an error of psycopg as one of ours, with the next action."""
+    for kind, (why, hint) in _CAUSES.items():
+        if isinstance(error, kind):
+            return DatabaseError(f"the shared database {why}: {_text(error)}", code=errno.EIO, hint=hint)
+    if isinstance(error, psycopg.OperationalError):
+        return DatabaseError(f"the shared database cannot be reached: {_text(error)}", code=errno.EIO, hint=_CHECK)
+    return DatabaseError(f"the shared database reports an error: {_text(error)}", code=errno.EIO, hint=_CHECK)
+
+
+def uncertain(why: str) -> UncertainError:
+    """Return the error for a change of which it is not known whether it was written."""
+    message = f"it is not known whether the shared database has written a change: {why}"
+    return UncertainError(message, code=errno.EIO, hint=_CHECK)
+
+
+def not_answering(seconds: float) -> DatabaseError:
+    """Return the error for a database that has not answered for so many seconds."""
+    message = f"the shared database has not answered for {seconds:.0f} seconds"
+    return DatabaseError(message, code=errno.EIO, hint=_CHECK)
+
+
+def replaced() -> DatabaseError:
+    """Return the error for a daemon whose name another one has taken."""
+    message = "another daemon was started with the same shared.instance and account; this one sends nothing any more"
+    hint = "set another shared.instance for one of them, then restart both"
+    return DatabaseError(message, code=errno.EIO, hint=hint)
+
+
+def text_of(error: psycopg.Error) -> str:
+    """Return the message of an error in one line."""
+    return _text(error)
+
+
+def _text(error: psycopg.Error) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable("; ".join(lines[:3])) or type(error).__name__

@@ -1,0 +1,88 @@
+"""That a daemon is there: it is seen in the database, and hears of what concerns its account.
+
+A thread of its own, with a connection of its own. What it misses while that is lost is asked for when it is back, and
+regularly. Nothing depends on it except for how soon something is noticed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from typing import TYPE_CHECKING
+
+import psycopg
+
+from imagewatch.journal.postgres.schema import CHANNEL
+from imagewatch.journal.postgres.session import Session
+from imagewatch.system.errors import DatabaseError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from imagewatch.journal.postgres.place import Place
+
+_RETRY_SECONDS = 5.0
+_STEP_SECONDS = 1.0
+"""How often the thread looks whether it is to end, seconds."""
+_SEEN = """
+    UPDATE imagewatch.instances SET seen_at = extract(epoch FROM clock_timestamp()), status = ?
+    WHERE account = current_setting('imagewatch.account') AND name = current_setting('imagewatch.instance')
+    AND incarnation = ?"""
+
+
+class Presence:
+    """Lets others see that the daemon runs.
+
+    Args:
+        place: Which account and instance.
+        incarnation: Which start of the daemon this is.
+        interval: How often it is to be seen, seconds.
+        page: Returns what others may know of its state, as JSON.
+        on_change: Called when something of the account may have changed.
+    """
+
+    def __init__(
+        self,
+        place: Place,
+        incarnation: int,
+        interval: float,
+        page: Callable[[], str],
+        on_change: Callable[[], object],
+    ) -> None:
+        self._place = place
+        self._incarnation = incarnation
+        self._interval = interval
+        self._page = page
+        self._on_change = on_change
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End the thread."""
+        self._end.set()
+        self._thread.join(_STEP_SECONDS * 3)
+
+    def _run(self) -> None:
+        while not self._end.is_set():
+            with contextlib.suppress(psycopg.Error, DatabaseError):
+                session = Session(self._place, "presence", {"statement_timeout": "10s"})
+                with contextlib.closing(session):
+                    self._stay(session)
+            self._on_change()
+            self._end.wait(_RETRY_SECONDS)
+
+    def _stay(self, session: Session) -> None:
+        """Be seen, and listen, until the connection is lost."""
+        session.execute(f"LISTEN {CHANNEL}")
+        self._on_change()
+        while not self._end.is_set():
+            session.execute(_SEEN, (self._page(), self._incarnation))
+            self._on_change()
+            left = self._interval
+            while left > 0 and not self._end.is_set():
+                step = min(left, _STEP_SECONDS)
+                left -= step
+                for notice in session.raw.notifies(timeout=step, stop_after=1):
+                    if notice.payload == self._place.account:
+                        self._on_change()

@@ -1,0 +1,179 @@
+"""One connection to PostgreSQL: its settings, the queries of the journal in its spelling, and its rows."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import re
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg import conninfo
+from psycopg.adapt import Loader
+from psycopg.types.numeric import FloatLoader
+
+from imagewatch.journal.postgres.schema import VIEWS
+from imagewatch.system.text import whole
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+    from psycopg.abc import Buffer, QueryNoTemplate
+
+    from imagewatch.journal.postgres.place import Place
+
+CONNECT_SECONDS = 5
+"""How long a connection may take to be made."""
+ANSWER_SECONDS = 10
+"""How long the server may leave what was sent to it without an answer, before the connection counts as lost."""
+_LOCK_SECONDS = 5
+_SETTINGS = {
+    "search_path": VIEWS,
+    "lock_timeout": f"{_LOCK_SECONDS}s",
+    "idle_in_transaction_session_timeout": "30s",
+    "client_min_messages": "warning",  # a warning during COMMIT counts as failure
+    "bytea_output": "hex",
+}
+_PARAMETERS = {
+    "connect_timeout": str(CONNECT_SECONDS),
+    "tcp_user_timeout": str(ANSWER_SECONDS * 1000),
+    "keepalives": "1",
+    "keepalives_idle": "10",
+    "keepalives_interval": "5",
+    "keepalives_count": "3",
+    "target_session_attrs": "read-write",
+    "client_encoding": "UTF8",
+}
+
+
+class _NumberLoader(Loader):
+    """Loads a sum of integers, which PostgreSQL makes a decimal number, as a number of ours."""
+
+    def load(self, data: Buffer) -> int | float:
+        text = bytes(data).decode()
+        return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+class Found(tuple[Any, ...]):
+    """A row: values by name or position."""
+
+    __slots__ = ()
+    names: tuple[str, ...] = ()
+
+    def __getitem__(self, key: Any) -> Any:  # noqa: ANN401  whatever the column holds
+        return tuple.__getitem__(self, self.names.index(key) if isinstance(key, str) else key)
+
+    def keys(self) -> tuple[str, ...]:
+        """Return the names of the columns."""
+        return self.names
+
+
+@functools.lru_cache(maxsize=256)
+def _row_type(names: tuple[str, ...]) -> type[Found]:
+    return type("Found", (Found,), {"names": names, "__slots__": ()})
+
+
+def _rows(cursor: psycopg.Cursor[Any]) -> Callable[[Sequence[Any]], Found]:
+    return _row_type(tuple(column.name for column in cursor.description or ()))
+
+
+@functools.lru_cache(maxsize=512)
+def spelt(question: str) -> tuple[str, tuple[int, ...] | None]:
+    """Return a query with ``$1`` for ``?`` or ``?1``, and which value goes where; None: each in its turn."""
+    if re.search(r"\?\d", question):
+        order = sorted({int(number) for number in re.findall(r"\?(\d+)", question)})
+        places = {number: place for place, number in enumerate(order, 1)}
+        text = re.sub(r"\?(\d+)", lambda match: f"${places[int(match[1])]}", question)
+        return text, tuple(number - 1 for number in order)
+    numbers = iter(range(1, 1000))
+    return re.sub(r"\?", lambda _: f"${next(numbers)}", question), None
+
+
+def _storable(value: object) -> object:
+    """Return a value that PostgreSQL accepts: no NUL, and no bytes that were never text."""
+    return whole(value).replace("\0", "\ufffd") if isinstance(value, str) else value
+
+
+class Session:
+    """One connection.
+
+    Args:
+        place: Which database, account, inbox and instance.
+        name: Name of the connection for the server's administrator.
+        settings: More settings of the session.
+
+    Attributes:
+        warnings: Codes of the warnings that came since they were last emptied.
+    """
+
+    def __init__(self, place: Place, name: str, settings: Mapping[str, str] = {}) -> None:
+        self.warnings: list[str] = []
+        given = conninfo.conninfo_to_dict(place.database)
+        parameters = {**_PARAMETERS, **{key: value for key, value in given.items() if value is not None}}
+        parameters |= {**place.parameters, "target_session_attrs": "read-write"}
+        parameters["application_name"] = f"imagewatch {name} {place.instance}"[:63]
+        text = conninfo.make_conninfo("", **parameters)
+        self._connection: psycopg.Connection[Found] = psycopg.Connection.connect(
+            text, autocommit=True, cursor_factory=psycopg.RawCursor, row_factory=_rows
+        )
+        self._connection.add_notice_handler(self._note)
+        self._connection.adapters.register_loader("numeric", _NumberLoader)
+        self._connection.adapters.register_loader("float8", FloatLoader)
+        try:
+            own = {"account": place.account, "inbox": place.inbox, "instance": place.instance}
+            values = {**_SETTINGS, **settings, **{f"imagewatch.{key}": value for key, value in own.items()}}
+            for key, value in values.items():
+                self.execute("SELECT set_config(?, ?, false)", (key, value))
+        except BaseException:
+            self._connection.close()
+            raise
+
+    def _note(self, diagnostic: psycopg.errors.Diagnostic) -> None:
+        if (diagnostic.sqlstate or "").startswith("01"):
+            self.warnings.append(f"{diagnostic.sqlstate} {diagnostic.message_primary or ''}")
+
+    def execute(self, question: str, values: Iterable[Any] = ()) -> psycopg.Cursor[Found]:
+        """Run one statement."""
+        text, order = spelt(question)
+        given = tuple(_storable(value) for value in values)
+        if order is not None:
+            given = tuple(given[place] for place in order)
+        statement: QueryNoTemplate = text.encode()
+        return self._connection.execute(statement, given or None)
+
+    @contextlib.contextmanager
+    def transaction(self, *, commit: Callable[[], object] | None = None) -> Iterator[None]:
+        """Run the block in a transaction.
+
+        Args:
+            commit: Called in the place of COMMIT.
+        """
+        self.execute("BEGIN")
+        try:
+            yield
+        except BaseException:
+            if not self._connection.closed:
+                with contextlib.suppress(psycopg.Error):
+                    self.execute("ROLLBACK")
+            raise
+        (commit or self.commit)()
+
+    def commit(self) -> None:
+        """End the transaction.
+
+        Raises:
+            psycopg.Error: It was undone, or it is not known whether it was.
+        """
+        status = self.execute("COMMIT").statusmessage
+        if status != "COMMIT":
+            raise psycopg.errors.InFailedSqlTransaction(f"the server undid the transaction ({status})")
+
+    @property
+    def raw(self) -> psycopg.Connection[Found]:
+        """The connection of psycopg."""
+        return self._connection
+
+    def close(self) -> None:
+        """Close the connection."""
+        with contextlib.suppress(psycopg.Error):
+            self._connection.close()
