@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from imagewatch.config.schema import Limits
@@ -13,6 +14,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 STORES = ("sqlite", "postgres")
+NOON = datetime(2026, 3, 31, 12, tzinfo=UTC).timestamp()
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    def __init__(self, now: float = NOON) -> None:
+        self.now = now
+
+    def __call__(self) -> float:
+        return self.now
 
 
 class Maker:
@@ -33,8 +45,9 @@ class Maker:
             journal.close()
 
 
-def sqlite(folder: Path) -> Callable[[], Any]:
-    return lambda: SqliteDatabase(str(folder / "ledger.sqlite3"))
+def sqlite(folder: Path, **settings: Any) -> Callable[[], Any]:
+    folder.mkdir(exist_ok=True)
+    return lambda: SqliteDatabase(str(folder / "ledger.sqlite3"), **settings)
 
 
 def postgres(uri: str, **names: str) -> Callable[[], Any]:
