@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -60,3 +62,14 @@ def postgres(uri: str, **names: str) -> Callable[[], Any]:
     place = Place(uri, **given, is_replicated=False)
     initialize(place)
     return lambda: PostgresDatabase(place)
+
+
+def emptied(uri: str, **names: str) -> Callable[[], Any]:
+    """The same for a database that another test or example has used."""
+    from imagewatch.journal.postgres.schema import SCHEMA, TABLES  # noqa: PLC0415  psycopg may be missing
+
+    new = postgres(uri, **names)
+    tables = [name for name in re.findall(r"CREATE TABLE (\w+)", TABLES) if name != "about"]
+    with contextlib.closing(new()) as database, database.using() as connection:
+        connection.execute(f"TRUNCATE {', '.join(f'{SCHEMA}.{name}' for name in tables)}")
+    return new
