@@ -97,6 +97,11 @@ def rows(postgres: Server, account: Account, question: str) -> list[Any]:
     return postgres.psql(question, account.database.rpartition("/")[2])
 
 
+def interval(postgres: Server, account: Account) -> float:
+    """How many seconds the daemons wait after the last refusal, 0 without a hold."""
+    return sum(seconds for (seconds,) in rows(postgres, account, "SELECT seconds FROM imagewatch.holds"))
+
+
 def until_held(account: Account, kind: str = "credits") -> None:
     """Wait until all daemons are on hold for a reason of the account."""
     for daemon in account.daemons.values():
@@ -104,13 +109,14 @@ def until_held(account: Account, kind: str = "credits") -> None:
 
 
 def test_a_refusal_of_the_account_is_reported_once_over_all_daemons_and_all_resume_together(
-    account: Account, sandbox: Sandbox
+    account: Account, sandbox: Sandbox, postgres: Server
 ) -> None:
     sandbox.balance = 0
     account.start("one", "two", "three")
     account.prompts(3)
     until_held(account)
-    until(lambda: len(sandbox.report()["calls"]) >= 5, saw=account.log)  # probes were refused, too
+    until(lambda: interval(postgres, account) > 1, saw=account.log)  # probes were refused, too: 0.3, 0.6, 1.2 s
+    until(account.errors, saw=account.log)
     assert len(account.errors()) == 1, account.log()
     assert [len(daemon.events("held")) for daemon in account.daemons.values()] == [1, 1, 1], account.log()
     sandbox.balance = None
