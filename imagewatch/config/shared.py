@@ -12,6 +12,7 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from imagewatch.config.dsn import names_password_file
+from imagewatch.config.secret_file import SecretFileError, without_group
 from imagewatch.config.values import MOST_NAME_CHARS
 from imagewatch.system.errors import ConfigError, Problem
 from imagewatch.system.text import printable
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _CREDENTIAL: Final = "pgpass"
 _DIGITS: Final = 16
+_MOST_BYTES: Final = 1 << 16
 
 
 def instance_of(config: Config) -> str:
@@ -48,12 +50,19 @@ def conninfo(shared: Shared, environ: Mapping[str, str]) -> dict[str, str]:
     Args:
         shared: ``[shared]``; a password file that its connection names is used instead.
         environ: The environment.
+
+    Raises:
+        ConfigError: The password file cannot be read.
     """
     folder = environ.get("CREDENTIALS_DIRECTORY", "")
     path = os.path.join(folder, _CREDENTIAL)
     if not folder or not os.path.lexists(path) or names_password_file(shared.database):
         return {}
-    return {"passfile": path}
+    try:
+        return {"passfile": without_group(path, _MOST_BYTES)}
+    except SecretFileError as error:
+        hint = "check LoadCredential= of the service"
+        raise ConfigError([Problem(f"credential {_CREDENTIAL}", str(error), hint)]) from None
 
 
 def require_psycopg() -> None:

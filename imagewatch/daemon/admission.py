@@ -20,7 +20,8 @@ import structlog
 from imagewatch.daemon.account import SharedHolds
 from imagewatch.daemon.announcements import Announcements
 from imagewatch.daemon.burst import BurstGuard
-from imagewatch.protocol.reasons import KINDS, Others, Reason
+from imagewatch.daemon.stores import Stores
+from imagewatch.protocol.reasons import KINDS, STORES, Others, Reason, failure
 from imagewatch.system.disk_errors import FULL
 from imagewatch.system.errors import SpoolError, Withdrawn
 from imagewatch.system.text import utc
@@ -39,9 +40,6 @@ _KEY_SECONDS = 2.0
 """How often the key file is checked while the account refuses requests, seconds."""
 _MOST_BROKEN = 2
 """After more cut-off uploads in a row than this, the network is taken to be the cause."""
-_MOST_CAUSES = 10
-"""The log names at most so many causes of one hold; the status has the newest one."""
-_NONE = ("", 0, "")
 _ACCOUNT = [kind.name for kind in KINDS.values() if kind.is_account]
 _log = structlog.get_logger()
 
@@ -98,11 +96,8 @@ class Admission:
         self._ended: dict[str, float] = {}
         self.burst = BurstGuard(monotonic)
         self.announcements = Announcements(journal.events, clock, monotonic)
-        self._held_by: dict[str, SpoolError] = {}
-        self._causes: set[tuple[str, int, str]] = set()  # those of the hold for the local disk that were logged
-        self._is_proved = False  # whether the ledger was written once, before the first prompt
+        self.stores = Stores(spool, journal)
         self.may_report, self.not_reported = holds.may_report, holds.not_reported
-        self.disk_failed = False
         self._broken: set[str] = set()
         self._first_bytes = threading.Lock()
         self._is_draining = self._knows_holds = False
@@ -131,7 +126,7 @@ class Admission:
 
     def slots(self) -> int:
         """Return how many requests there may be at the same time: 0 during a hold, 1 while one is a probe."""
-        if self._held_by or self._holds.waiting(self._now()) is not None:
+        if self.stores.held_by or self._holds.waiting(self._now()) is not None:
             return 0
         return 1 if self._holds.probing() else self._limits.concurrency
 
@@ -145,8 +140,9 @@ class Admission:
         with self._first_bytes:
             if self._is_draining:
                 raise Withdrawn("the daemon stopped before the request was sent")
-            for error in list(self._held_by.values()):
-                raise Withdrawn(f"the queue was put on hold (disk) before the request was sent: {error}")
+            for error in list(self.stores.held_by.values()):
+                kind = failure(error).kind
+                raise Withdrawn(f"the queue was put on hold ({kind}) before the request was sent: {error}")
             hold = self._holds.waiting(self._now(), was_admitted=True)
             if hold is not None:
                 raise Withdrawn(
@@ -163,66 +159,78 @@ class Admission:
         with self._first_bytes:
             pass
 
-    def disk_works(self) -> bool:
-        """Return whether no hold for the local disk forbids what needs no request any more."""
-        return not self._holds.waits("disk", self._now())
+    def stores_work(self) -> bool:
+        """Return whether no hold for local disk or database forbids what needs no request any more."""
+        return not any(self._holds.waits(kind, self._now()) for kind in STORES)
 
     def has_room(self) -> bool:
-        """Return whether the local disks can take another paid response; if not, put the queue on hold."""
-        for error in self._held_by.values():
+        """Return whether another response can be paid, saved and recorded; if not, put the queue on hold."""
+        held = self.stores.held()
+        for error in held.values():
             self.failed(error)
-            return False
-        if not self._works(probe=self._holds.has("disk")):
-            return False
-        self._end(self._holds.clear("disk"))
-        return True
+        failed = self._failures(set(held), probe=any(self._holds.has(kind) for kind in STORES))
+        for kind in STORES:
+            if kind not in failed:
+                self._end(self._holds.clear(kind))
+        return not failed
 
-    def probe_disk(self) -> None:
+    def probe_stores(self) -> None:
         """Make the next write probe if it is due, also where nothing waits: the status must not show a past hold."""
-        if self._holds.has("disk") and not self._holds.waits("disk", self._now()) and not self._held_by:
+        held = self.stores.held()
+        kinds = [kind for kind in STORES if self._holds.has(kind) and kind not in held]
+        if any(not self._holds.waits(kind, self._now()) for kind in kinds):
             self.has_room()
 
     def works_for_others(self, job: Job, error: SpoolError) -> bool:
         """Return whether the local disks work although a job cannot continue; if not, put the queue on hold.
 
         If they work, the cause is in this job's own files, which another user may have put there; the others continue.
-        For what all jobs share (ledger, state folder), the queue is on hold until this job continues.
+        For what all jobs share (ledger, state folder, database), the queue is on hold until this job continues.
         """
-        if error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
+        is_database = failure(error).kind == "database"
+        if is_database or error.path == self._spool.state or error.path.startswith(self._spool.state + "/"):
             try:
-                self._spool.require_folders()
+                if not is_database:
+                    self._spool.require_folders()
             except SpoolError as cause:  # another state folder has its name: nothing in that one is ours
                 error = cause
-            if job.id not in self._held_by and error.code:  # others were logged already
+            if job.id not in self.stores.held_by and error.code:  # others were logged already
                 _log.error("stuck", **job.names, reason=str(error), next=error.hint, retried="automatically")
             self.hold_for(job.id, error)
             return False
         if error.code in FULL:  # a small probe may succeed where images do not
             self.failed(error)
             return False
-        return self._works(probe=True)
+        return not self._failures(set(), probe=True)
 
     def hold_for(self, job: str, error: SpoolError) -> None:
         """Put the queue on hold until a job continues, also if a write probe succeeds meanwhile."""
-        self._held_by[job] = error
+        self.stores.held_by[job] = error
         self.failed(error)
 
     def continues(self, job: str) -> None:
         """Note that a job continues: the queue is not on hold for it any more."""
-        self._held_by.pop(job, None)
+        self.stores.held_by.pop(job, None)
 
-    def _works(self, *, probe: bool) -> bool:
-        """Return whether there is room and, with ``probe``, whether every folder can be written; if not, hold."""
-        try:
-            if probe:
-                self._spool.probe()
-            self._spool.require_room(self._limits.min_free_bytes)
-            self._journal.require(prove=probe or not self._is_proved)
-            self._is_proved = True
-        except SpoolError as error:
-            self.failed(error)
-            return False
-        return True
+    def _failures(self, held: set[str], *, probe: bool) -> set[str]:
+        """Test local disk and journal and return the kinds of hold of what fails; there is a hold for each.
+
+        While one fails, the other is tested only if it has a hold to be ended.
+
+        Args:
+            held: Kinds that are known to fail; they are not tested.
+            probe: Whether it is tested that every folder and the journal can be written.
+        """
+        failed = set(held)
+        for kind in STORES:
+            if kind in held or (failed and not self._holds.has(kind)):
+                continue
+            try:
+                self.stores.test(kind, least_free=self._limits.min_free_bytes, probe=probe)
+            except SpoolError as error:  # of a journal on the local disk it is the disk's
+                self.failed(error)
+                failed.add(failure(error).kind)
+        return failed
 
     def count(self, changed: Mapping[str, float], is_finished: Callable[[str], bool]) -> None:
         """Put the queue on hold until a person releases it if too many prompts came at the same time.
@@ -255,7 +263,7 @@ class Admission:
             passed = max(self._clock(), newest)
             self.burst.let_pass(passed)
             self.shared.probe_now()  # what concerns other daemons, too, is not ended by this one
-            self._held_by.clear()  # a job that still fails puts the queue on hold again
+            self.stores.held_by.clear()  # a job that still fails puts the queue on hold again
             self._control.released(passed)
             self._end(self._holds.clear())
         reason, before = self._control.held(), self._reason
@@ -365,10 +373,10 @@ class Admission:
         self._end(self._holds.disproved(began))
 
     def failed(self, error: SpoolError) -> None:
-        """Note that the local disk failed: nothing is sent until a write probe succeeds."""
-        self.disk_failed = True
-        hint = "" if error.code in FULL else error.hint  # wherever a full disk is noticed
-        self._begin(Reason("disk", str(error), error=error), (self._spool.top(error.path), error.code, hint))
+        """Note that local disk or shared database failed: nothing is sent until a write probe of it succeeds."""
+        reason = failure(error)
+        self.stores.failed.add(reason.kind)
+        self._begin(reason)
 
     def set_caps(self, refused: Mapping[tuple[str, str], Reason]) -> None:
         """Note whose prompts wait at a cap or a budget, by provider and folder, and why."""
@@ -390,7 +398,7 @@ class Admission:
             if not hold.brief:
                 _log.info("released", kind=hold.kind, **whose)
 
-    def _begin(self, reason: Reason, cause: tuple[str, int, str] = _NONE) -> None:
+    def _begin(self, reason: Reason) -> None:
         kind = reason.kind
         if reason.seconds is None:
             reason = replace(reason, seconds=reason.row.seconds)
@@ -398,7 +406,10 @@ class Admission:
         if not self.watches_key():
             self._stamp, self._stamp_at = self._key_stamp(), self._now() + _KEY_SECONDS
         now = self._now()
-        known = self._is_logged(cause) if kind == "disk" else kind != "manual" and self._holds.waits(kind, now)
+        if reason.error is not None:
+            known = self.stores.is_logged(kind, reason.error, is_held=self._holds.has(kind))
+        else:
+            known = kind != "manual" and self._holds.waits(kind, now)
         hold = self._holds.add(reason, now)
         self._on_change(at_once=not known and not hold.brief)
         if known:
@@ -411,20 +422,11 @@ class Admission:
         fields: dict[str, object] = {"kind": hold.kind, "reason": hold.reason.message, "next": hold.reason.next}
         if math.isfinite(hold.until):
             fields |= {"seconds": round(hold.until - self._now(), 1), "next_try_at": self.ends(hold)}
-        (_log.error if hold.kind == "disk" else _log.warning)("held", **fields)
+        (_log.error if hold.kind in STORES else _log.warning)("held", **fields)
 
     def _with_step(self, reason: Reason) -> Reason:
         """Return a reason with its next step, which for the key depends on where the key comes from."""
         return replace(reason, step=self._key_step()) if reason.kind == "key" and not reason.step else reason
-
-    def _is_logged(self, cause: tuple[str, int, str]) -> bool:
-        """Return whether the log has the hold for the local disk with this cause; from now on it has."""
-        if not self._holds.has("disk"):
-            self._causes.clear()
-        elif cause in self._causes or len(self._causes) >= _MOST_CAUSES:
-            return True
-        self._causes.add(cause)
-        return False
 
     def _end(self, ended: list[Hold]) -> None:
         if ended:
@@ -449,7 +451,7 @@ class Admission:
         try:
             self._control.refuse({hold.kind: hold.reason.message for hold in refusals}, events)
             self.announcements.written(events)
-        except SpoolError:  # the disk has a hold of its own
+        except SpoolError:  # disk or database has a hold of its own
             self.announcements.unwritable()
 
     # What holds there are

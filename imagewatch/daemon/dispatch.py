@@ -70,7 +70,7 @@ class Dispatch:
 
     def _start_all(self) -> None:
         """Start what may be done now. The first-level folders take turns: what is claimed, then the oldest prompt."""
-        self._admission.probe_disk()
+        self._admission.probe_stores()
         claimed: dict[str, list[Job]] = {}
         for job in self._jobs.due(self._parts.now(), is_held=self._admission.first() is not None):
             claimed.setdefault(job.folder, []).append(job)
@@ -93,7 +93,7 @@ class Dispatch:
         return self._jobs.may_send(self._admission.slots())
 
     def _may_deliver(self) -> bool:
-        return self._jobs.may_deliver(disk_works=self._admission.disk_works())
+        return self._jobs.may_deliver(stores_work=self._admission.stores_work())
 
     def _serve(self, name: str, claimed: list[Job]) -> bool:
         """Give a worker what is next in a first-level folder; return whether another folder may have its turn."""

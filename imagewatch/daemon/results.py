@@ -81,7 +81,7 @@ class Results:
 
         If a test file can be written, only this job is affected: a file is in its way, or a permission is missing. The
         queue continues, but nothing is claimed from the job's folder: the same may happen to other prompts of that
-        folder after they were paid for. If no test file can be written, the queue is on hold.
+        folder after they were paid for. If no test file can be written, or the database failed, the queue is on hold.
         """
         job.problem = "; ".join(filter(None, (str(error), error.hint)))
         if error.code == 0:

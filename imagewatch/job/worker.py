@@ -21,7 +21,7 @@ from imagewatch.job.rules import State, Step, next_step
 from imagewatch.job.running import RunningJob
 from imagewatch.job.sending import Sending
 from imagewatch.job.steps import Steps
-from imagewatch.protocol.reasons import Reaction, Reason
+from imagewatch.protocol.reasons import Reaction, Reason, failure
 from imagewatch.system.disk_errors import disk_errors
 from imagewatch.system.errors import Problem, SpoolError
 
@@ -107,8 +107,7 @@ class Worker:
         try:
             record.begin(claim)
         except SpoolError as error:  # its prompt is where it was
-            reason = Reason("disk", str(error), error=error)
-            return Outcome(claim.job, End.NOTHING, claim.source, reason=reason)
+            return Outcome(claim.job, End.NOTHING, claim.source, reason=failure(error))
         if not self._spool.originals.claim(claim):
             self._spool.forget(record)
             return Outcome(claim.job, End.NOTHING, claim.source)

@@ -1,8 +1,8 @@
 """Why nothing is sent at the moment, and until when.
 
-A *hold* stops the whole queue for a reason that every request would hit: a rejected key, no credits, an endpoint
-that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one job is
-sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval.
+A *hold* stops the whole queue for a reason that every request would hit: a rejected key, no credits, an endpoint or a
+database that cannot be reached, a full disk. While it lasts the prompts stay in the inbox. When its time is over, one
+job is sent as a probe. If the probe is refused for the same reason, the hold continues with twice the interval.
 
 What ends a hold (``protocol.reasons`` has all kinds, and to which of these sorts each belongs):
 
@@ -14,6 +14,7 @@ endpoint or the network        ``imagewatch release``. Those about the account a
 ``busy``, ``rate`` (brief)     their time, without a probe; a job that waits for them may stay claimed. The time that
                                the endpoint names counts up to an hour (``job.rules.retry_delay``), after a 503 30 s
 ``disk``                       a test file that can be written
+``database``                   a test row that can be written; the local disk is tested separately
 ``manual``, ``burst``          ``imagewatch release``; ``burst`` also ends with a reload
 =============================  =========================================================================================
 

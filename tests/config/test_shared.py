@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import stat
 import string
 import sys
 import traceback
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -265,6 +268,35 @@ def test_the_password_file_is_the_credential_that_systemd_passes(tmp_path):
     (tmp_path / "pgpass").chmod(0o600)
     assert conninfo(service, environ) == {"passfile": str(tmp_path / "pgpass")}
     assert conninfo(Shared(database="postgresql://db?passfile=/etc/mine"), environ) == {}
+
+
+def test_a_credential_that_looks_readable_for_a_group_is_copied_so_that_libpq_uses_it(tmp_path):
+    file = tmp_path / "pgpass"
+    file.write_text(f"*:*:*:*:{SECRET}\n")
+    file.chmod(0o440)  # as systemd does for the user of a service
+    first, second = (conninfo(Shared(), {"CREDENTIALS_DIRECTORY": str(tmp_path)})["passfile"] for _ in range(2))
+    assert first == second != str(file)
+    assert Path(first).read_text() == file.read_text()
+    assert stat.S_IMODE(Path(first).stat().st_mode) == 0o400
+    assert not os.get_inheritable(int(Path(first).name))
+
+
+def test_libpq_finds_the_password_in_a_credential_as_systemd_passes_it(own_postgres, tmp_path):
+    psycopg = pytest.importorskip("psycopg", reason="psycopg (the extra postgres) is not installed")
+    uri = own_postgres.user("guarded", SECRET)
+    file = tmp_path / "pgpass"
+    file.write_text(f"127.0.0.1:{own_postgres.port}:*:guarded:{SECRET}\n")
+    file.chmod(0o440)
+    with pytest.raises(psycopg.OperationalError, match="no password supplied"):
+        psycopg.connect(uri, passfile=str(file))
+    for _ in range(2):
+        psycopg.connect(uri, **conninfo(Shared(database=uri), {"CREDENTIALS_DIRECTORY": str(tmp_path)})).close()
+
+
+def test_a_credential_that_cannot_be_read_is_a_fault_of_the_configuration(tmp_path):
+    (tmp_path / "pgpass").mkdir()
+    with pytest.raises(ConfigError, match="credential pgpass: is not a regular file"):
+        conninfo(Shared(), {"CREDENTIALS_DIRECTORY": str(tmp_path)})
 
 
 def test_without_the_library_the_message_says_what_to_install(monkeypatch):
