@@ -163,8 +163,9 @@ def test_once_reports_the_database_and_exits_with_the_code_of_a_hold(
     script.write_text(COMMAND)
     drop(folders)
     assert start(folders, "once", script=str(script)).wait() == 0
-    folders.prompt("late", "Late")
     gate.touch()
+    assert start(folders, "once", script=str(script)).wait() == 69, "also if nothing waits"
+    folders.prompt("late", "Late")
     held = start(folders, "once", script=str(script))
     assert held.wait() == 69
     assert "on hold (database: the shared database cannot be reached" in held.output
@@ -257,6 +258,14 @@ def test_while_one_of_them_waits_for_its_next_test_nothing_is_delivered(gated: G
         gated.admission.failed(error)
         assert not gated.admission.stores_work()
         gated.later()
+
+
+@pytest.mark.parametrize("error", [DatabaseError("gone"), SpoolError("full", code=28)], ids=["database", "disk"])
+def test_a_job_that_holds_the_queue_still_has_its_turn_to_continue(gated: Gate, error: SpoolError) -> None:
+    gated.admission.hold_for("job", error)
+    gated.later()
+    assert gated.admission.stores_work()
+    assert gated.kinds() == {failure(error).kind}
 
 
 def test_a_broken_disk_does_not_let_the_journal_be_tested(gated: Gate) -> None:
